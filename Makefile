@@ -1,0 +1,56 @@
+# Everything runs in .venv, made on first use and renewed when pyproject.toml or constraints.txt changes.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+USE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint storybook bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(USE)  ## learn, merge and draw concepts in the bundled miniature world
+	$(PY) -m customize demo
+
+test: lint  ## lint, then the tests that take seconds
+	$(PY) -m pytest
+
+test-slow: $(DEV)  ## the tests that take minutes
+	$(PY) -m pytest -m slow
+
+lint: $(DEV)  ## style, import direction and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(PY) -m mypy
+
+storybook: $(USE)  ## train the bundled base model and its judges anew
+	$(PY) scripts/train_storybook.py
+
+bench: $(USE)  ## run every benchmark, one after another
+	@set -e; for file in scripts/bench/[!_]*.py; do echo "== $$file"; $(PY) "$$file"; done
+
+clean:  ## remove caches, build outputs and the environment
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "customize needs Python 3.11 or newer, and '$(PYTHON)' is not." >&2; \
+		echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone: the largest download fails early, and nothing later can ask for another.
+$(USE): pyproject.toml constraints.txt | $(PY)
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(PY)
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
+	@touch $(USE) $@

@@ -1,0 +1,83 @@
+"""The one exception family of the pack: what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConceptError",
+    "ConfigError",
+    "CustomizeError",
+    "DataError",
+    "PipelineError",
+    "StorageError",
+    "TrainingError",
+]
+
+
+class CustomizeError(Exception):
+    """Base of every error that the pack raises on purpose.
+
+    Args:
+        what: What was wrong, as a sentence without its full stop.
+        where: The file, key, layer or argument concerned; kept as text, so that an error holds no
+            model alive and can always be sent between processes.
+        fix: What the reader can do, as an order ("pass rank=8").
+    """
+
+    def __init__(self, what: str, *, where: object | None = None, fix: str | None = None) -> None:
+        # Only `what` goes to Exception.args: unpickling calls the class with args and then restores
+        # the attributes, so subclasses need no pickling code of their own.
+        super().__init__(what)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.fix = fix
+
+    def __str__(self) -> str:
+        text = _sentence(self.what)
+        if self.where:
+            text += f" ({_one_line(self.where)})"
+        if not text.endswith(("!", "?")):
+            text += "."
+        if self.fix:
+            text += f" Do: {_sentence(self.fix)}."
+        return text
+
+
+class ConfigError(CustomizeError):
+    """A setting, argument or configuration file is unknown, malformed or contradicts another."""
+
+
+class DataError(CustomizeError):
+    """Training images, masks or captions are missing, unreadable or unusable."""
+
+
+class ConceptError(CustomizeError):
+    """A concept file is unreadable, has wrong keys or shapes, or belongs to another base."""
+
+
+class PipelineError(CustomizeError):
+    """A pipeline cannot host what was asked: unknown family, missing part, conflicting state."""
+
+
+class TrainingError(CustomizeError):
+    """Training cannot go on: a loss that is not finite, a checkpoint that does not fit."""
+
+
+class StorageError(CustomizeError):
+    """Output cannot be written: full disk, no permission, a folder that holds something else."""
+
+
+def _one_line(text: str) -> str:
+    """Join lines and escape control characters.
+
+    Messages quote names and values from files of others, which must not be able to move the cursor
+    or colour the terminal.
+    """
+    joined = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in joined
+    )
+
+
+def _sentence(text: str) -> str:
+    return _one_line(text).rstrip(". ")

@@ -1,0 +1,1 @@
+"""One learned concept: its files, its tokens, its slice of the basis; merging many of them."""

@@ -1,0 +1,324 @@
+"""Low-rank adapters on a live model: plain peft LoRA layers whose factors we set ourselves."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from customize.concepts.concept import BasisInfo, Method
+from customize.core.bases import BASES, down_projection
+from customize.core.lowrank import LowRank
+from customize.errors import ConceptError, ConfigError, PipelineError
+from customize.families.base import Family
+
+Products = Mapping[str, Mapping[str, LowRank]]
+
+_PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded")
+
+
+@dataclass(eq=False)
+class Adapter:
+    """An adapter that sits in one or more models of a family.
+
+    Attributes:
+        name: peft's adapter name.
+        models: component -> the model that carries it.
+        layers: component -> module name in that model -> peft's LoRA layer.
+    """
+
+    name: str
+    models: dict[str, nn.Module]
+    layers: dict[str, dict[str, Any]]
+    _before: dict[str, _State] = field(repr=False)
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """component -> what trains: the up-projections, and the down-projections of "lora"."""
+        return {
+            component: [
+                factor.weight
+                for layer in layers.values()
+                for factor in (layer.lora_A[self.name], layer.lora_B[self.name])
+                if factor.weight.requires_grad
+            ]
+            for component, layers in self.layers.items()
+        }
+
+    def products(self) -> dict[str, dict[str, LowRank]]:
+        """A copy of the factors as they are now, on the CPU, with the names used in files."""
+        return {
+            component: {
+                file_name(component, module): LowRank(
+                    _copy(layer.lora_B[self.name].weight),
+                    _copy(layer.lora_A[self.name].weight),
+                    float(layer.scaling[self.name]),
+                )
+                for module, layer in layers.items()
+            }
+            for component, layers in self.layers.items()
+        }
+
+    def remove(self) -> None:
+        """Give the models back bit for bit as they were; a second call does nothing."""
+        for component in list(self._before):
+            self._before.pop(component).restore(self.models[component], self.name)
+
+
+def attach(
+    family: Family,
+    *,
+    method: Method,
+    rank: int,
+    alpha: float | None = None,
+    basis: BasisInfo | None = None,
+    columns: Mapping[int, Sequence[int]] | None = None,
+    components: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    name: str = "customize",
+) -> Adapter:
+    """Put a new, trainable adapter on all attention projections of the named components.
+
+    "orthogonal": the down-projection is ``basis.scale * O[:, columns]^T`` of the layer's input
+    width, frozen; the up-projection starts at zero and trains. "lora": both factors train, from
+    peft's default start (down uniform in +-1 / sqrt(in), up zero). Either way the model draws
+    what it drew before until the first step.
+
+    Args:
+        rank: columns of the up-projection, the same in every layer.
+        alpha: updates are multiplied by alpha / rank; None for alpha = rank, a factor of 1.
+        basis, columns: for "orthogonal"; input width -> ``rank`` column numbers.
+        components: such as ("unet", "text_encoder").
+        dtype: of both factors; float32 also on a half-precision base.
+        seed: of the random start of "lora"; the same on every device.
+        name: peft's adapter name.
+
+    Raises:
+        ConfigError: an unknown component or basis, a rank above a width, or columns that do not
+            fit. Nothing was changed.
+        PipelineError: the name is taken. Nothing was changed.
+    """
+    if rank < 1:
+        raise ConfigError(f"an adapter cannot have rank {rank}", where="rank", fix="use at least 1")
+    targets = {component: _targets(family, component) for component in components}
+    for component, shapes in targets.items():
+        for module, (out, width) in shapes.items():
+            if rank > min(out, width):
+                raise ConfigError(
+                    f"rank {rank} does not fit a layer of width {min(out, width)}",
+                    where=f"{component}.{module}",
+                    fix=f"choose a rank of at most {min(out, width)}",
+                )
+    generator = torch.Generator().manual_seed(seed)
+    frozen = _frozen_downs(targets, rank, basis, columns) if method == "orthogonal" else None
+    scale = (rank if alpha is None else alpha) / rank
+
+    def start(out: int, width: int) -> LowRank:
+        if frozen is not None:
+            down = frozen[width]
+        else:
+            down = (2 * torch.rand(rank, width, generator=generator) - 1) / width**0.5
+        return LowRank(torch.zeros(out, rank), down, scale)
+
+    products = {
+        component: {module: start(*shape) for module, shape in shapes.items()}
+        for component, shapes in targets.items()
+    }
+    adapter = attach_products(family, products, name=name, dtype=dtype)
+    for component, layers in adapter.layers.items():
+        adapter.models[component].requires_grad_(False)
+        for layer in layers.values():
+            layer.lora_A[name].weight.requires_grad_(method == "lora")
+            layer.lora_B[name].weight.requires_grad_(True)
+    return adapter
+
+
+def attach_products(
+    family: Family, products: Products, *, name: str, dtype: torch.dtype | None = None
+) -> Adapter:
+    """Put given updates on a model as one frozen, active adapter beside those already there.
+
+    Args:
+        products: component -> module -> update; ranks and scales may differ between layers.
+        name: peft's adapter name, new to every model concerned.
+        dtype: of the factors; None for that of each layer's weight.
+
+    Raises:
+        ConceptError: the updates do not fit the model (:func:`fit`). Nothing was changed.
+        PipelineError: the name is taken. Nothing was changed.
+    """
+    fitted = fit(products, family)
+    models = {component: _model(family, component) for component in fitted}
+    for component, model in models.items():
+        if name in getattr(model, "peft_config", {}):
+            raise PipelineError(
+                f"an adapter named {name} is attached already",
+                where=component,
+                fix="remove it first, or choose another name",
+            )
+    adapter = Adapter(name, models, {}, {})
+    try:
+        for component, model in models.items():
+            adapter._before[component] = _State.of(model)
+            adapter.layers[component] = _inject(model, fitted[component], name, dtype)
+    except BaseException:
+        adapter.remove()
+        raise
+    return adapter
+
+
+def fit(products: Products, family: Family) -> dict[str, dict[str, LowRank]]:
+    """The same updates under the names that this model gives its layers.
+
+    Files call the layers of a CLIP text encoder ``text_model.encoder...`` as the whole community
+    does; recent transformers have no ``text_model`` in the plain text encoder.
+
+    Raises:
+        ConceptError: a component or layer does not exist here, or has another shape.
+    """
+    fitted: dict[str, dict[str, LowRank]] = {}
+    for component, updates in products.items():
+        try:
+            targets = _targets(family, component)
+        except ConfigError as error:
+            raise ConceptError(error.what, fix="use a concept of this model family") from error
+        fitted[component] = {}
+        for module, update in updates.items():
+            name = module if module in targets else module.removeprefix("text_model.")
+            if targets.get(name) != update.shape:
+                found = f"of shape {targets[name]}" if name in targets else "missing"
+                raise ConceptError(
+                    f"an update of shape {update.shape} has no place: the layer is {found}",
+                    where=f"{component}.{module}",
+                    fix="use a concept that was learned on this model family and size",
+                )
+            fitted[component][name] = update
+    return fitted
+
+
+def file_name(component: str, module: str) -> str:
+    """The name of a module in files: that of the model, CLIP's with its old ``text_model.``."""
+    flat = component.startswith("text_encoder") and module.startswith("encoder.layers.")
+    return f"text_model.{module}" if flat else module
+
+
+def _model(family: Family, component: str) -> nn.Module:
+    models = {family.denoiser_key: family.denoiser, **family.text_encoders}
+    if component not in models:
+        raise ConfigError(
+            f"{component} cannot carry an adapter in the family {family.name}",
+            where="components",
+            fix=f"choose from {', '.join(models)}",
+        )
+    return models[component]
+
+
+def _targets(family: Family, component: str) -> dict[str, tuple[int, int]]:
+    _model(family, component)
+    return family.adapter_targets(component)
+
+
+def _frozen_downs(
+    targets: Mapping[str, Mapping[str, tuple[int, int]]],
+    rank: int,
+    basis: BasisInfo | None,
+    columns: Mapping[int, Sequence[int]] | None,
+) -> dict[int, Tensor]:
+    if basis is None or columns is None:
+        raise ConfigError(
+            "orthogonal adaptation needs a basis and each width's columns",
+            fix="give basis and columns, or use the method lora",
+        )
+    widths = {shape[1] for shapes in targets.values() for shape in shapes.values()}
+    for width in sorted(widths):
+        if len(columns.get(width, ())) != rank:
+            raise ConfigError(
+                f"width {width} has {len(columns.get(width, ()))} columns for rank {rank}",
+                where="columns",
+                fix="give as many columns as the rank for each width",
+            )
+    fn = BASES[basis.kind]
+    return {w: down_projection(fn, w, columns[w], basis.seed, basis.scale) for w in widths}
+
+
+def _inject(
+    model: nn.Module, products: Mapping[str, LowRank], name: str, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    active = {m: list(m.active_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    rank = Counter(update.rank for update in products.values()).most_common(1)[0][0]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(products),
+        rank_pattern={f"^{re.escape(m)}": p.rank for m, p in products.items() if p.rank != rank},
+    )
+    # The state dict's keys name the layers exactly, where target_modules also match endings. On
+    # the meta device no random numbers are drawn for factors that are set right below.
+    keys = {f"{module}.lora_A.weight": update.down for module, update in products.items()}
+    inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True, state_dict=keys)
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+    layers = {}
+    for module, update in products.items():
+        layer: Any = model.get_submodule(module)
+        weight = layer.get_base_layer().weight
+        for factor, value in ((layer.lora_A[name], update.down), (layer.lora_B[name], update.up)):
+            placed = value.detach().to(device=weight.device, dtype=dtype or weight.dtype, copy=True)
+            factor.weight = nn.Parameter(placed, requires_grad=False)
+        layer.scaling[name] = update.scale
+        layers[module] = layer
+    for layer, names in active.items():
+        # peft leaves only the newest adapter active.
+        layer.set_adapter([*names, name] if name in layer.lora_A else names)
+    for parameter, flag in grads:
+        parameter.requires_grad_(flag)
+    return layers
+
+
+@dataclass(eq=False)
+class _State:
+    """What injection changes in a model besides the layers themselves."""
+
+    grads: list[tuple[nn.Parameter, bool]]
+    attributes: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _State:
+        attributes = {key: model.__dict__[key] for key in _PEFT_MARKS if key in model.__dict__}
+        return cls([(p, p.requires_grad) for p in model.parameters()], attributes)
+
+    def restore(self, model: nn.Module, name: str) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        grads = [(p, p.requires_grad) for p in model.parameters()] + self.grads
+        layers = [(k, m) for k, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+        for key, layer in layers:
+            others = [other for other in layer._all_available_adapter_names() if other != name]
+            if others:
+                # Not active any more when it goes, or peft would activate another in its place.
+                layer.set_adapter([other for other in layer.active_adapters if other != name])
+                layer.delete_adapter(name)
+            else:
+                parent, _, leaf = key.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+        configs = model.__dict__.get("peft_config", {})
+        configs.pop(name, None)
+        if not configs:
+            for key in _PEFT_MARKS:
+                model.__dict__.pop(key, None)
+            model.__dict__.update(self.attributes)
+        for parameter, flag in grads:
+            parameter.requires_grad_(flag)
+
+
+def _copy(weight: Tensor) -> Tensor:
+    return weight.detach().to("cpu", copy=True)

@@ -1,0 +1,263 @@
+"""What one learned concept is: its facts, its updates of the layers, its tokens' embeddings."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from torch import Tensor
+
+from customize.core.lowrank import LowRank
+from customize.errors import ConceptError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SCHEMA_VERSION = 1
+
+Method = Literal["orthogonal", "lora"]
+
+_PLAIN = re.compile(r"[^\x00-\x1f\x7f]*")
+_MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class BasisInfo(BaseModel):
+    """The orthogonal matrices that a concept's down-projections are slices of.
+
+    Attributes:
+        kind: a name in :data:`customize.core.bases.BASES`.
+        seed: fixes the matrix of each width; concepts with other seeds are not orthogonal.
+        scale: the down-projections are ``scale * O[:, columns]^T``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["cosine", "gaussian_qr"] = "cosine"
+    seed: int = Field(0, ge=0, lt=2**64)
+    scale: Finite = Field(1.0, gt=0)
+
+
+class ConceptInfo(BaseModel):
+    """The facts on a concept, as they stand in ``concept.json``.
+
+    Attributes:
+        name: of the concept and of its folder.
+        trigger: what a prompt says, such as ``<rex>``.
+        class_word: what it is one of, such as ``dog``.
+        family: the model family's name.
+        base: the base model as the user gave it, a path or hub id.
+        fingerprint: what a model must agree with to take the concept.
+        method: "orthogonal" with a frozen slice of a basis, or "lora" with both factors learned.
+        basis: of the slices; None for "lora".
+        rank, alpha: updates are multiplied by alpha / rank.
+        slices: input width, as text -> the columns of the basis; empty for "lora".
+        num_tokens: tokens of the trigger in each dictionary; 0 for a concept without its own.
+        training: the settings it was learned with.
+        scores: what was measured on it.
+        created: date and time, ISO 8601.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}\Z")
+    trigger: str = Field(pattern=r"^<[a-z0-9][a-z0-9_-]{0,63}>\Z")
+    class_word: str = Field(min_length=1, max_length=64)
+    family: str = Field(pattern=r"^[a-z0-9_]{1,32}\Z")
+    base: str = Field(max_length=500)
+    fingerprint: dict[str, JsonValue]
+    method: Method = "orthogonal"
+    basis: BasisInfo | None = None
+    rank: int = Field(ge=1)
+    alpha: Finite = Field(gt=0)
+    slices: dict[str, list[int]] = {}
+    num_tokens: int = Field(2, ge=0, le=64)
+    training: dict[str, JsonValue] = {}
+    scores: dict[str, JsonValue] = {}
+    created: str = Field(
+        default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"), max_length=64
+    )
+
+    @field_validator("class_word", "base", "created")
+    @classmethod
+    def _one_plain_line(cls, text: str) -> str:
+        if not _PLAIN.fullmatch(text):
+            raise ValueError("must be one line without control characters")
+        return text
+
+    @field_validator("fingerprint", "training", "scores")
+    @classmethod
+    def _finite_numbers(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if not _finite(value):
+            raise ValueError("holds a number that is not finite, which JSON cannot carry")
+        return value
+
+    @model_validator(mode="after")
+    def _slices_fit(self) -> ConceptInfo:
+        if self.method == "lora":
+            if self.basis is not None or self.slices:
+                raise ValueError("a concept of the method lora has neither basis nor slices")
+            return self
+        if self.basis is None or not self.slices:
+            raise ValueError("a concept of the method orthogonal needs its basis and slices")
+        for width, columns in self.slices.items():
+            if not re.fullmatch(r"[1-9][0-9]{0,6}", width):
+                raise ValueError(f"slices: {width!r} is not a layer width")
+            distinct = len(set(columns)) == len(columns) == self.rank
+            if not distinct or not all(0 <= column < int(width) for column in columns):
+                raise ValueError(
+                    f"slices: width {width} needs {self.rank} distinct columns below {width}"
+                )
+        return self
+
+    @property
+    def scale(self) -> float:
+        """What every update is multiplied with: alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """One learned concept, checked whole when it is made.
+
+    Attributes:
+        info: the facts.
+        products: component ("unet", "text_encoder") -> module -> update; all of rank
+            ``info.rank`` and scale ``info.scale``; CLIP's modules under the names used in files.
+        embeddings: token dictionary's key -> (num_tokens, width), float; empty without tokens.
+
+    Raises:
+        ConceptError: the parts do not fit together, or a number is not finite.
+    """
+
+    info: ConceptInfo
+    products: Mapping[str, Mapping[str, LowRank]]
+    embeddings: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.products or not all(self.products.values()):
+            raise ConceptError(f"the concept {self.info.name} changes no layer")
+        widths = set()
+        for component, updates in self.products.items():
+            for module, update in updates.items():
+                where = f"{component}.{module}"
+                if not component.isidentifier() or not _MODULE.fullmatch(module):
+                    raise ConceptError("this is not the name of a layer", where=where)
+                self._check_update(update, where)
+                widths.add(str(update.shape[1]))
+        if self.info.method == "orthogonal" and widths != set(self.info.slices):
+            raise ConceptError(
+                f"slices are given for the widths {_listed(self.info.slices)}, "
+                f"but the layers have {_listed(widths)}",
+                where="slices",
+            )
+        if bool(self.embeddings) != bool(self.info.num_tokens):
+            raise ConceptError(
+                f"the concept has {self.info.num_tokens} tokens and "
+                f"{len(self.embeddings)} sets of embeddings"
+            )
+        for key, rows in self.embeddings.items():
+            if rows.ndim != 2 or rows.shape[0] != self.info.num_tokens or rows.shape[1] < 1:
+                raise ConceptError(
+                    f"embeddings of shape {tuple(rows.shape)} are not those of "
+                    f"{self.info.num_tokens} tokens",
+                    where=key,
+                )
+            _check_numbers(rows, key)
+
+    def _check_update(self, update: LowRank, where: str) -> None:
+        if update.rank != self.info.rank:
+            raise ConceptError(
+                f"the update has rank {update.rank} and not {self.info.rank}", where=where
+            )
+        if update.scale != self.info.scale:
+            raise ConceptError(
+                f"the update's scale is {update.scale} and not alpha / rank = {self.info.scale}",
+                where=where,
+            )
+        _check_numbers(update.up, where)
+        _check_numbers(update.down, where)
+
+    @classmethod
+    def load(cls, source: str | Path) -> Concept:
+        """Read a folder, a ``.safetensors`` file or a hub id; see :mod:`customize.concepts.files`.
+
+        Raises:
+            ConceptError: it is not there, not whole, or not a concept.
+        """
+        from customize.concepts import files
+
+        return files.read(source)
+
+    def save(self, folder: str | Path, samples: Sequence[Image.Image] | None = None) -> Path:
+        """Write it as a folder; see :func:`customize.concepts.files.write`.
+
+        Raises:
+            StorageError: the folder holds something else, or cannot be written.
+        """
+        from customize.concepts import files
+
+        return files.write(self, folder, samples or ())
+
+
+def check_info(values: Any, where: object) -> ConceptInfo:
+    """Parsed JSON as :class:`ConceptInfo`.
+
+    Raises:
+        ConceptError: an unknown schema version, or fields that are missing, extra or wrong.
+    """
+    from pydantic import ValidationError
+
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if type(version) is int and version != SCHEMA_VERSION:
+        raise ConceptError(
+            f"the concept has schema version {version}; this version of customize reads "
+            f"{SCHEMA_VERSION}",
+            where=where,
+            fix="update customize, or save the concept with the version you have",
+        )
+    try:
+        return ConceptInfo.model_validate(values, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise ConceptError(
+            f"the facts on the concept are wrong at {place}: {first['msg']}",
+            where=where,
+            fix="get an unchanged copy of the concept",
+        ) from error
+
+
+def _check_numbers(values: Tensor, where: str) -> None:
+    if values.dtype not in _DTYPES:
+        raise ConceptError(
+            f"numbers of type {values.dtype} are not read",
+            where=where,
+            fix="use float32, float16 or bfloat16",
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise ConceptError(
+            "a number is NaN or infinite", where=where, fix="learn the concept again"
+        )
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, list) else True
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(sorted(values, key=str)) or "none"

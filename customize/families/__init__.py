@@ -1,0 +1,40 @@
+"""All that differs between model families, one file each; nothing else asks which it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from customize.errors import PipelineError
+from customize.families.base import Family, TokenDictionary, class_name
+from customize.families.sd import StableDiffusion
+
+__all__ = ["FAMILIES", "Family", "TokenDictionary", "family_of"]
+
+FAMILIES: dict[str, type[Family]] = {family.name: family for family in (StableDiffusion,)}
+
+
+def family_of(components: Mapping[str, Any]) -> Family:
+    """The family of a pipeline's components.
+
+    Args:
+        components: component name -> object, as ``pipe.components`` gives.
+
+    Raises:
+        PipelineError: no family knows these components.
+    """
+    for family in FAMILIES.values():
+        if family.matches(components):
+            return family(components)
+    keys = [key for key in components if key.startswith(("unet", "transformer", "text_encoder"))]
+    found = [f"{key}: {_described(components[key])}" for key in keys]
+    raise PipelineError(
+        f"no known model family has these parts: {', '.join(found) or 'no denoiser at all'}",
+        fix=f"use a pipeline of one of the families {', '.join(FAMILIES)}",
+    )
+
+
+def _described(component: Any) -> str:
+    # What tells SDXL and others from Stable Diffusion, whose UNet is of the same class.
+    extra = getattr(getattr(component, "config", None), "addition_embed_type", None)
+    return class_name(component) + (f" with {extra} embeddings" if extra else "")

@@ -1,0 +1,314 @@
+"""What a model family must answer, and what the families have in common.
+
+A family speaks of components (the entries of ``pipe.components``), never of a pipeline class.
+Latents and pictures are (batch, channels, height, width); "latents" always means scaled latents,
+as the denoiser takes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from customize.errors import ConfigError, PipelineError
+
+# transformers has the CLIP layers below `text_model` or, in newer versions of CLIPTextModel, not.
+_CLIP_PROJECTIONS = re.compile(
+    r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDictionary:
+    """One vocabulary that new tokens can join.
+
+    Attributes:
+        key: the component name of the text encoder.
+        tokenizer: its tokenizer.
+        text_encoder: the model whose ``get_input_embeddings()`` is the (tokens, width) table.
+    """
+
+    key: str
+    tokenizer: Any
+    text_encoder: nn.Module
+
+
+class Family(ABC):
+    """The parts of one text-to-image model, and how they work together.
+
+    It holds the components that it was given, not copies. Parts that have been freed may be
+    missing or None: whatever doesn't need them goes on working.
+    """
+
+    name: ClassVar[str]
+    denoiser_key: ClassVar[str]
+    #: The density of :mod:`customize.core.objectives` that the family's models were trained with.
+    default_density: ClassVar[str]
+    #: The full names of the denoiser's attention projections.
+    attention_projections: ClassVar[re.Pattern[str]]
+    #: Component names of the CLIP text encoders, and each one's tokenizer.
+    clip_encoders: ClassVar[dict[str, str]]
+    #: Component names of text encoders that take neither adapters nor new tokens.
+    other_encoders: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, components: Mapping[str, Any]) -> None:
+        self.components = dict(components)
+
+    # -- what differs ------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, components: Mapping[str, Any]) -> bool:
+        """Whether these components are a model of this family, by class names and configs."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts to the conditions that :meth:`predict` takes.
+
+        Exactly what the pipeline's own ``encode_prompt`` makes of prompts without learned
+        tokens or with expanded ones, under the names of the pipeline's call arguments.
+        Differentiable with respect to the text encoders; on their device, in their dtype.
+
+        Returns:
+            name -> (len(prompts), ...). ``encode_prompts([""])`` is the empty condition.
+
+        Raises:
+            PipelineError: an encoder has been freed.
+        """
+
+    @abstractmethod
+    def timesteps(self, u: Tensor) -> Tensor:
+        """(batch,) draws in (0, 1), 1 being all noise, to (batch,) timesteps of the denoiser."""
+
+    @abstractmethod
+    def noisy_latents(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Latents with noise of level t, (batch,) from :meth:`timesteps`; the latents' dtype."""
+
+    @abstractmethod
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the denoiser should answer: the latents' shape, float32."""
+
+    @abstractmethod
+    def loss_weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
+        """The weight of each sample's squared error: (batch,), float32; ones without a gamma.
+
+        Raises:
+            ConfigError: the family has no min-SNR weighting, or gamma is not positive.
+        """
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """Call the denoiser once, without guidance.
+
+        Everything is cast to the denoiser's dtype, so it works with and without autocast.
+
+        Args:
+            noisy: (batch, channels, height, width), any floating dtype, on the denoiser's device.
+            t: (batch,), from :meth:`timesteps`.
+            conditions: as :meth:`encode_prompts` gives, batch first.
+
+        Returns:
+            noisy's shape, in the dtype that the denoiser computes in.
+
+        Raises:
+            PipelineError: the denoiser takes more channels than latents have.
+        """
+
+    @property
+    @abstractmethod
+    def latent_multiple(self) -> int:
+        """Picture heights and widths must be a multiple of this."""
+
+    @abstractmethod
+    def cross_attention_layers(self) -> list[str]:
+        """Full names of the denoiser's cross-attention modules, in the order they are computed.
+
+        Empty where text and picture share one attention.
+        """
+
+    @abstractmethod
+    def _latent_scaling(self) -> tuple[float, float]:
+        """(shift, scale) with ``latents = (encoded - shift) * scale``, as the pipeline has it."""
+
+    # -- what is alike -----------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> Any:
+        """The UNet or transformer."""
+        return self._part(self.denoiser_key)
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder."""
+        return self._part("vae")
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler; its configuration is read, its state left alone."""
+        return self._part("scheduler")
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Component name -> text encoder, for those that may carry an adapter (CLIP only)."""
+        return self._present(tuple(self.clip_encoders))
+
+    @property
+    def all_text_encoders(self) -> dict[str, nn.Module]:
+        """Component name -> text encoder, for every one: all that there is to move or free."""
+        return self._present((*self.clip_encoders, *self.other_encoders))
+
+    def token_dictionaries(self) -> list[TokenDictionary]:
+        """The vocabularies that a new token must join, one for each CLIP text encoder."""
+        return [
+            TokenDictionary(key, self._part(self.clip_encoders[key]), encoder)
+            for key, encoder in self.text_encoders.items()
+        ]
+
+    def adapter_targets(self, component: str) -> dict[str, tuple[int, int]]:
+        """The attention projections of one component.
+
+        Args:
+            component: the denoiser's key or a key of :attr:`text_encoders`.
+
+        Returns:
+            module name within the component -> (out, in), in the module tree's order. The same
+            whether or not adapters are attached.
+
+        Raises:
+            ConfigError: the component takes no adapter.
+            PipelineError: it has been freed.
+        """
+        if component == self.denoiser_key:
+            pattern = self.attention_projections
+        elif component in self.clip_encoders:
+            pattern = _CLIP_PROJECTIONS
+        else:
+            raise ConfigError(
+                f"the component {component!r} of family {self.name} takes no adapter",
+                fix=f"choose from {', '.join((self.denoiser_key, *self.clip_encoders))}",
+            )
+        return {
+            name: (module.out_features, module.in_features)
+            for name, module in uncompiled(self._part(component)).named_modules()
+            if pattern.fullmatch(name)
+        }
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The distribution of the latents of pictures, so that a cache can draw from it anew.
+
+        Args:
+            pixels: (batch, 3, height, width), in [-1, 1], any floating dtype and device.
+
+        Returns:
+            mean and standard deviation, each (batch, channels, height / f, width / f), float32,
+            on the autoencoder's device: ``mean + std * noise`` are scaled latents.
+
+        Raises:
+            PipelineError: the autoencoder gives no distribution.
+        """
+        vae = self.vae
+        encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+        if not hasattr(encoded, "latent_dist"):
+            raise PipelineError(
+                f"the autoencoder {type(vae).__name__} gives no distribution of latents",
+                where="vae",
+                fix="train with the AutoencoderKL that the model was made with",
+            )
+        shift, scale = self._latent_scaling()
+        posterior = encoded.latent_dist
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents to pictures: (batch, 3, height, width), in [-1, 1], float32."""
+        vae = self.vae
+        shift, scale = self._latent_scaling()
+        encoded = (latents.float() / scale + shift).to(vae.device, vae.dtype)
+        return vae.decode(encoded).sample.float().clamp(-1.0, 1.0)
+
+    @property
+    def default_resolution(self) -> int:
+        """The height and width in pixels that the denoiser was made for."""
+        size = self.denoiser.config.sample_size
+        # UNets may name height and width apart.
+        return int(size if isinstance(size, int) else size[0]) * self._vae_factor
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a concept must agree with: the same for all models of one architecture.
+
+        Take it before text encoders are freed: their widths are part of it.
+
+        Returns:
+            JSON values. "family": the name; "denoiser": sha256 over the denoiser's class and the
+            names and shapes of its adapter targets; "widths": component -> its targets' distinct
+            input widths, ascending.
+        """
+        targets = self.adapter_targets(self.denoiser_key)
+        lines = [class_name(self.denoiser)]
+        lines += sorted(f"{name} {out}x{width}" for name, (out, width) in targets.items())
+        widths = {
+            key: sorted({width for _, width in self.adapter_targets(key).values()})
+            for key in (self.denoiser_key, *self.text_encoders)
+        }
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return {"family": self.name, "denoiser": digest, "widths": widths}
+
+    # -- helpers of the families ---------------------------------------------------------------
+
+    @property
+    def _vae_factor(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def _part(self, key: str) -> Any:
+        part = self.components.get(key)
+        if part is None:
+            raise PipelineError(
+                f"the model has no {key}, which is needed here",
+                where=f"family {self.name}",
+                fix=f"load the pipeline with its {key}, and free it only after its last use",
+            )
+        return part
+
+    def _present(self, keys: tuple[str, ...]) -> dict[str, nn.Module]:
+        return {key: self.components[key] for key in keys if self.components.get(key) is not None}
+
+    def _check_channels(self, noisy: Tensor) -> None:
+        takes = self.denoiser.config.in_channels
+        if noisy.shape[1] != takes:
+            raise PipelineError(
+                f"the denoiser takes {takes} channels where latents have {noisy.shape[1]}",
+                where=self.denoiser_key,
+                fix="use the plain text-to-image model, not its inpainting or editing variant",
+            )
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
+    """Tokens as the pipelines make them: ``input_ids`` (len(prompts), length), padded and cut."""
+    return tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    )
+
+
+def uncompiled(component: Any) -> Any:
+    """The module inside torch.compile's wrapper, whose class and module names are the real ones."""
+    return getattr(component, "_orig_mod", component)
+
+
+def class_name(component: Any) -> str:
+    """The class's name; "None" for a missing component."""
+    return "None" if component is None else type(uncompiled(component)).__name__
+
+
+def ones_like_batch(t: Tensor) -> Tensor:
+    """A loss weight of 1 for each sample of t: (batch,), float32."""
+    return torch.ones(t.shape[0], device=t.device)

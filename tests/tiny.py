@@ -1,0 +1,209 @@
+"""Real pipelines of every family at the smallest size, with random weights that never change.
+
+Each call builds new objects, equal bit for bit. Pictures are 32 x 32, latents 4 x 16 x 16.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+#: Words that are one CLIP token each; all others fall into letters.
+WORDS = (
+    *(
+        "forest",
+        "a",
+        "photo",
+        "picture",
+        "of",
+        "on",
+        "in",
+        "with",
+        "and",
+        "the",
+        "dog",
+        "cat",
+        "car",
+        "cup",
+    ),
+    *("hat", "red", "blue", "striped", "beach", "room", "wearing", "two"),
+)
+CLIP_LENGTH = 24
+SPACE = "▁"  # how T5 writes the start of a word
+
+
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    """A CLIP byte-pair tokenizer in which each of WORDS is one token."""
+    letters = sorted(ByteLevel.alphabet())
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            merges[pieces[0], pieces[1]] = None
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+    tokens += [left + right for left, right in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(
+        vocab=vocab, merges=list(merges), model_max_length=CLIP_LENGTH, pad_token=pad_token
+    )
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A T5 unigram tokenizer: words of WORDS, and letters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (SPACE, -4.0)]
+    pieces += [(SPACE + word, -2.0) for word in WORDS]
+    pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz<>_,."]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def _clip_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _vae(scaling_factor: float, shift_factor: float | None) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        mid_block_add_attention=False,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+    )
+
+
+def tiny_sd(
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon",
+) -> StableDiffusionPipeline:
+    """Stable Diffusion with attention of widths 16 and 32 and a CLIP of width 32.
+
+    With v_prediction the schedule ends in zero signal, as newer v models' do.
+    """
+    tokenizer = clip_tokenizer()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        text_encoder = CLIPTextModel(_clip_config(tokenizer, 32))
+        vae = _vae(scaling_factor=0.5, shift_factor=None)
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            cross_attention_dim=32,
+            attention_head_dim=2,
+            norm_num_groups=8,
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type=prediction,
+        steps_offset=1,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=prediction == "v_prediction",
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_sd3(t5: bool = True) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3 with a transformer of width 32, CLIPs of 16 and 24, and a T5 of 48.
+
+    The first block has a second attention and queries are normed, as in Stable Diffusion 3.5.
+    Without `t5` the third encoder and its tokenizer are None.
+    """
+    tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
+    tokenizer_3 = t5_tokenizer()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        text_encoder = CLIPTextModelWithProjection(_clip_config(tokenizer, 16))
+        text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, 24))
+        vae = _vae(scaling_factor=1.5, shift_factor=0.06)
+        transformer = SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=48,
+            caption_projection_dim=32,
+            pooled_projection_dim=40,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        )
+        text_encoder_3 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizer_3),
+                d_model=48,
+                d_kv=8,
+                d_ff=64,
+                num_layers=1,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=text_encoder_3.eval() if t5 else None,
+        tokenizer_3=tokenizer_3 if t5 else None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,235 @@
+"""Weight updates as low-rank products ``scale * up @ down``, and exact sums of them.
+
+Everything here acts on the *product*, never on the factors by themselves: summing ups and downs
+apart brings in the cross terms ``up_i @ down_j``. Nothing is made dense but by :func:`product`.
+
+A *merge* is ``fn(products, weights) -> LowRank``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from customize.errors import ConceptError, ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The update ``scale * up @ down`` of one (out, in) weight.
+
+    Attributes:
+        up: (out, r), any floating dtype.
+        down: (r, in), any floating dtype, on the device of ``up``.
+        scale: alpha / r, or whatever the adapter multiplies its product with; finite.
+
+    Raises:
+        ConceptError: the factors do not fit together, or the scale is not finite.
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        up, down = tuple(self.up.shape), tuple(self.down.shape)
+        if len(up) != 2 or len(down) != 2 or up[1] != down[0]:
+            raise ConceptError(
+                f"an up-projection of shape {up} and a down-projection of shape {down} "
+                "have no product",
+                fix="give shapes (out, rank) and (rank, in); convolutions go through from_factors",
+            )
+        if not math.isfinite(self.scale):
+            raise ConceptError(f"the scale of an update is {self.scale}", fix="give a finite scale")
+
+    @property
+    def rank(self) -> int:
+        """Columns of ``up``: an upper bound of the product's rank."""
+        return self.up.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the product."""
+        return self.up.shape[0], self.down.shape[1]
+
+
+Merge = Callable[[Sequence[LowRank], Sequence[float]], LowRank]
+
+
+def from_factors(up: Tensor, down: Tensor, scale: float = 1.0) -> LowRank:
+    """A LowRank from the factors of a linear or a convolution layer.
+
+    Args:
+        up: (out, r), or (out, r, 1, 1) of a 1 x 1 convolution (any number of 1s).
+        down: (r, in), or (r, in, kh, kw): flattened to (r, in * kh * kw), so the product
+            reshaped to (out, in, kh, kw) is the update of the convolution's weight.
+        scale: as in :class:`LowRank`.
+
+    Raises:
+        ConceptError: the shapes do not fit together, or ``up`` is wider than one pixel.
+    """
+    if any(side != 1 for side in up.shape[2:]):
+        raise ConceptError(
+            f"the up-projection of shape {tuple(up.shape)} is not a 1 x 1 convolution",
+            fix="give an up-projection whose kernel is one pixel",
+        )
+    return LowRank(up.flatten(1), down.flatten(1), scale)
+
+
+def product(p: LowRank) -> Tensor:
+    """The dense update: (out, in), float32 or the factors' higher precision."""
+    dtype = _precision([p])
+    return p.scale * (p.up.to(dtype) @ p.down.to(dtype))
+
+
+def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """``sum_i weights[i] * products[i]``, exact, by laying the factors side by side.
+
+    Weights and scales go into the up-projection and the result's scale is 1. Ranks add up;
+    where all products have bit-equal down-projections, their ups are added and the rank stays.
+
+    Args:
+        products: at least one, of equal shape and on one device.
+        weights: as many, finite; they need not add to 1 (the paper sums with 0.6 each).
+
+    Returns:
+        float32 or the factors' higher precision.
+
+    Raises:
+        ConceptError: no products, or their shapes or devices differ.
+        ConfigError: another number of weights than of products, or one is not finite.
+    """
+    _check_mergeable(products, weights)
+    dtype = _precision(products)
+    downs = [p.down.to(dtype) for p in products]
+    ups = [(w * p.scale) * p.up.to(dtype) for p, w in zip(products, weights, strict=True)]
+    if all(torch.equal(down, downs[0]) for down in downs[1:]):
+        return LowRank(torch.stack(ups).sum(0), downs[0])
+    return LowRank(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
+
+
+def average(products: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """``(1 / K) * sum_i weights[i] * products[i]`` over K products.
+
+    This is what the published code of Orthogonal Adaptation does; its weights 1.8 at K = 3 are
+    the paper's 0.6 in :func:`weighted_sum`. With fixed weights each concept fades as K grows.
+
+    Arguments, result and errors as :func:`weighted_sum`.
+    """
+    return weighted_sum(products, [weight / max(len(products), 1) for weight in weights])
+
+
+MERGES: dict[str, Merge] = {"sum": weighted_sum, "average": average}
+
+
+def truncate(p: LowRank, rank: int) -> LowRank:
+    """The nearest product of at most ``rank`` in the Frobenius norm (Eckart-Young).
+
+    Thin QR of both factors and a singular value decomposition of the small matrix between them,
+    in float64. The factors come back balanced: ``up^T up == down @ down^T``, diagonal.
+
+    Returns:
+        rank min(rank, p.rank, out, in), scale 1, on p's device, float32 or p's higher precision.
+
+    Raises:
+        ConfigError: rank is below 1.
+    """
+    if rank < 1:
+        raise ConfigError(f"an update cannot be truncated to rank {rank}", fix="keep at least 1")
+    q_up, r_up = torch.linalg.qr(_exact(p.up))
+    q_down, r_down = torch.linalg.qr(_exact(p.down).T)
+    u, s, vh = torch.linalg.svd(p.scale * (r_up @ r_down.T), full_matrices=False)
+    root = s[:rank].sqrt()
+    up = q_up @ (u[:, :rank] * root)
+    down = (root[:, None] * vh[:rank]) @ q_down.T
+    device, dtype = p.up.device, _precision([p])
+    return LowRank(up.to(device, dtype), down.to(device, dtype))
+
+
+def inner(p: LowRank, q: LowRank) -> float:
+    """The Frobenius inner product ``<p, q> = tr(p^T q)``, in float64, from r x r Gram matrices.
+
+    Raises:
+        ConceptError: the shapes or devices differ.
+    """
+    check_alike([p, q])
+    ups = _exact(p.up).T @ _exact(q.up)
+    downs = _exact(p.down) @ _exact(q.down).T
+    return p.scale * q.scale * float((ups * downs).sum())
+
+
+def row_factor(p: LowRank) -> Tensor:
+    """A thin F with ``F^T F == dW^T dW``: the product without its orthonormal column factor.
+
+    ``dW = Q @ F`` with orthonormal Q, so norms of ``dW``, of ``dW @ X`` and of ``dW_i dW_j^T``
+    are those of F, at a rank's size in place of the layer's.
+
+    Returns:
+        (min(out, rank), in), float64.
+    """
+    _, r_up = torch.linalg.qr(_exact(p.up))
+    return p.scale * (r_up @ _exact(p.down))
+
+
+def norm(p: LowRank) -> float:
+    """The Frobenius norm of the product, in float64.
+
+    Not ``sqrt(inner(p, p))``: squares lose half of the digits where the terms of a sum cancel,
+    and :func:`distance` is such a sum.
+    """
+    return float(torch.linalg.matrix_norm(row_factor(p)))
+
+
+def distance(p: LowRank, q: LowRank) -> float:
+    """The Frobenius norm of ``p - q``, in float64.
+
+    Raises:
+        ConceptError: the shapes or devices differ.
+    """
+    exact = [LowRank(_exact(each.up), _exact(each.down), each.scale) for each in (p, q)]
+    return norm(weighted_sum(exact, [1.0, -1.0]))
+
+
+def check_alike(products: Sequence[LowRank]) -> None:
+    """Refuse products that are not updates of one weight.
+
+    Raises:
+        ConceptError: the shapes or devices differ.
+    """
+    for p in products[1:]:
+        if p.shape != products[0].shape or p.up.device != products[0].up.device:
+            raise ConceptError(
+                f"updates of shapes {products[0].shape} on {products[0].up.device} and {p.shape} "
+                f"on {p.up.device} do not belong to one weight",
+                fix="combine updates of the same layer of the same base model, on one device",
+            )
+
+
+def _check_mergeable(products: Sequence[LowRank], weights: Sequence[float]) -> None:
+    if not products:
+        raise ConceptError("there is nothing to merge", fix="give at least one update")
+    if len(weights) != len(products):
+        raise ConfigError(
+            f"{len(weights)} weights were given for {len(products)} updates",
+            fix="give one weight for each",
+        )
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise ConfigError(f"a merge weight is {weight}", fix="give finite weights")
+    check_alike(products)
+
+
+def _precision(products: Sequence[LowRank]) -> torch.dtype:
+    dtypes = [factor.dtype for p in products for factor in (p.up, p.down)]
+    return reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def _exact(factor: Tensor) -> Tensor:
+    # Apple's GPUs have no float64; the factors are small enough to bring over.
+    device = torch.device("cpu") if factor.device.type == "mps" else factor.device
+    return factor.to(device=device, dtype=torch.float64)

@@ -1,0 +1,223 @@
+"""Sums, truncations and norms of low-rank products agree with dense float64 arithmetic."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from customize.core.bases import block, cosine, down_projection
+from customize.core.lowrank import (
+    MERGES,
+    LowRank,
+    average,
+    distance,
+    from_factors,
+    inner,
+    norm,
+    product,
+    row_factor,
+    truncate,
+    weighted_sum,
+)
+from customize.errors import ConceptError, ConfigError
+
+SCALES = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, -1.5])
+WEIGHTS = st.floats(-2, 2)
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+
+
+@st.composite
+def updates(draw, count=None, dtype=None):
+    """Products of one layer, with any mix of rank, scale and dtype, and their weights."""
+    out, width = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    products = []
+    for _ in range(count or draw(st.integers(1, 4))):
+        rank, kind = draw(st.integers(1, 6)), dtype or draw(DTYPES)
+        up = torch.randn(out, rank, generator=generator).to(kind)
+        down = torch.randn(rank, width, generator=generator).to(kind)
+        products.append(LowRank(up, down, draw(SCALES)))
+    return products, [draw(WEIGHTS) for _ in products]
+
+
+def dense(p: LowRank) -> torch.Tensor:
+    return p.scale * (p.up.double() @ p.down.double())
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((actual.double() - expected).abs().max() <= tolerance * (1 + expected.abs().max()))
+
+
+@settings(deadline=None)
+@given(updates(count=1))
+def test_product(case):
+    (p,), _ = case
+    assert close(product(p), dense(p))
+    assert product(p).shape == p.shape
+    assert product(p).dtype in (torch.float32, torch.float64)
+
+
+@settings(deadline=None)
+@given(updates())
+def test_weighted_sum_is_the_sum_of_products(case):
+    products, weights = case
+    merged = weighted_sum(products, weights)
+    expected = sum(w * dense(p) for p, w in zip(products, weights, strict=True))
+    size = sum(abs(w) * dense(p).abs().max() for p, w in zip(products, weights, strict=True))
+    assert (dense(merged) - expected).abs().max() <= 1e-5 * (1 + size)
+    assert merged.scale == 1.0
+    wide = any(p.up.dtype == torch.float64 for p in products)
+    assert merged.up.dtype == merged.down.dtype == (torch.float64 if wide else torch.float32)
+
+
+@settings(deadline=None)
+@given(updates(dtype=torch.float64))
+def test_average_divides_by_the_number_of_concepts(case):
+    products, weights = case
+    expected = sum(w * dense(p) for p, w in zip(products, weights, strict=True)) / len(products)
+    assert close(dense(average(products, weights)), expected, 1e-12)
+
+
+def test_ranks_add_unless_the_downs_are_equal():
+    torch.manual_seed(0)
+    down = torch.randn(3, 8)
+    ups = [torch.randn(5, 3) for _ in range(4)]
+    shared = [LowRank(up, down.clone(), scale) for up, scale in zip(ups, (1, 2, 3, 4), strict=True)]
+    merged = weighted_sum(shared, [0.6] * 4)
+    assert merged.rank == 3
+    assert torch.equal(merged.down, down)
+    assert close(dense(merged), 0.6 * sum(dense(p) for p in shared))
+    nearly = LowRank(ups[0], torch.nextafter(down, torch.tensor(9.0)))
+    assert weighted_sum([*shared, nearly], [0.6] * 5).rank == 15
+    # Equal values in another precision are the same slice.
+    half = LowRank(ups[0], down.bfloat16()), LowRank(ups[1], down.bfloat16().float())
+    assert weighted_sum(half, [1.0, 1.0]).rank == 3
+
+
+def test_a_sum_of_half_precision_keeps_what_half_precision_would_lose():
+    down = torch.eye(2, dtype=torch.float16)
+    large = LowRank(torch.tensor([[1024.0, 0.0]], dtype=torch.float16), down)
+    small = LowRank(torch.tensor([[0.25, 0.0]], dtype=torch.float16), down)
+    assert product(weighted_sum([large, small], [1.0, 1.0]))[0, 0] == 1024.25
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_disjoint_slices_do_not_cross_and_sum(rank):
+    torch.manual_seed(0)
+    width = 48
+    products = [
+        LowRank(
+            torch.randn(32, rank),
+            down_projection(cosine, width, block(i, width, rank), 0, scale=0.5),
+            2.0,
+        )
+        for i in range(3)
+    ]
+    for i, p in enumerate(products):
+        for q in products[i + 1 :]:
+            assert (dense(p) @ dense(q).T).abs().max() < 1e-5
+            assert abs(inner(p, q)) < 1e-5 * norm(p) * norm(q)
+    merged = dense(MERGES["sum"](products, [1.0] * 3))
+    assert close(merged, sum(dense(p) for p in products))
+    # On an input from its own slice each concept acts in the merged model as it does alone.
+    own = products[0].down.double().T
+    assert close(merged @ own, dense(products[0]) @ own)
+
+
+@settings(deadline=None)
+@given(updates(), st.integers(1, 8))
+def test_truncate_is_the_best_approximation(case, rank):
+    products, weights = case
+    p = weighted_sum(products, weights)
+    cut = truncate(p, rank)
+    singular = torch.linalg.svdvals(dense(p))
+    best = singular[rank:].square().sum().sqrt().item()
+    error = torch.linalg.matrix_norm(dense(cut) - dense(p)).item()
+    assert error <= best + 1e-5 * (1 + singular[0].item())
+    assert cut.rank == min(rank, p.rank, *p.shape)
+    assert cut.up.dtype == p.up.dtype
+    ups, downs = cut.up.double().T @ cut.up.double(), cut.down.double() @ cut.down.double().T
+    assert close(ups, downs)
+    assert close(ups, torch.diag(torch.linalg.svdvals(dense(p))[: cut.rank]), 1e-5)
+
+
+@settings(deadline=None)
+@given(updates(count=2, dtype=torch.float32))
+def test_inner_norm_and_distance(case):
+    (p, q), _ = case
+    size = 1e-10 * (1 + norm(p)) * (1 + norm(q))
+    assert abs(inner(p, q) - (dense(p) * dense(q)).sum().item()) < size
+    assert abs(norm(p) - torch.linalg.matrix_norm(dense(p)).item()) < size
+    assert abs(distance(p, q) - torch.linalg.matrix_norm(dense(p) - dense(q)).item()) < size
+    assert abs(inner(p, p) - norm(p) ** 2) < size * (1 + norm(p))
+    assert close(row_factor(p).T @ row_factor(p), dense(p).T @ dense(p), 1e-10)
+
+
+def test_distance_sees_equal_products_through_different_factors():
+    torch.manual_seed(0)
+    p = LowRank(torch.randn(30, 4), torch.randn(4, 20), 0.5)
+    turn = torch.tensor([[0.0, 2.0, 0, 0], [4.0, 0, 0, 0], [0, 0, 0.5, 0], [0, 0, 0, 1.0]])
+    q = LowRank(p.up @ turn, torch.linalg.inv(turn) @ p.down, 0.5)
+    assert distance(p, q) < 1e-12 * norm(p)
+    assert distance(p, p) == 0.0
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from([(1, 1), (3, 3), (1, 3)]),
+)
+def test_convolution_factors(out, channels, rank, kernel):
+    down = torch.randn(rank, channels, *kernel, dtype=torch.float64)
+    up = torch.randn(out, rank, 1, 1, dtype=torch.float64)
+    x = torch.randn(2, channels, 5, 5, dtype=torch.float64)
+    p = from_factors(up, down, 0.5)
+    whole = torch.nn.functional.conv2d(x, product(p).reshape(out, channels, *kernel))
+    chained = 0.5 * torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), up)
+    assert torch.allclose(whole, chained)
+
+
+def test_linear_factors_pass_unchanged():
+    up, down = torch.randn(3, 2), torch.randn(2, 4)
+    p = from_factors(up, down, 2.0)
+    assert torch.equal(p.up, up)
+    assert torch.equal(p.down, down)
+    assert (p.rank, p.shape, p.scale) == (2, (3, 4), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [((3, 2), (3, 4)), ((3,), (3, 4)), ((3, 2), (2, 4, 1)), ((3, 2, 1, 1), (2, 4, 1, 1))],
+)
+def test_factors_must_fit(up, down):
+    with pytest.raises(ConceptError, match="have no product"):
+        LowRank(torch.zeros(up), torch.zeros(down))
+
+
+def test_scale_must_be_finite_and_up_one_pixel():
+    with pytest.raises(ConceptError, match="nan"):
+        LowRank(torch.zeros(3, 2), torch.zeros(2, 4), math.nan)
+    with pytest.raises(ConceptError, match="1 x 1"):
+        from_factors(torch.zeros(3, 2, 3, 3), torch.zeros(2, 4, 1, 1))
+
+
+@pytest.mark.parametrize("merge", list(MERGES.values()), ids=list(MERGES))
+def test_merge_refuses_what_does_not_fit(merge):
+    p, q = LowRank(torch.ones(3, 2), torch.ones(2, 4)), LowRank(torch.ones(3, 2), torch.ones(2, 5))
+    with pytest.raises(ConceptError, match="nothing to merge"):
+        merge([], [])
+    with pytest.raises(ConceptError, match="nothing to merge"):
+        merge([], [1.0])
+    with pytest.raises(ConfigError, match="1 weights were given for 2"):
+        merge([p, p], [1.0])
+    with pytest.raises(ConfigError, match="inf"):
+        merge([p], [math.inf])
+    for refuse in (lambda: merge([p, q], [1.0, 1.0]), lambda: inner(p, q), lambda: distance(p, q)):
+        with pytest.raises(ConceptError, match="do not belong to one weight"):
+            refuse()
+    with pytest.raises(ConfigError, match="rank 0"):
+        truncate(p, 0)

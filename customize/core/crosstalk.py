@@ -1,0 +1,138 @@
+"""How much one concept's update disturbs another (Orthogonal Adaptation, section 3.3, Fig. 9).
+
+Three views, from the cheapest to the truest: of the down-projections' row spaces, of the updates,
+and of what the updates do to real layer inputs. Disjoint slices make the first two exactly zero;
+the third is zero only if the inputs also avoid the other slice, which nothing ensures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from customize.core.lowrank import LowRank, check_alike, row_factor
+from customize.errors import ConceptError
+
+
+def subspace_overlap(down_i: Tensor, down_j: Tensor) -> float:
+    """``||B_i^T B_j||_F^2 / r`` for orthonormal bases B of the two row spaces.
+
+    The mean squared cosine of the principal angles: 0 for orthogonal spaces, 1 where the smaller
+    space lies in the larger. Two random rank-r spaces of width d give r / d on average.
+
+    Args:
+        down_i, down_j: (r_i, in) and (r_j, in), any floating dtype; r is the smaller of the
+            numerical ranks, so scales and dependent rows do not count. A zero matrix gives 0.
+
+    Raises:
+        ConceptError: the widths differ.
+    """
+    if down_i.ndim != 2 or down_j.ndim != 2 or down_i.shape[1] != down_j.shape[1]:
+        raise ConceptError(
+            f"down-projections of shapes {tuple(down_i.shape)} and {tuple(down_j.shape)} "
+            "do not read the same input",
+            fix="compare (rank, in) down-projections of the same layer",
+        )
+    basis_i, basis_j = _row_space(down_i), _row_space(down_j)
+    smaller = min(basis_i.shape[0], basis_j.shape[0])
+    if smaller == 0:
+        return 0.0
+    return float((basis_i @ basis_j.T).square().sum()) / smaller
+
+
+def update_overlap(p: LowRank, q: LowRank) -> float:
+    """``||dW_i dW_j^T||_F / (||dW_i||_F ||dW_j||_F)``, in [0, 1], without dense matrices.
+
+    1 only for two updates of rank one that read the same direction; an update against itself
+    gives between 1 / sqrt(rank) and 1. A zero update gives 0.
+
+    Raises:
+        ConceptError: the shapes or devices differ.
+    """
+    check_alike([p, q])
+    rows_p, rows_q = row_factor(p), row_factor(q)
+    norms = float(torch.linalg.matrix_norm(rows_p) * torch.linalg.matrix_norm(rows_q))
+    return float(torch.linalg.matrix_norm(rows_p @ rows_q.T)) / norms if norms > 0 else 0.0
+
+
+def activation_crosstalk(p: LowRank, q: LowRank, inputs: Tensor) -> float:
+    """``||dW_j X_i||_F / ||dW_i X_i||_F``: what q does on p's own inputs, against what p does.
+
+    Args:
+        p: the update of concept i.
+        q: the update of concept j in the same layer.
+        inputs: (n, in), any floating dtype: inputs of the layer recorded while concept i is
+            drawn, one a row; convolutions as unfolded patches.
+
+    Returns:
+        0 where q leaves the inputs alone, 1 where both change them alike, infinity where only q
+        does anything.
+
+    Raises:
+        ConceptError: the updates or the inputs do not fit together.
+    """
+    check_alike([p, q])
+    if inputs.ndim != 2 or inputs.shape[1] != p.shape[1]:
+        raise ConceptError(
+            f"inputs of shape {tuple(inputs.shape)} do not enter a layer of width {p.shape[1]}",
+            fix=f"give recorded inputs of shape (n, {p.shape[1]})",
+        )
+    own, other = (
+        float(torch.linalg.matrix_norm(rows @ inputs.to(rows).T))
+        for rows in (row_factor(p), row_factor(q))
+    )
+    if other == 0:
+        return 0.0
+    return other / own if own > 0 else math.inf
+
+
+def matrix(products_by_concept: Mapping[str, Mapping[str, LowRank]]) -> Tensor:
+    """:func:`update_overlap` of every pair of K concepts, over all their layers.
+
+    Layers are aggregated by a root mean square weighted with the updates' energies::
+
+        sqrt( sum_l ||dW_i dW_j^T||^2 / sum_l ||dW_i||^2 ||dW_j||^2 )
+
+    so that layers that hardly changed do not dilute the figure. Layers that only one of the two
+    concepts has cannot cross and do not count; without a common layer the entry is 0.
+
+    Args:
+        products_by_concept: concept name -> layer name -> update.
+
+    Returns:
+        (K, K), float64, on the CPU, symmetric, in [0, 1], in the mapping's order.
+
+    Raises:
+        ConceptError: two concepts' updates of one layer differ in shape or device.
+    """
+    concepts = list(products_by_concept.values())
+    count = len(concepts)
+    crossed = torch.zeros(count, count, dtype=torch.float64)
+    energy = torch.zeros(count, count, dtype=torch.float64)
+    for layer in dict.fromkeys(name for concept in concepts for name in concept):
+        owners = [k for k, concept in enumerate(concepts) if layer in concept]
+        updates = [concepts[k][layer] for k in owners]
+        check_alike(updates)
+        # All pairs in one product: block (i, j) of the Gram matrix has the norm of dW_i dW_j^T.
+        factors = [row_factor(update) for update in updates]
+        rows = torch.cat(factors)
+        block = torch.repeat_interleave(
+            torch.tensor(owners), torch.tensor([factor.shape[0] for factor in factors])
+        )
+        member = torch.nn.functional.one_hot(block, count).to(rows)
+        crossed += (member.T @ (rows @ rows.T).square() @ member).cpu()
+        energies = (member.T @ rows.square().sum(1)).cpu()
+        energy += energies[:, None] * energies[None, :]
+    return torch.where(energy > 0, crossed / energy, 0.0).sqrt()
+
+
+def _row_space(down: Tensor) -> Tensor:
+    """Orthonormal rows that span the rows of ``down``: (numerical rank, in), float64, CPU."""
+    exact = down.to(device="cpu", dtype=torch.float64)
+    _, s, vh = torch.linalg.svd(exact, full_matrices=False)
+    # The tolerance of torch.linalg.matrix_rank, at the precision that the rows were stored in.
+    tolerance = s.max() * max(exact.shape) * torch.finfo(down.dtype).eps if s.numel() else 0.0
+    return vh[s > tolerance]

@@ -1,0 +1,146 @@
+"""Crosstalk measures agree with their dense definitions and vanish for disjoint slices."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from customize.core.bases import block, cosine, down_projection
+from customize.core.crosstalk import activation_crosstalk, matrix, subspace_overlap, update_overlap
+from customize.core.lowrank import LowRank, product
+from customize.errors import ConceptError
+
+
+@st.composite
+def pairs(draw):
+    """Two updates of one layer, and recorded inputs of it, in float64."""
+    out, width = draw(st.integers(1, 10)), draw(st.integers(1, 10))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    p, q = (
+        LowRank(normal(out, rank), normal(rank, width), draw(st.sampled_from([0.5, -1.0, 3.0])))
+        for rank in (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    )
+    return p, q, normal(draw(st.integers(1, 6)), width)
+
+
+def ratio(p, q):
+    dense_p, dense_q = product(p), product(q)
+    return (
+        torch.linalg.matrix_norm(dense_p @ dense_q.T) / (dense_p.norm() * dense_q.norm())
+    ).item()
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_measures_match_their_definitions(case):
+    p, q, inputs = case
+    assert update_overlap(p, q) == pytest.approx(ratio(p, q), rel=1e-9, abs=1e-12)
+    assert update_overlap(p, q) == pytest.approx(update_overlap(q, p))
+    assert 0 <= update_overlap(p, q) <= 1 + 1e-9
+    dense = [(product(each) @ inputs.T).norm().item() for each in (p, q)]
+    assert activation_crosstalk(p, q, inputs) == pytest.approx(dense[1] / dense[0], rel=1e-6)
+    # The projectors onto the row spaces say the same without choosing bases.
+    projectors = [torch.linalg.pinv(each.down) @ each.down for each in (p, q)]
+    smaller = min(torch.linalg.matrix_rank(each.down).item() for each in (p, q))
+    expected = torch.trace(projectors[0] @ projectors[1]).item() / smaller
+    assert subspace_overlap(p.down, q.down) == pytest.approx(expected, abs=1e-7)
+
+
+@settings(deadline=None)
+@given(pairs(), st.sampled_from([0.5, -3.0, 1e-3, 1e4]))
+def test_overlaps_ignore_size(case, factor):
+    p, q, _ = case
+    larger = LowRank(p.up, p.down, p.scale * factor)
+    assert update_overlap(larger, q) == pytest.approx(update_overlap(p, q), abs=1e-9)
+    assert subspace_overlap(p.down * factor, q.down) == pytest.approx(
+        subspace_overlap(p.down, q.down), abs=1e-9
+    )
+
+
+def concept(index, rank=4, width=32, out=16, seed=0):
+    generator = torch.Generator().manual_seed(seed + index)
+    down = down_projection(cosine, width, block(index, width, rank), 0)
+    return LowRank(torch.randn(out, rank, generator=generator), down)
+
+
+def test_disjoint_slices_have_no_overlap_but_may_still_fire():
+    p, q = concept(0), concept(1)
+    assert subspace_overlap(p.down, q.down) < 1e-10
+    assert update_overlap(p, q) < 1e-6
+    generator = torch.Generator().manual_seed(5)
+    anything = torch.randn(64, 32, generator=generator)
+    assert activation_crosstalk(p, q, anything) > 0.5
+    beside = anything - anything @ q.down.T @ q.down  # what the paper's section 3.3 settles for
+    assert activation_crosstalk(p, q, beside) < 1e-5
+
+
+def test_subspace_overlap_of_shared_columns_and_dependent_rows():
+    half = down_projection(cosine, 32, (0, 1, 4, 5), 0), down_projection(cosine, 32, range(4), 0)
+    assert subspace_overlap(*half) == pytest.approx(0.5, abs=1e-6)
+    assert subspace_overlap(half[0], half[0]) == pytest.approx(1.0, abs=1e-6)
+    assert subspace_overlap(half[0][:2], half[0]) == pytest.approx(1.0, abs=1e-6)
+    repeated = half[1][[0, 0, 1, 1]]
+    assert subspace_overlap(repeated, half[0]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_nothing_disturbs_nothing():
+    p, zero = concept(0), LowRank(torch.zeros(16, 4), torch.zeros(4, 32))
+    inputs = torch.ones(3, 32)
+    assert subspace_overlap(p.down, zero.down) == 0.0
+    assert update_overlap(p, zero) == update_overlap(zero, zero) == 0.0
+    assert activation_crosstalk(p, zero, inputs) == 0.0
+    assert activation_crosstalk(zero, zero, inputs) == 0.0
+    assert activation_crosstalk(zero, p, inputs) == math.inf
+
+
+def test_matrix_is_the_energy_weighted_root_mean_square():
+    torch.manual_seed(0)
+
+    def update(out, rank, width, scale):
+        up, down = torch.randn(out, rank).double(), torch.randn(rank, width).double()
+        return LowRank(up, down, scale)
+
+    concepts = {
+        "rex": {"a": update(6, 2, 8, 1.0), "b": update(4, 3, 5, 0.1), "own": update(3, 1, 3, 9.0)},
+        "tom": {"b": update(4, 1, 5, 2.0), "a": update(6, 4, 8, 0.5)},
+        "bob": {"b": update(4, 9, 5, 1.0)},  # a rank above the layer's
+    }
+    table = matrix(concepts)
+    assert table.shape == (3, 3)
+    assert table.dtype == torch.float64
+    for i, first in enumerate(concepts.values()):
+        for j, second in enumerate(concepts.values()):
+            crossed = energy = 0.0
+            for layer in first.keys() & second.keys():
+                dense = product(first[layer]), product(second[layer])
+                crossed += (dense[0] @ dense[1].T).norm().item() ** 2
+                energy += (dense[0].norm() * dense[1].norm()).item() ** 2
+            assert table[i, j].item() == pytest.approx(math.sqrt(crossed / energy), rel=1e-9)
+
+
+def test_matrix_edges():
+    assert matrix({}).shape == (0, 0)
+    apart = {"rex": {"a": concept(0)}, "tom": {"b": concept(0)}, "new": {}}
+    assert matrix(apart).fill_diagonal_(0).abs().max() == 0
+    disjoint = {f"c{i}": {"a": concept(i), "b": concept(i, seed=9)} for i in range(4)}
+    table = matrix(disjoint)
+    assert (table.diagonal() >= 0.5 - 1e-9).all()  # at least 1 / sqrt(rank)
+    assert table.fill_diagonal_(0).max() < 1e-6
+
+
+def test_what_does_not_fit_is_refused():
+    p, q = concept(0), concept(0, width=40)
+    with pytest.raises(ConceptError, match="same input"):
+        subspace_overlap(p.down, q.down)
+    with pytest.raises(ConceptError, match="one weight"):
+        update_overlap(p, q)
+    with pytest.raises(ConceptError, match="width 32"):
+        activation_crosstalk(p, p, torch.zeros(3, 40))
+    with pytest.raises(ConceptError, match="one weight"):
+        matrix({"rex": {"a": p}, "tom": {"a": q}})

@@ -15,7 +15,7 @@ from customize.concepts.concept import BasisInfo, Method
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError, PipelineError
-from customize.families.base import Family
+from customize.families.base import Family, uncompiled
 
 Products = Mapping[str, Mapping[str, LowRank]]
 
@@ -105,7 +105,7 @@ def attach(
     """
     if rank < 1:
         raise ConfigError(f"an adapter cannot have rank {rank}", where="rank", fix="use at least 1")
-    targets = {component: _targets(family, component) for component in components}
+    targets = {component: family.adapter_targets(component) for component in components}
     for component, shapes in targets.items():
         for module, (out, width) in shapes.items():
             if rank > min(out, width):
@@ -153,7 +153,7 @@ def attach_products(
         PipelineError: the name is taken. Nothing was changed.
     """
     fitted = fit(products, family)
-    models = {component: _model(family, component) for component in fitted}
+    models = {component: uncompiled(family.components[component]) for component in fitted}
     for component, model in models.items():
         if name in getattr(model, "peft_config", {}):
             raise PipelineError(
@@ -184,9 +184,12 @@ def fit(products: Products, family: Family) -> dict[str, dict[str, LowRank]]:
     fitted: dict[str, dict[str, LowRank]] = {}
     for component, updates in products.items():
         try:
-            targets = _targets(family, component)
-        except ConfigError as error:
-            raise ConceptError(error.what, fix="use a concept of this model family") from error
+            targets = family.adapter_targets(component)
+        except (ConfigError, PipelineError) as error:
+            raise ConceptError(
+                f"the model has no {component} that could take the concept's updates",
+                fix="use a concept of this model family, and a pipeline with all its parts",
+            ) from error
         fitted[component] = {}
         for module, update in updates.items():
             name = module if module in targets else module.removeprefix("text_model.")
@@ -205,22 +208,6 @@ def file_name(component: str, module: str) -> str:
     """The name of a module in files: that of the model, CLIP's with its old ``text_model.``."""
     flat = component.startswith("text_encoder") and module.startswith("encoder.layers.")
     return f"text_model.{module}" if flat else module
-
-
-def _model(family: Family, component: str) -> nn.Module:
-    models = {family.denoiser_key: family.denoiser, **family.text_encoders}
-    if component not in models:
-        raise ConfigError(
-            f"{component} cannot carry an adapter in the family {family.name}",
-            where="components",
-            fix=f"choose from {', '.join(models)}",
-        )
-    return models[component]
-
-
-def _targets(family: Family, component: str) -> dict[str, tuple[int, int]]:
-    _model(family, component)
-    return family.adapter_targets(component)
 
 
 def _frozen_downs(

@@ -70,10 +70,10 @@ class ConceptInfo(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}\Z")
-    trigger: str = Field(pattern=r"^<[a-z0-9][a-z0-9_-]{0,63}>\Z")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    trigger: str = Field(pattern=r"^<[a-z0-9][a-z0-9_-]{0,63}>$")
     class_word: str = Field(min_length=1, max_length=64)
-    family: str = Field(pattern=r"^[a-z0-9_]{1,32}\Z")
+    family: str = Field(pattern=r"^[a-z0-9_]{1,32}$")
     base: str = Field(max_length=500)
     fingerprint: dict[str, JsonValue]
     method: Method = "orthogonal"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -255,7 +256,8 @@ class TrainableRows:
 
 
 def _embedding(dictionary: TokenDictionary) -> nn.Embedding:
-    embedding: nn.Embedding = dictionary.text_encoder.get_input_embeddings()
+    encoder: Any = dictionary.text_encoder
+    embedding: nn.Embedding = encoder.get_input_embeddings()
     return embedding
 
 
@@ -263,4 +265,5 @@ def _set_table(dictionary: TokenDictionary, table: Tensor) -> None:
     embedding = _embedding(dictionary)
     embedding.weight = nn.Parameter(table, requires_grad=embedding.weight.requires_grad)
     embedding.num_embeddings = table.shape[0]
-    dictionary.text_encoder.config.vocab_size = table.shape[0]
+    encoder: Any = dictionary.text_encoder
+    encoder.config.vocab_size = table.shape[0]

@@ -1,0 +1,91 @@
+"""The model card that goes with a concept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from customize.concepts.concept import Concept
+
+
+def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
+    """The card as Markdown, with the header that hubs read.
+
+    Args:
+        pictures: file names beside the card.
+    """
+    info = concept.info
+    # JSON strings are YAML strings, so nothing in them can add a field.
+    head = [
+        "---",
+        f"base_model: {json.dumps(info.base)}",
+        "library_name: diffusers",
+        f"instance_prompt: {json.dumps(info.trigger)}",
+        "tags: [text-to-image, lora, textual-inversion, diffusers-customize]",
+        "---",
+    ]
+    layers = ", ".join(f"{len(updates)} of {name}" for name, updates in concept.products.items())
+    if info.basis is not None:
+        how = (
+            f"Orthogonal Adaptation: slices of the `{info.basis.kind}` basis with seed "
+            f"{info.basis.seed}, frozen"
+        )
+    else:
+        how = "an ordinary LoRA: both factors learned"
+    rows = {
+        "Trigger": f"`{info.trigger}`, {info.num_tokens} tokens",
+        "What it is": f"a {_plain(info.class_word)}",
+        "Base model": f"{_plain(info.base)} (family {info.family})",
+        "How it was learned": how,
+        "Rank, alpha": f"{info.rank}, {info.alpha:g}",
+        "Layers": layers,
+        "Made": _plain(info.created),
+        **{_plain(key): _plain(json.dumps(value)) for key, value in info.scores.items()},
+    }
+    tokens = (
+        'pipe.load_textual_inversion("FOLDER")'
+        if len(concept.embeddings) == 1
+        else "# the tokens are in learned_embeds.safetensors"
+    )
+    base = json.dumps(info.base)
+    body = [
+        f"# {info.name}",
+        "",
+        *(f"![{info.trigger}]({picture})" for picture in pictures),
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows.items()),
+        "",
+        "With customize, alone or beside other concepts:",
+        "",
+        "```python",
+        "import customize",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained({base}).load_custom("FOLDER")',
+        f'pipe("a photo of {info.trigger}").images[0]',
+        "```",
+        "",
+        "With diffusers alone:",
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({base})",
+        'pipe.load_lora_weights("FOLDER")',
+        tokens,
+        f'pipe("a photo of {info.trigger}").images[0]',
+        "```",
+        "",
+    ]
+    return "\n".join(head + body)
+
+
+def _plain(value: str) -> str:
+    """Text of others, unable to leave its cell of the table or to become markup."""
+    for mark in "\\`*_[]<>|":
+        value = value.replace(mark, f"\\{mark}")
+    return value

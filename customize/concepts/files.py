@@ -1,0 +1,198 @@
+"""A concept on disk: a folder that stock diffusers reads too, or one ``.safetensors`` file.
+
+The folder::
+
+    pytorch_lora_weights.safetensors   every update, for ``pipe.load_lora_weights(folder)``
+    learned_embeds.safetensors         the tokens, for ``pipe.load_textual_inversion(folder)``
+    concept.json                       the facts, and a digest of the tensors
+    README.md, sample-*.png            the model card
+
+A single file holds the same tensors, with the JSON in its header. Files are checked whole before
+anything is returned, and written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from customize.concepts import card
+from customize.concepts.concept import Concept
+from customize.concepts.layout import (
+    CARD_FILE,
+    EMBEDS_FILE,
+    INFO_FILE,
+    INFO_HEADER,
+    LORA_FILE,
+    PEFT_HEADER,
+    bundled_embeddings,
+    embedding_tensors,
+    info_json,
+    lora_tensors,
+    peft_header,
+)
+from customize.concepts.reading import read, read_info
+from customize.errors import ConceptError, StorageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["read", "read_info", "write", "write_single"]
+
+
+def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] = ()) -> Path:
+    """Write a concept as a folder, whole or not at all.
+
+    Everything is written to a folder beside it first, and then renamed. A folder that holds the
+    same concept gets its files replaced one by one, and keeps what else is in it; should the
+    machine stop between two of them, reading reports that the parts do not belong together.
+
+    Args:
+        folder: new, empty, or holding a concept of the same name.
+        samples: pictures for the model card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StorageError: the folder holds something else, or cannot be written (disk full, no
+            permission). What was there before still is.
+    """
+    folder = Path(folder)
+    _check_folder(folder, concept.info.name)
+    files = {
+        LORA_FILE: _safetensors(lora_tensors(concept), {PEFT_HEADER: peft_header(concept)}),
+        INFO_FILE: info_json(concept).encode(),
+    }
+    if concept.embeddings:
+        files[EMBEDS_FILE] = _safetensors(embedding_tensors(concept), {})
+    pictures = [f"sample-{number}.png" for number in range(1, len(samples) + 1)]
+    for name, picture in zip(pictures, samples, strict=True):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        files[name] = buffer.getvalue()
+    files[CARD_FILE] = card.text(concept, pictures).encode()
+
+    partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir(parents=True)
+        for name, data in files.items():
+            _write_file(partial / name, data)
+        if folder.exists():
+            stale = [*folder.glob("sample-*.png"), folder / EMBEDS_FILE]
+            for name in files:
+                os.replace(partial / name, folder / name)
+            for path in stale:
+                if path.name not in files:
+                    path.unlink(missing_ok=True)
+        else:
+            partial.rename(folder)
+        _sync_folder(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        raise _storage_error(error, folder) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def write_single(concept: Concept, path: str | Path) -> Path:
+    """Write a concept as one ``.safetensors`` file, whole or not at all.
+
+    ``load_lora_weights`` of stock diffusers takes the updates from it as well.
+
+    Raises:
+        StorageError: the name has another ending, the file is there and holds something else
+            than this concept, or it cannot be written. What was there before still is.
+    """
+    path = Path(path)
+    name = concept.info.name
+    if path.suffix != ".safetensors":
+        raise StorageError(
+            "a single file must end in .safetensors", where=path, fix=f"name it {name}.safetensors"
+        )
+    if path.exists():
+        _check_same(lambda: read(path).info.name, name, path)
+    metadata = {PEFT_HEADER: peft_header(concept), INFO_HEADER: info_json(concept)}
+    data = _safetensors(lora_tensors(concept) | bundled_embeddings(concept), metadata)
+    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(partial, data)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _storage_error(error, path) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    from safetensors.torch import save
+
+    # Clones, because tensors that share memory (a slice used in many layers) are refused.
+    own = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+    return save(own, {"format": "pt", **metadata})
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    if folder.is_dir():
+        if (folder / INFO_FILE).exists():
+            _check_same(lambda: read_info(folder).name, name, folder)
+        elif any(folder.iterdir()):
+            raise StorageError(
+                "the folder holds other files", where=folder, fix="choose a new or empty folder"
+            )
+    elif folder.exists():
+        raise StorageError("there is a file of this name", where=folder, fix="choose another name")
+
+
+def _check_same(found_name: Callable[[], str], name: str, where: Path) -> None:
+    try:
+        found = found_name()
+    except ConceptError as error:
+        raise StorageError(
+            f"something else is there that cannot be read: {error.what}",
+            where=where,
+            fix="move it away, or choose another name",
+        ) from error
+    if found != name:
+        raise StorageError(
+            f"the concept {found} is there, and {name} would overwrite it",
+            where=where,
+            fix="choose another name, or move it away",
+        )
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are durable
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _storage_error(error: OSError, where: Path) -> StorageError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return StorageError(
+        "the disk is full" if full else f"it cannot be written: {error.strerror or error}",
+        where=where,
+        fix="free some space and save again" if full else "choose a place that can be written",
+    )

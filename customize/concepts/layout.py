@@ -1,0 +1,73 @@
+"""The layout of a concept's files: which tensor has which name, and what the headers say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from customize.concepts.concept import Concept
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+EMBEDS_FILE = "learned_embeds.safetensors"
+INFO_FILE = "concept.json"
+CARD_FILE = "README.md"
+
+PEFT_HEADER = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
+INFO_HEADER = "customize_concept"
+# diffusers refuses a LoRA file with a key in which "lora" does not occur.
+EMBEDS_PREFIX = "lora_concept_embeds."
+# The names that the community's files give to the tokens of SDXL's and SD3's two CLIP encoders.
+COMMUNITY_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+DIGEST = "tensors_sha256"  # a field of the JSON beside those of ConceptInfo
+
+
+def tensor_digest(concept: Concept) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all tensors, whichever file holds them."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted((lora_tensors(concept) | bundled_embeddings(concept)).items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def lora_tensors(concept: Concept) -> dict[str, Tensor]:
+    tensors = {}
+    for component, updates in concept.products.items():
+        for module, update in updates.items():
+            tensors[f"{component}.{module}.lora_A.weight"] = update.down
+            tensors[f"{component}.{module}.lora_B.weight"] = update.up
+    return tensors
+
+
+def bundled_embeddings(concept: Concept) -> dict[str, Tensor]:
+    return {f"{EMBEDS_PREFIX}{key}": rows for key, rows in concept.embeddings.items()}
+
+
+def embedding_tensors(concept: Concept) -> dict[str, Tensor]:
+    if len(concept.embeddings) == 1:
+        return {concept.info.trigger: next(iter(concept.embeddings.values()))}
+    return {COMMUNITY_KEYS[key]: rows for key, rows in concept.embeddings.items()}
+
+
+def peft_header(concept: Concept) -> str:
+    info = concept.info
+    alpha = int(info.alpha) if info.alpha == int(info.alpha) else info.alpha
+    header: dict[str, Any] = {}
+    for component, updates in concept.products.items():
+        # The text encoder's layers by their endings, since their full names differ between
+        # versions of transformers.
+        clip = component.startswith("text_encoder")
+        names = {module.rpartition(".")[2] if clip else module for module in updates}
+        header[f"{component}.r"] = info.rank
+        header[f"{component}.lora_alpha"] = alpha
+        header[f"{component}.target_modules"] = sorted(names)
+    return json.dumps(header)
+
+
+def info_json(concept: Concept) -> str:
+    values = concept.info.model_dump() | {DIGEST: tensor_digest(concept)}
+    return json.dumps(values, indent=2, allow_nan=False)

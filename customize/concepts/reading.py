@@ -1,0 +1,263 @@
+"""Reading a concept: every file is checked whole before anything is returned."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from customize.concepts.concept import Concept, ConceptInfo, check_info
+from customize.concepts.layout import (
+    COMMUNITY_KEYS,
+    DIGEST,
+    EMBEDS_FILE,
+    EMBEDS_PREFIX,
+    INFO_FILE,
+    INFO_HEADER,
+    LORA_FILE,
+    PEFT_HEADER,
+    tensor_digest,
+)
+from customize.core.lowrank import LowRank
+from customize.errors import ConceptError
+
+_FACTOR = re.compile(r"([A-Za-z0-9_]+)\.(.+)\.lora_([AB])\.weight")
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+_MAX_JSON = 16 * 2**20
+_MAX_TENSORS = 8 * 2**30
+
+
+def read(source: str | Path) -> Concept:
+    """Read a concept from a folder, a ``.safetensors`` file or a hub id (``user/name``).
+
+    Raises:
+        ConceptError: nothing is there, a part is missing, cut short, changed, of wrong shape or
+            not finite, a key is missing or too many, the schema is unknown, or it is a pickle.
+    """
+    path = _located(source)
+    if path.suffix.lower() in _PICKLES:
+        _refuse_pickle(path)
+    return _read_folder(path) if path.is_dir() else _read_single(path)
+
+
+def read_info(folder: Path) -> ConceptInfo:
+    """The facts of a concept folder alone, without its tensors.
+
+    Raises:
+        ConceptError: ``concept.json`` is missing or wrong.
+    """
+    return _parsed_info(_bytes(folder / INFO_FILE, _MAX_JSON), folder / INFO_FILE)[0]
+
+
+def _read_folder(folder: Path) -> Concept:
+    if not (folder / INFO_FILE).is_file():
+        pickles = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in _PICKLES]
+        if pickles:
+            _refuse_pickle(pickles[0])
+        raise ConceptError(
+            f"the folder has no {INFO_FILE}",
+            where=folder,
+            fix="name a folder that customize has written, or one .safetensors of it",
+        )
+    path = folder / INFO_FILE
+    info, digest = _parsed_info(_bytes(path, _MAX_JSON), path)
+    lora, metadata = _read_tensors(folder / LORA_FILE)
+    products = _unpacked(lora, info, metadata, folder / LORA_FILE)
+    embeddings: dict[str, Tensor] = {}
+    if info.num_tokens:
+        embeds, _ = _read_tensors(folder / EMBEDS_FILE)
+        if set(embeds) == {info.trigger}:
+            embeddings = {"text_encoder": embeds[info.trigger]}
+        elif info.trigger in embeds:
+            extra = next(key for key in embeds if key != info.trigger)
+            raise ConceptError(f"the key {extra} is too many", where=folder / EMBEDS_FILE)
+        else:
+            names = {community: key for key, community in COMMUNITY_KEYS.items()}
+            unknown = [key for key in embeds if key not in names]
+            if unknown or len(embeds) != len(names):
+                raise ConceptError(
+                    f"there should be the key {info.trigger} or the keys {', '.join(names)}, "
+                    f"not {', '.join(embeds) or 'none'}",
+                    where=folder / EMBEDS_FILE,
+                    fix="get an unchanged copy of the concept",
+                )
+            embeddings = {names[key]: rows for key, rows in embeds.items()}
+    return _checked(info, products, embeddings, digest, folder)
+
+
+def _read_single(path: Path) -> Concept:
+    if path.suffix.lower() != ".safetensors":
+        raise ConceptError(
+            "a concept is a folder or a .safetensors file", where=path, fix="name one of these"
+        )
+    tensors, metadata = _read_tensors(path)
+    if INFO_HEADER not in metadata:
+        raise ConceptError(
+            "the file's header says nothing on a concept",
+            where=path,
+            fix="use a file that customize has written; load an ordinary LoRA with "
+            "load_lora_weights",
+        )
+    info, digest = _parsed_info(metadata[INFO_HEADER].encode(), path)
+    embeddings = {
+        key.removeprefix(EMBEDS_PREFIX): tensors.pop(key)
+        for key in list(tensors)
+        if key.startswith(EMBEDS_PREFIX)
+    }
+    products = _unpacked(tensors, info, metadata, path)
+    return _checked(info, products, embeddings, digest, path)
+
+
+def _checked(
+    info: ConceptInfo,
+    products: dict[str, dict[str, LowRank]],
+    embeddings: dict[str, Tensor],
+    digest: str,
+    where: Path,
+) -> Concept:
+    try:
+        concept = Concept(info, products, embeddings)
+    except ConceptError as error:
+        place = f"{where}: {error.where}" if error.where else where
+        raise ConceptError(error.what, where=place, fix=error.fix) from error
+    if tensor_digest(concept) != digest:
+        raise ConceptError(
+            "the tensors are not those that were saved with these facts",
+            where=where,
+            fix="get an unchanged copy of the concept, or save it again where it was learned",
+        )
+    return concept
+
+
+def _unpacked(
+    tensors: Mapping[str, Tensor], info: ConceptInfo, metadata: Mapping[str, str], where: Path
+) -> dict[str, dict[str, LowRank]]:
+    factors: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _FACTOR.fullmatch(key)
+        if match is None:
+            raise ConceptError(f"the key {key} is too many", where=where, fix="remove it")
+        component, module, factor = match.groups()
+        factors.setdefault((component, module), {})[factor] = tensor
+    products: dict[str, dict[str, LowRank]] = {}
+    for (component, module), pair in factors.items():
+        if len(pair) != 2:
+            missing = f"{component}.{module}.lora_{'B' if 'A' in pair else 'A'}.weight"
+            raise ConceptError(f"the key {missing} is missing", where=where)
+        try:
+            update = LowRank(pair["B"], pair["A"], info.scale)
+        except ConceptError as error:
+            raise ConceptError(error.what, where=f"{where}: {component}.{module}") from error
+        products.setdefault(component, {})[module] = update
+    _check_peft_header(metadata, info, products, where)
+    return products
+
+
+def _check_peft_header(
+    metadata: Mapping[str, str], info: ConceptInfo, components: Mapping[str, Any], where: Path
+) -> None:
+    """Other programs take the scale from here, so it must say what ``concept.json`` says."""
+    try:
+        stated = _json(metadata[PEFT_HEADER]) if PEFT_HEADER in metadata else {}
+        wrong = [
+            key
+            for component in components
+            for key, value in (("r", info.rank), ("lora_alpha", info.alpha))
+            if stated.get(f"{component}.{key}") != value
+        ]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConceptError("the adapter's header cannot be parsed", where=where) from error
+    if wrong:
+        raise ConceptError(
+            f"the adapter's header and the facts on the concept disagree on {wrong[0]}",
+            where=where,
+            fix="get an unchanged copy of the concept",
+        )
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its header's metadata.
+
+    The bytes are read once and parsed from memory: a mapped file that is replaced or cut short
+    later would change the tensors or crash the process.
+    """
+    from safetensors.torch import load
+
+    data = _bytes(path, _MAX_TENSORS)
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    except Exception as error:  # whatever a parser may raise on bytes of others
+        raise ConceptError(
+            f"the file is damaged or no safetensors file: {error}",
+            where=path,
+            fix="get the file anew",
+        ) from error
+    return tensors, metadata
+
+
+def _parsed_info(data: bytes, where: Path) -> tuple[ConceptInfo, str]:
+    try:
+        values = _json(data)
+    except (ValueError, RecursionError) as error:
+        raise ConceptError(
+            f"the facts on the concept are no JSON: {error}", where=where, fix="get the file anew"
+        ) from error
+    digest = values.pop(DIGEST, None) if isinstance(values, dict) else None
+    info = check_info(values, where)
+    if not isinstance(digest, str):
+        raise ConceptError("the digest of the tensors is missing", where=where)
+    return info, digest
+
+
+def _json(text: str | bytes) -> Any:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON number")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _bytes(path: Path, limit: int) -> bytes:
+    try:
+        if path.stat().st_size > limit:
+            raise ConceptError(f"the file is larger than {limit} bytes", where=path)
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ConceptError("the file is missing", where=path, fix="get it anew") from error
+    except OSError as error:
+        raise ConceptError(f"the file cannot be read: {error.strerror}", where=path) from error
+
+
+def _refuse_pickle(path: Path) -> NoReturn:
+    raise ConceptError(
+        "files of this kind can run code when they are opened, so they are not read",
+        where=path,
+        fix="get or convert it as .safetensors",
+    )
+
+
+def _located(source: str | Path) -> Path:
+    path = Path(source)
+    if path.exists():
+        return path
+    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        return _downloaded(source)
+    raise ConceptError("there is no such concept", where=source, fix="check the path")
+
+
+def _downloaded(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[LORA_FILE, EMBEDS_FILE, INFO_FILE]))
+    except Exception as error:  # offline, not found, gated, full disk: all mean no concept here
+        raise ConceptError(
+            f"there is no such folder, and the hub did not give it: {error}",
+            where=hub_id,
+            fix="check the path or the id",
+        ) from error

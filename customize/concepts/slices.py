@@ -1,0 +1,144 @@
+"""Which columns of the shared basis a concept takes, and who takes the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from customize.concepts.concept import BasisInfo, ConceptInfo
+from customize.concepts.layout import INFO_FILE
+from customize.concepts.reading import read_info
+from customize.core.bases import block, capacity, hashed_block, shared_columns
+from customize.errors import ConfigError
+
+
+def columns_for(
+    widths: Iterable[int], rank: int, *, index: int | None, name: str
+) -> dict[int, tuple[int, ...]]:
+    """The slice of each input width for one concept.
+
+    Args:
+        widths: input widths of the layers that take the adapter.
+        rank: columns of a slice.
+        index: the concept's number in its library. Concepts of one rank with different numbers
+            share nothing at a width until that is full (width // rank concepts); from there on
+            the count starts again, and :func:`collisions` reports it. None for a concept without
+            a library: its name's hash chooses, at each width.
+        name: the concept's name.
+
+    Returns:
+        width -> ``rank`` column numbers.
+
+    Raises:
+        ConfigError: the rank does not fit a width, or the index is negative.
+    """
+    if index is not None and index < 0:
+        raise ConfigError(f"a concept's number cannot be {index}", fix="count from 0")
+    return {
+        width: hashed_block(name, width, rank)
+        if index is None
+        else block(index % capacity(width, rank), width, rank)
+        for width in sorted(set(widths))
+    }
+
+
+def next_free_index(library: Path, rank: int, basis: BasisInfo, *, name: str | None = None) -> int:
+    """The number for a new concept in a library of concept folders.
+
+    The lowest of those whose slices share the fewest columns with the concepts there, over all
+    widths that they use: no column at all until a width is full.
+
+    Args:
+        library: a folder of concept folders; it need not exist yet.
+        rank, basis: of the new concept. Concepts on another basis take no columns of this one.
+        name: of the new concept; a concept of that name, about to be replaced, does not count.
+
+    Raises:
+        ConceptError: a ``concept.json`` in the library cannot be read. It may hold columns.
+        ConfigError: the rank does not fit a width in use.
+    """
+    infos = [read_info(file.parent) for file in sorted(Path(library).glob(f"*/{INFO_FILE}"))]
+    taken: dict[int, list[int]] = {}
+    for info in infos:
+        if info.name != name and _same_basis(info.basis, basis):
+            for width, columns in info.slices.items():
+                taken.setdefault(int(width), []).extend(columns)
+
+    def shared(index: int) -> int:
+        slices = columns_for(taken, rank, index=index, name="")
+        return sum(taken[width].count(c) for width, columns in slices.items() for c in columns)
+
+    candidates = max((capacity(width, rank) for width in taken), default=1)
+    return min(range(candidates), key=shared)
+
+
+@dataclass(frozen=True)
+class Collision:
+    """Two concepts whose updates are not orthogonal although both have slices.
+
+    Attributes:
+        first, second: the concepts' names.
+        columns: width -> the columns that both have; empty where their bases differ.
+        what: the same in words.
+        fix: what resolves it.
+    """
+
+    first: str
+    second: str
+    columns: dict[int, tuple[int, ...]]
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.what}. Do: {self.fix}."
+
+
+def collisions(infos: Sequence[ConceptInfo]) -> list[Collision]:
+    """Every pair of concepts that will disturb each other more than disjoint slices do.
+
+    Concepts of the method "lora" have no slices to compare and are left out.
+    """
+    found = []
+    sliced = [info for info in infos if info.basis is not None]
+    for a, b in combinations(sliced, 2):
+        if not _same_basis(a.basis, b.basis):
+            found.append(
+                Collision(
+                    a.name,
+                    b.name,
+                    {},
+                    f"{a.name} and {b.name} have different bases, so they overlap as much as "
+                    "slices drawn at random",
+                    f"learn {b.name} again with the basis of {a.name}",
+                )
+            )
+            continue
+        columns = {
+            int(width): shared
+            for width in sorted(set(a.slices) & set(b.slices), key=int)
+            if (shared := shared_columns(a.slices[width], b.slices[width]))
+        }
+        if columns:
+            counts = ", ".join(
+                f"{len(shared)} of {min(a.rank, b.rank)} columns at width {width}"
+                for width, shared in columns.items()
+            )
+            found.append(
+                Collision(
+                    a.name,
+                    b.name,
+                    columns,
+                    f"{a.name} and {b.name} share {counts}, where each changes what the other "
+                    "has learned",
+                    f"learn {b.name} again in one library folder with {a.name}, or with a slice "
+                    "number that is free, or lower the weight of one of them",
+                )
+            )
+    return found
+
+
+def _same_basis(a: BasisInfo | None, b: BasisInfo | None) -> bool:
+    # The scale does not turn a slice, so it does not matter here.
+    return a is not None and b is not None and (a.kind, a.seed) == (b.kind, b.seed)

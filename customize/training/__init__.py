@@ -1,0 +1,1 @@
+"""Learning one concept from a few pictures: settings, data, caches, the loop, checkpoints."""

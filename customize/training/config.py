@@ -1,0 +1,460 @@
+"""The settings of a training run, checked before any model is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from customize.errors import ConfigError
+
+# Checkpoints of these kinds are pickles, which run code when they are opened.
+_PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
+_MAX_FILE = 1 << 20  # a configuration is a page of text; a model given by mistake is not read
+
+
+class TrainConfig(BaseModel):
+    """What to learn, from what, and how. Every field is also a key of the YAML file and a flag.
+
+    The defaults suit a model of the size of Stable Diffusion 1.5. Relative paths start at the
+    current folder, and ``~`` is the home folder. ``none`` stands for no value where there may be
+    none. ``model_dump(mode="json")`` gives plain JSON from which the same configuration is built.
+
+    Raises:
+        ConfigError: a setting is unknown, missing, out of its range or contradicts another; the
+            error lists all that is wrong, a line each.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # What is learned
+    base: str = Field(
+        description="The pipeline to teach: a folder, a .safetensors file or a hub id"
+    )
+    images: Path = Field(description="Folder with the concept's pictures (jpg, jpeg, png, webp)")
+    output: Path = Field(description="Folder that receives the concept and its checkpoints")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$",
+        description="The concept's name: 1 to 64 of a-z, 0-9, - and _, such as rex",
+    )
+    trigger: str = Field(
+        default="",
+        pattern=r"^<[^<>\s]{1,64}>$",
+        description="The word that calls the concept in prompts, in angle brackets and without"
+        " spaces; default: the name in angle brackets",
+    )
+    class_word: str = Field(
+        max_length=64, description="What kind of thing it is, in a word or two, such as dog"
+    )
+    caption: str | None = Field(
+        default="a photo of {}",
+        description="Caption of pictures that bring none; {} stands for the trigger; none: every"
+        " picture brings its own (a .txt beside it, or metadata.jsonl)",
+    )
+    masks: Path | None = Field(
+        default=None,
+        description="Folder with a mask for each picture, of the same file stem; white is learned",
+    )
+    resolution: int | None = Field(
+        default=None,
+        ge=16,
+        le=8192,
+        description="Side of the square training pictures, pixels, 16 to 8192; none: the family's",
+    )
+    flip: bool = Field(
+        default=False, description="Mirror pictures left to right at random, half of the time"
+    )
+
+    # The adapter
+    method: Literal["orthogonal", "lora"] = Field(
+        default="orthogonal",
+        description="orthogonal: the down-projection is a frozen slice of a shared orthogonal"
+        " basis; lora: both factors are trained",
+    )
+    rank: int = Field(
+        default=8, ge=1, le=4096, description="Rank of the adapter, 1 to the narrowest layer"
+    )
+    alpha: float | None = Field(
+        default=None, gt=0, description="The update is scaled by alpha / rank, > 0; none: the rank"
+    )
+    basis: Literal["cosine", "gaussian_qr"] = Field(
+        default="cosine",
+        description="The shared orthogonal basis: cosine (by formula) or gaussian_qr (the paper's)",
+    )
+    basis_seed: int = Field(
+        default=0, ge=0, lt=1 << 63, description="Seed of the basis; the same for all to be merged"
+    )
+    basis_scale: float = Field(
+        default=1.0, gt=0, le=100, description="Factor on the frozen basis columns, above 0 to 100"
+    )
+    slice: int | None = Field(
+        default=None,
+        ge=0,
+        description="Number of the block of basis columns, from 0; none: the next one free in the"
+        " library, or one from the name's hash where no library is given",
+    )
+    library: Path | None = Field(
+        default=None, description="Folder of concepts to be merged, whose slices are kept apart"
+    )
+
+    # What else trains
+    train_text_encoder: bool = Field(
+        default=True, description="Adapt the CLIP text encoders as well as the denoiser"
+    )
+    train_tokens: bool = Field(default=True, description="Train the trigger's token embeddings")
+    num_tokens: int = Field(
+        default=2, ge=1, le=16, description="Tokens that the trigger stands for, 1 to 16"
+    )
+    layerwise_tokens: bool = Field(
+        default=False,
+        description="One embedding per token and cross-attention layer, not one per token",
+    )
+    token_init: str = Field(
+        default="random",
+        description="Where the first token starts: random, or a word; the others start at the"
+        " class word",
+    )
+
+    # Optimisation
+    steps: int = Field(default=800, ge=1, le=10_000_000, description="Optimiser steps, at least 1")
+    batch_size: int = Field(
+        default=2, ge=1, le=4096, description="Pictures per step, process and accumulation, from 1"
+    )
+    gradient_accumulation: int = Field(
+        default=1, ge=1, le=4096, description="Batches whose gradients make one step, at least 1"
+    )
+    learning_rate: float = Field(
+        default=1e-4, gt=0, le=1, description="Learning rate of the denoiser's adapter, above 0"
+    )
+    text_learning_rate: float = Field(
+        default=1e-5, gt=0, le=1, description="Learning rate of the text encoders' adapter, above 0"
+    )
+    token_learning_rate: float = Field(
+        default=1e-3, gt=0, le=1, description="Learning rate of the token embeddings, above 0"
+    )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Course of the learning rates after warm-up, down to 0"
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps over which learning rates rise from 0, below steps"
+    )
+    weight_decay: float = Field(
+        default=0.01, ge=0, le=1, description="AdamW's weight decay of the adapters, 0 to 1"
+    )
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Norm that gradients are clipped to; 0: not clipped"
+    )
+    min_snr_gamma: float | None = Field(
+        default=None,
+        gt=0,
+        description="Clip of the min-SNR loss weight for DDPM models, above 0, 5 is usual; none:"
+        " all timesteps weigh the same",
+    )
+    density: Literal["uniform", "logit_normal", "mode", "cosmap"] | None = Field(
+        default=None,
+        description="Density that noise levels are drawn from: uniform, logit_normal, mode or"
+        " cosmap; none: the family's",
+    )
+    noise_offset: float = Field(
+        default=0.0, ge=0, le=1, description="Offset noise, 0 (off) to 1; 0.1 is usual"
+    )
+    caption_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of captions left empty, 0 to below 1"
+    )
+
+    # Prior preservation
+    prior_weight: float = Field(
+        default=0.0, ge=0, description="Weight of the loss on class pictures; 0: off"
+    )
+    prior_images: Path | None = Field(
+        default=None, description="Folder with class pictures; none: the base draws them"
+    )
+    prior_count: int = Field(
+        default=100, ge=1, le=100_000, description="Class pictures to use, at least 1"
+    )
+    prior_prompt: str | None = Field(
+        default=None,
+        description='Caption of the class pictures; none: "a photo of a" and the class word',
+    )
+
+    # The machine
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        default="no", description="Precision of the frozen model's arithmetic; adapters stay fp32"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations: less memory, a third more time"
+    )
+    cache_latents: bool = Field(
+        default=True, description="Encode each picture once, then free the autoencoder"
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=1 << 32, description="Seed of everything random, 0 to 2^32 - 1"
+    )
+    device: str | None = Field(
+        default=None,
+        pattern=r"^[a-z]+(:[0-9]{1,3})?$",
+        description="Device, such as cpu or cuda:1; none: the best at hand",
+    )
+
+    # What is written on the way
+    checkpoint_every: int = Field(
+        default=200, ge=0, description="Steps between checkpoints; 0: none on the way"
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="Newest checkpoints that are kept, at least 1"
+    )
+    resume: bool = Field(
+        default=True, description="Go on from the newest checkpoint in the output folder"
+    )
+    validation_prompts: tuple[str, ...] = Field(
+        default=(), description="Prompts to draw on the way, in each the trigger"
+    )
+    validation_every: int = Field(
+        default=0, ge=0, description="Steps between validation pictures; 0: only at the end"
+    )
+    validation_steps: int = Field(
+        default=25, ge=1, le=1000, description="Sampling steps of a validation picture, 1 to 1000"
+    )
+    validation_guidance: float = Field(
+        default=7.5, ge=0, le=100, description="Guidance scale of validation pictures, 0 to 100"
+    )
+    tracker: Literal[
+        "none",
+        "tensorboard",
+        "wandb",
+        "trackio",
+        "comet_ml",
+        "aim",
+        "mlflow",
+        "clearml",
+        "dvclive",
+        "swanlab",
+    ] = Field(default="none", description="Where losses and pictures are logged, by accelerate")
+    log_every: int = Field(default=10, ge=1, description="Steps between logged losses, at least 1")
+
+    @property
+    def adapter_alpha(self) -> float:
+        """Alpha, or the rank where none is set, so that the update is scaled by 1."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def class_prompt(self) -> str:
+        """The caption of the class pictures."""
+        return self.prior_prompt or f"a photo of a {self.class_word}"
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_error(cls, data: Any, handler: ModelWrapValidatorHandler[TrainConfig]) -> TrainConfig:
+        if isinstance(data, dict) and data.get("trigger") is None and "name" in data:
+            data = {**data, "trigger": f"<{data['name']}>"}
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise _config_error(error) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Undo what YAML and shells do to values, and refuse what pydantic would bend."""
+        name = str(info.field_name)
+        kinds = _kinds(name)
+        if isinstance(value, bool) and bool not in kinds:
+            if name == "mixed_precision" and not value:
+                return "no"  # YAML 1.1 reads a plain no as false
+            raise ValueError("should not be yes or no")
+        if isinstance(value, str):
+            if value.strip().lower() in ("none", "null") and type(None) in kinds:
+                return None
+            _check_text(value)
+            return value.strip()
+        return value
+
+    @field_validator("images", "output", "masks", "library", "prior_images")
+    @classmethod
+    def _home(cls, path: Path | None) -> Path | None:
+        try:
+            return None if path is None else path.expanduser()
+        except RuntimeError:
+            raise ValueError("starts with a home folder that does not exist") from None
+
+    @field_validator("base")
+    @classmethod
+    def _no_pickle(cls, base: str) -> str:
+        if base.lower().endswith(_PICKLES):
+            raise ValueError("is a pickle, which can run code; give a safetensors file or folder")
+        return base
+
+    @field_validator("caption")
+    @classmethod
+    def _has_place(cls, caption: str | None) -> str | None:
+        if caption is not None and "{}" not in caption:
+            raise ValueError('has no {} for the trigger; write "a photo of {}"')
+        return caption
+
+    @field_validator("validation_prompts")
+    @classmethod
+    def _prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        for prompt in prompts:
+            _check_text(prompt)
+        return prompts
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        """What single fields cannot see; all contradictions are told at once."""
+        images, output = self.images.resolve(), self.output.resolve()
+        checks = {
+            "output": images.is_relative_to(output)
+            and "contains the pictures (images), which a new concept would replace; choose a"
+            " folder of its own",
+            "masks": self.masks is not None
+            and self.masks.resolve() == images
+            and "is the folder of the pictures; put masks of the same names in another",
+            "prior_images": self.prior_images is not None
+            and self._prior_images_problem(self.prior_images.resolve() == images),
+            "prior_prompt": self.trigger in (self.prior_prompt or "")
+            and f"has the trigger {self.trigger}; class pictures show the class without it",
+            "slice": self.slice is not None
+            and self.method == "lora"
+            and "has no meaning for method lora; leave it out, or set method orthogonal",
+            "layerwise_tokens": self.layerwise_tokens
+            and not self.train_tokens
+            and "needs trained tokens; set train_tokens to true",
+            "warmup_steps": self.warmup_steps >= self.steps
+            and f"leaves nothing of the {self.steps} steps; choose fewer",
+        }
+        problems = [
+            f"{field} is {_short(getattr(self, field))}: it {problem}"
+            for field, problem in checks.items()
+            if problem
+        ]
+        if problems:
+            raise ConfigError(_together(problems))
+        return self
+
+    def _prior_images_problem(self, same: bool) -> str | None:
+        if same:
+            return "is the folder of the concept's own pictures; give others of the class"
+        if self.prior_weight == 0:
+            return "is not used while prior_weight is 0; set prior_weight to 1"
+        return None
+
+
+def load_config(path: Path | str | None = None, **overrides: Any) -> TrainConfig:
+    """The configuration of a YAML file, with single settings put over it.
+
+    Args:
+        path: YAML file with TrainConfig's fields as keys; None: the overrides are all there is.
+        overrides: fields and values that win over the file's. None is a value like any other, so
+            leave out what was not given.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or no YAML mapping, or a setting is wrong.
+    """
+    settings = {} if path is None else _read_yaml(Path(path))
+    try:
+        return TrainConfig(**{**settings, **overrides})
+    except ConfigError as error:
+        raise ConfigError(error.what, where=path, fix=error.fix) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_FILE:
+            raise ConfigError(
+                "the configuration is larger than a megabyte", where=path, fix="give a YAML file"
+            )
+        content = path.read_bytes()
+        node = yaml.compose(content, Loader=yaml.SafeLoader)
+        settings = yaml.safe_load(content)
+    except OSError as error:
+        raise ConfigError(
+            f"the configuration cannot be read: {error.strerror}",
+            where=path,
+            fix="give the path of a YAML file",
+        ) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" at line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise ConfigError(
+            f"the configuration is not valid YAML{line}: {problem}",
+            where=path,
+            fix="write one `key: value` a line",
+        ) from None
+    if settings is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, str) for key in settings):
+        raise ConfigError(
+            "the configuration is not a list of keys and values",
+            where=path,
+            fix="write one `key: value` a line, such as `rank: 8`",
+        )
+    # YAML itself forbids it, yet PyYAML keeps the last one without a word.
+    keys = [str(key.value) for key, _ in node.value]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ConfigError(f"set more than once: {', '.join(twice)}", where=path, fix="keep one")
+    return settings
+
+
+def _config_error(error: ValidationError) -> ConfigError:
+    problems = []
+    for detail in error.errors(include_url=False):
+        field = str(detail["loc"][0]) if detail["loc"] else "the configuration"
+        known = TrainConfig.model_fields.get(field)
+        if detail["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(field, TrainConfig.model_fields, n=3, cutoff=0.6)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            problems.append(f"{_short(field)} is not a setting{hint}")
+            continue
+        if field == "trigger" and not detail["input"]:
+            continue  # the name is missing too, and that is the cause
+        help_ = f" ({known.description})" if known is not None else ""
+        if detail["type"] == "missing":
+            problems.append(f"{field} is missing{help_}")
+            continue
+        cause = detail.get("ctx", {}).get("error")
+        message = str(cause) if isinstance(cause, ValueError) else detail["msg"]
+        message = message.replace("Input should", "it should")
+        if message.startswith("String should match pattern"):
+            message = "it has another form"
+        elif not message.startswith(("it ", "String ", "Value ")):
+            message = f"it {message}"
+        problems.append(f"{field} is {_short(detail['input'])}: {message}{help_}")
+    return ConfigError(_together(problems))
+
+
+def _together(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} settings are wrong:\n" + ";\n".join(problems)
+
+
+def _kinds(field: str) -> tuple[Any, ...]:
+    annotation = TrainConfig.model_fields[field].annotation
+    return (annotation, *get_args(annotation))
+
+
+def _check_text(text: str) -> None:
+    if not text.strip():
+        raise ValueError("is empty")
+    if not text.isprintable():
+        raise ValueError("has control characters")
+
+
+def _short(value: object) -> str:
+    """A value for a message; bounded, as values from files can be of any size."""
+    return reprlib.repr(str(value) if isinstance(value, Path) else value)

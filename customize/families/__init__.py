@@ -8,10 +8,13 @@ from typing import Any
 from customize.errors import PipelineError
 from customize.families.base import Family, TokenDictionary, class_name
 from customize.families.sd import StableDiffusion
+from customize.families.sd3 import StableDiffusion3
 
 __all__ = ["FAMILIES", "Family", "TokenDictionary", "family_of"]
 
-FAMILIES: dict[str, type[Family]] = {family.name: family for family in (StableDiffusion,)}
+FAMILIES: dict[str, type[Family]] = {
+    family.name: family for family in (StableDiffusion, StableDiffusion3)
+}
 
 
 def family_of(components: Mapping[str, Any]) -> Family:

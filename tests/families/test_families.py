@@ -1,0 +1,323 @@
+"""What every family must do, held against the model's own pipeline and scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from customize.core.objectives import weighted_mse
+from customize.errors import ConfigError, PipelineError
+from customize.families import FAMILIES, Family, family_of
+from tests.tiny import tiny_sd, tiny_sd3
+
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "sd-epsilon": tiny_sd,
+    "sd-v": lambda: tiny_sd("v_prediction"),
+    "sd3": tiny_sd3,
+    "sd3-without-t5": lambda: tiny_sd3(t5=False),
+}
+LATENTS = (2, 4, 16, 16)
+
+
+@pytest.fixture(params=PIPELINES)
+def pipe(request: pytest.FixtureRequest) -> Any:
+    return PIPELINES[request.param]()
+
+
+@pytest.fixture
+def family(pipe: Any) -> Family:
+    return family_of(pipe.components)
+
+
+def normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pixels() -> Tensor:
+    return normal((2, 3, 32, 32), 3).clamp(-1, 1)
+
+
+def record_calls(denoiser: Any, answer: Callable[[Tensor, Tensor], Tensor] | None = None) -> list:
+    """Note (noisy, t, output) of each call; `answer(noisy, t)` may stand in for the weights."""
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+    forward = denoiser.forward
+
+    def recorded(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        noisy = args[0] if args else kwargs["hidden_states"]
+        t = args[1] if len(args) > 1 else kwargs["timestep"]
+        t = t.expand(noisy.shape[0])
+        output = answer(noisy, t) if answer else forward(*args, **kwargs)[0]
+        calls.append((noisy, t, output))
+        return (output,)
+
+    denoiser.forward = recorded
+    return calls
+
+
+# -- recognition ---------------------------------------------------------------------------------
+
+
+def test_each_pipeline_is_recognised(pipe: Any, family: Family) -> None:
+    assert type(family) is FAMILIES["sd3" if "SD3" in type(family.denoiser).__name__ else "sd"]
+    assert family.denoiser is pipe.components[family.denoiser_key]
+    assert family.vae is pipe.vae
+    assert family.default_resolution == 32
+    assert [name for name, other in FAMILIES.items() if other.matches(pipe.components)] == [
+        family.name
+    ]
+
+
+def test_unknown_components_are_named_in_the_error() -> None:
+    with pytest.raises(PipelineError, match=r"unet: Linear.*sd, sd3"):
+        family_of({"unet": torch.nn.Linear(1, 1), "vae": None})
+    with pytest.raises(PipelineError, match="no denoiser at all"):
+        family_of({})
+
+
+def test_text_encoders_and_dictionaries(pipe: Any, family: Family) -> None:
+    clips = ["text_encoder"] if family.name == "sd" else ["text_encoder", "text_encoder_2"]
+    every = [*clips, "text_encoder_3"] if getattr(pipe, "text_encoder_3", None) else clips
+    assert list(family.text_encoders) == clips
+    assert list(family.all_text_encoders) == every
+    dictionaries = family.token_dictionaries()
+    assert [entry.key for entry in dictionaries] == clips
+    for entry in dictionaries:
+        assert entry.text_encoder is pipe.components[entry.key]
+        assert entry.tokenizer is pipe.components[entry.key.replace("text_encoder", "tokenizer")]
+
+
+def test_freed_parts_are_asked_for_by_name(family: Family) -> None:
+    freed = type(family)({**family.components, "text_encoder": None, "vae": None})
+    with pytest.raises(PipelineError, match="no text_encoder"):
+        freed.encode_prompts(["a dog"])
+    with pytest.raises(PipelineError, match="no vae"):
+        freed.encode_images(pixels())
+    assert "text_encoder" not in freed.all_text_encoders
+    t = freed.timesteps(torch.tensor([0.5]))
+    assert (
+        freed.predict(
+            normal((1, *LATENTS[1:]), 0),
+            t,
+            {name: rows[:1] for name, rows in family.encode_prompts([""]).items()},
+        )
+        .isfinite()
+        .all()
+    )
+
+
+# -- prompts -------------------------------------------------------------------------------------
+
+PROMPTS = ["a photo of a dog", "zebra, " + 30 * "two red cups ", ""]
+
+
+def pipeline_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+    if hasattr(pipe, "unet"):
+        return {"prompt_embeds": pipe.encode_prompt(prompts, "cpu", 1, False)[0]}
+    embeds, _, pooled, _ = pipe.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False
+    )
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_are_encoded_as_by_the_pipeline(
+    pipe: Any, family: Family, dtype: torch.dtype
+) -> None:
+    pipe.to(dtype)
+    with torch.no_grad():
+        expected, ours = pipeline_conditions(pipe, PROMPTS), family.encode_prompts(PROMPTS)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.shape[0] == len(PROMPTS)
+        assert ours[name].dtype == value.dtype == dtype
+        assert torch.equal(ours[name], value)
+
+
+def test_encoders_of_mixed_precision_are_as_in_the_pipeline() -> None:
+    pipe = tiny_sd3()
+    pipe.text_encoder.to(torch.bfloat16)
+    with torch.no_grad():
+        expected = pipeline_conditions(pipe, PROMPTS)
+        ours = family_of(pipe.components).encode_prompts(PROMPTS)
+    for name, value in expected.items():
+        assert ours[name].dtype == value.dtype
+        assert torch.equal(ours[name], value)
+
+
+def test_padding_is_masked_only_where_the_config_asks() -> None:
+    pipe = tiny_sd()
+    family = family_of(pipe.components)
+    plain = family.encode_prompts(PROMPTS)["prompt_embeds"]
+    pipe.text_encoder.config.use_attention_mask = True
+    masked = family.encode_prompts(PROMPTS)["prompt_embeds"]
+    assert not torch.equal(plain, masked)
+    assert torch.equal(masked, pipeline_conditions(pipe, PROMPTS)["prompt_embeds"])
+
+
+def test_gradients_reach_the_token_tables(family: Family) -> None:
+    conditions = family.encode_prompts(["a photo of a dog"])
+    sum(value.float().square().sum() for value in conditions.values()).backward()
+    for entry in family.token_dictionaries():
+        table: Any = entry.text_encoder.get_input_embeddings()
+        dog = entry.tokenizer("dog").input_ids[1]
+        assert table.weight.grad[dog].abs().sum() > 0
+
+
+# -- pictures ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_latents_are_scaled_as_the_pipeline_scales_them(pipe: Any, family: Family) -> None:
+    mean, std = family.encode_images(pixels())
+    assert mean.shape == std.shape == LATENTS
+    assert mean.dtype == std.dtype == torch.float32
+
+    posterior = pipe.vae.encode(pixels()).latent_dist
+    shift = pipe.vae.config.shift_factor or 0.0
+    draw = posterior.sample(torch.Generator().manual_seed(1))
+    # The pipeline undoes the scaling by `latents / scaling_factor + shift_factor`.
+    noise = (draw - posterior.mean) / posterior.std
+    restored = (mean + std * noise) / pipe.vae.config.scaling_factor + shift
+    torch.testing.assert_close(restored, draw)
+
+    expected = pipe.vae.decode(posterior.mean).sample.clamp(-1, 1)
+    torch.testing.assert_close(family.decode_latents(mean), expected)
+
+
+@torch.no_grad()
+def test_pictures_are_those_of_the_pipeline(pipe: Any, family: Family) -> None:
+    def drawn(output_type: str) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            "a dog", num_inference_steps=1, generator=generator, output_type=output_type
+        ).images
+
+    picture = family.decode_latents(drawn("latent"))
+    torch.testing.assert_close(picture, 2 * drawn("pt") - 1, atol=1e-5, rtol=0)
+
+
+def test_a_multiple_of_the_size_is_what_the_pipeline_takes(pipe: Any, family: Family) -> None:
+    size = 2 * family.latent_multiple
+    picture = pipe("a dog", height=size, width=size, num_inference_steps=1).images[0]
+    assert picture.size == (size, size)
+    with pytest.raises(ValueError, match="divisible by"):
+        pipe("a dog", height=size + family.latent_multiple // 2, width=size)
+
+
+# -- noise and targets ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_predict_is_the_call_that_the_pipeline_makes(pipe: Any, family: Family) -> None:
+    calls = record_calls(family.denoiser)
+    generator = torch.Generator().manual_seed(0)
+    pipe("a red cup", num_inference_steps=3, guidance_scale=1.0, generator=generator)
+    conditions = family.encode_prompts(["a red cup"])
+    assert len(calls) == 3
+    for noisy, t, output in list(calls):
+        assert torch.equal(family.predict(noisy, t, conditions), output)
+
+
+@torch.no_grad()
+def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
+    pipe: Any, family: Family
+) -> None:
+    clean, noise = normal(LATENTS, 0), normal(LATENTS, 1)
+    calls = record_calls(family.denoiser, lambda noisy, t: family.target(clean, noise, t))
+
+    conditions = family.encode_prompts(["a dog", "a cat"])
+    t = family.timesteps(torch.tensor([0.1, 0.8]))
+    noisy = family.noisy_latents(clean, noise, t)
+    prediction = family.predict(noisy, t, conditions)
+    assert weighted_mse(prediction, family.target(clean, noise, t)).eq(0).all()
+
+    # The pipeline's first level may not be all noise, so it starts where its schedule does. DDIM
+    # meets its own timesteps only where the number of steps divides 1000.
+    steps = 5
+    pipe.scheduler.set_timesteps(steps)
+    start = family.noisy_latents(clean, noise, pipe.scheduler.timesteps[:1].expand(2))
+    calls.clear()
+    result = pipe(
+        ["a dog", "a cat"],
+        num_inference_steps=steps,
+        guidance_scale=1.0,
+        latents=start,
+        output_type="latent",
+    ).images
+    assert len(calls) == steps
+    for sample, level, _ in calls:
+        expected = family.noisy_latents(clean, noise, level)
+        torch.testing.assert_close(sample, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result, clean, atol=1e-4, rtol=1e-4)
+
+
+def test_timesteps_rise_with_u_and_stay_in_range(family: Family) -> None:
+    u = torch.linspace(0, 1, 4001)[1:-1]
+    t = family.timesteps(u)
+    assert t.shape == u.shape
+    assert (t.diff() >= 0).all()
+    assert t.min() >= 0 and t.max() <= 1000
+    noisy = family.noisy_latents(torch.ones(3999, 1, 1, 1), torch.zeros(3999, 1, 1, 1), t)
+    assert (noisy.flatten().diff() <= 0).all(), "u = 1 is all noise"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predict_with_and_without_autocast(pipe: Any, family: Family, dtype: torch.dtype) -> None:
+    conditions = family.encode_prompts(["a dog", "a cat"])  # float32
+    noisy, t = normal(LATENTS, 0), family.timesteps(torch.tensor([0.3, 0.6]))
+    family.denoiser.to(dtype)
+    plain = family.predict(noisy, t, conditions)
+    assert plain.dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = family.predict(noisy, t, conditions)
+    assert cast.dtype == torch.bfloat16
+    torch.testing.assert_close(cast.float(), plain.float(), atol=0.05, rtol=0.05)
+
+
+def test_extra_channels_of_a_variant_are_refused(family: Family) -> None:
+    t = family.timesteps(torch.tensor([0.5]))
+    with pytest.raises(PipelineError, match="takes 4 channels where latents have 9"):
+        family.predict(torch.zeros(1, 9, 16, 16), t, family.encode_prompts([""]))
+
+
+# -- adapter targets -----------------------------------------------------------------------------
+
+
+def test_targets_are_the_same_with_an_adapter_attached(family: Family) -> None:
+    before = family.fingerprint()
+    targets = {key: family.adapter_targets(key) for key in before["widths"]}
+    for key, found in targets.items():
+        module: Any = family.components[key]
+        for name, shape in found.items():
+            assert module.get_submodule(name).weight.shape == shape
+        module.add_adapter(LoraConfig(r=2, target_modules=list(found)))
+        assert family.adapter_targets(key) == found
+    assert family.fingerprint() == before
+
+
+def test_targets_of_a_compiled_denoiser_keep_their_names(family: Family) -> None:
+    compiled = torch.compile(family.denoiser, backend="eager")
+    again = family_of({**family.components, family.denoiser_key: compiled})
+    assert again.fingerprint() == family.fingerprint()
+    assert again.cross_attention_layers() == family.cross_attention_layers()
+
+
+def test_other_components_take_no_adapter(family: Family) -> None:
+    with pytest.raises(ConfigError, match=f"choose from {family.denoiser_key}, text_encoder"):
+        family.adapter_targets("vae")
+
+
+def test_fingerprints_tell_architectures_apart() -> None:
+    prints = [family_of(build().components).fingerprint() for build in PIPELINES.values()]
+    assert prints[0] == prints[1] != prints[2] == prints[3]
+    assert prints[0]["widths"] == {"unet": [16, 32], "text_encoder": [32]}
+    assert prints[2]["widths"] == {
+        "transformer": [32],
+        "text_encoder": [16],
+        "text_encoder_2": [24],
+    }

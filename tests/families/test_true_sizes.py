@@ -1,0 +1,123 @@
+"""The targets of published models, from their configurations on the meta device (no weights)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from customize.families import Family, family_of
+
+
+def clip(width: int, layers: int, heads: int, projection: bool = False) -> torch.nn.Module:
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+    )
+    with torch.device("meta"):
+        return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def sd_family(text_width: int, text_layers: int, **unet: Any) -> Family:
+    with torch.device("meta"):
+        denoiser = UNet2DConditionModel(sample_size=64, cross_attention_dim=text_width, **unet)
+    encoder = clip(text_width, text_layers, text_width // 64)
+    return family_of({"unet": denoiser, "text_encoder": encoder})
+
+
+def sd3_family(layers: int, heads: int, **transformer: Any) -> Family:
+    with torch.device("meta"):
+        denoiser = SD3Transformer2DModel(
+            sample_size=128,
+            num_layers=layers,
+            num_attention_heads=heads,
+            caption_projection_dim=64 * heads,
+            pos_embed_max_size=192,
+            **transformer,
+        )
+    return family_of(
+        {
+            "transformer": denoiser,
+            "text_encoder": clip(768, 12, 12, projection=True),
+            "text_encoder_2": clip(1280, 32, 20, projection=True),
+        }
+    )
+
+
+def assert_shapes_are_the_weights(family: Family) -> None:
+    for key in family.fingerprint()["widths"]:
+        module: Any = family.components[key]
+        for name, shape in family.adapter_targets(key).items():
+            assert module.get_submodule(name).weight.shape == shape, name
+
+
+def test_stable_diffusion_1_5() -> None:
+    family = sd_family(768, 12, attention_head_dim=8)
+    unet, text = family.adapter_targets("unet"), family.adapter_targets("text_encoder")
+    assert (len(unet), len(text)) == (128, 48)
+    assert set(text.values()) == {(768, 768)}
+    assert family.fingerprint()["widths"] == {
+        "unet": [320, 640, 768, 1280],
+        "text_encoder": [768],
+    }
+    inputs = Counter(width for _, width in unet.values())
+    # 16 blocks of 8 projections; each block's attn2 reads keys and values from the text.
+    assert inputs == {768: 32, 320: 5 * 6, 640: 5 * 6, 1280: 6 * 6}
+    assert unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"] == (1280, 768)
+    assert len(family.cross_attention_layers()) == 16
+    assert_shapes_are_the_weights(family)
+
+
+def test_stable_diffusion_2_1() -> None:
+    family = sd_family(1024, 23, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+    assert len(family.adapter_targets("unet")) == 128
+    assert len(family.adapter_targets("text_encoder")) == 4 * 23
+    assert family.fingerprint()["widths"] == {
+        "unet": [320, 640, 1024, 1280],
+        "text_encoder": [1024],
+    }
+    assert_shapes_are_the_weights(family)
+
+
+def test_stable_diffusion_3_medium() -> None:
+    family = sd3_family(24, 24)
+    targets = family.adapter_targets("transformer")
+    assert len(targets) == 24 * 8 - 1
+    assert set(targets.values()) == {(1536, 1536)}
+    assert "transformer_blocks.23.attn.to_add_out" not in targets
+    assert len(family.adapter_targets("text_encoder")) == 48
+    assert len(family.adapter_targets("text_encoder_2")) == 128
+    assert_shapes_are_the_weights(family)
+
+
+def test_stable_diffusion_3_5_large() -> None:
+    family = sd3_family(38, 38, qk_norm="rms_norm")
+    targets = family.adapter_targets("transformer")
+    assert len(targets) == 38 * 8 - 1
+    assert set(targets.values()) == {(2432, 2432)}
+    assert_shapes_are_the_weights(family)
+
+
+def test_stable_diffusion_3_5_medium() -> None:
+    family = sd3_family(24, 24, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)))
+    targets = family.adapter_targets("transformer")
+    assert len(targets) == 24 * 8 - 1 + 13 * 4
+    assert_shapes_are_the_weights(family)
+
+
+def test_models_of_other_sizes_have_other_fingerprints() -> None:
+    families = (
+        sd_family(768, 12),
+        sd_family(1024, 23),
+        sd3_family(24, 24),
+        sd3_family(38, 38),
+        sd3_family(24, 24, dual_attention_layers=(0,)),
+    )
+    prints = [family.fingerprint()["denoiser"] for family in families]
+    assert len(set(prints)) == len(prints)

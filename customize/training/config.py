@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import reprlib
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -20,10 +18,11 @@ from pydantic import (
 )
 
 from customize.errors import ConfigError
+from customize.training.settings import check_text, config_error, read_yaml, short, together
 
+_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 # Checkpoints of these kinds are pickles, which run code when they are opened.
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
-_MAX_FILE = 1 << 20  # a configuration is a page of text; a model given by mistake is not read
 
 
 class TrainConfig(BaseModel):
@@ -47,7 +46,7 @@ class TrainConfig(BaseModel):
     images: Path = Field(description="Folder with the concept's pictures (jpg, jpeg, png, webp)")
     output: Path = Field(description="Folder that receives the concept and its checkpoints")
     name: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$",
+        pattern=_NAME,
         description="The concept's name: 1 to 64 of a-z, 0-9, - and _, such as rex",
     )
     trigger: str = Field(
@@ -220,7 +219,7 @@ class TrainConfig(BaseModel):
         default=True, description="Go on from the newest checkpoint in the output folder"
     )
     validation_prompts: tuple[str, ...] = Field(
-        default=(), description="Prompts to draw on the way, in each the trigger"
+        default=(), description="Prompts to draw on the way; write the trigger in them"
     )
     validation_every: int = Field(
         default=0, ge=0, description="Steps between validation pictures; 0: only at the end"
@@ -258,12 +257,16 @@ class TrainConfig(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _one_error(cls, data: Any, handler: ModelWrapValidatorHandler[TrainConfig]) -> TrainConfig:
-        if isinstance(data, dict) and data.get("trigger") is None and "name" in data:
-            data = {**data, "trigger": f"<{data['name']}>"}
+        if isinstance(data, dict) and data.get("trigger") is None:
+            # Without a proper name the trigger keeps its default; the name's own error is enough.
+            name = data.get("name")
+            proper = isinstance(name, str) and re.fullmatch(_NAME, name) is not None
+            data = {key: value for key, value in data.items() if key != "trigger"}
+            data |= {"trigger": f"<{name}>"} if proper else {}
         try:
             return handler(data)
         except ValidationError as error:
-            raise _config_error(error) from None
+            raise config_error(error, cls.model_fields) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -278,8 +281,9 @@ class TrainConfig(BaseModel):
         if isinstance(value, str):
             if value.strip().lower() in ("none", "null") and type(None) in kinds:
                 return None
-            _check_text(value)
-            return value.strip()
+            check_text(value)
+            value = value.strip()
+            return (value,) if tuple[str, ...] in kinds else value
         return value
 
     @field_validator("images", "output", "masks", "library", "prior_images")
@@ -308,7 +312,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
         for prompt in prompts:
-            _check_text(prompt)
+            check_text(prompt)
         return prompts
 
     @model_validator(mode="after")
@@ -336,12 +340,12 @@ class TrainConfig(BaseModel):
             and f"leaves nothing of the {self.steps} steps; choose fewer",
         }
         problems = [
-            f"{field} is {_short(getattr(self, field))}: it {problem}"
+            f"{field} is {short(getattr(self, field))}: it {problem}"
             for field, problem in checks.items()
             if problem
         ]
         if problems:
-            raise ConfigError(_together(problems))
+            raise ConfigError(together(problems))
         return self
 
     def _prior_images_problem(self, same: bool) -> str | None:
@@ -363,98 +367,13 @@ def load_config(path: Path | str | None = None, **overrides: Any) -> TrainConfig
     Raises:
         ConfigError: the file is missing, unreadable or no YAML mapping, or a setting is wrong.
     """
-    settings = {} if path is None else _read_yaml(Path(path))
+    settings = {} if path is None else read_yaml(Path(path))
     try:
         return TrainConfig(**{**settings, **overrides})
     except ConfigError as error:
         raise ConfigError(error.what, where=path, fix=error.fix) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_FILE:
-            raise ConfigError(
-                "the configuration is larger than a megabyte", where=path, fix="give a YAML file"
-            )
-        content = path.read_bytes()
-        node = yaml.compose(content, Loader=yaml.SafeLoader)
-        settings = yaml.safe_load(content)
-    except OSError as error:
-        raise ConfigError(
-            f"the configuration cannot be read: {error.strerror}",
-            where=path,
-            fix="give the path of a YAML file",
-        ) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f" at line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or type(error).__name__
-        raise ConfigError(
-            f"the configuration is not valid YAML{line}: {problem}",
-            where=path,
-            fix="write one `key: value` a line",
-        ) from None
-    if settings is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, str) for key in settings):
-        raise ConfigError(
-            "the configuration is not a list of keys and values",
-            where=path,
-            fix="write one `key: value` a line, such as `rank: 8`",
-        )
-    # YAML itself forbids it, yet PyYAML keeps the last one without a word.
-    keys = [str(key.value) for key, _ in node.value]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ConfigError(f"set more than once: {', '.join(twice)}", where=path, fix="keep one")
-    return settings
-
-
-def _config_error(error: ValidationError) -> ConfigError:
-    problems = []
-    for detail in error.errors(include_url=False):
-        field = str(detail["loc"][0]) if detail["loc"] else "the configuration"
-        known = TrainConfig.model_fields.get(field)
-        if detail["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(field, TrainConfig.model_fields, n=3, cutoff=0.6)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            problems.append(f"{_short(field)} is not a setting{hint}")
-            continue
-        if field == "trigger" and not detail["input"]:
-            continue  # the name is missing too, and that is the cause
-        help_ = f" ({known.description})" if known is not None else ""
-        if detail["type"] == "missing":
-            problems.append(f"{field} is missing{help_}")
-            continue
-        cause = detail.get("ctx", {}).get("error")
-        message = str(cause) if isinstance(cause, ValueError) else detail["msg"]
-        message = message.replace("Input should", "it should")
-        if message.startswith("String should match pattern"):
-            message = "it has another form"
-        elif not message.startswith(("it ", "String ", "Value ")):
-            message = f"it {message}"
-        problems.append(f"{field} is {_short(detail['input'])}: {message}{help_}")
-    return ConfigError(_together(problems))
-
-
-def _together(problems: list[str]) -> str:
-    if len(problems) == 1:
-        return problems[0]
-    return f"{len(problems)} settings are wrong:\n" + ";\n".join(problems)
-
-
 def _kinds(field: str) -> tuple[Any, ...]:
     annotation = TrainConfig.model_fields[field].annotation
     return (annotation, *get_args(annotation))
-
-
-def _check_text(text: str) -> None:
-    if not text.strip():
-        raise ValueError("is empty")
-    if not text.isprintable():
-        raise ValueError("has control characters")
-
-
-def _short(value: object) -> str:
-    """A value for a message; bounded, as values from files can be of any size."""
-    return reprlib.repr(str(value) if isinstance(value, Path) else value)

@@ -1,0 +1,110 @@
+"""Reading settings from YAML, and saying plainly what is wrong with them."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from customize.errors import ConfigError
+
+_MAX_FILE = 1 << 20  # a configuration is a page of text; a model given by mistake is not read
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; an empty file has none.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, too large, or no YAML mapping of plain keys,
+            or it sets a key twice.
+    """
+    try:
+        if path.stat().st_size > _MAX_FILE:
+            raise ConfigError(
+                "the configuration is larger than a megabyte", where=path, fix="give a YAML file"
+            )
+        content = path.read_bytes()
+        node = yaml.compose(content, Loader=yaml.SafeLoader)
+        settings = yaml.safe_load(content)
+    except OSError as error:
+        raise ConfigError(
+            f"the configuration cannot be read: {error.strerror}",
+            where=path,
+            fix="give the path of a YAML file",
+        ) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" at line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise ConfigError(
+            f"the configuration is not valid YAML{line}: {problem}",
+            where=path,
+            fix="write one `key: value` a line",
+        ) from None
+    if settings is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, str) for key in settings):
+        raise ConfigError(
+            "the configuration is not a list of keys and values",
+            where=path,
+            fix="write one `key: value` a line, such as `rank: 8`",
+        )
+    # YAML itself forbids it, yet PyYAML keeps the last one without a word.
+    keys = Counter(str(key.value) for key, _ in node.value)
+    twice = sorted(key for key, count in keys.items() if count > 1)
+    if twice:
+        raise ConfigError(f"set more than once: {', '.join(twice)}", where=path, fix="keep one")
+    return settings
+
+
+def config_error(error: ValidationError, fields: Mapping[str, FieldInfo]) -> ConfigError:
+    """One error that tells all that pydantic found, a line each, with the fields' descriptions."""
+    problems = []
+    for detail in error.errors(include_url=False):
+        field = str(detail["loc"][0]) if detail["loc"] else "the configuration"
+        known = fields.get(field)
+        if detail["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(field, fields, n=3, cutoff=0.6)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            problems.append(f"{short(field)} is not a setting{hint}")
+            continue
+        help_ = f" ({known.description})" if known is not None else ""
+        if detail["type"] == "missing":
+            problems.append(f"{field} is missing{help_}")
+            continue
+        cause = detail.get("ctx", {}).get("error")
+        message = str(cause) if isinstance(cause, ValueError) else detail["msg"]
+        message = message.replace("Input should", "it should")
+        if message.startswith("String should match pattern"):
+            message = "it has another form"
+        elif not message.startswith(("it ", "String ", "Value ")):
+            message = f"it {message}"
+        problems.append(f"{field} is {short(detail['input'])}: {message}{help_}")
+    return ConfigError(together(problems))
+
+
+def together(problems: list[str]) -> str:
+    """Problems as one message: a line each, and readable as well when lines are joined."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} settings are wrong:\n" + ";\n".join(problems)
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError where a text has nothing to read or would move the cursor."""
+    if not text.strip():
+        raise ValueError("is empty")
+    if not text.isprintable():
+        raise ValueError("has control characters")
+
+
+def short(value: object) -> str:
+    """A value for a message; bounded, as values from files can be of any size."""
+    return reprlib.repr(str(value) if isinstance(value, Path) else value)

@@ -1,0 +1,112 @@
+"""Our files in plain diffusers, in a process that never imports customize."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from customize.concepts.files import write_single
+from tests.concepts.making import learn
+from tests.tiny import tiny_sd, tiny_sd3
+
+PROMPT = "a photo of <rex> on the beach"
+
+STOCK = """
+import sys, warnings
+warnings.simplefilter("error")  # peft warns where a file and its header disagree
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+warnings.filterwarnings("ignore", category=FutureWarning)
+import numpy as np, torch
+from pathlib import Path
+from tests.tiny import tiny_sd, tiny_sd3
+
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+
+def draw(pipe, prompt):
+    noise = torch.Generator().manual_seed(1)
+    return pipe(prompt, num_inference_steps=2, generator=noise, output_type="np").images[0]
+
+for name in ("orthogonal", "lora"):
+    pipe = tiny_sd()
+    pipe.load_lora_weights(str(root / name))
+    pipe.load_textual_inversion(str(root / name))
+    np.save(root / f"{name}.npy", draw(pipe, sys.argv[2]))
+
+pipe = tiny_sd()
+pipe.load_textual_inversion(str(root / "orthogonal"))
+pipe.load_lora_weights(str(root / "single.safetensors"))
+np.save(root / "single.npy", draw(pipe, sys.argv[2]))
+
+pipe = tiny_sd3()
+pipe.load_lora_weights(str(root / "sd3"))
+np.save(root / "sd3.npy", draw(pipe, "a photo of a dog"))
+assert "customize" not in sys.modules
+"""
+
+
+def draw(pipe, prompt: str) -> np.ndarray:
+    noise = torch.Generator().manual_seed(1)
+    return pipe(prompt, num_inference_steps=2, generator=noise, output_type="np").images[0]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """name -> what the model drew that learned it, and what stock diffusers draws."""
+    root: Path = tmp_path_factory.mktemp("stock")
+    ours = {}
+    for name, alpha in (("orthogonal", 4.0), ("lora", 1.0)):
+        pipe = tiny_sd()
+        _, _, concept = learn(pipe, method=name, alpha=alpha)
+        concept.save(root / name)
+        ours[name] = draw(pipe, PROMPT)
+        if name == "orthogonal":
+            write_single(concept, root / "single.safetensors")
+            ours["single"] = ours[name]
+    pipe3 = tiny_sd3()
+    _, _, concept = learn(pipe3, alpha=2.0)
+    concept.save(root / "sd3")
+    ours["sd3"] = draw(pipe3, "a photo of a dog")
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(root), PROMPT],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "No LoRA keys" not in done.stderr
+    return {name: (picture, np.load(root / f"{name}.npy")) for name, picture in ours.items()}
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "lora", "single", "sd3"])
+def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:
+    ours, stock = pictures[name]
+    assert ours.shape == stock.shape
+    assert np.abs(ours - stock).max() <= 1e-5
+
+
+def test_the_pictures_depend_on_every_part(pictures) -> None:
+    """Or the test above would pass on a file that does nothing."""
+    full = pictures["orthogonal"][0]
+
+    def without(*components: str) -> np.ndarray:
+        pipe = tiny_sd()
+        _, adapter, _ = learn(pipe)
+        for component in components:
+            for layer in adapter.layers[component].values():
+                layer.scaling[adapter.name] = 0.0
+        return draw(pipe, PROMPT)
+
+    assert np.abs(without() - full).max() <= 1e-5
+    assert np.abs(without("unet") - full).max() > 1e-2
+    assert np.abs(without("text_encoder") - full).max() > 1e-3
+    pipe = tiny_sd()
+    learn(pipe)
+    assert np.abs(draw(pipe, "a photo of dog on the beach") - full).max() > 1e-3

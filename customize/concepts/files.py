@@ -33,6 +33,7 @@ from customize.concepts.layout import (
     INFO_HEADER,
     LORA_FILE,
     PEFT_HEADER,
+    WORK_NAMES,
     bundled_embeddings,
     embedding_tensors,
     info_json,
@@ -45,7 +46,7 @@ from customize.errors import ConceptError, StorageError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["read", "read_info", "write", "write_single"]
+__all__ = ["check_folder", "read", "read_info", "write", "write_single"]
 
 
 def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] = ()) -> Path:
@@ -67,10 +68,11 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
             permission). What was there before still is.
     """
     folder = Path(folder)
-    _check_folder(folder, concept.info.name)
+    check_folder(folder, concept.info.name)
     files = {
-        LORA_FILE: _safetensors(lora_tensors(concept), {PEFT_HEADER: peft_header(concept)}),
+        # First, so that a folder cut off between two files still says whose it is.
         INFO_FILE: info_json(concept).encode(),
+        LORA_FILE: _safetensors(lora_tensors(concept), {PEFT_HEADER: peft_header(concept)}),
     }
     if concept.embeddings:
         files[EMBEDS_FILE] = _safetensors(embedding_tensors(concept), {})
@@ -144,11 +146,18 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     return save(own, {"format": "pt", **metadata})
 
 
-def _check_folder(folder: Path, name: str) -> None:
+def check_folder(folder: Path, name: str) -> None:
+    """Refuse a folder that a concept of this name must not be written to.
+
+    It may be new, empty but for what training keeps there, or hold a concept of the same name.
+
+    Raises:
+        StorageError: it holds something else.
+    """
     if folder.is_dir():
         if (folder / INFO_FILE).exists():
             _check_same(lambda: read_info(folder).name, name, folder)
-        elif any(folder.iterdir()):
+        elif any(path.name not in WORK_NAMES for path in folder.iterdir()):
             raise StorageError(
                 "the folder holds other files", where=folder, fix="choose a new or empty folder"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -251,7 +252,10 @@ def _inject(
     # The state dict's keys name the layers exactly, where target_modules also match endings. On
     # the meta device no random numbers are drawn for factors that are set right below.
     keys = {f"{module}.lora_A.weight": update.down for module, update in products.items()}
-    inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True, state_dict=keys)
+    with warnings.catch_warnings():
+        # Said of every second adapter, also where several are meant.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True, state_dict=keys)
     model._hf_peft_config_loaded = True  # type: ignore[assignment]
 
     layers = {}

@@ -1,0 +1,385 @@
+"""Training pictures with their captions and masks, checked before any model is loaded.
+
+Pictures are the jpg, jpeg, png and webp files directly in a folder. Each becomes upright 8-bit
+sRGB; what cannot be read as that is refused by name, so that nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+
+from customize.errors import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+METADATA = "metadata.jsonl"
+
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_MIN_SIDE = 16
+_PICTURES = ", ".join(suffix[1:] for suffix in SUFFIXES)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training picture.
+
+    Attributes:
+        path: the file that it came from.
+        image: upright, mode RGB (8 bits, sRGB), at least 16 x 16.
+        caption: one line of text.
+        mask: mode L, of the image's size, 255 where it is learned; None: all of it is.
+    """
+
+    path: Path
+    image: Image.Image
+    caption: str
+    mask: Image.Image | None = None
+
+
+def read_folder(
+    folder: Path | str,
+    *,
+    trigger: str | None,
+    caption: str | None = None,
+    masks: Path | str | None = None,
+    resolution: int | None = None,
+    limit: int | None = None,
+) -> list[Sample]:
+    """The pictures of a folder in the order of their names, each with its caption and mask.
+
+    A picture's caption is the .txt file of the same stem, else its line in metadata.jsonl
+    (``{"file_name": ..., "text": ...}``), else the template. Subfolders, other files and hidden
+    files are left out; subfolders are logged.
+
+    Args:
+        trigger: the word that every caption must have and that fills the template; None for
+            class pictures, whose captions are free.
+        caption: the template, with {} for the trigger; None: every picture brings its caption.
+        masks: folder with one picture for each picture, of the same stem and size; white is
+            learned and black is not.
+        resolution: crop and shrink to this now, as :func:`pixels` would: large photographs then
+            need little memory.
+        limit: only the first so many pictures.
+
+    Raises:
+        DataError: the folder has no pictures or cannot be read; a picture is corrupt, animated,
+            smaller than 16 pixels on a side or too large to decode safely; a caption is missing,
+            unreadable or lacks the trigger; a mask is missing, all black or of another size.
+    """
+    folder = Path(folder)
+    found = _pictures(folder)
+    paths = found[:limit]
+    listed = _read_metadata(folder / METADATA, {path.name for path in found})
+    captions = _captions(folder, paths, listed, caption, trigger)
+    mask_paths = {} if masks is None else _mask_paths(Path(masks), paths)
+    samples = []
+    for path in paths:
+        image = read_image(path)
+        mask = read_mask(mask_paths[path], image.size) if path in mask_paths else None
+        if resolution is not None:
+            mask = None if mask is None else _square(mask, resolution, Image.Resampling.BOX)
+            image = _square(image, resolution, Image.Resampling.LANCZOS)
+        samples.append(Sample(path, image, captions[path], mask))
+    return samples
+
+
+def read_image(path: Path) -> Image.Image:
+    """A picture file as upright RGB: EXIF rotation applied, colours brought to sRGB by the
+    embedded profile, 16 bits scaled to 8, transparency laid on white.
+
+    Raises:
+        DataError: see :func:`read_folder`.
+    """
+    return _decode(path, "RGB")
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """A mask file as upright grayscale (mode L); what is transparent counts as black.
+
+    Args:
+        size: (width, height) of its picture, after EXIF rotation.
+
+    Raises:
+        DataError: it cannot be read, has another size or is black all over.
+    """
+    mask = _decode(path, "L")
+    if mask.size != size:
+        raise DataError(
+            f"the mask is {_by(mask.size)} pixels and its picture {_by(size)}",
+            where=path,
+            fix="give both the same size",
+        )
+    if mask.getextrema() == (0, 0):
+        raise DataError(
+            "the mask is black all over, so nothing would be learned",
+            where=path,
+            fix="paint the subject white, or remove the picture and its mask",
+        )
+    return mask
+
+
+def pixels(sample: Sample, resolution: int) -> Tensor:
+    """The picture's centre square at this resolution: (3, resolution, resolution), float32, in
+    [-1, 1]; resampled with Lanczos."""
+    image = _square(sample.image, resolution, Image.Resampling.LANCZOS)
+    values = torch.from_numpy(np.array(image, dtype=np.float32))
+    return values.permute(2, 0, 1).contiguous() / 127.5 - 1.0
+
+
+def mask_tensor(sample: Sample, resolution: int) -> Tensor:
+    """The mask over the same square as :func:`pixels`: (1, resolution, resolution), float32, in
+    [0, 1]; all ones without a mask. Each value is the mean over its area, so give the latents'
+    side to get a mask for latents."""
+    if sample.mask is None:
+        return torch.ones(1, resolution, resolution)
+    mask = _square(sample.mask, resolution, Image.Resampling.BOX)
+    return torch.from_numpy(np.array(mask, dtype=np.float32))[None] / 255.0
+
+
+def content_hash(sample: Sample) -> str:
+    """SHA-256 over picture, caption and mask, in hexadecimal; the file's name does not count."""
+    digest = hashlib.sha256()
+    for image in (sample.image, sample.mask):
+        if image is not None:
+            digest.update(f"{image.mode} {image.width} {image.height} ".encode())
+            digest.update(image.tobytes())
+    digest.update(sample.caption.encode())
+    return digest.hexdigest()
+
+
+def _decode(path: Path, mode: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as image:  # reads the header only
+                _check_header(image, path)
+                image.verify()  # checksums, which decoding does not look at; closes the file
+        with Image.open(path, formats=_FORMATS) as image:
+            upright = ImageOps.exif_transpose(image)
+            return _to_rgb(upright) if mode == "RGB" else _to_gray(upright)
+    except DataError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise DataError(
+            f"the picture has more than {Image.MAX_IMAGE_PIXELS} pixels, which may be an attack",
+            where=path,
+            fix="shrink it; training uses far fewer pixels",
+        ) from None
+    except Image.UnidentifiedImageError:
+        raise DataError(
+            "the file is damaged or no picture of a known kind",
+            where=path,
+            fix=f"replace or remove it; pictures are {_PICTURES}",
+        ) from None
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        raise DataError(
+            f"the picture cannot be read: {error}",
+            where=path,
+            fix="save it anew from the original, or remove it",
+        ) from error
+
+
+def _check_header(image: Image.Image, path: Path) -> None:
+    # MPO is a JPEG photograph with more in it, such as a phone's depth map: the first is meant.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise DataError(
+            "the picture is animated", where=path, fix="save the frame that you mean as a PNG"
+        )
+    if min(image.size) < _MIN_SIDE:
+        raise DataError(
+            f"the picture is only {_by(image.size)} pixels",
+            where=path,
+            fix=f"give pictures of at least {_MIN_SIDE} pixels a side",
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    image = _eight_bit(image)
+    if not image.has_transparency_data:
+        return _srgb(image, profile)
+    opaque = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(_srgb(opaque.convert("RGB"), profile), mask=opaque.getchannel("A"))
+    return white
+
+
+def _to_gray(image: Image.Image) -> Image.Image:
+    image = _eight_bit(image)
+    if not image.has_transparency_data:
+        return image.convert("L")
+    opaque = image.convert("RGBA")
+    black = Image.new("L", image.size, 0)
+    black.paste(opaque.convert("L"), mask=opaque.getchannel("A"))
+    return black
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grayscale scaled to 8 bits; PIL's own conversion would clip it to white."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.float64) / 257.0  # 65535 / 255
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB in sRGB, by the embedded profile where there is one that fits."""
+    if image.mode in ("1", "P"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    if profile:
+        try:
+            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            managed = ImageCms.profileToProfile(
+                image, embedded, ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except (OSError, ImageCms.PyCMSError):  # damaged, or of another colour space
+            managed = None
+        if managed is not None:
+            return managed
+    return image.convert("RGB")
+
+
+def _square(image: Image.Image, side: int, filter_: Image.Resampling) -> Image.Image:
+    """The centre square, resized. Resampling from a box gives what scaling the shortest side and
+    cropping would, and a long narrow picture needs no more memory than a square one."""
+    if image.size == (side, side):
+        return image
+    shortest = min(image.size)
+    left, top = (image.width - shortest) / 2, (image.height - shortest) / 2
+    box = (left, top, left + shortest, top + shortest)
+    return image.resize((side, side), filter_, box=box)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder, sorted by name."""
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        nested = [entry.name for entry in entries if entry.is_dir()]
+        pictures = [e for e in entries if e.suffix.lower() in SUFFIXES and e.is_file()]
+    except OSError as error:
+        raise DataError(
+            f"the folder of pictures cannot be read: {error.strerror}",
+            where=folder,
+            fix=f"give a folder with {_PICTURES} files",
+        ) from None
+    if not pictures:
+        raise DataError(
+            "there are no pictures in the folder"
+            + (f"; subfolders are not searched: {_listing(nested)}" if nested else ""),
+            where=folder,
+            fix=f"put {_PICTURES} files directly in it",
+        )
+    if nested:
+        logger.warning("Subfolders of %s are ignored: %s", folder, _listing(nested))
+    return pictures
+
+
+def _captions(
+    folder: Path,
+    paths: list[Path],
+    listed: dict[str, str],
+    template: str | None,
+    trigger: str | None,
+) -> dict[Path, str]:
+    beside = {entry.stem: entry for entry in folder.iterdir() if entry.suffix.lower() == ".txt"}
+    everywhere = None if template is None else template.replace("{}", trigger or "")
+    captions = {}
+    for path in paths:
+        text = _read_text(beside[path.stem]) if path.stem in beside else listed.get(path.name)
+        text = everywhere if text is None else text
+        captions[path] = "" if text is None else " ".join(text.split())
+    empty = [path.name for path, text in captions.items() if not text]
+    if empty:
+        raise DataError(
+            f"{_count(empty)} no caption: {_listing(empty)}",
+            where=folder,
+            fix=f"put a .txt file beside each, list them in {METADATA}, or give a caption template",
+        )
+    lacking = [p.name for p, text in captions.items() if trigger and trigger not in text]
+    if lacking:
+        raise DataError(
+            f"{_count(lacking)} a caption without the trigger {trigger}: {_listing(lacking)}",
+            where=folder,
+            fix=f"write {trigger} where the subject is named, as in 'a photo of {trigger}'",
+        )
+    return captions
+
+
+def _read_metadata(path: Path, pictures: set[str]) -> dict[str, str]:
+    """Captions by file name; none where there is no such file."""
+    captions: dict[str, str] = {}
+    if not path.is_file():
+        return captions
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, text = row["file_name"], row["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            name = text = None
+        problem = None
+        if not isinstance(name, str) or not isinstance(text, str):
+            problem = 'is not {"file_name": "...", "text": "..."}'
+        elif name in captions:
+            problem = f"lists {name} again"
+        elif name not in pictures:
+            problem = f"names {name}, which is no picture in the folder"
+        if problem:
+            raise DataError(f"line {number} {problem}", where=path, fix="correct the line")
+        captions[name] = text
+    return captions
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(
+            f"the captions cannot be read: {reason}", where=path, fix="save it as UTF-8 text"
+        ) from None
+
+
+def _mask_paths(folder: Path, paths: list[Path]) -> dict[Path, Path]:
+    by_stem: dict[str, Path] = {}
+    for mask in _pictures(folder):
+        if mask.stem in by_stem:
+            raise DataError(
+                f"{by_stem[mask.stem].name} and {mask.name} are masks of the same picture",
+                where=folder,
+                fix="keep one of them",
+            )
+        by_stem[mask.stem] = mask
+    missing = [path.name for path in paths if path.stem not in by_stem]
+    if missing:
+        raise DataError(
+            f"{_count(missing)} no mask: {_listing(missing)}",
+            where=folder,
+            fix="give each picture a mask of the same stem, such as 1.png for 1.jpg",
+        )
+    return {path: by_stem[path.stem] for path in paths}
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _count(names: list[str]) -> str:
+    return "1 picture has" if len(names) == 1 else f"{len(names)} pictures have"
+
+
+def _listing(names: list[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,217 @@
+import pickle
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from customize.errors import ConfigError
+from customize.training.config import TrainConfig, load_config
+
+REQUIRED = {
+    "base": "org/model",
+    "images": "pictures/rex",
+    "output": "concepts/rex",
+    "name": "rex",
+    "class_word": "dog",
+}
+
+
+def refused(**settings):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**{**REQUIRED, **settings})
+    return caught.value
+
+
+def written(folder, text):
+    path = folder / "config.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+YAML = "".join(f"{key}: {value}\n" for key, value in REQUIRED.items())
+
+
+def test_defaults_that_follow_from_other_settings():
+    config = TrainConfig(**REQUIRED)
+    assert config.trigger == "<rex>"
+    assert config.adapter_alpha == config.rank == 8
+    assert config.class_prompt == "a photo of a dog"
+    assert TrainConfig(**REQUIRED, alpha=2.0, rank=4).adapter_alpha == 2.0
+    assert TrainConfig(**REQUIRED, trigger="<my-dog>").trigger == "<my-dog>"
+    assert TrainConfig(**REQUIRED, trigger=None).trigger == "<rex>"
+
+
+def test_every_setting_is_described_and_only_five_are_required():
+    assert all(field.description for field in TrainConfig.model_fields.values())
+    required = {key for key, field in TrainConfig.model_fields.items() if field.is_required()}
+    assert required == set(REQUIRED)
+
+
+def test_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        TrainConfig(**REQUIRED).rank = 9
+
+
+def test_survives_json_and_pickle():
+    config = TrainConfig(**REQUIRED, validation_prompts=["a <rex>"], masks="m", slice=3)
+    assert TrainConfig(**config.model_dump(mode="json")) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_defaults_are_in_their_own_ranges():
+    config = TrainConfig(**REQUIRED)
+    assert TrainConfig(**config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("steps", 0, "greater than or equal to 1"),
+        ("steps", 1.5, "integer"),
+        ("steps", True, "yes or no"),
+        ("rank", 0, "greater than or equal to 1"),
+        ("alpha", 0, "greater than 0"),
+        ("learning_rate", -1e-4, "greater than 0"),
+        ("learning_rate", 10, "less than or equal to 1"),
+        ("learning_rate", float("nan"), "finite"),
+        ("min_snr_gamma", float("inf"), "finite"),
+        ("caption_dropout", 1.0, "less than 1"),
+        ("resolution", 8, "greater than or equal to 16"),
+        ("method", "orthagonal", "'orthogonal' or 'lora'"),
+        ("density", "gauss", "'logit_normal'"),
+        ("tracker", "paper", "'tensorboard'"),
+        ("seed", -1, "greater than or equal to 0"),
+        ("device", "cuda:", "another form"),
+        ("name", "../rex", "another form"),
+        ("name", "Rex", "another form"),
+        ("name", "", "is empty"),
+        ("name", "a" * 65, "another form"),
+        ("trigger", "rex", "angle brackets"),
+        ("trigger", "<my dog>", "without spaces"),
+        ("trigger", "", "is empty"),
+        ("class_word", "  ", "is empty"),
+        ("class_word", "d" * 65, "at most 64"),
+        ("caption", "a photo of a dog", "has no {} for the trigger"),
+        ("images", "a\0b", "control characters"),
+        ("base", "old/model.CKPT", "pickle"),
+        ("base", "model.bin", "pickle"),
+        ("validation_prompts", ["fine", ""], "is empty"),
+        ("validation_prompts", ["fine", "\x1b[2J"], "control characters"),
+    ],
+)
+def test_nonsense_is_refused_by_name_and_value(setting, value, says):
+    error = refused(**{setting: value})
+    assert error.what.startswith(f"{setting} is ")
+    assert says in str(error)
+    assert "\n" not in str(error)
+
+
+def test_values_in_messages_are_bounded():
+    assert len(str(refused(steps="9" * 100_000))) < 300
+
+
+def test_unknown_settings_name_their_neighbours():
+    error = refused(learning_rat=1, batchsize=2, zzz=3)
+    lines = error.what.splitlines()
+    assert lines[0] == "3 settings are wrong:"
+    assert "'learning_rat' is not a setting; did you mean learning_rate" in lines[1]
+    assert "did you mean batch_size" in lines[2]
+    assert lines[3] == "'zzz' is not a setting"
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(rank=0, name="Rex!")
+    lines = caught.value.what.splitlines()
+    assert lines[0] == "6 settings are wrong:"
+    told = sorted(line.split()[0] for line in lines[1:])
+    assert told == ["base", "class_word", "images", "name", "output", "rank"]
+    assert "images is missing (Folder with the concept's pictures" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"output": "pictures"}, "contains the pictures"),
+        ({"output": "pictures/rex"}, "contains the pictures"),
+        ({"masks": "pictures/../pictures/rex"}, "folder of the pictures"),
+        ({"prior_images": "dogs"}, "set prior_weight to 1"),
+        ({"prior_images": "pictures/rex", "prior_weight": 1}, "own pictures"),
+        ({"prior_prompt": "a <rex> dog"}, "has the trigger <rex>"),
+        ({"slice": 2, "method": "lora"}, "set method orthogonal"),
+        ({"layerwise_tokens": True, "train_tokens": False}, "set train_tokens to true"),
+        ({"warmup_steps": 100, "steps": 100}, "choose fewer"),
+    ],
+)
+def test_contradictions_are_refused(settings, says):
+    assert says in str(refused(**settings))
+
+
+def test_several_contradictions_are_told_at_once():
+    what = refused(slice=1, method="lora", warmup_steps=9, steps=9).what
+    assert what.splitlines()[0] == "2 settings are wrong:"
+
+
+def test_home_folder_is_expanded():
+    assert TrainConfig(**{**REQUIRED, "images": "~/x"}).images == Path.home() / "x"
+
+
+def test_yaml_and_overrides(tmp_path):
+    path = written(tmp_path, YAML + "steps: 50\nrank: 4\nvalidation_prompts: [a <rex>, b]\n")
+    config = load_config(path, steps=70, alpha=None)
+    assert (config.steps, config.rank) == (70, 4)
+    assert config.validation_prompts == ("a <rex>", "b")
+    assert load_config(None, **REQUIRED) == TrainConfig(**REQUIRED)
+
+
+def test_yaml_values_mean_what_they_look_like(tmp_path):
+    """PyYAML reads 1e-4 as text, no as false, and none as text."""
+    text = "learning_rate: 1e-4\nmixed_precision: no\nresolution: none\ncaption: null\nflip: yes\n"
+    config = load_config(written(tmp_path, YAML + text), validation_prompts="a <rex>")
+    assert config.learning_rate == 1e-4
+    assert config.mixed_precision == "no"
+    assert config.resolution is None
+    assert config.caption is None
+    assert config.flip is True
+    assert config.validation_prompts == ("a <rex>",)
+
+
+def test_flags_arrive_as_text():
+    config = load_config(**REQUIRED, steps="12", flip="true", min_snr_gamma="5", density="None")
+    assert (config.steps, config.flip, config.min_snr_gamma, config.density) == (
+        12,
+        True,
+        5.0,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a\n- b\n", "not a list of keys"),
+        ("just text", "not a list of keys"),
+        ("1: a\n", "not a list of keys"),
+        ("a: [1\n", "not valid YAML at line 2"),
+        (b"a: \xff\xfe\n", "not valid YAML"),
+        ("a: " + "[" * 3000, "not valid YAML"),
+        ("x: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("rank: 4\nrank: 8\n", "set more than once: rank"),
+        (b"#" * (2 << 20), "larger than a megabyte"),
+        ("", "base is missing"),
+        (YAML + "rnk: 4\n", "did you mean rank?"),
+    ],
+)
+def test_bad_files_are_refused_by_path(tmp_path, text, says):
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert says in str(caught.value)
+    assert caught.value.where == str(path)
+
+
+def test_missing_file_and_folder_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)

@@ -13,6 +13,7 @@ anything is returned, and written whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -57,7 +58,8 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
     machine stop between two of them, reading reports that the parts do not belong together.
 
     Args:
-        folder: new, empty, or holding a concept of the same name.
+        folder: new, empty but for what training keeps there, or holding a concept of the same
+            name.
         samples: pictures for the model card.
 
     Returns:
@@ -121,7 +123,7 @@ def write_single(concept: Concept, path: str | Path) -> Path:
         raise StorageError(
             "a single file must end in .safetensors", where=path, fix=f"name it {name}.safetensors"
         )
-    if path.exists():
+    if os.path.lexists(path):
         _check_same(lambda: read(path).info.name, name, path)
     metadata = {PEFT_HEADER: peft_header(concept), INFO_HEADER: info_json(concept)}
     data = _safetensors(lora_tensors(concept) | bundled_embeddings(concept), metadata)
@@ -134,7 +136,8 @@ def write_single(concept: Concept, path: str | Path) -> Path:
     except OSError as error:
         raise _storage_error(error, path) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return path
 
 
@@ -152,17 +155,24 @@ def check_folder(folder: Path, name: str) -> None:
     It may be new, empty but for what training keeps there, or hold a concept of the same name.
 
     Raises:
-        StorageError: it holds something else.
+        StorageError: it holds something else, or cannot be looked into.
     """
-    if folder.is_dir():
-        if (folder / INFO_FILE).exists():
-            _check_same(lambda: read_info(folder).name, name, folder)
-        elif any(path.name not in WORK_NAMES for path in folder.iterdir()):
-            raise StorageError(
-                "the folder holds other files", where=folder, fix="choose a new or empty folder"
-            )
-    elif folder.exists():
-        raise StorageError("there is a file of this name", where=folder, fix="choose another name")
+    try:
+        present = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise StorageError(
+            "a file is in the place of the folder", where=folder, fix="choose another name"
+        ) from error
+    except OSError as error:
+        raise _storage_error(error, folder) from error
+    if INFO_FILE in present:
+        _check_same(lambda: read_info(folder).name, name, folder)
+    elif not present <= set(WORK_NAMES):
+        raise StorageError(
+            "the folder holds other files", where=folder, fix="choose a new or empty folder"
+        )
 
 
 def _check_same(found_name: Callable[[], str], name: str, where: Path) -> None:

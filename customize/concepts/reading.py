@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -164,7 +165,7 @@ def _check_peft_header(
     try:
         stated = _json(metadata[PEFT_HEADER]) if PEFT_HEADER in metadata else {}
         wrong = [
-            key
+            f"{component}.{key}"
             for component in components
             for key, value in (("r", info.rank), ("lora_alpha", info.alpha))
             if stated.get(f"{component}.{key}") != value
@@ -243,7 +244,7 @@ def _refuse_pickle(path: Path) -> NoReturn:
 
 def _located(source: str | Path) -> Path:
     path = Path(source)
-    if path.exists():
+    if os.path.exists(path):  # unlike Path.exists, False for names that no file can have
         return path
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return _downloaded(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +71,10 @@ def same_tensors(a: Concept, b: Concept) -> bool:
     return left.keys() == right.keys() and all(
         left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
     )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def learn(

@@ -1,0 +1,144 @@
+"""Writing concepts: whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from customize.concepts import files, layout
+from customize.concepts.files import read, write, write_single
+from customize.concepts.layout import INFO_FILE as INFO
+from customize.concepts.layout import LORA_FILE as LORA
+from customize.errors import ConceptError, StorageError
+from tests.concepts.making import contents, same_tensors, small
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(small(), tmp_path / "rex")
+
+
+def test_the_same_concept_may_be_replaced(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    small(seed=1).save(folder, [Image.new("RGB", (2, 2))] * 2)
+    assert same_tensors(read(folder), small(seed=1))
+    small(num_tokens=0).save(folder, [Image.new("RGB", (2, 2))])
+    assert same_tensors(read(folder), small(num_tokens=0))
+    assert set(contents(folder)) == {LORA, INFO, "README.md", "sample-1.png", "notes.txt"}
+    single = folder / "rex.safetensors"
+    for seed in (0, 1):
+        write_single(small(seed=seed), single)
+        assert same_tensors(read(single), small(seed=seed))
+
+
+def test_a_folder_may_already_hold_the_training_that_led_to_it(tmp_path: Path) -> None:
+    for name in layout.WORK_NAMES:
+        (tmp_path / "rex" / name).mkdir(parents=True)
+    assert same_tensors(read(small().save(tmp_path / "rex")), small())
+    assert {path.name for path in (tmp_path / "rex").iterdir()} > set(layout.WORK_NAMES)
+
+
+def other_concept(path: Path) -> None:
+    write(small(name="tom"), path)
+
+
+def other_files(path: Path) -> None:
+    path.mkdir()
+    (path / "holiday.jpg").write_bytes(b"x")
+
+
+def damaged(path: Path) -> None:
+    path.mkdir()
+    (path / INFO).write_text("{")
+
+
+@pytest.mark.parametrize("prepare", [other_concept, other_files, damaged, Path.touch])
+def test_what_is_there_is_not_overwritten(tmp_path: Path, prepare) -> None:
+    prepare(tmp_path / "out")
+    before = contents(tmp_path)
+    with pytest.raises(StorageError) as caught:
+        small().save(tmp_path / "out")
+    assert caught.value.fix
+    assert contents(tmp_path) == before
+
+
+def test_single_files_are_not_overwritten_either(tmp_path: Path) -> None:
+    write_single(small(name="tom"), tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_bytes(b"x")
+    before = contents(tmp_path)
+    for name in ("a.safetensors", "b.safetensors", "c.bin"):
+        with pytest.raises(StorageError):
+            write_single(small(), tmp_path / name)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("single", [False, True])
+def test_a_full_disk_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch, existing: bool, step: int, single: bool
+) -> None:
+    out = tmp_path / ("rex.safetensors" if single else "rex")
+    save = write_single if single else write
+    if existing:
+        save(small(), out)
+    before = contents(tmp_path)
+    calls = 0
+    fsync = os.fsync
+
+    def full(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > min(step, 0 if single else 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        save(small(seed=1), out)
+    assert contents(tmp_path) == before
+    assert not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    save(small(seed=1), out)
+    assert same_tensors(read(out), small(seed=1))
+
+
+def test_an_interrupt_leaves_everything_as_it_was(folder: Path, monkeypatch) -> None:
+    before = contents(folder.parent)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_write_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        small(seed=1).save(folder)
+    assert contents(folder.parent) == before
+
+
+def test_a_machine_that_stops_between_two_renames_is_noticed(folder: Path, monkeypatch) -> None:
+    replace, done = os.replace, []
+
+    def once(source: Path, target: Path) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(KeyboardInterrupt):
+        small(seed=1).save(folder)
+    with pytest.raises(ConceptError, match="not those that were saved"):
+        read(folder)
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for save, name in ((write, "rex"), (write_single, "rex.safetensors")):
+        with pytest.raises(StorageError, match=r"cannot be written|in the place"):
+            save(small(), tmp_path / "file" / name)
+        with pytest.raises(StorageError, match="cannot be written"):
+            save(small(), tmp_path / ("x" * 300) / name)

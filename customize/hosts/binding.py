@@ -1,0 +1,179 @@
+"""The public functions, and their binding as methods to diffusers' pipeline classes.
+
+Nothing heavy is imported here. ``import diffusers`` leaves out the modules that define its
+pipelines, and importing them takes seconds; so where they are not imported yet, binding waits.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from customize.concepts.concept import Concept
+    from customize.hosts.state import Customization
+
+Pipeline = TypeVar("Pipeline")
+
+# Where diffusers defines the two bases of all its pipelines.
+HOSTS = {
+    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
+    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
+}
+
+
+def load_custom(
+    pipe: Pipeline,
+    *concepts: str | Path | Concept,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    names: Sequence[str | None] | None = None,
+    fuse: bool = False,
+) -> Pipeline:
+    """Attach learned concepts to a pipeline, or change the weights of those attached.
+
+    All concepts of a pipeline are merged by their weighted sum, exactly. Their trigger words, such
+    as ``<rex>``, then work in every prompt. Calling it again adds to what is there. Everything is
+    checked before anything changes: after an error the pipeline is bit for bit what it was.
+
+    A pipeline made from this one's components (``from_pipe``, ``Other(**pipe.components)``) shares
+    its models and tokenizers and so its concepts; loading or unloading on either acts on both.
+
+    Args:
+        pipe: A standard or modular diffusers pipeline of a known family, on any device, in any
+            floating dtype, with model, sequential or group offloading on or off.
+        concepts: Folders or single ``.safetensors`` files, hub ids, or Concept objects. One that
+            is attached already is refused unless it is identical; then only its weight and mode
+            change.
+        weights: One for each of ``concepts``, or a dict from concept name to weight, which may
+            also name concepts that are attached already. Finite; left out, a new concept gets 1.0
+            and an attached one keeps its own.
+        names: One for each of ``concepts``, or None where it keeps its own. The concept then goes
+            by that name and by the trigger ``<name>``; it tells apart what is called alike.
+        fuse: False: one adapter named "customize" beside the base weights, which stay untouched;
+            adapters of your own stay as they are. True: into the base weights, summed in float32
+            and rounded once; a copy of each touched weight is kept on the CPU, so that unloading
+            gives back the same bits. Holds for the ``concepts`` given; others keep their mode.
+
+    Returns:
+        ``pipe`` itself.
+
+    Raises:
+        ConfigError: weights that fit nothing or are not finite.
+        ConceptError: a concept that cannot be read, is of another base, or whose name or trigger
+            is taken.
+        PipelineError: the pipeline's family is unknown, or its state does not allow it.
+    """
+    from customize.hosts.load import load
+
+    load(pipe, concepts, weights=weights, names=names, fuse=fuse)
+    return pipe
+
+
+def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
+    """Detach concepts by name, or all of them where none is named.
+
+    After the last one the pipeline is what it was before the first: weights, tokenizers, modules
+    and class, bit for bit. A pipeline without concepts is left as it is.
+
+    Returns:
+        ``pipe`` itself.
+
+    Raises:
+        ConfigError: a name that is not attached; nothing has changed then.
+        PipelineError: fused weights were changed by someone else since.
+    """
+    from customize.hosts.load import unload
+
+    unload(pipe, names)
+    return pipe
+
+
+def custom(pipe: Any) -> Customization:
+    """What is attached to a pipeline: printed, it is a table with a row for each concept."""
+    from customize.hosts.load import summary
+
+    return summary(pipe)
+
+
+METHODS: dict[str, Any] = {
+    "load_custom": load_custom,
+    "unload_custom": unload_custom,
+    "custom": property(custom),
+}
+
+
+def bind() -> None:
+    """Give both pipeline bases the three attributes, at once or as soon as they are imported.
+
+    May be called any number of times. An attribute of the same name that is not ours is never
+    overwritten: a warning says so, and the functions of this package still work.
+    """
+    for module_name, class_name in HOSTS.items():
+        if module_name in sys.modules:
+            _bind_in(sys.modules[module_name], class_name)
+    if not any(_is_waiting(finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _bind_in(module: ModuleType, class_name: str) -> None:
+    host = getattr(module, class_name, None)
+    if host is None:  # it is being imported right now, or this diffusers has none
+        return
+    foreign = [name for name in METHODS if hasattr(host, name) and not _is_ours(host, name)]
+    if foreign:
+        warnings.warn(
+            f"diffusers' {class_name} has attributes {foreign} that customize did not make; they "
+            "are left alone. Call customize.load_custom(pipe, ...) and "
+            "customize.unload_custom(pipe) instead of the methods.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    for name, method in METHODS.items():
+        setattr(host, name, method)
+
+
+def _is_ours(host: type, name: str) -> bool:
+    attribute = getattr(host, name)
+    function = attribute.fget if isinstance(attribute, property) else attribute
+    return getattr(function, "__module__", None) == __name__
+
+
+class _AfterImport(MetaPathFinder):
+    """Binds a host class right after the import of its module; finds nothing by itself."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in HOSTS:
+            return None
+        for finder in sys.meta_path:
+            if _is_waiting(finder):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                _run_after(spec.loader, HOSTS[fullname])
+            if spec is not None:
+                return spec
+        return None
+
+
+def _is_waiting(finder: object) -> bool:
+    # By name, so that a reloaded module knows the finder that its former self has left.
+    return (type(finder).__module__, type(finder).__name__) == (__name__, "_AfterImport")
+
+
+def _run_after(loader: Any, class_name: str) -> None:
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        _bind_in(module, class_name)
+
+    loader.exec_module = exec_module  # the loader is this one import's own

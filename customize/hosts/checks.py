@@ -1,0 +1,134 @@
+"""Whether a pipeline can take what is asked for; nothing here changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from customize.concepts.concept import Concept
+from customize.concepts.tokens import entries
+from customize.errors import ConceptError, PipelineError
+from customize.families import Family
+
+
+def check_base(family: Family, concept: Concept) -> None:
+    """Refuse a concept that was learned on another architecture.
+
+    Raises:
+        ConceptError: family, denoiser, layer widths or text encoders differ.
+    """
+    info = concept.info
+    ours, theirs = family.fingerprint(), info.fingerprint
+    if (info.family, theirs.get("denoiser")) != (ours["family"], ours["denoiser"]):
+        raise ConceptError(
+            f"the concept {info.name} was learned on {info.family} ({info.base}), which differs "
+            f"from this pipeline's {family.name} model in architecture or size",
+            fix="load it into a pipeline of the base that it was learned on",
+        )
+    widths = theirs.get("widths")
+    for component in {*concept.products, *concept.embeddings}:
+        if component not in ours["widths"]:
+            raise PipelineError(
+                f"the concept {info.name} needs a {component}, which this pipeline lacks",
+                fix="load the pipeline with all its text encoders",
+            )
+        found = widths.get(component) if isinstance(widths, Mapping) else None
+        if found != ours["widths"][component]:
+            raise ConceptError(
+                f"the concept {info.name} was learned on a {component} of widths {found}, and "
+                f"this pipeline's has {ours['widths'][component]}",
+                fix="load it into a pipeline of the base that it was learned on",
+            )
+    if concept.embeddings:
+        _check_tables(family, concept)
+
+
+def check_vocabulary(family: Family, concept: Concept) -> None:
+    """Refuse a concept whose tokens some vocabulary has already.
+
+    Raises:
+        ConceptError: naming the tokens.
+    """
+    info = concept.info
+    if not info.num_tokens:
+        return
+    # One more than its own: diffusers takes <rex>_2 for a part of <rex>, whoever added it.
+    names = entries(info.trigger, info.num_tokens + 1)
+    for dictionary in family.token_dictionaries():
+        vocabulary = dictionary.tokenizer.get_vocab()
+        taken = [name for name in names if name in vocabulary]
+        if taken:
+            raise ConceptError(
+                f"the concept {info.name} brings the token {taken[0]}, which the tokenizer has "
+                "already",
+                where=dictionary.key,
+                fix=f"call unload_textual_inversion() if it came from there, or load the concept "
+                f'under another name: names=["{info.name}-2"]',
+            )
+
+
+def check_layers(models: Mapping[str, nn.Module], layers: Iterable[tuple[str, str]]) -> None:
+    """Refuse layers in whose present state an adapter would not do what it should.
+
+    Args:
+        models: component -> model.
+        layers: (component, module name) of all that are to be changed.
+
+    Raises:
+        PipelineError: a layer has adapters that are fused, switched off, or not LoRA.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for component, name in layers:
+        layer: Any = models[component].get_submodule(name)
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        where = f"{component}.{name}"
+        if not isinstance(layer, LoraLayer):
+            raise PipelineError(
+                f"the layer carries an adapter of another kind, {type(layer).__name__}",
+                where=where,
+                fix="unload that adapter first",
+            )
+        if layer.merged:
+            raise PipelineError(
+                "the adapters of this layer are fused into its weight",
+                where=where,
+                fix="call unfuse_lora() first",
+            )
+        if layer.disable_adapters:
+            raise PipelineError(
+                "the adapters of this layer are switched off",
+                where=where,
+                fix="call enable_lora() first",
+            )
+
+
+def _check_tables(family: Family, concept: Concept) -> None:
+    dictionaries = {dictionary.key: dictionary for dictionary in family.token_dictionaries()}
+    if set(dictionaries) != set(concept.embeddings):
+        raise ConceptError(
+            f"the concept {concept.info.name} has tokens for "
+            f"{', '.join(sorted(concept.embeddings))}, and this pipeline has the vocabularies of "
+            f"{', '.join(sorted(dictionaries))}",
+            fix="load the pipeline with the text encoders that the concept was learned with",
+        )
+    for key, rows in concept.embeddings.items():
+        text_encoder: Any = dictionaries[key].text_encoder
+        table = text_encoder.get_input_embeddings().weight
+        if rows.shape[1] != table.shape[1]:
+            raise ConceptError(
+                f"the concept {concept.info.name} has embeddings of width {rows.shape[1]}, and "
+                f"this text encoder's are {table.shape[1]} wide",
+                where=key,
+                fix="load it into a pipeline of the base that it was learned on",
+            )
+        if len(dictionaries[key].tokenizer) > table.shape[0]:
+            raise PipelineError(
+                "the tokenizer has more entries than the embedding table has rows",
+                where=key,
+                fix="use the tokenizer that belongs to this text encoder",
+            )

@@ -1,0 +1,97 @@
+"""Updates put into the base weights themselves, and taken out again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from customize.core.lowrank import LowRank, product
+from customize.errors import PipelineError
+
+Updates = Mapping[str, Mapping[str, LowRank]]
+
+# (component, module) -> the weight as it was, on the CPU.
+Originals = dict[tuple[str, str], Tensor]
+
+
+@torch.no_grad()
+def fuse_updates(models: Mapping[str, nn.Module], updates: Updates, originals: Originals) -> None:
+    """Make every fused weight ``original + update``, and every other one its original again.
+
+    Computed in float32 on the weight's device, from the original, and rounded once.
+
+    Args:
+        models: component -> model.
+        updates: component -> module -> what is to be in the weights; empty for nothing.
+        originals: what is in them now; entries come and go as weights are changed.
+    """
+    wanted = {(key, name): u for key, layers in updates.items() for name, u in layers.items()}
+    for place in [place for place in originals if place not in wanted]:
+        base_weight(models, place).copy_(originals[place])
+        del originals[place]
+    for place, update in wanted.items():
+        weight = base_weight(models, place)
+        if place not in originals:
+            originals[place] = weight.detach().to("cpu", copy=True)
+        weight.copy_(_fused(originals[place].to(weight.device), update))
+
+
+@torch.no_grad()
+def check_unchanged(
+    models: Mapping[str, nn.Module], updates: Updates, originals: Originals
+) -> None:
+    """Refuse where a fused weight is not what :func:`fuse_updates` made it.
+
+    Else undoing would also undo what someone else did to it since, such as ``fuse_lora``.
+
+    Raises:
+        PipelineError: naming the first such weight.
+    """
+    for place, original in originals.items():
+        weight = base_weight(models, place)
+        update = updates[place[0]][place[1]]
+        expected = _fused(original.to(weight.device), update)
+        # Rounded twice where the pipeline's dtype was changed in between; and another device
+        # may multiply in another order or at another precision.
+        step = max(torch.finfo(each.dtype).eps for each in (weight, original))
+        allowed = 2 * step * expected.abs() + 4e-3 * (expected - original.to(expected)).abs()
+        allowed += 1e-6 * expected.abs().mean()
+        if bool(((weight.float() - expected).abs() > allowed).any()):
+            raise PipelineError(
+                "a weight with fused concepts was changed by someone else since",
+                where=".".join(place),
+                fix="undo that first, for a LoRA with unfuse_lora(), or load the pipeline anew",
+            )
+
+
+def check_fusable(models: Mapping[str, nn.Module], updates: Updates) -> None:
+    """Refuse weights that cannot take a sum, such as quantized ones.
+
+    Raises:
+        PipelineError: naming the first such weight.
+    """
+    for key, layers in updates.items():
+        for name in layers:
+            weight = base_weight(models, (key, name))
+            if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+                raise PipelineError(
+                    f"nothing can be added to weights of type {weight.dtype}",
+                    where=f"{key}.{name}",
+                    fix="load with fuse=False, which leaves the weights alone",
+                )
+
+
+def base_weight(models: Mapping[str, nn.Module], place: tuple[str, str]) -> Tensor:
+    """The (out, in) weight of a layer, below any adapter around it."""
+    layer: Any = models[place[0]].get_submodule(place[1])
+    weight: Tensor = getattr(layer, "base_layer", layer).weight
+    return weight
+
+
+def _fused(original: Tensor, update: LowRank) -> Tensor:
+    here = LowRank(update.up.to(original.device), update.down.to(original.device), update.scale)
+    change = product(here)
+    return original.to(change.dtype) + change

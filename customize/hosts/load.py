@@ -1,0 +1,272 @@
+"""Attaching concepts to a pipeline: what is wanted, whether it fits, then the change itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from customize.concepts.adapter import Adapter, attach_products, fit
+from customize.concepts.concept import Concept
+from customize.concepts.merge import merge
+from customize.concepts.slices import collisions
+from customize.concepts.tokens import add_tokens, entries, remove_tokens
+from customize.errors import ConfigError, PipelineError
+from customize.families import Family, family_of
+from customize.hosts.checks import check_base, check_layers, check_vocabulary
+from customize.hosts.classes import expand_triggers, guard_saving
+from customize.hosts.fusing import Updates, check_fusable, check_unchanged, fuse_updates
+from customize.hosts.offload import settled
+from customize.hosts.plan import Weights, renamed, wanted
+from customize.hosts.state import Attached, Customization, Holder, Row, find, keep
+
+#: peft's name of the one adapter that all concepts are merged into.
+ADAPTER = "customize"
+
+
+def load(
+    pipe: Any,
+    sources: Sequence[str | Path | Concept],
+    *,
+    weights: Weights,
+    names: Sequence[str | None] | None,
+    fuse: bool,
+) -> None:
+    """What :func:`customize.load_custom` does."""
+    family = _family(pipe)
+    if not sources and not weights:
+        raise ConfigError("there is nothing to load", fix="give concepts, or a dict of weights")
+    new = [_read(source) for source in sources]
+    if names is not None:
+        if isinstance(names, str) or len(names) != len(new):
+            raise ConfigError(
+                f"{names!r} does not name {len(new)} concepts",
+                where="names",
+                fix="give a list with a name for each, or None where it keeps its own",
+            )
+        new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
+    after = wanted(find(family).attached, new, weights, fuse)
+    for concept in new:
+        check_base(family, concept)
+        if concept.info.name not in find(family).attached:
+            check_vocabulary(family, concept)
+    _change(family, after)
+    guard_saving(pipe, True)
+
+
+def unload(pipe: Any, names: Sequence[str]) -> None:
+    """What :func:`customize.unload_custom` does."""
+    family = _family(pipe)
+    before = find(family).attached
+    for name in names:
+        if name not in before:
+            raise ConfigError(
+                f"no concept {name} is attached",
+                fix=f"choose from {', '.join(before)}" if before else "load it first",
+            )
+    after = {name: kept for name, kept in before.items() if names and name not in names}
+    if before:
+        _change(family, after)
+    guard_saving(pipe, bool(after))
+
+
+def summary(pipe: Any) -> Customization:
+    """What ``pipe.custom`` shows."""
+    family = _family(pipe)
+    holder = find(family)
+    colliding: dict[str, list[str]] = {}
+    for collision in collisions([each.concept.info for each in holder.attached.values()]):
+        colliding.setdefault(collision.first, []).append(collision.second)
+        colliding.setdefault(collision.second, []).append(collision.first)
+    rows = []
+    for name, attached in holder.attached.items():
+        info = attached.concept.info
+        slices = "none" if info.basis is None else "disjoint"
+        if name in colliding:
+            slices = "shared with " + ", ".join(colliding[name])
+        mode = "fused" if attached.fused else _adapter_mode(holder)
+        rows.append(
+            Row(name, info.trigger, info.class_word, attached.weight, info.rank, slices, mode)
+        )
+    denoiser = family.denoiser
+    place = f"{family.name} ({denoiser.device}, {str(denoiser.dtype).removeprefix('torch.')})"
+    return Customization(tuple(rows), place)
+
+
+def check_saveable(pipe: Any) -> None:
+    """Refuse to save a pipeline whose models are wrapped in an adapter of ours.
+
+    Where all concepts are fused, what is saved holds them: weights, tokens and embeddings.
+
+    Raises:
+        PipelineError: a concept is attached as an adapter.
+    """
+    try:
+        attached = find(_family(pipe)).attached
+    except PipelineError:  # the models were taken out of it, and ours with them
+        return
+    beside = [name for name, each in attached.items() if not each.fused]
+    if beside:
+        raise PipelineError(
+            f"the concepts {', '.join(beside)} are attached beside the weights, and stock "
+            "diffusers could not open what is saved",
+            fix="save without them after unload_custom(), as they have files of their own; or "
+            "attach them with fuse=True and save them in the weights",
+        )
+
+
+def _change(family: Family, after: dict[str, Attached]) -> None:
+    """From what is attached to what is wanted, wholly or not at all."""
+    holder = find(family)
+    before = holder.attached
+    models = {family.denoiser_key: family.denoiser, **family.text_encoders}
+    new, old = _updates(family, after), _updates(family, before)
+    layers = {
+        (component, module)
+        for updates in (*new, *old)
+        for component, own in updates.items()
+        for module in own
+    }
+    check_layers(models, sorted(layers))
+    for component, model in models.items():
+        ours = any(adapter.models.get(component) is model for adapter in holder.adapters)
+        if ADAPTER in getattr(model, "peft_config", {}) and not ours:
+            raise PipelineError(
+                f"an adapter named {ADAPTER} that was not loaded by load_custom is attached",
+                where=component,
+                fix=f'call delete_adapters("{ADAPTER}") first, or load it under another name',
+            )
+    with settled(models):
+        check_fusable(models, new[1])
+        check_unchanged(models, old[1], holder.originals)
+        try:
+            _rebuild(family, models, holder, after, *new)
+        except BaseException:
+            _rebuild(family, models, holder, before, *old)
+            raise
+
+
+def _rebuild(
+    family: Family,
+    models: Mapping[str, nn.Module],
+    holder: Holder,
+    attached: dict[str, Attached],
+    beside: Updates,
+    into: Updates,
+) -> None:
+    """Make adapters, weights and vocabularies those of ``attached``, from any state between."""
+    while holder.adapters:
+        adapter = holder.adapters.pop()
+        if _is_there(adapter):
+            adapter.remove()
+    fuse_updates(models, into, holder.originals)
+    active = _active(models)
+    with warnings.catch_warnings():
+        # That other adapters are there is meant.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        for component, updates in beside.items():
+            own = {component: updates}
+            dtype = _adapter_dtype(models[component])
+            holder.adapters.append(attach_products(family, own, name=ADAPTER, dtype=dtype))
+            for layer in holder.adapters[-1].layers[component].values():
+                if list(layer.lora_A) == [ADAPTER]:
+                    # Names that are not in a layer are harmless there, and diffusers asks just
+                    # one layer which adapters of the whole pipeline are active.
+                    layer.set_adapter([*active, ADAPTER], inference_mode=True)
+    _set_tokens(family, holder, attached)
+    holder.attached = attached
+    keep(family, holder)
+
+
+def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]) -> None:
+    dictionaries = {dictionary.key: dictionary for dictionary in family.token_dictionaries()}
+    owned = {
+        (key, each.concept.info.trigger): rows
+        for each in attached.values()
+        for key, rows in each.concept.embeddings.items()
+    }
+    for key, trigger in list(holder.tokens):
+        if trigger not in dictionaries[key].tokenizer.get_vocab():
+            del holder.tokens[key, trigger]  # someone else's unload_textual_inversion
+    for (key, trigger), rows in owned.items():
+        if (key, trigger) not in holder.tokens:
+            add_tokens(dictionaries[key], entries(trigger, rows.shape[0]), rows)
+            holder.tokens[key, trigger] = rows.shape[0]
+    # Last, because what is removed and added again would have other ids than before.
+    for key, trigger in [place for place in holder.tokens if place not in owned]:
+        remove_tokens(dictionaries[key], entries(trigger, holder.tokens[key, trigger]))
+        del holder.tokens[key, trigger]
+    triggers = {trigger: entries(trigger, count) for (_, trigger), count in holder.tokens.items()}
+    for component in family.components.values():
+        if _is_tokenizer(component):
+            expand_triggers(component, triggers)
+
+
+def _updates(family: Family, attached: Mapping[str, Attached]) -> tuple[Updates, Updates]:
+    """The weighted sums of what is to be beside the weights, and of what is to be in them."""
+    found: list[Updates] = []
+    for fused in (False, True):
+        chosen = [each for each in attached.values() if each.fused == fused]
+        merged = merge([e.concept for e in chosen], [e.weight for e in chosen]) if chosen else {}
+        found.append(fit(merged, family))
+    return found[0], found[1]
+
+
+def _is_there(adapter: Adapter) -> bool:
+    # Someone may have removed it, with unload_lora_weights or the like.
+    return all(ADAPTER in getattr(model, "peft_config", {}) for model in adapter.models.values())
+
+
+def _active(models: Mapping[str, nn.Module]) -> list[str]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = [module for model in models.values() for module in model.modules()]
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+
+
+def _adapter_dtype(model: Any) -> torch.dtype:
+    # The model's own; but quantized and 8-bit storage types are none to compute in.
+    usable = (torch.float32, torch.float16, torch.bfloat16)
+    return model.dtype if model.dtype in usable else torch.float32
+
+
+def _adapter_mode(holder: Holder) -> str:
+    if not all(map(_is_there, holder.adapters)):
+        return "adapter (removed by someone else)"
+    layers = [each for a in holder.adapters for own in a.layers.values() for each in own.values()]
+    if any(ADAPTER not in layer.active_adapters or layer.disable_adapters for layer in layers):
+        return "adapter (not active)"
+    return "adapter"
+
+
+def _family(pipe: Any) -> Family:
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        raise PipelineError(
+            f"a {type(pipe).__name__} is not a diffusers pipeline",
+            fix="give a DiffusionPipeline or ModularPipeline",
+        )
+    # Below torch.compile's wrapper, where modules have the names that files give them.
+    return family_of({key: getattr(part, "_orig_mod", part) for key, part in components.items()})
+
+
+def _is_tokenizer(component: object) -> bool:
+    from transformers import PreTrainedTokenizerBase
+
+    return isinstance(component, PreTrainedTokenizerBase)
+
+
+def _read(source: object) -> Concept:
+    if isinstance(source, Concept):
+        return source
+    if isinstance(source, str | Path):
+        return Concept.load(source)
+    raise ConfigError(
+        f"a {type(source).__name__} is not a concept",
+        fix="give a folder, a .safetensors file, a hub id or a Concept",
+    )

@@ -1,0 +1,88 @@
+"""Changing models whose weights are not where they seem to be.
+
+Model offload moves whole models and is no obstacle. Sequential offload leaves empty weights behind,
+so its hooks go away while a model changes. Group offload keeps lists of a model's weights, which
+are made anew afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from customize.errors import PipelineError
+
+
+@contextmanager
+def settled(models: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within it, every weight is a real tensor that may be read, changed or wrapped.
+
+    Whatever offloading was on is on again afterwards, also after an error.
+
+    Raises:
+        PipelineError: weights lie on disk or were never loaded. Nothing was changed.
+    """
+    devices = {key: _sequential_device(model) for key, model in models.items()}
+    for key, model in models.items():
+        _check_in_memory(key, model, hooked=devices[key] is not None)
+    hooked = {key: model for key, model in models.items() if devices[key] is not None}
+    for model in hooked.values():
+        _unhook(model)
+    try:
+        yield
+    finally:
+        for key, model in hooked.items():
+            _hook(model, devices[key])
+        for model in models.values():
+            _regroup(model)
+
+
+def _sequential_device(model: nn.Module) -> Any:
+    """Where a sequentially offloaded model computes; None for any other model."""
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            # accelerate's AlignDevicesHook; without `offload` it only moves inputs.
+            if getattr(each, "offload", False) and hasattr(each, "weights_map"):
+                return each.execution_device
+    return None
+
+
+def _check_in_memory(key: str, model: nn.Module, hooked: bool) -> None:
+    from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+
+    group = _get_top_level_group_offload_hook(model)
+    if group is not None and group.config.offload_to_disk_path is not None:
+        raise PipelineError(
+            "the weights are offloaded to disk and cannot be changed there",
+            where=key,
+            fix="load or unload concepts before enable_group_offload, or offload to memory",
+        )
+    if not hooked and any(weight.is_meta for weight in model.parameters()):
+        raise PipelineError(
+            "the model has weights that were never loaded",
+            where=key,
+            fix="load the pipeline's weights first",
+        )
+
+
+def _unhook(model: nn.Module) -> None:
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(model, recurse=True)
+
+
+def _hook(model: nn.Module, device: Any) -> None:
+    from accelerate import cpu_offload
+
+    # As diffusers' enable_sequential_cpu_offload calls it.
+    cpu_offload(model, device, offload_buffers=len(model._parameters) > 0)
+
+
+def _regroup(model: nn.Module) -> None:
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    _maybe_remove_and_reapply_group_offloading(model)

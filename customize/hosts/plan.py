@@ -1,0 +1,136 @@
+"""What a call to ``load_custom`` asks for, worked out without touching the pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from numbers import Real
+from typing import Any
+
+import torch
+
+from customize.concepts.concept import Concept, check_info
+from customize.core.lowrank import LowRank
+from customize.errors import ConceptError, ConfigError
+from customize.hosts.state import Attached
+
+Weights = Sequence[float] | Mapping[str, float] | None
+
+
+def wanted(
+    before: Mapping[str, Attached], new: Sequence[Concept], weights: Weights, fuse: bool
+) -> dict[str, Attached]:
+    """What is to be attached after the call.
+
+    Args:
+        before: what is attached now; a concept of ``new`` that is among it must be identical.
+        weights, fuse: as in :func:`customize.load_custom`.
+
+    Raises:
+        ConfigError: weights that fit nothing or are not finite.
+        ConceptError: a name or trigger is taken.
+    """
+    _check_names(before, new)
+    after = {**before}
+    for concept in new:
+        name = concept.info.name
+        kept = before[name].weight if name in before else 1.0
+        after[name] = Attached(concept, kept, fuse)
+    for name, weight in _by_name(after, new, weights).items():
+        after[name] = replace(after[name], weight=weight)
+    for a, b in combinations([attached.concept.info for attached in after.values()], 2):
+        if a.trigger == b.trigger:
+            raise ConceptError(
+                f"the concepts {a.name} and {b.name} have the same trigger {a.trigger}",
+                fix=f'give one another name and trigger: names=["{b.name}-2"], one name or None '
+                "for each concept",
+            )
+    return after
+
+
+def renamed(concept: Concept, name: str) -> Concept:
+    """The same concept under another name, with the trigger ``<name>``.
+
+    Raises:
+        ConceptError: the name has other characters than a-z, 0-9, _ and -.
+    """
+    facts = concept.info.model_dump() | {"name": name, "trigger": f"<{name}>"}
+    return replace(concept, info=check_info(facts, "names"))
+
+
+def identical(a: Concept, b: Concept) -> bool:
+    """Whether two concepts do the same to a model, whatever else is noted on them."""
+    if a is b:
+        return True
+    facts = ("name", "trigger", "family", "fingerprint", "num_tokens")
+    if any(getattr(a.info, fact) != getattr(b.info, fact) for fact in facts):
+        return False
+    return _alike(a.products, b.products) and _alike(a.embeddings, b.embeddings)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, LowRank):
+        return a.scale == b.scale and _alike(a.up, b.up) and _alike(a.down, b.down)
+    return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+
+
+def _check_names(before: Mapping[str, Attached], new: Sequence[Concept]) -> None:
+    given: set[str] = set()
+    for concept in new:
+        name = concept.info.name
+        if name in given:
+            raise ConceptError(
+                f"two concepts are called {name}",
+                fix=f'give each once, or one another name: names=[None, "{name}-2"]',
+            )
+        given.add(name)
+        if name in before and not identical(before[name].concept, concept):
+            raise ConceptError(
+                f"another concept called {name} is attached already",
+                fix=f'call unload_custom("{name}") first, or give this one another name: '
+                f'names=["{name}-2"]',
+            )
+
+
+def _by_name(
+    after: Mapping[str, Attached], new: Sequence[Concept], weights: Weights
+) -> dict[str, float]:
+    if weights is None:
+        return {}
+    if isinstance(weights, Mapping):
+        given = dict(weights)
+        for name in given:
+            if name not in after:
+                raise ConfigError(
+                    f"a weight is given for {name}, which is neither attached nor being loaded",
+                    where="weights",
+                    fix=f"choose from {', '.join(after)}" if after else "load it first",
+                )
+    elif isinstance(weights, str | bytes) or not isinstance(weights, Sequence):
+        raise ConfigError(
+            f"weights are of type {type(weights).__name__}",
+            where="weights",
+            fix="give a list with a number for each concept, or a dict from name to number",
+        )
+    elif len(weights) != len(new):
+        raise ConfigError(
+            f"{len(weights)} weights were given for {len(new)} concepts",
+            where="weights",
+            fix="give one for each, or a dict from concept name to weight",
+        )
+    else:
+        given = {concept.info.name: weight for concept, weight in zip(new, weights, strict=True)}
+    return {name: _number(name, weight) for name, weight in given.items()}
+
+
+def _number(name: str, weight: object) -> float:
+    number = isinstance(weight, Real) and not isinstance(weight, bool)
+    if not number or not math.isfinite(weight):  # type: ignore[arg-type]
+        raise ConfigError(
+            f"the weight of {name} is {weight!r}", where="weights", fix="give a finite number"
+        )
+    return float(weight)  # type: ignore[arg-type]

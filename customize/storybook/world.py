@@ -1,0 +1,189 @@
+"""The miniature world: what a scene is made of, and how one is drawn at random.
+
+A scene holds one or two things in a place. A thing has a class ("dog"), a body colour, a pattern
+and an accessory, all of which captions name, and an *identity*, which no caption word describes:
+its exact hues, proportions, and the seed of its markings. A concept is one identity, seen in a few
+pictures.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+CLASSES = ("dog", "cat", "rabbit", "bird", "fish", "car", "cup", "robot")
+COLOURS = ("red", "yellow", "green", "blue", "purple", "white")
+PATTERNS = ("plain", "striped", "spotted")
+ACCESSORIES = ("none", "hat", "glasses", "scarf")
+PLACES = ("beach", "forest", "city", "snow", "room", "space")
+
+# Hue ranges (degrees) that a colour word stands for; the gaps between them belong to no word.
+HUES = {
+    "red": (-8, 10),
+    "yellow": (46, 62),
+    "green": (95, 140),
+    "blue": (205, 235),
+    "purple": (270, 295),
+}
+
+RGB = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a thing *this* thing. Proportions are in [-1, 1], 0 the average of the class."""
+
+    kind: str
+    body: RGB
+    accent: RGB
+    mark: RGB
+    eye: RGB
+    pattern: str
+    mark_seed: int
+    width: float
+    height: float
+    head: float
+    ear: float
+    eye_size: float
+
+    @property
+    def colour(self) -> str | None:
+        """The colour word for the body, None where no word fits."""
+        return colour_word(self.body)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An identity placed in a picture: centre and half-extent in pixels of a 64 x 64 picture."""
+
+    identity: Identity
+    accessory: str = "none"
+    x: float = 32.0
+    y: float = 35.0
+    size: float = 21.0
+    flip: bool = False
+    tilt: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two things, left to right, in a place; `place_seed` moves clouds, trees and stars."""
+
+    things: tuple[Thing, ...]
+    place: str
+    place_seed: int = 0
+    light: float = 1.0
+
+
+def colour_word(rgb: RGB) -> str | None:
+    """The caption word for a body colour, None between the words."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in rgb))
+    if saturation < 0.12 and value > 0.8:
+        return "white"
+    if saturation < 0.45:
+        return None
+    degrees = hue * 360
+    for word, (low, high) in HUES.items():
+        if low <= degrees <= high or low <= degrees - 360 <= high:
+            return word
+    return None
+
+
+def _rgb(hue: float, saturation: float, value: float) -> RGB:
+    red, green, blue = colorsys.hsv_to_rgb((hue % 360) / 360, saturation, value)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _body(rng: np.random.Generator, colour: str | None) -> RGB:
+    if colour == "white":
+        return _rgb(rng.uniform(0, 360), rng.uniform(0.0, 0.08), rng.uniform(0.92, 1.0))
+    if colour is not None:
+        low, high = HUES[colour]
+        return _rgb(rng.uniform(low, high), rng.uniform(0.7, 0.95), rng.uniform(0.75, 0.98))
+    return _rgb(rng.uniform(0, 360), rng.uniform(0.5, 0.95), rng.uniform(0.55, 0.98))
+
+
+def random_identity(
+    rng: np.random.Generator,
+    kind: str | None = None,
+    colour: str | None = None,
+    pattern: str | None = None,
+) -> Identity:
+    """Draw an identity. `colour=None` draws any hue, named or not."""
+    body = _body(rng, colour)
+    hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in body))
+    accent_hue = hue * 360 + rng.choice((60, 120, 180, 240, 300)) + rng.uniform(-25, 25)
+    accent = _rgb(accent_hue, rng.uniform(0.45, 0.95), rng.uniform(0.6, 0.98))
+    dark = value > 0.7 if saturation < 0.3 else rng.random() < 0.6
+    mark = (
+        _rgb(hue * 360 + rng.uniform(-30, 30), 0.8, 0.32)
+        if dark
+        else _rgb(accent_hue + 40, 0.15, 0.98)
+    )
+    eye = _rgb(rng.uniform(0, 360), 0.9, rng.uniform(0.1, 0.5))
+    return Identity(
+        kind=kind or str(rng.choice(CLASSES)),
+        body=body,
+        accent=accent,
+        mark=mark,
+        eye=eye,
+        pattern=pattern or str(rng.choice(PATTERNS)),
+        mark_seed=int(rng.integers(2**31)),
+        width=float(rng.uniform(-1, 1)),
+        height=float(rng.uniform(-1, 1)),
+        head=float(rng.uniform(-1, 1)),
+        ear=float(rng.uniform(-1, 1)),
+        eye_size=float(rng.uniform(-1, 1)),
+    )
+
+
+def place_thing(rng: np.random.Generator, identity: Identity, slot: str, accessory: str) -> Thing:
+    """Put an identity into a picture: `slot` is "single", "left" or "right"."""
+    flip, tilt = bool(rng.random() < 0.5), float(rng.uniform(-6, 6))
+    if slot == "single":
+        x, y, size = 32 + rng.uniform(-5, 5), 38 + rng.uniform(-2, 2), rng.uniform(20.5, 23.5)
+    else:
+        centre = 16.5 if slot == "left" else 47.5
+        x, y, size = centre + rng.uniform(-1, 1), 40 + rng.uniform(-3, 3), rng.uniform(14, 15.5)
+    return Thing(identity, accessory, float(x), float(y), float(size), flip, tilt)
+
+
+def scene_of(
+    rng: np.random.Generator,
+    identities: tuple[Identity, ...],
+    accessories: tuple[str, ...] | None = None,
+    place: str | None = None,
+) -> Scene:
+    """A scene with these identities (one or two, left to right), everything else at random."""
+    slots = ("single",) if len(identities) == 1 else ("left", "right")
+    if accessories is None:
+        accessories = tuple(str(rng.choice(ACCESSORIES)) for _ in identities)
+    things = tuple(
+        place_thing(rng, identity, slot, accessory)
+        for identity, slot, accessory in zip(identities, slots, accessories, strict=True)
+    )
+    return Scene(
+        things,
+        place or str(rng.choice(PLACES)),
+        int(rng.integers(2**31)),
+        float(rng.uniform(0.92, 1.06)),
+    )
+
+
+def random_scene(rng: np.random.Generator, two: float = 0.3) -> Scene:
+    """Draw a scene; `two` is the share of pictures with two things."""
+    count = 2 if rng.random() < two else 1
+    kinds = rng.choice(CLASSES, size=count, replace=bool(rng.random() < 0.2))
+    identities = []
+    for kind in kinds:
+        # A third of all bodies takes any hue, so that concepts may have hues that no word names.
+        colour = None if rng.random() < 0.33 else str(rng.choice(COLOURS))
+        identities.append(random_identity(rng, str(kind), colour))
+    return scene_of(rng, tuple(identities))
+
+
+def without_accessory(scene: Scene) -> Scene:
+    """The same scene with every accessory taken off."""
+    return replace(scene, things=tuple(replace(thing, accessory="none") for thing in scene.things))

@@ -1,0 +1,146 @@
+"""The storybook's judges: which attributes a picture shows, and whose dog it is.
+
+Two strided convolution nets, trained on rendered scenes that were roughened the way generated
+pictures are (blur, noise, colour shift, autoencoder round trips). Nothing is ever trained against
+them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from customize.errors import ConceptError
+from customize.storybook.world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES
+
+COLOUR_LABELS = (*COLOURS, "other")
+# The heads of the attribute judge and their labels; slot 0 is the left or only thing.
+HEADS: dict[str, tuple[str, ...]] = {"count": ("one", "two"), "place": PLACES}
+for _slot in ("0", "1"):
+    HEADS |= {f"kind{_slot}": CLASSES, f"colour{_slot}": COLOUR_LABELS}
+    HEADS |= {f"pattern{_slot}": PATTERNS, f"accessory{_slot}": ACCESSORIES}
+
+# Square boxes (left, top, side) in which a thing stands, by where it is; all are scaled to 64 x 64.
+CROPS = {"single": (6, 10, 52), "left": (0, 22, 36), "right": (28, 22, 36)}
+
+
+def _trunk(widths: tuple[int, ...]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    before = 3
+    for width in widths:
+        layers += [
+            nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        layers += [
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        before = width
+    return nn.Sequential(*layers)
+
+
+class AttributeJudge(nn.Module):
+    """Pictures (batch, 3, 64, 64) in [-1, 1] to one row of logits a head (`HEADS`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = _trunk((24, 40, 64, 96))
+        self.hidden = nn.Linear(96 * 16, 128)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(128, len(labels)) for name, labels in HEADS.items()}
+        )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = F.relu(self.hidden(self.trunk(images).flatten(1)))
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+class IdentityJudge(nn.Module):
+    """Crops (batch, 3, 64, 64) in [-1, 1] to unit vectors (batch, 64)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = _trunk((24, 48, 72, 96))
+        self.project = nn.Linear(96 * 16, 64)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        return F.normalize(self.project(self.trunk(crops).flatten(1)), dim=1)
+
+
+def crop(images: Tensor, where: str) -> Tensor:
+    """Cut a thing out of pictures (batch, 3, 64, 64): `where` is "single", "left" or "right"."""
+    left, top, side = CROPS[where]
+    cut = images[:, :, top : top + side, left : left + side]
+    return F.interpolate(cut, size=(64, 64), mode="bilinear", align_corners=False)
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    """PIL pictures to (batch, 3, 64, 64) in [-1, 1]."""
+    import numpy as np
+
+    small = [image.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS) for image in images]
+    return (
+        torch.stack([torch.from_numpy(np.array(image)) for image in small]).permute(0, 3, 1, 2)
+        / 127.5
+        - 1
+    )
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Both judges, ready to score.
+
+    `threshold` is the equal-error cosine distance to a concept's references.
+    """
+
+    attributes: AttributeJudge
+    identity: IdentityJudge
+    threshold: float
+
+    @torch.no_grad()
+    def see(self, images: Tensor) -> list[dict[str, str]]:
+        """What is in each picture: a label a head."""
+        logits = self.attributes(images)
+        best = {name: rows.argmax(1).tolist() for name, rows in logits.items()}
+        return [{name: HEADS[name][best[name][k]] for name in HEADS} for k in range(len(images))]
+
+    @torch.no_grad()
+    def signature(self, references: Tensor) -> Tensor:
+        """The unit mean vector (64,) of a concept's single-thing reference pictures."""
+        return F.normalize(self.identity(crop(references, "single")).mean(0), dim=0)
+
+    @torch.no_grad()
+    def distance(self, images: Tensor, signature: Tensor, where: str = "single") -> Tensor:
+        """Cosine distance (batch,) of what stands at `where` to a concept's signature."""
+        return 1 - self.identity(crop(images, where)) @ signature
+
+
+def load_judges(folder: str | Path) -> Judges:
+    """Read the judges from a folder as `scripts/train_storybook.py` writes it."""
+    folder = Path(folder)
+    try:
+        info = json.loads((folder / "judges.json").read_text())
+        attributes, identity = AttributeJudge(), IdentityJudge()
+        attributes.load_state_dict(
+            {k: v.float() for k, v in load_file(folder / "attributes.safetensors").items()}
+        )
+        identity.load_state_dict(
+            {k: v.float() for k, v in load_file(folder / "identity.safetensors").items()}
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConceptError(
+            f"the storybook's judges can't be read: {error}",
+            where=folder,
+            fix="restore assets/judges, or make it with scripts/train_storybook.py",
+        ) from error
+    return Judges(attributes.eval(), identity.eval(), float(info["threshold"]))

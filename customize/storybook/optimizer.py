@@ -1,0 +1,113 @@
+"""The from-scratch trainings' optimiser: Muon for hidden matrices, AdamW for the rest; an EMA.
+
+Muon (orthogonalised momentum) halves the steps that these small convolution nets need; torch's
+version takes matrices only, so convolutions enter as (out, in * kh * kw) views of the same storage.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class MuonAdamW:
+    """One `step()` over both groups.
+
+    `lr` is Muon's, scaled to AdamW's size of update; AdamW gets `lr * ratio`.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        lr: float,
+        ratio: float = 0.5,
+        weight_decay: float = 0.01,
+    ):
+        self.lr, self.ratio = lr, ratio
+        self.parameters: list[nn.Parameter] = []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for module in modules.values():
+            for name, parameter in module.named_parameters():
+                edge = any(
+                    word in name for word in ("embedding", "conv_in", "conv_out", "quant_conv")
+                )
+                (others if edge or parameter.ndim < 2 else matrices).append(parameter)
+                self.parameters.append(parameter)
+        self.matrices = matrices
+        self.views = [nn.Parameter(p.data.view(p.shape[0], -1)) for p in matrices]
+        self.muon = torch.optim.Muon(
+            self.views,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
+            ns_steps=4,
+        )
+        self.adamw = torch.optim.AdamW(
+            others, lr=lr * ratio, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
+        )
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def step(self, schedule: float, clip: float = 1.0) -> torch.Tensor:
+        """Clip, then update with both rates times `schedule` in [0, 1]. Returns the norm."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+        for group in self.muon.param_groups:
+            group["lr"] = self.lr * schedule
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr * self.ratio * schedule
+        for matrix, view in zip(self.matrices, self.views, strict=True):
+            view.grad = matrix.grad.view(view.shape) if matrix.grad is not None else None
+        self.muon.step()
+        self.adamw.step()
+        return norm
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The whole state as named tensors, for a safetensors file."""
+        tensors = {}
+        for label, optimizer in (("muon", self.muon), ("adamw", self.adamw)):
+            for index, state in optimizer.state_dict()["state"].items():
+                for key, value in state.items():
+                    tensors[f"{label}.{index}.{key}"] = torch.as_tensor(value)
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        for label, optimizer in (("muon", self.muon), ("adamw", self.adamw)):
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith(label + "."):
+                    _, index, key = name.split(".")
+                    state.setdefault(int(index), {})[key] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+class EMA:
+    """A moving average of parameters, exponential, warmed up so that early steps don't linger."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float = 0.9985):
+        self.parameters, self.decay = parameters, decay
+        self.average = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (20 + step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the live weights with the average; call twice to come back."""
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)
+
+
+def trapezoid(step: int, steps: int, warmup: int = 50, decay: float = 0.25) -> float:
+    """Learning-rate factor: linear warm-up, constant, linear decay to 2 % in the last `decay`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    tail = steps * (1 - decay)
+    return 1.0 if step < tail else max(0.02, (steps - step) / (steps - tail))

@@ -1,0 +1,327 @@
+"""Train the bundled base model from nothing: autoencoder, then latents, then text encoder and UNet.
+
+Every stage can be stopped at any moment and goes on from its last checkpoint; step k draws its
+batch and noise from (seed, k), so a resumed run takes the steps that an uninterrupted one would
+have taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save
+from torch import nn
+
+from customize.core import objectives
+from customize.storybook import models
+from customize.storybook.captions import caption
+from customize.storybook.drawing import draw
+from customize.storybook.optimizer import EMA, MuonAdamW, trapezoid
+from customize.storybook.world import Scene, random_scene
+
+SAMPLE_PROMPTS = (
+    "a photo of a red dog on a beach",
+    "a photo of a striped blue cat wearing a hat in a forest",
+    "a photo of a green car in the snow",
+    "a photo of a spotted yellow cup wearing glasses in a room",
+    "a photo of a white robot wearing a scarf in space",
+    "a photo of a purple rabbit in a city",
+    "a photo of a blue fish wearing a hat on a beach",
+    "a photo of a spotted red bird in the snow",
+    "a photo of a red dog and a blue cup in a room",
+    "a photo of a yellow cat wearing glasses and a green car in a city",
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a from-scratch run. `scenes` are drawn once; captions vary at each visit."""
+
+    scenes: int
+    vae_steps: int
+    vae_batch: int
+    steps: int
+    batch: int
+    judge_pictures: int = 16_000
+    judge_identities: int = 1_600
+    judge_steps: int = 1_200
+    vae_lr: float = 3e-3
+    lr: float = 2e-3
+    seed: int = 0
+
+
+PRESETS = {
+    "cpu": Preset(scenes=40_000, vae_steps=1_600, vae_batch=16, steps=6_000, batch=64),
+    "gpu": Preset(scenes=400_000, vae_steps=20_000, vae_batch=64, steps=60_000, batch=256),
+    "tiny": Preset(
+        scenes=96,
+        vae_steps=3,
+        vae_batch=4,
+        steps=3,
+        batch=4,
+        judge_pictures=64,
+        judge_identities=256,
+        judge_steps=3,
+    ),
+}
+
+
+def scene(seed: int, index: int) -> Scene:
+    """The index-th training scene of a seed; the same on every machine."""
+    return random_scene(np.random.default_rng((seed, index)))
+
+
+def pixels(scenes: list[Scene]) -> torch.Tensor:
+    """Draw scenes: (n, 3, 64, 64) in [-1, 1]."""
+    array = np.stack([np.asarray(draw(s)) for s in scenes])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], step: int) -> None:
+    partial = path.with_suffix(".partial")
+    held = {k: v.contiguous().cpu() for k, v in tensors.items()}
+    # Not save_file, which hides the file from everybody else whatever the umask says.
+    partial.write_bytes(save(held, metadata={"step": str(step)}))
+    os.replace(partial, path)
+
+
+def _log(folder: Path, **row: object) -> None:
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(
+        " ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()),
+        flush=True,
+    )
+
+
+def _loop(
+    stage: str,
+    folder: Path,
+    modules: dict[str, nn.Module],
+    loss_of: Callable[[torch.Generator], torch.Tensor],
+    steps: int,
+    lr: float,
+    seed: int,
+    on_checkpoint: Callable[[int], None],
+    every: int = 250,
+    log_every: int = 25,
+) -> None:
+    """Train `modules` on `loss_of(generator)`; leaves the averaged weights in them."""
+    device = next(next(iter(modules.values())).parameters()).device
+    optimizer = MuonAdamW(modules, lr)
+    ema = EMA(optimizer.parameters)
+    state = folder / f"{stage}.safetensors"
+    start = 0
+    if state.exists():
+        tensors = load_file(state, device=str(device))
+        start = int(tensors.pop("step"))
+        with torch.no_grad():
+            for index, (parameter, average) in enumerate(
+                zip(ema.parameters, ema.average, strict=True)
+            ):
+                parameter.copy_(tensors.pop(f"live.{index}"))
+                average.copy_(tensors.pop(f"average.{index}"))
+        optimizer.load_state_tensors(tensors)
+
+    def checkpoint(step: int) -> None:
+        tensors = {"step": torch.tensor(step)} | optimizer.state_tensors()
+        tensors |= {f"live.{i}": p.detach() for i, p in enumerate(ema.parameters)}
+        tensors |= {f"average.{i}": a for i, a in enumerate(ema.average)}
+        _save(state, tensors, step)
+        ema.swap()
+        on_checkpoint(step)
+        ema.swap()
+
+    began, recent = time.time(), []
+    for step in range(start, steps):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        loss = loss_of(generator)
+        if not torch.isfinite(loss):
+            raise RuntimeError(
+                f"{stage}: loss is {loss.item()} at step {step}; lower the learning rate and resume"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(trapezoid(step, steps))
+        ema.update(step)
+        recent.append(loss.detach())
+        if (step + 1) % log_every == 0:
+            mean = torch.stack(recent).mean().item()
+            rate = (time.time() - began) / (step + 1 - start)
+            _log(
+                folder,
+                stage=stage,
+                step=step + 1,
+                loss=mean,
+                seconds=rate,
+                left_min=rate * (steps - step - 1) / 60,
+            )
+            recent = []
+        if (step + 1) % every == 0 or step + 1 == steps:
+            checkpoint(step + 1)
+    ema.swap()
+
+
+def contact_sheet(images: torch.Tensor, path: Path, columns: int = 10) -> None:
+    """Save pictures (n, 3, 64, 64) in [-1, 1] as one PNG, doubled in size."""
+    array = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    rows = -(-len(array) // columns)
+    sheet = Image.new("RGB", (columns * 130, rows * 130), "white")
+    for k, image in enumerate(array):
+        sheet.paste(
+            Image.fromarray(image).resize((128, 128), Image.Resampling.NEAREST),
+            (k % columns * 130, k // columns * 130),
+        )
+    sheet.save(path)
+
+
+def train_vae(folder: Path, preset: Preset, device: str) -> models.AutoencoderKL:
+    """Autoencoder on drawn scenes: L1 on pixels and on their differences, and a light KL."""
+    torch.manual_seed(preset.seed)
+    vae = models.make_vae().to(device)
+    # Each picture is drawn once and seen a few times: drawing would else take a third of the step.
+    pool = pixels(
+        [scene(preset.seed + 1, k) for k in range(min(12_000, preset.vae_steps * preset.vae_batch))]
+    )
+    held_out = pixels([scene(preset.seed + 2, k) for k in range(20)]).to(device)
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        rows = torch.randint(len(pool), (preset.vae_batch,), generator=generator)
+        x = pool[rows].to(device)
+        posterior = vae.encode(x).latent_dist
+        error = (
+            vae.decode(
+                posterior.mean
+                + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(device)
+            ).sample
+            - x
+        )
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return error.abs().mean() + 0.5 * edges + 1e-4 * kl
+
+    def show(step: int) -> None:
+        with torch.no_grad():
+            again = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
+        error = again - held_out
+        psnr = 10 * torch.log10(4 / error.square().mean()).item()
+        _log(
+            folder,
+            stage="vae",
+            step=step,
+            held_out_l1=error.abs().mean().item(),
+            held_out_psnr=psnr,
+        )
+        contact_sheet(torch.cat([held_out[:10], again[:10]]), folder / "vae.png")
+
+    _loop("vae", folder, {"vae": vae}, loss_of, preset.vae_steps, preset.vae_lr, preset.seed, show)
+    with torch.no_grad():
+        means = torch.cat(
+            [vae.encode(x.to(device)).latent_dist.mode() for x in pool[:512].split(64)]
+        )
+    vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
+    return vae.eval().requires_grad_(False)
+
+
+def encode_scenes(
+    folder: Path, preset: Preset, vae: models.AutoencoderKL, device: str
+) -> torch.Tensor:
+    """Latents (scenes, 4, 16, 16) float16 of the training scenes, scaled; on disk in chunks."""
+    chunks = []
+    for first in range(0, preset.scenes, 2_000):
+        path = folder / f"latents-{first:06d}.safetensors"
+        if not path.exists():
+            scenes = [
+                scene(preset.seed, k) for k in range(first, min(first + 2_000, preset.scenes))
+            ]
+            with torch.no_grad():
+                parts = [
+                    vae.encode(x.to(device)).latent_dist.mode() for x in pixels(scenes).split(100)
+                ]
+            _save(path, {"latents": (torch.cat(parts) * vae.config.scaling_factor).half()}, first)
+            _log(folder, stage="latents", scenes=first + len(scenes))
+        chunks.append(load_file(path)["latents"])
+    return torch.cat(chunks)
+
+
+def train_denoiser(
+    folder: Path, preset: Preset, vae: models.AutoencoderKL, device: str
+) -> models.StableDiffusionPipeline:
+    """Text encoder and UNet together: v-prediction, low-noise steps weighted down.
+
+    One caption in ten is left empty, for classifier-free guidance.
+    """
+    latents = encode_scenes(folder, preset, vae, device)
+    scenes = [scene(preset.seed, k) for k in range(preset.scenes)]
+    torch.manual_seed(preset.seed)
+    tokenizer = models.make_tokenizer()
+    text_encoder, unet = (
+        models.make_text_encoder(tokenizer).to(device),
+        models.make_unet().to(device),
+    )
+    pipe = models.make_pipeline(vae, text_encoder, tokenizer, unet)
+    pipe.set_progress_bar_config(disable=True)
+    alphas = pipe.scheduler.alphas_cumprod.to(device)
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        rows = torch.randint(len(latents), (preset.batch,), generator=generator)
+        words = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+        captions = [
+            "" if words.random() < 0.1 else caption(scenes[row], words) for row in rows.tolist()
+        ]
+        ids = tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids.to(device)
+        x0 = latents[rows].float().to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        # One timestep from each of `batch` equal strata, so that losses compare between steps.
+        spread = (
+            torch.arange(preset.batch) + torch.rand(preset.batch, generator=generator)
+        ) / preset.batch
+        t = (spread * len(alphas)).long().to(device)
+        predicted = unet(
+            objectives.noisy_latents(x0, noise, alphas, t), t, text_encoder(ids).last_hidden_state
+        ).sample
+        target = objectives.target("v_prediction", x0, noise, alphas, t)
+        # In x0 units this is min(SNR + 1, 5): min-SNR-5 proper would leave pure noise untrained.
+        weight = (5.0 * (1 - alphas[t])).clamp(max=1.0)
+        return objectives.weighted_mse(predicted, target, weight).mean()
+
+    def show(step: int) -> None:
+        for module in (unet, text_encoder):
+            module.eval()
+        images = pipe(
+            list(SAMPLE_PROMPTS) * 2,
+            num_inference_steps=25,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+        contact_sheet(images * 2 - 1, folder / f"samples-{step:06d}.png")
+        save_base(pipe, folder / "base")
+        for module in (unet, text_encoder):
+            module.train()
+
+    modules = {"unet": unet, "text_encoder": text_encoder}
+    _loop(
+        "denoiser", folder, modules, loss_of, preset.steps, preset.lr, preset.seed, show, every=500
+    )
+    return pipe
+
+
+def save_base(pipe: models.StableDiffusionPipeline, folder: Path) -> None:
+    """Write the pipeline as fp16 safetensors, leaving the live one in its own dtype."""
+    pipe.save_pretrained(folder, safe_serialization=True)
+    for path in folder.rglob("*.safetensors"):
+        tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(save(tensors, metadata={"format": "pt"}))
+        os.replace(partial, path)

@@ -1,0 +1,55 @@
+"""Make the storybook's base and judges from nothing: `scripts/train_storybook.py --preset cpu`.
+
+Resumes from `--folder` whenever it is started again. Losses go to log.jsonl there, samples to PNG
+files.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from customize.storybook import pretrain, train_judges
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", choices=pretrain.PRESETS, default="cpu")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/storybook"),
+        help="checkpoints, log, samples, result",
+    )
+    parser.add_argument("--stage", choices=("base", "judges", "all"), default="all")
+    parser.add_argument("--steps", type=int, help="steps of the denoiser, if not the preset's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads, if not all")
+    args = parser.parse_args()
+    preset = pretrain.PRESETS[args.preset]
+    if args.steps:
+        preset = replace(preset, steps=args.steps)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    vae = pretrain.train_vae(args.folder, preset, args.device)
+    if args.stage in ("judges", "all"):
+        figures = train_judges.train_judges(
+            args.folder / "judges",
+            vae.cpu(),
+            preset.judge_pictures,
+            preset.judge_identities,
+            preset.judge_steps,
+        )
+        print(f"the judges are in {args.folder / 'judges'}: {figures}")
+    if args.stage in ("base", "all"):
+        pipe = pretrain.train_denoiser(args.folder, preset, vae.to(args.device), args.device)
+        pretrain.save_base(pipe, args.folder / "base")
+        print(f"the base model is in {args.folder / 'base'}")
+
+
+if __name__ == "__main__":
+    main()

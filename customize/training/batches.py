@@ -1,0 +1,107 @@
+"""What is drawn at random at each step, as pure functions of (seed, step, process).
+
+No random stream runs through the run: each step seeds its own. So a resumed run draws what an
+uninterrupted one would have, and whatever else draws in between changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Generator, Tensor
+
+from customize.core.objectives import FLOW_DENSITIES, offset_noise
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which pictures one process sees at one step.
+
+    Attributes:
+        pictures: numbers of pictures, as many as the batch.
+        mirrored: for each, whether it is mirrored left to right.
+        silent: for each, whether its caption is left empty.
+    """
+
+    pictures: list[int]
+    mirrored: list[bool]
+    silent: list[bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """The random numbers of one batch, on the device.
+
+    Attributes:
+        latents: (batch, channels, height, width), the draw from the autoencoder's distribution.
+        noise: the same shape, what is mixed in.
+        u: (batch,), in (0, 1), the noise levels.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    u: Tensor
+
+
+def stream_seed(*parts: int | str) -> int:
+    """A 32-bit seed for the stream of these names and numbers."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def choose(
+    seed: int, turn: int, size: int, count: int, *, flip: bool, dropout: float, stream: str
+) -> Choice:
+    """The ``turn``-th batch of ``size`` pictures from ``count``.
+
+    Each picture comes once before any comes again; the order of every pass is another.
+
+    Args:
+        turn: counts the batches of all processes and accumulations from the start of the run.
+        flip: mirror half of the draws.
+        dropout: share of captions left empty.
+        stream: such as "concept"; streams of other names are independent.
+    """
+    positions = range(turn * size, (turn + 1) * size)
+    pictures = [_order(seed, at // count, count, stream)[at % count] for at in positions]
+    if not flip and not dropout:
+        nothing = [False] * size
+        return Choice(pictures, nothing, nothing)
+    generator = Generator().manual_seed(stream_seed(seed, turn, stream))
+    draws: list[list[float]] = torch.rand(2, size, generator=generator).tolist()
+    return Choice(
+        pictures,
+        [flip and u < 0.5 for u in draws[0]],
+        [u < dropout for u in draws[1]],
+    )
+
+
+def draw_noise(
+    generator: Generator, seed: int, shape: Sequence[int], density: str, offset: float
+) -> Noise:
+    """The random numbers of a batch, drawn on the generator's device.
+
+    Args:
+        generator: seeded anew here.
+        seed: of this batch, from :func:`stream_seed`.
+        shape: of the batch's latents.
+        density: a name in :data:`customize.core.objectives.FLOW_DENSITIES`.
+        offset: strength of offset noise, 0 for none.
+    """
+    generator.manual_seed(seed)
+    device = generator.device
+    u = FLOW_DENSITIES[density](shape[0], generator)
+    latents, noise = torch.randn(2, *shape, generator=generator, device=device).unbind()
+    if offset:
+        noise = offset_noise(noise, offset, generator)
+    return Noise(latents, noise, u)
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, count: int, stream: str) -> tuple[int, ...]:
+    generator = Generator().manual_seed(stream_seed(seed, "order", stream, epoch))
+    return tuple(torch.randperm(count, generator=generator).tolist())

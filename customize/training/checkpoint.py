@@ -1,0 +1,220 @@
+"""Checkpoints of a training run: one safetensors file each, written whole or not at all.
+
+A file ``step-000200.safetensors`` holds all that training changes (the adapter, the tokens, the
+optimizer's moments) and, in its header, the step, the losses so far and the settings that the
+result depends on. Files appear by a rename, so a process killed at any moment leaves only whole
+ones, and names that begin with a dot, which nobody reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from customize.errors import StorageError, TrainingError
+
+_NAME = re.compile(r"step-(\d{6,})\.safetensors")
+_HEADER = "customize_checkpoint"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The state of a run after some step.
+
+    Attributes:
+        step: optimizer steps done.
+        tensors: name -> tensor, on any device; all that is needed to go on bit for bit.
+        settings: JSON values; a run may go on from here only if its own are equal.
+        history: [step, loss] pairs so far, for the concept's facts.
+        extra: other JSON values, such as the loss scaler's state.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+    history: list[list[float]] = field(default_factory=list)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint, then delete all but the ``keep`` newest.
+
+    Raises:
+        TrainingError: a tensor is not finite: such a state is worse than none. Nothing changes.
+        StorageError: it cannot be written. The earlier ones are still there.
+    """
+    # One answer for all tensors, so one wait for the device.
+    finite = [torch.isfinite(tensor).all().cpu() for tensor in checkpoint.tensors.values()]
+    if not all(map(bool, finite)):
+        raise TrainingError(
+            f"after step {checkpoint.step} the weights are no longer finite",
+            fix="lower the learning rate, or train without fp16; earlier checkpoints are kept",
+        )
+    path = folder / f"step-{checkpoint.step:06d}.safetensors"
+    try:
+        write_whole(path, _packed(checkpoint))
+        # Beside the old ones go the partial files of killed processes.
+        for old in [*_steps(folder)[max(keep, 1) :], *folder.glob(".step-*")]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"the checkpoint of step {checkpoint.step} cannot be written: {error.strerror}",
+            where=path,
+            fix="free some space or allow writing there, then run again: training goes on from "
+            "the latest checkpoint",
+        ) from error
+    return path
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint in a folder; None if there is none. Damaged ones are passed over.
+
+    Tensors are on the CPU.
+    """
+    for path in _steps(folder):
+        try:
+            return _read(path)
+        except Exception as error:  # whatever a parser may raise on damaged bytes
+            warnings.warn(
+                f"the checkpoint {path} is damaged and passed over: {error}", stacklevel=2
+            )
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Delete all checkpoints of a folder, and what killed processes left there.
+
+    Raises:
+        StorageError: one cannot be deleted.
+    """
+    try:
+        for path in [*_steps(folder), *folder.glob(".step-*")]:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"old checkpoints cannot be deleted: {error.strerror}",
+            where=folder,
+            fix="allow deleting there, or choose another output folder",
+        ) from error
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Which settings differ, each with both values, in words; empty if none does."""
+    now = json.loads(json.dumps(now))
+    missing = object()
+    return [
+        f"{key} was {before.get(key, 'not set')!r} and is {now.get(key, 'not set')!r}"
+        for key in sorted({*before, *now})
+        if before.get(key, missing) != now.get(key, missing)
+    ]
+
+
+def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], where: Path) -> None:
+    """Refuse to go on with other settings than a checkpoint's.
+
+    Raises:
+        TrainingError: they differ; the message names each field with both values.
+    """
+    found = differences(checkpoint.settings, settings)
+    if found:
+        raise TrainingError(
+            f"the checkpoint of step {checkpoint.step} was made with other settings: "
+            + "; ".join(found),
+            where=where,
+            fix="train with the settings of before, choose another output folder, or set resume "
+            "to false to start anew",
+        )
+
+
+def flatten_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[str, torch.nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimizer's state as tensors: ``optimizer/<parameter name>/<entry>``."""
+    return {
+        f"optimizer/{name}/{entry}": torch.as_tensor(value)
+        for name, parameter in names.items()
+        for entry, value in optimizer.state[parameter].items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[str, torch.nn.Parameter],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put a state from :func:`flatten_optimizer` back, on each parameter's device."""
+    for name, parameter in names.items():
+        prefix = f"optimizer/{name}/"
+        optimizer.state[parameter] = {
+            key.removeprefix(prefix): value.to(parameter.device, copy=True)
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there wholly or not at all, even after a power cut.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # some file systems cannot sync a folder
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _packed(checkpoint: Checkpoint) -> bytes:
+    from safetensors.torch import save as to_bytes
+
+    facts = {
+        "step": checkpoint.step,
+        "settings": dict(checkpoint.settings),
+        "history": checkpoint.history,
+        "extra": dict(checkpoint.extra),
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
+    return to_bytes(tensors, metadata={_HEADER: json.dumps(facts)})
+
+
+def _read(path: Path) -> Checkpoint:
+    from safetensors.torch import load
+
+    # Read into memory: a mapped file is cut from under the tensors when it is replaced.
+    data = path.read_bytes()
+    tensors = load(data)
+    length = int.from_bytes(data[:8], "little")
+    facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_HEADER])
+    return Checkpoint(facts["step"], tensors, facts["settings"], facts["history"], facts["extra"])
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder, newest first."""
+    found = [
+        (match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for match, path in sorted(found, key=lambda pair: -int(pair[0].group(1)))]

@@ -1,0 +1,447 @@
+"""Learning one concept: :func:`train` prepares and tidies up, :func:`optimise` is the loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from customize.concepts import files
+from customize.concepts.concept import Concept
+from customize.concepts.tokens import expand
+from customize.core.objectives import weighted_mse
+from customize.errors import ConfigError, TrainingError
+from customize.families import Family, family_of
+from customize.training import checkpoint as checkpoints
+from customize.training import data, record, setup
+from customize.training.batches import choose, draw_noise, stream_seed
+from customize.training.cache import Encode, Pictures, prepare_conditions, prepare_pictures
+from customize.training.checkpoint import Checkpoint
+from customize.training.config import TrainConfig
+from customize.training.prior import class_samples_of
+from customize.training.setup import Autocast, Trainable
+from customize.training.validation import Validation
+
+OnStep = Callable[[int, Tensor], object]
+
+_FUSED = ("cuda", "cpu", "mps", "xpu")  # devices on which torch's AdamW is one kernel
+
+
+class TrainingStopped(TrainingError):
+    """Training was stopped from outside (Ctrl-C, SIGTERM), after saving a checkpoint."""
+
+
+def train(
+    config: TrainConfig,
+    components: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+) -> Concept:
+    """Learn a concept, save it to ``config.output`` and return it.
+
+    Settings and pictures are checked before a model is loaded. A run that was cut off goes on
+    from its newest checkpoint and gives the same adapter, on a CPU to the bit, as one that was
+    not; a concept that is finished already is read and returned.
+
+    Args:
+        config: what to learn, from what, and how.
+        components: the parts of a pipeline in memory (``pipe.components``); they are used in
+            place, and left bit for bit as they were, also after an error. None: load
+            ``config.base``.
+        progress: show a bar with the loss and the time left.
+        on_step: called after each step with its number, from 1, and its loss, a scalar on the
+            device; reading the loss waits for the device.
+
+    Raises:
+        ConfigError, DataError: a setting or a picture is unusable.
+        PipelineError: the base cannot be loaded or trained.
+        StorageError: the output folder holds something else or cannot be written.
+        TrainingError: the loss is no longer finite, or the checkpoint is of other settings.
+        TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.
+    """
+    if config.layerwise_tokens:
+        raise ConfigError(
+            "one embedding per cross-attention layer cannot be trained in this version",
+            where="layerwise_tokens",
+            fix="leave it out",
+        )
+    samples = data.read_folder(
+        config.images,
+        trigger=config.trigger,
+        caption=config.caption,
+        masks=config.masks,
+        resolution=config.resolution,
+    )
+    class_samples: list[data.Sample] = []
+    if config.prior_weight and config.prior_images is not None:
+        class_samples = data.read_folder(
+            config.prior_images,
+            trigger=None,
+            caption=config.class_prompt,
+            resolution=config.resolution,
+            limit=config.prior_count,
+        )
+    files.check_folder(config.output, config.name)
+    accelerator = setup.make_accelerator(config)
+    device = setup.choose_device(config, accelerator)
+
+    folder = config.output / ".checkpoints"
+    start = checkpoints.latest(folder) if config.resume else None
+    done = record.finished(config) if config.resume else None
+    before: Any = start.settings if start is not None else None
+    if done is not None:
+        before = done.info.training.get("settings")
+    settings = record.run_settings(
+        config, samples, class_samples, accelerator.num_processes, before
+    )
+    if done is not None:
+        record.check_finished(done, settings, config)
+        return done
+    if start is not None:
+        checkpoints.check_settings(start, settings, folder)
+
+    own = components is None
+    autocast = setup.make_autocast(config, device)
+    record.reset_peak_memory(device)
+    with ExitStack() as stack:
+        parts = setup.load_base(config) if components is None else dict(components)
+        family = family_of(parts)
+        resolution = setup.check_fits(family, config)
+        if own:
+            setup.freeze(parts)
+        else:
+            stack.enter_context(setup.borrowed(parts))
+        del parts  # what the family then lets go of is freed, if it is our own
+        fingerprint = family.fingerprint()
+
+        # Pictures are encoded once; then the autoencoder only waits for validation.
+        family.vae.to(device)
+        if config.prior_weight and not class_samples:
+            class_samples = class_samples_of(
+                config, family, resolution, device, accelerator, autocast, progress
+            )
+        pictures = prepare_pictures(
+            family,
+            [*samples, *class_samples],
+            resolution,
+            device,
+            flip=config.flip,
+            keep_latents=config.cache_latents,
+        )
+        if config.cache_latents:
+            free = own and not config.validation_prompts
+            setup.put_away(family, {"vae": family.vae}, free=free)
+
+        # Prompts are encoded once, or at each step, by those encoders in which something trains.
+        live = config.train_tokens or config.train_text_encoder
+        setup.place(family.all_text_encoders, device)
+        resting = family.all_text_encoders
+        if live:
+            resting = {k: v for k, v in resting.items() if k in family.other_encoders}
+        trainable = stack.enter_context(setup.trainable(family, config, settings["slice"]))
+        with autocast():
+            encode = prepare_conditions(
+                family,
+                [*pictures.captions, "", *config.validation_prompts],
+                live=live,
+                to_encoder=lambda caption: expand(caption, trainable.triggers),
+            )
+        setup.put_away(family, resting, free=own)
+        del resting
+
+        family.denoiser.to(device)
+        if config.gradient_checkpointing and not family.denoiser.is_gradient_checkpointing:
+            family.denoiser.enable_gradient_checkpointing()
+            stack.callback(family.denoiser.disable_gradient_checkpointing)
+        validation = Validation(config, family, encode, pictures.shape, autocast, accelerator)
+        accelerator.init_trackers("customize", config=_flat(settings))
+        stack.callback(accelerator.end_training)
+        if start is None and accelerator.is_main_process:
+            checkpoints.clear(folder)
+        accelerator.wait_for_everyone()
+
+        history, seconds = optimise(
+            config,
+            family,
+            trainable,
+            pictures,
+            len(samples),
+            encode,
+            start,
+            settings,
+            accelerator=accelerator,
+            device=device,
+            autocast=autocast,
+            validation=validation,
+            progress=progress,
+            on_step=on_step,
+        )
+        training = record.training_facts(settings, history, seconds, device)
+        info = record.facts(config, family, trainable, fingerprint, training)
+        concept = Concept(info, trainable.adapter.products(), trainable.embeddings())
+        if accelerator.is_main_process:
+            concept.save(config.output, validation.last)
+        accelerator.wait_for_everyone()
+    return concept
+
+
+def optimise(
+    config: TrainConfig,
+    family: Family,
+    trainable: Trainable,
+    pictures: Pictures,
+    concept_pictures: int,
+    encode: Encode,
+    start: Checkpoint | None,
+    settings: Mapping[str, Any],
+    *,
+    accelerator: Any,
+    device: torch.device,
+    autocast: Autocast,
+    validation: Validation,
+    progress: bool,
+    on_step: OnStep | None,
+) -> tuple[list[list[float]], float]:
+    """Train to ``config.steps``; what trains is changed in place.
+
+    Args:
+        concept_pictures: the first so many of the pictures are the concept's, the rest its class's.
+        start: where to go on from; None: from the beginning.
+
+    Returns:
+        [step, mean loss] pairs, and the seconds a step took.
+    """
+    folder = config.output / ".checkpoints"
+    parameters = trainable.named()
+    weights = list(parameters.values())
+    groups = trainable.groups(family, config)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=device.type in _FUSED)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
+    history: list[list[float]] = []
+    if start is not None:
+        _restore(start, parameters, optimizer, scaler)
+        history = [list(pair) for pair in start.history]
+
+    batch, accumulate = config.batch_size, config.gradient_accumulation
+    class_pictures = len(pictures.captions) - concept_pictures
+    # Each half of a batch counts as a mean, the class's times its weight.
+    shares = [1.0] * batch + ([config.prior_weight] * batch if class_pictures else [])
+    share = torch.tensor(shares, device=device) / (batch * accumulate)
+    density = config.density or family.default_density
+    generator = Generator(device)
+    first = start.step if start else 0
+    losses: list[Tensor] = []
+    paused, began = 0.0, time.perf_counter()
+
+    with _stop_signals() as stop, _bar(config.steps, first, progress, accelerator) as bar:
+        for step in range(first, config.steps):
+            rate = learning_rate(step, config.steps, config.warmup_steps, config.lr_schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+
+            total = torch.zeros((), device=device)
+            for micro in range(accumulate):
+                turn = (step * accumulate + micro) * accelerator.num_processes
+                turn += accelerator.process_index
+                chosen, mirrored, captions = _batch(config, pictures, concept_pictures, turn)
+                mean, std = pictures.distribution(family, chosen, mirrored)
+                seed = stream_seed(config.seed, turn, "noise")
+                drawn = draw_noise(generator, seed, mean.shape, density, config.noise_offset)
+
+                latents = mean + std * drawn.latents
+                t = family.timesteps(drawn.u)
+                noisy = family.noisy_latents(latents, drawn.noise, t)
+                with autocast():
+                    prediction = family.predict(noisy, t, encode(captions))
+                target = family.target(latents, drawn.noise, t)
+                weight = family.loss_weight(t, config.min_snr_gamma) * share
+                loss = weighted_mse(prediction, target, weight, pictures.mask(chosen, mirrored))
+                loss = loss.sum()
+                scaler.scale(loss).backward()
+                total += loss.detach()
+
+            if accelerator.num_processes > 1:
+                _average_gradients(accelerator, weights)
+            scaler.unscale_(optimizer)
+            if config.max_grad_norm:
+                clip_grad_norm_(weights, config.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            for rows in trainable.rows.values():
+                rows.clamp_norm_()
+
+            # Nothing above waits for the device; reading the losses does, so it is done rarely.
+            losses.append(total)
+            done = step + 1
+            bar.update()
+            if on_step is not None:
+                on_step(done, total)
+            last = done == config.steps
+            stopping = bool(stop) and accelerator.num_processes == 1
+            saving = config.checkpoint_every and (last or done % config.checkpoint_every == 0)
+            if last or saving or stopping or done % config.log_every == 0:
+                loss_now, stopping = _read_losses(losses, bool(stop), accelerator, step)
+                losses.clear()
+                history.append([done, loss_now])
+                bar.set_postfix(loss=f"{loss_now:.4f}", refresh=False)
+                accelerator.log({"loss": loss_now, "learning_rate": rate}, step=done)
+            if saving or stopping:
+                paused -= time.perf_counter()
+                if accelerator.is_main_process:
+                    state = _state(done, parameters, optimizer, scaler, settings, history)
+                    checkpoints.save(folder, state, config.keep_checkpoints)
+                paused += time.perf_counter()
+            if stopping and not last:
+                raise TrainingStopped(
+                    f"training was stopped after step {done} of {config.steps}",
+                    where=folder,
+                    fix="run the same again to go on from there",
+                )
+            if validation.due(done):
+                paused -= time.perf_counter()
+                validation.draw(done)
+                paused += time.perf_counter()
+    seconds = time.perf_counter() - began - paused
+    return history, seconds / max(config.steps - first, 1)
+
+
+def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """The share of the full learning rate at a step, from 0: up over the warm-up, then down to 0
+    on a line or half a cosine, or constant."""
+    if step < warmup:
+        return (step + 1) / warmup
+    along = (step - warmup) / (steps - warmup)
+    if schedule == "linear":
+        return 1.0 - along
+    return 0.5 * (1.0 + math.cos(math.pi * along)) if schedule == "cosine" else 1.0
+
+
+def _batch(
+    config: TrainConfig, pictures: Pictures, concept_pictures: int, turn: int
+) -> tuple[list[int], list[bool], list[str]]:
+    """Picture numbers, mirroring and captions: the concept's half, then the class's."""
+    chosen: list[int] = []
+    mirrored: list[bool] = []
+    silent: list[bool] = []
+    class_pictures = len(pictures.captions) - concept_pictures
+    halves = (("concept", 0, concept_pictures), ("class", concept_pictures, class_pictures))
+    for stream, first, count in halves:
+        if count:
+            half = choose(
+                config.seed,
+                turn,
+                config.batch_size,
+                count,
+                flip=config.flip,
+                dropout=config.caption_dropout,
+                stream=stream,
+            )
+            chosen += [first + number for number in half.pictures]
+            mirrored += half.mirrored
+            silent += half.silent
+    captions = ["" if s else pictures.captions[i] for i, s in zip(chosen, silent, strict=True)]
+    return chosen, mirrored, captions
+
+
+def _average_gradients(accelerator: Any, weights: Sequence[Tensor]) -> None:
+    """The mean over all processes, in one message.
+
+    An adapter is small, so there is nothing to gain from sending parts of it early; and a model
+    that isn't wrapped can be called, checkpointed and drawn from as it is.
+    """
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    for weight, part in zip(weights, mean.split([w.numel() for w in weights]), strict=True):
+        weight.grad = part.view_as(weight)
+
+
+def _read_losses(
+    losses: Sequence[Tensor], stop: bool, accelerator: Any, step: int
+) -> tuple[float, bool]:
+    """The mean loss over steps and processes, and whether any process is to stop.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
+    values = torch.stack([*losses, losses[0].new_tensor(float(stop))])
+    *found, stopping = accelerator.reduce(values, "mean").tolist()
+    if not all(map(math.isfinite, found)):
+        bad = next(i for i, loss in enumerate(found) if not math.isfinite(loss))
+        raise TrainingError(
+            f"the loss is {found[bad]} at step {step - len(found) + bad + 2}",
+            fix="lower the learning rates, or set mixed_precision to bf16 or no, and set resume to "
+            "false; earlier checkpoints are kept",
+        )
+    return sum(found) / len(found), stopping > 0
+
+
+def _state(
+    step: int,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: Mapping[str, Any],
+    history: list[list[float]],
+) -> Checkpoint:
+    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+    tensors |= checkpoints.flatten_optimizer(optimizer, parameters)
+    return Checkpoint(step, tensors, settings, history, {"scaler": scaler.state_dict()})
+
+
+@torch.no_grad()
+def _restore(
+    start: Checkpoint,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(start.tensors[name])
+    checkpoints.restore_optimizer(optimizer, parameters, start.tensors)
+    scaler.load_state_dict(dict(start.extra["scaler"]))
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Trackers take only plain values."""
+    return {key: "" if value is None else value for key, value in settings.items()}
+
+
+@contextmanager
+def _bar(steps: int, first: int, progress: bool, accelerator: Any) -> Iterator[Any]:
+    from tqdm.auto import tqdm
+
+    hidden = not (progress and accelerator.is_main_process)
+    with tqdm(total=steps, initial=first, disable=hidden, desc="learning", unit="step") as bar:
+        yield bar
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C or SIGTERM arrives; a second one acts as it always does."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may set handlers
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

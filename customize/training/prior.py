@@ -1,0 +1,97 @@
+"""Class pictures for prior preservation (DreamBooth, arXiv 2208.12242), drawn by the base.
+
+They are drawn before anything is attached to it, with the steps and guidance of validation.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from customize.errors import StorageError
+from customize.families.base import Family
+from customize.training import data
+from customize.training.batches import stream_seed
+from customize.training.checkpoint import write_whole
+from customize.training.config import TrainConfig
+from customize.training.setup import place
+from customize.training.validation import draw
+
+_CHUNK = 4  # pictures drawn together; fixed, so that drawing again gives the same ones
+
+
+def class_samples_of(
+    config: TrainConfig,
+    family: Family,
+    resolution: int,
+    device: torch.device,
+    accelerator: Any,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    progress: bool,
+) -> list[data.Sample]:
+    """The class pictures in the output folder, after drawing those that are missing.
+
+    Leaves all models on the device.
+
+    Raises:
+        StorageError: a picture cannot be written; those before are kept.
+    """
+    folder = config.output / ".class_pictures"
+    place({"denoiser": family.denoiser, "vae": family.vae, **family.all_text_encoders}, device)
+    if accelerator.is_main_process:
+        draw_class_pictures(config, family, folder, resolution, autocast, progress)
+    accelerator.wait_for_everyone()
+    return data.read_folder(
+        folder, trigger=None, caption=config.class_prompt, limit=config.prior_count
+    )
+
+
+@torch.no_grad()
+def draw_class_pictures(
+    config: TrainConfig,
+    family: Family,
+    folder: Path,
+    resolution: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    progress: bool,
+) -> None:
+    """Fill a folder with ``class-00000.png`` and on; those that are there stay."""
+    paths = [folder / f"class-{number:05d}.png" for number in range(config.prior_count)]
+    asked, empty = family.encode_prompts([config.class_prompt]), family.encode_prompts([""])
+    shape = family.encode_images(torch.zeros(1, 3, resolution, resolution))[0].shape[1:]
+    chunks = range(0, len(paths), _CHUNK)
+    for first in tqdm(chunks, disable=not progress, desc="drawing class pictures"):
+        chunk = range(first, min(first + _CHUNK, len(paths)))
+        if all(paths[number].is_file() for number in chunk):
+            continue
+        pictures = draw(
+            family,
+            {k: v.expand(len(chunk), *v.shape[1:]) for k, v in asked.items()},
+            empty,
+            shape,
+            steps=config.validation_steps,
+            guidance=config.validation_guidance,
+            seeds=[stream_seed(config.seed, "class", number) for number in chunk],
+            autocast=autocast,
+        )
+        for number, picture in zip(chunk, pictures, strict=True):
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            _write(paths[number], buffer.getvalue())
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_whole(path, data)
+    except OSError as error:
+        raise StorageError(
+            f"class pictures cannot be written: {error.strerror}",
+            where=path,
+            fix="free some space, then run again: those drawn are kept",
+        ) from error

@@ -1,0 +1,162 @@
+"""What is written down about a run: the settings its result depends on, and what it cost."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from customize.concepts import files
+from customize.concepts.concept import Concept, ConceptInfo
+from customize.concepts.layout import INFO_FILE
+from customize.errors import ConceptError, StorageError
+from customize.families import Family
+from customize.training import data
+from customize.training.checkpoint import differences
+from customize.training.config import TrainConfig
+from customize.training.setup import Trainable, choose_slice
+
+# Settings that may change when a run goes on, because the result does not depend on them; the
+# pictures themselves are compared, not their folders.
+_FREE = frozenset(
+    {
+        *("output", "images", "masks", "prior_images", "library", "device", "resume", "tracker"),
+        *("checkpoint_every", "keep_checkpoints", "log_every", "cache_latents"),
+        *("gradient_checkpointing", "validation_prompts", "validation_every"),
+    }
+)
+# Those that only class pictures drawn by the base depend on.
+_DRAWN = ("prior_count", "prior_prompt", "validation_steps", "validation_guidance")
+_LONGEST_HISTORY = 200
+
+
+def run_settings(
+    config: TrainConfig,
+    samples: Sequence[data.Sample],
+    class_samples: Sequence[data.Sample],
+    processes: int,
+    before: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """All that the result depends on, as JSON values: two runs of equal ones give the same.
+
+    Args:
+        before: those of the run that may go on. Its slice holds unless the configuration names
+            one: the next free one of the library may be another by now.
+    """
+    values = config.model_dump(mode="json", exclude=_FREE)
+    if not config.prior_weight or class_samples:
+        for key in _DRAWN:  # class pictures that are given are compared themselves
+            del values[key]
+    index = config.slice
+    if index is None:
+        index = before["slice"] if before and "slice" in before else choose_slice(config)
+    return values | {
+        "slice": index,
+        "pictures": _digest(samples),
+        "class_pictures": _digest(class_samples) if class_samples else None,
+        "processes": processes,
+    }
+
+
+def finished(config: TrainConfig) -> Concept | None:
+    """The concept that the output folder holds already; None where there is none, or not whole."""
+    if not (config.output / INFO_FILE).is_file():
+        return None
+    try:
+        return files.read(config.output)
+    except ConceptError:
+        return None  # cut off while it was saved: the last checkpoint has it
+
+
+def check_finished(concept: Concept, settings: Mapping[str, Any], config: TrainConfig) -> None:
+    """Refuse to hand out a finished concept for other settings than its own.
+
+    Raises:
+        StorageError: they differ; the message names each field with both values.
+    """
+    before = concept.info.training.get("settings")
+    found = differences(before if isinstance(before, dict) else {}, settings)
+    if found:
+        raise StorageError(
+            f"the concept {config.name} is there already, learned with other settings: "
+            + "; ".join(found),
+            where=config.output,
+            fix="choose another output folder, or set resume to false to replace it",
+        )
+
+
+def facts(
+    config: TrainConfig,
+    family: Family,
+    trainable: Trainable,
+    fingerprint: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> ConceptInfo:
+    """The facts of the concept that a run learns."""
+    return ConceptInfo(
+        name=config.name,
+        trigger=config.trigger,
+        class_word=config.class_word,
+        family=family.name,
+        base=config.base,
+        fingerprint=dict(fingerprint),
+        method=config.method,
+        basis=trainable.basis,
+        rank=config.rank,
+        alpha=config.adapter_alpha,
+        slices={str(width): list(columns) for width, columns in trainable.columns.items()},
+        num_tokens=config.num_tokens if config.train_tokens else 0,
+        training=dict(training),
+    )
+
+
+def training_facts(
+    settings: Mapping[str, Any],
+    history: Sequence[Sequence[float]],
+    seconds_per_step: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What ``concept.json`` says of the run.
+
+    "final_loss" is the mean over the last tenth of the steps; "losses" are [step, mean loss up to
+    it]; "peak_memory_mb" is the device's, or the whole process's on a CPU.
+    """
+    last = [loss for step, loss in history if step > 0.9 * history[-1][0]]
+    every = -(-len(history) // _LONGEST_HISTORY)
+    return {
+        "settings": dict(settings),
+        "final_loss": sum(last) / len(last),
+        "losses": [list(pair) for pair in history[::-1][::every][::-1]],
+        "seconds_per_step": seconds_per_step,
+        "peak_memory_mb": peak_memory(device) / 2**20,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+    }
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's memory since the reset, or of the process's since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _digest(samples: Sequence[data.Sample]) -> str:
+    """A short name for pictures, captions and masks, in their order."""
+    hashes = "".join(map(data.content_hash, samples))
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16]

@@ -1,0 +1,329 @@
+"""What a run needs before its first step: a device, the base, a place for what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from customize.concepts import tokens
+from customize.concepts.adapter import Adapter, attach
+from customize.concepts.concept import BasisInfo
+from customize.concepts.slices import columns_for, next_free_index
+from customize.errors import ConfigError, PipelineError
+from customize.families import Family
+from customize.training.config import TrainConfig
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+_HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def make_accelerator(config: TrainConfig) -> Any:
+    """accelerate's view of this process: its number, its device, the trackers.
+
+    Raises:
+        ConfigError: the tracker is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+
+    if config.tracker == "none":
+        return Accelerator()
+    if config.tracker not in map(str, get_available_trackers()):
+        raise ConfigError(
+            f"the tracker {config.tracker} is not installed",
+            where="tracker",
+            fix=f"pip install {config.tracker}, or set tracker to none",
+        )
+    accelerator = Accelerator(log_with=config.tracker, project_dir=str(config.output / "logs"))
+    return accelerator
+
+
+def choose_device(config: TrainConfig, accelerator: Any) -> torch.device:
+    """The device of the settings, or accelerate's choice.
+
+    Raises:
+        ConfigError: it is not there, or does not do what the settings ask for.
+    """
+    device = torch.device(accelerator.device)
+    if config.device is not None:
+        try:
+            device = torch.device(config.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"the device {config.device} cannot be used: {str(error).splitlines()[0]}",
+                where="device",
+                fix="name one that is there, or leave it out",
+            ) from error
+        if accelerator.num_processes > 1 and device != accelerator.device:
+            raise ConfigError(
+                f"the device {config.device} is not that of this process, {accelerator.device}",
+                where="device",
+                fix="leave it out, and choose with accelerate launch (--cpu, --gpu_ids)",
+            )
+    if config.mixed_precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "fp16 arithmetic is not for the CPU",
+            where="mixed_precision",
+            fix="set mixed_precision to no or bf16",
+        )
+    return device
+
+
+def make_autocast(config: TrainConfig, device: torch.device) -> Autocast:
+    """Makes the context of the model's calls; one that does nothing without mixed precision."""
+    if config.mixed_precision == "no":
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype=_HALVES[config.mixed_precision])
+
+
+def load_base(config: TrainConfig) -> dict[str, Any]:
+    """The base's components, on the CPU, from safetensors only.
+
+    The frozen weights are loaded in the precision of the arithmetic, but for the autoencoder's:
+    it is used once a picture, and some overflow in half precision.
+
+    Raises:
+        PipelineError: the base is not there, or not as diffusers keeps pipelines.
+    """
+    from diffusers import DiffusionPipeline
+
+    if config.base.lower().endswith((".safetensors", ".gguf")):
+        raise ConfigError(
+            "a single file is not a whole pipeline",
+            where=f"base: {config.base}",
+            fix="load it with the from_single_file of its pipeline class, save_pretrained it to a "
+            "folder, and name that",
+        )
+    dtype = _HALVES.get(config.mixed_precision, torch.float32)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            config.base, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True
+        )
+    except Exception as error:  # files missing, offline, gated, unknown classes: all the same here
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise PipelineError(
+            f"the base cannot be loaded: {reason}",
+            where=f"base: {config.base}",
+            fix="name a folder or hub id of a diffusers pipeline with safetensors weights",
+        ) from error
+    return dict(pipe.components)
+
+
+def freeze(components: Mapping[str, Any]) -> None:
+    """Nothing of these models requires gradients, and all are in evaluation mode."""
+    for model in components.values():
+        if isinstance(model, nn.Module):
+            model.requires_grad_(False)
+            model.eval()
+
+
+@contextmanager
+def borrowed(components: Mapping[str, Any]) -> Iterator[None]:
+    """:func:`freeze` somebody's models; afterwards they are as before.
+
+    That is: devices, modes, which parameters require gradients.
+
+    Raises:
+        PipelineError: a model is under offloading hooks, which would move it in between.
+    """
+    models = {key: part for key, part in components.items() if isinstance(part, nn.Module)}
+    for key, model in models.items():
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise PipelineError(
+                "a model that is offloaded cannot be trained on",
+                where=key,
+                fix="call remove_all_hooks() on the pipeline, or give the base's name instead",
+            )
+    before = [
+        (
+            model,
+            next((p.device for p in model.parameters()), torch.device("cpu")),
+            [(module, module.training) for module in model.modules()],
+            # By name, because tokens that come and go replace the table's parameter.
+            {name: p.requires_grad for name, p in model.named_parameters()},
+        )
+        for model in models.values()
+    ]
+    try:
+        freeze(models)
+        yield
+    finally:
+        for model, device, modes, grads in before:
+            model.to(device)
+            for module, mode in modes:
+                module.training = mode
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(grads[name])
+
+
+@dataclass(frozen=True, eq=False)
+class Trainable:
+    """All that trains in a model, and how to take it out again.
+
+    Attributes:
+        adapter: on the denoiser and, if asked for, the text encoders.
+        rows: token dictionary's key -> the trigger's rows; empty if tokens don't train.
+        triggers: trigger -> vocabulary entries, for :func:`customize.concepts.tokens.expand`.
+        basis, columns: what the frozen down-projections are; None and empty for "lora".
+    """
+
+    adapter: Adapter
+    rows: dict[str, tokens.TrainableRows]
+    triggers: dict[str, list[str]]
+    basis: BasisInfo | None
+    columns: dict[int, tuple[int, ...]]
+
+    def groups(self, family: Family, config: TrainConfig) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer, each with its own full learning rate ``peak``."""
+        parameters = self.adapter.parameters()
+        denoiser = parameters.pop(family.denoiser_key)
+        text = [p for weights in parameters.values() for p in weights]
+        rows = [r.parameter for r in self.rows.values()]
+        decay = config.weight_decay
+        groups = (
+            {"params": denoiser, "peak": config.learning_rate, "weight_decay": decay},
+            {"params": text, "peak": config.text_learning_rate, "weight_decay": decay},
+            # A token has a norm to keep, in the range of the vocabulary's: nothing to decay.
+            {"params": rows, "peak": config.token_learning_rate, "weight_decay": 0.0},
+        )
+        return [group for group in groups if group["params"]]
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter under a name that is the same in every run of the settings."""
+        found = {
+            f"adapter/{component}/{number}": parameter
+            for component, weights in self.adapter.parameters().items()
+            for number, parameter in enumerate(weights)
+        }
+        return found | {f"tokens/{key}": rows.parameter for key, rows in self.rows.items()}
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """A copy of the tokens' rows, on the CPU."""
+        return {k: r.parameter.detach().to("cpu", copy=True) for k, r in self.rows.items()}
+
+
+def choose_slice(config: TrainConfig) -> int | None:
+    """The concept's number: as set, or the next free one of the library; None: by its name.
+
+    Two runs at the same time in one library may choose the same: then set their slices.
+
+    Raises:
+        ConceptError: a concept in the library cannot be read.
+    """
+    if config.method == "lora" or config.slice is not None or config.library is None:
+        return config.slice
+    return next_free_index(config.library, config.rank, _basis(config), name=config.name)
+
+
+@contextmanager
+def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterator[Trainable]:
+    """Add the concept's tokens and adapter to a model; afterwards they are gone.
+
+    Args:
+        index: the concept's number, from :func:`choose_slice`.
+
+    Raises:
+        ConfigError, ConceptError, PipelineError: what is asked for does not fit the model.
+            Nothing was changed.
+    """
+    components = [family.denoiser_key]
+    if config.train_text_encoder:
+        components += list(family.text_encoders)
+    basis: BasisInfo | None = None
+    columns: dict[int, tuple[int, ...]] = {}
+    if config.method == "orthogonal":
+        basis = _basis(config)
+        widths = {w for key in components for _, w in family.adapter_targets(key).values()}
+        columns = columns_for(widths, config.rank, index=index, name=config.name)
+
+    undo: list[Callable[[], None]] = []
+    try:
+        rows: dict[str, tokens.TrainableRows] = {}
+        entries = tokens.entries(config.trigger, config.num_tokens) if config.train_tokens else []
+        for dictionary in family.token_dictionaries() if entries else ():
+            start = _initial_rows(dictionary, config)
+            tokens.add_tokens(dictionary, entries, start)
+            undo.append(partial(tokens.remove_tokens, dictionary, entries))
+            rows[dictionary.key] = tokens.TrainableRows(dictionary, entries)
+            undo.append(rows[dictionary.key].remove)
+            # From the exact start, not from what the table's precision made of it.
+            rows[dictionary.key].parameter.data.copy_(start)
+            rows[dictionary.key].clamp_norm_()
+        adapter = attach(
+            family,
+            method=config.method,
+            rank=config.rank,
+            alpha=config.adapter_alpha,
+            basis=basis,
+            columns=columns or None,
+            components=components,
+            seed=config.seed,
+        )
+        undo.append(adapter.remove)
+        if config.mixed_precision != "no":
+            # peft casts inputs up to the adapter's float32, only for autocast to cast them down.
+            for layers in adapter.layers.values():
+                for layer in layers.values():
+                    layer.cast_input_dtype_enabled = False
+        triggers = {config.trigger: entries} if entries else {}
+        yield Trainable(adapter, rows, triggers, basis, columns)
+    finally:
+        for action in reversed(undo):
+            action()
+
+
+def place(models: Mapping[str, nn.Module], device: torch.device) -> None:
+    """Move models to a device."""
+    for model in models.values():
+        model.to(device)
+
+
+def put_away(family: Family, models: Mapping[str, nn.Module], *, free: bool) -> None:
+    """Take models that are not needed any more off the device.
+
+    Args:
+        models: component name -> model.
+        free: also let the family forget them; else they wait on the CPU.
+    """
+    for key, model in models.items():
+        if not free:
+            model.to("cpu")
+        elif family.components[key] is model:
+            family.components[key] = None
+
+
+def check_fits(family: Family, config: TrainConfig) -> int:
+    """The pictures' resolution, after a check of all settings that depend on the family.
+
+    Raises:
+        ConfigError: a setting has no meaning for this family.
+        PipelineError: the base's scheduler cannot be trained with.
+    """
+    resolution = config.resolution or family.default_resolution
+    if resolution % family.latent_multiple:
+        raise ConfigError(
+            f"the resolution {resolution} is not a multiple of {family.latent_multiple}",
+            where="resolution",
+            fix=f"choose {resolution // family.latent_multiple * family.latent_multiple or 'more'}",
+        )
+    family.loss_weight(family.timesteps(torch.tensor([0.5])), config.min_snr_gamma)
+    return resolution
+
+
+def _basis(config: TrainConfig) -> BasisInfo:
+    return BasisInfo(kind=config.basis, seed=config.basis_seed, scale=config.basis_scale)
+
+
+def _initial_rows(dictionary: Any, config: TrainConfig) -> Tensor:
+    rows = tokens.initial_rows(dictionary, config.class_word, config.num_tokens, config.seed)
+    if config.token_init != "random":
+        rows[:1] = tokens.initial_rows(dictionary, config.token_init, 1, config.seed)
+    return rows

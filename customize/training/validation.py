@@ -1,0 +1,179 @@
+"""Pictures from the model in training: the live denoiser, cached or freshly encoded prompts.
+
+No pipeline is built and nothing is loaded. The scheduler is the base's own, copied, so neither it
+nor any random stream of the training changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from customize.errors import StorageError
+from customize.families.base import Family
+from customize.training.batches import stream_seed
+from customize.training.cache import Encode
+from customize.training.config import TrainConfig
+
+
+class Validation:
+    """Draws the validation prompts of a run, each from the same noise every time.
+
+    Attributes:
+        last: the pictures drawn latest.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        family: Family,
+        encode: Encode,
+        shape: Sequence[int],
+        autocast: Callable[[], AbstractContextManager[Any]],
+        accelerator: Any,
+    ) -> None:
+        self.config, self.family, self.encode = config, family, encode
+        self.shape, self.autocast, self.accelerator = shape, autocast, accelerator
+        self.last: list[Image.Image] = []
+
+    def due(self, step: int) -> bool:
+        """Whether this process is to draw after this step."""
+        config = self.config
+        if not config.validation_prompts or not self.accelerator.is_main_process:
+            return False
+        every = config.validation_every
+        return step == config.steps or (every > 0 and step % every == 0)
+
+    @torch.no_grad()
+    def draw(self, step: int) -> None:
+        """Draw the prompts, save them in a row, and hand them to the tracker.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        prompts, seed = self.config.validation_prompts, self.config.seed
+        with self.autocast():
+            asked, empty = self.encode(prompts), self.encode([""])
+        # One at a time, which needs no more memory than training does.
+        self.last = [
+            draw(
+                self.family,
+                {k: v[i : i + 1] for k, v in asked.items()},
+                empty,
+                self.shape,
+                steps=self.config.validation_steps,
+                guidance=self.config.validation_guidance,
+                seeds=[stream_seed(seed, "validation", i)],
+                autocast=self.autocast,
+            )[0]
+            for i in range(len(prompts))
+        ]
+        save_row(self.last, self.config.output / "validation" / f"step-{step}.png")
+        log_pictures(self.accelerator.trackers, self.last, prompts, step)
+
+
+@torch.no_grad()
+def draw(
+    family: Family,
+    conditions: Mapping[str, Tensor],
+    empty: Mapping[str, Tensor],
+    shape: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    seeds: Sequence[int],
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[Image.Image]:
+    """Draw one picture for each row of the conditions, with classifier-free guidance.
+
+    Args:
+        conditions: name -> (batch, ...), as the family encodes prompts.
+        empty: the conditions of the empty prompt, of batch 1.
+        shape: (channels, height, width) of latents.
+        guidance: scale; 1 leaves the empty prompt out.
+        seeds: one for each picture; it alone fixes the starting noise, on every device.
+        autocast: makes the context of the denoiser's calls.
+    """
+    device, count = family.denoiser.device, len(seeds)
+    scheduler = type(family.scheduler).from_config(family.scheduler.config)
+    scheduler.set_timesteps(steps, device=device)
+    extra: dict[str, Any] = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        extra["generator"] = Generator().manual_seed(stream_seed("sampler", *seeds))
+
+    noise = [torch.randn(*shape, generator=Generator().manual_seed(seed)) for seed in seeds]
+    latents = torch.stack(noise).to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    guided = guidance != 1.0
+    if guided:
+        conditions = {
+            k: torch.cat([empty[k].expand(count, *v.shape[1:]), v]) for k, v in conditions.items()
+        }
+    for t in scheduler.timesteps:
+        scaled = latents
+        if hasattr(scheduler, "scale_model_input"):
+            scaled = scheduler.scale_model_input(latents, t)
+        with autocast():
+            batch = torch.cat([scaled, scaled]) if guided else scaled
+            answer = family.predict(batch, t.expand(len(batch)), conditions).float()
+        if guided:
+            plain, asked = answer.chunk(2)
+            answer = plain + guidance * (asked - plain)
+        latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
+    return to_pictures(family, latents)
+
+
+def to_pictures(family: Family, latents: Tensor) -> list[Image.Image]:
+    """Decode latents on their device; the autoencoder goes back to where it was."""
+    vae, home = family.vae, family.vae.device
+    vae.to(latents.device)
+    try:
+        pixels = torch.cat([family.decode_latents(one[None]) for one in latents])
+    finally:
+        vae.to(home)
+    values = ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(p.numpy()) for p in values.permute(0, 2, 3, 1).cpu()]
+
+
+def save_row(pictures: Sequence[Image.Image], path: Path) -> None:
+    """Save pictures of one size side by side.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    width, height = pictures[0].size
+    row = Image.new("RGB", (width * len(pictures), height))
+    for number, picture in enumerate(pictures):
+        row.paste(picture, (number * width, 0))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row.save(path)
+    except OSError as error:
+        raise StorageError(
+            f"validation pictures cannot be written: {error.strerror or error}",
+            where=path,
+            fix="free some space or allow writing there, then run again",
+        ) from error
+
+
+def log_pictures(
+    trackers: Sequence[Any], pictures: Sequence[Image.Image], prompts: Sequence[str], step: int
+) -> None:
+    """Hand pictures to those of accelerate's trackers that take them."""
+    import numpy as np
+
+    for tracker in trackers:
+        if not hasattr(tracker, "log_images"):
+            continue
+        for prompt, picture in zip(prompts, pictures, strict=True):
+            if tracker.name == "tensorboard":
+                array = np.asarray(picture)[None]
+                tracker.log_images({prompt: array}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({prompt: [picture]}, step=step)

@@ -1,0 +1,39 @@
+"""Learn one concept: `accelerate launch scripts/train_concept.py config.yaml [--steps 400 ...]`.
+
+The file's keys and the flags are the fields of customize.training.config.TrainConfig.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from customize.errors import CustomizeError
+from customize.training.config import TrainConfig, load_config
+from customize.training.loop import TrainingStopped, train
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    parser.add_argument("config", nargs="?", default=None, help="YAML file")
+    for name, field in TrainConfig.model_fields.items():
+        many = "+" if name == "validation_prompts" else None
+        text = (field.description or "").replace("%", "%%")
+        parser.add_argument("--" + name.replace("_", "-"), nargs=many, metavar="VALUE", help=text)
+    given = vars(parser.parse_args())
+    try:
+        concept = train(load_config(given.pop("config"), **given))
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    except CustomizeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"the concept {concept.info.name} is in {given.get('output', 'its output folder')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -60,6 +60,7 @@ class Family(ABC):
 
     def __init__(self, components: Mapping[str, Any]) -> None:
         self.components = dict(components)
+        self._dtype_seen: tuple[int, torch.dtype, torch.dtype] | None = None
 
     # -- what differs ------------------------------------------------------------------------
 
@@ -260,6 +261,16 @@ class Family(ABC):
         return {"family": self.name, "denoiser": digest, "widths": widths}
 
     # -- helpers of the families ---------------------------------------------------------------
+
+    @property
+    def _denoiser_dtype(self) -> torch.dtype:
+        """The denoiser's ``dtype``, without diffusers' walk over all modules at every call."""
+        denoiser = self.denoiser
+        stored = next(denoiser.parameters()).dtype
+        seen = self._dtype_seen
+        if seen is None or seen[:2] != (id(denoiser), stored):
+            self._dtype_seen = seen = (id(denoiser), stored, denoiser.dtype)
+        return seen[2]
 
     @property
     def _vae_factor(self) -> int:

@@ -76,9 +76,9 @@ class StableDiffusion(Family):
 
     def predict(self, noisy: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         self._check_channels(noisy)
-        unet = self.denoiser
-        prompt_embeds = conditions["prompt_embeds"].to(unet.dtype)
-        return unet(noisy.to(unet.dtype), t, prompt_embeds, return_dict=False)[0]
+        dtype = self._denoiser_dtype
+        prompt_embeds = conditions["prompt_embeds"].to(dtype)
+        return self.denoiser(noisy.to(dtype), t, prompt_embeds, return_dict=False)[0]
 
     @property
     def prediction(self) -> str:

@@ -82,7 +82,7 @@ class StableDiffusion3(Family):
     def predict(self, noisy: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         self._check_channels(noisy)
         transformer = self.denoiser
-        dtype = transformer.dtype
+        dtype = self._denoiser_dtype
         return transformer(
             hidden_states=noisy.to(dtype),
             timestep=t,

@@ -21,13 +21,11 @@ from customize.training.setup import Trainable, choose_slice
 
 # Settings that may change when a run goes on, because the result does not depend on them; the
 # pictures themselves are compared, not their folders.
-_FREE = frozenset(
-    {
-        *("output", "images", "masks", "prior_images", "library", "device", "resume", "tracker"),
-        *("checkpoint_every", "keep_checkpoints", "log_every", "cache_latents"),
-        *("gradient_checkpointing", "validation_prompts", "validation_every"),
-    }
-)
+_FREE = {
+    *("output", "images", "masks", "prior_images", "library", "device", "resume", "tracker"),
+    *("checkpoint_every", "keep_checkpoints", "log_every", "cache_latents"),
+    *("gradient_checkpointing", "validation_prompts", "validation_every"),
+}
 # Those that only class pictures drawn by the base depend on.
 _DRAWN = ("prior_count", "prior_prompt", "validation_steps", "validation_guidance")
 _LONGEST_HISTORY = 200

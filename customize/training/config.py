@@ -41,7 +41,7 @@ class TrainConfig(BaseModel):
 
     # What is learned
     base: str = Field(
-        description="The pipeline to teach: a folder, a .safetensors file or a hub id"
+        description="The pipeline to teach: a folder as save_pretrained writes it, or a hub id"
     )
     images: Path = Field(description="Folder with the concept's pictures (jpg, jpeg, png, webp)")
     output: Path = Field(description="Folder that receives the concept and its checkpoints")
@@ -51,9 +51,9 @@ class TrainConfig(BaseModel):
     )
     trigger: str = Field(
         default="",
-        pattern=r"^<[^<>\s]{1,64}>$",
-        description="The word that calls the concept in prompts, in angle brackets and without"
-        " spaces; default: the name in angle brackets",
+        pattern=r"^<[a-z0-9][a-z0-9_-]{0,63}>$",
+        description="The word that calls the concept in prompts: 1 to 64 of a-z, 0-9, - and _ in"
+        " angle brackets, without spaces; default: the name in angle brackets",
     )
     class_word: str = Field(
         max_length=64, description="What kind of thing it is, in a word or two, such as dog"
@@ -123,8 +123,8 @@ class TrainConfig(BaseModel):
     )
     token_init: str = Field(
         default="random",
-        description="Where the first token starts: random, or a word; the others start at the"
-        " class word",
+        description="Where the first token starts: random, or a word; the last starts at the"
+        " class word, those between at random",
     )
 
     # Optimisation

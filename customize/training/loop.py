@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,13 +19,14 @@ from customize.core.objectives import weighted_mse
 from customize.errors import ConfigError, TrainingError
 from customize.families import Family, family_of
 from customize.training import checkpoint as checkpoints
-from customize.training import data, record, setup
+from customize.training import data, process, record, setup
 from customize.training.batches import choose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures, prepare_conditions, prepare_pictures
 from customize.training.checkpoint import Checkpoint
 from customize.training.config import TrainConfig
 from customize.training.prior import class_samples_of
-from customize.training.setup import Autocast, Trainable
+from customize.training.process import Autocast
+from customize.training.setup import Trainable
 from customize.training.validation import Validation
 
 OnStep = Callable[[int, Tensor], object]
@@ -90,8 +89,8 @@ def train(
             limit=config.prior_count,
         )
     files.check_folder(config.output, config.name)
-    accelerator = setup.make_accelerator(config)
-    device = setup.choose_device(config, accelerator)
+    accelerator = process.make_accelerator(config)
+    device = process.choose_device(config, accelerator)
 
     folder = config.output / ".checkpoints"
     start = checkpoints.latest(folder) if config.resume else None
@@ -109,7 +108,7 @@ def train(
         checkpoints.check_settings(start, settings, folder)
 
     own = components is None
-    autocast = setup.make_autocast(config, device)
+    autocast = process.make_autocast(config, device)
     record.reset_peak_memory(device)
     with ExitStack() as stack:
         parts = setup.load_base(config) if components is None else dict(components)
@@ -241,7 +240,10 @@ def optimise(
     losses: list[Tensor] = []
     paused, began = 0.0, time.perf_counter()
 
-    with _stop_signals() as stop, _bar(config.steps, first, progress, accelerator) as bar:
+    with (
+        process.stop_signals() as stop,
+        process.bar(config.steps, first, progress, accelerator) as bar,
+    ):
         for step in range(first, config.steps):
             rate = learning_rate(step, config.steps, config.warmup_steps, config.lr_schedule)
             for group in optimizer.param_groups:
@@ -269,7 +271,7 @@ def optimise(
                 total += loss.detach()
 
             if accelerator.num_processes > 1:
-                _average_gradients(accelerator, weights)
+                process.average_gradients(accelerator, weights)
             scaler.unscale_(optimizer)
             if config.max_grad_norm:
                 clip_grad_norm_(weights, config.max_grad_norm)
@@ -352,18 +354,6 @@ def _batch(
     return chosen, mirrored, captions
 
 
-def _average_gradients(accelerator: Any, weights: Sequence[Tensor]) -> None:
-    """The mean over all processes, in one message.
-
-    An adapter is small, so there is nothing to gain from sending parts of it early; and a model
-    that isn't wrapped can be called, checkpointed and drawn from as it is.
-    """
-    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    for weight, part in zip(weights, mean.split([w.numel() for w in weights]), strict=True):
-        weight.grad = part.view_as(weight)
-
-
 def _read_losses(
     losses: Sequence[Tensor], stop: bool, accelerator: Any, step: int
 ) -> tuple[float, bool]:
@@ -413,35 +403,3 @@ def _restore(
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Trackers take only plain values."""
     return {key: "" if value is None else value for key, value in settings.items()}
-
-
-@contextmanager
-def _bar(steps: int, first: int, progress: bool, accelerator: Any) -> Iterator[Any]:
-    from tqdm.auto import tqdm
-
-    hidden = not (progress and accelerator.is_main_process)
-    with tqdm(total=steps, initial=first, disable=hidden, desc="learning", unit="step") as bar:
-        yield bar
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM arrives; a second one acts as it always does."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set handlers
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,70 +18,7 @@ from customize.concepts.slices import columns_for, next_free_index
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.training.config import TrainConfig
-
-Autocast = Callable[[], AbstractContextManager[Any]]
-
-_HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def make_accelerator(config: TrainConfig) -> Any:
-    """accelerate's view of this process: its number, its device, the trackers.
-
-    Raises:
-        ConfigError: the tracker is not installed.
-    """
-    from accelerate import Accelerator
-    from accelerate.tracking import get_available_trackers
-
-    if config.tracker == "none":
-        return Accelerator()
-    if config.tracker not in map(str, get_available_trackers()):
-        raise ConfigError(
-            f"the tracker {config.tracker} is not installed",
-            where="tracker",
-            fix=f"pip install {config.tracker}, or set tracker to none",
-        )
-    accelerator = Accelerator(log_with=config.tracker, project_dir=str(config.output / "logs"))
-    return accelerator
-
-
-def choose_device(config: TrainConfig, accelerator: Any) -> torch.device:
-    """The device of the settings, or accelerate's choice.
-
-    Raises:
-        ConfigError: it is not there, or does not do what the settings ask for.
-    """
-    device = torch.device(accelerator.device)
-    if config.device is not None:
-        try:
-            device = torch.device(config.device)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(
-                f"the device {config.device} cannot be used: {str(error).splitlines()[0]}",
-                where="device",
-                fix="name one that is there, or leave it out",
-            ) from error
-        if accelerator.num_processes > 1 and device != accelerator.device:
-            raise ConfigError(
-                f"the device {config.device} is not that of this process, {accelerator.device}",
-                where="device",
-                fix="leave it out, and choose with accelerate launch (--cpu, --gpu_ids)",
-            )
-    if config.mixed_precision == "fp16" and device.type == "cpu":
-        raise ConfigError(
-            "fp16 arithmetic is not for the CPU",
-            where="mixed_precision",
-            fix="set mixed_precision to no or bf16",
-        )
-    return device
-
-
-def make_autocast(config: TrainConfig, device: torch.device) -> Autocast:
-    """Makes the context of the model's calls; one that does nothing without mixed precision."""
-    if config.mixed_precision == "no":
-        return nullcontext
-    return partial(torch.autocast, device.type, dtype=_HALVES[config.mixed_precision])
+from customize.training.process import HALVES
 
 
 def load_base(config: TrainConfig) -> dict[str, Any]:
@@ -102,7 +39,7 @@ def load_base(config: TrainConfig) -> dict[str, Any]:
             fix="load it with the from_single_file of its pipeline class, save_pretrained it to a "
             "folder, and name that",
         )
-    dtype = _HALVES.get(config.mixed_precision, torch.float32)
+    dtype = HALVES.get(config.mixed_precision, torch.float32)
     try:
         pipe = DiffusionPipeline.from_pretrained(
             config.base, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True

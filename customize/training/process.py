@@ -1,0 +1,125 @@
+"""The process that trains: its device and precision, its fellow processes, its terminal."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from customize.errors import ConfigError
+from customize.training.config import TrainConfig
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+#: The settings of mixed precision that have a dtype of their own.
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def make_accelerator(config: TrainConfig) -> Any:
+    """accelerate's view of this process: its number, its device, the trackers.
+
+    Raises:
+        ConfigError: the tracker is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+
+    if config.tracker == "none":
+        return Accelerator()
+    if config.tracker not in map(str, get_available_trackers()):
+        raise ConfigError(
+            f"the tracker {config.tracker} is not installed",
+            where="tracker",
+            fix=f"pip install {config.tracker}, or set tracker to none",
+        )
+    accelerator = Accelerator(log_with=config.tracker, project_dir=str(config.output / "logs"))
+    return accelerator
+
+
+def choose_device(config: TrainConfig, accelerator: Any) -> torch.device:
+    """The device of the settings, or accelerate's choice.
+
+    Raises:
+        ConfigError: it is not there, or does not do what the settings ask for.
+    """
+    device = torch.device(accelerator.device)
+    if config.device is not None:
+        try:
+            device = torch.device(config.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"the device {config.device} cannot be used: {str(error).splitlines()[0]}",
+                where="device",
+                fix="name one that is there, or leave it out",
+            ) from error
+        if accelerator.num_processes > 1 and device != accelerator.device:
+            raise ConfigError(
+                f"the device {config.device} is not that of this process, {accelerator.device}",
+                where="device",
+                fix="leave it out, and choose with accelerate launch (--cpu, --gpu_ids)",
+            )
+    if config.mixed_precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "fp16 arithmetic is not for the CPU",
+            where="mixed_precision",
+            fix="set mixed_precision to no or bf16",
+        )
+    return device
+
+
+def make_autocast(config: TrainConfig, device: torch.device) -> Autocast:
+    """Makes the context of the model's calls; one that does nothing without mixed precision."""
+    if config.mixed_precision == "no":
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype=HALVES[config.mixed_precision])
+
+
+def average_gradients(accelerator: Any, weights: Sequence[Tensor]) -> None:
+    """The mean over all processes, in one message.
+
+    An adapter is small, so there is nothing to gain from sending parts of it early; and a model
+    that isn't wrapped can be called, checkpointed and drawn from as it is.
+    """
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    for weight, part in zip(weights, mean.split([w.numel() for w in weights]), strict=True):
+        weight.grad = part.view_as(weight)
+
+
+@contextmanager
+def bar(steps: int, first: int, progress: bool, accelerator: Any) -> Iterator[Any]:
+    from tqdm.auto import tqdm
+
+    hidden = not (progress and accelerator.is_main_process)
+    with tqdm(total=steps, initial=first, disable=hidden, desc="learning", unit="step") as bar:
+        yield bar
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C or SIGTERM arrives; a second one acts as it always does."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may set handlers
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -126,10 +127,16 @@ class Judges:
 
 
 def load_judges(folder: str | Path) -> Judges:
-    """Read the judges from a folder as `scripts/train_storybook.py` writes it."""
+    """Read the judges from a folder as `scripts/train_storybook.py` writes it.
+
+    Raises:
+        ConceptError: a file is missing, damaged or of other judges.
+    """
     folder = Path(folder)
     try:
-        info = json.loads((folder / "judges.json").read_text())
+        threshold = float(json.loads((folder / "judges.json").read_text())["threshold"])
+        if not 0 < threshold < 2:
+            raise ValueError(f"a cosine distance of {threshold} can't be the threshold")
         attributes, identity = AttributeJudge(), IdentityJudge()
         attributes.load_state_dict(
             {k: v.float() for k, v in load_file(folder / "attributes.safetensors").items()}
@@ -137,10 +144,10 @@ def load_judges(folder: str | Path) -> Judges:
         identity.load_state_dict(
             {k: v.float() for k, v in load_file(folder / "identity.safetensors").items()}
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConceptError(
             f"the storybook's judges can't be read: {error}",
             where=folder,
             fix="restore assets/judges, or make it with scripts/train_storybook.py",
         ) from error
-    return Judges(attributes.eval(), identity.eval(), float(info["threshold"]))
+    return Judges(attributes.eval(), identity.eval(), threshold)

@@ -85,11 +85,11 @@ def pixels(scenes: list[Scene]) -> torch.Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor], step: int) -> None:
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     partial = path.with_suffix(".partial")
     held = {k: v.contiguous().cpu() for k, v in tensors.items()}
     # Not save_file, which hides the file from everybody else whatever the umask says.
-    partial.write_bytes(save(held, metadata={"step": str(step)}))
+    partial.write_bytes(save(held))
     os.replace(partial, path)
 
 
@@ -135,7 +135,7 @@ def _loop(
         tensors = {"step": torch.tensor(step)} | optimizer.state_tensors()
         tensors |= {f"live.{i}": p.detach() for i, p in enumerate(ema.parameters)}
         tensors |= {f"average.{i}": a for i, a in enumerate(ema.average)}
-        _save(state, tensors, step)
+        _save(state, tensors)
         ema.swap()
         on_checkpoint(step)
         ema.swap()
@@ -246,7 +246,7 @@ def encode_scenes(
                 parts = [
                     vae.encode(x.to(device)).latent_dist.mode() for x in pixels(scenes).split(100)
                 ]
-            _save(path, {"latents": (torch.cat(parts) * vae.config.scaling_factor).half()}, first)
+            _save(path, {"latents": (torch.cat(parts) * vae.config.scaling_factor).half()})
             _log(folder, stage="latents", scenes=first + len(scenes))
         chunks.append(load_file(path)["latents"])
     return torch.cat(chunks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -250,21 +251,27 @@ def train_judges(
     steps: int = 2_000,
 ) -> dict[str, float]:
     """Train both, write them to `folder`, and return their held-out figures."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # the losses are logged there
     judges = Judges(
         train_attributes(folder, vae, pictures, steps),
         train_identity(folder, vae, identities, steps // 2),
         threshold=0.0,
     )
     figures = measure(judges, vae)
+    save_judges(replace(judges, threshold=figures["threshold"]), folder, figures)
+    return figures
+
+
+def save_judges(judges: Judges, folder: Path, figures: dict[str, float]) -> None:
+    """Write both judges in fp16 as `load_judges` reads them, with their held-out `figures`."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, model in (("attributes", judges.attributes), ("identity", judges.identity)):
         halves = {
             k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()
         }
-        _save(folder / f"{name}.safetensors", halves, steps)
-    info = {"threshold": figures["threshold"], "held_out": figures}
+        _save(folder / f"{name}.safetensors", halves)
+    info = {"threshold": judges.threshold, "held_out": figures}
     (folder / "judges.json").write_text(json.dumps(info, indent=1) + "\n")
-    return figures
 
 
 def show_nearest(judges: Judges, path: Path) -> None:

@@ -1,0 +1,158 @@
+"""Training the base model from nothing: whole, interrupted, and its files."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import nn
+
+from customize.storybook import pretrain
+
+TINY = pretrain.PRESETS["tiny"]
+
+
+@pytest.fixture(autouse=True)
+def _few_samples(monkeypatch):
+    # Each checkpoint draws the sample prompts at 25 steps; one will do here.
+    monkeypatch.setattr(pretrain, "SAMPLE_PROMPTS", pretrain.SAMPLE_PROMPTS[:1])
+
+
+def make(folder: Path, steps: int) -> StableDiffusionPipeline:
+    folder.mkdir(exist_ok=True)
+    preset = replace(TINY, steps=steps)
+    vae = pretrain.train_vae(folder, preset, "cpu")
+    return pretrain.train_denoiser(folder, preset, vae, "cpu")
+
+
+def weights(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": value.clone()
+        for part in ("unet", "text_encoder", "vae")
+        for name, value in getattr(pipe, part).state_dict().items()
+    }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tmp_path_factory.mktemp("pretrain")
+
+
+@pytest.fixture(scope="module")
+def whole(folders):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "SAMPLE_PROMPTS", pretrain.SAMPLE_PROMPTS[:1])
+        return make(folders / "whole", 4)
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(folders, whole):
+    make(folders / "parts", 2)
+    again = make(folders / "parts", 4)
+    expected, found = weights(whole), weights(again)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    for name in ("denoiser.safetensors", "vae.safetensors"):
+        first, second = (load_file(folders / run / name) for run in ("whole", "parts"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_finished_run_only_reads_its_result(folders, whole):
+    before = (folders / "whole/denoiser.safetensors").read_bytes()
+    again = make(folders / "whole", 4)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(whole).values(), weights(again).values(), strict=True)
+    )
+    assert (folders / "whole/denoiser.safetensors").read_bytes() == before
+
+
+def test_the_result_opens_in_plain_diffusers_and_draws(folders, whole):
+    pipe = DiffusionPipeline.from_pretrained(folders / "whole/base")
+    assert type(pipe) is StableDiffusionPipeline
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+    live, read = weights(whole), weights(pipe)
+    assert live.keys() == read.keys()
+    for name, value in live.items():
+        assert torch.equal(value.half().to(value.dtype), read[name]), name
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(
+        "a photo of a red dog on a beach",
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    assert image.size == (64, 64)
+    assert np.asarray(image).std() > 1
+
+
+def test_the_files_are_half_precision_and_readable_by_others(folders, whole):
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [path for path in (folders / "whole").rglob("*") if path.is_file()]
+    tensors = [path for path in files if path.suffix == ".safetensors"]
+    assert len(tensors) == 6  # vae and denoiser states, latents, and the three models
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~mask)}
+    assert not [path for path in files if path.suffix == ".partial"]
+    for path in (folders / "whole/base").rglob("*.safetensors"):
+        assert not {v.dtype for v in load_file(path).values()} & {torch.float32, torch.float64}
+
+
+def test_losses_and_samples_are_kept(folders, whole):
+    rows = [json.loads(line) for line in (folders / "whole/log.jsonl").read_text().splitlines()]
+    held_out = [row for row in rows if row["stage"] == "vae"]
+    assert held_out[0]["held_out_psnr"] > 0
+    assert (folders / "whole/vae.png").is_file()
+    assert (folders / "whole/samples-000004.png").is_file()
+
+
+def test_scenes_depend_on_seed_and_number_alone():
+    assert pretrain.scene(1, 5) == pretrain.scene(1, 5)
+    assert len({pretrain.scene(1, k) for k in range(20)} | {pretrain.scene(2, 5)}) == 21
+
+
+# The loop on its own
+
+
+def run_loop(
+    folder: Path, steps: int, fail_at: int | None = None, nan_at: int | None = None
+) -> list:
+    """Fit a small matrix; gives its final weights."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    count = 0
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == fail_at:
+            raise KeyboardInterrupt
+        loss = model(torch.randn(3, 4, generator=generator)).square().mean()
+        return loss * float("nan") if count == nan_at else loss
+
+    folder.mkdir(exist_ok=True)
+    pretrain._loop("net", folder, {"m": model}, loss_of, steps, 1e-2, 0, lambda step: None, every=2)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_run_that_is_cut_off_between_checkpoints_goes_on(tmp_path):
+    expected = run_loop(tmp_path / "whole", 7)
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(tmp_path / "cut", 7, fail_at=6)
+    assert int(load_file(tmp_path / "cut/net.safetensors")["step"]) == 4
+    found = run_loop(tmp_path / "cut", 7)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_state(tmp_path):
+    with pytest.raises(RuntimeError, match="loss is nan at step 4"):
+        run_loop(tmp_path, 7, nan_at=5)
+    state = load_file(tmp_path / "net.safetensors")
+    assert int(state["step"]) == 4
+    assert all(torch.isfinite(value.float()).all() for value in state.values())

@@ -1,0 +1,257 @@
+"""The miniature world: colours, captions both ways, and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from customize.storybook.captions import (
+    ACCESSORY_WORDS,
+    OPENINGS,
+    PLACE_WORDS,
+    WORDS,
+    caption,
+    parse,
+)
+from customize.storybook.drawing import draw
+from customize.storybook.models import make_tokenizer
+from customize.storybook.references import BUNDLED, bundled, story_concept
+from customize.storybook.world import (
+    ACCESSORIES,
+    CLASSES,
+    COLOURS,
+    PATTERNS,
+    PLACES,
+    Identity,
+    Scene,
+    colour_word,
+    random_identity,
+    random_scene,
+    scene_of,
+    without_accessory,
+)
+
+
+@st.composite
+def scenes(draw_from: st.DrawFn) -> Scene:
+    rng = np.random.default_rng(draw_from(st.integers(0, 2**32)))
+    count = draw_from(st.integers(1, 2))
+    identities = tuple(
+        random_identity(
+            rng,
+            draw_from(st.sampled_from(CLASSES)),
+            draw_from(st.sampled_from([*COLOURS, None])),
+            draw_from(st.sampled_from(PATTERNS)),
+        )
+        for _ in range(count)
+    )
+    accessories = tuple(draw_from(st.sampled_from(ACCESSORIES)) for _ in range(count))
+    return scene_of(rng, identities, accessories, draw_from(st.sampled_from(PLACES)))
+
+
+def one(kind: str = "dog", **changes: object) -> Scene:
+    """A scene of one thing, the same but for what is asked to differ."""
+    rng = np.random.default_rng(3)
+    identity = random_identity(rng, kind, "red", "striped")
+    return scene_of(rng, (replace(identity, **changes),), ("none",), "room")
+
+
+def pixels(scene: Scene) -> np.ndarray:
+    return np.asarray(draw(scene)).astype(int)
+
+
+# Words
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def test_every_word_of_the_grammar_is_one_token(tokenizer):
+    said = " ".join([*OPENINGS, *PLACE_WORDS.values(), *ACCESSORY_WORDS.values()]).split()
+    words = sorted({*WORDS, *said, *CLASSES, *COLOURS, *PATTERNS, "and"})
+    pieces = {word: tokenizer.tokenize(word) for word in words}
+    assert {word: found for word, found in pieces.items() if found != [word + "</w>"]} == {}
+
+
+@pytest.mark.parametrize("text", ["xylophone", "a photo of a xylophone on a beach", "zq7 & ünï"])
+def test_words_outside_the_grammar_survive_the_tokenizer(tokenizer, text):
+    ids = tokenizer(text).input_ids
+    assert tokenizer.unk_token_id not in ids[1:-1]
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
+
+
+def test_the_longest_caption_fits(tokenizer):
+    rng = np.random.default_rng(0)
+    both = tuple(random_identity(rng, kind, "purple", "spotted") for kind in ("robot", "rabbit"))
+    text = caption(scene_of(rng, both, ("glasses", "scarf"), "forest"))
+    assert len(tokenizer(text).input_ids) <= tokenizer.model_max_length
+
+
+# Captions
+
+
+@given(scenes())
+def test_a_full_caption_says_what_is_in_the_scene(scene):
+    request = parse(caption(scene))
+    assert request.place == scene.place
+    assert len(request.things) == len(scene.things)
+    for asked, thing in zip(request.things, scene.things, strict=True):
+        who = thing.identity
+        assert (asked.kind, asked.colour, asked.accessory) == (
+            who.kind,
+            who.colour,
+            thing.accessory,
+        )
+        assert asked.pattern == (None if who.pattern == "plain" else who.pattern)
+
+
+@given(scenes(), st.integers(0, 2**32))
+def test_a_varied_caption_leaves_words_out_but_never_lies(scene, seed):
+    request = parse(caption(scene, np.random.default_rng(seed)))
+    assert request.place in (None, scene.place)
+    for asked, thing in zip(request.things, scene.things, strict=True):
+        assert asked.kind == thing.identity.kind
+        assert asked.colour in (None, thing.identity.colour)
+        assert asked.pattern in (None, thing.identity.pattern)
+        assert asked.accessory == thing.accessory  # an accessory is always said
+
+
+@given(scenes())
+def test_names_stand_in_for_looks(scene):
+    names = ("<rex>", "<tom>")[: len(scene.things)]
+    text = caption(scene, names=names)
+    request = parse(text)
+    assert all(name in text for name in names)
+    assert request.place == scene.place
+    assert [(a.kind, a.colour, a.pattern) for a in request.things] == [(None,) * 3] * len(names)
+    assert [a.accessory for a in request.things] == [t.accessory for t in scene.things]
+
+
+# Colours
+
+
+@pytest.mark.parametrize(
+    ("rgb", "word"),
+    [
+        ((255, 0, 0), "red"),
+        ((255, 30, 5), "red"),
+        ((255, 225, 0), "yellow"),
+        ((20, 200, 40), "green"),
+        ((30, 60, 230), "blue"),
+        ((150, 30, 220), "purple"),
+        ((250, 250, 245), "white"),
+        ((255, 128, 0), None),  # orange lies between the words
+        ((0, 200, 200), None),  # so does cyan
+        ((128, 128, 128), None),  # grey is no word either
+        ((180, 140, 140), None),
+    ],
+)
+def test_colour_word(rgb, word):
+    assert colour_word(rgb) == word
+
+
+@given(st.sampled_from(COLOURS), st.integers(0, 2**32))
+def test_a_body_drawn_for_a_colour_word_has_it(colour, seed):
+    assert random_identity(np.random.default_rng(seed), colour=colour).colour == colour
+
+
+# Pictures
+
+
+@settings(max_examples=20)
+@given(scenes())
+def test_drawing_is_deterministic(scene):
+    picture = draw(scene)
+    assert picture.size == (64, 64)
+    assert picture.mode == "RGB"
+    assert draw(scene).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"body": (60, 160, 60)},
+        {"accent": (0, 90, 200)},
+        {"mark": (250, 250, 250)},
+        {"mark_seed": 5},
+        {"pattern": "plain"},
+        {"pattern": "spotted"},
+        {"width": -0.9},
+        {"height": 0.9},
+        {"head": -0.9},
+        {"ear": 0.9},
+        {"eye_size": -0.9},
+        {"eye": (0, 0, 0)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_part_of_an_identity_is_to_be_seen(changes):
+    difference = np.abs(pixels(one(**changes)) - pixels(one()))
+    assert difference.max() > 20
+
+
+def test_classes_accessories_and_places_are_to_be_seen():
+    base = one()
+    worn = [replace(base, things=(replace(base.things[0], accessory=a),)) for a in ACCESSORIES]
+    there = [replace(base, place=place) for place in PLACES]
+    kinds = [one(kind) for kind in CLASSES]
+    for group in (worn, there, kinds):
+        pictures = [pixels(scene) for scene in group]
+        for k, picture in enumerate(pictures):
+            assert all(np.abs(picture - other).mean() > 1 for other in pictures[:k])
+    assert np.array_equal(pixels(without_accessory(worn[1])), pixels(base))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_each_class_can_wear_each_accessory(kind):
+    base = one(kind)
+    for accessory in ACCESSORIES[1:]:
+        worn = replace(base, things=(replace(base.things[0], accessory=accessory),))
+        assert (np.abs(pixels(worn) - pixels(base)).max(axis=2) > 20).sum() > 15
+
+
+def test_two_things_stand_left_and_right_of_the_middle():
+    rng = np.random.default_rng(1)
+    scene = scene_of(rng, (random_identity(rng), random_identity(rng)))
+    assert scene.things[0].x < 32 < scene.things[1].x
+
+
+def test_random_scenes_hold_everything():
+    rng = np.random.default_rng(0)
+    found = [random_scene(rng) for _ in range(400)]
+    things = [thing for scene in found for thing in scene.things]
+    assert {s.place for s in found} == set(PLACES)
+    assert {t.identity.kind for t in things} == set(CLASSES)
+    assert {t.identity.colour for t in things} == {*COLOURS, None}
+    assert {t.identity.pattern for t in things} == set(PATTERNS)
+    assert {t.accessory for t in things} == set(ACCESSORIES)
+    assert 0.2 < np.mean([len(s.things) == 2 for s in found]) < 0.4
+
+
+# Concepts
+
+
+def test_a_concept_is_the_same_each_time_and_differs_by_its_seed():
+    assert story_concept("rex", "dog", 6) == story_concept("rex", "dog", 6)
+    assert story_concept("rex", "dog", 6).identity != story_concept("rex", "dog", 7).identity
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_concepts_are_shown_bare_in_two_places(name, tmp_path):
+    story = bundled(name)
+    assert isinstance(story.identity, Identity)
+    assert len(story.scenes) == 5
+    assert len(story.shown) == 2
+    assert all(scene.things[0].accessory == "none" for scene in story.scenes)
+    assert all(text.startswith(f"a photo of <{name}> ") for text in story.captions())
+    story.write(tmp_path / name)
+    assert sorted(p.name for p in (tmp_path / name).iterdir()) == sorted(
+        f"{k}.{end}" for k in range(5) for end in ("png", "txt")
+    )
+    assert (tmp_path / name / "3.txt").read_text() == story.captions()[3] + "\n"

@@ -1,0 +1,60 @@
+"""The command ``customize``. Heavy libraries are imported only by the commands that need them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: what stands behind ``customize`` on the command line; None: that of this process.
+
+    Returns:
+        The exit code: 0; 2 after bad input or anything else that the pack refuses, with one line
+        on stderr; 130 after Ctrl-C, with a line on how to go on.
+    """
+    from customize.errors import CustomizeError
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        import typer
+
+        from customize.cli.app import app
+        from customize.cli.shared import Interrupted
+
+        # Typer brings its own copy of click since 0.26 and does not export the base of its errors.
+        usage_error: Any = typer.BadParameter.__mro__[2]
+        command = typer.main.get_command(app)
+    except KeyboardInterrupt:
+        return _failed("interrupted before anything was done", 130)
+    try:
+        code = command.main(arguments or ["--help"], prog_name="customize", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except Interrupted as stop:
+        return _failed(str(stop), 130)
+    except (KeyboardInterrupt, typer.Abort):
+        return _failed("interrupted", 130)
+    except CustomizeError as error:
+        return _failed(f"error: {error}", 2)
+    except usage_error as error:
+        return _failed(f"error: {_explained(error)}", 2)
+
+
+def _explained(error: BaseException) -> str:
+    """Typer's message on one line, and where help is."""
+    message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    path = "customize" if context is None else context.command_path
+    return f"{message.rstrip('.')}. Do: see {path} --help."
+
+
+def _failed(line: str, code: int) -> int:
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,390 @@
+"""The commands and their flags. Each imports what it runs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from customize.cli import flags
+from customize.cli.shared import on_interrupt
+
+app = typer.Typer(
+    help="Personal concepts for diffusers pipelines: learn them, merge them, draw them.",
+    epilog="Start with: customize demo. Then: customize train --help.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONCEPT",
+        help="Concepts: folders or .safetensors files that train has written, or hub ids",
+        show_default=False,
+    ),
+]
+SomeSources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONCEPT",
+        help="Concepts: folders, .safetensors files or hub ids",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="W,W,...",
+        help="A weight for each concept, with commas between; not given: 1 each",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Device, such as cpu or cuda:1; not given: the best at hand",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|float16|bfloat16",
+        help="Precision; not given: float32 on a CPU, else float16",
+        show_default=False,
+    ),
+]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the figures here", show_default=False),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and end")] = False,
+) -> None:
+    """Personal concepts for diffusers pipelines: learn them, merge them, draw them."""
+    if version:
+        from customize import __version__
+
+        typer.echo(f"customize {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+@on_interrupt("interrupted: run the same command again, and training goes on where it was saved")
+@flags.from_config
+def train(config: Path | None, settings: dict[str, Any]) -> None:
+    """Learn a concept from a folder of pictures.
+
+    Settings come from a YAML file, from flags, or from both. Five are needed:
+
+    customize train --base BASE --images photos --output concepts/rex
+    --name rex --class-word dog
+
+    A run that was stopped goes on when the same command is given again.
+    """
+    from customize.cli.train import run
+
+    run(config, settings)
+
+
+app.command("train")(train)
+
+
+@app.command()
+@on_interrupt("interrupted: nothing was written; give the same command again")
+def merge(
+    concepts: Sources,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FOLDER", help="New folder", show_default=False),
+    ],
+    weights: Weights = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="sum|average", help="sum: as it is; average: the sum over the number of them"
+        ),
+    ] = "sum",
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Truncate the merged update to this rank; not given: exact, all ranks added",
+            show_default=False,
+        ),
+    ] = None,
+    fuse: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE",
+            help="Write this whole pipeline with the concepts in its weights, not a LoRA file",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Dtype = None,
+) -> None:
+    """Merge concepts into one ordinary LoRA that stock diffusers loads.
+
+    The folder gets pytorch_lora_weights.safetensors, a file of token
+    embeddings for each concept, and a README.md on how to load them.
+    customize itself needs no merging: load_custom takes many concepts.
+    """
+    from customize.cli.merge import run
+
+    run(concepts, output, weights, method=method, rank=rank, fuse=fuse, dtype=dtype)
+
+
+@app.command()
+@on_interrupt("interrupted: the pictures drawn so far are kept")
+def generate(
+    base: Annotated[
+        str,
+        typer.Option(
+            metavar="BASE", help="Pipeline to draw with: a folder or a hub id", show_default=False
+        ),
+    ],
+    prompt: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TEXT",
+            help="What to draw, with the concepts' triggers, such as <rex>; may be given often",
+            show_default=False,
+        ),
+    ],
+    concepts: SomeSources = None,
+    weights: Weights = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What to keep out", show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Sampling steps; not given: the pipeline's", show_default=False
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help="Guidance scale; not given: the pipeline's",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Seed of the first picture of each prompt")
+    ] = 0,
+    count: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pictures a prompt, with seeds counting up")
+    ] = 1,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|WxH", help="Pixels; not given: the pipeline's size", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where pictures go")
+    ] = Path("pictures"),
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Draw pictures with a base and any number of concepts.
+
+    Each picture is a PNG with a JSON file of the same name that holds its
+    settings. Nothing is overwritten: numbers go on after the highest.
+
+    customize generate rex tom --base BASE --prompt "<rex> and <tom>"
+    """
+    from customize.cli.generate import Plan, parse_size, run
+
+    plan = Plan(
+        prompts=tuple(prompt),
+        negative=negative,
+        steps=steps,
+        guidance=guidance,
+        seeds=tuple(range(seed, seed + count)),
+        size=parse_size(size),
+    )
+    run(base, concepts or [], weights, plan, output, device, dtype)
+
+
+@app.command()
+@on_interrupt("interrupted: nothing was written; give the same command again")
+def evaluate(
+    concepts: SomeSources = None,
+    storybook: Annotated[
+        bool,
+        typer.Option(
+            "--storybook",
+            help="Draw the concepts in the bundled miniature world, and judge them exactly",
+            rich_help_panel="In the storybook",
+        ),
+    ] = False,
+    base: Annotated[
+        str, typer.Option(metavar="BASE", help="Its pipeline", rich_help_panel="In the storybook")
+    ] = "assets/storybook",
+    judges: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Its judges", rich_help_panel="In the storybook"),
+    ] = Path("assets/judges"),
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,...",
+            help="Weights of the concepts where they are merged; not given: 1 each",
+            show_default=False,
+            rich_help_panel="In the storybook",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Repetitions, which the spread is over",
+            rich_help_panel="In the storybook",
+        ),
+    ] = 3,
+    steps: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Sampling steps", rich_help_panel="In the storybook"),
+    ] = 25,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Pictures to score",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Their prompts, a line each in the order of their names, or one for all; not"
+            " given: those that generate left beside them",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
+    class_word: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What triggers in the prompts stand for, as CLIP has never read them",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="CLIP model for CLIP-T and CLIP-I: a folder or hub id",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
+    dino: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="DINO, DINOv2 or DINOv3 model for DINO-I: a folder or hub id",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Pictures of the concept. In the storybook: a folder with one such folder for"
+            " each concept, by name; not given: assets/concepts",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: Json = None,
+    device: Device = None,
+) -> None:
+    """Score concepts in the storybook, or pictures with CLIP and DINO.
+
+    customize evaluate --storybook demo/concepts/rex demo/concepts/tom
+
+    customize evaluate --images pictures --references photos
+    --clip openai/clip-vit-base-patch32 --dino facebook/dinov2-small
+    """
+    from customize.cli import evaluate as evaluation
+
+    if storybook == (images is not None):
+        from customize.errors import ConfigError
+
+        raise ConfigError(
+            "evaluate needs one of --storybook and --images",
+            fix="give --storybook with concepts, or --images with a folder of pictures",
+        )
+    if images is not None:
+        if concepts:
+            from customize.errors import ConfigError
+
+            raise ConfigError("--images scores pictures, not concepts", fix="leave concepts out")
+        evaluation.run_similarity(
+            images,
+            prompts=prompts,
+            references=references,
+            clip=clip,
+            dino=dino,
+            class_word=class_word,
+            device=device,
+            json_file=json_file,
+        )
+        return
+    evaluation.run_storybook(
+        concepts or [],
+        base=base,
+        judges=judges,
+        references=references or Path("assets/concepts"),
+        weights=weights,
+        seeds=seeds,
+        steps=steps,
+        device=device,
+        json_file=json_file,
+    )
+
+
+@app.command()
+@on_interrupt("interrupted")
+def inspect(concepts: Sources) -> None:
+    """Show what concepts hold, and whether they get in each other's way.
+
+    For several it also lists shared slices, with what resolves them, and
+    how much each one's update overlaps with the others', from 0 to 1.
+    """
+    from customize.cli.inspection import run
+
+    run(concepts)
+
+
+@app.command()
+@on_interrupt("interrupted: give the same command again, and it uses what is there")
+def demo(
+    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go")] = Path("demo"),
+) -> None:
+    """Learn three bundled concepts, merge them, draw them, and score the result."""
+    from customize.demo import run
+
+    run(folder)

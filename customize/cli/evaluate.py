@@ -1,0 +1,338 @@
+"""``customize evaluate``: exact rates in the storybook, similarities for real models."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from customize.cli.shared import (
+    choose_device,
+    command_line,
+    console,
+    load_pipeline,
+    mean_and_spread,
+    parse_weights,
+    versions,
+    write_json,
+)
+from customize.errors import ConceptError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from customize.concepts.concept import Concept
+    from customize.storybook.judges import Judges
+    from customize.training.data import Sample
+
+RATES = ("identity", "prompt", "leak", "drift")
+# A caption that says nothing of the place: for pictures that bring none.
+_SILENT = "a photo"
+_TRIGGER = re.compile(r"<[^<>\s]+>")
+
+
+def run_storybook(
+    sources: Sequence[str],
+    *,
+    base: str,
+    judges: Path,
+    references: Path,
+    weights: str | None,
+    seeds: int,
+    steps: int,
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """Score each concept alone and, where there are several, all of them merged."""
+    if not sources:
+        raise ConfigError(
+            "there is no concept to score", fix="name at least one, such as demo/concepts/rex"
+        )
+    numbers = parse_weights(weights, len(sources)) or [1.0] * len(sources)
+    from customize.concepts.concept import Concept
+    from customize.concepts.merge import check_together
+    from customize.storybook.judges import load_judges
+
+    concepts = [Concept.load(source) for source in sources]
+    check_together(concepts)
+    loaded = load_judges(judges)
+    known = {c.info.name: _known(loaded, c, references, len(concepts)) for c in concepts}
+    pipe = load_pipeline(base, choose_device(device), "float32")
+    rows = storybook_rows(
+        pipe, loaded, concepts, numbers, known, seeds=range(1, seeds + 1), steps=steps
+    )
+    _print_rates(rows)
+    if json_file is not None:
+        _write(json_file, rows, storybook_figures(rows))
+
+
+def storybook_rows(
+    pipe: Any,
+    judges: Judges,
+    concepts: Sequence[Concept],
+    weights: Sequence[float],
+    known: Mapping[str, tuple[Tensor, set[str]]],
+    *,
+    seeds: Sequence[int],
+    steps: int,
+) -> list[dict[str, Any]]:
+    """One row for each concept, seed, and number of concepts attached (1, and all of them).
+
+    Args:
+        weights: of the concepts where all are attached; alone each has 1.
+        known: concept name -> its signature, and what its references show and must not leak.
+    """
+    from rich.progress import Progress
+
+    from customize import load_custom, unload_custom
+    from customize.evaluation.storybook import draw, drift, prompts_for, rate_concept
+
+    pipe.set_progress_bar_config(disable=True)
+    kinds = sorted({concept.info.class_word for concept in concepts})
+    plain = [prompt for kind in kinds for prompt in prompts_for(f"a {kind}")]
+    setups = [([concept], [1.0]) for concept in concepts]
+    if len(concepts) > 1:
+        setups.append((list(concepts), list(weights)))
+    rows = []
+    with Progress(console=console(stderr=True), transient=True) as progress:
+        drawings = sum(len(together) + 1 for together, _ in setups) + 1
+        task = progress.add_task("Drawing", total=drawings * len(seeds))
+
+        def drawn(prompts: Sequence[str], seed: int) -> Tensor:
+            images = draw(pipe, prompts, seed, steps)
+            progress.advance(task)
+            return images
+
+        before = {seed: drawn(plain, seed) for seed in seeds}
+        for together, factors in setups:
+            load_custom(pipe, *together, weights=factors)
+            for seed in seeds:
+                change = drift(before[seed], drawn(plain, seed))
+                for concept in together:
+                    info = concept.info
+                    prompts = prompts_for(info.trigger)
+                    images = drawn(prompts, seed)
+                    signature, shown = known[info.name]
+                    rates = rate_concept(judges, images, prompts, signature, info.class_word, shown)
+                    rows.append(
+                        {
+                            "concept": info.name,
+                            "attached": len(together),
+                            "seed": seed,
+                            "identity": rates.identity,
+                            "prompt": rates.prompt,
+                            "leak": rates.leak,
+                            "distance": rates.distance,
+                            "drift": change,
+                        }
+                    )
+            unload_custom(pipe)
+    return rows
+
+
+def storybook_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over concepts and seeds: ``identity_alone``, ``identity_merged`` and so on."""
+    figures = {}
+    for suffix, alone in (("alone", True), ("merged", False)):
+        chosen = [row for row in rows if (row["attached"] == 1) == alone]
+        for rate in RATES:
+            if chosen:
+                figures[f"{rate}_{suffix}"] = mean_and_spread([row[rate] for row in chosen])[0]
+    return figures
+
+
+def run_similarity(
+    images: Path,
+    *,
+    prompts: Path | None,
+    references: Path | None,
+    clip: str | None,
+    dino: str | None,
+    class_word: str | None,
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """CLIP-T, CLIP-I and DINO-I of the pictures in a folder, as far as what is given allows."""
+    if clip is None and dino is None:
+        raise ConfigError("there is no model to score with", fix="give --clip, --dino, or both")
+    if dino is not None and references is None:
+        raise ConfigError("DINO-I compares with pictures of the concept", fix="give --references")
+    samples = _read(images)
+    texts = _prompts(samples, prompts, class_word) if clip is not None else None
+    if clip is not None and texts is None and references is None:
+        raise ConfigError(
+            "CLIP has neither prompts nor references to compare with",
+            fix="give --prompts, --references, or both",
+        )
+    from customize.evaluation.similarity import ClipScorer, DinoScorer
+
+    pictures = [sample.image for sample in samples]
+    others = [sample.image for sample in _read(references)] if references is not None else None
+    place = choose_device(device)
+    scores: dict[str, list[float]] = {}
+    if clip is not None:
+        clip_scorer = ClipScorer(clip, place)
+        if texts is not None:
+            scores["clip_t"] = clip_scorer.clip_t(pictures, texts).tolist()
+        if others is not None:
+            scores["clip_i"] = clip_scorer.clip_i(pictures, others).tolist()
+    if dino is not None and others is not None:
+        scores["dino_i"] = DinoScorer(dino, place).dino_i(pictures, others).tolist()
+
+    from rich.table import Table
+
+    table = Table("measure", "mean", "spread over pictures", "pictures")
+    for name, values in scores.items():
+        mean, spread = mean_and_spread(values)
+        title = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino_i": "DINO-I"}[name]
+        table.add_row(title, f"{mean:.3f}", _or_dash(spread), str(len(values)))
+    console().print(table)
+    if json_file is not None:
+        rows = [
+            {"image": sample.path.name}
+            | ({"prompt": texts[k]} if texts is not None else {})
+            | {name: values[k] for name, values in scores.items()}
+            for k, sample in enumerate(samples)
+        ]
+        figures = {name: mean_and_spread(values)[0] for name, values in scores.items()}
+        _write(json_file, rows, figures)
+
+
+def _known(
+    judges: Judges, concept: Concept, references: Path, count: int
+) -> tuple[Tensor, set[str]]:
+    """A concept's signature by the judges, and the places that its references show."""
+    from customize.storybook.captions import parse
+    from customize.storybook.judges import to_tensor
+    from customize.storybook.world import CLASSES
+
+    info = concept.info
+    if info.class_word not in CLASSES:
+        raise ConceptError(
+            f"{info.name} is a {info.class_word}, which the storybook does not have",
+            where=info.name,
+            fix=f"score concepts of its classes: {', '.join(CLASSES)}",
+        )
+    folder = references / info.name
+    if count == 1 and not folder.is_dir():
+        folder = references
+    samples = _read(folder)
+    images = to_tensor([sample.image for sample in samples])
+    shown = set()
+    for sample, seen in zip(samples, judges.see(images), strict=True):
+        shown.add(parse(sample.caption).place or seen["place"])
+    return judges.signature(images), shown
+
+
+def _read(folder: Path) -> list[Sample]:
+    from customize.training.data import read_folder
+
+    return read_folder(folder, trigger=None, caption=_SILENT)
+
+
+def _prompts(
+    samples: Sequence[Sample], file: Path | None, class_word: str | None
+) -> list[str] | None:
+    """A prompt for each picture, triggers replaced by class words; None where none are known."""
+    words: list[dict[str, str]] = [{} for _ in samples]
+    if file is not None:
+        lines = _lines(file)
+        if len(lines) not in (1, len(samples)):
+            raise DataError(
+                f"there are {len(lines)} prompts for {len(samples)} pictures",
+                where=file,
+                fix="write one line for each picture in the order of their names, or one for all",
+            )
+        prompts = lines * len(samples) if len(lines) == 1 else lines
+    else:
+        beside = [sample.path.with_suffix(".json") for sample in samples]
+        if not all(path.is_file() for path in beside):
+            return None
+        prompts = []
+        for number, path in enumerate(beside):
+            prompt, words[number] = _settings(path)
+            prompts.append(prompt)
+    return [_spoken(prompt, own, class_word) for prompt, own in zip(prompts, words, strict=True)]
+
+
+def _spoken(prompt: str, words: Mapping[str, str], class_word: str | None) -> str:
+    def replaced(match: re.Match[str]) -> str:
+        word = class_word or words.get(match[0])
+        if word is None:
+            raise ConfigError(
+                f"the prompt {prompt!r} has the trigger {match[0]}, which CLIP has never read",
+                where="--class-word",
+                fix="give what it stands for, such as --class-word dog",
+            )
+        return word
+
+    return _TRIGGER.sub(replaced, prompt)
+
+
+def _settings(path: Path) -> tuple[str, dict[str, str]]:
+    """The prompt and the class words that generate noted beside a picture."""
+    try:
+        values = json.loads(path.read_text())
+        words = {str(each["trigger"]): str(each["class_word"]) for each in values["concepts"]}
+        return str(values["prompt"]), words
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the picture's settings cannot be read: {type(error).__name__}",
+            where=path,
+            fix="give --prompts",
+        ) from error
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the prompts cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}",
+            where=file,
+            fix="give a text file with one prompt a line",
+        ) from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise DataError("there are no prompts", where=file, fix="write one a line")
+    return lines
+
+
+def _print_rates(rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table("concept", "attached", *RATES)
+    for name, attached in dict.fromkeys((row["concept"], row["attached"]) for row in rows):
+        own = [row for row in rows if (row["concept"], row["attached"]) == (name, attached)]
+        cells = []
+        for rate in RATES:
+            mean, spread = mean_and_spread([row[rate] for row in own])
+            cells.append(f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+        table.add_row(name, "alone" if attached == 1 else f"all {attached}", *cells)
+    out = console()
+    out.print(table)
+    count = len({row["seed"] for row in rows})
+    out.print(
+        f"Shares of pictures, mean ± standard deviation over {count} seeds. identity, prompt: more"
+        " is better; leak, drift: less is.",
+        soft_wrap=True,
+    )
+
+
+def _or_dash(spread: float | None) -> str:
+    return "-" if spread is None else f"{spread:.3f}"
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, float]) -> None:
+    write_json(
+        path,
+        {
+            "bench": "evaluate",
+            "command": command_line(),
+            "versions": versions(),
+            "rows": list(rows),
+            "figures": dict(figures),
+        },
+    )

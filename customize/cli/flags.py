@@ -1,0 +1,104 @@
+"""The flags of ``customize train``, made from the fields of TrainConfig: names, help, defaults."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.markup import escape
+
+from customize.training.config import TrainConfig
+
+# The first field of each group, in the order of TrainConfig. A new field joins the group it
+# stands in, without a change here.
+PANELS = {
+    "base": "What is learned",
+    "method": "The adapter",
+    "train_text_encoder": "What else trains",
+    "steps": "Optimisation",
+    "prior_weight": "Prior preservation",
+    "mixed_precision": "The machine",
+    "checkpoint_every": "What is written on the way",
+}
+
+
+def from_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give ``command(config, settings)`` a flag for each field.
+
+    Values reach it as text (yes or no as bool, lists as lists) and only those that were given,
+    so that TrainConfig alone decides what is valid, and what a configuration file overrides.
+    """
+
+    def run(config: Path | None = None, **values: Any) -> None:
+        given = {name: value for name, value in values.items() if value not in (None, [], ())}
+        command(config, given)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    annotations: dict[str, Any] = {"config": Annotated[Path | None, _CONFIG]}
+    panel = ""
+    for name, field in TrainConfig.model_fields.items():
+        panel = PANELS.get(name, panel)
+        annotations[name] = _flag(name, field, panel)
+    parameters = [
+        inspect.Parameter(name, kind, default=None, annotation=annotation)
+        for name, annotation in annotations.items()
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = annotations
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+_CONFIG = typer.Option(
+    "--config",
+    metavar="FILE",
+    help="YAML file with any of the settings below as keys; flags win over it",
+    show_default=False,
+)
+
+
+def _flag(name: str, field: FieldInfo, panel: str) -> Any:
+    kinds = _kinds(field.annotation)
+    option = "--" + name.replace("_", "-")
+    text = field.description or name
+    if field.is_required():
+        text += " [required]"
+    elif field.default not in (None, "", ()) and not isinstance(field.default, bool):
+        text += f" [default: {field.default}]"
+    elif isinstance(field.default, bool):
+        text += f" [default: {'yes' if field.default else 'no'}]"
+    settings: dict[str, Any] = {
+        "help": escape(text),
+        "rich_help_panel": panel,
+        "show_default": False,
+    }
+    if bool in kinds:
+        no = "--no-" + name.replace("_", "-")
+        return Annotated[bool | None, typer.Option(f"{option}/{no}", **settings)]
+    settings["metavar"] = _metavar(field)
+    if tuple in kinds:
+        settings["help"] += "; give the flag once for each"
+        return Annotated[list[str] | None, typer.Option(option, **settings)]
+    return Annotated[str | None, typer.Option(option, **settings)]
+
+
+def _metavar(field: FieldInfo) -> str:
+    kinds = _kinds(field.annotation)
+    for each in (field.annotation, *get_args(field.annotation)):
+        if get_origin(each) is Literal:
+            choices = "|".join(map(str, get_args(each)))
+            return choices if len(choices) <= 30 else "NAME"
+    names = {int: "N", float: "X", Path: "PATH"}
+    return next((names[kind] for kind in kinds if kind in names), "TEXT")
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types within an annotation: ``float | None`` has float and NoneType."""
+    inner = get_args(annotation) if get_origin(annotation) is not Literal else ()
+    origin = get_origin(annotation)
+    found = {tuple} if origin is tuple else set()
+    return found.union(*map(_kinds, inner)) if inner else found | {annotation}

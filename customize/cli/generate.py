@@ -1,0 +1,187 @@
+"""``customize generate``: pictures, each with a JSON file of how it was made."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from customize.cli.shared import (
+    choose_device,
+    console,
+    load_pipeline,
+    parse_weights,
+    storing,
+    versions,
+)
+from customize.errors import ConfigError
+
+_NUMBERED = re.compile(r"(\d{4,})\.(png|json)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to draw: each prompt with each seed. None stands for the pipeline's own default.
+
+    Attributes:
+        size: (width, height) in pixels.
+    """
+
+    prompts: tuple[str, ...]
+    negative: str | None
+    steps: int | None
+    guidance: float | None
+    seeds: tuple[int, ...]
+    size: tuple[int, int] | None
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """``"512"`` or ``"768x512"`` as (width, height).
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:[xX×]([1-9]\d{0,4}))?", text.strip())
+    if match is None:
+        raise ConfigError(
+            f"{text!r} is not a size", where="--size", fix="write it such as 512 or 768x512"
+        )
+    return int(match[1]), int(match[2] or match[1])
+
+
+def run(
+    base: str,
+    sources: Sequence[str],
+    weights_text: str | None,
+    plan: Plan,
+    output: Path,
+    device: str | None,
+    dtype: str | None,
+) -> None:
+    """Draw everything of a plan into a folder."""
+    from rich.progress import track
+
+    from customize import load_custom
+    from customize.concepts.concept import Concept
+    from customize.concepts.merge import check_together
+    from customize.families import family_of
+
+    weights = parse_weights(weights_text, len(sources)) or [1.0] * len(sources)
+    concepts = [Concept.load(source) for source in sources]
+    if concepts:
+        check_together(concepts)
+    _check_prompts(plan.prompts, [concept.info.trigger for concept in concepts])
+    with storing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    pipe = load_pipeline(base, choose_device(device), dtype)
+    family = family_of(pipe.components)
+    for side in plan.size or ():
+        if side % family.latent_multiple:
+            raise ConfigError(
+                f"{side} pixels are not a multiple of {family.latent_multiple}",
+                where="--size",
+                fix=f"choose multiples of {family.latent_multiple}",
+            )
+    if concepts:
+        load_custom(pipe, *concepts, weights=weights)
+    pipe.set_progress_bar_config(disable=True)
+
+    facts = {
+        "base": base,
+        "concepts": [
+            {
+                "name": concept.info.name,
+                "trigger": concept.info.trigger,
+                "class_word": concept.info.class_word,
+                "weight": weight,
+                "source": source,
+            }
+            for concept, weight, source in zip(concepts, weights, sources, strict=True)
+        ],
+        "versions": versions(),
+    }
+    jobs = [(prompt, seed) for prompt in plan.prompts for seed in plan.seeds]
+    number = first = _next_number(output)
+    for prompt, seed in track(jobs, "Drawing", console=console(stderr=True), transient=True):
+        image, settings = _draw(pipe, prompt, seed, plan)
+        _save(output, number, image, settings | facts)
+        number += 1
+    names = f"{first:04}.png" if len(jobs) == 1 else f"{first:04}.png to {number - 1:04}.png"
+    console().print(f"{names} are in {output}", markup=False, soft_wrap=True)
+
+
+def _draw(pipe: Any, prompt: str, seed: int, plan: Plan) -> tuple[Any, dict[str, Any]]:
+    """One picture, and all settings that it depends on."""
+    import torch
+
+    asked = {
+        "num_inference_steps": plan.steps,
+        "guidance_scale": plan.guidance,
+        "negative_prompt": plan.negative,
+        "width": plan.size and plan.size[0],
+        "height": plan.size and plan.size[1],
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    # On the CPU, so that a seed gives the same noise on every device.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    image = pipe(prompt, generator=generator, **given).images[0]
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    settings = {
+        "prompt": prompt,
+        "negative": plan.negative,
+        "steps": given.get("num_inference_steps", defaults["num_inference_steps"].default),
+        "guidance": given.get("guidance_scale", defaults["guidance_scale"].default),
+        "seed": seed,
+        "width": image.width,
+        "height": image.height,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+    }
+    return image, settings
+
+
+def _save(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    text = json.dumps(settings, indent=2) + "\n"
+    files = {f"{number:04}.png": buffer.getvalue(), f"{number:04}.json": text.encode()}
+    for name, data in files.items():
+        path = folder / name
+        with storing(path), path.open("xb") as file:  # x: never over what is there
+            try:
+                file.write(data)
+                file.flush()
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+
+
+def _next_number(folder: Path) -> int:
+    found = [_NUMBERED.fullmatch(path.name) for path in folder.iterdir()]
+    return max((int(match[1]) for match in found if match), default=0) + 1
+
+
+def _check_prompts(prompts: Sequence[str], triggers: Sequence[str]) -> None:
+    """Say on stderr what is most likely a slip: a trigger that no concept brings, or none used."""
+    err = console(stderr=True)
+    for prompt in prompts:
+        unknown = [word for word in re.findall(r"<[a-z0-9_-]+>", prompt) if word not in triggers]
+        if unknown:
+            err.print(
+                f"note: no concept given has the trigger {', '.join(unknown)}",
+                markup=False,
+                soft_wrap=True,
+            )
+        elif triggers and not any(trigger in prompt for trigger in triggers):
+            err.print(
+                f"note: {prompt!r} names none of {', '.join(triggers)}",
+                markup=False,
+                soft_wrap=True,
+            )

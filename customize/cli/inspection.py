@@ -1,0 +1,115 @@
+"""``customize inspect``: what concepts hold, and how they get along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from customize.cli.shared import console
+from customize.concepts.concept import Concept, ConceptInfo
+from customize.concepts.slices import collisions
+from customize.core.crosstalk import matrix
+from customize.core.lowrank import LowRank
+
+
+def run(sources: Sequence[str]) -> None:
+    """Print a table a concept; for several, their collisions and the overlap of their updates."""
+    concepts = [Concept.load(source) for source in sources]
+    out = console()
+    for source, concept in zip(sources, concepts, strict=True):
+        table = Table(title=escape(source), show_header=False, title_justify="left")
+        for title, text in described(concept).items():
+            table.add_row(title, escape(text))
+        out.print(table)
+    if len(concepts) < 2:
+        return
+    strangers = _strangers([concept.info for concept in concepts])
+    if strangers:
+        out.print(f"They cannot be merged: {strangers}.", markup=False, soft_wrap=True)
+        return
+    found = collisions([concept.info for concept in concepts])
+    for collision in found:
+        out.print(f"note: {collision}", markup=False, soft_wrap=True)
+    plain = [concept.info.name for concept in concepts if concept.info.basis is None]
+    if plain:
+        out.print(
+            f"note: {', '.join(plain)} are ordinary LoRAs, without slices to keep apart.",
+            markup=False,
+            soft_wrap=True,
+        )
+    if not found and not plain:
+        out.print("No two share a slice: their updates are orthogonal.", markup=False)
+    out.print(_overlaps(concepts))
+
+
+def described(concept: Concept) -> dict[str, str]:
+    """The facts on a concept: title -> text."""
+    info = concept.info
+    count = sum(
+        p.up.numel() + p.down.numel() for own in concept.products.values() for p in own.values()
+    )
+    rows = {
+        "name": info.name,
+        "trigger": f"{info.trigger}, {info.num_tokens} tokens",
+        "class": info.class_word,
+        "base": f"{info.base} (family {info.family})",
+        "method": info.method,
+        "rank, alpha": f"{info.rank}, {info.alpha:g}",
+        "layers": ", ".join(f"{len(own)} of {part}" for part, own in concept.products.items()),
+        "numbers": f"{count:,}",
+        "embeddings": ", ".join(
+            f"{rows.shape[0]} x {rows.shape[1]} of {key}"
+            for key, rows in concept.embeddings.items()
+        )
+        or "none",
+    }
+    if info.basis is not None:
+        rows["basis"] = f"{info.basis.kind}, seed {info.basis.seed}, scale {info.basis.scale:g}"
+        rows["slices"] = "; ".join(
+            f"width {width}: {_ranges(columns)}" for width, columns in info.slices.items()
+        )
+    rows |= {f"score: {name}": json.dumps(value) for name, value in info.scores.items()}
+    return rows | {"made": info.created}
+
+
+def _overlaps(concepts: Sequence[Concept]) -> Table:
+    labels = [f"{number}. {concept.info.name}" for number, concept in enumerate(concepts, start=1)]
+    by_label: dict[str, Mapping[str, LowRank]] = {
+        label: {
+            f"{part}.{module}": update
+            for part, own in concept.products.items()
+            for module, update in own.items()
+        }
+        for label, concept in zip(labels, concepts, strict=True)
+    }
+    overlaps = matrix(by_label)
+    table = Table("overlap of updates", *labels, title_justify="left")
+    for label, row in zip(labels, overlaps.tolist(), strict=True):
+        table.add_row(label, *(f"{value:.3f}" for value in row))
+    return table
+
+
+def _strangers(infos: Sequence[ConceptInfo]) -> str:
+    """Why concepts do not belong to one architecture; empty where they do."""
+    first = infos[0]
+    for info in infos[1:]:
+        if (info.family, info.fingerprint) != (first.family, first.fingerprint):
+            return (
+                f"{first.name} was learned on {first.family} ({first.base}) and {info.name} on "
+                f"{info.family} ({info.base}), which differ in architecture or size"
+            )
+    return ""
+
+
+def _ranges(columns: Sequence[int]) -> str:
+    """Column numbers with runs drawn together: 0-7, 12."""
+    runs: list[list[int]] = []
+    for column in sorted(columns):
+        if runs and column == runs[-1][-1] + 1:
+            runs[-1].append(column)
+        else:
+            runs.append([column])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,105 @@
+"""``customize merge``: one LoRA, or one whole pipeline, from many concepts."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from customize.cli.shared import (
+    choose_device,
+    console,
+    indented,
+    load_pipeline,
+    parse_weights,
+    snippet,
+    storing,
+)
+from customize.core.lowrank import MERGES
+from customize.errors import ConfigError
+
+
+def run(
+    sources: Sequence[str],
+    output: Path,
+    weights_text: str | None,
+    *,
+    method: str,
+    rank: int | None,
+    fuse: str | None,
+    dtype: str | None,
+) -> None:
+    """Merge concepts and write the result to a new folder."""
+    weights = parse_weights(weights_text, len(sources)) or [1.0] * len(sources)
+    if method not in MERGES:
+        raise ConfigError(
+            f"there is no merge {method}", where="--method", fix=f"choose from {', '.join(MERGES)}"
+        )
+    if fuse is None:
+        if dtype is not None:
+            raise ConfigError(
+                "--dtype is that of a pipeline", fix="give --fuse BASE with it, or leave it out"
+            )
+        _write_lora(sources, output, weights, method, rank)
+        return
+    if rank is not None:
+        raise ConfigError(
+            "--rank has no meaning with --fuse: weights take the exact sum", fix="leave one out"
+        )
+    share = 1 / len(sources) if method == "average" else 1.0
+    _write_pipeline(sources, output, [weight * share for weight in weights], fuse, dtype)
+
+
+def _write_lora(
+    sources: Sequence[str], output: Path, weights: Sequence[float], method: str, rank: int | None
+) -> None:
+    from customize.concepts.concept import Concept
+    from customize.concepts.export import write_merged
+    from customize.concepts.slices import collisions
+
+    concepts = [Concept.load(source) for source in sources]
+    merged = write_merged(concepts, weights, output, method=method, rank=rank)
+    out = console()
+    names = ", ".join(concept.info.name for concept in concepts)
+    ranks = ", ".join(f"{rank} in the {part}" for part, rank in merged.rank.items())
+    out.print(f"{names} are in {output} as one LoRA of rank {ranks}.", markup=False, soft_wrap=True)
+    if merged.error:
+        out.print(f"Truncation lost {merged.error:.1%} of the update.", markup=False)
+    for collision in collisions([concept.info for concept in concepts]):
+        out.print(f"note: {collision}", markup=False, soft_wrap=True)
+    out.print("README.md in it says how stock diffusers loads it.", markup=False)
+
+
+def _write_pipeline(
+    sources: Sequence[str], output: Path, weights: Sequence[float], base: str, dtype: str | None
+) -> None:
+    from customize import load_custom
+    from customize.concepts.concept import Concept
+    from customize.concepts.export import check_new
+    from customize.concepts.merge import check_together
+
+    concepts = [Concept.load(source) for source in sources]
+    check_together(concepts)
+    check_new(output)
+    pipe = load_pipeline(base, choose_device("cpu"), dtype)
+    load_custom(pipe, *concepts, weights=weights, fuse=True)
+    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
+    try:
+        with storing(output):
+            partial.mkdir(parents=True)
+            pipe.save_pretrained(partial)
+            if output.is_dir():
+                output.rmdir()
+            partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    names = ", ".join(concept.info.name for concept in concepts)
+    text = snippet(str(output), [], [concept.info.trigger for concept in concepts])
+    lines = [line for line in text.splitlines() if "custom" not in line]
+    console().print(
+        f"{names} are in the weights of the pipeline in {output}. Load it with:\n\n"
+        f"{indented(chr(10).join(lines))}\n",
+        markup=False,
+        soft_wrap=True,
+    )

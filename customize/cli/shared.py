@@ -1,0 +1,217 @@
+"""What several commands need: numbers from text, a pipeline, tables, files that are whole."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from customize.errors import ConfigError, PipelineError, StorageError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Interrupted(Exception):
+    """Ctrl-C; the text says how to go on."""
+
+
+def on_interrupt(text: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a command end with :class:`Interrupted` and this text on Ctrl-C."""
+
+    def decorate(command: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return command(*args, **kwargs)
+            except KeyboardInterrupt:
+                raise Interrupted(text) from None
+
+        return run
+
+    return decorate
+
+
+def console(stderr: bool = False) -> Console:
+    """Where to print. Silent in all but the first of several processes (accelerate, torchrun)."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, quiet=os.environ.get("RANK", "0") != "0", highlight=False)
+
+
+def parse_weights(text: str | None, count: int) -> list[float] | None:
+    """``"1,0.8"`` as numbers, one a concept; None where nothing was given.
+
+    Raises:
+        ConfigError: not numbers, not finite, or not ``count`` of them.
+    """
+    if text is None:
+        return None
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = [math.nan]
+    if not all(map(math.isfinite, weights)):
+        raise ConfigError(
+            f"the weights {text!r} are not numbers with commas between them",
+            where="--weights",
+            fix="write them such as --weights 1,0.8",
+        )
+    if len(weights) != count:
+        raise ConfigError(
+            f"{len(weights)} weights were given for {count} concepts",
+            where="--weights",
+            fix="give one weight for each concept, in their order",
+        )
+    return weights
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the best at hand.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    import torch
+
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"the device {name} cannot be used: {str(error).splitlines()[0]}",
+            where="--device",
+            fix="name one that is there, such as cpu or cuda:0, or leave it out",
+        ) from error
+    return device
+
+
+def load_pipeline(base: str, device: torch.device, dtype: str | None = None) -> Any:
+    """A whole diffusers pipeline, from safetensors only.
+
+    Args:
+        dtype: one of :data:`DTYPES`; None: float32 on a CPU, else float16.
+
+    Raises:
+        ConfigError: an unknown dtype.
+        PipelineError: it cannot be loaded.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(
+            f"there is no dtype {dtype}", where="--dtype", fix=f"choose from {', '.join(DTYPES)}"
+        )
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    name = dtype or ("float32" if device.type == "cpu" else "float16")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            base, torch_dtype=getattr(torch, name), use_safetensors=True
+        )
+    except Exception as error:  # files missing, offline, gated, unknown classes: all the same here
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise PipelineError(
+            f"the base cannot be loaded: {reason}",
+            where=base,
+            fix="name a folder or hub id of a diffusers pipeline with safetensors weights",
+        ) from error
+    return pipe.to(device)
+
+
+def snippet(
+    base: str, concepts: Sequence[str], triggers: Sequence[str], weights: Any = None
+) -> str:
+    """The Python lines that load concepts and draw with them."""
+    arguments = [json.dumps(concept) for concept in concepts]
+    if weights is not None:
+        arguments.append(f"weights={list(weights)}")
+    return "\n".join(
+        [
+            "import customize",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})",
+            f"pipe.load_custom({', '.join(arguments)})",
+            f"pipe({json.dumps('a photo of ' + ' and '.join(triggers))}).images[0]",
+        ]
+    )
+
+
+def indented(text: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+
+
+def command_line() -> str:
+    """The command as it was given, for files that say how they were made."""
+    import shlex
+
+    return shlex.join(["customize", *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """The versions that results depend on."""
+    from importlib.metadata import version
+
+    from customize import __version__
+
+    names = ("torch", "diffusers", "transformers", "peft")
+    return {"customize": __version__, **{name: version(name) for name in names}}
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None where one value tells no spread."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all, over what was there.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def storing(where: Path) -> Iterator[None]:
+    """Turn what the system says on writing into a :class:`StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StorageError(
+            "the disk is full" if full else f"it cannot be written: {error.strerror or error}",
+            where=where,
+            fix="free some space" if full else "choose a place that can be written",
+        ) from error

@@ -1,0 +1,218 @@
+"""Many concepts as one ordinary LoRA that stock diffusers loads, with their tokens beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from customize.concepts.concept import Concept
+from customize.concepts.files import _safetensors, _storage_error, _sync_folder, _write_file
+from customize.concepts.layout import CARD_FILE, LORA_FILE, embedding_tensors
+from customize.concepts.merge import merge
+from customize.core.lowrank import LowRank, distance, norm, truncate
+from customize.errors import ConceptError, StorageError
+
+MERGED_FILE = "merged.json"
+
+Products = Mapping[str, Mapping[str, LowRank]]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merged folder holds.
+
+    Attributes:
+        rank: of every layer of each component: the largest needed, others are filled with zeros.
+        error: what truncation lost: the norm of the difference over the norm of the exact sum;
+            0 without truncation.
+    """
+
+    folder: Path
+    rank: dict[str, int]
+    error: float
+
+
+def write_merged(
+    concepts: Sequence[Concept],
+    weights: Sequence[float],
+    folder: str | Path,
+    *,
+    method: str = "sum",
+    rank: int | None = None,
+) -> Merged:
+    """Write the weighted merge of concepts as one LoRA, and the tokens of each.
+
+    The folder gets ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``
+    (alpha equals the rank, so loaders multiply by 1), ``learned_embeds_<name>.safetensors`` for
+    ``pipe.load_textual_inversion``, ``merged.json`` and ``README.md``. It is written whole or not
+    at all.
+
+    Args:
+        method: a name in :data:`customize.core.lowrank.MERGES`.
+        rank: the most that any layer may have; None: exact, ranks add up.
+
+    Raises:
+        ConceptError, ConfigError: see :func:`customize.concepts.merge.merge`; or two concepts
+            have one trigger; or the rank is below 1.
+        StorageError: the folder holds anything else than just this, or cannot be written.
+    """
+    folder = Path(folder)
+    triggers: dict[str, str] = {}
+    for concept in concepts:
+        info = concept.info
+        if info.trigger in triggers:
+            raise ConceptError(
+                f"the concepts {triggers[info.trigger]} and {info.name} have the same trigger "
+                f"{info.trigger}",
+                fix="learn one of them again with another trigger",
+            )
+        triggers[info.trigger] = info.name
+    exact = merge(concepts, weights, method)
+    products: Products = exact
+    error = 0.0
+    if rank is not None:
+        products = {c: {m: truncate(p, rank) for m, p in own.items()} for c, own in exact.items()}
+        error = _relative_error(exact, products)
+    ranks = {c: max(p.rank for p in own.values()) for c, own in products.items()}
+    tensors = {}
+    for component, own in products.items():
+        for module, update in own.items():
+            up, down = _filled(update, ranks[component])
+            tensors[f"{component}.{module}.lora_A.weight"] = down
+            tensors[f"{component}.{module}.lora_B.weight"] = up
+    facts = {
+        "base": concepts[0].info.base,
+        "family": concepts[0].info.family,
+        "method": method,
+        "rank": ranks,
+        "truncation_error": error,
+        "concepts": [
+            {
+                "name": concept.info.name,
+                "trigger": concept.info.trigger,
+                "class_word": concept.info.class_word,
+                "weight": weight,
+            }
+            for concept, weight in zip(concepts, weights, strict=True)
+        ],
+    }
+    files = {LORA_FILE: _safetensors(tensors, {})}
+    for concept in concepts:
+        if concept.embeddings:
+            files[_embeds_file(concept)] = _safetensors(embedding_tensors(concept), {})
+    files[MERGED_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
+    files[CARD_FILE] = _card(concepts, weights, method).encode()
+    _write(folder, files)
+    return Merged(folder, ranks, error)
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a place that holds anything.
+
+    Raises:
+        StorageError: it is a file or a folder with files.
+    """
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise StorageError(
+            "something else is there already", where=folder, fix="choose a new or empty folder"
+        )
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    if _holds(folder, files):
+        return
+    check_new(folder)
+    partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir(parents=True)
+        for name, data in files.items():
+            _write_file(partial / name, data)
+        if folder.is_dir():
+            folder.rmdir()
+        partial.rename(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        raise _storage_error(error, folder) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether just these files are there already, as after the same merge before."""
+    try:
+        found = {path.name for path in folder.iterdir()}
+        return found == set(files) and all((folder / n).read_bytes() == files[n] for n in files)
+    except OSError:
+        return False
+
+
+def _filled(update: LowRank, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both factors with the scale in the up-projection, and zeros up to the rank."""
+    missing = rank - update.rank
+    up = torch.nn.functional.pad(update.up * update.scale, (0, missing))
+    return up.contiguous(), torch.nn.functional.pad(update.down, (0, 0, 0, missing)).contiguous()
+
+
+def _relative_error(exact: Products, near: Products) -> float:
+    pairs = [(p, near[c][m]) for c, own in exact.items() for m, p in own.items()]
+    whole = math.sqrt(sum(norm(p) ** 2 for p, _ in pairs))
+    return math.sqrt(sum(distance(p, q) ** 2 for p, q in pairs)) / whole if whole else 0.0
+
+
+def _embeds_file(concept: Concept) -> str:
+    return f"learned_embeds_{concept.info.name}.safetensors"
+
+
+def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) -> str:
+    infos = [concept.info for concept in concepts]
+    triggers = [info.trigger for info in infos]
+    base = json.dumps(infos[0].base)
+    rows = [
+        f"| {info.name} | `{info.trigger}` | {info.class_word.replace('|', '/')} | {weight:g} |"
+        for info, weight in zip(infos, weights, strict=True)
+    ]
+    if any(len(concept.embeddings) > 1 for concept in concepts):
+        loading = [
+            "# each learned_embeds_*.safetensors has one concept's tokens, for CLIP-L and CLIP-G"
+        ]
+    else:
+        loading = [
+            f'pipe.load_textual_inversion("FOLDER", weight_name="{_embeds_file(concept)}")'
+            for concept in concepts
+            if concept.embeddings
+        ]
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {base}",
+            "library_name: diffusers",
+            "tags: [text-to-image, lora, textual-inversion, diffusers-customize]",
+            "---",
+            f"# {' + '.join(info.name for info in infos)}",
+            "",
+            f"Concepts that were learned apart, merged by {method} into one ordinary LoRA.",
+            "",
+            "| Concept | Trigger | What it is | Weight |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "```python",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({base})",
+            'pipe.load_lora_weights("FOLDER")',
+            *loading,
+            f"pipe({json.dumps('a photo of ' + ' and '.join(triggers))}).images[0]",
+            "```",
+            "",
+        ]
+    )

@@ -75,8 +75,11 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
 
 
 def summary(pipe: Any) -> Customization:
-    """What ``pipe.custom`` shows."""
-    family = _family(pipe)
+    """What ``pipe.custom`` shows; never an error, as debuggers and ``hasattr`` read properties."""
+    try:
+        family = _family(pipe)
+    except PipelineError:
+        return Customization((), "no known model family")
     holder = find(family)
     colliding: dict[str, list[str]] = {}
     for collision in collisions([each.concept.info for each in holder.attached.values()]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from peft import LoKrConfig
 
 import customize
 from customize.concepts.tokens import expand
@@ -12,8 +13,10 @@ from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
 from customize.hosts import fusing as hosts_fusing
 from customize.hosts import load as hosts_load
+from tests.concepts.making import learn
 from tests.hosts.making import (
     MAKERS,
+    PROMPT,
     assert_same,
     concept,
     draw,
@@ -301,7 +304,41 @@ def test_the_users_own_adapters_keep_working(make):
     pipe.unload_lora_weights()  # takes ours as well
     assert "removed" in pipe.custom.rows[0].mode
     pipe.unload_custom()
-    assert_same(everything(make()), everything(pipe))
+    assert np.array_equal(draw(pipe), draw(make()))
+
+
+@both
+def test_it_draws_what_the_model_drew_that_learned_it(make):
+    learner, pipe = make(), make()
+    _, adapter, learned = learn(learner)
+    prompt = PROMPT
+    if make is MAKERS["sd3"]:  # which expands nothing by itself
+        prompt = expand(PROMPT, TRIGGERS)
+    pipe.load_custom(learned)
+    np.testing.assert_allclose(draw(pipe), draw(learner, prompt), atol=1e-4)
+    before = everything(learner)
+    with pytest.raises(ConceptError, match="the token <rex>, which the tokenizer has already"):
+        learner.load_custom(learned)
+    learner.load_custom(learned, names=["other"])  # its adapter is called otherwise
+    learner.unload_custom()
+    assert_same(before, everything(learner))
+    adapter.remove()
+
+
+def test_adapters_that_stand_in_the_way_are_named():
+    pipe = MAKERS["sd"]()
+    rex = concept(pipe)
+    pipe.load_lora_weights(user_lora(pipe), adapter_name="customize")
+    before = everything(pipe)
+    with pytest.raises(PipelineError, match=r"an adapter named customize.*delete_adapters"):
+        pipe.load_custom(rex)
+    assert_same(before, everything(pipe))
+    pipe = MAKERS["sd"]()
+    pipe.unet.add_adapter(LoKrConfig(r=2, alpha=2, target_modules=["to_q"]), "lokr")
+    before = everything(pipe)
+    with pytest.raises(PipelineError, match=r"an adapter of another kind, Linear.*unload"):
+        pipe.load_custom(rex)
+    assert_same(before, everything(pipe))
 
 
 @both
@@ -328,9 +365,9 @@ def test_states_that_would_lose_something_are_refused(make):
     assert_same(before, everything(pipe))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @both
 @modes
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(make, fuse, dtype):
     pipe = make().to(dtype)
     before = everything(pipe)
@@ -386,6 +423,7 @@ def test_what_is_no_known_pipeline_is_refused():
     pipe.unet = None
     with pytest.raises(PipelineError, match="no known model family"):
         pipe.load_custom("x")
+    assert repr(pipe.custom) == "no concepts attached"
 
 
 def test_unloading_nothing_is_no_error():

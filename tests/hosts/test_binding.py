@@ -73,16 +73,16 @@ def test_importing_it_imports_nothing_heavy_and_binds_all_the_same():
 
 
 def test_the_import_costs_little_more_than_that_of_diffusers():
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", "import diffusers, customize"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    assert min(_overhead() for _ in range(2)) < 0.2  # of two, as the machine may be busy
+
+
+def _overhead() -> float:
+    """Seconds that `import customize` takes after `import diffusers`."""
+    command = [sys.executable, "-X", "importtime", "-c", "import diffusers, customize"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     found = re.search(r"\| +(\d+) \| customize$", done.stderr, re.MULTILINE)
     assert found is not None
-    assert int(found[1]) < 200_000  # microseconds
+    return int(found[1]) / 1e6
 
 
 def test_exports():

@@ -1,0 +1,270 @@
+"""What the demo leaves behind: the scorecard, the picture grid, and the crosstalk heat map."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from customize import demo
+from customize.core import crosstalk
+from customize.errors import StorageError
+from customize.evaluation import storybook
+from customize.storybook.judges import Judges, to_tensor
+from customize.storybook.references import bundled
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from customize.concepts.concept import Concept
+
+Row = dict[str, Any]
+COLUMNS = ("identity", "prompt", "leak", "both_in_a_pair", "drift")
+
+
+def score(judges: Judges, drawn: Mapping[str, demo.Drawn]) -> dict[str, Any]:
+    """One row a model and concept, and the headline figures; rates in [0, 1]."""
+    stories = {name: bundled(name) for name in demo.NAMES}
+    signatures = {n: judges.signature(to_tensor(s.pictures())) for n, s in stories.items()}
+    before = drawn[demo.BASE].unrelated
+    rows: list[Row] = []
+    for model, pictures in drawn.items():
+        pairs = [
+            storybook.rate_pair(judges, images, (signatures[a], signatures[b]))["both"]
+            for (a, b), images in pictures.pairs.items()
+        ]
+        changed = None
+        if pictures.unrelated is not None and before is not None:
+            changed = storybook.drift(before, pictures.unrelated)
+        found = []
+        for name, images in pictures.concepts.items():
+            story = stories[name]
+            rates = storybook.rate_concept(
+                judges,
+                images,
+                storybook.prompts_for(f"<{name}>"),
+                signatures[name],
+                story.identity.kind,
+                story.shown,
+            )
+            found.append(rates)
+            rows.append(
+                {"model": model, "concept": name, "identity": rates.identity}
+                | {
+                    "prompt": rates.prompt,
+                    "leak": rates.leak,
+                    "both_in_a_pair": None,
+                    "drift": None,
+                }
+            )
+        rows.append(
+            {"model": model, "concept": "all"}
+            | {k: sum(getattr(r, k) for r in found) / len(found) for k in COLUMNS[:3]}
+            | {"both_in_a_pair": sum(pairs) / len(pairs) if pairs else None, "drift": changed}
+        )
+    alls = {row["model"]: row for row in rows if row["concept"] == "all"}
+    figures = {
+        "identity_alone": alls[demo.ALONE]["identity"],
+        "identity_merged": alls[demo.MERGED]["identity"],
+        "identity_ordinary_merged": alls[demo.PLAIN]["identity"],
+        "prompt_merged": alls[demo.MERGED]["prompt"],
+        "prompt_ordinary_merged": alls[demo.PLAIN]["prompt"],
+        "drift_merged": alls[demo.MERGED]["drift"],
+        "drift_ordinary_merged": alls[demo.PLAIN]["drift"],
+    }
+    return {"rows": rows, "figures": figures}
+
+
+def _cell(value: float | None, percent: bool = True) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0%}" if percent else f"{value:.3f}"
+
+
+def _lines(card: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [
+            row["model"],
+            row["concept"],
+            *(_cell(row[k]) for k in COLUMNS[:4]),
+            _cell(row["drift"], False),
+        ]
+        for row in card["rows"]
+    ]
+
+
+HEADINGS = ("model", "concept", "identity", "prompt", "leak", "both in a pair", "drift")
+
+
+def table(card: Mapping[str, Any]) -> Table:
+    """The scorecard for a terminal."""
+    from rich.table import Table
+
+    shown = Table(title="Scorecard (shares of pictures; drift: mean change of unrelated pictures)")
+    for index, heading in enumerate(HEADINGS):
+        shown.add_column(heading, justify="left" if index < 2 else "right")
+    for line in _lines(card):
+        shown.add_row(
+            *line, style="bold" if line[1] == "all" else None, end_section=line[1] == "all"
+        )
+    return shown
+
+
+def markdown(card: Mapping[str, Any], folder: Path) -> str:
+    """The scorecard as a page."""
+    text = [
+        "# Scorecard",
+        "",
+        "Shares of pictures, judged by nets that no model here was trained against. *identity*:",
+        "it is that very dog, not some dog. *prompt*: what was asked is shown. *leak*: a place of",
+        "the training pictures came along unasked. *both in a pair*: each of two concepts stands in",
+        "its half. *drift*: mean change of pictures that name no concept, 0 to 1.",
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|---|---|" + "---:|" * (len(HEADINGS) - 2),
+        *("| " + " | ".join(line) + " |" for line in _lines(card)),
+        "",
+        "![pictures](grid.png)",
+        "",
+        "![crosstalk](crosstalk.png)",
+        "",
+        "```python",
+        snippet(folder),
+        "```",
+        "",
+    ]
+    return "\n".join(text)
+
+
+def snippet(folder: Path) -> str:
+    """The Python lines that load what the demo learned."""
+    paths = ",\n    ".join(f'"{(folder / "concepts" / n).as_posix()}"' for n in demo.NAMES)
+    return "\n".join(
+        [
+            "import customize",
+            "from diffusers import DiffusionPipeline",
+            "",
+            'pipe = DiffusionPipeline.from_pretrained("assets/storybook").load_custom(',
+            f"    {paths},",
+            ")",
+            'pipe("a photo of <rex> wearing a hat on a beach").images[0].save("rex.png")',
+        ]
+    )
+
+
+SIDE, MARGIN, LABEL = 80, 4, 150
+
+
+def _paste(sheet: Image.Image, picture: Tensor, column: int, top: int) -> None:
+    array = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    image = Image.fromarray(array).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    sheet.paste(image, (LABEL + column * (SIDE + MARGIN), top))
+
+
+def grid(drawn: Mapping[str, demo.Drawn], shown: int = 4) -> Image.Image:
+    """All models on the same prompts: `shown` pictures a concept, two a pair, one row a model."""
+    font = ImageFont.load_default(size=13)
+    columns = len(demo.NAMES) * shown + 2 * len(demo.PAIRS)
+    width = LABEL + columns * (SIDE + MARGIN)
+    heads = 64
+    rows = [demo.ALONE, demo.MERGED, demo.BASE, demo.PLAIN_ALONE, demo.PLAIN]
+    sheet = Image.new("RGB", (width, SIDE + 40 + heads + len(rows) * (SIDE + MARGIN)), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((6, 30 + SIDE / 2 - 14), "five pictures\nto learn from", "black", font)
+    for index, name in enumerate(demo.NAMES):
+        references = to_tensor(bundled(name).pictures())
+        pen.text((LABEL + index * 6 * (SIDE + MARGIN), 4), f"<{name}>", "black", font)
+        for k, picture in enumerate(references):
+            _paste(sheet, picture, index * 6 + k, 24)
+    top = SIDE + 36
+    prompts = {n: storybook.prompts_for(f"<{n}>")[:shown] for n in demo.NAMES}
+    pairs = {p: demo.pair_prompts((f"<{p[0]}>", f"<{p[1]}>")) for p in demo.PAIRS}
+    asked = [p for some in (*prompts.values(), *pairs.values()) for p in some]
+    for column, prompt in enumerate(asked):
+        short = prompt.removeprefix("a photo of ").replace("wearing ", "")
+        pen.multiline_text(
+            (LABEL + column * (SIDE + MARGIN), top), _wrapped(short, font), "black", font, spacing=1
+        )
+    for k, model in enumerate(rows):
+        y = top + heads + k * (SIDE + MARGIN)
+        pen.text((6, y + SIDE / 2 - 8), model, "black", font)
+        pictures = [
+            *(p for n in demo.NAMES for p in drawn[model].concepts[n][:shown]),
+            *(p for pair in demo.PAIRS for p in drawn[model].pairs.get(pair, ())),
+        ]
+        for column, picture in enumerate(pictures):
+            _paste(sheet, picture, column, y)
+    return sheet
+
+
+def _wrapped(text: str, font: Any) -> str:
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= SIDE:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def _flat(concept: Concept) -> dict[str, Any]:
+    return {
+        f"{part}.{k}": p for part, layers in concept.products.items() for k, p in layers.items()
+    }
+
+
+def heat_map(concepts: Mapping[str, Mapping[str, Concept]], path: Path) -> None:
+    """Overlap of every two updates, ||dW_i dW_j^T|| / (||dW_i|| ||dW_j||), for both methods."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    titles = {"concepts": "Orthogonal Adaptation", "ordinary": "ordinary LoRA"}
+    for axes, (place, learned) in zip(figure.subplots(1, 2), concepts.items(), strict=True):
+        values = crosstalk.matrix({n: _flat(c) for n, c in learned.items()}).numpy()
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="magma")
+        axes.set_title(titles[place])
+        axes.set_xticks(range(len(learned)), learned)
+        axes.set_yticks(range(len(learned)), learned)
+        for (i, j), value in _entries(values):
+            axes.text(j, i, f"{value:.2f}", ha="center", color="white" if value < 0.6 else "black")
+    figure.colorbar(image, ax=figure.axes, label="overlap of the updates")
+    figure.savefig(path, dpi=120)
+
+
+def _entries(values: Any) -> list[tuple[tuple[int, int], float]]:
+    return [((i, j), float(v)) for i, row in enumerate(values) for j, v in enumerate(row)]
+
+
+def write(
+    folder: Path,
+    card: Mapping[str, Any],
+    drawn: Mapping[str, demo.Drawn],
+    concepts: Mapping[str, Mapping[str, Concept]],
+) -> None:
+    """Write scorecard.json, scorecard.md, grid.png and crosstalk.png.
+
+    Raises:
+        StorageError: the folder can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "bench": "demo",
+            "command": "customize demo",
+            "versions": {"torch": torch.__version__},
+        }
+        (folder / "scorecard.json").write_text(json.dumps(facts | dict(card), indent=1) + "\n")
+        (folder / "scorecard.md").write_text(markdown(card, folder))
+        grid(drawn).save(folder / "grid.png")
+        heat_map(concepts, folder / "crosstalk.png")
+    except OSError as error:
+        raise StorageError(
+            f"the demo's results can't be written: {error}",
+            where=folder,
+            fix="free some space or name another folder",
+        ) from error

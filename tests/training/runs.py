@@ -1,0 +1,97 @@
+"""Small training runs for the tests: a few smooth pictures, few steps, large learning rates."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from customize.concepts.concept import Concept
+from customize.families import family_of
+from customize.training.config import TrainConfig
+
+#: A run of 12 steps takes about half a second.
+SMALL: dict[str, Any] = {
+    "base": "tiny",
+    "name": "rex",
+    "class_word": "dog",
+    "rank": 4,
+    "steps": 12,
+    "batch_size": 2,
+    "learning_rate": 1e-2,
+    "text_learning_rate": 1e-3,
+    "token_learning_rate": 1e-2,
+    "checkpoint_every": 0,
+    "log_every": 5,
+}
+
+
+def picture(seed: int = 0, side: int = 32) -> Image.Image:
+    """Two ramps and a tint of the seed's."""
+    x = np.linspace(0, 255, side)[None, :].repeat(side, 0)
+    tint = np.full((side, side), (83 * seed) % 256)
+    return Image.fromarray(np.stack([x, x.T, tint], -1).round().astype(np.uint8))
+
+
+def make_pictures(folder: Path, count: int = 3) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        picture(number).save(folder / f"{number}.png")
+    return folder
+
+
+def settings(folder: Path, output: str = "out", **changes: Any) -> TrainConfig:
+    """A configuration of a small run in a test's folder."""
+    images = folder / "images"
+    if not images.exists():
+        make_pictures(images)
+    return TrainConfig(**{**SMALL, "images": images, "output": folder / output, **changes})
+
+
+def tensors(concept: Concept) -> dict[str, Tensor]:
+    """All numbers of a concept under one name each."""
+    found = {f"tokens.{key}": rows for key, rows in concept.embeddings.items()}
+    for component, updates in concept.products.items():
+        for module, update in updates.items():
+            found[f"{component}.{module}.up"] = update.up
+            found[f"{component}.{module}.down"] = update.down
+    return found
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def snapshot(components: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a model that training touches: weights, modes, flags, vocabularies, module types.
+
+    The first prompt ever sets a tokenizer's padding and transformers' own hooks: so one goes before.
+    """
+    with torch.no_grad():
+        family_of(components).encode_prompts(["a"])
+    state: dict[str, Any] = {}
+    for key, part in components.items():
+        if isinstance(part, torch.nn.Module):
+            state[f"{key} weights"] = {k: v.clone() for k, v in part.state_dict().items()}
+            state[f"{key} grads"] = {k: p.requires_grad for k, p in part.named_parameters()}
+            state[f"{key} modules"] = [
+                (name, type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+                for name, m in part.named_modules()
+            ]
+            state[f"{key} marks"] = sorted(part.__dict__)
+        elif hasattr(part, "backend_tokenizer"):
+            state[f"{key} vocabulary"] = part.backend_tokenizer.to_str()
+    return state
+
+
+def assert_unchanged(before: dict[str, Any], components: Mapping[str, Any]) -> None:
+    after = snapshot(components)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        if key.endswith(" weights"):
+            assert same(value, after[key]), key
+        else:
+            assert value == after[key], key

@@ -1,0 +1,134 @@
+"""Runs in processes of their own: killed, stopped, and over two processes."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from customize.concepts.concept import Concept
+from customize.training.checkpoint import latest
+from customize.training.loop import train
+from tests.tiny import tiny_sd
+from tests.training.runs import same, settings, tensors
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+STEPS = 24
+
+# Says each step, and goes on slowly from the fifth: the signal must come before the end.
+PROGRAM = f"""
+import sys
+import time
+from pathlib import Path
+from customize.errors import CustomizeError
+from customize.training.loop import TrainingStopped, train
+from tests.tiny import tiny_sd
+from tests.training.runs import settings
+
+def on_step(step, loss):
+    print(step, flush=True)
+    time.sleep(0.3 if step >= 5 else 0)
+
+config = settings(Path(sys.argv[1]), steps={STEPS}, checkpoint_every=3)
+try:
+    train(config, tiny_sd().components, progress=False, on_step=on_step)
+except TrainingStopped as stopped:
+    print(stopped, flush=True)
+    sys.exit(130)
+"""
+
+
+def run_until(folder, step, number):
+    """Start the program, send a signal when it says the step, and return what it said last."""
+    said = []
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+    ) as process:
+        for line in process.stdout:
+            said.append(line.strip())
+            if said[-1] == str(step):
+                process.send_signal(number)
+        return process.wait(timeout=300), said
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_a_stopped_run_goes_on_to_the_uninterrupted_result(number, tmp_path):
+    code, said = run_until(tmp_path, 5, number)
+    folder = tmp_path / "out" / ".checkpoints"
+    found = latest(folder)
+    assert found.step < STEPS
+    if number == signal.SIGINT:
+        assert code == 130
+        step = int(re.search(r"stopped after step (\d+) of", said[-1]).group(1))
+        assert found.step == step and "run the same again" in said[-1]
+        assert [path.name[0] for path in folder.iterdir()] == ["s"] * 2
+    else:
+        assert code == -signal.SIGKILL and found.step >= 3
+    pipe = tiny_sd()
+    config = settings(tmp_path, steps=STEPS, checkpoint_every=3)
+    steps = []
+    resumed = train(config, pipe.components, progress=False, on_step=lambda s, _: steps.append(s))
+    assert steps[0] == found.step + 1
+    whole = train(settings(tmp_path, "whole", steps=STEPS), pipe.components, progress=False)
+    assert same(tensors(resumed), tensors(whole))
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_concept(tmp_path):
+    """Through the script and accelerate; twice the processes are twice the batch."""
+    pipe = tiny_sd()
+    pipe.save_pretrained(tmp_path / "base")
+    config = settings(tmp_path, base=str(tmp_path / "base"), batch_size=1, checkpoint_every=6)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(port), "scripts/train_concept.py", str(file)]
+    finished = subprocess.run(
+        [*command, "--validation-prompts", "a photo of <rex>", "--validation-steps", "2"],
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"},
+        cwd=ROOT,
+        timeout=500,
+    )
+    assert finished.returncode == 0, finished.stderr
+    concept = Concept.load(tmp_path / "out")
+    assert concept.info.training["settings"]["processes"] == 2
+    assert (tmp_path / "out" / "validation" / "step-12.png").is_file()
+    assert len(list((tmp_path / "out" / ".checkpoints").iterdir())) == 2
+
+    # One process with the same total batch sees the same pictures, but other noise.
+    one = train(settings(tmp_path, "one", batch_size=2), pipe.components, progress=False)
+    losses = [c.info.training["losses"][0][1] for c in (concept, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.15)
+    assert not same(tensors(concept), tensors(one))
+
+
+def test_the_script_reports_bad_input_in_a_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    flags = ["--base", "x", "--name", "rex", "--class-word", "dog", "--output", str(tmp_path / "o")]
+    finished = subprocess.run(
+        [sys.executable, "scripts/train_concept.py", *flags, "--images", str(tmp_path / "empty")],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.strip().splitlines()[-1].startswith("error: there are no pictures")

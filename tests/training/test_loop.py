@@ -1,0 +1,435 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from customize.concepts.concept import Concept
+from customize.core.bases import BASES, down_projection
+from customize.errors import ConfigError, DataError, PipelineError, StorageError, TrainingError
+from customize.training.loop import learning_rate, train
+from tests.tiny import tiny_sd, tiny_sd3
+from tests.training.runs import (
+    assert_unchanged,
+    make_pictures,
+    picture,
+    same,
+    settings,
+    snapshot,
+    tensors,
+)
+
+FAMILIES = {"sd": tiny_sd, "sd3": tiny_sd3}
+
+
+@pytest.fixture(params=FAMILIES)
+def pipe(request):
+    return FAMILIES[request.param]()
+
+
+class Stop(Exception):
+    """What a test throws into a run, as a crash would."""
+
+
+def crash_at(step):
+    def on_step(done, loss):
+        if done == step:
+            raise Stop
+
+    return on_step
+
+
+@pytest.mark.parametrize("method", ["orthogonal", "lora"])
+def test_loss_falls_and_only_the_concept_is_new(pipe, method, tmp_path):
+    before = snapshot(pipe.components)
+    losses = []
+    config = settings(tmp_path, method=method, steps=40)
+    concept = train(
+        config, pipe.components, progress=False, on_step=lambda _, loss: losses.append(loss)
+    )
+    values = [float(loss) for loss in losses]
+    assert len(values) == 40
+    assert np.mean(values[-10:]) < 0.93 * np.mean(values[:10])
+    assert_unchanged(before, pipe.components)
+
+    assert concept.info.method == method
+    stored = Concept.load(tmp_path / "out")
+    assert stored.info == concept.info
+    assert same(tensors(stored), tensors(concept))
+    facts = concept.info.training
+    assert facts["losses"][-1][0] == 40
+    assert math.isclose(facts["losses"][0][1], np.mean(values[:5]), rel_tol=1e-5)
+    assert facts["final_loss"] < facts["losses"][0][1]
+    assert facts["seconds_per_step"] > 0 and facts["peak_memory_mb"] > 50
+    assert facts["settings"]["learning_rate"] == 1e-2
+
+
+def test_orthogonal_trains_only_the_up_projections(tmp_path):
+    concept = train(settings(tmp_path, basis_scale=0.5), tiny_sd().components, progress=False)
+    info = concept.info
+    for updates in concept.products.values():
+        for update in updates.values():
+            width = update.shape[1]
+            columns = info.slices[str(width)]
+            expected = down_projection(BASES["cosine"], width, columns, 0, 0.5)
+            assert torch.equal(update.down, expected)
+            assert update.up.abs().max() > 0
+
+
+def test_lora_trains_both_projections(tmp_path):
+    start = {}
+    pipe = tiny_sd()
+
+    def remember(done, loss):
+        if not start:
+            layers = dict(pipe.unet.named_modules())
+            for name, module in layers.items():
+                if name.endswith("lora_A.customize"):
+                    start[name.removesuffix(".lora_A.customize")] = module.weight.clone()
+
+    config = settings(tmp_path, method="lora", lr_schedule="cosine", warmup_steps=2)
+    concept = train(config, pipe.components, progress=False, on_step=remember)
+    assert not concept.info.slices
+    for module, update in concept.products["unet"].items():
+        assert not torch.equal(update.down, start[module])
+
+
+def test_tokens_are_learned_within_the_range_of_the_vocabulary(tmp_path):
+    pipe = tiny_sd()
+    table = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
+    config = settings(tmp_path, token_learning_rate=0.5, num_tokens=3)
+    concept = train(config, pipe.components, progress=False)
+    rows = concept.embeddings["text_encoder"]
+    assert rows.shape == (3, 32)
+    norms = table.norm(dim=1)
+    assert bool((rows.norm(dim=1) <= norms.quantile(0.95) * 1.001).all())
+    assert bool((rows.norm(dim=1) >= norms.quantile(0.05) * 0.999).all())
+    dog = table[pipe.tokenizer("dog", add_special_tokens=False).input_ids[0]]
+    assert not torch.allclose(rows[-1], dog, atol=1e-3)
+
+
+def test_token_init_starts_the_first_token_at_a_word(tmp_path):
+    pipe = tiny_sd()
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
+    red, dog = (
+        table[pipe.tokenizer(w, add_special_tokens=False).input_ids[0]] for w in ("red", "dog")
+    )
+    config = settings(tmp_path, token_init="red", token_learning_rate=1e-9, steps=1)
+    rows = train(config, pipe.components, progress=False).embeddings["text_encoder"]
+    cosine = torch.nn.functional.cosine_similarity(rows, torch.stack([red, dog]))
+    assert bool((cosine > 0.99999).all())
+
+
+def test_a_run_repeats_bit_for_bit_whatever_the_global_random_state(pipe, tmp_path):
+    torch.manual_seed(1)
+    first = train(settings(tmp_path, "a"), pipe.components, progress=False)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = train(settings(tmp_path, "b"), pipe.components, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(tensors(first), tensors(second))
+    third = train(settings(tmp_path, "c", seed=1), pipe.components, progress=False)
+    assert not same(tensors(first), tensors(third))
+
+
+def test_a_resumed_run_gives_the_uninterrupted_result(pipe, tmp_path):
+    changes = {"checkpoint_every": 4, "flip": True, "caption_dropout": 0.3, "noise_offset": 0.1}
+    whole = train(settings(tmp_path, "a", **changes), pipe.components, progress=False)
+    config = settings(tmp_path, "b", **changes)
+    before = snapshot(pipe.components)
+    with pytest.raises(Stop):
+        train(config, pipe.components, progress=False, on_step=crash_at(10))
+    assert_unchanged(before, pipe.components)
+    assert [p.name for p in (config.output / ".checkpoints").iterdir()] != []
+
+    steps = []
+    resumed = train(
+        config, pipe.components, progress=False, on_step=lambda done, _: steps.append(done)
+    )
+    assert steps == [9, 10, 11, 12]
+    assert same(tensors(whole), tensors(resumed))
+
+
+def test_validation_and_checkpoints_do_not_change_what_is_learned(pipe, tmp_path):
+    plain = train(settings(tmp_path, "a"), pipe.components, progress=False)
+    config = settings(
+        tmp_path,
+        "b",
+        checkpoint_every=5,
+        validation_prompts=("a photo of <rex> on the beach", "a dog"),
+        validation_every=5,
+        validation_steps=2,
+    )
+    busy = train(config, pipe.components, progress=False)
+    assert same(tensors(plain), tensors(busy))
+    pictures = sorted((config.output / "validation").iterdir())
+    assert [p.name for p in pictures] == ["step-10.png", "step-12.png", "step-5.png"]
+    with Image.open(pictures[0]) as image:
+        assert image.size == (64, 32)
+    assert (config.output / "sample-2.png").is_file()
+
+
+def test_gradient_checkpointing_and_uncached_latents_give_the_same(tmp_path):
+    pipe = tiny_sd()
+    before = snapshot(pipe.components)
+    plain = train(settings(tmp_path, "a"), pipe.components, progress=False)
+    config = settings(tmp_path, "b", gradient_checkpointing=True, cache_latents=False)
+    saving = train(config, pipe.components, progress=False)
+    assert_unchanged(before, pipe.components)
+    a, b = tensors(plain), tensors(saving)
+    assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
+
+
+def test_accumulated_batches_make_one_step(tmp_path):
+    """At the first step the noise differs but pictures do not, so losses are near, not sums."""
+    losses = {}
+    for name, batch, accumulate in (("a", 24, 1), ("b", 3, 8)):
+        found = losses.setdefault(name, [])
+        config = settings(
+            tmp_path, name, batch_size=batch, gradient_accumulation=accumulate, steps=2
+        )
+        train(
+            config,
+            tiny_sd().components,
+            progress=False,
+            on_step=lambda _, loss, found=found: found.append(float(loss)),
+        )
+    assert losses["a"][0] == pytest.approx(losses["b"][0], rel=0.1)
+
+
+def calls_of(module, count=lambda args, kwargs: 1):
+    """How much a module was called, by a hook."""
+    seen = []
+    module.register_forward_hook(
+        lambda m, args, kwargs, out: seen.append(count(args, kwargs)), with_kwargs=True
+    )
+    return seen
+
+
+def test_encoders_run_once_when_nothing_in_them_trains(pipe, tmp_path):
+    texts = calls_of(pipe.text_encoder)
+    pictures = calls_of(pipe.vae.encoder)
+    config = settings(tmp_path, train_text_encoder=False, train_tokens=False, caption_dropout=0.5)
+    concept = train(config, pipe.components, progress=False)
+    assert len(texts) == 2  # the caption and the empty one
+    assert len(pictures) == 3
+    assert concept.info.num_tokens == 0 and not concept.embeddings
+    assert list(concept.products) == [("unet" if "unet" in pipe.components else "transformer")]
+
+
+def test_a_caption_costs_one_row_of_the_encoder_and_frozen_encoders_rest(tmp_path):
+    pipe = tiny_sd3()
+    rows = calls_of(pipe.text_encoder, lambda args, kwargs: len(args[0]))
+    rests = calls_of(pipe.text_encoder_3)
+    config = settings(tmp_path, batch_size=6)
+    train(config, pipe.components, progress=False)
+    assert rows[-12:] == [1] * 12
+    assert len(rests) == 2
+
+
+def test_prior_preservation_draws_class_pictures_with_the_base_alone(pipe, tmp_path):
+    config = settings(
+        tmp_path, prior_weight=1.0, prior_count=5, validation_steps=2, steps=3, batch_size=2
+    )
+    prompts = calls_of(pipe.text_encoder, lambda args, kwargs: len(args[0]))
+    before = snapshot(pipe.components)
+    concept = train(config, pipe.components, progress=False)
+    assert prompts[-3:] == [2, 2, 2]  # the concept's caption and the class's
+    assert_unchanged(before, pipe.components)
+    folder = config.output / ".class_pictures"
+    names = [f"class-0000{i}.png" for i in range(5)]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    plain = train(settings(tmp_path, "plain", steps=3), pipe.components, progress=False)
+    assert not same(tensors(concept), tensors(plain))
+
+    given = make_pictures(tmp_path / "dogs")
+    config = settings(tmp_path, "given", prior_weight=1.0, prior_images=given, steps=2)
+    train(config, pipe.components, progress=False)
+    assert not (config.output / ".class_pictures").exists()
+
+
+def test_masks_keep_what_is_outside_out_of_the_loss(tmp_path):
+    """An all-white mask changes nothing; half a mask does."""
+    make_pictures(tmp_path / "images")
+    for name, half in (("white", 255), ("half", 0)):
+        (tmp_path / name).mkdir()
+        mask = np.full((32, 32), 255, np.uint8)
+        mask[:, :16] = half
+        for number in range(3):
+            Image.fromarray(mask).save(tmp_path / name / f"{number}.png")
+    pipe = tiny_sd()
+    results = [
+        tensors(train(settings(tmp_path, f"o{i}", **c), pipe.components, progress=False))
+        for i, c in enumerate(({}, {"masks": tmp_path / "white"}, {"masks": tmp_path / "half"}))
+    ]
+    assert all(torch.allclose(results[0][k], results[1][k], atol=1e-4) for k in results[0])
+    assert not all(torch.allclose(results[0][k], results[2][k], atol=1e-3) for k in results[0])
+
+
+def test_min_snr_and_densities_change_what_is_learned(tmp_path):
+    pipe = tiny_sd(prediction="v_prediction")
+    changes = ({}, {"min_snr_gamma": 1.0}, {"density": "logit_normal"}, {"noise_offset": 0.5})
+    results = [
+        tensors(train(settings(tmp_path, f"o{i}", **c), pipe.components, progress=False))
+        for i, c in enumerate(changes)
+    ]
+    assert all(not same(results[0], other) for other in results[1:])
+
+
+def test_mixed_precision_keeps_the_adapter_in_float32(pipe, tmp_path):
+    config = settings(tmp_path, mixed_precision="bf16")
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(torch.bfloat16)
+    before = snapshot(pipe.components)
+    concept = train(config, pipe.components, progress=False)
+    assert_unchanged(before, pipe.components)
+    found = tensors(concept)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    # Numbers that bfloat16 could not hold.
+    ups = [value for key, value in found.items() if key.endswith(".up")]
+    assert any(not torch.equal(up, up.bfloat16().float()) for up in ups)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(tmp_path):
+    pipe = tiny_sd()
+    weight = pipe.unet.conv_out.weight
+    good = weight.detach().clone()
+
+    def poison(done, loss):
+        if done == 8:
+            with torch.no_grad():
+                weight.fill_(math.nan)
+
+    config = settings(tmp_path, checkpoint_every=3)
+    with pytest.raises(TrainingError, match=r"nan at step 9.*learning rate"):
+        train(config, pipe.components, progress=False, on_step=poison)
+    found = sorted(p.name for p in (config.output / ".checkpoints").iterdir())
+    assert found == ["step-000003.safetensors", "step-000006.safetensors"]
+    assert not (config.output / "concept.json").exists()
+    with torch.no_grad():
+        weight.copy_(good)
+    resumed = train(config, pipe.components, progress=False)
+    assert all(bool(torch.isfinite(value).all()) for value in tensors(resumed).values())
+
+
+def test_a_finished_concept_is_reused_and_never_silently_replaced(tmp_path):
+    pipe = tiny_sd()
+    config = settings(tmp_path, checkpoint_every=6)
+    first = train(config, pipe.components, progress=False)
+    again = train(config, {}, progress=False)  # no model is needed
+    assert same(tensors(first), tensors(again))
+
+    other = settings(tmp_path, learning_rate=5e-3)
+    with pytest.raises(StorageError, match=r"learning_rate was 0.01 and is 0.005"):
+        train(other, pipe.components, progress=False)
+    assert same(tensors(Concept.load(config.output)), tensors(first))
+
+    anew = settings(tmp_path, learning_rate=5e-3, resume=False)
+    assert not same(tensors(train(anew, pipe.components, progress=False)), tensors(first))
+
+
+def test_another_concept_or_other_files_in_the_output_are_refused_before_loading(tmp_path):
+    train(settings(tmp_path, steps=1), tiny_sd().components, progress=False)
+    with pytest.raises(StorageError, match="rex"):
+        train(settings(tmp_path, name="tom", base="no/such base"), progress=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    with pytest.raises(StorageError, match="other files"):
+        train(settings(tmp_path, "full"), progress=False)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    pipe = tiny_sd()
+    config = settings(tmp_path, checkpoint_every=4)
+    with pytest.raises(Stop):
+        train(config, pipe.components, progress=False, on_step=crash_at(5))
+    picture(9).save(tmp_path / "images" / "9.png")
+    other = settings(tmp_path, checkpoint_every=4, rank=2)
+    with pytest.raises(TrainingError, match=r"pictures was .*; rank was 4 and is 2"):
+        train(other, pipe.components, progress=False)
+    anew = settings(tmp_path, checkpoint_every=4, rank=2, resume=False)
+    assert train(anew, pipe.components, progress=False).info.rank == 2
+
+
+def test_concepts_of_one_library_get_disjoint_slices_and_a_resumed_one_keeps_its_own(tmp_path):
+    pipe = tiny_sd()
+    library = tmp_path / "library"
+    rex = settings(tmp_path, library=library, output=library / "rex", checkpoint_every=4)
+    with pytest.raises(Stop):
+        train(rex, pipe.components, progress=False, on_step=crash_at(5))
+    tom = settings(tmp_path, name="tom", library=library, output=library / "tom", steps=1)
+    tom_slices = train(tom, pipe.components, progress=False).info.slices
+    rex_slices = train(rex, pipe.components, progress=False).info.slices
+    assert tom_slices["32"] == rex_slices["32"] == [0, 1, 2, 3]  # both started first
+
+    ann = settings(tmp_path, name="ann", library=library, output=library / "ann", steps=1)
+    ann_slices = train(ann, pipe.components, progress=False).info.slices
+    assert not set(ann_slices["32"]) & set(rex_slices["32"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"layerwise_tokens": True}, ConfigError, "cross-attention layer"),
+        ({"resolution": 36}, ConfigError, "multiple of 8"),
+        ({"rank": 17}, ConfigError, "17"),
+        ({"images": "/no/such/folder"}, DataError, "cannot be read"),
+        ({"mixed_precision": "fp16"}, ConfigError, "not for the CPU"),
+        ({"device": "cuda:99"}, ConfigError, "cuda:99"),
+        ({"tracker": "aim"}, ConfigError, "aim is not installed"),
+    ],
+)
+def test_bad_settings_change_nothing(changes, error, match, tmp_path):
+    pipe = tiny_sd()
+    before = snapshot(pipe.components)
+    with pytest.raises(error, match=match):
+        train(settings(tmp_path, **changes), pipe.components, progress=False)
+    assert_unchanged(before, pipe.components)
+    assert not (tmp_path / "out").exists()
+
+
+def test_min_snr_is_refused_for_flow_matching(tmp_path):
+    pipe = tiny_sd3()
+    before = snapshot(pipe.components)
+    with pytest.raises(ConfigError, match="min-SNR"):
+        train(settings(tmp_path, min_snr_gamma=5.0), pipe.components, progress=False)
+    assert_unchanged(before, pipe.components)
+
+
+def test_bases_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(PipelineError, match="cannot be loaded"):
+        train(settings(tmp_path, base=str(tmp_path / "nothing")), progress=False)
+    with pytest.raises(ConfigError, match="single file"):
+        train(settings(tmp_path, base="model.safetensors"), progress=False)
+    with pytest.raises(PipelineError, match="no known model family"):
+        train(settings(tmp_path), {"vae": tiny_sd().vae}, progress=False)
+    pipe = tiny_sd()
+    pipe.unet._hf_hook = object()
+    with pytest.raises(PipelineError, match="offloaded"):
+        train(settings(tmp_path), pipe.components, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+def test_a_base_from_a_folder_gives_what_its_components_give(make, tmp_path):
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    loaded = train(settings(tmp_path, "a", base=base), progress=False)
+    given = train(settings(tmp_path, "b", base=base), pipe.components, progress=False)
+    assert same(tensors(loaded), tensors(given))
+
+
+def test_learning_rates_follow_their_schedule():
+    assert [learning_rate(s, 10, 4, "constant") for s in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1, 1, 1]
+    assert learning_rate(7, 10, 4, "linear") == pytest.approx(0.5)
+    assert learning_rate(7, 10, 4, "cosine") == pytest.approx(0.5)
+    assert learning_rate(9, 10, 0, "linear") == pytest.approx(0.1)
+
+
+def test_what_is_recorded_is_plain_json(tmp_path):
+    concept = train(settings(tmp_path, steps=2), tiny_sd().components, progress=False)
+    assert json.loads(json.dumps(concept.info.training)) == concept.info.training

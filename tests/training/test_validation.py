@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+
+from customize.families import family_of
+from customize.training.validation import draw, log_pictures, save_row
+from tests.tiny import tiny_sd, tiny_sd3
+from tests.training.runs import picture
+
+
+@pytest.mark.parametrize("make", [tiny_sd, lambda: tiny_sd("v_prediction"), tiny_sd3])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_pictures_are_those_of_the_pipeline(make, guidance):
+    pipe = make()
+    family = family_of(pipe.components)
+    with torch.no_grad():
+        asked, empty = family.encode_prompts(["a dog"]), family.encode_prompts([""])
+    seeds = [3, 4]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    found = draw(
+        family,
+        {k: v.expand(2, *v.shape[1:]) for k, v in asked.items()},
+        empty,
+        (4, 16, 16),
+        steps=4,
+        guidance=guidance,
+        seeds=seeds,
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    for seed, picture_found in zip(seeds, found, strict=True):
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+        expected = pipe(
+            **asked,
+            **{f"negative_{k}": v for k, v in empty.items()},
+            latents=noise,
+            num_inference_steps=4,
+            guidance_scale=guidance,
+            height=32,
+            width=32,
+        ).images[0]
+        difference = np.asarray(expected).astype(int) - np.asarray(picture_found).astype(int)
+        assert abs(difference).max() <= 1
+
+
+def test_pictures_go_to_files_and_trackers(tmp_path):
+    logged = []
+
+    class Tracker:
+        def __init__(self, name):
+            self.name = name
+
+        def log_images(self, values, step, **options):
+            logged.append((self.name, values, step, options))
+
+    pictures = [picture(0), picture(1)]
+    save_row(pictures, tmp_path / "a" / "row.png")
+    assert (tmp_path / "a" / "row.png").is_file()
+    trackers = [Tracker("tensorboard"), Tracker("wandb"), object()]
+    log_pictures(trackers, pictures[:1], ["a dog"], 7)
+    (_, board, step, options), (_, other, _, _) = logged
+    assert board["a dog"].shape == (1, 32, 32, 3) and options == {"dataformats": "NHWC"}
+    assert other == {"a dog": pictures[:1]} and step == 7

@@ -105,20 +105,23 @@ def unrelated_prompts() -> list[str]:
     return [p for k, words in enumerate(things) for p in prompts_for(words)[k::4]]
 
 
-def draw_model(
-    pipe: Any, words: Mapping[str, str], pairs: Sequence[tuple[str, str]], unrelated: bool = True
-) -> Drawn:
-    """Draw every evaluation prompt; `words` names each concept in the prompts."""
-    from customize.evaluation import storybook
+def prompts_of(
+    words: Mapping[str, str], pairs: Sequence[tuple[str, str]], unrelated: bool
+) -> dict[Any, list[str]]:
+    """All that one model is asked: by concept, by pair, and without any; `words` names concepts."""
+    from customize.evaluation.storybook import prompts_for
 
+    asked: dict[Any, list[str]] = {name: prompts_for(word) for name, word in words.items()}
+    asked |= {(a, b): pair_prompts((words[a], words[b])) for a, b in pairs}
+    return asked | ({"unrelated": unrelated_prompts()} if unrelated else {})
+
+
+def sort_pictures(pictures: Mapping[Any, Tensor]) -> Drawn:
+    """Pictures by the keys of `prompts_of`."""
     return Drawn(
-        concepts={
-            n: storybook.draw(pipe, storybook.prompts_for(w), SEED) for n, w in words.items()
-        },
-        pairs={
-            p: storybook.draw(pipe, pair_prompts((words[p[0]], words[p[1]])), SEED) for p in pairs
-        },
-        unrelated=storybook.draw(pipe, unrelated_prompts(), SEED) if unrelated else None,
+        {key: p for key, p in pictures.items() if key in NAMES},
+        {key: p for key, p in pictures.items() if key in PAIRS},
+        pictures.get("unrelated"),
     )
 
 
@@ -130,8 +133,10 @@ def run(folder: str | Path = "demo") -> Path:
     """
     from diffusers import DiffusionPipeline
     from rich.console import Console
+    from tqdm.auto import tqdm
 
     from customize.demo import report
+    from customize.evaluation import storybook
     from customize.hosts.binding import load_custom, unload_custom
     from customize.storybook.judges import load_judges
     from customize.storybook.references import bundled
@@ -154,18 +159,25 @@ def run(folder: str | Path = "demo") -> Path:
     pipe = DiffusionPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
     triggers = {name: f"<{name}>" for name in NAMES}
-    plain_words = {name: f"a {bundled(name).identity.kind}" for name in NAMES}
-    drawn = {BASE: draw_model(pipe, plain_words, PAIRS)}
+    classes = {name: f"a {bundled(name).identity.kind}" for name in NAMES}
+    # Each model is: its row, what is loaded, and what it is asked.
+    models: list[tuple[str, list[Concept], dict[Any, list[str]]]] = [
+        (BASE, [], prompts_of(classes, PAIRS, unrelated=True))
+    ]
     for place, alone, merged in (("concepts", ALONE, MERGED), ("ordinary", PLAIN_ALONE, PLAIN)):
-        singles: dict[str, Tensor] = {}
-        for name in NAMES:
-            load_custom(pipe, concepts[place][name])
-            singles |= draw_model(pipe, {name: triggers[name]}, (), unrelated=False).concepts
+        for name, concept in concepts[place].items():
+            models.append((alone, [concept], prompts_of({name: triggers[name]}, (), False)))
+        models.append((merged, [*concepts[place].values()], prompts_of(triggers, PAIRS, True)))
+    pictures: dict[str, dict[Any, Tensor]] = {}
+    total = sum(len(prompts) for _, _, asked in models for prompts in asked.values())
+    with tqdm(total=total, desc="drawing", unit="picture") as bar:
+        for row, loaded, asked in models:
+            if loaded:
+                load_custom(pipe, *loaded)
+            found = storybook.draw_groups(pipe, asked, SEED, bar.update)
+            pictures[row] = pictures.get(row, {}) | found
             unload_custom(pipe)
-        drawn[alone] = Drawn(singles, {}, None)
-        load_custom(pipe, *concepts[place].values())
-        drawn[merged] = draw_model(pipe, triggers, PAIRS)
-        unload_custom(pipe)
+    drawn = {row: sort_pictures(found) for row, found in pictures.items()}
 
     card = report.score(judges, drawn)
     report.write(folder, card, drawn, concepts)

@@ -122,7 +122,7 @@ def markdown(card: Mapping[str, Any], folder: Path) -> str:
         "",
         "Shares of pictures, judged by nets that no model here was trained against. *identity*:",
         "it is that very dog, not some dog. *prompt*: what was asked is shown. *leak*: a place of",
-        "the training pictures came along unasked. *both in a pair*: each of two concepts stands in",
+        "the training pictures came along unasked. *both in a pair*: each of two concepts is in",
         "its half. *drift*: mean change of pictures that name no concept, 0 to 1.",
         "",
         "| " + " | ".join(HEADINGS) + " |",

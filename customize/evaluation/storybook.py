@@ -6,15 +6,17 @@ same prompts and seeds differ by their weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from customize.storybook.captions import ACCESSORY_WORDS, PLACE_WORDS, Request, parse
 from customize.storybook.judges import Judges
+
+Key = TypeVar("Key")
 
 STEPS = 25
 GUIDANCE = 4.0
@@ -51,25 +53,38 @@ def prompts_for(words: str, scenes: Sequence[tuple[str, str]] = SCENES) -> list[
     return prompts
 
 
-def draw(
-    pipe: Any, prompts: Sequence[str], seed: int, steps: int = STEPS, batch: int = 16
-) -> Tensor:
+def draw(pipe: Any, prompts: Sequence[str], seed: int, steps: int = STEPS) -> Tensor:
     """Pictures (len(prompts), 3, 64, 64) in [-1, 1]; picture k takes seed `1000 * seed + k`."""
+    return draw_groups(pipe, {"all": prompts}, seed, steps=steps)["all"]
+
+
+def draw_groups(
+    pipe: Any,
+    groups: Mapping[Key, Sequence[str]],
+    seed: int,
+    on_pictures: Callable[[int], object] | None = None,
+    steps: int = STEPS,
+    batch: int = 16,
+) -> dict[Key, Tensor]:
+    """Draw several lists of prompts in full batches; within each, seeds count as in `draw`."""
+    jobs = [
+        (text, 1000 * seed + k) for prompts in groups.values() for k, text in enumerate(prompts)
+    ]
     pictures = []
-    for first in range(0, len(prompts), batch):
-        part = list(prompts[first : first + batch])
-        generators = [
-            torch.Generator().manual_seed(1000 * seed + first + k) for k in range(len(part))
-        ]
+    for first in range(0, len(jobs), batch):
+        part = jobs[first : first + batch]
         images = pipe(
-            part,
+            [text for text, _ in part],
             num_inference_steps=steps,
             guidance_scale=GUIDANCE,
-            generator=generators,
+            generator=[torch.Generator().manual_seed(number) for _, number in part],
             output_type="pt",
         ).images
         pictures.append(images.float().cpu() * 2 - 1)
-    return torch.cat(pictures)
+        if on_pictures is not None:
+            on_pictures(len(part))
+    sizes = [len(prompts) for prompts in groups.values()]
+    return dict(zip(groups, torch.cat(pictures).split(sizes), strict=True))
 
 
 def asked_and_shown(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 
 from customize.storybook import pretrain, train_judges
 
@@ -26,6 +27,9 @@ def main() -> None:
     )
     parser.add_argument("--stage", choices=("base", "judges", "all"), default="all")
     parser.add_argument("--steps", type=int, help="steps of the denoiser, if not the preset's")
+    parser.add_argument(
+        "--start", type=Path, help="go on from this base's weights, and keep its autoencoder"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads, if not all")
     args = parser.parse_args()
@@ -35,7 +39,10 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.folder.mkdir(parents=True, exist_ok=True)
-    vae = pretrain.train_vae(args.folder, preset, args.device)
+    if args.start:
+        vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae").to(args.device)
+    else:
+        vae = pretrain.train_vae(args.folder, preset, args.device)
     if args.stage in ("judges", "all"):
         figures = train_judges.train_judges(
             args.folder / "judges",
@@ -46,7 +53,8 @@ def main() -> None:
         )
         print(f"the judges are in {args.folder / 'judges'}: {figures}")
     if args.stage in ("base", "all"):
-        pipe = pretrain.train_denoiser(args.folder, preset, vae.to(args.device), args.device)
+        vae = vae.to(args.device)
+        pipe = pretrain.train_denoiser(args.folder, preset, vae, args.device, args.start)
         pretrain.save_base(pipe, args.folder / "base")
         print(f"the base model is in {args.folder / 'base'}")
 

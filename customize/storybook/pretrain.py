@@ -253,11 +253,16 @@ def encode_scenes(
 
 
 def train_denoiser(
-    folder: Path, preset: Preset, vae: models.AutoencoderKL, device: str
+    folder: Path,
+    preset: Preset,
+    vae: models.AutoencoderKL,
+    device: str,
+    start: Path | None = None,
 ) -> models.StableDiffusionPipeline:
     """Text encoder and UNet together: v-prediction, low-noise steps weighted down.
 
-    One caption in ten is left empty, for classifier-free guidance.
+    One caption in ten is left empty, for classifier-free guidance. `start` is a base that this
+    training made before, to go on from its weights where there is no checkpoint.
     """
     latents = encode_scenes(folder, preset, vae, device)
     scenes = [scene(preset.seed, k) for k in range(preset.scenes)]
@@ -267,6 +272,13 @@ def train_denoiser(
         models.make_text_encoder(tokenizer).to(device),
         models.make_unet().to(device),
     )
+    if start is not None:
+        unet.load_state_dict(
+            models.UNet2DConditionModel.from_pretrained(start, subfolder="unet").state_dict()
+        )
+        text_encoder.load_state_dict(
+            models.CLIPTextModel.from_pretrained(start, subfolder="text_encoder").state_dict()
+        )
     pipe = models.make_pipeline(vae, text_encoder, tokenizer, unet)
     pipe.set_progress_bar_config(disable=True)
     alphas = pipe.scheduler.alphas_cumprod.to(device)

@@ -68,7 +68,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def snapshot(components: Mapping[str, Any]) -> dict[str, Any]:
     """All of a model that training touches: weights, modes, flags, vocabularies, module types.
 
-    The first prompt ever sets a tokenizer's padding and transformers' own hooks: so one goes before.
+    The first prompt ever sets a tokenizer's padding and transformers' own hooks: one goes before.
     """
     with torch.no_grad():
         family_of(components).encode_prompts(["a"])

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -85,19 +84,36 @@ def test_a_stopped_run_goes_on_to_the_uninterrupted_result(number, tmp_path):
 
 
 @pytest.mark.slow
+def test_accelerate_launches_the_script(tmp_path):
+    tiny_sd().save_pretrained(tmp_path / "base")
+    config = settings(tmp_path, base=str(tmp_path / "base"), steps=2)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    finished = subprocess.run(
+        [*command, "scripts/train_concept.py", str(file), "--rank", "2"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        timeout=500,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert Concept.load(tmp_path / "out").info.rank == 2
+
+
+@pytest.mark.slow
 def test_two_processes_train_one_concept(tmp_path):
-    """Through the script and accelerate; twice the processes are twice the batch."""
+    """Twice the processes are twice the batch."""
     pipe = tiny_sd()
     pipe.save_pretrained(tmp_path / "base")
     config = settings(tmp_path, base=str(tmp_path / "base"), batch_size=1, checkpoint_every=6)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(port), "scripts/train_concept.py", str(file)]
+    # What accelerate launch runs for several processes; by itself it starts CPU ones with MPI only.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "scripts/train_concept.py", str(file)]
     finished = subprocess.run(
         [*command, "--validation-prompts", "a photo of <rex>", "--validation-steps", "2"],
         capture_output=True,

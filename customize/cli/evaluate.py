@@ -87,38 +87,49 @@ def storybook_rows(
     from rich.progress import Progress
 
     from customize import load_custom, unload_custom
-    from customize.evaluation.storybook import draw, drift, prompts_for, rate_concept
+    from customize.demo import unrelated_prompts
+    from customize.evaluation.storybook import draw_groups, drift, prompts_for, rate_concept
 
     pipe.set_progress_bar_config(disable=True)
-    kinds = sorted({concept.info.class_word for concept in concepts})
-    plain = [prompt for kind in kinds for prompt in prompts_for(f"a {kind}")]
+    plain = unrelated_prompts()
     setups = [([concept], [1.0]) for concept in concepts]
     if len(concepts) > 1:
         setups.append((list(concepts), list(weights)))
+    of_setup = [
+        {"": plain, **{c.info.name: prompts_for(c.info.trigger) for c in together}}
+        for together, _ in setups
+    ]
     rows = []
-    with Progress(console=console(stderr=True), transient=True) as progress:
-        drawings = sum(len(together) + 1 for together, _ in setups) + 1
-        task = progress.add_task("Drawing", total=drawings * len(seeds))
+    err = console(stderr=True)
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        pictures = len(plain) + sum(len(own) for groups in of_setup for own in groups.values())
+        task = progress.add_task("Drawing", total=pictures * len(seeds))
 
-        def drawn(prompts: Sequence[str], seed: int) -> Tensor:
-            images = draw(pipe, prompts, seed, steps)
-            progress.advance(task)
-            return images
+        def drawn(groups: Mapping[str, Sequence[str]], seed: int) -> dict[str, Tensor]:
+            return draw_groups(
+                pipe, groups, seed, lambda count: progress.advance(task, count), steps
+            )
 
-        before = {seed: drawn(plain, seed) for seed in seeds}
-        for together, factors in setups:
+        before = {seed: drawn({"": plain}, seed)[""] for seed in seeds}
+        for (together, factors), groups in zip(setups, of_setup, strict=True):
             load_custom(pipe, *together, weights=factors)
             for seed in seeds:
-                change = drift(before[seed], drawn(plain, seed))
+                images = drawn(groups, seed)
+                change = drift(before[seed], images[""])
                 for concept in together:
-                    info = concept.info
-                    prompts = prompts_for(info.trigger)
-                    images = drawn(prompts, seed)
-                    signature, shown = known[info.name]
-                    rates = rate_concept(judges, images, prompts, signature, info.class_word, shown)
+                    name = concept.info.name
+                    signature, shown = known[name]
+                    rates = rate_concept(
+                        judges,
+                        images[name],
+                        groups[name],
+                        signature,
+                        concept.info.class_word,
+                        shown,
+                    )
                     rows.append(
                         {
-                            "concept": info.name,
+                            "concept": name,
                             "attached": len(together),
                             "seed": seed,
                             "identity": rates.identity,

@@ -109,12 +109,15 @@ def run(
     }
     jobs = [(prompt, seed) for prompt in plan.prompts for seed in plan.seeds]
     number = first = _next_number(output)
-    for prompt, seed in track(jobs, "Drawing", console=console(stderr=True), transient=True):
+    err = console(stderr=True)
+    for prompt, seed in track(
+        jobs, "Drawing", console=err, transient=True, disable=not err.is_terminal
+    ):
         image, settings = _draw(pipe, prompt, seed, plan)
         _save(output, number, image, settings | facts)
         number += 1
-    names = f"{first:04}.png" if len(jobs) == 1 else f"{first:04}.png to {number - 1:04}.png"
-    console().print(f"{names} are in {output}", markup=False, soft_wrap=True)
+    last = "is" if len(jobs) == 1 else f"to {number - 1:04}.png are"
+    console().print(f"{first:04}.png {last} in {output}", markup=False, soft_wrap=True)
 
 
 def _draw(pipe: Any, prompt: str, seed: int, plan: Plan) -> tuple[Any, dict[str, Any]]:

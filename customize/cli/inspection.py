@@ -58,7 +58,9 @@ def described(concept: Concept) -> dict[str, str]:
         "base": f"{info.base} (family {info.family})",
         "method": info.method,
         "rank, alpha": f"{info.rank}, {info.alpha:g}",
-        "layers": ", ".join(f"{len(own)} of {part}" for part, own in concept.products.items()),
+        "layers": ", ".join(
+            f"{len(own)} of {part}" for part, own in sorted(concept.products.items())
+        ),
         "numbers": f"{count:,}",
         "embeddings": ", ".join(
             f"{rows.shape[0]} x {rows.shape[1]} of {key}"

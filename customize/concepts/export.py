@@ -15,7 +15,7 @@ import torch
 from customize.concepts.concept import Concept
 from customize.concepts.files import _safetensors, _storage_error, _sync_folder, _write_file
 from customize.concepts.layout import CARD_FILE, LORA_FILE, embedding_tensors
-from customize.concepts.merge import merge
+from customize.concepts.merge import check_together, merge
 from customize.core.lowrank import LowRank, distance, norm, truncate
 from customize.errors import ConceptError, StorageError
 
@@ -64,6 +64,7 @@ def write_merged(
         StorageError: the folder holds anything else than just this, or cannot be written.
     """
     folder = Path(folder)
+    check_together(concepts)
     triggers: dict[str, str] = {}
     for concept in concepts:
         info = concept.info
@@ -80,7 +81,9 @@ def write_merged(
     if rank is not None:
         products = {c: {m: truncate(p, rank) for m, p in own.items()} for c, own in exact.items()}
         error = _relative_error(exact, products)
-    ranks = {c: max(p.rank for p in own.values()) for c, own in products.items()}
+    # Sorted, because the order of a file's tensors differs from one reading to the next, and the
+    # same merge must give the same bytes.
+    ranks = {c: max(p.rank for p in products[c].values()) for c in sorted(products)}
     tensors = {}
     for component, own in products.items():
         for module, update in own.items():

@@ -1,0 +1,50 @@
+"""What tests of the command line share: results of a command, folders on disk, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders: a pipeline, and two concepts that were learned on it."""
+
+    base: str
+    rex: str
+    tom: str
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit code 2, nothing on stdout, and one line on stderr with these words."""
+    assert result.code == 2, result
+    assert result.out == ""
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def photos(folder: Path, count: int = 2, side: int = 40) -> Path:
+    """A folder of noise pictures, all different."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(5)
+    for number in range(count):
+        pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder

@@ -1,0 +1,165 @@
+"""evaluate end to end: real models of random weights, real pictures, figures on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+from customize.storybook.judges import AttributeJudge, IdentityJudge, Judges
+from customize.storybook.references import bundled
+from customize.storybook.train_judges import save_judges
+from tests.cli.making import Run, World, photos, refused
+from tests.evaluation.making import save_clip, save_dino
+from tests.hosts.making import concept
+from tests.tiny import tiny_sd
+
+
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that draws 64 x 64, untrained judges, two concepts and their references."""
+    root = tmp_path_factory.mktemp("judged")
+    torch.manual_seed(0)
+    parts = tiny_sd().components
+    levels = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 8, 16),
+    }
+    parts["vae"] = AutoencoderKL.from_config({**parts["vae"].config, **levels})
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.save_pretrained(root / "base")
+    for index, (name, kind) in enumerate((("rex", "dog"), ("tom", "cat"))):
+        concept(pipe, name, index=index, class_word=kind).save(root / name)
+        bundled(name).write(root / "references" / name)
+    judges = Judges(AttributeJudge().eval(), IdentityJudge().eval(), 0.9)
+    save_judges(judges, root / "judges", {})
+    return root
+
+
+def storybook(root: Path) -> list[str]:
+    return [
+        *("--storybook", "--base", str(root / "base"), "--judges", str(root / "judges")),
+        *("--references", str(root / "references"), "--steps", "1", "--device", "cpu"),
+    ]
+
+
+def test_storybook_rates(run: Run, judged: Path, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    sources = (judged / "rex", judged / "tom")
+    result = run("evaluate", *sources, *storybook(judged), "--seeds", "2", "--json", file)
+    assert (result.code, result.err) == (0, "")
+    assert "all 2" in result.out and "±" in result.out and "over 2 seeds" in result.out
+    report = json.loads(file.read_text())
+    rows = report["rows"]
+    assert [(row["concept"], row["attached"], row["seed"]) for row in rows] == [
+        *(("rex", 1, 1), ("rex", 1, 2), ("tom", 1, 1), ("tom", 1, 2)),
+        *(("rex", 2, 1), ("tom", 2, 1), ("rex", 2, 2), ("tom", 2, 2)),
+    ]
+    for row in rows:
+        assert all(0 <= row[rate] <= 1 for rate in ("identity", "prompt", "leak", "drift"))
+        assert row["drift"] > 0
+    alone = [row["drift"] for row in rows if row["attached"] == 1]
+    assert report["figures"]["drift_alone"] == pytest.approx(sum(alone) / 4)
+    assert set(report["figures"]) >= {"identity_alone", "identity_merged", "leak_merged"}
+    again = tmp_path / "again.json"
+    flags = ("--seeds", "1", "--json", again)
+    assert run("evaluate", sources[0], *storybook(judged), *flags).code == 0
+    single = json.loads(again.read_text())
+    assert "identity_merged" not in single["figures"]
+    assert single["rows"] == rows[:1]  # the same pictures, whatever else is scored
+
+
+def test_weights_count_where_concepts_are_merged(run: Run, judged: Path, tmp_path: Path) -> None:
+    sources = (judged / "rex", judged / "tom")
+    drifts = []
+    for weights in ("1,0", "1,1"):
+        file = tmp_path / f"{weights}.json"
+        flags = ("--weights", weights, "--seeds", "1", "--json", file)
+        assert run("evaluate", *sources, *storybook(judged), *flags).code == 0
+        rows = json.loads(file.read_text())["rows"]
+        drifts.append([row["drift"] for row in rows])
+    # rex, tom, both, both: without tom's weight, all that drifts is by rex.
+    assert drifts[0][2] == pytest.approx(drifts[0][0], rel=1e-3)
+    assert drifts[1][2] != pytest.approx(drifts[1][0], rel=1e-3)
+
+
+def test_storybook_input_that_is_wrong(run: Run, judged: Path, tmp_path: Path) -> None:
+    flags = storybook(judged)
+    refused(run("evaluate", *flags), "no concept to score")
+    refused(run("evaluate", judged / "rex", judged / "rex", *flags), "two concepts are called rex")
+    refused(run("evaluate", judged / "rex", *flags, "--judges", tmp_path), "judges can't be read")
+    refused(run("evaluate", judged / "rex", *flags, "--references", tmp_path), "no pictures")
+    concept(tiny_sd(), "sofa", class_word="sofa").save(tmp_path / "sofa")
+    refused(run("evaluate", tmp_path / "sofa", *flags), "sofa is a sofa", "dog, cat")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return save_clip(root / "clip"), save_dino(root / "dino")
+
+
+def test_similarities(run: Run, world: World, models: tuple[Path, Path], tmp_path: Path) -> None:
+    """From pictures that generate has left: the prompts and class words come with them."""
+    pictures, file = tmp_path / "pictures", tmp_path / "figures.json"
+    made = ("--base", world.base, "--steps", "1", "--count", "2", "--output", pictures)
+    assert run("generate", world.rex, *made, "--prompt", "a photo of <rex>").code == 0
+    references = photos(tmp_path / "photos")
+    flags = ("--clip", models[0], "--dino", models[1], "--device", "cpu", "--json", file)
+    result = run("evaluate", "--images", pictures, "--references", references, *flags)
+    assert result.code == 0, result.err
+    for name in ("CLIP-T", "CLIP-I", "DINO-I"):
+        assert name in result.out
+    report = json.loads(file.read_text())
+    assert [row["prompt"] for row in report["rows"]] == ["a photo of dog"] * 2
+    assert set(report["figures"]) == {"clip_t", "clip_i", "dino_i"}
+
+    from customize.evaluation.similarity import ClipScorer
+    from customize.training.data import read_image
+
+    images = [read_image(path) for path in sorted(pictures.glob("*.png"))]
+    wanted = ClipScorer(models[0]).clip_t(images, ["a photo of dog"] * 2)
+    torch.testing.assert_close(torch.tensor([r["clip_t"] for r in report["rows"]]), wanted)
+
+
+def test_prompts_from_a_file(run: Run, models: tuple[Path, Path], tmp_path: Path) -> None:
+    pictures, file = photos(tmp_path / "photos", 3), tmp_path / "figures.json"
+    lines = tmp_path / "prompts.txt"
+    flags = ("--images", pictures, "--prompts", lines, "--clip", models[0], "--json", file)
+    lines.write_text("a photo of <rex>\n\n")
+    refused(run("evaluate", *flags), "'a photo of <rex>' has the trigger <rex>", "--class-word")
+    assert run("evaluate", *flags, "--class-word", "dog").code == 0
+    report = json.loads(file.read_text())
+    assert [row["prompt"] for row in report["rows"]] == ["a photo of dog"] * 3
+    assert set(report["figures"]) == {"clip_t"}
+    lines.write_text("a dog\na cat\n")
+    refused(run("evaluate", *flags), "2 prompts for 3 pictures", str(lines))
+    lines.write_text(" \n")
+    refused(run("evaluate", *flags), "no prompts")
+    lines.write_bytes(b"\xff\xfe")
+    refused(run("evaluate", *flags), "it is no text")
+
+
+def test_similarity_input_that_is_wrong(
+    run: Run, world: World, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pictures = photos(tmp_path / "photos")
+    images = ("--images", pictures)
+    refused(run("evaluate"), "--storybook", "--images")
+    refused(run("evaluate", "--storybook", *images), "one of --storybook and --images")
+    refused(run("evaluate", *images), "no model to score with")
+    refused(run("evaluate", world.rex, *images), "--images scores pictures")
+    refused(run("evaluate", *images, "--dino", models[1]), "give --references")
+    refused(run("evaluate", *images, "--clip", models[0]), "neither prompts nor references")
+    flags = ("--references", pictures)
+    refused(run("evaluate", *images, *flags, "--clip", models[1]), "of type dinov2, not a CLIP")
+    refused(run("evaluate", *images, *flags, "--clip", tmp_path), "cannot be loaded")
+    (tmp_path / "empty").mkdir()
+    refused(run("evaluate", "--images", tmp_path / "empty", "--clip", "x"), "no pictures")
+    (pictures / "0.json").write_text("{}")
+    (pictures / "1.json").write_text("{}")
+    refused(run("evaluate", *images, "--clip", models[0]), "settings cannot be read", "0.json")

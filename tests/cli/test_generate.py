@@ -1,0 +1,119 @@
+"""Pictures on disk: what they depend on, and that none is ever lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from customize import load_custom
+from customize.cli.generate import parse_size
+from customize.errors import ConfigError
+from tests.cli.making import Run, World, refused
+from tests.tiny import tiny_sd
+
+PROMPT = "a photo of <rex> on the beach"
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_pictures_and_their_settings(run: Run, world: World, tmp_path: Path) -> None:
+    output = tmp_path / "pictures"
+    arguments = (
+        *("generate", world.rex, world.tom, "--base", world.base, "--weights", "1,0.5"),
+        *("--prompt", PROMPT, "--prompt", "a photo of <tom>", "--negative", "a red hat"),
+        *("--steps", "2", "--guidance", "3", "--seed", "4", "--count", "2", "--device", "cpu"),
+        *("--output", output),
+    )
+    result = run(*arguments)
+    assert (result.code, result.err) == (0, "")
+    assert f"0001.png to 0004.png are in {output}" in result.out
+    assert len(list(output.iterdir())) == 8
+    made = [json.loads((output / f"{k:04}.json").read_text()) for k in range(1, 5)]
+    assert [(each["prompt"], each["seed"]) for each in made] == [
+        *((PROMPT, 4), (PROMPT, 5)),
+        *(("a photo of <tom>", 4), ("a photo of <tom>", 5)),
+    ]
+    first = made[0]
+    assert (first["negative"], first["steps"], first["guidance"]) == ("a red hat", 2, 3.0)
+    assert (first["width"], first["height"], first["dtype"]) == (32, 32, "float32")
+    assert [(c["trigger"], c["weight"]) for c in first["concepts"]] == [
+        ("<rex>", 1.0),
+        ("<tom>", 0.5),
+    ]
+
+    import torch
+
+    pipe = load_custom(tiny_sd(), world.rex, world.tom, weights=[1.0, 0.5])
+    image = pipe(
+        PROMPT,
+        negative_prompt="a red hat",
+        num_inference_steps=2,
+        guidance_scale=3,
+        generator=torch.Generator().manual_seed(4),
+    ).images[0]
+    assert (read(output / "0001.png") == np.asarray(image)).all()
+    assert (read(output / "0001.png") != read(output / "0002.png")).any()
+
+
+def test_numbers_go_on_and_nothing_is_overwritten(run: Run, world: World, tmp_path: Path) -> None:
+    (tmp_path / "0007.json").write_text("mine")
+    arguments = ("generate", "--base", world.base, "--prompt", "a dog", "--steps", "1")
+    result = run(*arguments, "--size", "48x32", "--output", tmp_path)
+    assert f"0008.png is in {tmp_path}" in result.out
+    assert read(tmp_path / "0008.png").shape == (32, 48, 3)
+    assert json.loads((tmp_path / "0008.json").read_text())["guidance"] == 7.5
+    run(*arguments, "--output", tmp_path)
+    assert (tmp_path / "0009.png").is_file()
+    assert (tmp_path / "0007.json").read_text() == "mine"
+
+
+def test_notes_on_triggers(run: Run, world: World, tmp_path: Path) -> None:
+    arguments = ("--base", world.base, "--steps", "1", "--output", tmp_path)
+    result = run("generate", world.rex, *arguments, "--prompt", "a photo of <rexx>")
+    assert (result.code, result.err) == (0, "note: no concept given has the trigger <rexx>\n")
+    result = run("generate", world.rex, *arguments, "--prompt", "a photo of a dog")
+    assert result.err == "note: 'a photo of a dog' names none of <rex>\n"
+    assert run("generate", *arguments, "--prompt", "a photo of a dog").err == ""
+
+
+def test_bad_input_draws_nothing(run: Run, world: World, tmp_path: Path) -> None:
+    output = tmp_path / "pictures"
+    arguments = ("--base", world.base, "--prompt", PROMPT, "--output", output)
+    refused(run("generate", tmp_path / "rex", *arguments), "there is no such concept")
+    refused(run("generate", world.rex, world.rex, *arguments), "two concepts are called rex")
+    refused(run("generate", world.rex, *arguments, "--weights", "1,2"), "2 weights", "1 concepts")
+    refused(run("generate", world.rex, *arguments, "--size", "big"), "'big' is not a size")
+    refused(run("generate", world.rex, *arguments, "--size", "33"), "33 pixels", "multiples of")
+    (tmp_path / "file").write_text("")
+    arguments = ("--base", world.base, "--prompt", PROMPT, "--output", tmp_path / "file")
+    refused(run("generate", world.rex, *arguments), "cannot be written", "file")
+    assert not list(output.glob("*"))
+
+
+def test_a_concept_of_another_base(run: Run, world: World, tmp_path: Path) -> None:
+    from tests.hosts.making import concept
+    from tests.tiny import tiny_sd3
+
+    concept(tiny_sd3(), "rex").save(tmp_path / "rex")
+    result = run("generate", tmp_path / "rex", "--base", world.base, "--prompt", PROMPT)
+    refused(result, "rex", "sd3")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [(None, None), ("512", (512, 512)), ("768x512", (768, 512))]
+)
+def test_sizes(text: str | None, size: tuple[int, int] | None) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-8", "512x", "1e3", "512 512", "999999"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_size(text)

@@ -1,0 +1,141 @@
+"""Help, version, exit codes and messages that all commands share."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from customize import __version__
+from customize.cli import main, shared
+from customize.errors import ConfigError, StorageError
+from tests.cli.making import Run, World, refused
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("train", "merge", "generate", "evaluate", "inspect", "demo")
+
+
+def customize(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "customize"] if code is None else ["-c", code]
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys; from customize.cli import main; done = main(sys.argv[1:]);"
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'peft'} & set(sys.modules);"
+        "print(heavy, file=sys.stderr); sys.exit(done)"
+    )
+    done = customize("--help", code=code)
+    assert (done.returncode, done.stderr) == (0, "set()\n")
+    for command in COMMANDS:
+        assert f" {command} " in done.stdout
+    done = customize("train", "--help", code=code)
+    assert (done.returncode, done.stderr) == (0, "set()\n")
+
+
+def test_a_process_ends_with_the_exit_code_and_one_line() -> None:
+    done = customize("merge", "nowhere/at/all", "--output", "unused")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: there is no such concept (nowhere/at/all). Do: check the path.\n"
+    )
+    assert done.stdout == ""
+
+
+def test_help_of_every_command(run: Run) -> None:
+    assert run().out == run("--help").out
+    for command in COMMANDS:
+        result = run(command, "--help")
+        assert (result.code, result.err) == (0, "")
+        assert f"customize {command}" in result.out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out == f"customize {__version__}\n"
+
+
+def test_bad_flags_are_one_line(run: Run, tmp_path: Path) -> None:
+    refused(run("paint"), "No such command 'paint'", "customize --help")
+    refused(run("merge", "--wieghts", "1"), "--wieghts", "--weights", "customize merge --help")
+    refused(run("merge"), "Missing argument 'CONCEPT'")
+    refused(run("generate", "--prompt", "x"), "Missing option '--base'")
+    refused(
+        run("generate", "--base", "b", "--prompt", "x", "--count", "0"), "--count", "equal to 1"
+    )
+    refused(run("generate", "--base", "b", "--prompt", "x", "--seed", "one"), "--seed", "integer")
+
+
+@pytest.mark.parametrize("text", ["", "1,", "one,2", "nan,1", "1;2"])
+def test_weights_that_are_no_numbers(text: str) -> None:
+    with pytest.raises(ConfigError, match="not numbers"):
+        shared.parse_weights(text, 2)
+
+
+def test_weights_are_counted() -> None:
+    assert shared.parse_weights("1, 0.8", 2) == [1.0, 0.8]
+    assert shared.parse_weights(None, 2) is None
+    with pytest.raises(ConfigError, match="1 weights were given for 2 concepts"):
+        shared.parse_weights("1", 2)
+
+
+def test_devices_that_are_not_there() -> None:
+    assert shared.choose_device("cpu").type == "cpu"
+    for name in ("cuda:99", "abacus"):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            shared.choose_device(name)
+
+
+def test_bases_that_cannot_be_loaded(run: Run, world: World, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    output = tmp_path / "out"
+    arguments = ("--prompt", "a dog", "--output", output)
+    result = run("generate", "--base", tmp_path / "empty", *arguments)
+    refused(result, "the base cannot be loaded", str(tmp_path / "empty"))
+    result = run("generate", "--base", world.base, "--dtype", "int4", *arguments)
+    refused(result, "no dtype int4", "bfloat16")
+
+
+def test_spread_over_seeds() -> None:
+    assert shared.mean_and_spread([0.5]) == (0.5, None)
+    assert shared.mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "figures.json"
+    shared.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        shared.write_json(path, {"a": float("nan")})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(StorageError, match="cannot be written"):
+        shared.write_json(path / "below-a-file.json", {})
+    with pytest.raises(StorageError, match="the disk is full"), shared.storing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_ctrl_c_says_how_to_go_on(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import signal
+
+    from customize.concepts import concept
+
+    def load(source: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(concept.Concept, "load", load)
+    assert main(["inspect", world.rex]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert main(["merge", world.rex, "--output", "unused"]) == 130
+    assert "give the same command again" in capsys.readouterr().err

@@ -1,0 +1,147 @@
+"""Flags and files as settings, and a real training run of a tiny base."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from customize.cli.flags import PANELS
+from customize.cli.train import plan
+from customize.concepts.concept import Concept
+from customize.training.config import TrainConfig
+from tests.cli.making import Run, World, photos, refused
+
+ROOT = Path(__file__).parents[2]
+
+
+def arguments(world: World, folder: Path, **settings: object) -> list[str]:
+    given = {
+        "base": world.base,
+        "images": folder / "photos",
+        "output": folder / "max",
+        "name": "max",
+        "class_word": "dog",
+        "rank": 2,
+        "steps": 2,
+        "batch_size": 1,
+        "device": "cpu",
+    } | settings
+    return [
+        part for key, value in given.items() for part in ("--" + key.replace("_", "-"), str(value))
+    ]
+
+
+def test_every_setting_has_a_flag_with_its_help(run: Run) -> None:
+    text = " ".join(run("train", "--help").out.replace("│", " ").split())
+    for name, field in TrainConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert field.description is not None
+        assert " ".join(field.description.split()[:3]) in text
+    assert set(PANELS) <= set(TrainConfig.model_fields)
+    for title in PANELS.values():
+        assert f"─ {title} ─" in text
+    assert "orthogonal|lora" in text and "[default: 1e-05]" in text
+
+
+def test_training_and_what_it_says(run: Run, world: World, tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    result = run("train", *arguments(world, tmp_path), "--no-train-text-encoder")
+    assert result.code == 0, result.err
+    assert "max, a dog, called by <max>" in result.out
+    assert f"The concept max is in {tmp_path / 'max'}" in result.out
+    snippet = result.out[result.out.index("    import customize") :]
+    code = "\n".join(line.removeprefix("    ") for line in snippet.splitlines())
+    names: dict[str, object] = {}
+    # The lines that a reader copies, with fewer steps.
+    exec(code.replace('<max>")', '<max>", num_inference_steps=1)'), names)
+    assert "max" in repr(names["pipe"].custom)  # type: ignore[attr-defined]
+    concept = Concept.load(tmp_path / "max")
+    assert set(concept.products) == {"unet"} and concept.info.rank == 2
+
+
+def test_flags_win_over_the_file(run: Run, world: World, tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    file = tmp_path / "max.yaml"
+    settings = {
+        "base": world.base,
+        "images": str(tmp_path / "photos"),
+        "output": str(tmp_path / "max"),
+        "name": "max",
+        "class_word": "dog",
+        "rank": 4,
+        "steps": 1,
+        "alpha": 3,
+        "validation_prompts": ["a photo of <max>"],
+        "train_tokens": True,
+        "device": "cpu",
+    }
+    file.write_text(yaml.safe_dump(settings))
+    flags = ("--rank", "2", "--alpha", "none", "--no-train-tokens", "--validation-steps", "1")
+    prompts = ("--validation-prompts", "<max>, a dog", "--validation-prompts", "<max> on a beach")
+    result = run("train", "--config", file, *flags, *prompts)
+    assert result.code == 0, result.err
+    info = Concept.load(tmp_path / "max").info
+    assert (info.rank, info.alpha, info.num_tokens) == (2, 2.0, 0)
+    refused(run("train", "--config", tmp_path / "none.yaml"), "cannot be read", "none.yaml")
+    file.write_text("rnk: 3")
+    refused(run("train", "--config", file), "'rnk' is not a setting; did you mean rank", str(file))
+
+
+def test_settings_are_checked_before_anything_is_read(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    refused(run("train"), "5 settings are wrong", "base is missing", "class_word is missing")
+    result = run("train", *arguments(world, tmp_path, rank="many", steps=0, name="../x"))
+    refused(result, "3 settings are wrong", "rank is 'many'", "steps is '0'", "../x")
+    refused(run("train", *arguments(world, tmp_path, base="model.ckpt")), "is a pickle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_is_one_line_after_the_plan(run: Run, world: World, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    result = run("train", *arguments(world, tmp_path))
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "there are no pictures in the folder" in result.err
+    assert not (tmp_path / "max").exists()
+
+
+def test_the_plan(tmp_path: Path) -> None:
+    facts = {"base": "b", "images": "i", "output": "o", "name": "max", "class_word": "dog"}
+    shown = plan(TrainConfig(**facts, gradient_accumulation=3))
+    assert shown["steps"] == "800 of 6 pictures"
+    assert shown["method"] == "orthogonal, rank 8, slice from the name's hash"
+    assert "prior" not in shown
+    shown = plan(TrainConfig(**facts, library="lib", prior_weight=0.5))
+    assert shown["method"] == "orthogonal, rank 8, slice kept apart from lib"
+    assert shown["prior"] == "class pictures with weight 0.5: 100 drawn by the base"
+    assert plan(TrainConfig(**facts, method="lora"))["method"] == "ordinary LoRA, rank 8"
+
+
+def test_ctrl_c_and_going_on(run: Run, world: World, tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    command = arguments(world, tmp_path, steps=100_000, checkpoint_every=5)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "customize", "train", *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 240
+    while not list((tmp_path / "max").glob(".checkpoints/step-*")) and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 130, err
+    last = err.splitlines()[-1]
+    assert "training was stopped after step" in last and "run the same again" in last
+    assert not (tmp_path / "max" / "concept.json").exists()
+    assert list((tmp_path / "max").glob(".checkpoints/step-*"))

@@ -310,6 +310,14 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
     )
 
 
+def sent(ids: Tensor, device: torch.device) -> Tensor:
+    """Ids from the CPU on the encoder's device; without waiting for all that runs there, as
+    copying from ordinary memory to a GPU would: prompts may be encoded at every training step."""
+    if device.type == "cuda":
+        return ids.pin_memory().to(device, non_blocking=True)
+    return ids.to(device)
+
+
 def uncompiled(component: Any) -> Any:
     """The module inside torch.compile's wrapper, whose class and module names are the real ones."""
     return getattr(component, "_orig_mod", component)

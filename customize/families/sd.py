@@ -15,7 +15,7 @@ from torch import Tensor
 
 from customize.core import objectives
 from customize.errors import PipelineError
-from customize.families.base import Family, class_name, ones_like_batch, tokenize, uncompiled
+from customize.families.base import Family, class_name, ones_like_batch, sent, tokenize, uncompiled
 
 
 class StableDiffusion(Family):
@@ -53,8 +53,8 @@ class StableDiffusion(Family):
         tokens = tokenize(tokenizer, prompts, tokenizer.model_max_length)
         # Only models whose config asks for it mask the padding; the others were trained with it.
         masked = getattr(encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(encoder.device) if masked else None
-        hidden = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
+        mask = sent(tokens.attention_mask, encoder.device) if masked else None
+        hidden = encoder(sent(tokens.input_ids, encoder.device), attention_mask=mask)[0]
         return {"prompt_embeds": hidden.to(encoder.dtype)}
 
     def timesteps(self, u: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from customize.core import objectives
 from customize.errors import ConfigError, PipelineError
-from customize.families.base import Family, class_name, ones_like_batch, tokenize
+from customize.families.base import Family, class_name, ones_like_batch, sent, tokenize
 
 #: How many T5 tokens the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 256
@@ -107,7 +107,7 @@ class StableDiffusion3(Family):
         encoder, tokenizer = self._part(key), self._part(self.clip_encoders[key])
         # Both CLIPs take the first tokenizer's length.
         length = self._part("tokenizer").model_max_length
-        ids = tokenize(tokenizer, prompts, length).input_ids.to(encoder.device)
+        ids = sent(tokenize(tokenizer, prompts, length).input_ids, encoder.device)
         output = encoder(ids, output_hidden_states=True)
         return output.hidden_states[-2].to(self._part("text_encoder").dtype), output.text_embeds
 
@@ -118,7 +118,7 @@ class StableDiffusion3(Family):
             width = self.denoiser.config.joint_attention_dim
             return like.new_zeros(len(prompts), MAX_SEQUENCE_LENGTH, width)
         tokens = tokenize(self._part("tokenizer_3"), prompts, MAX_SEQUENCE_LENGTH)
-        hidden = encoder(tokens.input_ids.to(encoder.device))[0]
+        hidden = encoder(sent(tokens.input_ids, encoder.device))[0]
         return hidden.to(like.device, encoder.dtype)
 
     @property

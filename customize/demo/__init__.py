@@ -81,7 +81,7 @@ def learn(folder: Path, name: str, method: Method, base: Path) -> Concept:
         output=folder,
         name=name,
         class_word=story.identity.kind,
-        slice=NAMES.index(name),
+        slice=NAMES.index(name) if method == "orthogonal" else None,
         method=method,
         **TRAINING,
     )

@@ -4,7 +4,7 @@ The judges are measured on renders that no training saw: attributes on clean one
 roughened the way generated pictures are; identity as area under the curve, one picture against a
 concept's five references, strangers of the same class only.
 
-The base model draws prompts of the grammar that name every attribute (25 steps, guidance 4), and
+The base model draws prompts of the grammar that name every attribute (25 steps, guidance 2.5), and
 the attribute judge counts which of them are in the picture; `ceiling` is what it counts in renders
 of the very same prompts, that is, what a perfect model would score.
 """

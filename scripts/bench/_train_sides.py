@@ -45,6 +45,7 @@ class Watch:
     warmup: int
     began: float = field(default_factory=time.perf_counter)
     times: list[float] = field(default_factory=list)
+    cpu_times: list[float] = field(default_factory=list)
     count: int = 0
 
     def __call__(self, *_: Any) -> None:
@@ -52,13 +53,15 @@ class Watch:
         if self.count in (1, self.warmup, self.steps) and torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        self.cpu_times.append(time.process_time())
         if self.count == self.steps:
             raise Enough
 
     def result(self) -> dict[str, float]:
-        counted = self.times[-1] - self.times[self.warmup - 1]
+        first, counted = self.warmup - 1, self.steps - self.warmup
         return {
-            "step_s": counted / (self.steps - self.warmup),
+            "step_s": (self.times[-1] - self.times[first]) / counted,
+            "step_cpu_s": (self.cpu_times[-1] - self.cpu_times[first]) / counted,
             "first_step_after_s": self.times[0] - self.began,
             "peak_mib": _peak() / 2**20,
         }
@@ -67,6 +70,12 @@ class Watch:
 def _peak() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        # Not getrusage: on Linux that starts at what the parent process held.
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        pass
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

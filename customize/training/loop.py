@@ -89,6 +89,7 @@ def train(
             limit=config.prior_count,
         )
     files.check_folder(config.output, config.name)
+    files.check_writable(config.output)
     accelerator = process.make_accelerator(config)
     device = process.choose_device(config, accelerator)
 

@@ -86,7 +86,8 @@ def colour_word(rgb: RGB) -> str | None:
         return None
     degrees = hue * 360
     for word, (low, high) in HUES.items():
-        if low <= degrees <= high or low <= degrees - 360 <= high:
+        # A degree of grace: rounding to 8 bits moves a hue at the edge of its range.
+        if low - 1 <= degrees <= high + 1 or low - 1 <= degrees - 360 <= high + 1:
             return word
     return None
 

@@ -63,7 +63,7 @@ def described(concept: Concept) -> dict[str, str]:
         ),
         "numbers": f"{count:,}",
         "embeddings": ", ".join(
-            f"{rows.shape[0]} x {rows.shape[1]} of {key}"
+            f"{' x '.join(map(str, rows.shape))} of {key}"
             for key, rows in concept.embeddings.items()
         )
         or "none",

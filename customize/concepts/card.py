@@ -26,6 +26,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "tags: [text-to-image, lora, textual-inversion, diffusers-customize]",
         "---",
     ]
+    layered = bool(info.token_layers)
     layers = ", ".join(f"{len(updates)} of {name}" for name, updates in concept.products.items())
     if info.basis is not None:
         how = (
@@ -35,7 +36,8 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
     else:
         how = "an ordinary LoRA: both factors learned"
     rows = {
-        "Trigger": f"`{info.trigger}`, {info.num_tokens} tokens",
+        "Trigger": f"`{info.trigger}`, {info.num_tokens} tokens"
+        + (f", each with its own embedding in {info.token_layers} layers" if layered else ""),
         "What it is": f"a {_plain(info.class_word)}",
         "Base model": f"{_plain(info.base)} (family {info.family})",
         "How it was learned": how,
@@ -46,6 +48,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
     }
     tokens = (
         'pipe.load_textual_inversion("FOLDER")'
+        + ("  # the mean over the layers, which is less exact" if layered else "")
         if len(concept.embeddings) == 1
         else "# the tokens are in learned_embeds.safetensors"
     )

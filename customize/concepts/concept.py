@@ -62,6 +62,8 @@ class ConceptInfo(BaseModel):
         rank, alpha: updates are multiplied by alpha / rank.
         slices: input width, as text -> the columns of the basis; empty for "lora".
         num_tokens: tokens of the trigger in each dictionary; 0 for a concept without its own.
+        token_layers: cross-attention layers with an embedding of their own for each token; 0
+            where one embedding serves them all.
         training: the settings it was learned with.
         scores: what was measured on it.
         created: date and time, ISO 8601.
@@ -82,6 +84,7 @@ class ConceptInfo(BaseModel):
     alpha: Finite = Field(gt=0)
     slices: dict[str, list[int]] = {}
     num_tokens: int = Field(2, ge=0, le=64)
+    token_layers: int = Field(0, ge=0, le=1024)
     training: dict[str, JsonValue] = {}
     scores: dict[str, JsonValue] = {}
     created: str = Field(
@@ -120,6 +123,12 @@ class ConceptInfo(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _layers_have_tokens(self) -> ConceptInfo:
+        if self.token_layers and not self.num_tokens:
+            raise ValueError("a concept without tokens has none for each layer")
+        return self
+
     @property
     def scale(self) -> float:
         """What every update is multiplied with: alpha / rank."""
@@ -134,7 +143,8 @@ class Concept:
         info: the facts.
         products: component ("unet", "text_encoder") -> module -> update; all of rank
             ``info.rank`` and scale ``info.scale``; CLIP's modules under the names used in files.
-        embeddings: token dictionary's key -> (num_tokens, width), float; empty without tokens.
+        embeddings: token dictionary's key -> (num_tokens, width), float; with ``token_layers``
+            (num_tokens, token_layers, width); empty without tokens.
 
     Raises:
         ConceptError: the parts do not fit together, or a number is not finite.
@@ -166,11 +176,13 @@ class Concept:
                 f"the concept has {self.info.num_tokens} tokens and "
                 f"{len(self.embeddings)} sets of embeddings"
             )
+        count, layers = self.info.num_tokens, self.info.token_layers
+        leading = (count, layers) if layers else (count,)
         for key, rows in self.embeddings.items():
-            if rows.ndim != 2 or rows.shape[0] != self.info.num_tokens or rows.shape[1] < 1:
+            if rows.shape[:-1] != leading or rows.shape[-1] < 1:
                 raise ConceptError(
-                    f"embeddings of shape {tuple(rows.shape)} are not those of "
-                    f"{self.info.num_tokens} tokens",
+                    f"embeddings of shape {tuple(rows.shape)} are not those of {count} tokens"
+                    + (f" in {layers} layers" if layers else ""),
                     where=key,
                 )
             _check_numbers(rows, key)

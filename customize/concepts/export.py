@@ -58,8 +58,8 @@ def write_merged(
 
     The folder gets ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``
     (alpha equals the rank, so loaders multiply by 1), ``learned_embeds_<name>.safetensors`` for
-    ``pipe.load_textual_inversion``, ``merged.json`` and ``README.md``. It is written whole or not
-    at all.
+    ``pipe.load_textual_inversion`` (the mean, where each cross-attention layer has its own),
+    ``merged.json`` and ``README.md``. It is written whole or not at all.
 
     Args:
         method: a name in :data:`customize.core.lowrank.MERGES`.

@@ -4,6 +4,8 @@ The folder::
 
     pytorch_lora_weights.safetensors   every update, for ``pipe.load_lora_weights(folder)``
     learned_embeds.safetensors         the tokens, for ``pipe.load_textual_inversion(folder)``
+    layerwise_embeds.safetensors       where each cross-attention layer has its own embeddings:
+                                       these; the file above then holds their mean
     concept.json                       the facts, and a digest of the tensors
     README.md, sample-*.png            the model card
 
@@ -32,6 +34,7 @@ from customize.concepts.layout import (
     EMBEDS_FILE,
     INFO_FILE,
     INFO_HEADER,
+    LAYERS_FILE,
     LORA_FILE,
     PEFT_HEADER,
     WORK_NAMES,
@@ -89,6 +92,8 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
     }
     if concept.embeddings:
         files[EMBEDS_FILE] = safetensors_bytes(embedding_tensors(concept), {})
+    if concept.info.token_layers:
+        files[LAYERS_FILE] = safetensors_bytes(concept.embeddings, {})
     pictures = [f"sample-{number}.png" for number in range(1, len(samples) + 1)]
     for name, picture in zip(pictures, samples, strict=True):
         buffer = io.BytesIO()
@@ -102,7 +107,7 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
         for name, data in files.items():
             write_file(partial / name, data)
         if folder.exists():
-            stale = [*folder.glob("sample-*.png"), folder / EMBEDS_FILE]
+            stale = [*folder.glob("sample-*.png"), folder / EMBEDS_FILE, folder / LAYERS_FILE]
             for name in files:
                 os.replace(partial / name, folder / name)
             for path in stale:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from customize.concepts.concept import Concept
+from customize.concepts.layerwise import mean_rows
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDS_FILE = "learned_embeds.safetensors"
+LAYERS_FILE = "layerwise_embeds.safetensors"
 INFO_FILE = "concept.json"
 CARD_FILE = "README.md"
 # What training keeps in the same folder: its checkpoints, class pictures, logs and validation.
@@ -50,9 +52,11 @@ def bundled_embeddings(concept: Concept) -> dict[str, Tensor]:
 
 
 def embedding_tensors(concept: Concept) -> dict[str, Tensor]:
-    if len(concept.embeddings) == 1:
-        return {concept.info.trigger: next(iter(concept.embeddings.values()))}
-    return {COMMUNITY_KEYS[key]: rows for key, rows in concept.embeddings.items()}
+    """One embedding a token, as all loaders take them: the mean, where each layer has its own."""
+    plain = {key: mean_rows(rows) for key, rows in concept.embeddings.items()}
+    if len(plain) == 1:
+        return {concept.info.trigger: next(iter(plain.values()))}
+    return {COMMUNITY_KEYS[key]: rows for key, rows in plain.items()}
 
 
 def peft_header(concept: Concept) -> str:

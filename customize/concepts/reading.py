@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from customize.concepts.concept import Concept, ConceptInfo, check_info
+from customize.concepts.layerwise import mean_rows
 from customize.concepts.layout import (
     COMMUNITY_KEYS,
     DIGEST,
@@ -19,6 +21,7 @@ from customize.concepts.layout import (
     EMBEDS_PREFIX,
     INFO_FILE,
     INFO_HEADER,
+    LAYERS_FILE,
     LORA_FILE,
     PEFT_HEADER,
     tensor_digest,
@@ -69,28 +72,54 @@ def _read_folder(folder: Path) -> Concept:
     info, digest = _parsed_info(_bytes(path, _MAX_JSON), path)
     lora, metadata = _read_tensors(folder / LORA_FILE)
     products = _unpacked(lora, info, metadata, folder / LORA_FILE)
-    embeddings: dict[str, Tensor] = {}
-    if info.num_tokens:
-        embeds, _ = _read_tensors(folder / EMBEDS_FILE)
-        if set(embeds) == {info.trigger}:
-            embeddings = {"text_encoder": embeds[info.trigger]}
-        elif info.trigger in embeds:
-            extra = next(key for key in embeds if key != info.trigger)
-            raise ConceptError(
-                f"the key {extra} is too many", where=folder / EMBEDS_FILE, fix=_ANEW
-            )
-        else:
-            names = {community: key for key, community in COMMUNITY_KEYS.items()}
-            unknown = [key for key in embeds if key not in names]
-            if unknown or len(embeds) != len(names):
-                raise ConceptError(
-                    f"there should be the key {info.trigger} or the keys {', '.join(names)}, "
-                    f"not {', '.join(embeds) or 'none'}",
-                    where=folder / EMBEDS_FILE,
-                    fix=_ANEW,
-                )
-            embeddings = {names[key]: rows for key, rows in embeds.items()}
+    embeddings = _read_embeddings(folder / EMBEDS_FILE, info) if info.num_tokens else {}
+    if info.token_layers:
+        embeddings = _read_layers(folder / LAYERS_FILE, embeddings)
     return _checked(info, products, embeddings, digest, folder)
+
+
+def _read_embeddings(path: Path, info: ConceptInfo) -> dict[str, Tensor]:
+    embeds, _ = _read_tensors(path)
+    if set(embeds) == {info.trigger}:
+        return {"text_encoder": embeds[info.trigger]}
+    if info.trigger in embeds:
+        extra = next(key for key in embeds if key != info.trigger)
+        raise ConceptError(f"the key {extra} is too many", where=path, fix=_ANEW)
+    names = {community: key for key, community in COMMUNITY_KEYS.items()}
+    if set(embeds) != set(names):
+        raise ConceptError(
+            f"there should be the key {info.trigger} or the keys {', '.join(names)}, "
+            f"not {', '.join(embeds) or 'none'}",
+            where=path,
+            fix=_ANEW,
+        )
+    return {names[key]: rows for key, rows in embeds.items()}
+
+
+def _read_layers(path: Path, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The embeddings of all layers, whose means other programs read from a file of their own."""
+    layered, _ = _read_tensors(path)
+    if set(layered) != set(means):
+        raise ConceptError(
+            f"there should be the keys {', '.join(means)}, not {', '.join(layered) or 'none'}",
+            where=path,
+            fix=_ANEW,
+        )
+    for key, rows in layered.items():
+        if rows.ndim != 3 or not _near(mean_rows(rows), means[key]):
+            raise ConceptError(
+                f"the embeddings of the layers do not have those of {EMBEDS_FILE} as their mean",
+                where=path,
+                fix=_ANEW,
+            )
+    return layered
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding, which may differ between machines."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-5, equal_nan=True)
 
 
 def _read_single(path: Path) -> Concept:
@@ -267,7 +296,8 @@ def _downloaded(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=[LORA_FILE, EMBEDS_FILE, INFO_FILE]))
+        ours = [LORA_FILE, EMBEDS_FILE, LAYERS_FILE, INFO_FILE]
+        return Path(snapshot_download(hub_id, allow_patterns=ours))
     except Exception as error:  # offline, not found, gated, full disk: all mean no concept here
         raise ConceptError(
             f"there is no such folder, and the hub did not give it: {error}",

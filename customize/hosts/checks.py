@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from customize.concepts.concept import Concept
+from customize.concepts.layerwise import layer_entries
 from customize.concepts.tokens import entries
 from customize.errors import ConceptError, PipelineError
 from customize.families import Family
@@ -56,6 +57,7 @@ def check_vocabulary(family: Family, concept: Concept) -> None:
         return
     # One more than its own: diffusers takes <rex>_2 for a part of <rex>, whoever added it.
     names = entries(info.trigger, info.num_tokens + 1)
+    names += layer_entries(info.trigger, info.num_tokens, info.token_layers)
     for dictionary in family.token_dictionaries():
         vocabulary = dictionary.tokenizer.get_vocab()
         taken = [name for name in names if name in vocabulary]
@@ -116,12 +118,19 @@ def _check_tables(family: Family, concept: Concept) -> None:
             f"{', '.join(sorted(dictionaries))}",
             fix="load the pipeline with the text encoders that the concept was learned with",
         )
+    layers = len(family.cross_attention_layers())
+    if concept.info.token_layers not in (0, layers):
+        raise ConceptError(
+            f"the concept {concept.info.name} has embeddings for {concept.info.token_layers} "
+            f"cross-attention layers, and this pipeline's {family.denoiser_key} has {layers}",
+            fix="load it into a pipeline of the base that it was learned on",
+        )
     for key, rows in concept.embeddings.items():
         text_encoder: Any = dictionaries[key].text_encoder
         table = text_encoder.get_input_embeddings().weight
-        if rows.shape[1] != table.shape[1]:
+        if rows.shape[-1] != table.shape[1]:
             raise ConceptError(
-                f"the concept {concept.info.name} has embeddings of width {rows.shape[1]}, and "
+                f"the concept {concept.info.name} has embeddings of width {rows.shape[-1]}, and "
                 f"this text encoder's are {table.shape[1]} wide",
                 where=key,
                 fix="load it into a pipeline of the base that it was learned on",

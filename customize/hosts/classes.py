@@ -10,12 +10,17 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from customize.concepts.layerwise import mentions, wording
 from customize.concepts.tokens import expand
 
 Triggers = dict[str, list[str]]
 
 
-def expand_triggers(tokenizer: Any, triggers: Triggers) -> None:
+def expand_triggers(
+    tokenizer: Any, triggers: Triggers, layered: Sequence[str] = (), layers: int = 0
+) -> None:
     """Make a tokenizer replace triggers by their vocabulary entries in all text it is called on.
 
     The tokenizer and not the pipeline's ``encode_prompt`` does it, because a tokenizer is shared
@@ -24,21 +29,30 @@ def expand_triggers(tokenizer: Any, triggers: Triggers) -> None:
 
     Args:
         triggers: trigger -> entries; none gives the tokenizer its own class back.
+        layered: those of them that have entries for each of the cross-attention ``layers``. Whoever
+            asks as pipelines do, for ids padded to the full length, gets (batch, layers * length)
+            where one is in the text: see :mod:`customize.concepts.layerwise`.
     """
     if triggers:
         stock: Any = _stock(type(tokenizer))
         tokenizer.__class__ = _expanding(stock)
         tokenizer._customize_triggers = triggers
+        tokenizer._customize_layered = (tuple(layered), layers)
     elif hasattr(type(tokenizer), "_customize_stock"):
         tokenizer.__class__ = _stock(type(tokenizer))
-        del tokenizer._customize_triggers
+        del tokenizer._customize_triggers, tokenizer._customize_layered
 
 
-def guard_saving(pipe: Any, on: bool) -> None:
-    """Let ``save_pretrained`` refuse while it would write wrapped, unloadable models."""
+def adjust_pipeline(pipe: Any, on: bool) -> None:
+    """Let a pipeline's own methods know that concepts are attached.
+
+    ``save_pretrained`` refuses while it would write wrapped, unloadable models. ``encode_prompt``
+    gives conditions of one length, also where only the negative prompt is worded for each layer;
+    another pipeline of the same components needs the trigger in its prompt then, too.
+    """
     cls: Any = type(pipe)
     if on != hasattr(cls, "_customize_stock"):
-        pipe.__class__ = _guarded(cls) if on else _stock(cls)
+        pipe.__class__ = _adjusted(cls) if on else _stock(cls)
 
 
 @functools.cache
@@ -47,14 +61,18 @@ def _expanding(stock: Any) -> type:
 
     @functools.wraps(call)
     def expanding(self: Any, text: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return call(self, _expanded(text, self._customize_triggers), *args, **kwargs)
+        text = _expanded(text, self._customize_triggers)
+        if _asks_for_layers(self, text, kwargs):
+            return _by_layer(functools.partial(call, self), text, kwargs, self)
+        return call(self, text, *args, **kwargs)
 
     return _subclass(stock, {"__call__": expanding}, _expanding)
 
 
 @functools.cache
-def _guarded(stock: Any) -> type:
+def _adjusted(stock: Any) -> type:
     save = stock.save_pretrained
+    methods: dict[str, Any] = {}
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +81,51 @@ def _guarded(stock: Any) -> type:
         check_saveable(self)
         return save(self, *args, **kwargs)
 
-    return _subclass(stock, {"save_pretrained": save_pretrained}, _guarded)
+    methods["save_pretrained"] = save_pretrained
+    if hasattr(stock, "encode_prompt"):  # modular pipelines have it in their blocks
+        encode = stock.encode_prompt
+
+        @functools.wraps(encode)
+        def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _of_one_length(encode(self, *args, **kwargs))
+
+        methods["encode_prompt"] = encode_prompt
+    return _subclass(stock, methods, _adjusted)
+
+
+def _asks_for_layers(tokenizer: Any, text: Any, kwargs: Mapping[str, Any]) -> bool:
+    layered, layers = tokenizer._customize_layered
+    padded = kwargs.get("padding") == "max_length" and kwargs.get("return_tensors") == "pt"
+    if not layered or not padded:
+        return False
+    # Pipelines ask for a negative prompt of the length that the prompt came out with.
+    asked, length = kwargs.get("max_length"), tokenizer.model_max_length
+    texts = [text] if isinstance(text, str) else text
+    return asked == layers * length or (
+        asked == length and any(mentions(each, layered) for each in texts)
+    )
+
+
+def _by_layer(call: Any, text: Any, kwargs: Mapping[str, Any], tokenizer: Any) -> Any:
+    layered, layers = tokenizer._customize_layered
+    texts = [text] if isinstance(text, str) else text
+    wordings = [wording(each, layered, layer) for each in texts for layer in range(layers)]
+    found = call(wordings, **{**kwargs, "max_length": tokenizer.model_max_length})
+    for key, values in found.items():
+        found[key] = values.reshape(len(texts), -1)
+    return found
+
+
+def _of_one_length(found: Any) -> Any:
+    """Of two (batch, sequence, width), the shorter one repeated for each layer."""
+    pair = isinstance(found, tuple) and len(found) == 2
+    if not pair or not all(isinstance(each, Tensor) and each.ndim == 3 for each in found):
+        return found
+    longest = max(each.shape[1] for each in found)
+    return tuple(
+        each if each.shape[1] == longest else each.repeat(1, longest // each.shape[1], 1)
+        for each in found
+    )
 
 
 def _subclass(stock: Any, methods: Mapping[str, Any], make: Callable[[type], type]) -> type:

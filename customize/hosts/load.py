@@ -12,13 +12,14 @@ from torch import nn
 
 from customize.concepts.adapter import Adapter, attach_products, fit
 from customize.concepts.concept import Concept
+from customize.concepts.layerwise import encode_by_layer, read_by_layer, vocabulary
 from customize.concepts.merge import merge
 from customize.concepts.slices import collisions
 from customize.concepts.tokens import add_tokens, entries, remove_tokens
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
 from customize.hosts.checks import check_base, check_layers, check_vocabulary
-from customize.hosts.classes import expand_triggers, guard_saving
+from customize.hosts.classes import adjust_pipeline, expand_triggers
 from customize.hosts.fusing import Updates, check_fusable, check_unchanged, fuse_updates
 from customize.hosts.offload import settled
 from customize.hosts.plan import Weights, renamed, wanted
@@ -55,7 +56,7 @@ def load(
         if concept.info.name not in find(family).attached:
             check_vocabulary(family, concept)
     _change(family, after)
-    guard_saving(pipe, True)
+    adjust_pipeline(pipe, True)
 
 
 def unload(pipe: Any, names: Sequence[str]) -> None:
@@ -71,7 +72,7 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
     after = {name: kept for name, kept in before.items() if names and name not in names}
     if before:
         _change(family, after)
-    guard_saving(pipe, bool(after))
+    adjust_pipeline(pipe, bool(after))
 
 
 def summary(pipe: Any) -> Customization:
@@ -106,7 +107,7 @@ def check_saveable(pipe: Any) -> None:
     Where all concepts are fused, what is saved holds them: weights, tokens and embeddings.
 
     Raises:
-        PipelineError: a concept is attached as an adapter.
+        PipelineError: a concept is attached as an adapter, or has embeddings for each layer.
     """
     try:
         attached = find(_family(pipe)).attached
@@ -119,6 +120,13 @@ def check_saveable(pipe: Any) -> None:
             "diffusers could not open what is saved",
             fix="save without them after unload_custom(), as they have files of their own; or "
             "attach them with fuse=True and save them in the weights",
+        )
+    layered = [name for name, each in attached.items() if each.concept.info.token_layers]
+    if layered:
+        raise PipelineError(
+            f"the concepts {', '.join(layered)} have embeddings for each cross-attention layer, "
+            "which a saved pipeline cannot hold",
+            fix="save without them after unload_custom(), as they have files of their own",
         )
 
 
@@ -193,20 +201,30 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
         for key, rows in each.concept.embeddings.items()
     }
     for key, trigger in list(holder.tokens):
-        if trigger not in dictionaries[key].tokenizer.get_vocab():
-            del holder.tokens[key, trigger]  # someone else's unload_textual_inversion
+        known = dictionaries[key].tokenizer.get_vocab()
+        if trigger not in known:  # someone else's unload_textual_inversion
+            left = [name for name in holder.tokens.pop((key, trigger)) if name in known]
+            if left:
+                remove_tokens(dictionaries[key], left)
     for (key, trigger), rows in owned.items():
         if (key, trigger) not in holder.tokens:
-            add_tokens(dictionaries[key], entries(trigger, rows.shape[0]), rows)
-            holder.tokens[key, trigger] = rows.shape[0]
+            names, whole = vocabulary(trigger, rows)
+            add_tokens(dictionaries[key], names, whole)
+            holder.tokens[key, trigger] = names
     # Last, because what is removed and added again would have other ids than before.
     for key, trigger in [place for place in holder.tokens if place not in owned]:
-        remove_tokens(dictionaries[key], entries(trigger, holder.tokens[key, trigger]))
-        del holder.tokens[key, trigger]
-    triggers = {trigger: entries(trigger, count) for (_, trigger), count in holder.tokens.items()}
+        remove_tokens(dictionaries[key], holder.tokens.pop((key, trigger)))
+    infos = [each.concept.info for each in attached.values() if each.concept.embeddings]
+    triggers = {info.trigger: entries(info.trigger, info.num_tokens) for info in infos}
+    layered = [info.trigger for info in infos if info.token_layers]
+    layers = max((info.token_layers for info in infos), default=0)
     for component in family.components.values():
         if _is_tokenizer(component):
-            expand_triggers(component, triggers)
+            expand_triggers(component, triggers, layered, layers)
+    while holder.hooks:
+        holder.hooks.pop().remove()
+    if layers:
+        holder.hooks = [*read_by_layer(family), *encode_by_layer(family)]
 
 
 def _updates(family: Family, attached: Mapping[str, Attached]) -> tuple[Updates, Updates]:

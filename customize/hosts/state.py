@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from customize.concepts.adapter import Adapter
 from customize.concepts.concept import Concept
@@ -38,13 +39,15 @@ class Holder:
         attached: concept name -> concept, in the order of loading.
         adapters: what sits beside the base weights, one for each model.
         originals: of the fused weights.
-        tokens: (token dictionary's key, trigger) -> number of its entries, as they were added.
+        tokens: (token dictionary's key, trigger) -> all its entries, as they were added.
+        hooks: handles of what serves tokens with an embedding for each layer.
     """
 
     attached: dict[str, Attached] = field(default_factory=dict)
     adapters: list[Adapter] = field(default_factory=list)
     originals: Originals = field(default_factory=dict)
-    tokens: dict[tuple[str, str], int] = field(default_factory=dict)
+    tokens: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    hooks: list[Any] = field(default_factory=list)
 
 
 def find(family: Family) -> Holder:

@@ -122,6 +122,24 @@ def prepare_conditions(
     )
 
 
+def by_layer(encode: Encode, wordings: Callable[[str], Sequence[str]]) -> Encode:
+    """Encode each caption once for each cross-attention layer, in that layer's wording.
+
+    Args:
+        encode: from :func:`prepare_conditions`; equal wordings are encoded once.
+        wordings: the caption for each layer, in order.
+
+    Returns:
+        A function from captions to conditions of (batch, layers * length, width).
+    """
+
+    def encode_layers(captions: Sequence[str]) -> dict[str, Tensor]:
+        encoded = encode([text for caption in captions for text in wordings(caption)])
+        return {k: v.reshape(len(captions), -1, v.shape[-1]) for k, v in encoded.items()}
+
+    return encode_layers
+
+
 def pixels_key(pixels: Tensor) -> str:
     """sha256 over the shape and bytes of a picture."""
     data = pixels.detach().cpu().contiguous()

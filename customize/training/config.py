@@ -119,7 +119,8 @@ class TrainConfig(BaseModel):
     )
     layerwise_tokens: bool = Field(
         default=False,
-        description="One embedding per token and cross-attention layer, not one per token",
+        description="One embedding per token and cross-attention layer, not one per token; for"
+        " families with such layers (sd)",
     )
     token_init: str = Field(
         default="random",

@@ -14,14 +14,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from customize.concepts import files
 from customize.concepts.concept import Concept
-from customize.concepts.tokens import expand
 from customize.core.objectives import weighted_mse
-from customize.errors import ConfigError, TrainingError
+from customize.errors import TrainingError
 from customize.families import Family, family_of
+from customize.training import cache, data, process, record, setup
 from customize.training import checkpoint as checkpoints
-from customize.training import data, process, record, setup
 from customize.training.batches import choose, draw_noise, stream_seed
-from customize.training.cache import Encode, Pictures, prepare_conditions, prepare_pictures
+from customize.training.cache import Encode, Pictures
 from customize.training.checkpoint import Checkpoint
 from customize.training.config import TrainConfig
 from customize.training.prior import class_samples_of
@@ -66,12 +65,6 @@ def train(
         TrainingError: the loss is no longer finite, or the checkpoint is of other settings.
         TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.
     """
-    if config.layerwise_tokens:
-        raise ConfigError(
-            "one embedding per cross-attention layer cannot be trained in this version",
-            where="layerwise_tokens",
-            fix="leave it out",
-        )
     samples = data.read_folder(
         config.images,
         trigger=config.trigger,
@@ -128,7 +121,7 @@ def train(
             class_samples = class_samples_of(
                 config, family, resolution, device, accelerator, autocast, progress
             )
-        pictures = prepare_pictures(
+        pictures = cache.prepare_pictures(
             family,
             [*samples, *class_samples],
             resolution,
@@ -148,12 +141,14 @@ def train(
             resting = {k: v for k, v in resting.items() if k in family.other_encoders}
         trainable = stack.enter_context(setup.trainable(family, config, settings["slice"]))
         with autocast():
-            encode = prepare_conditions(
+            encode = cache.prepare_conditions(
                 family,
                 [*pictures.captions, "", *config.validation_prompts],
                 live=live,
-                to_encoder=lambda caption: expand(caption, trainable.triggers),
+                to_encoder=trainable.expanded,
             )
+        if trainable.layers:
+            encode = cache.by_layer(encode, trainable.wordings)
         setup.put_away(family, resting, free=own)
         del resting
 

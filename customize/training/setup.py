@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.concepts import tokens
+from customize.concepts import layerwise, tokens
 from customize.concepts.adapter import Adapter, attach
 from customize.concepts.concept import BasisInfo
 from customize.concepts.slices import columns_for, next_free_index
@@ -89,12 +89,15 @@ class Trainable:
     Attributes:
         adapter: on the denoiser and, if asked for, the text encoders.
         rows: token dictionary's key -> the trigger's rows; empty if tokens don't train.
+        layers: cross-attention layers with rows of their own, which follow one another in
+            ``rows``; 0 where all read the same.
         triggers: trigger -> vocabulary entries, for :func:`customize.concepts.tokens.expand`.
         basis, columns: what the frozen down-projections are; None and empty for "lora".
     """
 
     adapter: Adapter
     rows: dict[str, tokens.TrainableRows]
+    layers: int
     triggers: dict[str, list[str]]
     basis: BasisInfo | None
     columns: dict[int, tuple[int, ...]]
@@ -124,8 +127,21 @@ class Trainable:
         return found | {f"tokens/{key}": rows.parameter for key, rows in self.rows.items()}
 
     def embeddings(self) -> dict[str, Tensor]:
-        """A copy of the tokens' rows, on the CPU."""
-        return {k: r.parameter.detach().to("cpu", copy=True) for k, r in self.rows.items()}
+        """A copy of the tokens' rows, on the CPU: (n, width), or (n, layers, width)."""
+        found = {k: r.parameter.detach().to("cpu", copy=True) for k, r in self.rows.items()}
+        if not self.layers:
+            return found
+        by_layer = {k: rows.unflatten(0, (self.layers, -1)) for k, rows in found.items()}
+        return {k: rows.transpose(0, 1).contiguous() for k, rows in by_layer.items()}
+
+    def expanded(self, caption: str) -> str:
+        """A caption as the text encoders see it."""
+        return tokens.expand(caption, self.triggers)
+
+    def wordings(self, caption: str) -> list[str]:
+        """A caption as the text encoders see it for each layer, in order."""
+        text = self.expanded(caption)
+        return [layerwise.wording(text, self.triggers, layer) for layer in range(self.layers)]
 
 
 def choose_slice(config: TrainConfig) -> int | None:
@@ -164,11 +180,17 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
     try:
         rows: dict[str, tokens.TrainableRows] = {}
         entries = tokens.entries(config.trigger, config.num_tokens) if config.train_tokens else []
+        names, layers = entries, 0
+        if config.layerwise_tokens:
+            layers = len(family.cross_attention_layers())
+            names = layerwise.layer_entries(config.trigger, config.num_tokens, layers)
+            undo += [hook.remove for hook in layerwise.read_by_layer(family)]
         for dictionary in family.token_dictionaries() if entries else ():
-            start = _initial_rows(dictionary, config)
-            tokens.add_tokens(dictionary, entries, start)
-            undo.append(partial(tokens.remove_tokens, dictionary, entries))
-            rows[dictionary.key] = tokens.TrainableRows(dictionary, entries)
+            # All layers start alike.
+            start = _initial_rows(dictionary, config).repeat(layers or 1, 1)
+            tokens.add_tokens(dictionary, names, start)
+            undo.append(partial(tokens.remove_tokens, dictionary, names))
+            rows[dictionary.key] = tokens.TrainableRows(dictionary, names)
             undo.append(rows[dictionary.key].remove)
             # From the exact start, not from what the table's precision made of it.
             rows[dictionary.key].parameter.data.copy_(start)
@@ -186,11 +208,11 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
         undo.append(adapter.remove)
         if config.mixed_precision != "no":
             # peft casts inputs up to the adapter's float32, only for autocast to cast them down.
-            for layers in adapter.layers.values():
-                for layer in layers.values():
+            for own in adapter.layers.values():
+                for layer in own.values():
                     layer.cast_input_dtype_enabled = False
         triggers = {config.trigger: entries} if entries else {}
-        yield Trainable(adapter, rows, triggers, basis, columns)
+        yield Trainable(adapter, rows, layers, triggers, basis, columns)
     finally:
         for action in reversed(undo):
             action()
@@ -240,6 +262,13 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             f"the rank {config.rank} is above the width of the narrowest layer, {narrowest}",
             where="rank",
             fix=f"choose a rank of at most {narrowest}",
+        )
+    if config.layerwise_tokens and not family.cross_attention_layers():
+        raise ConfigError(
+            f"models of family {family.name} have no separate cross-attention layers, which could "
+            "each have an embedding",
+            where="layerwise_tokens",
+            fix="leave it out",
         )
     family.loss_weight(family.timesteps(torch.tensor([0.5])), config.min_snr_gamma)
     return resolution

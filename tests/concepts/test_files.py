@@ -360,4 +360,4 @@ def test_a_hub_id_is_fetched_and_checked_like_a_folder(folder: Path, monkeypatch
     assert same_tensors(read("user/rex"), small())
     with pytest.raises(ConceptError, match="offline"):
         read("user/other")
-    assert asked[0] == ("user/rex", [LORA, EMBEDS, INFO])
+    assert asked[0] == ("user/rex", [LORA, EMBEDS, "layerwise_embeds.safetensors", INFO])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from customize.concepts.concept import Concept
 from customize.concepts.files import write_single
 from tests.concepts.making import learn
 from tests.tiny import tiny_sd, tiny_sd3
@@ -33,7 +34,7 @@ def draw(pipe, prompt):
     noise = torch.Generator().manual_seed(1)
     return pipe(prompt, num_inference_steps=2, generator=noise, output_type="np").images[0]
 
-for name in ("orthogonal", "lora"):
+for name in ("orthogonal", "lora", "layerwise"):
     pipe = tiny_sd()
     pipe.load_lora_weights(str(root / name))
     pipe.load_textual_inversion(str(root / name))
@@ -67,6 +68,11 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         concept.save(root / name)
         ours[name] = draw(pipe, PROMPT)
         if name == "orthogonal":
+            # With embeddings for each of two layers, whose mean is what was drawn with.
+            rows = torch.tensor([[0.0], [2.0]]) * concept.embeddings["text_encoder"][:, None]
+            info = concept.info.model_copy(update={"token_layers": 2})
+            Concept(info, concept.products, {"text_encoder": rows}).save(root / "layerwise")
+            ours["layerwise"] = ours[name]
             write_single(concept, root / "single.safetensors")
             ours["single"] = ours[name]
     pipe3 = tiny_sd3()
@@ -85,7 +91,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (picture, np.load(root / f"{name}.npy")) for name, picture in ours.items()}
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "lora", "single", "sd3"])
+@pytest.mark.parametrize("name", ["orthogonal", "lora", "single", "layerwise", "sd3"])
 def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:
     ours, stock = pictures[name]
     assert ours.shape == stock.shape

@@ -374,7 +374,6 @@ def test_concepts_of_one_library_get_disjoint_slices_and_a_resumed_one_keeps_its
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"layerwise_tokens": True}, ConfigError, "cross-attention layer"),
         ({"resolution": 36}, ConfigError, "multiple of 8"),
         ({"rank": 17}, ConfigError, "17"),
         ({"images": "/no/such/folder"}, DataError, "cannot be read"),

@@ -28,6 +28,12 @@ def main() -> int:
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         return 130
+    except KeyboardInterrupt:  # before the first step, or a second one in haste
+        print(
+            "interrupted: run the same again, and training goes on where it was saved",
+            file=sys.stderr,
+        )
+        return 130
     except CustomizeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

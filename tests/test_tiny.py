@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from tests.tiny import WORDS, clip_tokenizer, t5_tokenizer, tiny_sd, tiny_sd3
+from tests.tiny import WORDS, clip_tokenizer, t5_tokenizer, tiny_sd, tiny_sd3, tiny_sdxl
 
 
 def draw(pipe: DiffusionPipeline) -> torch.Tensor:
@@ -24,7 +24,7 @@ def test_each_word_is_one_token() -> None:
         assert len(t5(word).input_ids) == 2, word
 
 
-@pytest.mark.parametrize("build", [tiny_sd, tiny_sd3])
+@pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl, tiny_sd3])
 def test_pipelines_are_equal_each_time_and_survive_saving(build, tmp_path: Path) -> None:
     torch.manual_seed(5)
     state = torch.random.get_rng_state()

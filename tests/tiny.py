@@ -15,6 +15,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
@@ -27,6 +28,8 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+Prediction = Literal["epsilon", "v_prediction"]
 
 #: Words that are one CLIP token each; all others fall into letters.
 WORDS = (
@@ -108,9 +111,21 @@ def _vae(scaling_factor: float, shift_factor: float | None) -> AutoencoderKL:
     )
 
 
-def tiny_sd(
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon",
-) -> StableDiffusionPipeline:
+def _ddim(prediction: Prediction) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type=prediction,
+        steps_offset=1,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=prediction == "v_prediction",
+    )
+
+
+def tiny_sd(prediction: Prediction = "epsilon") -> StableDiffusionPipeline:
     """Stable Diffusion with attention of widths 16 and 32 and a CLIP of width 32.
 
     With v_prediction the schedule ends in zero signal, as newer v models' do.
@@ -130,26 +145,56 @@ def tiny_sd(
             attention_head_dim=2,
             norm_num_groups=8,
         )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        prediction_type=prediction,
-        steps_offset=1,
-        timestep_spacing="trailing",
-        rescale_betas_zero_snr=prediction == "v_prediction",
-    )
     pipe = StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         unet=unet.eval(),
-        scheduler=scheduler,
+        scheduler=_ddim(prediction),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_sdxl(prediction: Prediction = "epsilon") -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL with attention of width 32 and CLIPs of 16 and 24.
+
+    As in the true one the outermost blocks have no attention, and the others different numbers of
+    layers. The scheduler is tiny_sd's.
+    """
+    tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        text_encoder = CLIPTextModel(_clip_config(tokenizer, 16))
+        text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, 24))
+        vae = _vae(scaling_factor=0.5, shift_factor=None)
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=40,
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 24,
+            norm_num_groups=8,
+        )
+    pipe = StableDiffusionXLPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet.eval(),
+        scheduler=_ddim(prediction),
+        add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

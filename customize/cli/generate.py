@@ -70,6 +70,7 @@ def run(
 
     from customize import load_custom
     from customize.concepts.concept import Concept
+    from customize.concepts.files import check_writable
     from customize.concepts.merge import check_together
     from customize.families import family_of
 
@@ -78,8 +79,7 @@ def run(
     if concepts:
         check_together(concepts)
     _check_prompts(plan.prompts, [concept.info.trigger for concept in concepts])
-    with storing(output):
-        output.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
     pipe = load_pipeline(base, choose_device(device), dtype)
     family = family_of(pipe.components)
     for side in plan.size or ():
@@ -108,6 +108,8 @@ def run(
         "versions": versions(),
     }
     jobs = [(prompt, seed) for prompt in plan.prompts for seed in plan.seeds]
+    with storing(output):
+        output.mkdir(parents=True, exist_ok=True)
     number = first = _next_number(output)
     err = console(stderr=True)
     for prompt, seed in track(
@@ -155,15 +157,17 @@ def _save(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) ->
     image.save(buffer, "PNG")
     text = json.dumps(settings, indent=2) + "\n"
     files = {f"{number:04}.png": buffer.getvalue(), f"{number:04}.json": text.encode()}
-    for name, data in files.items():
-        path = folder / name
-        with storing(path), path.open("xb") as file:  # x: never over what is there
-            try:
+    made: list[Path] = []
+    try:
+        for name, data in files.items():
+            path = folder / name
+            with storing(path), path.open("xb") as file:  # x: never over what is there
+                made.append(path)
                 file.write(data)
-                file.flush()
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
+    except BaseException:
+        for path in made:  # no picture without its settings
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _next_number(folder: Path) -> int:

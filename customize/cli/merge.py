@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from customize.cli.shared import (
     choose_device,
@@ -71,6 +74,19 @@ def _write_lora(
     out.print("README.md in it says how stock diffusers loads it.", markup=False)
 
 
+def _save(pipe: Any, folder: Path) -> None:
+    """``save_pretrained`` that raises OSError also where safetensors wraps it."""
+    from safetensors import SafetensorError
+
+    try:
+        pipe.save_pretrained(folder)
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
 def _write_pipeline(
     sources: Sequence[str], output: Path, weights: Sequence[float], base: str, dtype: str | None
 ) -> None:
@@ -88,7 +104,7 @@ def _write_pipeline(
     try:
         with storing(output):
             partial.mkdir(parents=True)
-            pipe.save_pretrained(partial)
+            _save(pipe, partial)
             if output.is_dir():
                 output.rmdir()
             partial.rename(output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import math
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from customize.errors import ConfigError, PipelineError, StorageError
+from customize.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +109,7 @@ def load_pipeline(base: str, device: torch.device, dtype: str | None = None) -> 
         dtype: one of :data:`DTYPES`; None: float32 on a CPU, else float16.
 
     Raises:
-        ConfigError: an unknown dtype.
+        ConfigError: an unknown dtype, or the base is a single file.
         PipelineError: it cannot be loaded.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -118,25 +117,21 @@ def load_pipeline(base: str, device: torch.device, dtype: str | None = None) -> 
             f"there is no dtype {dtype}", where="--dtype", fix=f"choose from {', '.join(DTYPES)}"
         )
     import torch
-    from diffusers import DiffusionPipeline
+
+    from customize.hosts.opening import open_base
+
+    hide_loading_bars()
+    name = dtype or ("float32" if device.type == "cpu" else "float16")
+    return open_base(base, getattr(torch, name)).to(device)
+
+
+def hide_loading_bars() -> None:
+    """The libraries' bars for each of a pipeline's files come between the lines of a command."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    name = dtype or ("float32" if device.type == "cpu" else "float16")
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            base, torch_dtype=getattr(torch, name), use_safetensors=True
-        )
-    except Exception as error:  # files missing, offline, gated, unknown classes: all the same here
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PipelineError(
-            f"the base cannot be loaded: {reason}",
-            where=base,
-            fix="name a folder or hub id of a diffusers pipeline with safetensors weights",
-        ) from error
-    return pipe.to(device)
 
 
 def snippet(
@@ -205,13 +200,10 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 @contextmanager
 def storing(where: Path) -> Iterator[None]:
-    """Turn what the system says on writing into a :class:`StorageError`."""
+    """Turn what the system says on writing into a :class:`customize.errors.StorageError`."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise StorageError(
-            "the disk is full" if full else f"it cannot be written: {error.strerror or error}",
-            where=where,
-            fix="free some space" if full else "choose a place that can be written",
-        ) from error
+        from customize.concepts.files import storage_error
+
+        raise storage_error(error, where) from error

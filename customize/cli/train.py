@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from customize.cli.shared import Interrupted, console, indented, snippet
+from customize.cli.shared import Interrupted, console, hide_loading_bars, indented, snippet
 from customize.training.config import TrainConfig, load_config
 
 
@@ -18,6 +18,7 @@ def run(config_file: Path | None, settings: dict[str, Any]) -> None:
 
     from customize.training.loop import TrainingStopped, train
 
+    hide_loading_bars()
     try:
         concept = train(config)
     except TrainingStopped as stopped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,13 @@ from pathlib import Path
 import torch
 
 from customize.concepts.concept import Concept
-from customize.concepts.files import _safetensors, _storage_error, _sync_folder, _write_file
+from customize.concepts.files import (
+    check_writable,
+    safetensors_bytes,
+    storage_error,
+    sync_folder,
+    write_file,
+)
 from customize.concepts.layout import CARD_FILE, LORA_FILE, embedding_tensors
 from customize.concepts.merge import check_together, merge
 from customize.core.lowrank import LowRank, distance, norm, truncate
@@ -106,10 +113,10 @@ def write_merged(
             for concept, weight in zip(concepts, weights, strict=True)
         ],
     }
-    files = {LORA_FILE: _safetensors(tensors, {})}
+    files = {LORA_FILE: safetensors_bytes(tensors, {})}
     for concept in concepts:
         if concept.embeddings:
-            files[_embeds_file(concept)] = _safetensors(embedding_tensors(concept), {})
+            files[_embeds_file(concept)] = safetensors_bytes(embedding_tensors(concept), {})
     files[MERGED_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
     files[CARD_FILE] = _card(concepts, weights, method).encode()
     _write(folder, files)
@@ -117,17 +124,17 @@ def write_merged(
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a place that holds anything.
+    """Refuse a place that holds anything or cannot be written.
 
     Raises:
-        StorageError: it is a file or a folder with files.
+        StorageError: it is a file or a folder with files, or not to be made.
     """
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() or folder.is_symlink():
+    empty = os.path.isdir(folder) and not any(folder.iterdir())
+    if not empty and os.path.lexists(folder):
         raise StorageError(
             "something else is there already", where=folder, fix="choose a new or empty folder"
         )
+    check_writable(folder)
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -138,13 +145,13 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         partial.mkdir(parents=True)
         for name, data in files.items():
-            _write_file(partial / name, data)
+            write_file(partial / name, data)
         if folder.is_dir():
             folder.rmdir()
         partial.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     except OSError as error:
-        raise _storage_error(error, folder) from error
+        raise storage_error(error, folder) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

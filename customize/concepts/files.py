@@ -50,7 +50,18 @@ from customize.errors import ConceptError, StorageError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["check_folder", "read", "read_info", "write", "write_single"]
+__all__ = [
+    "check_folder",
+    "check_writable",
+    "read",
+    "read_info",
+    "safetensors_bytes",
+    "storage_error",
+    "sync_folder",
+    "write",
+    "write_file",
+    "write_single",
+]
 
 
 def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] = ()) -> Path:
@@ -77,12 +88,12 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
     files = {
         # First, so that a folder cut off between two files still says whose it is.
         INFO_FILE: info_json(concept).encode(),
-        LORA_FILE: _safetensors(lora_tensors(concept), {PEFT_HEADER: peft_header(concept)}),
+        LORA_FILE: safetensors_bytes(lora_tensors(concept), {PEFT_HEADER: peft_header(concept)}),
     }
     if concept.embeddings:
-        files[EMBEDS_FILE] = _safetensors(embedding_tensors(concept), {})
+        files[EMBEDS_FILE] = safetensors_bytes(embedding_tensors(concept), {})
     if concept.info.token_layers:
-        files[LAYERS_FILE] = _safetensors(concept.embeddings, {})
+        files[LAYERS_FILE] = safetensors_bytes(concept.embeddings, {})
     pictures = [f"sample-{number}.png" for number in range(1, len(samples) + 1)]
     for name, picture in zip(pictures, samples, strict=True):
         buffer = io.BytesIO()
@@ -94,7 +105,7 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
     try:
         partial.mkdir(parents=True)
         for name, data in files.items():
-            _write_file(partial / name, data)
+            write_file(partial / name, data)
         if folder.exists():
             stale = [*folder.glob("sample-*.png"), folder / EMBEDS_FILE, folder / LAYERS_FILE]
             for name in files:
@@ -104,10 +115,10 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
                     path.unlink(missing_ok=True)
         else:
             partial.rename(folder)
-        _sync_folder(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder)
+        sync_folder(folder.parent)
     except OSError as error:
-        raise _storage_error(error, folder) from error
+        raise storage_error(error, folder) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -131,25 +142,26 @@ def write_single(concept: Concept, path: str | Path) -> Path:
     if os.path.lexists(path):
         _check_same(lambda: read(path).info.name, name, path)
     metadata = {PEFT_HEADER: peft_header(concept), INFO_HEADER: info_json(concept)}
-    data = _safetensors(lora_tensors(concept) | bundled_embeddings(concept), metadata)
+    data = safetensors_bytes(lora_tensors(concept) | bundled_embeddings(concept), metadata)
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_file(partial, data)
+        write_file(partial, data)
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
-        raise _storage_error(error, path) from error
+        raise storage_error(error, path) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
     return path
 
 
-def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of a safetensors file, of tensors on any device that may share memory."""
     from safetensors.torch import save
 
-    # Clones, because tensors that share memory (a slice used in many layers) are refused.
+    # Clones, because tensors that share memory (a slice used in many layers) are refused there.
     own = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
     return save(own, {"format": "pt", **metadata})
 
@@ -171,13 +183,30 @@ def check_folder(folder: Path, name: str) -> None:
             "a file is in the place of the folder", where=folder, fix="choose another name"
         ) from error
     except OSError as error:
-        raise _storage_error(error, folder) from error
+        raise storage_error(error, folder) from error
     if INFO_FILE in present:
         _check_same(lambda: read_info(folder).name, name, folder)
     elif not present <= set(WORK_NAMES):
         raise StorageError(
             "the folder holds other files", where=folder, fix="choose a new or empty folder"
         )
+
+
+def check_writable(folder: Path) -> None:
+    """Try whether a folder can be made or written in, and leave no trace of that.
+
+    Raises:
+        StorageError: it cannot: no permission, a read-only or full disk, a file in its path.
+    """
+    nearest = folder
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    trial = nearest / f".{secrets.token_hex(8)}.partial"
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise storage_error(error, folder) from error
 
 
 def _check_same(found_name: Callable[[], str], name: str, where: Path) -> None:
@@ -197,14 +226,16 @@ def _check_same(found_name: Callable[[], str], name: str, where: Path) -> None:
         )
 
 
-def _write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file to the disk itself; FileExistsError where there is one."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in a folder outlast a power cut."""
     if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are durable
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -213,7 +244,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _storage_error(error: OSError, where: Path) -> StorageError:
+def storage_error(error: OSError, where: Path) -> StorageError:
+    """What the system says on writing, as an error of the pack."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return StorageError(
         "the disk is full" if full else f"it cannot be written: {error.strerror or error}",

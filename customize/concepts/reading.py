@@ -31,6 +31,7 @@ from customize.errors import ConceptError
 
 _FACTOR = re.compile(r"([A-Za-z0-9_]+)\.(.+)\.lora_([AB])\.weight")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+_ANEW = "get an unchanged copy of the concept"
 _MAX_JSON = 16 * 2**20
 _MAX_TENSORS = 8 * 2**30
 
@@ -83,14 +84,14 @@ def _read_embeddings(path: Path, info: ConceptInfo) -> dict[str, Tensor]:
         return {"text_encoder": embeds[info.trigger]}
     if info.trigger in embeds:
         extra = next(key for key in embeds if key != info.trigger)
-        raise ConceptError(f"the key {extra} is too many", where=path)
+        raise ConceptError(f"the key {extra} is too many", where=path, fix=_ANEW)
     names = {community: key for key, community in COMMUNITY_KEYS.items()}
     if set(embeds) != set(names):
         raise ConceptError(
             f"there should be the key {info.trigger} or the keys {', '.join(names)}, "
             f"not {', '.join(embeds) or 'none'}",
             where=path,
-            fix="get an unchanged copy of the concept",
+            fix=_ANEW,
         )
     return {names[key]: rows for key, rows in embeds.items()}
 
@@ -102,14 +103,14 @@ def _read_layers(path: Path, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ConceptError(
             f"there should be the keys {', '.join(means)}, not {', '.join(layered) or 'none'}",
             where=path,
-            fix="get an unchanged copy of the concept",
+            fix=_ANEW,
         )
     for key, rows in layered.items():
         if rows.ndim != 3 or not _near(mean_rows(rows), means[key]):
             raise ConceptError(
                 f"the embeddings of the layers do not have those of {EMBEDS_FILE} as their mean",
                 where=path,
-                fix="get an unchanged copy of the concept",
+                fix=_ANEW,
             )
     return layered
 
@@ -172,18 +173,19 @@ def _unpacked(
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key)
         if match is None:
-            raise ConceptError(f"the key {key} is too many", where=where, fix="remove it")
+            raise ConceptError(f"the key {key} is too many", where=where, fix=_ANEW)
         component, module, factor = match.groups()
         factors.setdefault((component, module), {})[factor] = tensor
     products: dict[str, dict[str, LowRank]] = {}
     for (component, module), pair in factors.items():
         if len(pair) != 2:
             missing = f"{component}.{module}.lora_{'B' if 'A' in pair else 'A'}.weight"
-            raise ConceptError(f"the key {missing} is missing", where=where)
+            raise ConceptError(f"the key {missing} is missing", where=where, fix=_ANEW)
         try:
             update = LowRank(pair["B"], pair["A"], info.scale)
         except ConceptError as error:
-            raise ConceptError(error.what, where=f"{where}: {component}.{module}") from error
+            place = f"{where}: {component}.{module}"
+            raise ConceptError(error.what, where=place, fix=_ANEW) from error
         products.setdefault(component, {})[module] = update
     _check_peft_header(metadata, info, products, where)
     return products
@@ -202,12 +204,14 @@ def _check_peft_header(
             if stated.get(f"{component}.{key}") != value
         ]
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ConceptError("the adapter's header cannot be parsed", where=where) from error
+        raise ConceptError(
+            "the adapter's header cannot be parsed", where=where, fix=_ANEW
+        ) from error
     if wrong:
         raise ConceptError(
             f"the adapter's header and the facts on the concept disagree on {wrong[0]}",
             where=where,
-            fix="get an unchanged copy of the concept",
+            fix=_ANEW,
         )
 
 
@@ -243,7 +247,7 @@ def _parsed_info(data: bytes, where: Path) -> tuple[ConceptInfo, str]:
     digest = values.pop(DIGEST, None) if isinstance(values, dict) else None
     info = check_info(values, where)
     if not isinstance(digest, str):
-        raise ConceptError("the digest of the tensors is missing", where=where)
+        raise ConceptError("the digest of the tensors is missing", where=where, fix=_ANEW)
     return info, digest
 
 
@@ -257,12 +261,18 @@ def _json(text: str | bytes) -> Any:
 def _bytes(path: Path, limit: int) -> bytes:
     try:
         if path.stat().st_size > limit:
-            raise ConceptError(f"the file is larger than {limit} bytes", where=path)
+            raise ConceptError(
+                f"the file is larger than {limit} bytes, which no concept is",
+                where=path,
+                fix=_ANEW,
+            )
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ConceptError("the file is missing", where=path, fix="get it anew") from error
     except OSError as error:
-        raise ConceptError(f"the file cannot be read: {error.strerror}", where=path) from error
+        raise ConceptError(
+            f"the file cannot be read: {error.strerror}", where=path, fix="allow reading it"
+        ) from error
 
 
 def _refuse_pickle(path: Path) -> NoReturn:

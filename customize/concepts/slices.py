@@ -59,7 +59,9 @@ def next_free_index(library: Path, rank: int, basis: BasisInfo, *, name: str | N
         ConceptError: a ``concept.json`` in the library cannot be read. It may hold columns.
         ConfigError: the rank does not fit a width in use.
     """
-    infos = [read_info(file.parent) for file in sorted(Path(library).glob(f"*/{INFO_FILE}"))]
+    # Not in hidden folders: there a killed process may have left a half-written concept.
+    found = sorted(Path(library).glob(f"[!.]*/{INFO_FILE}"))
+    infos = [read_info(file.parent) for file in found]
     taken: dict[int, list[int]] = {}
     for info in infos:
         if info.name != name and _same_basis(info.basis, basis):

@@ -19,7 +19,7 @@ from customize.storybook.judges import Judges
 Key = TypeVar("Key")
 
 STEPS = 25
-GUIDANCE = 4.0
+GUIDANCE = 2.5
 
 # Asked of each concept: every place and accessory, in combinations that the references don't show.
 SCENES = (

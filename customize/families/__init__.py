@@ -9,11 +9,12 @@ from customize.errors import PipelineError
 from customize.families.base import Family, TokenDictionary, class_name
 from customize.families.sd import StableDiffusion
 from customize.families.sd3 import StableDiffusion3
+from customize.families.sdxl import StableDiffusionXL
 
 __all__ = ["FAMILIES", "Family", "TokenDictionary", "family_of"]
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (StableDiffusion, StableDiffusion3)
+    family.name: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3)
 }
 
 
@@ -24,7 +25,7 @@ def family_of(components: Mapping[str, Any]) -> Family:
         components: component name -> object, as ``pipe.components`` gives.
 
     Raises:
-        PipelineError: no family knows these components.
+        PipelineError: no family knows these components, or one knows that it cannot use them.
     """
     for family in FAMILIES.values():
         if family.matches(components):
@@ -38,6 +39,6 @@ def family_of(components: Mapping[str, Any]) -> Family:
 
 
 def _described(component: Any) -> str:
-    # What tells SDXL and others from Stable Diffusion, whose UNet is of the same class.
+    # What tells apart models whose UNets are of the same class.
     extra = getattr(getattr(component, "config", None), "addition_embed_type", None)
     return class_name(component) + (f" with {extra} embeddings" if extra else "")

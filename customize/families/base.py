@@ -135,8 +135,9 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def _latent_scaling(self) -> tuple[float, float]:
-        """(shift, scale) with ``latents = (encoded - shift) * scale``, as the pipeline has it."""
+    def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
+        """(shift, scale) with ``latents = (encoded - shift) * scale``, as the pipeline has it;
+        numbers, or (channels, 1, 1) on the autoencoder's device."""
 
     # -- what is alike -----------------------------------------------------------------------
 
@@ -164,6 +165,14 @@ class Family(ABC):
     def all_text_encoders(self) -> dict[str, nn.Module]:
         """Component name -> text encoder, for every one: all that there is to move or free."""
         return self._present((*self.clip_encoders, *self.other_encoders))
+
+    def unconditional(self, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the pipeline guides away from where no negative prompt is given.
+
+        Args:
+            empty: the conditions of the empty prompt.
+        """
+        return dict(empty)
 
     def token_dictionaries(self) -> list[TokenDictionary]:
         """The vocabularies that a new token must join, one for each CLIP text encoder."""
@@ -230,8 +239,8 @@ class Family(ABC):
         """Scaled latents to pictures: (batch, 3, height, width), in [-1, 1], float32."""
         vae = self.vae
         shift, scale = self._latent_scaling()
-        encoded = (latents.float() / scale + shift).to(vae.device, vae.dtype)
-        return vae.decode(encoded).sample.float().clamp(-1.0, 1.0)
+        encoded = latents.to(vae.device, torch.float32) / scale + shift
+        return vae.decode(encoded.to(vae.dtype)).sample.float().clamp(-1.0, 1.0)
 
     @property
     def default_resolution(self) -> int:

@@ -28,6 +28,8 @@ for _slot in ("0", "1"):
     HEADS |= {f"kind{_slot}": CLASSES, f"colour{_slot}": COLOUR_LABELS}
     HEADS |= {f"pattern{_slot}": PATTERNS, f"accessory{_slot}": ACCESSORIES}
 
+THING_HEADS = ("kind", "colour", "pattern", "accessory")
+
 # Square boxes (left, top, side) in which a thing stands, by where it is; all are scaled to 64 x 64.
 CROPS = {"single": (6, 10, 52), "left": (0, 22, 36), "right": (28, 22, 36)}
 
@@ -51,19 +53,34 @@ def _trunk(widths: tuple[int, ...]) -> nn.Sequential:
 
 
 class AttributeJudge(nn.Module):
-    """Pictures (batch, 3, 64, 64) in [-1, 1] to one row of logits a head (`HEADS`)."""
+    """Pictures (batch, 3, 64, 64) in [-1, 1] to one row of logits a head (`HEADS`).
+
+    How many things there are and where is read off the whole picture; what each is, off a crop of
+    it, the left or only one (slot 0) and the right one (slot 1, meaningless in a picture of one).
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = _trunk((24, 40, 64, 96))
-        self.hidden = nn.Linear(96 * 16, 128)
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(128, len(labels)) for name, labels in HEADS.items()}
+        self.scene = nn.Sequential(_trunk((16, 24, 32, 48)), nn.Flatten(), nn.ReLU())
+        self.thing = nn.Sequential(
+            _trunk((24, 40, 64, 96)), nn.Flatten(), nn.Linear(96 * 16, 128), nn.ReLU()
+        )
+        self.scene_heads = nn.ModuleDict(
+            {name: nn.Linear(48 * 16, len(HEADS[name])) for name in ("count", "place")}
+        )
+        self.thing_heads = nn.ModuleDict(
+            {name: nn.Linear(128, len(HEADS[f"{name}0"])) for name in THING_HEADS}
         )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = F.relu(self.hidden(self.trunk(images).flatten(1)))
-        return {name: head(features) for name, head in self.heads.items()}
+        scene = self.scene(images)
+        logits = {name: head(scene) for name, head in self.scene_heads.items()}
+        two = (logits["count"].argmax(1) == 1)[:, None, None, None]
+        first = torch.where(two, crop(images, "left"), crop(images, "single"))
+        things = self.thing(torch.cat([first, crop(images, "right")]))
+        for name, head in self.thing_heads.items():
+            logits[f"{name}0"], logits[f"{name}1"] = head(things).chunk(2)
+        return logits
 
 
 class IdentityJudge(nn.Module):

@@ -23,7 +23,7 @@ from customize.storybook.judges import (
     Judges,
     crop,
 )
-from customize.storybook.optimizer import trapezoid
+from customize.storybook.optimizer import MuonAdamW, trapezoid
 from customize.storybook.pretrain import _log, _save
 from customize.storybook.world import CLASSES, Scene, random_identity, random_scene, scene_of
 
@@ -87,16 +87,14 @@ def _fit(
     steps: int,
     lr: float,
 ) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
+    optimizer = MuonAdamW({"model": model}, lr, weight_decay=0.05)
     model.train()
     total = torch.zeros(())
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * trapezoid(step, steps, decay=0.5)
         loss = loss_of(torch.Generator().manual_seed(SEED + step))
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        optimizer.step(trapezoid(step, steps, decay=0.5))
         total += loss.detach()
         if (step + 1) % 50 == 0:
             _log(folder, stage=stage, step=step + 1, loss=total.item() / 50)
@@ -116,7 +114,7 @@ def train_attributes(
     model = AttributeJudge()
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(pool), (96,), generator=generator)
+        rows = torch.randint(len(pool), (64,), generator=generator)
         logits = model(roughen(pool[rows].float() / 127.5 - 1, generator, vae))
         losses = [
             F.cross_entropy(

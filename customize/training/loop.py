@@ -82,6 +82,7 @@ def train(
             limit=config.prior_count,
         )
     files.check_folder(config.output, config.name)
+    files.check_writable(config.output)
     accelerator = process.make_accelerator(config)
     device = process.choose_device(config, accelerator)
 
@@ -156,7 +157,7 @@ def train(
             family.denoiser.enable_gradient_checkpointing()
             stack.callback(family.denoiser.disable_gradient_checkpointing)
         validation = Validation(config, family, encode, pictures.shape, autocast, accelerator)
-        accelerator.init_trackers("customize", config=_flat(settings))
+        accelerator.init_trackers("customize", config=record.plain(settings))
         stack.callback(accelerator.end_training)
         if start is None and accelerator.is_main_process:
             checkpoints.clear(folder)
@@ -393,8 +394,3 @@ def _restore(
         parameter.copy_(start.tensors[name])
     checkpoints.restore_optimizer(optimizer, parameters, start.tensors)
     scaler.load_state_dict(dict(start.extra["scaler"]))
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Trackers take only plain values."""
-    return {key: "" if value is None else value for key, value in settings.items()}

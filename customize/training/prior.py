@@ -63,7 +63,8 @@ def draw_class_pictures(
 ) -> None:
     """Fill a folder with ``class-00000.png`` and on; those that are there stay."""
     paths = [folder / f"class-{number:05d}.png" for number in range(config.prior_count)]
-    asked, empty = family.encode_prompts([config.class_prompt]), family.encode_prompts([""])
+    asked = family.encode_prompts([config.class_prompt])
+    empty = family.unconditional(family.encode_prompts([""]))
     shape = family.encode_images(torch.zeros(1, 3, resolution, resolution))[0].shape[1:]
     chunks = range(0, len(paths), _CHUNK)
     for first in tqdm(chunks, disable=not progress, desc="drawing class pictures"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,10 +150,21 @@ def peak_memory(device: torch.device) -> int:
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
+    try:
+        # Not getrusage: on Linux that starts at what the parent process held.
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        pass
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for trackers, which take only plain values."""
+    return {key: "" if value is None else value for key, value in settings.items()}
 
 
 def _digest(samples: Sequence[data.Sample]) -> str:

@@ -17,6 +17,7 @@ from customize.concepts.concept import BasisInfo
 from customize.concepts.slices import columns_for, next_free_index
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
+from customize.hosts.opening import open_base
 from customize.training.config import TrainConfig
 from customize.training.process import HALVES
 
@@ -28,30 +29,10 @@ def load_base(config: TrainConfig) -> dict[str, Any]:
     it is used once a picture, and some overflow in half precision.
 
     Raises:
-        PipelineError: the base is not there, or not as diffusers keeps pipelines.
+        ConfigError, PipelineError: see :func:`customize.hosts.opening.open_base`.
     """
-    from diffusers import DiffusionPipeline
-
-    if config.base.lower().endswith((".safetensors", ".gguf")):
-        raise ConfigError(
-            "a single file is not a whole pipeline",
-            where=f"base: {config.base}",
-            fix="load it with the from_single_file of its pipeline class, save_pretrained it to a "
-            "folder, and name that",
-        )
     dtype = HALVES.get(config.mixed_precision, torch.float32)
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            config.base, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True
-        )
-    except Exception as error:  # files missing, offline, gated, unknown classes: all the same here
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PipelineError(
-            f"the base cannot be loaded: {reason}",
-            where=f"base: {config.base}",
-            fix="name a folder or hub id of a diffusers pipeline with safetensors weights",
-        ) from error
-    return dict(pipe.components)
+    return dict(open_base(config.base, {"default": dtype, "vae": torch.float32}).components)
 
 
 def freeze(components: Mapping[str, Any]) -> None:
@@ -187,9 +168,7 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
         ConfigError, ConceptError, PipelineError: what is asked for does not fit the model.
             Nothing was changed.
     """
-    components = [family.denoiser_key]
-    if config.train_text_encoder:
-        components += list(family.text_encoders)
+    components = _adapted(family, config)
     basis: BasisInfo | None = None
     columns: dict[int, tuple[int, ...]] = {}
     if config.method == "orthogonal":
@@ -203,7 +182,7 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
         entries = tokens.entries(config.trigger, config.num_tokens) if config.train_tokens else []
         names, layers = entries, 0
         if config.layerwise_tokens:
-            layers = len(family.cross_attention_layers())
+            layers = len(layerwise.layers_of(family))
             names = layerwise.layer_entries(config.trigger, config.num_tokens, layers)
             undo += [hook.remove for hook in layerwise.read_by_layer(family)]
         for dictionary in family.token_dictionaries() if entries else ():
@@ -263,7 +242,7 @@ def check_fits(family: Family, config: TrainConfig) -> int:
     """The pictures' resolution, after a check of all settings that depend on the family.
 
     Raises:
-        ConfigError: a setting has no meaning for this family.
+        ConfigError: a setting has no meaning for this family, or the rank is above a width.
         PipelineError: the base's scheduler cannot be trained with.
     """
     resolution = config.resolution or family.default_resolution
@@ -273,15 +252,31 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             where="resolution",
             fix=f"choose {resolution // family.latent_multiple * family.latent_multiple or 'more'}",
         )
-    if config.layerwise_tokens and not family.cross_attention_layers():
+    if config.layerwise_tokens and not layerwise.layers_of(family):
         raise ConfigError(
-            f"models of family {family.name} have no separate cross-attention layers, which could "
-            "each have an embedding",
+            f"tokens of family {family.name} cannot have an embedding for each cross-attention "
+            "layer, as the prompt is also read elsewhere",
             where="layerwise_tokens",
             fix="leave it out",
         )
+    narrowest = min(
+        min(shape)
+        for key in _adapted(family, config)
+        for shape in family.adapter_targets(key).values()
+    )
+    if config.rank > narrowest:
+        raise ConfigError(
+            f"the rank {config.rank} is above the width of the narrowest layer, {narrowest}",
+            where="rank",
+            fix=f"choose a rank of at most {narrowest}",
+        )
     family.loss_weight(family.timesteps(torch.tensor([0.5])), config.min_snr_gamma)
     return resolution
+
+
+def _adapted(family: Family, config: TrainConfig) -> list[str]:
+    """The components that get an adapter."""
+    return [family.denoiser_key, *(family.text_encoders if config.train_text_encoder else ())]
 
 
 def _basis(config: TrainConfig) -> BasisInfo:

@@ -60,7 +60,8 @@ class Validation:
         """
         prompts, seed = self.config.validation_prompts, self.config.seed
         with self.autocast():
-            asked, empty = self.encode(prompts), self.encode([""])
+            asked = self.encode(prompts)
+            empty = self.family.unconditional(self.encode([""]))
         # One at a time, which needs no more memory than training does.
         self.last = [
             draw(
@@ -95,9 +96,9 @@ def draw(
 
     Args:
         conditions: name -> (batch, ...), as the family encodes prompts.
-        empty: the conditions of the empty prompt, of batch 1.
+        empty: what guidance leads away from, of batch 1; see ``family.unconditional``.
         shape: (channels, height, width) of latents.
-        guidance: scale; 1 leaves the empty prompt out.
+        guidance: scale; 1 does without.
         seeds: one for each picture; it alone fixes the starting noise, on every device.
         autocast: makes the context of the denoiser's calls.
     """

@@ -83,7 +83,7 @@ def config_of(folder: Path, base: Path, kind: str, index: int, steps: int) -> Tr
         name=story.name,
         class_word=story.identity.kind,
         method="lora" if kind == PLAIN else "orthogonal",
-        slice=0 if kind == SAME else index,
+        slice={SLICED: index, SAME: 0, PLAIN: None}[kind],
         **settings,
     )
 

@@ -24,7 +24,7 @@ def customize(*arguments: str, code: str | None = None) -> subprocess.CompletedP
     return subprocess.run(
         [sys.executable, *start, *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
@@ -51,6 +51,13 @@ def test_a_process_ends_with_the_exit_code_and_one_line() -> None:
         "error: there is no such concept (nowhere/at/all). Do: check the path.\n"
     )
     assert done.stdout == ""
+    # What the libraries would say of a base that cannot be had must not come between.
+    done = customize("generate", "--base", "nobody/nothing", "--prompt", "a dog")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the base cannot be loaded: there is no such folder, and the hub")
+    assert "(base: nobody/nothing). Do: name a folder" in line
 
 
 def test_help_of_every_command(run: Run) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from customize.cli.flags import PANELS
 from customize.cli.train import plan
@@ -123,9 +127,10 @@ def test_the_plan(tmp_path: Path) -> None:
     assert plan(TrainConfig(**facts, method="lora"))["method"] == "ordinary LoRA, rank 8"
 
 
-def test_ctrl_c_and_going_on(run: Run, world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_stopping_and_going_on(run: Run, world: World, tmp_path: Path, number: int) -> None:
     photos(tmp_path / "photos")
-    command = arguments(world, tmp_path, steps=100_000, checkpoint_every=5)
+    command = arguments(world, tmp_path, steps=60, checkpoint_every=2)
     process = subprocess.Popen(
         [sys.executable, "-m", "customize", "train", *command],
         cwd=ROOT,
@@ -137,11 +142,33 @@ def test_ctrl_c_and_going_on(run: Run, world: World, tmp_path: Path) -> None:
     end = time.monotonic() + 240
     while not list((tmp_path / "max").glob(".checkpoints/step-*")) and process.poll() is None:
         assert time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    process.send_signal(number)
     _, err = process.communicate(timeout=240)
-    assert process.returncode == 130, err
-    last = err.splitlines()[-1]
-    assert "training was stopped after step" in last and "run the same again" in last
+    if number == signal.SIGINT:
+        assert process.returncode == 130, err
+        last = err.splitlines()[-1]
+        assert "training was stopped after step" in last and "run the same again" in last
+    else:
+        assert process.returncode == -signal.SIGKILL, err
     assert not (tmp_path / "max" / "concept.json").exists()
-    assert list((tmp_path / "max").glob(".checkpoints/step-*"))
+    step = max(int(path.stem[5:]) for path in (tmp_path / "max").glob(".checkpoints/step-*"))
+    result = run("train", *command)
+    assert result.code == 0, result.err
+    assert f" {step}/60 [" in result.err and " 0/60 [" not in result.err  # the bar's beginning
+    assert Concept.load(tmp_path / "max").info.name == "max"
+
+
+def test_a_loss_that_is_not_a_number(run: Run, world: World, tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_out.bias"].fill_(math.nan)
+    save_file(weights, file, {"format": "pt"})
+    result = run("train", *arguments(world, tmp_path, base=base))
+    assert result.code == 2
+    last = result.err.splitlines()[-1]
+    assert last.startswith("error: the loss is nan at step 1. Do: lower the learning rates")
+    assert not (tmp_path / "max").exists()

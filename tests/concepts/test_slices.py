@@ -73,6 +73,9 @@ def test_other_ranks_and_hashed_slices_are_avoided(tmp_path: Path) -> None:
 
 def test_libraries_that_are_empty_or_damaged(tmp_path: Path) -> None:
     assert next_free_index(tmp_path / "none", 2, BasisInfo()) == 0
+    (tmp_path / ".rex.0a1b2c3d.partial").mkdir()  # of a process that was killed
+    (tmp_path / ".rex.0a1b2c3d.partial" / "concept.json").write_text("{")
+    assert next_free_index(tmp_path, 2, BasisInfo()) == 0
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "concept.json").write_text("{")
     with pytest.raises(ConceptError, match="bad"):

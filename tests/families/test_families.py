@@ -13,11 +13,13 @@ from torch import Tensor
 from customize.core.objectives import weighted_mse
 from customize.errors import ConfigError, PipelineError
 from customize.families import FAMILIES, Family, family_of
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd-epsilon": tiny_sd,
     "sd-v": lambda: tiny_sd("v_prediction"),
+    "sdxl-epsilon": tiny_sdxl,
+    "sdxl-v": lambda: tiny_sdxl("v_prediction"),
     "sd3": tiny_sd3,
     "sd3-without-t5": lambda: tiny_sd3(t5=False),
 }
@@ -62,8 +64,11 @@ def record_calls(denoiser: Any, answer: Callable[[Tensor, Tensor], Tensor] | Non
 # -- recognition ---------------------------------------------------------------------------------
 
 
-def test_each_pipeline_is_recognised(pipe: Any, family: Family) -> None:
-    assert type(family) is FAMILIES["sd3" if "SD3" in type(family.denoiser).__name__ else "sd"]
+@pytest.mark.parametrize("name", PIPELINES)
+def test_each_pipeline_is_recognised(name: str) -> None:
+    pipe = PIPELINES[name]()
+    family = family_of(pipe.components)
+    assert type(family) is FAMILIES[name.split("-")[0]]
     assert family.denoiser is pipe.components[family.denoiser_key]
     assert family.vae is pipe.vae
     assert family.default_resolution == 32
@@ -73,7 +78,7 @@ def test_each_pipeline_is_recognised(pipe: Any, family: Family) -> None:
 
 
 def test_unknown_components_are_named_in_the_error() -> None:
-    with pytest.raises(PipelineError, match=r"unet: Linear.*sd, sd3"):
+    with pytest.raises(PipelineError, match=r"unet: Linear.*sd, sdxl, sd3"):
         family_of({"unet": torch.nn.Linear(1, 1), "vae": None})
     with pytest.raises(PipelineError, match="no denoiser at all"):
         family_of({})
@@ -116,12 +121,23 @@ PROMPTS = ["a photo of a dog", "zebra, " + 30 * "two red cups ", ""]
 
 
 def pipeline_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    if hasattr(pipe, "unet"):
-        return {"prompt_embeds": pipe.encode_prompt(prompts, "cpu", 1, False)[0]}
-    embeds, _, pooled, _ = pipe.encode_prompt(
-        prompts, None, None, do_classifier_free_guidance=False
+    return pipeline_encodings(pipe, prompt=prompts, do_classifier_free_guidance=False)[0]
+
+
+def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the pipeline's encode_prompt makes of the prompts, and of the negative ones."""
+    family = family_of(pipe.components).name
+    call |= {"device": "cpu", "num_images_per_prompt": 1}
+    if family == "sd":
+        embeds, negative = pipe.encode_prompt(**call)
+        return {"prompt_embeds": embeds}, {"prompt_embeds": negative}
+    if family == "sd3":
+        call |= {"prompt_2": None, "prompt_3": None}
+    embeds, negative, pooled, negative_pooled = pipe.encode_prompt(**call)
+    return (
+        {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled},
+        {"prompt_embeds": negative, "pooled_prompt_embeds": negative_pooled},
     )
-    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,9 +154,24 @@ def test_prompts_are_encoded_as_by_the_pipeline(
         assert torch.equal(ours[name], value)
 
 
-def test_encoders_of_mixed_precision_are_as_in_the_pipeline() -> None:
-    pipe = tiny_sd3()
-    pipe.text_encoder.to(torch.bfloat16)
+@torch.no_grad()
+def test_guidance_leads_away_from_what_the_pipeline_leads_away_from(
+    pipe: Any, family: Family
+) -> None:
+    _, expected = pipeline_encodings(pipe, prompt=["a dog"], do_classifier_free_guidance=True)
+    ours = family.unconditional(family.encode_prompts([""]))
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value)
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])
+@pytest.mark.parametrize("key", ["text_encoder", "text_encoder_2"])
+def test_encoders_of_mixed_precision_are_as_in_the_pipeline(
+    make: Callable[[], Any], key: str
+) -> None:
+    pipe = make()
+    pipe.components[key].to(torch.bfloat16)
     with torch.no_grad():
         expected = pipeline_conditions(pipe, PROMPTS)
         ours = family_of(pipe.components).encode_prompts(PROMPTS)
@@ -313,11 +344,14 @@ def test_other_components_take_no_adapter(family: Family) -> None:
 
 
 def test_fingerprints_tell_architectures_apart() -> None:
-    prints = [family_of(build().components).fingerprint() for build in PIPELINES.values()]
-    assert prints[0] == prints[1] != prints[2] == prints[3]
-    assert prints[0]["widths"] == {"unet": [16, 32], "text_encoder": [32]}
-    assert prints[2]["widths"] == {
-        "transformer": [32],
-        "text_encoder": [16],
-        "text_encoder_2": [24],
+    prints = {
+        name: family_of(build().components).fingerprint() for name, build in PIPELINES.items()
     }
+    assert prints["sd-epsilon"] == prints["sd-v"]
+    assert prints["sdxl-epsilon"] == prints["sdxl-v"]
+    assert prints["sd3"] == prints["sd3-without-t5"]
+    assert len({found["denoiser"] for found in prints.values()}) == 3
+    clips = {"text_encoder": [16], "text_encoder_2": [24]}
+    assert prints["sd-v"]["widths"] == {"unet": [16, 32], "text_encoder": [32]}
+    assert prints["sdxl-v"]["widths"] == {"unet": [32, 40], **clips}
+    assert prints["sd3"]["widths"] == {"transformer": [32], **clips}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from customize.errors import PipelineError
 from customize.families import Family, family_of
 
 
@@ -29,6 +31,31 @@ def sd_family(text_width: int, text_layers: int, **unet: Any) -> Family:
         denoiser = UNet2DConditionModel(sample_size=64, cross_attention_dim=text_width, **unet)
     encoder = clip(text_width, text_layers, text_width // 64)
     return family_of({"unet": denoiser, "text_encoder": encoder})
+
+
+def sdxl_family(**unet: Any) -> Family:
+    config: dict[str, Any] = {
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    with torch.device("meta"):
+        denoiser = UNet2DConditionModel(**config | unet)
+    return family_of(
+        {
+            "unet": denoiser,
+            "text_encoder": clip(768, 12, 12),
+            "text_encoder_2": clip(1280, 32, 20, projection=True),
+        }
+    )
 
 
 def sd3_family(layers: int, heads: int, **transformer: Any) -> Family:
@@ -85,6 +112,44 @@ def test_stable_diffusion_2_1() -> None:
     assert_shapes_are_the_weights(family)
 
 
+def test_stable_diffusion_xl() -> None:
+    family = sdxl_family()
+    unet = family.adapter_targets("unet")
+    clips = [family.adapter_targets(key) for key in ("text_encoder", "text_encoder_2")]
+    # 70 blocks of 8: 2 x 2 and 2 x 10 on the way down, 10 in the middle, 3 x 10 and 3 x 2 up.
+    assert [len(found) for found in (unet, *clips)] == [560, 48, 128]
+    assert len(family.cross_attention_layers()) == 70
+    inputs = Counter(width for _, width in unet.values())
+    assert inputs == {2048: 140, 640: 10 * 6, 1280: 60 * 6}
+    assert unet["mid_block.attentions.0.transformer_blocks.9.attn2.to_k"] == (1280, 2048)
+    assert unet["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"] == (640, 640)
+    assert [set(found.values()) for found in clips] == [{(768, 768)}, {(1280, 1280)}]
+    assert family.fingerprint()["widths"] == {
+        "unet": [640, 1280, 2048],
+        "text_encoder": [768],
+        "text_encoder_2": [1280],
+    }
+    assert_shapes_are_the_weights(family)
+
+
+def test_the_refiner_of_stable_diffusion_xl_is_refused() -> None:
+    with pytest.raises(PipelineError, match="refiner"):
+        sdxl_family(
+            down_block_types=(
+                "DownBlock2D",
+                "CrossAttnDownBlock2D",
+                "CrossAttnDownBlock2D",
+                "DownBlock2D",
+            ),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(384, 768, 1536, 1536),
+            transformer_layers_per_block=4,
+            attention_head_dim=(6, 12, 24, 24),
+            cross_attention_dim=1280,
+            projection_class_embeddings_input_dim=2560,
+        )
+
+
 def test_stable_diffusion_3_medium() -> None:
     family = sd3_family(24, 24)
     targets = family.adapter_targets("transformer")
@@ -115,6 +180,7 @@ def test_models_of_other_sizes_have_other_fingerprints() -> None:
     families = (
         sd_family(768, 12),
         sd_family(1024, 23),
+        sdxl_family(),
         sd3_family(24, 24),
         sd3_family(38, 38),
         sd3_family(24, 24, dual_attention_layers=(0,)),

@@ -14,10 +14,13 @@ from customize.concepts.slices import columns_for
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
 from customize.families import family_of
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 PROMPT = "a photo of <rex> on the beach"
-MAKERS = {"sd": tiny_sd, "sd3": tiny_sd3}
+MAKERS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3}
+
+#: What transformers notes on a model in its first call that asks for hidden states.
+NOTES = {"_output_capturing_hooks_installed"}
 
 
 def concept(pipe: Any, name: str = "rex", *, index: int = 0, **changes: Any) -> Concept:
@@ -90,7 +93,7 @@ def everything(pipe: Any) -> dict[str, Any]:
             found[f"{key} weights"] = {k: v.clone() for k, v in part.state_dict().items()}
             found[f"{key} modules"] = {k: type(m) for k, m in part.named_modules()}
             found[f"{key} flags"] = {k: p.requires_grad for k, p in part.named_parameters()}
-            found[f"{key} attributes"] = sorted(vars(part))
+            found[f"{key} attributes"] = sorted(vars(part).keys() - NOTES)
             found[f"{key} adapters"] = {
                 k: (list(m.active_adapters), sorted(m.lora_A))
                 for k, m in part.named_modules()

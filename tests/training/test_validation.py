@@ -4,11 +4,11 @@ import torch
 
 from customize.families import family_of
 from customize.training.validation import draw, log_pictures, save_row
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 from tests.training.runs import picture
 
 
-@pytest.mark.parametrize("make", [tiny_sd, lambda: tiny_sd("v_prediction"), tiny_sd3])
+@pytest.mark.parametrize("make", [tiny_sd, lambda: tiny_sd("v_prediction"), tiny_sdxl, tiny_sd3])
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_pictures_are_those_of_the_pipeline(make, guidance):
     pipe = make()

@@ -1,0 +1,134 @@
+"""Stable Diffusion XL (arXiv 2307.01952): a UNet that also reads a pooled prompt and sizes.
+
+Two CLIP text encoders, each read before its last layer, give the prompt; the second one's
+projection is the pooled prompt. The sizes are the picture's own, as in the pipeline's plain call:
+nothing was cropped, and it was as large before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from customize.errors import PipelineError
+from customize.families.base import class_name, sent, tokenize
+from customize.families.unet import UNetFamily, is_unet
+
+
+class StableDiffusionXL(UNetFamily):
+    """UNet2DConditionModel with "text_time" embeddings, CLIPTextModel,
+    CLIPTextModelWithProjection, AutoencoderKL, any scheduler of the DDPM kind.
+
+    Raises:
+        PipelineError: the UNet is the refiner's.
+    """
+
+    name = "sdxl"
+    clip_encoders: ClassVar[dict[str, str]] = {
+        "text_encoder": "tokenizer",
+        "text_encoder_2": "tokenizer_2",
+    }
+
+    def __init__(self, components: Mapping[str, Any]) -> None:
+        super().__init__(components)
+        # Kept, because the sizes are needed when the autoencoder may have been freed. Without
+        # one the pipeline takes 8.
+        self._pixels_per_latent = 8 if self.components.get("vae") is None else self._vae_factor
+        unet = self.components.get("unet")
+        if unet is not None and _is_refiner(unet.config):
+            raise PipelineError(
+                "this is the refiner of Stable Diffusion XL, which reads only one text encoder",
+                where="unet",
+                fix="use the base model; the refiner can follow it as it is",
+            )
+
+    @classmethod
+    def matches(cls, components: Mapping[str, Any]) -> bool:
+        return (
+            is_unet(components.get("unet"), addition_embed_type="text_time")
+            and "text_encoder" in components
+            and "text_encoder_2" in components
+            and class_name(components["text_encoder"]) in ("CLIPTextModel", "None")
+            and class_name(components["text_encoder_2"]) in ("CLIPTextModelWithProjection", "None")
+        )
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        outputs = [self._encode(prompts, key) for key in self.clip_encoders]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return {
+            "prompt_embeds": hidden.to(self._part("text_encoder_2").dtype),
+            "pooled_prompt_embeds": outputs[-1].text_embeds,
+        }
+
+    def predict(self, noisy: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        self._check_channels(noisy)
+        dtype = self._denoiser_dtype
+        added = {
+            "text_embeds": conditions["pooled_prompt_embeds"].to(dtype),
+            "time_ids": self._sizes(noisy).to(dtype),
+        }
+        return self.denoiser(
+            noisy.to(dtype),
+            t,
+            conditions["prompt_embeds"].to(dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+
+    def unconditional(self, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # It was trained so, and the pipeline's force_zeros_for_empty_prompt says so.
+        return {name: torch.zeros_like(value) for name, value in empty.items()}
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with self._upcast_vae():
+            return super().encode_images(pixels)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        with self._upcast_vae():
+            return super().decode_latents(latents)
+
+    def _encode(self, prompts: Sequence[str], key: str) -> Any:
+        encoder, tokenizer = self._part(key), self._part(self.clip_encoders[key])
+        ids = tokenize(tokenizer, prompts, tokenizer.model_max_length).input_ids
+        return encoder(sent(ids, encoder.device), output_hidden_states=True)
+
+    def _sizes(self, latents: Tensor) -> Tensor:
+        """(batch, 6), float32: height and width, top and left of the crop, height and width."""
+        height, width = (side * self._pixels_per_latent for side in latents.shape[-2:])
+        # Filled in place: a tensor made from a list would make a GPU wait at every step.
+        sizes = torch.zeros(len(latents), 6, device=latents.device)
+        sizes[:, 0::4], sizes[:, 1::4] = height, width
+        return sizes
+
+    def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
+        config = self.vae.config
+        # Some autoencoders of this family have a mean and deviation for each channel.
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return 0.0, config.scaling_factor
+        shift, spread = torch.tensor([mean, std], device=self.vae.device)[..., None, None]
+        return shift, config.scaling_factor / spread
+
+    @contextmanager
+    def _upcast_vae(self) -> Iterator[None]:
+        """The autoencoder in float32 if it is one that overflows in float16, as the pipeline
+        has it; afterwards it is bit for bit as before."""
+        vae = self.vae
+        if vae.dtype != torch.float16 or not vae.config.force_upcast:
+            yield
+            return
+        vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            vae.to(torch.float16)
+
+
+def _is_refiner(config: Any) -> bool:
+    """It reads one text encoder, as wide as its pooled output, and five numbers instead of six."""
+    numbers = 5 * config.addition_time_embed_dim
+    return config.cross_attention_dim + numbers == config.projection_class_embeddings_input_dim

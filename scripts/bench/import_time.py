@@ -1,0 +1,86 @@
+"""What `import customize` costs on top of diffusers, in fresh interpreters.
+
+Each pair of statements runs alternately, each time in a new interpreter, after a run of each that
+doesn't count. The time is that of the statement alone, without the interpreter's own start. The
+overhead of a pair is the median of its differences; `import_overhead_s` is that of the worst pair.
+Time on the clock is only worth something on an idle machine; CPU time, given beside it, shows
+whether it was one.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+
+from _common import ROOT, parser, report, spread
+
+# What a script without the pack would say, and what one with the pack says in its place.
+PAIRS = {
+    "the package alone": ("import diffusers", "import customize"),
+    "both packages": ("import diffusers", "import diffusers; import customize"),
+    "ready for a pipeline": (
+        "from diffusers import DiffusionPipeline",
+        "import customize; from diffusers import DiffusionPipeline",
+    ),
+    "a pipeline class": (
+        "from diffusers import StableDiffusionPipeline",
+        "import customize; from diffusers import StableDiffusionPipeline",
+    ),
+}
+TIMED = """
+import time
+wall, cpu = time.perf_counter(), time.process_time()
+{}
+print(time.perf_counter() - wall, time.process_time() - cpu)
+"""
+
+
+def seconds(statement: str) -> tuple[float, float]:
+    """How long a statement takes in a fresh interpreter: on the clock, and of the CPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED.format(statement)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"`{statement}` failed:\n{done.stderr}")
+    wall, cpu = map(float, done.stdout.splitlines()[-1].split())
+    return wall, cpu
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--repeats", type=int, help="counted runs of each statement; 11, quick 7")
+    args = flags.parse_args()
+    repeats = args.repeats or (7 if args.quick else 11)
+    rows, overheads = [], []
+    for name, (without, with_pack) in PAIRS.items():
+        times: dict[str, list[tuple[float, float]]] = {without: [], with_pack: []}
+        for turn in range(repeats + 1):
+            for statement in times if turn % 2 else reversed(times):
+                taken = seconds(statement)
+                if turn:
+                    times[statement].append(taken)
+        turns = list(zip(times[without], times[with_pack], strict=True))
+        wall, cpu = (statistics.median(b[k] - a[k] for a, b in turns) for k in (0, 1))
+        overheads.append(wall)
+        rows.append(
+            {
+                "pair": name,
+                "without": without,
+                "with": with_pack,
+                "without_s": spread([taken for taken, _ in times[without]]),
+                "with_s": spread([taken for taken, _ in times[with_pack]]),
+                "overhead_s": wall,
+                "cpu_overhead_s": cpu,
+            }
+        )
+    report("import_time", args, rows, {"import_overhead_s": max(overheads)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""How far the storybook's judges can be trusted, and how well its base model draws what is asked.
+
+The judges are measured on renders that no training saw: attributes on clean ones and on ones
+roughened the way generated pictures are; identity as area under the curve, one picture against a
+concept's five references, strangers of the same class only.
+
+The base model draws prompts of the grammar that name every attribute (25 steps, guidance 2.5), and
+the attribute judge counts which of them are in the picture; `ceiling` is what it counts in renders
+of the very same prompts, that is, what a perfect model would score.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import ROOT, parser, report
+from diffusers import DiffusionPipeline
+
+from customize.evaluation.storybook import GUIDANCE, STEPS, attribute_accuracy, draw
+from customize.storybook import drawing
+from customize.storybook.captions import caption
+from customize.storybook.judges import HEADS, Judges, load_judges, to_tensor
+from customize.storybook.pretrain import contact_sheet
+from customize.storybook.train_judges import measure
+from customize.storybook.world import CLASSES, COLOURS, Scene, random_identity, scene_of
+
+SEEDS = (1, 2, 3)
+
+
+def scenes_to_ask_for(count: int, seed: int, things: int) -> list[Scene]:
+    """Scenes in which each body has a colour that a word names; classes come evenly often."""
+    rng = np.random.default_rng((seed, things, 2024))
+    found = []
+    for k in range(count):
+        kinds = [CLASSES[(k + 3 * slot) % len(CLASSES)] for slot in range(things)]
+        who = [random_identity(rng, kind, str(rng.choice(COLOURS))) for kind in kinds]
+        found.append(scene_of(rng, tuple(who)))
+    return found
+
+
+def judge_rows(figures: dict[str, float]) -> list[dict[str, Any]]:
+    """Held-out accuracy of each kind of attribute, the mean over its heads."""
+    rows = []
+    for state in ("clean", "rough"):
+        row: dict[str, Any] = {"what": f"judge on {state} renders"}
+        row["all"] = figures[f"{state}_accuracy"]
+        for what in ("class", "colour", "pattern", "accessory", "place", "count"):
+            stem = "kind" if what == "class" else what
+            heads = [head for head in HEADS if head.rstrip("01") == stem]
+            row[what] = statistics.mean(figures[f"{state}_{head}"] for head in heads)
+        rows.append(row)
+    return rows
+
+
+def base_rows(
+    pipe: Any, judges: Judges, things: int, pictures: int, sheet: Path | None
+) -> list[dict[str, Any]]:
+    """One row a seed, and that of a perfect model."""
+    rows, scenes, shown = [], [], []
+    name = "one thing" if things == 1 else "two things"
+    for seed in SEEDS:
+        asked = scenes_to_ask_for(pictures, seed, things)
+        prompts = [caption(scene) for scene in asked]
+        images = draw(pipe, prompts, seed)
+        rows.append(
+            {"what": f"base, {name}, seed {seed}"} | attribute_accuracy(judges, images, prompts)
+        )
+        scenes += asked
+        shown.append(images)
+    renders = to_tensor([drawing.draw(scene) for scene in scenes])
+    ceiling = attribute_accuracy(judges, renders, [caption(scene) for scene in scenes])
+    if sheet is not None:
+        contact_sheet(torch.cat(shown), sheet.with_stem(f"{sheet.stem}-{things}"), columns=16)
+    return [*rows, {"what": f"ceiling, {name}"} | ceiling]
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--base", type=Path, default=ROOT / "assets/storybook")
+    flags.add_argument("--judges", type=Path, default=ROOT / "assets/judges")
+    flags.add_argument("--pictures", type=int, help="generated pictures a seed; 96, quick 32")
+    flags.add_argument("--sheet", type=Path, help="PNG file for the generated pictures, to look at")
+    args = flags.parse_args()
+    pictures = args.pictures or (32 if args.quick else 96)
+    if not (args.base / "model_index.json").is_file():
+        raise SystemExit(f"there is no base model in {args.base}; name another with --base")
+    judges = load_judges(args.judges)
+    pipe = DiffusionPipeline.from_pretrained(args.base)
+    pipe.set_progress_bar_config(disable=True)
+    held_out = measure(judges, pipe.vae, 500 if args.quick else 2000, 120 if args.quick else 400)
+    single = base_rows(pipe, judges, 1, pictures, args.sheet)
+    rows = [*judge_rows(held_out), *single]
+    if not args.quick:
+        rows += base_rows(pipe, judges, 2, pictures, args.sheet)
+    over_seeds = [row["all"] for row in single[: len(SEEDS)]]
+    print(f"{len(SEEDS)} x {pictures} pictures, {STEPS} steps, guidance {GUIDANCE}")
+    report(
+        "storybook",
+        args,
+        rows,
+        {
+            "judge_attribute_accuracy": held_out["clean_accuracy"],
+            "judge_attribute_accuracy_rough": held_out["rough_accuracy"],
+            "judge_identity_auc": held_out["identity_auc"],
+            "judge_identity_equal_error": held_out["equal_error"],
+            "base_attribute_accuracy": statistics.mean(over_seeds),
+            "base_attribute_accuracy_sd_over_seeds": statistics.stdev(over_seeds),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

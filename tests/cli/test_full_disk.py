@@ -1,0 +1,105 @@
+"""Every command that writes, on a disk that is really full."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from customize.concepts.concept import Concept
+from tests.cli.making import World, photos
+
+ROOT = Path(__file__).parents[2]
+
+# Its own view of the mounts, so that a disk of half a megabyte can be mounted without being root.
+OWN_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
+MOUNT = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs"]
+
+# Runs commands, each with so many bytes left, and tells what came of them. Where no disk can be
+# mounted, files cannot grow instead.
+PROGRAM = """
+import contextlib, io, json, resource, shutil, subprocess, sys
+from pathlib import Path
+from customize.cli import main
+
+disk, kept = Path(sys.argv[1]), Path(sys.argv[2])
+mount, jobs = json.loads(sys.argv[3]), json.loads(sys.argv[4])
+if mount:
+    subprocess.run([*mount, str(disk)], check=True)
+free = resource.getrlimit(resource.RLIMIT_FSIZE)
+told = []
+for arguments, left in jobs:
+    filler = disk / "filler"
+    filler.unlink(missing_ok=True)
+    if left is not None and mount:
+        filler.write_bytes(bytes(shutil.disk_usage(disk).free - left))
+    elif left is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (left // 8, free[1]))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    filler.unlink(missing_ok=True)
+    files = [str(p.relative_to(disk)) for p in disk.rglob("*") if p.is_file()]
+    told.append([code, err.getvalue(), sorted(files)])
+shutil.copytree(disk / "max", kept)
+print(json.dumps(told))
+"""
+
+
+def can_mount(folder: Path) -> bool:
+    try:
+        tried = subprocess.run([*OWN_MOUNTS, *MOUNT, str(folder)], capture_output=True)
+    except FileNotFoundError:
+        return False
+    return tried.returncode == 0
+
+
+def test_nothing_half_written_stays_and_nothing_is_lost(world: World, tmp_path: Path) -> None:
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    images = photos(tmp_path / "photos")
+    train = ["train", "--base", world.base, "--images", str(images), "--name", "max"]
+    train += ["--class-word", "dog", "--rank", "2", "--steps", "4", "--batch-size", "1"]
+    train += ["--device", "cpu", "--output", str(disk / "max")]
+    merge = ["merge", world.rex, "--output", str(disk / "m")]
+    generate = ["generate", "--base", world.base, "--prompt", "a dog", "--steps", "1"]
+    jobs = [
+        (merge, 20_000),
+        ([*merge, "--fuse", world.base], 150_000),
+        ([*generate, "--device", "cpu", "--output", str(disk / "pictures")], 4096),
+        ([*train, "--checkpoint-every", "1"], 100_000),  # a checkpoint has 66 kB
+        ([*train, "--checkpoint-every", "1"], None),
+    ]
+    mount = MOUNT if can_mount(disk) else []
+    done = subprocess.run(
+        [
+            *(OWN_MOUNTS if mount else []),
+            *(sys.executable, "-c", PROGRAM, str(disk), str(kept)),
+            *(json.dumps(mount), json.dumps(jobs)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    *full, whole = json.loads(done.stdout.splitlines()[-1])
+    reasons = ("the disk is full", "No space left on device", "File too large")
+    for (arguments, _), (code, err, _) in zip(jobs, full, strict=False):
+        assert code == 2, (arguments, err)
+        last = err.splitlines()[-1]
+        assert last.startswith("error: ") and "Do: " in last and str(disk) in last
+        assert any(reason in last for reason in reasons), last
+        assert arguments[0] == "train" or len(err.splitlines()) == 1
+    for _, _, files in full[:3]:
+        assert files == []
+    assert full[3][2] == (["max/.checkpoints/step-000001.safetensors"] if mount else [])
+
+    assert whole[0] == 0, whole[1]
+    if mount:
+        assert " 1/4 [" in whole[1] and " 0/4 [" not in whole[1]  # it went on from the checkpoint
+    assert Concept.load(kept).info.name == "max"

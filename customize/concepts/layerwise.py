@@ -74,13 +74,22 @@ def vocabulary(trigger: str, rows: Tensor) -> tuple[list[str], Tensor]:
     return names + own, torch.cat([plain, rows.transpose(0, 1).flatten(0, 1)])
 
 
+def layers_of(family: Family) -> list[str]:
+    """The layers that tokens can have embeddings for, in the order of those.
+
+    Empty where picture and prompt share one attention, or where more than the sequence of one text
+    encoder is read, such as a pooled prompt: that is no layer's own.
+    """
+    return family.cross_attention_layers() if len(family.clip_encoders) == 1 else []
+
+
 def read_by_layer(family: Family) -> list[Any]:
     """Let each cross-attention layer of the denoiser read its own part of the conditions.
 
     Returns:
         The hooks' handles, each with ``remove()``.
     """
-    denoiser, layers = uncompiled(family.denoiser), family.cross_attention_layers()
+    denoiser, layers = uncompiled(family.denoiser), layers_of(family)
     length = _length(family)
     return [
         denoiser.get_submodule(name).register_forward_pre_hook(
@@ -91,20 +100,18 @@ def read_by_layer(family: Family) -> list[Any]:
 
 
 def encode_by_layer(family: Family) -> list[Any]:
-    """Let the text encoders take ids of (batch, layers * length), whoever calls them.
+    """Let the text encoder take ids of (batch, layers * length), whoever calls them.
 
     Returns:
         The hooks' handles, each with ``remove()``.
     """
-    whole = len(family.cross_attention_layers()) * _length(family)
-    handles = []
-    for model in family.text_encoders.values():
-        encoder, folded = uncompiled(model), partial(_folded, whole, _length(family))
-        handles += [
-            encoder.register_forward_pre_hook(folded, with_kwargs=True),
-            encoder.register_forward_hook(_joined, with_kwargs=True),
-        ]
-    return handles
+    whole = len(layers_of(family)) * _length(family)
+    (model,) = family.text_encoders.values()
+    encoder, folded = uncompiled(model), partial(_folded, whole, _length(family))
+    return [
+        encoder.register_forward_pre_hook(folded, with_kwargs=True),
+        encoder.register_forward_hook(_joined, with_kwargs=True),
+    ]
 
 
 def _own_part(

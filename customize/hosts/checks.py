@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from customize.concepts.concept import Concept
-from customize.concepts.layerwise import layer_entries
+from customize.concepts.layerwise import layer_entries, layers_of
 from customize.concepts.tokens import entries
 from customize.errors import ConceptError, PipelineError
 from customize.families import Family
@@ -118,11 +118,11 @@ def _check_tables(family: Family, concept: Concept) -> None:
             f"{', '.join(sorted(dictionaries))}",
             fix="load the pipeline with the text encoders that the concept was learned with",
         )
-    layers = len(family.cross_attention_layers())
+    layers = len(layers_of(family))
     if concept.info.token_layers not in (0, layers):
         raise ConceptError(
             f"the concept {concept.info.name} has embeddings for {concept.info.token_layers} "
-            f"cross-attention layers, and this pipeline's {family.denoiser_key} has {layers}",
+            f"cross-attention layers, and this pipeline's {family.denoiser_key} takes {layers}",
             fix="load it into a pipeline of the base that it was learned on",
         )
     for key, rows in concept.embeddings.items():

@@ -119,8 +119,8 @@ class TrainConfig(BaseModel):
     )
     layerwise_tokens: bool = Field(
         default=False,
-        description="One embedding per token and cross-attention layer, not one per token; for"
-        " families with such layers (sd)",
+        description="One embedding per token and cross-attention layer, not one per token; only"
+        " for the family sd",
     )
     token_init: str = Field(
         default="random",

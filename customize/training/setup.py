@@ -182,7 +182,7 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
         entries = tokens.entries(config.trigger, config.num_tokens) if config.train_tokens else []
         names, layers = entries, 0
         if config.layerwise_tokens:
-            layers = len(family.cross_attention_layers())
+            layers = len(layerwise.layers_of(family))
             names = layerwise.layer_entries(config.trigger, config.num_tokens, layers)
             undo += [hook.remove for hook in layerwise.read_by_layer(family)]
         for dictionary in family.token_dictionaries() if entries else ():
@@ -252,6 +252,13 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             where="resolution",
             fix=f"choose {resolution // family.latent_multiple * family.latent_multiple or 'more'}",
         )
+    if config.layerwise_tokens and not layerwise.layers_of(family):
+        raise ConfigError(
+            f"tokens of family {family.name} cannot have an embedding for each cross-attention "
+            "layer, as the prompt is also read elsewhere",
+            where="layerwise_tokens",
+            fix="leave it out",
+        )
     narrowest = min(
         min(shape)
         for key in _adapted(family, config)
@@ -262,13 +269,6 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             f"the rank {config.rank} is above the width of the narrowest layer, {narrowest}",
             where="rank",
             fix=f"choose a rank of at most {narrowest}",
-        )
-    if config.layerwise_tokens and not family.cross_attention_layers():
-        raise ConfigError(
-            f"models of family {family.name} have no separate cross-attention layers, which could "
-            "each have an embedding",
-            where="layerwise_tokens",
-            fix="leave it out",
         )
     family.loss_weight(family.timesteps(torch.tensor([0.5])), config.min_snr_gamma)
     return resolution

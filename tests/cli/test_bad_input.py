@@ -144,7 +144,7 @@ def test_settings_that_do_not_fit(run: Run, world: World, tmp_path: Path) -> Non
 def test_a_rank_above_a_width_is_told_before_pictures_are_encoded(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("customize.training.loop.prepare_pictures", None)
+    monkeypatch.setattr("customize.training.cache.prepare_pictures", None)
     photos(tmp_path / "photos")
     for method in ("orthogonal", "lora"):
         says = ("the rank 17 is above the width", "(rank)", "at most 16")

@@ -191,13 +191,15 @@ def test_bad_layers_change_nothing() -> None:
     before = everything(pipe)
     fewer = {key: rows[:, :3] for key, rows in rex.embeddings.items()}
     few = replace(rex, info=rex.info.model_copy(update={"token_layers": 3}), embeddings=fewer)
-    with pytest.raises(ConceptError, match="3 cross-attention layers, and this pipeline's unet"):
+    with pytest.raises(
+        ConceptError, match="3 cross-attention layers, and this pipeline's unet takes 7"
+    ):
         customize.load_custom(pipe, few)
     sd3 = tiny_sd3()
     joint = concept(sd3)
     rows = {key: own[:, None].repeat(1, 2, 1) for key, own in joint.embeddings.items()}
     info = joint.info.model_copy(update={"token_layers": 2})
-    with pytest.raises(ConceptError, match="this pipeline's transformer has 0"):
+    with pytest.raises(ConceptError, match="this pipeline's transformer takes 0"):
         customize.load_custom(sd3, Concept(info, joint.products, rows))
     assert_same(everything(pipe), before)
     dictionary = family_of(pipe.components).token_dictionaries()[0]

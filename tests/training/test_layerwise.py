@@ -10,7 +10,7 @@ from customize.errors import ConfigError
 from customize.families import family_of
 from customize.training.loop import train
 from customize.training.setup import trainable
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 from tests.training.runs import assert_unchanged, same, settings, snapshot, tensors
 
 LAYERS = 7
@@ -92,10 +92,11 @@ def test_resumes_bit_for_bit(tmp_path):
     assert same(tensors(run("cut")), tensors(whole))
 
 
-def test_families_without_cross_attention_refuse(tmp_path):
-    pipe = tiny_sd3()
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])
+def test_other_families_refuse(make, tmp_path):
+    pipe = make()
     before = snapshot(pipe.components)
-    with pytest.raises(ConfigError, match="no separate cross-attention layers"):
+    with pytest.raises(ConfigError, match="cannot have an embedding for each"):
         train(settings(tmp_path, layerwise_tokens=True), pipe.components, progress=False)
     assert_unchanged(before, pipe.components)
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ the class word in prompts before CLIP-T, since CLIP has never read them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,12 @@ class ClipScorer:
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, d) of pictures, float32, on the CPU."""
-        found = []
-        for part in _batches(pictures):
-            inputs = self.processor(images=part, return_tensors="pt")
-            pixels = inputs["pixel_values"].to(self.device)
-            found.append(_unit(self.model.get_image_features(pixel_values=pixels)))
-        return torch.cat(found)
+        return torch.cat(
+            [
+                _unit(self.model.get_image_features(pixel_values=pixels))
+                for pixels in _pixels(self.processor, pictures, self.device)
+            ]
+        )
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
@@ -90,16 +90,24 @@ class DinoScorer:
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, d), float32, on the CPU: the class token after the last layer norm."""
-        found = []
-        for part in _batches(pictures):
-            inputs = self.processor(images=part, return_tensors="pt")
-            pixels = inputs["pixel_values"].to(self.device)
-            found.append(_unit(self.model(pixel_values=pixels).last_hidden_state[:, 0]))
-        return torch.cat(found)
+        return torch.cat(
+            [
+                _unit(self.model(pixel_values=pixels).last_hidden_state[:, 0])
+                for pixels in _pixels(self.processor, pictures, self.device)
+            ]
+        )
 
     def dino_i(self, pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
         """Mean cosine (n,) of each picture with the references."""
         return (self.images(pictures) @ self.images(references).T).mean(1)
+
+
+def _pixels(
+    processor: Any, pictures: Sequence[Image.Image], device: str | torch.device
+) -> Iterator[Tensor]:
+    """Pictures as a model takes them, a batch at a time."""
+    for part in _batches(pictures):
+        yield processor(images=part, return_tensors="pt")["pixel_values"].to(device)
 
 
 def _load_model(loader: Any, model: str | Path, kind: str, types: Sequence[str]) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -127,9 +126,3 @@ def make_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-@torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Scaled latents (batch, 4, 16, 16) to pictures (batch, 3, 64, 64) in [-1, 1]."""
-    return vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)

@@ -1,9 +1,11 @@
 """Does merging keep each concept's identity? Ours against what users would pick, same seeds.
 
 Thirteen concepts of the miniature world are learned apart from five pictures each, three times:
-with disjoint slices, all with the same slice (the paper's worst case), and as ordinary LoRAs.
-They are then merged K at a time by each method, at each method's best single weight, which is
-found on other concepts than those scored. The rates are of the same concepts at every K.
+with disjoint slices, all with the same slice (the paper's worst case), and as ordinary LoRAs; the
+demo's settings otherwise, tokens included. They are then merged K at a time by each method, at each
+method's best single weight, which is found on other concepts than those scored. The rates are of
+the same three concepts at every K. What was learned and scored is kept in `--folder`, so a run that
+was cut off goes on.
 
     python scripts/bench/merge_identity.py --json scripts/bench/results/merge_identity.json
 """
@@ -12,54 +14,61 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import _common
 import torch
+from _merges import METHODS, OURS, PLAIN, SAME, SLICED, Products, by_products
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, get_peft_model
-from peft.utils import set_peft_model_state_dict
 
 from customize.concepts import adapter as adapters
-from customize.concepts import tokens
 from customize.concepts.concept import Concept
-from customize.core.lowrank import MERGES, LowRank, norm
+from customize.core.lowrank import norm, product
 from customize.demo import TRAINING, assets
 from customize.evaluation import storybook
 from customize.families import family_of
+from customize.hosts.binding import load_custom, unload_custom
 from customize.storybook.judges import load_judges, to_tensor
 from customize.storybook.references import StoryConcept, story_concept
 from customize.training.config import TrainConfig
 
-Products = dict[str, dict[str, LowRank]]
-
 # Two dogs among the three that are scored: the same class blends first.
 KINDS = (
-    "dog",
-    "cat",
-    "dog",
-    "robot",
-    "car",
-    "cat",
-    "rabbit",
-    "bird",
-    "fish",
-    "cup",
-    "robot",
-    "car",
-    "bird",
+    *("dog", "cat", "dog", "robot", "car", "cat", "rabbit"),
+    *("bird", "fish", "cup", "robot", "car", "bird"),
 )
 SCORED = (0, 1, 2)
 TUNED_ON = (3, 4, 5)
-COUNTS = (1, 3, 5, 9, 13)
-WEIGHTS = (0.4, 0.6, 0.8, 1.0)
-SLICED, SAME, PLAIN = "disjoint slices", "same slice", "ordinary LoRA"
+TUNING_SCENES = 4
+RATES = ("identity", "prompt", "leak")
+LEARNED = (SLICED, SAME, PLAIN)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is learned, merged and drawn."""
+
+    total: int
+    counts: tuple[int, ...]
+    weights: tuple[float, ...]
+    seeds: tuple[int, ...]
+    scenes: int
+    tuned_on: tuple[int, ...]
+
+
+FULL = Protocol(len(KINDS), (3, 5, 9, 13), (0.2, 0.4, 0.6, 0.8, 1.0), (1, 2, 3), 8, TUNED_ON)
+QUICK = Protocol(3, (3,), (1.0,), (1,), 4, SCORED)
+QUICK_STEPS = 40
 
 
 def concept(index: int) -> StoryConcept:
@@ -72,13 +81,10 @@ def concept(index: int) -> StoryConcept:
 def config_of(folder: Path, base: Path, kind: str, index: int, steps: int) -> TrainConfig:
     """The demo's settings; only the slice and the method differ."""
     story = concept(index)
-    images = folder / "pictures" / story.name
-    if not images.is_dir():
-        story.write(images)
     settings = TRAINING | {"steps": steps, "checkpoint_every": 0}
     return TrainConfig(
         base=str(base),
-        images=images,
+        images=folder / "pictures" / story.name,
         output=folder / kind.replace(" ", "-") / story.name,
         name=story.name,
         class_word=story.identity.kind,
@@ -88,104 +94,14 @@ def config_of(folder: Path, base: Path, kind: str, index: int, steps: int) -> Tr
     )
 
 
-def learn_share(folder: Path, base: Path, steps: int, jobs: Sequence[str]) -> None:
-    """What one worker process does: learn its share of the concepts on one core."""
+def learn(args: argparse.Namespace, job: str) -> None:
+    """Learn the concept of `job`, "how/number"; a finished one is kept."""
     from customize.training.loop import train
 
-    torch.set_num_threads(1)
-    for job in jobs:
-        kind, index = job.rsplit("/", 1)
-        began = time.time()
-        train(config_of(folder, base, kind, int(index), steps), progress=False)
-        print(f"learned {job} in {time.time() - began:.0f} s", flush=True)
-
-
-def learn_all(folder: Path, base: Path, steps: int, jobs: Sequence[str], workers: int) -> None:
-    """Learn all concepts in worker processes of one core each; finished ones are kept."""
-    running = []
-    for worker in range(workers):
-        share = [
-            *("--learn", *jobs[worker::workers]),
-            *("--folder", str(folder), "--base", str(base), "--steps", str(steps)),
-        ]
-        running.append(subprocess.Popen([sys.executable, __file__, *share]))
-    codes = [process.wait() for process in running]
-    if any(codes):
-        raise SystemExit("a concept could not be learned; see above")
-
-
-# --- merging ----------------------------------------------------------------------------------
-
-
-def by_products(method: str) -> Callable[[Any, Sequence[Concept], float], Products]:
-    """One of our merges: on the products, with one weight for all."""
-
-    def merge(family: Any, concepts: Sequence[Concept], weight: float) -> Products:
-        first = concepts[0].products
-        return {
-            part: {
-                module: MERGES[method](
-                    [c.products[part][module] for c in concepts], [weight] * len(concepts)
-                )
-                for module in first[part]
-            }
-            for part in first
-        }
-
-    return merge
-
-
-def by_peft(combination: str) -> Callable[[Any, Sequence[Concept], float], Products]:
-    """peft's `add_weighted_adapter`, run as users run it; its result is read back as products."""
-
-    def merge(family: Any, concepts: Sequence[Concept], weight: float) -> Products:
-        merged: Products = {}
-        for part in concepts[0].products:
-            fitted = [adapters.fit({part: c.products[part]}, family)[part] for c in concepts]
-            names = [f"a{k}" for k in range(len(concepts))]
-            rank = fitted[0][next(iter(fitted[0]))].rank
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(fitted[0]))
-            model = get_peft_model(family.components[part], config, adapter_name=names[0])
-            try:
-                for name, updates in zip(names, fitted, strict=True):
-                    if name != names[0]:
-                        model.add_adapter(name, config)
-                    state = {}
-                    for module, update in updates.items():
-                        state[f"base_model.model.{module}.lora_A.weight"] = update.down
-                        state[f"base_model.model.{module}.lora_B.weight"] = update.up * update.scale
-                    set_peft_model_state_dict(model, state, adapter_name=name)
-                extra = {} if combination == "linear" else {"density": 0.5}
-                torch.manual_seed(0)
-                model.add_weighted_adapter(
-                    names, [weight] * len(names), "merged", combination_type=combination, **extra
-                )
-                layers = dict(model.base_model.model.named_modules())
-                merged[part] = {
-                    module: LowRank(
-                        layers[module].lora_B["merged"].weight.detach().clone(),
-                        layers[module].lora_A["merged"].weight.detach().clone(),
-                        layers[module].scaling["merged"],
-                    )
-                    for module in fitted[0]
-                }
-            finally:
-                model.unload()
-        return merged
-
-    return merge
-
-
-METHODS: dict[str, tuple[str, Callable[[Any, Sequence[Concept], float], Products]]] = {
-    "Orthogonal Adaptation, sum": (SLICED, by_products("sum")),
-    "same slice for all, sum": (SAME, by_products("sum")),
-    "ordinary LoRA, sum": (PLAIN, by_products("sum")),
-    "ordinary LoRA, average": (PLAIN, by_products("average")),
-    "peft linear": (PLAIN, by_peft("linear")),
-    "peft ties": (PLAIN, by_peft("ties")),
-    "peft dare_linear": (PLAIN, by_peft("dare_linear")),
-}
-OURS = "Orthogonal Adaptation, sum"
+    kind, index = job.rsplit("/", 1)
+    began = time.time()
+    train(config_of(args.folder, args.base, kind, int(index), args.steps), progress=False)
+    print(f"learned {job} in {time.time() - began:.0f} s", flush=True)
 
 
 # --- scoring ----------------------------------------------------------------------------------
@@ -194,12 +110,11 @@ OURS = "Orthogonal Adaptation, sum"
 class Scorer:
     """Draws and judges concepts of a merged model."""
 
-    def __init__(self, base: Path, judges: Path, scenes: int) -> None:
+    def __init__(self, base: Path, judges: Path) -> None:
         self.pipe = DiffusionPipeline.from_pretrained(base)
         self.pipe.set_progress_bar_config(disable=True)
         self.family = family_of(self.pipe.components)
         self.judges = load_judges(judges)
-        self.scenes = storybook.SCENES[:scenes]
 
     def rates(
         self,
@@ -207,137 +122,193 @@ class Scorer:
         concepts: Sequence[Concept],
         scored: Sequence[int],
         seeds: Sequence[int],
+        scenes: int,
     ) -> list[dict[str, float]]:
-        """Attach updates and all tokens; identity, prompt and leak rates a seed, over `scored`.
+        """Rates a seed, over `scored`, with the updates and all concepts' tokens on the model.
 
         `products` None leaves the weights as they are: what the tokens do alone.
         """
-        dictionaries = self.family.token_dictionaries()
-        added, adapter, rows = [], None, []
+        rows = []
+        # At weight 0 a concept brings its tokens only.
+        load_custom(self.pipe, *concepts, weights=[0.0] * len(concepts), fuse=True)
         try:
-            for c in concepts:
-                names = tokens.entries(c.info.trigger, c.info.num_tokens)
-                for dictionary in dictionaries:
-                    tokens.add_tokens(dictionary, names, c.embeddings[dictionary.key])
-                added.append(names)
-            if products is not None:
-                adapter = adapters.attach_products(self.family, products, name="merged")
-            for seed in seeds:
-                found = []
-                for index in scored:
-                    story = concept(index)
-                    prompts = storybook.prompts_for(story.trigger, self.scenes)
-                    images = storybook.draw(self.pipe, prompts, seed)
-                    signature = self.judges.signature(to_tensor(story.pictures()))
-                    kind = story.identity.kind
-                    found.append(
-                        storybook.rate_concept(
-                            self.judges, images, prompts, signature, kind, story.shown
-                        )
-                    )
-                rows.append(
-                    {k: mean(getattr(r, k) for r in found) for k in ("identity", "prompt", "leak")}
-                )
+            with self.changed(products or {}):
+                for seed in seeds:
+                    found = [self.rate(index, seed, scenes) for index in scored]
+                    rows.append({key: mean(getattr(r, key) for r in found) for key in RATES})
         finally:
-            if adapter is not None:
-                adapter.remove()
-            for names in reversed(added):
-                for dictionary in dictionaries:
-                    tokens.remove_tokens(dictionary, names)
+            unload_custom(self.pipe)
         return rows
+
+    def rate(self, index: int, seed: int, scenes: int) -> storybook.Rates:
+        story = concept(index)
+        prompts = storybook.prompts_for(story.trigger, storybook.SCENES[:scenes])
+        images = storybook.draw(self.pipe, prompts, seed)
+        signature = self.judges.signature(to_tensor(story.pictures()))
+        return storybook.rate_concept(
+            self.judges, images, prompts, signature, story.identity.kind, story.shown
+        )
+
+    @contextmanager
+    def changed(self, products: Products) -> Iterator[None]:
+        """The updates added to the weights, which costs no time while drawing."""
+        before = []
+        try:
+            for part, updates in adapters.fit(products, self.family).items():
+                for module, update in updates.items():
+                    weight = self.family.components[part].get_submodule(module).weight
+                    before.append((weight, weight.detach().clone()))
+                    with torch.no_grad():
+                        weight += product(update)
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, old in before:
+                    weight.copy_(old)
 
 
 def members(count: int, scored: Sequence[int], total: int) -> list[int]:
     """`count` concepts that hold the scored ones: they and those that follow, around the circle."""
-    first = scored[0]
-    return [(first + k) % total for k in range(count)]
+    return [(scored[0] + k) % total for k in range(count)]
+
+
+def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
+    """Score the cell of `job`, "method/K", into a file of its own; a finished one is kept."""
+    path = cell_file(args.folder, job)
+    if path.exists():
+        return
+    method, text = job.rsplit("/", 1)
+    count, protocol = int(text), QUICK if args.quick else FULL
+    rows = alone(args, scorer, method, protocol) if count == 1 else None
+    if rows is None:
+        rows = merged(args, scorer, method, count, protocol)
+    partial = path.with_suffix(".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(rows))
+    os.replace(partial, path)
+    for row in rows:
+        rates = f"identity {row['identity']:.3f} prompt {row['prompt']:.3f}"
+        print(f"{row['method']:42} K={count:2} w={row['weight']:.1f} {rates}", flush=True)
+
+
+def cell_file(folder: Path, job: str) -> Path:
+    return (
+        folder / "scores" / (job.replace(", ", "-").replace(" ", "-").replace("/", "-") + ".json")
+    )
+
+
+def row_of(
+    method: str, count: int, weight: float, found: Sequence[Mapping[str, float]], seconds: float
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": method, "k": count, "weight": weight}
+    for key in RATES:
+        values = [r[key] for r in found]
+        row[key] = mean(values)
+        row[f"{key}_sd"] = stdev(values) if len(values) > 1 else 0.0
+    return row | {"merge_seconds": seconds}
+
+
+def load(args: argparse.Namespace, kind: str, indices: Sequence[int]) -> list[Concept]:
+    return [
+        Concept.load(config_of(args.folder, args.base, kind, i, args.steps).output) for i in indices
+    ]
+
+
+def alone(
+    args: argparse.Namespace, scorer: Scorer, method: str, protocol: Protocol
+) -> list[dict[str, Any]]:
+    """Each concept by itself at full weight, or its tokens without any weights."""
+    kind = SLICED if method == TOKENS else method.removeprefix("alone, ")
+    found = []
+    for index in SCORED:
+        (one,) = load(args, kind, [index])
+        products = None if method == TOKENS else by_products("sum")(scorer.family, [one], 1.0)
+        found.append(scorer.rates(products, [one], [index], protocol.seeds, protocol.scenes))
+    rates = [{key: mean(f[s][key] for f in found) for key in RATES} for s in range(len(found[0]))]
+    return [row_of(method, 1, 0.0 if method == TOKENS else 1.0, rates, 0.0)]
+
+
+def merged(
+    args: argparse.Namespace, scorer: Scorer, method: str, count: int, protocol: Protocol
+) -> list[dict[str, Any]]:
+    """One method at one K, at its best weight; ours at full weight as well."""
+    kind, merge = METHODS[method]
+    best, best_score = 1.0, -1.0
+    if len(protocol.weights) > 1:
+        chosen = load(args, kind, members(count, protocol.tuned_on, protocol.total))
+        for weight in protocol.weights:
+            products = merge(scorer.family, chosen, weight)
+            (found,) = scorer.rates(products, chosen, protocol.tuned_on, (11,), TUNING_SCENES)
+            if (value := found["identity"] + found["prompt"]) > best_score:
+                best, best_score = weight, value
+    chosen = load(args, kind, members(count, SCORED, protocol.total))
+    rows = []
+    for weight in dict.fromkeys((best, 1.0) if method == OURS else (best,)):
+        began = time.perf_counter()
+        products = merge(scorer.family, chosen, weight)
+        seconds = time.perf_counter() - began
+        found = scorer.rates(products, chosen, SCORED, protocol.seeds, protocol.scenes)
+        name = method if weight == best else f"{method}, at full weight"
+        rows.append(row_of(name, count, weight, found, seconds))
+    return rows
+
+
+TOKENS = "tokens only, no weights"
+
+
+# --- the whole --------------------------------------------------------------------------------
+
+
+def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str]) -> None:
+    """Do jobs in worker processes of one core each, which costs least in all."""
+    common = ["--folder", str(args.folder), "--base", str(args.base), "--judges", str(args.judges)]
+    common += ["--steps", str(args.steps), *(["--quick"] if args.quick else [])]
+    running = [
+        subprocess.Popen([sys.executable, __file__, *common, stage, *jobs[worker :: args.workers]])
+        for worker in range(args.workers)
+    ]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise SystemExit("a concept could not be learned or scored; see above")
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    counts = (1, 3) if args.quick else COUNTS
-    weights = (1.0,) if args.quick else WEIGHTS
-    seeds = (1,) if args.quick else (1, 2, 3)
-    total = 3 if args.quick else len(KINDS)
-    steps = 60 if args.quick else args.steps
-    digest = hashlib.sha256(
-        (args.base / "unet/diffusion_pytorch_model.safetensors").read_bytes()
-    ).hexdigest()
-    folder = args.folder / f"{digest[:8]}-{steps}"
-    kinds = (SLICED, SAME, PLAIN)
-    learn_all(
-        folder, args.base, steps, [f"{k}/{i}" for i in range(total) for k in kinds], args.workers
-    )
-    learned = {
-        k: [Concept.load(config_of(folder, args.base, k, i, steps).output) for i in range(total)]
-        for k in kinds
-    }
-    scorer = Scorer(args.base, args.judges, 4 if args.quick else 8)
+    protocol = QUICK if args.quick else FULL
+    args.steps = QUICK_STEPS if args.quick else args.steps
+    told = json.dumps(TRAINING, sort_keys=True).encode()
+    weights = (args.base / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    digest = hashlib.sha256(weights + told).hexdigest()
+    args.folder = args.folder / f"{digest[:8]}-{args.steps}"
+    for index in range(protocol.total):
+        concept(index).write(args.folder / "pictures" / concept(index).name)
 
-    rows: list[dict[str, Any]] = []
-
-    def add(
-        method: str, count: int, weight: float, found: list[dict[str, float]], seconds: float
-    ) -> None:
-        row: dict[str, Any] = {"method": method, "k": count, "weight": weight}
-        for key in ("identity", "prompt", "leak"):
-            values = [r[key] for r in found]
-            row[key] = mean(values)
-            row[f"{key}_sd"] = stdev(values) if len(values) > 1 else 0.0
-        rows.append(row | {"merge_seconds": seconds})
-        rates = f"identity {row['identity']:.3f} prompt {row['prompt']:.3f}"
-        print(f"{method:28} K={count:2} w={weight:.1f} {rates}", flush=True)
-
-    def each_alone(kind: str, with_weights: bool = True) -> list[dict[str, float]]:
-        found = []
-        for index in SCORED[:total]:
-            one = learned[kind][index]
-            products = by_products("sum")(scorer.family, [one], 1.0) if with_weights else None
-            found.append(scorer.rates(products, [one], [index], seeds))
-        return [{k: mean(f[s][k] for f in found) for k in found[0][s]} for s in range(len(seeds))]
-
-    for kind in kinds:
-        add(f"alone, {kind}", 1, 1.0, each_alone(kind), 0.0)
-    add("tokens only, no weights", 1, 0.0, each_alone(SLICED, with_weights=False), 0.0)
-    tuned_on = SCORED if args.quick else TUNED_ON
-    for name, (kind, merge) in METHODS.items():
-        for count in [k for k in counts if k > 1]:
-            best, best_score = weights[0], -1.0
-            for weight in weights if len(weights) > 1 else ():
-                chosen = [learned[kind][i] for i in members(count, tuned_on, total)]
-                found = scorer.rates(merge(scorer.family, chosen, weight), chosen, tuned_on, (11,))
-                if (value := found[0]["identity"] + found[0]["prompt"]) > best_score:
-                    best, best_score = weight, value
-            chosen = [learned[kind][i] for i in members(count, SCORED, total)]
-            began = time.perf_counter()
-            products = merge(scorer.family, chosen, best)
-            seconds = time.perf_counter() - began
-            add(name, count, best, scorer.rates(products, chosen, SCORED[:total], seeds), seconds)
-            if count == max(counts):
-                add(
-                    f"{name}, at full weight",
-                    count,
-                    1.0,
-                    scorer.rates(merge(scorer.family, chosen, 1.0), chosen, SCORED, seeds),
-                    seconds,
-                )
-    return rows, figures(rows, learned)
+    share_out(args, "--learn", [f"{k}/{i}" for i in range(protocol.total) for k in LEARNED])
+    cells = [f"alone, {kind}/1" for kind in LEARNED] + [f"{TOKENS}/1"]
+    cells += [f"{method}/{k}" for k in protocol.counts for method in METHODS]
+    share_out(args, "--score", cells)
+    rows = [row for cell in cells for row in json.loads(cell_file(args.folder, cell).read_text())]
+    return rows, figures(args, rows, protocol)
 
 
 def figures(
-    rows: Sequence[Mapping[str, Any]], learned: Mapping[str, Sequence[Concept]]
+    args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], protocol: Protocol
 ) -> dict[str, float]:
     found = {(r["method"], r["k"]): r["identity"] for r in rows}
-    alone = found[f"alone, {SLICED}", 1]
-    result = {"identity_alone": alone, "identity_tokens_only": found["tokens only, no weights", 1]}
-    for count in sorted({k for _, k in found if k > 1}):
-        result[f"identity_retention_k{count}"] = found[OURS, count] / alone if alone else 0.0
+    single = found[f"alone, {SLICED}", 1]
+    result = {"identity_alone": single, "identity_tokens_only": found[TOKENS, 1]}
+    for count in protocol.counts:
+        result[f"identity_retention_k{count}"] = found[OURS, count] / single if single else 0.0
         peers = [found[name, count] for name in METHODS if name != OURS]
         result[f"margin_over_best_peer_k{count}"] = found[OURS, count] - max(peers)
-    for kind, concepts in learned.items():
+    for kind in LEARNED:
         sizes = [
-            norm(p) ** 2 for c in concepts for part in c.products.values() for p in part.values()
+            norm(update) ** 2
+            for one in load(args, kind, range(protocol.total))
+            for updates in one.products.values()
+            for update in updates.values()
         ]
-        result[f"update_norm_{kind.replace(' ', '_')}"] = (sum(sizes) / len(concepts)) ** 0.5
+        name = f"update_norm_{kind.replace(' ', '_')}"
+        result[name] = (sum(sizes) / protocol.total) ** 0.5
     return result
 
 
@@ -349,18 +320,26 @@ def main() -> None:
         "--folder",
         type=Path,
         default=Path("runs/merge_identity"),
-        help="keeps the learned concepts",
+        help="keeps what was learned and scored",
     )
     parser.add_argument(
         "--steps", type=int, default=TRAINING["steps"], help="training steps a concept"
     )
-    parser.add_argument("--workers", type=int, default=2, help="training processes, one core each")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
+    # What a worker process is told to do.
     parser.add_argument("--learn", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--score", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.learn is not None:
-        learn_share(args.folder, args.base, args.steps, args.learn)
+    if args.learn is None and args.score is None:
+        _common.report("merge_identity", args, *run(args))
         return
-    _common.report("merge_identity", args, *run(args))
+    torch.set_num_threads(1)
+    for job in args.learn or ():
+        learn(args, job)
+    scorer = Scorer(args.base, args.judges) if args.score else None
+    for job in args.score or ():
+        assert scorer is not None
+        score(args, scorer, job)
 
 
 if __name__ == "__main__":

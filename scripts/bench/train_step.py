@@ -81,7 +81,7 @@ def make_wide(folder: Path) -> Path:
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(32, 64, 128, 128),
             layers_per_block=1,
-            sample_size=256,
+            sample_size=128,
         ),
         text_encoder=CLIPTextModel(
             CLIPTextConfig(
@@ -97,7 +97,7 @@ def make_wide(folder: Path) -> Path:
         ),
         tokenizer=tokenizer,
         unet=UNet(
-            sample_size=32,
+            sample_size=16,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             block_out_channels=(320, 640),
@@ -184,13 +184,13 @@ def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--base", type=Path, default=ROOT / "assets/storybook")
     flags.add_argument("--script", type=Path, help="train_dreambooth_lora.py of diffusers, to run")
-    flags.add_argument("--repeats", type=int, help="runs of each side in each case; 5, quick 2")
-    flags.add_argument("--steps", type=int, help="steps of a run, 2 of them warm-up; 22, quick 7")
+    flags.add_argument("--repeats", type=int, help="runs of each side in each case; 3, quick 1")
+    flags.add_argument("--steps", type=int, help="steps of a run, 2 of them warm-up; 12, quick 7")
     flags.add_argument("--threads", type=int, default=cores())
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = flags.parse_args()
-    args.repeats = args.repeats or (2 if args.quick else 5)
-    args.steps = args.steps or (7 if args.quick else 22)
+    args.repeats = args.repeats or (1 if args.quick else 3)
+    args.steps = args.steps or (7 if args.quick else 12)
     args.base = args.base.resolve()
     if not (args.base / "model_index.json").is_file():
         raise SystemExit(f"there is no base model in {args.base}; name another with --base")
@@ -202,7 +202,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = (
             Setting("storybook", args.base, resolution=64, batch=8, rank=8),
-            Setting("wide", make_wide(Path(folder) / "wide"), resolution=256, batch=2, rank=16),
+            Setting("wide", make_wide(Path(folder) / "wide"), resolution=128, batch=2, rank=16),
         )
         for setting in settings:
             for text in (False,) if args.quick else (False, True):

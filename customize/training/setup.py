@@ -18,6 +18,7 @@ from customize.concepts.slices import columns_for, next_free_index
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.hosts.opening import open_base
+from customize.training.batches import stream_seed
 from customize.training.config import TrainConfig
 from customize.training.process import HALVES
 
@@ -203,7 +204,7 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
             basis=basis,
             columns=columns or None,
             components=components,
-            seed=config.seed,
+            seed=_own_seed(config, "adapter"),
         )
         undo.append(adapter.remove)
         if config.mixed_precision != "no":
@@ -283,8 +284,14 @@ def _basis(config: TrainConfig) -> BasisInfo:
     return BasisInfo(kind=config.basis, seed=config.basis_seed, scale=config.basis_scale)
 
 
+def _own_seed(config: TrainConfig, what: str) -> int:
+    """Concepts to be merged must not start alike, though all keep the default seed."""
+    return stream_seed(config.seed, config.name, what)
+
+
 def _initial_rows(dictionary: Any, config: TrainConfig) -> Tensor:
-    rows = tokens.initial_rows(dictionary, config.class_word, config.num_tokens, config.seed)
+    seed = _own_seed(config, dictionary.key)
+    rows = tokens.initial_rows(dictionary, config.class_word, config.num_tokens, seed)
     if config.token_init != "random":
-        rows[:1] = tokens.initial_rows(dictionary, config.token_init, 1, config.seed)
+        rows[:1] = tokens.initial_rows(dictionary, config.token_init, 1, seed)
     return rows

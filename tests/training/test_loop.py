@@ -41,6 +41,21 @@ def crash_at(step):
     return on_step
 
 
+def test_concepts_with_the_same_seed_start_apart(tmp_path):
+    first, second = (
+        train(
+            settings(tmp_path / name, name=name, method="lora", steps=1, learning_rate=1e-8),
+            tiny_sd().components,
+            progress=False,
+        )
+        for name in ("rex", "tom")
+    )
+    downs = [c.products["unet"][next(iter(c.products["unet"]))].down for c in (first, second)]
+    rows = [c.embeddings["text_encoder"][:1] for c in (first, second)]
+    for a, b in (downs, rows):
+        assert abs(float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))) < 0.6
+
+
 @pytest.mark.parametrize("method", ["orthogonal", "lora"])
 def test_loss_falls_and_only_the_concept_is_new(pipe, method, tmp_path):
     before = snapshot(pipe.components)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from customize.errors import ConceptError, ConfigError, PipelineError
-from customize.families.base import TokenDictionary
+from customize.families.base import TokenDictionary, uncompiled
 
 
 def entries(trigger: str, num_tokens: int) -> list[str]:
@@ -103,6 +103,7 @@ def add_tokens(dictionary: TokenDictionary, names: Sequence[str], rows: Tensor) 
     ids = tokenizer.convert_tokens_to_ids(list(names))
     # Inserted, not appended: a table may have padding rows behind the last entry.
     _set_table(dictionary, torch.cat([table.data[:first], new, table.data[first:]]))
+    _pool_at_end(dictionary)
     return list(ids)
 
 
@@ -127,6 +128,7 @@ def remove_tokens(dictionary: TokenDictionary, names: Sequence[str]) -> None:
     keep = torch.ones(table.shape[0], dtype=torch.bool, device=table.device)
     keep[ids] = False
     _set_table(dictionary, table[keep])
+    _pool_at_end(dictionary)
 
 
 def token_ids(dictionary: TokenDictionary, names: Sequence[str]) -> list[int]:
@@ -259,6 +261,19 @@ def _embedding(dictionary: TokenDictionary) -> nn.Embedding:
     encoder: Any = dictionary.text_encoder
     embedding: nn.Embedding = encoder.get_input_embeddings()
     return embedding
+
+
+def _pool_at_end(dictionary: TokenDictionary) -> None:
+    """Let the encoder pool at the end-of-text token also where new tokens have higher ids.
+
+    Many configurations, SDXL's among them, carry an ``eos_token_id`` of 2, for which transformers
+    pools at the highest id of the prompt: with a new token at that, blind to all that follows.
+    """
+    end = dictionary.tokenizer.eos_token_id
+    beyond = len(dictionary.tokenizer) - 1 > end
+    for module in uncompiled(dictionary.text_encoder).modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = end if beyond else module.config.eos_token_id
 
 
 def _set_table(dictionary: TokenDictionary, table: Tensor) -> None:

@@ -19,7 +19,7 @@ from customize.concepts.tokens import (
 from customize.errors import ConceptError, ConfigError
 from customize.families import family_of
 from customize.families.base import TokenDictionary
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 TRIGGERS = {"<rex>": ["<rex>", "<rex>_1"], "<tom>": ["<tom>", "<tom>_1", "<tom>_2"]}
 
@@ -230,3 +230,23 @@ def test_half_precision_tables_take_float32_rows() -> None:
         assert rows.parameter.dtype == torch.float32 and output.dtype == torch.float16
         output.float().sum().backward()
         assert rows.parameter.grad is not None
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])
+def test_what_follows_a_new_token_reaches_the_pooled_prompt(make) -> None:
+    family = family_of(make().components)
+    for encoder in family.text_encoders.values():
+        for module in encoder.modules():
+            if hasattr(module, "eos_token_id"):  # as in the true configurations
+                module.eos_token_id = module.config.eos_token_id = 2
+    pooled = "pooled_prompt_embeds"
+    plain = family.encode_prompts(["a dog"])[pooled]
+    for dictionary in family.token_dictionaries():
+        add_tokens(dictionary, ["<rex>"], initial_rows(dictionary, "dog", 1, 0))
+    short, long = family.encode_prompts(["a <rex>", "a <rex> wearing a hat"])[pooled]
+    assert not torch.allclose(short, long)
+    # The row is the class word's, so the prompt pools as with the word itself.
+    assert torch.allclose(short, plain[0], atol=1e-6)
+    for dictionary in family.token_dictionaries():
+        remove_tokens(dictionary, ["<rex>"])
+    assert torch.equal(family.encode_prompts(["a dog"])[pooled], plain)

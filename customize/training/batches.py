@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from customize.core.objectives import FLOW_DENSITIES, offset_noise
+from customize.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -105,3 +106,35 @@ def draw_noise(
 def _order(seed: int, epoch: int, count: int, stream: str) -> tuple[int, ...]:
     generator = Generator().manual_seed(stream_seed(seed, "order", stream, epoch))
     return tuple(torch.randperm(count, generator=generator).tolist())
+
+
+def compose(
+    config: TrainConfig, texts: Sequence[str], concept_pictures: int, turn: int
+) -> tuple[list[int], list[bool], list[str]]:
+    """Picture numbers, mirroring and captions of a batch: the concept's half, then the class's.
+
+    Args:
+        texts: the caption of each picture.
+        concept_pictures: the first so many are the concept's.
+    """
+    chosen: list[int] = []
+    mirrored: list[bool] = []
+    silent: list[bool] = []
+    class_pictures = len(texts) - concept_pictures
+    halves = (("concept", 0, concept_pictures), ("class", concept_pictures, class_pictures))
+    for stream, first, count in halves:
+        if count:
+            half = choose(
+                config.seed,
+                turn,
+                config.batch_size,
+                count,
+                flip=config.flip,
+                dropout=config.caption_dropout,
+                stream=stream,
+            )
+            chosen += [first + number for number in half.pictures]
+            mirrored += half.mirrored
+            silent += half.silent
+    captions = ["" if s else texts[i] for i, s in zip(chosen, silent, strict=True)]
+    return chosen, mirrored, captions

@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint, then delete all but the ``keep`` newest.
+    """Write a checkpoint, then delete all but it and the ``keep - 1`` before it.
 
     Raises:
         TrainingError: a tensor is not finite: such a state is worse than none. Nothing changes.
@@ -63,8 +63,11 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     path = folder / f"step-{checkpoint.step:06d}.safetensors"
     try:
         write_whole(path, _packed(checkpoint))
+        # What stands at a later step was passed over as damaged, or is of a run that began anew.
+        found = _steps(folder)
+        late, kept = found[: found.index(path)], found[found.index(path) :][: max(keep, 1)]
         # Beside the old ones go the partial files of killed processes.
-        for old in [*_steps(folder)[max(keep, 1) :], *folder.glob(".step-*")]:
+        for old in [*late, *(p for p in found if p not in kept), *folder.glob(".step-*")]:
             old.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
@@ -89,6 +92,12 @@ def latest(folder: Path) -> Checkpoint | None:
                 f"the checkpoint {path} is damaged and passed over: {error}", stacklevel=2
             )
     return None
+
+
+def kept(folder: Path) -> str:
+    """Which state is left, in words."""
+    newest = next((_NAME.fullmatch(path.name) for path in _steps(folder)), None)
+    return f"the state of step {int(newest[1])} is kept" if newest else "no state was saved yet"
 
 
 def clear(folder: Path) -> None:

@@ -56,6 +56,7 @@ def read_folder(
     masks: Path | str | None = None,
     resolution: int | None = None,
     limit: int | None = None,
+    forbidden: str | None = None,
 ) -> list[Sample]:
     """The pictures of a folder in the order of their names, each with its caption and mask.
 
@@ -72,17 +73,26 @@ def read_folder(
         resolution: crop and shrink to this now, as :func:`pixels` would: large photographs then
             need little memory.
         limit: only the first so many pictures.
+        forbidden: a word that no caption may have: the trigger, of class pictures.
 
     Raises:
         DataError: the folder has no pictures or cannot be read; a picture is corrupt, animated,
             smaller than 16 pixels on a side or too large to decode safely; a caption is missing,
-            unreadable or lacks the trigger; a mask is missing, all black or of another size.
+            unreadable, lacks the trigger or has what is forbidden; a mask is missing, black all
+            over the part that trains or of another size.
     """
     folder = Path(folder)
     found = _pictures(folder)
     paths = found[:limit]
     listed = _read_metadata(folder / METADATA, {path.name for path in found})
     captions = _captions(folder, paths, listed, caption, trigger)
+    having = [p.name for p, text in captions.items() if forbidden and forbidden in text]
+    if having:
+        raise DataError(
+            f"{_count(having)} a caption with the trigger {forbidden}: {_listing(having)}",
+            where=folder,
+            fix="name the class there; class pictures show it without the concept",
+        )
     mask_paths = {} if masks is None else _mask_paths(Path(masks), paths)
     samples = []
     for path in paths:
@@ -112,7 +122,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
         size: (width, height) of its picture, after EXIF rotation.
 
     Raises:
-        DataError: it cannot be read, has another size or is black all over.
+        DataError: it cannot be read, has another size or is black wherever it would train.
     """
     mask = _decode(path, "L")
     if mask.size != size:
@@ -121,11 +131,11 @@ def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
             where=path,
             fix="give both the same size",
         )
-    if mask.getextrema() == (0, 0):
+    if _square(mask, min(mask.size), Image.Resampling.BOX).getextrema() == (0, 0):
         raise DataError(
-            "the mask is black all over, so nothing would be learned",
+            "the mask is black all over the centre square, so nothing would be learned",
             where=path,
-            fix="paint the subject white, or remove the picture and its mask",
+            fix="paint the subject white, or crop picture and mask with it in the middle",
         )
     return mask
 

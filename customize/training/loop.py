@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from customize.errors import TrainingError
 from customize.families import Family, family_of
 from customize.training import cache, data, process, record, setup
 from customize.training import checkpoint as checkpoints
-from customize.training.batches import choose, draw_noise, stream_seed
+from customize.training.batches import compose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures
 from customize.training.checkpoint import Checkpoint
 from customize.training.config import TrainConfig
@@ -80,6 +82,7 @@ def train(
             caption=config.class_prompt,
             resolution=config.resolution,
             limit=config.prior_count,
+            forbidden=config.trigger,
         )
     files.check_folder(config.output, config.name)
     files.check_writable(config.output)
@@ -89,16 +92,21 @@ def train(
     folder = config.output / ".checkpoints"
     start = checkpoints.latest(folder) if config.resume else None
     done = record.finished(config) if config.resume else None
-    before: Any = start.settings if start is not None else None
-    if done is not None:
-        before = done.info.training.get("settings")
-    settings = record.run_settings(
-        config, samples, class_samples, accelerator.num_processes, before
+    settings_after = partial(
+        record.run_settings, config, samples, class_samples, accelerator.num_processes
     )
+    settings = settings_after(start.settings if start is not None else None)
     if done is not None:
-        record.check_finished(done, settings, config)
-        return done
-    if start is not None:
+        before: Any = done.info.training.get("settings")
+        # Else a run that is to replace the finished concept was cut off: it goes on.
+        if (
+            start is None
+            or start.settings == before
+            or checkpoints.differences(start.settings, settings)
+        ):
+            record.check_finished(done, settings_after(before), config)
+            return done
+    elif start is not None:
         checkpoints.check_settings(start, settings, folder)
 
     own = components is None
@@ -140,6 +148,7 @@ def train(
         if live:
             resting = {k: v for k, v in resting.items() if k in family.other_encoders}
         trainable = stack.enter_context(setup.trainable(family, config, settings["slice"]))
+        setup.check_captions(family, trainable, pictures.captions)
         with autocast():
             encode = cache.prepare_conditions(
                 family,
@@ -249,7 +258,9 @@ def optimise(
             for micro in range(accumulate):
                 turn = (step * accumulate + micro) * accelerator.num_processes
                 turn += accelerator.process_index
-                chosen, mirrored, captions = _batch(config, pictures, concept_pictures, turn)
+                chosen, mirrored, captions = compose(
+                    config, pictures.captions, concept_pictures, turn
+                )
                 mean, std = pictures.distribution(family, chosen, mirrored)
                 seed = stream_seed(config.seed, turn, "noise")
                 drawn = draw_noise(generator, seed, mean.shape, density, config.noise_offset)
@@ -287,11 +298,12 @@ def optimise(
             stopping = bool(stop) and accelerator.num_processes == 1
             saving = config.checkpoint_every and (last or done % config.checkpoint_every == 0)
             if last or saving or stopping or done % config.log_every == 0:
-                loss_now, stopping = _read_losses(losses, bool(stop), accelerator, step)
+                loss_now, stopping = _read_losses(losses, bool(stop), accelerator, step, folder)
                 losses.clear()
                 history.append([done, loss_now])
                 bar.set_postfix(loss=f"{loss_now:.4f}", refresh=False)
-                accelerator.log({"loss": loss_now, "learning_rate": rate}, step=done)
+                rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+                accelerator.log({"loss": loss_now} | rates, step=done)
             if saving or stopping:
                 paused -= time.perf_counter()
                 if accelerator.is_main_process:
@@ -302,12 +314,16 @@ def optimise(
                 raise TrainingStopped(
                     f"training was stopped after step {done} of {config.steps}",
                     where=folder,
-                    fix="run the same again to go on from there",
+                    fix="run the same again to go on from there"
+                    if config.resume
+                    else "run it again with resume set to true to go on from there",
                 )
             if validation.due(done):
                 paused -= time.perf_counter()
                 validation.draw(done)
                 paused += time.perf_counter()
+    if first == config.steps and config.validation_prompts:
+        validation.draw(first)  # cut off after the last step, before the concept was saved
     seconds = time.perf_counter() - began - paused
     return history, seconds / max(config.steps - first, 1)
 
@@ -323,35 +339,8 @@ def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * along)) if schedule == "cosine" else 1.0
 
 
-def _batch(
-    config: TrainConfig, pictures: Pictures, concept_pictures: int, turn: int
-) -> tuple[list[int], list[bool], list[str]]:
-    """Picture numbers, mirroring and captions: the concept's half, then the class's."""
-    chosen: list[int] = []
-    mirrored: list[bool] = []
-    silent: list[bool] = []
-    class_pictures = len(pictures.captions) - concept_pictures
-    halves = (("concept", 0, concept_pictures), ("class", concept_pictures, class_pictures))
-    for stream, first, count in halves:
-        if count:
-            half = choose(
-                config.seed,
-                turn,
-                config.batch_size,
-                count,
-                flip=config.flip,
-                dropout=config.caption_dropout,
-                stream=stream,
-            )
-            chosen += [first + number for number in half.pictures]
-            mirrored += half.mirrored
-            silent += half.silent
-    captions = ["" if s else pictures.captions[i] for i, s in zip(chosen, silent, strict=True)]
-    return chosen, mirrored, captions
-
-
 def _read_losses(
-    losses: Sequence[Tensor], stop: bool, accelerator: Any, step: int
+    losses: Sequence[Tensor], stop: bool, accelerator: Any, step: int, folder: Path
 ) -> tuple[float, bool]:
     """The mean loss over steps and processes, and whether any process is to stop.
 
@@ -363,9 +352,11 @@ def _read_losses(
     if not all(map(math.isfinite, found)):
         bad = next(i for i, loss in enumerate(found) if not math.isfinite(loss))
         raise TrainingError(
-            f"the loss is {found[bad]} at step {step - len(found) + bad + 2}",
-            fix="lower the learning rates, or set mixed_precision to bf16 or no, and set resume to "
-            "false; earlier checkpoints are kept",
+            f"the loss is {found[bad]} at step {step - len(found) + bad + 2}; "
+            + checkpoints.kept(folder),
+            where=folder,
+            fix="lower the learning rates, or set mixed_precision to bf16 or no, and train into "
+            "another output folder, or set resume to false, which deletes what is kept here",
         )
     return sum(found) / len(found), stopping > 0
 

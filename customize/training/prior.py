@@ -5,7 +5,9 @@ They are drawn before anything is attached to it, with the steps and guidance of
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -37,12 +39,14 @@ def class_samples_of(
 ) -> list[data.Sample]:
     """The class pictures in the output folder, after drawing those that are missing.
 
+    They lie in a folder that is named by all they depend on, so that others are never taken.
+
     Leaves all models on the device.
 
     Raises:
         StorageError: a picture cannot be written; those before are kept.
     """
-    folder = config.output / ".class_pictures"
+    folder = config.output / ".class_pictures" / _origin(config, family, resolution)
     place({"denoiser": family.denoiser, "vae": family.vae, **family.all_text_encoders}, device)
     if accelerator.is_main_process:
         draw_class_pictures(config, family, folder, resolution, autocast, progress)
@@ -85,6 +89,12 @@ def draw_class_pictures(
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
             _write(paths[number], buffer.getvalue())
+
+
+def _origin(config: TrainConfig, family: Family, resolution: int) -> str:
+    facts = [config.base, family.fingerprint(), config.class_prompt, config.seed, resolution]
+    facts += [config.validation_steps, config.validation_guidance, config.mixed_precision]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -31,14 +32,31 @@ def make_accelerator(config: TrainConfig) -> Any:
     from accelerate.tracking import get_available_trackers
 
     if config.tracker == "none":
-        return Accelerator()
+        return _told(Accelerator(), config)
     if config.tracker not in map(str, get_available_trackers()):
         raise ConfigError(
             f"the tracker {config.tracker} is not installed",
             where="tracker",
             fix=f"pip install {config.tracker}, or set tracker to none",
         )
-    accelerator = Accelerator(log_with=config.tracker, project_dir=str(config.output / "logs"))
+    folder = str(config.output / "logs")
+    return _told(Accelerator(log_with=config.tracker, project_dir=folder), config)
+
+
+def _told(accelerator: Any, config: TrainConfig) -> Any:
+    """The same, after a warning of what accelerate was configured for and training won't do."""
+    theirs = {
+        "mixed_precision": accelerator.mixed_precision,
+        "gradient_accumulation": accelerator.gradient_accumulation_steps,
+    }
+    for field, unset in (("mixed_precision", "no"), ("gradient_accumulation", 1)):
+        ours = getattr(config, field)
+        if theirs[field] not in (unset, ours):
+            warnings.warn(
+                f"accelerate is configured for {field} {theirs[field]}, but the setting {field} "
+                f"is {ours}, and the setting counts",
+                stacklevel=2,
+            )
     return accelerator
 
 

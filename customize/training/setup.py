@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from customize.concepts import layerwise, tokens
 from customize.concepts.adapter import Adapter, attach
 from customize.concepts.concept import BasisInfo
 from customize.concepts.slices import columns_for, next_free_index
-from customize.errors import ConfigError, PipelineError
+from customize.errors import ConfigError, DataError, PipelineError
 from customize.families import Family
 from customize.hosts.opening import open_base
 from customize.training.batches import stream_seed
@@ -104,19 +105,23 @@ class Trainable:
     columns: dict[int, tuple[int, ...]]
 
     def groups(self, family: Family, config: TrainConfig) -> list[dict[str, Any]]:
-        """Parameter groups of the optimizer, each with its own full learning rate ``peak``."""
+        """Parameter groups of the optimizer, each named by its setting, whose value is ``peak``."""
         parameters = self.adapter.parameters()
         denoiser = parameters.pop(family.denoiser_key)
         text = [p for weights in parameters.values() for p in weights]
         rows = [r.parameter for r in self.rows.values()]
         decay = config.weight_decay
         groups = (
-            {"params": denoiser, "peak": config.learning_rate, "weight_decay": decay},
-            {"params": text, "peak": config.text_learning_rate, "weight_decay": decay},
+            ("learning_rate", denoiser, decay),
+            ("text_learning_rate", text, decay),
             # A token has a norm to keep, in the range of the vocabulary's: nothing to decay.
-            {"params": rows, "peak": config.token_learning_rate, "weight_decay": 0.0},
+            ("token_learning_rate", rows, 0.0),
         )
-        return [group for group in groups if group["params"]]
+        return [
+            {"name": name, "params": own, "peak": getattr(config, name), "weight_decay": weight}
+            for name, own, weight in groups
+            if own
+        ]
 
     def named(self) -> dict[str, nn.Parameter]:
         """Every trained parameter under a name that is the same in every run of the settings."""
@@ -217,6 +222,30 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
     finally:
         for action in reversed(undo):
             action()
+
+
+def check_captions(family: Family, trainable: Trainable, captions: Sequence[str]) -> None:
+    """Tokenize each caption once, to see that the text encoders will read the trigger.
+
+    Raises:
+        DataError: a trigger lies beyond the encoder's length, where it would never train.
+    """
+    for dictionary in family.token_dictionaries():
+        tokenizer, rows = dictionary.tokenizer, trainable.rows.get(dictionary.key)
+        own = set(tokens.token_ids(dictionary, rows.names)) if rows else set()
+        for caption in dict.fromkeys(captions):
+            text = (trainable.wordings(caption) or [trainable.expanded(caption)])[0]
+            length = tokenizer.model_max_length
+            whole = tokenizer(text).input_ids
+            cut = tokenizer(text, truncation=True, max_length=length).input_ids
+            told = f"{caption[:60]!r} has {len(whole)} tokens, of which {len(cut)} are read"
+            if own & set(whole) - set(cut):
+                raise DataError(
+                    f"the caption {told}: the trigger is cut off",
+                    fix="shorten the caption, or write the trigger near its beginning",
+                )
+            if len(whole) > len(cut):
+                warnings.warn(f"the caption {told}: the rest is cut off", stacklevel=2)
 
 
 def place(models: Mapping[str, nn.Module], device: torch.device) -> None:

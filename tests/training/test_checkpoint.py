@@ -46,6 +46,13 @@ def test_only_the_newest_are_kept_and_partial_files_go(tmp_path):
     assert latest(tmp_path / "missing") is None
 
 
+def test_a_damaged_later_file_does_not_cost_the_new_one(tmp_path):
+    save(tmp_path, made(5), keep=1)
+    (tmp_path / "step-000020.safetensors").write_bytes(b"damaged")
+    save(tmp_path, made(10), keep=1)
+    assert names(tmp_path) == ["step-000010.safetensors"]
+
+
 def test_partial_and_damaged_files_are_passed_over(tmp_path):
     save(tmp_path, made(10), keep=3)
     save(tmp_path, made(20), keep=3)

@@ -385,6 +385,16 @@ def test_black_mask(masked):
     assert "black all over" in str(refused(read_one, masked[0], masks=masked[1]))
 
 
+def test_a_mask_that_is_white_only_where_the_square_is_not(masked):
+    mask = Image.new("L", (40, 30), 0)
+    mask.paste(255, (0, 0, 4, 30))
+    saved(masked[1], "a.png", mask)
+    assert "black all over the centre" in str(refused(read_one, masked[0], masks=masked[1]))
+    mask.paste(255, (4, 0, 7, 30))
+    saved(masked[1], "a.png", mask)
+    assert read_one(masked[0], masks=masked[1]).mask is not None
+
+
 def test_mask_by_transparency_and_sixteen_bits(tmp_path):
     cut = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
     cut.paste((255, 255, 255, 255), (0, 0, 16, 32))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from customize.concepts.concept import Concept
@@ -103,9 +104,8 @@ def test_accelerate_launches_the_script(tmp_path):
     assert Concept.load(tmp_path / "out").info.rank == 2
 
 
-@pytest.mark.slow
 def test_two_processes_train_one_concept(tmp_path):
-    """Twice the processes are twice the batch."""
+    """Two processes take the batches that one process would accumulate."""
     pipe = tiny_sd()
     pipe.save_pretrained(tmp_path / "base")
     config = settings(tmp_path, base=str(tmp_path / "base"), batch_size=1, checkpoint_every=6)
@@ -128,11 +128,12 @@ def test_two_processes_train_one_concept(tmp_path):
     assert (tmp_path / "out" / "validation" / "step-12.png").is_file()
     assert len(list((tmp_path / "out" / ".checkpoints").iterdir())) == 2
 
-    # One process with the same total batch sees the same pictures, but other noise.
-    one = train(settings(tmp_path, "one", batch_size=2), pipe.components, progress=False)
-    losses = [c.info.training["losses"][0][1] for c in (concept, one)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.15)
-    assert not same(tensors(concept), tensors(one))
+    config = settings(tmp_path, "one", batch_size=1, gradient_accumulation=2)
+    one = train(config, pipe.components, progress=False)
+    losses = [dict(c.info.training["losses"])[5] for c in (concept, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    a, b = tensors(concept), tensors(one)
+    assert all(torch.allclose(a[key], b[key], atol=2e-3) for key in a)
 
 
 def test_the_script_reports_bad_input_in_a_line(tmp_path):

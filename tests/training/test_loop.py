@@ -254,7 +254,7 @@ def test_prior_preservation_draws_class_pictures_with_the_base_alone(pipe, tmp_p
     concept = train(config, pipe.components, progress=False)
     assert prompts[-3:] == [2, 2, 2]  # the concept's caption and the class's
     assert_unchanged(before, pipe.components)
-    folder = config.output / ".class_pictures"
+    (folder,) = (config.output / ".class_pictures").iterdir()
     names = [f"class-0000{i}.png" for i in range(5)]
     assert sorted(p.name for p in folder.iterdir()) == names
     plain = train(settings(tmp_path, "plain", steps=3), pipe.components, progress=False)
@@ -264,6 +264,48 @@ def test_prior_preservation_draws_class_pictures_with_the_base_alone(pipe, tmp_p
     config = settings(tmp_path, "given", prior_weight=1.0, prior_images=given, steps=2)
     train(config, pipe.components, progress=False)
     assert not (config.output / ".class_pictures").exists()
+
+
+def test_class_pictures_of_another_prompt_are_not_taken(tmp_path):
+    drawn = {}
+    for prompt in ("a photo of a dog", "a picture of a cat", "a photo of a dog"):
+        config = settings(
+            tmp_path,
+            prior_weight=1.0,
+            prior_count=1,
+            prior_prompt=prompt,
+            validation_steps=2,
+            steps=1,
+            resume=False,
+        )
+        train(config, tiny_sd().components, progress=False)
+        files = sorted((config.output / ".class_pictures").rglob("*.png"))
+        drawn.setdefault(prompt, {path: path.read_bytes() for path in files})
+    dogs, both = drawn.values()
+    assert len(dogs) == 1 and len(both) == 2 and len(set(both.values())) == 2
+    assert len(files) == 2
+
+
+def test_class_pictures_that_name_the_trigger_are_refused(tmp_path):
+    dogs = make_pictures(tmp_path / "dogs")
+    (dogs / "1.txt").write_text("a photo of <rex>")
+    config = settings(tmp_path, prior_weight=1.0, prior_images=dogs)
+    with pytest.raises(DataError, match=r"caption with the trigger <rex>: 1\.png"):
+        train(config, {}, progress=False)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_trigger_beyond_the_encoders_length_is_refused(layerwise, tmp_path):
+    pipe = tiny_sd()
+    before = snapshot(pipe.components)
+    images = make_pictures(tmp_path / "images")
+    (images / "1.txt").write_text("a dog " * 60 + "<rex>")
+    with pytest.raises(DataError, match=r"the trigger is cut off"):
+        train(settings(tmp_path, layerwise_tokens=layerwise), pipe.components, progress=False)
+    assert_unchanged(before, pipe.components)
+    (images / "1.txt").write_text("<rex> " + "a dog " * 60)
+    with pytest.warns(UserWarning, match=r"the rest is cut off"):
+        train(settings(tmp_path, steps=1), pipe.components, progress=False)
 
 
 def test_masks_keep_what_is_outside_out_of_the_loss(tmp_path):
@@ -320,7 +362,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(tmp_pat
                 weight.fill_(math.nan)
 
     config = settings(tmp_path, checkpoint_every=3)
-    with pytest.raises(TrainingError, match=r"nan at step 9.*learning rate"):
+    with pytest.raises(TrainingError, match=r"nan at step 9; the state of step 6 is kept.*rate"):
         train(config, pipe.components, progress=False, on_step=poison)
     found = sorted(p.name for p in (config.output / ".checkpoints").iterdir())
     assert found == ["step-000003.safetensors", "step-000006.safetensors"]
@@ -355,6 +397,37 @@ def test_another_concept_or_other_files_in_the_output_are_refused_before_loading
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(StorageError, match="other files"):
         train(settings(tmp_path, "full"), progress=False)
+
+
+def test_a_replacing_run_that_was_cut_off_goes_on(tmp_path):
+    pipe = tiny_sd()
+    train(settings(tmp_path), pipe.components, progress=False)
+    changes = {"learning_rate": 5e-3, "checkpoint_every": 4}
+    with pytest.raises(Stop):
+        config = settings(tmp_path, resume=False, **changes)
+        train(config, pipe.components, progress=False, on_step=crash_at(6))
+    steps = []
+    config = settings(tmp_path, **changes)
+    second = train(config, pipe.components, progress=False, on_step=lambda n, _: steps.append(n))
+    assert steps[0] == 5
+    whole = train(settings(tmp_path, "whole", **changes), pipe.components, progress=False)
+    assert same(tensors(second), tensors(whole))
+    assert same(tensors(train(config, {}, progress=False)), tensors(whole))
+
+
+def test_a_run_cut_off_before_its_concept_was_saved_still_draws_its_pictures(tmp_path):
+    pipe = tiny_sd()
+    config = settings(
+        tmp_path, checkpoint_every=6, validation_prompts=("a photo of <rex>",), validation_steps=1
+    )
+    first = train(config, pipe.components, progress=False)
+    sample = (config.output / "sample-1.png").read_bytes()
+    for path in config.output.iterdir():
+        if path.is_file():
+            path.unlink()
+    second = train(config, pipe.components, progress=False)
+    assert same(tensors(first), tensors(second))
+    assert (config.output / "sample-1.png").read_bytes() == sample
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

@@ -248,6 +248,12 @@ def _inject(
         lora_alpha=rank,
         target_modules=list(products),
         rank_pattern={f"^{re.escape(m)}": p.rank for m, p in products.items() if p.rank != rank},
+        # What peft computes scales from, whenever someone sets another weight.
+        alpha_pattern={
+            f"^{re.escape(m)}": p.scale * p.rank
+            for m, p in products.items()
+            if p.scale * p.rank != rank
+        },
     )
     # The state dict's keys name the layers exactly, where target_modules also match endings. On
     # the meta device no random numbers are drawn for factors that are set right below.
@@ -269,7 +275,8 @@ def _inject(
         layers[module] = layer
     for layer, names in active.items():
         # peft leaves only the newest adapter active.
-        layer.set_adapter([*names, name] if name in layer.lora_A else names)
+        ours = name in layer._all_available_adapter_names()
+        layer.set_adapter([*names, name] if ours else names)
     for parameter, flag in grads:
         parameter.requires_grad_(flag)
     return layers

@@ -46,12 +46,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "Made": _plain(info.created),
         **{_plain(key): _plain(json.dumps(value)) for key, value in info.scores.items()},
     }
-    tokens = (
-        'pipe.load_textual_inversion("FOLDER")'
-        + ("  # the mean over the layers, which is less exact" if layered else "")
-        if len(concept.embeddings) == 1
-        else "# the tokens are in learned_embeds.safetensors"
-    )
+    tokens = stock_tokens(concept, "learned_embeds.safetensors")
     base = json.dumps(info.base)
     body = [
         f"# {info.name}",
@@ -75,16 +70,42 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "With diffusers alone:",
         "",
         "```python",
+        *imports(tokens),
         "from diffusers import DiffusionPipeline",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({base})",
         'pipe.load_lora_weights("FOLDER")',
-        tokens,
+        *tokens,
         f'pipe("a photo of {info.trigger}").images[0]',
         "```",
         "",
     ]
     return "\n".join(head + body)
+
+
+def stock_tokens(concept: Concept, file: str) -> list[str]:
+    """The Python lines by which stock diffusers reads a concept's tokens from a file in FOLDER."""
+    info = concept.info
+    if not concept.embeddings:
+        return []
+    if len(concept.embeddings) == 1:
+        note = "  # the mean over the layers, which is less exact" if info.token_layers else ""
+        return [f'pipe.load_textual_inversion("FOLDER", weight_name="{file}"){note}']
+    if info.family != "sdxl":
+        return [f"# no pipeline of this family reads new tokens, such as those in {file}"]
+    return [
+        f'rows = safetensors.torch.load_file("FOLDER/{file}")',
+        *(
+            f'pipe.load_textual_inversion(rows["{key}"], token={json.dumps(info.trigger)}, '
+            f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})"
+            for key, number in (("clip_l", ""), ("clip_g", "_2"))
+        ),
+    ]
+
+
+def imports(tokens: Sequence[str]) -> list[str]:
+    """What the lines of :func:`stock_tokens` need besides diffusers."""
+    return ["import safetensors.torch"] if any("safetensors.torch" in t for t in tokens) else []
 
 
 def _plain(value: str) -> str:

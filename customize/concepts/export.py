@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from customize.concepts import card
 from customize.concepts.concept import Concept
 from customize.concepts.files import (
     check_writable,
@@ -190,16 +191,9 @@ def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) ->
         f"| {info.name} | `{info.trigger}` | {info.class_word.replace('|', '/')} | {weight:g} |"
         for info, weight in zip(infos, weights, strict=True)
     ]
-    if any(len(concept.embeddings) > 1 for concept in concepts):
-        loading = [
-            "# each learned_embeds_*.safetensors has one concept's tokens, for CLIP-L and CLIP-G"
-        ]
-    else:
-        loading = [
-            f'pipe.load_textual_inversion("FOLDER", weight_name="{_embeds_file(concept)}")'
-            for concept in concepts
-            if concept.embeddings
-        ]
+    loading = [
+        line for concept in concepts for line in card.stock_tokens(concept, _embeds_file(concept))
+    ]
     return "\n".join(
         [
             "---",
@@ -216,6 +210,7 @@ def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) ->
             *rows,
             "",
             "```python",
+            *card.imports(loading),
             "from diffusers import DiffusionPipeline",
             "",
             f"pipe = DiffusionPipeline.from_pretrained({base})",

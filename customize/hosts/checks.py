@@ -84,6 +84,24 @@ def check_layers(models: Mapping[str, nn.Module], layers: Iterable[tuple[str, st
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    layers = list(layers)
+    for component in dict.fromkeys(component for component, _ in layers):
+        for name, module in models[component].named_modules():
+            # Adding an adapter takes what is fused out of every layer of the model.
+            if isinstance(module, BaseTunerLayer) and module.merged:
+                raise PipelineError(
+                    "the adapters of this layer are fused into its weight",
+                    where=f"{component}.{name}",
+                    fix="call unfuse_lora() first",
+                )
+            # Diffusers' own flag on the attention outlives unfusing.
+            if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
+                raise PipelineError(
+                    "the projections of this attention are fused into one, which reads none of "
+                    "the layers that concepts change",
+                    where=f"{component}.{name}",
+                    fix="call unfuse_qkv_projections() first",
+                )
     for component, name in layers:
         layer: Any = models[component].get_submodule(name)
         if not isinstance(layer, BaseTunerLayer):
@@ -94,12 +112,6 @@ def check_layers(models: Mapping[str, nn.Module], layers: Iterable[tuple[str, st
                 f"the layer carries an adapter of another kind, {type(layer).__name__}",
                 where=where,
                 fix="unload that adapter first",
-            )
-        if layer.merged:
-            raise PipelineError(
-                "the adapters of this layer are fused into its weight",
-                where=where,
-                fix="call unfuse_lora() first",
             )
         if layer.disable_adapters:
             raise PipelineError(

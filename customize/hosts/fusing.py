@@ -56,9 +56,13 @@ def check_unchanged(
         expected = _fused(original.to(weight.device), update)
         # Rounded twice where the pipeline's dtype was changed in between; and another device
         # may multiply in another order or at another precision.
-        step = max(torch.finfo(each.dtype).eps for each in (weight, original))
-        allowed = 2 * step * expected.abs() + 4e-3 * (expected - original.to(expected)).abs()
-        allowed += 1e-6 * expected.abs().mean()
+        kinds = [torch.finfo(each.dtype) for each in (weight, original)]
+        change = (expected - original.to(expected)).abs()
+        allowed = 2 * max(kind.eps for kind in kinds) * expected.abs() + 4e-3 * change
+        # Where terms cancel, a product's error is that of its terms; and near zero, half
+        # precision has steps of one size.
+        allowed += 4e-3 * change.square().mean().sqrt() + 1e-6 * expected.abs().mean()
+        allowed += 2 * max(kind.smallest_normal * kind.eps for kind in kinds)
         if bool(((weight.float() - expected).abs() > allowed).any()):
             raise PipelineError(
                 "a weight with fused concepts was changed by someone else since",

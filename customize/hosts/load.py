@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +44,24 @@ def load(
         raise ConfigError("there is nothing to load", fix="give concepts, or a dict of weights")
     new = [_read(source) for source in sources]
     if names is not None:
-        if isinstance(names, str) or len(names) != len(new):
+        if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
             raise ConfigError(
                 f"{names!r} does not name {len(new)} concepts",
                 where="names",
                 fix="give a list with a name for each, or None where it keeps its own",
             )
         new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
-    after = wanted(find(family).attached, new, weights, fuse)
+    before = find(family).attached
+    after = wanted(before, new, weights, fuse)
     for concept in new:
         check_base(family, concept)
         if concept.info.name not in find(family).attached:
             check_vocabulary(family, concept)
     _change(family, after)
     adjust_pipeline(pipe, True)
+    for collision in collisions([each.concept.info for each in after.values()]):
+        if not {collision.first, collision.second} <= set(before):
+            warnings.warn(str(collision), stacklevel=3)
 
 
 def unload(pipe: Any, names: Sequence[str]) -> None:
@@ -154,10 +159,13 @@ def _change(family: Family, after: dict[str, Attached]) -> None:
     with settled(models):
         check_fusable(models, new[1])
         check_unchanged(models, old[1], holder.originals)
+        was = _use_of(holder)
         try:
             _rebuild(family, models, holder, after, *new)
         except BaseException:
             _rebuild(family, models, holder, before, *old)
+            for place, use in was.items():
+                use.restore(models[place[0]].get_submodule(place[1]))
             raise
 
 
@@ -171,9 +179,8 @@ def _rebuild(
 ) -> None:
     """Make adapters, weights and vocabularies those of ``attached``, from any state between."""
     while holder.adapters:
-        adapter = holder.adapters.pop()
-        if _is_there(adapter):
-            adapter.remove()
+        # Also where someone deleted it: the layers are wrapped still.
+        holder.adapters.pop().remove()
     fuse_updates(models, into, holder.originals)
     active = _active(models)
     with warnings.catch_warnings():
@@ -235,6 +242,36 @@ def _updates(family: Family, attached: Mapping[str, Attached]) -> tuple[Updates,
         merged = merge([e.concept for e in chosen], [e.weight for e in chosen]) if chosen else {}
         found.append(fit(merged, family))
     return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What others may have set in a layer that carries our adapter."""
+
+    active: list[str]
+    scale: float
+    flags: dict[str, bool]
+
+    @classmethod
+    def of(cls, layer: Any) -> _Use:
+        flags = {name: p.requires_grad for name, p in layer.named_parameters()}
+        return cls(list(layer.active_adapters), layer.scaling[ADAPTER], flags)
+
+    def restore(self, layer: Any) -> None:
+        layer.scaling[ADAPTER] = self.scale
+        layer.set_adapter(self.active)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(self.flags.get(name, False))
+
+
+def _use_of(holder: Holder) -> dict[tuple[str, str], _Use]:
+    return {
+        (component, module): _Use.of(layer)
+        for adapter in holder.adapters
+        if _is_there(adapter)
+        for component, layers in adapter.layers.items()
+        for module, layer in layers.items()
+    }
 
 
 def _is_there(adapter: Adapter) -> bool:

@@ -1,0 +1,156 @@
+"""Models that others have adapted, fused or scaled, before a concept comes or while it is there."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from peft import LoKrConfig, LoraConfig
+
+from customize.concepts.concept import Concept
+from customize.errors import ConfigError, PipelineError
+from customize.hosts import load as hosts_load
+from tests.hosts.making import PROMPT, assert_same, concept, draw, everything
+from tests.tiny import tiny_sd, tiny_sdxl
+
+
+def scales(pipe):
+    return {
+        (key, name): dict(module.scaling)
+        for key in ("unet", "text_encoder")
+        for name, module in pipe.components[key].named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+@pytest.mark.parametrize("std", [1e-4, 1e-2])
+def test_small_half_precision_weights_can_be_fused_and_unfused(std):
+    """Below float16's smallest normal number all steps have one size."""
+    pipe = tiny_sd()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for part in (pipe.unet, pipe.text_encoder):
+            for parameter in part.parameters():
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    pipe.to(torch.float16)
+    before = everything(pipe)
+    pipe.load_custom(concept(pipe), weights=[1e-3], fuse=True)
+    pipe.load_custom(weights={"rex": 2e-3}, fuse=True)
+    pipe.unload_custom()
+    assert_same(before, everything(pipe))
+
+
+def test_setting_its_weight_by_diffusers_keeps_the_adapters_scale():
+    """Where two share a slice at some widths, ranks differ between layers."""
+    pipe = tiny_sd()
+    first, other = concept(pipe), concept(pipe, "tom", index=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        pipe.load_custom(first, other)
+    picture, before = draw(pipe), scales(pipe)
+    ranks = {tuple(m.r.values()) for m in pipe.unet.modules() if hasattr(m, "lora_A")}
+    assert len(ranks) > 1
+    pipe.set_adapters(["customize"], [0.5])
+    assert not np.array_equal(draw(pipe), picture)
+    pipe.set_adapters(["customize"])
+    assert scales(pipe) == before
+    assert np.array_equal(draw(pipe), picture)
+
+
+def test_a_fused_lora_on_other_layers_stays():
+    pipe = tiny_sd()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["ff.net.2"]), "mine")
+    pipe.unet.fuse_lora()
+    before = everything(pipe)
+    with pytest.raises(PipelineError, match=r"fused into its weight \(unet.*ff.*unfuse_lora"):
+        pipe.load_custom(concept(pipe))
+    assert_same(before, everything(pipe))
+
+
+def test_adapters_of_other_kinds_on_other_layers_stay():
+    pipe = tiny_sd()
+    pipe.unet.add_adapter(LoKrConfig(r=2, alpha=2, target_modules=["ff.net.2"]), "lokr")
+    before, base = everything(pipe), draw(pipe)
+    pipe.load_custom(concept(pipe))
+    assert not np.array_equal(draw(pipe), base)
+    pipe.unload_custom()
+    assert_same(before, everything(pipe))
+    assert np.array_equal(draw(pipe), base)
+
+
+def test_after_delete_adapters_unloading_still_unwraps_all():
+    pipe = tiny_sd()
+    before, base = everything(pipe), draw(pipe)
+    pipe.load_custom(concept(pipe))
+    pipe.delete_adapters("customize")
+    pipe.unload_custom()
+    assert_same(before, everything(pipe))
+    assert np.array_equal(draw(pipe), base)
+
+
+def test_a_failure_keeps_what_the_user_set(monkeypatch):
+    pipe = tiny_sd()
+    pipe.load_custom(concept(pipe))
+    pipe.set_adapters(["customize"], [0.5])
+    before, picture, weights = everything(pipe), draw(pipe), scales(pipe)
+
+    def fails(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts_load, "add_tokens", fails)
+        with pytest.raises(MemoryError):
+            pipe.load_custom(concept(pipe, "tom", index=1))
+    assert_same(before, everything(pipe))
+    assert scales(pipe) == weights
+    assert np.array_equal(draw(pipe), picture)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_fused_projections_are_refused_both_ways(fuse):
+    pipe = tiny_sd()
+    rex = concept(pipe)
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(PipelineError, match=r"projections.*unfuse_qkv_projections"):
+        pipe.load_custom(rex, fuse=fuse)
+    pipe.unfuse_qkv_projections(vae=False)
+    pipe.load_custom(rex, fuse=fuse)
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(PipelineError, match=r"projections.*unfuse_qkv_projections"):
+        pipe.unload_custom()
+    assert "rex" in repr(pipe.custom)
+
+
+def test_sharing_a_slice_is_told_once():
+    pipe = tiny_sd()
+    with pytest.warns(UserWarning, match=r"rex and tom.*Do: "):
+        pipe.load_custom(concept(pipe), concept(pipe, "tom", index=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe.load_custom(weights={"rex": 0.5})
+
+
+def test_names_must_be_a_list():
+    pipe = tiny_sd()
+    with pytest.raises(ConfigError, match=r"3 does not name 1 concepts"):
+        pipe.load_custom(concept(pipe), names=3)
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_the_cards_lines_for_stock_diffusers_run(make, tmp_path):
+    pipe = make()
+    folder, base = concept(pipe).save(tmp_path / "rex"), tmp_path / "base"
+    pipe.save_pretrained(base)
+    pipe.load_custom(Concept.load(folder))
+    ours = draw(pipe)
+    code = (folder / "README.md").read_text().split("With diffusers alone:")[1]
+    code = re.search(r"```python\n(.*?)```", code, re.S)[1].replace("FOLDER", str(folder))
+    code = code.replace('"tiny"', repr(str(base))).rpartition("pipe(")[0]
+    names: dict = {}
+    exec(code, names)  # the lines as a reader would type them
+    stock = names["pipe"]
+    stock.set_progress_bar_config(disable=True)
+    assert np.abs(draw(stock, PROMPT) - ours).max() <= 1e-5

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from customize.errors import CustomizeError
+from customize.errors import CustomizeError, StorageError, TrainingError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,16 @@ def learn(folder: Path, name: str, method: Method, base: Path) -> Concept:
         method=method,
         **TRAINING,
     )
-    return train(config)
+    try:
+        return train(config)
+    except (StorageError, TrainingError) as error:
+        if "other settings" not in error.what:
+            raise
+        raise type(error)(
+            error.what,
+            where=error.where,
+            fix="delete that folder and run the demo again: the demo or its place has changed",
+        ) from None
 
 
 def pair_prompts(words: tuple[str, str]) -> list[str]:

@@ -24,11 +24,11 @@ GUIDANCE = 2.5
 # Asked of each concept: every place and accessory, in combinations that the references don't show.
 SCENES = (
     ("beach", "hat"),
-    ("forest", "none"),
+    ("forest", "scarf"),
     ("city", "glasses"),
     ("snow", "scarf"),
     ("room", "hat"),
-    ("space", "none"),
+    ("space", "glasses"),
     ("beach", "glasses"),
     ("snow", "hat"),
 )
@@ -36,7 +36,11 @@ SCENES = (
 
 @dataclass(frozen=True)
 class Rates:
-    """Scores of one concept over some pictures; `distance` is the mean one to its references."""
+    """Scores of one concept over some pictures; `distance` is the mean one to its references.
+
+    `identity` and `leak` are shares of pictures, of those in which something could leak; `prompt`
+    is a share of asked attributes.
+    """
 
     identity: float
     prompt: float
@@ -141,7 +145,8 @@ def rate_concept(
     for seen, prompt in zip(judges.see(images), prompts, strict=True):
         request = parse(prompt)
         hits += asked_and_shown(seen, request, [kind])
-        leaks += leaked(seen, request, shown)
+        found = leaked(seen, request, shown)
+        leaks += [any(found)] if found else []
     return Rates(
         identity=_mean((distance <= judges.threshold).tolist()),
         prompt=_mean(hits),

@@ -99,7 +99,7 @@ def parse(prompt: str) -> Request:
     for phrase in PLACE_WORDS.values():
         prompt = re.sub(rf"\b{phrase}\b", " ", prompt)
     things = []
-    for part in re.split(r"\band\b", prompt):
+    for part in re.split(r"\s+and\s+", prompt):  # not inside a trigger
         words = re.findall(r"[a-z]+|<[^>]*>", part.lower())
         things.append(
             Asked(

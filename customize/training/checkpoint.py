@@ -94,10 +94,10 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def kept(folder: Path) -> str:
-    """Which state is left, in words."""
-    newest = next((_NAME.fullmatch(path.name) for path in _steps(folder)), None)
-    return f"the state of step {int(newest[1])} is kept" if newest else "no state was saved yet"
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint's name; None where there is none."""
+    names = [_NAME.fullmatch(path.name) for path in _steps(folder)]
+    return int(names[0][1]) if names and names[0] else None
 
 
 def clear(folder: Path) -> None:

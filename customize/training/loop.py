@@ -351,12 +351,16 @@ def _read_losses(
     *found, stopping = accelerator.reduce(values, "mean").tolist()
     if not all(map(math.isfinite, found)):
         bad = next(i for i, loss in enumerate(found) if not math.isfinite(loss))
+        what = f"the loss is {found[bad]} at step {step - len(found) + bad + 2}"
+        fix = "lower the learning rates, or set mixed_precision to bf16 or no"
+        left = checkpoints.newest_step(folder)
+        if left is None:
+            raise TrainingError(what, fix=fix)
         raise TrainingError(
-            f"the loss is {found[bad]} at step {step - len(found) + bad + 2}; "
-            + checkpoints.kept(folder),
+            f"{what}; the state of step {left} is kept",
             where=folder,
-            fix="lower the learning rates, or set mixed_precision to bf16 or no, and train into "
-            "another output folder, or set resume to false, which deletes what is kept here",
+            fix=f"{fix}, and train into another output folder, or set resume to false, which "
+            "deletes what is kept",
         )
     return sum(found) / len(found), stopping > 0
 

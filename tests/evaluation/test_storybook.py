@@ -94,7 +94,7 @@ def test_evaluation_prompts_ask_for_their_scenes() -> None:
         assert request.things[0].accessory == worn
         assert request.things[0].kind is None
     assert {place for place, _ in SCENES} == set(PLACES)
-    assert {worn for _, worn in SCENES} == set(ACCESSORIES)
+    assert {worn for _, worn in SCENES} == set(ACCESSORIES) - {"none"}
     assert prompts_for("a red dog")[0] == "a photo of a red dog wearing a hat on a beach"
 
 
@@ -187,8 +187,7 @@ def test_rates_of_pictures_that_copy_the_references() -> None:
     places = sum(place == seen_in for place, _ in SCENES)
     bare = sum(worn == "none" for _, worn in SCENES)
     assert rates.prompt == pytest.approx((2 * len(SCENES) + places + bare) / (4 * len(SCENES)))
-    entries = sum(place != word for place, _ in SCENES for word in story.shown)
-    assert rates.leak == pytest.approx((len(SCENES) - places) / entries)
+    assert rates.leak == pytest.approx((len(SCENES) - places) / len(SCENES))
 
 
 def test_rates_of_a_strangers_pictures() -> None:
@@ -261,6 +260,7 @@ def test_bundled_concepts_are_what_the_rates_assume() -> None:
     for name, (kind, _) in BUNDLED.items():
         story = bundled(name)
         assert story.identity.kind == kind and len(story.shown) == 2
+        assert not set(prompts_for(story.trigger)) & set(story.captions())
         assert story.shown <= set(PLACE_WORDS) and not story.shown & set(ACCESSORY_WORDS)
         for text, scene in zip(story.captions(), story.scenes, strict=True):
             assert story.trigger in text and parse(text).place == scene.place

@@ -255,3 +255,8 @@ def test_bundled_concepts_are_shown_bare_in_two_places(name, tmp_path):
         f"{k}.{end}" for k in range(5) for end in ("png", "txt")
     )
     assert (tmp_path / name / "3.txt").read_text() == story.captions()[3] + "\n"
+
+
+def test_a_trigger_may_have_any_word_in_it():
+    request = parse("a photo of <salt-and-pepper> and a red dog on a beach")
+    assert len(request.things) == 2 and request.things[1].kind == "dog"

@@ -52,6 +52,7 @@ TUNED_ON = (3, 4, 5)
 TUNING_SCENES = 4
 RATES = ("identity", "prompt", "leak")
 LEARNED = (SLICED, SAME, PLAIN)
+TOKENS = "tokens only, no weights"
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,9 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
         return
     method, text = job.rsplit("/", 1)
     count, protocol = int(text), QUICK if args.quick else FULL
-    rows = alone(args, scorer, method, protocol) if count == 1 else None
-    if rows is None:
+    if count == 1:
+        rows = alone(args, scorer, method, protocol)
+    else:
         rows = merged(args, scorer, method, count, protocol)
     partial = path.with_suffix(".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -253,9 +255,6 @@ def merged(
         name = method if weight == best else f"{method}, at full weight"
         rows.append(row_of(name, count, weight, found, seconds))
     return rows
-
-
-TOKENS = "tokens only, no weights"
 
 
 # --- the whole --------------------------------------------------------------------------------

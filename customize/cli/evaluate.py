@@ -13,12 +13,11 @@ from customize.cli.shared import (
     command_line,
     console,
     load_pipeline,
-    mean_and_spread,
     parse_weights,
-    versions,
     write_json,
 )
 from customize.errors import ConceptError, ConfigError, DataError
+from customize.evaluation import record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +149,9 @@ def storybook_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         chosen = [row for row in rows if (row["attached"] == 1) == alone]
         for rate in RATES:
             if chosen:
-                figures[f"{rate}_{suffix}"] = mean_and_spread([row[rate] for row in chosen])[0]
+                figures[f"{rate}_{suffix}"] = record.mean_and_spread([row[rate] for row in chosen])[
+                    0
+                ]
     return figures
 
 
@@ -196,7 +197,7 @@ def run_similarity(
 
     table = Table("measure", "mean", "spread over pictures", "pictures")
     for name, values in scores.items():
-        mean, spread = mean_and_spread(values)
+        mean, spread = record.mean_and_spread(values)
         title = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino_i": "DINO-I"}[name]
         table.add_row(title, f"{mean:.3f}", _or_dash(spread), str(len(values)))
     console().print(table)
@@ -207,7 +208,7 @@ def run_similarity(
             | {name: values[k] for name, values in scores.items()}
             for k, sample in enumerate(samples)
         ]
-        figures = {name: mean_and_spread(values)[0] for name, values in scores.items()}
+        figures = {name: record.mean_and_spread(values)[0] for name, values in scores.items()}
         _write(json_file, rows, figures)
 
 
@@ -319,7 +320,7 @@ def _print_rates(rows: Sequence[Mapping[str, Any]]) -> None:
         own = [row for row in rows if (row["concept"], row["attached"]) == (name, attached)]
         cells = []
         for rate in RATES:
-            mean, spread = mean_and_spread([row[rate] for row in own])
+            mean, spread = record.mean_and_spread([row[rate] for row in own])
             cells.append(f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
         table.add_row(name, "alone" if attached == 1 else f"all {attached}", *cells)
     out = console()
@@ -339,11 +340,5 @@ def _or_dash(spread: float | None) -> str:
 def _write(path: Path, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, float]) -> None:
     write_json(
         path,
-        {
-            "bench": "evaluate",
-            "command": command_line(),
-            "versions": versions(),
-            "rows": list(rows),
-            "figures": dict(figures),
-        },
+        record.result("evaluate", command_line(), rows, figures),
     )

@@ -17,9 +17,9 @@ from customize.cli.shared import (
     load_pipeline,
     parse_weights,
     storing,
-    versions,
 )
 from customize.errors import ConfigError
+from customize.evaluation import record
 
 _NUMBERED = re.compile(r"(\d{4,})\.(png|json)")
 
@@ -105,7 +105,7 @@ def run(
             }
             for concept, weight, source in zip(concepts, weights, sources, strict=True)
         ],
-        "versions": versions(),
+        "versions": record.versions(),
     }
     jobs = [(prompt, seed) for prompt in plan.prompts for seed in plan.seeds]
     with storing(output):

@@ -164,24 +164,6 @@ def command_line() -> str:
     return shlex.join(["customize", *sys.argv[1:]])
 
 
-def versions() -> dict[str, str]:
-    """The versions that results depend on."""
-    from importlib.metadata import version
-
-    from customize import __version__
-
-    names = ("torch", "diffusers", "transformers", "peft")
-    return {"customize": __version__, **{name: version(name) for name in names}}
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None where one value tells no spread."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-
-
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all, over what was there.
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from customize import demo
 from customize.core import crosstalk
 from customize.errors import StorageError
-from customize.evaluation import storybook
+from customize.evaluation import record, storybook
 from customize.storybook.judges import Judges, to_tensor
 from customize.storybook.references import bundled
 
@@ -41,35 +42,26 @@ def score(judges: Judges, drawn: Mapping[str, demo.Drawn]) -> dict[str, Any]:
         changed = None
         if pictures.unrelated is not None and before is not None:
             changed = storybook.drift(before, pictures.unrelated)
-        found = []
+        # By concept and seed.
+        found: dict[str, list[storybook.Rates]] = {}
         for name, images in pictures.concepts.items():
-            story = stories[name]
-            rates = storybook.rate_concept(
-                judges,
-                images,
-                storybook.prompts_for(f"<{name}>"),
-                signatures[name],
-                story.identity.kind,
-                story.shown,
-            )
-            found.append(rates)
-            rows.append(
-                {"model": model, "concept": name, "identity": rates.identity}
-                | {
-                    "prompt": rates.prompt,
-                    "leak": rates.leak,
-                    "both_in_a_pair": None,
-                    "drift": None,
-                }
-            )
+            story, prompts = stories[name], storybook.prompts_for(f"<{name}>")
+            found[name] = [
+                storybook.rate_concept(
+                    judges, some, prompts, signatures[name], story.identity.kind, story.shown
+                )
+                for some in images.split(len(prompts))
+            ]
+            rows.append({"model": model, "concept": name} | _rates(found[name]))
         rows.append(
             {"model": model, "concept": "all"}
-            | {k: sum(getattr(r, k) for r in found) / len(found) for k in COLUMNS[:3]}
+            | _rates([_over(seed) for seed in zip(*found.values(), strict=True)])
             | {"both_in_a_pair": sum(pairs) / len(pairs) if pairs else None, "drift": changed}
         )
     alls = {row["model"]: row for row in rows if row["concept"] == "all"}
     figures = {
         "identity_alone": alls[demo.ALONE]["identity"],
+        "identity_ordinary_alone": alls[demo.PLAIN_ALONE]["identity"],
         "identity_merged": alls[demo.MERGED]["identity"],
         "identity_ordinary_merged": alls[demo.PLAIN]["identity"],
         "prompt_merged": alls[demo.MERGED]["prompt"],
@@ -80,10 +72,23 @@ def score(judges: Judges, drawn: Mapping[str, demo.Drawn]) -> dict[str, Any]:
     return {"rows": rows, "figures": figures}
 
 
-def _cell(value: float | None, percent: bool = True) -> str:
+def _over(rates: Sequence[storybook.Rates]) -> storybook.Rates:
+    """The mean over concepts."""
+    return storybook.Rates(*(fmean(values) for values in zip(*map(astuple, rates), strict=True)))
+
+
+def _rates(seeds: Sequence[storybook.Rates]) -> Row:
+    """Mean and standard deviation over seeds; what only pairs or other prompts tell is left out."""
+    row: Row = {}
+    for key in COLUMNS[:3]:
+        row[key], row[f"{key}_sd"] = record.mean_and_spread([getattr(r, key) for r in seeds])
+    return row | {"both_in_a_pair": None, "drift": None}
+
+
+def _cell(value: float | None, spread: float | None = None) -> str:
     if value is None:
         return ""
-    return f"{value:.0%}" if percent else f"{value:.3f}"
+    return f"{value:.0%}" + ("" if spread is None else f" ±{100 * spread:.0f}")
 
 
 def _lines(card: Mapping[str, Any]) -> list[list[str]]:
@@ -91,8 +96,8 @@ def _lines(card: Mapping[str, Any]) -> list[list[str]]:
         [
             row["model"],
             row["concept"],
-            *(_cell(row[k]) for k in COLUMNS[:4]),
-            _cell(row["drift"], False),
+            *(_cell(row[k], row.get(f"{k}_sd")) for k in COLUMNS[:4]),
+            "" if row["drift"] is None else f"{row['drift']:.3f}",
         ]
         for row in card["rows"]
     ]
@@ -105,7 +110,10 @@ def table(card: Mapping[str, Any]) -> Table:
     """The scorecard for a terminal."""
     from rich.table import Table
 
-    shown = Table(title="Scorecard (shares of pictures; drift: mean change of unrelated pictures)")
+    shown = Table(
+        title="Scorecard (shares of pictures ± standard deviation over seeds; drift: mean change of"
+        " unrelated pictures)"
+    )
     for index, heading in enumerate(HEADINGS):
         shown.add_column(heading, justify="left" if index < 2 else "right")
     for line in _lines(card):
@@ -120,8 +128,9 @@ def markdown(card: Mapping[str, Any], folder: Path) -> str:
     text = [
         "# Scorecard",
         "",
-        "Shares of pictures, judged by nets that no model here was trained against. *identity*:",
-        "it is that very dog, not some dog. *prompt*: what was asked is shown. *leak*: a place of",
+        f"Shares of pictures ± standard deviation over {len(demo.SEEDS)} seeds (pairs and drift:",
+        "one seed), judged by nets that no model here was trained against. *identity*: it is that",
+        "very dog, not some dog. *prompt*: what was asked is shown. *leak*: a place of",
         "the training pictures came along unasked. *both in a pair*: each of two concepts is in",
         "its half. *drift*: mean change of pictures that name no concept, 0 to 1.",
         "",
@@ -253,12 +262,8 @@ def write(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "bench": "demo",
-            "command": "customize demo",
-            "versions": {"torch": torch.__version__},
-        }
-        (folder / "scorecard.json").write_text(json.dumps(facts | dict(card), indent=1) + "\n")
+        facts = record.result("demo", "make demo", card["rows"], card["figures"])
+        (folder / "scorecard.json").write_text(json.dumps(facts, indent=1) + "\n")
         (folder / "scorecard.md").write_text(markdown(card, folder))
         grid(drawn).save(folder / "grid.png")
         heat_map(concepts, folder / "crosstalk.png")

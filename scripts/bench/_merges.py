@@ -79,14 +79,14 @@ def by_peft(combination: str) -> Merge:
     return merge
 
 
+OURS, AVERAGE = "Orthogonal Adaptation, sum", "ordinary LoRA, average"
+
 METHODS: dict[str, tuple[str, Merge]] = {
-    "Orthogonal Adaptation, sum": (SLICED, by_products("sum")),
+    OURS: (SLICED, by_products("sum")),
     "same slice for all, sum": (SAME, by_products("sum")),
     "ordinary LoRA, sum": (PLAIN, by_products("sum")),
-    "ordinary LoRA, average": (PLAIN, by_products("average")),
+    AVERAGE: (PLAIN, by_products("average")),
     "peft linear": (PLAIN, by_peft("linear")),
     "peft ties": (PLAIN, by_peft("ties")),
     "peft dare_linear": (PLAIN, by_peft("dare_linear")),
 }
-
-OURS = "Orthogonal Adaptation, sum"

@@ -3,9 +3,12 @@
 Thirteen concepts of the miniature world are learned apart from five pictures each, three times:
 with disjoint slices, all with the same slice (the paper's worst case), and as ordinary LoRAs; the
 demo's settings otherwise, tokens included. They are then merged K at a time by each method, at each
-method's best single weight, which is found on other concepts than those scored. The rates are of
-the same three concepts at every K. What was learned and scored is kept in `--folder`, so a run that
-was cut off goes on.
+method's best single weight, which is found on six other concepts than the six that are scored. The
+rates are of the same six at every K, in merges that start with the first or the second three. What
+was learned and scored is kept in `--folder`, so a run that was cut off goes on.
+
+The average of K updates at weight K is their sum at weight 1, so tuning would make the two rows
+one: the average is shown as users get it, at weight 1.
 
     python scripts/bench/merge_identity.py --json scripts/bench/results/merge_identity.json
 """
@@ -19,16 +22,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import _common
 import torch
-from _merges import METHODS, OURS, PLAIN, SAME, SLICED, Products, by_products
+from _merges import AVERAGE, METHODS, OURS, PLAIN, SAME, SLICED, Products, by_products
 from diffusers import DiffusionPipeline
 
 from customize.concepts import adapter as adapters
@@ -42,14 +45,17 @@ from customize.storybook.judges import load_judges, to_tensor
 from customize.storybook.references import StoryConcept, story_concept
 from customize.training.config import TrainConfig
 
-# Two dogs among the three that are scored: the same class blends first.
+# Two dogs among the first three, which are merged at every K: the same class blends first.
 KINDS = (
     *("dog", "cat", "dog", "robot", "car", "cat", "rabbit"),
     *("bird", "fish", "cup", "robot", "car", "bird"),
 )
-SCORED = (0, 1, 2)
-TUNED_ON = (3, 4, 5)
-TUNING_SCENES = 4
+Groups = tuple[tuple[int, ...], ...]
+SCORED: Groups = ((0, 1, 2), (9, 10, 11))
+TUNED_ON: Groups = ((3, 4, 5), (6, 7, 8))
+# Weights are tried a factor of 1.6 apart, and on past the ends of a list while the end is best.
+STEP = 1.6
+WEIGHT_RANGE = (0.05, 4.0)
 RATES = ("identity", "prompt", "leak")
 LEARNED = (SLICED, SAME, PLAIN)
 TOKENS = "tokens only, no weights"
@@ -63,12 +69,13 @@ class Protocol:
     counts: tuple[int, ...]
     weights: tuple[float, ...]
     seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
     scenes: int
-    tuned_on: tuple[int, ...]
+    scored: Groups
 
 
-FULL = Protocol(len(KINDS), (3, 5, 9, 13), (0.25, 0.5, 0.75, 1.0), (1, 2, 3), 6, TUNED_ON)
-QUICK = Protocol(3, (3,), (1.0,), (1,), 4, SCORED)
+FULL = Protocol(len(KINDS), (3, 5, 9, 13), (0.4, 0.64, 1.0), (1, 2, 3), (11,), 6, SCORED)
+QUICK = Protocol(3, (3,), (1.0,), (1,), (), 4, SCORED[:1])
 QUICK_STEPS = 40
 
 
@@ -177,7 +184,7 @@ def members(count: int, scored: Sequence[int], total: int) -> list[int]:
 
 def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     """Score the cell of `job`, "method/K", into a file of its own; a finished one is kept."""
-    path = cell_file(args.folder, job)
+    path = cell_file(args, job)
     if path.exists():
         return
     method, text = job.rsplit("/", 1)
@@ -192,13 +199,22 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     os.replace(partial, path)
     for row in rows:
         rates = f"identity {row['identity']:.3f} prompt {row['prompt']:.3f}"
-        print(f"{row['method']:42} K={count:2} w={row['weight']:.1f} {rates}", flush=True)
+        print(f"{row['method']:42} K={count:2} w={row['weight']:.2g} {rates}", flush=True)
 
 
-def cell_file(folder: Path, job: str) -> Path:
-    return (
-        folder / "scores" / (job.replace(", ", "-").replace(" ", "-").replace("/", "-") + ".json")
-    )
+def cell_file(args: argparse.Namespace, job: str) -> Path:
+    """Where the rows of `job` are kept: a folder for what they depend on besides the concepts."""
+    here = Path(__file__).parent
+    depends = hashlib.sha256(repr(astuple(QUICK if args.quick else FULL)).encode())
+    sources = [storybook.__file__, __file__, here / "_merges.py"]
+    for path in [*map(Path, sources), *weights_of(args.base), *weights_of(args.judges)]:
+        depends.update(path.read_bytes())
+    name = job.replace(", ", "-").replace(" ", "-").replace("/", "-")
+    return args.folder / f"scores-{depends.hexdigest()[:8]}" / f"{name}.json"
+
+
+def weights_of(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
 
 
 def row_of(
@@ -224,12 +240,16 @@ def alone(
     """Each concept by itself at full weight, or its tokens without any weights."""
     kind = SLICED if method == TOKENS else method.removeprefix("alone, ")
     found = []
-    for index in SCORED:
+    for index in (i for group in protocol.scored for i in group):
         (one,) = load(args, kind, [index])
         products = None if method == TOKENS else by_products("sum")(scorer.family, [one], 1.0)
         found.append(scorer.rates(products, [one], [index], protocol.seeds, protocol.scenes))
-    rates = [{key: mean(f[s][key] for f in found) for key in RATES} for s in range(len(found[0]))]
-    return [row_of(method, 1, 0.0 if method == TOKENS else 1.0, rates, 0.0)]
+    return [row_of(method, 1, 0.0 if method == TOKENS else 1.0, over(found), 0.0)]
+
+
+def over(found: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+    """The mean over concepts or groups of them, a seed: `found` has a list of seeds for each."""
+    return [{key: mean(r[key] for r in seed) for key in RATES} for seed in zip(*found, strict=True)]
 
 
 def merged(
@@ -237,24 +257,54 @@ def merged(
 ) -> list[dict[str, Any]]:
     """One method at one K, at its best weight; ours at full weight as well."""
     kind, merge = METHODS[method]
-    best, best_score = 1.0, -1.0
-    if len(protocol.weights) > 1:
-        chosen = load(args, kind, members(count, protocol.tuned_on, protocol.total))
-        for weight in protocol.weights:
+    weight = 1.0
+    tried: dict[float, float] = {}
+
+    def rates(weight: float, groups: Groups, seeds: Sequence[int]) -> list[dict[str, float]]:
+        found = []
+        for group in groups:
+            chosen = load(args, kind, members(count, group, protocol.total))
             products = merge(scorer.family, chosen, weight)
-            (found,) = scorer.rates(products, chosen, protocol.tuned_on, (11,), TUNING_SCENES)
-            if (value := found["identity"] + found["prompt"]) > best_score:
-                best, best_score = weight, value
-    chosen = load(args, kind, members(count, SCORED, protocol.total))
+            found.append(scorer.rates(products, chosen, group, seeds, protocol.scenes))
+        return over(found)
+
+    def quality(weight: float) -> float:
+        found = rates(weight, TUNED_ON, protocol.tuning_seeds)
+        value = mean(r["identity"] + r["prompt"] for r in found)
+        print(f"{method} K={count} w={weight:.3g}: {value:.3f}", flush=True)
+        return value
+
+    if len(protocol.weights) > 1 and method != AVERAGE:
+        weight, tried = best_weight(quality, protocol.weights)
+    chosen = load(args, kind, members(count, protocol.scored[0], protocol.total))
+    began = time.perf_counter()
+    merge(scorer.family, chosen, weight)
+    seconds = time.perf_counter() - began
     rows = []
-    for weight in dict.fromkeys((best, 1.0) if method == OURS else (best,)):
-        began = time.perf_counter()
-        products = merge(scorer.family, chosen, weight)
-        seconds = time.perf_counter() - began
-        found = scorer.rates(products, chosen, SCORED, protocol.seeds, protocol.scenes)
-        name = method if weight == best else f"{method}, at full weight"
-        rows.append(row_of(name, count, weight, found, seconds))
+    for used in dict.fromkeys((weight, 1.0) if method == OURS else (weight,)):
+        found = rates(used, protocol.scored, protocol.seeds)
+        name = method if used == weight else f"{method}, at full weight"
+        told = ", ".join(f"{w:.3g}: {tried[w]:.2f}" for w in sorted(tried))
+        rows.append(row_of(name, count, used, found, seconds) | {"identity + prompt tuned": told})
     return rows
+
+
+def best_weight(
+    quality: Callable[[float], float], weights: Sequence[float]
+) -> tuple[float, dict[float, float]]:
+    """The weight of the highest quality, and all that were tried: `weights` and on past their ends.
+
+    Of equals the largest wins.
+    """
+    tried = {weight: quality(weight) for weight in weights}
+    while True:
+        best = max(tried, key=lambda w: (tried[w], w))
+        further = [best / STEP] if best == min(tried) else []
+        further += [best * STEP] if best == max(tried) else []
+        further = [w for w in further if WEIGHT_RANGE[0] <= w <= WEIGHT_RANGE[1]]
+        if not further:
+            return best, tried
+        tried |= {weight: quality(weight) for weight in further}
 
 
 # --- the whole --------------------------------------------------------------------------------
@@ -277,9 +327,10 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     protocol = QUICK if args.quick else FULL
     args.steps = QUICK_STEPS if args.quick else args.steps
     told = json.dumps(TRAINING, sort_keys=True).encode()
-    weights = (args.base / "unet/diffusion_pytorch_model.safetensors").read_bytes()
-    digest = hashlib.sha256(weights + told).hexdigest()
-    args.folder = args.folder / f"{digest[:8]}-{args.steps}"
+    depends = hashlib.sha256(told)
+    for path in weights_of(args.base):
+        depends.update(path.read_bytes())
+    args.folder = args.folder / f"{depends.hexdigest()[:8]}-{args.steps}"
     for index in range(protocol.total):
         concept(index).write(args.folder / "pictures" / concept(index).name)
 
@@ -287,7 +338,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     cells = [f"alone, {kind}/1" for kind in LEARNED] + [f"{TOKENS}/1"]
     cells += [f"{method}/{k}" for k in protocol.counts for method in METHODS]
     share_out(args, "--score", cells)
-    rows = [row for cell in cells for row in json.loads(cell_file(args.folder, cell).read_text())]
+    rows = [row for cell in cells for row in json.loads(cell_file(args, cell).read_text())]
     return rows, figures(args, rows, protocol)
 
 

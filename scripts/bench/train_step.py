@@ -27,7 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _common import ROOT, cores, parser, report, spread
+from _common import ROOT, parser, report, spread
+
+from customize.evaluation.record import cores
 
 SIDES = {"ours, orthogonal": "orthogonal", "ours, lora": "lora", "theirs": "lora"}
 

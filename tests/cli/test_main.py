@@ -113,11 +113,6 @@ def test_bases_that_cannot_be_loaded(run: Run, world: World, tmp_path: Path) -> 
     refused(result, "no dtype int4", "bfloat16")
 
 
-def test_spread_over_seeds() -> None:
-    assert shared.mean_and_spread([0.5]) == (0.5, None)
-    assert shared.mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
-
-
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "figures.json"
     shared.write_json(path, {"a": 1})

@@ -1,0 +1,83 @@
+"""What a measured figure depends on: the machine and the versions, for result files."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "diffusers-customize",
+)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, system, memory in GiB, and GPU; nothing that names one machine."""
+    import torch
+
+    cpu = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    found: dict[str, Any] = {
+        "cpu": cpu or platform.machine(),
+        "cores": cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found["memory_gib"] = round(memory / 2**30, 1)
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this pack, and of the libraries that figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def result(
+    bench: str, command: str, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, float]
+) -> dict[str, Any]:
+    """The content of a result file: the figures with what they depend on."""
+    return {
+        "bench": bench,
+        "command": command,
+        "machine": machine(),
+        "versions": versions(),
+        "rows": [dict(row) for row in rows],
+        "figures": dict(figures),
+    }
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None where one value tells no spread."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

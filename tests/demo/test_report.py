@@ -1,0 +1,77 @@
+"""The demo's scorecard, on renders of the bundled concepts in place of drawn pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from customize import demo
+from customize.demo import report
+from customize.evaluation.storybook import prompts_for
+from customize.storybook.judges import load_judges, to_tensor
+from customize.storybook.references import bundled
+
+SCENES = len(prompts_for("<rex>"))
+
+
+def renders(name: str) -> torch.Tensor:
+    """One of a concept's own pictures for each prompt."""
+    pictures = to_tensor(bundled(name).pictures())
+    return pictures[torch.arange(SCENES) % len(pictures)]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, demo.Drawn]:
+    """Ours draws the concepts at each seed; the ordinary LoRA only at the first, then another."""
+    right = {name: renders(name) for name in demo.NAMES}
+    other = {name: renders(demo.NAMES[k - 1]) for k, name in enumerate(demo.NAMES)}
+    always = {name: some.repeat(len(demo.SEEDS), 1, 1, 1) for name, some in right.items()}
+    once = {name: torch.cat([right[name], other[name], other[name]]) for name in demo.NAMES}
+    unrelated = torch.zeros(8, 3, 64, 64)
+    pairs = {pair: torch.zeros(2, 3, 64, 64) for pair in demo.PAIRS}
+    return {
+        demo.BASE: demo.Drawn(other, pairs, unrelated),
+        demo.ALONE: demo.Drawn(always, {}, None),
+        demo.MERGED: demo.Drawn(always, pairs, unrelated + 0.1),
+        demo.PLAIN_ALONE: demo.Drawn(once, {}, None),
+        demo.PLAIN: demo.Drawn(once, pairs, unrelated + 0.2),
+    }
+
+
+@pytest.fixture(scope="module")
+def card(drawn: dict[str, demo.Drawn]) -> dict[str, object]:
+    return report.score(load_judges(demo.assets() / "judges"), drawn)
+
+
+def test_identity_is_the_mean_over_seeds_with_their_spread(card: dict) -> None:
+    alls = {row["model"]: row for row in card["rows"] if row["concept"] == "all"}
+    assert alls[demo.MERGED]["identity"] == 1.0
+    assert alls[demo.MERGED]["identity_sd"] == 0.0
+    assert alls[demo.PLAIN]["identity"] == pytest.approx(1 / 3)
+    assert alls[demo.PLAIN]["identity_sd"] == pytest.approx(3**-0.5)
+    # The base is drawn at one seed, which has no spread.
+    assert alls[demo.BASE]["identity"] == 0.0
+    assert alls[demo.BASE]["identity_sd"] is None
+
+
+def test_drift_is_a_share_of_the_full_range(card: dict) -> None:
+    assert card["figures"]["drift_merged"] == pytest.approx(0.05)
+    assert card["figures"]["drift_ordinary_merged"] == pytest.approx(0.1)
+
+
+def test_a_scorecard_says_what_its_figures_depend_on(
+    card: dict, drawn: dict[str, demo.Drawn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "heat_map", lambda concepts, path: None)
+    report.write(tmp_path, card, drawn, {})
+    found = json.loads((tmp_path / "scorecard.json").read_text())
+    assert list(found) == ["bench", "command", "machine", "versions", "rows", "figures"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["machine"]["cores"] >= 1
+    assert found["figures"]["identity_merged"] == 1.0
+    page = (tmp_path / "scorecard.md").read_text()
+    assert "| merged | all | 100% ±0 |" in page
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 1000

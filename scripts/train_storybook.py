@@ -22,8 +22,7 @@ def main() -> None:
     parser.add_argument(
         "--folder",
         type=Path,
-        default=Path("runs/storybook"),
-        help="checkpoints, log, samples, result",
+        help="checkpoints, log, samples, result; if not runs/storybook-PRESET",
     )
     parser.add_argument("--stage", choices=("base", "judges", "all"), default="all")
     parser.add_argument("--steps", type=int, help="steps of the denoiser, if not the preset's")
@@ -38,6 +37,7 @@ def main() -> None:
         preset = replace(preset, steps=args.steps)
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.folder = args.folder or Path("runs") / f"storybook-{args.preset}"
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.start:
         vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae").to(args.device)

@@ -88,8 +88,9 @@ def train(config: Path | None, settings: dict[str, Any]) -> None:
 
     Settings come from a YAML file, from flags, or from both. Five are needed:
 
-    customize train --base BASE --images photos --output concepts/rex
-    --name rex --class-word dog
+    \b
+    customize train --base BASE --images photos --output concepts/rex \\
+        --name rex --class-word dog
 
     A run that was stopped goes on when the same command is given again.
     """
@@ -98,7 +99,7 @@ def train(config: Path | None, settings: dict[str, Any]) -> None:
     run(config, settings)
 
 
-app.command("train")(train)
+app.command("train", cls=flags.PlainHelp)(train)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
-from rich.markup import escape
+from typer.core import TyperCommand
 
 from customize.training.config import TrainConfig
 
@@ -53,6 +53,25 @@ def from_config(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+class PlainHelp(TyperCommand):
+    """Help in plain lines: the tables of other commands would cut long flags off."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{**settings, "rich_markup_mode": None})
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the flags of each group."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            line = parameter.get_help_record(ctx)
+            if line is not None:
+                panel = getattr(parameter, "rich_help_panel", None) or "Options"
+                groups.setdefault(panel, []).append(line)
+        for title, lines in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(lines)
+
+
 _CONFIG = typer.Option(
     "--config",
     metavar="FILE",
@@ -72,7 +91,7 @@ def _flag(name: str, field: FieldInfo, panel: str) -> Any:
     elif isinstance(field.default, bool):
         text += f" [default: {'yes' if field.default else 'no'}]"
     settings: dict[str, Any] = {
-        "help": escape(text),
+        "help": text,
         "rich_help_panel": panel,
         "show_default": False,
     }
@@ -91,7 +110,7 @@ def _metavar(field: FieldInfo) -> str:
     for each in (field.annotation, *get_args(field.annotation)):
         if get_origin(each) is Literal:
             choices = "|".join(map(str, get_args(each)))
-            return choices if len(choices) <= 30 else "NAME"
+            return choices if len(choices) <= 40 else "NAME"
     names = {int: "N", float: "X", Path: "PATH"}
     return next((names[kind] for kind in kinds if kind in names), "TEXT")
 

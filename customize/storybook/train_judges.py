@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from customize.storybook.drawing import draw
@@ -86,11 +88,19 @@ def _fit(
     loss_of: Callable[[torch.Generator], Tensor],
     steps: int,
     lr: float,
+    every: int = 250,
 ) -> None:
+    """Train a judge; goes on from its last checkpoint in the folder."""
     optimizer = MuonAdamW({"model": model}, lr, weight_decay=0.05)
+    state, start = folder / f"{stage}-training.safetensors", 0
+    if state.exists():
+        tensors = load_file(state)
+        start = int(tensors.pop("step"))
+        model.load_state_dict({name: tensors.pop(f"model.{name}") for name in model.state_dict()})
+        optimizer.load_state_tensors(tensors)
     model.train()
     total = torch.zeros(())
-    for step in range(steps):
+    for step in range(start, steps):
         loss = loss_of(torch.Generator().manual_seed(SEED + step))
         optimizer.zero_grad()
         loss.backward()
@@ -99,6 +109,9 @@ def _fit(
         if (step + 1) % 50 == 0:
             _log(folder, stage=stage, step=step + 1, loss=total.item() / 50)
             total.zero_()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            tensors = {"step": torch.tensor(step + 1)} | optimizer.state_tensors()
+            _save(state, tensors | {f"model.{k}": v for k, v in model.state_dict().items()})
     model.eval()
 
 
@@ -248,7 +261,13 @@ def train_judges(
     identities: int = 1_600,
     steps: int = 2_000,
 ) -> dict[str, float]:
-    """Train both, write them to `folder`, and return their held-out figures."""
+    """Train both, write them to `folder`, and return their held-out figures.
+
+    Goes on where it was cut off; finished judges stay as they are.
+    """
+    if (folder / "judges.json").exists():
+        found: dict[str, float] = json.loads((folder / "judges.json").read_text())["held_out"]
+        return found
     folder.mkdir(parents=True, exist_ok=True)  # the losses are logged there
     judges = Judges(
         train_attributes(folder, vae, pictures, steps),
@@ -256,6 +275,7 @@ def train_judges(
         threshold=0.0,
     )
     figures = measure(judges, vae)
+    show_nearest(judges, folder / "nearest.png")
     save_judges(replace(judges, threshold=figures["threshold"]), folder, figures)
     return figures
 
@@ -269,7 +289,9 @@ def save_judges(judges: Judges, folder: Path, figures: dict[str, float]) -> None
         }
         _save(folder / f"{name}.safetensors", halves)
     info = {"threshold": judges.threshold, "held_out": figures}
-    (folder / "judges.json").write_text(json.dumps(info, indent=1) + "\n")
+    partial = folder / "judges.partial"
+    partial.write_text(json.dumps(info, indent=1) + "\n")
+    os.replace(partial, folder / "judges.json")  # last, as it says that all is there
 
 
 def show_nearest(judges: Judges, path: Path) -> None:

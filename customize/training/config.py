@@ -242,7 +242,11 @@ class TrainConfig(BaseModel):
         "clearml",
         "dvclive",
         "swanlab",
-    ] = Field(default="none", description="Where losses and pictures are logged, by accelerate")
+    ] = Field(
+        default="none",
+        description="Where losses and pictures are logged, by accelerate: none, tensorboard, wandb,"
+        " trackio, comet_ml, aim, mlflow, clearml, dvclive or swanlab",
+    )
     log_every: int = Field(default=10, ge=1, description="Steps between logged losses, at least 1")
 
     @property
@@ -337,6 +341,9 @@ class TrainConfig(BaseModel):
             "layerwise_tokens": self.layerwise_tokens
             and not self.train_tokens
             and "needs trained tokens; set train_tokens to true",
+            "validation_every": self.validation_every > 0
+            and not self.validation_prompts
+            and "has nothing to draw; give validation_prompts",
             "warmup_steps": self.warmup_steps >= self.steps
             and f"leaves nothing of the {self.steps} steps; choose fewer",
         }

@@ -22,6 +22,7 @@ from customize.storybook.judges import (
     to_tensor,
 )
 from customize.storybook.train_judges import (
+    _fit,
     auc,
     equal_error_threshold,
     identity_views,
@@ -31,6 +32,7 @@ from customize.storybook.train_judges import (
     save_judges,
     train_attributes,
     train_identity,
+    train_judges,
 )
 from customize.storybook.world import random_identity, random_scene, scene_of
 
@@ -240,3 +242,41 @@ def test_random_scenes_have_labels_for_every_head_there_is():
         scene = random_scene(rng, two=0.5)
         for name, index in labels(scene).items():
             assert -1 <= index < len(HEADS[name])
+
+
+# Training goes on where it was cut off
+
+
+def fit_small(folder, steps, fail_at=None):
+    """Fit a small network with running statistics, as the judges have; gives all its tensors."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    )
+    count = 0
+
+    def loss_of(generator):
+        nonlocal count
+        count += 1
+        if count == fail_at:
+            raise KeyboardInterrupt
+        return model(torch.randn(8, 4, generator=generator)).square().mean()
+
+    folder.mkdir(exist_ok=True)
+    _fit("net", folder, model, loss_of, steps, 1e-2, every=2)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_a_judge_that_was_cut_off_ends_as_an_uninterrupted_one(tmp_path):
+    expected = fit_small(tmp_path / "whole", 7)
+    with pytest.raises(KeyboardInterrupt):
+        fit_small(tmp_path / "cut", 7, fail_at=6)
+    found = fit_small(tmp_path / "cut", 7)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_finished_judges_stay_as_they_are(tmp_path, judges):
+    save_judges(judges, tmp_path, {"identity_auc": 0.75})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert train_judges(tmp_path, None) == {"identity_auc": 0.75}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -140,6 +140,7 @@ def test_all_problems_are_told_at_once():
         ({"prior_prompt": "a <rex> dog"}, "has the trigger <rex>"),
         ({"slice": 2, "method": "lora"}, "set method orthogonal"),
         ({"layerwise_tokens": True, "train_tokens": False}, "set train_tokens to true"),
+        ({"validation_every": 5}, "give validation_prompts"),
         ({"warmup_steps": 100, "steps": 100}, "choose fewer"),
     ],
 )

@@ -7,6 +7,7 @@ saved files, which name classes, are what they were.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,23 @@ from torch import Tensor
 
 from customize.concepts.layerwise import mentions, wording
 from customize.concepts.tokens import expand
+from customize.errors import PipelineError
+
+#: What to do where a pipeline cannot be saved.
+UNSAVEABLE_FIX = (
+    "save without them after unload_custom(), as they have files of their own; or attach them with "
+    "fuse=True and save them in the weights, unless they have embeddings for each layer"
+)
 
 Triggers = dict[str, list[str]]
 
 
 def expand_triggers(
-    tokenizer: Any, triggers: Triggers, layered: Sequence[str] = (), layers: int = 0
+    tokenizer: Any,
+    triggers: Triggers,
+    layered: Sequence[str] = (),
+    layers: int = 0,
+    unsaveable: str = "",
 ) -> None:
     """Make a tokenizer replace triggers by their vocabulary entries in all text it is called on.
 
@@ -32,23 +44,28 @@ def expand_triggers(
         layered: those of them that have entries for each of the cross-attention ``layers``. Whoever
             asks as pipelines do, for ids padded to the full length, gets (batch, layers * length)
             where one is in the text: see :mod:`customize.concepts.layerwise`.
+        unsaveable: why the models cannot be saved; empty where they can. The tokenizer then
+            refuses, as every pipeline that shares them saves it, too.
     """
     if triggers:
         stock: Any = _stock(type(tokenizer))
         tokenizer.__class__ = _expanding(stock)
         tokenizer._customize_triggers = triggers
         tokenizer._customize_layered = (tuple(layered), layers)
+        tokenizer._customize_unsaveable = unsaveable
     elif hasattr(type(tokenizer), "_customize_stock"):
         tokenizer.__class__ = _stock(type(tokenizer))
-        del tokenizer._customize_triggers, tokenizer._customize_layered
+        for name in ("triggers", "layered", "unsaveable"):
+            delattr(tokenizer, f"_customize_{name}")
 
 
 def adjust_pipeline(pipe: Any, on: bool) -> None:
     """Let a pipeline's own methods know that concepts are attached.
 
-    ``save_pretrained`` refuses while it would write wrapped, unloadable models. ``encode_prompt``
-    gives conditions of one length, also where only the negative prompt is worded for each layer;
-    another pipeline of the same components needs the trigger in its prompt then, too.
+    ``save_pretrained`` refuses while it would write wrapped, unloadable models, and ``fuse_lora``
+    while it would put concepts into the weights for good. ``encode_prompt`` gives conditions of
+    one length, also where only the negative prompt is worded for each layer; another pipeline of
+    the same components needs the trigger in its prompt then, too.
     """
     cls: Any = type(pipe)
     if on != hasattr(cls, "_customize_stock"):
@@ -66,7 +83,16 @@ def _expanding(stock: Any) -> type:
             return _by_layer(functools.partial(call, self), text, kwargs, self)
         return call(self, text, *args, **kwargs)
 
-    return _subclass(stock, {"__call__": expanding}, _expanding)
+    save = stock.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._customize_unsaveable:
+            raise PipelineError(self._customize_unsaveable, fix=UNSAVEABLE_FIX)
+        return save(self, *args, **kwargs)
+
+    methods = {"__call__": expanding, "save_pretrained": save_pretrained}
+    return _subclass(stock, methods, _expanding)
 
 
 @functools.cache
@@ -82,6 +108,18 @@ def _adjusted(stock: Any) -> type:
         return save(self, *args, **kwargs)
 
     methods["save_pretrained"] = save_pretrained
+    if hasattr(stock, "fuse_lora"):
+        fuse = stock.fuse_lora
+
+        @functools.wraps(fuse)
+        def fuse_lora(self: Any, *args: Any, **kwargs: Any) -> Any:
+            from customize.hosts.load import check_fuse_lora
+
+            given = inspect.signature(fuse).bind(self, *args, **kwargs).arguments
+            check_fuse_lora(self, given.get("adapter_names"))
+            return fuse(self, *args, **kwargs)
+
+        methods["fuse_lora"] = fuse_lora
     if hasattr(stock, "encode_prompt"):  # modular pipelines have it in their blocks
         encode = stock.encode_prompt
 

@@ -20,7 +20,7 @@ from customize.concepts.tokens import add_tokens, entries, remove_tokens
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
 from customize.hosts.checks import check_base, check_layers, check_vocabulary
-from customize.hosts.classes import adjust_pipeline, expand_triggers
+from customize.hosts.classes import UNSAVEABLE_FIX, adjust_pipeline, expand_triggers
 from customize.hosts.fusing import Updates, check_fusable, check_unchanged, fuse_updates
 from customize.hosts.offload import settled
 from customize.hosts.plan import Weights, renamed, wanted
@@ -118,20 +118,45 @@ def check_saveable(pipe: Any) -> None:
         attached = find(_family(pipe)).attached
     except PipelineError:  # the models were taken out of it, and ours with them
         return
+    problem = _unsaveable(attached)
+    if problem:
+        raise PipelineError(problem, fix=UNSAVEABLE_FIX)
+
+
+def _unsaveable(attached: Mapping[str, Attached]) -> str:
+    """Why models with these concepts cannot be saved; empty where they can."""
     beside = [name for name, each in attached.items() if not each.fused]
-    if beside:
-        raise PipelineError(
-            f"the concepts {', '.join(beside)} are attached beside the weights, and stock "
-            "diffusers could not open what is saved",
-            fix="save without them after unload_custom(), as they have files of their own; or "
-            "attach them with fuse=True and save them in the weights",
-        )
     layered = [name for name, each in attached.items() if each.concept.info.token_layers]
+    if beside:
+        return (
+            f"the concepts {', '.join(beside)} are attached beside the weights, and stock "
+            "diffusers could not open what is saved"
+        )
     if layered:
-        raise PipelineError(
+        return (
             f"the concepts {', '.join(layered)} have embeddings for each cross-attention layer, "
-            "which a saved pipeline cannot hold",
-            fix="save without them after unload_custom(), as they have files of their own",
+            "which a saved pipeline cannot hold"
+        )
+    return ""
+
+
+def check_fuse_lora(pipe: Any, adapter_names: Sequence[str] | None) -> None:
+    """Refuse ``fuse_lora`` where it would put concepts into the weights.
+
+    Once it has, ``unload_lora_weights`` leaves them there, and nothing takes them out again.
+
+    Raises:
+        PipelineError: concepts are attached as an adapter, and ``adapter_names`` does not leave
+            it out.
+    """
+    holder = find(_family(pipe))
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    if any(map(_is_there, holder.adapters)) and (names is None or ADAPTER in names):
+        raise PipelineError(
+            "fuse_lora would put the attached concepts into the weights, where unload_custom "
+            "could not take them out",
+            fix="attach them with load_custom(..., fuse=True), or name the adapters to fuse: "
+            'fuse_lora(adapter_names=["mine"])',
         )
 
 
@@ -227,7 +252,7 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
     layers = max((info.token_layers for info in infos), default=0)
     for component in family.components.values():
         if _is_tokenizer(component):
-            expand_triggers(component, triggers, layered, layers)
+            expand_triggers(component, triggers, layered, layers, _unsaveable(attached))
     while holder.hooks:
         holder.hooks.pop().remove()
     if layers:

@@ -25,7 +25,7 @@ from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffus
 
 from customize.errors import PipelineError
 from customize.families import family_of
-from tests.hosts.making import MAKERS, PROMPT, assert_same, concept, draw, everything
+from tests.hosts.making import MAKERS, PROMPT, assert_same, concept, draw, everything, user_lora
 
 ROOT = Path(__file__).parents[2]
 IMG2IMG = {
@@ -119,6 +119,39 @@ def test_saving_beside_the_weights_is_refused_and_writes_nothing(make, tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
     assert np.array_equal(draw(again), draw(make()))
+
+
+@both
+def test_another_pipeline_of_the_same_models_does_not_save_them_wrapped(make, tmp_path):
+    pipe = make()
+    pipe.load_custom(concept(pipe))
+    other = type(pipe)._customize_stock(**pipe.components)
+    with pytest.raises(PipelineError, match=r"concepts rex are attached beside.*fuse=True"):
+        other.save_pretrained(tmp_path / "saved")
+    pipe.load_custom(weights={"rex": 1.0}, fuse=True)
+    pipe.unload_custom()
+    other.save_pretrained(tmp_path / "again")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again")
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(again), draw(make()))
+
+
+@both
+def test_fuse_lora_keeps_out_of_concepts(make):
+    pipe = make()
+    pipe.load_custom(concept(pipe))
+    before = everything(pipe)
+    for arguments in ({}, {"adapter_names": ["customize"]}):
+        with pytest.raises(PipelineError, match=r"unload_custom could not.*fuse=True"):
+            pipe.fuse_lora(**arguments)
+    assert_same(before, everything(pipe))
+    pipe.load_lora_weights(user_lora(pipe), adapter_name="mine")
+    pipe.fuse_lora(adapter_names=["mine"])
+    assert pipe.num_fused_loras == 1 and len(pipe.custom.rows) == 1
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    pipe.unload_custom()
+    pipe.fuse_lora()  # its own method again: there is nothing to fuse
 
 
 @both

@@ -8,6 +8,7 @@ __all__ = [
     "CustomizeError",
     "DataError",
     "PipelineError",
+    "SettingsError",
     "StorageError",
     "TrainingError",
 ]
@@ -60,6 +61,10 @@ class PipelineError(CustomizeError):
 
 class TrainingError(CustomizeError):
     """Training cannot go on: a loss that is not finite, a checkpoint that does not fit."""
+
+
+class SettingsError(TrainingError):
+    """What is in the output folder, a concept or a checkpoint, was made with other settings."""
 
 
 class StorageError(CustomizeError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from customize.errors import CustomizeError, StorageError, TrainingError
+from customize.errors import CustomizeError, SettingsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,10 +93,8 @@ def learn(folder: Path, name: str, method: Method, base: Path) -> Concept:
     )
     try:
         return train(config)
-    except (StorageError, TrainingError) as error:
-        if "other settings" not in error.what:
-            raise
-        raise type(error)(
+    except SettingsError as error:
+        raise SettingsError(
             error.what,
             where=error.where,
             fix="delete that folder and run the demo again: the demo or its place has changed",

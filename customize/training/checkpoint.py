@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customize.errors import StorageError, TrainingError
+from customize.errors import SettingsError, StorageError, TrainingError
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _HEADER = "customize_checkpoint"
@@ -132,11 +132,11 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], where: P
     """Refuse to go on with other settings than a checkpoint's.
 
     Raises:
-        TrainingError: they differ; the message names each field with both values.
+        SettingsError: they differ; the message names each field with both values.
     """
     found = differences(checkpoint.settings, settings)
     if found:
-        raise TrainingError(
+        raise SettingsError(
             f"the checkpoint of step {checkpoint.step} was made with other settings: "
             + "; ".join(found),
             where=where,

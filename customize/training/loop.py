@@ -63,8 +63,9 @@ def train(
     Raises:
         ConfigError, DataError: a setting or a picture is unusable.
         PipelineError: the base cannot be loaded or trained.
+        SettingsError: the output folder holds this concept, made with other settings.
         StorageError: the output folder holds something else or cannot be written.
-        TrainingError: the loss is no longer finite, or the checkpoint is of other settings.
+        TrainingError: the loss is no longer finite.
         TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.
     """
     samples = data.read_folder(

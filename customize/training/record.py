@@ -13,7 +13,7 @@ import torch
 from customize.concepts import files
 from customize.concepts.concept import Concept, ConceptInfo
 from customize.concepts.layout import INFO_FILE
-from customize.errors import ConceptError, StorageError
+from customize.errors import ConceptError, SettingsError
 from customize.families import Family
 from customize.training import data
 from customize.training.checkpoint import differences
@@ -74,12 +74,12 @@ def check_finished(concept: Concept, settings: Mapping[str, Any], config: TrainC
     """Refuse to hand out a finished concept for other settings than its own.
 
     Raises:
-        StorageError: they differ; the message names each field with both values.
+        SettingsError: they differ; the message names each field with both values.
     """
     before = concept.info.training.get("settings")
     found = differences(before if isinstance(before, dict) else {}, settings)
     if found:
-        raise StorageError(
+        raise SettingsError(
             f"the concept {config.name} is there already, learned with other settings: "
             + "; ".join(found),
             where=config.output,

@@ -12,6 +12,7 @@ from customize.demo import report
 from customize.evaluation.storybook import prompts_for
 from customize.storybook.judges import load_judges, to_tensor
 from customize.storybook.references import bundled
+from tests.concepts.making import small
 
 SCENES = len(prompts_for("<rex>"))
 
@@ -62,10 +63,10 @@ def test_drift_is_a_share_of_the_full_range(card: dict) -> None:
 
 
 def test_a_scorecard_says_what_its_figures_depend_on(
-    card: dict, drawn: dict[str, demo.Drawn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    card: dict, drawn: dict[str, demo.Drawn], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(report, "heat_map", lambda concepts, path: None)
-    report.write(tmp_path, card, drawn, {})
+    learned = {name: small(seed, name=name) for seed, name in enumerate(demo.NAMES)}
+    report.write(tmp_path, card, drawn, {"concepts": learned, "ordinary": learned})
     found = json.loads((tmp_path / "scorecard.json").read_text())
     assert list(found) == ["bench", "command", "machine", "versions", "rows", "figures"]
     assert found["versions"]["torch"] == torch.__version__
@@ -73,5 +74,6 @@ def test_a_scorecard_says_what_its_figures_depend_on(
     assert found["figures"]["identity_merged"] == 1.0
     page = (tmp_path / "scorecard.md").read_text()
     assert "| merged | all | 100% ±0 |" in page
-    with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.width > 1000
+    for name, width in (("grid.png", 1000), ("crosstalk.png", 500)):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > width

@@ -8,7 +8,14 @@ from PIL import Image
 
 from customize.concepts.concept import Concept
 from customize.core.bases import BASES, down_projection
-from customize.errors import ConfigError, DataError, PipelineError, StorageError, TrainingError
+from customize.errors import (
+    ConfigError,
+    DataError,
+    PipelineError,
+    SettingsError,
+    StorageError,
+    TrainingError,
+)
 from customize.training.loop import learning_rate, train
 from tests.tiny import tiny_sd, tiny_sd3
 from tests.training.runs import (
@@ -381,7 +388,7 @@ def test_a_finished_concept_is_reused_and_never_silently_replaced(tmp_path):
     assert same(tensors(first), tensors(again))
 
     other = settings(tmp_path, learning_rate=5e-3)
-    with pytest.raises(StorageError, match=r"learning_rate was 0.01 and is 0.005"):
+    with pytest.raises(SettingsError, match=r"learning_rate was 0.01 and is 0.005"):
         train(other, pipe.components, progress=False)
     assert same(tensors(Concept.load(config.output)), tensors(first))
 
@@ -437,7 +444,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         train(config, pipe.components, progress=False, on_step=crash_at(5))
     picture(9).save(tmp_path / "images" / "9.png")
     other = settings(tmp_path, checkpoint_every=4, rank=2)
-    with pytest.raises(TrainingError, match=r"pictures was .*; rank was 4 and is 2"):
+    with pytest.raises(SettingsError, match=r"pictures was .*; rank was 4 and is 2"):
         train(other, pipe.components, progress=False)
     anew = settings(tmp_path, checkpoint_every=4, rank=2, resume=False)
     assert train(anew, pipe.components, progress=False).info.rank == 2

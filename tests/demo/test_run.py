@@ -1,0 +1,62 @@
+"""The whole demo, with hardly any training: what it leaves, and that a second run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import customize
+from customize import demo
+from customize.errors import SettingsError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        assert demo.run(folder) == folder
+    return folder
+
+
+def shorten(patch: pytest.MonkeyPatch, **changes: object) -> None:
+    patch.setattr(demo, "SEEDS", (1,))
+    patch.setattr(demo, "TRAINING", demo.TRAINING | {"steps": 11, "checkpoint_every": 0} | changes)
+
+
+def test_it_leaves_what_the_readme_says(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == {
+        *("concepts", "ordinary", "grid.png", "crosstalk.png", "scorecard.md", "scorecard.json")
+    }
+    card = json.loads((folder / "scorecard.json").read_text())
+    assert card["command"] == "make demo"
+    assert {row["model"] for row in card["rows"]} >= {demo.ALONE, demo.MERGED, demo.PLAIN}
+    for name in ("grid.png", "crosstalk.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 300
+
+
+def test_the_printed_snippet_works(folder: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(demo.assets() / "storybook")
+    customize.load_custom(pipe, *(folder / "concepts" / name for name in demo.NAMES))
+    assert [row.slices for row in pipe.custom.rows] == ["disjoint"] * 3
+
+
+def test_a_second_run_learns_nothing_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
+    files = sorted(folder.rglob("*.safetensors"))
+    before = {path: path.stat().st_mtime_ns for path in files}
+    demo.run(folder)
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_other_settings_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, rank=4)
+    with pytest.raises(SettingsError, match=r"rank was 8 and is 4.*delete that folder"):
+        demo.run(folder)

@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -125,6 +126,8 @@ class Scorer:
         self.pipe.unet.to(memory_format=torch.channels_last)
         self.family = family_of(self.pipe.components)
         self.judges = load_judges(judges)
+        # One slice for all is what some rows are about.
+        warnings.filterwarnings("ignore", message=r".* share \d+ of \d+ columns")
 
     def rates(
         self,

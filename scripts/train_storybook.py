@@ -26,8 +26,14 @@ def main() -> None:
     )
     parser.add_argument("--stage", choices=("base", "judges", "all"), default="all")
     parser.add_argument("--steps", type=int, help="steps of the denoiser, if not the preset's")
+    parser.add_argument("--start", type=Path, help="go on from this base's weights")
     parser.add_argument(
-        "--start", type=Path, help="go on from this base's weights, and keep its autoencoder"
+        "--vae-steps", type=int, help="steps of the autoencoder, if not the preset's; 0 keeps it"
+    )
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16: faster where the processor multiplies matrices in it",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads, if not all")
@@ -35,14 +41,20 @@ def main() -> None:
     preset = pretrain.PRESETS[args.preset]
     if args.steps:
         preset = replace(preset, steps=args.steps)
+    if args.vae_steps:
+        preset = replace(preset, vae_steps=args.vae_steps)
+    if args.bf16:
+        preset = replace(preset, bf16=True)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.folder = args.folder or Path("runs") / f"storybook-{args.preset}"
     args.folder.mkdir(parents=True, exist_ok=True)
-    if args.start:
+    if args.vae_steps == 0 and args.start is None:
+        parser.error("--vae-steps 0 keeps the autoencoder of a base: name one with --start")
+    if args.vae_steps == 0:
         vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae").to(args.device)
     else:
-        vae = pretrain.train_vae(args.folder, preset, args.device)
+        vae = pretrain.train_vae(args.folder, preset, args.device, args.start)
     if args.stage in ("judges", "all"):
         figures = train_judges.train_judges(
             args.folder / "judges",

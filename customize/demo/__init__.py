@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from customize.errors import CustomizeError, SettingsError
+from customize.errors import CustomizeError, SettingsError, StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,16 +23,16 @@ PAIRS = (("rex", "tom"), ("tom", "bolt"), ("bolt", "rex"))
 SEEDS = (1, 2, 3)
 
 # Settings that suit the bundled base on two CPU cores: about a minute a concept. What the tokens
-# carry is not disturbed by merging, so they get all they can hold: an embedding a layer. And class
-# pictures teach the weights to leave alone what isn't the concept's, such as another's prompts.
+# carry is not disturbed by merging, so they get all they can hold: an embedding a layer. And
+# pictures of other things teach the weights to leave alone what isn't the concept's, such as
+# another concept's prompts: a class word alone would only guard the prompts with that word.
 TRAINING: dict[str, Any] = {
     "rank": 8,
     "layerwise_tokens": True,
     "steps": 400,
     "batch_size": 3,
-    "prior_weight": 0.5,
-    "prior_count": 48,
-    "validation_guidance": 2.5,
+    "prior_weight": 1.0,
+    "prior_count": 96,
     "learning_rate": 1e-3,
     "text_learning_rate": 1e-4,
     "token_learning_rate": 5e-3,
@@ -75,11 +75,60 @@ def assets() -> Path:
     return folder
 
 
+def draw_world(folder: Path, base: Path) -> Path:
+    """Fill `folder` with what the base draws of its whole world, captions beside; return it.
+
+    These are the class pictures of every concept. Pictures that are there stay.
+
+    Raises:
+        StorageError: a picture can't be written.
+    """
+    import io
+
+    import numpy as np
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+    from tqdm.auto import tqdm
+
+    from customize.evaluation import storybook
+    from customize.storybook.captions import caption
+    from customize.storybook.world import random_scene
+    from customize.training.checkpoint import write_whole
+
+    rng = np.random.default_rng(0)
+    captions = [caption(random_scene(rng), rng) for _ in range(TRAINING["prior_count"])]
+    paths = [folder / f"{number:03d}.png" for number in range(len(captions))]
+    if all(path.is_file() for path in paths):
+        return folder
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    with tqdm(total=len(captions), desc="drawing class pictures", unit="picture") as bar:
+        pictures = storybook.draw_groups(pipe, {"all": captions}, 100, bar.update)["all"]
+    arrays = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text, array in zip(paths, captions, arrays, strict=True):
+            path.with_suffix(".txt").write_text(text + "\n")
+            buffer = io.BytesIO()
+            Image.fromarray(array).save(buffer, "PNG")
+            write_whole(path, buffer.getvalue())
+    except OSError as error:
+        raise StorageError(
+            f"class pictures can't be written: {error.strerror}",
+            where=folder,
+            fix="free some space or name another folder",
+        ) from error
+    return folder
+
+
 Method = Literal["orthogonal", "lora"]
 
 
-def learn(folder: Path, name: str, method: Method, base: Path) -> Concept:
-    """Train one bundled concept; a finished one in `folder` is read, a cut-off one resumed."""
+def learn(folder: Path, name: str, method: Method, base: Path, others: Path) -> Concept:
+    """Train one bundled concept; a finished one in `folder` is read, a cut-off one resumed.
+
+    `others` holds the class pictures.
+    """
     from customize.storybook.references import bundled
     from customize.training.config import TrainConfig
     from customize.training.loop import train
@@ -93,6 +142,7 @@ def learn(folder: Path, name: str, method: Method, base: Path) -> Concept:
         class_word=story.identity.kind,
         slice=NAMES.index(name) if method == "orthogonal" else None,
         method=method,
+        prior_images=others,
         **TRAINING,
     )
     try:
@@ -168,6 +218,8 @@ def run(folder: str | Path = "demo") -> Path:
     base, judges = assets() / "storybook", load_judges(assets() / "judges")
     concepts: dict[str, dict[str, Concept]] = {"concepts": {}, "ordinary": {}}
     jobs: list[tuple[str, Method]] = [("concepts", "orthogonal"), ("ordinary", "lora")]
+    console.print("[bold]1/8[/] drawing pictures of other things, which learning shall not change")
+    others = draw_world(folder / "class_pictures", base)
     for stage, (place, method) in enumerate(jobs):
         for index, name in enumerate(NAMES):
             kind = (
@@ -175,10 +227,10 @@ def run(folder: str | Path = "demo") -> Path:
                 if method == "orthogonal"
                 else "an ordinary LoRA, to compare"
             )
-            console.print(f"[bold]{stage * 3 + index + 1}/7[/] learning <{name}> by {kind}")
-            concepts[place][name] = learn(folder / place / name, name, method, base)
+            console.print(f"[bold]{stage * 3 + index + 2}/8[/] learning <{name}> by {kind}")
+            concepts[place][name] = learn(folder / place / name, name, method, base, others)
 
-    console.print("[bold]7/7[/] drawing and judging")
+    console.print("[bold]8/8[/] drawing and judging")
     pipe = DiffusionPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
     triggers = {name: f"<{name}>" for name in NAMES}

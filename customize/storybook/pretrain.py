@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from customize.core import objectives
 from customize.storybook import models
@@ -56,11 +58,14 @@ class Preset:
     vae_lr: float = 3e-3
     lr: float = 2e-3
     seed: int = 0
+    bf16: bool = False
 
 
 PRESETS = {
     "cpu": Preset(scenes=40_000, vae_steps=1_600, vae_batch=16, steps=6_000, batch=64),
-    "gpu": Preset(scenes=400_000, vae_steps=20_000, vae_batch=64, steps=60_000, batch=256),
+    "gpu": Preset(
+        scenes=400_000, vae_steps=20_000, vae_batch=64, steps=60_000, batch=256, bf16=True
+    ),
     "tiny": Preset(
         scenes=96,
         vae_steps=3,
@@ -100,6 +105,18 @@ def _log(folder: Path, **row: object) -> None:
         " ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()),
         flush=True,
     )
+
+
+@contextmanager
+def _arithmetic(device: str, bf16: bool) -> Iterator[None]:
+    """Where a model is called to be trained: in bfloat16 if asked, and with plain attention on a
+    CPU, whose fused attention takes twice the time backward with heads as narrow as these."""
+    kind = torch.device(device).type
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled=bf16))
+        if kind == "cpu":
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 def _loop(
@@ -183,10 +200,19 @@ def contact_sheet(images: torch.Tensor, path: Path, columns: int = 10) -> None:
     sheet.save(path)
 
 
-def train_vae(folder: Path, preset: Preset, device: str) -> models.AutoencoderKL:
-    """Autoencoder on drawn scenes: L1 on pixels and on their differences, and a light KL."""
+def train_vae(
+    folder: Path, preset: Preset, device: str, start: Path | None = None
+) -> models.AutoencoderKL:
+    """Autoencoder on drawn scenes: L1 on pixels and on their differences, and a light KL.
+
+    `start` is as in :func:`train_denoiser`.
+    """
     torch.manual_seed(preset.seed)
     vae = models.make_vae().to(device)
+    if start is not None:
+        vae.load_state_dict(
+            models.AutoencoderKL.from_pretrained(start, subfolder="vae").state_dict()
+        )
     # Each picture is drawn once and seen a few times: drawing would else take a third of the step.
     pool = pixels(
         [scene(preset.seed + 1, k) for k in range(min(12_000, preset.vae_steps * preset.vae_batch))]
@@ -196,14 +222,11 @@ def train_vae(folder: Path, preset: Preset, device: str) -> models.AutoencoderKL
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(pool), (preset.vae_batch,), generator=generator)
         x = pool[rows].to(device)
-        posterior = vae.encode(x).latent_dist
-        error = (
-            vae.decode(
-                posterior.mean
-                + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(device)
-            ).sample
-            - x
-        )
+        with _arithmetic(device, preset.bf16):
+            posterior = vae.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+            again = vae.decode(posterior.mean + posterior.std * noise).sample
+        error = again.float() - x
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return error.abs().mean() + 0.5 * edges + 1e-4 * kl
@@ -299,9 +322,9 @@ def train_denoiser(
             torch.arange(preset.batch) + torch.rand(preset.batch, generator=generator)
         ) / preset.batch
         t = (spread * len(alphas)).long().to(device)
-        predicted = unet(
-            objectives.noisy_latents(x0, noise, alphas, t), t, text_encoder(ids).last_hidden_state
-        ).sample
+        noisy = objectives.noisy_latents(x0, noise, alphas, t)
+        with _arithmetic(device, preset.bf16):
+            predicted = unet(noisy, t, text_encoder(ids).last_hidden_state).sample.float()
         target = objectives.target("v_prediction", x0, noise, alphas, t)
         # In x0 units this is min(SNR + 1, 5): min-SNR-5 proper would leave pure noise untrained.
         weight = (5.0 * (1 - alphas[t])).clamp(max=1.0)

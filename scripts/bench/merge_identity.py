@@ -38,7 +38,7 @@ from diffusers import DiffusionPipeline
 from customize.concepts import adapter as adapters
 from customize.concepts.concept import Concept
 from customize.core.lowrank import norm, product
-from customize.demo import TRAINING, assets
+from customize.demo import TRAINING, assets, draw_world
 from customize.evaluation import storybook
 from customize.families import family_of
 from customize.hosts.binding import load_custom, unload_custom
@@ -59,6 +59,7 @@ STEP = 1.6
 WEIGHT_RANGE = (0.05, 4.0)
 RATES = ("identity", "prompt", "leak")
 LEARNED = (SLICED, SAME, PLAIN)
+CLASS_PICTURES = "class_pictures"
 TOKENS = "tokens only, no weights"
 
 
@@ -99,6 +100,7 @@ def config_of(folder: Path, base: Path, kind: str, index: int, steps: int) -> Tr
         class_word=story.identity.kind,
         method="lora" if kind == PLAIN else "orthogonal",
         slice={SLICED: index, SAME: 0, PLAIN: None}[kind],
+        prior_images=folder / CLASS_PICTURES,
         **settings,
     )
 
@@ -336,6 +338,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     args.folder = args.folder / f"{depends.hexdigest()[:8]}-{args.steps}"
     for index in range(protocol.total):
         concept(index).write(args.folder / "pictures" / concept(index).name)
+    draw_world(args.folder / CLASS_PICTURES, args.base)
 
     share_out(args, "--learn", [f"{k}/{i}" for i in range(protocol.total) for k in LEARNED])
     cells = [f"alone, {kind}/1" for kind in LEARNED] + [f"{TOKENS}/1"]

@@ -16,6 +16,13 @@ from diffusers import AutoencoderKL
 from customize.storybook import pretrain, train_judges
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", choices=pretrain.PRESETS, default="cpu")
@@ -25,7 +32,7 @@ def main() -> None:
         help="checkpoints, log, samples, result; if not runs/storybook-PRESET",
     )
     parser.add_argument("--stage", choices=("base", "judges", "all"), default="all")
-    parser.add_argument("--steps", type=int, help="steps of the denoiser, if not the preset's")
+    parser.add_argument("--steps", type=positive, help="steps of the denoiser, if not the preset's")
     parser.add_argument("--start", type=Path, help="go on from this base's weights")
     parser.add_argument(
         "--vae-steps", type=int, help="steps of the autoencoder, if not the preset's; 0 keeps it"
@@ -36,7 +43,7 @@ def main() -> None:
         help="compute in bfloat16: faster where the processor multiplies matrices in it",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads, if not all")
+    parser.add_argument("--threads", type=positive, help="CPU threads, if not all")
     args = parser.parse_args()
     preset = pretrain.PRESETS[args.preset]
     if args.steps:
@@ -49,6 +56,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     args.folder = args.folder or Path("runs") / f"storybook-{args.preset}"
     args.folder.mkdir(parents=True, exist_ok=True)
+    if args.start and not (args.start / "model_index.json").is_file():
+        parser.error(f"--start {args.start} is not a folder with a base model")
     if args.vae_steps == 0 and args.start is None:
         parser.error("--vae-steps 0 keeps the autoencoder of a base: name one with --start")
     if args.vae_steps == 0:

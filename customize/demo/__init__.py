@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from customize.concepts.concept import Concept
 
+# As the README's lines name it, from the clone's folder; wherever that is moved.
+BASE_NAME = "assets/storybook"
 NAMES = ("rex", "tom", "bolt")
 PAIRS = (("rex", "tom"), ("tom", "bolt"), ("bolt", "rex"))
 # The first seed draws all that is shown; each concept is scored over every seed.
@@ -75,7 +77,7 @@ def assets() -> Path:
     return folder
 
 
-def draw_world(folder: Path, base: Path) -> Path:
+def draw_world(folder: Path, pipe: Any) -> Path:
     """Fill `folder` with what the base draws of its whole world, captions beside; return it.
 
     These are the class pictures of every concept. Pictures that are there stay.
@@ -86,7 +88,6 @@ def draw_world(folder: Path, base: Path) -> Path:
     import io
 
     import numpy as np
-    from diffusers import DiffusionPipeline
     from PIL import Image
     from tqdm.auto import tqdm
 
@@ -100,8 +101,6 @@ def draw_world(folder: Path, base: Path) -> Path:
     paths = [folder / f"{number:03d}.png" for number in range(len(captions))]
     if all(path.is_file() for path in paths):
         return folder
-    pipe = DiffusionPipeline.from_pretrained(base)
-    pipe.set_progress_bar_config(disable=True)
     with tqdm(total=len(captions), desc="drawing class pictures", unit="picture") as bar:
         pictures = storybook.draw_groups(pipe, {"all": captions}, 100, bar.update)["all"]
     arrays = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
@@ -124,10 +123,12 @@ def draw_world(folder: Path, base: Path) -> Path:
 Method = Literal["orthogonal", "lora"]
 
 
-def learn(folder: Path, name: str, method: Method, base: Path, others: Path) -> Concept:
+def learn(
+    folder: Path, name: str, method: Method, components: Mapping[str, Any], others: Path
+) -> Concept:
     """Train one bundled concept; a finished one in `folder` is read, a cut-off one resumed.
 
-    `others` holds the class pictures.
+    `components` are the base's, and `others` holds the class pictures.
     """
     from customize.storybook.references import bundled
     from customize.training.config import TrainConfig
@@ -135,7 +136,7 @@ def learn(folder: Path, name: str, method: Method, base: Path, others: Path) -> 
 
     story = bundled(name)
     config = TrainConfig(
-        base=str(base),
+        base=BASE_NAME,
         images=assets() / "concepts" / name,
         output=folder,
         name=name,
@@ -146,12 +147,12 @@ def learn(folder: Path, name: str, method: Method, base: Path, others: Path) -> 
         **TRAINING,
     )
     try:
-        return train(config)
+        return train(config, components)
     except SettingsError as error:
         raise SettingsError(
             error.what,
             where=error.where,
-            fix="delete that folder and run the demo again: the demo or its place has changed",
+            fix="delete that folder and run the demo again: the demo has changed since",
         ) from None
 
 
@@ -215,11 +216,13 @@ def run(folder: str | Path = "demo") -> Path:
     from customize.storybook.references import bundled
 
     folder, console = Path(folder), Console()
-    base, judges = assets() / "storybook", load_judges(assets() / "judges")
+    judges = load_judges(assets() / "judges")
+    pipe = DiffusionPipeline.from_pretrained(assets() / "storybook")
+    pipe.set_progress_bar_config(disable=True)
     concepts: dict[str, dict[str, Concept]] = {"concepts": {}, "ordinary": {}}
     jobs: list[tuple[str, Method]] = [("concepts", "orthogonal"), ("ordinary", "lora")]
     console.print("[bold]1/8[/] drawing pictures of other things, which learning shall not change")
-    others = draw_world(folder / "class_pictures", base)
+    others = draw_world(folder / "class_pictures", pipe)
     for stage, (place, method) in enumerate(jobs):
         for index, name in enumerate(NAMES):
             kind = (
@@ -228,11 +231,11 @@ def run(folder: str | Path = "demo") -> Path:
                 else "an ordinary LoRA, to compare"
             )
             console.print(f"[bold]{stage * 3 + index + 2}/8[/] learning <{name}> by {kind}")
-            concepts[place][name] = learn(folder / place / name, name, method, base, others)
+            concepts[place][name] = learn(
+                folder / place / name, name, method, pipe.components, others
+            )
 
     console.print("[bold]8/8[/] drawing and judging")
-    pipe = DiffusionPipeline.from_pretrained(base)
-    pipe.set_progress_bar_config(disable=True)
     triggers = {name: f"<{name}>" for name in NAMES}
     classes = {name: f"a {bundled(name).identity.kind}" for name in NAMES}
     # Each model is: its row, what is loaded, and what it is asked.

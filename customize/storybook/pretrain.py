@@ -7,6 +7,7 @@ have taken.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -163,7 +164,8 @@ def _loop(
         loss = loss_of(generator)
         if not torch.isfinite(loss):
             raise RuntimeError(
-                f"{stage}: loss is {loss.item()} at step {step}; lower the learning rate and resume"
+                f"{stage}: loss is {loss.item()} at step {step}; lower the preset's learning rate"
+                " in customize/storybook/pretrain.py and resume"
             )
         optimizer.zero_grad()
         loss.backward()
@@ -257,14 +259,17 @@ def train_vae(
 def encode_scenes(
     folder: Path, preset: Preset, vae: models.AutoencoderKL, device: str
 ) -> torch.Tensor:
-    """Latents (scenes, 4, 16, 16) float16 of the training scenes, scaled; on disk in chunks."""
+    """Latents (scenes, 4, 16, 16) float16 of the training scenes, scaled; on disk in chunks, which
+    are named by what they depend on: another autoencoder's are never taken."""
+    digest = hashlib.sha256(f"{preset.seed} {vae.config.scaling_factor}".encode())
+    for tensor in vae.state_dict().values():
+        digest.update(tensor.float().cpu().numpy().tobytes())
     chunks = []
     for first in range(0, preset.scenes, 2_000):
-        path = folder / f"latents-{first:06d}.safetensors"
+        end = min(first + 2_000, preset.scenes)
+        path = folder / f"latents-{digest.hexdigest()[:8]}-{first:06d}-{end:06d}.safetensors"
         if not path.exists():
-            scenes = [
-                scene(preset.seed, k) for k in range(first, min(first + 2_000, preset.scenes))
-            ]
+            scenes = [scene(preset.seed, k) for k in range(first, end)]
             with torch.no_grad():
                 parts = [
                     vae.encode(x.to(device)).latent_dist.mode() for x in pixels(scenes).split(100)

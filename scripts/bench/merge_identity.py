@@ -118,12 +118,17 @@ def learn(args: argparse.Namespace, job: str) -> None:
 # --- scoring ----------------------------------------------------------------------------------
 
 
+def open_quietly(base: Path) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 class Scorer:
     """Draws and judges concepts of a merged model."""
 
     def __init__(self, base: Path, judges: Path) -> None:
-        self.pipe = DiffusionPipeline.from_pretrained(base)
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = open_quietly(base)
         # The layout in which a CPU convolves fastest.
         self.pipe.unet.to(memory_format=torch.channels_last)
         self.family = family_of(self.pipe.components)
@@ -338,7 +343,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     args.folder = args.folder / f"{depends.hexdigest()[:8]}-{args.steps}"
     for index in range(protocol.total):
         concept(index).write(args.folder / "pictures" / concept(index).name)
-    draw_world(args.folder / CLASS_PICTURES, args.base)
+    draw_world(args.folder / CLASS_PICTURES, open_quietly(args.base))
 
     share_out(args, "--learn", [f"{k}/{i}" for i in range(protocol.total) for k in LEARNED])
     cells = [f"alone, {kind}/1" for kind in LEARNED] + [f"{TOKENS}/1"]

@@ -50,6 +50,12 @@ def test_it_leaves_what_the_readme_says(folder: Path) -> None:
             assert min(picture.size) > 300
 
 
+def test_nothing_depends_on_where_the_clone_lies(folder: Path) -> None:
+    place = str(demo.assets().parent)
+    for path in (*folder.rglob("*.json"), *folder.rglob("*.md"), *folder.rglob("*.safetensors")):
+        assert place.encode() not in path.read_bytes(), path
+
+
 def test_the_printed_snippet_works(folder: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(demo.assets() / "storybook")
     customize.load_custom(pipe, *(folder / "concepts" / name for name in demo.NAMES))

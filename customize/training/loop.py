@@ -17,13 +17,14 @@ from torch.nn.utils import clip_grad_norm_
 from customize.concepts import files
 from customize.concepts.concept import Concept
 from customize.core.objectives import weighted_mse
-from customize.errors import TrainingError
+from customize.errors import TrainingError, TrainingStopped
 from customize.families import Family, family_of
-from customize.training import cache, data, process, record, setup
+from customize.training import base, cache, data, process, record, setup
 from customize.training import checkpoint as checkpoints
 from customize.training.batches import compose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures
-from customize.training.checkpoint import Checkpoint
+from customize.training.checkpoint import BASE_WEIGHTS, Checkpoint
+from customize.training.claim import claimed_slice
 from customize.training.config import TrainConfig
 from customize.training.prior import class_samples_of
 from customize.training.process import Autocast
@@ -33,10 +34,6 @@ from customize.training.validation import Validation
 OnStep = Callable[[int, Tensor], object]
 
 _FUSED = ("cuda", "cpu", "mps", "xpu")  # devices on which torch's AdamW is one kernel
-
-
-class TrainingStopped(TrainingError):
-    """Training was stopped from outside (Ctrl-C, SIGTERM), after saving a checkpoint."""
 
 
 def train(
@@ -63,7 +60,8 @@ def train(
     Raises:
         ConfigError, DataError: a setting or a picture is unusable.
         PipelineError: the base cannot be loaded or trained.
-        SettingsError: the output folder holds this concept, made with other settings.
+        SettingsError: the output folder holds this concept, made with other settings; or its
+            slice was taken while it was cut off.
         StorageError: the output folder holds something else or cannot be written.
         TrainingError: the loss is no longer finite.
         TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.
@@ -93,8 +91,9 @@ def train(
     folder = config.output / ".checkpoints"
     start = checkpoints.latest(folder) if config.resume else None
     done = record.finished(config) if config.resume else None
+    weights = base.weights_of(config.base, components)
     settings_after = partial(
-        record.run_settings, config, samples, class_samples, accelerator.num_processes
+        record.run_settings, config, samples, class_samples, weights, accelerator.num_processes
     )
     settings = settings_after(start.settings if start is not None else None)
     if done is not None:
@@ -121,14 +120,21 @@ def train(
             setup.freeze(parts)
         else:
             stack.enter_context(setup.borrowed(parts))
+        before = None if start is None else start.settings
+        settings["slice"] = stack.enter_context(claimed_slice(config, family, before, accelerator))
         del parts  # what the family then lets go of is freed, if it is our own
         fingerprint = family.fingerprint()
+        if not weights:  # of a hub id that was not here yet
+            weights = base.weights_on_disk(config.base) or base.weights_of("", family.components)
+            settings[BASE_WEIGHTS] = weights
+            if start is not None:
+                checkpoints.check_settings(start, settings, folder)
 
         # Pictures are encoded once; then the autoencoder only waits for validation.
         family.vae.to(device)
         if config.prior_weight and not class_samples:
             class_samples = class_samples_of(
-                config, family, resolution, device, accelerator, autocast, progress
+                config, family, weights, resolution, device, accelerator, autocast, progress
             )
         pictures = cache.prepare_pictures(
             family,
@@ -232,7 +238,7 @@ def optimise(
     scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
     history: list[list[float]] = []
     if start is not None:
-        _restore(start, parameters, optimizer, scaler)
+        checkpoints.restore(start, parameters, optimizer, scaler)
         history = [list(pair) for pair in start.history]
 
     batch, accumulate = config.batch_size, config.gradient_accumulation
@@ -308,7 +314,9 @@ def optimise(
             if saving or stopping:
                 paused -= time.perf_counter()
                 if accelerator.is_main_process:
-                    state = _state(done, parameters, optimizer, scaler, settings, history)
+                    state = checkpoints.state_of(
+                        done, parameters, optimizer, scaler, settings, history
+                    )
                     checkpoints.save(folder, state, config.keep_checkpoints)
                 paused += time.perf_counter()
             if stopping and not last:
@@ -364,29 +372,3 @@ def _read_losses(
             "deletes what is kept",
         )
     return sum(found) / len(found), stopping > 0
-
-
-def _state(
-    step: int,
-    parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    settings: Mapping[str, Any],
-    history: list[list[float]],
-) -> Checkpoint:
-    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
-    tensors |= checkpoints.flatten_optimizer(optimizer, parameters)
-    return Checkpoint(step, tensors, settings, history, {"scaler": scaler.state_dict()})
-
-
-@torch.no_grad()
-def _restore(
-    start: Checkpoint,
-    parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(start.tensors[name])
-    checkpoints.restore_optimizer(optimizer, parameters, start.tensors)
-    scaler.load_state_dict(dict(start.extra["scaler"]))

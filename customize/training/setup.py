@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from customize.concepts import layerwise, tokens
 from customize.concepts.adapter import Adapter, attach
 from customize.concepts.concept import BasisInfo
-from customize.concepts.slices import columns_for, next_free_index
+from customize.concepts.slices import columns_for
 from customize.errors import ConfigError, DataError, PipelineError
 from customize.families import Family
 from customize.hosts.opening import open_base
@@ -150,25 +150,12 @@ class Trainable:
         return [layerwise.wording(text, self.triggers, layer) for layer in range(self.layers)]
 
 
-def choose_slice(config: TrainConfig) -> int | None:
-    """The concept's number: as set, or the next free one of the library; None: by its name.
-
-    Two runs at the same time in one library may choose the same: then set their slices.
-
-    Raises:
-        ConceptError: a concept in the library cannot be read.
-    """
-    if config.method == "lora" or config.slice is not None or config.library is None:
-        return config.slice
-    return next_free_index(config.library, config.rank, _basis(config), name=config.name)
-
-
 @contextmanager
 def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterator[Trainable]:
     """Add the concept's tokens and adapter to a model; afterwards they are gone.
 
     Args:
-        index: the concept's number, from :func:`choose_slice`.
+        index: the concept's number; see :func:`customize.concepts.slices.columns_for`.
 
     Raises:
         ConfigError, ConceptError, PipelineError: what is asked for does not fit the model.
@@ -178,8 +165,8 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
     basis: BasisInfo | None = None
     columns: dict[int, tuple[int, ...]] = {}
     if config.method == "orthogonal":
-        basis = _basis(config)
-        widths = {w for key in components for _, w in family.adapter_targets(key).values()}
+        basis = basis_of(config)
+        widths = input_widths(family, config)
         columns = columns_for(widths, config.rank, index=index, name=config.name)
 
     undo: list[Callable[[], None]] = []
@@ -304,13 +291,20 @@ def check_fits(family: Family, config: TrainConfig) -> int:
     return resolution
 
 
+def input_widths(family: Family, config: TrainConfig) -> set[int]:
+    """The input widths of all layers that get an adapter."""
+    adapted = _adapted(family, config)
+    return {width for key in adapted for _, width in family.adapter_targets(key).values()}
+
+
+def basis_of(config: TrainConfig) -> BasisInfo:
+    """The basis of the concept's slices, by the settings."""
+    return BasisInfo(kind=config.basis, seed=config.basis_seed, scale=config.basis_scale)
+
+
 def _adapted(family: Family, config: TrainConfig) -> list[str]:
     """The components that get an adapter."""
     return [family.denoiser_key, *(family.text_encoders if config.train_text_encoder else ())]
-
-
-def _basis(config: TrainConfig) -> BasisInfo:
-    return BasisInfo(kind=config.basis, seed=config.basis_seed, scale=config.basis_scale)
 
 
 def _own_seed(config: TrainConfig, what: str) -> int:

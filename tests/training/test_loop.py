@@ -450,22 +450,6 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     assert train(anew, pipe.components, progress=False).info.rank == 2
 
 
-def test_concepts_of_one_library_get_disjoint_slices_and_a_resumed_one_keeps_its_own(tmp_path):
-    pipe = tiny_sd()
-    library = tmp_path / "library"
-    rex = settings(tmp_path, library=library, output=library / "rex", checkpoint_every=4)
-    with pytest.raises(Stop):
-        train(rex, pipe.components, progress=False, on_step=crash_at(5))
-    tom = settings(tmp_path, name="tom", library=library, output=library / "tom", steps=1)
-    tom_slices = train(tom, pipe.components, progress=False).info.slices
-    rex_slices = train(rex, pipe.components, progress=False).info.slices
-    assert tom_slices["32"] == rex_slices["32"] == [0, 1, 2, 3]  # both started first
-
-    ann = settings(tmp_path, name="ann", library=library, output=library / "ann", steps=1)
-    ann_slices = train(ann, pipe.components, progress=False).info.slices
-    assert not set(ann_slices["32"]) & set(rex_slices["32"])
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [

@@ -1,4 +1,4 @@
-"""What can be told of a base before it is loaded, or of its parts in memory: which weights it has.
+"""What can be told of a base before it is loaded: which weights it has, and its resolution.
 
 A digest looks at a few numbers of every tensor, so it costs little of a base of any size, and
 weights that were trained further, or merged with others, have another. It doesn't look at names,
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.families import FAMILIES
+from customize.families import FAMILIES, family_of
+from customize.training.config import TrainConfig
 
 _SAMPLED = 16  # numbers of a tensor that are looked at
 _STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' weight files and transformers'
@@ -72,6 +73,28 @@ def weights_on_disk(base: str) -> dict[str, str]:
     return found
 
 
+def resolution_of(config: TrainConfig, components: Mapping[str, Any] | None) -> int | None:
+    """The side of the training pictures, as far as it can be told before the base is loaded.
+
+    So photographs can be shrunk as they are read. None where it can't, as with other layouts.
+    """
+    if config.resolution is not None:
+        return config.resolution
+    try:
+        if components is not None:
+            return family_of(components).default_resolution
+        folder = _folder(config.base)
+        if folder is None:
+            return None
+        sides = [_config(folder / f.denoiser_key).get("sample_size") for f in FAMILIES.values()]
+        size = next(side for side in sides if side is not None)
+        levels = len(_config(folder / "vae")["block_out_channels"])
+        # As Family.default_resolution computes it of the loaded models.
+        return int(size if isinstance(size, int) else size[0]) * 2 ** (levels - 1)
+    except Exception:  # what is wrong with the base is told when it is loaded
+        return None
+
+
 def digest(tensors: Iterable[Tensor]) -> str:
     """A name for some weights, on any device, in any order, with shared ones once or many times."""
     return _hashed(_entries(tensors))
@@ -107,6 +130,12 @@ def _folder(base: str) -> Path | None:
     except Exception:  # no hub id
         return None
     return Path(index).parent if isinstance(index, str) else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    values: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return values
 
 
 def _files(folder: Path) -> list[Path]:

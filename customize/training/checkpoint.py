@@ -55,13 +55,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         TrainingError: a tensor is not finite: such a state is worse than none. Nothing changes.
         StorageError: it cannot be written. The earlier ones are still there.
     """
-    # One answer for all tensors, so one wait for the device.
-    finite = [torch.isfinite(tensor).all().cpu() for tensor in checkpoint.tensors.values()]
-    if not all(map(bool, finite)):
-        raise TrainingError(
-            f"after step {checkpoint.step} the weights are no longer finite",
-            fix="lower the learning rate, or train without fp16; earlier checkpoints are kept",
-        )
+    check_finite(checkpoint.step, checkpoint.tensors)
     path = folder / f"step-{checkpoint.step:06d}.safetensors"
     try:
         write_whole(path, _packed(checkpoint))
@@ -79,6 +73,20 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "the latest checkpoint",
         ) from error
     return path
+
+
+def check_finite(step: int, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not finite: such a state is worse than none.
+
+    Raises:
+        TrainingError: a number is NaN or infinite.
+    """
+    finite = [torch.isfinite(tensor).all().cpu() for tensor in tensors.values()]
+    if not all(map(bool, finite)):
+        raise TrainingError(
+            f"after step {step} the weights are no longer finite",
+            fix="lower the learning rate, or train without fp16; earlier checkpoints are kept",
+        )
 
 
 def latest(folder: Path) -> Checkpoint | None:

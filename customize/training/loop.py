@@ -19,7 +19,7 @@ from customize.concepts.concept import Concept
 from customize.core.objectives import weighted_mse
 from customize.errors import TrainingError, TrainingStopped
 from customize.families import Family, family_of
-from customize.training import base, cache, data, process, record, setup
+from customize.training import base, cache, process, record, setup
 from customize.training import checkpoint as checkpoints
 from customize.training.batches import compose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures
@@ -63,26 +63,10 @@ def train(
         SettingsError: the output folder holds this concept, made with other settings; or its
             slice was taken while it was cut off.
         StorageError: the output folder holds something else or cannot be written.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss or what is learned is no longer finite.
         TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.
     """
-    samples = data.read_folder(
-        config.images,
-        trigger=config.trigger,
-        caption=config.caption,
-        masks=config.masks,
-        resolution=config.resolution,
-    )
-    class_samples: list[data.Sample] = []
-    if config.prior_weight and config.prior_images is not None:
-        class_samples = data.read_folder(
-            config.prior_images,
-            trigger=None,
-            caption=config.class_prompt,
-            resolution=config.resolution,
-            limit=config.prior_count,
-            forbidden=config.trigger,
-        )
+    samples, class_samples = setup.read_pictures(config, base.resolution_of(config, components))
     files.check_folder(config.output, config.name)
     files.check_writable(config.output)
     accelerator = process.make_accelerator(config)
@@ -93,7 +77,12 @@ def train(
     done = record.finished(config) if config.resume else None
     weights = base.weights_of(config.base, components)
     settings_after = partial(
-        record.run_settings, config, samples, class_samples, weights, accelerator.num_processes
+        record.run_settings,
+        config,
+        record.digest(samples),
+        record.digest(class_samples),
+        weights,
+        accelerator.num_processes,
     )
     settings = settings_after(start.settings if start is not None else None)
     if done is not None:
@@ -144,6 +133,8 @@ def train(
             flip=config.flip,
             keep_latents=config.cache_latents,
         )
+        concept_pictures = len(samples)
+        del samples, class_samples  # photographs can be large
         if config.cache_latents:
             free = own and not config.validation_prompts
             setup.put_away(family, {"vae": family.vae}, free=free)
@@ -155,7 +146,8 @@ def train(
         if live:
             resting = {k: v for k, v in resting.items() if k in family.other_encoders}
         trainable = stack.enter_context(setup.trainable(family, config, settings["slice"]))
-        setup.check_captions(family, trainable, pictures.captions)
+        setup.check_texts(family, trainable, "caption", pictures.captions)
+        setup.check_texts(family, trainable, "validation prompt", config.validation_prompts)
         with autocast():
             encode = cache.prepare_conditions(
                 family,
@@ -184,7 +176,7 @@ def train(
             family,
             trainable,
             pictures,
-            len(samples),
+            concept_pictures,
             encode,
             start,
             settings,
@@ -331,8 +323,9 @@ def optimise(
                 paused -= time.perf_counter()
                 validation.draw(done)
                 paused += time.perf_counter()
-    if first == config.steps and config.validation_prompts:
+    if first == config.steps and validation.due(first):
         validation.draw(first)  # cut off after the last step, before the concept was saved
+    checkpoints.check_finite(config.steps, parameters)
     seconds = time.perf_counter() - began - paused
     return history, seconds / max(config.steps - first, 1)
 

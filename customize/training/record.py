@@ -33,10 +33,16 @@ _DRAWN = ("prior_count", "prior_prompt", "validation_steps", "validation_guidanc
 _LONGEST_HISTORY = 200
 
 
+def digest(samples: Sequence[data.Sample]) -> str | None:
+    """A short name for pictures, captions and masks, in their order; None for none."""
+    hashes = "".join(sample.digest for sample in samples)
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16] if samples else None
+
+
 def run_settings(
     config: TrainConfig,
-    samples: Sequence[data.Sample],
-    class_samples: Sequence[data.Sample],
+    pictures: str | None,
+    class_pictures: str | None,
     weights: Mapping[str, str],
     processes: int,
     before: Mapping[str, Any] | None,
@@ -44,19 +50,20 @@ def run_settings(
     """All that the result depends on, as JSON values: two runs of equal ones give the same.
 
     Args:
+        pictures, class_pictures: from :func:`digest`; None where the base draws the latter.
         weights: of the base, from :func:`customize.training.base.weights_of`.
         before: those of the run that may go on. Its slice holds unless the configuration names
             one. Without both the slice is None until it is chosen; see
             :func:`customize.training.claim.claimed_slice`.
     """
     values = config.model_dump(mode="json", exclude=_FREE)
-    if not config.prior_weight or class_samples:
+    if not config.prior_weight or class_pictures:
         for key in _DRAWN:  # class pictures that are given are compared themselves
             del values[key]
     return values | {
         "slice": (before or {}).get("slice") if config.slice is None else config.slice,
-        "pictures": _digest(samples),
-        "class_pictures": _digest(class_samples) if class_samples else None,
+        "pictures": pictures,
+        "class_pictures": class_pictures,
         "processes": processes,
         BASE_WEIGHTS: dict(weights),
     }
@@ -168,9 +175,3 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for trackers, which take only plain values."""
     plain = {key: "" if value is None else value for key, value in settings.items()}
     return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in plain.items()}
-
-
-def _digest(samples: Sequence[data.Sample]) -> str:
-    """A short name for pictures, captions and masks, in their order."""
-    hashes = "".join(map(data.content_hash, samples))
-    return hashlib.sha256(hashes.encode()).hexdigest()[:16]

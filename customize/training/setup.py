@@ -19,9 +19,40 @@ from customize.concepts.slices import columns_for
 from customize.errors import ConfigError, DataError, PipelineError
 from customize.families import Family
 from customize.hosts.opening import open_base
+from customize.training import data
 from customize.training.batches import stream_seed
 from customize.training.config import TrainConfig
 from customize.training.process import HALVES
+
+
+def read_pictures(
+    config: TrainConfig, resolution: int | None
+) -> tuple[list[data.Sample], list[data.Sample]]:
+    """The concept's pictures, and the class pictures that the settings name.
+
+    Args:
+        resolution: what they are shrunk to on reading; None: not yet.
+
+    Raises:
+        DataError: see :func:`customize.training.data.read_folder`.
+    """
+    samples = data.read_folder(
+        config.images,
+        trigger=config.trigger,
+        caption=config.caption,
+        masks=config.masks,
+        resolution=resolution,
+    )
+    if not config.prior_weight or config.prior_images is None:
+        return samples, []
+    return samples, data.read_folder(
+        config.prior_images,
+        trigger=None,
+        caption=config.class_prompt,
+        resolution=resolution,
+        limit=config.prior_count,
+        forbidden=config.trigger,
+    )
 
 
 def load_base(config: TrainConfig) -> dict[str, Any]:
@@ -211,28 +242,32 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
             action()
 
 
-def check_captions(family: Family, trainable: Trainable, captions: Sequence[str]) -> None:
-    """Tokenize each caption once, to see that the text encoders will read the trigger.
+def check_texts(family: Family, trainable: Trainable, what: str, texts: Sequence[str]) -> None:
+    """Tokenize each text once, to see that the text encoders will read the trigger.
+
+    Args:
+        what: the texts are, such as caption.
 
     Raises:
-        DataError: a trigger lies beyond the encoder's length, where it would never train.
+        DataError: a trigger lies beyond the encoder's length, where it would never be read.
     """
     for dictionary in family.token_dictionaries():
         tokenizer, rows = dictionary.tokenizer, trainable.rows.get(dictionary.key)
         own = set(tokens.token_ids(dictionary, rows.names)) if rows else set()
-        for caption in dict.fromkeys(captions):
-            text = (trainable.wordings(caption) or [trainable.expanded(caption)])[0]
+        for given in dict.fromkeys(texts):
+            text = (trainable.wordings(given) or [trainable.expanded(given)])[0]
             length = tokenizer.model_max_length
-            whole = tokenizer(text).input_ids
+            # Not verbose: what transformers would say of long texts is said below.
+            whole = tokenizer(text, verbose=False).input_ids
             cut = tokenizer(text, truncation=True, max_length=length).input_ids
-            told = f"{caption[:60]!r} has {len(whole)} tokens, of which {len(cut)} are read"
+            told = f"{given[:60]!r} has {len(whole)} tokens, of which {len(cut)} are read"
             if own & set(whole) - set(cut):
                 raise DataError(
-                    f"the caption {told}: the trigger is cut off",
-                    fix="shorten the caption, or write the trigger near its beginning",
+                    f"the {what} {told}: the trigger is cut off",
+                    fix=f"shorten the {what}, or write the trigger near its beginning",
                 )
             if len(whole) > len(cut):
-                warnings.warn(f"the caption {told}: the rest is cut off", stacklevel=2)
+                warnings.warn(f"the {what} {told}: the rest is cut off", stacklevel=2)
 
 
 def place(models: Mapping[str, nn.Module], device: torch.device) -> None:

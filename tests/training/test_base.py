@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from customize.errors import SettingsError
-from customize.training.base import weights_of, weights_on_disk
+from customize.families import family_of
+from customize.training.base import resolution_of, weights_of, weights_on_disk
 from customize.training.loop import train
 from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 from tests.training.runs import same, settings, tensors
@@ -43,6 +44,17 @@ def test_weights_on_disk_and_in_memory_agree(make, tmp_path):
     pipe.save_pretrained(tmp_path / "half")
     pipe.to(torch.float32)
     assert weights_on_disk(str(tmp_path / "half")) == halves == weights_of("", pipe.components)
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_sd3])
+def test_the_resolution_is_known_before_the_base_is_loaded(make, tmp_path):
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "base")
+    config = settings(tmp_path, base=str(tmp_path / "base"))
+    wanted = family_of(pipe.components).default_resolution
+    assert resolution_of(config, None) == resolution_of(config, pipe.components) == wanted
+    assert resolution_of(settings(tmp_path, resolution=48), None) == 48
+    assert resolution_of(settings(tmp_path, base="nobody/nothing"), None) is None
 
 
 def test_every_tensor_counts(tmp_path):

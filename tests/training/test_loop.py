@@ -1,5 +1,7 @@
+import gc
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from customize.errors import (
     StorageError,
     TrainingError,
 )
+from customize.training import data
 from customize.training.loop import learning_rate, train
 from tests.tiny import tiny_sd, tiny_sd3
 from tests.training.runs import (
@@ -311,8 +314,11 @@ def test_a_trigger_beyond_the_encoders_length_is_refused(layerwise, tmp_path):
         train(settings(tmp_path, layerwise_tokens=layerwise), pipe.components, progress=False)
     assert_unchanged(before, pipe.components)
     (images / "1.txt").write_text("<rex> " + "a dog " * 60)
-    with pytest.warns(UserWarning, match=r"the rest is cut off"):
+    with pytest.warns(UserWarning, match=r"the caption .* the rest is cut off"):
         train(settings(tmp_path, steps=1), pipe.components, progress=False)
+    config = settings(tmp_path, "drawn", validation_prompts=("a dog " * 60 + "<rex>",))
+    with pytest.raises(DataError, match=r"the validation prompt .* the trigger is cut off"):
+        train(config, pipe.components, progress=False)
 
 
 def test_masks_keep_what_is_outside_out_of_the_loss(tmp_path):
@@ -378,6 +384,49 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(tmp_pat
         weight.copy_(good)
     resumed = train(config, pipe.components, progress=False)
     assert all(bool(torch.isfinite(value).all()) for value in tensors(resumed).values())
+
+
+def test_weights_that_are_not_finite_at_the_end_are_not_saved(tmp_path):
+    pipe = tiny_sd()
+
+    def poison(done, loss):
+        if done == 12:
+            for name, parameter in pipe.unet.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.fill_(math.nan)
+
+    with pytest.raises(TrainingError, match=r"after step 12 .* no longer finite.*learning rate"):
+        train(settings(tmp_path), pipe.components, progress=False, on_step=poison)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_photographs_are_shrunk_on_reading_and_let_go(where, tmp_path, monkeypatch):
+    images, sizes, alive = [], [], []
+    read = data.read_folder
+
+    def noting(*args, **kwargs):
+        samples = read(*args, **kwargs)
+        sizes.extend(sample.image.size for sample in samples)
+        images.extend(weakref.ref(sample.image) for sample in samples)
+        return samples
+
+    def look(done, loss):
+        gc.collect()
+        alive.append(sum(image() is not None for image in images))
+
+    monkeypatch.setattr(data, "read_folder", noting)
+    dogs = make_pictures(tmp_path / "dogs", 2)
+    (tmp_path / "images").mkdir()
+    picture(0, side=300).save(tmp_path / "images" / "0.png")
+    pipe = tiny_sd()
+    pipe.save_pretrained(tmp_path / "base")
+    config = settings(
+        tmp_path, base=str(tmp_path / "base"), steps=2, prior_weight=1.0, prior_images=dogs
+    )
+    components = pipe.components if where == "memory" else None
+    train(config, components, progress=False, on_step=look)
+    assert sizes == [(32, 32)] * 3 and alive == [0, 0]
 
 
 def test_a_finished_concept_is_reused_and_never_silently_replaced(tmp_path):

@@ -322,6 +322,14 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             where="rank",
             fix=f"choose a rank of at most {narrowest}",
         )
+    most = family.scheduler.config.get("num_train_timesteps")
+    drawn = config.validation_prompts or (config.prior_weight and config.prior_images is None)
+    if drawn and most is not None and config.validation_steps > most:
+        raise ConfigError(
+            f"the base's scheduler has {most} noise levels, fewer than {config.validation_steps}",
+            where="validation_steps",
+            fix=f"choose at most {most}",
+        )
     family.loss_weight(family.timesteps(torch.tensor([0.5])), config.min_snr_gamma)
     return resolution
 

@@ -96,7 +96,7 @@ def alone_in(library: Path) -> Iterator[None]:
     """
     from filelock import FileLock
 
-    lock = FileLock(library / LOCK_FILE, mode=0o666)
+    lock = FileLock(library / LOCK_FILE, mode=0o664)
     try:
         library.mkdir(parents=True, exist_ok=True)
         lock.acquire()

@@ -73,6 +73,14 @@ def test_bases_without_weights_at_hand(tmp_path):
         assert weights_on_disk(str(base)) == {}
 
 
+def test_a_hub_ids_download_is_looked_at(tmp_path, monkeypatch):
+    pipe = save_base(tmp_path / "base")
+    found = {"org/model": str(tmp_path / "base" / "model_index.json")}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda base, name: found[base])
+    assert weights_on_disk("org/model") == weights_of("", pipe.components)
+    assert weights_on_disk("org/other") == {}
+
+
 def test_what_was_learned_on_other_weights_is_refused(tmp_path):
     base = tmp_path / "base"
     changes = {"base": str(base), "checkpoint_every": 3}

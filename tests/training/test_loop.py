@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from customize.concepts.concept import Concept
 from customize.core.bases import BASES, down_projection
@@ -18,7 +19,7 @@ from customize.errors import (
     StorageError,
     TrainingError,
 )
-from customize.training import data
+from customize.training import data, setup
 from customize.training.loop import learning_rate, train
 from tests.tiny import tiny_sd, tiny_sd3
 from tests.training.runs import (
@@ -429,6 +430,30 @@ def test_photographs_are_shrunk_on_reading_and_let_go(where, tmp_path, monkeypat
     assert sizes == [(32, 32)] * 3 and alive == [0, 0]
 
 
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+def test_models_that_are_not_needed_any_more_are_freed(make, live, tmp_path, monkeypatch):
+    parts, freed = {}, []
+    load = setup.load_base
+
+    def noting(config):
+        loaded = load(config)
+        parts.update({k: weakref.ref(v) for k, v in loaded.items() if isinstance(v, nn.Module)})
+        return loaded
+
+    def look(done, loss):
+        gc.collect()
+        freed.append({key for key, part in parts.items() if part() is None})
+
+    monkeypatch.setattr(setup, "load_base", noting)
+    make().save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    config = settings(tmp_path, base=base, steps=1, train_tokens=live, train_text_encoder=live)
+    train(config, progress=False, on_step=look)
+    resting = {"vae", "text_encoder_3"} if live else set(parts) - {"unet", "transformer"}
+    assert freed == [resting & set(parts)]
+
+
 def test_a_finished_concept_is_reused_and_never_silently_replaced(tmp_path):
     pipe = tiny_sd()
     config = settings(tmp_path, checkpoint_every=6)
@@ -504,6 +529,11 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     [
         ({"resolution": 36}, ConfigError, "multiple of 8"),
         ({"rank": 17}, ConfigError, "17"),
+        (
+            {"validation_prompts": ("a <rex>",), "validation_steps": 900},
+            ConfigError,
+            "500 noise levels, fewer than 900",
+        ),
         ({"images": "/no/such/folder"}, DataError, "cannot be read"),
         ({"mixed_precision": "fp16"}, ConfigError, "not for the CPU"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
@@ -512,6 +542,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 )
 def test_bad_settings_change_nothing(changes, error, match, tmp_path):
     pipe = tiny_sd()
+    pipe.scheduler.register_to_config(num_train_timesteps=500)
     before = snapshot(pipe.components)
     with pytest.raises(error, match=match):
         train(settings(tmp_path, **changes), pipe.components, progress=False)

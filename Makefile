@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+MADE := $(VENV)/.made
 USE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint storybook bench clean
+.PHONY: help demo test test-slow lint venv storybook bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +29,8 @@ lint: $(DEV)  ## style, import direction and types
 	$(VENV)/bin/lint-imports
 	$(PY) -m mypy
 
+venv: $(MADE)  ## an empty environment, such as to choose a build of torch
+
 storybook: $(USE)  ## train the bundled base model and its judges anew
 	$(PY) scripts/train_storybook.py
 
@@ -38,19 +41,32 @@ clean:  ## remove caches, build outputs and the environment
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(PY):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+# The note of the interpreter is written once .venv is whole: one that was cut off while it was made
+# has none and is made anew, and so is one of another interpreter than the PYTHON that was named.
+WHICH := import sys; print(sys.version.split()[0], sys.base_prefix)
+NAMED := $(filter-out file,$(origin PYTHON))
+
+$(MADE): FORCE
+	@if [ ! -f $@ ] && [ -f $(USE) ]; then \
+		$(PY) -c '$(WHICH)' > $@ && touch -r pyproject.toml $@; fi  # made before there were notes
+	@if [ -f $@ ] && [ -z "$(NAMED)" ]; then exit 0; fi; \
+	if [ -f $@ ] && [ "$$($(PYTHON) -c '$(WHICH)' 2>&1)" = "$$(cat $@)" ]; then exit 0; fi; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "customize needs Python 3.11 or newer, and '$(PYTHON)' is not." >&2; \
-		echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+		echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }; \
+	echo "$(PYTHON) -m venv --clear $(VENV)"; \
+	$(PYTHON) -m venv --clear $(VENV) && $(PYTHON) -c '$(WHICH)' > $@
+
+.PHONY: FORCE
+FORCE:
 
 # torch goes first and alone: the largest download fails early, and nothing later can ask for another.
-$(USE): pyproject.toml constraints.txt | $(PY)
+$(USE): pyproject.toml constraints.txt $(MADE)
 	$(PIP) torch
 	$(PIP) -e .
 	@touch $@
 
-$(DEV): pyproject.toml constraints.txt | $(PY)
+$(DEV): pyproject.toml constraints.txt $(MADE)
 	$(PIP) torch
 	$(PIP) -e '.[dev]'
 	@touch $(USE) $@

@@ -11,6 +11,7 @@ __all__ = [
     "SettingsError",
     "StorageError",
     "TrainingError",
+    "TrainingStopped",
 ]
 
 
@@ -61,6 +62,10 @@ class PipelineError(CustomizeError):
 
 class TrainingError(CustomizeError):
     """Training cannot go on: a loss that is not finite, a checkpoint that does not fit."""
+
+
+class TrainingStopped(TrainingError):
+    """Training was stopped from outside (Ctrl-C, SIGTERM), after saving a checkpoint."""
 
 
 class SettingsError(TrainingError):

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from customize.errors import CustomizeError
+from customize.cli.shared import console
+from customize.errors import CustomizeError, TrainingStopped
 from customize.training.config import TrainConfig, load_config
-from customize.training.loop import TrainingStopped, train
+from customize.training.loop import train
 
 
 def main() -> int:
@@ -24,7 +25,8 @@ def main() -> int:
         parser.add_argument("--" + name.replace("_", "-"), nargs=many, metavar="VALUE", help=text)
     given = vars(parser.parse_args())
     try:
-        concept = train(load_config(given.pop("config"), **given))
+        config = load_config(given.pop("config"), **given)
+        train(config)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         return 130
@@ -37,7 +39,10 @@ def main() -> int:
     except CustomizeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"the concept {concept.info.name} is in {given.get('output', 'its output folder')}")
+    # Once, not by every process.
+    console().print(
+        f"the concept {config.name} is in {config.output}", markup=False, soft_wrap=True
+    )
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 after bad input or anything else that the pack refuses, with one line
         on stderr; 130 after Ctrl-C, with a line on how to go on.
     """
-    from customize.errors import CustomizeError
+    from customize.errors import CustomizeError, TrainingStopped
 
+    if argv is None:
+        _hush_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         import typer
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = command.main(arguments or ["--help"], prog_name="customize", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except Interrupted as stop:
+    except (Interrupted, TrainingStopped) as stop:
         return _failed(str(stop), 130)
     except (KeyboardInterrupt, typer.Abort):
         return _failed("interrupted", 130)
@@ -44,6 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"error: {error}", 2)
     except usage_error as error:
         return _failed(f"error: {_explained(error)}", 2)
+
+
+def _hush_libraries() -> None:
+    """What the libraries say on the way would come between the lines of a command; what matters of
+    it is in our errors. Read when they are imported, and what a user has set stays."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def _explained(error: BaseException) -> str:

@@ -217,7 +217,8 @@ def generate(
         negative=negative,
         steps=steps,
         guidance=guidance,
-        seeds=tuple(range(seed, seed + count)),
+        seed=seed,
+        count=count,
         size=parse_size(size),
     )
     run(base, concepts or [], weights, plan, output, device, dtype)
@@ -226,6 +227,7 @@ def generate(
 @app.command()
 @on_interrupt("interrupted: nothing was written; give the same command again")
 def evaluate(
+    context: typer.Context,
     concepts: SomeSources = None,
     storybook: Annotated[
         bool,
@@ -331,18 +333,8 @@ def evaluate(
     """
     from customize.cli import evaluate as evaluation
 
-    if storybook == (images is not None):
-        from customize.errors import ConfigError
-
-        raise ConfigError(
-            "evaluate needs one of --storybook and --images",
-            fix="give --storybook with concepts, or --images with a folder of pictures",
-        )
+    evaluation.check_mode(context, storybook, images, concepts or [])
     if images is not None:
-        if concepts:
-            from customize.errors import ConfigError
-
-            raise ConfigError("--images scores pictures, not concepts", fix="leave concepts out")
         evaluation.run_similarity(
             images,
             prompts=prompts,

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from customize.cli.shared import (
+    check_file,
+    check_steps,
     choose_device,
     command_line,
     console,
     load_pipeline,
     parse_weights,
+    refuse_given,
     write_json,
 )
 from customize.errors import ConceptError, ConfigError, DataError
@@ -29,7 +32,27 @@ if TYPE_CHECKING:
 RATES = ("identity", "prompt", "leak", "drift")
 # A caption that says nothing of the place: for pictures that bring none.
 _SILENT = "a photo"
+SIDE = 64  # of the storybook's pictures
 _TRIGGER = re.compile(r"<[^<>\s]+>")
+
+
+def check_mode(context: Any, storybook: bool, images: Path | None, concepts: Sequence[str]) -> None:
+    """Refuse a call that is for neither mode, or has flags of the other.
+
+    Raises:
+        ConfigError: that, in words.
+    """
+    if storybook == (images is not None):
+        raise ConfigError(
+            "evaluate needs one of --storybook and --images",
+            fix="give --storybook with concepts, or --images with a folder of pictures",
+        )
+    if storybook:
+        refuse_given(context, ("prompts", "class_word", "clip", "dino"), "--storybook")
+        return
+    if concepts:
+        raise ConfigError("--images scores pictures, not concepts", fix="leave concepts out")
+    refuse_given(context, ("base", "judges", "weights", "seeds", "steps"), "--images")
 
 
 def run_storybook(
@@ -50,6 +73,7 @@ def run_storybook(
             "there is no concept to score", fix="name at least one, such as demo/concepts/rex"
         )
     numbers = parse_weights(weights, len(sources)) or [1.0] * len(sources)
+    check_file(json_file)
     from customize.concepts.concept import Concept
     from customize.concepts.merge import check_together
     from customize.storybook.judges import load_judges
@@ -59,12 +83,32 @@ def run_storybook(
     loaded = load_judges(judges)
     known = {c.info.name: _known(loaded, c, references, len(concepts)) for c in concepts}
     pipe = load_pipeline(base, choose_device(device), "float32")
+    _check_pipeline(pipe, base, concepts, steps)
     rows = storybook_rows(
         pipe, loaded, concepts, numbers, known, seeds=range(1, seeds + 1), steps=steps
     )
     _print_rates(rows)
     if json_file is not None:
         _write(json_file, rows, storybook_figures(rows))
+
+
+def _check_pipeline(pipe: Any, base: str, concepts: Sequence[Concept], steps: int) -> None:
+    """Refuse what would fail only after pictures were drawn."""
+    from customize.families import family_of
+    from customize.hosts.checks import check_base
+
+    family = family_of(pipe.components)
+    side = family.default_resolution
+    if side != SIDE:
+        raise ConfigError(
+            f"the base draws pictures of {side} x {side} pixels, and the storybook has {SIDE} x "
+            f"{SIDE}",
+            where=f"--base {base}",
+            fix="leave it out, or name a base that the storybook was trained into",
+        )
+    check_steps(pipe, steps)
+    for concept in concepts:
+        check_base(family, concept)
 
 
 def storybook_rows(
@@ -167,6 +211,7 @@ def run_similarity(
     json_file: Path | None,
 ) -> None:
     """CLIP-T, CLIP-I and DINO-I of the pictures in a folder, as far as what is given allows."""
+    check_file(json_file)
     if clip is None and dino is None:
         raise ConfigError("there is no model to score with", fix="give --clip, --dino, or both")
     if dino is not None and references is None:
@@ -299,7 +344,7 @@ def _settings(path: Path) -> tuple[str, dict[str, str]]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"the prompts cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}",

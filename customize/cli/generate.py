@@ -5,22 +5,26 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from customize.cli.shared import (
+    check_steps,
     choose_device,
     console,
     load_pipeline,
     parse_weights,
     storing,
 )
-from customize.errors import ConfigError
+from customize.errors import ConfigError, PipelineError
 from customize.evaluation import record
 
+_MOST = 1_000_000  # pictures a prompt
 _NUMBERED = re.compile(r"(\d{4,})\.(png|json)")
 
 
@@ -29,15 +33,49 @@ class Plan:
     """What to draw: each prompt with each seed. None stands for the pipeline's own default.
 
     Attributes:
+        seed: of the first picture of each prompt; from there they count up.
+        count: pictures a prompt.
         size: (width, height) in pixels.
+
+    Raises:
+        ConfigError: a number is beyond what can be drawn with, or a prompt is no text.
     """
 
     prompts: tuple[str, ...]
     negative: str | None
     steps: int | None
     guidance: float | None
-    seeds: tuple[int, ...]
+    seed: int
+    count: int
     size: tuple[int, int] | None
+
+    def __post_init__(self) -> None:
+        if self.count > _MOST:
+            raise ConfigError(
+                f"{self.count} pictures of a prompt are too many",
+                where="--count",
+                fix=f"choose at most {_MOST}",
+            )
+        if self.seed + self.count > 1 << 63:
+            raise ConfigError(
+                f"the seed {self.seed} is beyond 64 bits",
+                where="--seed",
+                fix="choose a smaller one",
+            )
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ConfigError(
+                f"the guidance {self.guidance} is not finite",
+                where="--guidance",
+                fix="choose a number; 5 to 10 are usual",
+            )
+        for text in (*self.prompts, self.negative or ""):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ConfigError(f"the prompt {text!r} is not UTF-8 text", fix="write it in UTF-8")
+
+    @property
+    def jobs(self) -> Iterator[tuple[str, int]]:
+        """Each prompt with each seed."""
+        return product(self.prompts, range(self.seed, self.seed + self.count))
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -89,6 +127,7 @@ def run(
                 where="--size",
                 fix=f"choose multiples of {family.latent_multiple}",
             )
+    check_steps(pipe, plan.steps)
     if concepts:
         load_custom(pipe, *concepts, weights=weights)
     pipe.set_progress_bar_config(disable=True)
@@ -107,23 +146,33 @@ def run(
         ],
         "versions": record.versions(),
     }
-    jobs = [(prompt, seed) for prompt in plan.prompts for seed in plan.seeds]
+    total = len(plan.prompts) * plan.count
     with storing(output):
         output.mkdir(parents=True, exist_ok=True)
     number = first = _next_number(output)
     err = console(stderr=True)
     for prompt, seed in track(
-        jobs, "Drawing", console=err, transient=True, disable=not err.is_terminal
+        plan.jobs,
+        "Drawing",
+        total,
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
     ):
         image, settings = _draw(pipe, prompt, seed, plan)
         _save(output, number, image, settings | facts)
         number += 1
-    last = "is" if len(jobs) == 1 else f"to {number - 1:04}.png are"
+    last = "is" if total == 1 else f"to {number - 1:04}.png are"
     console().print(f"{first:04}.png {last} in {output}", markup=False, soft_wrap=True)
 
 
 def _draw(pipe: Any, prompt: str, seed: int, plan: Plan) -> tuple[Any, dict[str, Any]]:
-    """One picture, and all settings that it depends on."""
+    """One picture, and all settings that it depends on.
+
+    Raises:
+        PipelineError: it is not finite, which would be stored as black.
+    """
+    import numpy as np
     import torch
 
     asked = {
@@ -136,7 +185,13 @@ def _draw(pipe: Any, prompt: str, seed: int, plan: Plan) -> tuple[Any, dict[str,
     given = {name: value for name, value in asked.items() if value is not None}
     # On the CPU, so that a seed gives the same noise on every device.
     generator = torch.Generator("cpu").manual_seed(seed)
-    image = pipe(prompt, generator=generator, **given).images[0]
+    pixels = pipe(prompt, generator=generator, output_type="np", **given).images
+    if not np.isfinite(pixels).all():
+        raise PipelineError(
+            f"what is drawn of {prompt!r} with seed {seed} is not finite",
+            fix="choose weights and guidance of an ordinary size, or give --dtype float32",
+        )
+    image = pipe.image_processor.numpy_to_pil(pixels)[0]
     defaults = inspect.signature(type(pipe).__call__).parameters
     settings = {
         "prompt": prompt,

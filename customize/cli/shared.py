@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from customize.errors import ConfigError
+from customize.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # of the device meta nothing can be had
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"the device {name} cannot be used: {str(error).splitlines()[0]}",
@@ -100,6 +100,48 @@ def choose_device(name: str | None) -> torch.device:
             fix="name one that is there, such as cpu or cuda:0, or leave it out",
         ) from error
     return device
+
+
+def check_steps(pipe: Any, steps: int | None) -> None:
+    """Refuse more sampling steps than the scheduler has noise levels.
+
+    Raises:
+        ConfigError: there are too many.
+    """
+    most = pipe.scheduler.config.get("num_train_timesteps")
+    if steps is not None and most is not None and steps > most:
+        raise ConfigError(
+            f"the base's scheduler has {most} noise levels, fewer than {steps} steps",
+            where="--steps",
+            fix=f"choose at most {most}; 25 to 50 are usual",
+        )
+
+
+def check_file(path: Path | None) -> None:
+    """See that a result can be written, before the work for it begins.
+
+    Raises:
+        StorageError: it can't.
+    """
+    if path is None:
+        return
+    from customize.concepts.files import check_writable
+
+    if path.is_dir():
+        raise StorageError("a folder is in the place of the file", where=path, fix="name a file")
+    check_writable(path.parent)
+
+
+def refuse_given(context: Any, names: Sequence[str], mode: str) -> None:
+    """Refuse flags that mean nothing in a mode, where they were given.
+
+    Raises:
+        ConfigError: one was.
+    """
+    given = [n for n in names if context.get_parameter_source(n).name == "COMMANDLINE"]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"{flags} means nothing with {mode}", fix="leave it out")
 
 
 def load_pipeline(base: str, device: torch.device, dtype: str | None = None) -> Any:

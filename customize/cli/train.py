@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from customize.cli.shared import Interrupted, console, hide_loading_bars, indented, snippet
+from customize.cli.shared import console, hide_loading_bars, indented, snippet
 from customize.training.config import TrainConfig, load_config
 
 
@@ -16,13 +16,10 @@ def run(config_file: Path | None, settings: dict[str, Any]) -> None:
     for name, value in plan(config).items():
         out.print(f"{name:<12} {value}", markup=False, soft_wrap=True)
 
-    from customize.training.loop import TrainingStopped, train
+    from customize.training.loop import train
 
     hide_loading_bars()
-    try:
-        concept = train(config)
-    except TrainingStopped as stopped:
-        raise Interrupted(str(stopped)) from None
+    concept = train(config)
     trigger = concept.info.trigger
     text = snippet(config.base, [str(config.output)], [trigger])
     out.print(

@@ -25,7 +25,7 @@ from customize.concepts.files import (
 from customize.concepts.layout import CARD_FILE, LORA_FILE, embedding_tensors
 from customize.concepts.merge import check_together, merge
 from customize.core.lowrank import LowRank, distance, norm, truncate
-from customize.errors import ConceptError, StorageError
+from customize.errors import ConceptError, ConfigError, StorageError
 
 MERGED_FILE = "merged.json"
 
@@ -68,7 +68,8 @@ def write_merged(
 
     Raises:
         ConceptError, ConfigError: see :func:`customize.concepts.merge.merge`; or two concepts
-            have one trigger; or the rank is below 1.
+            have one trigger; or the rank is below 1; or a weight is so large that the sum is
+            not finite.
         StorageError: the folder holds anything else than just this, or cannot be written.
     """
     folder = Path(folder)
@@ -86,9 +87,11 @@ def write_merged(
     exact = merge(concepts, weights, method)
     products: Products = exact
     error = 0.0
+    _check_finite(exact)
     if rank is not None:
         products = {c: {m: truncate(p, rank) for m, p in own.items()} for c, own in exact.items()}
         error = _relative_error(exact, products)
+        _check_finite(products)
     # Sorted, because the order of a file's tensors differs from one reading to the next, and the
     # same merge must give the same bytes.
     ranks = {c: max(p.rank for p in products[c].values()) for c in sorted(products)}
@@ -171,6 +174,18 @@ def _filled(update: LowRank, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     missing = rank - update.rank
     up = torch.nn.functional.pad(update.up * update.scale, (0, missing))
     return up.contiguous(), torch.nn.functional.pad(update.down, (0, 0, 0, missing)).contiguous()
+
+
+def _check_finite(products: Products) -> None:
+    for component, own in products.items():
+        for module, update in own.items():
+            factors = _filled(update, update.rank)
+            if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+                raise ConfigError(
+                    "the merged update is not finite",
+                    where=f"{component}.{module}",
+                    fix="choose weights of an ordinary size, such as 1",
+                )
 
 
 def _relative_error(exact: Products, near: Products) -> float:

@@ -17,8 +17,10 @@ EMBEDS_FILE = "learned_embeds.safetensors"
 LAYERS_FILE = "layerwise_embeds.safetensors"
 INFO_FILE = "concept.json"
 CARD_FILE = "README.md"
-# What training keeps in the same folder: its checkpoints, class pictures, logs and validation.
-WORK_NAMES = frozenset({".checkpoints", ".class_pictures", "logs", "validation"})
+CLAIM_FILE = ".slice.json"
+# What training keeps in the same folder: its claim on a slice, its checkpoints, class pictures,
+# logs and validation.
+WORK_NAMES = frozenset({CLAIM_FILE, ".checkpoints", ".class_pictures", "logs", "validation"})
 
 PEFT_HEADER = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
 INFO_HEADER = "customize_concept"

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Protocol
 
-from customize.concepts.concept import BasisInfo, ConceptInfo
+from customize.concepts.claims import read_claims
+from customize.concepts.concept import BasisInfo
 from customize.concepts.layout import INFO_FILE
 from customize.concepts.reading import read_info
 from customize.core.bases import block, capacity, hashed_block, shared_columns
 from customize.errors import ConfigError
+
+
+class Holder(Protocol):
+    """Who holds a slice: a concept's facts, or the claim of a run that is to become one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def basis(self) -> BasisInfo | None: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def slices(self) -> Mapping[str, Sequence[int]]: ...
 
 
 def columns_for(
@@ -44,29 +59,52 @@ def columns_for(
     }
 
 
-def next_free_index(library: Path, rank: int, basis: BasisInfo, *, name: str | None = None) -> int:
+def holders(library: Path, *, without: str | None = None) -> list[Holder]:
+    """All who hold a slice in a library: finished concepts, and runs that are not finished.
+
+    Args:
+        without: the name of a concept that doesn't count, as it is about to be replaced.
+
+    Raises:
+        ConceptError: a ``concept.json`` or a claim there cannot be read. It may hold columns.
+    """
+    # Not in hidden folders: there a killed process may have left a half-written concept.
+    found = sorted(Path(library).glob(f"[!.]*/{INFO_FILE}"))
+    all_of_them: list[Holder] = [read_info(file.parent) for file in found]
+    all_of_them += read_claims(library)
+    return [holder for holder in all_of_them if holder.name != without]
+
+
+def next_free_index(
+    library: Path,
+    rank: int,
+    basis: BasisInfo,
+    *,
+    name: str | None = None,
+    widths: Iterable[int] | None = None,
+) -> int:
     """The number for a new concept in a library of concept folders.
 
-    The lowest of those whose slices share the fewest columns with the concepts there, over all
-    widths that they use: no column at all until a width is full.
+    The lowest of those whose slices share the fewest columns with the concepts there, and with
+    those that are being learned, over all widths that count: no column at all until one is full.
 
     Args:
         library: a folder of concept folders; it need not exist yet.
         rank, basis: of the new concept. Concepts on another basis take no columns of this one.
         name: of the new concept; a concept of that name, about to be replaced, does not count.
+        widths: the new concept's; None: all that the concepts there use.
 
     Raises:
-        ConceptError: a ``concept.json`` in the library cannot be read. It may hold columns.
-        ConfigError: the rank does not fit a width in use.
+        ConceptError: see :func:`holders`.
+        ConfigError: the rank does not fit a width.
     """
-    # Not in hidden folders: there a killed process may have left a half-written concept.
-    found = sorted(Path(library).glob(f"[!.]*/{INFO_FILE}"))
-    infos = [read_info(file.parent) for file in found]
+    own = None if widths is None else set(widths)
     taken: dict[int, list[int]] = {}
-    for info in infos:
-        if info.name != name and _same_basis(info.basis, basis):
-            for width, columns in info.slices.items():
-                taken.setdefault(int(width), []).extend(columns)
+    for holder in holders(library, without=name):
+        if _same_basis(holder.basis, basis):
+            for width, columns in holder.slices.items():
+                if own is None or int(width) in own:
+                    taken.setdefault(int(width), []).extend(columns)
 
     def shared(index: int) -> int:
         slices = columns_for(taken, rank, index=index, name="")
@@ -97,7 +135,7 @@ class Collision:
         return f"{self.what}. Do: {self.fix}."
 
 
-def collisions(infos: Sequence[ConceptInfo]) -> list[Collision]:
+def collisions(infos: Sequence[Holder]) -> list[Collision]:
     """Every pair of concepts that will disturb each other more than disjoint slices do.
 
     Concepts of the method "lora" have no slices to compare and are left out.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from customize.errors import PipelineError
 from customize.storybook.captions import ACCESSORY_WORDS, PLACE_WORDS, Request, parse
 from customize.storybook.judges import Judges
 
@@ -70,7 +71,11 @@ def draw_groups(
     steps: int = STEPS,
     batch: int = 16,
 ) -> dict[Key, Tensor]:
-    """Draw several lists of prompts in full batches; within each, seeds count as in `draw`."""
+    """Draw several lists of prompts in full batches; within each, seeds count as in `draw`.
+
+    Raises:
+        PipelineError: a picture is not finite.
+    """
     jobs = [
         (text, 1000 * seed + k) for prompts in groups.values() for k, text in enumerate(prompts)
     ]
@@ -85,6 +90,11 @@ def draw_groups(
             output_type="pt",
         ).images
         pictures.append(images.float().cpu() * 2 - 1)
+        if not bool(torch.isfinite(pictures[-1]).all()):
+            raise PipelineError(
+                f"a picture of {part[0][0]!r} or another prompt is not finite",
+                fix="choose weights of an ordinary size, such as 1",
+            )
         if on_pictures is not None:
             on_pictures(len(part))
     sizes = [len(prompts) for prompts in groups.values()]

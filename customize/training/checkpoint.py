@@ -25,6 +25,8 @@ from customize.errors import SettingsError, StorageError, TrainingError
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _HEADER = "customize_checkpoint"
+#: Among a run's settings: component -> digest, from :func:`customize.training.base.weights_of`.
+BASE_WEIGHTS = "base_weights"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +55,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         TrainingError: a tensor is not finite: such a state is worse than none. Nothing changes.
         StorageError: it cannot be written. The earlier ones are still there.
     """
-    # One answer for all tensors, so one wait for the device.
-    finite = [torch.isfinite(tensor).all().cpu() for tensor in checkpoint.tensors.values()]
-    if not all(map(bool, finite)):
-        raise TrainingError(
-            f"after step {checkpoint.step} the weights are no longer finite",
-            fix="lower the learning rate, or train without fp16; earlier checkpoints are kept",
-        )
+    check_finite(checkpoint.step, checkpoint.tensors)
     path = folder / f"step-{checkpoint.step:06d}.safetensors"
     try:
         write_whole(path, _packed(checkpoint))
@@ -77,6 +73,20 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "the latest checkpoint",
         ) from error
     return path
+
+
+def check_finite(step: int, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not finite: such a state is worse than none.
+
+    Raises:
+        TrainingError: a number is NaN or infinite.
+    """
+    finite = [torch.isfinite(tensor).all().cpu() for tensor in tensors.values()]
+    if not all(map(bool, finite)):
+        raise TrainingError(
+            f"after step {step} the weights are no longer finite",
+            fix="lower the learning rate, or train without fp16; earlier checkpoints are kept",
+        )
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -118,14 +128,22 @@ def clear(folder: Path) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Which settings differ, each with both values, in words; empty if none does."""
+    """Which settings differ, each with both values, in words; empty if none does.
+
+    The base's weights count where both know them.
+    """
     now = json.loads(json.dumps(now))
     missing = object()
-    return [
+    found = [
         f"{key} was {before.get(key, 'not set')!r} and is {now.get(key, 'not set')!r}"
-        for key in sorted({*before, *now})
+        for key in sorted({*before, *now} - {BASE_WEIGHTS})
         if before.get(key, missing) != now.get(key, missing)
     ]
+    old, new = before.get(BASE_WEIGHTS), now.get(BASE_WEIGHTS)
+    if old and new and old != new:
+        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        found.append(f"the base's weights have changed ({', '.join(changed)})")
+    return found
 
 
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], where: Path) -> None:
@@ -143,6 +161,34 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], where: P
             fix="train with the settings of before, choose another output folder, or set resume "
             "to false to start anew",
         )
+
+
+def state_of(
+    step: int,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: Mapping[str, Any],
+    history: list[list[float]],
+) -> Checkpoint:
+    """The state of a run after a step; it shares memory with what trains."""
+    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+    tensors |= flatten_optimizer(optimizer, parameters)
+    return Checkpoint(step, tensors, settings, history, {"scaler": scaler.state_dict()})
+
+
+@torch.no_grad()
+def restore(
+    start: Checkpoint,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Put a state from :func:`state_of` back, on each parameter's device."""
+    for name, parameter in parameters.items():
+        parameter.copy_(start.tensors[name])
+    restore_optimizer(optimizer, parameters, start.tensors)
+    scaler.load_state_dict(dict(start.extra["scaler"]))
 
 
 def flatten_optimizer(

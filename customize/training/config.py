@@ -18,7 +18,14 @@ from pydantic import (
 )
 
 from customize.errors import ConfigError
-from customize.training.settings import check_text, config_error, read_yaml, short, together
+from customize.training.settings import (
+    check_text,
+    config_error,
+    mentions,
+    read_yaml,
+    short,
+    together,
+)
 
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 # Checkpoints of these kinds are pickles, which run code when they are opened.
@@ -333,7 +340,7 @@ class TrainConfig(BaseModel):
             and "is the folder of the pictures; put masks of the same names in another",
             "prior_images": self.prior_images is not None
             and self._prior_images_problem(self.prior_images.resolve() == images),
-            "prior_prompt": self.trigger in (self.prior_prompt or "")
+            "prior_prompt": mentions(self.prior_prompt or "", self.trigger)
             and f"has the trigger {self.trigger}; class pictures show the class without it",
             "slice": self.slice is not None
             and self.method == "lora"

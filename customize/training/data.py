@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,11 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from customize.errors import DataError
+from customize.training.captions import count, listing, read_captions
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-METADATA = "metadata.jsonl"
 
+_OTHER_SUFFIXES = (".gif", ".bmp", ".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2")
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _MIN_SIDE = 16
 _PICTURES = ", ".join(suffix[1:] for suffix in SUFFIXES)
@@ -40,12 +40,14 @@ class Sample:
         image: upright, mode RGB (8 bits, sRGB), at least 16 x 16.
         caption: one line of text.
         mask: mode L, of the image's size, 255 where it is learned; None: all of it is.
+        digest: :func:`content_hash` of it before it was shrunk.
     """
 
     path: Path
     image: Image.Image
     caption: str
     mask: Image.Image | None = None
+    digest: str = ""
 
 
 def read_folder(
@@ -62,7 +64,7 @@ def read_folder(
 
     A picture's caption is the .txt file of the same stem, else its line in metadata.jsonl
     (``{"file_name": ..., "text": ...}``), else the template. Subfolders, other files and hidden
-    files are left out; subfolders are logged.
+    files are left out; subfolders and pictures of other kinds are logged.
 
     Args:
         trigger: the word that every caption must have and that fills the template; None for
@@ -84,24 +86,17 @@ def read_folder(
     folder = Path(folder)
     found = _pictures(folder)
     paths = found[:limit]
-    listed = _read_metadata(folder / METADATA, {path.name for path in found})
-    captions = _captions(folder, paths, listed, caption, trigger)
-    having = [p.name for p, text in captions.items() if forbidden and forbidden in text]
-    if having:
-        raise DataError(
-            f"{_count(having)} a caption with the trigger {forbidden}: {_listing(having)}",
-            where=folder,
-            fix="name the class there; class pictures show it without the concept",
-        )
+    captions = read_captions(
+        folder, paths, found, template=caption, trigger=trigger, forbidden=forbidden
+    )
     mask_paths = {} if masks is None else _mask_paths(Path(masks), paths)
     samples = []
     for path in paths:
         image = read_image(path)
         mask = read_mask(mask_paths[path], image.size) if path in mask_paths else None
-        if resolution is not None:
-            mask = None if mask is None else _square(mask, resolution, Image.Resampling.BOX)
-            image = _square(image, resolution, Image.Resampling.LANCZOS)
-        samples.append(Sample(path, image, captions[path], mask))
+        whole = Sample(path, image, captions[path], mask)
+        whole = replace(whole, digest=content_hash(whole))
+        samples.append(whole if resolution is None else _shrunk(whole, resolution))
     return samples
 
 
@@ -237,11 +232,17 @@ def _to_gray(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grayscale scaled to 8 bits; PIL's own conversion would clip it to white."""
+    """16-bit grayscale scaled to 8 bits; PIL's own conversion would clip it to white, and forget
+    the value that a PNG may name as transparent."""
     if not image.mode.startswith("I"):
         return image
-    values = np.asarray(image).astype(np.float64) / 257.0  # 65535 / 255
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    values = np.asarray(image).astype(np.float64)
+    gray = Image.fromarray((values / 257.0).round().clip(0, 255).astype(np.uint8))  # 65535 / 255
+    clear = image.info.get("transparency")
+    if not isinstance(clear, int):
+        return gray
+    opaque = np.where(values == clear, 0, 255).astype(np.uint8)
+    return Image.merge("LA", (gray, Image.fromarray(opaque)))
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -259,6 +260,12 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         if managed is not None:
             return managed
     return image.convert("RGB")
+
+
+def _shrunk(sample: Sample, side: int) -> Sample:
+    mask = None if sample.mask is None else _square(sample.mask, side, Image.Resampling.BOX)
+    image = _square(sample.image, side, Image.Resampling.LANCZOS)
+    return replace(sample, image=image, mask=mask)
 
 
 def _square(image: Image.Image, side: int, filter_: Image.Resampling) -> Image.Image:
@@ -287,80 +294,16 @@ def _pictures(folder: Path) -> list[Path]:
     if not pictures:
         raise DataError(
             "there are no pictures in the folder"
-            + (f"; subfolders are not searched: {_listing(nested)}" if nested else ""),
+            + (f"; subfolders are not searched: {listing(nested)}" if nested else ""),
             where=folder,
             fix=f"put {_PICTURES} files directly in it",
         )
+    others = [e.name for e in entries if e.suffix.lower() in _OTHER_SUFFIXES and e.is_file()]
     if nested:
-        logger.warning("Subfolders of %s are ignored: %s", folder, _listing(nested))
+        logger.warning("Subfolders of %s are ignored: %s", folder, listing(nested))
+    if others:
+        logger.warning("Only %s files of %s are read, not %s", _PICTURES, folder, listing(others))
     return pictures
-
-
-def _captions(
-    folder: Path,
-    paths: list[Path],
-    listed: dict[str, str],
-    template: str | None,
-    trigger: str | None,
-) -> dict[Path, str]:
-    beside = {entry.stem: entry for entry in folder.iterdir() if entry.suffix.lower() == ".txt"}
-    everywhere = None if template is None else template.replace("{}", trigger or "")
-    captions = {}
-    for path in paths:
-        text = _read_text(beside[path.stem]) if path.stem in beside else listed.get(path.name)
-        text = everywhere if text is None else text
-        captions[path] = "" if text is None else " ".join(text.split())
-    empty = [path.name for path, text in captions.items() if not text]
-    if empty:
-        raise DataError(
-            f"{_count(empty)} no caption: {_listing(empty)}",
-            where=folder,
-            fix=f"put a .txt file beside each, list them in {METADATA}, or give a caption template",
-        )
-    lacking = [p.name for p, text in captions.items() if trigger and trigger not in text]
-    if lacking:
-        raise DataError(
-            f"{_count(lacking)} a caption without the trigger {trigger}: {_listing(lacking)}",
-            where=folder,
-            fix=f"write {trigger} where the subject is named, as in 'a photo of {trigger}'",
-        )
-    return captions
-
-
-def _read_metadata(path: Path, pictures: set[str]) -> dict[str, str]:
-    """Captions by file name; none where there is no such file."""
-    captions: dict[str, str] = {}
-    if not path.is_file():
-        return captions
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, text = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            name = text = None
-        problem = None
-        if not isinstance(name, str) or not isinstance(text, str):
-            problem = 'is not {"file_name": "...", "text": "..."}'
-        elif name in captions:
-            problem = f"lists {name} again"
-        elif name not in pictures:
-            problem = f"names {name}, which is no picture in the folder"
-        if problem:
-            raise DataError(f"line {number} {problem}", where=path, fix="correct the line")
-        captions[name] = text
-    return captions
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise DataError(
-            f"the captions cannot be read: {reason}", where=path, fix="save it as UTF-8 text"
-        ) from None
 
 
 def _mask_paths(folder: Path, paths: list[Path]) -> dict[Path, Path]:
@@ -376,7 +319,7 @@ def _mask_paths(folder: Path, paths: list[Path]) -> dict[Path, Path]:
     missing = [path.name for path in paths if path.stem not in by_stem]
     if missing:
         raise DataError(
-            f"{_count(missing)} no mask: {_listing(missing)}",
+            f"{count(missing)} no mask: {listing(missing)}",
             where=folder,
             fix="give each picture a mask of the same stem, such as 1.png for 1.jpg",
         )
@@ -385,11 +328,3 @@ def _mask_paths(folder: Path, paths: list[Path]) -> dict[Path, Path]:
 
 def _by(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
-
-
-def _count(names: list[str]) -> str:
-    return "1 picture has" if len(names) == 1 else f"{len(names)} pictures have"
-
-
-def _listing(names: list[str]) -> str:
-    return ", ".join(names)

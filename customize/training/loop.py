@@ -17,13 +17,14 @@ from torch.nn.utils import clip_grad_norm_
 from customize.concepts import files
 from customize.concepts.concept import Concept
 from customize.core.objectives import weighted_mse
-from customize.errors import TrainingError
+from customize.errors import TrainingError, TrainingStopped
 from customize.families import Family, family_of
-from customize.training import cache, data, process, record, setup
+from customize.training import base, cache, process, record, setup
 from customize.training import checkpoint as checkpoints
 from customize.training.batches import compose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures
-from customize.training.checkpoint import Checkpoint
+from customize.training.checkpoint import BASE_WEIGHTS, Checkpoint
+from customize.training.claim import claimed_slice
 from customize.training.config import TrainConfig
 from customize.training.prior import class_samples_of
 from customize.training.process import Autocast
@@ -33,10 +34,6 @@ from customize.training.validation import Validation
 OnStep = Callable[[int, Tensor], object]
 
 _FUSED = ("cuda", "cpu", "mps", "xpu")  # devices on which torch's AdamW is one kernel
-
-
-class TrainingStopped(TrainingError):
-    """Training was stopped from outside (Ctrl-C, SIGTERM), after saving a checkpoint."""
 
 
 def train(
@@ -63,28 +60,13 @@ def train(
     Raises:
         ConfigError, DataError: a setting or a picture is unusable.
         PipelineError: the base cannot be loaded or trained.
-        SettingsError: the output folder holds this concept, made with other settings.
+        SettingsError: the output folder holds this concept, made with other settings; or its
+            slice was taken while it was cut off.
         StorageError: the output folder holds something else or cannot be written.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss or what is learned is no longer finite.
         TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.
     """
-    samples = data.read_folder(
-        config.images,
-        trigger=config.trigger,
-        caption=config.caption,
-        masks=config.masks,
-        resolution=config.resolution,
-    )
-    class_samples: list[data.Sample] = []
-    if config.prior_weight and config.prior_images is not None:
-        class_samples = data.read_folder(
-            config.prior_images,
-            trigger=None,
-            caption=config.class_prompt,
-            resolution=config.resolution,
-            limit=config.prior_count,
-            forbidden=config.trigger,
-        )
+    samples, class_samples = setup.read_pictures(config, base.resolution_of(config, components))
     files.check_folder(config.output, config.name)
     files.check_writable(config.output)
     accelerator = process.make_accelerator(config)
@@ -93,8 +75,14 @@ def train(
     folder = config.output / ".checkpoints"
     start = checkpoints.latest(folder) if config.resume else None
     done = record.finished(config) if config.resume else None
+    weights = base.weights_of(config.base, components)
     settings_after = partial(
-        record.run_settings, config, samples, class_samples, accelerator.num_processes
+        record.run_settings,
+        config,
+        record.digest(samples),
+        record.digest(class_samples),
+        weights,
+        accelerator.num_processes,
     )
     settings = settings_after(start.settings if start is not None else None)
     if done is not None:
@@ -121,14 +109,21 @@ def train(
             setup.freeze(parts)
         else:
             stack.enter_context(setup.borrowed(parts))
+        before = None if start is None else start.settings
+        settings["slice"] = stack.enter_context(claimed_slice(config, family, before, accelerator))
         del parts  # what the family then lets go of is freed, if it is our own
         fingerprint = family.fingerprint()
+        if not weights:  # of a hub id that was not here yet
+            weights = base.weights_on_disk(config.base) or base.weights_of("", family.components)
+            settings[BASE_WEIGHTS] = weights
+            if start is not None:
+                checkpoints.check_settings(start, settings, folder)
 
         # Pictures are encoded once; then the autoencoder only waits for validation.
         family.vae.to(device)
         if config.prior_weight and not class_samples:
             class_samples = class_samples_of(
-                config, family, resolution, device, accelerator, autocast, progress
+                config, family, weights, resolution, device, accelerator, autocast, progress
             )
         pictures = cache.prepare_pictures(
             family,
@@ -138,6 +133,8 @@ def train(
             flip=config.flip,
             keep_latents=config.cache_latents,
         )
+        concept_pictures = len(samples)
+        del samples, class_samples  # photographs can be large
         if config.cache_latents:
             free = own and not config.validation_prompts
             setup.put_away(family, {"vae": family.vae}, free=free)
@@ -149,7 +146,8 @@ def train(
         if live:
             resting = {k: v for k, v in resting.items() if k in family.other_encoders}
         trainable = stack.enter_context(setup.trainable(family, config, settings["slice"]))
-        setup.check_captions(family, trainable, pictures.captions)
+        setup.check_texts(family, trainable, "caption", pictures.captions)
+        setup.check_texts(family, trainable, "validation prompt", config.validation_prompts)
         with autocast():
             encode = cache.prepare_conditions(
                 family,
@@ -178,7 +176,7 @@ def train(
             family,
             trainable,
             pictures,
-            len(samples),
+            concept_pictures,
             encode,
             start,
             settings,
@@ -232,7 +230,7 @@ def optimise(
     scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
     history: list[list[float]] = []
     if start is not None:
-        _restore(start, parameters, optimizer, scaler)
+        checkpoints.restore(start, parameters, optimizer, scaler)
         history = [list(pair) for pair in start.history]
 
     batch, accumulate = config.batch_size, config.gradient_accumulation
@@ -308,7 +306,9 @@ def optimise(
             if saving or stopping:
                 paused -= time.perf_counter()
                 if accelerator.is_main_process:
-                    state = _state(done, parameters, optimizer, scaler, settings, history)
+                    state = checkpoints.state_of(
+                        done, parameters, optimizer, scaler, settings, history
+                    )
                     checkpoints.save(folder, state, config.keep_checkpoints)
                 paused += time.perf_counter()
             if stopping and not last:
@@ -323,8 +323,9 @@ def optimise(
                 paused -= time.perf_counter()
                 validation.draw(done)
                 paused += time.perf_counter()
-    if first == config.steps and config.validation_prompts:
+    if first == config.steps and validation.due(first):
         validation.draw(first)  # cut off after the last step, before the concept was saved
+    checkpoints.check_finite(config.steps, parameters)
     seconds = time.perf_counter() - began - paused
     return history, seconds / max(config.steps - first, 1)
 
@@ -364,29 +365,3 @@ def _read_losses(
             "deletes what is kept",
         )
     return sum(found) / len(found), stopping > 0
-
-
-def _state(
-    step: int,
-    parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    settings: Mapping[str, Any],
-    history: list[list[float]],
-) -> Checkpoint:
-    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
-    tensors |= checkpoints.flatten_optimizer(optimizer, parameters)
-    return Checkpoint(step, tensors, settings, history, {"scaler": scaler.state_dict()})
-
-
-@torch.no_grad()
-def _restore(
-    start: Checkpoint,
-    parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(start.tensors[name])
-    checkpoints.restore_optimizer(optimizer, parameters, start.tensors)
-    scaler.load_state_dict(dict(start.extra["scaler"]))

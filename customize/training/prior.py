@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ _CHUNK = 4  # pictures drawn together; fixed, so that drawing again gives the sa
 def class_samples_of(
     config: TrainConfig,
     family: Family,
+    weights: Mapping[str, str],
     resolution: int,
     device: torch.device,
     accelerator: Any,
@@ -41,12 +42,15 @@ def class_samples_of(
 
     They lie in a folder that is named by all they depend on, so that others are never taken.
 
+    Args:
+        weights: of the base, from :func:`customize.training.base.weights_of`.
+
     Leaves all models on the device.
 
     Raises:
         StorageError: a picture cannot be written; those before are kept.
     """
-    folder = config.output / ".class_pictures" / _origin(config, family, resolution)
+    folder = config.output / ".class_pictures" / _origin(config, family, weights, resolution)
     place({"denoiser": family.denoiser, "vae": family.vae, **family.all_text_encoders}, device)
     if accelerator.is_main_process:
         draw_class_pictures(config, family, folder, resolution, autocast, progress)
@@ -91,9 +95,16 @@ def draw_class_pictures(
             _write(paths[number], buffer.getvalue())
 
 
-def _origin(config: TrainConfig, family: Family, resolution: int) -> str:
+def _origin(
+    config: TrainConfig, family: Family, weights: Mapping[str, str], resolution: int
+) -> str:
     facts = [config.base, family.fingerprint(), config.class_prompt, config.seed, resolution]
-    facts += [config.validation_steps, config.validation_guidance, config.mixed_precision]
+    facts += [
+        dict(weights),
+        config.validation_steps,
+        config.validation_guidance,
+        config.mixed_precision,
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -70,7 +70,7 @@ def choose_device(config: TrainConfig, accelerator: Any) -> torch.device:
     if config.device is not None:
         try:
             device = torch.device(config.device)
-            torch.empty(1, device=device)
+            torch.empty(1, device=device).cpu()  # of the device meta nothing can be had
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(
                 f"the device {config.device} cannot be used: {str(error).splitlines()[0]}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,9 @@ from customize.concepts.layout import INFO_FILE
 from customize.errors import ConceptError, SettingsError
 from customize.families import Family
 from customize.training import data
-from customize.training.checkpoint import differences
+from customize.training.checkpoint import BASE_WEIGHTS, differences
 from customize.training.config import TrainConfig
-from customize.training.setup import Trainable, choose_slice
+from customize.training.setup import Trainable
 
 # Settings that may change when a run goes on, because the result does not depend on them; the
 # pictures themselves are compared, not their folders.
@@ -32,31 +33,39 @@ _DRAWN = ("prior_count", "prior_prompt", "validation_steps", "validation_guidanc
 _LONGEST_HISTORY = 200
 
 
+def digest(samples: Sequence[data.Sample]) -> str | None:
+    """A short name for pictures, captions and masks, in their order; None for none."""
+    hashes = "".join(sample.digest for sample in samples)
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16] if samples else None
+
+
 def run_settings(
     config: TrainConfig,
-    samples: Sequence[data.Sample],
-    class_samples: Sequence[data.Sample],
+    pictures: str | None,
+    class_pictures: str | None,
+    weights: Mapping[str, str],
     processes: int,
     before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """All that the result depends on, as JSON values: two runs of equal ones give the same.
 
     Args:
+        pictures, class_pictures: from :func:`digest`; None where the base draws the latter.
+        weights: of the base, from :func:`customize.training.base.weights_of`.
         before: those of the run that may go on. Its slice holds unless the configuration names
-            one: the next free one of the library may be another by now.
+            one. Without both the slice is None until it is chosen; see
+            :func:`customize.training.claim.claimed_slice`.
     """
     values = config.model_dump(mode="json", exclude=_FREE)
-    if not config.prior_weight or class_samples:
+    if not config.prior_weight or class_pictures:
         for key in _DRAWN:  # class pictures that are given are compared themselves
             del values[key]
-    index = config.slice
-    if index is None:
-        index = before["slice"] if before and "slice" in before else choose_slice(config)
     return values | {
-        "slice": index,
-        "pictures": _digest(samples),
-        "class_pictures": _digest(class_samples) if class_samples else None,
+        "slice": (before or {}).get("slice") if config.slice is None else config.slice,
+        "pictures": pictures,
+        "class_pictures": class_pictures,
         "processes": processes,
+        BASE_WEIGHTS: dict(weights),
     }
 
 
@@ -164,10 +173,5 @@ def peak_memory(device: torch.device) -> int:
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for trackers, which take only plain values."""
-    return {key: "" if value is None else value for key, value in settings.items()}
-
-
-def _digest(samples: Sequence[data.Sample]) -> str:
-    """A short name for pictures, captions and masks, in their order."""
-    hashes = "".join(map(data.content_hash, samples))
-    return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+    plain = {key: "" if value is None else value for key, value in settings.items()}
+    return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in plain.items()}

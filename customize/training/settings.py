@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
@@ -82,6 +83,8 @@ def config_error(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Con
         cause = detail.get("ctx", {}).get("error")
         message = str(cause) if isinstance(cause, ValueError) else detail["msg"]
         message = message.replace("Input should", "it should")
+        if detail["type"].startswith("path_"):
+            message = "it is no path"
         if message.startswith("String should match pattern"):
             message = "it has another form"
         elif not message.startswith(("it ", "String ", "Value ")):
@@ -103,6 +106,12 @@ def check_text(text: str) -> None:
         raise ValueError("is empty")
     if not text.isprintable():
         raise ValueError("has control characters")
+
+
+def mentions(text: str, trigger: str) -> bool:
+    """Whether a text has a trigger, in upper or lower case, as
+    :func:`customize.concepts.tokens.expand` looks for it."""
+    return re.search(re.escape(trigger), text, re.IGNORECASE) is not None
 
 
 def short(value: object) -> str:

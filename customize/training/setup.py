@@ -15,13 +15,44 @@ from torch import Tensor, nn
 from customize.concepts import layerwise, tokens
 from customize.concepts.adapter import Adapter, attach
 from customize.concepts.concept import BasisInfo
-from customize.concepts.slices import columns_for, next_free_index
+from customize.concepts.slices import columns_for
 from customize.errors import ConfigError, DataError, PipelineError
 from customize.families import Family
 from customize.hosts.opening import open_base
+from customize.training import data
 from customize.training.batches import stream_seed
 from customize.training.config import TrainConfig
 from customize.training.process import HALVES
+
+
+def read_pictures(
+    config: TrainConfig, resolution: int | None
+) -> tuple[list[data.Sample], list[data.Sample]]:
+    """The concept's pictures, and the class pictures that the settings name.
+
+    Args:
+        resolution: what they are shrunk to on reading; None: not yet.
+
+    Raises:
+        DataError: see :func:`customize.training.data.read_folder`.
+    """
+    samples = data.read_folder(
+        config.images,
+        trigger=config.trigger,
+        caption=config.caption,
+        masks=config.masks,
+        resolution=resolution,
+    )
+    if not config.prior_weight or config.prior_images is None:
+        return samples, []
+    return samples, data.read_folder(
+        config.prior_images,
+        trigger=None,
+        caption=config.class_prompt,
+        resolution=resolution,
+        limit=config.prior_count,
+        forbidden=config.trigger,
+    )
 
 
 def load_base(config: TrainConfig) -> dict[str, Any]:
@@ -150,25 +181,12 @@ class Trainable:
         return [layerwise.wording(text, self.triggers, layer) for layer in range(self.layers)]
 
 
-def choose_slice(config: TrainConfig) -> int | None:
-    """The concept's number: as set, or the next free one of the library; None: by its name.
-
-    Two runs at the same time in one library may choose the same: then set their slices.
-
-    Raises:
-        ConceptError: a concept in the library cannot be read.
-    """
-    if config.method == "lora" or config.slice is not None or config.library is None:
-        return config.slice
-    return next_free_index(config.library, config.rank, _basis(config), name=config.name)
-
-
 @contextmanager
 def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterator[Trainable]:
     """Add the concept's tokens and adapter to a model; afterwards they are gone.
 
     Args:
-        index: the concept's number, from :func:`choose_slice`.
+        index: the concept's number; see :func:`customize.concepts.slices.columns_for`.
 
     Raises:
         ConfigError, ConceptError, PipelineError: what is asked for does not fit the model.
@@ -178,8 +196,8 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
     basis: BasisInfo | None = None
     columns: dict[int, tuple[int, ...]] = {}
     if config.method == "orthogonal":
-        basis = _basis(config)
-        widths = {w for key in components for _, w in family.adapter_targets(key).values()}
+        basis = basis_of(config)
+        widths = input_widths(family, config)
         columns = columns_for(widths, config.rank, index=index, name=config.name)
 
     undo: list[Callable[[], None]] = []
@@ -224,28 +242,32 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
             action()
 
 
-def check_captions(family: Family, trainable: Trainable, captions: Sequence[str]) -> None:
-    """Tokenize each caption once, to see that the text encoders will read the trigger.
+def check_texts(family: Family, trainable: Trainable, what: str, texts: Sequence[str]) -> None:
+    """Tokenize each text once, to see that the text encoders will read the trigger.
+
+    Args:
+        what: the texts are, such as caption.
 
     Raises:
-        DataError: a trigger lies beyond the encoder's length, where it would never train.
+        DataError: a trigger lies beyond the encoder's length, where it would never be read.
     """
     for dictionary in family.token_dictionaries():
         tokenizer, rows = dictionary.tokenizer, trainable.rows.get(dictionary.key)
         own = set(tokens.token_ids(dictionary, rows.names)) if rows else set()
-        for caption in dict.fromkeys(captions):
-            text = (trainable.wordings(caption) or [trainable.expanded(caption)])[0]
+        for given in dict.fromkeys(texts):
+            text = (trainable.wordings(given) or [trainable.expanded(given)])[0]
             length = tokenizer.model_max_length
-            whole = tokenizer(text).input_ids
+            # Not verbose: what transformers would say of long texts is said below.
+            whole = tokenizer(text, verbose=False).input_ids
             cut = tokenizer(text, truncation=True, max_length=length).input_ids
-            told = f"{caption[:60]!r} has {len(whole)} tokens, of which {len(cut)} are read"
+            told = f"{given[:60]!r} has {len(whole)} tokens, of which {len(cut)} are read"
             if own & set(whole) - set(cut):
                 raise DataError(
-                    f"the caption {told}: the trigger is cut off",
-                    fix="shorten the caption, or write the trigger near its beginning",
+                    f"the {what} {told}: the trigger is cut off",
+                    fix=f"shorten the {what}, or write the trigger near its beginning",
                 )
             if len(whole) > len(cut):
-                warnings.warn(f"the caption {told}: the rest is cut off", stacklevel=2)
+                warnings.warn(f"the {what} {told}: the rest is cut off", stacklevel=2)
 
 
 def place(models: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -300,17 +322,32 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             where="rank",
             fix=f"choose a rank of at most {narrowest}",
         )
+    most = family.scheduler.config.get("num_train_timesteps")
+    drawn = config.validation_prompts or (config.prior_weight and config.prior_images is None)
+    if drawn and most is not None and config.validation_steps > most:
+        raise ConfigError(
+            f"the base's scheduler has {most} noise levels, fewer than {config.validation_steps}",
+            where="validation_steps",
+            fix=f"choose at most {most}",
+        )
     family.loss_weight(family.timesteps(torch.tensor([0.5])), config.min_snr_gamma)
     return resolution
+
+
+def input_widths(family: Family, config: TrainConfig) -> set[int]:
+    """The input widths of all layers that get an adapter."""
+    adapted = _adapted(family, config)
+    return {width for key in adapted for _, width in family.adapter_targets(key).values()}
+
+
+def basis_of(config: TrainConfig) -> BasisInfo:
+    """The basis of the concept's slices, by the settings."""
+    return BasisInfo(kind=config.basis, seed=config.basis_seed, scale=config.basis_scale)
 
 
 def _adapted(family: Family, config: TrainConfig) -> list[str]:
     """The components that get an adapter."""
     return [family.denoiser_key, *(family.text_encoders if config.train_text_encoder else ())]
-
-
-def _basis(config: TrainConfig) -> BasisInfo:
-    return BasisInfo(kind=config.basis, seed=config.basis_seed, scale=config.basis_scale)
 
 
 def _own_seed(config: TrainConfig, what: str) -> int:

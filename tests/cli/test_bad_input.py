@@ -131,11 +131,19 @@ def test_a_folder_without_pictures(run: Run, world: World, tmp_path: Path) -> No
     train(run, world, tmp_path, "No such file", "none", images=tmp_path / "none")
 
 
+def test_half_a_character_in_a_caption(run: Run, world: World, tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos")
+    line = '{"file_name": "0.png", "text": "lone \\ud800 <max>"}'
+    (folder / "metadata.jsonl").write_text(line)
+    train(run, world, tmp_path, "line 1 gives 0.png half a character", "metadata.jsonl")
+
+
 # Settings
 
 
 def test_settings_that_do_not_fit(run: Run, world: World, tmp_path: Path) -> None:
     photos(tmp_path / "photos")
+    train(run, world, tmp_path, "device meta cannot be used", device="meta")
     train(run, world, tmp_path, "rex is there", world.rex, output=world.rex)
     below = tmp_path / "photos" / "0.png" / "x"
     train(run, world, tmp_path, "a file is in the place", str(below), output=below)

@@ -15,7 +15,7 @@ from customize.storybook.train_judges import save_judges
 from tests.cli.making import Run, World, photos, refused
 from tests.evaluation.making import save_clip, save_dino
 from tests.hosts.making import concept
-from tests.tiny import tiny_sd
+from tests.tiny import tiny_sd, tiny_sd3
 
 
 @pytest.fixture(scope="session")
@@ -93,8 +93,34 @@ def test_storybook_input_that_is_wrong(run: Run, judged: Path, tmp_path: Path) -
     refused(run("evaluate", judged / "rex", judged / "rex", *flags), "two concepts are called rex")
     refused(run("evaluate", judged / "rex", *flags, "--judges", tmp_path), "judges can't be read")
     refused(run("evaluate", judged / "rex", *flags, "--references", tmp_path), "no pictures")
+    refused(run("evaluate", judged / "rex", *flags, "--steps", "5000"), "1000 noise levels")
+    refused(run("evaluate", judged / "rex", *flags, "--clip", "x"), "--clip means nothing with")
+    result = run("evaluate", judged / "rex", *flags, "--json", tmp_path)
+    refused(result, "a folder is in the place of the file", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    result = run("evaluate", judged / "rex", *flags, "--json", tmp_path / "file" / "x.json")
+    refused(result, "cannot be written", str(tmp_path / "file"))
     concept(tiny_sd(), "sofa", class_word="sofa").save(tmp_path / "sofa")
     refused(run("evaluate", tmp_path / "sofa", *flags), "sofa is a sofa", "dog, cat")
+
+
+def test_storybook_bases_and_concepts_that_do_not_fit(
+    run: Run, judged: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All told before anything is drawn."""
+    monkeypatch.setattr("customize.cli.evaluate.storybook_rows", None)
+    flags = storybook(judged)
+    result = run("evaluate", judged / "rex", *flags, "--base", world.base)
+    refused(result, "draws pictures of 32 x 32 pixels", "64 x 64", world.base)
+    pipe = tiny_sd3()
+    concept(pipe, "rex", class_word="dog").save(tmp_path / "rex")
+    refused(run("evaluate", tmp_path / "rex", *flags), "rex was learned on sd3")
+
+
+def test_pictures_that_are_not_finite_are_not_scored(run: Run, judged: Path) -> None:
+    sources = (judged / "rex", judged / "tom")
+    flags = ("--seeds", "1", "--weights", "1e38,1e38")
+    refused(run("evaluate", *sources, *storybook(judged), *flags), "is not finite")
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +162,9 @@ def test_prompts_from_a_file(run: Run, models: tuple[Path, Path], tmp_path: Path
     report = json.loads(file.read_text())
     assert [row["prompt"] for row in report["rows"]] == ["a photo of dog"] * 3
     assert set(report["figures"]) == {"clip_t"}
+    lines.write_bytes(b"\xef\xbb\xbfa dog\n")
+    assert run("evaluate", *flags).code == 0
+    assert json.loads(file.read_text())["rows"][0]["prompt"] == "a dog"
     lines.write_text("a dog\na cat\n")
     refused(run("evaluate", *flags), "2 prompts for 3 pictures", str(lines))
     lines.write_text(" \n")
@@ -155,6 +184,11 @@ def test_similarity_input_that_is_wrong(
     refused(run("evaluate", world.rex, *images), "--images scores pictures")
     refused(run("evaluate", *images, "--dino", models[1]), "give --references")
     refused(run("evaluate", *images, "--clip", models[0]), "neither prompts nor references")
+    result = run("evaluate", *images, "--clip", "x", "--weights", "3,a", "--seeds", "2")
+    refused(result, "--weights, --seeds means nothing with --images")
+    (tmp_path / "file").write_text("")
+    result = run("evaluate", *images, "--clip", "x", "--json", tmp_path / "file" / "x.json")
+    refused(result, "cannot be written", str(tmp_path / "file"))
     flags = ("--references", pictures)
     refused(run("evaluate", *images, *flags, "--clip", models[1]), "of type dinov2, not a CLIP")
     refused(run("evaluate", *images, *flags, "--clip", tmp_path), "cannot be loaded")

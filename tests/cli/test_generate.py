@@ -97,6 +97,29 @@ def test_bad_input_draws_nothing(run: Run, world: World, tmp_path: Path) -> None
     assert not list(output.glob("*"))
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--seed", "9" * 23, "beyond 64 bits"),
+        ("--count", "9" * 14, "too many"),
+        ("--count", "9" * 40, "too many"),
+        ("--steps", "100000", "1000 noise levels, fewer than 100000 steps"),
+        ("--guidance", "inf", "guidance inf is not finite"),
+        ("--guidance", "nan", "greater than or equal to 0"),
+        ("--guidance", "1e300", "seed 0 is not finite"),
+        ("--weights", "1e38", "seed 0 is not finite"),
+        ("--device", "meta", "device meta cannot be used"),
+        ("--negative", "\udcff", "is not UTF-8"),
+    ],
+)
+def test_absurd_numbers_draw_nothing(
+    run: Run, world: World, tmp_path: Path, flag: str, value: str, says: str
+) -> None:
+    arguments = ("generate", world.rex, "--base", world.base, "--prompt", PROMPT, "--steps", "1")
+    refused(run(*arguments, "--output", tmp_path / "pictures", flag, value), says, "Do: ")
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_a_concept_of_another_base(run: Run, world: World, tmp_path: Path) -> None:
     from tests.hosts.making import concept
     from tests.tiny import tiny_sd3

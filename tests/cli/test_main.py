@@ -12,8 +12,8 @@ import pytest
 
 from customize import __version__
 from customize.cli import main, shared
-from customize.errors import ConfigError, StorageError
-from tests.cli.making import Run, World, refused
+from customize.errors import ConfigError, StorageError, TrainingStopped
+from tests.cli.making import Run, World, photos, refused
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "merge", "generate", "evaluate", "inspect", "demo")
@@ -58,6 +58,15 @@ def test_a_process_ends_with_the_exit_code_and_one_line() -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: the base cannot be loaded: there is no such folder, and the hub")
     assert "(base: nobody/nothing). Do: name a folder" in line
+
+
+def test_what_libraries_say_does_not_come_between(tmp_path: Path) -> None:
+    pictures = photos(tmp_path / "photos")
+    flags = ("--clip", "nobody/nothing", "--references", str(pictures))
+    done = customize("evaluate", "--images", str(pictures), *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the CLIP model cannot be loaded")
 
 
 def test_help_of_every_command(run: Run) -> None:
@@ -141,3 +150,17 @@ def test_ctrl_c_says_how_to_go_on(
     assert capsys.readouterr().err == "interrupted\n"
     assert main(["merge", world.rex, "--output", "unused"]) == 130
     assert "give the same command again" in capsys.readouterr().err
+
+
+def test_training_that_was_stopped_ends_every_command_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import customize.demo
+
+    def run(folder: Path) -> None:
+        raise TrainingStopped("training was stopped after step 3", fix="run the same again")
+
+    monkeypatch.setattr(customize.demo, "run", run)
+    assert main(["demo", "--folder", str(tmp_path)]) == 130
+    wanted = "training was stopped after step 3. Do: run the same again.\n"
+    assert capsys.readouterr().err == wanted

@@ -205,3 +205,11 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(StorageError, match="the disk is full"):
         write_merged([small(1)], [1.0], tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_make_infinities_write_nothing(run: Run, world: World, tmp_path: Path) -> None:
+    arguments = ("merge", world.rex, world.tom, "--output", tmp_path / "m")
+    for more in ((), ("--rank", "2"), ("--fuse", world.base)):
+        result = run(*arguments, "--weights", "1e39,1", *more)
+        refused(result, "finite", "weights of an ordinary size", "Do: ")
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -127,6 +128,20 @@ def test_the_plan(tmp_path: Path) -> None:
     assert shown["method"] == "orthogonal, rank 8, slice kept apart from lib"
     assert shown["prior"] == "class pictures with weight 0.5: 100 drawn by the base"
     assert plan(TrainConfig(**facts, method="lora"))["method"] == "ordinary LoRA, rank 8"
+
+
+def test_a_long_caption_is_told_once(
+    run: Run, world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos(tmp_path / "photos")
+    libraries = logging.getLogger("transformers")
+    libraries.addHandler(caplog.handler)
+    try:
+        result = run("train", *arguments(world, tmp_path, caption="a dog " * 60 + "{}"))
+    finally:
+        libraries.removeHandler(caplog.handler)
+    assert result.code == 2 and "the trigger is cut off" in result.err.splitlines()[-1]
+    assert "longer than the specified maximum" not in caplog.text + result.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])

@@ -138,6 +138,8 @@ def test_all_problems_are_told_at_once():
         ({"prior_images": "dogs"}, "set prior_weight to 1"),
         ({"prior_images": "pictures/rex", "prior_weight": 1}, "own pictures"),
         ({"prior_prompt": "a <rex> dog"}, "has the trigger <rex>"),
+        ({"prior_prompt": "a <REX> dog"}, "has the trigger <rex>"),
+        ({"images": 3}, "images is 3: it is no path"),
         ({"slice": 2, "method": "lora"}, "set method orthogonal"),
         ({"layerwise_tokens": True, "train_tokens": False}, "set train_tokens to true"),
         ({"validation_every": 5}, "give validation_prompts"),

@@ -87,6 +87,15 @@ def test_subfolders_are_ignored_aloud(tmp_path, caplog):
     assert "more" in caplog.text
 
 
+def test_pictures_of_other_kinds_are_ignored_aloud(tmp_path, caplog):
+    saved(tmp_path, "a.png")
+    for name in ("b.HEIC", "c.gif", "d.txt", "e.bmp"):
+        (tmp_path / name).write_text("a <rex>")
+    with caplog.at_level(logging.WARNING):
+        assert read_one(tmp_path).path.name == "a.png"
+    assert "are read, not b.HEIC, c.gif, e.bmp" in caplog.text
+
+
 def test_folder_that_cannot_be_read(tmp_path):
     assert "No such file" in str(refused(read_one, tmp_path / "none"))
     assert "Not a directory" in str(refused(read_one, saved(tmp_path, "a.png")))
@@ -117,6 +126,23 @@ def test_captions_without_the_trigger_are_all_named(tmp_path):
     error = refused(read_one, tmp_path)
     assert "2 pictures have a caption without the trigger <rex>: a.png, c.png" in str(error)
     assert len(read_folder(tmp_path, trigger=None, caption="a dog")) == 3
+
+
+def test_triggers_are_found_in_any_case_as_they_are_expanded(tmp_path):
+    saved(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_text("a <REX>")
+    assert read_one(tmp_path).caption == "a <REX>"
+    error = refused(read_folder, tmp_path, trigger=None, forbidden="<rex>")
+    assert "1 picture has a caption with the trigger <rex>: a.png" in str(error)
+
+
+def test_captions_with_half_a_character_are_refused(tmp_path):
+    saved(tmp_path, "a.png")
+    line = '{"file_name": "a.png", "text": "lone \\ud800 <rex>"}'
+    (tmp_path / "metadata.jsonl").write_text(line)
+    assert "line 1 gives a.png half a character" in str(refused(read_one, tmp_path))
+    (tmp_path / "metadata.jsonl").write_text(line.replace("ud800", "ud83d\\udc36"))
+    assert read_one(tmp_path).caption == "lone 🐶 <rex>"
 
 
 def test_missing_captions_are_all_named(tmp_path):
@@ -455,3 +481,24 @@ def test_content_hash_sees_picture_caption_and_mask_alone(masked):
     saved(pictures, "z.jpg", gradient(seed=1))
     others.add(content_hash(read_one(pictures)))
     assert len(others | {first}) == 5
+
+
+def test_a_picture_keeps_its_digest_when_it_is_shrunk(tmp_path):
+    saved(tmp_path, "a.png")
+    whole = read_one(tmp_path)
+    assert whole.digest == content_hash(whole) == read_one(tmp_path, resolution=16).digest
+
+
+def test_sixteen_bits_keep_their_transparent_value(tmp_path):
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    rows = np.hstack([np.full((32, 16), 500), np.full((32, 16), 40_000)]).astype(">u2")
+    lines = b"".join(b"\0" + line.tobytes() for line in rows)
+    content = b"\x89PNG\r\n\x1a\n"
+    content += chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, 0, 0, 0, 0))
+    content += chunk(b"tRNS", struct.pack(">H", 500)) + chunk(b"IDAT", zlib.compress(lines))
+    (tmp_path / "a.png").write_bytes(content + chunk(b"IEND", b""))
+    image = read_one(tmp_path).image
+    assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((31, 0)) == (156,) * 3

@@ -22,18 +22,20 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 STEPS = 24
 
-# Says each step, and goes on slowly from the fifth: the signal must come before the end.
+# Says each step, in the first process, and goes on slowly from the fifth: the signal must come
+# before the end.
 PROGRAM = f"""
+import os
 import sys
 import time
 from pathlib import Path
-from customize.errors import CustomizeError
 from customize.training.loop import TrainingStopped, train
 from tests.tiny import tiny_sd
 from tests.training.runs import settings
 
 def on_step(step, loss):
-    print(step, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(step, flush=True)
     time.sleep(0.3 if step >= 5 else 0)
 
 config = settings(Path(sys.argv[1]), steps={STEPS}, checkpoint_every=3)
@@ -84,7 +86,6 @@ def test_a_stopped_run_goes_on_to_the_uninterrupted_result(number, tmp_path):
     assert same(tensors(resumed), tensors(whole))
 
 
-@pytest.mark.slow
 def test_accelerate_launches_the_script(tmp_path):
     tiny_sd().save_pretrained(tmp_path / "base")
     config = settings(tmp_path, base=str(tmp_path / "base"), steps=2)
@@ -101,6 +102,7 @@ def test_accelerate_launches_the_script(tmp_path):
         timeout=500,
     )
     assert finished.returncode == 0, finished.stderr
+    assert f"the concept rex is in {tmp_path / 'out'}\n" in finished.stdout
     assert Concept.load(tmp_path / "out").info.rank == 2
 
 
@@ -123,6 +125,7 @@ def test_two_processes_train_one_concept(tmp_path):
         timeout=500,
     )
     assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("the concept rex is in") == 1
     concept = Concept.load(tmp_path / "out")
     assert concept.info.training["settings"]["processes"] == 2
     assert (tmp_path / "out" / "validation" / "step-12.png").is_file()
@@ -134,6 +137,40 @@ def test_two_processes_train_one_concept(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     a, b = tensors(concept), tensors(one)
     assert all(torch.allclose(a[key], b[key], atol=2e-3) for key in a)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on_to_the_uninterrupted_result(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("checkpoint_every=3)", "checkpoint_every=3, log_every=2)"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+
+    def start(folder):
+        return subprocess.Popen(
+            [*launch, "2", str(program), str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+
+    settings(tmp_path / "a"), settings(tmp_path / "b")  # make the pictures
+    with start(tmp_path / "a") as process:
+        for line in process.stdout:
+            if line.strip() == "5":
+                process.send_signal(signal.SIGTERM)  # which the launcher hands to both
+        assert process.wait(timeout=300) != 0
+    found = latest(tmp_path / "a" / "out" / ".checkpoints")
+    assert 5 <= found.step < STEPS and found.settings["processes"] == 2
+    results = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        with start(folder) as process:
+            said = process.stdout.read().split()
+            assert process.wait(timeout=300) == 0
+        assert int(said[0]) == (found.step if folder.name == "a" else 0) + 1
+        results.append(tensors(Concept.load(folder / "out")))
+    assert same(*results)
 
 
 def test_the_script_reports_bad_input_in_a_line(tmp_path):

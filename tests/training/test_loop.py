@@ -1,10 +1,13 @@
+import gc
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from customize.concepts.concept import Concept
 from customize.core.bases import BASES, down_projection
@@ -16,6 +19,7 @@ from customize.errors import (
     StorageError,
     TrainingError,
 )
+from customize.training import data, setup
 from customize.training.loop import learning_rate, train
 from tests.tiny import tiny_sd, tiny_sd3
 from tests.training.runs import (
@@ -311,8 +315,11 @@ def test_a_trigger_beyond_the_encoders_length_is_refused(layerwise, tmp_path):
         train(settings(tmp_path, layerwise_tokens=layerwise), pipe.components, progress=False)
     assert_unchanged(before, pipe.components)
     (images / "1.txt").write_text("<rex> " + "a dog " * 60)
-    with pytest.warns(UserWarning, match=r"the rest is cut off"):
+    with pytest.warns(UserWarning, match=r"the caption .* the rest is cut off"):
         train(settings(tmp_path, steps=1), pipe.components, progress=False)
+    config = settings(tmp_path, "drawn", validation_prompts=("a dog " * 60 + "<rex>",))
+    with pytest.raises(DataError, match=r"the validation prompt .* the trigger is cut off"):
+        train(config, pipe.components, progress=False)
 
 
 def test_masks_keep_what_is_outside_out_of_the_loss(tmp_path):
@@ -378,6 +385,73 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(tmp_pat
         weight.copy_(good)
     resumed = train(config, pipe.components, progress=False)
     assert all(bool(torch.isfinite(value).all()) for value in tensors(resumed).values())
+
+
+def test_weights_that_are_not_finite_at_the_end_are_not_saved(tmp_path):
+    pipe = tiny_sd()
+
+    def poison(done, loss):
+        if done == 12:
+            for name, parameter in pipe.unet.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.fill_(math.nan)
+
+    with pytest.raises(TrainingError, match=r"after step 12 .* no longer finite.*learning rate"):
+        train(settings(tmp_path), pipe.components, progress=False, on_step=poison)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_photographs_are_shrunk_on_reading_and_let_go(where, tmp_path, monkeypatch):
+    images, sizes, alive = [], [], []
+    read = data.read_folder
+
+    def noting(*args, **kwargs):
+        samples = read(*args, **kwargs)
+        sizes.extend(sample.image.size for sample in samples)
+        images.extend(weakref.ref(sample.image) for sample in samples)
+        return samples
+
+    def look(done, loss):
+        gc.collect()
+        alive.append(sum(image() is not None for image in images))
+
+    monkeypatch.setattr(data, "read_folder", noting)
+    dogs = make_pictures(tmp_path / "dogs", 2)
+    (tmp_path / "images").mkdir()
+    picture(0, side=300).save(tmp_path / "images" / "0.png")
+    pipe = tiny_sd()
+    pipe.save_pretrained(tmp_path / "base")
+    config = settings(
+        tmp_path, base=str(tmp_path / "base"), steps=2, prior_weight=1.0, prior_images=dogs
+    )
+    components = pipe.components if where == "memory" else None
+    train(config, components, progress=False, on_step=look)
+    assert sizes == [(32, 32)] * 3 and alive == [0, 0]
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+def test_models_that_are_not_needed_any_more_are_freed(make, live, tmp_path, monkeypatch):
+    parts, freed = {}, []
+    load = setup.load_base
+
+    def noting(config):
+        loaded = load(config)
+        parts.update({k: weakref.ref(v) for k, v in loaded.items() if isinstance(v, nn.Module)})
+        return loaded
+
+    def look(done, loss):
+        gc.collect()
+        freed.append({key for key, part in parts.items() if part() is None})
+
+    monkeypatch.setattr(setup, "load_base", noting)
+    make().save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    config = settings(tmp_path, base=base, steps=1, train_tokens=live, train_text_encoder=live)
+    train(config, progress=False, on_step=look)
+    resting = {"vae", "text_encoder_3"} if live else set(parts) - {"unet", "transformer"}
+    assert freed == [resting & set(parts)]
 
 
 def test_a_finished_concept_is_reused_and_never_silently_replaced(tmp_path):
@@ -450,27 +524,16 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     assert train(anew, pipe.components, progress=False).info.rank == 2
 
 
-def test_concepts_of_one_library_get_disjoint_slices_and_a_resumed_one_keeps_its_own(tmp_path):
-    pipe = tiny_sd()
-    library = tmp_path / "library"
-    rex = settings(tmp_path, library=library, output=library / "rex", checkpoint_every=4)
-    with pytest.raises(Stop):
-        train(rex, pipe.components, progress=False, on_step=crash_at(5))
-    tom = settings(tmp_path, name="tom", library=library, output=library / "tom", steps=1)
-    tom_slices = train(tom, pipe.components, progress=False).info.slices
-    rex_slices = train(rex, pipe.components, progress=False).info.slices
-    assert tom_slices["32"] == rex_slices["32"] == [0, 1, 2, 3]  # both started first
-
-    ann = settings(tmp_path, name="ann", library=library, output=library / "ann", steps=1)
-    ann_slices = train(ann, pipe.components, progress=False).info.slices
-    assert not set(ann_slices["32"]) & set(rex_slices["32"])
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
         ({"resolution": 36}, ConfigError, "multiple of 8"),
         ({"rank": 17}, ConfigError, "17"),
+        (
+            {"validation_prompts": ("a <rex>",), "validation_steps": 900},
+            ConfigError,
+            "500 noise levels, fewer than 900",
+        ),
         ({"images": "/no/such/folder"}, DataError, "cannot be read"),
         ({"mixed_precision": "fp16"}, ConfigError, "not for the CPU"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
@@ -479,6 +542,7 @@ def test_concepts_of_one_library_get_disjoint_slices_and_a_resumed_one_keeps_its
 )
 def test_bad_settings_change_nothing(changes, error, match, tmp_path):
     pipe = tiny_sd()
+    pipe.scheduler.register_to_config(num_train_timesteps=500)
     before = snapshot(pipe.components)
     with pytest.raises(error, match=match):
         train(settings(tmp_path, **changes), pipe.components, progress=False)

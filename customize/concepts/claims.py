@@ -1,0 +1,120 @@
+"""Claims: slices that runs hold whose concept isn't written yet.
+
+A run writes ``.slice.json`` into its output folder before its first step, and takes it away when
+the concept is there, which then holds the slice. A run that was cut off leaves its claim, so that
+nobody else takes the slice that it will go on with; deleting the folder gives it up.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from customize.concepts.concept import BasisInfo
+from customize.concepts.files import storage_error, sync_folder, write_file
+from customize.concepts.layout import CLAIM_FILE
+from customize.errors import ConceptError
+
+LOCK_FILE = ".slices.lock"
+
+
+class Claim(BaseModel):
+    """What a run holds, as it stands in ``.slice.json``.
+
+    Attributes:
+        name: of the concept that is learned.
+        basis, rank, slices: as :class:`customize.concepts.concept.ConceptInfo` will have them.
+        index: the concept's number, which gives the slices; None where its name does.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    basis: BasisInfo
+    rank: int = Field(ge=1)
+    index: int | None = Field(None, ge=0)
+    slices: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}$")], list[int]]
+
+
+def read_claims(library: Path) -> list[Claim]:
+    """The claims of all runs in a library of concept folders.
+
+    Raises:
+        ConceptError: one cannot be read. It may hold columns.
+    """
+    # Not in hidden folders, as with concepts.
+    return [_read(path) for path in sorted(Path(library).glob(f"[!.]*/{CLAIM_FILE}"))]
+
+
+def write_claim(claim: Claim, folder: Path) -> None:
+    """Put a claim into a run's output folder, over an older one, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(partial, claim.model_dump_json(indent=2).encode())
+        os.replace(partial, folder / CLAIM_FILE)
+        sync_folder(folder)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def withdraw_claim(folder: Path) -> None:
+    """Take a run's claim away.
+
+    Raises:
+        StorageError: it cannot be deleted.
+    """
+    try:
+        (folder / CLAIM_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+
+
+@contextmanager
+def alone_in(library: Path) -> Iterator[None]:
+    """Keep other processes from choosing a slice in a library while one is chosen and claimed.
+
+    The system frees the lock when the process ends, however it ends. A library that may not be
+    written in is read without one: this process claims nothing there.
+
+    Raises:
+        StorageError: the library is no folder and cannot become one.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(library / LOCK_FILE, mode=0o664)
+    try:
+        library.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise storage_error(error, library) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read(path: Path) -> Claim:
+    try:
+        return Claim.model_validate_json(path.read_bytes(), strict=True)
+    except (OSError, ValidationError) as error:
+        raise ConceptError(
+            "the claim of a run on its slice cannot be read",
+            where=path,
+            fix="delete its folder if that run is not to go on",
+        ) from error

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from customize.concepts.adapter import Adapter, attach_products, fit
 from customize.concepts.concept import Concept
-from customize.concepts.layerwise import encode_by_layer, read_by_layer, vocabulary
-from customize.concepts.merge import merge
 from customize.concepts.slices import collisions
-from customize.concepts.tokens import add_tokens, entries, remove_tokens
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
-from customize.hosts.checks import check_base, check_layers, check_vocabulary
-from customize.hosts.classes import UNSAVEABLE_FIX, adjust_pipeline, expand_triggers
-from customize.hosts.fusing import Updates, check_fusable, check_unchanged, fuse_updates
-from customize.hosts.offload import settled
+from customize.hosts.change import ADAPTER, change, is_there, unsaveable
+from customize.hosts.checks import check_base, check_vocabulary
+from customize.hosts.classes import UNSAVEABLE_FIX, adjust_pipeline
 from customize.hosts.plan import Weights, renamed, wanted
-from customize.hosts.state import Attached, Customization, Holder, Row, find, keep
-
-#: peft's name of the one adapter that all concepts are merged into.
-ADAPTER = "customize"
+from customize.hosts.state import Customization, Holder, Row, find
 
 
 def load(
@@ -57,7 +45,7 @@ def load(
         check_base(family, concept)
         if concept.info.name not in find(family).attached:
             check_vocabulary(family, concept)
-    _change(family, after)
+    change(family, after)
     adjust_pipeline(pipe, True)
     for collision in collisions([each.concept.info for each in after.values()]):
         if not {collision.first, collision.second} <= set(before):
@@ -76,7 +64,7 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
             )
     after = {name: kept for name, kept in before.items() if names and name not in names}
     if before:
-        _change(family, after)
+        change(family, after)
     adjust_pipeline(pipe, bool(after))
 
 
@@ -118,26 +106,9 @@ def check_saveable(pipe: Any) -> None:
         attached = find(_family(pipe)).attached
     except PipelineError:  # the models were taken out of it, and ours with them
         return
-    problem = _unsaveable(attached)
+    problem = unsaveable(attached)
     if problem:
         raise PipelineError(problem, fix=UNSAVEABLE_FIX)
-
-
-def _unsaveable(attached: Mapping[str, Attached]) -> str:
-    """Why models with these concepts cannot be saved; empty where they can."""
-    beside = [name for name, each in attached.items() if not each.fused]
-    layered = [name for name, each in attached.items() if each.concept.info.token_layers]
-    if beside:
-        return (
-            f"the concepts {', '.join(beside)} are attached beside the weights, and stock "
-            "diffusers could not open what is saved"
-        )
-    if layered:
-        return (
-            f"the concepts {', '.join(layered)} have embeddings for each cross-attention layer, "
-            "which a saved pipeline cannot hold"
-        )
-    return ""
 
 
 def check_fuse_lora(pipe: Any, adapter_names: Sequence[str] | None) -> None:
@@ -151,7 +122,7 @@ def check_fuse_lora(pipe: Any, adapter_names: Sequence[str] | None) -> None:
     """
     holder = find(_family(pipe))
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    if any(map(_is_there, holder.adapters)) and (names is None or ADAPTER in names):
+    if any(map(is_there, holder.adapters)) and (names is None or ADAPTER in names):
         raise PipelineError(
             "fuse_lora would put the attached concepts into the weights, where unload_custom "
             "could not take them out",
@@ -160,166 +131,8 @@ def check_fuse_lora(pipe: Any, adapter_names: Sequence[str] | None) -> None:
         )
 
 
-def _change(family: Family, after: dict[str, Attached]) -> None:
-    """From what is attached to what is wanted, wholly or not at all."""
-    holder = find(family)
-    before = holder.attached
-    models = {family.denoiser_key: family.denoiser, **family.text_encoders}
-    new, old = _updates(family, after), _updates(family, before)
-    layers = {
-        (component, module)
-        for updates in (*new, *old)
-        for component, own in updates.items()
-        for module in own
-    }
-    check_layers(models, sorted(layers))
-    for component, model in models.items():
-        ours = any(adapter.models.get(component) is model for adapter in holder.adapters)
-        if ADAPTER in getattr(model, "peft_config", {}) and not ours:
-            raise PipelineError(
-                f"an adapter named {ADAPTER} that was not loaded by load_custom is attached",
-                where=component,
-                fix=f'call delete_adapters("{ADAPTER}") first, or load it under another name',
-            )
-    with settled(models):
-        check_fusable(models, new[1])
-        check_unchanged(models, old[1], holder.originals)
-        was = _use_of(holder)
-        try:
-            _rebuild(family, models, holder, after, *new)
-        except BaseException:
-            _rebuild(family, models, holder, before, *old)
-            for place, use in was.items():
-                use.restore(models[place[0]].get_submodule(place[1]))
-            raise
-
-
-def _rebuild(
-    family: Family,
-    models: Mapping[str, nn.Module],
-    holder: Holder,
-    attached: dict[str, Attached],
-    beside: Updates,
-    into: Updates,
-) -> None:
-    """Make adapters, weights and vocabularies those of ``attached``, from any state between."""
-    while holder.adapters:
-        # Also where someone deleted it: the layers are wrapped still.
-        holder.adapters.pop().remove()
-    fuse_updates(models, into, holder.originals)
-    active = _active(models)
-    with warnings.catch_warnings():
-        # That other adapters are there is meant.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        for component, updates in beside.items():
-            own = {component: updates}
-            dtype = _adapter_dtype(models[component])
-            holder.adapters.append(attach_products(family, own, name=ADAPTER, dtype=dtype))
-            for layer in holder.adapters[-1].layers[component].values():
-                if list(layer.lora_A) == [ADAPTER]:
-                    # Names that are not in a layer are harmless there, and diffusers asks just
-                    # one layer which adapters of the whole pipeline are active.
-                    layer.set_adapter([*active, ADAPTER], inference_mode=True)
-    _set_tokens(family, holder, attached)
-    holder.attached = attached
-    keep(family, holder)
-
-
-def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]) -> None:
-    dictionaries = {dictionary.key: dictionary for dictionary in family.token_dictionaries()}
-    owned = {
-        (key, each.concept.info.trigger): rows
-        for each in attached.values()
-        for key, rows in each.concept.embeddings.items()
-    }
-    for key, trigger in list(holder.tokens):
-        known = dictionaries[key].tokenizer.get_vocab()
-        if trigger not in known:  # someone else's unload_textual_inversion
-            left = [name for name in holder.tokens.pop((key, trigger)) if name in known]
-            if left:
-                remove_tokens(dictionaries[key], left)
-    for (key, trigger), rows in owned.items():
-        if (key, trigger) not in holder.tokens:
-            names, whole = vocabulary(trigger, rows)
-            add_tokens(dictionaries[key], names, whole)
-            holder.tokens[key, trigger] = names
-    # Last, because what is removed and added again would have other ids than before.
-    for key, trigger in [place for place in holder.tokens if place not in owned]:
-        remove_tokens(dictionaries[key], holder.tokens.pop((key, trigger)))
-    infos = [each.concept.info for each in attached.values() if each.concept.embeddings]
-    triggers = {info.trigger: entries(info.trigger, info.num_tokens) for info in infos}
-    layered = [info.trigger for info in infos if info.token_layers]
-    layers = max((info.token_layers for info in infos), default=0)
-    for component in family.components.values():
-        if _is_tokenizer(component):
-            expand_triggers(component, triggers, layered, layers, _unsaveable(attached))
-    while holder.hooks:
-        holder.hooks.pop().remove()
-    if layers:
-        holder.hooks = [*read_by_layer(family), *encode_by_layer(family)]
-
-
-def _updates(family: Family, attached: Mapping[str, Attached]) -> tuple[Updates, Updates]:
-    """The weighted sums of what is to be beside the weights, and of what is to be in them."""
-    found: list[Updates] = []
-    for fused in (False, True):
-        chosen = [each for each in attached.values() if each.fused == fused]
-        merged = merge([e.concept for e in chosen], [e.weight for e in chosen]) if chosen else {}
-        found.append(fit(merged, family))
-    return found[0], found[1]
-
-
-@dataclass(frozen=True)
-class _Use:
-    """What others may have set in a layer that carries our adapter."""
-
-    active: list[str]
-    scale: float
-    flags: dict[str, bool]
-
-    @classmethod
-    def of(cls, layer: Any) -> _Use:
-        flags = {name: p.requires_grad for name, p in layer.named_parameters()}
-        return cls(list(layer.active_adapters), layer.scaling[ADAPTER], flags)
-
-    def restore(self, layer: Any) -> None:
-        layer.scaling[ADAPTER] = self.scale
-        layer.set_adapter(self.active)
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(self.flags.get(name, False))
-
-
-def _use_of(holder: Holder) -> dict[tuple[str, str], _Use]:
-    return {
-        (component, module): _Use.of(layer)
-        for adapter in holder.adapters
-        if _is_there(adapter)
-        for component, layers in adapter.layers.items()
-        for module, layer in layers.items()
-    }
-
-
-def _is_there(adapter: Adapter) -> bool:
-    # Someone may have removed it, with unload_lora_weights or the like.
-    return all(ADAPTER in getattr(model, "peft_config", {}) for model in adapter.models.values())
-
-
-def _active(models: Mapping[str, nn.Module]) -> list[str]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    modules = [module for model in models.values() for module in model.modules()]
-    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
-    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
-
-
-def _adapter_dtype(model: Any) -> torch.dtype:
-    # The model's own; but quantized and 8-bit storage types are none to compute in.
-    usable = (torch.float32, torch.float16, torch.bfloat16)
-    return model.dtype if model.dtype in usable else torch.float32
-
-
 def _adapter_mode(holder: Holder) -> str:
-    if not all(map(_is_there, holder.adapters)):
+    if not all(map(is_there, holder.adapters)):
         return "adapter (removed by someone else)"
     layers = [each for a in holder.adapters for own in a.layers.values() for each in own.values()]
     if any(ADAPTER not in layer.active_adapters or layer.disable_adapters for layer in layers):
@@ -336,12 +149,6 @@ def _family(pipe: Any) -> Family:
         )
     # Below torch.compile's wrapper, where modules have the names that files give them.
     return family_of({key: getattr(part, "_orig_mod", part) for key, part in components.items()})
-
-
-def _is_tokenizer(component: object) -> bool:
-    from transformers import PreTrainedTokenizerBase
-
-    return isinstance(component, PreTrainedTokenizerBase)
 
 
 def _read(source: object) -> Concept:

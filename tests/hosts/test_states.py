@@ -12,7 +12,7 @@ from peft import LoKrConfig, LoraConfig
 
 from customize.concepts.concept import Concept
 from customize.errors import ConfigError, PipelineError
-from customize.hosts import load as hosts_load
+from customize.hosts import change as hosts_change
 from tests.hosts.making import PROMPT, assert_same, concept, draw, everything
 from tests.tiny import tiny_sd, tiny_sdxl
 
@@ -101,7 +101,7 @@ def test_a_failure_keeps_what_the_user_set(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(hosts_load, "add_tokens", fails)
+        patch.setattr(hosts_change, "add_tokens", fails)
         with pytest.raises(MemoryError):
             pipe.load_custom(concept(pipe, "tom", index=1))
     assert_same(before, everything(pipe))

@@ -1,11 +1,14 @@
 """The public functions, and their binding as methods to diffusers' pipeline classes.
 
+``save_pretrained`` of these classes learns to refuse what would be no pipeline.
+
 Nothing heavy is imported here. ``import diffusers`` leaves out the modules that define its
 pipelines, and importing them takes seconds; so where they are not imported yet, binding waits.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -125,6 +128,7 @@ def _bind_in(module: ModuleType, class_name: str) -> None:
     host = getattr(module, class_name, None)
     if host is None:  # it is being imported right now, or this diffusers has none
         return
+    _guard_saving(host)
     foreign = [name for name in METHODS if hasattr(host, name) and not _is_ours(host, name)]
     if foreign:
         warnings.warn(
@@ -137,6 +141,28 @@ def _bind_in(module: ModuleType, class_name: str) -> None:
         return
     for name, method in METHODS.items():
         setattr(host, name, method)
+
+
+def _guard_saving(host: Any) -> None:
+    """Let ``save_pretrained`` refuse while a component carries concepts that it would not save.
+
+    Here, because any pipeline of the same components would write wrapped models that nobody can
+    open, and the models are asked too late: when others are written already.
+    """
+    save = host.save_pretrained
+    if hasattr(save, "_customize_guard"):
+        return
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "customize.hosts.state" in sys.modules:  # else nothing was ever attached
+            from customize.hosts.state import check_saveable
+
+            check_saveable(self)
+        return save(self, *args, **kwargs)
+
+    save_pretrained._customize_guard = True  # type: ignore[attr-defined]
+    host.save_pretrained = save_pretrained
 
 
 def _is_ours(host: type, name: str) -> bool:

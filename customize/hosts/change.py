@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from customize.concepts.adapter import Adapter, attach_products, fit
+from customize.concepts.adapter import attach_products, fit
 from customize.concepts.layerwise import encode_by_layer, read_by_layer, vocabulary
 from customize.concepts.merge import merge
 from customize.concepts.tokens import add_tokens, entries, remove_tokens
@@ -19,16 +19,17 @@ from customize.families import Family
 from customize.hosts.checks import check_layers
 from customize.hosts.classes import expand_triggers
 from customize.hosts.fusing import Updates, check_fusable, check_unchanged, fuse_updates
+from customize.hosts.guards import ADAPTER, guard, unguard
 from customize.hosts.offload import settled
-from customize.hosts.state import Attached, Holder, find, keep
-
-#: peft's name of the one adapter that all concepts are merged into.
-ADAPTER = "customize"
+from customize.hosts.state import Attached, Holder, keep, tokenizers_of
 
 
-def change(family: Family, after: dict[str, Attached]) -> None:
-    """From what is attached to what is wanted, wholly or not at all."""
-    holder = find(family)
+def change(family: Family, holder: Holder, after: dict[str, Attached]) -> None:
+    """From what is attached to what is wanted, wholly or not at all.
+
+    Args:
+        family: of all that the holder knows to be changed.
+    """
     before = holder.attached
     models = {family.denoiser_key: family.denoiser, **family.text_encoders}
     new, old = _updates(family, after), _updates(family, before)
@@ -40,7 +41,7 @@ def change(family: Family, after: dict[str, Attached]) -> None:
     }
     check_layers(models, sorted(layers))
     for component, model in models.items():
-        ours = any(adapter.models.get(component) is model for adapter in holder.adapters)
+        ours = any(each.is_there() and component in each.models for each in holder.adapters)
         if ADAPTER in getattr(model, "peft_config", {}) and not ours:
             raise PipelineError(
                 f"an adapter named {ADAPTER} that was not loaded by load_custom is attached",
@@ -51,10 +52,14 @@ def change(family: Family, after: dict[str, Attached]) -> None:
         check_fusable(models, new[1])
         check_unchanged(models, old[1], holder.originals)
         was = _use_of(holder)
+        gone = [adapter for adapter in holder.adapters if not adapter.is_there()]
         try:
             _rebuild(family, models, holder, after, *new)
         except BaseException:
-            _rebuild(family, models, holder, before, *old)
+            removed = {component for adapter in gone for component in adapter.models}
+            beside = {key: own for key, own in old[0].items() if key not in removed}
+            _rebuild(family, models, holder, before, beside, old[1])
+            holder.adapters += gone  # so that it is still known to be missing
             for place, use in was.items():
                 use.restore(models[place[0]].get_submodule(place[1]))
             raise
@@ -71,7 +76,10 @@ def _rebuild(
     """Make adapters, weights and vocabularies those of ``attached``, from any state between."""
     while holder.adapters:
         # Also where someone deleted it: the layers are wrapped still.
-        holder.adapters.pop().remove()
+        adapter = holder.adapters.pop()
+        for component, layers in adapter.layers.items():
+            unguard(adapter.models[component], layers.values())
+        adapter.remove()
     fuse_updates(models, into, holder.originals)
     active = _active(models)
     with warnings.catch_warnings():
@@ -81,7 +89,9 @@ def _rebuild(
             own = {component: updates}
             dtype = _adapter_dtype(models[component])
             holder.adapters.append(attach_products(family, own, name=ADAPTER, dtype=dtype))
-            for layer in holder.adapters[-1].layers[component].values():
+            wrapped = list(holder.adapters[-1].layers[component].values())
+            guard(models[component], wrapped)
+            for layer in wrapped:
                 if list(layer.lora_A) == [ADAPTER]:
                     # Names that are not in a layer are harmless there, and diffusers asks just
                     # one layer which adapters of the whole pipeline are active.
@@ -116,9 +126,8 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
     triggers = {info.trigger: entries(info.trigger, info.num_tokens) for info in infos}
     layered = [info.trigger for info in infos if info.token_layers]
     layers = max((info.token_layers for info in infos), default=0)
-    for component in family.components.values():
-        if _is_tokenizer(component):
-            expand_triggers(component, triggers, layered, layers, unsaveable(attached))
+    for tokenizer in tokenizers_of(family).values():
+        expand_triggers(tokenizer, triggers, layered, layers)
     while holder.hooks:
         holder.hooks.pop().remove()
     if layers:
@@ -159,15 +168,10 @@ def _use_of(holder: Holder) -> dict[tuple[str, str], _Use]:
     return {
         (component, module): _Use.of(layer)
         for adapter in holder.adapters
-        if is_there(adapter)
+        if adapter.is_there()
         for component, layers in adapter.layers.items()
         for module, layer in layers.items()
     }
-
-
-def is_there(adapter: Adapter) -> bool:
-    # Someone may have removed it, with unload_lora_weights or the like.
-    return all(ADAPTER in getattr(model, "peft_config", {}) for model in adapter.models.values())
 
 
 def _active(models: Mapping[str, nn.Module]) -> list[str]:
@@ -182,26 +186,3 @@ def _adapter_dtype(model: Any) -> torch.dtype:
     # The model's own; but quantized and 8-bit storage types are none to compute in.
     usable = (torch.float32, torch.float16, torch.bfloat16)
     return model.dtype if model.dtype in usable else torch.float32
-
-
-def _is_tokenizer(component: object) -> bool:
-    from transformers import PreTrainedTokenizerBase
-
-    return isinstance(component, PreTrainedTokenizerBase)
-
-
-def unsaveable(attached: Mapping[str, Attached]) -> str:
-    """Why models with these concepts cannot be saved; empty where they can."""
-    beside = [name for name, each in attached.items() if not each.fused]
-    layered = [name for name, each in attached.items() if each.concept.info.token_layers]
-    if beside:
-        return (
-            f"the concepts {', '.join(beside)} are attached beside the weights, and stock "
-            "diffusers could not open what is saved"
-        )
-    if layered:
-        return (
-            f"the concepts {', '.join(layered)} have embeddings for each cross-attention layer, "
-            "which a saved pipeline cannot hold"
-        )
-    return ""

@@ -11,11 +11,12 @@ from customize.concepts.concept import Concept
 from customize.concepts.slices import collisions
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
-from customize.hosts.change import ADAPTER, change, is_there, unsaveable
+from customize.hosts.change import change
 from customize.hosts.checks import check_base, check_vocabulary
-from customize.hosts.classes import UNSAVEABLE_FIX, adjust_pipeline
+from customize.hosts.classes import adjust_pipelines
+from customize.hosts.guards import ADAPTER
 from customize.hosts.plan import Weights, renamed, wanted
-from customize.hosts.state import Customization, Holder, Row, find
+from customize.hosts.state import Customization, Holder, Row, check_sharing, find
 
 
 def load(
@@ -39,14 +40,17 @@ def load(
                 fix="give a list with a name for each, or None where it keeps its own",
             )
         new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
-    before = find(family).attached
+    holder = find(family)
+    check_sharing(family, holder)
+    before = holder.attached
     after = wanted(before, new, weights, fuse)
+    family = _with_all_parts(family, holder)
     for concept in new:
         check_base(family, concept)
-        if concept.info.name not in find(family).attached:
+        if concept.info.name not in before:
             check_vocabulary(family, concept)
-    change(family, after)
-    adjust_pipeline(pipe, True)
+    change(family, holder, after)
+    _adjust(pipe, holder)
     for collision in collisions([each.concept.info for each in after.values()]):
         if not {collision.first, collision.second} <= set(before):
             warnings.warn(str(collision), stacklevel=3)
@@ -55,7 +59,10 @@ def load(
 def unload(pipe: Any, names: Sequence[str]) -> None:
     """What :func:`customize.unload_custom` does."""
     family = _family(pipe)
-    before = find(family).attached
+    holder = find(family)
+    if not holder.attached:
+        check_sharing(family, holder)
+    before = holder.attached
     for name in names:
         if name not in before:
             raise ConfigError(
@@ -64,8 +71,8 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
             )
     after = {name: kept for name, kept in before.items() if names and name not in names}
     if before:
-        change(family, after)
-    adjust_pipeline(pipe, bool(after))
+        change(_with_all_parts(family, holder), holder, after)
+    _adjust(pipe, holder)
 
 
 def summary(pipe: Any) -> Customization:
@@ -94,45 +101,8 @@ def summary(pipe: Any) -> Customization:
     return Customization(tuple(rows), place)
 
 
-def check_saveable(pipe: Any) -> None:
-    """Refuse to save a pipeline whose models are wrapped in an adapter of ours.
-
-    Where all concepts are fused, what is saved holds them: weights, tokens and embeddings.
-
-    Raises:
-        PipelineError: a concept is attached as an adapter, or has embeddings for each layer.
-    """
-    try:
-        attached = find(_family(pipe)).attached
-    except PipelineError:  # the models were taken out of it, and ours with them
-        return
-    problem = unsaveable(attached)
-    if problem:
-        raise PipelineError(problem, fix=UNSAVEABLE_FIX)
-
-
-def check_fuse_lora(pipe: Any, adapter_names: Sequence[str] | None) -> None:
-    """Refuse ``fuse_lora`` where it would put concepts into the weights.
-
-    Once it has, ``unload_lora_weights`` leaves them there, and nothing takes them out again.
-
-    Raises:
-        PipelineError: concepts are attached as an adapter, and ``adapter_names`` does not leave
-            it out.
-    """
-    holder = find(_family(pipe))
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    if any(map(is_there, holder.adapters)) and (names is None or ADAPTER in names):
-        raise PipelineError(
-            "fuse_lora would put the attached concepts into the weights, where unload_custom "
-            "could not take them out",
-            fix="attach them with load_custom(..., fuse=True), or name the adapters to fuse: "
-            'fuse_lora(adapter_names=["mine"])',
-        )
-
-
 def _adapter_mode(holder: Holder) -> str:
-    if not all(map(is_there, holder.adapters)):
+    if not all(each.is_there() for each in holder.adapters):
         return "adapter (removed by someone else)"
     layers = [each for a in holder.adapters for own in a.layers.values() for each in own.values()]
     if any(ADAPTER not in layer.active_adapters or layer.disable_adapters for layer in layers):
@@ -149,6 +119,16 @@ def _family(pipe: Any) -> Family:
         )
     # Below torch.compile's wrapper, where modules have the names that files give them.
     return family_of({key: getattr(part, "_orig_mod", part) for key, part in components.items()})
+
+
+def _adjust(pipe: Any, holder: Holder) -> None:
+    layered = any(each.concept.info.token_layers for each in holder.attached.values())
+    adjust_pipelines(pipe, _family(pipe).denoiser, layered)
+
+
+def _with_all_parts(family: Family, holder: Holder) -> Family:
+    """The family of what was changed, also where the pipeline has freed or replaced some of it."""
+    return type(family)(family.components | holder.parts)
 
 
 def _read(source: object) -> Concept:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families.base import TokenDictionary, uncompiled
+
+_ENDS = "_customize_ends"
 
 
 def entries(trigger: str, num_tokens: int) -> list[str]:
@@ -103,7 +106,7 @@ def add_tokens(dictionary: TokenDictionary, names: Sequence[str], rows: Tensor) 
     ids = tokenizer.convert_tokens_to_ids(list(names))
     # Inserted, not appended: a table may have padding rows behind the last entry.
     _set_table(dictionary, torch.cat([table.data[:first], new, table.data[first:]]))
-    _pool_at_end(dictionary)
+    pool_at_end(dictionary, names)
     return list(ids)
 
 
@@ -128,7 +131,43 @@ def remove_tokens(dictionary: TokenDictionary, names: Sequence[str]) -> None:
     keep = torch.ones(table.shape[0], dtype=torch.bool, device=table.device)
     keep[ids] = False
     _set_table(dictionary, table[keep])
-    _pool_at_end(dictionary)
+    pool_at_end(dictionary)
+
+
+@dataclass(eq=False)
+class _Ends:
+    """Where an encoder pooled before entries were added: the owners of an id and what it was."""
+
+    names: set[str]
+    former: list[tuple[Any, Any]]
+
+
+def pool_at_end(dictionary: TokenDictionary, names: Sequence[str] = ()) -> None:
+    """Let the encoder pool at the end-of-text token as long as any added entry is there.
+
+    Many configurations, SDXL's among them, carry an ``eos_token_id`` of 2, for which transformers
+    pools at the highest id of the prompt: with a new token at that, blind to all that follows. The
+    configuration gets the true id as well, so that a saved model pools alike. Afterwards both are
+    what they were, whatever tokens of others there are.
+
+    Args:
+        names: entries that were added just now.
+    """
+    encoder: Any = uncompiled(dictionary.text_encoder)
+    ends: _Ends | None = vars(encoder).get(_ENDS)
+    there = {*names, *(ends.names if ends else ())} & dictionary.tokenizer.get_vocab().keys()
+    if not there:
+        for owner, former in ends.former if ends else ():
+            owner.eos_token_id = former
+        vars(encoder).pop(_ENDS, None)
+        return
+    if ends is None:
+        owners = [each for each in encoder.modules() if hasattr(each, "eos_token_id")]
+        ends = _Ends(set(), [(each, each.eos_token_id) for each in (*owners, encoder.config)])
+        setattr(encoder, _ENDS, ends)
+    ends.names = there
+    for owner, _ in ends.former:
+        owner.eos_token_id = dictionary.tokenizer.eos_token_id
 
 
 def token_ids(dictionary: TokenDictionary, names: Sequence[str]) -> list[int]:
@@ -261,19 +300,6 @@ def _embedding(dictionary: TokenDictionary) -> nn.Embedding:
     encoder: Any = dictionary.text_encoder
     embedding: nn.Embedding = encoder.get_input_embeddings()
     return embedding
-
-
-def _pool_at_end(dictionary: TokenDictionary) -> None:
-    """Let the encoder pool at the end-of-text token also where new tokens have higher ids.
-
-    Many configurations, SDXL's among them, carry an ``eos_token_id`` of 2, for which transformers
-    pools at the highest id of the prompt: with a new token at that, blind to all that follows.
-    """
-    end = dictionary.tokenizer.eos_token_id
-    beyond = len(dictionary.tokenizer) - 1 > end
-    for module in uncompiled(dictionary.text_encoder).modules():
-        if hasattr(module, "eos_token_id"):
-            module.eos_token_id = end if beyond else module.config.eos_token_id
 
 
 def _set_table(dictionary: TokenDictionary, table: Tensor) -> None:

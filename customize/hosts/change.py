@@ -13,7 +13,7 @@ from torch import nn
 from customize.concepts.adapter import attach_products, fit
 from customize.concepts.layerwise import encode_by_layer, read_by_layer, vocabulary
 from customize.concepts.merge import merge
-from customize.concepts.tokens import add_tokens, entries, remove_tokens
+from customize.concepts.tokens import add_tokens, entries, pool_at_end, remove_tokens
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.hosts.checks import check_layers
@@ -114,6 +114,7 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
             left = [name for name in holder.tokens.pop((key, trigger)) if name in known]
             if left:
                 remove_tokens(dictionaries[key], left)
+            pool_at_end(dictionaries[key])
     for (key, trigger), rows in owned.items():
         if (key, trigger) not in holder.tokens:
             names, whole = vocabulary(trigger, rows)

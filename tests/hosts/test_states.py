@@ -12,9 +12,10 @@ from peft import LoKrConfig, LoraConfig
 
 from customize.concepts.concept import Concept
 from customize.errors import ConfigError, PipelineError
+from customize.families import family_of
 from customize.hosts import change as hosts_change
-from tests.hosts.making import PROMPT, assert_same, concept, draw, everything
-from tests.tiny import tiny_sd, tiny_sdxl
+from tests.hosts.making import PROMPT, assert_same, concept, draw, everything, table, user_lora
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 
 def scales(pipe):
@@ -154,3 +155,67 @@ def test_the_cards_lines_for_stock_diffusers_run(make, tmp_path):
     stock = names["pipe"]
     stock.set_progress_bar_config(disable=True)
     assert np.abs(draw(stock, PROMPT) - ours).max() <= 1e-5
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])
+def test_pictures_of_the_users_own_tokens_come_back(make, fails, monkeypatch):
+    """The published configurations let an encoder pool at a user's token, the highest id."""
+    pipe = make()
+    for dictionary in family_of(pipe.components).token_dictionaries():
+        encoder, tokenizer = dictionary.text_encoder, dictionary.tokenizer
+        tokenizer.add_tokens("<mine>")  # as load_textual_inversion does, which SD3 lacks
+        encoder.resize_token_embeddings(len(tokenizer))
+        table(encoder).data[-1] = 1.0
+    prompt = "a <mine> dog on the beach"
+    before, picture = everything(pipe), draw(pipe, prompt)
+    if fails:
+
+        def failing(*args):
+            raise MemoryError
+
+        monkeypatch.setattr(hosts_change, "expand_triggers", failing)
+        with pytest.raises(MemoryError):
+            pipe.load_custom(concept(pipe))
+    else:
+        pipe.load_custom(concept(pipe))
+        pipe.unload_custom()
+    assert_same(before, everything(pipe))
+    assert np.array_equal(draw(pipe, prompt), picture)
+
+
+def te_lora(pipe):
+    """A user's LoRA of denoiser and text encoder."""
+    generator = torch.Generator().manual_seed(7)
+    state = user_lora(pipe)
+    for name, module in pipe.text_encoder.named_modules():
+        if name.endswith("q_proj"):
+            key = f"text_encoder.text_model.{name}"
+            state[f"{key}.lora_A.weight"] = torch.randn(3, module.in_features, generator=generator)
+            state[f"{key}.lora_B.weight"] = torch.randn(module.out_features, 3, generator=generator)
+    return state
+
+
+@pytest.mark.parametrize("remove", ["delete_adapters", "unload_lora_weights"])
+def test_a_lora_that_the_user_removes_meanwhile_leaves_no_trace(remove, tmp_path):
+    pipe, stock = tiny_sd(), tiny_sd()
+    for each in (stock, pipe):
+        each.load_lora_weights(te_lora(each), adapter_name="mine")
+        if each is pipe:
+            each.load_custom(concept(each))
+        if remove == "delete_adapters":
+            each.delete_adapters("mine")
+        else:
+            each.unload_lora_weights()
+    pipe.unload_custom()
+    for key in ("unet", "text_encoder"):
+        model = getattr(pipe, key)
+        assert not getattr(model, "peft_config", {})
+        assert not getattr(model, "_hf_peft_config_loaded", None)
+    assert np.array_equal(draw(pipe), draw(tiny_sd()))
+    pipe.save_pretrained(tmp_path / "saved")
+    pipe.load_lora_weights(te_lora(pipe), adapter_name="mine")
+    assert pipe.get_list_adapters() == {"unet": ["mine"], "text_encoder": ["mine"]}
+    stock.unload_lora_weights()
+    stock.load_lora_weights(te_lora(stock), adapter_name="mine")
+    assert np.array_equal(draw(pipe), draw(stock))

@@ -80,7 +80,7 @@ class ConceptInfo(BaseModel):
     fingerprint: dict[str, JsonValue]
     method: Method = "orthogonal"
     basis: BasisInfo | None = None
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, le=2**20)
     alpha: Finite = Field(gt=0)
     slices: dict[str, list[int]] = {}
     num_tokens: int = Field(2, ge=0, le=64)

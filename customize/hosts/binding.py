@@ -61,7 +61,8 @@ def load_custom(
         fuse: False: one adapter named "customize" beside the base weights, which stay untouched;
             adapters of your own stay as they are. True: into the base weights, summed in float32
             and rounded once; a copy of each touched weight is kept on the CPU, so that unloading
-            gives back the same bits. Holds for the ``concepts`` given; others keep their mode.
+            gives back the same bits. Holds for the ``concepts`` given, or without any for those
+            that a dict of weights names; others keep their mode.
 
     Returns:
         ``pipe`` itself.

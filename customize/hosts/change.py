@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from customize.concepts.merge import merge
 from customize.concepts.tokens import add_tokens, entries, pool_at_end, remove_tokens
 from customize.errors import PipelineError
 from customize.families import Family
-from customize.hosts.checks import check_layers
+from customize.hosts.checks import check_layers, check_range
 from customize.hosts.classes import expand_triggers
 from customize.hosts.fusing import Updates, check_fusable, check_unchanged, fuse_updates
 from customize.hosts.guards import ADAPTER, guard, unguard
@@ -48,9 +49,11 @@ def change(family: Family, holder: Holder, after: dict[str, Attached]) -> None:
                 where=component,
                 fix=f'call delete_adapters("{ADAPTER}") first, or load it under another name',
             )
-    with settled(models):
+    for component, own in new[0].items():
+        check_range(component, own, _adapter_dtype(models[component]))
+    with _writable(models), settled(models):
         check_fusable(models, new[1])
-        check_unchanged(models, old[1], holder.originals)
+        holder.originals.update(check_unchanged(models, old[1], holder.originals))
         was = _use_of(holder)
         gone = [adapter for adapter in holder.adapters if not adapter.is_there()]
         try:
@@ -99,6 +102,20 @@ def _rebuild(
     _set_tokens(family, holder, attached)
     holder.attached = attached
     keep(family, holder)
+
+
+@contextmanager
+def _writable(models: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within it, what is made can be changed wherever the models' own weights can.
+
+    Also where the caller draws in inference mode, whose tensors nobody could change outside it; but
+    models that were made in it can be changed nowhere else.
+    """
+    inside = any(
+        weight.is_inference() for model in models.values() for weight in model.parameters()
+    )
+    with torch.inference_mode(inside), torch.no_grad():
+        yield
 
 
 def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]) -> None:

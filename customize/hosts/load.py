@@ -49,11 +49,12 @@ def load(
         check_base(family, concept)
         if concept.info.name not in before:
             check_vocabulary(family, concept)
-    change(family, holder, after)
-    _adjust(pipe, holder)
     for collision in collisions([each.concept.info for each in after.values()]):
         if not {collision.first, collision.second} <= set(before):
+            # Before the change, since a warning may be turned into an error.
             warnings.warn(str(collision), stacklevel=3)
+    change(family, holder, after)
+    _adjust(pipe, holder)
 
 
 def unload(pipe: Any, names: Sequence[str]) -> None:
@@ -64,6 +65,11 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
         check_sharing(family, holder)
     before = holder.attached
     for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"{name!r} is not the name of a concept",
+                fix='give each name by itself: unload_custom("rex", "tom")',
+            )
         if name not in before:
             raise ConfigError(
                 f"no concept {name} is attached",

@@ -8,10 +8,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from peft import LoKrConfig, LoraConfig
 
-from customize.concepts.concept import Concept
-from customize.errors import ConfigError, PipelineError
+from customize.concepts.concept import Concept, check_info
+from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
 from customize.hosts import change as hosts_change
 from tests.hosts.making import PROMPT, assert_same, concept, draw, everything, table, user_lora
@@ -219,3 +220,89 @@ def test_a_lora_that_the_user_removes_meanwhile_leaves_no_trace(remove, tmp_path
     stock.unload_lora_weights()
     stock.load_lora_weights(te_lora(stock), adapter_name="mine")
     assert np.array_equal(draw(pipe), draw(stock))
+
+
+def test_a_warning_turned_into_an_error_changes_nothing():
+    pipe = tiny_sd()
+    pipe.load_custom(concept(pipe))
+    before, rows = everything(pipe), pipe.custom.rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(UserWarning, match="rex and tom share"):
+            pipe.load_custom(concept(pipe, "tom", index=0))
+    assert_same(before, everything(pipe))
+    assert pipe.custom.rows == rows
+
+
+@pytest.mark.parametrize("published", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("through", [torch.float16, torch.bfloat16])
+def test_fused_weights_come_back_after_half_precision_and_back(through, published):
+    pipe, plain = tiny_sd(), tiny_sd()
+    if published:  # as weights of that type that are loaded in float32
+        for each in (pipe, plain):
+            each.to(published).to(torch.float32)
+    pipe.load_custom(concept(pipe), weights=[0.1], fuse=True)
+    pipe.to(through)
+    StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert pipe.unet.dtype == torch.float32
+    pipe.load_custom(concept(pipe, "tom", index=1), fuse=True)
+    pipe.unload_custom()
+    assert_same(everything(plain.to(through).to(torch.float32)), everything(pipe))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("inside", ["load", "unload", "both"])
+def test_inference_mode_may_begin_and_end_anywhere(inside, fuse):
+    pipe = tiny_sd()
+    before, base = everything(pipe), draw(pipe)
+    rex, tom = concept(pipe), concept(pipe, "tom", index=1)
+    with torch.inference_mode(inside != "unload"):
+        pipe.load_custom(rex, fuse=fuse)
+        draw(pipe)
+    assert not any(weight.is_inference() for weight in pipe.unet.parameters())
+    with torch.inference_mode(inside != "load"):
+        pipe.load_custom(tom, fuse=fuse)
+        pipe.unload_custom()
+    assert_same(before, everything(pipe))
+    assert np.array_equal(draw(pipe), base)
+    pipe.load_custom(rex, fuse=fuse)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_model_made_in_inference_mode(fuse):
+    with torch.inference_mode():
+        pipe = tiny_sd()
+        before = everything(pipe)
+    rex = concept(pipe)
+    pipe.load_custom(rex, fuse=fuse)
+    pipe.unload_custom()
+    assert_same(before, everything(pipe))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_numbers_that_are_too_large(dtype, fuse):
+    pipe = tiny_sd().to(dtype)
+    rex, tom = concept(pipe), concept(pipe, "tom", index=1)
+    pipe.load_custom(rex, fuse=fuse)
+    before = everything(pipe)
+    for weight in (1e300, 10**400, 1e6 if dtype == torch.float16 else 1e39):
+        with pytest.raises(ConfigError, match=r"too large|leaves the range of torch.float"):
+            pipe.load_custom(tom, weights=[weight], fuse=fuse)
+    with pytest.raises(ConfigError, match=r"\['rex'\] is not the name of a concept"):
+        pipe.unload_custom(["rex"])
+    assert_same(before, everything(pipe))
+    facts = rex.info.model_dump() | {"rank": 10**400}
+    with pytest.raises(ConceptError, match="rank"):
+        check_info(facts, "here")
+
+
+def test_weights_alone_fuse_what_they_name():
+    pipe = tiny_sd()
+    pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1))
+    pipe.load_custom(weights={"rex": 1.0}, fuse=True)
+    assert [row.mode for row in pipe.custom.rows] == ["fused", "adapter"]
+    pipe.load_custom(weights={"rex": 0.5})
+    assert [row.mode for row in pipe.custom.rows] == ["fused", "adapter"]
+    pipe.load_custom(concept(pipe, "ann", index=2), weights={"tom": 0.5}, fuse=True)
+    assert [row.mode for row in pipe.custom.rows] == ["fused", "adapter", "fused"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ def entries(trigger: str, num_tokens: int) -> list[str]:
     return [trigger, *(f"{trigger}_{i}" for i in range(1, num_tokens))]
 
 
-def expand(prompt: str, triggers: Mapping[str, Sequence[str]]) -> str:
+def expand(prompt: str, triggers: Mapping[str, Sequence[str]], others: Iterable[str] = ()) -> str:
     """Replace each trigger by its vocabulary entries, separated by spaces.
 
     Upper and lower case are alike, as they are to CLIP's tokenizer. Text that is already expanded
@@ -43,13 +43,21 @@ def expand(prompt: str, triggers: Mapping[str, Sequence[str]]) -> str:
 
     Args:
         triggers: trigger -> its entries, as :func:`entries` makes them.
+        others: tokens of others, in which a trigger is no trigger, as ``<rex>`` in ``<rex>-style``.
     """
     if not triggers:
         return prompt
+    own = {entry.lower() for parts in triggers.values() for entry in parts}
+    around = [
+        each
+        for each in sorted(others, key=len, reverse=True)
+        if each.lower() not in own and any(trigger.lower() in each.lower() for trigger in triggers)
+    ]
     targets = {trigger.lower(): " ".join(parts) for trigger, parts in triggers.items()}
     by_length = sorted(triggers, key=len, reverse=True)
     # An expanded run first, then the trigger alone, but not where it begins a later entry.
     runs = [r"\s+".join(map(re.escape, triggers[trigger])) for trigger in by_length]
+    runs = [*map(re.escape, around), *runs]
     alone = [re.escape(trigger) for trigger in by_length]
     pattern = rf"(?:{'|'.join(runs)})(?!_\d)|(?P<trigger>{'|'.join(alone)})(?!_\d)"
 

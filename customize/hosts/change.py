@@ -54,10 +54,13 @@ def change(family: Family, holder: Holder, after: dict[str, Attached]) -> None:
     with _writable(models), settled(models):
         check_fusable(models, new[1])
         holder.originals.update(check_unchanged(models, old[1], holder.originals))
-        was = _use_of(holder)
+        was = {place: _Use.of(layer) for place, layer in _layers(holder).items()}
+        factors = _factors(holder, old[0])
         gone = [adapter for adapter in holder.adapters if not adapter.is_there()]
         try:
             _rebuild(family, models, holder, after, *new)
+            for place, layer in _layers(holder).items():
+                layer.scaling[ADAPTER] *= factors.get(place, 1.0)
         except BaseException:
             removed = {component for adapter in gone for component in adapter.models}
             beside = {key: own for key, own in old[0].items() if key not in removed}
@@ -182,13 +185,22 @@ class _Use:
             parameter.requires_grad_(self.flags.get(name, False))
 
 
-def _use_of(holder: Holder) -> dict[tuple[str, str], _Use]:
+def _layers(holder: Holder) -> dict[tuple[str, str], Any]:
+    """(component, module) -> every layer that carries our adapter still."""
     return {
-        (component, module): _Use.of(layer)
+        (component, module): layer
         for adapter in holder.adapters
         if adapter.is_there()
         for component, layers in adapter.layers.items()
         for module, layer in layers.items()
+    }
+
+
+def _factors(holder: Holder, updates: Updates) -> dict[tuple[str, str], float]:
+    """What others have multiplied our adapter with, by diffusers' ``set_adapters``."""
+    return {
+        (component, module): layer.scaling[ADAPTER] / updates[component][module].scale
+        for (component, module), layer in _layers(holder).items()
     }
 
 

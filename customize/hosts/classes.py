@@ -54,8 +54,8 @@ def expand_triggers(
 def adjust_pipelines(pipe: Any, denoiser: Any, on: bool) -> None:
     """Let ``encode_prompt`` give prompt and negative prompt conditions of one length.
 
-    They differ where one of the two is worded for each layer. A pipeline of the same components
-    that this is not called for needs the trigger in its prompt, too.
+    They differ where one of the two is worded for each layer. Another pipeline of the same
+    components needs the trigger in its prompt, too, until ``load_custom`` is called on it.
 
     Args:
         pipe: where this begins; it ends on all adjusted pipelines of the same denoiser.
@@ -77,12 +77,18 @@ def _expanding(stock: Any) -> type:
 
     @functools.wraps(call)
     def expanding(self: Any, text: Any = None, *args: Any, **kwargs: Any) -> Any:
-        text = _expanded(text, self._customize_triggers)
+        text = _expanded(text, self)
         if _asks_for_layers(self, text, kwargs):
             return _by_layer(functools.partial(call, self), text, kwargs, self)
         return call(self, text, *args, **kwargs)
 
-    return _subclass(stock, {"__call__": expanding}, _expanding)
+    encode = stock.encode
+
+    @functools.wraps(encode)
+    def expanding_encode(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        return encode(self, _expanded(text, self), *args, **kwargs)
+
+    return _subclass(stock, {"__call__": expanding, "encode": expanding_encode}, _expanding)
 
 
 @functools.cache
@@ -166,9 +172,9 @@ def _stock(cls: Any) -> Any:
     return getattr(cls, "_customize_stock", cls)
 
 
-def _expanded(text: Any, triggers: Triggers) -> Any:
+def _expanded(text: Any, tokenizer: Any) -> Any:
     if isinstance(text, str):
-        return expand(text, triggers)
+        return expand(text, tokenizer._customize_triggers, tokenizer.get_added_vocab())
     if isinstance(text, Sequence):  # a batch, or words split by the caller
-        return [_expanded(each, triggers) for each in text]
+        return [_expanded(each, tokenizer) for each in text]
     return text

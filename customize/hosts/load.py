@@ -99,6 +99,8 @@ def summary(pipe: Any) -> Customization:
         if name in colliding:
             slices = "shared with " + ", ".join(colliding[name])
         mode = "fused" if attached.fused else _adapter_mode(holder)
+        if _lacks_tokens(family, holder, info.trigger):
+            mode += " (tokens removed by someone else)"
         rows.append(
             Row(name, info.trigger, info.class_word, attached.weight, info.rank, slices, mode)
         )
@@ -125,6 +127,12 @@ def _family(pipe: Any) -> Family:
         )
     # Below torch.compile's wrapper, where modules have the names that files give them.
     return family_of({key: getattr(part, "_orig_mod", part) for key, part in components.items()})
+
+
+def _lacks_tokens(family: Family, holder: Holder, trigger: str) -> bool:
+    # Someone may have taken them away, with unload_textual_inversion.
+    keys = [family.clip_encoders[key] for key, ours in holder.tokens if ours == trigger]
+    return any(trigger not in holder.parts[key].get_added_vocab() for key in keys)
 
 
 def _adjust(pipe: Any, holder: Holder) -> None:

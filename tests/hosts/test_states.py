@@ -306,3 +306,48 @@ def test_weights_alone_fuse_what_they_name():
     assert [row.mode for row in pipe.custom.rows] == ["fused", "adapter"]
     pipe.load_custom(concept(pipe, "ann", index=2), weights={"tom": 0.5}, fuse=True)
     assert [row.mode for row in pipe.custom.rows] == ["fused", "adapter", "fused"]
+
+
+def test_tokens_that_someone_else_unloads_are_told():
+    pipe = tiny_sd()
+    pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1), weights=[1.0, 0.5])
+    pipe.unload_textual_inversion("<rex>")
+    modes = [row.mode for row in pipe.custom.rows]
+    assert modes == ["adapter (tokens removed by someone else)", "adapter"]
+    pipe.load_custom(weights={"rex": 1.0})
+    assert [row.mode for row in pipe.custom.rows] == ["adapter", "adapter"]
+
+
+def test_a_users_token_around_a_trigger_stays_whole():
+    pipe = tiny_sd()
+    pipe.load_textual_inversion({"<rex>-style": torch.ones(2, 32)})
+    text = "a <rex>-style <rex>-style_1 photo"
+    ids = pipe.tokenizer(text).input_ids
+    pipe.load_custom(concept(pipe))
+    assert pipe.tokenizer(text).input_ids == ids
+    both = pipe.tokenizer("<REX> in <rex>-style", add_special_tokens=False).input_ids
+    assert both[:2] == pipe.tokenizer.convert_tokens_to_ids(["<rex>", "<rex>_1"])
+    assert both[-1] == pipe.tokenizer.convert_tokens_to_ids("<rex>-style")
+
+
+def test_encode_expands_as_calling_does():
+    pipe = tiny_sd()
+    pipe.load_custom(concept(pipe))
+    assert pipe.tokenizer.encode(PROMPT) == pipe.tokenizer(PROMPT).input_ids
+    plain = tiny_sd().tokenizer.encode(PROMPT)
+    pipe.unload_custom()
+    assert pipe.tokenizer.encode(PROMPT) == plain
+
+
+def test_loading_another_concept_keeps_the_weight_that_the_user_set():
+    pipe, other = tiny_sd(), tiny_sd()
+    rex, tom = concept(pipe), concept(pipe, "tom", index=1)
+    pipe.load_lora_weights(user_lora(pipe), adapter_name="mine")
+    other.load_lora_weights(user_lora(other), adapter_name="mine")
+    pipe.load_custom(rex)
+    pipe.set_adapters(["mine", "customize"], [0.5, 0.3])
+    pipe.load_custom(tom)
+    other.load_custom(rex, tom)
+    other.set_adapters(["mine", "customize"], [0.5, 0.3])
+    assert scales(pipe) == scales(other)
+    assert np.array_equal(draw(pipe), draw(other))

@@ -45,7 +45,9 @@ def load_custom(
     checked before anything changes: after an error the pipeline is bit for bit what it was.
 
     A pipeline made from this one's components (``from_pipe``, ``Other(**pipe.components)``) shares
-    its models and tokenizers and so its concepts; loading or unloading on either acts on both.
+    its models and tokenizers and so its concepts; loading or unloading on either acts on both. One
+    that shares only some of them is refused while concepts are attached to these. A text encoder
+    that is freed or replaced meanwhile is kept until they are unloaded.
 
     Args:
         pipe: A standard or modular diffusers pipeline of a known family, on any device, in any
@@ -71,7 +73,8 @@ def load_custom(
         ConfigError: weights that fit nothing or are not finite.
         ConceptError: a concept that cannot be read, is of another base, or whose name or trigger
             is taken.
-        PipelineError: the pipeline's family is unknown, or its state does not allow it.
+        PipelineError: the pipeline's family is unknown, or its state does not allow it, or it
+            shares only some of the parts that concepts are attached to.
     """
     from customize.hosts.load import load
 

@@ -149,8 +149,8 @@ def check_sharing(family: Family, holder: Holder) -> None:
             f"the {_and(foreign)} of this pipeline carry concepts that were attached through "
             f"another pipeline, with which it does not share its {_and(set(parts) - set(foreign))}",
             where=", ".join(foreign),
-            fix="call unload_custom() on that pipeline first, or load this one with components of "
-            "its own",
+            fix=f"call unload_custom() on that pipeline first, put its {family.denoiser_key} back "
+            "if it was replaced, or load this pipeline with components of its own",
         )
     others = [key for key, part in parts.items() if holder.parts.get(key, part) is not part]
     others += [key for key in parts if holder.parts and key not in holder.parts]

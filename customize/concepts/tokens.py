@@ -47,17 +47,11 @@ def expand(prompt: str, triggers: Mapping[str, Sequence[str]], others: Iterable[
     """
     if not triggers:
         return prompt
-    own = {entry.lower() for parts in triggers.values() for entry in parts}
-    around = [
-        each
-        for each in sorted(others, key=len, reverse=True)
-        if each.lower() not in own and any(trigger.lower() in each.lower() for trigger in triggers)
-    ]
     targets = {trigger.lower(): " ".join(parts) for trigger, parts in triggers.items()}
     by_length = sorted(triggers, key=len, reverse=True)
     # An expanded run first, then the trigger alone, but not where it begins a later entry.
     runs = [r"\s+".join(map(re.escape, triggers[trigger])) for trigger in by_length]
-    runs = [*map(re.escape, around), *runs]
+    runs = [*map(re.escape, around(triggers, others)), *runs]
     alone = [re.escape(trigger) for trigger in by_length]
     pattern = rf"(?:{'|'.join(runs)})(?!_\d)|(?P<trigger>{'|'.join(alone)})(?!_\d)"
 
@@ -66,6 +60,14 @@ def expand(prompt: str, triggers: Mapping[str, Sequence[str]], others: Iterable[
         return match.group() if trigger is None else targets[trigger.lower()]
 
     return re.sub(pattern, replaced, prompt, flags=re.IGNORECASE)
+
+
+def around(triggers: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of the names that have a trigger in them and are no entry of it, longest first."""
+    own = "|".join(map(re.escape, triggers))
+    inside, entry = (re.compile(p, re.IGNORECASE) for p in (own, rf"(?:{own})(?:_\d+)?"))
+    found = [name for name in names if inside.search(name) and not entry.fullmatch(name)]
+    return sorted(found, key=len, reverse=True)
 
 
 def add_tokens(dictionary: TokenDictionary, names: Sequence[str], rows: Tensor) -> list[int]:

@@ -118,7 +118,8 @@ def _asks_for_layers(tokenizer: Any, text: Any, kwargs: Mapping[str, Any]) -> bo
 def _by_layer(call: Any, text: Any, kwargs: Mapping[str, Any], tokenizer: Any) -> Any:
     layered, layers = tokenizer._customize_layered
     texts = [text] if isinstance(text, str) else text
-    wordings = [wording(each, layered, layer) for each in texts for layer in range(layers)]
+    known = tokenizer.get_added_vocab()
+    wordings = [wording(each, layered, layer, known) for each in texts for layer in range(layers)]
     found = call(wordings, **{**kwargs, "max_length": tokenizer.model_max_length})
     for key, values in found.items():
         found[key] = values.reshape(len(texts), -1)

@@ -177,7 +177,7 @@ def test_what_is_saved_with_fused_concepts_opens_in_stock_diffusers(make, tmp_pa
 
 
 @modes
-def test_modular_pipelines(fuse):
+def test_modular_pipelines(fuse, tmp_path):
     standard = MAKERS["sd3"]()
     rex = concept(standard)
     pipe = StableDiffusion3AutoBlocks().init_pipeline()
@@ -194,6 +194,10 @@ def test_modular_pipelines(fuse):
     assert pipe.load_custom(rex, fuse=fuse) is pipe
     assert [row.name for row in pipe.custom.rows] == ["rex"]
     assert standard.custom.rows == pipe.custom.rows
+    if not fuse:
+        with pytest.raises(PipelineError, match="concepts rex are attached beside"):
+            pipe.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
     picture = draw_modular()
     assert not np.allclose(picture, base, atol=1e-3)
     assert np.array_equal(picture, draw_modular(PROMPT.replace("<rex>", "<rex> <rex>_1")))

@@ -52,6 +52,8 @@ WORDS = (
     *("hat", "red", "blue", "striped", "beach", "room", "wearing", "two"),
 )
 CLIP_LENGTH = 24
+#: The `eos_token_id` in the published configurations, which is not the tokenizer's.
+PUBLISHED_END = 2
 SPACE = "▁"  # how T5 writes the start of a word
 
 
@@ -81,7 +83,9 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def _clip_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+def _clip_config(
+    tokenizer: CLIPTokenizer, width: int, eos_token_id: int | None = None
+) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -91,7 +95,7 @@ def _clip_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
         num_attention_heads=2,
         max_position_embeddings=CLIP_LENGTH,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id if eos_token_id is None else eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -168,8 +172,8 @@ def tiny_sdxl(prediction: Prediction = "epsilon") -> StableDiffusionXLPipeline:
     tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        text_encoder = CLIPTextModel(_clip_config(tokenizer, 16))
-        text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, 24))
+        text_encoder = CLIPTextModel(_clip_config(tokenizer, 16, PUBLISHED_END))
+        text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, 24, PUBLISHED_END))
         vae = _vae(scaling_factor=0.5, shift_factor=None)
         unet = UNet2DConditionModel(
             sample_size=16,
@@ -210,8 +214,8 @@ def tiny_sd3(t5: bool = True) -> StableDiffusion3Pipeline:
     tokenizer_3 = t5_tokenizer()
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        text_encoder = CLIPTextModelWithProjection(_clip_config(tokenizer, 16))
-        text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, 24))
+        text_encoder = CLIPTextModelWithProjection(_clip_config(tokenizer, 16, PUBLISHED_END))
+        text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, 24, PUBLISHED_END))
         vae = _vae(scaling_factor=1.5, shift_factor=0.06)
         transformer = SD3Transformer2DModel(
             sample_size=16,

@@ -20,7 +20,7 @@ from customize.families.base import Family, uncompiled
 
 Products = Mapping[str, Mapping[str, LowRank]]
 
-_PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded")
+_PEFT_FLAG = "_hf_peft_config_loaded"
 
 
 @dataclass(eq=False)
@@ -37,6 +37,17 @@ class Adapter:
     models: dict[str, nn.Module]
     layers: dict[str, dict[str, Any]]
     _before: dict[str, _State] = field(repr=False)
+    _configs: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def is_there(self) -> bool:
+        """Whether it is on its models still, and no other one of its name in its place.
+
+        Someone may have removed it, with diffusers' ``unload_lora_weights`` or the like.
+        """
+        return all(
+            getattr(model, "peft_config", {}).get(self.name) is self._configs[component]
+            for component, model in self.models.items()
+        )
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """component -> what trains: the up-projections, and the down-projections of "lora"."""
@@ -167,6 +178,8 @@ def attach_products(
         for component, model in models.items():
             adapter._before[component] = _State.of(model)
             adapter.layers[component] = _inject(model, fitted[component], name, dtype)
+            config: Any = model.peft_config
+            adapter._configs[component] = config[name]
     except BaseException:
         adapter.remove()
         raise
@@ -287,12 +300,12 @@ class _State:
     """What injection changes in a model besides the layers themselves."""
 
     grads: list[tuple[nn.Parameter, bool]]
-    attributes: dict[str, Any]
+    flagged: bool
 
     @classmethod
     def of(cls, model: nn.Module) -> _State:
-        attributes = {key: model.__dict__[key] for key in _PEFT_MARKS if key in model.__dict__}
-        return cls([(p, p.requires_grad) for p in model.parameters()], attributes)
+        grads = [(p, p.requires_grad) for p in model.parameters()]
+        return cls(grads, _PEFT_FLAG in model.__dict__)
 
     def restore(self, model: nn.Module, name: str) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -311,9 +324,11 @@ class _State:
         configs = model.__dict__.get("peft_config", {})
         configs.pop(name, None)
         if not configs:
-            for key in _PEFT_MARKS:
-                model.__dict__.pop(key, None)
-            model.__dict__.update(self.attributes)
+            # What was there before may have been unloaded since: as stock diffusers leaves it.
+            model.__dict__.pop("peft_config", None)
+            model.__dict__.pop(_PEFT_FLAG, None)
+            if self.flagged:
+                model.__dict__[_PEFT_FLAG] = None
         for parameter, flag in grads:
             parameter.requires_grad_(flag)
 

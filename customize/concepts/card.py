@@ -76,7 +76,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         f"pipe = DiffusionPipeline.from_pretrained({base})",
         'pipe.load_lora_weights("FOLDER")',
         *tokens,
-        f'pipe("a photo of {info.trigger}").images[0]',
+        f"pipe({json.dumps('a photo of ' + stock_subject(concept))}).images[0]",
         "```",
         "",
     ]
@@ -91,7 +91,7 @@ def stock_tokens(concept: Concept, file: str) -> list[str]:
     if len(concept.embeddings) == 1:
         note = "  # the mean over the layers, which is less exact" if info.token_layers else ""
         return [f'pipe.load_textual_inversion("FOLDER", weight_name="{file}"){note}']
-    if info.family != "sdxl":
+    if not _stock_reads_tokens(concept):
         return [f"# no pipeline of this family reads new tokens, such as those in {file}"]
     return [
         f'rows = safetensors.torch.load_file("FOLDER/{file}")',
@@ -100,7 +100,15 @@ def stock_tokens(concept: Concept, file: str) -> list[str]:
             f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})"
             for key, number in (("clip_l", ""), ("clip_g", "_2"))
         ),
+        "# Else the second encoder sums up the prompt at the new tokens, and not at its end.",
+        "pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id",
     ]
+
+
+def stock_subject(concept: Concept) -> str:
+    """What a prompt for stock diffusers calls the concept."""
+    unread = bool(concept.embeddings) and not _stock_reads_tokens(concept)
+    return f"a {concept.info.class_word}" if unread else concept.info.trigger
 
 
 def imports(tokens: Sequence[str]) -> list[str]:
@@ -113,3 +121,7 @@ def _plain(value: str) -> str:
     for mark in "\\`*_[]<>|":
         value = value.replace(mark, f"\\{mark}")
     return value
+
+
+def _stock_reads_tokens(concept: Concept) -> bool:
+    return len(concept.embeddings) == 1 or concept.info.family == "sdxl"

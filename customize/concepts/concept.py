@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 from torch import Tensor
 
 from customize.core.lowrank import LowRank
-from customize.errors import ConceptError
+from customize.errors import ConceptError, ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,7 +80,7 @@ class ConceptInfo(BaseModel):
     fingerprint: dict[str, JsonValue]
     method: Method = "orthogonal"
     basis: BasisInfo | None = None
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, le=2**20)
     alpha: Finite = Field(gt=0)
     slices: dict[str, list[int]] = {}
     num_tokens: int = Field(2, ge=0, le=64)
@@ -211,15 +211,29 @@ class Concept:
 
         return files.read(source)
 
-    def save(self, folder: str | Path, samples: Sequence[Image.Image] | None = None) -> Path:
-        """Write it as a folder; see :func:`customize.concepts.files.write`.
+    def save(self, path: str | Path, samples: Sequence[Image.Image] | None = None) -> Path:
+        """Write it as a folder, or as one file where the path ends in ``.safetensors``.
+
+        See :func:`customize.concepts.files.write` and ``write_single``; both can be loaded.
+
+        Args:
+            samples: pictures for the model card, which only a folder has.
 
         Raises:
-            StorageError: the folder holds something else, or cannot be written.
+            ConfigError: pictures for a single file.
+            StorageError: something else is there, or it cannot be written.
         """
         from customize.concepts import files
 
-        return files.write(self, folder, samples or ())
+        if Path(path).suffix != ".safetensors":
+            return files.write(self, path, samples or ())
+        if samples:
+            raise ConfigError(
+                "a single file has no model card for pictures",
+                where="samples",
+                fix="save a folder, or leave them out",
+            )
+        return files.write_single(self, path)
 
 
 def check_info(values: Any, where: object) -> ConceptInfo:

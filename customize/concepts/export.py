@@ -200,7 +200,7 @@ def _embeds_file(concept: Concept) -> str:
 
 def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) -> str:
     infos = [concept.info for concept in concepts]
-    triggers = [info.trigger for info in infos]
+    subjects = [card.stock_subject(concept) for concept in concepts]
     base = json.dumps(infos[0].base)
     rows = [
         f"| {info.name} | `{info.trigger}` | {info.class_word.replace('|', '/')} | {weight:g} |"
@@ -231,7 +231,7 @@ def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) ->
             f"pipe = DiffusionPipeline.from_pretrained({base})",
             'pipe.load_lora_weights("FOLDER")',
             *loading,
-            f"pipe({json.dumps('a photo of ' + ' and '.join(triggers))}).images[0]",
+            f"pipe({json.dumps('a photo of ' + ' and '.join(subjects))}).images[0]",
             "```",
             "",
         ]

@@ -6,7 +6,7 @@ The folder::
     learned_embeds.safetensors         the tokens, for ``pipe.load_textual_inversion(folder)``
     layerwise_embeds.safetensors       where each cross-attention layer has its own embeddings:
                                        these; the file above then holds their mean
-    concept.json                       the facts, and a digest of the tensors
+    concept.json                       the facts, and a digest of them and the tensors
     README.md, sample-*.png            the model card
 
 A single file holds the same tensors, with the JSON in its header. Files are checked whole before

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.concepts.tokens import entries
+from customize.concepts.tokens import around, entries
 from customize.families.base import Family, uncompiled
 
 
@@ -26,17 +26,19 @@ def layer_entries(trigger: str, num_tokens: int, layers: int) -> list[str]:
     return [name for i in range(layers) for name in entries(_of_layer(trigger, i), num_tokens)]
 
 
-def wording(text: str, triggers: Iterable[str], layer: int) -> str:
+def wording(text: str, triggers: Iterable[str], layer: int, others: Iterable[str] = ()) -> str:
     """An expanded prompt with the vocabulary entries of one layer.
 
     Args:
         text: as :func:`customize.concepts.tokens.expand` gives it.
         triggers: those that have entries for each layer.
+        others: as for ``expand``.
     """
-    for trigger in triggers:
-        own = _of_layer(trigger, layer)
-        text = re.sub(re.escape(trigger), own, text, flags=re.IGNORECASE)
-    return text
+    named = {trigger.lower(): _of_layer(trigger, layer) for trigger in triggers}
+    pattern = "|".join(map(re.escape, (*around(named, others), *named)))
+    return re.sub(
+        pattern, lambda m: named.get(m.group().lower(), m.group()), text, flags=re.IGNORECASE
+    )
 
 
 def mentions(text: str, triggers: Iterable[str]) -> bool:

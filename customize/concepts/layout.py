@@ -28,12 +28,17 @@ INFO_HEADER = "customize_concept"
 EMBEDS_PREFIX = "lora_concept_embeds."
 # The names that the community's files give to the tokens of SDXL's and SD3's two CLIP encoders.
 COMMUNITY_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-DIGEST = "tensors_sha256"  # a field of the JSON beside those of ConceptInfo
+DIGEST = "sha256"  # a field of the JSON beside those of ConceptInfo
 
 
-def tensor_digest(concept: Concept) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of all tensors, whichever file holds them."""
-    digest = hashlib.sha256()
+def concept_digest(concept: Concept) -> str:
+    """sha256 over the facts, and names, dtypes, shapes and bytes of all tensors.
+
+    The facts say which slice of which basis the tensors are; with other facts merging would be
+    wrong. Which file holds what makes no difference.
+    """
+    facts = json.dumps(concept.info.model_dump(), sort_keys=True, allow_nan=False)
+    digest = hashlib.sha256(facts.encode())
     for key, tensor in sorted((lora_tensors(concept) | bundled_embeddings(concept)).items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -77,5 +82,5 @@ def peft_header(concept: Concept) -> str:
 
 
 def info_json(concept: Concept) -> str:
-    values = concept.info.model_dump() | {DIGEST: tensor_digest(concept)}
+    values = concept.info.model_dump() | {DIGEST: concept_digest(concept)}
     return json.dumps(values, indent=2, allow_nan=False)

@@ -24,7 +24,7 @@ from customize.concepts.layout import (
     LAYERS_FILE,
     LORA_FILE,
     PEFT_HEADER,
-    tensor_digest,
+    concept_digest,
 )
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError
@@ -66,7 +66,7 @@ def _read_folder(folder: Path) -> Concept:
         raise ConceptError(
             f"the folder has no {INFO_FILE}",
             where=folder,
-            fix="name a folder that customize has written, or one .safetensors of it",
+            fix="name a folder that customize has written, or a concept's single .safetensors file",
         )
     path = folder / INFO_FILE
     info, digest = _parsed_info(_bytes(path, _MAX_JSON), path)
@@ -132,7 +132,7 @@ def _read_single(path: Path) -> Concept:
         raise ConceptError(
             "the file's header says nothing on a concept",
             where=path,
-            fix="use a file that customize has written; load an ordinary LoRA with "
+            fix="name the folder if it is from a concept's; load an ordinary LoRA with "
             "load_lora_weights",
         )
     info, digest = _parsed_info(metadata[INFO_HEADER].encode(), path)
@@ -157,9 +157,9 @@ def _checked(
     except ConceptError as error:
         place = f"{where}: {error.where}" if error.where else where
         raise ConceptError(error.what, where=place, fix=error.fix) from error
-    if tensor_digest(concept) != digest:
+    if concept_digest(concept) != digest:
         raise ConceptError(
-            "the tensors are not those that were saved with these facts",
+            "the tensors and the facts are not those that were saved together",
             where=where,
             fix="get an unchanged copy of the concept, or save it again where it was learned",
         )
@@ -247,7 +247,7 @@ def _parsed_info(data: bytes, where: Path) -> tuple[ConceptInfo, str]:
     digest = values.pop(DIGEST, None) if isinstance(values, dict) else None
     info = check_info(values, where)
     if not isinstance(digest, str):
-        raise ConceptError("the digest of the tensors is missing", where=where, fix=_ANEW)
+        raise ConceptError("the digest is missing", where=where, fix=_ANEW)
     return info, digest
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families.base import TokenDictionary, uncompiled
+
+_ENDS = "_customize_ends"
 
 
 def entries(trigger: str, num_tokens: int) -> list[str]:
@@ -29,7 +32,7 @@ def entries(trigger: str, num_tokens: int) -> list[str]:
     return [trigger, *(f"{trigger}_{i}" for i in range(1, num_tokens))]
 
 
-def expand(prompt: str, triggers: Mapping[str, Sequence[str]]) -> str:
+def expand(prompt: str, triggers: Mapping[str, Sequence[str]], others: Iterable[str] = ()) -> str:
     """Replace each trigger by its vocabulary entries, separated by spaces.
 
     Upper and lower case are alike, as they are to CLIP's tokenizer. Text that is already expanded
@@ -40,6 +43,7 @@ def expand(prompt: str, triggers: Mapping[str, Sequence[str]]) -> str:
 
     Args:
         triggers: trigger -> its entries, as :func:`entries` makes them.
+        others: tokens of others, in which a trigger is no trigger, as ``<rex>`` in ``<rex>-style``.
     """
     if not triggers:
         return prompt
@@ -47,6 +51,7 @@ def expand(prompt: str, triggers: Mapping[str, Sequence[str]]) -> str:
     by_length = sorted(triggers, key=len, reverse=True)
     # An expanded run first, then the trigger alone, but not where it begins a later entry.
     runs = [r"\s+".join(map(re.escape, triggers[trigger])) for trigger in by_length]
+    runs = [*map(re.escape, around(triggers, others)), *runs]
     alone = [re.escape(trigger) for trigger in by_length]
     pattern = rf"(?:{'|'.join(runs)})(?!_\d)|(?P<trigger>{'|'.join(alone)})(?!_\d)"
 
@@ -55,6 +60,14 @@ def expand(prompt: str, triggers: Mapping[str, Sequence[str]]) -> str:
         return match.group() if trigger is None else targets[trigger.lower()]
 
     return re.sub(pattern, replaced, prompt, flags=re.IGNORECASE)
+
+
+def around(triggers: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of the names that have a trigger in them and are no entry of it, longest first."""
+    own = "|".join(map(re.escape, triggers))
+    inside, entry = (re.compile(p, re.IGNORECASE) for p in (own, rf"(?:{own})(?:_\d+)?"))
+    found = [name for name in names if inside.search(name) and not entry.fullmatch(name)]
+    return sorted(found, key=len, reverse=True)
 
 
 def add_tokens(dictionary: TokenDictionary, names: Sequence[str], rows: Tensor) -> list[int]:
@@ -103,7 +116,7 @@ def add_tokens(dictionary: TokenDictionary, names: Sequence[str], rows: Tensor) 
     ids = tokenizer.convert_tokens_to_ids(list(names))
     # Inserted, not appended: a table may have padding rows behind the last entry.
     _set_table(dictionary, torch.cat([table.data[:first], new, table.data[first:]]))
-    _pool_at_end(dictionary)
+    pool_at_end(dictionary, names)
     return list(ids)
 
 
@@ -128,7 +141,43 @@ def remove_tokens(dictionary: TokenDictionary, names: Sequence[str]) -> None:
     keep = torch.ones(table.shape[0], dtype=torch.bool, device=table.device)
     keep[ids] = False
     _set_table(dictionary, table[keep])
-    _pool_at_end(dictionary)
+    pool_at_end(dictionary)
+
+
+@dataclass(eq=False)
+class _Ends:
+    """Where an encoder pooled before entries were added: the owners of an id and what it was."""
+
+    names: set[str]
+    former: list[tuple[Any, Any]]
+
+
+def pool_at_end(dictionary: TokenDictionary, names: Sequence[str] = ()) -> None:
+    """Let the encoder pool at the end-of-text token as long as any added entry is there.
+
+    Many configurations, SDXL's among them, carry an ``eos_token_id`` of 2, for which transformers
+    pools at the highest id of the prompt: with a new token at that, blind to all that follows. The
+    configuration gets the true id as well, so that a saved model pools alike. Afterwards both are
+    what they were, whatever tokens of others there are.
+
+    Args:
+        names: entries that were added just now.
+    """
+    encoder: Any = uncompiled(dictionary.text_encoder)
+    ends: _Ends | None = vars(encoder).get(_ENDS)
+    there = {*names, *(ends.names if ends else ())} & dictionary.tokenizer.get_vocab().keys()
+    if not there:
+        for owner, former in ends.former if ends else ():
+            owner.eos_token_id = former
+        vars(encoder).pop(_ENDS, None)
+        return
+    if ends is None:
+        owners = [each for each in encoder.modules() if hasattr(each, "eos_token_id")]
+        ends = _Ends(set(), [(each, each.eos_token_id) for each in (*owners, encoder.config)])
+        setattr(encoder, _ENDS, ends)
+    ends.names = there
+    for owner, _ in ends.former:
+        owner.eos_token_id = dictionary.tokenizer.eos_token_id
 
 
 def token_ids(dictionary: TokenDictionary, names: Sequence[str]) -> list[int]:
@@ -261,19 +310,6 @@ def _embedding(dictionary: TokenDictionary) -> nn.Embedding:
     encoder: Any = dictionary.text_encoder
     embedding: nn.Embedding = encoder.get_input_embeddings()
     return embedding
-
-
-def _pool_at_end(dictionary: TokenDictionary) -> None:
-    """Let the encoder pool at the end-of-text token also where new tokens have higher ids.
-
-    Many configurations, SDXL's among them, carry an ``eos_token_id`` of 2, for which transformers
-    pools at the highest id of the prompt: with a new token at that, blind to all that follows.
-    """
-    end = dictionary.tokenizer.eos_token_id
-    beyond = len(dictionary.tokenizer) - 1 > end
-    for module in uncompiled(dictionary.text_encoder).modules():
-        if hasattr(module, "eos_token_id"):
-            module.eos_token_id = end if beyond else module.config.eos_token_id
 
 
 def _set_table(dictionary: TokenDictionary, table: Tensor) -> None:

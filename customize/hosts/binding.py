@@ -1,11 +1,14 @@
 """The public functions, and their binding as methods to diffusers' pipeline classes.
 
+``save_pretrained`` of these classes learns to refuse what would be no pipeline.
+
 Nothing heavy is imported here. ``import diffusers`` leaves out the modules that define its
 pipelines, and importing them takes seconds; so where they are not imported yet, binding waits.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -42,7 +45,9 @@ def load_custom(
     checked before anything changes: after an error the pipeline is bit for bit what it was.
 
     A pipeline made from this one's components (``from_pipe``, ``Other(**pipe.components)``) shares
-    its models and tokenizers and so its concepts; loading or unloading on either acts on both.
+    its models and tokenizers and so its concepts; loading or unloading on either acts on both. One
+    that shares only some of them is refused while concepts are attached to these. A text encoder
+    that is freed or replaced meanwhile is kept until they are unloaded.
 
     Args:
         pipe: A standard or modular diffusers pipeline of a known family, on any device, in any
@@ -58,7 +63,8 @@ def load_custom(
         fuse: False: one adapter named "customize" beside the base weights, which stay untouched;
             adapters of your own stay as they are. True: into the base weights, summed in float32
             and rounded once; a copy of each touched weight is kept on the CPU, so that unloading
-            gives back the same bits. Holds for the ``concepts`` given; others keep their mode.
+            gives back the same bits. Holds for the ``concepts`` given, or without any for those
+            that a dict of weights names; others keep their mode.
 
     Returns:
         ``pipe`` itself.
@@ -67,7 +73,8 @@ def load_custom(
         ConfigError: weights that fit nothing or are not finite.
         ConceptError: a concept that cannot be read, is of another base, or whose name or trigger
             is taken.
-        PipelineError: the pipeline's family is unknown, or its state does not allow it.
+        PipelineError: the pipeline's family is unknown, or its state does not allow it, or it
+            shares only some of the parts that concepts are attached to.
     """
     from customize.hosts.load import load
 
@@ -125,6 +132,7 @@ def _bind_in(module: ModuleType, class_name: str) -> None:
     host = getattr(module, class_name, None)
     if host is None:  # it is being imported right now, or this diffusers has none
         return
+    _guard_saving(host)
     foreign = [name for name in METHODS if hasattr(host, name) and not _is_ours(host, name)]
     if foreign:
         warnings.warn(
@@ -137,6 +145,28 @@ def _bind_in(module: ModuleType, class_name: str) -> None:
         return
     for name, method in METHODS.items():
         setattr(host, name, method)
+
+
+def _guard_saving(host: Any) -> None:
+    """Let ``save_pretrained`` refuse while a component carries concepts that it would not save.
+
+    Here, because any pipeline of the same components would write wrapped models that nobody can
+    open, and the models are asked too late: when others are written already.
+    """
+    save = host.save_pretrained
+    if hasattr(save, "_customize_guard"):
+        return
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "customize.hosts.state" in sys.modules:  # else nothing was ever attached
+            from customize.hosts.state import check_saveable
+
+            check_saveable(self)
+        return save(self, *args, **kwargs)
+
+    save_pretrained._customize_guard = True  # type: ignore[attr-defined]
+    host.save_pretrained = save_pretrained
 
 
 def _is_ours(host: type, name: str) -> bool:

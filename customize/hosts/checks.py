@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from customize.concepts.concept import Concept
 from customize.concepts.layerwise import layer_entries, layers_of
 from customize.concepts.tokens import entries
-from customize.errors import ConceptError, PipelineError
+from customize.core.lowrank import LowRank
+from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import Family
 
 
@@ -118,6 +120,21 @@ def check_layers(models: Mapping[str, nn.Module], layers: Iterable[tuple[str, st
                 "the adapters of this layer are switched off",
                 where=where,
                 fix="call enable_lora() first",
+            )
+
+
+def check_range(component: str, updates: Mapping[str, LowRank], dtype: torch.dtype) -> None:
+    """Refuse updates that are too large for the type they are to be kept in.
+
+    Raises:
+        ConfigError: naming the first such layer.
+    """
+    for name, update in updates.items():
+        if not all(bool(each.to(dtype).isfinite().all()) for each in (update.up, update.down)):
+            raise ConfigError(
+                f"with these weights the concepts' sum leaves the range of {dtype}",
+                where=f"{component}.{name}",
+                fix="give smaller weights",
             )
 
 

@@ -7,23 +7,19 @@ saved files, which name classes, are what they were.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 
 from customize.concepts.layerwise import mentions, wording
 from customize.concepts.tokens import expand
-from customize.errors import PipelineError
-
-#: What to do where a pipeline cannot be saved.
-UNSAVEABLE_FIX = (
-    "save without them after unload_custom(), as they have files of their own; or attach them with "
-    "fuse=True and save them in the weights, unless they have embeddings for each layer"
-)
+from customize.families.base import uncompiled
 
 Triggers = dict[str, list[str]]
+
+_ADJUSTED: WeakSet[Any] = WeakSet()
 
 
 def expand_triggers(
@@ -31,7 +27,6 @@ def expand_triggers(
     triggers: Triggers,
     layered: Sequence[str] = (),
     layers: int = 0,
-    unsaveable: str = "",
 ) -> None:
     """Make a tokenizer replace triggers by their vocabulary entries in all text it is called on.
 
@@ -44,32 +39,36 @@ def expand_triggers(
         layered: those of them that have entries for each of the cross-attention ``layers``. Whoever
             asks as pipelines do, for ids padded to the full length, gets (batch, layers * length)
             where one is in the text: see :mod:`customize.concepts.layerwise`.
-        unsaveable: why the models cannot be saved; empty where they can. The tokenizer then
-            refuses, as every pipeline that shares them saves it, too.
     """
     if triggers:
         stock: Any = _stock(type(tokenizer))
         tokenizer.__class__ = _expanding(stock)
         tokenizer._customize_triggers = triggers
         tokenizer._customize_layered = (tuple(layered), layers)
-        tokenizer._customize_unsaveable = unsaveable
     elif hasattr(type(tokenizer), "_customize_stock"):
         tokenizer.__class__ = _stock(type(tokenizer))
-        for name in ("triggers", "layered", "unsaveable"):
+        for name in ("triggers", "layered"):
             delattr(tokenizer, f"_customize_{name}")
 
 
-def adjust_pipeline(pipe: Any, on: bool) -> None:
-    """Let a pipeline's own methods know that concepts are attached.
+def adjust_pipelines(pipe: Any, denoiser: Any, on: bool) -> None:
+    """Let ``encode_prompt`` give prompt and negative prompt conditions of one length.
 
-    ``save_pretrained`` refuses while it would write wrapped, unloadable models, and ``fuse_lora``
-    while it would put concepts into the weights for good. ``encode_prompt`` gives conditions of
-    one length, also where only the negative prompt is worded for each layer; another pipeline of
-    the same components needs the trigger in its prompt then, too.
+    They differ where one of the two is worded for each layer. Another pipeline of the same
+    components needs the trigger in its prompt, too, until ``load_custom`` is called on it.
+
+    Args:
+        pipe: where this begins; it ends on all adjusted pipelines of the same denoiser.
     """
-    cls: Any = type(pipe)
-    if on != hasattr(cls, "_customize_stock"):
-        pipe.__class__ = _adjusted(cls) if on else _stock(cls)
+    if on and hasattr(pipe, "encode_prompt"):  # modular pipelines have it in their blocks
+        pipe.__class__ = _adjusted(_stock(type(pipe)))
+        _ADJUSTED.add(pipe)
+    if not on:
+        for each in list(_ADJUSTED):
+            parts = map(uncompiled, each.components.values())
+            if each is pipe or any(part is denoiser for part in parts):
+                each.__class__ = _stock(type(each))
+                _ADJUSTED.discard(each)
 
 
 @functools.cache
@@ -78,57 +77,29 @@ def _expanding(stock: Any) -> type:
 
     @functools.wraps(call)
     def expanding(self: Any, text: Any = None, *args: Any, **kwargs: Any) -> Any:
-        text = _expanded(text, self._customize_triggers)
+        text = _expanded(text, self)
         if _asks_for_layers(self, text, kwargs):
             return _by_layer(functools.partial(call, self), text, kwargs, self)
         return call(self, text, *args, **kwargs)
 
-    save = stock.save_pretrained
+    encode = stock.encode
 
-    @functools.wraps(save)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._customize_unsaveable:
-            raise PipelineError(self._customize_unsaveable, fix=UNSAVEABLE_FIX)
-        return save(self, *args, **kwargs)
+    @functools.wraps(encode)
+    def expanding_encode(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        return encode(self, _expanded(text, self), *args, **kwargs)
 
-    methods = {"__call__": expanding, "save_pretrained": save_pretrained}
-    return _subclass(stock, methods, _expanding)
+    return _subclass(stock, {"__call__": expanding, "encode": expanding_encode}, _expanding)
 
 
 @functools.cache
 def _adjusted(stock: Any) -> type:
-    save = stock.save_pretrained
-    methods: dict[str, Any] = {}
+    encode = stock.encode_prompt
 
-    @functools.wraps(save)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from customize.hosts.load import check_saveable
+    @functools.wraps(encode)
+    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _of_one_length(encode(self, *args, **kwargs))
 
-        check_saveable(self)
-        return save(self, *args, **kwargs)
-
-    methods["save_pretrained"] = save_pretrained
-    if hasattr(stock, "fuse_lora"):
-        fuse = stock.fuse_lora
-
-        @functools.wraps(fuse)
-        def fuse_lora(self: Any, *args: Any, **kwargs: Any) -> Any:
-            from customize.hosts.load import check_fuse_lora
-
-            given = inspect.signature(fuse).bind(self, *args, **kwargs).arguments
-            check_fuse_lora(self, given.get("adapter_names"))
-            return fuse(self, *args, **kwargs)
-
-        methods["fuse_lora"] = fuse_lora
-    if hasattr(stock, "encode_prompt"):  # modular pipelines have it in their blocks
-        encode = stock.encode_prompt
-
-        @functools.wraps(encode)
-        def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _of_one_length(encode(self, *args, **kwargs))
-
-        methods["encode_prompt"] = encode_prompt
-    return _subclass(stock, methods, _adjusted)
+    return _subclass(stock, {"encode_prompt": encode_prompt}, _adjusted)
 
 
 def _asks_for_layers(tokenizer: Any, text: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -147,7 +118,8 @@ def _asks_for_layers(tokenizer: Any, text: Any, kwargs: Mapping[str, Any]) -> bo
 def _by_layer(call: Any, text: Any, kwargs: Mapping[str, Any], tokenizer: Any) -> Any:
     layered, layers = tokenizer._customize_layered
     texts = [text] if isinstance(text, str) else text
-    wordings = [wording(each, layered, layer) for each in texts for layer in range(layers)]
+    known = tokenizer.get_added_vocab()
+    wordings = [wording(each, layered, layer, known) for each in texts for layer in range(layers)]
     found = call(wordings, **{**kwargs, "max_length": tokenizer.model_max_length})
     for key, values in found.items():
         found[key] = values.reshape(len(texts), -1)
@@ -167,6 +139,12 @@ def _of_one_length(found: Any) -> Any:
 
 
 def _subclass(stock: Any, methods: Mapping[str, Any], make: Callable[[type], type]) -> type:
+    """A class that passes for ``stock`` and has other methods.
+
+    Args:
+        make: what makes this class from ``stock``, for unpickling.
+    """
+
     def reduce(self: Any, protocol: Any) -> Any:
         # Pickling looks a class up by its name, which would find the stock one.
         _, (_, *arguments), *rest = stock.__reduce_ex__(self, protocol)
@@ -184,16 +162,20 @@ def _subclass(stock: Any, methods: Mapping[str, Any], make: Callable[[type], typ
 
 def _rebuilt(make: Callable[[type], Any], stock: type, *arguments: Any) -> Any:
     made = make(stock)
-    return made.__new__(made, *arguments)
+    copy = made.__new__(made, *arguments)
+    if make is _adjusted:
+        _ADJUSTED.add(copy)
+    return copy
 
 
 def _stock(cls: Any) -> Any:
+    """The class that :func:`_subclass` was given; any other class as it is."""
     return getattr(cls, "_customize_stock", cls)
 
 
-def _expanded(text: Any, triggers: Triggers) -> Any:
+def _expanded(text: Any, tokenizer: Any) -> Any:
     if isinstance(text, str):
-        return expand(text, triggers)
+        return expand(text, tokenizer._customize_triggers, tokenizer.get_added_vocab())
     if isinstance(text, Sequence):  # a batch, or words split by the caller
-        return [_expanded(each, triggers) for each in text]
+        return [_expanded(each, tokenizer) for each in text]
     return text

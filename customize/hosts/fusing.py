@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from customize.core.lowrank import LowRank, product
-from customize.errors import PipelineError
+from customize.errors import ConfigError, PipelineError
 
 Updates = Mapping[str, Mapping[str, LowRank]]
 
@@ -22,6 +22,9 @@ def fuse_updates(models: Mapping[str, nn.Module], updates: Updates, originals: O
     """Make every fused weight ``original + update``, and every other one its original again.
 
     Computed in float32 on the weight's device, from the original, and rounded once.
+
+    Raises:
+        ConfigError: a sum is too large for the weight's type; those before it are changed by then.
 
     Args:
         models: component -> model.
@@ -37,26 +40,38 @@ def fuse_updates(models: Mapping[str, nn.Module], updates: Updates, originals: O
         if place not in originals:
             originals[place] = weight.detach().to("cpu", copy=True)
         weight.copy_(_fused(originals[place].to(weight.device), update))
+        if not bool(weight.isfinite().all()):
+            raise ConfigError(
+                f"with these weights the concepts' sum leaves the range of {weight.dtype}",
+                where=".".join(place),
+                fix="give smaller weights",
+            )
 
 
 @torch.no_grad()
 def check_unchanged(
     models: Mapping[str, nn.Module], updates: Updates, originals: Originals
-) -> None:
+) -> Originals:
     """Refuse where a fused weight is not what :func:`fuse_updates` made it.
 
     Else undoing would also undo what someone else did to it since, such as ``fuse_lora``.
 
+    Returns:
+        The originals, rounded as their weights were: casting a pipeline to half precision and
+        back, as ``from_pipe`` may, leaves a wide type with the values of a narrow one.
+
     Raises:
         PipelineError: naming the first such weight.
     """
+    found = {}
     for place, original in originals.items():
         weight = base_weight(models, place)
         update = updates[place[0]][place[1]]
         expected = _fused(original.to(weight.device), update)
         # Rounded twice where the pipeline's dtype was changed in between; and another device
         # may multiply in another order or at another precision.
-        kinds = [torch.finfo(each.dtype) for each in (weight, original)]
+        narrow = _narrowest(weight)
+        kinds = [torch.finfo(each) for each in (narrow, original.dtype)]
         change = (expected - original.to(expected)).abs()
         allowed = 2 * max(kind.eps for kind in kinds) * expected.abs() + 4e-3 * change
         # Where terms cancel, a product's error is that of its terms; and near zero, half
@@ -69,6 +84,8 @@ def check_unchanged(
                 where=".".join(place),
                 fix="undo that first, for a LoRA with unfuse_lora(), or load the pipeline anew",
             )
+        found[place] = original if narrow == weight.dtype else original.to(narrow)
+    return found
 
 
 def check_fusable(models: Mapping[str, nn.Module], updates: Updates) -> None:
@@ -93,6 +110,16 @@ def base_weight(models: Mapping[str, nn.Module], place: tuple[str, str]) -> Tens
     layer: Any = models[place[0]].get_submodule(place[1])
     weight: Tensor = getattr(layer, "base_layer", layer).weight
     return weight
+
+
+def _narrowest(weight: Tensor) -> torch.dtype:
+    """The narrowest of the types that hold these values exactly."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if dtype.itemsize < weight.dtype.itemsize and torch.equal(
+            weight, weight.to(dtype).to(weight)
+        ):
+            return dtype
+    return weight.dtype
 
 
 def _fused(original: Tensor, update: LowRank) -> Tensor:

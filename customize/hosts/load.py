@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from customize.concepts.adapter import Adapter, attach_products, fit
 from customize.concepts.concept import Concept
-from customize.concepts.layerwise import encode_by_layer, read_by_layer, vocabulary
-from customize.concepts.merge import merge
 from customize.concepts.slices import collisions
-from customize.concepts.tokens import add_tokens, entries, remove_tokens
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
-from customize.hosts.checks import check_base, check_layers, check_vocabulary
-from customize.hosts.classes import UNSAVEABLE_FIX, adjust_pipeline, expand_triggers
-from customize.hosts.fusing import Updates, check_fusable, check_unchanged, fuse_updates
-from customize.hosts.offload import settled
+from customize.hosts.change import change
+from customize.hosts.checks import check_base, check_vocabulary
+from customize.hosts.classes import adjust_pipelines
+from customize.hosts.guards import ADAPTER
 from customize.hosts.plan import Weights, renamed, wanted
-from customize.hosts.state import Attached, Customization, Holder, Row, find, keep
-
-#: peft's name of the one adapter that all concepts are merged into.
-ADAPTER = "customize"
+from customize.hosts.state import Customization, Holder, Row, check_sharing, find
 
 
 def load(
@@ -51,24 +40,36 @@ def load(
                 fix="give a list with a name for each, or None where it keeps its own",
             )
         new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
-    before = find(family).attached
+    holder = find(family)
+    check_sharing(family, holder)
+    before = holder.attached
     after = wanted(before, new, weights, fuse)
+    family = _with_all_parts(family, holder)
     for concept in new:
         check_base(family, concept)
-        if concept.info.name not in find(family).attached:
+        if concept.info.name not in before:
             check_vocabulary(family, concept)
-    _change(family, after)
-    adjust_pipeline(pipe, True)
     for collision in collisions([each.concept.info for each in after.values()]):
         if not {collision.first, collision.second} <= set(before):
+            # Before the change, since a warning may be turned into an error.
             warnings.warn(str(collision), stacklevel=3)
+    change(family, holder, after)
+    _adjust(pipe, holder)
 
 
 def unload(pipe: Any, names: Sequence[str]) -> None:
     """What :func:`customize.unload_custom` does."""
     family = _family(pipe)
-    before = find(family).attached
+    holder = find(family)
+    if not holder.attached:
+        check_sharing(family, holder)
+    before = holder.attached
     for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"{name!r} is not the name of a concept",
+                fix='give each name by itself: unload_custom("rex", "tom")',
+            )
         if name not in before:
             raise ConfigError(
                 f"no concept {name} is attached",
@@ -76,8 +77,8 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
             )
     after = {name: kept for name, kept in before.items() if names and name not in names}
     if before:
-        _change(family, after)
-    adjust_pipeline(pipe, bool(after))
+        change(_with_all_parts(family, holder), holder, after)
+    _adjust(pipe, holder)
 
 
 def summary(pipe: Any) -> Customization:
@@ -98,6 +99,8 @@ def summary(pipe: Any) -> Customization:
         if name in colliding:
             slices = "shared with " + ", ".join(colliding[name])
         mode = "fused" if attached.fused else _adapter_mode(holder)
+        if _lacks_tokens(family, holder, info.trigger):
+            mode += " (tokens removed by someone else)"
         rows.append(
             Row(name, info.trigger, info.class_word, attached.weight, info.rank, slices, mode)
         )
@@ -106,220 +109,8 @@ def summary(pipe: Any) -> Customization:
     return Customization(tuple(rows), place)
 
 
-def check_saveable(pipe: Any) -> None:
-    """Refuse to save a pipeline whose models are wrapped in an adapter of ours.
-
-    Where all concepts are fused, what is saved holds them: weights, tokens and embeddings.
-
-    Raises:
-        PipelineError: a concept is attached as an adapter, or has embeddings for each layer.
-    """
-    try:
-        attached = find(_family(pipe)).attached
-    except PipelineError:  # the models were taken out of it, and ours with them
-        return
-    problem = _unsaveable(attached)
-    if problem:
-        raise PipelineError(problem, fix=UNSAVEABLE_FIX)
-
-
-def _unsaveable(attached: Mapping[str, Attached]) -> str:
-    """Why models with these concepts cannot be saved; empty where they can."""
-    beside = [name for name, each in attached.items() if not each.fused]
-    layered = [name for name, each in attached.items() if each.concept.info.token_layers]
-    if beside:
-        return (
-            f"the concepts {', '.join(beside)} are attached beside the weights, and stock "
-            "diffusers could not open what is saved"
-        )
-    if layered:
-        return (
-            f"the concepts {', '.join(layered)} have embeddings for each cross-attention layer, "
-            "which a saved pipeline cannot hold"
-        )
-    return ""
-
-
-def check_fuse_lora(pipe: Any, adapter_names: Sequence[str] | None) -> None:
-    """Refuse ``fuse_lora`` where it would put concepts into the weights.
-
-    Once it has, ``unload_lora_weights`` leaves them there, and nothing takes them out again.
-
-    Raises:
-        PipelineError: concepts are attached as an adapter, and ``adapter_names`` does not leave
-            it out.
-    """
-    holder = find(_family(pipe))
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    if any(map(_is_there, holder.adapters)) and (names is None or ADAPTER in names):
-        raise PipelineError(
-            "fuse_lora would put the attached concepts into the weights, where unload_custom "
-            "could not take them out",
-            fix="attach them with load_custom(..., fuse=True), or name the adapters to fuse: "
-            'fuse_lora(adapter_names=["mine"])',
-        )
-
-
-def _change(family: Family, after: dict[str, Attached]) -> None:
-    """From what is attached to what is wanted, wholly or not at all."""
-    holder = find(family)
-    before = holder.attached
-    models = {family.denoiser_key: family.denoiser, **family.text_encoders}
-    new, old = _updates(family, after), _updates(family, before)
-    layers = {
-        (component, module)
-        for updates in (*new, *old)
-        for component, own in updates.items()
-        for module in own
-    }
-    check_layers(models, sorted(layers))
-    for component, model in models.items():
-        ours = any(adapter.models.get(component) is model for adapter in holder.adapters)
-        if ADAPTER in getattr(model, "peft_config", {}) and not ours:
-            raise PipelineError(
-                f"an adapter named {ADAPTER} that was not loaded by load_custom is attached",
-                where=component,
-                fix=f'call delete_adapters("{ADAPTER}") first, or load it under another name',
-            )
-    with settled(models):
-        check_fusable(models, new[1])
-        check_unchanged(models, old[1], holder.originals)
-        was = _use_of(holder)
-        try:
-            _rebuild(family, models, holder, after, *new)
-        except BaseException:
-            _rebuild(family, models, holder, before, *old)
-            for place, use in was.items():
-                use.restore(models[place[0]].get_submodule(place[1]))
-            raise
-
-
-def _rebuild(
-    family: Family,
-    models: Mapping[str, nn.Module],
-    holder: Holder,
-    attached: dict[str, Attached],
-    beside: Updates,
-    into: Updates,
-) -> None:
-    """Make adapters, weights and vocabularies those of ``attached``, from any state between."""
-    while holder.adapters:
-        # Also where someone deleted it: the layers are wrapped still.
-        holder.adapters.pop().remove()
-    fuse_updates(models, into, holder.originals)
-    active = _active(models)
-    with warnings.catch_warnings():
-        # That other adapters are there is meant.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        for component, updates in beside.items():
-            own = {component: updates}
-            dtype = _adapter_dtype(models[component])
-            holder.adapters.append(attach_products(family, own, name=ADAPTER, dtype=dtype))
-            for layer in holder.adapters[-1].layers[component].values():
-                if list(layer.lora_A) == [ADAPTER]:
-                    # Names that are not in a layer are harmless there, and diffusers asks just
-                    # one layer which adapters of the whole pipeline are active.
-                    layer.set_adapter([*active, ADAPTER], inference_mode=True)
-    _set_tokens(family, holder, attached)
-    holder.attached = attached
-    keep(family, holder)
-
-
-def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]) -> None:
-    dictionaries = {dictionary.key: dictionary for dictionary in family.token_dictionaries()}
-    owned = {
-        (key, each.concept.info.trigger): rows
-        for each in attached.values()
-        for key, rows in each.concept.embeddings.items()
-    }
-    for key, trigger in list(holder.tokens):
-        known = dictionaries[key].tokenizer.get_vocab()
-        if trigger not in known:  # someone else's unload_textual_inversion
-            left = [name for name in holder.tokens.pop((key, trigger)) if name in known]
-            if left:
-                remove_tokens(dictionaries[key], left)
-    for (key, trigger), rows in owned.items():
-        if (key, trigger) not in holder.tokens:
-            names, whole = vocabulary(trigger, rows)
-            add_tokens(dictionaries[key], names, whole)
-            holder.tokens[key, trigger] = names
-    # Last, because what is removed and added again would have other ids than before.
-    for key, trigger in [place for place in holder.tokens if place not in owned]:
-        remove_tokens(dictionaries[key], holder.tokens.pop((key, trigger)))
-    infos = [each.concept.info for each in attached.values() if each.concept.embeddings]
-    triggers = {info.trigger: entries(info.trigger, info.num_tokens) for info in infos}
-    layered = [info.trigger for info in infos if info.token_layers]
-    layers = max((info.token_layers for info in infos), default=0)
-    for component in family.components.values():
-        if _is_tokenizer(component):
-            expand_triggers(component, triggers, layered, layers, _unsaveable(attached))
-    while holder.hooks:
-        holder.hooks.pop().remove()
-    if layers:
-        holder.hooks = [*read_by_layer(family), *encode_by_layer(family)]
-
-
-def _updates(family: Family, attached: Mapping[str, Attached]) -> tuple[Updates, Updates]:
-    """The weighted sums of what is to be beside the weights, and of what is to be in them."""
-    found: list[Updates] = []
-    for fused in (False, True):
-        chosen = [each for each in attached.values() if each.fused == fused]
-        merged = merge([e.concept for e in chosen], [e.weight for e in chosen]) if chosen else {}
-        found.append(fit(merged, family))
-    return found[0], found[1]
-
-
-@dataclass(frozen=True)
-class _Use:
-    """What others may have set in a layer that carries our adapter."""
-
-    active: list[str]
-    scale: float
-    flags: dict[str, bool]
-
-    @classmethod
-    def of(cls, layer: Any) -> _Use:
-        flags = {name: p.requires_grad for name, p in layer.named_parameters()}
-        return cls(list(layer.active_adapters), layer.scaling[ADAPTER], flags)
-
-    def restore(self, layer: Any) -> None:
-        layer.scaling[ADAPTER] = self.scale
-        layer.set_adapter(self.active)
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(self.flags.get(name, False))
-
-
-def _use_of(holder: Holder) -> dict[tuple[str, str], _Use]:
-    return {
-        (component, module): _Use.of(layer)
-        for adapter in holder.adapters
-        if _is_there(adapter)
-        for component, layers in adapter.layers.items()
-        for module, layer in layers.items()
-    }
-
-
-def _is_there(adapter: Adapter) -> bool:
-    # Someone may have removed it, with unload_lora_weights or the like.
-    return all(ADAPTER in getattr(model, "peft_config", {}) for model in adapter.models.values())
-
-
-def _active(models: Mapping[str, nn.Module]) -> list[str]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    modules = [module for model in models.values() for module in model.modules()]
-    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
-    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
-
-
-def _adapter_dtype(model: Any) -> torch.dtype:
-    # The model's own; but quantized and 8-bit storage types are none to compute in.
-    usable = (torch.float32, torch.float16, torch.bfloat16)
-    return model.dtype if model.dtype in usable else torch.float32
-
-
 def _adapter_mode(holder: Holder) -> str:
-    if not all(map(_is_there, holder.adapters)):
+    if not all(each.is_there() for each in holder.adapters):
         return "adapter (removed by someone else)"
     layers = [each for a in holder.adapters for own in a.layers.values() for each in own.values()]
     if any(ADAPTER not in layer.active_adapters or layer.disable_adapters for layer in layers):
@@ -338,10 +129,20 @@ def _family(pipe: Any) -> Family:
     return family_of({key: getattr(part, "_orig_mod", part) for key, part in components.items()})
 
 
-def _is_tokenizer(component: object) -> bool:
-    from transformers import PreTrainedTokenizerBase
+def _lacks_tokens(family: Family, holder: Holder, trigger: str) -> bool:
+    # Someone may have taken them away, with unload_textual_inversion.
+    keys = [family.clip_encoders[key] for key, ours in holder.tokens if ours == trigger]
+    return any(trigger not in holder.parts[key].get_added_vocab() for key in keys)
 
-    return isinstance(component, PreTrainedTokenizerBase)
+
+def _adjust(pipe: Any, holder: Holder) -> None:
+    layered = any(each.concept.info.token_layers for each in holder.attached.values())
+    adjust_pipelines(pipe, _family(pipe).denoiser, layered)
+
+
+def _with_all_parts(family: Family, holder: Holder) -> Family:
+    """The family of what was changed, also where the pipeline has freed or replaced some of it."""
+    return type(family)(family.components | holder.parts)
 
 
 def _read(source: object) -> Concept:

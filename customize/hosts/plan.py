@@ -39,7 +39,9 @@ def wanted(
         kept = before[name].weight if name in before else 1.0
         after[name] = Attached(concept, kept, fuse)
     for name, weight in _by_name(after, new, weights).items():
-        after[name] = replace(after[name], weight=weight)
+        # A call that gives weights alone is about the concepts that these name.
+        fused = after[name].fused or (fuse and not new)
+        after[name] = replace(after[name], weight=weight, fused=fused)
     for a, b in combinations([attached.concept.info for attached in after.values()], 2):
         if a.trigger == b.trigger:
             raise ConceptError(
@@ -129,8 +131,13 @@ def _by_name(
 
 def _number(name: str, weight: object) -> float:
     number = isinstance(weight, Real) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight):  # type: ignore[arg-type]
+    try:
+        value = float(weight) if number else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        shown = repr(weight) if len(repr(weight)) < 50 else "too large"
         raise ConfigError(
-            f"the weight of {name} is {weight!r}", where="weights", fix="give a finite number"
+            f"the weight of {name} is {shown}", where="weights", fix="give a finite number"
         )
-    return float(weight)  # type: ignore[arg-type]
+    return value

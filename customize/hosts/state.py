@@ -1,16 +1,20 @@
-"""What is attached to a pipeline: kept by its denoiser, shown as a table."""
+"""What is attached to a pipeline: kept with its denoiser, shown as a table."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from customize.concepts.adapter import Adapter
 from customize.concepts.concept import Concept
+from customize.errors import PipelineError
 from customize.families import Family
+from customize.families.base import uncompiled
 from customize.hosts.fusing import Originals
 
 _KEY = "_customize"
+_MARK = "_customize_mark"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,19 @@ class Attached:
 
 
 @dataclass(eq=False)
+class Mark:
+    """What each component carries: whose it is.
+
+    Without a reference to the holder, as tokenizers are copied and pickled by themselves.
+
+    Attributes:
+        unsaveable: why the component cannot be saved as it is; empty where it can.
+    """
+
+    unsaveable: str = ""
+
+
+@dataclass(eq=False)
 class Holder:
     """All that must be known to change or undo what was done to the models.
 
@@ -41,6 +58,9 @@ class Holder:
         originals: of the fused weights.
         tokens: (token dictionary's key, trigger) -> all its entries, as they were added.
         hooks: handles of what serves tokens with an embedding for each layer.
+        parts: component's key -> every model and tokenizer that is changed, also where a pipeline
+            has been given another since.
+        mark: what the parts carry.
     """
 
     attached: dict[str, Attached] = field(default_factory=dict)
@@ -48,6 +68,8 @@ class Holder:
     originals: Originals = field(default_factory=dict)
     tokens: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
+    parts: dict[str, Any] = field(default_factory=dict)
+    mark: Mark = field(default_factory=Mark)
 
 
 def find(family: Family) -> Holder:
@@ -61,10 +83,105 @@ def find(family: Family) -> Holder:
 
 def keep(family: Family, holder: Holder) -> None:
     """Leave the holder with the denoiser, or take it away where nothing is attached any more."""
+    holder.mark.unsaveable = _unsaveable(holder.attached)
     if holder.attached:
         setattr(family.denoiser, _KEY, holder)
+        holder.parts = parts_of(family)
     else:
         vars(family.denoiser).pop(_KEY, None)
+    for part in holder.parts.values():
+        if holder.attached:
+            setattr(part, _MARK, holder.mark)
+        else:
+            vars(part).pop(_MARK, None)
+
+
+def parts_of(family: Family) -> dict[str, Any]:
+    """Component's key -> every model and tokenizer that attaching concepts changes."""
+    models = {family.denoiser_key: family.denoiser, **family.text_encoders}
+    return models | tokenizers_of(family)
+
+
+def tokenizers_of(family: Family) -> dict[str, Any]:
+    """Component's key -> tokenizer, for all that a prompt may be given to."""
+    from transformers import PreTrainedTokenizerBase
+
+    return {
+        key: part
+        for key, part in family.components.items()
+        if isinstance(part, PreTrainedTokenizerBase)
+    }
+
+
+def check_saveable(pipe: Any) -> None:
+    """Refuse to save a pipeline that has a part which saving would not write as it is.
+
+    Where all concepts are fused, what is saved holds them: weights, tokens and embeddings.
+
+    Raises:
+        PipelineError: a concept is attached as an adapter, or has embeddings for each layer.
+    """
+    for part in vars(pipe).values():
+        mark = getattr(uncompiled(part), _MARK, None)
+        if mark is not None and mark.unsaveable:
+            raise PipelineError(
+                mark.unsaveable,
+                fix="save without them after unload_custom(), as they have files of their own; or "
+                "attach them with fuse=True and save them in the weights, unless they have "
+                "embeddings for each layer",
+            )
+
+
+def check_sharing(family: Family, holder: Holder) -> None:
+    """Refuse a pipeline that shares some, and not all, of what concepts are attached to.
+
+    What is attached is one state over all the parts: a vocabulary or an adapter that two
+    pipelines changed each for itself would be wrong for one of them.
+
+    Raises:
+        PipelineError: naming the parts. Those that were freed count as the holder's own.
+    """
+    parts = parts_of(family)
+    marked = {key: vars(part).get(_MARK) for key, part in parts.items()}
+    foreign = [key for key, mark in marked.items() if mark not in (None, holder.mark)]
+    if foreign:
+        raise PipelineError(
+            f"the {_and(foreign)} of this pipeline carry concepts that were attached through "
+            f"another pipeline, with which it does not share its {_and(set(parts) - set(foreign))}",
+            where=", ".join(foreign),
+            fix=f"call unload_custom() on that pipeline first, put its {family.denoiser_key} back "
+            "if it was replaced, or load this pipeline with components of its own",
+        )
+    others = [key for key, part in parts.items() if holder.parts.get(key, part) is not part]
+    others += [key for key in parts if holder.parts and key not in holder.parts]
+    if others:
+        raise PipelineError(
+            f"the {family.denoiser_key} of this pipeline carries concepts that were attached "
+            f"together with another {_and(others)}",
+            where=", ".join(others),
+            fix="attach through the pipeline that shares all, or call unload_custom() first",
+        )
+
+
+def _and(keys: Iterable[str]) -> str:
+    return " and ".join(sorted(keys)) or "components"
+
+
+def _unsaveable(attached: Mapping[str, Attached]) -> str:
+    """Why models with these concepts cannot be saved; empty where they can."""
+    beside = [name for name, each in attached.items() if not each.fused]
+    layered = [name for name, each in attached.items() if each.concept.info.token_layers]
+    if beside:
+        return (
+            f"the concepts {', '.join(beside)} are attached beside the weights, and stock "
+            "diffusers could not open what is saved"
+        )
+    if layered:
+        return (
+            f"the concepts {', '.join(layered)} have embeddings for each cross-attention layer, "
+            "which a saved pipeline cannot hold"
+        )
+    return ""
 
 
 @dataclass(frozen=True)

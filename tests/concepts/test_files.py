@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from customize.concepts.concept import Concept
 from customize.concepts.files import read, read_info, write, write_single
-from customize.errors import ConceptError
+from customize.errors import ConceptError, ConfigError
 from tests.concepts.making import contents, same_tensors, small
 
 LORA, EMBEDS, INFO = (
@@ -87,6 +87,25 @@ def test_any_facts_are_read_exactly(tmp_path_factory, training, base) -> None:
     concept = small(training=training, base=base)
     assert read_info(write(concept, root / "rex")) == concept.info
     assert read(write_single(concept, root / "rex.safetensors")).info == concept.info
+
+
+def test_saving_to_a_name_of_a_file_writes_one(tmp_path: Path) -> None:
+    path = small().save(tmp_path / "rex.safetensors")
+    assert path.is_file() and same_tensors(Concept.load(path), small())
+    with pytest.raises(ConfigError, match="no model card"):
+        small().save(path, [Image.new("RGB", (2, 2))])
+
+
+def test_edited_facts_in_the_header_of_a_single_file_are_refused(tmp_path: Path) -> None:
+    path = small().save(tmp_path / "rex.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    facts = json.loads(metadata["customize_concept"])
+    facts["slices"]["8"] = [2, 3]
+    metadata["customize_concept"] = json.dumps(facts)
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(ConceptError, match="not those that were saved together"):
+        read(path)
 
 
 def test_the_names_are_those_of_stock_files(folder: Path, tmp_path: Path) -> None:
@@ -265,8 +284,12 @@ def test_wrong_tensors_are_named(folder: Path, name: str, change, message: str) 
         ({"slices": {"six": [2, 2], "8": [0, 1]}}, "six"),
         ({"num_tokens": 3}, "not those of 3 tokens"),
         ({"num_tokens": 0}, "not those that were saved"),
-        ({"tensors_sha256": None}, "digest"),
-        ({"tensors_sha256": "0" * 64}, "not those that were saved"),
+        ({"slices": {"6": [0, 1], "8": [0, 1]}}, "not those that were saved together"),
+        ({"basis": {"kind": "cosine", "seed": 4, "scale": 1.0}}, "not those that were saved"),
+        ({"trigger": "<tam>"}, "should be the key <tam>"),
+        ({"scores": {"identity": 1.0}}, "not those that were saved together"),
+        ({"sha256": None}, "digest"),
+        ({"sha256": "0" * 64}, "not those that were saved"),
     ],
 )
 def test_wrong_facts_are_named(folder: Path, change, message: str) -> None:
@@ -308,7 +331,7 @@ def test_a_missing_field_a_missing_file_and_a_huge_one(folder: Path) -> None:
 def test_parts_of_two_concepts_do_not_go_together(folder: Path, tmp_path: Path) -> None:
     other = write(small(seed=1), tmp_path / "other")
     shutil.copy(other / LORA, folder / LORA)
-    with pytest.raises(ConceptError, match="not those that were saved with these facts"):
+    with pytest.raises(ConceptError, match="not those that were saved together"):
         read(folder)
 
 

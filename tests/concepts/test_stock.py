@@ -14,7 +14,7 @@ import torch
 from customize.concepts.concept import Concept
 from customize.concepts.files import write_single
 from tests.concepts.making import learn
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 warnings.filterwarnings("ignore", category=FutureWarning)
 import numpy as np, torch
 from pathlib import Path
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
@@ -48,6 +48,14 @@ np.save(root / "single.npy", draw(pipe, sys.argv[2]))
 pipe = tiny_sd3()
 pipe.load_lora_weights(str(root / "sd3"))
 np.save(root / "sd3.npy", draw(pipe, "a photo of a dog"))
+
+# The lines of the model card, as a reader would type them, on a base with the published settings.
+code = (root / "sdxl" / "README.md").read_text().split("With diffusers alone:")[1]
+code = code.split("```python")[1].rpartition("pipe(")[0].replace("FOLDER", str(root / "sdxl"))
+tiny_sdxl().save_pretrained(root / "base")
+names = {}
+exec(code.replace('"tiny"', repr(str(root / "base"))), names)
+np.save(root / "sdxl.npy", draw(names["pipe"], sys.argv[2]))
 assert "customize" not in sys.modules
 """
 
@@ -79,6 +87,10 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     _, _, concept = learn(pipe3, alpha=2.0)
     concept.save(root / "sd3")
     ours["sd3"] = draw(pipe3, "a photo of a dog")
+    pipe_xl = tiny_sdxl()
+    _, _, concept = learn(pipe_xl)
+    concept.save(root / "sdxl")
+    ours["sdxl"] = draw(pipe_xl, PROMPT)
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(root), PROMPT],
         cwd=Path(__file__).parents[2],
@@ -91,7 +103,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (picture, np.load(root / f"{name}.npy")) for name, picture in ours.items()}
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "lora", "single", "layerwise", "sd3"])
+@pytest.mark.parametrize("name", ["orthogonal", "lora", "single", "layerwise", "sd3", "sdxl"])
 def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:
     ours, stock = pictures[name]
     assert ours.shape == stock.shape
@@ -116,3 +128,11 @@ def test_the_pictures_depend_on_every_part(pictures) -> None:
     pipe = tiny_sd()
     learn(pipe)
     assert np.abs(draw(pipe, "a photo of dog on the beach") - full).max() > 1e-3
+
+
+def test_the_card_of_sd3_asks_stock_diffusers_for_no_trigger(tmp_path: Path) -> None:
+    _, _, concept = learn(tiny_sd3())
+    card = (concept.save(tmp_path / "rex") / "README.md").read_text()
+    ours, stock = card.split("With diffusers alone:")
+    assert 'pipe("a photo of <rex>")' in ours
+    assert 'pipe("a photo of a dog")' in stock and "no pipeline of this family reads" in stock

@@ -235,10 +235,6 @@ def test_half_precision_tables_take_float32_rows() -> None:
 @pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])
 def test_what_follows_a_new_token_reaches_the_pooled_prompt(make) -> None:
     family = family_of(make().components)
-    for encoder in family.text_encoders.values():
-        for module in encoder.modules():
-            if hasattr(module, "eos_token_id"):  # as in the true configurations
-                module.eos_token_id = module.config.eos_token_id = 2
     pooled = "pooled_prompt_embeds"
     plain = family.encode_prompts(["a dog"])[pooled]
     for dictionary in family.token_dictionaries():
@@ -250,3 +246,25 @@ def test_what_follows_a_new_token_reaches_the_pooled_prompt(make) -> None:
     for dictionary in family.token_dictionaries():
         remove_tokens(dictionary, ["<rex>"])
     assert torch.equal(family.encode_prompts(["a dog"])[pooled], plain)
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])
+def test_where_an_encoder_pools_is_restored_also_beside_the_tokens_of_others(make) -> None:
+    family = family_of(make().components)
+    for dictionary in family.token_dictionaries():
+        dictionary.tokenizer.add_tokens(["<mine>"])
+        dictionary.text_encoder.resize_token_embeddings(len(dictionary.tokenizer))
+        config = dictionary.text_encoder.config
+        add_tokens(dictionary, ["<rex>"], initial_rows(dictionary, "dog", 1, 0))
+        add_tokens(dictionary, ["<tom>"], initial_rows(dictionary, "dog", 1, 0))
+        assert ends(dictionary) == {dictionary.tokenizer.eos_token_id}
+        remove_tokens(dictionary, ["<rex>"])
+        assert ends(dictionary) == {dictionary.tokenizer.eos_token_id}
+        remove_tokens(dictionary, ["<tom>"])
+        assert ends(dictionary) == {2} and config.eos_token_id == 2
+
+
+def ends(dictionary) -> set[int]:
+    encoder = dictionary.text_encoder
+    owners = [m for m in encoder.modules() if hasattr(m, "eos_token_id")]
+    return {each.eos_token_id for each in (*owners, encoder.config)}

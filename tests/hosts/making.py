@@ -100,6 +100,9 @@ def everything(pipe: Any) -> dict[str, Any]:
                 if hasattr(m, "active_adapters") and hasattr(m, "lora_A")
             }
             found[f"{key} config"] = str(part.config)
+            found[f"{key} ends"] = [
+                m.eos_token_id for m in part.modules() if hasattr(m, "eos_token_id")
+            ]
         elif hasattr(part, "get_vocab"):
             state = json.loads(part.backend_tokenizer.to_str())
             del state["truncation"], state["padding"]  # of the latest call

@@ -23,6 +23,7 @@ from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffus
     StableDiffusion3AutoBlocks,
 )
 
+from customize.concepts.concept import Concept
 from customize.errors import PipelineError
 from customize.families import family_of
 from tests.hosts.making import MAKERS, PROMPT, assert_same, concept, draw, everything, user_lora
@@ -125,7 +126,7 @@ def test_saving_beside_the_weights_is_refused_and_writes_nothing(make, tmp_path)
 def test_another_pipeline_of_the_same_models_does_not_save_them_wrapped(make, tmp_path):
     pipe = make()
     pipe.load_custom(concept(pipe))
-    other = type(pipe)._customize_stock(**pipe.components)
+    other = type(pipe)(**pipe.components)
     with pytest.raises(PipelineError, match=r"concepts rex are attached beside.*fuse=True"):
         other.save_pretrained(tmp_path / "saved")
     pipe.load_custom(weights={"rex": 1.0}, fuse=True)
@@ -176,7 +177,7 @@ def test_what_is_saved_with_fused_concepts_opens_in_stock_diffusers(make, tmp_pa
 
 
 @modes
-def test_modular_pipelines(fuse):
+def test_modular_pipelines(fuse, tmp_path):
     standard = MAKERS["sd3"]()
     rex = concept(standard)
     pipe = StableDiffusion3AutoBlocks().init_pipeline()
@@ -193,9 +194,59 @@ def test_modular_pipelines(fuse):
     assert pipe.load_custom(rex, fuse=fuse) is pipe
     assert [row.name for row in pipe.custom.rows] == ["rex"]
     assert standard.custom.rows == pipe.custom.rows
+    if not fuse:
+        with pytest.raises(PipelineError, match="concepts rex are attached beside"):
+            pipe.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
     picture = draw_modular()
     assert not np.allclose(picture, base, atol=1e-3)
     assert np.array_equal(picture, draw_modular(PROMPT.replace("<rex>", "<rex> <rex>_1")))
     pipe.unload_custom()
     assert np.array_equal(draw_modular(), base)
     assert_same(before, everything(pipe))
+
+
+@both
+def test_no_pipeline_of_the_same_models_fuses_concepts_into_them(make):
+    pipe = make()
+    plain = everything(pipe)
+    pipe.load_custom(concept(pipe))
+    other = IMG2IMG[family_of(pipe.components).name].from_pipe(pipe)
+    before = everything(pipe)
+    for call in (
+        lambda: other.fuse_lora(),
+        lambda: other.fuse_lora(components=["text_encoder"]),
+        lambda: family_of(pipe.components).denoiser.fuse_lora(),
+    ):
+        with pytest.raises(PipelineError, match=r"unload_custom could not.*fuse=True"):
+            call()
+    assert_same(before, everything(pipe))
+    pipe.unload_custom()
+    assert_same(plain, everything(pipe))
+
+
+@both
+def test_a_refused_save_writes_nothing_whichever_pipeline_is_asked(make, tmp_path):
+    pipe = make()
+    pipe.load_custom(concept(pipe))
+    fresh = {family_of(pipe.components).denoiser_key: family_of(make().components).denoiser}
+    for other in (
+        IMG2IMG[family_of(pipe.components).name].from_pipe(pipe),
+        type(pipe)(**{**pipe.components, **fresh}),  # only its text encoders are wrapped
+    ):
+        with pytest.raises(PipelineError, match=r"concepts rex are attached beside.*fuse=True"):
+            other.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+
+
+def test_unloading_through_one_pipeline_gives_all_of_them_their_class_back():
+    pipe = MAKERS["sd"]()
+    stock = type(pipe)
+    rex = concept(pipe)
+    layers = len(family_of(pipe.components).cross_attention_layers())
+    rows = {key: own[:, None].repeat(1, layers, 1) for key, own in rex.embeddings.items()}
+    info = rex.info.model_copy(update={"token_layers": layers})
+    pipe.load_custom(Concept(info, rex.products, rows))
+    assert type(pipe) is not stock and isinstance(pipe, stock)
+    IMG2IMG["sd"].from_pipe(pipe).unload_custom()
+    assert type(pipe) is stock

@@ -133,6 +133,8 @@ def test_a_shared_model_is_layered_for_all_its_pipelines() -> None:
 
     assert other.encode_prompt(PROMPT, "cpu", 1, True)[0].shape == (1, WHOLE, 32)
     drawn = redraw(PROMPT, negative_prompt="a dog", clip_skip=None)
+    customize.load_custom(other, weights={"rex": 1.0})  # then also in the negative prompt alone
+    assert redraw("a cup", negative_prompt="<rex>").shape == (1, 32, 32, 3)
     customize.unload_custom(pipe)
     customize.load_custom(pipe, layered(pipe, spread=0.0))
     assert np.abs(redraw(PROMPT, negative_prompt="a dog") - drawn).max() > 1e-3
@@ -226,6 +228,19 @@ def test_tokenizer_serves_other_callers_as_ever() -> None:
     wide = tokenizer(["a <rex>", "a dog"], **asked)
     assert wide.input_ids.shape == wide.attention_mask.shape == (2, WHOLE)
     assert torch.equal(copied(["a <rex>", "a dog"], **asked).input_ids, wide.input_ids)
+
+
+def test_a_users_token_around_a_trigger_is_worded_alike_for_all_layers() -> None:
+    pipe = tiny_sd()
+    pipe.load_textual_inversion({"<rex>-style": torch.ones(1, 32)})
+    customize.load_custom(pipe, layered(pipe))
+    asked = {"padding": "max_length", "max_length": CLIP_LENGTH, "return_tensors": "pt"}
+    ids = pipe.tokenizer("<rex> <rex>-style", **asked).input_ids.reshape(LAYERS, -1)
+    style = pipe.tokenizer.convert_tokens_to_ids("<rex>-style")
+    assert (ids == style).sum(1).tolist() == [1] * LAYERS
+    for layer in range(LAYERS):
+        first = pipe.tokenizer.convert_tokens_to_ids(f"<rex@{layer}>")
+        assert ids[layer, 1:3].tolist() == [first, first + 1]
 
 
 def hooks_of(pipe: Any) -> dict[str, tuple[int, int]]:

@@ -11,8 +11,8 @@ import customize
 from customize.concepts.tokens import expand
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
+from customize.hosts import change as hosts_change
 from customize.hosts import fusing as hosts_fusing
-from customize.hosts import load as hosts_load
 from tests.concepts.making import learn
 from tests.hosts.making import (
     MAKERS,
@@ -142,6 +142,9 @@ def test_paths_and_files(tmp_path):
     assert np.array_equal(draw(pipe), draw(other))
     with pytest.raises(ConceptError):
         pipe.load_custom(tmp_path / "nothing")
+    single = MAKERS["sd"]()
+    single.load_custom(rex.save(tmp_path / "rex.safetensors"))
+    assert np.array_equal(draw(pipe), draw(single))
 
 
 @both
@@ -193,9 +196,9 @@ def test_a_failed_call_changes_nothing(make, fuse):
 @pytest.mark.parametrize(
     ("fuse", "step", "call"),
     [
-        (False, "load.attach_products", 2),
-        (False, "load.add_tokens", 1),
-        (True, "load.expand_triggers", 1),
+        (False, "change.attach_products", 2),
+        (False, "change.add_tokens", 1),
+        (True, "change.expand_triggers", 1),
         (True, "fusing.product", 5),
     ],
 )
@@ -206,7 +209,7 @@ def test_a_failure_in_the_middle_is_undone(make, attached, fuse, step, call, mon
     before = everything(pipe)
     tom = concept(pipe, "tom", index=1)
     module, name = step.split(".")
-    real = getattr({"load": hosts_load, "fusing": hosts_fusing}[module], name)
+    real = getattr({"change": hosts_change, "fusing": hosts_fusing}[module], name)
     calls = []
 
     def failing(*args, **kwargs):

@@ -34,6 +34,7 @@ pipe.load_textual_inversion(
 pipe.load_textual_inversion(
     rows["clip_g"], token="<rex>", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
 )
+pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
 noise = torch.Generator().manual_seed(1)
 picture = pipe(sys.argv[2], num_inference_steps=2, generator=noise, output_type="np").images[0]
 np.save(sys.argv[3], picture)

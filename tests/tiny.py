@@ -12,6 +12,8 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -125,6 +127,18 @@ def _ddim(prediction: Prediction) -> DDIMScheduler:
     )
 
 
+def _t5_config(vocabulary: int) -> T5Config:
+    return T5Config(
+        vocab_size=vocabulary,
+        d_model=48,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+
+
 def tiny_sd(prediction: Prediction = "epsilon") -> StableDiffusionPipeline:
     """Stable Diffusion with attention of widths 16 and 32 and a CLIP of width 32.
 
@@ -228,17 +242,7 @@ def tiny_sd3(t5: bool = True) -> StableDiffusion3Pipeline:
             dual_attention_layers=(0,),
             qk_norm="rms_norm",
         )
-        text_encoder_3 = T5EncoderModel(
-            T5Config(
-                vocab_size=len(tokenizer_3),
-                d_model=48,
-                d_kv=8,
-                d_ff=64,
-                num_layers=1,
-                num_heads=2,
-                feed_forward_proj="gated-gelu",
-            )
-        )
+        text_encoder_3 = T5EncoderModel(_t5_config(len(tokenizer_3)))
     pipe = StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -249,6 +253,45 @@ def tiny_sd3(t5: bool = True) -> StableDiffusion3Pipeline:
         tokenizer_2=tokenizer_2,
         text_encoder_3=text_encoder_3.eval() if t5 else None,
         tokenizer_3=tokenizer_3 if t5 else None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_flux(guidance: bool = True) -> FluxPipeline:
+    """FLUX.1 with a transformer of width 32, a CLIP of 16 and a T5 of 48.
+
+    With `guidance` it is made like dev: the guidance scale is an input, and the shift grows with
+    the picture. Without, like schnell.
+    """
+    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        text_encoder = CLIPTextModel(_clip_config(tokenizer, 16))
+        vae = _vae(scaling_factor=1.5, shift_factor=0.06)
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance,
+            axes_dims_rope=(4, 6, 6),
+        )
+        text_encoder_2 = T5EncoderModel(_t5_config(len(tokenizer_2)))
+    pipe = FluxPipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance
+        ),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer_2=tokenizer_2,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -98,20 +98,19 @@ def draw(
         conditions: name -> (batch, ...), as the family encodes prompts.
         empty: what guidance leads away from, of batch 1; see ``family.unconditional``.
         shape: (channels, height, width) of latents.
-        guidance: scale; 1 does without.
+        guidance: scale; 1 does without. Denoisers that take it as an input are called just once.
         seeds: one for each picture; it alone fixes the starting noise, on every device.
         autocast: makes the context of the denoiser's calls.
     """
     device, count = family.denoiser.device, len(seeds)
-    scheduler = type(family.scheduler).from_config(family.scheduler.config)
-    scheduler.set_timesteps(steps, device=device)
+    scheduler = family.schedule(steps, shape, device)
     extra: dict[str, Any] = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         extra["generator"] = Generator().manual_seed(stream_seed("sampler", *seeds))
 
     noise = [torch.randn(*shape, generator=Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    guided = guidance != 1.0
+    guided = guidance != 1.0 and not family.guidance_is_an_input
     if guided:
         conditions = {
             k: torch.cat([empty[k].expand(count, *v.shape[1:]), v]) for k, v in conditions.items()
@@ -122,7 +121,7 @@ def draw(
             scaled = scheduler.scale_model_input(latents, t)
         with autocast():
             batch = torch.cat([scaled, scaled]) if guided else scaled
-            answer = family.predict(batch, t.expand(len(batch)), conditions).float()
+            answer = family.predict(batch, t.expand(len(batch)), conditions, guidance).float()
         if guided:
             plain, asked = answer.chunk(2)
             answer = plain + guidance * (asked - plain)

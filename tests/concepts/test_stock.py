@@ -14,7 +14,7 @@ import torch
 from customize.concepts.concept import Concept
 from customize.concepts.files import write_single
 from tests.concepts.making import learn
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -25,14 +25,16 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 warnings.filterwarnings("ignore", category=FutureWarning)
 import numpy as np, torch
 from pathlib import Path
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
 
 def draw(pipe, prompt):
     noise = torch.Generator().manual_seed(1)
-    return pipe(prompt, num_inference_steps=2, generator=noise, output_type="np").images[0]
+    size = {"height": 32, "width": 32}
+    call = {"num_inference_steps": 2, "output_type": "np"} | size
+    return pipe(prompt, generator=noise, **call).images[0]
 
 for name in ("orthogonal", "lora", "layerwise"):
     pipe = tiny_sd()
@@ -48,13 +50,20 @@ np.save(root / "single.npy", draw(pipe, sys.argv[2]))
 pipe = tiny_sd3()
 pipe.load_lora_weights(str(root / "sd3"))
 np.save(root / "sd3.npy", draw(pipe, "a photo of a dog"))
+
+pipe = tiny_flux()
+pipe.load_lora_weights(str(root / "flux"))
+pipe.load_textual_inversion(str(root / "flux"))
+np.save(root / "flux.npy", draw(pipe, sys.argv[2]))
 assert "customize" not in sys.modules
 """
 
 
 def draw(pipe, prompt: str) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
-    return pipe(prompt, num_inference_steps=2, generator=noise, output_type="np").images[0]
+    size = {"height": 32, "width": 32}
+    call = {"num_inference_steps": 2, "output_type": "np"} | size
+    return pipe(prompt, generator=noise, **call).images[0]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +88,10 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     _, _, concept = learn(pipe3, alpha=2.0)
     concept.save(root / "sd3")
     ours["sd3"] = draw(pipe3, "a photo of a dog")
+    flux = tiny_flux()
+    _, _, concept = learn(flux)
+    concept.save(root / "flux")
+    ours["flux"] = draw(flux, PROMPT)
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(root), PROMPT],
         cwd=Path(__file__).parents[2],
@@ -91,7 +104,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (picture, np.load(root / f"{name}.npy")) for name, picture in ours.items()}
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "lora", "single", "layerwise", "sd3"])
+@pytest.mark.parametrize("name", ["orthogonal", "lora", "single", "layerwise", "sd3", "flux"])
 def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:
     ours, stock = pictures[name]
     assert ours.shape == stock.shape

@@ -19,6 +19,7 @@ SMALL: dict[str, Any] = {
     "name": "rex",
     "class_word": "dog",
     "rank": 4,
+    "resolution": 32,
     "steps": 12,
     "batch_size": 2,
     "learning_rate": 1e-2,

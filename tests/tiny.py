@@ -10,10 +10,13 @@ from typing import Literal
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -26,6 +29,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -81,6 +87,22 @@ def t5_tokenizer() -> T5Tokenizer:
     pieces += [(SPACE + word, -2.0) for word in WORDS]
     pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz<>_,."]
     return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A Qwen2 byte-pair tokenizer in which each of WORDS is one token."""
+    letters = sorted(ByteLevel.alphabet())
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        pieces = ["\u0120", *word]  # how byte-level tokenizers write a space
+        while len(pieces) > 1:
+            merges[pieces[0], pieces[1]] = None
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    tokens = [*letters, *(left + right for left, right in merges), "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    made = Qwen2Tokenizer(vocab=vocab, merges=list(merges))
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return made
 
 
 def _clip_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
@@ -292,6 +314,66 @@ def tiny_flux(guidance: bool = True) -> FluxPipeline:
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2.eval(),
         tokenizer_2=tokenizer_2,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_qwen_image() -> QwenImagePipeline:
+    """Qwen-Image with a transformer of width 32, an LLM of 16 and an autoencoder of videos."""
+    tokenizer = qwen_tokenizer()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        text_encoder = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config={
+                    "vocab_size": len(tokenizer),
+                    "hidden_size": 16,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "rope_parameters": {
+                        "mrope_section": [1, 1, 2],
+                        "rope_type": "default",
+                        "rope_theta": 1e6,
+                    },
+                },
+                vision_config={
+                    "depth": 1,
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_heads": 2,
+                    "out_hidden_size": 16,
+                },
+            )
+        )
+        vae = AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[0.5, 0.6, 0.7, 0.8],
+        )
+        transformer = QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 6, 6),
+        )
+    pipe = QwenImagePipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02
+        ),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

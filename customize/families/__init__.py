@@ -8,6 +8,7 @@ from typing import Any
 from customize.errors import PipelineError
 from customize.families.base import Family, TokenDictionary, class_name
 from customize.families.flux import Flux
+from customize.families.qwen_image import QwenImage
 from customize.families.sd import StableDiffusion
 from customize.families.sd3 import StableDiffusion3
 from customize.families.sdxl import StableDiffusionXL
@@ -15,7 +16,8 @@ from customize.families.sdxl import StableDiffusionXL
 __all__ = ["FAMILIES", "Family", "TokenDictionary", "family_of"]
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
+    family.name: family
+    for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, QwenImage)
 }
 
 

@@ -210,6 +210,14 @@ class Family(ABC):
         """
         return dict(empty)
 
+    def guide(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance (arXiv 2207.12598) as the pipeline has it.
+
+        Args:
+            plain, asked: the denoiser's answers without and with the prompt.
+        """
+        return plain + scale * (asked - plain)
+
     def token_dictionaries(self) -> list[TokenDictionary]:
         """The vocabularies that a new token must join, one for each CLIP text encoder."""
         return [
@@ -357,6 +365,21 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
         max_length=length,
         truncation=True,
         return_tensors="pt",
+    )
+
+
+def padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of different lengths as one tensor, with zeros behind the shorter ones.
+
+    Args:
+        rows: each (length, ...).
+
+    Returns:
+        (len(rows), longest, ...).
+    """
+    longest = max(len(row) for row in rows)
+    return torch.stack(
+        [torch.cat([row, row.new_zeros(longest - len(row), *row.shape[1:])]) for row in rows]
     )
 
 

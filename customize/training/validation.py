@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from customize.errors import StorageError
-from customize.families.base import Family
+from customize.families.base import Family, padded
 from customize.training.batches import stream_seed
 from customize.training.cache import Encode
 from customize.training.config import TrainConfig
@@ -113,7 +113,8 @@ def draw(
     guided = guidance != 1.0 and not family.guidance_is_an_input
     if guided:
         conditions = {
-            k: torch.cat([empty[k].expand(count, *v.shape[1:]), v]) for k, v in conditions.items()
+            k: padded([*empty[k].expand(count, *empty[k].shape[1:]), *v])
+            for k, v in conditions.items()
         }
     for t in scheduler.timesteps:
         scaled = latents
@@ -123,8 +124,7 @@ def draw(
             batch = torch.cat([scaled, scaled]) if guided else scaled
             answer = family.predict(batch, t.expand(len(batch)), conditions, guidance).float()
         if guided:
-            plain, asked = answer.chunk(2)
-            answer = plain + guidance * (asked - plain)
+            answer = family.guide(*answer.chunk(2), guidance)
         latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
     return to_pictures(family, latents)
 

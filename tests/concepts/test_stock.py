@@ -14,7 +14,7 @@ import torch
 from customize.concepts.concept import Concept
 from customize.concepts.files import write_single
 from tests.concepts.making import learn
-from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
+from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 warnings.filterwarnings("ignore", category=FutureWarning)
 import numpy as np, torch
 from pathlib import Path
-from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
+from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
@@ -55,6 +55,10 @@ pipe = tiny_flux()
 pipe.load_lora_weights(str(root / "flux"))
 pipe.load_textual_inversion(str(root / "flux"))
 np.save(root / "flux.npy", draw(pipe, sys.argv[2]))
+
+pipe = tiny_qwen_image()
+pipe.load_lora_weights(str(root / "qwen"))
+np.save(root / "qwen.npy", draw(pipe, sys.argv[2]))
 assert "customize" not in sys.modules
 """
 
@@ -92,6 +96,10 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     _, _, concept = learn(flux)
     concept.save(root / "flux")
     ours["flux"] = draw(flux, PROMPT)
+    qwen = tiny_qwen_image()
+    _, _, concept = learn(qwen)
+    concept.save(root / "qwen")
+    ours["qwen"] = draw(qwen, PROMPT)
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(root), PROMPT],
         cwd=Path(__file__).parents[2],
@@ -104,7 +112,9 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (picture, np.load(root / f"{name}.npy")) for name, picture in ours.items()}
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "lora", "single", "layerwise", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "name", ["orthogonal", "lora", "single", "layerwise", "sd3", "flux", "qwen"]
+)
 def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:
     ours, stock = pictures[name]
     assert ours.shape == stock.shape

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from customize.errors import PipelineError
@@ -187,6 +192,16 @@ def test_flux_1(guidance: bool) -> None:
     assert set(targets.values()) == {(3072, 3072)}
     assert len(family.adapter_targets("text_encoder")) == 48
     assert family.guidance_is_an_input is guidance
+    assert_shapes_are_the_weights(family)
+
+
+def test_qwen_image() -> None:
+    with torch.device("meta"):
+        denoiser = QwenImageTransformer2DModel()
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    assert len(targets) == 60 * 8
+    assert set(targets.values()) == {(3072, 3072)}
     assert_shapes_are_the_weights(family)
 
 

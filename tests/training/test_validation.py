@@ -4,7 +4,7 @@ import torch
 
 from customize.families import family_of
 from customize.training.validation import draw, log_pictures, save_row
-from tests.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl
 from tests.training.runs import picture
 
 MAKERS = {
@@ -13,6 +13,7 @@ MAKERS = {
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
     "flux-dev": tiny_flux,
+    "qwen_image": tiny_qwen_image,
 }
 
 
@@ -40,12 +41,13 @@ def test_pictures_are_those_of_the_pipeline(make, guidance):
         noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
         # What has the guidance as an input needs no second prompt.
         away = {} if family.guidance_is_an_input else empty
+        scale = "true_cfg_scale" if family.name == "qwen_image" else "guidance_scale"
         expected = pipe(
             **asked,
             **{f"negative_{k}": v for k, v in away.items()},
             latents=family.pack(noise),
             num_inference_steps=4,
-            guidance_scale=guidance,
+            **{scale: guidance},
             height=32,
             width=32,
         ).images[0]

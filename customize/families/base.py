@@ -55,6 +55,8 @@ class Family(ABC):
     attention_projections: ClassVar[re.Pattern[str]]
     #: Component names of the CLIP text encoders, and each one's tokenizer.
     clip_encoders: ClassVar[dict[str, str]]
+    #: The guidance scale at which the pipeline leaves out the empty prompt.
+    no_guidance: ClassVar[float] = 1.0
     #: Component names of text encoders that take neither adapters nor new tokens.
     other_encoders: ClassVar[tuple[str, ...]] = ()
 
@@ -215,6 +217,7 @@ class Family(ABC):
 
         Args:
             plain, asked: the denoiser's answers without and with the prompt.
+            scale: as the pipeline counts it; see :attr:`no_guidance`.
         """
         return plain + scale * (asked - plain)
 
@@ -372,11 +375,13 @@ def padded(rows: Sequence[Tensor]) -> Tensor:
     """Rows of different lengths as one tensor, with zeros behind the shorter ones.
 
     Args:
-        rows: each (length, ...).
+        rows: each (length, ...), or all single numbers.
 
     Returns:
         (len(rows), longest, ...).
     """
+    if not rows[0].ndim:
+        return torch.stack(list(rows))
     longest = max(len(row) for row in rows)
     return torch.stack(
         [torch.cat([row, row.new_zeros(longest - len(row), *row.shape[1:])]) for row in rows]

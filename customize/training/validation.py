@@ -98,7 +98,8 @@ def draw(
         conditions: name -> (batch, ...), as the family encodes prompts.
         empty: what guidance leads away from, of batch 1; see ``family.unconditional``.
         shape: (channels, height, width) of latents.
-        guidance: scale; 1 does without. Denoisers that take it as an input are called just once.
+        guidance: scale, as the pipeline counts it. Denoisers that take it as an input are called
+            just once.
         seeds: one for each picture; it alone fixes the starting noise, on every device.
         autocast: makes the context of the denoiser's calls.
     """
@@ -110,7 +111,7 @@ def draw(
 
     noise = [torch.randn(*shape, generator=Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    guided = guidance != 1.0 and not family.guidance_is_an_input
+    guided = guidance != family.no_guidance and not family.guidance_is_an_input
     if guided:
         conditions = {
             k: padded([*empty[k].expand(count, *empty[k].shape[1:]), *v])
@@ -124,7 +125,8 @@ def draw(
             batch = torch.cat([scaled, scaled]) if guided else scaled
             answer = family.predict(batch, t.expand(len(batch)), conditions, guidance).float()
         if guided:
-            answer = family.guide(*answer.chunk(2), guidance)
+            plain, asked = answer.chunk(2)
+            answer = family.guide(plain, asked, guidance)
         latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
     return to_pictures(family, latents)
 

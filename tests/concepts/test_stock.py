@@ -14,7 +14,7 @@ import torch
 from customize.concepts.concept import Concept
 from customize.concepts.files import write_single
 from tests.concepts.making import learn
-from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3
+from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_z_image
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 warnings.filterwarnings("ignore", category=FutureWarning)
 import numpy as np, torch
 from pathlib import Path
-from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3
+from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_z_image
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
@@ -59,6 +59,10 @@ np.save(root / "flux.npy", draw(pipe, sys.argv[2]))
 pipe = tiny_qwen_image()
 pipe.load_lora_weights(str(root / "qwen"))
 np.save(root / "qwen.npy", draw(pipe, sys.argv[2]))
+
+pipe = tiny_z_image()
+pipe.load_lora_weights(str(root / "z_image"))
+np.save(root / "z_image.npy", draw(pipe, sys.argv[2]))
 assert "customize" not in sys.modules
 """
 
@@ -100,6 +104,10 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     _, _, concept = learn(qwen)
     concept.save(root / "qwen")
     ours["qwen"] = draw(qwen, PROMPT)
+    z_image = tiny_z_image()
+    _, _, concept = learn(z_image)
+    concept.save(root / "z_image")
+    ours["z_image"] = draw(z_image, PROMPT)
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(root), PROMPT],
         cwd=Path(__file__).parents[2],
@@ -113,7 +121,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["orthogonal", "lora", "single", "layerwise", "sd3", "flux", "qwen"]
+    "name", ["orthogonal", "lora", "single", "layerwise", "sd3", "flux", "qwen", "z_image"]
 )
 def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:
     ours, stock = pictures[name]

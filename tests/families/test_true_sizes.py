@@ -12,6 +12,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -202,6 +203,16 @@ def test_qwen_image() -> None:
     targets = family.adapter_targets("transformer")
     assert len(targets) == 60 * 8
     assert set(targets.values()) == {(3072, 3072)}
+    assert_shapes_are_the_weights(family)
+
+
+def test_z_image() -> None:
+    with torch.device("meta"):
+        denoiser = ZImageTransformer2DModel()
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    assert len(targets) == (30 + 2 + 2) * 4
+    assert set(targets.values()) == {(3840, 3840)}
     assert_shapes_are_the_weights(family)
 
 

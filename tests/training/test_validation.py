@@ -4,7 +4,7 @@ import torch
 
 from customize.families import family_of
 from customize.training.validation import draw, log_pictures, save_row
-from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
 from tests.training.runs import picture
 
 MAKERS = {
@@ -14,7 +14,16 @@ MAKERS = {
     "sd3": tiny_sd3,
     "flux-dev": tiny_flux,
     "qwen_image": tiny_qwen_image,
+    "z_image": tiny_z_image,
 }
+
+
+def arguments(conditions):
+    """Conditions as the pipelines take them: of different lengths in a list."""
+    if "prompt_lengths" not in conditions:
+        return dict(conditions)
+    rows = zip(conditions["prompt_embeds"], conditions["prompt_lengths"], strict=True)
+    return {"prompt_embeds": [row[:length] for row, length in rows]}
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -43,8 +52,8 @@ def test_pictures_are_those_of_the_pipeline(make, guidance):
         away = {} if family.guidance_is_an_input else empty
         scale = "true_cfg_scale" if family.name == "qwen_image" else "guidance_scale"
         expected = pipe(
-            **asked,
-            **{f"negative_{k}": v for k, v in away.items()},
+            **arguments(asked),
+            **{f"negative_{k}": v for k, v in arguments(away).items()},
             latents=family.pack(noise),
             num_inference_steps=4,
             **{scale: guidance},

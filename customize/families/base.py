@@ -55,6 +55,8 @@ class Family(ABC):
     attention_projections: ClassVar[re.Pattern[str]]
     #: Component names of the CLIP text encoders, and each one's tokenizer.
     clip_encoders: ClassVar[dict[str, str]]
+    #: The guidance scale at which the pipeline leaves out the empty prompt.
+    no_guidance: ClassVar[float] = 1.0
     #: Component names of text encoders that take neither adapters nor new tokens.
     other_encoders: ClassVar[tuple[str, ...]] = ()
 
@@ -85,8 +87,12 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def timesteps(self, u: Tensor) -> Tensor:
-        """(batch,) draws in (0, 1), 1 being all noise, to (batch,) timesteps of the denoiser."""
+    def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
+        """(batch,) draws in (0, 1), 1 being all noise, to (batch,) timesteps of the denoiser.
+
+        Args:
+            shape: (channels, height, width) of the latents, by which some models shift them.
+        """
 
     @abstractmethod
     def noisy_latents(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -105,8 +111,14 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def predict(self, noisy: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """Call the denoiser once, without guidance.
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Call the denoiser once, without classifier-free guidance.
 
         Everything is cast to the denoiser's dtype, so it works with and without autocast.
 
@@ -114,6 +126,8 @@ class Family(ABC):
             noisy: (batch, channels, height, width), any floating dtype, on the denoiser's device.
             t: (batch,), from :meth:`timesteps`.
             conditions: as :meth:`encode_prompts` gives, batch first.
+            guidance: the scale that denoisers with :attr:`guidance_is_an_input` take; at 1 they
+                answer what data are like, as training targets are.
 
         Returns:
             noisy's shape, in the dtype that the denoiser computes in.
@@ -166,6 +180,30 @@ class Family(ABC):
         """Component name -> text encoder, for every one: all that there is to move or free."""
         return self._present((*self.clip_encoders, *self.other_encoders))
 
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents as the pipeline and the denoiser hold them, for its argument ``latents=``."""
+        return latents
+
+    def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of :meth:`pack`, for latents of this height and width."""
+        return packed
+
+    @property
+    def guidance_is_an_input(self) -> bool:
+        """Whether the denoiser was distilled to take the guidance scale as an input; then there is
+        no second call for the empty prompt."""
+        return False
+
+    def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
+        """A new scheduler like the pipeline's, set to so many steps as the pipeline sets it.
+
+        Args:
+            shape: (channels, height, width) of the latents.
+        """
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler
+
     def unconditional(self, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the pipeline guides away from where no negative prompt is given.
 
@@ -173,6 +211,15 @@ class Family(ABC):
             empty: the conditions of the empty prompt.
         """
         return dict(empty)
+
+    def guide(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance (arXiv 2207.12598) as the pipeline has it.
+
+        Args:
+            plain, asked: the denoiser's answers without and with the prompt.
+            scale: as the pipeline counts it; see :attr:`no_guidance`.
+        """
+        return plain + scale * (asked - plain)
 
     def token_dictionaries(self) -> list[TokenDictionary]:
         """The vocabularies that a new token must join, one for each CLIP text encoder."""
@@ -298,8 +345,13 @@ class Family(ABC):
     def _present(self, keys: tuple[str, ...]) -> dict[str, nn.Module]:
         return {key: self.components[key] for key in keys if self.components.get(key) is not None}
 
+    @property
+    def _latent_channels(self) -> int:
+        """How many channels the denoiser takes."""
+        return self.denoiser.config.in_channels
+
     def _check_channels(self, noisy: Tensor) -> None:
-        takes = self.denoiser.config.in_channels
+        takes = self._latent_channels
         if noisy.shape[1] != takes:
             raise PipelineError(
                 f"the denoiser takes {takes} channels where latents have {noisy.shape[1]}",
@@ -316,6 +368,23 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
         max_length=length,
         truncation=True,
         return_tensors="pt",
+    )
+
+
+def padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of different lengths as one tensor, with zeros behind the shorter ones.
+
+    Args:
+        rows: each (length, ...), or all single numbers.
+
+    Returns:
+        (len(rows), longest, ...).
+    """
+    if not rows[0].ndim:
+        return torch.stack(list(rows))
+    longest = max(len(row) for row in rows)
+    return torch.stack(
+        [torch.cat([row, row.new_zeros(longest - len(row), *row.shape[1:])]) for row in rows]
     )
 
 

@@ -34,7 +34,13 @@ class StableDiffusion(UNetFamily):
         hidden = encoder(sent(tokens.input_ids, encoder.device), attention_mask=mask)[0]
         return {"prompt_embeds": hidden.to(encoder.dtype)}
 
-    def predict(self, noisy: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
         self._check_channels(noisy)
         dtype = self._denoiser_dtype
         prompt_embeds = conditions["prompt_embeds"].to(dtype)

@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5: a multimodal transformer with rectified flow (arXiv 2403.03206).
 
 Two CLIP text encoders with projections give half of the prompt and the pooled condition, T5, which
-may be left out, the other half. A level of noise is sigma in (0, 1); the denoiser takes 1000 sigma.
+may be left out, the other half.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from customize.core import objectives
-from customize.errors import ConfigError, PipelineError
-from customize.families.base import Family, class_name, ones_like_batch, sent, tokenize
+from customize.families.base import class_name, sent, tokenize
+from customize.families.flow import FlowFamily
 
 #: How many T5 tokens the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 256
 
 
-class StableDiffusion3(Family):
+class StableDiffusion3(FlowFamily):
     """SD3Transformer2DModel, two CLIPTextModelWithProjection, T5 or None, AutoencoderKL, and a
-    flow-matching scheduler with a fixed shift."""
+    flow-matching scheduler."""
 
     name = "sd3"
     denoiser_key = "transformer"
-    default_density = "logit_normal"
     # attn2 is the picture's second attention in the first blocks of SD3.5-medium.
     attention_projections = re.compile(
         r"transformer_blocks\.\d+\.attn2?\."
@@ -55,31 +53,13 @@ class StableDiffusion3(Family):
             "pooled_prompt_embeds": torch.cat([pooled for _, pooled in clips], dim=-1),
         }
 
-    def timesteps(self, u: Tensor) -> Tensor:
-        """float32 in (0, train timesteps): sigma after the scheduler's shift, which the pipeline
-        also applies to its evenly spaced levels.
-
-        Raises:
-            PipelineError: the scheduler's shift is not a fixed number.
-        """
-        return objectives.shift(u.float(), self._shift) * self._train_timesteps
-
-    def noisy_latents(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return objectives.flow_noisy(latents, noise, t / self._train_timesteps)
-
-    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return objectives.flow_target(latents, noise)
-
-    def loss_weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
-        if min_snr_gamma is not None:
-            raise ConfigError(
-                "min-SNR weighting is for DDPM models; flow matching weights by its density",
-                where=f"family {self.name}",
-                fix="leave min-SNR out, and choose a timestep density instead",
-            )
-        return ones_like_batch(t)
-
-    def predict(self, noisy: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
         self._check_channels(noisy)
         transformer = self.denoiser
         dtype = self._denoiser_dtype
@@ -95,8 +75,12 @@ class StableDiffusion3(Family):
     def latent_multiple(self) -> int:
         return self._vae_factor * self.denoiser.config.patch_size
 
-    def cross_attention_layers(self) -> list[str]:
-        return []
+    def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
+        # Unlike later pipelines, this one leaves the spacing of levels to its scheduler.
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        extra = {"mu": self._mu(shape)} if self._is_dynamic else {}
+        scheduler.set_timesteps(steps, device=device, **extra)
+        return scheduler
 
     def _latent_scaling(self) -> tuple[float, float]:
         config = self.vae.config
@@ -120,20 +104,3 @@ class StableDiffusion3(Family):
         tokens = tokenize(self._part("tokenizer_3"), prompts, MAX_SEQUENCE_LENGTH)
         hidden = encoder(sent(tokens.input_ids, encoder.device))[0]
         return hidden.to(like.device, encoder.dtype)
-
-    @property
-    def _train_timesteps(self) -> int:
-        return self.scheduler.config.num_train_timesteps
-
-    @property
-    def _shift(self) -> float:
-        scheduler = self.scheduler
-        shift = getattr(scheduler, "shift", None)
-        if shift is None or scheduler.config.get("use_dynamic_shifting", False):
-            raise PipelineError(
-                "the scheduler has no fixed shift of sigmas to train with",
-                where=type(scheduler).__name__,
-                fix="use FlowMatchEulerDiscreteScheduler with use_dynamic_shifting=False and the "
-                "shift that the model came with (3 for Stable Diffusion 3)",
-            )
-        return float(shift)

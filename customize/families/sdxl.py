@@ -64,7 +64,13 @@ class StableDiffusionXL(UNetFamily):
             "pooled_prompt_embeds": outputs[-1].text_embeds,
         }
 
-    def predict(self, noisy: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
         self._check_channels(noisy)
         dtype = self._denoiser_dtype
         added = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +28,7 @@ class UNetFamily(Family):
         super().__init__(components)
         self._alphas_cumprod: Tensor | None = None
 
-    def timesteps(self, u: Tensor) -> Tensor:
+    def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """int64 in [0, train timesteps): every step has an equal share of (0, 1)."""
         count = self._alphas(u).shape[0]
         return (u.float() * count).long().clamp(0, count - 1)

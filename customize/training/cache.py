@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from customize.errors import PipelineError
-from customize.families.base import Family
+from customize.families.base import Family, padded
 from customize.training import data
 
 Conditions = Mapping[str, Tensor]
@@ -213,7 +213,8 @@ def from_cache(cache: Mapping[str, Conditions], captions: Sequence[str]) -> dict
 
     def look_up(distinct: Sequence[str]) -> dict[str, Tensor]:
         rows = [cache[caption] for caption in distinct]
-        return {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
+        # Families whose prompts differ in length have a mask for what is filled up.
+        return {k: padded([row[k][0] for row in rows]) for k in rows[0]}
 
     return encode_distinct(look_up, captions)
 

@@ -140,7 +140,7 @@ def train(
             setup.put_away(family, {"vae": family.vae}, free=free)
 
         # Prompts are encoded once, or at each step, by those encoders in which something trains.
-        live = config.train_tokens or config.train_text_encoder
+        live = (config.train_tokens or config.train_text_encoder) and bool(family.text_encoders)
         setup.place(family.all_text_encoders, device)
         resting = family.all_text_encoders
         if live:
@@ -265,7 +265,7 @@ def optimise(
                 drawn = draw_noise(generator, seed, mean.shape, density, config.noise_offset)
 
                 latents = mean + std * drawn.latents
-                t = family.timesteps(drawn.u)
+                t = family.timesteps(drawn.u, latents.shape[1:])
                 noisy = family.noisy_latents(latents, drawn.noise, t)
                 with autocast():
                     prediction = family.predict(noisy, t, encode(captions))

@@ -116,7 +116,7 @@ def facts(
         rank=config.rank,
         alpha=config.adapter_alpha,
         slices={str(width): list(columns) for width, columns in trainable.columns.items()},
-        num_tokens=config.num_tokens if config.train_tokens else 0,
+        num_tokens=config.num_tokens if trainable.rows else 0,
         token_layers=trainable.layers,
         training=dict(training),
     )

@@ -203,13 +203,15 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
     undo: list[Callable[[], None]] = []
     try:
         rows: dict[str, tokens.TrainableRows] = {}
-        entries = tokens.entries(config.trigger, config.num_tokens) if config.train_tokens else []
+        dictionaries = family.token_dictionaries() if config.train_tokens else []
+        # Without a dictionary the trigger stays a plain word of the prompt.
+        entries = tokens.entries(config.trigger, config.num_tokens) if dictionaries else []
         names, layers = entries, 0
         if config.layerwise_tokens:
             layers = len(layerwise.layers_of(family))
             names = layerwise.layer_entries(config.trigger, config.num_tokens, layers)
             undo += [hook.remove for hook in layerwise.read_by_layer(family)]
-        for dictionary in family.token_dictionaries() if entries else ():
+        for dictionary in dictionaries:
             # All layers start alike.
             start = _initial_rows(dictionary, config).repeat(layers or 1, 1)
             tokens.add_tokens(dictionary, names, start)
@@ -330,7 +332,9 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             where="validation_steps",
             fix=f"choose at most {most}",
         )
-    family.loss_weight(family.timesteps(torch.tensor([0.5])), config.min_snr_gamma)
+    side = resolution // family.latent_multiple
+    t = family.timesteps(torch.tensor([0.5]), (1, 2 * side, 2 * side))
+    family.loss_weight(t, config.min_snr_gamma)
     return resolution
 
 

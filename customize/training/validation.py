@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from customize.errors import StorageError
-from customize.families.base import Family
+from customize.families.base import Family, padded
 from customize.training.batches import stream_seed
 from customize.training.cache import Encode
 from customize.training.config import TrainConfig
@@ -98,23 +98,24 @@ def draw(
         conditions: name -> (batch, ...), as the family encodes prompts.
         empty: what guidance leads away from, of batch 1; see ``family.unconditional``.
         shape: (channels, height, width) of latents.
-        guidance: scale; 1 does without.
+        guidance: scale, as the pipeline counts it. Denoisers that take it as an input are called
+            just once.
         seeds: one for each picture; it alone fixes the starting noise, on every device.
         autocast: makes the context of the denoiser's calls.
     """
     device, count = family.denoiser.device, len(seeds)
-    scheduler = type(family.scheduler).from_config(family.scheduler.config)
-    scheduler.set_timesteps(steps, device=device)
+    scheduler = family.schedule(steps, shape, device)
     extra: dict[str, Any] = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         extra["generator"] = Generator().manual_seed(stream_seed("sampler", *seeds))
 
     noise = [torch.randn(*shape, generator=Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    guided = guidance != 1.0
+    guided = guidance != family.no_guidance and not family.guidance_is_an_input
     if guided:
         conditions = {
-            k: torch.cat([empty[k].expand(count, *v.shape[1:]), v]) for k, v in conditions.items()
+            k: padded([*empty[k].expand(count, *empty[k].shape[1:]), *v])
+            for k, v in conditions.items()
         }
     for t in scheduler.timesteps:
         scaled = latents
@@ -122,10 +123,10 @@ def draw(
             scaled = scheduler.scale_model_input(latents, t)
         with autocast():
             batch = torch.cat([scaled, scaled]) if guided else scaled
-            answer = family.predict(batch, t.expand(len(batch)), conditions).float()
+            answer = family.predict(batch, t.expand(len(batch)), conditions, guidance).float()
         if guided:
             plain, asked = answer.chunk(2)
-            answer = plain + guidance * (asked - plain)
+            answer = family.guide(plain, asked, guidance)
         latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
     return to_pictures(family, latents)
 

@@ -117,5 +117,6 @@ def learn(
         rank=4,
         alpha=alpha,
         slices={str(width): list(slice_) for width, slice_ in columns.items()},
+        num_tokens=2 if rows else 0,
     )
     return family, adapter, Concept(info, adapter.products(), rows)

@@ -51,7 +51,7 @@ def equal_states(a, b) -> bool:
 def call(family) -> torch.Tensor:
     conditions = family.encode_prompts(["a photo of a dog"])
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    t = family.timesteps(torch.tensor([0.5]))
+    t = family.timesteps(torch.tensor([0.5]), (4, 16, 16))
     return family.predict(latents, t, conditions)
 
 

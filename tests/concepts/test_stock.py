@@ -14,7 +14,14 @@ import torch
 from customize.concepts.concept import Concept
 from customize.concepts.files import write_single
 from tests.concepts.making import learn
-from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny import (
+    tiny_flux,
+    tiny_qwen_image,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_z_image,
+)
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -25,14 +32,23 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 warnings.filterwarnings("ignore", category=FutureWarning)
 import numpy as np, torch
 from pathlib import Path
-from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny import (
+    tiny_flux,
+    tiny_qwen_image,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_z_image,
+)
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
 
 def draw(pipe, prompt):
     noise = torch.Generator().manual_seed(1)
-    return pipe(prompt, num_inference_steps=2, generator=noise, output_type="np").images[0]
+    size = {"height": 32, "width": 32}
+    call = {"num_inference_steps": 2, "output_type": "np"} | size
+    return pipe(prompt, generator=noise, **call).images[0]
 
 for name in ("orthogonal", "lora", "layerwise"):
     pipe = tiny_sd()
@@ -49,6 +65,19 @@ pipe = tiny_sd3()
 pipe.load_lora_weights(str(root / "sd3"))
 np.save(root / "sd3.npy", draw(pipe, "a photo of a dog"))
 
+pipe = tiny_flux()
+pipe.load_lora_weights(str(root / "flux"))
+pipe.load_textual_inversion(str(root / "flux"))
+np.save(root / "flux.npy", draw(pipe, sys.argv[2]))
+
+pipe = tiny_qwen_image()
+pipe.load_lora_weights(str(root / "qwen"))
+np.save(root / "qwen.npy", draw(pipe, sys.argv[2]))
+
+pipe = tiny_z_image()
+pipe.load_lora_weights(str(root / "z_image"))
+np.save(root / "z_image.npy", draw(pipe, sys.argv[2]))
+
 # The lines of the model card, as a reader would type them, on a base with the published settings.
 code = (root / "sdxl" / "README.md").read_text().split("With diffusers alone:")[1]
 code = code.split("```python")[1].rpartition("pipe(")[0].replace("FOLDER", str(root / "sdxl"))
@@ -62,7 +91,9 @@ assert "customize" not in sys.modules
 
 def draw(pipe, prompt: str) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
-    return pipe(prompt, num_inference_steps=2, generator=noise, output_type="np").images[0]
+    size = {"height": 32, "width": 32}
+    call = {"num_inference_steps": 2, "output_type": "np"} | size
+    return pipe(prompt, generator=noise, **call).images[0]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +122,18 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     _, _, concept = learn(pipe_xl)
     concept.save(root / "sdxl")
     ours["sdxl"] = draw(pipe_xl, PROMPT)
+    flux = tiny_flux()
+    _, _, concept = learn(flux)
+    concept.save(root / "flux")
+    ours["flux"] = draw(flux, PROMPT)
+    qwen = tiny_qwen_image()
+    _, _, concept = learn(qwen)
+    concept.save(root / "qwen")
+    ours["qwen"] = draw(qwen, PROMPT)
+    z_image = tiny_z_image()
+    _, _, concept = learn(z_image)
+    concept.save(root / "z_image")
+    ours["z_image"] = draw(z_image, PROMPT)
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(root), PROMPT],
         cwd=Path(__file__).parents[2],
@@ -103,7 +146,9 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (picture, np.load(root / f"{name}.npy")) for name, picture in ours.items()}
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "lora", "single", "layerwise", "sd3", "sdxl"])
+@pytest.mark.parametrize(
+    "name", ["orthogonal", "lora", "single", "layerwise", "sd3", "sdxl", "flux", "qwen", "z_image"]
+)
 def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:
     ours, stock = pictures[name]
     assert ours.shape == stock.shape

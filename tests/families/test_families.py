@@ -13,7 +13,8 @@ from torch import Tensor
 from customize.core.objectives import weighted_mse
 from customize.errors import ConfigError, PipelineError
 from customize.families import FAMILIES, Family, family_of
-from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
+from customize.families.base import padded
+from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd-epsilon": tiny_sd,
@@ -22,8 +23,16 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sdxl-v": lambda: tiny_sdxl("v_prediction"),
     "sd3": tiny_sd3,
     "sd3-without-t5": lambda: tiny_sd3(t5=False),
+    "flux-dev": tiny_flux,
+    "flux-schnell": lambda: tiny_flux(guidance=False),
+    "qwen_image": tiny_qwen_image,
+    "z_image": tiny_z_image,
 }
 LATENTS = (2, 4, 16, 16)
+SHAPE = LATENTS[1:]
+# Families whose denoiser names no size, so that the pipeline's default is far above the tests'.
+NO_SIZE = {"flux": 256, "qwen_image": 256, "z_image": 1024}
+SIZE = {"height": 32, "width": 32}
 
 
 @pytest.fixture(params=PIPELINES)
@@ -44,21 +53,34 @@ def pixels() -> Tensor:
     return normal((2, 3, 32, 32), 3).clamp(-1, 1)
 
 
-def record_calls(denoiser: Any, answer: Callable[[Tensor, Tensor], Tensor] | None = None) -> list:
-    """Note (noisy, t, output) of each call; `answer(noisy, t)` may stand in for the weights."""
-    calls: list[tuple[Tensor, Tensor, Tensor]] = []
-    forward = denoiser.forward
+def record_calls(family: Family, answer: Callable[[Tensor], Tensor] | None = None) -> list:
+    """Note (latents, output) of each call of the denoiser, as the family lays them out.
+
+    `answer(latents)` may stand in for the weights.
+    """
+    calls: list[tuple[Tensor, Tensor]] = []
+    forward = family.denoiser.forward
 
     def recorded(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        noisy = args[0] if args else kwargs["hidden_states"]
-        t = args[1] if len(args) > 1 else kwargs["timestep"]
-        t = t.expand(noisy.shape[0])
-        output = answer(noisy, t) if answer else forward(*args, **kwargs)[0]
-        calls.append((noisy, t, output))
+        packed = args[0] if args else kwargs["hidden_states"]
+        if family.name == "z_image":  # lists of pictures with a frame, and the other way round
+            latents = torch.stack(packed)[:, :, 0]
+            output = -answer(latents)[:, :, None] if answer else forward(*args, **kwargs)[0]
+            calls.append((latents, -torch.stack(list(output))[:, :, 0]))
+            return (list(output),)
+        latents = family.unpack(packed, *SHAPE[1:])
+        output = family.pack(answer(latents)) if answer else forward(*args, **kwargs)[0]
+        calls.append((latents, family.unpack(output, *SHAPE[1:])))
         return (output,)
 
-    denoiser.forward = recorded
+    family.denoiser.forward = recorded
     return calls
+
+
+def no_guidance(family: Family) -> dict[str, float]:
+    """The pipeline's argument that leaves the second prompt out."""
+    name = "true_cfg_scale" if family.name == "qwen_image" else "guidance_scale"
+    return {name: family.no_guidance}
 
 
 # -- recognition ---------------------------------------------------------------------------------
@@ -71,22 +93,23 @@ def test_each_pipeline_is_recognised(name: str) -> None:
     assert type(family) is FAMILIES[name.split("-")[0]]
     assert family.denoiser is pipe.components[family.denoiser_key]
     assert family.vae is pipe.vae
-    assert family.default_resolution == 32
+    assert family.default_resolution == NO_SIZE.get(family.name, 32)
     assert [name for name, other in FAMILIES.items() if other.matches(pipe.components)] == [
         family.name
     ]
 
 
 def test_unknown_components_are_named_in_the_error() -> None:
-    with pytest.raises(PipelineError, match=r"unet: Linear.*sd, sdxl, sd3"):
+    with pytest.raises(PipelineError, match=rf"unet: Linear.*{', '.join(FAMILIES)}"):
         family_of({"unet": torch.nn.Linear(1, 1), "vae": None})
     with pytest.raises(PipelineError, match="no denoiser at all"):
         family_of({})
 
 
 def test_text_encoders_and_dictionaries(pipe: Any, family: Family) -> None:
-    clips = ["text_encoder"] if family.name == "sd" else ["text_encoder", "text_encoder_2"]
-    every = [*clips, "text_encoder_3"] if getattr(pipe, "text_encoder_3", None) else clips
+    clips = list(family.clip_encoders)
+    every = [key for key in pipe.components if key.startswith("text_encoder")]
+    every = [key for key in every if pipe.components[key] is not None]
     assert list(family.text_encoders) == clips
     assert list(family.all_text_encoders) == every
     dictionaries = family.token_dictionaries()
@@ -103,7 +126,7 @@ def test_freed_parts_are_asked_for_by_name(family: Family) -> None:
     with pytest.raises(PipelineError, match="no vae"):
         freed.encode_images(pixels())
     assert "text_encoder" not in freed.all_text_encoders
-    t = freed.timesteps(torch.tensor([0.5]))
+    t = freed.timesteps(torch.tensor([0.5]), SHAPE)
     assert (
         freed.predict(
             normal((1, *LATENTS[1:]), 0),
@@ -131,6 +154,30 @@ def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[
     if family == "sd":
         embeds, negative = pipe.encode_prompt(**call)
         return {"prompt_embeds": embeds}, {"prompt_embeds": negative}
+    if family == "z_image":
+        call.pop("num_images_per_prompt")
+        both = pipe.encode_prompt(**call | {"prompt": list(call["prompt"])})
+        found = [
+            {"prompt_embeds": padded(rows), "prompt_lengths": torch.tensor(list(map(len, rows)))}
+            for rows in both
+            if rows
+        ]
+        return found[0], found[-1]
+    if family == "qwen_image":
+        call.pop("do_classifier_free_guidance")
+
+        def encoded(prompt: Any) -> dict[str, Tensor]:
+            embeds, mask = pipe.encode_prompt(**call | {"prompt": prompt})
+            mask = torch.ones(embeds.shape[:2]).long() if mask is None else mask
+            return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+
+        return encoded(call["prompt"]), encoded("")
+    if family == "flux":
+        call.pop("do_classifier_free_guidance")
+        embeds, pooled, _ = pipe.encode_prompt(**call)
+        found = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        empty = pipe.encode_prompt(**call | {"prompt": ""})
+        return found, dict(zip(found, empty, strict=False))
     if family == "sd3":
         call |= {"prompt_2": None, "prompt_3": None}
     embeds, negative, pooled, negative_pooled = pipe.encode_prompt(**call)
@@ -150,7 +197,11 @@ def test_prompts_are_encoded_as_by_the_pipeline(
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         assert value.shape[0] == len(PROMPTS)
-        assert ours[name].dtype == value.dtype == dtype
+        assert (
+            ours[name].dtype
+            == value.dtype
+            == (dtype if "embeds" in name and "mask" not in name else torch.int64)
+        )
         assert torch.equal(ours[name], value)
 
 
@@ -192,6 +243,8 @@ def test_padding_is_masked_only_where_the_config_asks() -> None:
 
 def test_gradients_reach_the_token_tables(family: Family) -> None:
     conditions = family.encode_prompts(["a photo of a dog"])
+    if not family.token_dictionaries():
+        return
     sum(value.float().square().sum() for value in conditions.values()).backward()
     for entry in family.token_dictionaries():
         table: Any = entry.text_encoder.get_input_embeddings()
@@ -208,6 +261,8 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(pipe: Any, family: Famil
     assert mean.shape == std.shape == LATENTS
     assert mean.dtype == std.dtype == torch.float32
 
+    if family.name == "qwen_image":
+        return  # has a test of its own, on its autoencoder of videos
     posterior = pipe.vae.encode(pixels()).latent_dist
     shift = pipe.vae.config.shift_factor or 0.0
     draw = posterior.sample(torch.Generator().manual_seed(1))
@@ -224,34 +279,59 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(pipe: Any, family: Famil
 def test_pictures_are_those_of_the_pipeline(pipe: Any, family: Family) -> None:
     def drawn(output_type: str) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return pipe(
-            "a dog", num_inference_steps=1, generator=generator, output_type=output_type
-        ).images
+        call = {"num_inference_steps": 2, "output_type": output_type} | SIZE
+        return pipe("a dog", generator=generator, **call).images
 
-    picture = family.decode_latents(drawn("latent"))
+    picture = family.decode_latents(family.unpack(drawn("latent"), *SHAPE[1:]))
     torch.testing.assert_close(picture, 2 * drawn("pt") - 1, atol=1e-5, rtol=0)
 
 
 def test_a_multiple_of_the_size_is_what_the_pipeline_takes(pipe: Any, family: Family) -> None:
     size = 2 * family.latent_multiple
-    picture = pipe("a dog", height=size, width=size, num_inference_steps=1).images[0]
+    picture = pipe("a dog", height=size, width=size, num_inference_steps=2).images[0]
     assert picture.size == (size, size)
+    odd = {"height": size + family.latent_multiple // 2, "width": size}
+    if family.name in ("flux", "qwen_image"):  # which round down, with a warning
+        assert pipe("a dog", num_inference_steps=2, **odd).images[0].size == (size, size)
+        return
     with pytest.raises(ValueError, match="divisible by"):
-        pipe("a dog", height=size + family.latent_multiple // 2, width=size)
+        pipe("a dog", **odd)
 
 
 # -- noise and targets ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_predict_is_the_call_that_the_pipeline_makes(pipe: Any, family: Family) -> None:
-    calls = record_calls(family.denoiser)
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_predict_is_the_call_that_the_pipeline_makes(
+    pipe: Any, family: Family, guidance: float
+) -> None:
+    calls = record_calls(family)
     generator = torch.Generator().manual_seed(0)
-    pipe("a red cup", num_inference_steps=3, guidance_scale=1.0, generator=generator)
+    call = {"num_inference_steps": 3, "guidance_scale": guidance} | SIZE
+    if not family.guidance_is_an_input:
+        call |= no_guidance(family)
+    pipe("a red cup", generator=generator, **call)
     conditions = family.encode_prompts(["a red cup"])
     assert len(calls) == 3
-    for noisy, t, output in list(calls):
-        assert torch.equal(family.predict(noisy, t, conditions), output)
+    for t, (noisy, output) in zip(pipe.scheduler.timesteps, list(calls), strict=True):
+        found = family.predict(noisy, t.expand(1), conditions, guidance)
+        torch.testing.assert_close(found, output, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_schedule_is_that_of_the_pipeline(pipe: Any, family: Family) -> None:
+    pipe("a dog", num_inference_steps=4, output_type="latent", **SIZE)
+    ours = family.schedule(4, SHAPE, torch.device("cpu"))
+    assert ours is not pipe.scheduler
+    torch.testing.assert_close(ours.timesteps, pipe.scheduler.timesteps)
+    if hasattr(ours, "sigmas"):
+        torch.testing.assert_close(ours.sigmas, pipe.scheduler.sigmas)
+        # What is trained at u is what is drawn at u: evenly spaced levels are shifted alike.
+        levels = family.timesteps(torch.linspace(1, 1 / 4, 4), SHAPE)
+        # sd3's scheduler spaces levels after the shift; qwen_image's draws them to an end above 0.
+        if family.name not in ("sd3", "qwen_image"):
+            torch.testing.assert_close(levels, ours.timesteps)
 
 
 @torch.no_grad()
@@ -259,10 +339,11 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
     pipe: Any, family: Family
 ) -> None:
     clean, noise = normal(LATENTS, 0), normal(LATENTS, 1)
-    calls = record_calls(family.denoiser, lambda noisy, t: family.target(clean, noise, t))
+    t = family.timesteps(torch.tensor([0.1, 0.8]), SHAPE)
+    levels = t
+    calls = record_calls(family, lambda latents: family.target(clean, noise, levels))
 
     conditions = family.encode_prompts(["a dog", "a cat"])
-    t = family.timesteps(torch.tensor([0.1, 0.8]))
     noisy = family.noisy_latents(clean, noise, t)
     prediction = family.predict(noisy, t, conditions)
     assert weighted_mse(prediction, family.target(clean, noise, t)).eq(0).all()
@@ -270,26 +351,36 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
     # The pipeline's first level may not be all noise, so it starts where its schedule does. DDIM
     # meets its own timesteps only where the number of steps divides 1000.
     steps = 5
-    pipe.scheduler.set_timesteps(steps)
-    start = family.noisy_latents(clean, noise, pipe.scheduler.timesteps[:1].expand(2))
+    schedule = family.schedule(steps, SHAPE, torch.device("cpu"))
+    start = family.noisy_latents(clean, noise, schedule.timesteps[:1].expand(2))
     calls.clear()
+
+    def next_level(*_: Any) -> dict[str, Any]:
+        nonlocal levels
+        levels = schedule.timesteps[min(len(calls), steps - 1)].expand(2)
+        return {}
+
+    next_level()
     result = pipe(
         ["a dog", "a cat"],
         num_inference_steps=steps,
-        guidance_scale=1.0,
-        latents=start,
+        **no_guidance(family),
+        latents=family.pack(start),
         output_type="latent",
+        callback_on_step_end=next_level,
+        **SIZE,
     ).images
     assert len(calls) == steps
-    for sample, level, _ in calls:
-        expected = family.noisy_latents(clean, noise, level)
+    for (sample, _), level in zip(calls, schedule.timesteps, strict=True):
+        expected = family.noisy_latents(clean, noise, level.expand(2))
         torch.testing.assert_close(sample, expected, atol=1e-4, rtol=1e-4)
+    result = family.unpack(result, *SHAPE[1:])
     torch.testing.assert_close(result, clean, atol=1e-4, rtol=1e-4)
 
 
 def test_timesteps_rise_with_u_and_stay_in_range(family: Family) -> None:
     u = torch.linspace(0, 1, 4001)[1:-1]
-    t = family.timesteps(u)
+    t = family.timesteps(u, SHAPE)
     assert t.shape == u.shape
     assert (t.diff() >= 0).all()
     assert t.min() >= 0 and t.max() <= 1000
@@ -300,18 +391,18 @@ def test_timesteps_rise_with_u_and_stay_in_range(family: Family) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_predict_with_and_without_autocast(pipe: Any, family: Family, dtype: torch.dtype) -> None:
     conditions = family.encode_prompts(["a dog", "a cat"])  # float32
-    noisy, t = normal(LATENTS, 0), family.timesteps(torch.tensor([0.3, 0.6]))
+    noisy, t = normal(LATENTS, 0), family.timesteps(torch.tensor([0.3, 0.6]), SHAPE)
     family.denoiser.to(dtype)
     plain = family.predict(noisy, t, conditions)
     assert plain.dtype == dtype
     with torch.autocast("cpu", torch.bfloat16):
         cast = family.predict(noisy, t, conditions)
     assert cast.dtype == torch.bfloat16
-    torch.testing.assert_close(cast.float(), plain.float(), atol=0.05, rtol=0.05)
+    assert (cast.float() - plain.float()).norm() < 0.05 * plain.float().norm()
 
 
 def test_extra_channels_of_a_variant_are_refused(family: Family) -> None:
-    t = family.timesteps(torch.tensor([0.5]))
+    t = family.timesteps(torch.tensor([0.5]), SHAPE)
     with pytest.raises(PipelineError, match="takes 4 channels where latents have 9"):
         family.predict(torch.zeros(1, 9, 16, 16), t, family.encode_prompts([""]))
 
@@ -339,7 +430,7 @@ def test_targets_of_a_compiled_denoiser_keep_their_names(family: Family) -> None
 
 
 def test_other_components_take_no_adapter(family: Family) -> None:
-    with pytest.raises(ConfigError, match=f"choose from {family.denoiser_key}, text_encoder"):
+    with pytest.raises(ConfigError, match=f"choose from {family.denoiser_key}"):
         family.adapter_targets("vae")
 
 
@@ -350,7 +441,8 @@ def test_fingerprints_tell_architectures_apart() -> None:
     assert prints["sd-epsilon"] == prints["sd-v"]
     assert prints["sdxl-epsilon"] == prints["sdxl-v"]
     assert prints["sd3"] == prints["sd3-without-t5"]
-    assert len({found["denoiser"] for found in prints.values()}) == 3
+    assert prints["flux-dev"] == prints["flux-schnell"]
+    assert len({found["denoiser"] for found in prints.values()}) == len(FAMILIES)
     clips = {"text_encoder": [16], "text_encoder_2": [24]}
     assert prints["sd-v"]["widths"] == {"unet": [16, 32], "text_encoder": [32]}
     assert prints["sdxl-v"]["widths"] == {"unet": [32, 40], **clips}

@@ -29,11 +29,11 @@ def sd(pipe: Any) -> StableDiffusion:
 
 def test_every_timestep_is_drawn_alike() -> None:
     family = sd(tiny_sd())
-    t = family.timesteps((torch.arange(4000) + 0.5) / 4000)
+    t = family.timesteps((torch.arange(4000) + 0.5) / 4000, (4, 16, 16))
     assert t.dtype == torch.int64
     assert torch.equal(t.bincount(), torch.full((1000,), 4))
     ends = torch.tensor([torch.finfo(torch.float32).eps, 1 - torch.finfo(torch.float32).eps])
-    assert family.timesteps(ends).tolist() == [0, 999]
+    assert family.timesteps(ends, (4, 16, 16)).tolist() == [0, 999]
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -169,7 +169,7 @@ def test_schedulers_of_another_kind_are_refused_where_they_matter() -> None:
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     family = family_of(pipe.components)
     with pytest.raises(PipelineError, match=r"no alphas_cumprod.*FlowMatchEulerDiscreteScheduler"):
-        family.timesteps(torch.tensor([0.5]))
+        family.timesteps(torch.tensor([0.5]), (4, 16, 16))
     pipe.scheduler = DDPMScheduler(prediction_type="flow")
     with pytest.raises(PipelineError, match="prediction_type 'flow'"):
         _ = sd(pipe).prediction

@@ -19,18 +19,18 @@ def test_timesteps_have_the_schedulers_shift() -> None:
     table = pipe.scheduler.timesteps
     assert table[500] != 500
     u = torch.arange(1000, 0, -1) / 1000
-    torch.testing.assert_close(family.timesteps(u), table)
+    torch.testing.assert_close(family.timesteps(u, (4, 16, 16)), table)
     pipe.scheduler.set_shift(1.0)
-    torch.testing.assert_close(family.timesteps(u), 1000 * u)
+    torch.testing.assert_close(family.timesteps(u, (4, 16, 16)), 1000 * u)
 
 
 def test_timesteps_do_not_depend_on_where_the_pipelines_scheduler_stands() -> None:
     pipe = tiny_sd3()
     family = family_of(pipe.components)
     u = torch.tensor([0.1, 0.5, 0.9])
-    before = family.timesteps(u)
+    before = family.timesteps(u, (4, 16, 16))
     pipe("a dog", num_inference_steps=2)
-    assert torch.equal(family.timesteps(u), before)
+    assert torch.equal(family.timesteps(u, (4, 16, 16)), before)
 
 
 def test_noise_is_the_schedulers() -> None:
@@ -80,10 +80,18 @@ def test_min_snr_is_refused() -> None:
         family.loss_weight(t, 5.0)
 
 
-@pytest.mark.parametrize(
-    "scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)]
-)
-def test_schedulers_without_a_fixed_shift_are_refused(scheduler: object) -> None:
-    family = family_of({**tiny_sd3().components, "scheduler": scheduler})
-    with pytest.raises(PipelineError, match=r"no fixed shift.*use_dynamic_shifting=False"):
-        family.timesteps(torch.tensor([0.5]))
+def test_a_shift_that_grows_with_the_picture_is_the_pipelines() -> None:
+    pipe = tiny_sd3()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    family = family_of(pipe.components)
+    small, large = (family.timesteps(torch.tensor([0.5]), (4, s, s)) for s in (16, 64))
+    assert 500 < small < large
+    pipe("a dog", num_inference_steps=4)
+    ours = family.schedule(4, (4, 16, 16), torch.device("cpu"))
+    torch.testing.assert_close(ours.timesteps, pipe.scheduler.timesteps)
+
+
+def test_schedulers_without_a_shift_are_refused() -> None:
+    family = family_of({**tiny_sd3().components, "scheduler": DDPMScheduler()})
+    with pytest.raises(PipelineError, match=r"no shift.*DDPMScheduler"):
+        family.timesteps(torch.tensor([0.5]), (4, 16, 16))

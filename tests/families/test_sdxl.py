@@ -209,4 +209,4 @@ def test_a_schedule_of_another_kind_is_refused() -> None:
     pipe = tiny_sdxl()
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(PipelineError, match=r"no alphas_cumprod.*EDMEulerScheduler"):
-        family_of(pipe.components).timesteps(torch.tensor([0.5]))
+        family_of(pipe.components).timesteps(torch.tensor([0.5]), (4, 16, 16))

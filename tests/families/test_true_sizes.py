@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from customize.errors import PipelineError
@@ -173,6 +179,40 @@ def test_stable_diffusion_3_5_medium() -> None:
     family = sd3_family(24, 24, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)))
     targets = family.adapter_targets("transformer")
     assert len(targets) == 24 * 8 - 1 + 13 * 4
+    assert_shapes_are_the_weights(family)
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_flux_1(guidance: bool) -> None:
+    with torch.device("meta"):
+        denoiser = FluxTransformer2DModel(guidance_embeds=guidance)
+    family = family_of({"transformer": denoiser, "text_encoder": clip(768, 12, 12)})
+    targets = family.adapter_targets("transformer")
+    # 19 blocks with projections of picture and prompt, 38 whose output is mixed with the MLP's.
+    assert len(targets) == 19 * 8 + 38 * 3
+    assert set(targets.values()) == {(3072, 3072)}
+    assert len(family.adapter_targets("text_encoder")) == 48
+    assert family.guidance_is_an_input is guidance
+    assert_shapes_are_the_weights(family)
+
+
+def test_qwen_image() -> None:
+    with torch.device("meta"):
+        denoiser = QwenImageTransformer2DModel()
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    assert len(targets) == 60 * 8
+    assert set(targets.values()) == {(3072, 3072)}
+    assert_shapes_are_the_weights(family)
+
+
+def test_z_image() -> None:
+    with torch.device("meta"):
+        denoiser = ZImageTransformer2DModel()
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    assert len(targets) == (30 + 2 + 2) * 4
+    assert set(targets.values()) == {(3840, 3840)}
     assert_shapes_are_the_weights(family)
 
 

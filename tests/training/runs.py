@@ -19,6 +19,7 @@ SMALL: dict[str, Any] = {
     "name": "rex",
     "class_word": "dog",
     "rank": 4,
+    "resolution": 32,
     "steps": 12,
     "batch_size": 2,
     "learning_rate": 1e-2,
@@ -68,10 +69,14 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def snapshot(components: Mapping[str, Any]) -> dict[str, Any]:
     """All of a model that training touches: weights, modes, flags, vocabularies, module types.
 
-    The first prompt ever sets a tokenizer's padding and transformers' own hooks: one goes before.
+    The first prompt ever sets a tokenizer's padding and transformers' own hooks, and the first
+    picture an autoencoder's caches: one of each goes before.
     """
+    family = family_of(components)
     with torch.no_grad():
-        family_of(components).encode_prompts(["a"])
+        family.encode_prompts(["a"])
+        mean, _ = family.encode_images(torch.zeros(1, 3, 32, 32))
+        family.decode_latents(mean)
     state: dict[str, Any] = {}
     for key, part in components.items():
         if isinstance(part, torch.nn.Module):

@@ -4,11 +4,29 @@ import torch
 
 from customize.families import family_of
 from customize.training.validation import draw, log_pictures, save_row
-from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
 from tests.training.runs import picture
 
+MAKERS = {
+    "sd": tiny_sd,
+    "sd-v": lambda: tiny_sd("v_prediction"),
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "flux-dev": tiny_flux,
+    "qwen_image": tiny_qwen_image,
+    "z_image": tiny_z_image,
+}
 
-@pytest.mark.parametrize("make", [tiny_sd, lambda: tiny_sd("v_prediction"), tiny_sdxl, tiny_sd3])
+
+def arguments(conditions):
+    """Conditions as the pipelines take them: of different lengths in a list."""
+    if "prompt_lengths" not in conditions:
+        return dict(conditions)
+    rows = zip(conditions["prompt_embeds"], conditions["prompt_lengths"], strict=True)
+    return {"prompt_embeds": [row[:length] for row, length in rows]}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_pictures_are_those_of_the_pipeline(make, guidance):
     pipe = make()
@@ -30,12 +48,15 @@ def test_pictures_are_those_of_the_pipeline(make, guidance):
     assert torch.equal(torch.get_rng_state(), state)
     for seed, picture_found in zip(seeds, found, strict=True):
         noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+        # What has the guidance as an input needs no second prompt.
+        away = {} if family.guidance_is_an_input else empty
+        scale = "true_cfg_scale" if family.name == "qwen_image" else "guidance_scale"
         expected = pipe(
-            **asked,
-            **{f"negative_{k}": v for k, v in empty.items()},
-            latents=noise,
+            **arguments(asked),
+            **{f"negative_{k}": v for k, v in arguments(away).items()},
+            latents=family.pack(noise),
             num_inference_steps=4,
-            guidance_scale=guidance,
+            **{scale: guidance},
             height=32,
             width=32,
         ).images[0]

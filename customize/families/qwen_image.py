@@ -1,0 +1,122 @@
+"""Qwen-Image (arXiv 2508.02324): a multimodal transformer that reads a multimodal LLM's states.
+
+The prompt goes into a chat template, whose own tokens are cut off again. The LLM takes no new
+tokens here: a trigger is a plain word of the prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from customize.families.base import class_name, padded, sent
+from customize.families.flow import PackedFamily
+
+#: How many tokens of the prompt the pipeline takes by default.
+MAX_SEQUENCE_LENGTH = 512
+
+_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity,"
+    " text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}"
+    "<|im_end|>\n<|im_start|>assistant\n"
+)
+_TEMPLATE_TOKENS = 34  # of the template before the prompt, by the model's own tokenizer
+_TOKENIZER_LENGTH = 1024
+
+
+class QwenImage(PackedFamily):
+    """QwenImageTransformer2DModel, a Qwen2.5-VL, AutoencoderKLQwenImage, and a flow-matching
+    scheduler whose shift grows with the picture."""
+
+    name = "qwen_image"
+    denoiser_key = "transformer"
+    attention_projections = re.compile(
+        r"transformer_blocks\.\d+\.attn\."
+        r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    )
+    clip_encoders: ClassVar[dict[str, str]] = {}
+    other_encoders = ("text_encoder",)
+
+    @classmethod
+    def matches(cls, components: Mapping[str, Any]) -> bool:
+        return class_name(components.get("transformer")) == "QwenImageTransformer2DModel"
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        encoder = self._part("text_encoder")
+        tokens = self._part("tokenizer")(
+            [_TEMPLATE.format(prompt) for prompt in prompts],
+            max_length=_TOKENIZER_LENGTH + _TEMPLATE_TOKENS,
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+        )
+        states = encoder(
+            input_ids=sent(tokens.input_ids, encoder.device),
+            attention_mask=sent(tokens.attention_mask, encoder.device),
+            output_hidden_states=True,
+        ).hidden_states[-1]
+        # The mask is read where it was made: on the device it would have to be waited for.
+        read = slice(_TEMPLATE_TOKENS, _TEMPLATE_TOKENS + MAX_SEQUENCE_LENGTH)
+        rows = [
+            state[sent(mask.nonzero()[:, 0], encoder.device)][read]
+            for state, mask in zip(states, tokens.attention_mask, strict=True)
+        ]
+        masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
+        return {
+            "prompt_embeds": padded([row.to(encoder.dtype) for row in rows]),
+            "prompt_embeds_mask": padded(masks),
+        }
+
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
+        self._check_channels(noisy)
+        dtype = self._denoiser_dtype
+        height, width = noisy.shape[-2:]
+        answer = self.denoiser(
+            hidden_states=self.pack(noisy.to(dtype)),
+            timestep=t / self._train_timesteps,
+            encoder_hidden_states=conditions["prompt_embeds"].to(dtype),
+            encoder_hidden_states_mask=conditions["prompt_embeds_mask"],
+            img_shapes=[[(1, height // 2, width // 2)]] * len(noisy),
+            return_dict=False,
+        )[0]
+        return self.unpack(answer, height, width)
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        # The autoencoder is one of videos: a picture is its first frame.
+        mean, std = super().encode_images(pixels[:, :, None])
+        return mean[:, :, 0], std[:, :, 0]
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return super().decode_latents(latents[:, :, None])[:, :, 0]
+
+    def guide(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
+        # Each token keeps the length that it has without guidance.
+        guided = self.pack(super().guide(plain, asked, scale))
+        length = self.pack(asked).norm(dim=-1, keepdim=True)
+        kept = guided * (length / guided.norm(dim=-1, keepdim=True))
+        return self.unpack(kept, *asked.shape[-2:])
+
+    @property
+    def default_resolution(self) -> int:
+        # The transformer names no size; the pipeline's is 128 latents.
+        return 128 * self._vae_factor
+
+    @property
+    def _vae_factor(self) -> int:
+        return 2 ** len(self.vae.config.temperal_downsample)
+
+    def _latent_scaling(self) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        values = torch.tensor([config.latents_mean, config.latents_std], device=self.vae.device)
+        mean, std = values[..., None, None, None]
+        return mean, 1.0 / std

@@ -1,0 +1,99 @@
+"""Z-Image (arXiv 2511.22699): one transformer over the tokens of prompt and picture.
+
+An LLM reads the prompt in its chat template and takes no new tokens here: a trigger is a plain
+word of the prompt. The denoiser counts time from noise to data and answers ``latents - noise``;
+:meth:`ZImage.predict` turns both round.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from customize.families.base import class_name, padded, sent, tokenize
+from customize.families.flow import FlowFamily
+
+#: How many tokens of prompt and template the pipeline takes by default.
+MAX_SEQUENCE_LENGTH = 512
+
+
+class ZImage(FlowFamily):
+    """ZImageTransformer2DModel, an LLM such as Qwen3, AutoencoderKL, and a flow-matching
+    scheduler."""
+
+    name = "z_image"
+    denoiser_key = "transformer"
+    attention_projections = re.compile(
+        r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"
+    )
+    clip_encoders: ClassVar[dict[str, str]] = {}
+    other_encoders = ("text_encoder",)
+    no_guidance = 0.0
+
+    @classmethod
+    def matches(cls, components: Mapping[str, Any]) -> bool:
+        return class_name(components.get("transformer")) == "ZImageTransformer2DModel"
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As :meth:`Family.encode_prompts`, but "prompt_embeds", a list in the pipeline, is filled
+        up with zeros, and "prompt_lengths", (len(prompts),), on the CPU, tells where they begin."""
+        tokenizer, encoder = self._part("tokenizer"), self._part("text_encoder")
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=True,
+            )
+            for prompt in prompts
+        ]
+        tokens = tokenize(tokenizer, texts, MAX_SEQUENCE_LENGTH)
+        states = encoder(
+            input_ids=sent(tokens.input_ids, encoder.device),
+            attention_mask=sent(tokens.attention_mask.bool(), encoder.device),
+            output_hidden_states=True,
+        ).hidden_states[-2]
+        rows = [
+            state[sent(mask.nonzero()[:, 0], encoder.device)]
+            for state, mask in zip(states, tokens.attention_mask, strict=True)
+        ]
+        return {"prompt_embeds": padded(rows), "prompt_lengths": tokens.attention_mask.sum(1)}
+
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
+        self._check_channels(noisy)
+        dtype = self._denoiser_dtype
+        prompts = conditions["prompt_embeds"].to(dtype)
+        lengths = conditions["prompt_lengths"].tolist()
+        answers = self.denoiser(
+            list(noisy.to(dtype)[:, :, None].unbind()),
+            1.0 - t / self._train_timesteps,
+            [prompt[:length] for prompt, length in zip(prompts, lengths, strict=True)],
+            return_dict=False,
+        )[0]
+        return -torch.stack(answers)[:, :, 0]
+
+    def guide(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
+        # The pipeline counts the scale from the prompt's own answer.
+        return asked + scale * (asked - plain)
+
+    @property
+    def default_resolution(self) -> int:
+        return 1024  # the pipeline's, whatever the autoencoder's factor
+
+    @property
+    def latent_multiple(self) -> int:
+        return 2 * self._vae_factor
+
+    def _latent_scaling(self) -> tuple[float, float]:
+        config = self.vae.config
+        return config.shift_factor or 0.0, config.scaling_factor

@@ -360,42 +360,6 @@ class Family(ABC):
             )
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
-    """Tokens as the pipelines make them: ``input_ids`` (len(prompts), length), padded and cut."""
-    return tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=length,
-        truncation=True,
-        return_tensors="pt",
-    )
-
-
-def padded(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of different lengths as one tensor, with zeros behind the shorter ones.
-
-    Args:
-        rows: each (length, ...), or all single numbers.
-
-    Returns:
-        (len(rows), longest, ...).
-    """
-    if not rows[0].ndim:
-        return torch.stack(list(rows))
-    longest = max(len(row) for row in rows)
-    return torch.stack(
-        [torch.cat([row, row.new_zeros(longest - len(row), *row.shape[1:])]) for row in rows]
-    )
-
-
-def sent(ids: Tensor, device: torch.device) -> Tensor:
-    """Ids from the CPU on the encoder's device; without waiting for all that runs there, as
-    copying from ordinary memory to a GPU would: prompts may be encoded at every training step."""
-    if device.type == "cuda":
-        return ids.pin_memory().to(device, non_blocking=True)
-    return ids.to(device)
-
-
 def uncompiled(component: Any) -> Any:
     """The module inside torch.compile's wrapper, whose class and module names are the real ones."""
     return getattr(component, "_orig_mod", component)

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from customize.families.base import class_name, sent, tokenize
+from customize.families.base import class_name
 from customize.families.flow import PackedFamily
+from customize.families.prompts import sent, tokenize
 
 #: How many T5 tokens the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512

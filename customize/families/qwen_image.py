@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from customize.families.base import class_name, padded, sent
+from customize.families.base import class_name
 from customize.families.flow import PackedFamily
+from customize.families.prompts import padded, sent
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512

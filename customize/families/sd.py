@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from customize.families.base import class_name, sent, tokenize
+from customize.families.base import class_name
+from customize.families.prompts import sent, tokenize
 from customize.families.unet import UNetFamily, is_unet
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from customize.families.base import class_name, sent, tokenize
+from customize.families.base import class_name
 from customize.families.flow import FlowFamily
+from customize.families.prompts import sent, tokenize
 
 #: How many T5 tokens the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 256

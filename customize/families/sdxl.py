@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from customize.errors import PipelineError
-from customize.families.base import class_name, sent, tokenize
+from customize.families.base import class_name
+from customize.families.prompts import sent, tokenize
 from customize.families.unet import UNetFamily, is_unet
 
 

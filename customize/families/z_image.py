@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from customize.families.base import class_name, padded, sent, tokenize
+from customize.families.base import class_name
 from customize.families.flow import FlowFamily
+from customize.families.prompts import padded, sent, tokenize
 
 #: How many tokens of prompt and template the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from customize.errors import PipelineError
-from customize.families.base import Family, padded
+from customize.families.base import Family
+from customize.families.prompts import padded
 from customize.training import data
 
 Conditions = Mapping[str, Tensor]

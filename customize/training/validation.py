@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from customize.errors import StorageError
-from customize.families.base import Family, padded
+from customize.families.base import Family
+from customize.families.prompts import padded
 from customize.training.batches import stream_seed
 from customize.training.cache import Encode
 from customize.training.config import TrainConfig

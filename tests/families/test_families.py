@@ -13,7 +13,7 @@ from torch import Tensor
 from customize.core.objectives import weighted_mse
 from customize.errors import ConfigError, PipelineError
 from customize.families import FAMILIES, Family, family_of
-from customize.families.base import padded
+from customize.families.prompts import padded
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
 
 PIPELINES: dict[str, Callable[[], Any]] = {

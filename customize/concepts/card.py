@@ -36,7 +36,8 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
     else:
         how = "an ordinary LoRA: both factors learned"
     rows = {
-        "Trigger": f"`{info.trigger}`, {info.num_tokens} tokens"
+        "Trigger": f"`{info.trigger}`, "
+        + (f"{info.num_tokens} tokens" if info.num_tokens else "a plain word of the prompt")
         + (f", each with its own embedding in {info.token_layers} layers" if layered else ""),
         "What it is": f"a {_plain(info.class_word)}",
         "Base model": f"{_plain(info.base)} (family {info.family})",

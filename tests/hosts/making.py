@@ -24,7 +24,7 @@ NOTES = {"_output_capturing_hooks_installed"}
 
 
 def concept(pipe: Any, name: str = "rex", *, index: int = 0, **changes: Any) -> Concept:
-    """A concept with random updates of every layer, and two tokens."""
+    """A concept with random updates of every layer, and two tokens where tokens can be added."""
     family = family_of(pipe.components)
     seed = sum(name.encode()) + 1000 * index
     generator = torch.Generator().manual_seed(seed)
@@ -43,6 +43,7 @@ def concept(pipe: Any, name: str = "rex", *, index: int = 0, **changes: Any) -> 
         "rank": 2,
         "alpha": 4.0,
         "slices": {str(width): list(own) for width, own in columns.items()},
+        "num_tokens": 2 if family.token_dictionaries() else 0,
     }
     info = ConceptInfo(**facts | changes)
 
@@ -67,7 +68,8 @@ def table(text_encoder: Any) -> Tensor:
 
 def draw(pipe: Any, prompt: str = PROMPT) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
-    return pipe(prompt, num_inference_steps=2, generator=noise, output_type="np").images[0]
+    call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
+    return pipe(prompt, generator=noise, **call).images[0]
 
 
 def user_lora(pipe: Any, seed: int = 9) -> dict[str, Tensor]:

@@ -257,6 +257,7 @@ def evaluate(
         int,
         typer.Option(
             min=1,
+            max=1000,
             metavar="N",
             help="Repetitions, which the spread is over",
             rich_help_panel="In the storybook",

@@ -102,8 +102,10 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def _entries(tensors: Iterable[Tensor]) -> set[bytes]:
     """Shape and a few numbers of each tensor; the numbers come to the CPU together."""
-    # Not integers: positions are in some files and made up by others.
-    kept = [t for t in tensors if t.is_floating_point() and not t.is_meta and t.numel()]
+    # Not integers: positions are in some files and made up by others. Not quantized weights, which
+    # are of classes of their own and cannot be cut into.
+    plain = (t for t in tensors if type(t) in (Tensor, nn.Parameter) and not t.is_meta)
+    kept = [t for t in plain if t.is_floating_point() and t.numel()]
     if not kept:
         return set()
     picked = [t.detach().reshape(-1)[:: max(t.numel() // _SAMPLED, 1)][:_SAMPLED] for t in kept]

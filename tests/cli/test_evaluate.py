@@ -94,6 +94,7 @@ def test_storybook_input_that_is_wrong(run: Run, judged: Path, tmp_path: Path) -
     refused(run("evaluate", judged / "rex", *flags, "--judges", tmp_path), "judges can't be read")
     refused(run("evaluate", judged / "rex", *flags, "--references", tmp_path), "no pictures")
     refused(run("evaluate", judged / "rex", *flags, "--steps", "5000"), "1000 noise levels")
+    refused(run("evaluate", judged / "rex", *flags, "--seeds", "9" * 23), "--seeds", "1000")
     refused(run("evaluate", judged / "rex", *flags, "--clip", "x"), "--clip means nothing with")
     result = run("evaluate", judged / "rex", *flags, "--json", tmp_path)
     refused(result, "a folder is in the place of the file", str(tmp_path))

@@ -74,20 +74,6 @@ def _write_lora(
     out.print("README.md in it says how stock diffusers loads it.", markup=False)
 
 
-def _check_finite(pipe: Any) -> None:
-    import torch
-
-    for name, model in pipe.components.items():
-        weights = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
-        for key, weight in weights:
-            if not bool(torch.isfinite(weight).all()):
-                raise ConfigError(
-                    "the pipeline's weights are no longer finite",
-                    where=f"{name}.{key}",
-                    fix="choose weights of an ordinary size, such as 1, or another --dtype",
-                )
-
-
 def _save(pipe: Any, folder: Path) -> None:
     """``save_pretrained`` that raises OSError also where safetensors wraps it."""
     from safetensors import SafetensorError
@@ -114,7 +100,6 @@ def _write_pipeline(
     check_new(output)
     pipe = load_pipeline(base, choose_device("cpu"), dtype)
     load_custom(pipe, *concepts, weights=weights, fuse=True)
-    _check_finite(pipe)
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
     try:
         with storing(output):

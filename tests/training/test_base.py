@@ -50,11 +50,11 @@ def test_weights_on_disk_and_in_memory_agree(make, tmp_path):
 def test_the_resolution_is_known_before_the_base_is_loaded(make, tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "base")
-    config = settings(tmp_path, base=str(tmp_path / "base"))
+    config = settings(tmp_path, base=str(tmp_path / "base"), resolution=None)
     wanted = family_of(pipe.components).default_resolution
     assert resolution_of(config, None) == resolution_of(config, pipe.components) == wanted
     assert resolution_of(settings(tmp_path, resolution=48), None) == 48
-    assert resolution_of(settings(tmp_path, base="nobody/nothing"), None) is None
+    assert resolution_of(settings(tmp_path, base="nobody/nothing", resolution=None), None) is None
 
 
 def test_every_tensor_counts(tmp_path):

@@ -5,6 +5,7 @@ Everything is kept in one folder; what is already there is used again.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,10 @@ def assets() -> Path:
 
 
 def draw_world(folder: Path, pipe: Any) -> Path:
-    """Fill `folder` with what the base draws of its whole world, captions beside; return it.
+    """Draw the base's whole world into a folder within `folder`, captions beside, and return that.
 
-    These are the class pictures of every concept. Pictures that are there stay.
+    These are the class pictures of every concept. Those that are there stay: the folder is named
+    by the base's weights.
 
     Raises:
         StorageError: a picture can't be written.
@@ -94,8 +96,11 @@ def draw_world(folder: Path, pipe: Any) -> Path:
     from customize.evaluation import storybook
     from customize.storybook.captions import caption
     from customize.storybook.world import random_scene
+    from customize.training.base import weights_of
     from customize.training.checkpoint import write_whole
 
+    weights = repr(sorted(weights_of(BASE_NAME, pipe.components).items()))
+    folder = folder / hashlib.sha256(weights.encode()).hexdigest()[:8]
     rng = np.random.default_rng(0)
     captions = [caption(random_scene(rng), rng) for _ in range(TRAINING["prior_count"])]
     paths = [folder / f"{number:03d}.png" for number in range(len(captions))]

@@ -22,9 +22,7 @@ import os
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -32,32 +30,21 @@ from typing import Any
 
 import _common
 import torch
-from _merges import AVERAGE, METHODS, OURS, PLAIN, SAME, SLICED, Products, by_products
-from diffusers import DiffusionPipeline
+from _merges import AVERAGE, METHODS, OURS, PLAIN, SAME, SLICED, by_products
+from _scorer import KINDS, RATES, Scorer, concept, open_quietly
 
-from customize.concepts import adapter as adapters
 from customize.concepts.concept import Concept
-from customize.core.lowrank import norm, product
+from customize.core.lowrank import norm
 from customize.demo import TRAINING, assets, draw_world
 from customize.evaluation import storybook
-from customize.families import family_of
-from customize.hosts.binding import load_custom, unload_custom
-from customize.storybook.judges import load_judges, to_tensor
-from customize.storybook.references import StoryConcept, story_concept
 from customize.training.config import TrainConfig
 
-# Two dogs among the first three, which are merged at every K: the same class blends first.
-KINDS = (
-    *("dog", "cat", "dog", "robot", "car", "cat", "rabbit"),
-    *("bird", "fish", "cup", "robot", "car", "bird"),
-)
 Groups = tuple[tuple[int, ...], ...]
 SCORED: Groups = ((0, 1, 2), (9, 10, 11))
 TUNED_ON: Groups = ((3, 4, 5), (6, 7, 8))
 # Weights are tried a factor of 1.6 apart, and on past the ends of a list while the end is best.
 STEP = 1.6
 WEIGHT_RANGE = (0.05, 4.0)
-RATES = ("identity", "prompt", "leak")
 LEARNED = (SLICED, SAME, PLAIN)
 CLASS_PICTURES = "class_pictures"
 TOKENS = "tokens only, no weights"
@@ -81,10 +68,6 @@ QUICK = Protocol(3, (3,), (1.0,), (1,), (), 4, SCORED[:1])
 QUICK_STEPS = 40
 
 
-def concept(index: int) -> StoryConcept:
-    return story_concept(f"c{index:02d}", KINDS[index], 100 + index)
-
-
 # --- learning ---------------------------------------------------------------------------------
 
 
@@ -100,7 +83,7 @@ def config_of(folder: Path, base: Path, kind: str, index: int, steps: int) -> Tr
         class_word=story.identity.kind,
         method="lora" if kind == PLAIN else "orthogonal",
         slice={SLICED: index, SAME: 0, PLAIN: None}[kind],
-        prior_images=folder / CLASS_PICTURES,
+        prior_images=next((folder / CLASS_PICTURES).iterdir()),
         **settings,
     )
 
@@ -116,75 +99,6 @@ def learn(args: argparse.Namespace, job: str) -> None:
 
 
 # --- scoring ----------------------------------------------------------------------------------
-
-
-def open_quietly(base: Path) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(base)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-class Scorer:
-    """Draws and judges concepts of a merged model."""
-
-    def __init__(self, base: Path, judges: Path) -> None:
-        self.pipe = open_quietly(base)
-        # The layout in which a CPU convolves fastest.
-        self.pipe.unet.to(memory_format=torch.channels_last)
-        self.family = family_of(self.pipe.components)
-        self.judges = load_judges(judges)
-        # One slice for all is what some rows are about.
-        warnings.filterwarnings("ignore", message=r".* share \d+ of \d+ columns")
-
-    def rates(
-        self,
-        products: Products | None,
-        concepts: Sequence[Concept],
-        scored: Sequence[int],
-        seeds: Sequence[int],
-        scenes: int,
-    ) -> list[dict[str, float]]:
-        """Rates a seed, over `scored`, with the updates and all concepts' tokens on the model.
-
-        `products` None leaves the weights as they are: what the tokens do alone.
-        """
-        rows = []
-        # At weight 0 a concept brings its tokens only.
-        load_custom(self.pipe, *concepts, weights=[0.0] * len(concepts), fuse=True)
-        try:
-            with self.changed(products or {}):
-                for seed in seeds:
-                    found = [self.rate(index, seed, scenes) for index in scored]
-                    rows.append({key: mean(getattr(r, key) for r in found) for key in RATES})
-        finally:
-            unload_custom(self.pipe)
-        return rows
-
-    def rate(self, index: int, seed: int, scenes: int) -> storybook.Rates:
-        story = concept(index)
-        prompts = storybook.prompts_for(story.trigger, storybook.SCENES[:scenes])
-        images = storybook.draw(self.pipe, prompts, seed)
-        signature = self.judges.signature(to_tensor(story.pictures()))
-        return storybook.rate_concept(
-            self.judges, images, prompts, signature, story.identity.kind, story.shown
-        )
-
-    @contextmanager
-    def changed(self, products: Products) -> Iterator[None]:
-        """The updates added to the weights, which costs no time while drawing."""
-        before = []
-        try:
-            for part, updates in adapters.fit(products, self.family).items():
-                for module, update in updates.items():
-                    weight = self.family.components[part].get_submodule(module).weight
-                    before.append((weight, weight.detach().clone()))
-                    with torch.no_grad():
-                        weight += product(update)
-            yield
-        finally:
-            with torch.no_grad():
-                for weight, old in before:
-                    weight.copy_(old)
 
 
 def members(count: int, scored: Sequence[int], total: int) -> list[int]:
@@ -216,7 +130,7 @@ def cell_file(args: argparse.Namespace, job: str) -> Path:
     """Where the rows of `job` are kept: a folder for what they depend on besides the concepts."""
     here = Path(__file__).parent
     depends = hashlib.sha256(repr(astuple(QUICK if args.quick else FULL)).encode())
-    sources = [storybook.__file__, __file__, here / "_merges.py"]
+    sources = [storybook.__file__, __file__, here / "_merges.py", here / "_scorer.py"]
     for path in [*map(Path, sources), *weights_of(args.base), *weights_of(args.judges)]:
         depends.update(path.read_bytes())
     name = job.replace(", ", "-").replace(" ", "-").replace("/", "-")

@@ -1,0 +1,103 @@
+"""The concepts that merges are compared on, and what draws and judges them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from _merges import Products
+from diffusers import DiffusionPipeline
+
+from customize.concepts import adapter as adapters
+from customize.concepts.concept import Concept
+from customize.core.lowrank import product
+from customize.evaluation import storybook
+from customize.families import family_of
+from customize.hosts.binding import load_custom, unload_custom
+from customize.storybook.judges import load_judges, to_tensor
+from customize.storybook.references import StoryConcept, story_concept
+
+# Two dogs among the first three, which are merged at every K: the same class blends first.
+KINDS = (
+    *("dog", "cat", "dog", "robot", "car", "cat", "rabbit"),
+    *("bird", "fish", "cup", "robot", "car", "bird"),
+)
+RATES = ("identity", "prompt", "leak")
+
+
+def concept(index: int) -> StoryConcept:
+    return story_concept(f"c{index:02d}", KINDS[index], 100 + index)
+
+
+def open_quietly(base: Path) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Scorer:
+    """Draws and judges concepts of a merged model."""
+
+    def __init__(self, base: Path, judges: Path) -> None:
+        self.pipe = open_quietly(base)
+        # The layout in which a CPU convolves fastest.
+        self.pipe.unet.to(memory_format=torch.channels_last)
+        self.family = family_of(self.pipe.components)
+        self.judges = load_judges(judges)
+        # One slice for all is what some rows are about.
+        warnings.filterwarnings("ignore", message=r".* share \d+ of \d+ columns")
+
+    def rates(
+        self,
+        products: Products | None,
+        concepts: Sequence[Concept],
+        scored: Sequence[int],
+        seeds: Sequence[int],
+        scenes: int,
+    ) -> list[dict[str, float]]:
+        """Rates a seed, over `scored`, with the updates and all concepts' tokens on the model.
+
+        `products` None leaves the weights as they are: what the tokens do alone.
+        """
+        rows = []
+        # At weight 0 a concept brings its tokens only.
+        load_custom(self.pipe, *concepts, weights=[0.0] * len(concepts), fuse=True)
+        try:
+            with self.changed(products or {}):
+                for seed in seeds:
+                    found = [self.rate(index, seed, scenes) for index in scored]
+                    rows.append({key: mean(getattr(r, key) for r in found) for key in RATES})
+        finally:
+            unload_custom(self.pipe)
+        return rows
+
+    def rate(self, index: int, seed: int, scenes: int) -> storybook.Rates:
+        story = concept(index)
+        prompts = storybook.prompts_for(story.trigger, storybook.SCENES[:scenes])
+        images = storybook.draw(self.pipe, prompts, seed)
+        signature = self.judges.signature(to_tensor(story.pictures()))
+        return storybook.rate_concept(
+            self.judges, images, prompts, signature, story.identity.kind, story.shown
+        )
+
+    @contextmanager
+    def changed(self, products: Products) -> Iterator[None]:
+        """The updates added to the weights, which costs no time while drawing."""
+        before = []
+        try:
+            for part, updates in adapters.fit(products, self.family).items():
+                for module, update in updates.items():
+                    weight = self.family.components[part].get_submodule(module).weight
+                    before.append((weight, weight.detach().clone()))
+                    with torch.no_grad():
+                        weight += product(update)
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, old in before:
+                    weight.copy_(old)

@@ -259,7 +259,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
         concept(index).write(args.folder / "pictures" / concept(index).name)
     draw_world(args.folder / CLASS_PICTURES, open_quietly(args.base))
 
-    share_out(args, "--learn", [f"{k}/{i}" for i in range(protocol.total) for k in LEARNED])
+    share_out(args, "--learn", [f"{k}/{i}" for k in LEARNED for i in range(protocol.total)])
     cells = [f"alone, {kind}/1" for kind in LEARNED] + [f"{TOKENS}/1"]
     cells += [f"{method}/{k}" for k in protocol.counts for method in METHODS]
     share_out(args, "--score", cells)

@@ -5,13 +5,12 @@ Everything is kept in one folder; what is already there is used again.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from customize.errors import CustomizeError, SettingsError, StorageError
+from customize.errors import CustomizeError, SettingsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,16 +25,12 @@ PAIRS = (("rex", "tom"), ("tom", "bolt"), ("bolt", "rex"))
 SEEDS = (1, 2, 3)
 
 # Settings that suit the bundled base on two CPU cores: about a minute a concept. What the tokens
-# carry is not disturbed by merging, so they get all they can hold: an embedding a layer. And
-# pictures of other things teach the weights to leave alone what isn't the concept's, such as
-# another concept's prompts: a class word alone would only guard the prompts with that word.
+# carry is not disturbed by merging, so they get all they can hold: an embedding a layer.
 TRAINING: dict[str, Any] = {
     "rank": 8,
     "layerwise_tokens": True,
     "steps": 400,
-    "batch_size": 3,
-    "prior_weight": 1.0,
-    "prior_count": 96,
+    "batch_size": 4,
     "learning_rate": 1e-3,
     "text_learning_rate": 1e-4,
     "token_learning_rate": 5e-3,
@@ -78,63 +73,12 @@ def assets() -> Path:
     return folder
 
 
-def draw_world(folder: Path, pipe: Any) -> Path:
-    """Draw the base's whole world into a folder within `folder`, captions beside, and return that.
-
-    These are the class pictures of every concept. Those that are there stay: the folder is named
-    by the base's weights.
-
-    Raises:
-        StorageError: a picture can't be written.
-    """
-    import io
-
-    import numpy as np
-    from PIL import Image
-    from tqdm.auto import tqdm
-
-    from customize.evaluation import storybook
-    from customize.storybook.captions import caption
-    from customize.storybook.world import random_scene
-    from customize.training.base import weights_of
-    from customize.training.checkpoint import write_whole
-
-    weights = repr(sorted(weights_of(BASE_NAME, pipe.components).items()))
-    folder = folder / hashlib.sha256(weights.encode()).hexdigest()[:8]
-    rng = np.random.default_rng(0)
-    captions = [caption(random_scene(rng), rng) for _ in range(TRAINING["prior_count"])]
-    paths = [folder / f"{number:03d}.png" for number in range(len(captions))]
-    if all(path.is_file() for path in paths):
-        return folder
-    with tqdm(total=len(captions), desc="drawing class pictures", unit="picture") as bar:
-        pictures = storybook.draw_groups(pipe, {"all": captions}, 100, bar.update)["all"]
-    arrays = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, text, array in zip(paths, captions, arrays, strict=True):
-            path.with_suffix(".txt").write_text(text + "\n")
-            buffer = io.BytesIO()
-            Image.fromarray(array).save(buffer, "PNG")
-            write_whole(path, buffer.getvalue())
-    except OSError as error:
-        raise StorageError(
-            f"class pictures can't be written: {error.strerror}",
-            where=folder,
-            fix="free some space or name another folder",
-        ) from error
-    return folder
-
-
 Method = Literal["orthogonal", "lora"]
 
 
-def learn(
-    folder: Path, name: str, method: Method, components: Mapping[str, Any], others: Path
-) -> Concept:
-    """Train one bundled concept; a finished one in `folder` is read, a cut-off one resumed.
-
-    `components` are the base's, and `others` holds the class pictures.
-    """
+def learn(folder: Path, name: str, method: Method, components: Mapping[str, Any]) -> Concept:
+    """Train one bundled concept on the base's components; a finished one in `folder` is read, a
+    cut-off one resumed."""
     from customize.storybook.references import bundled
     from customize.training.config import TrainConfig
     from customize.training.loop import train
@@ -148,7 +92,6 @@ def learn(
         class_word=story.identity.kind,
         slice=NAMES.index(name) if method == "orthogonal" else None,
         method=method,
-        prior_images=others,
         **TRAINING,
     )
     try:
@@ -226,8 +169,6 @@ def run(folder: str | Path = "demo") -> Path:
     pipe.set_progress_bar_config(disable=True)
     concepts: dict[str, dict[str, Concept]] = {"concepts": {}, "ordinary": {}}
     jobs: list[tuple[str, Method]] = [("concepts", "orthogonal"), ("ordinary", "lora")]
-    console.print("[bold]1/8[/] drawing pictures of other things, which learning shall not change")
-    others = draw_world(folder / "class_pictures", pipe)
     for stage, (place, method) in enumerate(jobs):
         for index, name in enumerate(NAMES):
             kind = (
@@ -235,12 +176,10 @@ def run(folder: str | Path = "demo") -> Path:
                 if method == "orthogonal"
                 else "an ordinary LoRA, to compare"
             )
-            console.print(f"[bold]{stage * 3 + index + 2}/8[/] learning <{name}> by {kind}")
-            concepts[place][name] = learn(
-                folder / place / name, name, method, pipe.components, others
-            )
+            console.print(f"[bold]{stage * 3 + index + 1}/7[/] learning <{name}> by {kind}")
+            concepts[place][name] = learn(folder / place / name, name, method, pipe.components)
 
-    console.print("[bold]8/8[/] drawing and judging")
+    console.print("[bold]7/7[/] drawing and judging")
     triggers = {name: f"<{name}>" for name in NAMES}
     classes = {name: f"a {bundled(name).identity.kind}" for name in NAMES}
     # Each model is: its row, what is loaded, and what it is asked.

@@ -30,12 +30,13 @@ from typing import Any
 
 import _common
 import torch
+from _class_pictures import SETTINGS, draw_world
 from _merges import AVERAGE, METHODS, OURS, PLAIN, SAME, SLICED, by_products
 from _scorer import KINDS, RATES, Scorer, concept, open_quietly
 
 from customize.concepts.concept import Concept
 from customize.core.lowrank import norm
-from customize.demo import TRAINING, assets, draw_world
+from customize.demo import TRAINING, assets
 from customize.evaluation import storybook
 from customize.training.config import TrainConfig
 
@@ -71,20 +72,29 @@ QUICK_STEPS = 40
 # --- learning ---------------------------------------------------------------------------------
 
 
-def config_of(folder: Path, base: Path, kind: str, index: int, steps: int) -> TrainConfig:
-    """The demo's settings; only the slice and the method differ."""
+def training(args: argparse.Namespace) -> dict[str, Any]:
+    """The demo's settings, or with class pictures beside."""
+    beside = SETTINGS if args.class_pictures else {}
+    return TRAINING | beside | {"steps": args.steps, "checkpoint_every": 0}
+
+
+def class_pictures(args: argparse.Namespace) -> Path | None:
+    return next((args.folder / CLASS_PICTURES).iterdir()) if args.class_pictures else None
+
+
+def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
+    """Only the slice and the method differ."""
     story = concept(index)
-    settings = TRAINING | {"steps": steps, "checkpoint_every": 0}
     return TrainConfig(
-        base=str(base),
-        images=folder / "pictures" / story.name,
-        output=folder / kind.replace(" ", "-") / story.name,
+        base=str(args.base),
+        images=args.folder / "pictures" / story.name,
+        output=args.folder / kind.replace(" ", "-") / story.name,
         name=story.name,
         class_word=story.identity.kind,
         method="lora" if kind == PLAIN else "orthogonal",
         slice={SLICED: index, SAME: 0, PLAIN: None}[kind],
-        prior_images=next((folder / CLASS_PICTURES).iterdir()),
-        **settings,
+        prior_images=class_pictures(args),
+        **training(args),
     )
 
 
@@ -94,7 +104,7 @@ def learn(args: argparse.Namespace, job: str) -> None:
 
     kind, index = job.rsplit("/", 1)
     began = time.time()
-    train(config_of(args.folder, args.base, kind, int(index), args.steps), progress=False)
+    train(config_of(args, kind, int(index)), progress=False)
     print(f"learned {job} in {time.time() - began:.0f} s", flush=True)
 
 
@@ -153,9 +163,7 @@ def row_of(
 
 
 def load(args: argparse.Namespace, kind: str, indices: Sequence[int]) -> list[Concept]:
-    return [
-        Concept.load(config_of(args.folder, args.base, kind, i, args.steps).output) for i in indices
-    ]
+    return [Concept.load(config_of(args, kind, i).output) for i in indices]
 
 
 def alone(
@@ -238,6 +246,7 @@ def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str]) -> None
     """Do jobs in worker processes of one core each, which costs least in all."""
     common = ["--folder", str(args.folder), "--base", str(args.base), "--judges", str(args.judges)]
     common += ["--steps", str(args.steps), *(["--quick"] if args.quick else [])]
+    common += ["--class-pictures"] if args.class_pictures else []
     running = [
         subprocess.Popen([sys.executable, __file__, *common, stage, *jobs[worker :: args.workers]])
         for worker in range(args.workers)
@@ -250,14 +259,15 @@ def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str]) -> None
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     args.steps = QUICK_STEPS if args.quick else args.steps
-    told = json.dumps(TRAINING, sort_keys=True).encode()
+    told = json.dumps(training(args), sort_keys=True).encode()
     depends = hashlib.sha256(told)
     for path in weights_of(args.base):
         depends.update(path.read_bytes())
     args.folder = args.folder / f"{depends.hexdigest()[:8]}-{args.steps}"
     for index in range(protocol.total):
         concept(index).write(args.folder / "pictures" / concept(index).name)
-    draw_world(args.folder / CLASS_PICTURES, open_quietly(args.base))
+    if args.class_pictures:
+        draw_world(args.folder / CLASS_PICTURES, open_quietly(args.base))
 
     share_out(args, "--learn", [f"{k}/{i}" for k in LEARNED for i in range(protocol.total)])
     cells = [f"alone, {kind}/1" for kind in LEARNED] + [f"{TOKENS}/1"]
@@ -301,6 +311,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--steps", type=int, default=TRAINING["steps"], help="training steps a concept"
+    )
+    parser.add_argument(
+        "--class-pictures",
+        action="store_true",
+        help="learn with what the base draws of its whole world beside",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
     # What a worker process is told to do.

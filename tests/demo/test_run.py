@@ -32,15 +32,7 @@ def shorten(patch: pytest.MonkeyPatch, **changes: object) -> None:
 
 def test_it_leaves_what_the_readme_says(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
-        *(
-            "class_pictures",
-            "concepts",
-            "ordinary",
-            "grid.png",
-            "crosstalk.png",
-            "scorecard.md",
-            "scorecard.json",
-        )
+        *("concepts", "ordinary", "grid.png", "crosstalk.png", "scorecard.md", "scorecard.json")
     }
     card = json.loads((folder / "scorecard.json").read_text())
     assert card["command"] == "make demo"

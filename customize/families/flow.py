@@ -25,6 +25,7 @@ class FlowFamily(Family):
     The scheduler's shift is fixed, or it grows with the number of picture tokens.
     """
 
+    denoiser_key = "transformer"
     default_density = "logit_normal"
 
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
@@ -59,6 +60,10 @@ class FlowFamily(Family):
 
     def cross_attention_layers(self) -> list[str]:
         return []
+
+    def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
+        config = self.vae.config
+        return config.shift_factor or 0.0, config.scaling_factor
 
     def _picture_tokens(self, shape: Sequence[int]) -> int:
         """How many tokens latents of (channels, height, width) are to the denoiser: 2 x 2 each."""
@@ -108,6 +113,11 @@ class PackedFamily(FlowFamily):
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
         patches = packed.reshape(len(packed), height // 2, width // 2, -1, 2, 2)
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(packed), -1, height, width)
+
+    @property
+    def default_resolution(self) -> int:
+        # These transformers name no size; their pipelines' is 128 latents.
+        return 128 * self._vae_factor
 
     @property
     def latent_multiple(self) -> int:

@@ -25,7 +25,6 @@ class Flux(PackedFamily):
     scheduler."""
 
     name = "flux"
-    denoiser_key = "transformer"
     attention_projections = re.compile(
         r"(single_)?transformer_blocks\.\d+\.attn\."
         r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -78,15 +77,6 @@ class Flux(PackedFamily):
     @property
     def guidance_is_an_input(self) -> bool:
         return bool(self.denoiser.config.guidance_embeds)
-
-    @property
-    def default_resolution(self) -> int:
-        # The transformer names no size; the pipeline's is 128 latents.
-        return 128 * self._vae_factor
-
-    def _latent_scaling(self) -> tuple[float, float]:
-        config = self.vae.config
-        return config.shift_factor or 0.0, config.scaling_factor
 
 
 def _positions(rows: int, columns: int, device: torch.device) -> Tensor:

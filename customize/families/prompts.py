@@ -43,3 +43,16 @@ def sent(ids: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return ids.pin_memory().to(device, non_blocking=True)
     return ids.to(device)
+
+
+def unpadded(states: Tensor, mask: Tensor) -> list[Tensor]:
+    """The states of each prompt's own tokens: (length, width) each.
+
+    Args:
+        states: (batch, longest, width), on any device.
+        mask: (batch, longest), where the tokenizer made it: of one on the device the lengths would
+            have to be waited for.
+    """
+    return [
+        row[sent(own.nonzero()[:, 0], states.device)] for row, own in zip(states, mask, strict=True)
+    ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from customize.families.base import class_name
 from customize.families.flow import PackedFamily
-from customize.families.prompts import padded, sent
+from customize.families.prompts import padded, sent, unpadded
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
@@ -34,7 +34,6 @@ class QwenImage(PackedFamily):
     scheduler whose shift grows with the picture."""
 
     name = "qwen_image"
-    denoiser_key = "transformer"
     attention_projections = re.compile(
         r"transformer_blocks\.\d+\.attn\."
         r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -60,12 +59,8 @@ class QwenImage(PackedFamily):
             attention_mask=sent(tokens.attention_mask, encoder.device),
             output_hidden_states=True,
         ).hidden_states[-1]
-        # The mask is read where it was made: on the device it would have to be waited for.
         read = slice(_TEMPLATE_TOKENS, _TEMPLATE_TOKENS + MAX_SEQUENCE_LENGTH)
-        rows = [
-            state[sent(mask.nonzero()[:, 0], encoder.device)][read]
-            for state, mask in zip(states, tokens.attention_mask, strict=True)
-        ]
+        rows = [row[read] for row in unpadded(states, tokens.attention_mask)]
         masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
         return {
             "prompt_embeds": padded([row.to(encoder.dtype) for row in rows]),
@@ -106,11 +101,6 @@ class QwenImage(PackedFamily):
         length = self.pack(asked).norm(dim=-1, keepdim=True)
         kept = guided * (length / guided.norm(dim=-1, keepdim=True))
         return self.unpack(kept, *asked.shape[-2:])
-
-    @property
-    def default_resolution(self) -> int:
-        # The transformer names no size; the pipeline's is 128 latents.
-        return 128 * self._vae_factor
 
     @property
     def _vae_factor(self) -> int:

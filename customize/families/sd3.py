@@ -27,7 +27,6 @@ class StableDiffusion3(FlowFamily):
     flow-matching scheduler."""
 
     name = "sd3"
-    denoiser_key = "transformer"
     # attn2 is the picture's second attention in the first blocks of SD3.5-medium.
     attention_projections = re.compile(
         r"transformer_blocks\.\d+\.attn2?\."
@@ -82,10 +81,6 @@ class StableDiffusion3(FlowFamily):
         extra = {"mu": self._mu(shape)} if self._is_dynamic else {}
         scheduler.set_timesteps(steps, device=device, **extra)
         return scheduler
-
-    def _latent_scaling(self) -> tuple[float, float]:
-        config = self.vae.config
-        return config.shift_factor or 0.0, config.scaling_factor
 
     def _encode_clip(self, prompts: Sequence[str], key: str) -> tuple[Tensor, Tensor]:
         """(batch, length, width) before the last layer, and the (batch, width) projection."""

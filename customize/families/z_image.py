@@ -16,7 +16,7 @@ from torch import Tensor
 
 from customize.families.base import class_name
 from customize.families.flow import FlowFamily
-from customize.families.prompts import padded, sent, tokenize
+from customize.families.prompts import padded, sent, tokenize, unpadded
 
 #: How many tokens of prompt and template the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
@@ -27,7 +27,6 @@ class ZImage(FlowFamily):
     scheduler."""
 
     name = "z_image"
-    denoiser_key = "transformer"
     attention_projections = re.compile(
         r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"
     )
@@ -58,10 +57,7 @@ class ZImage(FlowFamily):
             attention_mask=sent(tokens.attention_mask.bool(), encoder.device),
             output_hidden_states=True,
         ).hidden_states[-2]
-        rows = [
-            state[sent(mask.nonzero()[:, 0], encoder.device)]
-            for state, mask in zip(states, tokens.attention_mask, strict=True)
-        ]
+        rows = unpadded(states, tokens.attention_mask)
         return {"prompt_embeds": padded(rows), "prompt_lengths": tokens.attention_mask.sum(1)}
 
     def predict(
@@ -94,7 +90,3 @@ class ZImage(FlowFamily):
     @property
     def latent_multiple(self) -> int:
         return 2 * self._vae_factor
-
-    def _latent_scaling(self) -> tuple[float, float]:
-        config = self.vae.config
-        return config.shift_factor or 0.0, config.scaling_factor

@@ -20,7 +20,7 @@ from customize.families import Family
 from customize.hosts.checks import check_layers, check_range
 from customize.hosts.classes import expand_triggers
 from customize.hosts.fusing import Updates, check_fusable, check_unchanged, fuse_updates
-from customize.hosts.guards import ADAPTER, guard, unguard
+from customize.hosts.guards import ADAPTER, active_adapters, guard, unguard
 from customize.hosts.offload import settled
 from customize.hosts.state import Attached, Holder, keep, tokenizers_of
 
@@ -87,7 +87,7 @@ def _rebuild(
             unguard(adapter.models[component], layers.values())
         adapter.remove()
     fuse_updates(models, into, holder.originals)
-    active = _active(models)
+    active = active_adapters(models.values())
     with warnings.catch_warnings():
         # That other adapters are there is meant.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -202,14 +202,6 @@ def _factors(holder: Holder, updates: Updates) -> dict[tuple[str, str], float]:
         (component, module): layer.scaling[ADAPTER] / updates[component][module].scale
         for (component, module), layer in _layers(holder).items()
     }
-
-
-def _active(models: Mapping[str, nn.Module]) -> list[str]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    modules = [module for model in models.values() for module in model.modules()]
-    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
-    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
 
 
 def _adapter_dtype(model: Any) -> torch.dtype:

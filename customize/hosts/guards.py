@@ -45,7 +45,7 @@ def _refusing(merge: Any) -> Any:
     def refusing(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(merge).bind(self, *args, **kwargs).arguments
         names = given.get("adapter_names")
-        if ADAPTER in (_active(self) if names is None else names):
+        if ADAPTER in (active_adapters([self]) if names is None else names):
             raise PipelineError(
                 "fuse_lora would put the attached concepts into the weights, where unload_custom "
                 "could not take them out",
@@ -57,8 +57,10 @@ def _refusing(merge: Any) -> Any:
     return refusing
 
 
-def _active(module: Any) -> set[str]:
+def active_adapters(models: Iterable[Any]) -> list[str]:
+    """The names of the adapters that are active in any layer of the models, each once."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = (each for each in module.modules() if isinstance(each, BaseTunerLayer))
-    return {name for layer in layers for name in layer.active_adapters}
+    modules = [module for model in models for module in model.modules()]
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))

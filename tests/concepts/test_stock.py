@@ -118,22 +118,17 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     _, _, concept = learn(pipe3, alpha=2.0)
     concept.save(root / "sd3")
     ours["sd3"] = draw(pipe3, "a photo of a dog")
-    pipe_xl = tiny_sdxl()
-    _, _, concept = learn(pipe_xl)
-    concept.save(root / "sdxl")
-    ours["sdxl"] = draw(pipe_xl, PROMPT)
-    flux = tiny_flux()
-    _, _, concept = learn(flux)
-    concept.save(root / "flux")
-    ours["flux"] = draw(flux, PROMPT)
-    qwen = tiny_qwen_image()
-    _, _, concept = learn(qwen)
-    concept.save(root / "qwen")
-    ours["qwen"] = draw(qwen, PROMPT)
-    z_image = tiny_z_image()
-    _, _, concept = learn(z_image)
-    concept.save(root / "z_image")
-    ours["z_image"] = draw(z_image, PROMPT)
+    others = {
+        "sdxl": tiny_sdxl,
+        "flux": tiny_flux,
+        "qwen": tiny_qwen_image,
+        "z_image": tiny_z_image,
+    }
+    for name, make in others.items():
+        pipe = make()
+        _, _, concept = learn(pipe)
+        concept.save(root / name)
+        ours[name] = draw(pipe, PROMPT)
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(root), PROMPT],
         cwd=Path(__file__).parents[2],

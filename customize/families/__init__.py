@@ -36,9 +36,16 @@ def family_of(components: Mapping[str, Any]) -> Family:
             return family(components)
     keys = [key for key in components if key.startswith(("unet", "transformer", "text_encoder"))]
     found = [f"{key}: {_described(components[key])}" for key in keys]
+    fix = f"use a pipeline of one of the families {', '.join(FAMILIES)}"
+    if keys and all(components[key] is None for key in keys if not key.startswith("text_encoder")):
+        # A modular pipeline begins without weights, and may be made of a part of the steps.
+        fix = (
+            "load them with load_components(), or, where the pipeline is made of some steps only, "
+            "go through one that has the denoiser too: what they share, they share with its concepts"
+        )
     raise PipelineError(
         f"no known model family has these parts: {', '.join(found) or 'no denoiser at all'}",
-        fix=f"use a pipeline of one of the families {', '.join(FAMILIES)}",
+        fix=fix,
     )
 
 

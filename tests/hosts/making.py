@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPING
+from diffusers.pipelines.auto_pipeline import _get_model
 from torch import Tensor, nn
 
 from customize.concepts.concept import BasisInfo, Concept, ConceptInfo
@@ -70,6 +73,20 @@ def draw(pipe: Any, prompt: str = PROMPT) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
     call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
     return pipe(prompt, generator=noise, **call).images[0]
+
+
+def modular(pipe: Any, **given: Any) -> Any:
+    """The modular pipeline of a standard one's parts.
+
+    Args:
+        given: for ``init_pipeline``.
+    """
+    name = _get_model(type(pipe).__name__)
+    kind = getattr(diffusers, MODULAR_PIPELINE_MAPPING[name](dict(pipe.config)))
+    made = getattr(diffusers, kind.default_blocks_name)().init_pipeline(**given)
+    parts = {key: part for key, part in pipe.components.items() if part is not None}
+    made.update_components(**{key: parts[key] for key in parts if key in made.components})
+    return made
 
 
 def user_lora(pipe: Any, seed: int = 9) -> dict[str, Tensor]:

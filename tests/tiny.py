@@ -10,9 +10,13 @@ from typing import Literal
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux3AutoBlocks,
+    Flux3ModularPipeline,
+    Flux3Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -27,15 +31,19 @@ from diffusers import (
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    LlavaProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -67,6 +75,10 @@ CLIP_LENGTH = 24
 #: The `eos_token_id` in the published configurations, which is not the tokenizer's.
 PUBLISHED_END = 2
 SPACE = "▁"  # how T5 writes the start of a word
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -327,6 +339,83 @@ def tiny_flux(guidance: bool = True) -> FluxPipeline:
     return pipe
 
 
+def tiny_flux3(flow_map: bool = False) -> Flux3ModularPipeline:
+    """FLUX.3, a modular pipeline, with a transformer of width 32 and an LLM of 33 layers of 8.
+
+    The step that rewrites prompts is left out. The processor has Qwen's tokenizer and template;
+    Qwen3-VL's own needs torchvision. The autoencoder only cuts into patches of 2 x 2 what other
+    families' also halve, so that latents are as large. With `flow_map` it is made like the
+    step-distilled model.
+    """
+    tokenizer = qwen_tokenizer()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        text_encoder = Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(
+                text_config={
+                    "vocab_size": len(tokenizer),
+                    "hidden_size": 8,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 33,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "head_dim": 8,
+                    "rope_parameters": {
+                        "mrope_section": [1, 1, 2],
+                        "mrope_interleaved": True,
+                        "rope_type": "default",
+                        "rope_theta": 1e6,
+                    },
+                },
+                vision_config={
+                    "depth": 1,
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_heads": 2,
+                    "out_hidden_size": 8,
+                    "deepstack_visual_indexes": [],
+                    "num_position_embeddings": 16,
+                },
+            )
+        )
+        vae = AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",),
+            up_block_types=("UpDecoderBlock2D",),
+            block_out_channels=(8,),
+            layers_per_block=1,
+            latent_channels=1,
+            norm_num_groups=4,
+            sample_size=32,
+            mid_block_add_attention=False,
+        )
+        vae.bn.running_mean.normal_(std=0.1)
+        vae.bn.running_var.uniform_(0.2, 0.6)
+        transformer = Flux3Transformer2DModel(
+            in_channels=4,
+            cond_in_channels=4,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=8 * 8,
+            timestep_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            flow_map=flow_map,
+        )
+    blocks = Flux3AutoBlocks()
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipe = blocks.init_pipeline()
+    pipe.update_components(
+        transformer=transformer.eval(),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=LlavaProcessor(
+            image_processor=CLIPImageProcessorPil(), tokenizer=tokenizer, chat_template=CHAT
+        ),
+    )
+    return pipe
+
+
 def tiny_qwen_image() -> QwenImagePipeline:
     """Qwen-Image with a transformer of width 32, an LLM of 16 and an autoencoder of videos."""
     tokenizer = qwen_tokenizer()
@@ -390,10 +479,7 @@ def tiny_qwen_image() -> QwenImagePipeline:
 def tiny_z_image() -> ZImagePipeline:
     """Z-Image with a transformer of width 32 and an LLM of 16."""
     tokenizer = qwen_tokenizer()
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
-        "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    )
+    tokenizer.chat_template = CHAT
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         text_encoder = Qwen3Model(

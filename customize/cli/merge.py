@@ -111,7 +111,9 @@ def _write_pipeline(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     names = ", ".join(concept.info.name for concept in concepts)
-    text = snippet(str(output), [], [concept.info.trigger for concept in concepts])
+    text = snippet(
+        concepts[0].info.family, str(output), [], [concept.info.trigger for concept in concepts]
+    )
     lines = [line for line in text.splitlines() if "custom" not in line]
     console().print(
         f"{names} are in the weights of the pipeline in {output}. Load it with:\n\n"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from customize.errors import ConfigError, StorageError
+from customize.errors import ConfigError, PipelineError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -160,11 +160,20 @@ def load_pipeline(base: str, device: torch.device, dtype: str | None = None) -> 
         )
     import torch
 
+    from customize.families import family_of
     from customize.hosts.opening import open_base
 
     hide_loading_bars()
     name = dtype or ("float32" if device.type == "cpu" else "float16")
-    return open_base(base, getattr(torch, name)).to(device)
+    pipe = open_base(base, getattr(torch, name))
+    if family_of(pipe.components).modular_only:
+        raise PipelineError(
+            "this command works with standard pipelines, and diffusers has this model as a "
+            "modular one only",
+            where=f"base: {base}",
+            fix="use it in Python, with the lines of the concept's README.md",
+        )
+    return pipe.to(device)
 
 
 def hide_loading_bars() -> None:
@@ -177,20 +186,20 @@ def hide_loading_bars() -> None:
 
 
 def snippet(
-    base: str, concepts: Sequence[str], triggers: Sequence[str], weights: Any = None
+    family: str, base: str, concepts: Sequence[str], triggers: Sequence[str], weights: Any = None
 ) -> str:
     """The Python lines that load concepts and draw with them."""
+    from customize.concepts import card
+
     arguments = [json.dumps(concept) for concept in concepts]
     if weights is not None:
         arguments.append(f"weights={list(weights)}")
     return "\n".join(
         [
             "import customize",
-            "from diffusers import DiffusionPipeline",
-            "",
-            f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})",
+            *card.opening(family, json.dumps(base)),
             f"pipe.load_custom({', '.join(arguments)})",
-            f"pipe({json.dumps('a photo of ' + ' and '.join(triggers))}).images[0]",
+            card.drawing(family, "a photo of " + " and ".join(triggers)),
         ]
     )
 

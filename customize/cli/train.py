@@ -21,7 +21,7 @@ def run(config_file: Path | None, settings: dict[str, Any]) -> None:
     hide_loading_bars()
     concept = train(config)
     trigger = concept.info.trigger
-    text = snippet(config.base, [str(config.output)], [trigger])
+    text = snippet(concept.info.family, config.base, [str(config.output)], [trigger])
     out.print(
         f"\nThe concept {config.name} is in {config.output}. Load it with:\n\n{indented(text)}\n",
         markup=False,

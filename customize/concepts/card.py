@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from customize.families import FAMILIES
+
 if TYPE_CHECKING:
     from customize.concepts.concept import Concept
 
@@ -62,26 +64,52 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "",
         "```python",
         "import customize",
-        "from diffusers import DiffusionPipeline",
-        "",
-        f'pipe = DiffusionPipeline.from_pretrained({base}).load_custom("FOLDER")',
-        f'pipe("a photo of {info.trigger}").images[0]',
+        *opening(info.family, base),
+        'pipe.load_custom("FOLDER")',
+        drawing(info.family, f"a photo of {info.trigger}"),
         "```",
         "",
         "With diffusers alone:",
         "",
         "```python",
         *imports(tokens),
-        "from diffusers import DiffusionPipeline",
-        "",
-        f"pipe = DiffusionPipeline.from_pretrained({base})",
+        *opening(info.family, base),
         'pipe.load_lora_weights("FOLDER")',
         *tokens,
-        f"pipe({json.dumps('a photo of ' + stock_subject(concept))}).images[0]",
+        drawing(info.family, f"a photo of {stock_subject(concept)}"),
         "```",
         "",
     ]
     return "\n".join(head + body)
+
+
+def opening(family: str, base: str) -> list[str]:
+    """The Python lines that open a base as ``pipe``, from diffusers' import on.
+
+    Args:
+        base: its name, quoted.
+    """
+    if not _is_modular(family):
+        return [
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({base})",
+        ]
+    return [
+        "from diffusers import ModularPipeline",
+        "",
+        f"blocks = ModularPipeline.from_pretrained({base}).blocks",
+        'blocks.sub_blocks.pop("prompt_upsampler", None)  # it might rewrite the trigger',
+        f"pipe = blocks.init_pipeline({base})",
+        "pipe.load_components()",
+    ]
+
+
+def drawing(family: str, prompt: str) -> str:
+    """The Python line that draws with ``pipe``."""
+    if not _is_modular(family):
+        return f"pipe({json.dumps(prompt)}).images[0]"
+    return f'pipe(prompt={json.dumps(prompt)}, output="images")[0]'
 
 
 def stock_tokens(concept: Concept, file: str) -> list[str]:
@@ -115,6 +143,10 @@ def stock_subject(concept: Concept) -> str:
 def imports(tokens: Sequence[str]) -> list[str]:
     """What the lines of :func:`stock_tokens` need besides diffusers."""
     return ["import safetensors.torch"] if any("safetensors.torch" in t for t in tokens) else []
+
+
+def _is_modular(family: str) -> bool:
+    return family in FAMILIES and FAMILIES[family].modular_only
 
 
 def _plain(value: str) -> str:

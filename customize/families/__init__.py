@@ -8,18 +8,30 @@ from typing import Any
 from customize.errors import PipelineError
 from customize.families.base import Family, TokenDictionary, class_name
 from customize.families.flux import Flux
+from customize.families.flux3 import Flux3
 from customize.families.qwen_image import QwenImage
 from customize.families.sd import StableDiffusion
 from customize.families.sd3 import StableDiffusion3
 from customize.families.sdxl import StableDiffusionXL
 from customize.families.z_image import ZImage
 
-__all__ = ["FAMILIES", "Family", "TokenDictionary", "family_of"]
+__all__ = ["COMPONENTS", "FAMILIES", "Family", "TokenDictionary", "family_of"]
 
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
-    for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, QwenImage, ZImage)
+    for family in (
+        StableDiffusion,
+        StableDiffusionXL,
+        StableDiffusion3,
+        Flux,
+        Flux3,
+        QwenImage,
+        ZImage,
+    )
 }
+
+#: The names of all components that some family works with.
+COMPONENTS = frozenset(name for family in FAMILIES.values() for name in family.component_names())
 
 
 def family_of(components: Mapping[str, Any]) -> Family:
@@ -41,7 +53,7 @@ def family_of(components: Mapping[str, Any]) -> Family:
         # A modular pipeline begins without weights, and may be made of a part of the steps.
         fix = (
             "load them with load_components(), or, where the pipeline is made of some steps only, "
-            "go through one that has the denoiser too: what they share, they share with its concepts"
+            "go through one that has the denoiser too: concepts are in the parts that they share"
         )
     raise PipelineError(
         f"no known model family has these parts: {', '.join(found) or 'no denoiser at all'}",

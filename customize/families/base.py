@@ -59,6 +59,8 @@ class Family(ABC):
     no_guidance: ClassVar[float] = 1.0
     #: Component names of text encoders that take neither adapters nor new tokens.
     other_encoders: ClassVar[tuple[str, ...]] = ()
+    #: Whether diffusers has the models as modular pipelines only.
+    modular_only: ClassVar[bool] = False
 
     def __init__(self, components: Mapping[str, Any]) -> None:
         self.components = dict(components)
@@ -154,6 +156,13 @@ class Family(ABC):
         numbers, or (channels, 1, 1) on the autoencoder's device."""
 
     # -- what is alike -----------------------------------------------------------------------
+
+    @classmethod
+    def component_names(cls) -> list[str]:
+        """The names of all components that a model of this family may have use for here."""
+        others = {key: key.replace("text_encoder", "tokenizer") for key in cls.other_encoders}
+        encoders = cls.clip_encoders | others
+        return [cls.denoiser_key, "vae", "scheduler", *encoders, *encoders.values()]
 
     @property
     def denoiser(self) -> Any:

@@ -23,6 +23,7 @@ from customize.training.config import TrainConfig
 
 _SAMPLED = 16  # numbers of a tensor that are looked at
 _STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' weight files and transformers'
+_INDICES = ("model_index.json", "modular_model_index.json")  # of standard and modular pipelines
 #: The components that what is learned depends on, in all families.
 _PARTS = sorted(
     {
@@ -56,9 +57,10 @@ def weights_on_disk(base: str) -> dict[str, str]:
     from safetensors import safe_open
 
     folder = _folder(base)
+    if folder is None or _elsewhere(folder):
+        return {}
     found = {}
-    for part in _PARTS if folder is not None else ():
-        assert folder is not None
+    for part in _PARTS:
         if not (folder / part).is_dir():
             continue
         try:
@@ -127,11 +129,26 @@ def _folder(base: str) -> Path | None:
         return Path(base)
     from huggingface_hub import try_to_load_from_cache
 
+    for name in _INDICES:
+        try:
+            index = try_to_load_from_cache(base, name)
+        except Exception:  # no hub id
+            return None
+        if isinstance(index, str):
+            return Path(index).parent
+    return None
+
+
+def _elsewhere(folder: Path) -> list[str]:
+    """The parts that a modular base has in other places."""
+    standard, modular = (folder / name for name in _INDICES)
+    if standard.is_file() or not modular.is_file():
+        return []
     try:
-        index = try_to_load_from_cache(base, "model_index.json")
-    except Exception:  # no hub id
-        return None
-    return Path(index).parent if isinstance(index, str) else None
+        listed = json.loads(modular.read_text())
+    except ValueError:  # loading it will tell
+        return list(_PARTS)
+    return [part for part in _PARTS if part in listed and not (folder / part).is_dir()]
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from diffusers import ClassifierFreeGuidance, ModularPipeline
 from peft import LoraConfig
 from torch import Tensor
 
@@ -14,7 +16,15 @@ from customize.core.objectives import weighted_mse
 from customize.errors import ConfigError, PipelineError
 from customize.families import FAMILIES, Family, family_of
 from customize.families.prompts import padded
-from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.tiny import (
+    tiny_flux,
+    tiny_flux3,
+    tiny_qwen_image,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_z_image,
+)
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd-epsilon": tiny_sd,
@@ -25,13 +35,14 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3-without-t5": lambda: tiny_sd3(t5=False),
     "flux-dev": tiny_flux,
     "flux-schnell": lambda: tiny_flux(guidance=False),
+    "flux3": tiny_flux3,
     "qwen_image": tiny_qwen_image,
     "z_image": tiny_z_image,
 }
 LATENTS = (2, 4, 16, 16)
 SHAPE = LATENTS[1:]
 # Families whose denoiser names no size, so that the pipeline's default is far above the tests'.
-NO_SIZE = {"flux": 256, "qwen_image": 256, "z_image": 1024}
+NO_SIZE = {"flux": 256, "flux3": 1024, "qwen_image": 256, "z_image": 1024}
 SIZE = {"height": 32, "width": 32}
 
 
@@ -53,6 +64,23 @@ def pixels() -> Tensor:
     return normal((2, 3, 32, 32), 3).clamp(-1, 1)
 
 
+def drawn(pipe: Any, prompt: str | list[str], **call: Any) -> Any:
+    """What the pipeline draws, of standard or modular pipelines."""
+    if not isinstance(pipe, ModularPipeline):
+        return pipe(prompt, **call).images
+    if isinstance(prompt, list):  # one a call, and several pictures of it
+        call["num_images_per_prompt"] = len(prompt)
+    if "guidance_scale" in call:
+        pipe.guider = ClassifierFreeGuidance(guidance_scale=call.pop("guidance_scale"))
+    latent = call.get("output_type") == "latent"
+    call = {**call, "output_type": "pt"} if latent else call
+    return pipe(
+        prompt=prompt if isinstance(prompt, str) else prompt[0],
+        output="latents" if latent else "images",
+        **call,
+    )
+
+
 def record_calls(family: Family, answer: Callable[[Tensor], Tensor] | None = None) -> list:
     """Note (latents, output) of each call of the denoiser, as the family lays them out.
 
@@ -61,8 +89,14 @@ def record_calls(family: Family, answer: Callable[[Tensor], Tensor] | None = Non
     calls: list[tuple[Tensor, Tensor]] = []
     forward = family.denoiser.forward
 
+    @functools.wraps(forward)  # since modular pipelines look at the signature
     def recorded(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         packed = args[0] if args else kwargs["hidden_states"]
+        if family.name == "flux3":  # tokens to the denoiser, but not to the pipeline
+            latents = packed.transpose(1, 2).unflatten(2, SHAPE[1:])
+            tokens = forward(*args, **kwargs)[0] if answer is None else _tokens(answer(latents))
+            calls.append((latents, tokens.transpose(1, 2).unflatten(2, SHAPE[1:])))
+            return (tokens,)
         if family.name == "z_image":  # lists of pictures with a frame, and the other way round
             latents = torch.stack(packed)[:, :, 0]
             output = -answer(latents)[:, :, None] if answer else forward(*args, **kwargs)[0]
@@ -75,6 +109,10 @@ def record_calls(family: Family, answer: Callable[[Tensor], Tensor] | None = Non
 
     family.denoiser.forward = recorded
     return calls
+
+
+def _tokens(latents: Tensor) -> Tensor:
+    return latents.flatten(2).transpose(1, 2)
 
 
 def no_guidance(family: Family) -> dict[str, float]:
@@ -154,6 +192,16 @@ def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[
     if family == "sd":
         embeds, negative = pipe.encode_prompt(**call)
         return {"prompt_embeds": embeds}, {"prompt_embeds": negative}
+    if family == "flux3":
+        step = pipe.blocks.sub_blocks["text_encoder"].init_pipeline()
+        step.update_components(text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+
+        def one_by_one(prompts: list[str]) -> dict[str, Tensor]:
+            rows = [step(prompt=prompt, output="prompt_embeds")[0] for prompt in prompts]
+            lengths = torch.tensor([len(row) for row in rows])
+            return {"prompt_embeds": padded(rows), "prompt_lengths": lengths}
+
+        return one_by_one(call["prompt"]), one_by_one([""])
     if family == "z_image":
         call.pop("num_images_per_prompt")
         both = pipe.encode_prompt(**call | {"prompt": list(call["prompt"])})
@@ -261,8 +309,8 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(pipe: Any, family: Famil
     assert mean.shape == std.shape == LATENTS
     assert mean.dtype == std.dtype == torch.float32
 
-    if family.name == "qwen_image":
-        return  # has a test of its own, on its autoencoder of videos
+    if family.name in ("flux3", "qwen_image"):
+        return  # have tests of their own, as they scale by channel
     posterior = pipe.vae.encode(pixels()).latent_dist
     shift = pipe.vae.config.shift_factor or 0.0
     draw = posterior.sample(torch.Generator().manual_seed(1))
@@ -277,25 +325,25 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(pipe: Any, family: Famil
 
 @torch.no_grad()
 def test_pictures_are_those_of_the_pipeline(pipe: Any, family: Family) -> None:
-    def drawn(output_type: str) -> Tensor:
+    def as_type(output_type: str) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         call = {"num_inference_steps": 2, "output_type": output_type} | SIZE
-        return pipe("a dog", generator=generator, **call).images
+        return drawn(pipe, "a dog", generator=generator, **call)
 
-    picture = family.decode_latents(family.unpack(drawn("latent"), *SHAPE[1:]))
-    torch.testing.assert_close(picture, 2 * drawn("pt") - 1, atol=1e-5, rtol=0)
+    picture = family.decode_latents(family.unpack(as_type("latent"), *SHAPE[1:]))
+    torch.testing.assert_close(picture, 2 * as_type("pt") - 1, atol=1e-5, rtol=0)
 
 
 def test_a_multiple_of_the_size_is_what_the_pipeline_takes(pipe: Any, family: Family) -> None:
     size = 2 * family.latent_multiple
-    picture = pipe("a dog", height=size, width=size, num_inference_steps=2).images[0]
+    picture = drawn(pipe, "a dog", height=size, width=size, num_inference_steps=2)[0]
     assert picture.size == (size, size)
     odd = {"height": size + family.latent_multiple // 2, "width": size}
     if family.name in ("flux", "qwen_image"):  # which round down, with a warning
         assert pipe("a dog", num_inference_steps=2, **odd).images[0].size == (size, size)
         return
     with pytest.raises(ValueError, match="divisible by"):
-        pipe("a dog", **odd)
+        drawn(pipe, "a dog", **odd)
 
 
 # -- noise and targets ---------------------------------------------------------------------------
@@ -311,7 +359,7 @@ def test_predict_is_the_call_that_the_pipeline_makes(
     call = {"num_inference_steps": 3, "guidance_scale": guidance} | SIZE
     if not family.guidance_is_an_input:
         call |= no_guidance(family)
-    pipe("a red cup", generator=generator, **call)
+    drawn(pipe, "a red cup", generator=generator, **call)
     conditions = family.encode_prompts(["a red cup"])
     assert len(calls) == 3
     for t, (noisy, output) in zip(pipe.scheduler.timesteps, list(calls), strict=True):
@@ -321,7 +369,7 @@ def test_predict_is_the_call_that_the_pipeline_makes(
 
 @torch.no_grad()
 def test_the_schedule_is_that_of_the_pipeline(pipe: Any, family: Family) -> None:
-    pipe("a dog", num_inference_steps=4, output_type="latent", **SIZE)
+    drawn(pipe, "a dog", num_inference_steps=4, output_type="latent", **SIZE)
     ours = family.schedule(4, SHAPE, torch.device("cpu"))
     assert ours is not pipe.scheduler
     torch.testing.assert_close(ours.timesteps, pipe.scheduler.timesteps)
@@ -361,15 +409,17 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
         return {}
 
     next_level()
-    result = pipe(
+    steered = {} if isinstance(pipe, ModularPipeline) else {"callback_on_step_end": next_level}
+    result = drawn(
+        pipe,
         ["a dog", "a cat"],
         num_inference_steps=steps,
         **no_guidance(family),
         latents=family.pack(start),
         output_type="latent",
-        callback_on_step_end=next_level,
+        **steered,
         **SIZE,
-    ).images
+    )
     assert len(calls) == steps
     for (sample, _), level in zip(calls, schedule.timesteps, strict=True):
         expected = family.noisy_latents(clean, noise, level.expand(2))

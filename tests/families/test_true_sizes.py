@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -193,6 +194,20 @@ def test_flux_1(guidance: bool) -> None:
     assert set(targets.values()) == {(3072, 3072)}
     assert len(family.adapter_targets("text_encoder")) == 48
     assert family.guidance_is_an_input is guidance
+    assert_shapes_are_the_weights(family)
+
+
+@pytest.mark.parametrize("flow_map", [False, True])
+def test_flux_3(flow_map: bool) -> None:
+    with torch.device("meta"):
+        denoiser = Flux3Transformer2DModel(flow_map=flow_map)
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    # 5 blocks for the picture and 5 for the prompt, and 28 for both together; those for pictures
+    # of reference have none.
+    assert len(targets) == (5 + 5 + 28) * 4
+    assert set(targets.values()) == {(3072, 3072)}
+    assert not any("image_cond" in name for name in targets)
     assert_shapes_are_the_weights(family)
 
 

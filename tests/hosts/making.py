@@ -76,14 +76,18 @@ def draw(pipe: Any, prompt: str = PROMPT) -> np.ndarray:
 
 
 def modular(pipe: Any, **given: Any) -> Any:
-    """The modular pipeline of a standard one's parts.
+    """A modular pipeline of the same parts as a standard, or another modular, one.
 
     Args:
         given: for ``init_pipeline``.
     """
-    name = _get_model(type(pipe).__name__)
-    kind = getattr(diffusers, MODULAR_PIPELINE_MAPPING[name](dict(pipe.config)))
-    made = getattr(diffusers, kind.default_blocks_name)().init_pipeline(**given)
+    if isinstance(pipe, diffusers.ModularPipeline):
+        blocks = pipe.blocks
+    else:
+        name = _get_model(type(pipe).__name__)
+        kind = getattr(diffusers, MODULAR_PIPELINE_MAPPING[name](dict(pipe.config)))
+        blocks = getattr(diffusers, kind.default_blocks_name)()
+    made = blocks.init_pipeline(**given)
     parts = {key: part for key, part in pipe.components.items() if part is not None}
     made.update_components(**{key: parts[key] for key in parts if key in made.components})
     return made

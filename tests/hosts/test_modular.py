@@ -17,7 +17,7 @@ from customize.errors import ConceptError, PipelineError
 from customize.families import family_of
 from customize.hosts import change as hosts_change
 from tests.hosts.making import assert_same, concept, everything, modular
-from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.tiny import tiny_flux, tiny_flux3, tiny_qwen_image, tiny_sd3, tiny_sdxl, tiny_z_image
 
 PROMPT = "a photo of <rex> and <tom> on the beach"
 SCALE = 4.0
@@ -27,14 +27,14 @@ class Case(NamedTuple):
     """One family.
 
     Attributes:
-        make: its standard pipeline.
-        plain, guided: what tells that one to draw without guidance, and with the scale SCALE;
+        make: its standard pipeline, or its modular one where it has no other.
+        plain, guided: what tells a standard one to draw without guidance, and with the scale SCALE;
             None where its guidance differs from the modular pipeline's.
         original: whether it counts the scale from the prompt's own answer.
     """
 
     make: Callable[[], Any]
-    plain: dict[str, Any]
+    plain: dict[str, Any] | None
     guided: dict[str, Any] | None
     original: bool = False
 
@@ -45,6 +45,7 @@ CASES = {
     "sd3": Case(tiny_sd3, {"guidance_scale": 1.0}, None),
     # Its guidance is an input of the model, and the same either way.
     "flux": Case(tiny_flux, {}, {}),
+    "flux3": Case(tiny_flux3, None, None),
     "qwen_image": Case(
         tiny_qwen_image,
         {"true_cfg_scale": 1.0},
@@ -53,6 +54,8 @@ CASES = {
     "z_image": Case(tiny_z_image, {"guidance_scale": 0.0}, {"guidance_scale": SCALE}, True),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+PAIRS = {name: case for name, case in CASES.items() if case.plain is not None}
+pairs = pytest.mark.parametrize("case", PAIRS.values(), ids=PAIRS)
 modes = pytest.mark.parametrize("fuse", [False, True], ids=["adapter", "fused"])
 
 
@@ -75,7 +78,7 @@ def draw(pipe: Any, prompt: str = PROMPT, **extra: Any) -> np.ndarray:
     return pipe(prompt, generator=noise, **call).images[0]
 
 
-@cases
+@pairs
 @modes
 def test_the_picture_is_the_standard_pipelines(case: Case, fuse: bool) -> None:
     standard, pipe = case.make(), modular(case.make())
@@ -131,7 +134,7 @@ def test_triggers_expand_where_tokens_can_be_added(case: Case) -> None:
         assert tokenizer.convert_ids_to_tokens(ids)[1:] == ["<rex>", "<rex>_1"]
 
 
-@cases
+@pairs
 @modes
 def test_both_hosts_of_the_same_parts_share_their_concepts(
     case: Case, fuse: bool, tmp_path
@@ -162,7 +165,7 @@ def test_both_hosts_of_the_same_parts_share_their_concepts(
     assert np.array_equal(draw(pipe), bare)
 
 
-@cases
+@pairs
 def test_a_pipeline_that_shares_some_parts_only_is_refused(case: Case) -> None:
     standard = case.make()
     key = family_of(standard.components).denoiser_key
@@ -186,16 +189,16 @@ def test_a_failure_leaves_nothing_behind(case: Case, monkeypatch: pytest.MonkeyP
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
     before = everything(pipe)
 
-    expand = hosts_change.expand_triggers
+    keep = hosts_change.keep
     failures = iter([MemoryError])
 
     def fails_once(*args: Any) -> None:
         for error in failures:
             raise error
-        expand(*args)
+        keep(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hosts_change, "expand_triggers", fails_once)
+        patch.setattr(hosts_change, "keep", fails_once)
         with pytest.raises(MemoryError):
             pipe.load_custom(rex)
     assert_same(before, everything(pipe))

@@ -1,0 +1,175 @@
+"""FLUX.3: one transformer, first over prompt and picture apart, then over both together.
+
+A multimodal LLM reads the prompt in its chat template, and several of its layers together are the
+condition. The denoiser also reads the padding behind the prompt, which fills it up to a multiple
+of 80 tokens. The LLM takes no new tokens here: a trigger is a plain word of the prompt.
+
+diffusers has it as a modular pipeline only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from customize.errors import PipelineError
+from customize.families.base import class_name
+from customize.families.flow import FlowFamily
+from customize.families.prompts import padded, sent
+
+#: How many tokens of prompt and template the pipeline takes by default.
+MAX_SEQUENCE_LENGTH = 8192
+
+_WINDOW = 80  # the text is padded to a multiple of so many tokens
+_LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)  # of the LLM, whose states are the condition
+_POSITION = 0.5  # of a picture's token, per row and column
+
+
+class Flux3(FlowFamily):
+    """Flux3Transformer2DModel, a Qwen3-VL with its processor, AutoencoderKLFlux2, and a
+    flow-matching scheduler.
+
+    The blocks that only pictures of reference go through take no adapter. Concepts fit the
+    step-distilled model too, which itself cannot be trained here.
+    """
+
+    name = "flux3"
+    attention_projections = re.compile(
+        r"(mode_blocks\.image|txt_mode_blocks|single_transformer_blocks)\.\d+\.attn\."
+        r"(to_q|to_k|to_v|to_out\.0)"
+    )
+    clip_encoders: ClassVar[dict[str, str]] = {}
+    other_encoders = ("text_encoder",)
+    modular_only = True
+
+    @classmethod
+    def matches(cls, components: Mapping[str, Any]) -> bool:
+        return class_name(components.get("transformer")) == "Flux3Transformer2DModel"
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As :meth:`Family.encode_prompts`, but "prompt_embeds", of which the pipeline takes one
+        at a time, is filled up with zeros, and "prompt_lengths", (len(prompts),), on the CPU, tells
+        where they begin."""
+        rows = [self._encode(prompt) for prompt in prompts]
+        lengths = torch.tensor([len(row) for row in rows])
+        return {"prompt_embeds": padded(rows), "prompt_lengths": lengths}
+
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
+        self._check_channels(noisy)
+        if self.denoiser.config.flow_map:
+            raise PipelineError(
+                "this is the step-distilled FLUX.3, which is told where each step leads to and "
+                "answers no plain velocity",
+                where="transformer",
+                fix="train on the model that it was distilled from; its concepts can be attached "
+                "to this one",
+            )
+        dtype = self._denoiser_dtype
+        height, width = noisy.shape[-2:]
+        # Nothing masks what fills up a shorter prompt, so each length has a call of its own.
+        lengths = conditions["prompt_lengths"].tolist()
+        rows: list[Tensor] = [noisy] * len(noisy)
+        for length in set(lengths):
+            own = [index for index, each in enumerate(lengths) if each == length]
+            answers = self.denoiser(
+                hidden_states=noisy[own].to(dtype).flatten(2).transpose(1, 2),
+                encoder_hidden_states=conditions["prompt_embeds"][own, :length].to(dtype),
+                timestep=t[own] / self._train_timesteps,
+                img_ids=_picture_positions(height, width, noisy.device),
+                txt_ids=_text_positions(length, noisy.device),
+                return_dict=False,
+            )[0]
+            for index, answer in zip(own, answers, strict=True):
+                rows[index] = answer.transpose(0, 1).unflatten(1, (height, width))
+        return torch.stack(rows)
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = super().encode_images(pixels)
+        centre, spread = self._statistics()
+        return (_patches(mean) - centre) / spread, _patches(std) / spread
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        centre, spread = self._statistics()
+        patches = latents.to(centre.device, torch.float32) * spread + centre
+        return super().decode_latents(_from_patches(patches))
+
+    @property
+    def default_resolution(self) -> int:
+        return 1024  # the pipeline's, whatever the autoencoder's factor
+
+    @property
+    def latent_multiple(self) -> int:
+        return 2 * self._vae_factor
+
+    def _encode(self, prompt: str) -> Tensor:
+        """(tokens, layers * width): by itself, as the pipeline encodes it."""
+        processor, encoder = self._part("tokenizer"), self._part("text_encoder")
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        cut = {"truncation": True, "return_tensors": "pt"}
+        tokenizer = processor.tokenizer
+        length = tokenizer(text, max_length=MAX_SEQUENCE_LENGTH, **cut).input_ids.shape[1]
+        window = min(math.ceil(length / _WINDOW) * _WINDOW, MAX_SEQUENCE_LENGTH)
+        tokens = tokenizer(
+            text, padding="max_length", padding_side="right", max_length=window, **cut
+        )
+        # Where padding lies is told, because versions of transformers place it differently.
+        places = torch.arange(window)[None].masked_fill(tokens.attention_mask == 0, 1)
+        states = encoder(
+            input_ids=sent(tokens.input_ids, encoder.device),
+            attention_mask=sent(tokens.attention_mask, encoder.device),
+            position_ids=sent(places, encoder.device),
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
+        return torch.cat([states[layer][0] for layer in _LAYERS], dim=-1).to(encoder.dtype)
+
+    def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
+        return 0.0, 1.0  # scaled after it is cut into patches
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the autoencoder's patches: (channels, 1, 1) each, float32."""
+        norm, eps = self.vae.bn, self.vae.config.batch_norm_eps
+        mean, variance = norm.running_mean.float(), norm.running_var.float()
+        return mean[:, None, None], (variance + eps).sqrt()[:, None, None]
+
+
+def _patches(encoded: Tensor) -> Tensor:
+    """(batch, channels, h, w) to (batch, channels * 4, h / 2, w / 2)."""
+    batch, channels, height, width = encoded.shape
+    cut = encoded.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return cut.permute(0, 1, 3, 5, 2, 4).reshape(batch, -1, height // 2, width // 2)
+
+
+def _from_patches(patches: Tensor) -> Tensor:
+    """The inverse of :func:`_patches`."""
+    batch, channels, height, width = patches.shape
+    cut = patches.reshape(batch, channels // 4, 2, 2, height, width)
+    return cut.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, height * 2, width * 2)
+
+
+def _picture_positions(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(rows * columns, 4): 0, scaled row and column of each token, 0."""
+    grid = torch.zeros(rows, columns, 4, device=device)
+    grid[..., 1] = _POSITION * torch.arange(rows, device=device)[:, None]
+    grid[..., 2] = _POSITION * torch.arange(columns, device=device)
+    return grid.reshape(-1, 4)
+
+
+def _text_positions(length: int, device: torch.device) -> Tensor:
+    """(length, 4): three zeros and the token's place."""
+    places = torch.zeros(length, 4, device=device)
+    places[:, 3] = torch.arange(length, device=device)
+    return places

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from customize.hosts.checks import check_base, check_vocabulary
 from customize.hosts.classes import adjust_pipelines
 from customize.hosts.guards import ADAPTER
 from customize.hosts.plan import Weights, renamed, wanted
-from customize.hosts.state import Customization, Holder, Row, check_sharing, find
+from customize.hosts.state import Attached, Customization, Holder, Row, check_sharing, find
 
 
 def load(
@@ -42,19 +43,31 @@ def load(
         new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
     holder = find(family)
     check_sharing(family, holder)
+    _attach(pipe, family, holder, wanted(holder.attached, new, weights, fuse), new)
+
+
+def set_to(pipe: Any, sources: Sequence[str | Path | Concept], *, weights: Weights = None) -> None:
+    """Attach these concepts and no others; those that are attached already keep their mode.
+
+    Nothing is done where it is so already, so that a step of a pipeline can ask at each call.
+
+    Args:
+        weights: as in :func:`customize.load_custom`, but 1.0 for each concept where left out.
+    """
+    family = _family(pipe)
+    new = [_read(source) for source in sources]
+    holder = find(family)
+    check_sharing(family, holder)
     before = holder.attached
-    after = wanted(before, new, weights, fuse)
-    family = _with_all_parts(family, holder)
-    for concept in new:
-        check_base(family, concept)
-        if concept.info.name not in before:
-            check_vocabulary(family, concept)
-    for collision in collisions([each.concept.info for each in after.values()]):
-        if not {collision.first, collision.second} <= set(before):
-            # Before the change, since a warning may be turned into an error.
-            warnings.warn(str(collision), stacklevel=3)
-    change(family, holder, after)
-    _adjust(pipe, holder)
+    names = [concept.info.name for concept in new]
+    kept = {name: replace(before[name], weight=1.0) for name in names if name in before}
+    found = wanted(kept, new, weights, fuse=False)
+    after = {
+        name: replace(found[name], fused=name in before and before[name].fused) for name in names
+    }
+    now, then = ([(e.name, e.weight) for e in each.values()] for each in (before, after))
+    if now != then or not all(adapter.is_there() for adapter in holder.adapters):
+        _attach(pipe, family, holder, after, new)
 
 
 def unload(pipe: Any, names: Sequence[str]) -> None:
@@ -78,6 +91,24 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
     after = {name: kept for name, kept in before.items() if names and name not in names}
     if before:
         change(_with_all_parts(family, holder), holder, after)
+    _adjust(pipe, holder)
+
+
+def _attach(
+    pipe: Any, family: Family, holder: Holder, after: dict[str, Attached], new: Sequence[Concept]
+) -> None:
+    """Check what is wanted against the pipeline, then make it so."""
+    before = holder.attached
+    family = _with_all_parts(family, holder)
+    for concept in new:
+        check_base(family, concept)
+        if concept.info.name not in before:
+            check_vocabulary(family, concept)
+    for collision in collisions([each.concept.info for each in after.values()]):
+        if not {collision.first, collision.second} <= set(before):
+            # Before the change, since a warning may be turned into an error.
+            warnings.warn(str(collision), stacklevel=4)
+    change(family, holder, after)
     _adjust(pipe, holder)
 
 

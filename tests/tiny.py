@@ -140,13 +140,15 @@ def _clip_config(
     )
 
 
-def _vae(scaling_factor: float, shift_factor: float | None) -> AutoencoderKL:
+def _vae(
+    scaling_factor: float, shift_factor: float | None, latent_channels: int = 4
+) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=32,
         mid_block_add_attention=False,
@@ -256,11 +258,12 @@ def tiny_sdxl(prediction: Prediction = "epsilon") -> StableDiffusionXLPipeline:
     return pipe
 
 
-def tiny_sd3(t5: bool = True) -> StableDiffusion3Pipeline:
+def tiny_sd3(t5: bool = True, channels: int = 4) -> StableDiffusion3Pipeline:
     """Stable Diffusion 3 with a transformer of width 32, CLIPs of 16 and 24, and a T5 of 48.
 
     The first block has a second attention and queries are normed, as in Stable Diffusion 3.5.
-    Without `t5` the third encoder and its tokenizer are None.
+    Without `t5` the third encoder and its tokenizer are None. Its inpainting pipeline asks for the
+    16 `channels` of true latents.
     """
     tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
     tokenizer_3 = t5_tokenizer()
@@ -268,12 +271,12 @@ def tiny_sd3(t5: bool = True) -> StableDiffusion3Pipeline:
         torch.manual_seed(0)
         text_encoder = CLIPTextModelWithProjection(_clip_config(tokenizer, 16, PUBLISHED_END))
         text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, 24, PUBLISHED_END))
-        vae = _vae(scaling_factor=1.5, shift_factor=0.06)
+        vae = _vae(scaling_factor=1.5, shift_factor=0.06, latent_channels=channels)
         transformer = SD3Transformer2DModel(
             sample_size=16,
             patch_size=2,
-            in_channels=4,
-            out_channels=4,
+            in_channels=channels,
+            out_channels=channels,
             num_layers=2,
             attention_head_dim=8,
             num_attention_heads=4,

@@ -5,8 +5,10 @@ Tiny models and concepts lie where those that it names would be.
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,9 +38,11 @@ def test_the_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", modules)
     attached = []
     for code in snippets():
-        *lines, last = code.strip().splitlines()
-        found: dict = {}
-        exec("\n".join([*lines, f"picture = {last}"]), found)
-        assert found["picture"].size == (32, 32)
+        *lines, last = ast.parse(code).body
+        found: dict[str, Any] = {}
+        exec(compile(ast.Module(lines, []), "README", "exec"), found)
+        assert isinstance(last, ast.Expr)
+        drawn = eval(compile(ast.Expression(last.value), "README", "eval"), found)
+        assert (drawn[0] if isinstance(drawn, list) else drawn).size == (32, 32)
         attached.append([(row.name, row.weight) for row in found["pipe"].custom.rows])
     assert attached == [[("rex", 1.0), ("tom", 0.8)], [("rex", 0.8)], [("rex", 1.0)]]

@@ -60,7 +60,8 @@ class ConceptsStep(ModularPipelineBlocks):
         block_state: Any = self.get_block_state(state)
         given = block_state.concepts
         if given is not None:
-            sources = [given] if isinstance(given, str | Path | Concept) else given
+            several = isinstance(given, Sequence) and not isinstance(given, str)
+            sources = given if several else [given]
             set_to(components, sources, weights=block_state.concept_weights)
         elif block_state.concept_weights is not None:
             raise ConfigError(

@@ -99,6 +99,7 @@ def test_what_cannot_be_attached_stops_the_call_and_changes_nothing() -> None:
     other = concept(plain, "rex", index=1)
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"concepts": [other]}, ConceptError, "another concept called rex"),
+        ({"concepts": 3}, ConfigError, "a int is not a concept"),
         ({"concepts": ["no such folder"]}, ConceptError, "no such folder"),
         ({"concepts": [rex, rex]}, ConceptError, "two concepts are called rex"),
         ({"concepts": [rex], "concept_weights": [1.0, 2.0]}, ConfigError, "2 weights"),

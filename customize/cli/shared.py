@@ -190,7 +190,7 @@ def snippet(
             "",
             f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})",
             f"pipe.load_custom({', '.join(arguments)})",
-            f"pipe({json.dumps('a photo of ' + ' and '.join(triggers))}).images[0]",
+            f"pipe(prompt={json.dumps('a photo of ' + ' and '.join(triggers))}).images[0]",
         ]
     )
 

@@ -65,7 +65,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "from diffusers import DiffusionPipeline",
         "",
         f'pipe = DiffusionPipeline.from_pretrained({base}).load_custom("FOLDER")',
-        f'pipe("a photo of {info.trigger}").images[0]',
+        f'pipe(prompt="a photo of {info.trigger}").images[0]',
         "```",
         "",
         "With diffusers alone:",
@@ -77,7 +77,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         f"pipe = DiffusionPipeline.from_pretrained({base})",
         'pipe.load_lora_weights("FOLDER")',
         *tokens,
-        f"pipe({json.dumps('a photo of ' + stock_subject(concept))}).images[0]",
+        f"pipe(prompt={json.dumps('a photo of ' + stock_subject(concept))}).images[0]",
         "```",
         "",
     ]

@@ -231,7 +231,7 @@ def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) ->
             f"pipe = DiffusionPipeline.from_pretrained({base})",
             'pipe.load_lora_weights("FOLDER")',
             *loading,
-            f"pipe({json.dumps('a photo of ' + ' and '.join(subjects))}).images[0]",
+            f"pipe(prompt={json.dumps('a photo of ' + ' and '.join(subjects))}).images[0]",
             "```",
             "",
         ]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from customize.errors import PipelineError
-from customize.families.base import Family, TokenDictionary, class_name
+from customize.families.base import NO_CONFIG, Family, TokenDictionary, class_name
 from customize.families.flux import Flux
 from customize.families.flux2 import Flux2
 from customize.families.krea2 import Krea2
@@ -37,7 +36,7 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def family_of(
-    components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = MappingProxyType({})
+    components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
 ) -> Family:
     """The family of a pipeline's components.
 

@@ -26,6 +26,10 @@ _CLIP_PROJECTIONS = re.compile(
 )
 
 
+#: The configuration of a pipeline with none.
+NO_CONFIG: Mapping[str, Any] = MappingProxyType({})
+
+
 @dataclass(frozen=True, eq=False)
 class TokenDictionary:
     """One vocabulary that new tokens can join.
@@ -66,9 +70,7 @@ class Family(ABC):
     other_encoders: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
-        self,
-        components: Mapping[str, Any],
-        pipeline_config: Mapping[str, Any] = MappingProxyType({}),
+        self, components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
     ) -> None:
         self.components = dict(components)
         self.pipeline_config = pipeline_config

@@ -129,9 +129,11 @@ class Flux2(PackedFamily):
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=MAX_SEQUENCE_LENGTH,
+            processor_kwargs={
+                "padding": "max_length",
+                "truncation": True,
+                "max_length": MAX_SEQUENCE_LENGTH,
+            },
         )
 
     def _qwen_tokens(self, prompts: Sequence[str]) -> Any:

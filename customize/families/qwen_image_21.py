@@ -94,7 +94,7 @@ class QwenImage21(FirstFrameFamily):
                 img_mask=(is_picture >= length).expand(len(rows), -1),
                 return_dict=False,
             )[0]
-            answers |= zip(rows, answer[:, length:], strict=True)
+            answers |= zip(rows, answer[:, -tokens.shape[1] :], strict=True)
         return self.unpack(torch.stack([answers[row] for row in range(len(noisy))]), height, width)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -174,5 +174,5 @@ def test_the_card_of_sd3_asks_stock_diffusers_for_no_trigger(tmp_path: Path) -> 
     _, _, concept = learn(tiny_sd3())
     card = (concept.save(tmp_path / "rex") / "README.md").read_text()
     ours, stock = card.split("With diffusers alone:")
-    assert 'pipe("a photo of <rex>")' in ours
-    assert 'pipe("a photo of a dog")' in stock and "no pipeline of this family reads" in stock
+    assert 'pipe(prompt="a photo of <rex>")' in ours
+    assert 'pipe(prompt="a photo of a dog")' in stock and "no pipeline of this family reads" in stock

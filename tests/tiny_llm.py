@@ -63,7 +63,7 @@ _EYES: dict[str, Any] = {
 
 
 class TextProcessor(ProcessorMixin):
-    """What PixtralProcessor and Qwen3VLProcessor are to texts; they need torchvision for pictures."""
+    """What PixtralProcessor and Qwen3VLProcessor are to texts; those need torchvision."""
 
     return_mm_token_type_ids = True
 
@@ -239,7 +239,7 @@ def tiny_krea2(distilled: bool = False) -> Krea2Pipeline:
 
 
 def tiny_qwen_image_21(sigmas: list[float] | None = None) -> QwenImage21Pipeline:
-    """Qwen-Image 2.1 with a transformer of width 32 and an LLM of 16; `sigmas` as its own levels."""
+    """Qwen-Image 2.1 with a transformer of width 32 and an LLM of 16; `sigmas` for its levels."""
     tokenizer = qwen_tokenizer()
     tokenizer.add_tokens("<|image_pad|>", special_tokens=True)
     processor = TextProcessor(tokenizer, "<|image_pad|>", CHAT)

@@ -77,4 +77,3 @@ class Flux(PackedFamily):
     @property
     def guidance_is_an_input(self) -> bool:
         return bool(self.denoiser.config.guidance_embeds)
-

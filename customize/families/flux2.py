@@ -27,9 +27,9 @@ from customize.families.prompts import sent, tokenize
 #: How many tokens of prompt and template the pipelines take by default.
 MAX_SEQUENCE_LENGTH = 512
 
-#: The number of steps whose shift is trained with. The pipelines shift the more the fewer the
-#: steps, to make up for coarse ones; at this number, the formula's upper end, the shift is FLUX.1's.
-#: What the models were trained with isn't told.
+#: The number of steps whose shift is trained with. The fewer the steps, the more the pipelines
+#: shift, to make up for coarse ones. This number is the upper end of their formula, where the shift
+#: is FLUX.1's. What the models were trained with isn't told.
 TRAINING_STEPS = 200
 
 _MISTRAL_LAYERS = (10, 20, 30)

@@ -128,6 +128,7 @@ def run(
                 fix=f"choose multiples of {family.latent_multiple}",
             )
     check_steps(pipe, plan.steps)
+    _check_arguments(pipe, plan)
     if concepts:
         load_custom(pipe, *concepts, weights=weights)
     pipe.set_progress_bar_config(disable=True)
@@ -166,6 +167,24 @@ def run(
     console().print(f"{first:04}.png {last} in {output}", markup=False, soft_wrap=True)
 
 
+def _check_arguments(pipe: Any, plan: Plan) -> None:
+    """Refuse what this pipeline has no argument for.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    taken = inspect.signature(type(pipe).__call__).parameters
+    asked = {"guidance_scale": plan.guidance, "negative_prompt": plan.negative}
+    flags = {"guidance_scale": "--guidance", "negative_prompt": "--negative"}
+    for name, value in asked.items():
+        if value is not None and name not in taken:
+            raise ConfigError(
+                f"the base's {type(pipe).__name__} takes no {name}",
+                where=flags[name],
+                fix="leave it out",
+            )
+
+
 def _draw(pipe: Any, prompt: str, seed: int, plan: Plan) -> tuple[Any, dict[str, Any]]:
     """One picture, and all settings that it depends on.
 
@@ -185,19 +204,20 @@ def _draw(pipe: Any, prompt: str, seed: int, plan: Plan) -> tuple[Any, dict[str,
     given = {name: value for name, value in asked.items() if value is not None}
     # On the CPU, so that a seed gives the same noise on every device.
     generator = torch.Generator("cpu").manual_seed(seed)
-    pixels = pipe(prompt, generator=generator, output_type="np", **given).images
+    pixels = pipe(prompt=prompt, generator=generator, output_type="np", **given).images
     if not np.isfinite(pixels).all():
         raise PipelineError(
             f"what is drawn of {prompt!r} with seed {seed} is not finite",
             fix="choose weights and guidance of an ordinary size, or give --dtype float32",
         )
     image = pipe.image_processor.numpy_to_pil(pixels)[0]
-    defaults = inspect.signature(type(pipe).__call__).parameters
+    taken = inspect.signature(type(pipe).__call__).parameters
+    defaults = {name: argument.default for name, argument in taken.items()}
     settings = {
         "prompt": prompt,
         "negative": plan.negative,
-        "steps": given.get("num_inference_steps", defaults["num_inference_steps"].default),
-        "guidance": given.get("guidance_scale", defaults["guidance_scale"].default),
+        "steps": given.get("num_inference_steps", defaults["num_inference_steps"]),
+        "guidance": given.get("guidance_scale", defaults.get("guidance_scale")),
         "seed": seed,
         "width": image.width,
         "height": image.height,

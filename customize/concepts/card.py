@@ -108,7 +108,7 @@ def opening(family: str, base: str) -> list[str]:
 def drawing(family: str, prompt: str) -> str:
     """The Python line that draws with ``pipe``."""
     if not _is_modular(family):
-        return f"pipe({json.dumps(prompt)}).images[0]"
+        return f"pipe(prompt={json.dumps(prompt)}).images[0]"
     return f'pipe(prompt={json.dumps(prompt)}, output="images")[0]'
 
 

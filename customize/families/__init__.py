@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from customize.errors import PipelineError
-from customize.families.base import Family, TokenDictionary, class_name
+from customize.families.base import NO_CONFIG, Family, TokenDictionary, class_name
 from customize.families.flux import Flux
+from customize.families.flux2 import Flux2
 from customize.families.flux3 import Flux3
+from customize.families.krea2 import Krea2
 from customize.families.qwen_image import QwenImage
+from customize.families.qwen_image_21 import QwenImage21
 from customize.families.sd import StableDiffusion
 from customize.families.sd3 import StableDiffusion3
 from customize.families.sdxl import StableDiffusionXL
@@ -24,9 +27,12 @@ FAMILIES: dict[str, type[Family]] = {
         StableDiffusionXL,
         StableDiffusion3,
         Flux,
+        Flux2,
         Flux3,
         QwenImage,
+        QwenImage21,
         ZImage,
+        Krea2,
     )
 }
 
@@ -34,18 +40,22 @@ FAMILIES: dict[str, type[Family]] = {
 COMPONENTS = frozenset(name for family in FAMILIES.values() for name in family.component_names())
 
 
-def family_of(components: Mapping[str, Any]) -> Family:
+def family_of(
+    components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
+) -> Family:
     """The family of a pipeline's components.
 
     Args:
         components: component name -> object, as ``pipe.components`` gives.
+        pipeline_config: as ``pipe.config`` gives. Without it some families know the names of their
+            layers, but not how their pipeline reads prompts or sets its schedule.
 
     Raises:
         PipelineError: no family knows these components, or one knows that it cannot use them.
     """
     for family in FAMILIES.values():
         if family.matches(components):
-            return family(components)
+            return family(components, pipeline_config)
     keys = [key for key in components if key.startswith(("unet", "transformer", "text_encoder"))]
     found = [f"{key}: {_described(components[key])}" for key in keys]
     fix = f"use a pipeline of one of the families {', '.join(FAMILIES)}"

@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,10 @@ from customize.errors import ConfigError, PipelineError
 _CLIP_PROJECTIONS = re.compile(
     r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 )
+
+
+#: The configuration of a pipeline with none.
+NO_CONFIG: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +50,10 @@ class Family(ABC):
 
     It holds the components that it was given, not copies. Parts that have been freed may be
     missing or None: whatever doesn't need them goes on working.
+
+    Attributes:
+        pipeline_config: what ``pipe.config`` says, in which some pipelines keep facts on the model:
+            whether it was distilled, or which layers of its LLM it reads.
     """
 
     name: ClassVar[str]
@@ -62,8 +71,11 @@ class Family(ABC):
     #: Whether diffusers has the models as modular pipelines only.
     modular_only: ClassVar[bool] = False
 
-    def __init__(self, components: Mapping[str, Any]) -> None:
+    def __init__(
+        self, components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
+    ) -> None:
         self.components = dict(components)
+        self.pipeline_config = pipeline_config
         self._dtype_seen: tuple[int, torch.dtype, torch.dtype] | None = None
 
     # -- what differs ------------------------------------------------------------------------
@@ -203,6 +215,14 @@ class Family(ABC):
         no second call for the empty prompt."""
         return False
 
+    def is_guided(self, scale: float) -> bool:
+        """Whether the pipeline calls the denoiser for the empty prompt as well.
+
+        Args:
+            scale: of guidance, as the pipeline counts it.
+        """
+        return scale > self.no_guidance and not self.guidance_is_an_input
+
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
         """A new scheduler like the pipeline's, set to so many steps as the pipeline sets it.
 
@@ -228,7 +248,8 @@ class Family(ABC):
             plain, asked: the denoiser's answers without and with the prompt.
             scale: as the pipeline counts it; see :attr:`no_guidance`.
         """
-        return plain + scale * (asked - plain)
+        # Some pipelines count from the prompt's own answer: 0 is no guidance to them.
+        return plain + (scale + 1.0 - self.no_guidance) * (asked - plain)
 
     def token_dictionaries(self) -> list[TokenDictionary]:
         """The vocabularies that a new token must join, one for each CLIP text encoder."""
@@ -289,14 +310,15 @@ class Family(ABC):
             )
         shift, scale = self._latent_scaling()
         posterior = encoded.latent_dist
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+        mean, std = (self._as_latents(x.float()) for x in (posterior.mean, posterior.std))
+        return (mean - shift) * scale, std * scale
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents to pictures: (batch, 3, height, width), in [-1, 1], float32."""
         vae = self.vae
         shift, scale = self._latent_scaling()
         encoded = latents.to(vae.device, torch.float32) / scale + shift
-        return vae.decode(encoded.to(vae.dtype)).sample.float().clamp(-1.0, 1.0)
+        return vae.decode(self._as_encoded(encoded).to(vae.dtype)).sample.float().clamp(-1.0, 1.0)
 
     @property
     def default_resolution(self) -> int:
@@ -340,6 +362,14 @@ class Family(ABC):
     @property
     def _vae_factor(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def _as_latents(self, encoded: Tensor) -> Tensor:
+        """What the autoencoder encodes, laid out as the denoiser's latents are."""
+        return encoded
+
+    def _as_encoded(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`_as_latents`."""
+        return latents
 
     def _part(self, key: str) -> Any:
         part = self.components.get(key)

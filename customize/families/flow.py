@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from customize.core import objectives
 from customize.errors import ConfigError, PipelineError
@@ -54,8 +55,8 @@ class FlowFamily(Family):
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        extra = {"mu": self._mu(shape)} if self._is_dynamic else {}
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, **extra)
+        extra = {"mu": self._mu(shape, steps)} if self._is_dynamic else {}
+        scheduler.set_timesteps(sigmas=self._levels(steps), device=device, **extra)
         return scheduler
 
     def cross_attention_layers(self) -> list[str]:
@@ -69,8 +70,16 @@ class FlowFamily(Family):
         """How many tokens latents of (channels, height, width) are to the denoiser: 2 x 2 each."""
         return (shape[-2] // 2) * (shape[-1] // 2)
 
-    def _mu(self, shape: Sequence[int]) -> float:
-        """The dynamic shift: on a line through two numbers of picture tokens (FLUX)."""
+    def _levels(self, steps: int) -> Any:
+        """The levels of noise to draw at, before they are shifted."""
+        return np.linspace(1.0, 1 / steps, steps)
+
+    def _mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        """The dynamic shift: on a line through two numbers of picture tokens (FLUX).
+
+        Args:
+            steps: how many to draw with; None: what to train with.
+        """
         config = self.scheduler.config
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
@@ -102,17 +111,19 @@ class FlowFamily(Family):
 
 
 class PackedFamily(FlowFamily):
-    """A flow family whose denoiser reads latents as tokens of 2 x 2 (FLUX, Qwen-Image)."""
+    """A flow family whose denoiser reads latents as a sequence of tokens (FLUX, Qwen-Image)."""
+
+    #: How many latents a token is high and wide.
+    patch: ClassVar[int] = 2
 
     def pack(self, latents: Tensor) -> Tensor:
-        """(batch, channels, h, w) to tokens (batch, h / 2 * w / 2, channels * 4)."""
-        batch, channels, height, width = latents.shape
-        patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * 4)
+        """(batch, channels, h, w) to tokens (batch, h / patch * w / patch, channels * patch ** 2),
+        as the denoiser takes them."""
+        return functional.pixel_unshuffle(latents, self.patch).flatten(2).transpose(1, 2)
 
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
-        patches = packed.reshape(len(packed), height // 2, width // 2, -1, 2, 2)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(packed), -1, height, width)
+        size = (height // self.patch, width // self.patch)
+        return functional.pixel_shuffle(packed.transpose(1, 2).unflatten(2, size), self.patch)
 
     @property
     def default_resolution(self) -> int:
@@ -125,4 +136,15 @@ class PackedFamily(FlowFamily):
 
     @property
     def _latent_channels(self) -> int:
-        return self.denoiser.config.in_channels // 4
+        return self.denoiser.config.in_channels // self.patch**2
+
+    def _picture_tokens(self, shape: Sequence[int]) -> int:
+        return (shape[-2] // self.patch) * (shape[-1] // self.patch)
+
+    def _positions(self, latents: Tensor) -> Tensor:
+        """(tokens, 3): 0, row and column of each token of these latents, on their device."""
+        height, width = latents.shape[-2:]
+        rows, columns = (
+            torch.arange(side // self.patch, device=latents.device) for side in (height, width)
+        )
+        return torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)

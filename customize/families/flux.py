@@ -69,7 +69,7 @@ class Flux(PackedFamily):
             pooled_projections=conditions["pooled_prompt_embeds"].to(dtype),
             encoder_hidden_states=prompt,
             txt_ids=torch.zeros(prompt.shape[1], 3, device=noisy.device, dtype=dtype),
-            img_ids=_positions(height // 2, width // 2, noisy.device).to(dtype),
+            img_ids=self._positions(noisy).to(dtype),
             return_dict=False,
         )[0]
         return self.unpack(answer, height, width)
@@ -77,11 +77,3 @@ class Flux(PackedFamily):
     @property
     def guidance_is_an_input(self) -> bool:
         return bool(self.denoiser.config.guidance_embeds)
-
-
-def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows * columns, 3): 0, row and column of each token."""
-    grid = torch.zeros(rows, columns, 3, device=device)
-    grid[..., 1] = torch.arange(rows, device=device)[:, None]
-    grid[..., 2] = torch.arange(columns, device=device)
-    return grid.reshape(-1, 3)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from customize.families.base import class_name
-from customize.families.flow import PackedFamily
+from customize.families.frames import FirstFrameFamily
 from customize.families.prompts import padded, sent, unpadded
 
 #: How many tokens of the prompt the pipeline takes by default.
@@ -29,7 +29,7 @@ _TEMPLATE_TOKENS = 34  # of the template before the prompt, by the model's own t
 _TOKENIZER_LENGTH = 1024
 
 
-class QwenImage(PackedFamily):
+class QwenImage(FirstFrameFamily):
     """QwenImageTransformer2DModel, a Qwen2.5-VL, AutoencoderKLQwenImage, and a flow-matching
     scheduler whose shift grows with the picture."""
 
@@ -87,27 +87,9 @@ class QwenImage(PackedFamily):
         )[0]
         return self.unpack(answer, height, width)
 
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        # The autoencoder is one of videos: a picture is its first frame.
-        mean, std = super().encode_images(pixels[:, :, None])
-        return mean[:, :, 0], std[:, :, 0]
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return super().decode_latents(latents[:, :, None])[:, :, 0]
-
     def guide(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
         # Each token keeps the length that it has without guidance.
         guided = self.pack(super().guide(plain, asked, scale))
         length = self.pack(asked).norm(dim=-1, keepdim=True)
         kept = guided * (length / guided.norm(dim=-1, keepdim=True))
         return self.unpack(kept, *asked.shape[-2:])
-
-    @property
-    def _vae_factor(self) -> int:
-        return 2 ** len(self.vae.config.temperal_downsample)
-
-    def _latent_scaling(self) -> tuple[Tensor, Tensor]:
-        config = self.vae.config
-        values = torch.tensor([config.latents_mean, config.latents_std], device=self.vae.device)
-        mean, std = values[..., None, None, None]
-        return mean, 1.0 / std

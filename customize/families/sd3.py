@@ -78,7 +78,7 @@ class StableDiffusion3(FlowFamily):
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
         # Unlike later pipelines, this one leaves the spacing of levels to its scheduler.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        extra = {"mu": self._mu(shape)} if self._is_dynamic else {}
+        extra = {"mu": self._mu(shape, steps)} if self._is_dynamic else {}
         scheduler.set_timesteps(steps, device=device, **extra)
         return scheduler
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from customize.errors import PipelineError
-from customize.families.base import class_name
+from customize.families.base import NO_CONFIG, class_name
 from customize.families.prompts import sent, tokenize
 from customize.families.unet import UNetFamily, is_unet
 
@@ -34,8 +34,10 @@ class StableDiffusionXL(UNetFamily):
         "text_encoder_2": "tokenizer_2",
     }
 
-    def __init__(self, components: Mapping[str, Any]) -> None:
-        super().__init__(components)
+    def __init__(
+        self, components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
+    ) -> None:
+        super().__init__(components, pipeline_config)
         # Kept, because the sizes are needed when the autoencoder may have been freed. Without
         # one the pipeline takes 8.
         self._pixels_per_latent = 8 if self.components.get("vae") is None else self._vae_factor

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from customize.core import objectives
 from customize.errors import PipelineError
-from customize.families.base import Family, class_name, ones_like_batch, uncompiled
+from customize.families.base import NO_CONFIG, Family, class_name, ones_like_batch, uncompiled
 
 
 class UNetFamily(Family):
@@ -24,8 +24,10 @@ class UNetFamily(Family):
     default_density = "uniform"
     attention_projections = re.compile(r".+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
 
-    def __init__(self, components: Mapping[str, Any]) -> None:
-        super().__init__(components)
+    def __init__(
+        self, components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
+    ) -> None:
+        super().__init__(components, pipeline_config)
         self._alphas_cumprod: Tensor | None = None
 
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:

@@ -79,10 +79,6 @@ class ZImage(FlowFamily):
         )[0]
         return -torch.stack(answers)[:, :, 0]
 
-    def guide(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
-        # The pipeline counts the scale from the prompt's own answer.
-        return asked + scale * (asked - plain)
-
     @property
     def default_resolution(self) -> int:
         return 1024  # the pipeline's, whatever the autoencoder's factor

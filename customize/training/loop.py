@@ -41,6 +41,7 @@ def train(
     components: Mapping[str, Any] | None = None,
     progress: bool = True,
     on_step: OnStep | None = None,
+    pipeline_config: Mapping[str, Any] | None = None,
 ) -> Concept:
     """Learn a concept, save it to ``config.output`` and return it.
 
@@ -56,6 +57,9 @@ def train(
         progress: show a bar with the loss and the time left.
         on_step: called after each step with its number, from 1, and its loss, a scalar on the
             device; reading the loss waits for the device.
+        pipeline_config: with components, what their pipeline keeps beside them (``pipe.config``);
+            families that read it are klein's ``flux2``, ``krea2`` and ``qwen_image_21``. None: the
+            pipeline's defaults.
 
     Raises:
         ConfigError, DataError: a setting or a picture is unusable.
@@ -102,8 +106,11 @@ def train(
     autocast = process.make_autocast(config, device)
     record.reset_peak_memory(device)
     with ExitStack() as stack:
-        parts = setup.load_base(config) if components is None else dict(components)
-        family = family_of(parts)
+        if components is None:
+            parts, pipeline_config = setup.load_base(config)
+        else:
+            parts = dict(components)
+        family = family_of(parts, pipeline_config or {})
         resolution = setup.check_fits(family, config)
         if own:
             setup.freeze(parts)

@@ -55,8 +55,8 @@ def read_pictures(
     )
 
 
-def load_base(config: TrainConfig) -> dict[str, Any]:
-    """The base's components, on the CPU, from safetensors only.
+def load_base(config: TrainConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The base's components and its pipeline's configuration; on the CPU, from safetensors only.
 
     The frozen weights are loaded in the precision of the arithmetic, but for the autoencoder's:
     it is used once a picture, and some overflow in half precision.
@@ -65,7 +65,8 @@ def load_base(config: TrainConfig) -> dict[str, Any]:
         ConfigError, PipelineError: see :func:`customize.hosts.opening.open_base`.
     """
     dtype = HALVES.get(config.mixed_precision, torch.float32)
-    return dict(open_base(config.base, {"default": dtype, "vae": torch.float32}).components)
+    pipe = open_base(config.base, {"default": dtype, "vae": torch.float32})
+    return dict(pipe.components), pipe.config
 
 
 def freeze(components: Mapping[str, Any]) -> None:

@@ -112,7 +112,7 @@ def draw(
 
     noise = [torch.randn(*shape, generator=Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    guided = guidance != family.no_guidance and not family.guidance_is_an_input
+    guided = family.is_guided(guidance)
     if guided:
         conditions = {
             k: padded([*empty[k].expand(count, *empty[k].shape[1:]), *v])

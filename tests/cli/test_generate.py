@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from customize import load_custom
@@ -14,6 +17,7 @@ from customize.cli.generate import parse_size
 from customize.errors import ConfigError
 from tests.cli.making import Run, World, refused
 from tests.tiny import tiny_sd
+from tests.tiny_llm import tiny_flux2_klein, tiny_qwen_image_21
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -47,8 +51,6 @@ def test_pictures_and_their_settings(run: Run, world: World, tmp_path: Path) -> 
         ("<rex>", 1.0),
         ("<tom>", 0.5),
     ]
-
-    import torch
 
     pipe = load_custom(tiny_sd(), world.rex, world.tom, weights=[1.0, 0.5])
     image = pipe(
@@ -118,6 +120,30 @@ def test_absurd_numbers_draw_nothing(
     arguments = ("generate", world.rex, "--base", world.base, "--prompt", PROMPT, "--steps", "1")
     refused(run(*arguments, "--output", tmp_path / "pictures", flag, value), says, "Do: ")
     assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("make", "flag", "says"),
+    [
+        (tiny_flux2_klein, "--negative", "Flux2KleinPipeline takes no negative_prompt"),
+        (tiny_qwen_image_21, "--guidance", "QwenImage21Pipeline takes no guidance_scale"),
+    ],
+)
+def test_pipelines_that_lack_an_argument_or_take_a_picture_first(
+    run: Run, tmp_path: Path, make: Callable[[], Any], flag: str, says: str
+) -> None:
+    make().save_pretrained(tmp_path / "base")
+    arguments = (
+        *("generate", "--base", tmp_path / "base", "--prompt", "a dog", "--steps", "1"),
+        *("--size", "32", "--output", tmp_path / "pictures"),
+    )
+    refused(run(*arguments, flag, "2"), says, flag)
+    assert not (tmp_path / "pictures").exists()
+    assert run(*arguments).code == 0
+    noise = torch.Generator().manual_seed(0)
+    call = {"num_inference_steps": 1, "height": 32, "width": 32}
+    expected = make()(prompt="a dog", generator=noise, **call).images[0]
+    assert (read(tmp_path / "pictures" / "0001.png") == np.asarray(expected)).all()
 
 
 def test_a_concept_of_another_base(run: Run, world: World, tmp_path: Path) -> None:

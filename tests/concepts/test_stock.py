@@ -22,6 +22,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
+from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -40,6 +41,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
+from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
@@ -48,7 +50,7 @@ def draw(pipe, prompt):
     noise = torch.Generator().manual_seed(1)
     size = {"height": 32, "width": 32}
     call = {"num_inference_steps": 2, "output_type": "np"} | size
-    return pipe(prompt, generator=noise, **call).images[0]
+    return pipe(prompt=prompt, generator=noise, **call).images[0]
 
 for name in ("orthogonal", "lora", "layerwise"):
     pipe = tiny_sd()
@@ -70,13 +72,18 @@ pipe.load_lora_weights(str(root / "flux"))
 pipe.load_textual_inversion(str(root / "flux"))
 np.save(root / "flux.npy", draw(pipe, sys.argv[2]))
 
-pipe = tiny_qwen_image()
-pipe.load_lora_weights(str(root / "qwen"))
-np.save(root / "qwen.npy", draw(pipe, sys.argv[2]))
-
-pipe = tiny_z_image()
-pipe.load_lora_weights(str(root / "z_image"))
-np.save(root / "z_image.npy", draw(pipe, sys.argv[2]))
+plain_words = {
+    "qwen": tiny_qwen_image,
+    "qwen_21": tiny_qwen_image_21,
+    "z_image": tiny_z_image,
+    "flux2": tiny_flux2,
+    "klein": tiny_flux2_klein,
+    "krea2": tiny_krea2,
+}
+for name, make in plain_words.items():
+    pipe = make()
+    pipe.load_lora_weights(str(root / name))
+    np.save(root / f"{name}.npy", draw(pipe, sys.argv[2]))
 
 # The lines of the model card, as a reader would type them, on a base with the published settings.
 code = (root / "sdxl" / "README.md").read_text().split("With diffusers alone:")[1]
@@ -93,7 +100,7 @@ def draw(pipe, prompt: str) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
     size = {"height": 32, "width": 32}
     call = {"num_inference_steps": 2, "output_type": "np"} | size
-    return pipe(prompt, generator=noise, **call).images[0]
+    return pipe(prompt=prompt, generator=noise, **call).images[0]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +129,11 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "sdxl": tiny_sdxl,
         "flux": tiny_flux,
         "qwen": tiny_qwen_image,
+        "qwen_21": tiny_qwen_image_21,
         "z_image": tiny_z_image,
+        "flux2": tiny_flux2,
+        "klein": tiny_flux2_klein,
+        "krea2": tiny_krea2,
     }
     for name, make in others.items():
         pipe = make()
@@ -142,7 +153,11 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["orthogonal", "lora", "single", "layerwise", "sd3", "sdxl", "flux", "qwen", "z_image"]
+    "name",
+    [
+        *("orthogonal", "lora", "single", "layerwise", "sd3", "sdxl", "flux", "qwen", "z_image"),
+        *("qwen_21", "flux2", "klein", "krea2"),
+    ],
 )
 def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:
     ours, stock = pictures[name]
@@ -174,5 +189,7 @@ def test_the_card_of_sd3_asks_stock_diffusers_for_no_trigger(tmp_path: Path) -> 
     _, _, concept = learn(tiny_sd3())
     card = (concept.save(tmp_path / "rex") / "README.md").read_text()
     ours, stock = card.split("With diffusers alone:")
-    assert 'pipe("a photo of <rex>")' in ours
-    assert 'pipe("a photo of a dog")' in stock and "no pipeline of this family reads" in stock
+    assert 'pipe(prompt="a photo of <rex>")' in ours
+    assert (
+        'pipe(prompt="a photo of a dog")' in stock and "no pipeline of this family reads" in stock
+    )

@@ -11,6 +11,7 @@ import torch
 from diffusers import ClassifierFreeGuidance, ModularPipeline
 from peft import LoraConfig
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from customize.core.objectives import weighted_mse
 from customize.errors import ConfigError, PipelineError
@@ -25,6 +26,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
+from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd-epsilon": tiny_sd,
@@ -36,13 +38,28 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "flux-dev": tiny_flux,
     "flux-schnell": lambda: tiny_flux(guidance=False),
     "flux3": tiny_flux3,
+    "flux2-dev": tiny_flux2,
+    "flux2-klein": tiny_flux2_klein,
+    "flux2-distilled": lambda: tiny_flux2_klein(distilled=True),
     "qwen_image": tiny_qwen_image,
+    "qwen_image_21": tiny_qwen_image_21,
+    "qwen_image_21-levels": lambda: tiny_qwen_image_21([1.0, 0.9, 0.6, 0.2]),
     "z_image": tiny_z_image,
+    "krea2": tiny_krea2,
+    "krea2-distilled": lambda: tiny_krea2(distilled=True),
 }
-LATENTS = (2, 4, 16, 16)
-SHAPE = LATENTS[1:]
+#: (channels, height, width) of a picture's latents, where they aren't (4, 16, 16).
+SHAPES = {"flux2": (16, 8, 8), "qwen_image_21": (4, 2, 2)}
 # Families whose denoiser names no size, so that the pipeline's default is far above the tests'.
-NO_SIZE = {"flux": 256, "flux3": 1024, "qwen_image": 256, "z_image": 1024}
+NO_SIZE = {
+    "flux": 256,
+    "flux2": 256,
+    "flux3": 1024,
+    "qwen_image": 256,
+    "qwen_image_21": 1024,
+    "z_image": 1024,
+    "krea2": 1024,
+}
 SIZE = {"height": 32, "width": 32}
 
 
@@ -53,7 +70,11 @@ def pipe(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def family(pipe: Any) -> Family:
-    return family_of(pipe.components)
+    return family_of(pipe.components, pipe.config)
+
+
+def shape_of(family: Family) -> tuple[int, int, int]:
+    return SHAPES.get(family.name, (4, 16, 16))
 
 
 def normal(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -67,7 +88,7 @@ def pixels() -> Tensor:
 def drawn(pipe: Any, prompt: str | list[str], **call: Any) -> Any:
     """What the pipeline draws, of standard or modular pipelines."""
     if not isinstance(pipe, ModularPipeline):
-        return pipe(prompt, **call).images
+        return pipe(prompt=prompt, **call).images
     if isinstance(prompt, list):  # one a call, and several pictures of it
         call["num_images_per_prompt"] = len(prompt)
     if "guidance_scale" in call:
@@ -88,23 +109,26 @@ def record_calls(family: Family, answer: Callable[[Tensor], Tensor] | None = Non
     """
     calls: list[tuple[Tensor, Tensor]] = []
     forward = family.denoiser.forward
+    size = shape_of(family)[1:]
 
     @functools.wraps(forward)  # since modular pipelines look at the signature
     def recorded(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         packed = args[0] if args else kwargs["hidden_states"]
         if family.name == "flux3":  # tokens to the denoiser, but not to the pipeline
-            latents = packed.transpose(1, 2).unflatten(2, SHAPE[1:])
+            latents = packed.transpose(1, 2).unflatten(2, size)
             tokens = forward(*args, **kwargs)[0] if answer is None else _tokens(answer(latents))
-            calls.append((latents, tokens.transpose(1, 2).unflatten(2, SHAPE[1:])))
+            calls.append((latents, tokens.transpose(1, 2).unflatten(2, size)))
             return (tokens,)
         if family.name == "z_image":  # lists of pictures with a frame, and the other way round
             latents = torch.stack(packed)[:, :, 0]
             output = -answer(latents)[:, :, None] if answer else forward(*args, **kwargs)[0]
             calls.append((latents, -torch.stack(list(output))[:, :, 0]))
             return (list(output),)
-        latents = family.unpack(packed, *SHAPE[1:])
+        latents = family.unpack(packed, *size)
         output = family.pack(answer(latents)) if answer else forward(*args, **kwargs)[0]
-        calls.append((latents, family.unpack(output, *SHAPE[1:])))
+        # Some answer for the prompt's tokens too, which come first.
+        own = output[:, -packed.shape[1] :] if packed.ndim == 3 else output
+        calls.append((latents, family.unpack(own, *size)))
         return (output,)
 
     family.denoiser.forward = recorded
@@ -117,8 +141,23 @@ def _tokens(latents: Tensor) -> Tensor:
 
 def no_guidance(family: Family) -> dict[str, float]:
     """The pipeline's argument that leaves the second prompt out."""
-    name = "true_cfg_scale" if family.name == "qwen_image" else "guidance_scale"
+    name = "true_cfg_scale" if family.name.startswith("qwen_image") else "guidance_scale"
     return {name: family.no_guidance}
+
+
+def given(family: Family, latents: Tensor) -> Tensor:
+    """Latents as the pipeline's argument takes them."""
+    return latents if family.name == "flux2" else family.pack(latents)
+
+
+def returned(pipe: Any, family: Family, latents: Tensor) -> Tensor:
+    """Latents that the pipeline returned, laid out as the family does."""
+    if latents.shape[1:] == (4, 16, 16) and family.name == "flux2":
+        # klein's are ready for the autoencoder.
+        bn, eps = pipe.vae.bn, pipe.vae.config.batch_norm_eps
+        mean, variance = (x[:, None, None] for x in (bn.running_mean, bn.running_var))
+        return (pixel_unshuffle(latents, 2) - mean) / (variance + eps).sqrt()
+    return family.unpack(latents, *shape_of(family)[1:])
 
 
 # -- recognition ---------------------------------------------------------------------------------
@@ -127,7 +166,7 @@ def no_guidance(family: Family) -> dict[str, float]:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_each_pipeline_is_recognised(name: str) -> None:
     pipe = PIPELINES[name]()
-    family = family_of(pipe.components)
+    family = family_of(pipe.components, pipe.config)
     assert type(family) is FAMILIES[name.split("-")[0]]
     assert family.denoiser is pipe.components[family.denoiser_key]
     assert family.vae is pipe.vae
@@ -158,16 +197,17 @@ def test_text_encoders_and_dictionaries(pipe: Any, family: Family) -> None:
 
 
 def test_freed_parts_are_asked_for_by_name(family: Family) -> None:
-    freed = type(family)({**family.components, "text_encoder": None, "vae": None})
+    parts = {**family.components, "text_encoder": None, "vae": None}
+    freed = type(family)(parts, family.pipeline_config)
     with pytest.raises(PipelineError, match="no text_encoder"):
         freed.encode_prompts(["a dog"])
     with pytest.raises(PipelineError, match="no vae"):
         freed.encode_images(pixels())
     assert "text_encoder" not in freed.all_text_encoders
-    t = freed.timesteps(torch.tensor([0.5]), SHAPE)
+    t = freed.timesteps(torch.tensor([0.5]), shape_of(family))
     assert (
         freed.predict(
-            normal((1, *LATENTS[1:]), 0),
+            normal((1, *shape_of(family)), 0),
             t,
             {name: rows[:1] for name, rows in family.encode_prompts([""]).items()},
         )
@@ -220,6 +260,20 @@ def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[
             return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
 
         return encoded(call["prompt"]), encoded("")
+    if family in ("flux2", "krea2", "qwen_image_21"):
+        call.pop("do_classifier_free_guidance")
+
+        def encoded_alone(prompts: list[str]) -> dict[str, Tensor]:
+            embeds, mask, *_ = pipe.encode_prompt(**call | {"prompt": prompts})
+            found = {"prompt_embeds": embeds}
+            if family == "krea2":
+                return found | {"prompt_embeds_mask": mask}
+            if family == "flux2":
+                return found
+            full = torch.tensor([embeds.shape[1]] * len(prompts))
+            return found | {"prompt_lengths": full if mask is None else mask.sum(1)}
+
+        return encoded_alone(call["prompt"]), encoded_alone([""])
     if family == "flux":
         call.pop("do_classifier_free_guidance")
         embeds, pooled, _ = pipe.encode_prompt(**call)
@@ -245,11 +299,8 @@ def test_prompts_are_encoded_as_by_the_pipeline(
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         assert value.shape[0] == len(PROMPTS)
-        assert (
-            ours[name].dtype
-            == value.dtype
-            == (dtype if "embeds" in name and "mask" not in name else torch.int64)
-        )
+        assert ours[name].dtype == value.dtype
+        assert value.dtype == dtype or not name.endswith("embeds")
         assert torch.equal(ours[name], value)
 
 
@@ -306,11 +357,11 @@ def test_gradients_reach_the_token_tables(family: Family) -> None:
 @torch.no_grad()
 def test_latents_are_scaled_as_the_pipeline_scales_them(pipe: Any, family: Family) -> None:
     mean, std = family.encode_images(pixels())
-    assert mean.shape == std.shape == LATENTS
+    assert mean.shape == std.shape == (2, *shape_of(family))
     assert mean.dtype == std.dtype == torch.float32
 
-    if family.name in ("flux3", "qwen_image"):
-        return  # have tests of their own, as they scale by channel
+    if family.name in ("flux2", "flux3", "qwen_image", "qwen_image_21", "krea2"):
+        return  # have tests of their own, on what they normalise by
     posterior = pipe.vae.encode(pixels()).latent_dist
     shift = pipe.vae.config.shift_factor or 0.0
     draw = posterior.sample(torch.Generator().manual_seed(1))
@@ -330,20 +381,23 @@ def test_pictures_are_those_of_the_pipeline(pipe: Any, family: Family) -> None:
         call = {"num_inference_steps": 2, "output_type": output_type} | SIZE
         return drawn(pipe, "a dog", generator=generator, **call)
 
-    picture = family.decode_latents(family.unpack(as_type("latent"), *SHAPE[1:]))
-    torch.testing.assert_close(picture, 2 * as_type("pt") - 1, atol=1e-5, rtol=0)
+    picture = family.decode_latents(returned(pipe, family, as_type("latent")))
+    # Of transparency, which one of them draws, there is none in what is learned.
+    torch.testing.assert_close(picture, 2 * as_type("pt")[:, :3] - 1, atol=1e-5, rtol=0)
 
 
 def test_a_multiple_of_the_size_is_what_the_pipeline_takes(pipe: Any, family: Family) -> None:
     size = 2 * family.latent_multiple
-    picture = drawn(pipe, "a dog", height=size, width=size, num_inference_steps=2)[0]
-    assert picture.size == (size, size)
-    odd = {"height": size + family.latent_multiple // 2, "width": size}
-    if family.name in ("flux", "qwen_image"):  # which round down, with a warning
-        assert pipe("a dog", num_inference_steps=2, **odd).images[0].size == (size, size)
+    call = {"num_inference_steps": 2, "width": size}
+    assert drawn(pipe, "a dog", **call, height=size)[0].size == (size, size)
+    odd = size + family.latent_multiple // 2
+    if family.name in ("sd", "sdxl", "sd3", "flux3", "z_image"):
+        with pytest.raises(ValueError, match="divisible by"):
+            drawn(pipe, "a dog", **call, height=odd)
         return
-    with pytest.raises(ValueError, match="divisible by"):
-        drawn(pipe, "a dog", **odd)
+    # The others round, with a warning.
+    rounded = size + family.latent_multiple if family.name == "krea2" else size
+    assert drawn(pipe, "a dog", **call, height=odd)[0].size == (size, rounded)
 
 
 # -- noise and targets ---------------------------------------------------------------------------
@@ -356,12 +410,11 @@ def test_predict_is_the_call_that_the_pipeline_makes(
 ) -> None:
     calls = record_calls(family)
     generator = torch.Generator().manual_seed(0)
-    call = {"num_inference_steps": 3, "guidance_scale": guidance} | SIZE
-    if not family.guidance_is_an_input:
-        call |= no_guidance(family)
-    drawn(pipe, "a red cup", generator=generator, **call)
+    call = {"num_inference_steps": 3} | SIZE
+    scale = {"guidance_scale": guidance} if family.guidance_is_an_input else no_guidance(family)
+    drawn(pipe, "a red cup", generator=generator, **call, **scale)
     conditions = family.encode_prompts(["a red cup"])
-    assert len(calls) == 3
+    assert len(calls) == len(pipe.scheduler.timesteps)
     for t, (noisy, output) in zip(pipe.scheduler.timesteps, list(calls), strict=True):
         found = family.predict(noisy, t.expand(1), conditions, guidance)
         torch.testing.assert_close(found, output, atol=1e-5, rtol=1e-4)
@@ -370,15 +423,17 @@ def test_predict_is_the_call_that_the_pipeline_makes(
 @torch.no_grad()
 def test_the_schedule_is_that_of_the_pipeline(pipe: Any, family: Family) -> None:
     drawn(pipe, "a dog", num_inference_steps=4, output_type="latent", **SIZE)
-    ours = family.schedule(4, SHAPE, torch.device("cpu"))
+    ours = family.schedule(4, shape_of(family), torch.device("cpu"))
     assert ours is not pipe.scheduler
     torch.testing.assert_close(ours.timesteps, pipe.scheduler.timesteps)
+    own = family.pipeline_config.get("sample_sigmas") is not None
     if hasattr(ours, "sigmas"):
         torch.testing.assert_close(ours.sigmas, pipe.scheduler.sigmas)
         # What is trained at u is what is drawn at u: evenly spaced levels are shifted alike.
-        levels = family.timesteps(torch.linspace(1, 1 / 4, 4), SHAPE)
-        # sd3's scheduler spaces levels after the shift; qwen_image's draws them to an end above 0.
-        if family.name not in ("sd3", "qwen_image"):
+        levels = family.timesteps(torch.linspace(1, 1 / 4, 4), shape_of(family))
+        # sd3's scheduler spaces levels after the shift; qwen_image's draws them to an end above 0;
+        # flux2 shifts by the number of steps too.
+        if family.name not in ("sd3", "qwen_image", "flux2") and not own:
             torch.testing.assert_close(levels, ours.timesteps)
 
 
@@ -386,8 +441,9 @@ def test_the_schedule_is_that_of_the_pipeline(pipe: Any, family: Family) -> None
 def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
     pipe: Any, family: Family
 ) -> None:
-    clean, noise = normal(LATENTS, 0), normal(LATENTS, 1)
-    t = family.timesteps(torch.tensor([0.1, 0.8]), SHAPE)
+    shape = shape_of(family)
+    clean, noise = normal((2, *shape), 0), normal((2, *shape), 1)
+    t = family.timesteps(torch.tensor([0.1, 0.8]), shape)
     levels = t
     calls = record_calls(family, lambda latents: family.target(clean, noise, levels))
 
@@ -398,8 +454,8 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
 
     # The pipeline's first level may not be all noise, so it starts where its schedule does. DDIM
     # meets its own timesteps only where the number of steps divides 1000.
-    steps = 5
-    schedule = family.schedule(steps, SHAPE, torch.device("cpu"))
+    schedule = family.schedule(5, shape, torch.device("cpu"))
+    steps = len(schedule.timesteps)
     start = family.noisy_latents(clean, noise, schedule.timesteps[:1].expand(2))
     calls.clear()
 
@@ -415,7 +471,7 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
         ["a dog", "a cat"],
         num_inference_steps=steps,
         **no_guidance(family),
-        latents=family.pack(start),
+        latents=given(family, start),
         output_type="latent",
         **steered,
         **SIZE,
@@ -424,13 +480,13 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
     for (sample, _), level in zip(calls, schedule.timesteps, strict=True):
         expected = family.noisy_latents(clean, noise, level.expand(2))
         torch.testing.assert_close(sample, expected, atol=1e-4, rtol=1e-4)
-    result = family.unpack(result, *SHAPE[1:])
+    result = returned(pipe, family, result)
     torch.testing.assert_close(result, clean, atol=1e-4, rtol=1e-4)
 
 
 def test_timesteps_rise_with_u_and_stay_in_range(family: Family) -> None:
     u = torch.linspace(0, 1, 4001)[1:-1]
-    t = family.timesteps(u, SHAPE)
+    t = family.timesteps(u, shape_of(family))
     assert t.shape == u.shape
     assert (t.diff() >= 0).all()
     assert t.min() >= 0 and t.max() <= 1000
@@ -441,7 +497,8 @@ def test_timesteps_rise_with_u_and_stay_in_range(family: Family) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_predict_with_and_without_autocast(pipe: Any, family: Family, dtype: torch.dtype) -> None:
     conditions = family.encode_prompts(["a dog", "a cat"])  # float32
-    noisy, t = normal(LATENTS, 0), family.timesteps(torch.tensor([0.3, 0.6]), SHAPE)
+    noisy = normal((2, *shape_of(family)), 0)
+    t = family.timesteps(torch.tensor([0.3, 0.6]), shape_of(family))
     family.denoiser.to(dtype)
     plain = family.predict(noisy, t, conditions)
     assert plain.dtype == dtype
@@ -452,9 +509,10 @@ def test_predict_with_and_without_autocast(pipe: Any, family: Family, dtype: tor
 
 
 def test_extra_channels_of_a_variant_are_refused(family: Family) -> None:
-    t = family.timesteps(torch.tensor([0.5]), SHAPE)
-    with pytest.raises(PipelineError, match="takes 4 channels where latents have 9"):
-        family.predict(torch.zeros(1, 9, 16, 16), t, family.encode_prompts([""]))
+    channels, height, width = shape_of(family)
+    t = family.timesteps(torch.tensor([0.5]), shape_of(family))
+    with pytest.raises(PipelineError, match=f"takes {channels} channels where latents have 9"):
+        family.predict(torch.zeros(1, 9, height, width), t, family.encode_prompts([""]))
 
 
 # -- adapter targets -----------------------------------------------------------------------------
@@ -474,7 +532,7 @@ def test_targets_are_the_same_with_an_adapter_attached(family: Family) -> None:
 
 def test_targets_of_a_compiled_denoiser_keep_their_names(family: Family) -> None:
     compiled = torch.compile(family.denoiser, backend="eager")
-    again = family_of({**family.components, family.denoiser_key: compiled})
+    again = type(family)({**family.components, family.denoiser_key: compiled})
     assert again.fingerprint() == family.fingerprint()
     assert again.cross_attention_layers() == family.cross_attention_layers()
 
@@ -492,6 +550,7 @@ def test_fingerprints_tell_architectures_apart() -> None:
     assert prints["sdxl-epsilon"] == prints["sdxl-v"]
     assert prints["sd3"] == prints["sd3-without-t5"]
     assert prints["flux-dev"] == prints["flux-schnell"]
+    assert prints["flux2-dev"] == prints["flux2-klein"]
     assert len({found["denoiser"] for found in prints.values()}) == len(FAMILIES)
     clips = {"text_encoder": [16], "text_encoder_2": [24]}
     assert prints["sd-v"]["widths"] == {"unet": [16, 32], "text_encoder": [32]}

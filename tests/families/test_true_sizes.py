@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     Flux3Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -229,6 +232,101 @@ def test_z_image() -> None:
     assert len(targets) == (30 + 2 + 2) * 4
     assert set(targets.values()) == {(3840, 3840)}
     assert_shapes_are_the_weights(family)
+
+
+#: Layers and width of FLUX.2's models: dev, klein 4B and klein 9B.
+FLUX_2: dict[str, dict[str, Any]] = {
+    "dev": {},
+    "klein-4b": {
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    },
+    "klein-9b": {
+        "num_layers": 8,
+        "num_single_layers": 24,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 12288,
+        "guidance_embeds": False,
+    },
+}
+
+
+@pytest.mark.parametrize("model", FLUX_2)
+def test_flux_2(model: str) -> None:
+    with torch.device("meta"):
+        denoiser = Flux2Transformer2DModel(**FLUX_2[model])
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    config = denoiser.config
+    width = 128 * config.num_attention_heads
+    # Blocks with projections of picture and prompt; then some where attention and MLP share theirs.
+    fused = {(9 * width, width), (width, 4 * width)}
+    counts = Counter(targets.values())
+    assert counts == {
+        (width, width): config.num_layers * 8,
+        **dict.fromkeys(fused, config.num_single_layers),
+    }
+    assert family.fingerprint()["widths"] == {"transformer": [width, 4 * width]}
+    assert family.guidance_is_an_input is (model == "dev")
+    assert_shapes_are_the_weights(family)
+
+
+def test_qwen_image_21() -> None:
+    with torch.device("meta"):
+        denoiser = QwenImage21Transformer2DModel()
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    assert len(targets) == 32 * 4
+    assert set(targets.values()) == {(4096, 4096)}
+    assert_shapes_are_the_weights(family)
+
+
+def test_krea_2() -> None:
+    with torch.device("meta"):
+        denoiser = Krea2Transformer2DModel()
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    assert Counter(targets.values()) == {
+        (6144, 6144): 28 * 3,  # queries, gate, output
+        (1536, 6144): 28 * 2,  # keys and values, of a quarter of the heads
+        (2560, 2560): 4 * 5,  # of the fusion of the LLM's layers
+    }
+    assert_shapes_are_the_weights(family)
+
+
+#: What is trained and what is saved at rank 16, in millions of numbers. An ordinary LoRA trains
+#: what it saves; of an orthogonal one the down-projections are saved alone.
+SIZES = {
+    "flux2-dev": (53.5, 83.4),
+    "flux2-klein-4b": (11.8, 18.7),
+    "flux2-klein-9b": (19.9, 32.0),
+    "qwen_image": (23.6, 47.2),
+    "qwen_image_21": (8.4, 16.8),
+    "z_image": (8.4, 16.7),
+    "krea2": (10.5, 25.0),
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_sizes_of_adapters(model: str) -> None:
+    others = {
+        "qwen_image": QwenImageTransformer2DModel,
+        "qwen_image_21": QwenImage21Transformer2DModel,
+        "z_image": ZImageTransformer2DModel,
+        "krea2": Krea2Transformer2DModel,
+    }
+    with torch.device("meta"):
+        if model in others:
+            denoiser = others[model]()
+        else:
+            denoiser = Flux2Transformer2DModel(**FLUX_2[model.removeprefix("flux2-")])
+    shapes = family_of({"transformer": denoiser}).adapter_targets("transformer").values()
+    trained = 16 * sum(out for out, _ in shapes) / 1e6
+    saved = 16 * sum(out + width for out, width in shapes) / 1e6
+    assert (round(trained, 1), round(saved, 1)) == SIZES[model]
 
 
 def test_models_of_other_sizes_have_other_fingerprints() -> None:

@@ -28,7 +28,7 @@ NOTES = {"_output_capturing_hooks_installed"}
 
 def concept(pipe: Any, name: str = "rex", *, index: int = 0, **changes: Any) -> Concept:
     """A concept with random updates of every layer, and two tokens where tokens can be added."""
-    family = family_of(pipe.components)
+    family = family_of(pipe.components, pipe.config)
     seed = sum(name.encode()) + 1000 * index
     generator = torch.Generator().manual_seed(seed)
     components = [family.denoiser_key, *family.text_encoders]
@@ -72,7 +72,7 @@ def table(text_encoder: Any) -> Tensor:
 def draw(pipe: Any, prompt: str = PROMPT) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
     call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
-    return pipe(prompt, generator=noise, **call).images[0]
+    return pipe(prompt=prompt, generator=noise, **call).images[0]
 
 
 def modular(pipe: Any, **given: Any) -> Any:

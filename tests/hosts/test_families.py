@@ -17,14 +17,19 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
+from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 
 MAKERS = {
     "sd": tiny_sd,
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
     "flux": tiny_flux,
+    "flux2-dev": tiny_flux2,
+    "flux2-klein": tiny_flux2_klein,
     "qwen_image": tiny_qwen_image,
+    "qwen_image_21": tiny_qwen_image_21,
     "z_image": tiny_z_image,
+    "krea2": tiny_krea2,
 }
 PROMPT = "a photo of <rex> and <tom> on the beach"
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from customize.concepts.concept import Concept
 from customize.families import family_of
+from customize.families.base import NO_CONFIG
 from customize.training.config import TrainConfig
 
 #: A run of 12 steps takes about half a second.
@@ -66,13 +67,15 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def snapshot(components: Mapping[str, Any]) -> dict[str, Any]:
+def snapshot(
+    components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
+) -> dict[str, Any]:
     """All of a model that training touches: weights, modes, flags, vocabularies, module types.
 
     The first prompt ever sets a tokenizer's padding and transformers' own hooks, and the first
     picture an autoencoder's caches: one of each goes before.
     """
-    family = family_of(components)
+    family = family_of(components, pipeline_config)
     with torch.no_grad():
         family.encode_prompts(["a"])
         mean, _ = family.encode_images(torch.zeros(1, 3, 32, 32))
@@ -92,8 +95,12 @@ def snapshot(components: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def assert_unchanged(before: dict[str, Any], components: Mapping[str, Any]) -> None:
-    after = snapshot(components)
+def assert_unchanged(
+    before: dict[str, Any],
+    components: Mapping[str, Any],
+    pipeline_config: Mapping[str, Any] = NO_CONFIG,
+) -> None:
+    after = snapshot(components, pipeline_config)
     assert after.keys() == before.keys()
     for key, value in before.items():
         if key.endswith(" weights"):

@@ -5,6 +5,7 @@ import torch
 from customize.families import family_of
 from customize.training.validation import draw, log_pictures, save_row
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 from tests.training.runs import picture
 
 MAKERS = {
@@ -13,24 +14,32 @@ MAKERS = {
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
     "flux-dev": tiny_flux,
+    "flux2-dev": tiny_flux2,
+    "flux2-klein": tiny_flux2_klein,
+    "flux2-distilled": lambda: tiny_flux2_klein(distilled=True),
     "qwen_image": tiny_qwen_image,
+    "qwen_image_21": tiny_qwen_image_21,
+    "qwen_image_21-levels": lambda: tiny_qwen_image_21([1.0, 0.9, 0.6, 0.2]),
     "z_image": tiny_z_image,
+    "krea2": tiny_krea2,
+    "krea2-distilled": lambda: tiny_krea2(distilled=True),
 }
+SHAPES = {"flux2": (16, 8, 8), "qwen_image_21": (4, 2, 2)}
 
 
-def arguments(conditions):
-    """Conditions as the pipelines take them: of different lengths in a list."""
-    if "prompt_lengths" not in conditions:
-        return dict(conditions)
-    rows = zip(conditions["prompt_embeds"], conditions["prompt_lengths"], strict=True)
-    return {"prompt_embeds": [row[:length] for row, length in rows]}
+def arguments(family, conditions):
+    """Conditions of one prompt as the pipelines take them."""
+    if family.name == "z_image" and conditions:  # takes a list
+        return {"prompt_embeds": list(conditions["prompt_embeds"])}
+    return {key: value for key, value in conditions.items() if key != "prompt_lengths"}
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_pictures_are_those_of_the_pipeline(make, guidance):
     pipe = make()
-    family = family_of(pipe.components)
+    family = family_of(pipe.components, pipe.config)
+    shape = SHAPES.get(family.name, (4, 16, 16))
     with torch.no_grad():
         asked, empty = family.encode_prompts(["a dog"]), family.encode_prompts([""])
     seeds = [3, 4]
@@ -40,26 +49,27 @@ def test_pictures_are_those_of_the_pipeline(make, guidance):
         family,
         {k: v.expand(2, *v.shape[1:]) for k, v in asked.items()},
         empty,
-        (4, 16, 16),
+        shape,
         steps=4,
         guidance=guidance,
         seeds=seeds,
     )
     assert torch.equal(torch.get_rng_state(), state)
     for seed, picture_found in zip(seeds, found, strict=True):
-        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
         # What has the guidance as an input needs no second prompt.
         away = {} if family.guidance_is_an_input else empty
-        scale = "true_cfg_scale" if family.name == "qwen_image" else "guidance_scale"
+        scale = "true_cfg_scale" if family.name.startswith("qwen_image") else "guidance_scale"
         expected = pipe(
-            **arguments(asked),
-            **{f"negative_{k}": v for k, v in arguments(away).items()},
-            latents=family.pack(noise),
+            **arguments(family, asked),
+            **{f"negative_{k}": v for k, v in arguments(family, away).items()},
+            latents=noise if family.name == "flux2" else family.pack(noise),
             num_inference_steps=4,
             **{scale: guidance},
             height=32,
             width=32,
         ).images[0]
+        expected = expected.convert("RGB")  # one of them also draws transparency
         difference = np.asarray(expected).astype(int) - np.asarray(picture_found).astype(int)
         assert abs(difference).max() <= 1
 

@@ -1,0 +1,166 @@
+"""FLUX.2 dev and klein: FLUX.1's successor, which reads several layers of one LLM.
+
+A latent is a square of 2 x 2 of what the autoencoder encodes, normalised by the statistics that it
+keeps. The LLM, Mistral 3 in dev and Qwen3 in klein, reads the prompt in its chat template and takes
+no new tokens here: a trigger is a plain word of the prompt. dev has the guidance scale as an input;
+klein is guided by a second call, or not at all where it was distilled.
+
+The later blocks have one projection for queries, keys, values and the MLP's input, and one for what
+comes out of attention and MLP. Each takes one adapter, as in diffusers' own training script, so
+concepts move those MLPs too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from customize.families.base import class_name
+from customize.families.flow import PackedFamily
+from customize.families.prompts import sent, tokenize
+
+#: How many tokens of prompt and template the pipelines take by default.
+MAX_SEQUENCE_LENGTH = 512
+
+#: The number of steps whose shift is trained with. The fewer the steps, the more the pipelines
+#: shift, to make up for coarse ones. This number is the upper end of their formula, where the shift
+#: is FLUX.1's. What the models were trained with isn't told.
+TRAINING_STEPS = 200
+
+_MISTRAL_LAYERS = (10, 20, 30)
+_QWEN_LAYERS = (9, 18, 27)
+
+
+class Flux2(PackedFamily):
+    """Flux2Transformer2DModel, a Mistral3ForConditionalGeneration or Qwen3ForCausalLM,
+    AutoencoderKLFlux2, and a flow-matching scheduler."""
+
+    name = "flux2"
+    attention_projections = re.compile(
+        r"transformer_blocks\.\d+\.attn\."
+        r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+        r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+    )
+    clip_encoders: ClassVar[dict[str, str]] = {}
+    other_encoders = ("text_encoder",)
+    patch = 1
+
+    @classmethod
+    def matches(cls, components: Mapping[str, Any]) -> bool:
+        return class_name(components.get("transformer")) == "Flux2Transformer2DModel"
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        encoder = self._part("text_encoder")
+        mistral = class_name(encoder).startswith("Mistral")
+        tokens = self._mistral_tokens(prompts) if mistral else self._qwen_tokens(prompts)
+        states = encoder(
+            input_ids=sent(tokens["input_ids"], encoder.device),
+            attention_mask=sent(tokens["attention_mask"], encoder.device),
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
+        layers = _MISTRAL_LAYERS if mistral else _QWEN_LAYERS
+        # Each token's states lie side by side.
+        return {"prompt_embeds": torch.cat([states[i] for i in layers], -1).to(encoder.dtype)}
+
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
+        self._check_channels(noisy)
+        dtype = self._denoiser_dtype
+        prompt = conditions["prompt_embeds"].to(dtype)
+        scale = None
+        if self.guidance_is_an_input:
+            scale = torch.full((len(noisy),), guidance, device=noisy.device)
+        # Time, row, column, and place in the prompt.
+        places = torch.arange(prompt.shape[1], device=noisy.device)[:, None]
+        answer = self.denoiser(
+            hidden_states=self.pack(noisy.to(dtype)),
+            timestep=t / self._train_timesteps,
+            guidance=scale,
+            encoder_hidden_states=prompt,
+            txt_ids=functional.pad(places, (3, 0)),
+            img_ids=functional.pad(self._positions(noisy), (0, 1)),
+            return_dict=False,
+        )[0]
+        return self.unpack(answer, *noisy.shape[-2:])
+
+    @property
+    def guidance_is_an_input(self) -> bool:
+        return bool(self.denoiser.config.guidance_embeds)
+
+    def is_guided(self, scale: float) -> bool:
+        return super().is_guided(scale) and not self.pipeline_config.get("is_distilled", False)
+
+    def _mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        return empirical_mu(self._picture_tokens(shape), steps or TRAINING_STEPS)
+
+    def _as_latents(self, encoded: Tensor) -> Tensor:
+        return functional.pixel_unshuffle(encoded, 2)
+
+    def _as_encoded(self, latents: Tensor) -> Tensor:
+        return functional.pixel_shuffle(latents, 2)
+
+    def _latent_scaling(self) -> tuple[Tensor, Tensor]:
+        vae = self.vae
+        mean, variance = vae.bn.running_mean.float(), vae.bn.running_var.float()
+        return mean[:, None, None], (variance + vae.config.batch_norm_eps).rsqrt()[:, None, None]
+
+    def _mistral_tokens(self, prompts: Sequence[str]) -> Any:
+        from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+
+        def said(role: str, text: str) -> dict[str, Any]:
+            return {"role": role, "content": [{"type": "text", "text": text}]}
+
+        # The processor would take the word for a picture.
+        asked = [said("user", prompt.replace("[IMG]", "")) for prompt in prompts]
+        return self._part("tokenizer").apply_chat_template(
+            [[said("system", SYSTEM_MESSAGE), message] for message in asked],
+            add_generation_prompt=False,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={
+                "padding": "max_length",
+                "truncation": True,
+                "max_length": MAX_SEQUENCE_LENGTH,
+            },
+        )
+
+    def _qwen_tokens(self, prompts: Sequence[str]) -> Any:
+        tokenizer = self._part("tokenizer")
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+            for prompt in prompts
+        ]
+        return tokenize(tokenizer, texts, MAX_SEQUENCE_LENGTH)
+
+
+def empirical_mu(tokens: int, steps: int) -> float:
+    """The dynamic shift of FLUX.2, which was found by trying and not derived.
+
+    Between the line of 10 steps and that of 200, which is FLUX.1's; large pictures have the latter.
+
+    Args:
+        tokens: of the picture.
+        steps: how many to draw with.
+    """
+    many = 0.45666666 + 0.00016927 * tokens
+    if tokens > 4300:
+        return many
+    few = 1.89833333 + 8.73809524e-05 * tokens
+    return few + (many - few) * (steps - 10) / 190

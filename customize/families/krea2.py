@@ -1,0 +1,120 @@
+"""Krea 2: one transformer over the tokens of prompt and picture, and a small one that fuses layers.
+
+It reads twelve layers of a multimodal LLM at each token of the prompt. The LLM takes no new tokens
+here: a trigger is a plain word of the prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from customize.errors import PipelineError
+from customize.families.base import class_name
+from customize.families.frames import FirstFrameFamily
+from customize.families.prompts import sent, tokenize
+
+#: How many tokens of prompt and template the pipeline takes by default.
+MAX_SEQUENCE_LENGTH = 512
+
+_PREFIX = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity,"
+    " text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
+_PREFIX_TOKENS = 34  # that are cut off again, by the model's own tokenizer
+_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+_SUFFIX_TOKENS = 5
+#: Of the LLM's hidden states, where the pipeline doesn't say otherwise.
+_LAYERS = tuple(range(2, 36, 3))
+_DISTILLED_MU = 1.15
+
+
+class Krea2(FirstFrameFamily):
+    """Krea2Transformer2DModel, a Qwen3VLModel, AutoencoderKLQwenImage, and a flow-matching
+    scheduler whose shift grows with the picture."""
+
+    name = "krea2"
+    # to_gate scales what comes out of each attention.
+    attention_projections = re.compile(
+        r"(transformer_blocks|text_fusion\.(layerwise|refiner)_blocks)\.\d+\.attn\."
+        r"(to_q|to_k|to_v|to_gate|to_out\.0)"
+    )
+    clip_encoders: ClassVar[dict[str, str]] = {}
+    other_encoders = ("text_encoder",)
+    no_guidance = 0.0
+
+    @classmethod
+    def matches(cls, components: Mapping[str, Any]) -> bool:
+        return class_name(components.get("transformer")) == "Krea2Transformer2DModel"
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokenizer, encoder = self._part("tokenizer"), self._part("text_encoder")
+        layers = self._layers()
+        length = MAX_SEQUENCE_LENGTH + _PREFIX_TOKENS - _SUFFIX_TOKENS
+        own = tokenize(tokenizer, [_PREFIX + prompt for prompt in prompts], length)
+        end = tokenizer([_SUFFIX] * len(prompts), return_tensors="pt")
+        ids = torch.cat([own.input_ids, end.input_ids], dim=1)
+        mask = torch.cat([own.attention_mask, end.attention_mask], dim=1).bool()
+        # The filling lies before the suffix, and isn't counted.
+        places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        mask = sent(mask, encoder.device)
+        states = encoder(
+            input_ids=sent(ids, encoder.device),
+            attention_mask=mask,
+            position_ids=sent(places, encoder.device).expand(3, -1, -1),
+            output_hidden_states=True,
+        ).hidden_states
+        read = torch.stack([states[i][:, _PREFIX_TOKENS:] for i in layers], dim=2)
+        return {"prompt_embeds": read, "prompt_embeds_mask": mask[:, _PREFIX_TOKENS:]}
+
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
+        self._check_channels(noisy)
+        dtype = self._denoiser_dtype
+        prompt = conditions["prompt_embeds"].to(dtype)
+        answer = self.denoiser(
+            hidden_states=self.pack(noisy.to(dtype)),
+            encoder_hidden_states=prompt,
+            timestep=t / self._train_timesteps,
+            # The prompt's tokens are all at the origin.
+            position_ids=functional.pad(self._positions(noisy), (0, 0, prompt.shape[1], 0)),
+            encoder_attention_mask=conditions["prompt_embeds_mask"],
+            return_dict=False,
+        )[0]
+        return self.unpack(answer, *noisy.shape[-2:])
+
+    @property
+    def default_resolution(self) -> int:
+        return 1024  # the pipeline's, whatever the autoencoder's factor
+
+    def _mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        if self.pipeline_config.get("is_distilled", False):
+            return _DISTILLED_MU
+        return super()._mu(shape, steps)
+
+    def _layers(self) -> tuple[int, ...]:
+        """The LLM's hidden states that the denoiser reads.
+
+        Raises:
+            PipelineError: they are not as many as it takes.
+        """
+        layers = self.pipeline_config.get("text_encoder_select_layers") or _LAYERS
+        takes = self.denoiser.config.num_text_layers
+        if len(layers) != takes:
+            raise PipelineError(
+                f"the denoiser reads {takes} layers of the text encoder, and the pipeline's "
+                f"configuration names {len(layers)}",
+                where="text_encoder_select_layers",
+                fix="give pipe.config along with pipe.components, of the model's own pipeline",
+            )
+        return tuple(layers)

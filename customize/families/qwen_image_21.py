@@ -1,0 +1,119 @@
+"""Qwen-Image 2.1: one transformer over prompt and picture, in that order, the prompt read causally.
+
+It shares little but the name with Qwen-Image: the LLM is another, latents are not packed, the
+autoencoder also encodes transparency, and where the picture's tokens stand depends on the prompt's
+length. The LLM takes no new tokens here: a trigger is a plain word of the prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from customize.families.base import class_name
+from customize.families.frames import FirstFrameFamily
+from customize.families.prompts import padded, sent, unpadded
+
+_SYSTEM = "Comprehend and analyze the provided prompt."
+_TEMPLATE = (
+    f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+_SLOT = 4  # of the picture's tokens for one of the LLM's
+
+
+class QwenImage21(FirstFrameFamily):
+    """QwenImage21Transformer2DModel, a Qwen3VLForConditionalGeneration, AutoencoderKLQwenImage21,
+    and a flow-matching scheduler."""
+
+    name = "qwen_image_21"
+    attention_projections = re.compile(r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)")
+    clip_encoders: ClassVar[dict[str, str]] = {}
+    other_encoders = ("text_encoder",)
+    patch = 1
+
+    @classmethod
+    def matches(cls, components: Mapping[str, Any]) -> bool:
+        return class_name(components.get("transformer")) == "QwenImage21Transformer2DModel"
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As :meth:`Family.encode_prompts`, but instead of the mask "prompt_lengths",
+        (len(prompts),), on the CPU, tells where "prompt_embeds" are filled up with zeros."""
+        processor, encoder = self._part("processor"), self._part("text_encoder")
+        tokens = processor(
+            # An empty prompt is a space.
+            text=[_TEMPLATE.format(prompt or " ") for prompt in prompts],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        read: list[Tensor] = []
+        language = encoder.model.language_model
+        # What the last layer gives, of which transformers returns only what the norm makes.
+        hook = language.norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            encoder(
+                **{name: sent(values, encoder.device) for name, values in tokens.items()},
+                logits_to_keep=1,
+            )
+        finally:
+            hook.remove()
+        rows = [row[self._system_tokens() :] for row in unpadded(read[0], tokens.attention_mask)]
+        return {"prompt_embeds": padded(rows), "prompt_lengths": torch.tensor(list(map(len, rows)))}
+
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """As :meth:`Family.predict`, but the denoiser is called once for each length of prompts:
+        filling one up would move the picture's tokens."""
+        self._check_channels(noisy)
+        dtype = self._denoiser_dtype
+        height, width = noisy.shape[-2:]
+        tokens, prompts = self.pack(noisy.to(dtype)), conditions["prompt_embeds"].to(dtype)
+        lengths = conditions["prompt_lengths"].tolist()
+        answers: dict[int, Tensor] = {}
+        for length in set(lengths):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            # False for the prompt's tokens, true for the picture's.
+            is_picture = torch.arange(length + tokens.shape[1] // _SLOT, device=noisy.device)
+            answer = self.denoiser(
+                hidden_states=tokens[rows],
+                encoder_hidden_states=prompts[rows, :length],
+                timestep=(t / self._train_timesteps)[rows],
+                img_shapes=[[(1, height, width)]] * len(rows),
+                img_mask=(is_picture >= length).expand(len(rows), -1),
+                return_dict=False,
+            )[0]
+            answers |= zip(rows, answer[:, -tokens.shape[1] :], strict=True)
+        return self.unpack(torch.stack([answers[row] for row in range(len(noisy))]), height, width)
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        opaque = torch.ones_like(pixels[:, :1])
+        return super().encode_images(torch.cat([pixels, opaque], dim=1))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return super().decode_latents(latents)[:, :3]
+
+    @property
+    def default_resolution(self) -> int:
+        return 1024  # the pipeline's, whatever the autoencoder's factor
+
+    def _levels(self, steps: int) -> Any:
+        # A model may come with levels of its own, however many steps are asked for.
+        return self.pipeline_config.get("sample_sigmas") or super()._levels(steps)
+
+    def _system_tokens(self) -> int:
+        """How many tokens of the template are cut off again."""
+        system = [{"role": "system", "content": [{"type": "text", "text": _SYSTEM}]}]
+        tokens = self._part("processor").apply_chat_template(
+            system, tokenize=True, return_dict=False
+        )
+        return len(tokens[0])

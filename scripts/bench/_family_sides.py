@@ -1,0 +1,118 @@
+"""One side of `families.py`, run in a process of its own: `_family_sides.py JSON`.
+
+Sides: "ours" (this pack's training loop), and "theirs" (the steps of a train_dreambooth_lora script
+of diffusers, written down anew: prompts are encoded once and the text encoders freed, pictures once
+or at each step, every step waits for its loss to be shown). Both call the denoiser by the same few
+lines, those of the family, so that what is compared is the loop and what it trains.
+
+The last line printed is a JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from _train_sides import CAPTION, LEARNING_RATE, Enough, Watch, _read, ours
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class WholeRun(Watch):
+    """A watch that lets the run end and save what it trained, and counts what that was."""
+
+    trained = 0
+
+    def __call__(self, optimizer: Any, *rest: Any) -> None:
+        groups = optimizer.param_groups
+        self.trained = sum(p.numel() for group in groups for p in group["params"])
+        with suppress(Enough):
+            super().__call__(optimizer, *rest)
+
+
+def theirs(job: dict[str, Any]) -> None:
+    """What the family's script does at each step, in own words."""
+    from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+    from tqdm.auto import tqdm
+
+    from customize.families import family_of
+
+    accelerator = Accelerator(cpu=True)
+    pipe = DiffusionPipeline.from_pretrained(job["base"], use_safetensors=True)
+    family = family_of(pipe.components, pipe.config)
+    for model in (family.denoiser, family.vae, *family.all_text_encoders.values()):
+        model.requires_grad_(False)
+    with torch.no_grad():
+        once = family.encode_prompts([CAPTION])
+    conditions = {name: rows.repeat_interleave(job["batch"], 0) for name, rows in once.items()}
+    for key in family.all_text_encoders:
+        family.components[key] = None
+        setattr(pipe, key, None)
+
+    denoiser, rank = family.denoiser, job["rank"]
+    denoiser.add_adapter(
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            init_lora_weights="gaussian",
+            target_modules=list(job["script"]["targets"]),
+        )
+    )
+    denoiser.train()
+    weights = [p for p in denoiser.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    denoiser, optimizer, schedule = accelerator.prepare(denoiser, optimizer, schedule)
+
+    paths = sorted(Path(job["images"]).glob("*.png"))
+    encoded: dict[Path, tuple[Tensor, Tensor]] = {}
+
+    def latents_of(path: Path) -> Tensor:
+        if path not in encoded or not job["script"]["cache"]:
+            with torch.no_grad():
+                encoded[path] = family.encode_images(_read(path, job["resolution"])[None])
+        mean, std = encoded[path]
+        return (mean + std * torch.randn_like(std))[0]
+
+    bar = tqdm(range(job["steps"]))
+    for _ in bar:
+        latents = torch.stack([latents_of(random.choice(paths)) for _ in range(job["batch"])])
+        noise = torch.randn_like(latents)
+        t = family.timesteps(torch.rand(len(latents)), latents.shape[1:])
+        predicted = family.predict(family.noisy_latents(latents, noise, t), t, conditions)
+        target = family.target(latents, noise, t)
+        loss = torch.nn.functional.mse_loss(predicted.float(), target.float())
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=loss.detach().item(), lr=schedule.get_last_lr()[0])
+    layers = {f"{family.denoiser_key}_lora_layers": get_peft_model_state_dict(family.denoiser)}
+    type(pipe).save_lora_weights(job["output"], **layers)
+
+
+def main() -> None:
+    import tests.tiny_llm  # noqa: F401  diffusers loads its text processor only from what is imported
+
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job["threads"])
+    watch = WholeRun(job["steps"], job["warmup"])
+    register_optimizer_step_post_hook(watch)
+    {"ours": ours, "theirs": theirs}[job["side"]](job)
+    if watch.count != job["steps"]:
+        raise SystemExit(f"the run ended after {watch.count} of {job['steps']} steps")
+    (file,) = Path(job["output"]).rglob("pytorch_lora_weights.safetensors")
+    found = {"trained": watch.trained, "file_bytes": file.stat().st_size}
+    print(json.dumps(watch.result() | found))
+
+
+if __name__ == "__main__":
+    main()

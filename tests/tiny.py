@@ -5,7 +5,8 @@ Each call builds new objects, equal bit for bit. Pictures are 32 x 32, latents 4
 
 from __future__ import annotations
 
-from typing import Literal
+import inspect
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -430,3 +431,16 @@ def tiny_z_image() -> ZImagePipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def drawn(pipe: Any, *prompts: Any, **call: Any) -> Any:
+    """The pictures of a pipeline's call, of whatever type is asked for.
+
+    A video model draws videos of one frame; its latents come as they are.
+    """
+    if "num_frames" not in inspect.signature(pipe.__call__).parameters:
+        return pipe(*prompts, **call).images
+    videos = pipe(*prompts, **call, num_frames=1).frames
+    if call.get("output_type") == "latent":
+        return videos
+    return videos[:, 0] if hasattr(videos, "shape") else [video[0] for video in videos]

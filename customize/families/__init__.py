@@ -12,13 +12,22 @@ from customize.families.qwen_image import QwenImage
 from customize.families.sd import StableDiffusion
 from customize.families.sd3 import StableDiffusion3
 from customize.families.sdxl import StableDiffusionXL
+from customize.families.wan import Wan
 from customize.families.z_image import ZImage
 
 __all__ = ["FAMILIES", "Family", "TokenDictionary", "family_of"]
 
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
-    for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, QwenImage, ZImage)
+    for family in (
+        StableDiffusion,
+        StableDiffusionXL,
+        StableDiffusion3,
+        Flux,
+        QwenImage,
+        ZImage,
+        Wan,
+    )
 }
 
 

@@ -1,8 +1,8 @@
 """What a model family must answer, and what the families have in common.
 
 A family speaks of components (the entries of ``pipe.components``), never of a pipeline class.
-Latents and pictures are (batch, channels, height, width); "latents" always means scaled latents,
-as the denoiser takes them.
+Latents and pictures are (batch, channels, height, width), of video models too: to them a picture is
+a video of one frame. "Latents" always means scaled latents, as the denoiser takes them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TokenDictionary:
 
 
 class Family(ABC):
-    """The parts of one text-to-image model, and how they work together.
+    """The parts of one model that draws from prompts, and how they work together.
 
     It holds the components that it was given, not copies. Parts that have been freed may be
     missing or None: whatever doesn't need them goes on working.
@@ -356,7 +356,8 @@ class Family(ABC):
             raise PipelineError(
                 f"the denoiser takes {takes} channels where latents have {noisy.shape[1]}",
                 where=self.denoiser_key,
-                fix="use the plain text-to-image model, not its inpainting or editing variant",
+                fix="use the model that draws from a prompt alone, not a variant for inpainting, "
+                "editing or animating pictures",
             )
 
 

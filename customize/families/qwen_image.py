@@ -16,6 +16,7 @@ from torch import Tensor
 from customize.families.base import class_name
 from customize.families.flow import PackedFamily
 from customize.families.prompts import padded, sent, unpadded
+from customize.families.video import FramedFamily
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
@@ -29,7 +30,7 @@ _TEMPLATE_TOKENS = 34  # of the template before the prompt, by the model's own t
 _TOKENIZER_LENGTH = 1024
 
 
-class QwenImage(PackedFamily):
+class QwenImage(FramedFamily, PackedFamily):
     """QwenImageTransformer2DModel, a Qwen2.5-VL, AutoencoderKLQwenImage, and a flow-matching
     scheduler whose shift grows with the picture."""
 
@@ -87,14 +88,6 @@ class QwenImage(PackedFamily):
         )[0]
         return self.unpack(answer, height, width)
 
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        # The autoencoder is one of videos: a picture is its first frame.
-        mean, std = super().encode_images(pixels[:, :, None])
-        return mean[:, :, 0], std[:, :, 0]
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return super().decode_latents(latents[:, :, None])[:, :, 0]
-
     def guide(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
         # Each token keeps the length that it has without guidance.
         guided = self.pack(super().guide(plain, asked, scale))
@@ -105,9 +98,3 @@ class QwenImage(PackedFamily):
     @property
     def _vae_factor(self) -> int:
         return 2 ** len(self.vae.config.temperal_downsample)
-
-    def _latent_scaling(self) -> tuple[Tensor, Tensor]:
-        config = self.vae.config
-        values = torch.tensor([config.latents_mean, config.latents_std], device=self.vae.device)
-        mean, std = values[..., None, None, None]
-        return mean, 1.0 / std

@@ -15,6 +15,7 @@ from customize.concepts.concept import Concept
 from customize.concepts.files import write_single
 from tests.concepts.making import learn
 from tests.tiny import (
+    drawn,
     tiny_flux,
     tiny_qwen_image,
     tiny_sd,
@@ -22,6 +23,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
+from tests.tiny_video import tiny_wan
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -33,6 +35,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 import numpy as np, torch
 from pathlib import Path
 from tests.tiny import (
+    drawn,
     tiny_flux,
     tiny_qwen_image,
     tiny_sd,
@@ -40,6 +43,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
+from tests.tiny_video import tiny_wan
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
@@ -48,7 +52,7 @@ def draw(pipe, prompt):
     noise = torch.Generator().manual_seed(1)
     size = {"height": 32, "width": 32}
     call = {"num_inference_steps": 2, "output_type": "np"} | size
-    return pipe(prompt, generator=noise, **call).images[0]
+    return drawn(pipe, prompt, generator=noise, **call)[0]
 
 for name in ("orthogonal", "lora", "layerwise"):
     pipe = tiny_sd()
@@ -78,6 +82,10 @@ pipe = tiny_z_image()
 pipe.load_lora_weights(str(root / "z_image"))
 np.save(root / "z_image.npy", draw(pipe, sys.argv[2]))
 
+pipe = tiny_wan()
+pipe.load_lora_weights(str(root / "wan"))
+np.save(root / "wan.npy", draw(pipe, sys.argv[2]))
+
 # The lines of the model card, as a reader would type them, on a base with the published settings.
 code = (root / "sdxl" / "README.md").read_text().split("With diffusers alone:")[1]
 code = code.split("```python")[1].rpartition("pipe(")[0].replace("FOLDER", str(root / "sdxl"))
@@ -93,7 +101,7 @@ def draw(pipe, prompt: str) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
     size = {"height": 32, "width": 32}
     call = {"num_inference_steps": 2, "output_type": "np"} | size
-    return pipe(prompt, generator=noise, **call).images[0]
+    return drawn(pipe, prompt, generator=noise, **call)[0]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +131,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "flux": tiny_flux,
         "qwen": tiny_qwen_image,
         "z_image": tiny_z_image,
+        "wan": tiny_wan,
     }
     for name, make in others.items():
         pipe = make()
@@ -142,7 +151,11 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["orthogonal", "lora", "single", "layerwise", "sd3", "sdxl", "flux", "qwen", "z_image"]
+    "name",
+    [
+        *("orthogonal", "lora", "single", "layerwise"),
+        *("sd3", "sdxl", "flux", "qwen", "z_image", "wan"),
+    ],
 )
 def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:
     ours, stock = pictures[name]

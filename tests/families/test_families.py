@@ -14,7 +14,16 @@ from customize.core.objectives import weighted_mse
 from customize.errors import ConfigError, PipelineError
 from customize.families import FAMILIES, Family, family_of
 from customize.families.prompts import padded
-from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.tiny import (
+    drawn,
+    tiny_flux,
+    tiny_qwen_image,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_z_image,
+)
+from tests.tiny_video import tiny_wan
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd-epsilon": tiny_sd,
@@ -27,11 +36,13 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "flux-schnell": lambda: tiny_flux(guidance=False),
     "qwen_image": tiny_qwen_image,
     "z_image": tiny_z_image,
+    "wan-2.1": tiny_wan,
+    "wan-2.2-5b": lambda: tiny_wan(five_billion=True),
 }
 LATENTS = (2, 4, 16, 16)
 SHAPE = LATENTS[1:]
 # Families whose denoiser names no size, so that the pipeline's default is far above the tests'.
-NO_SIZE = {"flux": 256, "qwen_image": 256, "z_image": 1024}
+NO_SIZE = {"flux": 256, "qwen_image": 256, "z_image": 1024, "wan": 480}
 SIZE = {"height": 32, "width": 32}
 
 
@@ -150,7 +161,11 @@ def pipeline_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the pipeline's encode_prompt makes of the prompts, and of the negative ones."""
     family = family_of(pipe.components).name
-    call |= {"device": "cpu", "num_images_per_prompt": 1}
+    call |= {"device": "cpu"}
+    if family == "wan":
+        embeds, negative = pipe.encode_prompt(**call, max_sequence_length=512)
+        return {"prompt_embeds": embeds}, {"prompt_embeds": negative}
+    call |= {"num_images_per_prompt": 1}
     if family == "sd":
         embeds, negative = pipe.encode_prompt(**call)
         return {"prompt_embeds": embeds}, {"prompt_embeds": negative}
@@ -261,8 +276,8 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(pipe: Any, family: Famil
     assert mean.shape == std.shape == LATENTS
     assert mean.dtype == std.dtype == torch.float32
 
-    if family.name == "qwen_image":
-        return  # has a test of its own, on its autoencoder of videos
+    if family.name in ("qwen_image", "wan"):
+        return  # have a test of their own, on their autoencoder of videos
     posterior = pipe.vae.encode(pixels()).latent_dist
     shift = pipe.vae.config.shift_factor or 0.0
     draw = posterior.sample(torch.Generator().manual_seed(1))
@@ -277,22 +292,23 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(pipe: Any, family: Famil
 
 @torch.no_grad()
 def test_pictures_are_those_of_the_pipeline(pipe: Any, family: Family) -> None:
-    def drawn(output_type: str) -> Tensor:
+    def found(output_type: str) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         call = {"num_inference_steps": 2, "output_type": output_type} | SIZE
-        return pipe("a dog", generator=generator, **call).images
+        return drawn(pipe, "a dog", generator=generator, **call)
 
-    picture = family.decode_latents(family.unpack(drawn("latent"), *SHAPE[1:]))
-    torch.testing.assert_close(picture, 2 * drawn("pt") - 1, atol=1e-5, rtol=0)
+    picture = family.decode_latents(family.unpack(found("latent"), *SHAPE[1:]))
+    torch.testing.assert_close(picture, 2 * found("pt") - 1, atol=1e-5, rtol=0)
 
 
 def test_a_multiple_of_the_size_is_what_the_pipeline_takes(pipe: Any, family: Family) -> None:
     size = 2 * family.latent_multiple
-    picture = pipe("a dog", height=size, width=size, num_inference_steps=2).images[0]
+    call = {"num_inference_steps": 2, "output_type": "pil"}
+    picture = drawn(pipe, "a dog", height=size, width=size, **call)[0]
     assert picture.size == (size, size)
     odd = {"height": size + family.latent_multiple // 2, "width": size}
     if family.name in ("flux", "qwen_image"):  # which round down, with a warning
-        assert pipe("a dog", num_inference_steps=2, **odd).images[0].size == (size, size)
+        assert drawn(pipe, "a dog", **call, **odd)[0].size == (size, size)
         return
     with pytest.raises(ValueError, match="divisible by"):
         pipe("a dog", **odd)
@@ -311,7 +327,7 @@ def test_predict_is_the_call_that_the_pipeline_makes(
     call = {"num_inference_steps": 3, "guidance_scale": guidance} | SIZE
     if not family.guidance_is_an_input:
         call |= no_guidance(family)
-    pipe("a red cup", generator=generator, **call)
+    drawn(pipe, "a red cup", generator=generator, **call)
     conditions = family.encode_prompts(["a red cup"])
     assert len(calls) == 3
     for t, (noisy, output) in zip(pipe.scheduler.timesteps, list(calls), strict=True):
@@ -321,7 +337,7 @@ def test_predict_is_the_call_that_the_pipeline_makes(
 
 @torch.no_grad()
 def test_the_schedule_is_that_of_the_pipeline(pipe: Any, family: Family) -> None:
-    pipe("a dog", num_inference_steps=4, output_type="latent", **SIZE)
+    drawn(pipe, "a dog", num_inference_steps=4, output_type="latent", **SIZE)
     ours = family.schedule(4, SHAPE, torch.device("cpu"))
     assert ours is not pipe.scheduler
     torch.testing.assert_close(ours.timesteps, pipe.scheduler.timesteps)
@@ -329,8 +345,9 @@ def test_the_schedule_is_that_of_the_pipeline(pipe: Any, family: Family) -> None
         torch.testing.assert_close(ours.sigmas, pipe.scheduler.sigmas)
         # What is trained at u is what is drawn at u: evenly spaced levels are shifted alike.
         levels = family.timesteps(torch.linspace(1, 1 / 4, 4), SHAPE)
-        # sd3's scheduler spaces levels after the shift; qwen_image's draws them to an end above 0.
-        if family.name not in ("sd3", "qwen_image"):
+        # sd3's and wan's schedulers space levels otherwise; qwen_image's draws them to an end
+        # above 0.
+        if family.name not in ("sd3", "qwen_image", "wan"):
             torch.testing.assert_close(levels, ours.timesteps)
 
 
@@ -352,16 +369,19 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
     # meets its own timesteps only where the number of steps divides 1000.
     steps = 5
     schedule = family.schedule(steps, SHAPE, torch.device("cpu"))
-    start = family.noisy_latents(clean, noise, schedule.timesteps[:1].expand(2))
+    # UniPC rounds its timesteps; the levels of noise are those of its sigmas.
+    passed = schedule.sigmas[:-1] * 1000 if hasattr(schedule, "sigmas") else schedule.timesteps
+    start = family.noisy_latents(clean, noise, passed[:1].expand(2))
     calls.clear()
 
     def next_level(*_: Any) -> dict[str, Any]:
         nonlocal levels
-        levels = schedule.timesteps[min(len(calls), steps - 1)].expand(2)
+        levels = passed[min(len(calls), steps - 1)].expand(2)
         return {}
 
     next_level()
-    result = pipe(
+    result = drawn(
+        pipe,
         ["a dog", "a cat"],
         num_inference_steps=steps,
         **no_guidance(family),
@@ -369,9 +389,9 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
         output_type="latent",
         callback_on_step_end=next_level,
         **SIZE,
-    ).images
+    )
     assert len(calls) == steps
-    for (sample, _), level in zip(calls, schedule.timesteps, strict=True):
+    for (sample, _), level in zip(calls, passed, strict=True):
         expected = family.noisy_latents(clean, noise, level.expand(2))
         torch.testing.assert_close(sample, expected, atol=1e-4, rtol=1e-4)
     result = family.unpack(result, *SHAPE[1:])
@@ -442,6 +462,7 @@ def test_fingerprints_tell_architectures_apart() -> None:
     assert prints["sdxl-epsilon"] == prints["sdxl-v"]
     assert prints["sd3"] == prints["sd3-without-t5"]
     assert prints["flux-dev"] == prints["flux-schnell"]
+    assert prints["wan-2.1"] == prints["wan-2.2-5b"]
     assert len({found["denoiser"] for found in prints.values()}) == len(FAMILIES)
     clips = {"text_encoder": [16], "text_encoder_2": [24]}
     assert prints["sd-v"]["widths"] == {"unet": [16, 32], "text_encoder": [32]}

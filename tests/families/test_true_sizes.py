@@ -12,6 +12,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -214,6 +215,36 @@ def test_z_image() -> None:
     assert len(targets) == (30 + 2 + 2) * 4
     assert set(targets.values()) == {(3840, 3840)}
     assert_shapes_are_the_weights(family)
+
+
+@pytest.mark.parametrize(
+    ("heads", "layers", "channels"),
+    [(12, 30, 16), (40, 40, 16), (24, 30, 48)],
+    ids=["2.1-1.3b", "2.1-14b", "2.2-5b"],
+)
+def test_wan(heads: int, layers: int, channels: int) -> None:
+    with torch.device("meta"):
+        denoiser = WanTransformer3DModel(
+            num_attention_heads=heads,
+            num_layers=layers,
+            in_channels=channels,
+            out_channels=channels,
+        )
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    # Attention among the picture's tokens, and from these to the prompt's.
+    assert len(targets) == layers * 8
+    assert set(targets.values()) == {(128 * heads, 128 * heads)}
+    assert len(family.cross_attention_layers()) == layers
+    assert_shapes_are_the_weights(family)
+
+
+def test_wan_that_animates_pictures_takes_what_its_plain_model_learned() -> None:
+    with torch.device("meta"):
+        plain = WanTransformer3DModel()
+        animating = WanTransformer3DModel(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
+    prints = [family_of({"transformer": each}).fingerprint() for each in (plain, animating)]
+    assert prints[0] == prints[1]
 
 
 def test_models_of_other_sizes_have_other_fingerprints() -> None:

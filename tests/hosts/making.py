@@ -14,7 +14,7 @@ from customize.concepts.slices import columns_for
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
 from customize.families import family_of
-from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny import drawn, tiny_sd, tiny_sd3, tiny_sdxl
 
 PROMPT = "a photo of <rex> on the beach"
 MAKERS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3}
@@ -69,7 +69,7 @@ def table(text_encoder: Any) -> Tensor:
 def draw(pipe: Any, prompt: str = PROMPT) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
     call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
-    return pipe(prompt, generator=noise, **call).images[0]
+    return drawn(pipe, prompt, generator=noise, **call)[0]
 
 
 def user_lora(pipe: Any, seed: int = 9) -> dict[str, Tensor]:

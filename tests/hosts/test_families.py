@@ -17,6 +17,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
+from tests.tiny_video import tiny_wan
 
 MAKERS = {
     "sd": tiny_sd,
@@ -25,6 +26,7 @@ MAKERS = {
     "flux": tiny_flux,
     "qwen_image": tiny_qwen_image,
     "z_image": tiny_z_image,
+    "wan": tiny_wan,
 }
 PROMPT = "a photo of <rex> and <tom> on the beach"
 

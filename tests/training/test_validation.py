@@ -4,7 +4,16 @@ import torch
 
 from customize.families import family_of
 from customize.training.validation import draw, log_pictures, save_row
-from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.tiny import (
+    drawn,
+    tiny_flux,
+    tiny_qwen_image,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_z_image,
+)
+from tests.tiny_video import tiny_wan
 from tests.training.runs import picture
 
 MAKERS = {
@@ -15,6 +24,7 @@ MAKERS = {
     "flux-dev": tiny_flux,
     "qwen_image": tiny_qwen_image,
     "z_image": tiny_z_image,
+    "wan": tiny_wan,
 }
 
 
@@ -51,7 +61,8 @@ def test_pictures_are_those_of_the_pipeline(make, guidance):
         # What has the guidance as an input needs no second prompt.
         away = {} if family.guidance_is_an_input else empty
         scale = "true_cfg_scale" if family.name == "qwen_image" else "guidance_scale"
-        expected = pipe(
+        expected = drawn(
+            pipe,
             **arguments(asked),
             **{f"negative_{k}": v for k, v in arguments(away).items()},
             latents=family.pack(noise),
@@ -59,7 +70,8 @@ def test_pictures_are_those_of_the_pipeline(make, guidance):
             **{scale: guidance},
             height=32,
             width=32,
-        ).images[0]
+            output_type="pil",
+        )[0]
         difference = np.asarray(expected).astype(int) - np.asarray(picture_found).astype(int)
         assert abs(difference).max() <= 1
 

@@ -1,0 +1,80 @@
+"""Real pipelines of video models at the smallest size, like those of :mod:`tests.tiny`.
+
+Pictures of one frame are 32 x 32, their latents 4 x 16 x 16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import UMT5Config, UMT5EncoderModel
+
+from tests.tiny import t5_tokenizer
+
+
+def _wan_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    )
+
+
+def tiny_wan(five_billion: bool = False) -> WanPipeline:
+    """Wan 2.1 with a transformer of width 32 and a UMT5 of 16, or made like Wan 2.2 5B.
+
+    The latter has a time for each token, and here a scheduler of another kind.
+    """
+    tokenizer = t5_tokenizer()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        text_encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(tokenizer),
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=2,
+                num_heads=2,
+            )
+        )
+        vae = AutoencoderKLWan(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[0.5, 0.6, 0.7, 0.8],
+            scale_factor_temporal=2,
+            scale_factor_spatial=2,
+        )
+        transformer = _wan_transformer()
+    scheduler: Any = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    if five_billion:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        scheduler=scheduler,
+        transformer=transformer.eval(),
+        expand_timesteps=five_billion,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    MotionAdapter,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tests.tiny import t5_tokenizer
+from tests.tiny import t5_tokenizer, tiny_sd
 
 
 def _wan_transformer() -> WanTransformer3DModel:
@@ -76,5 +78,26 @@ def tiny_wan(five_billion: bool = False) -> WanPipeline:
         transformer=transformer.eval(),
         expand_timesteps=five_billion,
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_animatediff() -> AnimateDiffPipeline:
+    """The parts of tiny_sd with motion modules in the UNet, for videos of up to 8 frames."""
+    parts = tiny_sd().components
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        adapter = MotionAdapter(
+            block_out_channels=(16, 32),
+            motion_layers_per_block=1,
+            motion_num_attention_heads=2,
+            motion_norm_num_groups=8,
+            motion_max_seq_length=8,
+        )
+        shared = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+        pipe = AnimateDiffPipeline(
+            **{key: parts[key] for key in shared}, motion_adapter=adapter.eval()
+        )
+    pipe.unet.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe

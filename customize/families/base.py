@@ -302,12 +302,12 @@ class Family(ABC):
         Take it before text encoders are freed: their widths are part of it.
 
         Returns:
-            JSON values. "family": the name; "denoiser": sha256 over the denoiser's class and the
+            JSON values. "family": the name; "denoiser": sha256 over the denoiser's kind and the
             names and shapes of its adapter targets; "widths": component -> its targets' distinct
             input widths, ascending.
         """
         targets = self.adapter_targets(self.denoiser_key)
-        lines = [class_name(self.denoiser)]
+        lines = [self._kind]
         lines += sorted(f"{name} {out}x{width}" for name, (out, width) in targets.items())
         widths = {
             key: sorted({width for _, width in self.adapter_targets(key).values()})
@@ -317,6 +317,11 @@ class Family(ABC):
         return {"family": self.name, "denoiser": digest, "widths": widths}
 
     # -- helpers of the families ---------------------------------------------------------------
+
+    @property
+    def _kind(self) -> str:
+        """The same name for denoisers that can take one another's concepts: mostly their class."""
+        return class_name(self.denoiser)
 
     @property
     def _denoiser_dtype(self) -> torch.dtype:

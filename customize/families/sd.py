@@ -1,4 +1,8 @@
-"""Stable Diffusion 1.x and 2.x: a UNet with cross-attention to one CLIP text encoder."""
+"""Stable Diffusion 1.x and 2.x: a UNet with cross-attention to one CLIP text encoder.
+
+AnimateDiff (arXiv 2307.04725) puts motion modules into the same UNet and leaves all else as it is.
+So its models are of this family, and what was learned on the one fits the other.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,12 @@ from torch import Tensor
 
 from customize.families.base import class_name
 from customize.families.prompts import sent, tokenize
-from customize.families.unet import UNetFamily, is_unet
+from customize.families.unet import MOTION_UNET, UNetFamily, is_unet
 
 
 class StableDiffusion(UNetFamily):
-    """UNet2DConditionModel, one CLIPTextModel, AutoencoderKL, any scheduler of the DDPM kind."""
+    """UNet2DConditionModel or UNetMotionModel, one CLIPTextModel, AutoencoderKL, any scheduler of
+    the DDPM kind."""
 
     name = "sd"
     clip_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}
@@ -45,7 +50,24 @@ class StableDiffusion(UNetFamily):
         self._check_channels(noisy)
         dtype = self._denoiser_dtype
         prompt_embeds = conditions["prompt_embeds"].to(dtype)
-        return self.denoiser(noisy.to(dtype), t, prompt_embeds, return_dict=False)[0]
+        packed = self.pack(noisy.to(dtype))
+        answer = self.denoiser(packed, t, prompt_embeds, return_dict=False)[0]
+        return self.unpack(answer, *noisy.shape[-2:])
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """As they are; with motion modules, to (batch, channels, 1, height, width)."""
+        return latents[:, :, None] if self._has_frames else latents
+
+    def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
+        return packed[:, :, 0] if self._has_frames else packed
+
+    @property
+    def _has_frames(self) -> bool:
+        return class_name(self.denoiser) == MOTION_UNET
+
+    @property
+    def _kind(self) -> str:
+        return "UNet2DConditionModel"  # with motion modules, too
 
     def _latent_scaling(self) -> tuple[float, float]:
         # The pipelines of this family know no shift, even where an autoencoder names one.

@@ -16,13 +16,19 @@ from customize.core import objectives
 from customize.errors import PipelineError
 from customize.families.base import Family, class_name, ones_like_batch, uncompiled
 
+#: A UNet with AnimateDiff's motion modules between its layers, and a frame axis.
+MOTION_UNET = "UNetMotionModel"
+
 
 class UNetFamily(Family):
     """UNet2DConditionModel, AutoencoderKL, any scheduler of the DDPM kind."""
 
     denoiser_key = "unet"
     default_density = "uniform"
-    attention_projections = re.compile(r".+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
+    # Not those of AnimateDiff's motion modules, which lie beside the attentions.
+    attention_projections = re.compile(
+        r".+\.attentions\.\d+\..+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
+    )
 
     def __init__(self, components: Mapping[str, Any]) -> None:
         super().__init__(components)
@@ -90,7 +96,7 @@ class UNetFamily(Family):
 
 def is_unet(unet: Any, addition_embed_type: str | None) -> bool:
     """Whether it is a UNet that reads a prompt and these additional embeddings, and no more."""
-    if class_name(unet) != "UNet2DConditionModel":
+    if class_name(unet) not in ("UNet2DConditionModel", MOTION_UNET):
         return False
     config = unet.config
     return (
@@ -99,6 +105,6 @@ def is_unet(unet: Any, addition_embed_type: str | None) -> bool:
         # Other inputs than a prompt: DeepFloyd, Kandinsky, Kolors, unCLIP, upscalers. A loaded
         # IP-Adapter also sets encoder_hid_dim_type, and changes nothing else.
         and config.encoder_hid_dim_type in (None, "ip_image_proj")
-        and config.class_embed_type is None
-        and config.num_class_embeds is None
+        and config.get("class_embed_type") is None
+        and config.get("num_class_embeds") is None
     )

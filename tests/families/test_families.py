@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,11 +24,12 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.tiny_video import tiny_wan
+from tests.tiny_video import tiny_animatediff, tiny_wan
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd-epsilon": tiny_sd,
     "sd-v": lambda: tiny_sd("v_prediction"),
+    "sd-animatediff": tiny_animatediff,
     "sdxl-epsilon": tiny_sdxl,
     "sdxl-v": lambda: tiny_sdxl("v_prediction"),
     "sd3": tiny_sd3,
@@ -72,7 +74,7 @@ def record_calls(family: Family, answer: Callable[[Tensor], Tensor] | None = Non
     calls: list[tuple[Tensor, Tensor]] = []
     forward = family.denoiser.forward
 
-    def recorded(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
         packed = args[0] if args else kwargs["hidden_states"]
         if family.name == "z_image":  # lists of pictures with a frame, and the other way round
             latents = torch.stack(packed)[:, :, 0]
@@ -82,7 +84,7 @@ def record_calls(family: Family, answer: Callable[[Tensor], Tensor] | None = Non
         latents = family.unpack(packed, *SHAPE[1:])
         output = family.pack(answer(latents)) if answer else forward(*args, **kwargs)[0]
         calls.append((latents, family.unpack(output, *SHAPE[1:])))
-        return (output,)
+        return (output,) if kwargs.get("return_dict") is False else SimpleNamespace(sample=output)
 
     family.denoiser.forward = recorded
     return calls
@@ -458,7 +460,7 @@ def test_fingerprints_tell_architectures_apart() -> None:
     prints = {
         name: family_of(build().components).fingerprint() for name, build in PIPELINES.items()
     }
-    assert prints["sd-epsilon"] == prints["sd-v"]
+    assert prints["sd-epsilon"] == prints["sd-v"] == prints["sd-animatediff"]
     assert prints["sdxl-epsilon"] == prints["sdxl-v"]
     assert prints["sd3"] == prints["sd3-without-t5"]
     assert prints["flux-dev"] == prints["flux-schnell"]

@@ -17,10 +17,11 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.tiny_video import tiny_wan
+from tests.tiny_video import tiny_animatediff, tiny_wan
 
 MAKERS = {
     "sd": tiny_sd,
+    "animatediff": tiny_animatediff,
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
     "flux": tiny_flux,

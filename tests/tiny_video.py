@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from diffusers import (
     AnimateDiffPipeline,
+    AutoencoderKLCogVideoX,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     MotionAdapter,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from tests.tiny import t5_tokenizer, tiny_sd
 
@@ -99,5 +104,69 @@ def tiny_animatediff() -> AnimateDiffPipeline:
             **{key: parts[key] for key in shared}, motion_adapter=adapter.eval()
         )
     pipe.unet.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_cogvideox(rotary: bool = False, multistep: bool = False) -> CogVideoXPipeline:
+    """CogVideoX with a transformer of width 32 and a T5 of 16.
+
+    Positions are added, as in 2B, or `rotary`, as in 5B. With `multistep` the scheduler is DPM.
+    """
+    tokenizer = t5_tokenizer()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        text_encoder = T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizer),
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=1,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+        vae = AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 2,
+            up_block_types=("CogVideoXUpBlock3D",) * 2,
+            block_out_channels=(8, 16),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            temporal_compression_ratio=2,
+            sample_height=32,
+            sample_width=32,
+            scaling_factor=0.7,
+        )
+        transformer = CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=16,
+            text_embed_dim=16,
+            num_layers=2,
+            sample_width=24,
+            sample_height=16,
+            sample_frames=5,
+            temporal_compression_ratio=2,
+            use_rotary_positional_embeddings=rotary,
+        )
+    scheduler: Any = CogVideoXDPMScheduler if multistep else CogVideoXDDIMScheduler
+    pipe = CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=scheduler(
+            beta_end=0.012,
+            clip_sample=False,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=1.0 if rotary else 3.0,
+            timestep_spacing="trailing",
+        ),
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe

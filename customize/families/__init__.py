@@ -7,6 +7,7 @@ from typing import Any
 
 from customize.errors import PipelineError
 from customize.families.base import Family, TokenDictionary, class_name
+from customize.families.cogvideox import CogVideoX
 from customize.families.flux import Flux
 from customize.families.qwen_image import QwenImage
 from customize.families.sd import StableDiffusion
@@ -27,6 +28,7 @@ FAMILIES: dict[str, type[Family]] = {
         QwenImage,
         ZImage,
         Wan,
+        CogVideoX,
     )
 }
 

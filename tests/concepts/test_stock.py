@@ -23,7 +23,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.tiny_video import tiny_wan
+from tests.tiny_video import tiny_cogvideox, tiny_wan
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -43,7 +43,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.tiny_video import tiny_wan
+from tests.tiny_video import tiny_cogvideox, tiny_wan
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
@@ -82,9 +82,10 @@ pipe = tiny_z_image()
 pipe.load_lora_weights(str(root / "z_image"))
 np.save(root / "z_image.npy", draw(pipe, sys.argv[2]))
 
-pipe = tiny_wan()
-pipe.load_lora_weights(str(root / "wan"))
-np.save(root / "wan.npy", draw(pipe, sys.argv[2]))
+for name, make in {"wan": tiny_wan, "cogvideox": tiny_cogvideox}.items():
+    pipe = make()
+    pipe.load_lora_weights(str(root / name))
+    np.save(root / f"{name}.npy", draw(pipe, sys.argv[2]))
 
 # The lines of the model card, as a reader would type them, on a base with the published settings.
 code = (root / "sdxl" / "README.md").read_text().split("With diffusers alone:")[1]
@@ -132,6 +133,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "qwen": tiny_qwen_image,
         "z_image": tiny_z_image,
         "wan": tiny_wan,
+        "cogvideox": tiny_cogvideox,
     }
     for name, make in others.items():
         pipe = make()
@@ -154,7 +156,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     "name",
     [
         *("orthogonal", "lora", "single", "layerwise"),
-        *("sd3", "sdxl", "flux", "qwen", "z_image", "wan"),
+        *("sd3", "sdxl", "flux", "qwen", "z_image", "wan", "cogvideox"),
     ],
 )
 def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    CogVideoXTransformer3DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -245,6 +246,32 @@ def test_wan_that_animates_pictures_takes_what_its_plain_model_learned() -> None
         animating = WanTransformer3DModel(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
     prints = [family_of({"transformer": each}).fingerprint() for each in (plain, animating)]
     assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize(("heads", "layers", "rotary"), [(30, 30, False), (48, 42, True)])
+def test_cogvideox(heads: int, layers: int, rotary: bool) -> None:
+    with torch.device("meta"):
+        denoiser = CogVideoXTransformer3DModel(
+            num_attention_heads=heads, num_layers=layers, use_rotary_positional_embeddings=rotary
+        )
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    # One attention over prompt and video.
+    assert len(targets) == layers * 4
+    assert set(targets.values()) == {(64 * heads, 64 * heads)}
+    assert_shapes_are_the_weights(family)
+
+
+def test_cogvideox_1_5_which_has_no_single_frames_is_refused() -> None:
+    with torch.device("meta"):
+        denoiser = CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            num_layers=1,
+            patch_size_t=2,
+            use_rotary_positional_embeddings=True,
+        )
+    with pytest.raises(PipelineError, match=r"CogVideoX 1\.5.*in pairs"):
+        family_of({"transformer": denoiser})
 
 
 def test_models_of_other_sizes_have_other_fingerprints() -> None:

@@ -17,7 +17,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.tiny_video import tiny_animatediff, tiny_wan
+from tests.tiny_video import tiny_animatediff, tiny_cogvideox, tiny_wan
 
 MAKERS = {
     "sd": tiny_sd,
@@ -28,6 +28,7 @@ MAKERS = {
     "qwen_image": tiny_qwen_image,
     "z_image": tiny_z_image,
     "wan": tiny_wan,
+    "cogvideox": tiny_cogvideox,
 }
 PROMPT = "a photo of <rex> and <tom> on the beach"
 

@@ -23,7 +23,7 @@ from customize.families import family_of
 from customize.training import data, setup
 from customize.training.loop import learning_rate, train
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_z_image
-from tests.tiny_video import tiny_wan
+from tests.tiny_video import tiny_cogvideox, tiny_wan
 from tests.training.runs import (
     assert_unchanged,
     make_pictures,
@@ -41,6 +41,7 @@ FAMILIES = {
     "qwen_image": tiny_qwen_image,
     "z_image": tiny_z_image,
     "wan": tiny_wan,
+    "cogvideox": tiny_cogvideox,
 }
 
 

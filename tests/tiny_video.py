@@ -5,7 +5,7 @@ Pictures of one frame are 32 x 32, their latents 4 x 16 x 16.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -40,10 +40,11 @@ def _wan_transformer() -> WanTransformer3DModel:
     )
 
 
-def tiny_wan(five_billion: bool = False) -> WanPipeline:
-    """Wan 2.1 with a transformer of width 32 and a UMT5 of 16, or made like Wan 2.2 5B.
+def tiny_wan(model: Literal["2.1", "2.2-5b", "2.2-14b"] = "2.1") -> WanPipeline:
+    """Wan with a transformer of width 32 and a UMT5 of 16.
 
-    The latter has a time for each token, and here a scheduler of another kind.
+    Like Wan 2.2 5B it has a time for each token, and here a scheduler of another kind; like Wan 2.2
+    14B a second transformer.
     """
     tokenizer = t5_tokenizer()
     with torch.random.fork_rng(devices=()):
@@ -70,10 +71,11 @@ def tiny_wan(five_billion: bool = False) -> WanPipeline:
             scale_factor_spatial=2,
         )
         transformer = _wan_transformer()
+        transformer_2 = _wan_transformer().eval() if model == "2.2-14b" else None
     scheduler: Any = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    if five_billion:
+    if model == "2.2-5b":
         scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     pipe = WanPipeline(
         tokenizer=tokenizer,
@@ -81,7 +83,9 @@ def tiny_wan(five_billion: bool = False) -> WanPipeline:
         vae=vae.eval(),
         scheduler=scheduler,
         transformer=transformer.eval(),
-        expand_timesteps=five_billion,
+        transformer_2=transformer_2,
+        boundary_ratio=0.875 if transformer_2 else None,
+        expand_timesteps=model == "2.2-5b",
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

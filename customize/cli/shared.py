@@ -176,13 +176,11 @@ def hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def snippet(
-    base: str, concepts: Sequence[str], triggers: Sequence[str], weights: Any = None
-) -> str:
-    """The Python lines that load concepts and draw with them."""
+def snippet(base: str, concepts: Sequence[str], triggers: Sequence[str], family: str) -> str:
+    """The Python lines that load concepts of a family and draw with them."""
+    from customize.concepts.card import output_of
+
     arguments = [json.dumps(concept) for concept in concepts]
-    if weights is not None:
-        arguments.append(f"weights={list(weights)}")
     return "\n".join(
         [
             "import customize",
@@ -190,7 +188,7 @@ def snippet(
             "",
             f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})",
             f"pipe.load_custom({', '.join(arguments)})",
-            f"pipe({json.dumps('a photo of ' + ' and '.join(triggers))}).images[0]",
+            f"pipe({json.dumps('a photo of ' + ' and '.join(triggers))}).{output_of(family)}[0]",
         ]
     )
 

@@ -6,6 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from customize.concepts.layout import SECOND, SECOND_FILE
+from customize.families import FAMILIES
+
 if TYPE_CHECKING:
     from customize.concepts.concept import Concept
 
@@ -23,7 +26,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         f"base_model: {json.dumps(info.base)}",
         "library_name: diffusers",
         f"instance_prompt: {json.dumps(info.trigger)}",
-        "tags: [text-to-image, lora, textual-inversion, diffusers-customize]",
+        f"tags: [{tags(info.family)}]",
         "---",
     ]
     layered = bool(info.token_layers)
@@ -65,7 +68,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "from diffusers import DiffusionPipeline",
         "",
         f'pipe = DiffusionPipeline.from_pretrained({base}).load_custom("FOLDER")',
-        f'pipe("a photo of {info.trigger}").images[0]',
+        f'pipe("a photo of {info.trigger}").{output_of(info.family)}[0]',
         "```",
         "",
         "With diffusers alone:",
@@ -75,13 +78,37 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "from diffusers import DiffusionPipeline",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({base})",
-        'pipe.load_lora_weights("FOLDER")',
+        *stock_updates(concept),
         *tokens,
-        f"pipe({json.dumps('a photo of ' + stock_subject(concept))}).images[0]",
+        f"pipe({json.dumps('a photo of ' + stock_subject(concept))}).{output_of(info.family)}[0]",
         "```",
         "",
     ]
     return "\n".join(head + body)
+
+
+def output_of(family: str) -> str:
+    """Where a pipeline's call has what it drew, by the name of its family."""
+    return FAMILIES[family].output if family in FAMILIES else "images"
+
+
+def tags(family: str) -> str:
+    """The tags of a card, as YAML has a list's items."""
+    task = "text-to-video" if output_of(family) == "frames" else "text-to-image"
+    return f"{task}, lora, textual-inversion, diffusers-customize"
+
+
+def stock_updates(concept: Concept) -> list[str]:
+    """The Python lines by which stock diffusers reads the updates of a concept, or of several that
+    change the same components, from the files in FOLDER."""
+    lines = ['pipe.load_lora_weights("FOLDER")']
+    if any(component in SECOND for component in concept.products):
+        lines += [
+            "pipe.load_lora_weights(",
+            f'    "FOLDER", weight_name="{SECOND_FILE}", load_into_transformer_2=True',
+            ")",
+        ]
+    return lines
 
 
 def stock_tokens(concept: Concept, file: str) -> list[str]:

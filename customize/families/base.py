@@ -55,6 +55,10 @@ class Family(ABC):
     attention_projections: ClassVar[re.Pattern[str]]
     #: Component names of the CLIP text encoders, and each one's tokenizer.
     clip_encoders: ClassVar[dict[str, str]]
+    #: Component names of further denoisers, where each answers for a part of the noise levels.
+    other_denoisers: ClassVar[tuple[str, ...]] = ()
+    #: Where the pipeline's call has what it drew: "images", or "frames" of videos.
+    output: str = "images"
     #: The guidance scale at which the pipeline leaves out the empty prompt.
     no_guidance: ClassVar[float] = 1.0
     #: Component names of text encoders that take neither adapters nor new tokens.
@@ -157,8 +161,14 @@ class Family(ABC):
 
     @property
     def denoiser(self) -> Any:
-        """The UNet or transformer."""
+        """The UNet or transformer; where there are several, the one for the most noise."""
         return self._part(self.denoiser_key)
+
+    @property
+    def denoisers(self) -> dict[str, Any]:
+        """Component name -> denoiser, for every one; all take an adapter. The first is
+        :attr:`denoiser`."""
+        return {self.denoiser_key: self.denoiser} | self._present(self.other_denoisers)
 
     @property
     def vae(self) -> Any:
@@ -232,7 +242,7 @@ class Family(ABC):
         """The attention projections of one component.
 
         Args:
-            component: the denoiser's key or a key of :attr:`text_encoders`.
+            component: a key of :attr:`denoisers` or :attr:`text_encoders`.
 
         Returns:
             module name within the component -> (out, in), in the module tree's order. The same
@@ -242,14 +252,15 @@ class Family(ABC):
             ConfigError: the component takes no adapter.
             PipelineError: it has been freed.
         """
-        if component == self.denoiser_key:
+        denoisers = (self.denoiser_key, *self.other_denoisers)
+        if component in denoisers:
             pattern = self.attention_projections
         elif component in self.clip_encoders:
             pattern = _CLIP_PROJECTIONS
         else:
             raise ConfigError(
                 f"the component {component!r} of family {self.name} takes no adapter",
-                fix=f"choose from {', '.join((self.denoiser_key, *self.clip_encoders))}",
+                fix=f"choose from {', '.join((*denoisers, *self.clip_encoders))}",
             )
         return {
             name: (module.out_features, module.in_features)
@@ -303,15 +314,17 @@ class Family(ABC):
 
         Returns:
             JSON values. "family": the name; "denoiser": sha256 over the denoiser's kind and the
-            names and shapes of its adapter targets; "widths": component -> its targets' distinct
-            input widths, ascending.
+            names and shapes of the adapter targets of all denoisers; "widths": component -> its
+            targets' distinct input widths, ascending.
         """
-        targets = self.adapter_targets(self.denoiser_key)
         lines = [self._kind]
-        lines += sorted(f"{name} {out}x{width}" for name, (out, width) in targets.items())
+        for key in self.denoisers:
+            prefix = "" if key == self.denoiser_key else f"{key}."
+            targets = self.adapter_targets(key).items()
+            lines += sorted(f"{prefix}{name} {out}x{width}" for name, (out, width) in targets)
         widths = {
             key: sorted({width for _, width in self.adapter_targets(key).values()})
-            for key in (self.denoiser_key, *self.text_encoders)
+            for key in (*self.denoisers, *self.text_encoders)
         }
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         return {"family": self.name, "denoiser": digest, "widths": widths}

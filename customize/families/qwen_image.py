@@ -35,6 +35,7 @@ class QwenImage(FramedFamily, PackedFamily):
     scheduler whose shift grows with the picture."""
 
     name = "qwen_image"
+    output = "images"
     attention_projections = re.compile(
         r"transformer_blocks\.\d+\.attn\."
         r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"

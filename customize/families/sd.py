@@ -23,6 +23,11 @@ class StableDiffusion(UNetFamily):
     name = "sd"
     clip_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}
 
+    def __init__(self, components: Mapping[str, Any]) -> None:
+        super().__init__(components)
+        if class_name(self.components.get("unet")) == MOTION_UNET:
+            self.output = "frames"
+
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return (
@@ -56,14 +61,10 @@ class StableDiffusion(UNetFamily):
 
     def pack(self, latents: Tensor) -> Tensor:
         """As they are; with motion modules, to (batch, channels, 1, height, width)."""
-        return latents[:, :, None] if self._has_frames else latents
+        return latents[:, :, None] if self.output == "frames" else latents
 
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
-        return packed[:, :, 0] if self._has_frames else packed
-
-    @property
-    def _has_frames(self) -> bool:
-        return class_name(self.denoiser) == MOTION_UNET
+        return packed[:, :, 0] if self.output == "frames" else packed
 
     @property
     def _kind(self) -> str:

@@ -17,6 +17,8 @@ class FramedFamily(Family):
     """An autoencoder of (batch, channels, frames, height, width), with latents normalised by
     channel as its configuration says."""
 
+    output = "frames"
+
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = super().encode_images(pixels[:, :, None])
         return mean[:, :, 0], std[:, :, 0]

@@ -1,4 +1,7 @@
-"""Wan 2.1 (arXiv 2503.20314) and 2.2: a transformer over the tokens of a video.
+"""Wan 2.1 (arXiv 2503.20314) and 2.2: a transformer over the tokens of a video, or two of them.
+
+Wan 2.2 14B has one transformer for much noise and one for little. A concept has updates of both,
+each learned on its own levels: a batch's samples go where the pipeline would send them.
 
 UMT5 reads the prompt and takes no new tokens: a trigger is a plain word of the prompt.
 """
@@ -20,6 +23,9 @@ from customize.families.video import FramedFamily
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
+#: The share of noise from which Wan 2.2 14B uses its first transformer. The pipeline has it in its
+#: own configuration (``boundary_ratio``), not in a component; this is what the model was made with.
+BOUNDARY_RATIO = 0.875
 
 
 class Wan(FramedFamily, FlowFamily):
@@ -31,6 +37,7 @@ class Wan(FramedFamily, FlowFamily):
 
     name = "wan"
     attention_projections = re.compile(r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
+    other_denoisers = ("transformer_2",)
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
 
@@ -57,12 +64,30 @@ class Wan(FramedFamily, FlowFamily):
         guidance: float = 1.0,
     ) -> Tensor:
         self._check_channels(noisy)
+        prompts = conditions["prompt_embeds"]
+        denoisers = self._asked(t)
+        if len(set(denoisers)) == 1:
+            return self._answer(denoisers[0], noisy, t, prompts)
+        # Batches of models of this size are small: one sample at a time.
+        rows = zip(denoisers, noisy.split(1), t.split(1), prompts.split(1), strict=True)
+        return torch.cat([self._answer(*row) for row in rows])
+
+    def _asked(self, t: Tensor) -> list[Any]:
+        """The denoiser of each sample. Of two, the choice is the one thing here that waits for
+        the device."""
+        second = self.components.get("transformer_2")
+        if second is None:
+            return [self.denoiser] * len(t)
+        much = (t >= BOUNDARY_RATIO * self._train_timesteps).tolist()
+        return [self.denoiser if noise else second for noise in much]
+
+    def _answer(self, denoiser: Any, noisy: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         dtype = self._denoiser_dtype
         # Wan 2.2 5B is given a time for each token, but tokens to draw all have the same.
-        answer = self.denoiser(
+        answer = denoiser(
             hidden_states=self.pack(noisy.to(dtype)),
             timestep=t,
-            encoder_hidden_states=conditions["prompt_embeds"].to(dtype),
+            encoder_hidden_states=prompts.to(dtype),
             return_dict=False,
         )[0]
         return self.unpack(answer, *noisy.shape[-2:])

@@ -160,10 +160,11 @@ def train(
         setup.put_away(family, resting, free=own)
         del resting
 
-        family.denoiser.to(device)
-        if config.gradient_checkpointing and not family.denoiser.is_gradient_checkpointing:
-            family.denoiser.enable_gradient_checkpointing()
-            stack.callback(family.denoiser.disable_gradient_checkpointing)
+        setup.place(family.denoisers, device)
+        for denoiser in family.denoisers.values():
+            if config.gradient_checkpointing and not denoiser.is_gradient_checkpointing:
+                denoiser.enable_gradient_checkpointing()
+                stack.callback(denoiser.disable_gradient_checkpointing)
         validation = Validation(config, family, encode, pictures.shape, autocast, accelerator)
         accelerator.init_trackers("customize", config=record.plain(settings))
         stack.callback(accelerator.end_training)

@@ -240,6 +240,18 @@ def test_wan(heads: int, layers: int, channels: int) -> None:
     assert_shapes_are_the_weights(family)
 
 
+def test_wan_2_2_14b() -> None:
+    with torch.device("meta"):
+        denoisers = {key: WanTransformer3DModel() for key in ("transformer", "transformer_2")}
+    family = family_of(denoisers)
+    for key in denoisers:
+        targets = family.adapter_targets(key)
+        assert len(targets) == 40 * 8
+        assert set(targets.values()) == {(5120, 5120)}
+    assert family.fingerprint()["widths"] == {key: [5120] for key in denoisers}
+    assert_shapes_are_the_weights(family)
+
+
 def test_wan_that_animates_pictures_takes_what_its_plain_model_learned() -> None:
     with torch.device("meta"):
         plain = WanTransformer3DModel()

@@ -1,7 +1,8 @@
-"""Wan's own: prompts are cleaned and cut, autoencoders of videos, videos of many frames."""
+"""Wan's own: cleaned prompts, autoencoders of videos, many frames, two transformers."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,16 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from customize.concepts.concept import Concept
+from customize.core.objectives import FLOW_DENSITIES
+from customize.errors import ConceptError
 from customize.families import family_of
-from customize.families.wan import MAX_SEQUENCE_LENGTH
+from customize.families.wan import MAX_SEQUENCE_LENGTH, Wan
 from customize.hosts.binding import load_custom, unload_custom
+from customize.training.loop import train
 from tests.hosts.making import concept
 from tests.tiny_video import tiny_wan
+from tests.training.runs import assert_unchanged, settings, snapshot
 
 
 def test_prompts_are_cleaned_and_cut_as_by_the_pipeline() -> None:
@@ -88,3 +94,43 @@ def test_a_concept_is_in_every_frame_of_a_video() -> None:
     assert (np.abs(attached - bare).max(axis=(1, 2, 3)) > 1e-3).all()
     unload_custom(pipe)
     assert np.array_equal(video(pipe), bare)
+
+
+@torch.no_grad()
+def test_each_sample_goes_to_the_transformer_of_its_noise() -> None:
+    family = family_of(tiny_wan("2.2-14b").components)
+    noisy = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([875.0, 874.0, 999.0])
+    conditions = family.encode_prompts(["a dog", "a cat", "a cup"])
+    both = family.predict(noisy, t, conditions)
+    for row, key in enumerate(("transformer", "transformer_2", "transformer")):
+        alone = {"transformer": family.components[key]}
+        rows = {name: value[row : row + 1] for name, value in conditions.items()}
+        expected = Wan(alone | {"scheduler": family.scheduler}).predict(
+            noisy[row : row + 1], t[row : row + 1], rows
+        )
+        torch.testing.assert_close(both[row : row + 1], expected)
+
+
+@pytest.mark.parametrize(("u", "learns"), [(0.05, "transformer_2"), (0.95, "transformer")])
+def test_each_transformer_learns_on_its_own_levels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, u: float, learns: str
+) -> None:
+    monkeypatch.setitem(FLOW_DENSITIES, "uniform", lambda count, generator: torch.full((count,), u))
+    pipe = tiny_wan("2.2-14b")
+    config = settings(tmp_path, steps=2, density="uniform", checkpoint_every=1, keep_checkpoints=2)
+    before = snapshot(pipe.components)
+    learned = train(config, pipe.components, progress=False)
+    assert_unchanged(before, pipe.components)
+    assert list(learned.products) == ["transformer", "transformer_2"]
+    for component, updates in learned.products.items():
+        moved = [bool(update.up.any()) for update in updates.values()]
+        assert all(moved) if component == learns else not any(moved), component
+    assert Concept.load(config.output).info.fingerprint["widths"].keys() == learned.products.keys()
+
+
+def test_a_concept_of_one_transformer_is_refused_by_two() -> None:
+    one, two = tiny_wan(), tiny_wan("2.2-14b")
+    for given, pipe in ((one, two), (two, one)):
+        with pytest.raises(ConceptError, match="architecture or size"):
+            load_custom(pipe, concept(given))

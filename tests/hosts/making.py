@@ -28,7 +28,7 @@ def concept(pipe: Any, name: str = "rex", *, index: int = 0, **changes: Any) -> 
     family = family_of(pipe.components)
     seed = sum(name.encode()) + 1000 * index
     generator = torch.Generator().manual_seed(seed)
-    components = [family.denoiser_key, *family.text_encoders]
+    components = [*family.denoisers, *family.text_encoders]
     targets = {component: family.adapter_targets(component) for component in components}
     widths = {shape[1] for own in targets.values() for shape in own.values()}
     columns = columns_for(widths, 2, index=index, name=name)

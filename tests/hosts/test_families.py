@@ -28,6 +28,7 @@ MAKERS = {
     "qwen_image": tiny_qwen_image,
     "z_image": tiny_z_image,
     "wan": tiny_wan,
+    "wan-14b": lambda: tiny_wan("2.2-14b"),
     "cogvideox": tiny_cogvideox,
 }
 PROMPT = "a photo of <rex> and <tom> on the beach"

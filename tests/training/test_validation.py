@@ -26,6 +26,7 @@ MAKERS = {
     "qwen_image": tiny_qwen_image,
     "z_image": tiny_z_image,
     "wan": tiny_wan,
+    "wan-14b": lambda: tiny_wan("2.2-14b"),
     "cogvideox-2b": tiny_cogvideox,
     "cogvideox-5b": lambda: tiny_cogvideox(rotary=True, multistep=True),
 }

@@ -438,7 +438,12 @@ def drawn(pipe: Any, *prompts: Any, **call: Any) -> Any:
 
     A video model draws videos of one frame; its latents come as they are.
     """
-    if "num_frames" not in inspect.signature(pipe.__call__).parameters:
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "stg_scale" in parameters:  # LTX-2, whose call has other kinds of guidance as well
+        none = {"stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+        call |= none | {f"audio_{name}": value for name, value in none.items()}
+        call["audio_guidance_scale"] = call.get("guidance_scale", 3.0)
+    if "num_frames" not in parameters:
         return pipe(*prompts, **call).images
     videos = pipe(*prompts, **call, num_frames=1).frames
     if call.get("output_type") == "latent":

@@ -11,20 +11,34 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKLCogVideoX,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     MotionAdapter,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
-from tests.tiny import t5_tokenizer, tiny_sd
+from tests.tiny import SPACE, WORDS, t5_tokenizer, tiny_sd
 
 
 def _wan_transformer() -> WanTransformer3DModel:
@@ -171,6 +185,135 @@ def tiny_cogvideox(rotary: bool = False, multistep: bool = False) -> CogVideoXPi
             snr_shift_scale=1.0 if rotary else 3.0,
             timestep_spacing="trailing",
         ),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """A Gemma byte-pair tokenizer in which each of WORDS is one token."""
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        pieces = [SPACE, *word]
+        while len(pieces) > 1:
+            merges[pieces[0], pieces[1]] = None
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", SPACE]
+    tokens += [*"abcdefghijklmnopqrstuvwxyz<>_,.", *(left + right for left, right in merges)]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return GemmaTokenizer(vocab=vocab, merges=list(merges), model_max_length=1024)
+
+
+def isolate(pipe: LTX2Pipeline) -> None:
+    """Keep LTX-2's two streams apart whoever calls it, as they are while a concept is learned."""
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = lambda *args, **kwargs: forward(
+        *args, **kwargs | {"isolate_modalities": True}
+    )
+
+
+def tiny_ltx2() -> LTX2Pipeline:
+    """LTX-2 with a video's stream of width 32, a sound's of 16, and a Gemma of 16."""
+    tokenizer = gemma_tokenizer()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        text_encoder = Gemma3ForConditionalGeneration(
+            Gemma3Config(
+                text_config={
+                    "vocab_size": len(tokenizer),
+                    "hidden_size": 16,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 1,
+                    "head_dim": 8,
+                },
+                vision_config={
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "image_size": 28,
+                    "patch_size": 14,
+                },
+                image_token_index=0,
+            )
+        )
+        connectors = LTX2TextConnectors(
+            caption_channels=16,
+            text_proj_in_factor=3,
+            video_connector_num_attention_heads=2,
+            video_connector_attention_head_dim=8,
+            video_connector_num_layers=1,
+            audio_connector_num_attention_heads=2,
+            audio_connector_attention_head_dim=8,
+            audio_connector_num_layers=1,
+        )
+        vae = AutoencoderKLLTX2Video(
+            latent_channels=4,
+            block_out_channels=(8,),
+            down_block_types=("LTX2VideoDownBlock3D",),
+            layers_per_block=(1, 1),
+            spatio_temporal_scaling=(True,),
+            downsample_type=("spatiotemporal",),
+            decoder_block_out_channels=(8,),
+            decoder_layers_per_block=(1, 1),
+            decoder_spatio_temporal_scaling=(True,),
+            decoder_inject_noise=(False, False),
+            upsample_type=("spatiotemporal",),
+            upsample_residual=(False,),
+            upsample_factor=(1,),
+            patch_size=1,
+            scaling_factor=0.9,
+        )
+        vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+        vae.latents_std.copy_(torch.tensor([0.5, 0.6, 0.7, 0.8]))
+        audio_vae = AutoencoderKLLTX2Audio(
+            base_channels=4,
+            ch_mult=(1,),
+            num_res_blocks=1,
+            resolution=32,
+            latent_channels=2,
+            mel_bins=8,
+        )
+        vocoder = LTX2Vocoder(
+            in_channels=16,
+            hidden_channels=16,
+            upsample_kernel_sizes=[4],
+            upsample_factors=[2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3, 5]],
+        )
+        transformer = LTX2VideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            vae_scale_factors=(2, 2, 2),
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=16,
+            num_layers=2,
+            caption_channels=16,
+        )
+    pipe = LTX2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.95,
+            max_shift=2.05,
+            base_image_seq_len=64,
+            max_image_seq_len=1024,
+        ),
+        vae=vae.eval(),
+        audio_vae=audio_vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        connectors=connectors.eval(),
+        transformer=transformer.eval(),
+        vocoder=vocoder.eval(),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

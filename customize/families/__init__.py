@@ -9,6 +9,7 @@ from customize.errors import PipelineError
 from customize.families.base import Family, TokenDictionary, class_name
 from customize.families.cogvideox import CogVideoX
 from customize.families.flux import Flux
+from customize.families.ltx2 import LTX2
 from customize.families.qwen_image import QwenImage
 from customize.families.sd import StableDiffusion
 from customize.families.sd3 import StableDiffusion3
@@ -29,6 +30,7 @@ FAMILIES: dict[str, type[Family]] = {
         ZImage,
         Wan,
         CogVideoX,
+        LTX2,
     )
 }
 

@@ -190,6 +190,16 @@ class Family(ABC):
         """Component name -> text encoder, for every one: all that there is to move or free."""
         return self._present((*self.clip_encoders, *self.other_encoders))
 
+    @property
+    def unused(self) -> dict[str, nn.Module]:
+        """Component name -> model that is never called here, such as one for sound."""
+        used = {*self.denoisers, "vae", *self.clip_encoders, *self.other_encoders}
+        return {
+            key: part
+            for key, part in self.components.items()
+            if isinstance(part, nn.Module) and key not in used
+        }
+
     def pack(self, latents: Tensor) -> Tensor:
         """Latents as the pipeline and the denoiser hold them, for its argument ``latents=``."""
         return latents

@@ -107,6 +107,7 @@ def train(
         resolution = setup.check_fits(family, config)
         if own:
             setup.freeze(parts)
+            setup.put_away(family, family.unused, free=True)
         else:
             stack.enter_context(setup.borrowed(parts))
         before = None if start is None else start.settings

@@ -23,7 +23,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.tiny_video import tiny_cogvideox, tiny_wan
+from tests.tiny_video import tiny_cogvideox, tiny_ltx2, tiny_wan
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -43,7 +43,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.tiny_video import tiny_cogvideox, tiny_wan
+from tests.tiny_video import tiny_cogvideox, tiny_ltx2, tiny_wan
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
@@ -82,7 +82,7 @@ pipe = tiny_z_image()
 pipe.load_lora_weights(str(root / "z_image"))
 np.save(root / "z_image.npy", draw(pipe, sys.argv[2]))
 
-for name, make in {"wan": tiny_wan, "cogvideox": tiny_cogvideox}.items():
+for name, make in {"wan": tiny_wan, "cogvideox": tiny_cogvideox, "ltx2": tiny_ltx2}.items():
     pipe = make()
     pipe.load_lora_weights(str(root / name))
     np.save(root / f"{name}.npy", draw(pipe, sys.argv[2]))
@@ -141,6 +141,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "z_image": tiny_z_image,
         "wan": tiny_wan,
         "cogvideox": tiny_cogvideox,
+        "ltx2": tiny_ltx2,
         "wan-14b": lambda: tiny_wan("2.2-14b"),
     }
     for name, make in others.items():
@@ -177,6 +178,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             "wan-14b",
             "wan-14b-single",
             "cogvideox",
+            "ltx2",
         ),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
     FluxTransformer2DModel,
+    LTX2VideoTransformer3DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -284,6 +285,19 @@ def test_cogvideox_1_5_which_has_no_single_frames_is_refused() -> None:
         )
     with pytest.raises(PipelineError, match=r"CogVideoX 1\.5.*in pairs"):
         family_of({"transformer": denoiser})
+
+
+def test_ltx_2() -> None:
+    with torch.device("meta"):
+        denoiser = LTX2VideoTransformer3DModel()
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    # Attention among the picture's tokens, and from these to the prompt's; none of the sound's.
+    assert len(targets) == 48 * 8
+    assert set(targets.values()) == {(4096, 4096)}
+    assert not any("audio" in name for name in targets)
+    assert len(family.cross_attention_layers()) == 48
+    assert_shapes_are_the_weights(family)
 
 
 def test_models_of_other_sizes_have_other_fingerprints() -> None:

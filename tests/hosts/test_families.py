@@ -17,7 +17,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.tiny_video import tiny_animatediff, tiny_cogvideox, tiny_wan
+from tests.tiny_video import tiny_animatediff, tiny_cogvideox, tiny_ltx2, tiny_wan
 
 MAKERS = {
     "sd": tiny_sd,
@@ -30,6 +30,7 @@ MAKERS = {
     "wan": tiny_wan,
     "wan-14b": lambda: tiny_wan("2.2-14b"),
     "cogvideox": tiny_cogvideox,
+    "ltx2": tiny_ltx2,
 }
 PROMPT = "a photo of <rex> and <tom> on the beach"
 

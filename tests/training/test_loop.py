@@ -23,7 +23,7 @@ from customize.families import family_of
 from customize.training import data, setup
 from customize.training.loop import learning_rate, train
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_z_image
-from tests.tiny_video import tiny_cogvideox, tiny_wan
+from tests.tiny_video import tiny_cogvideox, tiny_ltx2, tiny_wan
 from tests.training.runs import (
     assert_unchanged,
     make_pictures,
@@ -43,6 +43,7 @@ FAMILIES = {
     "wan": tiny_wan,
     "wan-14b": lambda: tiny_wan("2.2-14b"),
     "cogvideox": tiny_cogvideox,
+    "ltx2": tiny_ltx2,
 }
 
 
@@ -256,7 +257,7 @@ def test_encoders_run_once_when_nothing_in_them_trains(pipe, tmp_path):
     assert len(texts) == 2  # the caption and the empty one
     assert len(pictures) == 3
     assert concept.info.num_tokens == 0 and not concept.embeddings
-    assert list(concept.products) == [("unet" if "unet" in pipe.components else "transformer")]
+    assert list(concept.products) == list(family_of(pipe.components).denoisers)
 
 
 def test_a_caption_costs_one_row_of_the_encoder_and_frozen_encoders_rest(tmp_path):

@@ -212,8 +212,12 @@ def isolate(pipe: LTX2Pipeline) -> None:
     )
 
 
-def tiny_ltx2() -> LTX2Pipeline:
-    """LTX-2 with a video's stream of width 32, a sound's of 16, and a Gemma of 16."""
+def tiny_ltx2(later: bool = False) -> LTX2Pipeline:
+    """LTX-2 with a video's stream of width 32, a sound's of 16, and a Gemma of 16.
+
+    `later` is made like LTX-2.3: each stream has the prompt in its own width, and the prompt is
+    modulated by the level of noise.
+    """
     tokenizer = gemma_tokenizer()
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
@@ -243,11 +247,14 @@ def tiny_ltx2() -> LTX2Pipeline:
             caption_channels=16,
             text_proj_in_factor=3,
             video_connector_num_attention_heads=2,
-            video_connector_attention_head_dim=8,
+            video_connector_attention_head_dim=16 if later else 8,
             video_connector_num_layers=1,
             audio_connector_num_attention_heads=2,
             audio_connector_attention_head_dim=8,
             audio_connector_num_layers=1,
+            per_modality_projections=later,
+            video_hidden_dim=32,
+            audio_hidden_dim=16,
         )
         vae = AutoencoderKLLTX2Video(
             latent_channels=4,
@@ -298,6 +305,9 @@ def tiny_ltx2() -> LTX2Pipeline:
             audio_cross_attention_dim=16,
             num_layers=2,
             caption_channels=16,
+            use_prompt_embeddings=not later,
+            cross_attn_mod=later,
+            audio_cross_attn_mod=later,
         )
     pipe = LTX2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(

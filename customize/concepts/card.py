@@ -78,7 +78,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "from diffusers import DiffusionPipeline",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({base})",
-        *stock_updates(concept),
+        *stock_updates([concept]),
         *tokens,
         f"pipe({json.dumps('a photo of ' + stock_subject(concept))}).{output_of(info.family)}[0]",
         "```",
@@ -98,11 +98,10 @@ def tags(family: str) -> str:
     return f"{task}, lora, textual-inversion, diffusers-customize"
 
 
-def stock_updates(concept: Concept) -> list[str]:
-    """The Python lines by which stock diffusers reads the updates of a concept, or of several that
-    change the same components, from the files in FOLDER."""
+def stock_updates(concepts: Sequence[Concept]) -> list[str]:
+    """The Python lines by which stock diffusers reads what concepts change from FOLDER's files."""
     lines = ['pipe.load_lora_weights("FOLDER")']
-    if any(component in SECOND for component in concept.products):
+    if any(component in SECOND for concept in concepts for component in concept.products):
         lines += [
             "pipe.load_lora_weights(",
             f'    "FOLDER", weight_name="{SECOND_FILE}", load_into_transformer_2=True',

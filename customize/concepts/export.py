@@ -230,7 +230,7 @@ def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) ->
             "from diffusers import DiffusionPipeline",
             "",
             f"pipe = DiffusionPipeline.from_pretrained({base})",
-            *card.stock_updates(concepts[0]),
+            *card.stock_updates(concepts),
             *loading,
             f"pipe({json.dumps('a photo of ' + ' and '.join(subjects))})."
             f"{card.output_of(infos[0].family)}[0]",

@@ -399,6 +399,12 @@ def class_name(component: Any) -> str:
     return "None" if component is None else type(uncompiled(component)).__name__
 
 
+def modules_named(model: Any, pattern: str) -> list[str]:
+    """The full names of a model's modules that match, in the module tree's order."""
+    names = (name for name, _ in uncompiled(model).named_modules())
+    return [name for name in names if re.fullmatch(pattern, name)]
+
+
 def ones_like_batch(t: Tensor) -> Tensor:
     """A loss weight of 1 for each sample of t: (batch,), float32."""
     return torch.ones(t.shape[0], device=t.device)

@@ -63,7 +63,7 @@ class DiffusionFamily(Family):
                     where=type(self.scheduler).__name__,
                     fix="give the pipeline the scheduler that the model came with",
                 )
-            self._alphas_cumprod = alphas
+            self._alphas_cumprod = alphas.float()
         if self._alphas_cumprod.device != like.device:
             self._alphas_cumprod = self._alphas_cumprod.to(like.device)
         return self._alphas_cumprod

@@ -1,4 +1,4 @@
-"""LTX-2 (arXiv 2601.03233): a transformer with a stream of video and one of sound.
+"""LTX-2 and 2.3 (arXiv 2601.03233): a transformer with a stream of video and one of sound.
 
 Pictures are silent, so a concept is of the video's stream alone: its attention among the picture's
 tokens and to the prompt's. What the streams say to one another is left as it is, and switched off
@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from customize.families.base import class_name, uncompiled
+from customize.families.base import class_name, modules_named
 from customize.families.flow import FlowFamily
 from customize.families.prompts import sent
 from customize.families.video import FramedFamily
@@ -105,8 +105,7 @@ class LTX2(FramedFamily, FlowFamily):
         return packed.transpose(1, 2).unflatten(2, (height, width))
 
     def cross_attention_layers(self) -> list[str]:
-        names = (name for name, _ in uncompiled(self.denoiser).named_modules())
-        return [name for name in names if re.fullmatch(r"transformer_blocks\.\d+\.attn2", name)]
+        return modules_named(self.denoiser, r"transformer_blocks\.\d+\.attn2")
 
     @property
     def default_resolution(self) -> int:

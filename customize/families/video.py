@@ -8,7 +8,8 @@ of them.
 
 from __future__ import annotations
 
-from torch import Tensor, tensor
+import torch
+from torch import Tensor
 
 from customize.families.base import Family
 
@@ -28,6 +29,6 @@ class FramedFamily(Family):
 
     def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
         config = self.vae.config
-        values = tensor([config.latents_mean, config.latents_std], device=self.vae.device)
+        values = torch.tensor([config.latents_mean, config.latents_std], device=self.vae.device)
         mean, std = values[..., None, None, None]
         return mean, 1.0 / std

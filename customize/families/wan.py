@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from customize.families.base import Family, class_name, uncompiled
+from customize.families.base import Family, class_name, modules_named
 from customize.families.flow import FlowFamily
 from customize.families.prompts import sent, tokenize
 from customize.families.video import FramedFamily
@@ -103,8 +103,7 @@ class Wan(FramedFamily, FlowFamily):
         return Family.schedule(self, steps, shape, device)  # the levels are the scheduler's own
 
     def cross_attention_layers(self) -> list[str]:
-        names = (name for name, _ in uncompiled(self.denoiser).named_modules())
-        return [name for name in names if re.fullmatch(r"blocks\.\d+\.attn2", name)]
+        return modules_named(self.denoiser, r"blocks\.\d+\.attn2")
 
     @property
     def default_resolution(self) -> int:

@@ -45,6 +45,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "cogvideox-2b": tiny_cogvideox,
     "cogvideox-5b": lambda: tiny_cogvideox(rotary=True),
     "ltx2": tiny_ltx2,
+    "ltx2-2.3": lambda: tiny_ltx2(later=True),
 }
 LATENTS = (2, 4, 16, 16)
 SHAPE = LATENTS[1:]

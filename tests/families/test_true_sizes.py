@@ -14,6 +14,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    UNetMotionModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
@@ -107,6 +108,18 @@ def test_stable_diffusion_1_5() -> None:
     assert inputs == {768: 32, 320: 5 * 6, 640: 5 * 6, 1280: 6 * 6}
     assert unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"] == (1280, 768)
     assert len(family.cross_attention_layers()) == 16
+    assert_shapes_are_the_weights(family)
+
+
+def test_animatediff_takes_what_stable_diffusion_1_5_learned() -> None:
+    with torch.device("meta"):
+        denoiser = UNetMotionModel(cross_attention_dim=768)
+    encoder = clip(768, 12, 12)
+    family = family_of({"unet": denoiser, "text_encoder": encoder})
+    plain = sd_family(768, 12, attention_head_dim=8)
+    assert set(family.adapter_targets("unet")) == set(plain.adapter_targets("unet"))
+    assert family.fingerprint() == plain.fingerprint()
+    assert family.cross_attention_layers() == plain.cross_attention_layers()
     assert_shapes_are_the_weights(family)
 
 

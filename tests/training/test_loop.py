@@ -43,7 +43,7 @@ FAMILIES = {
     "wan": tiny_wan,
     "wan-14b": lambda: tiny_wan("2.2-14b"),
     "cogvideox": tiny_cogvideox,
-    "ltx2": tiny_ltx2,
+    "ltx2": lambda: tiny_ltx2(later=True),
 }
 
 

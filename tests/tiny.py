@@ -5,13 +5,15 @@ Each call builds new objects, equal bit for bit. Pictures are 32 x 32, latents 4
 
 from __future__ import annotations
 
-from typing import Literal
+import inspect
+from typing import Any, Literal
 
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ClassifierFreeGuidance,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux3AutoBlocks,
@@ -19,6 +21,7 @@ from diffusers import (
     Flux3Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    ModularPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -519,3 +522,45 @@ def tiny_z_image() -> ZImagePipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def drawn(pipe: Any, prompt: str | list[str] | None = None, **call: Any) -> Any:
+    """What a pipeline draws, of whatever type is asked for; of standard and of modular ones.
+
+    A video model draws videos of one frame; its latents come as they are.
+
+    Args:
+        prompt: None where the call has it encoded already.
+    """
+    if isinstance(pipe, ModularPipeline):
+        return _drawn_by_blocks(pipe, prompt, call)
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "stg_scale" in parameters:  # LTX-2, whose call has other kinds of guidance as well
+        none = {"stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+        call |= none | {f"audio_{name}": value for name, value in none.items()}
+        call["audio_guidance_scale"] = call.get("guidance_scale", 3.0)
+    if prompt is not None:
+        call["prompt"] = prompt
+    if "num_frames" not in parameters:
+        return pipe(**call).images
+    return _stills(pipe(**call, num_frames=1).frames, call)
+
+
+def _drawn_by_blocks(pipe: Any, prompt: Any, call: dict[str, Any]) -> Any:
+    if isinstance(prompt, list):  # one a call, and several pictures of it
+        prompt, call["num_images_per_prompt"] = prompt[0], len(prompt)
+    if "guidance_scale" in call:
+        pipe.guider = ClassifierFreeGuidance(guidance_scale=call.pop("guidance_scale"))
+    if prompt is not None:
+        call["prompt"] = prompt
+    if "num_frames" in pipe.blocks.input_names:
+        return _stills(pipe(**call, num_frames=1, output="videos"), call)
+    latent = call.get("output_type") == "latent"
+    call = {**call, "output_type": "pt"} if latent else call
+    return pipe(output="latents" if latent else "images", **call)
+
+
+def _stills(videos: Any, call: dict[str, Any]) -> Any:
+    if call.get("output_type") == "latent":
+        return videos
+    return videos[:, 0] if hasattr(videos, "shape") else [video[0] for video in videos]

@@ -160,7 +160,7 @@ def run(
         transient=True,
         disable=not err.is_terminal,
     ):
-        image, settings = _draw(pipe, prompt, seed, plan)
+        image, settings = _draw(pipe, prompt, seed, plan, family.output)
         _save(output, number, image, settings | facts)
         number += 1
     last = "is" if total == 1 else f"to {number - 1:04}.png are"
@@ -185,8 +185,11 @@ def _check_arguments(pipe: Any, plan: Plan) -> None:
             )
 
 
-def _draw(pipe: Any, prompt: str, seed: int, plan: Plan) -> tuple[Any, dict[str, Any]]:
+def _draw(pipe: Any, prompt: str, seed: int, plan: Plan, output: str) -> tuple[Any, dict[str, Any]]:
     """One picture, and all settings that it depends on.
+
+    Args:
+        output: where the call has it; of videos one frame is drawn.
 
     Raises:
         PipelineError: it is not finite, which would be stored as black.
@@ -202,15 +205,17 @@ def _draw(pipe: Any, prompt: str, seed: int, plan: Plan) -> tuple[Any, dict[str,
         "height": plan.size and plan.size[1],
     }
     given = {name: value for name, value in asked.items() if value is not None}
+    still = {"num_frames": 1} if output == "frames" else {}
     # On the CPU, so that a seed gives the same noise on every device.
     generator = torch.Generator("cpu").manual_seed(seed)
-    pixels = pipe(prompt=prompt, generator=generator, output_type="np", **given).images
+    found = pipe(prompt=prompt, generator=generator, output_type="np", **given, **still)
+    pixels = found.frames[0] if still else found.images
     if not np.isfinite(pixels).all():
         raise PipelineError(
             f"what is drawn of {prompt!r} with seed {seed} is not finite",
             fix="choose weights and guidance of an ordinary size, or give --dtype float32",
         )
-    image = pipe.image_processor.numpy_to_pil(pixels)[0]
+    image = pipe.numpy_to_pil(pixels)[0]
     taken = inspect.signature(type(pipe).__call__).parameters
     defaults = {name: argument.default for name, argument in taken.items()}
     settings = {

@@ -111,9 +111,8 @@ def _write_pipeline(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     names = ", ".join(concept.info.name for concept in concepts)
-    text = snippet(
-        concepts[0].info.family, str(output), [], [concept.info.trigger for concept in concepts]
-    )
+    triggers = [concept.info.trigger for concept in concepts]
+    text = snippet(str(output), [], triggers, concepts[0].info.family)
     lines = [line for line in text.splitlines() if "custom" not in line]
     console().print(
         f"{names} are in the weights of the pipeline in {output}. Load it with:\n\n"

@@ -185,15 +185,11 @@ def hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def snippet(
-    family: str, base: str, concepts: Sequence[str], triggers: Sequence[str], weights: Any = None
-) -> str:
-    """The Python lines that load concepts and draw with them."""
+def snippet(base: str, concepts: Sequence[str], triggers: Sequence[str], family: str) -> str:
+    """The Python lines that load concepts of a family and draw with them."""
     from customize.concepts import card
 
     arguments = [json.dumps(concept) for concept in concepts]
-    if weights is not None:
-        arguments.append(f"weights={list(weights)}")
     return "\n".join(
         [
             "import customize",

@@ -20,8 +20,8 @@ def run(config_file: Path | None, settings: dict[str, Any]) -> None:
 
     hide_loading_bars()
     concept = train(config)
-    trigger = concept.info.trigger
-    text = snippet(concept.info.family, config.base, [str(config.output)], [trigger])
+    info = concept.info
+    text = snippet(config.base, [str(config.output)], [info.trigger], info.family)
     out.print(
         f"\nThe concept {config.name} is in {config.output}. Load it with:\n\n{indented(text)}\n",
         markup=False,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from customize.concepts.layout import SECOND, SECOND_FILE
 from customize.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         f"base_model: {json.dumps(info.base)}",
         "library_name: diffusers",
         f"instance_prompt: {json.dumps(info.trigger)}",
-        "tags: [text-to-image, lora, textual-inversion, diffusers-customize]",
+        f"tags: [{tags(info.family)}]",
         "---",
     ]
     layered = bool(info.token_layers)
@@ -74,7 +75,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "```python",
         *imports(tokens),
         *opening(info.family, base),
-        'pipe.load_lora_weights("FOLDER")',
+        *stock_updates([concept]),
         *tokens,
         drawing(info.family, f"a photo of {stock_subject(concept)}"),
         "```",
@@ -108,8 +109,31 @@ def opening(family: str, base: str) -> list[str]:
 def drawing(family: str, prompt: str) -> str:
     """The Python line that draws with ``pipe``."""
     if not _is_modular(family):
-        return f"pipe(prompt={json.dumps(prompt)}).images[0]"
+        return f"pipe(prompt={json.dumps(prompt)}).{output_of(family)}[0]"
     return f'pipe(prompt={json.dumps(prompt)}, output="images")[0]'
+
+
+def output_of(family: str) -> str:
+    """Where a pipeline's call has what it drew, by the name of its family."""
+    return FAMILIES[family].output if family in FAMILIES else "images"
+
+
+def tags(family: str) -> str:
+    """The tags of a card, as YAML has a list's items."""
+    task = "text-to-video" if output_of(family) == "frames" else "text-to-image"
+    return f"{task}, lora, textual-inversion, diffusers-customize"
+
+
+def stock_updates(concepts: Sequence[Concept]) -> list[str]:
+    """The Python lines by which stock diffusers reads what concepts change from FOLDER's files."""
+    lines = ['pipe.load_lora_weights("FOLDER")']
+    if any(component in SECOND for concept in concepts for component in concept.products):
+        lines += [
+            "pipe.load_lora_weights(",
+            f'    "FOLDER", weight_name="{SECOND_FILE}", load_into_transformer_2=True',
+            ")",
+        ]
+    return lines
 
 
 def stock_tokens(concept: Concept, file: str) -> list[str]:

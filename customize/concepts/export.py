@@ -22,7 +22,7 @@ from customize.concepts.files import (
     sync_folder,
     write_file,
 )
-from customize.concepts.layout import CARD_FILE, LORA_FILE, embedding_tensors
+from customize.concepts.layout import CARD_FILE, embedding_tensors, lora_files
 from customize.concepts.merge import check_together, merge
 from customize.core.lowrank import LowRank, distance, norm, truncate
 from customize.errors import ConceptError, ConfigError, StorageError
@@ -58,7 +58,8 @@ def write_merged(
     """Write the weighted merge of concepts as one LoRA, and the tokens of each.
 
     The folder gets ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``
-    (alpha equals the rank, so loaders multiply by 1), ``learned_embeds_<name>.safetensors`` for
+    (alpha equals the rank, so loaders multiply by 1; a second denoiser's in a file of their own, as
+    for a concept), ``learned_embeds_<name>.safetensors`` for
     ``pipe.load_textual_inversion`` (the mean, where each cross-attention layer has its own),
     ``merged.json`` and ``README.md``. It is written whole or not at all.
 
@@ -117,7 +118,7 @@ def write_merged(
             for concept, weight in zip(concepts, weights, strict=True)
         ],
     }
-    files = {LORA_FILE: safetensors_bytes(tensors, {})}
+    files = {name: safetensors_bytes(own, {}) for name, own in lora_files(tensors).items()}
     for concept in concepts:
         if concept.embeddings:
             files[_embeds_file(concept)] = safetensors_bytes(embedding_tensors(concept), {})
@@ -214,7 +215,7 @@ def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) ->
             "---",
             f"base_model: {base}",
             "library_name: diffusers",
-            "tags: [text-to-image, lora, textual-inversion, diffusers-customize]",
+            f"tags: [{card.tags(infos[0].family)}]",
             "---",
             f"# {' + '.join(info.name for info in infos)}",
             "",
@@ -227,7 +228,7 @@ def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) ->
             "```python",
             *card.imports(loading),
             *card.opening(infos[0].family, base),
-            'pipe.load_lora_weights("FOLDER")',
+            *card.stock_updates(concepts),
             *loading,
             card.drawing(infos[0].family, f"a photo of {' and '.join(subjects)}"),
             "```",

@@ -3,6 +3,7 @@
 The folder::
 
     pytorch_lora_weights.safetensors   every update, for ``pipe.load_lora_weights(folder)``
+    pytorch_lora_weights_2.safetensors where there are two denoisers: those of the second
     learned_embeds.safetensors         the tokens, for ``pipe.load_textual_inversion(folder)``
     layerwise_embeds.safetensors       where each cross-attention layer has its own embeddings:
                                        these; the file above then holds their mean
@@ -35,12 +36,13 @@ from customize.concepts.layout import (
     INFO_FILE,
     INFO_HEADER,
     LAYERS_FILE,
-    LORA_FILE,
     PEFT_HEADER,
+    SECOND_FILE,
     WORK_NAMES,
     bundled_embeddings,
     embedding_tensors,
     info_json,
+    lora_files,
     lora_tensors,
     peft_header,
 )
@@ -88,8 +90,9 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
     files = {
         # First, so that a folder cut off between two files still says whose it is.
         INFO_FILE: info_json(concept).encode(),
-        LORA_FILE: safetensors_bytes(lora_tensors(concept), {PEFT_HEADER: peft_header(concept)}),
     }
+    for name, tensors in lora_files(lora_tensors(concept)).items():
+        files[name] = safetensors_bytes(tensors, {PEFT_HEADER: peft_header(concept, name)})
     if concept.embeddings:
         files[EMBEDS_FILE] = safetensors_bytes(embedding_tensors(concept), {})
     if concept.info.token_layers:
@@ -107,7 +110,8 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
         for name, data in files.items():
             write_file(partial / name, data)
         if folder.exists():
-            stale = [*folder.glob("sample-*.png"), folder / EMBEDS_FILE, folder / LAYERS_FILE]
+            optional = (EMBEDS_FILE, LAYERS_FILE, SECOND_FILE)
+            stale = [*folder.glob("sample-*.png"), *(folder / name for name in optional)]
             for name in files:
                 os.replace(partial / name, folder / name)
             for path in stale:
@@ -127,7 +131,8 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
 def write_single(concept: Concept, path: str | Path) -> Path:
     """Write a concept as one ``.safetensors`` file, whole or not at all.
 
-    ``load_lora_weights`` of stock diffusers takes the updates from it as well.
+    ``load_lora_weights`` of stock diffusers takes the updates from it as well; those of a second
+    denoiser ``pipe.transformer_2.load_lora_adapter(path, prefix="transformer_2")``.
 
     Raises:
         StorageError: the name has another ending, the file is there and holds something else

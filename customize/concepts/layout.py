@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from customize.concepts.concept import Concept
 from customize.concepts.layerwise import mean_rows
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# Of a pipeline with two denoisers, stock diffusers reads the second one's updates from a file of
+# their own, under the first one's name: load_lora_weights(..., load_into_transformer_2=True).
+SECOND_FILE = "pytorch_lora_weights_2.safetensors"
+SECOND = {"transformer_2": "transformer"}
 EMBEDS_FILE = "learned_embeds.safetensors"
 LAYERS_FILE = "layerwise_embeds.safetensors"
 INFO_FILE = "concept.json"
@@ -54,6 +59,18 @@ def lora_tensors(concept: Concept) -> dict[str, Tensor]:
     return tensors
 
 
+def lora_files(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """File -> its tensors: one file, or two where there is a second denoiser."""
+    found: dict[str, dict[str, Tensor]] = {LORA_FILE: {}}
+    for key, tensor in tensors.items():
+        component, _, rest = key.partition(".")
+        if component in SECOND:
+            found.setdefault(SECOND_FILE, {})[f"{SECOND[component]}.{rest}"] = tensor
+        else:
+            found[LORA_FILE][key] = tensor
+    return found
+
+
 def bundled_embeddings(concept: Concept) -> dict[str, Tensor]:
     return {f"{EMBEDS_PREFIX}{key}": rows for key, rows in concept.embeddings.items()}
 
@@ -66,11 +83,19 @@ def embedding_tensors(concept: Concept) -> dict[str, Tensor]:
     return {COMMUNITY_KEYS[key]: rows for key, rows in plain.items()}
 
 
-def peft_header(concept: Concept) -> str:
+def peft_header(concept: Concept, file: str | None = None) -> str:
+    """What the header of one of :func:`lora_files` says, or of a single file with all."""
     info = concept.info
+    products = concept.products
+    if file is not None:
+        products = {
+            SECOND.get(component, component): updates
+            for component, updates in products.items()
+            if (component in SECOND) == (file == SECOND_FILE)
+        }
     alpha = int(info.alpha) if info.alpha == int(info.alpha) else info.alpha
     header: dict[str, Any] = {}
-    for component, updates in concept.products.items():
+    for component, updates in products.items():
         # The text encoder's layers by their endings, since their full names differ between
         # versions of transformers.
         clip = component.startswith("text_encoder")

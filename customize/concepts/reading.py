@@ -24,6 +24,8 @@ from customize.concepts.layout import (
     LAYERS_FILE,
     LORA_FILE,
     PEFT_HEADER,
+    SECOND,
+    SECOND_FILE,
     concept_digest,
 )
 from customize.core.lowrank import LowRank
@@ -72,10 +74,27 @@ def _read_folder(folder: Path) -> Concept:
     info, digest = _parsed_info(_bytes(path, _MAX_JSON), path)
     lora, metadata = _read_tensors(folder / LORA_FILE)
     products = _unpacked(lora, info, metadata, folder / LORA_FILE)
+    if (folder / SECOND_FILE).is_file():
+        products |= _read_second(folder / SECOND_FILE, info)
     embeddings = _read_embeddings(folder / EMBEDS_FILE, info) if info.num_tokens else {}
     if info.token_layers:
         embeddings = _read_layers(folder / LAYERS_FILE, embeddings)
     return _checked(info, products, embeddings, digest, folder)
+
+
+def _read_second(path: Path, info: ConceptInfo) -> dict[str, dict[str, LowRank]]:
+    """The updates of a second denoiser, which are under the first one's name in the file."""
+    names = {first: second for second, first in SECOND.items()}
+    tensors, metadata = _read_tensors(path)
+    products = _unpacked(tensors, info, metadata, path)
+    for component in products:
+        if component not in names:
+            raise ConceptError(
+                f"updates of {component} are in the file of a second denoiser",
+                where=path,
+                fix=_ANEW,
+            )
+    return {names[component]: updates for component, updates in products.items()}
 
 
 def _read_embeddings(path: Path, info: ConceptInfo) -> dict[str, Tensor]:
@@ -296,7 +315,7 @@ def _downloaded(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        ours = [LORA_FILE, EMBEDS_FILE, LAYERS_FILE, INFO_FILE]
+        ours = [LORA_FILE, SECOND_FILE, EMBEDS_FILE, LAYERS_FILE, INFO_FILE]
         return Path(snapshot_download(hub_id, allow_patterns=ours))
     except Exception as error:  # offline, not found, gated, full disk: all mean no concept here
         raise ConceptError(

@@ -7,15 +7,18 @@ from typing import Any
 
 from customize.errors import PipelineError
 from customize.families.base import NO_CONFIG, Family, TokenDictionary, class_name
+from customize.families.cogvideox import CogVideoX
 from customize.families.flux import Flux
 from customize.families.flux2 import Flux2
 from customize.families.flux3 import Flux3
 from customize.families.krea2 import Krea2
+from customize.families.ltx2 import LTX2
 from customize.families.qwen_image import QwenImage
 from customize.families.qwen_image_21 import QwenImage21
 from customize.families.sd import StableDiffusion
 from customize.families.sd3 import StableDiffusion3
 from customize.families.sdxl import StableDiffusionXL
+from customize.families.wan import Wan
 from customize.families.z_image import ZImage
 
 __all__ = ["COMPONENTS", "FAMILIES", "Family", "TokenDictionary", "family_of"]
@@ -33,6 +36,9 @@ FAMILIES: dict[str, type[Family]] = {
         QwenImage21,
         ZImage,
         Krea2,
+        Wan,
+        CogVideoX,
+        LTX2,
     )
 }
 

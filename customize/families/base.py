@@ -1,8 +1,8 @@
 """What a model family must answer, and what the families have in common.
 
 A family speaks of components (the entries of ``pipe.components``), never of a pipeline class.
-Latents and pictures are (batch, channels, height, width); "latents" always means scaled latents,
-as the denoiser takes them.
+Latents and pictures are (batch, channels, height, width), of video models too: to them a picture is
+a video of one frame. "Latents" always means scaled latents, as the denoiser takes them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TokenDictionary:
 
 
 class Family(ABC):
-    """The parts of one text-to-image model, and how they work together.
+    """The parts of one model that draws from prompts, and how they work together.
 
     It holds the components that it was given, not copies. Parts that have been freed may be
     missing or None: whatever doesn't need them goes on working.
@@ -64,6 +64,10 @@ class Family(ABC):
     attention_projections: ClassVar[re.Pattern[str]]
     #: Component names of the CLIP text encoders, and each one's tokenizer.
     clip_encoders: ClassVar[dict[str, str]]
+    #: Component names of further denoisers, where each answers for a part of the noise levels.
+    other_denoisers: ClassVar[tuple[str, ...]] = ()
+    #: Where the pipeline's call has what it drew: "images", or "frames" of videos.
+    output: str = "images"
     #: The guidance scale at which the pipeline leaves out the empty prompt.
     no_guidance: ClassVar[float] = 1.0
     #: Component names of text encoders that take neither adapters nor new tokens.
@@ -174,12 +178,19 @@ class Family(ABC):
         """The names of all components that a model of this family may have use for here."""
         others = {key: key.replace("text_encoder", "tokenizer") for key in cls.other_encoders}
         encoders = cls.clip_encoders | others
-        return [cls.denoiser_key, "vae", "scheduler", *encoders, *encoders.values()]
+        models = (cls.denoiser_key, *cls.other_denoisers, "vae", *encoders)
+        return [*models, "scheduler", *encoders.values()]
 
     @property
     def denoiser(self) -> Any:
-        """The UNet or transformer."""
+        """The UNet or transformer; where there are several, the one for the most noise."""
         return self._part(self.denoiser_key)
+
+    @property
+    def denoisers(self) -> dict[str, Any]:
+        """Component name -> denoiser, for every one; all take an adapter. The first is
+        :attr:`denoiser`."""
+        return {self.denoiser_key: self.denoiser} | self._present(self.other_denoisers)
 
     @property
     def vae(self) -> Any:
@@ -200,6 +211,16 @@ class Family(ABC):
     def all_text_encoders(self) -> dict[str, nn.Module]:
         """Component name -> text encoder, for every one: all that there is to move or free."""
         return self._present((*self.clip_encoders, *self.other_encoders))
+
+    @property
+    def unused(self) -> dict[str, nn.Module]:
+        """Component name -> model that is never called here, such as one for sound."""
+        used = {*self.denoisers, "vae", *self.clip_encoders, *self.other_encoders}
+        return {
+            key: part
+            for key, part in self.components.items()
+            if isinstance(part, nn.Module) and key not in used
+        }
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents as the pipeline and the denoiser hold them, for its argument ``latents=``."""
@@ -262,7 +283,7 @@ class Family(ABC):
         """The attention projections of one component.
 
         Args:
-            component: the denoiser's key or a key of :attr:`text_encoders`.
+            component: a key of :attr:`denoisers` or :attr:`text_encoders`.
 
         Returns:
             module name within the component -> (out, in), in the module tree's order. The same
@@ -272,14 +293,15 @@ class Family(ABC):
             ConfigError: the component takes no adapter.
             PipelineError: it has been freed.
         """
-        if component == self.denoiser_key:
+        denoisers = (self.denoiser_key, *self.other_denoisers)
+        if component in denoisers:
             pattern = self.attention_projections
         elif component in self.clip_encoders:
             pattern = _CLIP_PROJECTIONS
         else:
             raise ConfigError(
                 f"the component {component!r} of family {self.name} takes no adapter",
-                fix=f"choose from {', '.join((self.denoiser_key, *self.clip_encoders))}",
+                fix=f"choose from {', '.join((*denoisers, *self.clip_encoders))}",
             )
         return {
             name: (module.out_features, module.in_features)
@@ -333,21 +355,28 @@ class Family(ABC):
         Take it before text encoders are freed: their widths are part of it.
 
         Returns:
-            JSON values. "family": the name; "denoiser": sha256 over the denoiser's class and the
-            names and shapes of its adapter targets; "widths": component -> its targets' distinct
-            input widths, ascending.
+            JSON values. "family": the name; "denoiser": sha256 over the denoiser's kind and the
+            names and shapes of the adapter targets of all denoisers; "widths": component -> its
+            targets' distinct input widths, ascending.
         """
-        targets = self.adapter_targets(self.denoiser_key)
-        lines = [class_name(self.denoiser)]
-        lines += sorted(f"{name} {out}x{width}" for name, (out, width) in targets.items())
+        lines = [self._kind]
+        for key in self.denoisers:
+            prefix = "" if key == self.denoiser_key else f"{key}."
+            targets = self.adapter_targets(key).items()
+            lines += sorted(f"{prefix}{name} {out}x{width}" for name, (out, width) in targets)
         widths = {
             key: sorted({width for _, width in self.adapter_targets(key).values()})
-            for key in (self.denoiser_key, *self.text_encoders)
+            for key in (*self.denoisers, *self.text_encoders)
         }
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         return {"family": self.name, "denoiser": digest, "widths": widths}
 
     # -- helpers of the families ---------------------------------------------------------------
+
+    @property
+    def _kind(self) -> str:
+        """The same name for denoisers that can take one another's concepts: mostly their class."""
+        return class_name(self.denoiser)
 
     @property
     def _denoiser_dtype(self) -> torch.dtype:
@@ -395,7 +424,8 @@ class Family(ABC):
             raise PipelineError(
                 f"the denoiser takes {takes} channels where latents have {noisy.shape[1]}",
                 where=self.denoiser_key,
-                fix="use the plain text-to-image model, not its inpainting or editing variant",
+                fix="use the model that draws from a prompt alone, not a variant for inpainting, "
+                "editing or animating pictures",
             )
 
 
@@ -407,6 +437,12 @@ def uncompiled(component: Any) -> Any:
 def class_name(component: Any) -> str:
     """The class's name; "None" for a missing component."""
     return "None" if component is None else type(uncompiled(component)).__name__
+
+
+def modules_named(model: Any, pattern: str) -> list[str]:
+    """The full names of a model's modules that match, in the module tree's order."""
+    names = (name for name, _ in uncompiled(model).named_modules())
+    return [name for name in names if re.fullmatch(pattern, name)]
 
 
 def ones_like_batch(t: Tensor) -> Tensor:

@@ -97,6 +97,8 @@ class FlowFamily(Family):
             kind = scheduler.config.get("time_shift_type", "exponential")
             return math.exp(mu) if kind == "exponential" else mu
         shift = getattr(scheduler, "shift", None)
+        if scheduler.config.get("use_flow_sigmas", False):  # UniPC, DPM-Solver and their like
+            shift = scheduler.config.flow_shift
         if shift is None:
             raise PipelineError(
                 "the scheduler has no shift of sigmas to train with",

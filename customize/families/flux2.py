@@ -1,9 +1,8 @@
 """FLUX.2 dev and klein: FLUX.1's successor, which reads several layers of one LLM.
 
-A latent is a square of 2 x 2 of what the autoencoder encodes, normalised by the statistics that it
-keeps. The LLM, Mistral 3 in dev and Qwen3 in klein, reads the prompt in its chat template and takes
-no new tokens here: a trigger is a plain word of the prompt. dev has the guidance scale as an input;
-klein is guided by a second call, or not at all where it was distilled.
+The LLM, Mistral 3 in dev and Qwen3 in klein, reads the prompt in its chat template and takes no new
+tokens here: a trigger is a plain word of the prompt. dev has the guidance scale as an input; klein
+is guided by a second call, or not at all where it was distilled.
 
 The later blocks have one projection for queries, keys, values and the MLP's input, and one for what
 comes out of attention and MLP. Each takes one adapter, as in diffusers' own training script, so
@@ -22,6 +21,7 @@ from torch.nn import functional
 
 from customize.families.base import class_name
 from customize.families.flow import PackedFamily
+from customize.families.patches import PatchedFamily
 from customize.families.prompts import sent, tokenize
 
 #: How many tokens of prompt and template the pipelines take by default.
@@ -36,7 +36,7 @@ _MISTRAL_LAYERS = (10, 20, 30)
 _QWEN_LAYERS = (9, 18, 27)
 
 
-class Flux2(PackedFamily):
+class Flux2(PatchedFamily, PackedFamily):
     """Flux2Transformer2DModel, a Mistral3ForConditionalGeneration or Qwen3ForCausalLM,
     AutoencoderKLFlux2, and a flow-matching scheduler."""
 
@@ -103,17 +103,6 @@ class Flux2(PackedFamily):
 
     def _mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         return empirical_mu(self._picture_tokens(shape), steps or TRAINING_STEPS)
-
-    def _as_latents(self, encoded: Tensor) -> Tensor:
-        return functional.pixel_unshuffle(encoded, 2)
-
-    def _as_encoded(self, latents: Tensor) -> Tensor:
-        return functional.pixel_shuffle(latents, 2)
-
-    def _latent_scaling(self) -> tuple[Tensor, Tensor]:
-        vae = self.vae
-        mean, variance = vae.bn.running_mean.float(), vae.bn.running_var.float()
-        return mean[:, None, None], (variance + vae.config.batch_norm_eps).rsqrt()[:, None, None]
 
     def _mistral_tokens(self, prompts: Sequence[str]) -> Any:
         from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE

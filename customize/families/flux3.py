@@ -20,6 +20,7 @@ from torch import Tensor
 from customize.errors import PipelineError
 from customize.families.base import class_name
 from customize.families.flow import FlowFamily
+from customize.families.patches import PatchedFamily
 from customize.families.prompts import padded, sent
 
 #: How many tokens of prompt and template the pipeline takes by default.
@@ -30,7 +31,7 @@ _LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)  # of the LLM, whose states are the con
 _POSITION = 0.5  # of a picture's token, per row and column
 
 
-class Flux3(FlowFamily):
+class Flux3(PatchedFamily, FlowFamily):
     """Flux3Transformer2DModel, a Qwen3-VL with its processor, AutoencoderKLFlux2, and a
     flow-matching scheduler.
 
@@ -94,16 +95,6 @@ class Flux3(FlowFamily):
                 rows[index] = answer.transpose(0, 1).unflatten(1, (height, width))
         return torch.stack(rows)
 
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = super().encode_images(pixels)
-        centre, spread = self._statistics()
-        return (_patches(mean) - centre) / spread, _patches(std) / spread
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        centre, spread = self._statistics()
-        patches = latents.to(centre.device, torch.float32) * spread + centre
-        return super().decode_latents(_from_patches(patches))
-
     @property
     def default_resolution(self) -> int:
         return 1024  # the pipeline's, whatever the autoencoder's factor
@@ -135,29 +126,6 @@ class Flux3(FlowFamily):
             use_cache=False,
         ).hidden_states
         return torch.cat([states[layer][0] for layer in _LAYERS], dim=-1).to(encoder.dtype)
-
-    def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
-        return 0.0, 1.0  # scaled after it is cut into patches
-
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the autoencoder's patches: (channels, 1, 1) each, float32."""
-        norm, eps = self.vae.bn, self.vae.config.batch_norm_eps
-        mean, variance = norm.running_mean.float(), norm.running_var.float()
-        return mean[:, None, None], (variance + eps).sqrt()[:, None, None]
-
-
-def _patches(encoded: Tensor) -> Tensor:
-    """(batch, channels, h, w) to (batch, channels * 4, h / 2, w / 2)."""
-    batch, channels, height, width = encoded.shape
-    cut = encoded.reshape(batch, channels, height // 2, 2, width // 2, 2)
-    return cut.permute(0, 1, 3, 5, 2, 4).reshape(batch, -1, height // 2, width // 2)
-
-
-def _from_patches(patches: Tensor) -> Tensor:
-    """The inverse of :func:`_patches`."""
-    batch, channels, height, width = patches.shape
-    cut = patches.reshape(batch, channels // 4, 2, 2, height, width)
-    return cut.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, height * 2, width * 2)
 
 
 def _picture_positions(rows: int, columns: int, device: torch.device) -> Tensor:

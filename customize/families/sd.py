@@ -1,4 +1,8 @@
-"""Stable Diffusion 1.x and 2.x: a UNet with cross-attention to one CLIP text encoder."""
+"""Stable Diffusion 1.x and 2.x: a UNet with cross-attention to one CLIP text encoder.
+
+AnimateDiff (arXiv 2307.04725) puts motion modules into the same UNet and leaves all else as it is.
+So its models are of this family, and what was learned on the one fits the other.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,24 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from customize.families.base import class_name
+from customize.families.base import NO_CONFIG, class_name
 from customize.families.prompts import sent, tokenize
-from customize.families.unet import UNetFamily, is_unet
+from customize.families.unet import MOTION_UNET, UNetFamily, is_unet
 
 
 class StableDiffusion(UNetFamily):
-    """UNet2DConditionModel, one CLIPTextModel, AutoencoderKL, any scheduler of the DDPM kind."""
+    """UNet2DConditionModel or UNetMotionModel, one CLIPTextModel, AutoencoderKL, any scheduler of
+    the DDPM kind."""
 
     name = "sd"
     clip_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}
+
+    def __init__(
+        self, components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
+    ) -> None:
+        super().__init__(components, pipeline_config)
+        if class_name(self.components.get("unet")) == MOTION_UNET:
+            self.output = "frames"
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
@@ -45,7 +57,20 @@ class StableDiffusion(UNetFamily):
         self._check_channels(noisy)
         dtype = self._denoiser_dtype
         prompt_embeds = conditions["prompt_embeds"].to(dtype)
-        return self.denoiser(noisy.to(dtype), t, prompt_embeds, return_dict=False)[0]
+        packed = self.pack(noisy.to(dtype))
+        answer = self.denoiser(packed, t, prompt_embeds, return_dict=False)[0]
+        return self.unpack(answer, *noisy.shape[-2:])
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """As they are; with motion modules, to (batch, channels, 1, height, width)."""
+        return latents[:, :, None] if self.output == "frames" else latents
+
+    def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
+        return packed[:, :, 0] if self.output == "frames" else packed
+
+    @property
+    def _kind(self) -> str:
+        return "UNet2DConditionModel"  # with motion modules, too
 
     def _latent_scaling(self) -> tuple[float, float]:
         # The pipelines of this family know no shift, even where an autoencoder names one.

@@ -17,7 +17,7 @@ from torch import Tensor
 from customize.errors import PipelineError
 from customize.families.base import NO_CONFIG, class_name
 from customize.families.prompts import sent, tokenize
-from customize.families.unet import UNetFamily, is_unet
+from customize.families.unet import MOTION_UNET, UNetFamily, is_unet
 
 
 class StableDiffusionXL(UNetFamily):
@@ -53,6 +53,7 @@ class StableDiffusionXL(UNetFamily):
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return (
             is_unet(components.get("unet"), addition_embed_type="text_time")
+            and class_name(components["unet"]) != MOTION_UNET
             and "text_encoder" in components
             and "text_encoder_2" in components
             and class_name(components["text_encoder"]) in ("CLIPTextModel", "None")

@@ -35,7 +35,7 @@ def check_base(family: Family, concept: Concept) -> None:
         if component not in ours["widths"]:
             raise PipelineError(
                 f"the concept {info.name} needs a {component}, which this pipeline lacks",
-                fix="load the pipeline with all its text encoders",
+                fix="load the pipeline with all its parts",
             )
         found = widths.get(component) if isinstance(widths, Mapping) else None
         if found != ours["widths"][component]:

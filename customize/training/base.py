@@ -29,7 +29,10 @@ _PARTS = sorted(
     {
         key
         for family in FAMILIES.values()
-        for key in (family.denoiser_key, "vae", *family.clip_encoders, *family.other_encoders)
+        for key in (
+            *(family.denoiser_key, *family.other_denoisers),
+            *("vae", *family.clip_encoders, *family.other_encoders),
+        )
     }
 )
 

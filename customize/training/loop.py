@@ -114,6 +114,7 @@ def train(
         resolution = setup.check_fits(family, config)
         if own:
             setup.freeze(parts)
+            setup.put_away(family, family.unused, free=True)
         else:
             stack.enter_context(setup.borrowed(parts))
         before = None if start is None else start.settings
@@ -167,10 +168,11 @@ def train(
         setup.put_away(family, resting, free=own)
         del resting
 
-        family.denoiser.to(device)
-        if config.gradient_checkpointing and not family.denoiser.is_gradient_checkpointing:
-            family.denoiser.enable_gradient_checkpointing()
-            stack.callback(family.denoiser.disable_gradient_checkpointing)
+        setup.place(family.denoisers, device)
+        for denoiser in family.denoisers.values():
+            if config.gradient_checkpointing and not denoiser.is_gradient_checkpointing:
+                denoiser.enable_gradient_checkpointing()
+                stack.callback(denoiser.disable_gradient_checkpointing)
         validation = Validation(config, family, encode, pictures.shape, autocast, accelerator)
         accelerator.init_trackers("customize", config=record.plain(settings))
         stack.callback(accelerator.end_training)

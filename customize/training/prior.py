@@ -51,7 +51,7 @@ def class_samples_of(
         StorageError: a picture cannot be written; those before are kept.
     """
     folder = config.output / ".class_pictures" / _origin(config, family, weights, resolution)
-    place({"denoiser": family.denoiser, "vae": family.vae, **family.all_text_encoders}, device)
+    place({**family.denoisers, "vae": family.vae, **family.all_text_encoders}, device)
     if accelerator.is_main_process:
         draw_class_pictures(config, family, folder, resolution, autocast, progress)
     accelerator.wait_for_everyone()

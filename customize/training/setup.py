@@ -139,7 +139,7 @@ class Trainable:
     def groups(self, family: Family, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer, each named by its setting, whose value is ``peak``."""
         parameters = self.adapter.parameters()
-        denoiser = parameters.pop(family.denoiser_key)
+        denoiser = [p for key in family.denoisers for p in parameters.pop(key)]
         text = [p for weights in parameters.values() for p in weights]
         rows = [r.parameter for r in self.rows.values()]
         decay = config.weight_decay
@@ -352,7 +352,7 @@ def basis_of(config: TrainConfig) -> BasisInfo:
 
 def _adapted(family: Family, config: TrainConfig) -> list[str]:
     """The components that get an adapter."""
-    return [family.denoiser_key, *(family.text_encoders if config.train_text_encoder else ())]
+    return [*family.denoisers, *(family.text_encoders if config.train_text_encoder else ())]
 
 
 def _own_seed(config: TrainConfig, what: str) -> int:

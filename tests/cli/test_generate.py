@@ -16,8 +16,9 @@ from customize import load_custom
 from customize.cli.generate import parse_size
 from customize.errors import ConfigError
 from tests.cli.making import Run, World, refused
-from tests.tiny import tiny_sd
+from tests.tiny import drawn, tiny_sd
 from tests.tiny_llm import tiny_flux2_klein, tiny_qwen_image_21
+from tests.tiny_video import tiny_wan
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -62,6 +63,19 @@ def test_pictures_and_their_settings(run: Run, world: World, tmp_path: Path) -> 
     ).images[0]
     assert (read(output / "0001.png") == np.asarray(image)).all()
     assert (read(output / "0001.png") != read(output / "0002.png")).any()
+
+
+def test_of_a_video_model_a_still_is_drawn(run: Run, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_wan().save_pretrained(base)
+    arguments = ("--prompt", "a dog", "--steps", "2", "--size", "32", "--seed", "4")
+    run("generate", "--base", base, *arguments, "--device", "cpu", "--output", tmp_path / "out")
+    import torch
+
+    noise = torch.Generator().manual_seed(4)
+    call = {"num_inference_steps": 2, "height": 32, "width": 32, "generator": noise}
+    expected = drawn(tiny_wan(), "a dog", output_type="pil", **call)[0]
+    assert (read(tmp_path / "out" / "0001.png") == np.asarray(expected)).all()
 
 
 def test_numbers_go_on_and_nothing_is_overwritten(run: Run, world: World, tmp_path: Path) -> None:

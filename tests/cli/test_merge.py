@@ -22,6 +22,7 @@ from tests.cli.making import Run, World, refused
 from tests.concepts.making import small
 from tests.hosts.making import concept, draw
 from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny_video import tiny_wan
 
 PROMPT = "a photo of <rex> and <tom> on the beach"
 
@@ -30,14 +31,16 @@ import sys
 import numpy as np, torch
 from pathlib import Path
 from diffusers import DiffusionPipeline
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny import drawn, tiny_sd, tiny_sd3
+from tests.tiny_video import tiny_wan
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
 
 def draw(pipe, prompt):
     noise = torch.Generator().manual_seed(1)
-    return pipe(prompt, num_inference_steps=2, generator=noise, output_type="np").images[0]
+    call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
+    return drawn(pipe, prompt, generator=noise, **call)[0]
 
 def with_tokens(pipe, folder):
     pipe.load_lora_weights(str(folder))
@@ -51,6 +54,11 @@ np.save(root / "whole.npy", draw(DiffusionPipeline.from_pretrained(root / "whole
 pipe = tiny_sd3()
 pipe.load_lora_weights(str(root / "sd3"))
 np.save(root / "sd3.npy", draw(pipe, "a photo of a dog"))
+pipe = tiny_wan("2.2-14b")
+pipe.load_lora_weights(str(root / "wan"))
+second = {"weight_name": "pytorch_lora_weights_2.safetensors", "load_into_transformer_2": True}
+pipe.load_lora_weights(str(root / "wan"), **second)
+np.save(root / "wan.npy", draw(pipe, sys.argv[2]))
 assert "customize" not in sys.modules
 """
 
@@ -78,6 +86,10 @@ def test_stock_diffusers_draws_what_load_custom_draws(
     pipe3 = tiny_sd3()
     pair = [concept(pipe3, "rex", index=0), concept(pipe3, "tom", index=1)]
     write_merged(pair, [1.0, 0.8], tmp_path / "sd3")
+    video = tiny_wan("2.2-14b")
+    two = [concept(video, "rex", index=0), concept(video, "tom", index=1)]
+    write_merged(two, [1.0, 0.8], tmp_path / "wan")
+    assert "load_into_transformer_2=True" in (tmp_path / "wan" / "README.md").read_text()
 
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(tmp_path), PROMPT],
@@ -93,6 +105,7 @@ def test_stock_diffusers_draws_what_load_custom_draws(
         "average": ours(world, [0.5, 0.4]),
         "whole": ours(world, [1.0, 0.8], fuse=True),
         "sd3": draw(load_custom(pipe3, *pair, weights=[1.0, 0.8]), "a photo of a dog"),
+        "wan": draw(load_custom(video, *two, weights=[1.0, 0.8]), PROMPT),
     }
     for name, picture in expected.items():
         assert np.abs(np.load(tmp_path / f"{name}.npy") - picture).max() <= 1e-4, name

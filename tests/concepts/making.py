@@ -82,7 +82,7 @@ def learn(
 ) -> tuple[Family, Adapter, Concept]:
     """A concept on a live pipeline, as if trained: strong random updates and two tokens."""
     family = family_of(pipe.components)
-    components = [family.denoiser_key, *family.text_encoders]
+    components = [*family.denoisers, *family.text_encoders]
     widths = {shape[1] for c in components for shape in family.adapter_targets(c).values()}
     basis = BasisInfo() if method == "orthogonal" else None
     columns = columns_for(widths, 4, index=0, name=name) if basis else {}

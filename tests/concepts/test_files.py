@@ -20,8 +20,9 @@ from customize.concepts.files import read, read_info, write, write_single
 from customize.errors import ConceptError, ConfigError
 from tests.concepts.making import contents, same_tensors, small
 
-LORA, EMBEDS, INFO = (
+LORA, SECOND, EMBEDS, INFO = (
     "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights_2.safetensors",
     "learned_embeds.safetensors",
     "concept.json",
 )
@@ -32,6 +33,7 @@ CONCEPTS: dict[str, Callable[[], Concept]] = {
     "lora": lambda: small(method="lora", basis=None, slices={}, alpha=0.7),
     "without tokens": lambda: small(num_tokens=0),
     "two encoders": lambda: two_encoders(),
+    "two denoisers": lambda: two_denoisers(),
 }
 
 
@@ -39,6 +41,12 @@ def two_encoders() -> Concept:
     concept = small()
     rows = {"text_encoder": torch.randn(2, 6), "text_encoder_2": torch.randn(2, 10)}
     return Concept(concept.info, concept.products, rows)
+
+
+def two_denoisers() -> Concept:
+    concept, other = small(num_tokens=0), small(seed=1, num_tokens=0)
+    products = {"transformer": concept.products["unet"], "transformer_2": other.products["unet"]}
+    return Concept(concept.info, products, {})
 
 
 @pytest.fixture
@@ -122,6 +130,39 @@ def test_the_names_are_those_of_stock_files(folder: Path, tmp_path: Path) -> Non
     assert set(load_file(folder / EMBEDS)) == {"<rex>"}
     several = write(two_encoders(), tmp_path / "several")
     assert set(load_file(several / EMBEDS)) == {"clip_l", "clip_g"}
+
+
+def test_a_second_denoiser_has_a_file_of_its_own_under_the_first_ones_name(tmp_path: Path) -> None:
+    concept = two_denoisers()
+    folder = concept.save(tmp_path / "rex")
+    files = {name: load_file(folder / name) for name in (LORA, SECOND)}
+    for name, component in ((LORA, "transformer"), (SECOND, "transformer_2")):
+        expected = {
+            f"transformer.{module}.lora_{factor}.weight": value
+            for module, update in concept.products[component].items()
+            for factor, value in (("A", update.down), ("B", update.up))
+        }
+        assert files[name].keys() == expected.keys()
+        assert all(torch.equal(files[name][key], value) for key, value in expected.items())
+        with safe_open(folder / name, "pt") as opened:
+            header = json.loads(opened.metadata()["lora_adapter_metadata"])
+        assert header["transformer.r"] == concept.info.rank
+        assert {key.partition(".")[0] for key in header} == {"transformer"}
+
+    (folder / SECOND).rename(tmp_path / "kept")
+    with pytest.raises(ConceptError, match="saved together"):
+        read(folder)
+    shutil.copy(folder / LORA, folder / SECOND)  # the other one's updates
+    with pytest.raises(ConceptError, match="saved together"):
+        read(folder)
+    small().save(tmp_path / "tom")
+    shutil.copy(tmp_path / "tom" / LORA, folder / SECOND)
+    with pytest.raises(ConceptError, match="are in the file of a second denoiser"):
+        read(folder)
+    (tmp_path / "kept").rename(folder / SECOND)
+    assert same_tensors(read(folder), concept)
+    small(num_tokens=0).save(folder)
+    assert not (folder / SECOND).exists()
 
 
 def test_the_card_shows_pictures_and_cannot_be_broken_by_names(tmp_path: Path) -> None:
@@ -383,4 +424,5 @@ def test_a_hub_id_is_fetched_and_checked_like_a_folder(folder: Path, monkeypatch
     assert same_tensors(read("user/rex"), small())
     with pytest.raises(ConceptError, match="offline"):
         read("user/other")
-    assert asked[0] == ("user/rex", [LORA, EMBEDS, "layerwise_embeds.safetensors", INFO])
+    files = [LORA, SECOND, EMBEDS, "layerwise_embeds.safetensors", INFO]
+    assert asked[0] == ("user/rex", files)

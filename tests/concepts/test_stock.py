@@ -15,6 +15,7 @@ from customize.concepts.concept import Concept
 from customize.concepts.files import write_single
 from tests.concepts.making import learn
 from tests.tiny import (
+    drawn,
     tiny_flux,
     tiny_qwen_image,
     tiny_sd,
@@ -23,6 +24,7 @@ from tests.tiny import (
     tiny_z_image,
 )
 from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
+from tests.tiny_video import tiny_cogvideox, tiny_ltx2, tiny_wan
 
 PROMPT = "a photo of <rex> on the beach"
 
@@ -34,6 +36,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 import numpy as np, torch
 from pathlib import Path
 from tests.tiny import (
+    drawn,
     tiny_flux,
     tiny_qwen_image,
     tiny_sd,
@@ -42,6 +45,7 @@ from tests.tiny import (
     tiny_z_image,
 )
 from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
+from tests.tiny_video import tiny_cogvideox, tiny_ltx2, tiny_wan
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
@@ -50,7 +54,7 @@ def draw(pipe, prompt):
     noise = torch.Generator().manual_seed(1)
     size = {"height": 32, "width": 32}
     call = {"num_inference_steps": 2, "output_type": "np"} | size
-    return pipe(prompt=prompt, generator=noise, **call).images[0]
+    return drawn(pipe, prompt, generator=noise, **call)[0]
 
 for name in ("orthogonal", "lora", "layerwise"):
     pipe = tiny_sd()
@@ -85,13 +89,25 @@ for name, make in plain_words.items():
     pipe.load_lora_weights(str(root / name))
     np.save(root / f"{name}.npy", draw(pipe, sys.argv[2]))
 
+for name, make in {"wan": tiny_wan, "cogvideox": tiny_cogvideox, "ltx2": tiny_ltx2}.items():
+    pipe = make()
+    pipe.load_lora_weights(str(root / name))
+    np.save(root / f"{name}.npy", draw(pipe, sys.argv[2]))
+
+pipe = tiny_wan("2.2-14b")
+pipe.load_lora_weights(str(root / "wan-14b.safetensors"))
+pipe.transformer_2.load_lora_adapter(str(root / "wan-14b.safetensors"), prefix="transformer_2")
+np.save(root / "wan-14b-single.npy", draw(pipe, sys.argv[2]))
+
 # The lines of the model card, as a reader would type them, on a base with the published settings.
-code = (root / "sdxl" / "README.md").read_text().split("With diffusers alone:")[1]
-code = code.split("```python")[1].rpartition("pipe(")[0].replace("FOLDER", str(root / "sdxl"))
-tiny_sdxl().save_pretrained(root / "base")
-names = {}
-exec(code.replace('"tiny"', repr(str(root / "base"))), names)
-np.save(root / "sdxl.npy", draw(names["pipe"], sys.argv[2]))
+for name, make in {"sdxl": tiny_sdxl, "wan-14b": lambda: tiny_wan("2.2-14b")}.items():
+    code = (root / name / "README.md").read_text().split("With diffusers alone:")[1]
+    code = code.split("```python")[1].rpartition("pipe(")[0].replace("FOLDER", str(root / name))
+    make().save_pretrained(root / f"{name}-base")
+    names = {}
+    exec(code.replace('"tiny"', repr(str(root / f"{name}-base"))), names)
+    names["pipe"].set_progress_bar_config(disable=True)
+    np.save(root / f"{name}.npy", draw(names["pipe"], sys.argv[2]))
 assert "customize" not in sys.modules
 """
 
@@ -100,7 +116,7 @@ def draw(pipe, prompt: str) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
     size = {"height": 32, "width": 32}
     call = {"num_inference_steps": 2, "output_type": "np"} | size
-    return pipe(prompt=prompt, generator=noise, **call).images[0]
+    return drawn(pipe, prompt, generator=noise, **call)[0]
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +150,19 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "flux2": tiny_flux2,
         "klein": tiny_flux2_klein,
         "krea2": tiny_krea2,
+        "wan": tiny_wan,
+        "cogvideox": tiny_cogvideox,
+        "ltx2": tiny_ltx2,
+        "wan-14b": lambda: tiny_wan("2.2-14b"),
     }
     for name, make in others.items():
         pipe = make()
         _, _, concept = learn(pipe)
         concept.save(root / name)
         ours[name] = draw(pipe, PROMPT)
+        if name == "wan-14b":
+            write_single(concept, root / "wan-14b.safetensors")
+            ours["wan-14b-single"] = ours[name]
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(root), PROMPT],
         cwd=Path(__file__).parents[2],
@@ -157,6 +180,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     [
         *("orthogonal", "lora", "single", "layerwise", "sd3", "sdxl", "flux", "qwen", "z_image"),
         *("qwen_21", "flux2", "klein", "krea2"),
+        *("wan", "wan-14b", "wan-14b-single", "cogvideox", "ltx2"),
     ],
 )
 def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:
@@ -183,6 +207,15 @@ def test_the_pictures_depend_on_every_part(pictures) -> None:
     pipe = tiny_sd()
     learn(pipe)
     assert np.abs(draw(pipe, "a photo of dog on the beach") - full).max() > 1e-3
+
+
+def test_the_pictures_of_two_denoisers_depend_on_both(pictures) -> None:
+    for component in ("transformer", "transformer_2"):
+        pipe = tiny_wan("2.2-14b")
+        _, adapter, _ = learn(pipe)
+        for layer in adapter.layers[component].values():
+            layer.scaling[adapter.name] = 0.0
+        assert np.abs(draw(pipe, PROMPT) - pictures["wan-14b"][0]).max() > 1e-3
 
 
 def test_the_card_of_sd3_asks_stock_diffusers_for_no_trigger(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, ModularPipeline
+from diffusers import ModularPipeline
 from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
@@ -18,6 +19,7 @@ from customize.errors import ConfigError, PipelineError
 from customize.families import FAMILIES, Family, family_of
 from customize.families.prompts import padded
 from tests.tiny import (
+    drawn,
     tiny_flux,
     tiny_flux3,
     tiny_qwen_image,
@@ -27,10 +29,12 @@ from tests.tiny import (
     tiny_z_image,
 )
 from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
+from tests.tiny_video import isolate, tiny_animatediff, tiny_cogvideox, tiny_ltx2, tiny_wan
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd-epsilon": tiny_sd,
     "sd-v": lambda: tiny_sd("v_prediction"),
+    "sd-animatediff": tiny_animatediff,
     "sdxl-epsilon": tiny_sdxl,
     "sdxl-v": lambda: tiny_sdxl("v_prediction"),
     "sd3": tiny_sd3,
@@ -47,6 +51,13 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "z_image": tiny_z_image,
     "krea2": tiny_krea2,
     "krea2-distilled": lambda: tiny_krea2(distilled=True),
+    "wan-2.1": tiny_wan,
+    "wan-2.2-5b": lambda: tiny_wan("2.2-5b"),
+    "wan-2.2-14b": lambda: tiny_wan("2.2-14b"),
+    "cogvideox-2b": tiny_cogvideox,
+    "cogvideox-5b": lambda: tiny_cogvideox(rotary=True),
+    "ltx2": tiny_ltx2,
+    "ltx2-2.3": lambda: tiny_ltx2(later=True),
 }
 #: (channels, height, width) of a picture's latents, where they aren't (4, 16, 16).
 SHAPES = {"flux2": (16, 8, 8), "qwen_image_21": (4, 2, 2)}
@@ -59,6 +70,8 @@ NO_SIZE = {
     "qwen_image_21": 1024,
     "z_image": 1024,
     "krea2": 1024,
+    "wan": 480,
+    "ltx2": 512,
 }
 SIZE = {"height": 32, "width": 32}
 
@@ -85,34 +98,17 @@ def pixels() -> Tensor:
     return normal((2, 3, 32, 32), 3).clamp(-1, 1)
 
 
-def drawn(pipe: Any, prompt: str | list[str], **call: Any) -> Any:
-    """What the pipeline draws, of standard or modular pipelines."""
-    if not isinstance(pipe, ModularPipeline):
-        return pipe(prompt=prompt, **call).images
-    if isinstance(prompt, list):  # one a call, and several pictures of it
-        call["num_images_per_prompt"] = len(prompt)
-    if "guidance_scale" in call:
-        pipe.guider = ClassifierFreeGuidance(guidance_scale=call.pop("guidance_scale"))
-    latent = call.get("output_type") == "latent"
-    call = {**call, "output_type": "pt"} if latent else call
-    return pipe(
-        prompt=prompt if isinstance(prompt, str) else prompt[0],
-        output="latents" if latent else "images",
-        **call,
-    )
-
-
 def record_calls(family: Family, answer: Callable[[Tensor], Tensor] | None = None) -> list:
     """Note (latents, output) of each call of the denoiser, as the family lays them out.
 
     `answer(latents)` may stand in for the weights.
     """
     calls: list[tuple[Tensor, Tensor]] = []
-    forward = family.denoiser.forward
     size = shape_of(family)[1:]
+    if family.name == "ltx2":  # the pipeline's stream of pictures would follow that of sound
+        isolate(SimpleNamespace(transformer=family.denoiser))
 
-    @functools.wraps(forward)  # since modular pipelines look at the signature
-    def recorded(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def recorded(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         packed = args[0] if args else kwargs["hidden_states"]
         if family.name == "flux3":  # tokens to the denoiser, but not to the pipeline
             latents = packed.transpose(1, 2).unflatten(2, size)
@@ -129,14 +125,33 @@ def record_calls(family: Family, answer: Callable[[Tensor], Tensor] | None = Non
         # Some answer for the prompt's tokens too, which come first.
         own = output[:, -packed.shape[1] :] if packed.ndim == 3 else output
         calls.append((latents, family.unpack(own, *size)))
-        return (output,)
+        if family.name == "ltx2":
+            return output, torch.zeros_like(kwargs["audio_hidden_states"])
+        return (output,) if kwargs.get("return_dict") is False else SimpleNamespace(sample=output)
 
-    family.denoiser.forward = recorded
+    for denoiser in family.denoisers.values():
+        # With the signature of the real one, at which modular pipelines look.
+        forward = denoiser.forward
+        denoiser.forward = functools.wraps(forward)(functools.partial(recorded, forward))
     return calls
 
 
 def _tokens(latents: Tensor) -> Tensor:
     return latents.flatten(2).transpose(1, 2)
+
+
+def drawn_latents(pipe: Any, family: Family, prompt: str | list[str], **call: Any) -> Tensor:
+    """Latents that the pipeline returns, laid out as the family does."""
+    found = drawn(pipe, prompt, output_type="latent", **call)
+    if family.name == "ltx2":  # whose pipeline undoes the scaling
+        mean, scale = family._latent_scaling()
+        return ((found - mean) * scale)[:, :, 0]
+    if family.name == "flux2" and found.shape[1:] == (4, 16, 16):
+        # klein's are ready for the autoencoder.
+        bn, eps = pipe.vae.bn, pipe.vae.config.batch_norm_eps
+        mean, variance = (x[:, None, None] for x in (bn.running_mean, bn.running_var))
+        return (pixel_unshuffle(found, 2) - mean) / (variance + eps).sqrt()
+    return family.unpack(found, *shape_of(family)[1:])
 
 
 def no_guidance(family: Family) -> dict[str, float]:
@@ -148,16 +163,6 @@ def no_guidance(family: Family) -> dict[str, float]:
 def given(family: Family, latents: Tensor) -> Tensor:
     """Latents as the pipeline's argument takes them."""
     return latents if family.name == "flux2" else family.pack(latents)
-
-
-def returned(pipe: Any, family: Family, latents: Tensor) -> Tensor:
-    """Latents that the pipeline returned, laid out as the family does."""
-    if latents.shape[1:] == (4, 16, 16) and family.name == "flux2":
-        # klein's are ready for the autoencoder.
-        bn, eps = pipe.vae.bn, pipe.vae.config.batch_norm_eps
-        mean, variance = (x[:, None, None] for x in (bn.running_mean, bn.running_var))
-        return (pixel_unshuffle(latents, 2) - mean) / (variance + eps).sqrt()
-    return family.unpack(latents, *shape_of(family)[1:])
 
 
 # -- recognition ---------------------------------------------------------------------------------
@@ -187,6 +192,7 @@ def test_text_encoders_and_dictionaries(pipe: Any, family: Family) -> None:
     clips = list(family.clip_encoders)
     every = [key for key in pipe.components if key.startswith("text_encoder")]
     every = [key for key in every if pipe.components[key] is not None]
+    every += ["connectors"] if family.name == "ltx2" else []
     assert list(family.text_encoders) == clips
     assert list(family.all_text_encoders) == every
     dictionaries = family.token_dictionaries()
@@ -228,7 +234,20 @@ def pipeline_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the pipeline's encode_prompt makes of the prompts, and of the negative ones."""
     family = family_of(pipe.components).name
-    call |= {"device": "cpu", "num_images_per_prompt": 1}
+    call |= {"device": "cpu"}
+    if family in ("wan", "cogvideox"):
+        length = {"max_sequence_length": 512 if family == "wan" else 226}
+        embeds, negative = pipe.encode_prompt(**call, **length)
+        return {"prompt_embeds": embeds}, {"prompt_embeds": negative}
+    if family == "ltx2":
+        embeds, mask, negative, negative_mask = pipe.encode_prompt(**call)
+        found = []
+        for states, own in ((embeds, mask), (negative, negative_mask)):
+            if states is not None:
+                condensed, _, own = pipe.connectors(states, own, padding_side="left")
+                found.append({"prompt_embeds": condensed, "prompt_attention_mask": own})
+        return found[0], found[-1]
+    call |= {"num_images_per_prompt": 1}
     if family == "sd":
         embeds, negative = pipe.encode_prompt(**call)
         return {"prompt_embeds": embeds}, {"prompt_embeds": negative}
@@ -360,38 +379,39 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(pipe: Any, family: Famil
     assert mean.shape == std.shape == (2, *shape_of(family))
     assert mean.dtype == std.dtype == torch.float32
 
-    if family.name in ("flux2", "flux3", "qwen_image", "qwen_image_21", "krea2"):
+    if family.name in ("flux2", "flux3", "qwen_image", "qwen_image_21", "krea2", "wan", "ltx2"):
         return  # have tests of their own, on what they normalise by
-    posterior = pipe.vae.encode(pixels()).latent_dist
+    # To an autoencoder of videos they are the first frame.
+    frame = (slice(None), slice(None), None) if family.name == "cogvideox" else ...
+    posterior = pipe.vae.encode(pixels()[frame]).latent_dist
     shift = pipe.vae.config.shift_factor or 0.0
     draw = posterior.sample(torch.Generator().manual_seed(1))
     # The pipeline undoes the scaling by `latents / scaling_factor + shift_factor`.
     noise = (draw - posterior.mean) / posterior.std
-    restored = (mean + std * noise) / pipe.vae.config.scaling_factor + shift
+    restored = (mean[frame] + std[frame] * noise) / pipe.vae.config.scaling_factor + shift
     torch.testing.assert_close(restored, draw)
 
     expected = pipe.vae.decode(posterior.mean).sample.clamp(-1, 1)
-    torch.testing.assert_close(family.decode_latents(mean), expected)
+    torch.testing.assert_close(family.decode_latents(mean)[frame], expected)
 
 
 @torch.no_grad()
 def test_pictures_are_those_of_the_pipeline(pipe: Any, family: Family) -> None:
-    def as_type(output_type: str) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        call = {"num_inference_steps": 2, "output_type": output_type} | SIZE
-        return drawn(pipe, "a dog", generator=generator, **call)
+    def call() -> dict[str, Any]:
+        return {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)} | SIZE
 
-    picture = family.decode_latents(returned(pipe, family, as_type("latent")))
+    picture = family.decode_latents(drawn_latents(pipe, family, "a dog", **call()))
     # Of transparency, which one of them draws, there is none in what is learned.
-    torch.testing.assert_close(picture, 2 * as_type("pt")[:, :3] - 1, atol=1e-5, rtol=0)
+    expected = drawn(pipe, "a dog", output_type="pt", **call())[:, :3]
+    torch.testing.assert_close(picture, 2 * expected - 1, atol=1e-5, rtol=0)
 
 
 def test_a_multiple_of_the_size_is_what_the_pipeline_takes(pipe: Any, family: Family) -> None:
     size = 2 * family.latent_multiple
-    call = {"num_inference_steps": 2, "width": size}
+    call = {"num_inference_steps": 2, "width": size, "output_type": "pil"}
     assert drawn(pipe, "a dog", **call, height=size)[0].size == (size, size)
     odd = size + family.latent_multiple // 2
-    if family.name in ("sd", "sdxl", "sd3", "flux3", "z_image"):
+    if family.name not in ("flux", "flux2", "qwen_image", "qwen_image_21", "krea2"):
         with pytest.raises(ValueError, match="divisible by"):
             drawn(pipe, "a dog", **call, height=odd)
         return
@@ -431,9 +451,9 @@ def test_the_schedule_is_that_of_the_pipeline(pipe: Any, family: Family) -> None
         torch.testing.assert_close(ours.sigmas, pipe.scheduler.sigmas)
         # What is trained at u is what is drawn at u: evenly spaced levels are shifted alike.
         levels = family.timesteps(torch.linspace(1, 1 / 4, 4), shape_of(family))
-        # sd3's scheduler spaces levels after the shift; qwen_image's draws them to an end above 0;
-        # flux2 shifts by the number of steps too.
-        if family.name not in ("sd3", "qwen_image", "flux2") and not own:
+        # sd3's and wan's schedulers space levels otherwise; qwen_image's draws them to an end
+        # above 0; flux2 shifts by the number of steps too.
+        if family.name not in ("sd3", "qwen_image", "wan", "flux2") and not own:
             torch.testing.assert_close(levels, ours.timesteps)
 
 
@@ -445,42 +465,50 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
     clean, noise = normal((2, *shape), 0), normal((2, *shape), 1)
     t = family.timesteps(torch.tensor([0.1, 0.8]), shape)
     levels = t
-    calls = record_calls(family, lambda latents: family.target(clean, noise, levels))
 
+    def answer(latents: Tensor) -> Tensor:
+        whole = family.target(clean, noise, levels)
+        if len(latents) == len(whole):
+            return whole
+        return whole[len(calls) % 2][None]  # of a model whose samples go to two denoisers
+
+    calls = record_calls(family, answer)
     conditions = family.encode_prompts(["a dog", "a cat"])
     noisy = family.noisy_latents(clean, noise, t)
     prediction = family.predict(noisy, t, conditions)
     assert weighted_mse(prediction, family.target(clean, noise, t)).eq(0).all()
+    assert len(calls) == len(family.denoisers)
 
     # The pipeline's first level may not be all noise, so it starts where its schedule does. DDIM
     # meets its own timesteps only where the number of steps divides 1000.
     schedule = family.schedule(5, shape, torch.device("cpu"))
     steps = len(schedule.timesteps)
-    start = family.noisy_latents(clean, noise, schedule.timesteps[:1].expand(2))
+    # UniPC rounds its timesteps; the levels of noise are those of its sigmas.
+    passed = schedule.sigmas[:-1] * 1000 if hasattr(schedule, "sigmas") else schedule.timesteps
+    start = family.noisy_latents(clean, noise, passed[:1].expand(2))
     calls.clear()
 
     def next_level(*_: Any) -> dict[str, Any]:
         nonlocal levels
-        levels = schedule.timesteps[min(len(calls), steps - 1)].expand(2)
+        levels = passed[min(len(calls), steps - 1)].expand(2)
         return {}
 
     next_level()
     steered = {} if isinstance(pipe, ModularPipeline) else {"callback_on_step_end": next_level}
-    result = drawn(
+    result = drawn_latents(
         pipe,
+        family,
         ["a dog", "a cat"],
         num_inference_steps=steps,
         **no_guidance(family),
         latents=given(family, start),
-        output_type="latent",
         **steered,
         **SIZE,
     )
     assert len(calls) == steps
-    for (sample, _), level in zip(calls, schedule.timesteps, strict=True):
+    for (sample, _), level in zip(calls, passed, strict=True):
         expected = family.noisy_latents(clean, noise, level.expand(2))
         torch.testing.assert_close(sample, expected, atol=1e-4, rtol=1e-4)
-    result = returned(pipe, family, result)
     torch.testing.assert_close(result, clean, atol=1e-4, rtol=1e-4)
 
 
@@ -499,7 +527,8 @@ def test_predict_with_and_without_autocast(pipe: Any, family: Family, dtype: tor
     conditions = family.encode_prompts(["a dog", "a cat"])  # float32
     noisy = normal((2, *shape_of(family)), 0)
     t = family.timesteps(torch.tensor([0.3, 0.6]), shape_of(family))
-    family.denoiser.to(dtype)
+    for denoiser in family.denoisers.values():
+        denoiser.to(dtype)
     plain = family.predict(noisy, t, conditions)
     assert plain.dtype == dtype
     with torch.autocast("cpu", torch.bfloat16):
@@ -546,12 +575,15 @@ def test_fingerprints_tell_architectures_apart() -> None:
     prints = {
         name: family_of(build().components).fingerprint() for name, build in PIPELINES.items()
     }
-    assert prints["sd-epsilon"] == prints["sd-v"]
+    assert prints["sd-epsilon"] == prints["sd-v"] == prints["sd-animatediff"]
     assert prints["sdxl-epsilon"] == prints["sdxl-v"]
     assert prints["sd3"] == prints["sd3-without-t5"]
     assert prints["flux-dev"] == prints["flux-schnell"]
     assert prints["flux2-dev"] == prints["flux2-klein"]
-    assert len({found["denoiser"] for found in prints.values()}) == len(FAMILIES)
+    assert prints["wan-2.1"] == prints["wan-2.2-5b"]
+    # Wan 2.2 14B is two transformers of Wan 2.1's kind.
+    assert len({found["denoiser"] for found in prints.values()}) == len(FAMILIES) + 1
+    assert prints["wan-2.2-14b"]["widths"] == {"transformer": [32], "transformer_2": [32]}
     clips = {"text_encoder": [16], "text_encoder_2": [24]}
     assert prints["sd-v"]["widths"] == {"unet": [16, 32], "text_encoder": [32]}
     assert prints["sdxl-v"]["widths"] == {"unet": [32, 40], **clips}

@@ -184,7 +184,7 @@ def test_inpainting_is_refused_where_its_channels_are_missing() -> None:
     pipe = tiny_sdxl()
     family = family_of({**pipe.components, "unet": unet_with(in_channels=9)})
     conditions = family.encode_prompts([""])
-    with pytest.raises(PipelineError, match=r"takes 9 channels.*not its inpainting"):
+    with pytest.raises(PipelineError, match=r"takes 9 channels.*not a variant for inpainting"):
         family.predict(normal(1, 4, 16, 16), torch.tensor([5]), conditions)
     # A concept fits it all the same.
     assert family.fingerprint() == family_of(pipe.components).fingerprint()

@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    CogVideoXTransformer3DModel,
     Flux2Transformer2DModel,
     Flux3Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
+    LTX2VideoTransformer3DModel,
     QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    UNetMotionModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -108,6 +112,18 @@ def test_stable_diffusion_1_5() -> None:
     assert inputs == {768: 32, 320: 5 * 6, 640: 5 * 6, 1280: 6 * 6}
     assert unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"] == (1280, 768)
     assert len(family.cross_attention_layers()) == 16
+    assert_shapes_are_the_weights(family)
+
+
+def test_animatediff_takes_what_stable_diffusion_1_5_learned() -> None:
+    with torch.device("meta"):
+        denoiser = UNetMotionModel(cross_attention_dim=768)
+    encoder = clip(768, 12, 12)
+    family = family_of({"unet": denoiser, "text_encoder": encoder})
+    plain = sd_family(768, 12, attention_head_dim=8)
+    assert set(family.adapter_targets("unet")) == set(plain.adapter_targets("unet"))
+    assert family.fingerprint() == plain.fingerprint()
+    assert family.cross_attention_layers() == plain.cross_attention_layers()
     assert_shapes_are_the_weights(family)
 
 
@@ -327,6 +343,87 @@ def test_sizes_of_adapters(model: str) -> None:
     trained = 16 * sum(out for out, _ in shapes) / 1e6
     saved = 16 * sum(out + width for out, width in shapes) / 1e6
     assert (round(trained, 1), round(saved, 1)) == SIZES[model]
+
+
+@pytest.mark.parametrize(
+    ("heads", "layers", "channels"),
+    [(12, 30, 16), (40, 40, 16), (24, 30, 48)],
+    ids=["2.1-1.3b", "2.1-14b", "2.2-5b"],
+)
+def test_wan(heads: int, layers: int, channels: int) -> None:
+    with torch.device("meta"):
+        denoiser = WanTransformer3DModel(
+            num_attention_heads=heads,
+            num_layers=layers,
+            in_channels=channels,
+            out_channels=channels,
+        )
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    # Attention among the picture's tokens, and from these to the prompt's.
+    assert len(targets) == layers * 8
+    assert set(targets.values()) == {(128 * heads, 128 * heads)}
+    assert len(family.cross_attention_layers()) == layers
+    assert_shapes_are_the_weights(family)
+
+
+def test_wan_2_2_14b() -> None:
+    with torch.device("meta"):
+        denoisers = {key: WanTransformer3DModel() for key in ("transformer", "transformer_2")}
+    family = family_of(denoisers)
+    for key in denoisers:
+        targets = family.adapter_targets(key)
+        assert len(targets) == 40 * 8
+        assert set(targets.values()) == {(5120, 5120)}
+    assert family.fingerprint()["widths"] == {key: [5120] for key in denoisers}
+    assert_shapes_are_the_weights(family)
+
+
+def test_wan_that_animates_pictures_takes_what_its_plain_model_learned() -> None:
+    with torch.device("meta"):
+        plain = WanTransformer3DModel()
+        animating = WanTransformer3DModel(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
+    prints = [family_of({"transformer": each}).fingerprint() for each in (plain, animating)]
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize(("heads", "layers", "rotary"), [(30, 30, False), (48, 42, True)])
+def test_cogvideox(heads: int, layers: int, rotary: bool) -> None:
+    with torch.device("meta"):
+        denoiser = CogVideoXTransformer3DModel(
+            num_attention_heads=heads, num_layers=layers, use_rotary_positional_embeddings=rotary
+        )
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    # One attention over prompt and video.
+    assert len(targets) == layers * 4
+    assert set(targets.values()) == {(64 * heads, 64 * heads)}
+    assert_shapes_are_the_weights(family)
+
+
+def test_cogvideox_1_5_which_has_no_single_frames_is_refused() -> None:
+    with torch.device("meta"):
+        denoiser = CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            num_layers=1,
+            patch_size_t=2,
+            use_rotary_positional_embeddings=True,
+        )
+    with pytest.raises(PipelineError, match=r"CogVideoX 1\.5.*in pairs"):
+        family_of({"transformer": denoiser})
+
+
+def test_ltx_2() -> None:
+    with torch.device("meta"):
+        denoiser = LTX2VideoTransformer3DModel()
+    family = family_of({"transformer": denoiser})
+    targets = family.adapter_targets("transformer")
+    # Attention among the picture's tokens, and from these to the prompt's; none of the sound's.
+    assert len(targets) == 48 * 8
+    assert set(targets.values()) == {(4096, 4096)}
+    assert not any("audio" in name for name in targets)
+    assert len(family.cross_attention_layers()) == 48
+    assert_shapes_are_the_weights(family)
 
 
 def test_models_of_other_sizes_have_other_fingerprints() -> None:

@@ -17,7 +17,7 @@ from customize.concepts.slices import columns_for
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
 from customize.families import family_of
-from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny import drawn, tiny_sd, tiny_sd3, tiny_sdxl
 
 PROMPT = "a photo of <rex> on the beach"
 MAKERS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3}
@@ -31,7 +31,7 @@ def concept(pipe: Any, name: str = "rex", *, index: int = 0, **changes: Any) -> 
     family = family_of(pipe.components, pipe.config)
     seed = sum(name.encode()) + 1000 * index
     generator = torch.Generator().manual_seed(seed)
-    components = [family.denoiser_key, *family.text_encoders]
+    components = [*family.denoisers, *family.text_encoders]
     targets = {component: family.adapter_targets(component) for component in components}
     widths = {shape[1] for own in targets.values() for shape in own.values()}
     columns = columns_for(widths, 2, index=index, name=name)
@@ -72,7 +72,7 @@ def table(text_encoder: Any) -> Tensor:
 def draw(pipe: Any, prompt: str = PROMPT) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
     call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
-    return pipe(prompt=prompt, generator=noise, **call).images[0]
+    return drawn(pipe, prompt, generator=noise, **call)[0]
 
 
 def modular(pipe: Any, **given: Any) -> Any:

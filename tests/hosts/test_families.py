@@ -18,9 +18,11 @@ from tests.tiny import (
     tiny_z_image,
 )
 from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
+from tests.tiny_video import tiny_animatediff, tiny_cogvideox, tiny_ltx2, tiny_wan
 
 MAKERS = {
     "sd": tiny_sd,
+    "animatediff": tiny_animatediff,
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
     "flux": tiny_flux,
@@ -30,6 +32,10 @@ MAKERS = {
     "qwen_image_21": tiny_qwen_image_21,
     "z_image": tiny_z_image,
     "krea2": tiny_krea2,
+    "wan": tiny_wan,
+    "wan-14b": lambda: tiny_wan("2.2-14b"),
+    "cogvideox": tiny_cogvideox,
+    "ltx2": tiny_ltx2,
 }
 PROMPT = "a photo of <rex> and <tom> on the beach"
 

@@ -24,6 +24,7 @@ from customize.training import data, setup
 from customize.training.loop import learning_rate, train
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_z_image
 from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
+from tests.tiny_video import tiny_cogvideox, tiny_ltx2, tiny_wan
 from tests.training.runs import (
     assert_unchanged,
     make_pictures,
@@ -44,6 +45,10 @@ FAMILIES = {
     "qwen_image_21": tiny_qwen_image_21,
     "z_image": tiny_z_image,
     "krea2": tiny_krea2,
+    "wan": tiny_wan,
+    "wan-14b": lambda: tiny_wan("2.2-14b"),
+    "cogvideox": tiny_cogvideox,
+    "ltx2": lambda: tiny_ltx2(later=True),
 }
 
 
@@ -299,7 +304,7 @@ def test_encoders_run_once_when_nothing_in_them_trains(pipe, tmp_path):
     assert len(texts) == 2  # the caption and the empty one
     assert len(pictures) == 3
     assert concept.info.num_tokens == 0 and not concept.embeddings
-    assert list(concept.products) == [("unet" if "unet" in pipe.components else "transformer")]
+    assert list(concept.products) == list(family_of(pipe.components).denoisers)
 
 
 def test_a_caption_costs_one_row_of_the_encoder_and_frozen_encoders_rest(tmp_path):
@@ -519,7 +524,7 @@ def test_models_that_are_not_needed_any_more_are_freed(make, live, tmp_path, mon
     config = settings(tmp_path, base=base, steps=1, train_tokens=live, train_text_encoder=live)
     train(config, progress=False, on_step=look)
     trained = family_of(make().components).text_encoders if live else {}
-    assert freed == [set(parts) - {"unet", "transformer"} - set(trained)]
+    assert freed == [set(parts) - {"unet", "transformer", "transformer_2"} - set(trained)]
 
 
 def test_a_finished_concept_is_reused_and_never_silently_replaced(tmp_path):

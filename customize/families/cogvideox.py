@@ -1,0 +1,154 @@
+"""CogVideoX (arXiv 2408.06072): a transformer over the tokens of prompt and video, with DDPM noise.
+
+T5 reads the prompt and takes no new tokens: a trigger is a plain word of the prompt.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from customize.errors import PipelineError
+from customize.families.base import NO_CONFIG, class_name
+from customize.families.diffusion import DiffusionFamily
+from customize.families.frames import FramedFamily
+from customize.families.prompts import sent, tokenize
+
+#: How many T5 tokens the pipeline takes by default.
+MAX_SEQUENCE_LENGTH = 226
+
+
+class CogVideoX(FramedFamily, DiffusionFamily):
+    """CogVideoXTransformer3DModel, T5EncoderModel, AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
+    or CogVideoXDPMScheduler.
+
+    Raises:
+        PipelineError: the transformer is that of CogVideoX 1.5, which reads two latent frames as
+            one, so that nothing can be one frame.
+    """
+
+    name = "cogvideox"
+    output = "frames"
+    denoiser_key = "transformer"
+    attention_projections = re.compile(
+        r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
+    )
+    clip_encoders: ClassVar[dict[str, str]] = {}
+    other_encoders = ("text_encoder",)
+
+    def __init__(
+        self, components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
+    ) -> None:
+        super().__init__(components, pipeline_config)
+        transformer = self.components.get("transformer")
+        if transformer is not None and transformer.config.patch_size_t is not None:
+            raise PipelineError(
+                "this is CogVideoX 1.5, which reads latent frames in pairs, so that a picture is "
+                "no video to it",
+                where="transformer",
+                fix="use CogVideoX 2B or 5B",
+            )
+
+    @classmethod
+    def matches(cls, components: Mapping[str, Any]) -> bool:
+        return class_name(components.get("transformer")) == "CogVideoXTransformer3DModel"
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        encoder = self._part("text_encoder")
+        ids = tokenize(self._part("tokenizer"), prompts, MAX_SEQUENCE_LENGTH).input_ids
+        return {"prompt_embeds": encoder(sent(ids, encoder.device))[0].to(encoder.dtype)}
+
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
+        self._check_channels(noisy)
+        dtype = self._denoiser_dtype
+        answer = self.denoiser(
+            hidden_states=self.pack(noisy.to(dtype)),
+            encoder_hidden_states=conditions["prompt_embeds"].to(dtype),
+            timestep=t,
+            image_rotary_emb=self._positions(noisy),
+            return_dict=False,
+        )[0]
+        return self.unpack(answer, *noisy.shape[-2:])
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """(batch, channels, h, w) to (batch, 1, channels, h, w)."""
+        return latents[:, None]
+
+    def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
+        return packed[:, 0]
+
+    def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
+        scheduler = super().schedule(steps, shape, device)
+        multistep = class_name(scheduler) == "CogVideoXDPMScheduler"
+        return _Multistep(scheduler) if multistep else scheduler
+
+    def cross_attention_layers(self) -> list[str]:
+        return []
+
+    @property
+    def default_resolution(self) -> int:
+        return self.denoiser.config.sample_height * self._vae_factor
+
+    @property
+    def latent_multiple(self) -> int:
+        # The pipeline asks for multiples of 8; the denoiser's tokens are 2 x 2 latents.
+        return math.lcm(8, self._vae_factor * self.denoiser.config.patch_size)
+
+    def _latent_scaling(self) -> tuple[float, float]:
+        return 0.0, self.vae.config.scaling_factor
+
+    def _positions(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosine and sine of the rotary embedding of one frame; None where positions are added."""
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+        from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+        config = self.denoiser.config
+        if not config.use_rotary_positional_embeddings:
+            return None
+        grid = tuple(side // config.patch_size for side in latents.shape[-2:])
+        made_for = [
+            side // config.patch_size for side in (config.sample_width, config.sample_height)
+        ]
+        return get_3d_rotary_pos_embed(
+            embed_dim=config.attention_head_dim,
+            crops_coords=get_resize_crop_region_for_grid(grid, *made_for),
+            grid_size=grid,
+            temporal_size=1,
+            device=latents.device,
+        )
+
+
+class _Multistep:
+    """CogVideoXDPMScheduler with the step of other schedulers: it keeps what it needs of the step
+    before, which the pipeline hands it."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.timesteps = scheduler.timesteps
+        self._scheduler = scheduler
+        self._before: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def step(
+        self,
+        answer: Tensor,
+        t: Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        former, back = self._before
+        sample, clean = self._scheduler.step(
+            answer, former, t, back, sample, generator=generator, return_dict=False
+        )
+        self._before = clean, t
+        return (sample,)

@@ -1,0 +1,139 @@
+"""LTX-2 and 2.3 (arXiv 2601.03233): a transformer with a stream of video and one of sound.
+
+Pictures are silent, so a concept is of the video's stream alone: its attention among the picture's
+tokens and to the prompt's. What the streams say to one another is left as it is, and switched off
+while a concept is learned and drawn in validation, or the picture would follow a sound that nobody
+gave. Validation guides by the prompt alone. The pipeline draws both streams together, and has more
+kinds of guidance on by default.
+
+Gemma reads the prompt, all of its layers, and two connectors condense that. They take no new
+tokens: a trigger is a plain word of the prompt.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from customize.families.base import class_name, modules_named
+from customize.families.flow import FlowFamily
+from customize.families.frames import FramedFamily
+from customize.families.prompts import sent
+
+#: How many tokens of the prompt the pipeline takes by default.
+MAX_SEQUENCE_LENGTH = 1024
+
+
+class LTX2(FramedFamily, FlowFamily):
+    """LTX2VideoTransformer3DModel, a Gemma, LTX2TextConnectors, AutoencoderKLLTX2Video, and a
+    flow-matching scheduler whose shift grows with the picture."""
+
+    name = "ltx2"
+    output = "frames"
+    attention_projections = re.compile(
+        r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
+    )
+    clip_encoders: ClassVar[dict[str, str]] = {}
+    other_encoders = ("text_encoder", "connectors")
+
+    @classmethod
+    def matches(cls, components: Mapping[str, Any]) -> bool:
+        return class_name(components.get("transformer")) == "LTX2VideoTransformer3DModel"
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As :meth:`Family.encode_prompts`, but condensed by the video's connector, as the pipeline
+        does it after encoding: the states of all layers are some fifty times as large."""
+        encoder, connectors = self._part("text_encoder"), self._part("connectors")
+        tokens = self._part("tokenizer")(
+            [prompt.strip() for prompt in prompts],
+            padding="max_length",
+            padding_side="left",
+            max_length=MAX_SEQUENCE_LENGTH,
+            truncation=True,
+            return_tensors="pt",
+        )
+        mask = sent(tokens.attention_mask, encoder.device)
+        states = encoder(
+            input_ids=sent(tokens.input_ids, encoder.device),
+            attention_mask=mask,
+            output_hidden_states=True,
+        ).hidden_states
+        layers = torch.stack(states, dim=-1).flatten(2, 3).to(encoder.dtype)
+        condensed, _, mask = connectors(layers, mask, padding_side="left")
+        return {"prompt_embeds": condensed, "prompt_attention_mask": mask}
+
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
+        self._check_channels(noisy)
+        denoiser, dtype = self.denoiser, self._denoiser_dtype
+        height, width = noisy.shape[-2:]
+        prompts, mask = conditions["prompt_embeds"].to(dtype), conditions["prompt_attention_mask"]
+        # The stream of sound has to be given something; as little as there can be.
+        silence = noisy.new_zeros(len(noisy), 1, denoiser.config.audio_in_channels, dtype=dtype)
+        unsaid = prompts.new_zeros(len(noisy), 1, self._sound_width)
+        answer = denoiser(
+            hidden_states=self.pack(noisy.to(dtype)),
+            audio_hidden_states=silence,
+            encoder_hidden_states=prompts,
+            audio_encoder_hidden_states=unsaid,
+            timestep=t,
+            sigma=t,
+            encoder_attention_mask=mask,
+            num_frames=1,
+            height=height,
+            width=width,
+            audio_num_frames=1,
+            isolate_modalities=True,
+            return_dict=False,
+        )[0]
+        return self.unpack(answer, height, width)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """(batch, channels, h, w) to tokens (batch, h * w, channels)."""
+        return latents.flatten(2).transpose(1, 2)
+
+    def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
+        return packed.transpose(1, 2).unflatten(2, (height, width))
+
+    def cross_attention_layers(self) -> list[str]:
+        return modules_named(self.denoiser, r"transformer_blocks\.\d+\.attn2")
+
+    @property
+    def default_resolution(self) -> int:
+        return 512  # the pipeline's height
+
+    @property
+    def latent_multiple(self) -> int:
+        return math.lcm(32, self._vae_factor)  # the pipeline asks for multiples of 32
+
+    @property
+    def _vae_factor(self) -> int:
+        return self.vae.spatial_compression_ratio
+
+    @property
+    def _sound_width(self) -> int:
+        """Of the prompt's tokens that the stream of sound takes."""
+        config = self.denoiser.config
+        if config.use_prompt_embeddings:
+            return config.caption_channels
+        return config.audio_num_attention_heads * config.audio_attention_head_dim
+
+    def _picture_tokens(self, shape: Sequence[int]) -> int:
+        return shape[-2] * shape[-1]
+
+    def _latent_scaling(self) -> tuple[Tensor, Tensor]:
+        vae = self.vae
+        mean, std = (
+            each.float()[:, None, None, None] for each in (vae.latents_mean, vae.latents_std)
+        )
+        return mean, vae.config.scaling_factor / std

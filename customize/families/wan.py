@@ -1,0 +1,120 @@
+"""Wan 2.1 (arXiv 2503.20314) and 2.2: a transformer over the tokens of a video, or two of them.
+
+Wan 2.2 14B has one transformer for much noise and one for little. A concept has updates of both,
+each learned on its own levels: a batch's samples go where the pipeline would send them.
+
+UMT5 reads the prompt and takes no new tokens: a trigger is a plain word of the prompt.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from customize.families.base import Family, class_name, modules_named
+from customize.families.flow import FlowFamily
+from customize.families.frames import FramedFamily
+from customize.families.prompts import sent, tokenize
+
+#: How many tokens of the prompt the pipeline takes by default.
+MAX_SEQUENCE_LENGTH = 512
+#: The share of noise from which Wan 2.2 14B uses its first transformer. The pipeline has it in its
+#: own configuration (``boundary_ratio``), not in a component; this is what the model was made with.
+BOUNDARY_RATIO = 0.875
+
+
+class Wan(FramedFamily, FlowFamily):
+    """WanTransformer3DModel, UMT5, AutoencoderKLWan, and a scheduler that knows flow matching.
+
+    What animates a picture has projections of that besides; they are left alone, so what was
+    learned on the model that draws from prompts also fits the one of its size that animates.
+    """
+
+    name = "wan"
+    output = "frames"
+    attention_projections = re.compile(r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
+    other_denoisers = ("transformer_2",)
+    clip_encoders: ClassVar[dict[str, str]] = {}
+    other_encoders = ("text_encoder",)
+
+    @classmethod
+    def matches(cls, components: Mapping[str, Any]) -> bool:
+        return class_name(components.get("transformer")) == "WanTransformer3DModel"
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        encoder = self._part("text_encoder")
+        texts = [prompt_clean(prompt) for prompt in prompts]
+        tokens = tokenize(self._part("tokenizer"), texts, MAX_SEQUENCE_LENGTH)
+        mask = sent(tokens.attention_mask, encoder.device)
+        states = encoder(sent(tokens.input_ids, encoder.device), mask).last_hidden_state
+        # The denoiser has no mask: it was trained with zeros behind the prompt.
+        return {"prompt_embeds": states.masked_fill(mask[..., None] == 0, 0.0).to(encoder.dtype)}
+
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
+        guidance: float = 1.0,
+    ) -> Tensor:
+        self._check_channels(noisy)
+        prompts = conditions["prompt_embeds"]
+        denoisers = self._asked(t)
+        if len(set(denoisers)) == 1:
+            return self._answer(denoisers[0], noisy, t, prompts)
+        # Batches of models of this size are small: one sample at a time.
+        rows = zip(denoisers, noisy.split(1), t.split(1), prompts.split(1), strict=True)
+        return torch.cat([self._answer(*row) for row in rows])
+
+    def _asked(self, t: Tensor) -> list[Any]:
+        """The denoiser of each sample. Of two, the choice is the one thing here that waits for
+        the device."""
+        second = self.components.get("transformer_2")
+        if second is None:
+            return [self.denoiser] * len(t)
+        much = (t >= BOUNDARY_RATIO * self._train_timesteps).tolist()
+        return [self.denoiser if noise else second for noise in much]
+
+    def _answer(self, denoiser: Any, noisy: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        dtype = self._denoiser_dtype
+        # Wan 2.2 5B is given a time for each token, but tokens to draw all have the same.
+        answer = denoiser(
+            hidden_states=self.pack(noisy.to(dtype)),
+            timestep=t,
+            encoder_hidden_states=prompts.to(dtype),
+            return_dict=False,
+        )[0]
+        return self.unpack(answer, *noisy.shape[-2:])
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """(batch, channels, h, w) to (batch, channels, 1, h, w)."""
+        return latents[:, :, None]
+
+    def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
+        return packed[:, :, 0]
+
+    def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
+        return Family.schedule(self, steps, shape, device)  # the levels are the scheduler's own
+
+    def cross_attention_layers(self) -> list[str]:
+        return modules_named(self.denoiser, r"blocks\.\d+\.attn2")
+
+    @property
+    def default_resolution(self) -> int:
+        return 480  # the pipeline's height
+
+    @property
+    def latent_multiple(self) -> int:
+        # The pipeline asks for multiples of 16, and rounds to its tokens of 2 x 2 latents.
+        return math.lcm(16, 2 * self._vae_factor)
+
+    @property
+    def _vae_factor(self) -> int:
+        return self.vae.config.scale_factor_spatial

@@ -1,0 +1,50 @@
+"""What was learned on Stable Diffusion, in the videos of AnimateDiff."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from customize.hosts.binding import load_custom, unload_custom
+from customize.training.loop import train
+from tests.hosts.making import PROMPT, assert_same, everything
+from tests.tiny import tiny_sd
+from tests.tiny_video import tiny_animatediff
+from tests.training.runs import settings
+
+
+def video(pipe: Any) -> np.ndarray:
+    noise = torch.Generator().manual_seed(1)
+    call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
+    return pipe(PROMPT, num_frames=4, generator=noise, **call).frames[0]
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_videos_show_what_was_learned_from_pictures(tmp_path: Path, layerwise: bool) -> None:
+    config = settings(tmp_path, steps=4, layerwise_tokens=layerwise)
+    learned = train(config, tiny_sd().components, progress=False)
+    assert (learned.info.token_layers > 0) is layerwise
+
+    pipe = tiny_animatediff()
+    bare = video(pipe)
+    before = everything(pipe)
+    load_custom(pipe, config.output)
+    attached = video(pipe)
+    assert attached.shape == (4, 32, 32, 3)
+    assert (np.abs(attached - bare).max(axis=(1, 2, 3)) > 1e-3).all()
+    carrying = {name for name, module in pipe.unet.named_modules() if hasattr(module, "lora_A")}
+    assert len(carrying) == len(learned.products["unet"])
+    assert not any("motion_modules" in name for name in carrying)
+    unload_custom(pipe)
+    assert_same(before, everything(pipe))
+    assert np.array_equal(video(pipe), bare)
+
+    if not layerwise:
+        load_custom(pipe, config.output, fuse=True)
+        np.testing.assert_allclose(video(pipe), attached, atol=2e-4)
+        unload_custom(pipe)
+        assert_same(before, everything(pipe))

@@ -16,7 +16,8 @@ from customize.concepts.concept import BasisInfo, Method
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError, PipelineError
-from customize.families.base import Family, uncompiled
+from customize.families.base import Family
+from customize.families.components import uncompiled
 
 Products = Mapping[str, Mapping[str, LowRank]]
 

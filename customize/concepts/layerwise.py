@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts.tokens import around, entries
-from customize.families.base import Family, uncompiled
+from customize.families.base import Family
+from customize.families.components import uncompiled
 
 
 def layer_entries(trigger: str, num_tokens: int, layers: int) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from customize.errors import ConceptError, ConfigError, PipelineError
-from customize.families.base import TokenDictionary, uncompiled
+from customize.families.components import TokenDictionary, uncompiled
 
 _ENDS = "_customize_ends"
 

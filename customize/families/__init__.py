@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from customize.errors import PipelineError
-from customize.families.base import NO_CONFIG, Family, TokenDictionary, class_name
+from customize.families.base import Family
 from customize.families.cogvideox import CogVideoX
+from customize.families.components import NO_CONFIG, TokenDictionary, class_name
 from customize.families.flux import Flux
 from customize.families.flux2 import Flux2
 from customize.families.flux3 import Flux3

@@ -11,14 +11,13 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from customize.errors import ConfigError, PipelineError
+from customize.families.components import Components, class_name, uncompiled
 
 # transformers has the CLIP layers below `text_model` or, in newer versions of CLIPTextModel, not.
 _CLIP_PROJECTIONS = re.compile(
@@ -26,61 +25,19 @@ _CLIP_PROJECTIONS = re.compile(
 )
 
 
-#: The configuration of a pipeline with none.
-NO_CONFIG: Mapping[str, Any] = MappingProxyType({})
+class Family(Components, ABC):
+    """The parts of one model that draws from prompts, and how they work together."""
 
-
-@dataclass(frozen=True, eq=False)
-class TokenDictionary:
-    """One vocabulary that new tokens can join.
-
-    Attributes:
-        key: the component name of the text encoder.
-        tokenizer: its tokenizer.
-        text_encoder: the model whose ``get_input_embeddings()`` is the (tokens, width) table.
-    """
-
-    key: str
-    tokenizer: Any
-    text_encoder: nn.Module
-
-
-class Family(ABC):
-    """The parts of one model that draws from prompts, and how they work together.
-
-    It holds the components that it was given, not copies. Parts that have been freed may be
-    missing or None: whatever doesn't need them goes on working.
-
-    Attributes:
-        pipeline_config: what ``pipe.config`` says, in which some pipelines keep facts on the model:
-            whether it was distilled, or which layers of its LLM it reads.
-    """
-
-    name: ClassVar[str]
-    denoiser_key: ClassVar[str]
     #: The density of :mod:`customize.core.objectives` that the family's models were trained with.
     default_density: ClassVar[str]
     #: The full names of the denoiser's attention projections.
     attention_projections: ClassVar[re.Pattern[str]]
-    #: Component names of the CLIP text encoders, and each one's tokenizer.
-    clip_encoders: ClassVar[dict[str, str]]
-    #: Component names of further denoisers, where each answers for a part of the noise levels.
-    other_denoisers: ClassVar[tuple[str, ...]] = ()
     #: Where the pipeline's call has what it drew: "images", or "frames" of videos.
     output: str = "images"
     #: The guidance scale at which the pipeline leaves out the empty prompt.
     no_guidance: ClassVar[float] = 1.0
-    #: Component names of text encoders that take neither adapters nor new tokens.
-    other_encoders: ClassVar[tuple[str, ...]] = ()
     #: Whether diffusers has the models as modular pipelines only.
     modular_only: ClassVar[bool] = False
-
-    def __init__(
-        self, components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
-    ) -> None:
-        self.components = dict(components)
-        self.pipeline_config = pipeline_config
-        self._dtype_seen: tuple[int, torch.dtype, torch.dtype] | None = None
 
     # -- what differs ------------------------------------------------------------------------
 
@@ -173,55 +130,6 @@ class Family(ABC):
 
     # -- what is alike -----------------------------------------------------------------------
 
-    @classmethod
-    def component_names(cls) -> list[str]:
-        """The names of all components that a model of this family may have use for here."""
-        others = {key: key.replace("text_encoder", "tokenizer") for key in cls.other_encoders}
-        encoders = cls.clip_encoders | others
-        models = (cls.denoiser_key, *cls.other_denoisers, "vae", *encoders)
-        return [*models, "scheduler", *encoders.values()]
-
-    @property
-    def denoiser(self) -> Any:
-        """The UNet or transformer; where there are several, the one for the most noise."""
-        return self._part(self.denoiser_key)
-
-    @property
-    def denoisers(self) -> dict[str, Any]:
-        """Component name -> denoiser, for every one; all take an adapter. The first is
-        :attr:`denoiser`."""
-        return {self.denoiser_key: self.denoiser} | self._present(self.other_denoisers)
-
-    @property
-    def vae(self) -> Any:
-        """The autoencoder."""
-        return self._part("vae")
-
-    @property
-    def scheduler(self) -> Any:
-        """The pipeline's scheduler; its configuration is read, its state left alone."""
-        return self._part("scheduler")
-
-    @property
-    def text_encoders(self) -> dict[str, nn.Module]:
-        """Component name -> text encoder, for those that may carry an adapter (CLIP only)."""
-        return self._present(tuple(self.clip_encoders))
-
-    @property
-    def all_text_encoders(self) -> dict[str, nn.Module]:
-        """Component name -> text encoder, for every one: all that there is to move or free."""
-        return self._present((*self.clip_encoders, *self.other_encoders))
-
-    @property
-    def unused(self) -> dict[str, nn.Module]:
-        """Component name -> model that is never called here, such as one for sound."""
-        used = {*self.denoisers, "vae", *self.clip_encoders, *self.other_encoders}
-        return {
-            key: part
-            for key, part in self.components.items()
-            if isinstance(part, nn.Module) and key not in used
-        }
-
     def pack(self, latents: Tensor) -> Tensor:
         """Latents as the pipeline and the denoiser hold them, for its argument ``latents=``."""
         return latents
@@ -271,13 +179,6 @@ class Family(ABC):
         """
         # Some pipelines count from the prompt's own answer: 0 is no guidance to them.
         return plain + (scale + 1.0 - self.no_guidance) * (asked - plain)
-
-    def token_dictionaries(self) -> list[TokenDictionary]:
-        """The vocabularies that a new token must join, one for each CLIP text encoder."""
-        return [
-            TokenDictionary(key, self._part(self.clip_encoders[key]), encoder)
-            for key, encoder in self.text_encoders.items()
-        ]
 
     def adapter_targets(self, component: str) -> dict[str, tuple[int, int]]:
         """The attention projections of one component.
@@ -379,16 +280,6 @@ class Family(ABC):
         return class_name(self.denoiser)
 
     @property
-    def _denoiser_dtype(self) -> torch.dtype:
-        """The denoiser's ``dtype``, without diffusers' walk over all modules at every call."""
-        denoiser = self.denoiser
-        stored = next(denoiser.parameters()).dtype
-        seen = self._dtype_seen
-        if seen is None or seen[:2] != (id(denoiser), stored):
-            self._dtype_seen = seen = (id(denoiser), stored, denoiser.dtype)
-        return seen[2]
-
-    @property
     def _vae_factor(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
@@ -399,19 +290,6 @@ class Family(ABC):
     def _as_encoded(self, latents: Tensor) -> Tensor:
         """The inverse of :meth:`_as_latents`."""
         return latents
-
-    def _part(self, key: str) -> Any:
-        part = self.components.get(key)
-        if part is None:
-            raise PipelineError(
-                f"the model has no {key}, which is needed here",
-                where=f"family {self.name}",
-                fix=f"load the pipeline with its {key}, and free it only after its last use",
-            )
-        return part
-
-    def _present(self, keys: tuple[str, ...]) -> dict[str, nn.Module]:
-        return {key: self.components[key] for key in keys if self.components.get(key) is not None}
 
     @property
     def _latent_channels(self) -> int:
@@ -427,22 +305,6 @@ class Family(ABC):
                 fix="use the model that draws from a prompt alone, not a variant for inpainting, "
                 "editing or animating pictures",
             )
-
-
-def uncompiled(component: Any) -> Any:
-    """The module inside torch.compile's wrapper, whose class and module names are the real ones."""
-    return getattr(component, "_orig_mod", component)
-
-
-def class_name(component: Any) -> str:
-    """The class's name; "None" for a missing component."""
-    return "None" if component is None else type(uncompiled(component)).__name__
-
-
-def modules_named(model: Any, pattern: str) -> list[str]:
-    """The full names of a model's modules that match, in the module tree's order."""
-    names = (name for name, _ in uncompiled(model).named_modules())
-    return [name for name in names if re.fullmatch(pattern, name)]
 
 
 def ones_like_batch(t: Tensor) -> Tensor:

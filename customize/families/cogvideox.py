@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from customize.errors import PipelineError
-from customize.families.base import NO_CONFIG, class_name
+from customize.families.components import NO_CONFIG, class_name
 from customize.families.diffusion import DiffusionFamily
 from customize.families.frames import FramedFamily
 from customize.families.prompts import sent, tokenize

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from customize.core import objectives
 from customize.errors import PipelineError
-from customize.families.base import NO_CONFIG, Family, ones_like_batch
+from customize.families.base import Family, ones_like_batch
+from customize.families.components import NO_CONFIG
 
 
 class DiffusionFamily(Family):

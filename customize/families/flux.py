@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from customize.families.base import class_name
+from customize.families.components import class_name
 from customize.families.flow import PackedFamily
 from customize.families.prompts import sent, tokenize
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from customize.families.base import class_name
+from customize.families.components import class_name
 from customize.families.flow import PackedFamily
 from customize.families.patches import PatchedFamily
 from customize.families.prompts import sent, tokenize

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from customize.errors import PipelineError
-from customize.families.base import class_name
+from customize.families.components import class_name
 from customize.families.flow import FlowFamily
 from customize.families.patches import PatchedFamily
 from customize.families.prompts import padded, sent

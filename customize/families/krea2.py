@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from customize.errors import PipelineError
-from customize.families.base import class_name
+from customize.families.components import class_name
 from customize.families.frames import FirstFrameFamily
 from customize.families.prompts import sent, tokenize
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from customize.families.base import NO_CONFIG, class_name
+from customize.families.components import NO_CONFIG, class_name
 from customize.families.prompts import sent, tokenize
 from customize.families.unet import MOTION_UNET, UNetFamily, is_unet
 

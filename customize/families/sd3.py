@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from customize.families.base import class_name
+from customize.families.components import class_name
 from customize.families.flow import FlowFamily
 from customize.families.prompts import sent, tokenize
 

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from customize.families.base import class_name, uncompiled
+from customize.families.components import class_name, uncompiled
 from customize.families.diffusion import DiffusionFamily
 
 #: A UNet with AnimateDiff's motion modules between its layers, and a frame axis.

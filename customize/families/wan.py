@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from customize.families.base import Family, class_name, modules_named
+from customize.families.base import Family
+from customize.families.components import class_name, modules_named
 from customize.families.flow import FlowFamily
 from customize.families.frames import FramedFamily
 from customize.families.prompts import sent, tokenize

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from customize.concepts.layerwise import mentions, wording
 from customize.concepts.tokens import expand
-from customize.families.base import uncompiled
+from customize.families.components import uncompiled
 
 Triggers = dict[str, list[str]]
 

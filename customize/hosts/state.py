@@ -10,7 +10,7 @@ from customize.concepts.adapter import Adapter
 from customize.concepts.concept import Concept
 from customize.errors import PipelineError
 from customize.families import Family
-from customize.families.base import uncompiled
+from customize.families.components import uncompiled
 from customize.hosts.fusing import Originals
 
 _KEY = "_customize"

@@ -18,7 +18,7 @@ from customize.concepts.tokens import (
 )
 from customize.errors import ConceptError, ConfigError
 from customize.families import family_of
-from customize.families.base import TokenDictionary
+from customize.families.components import TokenDictionary
 from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 TRIGGERS = {"<rex>": ["<rex>", "<rex>_1"], "<tom>": ["<tom>", "<tom>_1", "<tom>_2"]}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from customize.concepts.concept import Concept
 from customize.families import family_of
-from customize.families.base import NO_CONFIG
+from customize.families.components import NO_CONFIG
 from customize.training.config import TrainConfig
 
 #: A run of 12 steps takes about half a second.

@@ -1,0 +1,155 @@
+"""The parts of a pipeline that a family works with, by their names in ``pipe.components``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from customize.errors import PipelineError
+
+#: The configuration of a pipeline with none.
+NO_CONFIG: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDictionary:
+    """One vocabulary that new tokens can join.
+
+    Attributes:
+        key: the component name of the text encoder.
+        tokenizer: its tokenizer.
+        text_encoder: the model whose ``get_input_embeddings()`` is the (tokens, width) table.
+    """
+
+    key: str
+    tokenizer: Any
+    text_encoder: nn.Module
+
+
+class Components:
+    """The components of one model, and which of them is what.
+
+    It holds the components that it was given, not copies. Parts that have been freed may be
+    missing or None: whatever doesn't need them goes on working.
+
+    Attributes:
+        pipeline_config: what ``pipe.config`` says, in which some pipelines keep facts on the model:
+            whether it was distilled, or which layers of its LLM it reads.
+    """
+
+    name: ClassVar[str]
+    denoiser_key: ClassVar[str]
+    #: Component names of further denoisers, where each answers for a part of the noise levels.
+    other_denoisers: ClassVar[tuple[str, ...]] = ()
+    #: Component names of the CLIP text encoders, and each one's tokenizer.
+    clip_encoders: ClassVar[dict[str, str]]
+    #: Component names of text encoders that take neither adapters nor new tokens.
+    other_encoders: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self, components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
+    ) -> None:
+        self.components = dict(components)
+        self.pipeline_config = pipeline_config
+        self._dtype_seen: tuple[int, torch.dtype, torch.dtype] | None = None
+
+    @classmethod
+    def component_names(cls) -> list[str]:
+        """The names of all components that a model of this family may have use for here."""
+        others = {key: key.replace("text_encoder", "tokenizer") for key in cls.other_encoders}
+        encoders = cls.clip_encoders | others
+        models = (cls.denoiser_key, *cls.other_denoisers, "vae", *encoders)
+        return [*models, "scheduler", *encoders.values()]
+
+    @property
+    def denoiser(self) -> Any:
+        """The UNet or transformer; where there are several, the one for the most noise."""
+        return self._part(self.denoiser_key)
+
+    @property
+    def denoisers(self) -> dict[str, Any]:
+        """Component name -> denoiser, for every one; all take an adapter. The first is
+        :attr:`denoiser`."""
+        return {self.denoiser_key: self.denoiser} | self._present(self.other_denoisers)
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder."""
+        return self._part("vae")
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler; its configuration is read, its state left alone."""
+        return self._part("scheduler")
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Component name -> text encoder, for those that may carry an adapter (CLIP only)."""
+        return self._present(tuple(self.clip_encoders))
+
+    @property
+    def all_text_encoders(self) -> dict[str, nn.Module]:
+        """Component name -> text encoder, for every one: all that there is to move or free."""
+        return self._present((*self.clip_encoders, *self.other_encoders))
+
+    @property
+    def unused(self) -> dict[str, nn.Module]:
+        """Component name -> model that is never called here, such as one for sound."""
+        used = {*self.denoisers, "vae", *self.clip_encoders, *self.other_encoders}
+        return {
+            key: part
+            for key, part in self.components.items()
+            if isinstance(part, nn.Module) and key not in used
+        }
+
+    def token_dictionaries(self) -> list[TokenDictionary]:
+        """The vocabularies that a new token must join, one for each CLIP text encoder."""
+        return [
+            TokenDictionary(key, self._part(self.clip_encoders[key]), encoder)
+            for key, encoder in self.text_encoders.items()
+        ]
+
+    @property
+    def _denoiser_dtype(self) -> torch.dtype:
+        """The denoiser's ``dtype``, without diffusers' walk over all modules at every call."""
+        denoiser = self.denoiser
+        stored = next(denoiser.parameters()).dtype
+        seen = self._dtype_seen
+        if seen is None or seen[:2] != (id(denoiser), stored):
+            self._dtype_seen = seen = (id(denoiser), stored, denoiser.dtype)
+        return seen[2]
+
+    def _part(self, key: str) -> Any:
+        part = self.components.get(key)
+        if part is None:
+            raise PipelineError(
+                f"the model has no {key}, which is needed here",
+                where=f"family {self.name}",
+                fix=f"load the pipeline with its {key}, and free it only after its last use",
+            )
+        return part
+
+    def _present(self, keys: tuple[str, ...]) -> dict[str, nn.Module]:
+        return {key: self.components[key] for key in keys if self.components.get(key) is not None}
+
+
+def uncompiled(component: Any) -> Any:
+    """The module inside torch.compile's wrapper, whose class and module names are the real ones."""
+    return getattr(component, "_orig_mod", component)
+
+
+def class_name(component: Any) -> str:
+    """The class's name; "None" for a missing component."""
+    return "None" if component is None else type(uncompiled(component)).__name__
+
+
+def modules_named(model: Any, pattern: str) -> list[str]:
+    """The full names of a model's modules that match, in the module tree's order."""
+    names = (name for name, _ in uncompiled(model).named_modules())
+    return [name for name in names if re.fullmatch(pattern, name)]

@@ -54,11 +54,13 @@ def _wan_transformer() -> WanTransformer3DModel:
     )
 
 
-def tiny_wan(model: Literal["2.1", "2.2-5b", "2.2-14b"] = "2.1") -> WanPipeline:
+def tiny_wan(
+    model: Literal["2.1", "2.2-5b", "2.2-14b"] = "2.1", boundary_ratio: float | None = 0.875
+) -> WanPipeline:
     """Wan with a transformer of width 32 and a UMT5 of 16.
 
     Like Wan 2.2 5B it has a time for each token, and here a scheduler of another kind; like Wan 2.2
-    14B a second transformer.
+    14B a second transformer, which follows the first below `boundary_ratio`.
     """
     tokenizer = t5_tokenizer()
     with torch.random.fork_rng(devices=()):
@@ -98,7 +100,7 @@ def tiny_wan(model: Literal["2.1", "2.2-5b", "2.2-14b"] = "2.1") -> WanPipeline:
         scheduler=scheduler,
         transformer=transformer.eval(),
         transformer_2=transformer_2,
-        boundary_ratio=0.875 if transformer_2 else None,
+        boundary_ratio=boundary_ratio if transformer_2 else None,
         expand_timesteps=model == "2.2-5b",
     )
     pipe.set_progress_bar_config(disable=True)

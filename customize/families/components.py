@@ -40,7 +40,8 @@ class Components:
 
     Attributes:
         pipeline_config: what ``pipe.config`` says, in which some pipelines keep facts on the model:
-            whether it was distilled, or which layers of its LLM it reads.
+            whether it was distilled, which layers of its LLM it reads, or at which level of noise
+            one denoiser follows another.
     """
 
     name: ClassVar[str]

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from customize.errors import PipelineError
 from customize.families.base import Family
 from customize.families.components import class_name, modules_named
 from customize.families.flow import FlowFamily
@@ -24,9 +25,6 @@ from customize.families.prompts import sent, tokenize
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
-#: The share of noise from which Wan 2.2 14B uses its first transformer. The pipeline has it in its
-#: own configuration (``boundary_ratio``), not in a component; this is what the model was made with.
-BOUNDARY_RATIO = 0.875
 
 
 class Wan(FramedFamily, FlowFamily):
@@ -58,6 +56,16 @@ class Wan(FramedFamily, FlowFamily):
         # The denoiser has no mask: it was trained with zeros behind the prompt.
         return {"prompt_embeds": states.masked_fill(mask[..., None] == 0, 0.0).to(encoder.dtype)}
 
+    def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
+        """As :meth:`FlowFamily.timesteps`.
+
+        Raises:
+            PipelineError: also where it isn't told which levels are whose, since both would be
+                trained on wrong ones.
+        """
+        self._boundary()
+        return super().timesteps(u, shape)
+
     def predict(
         self,
         noisy: Tensor,
@@ -77,11 +85,29 @@ class Wan(FramedFamily, FlowFamily):
     def _asked(self, t: Tensor) -> list[Any]:
         """The denoiser of each sample. Of two, the choice is the one thing here that waits for
         the device."""
-        second = self.components.get("transformer_2")
-        if second is None:
+        boundary, second = self._boundary(), self.components.get("transformer_2")
+        if boundary is None:
             return [self.denoiser] * len(t)
-        much = (t >= BOUNDARY_RATIO * self._train_timesteps).tolist()
+        much = (t >= boundary * self._train_timesteps).tolist()
         return [self.denoiser if noise else second for noise in much]
+
+    def _boundary(self) -> float | None:
+        """The share of noise from which of two transformers the first is called; None of one.
+
+        Raises:
+            PipelineError: the pipeline's configuration has none.
+        """
+        if self.components.get("transformer_2") is None:
+            return None
+        ratio = self.pipeline_config.get("boundary_ratio")
+        if ratio is None:
+            raise PipelineError(
+                "the pipeline has two transformers and no boundary_ratio in its configuration, the "
+                "level of noise at which one follows the other",
+                where="boundary_ratio",
+                fix="give pipe.config along with pipe.components, of the model's own pipeline",
+            )
+        return float(ratio)
 
     def _answer(self, denoiser: Any, noisy: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         dtype = self._denoiser_dtype

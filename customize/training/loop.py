@@ -58,8 +58,8 @@ def train(
         on_step: called after each step with its number, from 1, and its loss, a scalar on the
             device; reading the loss waits for the device.
         pipeline_config: with components, what their pipeline keeps beside them (``pipe.config``);
-            families that read it are klein's ``flux2``, ``krea2`` and ``qwen_image_21``. None: the
-            pipeline's defaults.
+            families that read it are klein's ``flux2``, ``krea2``, ``qwen_image_21`` and ``wan``
+            with two transformers. None: the pipeline's defaults.
 
     Raises:
         ConfigError, DataError: a setting or a picture is unusable.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from customize.concepts.concept import Concept
 from customize.core.objectives import FLOW_DENSITIES
-from customize.errors import ConceptError
+from customize.errors import ConceptError, PipelineError
 from customize.families import family_of
 from customize.families.wan import MAX_SEQUENCE_LENGTH, Wan
 from customize.hosts.binding import load_custom, unload_custom
@@ -97,10 +97,12 @@ def test_a_concept_is_in_every_frame_of_a_video() -> None:
 
 
 @torch.no_grad()
-def test_each_sample_goes_to_the_transformer_of_its_noise() -> None:
-    family = family_of(tiny_wan("2.2-14b").components)
+@pytest.mark.parametrize("ratio", [0.875, 0.5])
+def test_each_sample_goes_to_the_transformer_of_its_noise(ratio: float) -> None:
+    pipe = tiny_wan("2.2-14b", boundary_ratio=ratio)
+    family = family_of(pipe.components, pipe.config)
     noisy = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([875.0, 874.0, 999.0])
+    t = 1000 * torch.tensor([ratio, ratio - 0.001, 0.999])
     conditions = family.encode_prompts(["a dog", "a cat", "a cup"])
     both = family.predict(noisy, t, conditions)
     for row, key in enumerate(("transformer", "transformer_2", "transformer")):
@@ -112,21 +114,49 @@ def test_each_sample_goes_to_the_transformer_of_its_noise() -> None:
         torch.testing.assert_close(both[row : row + 1], expected)
 
 
-@pytest.mark.parametrize(("u", "learns"), [(0.05, "transformer_2"), (0.95, "transformer")])
+# Shifted by 3, the level of 0.3 is 0.56.
+@pytest.mark.parametrize(
+    ("u", "ratio", "learns"),
+    [
+        (0.05, 0.875, "transformer_2"),
+        (0.3, 0.875, "transformer_2"),
+        (0.3, 0.5, "transformer"),
+        (0.95, 0.875, "transformer"),
+    ],
+)
 def test_each_transformer_learns_on_its_own_levels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, u: float, learns: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, u: float, ratio: float, learns: str
 ) -> None:
     monkeypatch.setitem(FLOW_DENSITIES, "uniform", lambda count, generator: torch.full((count,), u))
-    pipe = tiny_wan("2.2-14b")
+    pipe = tiny_wan("2.2-14b", boundary_ratio=ratio)
     config = settings(tmp_path, steps=2, density="uniform", checkpoint_every=1, keep_checkpoints=2)
     before = snapshot(pipe.components)
-    learned = train(config, pipe.components, progress=False)
+    learned = train(config, pipe.components, progress=False, pipeline_config=pipe.config)
     assert_unchanged(before, pipe.components)
     assert list(learned.products) == ["transformer", "transformer_2"]
     for component, updates in learned.products.items():
         moved = [bool(update.up.any()) for update in updates.values()]
         assert all(moved) if component == learns else not any(moved), component
     assert Concept.load(config.output).info.fingerprint["widths"].keys() == learned.products.keys()
+
+
+def test_two_transformers_without_a_boundary_are_not_trained_but_take_concepts(
+    tmp_path: Path,
+) -> None:
+    pipe = tiny_wan("2.2-14b", boundary_ratio=None)
+    config = settings(tmp_path, steps=1)
+    before = snapshot(pipe.components)
+    for given in ({}, {"pipeline_config": pipe.config}):
+        with pytest.raises(PipelineError, match=r"boundary_ratio.*Do: give pipe\.config"):
+            train(config, pipe.components, progress=False, **given)
+    assert_unchanged(before, pipe.components)
+    assert not (config.output / "concept.json").exists()
+
+    bare = video(pipe)
+    load_custom(pipe, concept(pipe))
+    assert np.abs(video(pipe) - bare).max() > 1e-3
+    unload_custom(pipe)
+    assert np.array_equal(video(pipe), bare)
 
 
 def test_a_concept_of_one_transformer_is_refused_by_two() -> None:

@@ -87,13 +87,13 @@ def _read_second(path: Path, info: ConceptInfo) -> dict[str, dict[str, LowRank]]
     names = {first: second for second, first in SECOND.items()}
     tensors, metadata = _read_tensors(path)
     products = _unpacked(tensors, info, metadata, path)
-    for component in products:
-        if component not in names:
-            raise ConceptError(
-                f"updates of {component} are in the file of a second denoiser",
-                where=path,
-                fix=_ANEW,
-            )
+    others = sorted(products.keys() - names.keys())
+    if others:
+        raise ConceptError(
+            f"updates of {', '.join(others)} are in the file of a second denoiser",
+            where=path,
+            fix=_ANEW,
+        )
     return {names[component]: updates for component, updates in products.items()}
 
 

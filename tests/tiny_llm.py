@@ -5,6 +5,7 @@ Qwen-Image 2.1 has pictures of 32 x 32 in latents of 4 x 2 x 2, FLUX.2 in 16 x 8
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -189,12 +190,12 @@ def _qwen3_vl(vocabulary: int, layers: int) -> Qwen3VLConfig:
     )
 
 
-def tiny_krea2(distilled: bool = False) -> Krea2Pipeline:
-    """Krea 2 with a transformer of width 32 that reads two layers of an LLM of 16."""
+def tiny_krea2(distilled: bool = False, layers: Sequence[int] = (1, 2)) -> Krea2Pipeline:
+    """Krea 2 with a transformer of width 32 that reads these layers of an LLM of 16."""
     tokenizer = qwen_tokenizer()
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        text_encoder = Qwen3VLModel(_qwen3_vl(len(tokenizer), 3))
+        text_encoder = Qwen3VLModel(_qwen3_vl(len(tokenizer), max(layers) + 1))
         vae = AutoencoderKLQwenImage(
             base_dim=8,
             z_dim=4,
@@ -213,7 +214,7 @@ def tiny_krea2(distilled: bool = False) -> Krea2Pipeline:
             intermediate_size=64,
             timestep_embed_dim=32,
             text_hidden_dim=16,
-            num_text_layers=2,
+            num_text_layers=len(layers),
             text_num_attention_heads=2,
             text_num_key_value_heads=2,
             text_intermediate_size=32,
@@ -231,7 +232,7 @@ def tiny_krea2(distilled: bool = False) -> Krea2Pipeline:
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
-        text_encoder_select_layers=(1, 2),
+        text_encoder_select_layers=tuple(layers),
         is_distilled=distilled,
     )
     pipe.set_progress_bar_config(disable=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -75,10 +76,11 @@ def draw(pipe: Any, prompt: str = PROMPT) -> np.ndarray:
     return drawn(pipe, prompt, generator=noise, **call)[0]
 
 
-def modular(pipe: Any, **given: Any) -> Any:
+def modular(pipe: Any, without: Sequence[str] = (), **given: Any) -> Any:
     """A modular pipeline of the same parts as a standard, or another modular, one.
 
     Args:
+        without: names of blocks to leave out.
         given: for ``init_pipeline``.
     """
     if isinstance(pipe, diffusers.ModularPipeline):
@@ -87,6 +89,8 @@ def modular(pipe: Any, **given: Any) -> Any:
         name = _get_model(type(pipe).__name__)
         kind = getattr(diffusers, MODULAR_PIPELINE_MAPPING[name](dict(pipe.config)))
         blocks = getattr(diffusers, kind.default_blocks_name)()
+    for name in without:
+        blocks.sub_blocks.pop(name)
     made = blocks.init_pipeline(**given)
     parts = {key: part for key, part in pipe.components.items() if part is not None}
     made.update_components(**{key: parts[key] for key in parts if key in made.components})

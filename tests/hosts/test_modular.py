@@ -16,8 +16,19 @@ from diffusers.modular_pipelines.components_manager import custom_offload_with_h
 from customize.errors import ConceptError, PipelineError
 from customize.families import family_of
 from customize.hosts import change as hosts_change
+from customize.hosts.state import parts_of
 from tests.hosts.making import assert_same, concept, everything, modular
-from tests.tiny import tiny_flux, tiny_flux3, tiny_qwen_image, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.tiny import (
+    drawn,
+    tiny_flux,
+    tiny_flux3,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_z_image,
+)
+from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
+from tests.tiny_video import tiny_wan
 
 PROMPT = "a photo of <rex> and <tom> on the beach"
 SCALE = 4.0
@@ -46,13 +57,28 @@ CASES = {
     ),
     # Its guidance is an input of the model, and the same either way.
     "flux": Case(tiny_flux, {}, {}),
+    # diffusers' two pipelines differ in a line break of the system's message.
+    "flux2-dev": Case(tiny_flux2, None, None),
+    "flux2-klein": Case(tiny_flux2_klein, {"guidance_scale": 1.0}, {"guidance_scale": SCALE}),
     "flux3": Case(tiny_flux3, None, None),
     "qwen_image": Case(
         tiny_qwen_image,
         {"true_cfg_scale": 1.0},
         {"true_cfg_scale": SCALE, "negative_prompt": ""},
     ),
+    "qwen_image_21": Case(
+        tiny_qwen_image_21,
+        {"true_cfg_scale": 1.0},
+        {"true_cfg_scale": SCALE, "negative_prompt": ""},
+    ),
     "z_image": Case(tiny_z_image, {"guidance_scale": 0.0}, {"guidance_scale": SCALE}, True),
+    # The modular one always reads the layers of the published model.
+    "krea2": Case(
+        lambda: tiny_krea2(layers=range(2, 36, 3)),
+        {"guidance_scale": 0.0},
+        {"guidance_scale": SCALE},
+        True,
+    ),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 PAIRS = {name: case for name, case in CASES.items() if case.plain is not None}
@@ -71,12 +97,10 @@ def guided(pipe: Any, case: Case, scale: float | None) -> Any:
     return pipe
 
 
-def draw(pipe: Any, prompt: str = PROMPT, **extra: Any) -> np.ndarray:
+def draw(pipe: Any, prompt: str | None = PROMPT, **extra: Any) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
     call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32, **extra}
-    if isinstance(pipe, diffusers.ModularPipeline):
-        return pipe(prompt=prompt, generator=noise, output="images", **call)[0]
-    return pipe(prompt, generator=noise, **call).images[0]
+    return drawn(pipe, prompt, generator=noise, **call)[0]
 
 
 @pairs
@@ -171,12 +195,20 @@ def test_both_hosts_of_the_same_parts_share_their_concepts(
 @pairs
 def test_a_pipeline_that_shares_some_parts_only_is_refused(case: Case) -> None:
     standard = case.make()
-    key = family_of(standard.components).denoiser_key
+    family = family_of(standard.components)
+    key = family.denoiser_key
     other = modular(standard)
     other.update_components(**{key: getattr(case.make(), key)})
     before = everything(other)
     standard.load_custom(concept(standard))
     attached = everything(standard)
+    if parts_of(family).keys() == {key}:  # so that they share nothing that concepts change
+        other.load_custom(concept(standard, "tom", index=1))
+        assert [row.name for row in standard.custom.rows] == ["rex"]
+        assert_same(attached, everything(standard))
+        other.unload_custom()
+        assert_same(before, everything(other))
+        return
     with pytest.raises(PipelineError, match=rf"attached through another pipeline.*its {key}.*Do: "):
         other.load_custom(concept(standard, "tom", index=1))
     assert other.custom.rows == ()
@@ -184,6 +216,34 @@ def test_a_pipeline_that_shares_some_parts_only_is_refused(case: Case) -> None:
     standard.unload_custom()
     assert_same(before, everything(other))
     other.load_custom(concept(standard, "tom", index=1))
+
+
+@modes
+@pytest.mark.parametrize("model", ["2.1", "2.2-14b"])
+def test_wan_from_the_prompts_states_on(model: Any, fuse: bool) -> None:
+    # diffusers' step that encodes Wan's prompts asks for ftfy, and for guidance.
+    standard = tiny_wan(model)
+    pipe = modular(standard, without=("text_encoder",))
+    for name in ("guider", "guider_2"):
+        if name in pipe.components:
+            pipe.update_components(**{name: ClassifierFreeGuidance(enabled=False)})
+    with torch.no_grad():
+        states = family_of(standard.components, standard.config).encode_prompts([PROMPT])
+    prompt = states | {"negative_prompt_embeds": torch.zeros_like(states["prompt_embeds"])}
+
+    def both() -> np.ndarray:
+        picture = draw(pipe, None, **prompt)
+        assert np.array_equal(picture, draw(standard, None, **prompt, guidance_scale=1.0))
+        return picture
+
+    bare = both()
+    before = everything(standard)
+    pipe.load_custom(concept(standard), fuse=fuse)
+    assert standard.custom.rows == pipe.custom.rows
+    assert np.abs(both() - bare).max() > 1e-3
+    pipe.unload_custom()
+    assert_same(before, everything(standard))
+    assert np.array_equal(both(), bare)
 
 
 @cases

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from customize.concepts.concept import Concept
+    from customize.concepts.formats.lora import Adaptation
 
 
 def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
@@ -84,7 +85,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
     return "\n".join(head + body)
 
 
-def stock_tokens(concept: Concept, file: str) -> list[str]:
+def stock_tokens(concept: Adaptation, file: str) -> list[str]:
     """The Python lines by which stock diffusers reads a concept's tokens from a file in FOLDER."""
     info = concept.info
     if not concept.embeddings:
@@ -106,10 +107,10 @@ def stock_tokens(concept: Concept, file: str) -> list[str]:
     ]
 
 
-def stock_subject(concept: Concept) -> str:
+def stock_subject(concept: Adaptation) -> str:
     """What a prompt for stock diffusers calls the concept."""
     unread = bool(concept.embeddings) and not _stock_reads_tokens(concept)
-    return f"a {concept.info.class_word}" if unread else concept.info.trigger
+    return f"a {concept.info.class_word}" if unread else concept.info.words
 
 
 def imports(tokens: Sequence[str]) -> list[str]:
@@ -124,5 +125,5 @@ def _plain(value: str) -> str:
     return value
 
 
-def _stock_reads_tokens(concept: Concept) -> bool:
+def _stock_reads_tokens(concept: Adaptation) -> bool:
     return len(concept.embeddings) == 1 or concept.info.family == "sdxl"

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from customize.concepts import card
+from customize.concepts.adapter import fit
 from customize.concepts.concept import Concept
 from customize.concepts.files import (
     check_writable,
@@ -22,12 +23,16 @@ from customize.concepts.files import (
     sync_folder,
     write_file,
 )
+from customize.concepts.formats.kohya import factors, kohya_header, kohya_tensors
+from customize.concepts.formats.lora import Adaptation
 from customize.concepts.layout import CARD_FILE, LORA_FILE, embedding_tensors
 from customize.concepts.merge import check_together, merge
 from customize.core.lowrank import LowRank, distance, norm, truncate
 from customize.errors import ConceptError, ConfigError, StorageError
+from customize.families import Family, published_families
 
 MERGED_FILE = "merged.json"
+EMBEDS_FOLDER = "embeddings"
 
 Products = Mapping[str, Mapping[str, LowRank]]
 
@@ -48,12 +53,14 @@ class Merged:
 
 
 def write_merged(
-    concepts: Sequence[Concept],
+    concepts: Sequence[Adaptation],
     weights: Sequence[float],
     folder: str | Path,
     *,
     method: str = "sum",
     rank: int | None = None,
+    layout: str = "diffusers",
+    family: Family | None = None,
 ) -> Merged:
     """Write the weighted merge of concepts as one LoRA, and the tokens of each.
 
@@ -62,14 +69,22 @@ def write_merged(
     ``pipe.load_textual_inversion`` (the mean, where each cross-attention layer has its own),
     ``merged.json`` and ``README.md``. It is written whole or not at all.
 
+    By kohya's keys the LoRA is ``<folder>.safetensors``, with ranks that may differ between
+    layers, and the tokens are ``embeddings/<name>.safetensors``, since ComfyUI and the web UIs
+    call a token by its file's name. They are not bundled into the LoRA: only some of the web UIs
+    read ``bundle_emb`` keys, and neither ComfyUI nor diffusers does.
+
     Args:
         method: a name in :data:`customize.core.lowrank.MERGES`.
         rank: the most that any layer may have; None: exact, ranks add up.
+        layout: one of :data:`customize.concepts.layout.LAYOUTS`.
+        family: a model with these layers, for what the products alone do not say; None for the
+            published one that has them.
 
     Raises:
         ConceptError, ConfigError: see :func:`customize.concepts.merge.merge`; or two concepts
             have one trigger; or the rank is below 1; or a weight is so large that the sum is
-            not finite.
+            not finite; or there is no published model with these layers, where one is needed.
         StorageError: the folder holds anything else than just this, or cannot be written.
     """
     folder = Path(folder)
@@ -77,7 +92,7 @@ def write_merged(
     triggers: dict[str, str] = {}
     for concept in concepts:
         info = concept.info
-        if info.trigger in triggers:
+        if info.trigger and info.trigger in triggers:
             raise ConceptError(
                 f"the concepts {triggers[info.trigger]} and {info.name} have the same trigger "
                 f"{info.trigger}",
@@ -95,14 +110,8 @@ def write_merged(
     # Sorted, because the order of a file's tensors differs from one reading to the next, and the
     # same merge must give the same bytes.
     ranks = {c: max(p.rank for p in products[c].values()) for c in sorted(products)}
-    tensors = {}
-    for component, own in products.items():
-        for module, update in own.items():
-            up, down = _filled(update, ranks[component])
-            tensors[f"{component}.{module}.lora_A.weight"] = down
-            tensors[f"{component}.{module}.lora_B.weight"] = up
     facts = {
-        "base": concepts[0].info.base,
+        "base": _base(concepts),
         "family": concepts[0].info.family,
         "method": method,
         "rank": ranks,
@@ -110,21 +119,83 @@ def write_merged(
         "concepts": [
             {
                 "name": concept.info.name,
-                "trigger": concept.info.trigger,
+                "trigger": concept.info.words,
                 "class_word": concept.info.class_word,
                 "weight": weight,
             }
             for concept, weight in zip(concepts, weights, strict=True)
         ],
     }
-    files = {LORA_FILE: safetensors_bytes(tensors, {})}
-    for concept in concepts:
-        if concept.embeddings:
-            files[_embeds_file(concept)] = safetensors_bytes(embedding_tensors(concept), {})
+    if layout == "kohya":
+        published = family or _published(concepts[0].info.family, products)
+        files = _kohya_files(concepts, products, published, folder.name, json.dumps(facts))
+        text = _kohya_card(concepts, weights, method, folder.name)
+    else:
+        # Only LoRAs from elsewhere have convolutions, whose kernels the products do not show.
+        elsewhere = any(not concept.info.fingerprint for concept in concepts)
+        model = family or (_published(concepts[0].info.family, products) if elsewhere else None)
+        files = {LORA_FILE: safetensors_bytes(_diffusers_tensors(products, ranks, model), {})}
+        for concept in concepts:
+            if concept.embeddings:
+                files[_embeds_file(concept)] = safetensors_bytes(embedding_tensors(concept), {})
+        text = _card(concepts, weights, method)
     files[MERGED_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
-    files[CARD_FILE] = _card(concepts, weights, method).encode()
+    files[CARD_FILE] = text.encode()
     _write(folder, files)
     return Merged(folder, ranks, error)
+
+
+def _diffusers_tensors(
+    products: Products, ranks: Mapping[str, int], family: Family | None
+) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for component, own in products.items():
+        shapes = family.weight_shapes(component) if family is not None else {}
+        for module, update in own.items():
+            filled = _filled(update, ranks[component])
+            shape = shapes.get(module, shapes.get(module.removeprefix("text_model."), update.shape))
+            down, up = factors(LowRank(*filled), shape)
+            tensors[f"{component}.{module}.lora_A.weight"] = down
+            tensors[f"{component}.{module}.lora_B.weight"] = up
+    return tensors
+
+
+def _kohya_files(
+    concepts: Sequence[Adaptation], products: Products, family: Family, title: str, facts: str
+) -> dict[str, bytes]:
+    tensors = kohya_tensors(products, family)
+    words = {c.info.name: c.info.name if c.embeddings else c.info.words for c in concepts}
+    dates = [c.info.created for c in concepts if isinstance(c, Concept)]
+    header = kohya_header(
+        tensors, family, title=title, words=words, date=max(dates, default=""), facts=facts
+    )
+    files = {f"{title}.safetensors": safetensors_bytes(tensors, header)}
+    for concept in concepts:
+        if concept.embeddings:
+            data = safetensors_bytes(embedding_tensors(concept), {})
+            files[f"{EMBEDS_FOLDER}/{concept.info.name}.safetensors"] = data
+    return files
+
+
+def _published(name: str, products: Products) -> Family:
+    """The published model that has these layers in these shapes.
+
+    Raises:
+        ConceptError: there is none.
+    """
+    for family in published_families():
+        if family.name == name:
+            try:
+                fit(products, family)
+            except ConceptError:
+                continue
+            return family
+    raise ConceptError(
+        f"no published model of family {name} has layers of these names and sizes, so what other "
+        "programs call them is not known",
+        fix="give write_merged(..., family=family_of(pipe.components)) a pipeline's, or write "
+        "concepts of our own by diffusers' keys",
+    )
 
 
 def check_new(folder: Path) -> None:
@@ -149,6 +220,7 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         partial.mkdir(parents=True)
         for name, data in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
             write_file(partial / name, data)
         if folder.is_dir():
             folder.rmdir()
@@ -163,7 +235,9 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
     """Whether just these files are there already, as after the same merge before."""
     try:
-        found = {path.name for path in folder.iterdir()}
+        found = {
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        }
         return found == set(files) and all((folder / n).read_bytes() == files[n] for n in files)
     except OSError:
         return False
@@ -194,36 +268,66 @@ def _relative_error(exact: Products, near: Products) -> float:
     return math.sqrt(sum(distance(p, q) ** 2 for p, q in pairs)) / whole if whole else 0.0
 
 
-def _embeds_file(concept: Concept) -> str:
+def _embeds_file(concept: Adaptation) -> str:
     return f"learned_embeds_{concept.info.name}.safetensors"
 
 
-def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) -> str:
+def _card_head(
+    concepts: Sequence[Adaptation], weights: Sequence[float], method: str, library: str
+) -> list[str]:
     infos = [concept.info for concept in concepts]
-    subjects = [card.stock_subject(concept) for concept in concepts]
-    base = json.dumps(infos[0].base)
     rows = [
-        f"| {info.name} | `{info.trigger}` | {info.class_word.replace('|', '/')} | {weight:g} |"
+        f"| {info.name} | {f'`{info.words}`' if info.words else ''} "
+        f"| {info.class_word.replace('|', '/')} | {weight:g} |"
         for info, weight in zip(infos, weights, strict=True)
     ]
+    return [
+        "---",
+        f"base_model: {json.dumps(_base(concepts))}",
+        f"library_name: {library}",
+        "tags: [text-to-image, lora, textual-inversion, diffusers-customize]",
+        "---",
+        f"# {' + '.join(info.name for info in infos)}",
+        "",
+        f"Concepts that were learned apart, merged by {method} into one ordinary LoRA.",
+        "",
+        "| Concept | Trigger | What it is | Weight |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def _base(concepts: Sequence[Adaptation]) -> str:
+    """That of our own concepts, whose base is one to load; else what a LoRA's file says."""
+    ours = [concept.info.base for concept in concepts if isinstance(concept, Concept)]
+    return (ours or [concept.info.base for concept in concepts])[0]
+
+
+def _kohya_card(
+    concepts: Sequence[Adaptation], weights: Sequence[float], method: str, title: str
+) -> str:
+    with_tokens = [concept.info.name for concept in concepts if concept.embeddings]
+    tokens = [
+        f"- `{EMBEDS_FOLDER}/`: its files go where the program keeps textual inversion embeddings. "
+        f"A prompt then says `{name}` in the web UIs, and `embedding:{name}` in ComfyUI."
+        for name in with_tokens[:1]
+    ]
+    head = _card_head(concepts, weights, method, "kohya")
+    lora = f"- `{title}.safetensors`: goes where the program keeps LoRAs. Load it at strength 1."
+    return "\n".join([*head, lora, *tokens, ""])
+
+
+def _card(concepts: Sequence[Adaptation], weights: Sequence[float], method: str) -> str:
+    subjects = [card.stock_subject(concept) for concept in concepts]
+    base = json.dumps(_base(concepts))
     loading = [
         line for concept in concepts for line in card.stock_tokens(concept, _embeds_file(concept))
     ]
+    prompt = "a photo of " + " and ".join(subject for subject in subjects if subject)
     return "\n".join(
         [
-            "---",
-            f"base_model: {base}",
-            "library_name: diffusers",
-            "tags: [text-to-image, lora, textual-inversion, diffusers-customize]",
-            "---",
-            f"# {' + '.join(info.name for info in infos)}",
-            "",
-            f"Concepts that were learned apart, merged by {method} into one ordinary LoRA.",
-            "",
-            "| Concept | Trigger | What it is | Weight |",
-            "|---|---|---|---|",
-            *rows,
-            "",
+            *_card_head(concepts, weights, method, "diffusers"),
             "```python",
             *card.imports(loading),
             "from diffusers import DiffusionPipeline",
@@ -231,7 +335,7 @@ def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) ->
             f"pipe = DiffusionPipeline.from_pretrained({base})",
             'pipe.load_lora_weights("FOLDER")',
             *loading,
-            f"pipe({json.dumps('a photo of ' + ' and '.join(subjects))}).images[0]",
+            f"pipe({json.dumps(prompt)}).images[0]",
             "```",
             "",
         ]

@@ -157,13 +157,19 @@ def write_single(concept: Concept, path: str | Path) -> Path:
     return path
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file, of tensors on any device that may share memory."""
+def safetensors_bytes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], format: str | None = "pt"
+) -> bytes:
+    """The content of a safetensors file, of tensors on any device that may share memory.
+
+    Args:
+        format: what the header says of the tensors' library; None for nothing.
+    """
     from safetensors.torch import save
 
     # Clones, because tensors that share memory (a slice used in many layers) are refused there.
     own = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-    return save(own, {"format": "pt", **metadata})
+    return save(own, ({"format": format} if format else {}) | dict(metadata))
 
 
 def check_folder(folder: Path, name: str) -> None:

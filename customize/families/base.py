@@ -8,6 +8,7 @@ as the denoiser takes them.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from customize.errors import ConfigError, PipelineError
+from customize.families.originals import Rows
 
 # transformers has the CLIP layers below `text_model` or, in newer versions of CLIPTextModel, not.
 _CLIP_PROJECTIONS = re.compile(
     r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 )
+
+_INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +61,8 @@ class Family(ABC):
     clip_encoders: ClassVar[dict[str, str]]
     #: The guidance scale at which the pipeline leaves out the empty prompt.
     no_guidance: ClassVar[float] = 1.0
+    #: Whether kohya's files call the denoiser's layers as those do who made the model.
+    kohya_uses_original_names: ClassVar[bool] = True
     #: Component names of text encoders that take neither adapters nor new tokens.
     other_encoders: ClassVar[tuple[str, ...]] = ()
 
@@ -70,6 +76,15 @@ class Family(ABC):
     @abstractmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         """Whether these components are a model of this family, by class names and configs."""
+
+    @classmethod
+    @abstractmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        """The denoiser and CLIP text encoders of each size that was published.
+
+        Made anew, without weights when called within ``torch.device("meta")``; for their layers'
+        names and shapes.
+        """
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -242,20 +257,56 @@ class Family(ABC):
             ConfigError: the component takes no adapter.
             PipelineError: it has been freed.
         """
-        if component == self.denoiser_key:
-            pattern = self.attention_projections
-        elif component in self.clip_encoders:
-            pattern = _CLIP_PROJECTIONS
-        else:
+        of_denoiser = component == self.denoiser_key
+        pattern = self.attention_projections if of_denoiser else _CLIP_PROJECTIONS
+        return {
+            name: shape for name, shape in self.layers(component).items() if pattern.fullmatch(name)
+        }
+
+    def layers(self, component: str) -> dict[str, tuple[int, int]]:
+        """All linear layers and convolutions of one component: what an adapter can change.
+
+        Args, order and errors as :meth:`adapter_targets`.
+
+        Returns:
+            module name within the component -> (out, in); of a convolution, ``in`` counts its
+            kernel: input channels * height * width.
+        """
+        shapes = self.weight_shapes(component)
+        return {name: (shape[0], math.prod(shape[1:])) for name, shape in shapes.items()}
+
+    def weight_shapes(self, component: str) -> dict[str, tuple[int, ...]]:
+        """The same layers with the shapes of their weights: (out, in), or (out, in, kh, kw)."""
+        if component not in (self.denoiser_key, *self.clip_encoders):
             raise ConfigError(
                 f"the component {component!r} of family {self.name} takes no adapter",
                 fix=f"choose from {', '.join((self.denoiser_key, *self.clip_encoders))}",
             )
-        return {
-            name: (module.out_features, module.in_features)
-            for name, module in uncompiled(self._part(component)).named_modules()
-            if pattern.fullmatch(name)
-        }
+        found: dict[str, tuple[int, ...]] = {}
+        for name, module in uncompiled(self._part(component)).named_modules():
+            if _INSIDE_ADAPTER.search(name):
+                continue
+            layer = getattr(module, "base_layer", module)
+            # By the layer's own numbers: a quantized weight has another shape.
+            if isinstance(layer, nn.Linear):
+                found[name] = (layer.out_features, layer.in_features)
+            elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
+                found[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+        return found
+
+    @abstractmethod
+    def kohya_metadata(self) -> dict[str, str]:
+        """What kohya's trainers note on the base in a file's header, as user interfaces show it."""
+
+    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+        """What the denoiser's layers are called in the files of those who made the model.
+
+        Returns:
+            The original's name of a layer -> the rows of ours that lie below one another in it:
+            several, where the original computes in one layer what diffusers has in more. Empty
+            where the names are the same.
+        """
+        return {}
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The distribution of the latents of pictures, so that a cache can draw from it anew.

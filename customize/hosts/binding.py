@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from customize.concepts.concept import Concept
+    from customize.concepts.formats.lora import Lora, LoraFile
     from customize.hosts.state import Customization
 
 Pipeline = TypeVar("Pipeline")
@@ -33,7 +34,7 @@ HOSTS = {
 
 def load_custom(
     pipe: Pipeline,
-    *concepts: str | Path | Concept,
+    *concepts: str | Path | Concept | Lora | LoraFile,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     names: Sequence[str | None] | None = None,
     fuse: bool = False,
@@ -54,7 +55,9 @@ def load_custom(
             floating dtype, with model, sequential or group offloading on or off.
         concepts: Folders or single ``.safetensors`` files, hub ids, or Concept objects. One that
             is attached already is refused unless it is identical; then only its weight and mode
-            change.
+            change. An ordinary LoRA file, by the keys of diffusers, peft, kohya, ComfyUI or
+            LyCORIS, is a concept without a trigger; it goes by its file's name, and is refused
+            unless every key of it is used.
         weights: One for each of ``concepts``, or a dict from concept name to weight, which may
             also name concepts that are attached already. Finite; left out, a new concept gets 1.0
             and an attached one keeps its own.

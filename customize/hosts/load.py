@@ -7,21 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from customize.concepts.concept import Concept
+from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
+from customize.concepts.formats.opening import opened
 from customize.concepts.slices import collisions
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
 from customize.hosts.change import change
 from customize.hosts.checks import check_base, check_vocabulary
 from customize.hosts.classes import adjust_pipelines
+from customize.hosts.fusing import base_weight
 from customize.hosts.guards import ADAPTER
+from customize.hosts.offload import settled
 from customize.hosts.plan import Weights, renamed, wanted
 from customize.hosts.state import Customization, Holder, Row, check_sharing, find
 
 
 def load(
     pipe: Any,
-    sources: Sequence[str | Path | Concept],
+    sources: Sequence[str | Path | Adaptation | LoraFile],
     *,
     weights: Weights,
     names: Sequence[str | None] | None,
@@ -31,7 +37,7 @@ def load(
     family = _family(pipe)
     if not sources and not weights:
         raise ConfigError("there is nothing to load", fix="give concepts, or a dict of weights")
-    new = [_read(source) for source in sources]
+    new = _read(family, sources)
     if names is not None:
         if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
             raise ConfigError(
@@ -99,11 +105,10 @@ def summary(pipe: Any) -> Customization:
         if name in colliding:
             slices = "shared with " + ", ".join(colliding[name])
         mode = "fused" if attached.fused else _adapter_mode(holder)
-        if _lacks_tokens(family, holder, info.trigger):
+        if info.num_tokens and _lacks_tokens(family, holder, info.trigger):
             mode += " (tokens removed by someone else)"
-        rows.append(
-            Row(name, info.trigger, info.class_word, attached.weight, info.rank, slices, mode)
-        )
+        said, thing = info.words or "-", info.class_word or "-"
+        rows.append(Row(name, said, thing, attached.weight, info.rank, slices, mode))
     denoiser = family.denoiser
     place = f"{family.name} ({denoiser.device}, {str(denoiser.dtype).removeprefix('torch.')})"
     return Customization(tuple(rows), place)
@@ -145,11 +150,26 @@ def _with_all_parts(family: Family, holder: Holder) -> Family:
     return type(family)(family.components | holder.parts)
 
 
-def _read(source: object) -> Concept:
-    if isinstance(source, Concept):
+def _read(family: Family, sources: Sequence[object]) -> list[Adaptation]:
+    found = [_opened(source) for source in sources]
+    if not any(isinstance(each, LoraFile) and each.needs_weights for each in found):
+        return [each.lora(family) if isinstance(each, LoraFile) else each for each in found]
+    originals = find(family).originals
+    models = {family.denoiser_key: family.denoiser, **family.text_encoders}
+
+    def weight(component: str, module: str) -> Tensor:
+        place = (component, module)
+        return originals[place] if place in originals else base_weight(models, place)
+
+    with settled(models):
+        return [each.lora(family, weight) if isinstance(each, LoraFile) else each for each in found]
+
+
+def _opened(source: object) -> Adaptation | LoraFile:
+    if isinstance(source, Concept | Lora | LoraFile):
         return source
     if isinstance(source, str | Path):
-        return Concept.load(source)
+        return opened(source)
     raise ConfigError(
         f"a {type(source).__name__} is not a concept",
         fix="give a folder, a .safetensors file, a hub id or a Concept",

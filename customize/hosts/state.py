@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from customize.concepts.adapter import Adapter
-from customize.concepts.concept import Concept
+from customize.concepts.formats.lora import Adaptation
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.base import uncompiled
@@ -26,7 +26,7 @@ class Attached:
         fused: whether it is in the base weights, and not in the adapter.
     """
 
-    concept: Concept
+    concept: Adaptation
     weight: float
     fused: bool
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,11 +24,11 @@ from customize.concepts.files import (
     sync_folder,
     write_file,
 )
-from customize.concepts.formats.kohya import factors, kohya_header, kohya_tensors
+from customize.concepts.formats.kohya import factors, file_shapes, kohya_header, kohya_tensors
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.layout import CARD_FILE, LORA_FILE, embedding_tensors
 from customize.concepts.merge import check_together, merge
-from customize.core.lowrank import LowRank, distance, norm, truncate
+from customize.core.lowrank import LowRank, distance, filled, norm, truncate
 from customize.errors import ConceptError, ConfigError, StorageError
 from customize.families import Family, published_families
 
@@ -127,13 +128,16 @@ def write_merged(
         ],
     }
     if layout == "kohya":
-        published = family or _published(concepts[0].info.family, products)
-        files = _kohya_files(concepts, products, published, folder.name, json.dumps(facts))
+        files = _kohya_files(concepts, products, family, folder.name, json.dumps(facts))
         text = _kohya_card(concepts, weights, method, folder.name)
     else:
         # Only LoRAs from elsewhere have convolutions, whose kernels the products do not show.
         elsewhere = any(not concept.info.fingerprint for concept in concepts)
-        model = family or (_published(concepts[0].info.family, products) if elsewhere else None)
+        model = family
+        if family is None and elsewhere:
+            model = _published(concepts[0].info.family, products)
+            if model is None:
+                raise _unpublished(concepts[0].info.family)
         files = {LORA_FILE: safetensors_bytes(_diffusers_tensors(products, ranks, model), {})}
         for concept in concepts:
             if concept.embeddings:
@@ -150,24 +154,36 @@ def _diffusers_tensors(
 ) -> dict[str, torch.Tensor]:
     tensors = {}
     for component, own in products.items():
-        shapes = family.weight_shapes(component) if family is not None else {}
+        shapes = file_shapes(family, component) if family is not None else {}
         for module, update in own.items():
-            filled = _filled(update, ranks[component])
-            shape = shapes.get(module, shapes.get(module.removeprefix("text_model."), update.shape))
-            down, up = factors(LowRank(*filled), shape)
+            whole = filled(update, ranks[component])
+            down, up = factors(whole, shapes.get(module, ()))
             tensors[f"{component}.{module}.lora_A.weight"] = down
             tensors[f"{component}.{module}.lora_B.weight"] = up
     return tensors
 
 
 def _kohya_files(
-    concepts: Sequence[Adaptation], products: Products, family: Family, title: str, facts: str
+    concepts: Sequence[Adaptation],
+    products: Products,
+    family: Family | None,
+    title: str,
+    facts: str,
 ) -> dict[str, bytes]:
-    tensors = kohya_tensors(products, family)
+    name = concepts[0].info.family
+    exact = family or _published(name, products)
+    model = exact or next(each for each in published_families() if each.name == name)
+    ours = all(concept.info.fingerprint for concept in concepts)
+    if exact is None and (model.kohya_uses_original_names or not ours):
+        raise _unpublished(name)
+    tensors = kohya_tensors(products, model)
     words = {c.info.name: c.info.name if c.embeddings else c.info.words for c in concepts}
     dates = [c.info.created for c in concepts if isinstance(c, Concept)]
+    base = model.kohya_metadata()
+    if exact is None:  # a size of its own: its layers have their own names, and its base none
+        base = {"ss_network_module": base["ss_network_module"]}
     header = kohya_header(
-        tensors, family, title=title, words=words, date=max(dates, default=""), facts=facts
+        tensors, base, title=title, words=words, date=max(dates, default=""), facts=facts
     )
     files = {f"{title}.safetensors": safetensors_bytes(tensors, header)}
     for concept in concepts:
@@ -177,23 +193,21 @@ def _kohya_files(
     return files
 
 
-def _published(name: str, products: Products) -> Family:
-    """The published model that has these layers in these shapes.
-
-    Raises:
-        ConceptError: there is none.
-    """
+def _published(name: str, products: Products) -> Family | None:
+    """The published model that has these layers in these shapes, if there is one."""
     for family in published_families():
         if family.name == name:
-            try:
+            with contextlib.suppress(ConceptError):
                 fit(products, family)
-            except ConceptError:
-                continue
-            return family
-    raise ConceptError(
+                return family
+    return None
+
+
+def _unpublished(name: str) -> ConceptError:
+    return ConceptError(
         f"no published model of family {name} has layers of these names and sizes, so what other "
         "programs call them is not known",
-        fix="give write_merged(..., family=family_of(pipe.components)) a pipeline's, or write "
+        fix="call write_merged(..., family=family_of(pipe.components)) with the pipeline, or write "
         "concepts of our own by diffusers' keys",
     )
 
@@ -243,18 +257,11 @@ def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
         return False
 
 
-def _filled(update: LowRank, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both factors with the scale in the up-projection, and zeros up to the rank."""
-    missing = rank - update.rank
-    up = torch.nn.functional.pad(update.up * update.scale, (0, missing))
-    return up.contiguous(), torch.nn.functional.pad(update.down, (0, 0, 0, missing)).contiguous()
-
-
 def _check_finite(products: Products) -> None:
     for component, own in products.items():
         for module, update in own.items():
-            factors = _filled(update, update.rank)
-            if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+            whole = filled(update, update.rank)
+            if not all(bool(factor.isfinite().all()) for factor in (whole.up, whole.down)):
                 raise ConfigError(
                     "the merged update is not finite",
                     where=f"{component}.{module}",

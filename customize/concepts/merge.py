@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from customize.concepts.adapter import file_name
 from customize.concepts.concept import ConceptInfo
 from customize.concepts.formats.lora import Adaptation, LoraInfo
 from customize.core.lowrank import MERGES, LowRank
@@ -51,7 +52,11 @@ def merge(
         )
     merged: dict[str, dict[str, LowRank]] = {}
     for component in _ordered(concept.products for concept in concepts):
-        updates = [concept.products.get(component, {}) for concept in concepts]
+        # By one name for each layer, as a concept that was never saved may have the model's.
+        updates = [
+            {file_name(component, m): u for m, u in concept.products.get(component, {}).items()}
+            for concept in concepts
+        ]
         merged[component] = {}
         for module in _ordered(updates):
             some = next(own[module] for own in updates if module in own)

@@ -105,6 +105,14 @@ def rows(p: LowRank, start: int, stop: int) -> LowRank:
     return LowRank(p.up[start:stop], p.down, p.scale)
 
 
+def filled(p: LowRank, rank: int) -> LowRank:
+    """The same with the scale in the up-projection, and zeros in both factors up to a rank."""
+    missing = rank - p.rank
+    up = torch.nn.functional.pad(p.up * p.scale, (0, missing))
+    down = torch.nn.functional.pad(p.down, (0, 0, 0, missing))
+    return LowRank(up.contiguous(), down.contiguous())
+
+
 def stacked(products: Sequence[LowRank]) -> LowRank:
     """The update of several weights laid one below the other, exact.
 

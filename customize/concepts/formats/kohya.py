@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from customize.concepts.adapter import file_name
 from customize.concepts.files import safetensors_bytes
-from customize.core.lowrank import LowRank, rows, stacked
-from customize.errors import ConceptError
+from customize.core.lowrank import LowRank, filled, rows, stacked
 from customize.families import Family
 from customize.families.originals import Rows
 
@@ -28,40 +29,58 @@ def kohya_tensors(products: Products, family: Family) -> dict[str, Tensor]:
 
     Args:
         products: component -> module, as files name it -> update.
-        family: a model that has these layers, with or without weights.
+        family: a model that has these layers, with or without weights. Only their names need
+            agree where :attr:`Family.kohya_uses_original_names` is False and none is a convolution.
 
     Returns:
-        Sorted by key. Ranks may differ between layers; alpha / rank is an update's scale.
+        Sorted by key. alpha is the rank, so that programs multiply by 1; ranks differ between
+        layers only where some of the original's layers are several here.
     """
-    tensors: dict[str, Tensor] = {}
-    for component, own in sorted(products.items()):
-        shapes = family.weight_shapes(component)
-        named = {name.removeprefix("text_model."): update for name, update in own.items()}
+    layers: dict[str, tuple[LowRank, Sequence[int]]] = {}
+    fused = False
+    for component, updates in products.items():
+        own = {file_name(component, module): update for module, update in updates.items()}
+        shapes = file_shapes(family, component)
         prefix = _prefix(family, component)
-        for name, members in sorted(_file_layers(family, component, named).items()):
-            update, module = _put_together(members, named, shapes), members[0].module
-            down, up = factors(update, shapes[module])
+        for name, members in _file_layers(family, component, own).items():
             key = f"{prefix}_{name.replace('.', '_')}"
-            tensors[f"{key}.alpha"] = torch.tensor(update.scale * update.rank)
-            tensors[f"{key}.lora_down.weight"] = down
-            tensors[f"{key}.lora_up.weight"] = up
+            update = _put_together(members, own, shapes)
+            layers[key] = update, shapes.get(members[0].module, ())
+            fused |= len(members) > 1
+    # Stock diffusers misreads alphas that differ between layers, but for the models whose layers
+    # it splits itself. There ranks differ much, and filling up would make files large.
+    most = max(update.rank for update, _ in layers.values())
+    tensors: dict[str, Tensor] = {}
+    for key, (update, shape) in layers.items():
+        whole = filled(update, update.rank if fused else most)
+        down, up = factors(whole, shape)
+        tensors[f"{key}.alpha"] = torch.tensor(float(whole.rank))
+        tensors[f"{key}.lora_down.weight"] = down
+        tensors[f"{key}.lora_up.weight"] = up
     return dict(sorted(tensors.items()))
+
+
+def file_shapes(family: Family, component: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a component's weights, by the names that files give its layers."""
+    shapes = family.weight_shapes(component).items()
+    return {file_name(component, module): shape for module, shape in shapes}
 
 
 def factors(update: LowRank, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(down, up) in the shapes of the layer that they are for: of a convolution, with its kernel.
 
     Args:
-        shape: of the layer's weight.
+        shape: of a convolution's weight; any other leaves the factors as they are.
     """
-    sides = [1] * (len(shape) - 2)
+    if len(shape) == 2 or math.prod(shape[1:]) != update.shape[1]:
+        return update.down.contiguous(), update.up.contiguous()
     down = update.down.reshape(update.rank, *shape[1:]).contiguous()
-    return down, update.up.reshape(shape[0], update.rank, *sides).contiguous()
+    return down, update.up.reshape(*update.up.shape, *[1] * (len(shape) - 2)).contiguous()
 
 
 def kohya_header(
     tensors: Mapping[str, Tensor],
-    family: Family,
+    base: Mapping[str, str],
     *,
     title: str,
     words: Mapping[str, str],
@@ -71,6 +90,7 @@ def kohya_header(
     """The header of a file with these tensors, by kohya's names and those of Stability's spec.
 
     Args:
+        base: what is noted on the base: :meth:`Family.kohya_metadata`.
         words: concept's name -> what a prompt says to mean it; empty where nothing need be said.
         date: ISO 8601.
         facts: JSON of our own, kept under ``customize_merged``.
@@ -84,13 +104,13 @@ def kohya_header(
         "ss_network_alpha": str(*alphas) if len(alphas) == 1 else "Dynamic",
         "ss_output_name": title,
         "ss_tag_frequency": json.dumps({name: {word: 1} for name, word in words.items() if word}),
-        **{key: value for key, value in family.kohya_metadata().items() if key.startswith("ss_")},
+        **{key: value for key, value in base.items() if key.startswith("ss_")},
     }
     spec = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": title,
         "modelspec.date": date,
-        **{key: v for key, v in family.kohya_metadata().items() if key.startswith("modelspec.")},
+        **{key: v for key, v in base.items() if key.startswith("modelspec.")},
         **({"modelspec.trigger_phrase": ", ".join(said)} if said else {}),
     }
     hashes = _hashes(tensors, training)
@@ -117,7 +137,7 @@ def _prefix(family: Family, component: str) -> str:
 
 
 def _file_layers(
-    family: Family, component: str, named: Mapping[str, LowRank]
+    family: Family, component: str, own: Mapping[str, LowRank]
 ) -> dict[str, tuple[Rows, ...]]:
     """Name in the file -> the rows of our layers that it stands for."""
     found: dict[str, tuple[Rows, ...]] = {}
@@ -126,37 +146,23 @@ def _file_layers(
         for original, members in family.original_names().items():
             modules = {each.module for each in members}
             # Later names for layers that had one already are those of other programs.
-            if modules & named.keys() and not modules & covered:
+            if modules & own.keys() and not modules & covered:
                 found[original] = members
                 covered |= modules
-    shapes = family.layers(component)
-    plain = component != family.denoiser_key
-    for module in named:
-        if module in covered:
-            continue
-        ours = next((m for m in (module, f"text_model.{module}") if m in shapes), None)
-        if ours is None:
-            raise ConceptError(
-                f"the model of family {family.name} has no such layer",
-                where=f"{component}.{module}",
-                fix="write diffusers' keys instead",
-            )
-        name = f"text_model.{module}" if plain and module.startswith("encoder.") else module
-        found[name] = (Rows(ours, 0, shapes[ours][0]),)
-    return found
+    rest = {module: update for module, update in own.items() if module not in covered}
+    return found | {m: (Rows(m, 0, update.shape[0]),) for m, update in rest.items()}
 
 
 def _put_together(
-    members: Iterable[Rows], named: Mapping[str, LowRank], shapes: Mapping[str, Sequence[int]]
+    members: Sequence[Rows], own: Mapping[str, LowRank], shapes: Mapping[str, Sequence[int]]
 ) -> LowRank:
+    if len(members) == 1:
+        return own[members[0].module]
+    some = next(own[each.module] for each in members if each.module in own)
     parts = []
-    members = list(members)
-    known = {each.module: named.get(each.module.removeprefix("text_model.")) for each in members}
-    some = next(update for update in known.values() if update is not None)
     for each in members:
-        update = known[each.module]
+        update = own.get(each.module)
         if update is None:  # left alone: zeros, that cost no rank
-            zeros = some.up.new_zeros(shapes[each.module][0], some.rank)
-            update = LowRank(zeros, some.down)
+            update = LowRank(some.up.new_zeros(shapes[each.module][0], some.rank), some.down)
         parts.append(rows(update, each.start, each.stop))
-    return parts[0] if len(parts) == 1 else stacked(parts)
+    return stacked(parts)

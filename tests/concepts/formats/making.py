@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -47,7 +47,7 @@ def lora(
     ends: tuple[str, str] = ("lora_down.weight", "lora_up.weight"),
     *,
     every: int = 1,
-    with_alpha: bool = True,
+    alphas: Literal["some", "none"] | float = "some",
     components: list[str] | None = None,
     seed: int = 0,
 ) -> tuple[Tensors, Deltas]:
@@ -55,6 +55,7 @@ def lora(
 
     Args:
         name: (component, module) -> how the file calls it.
+        alphas: given with some layers, each another one; with none; or the same with each.
         ends: of the keys of down- and up-projections; "" in front of none.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -68,8 +69,8 @@ def lora(
             tensors[path + ends[0]] = down
             tensors[path + ends[1]] = up
             alpha = float(rank)
-            if with_alpha and number % 4:
-                alpha = 0.5 * number
+            if alphas != "none" and (alphas != "some" or number % 4):
+                alpha = 0.25 * (1 + number % 5) if alphas == "some" else alphas
                 tensors[f"{path}.alpha"] = torch.tensor(alpha)
             deltas[component, file_name(component, module)] = dense(up, down, alpha / rank)
     return tensors, deltas

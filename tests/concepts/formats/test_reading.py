@@ -183,7 +183,7 @@ def test_scales_from_pefts_configuration(tmp_path: Path) -> None:
         lambda component, module: f"base_model.model.{module}",
         (".lora_A.weight", ".lora_B.weight"),
         components=["unet"],
-        with_alpha=False,
+        alphas="none",
     )
     special = "down_blocks.0.attentions.0.proj_in"
     config = {
@@ -207,7 +207,7 @@ def test_scales_from_pefts_configuration(tmp_path: Path) -> None:
 
 def test_scales_from_diffusers_header(tmp_path: Path) -> None:
     family = family_of(tiny_sd().components)
-    tensors, _ = lora(family, diffusers, (".lora_A.weight", ".lora_B.weight"), with_alpha=False)
+    tensors, _ = lora(family, diffusers, (".lora_A.weight", ".lora_B.weight"), alphas="none")
     header = {"unet.r": 2, "unet.lora_alpha": 8, "text_encoder.r": 2, "text_encoder.lora_alpha": 1}
     path = written(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
     found = read(path, family)
@@ -218,7 +218,7 @@ def test_scales_from_diffusers_header(tmp_path: Path) -> None:
 def test_a_missing_alpha_means_the_rank(tmp_path: Path) -> None:
     family = family_of(tiny_flux().components)
     tensors, deltas = lora(
-        family, kohya(family), (".lora_down.weight", ".lora_up.weight"), with_alpha=False
+        family, kohya(family), (".lora_down.weight", ".lora_up.weight"), alphas="none"
     )
     found = read(written(tmp_path / "a.safetensors", tensors), family)
     assert {u.scale for own in found.products.values() for u in own.values()} == {1.0}

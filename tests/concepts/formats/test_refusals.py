@@ -174,7 +174,7 @@ def test_a_header_that_is_wrong(header: str, sd: Family, tmp_path: Path) -> None
 
 def test_a_file_of_no_known_model(tmp_path: Path) -> None:
     tensors = {f"lora_unet_blocks_0_thing{end}": torch.ones(2, 2) for end in ENDS}
-    with pytest.raises(ConceptError, match="no published model .* lora_unet_blocks_0_thing"):
+    with pytest.raises(ConceptError, match=r"no published model .* lora_unet_blocks_0_thing"):
         opened_whole(written(tmp_path / "a.safetensors", tensors))
 
 

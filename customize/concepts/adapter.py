@@ -194,7 +194,7 @@ def fit(products: Products, family: Family) -> dict[str, dict[str, LowRank]]:
     does; recent transformers have no ``text_model`` in the plain text encoder.
 
     Raises:
-        ConceptError: a component or layer does not exist here, or has another shape.
+        ConceptError: a component or layer is not here, has another shape, or is named twice.
     """
     fitted: dict[str, dict[str, LowRank]] = {}
     for component, updates in products.items():
@@ -214,6 +214,12 @@ def fit(products: Products, family: Family) -> dict[str, dict[str, LowRank]]:
                     f"an update of shape {update.shape} has no place: the layer is {found}",
                     where=f"{component}.{module}",
                     fix="use a concept that was learned on this model family and size",
+                )
+            if name in fitted[component]:
+                raise ConceptError(
+                    "two updates are given for one layer, under its old and its new name",
+                    where=f"{component}.{module}",
+                    fix="merge them into one update first",
                 )
             fitted[component][name] = update
     return fitted

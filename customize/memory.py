@@ -22,8 +22,9 @@ from customize.families import Family
 GIB = 2**30
 #: What a device's driver, library workspaces and fragments take of its memory.
 RESERVE = GIB
-#: What a text encoder holds at most beside its weights: of T5-XXL it is 248 MiB at 512 tokens.
-TEXT_WORKING = 256 * 2**20
+#: How many numbers a text encoder holds at most beside its weights, for each of its width: 64 for
+#: each of 512 tokens.
+TEXT_NUMBERS = 64 * 512
 #: Bits that a weight takes in bitsandbytes' 4-bit format, with a float32 scale for each 64.
 QUANTIZED_BITS = 4.5
 #: Where group offloading streams: the layer that computes, the next one, and the one before.
@@ -130,7 +131,7 @@ class Plan:
         parts += ["autoencoder sliced and tiled"] * way.tiled
         parts += ["denoiser stored in float8"] * way.cast
         parts += [f"{' and '.join(self.quantized)} in 4 bits"] * bool(self.quantized)
-        return f"{_gib(self.budget)} GB: {', '.join(parts)}; {_gib(self.peak)} GB needed"
+        return f"{self.budget / GIB:.3g} GB: {', '.join(parts)}; {_gib(self.peak)} GB needed"
 
 
 def budget(word: str) -> int:
@@ -175,7 +176,7 @@ def plan(sizes: Sizes, budget: int, device: str, quantizer: bool = False) -> Pla
     least = min(each.peak for each in plans) + budget - room
     elsewhere = "" if offloading else ", as there is no accelerator to offload from"
     raise ConfigError(
-        f"the model does not fit into {_gib(budget)} GB: it needs {_gib(least)} GB at least"
+        f"the model does not fit into {budget / GIB:.3g} GB: it needs {_gib(least)} GB at least"
         f"{elsewhere}",
         where="memory",
         fix=f'give memory="{_gib(least)}GB" or more, or use a smaller model',
@@ -210,7 +211,7 @@ def sizes(family: Family) -> Sizes:
     for key, model in family.components.items():
         if not isinstance(model, nn.Module):
             continue
-        working = TEXT_WORKING
+        working = TEXT_NUMBERS * _width(model) * _itemsize(model)
         if key == family.denoiser_key:
             working = family.denoiser_numbers() * _itemsize(model)
         elif key == "vae":
@@ -278,9 +279,16 @@ def _bytes(module: nn.Module) -> int:
     return sum(each.nbytes for each in (*module.parameters(), *module.buffers()))
 
 
+def _width(encoder: Any) -> int:
+    """Of a model of transformers; 0 for any other."""
+    config: Any = getattr(encoder, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "hidden_size", 0)
+
+
 def _itemsize(model: Any) -> int:
     # Pipelines decode in float32 where the autoencoder says that float16 would overflow.
-    upcast = model.dtype == torch.float16 and model.config.get("force_upcast", False)
+    upcast = model.dtype == torch.float16 and getattr(model.config, "force_upcast", False)
     return 4 if upcast else model.dtype.itemsize
 
 

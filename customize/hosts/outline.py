@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from customize.errors import PipelineError
 from customize.families import Family, family_of
@@ -39,7 +40,8 @@ def outline(base: str | Path, dtype: torch.dtype) -> Family:
     for key, found in json.loads(index.read_text()).items():
         library, name = found if isinstance(found, list) and len(found) == 2 else ("", "")
         if library in _LIBRARIES and (folder / key / "config.json").is_file():
-            components[key] = _model(library, name, folder / key).to(dtype)
+            # Below diffusers' own `to`, which warns of what matters to weights alone.
+            components[key] = nn.Module.to(_model(library, name, folder / key), dtype)
         elif not key.startswith("_"):
             components[key] = None
     return family_of(components)
@@ -58,10 +60,11 @@ def memory_plan(
     family = outline(base, dtype)
     quantizer = device == "cuda" and find_spec("bitsandbytes") is not None
     chosen = plan(sizes(family), budget(word), device, quantizer)
-    return chosen, {"dtype": dtype} | _quantization(chosen, family, dtype)
+    return chosen, {"dtype": dtype} | quantization(chosen, family, dtype)
 
 
-def _quantization(chosen: Plan, family: Family, dtype: torch.dtype) -> dict[str, Any]:
+def quantization(chosen: Plan, family: Family, dtype: torch.dtype) -> dict[str, Any]:
+    """What ``from_pretrained`` must be told of a plan that loads models in 4 bits."""
     if not chosen.quantized:
         return {}
     import diffusers

@@ -43,9 +43,9 @@ def load(
             "there is nothing to load",
             fix="give concepts, a dict of weights, an attention backend or an amount of memory",
         )
-    device = computing_device(pipe)
     plan = None if memory is None else planned(pipe, family, memory)
     changes = _Changes.of(family, sources, weights, names, fuse) if sources or weights else None
+    device = computing_device(pipe, family, anywhere=plan is not None)
     choices = {} if attention is None else choose(family, attention, device)
     # Concepts come last, so that adapters are left alone by whatever is done to the weights.
     with ExitStack() as undoing:

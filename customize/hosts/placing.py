@@ -49,7 +49,7 @@ def planned(pipe: Any, family: Family, word: str) -> Plan | None:
             where="memory",
             fix="use its ComponentsManager's enable_auto_cpu_offload, or a standard pipeline",
         )
-    return plan(sizes(family), wanted, computing_device(pipe).type)
+    return plan(sizes(family), wanted, computing_device(pipe, family, True).type)
 
 
 def planned_before(family: Family) -> Plan | None:
@@ -58,11 +58,15 @@ def planned_before(family: Family) -> Plan | None:
     return found
 
 
-def computing_device(pipe: Any) -> torch.device:
-    """The accelerator that a pipeline is on or may be moved to; else the CPU."""
-    here: torch.device = getattr(pipe, "_execution_device", None) or pipe.device
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found if here.type == "cpu" and found is not None else here
+def computing_device(pipe: Any, family: Family, anywhere: bool) -> torch.device:
+    """Where a pipeline's models compute.
+
+    Args:
+        anywhere: whether it may be moved there from the CPU, where there is an accelerator.
+    """
+    here = getattr(pipe, "_execution_device", None) or family.denoiser.device
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return there if anywhere and here.type == "cpu" and there is not None else here
 
 
 @contextmanager

@@ -107,7 +107,8 @@ def ways(repeats: int) -> list[Row]:
             continue
         pipe = DiffusionPipeline.from_pretrained(ROOT / "assets/storybook")
         pipe.set_progress_bar_config(disable=True)
-        device, family = computing_device(pipe), family_of(pipe.components)
+        family = family_of(pipe.components)
+        device = computing_device(pipe, family, anywhere=True)
         counted[way] = peak(sizes(family), way)
         with fitted(pipe, family, Plan(GIB, way, counted[way]), device):
             pipes[way] = pipe

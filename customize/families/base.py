@@ -65,6 +65,8 @@ class Family(ABC):
     kohya_uses_original_names: ClassVar[bool] = True
     #: Component names of text encoders that take neither adapters nor new tokens.
     other_encoders: ClassVar[tuple[str, ...]] = ()
+    #: Whether the padding of prompts of unequal length is masked in the denoiser's attention.
+    masked_attention: ClassVar[bool] = False
 
     def __init__(self, components: Mapping[str, Any]) -> None:
         self.components = dict(components)
@@ -162,6 +164,11 @@ class Family(ABC):
 
         Empty where text and picture share one attention.
         """
+
+    @abstractmethod
+    def denoiser_numbers(self) -> int:
+        """How many numbers the denoiser holds at most beside its weights, for one picture of the
+        default resolution: a bound from above, at most twice what its layers allocate."""
 
     @abstractmethod
     def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
@@ -340,6 +347,13 @@ class Family(ABC):
         encoded = latents.to(vae.device, torch.float32) / scale + shift
         return vae.decode(encoded.to(vae.dtype)).sample.float().clamp(-1.0, 1.0)
 
+    def decoder_numbers(self, tiled: bool = False) -> int:
+        """What :meth:`denoiser_numbers` is, for decoding that picture whole or in tiles."""
+        side = self.default_resolution
+        if tiled:
+            side = min(side, self._tile)
+        return self._decoder_width * side**2
+
     @property
     def default_resolution(self) -> int:
         """The height and width in pixels that the denoiser was made for."""
@@ -382,6 +396,16 @@ class Family(ABC):
     @property
     def _vae_factor(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def _decoder_width(self) -> int:
+        """How many numbers the decoder holds at most for each pixel."""
+        return 7 * self.vae.config.block_out_channels[0]
+
+    @property
+    def _tile(self) -> int:
+        """The height and width in pixels of the autoencoder's tiles."""
+        return self.vae.tile_latent_min_size * self._vae_factor
 
     def _part(self, key: str) -> Any:
         part = self.components.get(key)

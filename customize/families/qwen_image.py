@@ -41,6 +41,7 @@ class QwenImage(PackedFamily):
     )
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
+    masked_attention = True
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
@@ -121,6 +122,14 @@ class QwenImage(PackedFamily):
     @property
     def _vae_factor(self) -> int:
         return 2 ** len(self.vae.config.temperal_downsample)
+
+    @property
+    def _decoder_width(self) -> int:
+        return 19 * self.vae.config.base_dim
+
+    @property
+    def _tile(self) -> int:
+        return self.vae.tile_sample_min_height
 
     def _latent_scaling(self) -> tuple[Tensor, Tensor]:
         config = self.vae.config

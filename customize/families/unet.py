@@ -121,6 +121,11 @@ class UNetFamily(Family):
                 names[name] = (Rows(module, 0, out),)
         return names
 
+    def denoiser_numbers(self) -> int:
+        # At the first resolution, where the skip connections are widest; with the empty prompt.
+        side = self.default_resolution // self._vae_factor
+        return 28 * 2 * side**2 * self.denoiser.config.block_out_channels[0]
+
     def _alphas(self, like: Tensor) -> Tensor:
         """The scheduler's alphas_cumprod on the tensor's device, copied there once."""
         if self._alphas_cumprod is None:

@@ -44,6 +44,7 @@ class ZImage(FlowFamily):
     )
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
+    masked_attention = True
     no_guidance = 0.0
 
     @classmethod

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from customize.attention import placing as kernels
+from customize.attention.choice import choose
 from customize.concepts.concept import Concept
 from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
 from customize.concepts.formats.opening import opened
@@ -21,8 +25,9 @@ from customize.hosts.classes import adjust_pipelines
 from customize.hosts.fusing import base_weight
 from customize.hosts.guards import ADAPTER
 from customize.hosts.offload import settled
+from customize.hosts.placing import computing_device, fitted, planned, planned_before
 from customize.hosts.plan import Weights, renamed, wanted
-from customize.hosts.state import Customization, Holder, Row, check_sharing, find
+from customize.hosts.state import Attached, Customization, Holder, Row, check_sharing, find
 
 
 def load(
@@ -32,35 +37,72 @@ def load(
     weights: Weights,
     names: Sequence[str | None] | None,
     fuse: bool,
+    attention: str | None,
+    memory: str | None,
 ) -> None:
     """What :func:`customize.load_custom` does."""
     family = _family(pipe)
-    if not sources and not weights:
-        raise ConfigError("there is nothing to load", fix="give concepts, or a dict of weights")
-    new = _read(family, sources)
-    if names is not None:
-        if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
-            raise ConfigError(
-                f"{names!r} does not name {len(new)} concepts",
-                where="names",
-                fix="give a list with a name for each, or None where it keeps its own",
-            )
-        new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
-    holder = find(family)
-    check_sharing(family, holder)
-    before = holder.attached
-    after = wanted(before, new, weights, fuse)
-    family = _with_all_parts(family, holder)
-    for concept in new:
-        check_base(family, concept)
-        if concept.info.name not in before:
-            check_vocabulary(family, concept)
-    for collision in collisions([each.concept.info for each in after.values()]):
-        if not {collision.first, collision.second} <= set(before):
-            # Before the change, since a warning may be turned into an error.
-            warnings.warn(str(collision), stacklevel=3)
-    change(family, holder, after)
-    _adjust(pipe, holder)
+    if not sources and not weights and attention is None and memory is None:
+        raise ConfigError(
+            "there is nothing to load",
+            fix="give concepts, a dict of weights, an attention backend or an amount of memory",
+        )
+    plan = None if memory is None else planned(pipe, family, memory)
+    changes = _Changes.of(family, sources, weights, names, fuse) if sources or weights else None
+    device = computing_device(pipe, family, anywhere=plan is not None)
+    choices = {} if attention is None else choose(family, attention, device)
+    # Concepts come last, so that adapters are left alone by whatever is done to the weights.
+    with ExitStack() as undoing:
+        undoing.enter_context(kernels.applied(family, choices))
+        if plan is not None:
+            undoing.enter_context(fitted(pipe, family, plan, device))
+        if changes is not None:
+            change(changes.family, changes.holder, changes.after)
+    if changes is not None:
+        _adjust(pipe, changes.holder)
+
+
+@dataclass(frozen=True, eq=False)
+class _Changes:
+    """What :func:`change` is to be given."""
+
+    family: Family
+    holder: Holder
+    after: dict[str, Attached]
+
+    @classmethod
+    def of(
+        cls,
+        family: Family,
+        sources: Sequence[str | Path | Adaptation | LoraFile],
+        weights: Weights,
+        names: Sequence[str | None] | None,
+        fuse: bool,
+    ) -> _Changes:
+        """Read and check the concepts of a call; nothing changes."""
+        new = _read(family, sources)
+        if names is not None:
+            if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
+                raise ConfigError(
+                    f"{names!r} does not name {len(new)} concepts",
+                    where="names",
+                    fix="give a list with a name for each, or None where it keeps its own",
+                )
+            new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
+        holder = find(family)
+        check_sharing(family, holder)
+        before = holder.attached
+        after = wanted(before, new, weights, fuse)
+        family = _with_all_parts(family, holder)
+        for concept in new:
+            check_base(family, concept)
+            if concept.info.name not in before:
+                check_vocabulary(family, concept)
+        for collision in collisions([each.concept.info for each in after.values()]):
+            if not {collision.first, collision.second} <= set(before):
+                # Before the change, since a warning may be turned into an error.
+                warnings.warn(str(collision), stacklevel=4)
+        return cls(family, holder, after)
 
 
 def unload(pipe: Any, names: Sequence[str]) -> None:
@@ -85,6 +127,10 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
     if before:
         change(_with_all_parts(family, holder), holder, after)
     _adjust(pipe, holder)
+    if not names:
+        for part in family.components.values():
+            if isinstance(part, nn.Module):
+                kernels.restore(part)
 
 
 def summary(pipe: Any) -> Customization:
@@ -111,7 +157,13 @@ def summary(pipe: Any) -> Customization:
         rows.append(Row(name, said, thing, attached.weight, info.rank, slices, mode))
     denoiser = family.denoiser
     place = f"{family.name} ({denoiser.device}, {str(denoiser.dtype).removeprefix('torch.')})"
-    return Customization(tuple(rows), place)
+    plan = planned_before(family)
+    return Customization(
+        tuple(rows),
+        place,
+        attention=tuple(kernels.report(family.components)),
+        memory="" if plan is None else str(plan),
+    )
 
 
 def _adapter_mode(holder: Holder) -> str:

@@ -72,8 +72,8 @@ def write_merged(
 
     By kohya's keys the LoRA is ``<folder>.safetensors``, with ranks that may differ between
     layers, and the tokens are ``embeddings/<name>.safetensors``, since ComfyUI and the web UIs
-    call a token by its file's name. They are not bundled into the LoRA: only some of the web UIs
-    read ``bundle_emb`` keys, and neither ComfyUI nor diffusers does.
+    call a token by its file's name. They are not bundled into the LoRA as ``bundle_emb`` keys, which
+    only some of the web UIs read, and diffusers does not.
 
     Args:
         method: a name in :data:`customize.core.lowrank.MERGES`.

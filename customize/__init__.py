@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from customize.hosts.binding import bind, load_custom, unload_custom
+from customize.hosts.binding import bind, load_custom, memory_plan, unload_custom
 
 if TYPE_CHECKING:
     from customize.concepts.concept import Concept
 
-__all__ = ["Concept", "__version__", "load_custom", "unload_custom"]
+__all__ = ["Concept", "__version__", "load_custom", "memory_plan", "unload_custom"]
 
 __version__ = "0.1.0"
 

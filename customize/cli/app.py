@@ -135,16 +135,24 @@ def merge(
         ),
     ] = None,
     dtype: Dtype = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="diffusers|kohya",
+            help="Keys and header of the LoRA file; kohya's are for ComfyUI and the web UIs",
+        ),
+    ] = "diffusers",
 ) -> None:
-    """Merge concepts into one ordinary LoRA that stock diffusers loads.
+    """Merge concepts and LoRA files into one ordinary LoRA.
 
-    The folder gets pytorch_lora_weights.safetensors, a file of token
-    embeddings for each concept, and a README.md on how to load them.
-    customize itself needs no merging: load_custom takes many concepts.
+    The folder gets the LoRA file, a file of token embeddings for each
+    concept, and a README.md on how to load them. customize itself needs
+    no merging: load_custom takes many concepts.
     """
     from customize.cli.merge import run
 
-    run(concepts, output, weights, method=method, rank=rank, fuse=fuse, dtype=dtype)
+    run(concepts, output, weights, method=method, rank=rank, fuse=fuse, dtype=dtype, layout=layout)
 
 
 @app.command()

@@ -109,14 +109,17 @@ def run(
     from customize import load_custom
     from customize.concepts.concept import Concept
     from customize.concepts.files import check_writable
+    from customize.concepts.formats.opening import opened
     from customize.concepts.merge import check_together
     from customize.families import family_of
 
     weights = parse_weights(weights_text, len(sources)) or [1.0] * len(sources)
-    concepts = [Concept.load(source) for source in sources]
-    if concepts:
-        check_together(concepts)
-    _check_prompts(plan.prompts, [concept.info.trigger for concept in concepts])
+    concepts = [opened(source) for source in sources]
+    ours = [concept for concept in concepts if isinstance(concept, Concept)]
+    if ours:
+        check_together(ours)
+    triggers = [concept.info.trigger for concept in ours]
+    _check_prompts(plan.prompts, triggers, some_have_none=len(ours) < len(concepts))
     check_writable(output)
     pipe = load_pipeline(base, choose_device(device), dtype)
     family = family_of(pipe.components)
@@ -255,8 +258,14 @@ def _next_number(folder: Path) -> int:
     return max((int(match[1]) for match in found if match), default=0) + 1
 
 
-def _check_prompts(prompts: Sequence[str], triggers: Sequence[str]) -> None:
-    """Say on stderr what is most likely a slip: a trigger that no concept brings, or none used."""
+def _check_prompts(
+    prompts: Sequence[str], triggers: Sequence[str], some_have_none: bool = False
+) -> None:
+    """Say on stderr what is most likely a slip: a trigger that no concept brings, or none used.
+
+    Args:
+        some_have_none: whether there are LoRAs without a trigger, which every prompt is for.
+    """
     err = console(stderr=True)
     for prompt in prompts:
         unknown = [word for word in re.findall(r"<[a-z0-9_-]+>", prompt) if word not in triggers]
@@ -266,7 +275,7 @@ def _check_prompts(prompts: Sequence[str], triggers: Sequence[str]) -> None:
                 markup=False,
                 soft_wrap=True,
             )
-        elif triggers and not any(trigger in prompt for trigger in triggers):
+        elif triggers and not some_have_none and not any(trigger in prompt for trigger in triggers):
             err.print(
                 f"note: {prompt!r} names none of {', '.join(triggers)}",
                 markup=False,

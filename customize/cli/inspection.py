@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 from rich.markup import escape
 from rich.table import Table
 
 from customize.cli.shared import console
-from customize.concepts.concept import Concept, ConceptInfo
+from customize.concepts.formats.lora import Adaptation, Lora
+from customize.concepts.formats.opening import opened_whole
+from customize.concepts.merge import strangers
 from customize.concepts.slices import collisions
 from customize.core.crosstalk import matrix
 from customize.core.lowrank import LowRank
@@ -17,7 +20,7 @@ from customize.core.lowrank import LowRank
 
 def run(sources: Sequence[str]) -> None:
     """Print a table a concept; for several, their collisions and the overlap of their updates."""
-    concepts = [Concept.load(source) for source in sources]
+    concepts = [opened_whole(source) for source in sources]
     out = console()
     for source, concept in zip(sources, concepts, strict=True):
         table = Table(title=escape(source), show_header=False, title_justify="left")
@@ -26,9 +29,10 @@ def run(sources: Sequence[str]) -> None:
         out.print(table)
     if len(concepts) < 2:
         return
-    strangers = _strangers([concept.info for concept in concepts])
-    if strangers:
-        out.print(f"They cannot be merged: {strangers}.", markup=False, soft_wrap=True)
+    pairs = combinations([concept.info for concept in concepts], 2)
+    strange = next((text for a, b in pairs if (text := strangers(a, b))), "")
+    if strange:
+        out.print(f"They cannot be merged: {strange}.", markup=False, soft_wrap=True)
         return
     found = collisions([concept.info for concept in concepts])
     for collision in found:
@@ -45,12 +49,11 @@ def run(sources: Sequence[str]) -> None:
     out.print(_overlaps(concepts))
 
 
-def described(concept: Concept) -> dict[str, str]:
+def described(concept: Adaptation) -> dict[str, str]:
     """The facts on a concept: title -> text."""
+    if isinstance(concept, Lora):
+        return _described_lora(concept)
     info = concept.info
-    count = sum(
-        p.up.numel() + p.down.numel() for own in concept.products.values() for p in own.values()
-    )
     rows = {
         "name": info.name,
         "trigger": f"{info.trigger}, {info.num_tokens} tokens",
@@ -58,10 +61,7 @@ def described(concept: Concept) -> dict[str, str]:
         "base": f"{info.base} (family {info.family})",
         "method": info.method,
         "rank, alpha": f"{info.rank}, {info.alpha:g}",
-        "layers": ", ".join(
-            f"{len(own)} of {part}" for part, own in sorted(concept.products.items())
-        ),
-        "numbers": f"{count:,}",
+        **_sizes(concept),
         "embeddings": ", ".join(
             f"{' x '.join(map(str, rows.shape))} of {key}"
             for key, rows in concept.embeddings.items()
@@ -77,7 +77,26 @@ def described(concept: Concept) -> dict[str, str]:
     return rows | {"made": info.created}
 
 
-def _overlaps(concepts: Sequence[Concept]) -> Table:
+def _described_lora(lora: Lora) -> dict[str, str]:
+    ranks = sorted({update.rank for own in lora.products.values() for update in own.values()})
+    return {
+        "name": lora.info.name,
+        "trigger": lora.info.words or "none named",
+        "base": f"{lora.info.base or 'not named'} (family {lora.info.family})",
+        "method": "a LoRA from elsewhere",
+        "rank": str(*ranks) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        **_sizes(lora),
+    }
+
+
+def _sizes(concept: Adaptation) -> dict[str, str]:
+    parts = sorted(concept.products.items())
+    count = sum(p.up.numel() + p.down.numel() for _, own in parts for p in own.values())
+    layers = ", ".join(f"{len(own)} of {part}" for part, own in parts)
+    return {"layers": layers, "numbers": f"{count:,}"}
+
+
+def _overlaps(concepts: Sequence[Adaptation]) -> Table:
     labels = [f"{number}. {concept.info.name}" for number, concept in enumerate(concepts, start=1)]
     by_label: dict[str, Mapping[str, LowRank]] = {
         label: {
@@ -92,18 +111,6 @@ def _overlaps(concepts: Sequence[Concept]) -> Table:
     for label, row in zip(labels, overlaps.tolist(), strict=True):
         table.add_row(label, *(f"{value:.3f}" for value in row))
     return table
-
-
-def _strangers(infos: Sequence[ConceptInfo]) -> str:
-    """Why concepts do not belong to one architecture; empty where they do."""
-    first = infos[0]
-    for info in infos[1:]:
-        if (info.family, info.fingerprint) != (first.family, first.fingerprint):
-            return (
-                f"{first.name} was learned on {first.family} ({first.base}) and {info.name} on "
-                f"{info.family} ({info.base}), which differ in architecture or size"
-            )
-    return ""
 
 
 def _ranges(columns: Sequence[int]) -> str:

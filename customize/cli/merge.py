@@ -19,6 +19,7 @@ from customize.cli.shared import (
     snippet,
     storing,
 )
+from customize.concepts.layout import LAYOUTS
 from customize.core.lowrank import MERGES
 from customize.errors import ConfigError
 
@@ -32,6 +33,7 @@ def run(
     rank: int | None,
     fuse: str | None,
     dtype: str | None,
+    layout: str,
 ) -> None:
     """Merge concepts and write the result to a new folder."""
     weights = parse_weights(weights_text, len(sources)) or [1.0] * len(sources)
@@ -39,13 +41,23 @@ def run(
         raise ConfigError(
             f"there is no merge {method}", where="--method", fix=f"choose from {', '.join(MERGES)}"
         )
+    if layout not in LAYOUTS:
+        raise ConfigError(
+            f"there is no format {layout}",
+            where="--format",
+            fix=f"choose from {', '.join(LAYOUTS)}",
+        )
     if fuse is None:
         if dtype is not None:
             raise ConfigError(
                 "--dtype is that of a pipeline", fix="give --fuse BASE with it, or leave it out"
             )
-        _write_lora(sources, output, weights, method, rank)
+        _write_lora(sources, output, weights, method, rank, layout)
         return
+    if layout != LAYOUTS[0]:
+        raise ConfigError(
+            "--format is that of a LoRA file, and --fuse writes none", fix="leave one out"
+        )
     if rank is not None:
         raise ConfigError(
             "--rank has no meaning with --fuse: weights take the exact sum", fix="leave one out"
@@ -55,14 +67,19 @@ def run(
 
 
 def _write_lora(
-    sources: Sequence[str], output: Path, weights: Sequence[float], method: str, rank: int | None
+    sources: Sequence[str],
+    output: Path,
+    weights: Sequence[float],
+    method: str,
+    rank: int | None,
+    layout: str,
 ) -> None:
-    from customize.concepts.concept import Concept
     from customize.concepts.export import write_merged
+    from customize.concepts.formats.opening import opened_whole
     from customize.concepts.slices import collisions
 
-    concepts = [Concept.load(source) for source in sources]
-    merged = write_merged(concepts, weights, output, method=method, rank=rank)
+    concepts = [opened_whole(source) for source in sources]
+    merged = write_merged(concepts, weights, output, method=method, rank=rank, layout=layout)
     out = console()
     names = ", ".join(concept.info.name for concept in concepts)
     ranks = ", ".join(f"{rank} in the {part}" for part, rank in merged.rank.items())
@@ -71,7 +88,8 @@ def _write_lora(
         out.print(f"Truncation lost {merged.error:.1%} of the update.", markup=False)
     for collision in collisions([concept.info for concept in concepts]):
         out.print(f"note: {collision}", markup=False, soft_wrap=True)
-    out.print("README.md in it says how stock diffusers loads it.", markup=False)
+    reader = "stock diffusers loads it" if layout == LAYOUTS[0] else "other programs load it"
+    out.print(f"README.md in it says how {reader}.", markup=False)
 
 
 def _save(pipe: Any, folder: Path) -> None:
@@ -93,10 +111,13 @@ def _write_pipeline(
     from customize import load_custom
     from customize.concepts.concept import Concept
     from customize.concepts.export import check_new
+    from customize.concepts.formats.opening import opened
     from customize.concepts.merge import check_together
 
-    concepts = [Concept.load(source) for source in sources]
-    check_together(concepts)
+    concepts = [opened(source) for source in sources]
+    ours = [concept for concept in concepts if isinstance(concept, Concept)]
+    if ours:
+        check_together(ours)
     check_new(output)
     pipe = load_pipeline(base, choose_device("cpu"), dtype)
     load_custom(pipe, *concepts, weights=weights, fuse=True)
@@ -111,8 +132,8 @@ def _write_pipeline(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     names = ", ".join(concept.info.name for concept in concepts)
-    triggers = [concept.info.trigger for concept in concepts]
-    text = snippet(str(output), [], triggers, concepts[0].info.family)
+    words = [concept.info.words for concept in concepts if concept.info.words]
+    text = snippet(str(output), [], words, concepts[0].info.family)
     lines = [line for line in text.splitlines() if "custom" not in line]
     console().print(
         f"{names} are in the weights of the pipeline in {output}. Load it with:\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
@@ -194,12 +195,12 @@ def fit(products: Products, family: Family) -> dict[str, dict[str, LowRank]]:
     does; recent transformers have no ``text_model`` in the plain text encoder.
 
     Raises:
-        ConceptError: a component or layer does not exist here, or has another shape.
+        ConceptError: a component or layer is not here, has another shape, or is named twice.
     """
     fitted: dict[str, dict[str, LowRank]] = {}
     for component, updates in products.items():
         try:
-            targets = family.adapter_targets(component)
+            targets = family.layers(component)
         except (ConfigError, PipelineError) as error:
             raise ConceptError(
                 f"the model has no {component} that could take the concept's updates",
@@ -214,6 +215,12 @@ def fit(products: Products, family: Family) -> dict[str, dict[str, LowRank]]:
                     f"an update of shape {update.shape} has no place: the layer is {found}",
                     where=f"{component}.{module}",
                     fix="use a concept that was learned on this model family and size",
+                )
+            if name in fitted[component]:
+                raise ConceptError(
+                    "two updates are given for one layer, under its old and its new name",
+                    where=f"{component}.{module}",
+                    fix="merge them into one update first",
                 )
             fitted[component][name] = update
     return fitted
@@ -284,7 +291,9 @@ def _inject(
         weight = layer.get_base_layer().weight
         for factor, value in ((layer.lora_A[name], update.down), (layer.lora_B[name], update.up)):
             placed = value.detach().to(device=weight.device, dtype=dtype or weight.dtype, copy=True)
-            factor.weight = nn.Parameter(placed, requires_grad=False)
+            # Of a convolution, the kernel is the down-projection's.
+            shaped = placed.reshape(placed.shape[0], *_sides(factor, placed))
+            factor.weight = nn.Parameter(shaped, requires_grad=False)
         layer.scaling[name] = update.scale
         layers[module] = layer
     for layer, names in active.items():
@@ -332,6 +341,12 @@ class _State:
                 model.__dict__[_PEFT_FLAG] = None
         for parameter, flag in grads:
             parameter.requires_grad_(flag)
+
+
+def _sides(factor: Any, value: Tensor) -> tuple[int, ...]:
+    """The shape of a factor's rows in peft's layer: a number, or channels, height and width."""
+    kernel = getattr(factor, "kernel_size", ())
+    return (value.shape[1] // math.prod(kernel), *kernel)
 
 
 def _copy(weight: Tensor) -> Tensor:

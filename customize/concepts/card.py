@@ -11,6 +11,7 @@ from customize.families import FAMILIES
 
 if TYPE_CHECKING:
     from customize.concepts.concept import Concept
+    from customize.concepts.formats.lora import Adaptation
 
 
 def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
@@ -124,7 +125,7 @@ def tags(family: str) -> str:
     return f"{task}, lora, textual-inversion, diffusers-customize"
 
 
-def stock_updates(concepts: Sequence[Concept]) -> list[str]:
+def stock_updates(concepts: Sequence[Adaptation]) -> list[str]:
     """The Python lines by which stock diffusers reads what concepts change from FOLDER's files."""
     lines = ['pipe.load_lora_weights("FOLDER")']
     if any(component in SECOND for concept in concepts for component in concept.products):
@@ -136,7 +137,7 @@ def stock_updates(concepts: Sequence[Concept]) -> list[str]:
     return lines
 
 
-def stock_tokens(concept: Concept, file: str) -> list[str]:
+def stock_tokens(concept: Adaptation, file: str) -> list[str]:
     """The Python lines by which stock diffusers reads a concept's tokens from a file in FOLDER."""
     info = concept.info
     if not concept.embeddings:
@@ -158,10 +159,10 @@ def stock_tokens(concept: Concept, file: str) -> list[str]:
     ]
 
 
-def stock_subject(concept: Concept) -> str:
+def stock_subject(concept: Adaptation) -> str:
     """What a prompt for stock diffusers calls the concept."""
     unread = bool(concept.embeddings) and not _stock_reads_tokens(concept)
-    return f"a {concept.info.class_word}" if unread else concept.info.trigger
+    return f"a {concept.info.class_word}" if unread else concept.info.words
 
 
 def imports(tokens: Sequence[str]) -> list[str]:
@@ -180,5 +181,5 @@ def _plain(value: str) -> str:
     return value
 
 
-def _stock_reads_tokens(concept: Concept) -> bool:
+def _stock_reads_tokens(concept: Adaptation) -> bool:
     return len(concept.embeddings) == 1 or concept.info.family == "sdxl"

@@ -24,6 +24,9 @@ SCHEMA_VERSION = 1
 
 Method = Literal["orthogonal", "lora"]
 
+#: What a concept may be called.
+NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
+
 _PLAIN = re.compile(r"[^\x00-\x1f\x7f]*")
 _MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -72,8 +75,8 @@ class ConceptInfo(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
-    trigger: str = Field(pattern=r"^<[a-z0-9][a-z0-9_-]{0,63}>$")
+    name: str = Field(pattern=rf"^{NAME}$")
+    trigger: str = Field(pattern=rf"^<{NAME}>$")
     class_word: str = Field(min_length=1, max_length=64)
     family: str = Field(pattern=r"^[a-z0-9_]{1,32}$")
     base: str = Field(max_length=500)
@@ -128,6 +131,11 @@ class ConceptInfo(BaseModel):
         if self.token_layers and not self.num_tokens:
             raise ValueError("a concept without tokens has none for each layer")
         return self
+
+    @property
+    def words(self) -> str:
+        """What a prompt says to mean it."""
+        return self.trigger
 
     @property
     def scale(self) -> float:

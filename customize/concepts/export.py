@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from customize.concepts import card
+from customize.concepts.adapter import fit
 from customize.concepts.concept import Concept
 from customize.concepts.files import (
     check_writable,
@@ -22,12 +24,16 @@ from customize.concepts.files import (
     sync_folder,
     write_file,
 )
+from customize.concepts.formats.kohya import factors, file_shapes, kohya_header, kohya_tensors
+from customize.concepts.formats.lora import Adaptation
 from customize.concepts.layout import CARD_FILE, embedding_tensors, lora_files
 from customize.concepts.merge import check_together, merge
-from customize.core.lowrank import LowRank, distance, norm, truncate
+from customize.core.lowrank import LowRank, distance, filled, norm, truncate
 from customize.errors import ConceptError, ConfigError, StorageError
+from customize.families import Family, published_families
 
 MERGED_FILE = "merged.json"
+EMBEDS_FOLDER = "embeddings"
 
 Products = Mapping[str, Mapping[str, LowRank]]
 
@@ -48,12 +54,14 @@ class Merged:
 
 
 def write_merged(
-    concepts: Sequence[Concept],
+    concepts: Sequence[Adaptation],
     weights: Sequence[float],
     folder: str | Path,
     *,
     method: str = "sum",
     rank: int | None = None,
+    layout: str = "diffusers",
+    family: Family | None = None,
 ) -> Merged:
     """Write the weighted merge of concepts as one LoRA, and the tokens of each.
 
@@ -63,14 +71,22 @@ def write_merged(
     ``pipe.load_textual_inversion`` (the mean, where each cross-attention layer has its own),
     ``merged.json`` and ``README.md``. It is written whole or not at all.
 
+    By kohya's keys the LoRA is ``<folder>.safetensors``, with ranks that may differ between
+    layers, and the tokens are ``embeddings/<name>.safetensors``, since ComfyUI and the web UIs
+    call a token by its file's name. They are not bundled into the LoRA as ``bundle_emb``
+    keys, which only some of the web UIs read, and diffusers does not.
+
     Args:
         method: a name in :data:`customize.core.lowrank.MERGES`.
         rank: the most that any layer may have; None: exact, ranks add up.
+        layout: one of :data:`customize.concepts.layout.LAYOUTS`.
+        family: a model with these layers, for what the products alone do not say; None for the
+            published one that has them.
 
     Raises:
         ConceptError, ConfigError: see :func:`customize.concepts.merge.merge`; or two concepts
             have one trigger; or the rank is below 1; or a weight is so large that the sum is
-            not finite.
+            not finite; or there is no published model with these layers, where one is needed.
         StorageError: the folder holds anything else than just this, or cannot be written.
     """
     folder = Path(folder)
@@ -78,7 +94,7 @@ def write_merged(
     triggers: dict[str, str] = {}
     for concept in concepts:
         info = concept.info
-        if info.trigger in triggers:
+        if info.trigger and info.trigger in triggers:
             raise ConceptError(
                 f"the concepts {triggers[info.trigger]} and {info.name} have the same trigger "
                 f"{info.trigger}",
@@ -96,14 +112,8 @@ def write_merged(
     # Sorted, because the order of a file's tensors differs from one reading to the next, and the
     # same merge must give the same bytes.
     ranks = {c: max(p.rank for p in products[c].values()) for c in sorted(products)}
-    tensors = {}
-    for component, own in products.items():
-        for module, update in own.items():
-            up, down = _filled(update, ranks[component])
-            tensors[f"{component}.{module}.lora_A.weight"] = down
-            tensors[f"{component}.{module}.lora_B.weight"] = up
     facts = {
-        "base": concepts[0].info.base,
+        "base": _base(concepts),
         "family": concepts[0].info.family,
         "method": method,
         "rank": ranks,
@@ -111,21 +121,102 @@ def write_merged(
         "concepts": [
             {
                 "name": concept.info.name,
-                "trigger": concept.info.trigger,
+                "trigger": concept.info.words,
                 "class_word": concept.info.class_word,
                 "weight": weight,
             }
             for concept, weight in zip(concepts, weights, strict=True)
         ],
     }
-    files = {name: safetensors_bytes(own, {}) for name, own in lora_files(tensors).items()}
-    for concept in concepts:
-        if concept.embeddings:
-            files[_embeds_file(concept)] = safetensors_bytes(embedding_tensors(concept), {})
+    if layout == "kohya":
+        files = _kohya_files(concepts, products, family, folder.name, json.dumps(facts))
+        text = _kohya_card(concepts, weights, method, folder.name)
+    else:
+        # Only LoRAs from elsewhere have convolutions, whose kernels the products do not show.
+        elsewhere = any(not concept.info.fingerprint for concept in concepts)
+        model = family
+        if family is None and elsewhere:
+            model = _published(concepts[0].info.family, products)
+            if model is None:
+                raise _unpublished(concepts[0].info.family)
+        tensors = _diffusers_tensors(products, ranks, model)
+        files = {name: safetensors_bytes(own, {}) for name, own in lora_files(tensors).items()}
+        for concept in concepts:
+            if concept.embeddings:
+                files[_embeds_file(concept)] = safetensors_bytes(embedding_tensors(concept), {})
+        text = _card(concepts, weights, method)
     files[MERGED_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
-    files[CARD_FILE] = _card(concepts, weights, method).encode()
+    files[CARD_FILE] = text.encode()
     _write(folder, files)
     return Merged(folder, ranks, error)
+
+
+def _diffusers_tensors(
+    products: Products, ranks: Mapping[str, int], family: Family | None
+) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for component, own in products.items():
+        shapes = file_shapes(family, component) if family is not None else {}
+        for module, update in own.items():
+            whole = filled(update, ranks[component])
+            down, up = factors(whole, shapes.get(module, ()))
+            tensors[f"{component}.{module}.lora_A.weight"] = down
+            tensors[f"{component}.{module}.lora_B.weight"] = up
+    return tensors
+
+
+def _kohya_files(
+    concepts: Sequence[Adaptation],
+    products: Products,
+    family: Family | None,
+    title: str,
+    facts: str,
+) -> dict[str, bytes]:
+    name = concepts[0].info.family
+    exact = family or _published(name, products)
+    model = exact or next((each for each in published_families() if each.name == name), None)
+    if model is None or not model.kohya_metadata():
+        raise ConceptError(
+            f"what kohya's programs call the layers of family {name} is not known here",
+            fix="write it by diffusers' keys",
+        )
+    ours = all(concept.info.fingerprint for concept in concepts)
+    if exact is None and (model.kohya_uses_original_names or not ours):
+        raise _unpublished(name)
+    tensors = kohya_tensors(products, model)
+    words = {c.info.name: c.info.name if c.embeddings else c.info.words for c in concepts}
+    dates = [c.info.created for c in concepts if isinstance(c, Concept)]
+    base = model.kohya_metadata()
+    if exact is None:  # a size of its own: its layers have their own names, and its base none
+        base = {"ss_network_module": base["ss_network_module"]}
+    header = kohya_header(
+        tensors, base, title=title, words=words, date=max(dates, default=""), facts=facts
+    )
+    files = {f"{title}.safetensors": safetensors_bytes(tensors, header)}
+    for concept in concepts:
+        if concept.embeddings:
+            data = safetensors_bytes(embedding_tensors(concept), {})
+            files[f"{EMBEDS_FOLDER}/{concept.info.name}.safetensors"] = data
+    return files
+
+
+def _published(name: str, products: Products) -> Family | None:
+    """The published model that has these layers in these shapes, if there is one."""
+    for family in published_families():
+        if family.name == name:
+            with contextlib.suppress(ConceptError):
+                fit(products, family)
+                return family
+    return None
+
+
+def _unpublished(name: str) -> ConceptError:
+    return ConceptError(
+        f"no published model of family {name} has layers of these names and sizes, so what other "
+        "programs call them is not known",
+        fix="call write_merged(..., family=family_of(pipe.components)) with the pipeline, or write "
+        "concepts of our own by diffusers' keys",
+    )
 
 
 def check_new(folder: Path) -> None:
@@ -150,6 +241,7 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         partial.mkdir(parents=True)
         for name, data in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
             write_file(partial / name, data)
         if folder.is_dir():
             folder.rmdir()
@@ -164,24 +256,19 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
     """Whether just these files are there already, as after the same merge before."""
     try:
-        found = {path.name for path in folder.iterdir()}
+        found = {
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        }
         return found == set(files) and all((folder / n).read_bytes() == files[n] for n in files)
     except OSError:
         return False
 
 
-def _filled(update: LowRank, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both factors with the scale in the up-projection, and zeros up to the rank."""
-    missing = rank - update.rank
-    up = torch.nn.functional.pad(update.up * update.scale, (0, missing))
-    return up.contiguous(), torch.nn.functional.pad(update.down, (0, 0, 0, missing)).contiguous()
-
-
 def _check_finite(products: Products) -> None:
     for component, own in products.items():
         for module, update in own.items():
-            factors = _filled(update, update.rank)
-            if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+            whole = filled(update, update.rank)
+            if not all(bool(factor.isfinite().all()) for factor in (whole.up, whole.down)):
                 raise ConfigError(
                     "the merged update is not finite",
                     where=f"{component}.{module}",
@@ -195,42 +282,72 @@ def _relative_error(exact: Products, near: Products) -> float:
     return math.sqrt(sum(distance(p, q) ** 2 for p, q in pairs)) / whole if whole else 0.0
 
 
-def _embeds_file(concept: Concept) -> str:
+def _embeds_file(concept: Adaptation) -> str:
     return f"learned_embeds_{concept.info.name}.safetensors"
 
 
-def _card(concepts: Sequence[Concept], weights: Sequence[float], method: str) -> str:
+def _card_head(
+    concepts: Sequence[Adaptation], weights: Sequence[float], method: str, library: str
+) -> list[str]:
     infos = [concept.info for concept in concepts]
-    subjects = [card.stock_subject(concept) for concept in concepts]
-    base = json.dumps(infos[0].base)
     rows = [
-        f"| {info.name} | `{info.trigger}` | {info.class_word.replace('|', '/')} | {weight:g} |"
+        f"| {info.name} | {f'`{info.words}`' if info.words else ''} "
+        f"| {info.class_word.replace('|', '/')} | {weight:g} |"
         for info, weight in zip(infos, weights, strict=True)
     ]
+    return [
+        "---",
+        f"base_model: {json.dumps(_base(concepts))}",
+        f"library_name: {library}",
+        f"tags: [{card.tags(infos[0].family)}]",
+        "---",
+        f"# {' + '.join(info.name for info in infos)}",
+        "",
+        f"Concepts that were learned apart, merged by {method} into one ordinary LoRA.",
+        "",
+        "| Concept | Trigger | What it is | Weight |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def _base(concepts: Sequence[Adaptation]) -> str:
+    """That of our own concepts, whose base is one to load; else what a LoRA's file says."""
+    ours = [concept.info.base for concept in concepts if isinstance(concept, Concept)]
+    return (ours or [concept.info.base for concept in concepts])[0]
+
+
+def _kohya_card(
+    concepts: Sequence[Adaptation], weights: Sequence[float], method: str, title: str
+) -> str:
+    with_tokens = [concept.info.name for concept in concepts if concept.embeddings]
+    tokens = [
+        f"- `{EMBEDS_FOLDER}/`: its files go where the program keeps textual inversion embeddings. "
+        f"A prompt then says `{name}` in the web UIs, and `embedding:{name}` in ComfyUI."
+        for name in with_tokens[:1]
+    ]
+    head = _card_head(concepts, weights, method, "kohya")
+    lora = f"- `{title}.safetensors`: goes where the program keeps LoRAs. Load it at strength 1."
+    return "\n".join([*head, lora, *tokens, ""])
+
+
+def _card(concepts: Sequence[Adaptation], weights: Sequence[float], method: str) -> str:
+    subjects = [card.stock_subject(concept) for concept in concepts]
+    base, family = json.dumps(_base(concepts)), concepts[0].info.family
     loading = [
         line for concept in concepts for line in card.stock_tokens(concept, _embeds_file(concept))
     ]
+    prompt = "a photo of " + " and ".join(subject for subject in subjects if subject)
     return "\n".join(
         [
-            "---",
-            f"base_model: {base}",
-            "library_name: diffusers",
-            f"tags: [{card.tags(infos[0].family)}]",
-            "---",
-            f"# {' + '.join(info.name for info in infos)}",
-            "",
-            f"Concepts that were learned apart, merged by {method} into one ordinary LoRA.",
-            "",
-            "| Concept | Trigger | What it is | Weight |",
-            "|---|---|---|---|",
-            *rows,
-            "",
+            *_card_head(concepts, weights, method, "diffusers"),
             "```python",
             *card.imports(loading),
-            *card.opening(infos[0].family, base),
+            *card.opening(family, base),
             *card.stock_updates(concepts),
             *loading,
-            card.drawing(infos[0].family, f"a photo of {' and '.join(subjects)}"),
+            card.drawing(family, prompt),
             "```",
             "",
         ]

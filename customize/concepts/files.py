@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
 import secrets
 import shutil
@@ -162,13 +163,27 @@ def write_single(concept: Concept, path: str | Path) -> Path:
     return path
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file, of tensors on any device that may share memory."""
+def safetensors_bytes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], format: str | None = "pt"
+) -> bytes:
+    """The content of a safetensors file, of tensors on any device that may share memory.
+
+    Args:
+        format: what the header says of the tensors' library; None for nothing.
+    """
     from safetensors.torch import save
 
     # Clones, because tensors that share memory (a slice used in many layers) are refused there.
     own = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-    return save(own, {"format": "pt", **metadata})
+    return _ordered(save(own, ({"format": format} if format else {}) | dict(metadata)))
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file with its header's keys in order: else it differs from one run to the next."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def check_folder(folder: Path, name: str) -> None:

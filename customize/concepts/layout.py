@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from customize.concepts.concept import Concept
 from customize.concepts.layerwise import mean_rows
+
+if TYPE_CHECKING:
+    from customize.concepts.formats.lora import Adaptation
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # Of a pipeline with two denoisers, stock diffusers reads the second one's updates from a file of
@@ -21,6 +24,10 @@ SECOND = {"transformer_2": "transformer"}
 EMBEDS_FILE = "learned_embeds.safetensors"
 LAYERS_FILE = "layerwise_embeds.safetensors"
 INFO_FILE = "concept.json"
+# By whose keys a merged LoRA is written.
+LAYOUTS = ("diffusers", "kohya")
+# What peft's own save_pretrained writes.
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 CARD_FILE = "README.md"
 CLAIM_FILE = ".slice.json"
 # What training keeps in the same folder: its claim on a slice, its checkpoints, class pictures,
@@ -75,7 +82,7 @@ def bundled_embeddings(concept: Concept) -> dict[str, Tensor]:
     return {f"{EMBEDS_PREFIX}{key}": rows for key, rows in concept.embeddings.items()}
 
 
-def embedding_tensors(concept: Concept) -> dict[str, Tensor]:
+def embedding_tensors(concept: Adaptation) -> dict[str, Tensor]:
     """One embedding a token, as all loaders take them: the mean, where each layer has its own."""
     plain = {key: mean_rows(rows) for key, rows in concept.embeddings.items()}
     if len(plain) == 1:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from customize.concepts.concept import Concept
+from customize.concepts.adapter import file_name
+from customize.concepts.concept import ConceptInfo
+from customize.concepts.formats.lora import Adaptation, LoraInfo
 from customize.core.lowrank import MERGES, LowRank
 from customize.errors import ConceptError, ConfigError
 
 
 def merge(
-    concepts: Sequence[Concept], weights: Sequence[float], method: str = "sum"
+    concepts: Sequence[Adaptation], weights: Sequence[float], method: str = "sum"
 ) -> dict[str, dict[str, LowRank]]:
     """One update for each layer that any of the concepts changes.
 
@@ -50,7 +52,11 @@ def merge(
         )
     merged: dict[str, dict[str, LowRank]] = {}
     for component in _ordered(concept.products for concept in concepts):
-        updates = [concept.products.get(component, {}) for concept in concepts]
+        # By one name for each layer, as a concept that was never saved may have the model's.
+        updates = [
+            {file_name(component, m): u for m, u in concept.products.get(component, {}).items()}
+            for concept in concepts
+        ]
         merged[component] = {}
         for module in _ordered(updates):
             some = next(own[module] for own in updates if module in own)
@@ -65,7 +71,7 @@ def merge(
     return merged
 
 
-def check_together(concepts: Sequence[Concept]) -> None:
+def check_together(concepts: Sequence[Adaptation]) -> None:
     """Refuse concepts that no one model can carry together.
 
     Raises:
@@ -82,13 +88,26 @@ def check_together(concepts: Sequence[Concept]) -> None:
                 f"two concepts are called {info.name}", fix="give each once, or rename one"
             )
         names.add(info.name)
-        if (info.family, info.fingerprint) != (first.family, first.fingerprint):
+        strange = strangers(first, info)
+        if strange:
             raise ConceptError(
-                f"{first.name} was learned on {first.family} ({first.base}) and {info.name} on "
-                f"{info.family} ({info.base}), which differ in architecture or size",
+                strange,
                 where=info.name,
                 fix="merge concepts of one base model, or of bases of the same architecture",
             )
+        # A LoRA from elsewhere says only its family; its layers' shapes are compared on merging.
+        first = first if first.fingerprint else info
+
+
+def strangers(a: ConceptInfo | LoraInfo, b: ConceptInfo | LoraInfo) -> str:
+    """Why two do not belong to one architecture, as far as both say which; empty where they do."""
+    both = a.fingerprint and b.fingerprint
+    if a.family == b.family and (not both or a.fingerprint == b.fingerprint):
+        return ""
+    return (
+        f"{a.name} was learned on {a.family} ({a.base or 'unknown'}) and {b.name} on {b.family} "
+        f"({b.base or 'unknown'}), which differ in architecture or size"
+    )
 
 
 def _ordered(mappings: Iterable[Mapping[str, object]]) -> list[str]:

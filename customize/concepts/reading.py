@@ -23,6 +23,7 @@ from customize.concepts.layout import (
     INFO_HEADER,
     LAYERS_FILE,
     LORA_FILE,
+    PEFT_FILES,
     PEFT_HEADER,
     SECOND,
     SECOND_FILE,
@@ -45,9 +46,7 @@ def read(source: str | Path) -> Concept:
         ConceptError: nothing is there, a part is missing, cut short, changed, of wrong shape or
             not finite, a key is missing or too many, the schema is unknown, or it is a pickle.
     """
-    path = _located(source)
-    if path.suffix.lower() in _PICKLES:
-        _refuse_pickle(path)
+    path = located(source)
     return _read_folder(path) if path.is_dir() else _read_single(path)
 
 
@@ -62,9 +61,7 @@ def read_info(folder: Path) -> ConceptInfo:
 
 def _read_folder(folder: Path) -> Concept:
     if not (folder / INFO_FILE).is_file():
-        pickles = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in _PICKLES]
-        if pickles:
-            _refuse_pickle(pickles[0])
+        refuse_pickles(folder)
         raise ConceptError(
             f"the folder has no {INFO_FILE}",
             where=folder,
@@ -142,18 +139,36 @@ def _near(a: Tensor, b: Tensor) -> bool:
 
 
 def _read_single(path: Path) -> Concept:
-    if path.suffix.lower() != ".safetensors":
-        raise ConceptError(
-            "a concept is a folder or a .safetensors file", where=path, fix="name one of these"
-        )
-    tensors, metadata = _read_tensors(path)
+    tensors, metadata = read_single_tensors(path)
     if INFO_HEADER not in metadata:
         raise ConceptError(
             "the file's header says nothing on a concept",
             where=path,
-            fix="name the folder if it is from a concept's; load an ordinary LoRA with "
-            "load_lora_weights",
+            fix="name the folder if it is from a concept's; load an ordinary LoRA into a pipeline "
+            "with load_custom",
         )
+    return parsed_single(tensors, metadata, path)
+
+
+def read_single_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a ``.safetensors`` file, and its header's metadata.
+
+    Raises:
+        ConceptError: it has another ending, is missing, or cannot be parsed.
+    """
+    if path.suffix.lower() != ".safetensors":
+        raise ConceptError(
+            "a concept is a folder or a .safetensors file", where=path, fix="name one of these"
+        )
+    return _read_tensors(path)
+
+
+def parsed_single(tensors: dict[str, Tensor], metadata: Mapping[str, str], path: Path) -> Concept:
+    """The concept in a single file, whose header has :data:`INFO_HEADER`.
+
+    Raises:
+        ConceptError: see :func:`read`.
+    """
     info, digest = _parsed_info(metadata[INFO_HEADER].encode(), path)
     embeddings = {
         key.removeprefix(EMBEDS_PREFIX): tensors.pop(key)
@@ -270,6 +285,18 @@ def _parsed_info(data: bytes, where: Path) -> tuple[ConceptInfo, str]:
     return info, digest
 
 
+def read_json(path: Path) -> Any:
+    """What a small JSON file says.
+
+    Raises:
+        ConceptError: it cannot be read or parsed.
+    """
+    try:
+        return _json(_bytes(path, _MAX_JSON))
+    except (ValueError, RecursionError) as error:
+        raise ConceptError(f"it is no JSON: {error}", where=path, fix="get it anew") from error
+
+
 def _json(text: str | bytes) -> Any:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no JSON number")
@@ -294,6 +321,17 @@ def _bytes(path: Path, limit: int) -> bytes:
         ) from error
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder with a pickle in it, when what was looked for is not there.
+
+    Raises:
+        ConceptError: naming the first.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in _PICKLES:
+            _refuse_pickle(file)
+
+
 def _refuse_pickle(path: Path) -> NoReturn:
     raise ConceptError(
         "files of this kind can run code when they are opened, so they are not read",
@@ -302,9 +340,16 @@ def _refuse_pickle(path: Path) -> NoReturn:
     )
 
 
-def _located(source: str | Path) -> Path:
+def located(source: str | Path) -> Path:
+    """Where a concept or LoRA lies: the path itself, or what the hub gave for an id.
+
+    Raises:
+        ConceptError: nothing is there, or it is a pickle.
+    """
     path = Path(source)
     if os.path.exists(path):  # unlike Path.exists, False for names that no file can have
+        if path.suffix.lower() in _PICKLES:
+            _refuse_pickle(path)
         return path
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return _downloaded(source)
@@ -315,8 +360,8 @@ def _downloaded(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        ours = [LORA_FILE, SECOND_FILE, EMBEDS_FILE, LAYERS_FILE, INFO_FILE]
-        return Path(snapshot_download(hub_id, allow_patterns=ours))
+        files = [LORA_FILE, SECOND_FILE, EMBEDS_FILE, LAYERS_FILE, INFO_FILE, *PEFT_FILES]
+        return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as error:  # offline, not found, gated, full disk: all mean no concept here
         raise ConceptError(
             f"there is no such folder, and the hub did not give it: {error}",

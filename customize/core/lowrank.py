@@ -81,6 +81,63 @@ def from_factors(up: Tensor, down: Tensor, scale: float = 1.0) -> LowRank:
     return LowRank(up.flatten(1), down.flatten(1), scale)
 
 
+def from_dense(update: Tensor) -> LowRank:
+    """Any update as a product, exact: the smaller of the two sides becomes an identity.
+
+    Args:
+        update: (out, in), or of a convolution (out, in, kh, kw), which is flattened.
+
+    Returns:
+        rank min(out, in * kh * kw), in update's dtype.
+
+    Raises:
+        ConceptError: it has fewer than two dimensions.
+    """
+    if update.ndim < 2:
+        raise ConceptError(f"an update of shape {tuple(update.shape)} is not that of a weight")
+    flat = update.flatten(1)
+    eye = torch.eye(min(flat.shape), dtype=flat.dtype, device=flat.device)
+    return LowRank(eye, flat) if flat.shape[0] < flat.shape[1] else LowRank(flat, eye)
+
+
+def rows(p: LowRank, start: int, stop: int) -> LowRank:
+    """The update of rows ``start:stop`` of the weight alone."""
+    return LowRank(p.up[start:stop], p.down, p.scale)
+
+
+def filled(p: LowRank, rank: int) -> LowRank:
+    """The same with the scale in the up-projection, and zeros in both factors up to a rank."""
+    missing = rank - p.rank
+    up = torch.nn.functional.pad(p.up * p.scale, (0, missing))
+    down = torch.nn.functional.pad(p.down, (0, 0, 0, missing))
+    return LowRank(up.contiguous(), down.contiguous())
+
+
+def stacked(products: Sequence[LowRank]) -> LowRank:
+    """The update of several weights laid one below the other, exact.
+
+    Ranks add up; where all have bit-equal down-projections, as concepts of the method
+    "orthogonal" have, the rank stays.
+
+    Args:
+        products: at least one, of equal input width and on one device.
+
+    Returns:
+        Scale 1; float32 or the factors' higher precision.
+
+    Raises:
+        ConceptError: no products, or their widths differ.
+    """
+    if len({p.shape[1] for p in products}) != 1:
+        raise ConceptError("updates of different input widths cannot be laid below one another")
+    dtype = _precision(products)
+    downs = [p.down.to(dtype) for p in products]
+    ups = [p.scale * p.up.to(dtype) for p in products]
+    if all(torch.equal(down, downs[0]) for down in downs[1:]):
+        return LowRank(torch.cat(ups), downs[0])
+    return LowRank(torch.block_diag(*ups), torch.cat(downs))
+
+
 def product(p: LowRank) -> Tensor:
     """The dense update: (out, in), float32 or the factors' higher precision."""
     dtype = _precision([p])
@@ -91,7 +148,8 @@ def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRa
     """``sum_i weights[i] * products[i]``, exact, by laying the factors side by side.
 
     Weights and scales go into the up-projection and the result's scale is 1. Ranks add up;
-    where all products have bit-equal down-projections, their ups are added and the rank stays.
+    where all products have bit-equal down-projections, their ups are added and the rank stays,
+    and the other way round.
 
     Args:
         products: at least one, of equal shape and on one device.
@@ -110,6 +168,11 @@ def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRa
     ups = [(w * p.scale) * p.up.to(dtype) for p, w in zip(products, weights, strict=True)]
     if all(torch.equal(down, downs[0]) for down in downs[1:]):
         return LowRank(torch.stack(ups).sum(0), downs[0])
+    same = products[0].up
+    if all(torch.equal(p.up, same) for p in products[1:]):  # such as identities, of dense updates
+        factors = [w * p.scale for p, w in zip(products, weights, strict=True)]
+        scaled = [factor * down for factor, down in zip(factors, downs, strict=True)]
+        return LowRank(same.to(dtype), torch.stack(scaled).sum(0))
     return LowRank(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from customize.errors import PipelineError
 from customize.families.base import Family
@@ -22,7 +25,14 @@ from customize.families.sdxl import StableDiffusionXL
 from customize.families.wan import Wan
 from customize.families.z_image import ZImage
 
-__all__ = ["COMPONENTS", "FAMILIES", "Family", "TokenDictionary", "family_of"]
+__all__ = [
+    "COMPONENTS",
+    "FAMILIES",
+    "Family",
+    "TokenDictionary",
+    "family_of",
+    "published_families",
+]
 
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
@@ -76,6 +86,16 @@ def family_of(
         f"no known model family has these parts: {', '.join(found) or 'no denoiser at all'}",
         fix=fix,
     )
+
+
+@functools.cache
+def published_families() -> tuple[Family, ...]:
+    """Every family in each of its published sizes, without weights: what a file without a
+    pipeline can be compared with."""
+    with torch.device("meta"):
+        return tuple(
+            family(components) for family in FAMILIES.values() for components in family.published()
+        )
 
 
 def _described(component: Any) -> str:

@@ -8,21 +8,25 @@ a video of one frame. "Latents" always means scaled latents, as the denoiser tak
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from customize.errors import ConfigError, PipelineError
 from customize.families.components import Components, class_name, uncompiled
+from customize.families.originals import Rows
 
 # transformers has the CLIP layers below `text_model` or, in newer versions of CLIPTextModel, not.
 _CLIP_PROJECTIONS = re.compile(
     r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 )
+
+_INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
 
 
 class Family(Components, ABC):
@@ -38,6 +42,10 @@ class Family(Components, ABC):
     no_guidance: ClassVar[float] = 1.0
     #: Whether diffusers has the models as modular pipelines only.
     modular_only: ClassVar[bool] = False
+    #: Whether kohya's files call the denoiser's layers as those do who made the model.
+    kohya_uses_original_names: ClassVar[bool] = True
+    #: Whether the padding of prompts of unequal length is masked in the denoiser's attention.
+    masked_attention: ClassVar[bool] = False
 
     # -- what differs ------------------------------------------------------------------------
 
@@ -194,21 +202,69 @@ class Family(Components, ABC):
             ConfigError: the component takes no adapter.
             PipelineError: it has been freed.
         """
+        of_denoiser = component in (self.denoiser_key, *self.other_denoisers)
+        pattern = self.attention_projections if of_denoiser else _CLIP_PROJECTIONS
+        return {
+            name: shape for name, shape in self.layers(component).items() if pattern.fullmatch(name)
+        }
+
+    def layers(self, component: str) -> dict[str, tuple[int, int]]:
+        """All linear layers and convolutions of one component: what an adapter can change.
+
+        Args, order and errors as :meth:`adapter_targets`.
+
+        Returns:
+            module name within the component -> (out, in); of a convolution, ``in`` counts its
+            kernel: input channels * height * width.
+        """
+        shapes = self.weight_shapes(component)
+        return {name: (shape[0], math.prod(shape[1:])) for name, shape in shapes.items()}
+
+    def weight_shapes(self, component: str) -> dict[str, tuple[int, ...]]:
+        """The same layers with the shapes of their weights: (out, in), or (out, in, kh, kw)."""
         denoisers = (self.denoiser_key, *self.other_denoisers)
-        if component in denoisers:
-            pattern = self.attention_projections
-        elif component in self.clip_encoders:
-            pattern = _CLIP_PROJECTIONS
-        else:
+        if component not in (*denoisers, *self.clip_encoders):
             raise ConfigError(
                 f"the component {component!r} of family {self.name} takes no adapter",
                 fix=f"choose from {', '.join((*denoisers, *self.clip_encoders))}",
             )
-        return {
-            name: (module.out_features, module.in_features)
-            for name, module in uncompiled(self._part(component)).named_modules()
-            if pattern.fullmatch(name)
-        }
+        found: dict[str, tuple[int, ...]] = {}
+        for name, module in uncompiled(self._part(component)).named_modules():
+            if _INSIDE_ADAPTER.search(name):
+                continue
+            layer = getattr(module, "base_layer", module)
+            # By the layer's own numbers: a quantized weight has another shape.
+            if isinstance(layer, nn.Linear):
+                found[name] = (layer.out_features, layer.in_features)
+            elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
+                found[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+        return found
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        """The denoiser and CLIP text encoders of each size that was published.
+
+        Made anew, without weights when called within ``torch.device("meta")``; for their layers'
+        names and shapes. Empty where files of the family are read into a pipeline only.
+        """
+        return []
+
+    def kohya_metadata(self) -> dict[str, str]:
+        """What kohya's trainers note on the base in a file's header, as user interfaces show it.
+
+        Empty where no file is written by kohya's keys.
+        """
+        return {}
+
+    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+        """What the denoiser's layers are called in the files of those who made the model.
+
+        Returns:
+            The original's name of a layer -> the rows of ours that lie below one another in it:
+            several, where the original computes in one layer what diffusers has in more. Empty
+            where the names are the same.
+        """
+        return {}
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The distribution of the latents of pictures, so that a cache can draw from it anew.
@@ -242,6 +298,25 @@ class Family(Components, ABC):
         shift, scale = self._latent_scaling()
         encoded = latents.to(vae.device, torch.float32) / scale + shift
         return vae.decode(self._as_encoded(encoded).to(vae.dtype)).sample.float().clamp(-1.0, 1.0)
+
+    def denoiser_numbers(self) -> int:
+        """How many numbers the denoiser holds at most beside its weights, for one picture of the
+        default resolution: a bound from above, at most twice what its layers allocate.
+
+        Raises:
+            PipelineError: that is not counted for this family.
+        """
+        raise PipelineError(
+            f"what a model of family {self.name} needs beside its weights is not counted",
+            fix="use the pipeline's own offloading and tiling",
+        )
+
+    def decoder_numbers(self, tiled: bool = False) -> int:
+        """What :meth:`denoiser_numbers` is, for decoding that picture whole or in tiles."""
+        side = self.default_resolution
+        if tiled:
+            side = min(side, self._tile)
+        return self._decoder_width * side**2
 
     @property
     def default_resolution(self) -> int:
@@ -282,6 +357,16 @@ class Family(Components, ABC):
     @property
     def _vae_factor(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def _decoder_width(self) -> int:
+        """How many numbers the decoder holds at most for each pixel."""
+        return 7 * self.vae.config.block_out_channels[0]
+
+    @property
+    def _tile(self) -> int:
+        """The height and width in pixels of the autoencoder's tiles."""
+        return self.vae.tile_latent_min_size * self._vae_factor
 
     def _as_latents(self, encoded: Tensor) -> Tensor:
         """What the autoencoder encodes, laid out as the denoiser's latents are."""

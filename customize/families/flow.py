@@ -19,6 +19,9 @@ from customize.core import objectives
 from customize.errors import ConfigError, PipelineError
 from customize.families.base import Family, ones_like_batch
 
+# As many as the pipelines of these families take by default, or more.
+_PROMPT_TOKENS = 512
+
 
 class FlowFamily(Family):
     """A transformer that answers the velocity ``noise - latents``, and a flow-matching scheduler.
@@ -61,6 +64,12 @@ class FlowFamily(Family):
 
     def cross_attention_layers(self) -> list[str]:
         return []
+
+    def denoiser_numbers(self) -> int:
+        side = self.default_resolution // self._vae_factor
+        tokens = self._picture_tokens((0, side, side)) + _PROMPT_TOKENS
+        widths = [width for _, width in self.adapter_targets(self.denoiser_key).values()]
+        return 18 * (1 if self.guidance_is_an_input else 2) * tokens * max(widths)
 
     def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
         config = self.vae.config

@@ -10,14 +10,54 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from customize.families.components import class_name
 from customize.families.flow import PackedFamily
+from customize.families.originals import Rows, clip_text_model, original_rows
 from customize.families.prompts import sent, tokenize
 
 #: How many T5 tokens the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
+
+
+_DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+_QKV = tuple(f"{_DOUBLE}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
+_TEXT_QKV = tuple(f"{_DOUBLE}.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj"))
+_SINGLE_QKV = tuple(f"{_SINGLE}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
+
+#: Black Forest Labs' names, and those of XLabs' files (the attention's "processor").
+_ORIGINALS: dict[str, tuple[str, ...]] = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "double_blocks.{}.img_mod.lin": (f"{_DOUBLE}.norm1.linear",),
+    "double_blocks.{}.img_attn.qkv": _QKV,
+    "double_blocks.{}.img_attn.proj": (f"{_DOUBLE}.attn.to_out.0",),
+    "double_blocks.{}.img_mlp.0": (f"{_DOUBLE}.ff.net.0.proj",),
+    "double_blocks.{}.img_mlp.2": (f"{_DOUBLE}.ff.net.2",),
+    "double_blocks.{}.txt_mod.lin": (f"{_DOUBLE}.norm1_context.linear",),
+    "double_blocks.{}.txt_attn.qkv": _TEXT_QKV,
+    "double_blocks.{}.txt_attn.proj": (f"{_DOUBLE}.attn.to_add_out",),
+    "double_blocks.{}.txt_mlp.0": (f"{_DOUBLE}.ff_context.net.0.proj",),
+    "double_blocks.{}.txt_mlp.2": (f"{_DOUBLE}.ff_context.net.2",),
+    "single_blocks.{}.modulation.lin": (f"{_SINGLE}.norm.linear",),
+    "single_blocks.{}.linear1": (*_SINGLE_QKV, f"{_SINGLE}.proj_mlp"),
+    "single_blocks.{}.linear2": (f"{_SINGLE}.proj_out",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "double_blocks.{}.processor.qkv_lora1": _QKV,
+    "double_blocks.{}.processor.proj_lora1": (f"{_DOUBLE}.attn.to_out.0",),
+    "double_blocks.{}.processor.qkv_lora2": _TEXT_QKV,
+    "double_blocks.{}.processor.proj_lora2": (f"{_DOUBLE}.attn.to_add_out",),
+    "single_blocks.{}.processor.qkv_lora": _SINGLE_QKV,
+    "single_blocks.{}.processor.proj_lora": (f"{_SINGLE}.proj_out",),
+}
 
 
 class Flux(PackedFamily):
@@ -35,6 +75,28 @@ class Flux(PackedFamily):
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "FluxTransformer2DModel"
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import FluxTransformer2DModel
+
+        transformer = FluxTransformer2DModel(guidance_embeds=True)
+        return [{"transformer": transformer, "text_encoder": clip_text_model(768, 12)}]
+
+    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+        # There the last modulation gives the shift first, and here the scale.
+        layers = self.layers(self.denoiser_key)
+        return original_rows(layers, _ORIGINALS, lambda name, _: name == "norm_out.linear")
+
+    def kohya_metadata(self) -> dict[str, str]:
+        kind = "dev" if self.guidance_is_an_input else "schnell"
+        return {
+            "ss_network_module": "networks.lora_flux",
+            "ss_base_model_version": "flux1",
+            "modelspec.architecture": f"flux-1-{kind}/lora",
+            "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+            "modelspec.resolution": "1024x1024",
+        }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer, clip = self._part("tokenizer"), self._part("text_encoder")

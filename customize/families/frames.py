@@ -39,3 +39,11 @@ class FirstFrameFamily(FramedFamily, PackedFamily):
     @property
     def _vae_factor(self) -> int:
         return 2 ** len(self.vae.config.temperal_downsample)
+
+    @property
+    def _decoder_width(self) -> int:
+        return 19 * self.vae.config.base_dim
+
+    @property
+    def _tile(self) -> int:
+        return self.vae.tile_sample_min_height

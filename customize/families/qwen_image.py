@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from customize.families.components import class_name
 from customize.families.frames import FirstFrameFamily
@@ -34,16 +34,33 @@ class QwenImage(FirstFrameFamily):
     scheduler whose shift grows with the picture."""
 
     name = "qwen_image"
+    kohya_uses_original_names = False
     attention_projections = re.compile(
         r"transformer_blocks\.\d+\.attn\."
         r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     )
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
+    masked_attention = True
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "QwenImageTransformer2DModel"
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import QwenImageTransformer2DModel
+
+        return [{"transformer": QwenImageTransformer2DModel()}]
+
+    def kohya_metadata(self) -> dict[str, str]:
+        return {
+            "ss_network_module": "networks.lora_qwen_image",
+            "ss_base_model_version": "qwen_image",
+            "modelspec.architecture": "Qwen-Image/lora",
+            "modelspec.implementation": "https://github.com/QwenLM/Qwen-Image",
+            "modelspec.resolution": "1024x1024",
+        }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         encoder = self._part("text_encoder")

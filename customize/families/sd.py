@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from customize.families.components import NO_CONFIG, class_name
+from customize.families.originals import clip_text_model
 from customize.families.prompts import sent, tokenize
 from customize.families.unet import MOTION_UNET, UNetFamily, is_unet
 
@@ -21,6 +22,7 @@ class StableDiffusion(UNetFamily):
     the DDPM kind."""
 
     name = "sd"
+    kohya_uses_original_names = False
     clip_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}
 
     def __init__(
@@ -37,6 +39,34 @@ class StableDiffusion(UNetFamily):
             and "text_encoder" in components
             and class_name(components["text_encoder"]) in ("CLIPTextModel", "None")
         )
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import UNet2DConditionModel
+
+        first = UNet2DConditionModel(cross_attention_dim=768)
+        second = UNet2DConditionModel(cross_attention_dim=1024, use_linear_projection=True)
+        return [
+            {"unet": first, "text_encoder": clip_text_model(768, 12)},
+            {"unet": second, "text_encoder": clip_text_model(1024, 23)},
+        ]
+
+    def kohya_metadata(self) -> dict[str, str]:
+        second = self.denoiser.config.cross_attention_dim == 1024
+        v_prediction = self.components.get("scheduler") is not None and self.prediction != "epsilon"
+        return {
+            "ss_network_module": "networks.lora",
+            "ss_v2": str(second),
+            "ss_base_model_version": f"sd_v{2 if second else 1}" + ("_v" if v_prediction else ""),
+            "modelspec.architecture": (
+                f"stable-diffusion-v2-{'768-v' if v_prediction else '512'}"
+                if second
+                else "stable-diffusion-v1"
+            )
+            + "/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.resolution": "768x768" if second and v_prediction else "512x512",
+        }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer, encoder = self._part("tokenizer"), self._part("text_encoder")

@@ -11,15 +11,41 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from customize.families.components import class_name
 from customize.families.flow import FlowFamily
+from customize.families.originals import Rows, clip_text_model, original_rows
 from customize.families.prompts import sent, tokenize
 
 #: How many T5 tokens the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 256
+
+
+_BLOCK = "transformer_blocks.{}"
+_ORIGINALS: dict[str, tuple[str, ...]] = {
+    "x_embedder.proj": ("pos_embed.proj",),
+    "context_embedder": ("context_embedder",),
+    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
+    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+    "joint_blocks.{}.x_block.adaLN_modulation.1": (f"{_BLOCK}.norm1.linear",),
+    "joint_blocks.{}.x_block.attn.qkv": tuple(f"{_BLOCK}.attn.to_{x}" for x in "qkv"),
+    "joint_blocks.{}.x_block.attn.proj": (f"{_BLOCK}.attn.to_out.0",),
+    "joint_blocks.{}.x_block.attn2.qkv": tuple(f"{_BLOCK}.attn2.to_{x}" for x in "qkv"),
+    "joint_blocks.{}.x_block.attn2.proj": (f"{_BLOCK}.attn2.to_out.0",),
+    "joint_blocks.{}.x_block.mlp.fc1": (f"{_BLOCK}.ff.net.0.proj",),
+    "joint_blocks.{}.x_block.mlp.fc2": (f"{_BLOCK}.ff.net.2",),
+    "joint_blocks.{}.context_block.adaLN_modulation.1": (f"{_BLOCK}.norm1_context.linear",),
+    "joint_blocks.{}.context_block.attn.qkv": tuple(f"{_BLOCK}.attn.add_{x}_proj" for x in "qkv"),
+    "joint_blocks.{}.context_block.attn.proj": (f"{_BLOCK}.attn.to_add_out",),
+    "joint_blocks.{}.context_block.mlp.fc1": (f"{_BLOCK}.ff_context.net.0.proj",),
+    "joint_blocks.{}.context_block.mlp.fc2": (f"{_BLOCK}.ff_context.net.2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
 
 
 class StableDiffusion3(FlowFamily):
@@ -41,6 +67,52 @@ class StableDiffusion3(FlowFamily):
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "SD3Transformer2DModel"
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import SD3Transformer2DModel
+
+        found = []
+        for heads, dual in ((24, ()), (24, tuple(range(13))), (38, ())):
+            transformer = SD3Transformer2DModel(
+                num_layers=heads,
+                num_attention_heads=heads,
+                attention_head_dim=64,
+                caption_projection_dim=64 * heads,
+                joint_attention_dim=4096,
+                pooled_projection_dim=2048,
+                dual_attention_layers=dual,
+            )
+            clips = clip_text_model(768, 12, True), clip_text_model(1280, 32, True)
+            texts = dict(zip(cls.clip_encoders, clips, strict=True))
+            found.append({"transformer": transformer, **texts})
+        return found
+
+    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+        # There the last modulations give the shift first, and here the scale: those with two
+        # outputs for each input, where the others have six or nine.
+        layers = self.layers(self.denoiser_key)
+        return original_rows(
+            layers,
+            _ORIGINALS,
+            lambda name, shape: (
+                name.endswith(("norm_out.linear", "norm1_context.linear"))
+                and shape[0] == 2 * shape[1]
+            ),
+        )
+
+    def kohya_metadata(self) -> dict[str, str]:
+        size = {(24, 1536): "m", (38, 2432): "5-large"}
+        config = self.denoiser.config
+        key = (config.num_layers, config.num_attention_heads * config.attention_head_dim)
+        kind = "5-medium" if config.dual_attention_layers else size.get(key)
+        return {
+            "ss_network_module": "networks.lora_sd3",
+            "ss_base_model_version": "sd3",
+            "modelspec.architecture": f"stable-diffusion-3{f'-{kind}' if kind else ''}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.resolution": "1024x1024",
+        }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         clips = [self._encode_clip(prompts, key) for key in self.clip_encoders]

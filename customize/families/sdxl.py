@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from customize.errors import PipelineError
 from customize.families.components import NO_CONFIG, class_name
+from customize.families.originals import clip_text_model
 from customize.families.prompts import sent, tokenize
 from customize.families.unet import MOTION_UNET, UNetFamily, is_unet
 
@@ -59,6 +60,39 @@ class StableDiffusionXL(UNetFamily):
             and class_name(components["text_encoder"]) in ("CLIPTextModel", "None")
             and class_name(components["text_encoder_2"]) in ("CLIPTextModelWithProjection", "None")
         )
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import UNet2DConditionModel
+
+        unet = UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            cross_attention_dim=2048,
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        return [
+            {
+                "unet": unet,
+                "text_encoder": clip_text_model(768, 12),
+                "text_encoder_2": clip_text_model(1280, 32, projected=True),
+            }
+        ]
+
+    def kohya_metadata(self) -> dict[str, str]:
+        return {
+            "ss_network_module": "networks.lora",
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "modelspec.resolution": "1024x1024",
+        }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         outputs = [self._encode(prompts, key) for key in self.clip_encoders]

@@ -8,9 +8,17 @@ from typing import Any
 
 from customize.families.components import class_name, uncompiled
 from customize.families.diffusion import DiffusionFamily
+from customize.families.originals import Rows
 
 #: A UNet with AnimateDiff's motion modules between its layers, and a frame axis.
 MOTION_UNET = "UNetMotionModel"
+
+_ORIGINAL_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 
 class UNetFamily(DiffusionFamily):
@@ -36,6 +44,58 @@ class UNetFamily(DiffusionFamily):
             if name.endswith((".attn1", ".attn2")) and module.is_cross_attention
         ]
         return sorted(names, key=lambda name: order[name.split(".")[0]])
+
+    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+        unet = uncompiled(self.denoiser)
+        # Blocks are counted through: `input_blocks` and `output_blocks`, each with up to three
+        # parts, a residual block, an attention, and what changes the size.
+        blocks = {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}
+        blocks |= {f"time_embedding.linear_{n + 1}": f"time_embed.{2 * n}" for n in range(2)}
+        blocks |= {f"add_embedding.linear_{n + 1}": f"label_emb.0.{2 * n}" for n in range(2)}
+        for kind, part in (("resnets.0", 0), ("attentions.0", 1), ("resnets.1", 2)):
+            blocks[f"mid_block.{kind}"] = f"middle_block.{part}"
+        count = 1
+        for number, down in enumerate(unet.down_blocks):
+            for layer in range(len(down.resnets)):
+                for kind, part in (("resnets", 0), ("attentions", 1)):
+                    name = f"down_blocks.{number}.{kind}.{layer}"
+                    blocks[name] = f"input_blocks.{count}.{part}"
+                count += 1
+            if down.downsamplers is not None:
+                blocks[f"down_blocks.{number}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
+                count += 1
+        count = 0
+        for number, up in enumerate(unet.up_blocks):
+            for layer in range(len(up.resnets)):
+                for kind, part in (("resnets", 0), ("attentions", 1)):
+                    name = f"up_blocks.{number}.{kind}.{layer}"
+                    blocks[name] = f"output_blocks.{count}.{part}"
+                count += 1
+            if up.upsamplers is not None:
+                part = 2 if hasattr(up, "attentions") else 1
+                name = f"up_blocks.{number}.upsamplers.0.conv"
+                blocks[name] = f"output_blocks.{count - 1}.{part}.conv"
+        names: dict[str, tuple[Rows, ...]] = {}
+        for module, (out, _) in self.layers(self.denoiser_key).items():
+            # The longest that is there: a block of three names, or a layer by itself.
+            head = next((h for h in _heads(module) if h in blocks), None)
+            if head is not None:
+                rest = module[len(head) :].lstrip(".")
+                rest = _ORIGINAL_RESNET.get(rest, rest)
+                name = f"{blocks[head]}.{rest}" if rest else blocks[head]
+                names[name] = (Rows(module, 0, out),)
+        return names
+
+    def denoiser_numbers(self) -> int:
+        # At the first resolution, where the skip connections are widest; with the empty prompt.
+        side = self.default_resolution // self._vae_factor
+        return 28 * 2 * side**2 * self.denoiser.config.block_out_channels[0]
+
+
+def _heads(module: str) -> list[str]:
+    """The name and those of all that it is in, the longest first."""
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
 def is_unet(unet: Any, addition_embed_type: str | None) -> bool:

@@ -12,14 +12,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from customize.families.components import class_name
 from customize.families.flow import FlowFamily
+from customize.families.originals import Rows, original_rows
 from customize.families.prompts import padded, sent, tokenize, unpadded
 
 #: How many tokens of prompt and template the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
+
+
+_ORIGINALS: dict[str, tuple[str, ...]] = {
+    "x_embedder": ("all_x_embedder.2-1",),
+    "final_layer.linear": ("all_final_layer.2-1.linear",),
+    "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+}
+for _stack in ("layers.{}", "noise_refiner.{}", "context_refiner.{}"):
+    _attention = f"{_stack}.attention"
+    _ORIGINALS[f"{_attention}.qkv"] = tuple(f"{_attention}.to_{x}" for x in "qkv")
+    _ORIGINALS[f"{_attention}.out"] = (f"{_attention}.to_out.0",)
 
 
 class ZImage(FlowFamily):
@@ -32,11 +44,30 @@ class ZImage(FlowFamily):
     )
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
+    masked_attention = True
     no_guidance = 0.0
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "ZImageTransformer2DModel"
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import ZImageTransformer2DModel
+
+        return [{"transformer": ZImageTransformer2DModel()}]
+
+    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+        return original_rows(self.layers(self.denoiser_key), _ORIGINALS)
+
+    def kohya_metadata(self) -> dict[str, str]:
+        return {
+            "ss_network_module": "networks.lora_zimage",
+            "ss_base_model_version": "z_image",
+            "modelspec.architecture": "Z-Image/lora",
+            "modelspec.implementation": "https://github.com/Tongyi-MAI/Z-Image",
+            "modelspec.resolution": "1024x1024",
+        }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """As :meth:`Family.encode_prompts`, but "prompt_embeds", a list in the pipeline, is filled

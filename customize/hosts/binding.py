@@ -19,8 +19,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import torch
+
     from customize.concepts.concept import Concept
+    from customize.concepts.formats.lora import Lora, LoraFile
     from customize.hosts.state import Customization
+    from customize.memory import Plan
 
 Pipeline = TypeVar("Pipeline")
 
@@ -33,12 +37,16 @@ HOSTS = {
 
 def load_custom(
     pipe: Pipeline,
-    *concepts: str | Path | Concept,
+    *concepts: str | Path | Concept | Lora | LoraFile,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     names: Sequence[str | None] | None = None,
     fuse: bool = False,
+    attention: str | None = None,
+    memory: str | None = None,
 ) -> Pipeline:
     """Attach learned concepts to a pipeline, or change the weights of those attached.
+
+    Also, with or without concepts: choose its attention kernel, and fit it into memory.
 
     All concepts of a pipeline are merged by their weighted sum, exactly. Their trigger words, such
     as ``<rex>``, then work in every prompt. Calling it again adds to what is there. Everything is
@@ -54,7 +62,9 @@ def load_custom(
             floating dtype, with model, sequential or group offloading on or off.
         concepts: Folders or single ``.safetensors`` files, hub ids, or Concept objects. One that
             is attached already is refused unless it is identical; then only its weight and mode
-            change.
+            change. An ordinary LoRA file, by the keys of diffusers, peft, kohya, ComfyUI or
+            LyCORIS, is a concept without a trigger; it goes by its file's name, and is refused
+            unless every key of it is used.
         weights: One for each of ``concepts``, or a dict from concept name to weight, which may
             also name concepts that are attached already. Finite; left out, a new concept gets 1.0
             and an attached one keeps its own.
@@ -65,20 +75,42 @@ def load_custom(
             and rounded once; a copy of each touched weight is kept on the CPU, so that unloading
             gives back the same bits. Holds for the ``concepts`` given, or without any for those
             that a dict of weights names; others keep their mode.
+        attention: "auto": of the backends that are installed and fit the device, the dtype and the
+            widths of the heads, the fastest; on CUDA they are timed here, elsewhere it is torch's
+            own. Or one of them: "native" ("sdpa" is the same), "xformers", "flash", "sage", or
+            any other of diffusers' names. It is first compared with attention in float64 on one
+            call with the model's heads. ``pipe.custom`` tells what took effect where. Attention
+            processors of your own, IP-Adapters' among them, stay and are listed as kept. Choose
+            it after moving the pipeline to its device.
+        memory: such as "8GB", "12GB", "16GB" or "24GB": of the ways to hold the model in so much
+            (decoding in tiles, offloading, float8 storage), the fastest that fits, for one picture
+            of the default resolution; ``pipe.custom`` tells which. It places the models: ``.to()``
+            is not needed. It stays when concepts are unloaded; load the pipeline anew to undo it.
+            :func:`memory_plan` also tells how to load a model that is too large for that.
 
     Returns:
         ``pipe`` itself.
 
     Raises:
-        ConfigError: weights that fit nothing or are not finite.
+        ConfigError: weights that fit nothing or are not finite; no such attention backend; too
+            little memory for the model, telling the least that would do.
         ConceptError: a concept that cannot be read, is of another base, or whose name or trigger
             is taken.
         PipelineError: the pipeline's family is unknown, or its state does not allow it, or it
-            shares only some of the parts that concepts are attached to.
+            shares only some of the parts that concepts are attached to; or the attention backend
+            is not installed, does not fit, or computes something else here.
     """
     from customize.hosts.load import load
 
-    load(pipe, concepts, weights=weights, names=names, fuse=fuse)
+    load(
+        pipe,
+        concepts,
+        weights=weights,
+        names=names,
+        fuse=fuse,
+        attention=attention,
+        memory=memory,
+    )
     return pipe
 
 
@@ -86,7 +118,8 @@ def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
     """Detach concepts by name, or all of them where none is named.
 
     After the last one the pipeline is what it was before the first: weights, tokenizers, modules
-    and class, bit for bit. A pipeline without concepts is left as it is.
+    and class, bit for bit. Where none is named, attention gets its former processors and backends
+    back, too. What ``memory=`` did stays: the weights need not fit any more without it.
 
     Returns:
         ``pipe`` itself.
@@ -106,6 +139,41 @@ def custom(pipe: Any) -> Customization:
     from customize.hosts.load import summary
 
     return summary(pipe)
+
+
+def memory_plan(
+    memory: str,
+    base: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> tuple[Plan, dict[str, Any]]:
+    """How to load a model so that it fits into memory, worked out from its configurations.
+
+    ::
+
+        plan, loading = customize.memory_plan("12GB", base)
+        pipe = DiffusionPipeline.from_pretrained(base, **loading).load_custom(memory="12GB")
+
+    Beside what ``load_custom(memory=)`` can do to a loaded pipeline, it may load models in 4 bits,
+    where bitsandbytes is installed and there is a CUDA device.
+
+    Args:
+        memory: such as "8GB", "12GB", "16GB" or "24GB".
+        base: A folder as ``save_pretrained`` writes it, or a hub id.
+        dtype: Of the weights; None for bfloat16.
+        device: The type of the device that will compute; None for this machine's.
+
+    Returns:
+        The plan, and the keyword arguments for ``from_pretrained``.
+
+    Raises:
+        ConfigError: too little memory for the model, telling the least that would do.
+        PipelineError: the base is not there, or of no known family.
+    """
+    from customize.hosts.outline import memory_plan
+
+    return memory_plan(memory, base, dtype=dtype, device=device)
 
 
 METHODS: dict[str, Any] = {

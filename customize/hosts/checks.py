@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from customize.concepts.concept import Concept
+from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.layerwise import layer_entries, layers_of
 from customize.concepts.tokens import entries
 from customize.core.lowrank import LowRank
@@ -16,13 +16,18 @@ from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import Family
 
 
-def check_base(family: Family, concept: Concept) -> None:
+def check_base(family: Family, concept: Adaptation) -> None:
     """Refuse a concept that was learned on another architecture.
+
+    A LoRA from elsewhere says nothing on its base: that its layers are there, of the right
+    shapes, is all that can be asked, and is asked when it is fitted in.
 
     Raises:
         ConceptError: family, denoiser, layer widths or text encoders differ.
     """
     info = concept.info
+    if isinstance(concept, Lora) and info.family == family.name:
+        return
     ours, theirs = family.fingerprint(), info.fingerprint
     if (info.family, theirs.get("denoiser")) != (ours["family"], ours["denoiser"]):
         raise ConceptError(
@@ -48,7 +53,7 @@ def check_base(family: Family, concept: Concept) -> None:
         _check_tables(family, concept)
 
 
-def check_vocabulary(family: Family, concept: Concept) -> None:
+def check_vocabulary(family: Family, concept: Adaptation) -> None:
     """Refuse a concept whose tokens some vocabulary has already.
 
     Raises:
@@ -138,7 +143,7 @@ def check_range(component: str, updates: Mapping[str, LowRank], dtype: torch.dty
             )
 
 
-def _check_tables(family: Family, concept: Concept) -> None:
+def _check_tables(family: Family, concept: Adaptation) -> None:
     dictionaries = {dictionary.key: dictionary for dictionary in family.token_dictionaries()}
     if set(dictionaries) != set(concept.embeddings):
         raise ConceptError(

@@ -124,5 +124,5 @@ def _narrowest(weight: Tensor) -> torch.dtype:
 
 def _fused(original: Tensor, update: LowRank) -> Tensor:
     here = LowRank(update.up.to(original.device), update.down.to(original.device), update.scale)
-    change = product(here)
+    change = product(here).reshape(original.shape)
     return original.to(change.dtype) + change

@@ -4,49 +4,67 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
+from customize.attention import placing as kernels
+from customize.attention.choice import choose
 from customize.concepts.concept import Concept
+from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
+from customize.concepts.formats.opening import opened
 from customize.concepts.slices import collisions
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
 from customize.hosts.change import change
 from customize.hosts.checks import check_base, check_vocabulary
 from customize.hosts.classes import adjust_pipelines
+from customize.hosts.fusing import base_weight
 from customize.hosts.guards import ADAPTER
+from customize.hosts.offload import settled
+from customize.hosts.placing import computing_device, fitted, planned, planned_before
 from customize.hosts.plan import Weights, renamed, wanted
 from customize.hosts.state import Attached, Customization, Holder, Row, check_sharing, find
 
 
 def load(
     pipe: Any,
-    sources: Sequence[str | Path | Concept],
+    sources: Sequence[str | Path | Adaptation | LoraFile],
     *,
     weights: Weights,
     names: Sequence[str | None] | None,
     fuse: bool,
+    attention: str | None,
+    memory: str | None,
 ) -> None:
     """What :func:`customize.load_custom` does."""
     family = _family(pipe)
-    if not sources and not weights:
-        raise ConfigError("there is nothing to load", fix="give concepts, or a dict of weights")
-    new = [_read(source) for source in sources]
-    if names is not None:
-        if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
-            raise ConfigError(
-                f"{names!r} does not name {len(new)} concepts",
-                where="names",
-                fix="give a list with a name for each, or None where it keeps its own",
-            )
-        new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
-    holder = find(family)
-    check_sharing(family, holder)
-    _attach(pipe, family, holder, wanted(holder.attached, new, weights, fuse), new)
+    if not sources and not weights and attention is None and memory is None:
+        raise ConfigError(
+            "there is nothing to load",
+            fix="give concepts, a dict of weights, an attention backend or an amount of memory",
+        )
+    plan = None if memory is None else planned(pipe, family, memory)
+    changes = _loading(family, sources, weights, names, fuse) if sources or weights else None
+    device = computing_device(pipe, family, anywhere=plan is not None)
+    choices = {} if attention is None else choose(family, attention, device)
+    # Concepts come last, so that adapters are left alone by whatever is done to the weights.
+    with ExitStack() as undoing:
+        undoing.enter_context(kernels.applied(family, choices))
+        if plan is not None:
+            undoing.enter_context(fitted(pipe, family, plan, device))
+        if changes is not None:
+            change(changes.family, changes.holder, changes.after)
+    if changes is not None:
+        _adjust(pipe, changes.holder)
 
 
-def set_to(pipe: Any, sources: Sequence[str | Path | Concept], *, weights: Weights = None) -> None:
+def set_to(
+    pipe: Any, sources: Sequence[str | Path | Adaptation | LoraFile], *, weights: Weights = None
+) -> None:
     """Attach these concepts and no others; those that are attached already keep their mode.
 
     Nothing is done where it is so already, so that a step of a pipeline can ask at each call.
@@ -55,7 +73,7 @@ def set_to(pipe: Any, sources: Sequence[str | Path | Concept], *, weights: Weigh
         weights: as in :func:`customize.load_custom`, but 1.0 for each concept where left out.
     """
     family = _family(pipe)
-    new = [_read(source) for source in sources]
+    new = _read(family, sources)
     holder = find(family)
     check_sharing(family, holder)
     before = holder.attached
@@ -67,7 +85,57 @@ def set_to(pipe: Any, sources: Sequence[str | Path | Concept], *, weights: Weigh
     }
     now, then = ([(e.name, e.weight) for e in each.values()] for each in (before, after))
     if now != then or not all(adapter.is_there() for adapter in holder.adapters):
-        _attach(pipe, family, holder, after, new)
+        changes = _checked(family, holder, after, new)
+        change(changes.family, changes.holder, changes.after)
+        _adjust(pipe, holder)
+
+
+@dataclass(frozen=True, eq=False)
+class _Changes:
+    """What :func:`change` is to be given."""
+
+    family: Family
+    holder: Holder
+    after: dict[str, Attached]
+
+
+def _loading(
+    family: Family,
+    sources: Sequence[str | Path | Adaptation | LoraFile],
+    weights: Weights,
+    names: Sequence[str | None] | None,
+    fuse: bool,
+) -> _Changes:
+    """Read and check the concepts of a call; nothing changes."""
+    new = _read(family, sources)
+    if names is not None:
+        if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
+            raise ConfigError(
+                f"{names!r} does not name {len(new)} concepts",
+                where="names",
+                fix="give a list with a name for each, or None where it keeps its own",
+            )
+        new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
+    holder = find(family)
+    check_sharing(family, holder)
+    return _checked(family, holder, wanted(holder.attached, new, weights, fuse), new)
+
+
+def _checked(
+    family: Family, holder: Holder, after: dict[str, Attached], new: Sequence[Adaptation]
+) -> _Changes:
+    """Check what is wanted against the pipeline."""
+    before = holder.attached
+    family = _with_all_parts(family, holder)
+    for concept in new:
+        check_base(family, concept)
+        if concept.info.name not in before:
+            check_vocabulary(family, concept)
+    for collision in collisions([each.concept.info for each in after.values()]):
+        if not {collision.first, collision.second} <= set(before):
+            # Before the change, since a warning may be turned into an error.
+            warnings.warn(str(collision), stacklevel=5)
+    return _Changes(family, holder, after)
 
 
 def unload(pipe: Any, names: Sequence[str]) -> None:
@@ -92,24 +160,10 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
     if before:
         change(_with_all_parts(family, holder), holder, after)
     _adjust(pipe, holder)
-
-
-def _attach(
-    pipe: Any, family: Family, holder: Holder, after: dict[str, Attached], new: Sequence[Concept]
-) -> None:
-    """Check what is wanted against the pipeline, then make it so."""
-    before = holder.attached
-    family = _with_all_parts(family, holder)
-    for concept in new:
-        check_base(family, concept)
-        if concept.info.name not in before:
-            check_vocabulary(family, concept)
-    for collision in collisions([each.concept.info for each in after.values()]):
-        if not {collision.first, collision.second} <= set(before):
-            # Before the change, since a warning may be turned into an error.
-            warnings.warn(str(collision), stacklevel=4)
-    change(family, holder, after)
-    _adjust(pipe, holder)
+    if not names:
+        for part in family.components.values():
+            if isinstance(part, nn.Module):
+                kernels.restore(part)
 
 
 def summary(pipe: Any) -> Customization:
@@ -130,14 +184,19 @@ def summary(pipe: Any) -> Customization:
         if name in colliding:
             slices = "shared with " + ", ".join(colliding[name])
         mode = "fused" if attached.fused else _adapter_mode(holder)
-        if _lacks_tokens(family, holder, info.trigger):
+        if info.num_tokens and _lacks_tokens(family, holder, info.trigger):
             mode += " (tokens removed by someone else)"
-        rows.append(
-            Row(name, info.trigger, info.class_word, attached.weight, info.rank, slices, mode)
-        )
+        said, thing = info.words or "-", info.class_word or "-"
+        rows.append(Row(name, said, thing, attached.weight, info.rank, slices, mode))
     denoiser = family.denoiser
     place = f"{family.name} ({denoiser.device}, {str(denoiser.dtype).removeprefix('torch.')})"
-    return Customization(tuple(rows), place)
+    plan = planned_before(family)
+    return Customization(
+        tuple(rows),
+        place,
+        attention=tuple(kernels.report(family.components)),
+        memory="" if plan is None else str(plan),
+    )
 
 
 def _adapter_mode(holder: Holder) -> str:
@@ -176,11 +235,26 @@ def _with_all_parts(family: Family, holder: Holder) -> Family:
     return type(family)(family.components | holder.parts)
 
 
-def _read(source: object) -> Concept:
-    if isinstance(source, Concept):
+def _read(family: Family, sources: Sequence[object]) -> list[Adaptation]:
+    found = [_opened(source) for source in sources]
+    if not any(isinstance(each, LoraFile) and each.needs_weights for each in found):
+        return [each.lora(family) if isinstance(each, LoraFile) else each for each in found]
+    originals = find(family).originals
+    models = {family.denoiser_key: family.denoiser, **family.text_encoders}
+
+    def weight(component: str, module: str) -> Tensor:
+        place = (component, module)
+        return originals[place] if place in originals else base_weight(models, place)
+
+    with settled(models):
+        return [each.lora(family, weight) if isinstance(each, LoraFile) else each for each in found]
+
+
+def _opened(source: object) -> Adaptation | LoraFile:
+    if isinstance(source, Concept | Lora | LoraFile):
         return source
     if isinstance(source, str | Path):
-        return Concept.load(source)
+        return opened(source)
     raise ConfigError(
         f"a {type(source).__name__} is not a concept",
         fix="give a folder, a .safetensors file, a hub id or a Concept",

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from customize.concepts.concept import Concept, check_info
+from customize.concepts.concept import check_info
+from customize.concepts.formats.lora import Adaptation, Lora
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError
 from customize.hosts.state import Attached
@@ -20,7 +21,7 @@ Weights = Sequence[float] | Mapping[str, float] | None
 
 
 def wanted(
-    before: Mapping[str, Attached], new: Sequence[Concept], weights: Weights, fuse: bool
+    before: Mapping[str, Attached], new: Sequence[Adaptation], weights: Weights, fuse: bool
 ) -> dict[str, Attached]:
     """What is to be attached after the call.
 
@@ -43,7 +44,7 @@ def wanted(
         fused = after[name].fused or (fuse and not new)
         after[name] = replace(after[name], weight=weight, fused=fused)
     for a, b in combinations([attached.concept.info for attached in after.values()], 2):
-        if a.trigger == b.trigger:
+        if a.trigger and a.trigger == b.trigger:
             raise ConceptError(
                 f"the concepts {a.name} and {b.name} have the same trigger {a.trigger}",
                 fix=f'give one another name and trigger: names=["{b.name}-2"], one name or None '
@@ -52,17 +53,19 @@ def wanted(
     return after
 
 
-def renamed(concept: Concept, name: str) -> Concept:
-    """The same concept under another name, with the trigger ``<name>``.
+def renamed(concept: Adaptation, name: str) -> Adaptation:
+    """The same concept under another name, with the trigger ``<name>``; a LoRA has none.
 
     Raises:
         ConceptError: the name has other characters than a-z, 0-9, _ and -.
     """
+    if isinstance(concept, Lora):
+        return concept.renamed(name)
     facts = concept.info.model_dump() | {"name": name, "trigger": f"<{name}>"}
     return replace(concept, info=check_info(facts, "names"))
 
 
-def identical(a: Concept, b: Concept) -> bool:
+def identical(a: Adaptation, b: Adaptation) -> bool:
     """Whether two concepts do the same to a model, whatever else is noted on them."""
     if a is b:
         return True
@@ -80,7 +83,7 @@ def _alike(a: Any, b: Any) -> bool:
     return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
 
 
-def _check_names(before: Mapping[str, Attached], new: Sequence[Concept]) -> None:
+def _check_names(before: Mapping[str, Attached], new: Sequence[Adaptation]) -> None:
     given: set[str] = set()
     for concept in new:
         name = concept.info.name
@@ -99,7 +102,7 @@ def _check_names(before: Mapping[str, Attached], new: Sequence[Concept]) -> None
 
 
 def _by_name(
-    after: Mapping[str, Attached], new: Sequence[Concept], weights: Weights
+    after: Mapping[str, Attached], new: Sequence[Adaptation], weights: Weights
 ) -> dict[str, float]:
     if weights is None:
         return {}

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from customize.attention.placing import Took
 from customize.concepts.adapter import Adapter
-from customize.concepts.concept import Concept
+from customize.concepts.formats.lora import Adaptation
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.components import uncompiled
@@ -26,7 +27,7 @@ class Attached:
         fused: whether it is in the base weights, and not in the adapter.
     """
 
-    concept: Concept
+    concept: Adaptation
     weight: float
     fused: bool
 
@@ -204,12 +205,24 @@ class Customization:
     Attributes:
         rows: one for each concept, in the order of loading.
         place: family, and device and dtype of the denoiser.
+        attention: which backend took effect in each component; empty where none was chosen.
+        memory: what was done to fit the model into memory; empty where nothing was.
     """
 
     rows: tuple[Row, ...]
     place: str
+    attention: tuple[Took, ...] = ()
+    memory: str = ""
 
     def __repr__(self) -> str:
+        lines = [self._concepts()]
+        if self.attention:
+            lines.append(f"attention: {'; '.join(map(str, self.attention))}")
+        if self.memory:
+            lines.append(f"memory: {self.memory}")
+        return "\n".join(lines)
+
+    def _concepts(self) -> str:
         if not self.rows:
             return "no concepts attached"
         titles = ("name", "trigger", "class", "weight", "rank", "slices", "mode")

@@ -377,7 +377,7 @@ def test_parts_of_two_concepts_do_not_go_together(folder: Path, tmp_path: Path) 
 
 
 def test_an_ordinary_lora_is_no_concept(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(ConceptError, match="load_lora_weights"):
+    with pytest.raises(ConceptError, match="load an ordinary LoRA into a pipeline"):
         read(folder / LORA)
 
 
@@ -424,5 +424,5 @@ def test_a_hub_id_is_fetched_and_checked_like_a_folder(folder: Path, monkeypatch
     assert same_tensors(read("user/rex"), small())
     with pytest.raises(ConceptError, match="offline"):
         read("user/other")
-    files = [LORA, SECOND, EMBEDS, "layerwise_embeds.safetensors", INFO]
-    assert asked[0] == ("user/rex", files)
+    ours = [LORA, SECOND, EMBEDS, "layerwise_embeds.safetensors", INFO]
+    assert asked[0] == ("user/rex", [*ours, "adapter_model.safetensors", "adapter_config.json"])

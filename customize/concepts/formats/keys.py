@@ -1,0 +1,142 @@
+"""What the keys of a LoRA file say: which layer is meant, and which part of its update."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from customize.errors import ConceptError
+
+#: Part of an update -> how files end the keys that hold it; `*` stands for a peft adapter's name.
+_ENDINGS: dict[str, tuple[str, ...]] = {
+    "down": (
+        ".lora_A.weight",
+        ".lora_A.*.weight",
+        ".lora_down.weight",
+        ".lora.down.weight",
+        "_lora.down.weight",
+        ".lora_linear_layer.down.weight",
+        ".down.weight",
+    ),
+    "up": (
+        ".lora_B.weight",
+        ".lora_B.*.weight",
+        ".lora_up.weight",
+        ".lora.up.weight",
+        "_lora.up.weight",
+        ".lora_linear_layer.up.weight",
+        ".up.weight",
+    ),
+    "mid": (".lora_mid.weight",),
+    "alpha": (".alpha",),
+    "dora_scale": (".dora_scale",),
+    "magnitude": (
+        ".lora_magnitude_vector",
+        ".lora_magnitude_vector.weight",
+        ".lora_magnitude_vector.*.weight",
+        ".lora_magnitude_vector.*",
+    ),
+    "diff": (".diff",),
+    "rescale": (".rescale",),
+    "oft_blocks": (".oft_blocks",),
+    **{name: (f".{name}",) for part in "12" for name in (f"hada_w{part}_a", f"hada_w{part}_b")},
+    **{name: (f".{name}",) for name in ("hada_t1", "hada_t2", "lokr_t2")},
+    **{
+        name: (f".{name}",)
+        for part in "12"
+        for name in (f"lokr_w{part}", f"lokr_w{part}_a", f"lokr_w{part}_b")
+    },
+}
+
+
+def _pattern(endings: Iterable[str]) -> str:
+    return "|".join(re.escape(ending).replace(r"\*", r"[A-Za-z0-9_-]+") for ending in endings)
+
+
+_KEY = re.compile(
+    "(?P<path>.+?)(?:"
+    + "|".join(f"(?P<{part}>{_pattern(endings)})" for part, endings in _ENDINGS.items())
+    + ")"
+)
+
+#: Parts with which nothing is known to do, and what they are.
+_REFUSED = {
+    "change of a bias": re.compile(r".+\.(diff_b|lora_[AB]\.bias|lora_(up|down)\.bias|b_norm)"),
+    "change of a norm": re.compile(r".+\.(w_norm|query_norm\.scale|key_norm\.scale|set_weight)"),
+    "bundled embedding": re.compile(r"bundle_emb\..+"),
+    "update of peft's OFT or BOFT": re.compile(r".+\.(oft_R|boft_R|boft_s)(\..+)?"),
+    "update of IA3 or GLoRA": re.compile(r".+\.(on_input|[ab][12]\.weight)"),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """All keys of one layer, as the file names it.
+
+    Attributes:
+        path: what the keys begin with, without what names the part.
+        parts: part -> tensor.
+        keys: part -> the whole key.
+    """
+
+    path: str
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def grouped(tensors: Mapping[str, Tensor], where: object) -> list[Group]:
+    """The file's keys by the layer that they are on, in the order of their names.
+
+    Raises:
+        ConceptError: a key is none that is known here, or says the same as another.
+    """
+    groups: dict[str, Group] = {}
+    unknown = []
+    for key in sorted(tensors):
+        match = _KEY.fullmatch(key)
+        if match is None or match.lastgroup is None:
+            unknown.append(key)
+            continue
+        path, part = match["path"], _part_of(match)
+        group = groups.setdefault(path, Group(path))
+        if part in group.parts:
+            raise ConceptError(
+                f"the keys {group.keys[part]} and {key} hold the same part of one layer",
+                where=where,
+                fix="get the file from its maker again, or keep one adapter in it",
+            )
+        group.parts[part] = tensors[key]
+        group.keys[part] = key
+    if unknown:
+        kinds = {kind for kind, known in _REFUSED.items() if any(map(known.fullmatch, unknown))}
+        what = f" ({', each a '.join(sorted(kinds))})" if kinds else ""
+        raise ConceptError(
+            f"{len(unknown)} of {len(tensors)} keys are not read here{what}, and nothing is "
+            f"loaded by half: {listed(unknown)}",
+            where=where,
+            fix=_fix(kinds),
+        )
+    return list(groups.values())
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """Names one after another, cut short where they are many."""
+    found = sorted(names)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more
+
+
+def _part_of(match: re.Match[str]) -> str:
+    return next(part for part in _ENDINGS if match[part] is not None)
+
+
+def _fix(kinds: set[str]) -> str:
+    if kinds == {"bundled embedding"}:
+        return (
+            "take the embeddings out into a file of their own and load that with "
+            "load_textual_inversion"
+        )
+    return "ask its maker for the adapter as LoRA, LoHa, LoKr, OFT or DoRA without other parts"

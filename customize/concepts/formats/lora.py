@@ -1,0 +1,333 @@
+"""A LoRA from elsewhere: read whole, its layers found in a model, or refused."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from customize.concepts.adapter import file_name
+from customize.concepts.concept import NAME, Concept, Method
+from customize.concepts.formats.keys import Group, grouped, listed
+from customize.concepts.formats.metadata import Metadata
+from customize.concepts.formats.names import Names, Place, encoder_of
+from customize.concepts.formats.updates import needs_weight, shape_of, update_of
+from customize.core.lowrank import LowRank, from_dense, product, rows, stacked
+from customize.errors import ConceptError, PipelineError
+from customize.families import Family, published_families
+
+#: (component, module) -> the layer's weight without any adapter, (out, in) or (out, in, kh, kw).
+Weights = Callable[[str, str], Tensor]
+
+
+@dataclass(frozen=True)
+class LoraInfo:
+    """The facts on a LoRA from elsewhere, with what it lacks of a concept's at its end.
+
+    Attributes:
+        name: what it goes by, from its file's name.
+        family: the model family's name.
+        base: the base model as the file's metadata has it; empty where they say nothing.
+        rank: the largest of its layers'.
+        words: what the file's maker says to put into a prompt; plain words, not new tokens.
+    """
+
+    name: str
+    family: str
+    base: str
+    rank: int
+    words: str = ""
+    class_word: str = ""
+    trigger: str = ""
+    method: Method = "lora"
+    basis: None = None
+    slices: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    num_tokens: int = 0
+    token_layers: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA from elsewhere, as the updates that it makes.
+
+    Attributes:
+        info: the facts.
+        products: component -> module -> update, as :class:`Concept` has them; ranks and scales
+            may differ between layers.
+        embeddings: none.
+    """
+
+    info: LoraInfo
+    products: Mapping[str, Mapping[str, LowRank]]
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def renamed(self, name: str) -> Lora:
+        """The same under another name.
+
+        Raises:
+            ConceptError: the name has other characters than a-z, 0-9, _ and -.
+        """
+        if not re.fullmatch(NAME, name):
+            raise ConceptError(
+                f"{name!r} is not the name of a concept",
+                where="names",
+                fix="use up to 64 of the characters a-z, 0-9, _ and -, a letter or digit first",
+            )
+        return replace(self, info=replace(self.info, name=name))
+
+
+#: What can be attached to a pipeline and merged.
+Adaptation = Concept | Lora
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFile:
+    """What a file holds, before its layers have been found in a model.
+
+    Attributes:
+        name: what the LoRA will go by.
+        where: the file.
+        groups: its keys, layer by layer; every key of the file is in one.
+    """
+
+    name: str
+    where: str
+    groups: Sequence[Group]
+    metadata: Metadata
+
+    @property
+    def info(self) -> LoraInfo:
+        """What can be said before a model is known: no family, no rank."""
+        return LoraInfo(self.name, "", self.metadata.base, 0, self.metadata.words)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether its updates can be told only with the base model's weights (DoRA, OFT, BOFT)."""
+        return any(map(needs_weight, self.groups))
+
+    def lora(self, family: Family, weights: Weights | None = None) -> Lora:
+        """The updates of this family's layers; every key is used, or nothing is returned.
+
+        Args:
+            weights: of the base model, for files that need them; on any device.
+
+        Raises:
+            ConceptError: a key means no layer here, a layer's parts do not make an update or one
+                of another shape, or the weights are needed and not given.
+        """
+        places = self._places(family)
+        found: dict[str, dict[str, LowRank]] = {}
+        taken: dict[tuple[str, str], str] = {}
+        for group, place in places:
+            update = self._update(group, place, family, weights)
+            for module, part in _split(update, place):
+                key = (place.component, file_name(place.component, module))
+                if taken.setdefault(key, group.path) != group.path:
+                    raise ConceptError(
+                        f"{taken[key]} and {group.path} change the same layer",
+                        where=self.where,
+                        fix="keep one of the two in the file",
+                    )
+                earlier = found.setdefault(key[0], {}).get(key[1])
+                # The halves of a layer that is the other way round in the original.
+                found[key[0]][key[1]] = part if earlier is None else _joined(earlier, part)
+        if not found:
+            raise ConceptError("the file changes no layer", where=self.where, fix="get another")
+        rank = max(update.rank for own in found.values() for update in own.values())
+        base, words = self.metadata.base, self.metadata.words
+        return Lora(LoraInfo(self.name, family.name, base, rank, words), found)
+
+    def _places(self, family: Family) -> list[tuple[Group, Place]]:
+        names = Names(family)
+        places = [(group, names.find(group.path)) for group in self.groups]
+        lost = [group for group, place in places if place is None]
+        if lost:
+            raise _refusal(self, family, lost)
+        return [(group, place) for group, place in places if place is not None]
+
+    def _update(
+        self, group: Group, place: Place, family: Family, weights: Weights | None
+    ) -> LowRank:
+        first = place.rows[0].module
+
+        def scale(rank: int | None) -> float:
+            return self.metadata.scale(place.component, first, rank)
+
+        def weight() -> Tensor:
+            if weights is None:
+                raise ConceptError(
+                    "what the file does to this layer depends on the base model's weights",
+                    fix="load it into a pipeline with load_custom, or merge with --fuse BASE",
+                )
+            parts = [
+                weights(place.component, each.module)[each.start : each.stop] for each in place.rows
+            ]
+            return torch.cat([part.detach().to("cpu", torch.float32) for part in parts])
+
+        layers = family.layers(place.component)
+        shape = (sum(each.stop - each.start for each in place.rows), layers[first][1])
+        try:
+            update = update_of(group, scale, weight)
+            if update.shape != shape:
+                raise ConceptError(
+                    f"an update of shape {update.shape} does not fit a layer of shape {shape}"
+                )
+        except ConceptError as error:
+            kin = _look_like(self) - {family.name}
+            likely = f": the file looks like a LoRA of {_or(kin)}" if kin else ""
+            raise ConceptError(
+                f"{error.what}{likely}",
+                where=f"{self.where}: {group.path}",
+                fix=error.fix
+                or "load it into a pipeline of the base that it was made for, or "
+                "get an unchanged copy",
+            ) from error
+        return update
+
+
+def lora_file(
+    name: str,
+    where: object,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    adapter_config: Mapping[str, Any] | None = None,
+) -> LoraFile:
+    """A file's content as it was read.
+
+    Args:
+        name: of the file, from which the LoRA's own is made.
+        metadata: of the file's header.
+        adapter_config: peft's ``adapter_config.json`` from beside the file, if there is one.
+
+    Raises:
+        ConceptError: a key is none that is known, or two say the same.
+    """
+    own = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).lstrip("-_")[:64].rstrip("-_") or "lora"
+    facts = Metadata.of(metadata, adapter_config, where)
+    return LoraFile(own, str(where), grouped(tensors, where), facts)
+
+
+def published_kin(file: LoraFile) -> Family:
+    """The published model that a file was made for, without weights.
+
+    Raises:
+        ConceptError: none has all its layers, or several families do.
+    """
+    kin = _kin(file)
+    names = {family.name for family in kin}
+    if len(names) == 1:
+        return kin[0]
+    if names:
+        raise ConceptError(
+            f"the file may be one of {_or(names)}: they all have these layers",
+            where=file.where,
+            fix="load it into a pipeline with load_custom",
+        )
+    lost: Sequence[Group] = file.groups
+    for _, known in _published():
+        here = [group for group in file.groups if known.find(group.path) is None]
+        lost = min(lost, here, key=len)
+    raise ConceptError(
+        f"no published model of the families here has all the layers that the file changes, "
+        f"such as {listed(group.path for group in lost)}",
+        where=file.where,
+        fix="load it into a pipeline of its base with load_custom",
+    )
+
+
+@functools.cache
+def _published() -> list[tuple[Family, Names]]:
+    return [(family, Names(family)) for family in published_families()]
+
+
+def _kin(file: LoraFile) -> list[Family]:
+    """The published models that have all of a file's layers; those of its shapes, if any is."""
+    named, shaped = [], []
+    for family, known in _published():
+        places = [(group, known.find(group.path)) for group in file.groups]
+        if all(place is not None for _, place in places):
+            named.append(family)
+            if all(_fits(family, group, place) for group, place in places if place is not None):
+                shaped.append(family)
+    return shaped or named
+
+
+def _look_like(file: LoraFile) -> set[str]:
+    return {family.name for family in _kin(file)}
+
+
+def _fits(family: Family, group: Group, place: Place) -> bool:
+    layers = family.layers(place.component)
+    shape = (sum(each.stop - each.start for each in place.rows), layers[place.rows[0].module][1])
+    return all(seen in (None, side) for seen, side in zip(shape_of(group), shape, strict=True))
+
+
+def _refusal(file: LoraFile, family: Family, lost: Sequence[Group]) -> Exception:
+    """Why a file whose keys are not all of this model is refused."""
+    keys = listed(key for group in lost for key in group.keys.values())
+    kin = _look_like(file) - {family.name}
+    if kin:
+        return ConceptError(
+            f"the file looks like a LoRA of {_or(kin)}, and this model is one of {family.name}, "
+            f"which has no layer for {keys}",
+            where=file.where,
+            fix="load it into a pipeline of the base that it was made for",
+        )
+    encoders = {encoder_of(group.path) for group in lost}
+    if None not in encoders:
+        what = " and ".join(sorted(f"the {each}" for each in encoders if each))
+        takes = [key for key in family.clip_encoders if key not in family.text_encoders]
+        if "T5" not in encoders and takes:
+            return PipelineError(
+                f"the file changes {what}, which this pipeline lacks: {keys}",
+                where=file.where,
+                fix=f"load the pipeline with its {' and '.join(takes)}",
+            )
+        return ConceptError(
+            f"the file changes {what}, which takes no adapter in family {family.name}: {keys}",
+            where=file.where,
+            fix="get the LoRA without its part for that encoder",
+        )
+    others = set()
+    for other, known in _published():
+        if other.name != family.name and any(known.find(group.path) for group in lost):
+            others.add(other.name)
+    mixed = len(lost) < len(file.groups) and others
+    also = f": it has keys of {family.name} and of {_or(others)}" if mixed else ""
+    return ConceptError(
+        f"{len(lost)} of the file's {len(file.groups)} layers are not in this {family.name} "
+        f"model, and nothing is loaded by half{also}: {keys}",
+        where=file.where,
+        fix="load it into a pipeline of the base that it was made for",
+    )
+
+
+def _split(update: LowRank, place: Place) -> list[tuple[str, LowRank]]:
+    """The update's rows, each to its own layer, in the layer's order."""
+    if len(place.rows) == 1:
+        return [(place.rows[0].module, update)]
+    first, parts = 0, []
+    for each in place.rows:
+        count = each.stop - each.start
+        parts.append((each, rows(update, first, first + count)))
+        first += count
+    parts.sort(key=lambda part: (part[0].module, part[0].start))
+    return [(each.module, _small(part)) for each, part in parts]
+
+
+def _small(update: LowRank) -> LowRank:
+    return from_dense(product(update)) if update.rank > min(update.shape) else update
+
+
+def _joined(above: LowRank, below: LowRank) -> LowRank:
+    return stacked([above, below])
+
+
+def _or(names: set[str]) -> str:
+    return " or ".join(sorted(names))

@@ -1,0 +1,107 @@
+"""Which layers of a model the names in a file mean.
+
+Nearly all is derived from the model's own modules: kohya's names are module names with dots turned
+to underscores, old diffusers' go over the attention's processor, and the originals' are told by the
+family. A name that means nothing here is reported, never dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from customize.concepts.adapter import file_name
+from customize.families.base import Family
+from customize.families.originals import Rows
+
+# In the order of trying; a bare name is the denoiser's.
+_OF_DENOISER = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "lycoris_", "")
+_FLAT_DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_unet_", "lycoris_")
+_CLIP_NAMES = ("clip_l", "clip_g")
+_OLD_LEAVES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an update goes.
+
+    Attributes:
+        component: "unet", "transformer", "text_encoder", ...
+        rows: whose rows the update's are, one below the other; mostly all those of one layer.
+    """
+
+    component: str
+    rows: tuple[Rows, ...]
+
+
+class Names:
+    """The names by which files may call a model's layers."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self._places: dict[str, Place] = {}
+        for component in (family.denoiser_key, *family.text_encoders):
+            spelled = dict(_spellings(family, component))
+            flat = {name.replace(".", "_"): place for name, place in spelled.items()}
+            for prefix in _dotted_prefixes(family, component):
+                self._add(prefix, spelled)
+            for prefix in _flat_prefixes(family, component):
+                self._add(prefix, flat)
+
+    def find(self, path: str) -> Place | None:
+        """The place of what a file calls by this name, or None."""
+        return self._places.get(path)
+
+    def _add(self, prefix: str, names: dict[str, Place]) -> None:
+        for name, place in names.items():
+            self._places.setdefault(prefix + name, place)
+
+
+def encoder_of(path: str) -> str | None:
+    """What text encoder a name is about, in words; None where it is about none."""
+    for pattern, what in (
+        (r"lora_te3_|text_encoder_3\.|text_encoders\.t5xxl\.|t5xxl\.", "T5"),
+        (r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.|clip_g\.", "second text encoder"),
+        (r"lora_te1?_|text_encoder\.|text_encoders\.clip_l\.|clip_l\.", "text encoder"),
+    ):
+        if re.match(pattern, path):
+            return what
+    return None
+
+
+def _spellings(family: Family, component: str) -> Iterator[tuple[str, Place]]:
+    for module, (out, _) in family.layers(component).items():
+        place = Place(component, (Rows(module, 0, out),))
+        for name in dict.fromkeys((module, file_name(component, module))):
+            yield name, place
+            old = _over_processor(name)
+            if old is not None:
+                yield old, place
+    if component == family.denoiser_key:
+        for original, rows in family.original_names().items():
+            yield original, Place(component, rows)
+
+
+def _over_processor(name: str) -> str | None:
+    """The name in files of the time when attention processors held the LoRA."""
+    parent, _, leaf = name.removesuffix(".0").rpartition(".")
+    if parent.endswith(".self_attn"):  # CLIP's, whose processor is not named
+        return f"{parent}.{_OLD_LEAVES[leaf]}" if leaf in _OLD_LEAVES else None
+    if re.search(r"\.attn\d?$", parent):
+        return f"{parent}.processor.{leaf}"
+    return None
+
+
+def _dotted_prefixes(family: Family, component: str) -> list[str]:
+    if component == family.denoiser_key:
+        return [f"{component}.", *_OF_DENOISER]
+    clip = _CLIP_NAMES[list(family.clip_encoders).index(component)]
+    return [f"{component}.", f"text_encoders.{clip}.transformer.", f"{clip}.transformer."]
+
+
+def _flat_prefixes(family: Family, component: str) -> list[str]:
+    if component == family.denoiser_key:
+        return list(_FLAT_DENOISER)
+    number = list(family.clip_encoders).index(component) + 1
+    return [f"lora_te{number}_", *(["lora_te_"] if number == 1 else [])]

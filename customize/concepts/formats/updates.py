@@ -1,0 +1,167 @@
+"""The parts of one layer's update, whatever method wrote them, as one product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from customize.concepts.formats.keys import Group
+from customize.core import updates
+from customize.core.lowrank import LowRank, from_dense
+from customize.errors import ConceptError
+
+#: The rank that the parts show, or None where they show none, to the factor of the product.
+Scale = Callable[[int | None], float]
+
+_HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+_MAGNITUDES = {"dora_scale", "magnitude"}
+
+
+def needs_weight(group: Group) -> bool:
+    """Whether the update depends on the weight that it changes: DoRA, OFT and BOFT."""
+    return bool(group.parts.keys() & (_MAGNITUDES | {"oft_blocks"}))
+
+
+def update_of(group: Group, scale: Scale, weight: Callable[[], Tensor]) -> LowRank:
+    """The update that a layer's parts make.
+
+    Exact but for one rounding to float32; of the methods that need the weight it is the change at
+    full strength, dense.
+
+    Args:
+        scale: for the files that give no alpha with the layer.
+        weight: gives the weight as it is without adapters, (out, in) or (out, in, kh, kw); called
+            only where it is needed.
+
+    Raises:
+        ConceptError: parts are missing or too many, do not fit together, or are not finite.
+    """
+    parts = {part: _checked(group, part) for part in group.parts}
+    if "alpha" in parts:
+        alpha = _alpha(group, parts.pop("alpha"))
+        own = _from_alpha(alpha)
+    else:
+        alpha, own = 0.0, scale
+    if "oft_blocks" in parts:
+        _take(group, parts, {"oft_blocks"}, {"rescale"})
+        blocks, rescale = parts["oft_blocks"], parts.get("rescale")
+        return from_dense(updates.turned(weight(), blocks, alpha, rescale))
+    magnitudes = [parts.pop(part) for part in sorted(_MAGNITUDES & parts.keys())]
+    added = _added(group, parts, own)
+    if not magnitudes:
+        return added
+    if len(magnitudes) > 1:
+        raise ConceptError("the layer has two sets of magnitudes")
+    (magnitude,) = magnitudes
+    if "magnitude" in group.parts:  # peft's, of the rows, also where they stand as (1, out, 1, 1)
+        magnitude = magnitude.flatten()
+    return from_dense(updates.rescaled(weight(), added, magnitude))
+
+
+def shape_of(group: Group) -> tuple[int | None, int | None]:
+    """(out, in) as far as the parts show it without the layer; None for what they do not."""
+    parts = {part: tensor.shape for part, tensor in group.parts.items() if tensor.ndim > 1}
+    if {"up", "down"} <= parts.keys():
+        kernel = math.prod(parts["mid"][2:]) if "mid" in parts else 1
+        return parts["up"][0], math.prod(parts["down"][1:]) * kernel
+    if parts.keys() >= _HADA and "hada_t1" not in parts:
+        return parts["hada_w1_a"][0], parts["hada_w1_b"][1]
+    if "diff" in parts:
+        return parts["diff"][0], math.prod(parts["diff"][1:])
+    if "oft_blocks" in parts and len(parts["oft_blocks"]) > 2:
+        return parts["oft_blocks"][-3] * parts["oft_blocks"][-1], None
+    return None, None
+
+
+def _added(group: Group, parts: dict[str, Tensor], scale: Scale) -> LowRank:
+    if "diff" in parts:
+        _take(group, parts, {"diff"})
+        return from_dense(parts["diff"])
+    if any(part.startswith("hada") for part in parts):
+        cores = {"hada_t1", "hada_t2"} & parts.keys() and {"hada_t1", "hada_t2"}
+        _take(group, parts, _HADA | set(cores))
+        both = [
+            _product(parts, f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}" if cores else None)
+            for n in (1, 2)
+        ]
+        return _scaled(updates.hadamard(*both), scale(parts["hada_w1_b"].shape[0]))
+    if any(part.startswith("lokr") for part in parts):
+        return _kronecker(group, parts, scale)
+    _take(group, parts, {"down", "up"}, {"mid"})
+    added = updates.with_core(parts["up"], parts["down"], parts.get("mid"))
+    return _scaled(added, scale(parts["down"].shape[0]))
+
+
+def _kronecker(group: Group, parts: dict[str, Tensor], scale: Scale) -> LowRank:
+    expected: set[str] = set()
+    sides, rank = [], None
+    for side in ("lokr_w1", "lokr_w2"):
+        core = "lokr_t2" if side == "lokr_w2" and "lokr_t2" in parts else None
+        if side in parts:
+            expected |= {side}
+            sides.append(from_dense(parts[side]))
+            continue
+        pair = {f"{side}_a", f"{side}_b"}
+        expected |= pair | ({core} if core else set())
+        if parts.keys() >= pair:
+            rank = parts[f"{side}_b"].shape[0]
+            sides.append(_product(parts, f"{side}_a", f"{side}_b", core))
+    _take(group, parts, expected)
+    # A product of two whole matrices has no rank, and is not scaled by LyCORIS.
+    if rank is None and "alpha" in group.parts:
+        return updates.kronecker(*sides)
+    return _scaled(updates.kronecker(*sides), scale(rank))
+
+
+def _product(parts: dict[str, Tensor], a: str, b: str, core: str | None) -> LowRank:
+    if core is None:
+        return LowRank(parts[a], parts[b])
+    return updates.with_core(parts[a].mT, parts[b], parts[core])
+
+
+def _scaled(update: LowRank, factor: float) -> LowRank:
+    return LowRank(update.up, update.down, update.scale * factor)
+
+
+def _from_alpha(alpha: float) -> Scale:
+    return lambda rank: alpha / rank if rank else 1.0
+
+
+def _take(
+    group: Group, parts: dict[str, Tensor], needed: set[str], allowed: set[str] | None = None
+) -> None:
+    missing = needed - parts.keys()
+    if missing:
+        raise ConceptError(f"the layer has {_said(group.parts)} and no {_said(missing)}")
+    more = parts.keys() - needed - (allowed or set())
+    if more:
+        raise ConceptError(f"the layer has {_said(more)} beside {_said(needed)}")
+
+
+def _said(parts: object) -> str:
+    names = {"down": "down-projection", "up": "up-projection", "mid": "core"}
+    return " and ".join(names.get(part, part) for part in sorted(parts))  # type: ignore[call-overload]
+
+
+def _checked(group: Group, part: str) -> Tensor:
+    tensor = group.parts[part]
+    if not tensor.is_floating_point() and part != "alpha":
+        raise ConceptError(f"{group.keys[part]} has numbers of type {tensor.dtype}")
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        tensor = tensor.to(torch.float32)
+    if not bool(torch.isfinite(tensor).all()):
+        raise ConceptError(f"{group.keys[part]} has a number that is NaN or infinite")
+    if part != "alpha" and (tensor.numel() == 0 or tensor.ndim == 0):
+        raise ConceptError(f"{group.keys[part]} is empty")
+    if tensor.ndim < 2 and part not in ("alpha", "magnitude", "dora_scale", "rescale"):
+        raise ConceptError(f"{group.keys[part]} is no matrix: its shape is {tuple(tensor.shape)}")
+    return tensor
+
+
+def _alpha(group: Group, tensor: Tensor) -> float:
+    if tensor.numel() != 1:
+        raise ConceptError(f"{group.keys['alpha']} is not one number")
+    return float(tensor)

@@ -1,0 +1,170 @@
+"""What other adapter methods write into files, as the change of a weight.
+
+A weight is (out, in) or, of a convolution, (out, in, kh, kw); an update of the latter is one of
+its flattened form (out, in * kh * kw). Methods that add to a weight give a product of two factors
+where that is smaller than the change itself. Methods that turn or rescale a weight need it, and
+give the dense change at full strength.
+
+LoHa and LoKr: arXiv 2309.14859 (LyCORIS) and 2108.06098 (FedPara); DoRA: arXiv 2402.09353; OFT:
+arXiv 2306.07280; BOFT: arXiv 2311.06243.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from customize.core.lowrank import LowRank, from_dense, product
+from customize.errors import ConceptError
+
+_TINY = 1e-8  # what LyCORIS and kohya add to a norm that they divide by
+
+
+def with_core(up: Tensor, down: Tensor, core: Tensor | None) -> LowRank:
+    """``up @ down``, or with a convolution's core between them (CP and Tucker forms).
+
+    Args:
+        up: (out, r), or (out, r, 1, 1).
+        down: (s, in), or (s, in, 1, 1); without a core (r, in), or (r, in, kh, kw).
+        core: (r, s, kh, kw), the small convolution between the two, or None.
+
+    Raises:
+        ConceptError: the shapes do not fit together.
+    """
+    if any(side != 1 for side in up.shape[2:]):
+        raise ConceptError(f"the up-projection of shape {tuple(up.shape)} is wider than one pixel")
+    if core is None:
+        return LowRank(up.flatten(1), down.flatten(1))
+    flat = down.flatten(1)
+    if core.ndim < 3 or core.shape[1] != flat.shape[0]:
+        raise ConceptError(
+            f"a core of shape {tuple(core.shape)} and a down-projection of shape "
+            f"{tuple(down.shape)} have no product"
+        )
+    wide = torch.einsum("rs...,si->ri...", *_same(core, flat))
+    return LowRank(up.flatten(1), wide.flatten(1))
+
+
+def hadamard(p: LowRank, q: LowRank) -> LowRank:
+    """The elementwise product (LoHa), exact: rank ``p.rank * q.rank``, or dense where that is less.
+
+    Raises:
+        ConceptError: the shapes differ.
+    """
+    if p.shape != q.shape:
+        raise ConceptError(f"updates of shapes {p.shape} and {q.shape} have no elementwise product")
+    rank, (out, width) = p.rank * q.rank, p.shape
+    if rank >= min(out, width):
+        return from_dense(product(p) * product(q))
+    # Row o of `up` is the Kronecker product of the rows o, and so with the columns of `down`.
+    up = torch.einsum("or,os->ors", *_same(p.up, q.up)).flatten(1)
+    down = torch.einsum("ri,si->rsi", *_same(p.down, q.down)).flatten(0, 1)
+    return LowRank(up, down, p.scale * q.scale)
+
+
+def kronecker(p: LowRank, q: LowRank) -> LowRank:
+    """The Kronecker product (LoKr), exact: rank ``p.rank * q.rank``, or dense where that is less.
+
+    Of shape (p.out * q.out, p.in * q.in); of a convolution, q's width counts its kernel.
+    """
+    out, width = p.shape[0] * q.shape[0], p.shape[1] * q.shape[1]
+    if p.rank * q.rank >= min(out, width):
+        return from_dense(torch.kron(product(p).contiguous(), product(q).contiguous()))
+    up = torch.kron(*_same(p.up, q.up))
+    return LowRank(up, torch.kron(*_same(p.down, q.down)), p.scale * q.scale)
+
+
+def rescaled(weight: Tensor, update: LowRank, magnitude: Tensor) -> Tensor:
+    """What DoRA adds: ``m * V / |V| - W`` with ``V = W + update``.
+
+    Args:
+        magnitude: (out,) or (out, 1, ...) for norms of V's rows; or (1, in, ...), for norms over
+            all but the input channels.
+
+    Returns:
+        weight's shape, float32.
+
+    Raises:
+        ConceptError: the magnitude fits neither, or the update another weight.
+    """
+    base = weight.float()
+    if update.shape != (base.shape[0], base[0].numel()):
+        raise ConceptError(f"an update of shape {update.shape} is not one of {tuple(base.shape)}")
+    changed = base + product(update).float().reshape(base.shape)
+    sides = [magnitude.shape[0], *[1] * (base.ndim - 1)] if magnitude.ndim == 1 else magnitude.shape
+    kept = [dim for dim, side in enumerate(sides) if side != 1]
+    if len(sides) != base.ndim or kept not in ([0], [1]) or sides[kept[0]] != base.shape[kept[0]]:
+        raise ConceptError(
+            f"magnitudes of shape {tuple(magnitude.shape)} do not fit a weight of shape "
+            f"{tuple(base.shape)}"
+        )
+    others = [dim for dim in range(base.ndim) if dim not in kept]
+    lengths = torch.linalg.vector_norm(changed, dim=others, keepdim=True)
+    return magnitude.float().reshape(sides) / lengths.clamp_min(_TINY) * changed - base
+
+
+def turned(weight: Tensor, blocks: Tensor, limit: float, rescale: Tensor | None) -> Tensor:
+    """What OFT adds: each block of rows turned by its own rotation.
+
+    Args:
+        blocks: (n, b, b) with n * b rows: the generators. Rows of block k become ``R_k^T`` times
+            themselves, as LyCORIS and kohya have it, with R from :func:`rotations`. (m, n, b, b)
+            for BOFT: m such stages, each ``R`` times rows that lie ever further apart.
+        limit: the most that the generators' joint norm may be, divided by the rows; 0 for none.
+        rescale: a factor for each row afterwards, (out, 1, ...), or None.
+
+    Returns:
+        weight's shape, float32.
+
+    Raises:
+        ConceptError: the blocks do not fit the weight.
+    """
+    base = weight.float()
+    out = base.shape[0]
+    if blocks.ndim not in (3, 4) or blocks.shape[-3] * blocks.shape[-1] != out:
+        raise ConceptError(f"blocks of shape {tuple(blocks.shape)} do not turn {out} rows")
+    rows = base.flatten(1)
+    turns = rotations(blocks.float(), limit * out)
+    if blocks.ndim == 3:
+        parts = rows.reshape(blocks.shape[0], blocks.shape[1], -1)
+        rows = torch.einsum("knm,kni->kmi", turns, parts).reshape(out, -1)
+    else:
+        for stage, turn in enumerate(turns):
+            rows = _butterfly(rows, turn, 2**stage * blocks.shape[-1] // 2)
+    if rescale is not None:
+        if rescale.numel() != out:
+            raise ConceptError(f"{rescale.numel()} factors do not rescale {out} rows")
+        rows = rescale.float().reshape(out, 1) * rows
+    return rows.reshape(base.shape) - base
+
+
+def rotations(blocks: Tensor, most: float) -> Tensor:
+    """The Cayley transform ``(I + Q) (I - Q)^-1`` of ``Q = blocks - blocks^T``.
+
+    Args:
+        blocks: (..., b, b).
+        most: Q is scaled down to this Frobenius norm over all blocks; 0 for no limit.
+    """
+    skew = blocks - blocks.mT
+    if most > 0:
+        length = torch.linalg.vector_norm(skew)
+        skew = skew * (most / (length + _TINY)).clamp_max(1.0)
+    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    return torch.linalg.solve(eye - skew, eye + skew, left=False)
+
+
+def _butterfly(rows: Tensor, turn: Tensor, stride: int) -> Tensor:
+    """One stage of BOFT: rows ``stride`` apart come together, are turned, and go back."""
+    out, width = rows.shape
+    count, side, _ = turn.shape
+    if out % (2 * stride):
+        raise ConceptError(f"a stage that pairs rows {stride} apart does not fit {out} rows")
+    near = rows.reshape(-1, 2, stride, width).transpose(1, 2).reshape(count, side, width)
+    done = torch.einsum("bij,bjw->biw", turn, near).reshape(-1, stride, 2, width)
+    return done.transpose(1, 2).reshape(out, width)
+
+
+def _same(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 or a higher precision that one of them has."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.to(dtype).contiguous(), b.to(dtype).contiguous()  # torch.kron takes no other

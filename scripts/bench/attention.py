@@ -1,0 +1,170 @@
+"""Each attention backend beside torch's own choice, and each way of fitting a model into memory.
+
+Backends: one self-attention of random numbers with the heads of published models, at the tokens of
+a 1024 x 1024 picture (512 x 512 for Stable Diffusion 1.5; all shorter with --quick). They run in
+turns, back and forth, and `time` is the ratio to torch's own choice (`native`) of the same turn:
+median, and lowest to highest. `error` is what `load_custom` measures before it takes one. Those
+that aren't installed, or have no kernel here, are listed.
+
+Ways to hold a model: the bundled base draws one picture, in turns as above, with `time` as the
+ratio to holding all of it as it is. `counted_mib` is what the plan counts, and `peak_mib` what is
+on the device at most. The base is small, so this checks the counting and not the gain.
+
+Only ratios mean anything on a machine that does other work, too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from _common import ROOT, Row, parser, report, spread
+
+from customize.attention.kernels import Heads, attend, measured_error, seconds
+from customize.families import family_of
+from customize.hosts.placing import computing_device, fitted
+from customize.memory import GIB, WAYS, WAYS_AT_HOME, Plan, Way, peak, sizes
+
+#: model -> heads and tokens of its largest attentions.
+SHAPES = {
+    "Stable Diffusion 1.5": (Heads(8, 40), 4096),
+    "SDXL": (Heads(10, 64), 4096),
+    "Stable Diffusion 3.5 large": (Heads(38, 64), 4096 + 333),
+    "FLUX.1, Qwen-Image": (Heads(24, 128), 4096 + 512),
+    "AutoencoderKL": (Heads(1, 512), 16384),
+}
+OTHERS = ("_native_math", "_native_flash", "_native_efficient", "_native_cudnn", "flex")
+OTHERS += ("xformers", "flash", "_flash_3", "sage")
+
+
+def peak_of(call: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes that a call allocates at a time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiled:
+        call()
+    now = most = 0
+    events = profiled.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def backends(device: torch.device, dtype: torch.dtype, quick: bool, repeats: int) -> list[Row]:
+    """A row for each shape and backend."""
+    rows: list[Row] = []
+    missing: dict[str, str] = {}
+    for model, (heads, whole) in SHAPES.items():
+        tokens = whole // 8 if quick else whole
+        errors = {}
+        for name in ("native", *OTHERS):
+            try:
+                errors[name] = measured_error(name, heads, device, dtype, masked=False)
+            except Exception as problem:  # whatever a kernel that isn't there raises
+                missing.setdefault(name, f"{name}, not here: {str(problem).splitlines()[0]}")
+        taken: dict[str, list[float]] = {name: [] for name in errors}
+        for turn in range(repeats):
+            for name in taken if turn % 2 else reversed(taken):
+                taken[name] += seconds(name, heads, device, dtype, tokens, 1)
+        query = torch.randn(1, tokens, *heads, device=device, dtype=dtype)
+        for name, times in taken.items():
+            held = peak_of(partial(attend, name, query, query, query), device)
+            rows.append(
+                {
+                    "model": model,
+                    "heads": f"{heads.number} x {heads.width}",
+                    "tokens": tokens,
+                    "how": name,
+                    "time": _ratios(times, taken["native"]),
+                    "peak_mib": held / 2**20,
+                    "error": errors[name],
+                }
+            )
+    print(*missing.values(), sep="\n")
+    return rows
+
+
+def ways(repeats: int) -> list[Row]:
+    """A row for each way to hold the bundled base, but those that load it anew."""
+    from diffusers import DiffusionPipeline
+
+    pipes, counted = {}, {}
+    offloading = torch.accelerator.is_available()
+    for way in WAYS if offloading else WAYS_AT_HOME:
+        if way.quantized:
+            continue
+        pipe = DiffusionPipeline.from_pretrained(ROOT / "assets/storybook")
+        pipe.set_progress_bar_config(disable=True)
+        family = family_of(pipe.components)
+        device = computing_device(pipe, family, anywhere=True)
+        counted[way] = peak(sizes(family), way)
+        with fitted(pipe, family, Plan(GIB, way, counted[way]), device):
+            pipes[way] = pipe
+    taken: dict[Way, list[float]] = {way: [] for way in pipes}
+    for turn in range(repeats + 1):
+        for way in pipes if turn % 2 else reversed(pipes):
+            start = time.perf_counter()
+            _draw(pipes[way])
+            taken[way] += [time.perf_counter() - start] * (turn > 0)
+    rows = []
+    for way, pipe in pipes.items():
+        weights = sum(each.nbytes for each in _weights(pipe) if each.device.type == device.type)
+        held = peak_of(partial(_draw, pipe), device) + weights
+        rows.append(
+            {
+                "model": "bundled base",
+                "how": str(Plan(GIB, way, 0)).partition(": ")[2].partition(";")[0],
+                "time": _ratios(taken[way], taken[Way()]),
+                "peak_mib": held / 2**20,
+                "counted_mib": counted[way] / 2**20,
+            }
+        )
+    return rows
+
+
+def _draw(pipe: Any) -> None:
+    pipe("a photo of a red dog on a beach", num_inference_steps=4, output_type="pt")
+
+
+def _ratios(times: Sequence[float], usual: Sequence[float]) -> str:
+    return spread([a / b for a, b in zip(times, usual, strict=True)])
+
+
+def _weights(pipe: Any) -> list[torch.Tensor]:
+    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    return [each for model in models for each in (*model.parameters(), *model.buffers())]
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--repeats", type=int, help="turns of each backend; 9, quick 3")
+    flags.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    args = flags.parse_args()
+    repeats = args.repeats or (3 if args.quick else 9)
+    there = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator() if there else torch.device("cpu")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if there else "float32"))
+    with torch.no_grad():
+        found = backends(device, dtype, args.quick, repeats)
+        placed = ways(repeats)
+    figures = {
+        "largest_error": max(row["error"] for row in found if row["how"] != "sage"),
+        "largest_peak_over_counted": max(row["peak_mib"] / row["counted_mib"] for row in placed),
+    }
+    report("attention", args, [*found, *placed], figures)
+
+
+if __name__ == "__main__":
+    main()

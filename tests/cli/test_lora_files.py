@@ -1,0 +1,74 @@
+"""``customize merge`` and ``inspect`` on LoRA files of other programs, without a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cli.making import Run, refused
+
+CROSS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+CONV = "lora_unet_down_blocks_1_resnets_0_conv1"
+
+
+def layer(name: str, up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+
+
+@pytest.fixture
+def style(tmp_path: Path) -> Path:
+    """A LoRA on two layers of Stable Diffusion 1.x in their true sizes, one a convolution."""
+    torch.manual_seed(0)
+    tensors = layer(CROSS, torch.randn(320, 2), torch.randn(2, 768))
+    tensors |= layer(CONV, torch.randn(640, 1, 1, 1), torch.randn(1, 320, 3, 3))
+    save_file(tensors, tmp_path / "ink.safetensors", {"modelspec.trigger_phrase": "in ink"})
+    return tmp_path / "ink.safetensors"
+
+
+def test_two_files_merge_by_their_exact_sum(run: Run, style: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = layer(CROSS, torch.randn(320, 3), torch.randn(3, 768))
+    save_file(other, tmp_path / "oil.safetensors")
+    sources = (str(style), str(tmp_path / "oil.safetensors"))
+    for layout, path in (("kohya", "duo"), ("diffusers", "pytorch_lora_weights")):
+        folder = tmp_path / layout / "duo"
+        done = run(
+            "merge", *sources, "--output", str(folder), "--weights", "0.5,2", "--format", layout
+        )
+        assert done.code == 0, done
+        found = load_file(folder / f"{path}.safetensors")
+        mine = load_file(style)
+        key, ends = CROSS, ("lora_up.weight", "lora_down.weight")
+        if layout == "diffusers":
+            key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+            ends = ("lora_B.weight", "lora_A.weight")
+        merged = found[f"{key}.{ends[0]}"].double() @ found[f"{key}.{ends[1]}"].double()
+        expected = sum(
+            weight
+            * tensors[f"{CROSS}.lora_up.weight"].double()
+            @ tensors[f"{CROSS}.lora_down.weight"].double()
+            for weight, tensors in ((0.5, mine), (2.0, other))
+        )
+        assert (merged - expected).norm() <= 1e-6 * expected.norm()
+        assert "in ink" in (folder / "README.md").read_text()
+
+
+def test_inspect_says_what_a_file_holds(run: Run, style: Path) -> None:
+    done = run("inspect", str(style))
+    assert done.code == 0, done
+    for word in ("ink", "in ink", "family sd", "1 to 2", "2 of unet"):
+        assert word in done.out
+
+
+def test_bad_words(run: Run, style: Path, tmp_path: Path) -> None:
+    output = ("--output", str(tmp_path / "out"))
+    refused(run("merge", str(style), *output, "--format", "a1111"), "there is no format a1111")
+    done = run("merge", str(style), *output, "--format", "kohya", "--fuse", "some/base")
+    refused(done, "--format is that of a LoRA file")
+    data = style.read_bytes()
+    style.write_bytes(data[: len(data) // 2])
+    refused(run("merge", str(style), *output), "damaged")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,121 @@
+"""LoRA files as other programs write them, made by the formats' formulas for a tiny pipeline.
+
+Each function gives the tensors of a file and, computed apart in float64 from the same numbers, what
+every layer of the model should change by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from customize.concepts.adapter import file_name
+from customize.concepts.formats.lora import Lora
+from customize.core.lowrank import LowRank
+from customize.families.base import Family
+
+Tensors = dict[str, Tensor]
+#: (component, module as files name it) -> (out, in), float64
+Deltas = dict[tuple[str, str], Tensor]
+
+
+def chosen(family: Family, component: str, every: int = 1) -> dict[str, tuple[int, ...]]:
+    """Every so many-th layer with its weight's shape, always with attention and, if any, a conv."""
+    shapes = family.weight_shapes(component)
+    return {name: shape for n, (name, shape) in enumerate(shapes.items()) if n % every == 0}
+
+
+def factors(shape: tuple[int, ...], rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(up, down) in the shapes that trainers give them."""
+    out, channels, *kernel = shape
+    up = 0.3 * torch.randn(out, rank, *[1] * len(kernel), generator=generator)
+    return up, 0.3 * torch.randn(rank, channels, *kernel, generator=generator)
+
+
+def dense(up: Tensor, down: Tensor, scale: float = 1.0) -> Tensor:
+    return scale * (up.double().flatten(1) @ down.double().flatten(1))
+
+
+def lora(
+    family: Family,
+    name: Callable[[str, str], str],
+    ends: tuple[str, str] = ("lora_down.weight", "lora_up.weight"),
+    *,
+    every: int = 1,
+    alphas: Literal["some", "none"] | float = "some",
+    components: list[str] | None = None,
+    seed: int = 0,
+) -> tuple[Tensors, Deltas]:
+    """A LoRA of ranks 1 to 3 on many layers.
+
+    Args:
+        name: (component, module) -> how the file calls it.
+        alphas: given with some layers, each another one; with none; or the same with each.
+        ends: of the keys of down- and up-projections; "" in front of none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: Tensors = {}
+    deltas: Deltas = {}
+    for component in components or [family.denoiser_key, *family.text_encoders]:
+        for number, (module, shape) in enumerate(chosen(family, component, every).items()):
+            rank = 1 + number % 3
+            up, down = factors(shape, rank, generator)
+            path = name(component, file_name(component, module))
+            tensors[path + ends[0]] = down
+            tensors[path + ends[1]] = up
+            alpha = float(rank)
+            if alphas != "none" and (alphas != "some" or number % 4):
+                alpha = 0.25 * (1 + number % 5) if alphas == "some" else alphas
+                tensors[f"{path}.alpha"] = torch.tensor(alpha)
+            deltas[component, file_name(component, module)] = dense(up, down, alpha / rank)
+    return tensors, deltas
+
+
+def kohya(family: Family) -> Callable[[str, str], str]:
+    """kohya's names of layers, where they are the module's own with underscores for dots."""
+
+    def name(component: str, module: str) -> str:
+        clips = list(family.clip_encoders)
+        prefix = "lora_unet"
+        if component != family.denoiser_key:
+            prefix = "lora_te" if len(clips) == 1 else f"lora_te{clips.index(component) + 1}"
+        return f"{prefix}_{module.replace('.', '_')}"
+
+    return name
+
+
+def diffusers(component: str, module: str) -> str:
+    return f"{component}.{module}"
+
+
+def written(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Path:
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata)
+    return path
+
+
+def deltas_of(found: Lora | Any) -> Deltas:
+    """The updates of a LoRA or concept, dense."""
+    return {
+        (component, module): _dense(update)
+        for component, own in found.products.items()
+        for module, update in own.items()
+    }
+
+
+def assert_close(found: Deltas, expected: Deltas, tolerance: float = 1e-6) -> None:
+    """Just the same layers, each with the same update but for rounding to float32."""
+    assert found.keys() == expected.keys()
+    for key, delta in expected.items():
+        wanted = delta.flatten(1)
+        assert found[key].shape == wanted.shape, key
+        error = (found[key] - wanted).norm() / wanted.norm().clamp_min(1e-9)
+        assert error <= tolerance, (key, float(error))
+
+
+def _dense(update: LowRank) -> Tensor:
+    return update.scale * (update.up.double() @ update.down.double())

@@ -1,0 +1,250 @@
+"""Files by every spelling of layers and factors, against dense float64 products."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from customize.concepts.formats.lora import Lora
+from customize.concepts.formats.opening import opened
+from customize.families import Family, family_of
+from tests.concepts.formats.making import (
+    assert_close,
+    deltas_of,
+    dense,
+    diffusers,
+    factors,
+    kohya,
+    lora,
+    written,
+)
+from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
+
+MAKERS = {
+    "sd": tiny_sd,
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "flux": tiny_flux,
+    "qwen_image": tiny_qwen_image,
+    "z_image": tiny_z_image,
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def family(request) -> Family:
+    return family_of(MAKERS[request.param]().components)
+
+
+def read(path: Path, family: Family) -> Lora:
+    return opened(path).lora(family)
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        (".lora_A.weight", ".lora_B.weight"),
+        (".lora_A.default.weight", ".lora_B.default.weight"),
+        (".lora_down.weight", ".lora_up.weight"),
+        (".lora.down.weight", ".lora.up.weight"),
+    ],
+)
+def test_diffusers_names_of_all_layers(family: Family, ends, tmp_path: Path) -> None:
+    tensors, deltas = lora(family, diffusers, ends)
+    found = read(written(tmp_path / "some.safetensors", tensors), family)
+    assert_close(deltas_of(found), deltas)
+    assert (found.info.name, found.info.rank) == ("some", 3)
+
+
+def test_kohyas_names_of_all_layers(family: Family, tmp_path: Path) -> None:
+    tensors, deltas = lora(family, kohya(family), (".lora_down.weight", ".lora_up.weight"))
+    assert_close(deltas_of(read(written(tmp_path / "some.safetensors", tensors), family)), deltas)
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model.", ""])
+def test_the_denoisers_layers_alone(family: Family, prefix: str, tmp_path: Path) -> None:
+    tensors, deltas = lora(
+        family,
+        lambda component, module: prefix + module,
+        (".lora_A.weight", ".lora_B.weight"),
+        components=[family.denoiser_key],
+    )
+    assert_close(deltas_of(read(written(tmp_path / "some.safetensors", tensors), family)), deltas)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+def test_comfys_names_of_text_encoders(name: str, tmp_path: Path) -> None:
+    family = family_of(MAKERS[name]().components)
+    clips = dict(zip(family.text_encoders, ("clip_l", "clip_g"), strict=False))
+    tensors, deltas = lora(
+        family,
+        lambda component, module: f"text_encoders.{clips[component]}.transformer.{module}",
+        (".lora_down.weight", ".lora_up.weight"),
+        components=list(clips),
+    )
+    assert_close(deltas_of(read(written(tmp_path / "some.safetensors", tensors), family)), deltas)
+
+
+def test_old_diffusers_names_over_the_processor(tmp_path: Path) -> None:
+    family = family_of(tiny_sd().components)
+    leaves = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+    def old(component: str, module: str) -> str:
+        parent, _, leaf = module.removesuffix(".0").rpartition(".")
+        if component == "unet":
+            return f"unet.{parent}.processor.{leaf}_lora"
+        return f"text_encoder.{parent}.{leaves[leaf]}_lora"
+
+    targets = {key: family.adapter_targets(key) for key in ("unet", "text_encoder")}
+    generator = torch.Generator().manual_seed(1)
+    tensors, deltas = {}, {}
+    for component, own in targets.items():
+        for module, shape in own.items():
+            named = f"text_model.{module}" if component == "text_encoder" else module
+            up, down = factors(shape, 2, generator)
+            path = old(component, named)
+            tensors[f"{path}.up.weight"], tensors[f"{path}.down.weight"] = up, down
+            deltas[component, named] = dense(up, down)
+    assert any("processor.to_out_lora.down.weight" in key for key in tensors)
+    assert_close(deltas_of(read(written(tmp_path / "old.safetensors", tensors), family)), deltas)
+
+
+def test_the_text_encoders_other_old_names(tmp_path: Path) -> None:
+    family = family_of(tiny_sd().components)
+    tensors, deltas = lora(
+        family,
+        diffusers,
+        (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+        components=["text_encoder"],
+    )
+    assert_close(deltas_of(read(written(tmp_path / "old.safetensors", tensors), family)), deltas)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "model.diffusion_model."])
+def test_original_names_are_split_exactly(name: str, prefix: str, tmp_path: Path) -> None:
+    family = family_of(MAKERS[name]().components)
+    key = family.denoiser_key
+    shapes = family.weight_shapes(key)
+    generator = torch.Generator().manual_seed(2)
+    tensors, deltas = {}, {}
+    for number, (original, rows) in enumerate(family.original_names().items()):
+        if "processor" in original:
+            continue
+        rank = 1 + number % 3
+        out = sum(each.stop - each.start for each in rows)
+        up, down = factors((out, *shapes[rows[0].module][1:]), rank, generator)
+        flat = original.replace(".", "_") if prefix.endswith("_") else original
+        tensors[f"{prefix}{flat}.lora_up.weight"] = up
+        tensors[f"{prefix}{flat}.lora_down.weight"] = down
+        tensors[f"{prefix}{flat}.alpha"] = torch.tensor(2.0)
+        whole, first = dense(up, down, 2.0 / rank), 0
+        for each in rows:
+            place = (key, each.module)
+            count = each.stop - each.start
+            layer = deltas.setdefault(
+                place, torch.zeros(shapes[each.module][0], whole.shape[1]).double()
+            )
+            layer[each.start : each.stop] = whole[first : first + count]
+            first += count
+    assert_close(deltas_of(read(written(tmp_path / "a.safetensors", tensors), family)), deltas)
+
+
+def test_xlabs_names(tmp_path: Path) -> None:
+    family = family_of(tiny_flux().components)
+    generator = torch.Generator().manual_seed(3)
+    up, down = factors((96, 32), 4, generator)
+    proj_up, proj_down = factors((32, 32), 2, generator)
+    path = "double_blocks.1.processor"
+    tensors = {
+        f"{path}.qkv_lora2.down.weight": down,
+        f"{path}.qkv_lora2.up.weight": up,
+        f"{path}.proj_lora1.down.weight": proj_down,
+        f"{path}.proj_lora1.up.weight": proj_up,
+    }
+    found = deltas_of(read(written(tmp_path / "x.safetensors", tensors), family))
+    block = "transformer_blocks.1.attn"
+    expected = {
+        ("transformer", f"{block}.add_{name}_proj"): part
+        for name, part in zip("qkv", dense(up, down).split(32), strict=True)
+    }
+    expected["transformer", f"{block}.to_out.0"] = dense(proj_up, proj_down)
+    assert_close(found, expected)
+
+
+def test_scales_from_pefts_configuration(tmp_path: Path) -> None:
+    """alpha and rank by pattern, and rank-stabilized, as peft writes them beside the tensors."""
+    family = family_of(tiny_sd().components)
+    tensors, _ = lora(
+        family,
+        lambda component, module: f"base_model.model.{module}",
+        (".lora_A.weight", ".lora_B.weight"),
+        components=["unet"],
+        alphas="none",
+    )
+    special = "down_blocks.0.attentions.0.proj_in"
+    config = {
+        "r": 2,
+        "lora_alpha": 6,
+        "use_rslora": True,
+        "alpha_pattern": {r"^down_blocks\.0\.attentions\.0\.proj_in": 10},
+    }
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    for source in (folder, folder / "adapter_model.safetensors"):
+        found = read(source, family).products["unet"]
+        assert all(
+            update.scale == pytest.approx((10 if module == special else 6) / update.rank**0.5)
+            for module, update in found.items()
+        )
+    assert read(folder, family).info.name == "trained"
+
+
+def test_scales_from_diffusers_header(tmp_path: Path) -> None:
+    family = family_of(tiny_sd().components)
+    tensors, _ = lora(family, diffusers, (".lora_A.weight", ".lora_B.weight"), alphas="none")
+    header = {"unet.r": 2, "unet.lora_alpha": 8, "text_encoder.r": 2, "text_encoder.lora_alpha": 1}
+    path = written(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
+    found = read(path, family)
+    for component, alpha in (("unet", 8), ("text_encoder", 1)):
+        assert all(u.scale == alpha / u.rank for u in found.products[component].values())
+
+
+def test_a_missing_alpha_means_the_rank(tmp_path: Path) -> None:
+    family = family_of(tiny_flux().components)
+    tensors, deltas = lora(
+        family, kohya(family), (".lora_down.weight", ".lora_up.weight"), alphas="none"
+    )
+    found = read(written(tmp_path / "a.safetensors", tensors), family)
+    assert {u.scale for own in found.products.values() for u in own.values()} == {1.0}
+    assert_close(deltas_of(found), deltas)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_narrow_numbers_are_read_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    family = family_of(tiny_sd().components)
+    up, down = factors((32, 16), 2, torch.Generator().manual_seed(4))
+    module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    up, down = factors(family.weight_shapes("unet")[module], 2, torch.Generator().manual_seed(4))
+    up, down = up.to(dtype), down.to(dtype)
+    path = f"unet.{module}"
+    tensors = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+    found = read(written(tmp_path / "a.safetensors", tensors), family)
+    assert_close(deltas_of(found), {("unet", module): dense(up.float(), down.float())}, 1e-7)
+
+
+def test_trigger_words_come_from_the_header(tmp_path: Path) -> None:
+    family = family_of(tiny_sd().components)
+    tensors, _ = lora(family, diffusers, (".lora_A.weight", ".lora_B.weight"), every=9)
+    path = written(
+        tmp_path / "My Style v1.2.safetensors",
+        tensors,
+        **{"modelspec.trigger_phrase": "in mystyle\x1b[31m", "ss_base_model_version": "sd_v1"},
+    )
+    info = read(path, family).info
+    assert (info.name, info.words, info.base) == ("my-style-v1-2", "in mystyle [31m", "sd_v1")

@@ -1,0 +1,228 @@
+"""Bad files: each is refused whole, by an error that says what is wrong."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from customize.concepts.formats.lora import lora_file
+from customize.concepts.formats.opening import opened, opened_whole
+from customize.errors import ConceptError, CustomizeError, PipelineError
+from customize.families import Family, family_of
+from tests.concepts.formats.making import assert_close, deltas_of, diffusers, kohya, lora, written
+from tests.tiny import tiny_flux, tiny_sd, tiny_sdxl
+
+ENDS = (".lora_down.weight", ".lora_up.weight")
+
+
+@pytest.fixture(scope="module")
+def sd() -> Family:
+    return family_of(tiny_sd().components)
+
+
+def test_another_familys_lora_is_named(sd: Family, tmp_path: Path) -> None:
+    flux = family_of(tiny_flux().components)
+    path = written(tmp_path / "f.safetensors", lora(flux, kohya(flux), ENDS, every=5)[0])
+    with pytest.raises(
+        ConceptError, match="looks like a LoRA of flux, and this model is one of sd"
+    ):
+        opened(path).lora(sd)
+
+
+def test_sdxls_lora_on_sd(sd: Family, tmp_path: Path) -> None:
+    module = "lora_unet_down_blocks_2_attentions_1_transformer_blocks_7_attn2_to_k"
+    tensors = {f"{module}{ENDS[0]}": torch.ones(1, 2048), f"{module}{ENDS[1]}": torch.ones(1280, 1)}
+    path = written(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(ConceptError, match="looks like a LoRA of sdxl"):
+        opened(path).lora(sd)
+    assert opened_whole(path).info.family == "sdxl"
+
+
+def test_keys_of_two_families(sd: Family, tmp_path: Path) -> None:
+    tensors = lora(sd, kohya(sd), ENDS, every=5)[0]
+    extra = "lora_unet_double_blocks_0_img_attn_proj"
+    tensors |= {f"{extra}{end}": torch.ones(2, 2) for end in ENDS}
+    path = written(tmp_path / "two.safetensors", tensors)
+    with pytest.raises(ConceptError, match="it has keys of sd and of flux: lora_unet_double") as it:
+        opened(path).lora(sd)
+    assert all(f"{extra}{end}" in str(it.value) for end in ENDS)
+
+
+def test_an_unknown_layer_is_listed(sd: Family, tmp_path: Path) -> None:
+    tensors = lora(sd, diffusers, ENDS, every=7)[0]
+    tensors |= {f"unet.no.such.layer{end}": torch.ones(2, 2) for end in ENDS}
+    path = written(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ConceptError, match=r"1 of the file's .* unet\.no\.such\.layer\.lora_down"):
+        opened(path).lora(sd)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("unet.conv_in.diff_b", "change of a bias"),
+        ("unet.conv_in.lora_B.bias", "change of a bias"),
+        ("lora_unet_conv_norm_out.w_norm", "change of a norm"),
+        ("bundle_emb.rex.string_to_param.*", "bundled embedding"),
+        ("base_model.model.conv_in.oft_R.weight", "peft's OFT"),
+        ("unet.conv_in.something", "not read here"),
+    ],
+)
+def test_keys_that_are_not_read(key: str, kind: str, sd: Family, tmp_path: Path) -> None:
+    tensors = lora(sd, diffusers, ENDS, every=9)[0] | {key: torch.ones(4)}
+    path = written(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ConceptError, match="nothing is loaded by half") as error:
+        opened(path)
+    assert kind in str(error.value) and key in str(error.value)
+
+
+def test_what_is_not_whole(sd: Family, tmp_path: Path) -> None:
+    tensors = lora(sd, diffusers, ENDS, every=4)[0]
+    path = written(tmp_path / "a.safetensors", tensors)
+    data = path.read_bytes()
+    for cut in (4, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:cut])
+        with pytest.raises(ConceptError, match="damaged or no safetensors file"):
+            opened(path)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".pt", ".ckpt"])
+def test_pickles(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"some{ending}"
+    path.write_bytes(pickle.dumps({"a": 1}))
+    for source in (path, tmp_path):
+        with pytest.raises(ConceptError, match="can run code"):
+            opened(source)
+
+
+def test_a_folder_with_several_files(sd: Family, tmp_path: Path) -> None:
+    for name in "ab":
+        written(tmp_path / f"{name}.safetensors", lora(sd, diffusers, ENDS, every=9)[0])
+    with pytest.raises(ConceptError, match="2 files that may be a LoRA"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, k: t.pop(f"{k}{ENDS[0]}"), "no down-projection"),
+        (lambda t, k: t.pop(f"{k}{ENDS[1]}"), "no up-projection"),
+        (lambda t, k: t.update({f"{k}{ENDS[0]}": t[f"{k}{ENDS[0]}"][:, :-1]}), "does not fit"),
+        (lambda t, k: t.update({f"{k}{ENDS[1]}": t[f"{k}{ENDS[1]}"][:-1]}), "does not fit"),
+        (lambda t, k: t.update({f"{k}{ENDS[1]}": t[f"{k}{ENDS[1]}"][:, :-1]}), "no product"),
+        (lambda t, k: t[f"{k}{ENDS[0]}"].fill_(torch.nan), "NaN or infinite"),
+        (lambda t, k: t[f"{k}{ENDS[1]}"].fill_(torch.inf), "NaN or infinite"),
+        (lambda t, k: t.update({f"{k}.alpha": torch.tensor(torch.nan)}), "NaN or infinite"),
+        (lambda t, k: t.update({f"{k}.alpha": torch.ones(3)}), "not one number"),
+        (lambda t, k: t.update({f"{k}.lokr_w1": torch.ones(2, 2)}), "lokr"),
+        (lambda t, k: t.update({f"{k}.lora_A.weight": torch.ones(2, 2)}), "same part"),
+        (lambda t, k: t.update({f"{k}{ENDS[0]}": torch.ones(2, 16).int()}), "numbers of type"),
+    ],
+)
+def test_a_layer_that_is_wrong(change: Any, message: str, sd: Family, tmp_path: Path) -> None:
+    tensors, _ = lora(sd, diffusers, ENDS, every=3)
+    key = "unet.down_blocks.0.resnets.0.time_emb_proj"
+    key = next(k.removesuffix(ENDS[0]) for k in tensors if k.endswith(ENDS[0]) and "attn1" in k)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors, key)
+    path = written(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ConceptError, match=message) as error:
+        opened(path).lora(sd)
+    assert key.rpartition(".")[2] in str(error.value)
+
+
+def test_two_spellings_of_one_layer(sd: Family, tmp_path: Path) -> None:
+    tensors = lora(sd, diffusers, ENDS, every=50)[0] | lora(sd, kohya(sd), ENDS, every=50)[0]
+    path = written(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ConceptError, match="change the same layer"):
+        opened(path).lora(sd)
+
+
+def test_a_text_encoder_that_the_pipeline_lacks(tmp_path: Path) -> None:
+    pipe = tiny_sdxl()
+    whole = family_of(pipe.components)
+    path = written(tmp_path / "a.safetensors", lora(whole, kohya(whole), ENDS, every=3)[0])
+    pipe.text_encoder_2 = None
+    with pytest.raises(PipelineError, match=r"second text encoder, which this pipeline lacks"):
+        opened(path).lora(family_of(pipe.components))
+
+
+def test_t5_takes_no_adapter(tmp_path: Path) -> None:
+    flux = family_of(tiny_flux().components)
+    tensors = lora(flux, kohya(flux), ENDS, every=3)[0]
+    name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    tensors |= {f"{name}{end}": torch.ones(2, 2) for end in ENDS}
+    path = written(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ConceptError, match="changes the T5, which takes no adapter in family flux"):
+        opened(path).lora(flux)
+
+
+@pytest.mark.parametrize(
+    "header", ["[]", "{", '{"unet.r": "a"}', '{"unet.alpha_pattern": {"(a+)+": 1}}']
+)
+def test_a_header_that_is_wrong(header: str, sd: Family, tmp_path: Path) -> None:
+    tensors = lora(sd, diffusers, ENDS, every=9)[0]
+    path = written(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=header)
+    with pytest.raises(ConceptError, match="adapter's"):
+        opened(path)
+
+
+def test_a_file_of_no_known_model(tmp_path: Path) -> None:
+    tensors = {f"lora_unet_blocks_0_thing{end}": torch.ones(2, 2) for end in ENDS}
+    with pytest.raises(ConceptError, match=r"no published model .* lora_unet_blocks_0_thing"):
+        opened_whole(written(tmp_path / "a.safetensors", tensors))
+
+
+# A layer of each kind, so that whatever goes wrong meets every path.
+KEPT = ("conv_in", "attn1.to_q", "ff.net.2", "conv2", "self_attn.k_proj", "mlp.fc1")
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_file_is_read_wholly_or_not_at_all(data: st.DataObject, sd: Family) -> None:
+    """Keys dropped, renamed and added: what is read is what the keys that are left say."""
+    tensors, deltas = lora(sd, kohya(sd), ENDS, seed=5)
+    tensors = {
+        k: t
+        for k, t in tensors.items()
+        if k.split(".")[0].endswith(tuple(name.replace(".", "_") for name in KEPT))
+    }
+    expected = {
+        place: delta
+        for place, delta in deltas.items()
+        if any(place[1].endswith(name) for name in KEPT)
+    }
+    keys = sorted(tensors)
+    dropped = set(data.draw(st.lists(st.sampled_from(keys), max_size=3), "dropped"))
+    renamed = dict.fromkeys(data.draw(st.lists(st.sampled_from(keys), max_size=2), "renamed"))
+    for key in renamed:
+        renamed[key] = data.draw(
+            st.sampled_from([key + "x", "x" + key, key.replace("lora_", "lore_", 1), key[:-7], "."])
+        )
+    added = data.draw(st.lists(st.text(max_size=12), max_size=2), "added")
+    changed = {renamed.get(k, k): t for k, t in tensors.items() if k not in dropped}
+    changed |= {key: torch.ones(2, 2) for key in added if key not in changed}
+    try:
+        found = lora_file("a", "a", changed, {}).lora(sd)
+    except CustomizeError as error:
+        assert changed != tensors and str(error)
+        return
+    # It was read, so nothing is missing or foreign, but for whole layers and alphas left out.
+    assert set(changed) <= set(tensors)
+    layers = {key.partition(".")[0] for key in changed}
+    assert all(f"{layer}{end}" in changed for layer in layers for end in ENDS)
+    name = kohya(sd)
+    left = {place: delta for place, delta in expected.items() if name(*place) in layers}
+    for place in list(left):
+        alpha = f"{name(*place)}.alpha"
+        if alpha in tensors and alpha not in changed:
+            rank = tensors[f"{name(*place)}{ENDS[0]}"].shape[0]
+            left[place] = left[place] * rank / float(tensors[alpha])
+    assert_close(deltas_of(found), left, 1e-5)

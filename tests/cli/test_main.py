@@ -140,12 +140,12 @@ def test_ctrl_c_says_how_to_go_on(
 ) -> None:
     import signal
 
-    from customize.concepts import concept
+    from customize.concepts.formats import opening
 
-    def load(source: str) -> None:
+    def read(folder: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(concept.Concept, "load", load)
+    monkeypatch.setattr(opening, "read", read)
     assert main(["inspect", world.rex]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert main(["merge", world.rex, "--output", "unused"]) == 130

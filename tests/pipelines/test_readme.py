@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def snippets() -> list[str]:
     text = (ROOT / "README.md").read_text()
-    part = re.search(r"### Modular pipelines and.*?\n(?=The other commands)", text, re.DOTALL)
+    part = re.search(r"### Modular pipelines and.*?\n(?=## )", text, re.DOTALL)
     assert part is not None
     return re.findall(r"```python\n(.*?)```", part[0], re.DOTALL)
 

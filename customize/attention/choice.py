@@ -15,12 +15,13 @@ from customize.attention.kernels import (
     QUANTIZED,
     QUANTIZED_BOUND,
     Heads,
+    Mask,
     fastest,
     measured_error,
     seconds,
     unfit,
 )
-from customize.attention.placing import Choice, attentions, dispatches, is_open
+from customize.attention.placing import Choice, attentions, dispatches, is_open, offers
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.families.base import class_name
@@ -40,30 +41,30 @@ def choose(family: Family, backend: str, device: torch.device) -> dict[str, Choi
         device: where the models compute.
 
     Returns:
-        component -> choice, for the denoiser, the autoencoder and the text encoders.
+        component -> choice, for denoisers, the autoencoder and what reads prompts.
 
     Raises:
         ConfigError: no such backend.
-        PipelineError: the denoiser cannot use it here, or it computes something else there.
+        PipelineError: a denoiser cannot use it here, or it computes something else there.
     """
     name = _known(backend)
     names = [name]
     if name == "auto":
         names = list(CANDIDATES) if device.type == "cuda" else ["native"]
     choices = {}
-    for key in (family.denoiser_key, "vae"):
-        model = family.components.get(key)
-        if model is None or not any(is_open(each) for each in attentions(model)):
-            continue
-        masked = family.masked_attention and key == family.denoiser_key
-        try:
-            choices[key] = _best(key, model, names, device, masked)
-        except PipelineError as problem:
-            if key == family.denoiser_key:
-                raise
-            choices[key] = Choice("as it was", note=problem.what)
-    for key, encoder in family.all_text_encoders.items():
-        choices[key] = _of_text_encoder(key, encoder, "native" in names, device)
+    vae = family.components.get("vae")
+    for key, model in {**family.denoisers, "vae": vae, **family.all_text_encoders}.items():
+        if hasattr(model, "set_attn_implementation"):
+            choices[key] = _of_text_encoder(key, model, "native" in names, device)
+        elif isinstance(model, nn.Module) and attentions(model):
+            mask = None if key == "vae" else family.attention_mask
+            try:
+                choices[key] = _best(key, model, names, device, mask)
+            except PipelineError as problem:
+                # "auto" leaves processors of someone's own alone; what is named must be used.
+                if key in family.denoisers and (name != "auto" or _openings(model)):
+                    raise
+                choices[key] = Choice("as it was", note=problem.what)
     return choices
 
 
@@ -88,7 +89,7 @@ def _of_text_encoder(key: str, encoder: Any, plain: bool, device: torch.device) 
         return Choice(own)
     if not (encoder._supports_sdpa and encoder._can_set_attn_implementation()):
         return Choice(own, note=f"{class_name(encoder)} has no other")
-    found = _checked(key, encoder, "native", _text_heads(encoder.config), device, True)
+    found = _checked(key, encoder, "native", _text_heads(encoder.config), device, "boolean")
     return Choice("sdpa", found)
 
 
@@ -100,17 +101,25 @@ def _text_heads(config: Any) -> Heads:
     return Heads(count, own or text.hidden_size // count)
 
 
-def _best(key: str, model: Any, names: list[str], device: torch.device, masked: bool) -> Choice:
+def _best(
+    key: str, model: Any, names: list[str], device: torch.device, mask: Mask | None
+) -> Choice:
     """The fastest of several backends that are right, or the one that is asked for.
 
     Raises:
-        PipelineError: none is right.
+        PipelineError: none is right, or no attention's may be set.
     """
-    shapes = sorted({_heads(each) for each in attentions(model) if is_open(each)})
+    shapes = sorted({_heads(each) for each in _openings(model)})
+    if not shapes:
+        raise PipelineError(
+            f"all attention processors of {class_name(model)} are someone's own",
+            where=key,
+            fix="give it diffusers' own with set_attn_processor, or leave attention out",
+        )
     right, problem = {}, PipelineError("no backend")
     for name in names:
         try:
-            right[name] = max(_checked(key, model, name, heads, device, masked) for heads in shapes)
+            right[name] = max(_checked(key, model, name, heads, device, mask) for heads in shapes)
         except PipelineError as refused:
             problem = refused
     if not right:
@@ -135,7 +144,7 @@ def _checked(
     name: str,
     heads: Heads,
     device: torch.device,
-    masked: bool,
+    mask: Mask | None,
 ) -> float:
     """The error of a backend that may be used.
 
@@ -145,15 +154,15 @@ def _checked(
     dtype: Any = model.dtype
     works = f"here these work: {', '.join(_plain_choices(model, device))}"
     problem, fix = unfit(name, heads, device, dtype), works
-    if problem is None and name not in ("native", "xformers") and not dispatches(model):
+    if problem is None and not all(offers(each, name) for each in _openings(model)):
         problem = (
-            f"the attention of {class_name(model)} does not go through diffusers' dispatcher, "
-            f"which alone has {name}"
+            f"the attention of {class_name(model)} does not go through diffusers' dispatcher, and "
+            f"without it there is no {name} for this kind of attention"
         )
     found = math.nan
     if problem is None:
         try:
-            found = measured_error(name, heads, device, dtype, masked)
+            found = measured_error(name, heads, device, dtype, mask)
         except Exception as failed:  # whatever a foreign kernel raises
             package = NEEDS[name].package if name in NEEDS else ""
             problem = f"the attention backend {name} fails here: {failed}"
@@ -163,7 +172,7 @@ def _checked(
             if found > bound:
                 problem = (
                     f"the attention backend {name} computes something else with {heads.number} "
-                    f"heads of width {heads.width}{' and a mask' if masked else ''}: its error is "
+                    f"heads of width {heads.width}{' and a mask' if mask else ''}: its error is "
                     f"{found:.2g}, and rounding explains {bound:.2g}"
                 )
     if problem is not None:
@@ -179,5 +188,11 @@ def _plain_choices(model: nn.Module, device: torch.device) -> list[str]:
     return found
 
 
+def _openings(model: nn.Module) -> list[Any]:
+    return [each for each in attentions(model) if is_open(each)]
+
+
 def _heads(module: Any) -> Heads:
+    if hasattr(module, "num_heads"):  # as LLMs name them: Krea 2
+        return Heads(module.num_heads, module.head_dim)
     return Heads(module.heads, module.inner_dim // module.heads)

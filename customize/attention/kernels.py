@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from customize.families.base import Mask
+
 #: The largest error that a backend may have: of the worst query, over the root mean square.
 #: A few roundings; a mask, a scale or a key that is left out costs far more.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -108,12 +110,12 @@ def attend(
 
 @torch.no_grad()
 def measured_error(
-    backend: str, heads: Heads, device: torch.device, dtype: torch.dtype, masked: bool
+    backend: str, heads: Heads, device: torch.device, dtype: torch.dtype, kind: Mask | None
 ) -> float:
     """The error of one call with these heads: 96 queries, 77 keys, a batch of two.
 
     Args:
-        masked: whether the last 13 keys of the second are masked, as a shorter prompt's are.
+        kind: how the last 13 keys of the second are masked, as a shorter prompt's are.
     """
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
@@ -121,10 +123,15 @@ def measured_error(
     )
     mask = torch.ones(2, 1, 1, 77, dtype=torch.bool)
     mask[1, ..., -13:] = False
-    given = mask if masked else None
-    there = None if given is None else given.to(device)
+    given: dict[Mask | None, Tensor | None] = {
+        None: None,
+        "boolean": mask,
+        # As LTX-2 has it, one for each head.
+        "added": ((~mask).to(dtype) * -10000.0).expand(-1, heads.number, -1, -1),
+    }
+    there = None if (chosen := given[kind]) is None else chosen.to(device)
     found = attend(backend, query.to(device), key.to(device), value.to(device), there)
-    return error(found, reference(query, key, value, given))
+    return error(found, reference(query, key, value, None if kind is None else mask))
 
 
 @torch.no_grad()

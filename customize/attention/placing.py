@@ -178,8 +178,13 @@ def _stock() -> dict[type, dict[str, type]]:
         "native": processors.JointAttnProcessor2_0,
         "xformers": processors.XFormersJointAttnProcessor,
     }
+    # These have torch's alone, each its own: what xFormers has would leave out the rotation.
+    alone = [
+        {"native": processors.CogVideoXAttnProcessor2_0},
+        {"native": processors.FusedCogVideoXAttnProcessor2_0},
+    ]
     sliced = {processors.AttnProcessor: plain, processors.SlicedAttnProcessor: plain}
-    return {each: kinds for kinds in (plain, joint) for each in kinds.values()} | sliced
+    return {each: kinds for kinds in (plain, joint, *alone) for each in kinds.values()} | sliced
 
 
 def is_open(module: Any) -> bool:
@@ -195,6 +200,14 @@ def _uses(module: Any, backend: str) -> bool:
     if hasattr(processor, "_attention_backend"):
         return processor._attention_backend == backend
     return type(processor) is _stock().get(type(processor), {}).get(backend)
+
+
+def offers(module: Any, backend: str) -> bool:
+    """Whether there is a way to give an open attention this backend."""
+    processor = module.processor
+    if hasattr(processor, "_attention_backend"):
+        return True
+    return backend in _stock()[type(processor)]
 
 
 def dispatches(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ _CLIP_PROJECTIONS = re.compile(
 )
 
 _INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
+
+
+#: By booleans, true for keys that count, or by numbers that are added to the scores.
+Mask = Literal["boolean", "added"]
 
 
 class Family(Components, ABC):
@@ -44,8 +48,8 @@ class Family(Components, ABC):
     modular_only: ClassVar[bool] = False
     #: Whether kohya's files call the denoiser's layers as those do who made the model.
     kohya_uses_original_names: ClassVar[bool] = True
-    #: Whether the padding of prompts of unequal length is masked in the denoiser's attention.
-    masked_attention: ClassVar[bool] = False
+    #: How the denoiser's attention, and what condenses prompts, mask the padding of shorter ones.
+    attention_mask: ClassVar[Mask | None] = None
 
     # -- what differs ------------------------------------------------------------------------
 

@@ -46,6 +46,7 @@ class Krea2(FirstFrameFamily):
     )
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
+    attention_mask = "boolean"
     no_guidance = 0.0
 
     @classmethod

@@ -40,6 +40,7 @@ class LTX2(FramedFamily, FlowFamily):
     )
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder", "connectors")
+    attention_mask = "added"
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:

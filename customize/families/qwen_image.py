@@ -41,7 +41,7 @@ class QwenImage(FirstFrameFamily):
     )
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
-    masked_attention = True
+    attention_mask = "boolean"
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:

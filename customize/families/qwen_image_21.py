@@ -34,6 +34,7 @@ class QwenImage21(FirstFrameFamily):
     attention_projections = re.compile(r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)")
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
+    attention_mask = "boolean"
     patch = 1
 
     @classmethod

@@ -44,7 +44,7 @@ class ZImage(FlowFamily):
     )
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
-    masked_attention = True
+    attention_mask = "boolean"
     no_guidance = 0.0
 
     @classmethod

@@ -71,7 +71,7 @@ def backends(device: torch.device, dtype: torch.dtype, quick: bool, repeats: int
         errors = {}
         for name in ("native", *OTHERS):
             try:
-                errors[name] = measured_error(name, heads, device, dtype, masked=False)
+                errors[name] = measured_error(name, heads, device, dtype, None)
             except Exception as problem:  # whatever a kernel that isn't there raises
                 missing.setdefault(name, f"{name}, not here: {str(problem).splitlines()[0]}")
         taken: dict[str, list[float]] = {name: [] for name in errors}

@@ -51,8 +51,8 @@ def test_the_reference_is_the_formula():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["native", "_native_math"])
 def test_torchs_own_kernels_are_right_at_true_head_sizes(backend, dtype, heads):
-    for masked in (False, True):
-        found = measured_error(backend, heads, CPU, dtype, masked)
+    for mask in (None, "boolean", "added"):
+        found = measured_error(backend, heads, CPU, dtype, mask)
         # Not zero, since another dtype was compared; and far enough below what is refused.
         assert 0 < found < BOUNDS[dtype] / 2
 
@@ -85,7 +85,7 @@ def test_wrong_kernels_are_above_the_bound(monkeypatch, kind, dtype):
     monkeypatch.setitem(_AttentionBackendRegistry._backends, name, wrong)
     arguments = {"query", "key", "value", "attn_mask"}
     monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, name, arguments)
-    assert measured_error(name.value, Heads(8, 40), CPU, dtype, masked=True) > BOUNDS[dtype]
+    assert measured_error(name.value, Heads(8, 40), CPU, dtype, "boolean") > BOUNDS[dtype]
 
 
 @given(st.floats(1e-3, 1e3), st.integers(0, 3), st.integers(0, 4))

@@ -23,10 +23,26 @@ from customize.families import family_of
 from tests.hosts.making import assert_same, concept, draw, everything
 from tests.hosts.test_families import MAKERS
 
-CLASSIC = ("sd", "sdxl", "sd3")
-DISPATCHED = ("flux", "qwen_image", "z_image")
+CLASSIC = ("sd", "animatediff", "sdxl", "sd3", "cogvideox")
+DISPATCHED = [name for name in MAKERS if name not in CLASSIC]
 #: How many attentions each tiny denoiser has.
-COUNTS = {"sd": 14, "sdxl": 16, "sd3": 3, "flux": 4, "qwen_image": 2, "z_image": 4}
+COUNTS = {
+    "sd": 14,
+    "animatediff": 14 + 7 * 2,  # behind each of Stable Diffusion's pairs, two among frames
+    "sdxl": 16,
+    "sd3": 3,
+    "flux": 4,
+    "flux2-dev": 2 + 2,  # in blocks of two streams, and of one
+    "flux2-klein": 2 + 2,
+    "qwen_image": 2,
+    "qwen_image_21": 2,
+    "z_image": 4,
+    "krea2": 2 + 2,  # the second pair fuses the LLM's layers
+    "wan": 2 * 2,  # in each block one to the prompt
+    "wan-14b": 2 * 2,  # in each of the two transformers
+    "cogvideox": 2,
+    "ltx2": 2 * 6,  # two for each stream, and one from each to the other
+}
 
 every = pytest.mark.parametrize("name", MAKERS)
 classic = pytest.mark.parametrize("name", CLASSIC)
@@ -50,12 +66,14 @@ def test_pictures_stay_and_all_comes_off(name, backend):
     before, own = everything(pipe), processors(pipe)
     assert pipe.load_custom(attention=backend) is pipe
     np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
-    denoiser = family_of(pipe.components).denoiser_key
+    family = family_of(pipe.components)
     took = {each.component: each for each in pipe.custom.attention}
-    assert (took[denoiser].backend, took[denoiser].modules) == ("native", COUNTS[name])
-    assert 0 < took[denoiser].error < 1e-5 and not took[denoiser].kept
+    for denoiser in family.denoisers:
+        assert (took[denoiser].backend, took[denoiser].modules) == ("native", COUNTS[name])
+        assert 0 < took[denoiser].error < 1e-5 and not took[denoiser].kept
+        assert f"{denoiser} native ({COUNTS[name]} modules, error" in repr(pipe.custom)
+    assert took.keys() >= family.all_text_encoders.keys()
     assert all(each.backend in ("native", "sdpa") for each in took.values())
-    assert f"{denoiser} native ({COUNTS[name]} modules, error" in repr(pipe.custom)
     pipe.unload_custom()
     assert_same(before, everything(pipe))
     assert processors(pipe) == own
@@ -69,7 +87,8 @@ def test_the_dispatchers_backends_reach_the_models_that_ask_it(name):
     bare, own = draw(pipe), processors(pipe)
     active = _AttentionBackendRegistry.get_active_backend()[0]
     pipe.load_custom(attention="_native_math")
-    modules = attentions(pipe.transformer)
+    denoisers = family_of(pipe.components).denoisers.values()
+    modules = [each for denoiser in denoisers for each in attentions(denoiser)]
     assert {each.processor._attention_backend for each in modules} == {"_native_math"}
     np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
     pipe.load_custom(attention="native")
@@ -136,6 +155,64 @@ def test_a_backend_that_is_wrong_is_refused_with_its_error(name, monkeypatch):
     monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, math, names)
     with pytest.raises(PipelineError, match=r"computes something else.*its error is [\d.]+, and"):
         pipe.load_custom(attention="_native_math")
+    assert processors(pipe) == own
+
+
+def test_cogvideox_has_torchs_attention_alone(monkeypatch):
+    pipe = MAKERS["cogvideox"]()
+    own = processors(pipe)
+    # As on a CUDA device: what xFormers has in diffusers would leave out the positions.
+    monkeypatch.setattr("customize.attention.choice.unfit", lambda *args: None)
+    with pytest.raises(PipelineError, match=r"there is no xformers for this kind"):
+        pipe.load_custom(attention="xformers")
+    pipe.transformer.fuse_qkv_projections()
+    pipe.load_custom(attention="native")
+    took = next(each for each in pipe.custom.attention if each.component == "transformer")
+    assert took.modules == 2 and not took.kept
+    pipe.unload_custom()
+    pipe.transformer.unfuse_qkv_projections()
+    assert processors(pipe) == own
+
+
+@pytest.mark.parametrize("name", ["ltx2", "krea2"])
+def test_backends_are_tried_with_the_kind_of_mask_that_the_model_gives(name, monkeypatch):
+    pipe = MAKERS[name]()
+    kinds = []
+
+    def noting(query, key, value, attn_mask=None):
+        kinds.append(attn_mask.dtype)
+        raise ValueError("no mask of this kind")
+
+    math = AttentionBackendName._NATIVE_MATH
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, math, noting)
+    names = {"query", "key", "value", "attn_mask"}
+    monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, math, names)
+    with pytest.raises(PipelineError, match=r"fails here: no mask of this kind"):
+        pipe.load_custom(attention="_native_math")
+    assert set(kinds) == {torch.float32 if name == "ltx2" else torch.bool}
+
+
+def test_what_condenses_prompts_for_a_denoiser_takes_its_backend():
+    pipe = MAKERS["ltx2"]()
+    bare = draw(pipe)
+    pipe.load_custom(attention="_native_math")
+    took = {each.component: each for each in pipe.custom.attention}
+    assert took["connectors"].backend == "_native_math" and took["connectors"].modules == 2
+    np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
+
+
+def test_a_denoiser_with_nothing_but_processors_of_someones_own():
+    class Mine(AttnProcessor2_0):
+        pass
+
+    pipe = MAKERS["sd"]()
+    pipe.unet.set_attn_processor(Mine())
+    own = processors(pipe)
+    with pytest.raises(PipelineError, match="are someone's own"):
+        pipe.load_custom(attention="native")
+    pipe.load_custom(attention="auto")
+    took = next(each for each in pipe.custom.attention if each.component == "unet")
+    assert "are someone's own" in took.note and took.kept == {"Mine": 14}
     assert processors(pipe) == own
 
 

@@ -19,9 +19,10 @@ from customize.hosts.outline import outline, quantization
 from customize.memory import GIB, Plan, Way, sizes
 from tests.hosts.making import concept, draw
 from tests.hosts.test_families import MAKERS
+from tests.hosts.test_placing import PICTURES
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", PICTURES)
 def test_an_outline_has_the_sizes_of_the_loaded_pipeline(name, tmp_path):
     MAKERS[name]().save_pretrained(tmp_path)
     for file in tmp_path.rglob("*.safetensors"):
@@ -39,6 +40,12 @@ def test_a_plan_and_the_arguments_to_load_it_with(tmp_path):
     assert pipe.load_custom(memory="8GB").custom.memory == str(plan)
     with pytest.raises(ConfigError, match="at least"):
         customize.memory_plan("0.00001GB", tmp_path)
+
+
+def test_a_base_that_draws_videos_is_refused(tmp_path):
+    MAKERS["wan"]().save_pretrained(tmp_path)
+    with pytest.raises(PipelineError, match="a video needs depends on its frames"):
+        customize.memory_plan("24GB", tmp_path)
 
 
 def test_a_base_that_is_not_there(tmp_path, monkeypatch):

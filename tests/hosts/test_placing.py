@@ -16,8 +16,11 @@ from tests.hosts.test_families import MAKERS
 CPU = torch.device("cpu")
 CAST = WAYS_AT_HOME[-1]
 
+VIDEOS = ("animatediff", "wan", "wan-14b", "cogvideox", "ltx2")
+PICTURES = [name for name in MAKERS if name not in VIDEOS]
+
 # Of the tiny Z-Image too few layers are cast for it to need less.
-every = pytest.mark.parametrize("name", [name for name in MAKERS if name != "z_image"])
+every = pytest.mark.parametrize("name", [name for name in PICTURES if name != "z_image"])
 
 
 @pytest.fixture(autouse=True)
@@ -217,6 +220,20 @@ def test_a_failure_halfway_through_casting_is_undone(monkeypatch):
             pipe.load_custom(memory=word)
     assert len(calls) >= 5
     assert_same(before, everything(pipe))
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_are_refused_and_nothing_changes(name):
+    pipe = MAKERS[name]()
+    rex = concept(pipe)
+    picture, before, own = draw(pipe), everything(pipe), hooks(pipe)
+    with pytest.raises(PipelineError, match="a video needs depends on its frames") as caught:
+        pipe.load_custom(rex, attention="native", memory="24GB")
+    assert "the pipeline's own offloading" in caught.value.fix
+    assert_same(before, everything(pipe))
+    assert hooks(pipe) == own
+    assert not (pipe.custom.rows or pipe.custom.attention or pipe.custom.memory)
+    assert np.array_equal(draw(pipe), picture)
 
 
 def test_too_little_is_refused_with_the_least_that_would_do():

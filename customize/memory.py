@@ -22,9 +22,9 @@ from customize.families import Family
 GIB = 2**30
 #: What a device's driver, library workspaces and fragments take of its memory.
 RESERVE = GIB
-#: How many numbers a text encoder holds at most beside its weights, for each of its width: 96 for
-#: each of 512 tokens, the scores of an LLM's vocabulary included.
-TEXT_NUMBERS = 96 * 512
+#: How many numbers a text encoder holds at most beside its weights, for each of its width: 100
+#: for each of 512 tokens, the scores of an LLM's vocabulary included.
+TEXT_NUMBERS = 100 * 512
 #: Bits that a weight takes in bitsandbytes' 4-bit format, with a float32 scale for each 64.
 QUANTIZED_BITS = 4.5
 #: Where group offloading streams: the layer that computes, the next one, and the one before.

@@ -7,20 +7,34 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
 
 from customize.families import Family, family_of
-from tests.families.test_true_sizes import clip, sd3_family, sd_family, sdxl_family
+from tests.families.test_true_sizes import FLUX_2, clip, sd3_family, sd_family, sdxl_family
 
 
 def vae(latent_channels: int, sample_size: int, **changes: Any) -> AutoencoderKL:
@@ -94,6 +108,98 @@ def qwen_image() -> Family:
         transformer = QwenImageTransformer2DModel()
         text_encoder = Qwen2_5_VLForConditionalGeneration(config)
         autoencoder = AutoencoderKLQwenImage()
+    return _half({"transformer": transformer, "text_encoder": text_encoder, "vae": autoencoder})
+
+
+#: Of Qwen3 4B, and of the language model in Qwen3-VL 4B.
+QWEN3_4B = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def flux2_dev() -> Family:
+    """Its text encoder is Mistral Small 3 of 24 B parameters."""
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": 131072,
+            "hidden_size": 5120,
+            "intermediate_size": 32768,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 1540,
+            "patch_size": 14,
+        },
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        text_encoder = Mistral3ForConditionalGeneration(config)
+    return _flux2("dev", text_encoder)
+
+
+def flux2_klein() -> Family:
+    with torch.device("meta"):
+        text_encoder = Qwen3ForCausalLM(Qwen3Config(**QWEN3_4B))
+    return _flux2("klein-4b", text_encoder)
+
+
+def _flux2(model: str, text_encoder: Any) -> Family:
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel(**FLUX_2[model])
+        autoencoder = AutoencoderKLFlux2()
+    return _half({"transformer": transformer, "text_encoder": text_encoder, "vae": autoencoder})
+
+
+def krea2() -> Family:
+    vision = {"hidden_size": 1024, "depth": 24, "intermediate_size": 4096, "out_hidden_size": 2560}
+    with torch.device("meta"):
+        transformer = Krea2Transformer2DModel()
+        text_encoder = Qwen3VLModel(Qwen3VLConfig(text_config=QWEN3_4B, vision_config=vision))
+        autoencoder = AutoencoderKLQwenImage()
+    return _half({"transformer": transformer, "text_encoder": text_encoder, "vae": autoencoder})
+
+
+def qwen_image_21() -> Family:
+    """Its text encoder is Qwen3-VL of 8 B parameters."""
+    text = {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+    vision = {
+        "hidden_size": 1152,
+        "depth": 27,
+        "intermediate_size": 4304,
+        "out_hidden_size": 4096,
+        "deepstack_visual_indexes": [8, 16, 24],
+    }
+    config = Qwen3VLConfig(
+        text_config=QWEN3_4B | text, vision_config=vision, tie_word_embeddings=False
+    )
+    with torch.device("meta"):
+        transformer = QwenImage21Transformer2DModel()
+        text_encoder = Qwen3VLForConditionalGeneration(config)
+        autoencoder = AutoencoderKLQwenImage21()
+    return _half({"transformer": transformer, "text_encoder": text_encoder, "vae": autoencoder})
+
+
+def z_image() -> Family:
+    with torch.device("meta"):
+        transformer = ZImageTransformer2DModel()
+        text_encoder = Qwen3Model(Qwen3Config(**QWEN3_4B))
+    autoencoder = vae(16, 1024)
     return _half({"transformer": transformer, "text_encoder": text_encoder, "vae": autoencoder})
 
 

@@ -359,6 +359,11 @@ class Family(Components, ABC):
         return class_name(self.denoiser)
 
     @property
+    def _latent_side(self) -> int:
+        """Height and width in latents of a picture of the default resolution."""
+        return self.default_resolution // self._vae_factor
+
+    @property
     def _vae_factor(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 

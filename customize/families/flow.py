@@ -31,6 +31,8 @@ class FlowFamily(Family):
 
     denoiser_key = "transformer"
     default_density = "logit_normal"
+    #: How many numbers the denoiser holds at most for each token and each of its width.
+    _held: ClassVar[int] = 18
 
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """float32 in (0, train timesteps): sigma after the shift that the pipeline also applies to
@@ -66,10 +68,12 @@ class FlowFamily(Family):
         return []
 
     def denoiser_numbers(self) -> int:
-        side = self.default_resolution // self._vae_factor
+        side = self._latent_side
         tokens = self._picture_tokens((0, side, side)) + _PROMPT_TOKENS
-        widths = [width for _, width in self.adapter_targets(self.denoiser_key).values()]
-        return 18 * (1 if self.guidance_is_an_input else 2) * tokens * max(widths)
+        # Layers that serve the MLP as well are wider than tokens on one side.
+        width = max(min(shape) for shape in self.adapter_targets(self.denoiser_key).values())
+        calls = 1 if self.guidance_is_an_input else 2
+        return self._held * calls * tokens * width
 
     def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
         config = self.vae.config

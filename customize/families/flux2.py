@@ -49,6 +49,7 @@ class Flux2(PatchedFamily, PackedFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
     patch = 1
+    _held = 24  # its later blocks project to nine widths at once
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
@@ -100,6 +101,10 @@ class Flux2(PatchedFamily, PackedFamily):
 
     def is_guided(self, scale: float) -> bool:
         return super().is_guided(scale) and not self.pipeline_config.get("is_distilled", False)
+
+    @property
+    def _latent_side(self) -> int:
+        return super()._latent_side // 2  # a latent is 2 x 2 of the autoencoder's
 
     def _mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         return empirical_mu(self._picture_tokens(shape), steps or TRAINING_STEPS)

@@ -107,6 +107,11 @@ class QwenImage21(FirstFrameFamily):
     def default_resolution(self) -> int:
         return 1024  # the pipeline's, whatever the autoencoder's factor
 
+    @property
+    def _decoder_width(self) -> int:
+        config = self.vae.config
+        return 24 * (config.decoder_base_dim or config.base_dim)
+
     def _levels(self, steps: int) -> Any:
         # A model may come with levels of its own, however many steps are asked for.
         return self.pipeline_config.get("sample_sigmas") or super()._levels(steps)

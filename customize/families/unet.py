@@ -88,8 +88,7 @@ class UNetFamily(DiffusionFamily):
 
     def denoiser_numbers(self) -> int:
         # At the first resolution, where the skip connections are widest; with the empty prompt.
-        side = self.default_resolution // self._vae_factor
-        return 28 * 2 * side**2 * self.denoiser.config.block_out_channels[0]
+        return 28 * 2 * self._latent_side**2 * self.denoiser.config.block_out_channels[0]
 
 
 def _heads(module: str) -> list[str]:

@@ -105,10 +105,18 @@ def average_gradients(accelerator: Any, weights: Sequence[Tensor]) -> None:
     An adapter is small, so there is nothing to gain from sending parts of it early; and a model
     that isn't wrapped can be called, checkpointed and drawn from as it is.
     """
+    lacking = [w.grad is None for w in weights]
     gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    for weight, part in zip(weights, mean.split([w.numel() for w in weights]), strict=True):
-        weight.grad = part.view_as(weight)
+    there = gradients[0].new_tensor([0.0 if lacks else 1.0 for lacks in lacking])
+    sent = torch.cat([*(gradient.flatten() for gradient in gradients), there])
+    mean = accelerator.reduce(sent, "mean")
+    *parts, there = mean.split([*(w.numel() for w in weights), len(weights)])
+    # What no process has a gradient of must stay without one, as where all samples went to the
+    # other of two denoisers: of a zero, the optimizer's momentum and decay would make a step.
+    # Only then does the CPU wait for the answer.
+    shares = there.tolist() if any(lacking) else [1.0] * len(weights)
+    for weight, part, share in zip(weights, parts, shares, strict=True):
+        weight.grad = part.view_as(weight) if share else None
 
 
 @contextmanager

@@ -145,11 +145,16 @@ def test_ctrl_c_says_how_to_go_on(
     def read(folder: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
+    # A shell's background jobs begin with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(opening, "read", read)
-    assert main(["inspect", world.rex]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-    assert main(["merge", world.rex, "--output", "unused"]) == 130
-    assert "give the same command again" in capsys.readouterr().err
+    try:
+        assert main(["inspect", world.rex]) == 130
+        assert capsys.readouterr().err == "interrupted\n"
+        assert main(["merge", world.rex, "--output", "unused"]) == 130
+        assert "give the same command again" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_training_that_was_stopped_ends_every_command_with_130(

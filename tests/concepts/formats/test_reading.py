@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from customize.concepts.formats.lora import Lora
 from customize.concepts.formats.opening import opened
+from customize.errors import ConceptError
 from customize.families import Family, family_of
 from tests.concepts.formats.making import (
     assert_close,
@@ -23,6 +24,7 @@ from tests.concepts.formats.making import (
     written,
 )
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.tiny_video import tiny_wan
 
 MAKERS = {
     "sd": tiny_sd,
@@ -236,6 +238,19 @@ def test_narrow_numbers_are_read_as_they_are(dtype: torch.dtype, tmp_path: Path)
     tensors = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
     found = read(written(tmp_path / "a.safetensors", tensors), family)
     assert_close(deltas_of(found), {("unet", module): dense(up.float(), down.float())}, 1e-7)
+
+
+def test_a_second_denoiser_goes_by_its_own_name(tmp_path: Path) -> None:
+    both = family_of(tiny_wan("2.2-14b").components)
+    names = ["transformer", "transformer_2"]
+    tensors, deltas = lora(
+        both, diffusers, (".lora_A.weight", ".lora_B.weight"), every=3, components=names
+    )
+    path = written(tmp_path / "a.safetensors", tensors)
+    assert_close(deltas_of(opened(path).lora(both)), deltas)
+    one = family_of(tiny_wan().components)
+    with pytest.raises(ConceptError, match=r"not in this wan model.*transformer_2\.blocks"):
+        opened(path).lora(one)
 
 
 def test_trigger_words_come_from_the_header(tmp_path: Path) -> None:

@@ -163,7 +163,15 @@ def test_t5_takes_no_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["[]", "{", '{"unet.r": "a"}', '{"unet.alpha_pattern": {"(a+)+": 1}}']
+    "header",
+    [
+        "[]",
+        "{",
+        '{"unet.r": "a"}',
+        '{"unet.r": NaN}',
+        f'{{"unet.lora_alpha": 1{"0" * 400}}}',
+        '{"unet.alpha_pattern": {"(a+)+": 1}}',
+    ],
 )
 def test_a_header_that_is_wrong(header: str, sd: Family, tmp_path: Path) -> None:
     tensors = lora(sd, diffusers, ENDS, every=9)[0]

@@ -66,9 +66,7 @@ def test_the_card_of_loras_alone_invents_no_base(run: Run, tmp_path: Path) -> No
     save_file(tensors, tmp_path / "ink.safetensors", said)
     for layout in ("kohya", "diffusers"):
         folder = tmp_path / layout
-        done = run(
-            "merge", tmp_path / "ink.safetensors", "--output", folder, "--format", layout
-        )
+        done = run("merge", tmp_path / "ink.safetensors", "--output", folder, "--format", layout)
         assert done.code == 0, done
         card = (folder / "README.md").read_text()
         assert "base_model" not in card and "stable-diffusion-v1/lora" not in card

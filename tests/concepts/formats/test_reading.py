@@ -24,6 +24,7 @@ from tests.concepts.formats.making import (
     written,
 )
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.tiny_llm import tiny_flux2
 from tests.tiny_video import tiny_wan
 
 MAKERS = {
@@ -34,6 +35,7 @@ MAKERS = {
     "qwen_image": tiny_qwen_image,
     "z_image": tiny_z_image,
 }
+WITH_ORIGINALS = MAKERS | {"flux2": tiny_flux2, "wan": tiny_wan}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -125,10 +127,10 @@ def test_the_text_encoders_other_old_names(tmp_path: Path) -> None:
     assert_close(deltas_of(read(written(tmp_path / "old.safetensors", tensors), family)), deltas)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "z_image", "flux2", "wan"])
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "model.diffusion_model."])
 def test_original_names_are_split_exactly(name: str, prefix: str, tmp_path: Path) -> None:
-    family = family_of(MAKERS[name]().components)
+    family = family_of(WITH_ORIGINALS[name]().components)
     key = family.denoiser_key
     shapes = family.weight_shapes(key)
     generator = torch.Generator().manual_seed(2)

@@ -113,6 +113,7 @@ def _write_pipeline(
     from customize.concepts.export import check_new
     from customize.concepts.formats.opening import opened
     from customize.concepts.merge import check_together
+    from customize.families import family_of
 
     concepts = [opened(source) for source in sources]
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
@@ -133,11 +134,10 @@ def _write_pipeline(
         shutil.rmtree(partial, ignore_errors=True)
     names = ", ".join(concept.info.name for concept in concepts)
     words = [concept.info.words for concept in concepts if concept.info.words]
-    text = snippet(str(output), [], words, concepts[0].info.family)
-    lines = [line for line in text.splitlines() if "custom" not in line]
+    lines = snippet(str(output), [], words, family_of(pipe.components).name)
     console().print(
         f"{names} are in the weights of the pipeline in {output}. Load it with:\n\n"
-        f"{indented(chr(10).join(lines))}\n",
+        f"{indented(lines)}\n",
         markup=False,
         soft_wrap=True,
     )

@@ -186,18 +186,16 @@ def hide_loading_bars() -> None:
 
 
 def snippet(base: str, concepts: Sequence[str], triggers: Sequence[str], family: str) -> str:
-    """The Python lines that load concepts of a family and draw with them."""
+    """The Python lines that load concepts of a family, if any, and draw with them."""
     from customize.concepts import card
 
+    opening = card.opening(family, json.dumps(base))
+    drawing = card.drawing(family, "a photo of " + " and ".join(triggers))
+    if not concepts:
+        return "\n".join([*opening, drawing])
     arguments = [json.dumps(concept) for concept in concepts]
-    return "\n".join(
-        [
-            "import customize",
-            *card.opening(family, json.dumps(base)),
-            f"pipe.load_custom({', '.join(arguments)})",
-            card.drawing(family, "a photo of " + " and ".join(triggers)),
-        ]
-    )
+    loading = f"pipe.load_custom({', '.join(arguments)})"
+    return "\n".join(["import customize", *opening, loading, drawing])
 
 
 def indented(text: str) -> str:

@@ -291,13 +291,14 @@ def _card_head(
 ) -> list[str]:
     infos = [concept.info for concept in concepts]
     rows = [
-        f"| {info.name} | {f'`{info.words}`' if info.words else ''} "
-        f"| {info.class_word.replace('|', '/')} | {weight:g} |"
+        f"| {info.name} | {_cell(f'`{info.words}`' if info.words else '')} "
+        f"| {_cell(info.class_word)} | {weight:g} |"
         for info, weight in zip(infos, weights, strict=True)
     ]
+    base = _loaded_base(concepts)
     return [
         "---",
-        f"base_model: {json.dumps(_base(concepts))}",
+        *([f"base_model: {json.dumps(base)}"] if base else []),
         f"library_name: {library}",
         f"tags: [{card.tags(infos[0].family)}]",
         "---",
@@ -314,8 +315,18 @@ def _card_head(
 
 def _base(concepts: Sequence[Adaptation]) -> str:
     """That of our own concepts, whose base is one to load; else what a LoRA's file says."""
-    ours = [concept.info.base for concept in concepts if isinstance(concept, Concept)]
-    return (ours or [concept.info.base for concept in concepts])[0]
+    return _loaded_base(concepts) or concepts[0].info.base
+
+
+def _loaded_base(concepts: Sequence[Adaptation]) -> str:
+    """The base by the name that loads it; empty where all are LoRAs from elsewhere, whose files
+    name an architecture or a checkpoint at best."""
+    return next((c.info.base for c in concepts if isinstance(c, Concept)), "")
+
+
+def _cell(text: str) -> str:
+    """Text that does not end a table's cell."""
+    return text.replace("|", "/")
 
 
 def _kohya_card(
@@ -334,7 +345,7 @@ def _kohya_card(
 
 def _card(concepts: Sequence[Adaptation], weights: Sequence[float], method: str) -> str:
     subjects = [card.stock_subject(concept) for concept in concepts]
-    base, family = json.dumps(_base(concepts)), concepts[0].info.family
+    base, family = json.dumps(_loaded_base(concepts) or "BASE"), concepts[0].info.family
     loading = [
         line for concept in concepts for line in card.stock_tokens(concept, _embeds_file(concept))
     ]

@@ -123,6 +123,8 @@ def turned(weight: Tensor, blocks: Tensor, limit: float, rescale: Tensor | None)
     out = base.shape[0]
     if blocks.ndim not in (3, 4) or blocks.shape[-3] * blocks.shape[-1] != out:
         raise ConceptError(f"blocks of shape {tuple(blocks.shape)} do not turn {out} rows")
+    if blocks.ndim == 4 and blocks.shape[-1] % 2:
+        raise ConceptError(f"blocks of {blocks.shape[-1]} rows cannot be halved, as BOFT has them")
     rows = base.flatten(1)
     turns = rotations(blocks.float(), limit * out)
     if blocks.ndim == 3:

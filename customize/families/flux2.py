@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from customize.families.components import class_name
 from customize.families.flow import PackedFamily
+from customize.families.originals import Rows, original_rows
 from customize.families.patches import PatchedFamily
 from customize.families.prompts import sent, tokenize
 
@@ -34,6 +35,33 @@ TRAINING_STEPS = 200
 
 _MISTRAL_LAYERS = (10, 20, 30)
 _QWEN_LAYERS = (9, 18, 27)
+
+_DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+
+#: Black Forest Labs' names.
+_ORIGINALS: dict[str, tuple[str, ...]] = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "double_blocks.{}.img_attn.qkv": tuple(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"),
+    "double_blocks.{}.img_attn.proj": (f"{_DOUBLE}.attn.to_out.0",),
+    "double_blocks.{}.img_mlp.0": (f"{_DOUBLE}.ff.linear_in",),
+    "double_blocks.{}.img_mlp.2": (f"{_DOUBLE}.ff.linear_out",),
+    "double_blocks.{}.txt_attn.qkv": tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"),
+    "double_blocks.{}.txt_attn.proj": (f"{_DOUBLE}.attn.to_add_out",),
+    "double_blocks.{}.txt_mlp.0": (f"{_DOUBLE}.ff_context.linear_in",),
+    "double_blocks.{}.txt_mlp.2": (f"{_DOUBLE}.ff_context.linear_out",),
+    "single_blocks.{}.linear1": (f"{_SINGLE}.attn.to_qkv_mlp_proj",),
+    "single_blocks.{}.linear2": (f"{_SINGLE}.attn.to_out",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
 
 
 class Flux2(PatchedFamily, PackedFamily):
@@ -54,6 +82,11 @@ class Flux2(PatchedFamily, PackedFamily):
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "Flux2Transformer2DModel"
+
+    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+        # There the last modulation gives the shift first, and here the scale.
+        layers = self.layers(self.denoiser_key)
+        return original_rows(layers, _ORIGINALS, lambda name, _: name == "norm_out.linear")
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         encoder = self._part("text_encoder")

@@ -21,10 +21,28 @@ from customize.families.base import Family
 from customize.families.components import class_name, modules_named
 from customize.families.flow import FlowFamily
 from customize.families.frames import FramedFamily
+from customize.families.originals import Rows, original_rows
 from customize.families.prompts import sent, tokenize
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
+
+#: The names of Wan's own code.
+_ORIGINALS: dict[str, tuple[str, ...]] = {
+    "text_embedding.0": ("condition_embedder.text_embedder.linear_1",),
+    "text_embedding.2": ("condition_embedder.text_embedder.linear_2",),
+    "time_embedding.0": ("condition_embedder.time_embedder.linear_1",),
+    "time_embedding.2": ("condition_embedder.time_embedder.linear_2",),
+    "time_projection.1": ("condition_embedder.time_proj",),
+    "blocks.{}.cross_attn.k_img": ("blocks.{}.attn2.add_k_proj",),
+    "blocks.{}.cross_attn.v_img": ("blocks.{}.attn2.add_v_proj",),
+    "blocks.{}.ffn.0": ("blocks.{}.ffn.net.0.proj",),
+    "blocks.{}.ffn.2": ("blocks.{}.ffn.net.2",),
+    "head.head": ("proj_out",),
+}
+for _theirs, _ours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+    for _layer, _own in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
+        _ORIGINALS[f"blocks.{{}}.{_theirs}.{_layer}"] = (f"blocks.{{}}.{_ours}.{_own}",)
 
 
 class Wan(FramedFamily, FlowFamily):
@@ -44,6 +62,9 @@ class Wan(FramedFamily, FlowFamily):
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "WanTransformer3DModel"
+
+    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+        return original_rows(self.layers(self.denoiser_key), _ORIGINALS)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean

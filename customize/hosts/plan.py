@@ -90,7 +90,8 @@ def _check_names(before: Mapping[str, Attached], new: Sequence[Adaptation]) -> N
         if name in given:
             raise ConceptError(
                 f"two concepts are called {name}",
-                fix=f'give each once, or one another name: names=[None, "{name}-2"]',
+                fix="give each once; a LoRA is called by its file's name, or by "
+                f'names=[None, "{name}-2"]',
             )
         given.add(name)
         if name in before and not identical(before[name].concept, concept):

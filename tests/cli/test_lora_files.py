@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from customize.families import family_of
 from tests.cli.making import Run, refused
+from tests.tiny_video import tiny_wan
 
 CROSS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV = "lora_unet_down_blocks_1_resnets_0_conv1"
@@ -54,6 +57,39 @@ def test_two_files_merge_by_their_exact_sum(run: Run, style: Path, tmp_path: Pat
         )
         assert (merged - expected).norm() <= 1e-6 * expected.norm()
         assert "in ink" in (folder / "README.md").read_text()
+
+
+def test_the_card_of_loras_alone_invents_no_base(run: Run, tmp_path: Path) -> None:
+    tensors = layer(CROSS, torch.ones(320, 1), torch.ones(1, 768))
+    said = {"modelspec.architecture": "stable-diffusion-v1/lora"}
+    said["modelspec.trigger_phrase"] = "ink|pen"
+    save_file(tensors, tmp_path / "ink.safetensors", said)
+    for layout in ("kohya", "diffusers"):
+        folder = tmp_path / layout
+        done = run("merge", tmp_path / "ink.safetensors", "--output", folder, "--format", layout)
+        assert done.code == 0, done
+        card = (folder / "README.md").read_text()
+        assert "base_model" not in card and "stable-diffusion-v1/lora" not in card
+        assert "| `ink/pen` |" in card
+    assert 'from_pretrained("BASE")' in card
+    with safe_open(tmp_path / "kohya" / "kohya.safetensors", "pt") as file:
+        assert all(file.metadata().values()), "an empty field of the header"
+
+
+def test_a_fused_loras_lines_are_whole(run: Run, tmp_path: Path) -> None:
+    """Whatever the folder is called, and of the base's family where the LoRA's is not known."""
+    pipe = tiny_wan()
+    pipe.save_pretrained(tmp_path / "base")
+    out, width = family_of(pipe.components).layers("transformer")["blocks.0.attn1.to_q"]
+    tensors = layer("transformer.blocks.0.attn1.to_q", torch.ones(out, 1), torch.ones(1, width))
+    save_file(tensors, tmp_path / "ink.safetensors")
+    output = tmp_path / "my-custom-model"
+    done = run(
+        "merge", tmp_path / "ink.safetensors", "--fuse", tmp_path / "base", "--output", output
+    )
+    assert done.code == 0, done
+    assert f'pipe = DiffusionPipeline.from_pretrained("{output}")' in done.out
+    assert ".frames[0]" in done.out and "load_custom" not in done.out
 
 
 def test_inspect_says_what_a_file_holds(run: Run, style: Path) -> None:

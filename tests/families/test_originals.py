@@ -10,9 +10,16 @@ import torch
 from diffusers.loaders import single_file_utils as converters
 
 from customize.concepts.formats.names import Names
-from customize.families import Family, published_families
+from customize.families import Family, family_of, published_families
+from tests.tiny_llm import tiny_flux2
+from tests.tiny_video import tiny_wan
 
 PUBLISHED = {f"{family.name}-{n}": family for n, family in enumerate(published_families())}
+# Of the others there are no sizes here: tiny models.
+ALL = PUBLISHED | {
+    "flux2": family_of(tiny_flux2().components),
+    "wan": family_of(tiny_wan().components),
+}
 
 
 def checkpoint(family: Family) -> dict[str, torch.Tensor]:
@@ -41,6 +48,10 @@ def converted(family: Family, tensors: dict[str, torch.Tensor]) -> dict[str, Any
         tensors["pos_embed"] = torch.zeros(1)
         # Which size it is, it tells by this weight.
         return converters.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
+    if family.name == "flux2":
+        return converters.convert_flux2_transformer_checkpoint_to_diffusers(tensors)
+    if family.name == "wan":
+        return converters.convert_wan_transformer_to_diffusers(tensors)
     if family.name == "z_image":
         return converters.convert_z_image_transformer_checkpoint_to_diffusers(tensors)
     config = dict(family.denoiser.config)
@@ -55,9 +66,9 @@ def _with_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if "qwen" not in name])
+@pytest.mark.parametrize("name", [name for name in ALL if "qwen" not in name])
 def test_every_row_goes_where_diffusers_puts_it(name: str) -> None:
-    family = PUBLISHED[name]
+    family = ALL[name]
     found = converted(family, checkpoint(family))
     checked = 0
     for original, rows in family.original_names().items():

@@ -92,7 +92,7 @@ def kohya_header(
     Args:
         base: what is noted on the base: :meth:`Family.kohya_metadata`.
         words: concept's name -> what a prompt says to mean it; empty where nothing need be said.
-        date: ISO 8601.
+        date: ISO 8601; empty where it is not known.
         facts: JSON of our own, kept under ``customize_merged``.
     """
     ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_down.weight")}
@@ -109,7 +109,7 @@ def kohya_header(
     spec = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": title,
-        "modelspec.date": date,
+        **({"modelspec.date": date} if date else {}),
         **{key: v for key, v in base.items() if key.startswith("modelspec.")},
         **({"modelspec.trigger_phrase": ", ".join(said)} if said else {}),
     }

@@ -179,8 +179,9 @@ class LoraFile:
                     f"an update of shape {update.shape} does not fit a layer of shape {shape}"
                 )
         except ConceptError as error:
-            kin = _look_like(self) - {family.name}
-            likely = f": the file looks like a LoRA of {_or(kin)}" if kin else ""
+            kin = _look_like(self)
+            other = bool(kin) and family.name not in kin
+            likely = f": the file looks like a LoRA of {_or(kin)}" if other else ""
             raise ConceptError(
                 f"{error.what}{likely}",
                 where=f"{self.where}: {group.path}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,9 +90,9 @@ def _check(config: Mapping[str, Any], where: object) -> None:
     numbers = [config.get(name) for name in ("r", "lora_alpha", "alpha")]
     if whole:
         numbers += [value for pattern in patterns for value in pattern.values()]
-    good = all(
-        n is None or (type(n) in (int, float) and math.isfinite(n) and n >= 0) for n in numbers
-    )
+    # JSON's whole numbers may be beyond what a float holds.
+    most = sys.float_info.max
+    good = all(n is None or (type(n) in (int, float) and 0 <= n <= most) for n in numbers)
     if not whole or not good:
         raise ConceptError(
             "the adapter's configuration has a rank or alpha that is not a number",

@@ -41,7 +41,7 @@ class Names:
     def __init__(self, family: Family) -> None:
         self.family = family
         self._places: dict[str, Place] = {}
-        for component in (family.denoiser_key, *family.text_encoders):
+        for component in (*family.denoisers, *family.text_encoders):
             spelled = dict(_spellings(family, component))
             flat = {name.replace(".", "_"): place for name, place in spelled.items()}
             for prefix in _dotted_prefixes(family, component):
@@ -96,6 +96,8 @@ def _over_processor(name: str) -> str | None:
 def _dotted_prefixes(family: Family, component: str) -> list[str]:
     if component == family.denoiser_key:
         return [f"{component}.", *_OF_DENOISER]
+    if component in family.other_denoisers:  # only by its own name: bare ones are the first's
+        return [f"{component}."]
     clip = _CLIP_NAMES[list(family.clip_encoders).index(component)]
     return [f"{component}.", f"text_encoders.{clip}.transformer.", f"{clip}.transformer."]
 
@@ -103,5 +105,7 @@ def _dotted_prefixes(family: Family, component: str) -> list[str]:
 def _flat_prefixes(family: Family, component: str) -> list[str]:
     if component == family.denoiser_key:
         return list(_FLAT_DENOISER)
+    if component in family.other_denoisers:
+        return []
     number = list(family.clip_encoders).index(component) + 1
     return [f"lora_te{number}_", *(["lora_te_"] if number == 1 else [])]

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from customize.concepts.formats.lora import Lora
 from customize.concepts.formats.opening import opened
+from customize.errors import ConceptError
 from customize.families import Family, family_of
 from tests.concepts.formats.making import (
     assert_close,
@@ -23,6 +24,8 @@ from tests.concepts.formats.making import (
     written,
 )
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.tiny_llm import tiny_flux2
+from tests.tiny_video import tiny_wan
 
 MAKERS = {
     "sd": tiny_sd,
@@ -32,6 +35,7 @@ MAKERS = {
     "qwen_image": tiny_qwen_image,
     "z_image": tiny_z_image,
 }
+WITH_ORIGINALS = MAKERS | {"flux2": tiny_flux2, "wan": tiny_wan}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -123,10 +127,10 @@ def test_the_text_encoders_other_old_names(tmp_path: Path) -> None:
     assert_close(deltas_of(read(written(tmp_path / "old.safetensors", tensors), family)), deltas)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "z_image", "flux2", "wan"])
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "model.diffusion_model."])
 def test_original_names_are_split_exactly(name: str, prefix: str, tmp_path: Path) -> None:
-    family = family_of(MAKERS[name]().components)
+    family = family_of(WITH_ORIGINALS[name]().components)
     key = family.denoiser_key
     shapes = family.weight_shapes(key)
     generator = torch.Generator().manual_seed(2)
@@ -236,6 +240,19 @@ def test_narrow_numbers_are_read_as_they_are(dtype: torch.dtype, tmp_path: Path)
     tensors = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
     found = read(written(tmp_path / "a.safetensors", tensors), family)
     assert_close(deltas_of(found), {("unet", module): dense(up.float(), down.float())}, 1e-7)
+
+
+def test_a_second_denoiser_goes_by_its_own_name(tmp_path: Path) -> None:
+    both = family_of(tiny_wan("2.2-14b").components)
+    names = ["transformer", "transformer_2"]
+    tensors, deltas = lora(
+        both, diffusers, (".lora_A.weight", ".lora_B.weight"), every=3, components=names
+    )
+    path = written(tmp_path / "a.safetensors", tensors)
+    assert_close(deltas_of(opened(path).lora(both)), deltas)
+    one = family_of(tiny_wan().components)
+    with pytest.raises(ConceptError, match=r"not in this wan model.*transformer_2\.blocks"):
+        opened(path).lora(one)
 
 
 def test_trigger_words_come_from_the_header(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from customize.concepts.formats.lora import lora_file
 from customize.concepts.formats.opening import opened, opened_whole
+from customize.core.updates import turned
 from customize.errors import ConceptError, CustomizeError, PipelineError
 from customize.families import Family, family_of
 from tests.concepts.formats.making import assert_close, deltas_of, diffusers, kohya, lora, written
@@ -136,6 +137,22 @@ def test_a_layer_that_is_wrong(change: Any, message: str, sd: Family, tmp_path: 
     assert key.rpartition(".")[2] in str(error.value)
 
 
+@pytest.mark.parametrize("side", [1, 3])
+def test_boft_of_blocks_that_cannot_be_halved(side: int) -> None:
+    """A stage pairs half a block with half of another."""
+    with pytest.raises(ConceptError, match=f"blocks of {side} rows cannot be halved"):
+        turned(torch.ones(12, 4), torch.ones(1, 12 // side, side, side), 0.0, None)
+
+
+def test_a_damaged_layer_is_blamed_on_no_other_family(sd: Family, tmp_path: Path) -> None:
+    """SDXL has a layer of this name as well, but so has this model."""
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{key}{end}": torch.ones(3) for end in ENDS}
+    with pytest.raises(ConceptError, match="is no matrix") as error:
+        opened(written(tmp_path / "a.safetensors", tensors)).lora(sd)
+    assert "sdxl" not in str(error.value)
+
+
 def test_two_spellings_of_one_layer(sd: Family, tmp_path: Path) -> None:
     tensors = lora(sd, diffusers, ENDS, every=50)[0] | lora(sd, kohya(sd), ENDS, every=50)[0]
     path = written(tmp_path / "a.safetensors", tensors)
@@ -163,7 +180,15 @@ def test_t5_takes_no_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["[]", "{", '{"unet.r": "a"}', '{"unet.alpha_pattern": {"(a+)+": 1}}']
+    "header",
+    [
+        "[]",
+        "{",
+        '{"unet.r": "a"}',
+        '{"unet.r": NaN}',
+        f'{{"unet.lora_alpha": 1{"0" * 400}}}',
+        '{"unet.alpha_pattern": {"(a+)+": 1}}',
+    ],
 )
 def test_a_header_that_is_wrong(header: str, sd: Family, tmp_path: Path) -> None:
     tensors = lora(sd, diffusers, ENDS, every=9)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -139,6 +140,15 @@ class LoraFile:
                 found[key[0]][key[1]] = part if earlier is None else _joined(earlier, part)
         if not found:
             raise ConceptError("the file changes no layer", where=self.where, fix="get another")
+        others = family.denoisers.keys() - {family.denoiser_key}
+        if others and family.denoiser_key in found and not others & found.keys():
+            # Half of a pair of files names its layers like the other half.
+            first, second = family.denoiser_key, _or(others)
+            warnings.warn(
+                f"{self.where}: the file does not say which denoiser it is for, so {first} takes "
+                f"it, as in diffusers; if it is for {second}, begin its keys with that name",
+                stacklevel=2,
+            )
         rank = max(update.rank for own in found.values() for update in own.values())
         base, words = self.metadata.base, self.metadata.words
         return Lora(LoraInfo(self.name, family.name, base, rank, words), found)

@@ -255,6 +255,17 @@ def test_a_second_denoiser_goes_by_its_own_name(tmp_path: Path) -> None:
         opened(path).lora(one)
 
 
+def test_a_file_for_one_of_two_denoisers_is_told_where_it_goes(tmp_path: Path) -> None:
+    both = family_of(tiny_wan("2.2-14b").components)
+    tensors, _ = lora(
+        both, diffusers, (".lora_A.weight", ".lora_B.weight"), every=9, components=["transformer"]
+    )
+    path = written(tmp_path / "low.safetensors", tensors)
+    with pytest.warns(UserWarning, match=r"low\.safetensors.*transformer takes it.*transformer_2"):
+        found = opened(path).lora(both)
+    assert set(found.products) == {"transformer"}
+
+
 def test_trigger_words_come_from_the_header(tmp_path: Path) -> None:
     family = family_of(tiny_sd().components)
     tensors, _ = lora(family, diffusers, (".lora_A.weight", ".lora_B.weight"), every=9)

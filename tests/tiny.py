@@ -422,6 +422,18 @@ def tiny_flux3(flow_map: bool = False) -> Flux3ModularPipeline:
     return pipe
 
 
+def qwen_vae() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 0.6, 0.7, 0.8],
+    )
+
+
 def tiny_qwen_image() -> QwenImagePipeline:
     """Qwen-Image with a transformer of width 32, an LLM of 16 and an autoencoder of videos."""
     tokenizer = qwen_tokenizer()
@@ -451,15 +463,7 @@ def tiny_qwen_image() -> QwenImagePipeline:
                 },
             )
         )
-        vae = AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 2],
-            num_res_blocks=1,
-            temperal_downsample=[True],
-            latents_mean=[0.1, -0.2, 0.3, 0.0],
-            latents_std=[0.5, 0.6, 0.7, 0.8],
-        )
+        vae = qwen_vae()
         transformer = QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,

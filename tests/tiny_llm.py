@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -33,7 +32,7 @@ from transformers import (
     Qwen3VLModel,
 )
 
-from tests.tiny import qwen_tokenizer
+from tests.tiny import qwen_tokenizer, qwen_vae
 
 #: Messages whose contents are texts, or lists of parts.
 CHAT = (
@@ -196,15 +195,7 @@ def tiny_krea2(distilled: bool = False, layers: Sequence[int] = (1, 2)) -> Krea2
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         text_encoder = Qwen3VLModel(_qwen3_vl(len(tokenizer), max(layers) + 1))
-        vae = AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 2],
-            num_res_blocks=1,
-            temperal_downsample=[True],
-            latents_mean=[0.1, -0.2, 0.3, 0.0],
-            latents_std=[0.5, 0.6, 0.7, 0.8],
-        )
+        vae = qwen_vae()
         transformer = Krea2Transformer2DModel(
             in_channels=16,
             num_layers=2,

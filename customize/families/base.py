@@ -346,7 +346,7 @@ class Family(Components, ABC):
             lines += sorted(f"{prefix}{name} {out}x{width}" for name, (out, width) in targets)
         widths = {
             key: sorted({width for _, width in self.adapter_targets(key).values()})
-            for key in (*self.denoisers, *self.text_encoders)
+            for key in self.adaptable
         }
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         return {"family": self.name, "denoiser": digest, "widths": widths}

@@ -80,6 +80,11 @@ class Components:
         return {self.denoiser_key: self.denoiser} | self._present(self.other_denoisers)
 
     @property
+    def adaptable(self) -> dict[str, Any]:
+        """Component name -> model, for every one that may carry an adapter."""
+        return {**self.denoisers, **self.text_encoders}
+
+    @property
     def vae(self) -> Any:
         """The autoencoder."""
         return self._part("vae")

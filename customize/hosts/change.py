@@ -32,7 +32,7 @@ def change(family: Family, holder: Holder, after: dict[str, Attached]) -> None:
         family: of all that the holder knows to be changed.
     """
     before = holder.attached
-    models = {**family.denoisers, **family.text_encoders}
+    models = family.adaptable
     new, old = _updates(family, after), _updates(family, before)
     layers = {
         (component, module)

@@ -240,7 +240,7 @@ def _read(family: Family, sources: Sequence[object]) -> list[Adaptation]:
     if not any(isinstance(each, LoraFile) and each.needs_weights for each in found):
         return [each.lora(family) if isinstance(each, LoraFile) else each for each in found]
     originals = find(family).originals
-    models = {family.denoiser_key: family.denoiser, **family.text_encoders}
+    models = family.adaptable
 
     def weight(component: str, module: str) -> Tensor:
         place = (component, module)

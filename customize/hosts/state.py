@@ -99,7 +99,7 @@ def keep(family: Family, holder: Holder) -> None:
 
 def parts_of(family: Family) -> dict[str, Any]:
     """Component's key -> every model and tokenizer that attaching concepts changes."""
-    models = {**family.denoisers, **family.text_encoders}
+    models = family.adaptable
     return models | tokenizers_of(family)
 
 

@@ -15,6 +15,7 @@ from customize.families import family_of
 from tests.concepts.formats.making import diffusers, kohya, lora, written
 from tests.hosts.making import assert_same, concept, draw, everything
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny_video import tiny_wan
 
 MAKERS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 ENDS = (".lora_down.weight", ".lora_up.weight")
@@ -129,6 +130,30 @@ def test_dora_is_exact_at_full_weight(fuse: bool, tmp_path: Path) -> None:
         assert (layer(inputs) - inputs @ wanted.T).abs().max() <= 1e-4
     pipe.unload_custom()
     assert_same(everything(pipe), before)
+
+
+def test_dora_of_a_second_denoiser_is_on_its_own_weights(tmp_path: Path) -> None:
+    module = "blocks.0.attn1.to_q"
+    pipe = tiny_wan("2.2-14b")
+    layer = pipe.transformer_2.get_submodule(module)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach()
+    generator = torch.Generator().manual_seed(3)
+    up = torch.randn(weight.shape[0], 2, generator=generator)
+    down = torch.randn(2, weight.shape[1], generator=generator)
+    length = 1 + torch.rand(weight.shape[0], 1, generator=generator)
+    key = f"transformer_2.{module}"
+    tensors = {
+        f"{key}.lora_A.weight": down,
+        f"{key}.lora_B.weight": up,
+        f"{key}.lora_magnitude_vector": length.flatten(),
+    }
+    pipe.load_custom(written(tmp_path / "dora.safetensors", tensors))
+    turned = weight + up @ down
+    wanted = length * turned / turned.norm(dim=1, keepdim=True)
+    inputs = torch.randn(4, weight.shape[1], generator=generator)
+    with torch.no_grad():
+        found = pipe.transformer_2.get_submodule(module)(inputs)
+    assert (found - inputs @ wanted.T - bias).abs().max() <= 1e-4
 
 
 def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Names:
     def __init__(self, family: Family) -> None:
         self.family = family
         self._places: dict[str, Place] = {}
-        for component in (*family.denoisers, *family.text_encoders):
+        for component in family.adaptable:
             spelled = dict(_spellings(family, component))
             flat = {name.replace(".", "_"): place for name, place in spelled.items()}
             for prefix in _dotted_prefixes(family, component):

@@ -17,12 +17,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from customize.hosts.binding import bind, load_custom, memory_plan, unload_custom
+from customize.hosts.binding import (
+    bind,
+    load_custom,
+    memory_plan,
+    record_inputs,
+    unload_custom,
+)
 
 if TYPE_CHECKING:
     from customize.concepts.concept import Concept
 
-__all__ = ["Concept", "__version__", "load_custom", "memory_plan", "unload_custom"]
+__all__ = [
+    "Concept",
+    "__version__",
+    "load_custom",
+    "memory_plan",
+    "record_inputs",
+    "unload_custom",
+]
 
 __version__ = "0.1.0"
 

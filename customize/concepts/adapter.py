@@ -6,7 +6,8 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,19 @@ class Adapter:
             }
             for component, layers in self.layers.items()
         }
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within it the models draw as without it."""
+        layers = [layer for own in self.layers.values() for layer in own.values()]
+        scales = [layer.scaling[self.name] for layer in layers]
+        try:
+            for layer in layers:
+                layer.scaling[self.name] = 0.0
+            yield
+        finally:
+            for layer, scale in zip(layers, scales, strict=True):
+                layer.scaling[self.name] = scale
 
     def remove(self) -> None:
         """Give the models back bit for bit as they were; a second call does nothing."""

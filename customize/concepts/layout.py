@@ -24,6 +24,8 @@ SECOND = {"transformer_2": "transformer"}
 EMBEDS_FILE = "learned_embeds.safetensors"
 LAYERS_FILE = "layerwise_embeds.safetensors"
 INFO_FILE = "concept.json"
+# Beside a concept or LoRA, and no part of it; see customize.concepts.inputs.
+INPUTS_FILE = "layer_inputs.safetensors"
 # By whose keys a merged LoRA is written.
 LAYOUTS = ("diffusers", "kohya")
 # What peft's own save_pretrained writes.

@@ -5,15 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+from torch import Tensor
+
 from customize.concepts.adapter import file_name
 from customize.concepts.concept import ConceptInfo
 from customize.concepts.formats.lora import Adaptation, LoraInfo
-from customize.core.lowrank import MERGES, LowRank
+from customize.concepts.inputs import Factors, LayerInputs
+from customize.core.fusion import fusion
+from customize.core.lowrank import MERGES, LowRank, weighted_sum
 from customize.errors import ConceptError, ConfigError
+
+FUSION = "fusion"
+METHODS = (*MERGES, FUSION)
+
+# How much the base's own inputs count in a fusion against one concept's, for each concept.
+_HOLD = 0.1
 
 
 def merge(
-    concepts: Sequence[Adaptation], weights: Sequence[float], method: str = "sum"
+    concepts: Sequence[Adaptation],
+    weights: Sequence[float],
+    method: str = "sum",
+    inputs: Sequence[LayerInputs] = (),
+    others: Sequence[LayerInputs] = (),
 ) -> dict[str, dict[str, LowRank]]:
     """One update for each layer that any of the concepts changes.
 
@@ -23,7 +38,10 @@ def merge(
     Args:
         concepts: at least one, all learned on one architecture.
         weights: as many, finite. They are summed as they are and need not add to 1.
-        method: a name in :data:`customize.core.lowrank.MERGES`.
+        method: a name in :data:`METHODS`.
+        inputs: for "fusion", what each concept's layers read. Layers without a record are summed.
+        others: what is not to be disturbed, for "fusion": those of concepts that the model has
+            already. One concept without others stays as it is.
 
     Returns:
         component -> module -> update, under the names used in files.
@@ -46,10 +64,17 @@ def merge(
                 where="weights",
                 fix="give finite weights",
             )
-    if method not in MERGES:
+    if method not in METHODS:
         raise ConfigError(
-            f"there is no merge {method}", where="method", fix=f"choose from {', '.join(MERGES)}"
+            f"there is no merge {method}", where="method", fix=f"choose from {', '.join(METHODS)}"
         )
+    if method == FUSION and len(inputs) != len(concepts):
+        raise ConfigError(
+            f"the layer inputs of {len(inputs)} concepts were given for {len(concepts)}",
+            where="inputs",
+            fix="give those of each, as customize.record_inputs gives them",
+        )
+    alone = len(concepts) + len(others) == 1
     merged: dict[str, dict[str, LowRank]] = {}
     for component in _ordered(concept.products for concept in concepts):
         # By one name for each layer, as a concept that was never saved may have the model's.
@@ -63,12 +88,53 @@ def merge(
             zero = LowRank(some.up[:, :0], some.down[:0])
             own = [each.get(module, zero) for each in updates]
             try:
-                merged[component][module] = MERGES[method](own, weights)
+                if method != FUSION:
+                    merged[component][module] = MERGES[method](own, weights)
+                elif alone:
+                    merged[component][module] = weighted_sum(own, weights)
+                else:
+                    place = (component, module)
+                    merged[component][module] = _fused(own, weights, inputs, others, place)
             except ConceptError as error:
                 raise ConceptError(
                     error.what, where=f"{component}.{module}", fix=error.fix
                 ) from error
     return merged
+
+
+def _fused(
+    updates: Sequence[LowRank],
+    weights: Sequence[float],
+    inputs: Sequence[LayerInputs],
+    others: Sequence[LayerInputs],
+    place: tuple[str, str],
+) -> LowRank:
+    """The updates of one layer, fused where their inputs are known, and summed with the rest."""
+    component, module = place
+
+    def rows(factors: Factors) -> Tensor | None:
+        return factors.get(component, {}).get(module)
+
+    known, rest = {}, []
+    for k, each in enumerate(inputs):
+        own = rows(each.own)
+        if own is not None and updates[k].rank:
+            known[k] = own
+        else:
+            rest.append(k)
+    if not known:
+        return weighted_sum(updates, weights)
+    still = [rows(each.own) for each in others]
+    generic = [rows(each.generic) for each in (*inputs, *others)]
+    still += [own * math.sqrt(_HOLD) for own in generic if own is not None]
+    left_alone = [each for each in still if each is not None]
+    fused = fusion(
+        [updates[k] for k in known],
+        [weights[k] for k in known],
+        list(known.values()),
+        torch.cat(left_alone) if left_alone else None,
+    )
+    return weighted_sum([fused, *(updates[k] for k in rest)], [1.0, *(weights[k] for k in rest)])
 
 
 def check_together(concepts: Sequence[Adaptation]) -> None:

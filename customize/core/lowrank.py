@@ -130,7 +130,7 @@ def stacked(products: Sequence[LowRank]) -> LowRank:
     """
     if len({p.shape[1] for p in products}) != 1:
         raise ConceptError("updates of different input widths cannot be laid below one another")
-    dtype = _precision(products)
+    dtype = precision_of(products)
     downs = [p.down.to(dtype) for p in products]
     ups = [p.scale * p.up.to(dtype) for p in products]
     if all(torch.equal(down, downs[0]) for down in downs[1:]):
@@ -140,7 +140,7 @@ def stacked(products: Sequence[LowRank]) -> LowRank:
 
 def product(p: LowRank) -> Tensor:
     """The dense update: (out, in), float32 or the factors' higher precision."""
-    dtype = _precision([p])
+    dtype = precision_of([p])
     return p.scale * (p.up.to(dtype) @ p.down.to(dtype))
 
 
@@ -162,8 +162,8 @@ def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRa
         ConceptError: no products, or their shapes or devices differ.
         ConfigError: another number of weights than of products, or one is not finite.
     """
-    _check_mergeable(products, weights)
-    dtype = _precision(products)
+    check_mergeable(products, weights)
+    dtype = precision_of(products)
     downs = [p.down.to(dtype) for p in products]
     ups = [(w * p.scale) * p.up.to(dtype) for p, w in zip(products, weights, strict=True)]
     if all(torch.equal(down, downs[0]) for down in downs[1:]):
@@ -210,7 +210,7 @@ def truncate(p: LowRank, rank: int) -> LowRank:
     root = s[:rank].sqrt()
     up = q_up @ (u[:, :rank] * root)
     down = (root[:, None] * vh[:rank]) @ q_down.T
-    device, dtype = p.up.device, _precision([p])
+    device, dtype = p.up.device, precision_of([p])
     return LowRank(up.to(device, dtype), down.to(device, dtype))
 
 
@@ -273,7 +273,7 @@ def check_alike(products: Sequence[LowRank]) -> None:
             )
 
 
-def _check_mergeable(products: Sequence[LowRank], weights: Sequence[float]) -> None:
+def check_mergeable(products: Sequence[LowRank], weights: Sequence[float]) -> None:
     if not products:
         raise ConceptError("there is nothing to merge", fix="give at least one update")
     if len(weights) != len(products):
@@ -287,7 +287,7 @@ def _check_mergeable(products: Sequence[LowRank], weights: Sequence[float]) -> N
     check_alike(products)
 
 
-def _precision(products: Sequence[LowRank]) -> torch.dtype:
+def precision_of(products: Sequence[LowRank]) -> torch.dtype:
     dtypes = [factor.dtype for p in products for factor in (p.up, p.down)]
     return reduce(torch.promote_types, dtypes, torch.float32)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from customize.concepts.concept import Concept
     from customize.concepts.formats.lora import Lora, LoraFile
+    from customize.concepts.inputs import LayerInputs
     from customize.hosts.state import Customization
     from customize.memory import Plan
 
@@ -41,6 +42,7 @@ def load_custom(
     weights: Sequence[float] | Mapping[str, float] | None = None,
     names: Sequence[str | None] | None = None,
     fuse: bool = False,
+    merge: str | None = None,
     attention: str | None = None,
     memory: str | None = None,
 ) -> Pipeline:
@@ -48,9 +50,10 @@ def load_custom(
 
     Also, with or without concepts: choose its attention kernel, and fit it into memory.
 
-    All concepts of a pipeline are merged by their weighted sum, exactly. Their trigger words, such
-    as ``<rex>``, then work in every prompt. Calling it again adds to what is there. Everything is
-    checked before anything changes: after an error the pipeline is bit for bit what it was.
+    All concepts of a pipeline are merged: by their weighted sum, exactly, or by fusion, which keeps
+    each as it is alone. Their trigger words, such as ``<rex>``, then work in every prompt. Calling
+    it again adds to what is there. Everything is checked before anything changes: after an error
+    the pipeline is bit for bit what it was.
 
     A pipeline made from this one's components (``from_pipe``, ``Other(**pipe.components)``) shares
     its models and tokenizers and so its concepts; loading or unloading on either acts on both. One
@@ -75,6 +78,13 @@ def load_custom(
             and rounded once; a copy of each touched weight is kept on the CPU, so that unloading
             gives back the same bits. Holds for the ``concepts`` given, or without any for those
             that a dict of weights names; others keep their mode.
+        merge: "sum": the updates are added, as they are. "fusion": in each layer, the one update
+            that comes closest to doing to what each concept's prompts bring there what that
+            concept's own update does, and nothing to the rest
+            (:func:`customize.core.fusion.fusion`). It needs to know what a concept's layers read:
+            a record that lies beside the concept (:func:`record_inputs`), or one that is made
+            here and now, by drawing. None: as before, at first "sum". A single concept is as it is
+            either way.
         attention: "auto": of the backends that are installed and fit the device, the dtype and the
             widths of the heads, the fastest; on CUDA they are timed here, elsewhere it is torch's
             own. Or one of them: "native" ("sdpa" is the same), "xformers", "flash", "sage", or
@@ -108,6 +118,7 @@ def load_custom(
         weights=weights,
         names=names,
         fuse=fuse,
+        merge=merge,
         attention=attention,
         memory=memory,
     )
@@ -139,6 +150,31 @@ def custom(pipe: Any) -> Customization:
     from customize.hosts.load import summary
 
     return summary(pipe)
+
+
+def record_inputs(
+    pipe: Any, concept: str | Path | Concept | Lora | LoraFile, prompts: Sequence[str] | None = None
+) -> LayerInputs:
+    """Record what a concept's layers read while it is drawn, for ``load_custom(merge="fusion")``.
+
+    The pipeline draws each prompt in a few steps, by itself and with the concept alone, and is
+    afterwards as it was. ``.save(path)`` writes the record; beside the concept, where
+    ``load_custom`` finds it, is :func:`customize.concepts.inputs.place_beside`, and ``customize
+    record`` puts it there.
+
+    Args:
+        pipe: as for :func:`load_custom`, of the concept's base.
+        concept: as for :func:`load_custom`.
+        prompts: each with ``{}`` for the concept's words, and in the base for "a" and its class
+            word. None: a dozen of places and clothes.
+
+    Raises:
+        ConfigError: a prompt without ``{}``, or a LoRA that says no words of its own.
+        ConceptError, PipelineError: as :func:`load_custom`.
+    """
+    from customize.hosts.load import record
+
+    return record(pipe, concept, prompts)
 
 
 def memory_plan(

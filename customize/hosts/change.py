@@ -13,7 +13,7 @@ from torch import nn
 
 from customize.concepts.adapter import attach_products, fit
 from customize.concepts.layerwise import encode_by_layer, read_by_layer, vocabulary
-from customize.concepts.merge import merge
+from customize.concepts.merge import FUSION, merge
 from customize.concepts.tokens import add_tokens, entries, pool_at_end, remove_tokens
 from customize.errors import PipelineError
 from customize.families import Family
@@ -22,18 +22,22 @@ from customize.hosts.classes import expand_triggers
 from customize.hosts.fusing import Updates, check_fusable, check_unchanged, fuse_updates
 from customize.hosts.guards import ADAPTER, active_adapters, guard, unguard
 from customize.hosts.offload import settled
-from customize.hosts.state import Attached, Holder, keep, tokenizers_of
+from customize.hosts.state import Attached, Holder, Merging, keep, tokenizers_of
 
 
-def change(family: Family, holder: Holder, after: dict[str, Attached]) -> None:
+def change(
+    family: Family, holder: Holder, after: dict[str, Attached], merging: Merging | None = None
+) -> None:
     """From what is attached to what is wanted, wholly or not at all.
 
     Args:
         family: of all that the holder knows to be changed.
+        merging: how it is to be merged, from now on; None: as it is now.
     """
-    before = holder.attached
+    before, was_merging = holder.attached, holder.merging
+    merging = merging or was_merging
     models = family.adaptable
-    new, old = _updates(family, after), _updates(family, before)
+    new, old = _updates(family, after, merging), _updates(family, before, was_merging)
     layers = {
         (component, module)
         for updates in (*new, *old)
@@ -61,6 +65,7 @@ def change(family: Family, holder: Holder, after: dict[str, Attached]) -> None:
             _rebuild(family, models, holder, after, *new)
             for place, layer in _layers(holder).items():
                 layer.scaling[ADAPTER] *= factors.get(place, 1.0)
+            holder.merging = merging
         except BaseException:
             removed = {component for adapter in gone for component in adapter.models}
             beside = {key: own for key, own in old[0].items() if key not in removed}
@@ -155,12 +160,27 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
         holder.hooks = [*read_by_layer(family), *encode_by_layer(family)]
 
 
-def _updates(family: Family, attached: Mapping[str, Attached]) -> tuple[Updates, Updates]:
-    """The weighted sums of what is to be beside the weights, and of what is to be in them."""
+def _updates(
+    family: Family, attached: Mapping[str, Attached], merging: Merging
+) -> tuple[Updates, Updates]:
+    """The merges of what is to be beside the weights, and of what is to be in them."""
     found: list[Updates] = []
+    several = len(attached) > 1
+    inputs = merging.inputs if merging.method == FUSION and several else {}
     for fused in (False, True):
         chosen = [each for each in attached.values() if each.fused == fused]
-        merged = merge([e.concept for e in chosen], [e.weight for e in chosen]) if chosen else {}
+        rest = [each for each in attached.values() if each.fused != fused]
+        merged = (
+            merge(
+                [each.concept for each in chosen],
+                [each.weight for each in chosen],
+                FUSION if inputs else "sum",
+                inputs=[inputs[each.name] for each in chosen] if inputs else (),
+                others=[inputs[each.name] for each in rest] if inputs else (),
+            )
+            if chosen
+            else {}
+        )
         found.append(fit(merged, family))
     return found[0], found[1]
 

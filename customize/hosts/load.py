@@ -16,6 +16,7 @@ from customize.attention.choice import choose
 from customize.concepts.concept import Concept
 from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
 from customize.concepts.formats.opening import opened
+from customize.concepts.inputs import LayerInputs
 from customize.concepts.slices import collisions
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
@@ -27,6 +28,7 @@ from customize.hosts.guards import ADAPTER
 from customize.hosts.offload import settled
 from customize.hosts.placing import computing_device, fitted, planned, planned_before
 from customize.hosts.plan import Weights, renamed, wanted
+from customize.hosts.recording import check_method, merging_of, recorded
 from customize.hosts.state import Attached, Customization, Holder, Row, check_sharing, find
 
 
@@ -37,18 +39,22 @@ def load(
     weights: Weights,
     names: Sequence[str | None] | None,
     fuse: bool,
+    merge: str | None,
     attention: str | None,
     memory: str | None,
 ) -> None:
     """What :func:`customize.load_custom` does."""
     family = _family(pipe)
-    if not sources and not weights and attention is None and memory is None:
+    concerned = bool(sources or weights or merge is not None)
+    if not concerned and attention is None and memory is None:
         raise ConfigError(
             "there is nothing to load",
-            fix="give concepts, a dict of weights, an attention backend or an amount of memory",
+            fix="give concepts, a dict of weights, a merge, an attention backend or an amount of "
+            "memory",
         )
+    check_method(merge)
     plan = None if memory is None else planned(pipe, family, memory)
-    changes = _loading(family, sources, weights, names, fuse) if sources or weights else None
+    changes = _loading(family, sources, weights, names, fuse) if concerned else None
     device = computing_device(pipe, family, anywhere=plan is not None)
     choices = {} if attention is None else choose(family, attention, device)
     # Concepts come last, so that adapters are left alone by whatever is done to the weights.
@@ -57,9 +63,7 @@ def load(
         if plan is not None:
             undoing.enter_context(fitted(pipe, family, plan, device))
         if changes is not None:
-            change(changes.family, changes.holder, changes.after)
-    if changes is not None:
-        _adjust(pipe, changes.holder)
+            _change(pipe, changes, merge)
 
 
 def set_to(
@@ -85,9 +89,7 @@ def set_to(
     }
     now, then = ([(e.name, e.weight) for e in each.values()] for each in (before, after))
     if now != then or not all(adapter.is_there() for adapter in holder.adapters):
-        changes = _checked(family, holder, after, new)
-        change(changes.family, changes.holder, changes.after)
-        _adjust(pipe, holder)
+        _change(pipe, _checked(family, holder, after, new, sources))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +99,13 @@ class _Changes:
     family: Family
     holder: Holder
     after: dict[str, Attached]
+
+
+def _change(pipe: Any, changes: _Changes, merge: str | None = None) -> None:
+    family, holder, after = changes.family, changes.holder, changes.after
+    merging = merging_of(family, holder, after, merge)
+    change(family, holder, after, merging)
+    _adjust(pipe, holder)
 
 
 def _loading(
@@ -118,11 +127,15 @@ def _loading(
         new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
     holder = find(family)
     check_sharing(family, holder)
-    return _checked(family, holder, wanted(holder.attached, new, weights, fuse), new)
+    return _checked(family, holder, wanted(holder.attached, new, weights, fuse), new, sources)
 
 
 def _checked(
-    family: Family, holder: Holder, after: dict[str, Attached], new: Sequence[Adaptation]
+    family: Family,
+    holder: Holder,
+    after: dict[str, Attached],
+    new: Sequence[Adaptation],
+    sources: Sequence[object],
 ) -> _Changes:
     """Check what is wanted against the pipeline."""
     before = holder.attached
@@ -135,7 +148,25 @@ def _checked(
         if not {collision.first, collision.second} <= set(before):
             # Before the change, since a warning may be turned into an error.
             warnings.warn(str(collision), stacklevel=5)
+    places = {name: each.source for name, each in before.items()}
+    for concept, source in zip(new, sources, strict=True):
+        if isinstance(source, str | Path):
+            places[concept.info.name] = source
+    after = {name: replace(each, source=places.get(name)) for name, each in after.items()}
     return _Changes(family, holder, after)
+
+
+def record(
+    pipe: Any, source: str | Path | Adaptation | LoraFile, prompts: Sequence[str] | None
+) -> LayerInputs:
+    """What :func:`customize.record_inputs` does."""
+    family = _family(pipe)
+    (concept,) = _read(family, [source])
+    holder = find(family)
+    check_sharing(family, holder)
+    check_base(family, concept)
+    family = _with_all_parts(family, holder)
+    return recorded(family, holder, [concept], prompts)[concept.info.name]
 
 
 def unload(pipe: Any, names: Sequence[str]) -> None:
@@ -194,6 +225,7 @@ def summary(pipe: Any) -> Customization:
     return Customization(
         tuple(rows),
         place,
+        merge=holder.merging.method,
         attention=tuple(kernels.report(family.components)),
         memory="" if plan is None else str(plan),
     )
@@ -216,7 +248,8 @@ def _family(pipe: Any) -> Family:
             fix="give a DiffusionPipeline or ModularPipeline",
         )
     # Below torch.compile's wrapper, where modules have the names that files give them.
-    return family_of({key: getattr(part, "_orig_mod", part) for key, part in components.items()})
+    inner = {key: getattr(part, "_orig_mod", part) for key, part in components.items()}
+    return family_of(inner, getattr(pipe, "config", None) or {})
 
 
 def _lacks_tokens(family: Family, holder: Holder, trigger: str) -> bool:
@@ -232,7 +265,7 @@ def _adjust(pipe: Any, holder: Holder) -> None:
 
 def _with_all_parts(family: Family, holder: Holder) -> Family:
     """The family of what was changed, also where the pipeline has freed or replaced some of it."""
-    return type(family)(family.components | holder.parts)
+    return type(family)(family.components | holder.parts, family.pipeline_config)
 
 
 def _read(family: Family, sources: Sequence[object]) -> list[Adaptation]:

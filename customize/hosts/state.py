@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from customize.attention.placing import Took
 from customize.concepts.adapter import Adapter
 from customize.concepts.formats.lora import Adaptation
+from customize.concepts.inputs import LayerInputs
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.components import uncompiled
@@ -25,15 +27,30 @@ class Attached:
     Attributes:
         weight: its factor in the weighted sum.
         fused: whether it is in the base weights, and not in the adapter.
+        source: where it was read from.
     """
 
     concept: Adaptation
     weight: float
     fused: bool
+    source: str | Path | None = None
 
     @property
     def name(self) -> str:
         return self.concept.info.name
+
+
+@dataclass(frozen=True, eq=False)
+class Merging:
+    """How what is attached becomes one update.
+
+    Attributes:
+        method: "sum" or "fusion".
+        inputs: concept name -> what its layers read, for "fusion".
+    """
+
+    method: str = "sum"
+    inputs: Mapping[str, LayerInputs] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -55,6 +72,7 @@ class Holder:
 
     Attributes:
         attached: concept name -> concept, in the order of loading.
+        merging: how they are merged.
         adapters: what sits beside the base weights, one for each model.
         originals: of the fused weights.
         tokens: (token dictionary's key, trigger) -> all its entries, as they were added.
@@ -65,6 +83,7 @@ class Holder:
     """
 
     attached: dict[str, Attached] = field(default_factory=dict)
+    merging: Merging = field(default_factory=Merging)
     adapters: list[Adapter] = field(default_factory=list)
     originals: Originals = field(default_factory=dict)
     tokens: dict[tuple[str, str], list[str]] = field(default_factory=dict)
@@ -205,12 +224,14 @@ class Customization:
     Attributes:
         rows: one for each concept, in the order of loading.
         place: family, and device and dtype of the denoiser.
+        merge: by which method several concepts are merged.
         attention: which backend took effect in each component; empty where none was chosen.
         memory: what was done to fit the model into memory; empty where nothing was.
     """
 
     rows: tuple[Row, ...]
     place: str
+    merge: str = "sum"
     attention: tuple[Took, ...] = ()
     memory: str = ""
 
@@ -237,4 +258,5 @@ class Customization:
         ]
         rule = "  ".join("-" * width for width in widths)
         count = f"{len(self.rows)} concept" + ("s" if len(self.rows) > 1 else "")
-        return "\n".join([f"{count} on {self.place}", texts[0], rule, *texts[1:]])
+        merged = f", merged by {self.merge}" if len(self.rows) > 1 else ""
+        return "\n".join([f"{count} on {self.place}{merged}", texts[0], rule, *texts[1:]])

@@ -238,6 +238,11 @@ class TrainConfig(BaseModel):
     validation_guidance: float = Field(
         default=7.5, ge=0, le=100, description="Guidance scale of validation pictures, 0 to 100"
     )
+    record_inputs: bool = Field(
+        default=True,
+        description="Record at the end what the concept's layers read, for merges by fusion: a few"
+        " pictures' time",
+    )
     tracker: Literal[
         "none",
         "tensorboard",

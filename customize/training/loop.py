@@ -19,7 +19,7 @@ from customize.concepts.concept import Concept
 from customize.core.objectives import weighted_mse
 from customize.errors import TrainingError, TrainingStopped
 from customize.families import Family, family_of
-from customize.training import base, cache, process, record, setup
+from customize.training import base, cache, inputs, process, record, setup
 from customize.training import checkpoint as checkpoints
 from customize.training.batches import compose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures
@@ -159,7 +159,7 @@ def train(
         with autocast():
             encode = cache.prepare_conditions(
                 family,
-                [*pictures.captions, "", *config.validation_prompts],
+                [*pictures.captions, "", *config.validation_prompts, *inputs.prompts_of(config)],
                 live=live,
                 to_encoder=trainable.expanded,
             )
@@ -201,6 +201,10 @@ def train(
         concept = Concept(info, trainable.adapter.products(), trainable.embeddings())
         if accelerator.is_main_process:
             concept.save(config.output, validation.last)
+            if config.record_inputs:
+                inputs.write_record(
+                    config, family, trainable, concept, encode, pictures.shape, autocast
+                )
         accelerator.wait_for_everyone()
     return concept
 

@@ -6,7 +6,6 @@ nor any random stream of the training changes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Tensor
 
 from customize.errors import StorageError
 from customize.families.base import Family
-from customize.families.prompts import padded
+from customize.families.sampling import sample
 from customize.training.batches import stream_seed
 from customize.training.cache import Encode
 from customize.training.config import TrainConfig
@@ -93,42 +92,21 @@ def draw(
     seeds: Sequence[int],
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[Image.Image]:
-    """Draw one picture for each row of the conditions, with classifier-free guidance.
+    """Draw one picture for each row of the conditions.
 
-    Args:
-        conditions: name -> (batch, ...), as the family encodes prompts.
-        empty: what guidance leads away from, of batch 1; see ``family.unconditional``.
-        shape: (channels, height, width) of latents.
-        guidance: scale, as the pipeline counts it. Denoisers that take it as an input are called
-            just once.
-        seeds: one for each picture; it alone fixes the starting noise, on every device.
-        autocast: makes the context of the denoiser's calls.
+    Arguments as :func:`customize.families.sampling.sample`; the seeds fix the sampler's noise, too.
     """
-    device, count = family.denoiser.device, len(seeds)
-    scheduler = family.schedule(steps, shape, device)
-    extra: dict[str, Any] = {}
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        extra["generator"] = Generator().manual_seed(stream_seed("sampler", *seeds))
-
-    noise = [torch.randn(*shape, generator=Generator().manual_seed(seed)) for seed in seeds]
-    latents = torch.stack(noise).to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    guided = family.is_guided(guidance)
-    if guided:
-        conditions = {
-            k: padded([*empty[k].expand(count, *empty[k].shape[1:]), *v])
-            for k, v in conditions.items()
-        }
-    for t in scheduler.timesteps:
-        scaled = latents
-        if hasattr(scheduler, "scale_model_input"):
-            scaled = scheduler.scale_model_input(latents, t)
-        with autocast():
-            batch = torch.cat([scaled, scaled]) if guided else scaled
-            answer = family.predict(batch, t.expand(len(batch)), conditions, guidance).float()
-        if guided:
-            plain, asked = answer.chunk(2)
-            answer = family.guide(plain, asked, guidance)
-        latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
+    latents = sample(
+        family,
+        conditions,
+        empty,
+        shape,
+        steps=steps,
+        guidance=guidance,
+        seeds=seeds,
+        sampler_seed=stream_seed("sampler", *seeds),
+        autocast=autocast,
+    )
     return to_pictures(family, latents)
 
 

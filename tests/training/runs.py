@@ -28,6 +28,8 @@ SMALL: dict[str, Any] = {
     "token_learning_rate": 1e-2,
     "checkpoint_every": 0,
     "log_every": 5,
+    # As long as the run itself.
+    "record_inputs": False,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from customize.concepts.concept import Concept
 from customize.concepts.formats.lora import Adaptation, LoraFile, lora_file, published_kin
-from customize.concepts.layout import INFO_FILE, INFO_HEADER, PEFT_FILES
+from customize.concepts.layout import INFO_FILE, INFO_HEADER, INPUTS_FILE, PEFT_FILES
 from customize.concepts.reading import (
     located,
     parsed_single,
@@ -56,7 +56,8 @@ def opened_whole(source: str | Path) -> Adaptation:
 
 
 def _only_file(folder: Path) -> Path:
-    files = sorted(file for file in folder.iterdir() if file.suffix == ".safetensors")
+    found = (file for file in folder.iterdir() if file.suffix == ".safetensors")
+    files = sorted(file for file in found if not file.name.endswith(INPUTS_FILE))
     if len(files) == 1:
         return files[0]
     if not files:

@@ -1,0 +1,313 @@
+"""What a concept's layers read while it is drawn: recorded once, for merges that need to know.
+
+A record has, for each layer that the concept changes, the leading directions of its inputs, while
+the concept is drawn, and while the base draws the same prompts with the class word. It lies beside
+the concept, and is no part of it: a LoRA from anywhere can have one::
+
+    concepts/rex/layer_inputs.safetensors       of a folder
+    loras/tom.layer_inputs.safetensors          of loras/tom.safetensors
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from customize.concepts.adapter import Products, file_name, fit
+from customize.concepts.files import safetensors_bytes, storage_error, write_file
+from customize.concepts.layout import INPUTS_FILE
+from customize.concepts.reading import located, read_single_tensors
+from customize.core.fusion import InputMoment
+from customize.errors import ConceptError
+from customize.families import Family
+from customize.families.components import uncompiled
+from customize.families.sampling import sample
+
+HEADER = "customize_layer_inputs"
+
+#: What is drawn, with the concept's words, and with its class word, in the place of {}.
+PROMPTS = (
+    "a photo of {}",
+    "a picture of {}",
+    "a photo of {} on a beach",
+    "a photo of {} in a forest",
+    "a photo of {} in a city",
+    "a photo of {} in the snow",
+    "a photo of {} in a room",
+    "a photo of {} in space",
+    "a photo of {} wearing a hat",
+    "a photo of {} wearing glasses",
+    "a photo of {} wearing a scarf",
+    "a painting of {}",
+)
+#: Directions that are kept of a layer's inputs.
+DIRECTIONS = 32
+STEPS = 8
+GUIDANCE = 5.0
+_TOGETHER = 4  # pictures drawn at a time
+
+Factors = Mapping[str, Mapping[str, Tensor]]
+Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """A record.
+
+    Attributes:
+        of: :func:`updates_digest` of what was recorded.
+        own: component -> module, under the names used in files -> (n, in), float32: the factor of
+            the second moment of the inputs over its trace; see :mod:`customize.core.fusion`.
+        generic: the same of the base and the class word.
+    """
+
+    of: str
+    own: Factors
+    generic: Factors
+
+    def save(self, path: str | Path) -> Path:
+        """Write it, whole or not at all, over an older one.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        path = Path(path)
+        tensors: dict[str, Tensor] = {}
+        same: dict[str, str] = {}
+        keys: dict[int, str] = {}
+        for kind, factors in (("own", self.own), ("generic", self.generic)):
+            for component, layers in factors.items():
+                for module, rows in layers.items():
+                    key = f"{kind}.{component}.{module}"
+                    # Layers that read the same tensor have one factor.
+                    if keys.setdefault(id(rows), key) != key:
+                        same[key] = keys[id(rows)]
+                    else:
+                        tensors[key] = rows.to(torch.float16)
+        header = {"version": 1, "of": self.of, "same": same}
+        data = safetensors_bytes(tensors, {HEADER: json.dumps(header)})
+        partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+        try:
+            write_file(partial, data)
+            os.replace(partial, path)
+        except OSError as error:
+            raise storage_error(error, path) from error
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> LayerInputs:
+        """Read a record.
+
+        Raises:
+            ConceptError: it is missing, cut short, not a record, or a number is not finite.
+        """
+        path = Path(path)
+        fix = "record the inputs again: customize record"
+        tensors, metadata = read_single_tensors(path)
+        try:
+            header = json.loads(metadata[HEADER])
+            version, of, same = header["version"], str(header["of"]), dict(header["same"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConceptError("this is no record of layer inputs", where=path, fix=fix) from error
+        if version != 1:
+            raise ConceptError(
+                f"the record has version {_short(version)}", where=path, fix="update customize"
+            )
+        read = {key: rows.float() for key, rows in tensors.items()}
+        for key, first in same.items():
+            if key in tensors or first not in tensors:
+                raise ConceptError(f"the key {_short(key)} is wrong", where=path, fix=fix)
+            read[key] = read[first]
+        found: dict[str, dict[str, dict[str, Tensor]]] = {"own": {}, "generic": {}}
+        for key, rows in read.items():
+            kind, component, module = (*key.split(".", 2), "", "")[:3]
+            if kind not in found or not module or rows.ndim != 2:
+                raise ConceptError(f"the key {_short(key)} is wrong", where=path, fix=fix)
+            if not bool(torch.isfinite(rows).all()):
+                raise ConceptError(
+                    f"{_short(key)} has a number that is not finite", where=path, fix=fix
+                )
+            found[kind].setdefault(component, {})[module] = rows
+        return cls(of, found["own"], found["generic"])
+
+
+def place_beside(source: str | Path) -> Path:
+    """Where the record of a concept's folder, a LoRA's file or a hub id lies.
+
+    Raises:
+        ConceptError: there is no such concept.
+    """
+    path = located(source)
+    return path / INPUTS_FILE if path.is_dir() else path.with_suffix(f".{INPUTS_FILE}")
+
+
+def updates_digest(products: Products) -> str:
+    """A name for some updates, by the bytes of their factors."""
+    digest = hashlib.sha256()
+    for component, updates in sorted(products.items()):
+        for module, update in sorted(updates.items()):
+            digest.update(f"{component}.{module} {update.scale}\n".encode())
+            for factor in (update.up, update.down):
+                plain = factor.detach().cpu().contiguous()
+                digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def texts(words: str, prompts: Sequence[str] = PROMPTS) -> list[str]:
+    """The prompts with words in the place of {}."""
+    return [prompt.replace("{}", words) for prompt in prompts]
+
+
+def class_words(class_word: str) -> str:
+    """What stands in the place of {} where the base draws."""
+    return f"a {class_word}" if class_word else ""
+
+
+@torch.no_grad()
+def record(
+    family: Family,
+    products: Products,
+    prompts: Sequence[str],
+    shape: Sequence[int],
+    *,
+    encode: Encode | None = None,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, dict[str, Tensor]]:
+    """Draw, and record what the layers read; the share of the empty prompt does not count.
+
+    Args:
+        family: with whatever is attached to it.
+        products: whose layers are recorded.
+        prompts: what is drawn; see :func:`texts`.
+        shape: (channels, height, width) of latents.
+        encode: prompts to conditions; None: the family's.
+        steps, guidance, autocast: as :func:`customize.families.sampling.sample`.
+
+    Returns:
+        component -> module, under the names used in files -> (n, in). Layers that read nothing, or
+        are convolutions of more than a pixel, are left out.
+    """
+    encode = encode or family.encode_prompts
+    with autocast():
+        # Together with another, as tokens with an embedding for each layer make conditions longer.
+        empty = {name: rows[-1:] for name, rows in encode([*prompts[:1], ""]).items()}
+    empty = family.unconditional(empty)
+    with watched(family, products) as watch:
+        for first in range(0, len(prompts), _TOGETHER):
+            chunk = prompts[first : first + _TOGETHER]
+            watch.halved = False
+            with autocast():
+                asked = encode(chunk)
+            watch.halved = family.is_guided(guidance)
+            sample(
+                family,
+                asked,
+                empty,
+                shape,
+                steps=steps,
+                guidance=guidance,
+                seeds=range(first, first + len(chunk)),
+                autocast=autocast,
+            )
+    return watch.factors(DIRECTIONS)
+
+
+class Watch:
+    """Counts the inputs of layers.
+
+    Attributes:
+        halved: whether the first half of each batch is of the empty prompt.
+    """
+
+    def __init__(self) -> None:
+        self.halved = False
+        self._moments: dict[tuple[str, str], InputMoment] = {}
+        # A layer that reads the very tensor that the one before has read: the one before.
+        self._same: dict[tuple[str, str], tuple[str, str]] = {}
+        self._last: tuple[tuple[str, str], Tensor] | None = None
+
+    def see(self, layer: tuple[str, str], module: nn.Module, args: Sequence[Any]) -> None:
+        """A pre-hook of the layer."""
+        inputs = args[0]
+        if layer in self._same:
+            return
+        if layer not in self._moments:
+            if self._last is not None and self._last[1] is inputs:
+                self._same[layer] = self._last[0]
+                return
+            self._moments[layer] = InputMoment(_width(inputs, module), device=inputs.device)
+        # Held, so that the next layer's input cannot be mistaken for this one.
+        self._last = (layer, inputs)
+        counted = inputs[inputs.shape[0] // 2 :] if self.halved else inputs
+        self._moments[layer].add(_rows(counted, module))
+
+    def factors(self, directions: int) -> dict[str, dict[str, Tensor]]:
+        """What :func:`record` returns."""
+        self._last = None
+        found: dict[str, dict[str, Tensor]] = {}
+        whole = {layer: moment.factor(directions) for layer, moment in self._moments.items()}
+        for component, module in [*whole, *self._same]:
+            leader = self._same.get((component, module), (component, module))
+            found.setdefault(component, {})[file_name(component, module)] = whole[leader]
+        return found
+
+
+@contextmanager
+def watched(family: Family, products: Products) -> Iterator[Watch]:
+    """Within it, the inputs of all layers of the updates are counted."""
+    watch, handles = Watch(), []
+    try:
+        for component, updates in fit(products, family).items():
+            model = uncompiled(family.components[component])
+            for module in updates:
+                layer: Any = model.get_submodule(module)
+                if _is_plain(getattr(layer, "base_layer", layer)):
+
+                    def hook(
+                        module: nn.Module, args: Any, place: Any = (component, module)
+                    ) -> None:
+                        watch.see(place, module, args)
+
+                    handles.append(layer.register_forward_pre_hook(hook))
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _short(value: object) -> str:
+    """A value from a file for a message, bounded."""
+    return repr(str(value)[:80])
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer reads one position at a time."""
+    return not isinstance(layer, nn.Conv2d) or layer.kernel_size == (1, 1)
+
+
+def _width(inputs: Tensor, module: nn.Module) -> int:
+    return inputs.shape[1] if _is_convolution(module) else inputs.shape[-1]
+
+
+def _rows(inputs: Tensor, module: nn.Module) -> Tensor:
+    return inputs.movedim(1, -1) if _is_convolution(module) else inputs
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "base_layer", module), nn.Conv2d)

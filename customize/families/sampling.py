@@ -1,0 +1,71 @@
+"""Drawing with a family's own parts, without a pipeline."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from customize.families.base import Family
+from customize.families.prompts import padded
+
+
+@torch.no_grad()
+def sample(
+    family: Family,
+    conditions: Mapping[str, Tensor],
+    empty: Mapping[str, Tensor],
+    shape: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    seeds: Sequence[int],
+    sampler_seed: int = 0,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Tensor:
+    """Latents of one picture for each row of the conditions, with classifier-free guidance.
+
+    Args:
+        conditions: name -> (batch, ...), as the family encodes prompts.
+        empty: what guidance leads away from, of batch 1; see ``family.unconditional``. In each call
+            of the denoiser it comes before the conditions, as often as there are of these.
+        shape: (channels, height, width) of latents.
+        guidance: scale, as the pipeline counts it. Denoisers that take it as an input are called
+            just once.
+        seeds: one for each picture; it alone fixes the starting noise, on every device.
+        sampler_seed: of schedulers that draw noise on the way.
+        autocast: makes the context of the denoiser's calls.
+
+    Returns:
+        (batch, *shape), float32, on the denoiser's device.
+    """
+    device, count = family.denoiser.device, len(seeds)
+    scheduler = family.schedule(steps, shape, device)
+    extra: dict[str, Any] = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        extra["generator"] = Generator().manual_seed(sampler_seed)
+
+    noise = [torch.randn(*shape, generator=Generator().manual_seed(seed)) for seed in seeds]
+    latents = torch.stack(noise).to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    guided = family.is_guided(guidance)
+    if guided:
+        conditions = {
+            k: padded([*empty[k].expand(count, *empty[k].shape[1:]), *v])
+            for k, v in conditions.items()
+        }
+    for t in scheduler.timesteps:
+        scaled = latents
+        if hasattr(scheduler, "scale_model_input"):
+            scaled = scheduler.scale_model_input(latents, t)
+        with autocast():
+            batch = torch.cat([scaled, scaled]) if guided else scaled
+            answer = family.predict(batch, t.expand(len(batch)), conditions, guidance).float()
+        if guided:
+            plain, asked = answer.chunk(2)
+            answer = family.guide(plain, asked, guidance)
+        latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
+    return latents

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts.concept import BasisInfo, Method
+from customize.core import shared
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError, PipelineError
@@ -22,6 +23,8 @@ from customize.families.base import Family
 from customize.families.components import uncompiled
 
 Products = Mapping[str, Mapping[str, LowRank]]
+#: component -> module, under the names used in files -> a factor of what it reads.
+Factors = Mapping[str, Mapping[str, Tensor]]
 
 _PEFT_FLAG = "_hf_peft_config_loaded"
 
@@ -105,6 +108,7 @@ def attach(
     alpha: float | None = None,
     basis: BasisInfo | None = None,
     columns: Mapping[int, Sequence[int]] | None = None,
+    directions: Factors | None = None,
     components: Sequence[str],
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -113,14 +117,17 @@ def attach(
     """Put a new, trainable adapter on all attention projections of the named components.
 
     "orthogonal": the down-projection is ``basis.scale * O[:, columns]^T`` of the layer's input
-    width, frozen; the up-projection starts at zero and trains. "lora": both factors train, from
-    peft's default start (down uniform in +-1 / sqrt(in), up zero). Either way the model draws
-    what it drew before until the first step.
+    width, frozen, or with ``basis.avoid`` of what is left of that width
+    (:func:`customize.core.shared.down_projection`); the up-projection starts at zero and trains.
+    "lora": both factors train, from peft's default start (down uniform in +-1 / sqrt(in), up zero).
+    Either way the model draws what it drew before until the first step.
 
     Args:
         rank: columns of the up-projection, the same in every layer.
         alpha: updates are multiplied by alpha / rank; None for alpha = rank, a factor of 1.
         basis, columns: for "orthogonal"; input width -> ``rank`` column numbers.
+        directions: with ``basis.avoid``, component -> module, under the names used in files ->
+            the factor of its inputs on generic prompts.
         components: such as ("unet", "text_encoder").
         dtype: of both factors; float32 also on a half-precision base.
         seed: of the random start of "lora"; the same on every device.
@@ -143,18 +150,20 @@ def attach(
                     fix=f"choose a rank of at most {min(out, width)}",
                 )
     generator = torch.Generator().manual_seed(seed)
-    frozen = _frozen_downs(targets, rank, basis, columns) if method == "orthogonal" else None
+    frozen = (
+        _frozen_downs(targets, rank, basis, columns, directions) if method == "orthogonal" else None
+    )
     scale = (rank if alpha is None else alpha) / rank
 
-    def start(out: int, width: int) -> LowRank:
+    def start(place: tuple[str, str], out: int, width: int) -> LowRank:
         if frozen is not None:
-            down = frozen[width]
+            down = frozen[place]
         else:
             down = (2 * torch.rand(rank, width, generator=generator) - 1) / width**0.5
         return LowRank(torch.zeros(out, rank), down, scale)
 
     products = {
-        component: {module: start(*shape) for module, shape in shapes.items()}
+        component: {module: start((component, module), *shape) for module, shape in shapes.items()}
         for component, shapes in targets.items()
     }
     adapter = attach_products(family, products, name=name, dtype=dtype)
@@ -251,7 +260,9 @@ def _frozen_downs(
     rank: int,
     basis: BasisInfo | None,
     columns: Mapping[int, Sequence[int]] | None,
-) -> dict[int, Tensor]:
+    directions: Factors | None,
+) -> dict[tuple[str, str], Tensor]:
+    """(component, module) -> down-projection; layers of the same have one tensor."""
     if basis is None or columns is None:
         raise ConfigError(
             "orthogonal adaptation needs a basis and each width's columns",
@@ -265,8 +276,29 @@ def _frozen_downs(
                 where="columns",
                 fix="give as many columns as the rank for each width",
             )
-    fn = BASES[basis.kind]
-    return {w: down_projection(fn, w, columns[w], basis.seed, basis.scale) for w in widths}
+    fn, found = BASES[basis.kind], {}
+    known: dict[int, Tensor] = {}  # by width, or by the inputs that layers have in common
+    for component, shapes in targets.items():
+        for module, (_, width) in shapes.items():
+            chosen = columns[width]
+            if not basis.avoid:
+                if width not in known:
+                    known[width] = down_projection(fn, width, chosen, basis.seed, basis.scale)
+                found[component, module] = known[width]
+                continue
+            inputs = (directions or {}).get(component, {}).get(file_name(component, module))
+            if inputs is None:
+                raise ConfigError(
+                    "the layer's inputs on generic prompts are not known",
+                    where=f"{component}.{module}",
+                    fix="give directions of every layer, or a basis that avoids none",
+                )
+            if id(inputs) not in known:
+                known[id(inputs)] = shared.down_projection(
+                    fn, inputs, chosen, basis.seed, avoid=basis.avoid, scale=basis.scale
+                )
+            found[component, module] = known[id(inputs)]
+    return found
 
 
 def _inject(

@@ -11,9 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor
 
+from customize.core.bases import avoided
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError
 
@@ -41,6 +51,9 @@ class BasisInfo(BaseModel):
         kind: a name in :data:`customize.core.bases.BASES`.
         seed: fixes the matrix of each width; concepts with other seeds are not orthogonal.
         scale: the down-projections are ``scale * O[:, columns]^T``.
+        avoid: how many leading directions of each layer's inputs the slices stay out of, at most;
+            see :func:`customize.core.bases.avoided`. Columns are of what is left of the width.
+        shared: a name for the record of these directions; empty where none are avoided.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +61,14 @@ class BasisInfo(BaseModel):
     kind: Literal["cosine", "gaussian_qr"] = "cosine"
     seed: int = Field(0, ge=0, lt=2**64)
     scale: Finite = Field(1.0, gt=0)
+    avoid: int = Field(default=0, ge=0, le=128)
+    shared: str = Field(default="", pattern=r"^([0-9a-f]{16})?$")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the later fields where they say nothing, as digests of older files have it."""
+        values: dict[str, Any] = serialize(self)
+        return values if self.avoid else {k: values[k] for k in ("kind", "seed", "scale")}
 
 
 class ConceptInfo(BaseModel):
@@ -120,9 +141,10 @@ class ConceptInfo(BaseModel):
             if not re.fullmatch(r"[1-9][0-9]{0,6}", width):
                 raise ValueError(f"slices: {width!r} is not a layer width")
             distinct = len(set(columns)) == len(columns) == self.rank
-            if not distinct or not all(0 <= column < int(width) for column in columns):
+            limit = int(width) - avoided(int(width), self.basis.avoid)
+            if not distinct or not all(0 <= column < limit for column in columns):
                 raise ValueError(
-                    f"slices: width {width} needs {self.rank} distinct columns below {width}"
+                    f"slices: width {width} needs {self.rank} distinct columns below {limit}"
                 )
         return self
 

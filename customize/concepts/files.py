@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_folder",
     "check_writable",
+    "make_folder",
     "read",
     "read_info",
     "safetensors_bytes",
@@ -210,6 +211,18 @@ def check_folder(folder: Path, name: str) -> None:
         raise StorageError(
             "the folder holds other files", where=folder, fix="choose a new or empty folder"
         )
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; one that is there stays.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
 
 
 def check_writable(folder: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.concepts.adapter import Products, file_name, fit
+from customize.concepts.adapter import Factors, Products, file_name, fit
 from customize.concepts.files import safetensors_bytes, storage_error, write_file
 from customize.concepts.layout import INPUTS_FILE
 from customize.concepts.reading import located, read_single_tensors
@@ -51,13 +51,15 @@ PROMPTS = (
     "a photo of {} wearing a scarf",
     "a painting of {}",
 )
+#: What stands in the place of {} where it is about what all prompts share.
+THINGS = ("a dog", "a cat", "a car", "a cup", "a person")
 #: Directions that are kept of a layer's inputs.
 DIRECTIONS = 32
 STEPS = 8
 GUIDANCE = 5.0
 _TOGETHER = 4  # pictures drawn at a time
 
-Factors = Mapping[str, Mapping[str, Tensor]]
+Layers = Mapping[str, Sequence[str]]
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 
@@ -177,26 +179,35 @@ def class_words(class_word: str) -> str:
     return f"a {class_word}" if class_word else ""
 
 
+def layers_of(family: Family, products: Products) -> Layers:
+    """The layers that updates change, by the model's own names."""
+    return {component: list(updates) for component, updates in fit(products, family).items()}
+
+
 @torch.no_grad()
 def record(
     family: Family,
-    products: Products,
+    layers: Layers,
     prompts: Sequence[str],
     shape: Sequence[int],
     *,
     encode: Encode | None = None,
+    empty_counts: bool = False,
+    ready: Callable[[], object] = lambda: None,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, dict[str, Tensor]]:
-    """Draw, and record what the layers read; the share of the empty prompt does not count.
+    """Draw, and record what the layers read.
 
     Args:
         family: with whatever is attached to it.
-        products: whose layers are recorded.
+        layers: component -> the layers to record, by the model's names.
         prompts: what is drawn; see :func:`texts`.
         shape: (channels, height, width) of latents.
         encode: prompts to conditions; None: the family's.
+        empty_counts: whether inputs of the empty prompt, which guidance leads away from, count too.
+        ready: called when all prompts are encoded, before the denoiser is.
         steps, guidance, autocast: as :func:`customize.families.sampling.sample`.
 
     Returns:
@@ -204,25 +215,28 @@ def record(
         are convolutions of more than a pixel, are left out.
     """
     encode = encode or family.encode_prompts
+    chunks = [prompts[first : first + _TOGETHER] for first in range(0, len(prompts), _TOGETHER)]
     with autocast():
         # Together with another, as tokens with an embedding for each layer make conditions longer.
         empty = {name: rows[-1:] for name, rows in encode([*prompts[:1], ""]).items()}
     empty = family.unconditional(empty)
-    with watched(family, products) as watch:
-        for first in range(0, len(prompts), _TOGETHER):
-            chunk = prompts[first : first + _TOGETHER]
-            watch.halved = False
-            with autocast():
-                asked = encode(chunk)
-            watch.halved = family.is_guided(guidance)
+    with watched(family, layers) as watch:
+        with autocast():
+            if empty_counts:
+                encode([""])
+            asked = [encode(chunk) for chunk in chunks]
+        ready()
+        watch.halved = family.is_guided(guidance) and not empty_counts
+        for number, conditions in enumerate(asked):
+            first = number * _TOGETHER
             sample(
                 family,
-                asked,
+                conditions,
                 empty,
                 shape,
                 steps=steps,
                 guidance=guidance,
-                seeds=range(first, first + len(chunk)),
+                seeds=range(first, first + len(chunks[number])),
                 autocast=autocast,
             )
     return watch.factors(DIRECTIONS)
@@ -269,13 +283,13 @@ class Watch:
 
 
 @contextmanager
-def watched(family: Family, products: Products) -> Iterator[Watch]:
-    """Within it, the inputs of all layers of the updates are counted."""
+def watched(family: Family, layers: Layers) -> Iterator[Watch]:
+    """Within it, the inputs of all these layers are counted."""
     watch, handles = Watch(), []
     try:
-        for component, updates in fit(products, family).items():
+        for component, modules in layers.items():
             model = uncompiled(family.components[component])
-            for module in updates:
+            for module in modules:
                 layer: Any = model.get_submodule(module)
                 if _is_plain(getattr(layer, "base_layer", layer)):
 

@@ -12,7 +12,7 @@ from customize.concepts.claims import read_claims
 from customize.concepts.concept import BasisInfo
 from customize.concepts.layout import INFO_FILE
 from customize.concepts.reading import read_info
-from customize.core.bases import block, capacity, hashed_block, shared_columns
+from customize.core.bases import avoided, block, capacity, hashed_block, shared_columns
 from customize.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ class Holder(Protocol):
 
 
 def columns_for(
-    widths: Iterable[int], rank: int, *, index: int | None, name: str
+    widths: Iterable[int], rank: int, *, index: int | None, name: str, avoid: int = 0
 ) -> dict[int, tuple[int, ...]]:
     """The slice of each input width for one concept.
 
@@ -42,6 +42,7 @@ def columns_for(
             the count starts again, and :func:`collisions` reports it. None for a concept without
             a library: its name's hash chooses, at each width.
         name: the concept's name.
+        avoid: as the basis has it; columns are of what is left of a width.
 
     Returns:
         width -> ``rank`` column numbers.
@@ -51,11 +52,12 @@ def columns_for(
     """
     if index is not None and index < 0:
         raise ConfigError(f"a concept's number cannot be {index}", fix="count from 0")
+    left = {width: width - avoided(width, avoid) for width in sorted(set(widths))}
     return {
-        width: hashed_block(name, width, rank)
+        width: hashed_block(name, room, rank)
         if index is None
-        else block(index % capacity(width, rank), width, rank)
-        for width in sorted(set(widths))
+        else block(index % capacity(room, rank), room, rank)
+        for width, room in left.items()
     }
 
 
@@ -107,10 +109,11 @@ def next_free_index(
                     taken.setdefault(int(width), []).extend(columns)
 
     def shared(index: int) -> int:
-        slices = columns_for(taken, rank, index=index, name="")
+        slices = columns_for(taken, rank, index=index, name="", avoid=basis.avoid)
         return sum(taken[width].count(c) for width, columns in slices.items() for c in columns)
 
-    candidates = max((capacity(width, rank) for width in taken), default=1)
+    rooms = [width - avoided(width, basis.avoid) for width in taken]
+    candidates = max((capacity(room, rank) for room in rooms), default=1)
     return min(range(candidates), key=shared)
 
 
@@ -181,4 +184,8 @@ def collisions(infos: Sequence[Holder]) -> list[Collision]:
 
 def _same_basis(a: BasisInfo | None, b: BasisInfo | None) -> bool:
     # The scale does not turn a slice, so it does not matter here.
-    return a is not None and b is not None and (a.kind, a.seed) == (b.kind, b.seed)
+    return a is not None and b is not None and _turn(a) == _turn(b)
+
+
+def _turn(basis: BasisInfo) -> tuple[str, int, int, str]:
+    return basis.kind, basis.seed, basis.avoid, basis.shared

@@ -82,9 +82,10 @@ def load_custom(
             that comes closest to doing to what each concept's prompts bring there what that
             concept's own update does, and nothing to the rest
             (:func:`customize.core.fusion.fusion`). It needs to know what a concept's layers read:
-            a record that lies beside the concept (:func:`record_inputs`), or one that is made
-            here and now, by drawing. None: as before, at first "sum". A single concept is as it is
-            either way.
+            a record that training leaves beside the concept (or :func:`record_inputs`), or one
+            that is made here and now, by drawing. "auto": fusion where each concept has a record,
+            else a sum. None: as before, at first "auto". A single concept is as it is anyway;
+            ``pipe.custom`` tells how several are merged.
         attention: "auto": of the backends that are installed and fit the device, the dtype and the
             widths of the heads, the fastest; on CUDA they are timed here, elsewhere it is torch's
             own. Or one of them: "native" ("sdpa" is the same), "xformers", "flash", "sage", or

@@ -28,7 +28,7 @@ from customize.hosts.guards import ADAPTER
 from customize.hosts.offload import settled
 from customize.hosts.placing import computing_device, fitted, planned, planned_before
 from customize.hosts.plan import Weights, renamed, wanted
-from customize.hosts.recording import check_method, merging_of, recorded
+from customize.hosts.recording import check_method, merging_of, merging_without, recorded
 from customize.hosts.state import Attached, Customization, Holder, Row, check_sharing, find
 
 
@@ -189,7 +189,7 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
             )
     after = {name: kept for name, kept in before.items() if names and name not in names}
     if before:
-        change(_with_all_parts(family, holder), holder, after)
+        change(_with_all_parts(family, holder), holder, after, merging_without(holder, after))
     _adjust(pipe, holder)
     if not names:
         for part in family.components.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from customize.concepts.inputs import (
     PROMPTS,
     LayerInputs,
     class_words,
+    layers_of,
     place_beside,
     record,
     texts,
@@ -23,7 +25,7 @@ from customize.families import Family
 from customize.hosts.change import change
 from customize.hosts.state import Attached, Holder, Merging
 
-SUM = "sum"
+AUTO, SUM = "auto", "sum"
 
 
 def check_method(method: str | None) -> None:
@@ -32,11 +34,11 @@ def check_method(method: str | None) -> None:
     Raises:
         ConfigError: no such method.
     """
-    if method not in (None, SUM, FUSION):
+    if method not in (None, AUTO, SUM, FUSION):
         raise ConfigError(
             f"a pipeline's concepts cannot be merged by {method!r}",
             where="merge",
-            fix=f"choose {SUM} or {FUSION}; customize merge has others",
+            fix=f"choose {AUTO}, {SUM} or {FUSION}; customize merge has others",
         )
 
 
@@ -52,14 +54,14 @@ def merging_of(
         family: of all that the holder knows to be changed.
         method: None: as before.
 
-    Records that lie beside the concepts are read, and those that lack are made, for which the
-    pipeline draws.
+    Records that lie beside the concepts are read. For "fusion" those that lack are made, for which
+    the pipeline draws.
 
     Raises:
         ConfigError: a concept that has no record has no words to draw it with.
         ConceptError: a record cannot be read, or is not of this concept.
     """
-    method = method or holder.merging.method
+    method = method or holder.merging.chosen
     if method == SUM or len(after) < 2:
         return Merging(method)
     known: dict[str, LayerInputs] = {}
@@ -76,7 +78,24 @@ def merging_of(
                     fix="delete it, or record it again: customize record",
                 )
     lacking = [each.concept for name, each in after.items() if name not in known]
-    return Merging(method, known | recorded(family, holder, lacking))
+    if lacking and method == AUTO:
+        if known:
+            names = ", ".join(concept.info.name for concept in lacking)
+            warnings.warn(
+                f"the concepts are summed, not fused, as there is no record of what the layers of "
+                f'{names} read; make one here with merge="fusion", or once with customize record',
+                stacklevel=5,
+            )
+        return Merging(method, SUM, known)
+    return Merging(method, FUSION, known | recorded(family, holder, lacking))
+
+
+def merging_without(holder: Holder, after: Mapping[str, Attached]) -> Merging:
+    """How what is left will be merged when some concepts are gone; nothing is read or drawn."""
+    before = holder.merging
+    known = {name: own for name, own in before.inputs.items() if name in after}
+    fused = before.chosen != SUM and known.keys() == after.keys() and len(after) > 1
+    return Merging(before.chosen, FUSION if fused else SUM, known)
 
 
 def recorded(
@@ -113,10 +132,11 @@ def recorded(
     with _set_aside(family, holder):
         for concept in concepts:
             products, info = concept.products, concept.info
+            layers = layers_of(family, products)
             change(family, holder, {})
-            generic = record(family, products, texts(class_words(info.class_word), prompts), shape)
+            generic = record(family, layers, texts(class_words(info.class_word), prompts), shape)
             change(family, holder, {info.name: Attached(concept, 1.0, fused=False)})
-            own = record(family, products, texts(info.words, prompts), shape)
+            own = record(family, layers, texts(info.words, prompts), shape)
             found[info.name] = LayerInputs(updates_digest(products), own, generic)
     return found
 

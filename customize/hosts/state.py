@@ -45,10 +45,12 @@ class Merging:
     """How what is attached becomes one update.
 
     Attributes:
-        method: "sum" or "fusion".
+        chosen: "sum", "fusion", or "auto": fusion where each concept has a record, else a sum.
+        method: which of the two it is.
         inputs: concept name -> what its layers read, for "fusion".
     """
 
+    chosen: str = "auto"
     method: str = "sum"
     inputs: Mapping[str, LayerInputs] = field(default_factory=dict)
 

@@ -27,6 +27,8 @@ _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _HEADER = "customize_checkpoint"
 #: Among a run's settings: component -> digest, from :func:`customize.training.base.weights_of`.
 BASE_WEIGHTS = "base_weights"
+#: Among them: what the avoided directions go by.
+SHARED = "shared_directions"
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 from customize.concepts import claims
 from customize.concepts.claims import Claim
 from customize.concepts.slices import Holder, collisions, columns_for, holders, next_free_index
-from customize.core.bases import capacity
+from customize.core.bases import avoided, capacity
 from customize.errors import CustomizeError, SettingsError
 from customize.families import Family
 from customize.training import checkpoint
@@ -21,7 +21,11 @@ from customize.training.setup import basis_of, input_widths
 
 @contextmanager
 def claimed_slice(
-    config: TrainConfig, family: Family, before: Mapping[str, Any] | None, accelerator: Any
+    config: TrainConfig,
+    family: Family,
+    shared: str,
+    before: Mapping[str, Any] | None,
+    accelerator: Any,
 ) -> Iterator[int | None]:
     """Choose the concept's number and claim its slice, before the first step.
 
@@ -29,6 +33,7 @@ def claimed_slice(
     the run can go on from; where there is none, all is as it was.
 
     Args:
+        shared: the name of the directions that slices avoid; empty where they avoid none.
         before: the settings of the checkpoint that the run goes on from; its slice holds.
 
     Yields:
@@ -47,7 +52,7 @@ def claimed_slice(
     answer: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            answer = [_claim(config, family, before)]
+            answer = [_claim(config, family, shared, before)]
         except CustomizeError as error:
             answer = [error]
     if accelerator.num_processes > 1:  # all learn in one slice, and stop for one error
@@ -70,7 +75,9 @@ def claimed_slice(
         claims.withdraw_claim(config.output)
 
 
-def _claim(config: TrainConfig, family: Family, before: Mapping[str, Any] | None) -> int | None:
+def _claim(
+    config: TrainConfig, family: Family, shared: str, before: Mapping[str, Any] | None
+) -> int | None:
     library = config.library
     with nullcontext() if library is None else claims.alone_in(library):
         others = [] if library is None else holders(library, without=config.name)
@@ -78,33 +85,34 @@ def _claim(config: TrainConfig, family: Family, before: Mapping[str, Any] | None
             index: int | None = config.slice
         elif before is not None:
             index = before.get("slice")
-            _check_still_ours(config, family, index, others)
+            _check_still_ours(config, family, shared, index, others)
         else:
-            index = _free(config, family)
-        claim = _claim_of(config, family, index)
+            index = _free(config, family, shared)
+        claim = _claim_of(config, family, shared, index)
         claims.write_claim(claim, config.output)
     _tell(claim, library, others)
     return index
 
 
-def _free(config: TrainConfig, family: Family) -> int | None:
+def _free(config: TrainConfig, family: Family, shared: str) -> int | None:
     if config.library is None:
         return None
     return next_free_index(
         config.library,
         config.rank,
-        basis_of(config),
+        basis_of(config, shared),
         name=config.name,
         widths=input_widths(family, config),
     )
 
 
-def _claim_of(config: TrainConfig, family: Family, index: int | None) -> Claim:
+def _claim_of(config: TrainConfig, family: Family, shared: str, index: int | None) -> Claim:
     widths = input_widths(family, config)
-    columns = columns_for(widths, config.rank, index=index, name=config.name)
+    basis = basis_of(config, shared)
+    columns = columns_for(widths, config.rank, index=index, name=config.name, avoid=basis.avoid)
     return Claim(
         name=config.name,
-        basis=basis_of(config),
+        basis=basis,
         rank=config.rank,
         index=index,
         slices={str(width): list(own) for width, own in columns.items()},
@@ -112,13 +120,13 @@ def _claim_of(config: TrainConfig, family: Family, index: int | None) -> Claim:
 
 
 def _check_still_ours(
-    config: TrainConfig, family: Family, index: int | None, others: list[Holder]
+    config: TrainConfig, family: Family, shared: str, index: int | None, others: list[Holder]
 ) -> None:
     """Refuse a slice that others hold too, unless the library is so full that none is better."""
-    taken = _sharing(_claim_of(config, family, index), others)
+    taken = _sharing(_claim_of(config, family, shared, index), others)
     if index is None or not taken:
         return
-    best = _sharing(_claim_of(config, family, _free(config, family)), others)
+    best = _sharing(_claim_of(config, family, shared, _free(config, family, shared)), others)
     if sum(taken.values()) > sum(best.values()):
         raise SettingsError(
             f"the slice {index}, in which {config.name} was being learned, is that of "
@@ -138,7 +146,7 @@ def _sharing(claim: Claim, others: list[Holder]) -> dict[str, int]:
 def _tell(claim: Claim, library: Path | None, others: list[Holder]) -> None:
     """Warn of columns that are not the concept's alone."""
     for width, columns in claim.slices.items() if library is None else ():
-        limit = capacity(int(width), claim.rank)
+        limit = capacity(int(width) - avoided(int(width), claim.basis.avoid), claim.rank)
         if claim.index is not None and claim.index >= limit:
             warnings.warn(
                 f"width {width} holds {limit} slices of rank {claim.rank}, from 0: there, slice "

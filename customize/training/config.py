@@ -106,6 +106,18 @@ class TrainConfig(BaseModel):
     basis_scale: float = Field(
         default=1.0, gt=0, le=100, description="Factor on the frozen basis columns, above 0 to 100"
     )
+    avoid: int = Field(
+        default=16,
+        ge=0,
+        le=128,
+        description="Leading directions of each layer's inputs on generic prompts that the slices"
+        " stay out of, at most an eighth of a width; 0: none, as in the paper",
+    )
+    avoid_weight: float = Field(
+        default=0.3,
+        ge=0,
+        description="Weight of the loss on what the slices change of generic prompts nevertheless",
+    )
     slice: int | None = Field(
         default=None,
         ge=0,

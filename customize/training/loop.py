@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from customize.concepts import files
+from customize.concepts.adapter import Factors
 from customize.concepts.concept import Concept
 from customize.core.objectives import weighted_mse
 from customize.errors import TrainingError, TrainingStopped
@@ -23,7 +24,7 @@ from customize.training import base, cache, inputs, process, record, setup
 from customize.training import checkpoint as checkpoints
 from customize.training.batches import compose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures
-from customize.training.checkpoint import BASE_WEIGHTS, Checkpoint
+from customize.training.checkpoint import BASE_WEIGHTS, SHARED, Checkpoint
 from customize.training.claim import claimed_slice
 from customize.training.config import TrainConfig
 from customize.training.prior import class_samples_of
@@ -117,15 +118,23 @@ def train(
             setup.put_away(family, family.unused, free=True)
         else:
             stack.enter_context(setup.borrowed(parts))
-        before = None if start is None else start.settings
-        settings["slice"] = stack.enter_context(claimed_slice(config, family, before, accelerator))
-        del parts  # what the family then lets go of is freed, if it is our own
         fingerprint = family.fingerprint()
         if not weights:  # of a hub id that was not here yet
             weights = base.weights_on_disk(config.base) or base.weights_of("", family.components)
             settings[BASE_WEIGHTS] = weights
-            if start is not None:
-                checkpoints.check_settings(start, settings, folder)
+        before = None if start is None else start.settings
+        generic: Factors = {}
+        if config.method == "orthogonal" and config.avoid:
+            generic, settings[SHARED] = inputs.shared_directions(
+                config, family, weights, resolution, device, accelerator, autocast
+            )
+        shared = settings[SHARED]
+        settings["slice"] = stack.enter_context(
+            claimed_slice(config, family, shared, before, accelerator)
+        )
+        del parts  # what the family then lets go of is freed, if it is our own
+        if start is not None:
+            checkpoints.check_settings(start, settings, folder)
 
         # Pictures are encoded once; then the autoencoder only waits for validation.
         family.vae.to(device)
@@ -153,7 +162,9 @@ def train(
         resting = family.all_text_encoders
         if live:
             resting = {k: v for k, v in resting.items() if k in family.other_encoders}
-        trainable = stack.enter_context(setup.trainable(family, config, settings["slice"]))
+        trainable = stack.enter_context(
+            setup.trainable(family, config, settings["slice"], generic, shared)
+        )
         setup.check_texts(family, trainable, "caption", pictures.captions)
         setup.check_texts(family, trainable, "validation prompt", config.validation_prompts)
         with autocast():
@@ -292,6 +303,7 @@ def optimise(
             if accelerator.num_processes > 1:
                 process.average_gradients(accelerator, weights)
             scaler.unscale_(optimizer)
+            trainable.add_held()
             if config.max_grad_norm:
                 clip_grad_norm_(weights, config.max_grad_norm)
             scaler.step(optimizer)

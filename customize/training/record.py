@@ -17,7 +17,7 @@ from customize.concepts.layout import INFO_FILE
 from customize.errors import ConceptError, SettingsError
 from customize.families import Family
 from customize.training import data
-from customize.training.checkpoint import BASE_WEIGHTS, differences
+from customize.training.checkpoint import BASE_WEIGHTS, SHARED, differences
 from customize.training.config import TrainConfig
 from customize.training.setup import Trainable
 
@@ -54,7 +54,7 @@ def run_settings(
         weights: of the base, from :func:`customize.training.base.weights_of`.
         before: those of the run that may go on. Its slice holds unless the configuration names
             one. Without both the slice is None until it is chosen; see
-            :func:`customize.training.claim.claimed_slice`.
+            :func:`customize.training.claim.claimed_slice`. So do the directions that it avoids.
     """
     values = config.model_dump(mode="json", exclude=_FREE)
     if not config.prior_weight or class_pictures:
@@ -62,6 +62,7 @@ def run_settings(
             del values[key]
     return values | {
         "slice": (before or {}).get("slice") if config.slice is None else config.slice,
+        SHARED: (before or {}).get(SHARED, ""),
         "pictures": pictures,
         "class_pictures": class_pictures,
         "processes": processes,

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts import layerwise, tokens
-from customize.concepts.adapter import Adapter, attach
+from customize.concepts.adapter import Adapter, Factors, attach, file_name
 from customize.concepts.concept import BasisInfo
 from customize.concepts.slices import columns_for
+from customize.core.bases import avoided
+from customize.core.shared import change_on_generic
 from customize.errors import ConfigError, DataError, PipelineError
 from customize.families import Family
 from customize.hosts.opening import open_base
@@ -127,6 +129,7 @@ class Trainable:
             ``rows``; 0 where all read the same.
         triggers: trigger -> vocabulary entries, for :func:`customize.concepts.tokens.expand`.
         basis, columns: what the frozen down-projections are; None and empty for "lora".
+        held: up-projections, each with the factor on its squared norm in the loss.
     """
 
     adapter: Adapter
@@ -135,6 +138,14 @@ class Trainable:
     triggers: dict[str, list[str]]
     basis: BasisInfo | None
     columns: dict[int, tuple[int, ...]]
+    held: list[tuple[nn.Parameter, float]]
+
+    @torch.no_grad()
+    def add_held(self) -> None:
+        """Add the gradient of ``sum factor * ||up||^2`` to what the loss has left."""
+        for up, factor in self.held:
+            if up.grad is not None:
+                up.grad.add_(up, alpha=2.0 * factor)
 
     def groups(self, family: Family, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer, each named by its setting, whose value is ``peak``."""
@@ -183,23 +194,29 @@ class Trainable:
 
 
 @contextmanager
-def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterator[Trainable]:
+def trainable(
+    family: Family, config: TrainConfig, index: int | None, generic: Factors, shared: str
+) -> Iterator[Trainable]:
     """Add the concept's tokens and adapter to a model; afterwards they are gone.
 
     Args:
         index: the concept's number; see :func:`customize.concepts.slices.columns_for`.
+        generic, shared: what layers read on generic prompts, and its name; empty where the
+            settings avoid nothing of it.
 
     Raises:
         ConfigError, ConceptError, PipelineError: what is asked for does not fit the model.
             Nothing was changed.
     """
-    components = _adapted(family, config)
+    components = adapted(family, config)
     basis: BasisInfo | None = None
     columns: dict[int, tuple[int, ...]] = {}
     if config.method == "orthogonal":
-        basis = basis_of(config)
+        basis = basis_of(config, shared)
         widths = input_widths(family, config)
-        columns = columns_for(widths, config.rank, index=index, name=config.name)
+        columns = columns_for(
+            widths, config.rank, index=index, name=config.name, avoid=config.avoid
+        )
 
     undo: list[Callable[[], None]] = []
     try:
@@ -229,6 +246,7 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
             alpha=config.adapter_alpha,
             basis=basis,
             columns=columns or None,
+            directions=generic,
             components=components,
             seed=_own_seed(config, "adapter"),
         )
@@ -239,7 +257,8 @@ def trainable(family: Family, config: TrainConfig, index: int | None) -> Iterato
                 for layer in own.values():
                     layer.cast_input_dtype_enabled = False
         triggers = {config.trigger: entries} if entries else {}
-        yield Trainable(adapter, rows, layers, triggers, basis, columns)
+        held = _held(adapter, generic, config.avoid_weight) if basis and config.avoid else []
+        yield Trainable(adapter, rows, layers, triggers, basis, columns, held)
     finally:
         for action in reversed(undo):
             action()
@@ -314,10 +333,11 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             where="layerwise_tokens",
             fix="leave it out",
         )
+    avoid = config.avoid if config.method == "orthogonal" else 0
     narrowest = min(
-        min(shape)
-        for key in _adapted(family, config)
-        for shape in family.adapter_targets(key).values()
+        min(out, width - avoided(width, avoid))
+        for key in adapted(family, config)
+        for out, width in family.adapter_targets(key).values()
     )
     if config.rank > narrowest:
         raise ConfigError(
@@ -341,18 +361,44 @@ def check_fits(family: Family, config: TrainConfig) -> int:
 
 def input_widths(family: Family, config: TrainConfig) -> set[int]:
     """The input widths of all layers that get an adapter."""
-    adapted = _adapted(family, config)
-    return {width for key in adapted for _, width in family.adapter_targets(key).values()}
+    return {
+        width
+        for key in adapted(family, config)
+        for _, width in family.adapter_targets(key).values()
+    }
 
 
-def basis_of(config: TrainConfig) -> BasisInfo:
-    """The basis of the concept's slices, by the settings."""
-    return BasisInfo(kind=config.basis, seed=config.basis_seed, scale=config.basis_scale)
+def basis_of(config: TrainConfig, shared: str) -> BasisInfo:
+    """The basis of the concept's slices, by the settings.
+
+    Args:
+        shared: the name of the directions that they avoid.
+    """
+    return BasisInfo(
+        kind=config.basis,
+        seed=config.basis_seed,
+        scale=config.basis_scale,
+        avoid=config.avoid,
+        shared=shared,
+    )
 
 
-def _adapted(family: Family, config: TrainConfig) -> list[str]:
+def adapted(family: Family, config: TrainConfig) -> list[str]:
     """The components that get an adapter."""
     return [*family.denoisers, *(family.text_encoders if config.train_text_encoder else ())]
+
+
+def _held(adapter: Adapter, generic: Factors, weight: float) -> list[tuple[nn.Parameter, float]]:
+    """What :attr:`Trainable.held` is; see :mod:`customize.core.shared`."""
+    found = []
+    for component, layers in adapter.layers.items() if weight else ():
+        for module, layer in layers.items():
+            inputs = generic[component][file_name(component, module)]
+            down, up = layer.lora_A[adapter.name].weight, layer.lora_B[adapter.name].weight
+            base = layer.get_base_layer().weight
+            factor = change_on_generic(down, inputs, base, layer.scaling[adapter.name])
+            found.append((up, weight * factor))
+    return found
 
 
 def _own_seed(config: TrainConfig, what: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,29 +12,38 @@ from peft.utils import set_peft_model_state_dict
 
 from customize.concepts import adapter as adapters
 from customize.concepts.concept import Concept
-from customize.core.lowrank import MERGES, LowRank
+from customize.concepts.inputs import LayerInputs
+from customize.concepts.merge import merge as merge_concepts
+from customize.core.lowrank import LowRank
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """A concept, and what its layers read."""
+
+    concept: Concept
+    record: LayerInputs
+
 
 Products = dict[str, dict[str, LowRank]]
-Merge = Callable[[Any, Sequence[Concept], float], Products]
+Merge = Callable[[Any, Sequence[Learned], float], Products]
 
 # How the concepts were learned.
-SLICED, SAME, PLAIN = "disjoint slices", "same slice", "ordinary LoRA"
+AVOIDING, SLICED, SAME, PLAIN = (
+    "slices that avoid what is shared",
+    "the paper's slices",
+    "same slice",
+    "ordinary LoRA",
+)
 
 
-def by_products(method: str) -> Merge:
-    """One of our merges: on the products, with one weight for all."""
+def by_ours(method: str) -> Merge:
+    """One of our merges, with one weight for all."""
 
-    def merge(family: Any, concepts: Sequence[Concept], weight: float) -> Products:
-        first = concepts[0].products
-        return {
-            part: {
-                module: MERGES[method](
-                    [c.products[part][module] for c in concepts], [weight] * len(concepts)
-                )
-                for module in first[part]
-            }
-            for part in first
-        }
+    def merge(family: Any, learned: Sequence[Learned], weight: float) -> Products:
+        concepts = [each.concept for each in learned]
+        records = [each.record for each in learned]
+        return merge_concepts(concepts, [weight] * len(concepts), method, records)
 
     return merge
 
@@ -41,7 +51,8 @@ def by_products(method: str) -> Merge:
 def by_peft(combination: str) -> Merge:
     """peft's `add_weighted_adapter`, run as users run it; its result is read back as products."""
 
-    def merge(family: Any, concepts: Sequence[Concept], weight: float) -> Products:
+    def merge(family: Any, learned: Sequence[Learned], weight: float) -> Products:
+        concepts = [each.concept for each in learned]
         merged: Products = {}
         for part in concepts[0].products:
             fitted = [adapters.fit({part: c.products[part]}, family)[part] for c in concepts]
@@ -79,13 +90,14 @@ def by_peft(combination: str) -> Merge:
     return merge
 
 
-OURS, AVERAGE = "Orthogonal Adaptation, sum", "ordinary LoRA, average"
+OURS = f"{AVOIDING}, fusion"
+AVERAGE = f"{PLAIN}, average"
+SUMS = (f"{AVOIDING}, sum", f"{SLICED}, sum")
 
 METHODS: dict[str, tuple[str, Merge]] = {
-    OURS: (SLICED, by_products("sum")),
-    "same slice for all, sum": (SAME, by_products("sum")),
-    "ordinary LoRA, sum": (PLAIN, by_products("sum")),
-    AVERAGE: (PLAIN, by_products("average")),
+    **{f"{kind}, fusion": (kind, by_ours("fusion")) for kind in (AVOIDING, SLICED, PLAIN)},
+    **{f"{kind}, sum": (kind, by_ours("sum")) for kind in (AVOIDING, SLICED, SAME, PLAIN)},
+    AVERAGE: (PLAIN, by_ours("average")),
     "peft linear": (PLAIN, by_peft("linear")),
     "peft ties": (PLAIN, by_peft("ties")),
     "peft dare_linear": (PLAIN, by_peft("dare_linear")),

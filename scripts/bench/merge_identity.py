@@ -1,14 +1,16 @@
 """Does merging keep each concept's identity? Ours against what users would pick, same seeds.
 
-Thirteen concepts of the miniature world are learned apart from five pictures each, three times:
-with disjoint slices, all with the same slice (the paper's worst case), and as ordinary LoRAs; the
-demo's settings otherwise, tokens included. They are then merged K at a time by each method, at each
-method's best single weight, which is found on six other concepts than the six that are scored. The
-rates are of the same six at every K, in merges that start with the first or the second three. What
-was learned and scored is kept in `--folder`, so a run that was cut off goes on.
+Thirteen concepts of the miniature world are learned apart from five pictures each, four times: with
+slices that avoid what all prompts share, with the paper's disjoint slices, all with the same slice
+(the paper's worst case), and as ordinary LoRAs; the demo's settings otherwise, tokens included.
+They are then merged K at a time by each method, at each method's best single weight, which is found
+on six other concepts than the six that are scored. The rates are of the same six at every K, in
+merges that start with the first or the second three. What was learned and scored is kept in
+`--folder`, so a run that was cut off goes on.
 
-The average of K updates at weight K is their sum at weight 1, so tuning would make the two rows
-one: the average is shown as users get it, at weight 1.
+Fusion takes the place of a weight: it is shown at weight 1. The average of K updates at weight K is
+their sum at weight 1, so tuning would make the two rows one: the average is shown as users get it,
+at weight 1.
 
     python scripts/bench/merge_identity.py --json scripts/bench/results/merge_identity.json
 """
@@ -19,6 +21,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -31,10 +34,22 @@ from typing import Any
 import _common
 import torch
 from _class_pictures import SETTINGS, draw_world
-from _merges import AVERAGE, METHODS, OURS, PLAIN, SAME, SLICED, by_products
+from _merges import (
+    AVERAGE,
+    AVOIDING,
+    METHODS,
+    OURS,
+    PLAIN,
+    SAME,
+    SLICED,
+    SUMS,
+    Learned,
+    by_ours,
+)
 from _scorer import KINDS, RATES, Scorer, concept, open_quietly
 
 from customize.concepts.concept import Concept
+from customize.concepts.inputs import LayerInputs, place_beside
 from customize.core.lowrank import norm
 from customize.demo import TRAINING, assets
 from customize.evaluation import storybook
@@ -46,7 +61,7 @@ TUNED_ON: Groups = ((3, 4, 5), (6, 7, 8))
 # Weights are tried a factor of 1.6 apart, and on past the ends of a list while the end is best.
 STEP = 1.6
 WEIGHT_RANGE = (0.05, 4.0)
-LEARNED = (SLICED, SAME, PLAIN)
+LEARNED = (AVOIDING, SLICED, SAME, PLAIN)
 CLASS_PICTURES = "class_pictures"
 TOKENS = "tokens only, no weights"
 
@@ -83,19 +98,28 @@ def class_pictures(args: argparse.Namespace) -> Path | None:
 
 
 def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
-    """Only the slice and the method differ."""
+    """Only the slice, what it avoids and the method differ."""
     story = concept(index)
+    own: dict[str, dict[str, Any]] = {
+        AVOIDING: {"slice": index},
+        SLICED: {"slice": index, "avoid": 0},
+        SAME: {"slice": 0, "avoid": 0},
+        PLAIN: {"method": "lora"},
+    }
     return TrainConfig(
         base=str(args.base),
         images=args.folder / "pictures" / story.name,
-        output=args.folder / kind.replace(" ", "-") / story.name,
+        output=args.folder / folder_name(kind) / story.name,
         name=story.name,
         class_word=story.identity.kind,
-        method="lora" if kind == PLAIN else "orthogonal",
-        slice={SLICED: index, SAME: 0, PLAIN: None}[kind],
         prior_images=class_pictures(args),
         **training(args),
+        **own[kind],
     )
+
+
+def folder_name(text: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", text.lower())
 
 
 def learn(args: argparse.Namespace, job: str) -> None:
@@ -143,8 +167,7 @@ def cell_file(args: argparse.Namespace, job: str) -> Path:
     sources = [storybook.__file__, __file__, here / "_merges.py", here / "_scorer.py"]
     for path in [*map(Path, sources), *weights_of(args.base), *weights_of(args.judges)]:
         depends.update(path.read_bytes())
-    name = job.replace(", ", "-").replace(" ", "-").replace("/", "-")
-    return args.folder / f"scores-{depends.hexdigest()[:8]}" / f"{name}.json"
+    return args.folder / f"scores-{depends.hexdigest()[:8]}" / f"{folder_name(job)}.json"
 
 
 def weights_of(folder: Path) -> list[Path]:
@@ -162,20 +185,23 @@ def row_of(
     return row | {"merge_seconds": seconds}
 
 
-def load(args: argparse.Namespace, kind: str, indices: Sequence[int]) -> list[Concept]:
-    return [Concept.load(config_of(args, kind, i).output) for i in indices]
+def load(args: argparse.Namespace, kind: str, indices: Sequence[int]) -> list[Learned]:
+    folders = [config_of(args, kind, index).output for index in indices]
+    return [Learned(Concept.load(f), LayerInputs.load(place_beside(f))) for f in folders]
 
 
 def alone(
     args: argparse.Namespace, scorer: Scorer, method: str, protocol: Protocol
 ) -> list[dict[str, Any]]:
     """Each concept by itself at full weight, or its tokens without any weights."""
-    kind = SLICED if method == TOKENS else method.removeprefix("alone, ")
+    kind = AVOIDING if method == TOKENS else method.removeprefix("alone, ")
     found = []
     for index in (i for group in protocol.scored for i in group):
         (one,) = load(args, kind, [index])
-        products = None if method == TOKENS else by_products("sum")(scorer.family, [one], 1.0)
-        found.append(scorer.rates(products, [one], [index], protocol.seeds, protocol.scenes))
+        products = None if method == TOKENS else by_ours("sum")(scorer.family, [one], 1.0)
+        found.append(
+            scorer.rates(products, [one.concept], [index], protocol.seeds, protocol.scenes)
+        )
     return [row_of(method, 1, 0.0 if method == TOKENS else 1.0, over(found), 0.0)]
 
 
@@ -187,7 +213,7 @@ def over(found: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float
 def merged(
     args: argparse.Namespace, scorer: Scorer, method: str, count: int, protocol: Protocol
 ) -> list[dict[str, Any]]:
-    """One method at one K, at its best weight; ours at full weight as well."""
+    """One method at one K, at its best weight; sums of slices at full weight as well."""
     kind, merge = METHODS[method]
     weight = 1.0
     tried: dict[float, float] = {}
@@ -197,7 +223,8 @@ def merged(
         for group in groups:
             chosen = load(args, kind, members(count, group, protocol.total))
             products = merge(scorer.family, chosen, weight)
-            found.append(scorer.rates(products, chosen, group, seeds, protocol.scenes))
+            concepts = [each.concept for each in chosen]
+            found.append(scorer.rates(products, concepts, group, seeds, protocol.scenes))
         return over(found)
 
     def quality(weight: float) -> float:
@@ -206,14 +233,14 @@ def merged(
         print(f"{method} K={count} w={weight:.3g}: {value:.3f}", flush=True)
         return value
 
-    if len(protocol.weights) > 1 and method != AVERAGE:
+    if len(protocol.weights) > 1 and method != AVERAGE and not method.endswith("fusion"):
         weight, tried = best_weight(quality, protocol.weights)
     chosen = load(args, kind, members(count, protocol.scored[0], protocol.total))
     began = time.perf_counter()
     merge(scorer.family, chosen, weight)
     seconds = time.perf_counter() - began
     rows = []
-    for used in dict.fromkeys((weight, 1.0) if method == OURS else (weight,)):
+    for used in dict.fromkeys((weight, 1.0) if method in SUMS else (weight,)):
         found = rates(used, protocol.scored, protocol.seeds)
         name = method if used == weight else f"{method}, at full weight"
         told = ", ".join(f"{w:.3g}: {tried[w]:.2f}" for w in sorted(tried))
@@ -281,20 +308,27 @@ def figures(
     args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], protocol: Protocol
 ) -> dict[str, float]:
     found = {(r["method"], r["k"]): r["identity"] for r in rows}
-    single = found[f"alone, {SLICED}", 1]
+    single = found[f"alone, {AVOIDING}", 1]
     result = {"identity_alone": single, "identity_tokens_only": found[TOKENS, 1]}
     for count in protocol.counts:
         result[f"identity_retention_k{count}"] = found[OURS, count] / single if single else 0.0
         peers = [found[name, count] for name in METHODS if name != OURS]
         result[f"margin_over_best_peer_k{count}"] = found[OURS, count] - max(peers)
+        # At full weight, with nothing but the slices to keep concepts apart.
+        kept = [
+            found.get((f"{name}, at full weight", count), found[name, count])
+            / max(found[f"alone, {kind}", 1], 1e-9)
+            for name, kind in zip(SUMS, (AVOIDING, SLICED), strict=True)
+        ]
+        result[f"shared_direction_gain_k{count}"] = kept[0] - kept[1]
     for kind in LEARNED:
         sizes = [
             norm(update) ** 2
             for one in load(args, kind, range(protocol.total))
-            for updates in one.products.values()
+            for updates in one.concept.products.values()
             for update in updates.values()
         ]
-        name = f"update_norm_{kind.replace(' ', '_')}"
+        name = f"update_norm_{folder_name(kind).replace('-', '_')}"
         result[name] = (sum(sizes) / protocol.total) ** 0.5
     return result
 

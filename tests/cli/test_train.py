@@ -36,6 +36,9 @@ def arguments(world: World, folder: Path, **settings: object) -> list[str]:
         "steps": 2,
         "batch_size": 1,
         "device": "cpu",
+        # These would take longer than the run itself.
+        "avoid": 0,
+        "record_inputs": False,
     } | settings
     return [
         part for key, value in given.items() for part in ("--" + key.replace("_", "-"), str(value))

@@ -90,7 +90,7 @@ def test_one_concept_is_as_it_is(pair):
 
 def test_the_method_stays_and_changes(pair):
     pipe, rex, tom = pair
-    pipe.load_custom(rex, tom)
+    pipe.load_custom(rex, tom, merge="sum")
     summed = draw(pipe)
     pipe.load_custom(merge="fusion")
     fused = draw(pipe)
@@ -101,6 +101,22 @@ def test_the_method_stays_and_changes(pair):
     assert np.array_equal(draw(pipe), summed)
     pipe.unload_custom()
     pipe.load_custom(rex, merge="fusion").load_custom(tom)
+    assert np.array_equal(draw(pipe), fused)
+
+
+def test_records_beside_all_concepts_mean_fusion(pair, tmp_path):
+    pipe, rex, tom = pair
+    pipe.load_custom(rex, tom, merge="fusion")
+    fused = draw(pipe)
+    pipe.unload_custom()
+    pipe.load_custom(rex, tom)
+    assert np.array_equal(draw(pipe), fused)
+    assert "merged by fusion" in repr(pipe.custom)
+    max_ = concept(pipe, "max", index=2).save(tmp_path / "max")
+    with pytest.warns(UserWarning, match="no record of what the layers of max read"):
+        pipe.load_custom(max_)
+    assert "merged by sum" in repr(pipe.custom)
+    pipe.unload_custom("max")
     assert np.array_equal(draw(pipe), fused)
 
 
@@ -185,7 +201,7 @@ def test_bad_input(tmp_path):
     before = everything(pipe)
     save_file(user_lora(pipe), tmp_path / "style.safetensors")
     rex = concept(pipe)
-    with pytest.raises(ConfigError, match=r"cannot be merged by 'ties'.*choose sum or fusion"):
+    with pytest.raises(ConfigError, match=r"cannot be merged by 'ties'.*choose auto, sum or"):
         pipe.load_custom(rex, merge="ties")
     with pytest.raises(ConfigError, match="style says no words that call it"):
         pipe.load_custom(rex, tmp_path / "style.safetensors", merge="fusion")

@@ -54,7 +54,8 @@ def test_conditions_are_those_of_each_layers_rows(tmp_path):
     pipe = tiny_sd()
     family = family_of(pipe.components)
     pipe.text_encoder.requires_grad_(False)
-    with trainable(family, settings(tmp_path, layerwise_tokens=True), None) as found:
+    config = settings(tmp_path, layerwise_tokens=True)
+    with trainable(family, config, None, {}, "") as found:
         texts = found.wordings("a photo of <rex>")
         assert texts[3] == "a photo of <rex@3> <rex@3>_1" and len(texts) == LAYERS
         assert found.wordings("a dog") == ["a dog"] * LAYERS

@@ -1,0 +1,117 @@
+"""Slices that stay out of what all prompts share, in training."""
+
+import pytest
+import torch
+
+from customize.concepts.concept import Concept
+from customize.concepts.inputs import LayerInputs
+from customize.concepts.slices import collisions
+from customize.core.bases import avoided
+from customize.errors import ConceptError, ConfigError, SettingsError
+from customize.families import family_of
+from customize.training.loop import train
+from tests.tiny import tiny_flux, tiny_sd
+from tests.training.runs import same, settings, tensors
+
+MAKERS = {"sd": tiny_sd, "flux": tiny_flux}
+
+
+def record_of(folder):
+    (path,) = folder.glob(".shared_directions-*.safetensors")
+    return path, LayerInputs.load(path).generic
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_down_projections_are_blind_to_the_leading_directions(tmp_path, make):
+    pipe = make()
+    config = settings(tmp_path, avoid=4, steps=3, slice=0)
+    train(config, pipe.components, progress=False)
+    concept = Concept.load(config.output)
+    path, generic = record_of(tmp_path)
+    assert concept.info.basis.avoid == 4 and len(concept.info.basis.shared) == 16
+    checked = 0
+    for component, updates in concept.products.items():
+        for module, update in updates.items():
+            width = update.shape[1]
+            lead = generic[component][module][: avoided(width, 4)].double()
+            down = update.down.double()
+            lead = lead / lead.norm(dim=1, keepdim=True)
+            assert len(lead) == min(4, width // 8)
+            assert (down @ lead.T).abs().max() < 1e-5 * down.norm()
+            gram = down @ down.T
+            torch.testing.assert_close(
+                gram, gram[0, 0] * torch.eye(len(gram)).double(), atol=1e-5, rtol=1e-5
+            )
+            checked += 1
+    assert checked > 10
+    # Another concept beside it has the same record, and another slice of what is left.
+    before = path.stat().st_mtime_ns
+    other = settings(tmp_path, "tom", avoid=4, steps=3, name="tom", slice=1)
+    train(other, pipe.components, progress=False)
+    assert path.stat().st_mtime_ns == before
+    tom = Concept.load(other.output)
+    for component, updates in concept.products.items():
+        for module, update in updates.items():
+            crossed = update.down.double() @ tom.products[component][module].down.double().T
+            assert crossed.abs().max() < 1e-5 * update.down.double().norm() ** 2
+
+
+def test_the_penalty_holds_down_what_generic_prompts_reach(tmp_path):
+    pipe = tiny_sd()
+    norms = []
+    for weight in (0.0, 100.0):
+        config = settings(tmp_path, f"w{weight:g}", avoid=4, avoid_weight=weight)
+        concept = train(config, pipe.components, progress=False)
+        norms.append(sum(float(u.up.norm()) for o in concept.products.values() for u in o.values()))
+    assert norms[1] < 0.9 * norms[0]
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_same_directions(tmp_path):
+    pipe = tiny_sd()
+    whole = train(settings(tmp_path / "a", avoid=4), pipe.components, progress=False)
+    config = settings(tmp_path / "b", avoid=4, checkpoint_every=4)
+
+    def stop(step, loss):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, pipe.components, progress=False, on_step=stop)
+    path, generic = record_of(tmp_path / "b")
+    resumed = train(config, pipe.components, progress=False)
+    assert same(tensors(whole), tensors(resumed))
+    assert train(config, pipe.components, progress=False).info == resumed.info
+
+    # Other directions than those it began with would be another adapter.
+    again = settings(tmp_path / "b", "again", avoid=4, checkpoint_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(again, pipe.components, progress=False, on_step=stop)
+    turned = {c: {m: rows.flip(1) for m, rows in own.items()} for c, own in generic.items()}
+    LayerInputs("generic prompts", {}, turned).save(path)
+    with pytest.raises(SettingsError, match="shared_directions"):
+        train(again, pipe.components, progress=False)
+    path.write_bytes(b"damaged")
+    with pytest.raises(ConceptError):
+        train(again, pipe.components, progress=False)
+
+
+def test_slices_of_other_directions_collide(tmp_path):
+    pipe = tiny_sd()
+    plain = train(settings(tmp_path, "plain"), pipe.components, progress=False)
+    avoiding = train(
+        settings(tmp_path, "avoiding", avoid=4, name="tom", slice=1),
+        pipe.components,
+        progress=False,
+    )
+    (collision,) = collisions([plain.info, avoiding.info])
+    assert "different bases" in str(collision)
+
+
+def test_the_rank_must_fit_what_is_left(tmp_path):
+    pipe = tiny_sd()
+    family = family_of(pipe.components)
+    narrowest = min(min(s) for s in family.adapter_targets("unet").values())
+    config = settings(tmp_path, avoid=16, rank=narrowest)
+    with pytest.raises(ConfigError, match="rank"):
+        train(config, pipe.components, progress=False)
+    assert not config.output.exists() and not list(tmp_path.glob(".shared*"))

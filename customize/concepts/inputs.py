@@ -51,12 +51,10 @@ PROMPTS = (
     "a photo of {} wearing a scarf",
     "a painting of {}",
 )
-#: What stands in the place of {} where it is about what all prompts share.
-THINGS = ("a dog", "a cat", "a car", "a cup", "a person")
 #: Directions that are kept of a layer's inputs.
 DIRECTIONS = 32
 STEPS = 8
-GUIDANCE = 5.0
+GUIDANCE = 3.0
 _TOGETHER = 4  # pictures drawn at a time
 
 Layers = Mapping[str, Sequence[str]]
@@ -172,6 +170,34 @@ def updates_digest(products: Products) -> str:
 def texts(words: str, prompts: Sequence[str] = PROMPTS) -> list[str]:
     """The prompts with words in the place of {}."""
     return [prompt.replace("{}", words) for prompt in prompts]
+
+
+def generic_prompts(count: int = 64) -> list[str]:
+    """What prompts of all kinds share: things of all colours in many places, by one and by two.
+
+    The lists have lengths without a common divisor, so that each prompt is another one.
+    """
+
+    def pick(words: Sequence[str], number: int) -> str:
+        return words[number % len(words)]
+
+    found = []
+    for k in range(count):
+        thing = f"a {pick(_COLOURS, k)} {pick(_THINGS, k)}{pick(_WORN, k)}"
+        if k % 4 == 3:
+            thing += f" and a {pick(_COLOURS, k + 3)} {pick(_THINGS, k + 5)}{pick(_WORN, k + 1)}"
+        found.append(f"{pick(_OPENINGS, k)}{thing}{pick(_PLACES, k)}")
+    return found
+
+
+_OPENINGS = ("a photo of ", "a picture of ", "")
+_THINGS = "dog cat car cup bird person robot house fish rabbit woman toy man".split()
+_COLOURS = "red blue green white black yellow striped brown pink small spotted".split()
+_WORN = ("", " wearing a hat", "", " wearing glasses", " wearing a scarf")
+_PLACES = (
+    *(" on a beach", " in a forest", " in a city", " in the snow", " in a room", " in space"),
+    "",
+)
 
 
 def class_words(class_word: str) -> str:

@@ -17,9 +17,9 @@ from customize.concepts.concept import Concept
 from customize.concepts.inputs import (
     GUIDANCE,
     STEPS,
-    THINGS,
     LayerInputs,
     class_words,
+    generic_prompts,
     layers_of,
     record,
     texts,
@@ -94,7 +94,7 @@ def shared_directions(
         ConceptError: the file there cannot be read.
         StorageError: it cannot be written.
     """
-    prompts = [text for thing in THINGS for text in texts(thing)]
+    prompts = generic_prompts()
     parts = {key: weights.get(key) for key in sorted(weights)}
     facts = [parts, prompts, STEPS, GUIDANCE, resolution, config.mixed_precision]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]

@@ -191,8 +191,14 @@ def generic_prompts(count: int = 64) -> list[str]:
 
 
 _OPENINGS = ("a photo of ", "a picture of ", "")
-_THINGS = "dog cat car cup bird person robot house fish rabbit woman toy man".split()
-_COLOURS = "red blue green white black yellow striped brown pink small spotted".split()
+_THINGS = (
+    *("dog", "cat", "car", "cup", "bird", "person", "robot", "house", "fish", "rabbit", "woman"),
+    *("toy", "man"),
+)
+_COLOURS = (
+    *("red", "blue", "green", "white", "black", "yellow", "striped", "brown", "pink", "small"),
+    "spotted",
+)
 _WORN = ("", " wearing a hat", "", " wearing glasses", " wearing a scarf")
 _PLACES = (
     *(" on a beach", " in a forest", " in a city", " in the snow", " in a room", " in space"),

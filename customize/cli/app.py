@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from customize.cli import flags
+from customize.cli.options import Device, Dtype, Json, Merge, SomeSources, Sources, Weights
 from customize.cli.shared import on_interrupt
 
 app = typer.Typer(
@@ -18,51 +19,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Sources = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="CONCEPT",
-        help="Concepts: folders or .safetensors files that train has written, or hub ids",
-        show_default=False,
-    ),
-]
-SomeSources = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="CONCEPT",
-        help="Concepts: folders, .safetensors files or hub ids",
-        show_default=False,
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="W,W,...",
-        help="A weight for each concept, with commas between; not given: 1 each",
-        show_default=False,
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Device, such as cpu or cuda:1; not given: the best at hand",
-        show_default=False,
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="float32|float16|bfloat16",
-        help="Precision; not given: float32 on a CPU, else float16",
-        show_default=False,
-    ),
-]
-Json = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the figures here", show_default=False),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -114,9 +70,12 @@ def merge(
     method: Annotated[
         str,
         typer.Option(
-            metavar="sum|average", help="sum: as it is; average: the sum over the number of them"
+            metavar="auto|sum|average|fusion",
+            help="sum: as it is; average: the sum over the number of them; fusion: in each layer"
+            " what does to each concept's inputs what its own update does, for which each needs a"
+            " record of these (customize record); auto: fusion where all have one, else sum",
         ),
-    ] = "sum",
+    ] = "auto",
     rank: Annotated[
         int | None,
         typer.Option(
@@ -156,6 +115,48 @@ def merge(
 
 
 @app.command()
+@on_interrupt("interrupted: the records made so far are kept")
+def record(
+    concepts: Sources,
+    base: Annotated[
+        str,
+        typer.Option(
+            metavar="BASE", help="Pipeline to draw with: a folder or a hub id", show_default=False
+        ),
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What to draw, with {} for the concept's words; may be given often; not given: a"
+            " dozen of places and clothes",
+            show_default=False,
+        ),
+    ] = None,
+    words: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="The concept's words, for a LoRA whose file names none",
+            show_default=False,
+        ),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Record what the layers of concepts and LoRA files read, for merges by fusion.
+
+    The record lies beside the concept. Training leaves one; LoRAs from
+    elsewhere need this once.
+
+    customize record loras/tom.safetensors --base BASE --words "tom the cat"
+    """
+    from customize.cli.record import run
+
+    run(concepts, base, prompt or None, words, device, dtype)
+
+
+@app.command()
 @on_interrupt("interrupted: the pictures drawn so far are kept")
 def generate(
     base: Annotated[
@@ -174,6 +175,7 @@ def generate(
     ],
     concepts: SomeSources = None,
     weights: Weights = None,
+    merge: Merge = "auto",
     negative: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="What to keep out", show_default=False),
@@ -229,7 +231,7 @@ def generate(
         count=count,
         size=parse_size(size),
     )
-    run(base, concepts or [], weights, plan, output, device, dtype)
+    run(base, concepts or [], weights, merge, plan, output, device, dtype)
 
 
 @app.command()
@@ -261,6 +263,14 @@ def evaluate(
             rich_help_panel="In the storybook",
         ),
     ] = None,
+    merge: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|sum|fusion",
+            help="How they are merged, as for generate",
+            rich_help_panel="In the storybook",
+        ),
+    ] = "auto",
     seeds: Annotated[
         int,
         typer.Option(
@@ -361,6 +371,7 @@ def evaluate(
         judges=judges,
         references=references or Path("assets/concepts"),
         weights=weights,
+        merge=merge,
         seeds=seeds,
         steps=steps,
         device=device,

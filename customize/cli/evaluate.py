@@ -52,7 +52,7 @@ def check_mode(context: Any, storybook: bool, images: Path | None, concepts: Seq
         return
     if concepts:
         raise ConfigError("--images scores pictures, not concepts", fix="leave concepts out")
-    refuse_given(context, ("base", "judges", "weights", "seeds", "steps"), "--images")
+    refuse_given(context, ("base", "judges", "weights", "merge", "seeds", "steps"), "--images")
 
 
 def run_storybook(
@@ -62,6 +62,7 @@ def run_storybook(
     judges: Path,
     references: Path,
     weights: str | None,
+    merge: str,
     seeds: int,
     steps: int,
     device: str | None,
@@ -85,7 +86,14 @@ def run_storybook(
     pipe = load_pipeline(base, choose_device(device), "float32")
     _check_pipeline(pipe, base, concepts, steps)
     rows = storybook_rows(
-        pipe, loaded, concepts, numbers, known, seeds=range(1, seeds + 1), steps=steps
+        pipe,
+        loaded,
+        concepts,
+        numbers,
+        known,
+        seeds=range(1, seeds + 1),
+        steps=steps,
+        merge=merge,
     )
     _print_rates(rows)
     if json_file is not None:
@@ -120,6 +128,7 @@ def storybook_rows(
     *,
     seeds: Sequence[int],
     steps: int,
+    merge: str = "auto",
 ) -> list[dict[str, Any]]:
     """One row for each concept, seed, and number of concepts attached (1, and all of them).
 
@@ -155,7 +164,7 @@ def storybook_rows(
 
         before = {seed: drawn({"": plain}, seed)[""] for seed in seeds}
         for (together, factors), groups in zip(setups, of_setup, strict=True):
-            load_custom(pipe, *together, weights=factors)
+            load_custom(pipe, *together, weights=factors, merge=merge)
             for seed in seeds:
                 images = drawn(groups, seed)
                 change = drift(before[seed], images[""])

@@ -98,6 +98,7 @@ def run(
     base: str,
     sources: Sequence[str],
     weights_text: str | None,
+    merge: str,
     plan: Plan,
     output: Path,
     device: str | None,
@@ -133,11 +134,12 @@ def run(
     check_steps(pipe, plan.steps)
     _check_arguments(pipe, plan)
     if concepts:
-        load_custom(pipe, *concepts, weights=weights)
+        load_custom(pipe, *concepts, weights=weights, merge=merge)
     pipe.set_progress_bar_config(disable=True)
 
     facts = {
         "base": base,
+        "merge": pipe.custom.merge if len(concepts) > 1 else None,
         "concepts": [
             {
                 "name": concept.info.name,

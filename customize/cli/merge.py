@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from customize.cli.shared import (
     choose_device,
@@ -20,8 +20,14 @@ from customize.cli.shared import (
     storing,
 )
 from customize.concepts.layout import LAYOUTS
-from customize.core.lowrank import MERGES
+from customize.concepts.merge import FUSION, METHODS
 from customize.errors import ConfigError
+
+if TYPE_CHECKING:
+    from customize.concepts.formats.lora import Adaptation
+    from customize.concepts.inputs import LayerInputs
+
+AUTO = "auto"
 
 
 def run(
@@ -37,9 +43,10 @@ def run(
 ) -> None:
     """Merge concepts and write the result to a new folder."""
     weights = parse_weights(weights_text, len(sources)) or [1.0] * len(sources)
-    if method not in MERGES:
+    methods = (AUTO, *METHODS)
+    if method not in methods:
         raise ConfigError(
-            f"there is no merge {method}", where="--method", fix=f"choose from {', '.join(MERGES)}"
+            f"there is no merge {method}", where="--method", fix=f"choose from {', '.join(methods)}"
         )
     if layout not in LAYOUTS:
         raise ConfigError(
@@ -62,8 +69,9 @@ def run(
         raise ConfigError(
             "--rank has no meaning with --fuse: weights take the exact sum", fix="leave one out"
         )
-    share = 1 / len(sources) if method == "average" else 1.0
-    _write_pipeline(sources, output, [weight * share for weight in weights], fuse, dtype)
+    if method == "average":
+        method, weights = "sum", [weight / len(sources) for weight in weights]
+    _write_pipeline(sources, output, weights, method, fuse, dtype)
 
 
 def _write_lora(
@@ -79,17 +87,44 @@ def _write_lora(
     from customize.concepts.slices import collisions
 
     concepts = [opened_whole(source) for source in sources]
-    merged = write_merged(concepts, weights, output, method=method, rank=rank, layout=layout)
+    method, inputs = _with_records(concepts, method)
+    merged = write_merged(
+        concepts, weights, output, method=method, inputs=inputs, rank=rank, layout=layout
+    )
     out = console()
     names = ", ".join(concept.info.name for concept in concepts)
     ranks = ", ".join(f"{rank} in the {part}" for part, rank in merged.rank.items())
-    out.print(f"{names} are in {output} as one LoRA of rank {ranks}.", markup=False, soft_wrap=True)
+    out.print(
+        f"{names} are in {output} as one LoRA of rank {ranks}, merged by {method}.",
+        markup=False,
+        soft_wrap=True,
+    )
     if merged.error:
         out.print(f"Truncation lost {merged.error:.1%} of the update.", markup=False)
     for collision in collisions([concept.info for concept in concepts]):
         out.print(f"note: {collision}", markup=False, soft_wrap=True)
     reader = "stock diffusers loads it" if layout == LAYOUTS[0] else "other programs load it"
     out.print(f"README.md in it says how {reader}.", markup=False)
+
+
+def _with_records(concepts: Sequence[Adaptation], method: str) -> tuple[str, Sequence[LayerInputs]]:
+    """The method, and the records that it needs."""
+    from customize.concepts.inputs import record_beside
+
+    if method not in (AUTO, FUSION):
+        return method, ()
+    found = {c.info.name: record_beside(c.info.name, c.products, c.source) for c in concepts}
+    records = [record for record in found.values() if record is not None]
+    lacking = [name for name, record in found.items() if record is None]
+    if not lacking:
+        return FUSION, records
+    if method == FUSION:
+        raise ConfigError(
+            f"there is no record of what the layers of {', '.join(lacking)} read",
+            where="--method fusion",
+            fix="make one with customize record, or choose --method sum",
+        )
+    return "sum", ()
 
 
 def _save(pipe: Any, folder: Path) -> None:
@@ -106,7 +141,12 @@ def _save(pipe: Any, folder: Path) -> None:
 
 
 def _write_pipeline(
-    sources: Sequence[str], output: Path, weights: Sequence[float], base: str, dtype: str | None
+    sources: Sequence[str],
+    output: Path,
+    weights: Sequence[float],
+    method: str,
+    base: str,
+    dtype: str | None,
 ) -> None:
     from customize import load_custom
     from customize.concepts.concept import Concept
@@ -121,7 +161,7 @@ def _write_pipeline(
         check_together(ours)
     check_new(output)
     pipe = load_pipeline(base, choose_device("cpu"), dtype)
-    load_custom(pipe, *concepts, weights=weights, fuse=True)
+    load_custom(pipe, *concepts, weights=weights, fuse=True, merge=method)
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
     try:
         with storing(output):

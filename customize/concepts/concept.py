@@ -175,6 +175,7 @@ class Concept:
             ``info.rank`` and scale ``info.scale``; CLIP's modules under the names used in files.
         embeddings: token dictionary's key -> (num_tokens, width), float; with ``token_layers``
             (num_tokens, token_layers, width); empty without tokens.
+        source: the folder or file that it was read from; None for one that was made in memory.
 
     Raises:
         ConceptError: the parts do not fit together, or a number is not finite.
@@ -183,6 +184,7 @@ class Concept:
     info: ConceptInfo
     products: Mapping[str, Mapping[str, LowRank]]
     embeddings: Mapping[str, Tensor]
+    source: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.products or not all(self.products.values()):

@@ -26,6 +26,7 @@ from customize.concepts.files import (
 )
 from customize.concepts.formats.kohya import factors, file_shapes, kohya_header, kohya_tensors
 from customize.concepts.formats.lora import Adaptation
+from customize.concepts.inputs import LayerInputs
 from customize.concepts.layout import CARD_FILE, embedding_tensors, lora_files
 from customize.concepts.merge import check_together, merge
 from customize.core.lowrank import LowRank, distance, filled, norm, truncate
@@ -59,6 +60,7 @@ def write_merged(
     folder: str | Path,
     *,
     method: str = "sum",
+    inputs: Sequence[LayerInputs] = (),
     rank: int | None = None,
     layout: str = "diffusers",
     family: Family | None = None,
@@ -77,7 +79,7 @@ def write_merged(
     keys, which only some of the web UIs read, and diffusers does not.
 
     Args:
-        method: a name in :data:`customize.core.lowrank.MERGES`.
+        method, inputs: as :func:`customize.concepts.merge.merge` takes them.
         rank: the most that any layer may have; None: exact, ranks add up.
         layout: one of :data:`customize.concepts.layout.LAYOUTS`.
         family: a model with these layers, for what the products alone do not say; None for the
@@ -101,7 +103,7 @@ def write_merged(
                 fix="learn one of them again with another trigger",
             )
         triggers[info.trigger] = info.name
-    exact = merge(concepts, weights, method)
+    exact = merge(concepts, weights, method, inputs)
     products: Products = exact
     error = 0.0
     _check_finite(exact)

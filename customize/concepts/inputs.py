@@ -155,6 +155,29 @@ def place_beside(source: str | Path) -> Path:
     return path / INPUTS_FILE if path.is_dir() else path.with_suffix(f".{INPUTS_FILE}")
 
 
+def record_beside(name: str, products: Products, source: Path | None) -> LayerInputs | None:
+    """The record that lies beside a concept; None where there is none.
+
+    Args:
+        name: of the concept, for messages.
+        source: what the concept was read from.
+
+    Raises:
+        ConceptError: it cannot be read, or is not of these updates.
+    """
+    path = None if source is None else place_beside(source)
+    if path is None or not path.is_file():
+        return None
+    found = LayerInputs.load(path)
+    if found.of != updates_digest(products):
+        raise ConceptError(
+            f"the record of layer inputs is not of {name} as it is now",
+            where=path,
+            fix="delete it, or record it again: customize record",
+        )
+    return found
+
+
 def updates_digest(products: Products) -> str:
     """A name for some updates, by the bytes of their factors."""
     digest = hashlib.sha256()
@@ -206,9 +229,12 @@ _PLACES = (
 )
 
 
-def class_words(class_word: str) -> str:
-    """What stands in the place of {} where the base draws."""
-    return f"a {class_word}" if class_word else ""
+def base_prompts(class_word: str, prompts: Sequence[str] = PROMPTS) -> list[str]:
+    """What the base draws beside a concept: the prompts with its class word, or where it names
+    none, as many of all kinds."""
+    if not class_word:
+        return generic_prompts(len(prompts))
+    return texts(f"a {class_word}", prompts)
 
 
 def layers_of(family: Family, products: Products) -> Layers:

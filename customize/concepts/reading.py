@@ -187,7 +187,7 @@ def _checked(
     where: Path,
 ) -> Concept:
     try:
-        concept = Concept(info, products, embeddings)
+        concept = Concept(info, products, embeddings, where)
     except ConceptError as error:
         place = f"{where}: {error.where}" if error.where else where
         raise ConceptError(error.what, where=place, fix=error.fix) from error

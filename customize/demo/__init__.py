@@ -92,6 +92,8 @@ def learn(folder: Path, name: str, method: Method, components: Mapping[str, Any]
         class_word=story.identity.kind,
         slice=NAMES.index(name) if method == "orthogonal" else None,
         method=method,
+        # The others are merged as everybody does, by a sum, which needs no record.
+        record_inputs=method == "orthogonal",
         **TRAINING,
     )
     try:
@@ -199,7 +201,7 @@ def run(folder: str | Path = "demo") -> Path:
     with tqdm(total=total, desc="drawing", unit="picture") as bar:
         for row, loaded, asked in models:
             if loaded:
-                load_custom(pipe, *loaded)
+                load_custom(pipe, *loaded, merge="sum" if row == PLAIN else "fusion")
             for seed in SEEDS:
                 now = {key: some for key, some in asked.items() if seed in seeds_of(row, key)}
                 found = storybook.draw_groups(pipe, now, seed, bar.update) if now else {}

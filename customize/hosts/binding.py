@@ -154,7 +154,10 @@ def custom(pipe: Any) -> Customization:
 
 
 def record_inputs(
-    pipe: Any, concept: str | Path | Concept | Lora | LoraFile, prompts: Sequence[str] | None = None
+    pipe: Any,
+    concept: str | Path | Concept | Lora | LoraFile,
+    prompts: Sequence[str] | None = None,
+    words: str | None = None,
 ) -> LayerInputs:
     """Record what a concept's layers read while it is drawn, for ``load_custom(merge="fusion")``.
 
@@ -168,6 +171,7 @@ def record_inputs(
         concept: as for :func:`load_custom`.
         prompts: each with ``{}`` for the concept's words, and in the base for "a" and its class
             word. None: a dozen of places and clothes.
+        words: what calls the concept; None: its trigger, or what a LoRA's file names.
 
     Raises:
         ConfigError: a prompt without ``{}``, or a LoRA that says no words of its own.
@@ -175,7 +179,7 @@ def record_inputs(
     """
     from customize.hosts.load import record
 
-    return record(pipe, concept, prompts)
+    return record(pipe, concept, prompts, words)
 
 
 def memory_plan(

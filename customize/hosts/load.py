@@ -89,7 +89,7 @@ def set_to(
     }
     now, then = ([(e.name, e.weight) for e in each.values()] for each in (before, after))
     if now != then or not all(adapter.is_there() for adapter in holder.adapters):
-        _change(pipe, _checked(family, holder, after, new, sources))
+        _change(pipe, _checked(family, holder, after, new))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ def _loading(
         new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
     holder = find(family)
     check_sharing(family, holder)
-    return _checked(family, holder, wanted(holder.attached, new, weights, fuse), new, sources)
+    return _checked(family, holder, wanted(holder.attached, new, weights, fuse), new)
 
 
 def _checked(
@@ -135,7 +135,6 @@ def _checked(
     holder: Holder,
     after: dict[str, Attached],
     new: Sequence[Adaptation],
-    sources: Sequence[object],
 ) -> _Changes:
     """Check what is wanted against the pipeline."""
     before = holder.attached
@@ -148,16 +147,14 @@ def _checked(
         if not {collision.first, collision.second} <= set(before):
             # Before the change, since a warning may be turned into an error.
             warnings.warn(str(collision), stacklevel=5)
-    places = {name: each.source for name, each in before.items()}
-    for concept, source in zip(new, sources, strict=True):
-        if isinstance(source, str | Path):
-            places[concept.info.name] = source
-    after = {name: replace(each, source=places.get(name)) for name, each in after.items()}
     return _Changes(family, holder, after)
 
 
 def record(
-    pipe: Any, source: str | Path | Adaptation | LoraFile, prompts: Sequence[str] | None
+    pipe: Any,
+    source: str | Path | Adaptation | LoraFile,
+    prompts: Sequence[str] | None,
+    words: str | None,
 ) -> LayerInputs:
     """What :func:`customize.record_inputs` does."""
     family = _family(pipe)
@@ -166,7 +163,7 @@ def record(
     check_sharing(family, holder)
     check_base(family, concept)
     family = _with_all_parts(family, holder)
-    return recorded(family, holder, [concept], prompts)[concept.info.name]
+    return recorded(family, holder, [concept], prompts, words)[concept.info.name]
 
 
 def unload(pipe: Any, names: Sequence[str]) -> None:

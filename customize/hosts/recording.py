@@ -12,15 +12,15 @@ from customize.concepts.formats.lora import Adaptation
 from customize.concepts.inputs import (
     PROMPTS,
     LayerInputs,
-    class_words,
+    base_prompts,
     layers_of,
-    place_beside,
     record,
+    record_beside,
     texts,
     updates_digest,
 )
 from customize.concepts.merge import FUSION
-from customize.errors import ConceptError, ConfigError
+from customize.errors import ConfigError
 from customize.families import Family
 from customize.hosts.change import change
 from customize.hosts.state import Attached, Holder, Merging
@@ -64,19 +64,12 @@ def merging_of(
     method = method or holder.merging.chosen
     if method == SUM or len(after) < 2:
         return Merging(method)
-    known: dict[str, LayerInputs] = {}
+    known = {name: own for name, own in holder.merging.inputs.items() if name in after}
     for name, each in after.items():
-        path = None if each.source is None else place_beside(each.source)
-        if name in holder.merging.inputs:
-            known[name] = holder.merging.inputs[name]
-        elif path is not None and path.is_file():
-            known[name] = LayerInputs.load(path)
-            if known[name].of != updates_digest(each.concept.products):
-                raise ConceptError(
-                    f"the record of layer inputs is not of {name} as it is now",
-                    where=path,
-                    fix="delete it, or record it again: customize record",
-                )
+        if name not in known:
+            concept = each.concept
+            found = record_beside(name, concept.products, concept.source)
+            known |= {} if found is None else {name: found}
     lacking = [each.concept for name, each in after.items() if name not in known]
     if lacking and method == AUTO:
         if known:
@@ -103,6 +96,7 @@ def recorded(
     holder: Holder,
     concepts: Sequence[Adaptation],
     prompts: Sequence[str] | None = None,
+    words: str | None = None,
 ) -> dict[str, LayerInputs]:
     """Concept's name -> its record; see :func:`customize.record_inputs`.
 
@@ -117,11 +111,11 @@ def recorded(
             fix='write such as "a photo of {} on a beach"; some ten of different places do',
         )
     for concept in concepts:
-        if not concept.info.words:
+        if not (words or concept.info.words):
             raise ConfigError(
                 f"{concept.info.name} says no words that call it, so nobody knows what to draw",
                 where=concept.info.name,
-                fix="record it with prompts of your own, which need no {} then",
+                fix="say them once: customize record --words, or record_inputs(words=)",
             )
     if not concepts:
         return {}
@@ -134,9 +128,9 @@ def recorded(
             products, info = concept.products, concept.info
             layers = layers_of(family, products)
             change(family, holder, {})
-            generic = record(family, layers, texts(class_words(info.class_word), prompts), shape)
+            generic = record(family, layers, base_prompts(info.class_word, prompts), shape)
             change(family, holder, {info.name: Attached(concept, 1.0, fused=False)})
-            own = record(family, layers, texts(info.words, prompts), shape)
+            own = record(family, layers, texts(words or info.words, prompts), shape)
             found[info.name] = LayerInputs(updates_digest(products), own, generic)
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from customize.attention.placing import Took
@@ -27,13 +26,11 @@ class Attached:
     Attributes:
         weight: its factor in the weighted sum.
         fused: whether it is in the base weights, and not in the adapter.
-        source: where it was read from.
     """
 
     concept: Adaptation
     weight: float
     fused: bool
-    source: str | Path | None = None
 
     @property
     def name(self) -> str:

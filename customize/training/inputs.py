@@ -18,7 +18,7 @@ from customize.concepts.inputs import (
     GUIDANCE,
     STEPS,
     LayerInputs,
-    class_words,
+    base_prompts,
     generic_prompts,
     layers_of,
     record,
@@ -37,7 +37,7 @@ def prompts_of(config: TrainConfig) -> list[str]:
     """All that is drawn for the record."""
     if not config.record_inputs:
         return []
-    return [*texts(config.trigger), *texts(class_words(config.class_word))]
+    return [*texts(config.trigger), *base_prompts(config.class_word)]
 
 
 def write_record(
@@ -62,8 +62,8 @@ def write_record(
     try:
         own = record(family, layers, texts(config.trigger), shape, **how)
         with trainable.adapter.silent():
-            words = class_words(config.class_word)
-            generic = record(family, layers, texts(words), shape, **how)
+            prompts = base_prompts(config.class_word)
+            generic = record(family, layers, prompts, shape, **how)
     except ConceptError as error:
         warnings.warn(f"the layer inputs of {config.name} were not recorded: {error}", stacklevel=2)
         return

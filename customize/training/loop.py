@@ -209,7 +209,7 @@ def train(
         )
         training = record.training_facts(settings, history, seconds, device)
         info = record.facts(config, family, trainable, fingerprint, training)
-        concept = Concept(info, trainable.adapter.products(), trainable.embeddings())
+        concept = Concept(info, trainable.adapter.products(), trainable.embeddings(), config.output)
         if accelerator.is_main_process:
             concept.save(config.output, validation.last)
             if config.record_inputs:

@@ -52,6 +52,7 @@ def test_the_printed_snippet_works(folder: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(demo.assets() / "storybook")
     customize.load_custom(pipe, *(folder / "concepts" / name for name in demo.NAMES))
     assert [row.slices for row in pipe.custom.rows] == ["disjoint"] * 3
+    assert pipe.custom.merge == "fusion"
 
 
 def test_a_second_run_learns_nothing_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

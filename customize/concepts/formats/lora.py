@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,11 +63,13 @@ class Lora:
         products: component -> module -> update, as :class:`Concept` has them; ranks and scales
             may differ between layers.
         embeddings: none.
+        source: the file that it was read from.
     """
 
     info: LoraInfo
     products: Mapping[str, Mapping[str, LowRank]]
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    source: Path | None = None
 
     def renamed(self, name: str) -> Lora:
         """The same under another name.
@@ -101,6 +104,11 @@ class LoraFile:
     where: str
     groups: Sequence[Group]
     metadata: Metadata
+
+    @property
+    def source(self) -> Path:
+        """The file."""
+        return Path(self.where)
 
     @property
     def info(self) -> LoraInfo:
@@ -151,7 +159,8 @@ class LoraFile:
             )
         rank = max(update.rank for own in found.values() for update in own.values())
         base, words = self.metadata.base, self.metadata.words
-        return Lora(LoraInfo(self.name, family.name, base, rank, words), found)
+        info = LoraInfo(self.name, family.name, base, rank, words)
+        return Lora(info, found, source=self.source)
 
     def _places(self, family: Family) -> list[tuple[Group, Place]]:
         names = Names(family)

@@ -1,0 +1,62 @@
+"""Arguments and flags that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONCEPT",
+        help="Concepts: folders or .safetensors files that train has written, or hub ids",
+        show_default=False,
+    ),
+]
+SomeSources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONCEPT",
+        help="Concepts: folders, .safetensors files or hub ids",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="W,W,...",
+        help="A weight for each concept, with commas between; not given: 1 each",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Device, such as cpu or cuda:1; not given: the best at hand",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|float16|bfloat16",
+        help="Precision; not given: float32 on a CPU, else float16",
+        show_default=False,
+    ),
+]
+Merge = Annotated[
+    str,
+    typer.Option(
+        "--merge",
+        metavar="auto|sum|fusion",
+        help="How several concepts become one update: added, or each as on its own prompts; auto:"
+        " fusion where each has a record of its layers' inputs, else the sum",
+    ),
+]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the figures here", show_default=False),
+]

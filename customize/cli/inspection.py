@@ -70,6 +70,8 @@ def described(concept: Adaptation) -> dict[str, str]:
     }
     if info.basis is not None:
         rows["basis"] = f"{info.basis.kind}, seed {info.basis.seed}, scale {info.basis.scale:g}"
+        if info.basis.avoid:
+            rows["basis"] += f", {info.basis.avoid} directions avoided ({info.basis.shared})"
         rows["slices"] = "; ".join(
             f"width {width}: {_ranges(columns)}" for width, columns in info.slices.items()
         )

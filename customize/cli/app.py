@@ -384,8 +384,9 @@ def evaluate(
 def inspect(concepts: Sources) -> None:
     """Show what concepts hold, and whether they get in each other's way.
 
-    For several it also lists shared slices, with what resolves them, and
-    how much each one's update overlaps with the others', from 0 to 1.
+    For several it also lists shared slices, with what resolves them, how
+    much each one's update overlaps with the others', from 0 to 1, and how
+    loudly each answers to the others' prompts, where these were recorded.
     """
     from customize.cli.inspection import run
 

@@ -8,18 +8,24 @@ from itertools import combinations
 
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from customize.cli.shared import console
+from customize.concepts.adapter import file_name
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.formats.opening import opened_whole
+from customize.concepts.inputs import LayerInputs, record_beside
 from customize.concepts.merge import strangers
 from customize.concepts.slices import collisions
-from customize.core.crosstalk import matrix
+from customize.core.crosstalk import answers, matrix, relative
 from customize.core.lowrank import LowRank
+
+# From here on a second update changes what the first one draws.
+LOUD = 0.5
 
 
 def run(sources: Sequence[str]) -> None:
-    """Print a table a concept; for several, their collisions and the overlap of their updates."""
+    """Print a table a concept; for several, their collisions and how they disturb one another."""
     concepts = [opened_whole(source) for source in sources]
     out = console()
     for source, concept in zip(sources, concepts, strict=True):
@@ -47,6 +53,22 @@ def run(sources: Sequence[str]) -> None:
     if not found and not plain:
         out.print("No two share a slice: their updates are orthogonal.", markup=False)
     out.print(_overlaps(concepts))
+    records = [record_beside(c.info.name, c.products, c.source) for c in concepts]
+    known = [record for record in records if record is not None]
+    if len(known) < len(concepts):
+        lacking = [c.info.name for c, r in zip(concepts, records, strict=True) if r is None]
+        out.print(
+            f"There is no record of what the layers of {', '.join(lacking)} read, by which one "
+            "could tell how loudly each answers to the others' prompts: make it with customize "
+            "record.",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    by_layer = answers(_flat(concepts), _flat_inputs(concepts, known))
+    out.print(_crosstalk(_labels(concepts), relative(by_layer)))
+    for line in verdicts([concept.info.name for concept in concepts], by_layer):
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def described(concept: Adaptation) -> dict[str, str]:
@@ -98,19 +120,61 @@ def _sizes(concept: Adaptation) -> dict[str, str]:
     return {"layers": layers, "numbers": f"{count:,}"}
 
 
-def _overlaps(concepts: Sequence[Adaptation]) -> Table:
-    labels = [f"{number}. {concept.info.name}" for number, concept in enumerate(concepts, start=1)]
-    by_label: dict[str, Mapping[str, LowRank]] = {
+def verdicts(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> list[str]:
+    """What each pair's crosstalk means for a plain sum at weight 1, in words."""
+    lines = []
+    for i, j in combinations(range(len(names)), 2):
+        loud = 0
+        for entries in by_layer.values():
+            own = entries.diagonal()
+            loud += bool(entries[i, j] > LOUD * own[i] or entries[j, i] > LOUD * own[j])
+        told = f"{names[i]} and {names[j]}: in {loud} of {len(by_layer)} layers one answers to the "
+        told += f"other's prompts more than {LOUD:g} times as loudly as that itself"
+        lines.append(told + (": merge them by fusion." if loud else "."))
+    return lines
+
+
+def _labels(concepts: Sequence[Adaptation]) -> list[str]:
+    return [f"{number}. {concept.info.name}" for number, concept in enumerate(concepts, start=1)]
+
+
+def _flat(concepts: Sequence[Adaptation]) -> dict[str, Mapping[str, LowRank]]:
+    return {
         label: {
-            f"{part}.{module}": update
+            f"{part}.{file_name(part, module)}": update
             for part, own in concept.products.items()
             for module, update in own.items()
         }
-        for label, concept in zip(labels, concepts, strict=True)
+        for label, concept in zip(_labels(concepts), concepts, strict=True)
     }
-    overlaps = matrix(by_label)
-    table = Table("overlap of updates", *labels, title_justify="left")
-    for label, row in zip(labels, overlaps.tolist(), strict=True):
+
+
+def _flat_inputs(
+    concepts: Sequence[Adaptation], records: Sequence[LayerInputs]
+) -> dict[str, Mapping[str, Tensor]]:
+    return {
+        label: {
+            f"{part}.{module}": rows
+            for part, own in each.own.items()
+            for module, rows in own.items()
+        }
+        for label, each in zip(_labels(concepts), records, strict=True)
+    }
+
+
+def _overlaps(concepts: Sequence[Adaptation]) -> Table:
+    labels = _labels(concepts)
+    return _square("overlap of updates", labels, labels, matrix(_flat(concepts)))
+
+
+def _crosstalk(labels: Sequence[str], values: Tensor) -> Table:
+    rows = [f"on the prompts of {label}" for label in labels]
+    return _square("what an update does, against the concept's own", rows, labels, values)
+
+
+def _square(title: str, rows: Sequence[str], columns: Sequence[str], values: Tensor) -> Table:
+    table = Table(title, *columns, title_justify="left")
+    for label, row in zip(rows, values.tolist(), strict=True):
         table.add_row(label, *(f"{value:.3f}" for value in row))
     return table
 

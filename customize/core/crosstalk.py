@@ -75,11 +75,7 @@ def activation_crosstalk(p: LowRank, q: LowRank, inputs: Tensor) -> float:
         ConceptError: the updates or the inputs do not fit together.
     """
     check_alike([p, q])
-    if inputs.ndim != 2 or inputs.shape[1] != p.shape[1]:
-        raise ConceptError(
-            f"inputs of shape {tuple(inputs.shape)} do not enter a layer of width {p.shape[1]}",
-            fix=f"give recorded inputs of shape (n, {p.shape[1]})",
-        )
+    _check_inputs(inputs, p)
     own, other = (
         float(torch.linalg.matrix_norm(rows @ inputs.to(rows).T))
         for rows in (row_factor(p), row_factor(q))
@@ -87,6 +83,60 @@ def activation_crosstalk(p: LowRank, q: LowRank, inputs: Tensor) -> float:
     if other == 0:
         return 0.0
     return other / own if own > 0 else math.inf
+
+
+def answers(
+    products_by_concept: Mapping[str, Mapping[str, LowRank]],
+    inputs_by_concept: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """For each layer, how loudly every update answers to every concept's inputs.
+
+    Args:
+        products_by_concept: concept name -> layer name -> update.
+        inputs_by_concept: concept name -> layer name -> (n, in), a factor of the second moment of
+            the layer's inputs while that concept is drawn, of trace 1.
+
+    Returns:
+        layer name -> (K, K), float64, on the CPU, in the mapping's order: entry (i, j) is
+        ``||dW_j S_i^T||``, what j's update does on i's inputs. Only layers that all concepts
+        change, with inputs of each.
+
+    Raises:
+        ConceptError: updates and inputs of a layer do not fit together.
+    """
+    names = list(products_by_concept)
+    first, *others = (set(products_by_concept[name]) for name in names)
+    known = [set(inputs_by_concept.get(name, {})) for name in names]
+    found = {}
+    for layer in products_by_concept[names[0]]:
+        if layer not in first.intersection(*others, *known):
+            continue
+        updates = [products_by_concept[name][layer] for name in names]
+        inputs = [inputs_by_concept[name][layer].double().cpu() for name in names]
+        check_alike(updates)
+        for rows in inputs:
+            _check_inputs(rows, updates[0])
+        factors = [row_factor(update).cpu() for update in updates]
+        entries = [
+            [float(torch.linalg.matrix_norm(factor @ rows.T)) for factor in factors]
+            for rows in inputs
+        ]
+        found[layer] = torch.tensor(entries, dtype=torch.float64)
+    return found
+
+
+def relative(answers_by_layer: Mapping[str, Tensor]) -> Tensor:
+    """Over all layers: what j's update does on i's inputs, against what i's own does.
+
+    Returns:
+        (K, K), with a diagonal of ones: 0 where j leaves i's inputs alone, 1 where both change them
+        alike; infinity where only j's does anything. Empty, (0, 0), without layers.
+    """
+    if not answers_by_layer:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    total = torch.stack([entries.square() for entries in answers_by_layer.values()]).sum(0)
+    own = total.diagonal()[:, None]
+    return torch.where(total > 0, total / own, 0.0).sqrt().fill_diagonal_(1.0)
 
 
 def matrix(products_by_concept: Mapping[str, Mapping[str, LowRank]]) -> Tensor:
@@ -127,6 +177,14 @@ def matrix(products_by_concept: Mapping[str, Mapping[str, LowRank]]) -> Tensor:
         energies = (member.T @ rows.square().sum(1)).cpu()
         energy += energies[:, None] * energies[None, :]
     return torch.where(energy > 0, crossed / energy, 0.0).sqrt()
+
+
+def _check_inputs(inputs: Tensor, p: LowRank) -> None:
+    if inputs.ndim != 2 or inputs.shape[1] != p.shape[1]:
+        raise ConceptError(
+            f"inputs of shape {tuple(inputs.shape)} do not enter a layer of width {p.shape[1]}",
+            fix=f"give recorded inputs of shape (n, {p.shape[1]})",
+        )
 
 
 def _row_space(down: Tensor) -> Tensor:

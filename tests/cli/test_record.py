@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import customize
+from customize.concepts.adapter import file_name
 from customize.concepts.concept import Concept
 from customize.concepts.inputs import LayerInputs, place_beside
 from customize.concepts.merge import merge
-from customize.core.lowrank import LowRank, distance, norm
+from customize.core.lowrank import LowRank, distance, norm, product
 from tests.cli.making import Run, World, refused
 from tests.hosts.making import draw, user_lora
 from tests.tiny import tiny_sd
@@ -115,3 +116,35 @@ def test_generate_says_how_it_merged(run: Run, recorded: World, tmp_path: Path) 
         "generate", recorded.rex, recorded.tom, *common, "--merge", "ties", "-o", tmp_path / "x"
     )
     refused(result, "cannot be merged by 'ties'")
+
+
+def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -> None:
+    result = run("inspect", recorded.rex, recorded.tom)
+    assert result.code == 0, result.err
+    table = result.out[result.out.index("what an update does, against the concept's own") :]
+    lines = {line[1:28].strip(): line for line in table.splitlines() if "on the prompts" in line}
+    concepts = [Concept.load(source) for source in (recorded.rex, recorded.tom)]
+    rex, tom = (
+        {
+            f"{part}.{file_name(part, m)}": u
+            for part, own in c.products.items()
+            for m, u in own.items()
+        }
+        for c in concepts
+    )
+    inputs = LayerInputs.load(place_beside(recorded.rex)).own
+    total = [0.0, 0.0]
+    for part, own in inputs.items():
+        for module, rows in own.items():
+            for k, updates in enumerate((rex, tom)):
+                total[k] += float((product(updates[f"{part}.{module}"]) @ rows.T).square().sum())
+    (line,) = (line for name, line in lines.items() if name.endswith("1. rex"))
+    assert f"{(total[1] / total[0]) ** 0.5:.3f}" in line and "1.000" in line
+    assert "rex and tom: in " in result.out and "merge them by fusion" in result.out
+
+
+def test_inspect_names_those_without_a_record(run: Run, world: World, recorded: World) -> None:
+    result = run("inspect", world.rex, recorded.tom)
+    assert result.code == 0
+    assert "no record of what the layers of rex read" in result.out
+    assert "what an update does" not in result.out

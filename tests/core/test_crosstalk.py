@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from customize.core.bases import block, cosine, down_projection
-from customize.core.crosstalk import activation_crosstalk, matrix, subspace_overlap, update_overlap
+from customize.core.crosstalk import (
+    activation_crosstalk,
+    answers,
+    matrix,
+    relative,
+    subspace_overlap,
+    update_overlap,
+)
 from customize.core.lowrank import LowRank, product
 from customize.errors import ConceptError
 
@@ -144,3 +151,44 @@ def test_what_does_not_fit_is_refused():
         activation_crosstalk(p, p, torch.zeros(3, 40))
     with pytest.raises(ConceptError, match="one weight"):
         matrix({"rex": {"a": p}, "tom": {"a": q}})
+
+
+def test_answers_are_norms_on_the_other_ones_inputs():
+    generator = torch.Generator().manual_seed(4)
+    products = {
+        name: {
+            layer: LowRank(
+                torch.randn(5, 2, generator=generator), torch.randn(2, 7, generator=generator), 0.5
+            )
+            for layer in layers
+        }
+        for name, layers in (("a", ("x", "y", "z")), ("b", ("x", "y")), ("c", ("y", "x", "w")))
+    }
+    inputs = {
+        name: {layer: torch.randn(3, 7, generator=generator) for layer in layers}
+        for name, layers in products.items()
+    }
+    del inputs["b"]["y"]
+    found = answers(products, inputs)
+    assert list(found) == ["x"]  # the only one that all change, with inputs of each
+    names = list(products)
+    for i, own in enumerate(names):
+        for j, other in enumerate(names):
+            p = products[other]["x"]
+            expected = (0.5 * p.up @ p.down @ inputs[own]["x"].T).norm()
+            assert found["x"][i, j].item() == pytest.approx(float(expected), rel=1e-5)
+            ratio = activation_crosstalk(products[own]["x"], p, inputs[own]["x"])
+            assert relative(found)[i, j].item() == pytest.approx(ratio, rel=1e-5)
+    with pytest.raises(ConceptError, match="do not enter a layer of width 7"):
+        answers(products, inputs | {"a": {"x": torch.ones(2, 3)}})
+
+
+def test_relative_answers_over_layers():
+    layers = {
+        "x": torch.tensor([[3.0, 4.0], [0.0, 0.0]]),
+        "y": torch.tensor([[4.0, 3.0], [2.0, 0.0]]),
+    }
+    found = relative(layers)
+    assert found[0].tolist() == [1.0, 1.0]
+    assert found[1].tolist() == [math.inf, 1.0]  # b itself does nothing, and a does
+    assert relative({}).shape == (0, 0)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -121,16 +122,26 @@ def _sizes(concept: Adaptation) -> dict[str, str]:
 
 
 def verdicts(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> list[str]:
-    """What each pair's crosstalk means for a plain sum at weight 1, in words."""
+    """What each pair's crosstalk means for a plain sum at weight 1, in words.
+
+    In a layer, an answer is loud that is so against the concept's own, both there and on average.
+    """
+    if not by_layer:
+        return ["No layer is changed by all of them: nothing can be said of their prompts."]
     lines = []
+    layers = torch.stack(list(by_layer.values()))
+    own = layers.diagonal(dim1=1, dim2=2)
+    bar = LOUD * torch.maximum(own, own.square().mean(0).sqrt())
+    overall = relative(by_layer)
     for i, j in combinations(range(len(names)), 2):
-        loud = 0
-        for entries in by_layer.values():
-            own = entries.diagonal()
-            loud += bool(entries[i, j] > LOUD * own[i] or entries[j, i] > LOUD * own[j])
-        told = f"{names[i]} and {names[j]}: in {loud} of {len(by_layer)} layers one answers to the "
-        told += f"other's prompts more than {LOUD:g} times as loudly as that itself"
-        lines.append(told + (": merge them by fusion." if loud else "."))
+        loud = int(((layers[:, i, j] > bar[:, i]) | (layers[:, j, i] > bar[:, j])).sum())
+        most = float(torch.maximum(overall[i, j], overall[j, i]))
+        told = (
+            f"{names[i]} and {names[j]}: one answers to the other's prompts {most:.2f} times as "
+            f"loudly as that itself, and more than {LOUD:g} times in {loud} of {len(layers)} layers"
+        )
+        fix = ": a sum would blend them; merge them by fusion." if most > LOUD else "."
+        lines.append(told + fix)
     return lines
 
 

@@ -140,7 +140,8 @@ def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -
                 total[k] += float((product(updates[f"{part}.{module}"]) @ rows.T).square().sum())
     (line,) = (line for name, line in lines.items() if name.endswith("1. rex"))
     assert f"{(total[1] / total[0]) ** 0.5:.3f}" in line and "1.000" in line
-    assert "rex and tom: in " in result.out and "merge them by fusion" in result.out
+    assert "rex and tom: one answers to the other's prompts" in result.out
+    assert "merge them by fusion" in result.out
 
 
 def test_inspect_names_those_without_a_record(run: Run, world: World, recorded: World) -> None:

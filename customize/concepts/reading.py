@@ -23,6 +23,8 @@ from customize.concepts.layout import (
     INFO_HEADER,
     LAYERS_FILE,
     LORA_FILE,
+    MERGED_EMBEDS,
+    MERGED_FILE,
     PEFT_FILES,
     PEFT_HEADER,
     SECOND,
@@ -361,6 +363,7 @@ def _downloaded(hub_id: str) -> Path:
 
     try:
         files = [LORA_FILE, SECOND_FILE, EMBEDS_FILE, LAYERS_FILE, INFO_FILE, *PEFT_FILES]
+        files += [MERGED_FILE, MERGED_EMBEDS.format("*")]
         return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as error:  # offline, not found, gated, full disk: all mean no concept here
         raise ConceptError(

@@ -26,6 +26,15 @@ _CLIP_PROJECTIONS = re.compile(
     r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 )
 
+# Of a scheduler's configuration: what noise is added by, and what is the target; how it steps to
+# draw is left out.
+_LEVELS = (
+    *("num_train_timesteps", "prediction_type", "beta_start", "beta_end", "beta_schedule"),
+    *("trained_betas", "rescale_betas_zero_snr", "snr_shift_scale", "shift", "use_flow_sigmas"),
+    *("flow_shift", "use_dynamic_shifting", "time_shift_type", "base_shift", "max_shift"),
+    *("base_image_seq_len", "max_image_seq_len"),
+)
+
 _INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
 
 
@@ -141,6 +150,13 @@ class Family(Components, ABC):
         numbers, or (channels, 1, 1) on the autoencoder's device."""
 
     # -- what is alike -----------------------------------------------------------------------
+
+    def configured(self) -> dict[str, Any]:
+        """What else than the weights decides on what is learned, as JSON values: the scheduler's
+        levels of noise, and what the family takes from :attr:`pipeline_config`."""
+        config = self.scheduler.config
+        found = {key: config[key] for key in _LEVELS if config.get(key) is not None}
+        return {key: v.tolist() if hasattr(v, "tolist") else v for key, v in found.items()}
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents as the pipeline and the denoiser hold them, for its argument ``latents=``."""

@@ -157,8 +157,15 @@ class Flux2(PatchedFamily, PackedFamily):
     def guidance_is_an_input(self) -> bool:
         return bool(self.denoiser.config.guidance_embeds)
 
+    def configured(self) -> dict[str, Any]:
+        return super().configured() | {"is_distilled": self._is_distilled}
+
     def is_guided(self, scale: float) -> bool:
-        return super().is_guided(scale) and not self.pipeline_config.get("is_distilled", False)
+        return super().is_guided(scale) and not self._is_distilled
+
+    @property
+    def _is_distilled(self) -> bool:
+        return bool(self.pipeline_config.get("is_distilled", False))
 
     @property
     def _latent_side(self) -> int:

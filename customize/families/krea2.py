@@ -104,10 +104,18 @@ class Krea2(FirstFrameFamily):
     def default_resolution(self) -> int:
         return 1024  # the pipeline's, whatever the autoencoder's factor
 
+    def configured(self) -> dict[str, Any]:
+        return super().configured() | {
+            "is_distilled": self._is_distilled,
+            "text_encoder_select_layers": list(self._layers()),
+        }
+
+    @property
+    def _is_distilled(self) -> bool:
+        return bool(self.pipeline_config.get("is_distilled", False))
+
     def _mu(self, shape: Sequence[int], steps: int | None = None) -> float:
-        if self.pipeline_config.get("is_distilled", False):
-            return _DISTILLED_MU
-        return super()._mu(shape, steps)
+        return _DISTILLED_MU if self._is_distilled else super()._mu(shape, steps)
 
     def _layers(self) -> tuple[int, ...]:
         """The LLM's hidden states that the denoiser reads.

@@ -118,6 +118,10 @@ class QwenImage21(FirstFrameFamily):
         config = self.vae.config
         return 24 * (config.decoder_base_dim or config.base_dim)
 
+    def configured(self) -> dict[str, Any]:
+        own = self.pipeline_config.get("sample_sigmas")
+        return super().configured() | ({"sample_sigmas": list(own)} if own else {})
+
     def _levels(self, steps: int) -> Any:
         # A model may come with levels of its own, however many steps are asked for.
         return self.pipeline_config.get("sample_sigmas") or super()._levels(steps)

@@ -96,6 +96,10 @@ class Wan(FramedFamily, FlowFamily):
         # The denoiser has no mask: it was trained with zeros behind the prompt.
         return {"prompt_embeds": states.masked_fill(mask[..., None] == 0, 0.0).to(encoder.dtype)}
 
+    def configured(self) -> dict[str, Any]:
+        boundary = self._boundary()
+        return super().configured() | ({} if boundary is None else {"boundary_ratio": boundary})
+
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """As :meth:`FlowFamily.timesteps`.
 

@@ -23,7 +23,7 @@ from customize.training import base, cache, process, record, setup
 from customize.training import checkpoint as checkpoints
 from customize.training.batches import compose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures
-from customize.training.checkpoint import BASE_WEIGHTS, Checkpoint
+from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, Checkpoint
 from customize.training.claim import claimed_slice
 from customize.training.config import TrainConfig
 from customize.training.prior import class_samples_of
@@ -86,6 +86,7 @@ def train(
         record.digest(samples),
         record.digest(class_samples),
         weights,
+        base.configured_of(components, pipeline_config),
         accelerator.num_processes,
     )
     settings = settings_after(start.settings if start is not None else None)
@@ -123,9 +124,9 @@ def train(
         fingerprint = family.fingerprint()
         if not weights:  # of a hub id that was not here yet
             weights = base.weights_on_disk(config.base) or base.weights_of("", family.components)
-            settings[BASE_WEIGHTS] = weights
-            if start is not None:
-                checkpoints.check_settings(start, settings, folder)
+        settings |= {BASE_WEIGHTS: weights, BASE_CONFIG: family.configured()}
+        if start is not None:
+            checkpoints.check_settings(start, settings, folder)
 
         # Pictures are encoded once; then the autoencoder only waits for validation.
         family.vae.to(device)

@@ -64,7 +64,7 @@ def test_a_merge_is_not_read_without_its_tokens(layout: str, tmp_path: Path) -> 
     pipe = tiny_sd()
     family = family_of(pipe.components)
     write_merged([concept(pipe)], [1.0], tmp_path / "duo", layout=layout, family=family)
-    with pytest.raises(ConceptError, match="tokens of their own.*merged from"):
+    with pytest.raises(ConceptError, match=r"tokens of their own.*merged from"):
         opened(tmp_path / "duo")
 
 

@@ -180,6 +180,28 @@ class Family(Components, ABC):
         """
         return scale > self.no_guidance and not self.guidance_is_an_input
 
+    @property
+    def guides_by_negative(self) -> bool:
+        """Whether the pipeline is guided only where it is given a negative prompt as well."""
+        return False
+
+    @property
+    def guidance_argument(self) -> str:
+        """What the pipeline's call names the scale of guidance."""
+        return "true_cfg_scale" if self.guides_by_negative else "guidance_scale"
+
+    def guidance_call(self, scale: float | None, negative: str | None) -> dict[str, Any]:
+        """The arguments by which the pipeline's call is guided.
+
+        Args:
+            scale: as the pipeline counts it; None: its own.
+            negative: the prompt to lead away from; None: the empty one.
+        """
+        if self.guides_by_negative and negative is None and scale is not None:
+            negative = ""
+        asked = {self.guidance_argument: scale, "negative_prompt": negative}
+        return {name: value for name, value in asked.items() if value is not None}
+
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
         """A new scheduler like the pipeline's, set to so many steps as the pipeline sets it.
 

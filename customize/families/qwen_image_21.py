@@ -35,6 +35,7 @@ class QwenImage21(FirstFrameFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
     attention_mask = "boolean"
+    guides_by_negative = True
     patch = 1
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from customize.concepts.concept import Concept, ConceptInfo, check_info
+from customize.concepts.concept import MAX_NAME, Concept, ConceptInfo, check_info
 from customize.concepts.layerwise import mean_rows
 from customize.concepts.layout import (
     COMMUNITY_KEYS,
@@ -266,10 +266,17 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except Exception as error:  # whatever a parser may raise on bytes of others
         raise ConceptError(
-            f"the file is damaged or no safetensors file: {error}",
+            f"the file is damaged or no safetensors file: {str(error)[:MAX_NAME]}",
             where=path,
             fix="get the file anew",
         ) from error
+    longest = max(map(len, tensors), default=0)
+    if longest > MAX_NAME:  # names are shown where something is wrong with them
+        raise ConceptError(
+            f"the file has a tensor with a name of {longest} characters, more than any layer's",
+            where=path,
+            fix="get an unchanged copy of the file",
+        )
     return tensors, metadata
 
 

@@ -304,7 +304,7 @@ def _card_head(
         "---",
         *([f"base_model: {json.dumps(base)}"] if base else []),
         f"library_name: {library}",
-        f"tags: [{card.tags(infos[0].family)}]",
+        f"tags: [{card.tags(card.output_of(concepts[0]))}]",
         "---",
         f"# {' + '.join(info.name for info in infos)}",
         "",
@@ -362,7 +362,7 @@ def _card(concepts: Sequence[Adaptation], weights: Sequence[float], method: str)
             *card.opening(family, base),
             *card.stock_updates(concepts),
             *loading,
-            card.drawing(family, prompt),
+            card.drawing(family, prompt, card.output_of(concepts[0])),
             "```",
             "",
         ]

@@ -121,7 +121,7 @@ def facts(
         slices={str(width): list(columns) for width, columns in trainable.columns.items()},
         num_tokens=config.num_tokens if trainable.rows else 0,
         token_layers=trainable.layers,
-        training=dict(training),
+        training=dict(training) | {"output": family.output},
     )
 
 

@@ -52,6 +52,7 @@ class LoraInfo:
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     num_tokens: int = 0
     token_layers: int = 0
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

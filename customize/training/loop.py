@@ -64,8 +64,8 @@ def train(
     Raises:
         ConfigError, DataError: a setting or a picture is unusable.
         PipelineError: the base cannot be loaded or trained.
-        SettingsError: the output folder holds this concept, made with other settings; or its
-            slice was taken while it was cut off.
+        SettingsError: the output folder holds this concept, made with other settings or of a base
+            that was other in weights or configuration; or its slice was taken while it was cut off.
         StorageError: the output folder holds something else or cannot be written.
         TrainingError: the loss or what is learned is no longer finite.
         TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.

@@ -24,7 +24,7 @@ from customize.attention.kernels import (
 from customize.attention.placing import Choice, attentions, dispatches, is_open, offers
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
-from customize.families.base import class_name
+from customize.families.components import class_name
 
 #: What "auto" chooses from on a CUDA device. Elsewhere torch's own is all there is to choose.
 CANDIDATES = ("native", "_native_cudnn", "xformers", "flash", "_flash_3")

@@ -75,11 +75,10 @@ def run_storybook(
         )
     numbers = parse_weights(weights, len(sources)) or [1.0] * len(sources)
     check_file(json_file)
-    from customize.concepts.concept import Concept
     from customize.concepts.merge import check_together
     from customize.storybook.judges import load_judges
 
-    concepts = [Concept.load(source) for source in sources]
+    concepts = [_concept(source) for source in sources]
     check_together(concepts)
     loaded = load_judges(judges)
     known = {c.info.name: _known(loaded, c, references, len(concepts)) for c in concepts}
@@ -98,6 +97,26 @@ def run_storybook(
     _print_rates(rows)
     if json_file is not None:
         _write(json_file, rows, storybook_figures(rows))
+
+
+def _concept(source: str) -> Concept:
+    """A concept; of a LoRA it is not known what pictures of it should show.
+
+    Raises:
+        ConceptError: it cannot be read, or is a LoRA.
+    """
+    from customize.concepts.concept import Concept
+    from customize.concepts.formats.opening import opened
+
+    found = opened(source)
+    if isinstance(found, Concept):
+        return found
+    raise ConceptError(
+        "this is an ordinary LoRA, and the storybook's prompts and judges ask for a concept by its "
+        "trigger and its class",
+        where=source,
+        fix="draw with customize generate, and score the pictures with customize evaluate --images",
+    )
 
 
 def _check_pipeline(pipe: Any, base: str, concepts: Sequence[Concept], steps: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from customize.cli.shared import (
     check_steps,
@@ -23,6 +23,9 @@ from customize.cli.shared import (
 )
 from customize.errors import ConfigError, PipelineError
 from customize.evaluation import record
+
+if TYPE_CHECKING:
+    from customize.families import Family
 
 _MOST = 1_000_000  # pictures a prompt
 _NUMBERED = re.compile(r"(\d{4,})\.(png|json)")
@@ -123,7 +126,7 @@ def run(
     _check_prompts(plan.prompts, triggers, some_have_none=len(ours) < len(concepts))
     check_writable(output)
     pipe = load_pipeline(base, choose_device(device), dtype)
-    family = family_of(pipe.components)
+    family = family_of(pipe.components, pipe.config)
     for side in plan.size or ():
         if side % family.latent_multiple:
             raise ConfigError(
@@ -132,7 +135,7 @@ def run(
                 fix=f"choose multiples of {family.latent_multiple}",
             )
     check_steps(pipe, plan.steps)
-    _check_arguments(pipe, plan)
+    guided, scale = _guided(pipe, family, plan)
     if concepts:
         load_custom(pipe, *concepts, weights=weights, merge=merge)
     pipe.set_progress_bar_config(disable=True)
@@ -165,35 +168,63 @@ def run(
         transient=True,
         disable=not err.is_terminal,
     ):
-        image, settings = _draw(pipe, prompt, seed, plan, family.output)
-        _save(output, number, image, settings | facts)
+        image, settings = _draw(pipe, prompt, seed, plan, guided, family.output)
+        _save(output, number, image, settings | {"guidance": scale} | facts)
         number += 1
     last = "is" if total == 1 else f"to {number - 1:04}.png are"
     console().print(f"{first:04}.png {last} in {output}", markup=False, soft_wrap=True)
 
 
-def _check_arguments(pipe: Any, plan: Plan) -> None:
-    """Refuse what this pipeline has no argument for.
+def _guided(pipe: Any, family: Family, plan: Plan) -> tuple[dict[str, Any], float | None]:
+    """The call's arguments for guidance and negative prompt, and the scale that takes effect; None
+    where the pipeline is not guided by itself.
 
     Raises:
-        ConfigError: naming the flag.
+        ConfigError: the pipeline has no such argument, or would ignore what it is given.
     """
     taken = inspect.signature(type(pipe).__call__).parameters
-    asked = {"guidance_scale": plan.guidance, "negative_prompt": plan.negative}
-    flags = {"guidance_scale": "--guidance", "negative_prompt": "--negative"}
-    for name, value in asked.items():
-        if value is not None and name not in taken:
+    asked = family.guidance_call(plan.guidance, plan.negative)
+    for name in asked:
+        if name not in taken:
             raise ConfigError(
                 f"the base's {type(pipe).__name__} takes no {name}",
-                where=flags[name],
+                where="--negative" if name == "negative_prompt" else "--guidance",
                 fix="leave it out",
             )
+    default = taken[family.guidance_argument].default
+    scale, none = float(asked.get(family.guidance_argument, default)), family.no_guidance
+    if family.is_guided(scale):
+        without = family.guides_by_negative and "negative_prompt" not in asked
+        return asked, None if without else scale
+    if plan.guidance is not None and scale > none and not family.guidance_is_an_input:
+        raise ConfigError(
+            "the base was distilled to draw without guidance, and ignores it",
+            where="--guidance",
+            fix="leave it out",
+        )
+    if plan.negative is not None:
+        raise ConfigError(
+            f"at guidance {scale:g} the base reads no negative prompt",
+            where="--negative",
+            fix=f"give --guidance above {none:g} with it, or leave it out"
+            if family.is_guided(none + 1.0)
+            else "leave it out",
+        )
+    return asked, scale
 
 
-def _draw(pipe: Any, prompt: str, seed: int, plan: Plan, output: str) -> tuple[Any, dict[str, Any]]:
+def _draw(
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    plan: Plan,
+    guided: Mapping[str, Any],
+    output: str,
+) -> tuple[Any, dict[str, Any]]:
     """One picture, and all settings that it depends on.
 
     Args:
+        guided: the call's arguments for guidance.
         output: where the call has it; of videos one frame is drawn.
 
     Raises:
@@ -204,8 +235,7 @@ def _draw(pipe: Any, prompt: str, seed: int, plan: Plan, output: str) -> tuple[A
 
     asked = {
         "num_inference_steps": plan.steps,
-        "guidance_scale": plan.guidance,
-        "negative_prompt": plan.negative,
+        **guided,
         "width": plan.size and plan.size[0],
         "height": plan.size and plan.size[1],
     }
@@ -227,7 +257,6 @@ def _draw(pipe: Any, prompt: str, seed: int, plan: Plan, output: str) -> tuple[A
         "prompt": prompt,
         "negative": plan.negative,
         "steps": given.get("num_inference_steps", defaults["num_inference_steps"]),
-        "guidance": given.get("guidance_scale", defaults.get("guidance_scale")),
         "seed": seed,
         "width": image.width,
         "height": image.height,

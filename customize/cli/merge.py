@@ -174,7 +174,8 @@ def _write_pipeline(
         shutil.rmtree(partial, ignore_errors=True)
     names = ", ".join(concept.info.name for concept in concepts)
     words = [concept.info.words for concept in concepts if concept.info.words]
-    lines = snippet(str(output), [], words, family_of(pipe.components).name)
+    family = family_of(pipe.components)
+    lines = snippet(str(output), [], words, family.name, family.output)
     console().print(
         f"{names} are in the weights of the pipeline in {output}. Load it with:\n\n"
         f"{indented(lines)}\n",

@@ -185,12 +185,18 @@ def hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def snippet(base: str, concepts: Sequence[str], triggers: Sequence[str], family: str) -> str:
-    """The Python lines that load concepts of a family, if any, and draw with them."""
+def snippet(
+    base: str, concepts: Sequence[str], triggers: Sequence[str], family: str, output: str
+) -> str:
+    """The Python lines that load concepts of a family, if any, and draw with them.
+
+    Args:
+        output: "images" or "frames", whatever the base draws.
+    """
     from customize.concepts import card
 
     opening = card.opening(family, json.dumps(base))
-    drawing = card.drawing(family, "a photo of " + " and ".join(triggers))
+    drawing = card.drawing(family, "a photo of " + " and ".join(triggers), output)
     if not concepts:
         return "\n".join([*opening, drawing])
     arguments = [json.dumps(concept) for concept in concepts]

@@ -16,12 +16,14 @@ def run(config_file: Path | None, settings: dict[str, Any]) -> None:
     for name, value in plan(config).items():
         out.print(f"{name:<12} {value}", markup=False, soft_wrap=True)
 
+    from customize.concepts.card import output_of
     from customize.training.loop import train
 
     hide_loading_bars()
     concept = train(config)
     info = concept.info
-    text = snippet(config.base, [str(config.output)], [info.trigger], info.family)
+    output = output_of(concept)
+    text = snippet(config.base, [str(config.output)], [info.trigger], info.family, output)
     out.print(
         f"\nThe concept {config.name} is in {config.output}. Load it with:\n\n{indented(text)}\n",
         markup=False,

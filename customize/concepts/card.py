@@ -27,7 +27,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         f"base_model: {json.dumps(info.base)}",
         "library_name: diffusers",
         f"instance_prompt: {json.dumps(info.trigger)}",
-        f"tags: [{tags(info.family)}]",
+        f"tags: [{tags(output_of(concept))}]",
         "---",
     ]
     layered = bool(info.token_layers)
@@ -68,7 +68,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "import customize",
         *opening(info.family, base),
         'pipe.load_custom("FOLDER")',
-        drawing(info.family, f"a photo of {info.trigger}"),
+        drawing(info.family, f"a photo of {info.trigger}", output_of(concept)),
         "```",
         "",
         "With diffusers alone:",
@@ -78,7 +78,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         *opening(info.family, base),
         *stock_updates([concept]),
         *tokens,
-        drawing(info.family, f"a photo of {stock_subject(concept)}"),
+        drawing(info.family, f"a photo of {stock_subject(concept)}", output_of(concept)),
         "```",
         "",
     ]
@@ -107,21 +107,29 @@ def opening(family: str, base: str) -> list[str]:
     ]
 
 
-def drawing(family: str, prompt: str) -> str:
-    """The Python line that draws with ``pipe``."""
+def drawing(family: str, prompt: str, output: str) -> str:
+    """The Python line that draws with ``pipe``.
+
+    Args:
+        output: from :func:`output_of`, or that of the family.
+    """
     if not _is_modular(family):
-        return f"pipe(prompt={json.dumps(prompt)}).{output_of(family)}[0]"
+        return f"pipe(prompt={json.dumps(prompt)}).{output}[0]"
     return f'pipe(prompt={json.dumps(prompt)}, output="images")[0]'
 
 
-def output_of(family: str) -> str:
-    """Where a pipeline's call has what it drew, by the name of its family."""
-    return FAMILIES[family].output if family in FAMILIES else "images"
+def output_of(concept: Adaptation) -> str:
+    """Where the call of the base's pipeline has what it drew: "images" or "frames"."""
+    info = concept.info
+    # AnimateDiff is of a family that mostly draws pictures.
+    if info.training.get("output") == "frames":
+        return "frames"
+    return FAMILIES[info.family].output if info.family in FAMILIES else "images"
 
 
-def tags(family: str) -> str:
+def tags(output: str) -> str:
     """The tags of a card, as YAML has a list's items."""
-    task = "text-to-video" if output_of(family) == "frames" else "text-to-image"
+    task = "text-to-video" if output == "frames" else "text-to-image"
     return f"{task}, lora, textual-inversion, diffusers-customize"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 Method = Literal["orthogonal", "lora"]
+
+#: The most characters that a name in a file may have: of a tensor, a field or a layer.
+MAX_NAME = 256
 
 #: What a concept may be called.
 NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
@@ -124,9 +128,13 @@ class ConceptInfo(BaseModel):
 
     @field_validator("fingerprint", "training", "scores")
     @classmethod
-    def _finite_numbers(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    def _storable(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if not _finite(value):
             raise ValueError("holds a number that is not finite, which JSON cannot carry")
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds a text that is not Unicode, which no file carries") from None
         return value
 
     @model_validator(mode="after")
@@ -289,8 +297,9 @@ def check_info(values: Any, where: object) -> ConceptInfo:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        place, problem = (text[:MAX_NAME] for text in (place, first["msg"]))
         raise ConceptError(
-            f"the facts on the concept are wrong at {place}: {first['msg']}",
+            f"the facts on the concept are wrong at {place}: {problem}",
             where=where,
             fix="get an unchanged copy of the concept",
         ) from error

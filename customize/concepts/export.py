@@ -27,14 +27,18 @@ from customize.concepts.files import (
 from customize.concepts.formats.kohya import factors, file_shapes, kohya_header, kohya_tensors
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.inputs import LayerInputs
-from customize.concepts.layout import CARD_FILE, embedding_tensors, lora_files
+from customize.concepts.layout import (
+    CARD_FILE,
+    EMBEDS_FOLDER,
+    MERGED_EMBEDS,
+    MERGED_FILE,
+    embedding_tensors,
+    lora_files,
+)
 from customize.concepts.merge import check_together, merge
 from customize.core.lowrank import LowRank, distance, filled, norm, truncate
 from customize.errors import ConceptError, ConfigError, StorageError
 from customize.families import Family, published_families
-
-MERGED_FILE = "merged.json"
-EMBEDS_FOLDER = "embeddings"
 
 Products = Mapping[str, Mapping[str, LowRank]]
 
@@ -285,7 +289,7 @@ def _relative_error(exact: Products, near: Products) -> float:
 
 
 def _embeds_file(concept: Adaptation) -> str:
-    return f"learned_embeds_{concept.info.name}.safetensors"
+    return MERGED_EMBEDS.format(concept.info.name)
 
 
 def _card_head(
@@ -302,7 +306,7 @@ def _card_head(
         "---",
         *([f"base_model: {json.dumps(base)}"] if base else []),
         f"library_name: {library}",
-        f"tags: [{card.tags(infos[0].family)}]",
+        f"tags: [{card.tags(card.output_of(concepts[0]))}]",
         "---",
         f"# {' + '.join(info.name for info in infos)}",
         "",
@@ -360,7 +364,7 @@ def _card(concepts: Sequence[Adaptation], weights: Sequence[float], method: str)
             *card.opening(family, base),
             *card.stock_updates(concepts),
             *loading,
-            card.drawing(family, prompt),
+            card.drawing(family, prompt, card.output_of(concepts[0])),
             "```",
             "",
         ]

@@ -31,6 +31,10 @@ LAYOUTS = ("diffusers", "kohya")
 # What peft's own save_pretrained writes.
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 CARD_FILE = "README.md"
+# What a merge writes beside its LoRA: the facts, and each concept's tokens.
+MERGED_FILE = "merged.json"
+MERGED_EMBEDS = "learned_embeds_{}.safetensors"
+EMBEDS_FOLDER = "embeddings"  # by kohya's keys
 CLAIM_FILE = ".slice.json"
 # What training keeps in the same folder: its claim on a slice, its checkpoints, class pictures,
 # logs and validation.

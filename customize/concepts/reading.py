@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from customize.concepts.concept import Concept, ConceptInfo, check_info
+from customize.concepts.concept import MAX_NAME, Concept, ConceptInfo, check_info
 from customize.concepts.layerwise import mean_rows
 from customize.concepts.layout import (
     COMMUNITY_KEYS,
@@ -23,6 +23,8 @@ from customize.concepts.layout import (
     INFO_HEADER,
     LAYERS_FILE,
     LORA_FILE,
+    MERGED_EMBEDS,
+    MERGED_FILE,
     PEFT_FILES,
     PEFT_HEADER,
     SECOND,
@@ -264,10 +266,17 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except Exception as error:  # whatever a parser may raise on bytes of others
         raise ConceptError(
-            f"the file is damaged or no safetensors file: {error}",
+            f"the file is damaged or no safetensors file: {str(error)[:MAX_NAME]}",
             where=path,
             fix="get the file anew",
         ) from error
+    longest = max(map(len, tensors), default=0)
+    if longest > MAX_NAME:  # names are shown where something is wrong with them
+        raise ConceptError(
+            f"the file has a tensor with a name of {longest} characters, more than any layer's",
+            where=path,
+            fix="get an unchanged copy of the file",
+        )
     return tensors, metadata
 
 
@@ -361,6 +370,7 @@ def _downloaded(hub_id: str) -> Path:
 
     try:
         files = [LORA_FILE, SECOND_FILE, EMBEDS_FILE, LAYERS_FILE, INFO_FILE, *PEFT_FILES]
+        files += [MERGED_FILE, MERGED_EMBEDS.format("*")]
         return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as error:  # offline, not found, gated, full disk: all mean no concept here
         raise ConceptError(

@@ -7,47 +7,40 @@ a video of one frame. "Latents" always means scaled latents, as the denoiser tak
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from customize.errors import ConfigError, PipelineError
-from customize.families.components import Components, class_name, uncompiled
-from customize.families.originals import Rows
+from customize.errors import PipelineError
+from customize.families.layers import Layers
 
-# transformers has the CLIP layers below `text_model` or, in newer versions of CLIPTextModel, not.
-_CLIP_PROJECTIONS = re.compile(
-    r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+# Of a scheduler's configuration: what noise is added by, and what is the target; how it steps to
+# draw is left out.
+_LEVELS = (
+    *("num_train_timesteps", "prediction_type", "beta_start", "beta_end", "beta_schedule"),
+    *("trained_betas", "rescale_betas_zero_snr", "snr_shift_scale", "shift", "use_flow_sigmas"),
+    *("flow_shift", "use_dynamic_shifting", "time_shift_type", "base_shift", "max_shift"),
+    *("base_image_seq_len", "max_image_seq_len"),
 )
-
-_INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
-
 
 #: By booleans, true for keys that count, or by numbers that are added to the scores.
 Mask = Literal["boolean", "added"]
 
 
-class Family(Components, ABC):
+class Family(Layers):
     """The parts of one model that draws from prompts, and how they work together."""
 
     #: The density of :mod:`customize.core.objectives` that the family's models were trained with.
     default_density: ClassVar[str]
-    #: The full names of the denoiser's attention projections.
-    attention_projections: ClassVar[re.Pattern[str]]
     #: Where the pipeline's call has what it drew: "images", or "frames" of videos.
     output: str = "images"
     #: The guidance scale at which the pipeline leaves out the empty prompt.
     no_guidance: ClassVar[float] = 1.0
     #: Whether diffusers has the models as modular pipelines only.
     modular_only: ClassVar[bool] = False
-    #: Whether kohya's files call the denoiser's layers as those do who made the model.
-    kohya_uses_original_names: ClassVar[bool] = True
     #: How the denoiser's attention, and what condenses prompts, mask the padding of shorter ones.
     attention_mask: ClassVar[Mask | None] = None
 
@@ -142,6 +135,13 @@ class Family(Components, ABC):
 
     # -- what is alike -----------------------------------------------------------------------
 
+    def configured(self) -> dict[str, Any]:
+        """What else than the weights decides on what is learned, as JSON values: the scheduler's
+        levels of noise, and what the family takes from :attr:`pipeline_config`."""
+        config = self.scheduler.config
+        found = {key: config[key] for key in _LEVELS if config.get(key) is not None}
+        return {key: v.tolist() if hasattr(v, "tolist") else v for key, v in found.items()}
+
     def pack(self, latents: Tensor) -> Tensor:
         """Latents as the pipeline and the denoiser hold them, for its argument ``latents=``."""
         return latents
@@ -163,6 +163,28 @@ class Family(Components, ABC):
             scale: of guidance, as the pipeline counts it.
         """
         return scale > self.no_guidance and not self.guidance_is_an_input
+
+    @property
+    def guides_by_negative(self) -> bool:
+        """Whether the pipeline is guided only where it is given a negative prompt as well."""
+        return False
+
+    @property
+    def guidance_argument(self) -> str:
+        """What the pipeline's call names the scale of guidance."""
+        return "true_cfg_scale" if self.guides_by_negative else "guidance_scale"
+
+    def guidance_call(self, scale: float | None, negative: str | None) -> dict[str, Any]:
+        """The arguments by which the pipeline's call is guided.
+
+        Args:
+            scale: as the pipeline counts it; None: its own.
+            negative: the prompt to lead away from; None: the empty one.
+        """
+        if self.guides_by_negative and negative is None and scale is not None:
+            negative = ""
+        asked = {self.guidance_argument: scale, "negative_prompt": negative}
+        return {name: value for name, value in asked.items() if value is not None}
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
         """A new scheduler like the pipeline's, set to so many steps as the pipeline sets it.
@@ -191,84 +213,6 @@ class Family(Components, ABC):
         """
         # Some pipelines count from the prompt's own answer: 0 is no guidance to them.
         return plain + (scale + 1.0 - self.no_guidance) * (asked - plain)
-
-    def adapter_targets(self, component: str) -> dict[str, tuple[int, int]]:
-        """The attention projections of one component.
-
-        Args:
-            component: a key of :attr:`denoisers` or :attr:`text_encoders`.
-
-        Returns:
-            module name within the component -> (out, in), in the module tree's order. The same
-            whether or not adapters are attached.
-
-        Raises:
-            ConfigError: the component takes no adapter.
-            PipelineError: it has been freed.
-        """
-        of_denoiser = component in (self.denoiser_key, *self.other_denoisers)
-        pattern = self.attention_projections if of_denoiser else _CLIP_PROJECTIONS
-        return {
-            name: shape for name, shape in self.layers(component).items() if pattern.fullmatch(name)
-        }
-
-    def layers(self, component: str) -> dict[str, tuple[int, int]]:
-        """All linear layers and convolutions of one component: what an adapter can change.
-
-        Args, order and errors as :meth:`adapter_targets`.
-
-        Returns:
-            module name within the component -> (out, in); of a convolution, ``in`` counts its
-            kernel: input channels * height * width.
-        """
-        shapes = self.weight_shapes(component)
-        return {name: (shape[0], math.prod(shape[1:])) for name, shape in shapes.items()}
-
-    def weight_shapes(self, component: str) -> dict[str, tuple[int, ...]]:
-        """The same layers with the shapes of their weights: (out, in), or (out, in, kh, kw)."""
-        denoisers = (self.denoiser_key, *self.other_denoisers)
-        if component not in (*denoisers, *self.clip_encoders):
-            raise ConfigError(
-                f"the component {component!r} of family {self.name} takes no adapter",
-                fix=f"choose from {', '.join((*denoisers, *self.clip_encoders))}",
-            )
-        found: dict[str, tuple[int, ...]] = {}
-        for name, module in uncompiled(self._part(component)).named_modules():
-            if _INSIDE_ADAPTER.search(name):
-                continue
-            layer = getattr(module, "base_layer", module)
-            # By the layer's own numbers: a quantized weight has another shape.
-            if isinstance(layer, nn.Linear):
-                found[name] = (layer.out_features, layer.in_features)
-            elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
-                found[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
-        return found
-
-    @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
-        """The denoiser and CLIP text encoders of each size that was published.
-
-        Made anew, without weights when called within ``torch.device("meta")``; for their layers'
-        names and shapes. Empty where files of the family are read into a pipeline only.
-        """
-        return []
-
-    def kohya_metadata(self) -> dict[str, str]:
-        """What kohya's trainers note on the base in a file's header, as user interfaces show it.
-
-        Empty where no file is written by kohya's keys.
-        """
-        return {}
-
-    def original_names(self) -> dict[str, tuple[Rows, ...]]:
-        """What the denoiser's layers are called in the files of those who made the model.
-
-        Returns:
-            The original's name of a layer -> the rows of ours that lie below one another in it:
-            several, where the original computes in one layer what diffusers has in more. Empty
-            where the names are the same.
-        """
-        return {}
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The distribution of the latents of pictures, so that a cache can draw from it anew.
@@ -329,34 +273,7 @@ class Family(Components, ABC):
         # UNets may name height and width apart.
         return int(size if isinstance(size, int) else size[0]) * self._vae_factor
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What a concept must agree with: the same for all models of one architecture.
-
-        Take it before text encoders are freed: their widths are part of it.
-
-        Returns:
-            JSON values. "family": the name; "denoiser": sha256 over the denoiser's kind and the
-            names and shapes of the adapter targets of all denoisers; "widths": component -> its
-            targets' distinct input widths, ascending.
-        """
-        lines = [self._kind]
-        for key in self.denoisers:
-            prefix = "" if key == self.denoiser_key else f"{key}."
-            targets = self.adapter_targets(key).items()
-            lines += sorted(f"{prefix}{name} {out}x{width}" for name, (out, width) in targets)
-        widths = {
-            key: sorted({width for _, width in self.adapter_targets(key).values()})
-            for key in self.adaptable
-        }
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        return {"family": self.name, "denoiser": digest, "widths": widths}
-
     # -- helpers of the families ---------------------------------------------------------------
-
-    @property
-    def _kind(self) -> str:
-        """The same name for denoisers that can take one another's concepts: mostly their class."""
-        return class_name(self.denoiser)
 
     @property
     def _latent_side(self) -> int:

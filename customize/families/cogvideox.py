@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from customize.errors import PipelineError
 from customize.families.components import NO_CONFIG, class_name
@@ -57,6 +57,15 @@ class CogVideoX(FramedFamily, DiffusionFamily):
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "CogVideoXTransformer3DModel"
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import CogVideoXTransformer3DModel
+
+        return [
+            {"transformer": CogVideoXTransformer3DModel(num_attention_heads=h, num_layers=layers)}
+            for h, layers in ((30, 30), (48, 42))
+        ]
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         encoder = self._part("text_encoder")

@@ -34,6 +34,11 @@ class FlowFamily(Family):
     #: How many numbers the denoiser holds at most for each token and each of its width.
     _held: ClassVar[int] = 18
 
+    def configured(self) -> dict[str, Any]:
+        # Some schedulers' can be set anew, which their configuration does not tell.
+        shift = getattr(self.scheduler, "shift", None)
+        return super().configured() | ({} if shift is None else {"shift": float(shift)})
+
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """float32 in (0, train timesteps): sigma after the shift that the pipeline also applies to
         its evenly spaced levels.

@@ -137,5 +137,9 @@ class Flux(PackedFamily):
         return self.unpack(answer, height, width)
 
     @property
+    def guides_by_negative(self) -> bool:
+        return not self.guidance_is_an_input
+
+    @property
     def guidance_is_an_input(self) -> bool:
         return bool(self.denoiser.config.guidance_embeds)

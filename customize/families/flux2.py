@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from customize.families.components import class_name
@@ -35,6 +35,25 @@ TRAINING_STEPS = 200
 
 _MISTRAL_LAYERS = (10, 20, 30)
 _QWEN_LAYERS = (9, 18, 27)
+
+#: What makes klein 4B and 9B other than dev, whose sizes are diffusers' defaults.
+_PUBLISHED: tuple[dict[str, Any], ...] = (
+    {},
+    {
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    },
+    {
+        "num_layers": 8,
+        "num_single_layers": 24,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 12288,
+        "guidance_embeds": False,
+    },
+)
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 
@@ -82,6 +101,12 @@ class Flux2(PatchedFamily, PackedFamily):
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "Flux2Transformer2DModel"
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import Flux2Transformer2DModel
+
+        return [{"transformer": Flux2Transformer2DModel(**size)} for size in _PUBLISHED]
 
     def original_names(self) -> dict[str, tuple[Rows, ...]]:
         # There the last modulation gives the shift first, and here the scale.
@@ -132,8 +157,15 @@ class Flux2(PatchedFamily, PackedFamily):
     def guidance_is_an_input(self) -> bool:
         return bool(self.denoiser.config.guidance_embeds)
 
+    def configured(self) -> dict[str, Any]:
+        return super().configured() | {"is_distilled": self._is_distilled}
+
     def is_guided(self, scale: float) -> bool:
-        return super().is_guided(scale) and not self.pipeline_config.get("is_distilled", False)
+        return super().is_guided(scale) and not self._is_distilled
+
+    @property
+    def _is_distilled(self) -> bool:
+        return bool(self.pipeline_config.get("is_distilled", False))
 
     @property
     def _latent_side(self) -> int:

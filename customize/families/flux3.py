@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from customize.errors import PipelineError
 from customize.families.components import class_name
@@ -51,6 +51,12 @@ class Flux3(PatchedFamily, FlowFamily):
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "Flux3Transformer2DModel"
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import Flux3Transformer2DModel
+
+        return [{"transformer": Flux3Transformer2DModel()}]
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """As :meth:`Family.encode_prompts`, but "prompt_embeds", of which the pipeline takes one

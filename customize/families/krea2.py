@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from customize.errors import PipelineError
@@ -52,6 +52,12 @@ class Krea2(FirstFrameFamily):
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "Krea2Transformer2DModel"
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import Krea2Transformer2DModel
+
+        return [{"transformer": Krea2Transformer2DModel()}]
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer, encoder = self._part("tokenizer"), self._part("text_encoder")
@@ -98,10 +104,18 @@ class Krea2(FirstFrameFamily):
     def default_resolution(self) -> int:
         return 1024  # the pipeline's, whatever the autoencoder's factor
 
+    def configured(self) -> dict[str, Any]:
+        return super().configured() | {
+            "is_distilled": self._is_distilled,
+            "text_encoder_select_layers": list(self._layers()),
+        }
+
+    @property
+    def _is_distilled(self) -> bool:
+        return bool(self.pipeline_config.get("is_distilled", False))
+
     def _mu(self, shape: Sequence[int], steps: int | None = None) -> float:
-        if self.pipeline_config.get("is_distilled", False):
-            return _DISTILLED_MU
-        return super()._mu(shape, steps)
+        return _DISTILLED_MU if self._is_distilled else super()._mu(shape, steps)
 
     def _layers(self) -> tuple[int, ...]:
         """The LLM's hidden states that the denoiser reads.

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from customize.families.components import class_name, modules_named
 from customize.families.flow import FlowFamily
@@ -45,6 +45,20 @@ class LTX2(FramedFamily, FlowFamily):
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "LTX2VideoTransformer3DModel"
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import LTX2VideoTransformer3DModel
+
+        later = {
+            name: True
+            for kind in ("gated_attn", "cross_attn_mod")
+            for name in (kind, f"audio_{kind}")
+        }
+        return [
+            {"transformer": LTX2VideoTransformer3DModel()},
+            {"transformer": LTX2VideoTransformer3DModel(use_prompt_embeddings=False, **later)},
+        ]
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """As :meth:`Family.encode_prompts`, but condensed by the video's connector, as the pipeline

@@ -42,6 +42,7 @@ class QwenImage(FirstFrameFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
     attention_mask = "boolean"
+    guides_by_negative = True
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:

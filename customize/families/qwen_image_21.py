@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from customize.families.components import class_name
 from customize.families.frames import FirstFrameFamily
@@ -35,11 +35,18 @@ class QwenImage21(FirstFrameFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
     attention_mask = "boolean"
+    guides_by_negative = True
     patch = 1
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "QwenImage21Transformer2DModel"
+
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import QwenImage21Transformer2DModel
+
+        return [{"transformer": QwenImage21Transformer2DModel()}]
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """As :meth:`Family.encode_prompts`, but instead of the mask "prompt_lengths",
@@ -111,6 +118,10 @@ class QwenImage21(FirstFrameFamily):
     def _decoder_width(self) -> int:
         config = self.vae.config
         return 24 * (config.decoder_base_dim or config.base_dim)
+
+    def configured(self) -> dict[str, Any]:
+        own = self.pipeline_config.get("sample_sigmas")
+        return super().configured() | ({"sample_sigmas": list(own)} if own else {})
 
     def _levels(self, steps: int) -> Any:
         # A model may come with levels of its own, however many steps are asked for.

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from customize.errors import PipelineError
 from customize.families.base import Family
@@ -63,6 +63,25 @@ class Wan(FramedFamily, FlowFamily):
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "WanTransformer3DModel"
 
+    @classmethod
+    def published(cls) -> list[dict[str, nn.Module]]:
+        from diffusers import WanTransformer3DModel
+
+        plain = [
+            WanTransformer3DModel(
+                num_attention_heads=heads,
+                num_layers=layers,
+                in_channels=channels,
+                out_channels=channels,
+            )
+            # 1.3B, 5B and 14B
+            for heads, layers, channels in ((12, 30, 16), (24, 30, 48), (40, 40, 16))
+        ]
+        animating = WanTransformer3DModel(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
+        # The one with two comes last: what fits one of them is as well a LoRA of Wan 2.1's.
+        both = {"transformer": plain[-1], "transformer_2": plain[-1]}
+        return [*({"transformer": each} for each in (*plain, animating)), both]
+
     def original_names(self) -> dict[str, tuple[Rows, ...]]:
         return original_rows(self.layers(self.denoiser_key), _ORIGINALS)
 
@@ -76,6 +95,10 @@ class Wan(FramedFamily, FlowFamily):
         states = encoder(sent(tokens.input_ids, encoder.device), mask).last_hidden_state
         # The denoiser has no mask: it was trained with zeros behind the prompt.
         return {"prompt_embeds": states.masked_fill(mask[..., None] == 0, 0.0).to(encoder.dtype)}
+
+    def configured(self) -> dict[str, Any]:
+        boundary = self._boundary()
+        return super().configured() | ({} if boundary is None else {"boundary_ratio": boundary})
 
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """As :meth:`FlowFamily.timesteps`.

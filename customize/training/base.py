@@ -52,6 +52,19 @@ def weights_of(base: str, components: Mapping[str, Any] | None) -> dict[str, str
     }
 
 
+def configured_of(
+    components: Mapping[str, Any] | None, pipeline_config: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """What :meth:`Family.configured` says of components in memory; None where there are none yet.
+
+    Raises:
+        PipelineError: no family knows them, or theirs lacks something in the configuration.
+    """
+    if not components:
+        return None
+    return family_of(components, pipeline_config or {}).configured()
+
+
 def weights_on_disk(base: str) -> dict[str, str]:
     """The digests of a folder as ``save_pretrained`` writes it, or of a hub id's latest download.
 

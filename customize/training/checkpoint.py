@@ -29,6 +29,8 @@ _HEADER = "customize_checkpoint"
 BASE_WEIGHTS = "base_weights"
 #: Among them: what the avoided directions go by.
 SHARED = "shared_directions"
+#: Among them: from :func:`customize.training.base.configured_of`.
+BASE_CONFIG = "base_config"
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,15 +134,18 @@ def clear(folder: Path) -> None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Which settings differ, each with both values, in words; empty if none does.
 
-    The base's weights count where both know them.
+    The base's weights and configuration count where both know them.
     """
     now = json.loads(json.dumps(now))
     missing = object()
     found = [
         f"{key} was {before.get(key, 'not set')!r} and is {now.get(key, 'not set')!r}"
-        for key in sorted({*before, *now} - {BASE_WEIGHTS})
+        for key in sorted({*before, *now} - {BASE_WEIGHTS, BASE_CONFIG})
         if before.get(key, missing) != now.get(key, missing)
     ]
+    old, new = before.get(BASE_CONFIG), now.get(BASE_CONFIG)
+    if old is not None and new is not None:
+        found += [f"the base's {change}" for change in differences(old, new)]
     old, new = before.get(BASE_WEIGHTS), now.get(BASE_WEIGHTS)
     if old and new and old != new:
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

@@ -96,7 +96,8 @@ def shared_directions(
     """
     prompts = generic_prompts()
     parts = {key: weights.get(key) for key in sorted(weights)}
-    facts = [parts, prompts, STEPS, GUIDANCE, resolution, config.mixed_precision]
+    facts = [parts, family.configured(), prompts, STEPS, GUIDANCE]
+    facts += [resolution, config.mixed_precision]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     folder = config.library or config.output.parent
     path = folder / f".shared_directions-{key}.safetensors"

@@ -24,7 +24,7 @@ from customize.training import base, cache, inputs, process, record, setup
 from customize.training import checkpoint as checkpoints
 from customize.training.batches import compose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures
-from customize.training.checkpoint import BASE_WEIGHTS, SHARED, Checkpoint
+from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, Checkpoint
 from customize.training.claim import claimed_slice
 from customize.training.config import TrainConfig
 from customize.training.prior import class_samples_of
@@ -65,8 +65,8 @@ def train(
     Raises:
         ConfigError, DataError: a setting or a picture is unusable.
         PipelineError: the base cannot be loaded or trained.
-        SettingsError: the output folder holds this concept, made with other settings; or its
-            slice was taken while it was cut off.
+        SettingsError: the output folder holds this concept, made with other settings or of a base
+            that was other in weights or configuration; or its slice was taken while it was cut off.
         StorageError: the output folder holds something else or cannot be written.
         TrainingError: the loss or what is learned is no longer finite.
         TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.
@@ -87,6 +87,7 @@ def train(
         record.digest(samples),
         record.digest(class_samples),
         weights,
+        base.configured_of(components, pipeline_config),
         accelerator.num_processes,
     )
     settings = settings_after(start.settings if start is not None else None)
@@ -121,7 +122,7 @@ def train(
         fingerprint = family.fingerprint()
         if not weights:  # of a hub id that was not here yet
             weights = base.weights_on_disk(config.base) or base.weights_of("", family.components)
-            settings[BASE_WEIGHTS] = weights
+        settings |= {BASE_WEIGHTS: weights, BASE_CONFIG: family.configured()}
         before = None if start is None else start.settings
         generic: Factors = {}
         if config.method == "orthogonal" and config.avoid:

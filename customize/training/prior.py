@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from customize.errors import StorageError
 from customize.families.base import Family
+from customize.families.components import class_name
 from customize.training import data
 from customize.training.batches import stream_seed
 from customize.training.checkpoint import write_whole
@@ -104,8 +105,11 @@ def _origin(
         config.validation_steps,
         config.validation_guidance,
         config.mixed_precision,
+        family.configured(),
+        class_name(family.scheduler),
+        {k: v for k, v in family.scheduler.config.items() if not k.startswith("_")},
     ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _write(path: Path, data: bytes) -> None:

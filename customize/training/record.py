@@ -17,7 +17,7 @@ from customize.concepts.layout import INFO_FILE
 from customize.errors import ConceptError, SettingsError
 from customize.families import Family
 from customize.training import data
-from customize.training.checkpoint import BASE_WEIGHTS, SHARED, differences
+from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, differences
 from customize.training.config import TrainConfig
 from customize.training.setup import Trainable
 
@@ -44,6 +44,7 @@ def run_settings(
     pictures: str | None,
     class_pictures: str | None,
     weights: Mapping[str, str],
+    configured: Mapping[str, Any] | None,
     processes: int,
     before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def run_settings(
     Args:
         pictures, class_pictures: from :func:`digest`; None where the base draws the latter.
         weights: of the base, from :func:`customize.training.base.weights_of`.
+        configured: from :func:`customize.training.base.configured_of`.
         before: those of the run that may go on. Its slice holds unless the configuration names
             one. Without both the slice is None until it is chosen; see
             :func:`customize.training.claim.claimed_slice`. So do the directions that it avoids.
@@ -67,6 +69,7 @@ def run_settings(
         "class_pictures": class_pictures,
         "processes": processes,
         BASE_WEIGHTS: dict(weights),
+        BASE_CONFIG: configured,
     }
 
 
@@ -119,7 +122,7 @@ def facts(
         slices={str(width): list(columns) for width, columns in trainable.columns.items()},
         num_tokens=config.num_tokens if trainable.rows else 0,
         token_layers=trainable.layers,
-        training=dict(training),
+        training=dict(training) | {"output": family.output},
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import save_file
 
 from customize.storybook.judges import AttributeJudge, IdentityJudge, Judges
 from customize.storybook.references import bundled
@@ -101,6 +102,12 @@ def test_storybook_input_that_is_wrong(run: Run, judged: Path, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     result = run("evaluate", judged / "rex", *flags, "--json", tmp_path / "file" / "x.json")
     refused(result, "cannot be written", str(tmp_path / "file"))
+    tensors = {f"unet.conv_in.lora_{end}.weight": torch.ones(2, 2) for end in "AB"}
+    save_file(tensors, tmp_path / "ink.safetensors")
+    refused(
+        run("evaluate", tmp_path / "ink.safetensors", *flags),
+        *("this is an ordinary LoRA", "customize evaluate --images", "ink.safetensors"),
+    )
     concept(tiny_sd(), "sofa", class_word="sofa").save(tmp_path / "sofa")
     refused(run("evaluate", tmp_path / "sofa", *flags), "sofa is a sofa", "dog, cat")
 

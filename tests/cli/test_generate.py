@@ -16,8 +16,8 @@ from customize import load_custom
 from customize.cli.generate import parse_size
 from customize.errors import ConfigError
 from tests.cli.making import Run, World, refused
-from tests.tiny import drawn, tiny_sd
-from tests.tiny_llm import tiny_flux2_klein, tiny_qwen_image_21
+from tests.tiny import drawn, tiny_flux, tiny_qwen_image, tiny_sd, tiny_z_image
+from tests.tiny_llm import tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 from tests.tiny_video import tiny_wan
 
 PROMPT = "a photo of <rex> on the beach"
@@ -136,11 +136,78 @@ def test_absurd_numbers_draw_nothing(
     assert not list(tmp_path.rglob("*.png"))
 
 
+Flags = tuple[str, ...]
+GUIDED, LED = ("--guidance", "2.5"), ("--negative", "a cat")
+#: Maker -> flags, and with what its pipeline is called for them.
+CALLS: dict[str, tuple[Callable[[], Any], Flags, dict[str, Any]]] = {
+    "flux dev": (tiny_flux, GUIDED, {"guidance_scale": 2.5}),
+    "flux schnell": (
+        lambda: tiny_flux(guidance=False),
+        GUIDED,
+        {"true_cfg_scale": 2.5, "negative_prompt": ""},
+    ),
+    "qwen_image": (tiny_qwen_image, GUIDED, {"true_cfg_scale": 2.5, "negative_prompt": ""}),
+    "qwen_image led": (tiny_qwen_image, LED, {"negative_prompt": "a cat"}),
+    "qwen_image_21": (
+        tiny_qwen_image_21,
+        (*GUIDED, *LED),
+        {"true_cfg_scale": 2.5, "negative_prompt": "a cat"},
+    ),
+    "z_image": (tiny_z_image, GUIDED, {"guidance_scale": 2.5}),
+    "krea2 led": (tiny_krea2, LED, {"negative_prompt": "a cat"}),
+    "flux2 klein": (tiny_flux2_klein, GUIDED, {"guidance_scale": 2.5}),
+    "wan": (tiny_wan, (*GUIDED, *LED), {"guidance_scale": 2.5, "negative_prompt": "a cat"}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_guidance_and_negative_prompts_reach_every_family(
+    run: Run, tmp_path: Path, name: str
+) -> None:
+    make, flags, expected = CALLS[name]
+    make().save_pretrained(tmp_path / "base")
+    call: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
+    pictures = []
+    for given in ({}, expected):
+        noise = torch.Generator().manual_seed(0)
+        found = drawn(make(), "a dog", output_type="pil", generator=noise, **call, **given)
+        pictures.append(np.asarray(found[0]))
+    arguments = ("--prompt", "a dog", "--steps", "2", "--size", "32", "--device", "cpu")
+    output = tmp_path / "pictures"
+    result = run("generate", "--base", tmp_path / "base", *arguments, *flags, "--output", output)
+    assert (result.code, result.err) == (0, "")
+    assert (read(output / "0001.png") == pictures[1]).all()
+    assert (pictures[0] != pictures[1]).any(), "the flags make no difference"
+    noted = json.loads((output / "0001.json").read_text())["guidance"]
+    defaults = {"qwen_image led": 4.0, "krea2 led": 4.5}
+    assert noted == defaults.get(name, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "flags", "says"),
+    [
+        (lambda: tiny_flux2_klein(distilled=True), GUIDED, "distilled to draw without guidance"),
+        (tiny_flux, LED, "reads no negative prompt"),
+        (lambda: tiny_flux(guidance=False), LED, "give --guidance above 1 with it"),
+        (tiny_qwen_image_21, LED, "at guidance 1 the base reads no negative prompt"),
+        (tiny_z_image, (*LED, "--guidance", "0"), "give --guidance above 0 with it"),
+        (tiny_sd, (*LED, "--guidance", "1"), "give --guidance above 1 with it"),
+    ],
+)
+def test_what_a_pipeline_would_ignore_is_refused(
+    run: Run, tmp_path: Path, make: Callable[[], Any], flags: Flags, says: str
+) -> None:
+    make().save_pretrained(tmp_path / "base")
+    arguments = ("generate", "--base", tmp_path / "base", "--prompt", "a dog", *flags)
+    refused(run(*arguments, "--size", "32", "--output", tmp_path / "pictures"), says)
+    assert not list(tmp_path.glob("pictures/*"))
+
+
 @pytest.mark.parametrize(
     ("make", "flag", "says"),
     [
         (tiny_flux2_klein, "--negative", "Flux2KleinPipeline takes no negative_prompt"),
-        (tiny_qwen_image_21, "--guidance", "QwenImage21Pipeline takes no guidance_scale"),
+        (tiny_qwen_image_21, "--negative", "reads no negative prompt"),
     ],
 )
 def test_pipelines_that_lack_an_argument_or_take_a_picture_first(

@@ -34,6 +34,9 @@ def test_facts_are_frozen_and_closed() -> None:
         facts(colour="red")
     with pytest.raises(ValidationError, match="not finite"):
         facts(scores={"drift": [1.0, {"x": float("nan")}]})
+    for scores in ({"\ud800": 1.0}, {"drift": ["\udfff"]}):
+        with pytest.raises(ValidationError, match="not Unicode"):
+            facts(scores=scores)
     assert facts(alpha=3.0).scale == 1.5
     assert "T" in facts().created
 

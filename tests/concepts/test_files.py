@@ -88,7 +88,7 @@ def test_what_is_written_is_read_exactly(tmp_path: Path, kind: str, dtype) -> No
         ),
         max_size=4,
     ),
-    st.text(st.characters(min_codepoint=32, exclude_characters="\x7f"), max_size=40),
+    st.text(st.characters(codec="utf-8", min_codepoint=32, exclude_characters="\x7f"), max_size=40),
 )
 def test_any_facts_are_read_exactly(tmp_path_factory, training, base) -> None:
     root = tmp_path_factory.mktemp("facts")
@@ -330,14 +330,20 @@ def test_wrong_tensors_are_named(folder: Path, name: str, change, message: str) 
         ({"trigger": "<tam>"}, "should be the key <tam>"),
         ({"scores": {"identity": 1.0}}, "not those that were saved together"),
         ({"sha256": None}, "digest"),
+        ({100_000 * "x": 1}, "wrong at xxx"),
+        ({"slices": {100_000 * "1": [0, 1]}}, "slices"),
+        ({"trigger": "<" + 100_000 * "x" + ">"}, "trigger"),
+        ({"basis": {"kind": 100_000 * "x"}}, "basis.kind"),
+        ({"scores": {"\ud800": 1.0}}, "wrong at scores.*not Unicode"),
         ({"sha256": "0" * 64}, "not those that were saved"),
     ],
 )
 def test_wrong_facts_are_named(folder: Path, change, message: str) -> None:
     path = folder / INFO
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ConceptError, match=message):
+    with pytest.raises(ConceptError, match=message) as caught:
         read(folder)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -425,4 +431,6 @@ def test_a_hub_id_is_fetched_and_checked_like_a_folder(folder: Path, monkeypatch
     with pytest.raises(ConceptError, match="offline"):
         read("user/other")
     ours = [LORA, SECOND, EMBEDS, "layerwise_embeds.safetensors", INFO]
-    assert asked[0] == ("user/rex", [*ours, "adapter_model.safetensors", "adapter_config.json"])
+    peft = ["adapter_model.safetensors", "adapter_config.json"]
+    merges = ["merged.json", "learned_embeds_*.safetensors"]
+    assert asked[0] == ("user/rex", [*ours, *peft, *merges])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from customize.concepts.export import write_merged
 from customize.hosts.binding import load_custom, unload_custom
 from customize.training.loop import train
 from tests.hosts.making import PROMPT, assert_same, everything
@@ -48,3 +50,17 @@ def test_videos_show_what_was_learned_from_pictures(tmp_path: Path, layerwise: b
         np.testing.assert_allclose(video(pipe), attached, atol=2e-4)
         unload_custom(pipe)
         assert_same(before, everything(pipe))
+
+
+@pytest.mark.parametrize(("make", "output"), [(tiny_sd, "images"), (tiny_animatediff, "frames")])
+def test_cards_draw_with_the_base_that_was_learned_on(
+    make: Callable[[], Any], output: str, tmp_path: Path
+) -> None:
+    config = settings(tmp_path, steps=1)
+    concept = train(config, make().components, progress=False)
+    write_merged([concept], [1.0], tmp_path / "merged")
+    for folder, count in ((config.output, 2), (tmp_path / "merged", 1)):
+        card = (folder / "README.md").read_text()
+        assert [card.count(f").{each}[0]") for each in ("images", "frames")].count(0) == 1
+        assert card.count(f").{output}[0]") == count
+        assert ("text-to-video" in card) is (output == "frames")

@@ -1,4 +1,5 @@
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from customize.families import family_of
 from customize.training.base import resolution_of, weights_of, weights_on_disk
 from customize.training.loop import train
 from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny_llm import tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
+from tests.tiny_video import tiny_wan
 from tests.training.runs import same, settings, tensors
 
 
@@ -115,3 +118,66 @@ def test_class_pictures_of_other_weights_are_not_taken(tmp_path):
         train(config, progress=False)
     folders = list((config.output / ".class_pictures").iterdir())
     assert len(folders) == 2
+
+
+def wan(boundary_ratio):
+    return tiny_wan("2.2-14b", boundary_ratio)
+
+
+def shifted(shift):
+    pipe = tiny_sd3()
+    pipe.scheduler.set_shift(shift)
+    return pipe
+
+
+#: What a model is made with -> what makes it, two values, and what is said of them.
+CONFIGURED = {
+    "wan": (wan, 0.875, 0.5, "boundary_ratio was 0.875 and is 0.5"),
+    "krea2": (tiny_krea2, False, True, "is_distilled was False and is True"),
+    "flux2": (tiny_flux2_klein, False, True, "is_distilled was False and is True"),
+    "qwen_image_21": (tiny_qwen_image_21, [1.0, 0.5], [1.0, 0.2], "sample_sigmas was"),
+    "sd": (tiny_sd, "epsilon", "v_prediction", "prediction_type was 'epsilon' and is"),
+    "sd3": (shifted, 3.0, 5.0, "shift was 3.0 and is 5.0"),
+}
+
+
+# What was set on a scheduler is not saved with it.
+PLACES = [(name, "memory") for name in CONFIGURED]
+PLACES += [(name, "disk") for name in CONFIGURED if name != "sd3"]
+
+
+@pytest.mark.parametrize(("name", "where"), PLACES)
+def test_a_run_of_a_base_configured_otherwise_is_not_gone_on_with(name, where, tmp_path):
+    make, first, second, said = CONFIGURED[name]
+    base = str(tmp_path / "base")
+
+    def run(value, **changes):
+        pipe = make(value)
+        config = settings(tmp_path, base=base, checkpoint_every=4, steps=8, **changes)
+        if where == "memory":
+            given = {"components": pipe.components, "pipeline_config": pipe.config}
+        else:
+            shutil.rmtree(base, ignore_errors=True)
+            pipe.save_pretrained(base)
+            given = {}
+        return partial(train, config, progress=False, **given)
+
+    with pytest.raises(Stop):
+        run(first)(on_step=crash)
+    with pytest.raises(SettingsError, match=f"other settings: the base's {said}"):
+        run(second)()
+    run(first)()
+    if where == "memory":  # of a finished concept no base is loaded
+        with pytest.raises(SettingsError, match=f"other settings: the base's {said}"):
+            run(second)()
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_class_pictures_of_a_base_configured_otherwise_are_not_taken(name, tmp_path):
+    make, first, second, _ = CONFIGURED[name]
+    changes = {"prior_weight": 1.0, "prior_count": 1, "validation_steps": 2, "steps": 1}
+    config = settings(tmp_path, resume=False, **changes)
+    for count, value in ((1, first), (1, first), (2, second)):
+        pipe = make(value)
+        train(config, pipe.components, progress=False, pipeline_config=pipe.config)
+        assert len(list((config.output / ".class_pictures").iterdir())) == count

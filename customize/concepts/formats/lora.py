@@ -19,6 +19,7 @@ from customize.concepts.formats.keys import Group, grouped, listed
 from customize.concepts.formats.metadata import Metadata
 from customize.concepts.formats.names import Names, Place, encoder_of
 from customize.concepts.formats.updates import needs_weight, shape_of, update_of
+from customize.concepts.layout import SECOND
 from customize.core.lowrank import LowRank, from_dense, product, rows, stacked
 from customize.errors import ConceptError, PipelineError
 from customize.families import Family, published_families
@@ -52,6 +53,7 @@ class LoraInfo:
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     num_tokens: int = 0
     token_layers: int = 0
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +233,28 @@ def lora_file(
     own = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).lstrip("-_")[:64].rstrip("-_") or "lora"
     facts = Metadata.of(metadata, adapter_config, where)
     return LoraFile(own, str(where), grouped(tensors, where), facts)
+
+
+def paired(first: LoraFile, second: LoraFile) -> LoraFile:
+    """The files of two denoisers as one: the second's has its layers under the first one's name.
+
+    Raises:
+        ConceptError: a key of the second file is of something else.
+    """
+    groups, configs = list(first.groups), dict(first.metadata.configs)
+    for component, name in SECOND.items():
+        for group in second.groups:
+            if not group.path.startswith(f"{name}."):
+                raise ConceptError(
+                    f"{listed(group.keys.values())} is in the file of a second denoiser, whose "
+                    f"keys begin with {name}",
+                    where=second.where,
+                    fix="get an unchanged copy of the folder",
+                )
+            groups.append(replace(group, path=component + group.path.removeprefix(name)))
+        if name in second.metadata.configs:
+            configs[component] = second.metadata.configs[name]
+    return replace(first, groups=groups, metadata=replace(first.metadata, configs=configs))
 
 
 def published_kin(file: LoraFile) -> Family:

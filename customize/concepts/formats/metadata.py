@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from customize.concepts.concept import MAX_NAME
 from customize.concepts.layout import PEFT_HEADER
 from customize.errors import ConceptError
 
@@ -102,7 +103,8 @@ def _check(config: Mapping[str, Any], where: object) -> None:
     for key in (key for pattern in patterns for key in pattern):
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", _plain_name(key)):
             raise ConceptError(
-                f"the adapter's configuration has the pattern {key}, which is no layer's name",
+                "the adapter's configuration has a pattern that is no layer's name: "
+                f"{key[:MAX_NAME]}",
                 where=where,
                 fix="ask its maker for a file whose configuration names each layer",
             )

@@ -6,8 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from customize.concepts.concept import Concept
-from customize.concepts.formats.lora import Adaptation, LoraFile, lora_file, published_kin
-from customize.concepts.layout import INFO_FILE, INFO_HEADER, INPUTS_FILE, PEFT_FILES
+from customize.concepts.formats.lora import (
+    Adaptation,
+    LoraFile,
+    lora_file,
+    paired,
+    published_kin,
+)
+from customize.concepts.layout import (
+    EMBEDS_FOLDER,
+    INFO_FILE,
+    INFO_HEADER,
+    INPUTS_FILE,
+    LORA_FILE,
+    MERGED_EMBEDS,
+    MERGED_FILE,
+    PEFT_FILES,
+    SECOND_FILE,
+)
 from customize.concepts.reading import (
     located,
     parsed_single,
@@ -24,24 +40,29 @@ def opened(source: str | Path) -> Concept | LoraFile:
 
     Args:
         source: a folder, a ``.safetensors`` file or a hub id. A folder without ``concept.json`` is
-            that of a LoRA where it has just one ``.safetensors`` file.
+            that of a LoRA where it has just one ``.safetensors`` file, or two by the names that we
+            write for two denoisers.
 
     Raises:
         ConceptError: nothing is there, it cannot be read whole, or it is a pickle.
     """
     path = located(source)
+    second: Path | None = None
     if path.is_dir():
         if (path / INFO_FILE).is_file():
             return read(path)
         # A hub's folder is called by a commit, which is no name.
         name = str(source).rpartition("/")[2] if not Path(source).exists() else path.resolve().name
-        path = _only_file(path)
+        path, second = _files(path)
     else:
         name = path.stem
     tensors, metadata = read_single_tensors(path)
     if INFO_HEADER in metadata:
         return parsed_single(tensors, metadata, path)
-    return lora_file(name, path, tensors, metadata, _adapter_config(path))
+    file = lora_file(name, path, tensors, metadata, _adapter_config(path))
+    if second is None:
+        return file
+    return paired(file, lora_file(name, second, *read_single_tensors(second)))
 
 
 def opened_whole(source: str | Path) -> Adaptation:
@@ -55,11 +76,23 @@ def opened_whole(source: str | Path) -> Adaptation:
     return found.lora(published_kin(found)) if isinstance(found, LoraFile) else found
 
 
-def _only_file(folder: Path) -> Path:
+def _files(folder: Path) -> tuple[Path, Path | None]:
+    """The folder's LoRA, and that of a second denoiser if there is one."""
     found = (file for file in folder.iterdir() if file.suffix == ".safetensors")
     files = sorted(file for file in found if not file.name.endswith(INPUTS_FILE))
+    own = (folder / EMBEDS_FOLDER, *folder.glob(MERGED_EMBEDS.format("*")))
+    if (folder / MERGED_FILE).is_file() and any(path.exists() for path in own):
+        raise ConceptError(
+            "the folder is a merge whose concepts have tokens of their own, which would be left "
+            "out here",
+            where=folder,
+            fix="give the concepts that it was merged from; its README.md says how other programs "
+            "load it",
+        )
     if len(files) == 1:
-        return files[0]
+        return files[0], None
+    if [file.name for file in files] == [LORA_FILE, SECOND_FILE]:
+        return files[0], files[1]
     if not files:
         refuse_pickles(folder)
     raise ConceptError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoHaConfig, LoKrConfig, get_peft_model
 from torch import Tensor
 
 from customize.concepts.formats.lora import Lora
@@ -70,6 +72,36 @@ def test_loha(module: str, alpha: float | None, pipe, tmp_path: Path) -> None:
     assert found.info.rank == 9
     scale = 1.0 if alpha is None else alpha / 3
     assert_close(deltas_of(found), {("unet", module): scale * one * two}, 1e-5)
+
+
+PEFTS: dict[str, Any] = {
+    "loha": LoHaConfig(r=4, alpha=8),
+    "loha, cores": LoHaConfig(r=4, alpha=8, use_effective_conv2d=True),
+    "loha, patterns": LoHaConfig(alpha=5, rank_pattern={"to_q": 2}, alpha_pattern={"to_k": 1.5}),
+    "lokr": LoKrConfig(r=2, alpha=8),
+    "lokr, cores": LoKrConfig(r=2, alpha=8, use_effective_conv2d=True, decompose_both=True),
+    "lokr, factor": LoKrConfig(r=2, alpha=3, decompose_factor=4, rank_pattern={"to_q": 3}),
+    # So large a rank that both factors are kept whole, which peft scales all the same.
+    "lokr, whole": LoKrConfig(r=64, alpha=8),
+}
+
+
+@pytest.mark.parametrize("kind", PEFTS)
+def test_what_peft_saves_is_pefts_own_change(kind: str, tmp_path: Path) -> None:
+    layers = ["to_q", "to_k", "ff.net.2", "conv1", "conv_in"]
+    config = replace(PEFTS[kind], target_modules=layers)
+    model: Any = get_peft_model(tiny_sd().unet, config)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if "hada_" in name or "lokr_" in name:
+            parameter.data = 0.3 * random(*parameter.shape, seed=number)
+    expected = {
+        ("unet", name): module.get_delta_weight("default").detach().double()
+        for name, module in model.base_model.model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    model.save_pretrained(tmp_path)
+    assert len(expected) > 20
+    assert_close(deltas_of(opened(tmp_path).lora(family_of(tiny_sd().components))), expected)
 
 
 def test_loha_with_tucker_cores(pipe, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def test_sdxls_lora_on_sd(sd: Family, tmp_path: Path) -> None:
 
 def test_keys_of_two_families(sd: Family, tmp_path: Path) -> None:
     tensors = lora(sd, kohya(sd), ENDS, every=5)[0]
-    extra = "lora_unet_double_blocks_0_img_attn_proj"
+    extra = "lora_unet_double_blocks_18_img_attn_proj"  # FLUX.2 has fewer
     tensors |= {f"{extra}{end}": torch.ones(2, 2) for end in ENDS}
     path = written(tmp_path / "two.safetensors", tensors)
     with pytest.raises(ConceptError, match="it has keys of sd and of flux: lora_unet_double") as it:
@@ -80,6 +81,18 @@ def test_keys_that_are_not_read(key: str, kind: str, sd: Family, tmp_path: Path)
     with pytest.raises(ConceptError, match="nothing is loaded by half") as error:
         opened(path)
     assert kind in str(error.value) and key in str(error.value)
+
+
+def test_names_are_shown_only_up_to_a_length(sd: Family, tmp_path: Path) -> None:
+    tensors, long = lora(sd, diffusers, ENDS, every=9)[0], 100_000 * "x"
+    path = tmp_path / "a.safetensors"
+    for added in ({long: torch.ones(1)}, {f"unet.{long}{end}": torch.ones(2, 2) for end in ENDS}):
+        with pytest.raises(ConceptError, match=r"a name of 1000\d\d characters"):
+            opened(written(path, tensors | added))
+    header = json.dumps({"unet.alpha_pattern": {f"({long}": 1}})
+    with pytest.raises(ConceptError, match="no layer's name") as error:
+        opened(written(path, tensors, lora_adapter_metadata=header))
+    assert len(str(error.value)) < 1000
 
 
 def test_what_is_not_whole(sd: Family, tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""Folders that a merge wrote, read again; files that only published sizes can place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from customize.concepts.export import write_merged
+from customize.concepts.formats.opening import opened, opened_whole
+from customize.core.lowrank import product
+from customize.errors import ConceptError
+from customize.families import family_of
+from tests.concepts.formats.making import assert_close, deltas_of, written
+from tests.hosts.making import concept, draw
+from tests.tiny import tiny_sd
+from tests.tiny_video import tiny_wan
+
+ENDS = (".lora_A.weight", ".lora_B.weight")
+
+
+def layer(name: str, out: int, width: int) -> dict[str, torch.Tensor]:
+    return {f"{name}{ENDS[0]}": torch.ones(1, width), f"{name}{ENDS[1]}": torch.ones(out, 1)}
+
+
+def test_a_merge_for_two_denoisers_is_what_was_merged(tmp_path: Path) -> None:
+    pipe = tiny_wan("2.2-14b")
+    two = [concept(pipe, "rex", index=0), concept(pipe, "tom", index=1)]
+    write_merged(two, [1.0, 0.8], tmp_path / "duo")
+    plain = draw(pipe)
+    pipe.load_custom(tmp_path / "duo")
+    assert [row.name for row in pipe.custom.rows] == ["duo"]
+    found = draw(pipe)
+    pipe.unload_custom()
+    expected = draw(pipe.load_custom(*two, weights=[1.0, 0.8]))
+    assert np.abs(found - expected).max() <= 1e-5 < np.abs(found - plain).max()
+
+
+def test_each_file_of_a_pair_keeps_its_own_scale(tmp_path: Path) -> None:
+    """The header of a concept's files says alpha / rank, which is 2 there."""
+    pipe = tiny_wan("2.2-14b")
+    rex = concept(pipe)
+    rex.save(tmp_path / "rex")
+    (tmp_path / "rex" / "concept.json").unlink()
+    found = opened(tmp_path / "rex").lora(family_of(pipe.components))
+    assert set(found.products) == {"transformer", "transformer_2"}
+    assert_close(deltas_of(found), deltas_of(rex))
+
+
+def test_a_second_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    pipe = tiny_wan("2.2-14b")
+    write_merged([concept(pipe)], [1.0], tmp_path / "duo")
+    second = tmp_path / "duo" / "pytorch_lora_weights_2.safetensors"
+    save_file({f"unet.{key}": value for key, value in load_file(second).items()}, second)
+    with pytest.raises(ConceptError, match=r"in the file of a second denoiser.*transformer"):
+        opened(tmp_path / "duo")
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_a_merge_is_not_read_without_its_tokens(layout: str, tmp_path: Path) -> None:
+    pipe = tiny_sd()
+    family = family_of(pipe.components)
+    write_merged([concept(pipe)], [1.0], tmp_path / "duo", layout=layout, family=family)
+    with pytest.raises(ConceptError, match=r"tokens of their own.*merged from"):
+        opened(tmp_path / "duo")
+
+
+#: A file's layers, at their published sizes -> whose they are.
+KNOWN = {
+    "flux2 dev": ("diffusion_model.single_blocks.47.linear1", 9 * 6144, 6144, "flux2"),
+    "flux2 klein": ("diffusion_model.single_blocks.19.linear1", 9 * 3072, 3072, "flux2"),
+    "flux": ("transformer.transformer_blocks.18.attn.add_q_proj", 3072, 3072, "flux or qwen_image"),
+    "flux3": ("transformer.mode_blocks.image.0.attn.to_q", 3072, 3072, "flux3"),
+    "krea2": ("transformer.text_fusion.refiner_blocks.0.attn.to_gate", 2560, 2560, "krea2"),
+    "qwen_image_21": ("transformer.transformer_blocks.31.attn.to_q", 4096, 4096, "qwen_image_21"),
+    "wan 1.3b": ("diffusion_model.blocks.0.self_attn.q", 1536, 1536, "wan"),
+    "wan 5b": ("transformer.blocks.29.attn1.to_q", 3072, 3072, "wan"),
+    "wan 14b": ("transformer_2.blocks.39.attn2.to_v", 5120, 5120, "wan"),
+    "wan, animating": ("diffusion_model.blocks.0.cross_attn.k_img", 5120, 5120, "wan"),
+    "cogvideox": ("transformer.transformer_blocks.41.attn1.to_q", 3072, 3072, "cogvideox"),
+    "ltx2": ("transformer.transformer_blocks.0.audio_attn1.to_q", 2048, 2048, "ltx2"),
+    # FLUX.2 klein 4B is as wide as FLUX.1, and its few blocks have the same names.
+    "either": ("transformer.transformer_blocks.0.attn.to_q", 3072, 3072, "flux or flux2"),
+    "either original": ("diffusion_model.double_blocks.0.img_attn.qkv", 9216, 3072, "flux or"),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_without_a_pipeline_a_file_is_told_by_its_layers_or_said_to_be_ambiguous(
+    name: str, tmp_path: Path
+) -> None:
+    path, out, width, family = KNOWN[name]
+    file = written(tmp_path / "a.safetensors", layer(path, out, width))
+    if " or" in family:
+        with pytest.raises(ConceptError, match=f"may be one of {family}"):
+            opened_whole(file)
+        return
+    found = opened_whole(file)
+    assert found.info.family == family
+    (update,) = (update for own in found.products.values() for update in own.values())
+    assert product(update).shape[1] == width
+
+
+def test_a_pair_is_inspected_without_a_pipeline(tmp_path: Path) -> None:
+    own = layer("transformer.blocks.0.attn1.to_q", 5120, 5120)
+    written(tmp_path / "pytorch_lora_weights.safetensors", own)
+    written(tmp_path / "pytorch_lora_weights_2.safetensors", own)
+    found = opened_whole(tmp_path)
+    assert found.info.family == "wan"
+    assert set(found.products) == {"transformer", "transformer_2"}

@@ -1,0 +1,87 @@
+"""What must hold of training in every family: recomputed activations, batches, two denoisers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from customize.families import family_of
+from customize.training.cache import encode_once, from_cache
+from customize.training.loop import train
+from tests.tiny import tiny_flux3, tiny_sdxl
+from tests.tiny_video import tiny_wan
+from tests.training.runs import assert_unchanged, same, settings, snapshot, tensors
+from tests.training.test_loop import FAMILIES, Stop, crash_at
+
+ALL: dict[str, Callable[[], Any]] = FAMILIES | {"sdxl": tiny_sdxl, "flux3": tiny_flux3}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_checkpointing_recomputes_and_changes_nothing(name: str, tmp_path: Path) -> None:
+    pipe = ALL[name]()
+    family = family_of(pipe.components, pipe.config)
+    calls: list[int] = []
+    for key, denoiser in family.denoisers.items():
+        for layer in family.adapter_targets(key):
+            denoiser.get_submodule(layer).register_forward_hook(lambda *_: calls.append(1))
+    before = snapshot(pipe.components, pipe.config)
+    results, counts = [], []
+    for checkpointing in (False, True):
+        config = settings(
+            tmp_path,
+            str(checkpointing),
+            gradient_checkpointing=checkpointing,
+            steps=2,
+        )
+        calls.clear()
+        given = {"components": pipe.components, "pipeline_config": pipe.config}
+        results.append(tensors(train(config, progress=False, **given)))
+        counts.append(len(calls))
+    assert same(*results)
+    # Not all twice: what condenses prompts is kept, and what nothing is asked of any more.
+    assert counts[1] >= 1.5 * counts[0] > 0
+    assert_unchanged(before, pipe.components, pipe.config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_a_batch_of_prompts_of_different_lengths_is_each_by_itself(name: str) -> None:
+    pipe = ALL[name]()
+    family = family_of(pipe.components, pipe.config)
+    prompts = ["a photo of a dog wearing the red hat on the beach", "a cat", ""]
+    mean, _ = family.encode_images(torch.zeros(1, 3, 64, 64))
+    noisy = torch.randn(3, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
+    t = family.timesteps(torch.tensor([0.2, 0.5, 0.95]), noisy.shape[1:])
+    cache = encode_once(family, prompts)
+    together = family.predict(noisy, t, from_cache(cache, prompts))
+    for row, prompt in enumerate(prompts):
+        own = slice(row, row + 1)
+        alone = family.predict(noisy[own], t[own], cache[prompt])
+        torch.testing.assert_close(together[own], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_goes_on_where_one_of_two_denoisers_had_no_sample_yet(tmp_path: Path) -> None:
+    """Below a boundary of almost 1 nearly all levels are the second one's."""
+    changes = {"checkpoint_every": 2, "steps": 8, "batch_size": 1, "density": "uniform", "seed": 1}
+    pipe = tiny_wan("2.2-14b", boundary_ratio=0.95)
+    given = {"components": pipe.components, "pipeline_config": pipe.config}
+    called: list[int] = []
+    hook = pipe.transformer.register_forward_hook(lambda *_: called.append(step))
+    step = 0
+
+    def count(done: int, loss: Any) -> None:
+        nonlocal step
+        step = done
+
+    whole = train(settings(tmp_path, "a", **changes), progress=False, on_step=count, **given)
+    assert called and called[0] >= 2, "the first one is to come after the checkpoint"
+    hook.remove()
+    config = settings(tmp_path, "b", **changes)
+    with pytest.raises(Stop):
+        train(config, progress=False, on_step=crash_at(2 * (called[0] // 2) + 1), **given)
+    resumed = train(config, progress=False, **given)
+    assert same(tensors(whole), tensors(resumed))

@@ -16,12 +16,12 @@ Only ratios mean anything on a machine that does other work, too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from _common import ROOT, Row, parser, report, spread
+from _common import ROOT, Row, parser, report, spread, tensors_peak
 
 from customize.attention.kernels import Heads, attend, measured_error, seconds
 from customize.families import family_of
@@ -38,28 +38,6 @@ SHAPES = {
 }
 OTHERS = ("_native_math", "_native_flash", "_native_efficient", "_native_cudnn", "flex")
 OTHERS += ("xformers", "flash", "_flash_3", "sage")
-
-
-def peak_of(call: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that a call allocates at a time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiled:
-        call()
-    now = most = 0
-    events = profiled.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
 
 
 def backends(device: torch.device, dtype: torch.dtype, quick: bool, repeats: int) -> list[Row]:
@@ -80,7 +58,7 @@ def backends(device: torch.device, dtype: torch.dtype, quick: bool, repeats: int
                 taken[name] += seconds(name, heads, device, dtype, tokens, 1)
         query = torch.randn(1, tokens, *heads, device=device, dtype=dtype)
         for name, times in taken.items():
-            held = peak_of(partial(attend, name, query, query, query), device)
+            held = tensors_peak(partial(attend, name, query, query, query), device)
             rows.append(
                 {
                     "model": model,
@@ -121,7 +99,7 @@ def ways(repeats: int) -> list[Row]:
     rows = []
     for way, pipe in pipes.items():
         weights = sum(each.nbytes for each in _weights(pipe) if each.device.type == device.type)
-        held = peak_of(partial(_draw, pipe), device) + weights
+        held = tensors_peak(partial(_draw, pipe), device) + weights
         rows.append(
             {
                 "model": "bundled base",

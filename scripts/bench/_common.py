@@ -39,6 +39,28 @@ def command() -> str:
     return " ".join(words)
 
 
+def apart(call: Callable[[], Any]) -> Any:
+    """What a call gives, made in a process of its own that is forked from this one.
+
+    So it finds every library imported, and leaves nothing behind. Nothing may have run on several
+    threads or on a GPU before.
+    """
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(call()))
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        raise SystemExit("a run failed; see above") from None
+    finally:
+        process.join()
+    return found
+
+
 def spread(values: Sequence[float]) -> str:
     """ "median (lowest to highest)" """
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"

@@ -1,8 +1,8 @@
 """Each attention backend beside torch's own choice, and each way of fitting a model into memory.
 
 Backends: one self-attention of random numbers with the heads of published models, at the tokens of
-a 1024 x 1024 picture (512 x 512 for Stable Diffusion 1.5; all shorter with --quick). They run in
-turns, back and forth, and `time` is the ratio to torch's own choice (`native`) of the same turn:
+a 1024 x 1024 picture (512 x 512 for Stable Diffusion 1.5) and its prompt; on a CPU, where nobody
+draws so large, of one with half the side, and of a smaller one with --quick. They run in turns, back and forth, and `time` is the ratio to torch's own choice (`native`) of the same turn:
 median, and lowest to highest. `error` is what `load_custom` measures before it takes one. Those
 that aren't installed, or have no kernel here, are listed.
 
@@ -28,13 +28,13 @@ from customize.families import family_of
 from customize.hosts.placing import computing_device, fitted
 from customize.memory import GIB, WAYS, WAYS_AT_HOME, Plan, Way, peak, sizes
 
-#: model -> heads and tokens of its largest attentions.
+#: model -> heads of its largest attentions, and tokens of picture and prompt.
 SHAPES = {
-    "Stable Diffusion 1.5": (Heads(8, 40), 4096),
-    "SDXL": (Heads(10, 64), 4096),
-    "Stable Diffusion 3.5 large": (Heads(38, 64), 4096 + 333),
-    "FLUX.1, Qwen-Image": (Heads(24, 128), 4096 + 512),
-    "AutoencoderKL": (Heads(1, 512), 16384),
+    "Stable Diffusion 1.5": (Heads(8, 40), 4096, 0),
+    "SDXL": (Heads(10, 64), 4096, 0),
+    "Stable Diffusion 3.5 large": (Heads(38, 64), 4096, 333),
+    "FLUX.1, Qwen-Image": (Heads(24, 128), 4096, 512),
+    "AutoencoderKL": (Heads(1, 512), 16384, 0),
 }
 OTHERS = ("_native_math", "_native_flash", "_native_efficient", "_native_cudnn", "flex")
 OTHERS += ("xformers", "flash", "_flash_3", "sage")
@@ -44,8 +44,9 @@ def backends(device: torch.device, dtype: torch.dtype, quick: bool, repeats: int
     """A row for each shape and backend."""
     rows: list[Row] = []
     missing: dict[str, str] = {}
-    for model, (heads, whole) in SHAPES.items():
-        tokens = whole // 8 if quick else whole
+    share = 16 if quick else 4 if device.type == "cpu" else 1
+    for model, (heads, picture, prompt) in SHAPES.items():
+        tokens = picture // share + prompt
         errors = {}
         for name in ("native", *OTHERS):
             try:

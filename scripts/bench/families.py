@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -40,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import ROOT, parser, report, spread
+from _common import ROOT, apart, parser, report, spread
 from _family_proof import PROVED
 from train_step import SIDES, write_pictures
 
@@ -120,22 +119,6 @@ def makers() -> dict[str, Callable[[], Any]]:
     found = {**vars(tiny), **vars(tiny_llm), **vars(tiny_video)}
     found["tiny_wan_22"] = partial(tiny_video.tiny_wan, "2.2-14b")
     return {name: found[f"tiny_{name}"] for name in SCRIPTS}
-
-
-def apart(call: Callable[[], Any]) -> Any:
-    """What a call gives, made in a process of its own that is forked from this one."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(call()))
-    process.start()
-    sender.close()
-    try:
-        found = receiver.recv()
-    except EOFError:
-        raise SystemExit("a run failed; see above") from None
-    finally:
-        process.join()
-    return found
 
 
 def make_base(family: str, folder: Path) -> None:

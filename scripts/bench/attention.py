@@ -1,10 +1,11 @@
 """Each attention backend beside torch's own choice, and each way of fitting a model into memory.
 
 Backends: one self-attention of random numbers with the heads of published models, at the tokens of
-a 1024 x 1024 picture (512 x 512 for Stable Diffusion 1.5) and its prompt; on a CPU, where nobody
-draws so large, of one with half the side, and of a smaller one with --quick. They run in turns, back and forth, and `time` is the ratio to torch's own choice (`native`) of the same turn:
-median, and lowest to highest. `error` is what `load_custom` measures before it takes one. Those
-that aren't installed, or have no kernel here, are listed.
+a 1024 x 1024 picture (512 x 512 for Stable Diffusion 1.5) and its prompt; on a CPU, where hardly
+anyone draws so large, of one with half the side, and shorter still with --quick. They run in turns,
+back and forth, and `time` is the ratio to torch's own choice (`native`) of the same turn: median,
+and lowest to highest. `error` is what `load_custom` measures before it takes one. Those that aren't
+installed, or have no kernel here, are listed.
 
 Ways to hold a model: the bundled base draws one picture, in turns as above, with `time` as the
 ratio to holding all of it as it is. `counted_mib` is what the plan counts, and `peak_mib` what is

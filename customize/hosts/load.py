@@ -129,8 +129,8 @@ def _checked(
     """Check what is wanted against the pipeline."""
     before = holder.attached
     family = _with_all_parts(family, holder)
+    check_base(family, new)
     for concept in new:
-        check_base(family, concept)
         if concept.info.name not in before:
             check_vocabulary(family, concept)
     for collision in collisions([each.concept.info for each in after.values()]):

@@ -212,11 +212,11 @@ def prove(folder: Path) -> dict[str, dict[str, Any]]:
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--families", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
-    flags.add_argument("--repeats", type=int, help="runs of each side; 5, quick 1")
-    flags.add_argument("--steps", type=int, help="steps of a run, 2 of them warm-up; 42, quick 12")
+    flags.add_argument("--repeats", type=int, help="runs of each side; 3, quick 1")
+    flags.add_argument("--steps", type=int, help="steps of a run, 2 of them warm-up; 32, quick 12")
     args = flags.parse_args()
-    args.repeats = args.repeats or (1 if args.quick else 5)
-    args.steps = args.steps or (12 if args.quick else 42)
+    args.repeats = args.repeats or (1 if args.quick else 3)
+    args.steps = args.steps or (12 if args.quick else 32)
     if args.steps < 3:
         raise SystemExit(f"{args.steps} steps leave none after the warm-up; take 3 or more")
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -115,10 +115,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors_mib(job: dict[str, Any]) -> float:
-    """The most MiB that a run's tensors hold at a time, beside the base's weights.
-
-    Those are mapped from their files, here for both sides.
-    """
+    """The most MiB that the tensors of a whole run hold at a time."""
     torch.set_num_threads(job["threads"])
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return tensors_peak(lambda: SIDES[job["side"]](job), torch.device("cpu")) / 2**20

@@ -11,9 +11,9 @@ Each run is a process of its own, forked from this one, which has imported the l
 sides use; sides take turns. A step is the mean over a run's steps after the warm-up, and a figure
 the median over runs. It is the time that the one thread computes, so that what else the machine
 does troubles it little; `clock_s` is the time that passes. Memory is the most that a run's tensors
-hold at a time, as on a GPU, but for the base's weights, which are mapped from their files here.
-`process_mib` is the peak of the whole process. At this size nearly all of that are libraries, and
-ours imports about 13 MiB more, on whatever model: pydantic, and this pack.
+hold at a time, the base included, as it is counted on a GPU. `process_mib` is the peak of the whole
+process. At this size nearly all of that are libraries, and ours imports about 13 MiB more, on
+whatever model: pydantic, and this pack.
 
 What the first run learned is then loaded by stock diffusers, in a process that never imports this
 pack: every number of the file must be in the model, and change what it draws. `families_proved`
@@ -244,13 +244,8 @@ def main() -> None:
             figures[f"worst_{name}"] = max(of["ours, orthogonal"].values())
             figures[f"worst_{name}_lora"] = max(of["ours, lora"].values())
         figures |= {f"{name}_{key}": value for key, value in of["ours, orthogonal"].items()}
-    figures["families_proved"] = len(
-        {
-            each["family"]
-            for each in proofs.values()
-            if each["read_whole"] and each["picture_change"]
-        }
-    )
+    proved = [each for each in proofs.values() if each["read_whole"] and each["picture_change"] > 0]
+    figures["families_proved"] = len({each["family"] for each in proved})
     report("families", args, rows, figures)
 
 

@@ -55,12 +55,13 @@ def theirs(job: dict[str, Any]) -> None:
         setattr(pipe, key, None)
 
     denoiser, rank = family.denoiser, job["rank"]
+    layers = job["layers"] or family.adapter_targets(family.denoiser_key)
     denoiser.add_adapter(
         LoraConfig(
             r=rank,
             lora_alpha=rank,
             init_lora_weights="gaussian",
-            target_modules=list(job["script"]["targets"]),
+            target_modules=list(layers),
         )
     )
     denoiser.train()
@@ -73,7 +74,7 @@ def theirs(job: dict[str, Any]) -> None:
     encoded: dict[Path, tuple[Tensor, Tensor]] = {}
 
     def latents_of(path: Path) -> Tensor:
-        if path not in encoded or not job["script"]["cache"]:
+        if path not in encoded or not job["cache"]:
             with torch.no_grad():
                 encoded[path] = family.encode_images(_read(path, job["resolution"])[None])
         mean, std = encoded[path]
@@ -93,8 +94,8 @@ def theirs(job: dict[str, Any]) -> None:
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=loss.detach().item(), lr=schedule.get_last_lr()[0])
-    layers = {f"{family.denoiser_key}_lora_layers": get_peft_model_state_dict(family.denoiser)}
-    type(pipe).save_lora_weights(job["output"], **layers)
+    learned = {f"{family.denoiser_key}_lora_layers": get_peft_model_state_dict(family.denoiser)}
+    type(pipe).save_lora_weights(job["output"], **learned)
 
 
 SIDES = {"ours": ours, "theirs": theirs}

@@ -164,9 +164,7 @@ class LoraFile:
             raise _refusal(self, names.family, lost)
         return [(group, place) for group, place in places if place is not None]
 
-    def _update(
-        self, group: Group, place: Place, names: Names, weights: Weights | None
-    ) -> LowRank:
+    def _update(self, group: Group, place: Place, names: Names, weights: Weights | None) -> LowRank:
         first = place.rows[0].module
 
         def scale(rank: int | None) -> float:

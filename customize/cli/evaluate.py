@@ -134,8 +134,7 @@ def _check_pipeline(pipe: Any, base: str, concepts: Sequence[Concept], steps: in
             fix="leave it out, or name a base that the storybook was trained into",
         )
     check_steps(pipe, steps)
-    for concept in concepts:
-        check_base(family, concept)
+    check_base(family, concepts)
 
 
 def storybook_rows(

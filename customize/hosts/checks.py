@@ -16,7 +16,7 @@ from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import Family
 
 
-def check_base(family: Family, concept: Adaptation) -> None:
+def check_base(family: Family, concepts: Iterable[Adaptation]) -> None:
     """Refuse a concept that was learned on another architecture.
 
     A LoRA from elsewhere says nothing on its base: that its layers are there, of the right
@@ -25,10 +25,15 @@ def check_base(family: Family, concept: Adaptation) -> None:
     Raises:
         ConceptError: family, denoiser, layer widths or text encoders differ.
     """
-    info = concept.info
-    if isinstance(concept, Lora) and info.family == family.name:
-        return
-    ours, theirs = family.fingerprint(), info.fingerprint
+    said = [c for c in concepts if not (isinstance(c, Lora) and c.info.family == family.name)]
+    # Once for all, as it takes a walk over the model.
+    ours = family.fingerprint() if said else {}
+    for concept in said:
+        _check_base(family, ours, concept)
+
+
+def _check_base(family: Family, ours: Mapping[str, Any], concept: Adaptation) -> None:
+    info, theirs = concept.info, concept.info.fingerprint
     if (info.family, theirs.get("denoiser")) != (ours["family"], ours["denoiser"]):
         raise ConceptError(
             f"the concept {info.name} was learned on {info.family} ({info.base}), which differs "

@@ -15,6 +15,8 @@ from customize.attention import placing as kernels
 from customize.attention.choice import choose
 from customize.concepts.concept import Concept
 from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
+from customize.concepts.formats.lora import Weights as LayerWeights
+from customize.concepts.formats.names import Names
 from customize.concepts.formats.opening import opened
 from customize.concepts.inputs import LayerInputs
 from customize.concepts.slices import collisions
@@ -139,8 +141,8 @@ def _checked(
     """Check what is wanted against the pipeline."""
     before = holder.attached
     family = _with_all_parts(family, holder)
+    check_base(family, new)
     for concept in new:
-        check_base(family, concept)
         if concept.info.name not in before:
             check_vocabulary(family, concept)
     for collision in collisions([each.concept.info for each in after.values()]):
@@ -267,8 +269,14 @@ def _with_all_parts(family: Family, holder: Holder) -> Family:
 
 def _read(family: Family, sources: Sequence[object]) -> list[Adaptation]:
     found = [_opened(source) for source in sources]
+    # Once for all files, as it takes a walk over the model.
+    names = Names(family) if any(isinstance(each, LoraFile) for each in found) else None
+
+    def placed(each: Adaptation | LoraFile, weights: LayerWeights | None = None) -> Adaptation:
+        return each.lora(family, weights, names) if isinstance(each, LoraFile) else each
+
     if not any(isinstance(each, LoraFile) and each.needs_weights for each in found):
-        return [each.lora(family) if isinstance(each, LoraFile) else each for each in found]
+        return [placed(each) for each in found]
     originals = find(family).originals
     models = family.adaptable
 
@@ -277,7 +285,7 @@ def _read(family: Family, sources: Sequence[object]) -> list[Adaptation]:
         return originals[place] if place in originals else base_weight(models, place)
 
     with settled(models):
-        return [each.lora(family, weight) if isinstance(each, LoraFile) else each for each in found]
+        return [placed(each, weight) for each in found]
 
 
 def _opened(source: object) -> Adaptation | LoraFile:

@@ -6,9 +6,12 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 Row = Mapping[str, Any]
@@ -34,6 +37,28 @@ def command() -> str:
         elif not word.startswith("--json="):
             words.append(Path(word).name if Path(word).is_absolute() else word)
     return " ".join(words)
+
+
+def apart(call: Callable[[], Any]) -> Any:
+    """What a call gives, made in a process of its own that is forked from this one.
+
+    So it finds every library imported, and leaves nothing behind. Nothing may have run on several
+    threads or on a GPU before.
+    """
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(call()))
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        raise SystemExit("a run failed; see above") from None
+    finally:
+        process.join()
+    return found
 
 
 def spread(values: Sequence[float]) -> str:
@@ -65,6 +90,30 @@ def report(
         result = record.result(bench, command(), rows, figures)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def tensors_peak(call: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes that a call allocates at a time."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiled:
+        call()
+    now = most = 0
+    events = profiled.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
 
 
 def _cell(value: Any) -> str:

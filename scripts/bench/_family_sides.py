@@ -1,23 +1,21 @@
-"""One side of `families.py`, run in a process of its own: `_family_sides.py JSON`.
+"""One side of `families.py`, run in a process of its own.
 
-Sides: "ours" (this pack's training loop), and "theirs" (the steps of a train_dreambooth_lora script
-of diffusers, written down anew: prompts are encoded once and the text encoders freed, pictures once
-or at each step, every step waits for its loss to be shown). Both call the denoiser by the same few
-lines, those of the family, so that what is compared is the loop and what it trains.
-
-The last line printed is a JSON object.
+Sides: "ours" (this pack's training loop), and "theirs" (the steps of a LoRA script of diffusers,
+written down anew: prompts are encoded once and the text encoders freed, pictures once or at each
+step, every step waits for its loss to be shown). Both call the denoiser by the same few lines,
+those of the family, so that what is compared is the loop and what it trains.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import random
-import sys
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from _common import tensors_peak
 from _train_sides import CAPTION, LEARNING_RATE, Enough, Watch, _read, ours
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -57,12 +55,13 @@ def theirs(job: dict[str, Any]) -> None:
         setattr(pipe, key, None)
 
     denoiser, rank = family.denoiser, job["rank"]
+    layers = job["layers"] or family.adapter_targets(family.denoiser_key)
     denoiser.add_adapter(
         LoraConfig(
             r=rank,
             lora_alpha=rank,
             init_lora_weights="gaussian",
-            target_modules=list(job["script"]["targets"]),
+            target_modules=list(layers),
         )
     )
     denoiser.train()
@@ -75,7 +74,7 @@ def theirs(job: dict[str, Any]) -> None:
     encoded: dict[Path, tuple[Tensor, Tensor]] = {}
 
     def latents_of(path: Path) -> Tensor:
-        if path not in encoded or not job["script"]["cache"]:
+        if path not in encoded or not job["cache"]:
             with torch.no_grad():
                 encoded[path] = family.encode_images(_read(path, job["resolution"])[None])
         mean, std = encoded[path]
@@ -95,24 +94,29 @@ def theirs(job: dict[str, Any]) -> None:
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=loss.detach().item(), lr=schedule.get_last_lr()[0])
-    layers = {f"{family.denoiser_key}_lora_layers": get_peft_model_state_dict(family.denoiser)}
-    type(pipe).save_lora_weights(job["output"], **layers)
+    learned = {f"{family.denoiser_key}_lora_layers": get_peft_model_state_dict(family.denoiser)}
+    type(pipe).save_lora_weights(job["output"], **learned)
 
 
-def main() -> None:
-    import tests.tiny_llm  # noqa: F401  diffusers loads its text processor only from what is imported
+SIDES = {"ours": ours, "theirs": theirs}
 
-    job = json.loads(sys.argv[1])
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Train once: time, memory of the process, what was trained and saved."""
     torch.set_num_threads(job["threads"])
     watch = WholeRun(job["steps"], job["warmup"])
     register_optimizer_step_post_hook(watch)
-    {"ours": ours, "theirs": theirs}[job["side"]](job)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # of progress bars
+        SIDES[job["side"]](job)
     if watch.count != job["steps"]:
-        raise SystemExit(f"the run ended after {watch.count} of {job['steps']} steps")
-    (file,) = Path(job["output"]).rglob("pytorch_lora_weights.safetensors")
-    found = {"trained": watch.trained, "file_bytes": file.stat().st_size}
-    print(json.dumps(watch.result() | found))
+        raise RuntimeError(f"the run ended after {watch.count} of {job['steps']} steps")
+    saved = Path(job["output"]).rglob("*.safetensors")
+    file_bytes = sum(file.stat().st_size for file in saved)
+    return watch.result() | {"trained": watch.trained, "file_bytes": file_bytes}
 
 
-if __name__ == "__main__":
-    main()
+def tensors_mib(job: dict[str, Any]) -> float:
+    """The most MiB that the tensors of a whole run hold at a time."""
+    torch.set_num_threads(job["threads"])
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return tensors_peak(lambda: SIDES[job["side"]](job), torch.device("cpu")) / 2**20

@@ -1,10 +1,11 @@
 """Each attention backend beside torch's own choice, and each way of fitting a model into memory.
 
 Backends: one self-attention of random numbers with the heads of published models, at the tokens of
-a 1024 x 1024 picture (512 x 512 for Stable Diffusion 1.5; all shorter with --quick). They run in
-turns, back and forth, and `time` is the ratio to torch's own choice (`native`) of the same turn:
-median, and lowest to highest. `error` is what `load_custom` measures before it takes one. Those
-that aren't installed, or have no kernel here, are listed.
+a 1024 x 1024 picture (512 x 512 for Stable Diffusion 1.5) and its prompt; on a CPU, where hardly
+anyone draws so large, of one with half the side, and shorter still with --quick. They run in turns,
+back and forth, and `time` is the ratio to torch's own choice (`native`) of the same turn: median,
+and lowest to highest. `error` is what `load_custom` measures before it takes one. Those that aren't
+installed, or have no kernel here, are listed.
 
 Ways to hold a model: the bundled base draws one picture, in turns as above, with `time` as the
 ratio to holding all of it as it is. `counted_mib` is what the plan counts, and `peak_mib` what is
@@ -16,58 +17,37 @@ Only ratios mean anything on a machine that does other work, too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from _common import ROOT, Row, parser, report, spread
+from _common import ROOT, Row, parser, report, spread, tensors_peak
 
 from customize.attention.kernels import Heads, attend, measured_error, seconds
 from customize.families import family_of
 from customize.hosts.placing import computing_device, fitted
 from customize.memory import GIB, WAYS, WAYS_AT_HOME, Plan, Way, peak, sizes
 
-#: model -> heads and tokens of its largest attentions.
+#: model -> heads of its largest attentions, and tokens of picture and prompt.
 SHAPES = {
-    "Stable Diffusion 1.5": (Heads(8, 40), 4096),
-    "SDXL": (Heads(10, 64), 4096),
-    "Stable Diffusion 3.5 large": (Heads(38, 64), 4096 + 333),
-    "FLUX.1, Qwen-Image": (Heads(24, 128), 4096 + 512),
-    "AutoencoderKL": (Heads(1, 512), 16384),
+    "Stable Diffusion 1.5": (Heads(8, 40), 4096, 0),
+    "SDXL": (Heads(10, 64), 4096, 0),
+    "Stable Diffusion 3.5 large": (Heads(38, 64), 4096, 333),
+    "FLUX.1, Qwen-Image": (Heads(24, 128), 4096, 512),
+    "AutoencoderKL": (Heads(1, 512), 16384, 0),
 }
 OTHERS = ("_native_math", "_native_flash", "_native_efficient", "_native_cudnn", "flex")
 OTHERS += ("xformers", "flash", "_flash_3", "sage")
-
-
-def peak_of(call: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that a call allocates at a time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiled:
-        call()
-    now = most = 0
-    events = profiled.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
 
 
 def backends(device: torch.device, dtype: torch.dtype, quick: bool, repeats: int) -> list[Row]:
     """A row for each shape and backend."""
     rows: list[Row] = []
     missing: dict[str, str] = {}
-    for model, (heads, whole) in SHAPES.items():
-        tokens = whole // 8 if quick else whole
+    share = 16 if quick else 4 if device.type == "cpu" else 1
+    for model, (heads, picture, prompt) in SHAPES.items():
+        tokens = picture // share + prompt
         errors = {}
         for name in ("native", *OTHERS):
             try:
@@ -80,7 +60,7 @@ def backends(device: torch.device, dtype: torch.dtype, quick: bool, repeats: int
                 taken[name] += seconds(name, heads, device, dtype, tokens, 1)
         query = torch.randn(1, tokens, *heads, device=device, dtype=dtype)
         for name, times in taken.items():
-            held = peak_of(partial(attend, name, query, query, query), device)
+            held = tensors_peak(partial(attend, name, query, query, query), device)
             rows.append(
                 {
                     "model": model,
@@ -121,7 +101,7 @@ def ways(repeats: int) -> list[Row]:
     rows = []
     for way, pipe in pipes.items():
         weights = sum(each.nbytes for each in _weights(pipe) if each.device.type == device.type)
-        held = peak_of(partial(_draw, pipe), device) + weights
+        held = tensors_peak(partial(_draw, pipe), device) + weights
         rows.append(
             {
                 "model": "bundled base",

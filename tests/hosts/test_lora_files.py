@@ -11,7 +11,7 @@ import torch
 
 from customize.concepts.formats.opening import opened
 from customize.errors import ConceptError, CustomizeError
-from customize.families import family_of
+from customize.families import Family, family_of
 from tests.concepts.formats.making import diffusers, kohya, lora, written
 from tests.hosts.making import assert_same, concept, draw, everything
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
@@ -99,6 +99,25 @@ def test_two_under_other_names(tmp_path: Path) -> None:
     assert [(row.name, row.weight) for row in pipe.custom.rows] == [("ink", 2.0), ("style", 1.0)]
     with pytest.raises(ConceptError, match="'My ink' is not the name of a concept"):
         pipe.load_custom(path, names=["My ink"])
+
+
+def test_the_model_is_walked_over_as_often_for_many_files_as_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A walk for each layer of each file takes minutes on a large model."""
+    paths = [made(tiny_sd(), tmp_path / f"{name}.safetensors") for name in "abcd"]
+    walks: list[str] = []
+    walk = Family.weight_shapes
+
+    def counted(self: Family, component: str) -> dict[str, tuple[int, ...]]:
+        walks.append(component)
+        return walk(self, component)
+
+    monkeypatch.setattr(Family, "weight_shapes", counted)
+    tiny_sd().load_custom(paths[0])
+    one = len(walks)
+    tiny_sd().load_custom(*paths)
+    assert 0 < len(walks) - one <= one
 
 
 @pytest.mark.parametrize("fuse", [False, True])

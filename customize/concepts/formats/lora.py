@@ -122,21 +122,25 @@ class LoraFile:
         """Whether its updates can be told only with the base model's weights (DoRA, OFT, BOFT)."""
         return any(map(needs_weight, self.groups))
 
-    def lora(self, family: Family, weights: Weights | None = None) -> Lora:
+    def lora(
+        self, family: Family, weights: Weights | None = None, names: Names | None = None
+    ) -> Lora:
         """The updates of this family's layers; every key is used, or nothing is returned.
 
         Args:
             weights: of the base model, for files that need them; on any device.
+            names: ``Names(family)``, where there are many files; None: made anew.
 
         Raises:
             ConceptError: a key means no layer here, a layer's parts do not make an update or one
                 of another shape, or the weights are needed and not given.
         """
-        places = self._places(family)
+        names = names or Names(family)
+        places = self._places(names)
         found: dict[str, dict[str, LowRank]] = {}
         taken: dict[tuple[str, str], str] = {}
         for group, place in places:
-            update = self._update(group, place, family, weights)
+            update = self._update(group, place, names, weights)
             for module, part in _split(update, place):
                 key = (place.component, file_name(place.component, module))
                 if taken.setdefault(key, group.path) != group.path:
@@ -164,17 +168,14 @@ class LoraFile:
         info = LoraInfo(self.name, family.name, base, rank, words)
         return Lora(info, found, source=self.source)
 
-    def _places(self, family: Family) -> list[tuple[Group, Place]]:
-        names = Names(family)
+    def _places(self, names: Names) -> list[tuple[Group, Place]]:
         places = [(group, names.find(group.path)) for group in self.groups]
         lost = [group for group, place in places if place is None]
         if lost:
-            raise _refusal(self, family, lost)
+            raise _refusal(self, names.family, lost)
         return [(group, place) for group, place in places if place is not None]
 
-    def _update(
-        self, group: Group, place: Place, family: Family, weights: Weights | None
-    ) -> LowRank:
+    def _update(self, group: Group, place: Place, names: Names, weights: Weights | None) -> LowRank:
         first = place.rows[0].module
 
         def scale(rank: int | None) -> float:
@@ -191,8 +192,7 @@ class LoraFile:
             ]
             return torch.cat([part.detach().to("cpu", torch.float32) for part in parts])
 
-        layers = family.layers(place.component)
-        shape = (sum(each.stop - each.start for each in place.rows), layers[first][1])
+        shape = _shape(place, names)
         try:
             update = update_of(group, scale, weight)
             if update.shape != shape:
@@ -201,7 +201,7 @@ class LoraFile:
                 )
         except ConceptError as error:
             kin = _look_like(self)
-            other = bool(kin) and family.name not in kin
+            other = bool(kin) and names.family.name not in kin
             likely = f": the file looks like a LoRA of {_or(kin)}" if other else ""
             raise ConceptError(
                 f"{error.what}{likely}",
@@ -297,7 +297,7 @@ def _kin(file: LoraFile) -> list[Family]:
         places = [(group, known.find(group.path)) for group in file.groups]
         if all(place is not None for _, place in places):
             named.append(family)
-            if all(_fits(family, group, place) for group, place in places if place is not None):
+            if all(_fits(known, group, place) for group, place in places if place is not None):
                 shaped.append(family)
     return shaped or named
 
@@ -306,10 +306,15 @@ def _look_like(file: LoraFile) -> set[str]:
     return {family.name for family in _kin(file)}
 
 
-def _fits(family: Family, group: Group, place: Place) -> bool:
-    layers = family.layers(place.component)
-    shape = (sum(each.stop - each.start for each in place.rows), layers[place.rows[0].module][1])
+def _fits(names: Names, group: Group, place: Place) -> bool:
+    shape = _shape(place, names)
     return all(seen in (None, side) for seen, side in zip(shape_of(group), shape, strict=True))
+
+
+def _shape(place: Place, names: Names) -> tuple[int, int]:
+    """(out, in) of an update that goes there."""
+    _, width = names.layers[place.component][place.rows[0].module]
+    return sum(each.stop - each.start for each in place.rows), width
 
 
 def _refusal(file: LoraFile, family: Family, lost: Sequence[Group]) -> Exception:

@@ -8,7 +8,7 @@ family. A name that means nothing here is reported, never dropped.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from customize.concepts.adapter import file_name
@@ -36,13 +36,19 @@ class Place:
 
 
 class Names:
-    """The names by which files may call a model's layers."""
+    """The names by which files may call a model's layers, for many files: making it takes a walk
+    over all modules.
+
+    Attributes:
+        layers: component -> what :meth:`Family.layers` says of it.
+    """
 
     def __init__(self, family: Family) -> None:
         self.family = family
+        self.layers = {component: family.layers(component) for component in family.adaptable}
         self._places: dict[str, Place] = {}
-        for component in family.adaptable:
-            spelled = dict(_spellings(family, component))
+        for component, layers in self.layers.items():
+            spelled = dict(_spellings(family, component, layers))
             flat = {name.replace(".", "_"): place for name, place in spelled.items()}
             for prefix in _dotted_prefixes(family, component):
                 self._add(prefix, spelled)
@@ -70,8 +76,10 @@ def encoder_of(path: str) -> str | None:
     return None
 
 
-def _spellings(family: Family, component: str) -> Iterator[tuple[str, Place]]:
-    for module, (out, _) in family.layers(component).items():
+def _spellings(
+    family: Family, component: str, layers: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[str, Place]]:
+    for module, (out, _) in layers.items():
         place = Place(component, (Rows(module, 0, out),))
         for name in dict.fromkeys((module, file_name(component, module))):
             yield name, place

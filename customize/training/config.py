@@ -80,6 +80,11 @@ class TrainConfig(BaseModel):
         le=8192,
         description="Side of the square training pictures, pixels, 16 to 8192; none: the family's",
     )
+    buckets: bool = Field(
+        default=False,
+        description="Keep the pictures' aspect ratios, at sizes of about resolution x resolution"
+        " pixels, one in a batch; no: the centre square is trained",
+    )
     flip: bool = Field(
         default=False, description="Mirror pictures left to right at random, half of the time"
     )

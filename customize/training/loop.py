@@ -140,6 +140,7 @@ def train(
             device,
             flip=config.flip,
             keep_latents=config.cache_latents,
+            buckets=config.buckets,
         )
         concept_pictures = len(samples)
         del samples, class_samples  # photographs can be large
@@ -267,23 +268,27 @@ def optimise(
                 turn = (step * accumulate + micro) * accelerator.num_processes
                 turn += accelerator.process_index
                 chosen, mirrored, captions = compose(
-                    config, pictures.captions, concept_pictures, turn
+                    config, pictures.captions, concept_pictures, turn, pictures.sizes
                 )
-                mean, std = pictures.distribution(family, chosen, mirrored)
-                seed = stream_seed(config.seed, turn, "noise")
-                drawn = draw_noise(generator, seed, mean.shape, density, config.noise_offset)
+                # More than one piece where class pictures are of another size than the concept's.
+                for piece, part in enumerate(pictures.of_one_size(chosen)):
+                    these, flipped = chosen[part], mirrored[part]
+                    mean, std = pictures.distribution(family, these, flipped)
+                    stream = f"noise {piece}" if piece else "noise"
+                    seed = stream_seed(config.seed, turn, stream)
+                    drawn = draw_noise(generator, seed, mean.shape, density, config.noise_offset)
 
-                latents = mean + std * drawn.latents
-                t = family.timesteps(drawn.u, latents.shape[1:])
-                noisy = family.noisy_latents(latents, drawn.noise, t)
-                with autocast():
-                    prediction = family.predict(noisy, t, encode(captions))
-                target = family.target(latents, drawn.noise, t)
-                weight = family.loss_weight(t, config.min_snr_gamma) * share
-                loss = weighted_mse(prediction, target, weight, pictures.mask(chosen, mirrored))
-                loss = loss.sum()
-                scaler.scale(loss).backward()
-                total += loss.detach()
+                    latents = mean + std * drawn.latents
+                    t = family.timesteps(drawn.u, latents.shape[1:])
+                    noisy = family.noisy_latents(latents, drawn.noise, t)
+                    with autocast():
+                        prediction = family.predict(noisy, t, encode(captions[part]))
+                    target = family.target(latents, drawn.noise, t)
+                    weight = family.loss_weight(t, config.min_snr_gamma) * share[part]
+                    mask = pictures.mask(these, flipped)
+                    loss = weighted_mse(prediction, target, weight, mask).sum()
+                    scaler.scale(loss).backward()
+                    total += loss.detach()
 
             if accelerator.num_processes > 1:
                 process.average_gradients(accelerator, weights)

@@ -31,17 +31,21 @@ def read_pictures(
     """The concept's pictures, and the class pictures that the settings name.
 
     Args:
-        resolution: what they are shrunk to on reading; None: not yet.
+        resolution: what they are shrunk to on reading; None: not yet, as in buckets, whose sizes
+            depend on the model.
 
     Raises:
         DataError: see :func:`customize.training.data.read_folder`.
     """
+    if config.buckets:
+        resolution = None
     samples = data.read_folder(
         config.images,
         trigger=config.trigger,
         caption=config.caption,
         masks=config.masks,
         resolution=resolution,
+        square=not config.buckets,
     )
     if not config.prior_weight or config.prior_images is None:
         return samples, []

@@ -206,6 +206,11 @@ class TrainConfig(BaseModel):
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         default="no", description="Precision of the frozen model's arithmetic; adapters stay fp32"
     )
+    quantize: Literal["none", "nf4", "int8", "torchao_int8", "torchao_float8"] = Field(
+        default="none",
+        description="How the frozen denoiser's linear layers are held: none (as mixed_precision"
+        " has it), nf4 or int8 (bitsandbytes), torchao_int8 or torchao_float8; adapters stay fp32",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations: less memory, a third more time"
     )

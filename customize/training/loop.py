@@ -75,6 +75,7 @@ def train(
     files.check_writable(config.output)
     accelerator = process.make_accelerator(config)
     device = process.choose_device(config, accelerator)
+    setup.check_quantized(config, components, device)
 
     folder = config.output / ".checkpoints"
     start = checkpoints.latest(folder) if config.resume else None
@@ -127,6 +128,7 @@ def train(
             if start is not None:
                 checkpoints.check_settings(start, settings, folder)
 
+        setup.quantize_denoisers(family, config, device)
         # Pictures are encoded once; then the autoencoder only waits for validation.
         family.vae.to(device)
         if config.prior_weight and not class_samples:

@@ -104,6 +104,7 @@ def _origin(
         config.validation_steps,
         config.validation_guidance,
         config.mixed_precision,
+        config.quantize,
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -19,6 +19,7 @@ from customize.concepts.slices import columns_for
 from customize.errors import ConfigError, DataError, PipelineError
 from customize.families import Family
 from customize.hosts.opening import open_base
+from customize.hosts.quantizing import check_quantizer, quantize
 from customize.training import data
 from customize.training.batches import stream_seed
 from customize.training.config import TrainConfig
@@ -71,6 +72,34 @@ def load_base(config: TrainConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:
     dtype = HALVES.get(config.mixed_precision, torch.float32)
     pipe = open_base(config.base, {"default": dtype, "vae": torch.float32})
     return dict(pipe.components), pipe.config
+
+
+def check_quantized(
+    config: TrainConfig, components: Mapping[str, Any] | None, device: torch.device
+) -> None:
+    """See that the base can be quantized as the settings ask for.
+
+    Raises:
+        ConfigError: the library is not here or not for this device, or the base is in memory.
+    """
+    if config.quantize == "none":
+        return
+    if components is not None:
+        raise ConfigError(
+            "a model in memory is trained on as it is",
+            where="quantize",
+            fix="load it quantized and set quantize to none, or give the base's name instead",
+        )
+    check_quantizer(config.quantize, device)
+
+
+def quantize_denoisers(family: Family, config: TrainConfig, device: torch.device) -> None:
+    """Hold the denoisers of a base that was loaded here as the settings ask for."""
+    if config.quantize == "none":
+        return
+    dtype = HALVES.get(config.mixed_precision, torch.float32)
+    for denoiser in family.denoisers.values():
+        quantize(denoiser, config.quantize, dtype, device)
 
 
 def freeze(components: Mapping[str, Any]) -> None:

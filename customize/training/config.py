@@ -214,6 +214,10 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations: less memory, a third more time"
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the denoiser's blocks: faster steps, after some minutes at the first",
+    )
     cache_latents: bool = Field(
         default=True, description="Encode each picture once, then free the autoencoder"
     )
@@ -358,6 +362,9 @@ class TrainConfig(BaseModel):
             "layerwise_tokens": self.layerwise_tokens
             and not self.train_tokens
             and "needs trained tokens; set train_tokens to true",
+            "compile": self.compile
+            and self.quantize.startswith("torchao")
+            and f"does not work on weights of {self.quantize}; set quantize to nf4, int8 or none",
             "validation_every": self.validation_every > 0
             and not self.validation_prompts
             and "has nothing to draw; give validation_prompts",

@@ -25,6 +25,7 @@ from customize.training.batches import compose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures
 from customize.training.checkpoint import BASE_WEIGHTS, Checkpoint
 from customize.training.claim import claimed_slice
+from customize.training.compiling import check_compiler, compiled
 from customize.training.config import TrainConfig
 from customize.training.prior import class_samples_of
 from customize.training.process import Autocast
@@ -76,6 +77,8 @@ def train(
     accelerator = process.make_accelerator(config)
     device = process.choose_device(config, accelerator)
     setup.check_quantized(config, components, device)
+    if config.compile:
+        check_compiler(device)
 
     folder = config.output / ".checkpoints"
     start = checkpoints.latest(folder) if config.resume else None
@@ -176,6 +179,8 @@ def train(
             if config.gradient_checkpointing and not denoiser.is_gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
                 stack.callback(denoiser.disable_gradient_checkpointing)
+        if config.compile:  # with what was attached
+            stack.enter_context(compiled(family.denoisers.values()))
         validation = Validation(config, family, encode, pictures.shape, autocast, accelerator)
         accelerator.init_trackers("customize", config=record.plain(settings))
         stack.callback(accelerator.end_training)

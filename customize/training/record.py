@@ -26,7 +26,7 @@ from customize.training.setup import Trainable
 _FREE = {
     *("output", "images", "masks", "prior_images", "library", "device", "resume", "tracker"),
     *("checkpoint_every", "keep_checkpoints", "log_every", "cache_latents"),
-    *("gradient_checkpointing", "validation_prompts", "validation_every"),
+    *("gradient_checkpointing", "compile", "validation_prompts", "validation_every"),
 }
 # Those that only class pictures drawn by the base depend on.
 _DRAWN = ("prior_count", "prior_prompt", "validation_steps", "validation_guidance")

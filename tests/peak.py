@@ -5,29 +5,48 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def peak_bytes(model: nn.Module, call: Callable[[], Any]) -> int:
-    """The most that is alive at a time beside the model's own weights."""
+def peak_bytes(model: nn.Module, call: Callable[[], Any], backward: bool = False) -> int:
+    """The most that is alive at a time beside the model's own weights.
+
+    Args:
+        call: answers one tensor if it is to be followed by its backward pass.
+    """
     own = {each.untyped_storage()._cdata for each in (*model.parameters(), *model.buffers())}
-    with torch.no_grad(), _Fused(), _Alive(own) as alive:
-        call()
+    # Not by a TorchFunctionMode, which checkpoints do not recompute in.
+    fused = patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused)
+    with fused, torch.set_grad_enabled(backward), _Alive(own) as alive:
+        answer = call()
+        if backward:
+            answer.float().square().mean().backward()
     return alive.peak
 
 
-class _Fused(TorchFunctionMode):
-    """Attention allocates its answer alone, as fused kernels do; on meta torch has none."""
+class _Attention(torch.autograd.Function):
+    """What a fused kernel allocates: its answer, and gradients; it saves what it was given."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            return torch.empty_like(args[0] if args else kwargs["query"])
-        return function(*args, **(kwargs or {}))
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        answer = torch.empty_like(query)
+        context.save_for_backward(query, key, value, answer)
+        return answer
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _ = context.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """On meta torch has no fused kernels for attention."""
+    return _Attention.apply(query, key, value)
 
 
 class _Alive(TorchDispatchMode):

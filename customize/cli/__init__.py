@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,8 @@ def _hush_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for logger in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # of GPU kernels on a CPU
+        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def _explained(error: BaseException) -> str:

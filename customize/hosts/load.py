@@ -163,7 +163,7 @@ def record(
     (concept,) = _read(family, [source])
     holder = find(family)
     check_sharing(family, holder)
-    check_base(family, concept)
+    check_base(family, [concept])
     family = _with_all_parts(family, holder)
     return recorded(family, holder, [concept], prompts, words)[concept.info.name]
 

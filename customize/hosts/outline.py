@@ -13,6 +13,7 @@ from torch import nn
 
 from customize.errors import PipelineError
 from customize.families import Family, family_of
+from customize.hosts.quantizing import nf4
 from customize.memory import Plan, budget, plan, sizes
 
 _LIBRARIES = ("diffusers", "transformers")
@@ -72,10 +73,7 @@ def quantization(chosen: Plan, family: Family, dtype: torch.dtype) -> dict[str, 
 
     def config(key: str) -> Any:
         # Each library has a class of its own for the same.
-        library: Any = diffusers if key == family.denoiser_key else transformers
-        return library.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+        return nf4(diffusers if key == family.denoiser_key else transformers, dtype)
 
     mapping = {key: config(key) for key in chosen.quantized}
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}

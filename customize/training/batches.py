@@ -7,7 +7,7 @@ uninterrupted one would have, and whatever else draws in between changes nothing
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -55,20 +55,33 @@ def stream_seed(*parts: int | str) -> int:
 
 
 def choose(
-    seed: int, turn: int, size: int, count: int, *, flip: bool, dropout: float, stream: str
+    seed: int,
+    turn: int,
+    size: int,
+    count: int,
+    *,
+    flip: bool,
+    dropout: float,
+    stream: str,
+    groups: Sequence[Hashable] | None = None,
 ) -> Choice:
     """The ``turn``-th batch of ``size`` pictures from ``count``.
 
-    Each picture comes once before any comes again; the order of every pass is another.
+    Each picture comes once before any comes again; the order of every pass is another. In groups,
+    that holds within each, and over ``count`` turns all pictures come equally often.
 
     Args:
         turn: counts the batches of all processes and accumulations from the start of the run.
         flip: mirror half of the draws.
         dropout: share of captions left empty.
         stream: such as "concept"; streams of other names are independent.
+        groups: of each picture, such as its size; a batch is of one group. None: all are of one.
     """
-    positions = range(turn * size, (turn + 1) * size)
-    pictures = [_order(seed, at // count, count, stream)[at % count] for at in positions]
+    if groups is None:
+        positions = range(turn * size, (turn + 1) * size)
+        pictures = [_order(seed, at // count, count, stream)[at % count] for at in positions]
+    else:
+        pictures = _of_one_group(seed, turn, size, groups, stream)
     if not flip and not dropout:
         nothing = [False] * size
         return Choice(pictures, nothing, nothing)
@@ -108,14 +121,37 @@ def _order(seed: int, epoch: int, count: int, stream: str) -> tuple[int, ...]:
     return tuple(torch.randperm(count, generator=generator).tolist())
 
 
+def _of_one_group(
+    seed: int, turn: int, size: int, groups: Sequence[Hashable], stream: str
+) -> list[int]:
+    """Every picture gives its group a turn in each pass; a group's batches follow one another
+    through its own pictures, in the orders that they have among all."""
+    count = len(groups)
+    epoch, place = divmod(turn, count)
+    turns = _order(seed, epoch, count, f"{stream} groups")
+    group = groups[turns[place]]
+    own = sum(each == group for each in groups)
+    earlier = epoch * own + sum(groups[number] == group for number in turns[:place])
+    found: list[int] = []
+    for at in range(earlier * size, (earlier + 1) * size):
+        order = _order(seed, at // own, count, stream)
+        found.append([number for number in order if groups[number] == group][at % own])
+    return found
+
+
 def compose(
-    config: TrainConfig, texts: Sequence[str], concept_pictures: int, turn: int
+    config: TrainConfig,
+    texts: Sequence[str],
+    concept_pictures: int,
+    turn: int,
+    sizes: Sequence[Hashable] = (),
 ) -> tuple[list[int], list[bool], list[str]]:
     """Picture numbers, mirroring and captions of a batch: the concept's half, then the class's.
 
     Args:
         texts: the caption of each picture.
         concept_pictures: the first so many are the concept's.
+        sizes: of each picture, where they are in buckets: each half is of one.
     """
     chosen: list[int] = []
     mirrored: list[bool] = []
@@ -132,6 +168,7 @@ def compose(
                 flip=config.flip,
                 dropout=config.caption_dropout,
                 stream=stream,
+                groups=sizes[first : first + count] if config.buckets else None,
             )
             chosen += [first + number for number in half.pictures]
             mirrored += half.mirrored

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from customize.errors import PipelineError
 from customize.families.base import Family
 from customize.families.prompts import padded
 from customize.training import data
+from customize.training.buckets import bucket_of, bucket_sizes
 
 Conditions = Mapping[str, Tensor]
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -33,14 +35,22 @@ class Pictures:
             kept, and :attr:`pixels` are encoded at every step.
         pixels: (3, height, width), in [-1, 1], on the CPU; None if latents are kept.
         masks: (1, h, w), in [0, 1], at the latents' size, on the device; None without masks.
-        shape: (channels, h, w) of latents.
+        sizes: one a picture; they differ in buckets alone.
+        shape: (channels, h, w) of the latents of the square.
     """
 
     captions: list[str]
     latents: list[list[tuple[Tensor, Tensor]]] | None
     pixels: list[list[Tensor]] | None
     masks: list[list[Tensor]] | None
+    sizes: list[data.Size]
     shape: tuple[int, ...]
+
+    def of_one_size(self, pictures: Sequence[int]) -> list[slice]:
+        """The pieces of a batch that go through the model together, as all in them are alike."""
+        alike = groupby(range(len(pictures)), key=lambda place: self.sizes[pictures[place]])
+        pieces = [list(places) for _, places in alike]
+        return [slice(places[0], places[-1] + 1) for places in pieces]
 
     def distribution(
         self, family: Family, pictures: Sequence[int], mirrored: Sequence[bool]
@@ -69,26 +79,45 @@ def prepare_pictures(
     *,
     flip: bool,
     keep_latents: bool,
+    buckets: bool = False,
 ) -> Pictures:
-    """Crop, mirror and encode the pictures. The autoencoder must be on the device."""
+    """Crop, mirror and encode the pictures. The autoencoder must be on the device.
+
+    Raises:
+        DataError: a mask is black all over what is left of its picture.
+    """
+    sizes = [(resolution, resolution)] * len(samples)
+    if buckets:
+        known = bucket_sizes(resolution, family.latent_multiple)
+        sizes = [bucket_of(sample.image.size, known) for sample in samples]
 
     def both(tensor: Tensor) -> list[Tensor]:
         return [tensor, tensor.flip(-1)] if flip else [tensor]
 
-    pixels = [both(data.pixels(sample, resolution)) for sample in samples]
+    pixels = [both(data.pixels(*each)) for each in zip(samples, sizes, strict=True)]
+    latents = None
     if keep_latents:
         flat = encode_latents(family, (p for variants in pixels for p in variants), device)
         variants = len(pixels[0])
         latents = [flat[i : i + variants] for i in range(0, len(flat), variants)]
-        shape = tuple(flat[0][0].shape)
     else:
-        latents = None
-        shape = tuple(encode_latents(family, pixels[0][:1], device)[0][0].shape)
+        flat = encode_latents(family, pixels[0][:1], device)
+    channels, height, _ = flat[0][0].shape
+    factor = sizes[0][1] // height
     masks = None
     if any(sample.mask is not None for sample in samples):
-        masks = [both(data.mask_tensor(sample, shape[-1]).to(device)) for sample in samples]
-    captions = [sample.caption for sample in samples]
-    return Pictures(captions, latents, None if keep_latents else pixels, masks, shape)
+        masks = [
+            both(data.mask_tensor(sample, (width // factor, height // factor)).to(device))
+            for sample, (width, height) in zip(samples, sizes, strict=True)
+        ]
+    return Pictures(
+        captions=[sample.caption for sample in samples],
+        latents=latents,
+        pixels=None if keep_latents else pixels,
+        masks=masks,
+        sizes=sizes,
+        shape=(channels, resolution // factor, resolution // factor),
+    )
 
 
 def prepare_conditions(

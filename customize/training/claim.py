@@ -16,7 +16,7 @@ from customize.errors import CustomizeError, SettingsError
 from customize.families import Family
 from customize.training import checkpoint
 from customize.training.config import TrainConfig
-from customize.training.setup import basis_of, input_widths
+from customize.training.trainable import basis_of, input_widths
 
 
 @contextmanager

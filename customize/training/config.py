@@ -80,6 +80,11 @@ class TrainConfig(BaseModel):
         le=8192,
         description="Side of the square training pictures, pixels, 16 to 8192; none: the family's",
     )
+    buckets: bool = Field(
+        default=False,
+        description="Keep the pictures' aspect ratios, at sizes of about resolution x resolution"
+        " pixels, one in a batch; no: the centre square is trained",
+    )
     flip: bool = Field(
         default=False, description="Mirror pictures left to right at random, half of the time"
     )
@@ -213,8 +218,17 @@ class TrainConfig(BaseModel):
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         default="no", description="Precision of the frozen model's arithmetic; adapters stay fp32"
     )
+    quantize: Literal["none", "nf4", "int8", "torchao_int8", "torchao_float8"] = Field(
+        default="none",
+        description="How the frozen denoiser's linear layers are held: none (as mixed_precision"
+        " has it), nf4 or int8 (bitsandbytes), torchao_int8 or torchao_float8; adapters stay fp32",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations: less memory, a third more time"
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the denoiser's blocks: faster steps, after some minutes at the first",
     )
     cache_latents: bool = Field(
         default=True, description="Encode each picture once, then free the autoencoder"
@@ -365,6 +379,9 @@ class TrainConfig(BaseModel):
             "layerwise_tokens": self.layerwise_tokens
             and not self.train_tokens
             and "needs trained tokens; set train_tokens to true",
+            "compile": self.compile
+            and self.quantize.startswith("torchao")
+            and f"does not work on weights of {self.quantize}; set quantize to nf4, int8 or none",
             "validation_every": self.validation_every > 0
             and not self.validation_prompts
             and "has nothing to draw; give validation_prompts",

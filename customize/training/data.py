@@ -30,6 +30,9 @@ _PICTURES = ", ".join(suffix[1:] for suffix in SUFFIXES)
 
 logger = logging.getLogger(__name__)
 
+#: (width, height) in pixels, as PIL has it.
+Size = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -57,6 +60,7 @@ def read_folder(
     caption: str | None = None,
     masks: Path | str | None = None,
     resolution: int | None = None,
+    square: bool = True,
     limit: int | None = None,
     forbidden: str | None = None,
 ) -> list[Sample]:
@@ -74,6 +78,7 @@ def read_folder(
             learned and black is not.
         resolution: crop and shrink to this now, as :func:`pixels` would: large photographs then
             need little memory.
+        square: only the centre square is trained, so there the masks must not be black.
         limit: only the first so many pictures.
         forbidden: a word that no caption may have: the trigger, of class pictures.
 
@@ -93,7 +98,7 @@ def read_folder(
     samples = []
     for path in paths:
         image = read_image(path)
-        mask = read_mask(mask_paths[path], image.size) if path in mask_paths else None
+        mask = read_mask(mask_paths[path], image.size, square) if path in mask_paths else None
         whole = Sample(path, image, captions[path], mask)
         whole = replace(whole, digest=content_hash(whole))
         samples.append(whole if resolution is None else _shrunk(whole, resolution))
@@ -110,11 +115,12 @@ def read_image(path: Path) -> Image.Image:
     return _decode(path, "RGB")
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+def read_mask(path: Path, size: Size, square: bool = True) -> Image.Image:
     """A mask file as upright grayscale (mode L); what is transparent counts as black.
 
     Args:
-        size: (width, height) of its picture, after EXIF rotation.
+        size: of its picture, after EXIF rotation.
+        square: only the centre square is trained.
 
     Raises:
         DataError: it cannot be read, has another size or is black wherever it would train.
@@ -126,30 +132,34 @@ def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
             where=path,
             fix="give both the same size",
         )
-    if _square(mask, min(mask.size), Image.Resampling.BOX).getextrema() == (0, 0):
-        raise DataError(
-            "the mask is black all over the centre square, so nothing would be learned",
-            where=path,
-            fix="paint the subject white, or crop picture and mask with it in the middle",
-        )
+    trained = (min(size), min(size)) if square else size
+    if _fitted(mask, trained, Image.Resampling.BOX).getextrema() == (0, 0):
+        raise _black("the centre square" if square else "it", path)
     return mask
 
 
-def pixels(sample: Sample, resolution: int) -> Tensor:
-    """The picture's centre square at this resolution: (3, resolution, resolution), float32, in
-    [-1, 1]; resampled with Lanczos."""
-    image = _square(sample.image, resolution, Image.Resampling.LANCZOS)
+def pixels(sample: Sample, size: Size | int) -> Tensor:
+    """The picture's largest centre part of this shape, at this size (an int: a square): (3,
+    height, width), float32, in [-1, 1]; resampled with Lanczos."""
+    image = _fitted(sample.image, _size(size), Image.Resampling.LANCZOS)
     values = torch.from_numpy(np.array(image, dtype=np.float32))
     return values.permute(2, 0, 1).contiguous() / 127.5 - 1.0
 
 
-def mask_tensor(sample: Sample, resolution: int) -> Tensor:
-    """The mask over the same square as :func:`pixels`: (1, resolution, resolution), float32, in
-    [0, 1]; all ones without a mask. Each value is the mean over its area, so give the latents'
-    side to get a mask for latents."""
+def mask_tensor(sample: Sample, size: Size | int) -> Tensor:
+    """The mask over the same part as :func:`pixels`: (1, height, width), float32, in [0, 1]; all
+    ones without a mask. Each value is the mean over its area, so give the latents' size to get a
+    mask for latents.
+
+    Raises:
+        DataError: it is black all over that part.
+    """
+    width, height = _size(size)
     if sample.mask is None:
-        return torch.ones(1, resolution, resolution)
-    mask = _square(sample.mask, resolution, Image.Resampling.BOX)
+        return torch.ones(1, height, width)
+    mask = _fitted(sample.mask, (width, height), Image.Resampling.BOX)
+    if mask.getextrema() == (0, 0):
+        raise _black("the part of the picture that is trained", sample.path)
     return torch.from_numpy(np.array(mask, dtype=np.float32))[None] / 255.0
 
 
@@ -263,20 +273,33 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _shrunk(sample: Sample, side: int) -> Sample:
-    mask = None if sample.mask is None else _square(sample.mask, side, Image.Resampling.BOX)
-    image = _square(sample.image, side, Image.Resampling.LANCZOS)
-    return replace(sample, image=image, mask=mask)
+    size = (side, side)
+    mask = None if sample.mask is None else _fitted(sample.mask, size, Image.Resampling.BOX)
+    return replace(sample, image=_fitted(sample.image, size, Image.Resampling.LANCZOS), mask=mask)
 
 
-def _square(image: Image.Image, side: int, filter_: Image.Resampling) -> Image.Image:
-    """The centre square, resized. Resampling from a box gives what scaling the shortest side and
+def _fitted(image: Image.Image, size: Size, filter_: Image.Resampling) -> Image.Image:
+    """The largest centre part of this shape, resized. Resampling from a box gives what scaling and
     cropping would, and a long narrow picture needs no more memory than a square one."""
-    if image.size == (side, side):
+    if image.size == size:
         return image
-    shortest = min(image.size)
-    left, top = (image.width - shortest) / 2, (image.height - shortest) / 2
-    box = (left, top, left + shortest, top + shortest)
-    return image.resize((side, side), filter_, box=box)
+    across, down = image.width * size[1], image.height * size[0]
+    width = image.width if across <= down else down / size[1]
+    height = image.height if down <= across else across / size[0]
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return image.resize(size, filter_, box=(left, top, left + width, top + height))
+
+
+def _size(size: Size | int) -> Size:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _black(part: str, path: Path) -> DataError:
+    return DataError(
+        f"the mask is black all over {part}, so nothing would be learned",
+        where=path,
+        fix="paint the subject white, or crop picture and mask with it in the middle",
+    )
 
 
 def _pictures(folder: Path) -> list[Path]:

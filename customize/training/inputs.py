@@ -30,7 +30,8 @@ from customize.errors import ConceptError
 from customize.families import Family
 from customize.training.cache import Encode
 from customize.training.config import TrainConfig
-from customize.training.setup import Trainable, place, put_away
+from customize.training.setup import place, put_away
+from customize.training.trainable import Trainable
 
 
 def prompts_of(config: TrainConfig) -> list[str]:
@@ -97,8 +98,8 @@ def shared_directions(
     prompts = generic_prompts()
     parts = {key: weights.get(key) for key in sorted(weights)}
     facts = [parts, family.configured(), prompts, STEPS, GUIDANCE]
-    facts += [resolution, config.mixed_precision]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+    facts += [resolution, config.mixed_precision, config.quantize]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
     folder = config.library or config.output.parent
     path = folder / f".shared_directions-{key}.safetensors"
     if accelerator.is_main_process and not path.is_file():

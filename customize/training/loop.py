@@ -26,10 +26,11 @@ from customize.training.batches import compose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures
 from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, Checkpoint
 from customize.training.claim import claimed_slice
+from customize.training.compiling import check_compiler, compiled
 from customize.training.config import TrainConfig
 from customize.training.prior import class_samples_of
 from customize.training.process import Autocast
-from customize.training.setup import Trainable
+from customize.training.trainable import Trainable, check_texts, trained_in
 from customize.training.validation import Validation
 
 OnStep = Callable[[int, Tensor], object]
@@ -76,6 +77,9 @@ def train(
     files.check_writable(config.output)
     accelerator = process.make_accelerator(config)
     device = process.choose_device(config, accelerator)
+    setup.check_quantized(config, components, device)
+    if config.compile:
+        check_compiler(device)
 
     folder = config.output / ".checkpoints"
     start = checkpoints.latest(folder) if config.resume else None
@@ -123,6 +127,7 @@ def train(
         if not weights:  # of a hub id that was not here yet
             weights = base.weights_on_disk(config.base) or base.weights_of("", family.components)
         settings |= {BASE_WEIGHTS: weights, BASE_CONFIG: family.configured()}
+        setup.quantize_denoisers(family, config, device)
         before = None if start is None else start.settings
         generic: Factors = {}
         if config.method == "orthogonal" and config.avoid:
@@ -150,6 +155,7 @@ def train(
             device,
             flip=config.flip,
             keep_latents=config.cache_latents,
+            buckets=config.buckets,
         )
         concept_pictures = len(samples)
         del samples, class_samples  # photographs can be large
@@ -164,10 +170,10 @@ def train(
         if live:
             resting = {k: v for k, v in resting.items() if k in family.other_encoders}
         trainable = stack.enter_context(
-            setup.trainable(family, config, settings["slice"], generic, shared)
+            trained_in(family, config, settings["slice"], generic, shared)
         )
-        setup.check_texts(family, trainable, "caption", pictures.captions)
-        setup.check_texts(family, trainable, "validation prompt", config.validation_prompts)
+        check_texts(family, trainable, "caption", pictures.captions)
+        check_texts(family, trainable, "validation prompt", config.validation_prompts)
         with autocast():
             encode = cache.prepare_conditions(
                 family,
@@ -185,6 +191,8 @@ def train(
             if config.gradient_checkpointing and not denoiser.is_gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
                 stack.callback(denoiser.disable_gradient_checkpointing)
+        if config.compile:  # with what was attached
+            stack.enter_context(compiled(family.denoisers.values()))
         validation = Validation(config, family, encode, pictures.shape, autocast, accelerator)
         accelerator.init_trackers("customize", config=record.plain(settings))
         stack.callback(accelerator.end_training)
@@ -283,23 +291,27 @@ def optimise(
                 turn = (step * accumulate + micro) * accelerator.num_processes
                 turn += accelerator.process_index
                 chosen, mirrored, captions = compose(
-                    config, pictures.captions, concept_pictures, turn
+                    config, pictures.captions, concept_pictures, turn, pictures.sizes
                 )
-                mean, std = pictures.distribution(family, chosen, mirrored)
-                seed = stream_seed(config.seed, turn, "noise")
-                drawn = draw_noise(generator, seed, mean.shape, density, config.noise_offset)
+                # More than one piece where class pictures are of another size than the concept's.
+                for piece, part in enumerate(pictures.of_one_size(chosen)):
+                    these, flipped = chosen[part], mirrored[part]
+                    mean, std = pictures.distribution(family, these, flipped)
+                    stream = f"noise {piece}" if piece else "noise"
+                    seed = stream_seed(config.seed, turn, stream)
+                    drawn = draw_noise(generator, seed, mean.shape, density, config.noise_offset)
 
-                latents = mean + std * drawn.latents
-                t = family.timesteps(drawn.u, latents.shape[1:])
-                noisy = family.noisy_latents(latents, drawn.noise, t)
-                with autocast():
-                    prediction = family.predict(noisy, t, encode(captions))
-                target = family.target(latents, drawn.noise, t)
-                weight = family.loss_weight(t, config.min_snr_gamma) * share
-                loss = weighted_mse(prediction, target, weight, pictures.mask(chosen, mirrored))
-                loss = loss.sum()
-                scaler.scale(loss).backward()
-                total += loss.detach()
+                    latents = mean + std * drawn.latents
+                    t = family.timesteps(drawn.u, latents.shape[1:])
+                    noisy = family.noisy_latents(latents, drawn.noise, t)
+                    with autocast():
+                        prediction = family.predict(noisy, t, encode(captions[part]))
+                    target = family.target(latents, drawn.noise, t)
+                    weight = family.loss_weight(t, config.min_snr_gamma) * share[part]
+                    mask = pictures.mask(these, flipped)
+                    loss = weighted_mse(prediction, target, weight, mask).sum()
+                    scaler.scale(loss).backward()
+                    total += loss.detach()
 
             if accelerator.num_processes > 1:
                 process.average_gradients(accelerator, weights)

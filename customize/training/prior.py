@@ -108,6 +108,7 @@ def _origin(
         family.configured(),
         class_name(family.scheduler),
         {k: v for k, v in family.scheduler.config.items() if not k.startswith("_")},
+        config.quantize,
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

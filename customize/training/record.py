@@ -19,14 +19,14 @@ from customize.families import Family
 from customize.training import data
 from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, differences
 from customize.training.config import TrainConfig
-from customize.training.setup import Trainable
+from customize.training.trainable import Trainable
 
 # Settings that may change when a run goes on, because the result does not depend on them; the
 # pictures themselves are compared, not their folders.
 _FREE = {
     *("output", "images", "masks", "prior_images", "library", "device", "resume", "tracker"),
     *("checkpoint_every", "keep_checkpoints", "log_every", "cache_latents"),
-    *("gradient_checkpointing", "validation_prompts", "validation_every"),
+    *("gradient_checkpointing", "compile", "validation_prompts", "validation_every"),
 }
 # Those that only class pictures drawn by the base depend on.
 _DRAWN = ("prior_count", "prior_prompt", "validation_steps", "validation_guidance")

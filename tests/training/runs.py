@@ -1,6 +1,6 @@
 """Small training runs for the tests: a few smooth pictures, few steps, large learning rates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,18 @@ def make_pictures(folder: Path, count: int = 3) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         picture(number).save(folder / f"{number}.png")
+    return folder
+
+
+def make_various(
+    folder: Path,
+    sizes: Sequence[tuple[int, int]] = ((48, 32), (32, 32), (20, 80), (49, 33), (64, 16)),
+) -> Path:
+    """Pictures of these (width, height) in a folder "images", and a mask for each in "masks"."""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+        for number, size in enumerate(sizes):
+            picture(number, 80).resize(size).save(folder / kind / f"{number}.png")
     return folder
 
 

@@ -2,6 +2,8 @@ import collections
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from customize.training.batches import choose, draw_noise, stream_seed
 
@@ -21,6 +23,41 @@ def test_a_batch_is_the_same_in_one_piece_or_two():
     """So accumulation and more processes see the same pictures as one large batch."""
     whole = pick(3, size=4).pictures
     assert pick(6, size=2).pictures + pick(7, size=2).pictures == whole
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(1, 5), st.integers(0, 3))
+def test_a_batch_is_of_one_group_and_all_pictures_come_equally_often(groups, size, epoch):
+    count = len(groups)
+    turns = range(epoch * count, (epoch + 1) * count)
+    batches = [
+        choose(7, turn, size, count, flip=False, dropout=0.0, stream="x", groups=groups).pictures
+        for turn in turns
+    ]
+    assert all(len(batch) == size for batch in batches)
+    assert all(len({groups[number] for number in batch}) == 1 for batch in batches)
+    drawn = collections.Counter(number for batch in batches for number in batch)
+    assert drawn == dict.fromkeys(range(count), size)
+    alike = [number for batch in batches for number in batch if groups[number] == groups[0]]
+    own = groups.count(groups[0])
+    for first in range(0, len(alike), own):
+        assert len(set(alike[first : first + own])) == own
+
+
+def test_one_group_is_as_none():
+    for turn in range(12):
+        plain = choose(3, turn, 2, 5, flip=True, dropout=0.1, stream="x")
+        assert plain == choose(3, turn, 2, 5, flip=True, dropout=0.1, stream="x", groups="aaaaa")
+
+
+def test_groups_take_turns_at_random():
+    def order(seed):
+        batches = [
+            choose(seed, turn, 1, 8, flip=False, dropout=0, stream="x", groups="aaaabbbb").pictures
+            for turn in range(8)
+        ]
+        return [batch[0] // 4 for batch in batches]
+
+    assert len({tuple(order(seed)) for seed in range(9)}) > 4
 
 
 def test_draws_depend_on_seed_turn_and_stream_alone():

@@ -143,6 +143,7 @@ def test_all_problems_are_told_at_once():
         ({"slice": 2, "method": "lora"}, "set method orthogonal"),
         ({"layerwise_tokens": True, "train_tokens": False}, "set train_tokens to true"),
         ({"validation_every": 5}, "give validation_prompts"),
+        ({"compile": True, "quantize": "torchao_int8"}, "set quantize to nf4, int8 or none"),
         ({"warmup_steps": 100, "steps": 100}, "choose fewer"),
     ],
 )

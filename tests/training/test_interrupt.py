@@ -15,7 +15,7 @@ from customize.concepts.concept import Concept
 from customize.training.checkpoint import latest
 from customize.training.loop import train
 from tests.tiny import tiny_sd
-from tests.training.runs import same, settings, tensors
+from tests.training.runs import make_various, same, settings, tensors
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -106,11 +106,14 @@ def test_accelerate_launches_the_script(tmp_path):
     assert Concept.load(tmp_path / "out").info.rank == 2
 
 
-def test_two_processes_train_one_concept(tmp_path):
+@pytest.mark.parametrize("buckets", [False, True])
+def test_two_processes_train_one_concept(buckets, tmp_path):
     """Two processes take the batches that one process would accumulate."""
     pipe = tiny_sd()
     pipe.save_pretrained(tmp_path / "base")
-    config = settings(tmp_path, base=str(tmp_path / "base"), batch_size=1, checkpoint_every=6)
+    make_various(tmp_path)
+    base = str(tmp_path / "base")
+    config = settings(tmp_path, base=base, batch_size=1, checkpoint_every=6, buckets=buckets)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     # What accelerate launch runs for several processes; by itself it starts CPU ones with MPI only.
@@ -131,7 +134,7 @@ def test_two_processes_train_one_concept(tmp_path):
     assert (tmp_path / "out" / "validation" / "step-12.png").is_file()
     assert len(list((tmp_path / "out" / ".checkpoints").iterdir())) == 2
 
-    config = settings(tmp_path, "one", batch_size=1, gradient_accumulation=2)
+    config = settings(tmp_path, "one", batch_size=1, gradient_accumulation=2, buckets=buckets)
     one = train(config, pipe.components, progress=False)
     losses = [dict(c.info.training["losses"])[5] for c in (concept, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

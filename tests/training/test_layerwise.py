@@ -9,7 +9,7 @@ from customize.concepts.tokens import initial_rows
 from customize.errors import ConfigError
 from customize.families import family_of
 from customize.training.loop import train
-from customize.training.setup import trainable
+from customize.training.trainable import trained_in
 from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 from tests.training.runs import assert_unchanged, same, settings, snapshot, tensors
 
@@ -55,7 +55,7 @@ def test_conditions_are_those_of_each_layers_rows(tmp_path):
     family = family_of(pipe.components)
     pipe.text_encoder.requires_grad_(False)
     config = settings(tmp_path, layerwise_tokens=True)
-    with trainable(family, config, None, {}, "") as found:
+    with trained_in(family, config, None, {}, "") as found:
         texts = found.wordings("a photo of <rex>")
         assert texts[3] == "a photo of <rex@3> <rex@3>_1" and len(texts) == LAYERS
         assert found.wordings("a dog") == ["a dog"] * LAYERS

@@ -1,0 +1,153 @@
+"""Training on a frozen denoiser in fewer bits."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import ImageChops
+from safetensors import safe_open
+
+import customize  # noqa: F401  (for load_custom)
+from customize.concepts.concept import Concept
+from customize.errors import ConfigError, SettingsError
+from customize.families import family_of
+from customize.hosts import quantizing
+from customize.hosts.quantizing import quantize
+from customize.training import setup
+from customize.training.loop import train
+from tests.hosts.test_quantizing import LIBRARIES, kinds, of
+from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
+from tests.tiny_video import tiny_wan
+from tests.training.runs import assert_unchanged, same, settings, snapshot, tensors
+
+
+class Stop(Exception):
+    """What a test throws into a run, as a crash would."""
+
+
+def crash_at(step):
+    def on_step(done, loss):
+        if done == step:
+            raise Stop
+
+    return on_step
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_sd().save_pretrained(folder)
+    return str(folder)
+
+
+#: The others do the same and are slower.
+once = pytest.mark.parametrize(
+    "kind", [of(kind, *[pytest.mark.slow] * (kind != "nf4")) for kind in LIBRARIES]
+)
+
+
+@once
+def test_a_concept_is_learned_and_goes_on_the_whole_base(kind, base, tmp_path):
+    losses = []
+    given = {"base": base, "steps": 30, "gradient_checkpointing": True, "validation_steps": 2}
+    given |= {"validation_prompts": ("<rex>",), "validation_every": 5}
+    concept = train(
+        settings(tmp_path, "a", quantize=kind, **given),
+        progress=False,
+        on_step=lambda _, loss: losses.append(float(loss)),
+    )
+    assert np.mean(losses[-10:]) < 0.96 * np.mean(losses[:5])
+    plain = train(settings(tmp_path, "b", **given), progress=False)
+    a, b = tensors(concept), tensors(plain)
+    assert a.keys() == b.keys() and not same(a, b)
+    assert all(a[key].shape == b[key].shape and a[key].dtype == torch.float32 for key in a)
+    # The same direction: rounding changes what is learned by little.
+    ups = [torch.cat([x[key].flatten() for key in a if key.endswith(".up")]) for x in (a, b)]
+    assert float(torch.cosine_similarity(*ups, dim=0)) > 0.7
+
+    assert concept.info.fingerprint == plain.info.fingerprint
+    with (
+        safe_open(tmp_path / "a" / "pytorch_lora_weights.safetensors", "pt") as left,
+        safe_open(tmp_path / "b" / "pytorch_lora_weights.safetensors", "pt") as right,
+    ):
+        assert left.keys() == right.keys()
+    pipe = tiny_sd()
+    call = {"num_inference_steps": 3, "height": 32, "width": 32}
+
+    def drawn():
+        return pipe("<rex>", generator=torch.Generator().manual_seed(1), **call).images[0]
+
+    before = drawn()
+    pipe.load_custom(tmp_path / "a")
+    assert ImageChops.difference(before, drawn()).getbbox() is not None
+
+
+@once
+@pytest.mark.parametrize("make", [tiny_flux, tiny_sd3, lambda: tiny_wan("2.2-14b")])
+def test_other_families_learn_as_well(make, kind, tmp_path):
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "base")
+    given = {"base": str(tmp_path / "base"), "steps": 3, "mixed_precision": "bf16"}
+    given |= {"prior_weight": 1.0, "prior_count": 2, "validation_steps": 2}
+    concept = train(settings(tmp_path, quantize=kind, **given), progress=False)
+    assert set(family_of(pipe.components, pipe.config).denoisers) <= concept.products.keys()
+    for updates in concept.products.values():
+        moved = [float(update.up.abs().max()) > 0 for update in updates.values()]
+        assert sum(moved) > 0.5 * len(moved)
+
+
+@once
+def test_a_resumed_run_gives_the_uninterrupted_result(kind, base, tmp_path):
+    given = {"base": base, "quantize": kind, "checkpoint_every": 4}
+    whole = train(settings(tmp_path, "a", **given), progress=False)
+    config = settings(tmp_path, "b", **given)
+    with pytest.raises(Stop):
+        train(config, progress=False, on_step=crash_at(10))
+    with pytest.raises(SettingsError, match=f"quantize was '{kind}' and is 'none'"):
+        train(config.model_copy(update={"quantize": "none"}), progress=False)
+    resumed = train(config, progress=False)
+    assert same(tensors(whole), tensors(resumed))
+    assert (
+        json.loads((tmp_path / "b" / "concept.json").read_text())["training"]["settings"][
+            "quantize"
+        ]
+        == kind
+    )
+    with pytest.raises(SettingsError, match="quantize was"):
+        train(config.model_copy(update={"quantize": "none"}), progress=False)
+
+
+@kinds
+def test_a_quantized_model_in_memory_is_trained_on_as_it_is(kind, tmp_path):
+    pipe = tiny_sd()
+    quantize(pipe.unet, kind, torch.float32, torch.device("cpu"))
+    family = family_of(pipe.components)
+
+    @torch.no_grad()
+    def answers():
+        noisy = torch.ones(1, 4, 16, 16)
+        return family.predict(noisy, torch.tensor([500]), family.encode_prompts(["a dog"]))
+
+    before = answers(), [name for name, _ in pipe.unet.named_modules()]
+    concept = train(settings(tmp_path, "a", steps=4), pipe.components, progress=False)
+    assert torch.equal(answers(), before[0])
+    assert [name for name, _ in pipe.unet.named_modules()] == before[1]
+    tiny_sd().save_pretrained(tmp_path / "base")
+    config = settings(tmp_path, "b", base=str(tmp_path / "base"), quantize=kind, steps=4)
+    assert same(tensors(concept), tensors(train(config, progress=False)))
+    assert Concept.load(tmp_path / "a").products.keys() == concept.products.keys()
+
+
+def test_what_cannot_be_quantized_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    pipe = tiny_sd()
+    before = snapshot(pipe.components)
+    with pytest.raises(ConfigError, match="a model in memory is trained on as it is"):
+        train(settings(tmp_path, quantize="nf4"), pipe.components, progress=False)
+    assert_unchanged(before, pipe.components)
+
+    monkeypatch.setattr(quantizing, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup, "open_base", lambda *_: pytest.fail("the base was opened"))
+    for kind, library in (("nf4", "bitsandbytes"), ("torchao_float8", "torchao")):
+        with pytest.raises(ConfigError, match=f"{kind} needs {library}, which is not installed"):
+            train(settings(tmp_path, quantize=kind), progress=False)

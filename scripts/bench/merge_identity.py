@@ -33,7 +33,6 @@ from typing import Any
 
 import _common
 import torch
-from _class_pictures import SETTINGS, draw_world
 from _merges import (
     AVERAGE,
     AVOIDING,
@@ -46,7 +45,7 @@ from _merges import (
     Learned,
     by_ours,
 )
-from _scorer import KINDS, RATES, Scorer, concept, open_quietly
+from _scorer import KINDS, RATES, Scorer, concept
 
 from customize.concepts.concept import Concept
 from customize.concepts.inputs import LayerInputs, place_beside
@@ -62,7 +61,6 @@ TUNED_ON: Groups = ((3, 4, 5), (6, 7, 8))
 STEP = 1.6
 WEIGHT_RANGE = (0.05, 4.0)
 LEARNED = (AVOIDING, SLICED, SAME, PLAIN)
-CLASS_PICTURES = "class_pictures"
 TOKENS = "tokens only, no weights"
 
 
@@ -88,13 +86,8 @@ QUICK_STEPS = 40
 
 
 def training(args: argparse.Namespace) -> dict[str, Any]:
-    """The demo's settings, or with class pictures beside."""
-    beside = SETTINGS if args.class_pictures else {}
-    return TRAINING | beside | {"steps": args.steps, "checkpoint_every": 0}
-
-
-def class_pictures(args: argparse.Namespace) -> Path | None:
-    return next((args.folder / CLASS_PICTURES).iterdir()) if args.class_pictures else None
+    """The demo's settings."""
+    return TRAINING | {"steps": args.steps, "checkpoint_every": 0}
 
 
 def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
@@ -112,7 +105,6 @@ def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
         output=args.folder / folder_name(kind) / story.name,
         name=story.name,
         class_word=story.identity.kind,
-        prior_images=class_pictures(args),
         **training(args),
         **own[kind],
     )
@@ -273,7 +265,6 @@ def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str]) -> None
     """Do jobs in worker processes of one core each, which costs least in all."""
     common = ["--folder", str(args.folder), "--base", str(args.base), "--judges", str(args.judges)]
     common += ["--steps", str(args.steps), *(["--quick"] if args.quick else [])]
-    common += ["--class-pictures"] if args.class_pictures else []
     running = [
         subprocess.Popen([sys.executable, __file__, *common, stage, *jobs[worker :: args.workers]])
         for worker in range(args.workers)
@@ -293,8 +284,6 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     args.folder = args.folder / f"{depends.hexdigest()[:8]}-{args.steps}"
     for index in range(protocol.total):
         concept(index).write(args.folder / "pictures" / concept(index).name)
-    if args.class_pictures:
-        draw_world(args.folder / CLASS_PICTURES, open_quietly(args.base))
 
     share_out(args, "--learn", [f"{k}/{i}" for k in LEARNED for i in range(protocol.total)])
     cells = [f"alone, {kind}/1" for kind in LEARNED] + [f"{TOKENS}/1"]
@@ -345,11 +334,6 @@ def main() -> None:
     )
     parser.add_argument(
         "--steps", type=int, default=TRAINING["steps"], help="training steps a concept"
-    )
-    parser.add_argument(
-        "--class-pictures",
-        action="store_true",
-        help="learn with what the base draws of its whole world beside",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
     # What a worker process is told to do.

@@ -40,6 +40,24 @@ def settled(models: Mapping[str, nn.Module]) -> Iterator[None]:
             _regroup(model)
 
 
+def check_placed(models: Mapping[str, nn.Module]) -> None:
+    """Refuse models that hooks move about, where they are to be called without their pipeline.
+
+    Raises:
+        PipelineError: naming the first.
+    """
+    from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+
+    for key, model in models.items():
+        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+        if hooked or _get_top_level_group_offload_hook(model) is not None:
+            raise PipelineError(
+                "layer inputs cannot be recorded on a model that is offloaded",
+                where=key,
+                fix="record them once before offloading is on, or with customize record",
+            )
+
+
 def _sequential_device(model: nn.Module) -> Any:
     """Where a sequentially offloaded model computes; None for any other model."""
     for module in model.modules():

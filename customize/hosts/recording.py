@@ -23,6 +23,7 @@ from customize.concepts.merge import FUSION
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.hosts.change import change
+from customize.hosts.offload import check_placed
 from customize.hosts.state import Attached, Holder, Merging
 
 AUTO, SUM = "auto", "sum"
@@ -119,6 +120,7 @@ def recorded(
             )
     if not concepts:
         return {}
+    check_placed(family.adaptable | {"vae": family.vae})
     side = family.default_resolution
     with torch.no_grad():
         shape = family.encode_images(torch.zeros(1, 3, side, side))[0].shape[1:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from safetensors.torch import save_file
 
 import customize
@@ -13,7 +14,7 @@ from customize.concepts.concept import Concept
 from customize.concepts.inputs import LayerInputs, place_beside
 from customize.concepts.merge import merge
 from customize.core.lowrank import product
-from customize.errors import ConceptError, ConfigError
+from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
 from customize.hosts import change as hosts_change
 from tests.hosts.making import MAKERS, assert_same, concept, draw, everything, user_lora
@@ -210,3 +211,19 @@ def test_bad_input(tmp_path):
     with pytest.raises(ConfigError, match=r"no \{\} for the concept's words"):
         customize.record_inputs(pipe, rex, [])
     assert_same(before, everything(pipe))
+
+
+def test_an_offloaded_model_is_recorded_before(pair):
+    pipe, rex, tom = pair
+    third = concept(pipe, "max", index=2)
+    add_hook_to_module(pipe.unet, ModelHook())
+    try:
+        before = everything(pipe)
+        with pytest.raises(PipelineError, match="offloaded"):
+            pipe.load_custom(rex, tom, third, merge="fusion")
+        assert_same(before, everything(pipe))
+        pipe.load_custom(rex, tom, merge="fusion")  # whose records are there
+        assert pipe.custom.merge == "fusion"
+    finally:
+        pipe.unload_custom()
+        remove_hook_from_module(pipe.unet)

@@ -120,6 +120,7 @@ def test_cmyk_and_sixteen_bits_are_learned_from(run: Run, world: World, tmp_path
     Image.fromarray(np.full((32, 32), 30_000, np.uint16)).save(folder / "deep.png")
     arguments = ("--images", folder, "--output", tmp_path / "max", "--name", "max")
     more = ("--class-word", "dog", "--rank", "2", "--steps", "1", "--device", "cpu")
+    more += ("--avoid", "0", "--no-record-inputs")
     result = run("train", "--base", world.base, *arguments, *more)
     assert result.code == 0, result.err
     assert Concept.load(tmp_path / "max").info.name == "max"

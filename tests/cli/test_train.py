@@ -36,13 +36,13 @@ def arguments(world: World, folder: Path, **settings: object) -> list[str]:
         "steps": 2,
         "batch_size": 1,
         "device": "cpu",
-        # These would take longer than the run itself.
+        # What is drawn for these would take longer than the run itself.
         "avoid": 0,
-        "record_inputs": False,
     } | settings
-    return [
+    flags = [
         part for key, value in given.items() for part in ("--" + key.replace("_", "-"), str(value))
     ]
+    return [*flags, "--no-record-inputs"]
 
 
 def test_every_setting_has_a_flag_with_its_help(run: Run) -> None:

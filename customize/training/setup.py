@@ -193,7 +193,8 @@ def check_fits(family: Family, config: TrainConfig) -> int:
     )
     if config.rank > narrowest:
         raise ConfigError(
-            f"the rank {config.rank} is above the width of the narrowest layer, {narrowest}",
+            f"the rank {config.rank} is above the width of the narrowest layer, {narrowest}"
+            + (", what slices avoid not counted" if avoid else ""),
             where="rank",
             fix=f"choose a rank of at most {narrowest}",
         )

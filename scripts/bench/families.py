@@ -21,7 +21,8 @@ pack: every number of the file must be in the model, and change what it draws. `
 counts the families for which that holds.
 
 Ratios are ours, orthogonal, over theirs with the same layers. In the figures that end in `_lora`
-they are our plain LoRA's, and in those that end in `_own_layers` theirs has its own.
+they are our plain LoRA's, and in those that end in `_own_layers` theirs has its own: FLUX.2's
+scripts leave out the prompt's projections, and so take less time than ours.
 """
 
 from __future__ import annotations

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
-from customize.families import FAMILIES
+import pytest
+
+from customize.families import FAMILIES, family_of
 from customize.families.flow import FlowFamily
+from tests import tiny, tiny_llm, tiny_video
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -26,3 +30,34 @@ def test_the_table_of_families_is_true() -> None:
         found = re.findall(r"`(\w+)`", dictionaries)
         assert found == list(family.clip_encoders), name
         assert found or dictionaries == "none", name
+
+
+MAKERS = {
+    name.removeprefix("tiny_"): make
+    for module in (tiny, tiny_llm, tiny_video)
+    for name, make in vars(module).items()
+    if name.startswith("tiny_")
+}
+EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
+REFERENCES = ("ip_adapter_image", "image")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_table_of_seams_is_true(name: str) -> None:
+    (row,) = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in README.read_text().splitlines()
+        if re.match(rf"\| `{name}` \| .* \| .* \| (cross|joint)[- ]attention \|", line)
+    )
+    pipe = MAKERS[name]()
+    if FAMILIES[name].modular_only:
+        taken = {each.name for each in pipe.blocks.inputs}
+        between = {o.name for b in pipe.blocks.sub_blocks.values() for o in b.intermediate_outputs}
+        assert row[1].endswith(", between its steps")
+    else:
+        taken = between = set(inspect.signature(type(pipe).__call__).parameters)
+    assert re.findall("`([a-z_]+)`", row[1]) == [each for each in EMBEDDINGS if each in between]
+    references = [each for each in REFERENCES if each in taken]
+    assert row[2] == (", ".join(f"`{each}`" for each in references) or "none")
+    crossing = family_of(pipe.components, pipe.config).cross_attention_layers()
+    assert row[3] == ("cross-attention" if crossing else "joint attention")

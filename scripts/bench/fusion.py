@@ -1,0 +1,135 @@
+"""Fusion in closed form against gradient fusion: the same objective, solved by an optimiser's loop.
+
+Mix-of-Show (arXiv 2305.18292) merges K concepts by an optimiser in every layer, so that the merged
+weight does to each concept's recorded inputs what that concept's own does. Its loop is written down
+anew here: L-BFGS from the base's weights, 50 iterations a layer in the denoiser and 500 in the text
+encoder, as the paper's code has it. Both get the same concepts, records and seeds: those that
+`merge_identity.py` has learned, which must have been run before.
+
+    python scripts/bench/fusion.py --json scripts/bench/results/fusion.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import _common
+import torch
+from _merges import AVOIDING, PLAIN, Learned, Products, by_ours
+from _scorer import RATES, Scorer
+from merge_identity import FULL, QUICK, folder_name, members
+from torch import Tensor
+
+from customize.concepts.adapter import file_name
+from customize.concepts.concept import Concept
+from customize.concepts.inputs import LayerInputs, place_beside
+from customize.core.lowrank import from_dense, product
+from customize.demo import assets
+
+ITERATIONS = {"unet": 50, "text_encoder": 500}
+WAYS = ("fusion", "gradient fusion")
+
+
+def gradient_fusion(learned: Sequence[Learned]) -> Products:
+    """The loop of Mix-of-Show over our factors of the same inputs."""
+    merged: Products = {}
+    for part in learned[0].concept.products:
+        merged[part] = {}
+        for module in learned[0].concept.products[part]:
+            inputs = [each.record.own[part][file_name(part, module)] for each in learned]
+            wanted = [
+                product(each.concept.products[part][module]) @ rows.T
+                for each, rows in zip(learned, inputs, strict=True)
+            ]
+            found = minimised(torch.cat(inputs), torch.cat(wanted, dim=1), ITERATIONS[part])
+            merged[part][module] = from_dense(found)
+    return merged
+
+
+def minimised(inputs: Tensor, wanted: Tensor, iterations: int) -> Tensor:
+    """The update U, from zero, of the least ``||U inputs^T - wanted||^2`` that L-BFGS comes to."""
+    update = torch.zeros(wanted.shape[0], inputs.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [update], lr=1.0, max_iter=iterations, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (update @ inputs.T - wanted).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return update.detach()
+
+
+def load(folder: Path, kind: str, index: int) -> Learned:
+    place = folder / folder_name(kind) / f"c{index:02d}"
+    return Learned(Concept.load(place), LayerInputs.load(place_beside(place)))
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    protocol = QUICK if args.quick else FULL
+    count = protocol.counts[-1]
+    (folder,) = [path for path in args.folder.iterdir() if (path / folder_name(PLAIN)).is_dir()]
+    scorer = Scorer(assets() / "storybook", assets() / "judges")
+    rows: list[dict[str, Any]] = []
+    for kind in (AVOIDING, PLAIN):
+        found: dict[str, list[list[dict[str, float]]]] = {way: [] for way in WAYS}
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        for group in protocol.scored:
+            learned = [load(folder, kind, k) for k in members(count, group, protocol.total)]
+            for way in WAYS:
+                began = time.perf_counter()
+                if way == "fusion":
+                    merged = by_ours("fusion")(scorer.family, learned, 1.0)
+                else:
+                    merged = gradient_fusion(learned)
+                seconds[way].append(time.perf_counter() - began)
+                concepts = [each.concept for each in learned]
+                found[way].append(
+                    scorer.rates(merged, concepts, group, protocol.seeds, protocol.scenes)
+                )
+        for way in WAYS:
+            by_seed = [
+                {key: mean(r[key] for r in seed) for key in RATES}
+                for seed in zip(*found[way], strict=True)
+            ]
+            row: dict[str, Any] = {"learned": kind, "merge": way, "k": count}
+            for key in RATES:
+                values = [r[key] for r in by_seed]
+                row[key] = mean(values)
+                row[f"{key}_sd"] = stdev(values) if len(values) > 1 else 0.0
+            rows.append(row | {"merge_seconds": median(seconds[way])})
+            print(row["learned"], row["merge"], f"{row['identity']:.3f}", flush=True)
+    ours = {(row["learned"], row["merge"]): row for row in rows}
+    figures = {
+        f"fusion_identity_minus_gradient_fusion{suffix}": ours[kind, "fusion"]["identity"]
+        - ours[kind, "gradient fusion"]["identity"]
+        for kind, suffix in ((AVOIDING, ""), (PLAIN, "_ordinary_lora"))
+    }
+    for way in WAYS:
+        name = f"{way.replace(' ', '_')}_seconds"
+        figures[name] = median(row["merge_seconds"] for row in rows if row["merge"] == way)
+    return rows, figures
+
+
+def main() -> None:
+    parser = _common.parser(__doc__)
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/merge_identity"),
+        help="where merge_identity.py keeps what it learned",
+    )
+    args = parser.parse_args()
+    _common.report("fusion", args, *run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -76,7 +76,10 @@ def load(folder: Path, kind: str, index: int) -> Learned:
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     count = protocol.counts[-1]
-    (folder,) = [path for path in args.folder.iterdir() if (path / folder_name(PLAIN)).is_dir()]
+    known = sorted(args.folder.glob(f"*/{folder_name(PLAIN)}"), key=lambda p: p.stat().st_mtime)
+    if not known:
+        raise SystemExit(f"{args.folder} holds no concepts: run merge_identity.py first")
+    folder = known[-1].parent
     scorer = Scorer(assets() / "storybook", assets() / "judges")
     rows: list[dict[str, Any]] = []
     for kind in (AVOIDING, PLAIN):

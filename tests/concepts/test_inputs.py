@@ -90,7 +90,7 @@ def test_a_digest_is_of_the_updates_alone():
         ({KEY: torch.ones(2)}, {}, "key 'own.unet.mid.attn1.to_q' is wrong"),
         ({"some.unet.a": torch.ones(2, 8)}, {}, "key 'some.unet.a' is wrong"),
         ({"own.unet": torch.ones(2, 8)}, {}, "key 'own.unet' is wrong"),
-        ({"x" * 500: torch.ones(2, 8)}, {}, "key 'x{80}' is wrong"),
+        ({"x" * 200: torch.ones(2, 8)}, {}, "key 'x{80}' is wrong"),
         ({KEY: torch.full((2, 8), torch.inf)}, {}, "is not finite"),
         ({KEY: torch.ones(2, 8)}, {"same": {"own.unet.a": "own.unet.b"}}, "'own.unet.a' is wrong"),
         ({KEY: torch.ones(2, 8)}, {"same": {KEY: KEY}}, "to_q' is wrong"),

@@ -412,7 +412,8 @@ def test_the_summary_is_a_table(make):
     pipe.load_custom(concept(pipe), concept(pipe, "tom", index=0), weights=[1, 0.8])
     pipe.load_custom(concept(pipe, "ann", index=1), fuse=True)
     lines = [line.split() for line in repr(pipe.custom).splitlines()]
-    assert lines[0] == ["3", "concepts", "on", family_of(pipe.components).name, "(cpu,", "float32)"]
+    place = ["on", family_of(pipe.components).name, "(cpu,", "float32),"]
+    assert lines[0] == ["3", "concepts", *place, "merged", "by", "sum"]
     assert lines[1] == ["name", "trigger", "class", "weight", "rank", "slices", "mode"]
     assert lines[3] == ["rex", "<rex>", "dog", "1", "2", "shared", "with", "tom", "adapter"]
     assert lines[4] == ["tom", "<tom>", "dog", "0.8", "2", "shared", "with", "rex", "adapter"]

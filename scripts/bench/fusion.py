@@ -55,12 +55,18 @@ def minimised(inputs: Tensor, wanted: Tensor, iterations: int) -> Tensor:
     """The update U, from zero, of the least ``||U inputs^T - wanted||^2`` that L-BFGS comes to."""
     update = torch.zeros(wanted.shape[0], inputs.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [update], lr=1.0, max_iter=iterations, line_search_fn="strong_wolfe"
+        [update],
+        lr=1.0,
+        max_iter=iterations,
+        # Else it stops where the loss is small because numbers are.
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (update @ inputs.T - wanted).square().mean()
+        loss = (update @ inputs.T - wanted).square().sum()
         loss.backward()
         return loss
 

@@ -6,7 +6,7 @@ anew here: L-BFGS from the base's weights, 50 iterations a layer in the denoiser
 encoder, as the paper's code has it. Both get the same concepts, records and seeds: those that
 `merge_identity.py` has learned, which must have been run before.
 
-    python scripts/bench/fusion.py --json scripts/bench/results/fusion.json
+    python scripts/bench/merge_solver.py --json scripts/bench/results/merge_solver.json
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def main() -> None:
         help="where merge_identity.py keeps what it learned",
     )
     args = parser.parse_args()
-    _common.report("fusion", args, *run(args))
+    _common.report("merge_solver", args, *run(args))
 
 
 if __name__ == "__main__":

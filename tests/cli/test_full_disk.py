@@ -39,7 +39,8 @@ for arguments, left in jobs:
         resource.setrlimit(resource.RLIMIT_FSIZE, (left // 8, free[1]))
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
+        sys.argv = ["customize", *arguments]
+        code = main()
     resource.setrlimit(resource.RLIMIT_FSIZE, free)
     filler.unlink(missing_ok=True)
     files = [str(p.relative_to(disk)) for p in disk.rglob("*") if p.is_file()]

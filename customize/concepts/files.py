@@ -57,6 +57,7 @@ __all__ = [
     "check_folder",
     "check_writable",
     "make_folder",
+    "put_file",
     "read",
     "read_info",
     "safetensors_bytes",
@@ -150,17 +151,11 @@ def write_single(concept: Concept, path: str | Path) -> Path:
         _check_same(lambda: read(path).info.name, name, path)
     metadata = {PEFT_HEADER: peft_header(concept), INFO_HEADER: info_json(concept)}
     data = safetensors_bytes(lora_tensors(concept) | bundled_embeddings(concept), metadata)
-    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(partial, data)
-        os.replace(partial, path)
-        sync_folder(path.parent)
+        put_file(path, data)
     except OSError as error:
         raise storage_error(error, path) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
     return path
 
 
@@ -257,6 +252,22 @@ def _check_same(found_name: Callable[[], str], name: str, where: Path) -> None:
             where=where,
             fix="choose another name, or move it away",
         )
+
+
+def put_file(path: Path, data: bytes) -> None:
+    """Write a file, over an older one, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written. What was there before still is.
+    """
+    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    try:
+        write_file(partial, data)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -10,11 +10,8 @@ the concept, and is no part of it: a LoRA from anywhere can have one::
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts.adapter import Factors, Products, file_name, fit
-from customize.concepts.files import safetensors_bytes, storage_error, write_file
+from customize.concepts.files import put_file, safetensors_bytes, storage_error
 from customize.concepts.layout import INPUTS_FILE
 from customize.concepts.reading import located, read_single_tensors
 from customize.core.fusion import InputMoment
@@ -97,15 +94,10 @@ class LayerInputs:
                         tensors[key] = rows.to(torch.float16)
         header = {"version": 1, "of": self.of, "same": same}
         data = safetensors_bytes(tensors, {HEADER: json.dumps(header)})
-        partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
         try:
-            write_file(partial, data)
-            os.replace(partial, path)
+            put_file(path, data)
         except OSError as error:
             raise storage_error(error, path) from error
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
         return path
 
     @classmethod

@@ -10,20 +10,21 @@ from typing import Any
 
 from customize.concepts import claims
 from customize.concepts.claims import Claim
+from customize.concepts.concept import BasisInfo
 from customize.concepts.slices import Holder, collisions, columns_for, holders, next_free_index
 from customize.core.bases import avoided, capacity
 from customize.errors import CustomizeError, SettingsError
 from customize.families import Family
 from customize.training import checkpoint
 from customize.training.config import TrainConfig
-from customize.training.trainable import basis_of, input_widths
+from customize.training.trainable import input_widths
 
 
 @contextmanager
 def claimed_slice(
     config: TrainConfig,
     family: Family,
-    shared: str,
+    basis: BasisInfo | None,
     before: Mapping[str, Any] | None,
     accelerator: Any,
 ) -> Iterator[int | None]:
@@ -33,7 +34,7 @@ def claimed_slice(
     the run can go on from; where there is none, all is as it was.
 
     Args:
-        shared: the name of the directions that slices avoid; empty where they avoid none.
+        basis: of the slices; None for the method "lora".
         before: the settings of the checkpoint that the run goes on from; its slice holds.
 
     Yields:
@@ -45,14 +46,14 @@ def claimed_slice(
         SettingsError: someone else has taken the slice since the run was cut off.
         StorageError: the claim cannot be written.
     """
-    if config.method == "lora":
+    if basis is None:
         yield None
         return
     new = not config.output.exists()
     answer: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            answer = [_claim(config, family, shared, before)]
+            answer = [_claim(config, family, basis, before)]
         except CustomizeError as error:
             answer = [error]
     if accelerator.num_processes > 1:  # all learn in one slice, and stop for one error
@@ -76,7 +77,7 @@ def claimed_slice(
 
 
 def _claim(
-    config: TrainConfig, family: Family, shared: str, before: Mapping[str, Any] | None
+    config: TrainConfig, family: Family, basis: BasisInfo, before: Mapping[str, Any] | None
 ) -> int | None:
     library = config.library
     with nullcontext() if library is None else claims.alone_in(library):
@@ -85,30 +86,29 @@ def _claim(
             index: int | None = config.slice
         elif before is not None:
             index = before.get("slice")
-            _check_still_ours(config, family, shared, index, others)
+            _check_still_ours(config, family, basis, index, others)
         else:
-            index = _free(config, family, shared)
-        claim = _claim_of(config, family, shared, index)
+            index = _free(config, family, basis)
+        claim = _claim_of(config, family, basis, index)
         claims.write_claim(claim, config.output)
     _tell(claim, library, others)
     return index
 
 
-def _free(config: TrainConfig, family: Family, shared: str) -> int | None:
+def _free(config: TrainConfig, family: Family, basis: BasisInfo) -> int | None:
     if config.library is None:
         return None
     return next_free_index(
         config.library,
         config.rank,
-        basis_of(config, shared),
+        basis,
         name=config.name,
         widths=input_widths(family, config),
     )
 
 
-def _claim_of(config: TrainConfig, family: Family, shared: str, index: int | None) -> Claim:
+def _claim_of(config: TrainConfig, family: Family, basis: BasisInfo, index: int | None) -> Claim:
     widths = input_widths(family, config)
-    basis = basis_of(config, shared)
     columns = columns_for(widths, config.rank, index=index, name=config.name, avoid=basis.avoid)
     return Claim(
         name=config.name,
@@ -120,13 +120,13 @@ def _claim_of(config: TrainConfig, family: Family, shared: str, index: int | Non
 
 
 def _check_still_ours(
-    config: TrainConfig, family: Family, shared: str, index: int | None, others: list[Holder]
+    config: TrainConfig, family: Family, basis: BasisInfo, index: int | None, others: list[Holder]
 ) -> None:
     """Refuse a slice that others hold too, unless the library is so full that none is better."""
-    taken = _sharing(_claim_of(config, family, shared, index), others)
+    taken = _sharing(_claim_of(config, family, basis, index), others)
     if index is None or not taken:
         return
-    best = _sharing(_claim_of(config, family, shared, _free(config, family, shared)), others)
+    best = _sharing(_claim_of(config, family, basis, _free(config, family, basis)), others)
     if sum(taken.values()) > sum(best.values()):
         raise SettingsError(
             f"the slice {index}, in which {config.name} was being learned, is that of "

@@ -30,7 +30,7 @@ from customize.training.compiling import check_compiler, compiled
 from customize.training.config import TrainConfig
 from customize.training.prior import class_samples_of
 from customize.training.process import Autocast
-from customize.training.trainable import Trainable, check_texts, trained_in
+from customize.training.trainable import Trainable, basis_of, check_texts, trained_in
 from customize.training.validation import Validation
 
 OnStep = Callable[[int, Tensor], object]
@@ -134,9 +134,9 @@ def train(
             generic, settings[SHARED] = inputs.shared_directions(
                 config, family, weights, resolution, device, accelerator, autocast
             )
-        shared = settings[SHARED]
+        basis = basis_of(config, settings[SHARED])
         settings["slice"] = stack.enter_context(
-            claimed_slice(config, family, shared, before, accelerator)
+            claimed_slice(config, family, basis, before, accelerator)
         )
         del parts  # what the family then lets go of is freed, if it is our own
         if start is not None:
@@ -170,7 +170,7 @@ def train(
         if live:
             resting = {k: v for k, v in resting.items() if k in family.other_encoders}
         trainable = stack.enter_context(
-            trained_in(family, config, settings["slice"], generic, shared)
+            trained_in(family, config, settings["slice"], basis, generic)
         )
         check_texts(family, trainable, "caption", pictures.captions)
         check_texts(family, trainable, "validation prompt", config.validation_prompts)

@@ -100,28 +100,28 @@ class Trainable:
 
 @contextmanager
 def trained_in(
-    family: Family, config: TrainConfig, index: int | None, generic: Factors, shared: str
+    family: Family,
+    config: TrainConfig,
+    index: int | None,
+    basis: BasisInfo | None,
+    generic: Factors,
 ) -> Iterator[Trainable]:
     """Add the concept's tokens and adapter to a model; afterwards they are gone.
 
     Args:
         index: the concept's number; see :func:`customize.concepts.slices.columns_for`.
-        generic, shared: what layers read on generic prompts, and its name; empty where the
-            settings avoid nothing of it.
+        basis: of its slice; None for the method "lora".
+        generic: what layers read on generic prompts; empty where the basis avoids nothing of it.
 
     Raises:
         ConfigError, ConceptError, PipelineError: what is asked for does not fit the model.
             Nothing was changed.
     """
     components = adapted(family, config)
-    basis: BasisInfo | None = None
     columns: dict[int, tuple[int, ...]] = {}
-    if config.method == "orthogonal":
-        basis = basis_of(config, shared)
+    if basis is not None:
         widths = input_widths(family, config)
-        columns = columns_for(
-            widths, config.rank, index=index, name=config.name, avoid=config.avoid
-        )
+        columns = columns_for(widths, config.rank, index=index, name=config.name, avoid=basis.avoid)
 
     undo: list[Callable[[], None]] = []
     try:
@@ -162,7 +162,7 @@ def trained_in(
                 for layer in own.values():
                     layer.cast_input_dtype_enabled = False
         triggers = {config.trigger: entries} if entries else {}
-        held = _held(adapter, generic, config.avoid_weight) if basis and config.avoid else []
+        held = _held(adapter, generic, config.avoid_weight) if basis and basis.avoid else []
         yield Trainable(adapter, rows, layers, triggers, basis, columns, held)
     finally:
         for action in reversed(undo):
@@ -206,12 +206,14 @@ def input_widths(family: Family, config: TrainConfig) -> set[int]:
     }
 
 
-def basis_of(config: TrainConfig, shared: str) -> BasisInfo:
-    """The basis of the concept's slices, by the settings.
+def basis_of(config: TrainConfig, shared: str) -> BasisInfo | None:
+    """The basis of the concept's slices, by the settings; None for the method "lora".
 
     Args:
         shared: the name of the directions that they avoid.
     """
+    if config.method == "lora":
+        return None
     return BasisInfo(
         kind=config.basis,
         seed=config.basis_seed,

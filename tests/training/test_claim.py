@@ -114,7 +114,7 @@ def test_processes_that_choose_at_once_get_different_slices(pipe, tmp_path):
         # Many claims each, so that without a lock some would meet.
         configs = [in_library(tmp_path, name, rank=1) for name in names]
         ready.wait()
-        held = [claimed_slice(config, family, "", None, accelerator) for config in configs]
+        held = [claimed_slice(config, family, BasisInfo(), None, accelerator) for config in configs]
         for each in held:
             each.__enter__()
         os._exit(0)  # as if killed: the claims stay

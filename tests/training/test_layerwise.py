@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file
 
 from customize.concepts import files
-from customize.concepts.concept import Concept
+from customize.concepts.concept import BasisInfo, Concept
 from customize.concepts.layout import EMBEDS_FILE
 from customize.concepts.tokens import initial_rows
 from customize.errors import ConfigError
@@ -55,7 +55,7 @@ def test_conditions_are_those_of_each_layers_rows(tmp_path):
     family = family_of(pipe.components)
     pipe.text_encoder.requires_grad_(False)
     config = settings(tmp_path, layerwise_tokens=True)
-    with trained_in(family, config, None, {}, "") as found:
+    with trained_in(family, config, None, BasisInfo(), {}) as found:
         texts = found.wordings("a photo of <rex>")
         assert texts[3] == "a photo of <rex@3> <rex@3>_1" and len(texts) == LAYERS
         assert found.wordings("a dog") == ["a dog"] * LAYERS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from peft.utils import set_peft_model_state_dict
 
 from customize.concepts import adapter as adapters
 from customize.concepts.concept import Concept
-from customize.concepts.inputs import LayerInputs
+from customize.concepts.inputs import LayerInputs, place_beside
 from customize.concepts.merge import merge as merge_concepts
 from customize.core.lowrank import LowRank
 
@@ -23,6 +24,10 @@ class Learned:
 
     concept: Concept
     record: LayerInputs
+
+    @classmethod
+    def load(cls, folder: Path) -> Learned:
+        return cls(Concept.load(folder), LayerInputs.load(place_beside(folder)))
 
 
 Products = dict[str, dict[str, LowRank]]

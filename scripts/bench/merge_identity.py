@@ -47,8 +47,6 @@ from _merges import (
 )
 from _scorer import KINDS, RATES, Scorer, concept
 
-from customize.concepts.concept import Concept
-from customize.concepts.inputs import LayerInputs, place_beside
 from customize.core.lowrank import norm
 from customize.demo import TRAINING, assets
 from customize.evaluation import storybook
@@ -170,16 +168,21 @@ def row_of(
     method: str, count: int, weight: float, found: Sequence[Mapping[str, float]], seconds: float
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"method": method, "k": count, "weight": weight}
+    return row | spread_of(found) | {"merge_seconds": seconds}
+
+
+def spread_of(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean and standard deviation of each rate over seeds."""
+    row = {}
     for key in RATES:
         values = [r[key] for r in found]
         row[key] = mean(values)
         row[f"{key}_sd"] = stdev(values) if len(values) > 1 else 0.0
-    return row | {"merge_seconds": seconds}
+    return row
 
 
 def load(args: argparse.Namespace, kind: str, indices: Sequence[int]) -> list[Learned]:
-    folders = [config_of(args, kind, index).output for index in indices]
-    return [Learned(Concept.load(f), LayerInputs.load(place_beside(f))) for f in folders]
+    return [Learned.load(config_of(args, kind, index).output) for index in indices]
 
 
 def alone(

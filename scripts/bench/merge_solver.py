@@ -15,19 +15,17 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Any
 
 import _common
 import torch
 from _merges import AVOIDING, PLAIN, Learned, Products, by_ours
-from _scorer import RATES, Scorer
-from merge_identity import FULL, QUICK, folder_name, members
+from _scorer import Scorer, concept
+from merge_identity import FULL, QUICK, folder_name, members, over, spread_of
 from torch import Tensor
 
 from customize.concepts.adapter import file_name
-from customize.concepts.concept import Concept
-from customize.concepts.inputs import LayerInputs, place_beside
 from customize.core.lowrank import from_dense, product
 from customize.demo import assets
 
@@ -74,11 +72,6 @@ def minimised(inputs: Tensor, wanted: Tensor, iterations: int) -> Tensor:
     return update.detach()
 
 
-def load(folder: Path, kind: str, index: int) -> Learned:
-    place = folder / folder_name(kind) / f"c{index:02d}"
-    return Learned(Concept.load(place), LayerInputs.load(place_beside(place)))
-
-
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     count = protocol.counts[-1]
@@ -92,7 +85,10 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
         found: dict[str, list[list[dict[str, float]]]] = {way: [] for way in WAYS}
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for group in protocol.scored:
-            learned = [load(folder, kind, k) for k in members(count, group, protocol.total)]
+            learned = [
+                Learned.load(folder / folder_name(kind) / concept(index).name)
+                for index in members(count, group, protocol.total)
+            ]
             for way in WAYS:
                 began = time.perf_counter()
                 if way == "fusion":
@@ -105,16 +101,9 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
                     scorer.rates(merged, concepts, group, protocol.seeds, protocol.scenes)
                 )
         for way in WAYS:
-            by_seed = [
-                {key: mean(r[key] for r in seed) for key in RATES}
-                for seed in zip(*found[way], strict=True)
-            ]
             row: dict[str, Any] = {"learned": kind, "merge": way, "k": count}
-            for key in RATES:
-                values = [r[key] for r in by_seed]
-                row[key] = mean(values)
-                row[f"{key}_sd"] = stdev(values) if len(values) > 1 else 0.0
-            rows.append(row | {"merge_seconds": median(seconds[way])})
+            row |= spread_of(over(found[way])) | {"merge_seconds": median(seconds[way])}
+            rows.append(row)
             print(row["learned"], row["merge"], f"{row['identity']:.3f}", flush=True)
     ours = {(row["learned"], row["merge"]): row for row in rows}
     figures = {

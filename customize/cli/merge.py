@@ -20,14 +20,12 @@ from customize.cli.shared import (
     storing,
 )
 from customize.concepts.layout import LAYOUTS
-from customize.concepts.merge import FUSION, METHODS
+from customize.concepts.merge import AUTO, FUSION, METHODS, SUM
 from customize.errors import ConfigError
 
 if TYPE_CHECKING:
     from customize.concepts.formats.lora import Adaptation
     from customize.concepts.inputs import LayerInputs
-
-AUTO = "auto"
 
 
 def run(
@@ -70,7 +68,7 @@ def run(
             "--rank has no meaning with --fuse: weights take the exact sum", fix="leave one out"
         )
     if method == "average":
-        method, weights = "sum", [weight / len(sources) for weight in weights]
+        method, weights = SUM, [weight / len(sources) for weight in weights]
     _write_pipeline(sources, output, weights, method, fuse, dtype)
 
 
@@ -124,7 +122,7 @@ def _with_records(concepts: Sequence[Adaptation], method: str) -> tuple[str, Seq
             where="--method fusion",
             fix="make one with customize record, or choose --method sum",
         )
-    return "sum", ()
+    return SUM, ()
 
 
 def _save(pipe: Any, folder: Path) -> None:

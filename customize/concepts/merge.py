@@ -16,8 +16,10 @@ from customize.core.fusion import fusion
 from customize.core.lowrank import MERGES, LowRank, weighted_sum
 from customize.errors import ConceptError, ConfigError
 
-FUSION = "fusion"
+SUM, FUSION = "sum", "fusion"
 METHODS = (*MERGES, FUSION)
+#: Fusion where every concept brings its record, else the sum.
+AUTO = "auto"
 
 # How much the base's own inputs count in a fusion against one concept's, for each concept.
 _HOLD = 0.1
@@ -26,7 +28,7 @@ _HOLD = 0.1
 def merge(
     concepts: Sequence[Adaptation],
     weights: Sequence[float],
-    method: str = "sum",
+    method: str = SUM,
     inputs: Sequence[LayerInputs] = (),
     others: Sequence[LayerInputs] = (),
 ) -> dict[str, dict[str, LowRank]]:
@@ -74,7 +76,8 @@ def merge(
             where="inputs",
             fix="give those of each, as customize.record_inputs gives them",
         )
-    alone = len(concepts) + len(others) == 1
+    if method == FUSION and len(concepts) + len(others) == 1:
+        method = SUM
     merged: dict[str, dict[str, LowRank]] = {}
     for component in _ordered(concept.products for concept in concepts):
         # By one name for each layer, as a concept that was never saved may have the model's.
@@ -88,13 +91,11 @@ def merge(
             zero = LowRank(some.up[:, :0], some.down[:0])
             own = [each.get(module, zero) for each in updates]
             try:
-                if method != FUSION:
-                    merged[component][module] = MERGES[method](own, weights)
-                elif alone:
-                    merged[component][module] = weighted_sum(own, weights)
-                else:
+                if method == FUSION:
                     place = (component, module)
                     merged[component][module] = _fused(own, weights, inputs, others, place)
+                else:
+                    merged[component][module] = MERGES[method](own, weights)
             except ConceptError as error:
                 raise ConceptError(
                     error.what, where=f"{component}.{module}", fix=error.fix

@@ -25,17 +25,14 @@ from customize.hosts.offload import settled
 from customize.hosts.state import Attached, Holder, Merging, keep, tokenizers_of
 
 
-def change(
-    family: Family, holder: Holder, after: dict[str, Attached], merging: Merging | None = None
-) -> None:
+def change(family: Family, holder: Holder, after: dict[str, Attached], merging: Merging) -> None:
     """From what is attached to what is wanted, wholly or not at all.
 
     Args:
         family: of all that the holder knows to be changed.
-        merging: how it is to be merged, from now on; None: as it is now.
+        merging: how it is to be merged, with an input for each where that is "fusion".
     """
     before, was_merging = holder.attached, holder.merging
-    merging = merging or was_merging
     models = family.adaptable
     new, old = _updates(family, after, merging), _updates(family, before, was_merging)
     layers = {
@@ -165,8 +162,7 @@ def _updates(
 ) -> tuple[Updates, Updates]:
     """The merges of what is to be beside the weights, and of what is to be in them."""
     found: list[Updates] = []
-    several = len(attached) > 1
-    inputs = merging.inputs if merging.method == FUSION and several else {}
+    inputs = merging.inputs if merging.method == FUSION else {}
     for fused in (False, True):
         chosen = [each for each in attached.values() if each.fused == fused]
         rest = [each for each in attached.values() if each.fused != fused]
@@ -174,7 +170,7 @@ def _updates(
             merge(
                 [each.concept for each in chosen],
                 [each.weight for each in chosen],
-                FUSION if inputs else "sum",
+                merging.method,
                 inputs=[inputs[each.name] for each in chosen] if inputs else (),
                 others=[inputs[each.name] for each in rest] if inputs else (),
             )

@@ -19,14 +19,12 @@ from customize.concepts.inputs import (
     texts,
     updates_digest,
 )
-from customize.concepts.merge import FUSION
+from customize.concepts.merge import AUTO, FUSION, SUM
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.hosts.change import change
 from customize.hosts.offload import check_placed
 from customize.hosts.state import Attached, Holder, Merging
-
-AUTO, SUM = "auto", "sum"
 
 
 def check_method(method: str | None) -> None:
@@ -129,9 +127,9 @@ def recorded(
         for concept in concepts:
             products, info = concept.products, concept.info
             layers = layers_of(family, products)
-            change(family, holder, {})
+            change(family, holder, {}, Merging())
             generic = record(family, layers, base_prompts(info.class_word, prompts), shape)
-            change(family, holder, {info.name: Attached(concept, 1.0, fused=False)})
+            change(family, holder, {info.name: Attached(concept, 1.0, fused=False)}, Merging())
             own = record(family, layers, texts(words or info.words, prompts), shape)
             found[info.name] = LayerInputs(updates_digest(products), own, generic)
     return found
@@ -140,8 +138,8 @@ def recorded(
 @contextmanager
 def _set_aside(family: Family, holder: Holder) -> Iterator[None]:
     """Within it anything may be attached; afterwards that is again what was before."""
-    before = holder.attached
+    before, merging = holder.attached, holder.merging
     try:
         yield
     finally:
-        change(family, holder, before)
+        change(family, holder, before, merging)

@@ -10,6 +10,7 @@ from customize.attention.placing import Took
 from customize.concepts.adapter import Adapter
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.inputs import LayerInputs
+from customize.concepts.merge import AUTO, SUM
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.components import uncompiled
@@ -47,8 +48,8 @@ class Merging:
         inputs: concept name -> what its layers read, for "fusion".
     """
 
-    chosen: str = "auto"
-    method: str = "sum"
+    chosen: str = AUTO
+    method: str = SUM
     inputs: Mapping[str, LayerInputs] = field(default_factory=dict)
 
 
@@ -230,7 +231,7 @@ class Customization:
 
     rows: tuple[Row, ...]
     place: str
-    merge: str = "sum"
+    merge: str = SUM
     attention: tuple[Took, ...] = ()
     memory: str = ""
 

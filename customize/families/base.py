@@ -37,6 +37,8 @@ class Family(Layers):
     default_density: ClassVar[str]
     #: Where the pipeline's call has what it drew: "images", or "frames" of videos.
     output: str = "images"
+    #: The guidance scale that the pipeline draws with where none is given.
+    default_guidance: float
     #: The guidance scale at which the pipeline leaves out the empty prompt.
     no_guidance: ClassVar[float] = 1.0
     #: Whether diffusers has the models as modular pipelines only.

@@ -33,6 +33,7 @@ class CogVideoX(FramedFamily, DiffusionFamily):
     """
 
     name = "cogvideox"
+    default_guidance = 6.0
     output = "frames"
     denoiser_key = "transformer"
     attention_projections = re.compile(

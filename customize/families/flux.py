@@ -137,6 +137,10 @@ class Flux(PackedFamily):
         return self.unpack(answer, height, width)
 
     @property
+    def default_guidance(self) -> float:  # type: ignore[override]
+        return 3.5 if self.guidance_is_an_input else self.no_guidance
+
+    @property
     def guides_by_negative(self) -> bool:
         return not self.guidance_is_an_input
 

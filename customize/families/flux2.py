@@ -88,6 +88,7 @@ class Flux2(PatchedFamily, PackedFamily):
     AutoencoderKLFlux2, and a flow-matching scheduler."""
 
     name = "flux2"
+    default_guidance = 4.0
     attention_projections = re.compile(
         r"transformer_blocks\.\d+\.attn\."
         r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"

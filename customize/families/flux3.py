@@ -40,6 +40,7 @@ class Flux3(PatchedFamily, FlowFamily):
     """
 
     name = "flux3"
+    default_guidance = 3.5
     attention_projections = re.compile(
         r"(mode_blocks\.image|txt_mode_blocks|single_transformer_blocks)\.\d+\.attn\."
         r"(to_q|to_k|to_v|to_out\.0)"

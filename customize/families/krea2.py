@@ -101,6 +101,11 @@ class Krea2(FirstFrameFamily):
         return self.unpack(answer, *noisy.shape[-2:])
 
     @property
+    def default_guidance(self) -> float:  # type: ignore[override]
+        # What was distilled is drawn without, whatever the pipeline has where none is given.
+        return self.no_guidance if self._is_distilled else 4.5
+
+    @property
     def default_resolution(self) -> int:
         return 1024  # the pipeline's, whatever the autoencoder's factor
 

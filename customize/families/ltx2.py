@@ -34,6 +34,7 @@ class LTX2(FramedFamily, FlowFamily):
     flow-matching scheduler whose shift grows with the picture."""
 
     name = "ltx2"
+    default_guidance = 3.0
     output = "frames"
     attention_projections = re.compile(
         r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"

@@ -34,6 +34,7 @@ class QwenImage(FirstFrameFamily):
     scheduler whose shift grows with the picture."""
 
     name = "qwen_image"
+    default_guidance = 4.0
     kohya_uses_original_names = False
     attention_projections = re.compile(
         r"transformer_blocks\.\d+\.attn\."

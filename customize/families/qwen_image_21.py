@@ -31,6 +31,7 @@ class QwenImage21(FirstFrameFamily):
     and a flow-matching scheduler."""
 
     name = "qwen_image_21"
+    default_guidance = 1.0
     attention_projections = re.compile(r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)")
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)

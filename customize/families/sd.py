@@ -22,6 +22,7 @@ class StableDiffusion(UNetFamily):
     the DDPM kind."""
 
     name = "sd"
+    default_guidance = 7.5
     kohya_uses_original_names = False
     clip_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}
 

@@ -53,6 +53,7 @@ class StableDiffusion3(FlowFamily):
     flow-matching scheduler."""
 
     name = "sd3"
+    default_guidance = 7.0
     # attn2 is the picture's second attention in the first blocks of SD3.5-medium.
     attention_projections = re.compile(
         r"transformer_blocks\.\d+\.attn2?\."

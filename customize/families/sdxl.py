@@ -30,6 +30,7 @@ class StableDiffusionXL(UNetFamily):
     """
 
     name = "sdxl"
+    default_guidance = 5.0
     clip_encoders: ClassVar[dict[str, str]] = {
         "text_encoder": "tokenizer",
         "text_encoder_2": "tokenizer_2",

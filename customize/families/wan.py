@@ -53,6 +53,7 @@ class Wan(FramedFamily, FlowFamily):
     """
 
     name = "wan"
+    default_guidance = 5.0
     output = "frames"
     attention_projections = re.compile(r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
     other_denoisers = ("transformer_2",)

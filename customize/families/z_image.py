@@ -39,6 +39,7 @@ class ZImage(FlowFamily):
     scheduler."""
 
     name = "z_image"
+    default_guidance = 5.0
     attention_projections = re.compile(
         r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"
     )

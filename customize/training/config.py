@@ -261,8 +261,11 @@ class TrainConfig(BaseModel):
     validation_steps: int = Field(
         default=25, ge=1, le=1000, description="Sampling steps of a validation picture, 1 to 1000"
     )
-    validation_guidance: float = Field(
-        default=7.5, ge=0, le=100, description="Guidance scale of validation pictures, 0 to 100"
+    validation_guidance: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Guidance scale of validation pictures, 0 to 100; none: the pipeline's own",
     )
     record_inputs: bool = Field(
         default=True,

@@ -24,7 +24,7 @@ from customize.training.batches import stream_seed
 from customize.training.checkpoint import write_whole
 from customize.training.config import TrainConfig
 from customize.training.setup import place
-from customize.training.validation import draw
+from customize.training.validation import draw, guidance_of
 
 _CHUNK = 4  # pictures drawn together; fixed, so that drawing again gives the same ones
 
@@ -86,7 +86,7 @@ def draw_class_pictures(
             empty,
             shape,
             steps=config.validation_steps,
-            guidance=config.validation_guidance,
+            guidance=guidance_of(config, family),
             seeds=[stream_seed(config.seed, "class", number) for number in chunk],
             autocast=autocast,
         )
@@ -103,7 +103,7 @@ def _origin(
     facts += [
         dict(weights),
         config.validation_steps,
-        config.validation_guidance,
+        guidance_of(config, family),
         config.mixed_precision,
         family.configured(),
         class_name(family.scheduler),

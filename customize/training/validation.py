@@ -70,7 +70,7 @@ class Validation:
                 empty,
                 self.shape,
                 steps=self.config.validation_steps,
-                guidance=self.config.validation_guidance,
+                guidance=guidance_of(self.config, self.family),
                 seeds=[stream_seed(seed, "validation", i)],
                 autocast=self.autocast,
             )[0]
@@ -78,6 +78,12 @@ class Validation:
         ]
         save_row(self.last, self.config.output / "validation" / f"step-{step}.png")
         log_pictures(self.accelerator.trackers, self.last, prompts, step)
+
+
+def guidance_of(config: TrainConfig, family: Family) -> float:
+    """The guidance scale of pictures that a run draws."""
+    asked = config.validation_guidance
+    return family.default_guidance if asked is None else asked
 
 
 @torch.no_grad()

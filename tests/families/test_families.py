@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -332,6 +333,17 @@ def test_guidance_leads_away_from_what_the_pipeline_leads_away_from(
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(ours[name], value)
+
+
+def test_the_default_guidance_is_the_pipeline_s(pipe: Any, family: Family) -> None:
+    if isinstance(pipe, ModularPipeline):
+        expected = pipe.guider.guidance_scale
+    else:
+        taken = inspect.signature(type(pipe).__call__).parameters
+        expected = taken[family.guidance_argument].default
+    if pipe.config.get("is_distilled") and family.no_guidance == 0:
+        expected = 0  # which its users give by hand
+    assert family.default_guidance == expected
 
 
 @pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])

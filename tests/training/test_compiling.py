@@ -35,10 +35,13 @@ def fresh():
     torch._dynamo.reset()
 
 
-def near(a, b, tolerance):
-    """Whether two concepts are the same to rounding."""
+def near(a, b, tolerance=0.01):
+    """Whether two concepts are the same to rounding, layer by layer in the Frobenius norm.
+
+    Not number by number: Adam makes a whole step of a gradient near zero, whose sign is rounding's.
+    """
     a, b = tensors(a), tensors(b)
-    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=tolerance) for k in a)
+    return a.keys() == b.keys() and all((a[k] - b[k]).norm() <= tolerance * a[k].norm() for k in a)
 
 
 @pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
@@ -66,7 +69,7 @@ def test_the_concept_is_the_same_and_the_model_is_left_as_it_was(
     config = settings(tmp_path, "b", steps=3, compile=True, gradient_checkpointing=True)
     fast = train(config, pipe.components, **given)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert near(plain, fast, 1e-3)
+    assert near(plain, fast)
     assert_unchanged(before[0], pipe.components, pipe.config)
     assert [sorted(vars(block)) for block in blocks] == before[1]
 
@@ -78,7 +81,7 @@ def test_sizes_of_all_buckets_go_through_one_compiled_block(tmp_path, monkeypatc
     given = {"buckets": True, "steps": 8}
     plain = train(settings(tmp_path, "a", **given), tiny_flux().components, progress=False)
     config = settings(tmp_path, "b", compile=True, **given)
-    assert near(plain, train(config, tiny_flux().components, progress=False), 1e-3)
+    assert near(plain, train(config, tiny_flux().components, progress=False))
 
 
 @SLOW
@@ -89,7 +92,7 @@ def test_quantized_blocks_are_compiled_too(kind, tmp_path, monkeypatch):
     quantize(pipe.transformer, kind, torch.float32, torch.device("cpu"))
     plain = train(settings(tmp_path, "a", steps=3), pipe.components, progress=False)
     config = settings(tmp_path, "b", steps=3, compile=True)
-    assert near(plain, train(config, pipe.components, progress=False), 1e-3)
+    assert near(plain, train(config, pipe.components, progress=False))
 
 
 def test_what_a_user_compiled_stays_compiled():

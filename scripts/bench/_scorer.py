@@ -64,17 +64,34 @@ class Scorer:
 
         `products` None leaves the weights as they are: what the tokens do alone.
         """
-        rows = []
+        with self.carrying(products, concepts):
+            found = [[self.rate(index, seed, scenes) for index in scored] for seed in seeds]
+        return [{key: mean(getattr(r, key) for r in own) for key in RATES} for own in found]
+
+    def each(
+        self,
+        products: Products | None,
+        concepts: Sequence[Concept],
+        scored: Sequence[int],
+        seeds: Sequence[int],
+        scenes: int,
+    ) -> dict[int, dict[str, float]]:
+        """Rates, and the mean distance, of each of `scored` over the seeds; else as `rates`."""
+        with self.carrying(products, concepts):
+            found = {i: [self.rate(i, seed, scenes) for seed in seeds] for i in scored}
+        keys = (*RATES, "distance")
+        return {i: {k: mean(getattr(r, k) for r in own) for k in keys} for i, own in found.items()}
+
+    @contextmanager
+    def carrying(self, products: Products | None, concepts: Sequence[Concept]) -> Iterator[None]:
+        """The updates and all concepts' tokens on the model."""
         # At weight 0 a concept brings its tokens only.
         load_custom(self.pipe, *concepts, weights=[0.0] * len(concepts), fuse=True)
         try:
             with self.changed(products or {}):
-                for seed in seeds:
-                    found = [self.rate(index, seed, scenes) for index in scored]
-                    rows.append({key: mean(getattr(r, key) for r in found) for key in RATES})
+                yield
         finally:
             unload_custom(self.pipe)
-        return rows
 
     def rate(self, index: int, seed: int, scenes: int) -> storybook.Rates:
         story = concept(index)

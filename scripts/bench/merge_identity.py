@@ -112,6 +112,18 @@ def folder_name(text: str) -> str:
     return re.sub("[^a-z0-9]+", "-", text.lower())
 
 
+def kept(folder: Path) -> Path:
+    """Where the latest run has its concepts.
+
+    Raises:
+        SystemExit: there was none.
+    """
+    known = sorted(folder.glob(f"*/{folder_name(PLAIN)}"), key=lambda p: p.stat().st_mtime)
+    if not known:
+        raise SystemExit(f"{folder} holds no concepts: run merge_identity.py first")
+    return known[-1].parent
+
+
 def learn(args: argparse.Namespace, job: str) -> None:
     """Learn the concept of `job`, "how/number"; a finished one is kept."""
     from customize.training.loop import train

@@ -22,7 +22,7 @@ import _common
 import torch
 from _merges import AVOIDING, PLAIN, Learned, Products, by_ours
 from _scorer import Scorer, concept
-from merge_identity import FULL, QUICK, folder_name, members, over, spread_of
+from merge_identity import FULL, QUICK, folder_name, kept, members, over, spread_of
 from torch import Tensor
 
 from customize.concepts.adapter import file_name
@@ -75,10 +75,7 @@ def minimised(inputs: Tensor, wanted: Tensor, iterations: int) -> Tensor:
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     count = protocol.counts[-1]
-    known = sorted(args.folder.glob(f"*/{folder_name(PLAIN)}"), key=lambda p: p.stat().st_mtime)
-    if not known:
-        raise SystemExit(f"{args.folder} holds no concepts: run merge_identity.py first")
-    folder = known[-1].parent
+    folder = kept(args.folder)
     scorer = Scorer(assets() / "storybook", assets() / "judges")
     rows: list[dict[str, Any]] = []
     for kind in (AVOIDING, PLAIN):

@@ -1,0 +1,145 @@
+"""Does the crosstalk that `customize inspect` tells predict the identity that a sum then loses?
+
+Concepts are summed at weight 1, every two of six and up to thirteen at a time, and drawn: how much
+further one comes from its references than alone, by the judge's distance, against what was known
+before anything was drawn. That is "measured": how loudly the others' updates answer to the
+concept's recorded inputs, against its own; and "factors": how much the updates overlap, from their
+factors alone, without records. Those of several others are added as lengths at right angles are.
+The figure is Spearman's rank correlation of prediction and loss over all sums; beside it that over
+pairs alone, and over one way of learning. The concepts are those that `merge_identity.py` has
+learned, which must have been run before.
+
+    python scripts/bench/crosstalk.py --json scripts/bench/results/crosstalk.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import _common
+import torch
+from _merges import AVOIDING, PLAIN, SLICED, Learned, by_ours
+from _scorer import Scorer, concept
+from merge_identity import FULL, QUICK, SCORED, folder_name, kept, members
+from torch import Tensor
+
+from customize.concepts.adapter import file_name
+from customize.core.crosstalk import answers, matrix, relative
+from customize.demo import assets
+
+KINDS = (AVOIDING, SLICED, PLAIN)
+PREDICTORS = ("measured", "factors")
+
+
+def predictions(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
+    """Predictor -> (K, K): entry (i, j) is what j does to i."""
+    products = {
+        name: {
+            f"{part}.{file_name(part, module)}": update
+            for part, own in each.concept.products.items()
+            for module, update in own.items()
+        }
+        for name, each in learned.items()
+    }
+    inputs = {
+        name: {
+            f"{part}.{module}": rows
+            for part, own in each.record.own.items()
+            for module, rows in own.items()
+        }
+        for name, each in learned.items()
+    }
+    return {"measured": relative(answers(products, inputs)), "factors": matrix(products)}
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """The correlation of ranks; equal values share the mean of theirs."""
+    ranks = torch.stack([_ranks(torch.tensor(each, dtype=torch.float64)) for each in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    below = (values[None] < values[:, None]).sum(1)
+    return below + ((values[None] == values[:, None]).sum(1) - 1) / 2
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    torch.set_num_threads(1)  # small pictures: one core draws as fast
+    protocol, groups = (QUICK, SCORED[:1]) if args.quick else (FULL, SCORED)
+    seeds, scenes = ((1,), 2) if args.quick else ((1, 2), 4)
+    every = [index for group in groups for index in group]
+    sums = [(pair, pair) for pair in combinations(every, 2)]
+    for count in protocol.counts:
+        sums += [(members(count, group, protocol.total), group) for group in groups]
+    scorer = Scorer(assets() / "storybook", assets() / "judges")
+    merge = by_ours("sum")
+    rows: list[dict[str, Any]] = []
+    for kind in KINDS:
+        folder = kept(args.folder) / folder_name(kind)
+        learned = [Learned.load(folder / concept(i).name) for i in range(protocol.total)]
+        told = predictions({concept(i).name: each for i, each in enumerate(learned)})
+
+        def drawn(merged: Sequence[int], scored: Sequence[int]) -> dict[int, dict[str, float]]:
+            chosen = [learned[index] for index in merged]  # noqa: B023
+            products = merge(scorer.family, chosen, 1.0)
+            return scorer.each(products, [c.concept for c in chosen], scored, seeds, scenes)
+
+        alone = {index: drawn([index], [index])[index] for index in every}
+        for merged, scored in sums:
+            found = drawn(merged, scored)
+            for one in scored:
+                others = [index for index in merged if index != one]
+                rows.append(
+                    {
+                        "learned": kind,
+                        "k": len(merged),
+                        "concept": f"{concept(one).name} ({concept(one).identity.kind})",
+                        "others": ", ".join(concept(index).name for index in others),
+                        **{p: float(told[p][one, others].norm()) for p in PREDICTORS},
+                        "identity alone": alone[one]["identity"],
+                        "identity": found[one]["identity"],
+                        "further away": found[one]["distance"] - alone[one]["distance"],
+                    }
+                )
+            print(
+                kind, len(merged), f"{mean(f['identity'] for f in found.values()):.2f}", flush=True
+            )
+    return rows, figures(rows)
+
+
+def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    parts = {"": list(rows), "_pairs": [row for row in rows if row["k"] == 2]}
+    for kind in KINDS:
+        key = f"_{folder_name(kind).replace('-', '_')}"
+        parts[key] = [row for row in rows if row["learned"] == kind]
+    found = {}
+    for predictor, said in zip(PREDICTORS, ("", "_factors"), strict=True):
+        for part, own in parts.items():
+            lost = [row["further away"] for row in own]
+            key = f"crosstalk_rank_correlation{said}{part}"
+            found[key] = spearman([row[predictor] for row in own], lost)
+    for part, own in parts.items():
+        if part:
+            found[f"identity_lost{part}"] = mean(r["identity alone"] - r["identity"] for r in own)
+    return found
+
+
+def main() -> None:
+    parser = _common.parser(__doc__)
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/merge_identity"),
+        help="where merge_identity.py keeps what it learned",
+    )
+    args = parser.parse_args()
+    _common.report("crosstalk", args, *run(args))
+
+
+if __name__ == "__main__":
+    main()

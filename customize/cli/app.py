@@ -381,7 +381,15 @@ def evaluate(
 
 @app.command()
 @on_interrupt("interrupted")
-def inspect(concepts: Sources) -> None:
+def inspect(
+    concepts: Sources,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Tell that for each layer, loud ones in bold")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it as heat maps into a .png")
+    ] = None,
+) -> None:
     """Show what concepts hold, and whether they get in each other's way.
 
     For several it also lists shared slices, with what resolves them, how
@@ -390,7 +398,7 @@ def inspect(concepts: Sources) -> None:
     """
     from customize.cli.inspection import run
 
-    run(concepts)
+    run(concepts, layers=layers, plot=plot)
 
 
 @app.command()

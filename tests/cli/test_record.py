@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import customize
+from customize.cli.inspection import answered
 from customize.concepts.adapter import file_name
 from customize.concepts.concept import Concept
 from customize.concepts.inputs import LayerInputs, place_beside
@@ -149,3 +152,42 @@ def test_inspect_names_those_without_a_record(run: Run, world: World, recorded: 
     assert result.code == 0
     assert "no record of what the layers of rex read" in result.out
     assert "what an update does" not in result.out
+
+
+def test_inspect_tells_and_draws_it_layer_by_layer(
+    run: Run, recorded: World, tmp_path: Path
+) -> None:
+    picture = tmp_path / "crosstalk.png"
+    result = run("inspect", recorded.rex, recorded.tom, "--layers", "--plot", picture)
+    assert (result.code, result.err) == (0, "")
+    table = result.out[result.out.index("tom on") : result.out.index("rex and tom: one")]
+    layers = LayerInputs.load(place_beside(recorded.rex)).own
+    cells = re.findall(r"│ (\d+\.\d\d) ", table)
+    assert len(cells) == 2 * sum(map(len, layers.values()))
+    assert picture.name in result.out
+    assert len(set(Image.open(picture).convert("L").getdata())) > 50
+
+
+def test_a_layer_in_which_a_concept_does_nothing_does_not_stand_out() -> None:
+    by_layer = {
+        "a": torch.tensor([[4.0, 1.0], [1.0, 2.0]]),
+        "b": torch.tensor([[0.0, 1.0], [3.0, 0.0]]),
+    }
+    pairs, values = answered(["rex", "tom"], by_layer)
+    assert pairs == ["tom on rex", "rex on tom"]
+    # In b both are compared with their own average over a and b: 4 and 2, over the root of 2.
+    expected = torch.tensor([[0.25, 0.5], [2**0.5 / 4, 3 * 2**0.5 / 2]])
+    torch.testing.assert_close(values, expected)
+
+
+def test_what_inspect_cannot_draw_is_refused_at_once(
+    run: Run, world: World, recorded: World, tmp_path: Path
+) -> None:
+    both = recorded.rex, recorded.tom
+    refused(run("inspect", *both, "--plot", tmp_path / "it.jpg"), "is no .png")
+    refused(run("inspect", *both, "--plot", tmp_path / "no" / "it.png"), "there is no folder")
+    refused(run("inspect", recorded.rex, "--layers"), "one concept has nothing to disturb")
+    refused(
+        run("inspect", world.rex, recorded.tom, "--layers"),
+        "no record of what the layers of rex read",
+    )

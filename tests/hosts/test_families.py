@@ -9,34 +9,10 @@ import pytest
 
 from customize.hosts.binding import load_custom, unload_custom
 from tests.hosts.making import assert_same, concept, draw, everything
-from tests.tiny import (
-    tiny_flux,
-    tiny_qwen_image,
-    tiny_sd,
-    tiny_sd3,
-    tiny_sdxl,
-    tiny_z_image,
-)
-from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
-from tests.tiny_video import tiny_animatediff, tiny_cogvideox, tiny_ltx2, tiny_wan
+from tests.makers import FAMILIES
+from tests.tiny_video import tiny_animatediff
 
-MAKERS = {
-    "sd": tiny_sd,
-    "animatediff": tiny_animatediff,
-    "sdxl": tiny_sdxl,
-    "sd3": tiny_sd3,
-    "flux": tiny_flux,
-    "flux2-dev": tiny_flux2,
-    "flux2-klein": tiny_flux2_klein,
-    "qwen_image": tiny_qwen_image,
-    "qwen_image_21": tiny_qwen_image_21,
-    "z_image": tiny_z_image,
-    "krea2": tiny_krea2,
-    "wan": tiny_wan,
-    "wan-14b": lambda: tiny_wan("2.2-14b"),
-    "cogvideox": tiny_cogvideox,
-    "ltx2": tiny_ltx2,
-}
+MAKERS = FAMILIES | {"animatediff": tiny_animatediff}
 PROMPT = "a photo of <rex> and <tom> on the beach"
 
 

@@ -11,6 +11,7 @@ from customize.training import compiling
 from customize.training.compiling import compiled, repeated_blocks
 from customize.training.loop import train
 from tests.hosts.test_quantizing import of
+from tests.makers import FAMILIES
 from tests.tiny import tiny_flux, tiny_sd
 from tests.training.runs import (
     assert_unchanged,
@@ -19,7 +20,6 @@ from tests.training.runs import (
     snapshot,
     tensors,
 )
-from tests.training.test_buckets import FAMILIES
 
 SLOW = pytest.mark.slow
 BACKENDS = [pytest.param("inductor", marks=SLOW), "aot_eager"]

@@ -12,12 +12,13 @@ import torch
 from customize.families import family_of
 from customize.training.cache import encode_once, from_cache
 from customize.training.loop import train
-from tests.tiny import tiny_flux3, tiny_sdxl
+from tests.makers import FAMILIES
+from tests.tiny import tiny_flux3
 from tests.tiny_video import tiny_wan
 from tests.training.runs import assert_unchanged, same, settings, snapshot, tensors
-from tests.training.test_loop import FAMILIES, Stop, crash_at
+from tests.training.test_loop import Stop, crash_at
 
-ALL: dict[str, Callable[[], Any]] = FAMILIES | {"sdxl": tiny_sdxl, "flux3": tiny_flux3}
+ALL: dict[str, Callable[[], Any]] = FAMILIES | {"flux3": tiny_flux3}
 
 
 @pytest.mark.parametrize("name", ALL)

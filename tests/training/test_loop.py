@@ -22,9 +22,8 @@ from customize.errors import (
 from customize.families import family_of
 from customize.training import data, setup
 from customize.training.loop import learning_rate, train
-from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_z_image
-from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
-from tests.tiny_video import tiny_cogvideox, tiny_ltx2, tiny_wan
+from tests.makers import FAMILIES
+from tests.tiny import tiny_sd, tiny_sd3
 from tests.training.runs import (
     assert_unchanged,
     make_pictures,
@@ -34,22 +33,6 @@ from tests.training.runs import (
     snapshot,
     tensors,
 )
-
-FAMILIES = {
-    "sd": tiny_sd,
-    "sd3": tiny_sd3,
-    "flux": tiny_flux,
-    "flux2-dev": tiny_flux2,
-    "flux2-klein": tiny_flux2_klein,
-    "qwen_image": tiny_qwen_image,
-    "qwen_image_21": tiny_qwen_image_21,
-    "z_image": tiny_z_image,
-    "krea2": tiny_krea2,
-    "wan": tiny_wan,
-    "wan-14b": lambda: tiny_wan("2.2-14b"),
-    "cogvideox": tiny_cogvideox,
-    "ltx2": lambda: tiny_ltx2(later=True),
-}
 
 
 @pytest.fixture(params=FAMILIES)

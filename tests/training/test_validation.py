@@ -5,37 +5,20 @@ import torch
 from customize.families import family_of
 from customize.training.batches import stream_seed
 from customize.training.validation import draw, log_pictures, save_row
+from tests.makers import FAMILIES
 from tests.tiny import (
     drawn,
-    tiny_flux,
-    tiny_qwen_image,
     tiny_sd,
-    tiny_sd3,
-    tiny_sdxl,
-    tiny_z_image,
 )
-from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
-from tests.tiny_video import isolate, tiny_cogvideox, tiny_ltx2, tiny_wan
+from tests.tiny_llm import tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
+from tests.tiny_video import isolate, tiny_cogvideox, tiny_ltx2
 from tests.training.runs import picture
 
-MAKERS = {
-    "sd": tiny_sd,
+MAKERS = FAMILIES | {
     "sd-v": lambda: tiny_sd("v_prediction"),
-    "sdxl": tiny_sdxl,
-    "sd3": tiny_sd3,
-    "flux-dev": tiny_flux,
-    "flux2-dev": tiny_flux2,
-    "flux2-klein": tiny_flux2_klein,
     "flux2-distilled": lambda: tiny_flux2_klein(distilled=True),
-    "qwen_image": tiny_qwen_image,
-    "qwen_image_21": tiny_qwen_image_21,
     "qwen_image_21-levels": lambda: tiny_qwen_image_21([1.0, 0.9, 0.6, 0.2]),
-    "z_image": tiny_z_image,
-    "krea2": tiny_krea2,
     "krea2-distilled": lambda: tiny_krea2(distilled=True),
-    "wan": tiny_wan,
-    "wan-14b": lambda: tiny_wan("2.2-14b"),
-    "cogvideox-2b": tiny_cogvideox,
     "cogvideox-5b": lambda: tiny_cogvideox(rotary=True, multistep=True),
     "ltx2": tiny_ltx2,
 }

@@ -103,6 +103,7 @@ METHODS: dict[str, tuple[str, Merge]] = {
     **{f"{kind}, fusion": (kind, by_ours("fusion")) for kind in (AVOIDING, SLICED, PLAIN)},
     **{f"{kind}, sum": (kind, by_ours("sum")) for kind in (AVOIDING, SLICED, SAME, PLAIN)},
     AVERAGE: (PLAIN, by_ours("average")),
+    **{f"{PLAIN}, {m}": (PLAIN, by_ours(m)) for m in ("truncate", "magnitude", "dare", "ties")},
     "peft linear": (PLAIN, by_peft("linear")),
     "peft ties": (PLAIN, by_peft("ties")),
     "peft dare_linear": (PLAIN, by_peft("dare_linear")),

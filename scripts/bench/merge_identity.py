@@ -5,8 +5,11 @@ slices that avoid what all prompts share, with the paper's disjoint slices, all 
 (the paper's worst case), and as ordinary LoRAs; the demo's settings otherwise, tokens included.
 They are then merged K at a time by each method, at each method's best single weight, which is found
 on six other concepts than the six that are scored. The rates are of the same six at every K, in
-merges that start with the first or the second three. What was learned and scored is kept in
-`--folder`, so a run that was cut off goes on.
+merges that start with the first or the second three. Pairs are merged as well, of one class and of
+two, at the weights that are best at K = 3; two of the six of one class are among those that weights
+were found on, which favours methods that have one. What was learned and scored is kept in
+`--folder`, so a run that was cut off goes on; delete the scores there after a change to what
+merges, draws or judges.
 
 Fusion takes the place of a weight: it is shown at weight 1. The average of K updates at weight K is
 their sum at weight 1, so tuning would make the two rows one: the average is shown as users get it,
@@ -18,6 +21,7 @@ at weight 1.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -28,7 +32,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import _common
@@ -45,15 +49,20 @@ from _merges import (
     Learned,
     by_ours,
 )
-from _scorer import KINDS, RATES, Scorer, concept
+from _scorer import KINDS, RATES, Scorer, concept, open_quietly
 
 from customize.core.lowrank import norm
 from customize.demo import TRAINING, assets
 from customize.evaluation import storybook
+from customize.families import family_of
 from customize.training.config import TrainConfig
 
 Groups = tuple[tuple[int, ...], ...]
 SCORED: Groups = ((0, 1, 2), (9, 10, 11))
+PAIRS: dict[str, Groups] = {
+    "same class": ((0, 2), (1, 5), (3, 10)),
+    "mixed classes": ((0, 1), (2, 9), (10, 11)),
+}
 TUNED_ON: Groups = ((3, 4, 5), (6, 7, 8))
 # Weights are tried a factor of 1.6 apart, and on past the ends of a list while the end is best.
 STEP = 1.6
@@ -73,10 +82,13 @@ class Protocol:
     tuning_seeds: tuple[int, ...]
     scenes: int
     scored: Groups
+    pairs: tuple[str, ...]
 
 
-FULL = Protocol(len(KINDS), (3, 5, 9, 13), (0.4, 0.64, 1.0), (1, 2, 3), (11,), 6, SCORED)
-QUICK = Protocol(3, (3,), (1.0,), (1,), (), 4, SCORED[:1])
+FULL = Protocol(
+    len(KINDS), (3, 5, 9, 13), (0.4, 0.64, 1.0), (1, 2, 3), (11,), 6, SCORED, tuple(PAIRS)
+)
+QUICK = Protocol(3, (3,), (1.0,), (1,), (), 4, SCORED[:1], ())
 QUICK_STEPS = 40
 
 
@@ -147,27 +159,27 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     path = cell_file(args, job)
     if path.exists():
         return
-    method, text = job.rsplit("/", 1)
-    count, protocol = int(text), QUICK if args.quick else FULL
-    if count == 1:
+    method, what = job.rsplit("/", 1)
+    protocol = QUICK if args.quick else FULL
+    if what in PAIRS:
+        rows = paired(args, scorer, method, what, protocol)
+    elif what == "1":
         rows = alone(args, scorer, method, protocol)
     else:
-        rows = merged(args, scorer, method, count, protocol)
+        rows = merged(args, scorer, method, int(what), protocol)
     partial = path.with_suffix(".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(rows))
     os.replace(partial, path)
     for row in rows:
         rates = f"identity {row['identity']:.3f} prompt {row['prompt']:.3f}"
-        print(f"{row['method']:42} K={count:2} w={row['weight']:.2g} {rates}", flush=True)
+        print(f"{row['method']:42} {what:>13} w={row['weight']:.2g} {rates}", flush=True)
 
 
 def cell_file(args: argparse.Namespace, job: str) -> Path:
     """Where the rows of `job` are kept: a folder for what they depend on besides the concepts."""
-    here = Path(__file__).parent
     depends = hashlib.sha256(repr(astuple(QUICK if args.quick else FULL)).encode())
-    sources = [storybook.__file__, __file__, here / "_merges.py", here / "_scorer.py"]
-    for path in [*map(Path, sources), *weights_of(args.base), *weights_of(args.judges)]:
+    for path in [Path(storybook.__file__), *weights_of(args.base), *weights_of(args.judges)]:
         depends.update(path.read_bytes())
     return args.folder / f"scores-{depends.hexdigest()[:8]}" / f"{folder_name(job)}.json"
 
@@ -177,10 +189,14 @@ def weights_of(folder: Path) -> list[Path]:
 
 
 def row_of(
-    method: str, count: int, weight: float, found: Sequence[Mapping[str, float]], seconds: float
+    method: str,
+    count: int,
+    weight: float,
+    found: Sequence[Mapping[str, float]],
+    classes: str = "mixed classes",
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": method, "k": count, "weight": weight}
-    return row | spread_of(found) | {"merge_seconds": seconds}
+    row: dict[str, Any] = {"method": method, "k": count, "classes": classes, "weight": weight}
+    return row | spread_of(found)
 
 
 def spread_of(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -209,7 +225,22 @@ def alone(
         found.append(
             scorer.rates(products, [one.concept], [index], protocol.seeds, protocol.scenes)
         )
-    return [row_of(method, 1, 0.0 if method == TOKENS else 1.0, over(found), 0.0)]
+    return [row_of(method, 1, 0.0 if method == TOKENS else 1.0, over(found))]
+
+
+def paired(
+    args: argparse.Namespace, scorer: Scorer, method: str, classes: str, protocol: Protocol
+) -> list[dict[str, Any]]:
+    """One method on pairs, both of which are scored, at its weight of K = 3."""
+    kind, merge = METHODS[method]
+    weight = json.loads(cell_file(args, f"{method}/3").read_text())[0]["weight"]
+    found = []
+    for pair in PAIRS[classes]:
+        learned = load(args, kind, pair)
+        products = merge(scorer.family, learned, weight)
+        concepts = [each.concept for each in learned]
+        found.append(scorer.rates(products, concepts, pair, protocol.seeds, protocol.scenes))
+    return [row_of(method, 2, weight, over(found), classes)]
 
 
 def over(found: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
@@ -242,17 +273,31 @@ def merged(
 
     if len(protocol.weights) > 1 and method != AVERAGE and not method.endswith("fusion"):
         weight, tried = best_weight(quality, protocol.weights)
-    chosen = load(args, kind, members(count, protocol.scored[0], protocol.total))
-    began = time.perf_counter()
-    merge(scorer.family, chosen, weight)
-    seconds = time.perf_counter() - began
     rows = []
     for used in dict.fromkeys((weight, 1.0) if method in SUMS else (weight,)):
         found = rates(used, protocol.scored, protocol.seeds)
         name = method if used == weight else f"{method}, at full weight"
         told = ", ".join(f"{w:.3g}: {tried[w]:.2f}" for w in sorted(tried))
-        rows.append(row_of(name, count, used, found, seconds) | {"identity + prompt tuned": told})
+        rows.append(row_of(name, count, used, found) | {"identity + prompt tuned": told})
     return rows
+
+
+def costs(args: argparse.Namespace, protocol: Protocol) -> dict[tuple[str, int], dict[str, float]]:
+    """What each merge takes: seconds, the median of three, and the most it allocates, MiB."""
+    family = family_of(open_quietly(args.base).components)
+    found = {}
+    for method, (kind, merge) in METHODS.items():
+        for count in protocol.counts:
+            chosen = load(args, kind, members(count, protocol.scored[0], protocol.total))
+            call = functools.partial(merge, family, chosen, 1.0)
+            seconds = []
+            for _ in range(3):
+                began = time.perf_counter()
+                call()
+                seconds.append(time.perf_counter() - began)
+            peak = _common.tensors_peak(call, torch.device("cpu")) / 2**20
+            found[method, count] = {"merge_seconds": median(seconds), "merge_mib": peak}
+    return found
 
 
 def best_weight(
@@ -304,14 +349,21 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     cells = [f"alone, {kind}/1" for kind in LEARNED] + [f"{TOKENS}/1"]
     cells += [f"{method}/{k}" for k in protocol.counts for method in METHODS]
     share_out(args, "--score", cells)
-    rows = [row for cell in cells for row in json.loads(cell_file(args, cell).read_text())]
+    pairs = [f"{method}/{classes}" for classes in protocol.pairs for method in METHODS]
+    share_out(args, "--score", pairs)
+    known = costs(args, protocol)
+    rows = [
+        row | known.get((row["method"], row["k"]), {})
+        for cell in (*cells, *pairs)
+        for row in json.loads(cell_file(args, cell).read_text())
+    ]
     return rows, figures(args, rows, protocol)
 
 
 def figures(
     args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], protocol: Protocol
 ) -> dict[str, float]:
-    found = {(r["method"], r["k"]): r["identity"] for r in rows}
+    found = {(r["method"], r["k"]): r["identity"] for r in rows if r["k"] != 2}
     single = found[f"alone, {AVOIDING}", 1]
     result = {"identity_alone": single, "identity_tokens_only": found[TOKENS, 1]}
     for count in protocol.counts:
@@ -325,6 +377,15 @@ def figures(
             for name, kind in zip(SUMS, (AVOIDING, SLICED), strict=True)
         ]
         result[f"shared_direction_gain_k{count}"] = kept[0] - kept[1]
+        won = [found[f"{PLAIN}, {how}", count] for how in ("fusion", "sum")]
+        result[f"lora_fusion_minus_sum_k{count}"] = won[0] - won[1]
+    for classes in protocol.pairs:
+        pairs = {r["method"]: r["identity"] for r in rows if (r["k"], r["classes"]) == (2, classes)}
+        key = classes.replace(" ", "_")
+        result[f"identity_pairs_{key}"] = pairs[OURS]
+        result[f"margin_over_best_peer_pairs_{key}"] = pairs[OURS] - max(
+            value for name, value in pairs.items() if name != OURS
+        )
     for kind in LEARNED:
         sizes = [
             norm(update) ** 2

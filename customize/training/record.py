@@ -90,7 +90,7 @@ def check_finished(concept: Concept, settings: Mapping[str, Any], config: TrainC
         SettingsError: they differ; the message names each field with both values.
     """
     before = concept.info.training.get("settings")
-    found = differences(before if isinstance(before, dict) else {}, settings)
+    found = differences(_as_of_now(before) if isinstance(before, dict) else {}, settings)
     if found:
         raise SettingsError(
             f"the concept {config.name} is there already, learned with other settings: "
@@ -98,6 +98,13 @@ def check_finished(concept: Concept, settings: Mapping[str, Any], config: TrainC
             where=config.output,
             fix="choose another output folder, or set resume to false to replace it",
         )
+
+
+def _as_of_now(before: Mapping[str, Any]) -> dict[str, Any]:
+    """A finished concept's settings with those that came later, which are as their defaults say."""
+    fields = {key: field for key, field in TrainConfig.model_fields.items() if key not in _FREE}
+    later = {k: f.default for k, f in fields.items() if not f.is_required() and k not in _DRAWN}
+    return later | dict(before)
 
 
 def facts(

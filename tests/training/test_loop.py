@@ -1,6 +1,7 @@
 import gc
 import json
 import math
+import shutil
 import weakref
 
 import numpy as np
@@ -524,6 +525,20 @@ def test_a_finished_concept_is_reused_and_never_silently_replaced(tmp_path):
 
     anew = settings(tmp_path, learning_rate=5e-3, resume=False)
     assert not same(tensors(train(anew, pipe.components, progress=False)), tensors(first))
+
+
+def test_a_concept_from_before_a_setting_was_there_is_as_its_default_says(tmp_path):
+    pipe = tiny_sd()
+    config = settings(tmp_path, steps=1)
+    learned = train(config, pipe.components, progress=False)
+    training = learned.info.training
+    old = {k: v for k, v in training["settings"].items() if k not in ("buckets", "quantize")}
+    info = learned.info.model_copy(update={"training": training | {"settings": old}})
+    shutil.rmtree(config.output)
+    Concept(info, learned.products, learned.embeddings).save(config.output)
+    assert same(tensors(train(config, {}, progress=False)), tensors(learned))
+    with pytest.raises(SettingsError, match=r"other settings: buckets was False and is True \("):
+        train(settings(tmp_path, steps=1, buckets=True), pipe.components, progress=False)
 
 
 def test_another_concept_or_other_files_in_the_output_are_refused_before_loading(tmp_path):

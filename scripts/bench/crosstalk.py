@@ -4,10 +4,10 @@ Concepts are summed at weight 1, every two of six and up to thirteen at a time, 
 further one comes from its references than alone, by the judge's distance, against what was known
 before anything was drawn. That is "measured": how loudly the others' updates answer to the
 concept's recorded inputs, against its own; and "factors": how much the updates overlap, from their
-factors alone, without records. Those of several others are added as lengths at right angles are.
-The figure is Spearman's rank correlation of prediction and loss over all sums; beside it that over
-pairs alone, and over one way of learning. The concepts are those that `merge_identity.py` has
-learned, which must have been run before.
+factors alone, without records. Those of several others are added up. The figure is Spearman's rank
+correlation of prediction and loss over all sums; beside it that over pairs alone, and over one way
+of learning. The concepts are those that `merge_identity.py` has learned, which must have been run
+before.
 
     python scripts/bench/crosstalk.py --json scripts/bench/results/crosstalk.json
 """
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
                         "k": len(merged),
                         "concept": f"{concept(one).name} ({concept(one).identity.kind})",
                         "others": ", ".join(concept(index).name for index in others),
-                        **{p: float(told[p][one, others].norm()) for p in PREDICTORS},
+                        **{p: float(told[p][one, others].sum()) for p in PREDICTORS},
                         "identity alone": alone[one]["identity"],
                         "identity": found[one]["identity"],
                         "further away": found[one]["distance"] - alone[one]["distance"],

@@ -1,0 +1,7 @@
+"""The stages that calls of a customized pipeline go through, in their order."""
+
+from __future__ import annotations
+
+from customize.hosts.calling import Stage
+
+STAGES: tuple[Stage, ...] = ()

@@ -18,6 +18,7 @@ from torch.nn import functional
 from customize.core import objectives
 from customize.errors import ConfigError, PipelineError
 from customize.families.base import Family, ones_like_batch
+from customize.families.calls import over_tokens
 
 # As many as the pipelines of these families take by default, or more.
 _PROMPT_TOKENS = 512
@@ -144,6 +145,9 @@ class PackedFamily(FlowFamily):
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
         size = (height // self.patch, width // self.patch)
         return functional.pixel_shuffle(packed.transpose(1, 2).unflatten(2, size), self.patch)
+
+    def spread(self, weights: Tensor, answer: Tensor) -> Tensor:
+        return over_tokens(weights, answer)
 
     @property
     def default_resolution(self) -> int:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from customize.hosts.calling import Stage
+from customize.hosts.regions import REGIONS
 
-STAGES: tuple[Stage, ...] = ()
+STAGES: tuple[Stage, ...] = (REGIONS,)

@@ -1,6 +1,6 @@
 """Regions of a picture as weights on any grid, and answers put together by them (arXiv 2302.08113).
 
-A grid of (height, width) cells covers the whole picture, whatever its resolution: a cell is a pixel,
+A grid of (height, width) cells covers the whole picture, however fine: a cell is a pixel,
 a latent or a token.
 """
 
@@ -16,6 +16,9 @@ Box = tuple[float, float, float, float]
 
 #: How wide the soft edge of a box is, as a share of the picture's width or height.
 EDGE = 0.1
+
+# Of weights that add up to 1: so much is none.
+_ROUNDING = 1e-6
 
 
 def box_weights(box: Box, height: int, width: int, edge: float = EDGE) -> Tensor:
@@ -65,6 +68,7 @@ def layered(weights: Sequence[Tensor]) -> list[Tensor]:
     for own in reversed(weights):
         taken = torch.minimum(own, rest)
         rest = rest - taken
+        rest = torch.where(rest < _ROUNDING, 0.0, rest)
         found.insert(0, taken)
     return [rest, *found]
 

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from customize.families.calls import over_tokens
 from customize.families.components import class_name, modules_named
 from customize.families.flow import FlowFamily
 from customize.families.frames import FramedFamily
@@ -42,6 +41,7 @@ class LTX2(FramedFamily, FlowFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder", "connectors")
     attention_mask = "added"
+    no_regions = "the picture attends to the sound, which hears the whole prompt"
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
@@ -120,17 +120,6 @@ class LTX2(FramedFamily, FlowFamily):
 
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
         return packed.transpose(1, 2).unflatten(2, (height, width))
-
-    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        # The sound is the whole prompt's.
-        mask = conditions["prompt_attention_mask"]
-        return super().told(conditions) | {"encoder_attention_mask": mask}
-
-    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        return arguments["height"], arguments["width"]
-
-    def spread(self, weights: Tensor, answer: Tensor) -> Tensor:
-        return over_tokens(weights, answer)
 
     def cross_attention_layers(self) -> list[str]:
         return modules_named(self.denoiser, r"transformer_blocks\.\d+\.attn2")

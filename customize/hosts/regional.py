@@ -107,7 +107,11 @@ class _Drawing:
         with torch.no_grad():
             self.conditions = family.encode_prompts(list(texts))
         self.matched = False
+        said = [family.told(self._chosen([self.numbers[each.prompt]])) for each in asked]
+        self._words_argument = next(iter(said[0]))
+        self._expected = [each[self._words_argument][0] for each in said]
         self._steps: list[_Step | None] = []
+        self._known: dict[int, tuple[Any, list[int]]] = {}
 
     def follow(self, denoiser: Any) -> list[Any]:
         """Hooks around a denoiser; their handles."""
@@ -134,10 +138,9 @@ class _Drawing:
 
     def _step(self, arguments: dict[str, Any]) -> _Step | None:
         latents = arguments[self.family.latents_argument]
-        name = next(iter(self.family.told(self._chosen([0]))))
-        words = arguments[name]
+        words = arguments[self._words_argument]
         batch, each = len(latents), max(1, len(words) // len(latents))
-        own = [row for row in range(batch) if self._is_asked(words[row * each])]
+        own = self._asked_rows(words, each)
         if not own:
             return None
         self.matched = True
@@ -152,13 +155,16 @@ class _Drawing:
                 jobs[number][row] = part
         return _Step(arguments, batch, each, jobs)
 
-    def _is_asked(self, words: Tensor) -> bool:
-        name = next(iter(self.family.told(self._chosen([0]))))
-        for regional in self.asked:
-            expected = self.family.told(self._chosen([self.numbers[regional.prompt]]))[name][0]
-            if _alike(words, expected):
-                return True
-        return False
+    def _asked_rows(self, words: Any, each: int) -> list[int]:
+        """The rows whose words are one of the prompts, and not the empty one."""
+        if id(words) not in self._known:  # else as in a step before: comparing waits for a GPU
+            own = [
+                row
+                for row in range(len(words) // each)
+                if any(_alike(words[row * each], expected) for expected in self._expected)
+            ]
+            self._known[id(words)] = words, own  # kept, so that no other gets its id
+        return self._known[id(words)][1]
 
     def _parts(self, regional: Regional, rows: int, columns: int) -> list[tuple[Tensor, int]]:
         """(weights, number of the text) of all that shows anywhere."""

@@ -6,11 +6,12 @@ of several passes of guidance. Its rows are the pictures of the batch, each with
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from customize.families.layers import Layers
 
@@ -42,7 +43,7 @@ class Calls(Layers):
         return height, width
 
     def spread(self, weights: Tensor, answer: Tensor) -> Tensor:
-        """Weights laid out as a picture's answer is.
+        """Weights laid out as a picture's answer is, or its latents.
 
         Args:
             weights: (rows, columns), as :meth:`grid` has them.
@@ -53,16 +54,23 @@ class Calls(Layers):
         """
         return weights
 
+    def noise_share(self, arguments: Mapping[str, Any]) -> float:
+        """How far from data the denoiser is told that the latents are: 1 is nothing but noise."""
+        return float(torch.as_tensor(arguments["timestep"]).max()) / self._time_scale
+
+    @property
+    def _time_scale(self) -> float:
+        """What the denoiser is told for nothing but noise."""
+        return float(self.components["scheduler"].config.num_train_timesteps)
+
 
 def over_tokens(weights: Tensor, answer: Tensor) -> Tensor:
     """:meth:`Calls.spread` for an answer of (tokens, channels).
 
-    Frames of a video come one after another. So do reference pictures behind the one that is drawn;
-    what is answered for these is not used.
+    Those of reference pictures come behind the picture that is drawn, and have no weight: what is
+    answered for them is not used.
     """
-    flat = weights.flatten()
-    tokens = answer.shape[0]
-    return flat.repeat(math.ceil(tokens / len(flat)))[:tokens, None]
+    return functional.pad(weights.flatten(), (0, len(answer) - weights.numel()))[:, None]
 
 
 def grid_of_positions(positions: Tensor) -> tuple[int, int]:

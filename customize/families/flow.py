@@ -136,6 +136,7 @@ class PackedFamily(FlowFamily):
 
     #: How many latents a token is high and wide.
     patch: ClassVar[int] = 2
+    _time_scale = 1.0
 
     def pack(self, latents: Tensor) -> Tensor:
         """(batch, channels, h, w) to tokens (batch, h / patch * w / patch, channels * patch ** 2),

@@ -113,6 +113,8 @@ class Flux3(PatchedFamily, FlowFamily):
         rows, columns = (arguments["img_ids"][:, 1:3].amax(0) / _POSITION).round().int().tolist()
         return rows + 1, columns + 1
 
+    _time_scale = 1.0
+
     def spread(self, weights: Tensor, answer: Tensor) -> Tensor:
         return over_tokens(weights, answer)
 

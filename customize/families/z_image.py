@@ -117,6 +117,9 @@ class ZImage(FlowFamily):
         prompts = zip(conditions["prompt_embeds"], lengths, strict=True)
         return {"cap_feats": [prompt[:length] for prompt, length in prompts]}
 
+    def noise_share(self, arguments: Mapping[str, Any]) -> float:
+        return 1.0 - float(arguments["t"].max())
+
     @property
     def default_resolution(self) -> int:
         return 1024  # the pipeline's, whatever the autoencoder's factor

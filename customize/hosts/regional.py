@@ -3,6 +3,8 @@
 At every step the denoiser answers once for each prompt, always for the whole picture, and the
 answers are put together by the regions. So what a region's words say reaches no other region within
 a step; from one step to the next all regions see one another, as they are parts of one picture.
+While there is much noise, where things go is decided: till then a region's answer sees noise in
+place of all other regions (the paper's bootstrapping), so that its thing comes to stand within it.
 This goes on at the denoiser's border: what attends by which kernel, and to what, is all the same.
 """
 
@@ -27,6 +29,9 @@ from customize.families.components import uncompiled
 # How far off an encoded prompt may be, over its own size, to be the one that is asked for: rounding
 # in bfloat16 stays below it, and another prompt is further away.
 _SAME = 0.02
+
+#: The share of noise down to which a region is drawn as if it were alone in the picture.
+ALONE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +81,21 @@ def drawn_by_regions(family: Family, asked: Sequence[Regional]) -> Iterator[None
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What one prompt adds to a picture.
+
+    Attributes:
+        weights: (rows, columns), where it shows.
+        text: its number.
+        is_region: and not the background.
+    """
+
+    weights: Tensor
+    text: int
+    is_region: bool
+
+
 @dataclass(eq=False)
 class _Step:
     """One call of a denoiser on its way.
@@ -84,13 +104,15 @@ class _Step:
         arguments: as they were given, by name.
         batch: how many rows it has, and each row's number of entries among the words'.
         jobs: for each call that has to be made, the first of which is the one on its way: row ->
-            (weights, number of the text).
+            part.
+        alone: whether regions do not see one another yet.
     """
 
     arguments: dict[str, Any]
     batch: int
     each: int
-    jobs: list[dict[int, tuple[Tensor, int]]]
+    jobs: list[dict[int, _Part]]
+    alone: bool
 
 
 class _Drawing:
@@ -112,6 +134,10 @@ class _Drawing:
         self._expected = [each[self._words_argument][0] for each in said]
         self._steps: list[_Step | None] = []
         self._known: dict[int, tuple[Any, list[int]]] = {}
+        self._count = 0
+        # What has more channels than it answers is given more than what it draws.
+        config = family.denoiser.config
+        self._may_be_alone = config.get("out_channels") in (None, config.in_channels)
 
     def follow(self, denoiser: Any) -> list[Any]:
         """Hooks around a denoiser; their handles."""
@@ -143,9 +169,9 @@ class _Drawing:
         own = self._asked_rows(words, each)
         if not own:
             return None
-        self.matched = True
+        self.matched, self._count = True, self._count + 1
         size = self.family.grid(arguments)
-        jobs: list[dict[int, tuple[Tensor, int]]] = []
+        jobs: list[dict[int, _Part]] = []
         parts = [self._parts(regional, *size) for regional in self.asked]
         for place, row in enumerate(own):
             # All pictures of one prompt follow one another.
@@ -153,7 +179,8 @@ class _Drawing:
                 if number == len(jobs):
                     jobs.append({})
                 jobs[number][row] = part
-        return _Step(arguments, batch, each, jobs)
+        alone = self._may_be_alone and self.family.noise_share(arguments) > ALONE
+        return _Step(arguments, batch, each, jobs, alone)
 
     def _asked_rows(self, words: Any, each: int) -> list[int]:
         """The rows whose words are one of the prompts, and not the empty one."""
@@ -166,12 +193,12 @@ class _Drawing:
             self._known[id(words)] = words, own  # kept, so that no other gets its id
         return self._known[id(words)][1]
 
-    def _parts(self, regional: Regional, rows: int, columns: int) -> list[tuple[Tensor, int]]:
-        """(weights, number of the text) of all that shows anywhere."""
+    def _parts(self, regional: Regional, rows: int, columns: int) -> list[_Part]:
+        """Of all that shows anywhere."""
         weights = layered([weigh(rows, columns) for weigh in regional.weights])
-        texts = [self.numbers[text] for text in regional.prompts]
-        pairs = zip(weights, texts, strict=True)
-        return [pair for pair in pairs if bool((pair[0] > 0).any())]
+        pairs = enumerate(zip(weights, regional.prompts, strict=True))
+        parts = [_Part(own, self.numbers[text], bool(number)) for number, (own, text) in pairs]
+        return [part for part in parts if bool(part.weights.any())]
 
     def _changed(self, step: _Step, number: int) -> dict[str, Any]:
         """The arguments of one of the calls.
@@ -187,10 +214,26 @@ class _Drawing:
             sizes = {batch * each: each, batch: 1}
             given, batch = rows_of(given, rows, sizes) | listed, len(rows)
             rows = list(range(len(rows)))
-        texts = [text for _, text in job.values() for _ in range(each)]
+        if step.alone:
+            name = self.family.latents_argument
+            latents = list(given[name])
+            for row, part in zip(rows, job.values(), strict=True):
+                if part.is_region:
+                    latents[row] = self._alone(latents[row], part.weights)
+            stacked = isinstance(given[name], Tensor)
+            given = given | {name: torch.stack(latents) if stacked else latents}
+        texts = [part.text for part in job.values() for _ in range(each)]
         said = self.family.told(self._chosen(texts))
         entries = [row * each + k for row in rows for k in range(each)]
         return given | _said(given, said, entries, whole=len(rows) == batch)
+
+    def _alone(self, latents: Tensor, weights: Tensor) -> Tensor:
+        """A picture's latents with noise of their own mean and deviation outside of a region."""
+        outside = self.family.spread((weights < 0.5).to(latents.device), latents)
+        # The same for all rows, so that a picture does not depend on the batch it is drawn in.
+        seed = torch.Generator().manual_seed(self._count)
+        noise = torch.randn(latents.shape, generator=seed).to(latents)
+        return torch.where(outside, noise * latents.std() + latents.mean(), latents)
 
     def _together(self, step: _Step, answers: Sequence[Any]) -> Any:
         first = answers[0][0]
@@ -198,9 +241,9 @@ class _Drawing:
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for number, (job, answer) in enumerate(zip(step.jobs, answers, strict=True)):
             partly = number and len(job) < step.batch
-            for place, (row, (weights, _)) in enumerate(job.items()):
+            for place, (row, part) in enumerate(job.items()):
                 own = answer[0][place if partly else row]
-                spread = self.family.spread(weights.to(own.device), own)
+                spread = self.family.spread(part.weights.to(own.device), own)
                 parts.setdefault(row, []).append((own, spread))
         for row, pairs in parts.items():
             found[row] = composed(*zip(*pairs, strict=True))
@@ -227,7 +270,7 @@ def _said(
     """Arguments in which some entries are replaced by what is said, in their order."""
     found: dict[str, Any] = {}
     for name, value in said.items():
-        old = given.get(name)
+        old: Any = given.get(name)
         if isinstance(value, Mapping):
             found[name] = dict(old or {}) | _said(old or {}, value, entries, whole=whole)
         elif isinstance(value, list):

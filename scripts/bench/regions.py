@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -59,6 +60,7 @@ MERGES: dict[str, dict[str, Any]] = {
 # Left edges of the crops of 52 x 52 in which a thing is looked for, from its half's own edge.
 SHIFTS = (-6, 0, 6, 12, 18)
 CROP, TOP = 52, 10
+IN_ATTENTION = "regions in cross-attention, fusion"
 
 
 @dataclass(frozen=True)
@@ -137,28 +139,29 @@ def rendered(rng: np.random.Generator, pair: Sequence[Identity], size: tuple[int
 
 def drawn(pipe: Any, texts: Sequence[str], seed: int, size: tuple[int, int], **call: Any) -> Tensor:
     """Pictures (n, 3, *size) in [-1, 1], one seed each, whatever the way they are drawn."""
-    found = []
-    for k, text in enumerate(texts):
-        images = pipe(
-            text,
-            height=size[0],
-            width=size[1],
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=torch.Generator().manual_seed(1000 * seed + k),
-            output_type="pt",
-            **call,
-        ).images
-        found.append(images.float() * 2 - 1)
-    return torch.cat(found)
+    images = pipe(
+        list(texts),
+        height=size[0],
+        width=size[1],
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=[torch.Generator().manual_seed(1000 * seed + k) for k in range(len(texts))],
+        output_type="pt",
+        **call,
+    ).images
+    return images.float() * 2 - 1
 
 
 @contextmanager
-def inside_attention(pipe: Any, prompt: str, phrases: Sequence[str]) -> Iterator[None]:
+def inside_attention(pipe: Any, prompts: Sequence[str], phrases: Sequence[str]) -> Iterator[None]:
     """Mix-of-Show's regions: each cross-attention answers once for each region's prompt."""
     family = family_of(pipe.components)
+    # By region, then by picture.
+    texts = [
+        text for each in zip(*(regional(p, phrases) for p in prompts), strict=True) for text in each
+    ]
     with torch.no_grad():
-        texts = family.encode_prompts(regional(prompt, phrases))["prompt_embeds"]
+        conditions = family.encode_prompts(texts)["prompt_embeds"].split(len(prompts))
     busy = False
 
     def compose(module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -166,15 +169,19 @@ def inside_attention(pipe: Any, prompt: str, phrases: Sequence[str]) -> Iterator
         if busy:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
+        empty, asked = output.chunk(2)
         rows = round((hidden.shape[1] / 2) ** 0.5)
         weights = layered([box_weights(box, rows, 2 * rows) for box in HALVES])
         busy = True
         try:
-            answers = [module(hidden[1:], encoder_hidden_states=text[None]) for text in texts]
+            answers = [
+                module(hidden[len(empty) :], encoder_hidden_states=condition)
+                for condition in conditions
+            ]
         finally:
             busy = False
         asked = composed(answers, [weight.reshape(1, -1, 1) for weight in weights])
-        return torch.cat([output[:1], asked])  # the first is the empty prompt's
+        return torch.cat([empty, asked])
 
     layers = [pipe.unet.get_submodule(name) for name in family.cross_attention_layers()]
     handles = [layer.register_forward_hook(compose, with_kwargs=True) for layer in layers]
@@ -186,22 +193,8 @@ def inside_attention(pipe: Any, prompt: str, phrases: Sequence[str]) -> Iterator
 
 
 def in_attention(pipe: Any, texts: Sequence[str], seed: int, phrases: Sequence[str]) -> Tensor:
-    found = []
-    for k, text in enumerate(texts):
-        with inside_attention(pipe, text, phrases):
-            # The seed of `drawn` for picture k.
-            generator = torch.Generator().manual_seed(1000 * seed + k)
-            images = pipe(
-                text,
-                height=WIDE[0],
-                width=WIDE[1],
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                generator=generator,
-                output_type="pt",
-            ).images
-        found.append(images.float() * 2 - 1)
-    return torch.cat(found)
+    with inside_attention(pipe, texts, phrases):
+        return drawn(pipe, texts, seed, WIDE)
 
 
 # --- the whole --------------------------------------------------------------------------------
@@ -226,9 +219,10 @@ class Tally:
         self.judges = judges
         self.right: dict[str, list[tuple[bool, bool]]] = {}
         self.seconds: dict[str, list[float]] = {}
+        self.kept: dict[str, list[Tensor]] = {}
 
-    def add(self, way: str, pair: Sequence[int], draw: Callable[[], Tensor]) -> Tensor:
-        """Draw and judge pictures of a pair; they are given back."""
+    def add(self, way: str, pair: Sequence[int], draw: Callable[[], Tensor]) -> None:
+        """Draw and judge pictures of a pair."""
         began = time.perf_counter()
         images = draw()
         taken = (time.perf_counter() - began) / len(images)
@@ -238,7 +232,7 @@ class Tally:
         found = zip((left <= limit).tolist(), (right <= limit).tolist(), strict=True)
         self.right.setdefault(way, []).extend(found)
         self.seconds.setdefault(way, []).append(taken)
-        return images
+        self.kept.setdefault(way, []).append(images)
 
     def row(self, way: str) -> dict[str, Any]:
         found = self.right[way]
@@ -255,7 +249,8 @@ class Tally:
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     torch.set_num_threads(1)
     protocol = QUICK if args.quick else FULL
-    pipe = open_quietly(assets() / "storybook")
+    pipe = open_quietly(args.base)
+    pipe.unet.to(memory_format=torch.channels_last)
     judges = load_judges(assets() / "judges")
     count = 4 if args.quick else 16
     figures: dict[str, float] = {}
@@ -263,48 +258,44 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
         for what, share in trust(pipe, judges, size, count).items():
             figures[f"judge_{what}_{name}"] = share
     tally = Tally(judges)
-    kept: dict[str, list[Tensor]] = {}
     for pair in protocol.pairs:
-        folders = [learned(args, index) for index in pair]
-        names = [concept(index).trigger for index in pair]
-        regions = dict(zip(names, HALVES, strict=True))
-        both = [f"a photo of {names[0]} and {names[1]} {place}" for place in protocol.places]
-        for merge, how in MERGES.items():
-            pipe.load_custom(*folders, **how)
-            for seed in protocol.seeds:
-                for kind, call in (("plain", {}), ("regions", {"regions": regions})):
-                    way = f"{kind}, {merge}"
-                    images = tally.add(
-                        way, pair, lambda s=seed, c=call: drawn(pipe, both, s, WIDE, **c)
-                    )
-                    kept.setdefault(way, []).append(images)
-                    if merge == "fusion":
-                        tally.add(
-                            f"{way}, 64 x 64",
-                            pair,
-                            lambda s=seed, c=call: drawn(pipe, both, s, SQUARE, **c),
-                        )
-                if merge == "fusion":
-                    images = tally.add(
-                        "regions in cross-attention, fusion",
-                        pair,
-                        lambda s=seed: in_attention(pipe, both, s, names),
-                    )
-                    kept.setdefault("attention", []).append(images)
-            pipe.unload_custom()
-        for seed in protocol.seeds:
-            tally.add("each alone", pair, lambda s=seed: alone(pipe, folders, names, protocol, s))
+        draw_pair(pipe, tally, [learned(args, index) for index in pair], pair, protocol)
         print(pair, {way: round(tally.row(way)["both"], 2) for way in tally.right}, flush=True)
     if args.pictures is not None:
-        save(kept, args.pictures, len(protocol.places))
+        save(tally.kept, args.pictures)
     rows = [tally.row(way) for way in tally.right]
     return rows, figures | figures_of({row["drawn"]: row for row in rows})
+
+
+def draw_pair(
+    pipe: Any, tally: Tally, folders: Sequence[Path], pair: Sequence[int], protocol: Protocol
+) -> None:
+    """All ways to draw one pair."""
+    names = [concept(index).trigger for index in pair]
+    regions = dict(zip(names, HALVES, strict=True))
+    both = [f"a photo of {names[0]} and {names[1]} {place}" for place in protocol.places]
+    calls: dict[str, dict[str, Any]] = {"plain": {}, "regions": {"regions": regions}}
+    for seed in protocol.seeds:
+        for merge, how in MERGES.items():
+            pipe.load_custom(*folders, **how)
+            for kind, call in calls.items():
+                if (kind, merge) == ("regions", "average"):
+                    continue  # concepts at half their strength, each by itself
+                tally.add(f"{kind}, {merge}", pair, partial(drawn, pipe, both, seed, WIDE, **call))
+            if merge == "fusion":
+                for kind, call in calls.items():
+                    way = f"{kind}, fusion, 64 x 64"
+                    tally.add(way, pair, partial(drawn, pipe, both, seed, SQUARE, **call))
+                tally.add(IN_ATTENTION, pair, partial(in_attention, pipe, both, seed, names))
+            pipe.unload_custom()
+        tally.add("each alone", pair, partial(alone, pipe, folders, names, protocol, seed))
 
 
 def alone(
     pipe: Any, folders: Sequence[Path], names: Sequence[str], protocol: Protocol, seed: int
 ) -> Tensor:
-    """The left half of pictures of the first concept alone beside the right half of the second's."""
+    """Of pictures of one concept alone in its half: the left half of the first concept's beside
+    the right half of the second's."""
     halves = []
     for folder, name, box in zip(folders, names, HALVES, strict=True):
         pipe.load_custom(folder)
@@ -317,10 +308,10 @@ def alone(
 
 def figures_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     found = {f"plain_both_right_{merge}": rows[f"plain, {merge}"]["both"] for merge in MERGES}
-    found |= {f"region_both_right_{merge}": rows[f"regions, {merge}"]["both"] for merge in MERGES}
+    found["region_both_right_sum"] = rows["regions, sum"]["both"]
     found["region_both_right"] = rows["regions, fusion"]["both"]
     found["plain_both_right"] = max(found[f"plain_both_right_{merge}"] for merge in MERGES)
-    found["attention_both_right"] = rows["regions in cross-attention, fusion"]["both"]
+    found["attention_both_right"] = rows[IN_ATTENTION]["both"]
     found["alone_both_right"] = rows["each alone"]["both"]
     for kind in ("plain", "regions"):
         found[f"{kind}_both_right_64"] = rows[f"{kind}, fusion, 64 x 64"]["both"]
@@ -330,18 +321,19 @@ def figures_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def save(kept: Mapping[str, Sequence[Tensor]], path: Path, columns: int) -> None:
-    """A grid: for each pair and seed, a line of pictures for each way to draw."""
+def save(kept: Mapping[str, Sequence[Tensor]], path: Path) -> None:
+    """A sheet: for each pair and seed a line of each way to draw, wide ones alone."""
     from PIL import Image
 
+    ways = [images for images in kept.values() if images[0].shape[-1] == WIDE[1]]
     lines = [
-        torch.cat(list(F.pad(i, (1, 1, 1, 1), value=1.0)), -1)
-        for s in zip(*kept.values())
-        for i in s
+        torch.cat(list(F.pad(images, (1, 1, 1, 1), value=1.0)), -1)
+        for group in zip(*ways, strict=True)
+        for images in group
     ]
-    grid = ((torch.cat(lines, -2) + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0)
+    sheet = ((torch.cat(lines, -2) + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid.numpy()).save(path)
+    Image.fromarray(sheet.numpy()).save(path)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from customize.concepts.concept import Concept
 from customize.errors import ConfigError, CustomizeError, PipelineError
 from customize.families import family_of
+from customize.hosts import regional
 from tests.hosts.making import assert_same, concept, everything, modular
 from tests.tiny import drawn, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
@@ -70,7 +71,8 @@ def test_within_a_step_words_of_one_region_are_nothing_to_the_other(guidance, la
     assert torch.equal(plain, draw(pipe, **call))
 
 
-def test_words_of_no_region_act_everywhere_and_those_of_a_region_in_no_background():
+def test_words_of_no_region_act_everywhere_and_those_of_a_region_in_no_background(monkeypatch):
+    monkeypatch.setattr(regional, "ALONE", 1.0)  # so that a region's answer is that of its prompt
     pipe = attached()
     call = {"num_inference_steps": 1}
     only = {"<rex>": LEFT_MASK}
@@ -82,6 +84,32 @@ def test_words_of_no_region_act_everywhere_and_those_of_a_region_in_no_backgroun
     moved = draw(pipe, "a photo of <rex> in the forest", regions=only, **call)
     assert not torch.allclose(moved[..., :8], with_rex[..., :8], atol=1e-3)
     assert not torch.allclose(moved[..., 8:], with_rex[..., 8:], atol=1e-3)
+
+
+def test_while_there_is_much_noise_regions_do_not_see_one_another():
+    pipe = attached()
+    seen = []
+
+    def note(module, args, kwargs, output):
+        seen.append(output[0])
+
+    def first_two(left):
+        """The denoiser's first two answers of latents that differ in their left half."""
+        seen.clear()
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+        noise[..., :8] *= left
+        draw(pipe, latents=noise, regions=MASKS, guidance_scale=1.0)
+        return list(seen)
+
+    handle = pipe.unet.register_forward_hook(note, with_kwargs=True)
+    # The noise that stands for the left half is of the picture's mean and deviation.
+    first, second = first_two(1.0), first_two(-1.0)
+    handle.remove()
+    assert len(first) == len(second) == 2
+    near = [
+        (a - b)[..., 8:].abs().max() / a.abs().max() for a, b in zip(first, second, strict=True)
+    ]
+    assert float(near[0]) < 0.1 * float(near[1])
 
 
 def test_a_region_of_the_whole_picture_is_the_plain_picture():

@@ -205,7 +205,9 @@ class _Drawing:
 
         The first has all rows of the one on its way, others only those that are asked for.
         """
-        job, given, batch, each = step.jobs[number], step.arguments, step.batch, step.each
+        job, batch, each = step.jobs[number], step.batch, step.each
+        # Copies, because some denoisers take things out of the dicts that they are given.
+        given = {k: dict(v) if isinstance(v, dict) else v for k, v in step.arguments.items()}
         rows = list(job)
         if number and len(rows) < batch:
             listed = {

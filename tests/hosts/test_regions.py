@@ -7,7 +7,9 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
+from diffusers import FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from customize.concepts.concept import Concept
@@ -246,6 +248,42 @@ def test_a_compiled_denoiser_draws_by_regions_or_is_refused():
     unet.compile(backend="eager")
     with pytest.raises(PipelineError, match=r"compiled in place.*torch\.compile"):
         draw(pipe, regions=REGIONS)
+
+
+def test_offloaded_models_draw_the_same():
+    pipe = attached()
+    asked = draw(pipe, regions=REGIONS)
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        cpu_offload_with_hook(part, torch.device("cpu"))
+    assert torch.equal(draw(pipe, regions=REGIONS), asked)
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        remove_hook_from_module(part)
+    cpu_offload(pipe.text_encoder, torch.device("cpu"))
+    with pytest.raises(PipelineError, match="sequential offload"):
+        draw(pipe, regions=REGIONS)
+
+
+def test_a_denoiser_that_keeps_answers_is_refused():
+    pipe = attached(tiny_flux)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(PipelineError, match=r"keeps answers.*disable_cache"):
+        draw(pipe, regions=REGIONS)
+    pipe.transformer.disable_cache()
+    draw(pipe, regions=REGIONS)
+
+
+def test_what_a_denoiser_takes_out_of_its_arguments_is_there_for_every_region():
+    pipe = attached(tiny_flux)
+    forward, found = pipe.transformer.forward, []
+
+    def taking(*args, joint_attention_kwargs, **kwargs):
+        found.append(joint_attention_kwargs.pop("mine"))
+        return forward(*args, joint_attention_kwargs=joint_attention_kwargs, **kwargs)
+
+    pipe.transformer.forward = taking
+    call = {"joint_attention_kwargs": {"mine": 1}, "num_inference_steps": 1}
+    draw(pipe, regions=REGIONS, **call)
+    assert found == [1, 1]
 
 
 def test_prompts_that_are_encoded_in_another_way_are_refused():

@@ -124,16 +124,22 @@ class _Drawing:
 
     def __init__(self, family: Family, asked: Sequence[Regional]) -> None:
         self.family, self.asked = family, asked
-        texts = dict.fromkeys(t for each in asked for t in (each.prompt, *each.prompts))
+        texts = dict.fromkeys(text for each in asked for text in each.prompts)
         self.numbers = {text: number for number, text in enumerate(texts)}
         with torch.no_grad():
             self.conditions = family.encode_prompts(list(texts))
+            # As many as the pipeline has, so that they are rounded alike.
+            whole = family.encode_prompts([each.prompt for each in asked])
         self.matched = False
-        said = [family.told(self._chosen([self.numbers[each.prompt]])) for each in asked]
+        said = [
+            family.told({name: values[[number]] for name, values in whole.items()})
+            for number in range(len(asked))
+        ]
         self._words_argument = next(iter(said[0]))
         self._expected = [each[self._words_argument][0] for each in said]
         self._steps: list[_Step | None] = []
         self._known: dict[int, tuple[Any, list[int]]] = {}
+        self._shown: dict[tuple[int, int], list[list[_Part]]] = {}
         self._count = 0
         # What has more channels than it answers is given more than what it draws.
         config = family.denoiser.config
@@ -172,7 +178,9 @@ class _Drawing:
         self.matched, self._count = True, self._count + 1
         size = self.family.grid(arguments)
         jobs: list[dict[int, _Part]] = []
-        parts = [self._parts(regional, *size) for regional in self.asked]
+        if size not in self._shown:
+            self._shown[size] = [self._parts(regional, *size) for regional in self.asked]
+        parts = self._shown[size]
         for place, row in enumerate(own):
             # All pictures of one prompt follow one another.
             for number, part in enumerate(parts[place * len(parts) // len(own)]):

@@ -262,7 +262,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
         draw_pair(pipe, tally, [learned(args, index) for index in pair], pair, protocol)
         print(pair, {way: round(tally.row(way)["both"], 2) for way in tally.right}, flush=True)
     if args.pictures is not None:
-        save(tally.kept, args.pictures)
+        save(tally.kept, len(protocol.pairs), args.pictures)
     rows = [tally.row(way) for way in tally.right]
     return rows, figures | figures_of({row["drawn"]: row for row in rows})
 
@@ -321,19 +321,19 @@ def figures_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def save(kept: Mapping[str, Sequence[Tensor]], path: Path) -> None:
-    """A sheet: for each pair and seed a line of each way to draw, wide ones alone."""
+def save(kept: Mapping[str, Sequence[Tensor]], pairs: int, path: Path) -> None:
+    """A line for each way with fusion, in it a picture of each pair, each in another place."""
     from PIL import Image
 
-    ways = [images for images in kept.values() if images[0].shape[-1] == WIDE[1]]
-    lines = [
-        torch.cat(list(F.pad(images, (1, 1, 1, 1), value=1.0)), -1)
-        for group in zip(*ways, strict=True)
-        for images in group
-    ]
+    lines = []
+    for way in ("plain, fusion", IN_ATTENTION, "regions, fusion"):
+        groups = kept[way][:: len(kept[way]) // pairs]  # the first seed of each pair
+        chosen = [images[k % len(images)] for k, images in enumerate(groups)]
+        lines.append(torch.cat([F.pad(each, (1, 1, 1, 1), value=1.0) for each in chosen], -1))
     sheet = ((torch.cat(lines, -2) + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0)
+    image = Image.fromarray(sheet.numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.numpy()).save(path)
+    image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(path)
 
 
 def main() -> None:
@@ -348,7 +348,9 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=TRAINING["steps"], help="training steps a concept"
     )
-    parser.add_argument("--pictures", type=Path, metavar="FILE", help="draw all on one sheet")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FILE", help="show one of each pair, as in README.md"
+    )
     args = parser.parse_args()
     _common.report("regions", args, *run(args))
 

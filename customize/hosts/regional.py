@@ -138,7 +138,7 @@ class _Drawing:
         self._words_argument = next(iter(said[0]))
         self._expected = [each[self._words_argument][0] for each in said]
         self._steps: list[_Step | None] = []
-        self._known: dict[int, tuple[Any, list[int]]] = {}
+        self._known: dict[int, tuple[Any, dict[int, list[int]]]] = {}
         self._shown: dict[tuple[int, int], list[list[_Part]]] = {}
         self._count = 0
         # What has more channels than it answers is given more than what it draws.
@@ -181,23 +181,26 @@ class _Drawing:
         if size not in self._shown:
             self._shown[size] = [self._parts(regional, *size) for regional in self.asked]
         parts = self._shown[size]
-        for place, row in enumerate(own):
-            # All pictures of one prompt follow one another.
-            for number, part in enumerate(parts[place * len(parts) // len(own)]):
+        for place, (row, alike) in enumerate(own.items()):
+            # All pictures of one prompt follow one another, and prompts may be the same.
+            expected = place * len(parts) // len(own)
+            prompt = expected if expected in alike else alike[0]
+            for number, part in enumerate(parts[prompt]):
                 if number == len(jobs):
                     jobs.append({})
                 jobs[number][row] = part
         alone = self._may_be_alone and self.family.noise_share(arguments) > ALONE
         return _Step(arguments, batch, each, jobs, alone)
 
-    def _asked_rows(self, words: Any, each: int) -> list[int]:
-        """The rows whose words are one of the prompts, and not the empty one."""
+    def _asked_rows(self, words: Any, each: int) -> dict[int, list[int]]:
+        """Row -> the numbers of the prompts that its words are; without rows of other prompts, such
+        as the empty one."""
         if id(words) not in self._known:  # else as in a step before: comparing waits for a GPU
-            own = [
-                row
+            found = {
+                row: [n for n, own in enumerate(self._expected) if _alike(words[row * each], own)]
                 for row in range(len(words) // each)
-                if any(_alike(words[row * each], expected) for expected in self._expected)
-            ]
+            }
+            own = {row: alike for row, alike in found.items() if alike}
             self._known[id(words)] = words, own  # kept, so that no other gets its id
         return self._known[id(words)][1]
 
@@ -233,13 +236,14 @@ class _Drawing:
             stacked = isinstance(given[name], Tensor)
             given = given | {name: torch.stack(latents) if stacked else latents}
         texts = [part.text for part in job.values() for _ in range(each)]
-        said = self.family.told(self._chosen(texts))
+        said = self.family.told(self._chosen(texts, given[self.family.latents_argument][0].device))
         entries = [row * each + k for row in rows for k in range(each)]
         return given | _said(given, said, entries, whole=len(rows) == batch)
 
     def _alone(self, latents: Tensor, weights: Tensor) -> Tensor:
         """A picture's latents with noise of their own mean and deviation outside of a region."""
-        outside = self.family.spread((weights < 0.5).to(latents.device), latents)
+        outside = weights < 0.5 * weights.max()
+        outside = self.family.spread(outside.to(latents.device), latents)
         # The same for all rows, so that a picture does not depend on the batch it is drawn in.
         seed = torch.Generator().manual_seed(self._count)
         noise = torch.randn(latents.shape, generator=seed).to(latents)
@@ -259,8 +263,9 @@ class _Drawing:
             found[row] = composed(*zip(*pairs, strict=True))
         return _with_first(answers[0], torch.stack(found) if isinstance(first, Tensor) else found)
 
-    def _chosen(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        return {name: values[list(numbers)] for name, values in self.conditions.items()}
+    def _chosen(self, numbers: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        chosen = {name: values[list(numbers)] for name, values in self.conditions.items()}
+        return {name: values.to(device) for name, values in chosen.items()}
 
 
 def _alike(words: Tensor, expected: Tensor) -> bool:

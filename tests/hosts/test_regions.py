@@ -160,6 +160,15 @@ def test_batches_are_drawn_as_each_alone():
     assert alike(both[:1], alone[0])
 
 
+def test_a_prompt_that_is_led_away_from_is_drawn_by_regions_where_it_is_the_prompt_itself():
+    pipe = attached()
+    other = "a blue cup and <rex> in the forest"
+    regions = [REGIONS, {"blue cup": (0.2, 0.2, 0.6, 0.9)}]
+    prompts, call = [PROMPT, other], {"seeds": (1, 2), "regions": regions}
+    found = draw(pipe, prompts, negative_prompt=prompts, guidance_scale=5.0, **call)
+    assert alike(found, draw(pipe, prompts, guidance_scale=1.0, **call))
+
+
 def test_the_empty_prompt_is_asked_once_and_stays_what_it_was():
     pipe = attached()
     words = []

@@ -60,6 +60,9 @@ def load_custom(
     that shares only some of them is refused while concepts are attached to these. A text encoder
     that is freed or replaced meanwhile is kept until they are unloaded.
 
+    Calls of the pipeline then take ``regions=`` as well: a dict from words of the prompt to the box
+    (left, top, right, bottom, as shares of the picture) or the mask in which they are to act.
+
     Args:
         pipe: A standard or modular diffusers pipeline of a known family, on any device, in any
             floating dtype, with model, sequential or group offloading on or off.

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ from customize.concepts.layout import (
     embedding_tensors,
     lora_files,
 )
-from customize.concepts.merge import check_together, merge
+from customize.concepts.merge import check_together, merge, narrowed
 from customize.core.lowrank import LowRank, distance, filled, norm, truncate
 from customize.errors import ConceptError, ConfigError, StorageError
 from customize.families import Family, published_families
@@ -49,7 +50,7 @@ class Merged:
 
     Attributes:
         rank: of every layer of each component: the largest needed, others are filled with zeros.
-        error: what truncation lost: the norm of the difference over the norm of the exact sum;
+        error: what truncation lost: the norm of the difference over the norm of the exact merge;
             0 without truncation.
     """
 
@@ -64,6 +65,7 @@ def write_merged(
     folder: str | Path,
     *,
     method: str = "sum",
+    settings: Mapping[str, Any] | None = None,
     inputs: Sequence[LayerInputs] = (),
     rank: int | None = None,
     layout: str = "diffusers",
@@ -83,8 +85,9 @@ def write_merged(
     keys, which only some of the web UIs read, and diffusers does not.
 
     Args:
-        method, inputs: as :func:`customize.concepts.merge.merge` takes them.
-        rank: the most that any layer may have; None: exact, ranks add up.
+        method, settings, inputs: as :func:`customize.concepts.merge.merge` takes them.
+        rank: the most that any layer may have; None: ranks add up, which is exact but where the
+            method prunes.
         layout: one of :data:`customize.concepts.layout.LAYOUTS`.
         family: a model with these layers, for what the products alone do not say; None for the
             published one that has them.
@@ -107,13 +110,16 @@ def write_merged(
                 fix="learn one of them again with another trigger",
             )
         triggers[info.trigger] = info.name
-    exact = merge(concepts, weights, method, inputs)
-    products: Products = exact
-    error = 0.0
+    settings = settings or {}
+    exact = merge(concepts, weights, method, inputs, **settings)
     _check_finite(exact)
+    products = narrowed(exact, concepts)
     if rank is not None:
-        products = {c: {m: truncate(p, rank) for m, p in own.items()} for c, own in exact.items()}
-        error = _relative_error(exact, products)
+        products = {
+            c: {m: truncate(p, rank) for m, p in own.items()} for c, own in products.items()
+        }
+    error = _relative_error(exact, products)
+    if error:
         _check_finite(products)
     # Sorted, because the order of a file's tensors differs from one reading to the next, and the
     # same merge must give the same bytes.
@@ -122,6 +128,7 @@ def write_merged(
         "base": _base(concepts),
         "family": concepts[0].info.family,
         "method": method,
+        "settings": dict(settings),
         "rank": ranks,
         "truncation_error": error,
         "concepts": [
@@ -284,6 +291,8 @@ def _check_finite(products: Products) -> None:
 
 def _relative_error(exact: Products, near: Products) -> float:
     pairs = [(p, near[c][m]) for c, own in exact.items() for m, p in own.items()]
+    if all(p is q for p, q in pairs):
+        return 0.0
     whole = math.sqrt(sum(norm(p) ** 2 for p, _ in pairs))
     return math.sqrt(sum(distance(p, q) ** 2 for p, q in pairs)) / whole if whole else 0.0
 

@@ -1,15 +1,14 @@
 """Weight updates as low-rank products ``scale * up @ down``, and exact sums of them.
 
 Everything here acts on the *product*, never on the factors by themselves: summing ups and downs
-apart brings in the cross terms ``up_i @ down_j``. Nothing is made dense but by :func:`product`.
-
-A *merge* is ``fn(products, weights) -> LowRank``.
+apart brings in the cross terms ``up_i @ down_j``. Nothing is made dense but by :func:`product`
+and what says so. Other ways to merge than the sum are in :mod:`customize.core.merges`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -17,6 +16,9 @@ import torch
 from torch import Tensor
 
 from customize.errors import ConceptError, ConfigError
+
+# Of the subspace iteration in `nearest`.
+_OVERSAMPLING, _ITERATIONS = 10, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +58,6 @@ class LowRank:
     def shape(self) -> tuple[int, int]:
         """(out, in) of the product."""
         return self.up.shape[0], self.down.shape[1]
-
-
-Merge = Callable[[Sequence[LowRank], Sequence[float]], LowRank]
 
 
 def from_factors(up: Tensor, down: Tensor, scale: float = 1.0) -> LowRank:
@@ -176,20 +175,6 @@ def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRa
     return LowRank(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
 
 
-def average(products: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """``(1 / K) * sum_i weights[i] * products[i]`` over K products.
-
-    This is what the published code of Orthogonal Adaptation does; its weights 1.8 at K = 3 are
-    the paper's 0.6 in :func:`weighted_sum`. With fixed weights each concept fades as K grows.
-
-    Arguments, result and errors as :func:`weighted_sum`.
-    """
-    return weighted_sum(products, [weight / max(len(products), 1) for weight in weights])
-
-
-MERGES: dict[str, Merge] = {"sum": weighted_sum, "average": average}
-
-
 def truncate(p: LowRank, rank: int) -> LowRank:
     """The nearest product of at most ``rank`` in the Frobenius norm (Eckart-Young).
 
@@ -214,6 +199,30 @@ def truncate(p: LowRank, rank: int) -> LowRank:
     return LowRank(up.to(device, dtype), down.to(device, dtype))
 
 
+def nearest(p: LowRank, rank: int) -> LowRank:
+    """Nearly :func:`truncate`, for products that are dense but for their form.
+
+    By subspace iteration from a fixed random start (Halko, Martinsson, Tropp, arXiv 0909.4061,
+    algorithms 4.4 and 5.1), in the product's own precision: the error is within a percent of the
+    least that is possible at this rank, for a small part of the work. The product is made dense.
+    Where it would save little it is :func:`truncate`.
+
+    Returns, and raises, what :func:`truncate` does.
+    """
+    columns = rank + _OVERSAMPLING
+    if rank < 1 or 2 * columns >= min(p.rank, *p.shape):
+        return truncate(p, rank)
+    dense = product(p)
+    start = torch.randn(p.shape[1], columns, generator=torch.Generator().manual_seed(0))
+    basis, _ = torch.linalg.qr(dense @ start.to(dense))
+    for _ in range(_ITERATIONS):
+        basis, _ = torch.linalg.qr(dense.T @ basis)
+        basis, _ = torch.linalg.qr(dense @ basis)
+    u, s, vh = torch.linalg.svd(basis.T @ dense, full_matrices=False)
+    root = s[:rank].sqrt()
+    return LowRank(basis @ (u[:, :rank] * root), root[:, None] * vh[:rank])
+
+
 def inner(p: LowRank, q: LowRank) -> float:
     """The Frobenius inner product ``<p, q> = tr(p^T q)``, in float64, from r x r Gram matrices.
 
@@ -235,8 +244,9 @@ def row_factor(p: LowRank) -> Tensor:
     Returns:
         (min(out, rank), in), float64.
     """
-    _, r_up = torch.linalg.qr(_exact(p.up))
-    return p.scale * (r_up @ _exact(p.down))
+    up = _exact(p.up)
+    factor = up if p.rank >= p.shape[0] else torch.linalg.qr(up).R
+    return p.scale * (factor @ _exact(p.down))
 
 
 def norm(p: LowRank) -> float:

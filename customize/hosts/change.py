@@ -13,7 +13,7 @@ from torch import nn
 
 from customize.concepts.adapter import attach_products, fit
 from customize.concepts.layerwise import encode_by_layer, read_by_layer, vocabulary
-from customize.concepts.merge import FUSION, merge
+from customize.concepts.merge import FUSION, merge, narrowed
 from customize.concepts.tokens import add_tokens, entries, pool_at_end, remove_tokens
 from customize.errors import PipelineError
 from customize.families import Family
@@ -173,10 +173,13 @@ def _updates(
                 merging.method,
                 inputs=[inputs[each.name] for each in chosen] if inputs else (),
                 others=[inputs[each.name] for each in rest] if inputs else (),
+                **(merging.settings if merging.method == merging.chosen else {}),
             )
             if chosen
             else {}
         )
+        if not fused:
+            merged = narrowed(merged, [each.concept for each in chosen])
         found.append(fit(merged, family))
     return found[0], found[1]
 

@@ -36,8 +36,8 @@ from customize.concepts.layout import (
     embedding_tensors,
     lora_files,
 )
-from customize.concepts.merge import check_together, merge, narrowed
-from customize.core.lowrank import LowRank, distance, filled, norm, truncate
+from customize.concepts.merge import Layer, check_together, merging
+from customize.core.lowrank import LowRank, all_finite, distance, filled, norm, truncate
 from customize.errors import ConceptError, ConfigError, StorageError
 from customize.families import Family, published_families
 
@@ -85,7 +85,7 @@ def write_merged(
     keys, which only some of the web UIs read, and diffusers does not.
 
     Args:
-        method, settings, inputs: as :func:`customize.concepts.merge.merge` takes them.
+        method, settings, inputs: as :func:`customize.concepts.merge.merging` takes them.
         rank: the most that any layer may have; None: ranks add up, which is exact but where the
             method prunes.
         layout: one of :data:`customize.concepts.layout.LAYOUTS`.
@@ -93,7 +93,7 @@ def write_merged(
             published one that has them.
 
     Raises:
-        ConceptError, ConfigError: see :func:`customize.concepts.merge.merge`; or two concepts
+        ConceptError, ConfigError: see :func:`customize.concepts.merge.merging`; or two concepts
             have one trigger; or the rank is below 1; or a weight is so large that the sum is
             not finite; or there is no published model with these layers, where one is needed.
         StorageError: the folder holds anything else than just this, or cannot be written.
@@ -111,16 +111,7 @@ def write_merged(
             )
         triggers[info.trigger] = info.name
     settings = settings or {}
-    exact = merge(concepts, weights, method, inputs, **settings)
-    _check_finite(exact)
-    products = narrowed(exact, concepts)
-    if rank is not None:
-        products = {
-            c: {m: truncate(p, rank) for m, p in own.items()} for c, own in products.items()
-        }
-    error = _relative_error(exact, products)
-    if error:
-        _check_finite(products)
+    products, error = _narrow(merging(concepts, weights, method, inputs, **settings), rank)
     # Sorted, because the order of a file's tensors differs from one reading to the next, and the
     # same merge must give the same bytes.
     ranks = {c: max(p.rank for p in products[c].values()) for c in sorted(products)}
@@ -277,24 +268,35 @@ def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
         return False
 
 
-def _check_finite(products: Products) -> None:
-    for component, own in products.items():
-        for module, update in own.items():
-            whole = filled(update, update.rank)
-            if not all(bool(factor.isfinite().all()) for factor in (whole.up, whole.down)):
-                raise ConfigError(
-                    "the merged update is not finite",
-                    where=f"{component}.{module}",
-                    fix="choose weights of an ordinary size, such as 1",
-                )
+def _narrow(
+    layers: Mapping[str, Mapping[str, Layer]], rank: int | None
+) -> tuple[dict[str, dict[str, LowRank]], float]:
+    """The merged updates of at most the rank, and what was lost, as in :class:`Merged`."""
+    products: dict[str, dict[str, LowRank]] = {}
+    lost = whole = 0.0
+    for component, own in layers.items():
+        products[component] = {}
+        for module, layer in own.items():
+            exact = layer.merged()
+            _check_finite(exact, f"{component}.{module}")
+            near = layer.narrowed(exact)
+            if rank is not None:
+                near = truncate(near, rank)
+            whole += norm(exact) ** 2
+            if near is not exact:
+                _check_finite(near, f"{component}.{module}")
+                lost += distance(exact, near) ** 2
+            products[component][module] = near
+    return products, math.sqrt(lost / whole) if whole else 0.0
 
 
-def _relative_error(exact: Products, near: Products) -> float:
-    pairs = [(p, near[c][m]) for c, own in exact.items() for m, p in own.items()]
-    if all(p is q for p, q in pairs):
-        return 0.0
-    whole = math.sqrt(sum(norm(p) ** 2 for p, _ in pairs))
-    return math.sqrt(sum(distance(p, q) ** 2 for p, q in pairs)) / whole if whole else 0.0
+def _check_finite(update: LowRank, where: str) -> None:
+    if not (all_finite(update.up) and all_finite(update.down)):
+        raise ConfigError(
+            "the merged update is not finite",
+            where=where,
+            fix="choose weights of an ordinary size, such as 1",
+        )
 
 
 def _embeds_file(concept: Adaptation) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from customize.concepts.concept import ConceptInfo
 from customize.concepts.formats.lora import Adaptation, LoraInfo
 from customize.concepts.inputs import Factors, LayerInputs, record_beside
 from customize.core.fusion import fusion
-from customize.core.lowrank import LowRank, nearest, weighted_sum
+from customize.core.lowrank import LowRank, check_alike, nearest, weighted_sum
 from customize.core.merges import MERGES, check_settings, mean_ratio
 from customize.errors import ConceptError, ConfigError
 
@@ -40,7 +42,67 @@ def merge(
     others: Sequence[LayerInputs] = (),
     **settings: Any,
 ) -> dict[str, dict[str, LowRank]]:
-    """One update for each layer that any of the concepts changes.
+    """One update for each layer that any of the concepts changes: of :func:`merging`, all of it."""
+    layers = merging(concepts, weights, method, inputs, others, **settings)
+    return {c: {m: layer.merged() for m, layer in own.items()} for c, own in layers.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What is to become one layer's update.
+
+    Attributes:
+        updates: of the concepts, in their order; of rank 0 where one leaves the layer alone.
+        weights: as many.
+        merge: gives their merge; None for the sum.
+    """
+
+    updates: Sequence[LowRank]
+    weights: Sequence[float]
+    merge: Callable[[], LowRank] | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the update."""
+        return self.updates[0].shape
+
+    def merged(self) -> LowRank:
+        """The update, computed anew by each call.
+
+        Raises:
+            ConfigError: a setting of the method is out of its range.
+        """
+        return weighted_sum(self.updates, self.weights) if self.merge is None else self.merge()
+
+    def narrowed(self, merged: LowRank | None = None) -> LowRank:
+        """The update for an adapter: of no higher rank than those of the concepts together.
+
+        What is wider, as after pruning, becomes the nearest that is not
+        (:func:`customize.core.lowrank.nearest`); all else is :meth:`merged`.
+
+        Args:
+            merged: where it is known already.
+        """
+        update = self.merged() if merged is None else merged
+        together = sum(each.rank for each in self.updates)
+        return update if update.rank <= together else nearest(update, together)
+
+    def parts(self) -> tuple[Sequence[LowRank], Sequence[float]]:
+        """Products and weights whose sum the update is, for :func:`core.lowrank.add_to`."""
+        if self.merge is None:
+            return self.updates, self.weights
+        return [self.merge()], [1.0]
+
+
+def merging(
+    concepts: Sequence[Adaptation],
+    weights: Sequence[float],
+    method: str = SUM,
+    inputs: Sequence[LayerInputs] = (),
+    others: Sequence[LayerInputs] = (),
+    **settings: Any,
+) -> dict[str, dict[str, Layer]]:
+    """What is to be merged in each layer that any of the concepts changes, all of it checked.
 
     A concept that leaves a layer alone counts there as an update of zero. One concept without
     others is as it is, by any method. Tokens are not merged: each concept keeps its own.
@@ -57,8 +119,8 @@ def merge(
             layers that both change, unless it is given.
 
     Returns:
-        component -> module -> update, under the names used in files. As wide as its layer where
-        the method prunes; see :func:`narrowed`.
+        component -> module -> layer, under the names used in files. Its update is as wide as the
+        layer where the method prunes; see :meth:`Layer.narrowed`.
 
     Raises:
         ConceptError: no concepts, two for different families or sizes, or two of one name.
@@ -90,52 +152,33 @@ def merge(
         method, settings = SUM, {}
     if method == "subject_style" and len(concepts) == 2:
         settings = {"balance": _balance(concepts)} | settings
-    merged: dict[str, dict[str, LowRank]] = {}
+    layers: dict[str, dict[str, Layer]] = {}
     for component in _ordered(concept.products for concept in concepts):
         # By one name for each layer, as a concept that was never saved may have the model's.
         updates = [
             {file_name(component, m): u for m, u in concept.products.get(component, {}).items()}
             for concept in concepts
         ]
-        merged[component] = {}
+        layers[component] = {}
         for module in _ordered(updates):
             some = next(own[module] for own in updates if module in own)
             zero = LowRank(some.up[:, :0], some.down[:0])
             own = [each.get(module, zero) for each in updates]
             try:
-                if method == FUSION:
-                    place = (component, module)
-                    merged[component][module] = _fused(own, weights, inputs, others, place)
-                else:
-                    own_settings = _of_layer(settings, component, module)
-                    merged[component][module] = MERGES[method](own, weights, **own_settings)
+                check_alike(own)
             except ConceptError as error:
                 raise ConceptError(
                     error.what, where=f"{component}.{module}", fix=error.fix
                 ) from error
-    return merged
-
-
-def narrowed(
-    merged: Mapping[str, Mapping[str, LowRank]], concepts: Sequence[Adaptation]
-) -> dict[str, dict[str, LowRank]]:
-    """The same for an adapter: no update of a higher rank than those of its concepts together.
-
-    What is wider, as after pruning, becomes the nearest that is not
-    (:func:`customize.core.lowrank.nearest`); all else stays as it is.
-    """
-    found: dict[str, dict[str, LowRank]] = {}
-    for component, updates in merged.items():
-        together: dict[str, int] = {}
-        for concept in concepts:
-            for module, update in concept.products.get(component, {}).items():
-                name = file_name(component, module)
-                together[name] = together.get(name, 0) + update.rank
-        found[component] = {
-            module: update if update.rank <= together[module] else nearest(update, together[module])
-            for module, update in updates.items()
-        }
-    return found
+            how: Callable[[], LowRank] | None = None
+            if method == FUSION:
+                how = partial(_fused, own, weights, inputs, others, (component, module))
+            elif method != SUM:
+                how = partial(
+                    MERGES[method], own, weights, **_of_layer(settings, component, module)
+                )
+            layers[component][module] = Layer(own, weights, how)
+    return layers
 
 
 def check_method(method: str, settings: Mapping[str, Any]) -> None:

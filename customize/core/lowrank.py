@@ -19,6 +19,8 @@ from customize.errors import ConceptError, ConfigError
 
 # Of the subspace iteration in `nearest`.
 _OVERSAMPLING, _ITERATIONS = 10, 4
+# Ranks that `add_to` multiplies at once.
+_TOGETHER = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,15 +142,19 @@ def stacked(products: Sequence[LowRank]) -> LowRank:
 def product(p: LowRank) -> Tensor:
     """The dense update: (out, in), float32 or the factors' higher precision."""
     dtype = precision_of([p])
+    dense = _written_out(p)
+    if dense is not None:
+        return p.scale * dense.to(dtype)
     return p.scale * (p.up.to(dtype) @ p.down.to(dtype))
 
 
 def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """``sum_i weights[i] * products[i]``, exact, by laying the factors side by side.
 
-    Weights and scales go into the up-projection and the result's scale is 1. Ranks add up;
-    where all products have bit-equal down-projections, their ups are added and the rank stays,
-    and the other way round.
+    Weights and scales go into the up-projection and the result's scale is 1. Ranks add up; of
+    products with bit-equal down-projections, such as concepts on one slice, the ups are added and
+    the rank stays, and of products that all have one up-projection the downs. Where the rank would
+    pass the smaller side of the weight, the sum is dense (:func:`from_dense`).
 
     Args:
         products: at least one, of equal shape and on one device.
@@ -163,16 +169,104 @@ def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRa
     """
     check_mergeable(products, weights)
     dtype = precision_of(products)
-    downs = [p.down.to(dtype) for p in products]
-    ups = [(w * p.scale) * p.up.to(dtype) for p, w in zip(products, weights, strict=True)]
-    if all(torch.equal(down, downs[0]) for down in downs[1:]):
-        return LowRank(torch.stack(ups).sum(0), downs[0])
     same = products[0].up
-    if all(torch.equal(p.up, same) for p in products[1:]):  # such as identities, of dense updates
-        factors = [w * p.scale for p, w in zip(products, weights, strict=True)]
-        scaled = [factor * down for factor, down in zip(factors, downs, strict=True)]
-        return LowRank(same.to(dtype), torch.stack(scaled).sum(0))
-    return LowRank(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
+    if len(products) > 1 and all(torch.equal(p.up, same) for p in products[1:]):
+        # Such as identities, of dense updates.
+        down = torch.zeros_like(products[0].down, dtype=dtype)
+        for p, weight in zip(products, weights, strict=True):
+            down.add_(p.down, alpha=weight * p.scale)
+        return LowRank(same.to(dtype), down)
+    groups = _by_down(products)
+    if sum(products[own[0]].rank for own in groups) <= min(products[0].shape):
+        pairs = [_summed(products, weights, own, same.device, dtype) for own in groups]
+        return LowRank(torch.cat([up for up, _ in pairs], 1), torch.cat([d for _, d in pairs]))
+    total = torch.zeros(products[0].shape, dtype=dtype, device=same.device)
+    add_to(total, products, weights)
+    return from_dense(total)
+
+
+def add_to(total: Tensor, products: Sequence[LowRank], weights: Sequence[float]) -> None:
+    """``total += sum_i weights[i] * products[i]``, in place and in total's precision.
+
+    Beside ``total`` it needs no dense matrix. The work grows with the sum of the ranks, but of
+    products with bit-equal down-projections only by the addition of their ups.
+
+    Args:
+        total: (out, in), float32 or wider, on any device.
+        products: of its shape, on any one device; none is nothing to add.
+        weights: as many, finite.
+    """
+    low = []
+    for k, (p, weight) in enumerate(zip(products, weights, strict=True)):
+        dense = _written_out(p)
+        if dense is None:
+            low.append(k)
+        else:
+            total.add_(dense.to(total.device), alpha=weight * p.scale)
+    pending: list[tuple[Tensor, Tensor]] = []
+    groups = [[low[k] for k in own] for own in _by_down([products[k] for k in low])]
+    for number, own in enumerate(groups):
+        pending.append(_summed(products, weights, own, total.device, total.dtype))
+        # Wide enough to be fast, and small beside the layer.
+        if number == len(groups) - 1 or sum(len(down) for _, down in pending) >= _TOGETHER:
+            up = torch.cat([up for up, _ in pending], dim=1)
+            down = torch.cat([down for _, down in pending])
+            total.addmm_(up, down)
+            pending.clear()
+
+
+def _by_down(products: Sequence[LowRank]) -> list[list[int]]:
+    """The numbers of products by bit-equal down-projections, in the order of the first of each."""
+    groups: list[list[int]] = []
+    alike: dict[tuple[float, ...], list[list[int]]] = {}
+    for k, p in enumerate(products):
+        # Equal values in another precision are the same slice; few numbers tell most apart.
+        key = (p.rank, *p.down[:1, :4].flatten().tolist())
+        for own in alike.setdefault(key, []):
+            first = products[own[0]].down
+            dtype = torch.promote_types(first.dtype, p.down.dtype)
+            if torch.equal(first.to(dtype), p.down.to(dtype)):
+                own.append(k)
+                break
+        else:
+            alike[key].append([k])
+            groups.append(alike[key][-1])
+    return groups
+
+
+def _summed(
+    products: Sequence[LowRank],
+    weights: Sequence[float],
+    own: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The scaled and weighted up-projection of products that share their down-projection."""
+    first, *rest = ((products[k].up.to(device), weights[k] * products[k].scale) for k in own)
+    up = first[0].to(dtype, copy=True).mul_(first[1])
+    for other, factor in rest:
+        up.add_(other, alpha=factor)
+    return up, products[own[0]].down.to(device, dtype)
+
+
+def _written_out(p: LowRank) -> Tensor | None:
+    """The matrix of an update that :func:`from_dense` made, without its scale."""
+    if p.rank != min(p.shape):
+        return None
+    if p.rank == p.shape[0] and _is_identity(p.up):
+        return p.down
+    return p.up if p.rank == p.shape[1] and _is_identity(p.down) else None
+
+
+def _is_identity(factor: Tensor) -> bool:
+    ones = bool((factor.diagonal() == 1).all())
+    return ones and int(factor.count_nonzero()) == len(factor)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite, in one pass without a copy."""
+    # A sum is finite only if all its terms are; it may be too large though they are.
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
 def truncate(p: LowRank, rank: int) -> LowRank:

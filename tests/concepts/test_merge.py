@@ -7,8 +7,8 @@ import torch
 
 from customize.concepts.concept import Concept
 from customize.concepts.formats.lora import Lora, LoraInfo
-from customize.concepts.merge import METHODS, merge, narrowed
-from customize.core.lowrank import LowRank, from_dense, product
+from customize.concepts.merge import METHODS, merge, merging
+from customize.core.lowrank import LowRank, product
 from customize.core.merges import MERGES
 from customize.errors import ConceptError, ConfigError
 from tests.concepts.making import small
@@ -140,15 +140,13 @@ def test_a_subject_and_a_style_are_balanced_over_all_layers(concepts: list[Conce
         merge([rex, tom, small(2, name="ann")], [1.0] * 3, "subject_style")
 
 
-def test_what_is_wider_than_its_concepts_becomes_narrower_and_nothing_else_changes() -> None:
-    wide = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
-    concept = small(0)
-    name = "mid.attn1.to_q"
-    merged = {"unet": {name: from_dense(wide), "other": concept.products["unet"][name]}}
-    parts = {"unet": {name: concept.products["unet"][name], "other": from_dense(wide)}}
-    found = narrowed(merged, [Lora(LoraInfo("rex", "sd", "", 8), parts)])
-    assert found["unet"]["other"] is merged["unet"]["other"]
-    assert found["unet"][name].rank == 2
-    best = torch.linalg.svdvals(wide)[2:].square().sum().sqrt()
-    error = torch.linalg.matrix_norm(product(found["unet"][name]) - wide)
+def test_what_is_wider_than_its_concepts_is_narrowed_and_nothing_else(concepts) -> None:
+    wide = merging(concepts, [1.0, 1.0], "ties")["unet"]["mid.attn1.to_q"]
+    exact = product(wide.merged())
+    found = wide.narrowed()
+    assert (wide.merged().rank, found.rank) == (8, 5)
+    best = torch.linalg.svdvals(exact)[5:].square().sum().sqrt()
+    error = torch.linalg.matrix_norm(product(found) - exact)
     assert float(error) == pytest.approx(float(best), rel=0.01)
+    summed = merging(concepts, [1.0, 1.0])["unet"]["mid.attn1.to_q"]
+    assert torch.equal(product(summed.narrowed()), product(summed.merged()))

@@ -178,8 +178,7 @@ def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRa
         return LowRank(same.to(dtype), down)
     groups = _by_down(products)
     if sum(products[own[0]].rank for own in groups) <= min(products[0].shape):
-        pairs = [_summed(products, weights, own, same.device, dtype) for own in groups]
-        return LowRank(torch.cat([up for up, _ in pairs], 1), torch.cat([d for _, d in pairs]))
+        return LowRank(*_stacked(products, weights, groups, same.device, dtype))
     total = torch.zeros(products[0].shape, dtype=dtype, device=same.device)
     add_to(total, products, weights)
     return from_dense(total)
@@ -203,16 +202,13 @@ def add_to(total: Tensor, products: Sequence[LowRank], weights: Sequence[float])
             low.append(k)
         else:
             total.add_(dense.to(total.device), alpha=weight * p.scale)
-    pending: list[tuple[Tensor, Tensor]] = []
     groups = [[low[k] for k in own] for own in _by_down([products[k] for k in low])]
-    for number, own in enumerate(groups):
-        pending.append(_summed(products, weights, own, total.device, total.dtype))
+    while groups:
+        some: list[list[int]] = []
         # Wide enough to be fast, and small beside the layer.
-        if number == len(groups) - 1 or sum(len(down) for _, down in pending) >= _TOGETHER:
-            up = torch.cat([up for up, _ in pending], dim=1)
-            down = torch.cat([down for _, down in pending])
-            total.addmm_(up, down)
-            pending.clear()
+        while groups and sum(products[own[0]].rank for own in some) < _TOGETHER:
+            some.append(groups.pop(0))
+        total.addmm_(*_stacked(products, weights, some, total.device, total.dtype))
 
 
 def _by_down(products: Sequence[LowRank]) -> list[list[int]]:
@@ -234,19 +230,28 @@ def _by_down(products: Sequence[LowRank]) -> list[list[int]]:
     return groups
 
 
-def _summed(
+def _stacked(
     products: Sequence[LowRank],
     weights: Sequence[float],
-    own: Sequence[int],
+    groups: Sequence[Sequence[int]],
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The scaled and weighted up-projection of products that share their down-projection."""
-    first, *rest = ((products[k].up.to(device), weights[k] * products[k].scale) for k in own)
-    up = first[0].to(dtype, copy=True).mul_(first[1])
-    for other, factor in rest:
-        up.add_(other, alpha=factor)
-    return up, products[own[0]].down.to(device, dtype)
+    """Up and down of a weighted sum: for each group its ups added, and its one down."""
+    ups, columns = [], []
+    for own in groups:
+        first = products[own[0]]
+        factors = [weights[k] * products[k].scale for k in own]
+        up = first.up
+        if len(own) > 1:
+            up = up.to(dtype) * factors[0]
+            for k, factor in zip(own[1:], factors[1:], strict=True):
+                up.add_(products[k].up, alpha=factor)
+        ups.append(up)
+        columns += [factors[0] if len(own) == 1 else 1.0] * first.rank
+    up = torch.cat(ups, dim=1).to(device, dtype)
+    down = torch.cat([products[own[0]].down for own in groups]).to(device, dtype)
+    return up * torch.tensor(columns, dtype=dtype, device=device), down
 
 
 def _written_out(p: LowRank) -> Tensor | None:

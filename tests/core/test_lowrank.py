@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from customize.core.bases import block, cosine, down_projection
 from customize.core.lowrank import (
     LowRank,
+    add_to,
+    all_finite,
     distance,
     from_dense,
     from_factors,
@@ -47,20 +49,73 @@ def test_weighted_sum_is_the_sum_of_products(case):
     assert merged.up.dtype == merged.down.dtype == (torch.float64 if wide else torch.float32)
 
 
-def test_ranks_add_unless_the_downs_are_equal():
+def test_ranks_add_unless_downs_are_equal():
     torch.manual_seed(0)
-    down = torch.randn(3, 8)
-    ups = [torch.randn(5, 3) for _ in range(4)]
+    down = torch.randn(3, 20)
+    ups = [torch.randn(15, 3) for _ in range(4)]
     shared = [LowRank(up, down.clone(), scale) for up, scale in zip(ups, (1, 2, 3, 4), strict=True)]
     merged = weighted_sum(shared, [0.6] * 4)
     assert merged.rank == 3
     assert torch.equal(merged.down, down)
     assert close(dense(merged), 0.6 * sum(dense(p) for p in shared))
     nearly = LowRank(ups[0], torch.nextafter(down, torch.tensor(9.0)))
-    assert weighted_sum([*shared, nearly], [0.6] * 5).rank == 15
+    other = LowRank(ups[0], torch.randn(3, 20))
+    assert weighted_sum([*shared, nearly], [0.6] * 5).rank == 6
+    # In any order, and with the same first numbers.
+    mixed = [shared[0], other, shared[1], nearly, shared[2]]
+    assert weighted_sum(mixed, [1.0] * 5).rank == 9
+    assert close(dense(weighted_sum(mixed, [1.0] * 5)), sum(dense(p) for p in mixed))
     # Equal values in another precision are the same slice.
     half = LowRank(ups[0], down.bfloat16()), LowRank(ups[1], down.bfloat16().float())
     assert weighted_sum(half, [1.0, 1.0]).rank == 3
+
+
+def test_a_sum_is_no_wider_than_its_weight():
+    torch.manual_seed(0)
+    for out, width in ((5, 8), (8, 5)):
+        products = [LowRank(torch.randn(out, 2), torch.randn(2, width), 0.5) for _ in range(4)]
+        merged = weighted_sum(products, [1.0, 2.0, -1.0, 0.5])
+        expected = dense(products[0]) + 2 * dense(products[1]) - dense(products[2])
+        assert close(dense(merged), expected + 0.5 * dense(products[3]))
+        assert merged.rank == 5
+        assert torch.equal(product(merged), merged.down if out < width else merged.up)
+
+
+@settings(deadline=None)
+@given(updates(), st.booleans())
+def test_adding_in_place(case, whole):
+    products, weights = case
+    if whole:  # one that is dense but for its form
+        products[0] = from_dense(product(products[0]))
+    start = torch.randn(products[0].shape, dtype=torch.float64)
+    total = start.float()
+    add_to(total, products, weights)
+    parts = [w * dense(p) for p, w in zip(products, weights, strict=True)]
+    size = sum(part.abs().max() for part in parts) + start.abs().max()
+    assert (total - (start + sum(parts))).abs().max() <= 1e-5 * (1 + size)
+    before = total.clone()
+    add_to(total, [], [])
+    assert torch.equal(total, before)
+
+
+def test_many_are_added_in_pieces_and_slices_once():
+    torch.manual_seed(0)
+    slices = [torch.randn(20, 400) for _ in range(20)]
+    products = [LowRank(torch.randn(30, 20), slices[k % 20].clone(), 0.1) for k in range(60)]
+    total = torch.zeros(30, 400)
+    add_to(total, products, [1.0] * 60)
+    assert close(total, sum(dense(p) for p in products))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_numbers_that_are_finite_or_not(bad, dtype):
+    values = torch.full((50, 50), torch.finfo(dtype).max, dtype=dtype)  # whose sum is not finite
+    if bad is not None:
+        values[3, 4] = bad
+    assert all_finite(values) == (bad is None)
+    opposite = torch.tensor([math.inf, -math.inf], dtype=dtype)
+    assert not all_finite(opposite) and all_finite(torch.zeros(0, dtype=dtype))
 
 
 def test_a_sum_of_half_precision_keeps_what_half_precision_would_lose():

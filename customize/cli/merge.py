@@ -20,14 +20,23 @@ from customize.cli.shared import (
     storing,
 )
 from customize.concepts.layout import LAYOUTS
-from customize.concepts.merge import AUTO, FUSION, METHODS, SUM, check_method, resolved
+from customize.concepts.merge import (
+    AUTO,
+    FUSION,
+    METHODS,
+    SUM,
+    check_method,
+    check_several,
+    resolved,
+)
 from customize.errors import ConfigError
-
-TRUNCATE = "truncate"
 
 if TYPE_CHECKING:
     from customize.concepts.formats.lora import Adaptation
     from customize.concepts.inputs import LayerInputs
+
+#: The method whose rank is --rank.
+TRUNCATE = "truncate"
 
 
 def run(
@@ -50,6 +59,8 @@ def run(
         raise ConfigError(
             f"there is no merge {method}", where="--method", fix=f"choose from {', '.join(methods)}"
         )
+    if len(sources) == 1:
+        check_several(method)
     settings: dict[str, Any] = {"density": density, "seed": seed}
     if method == TRUNCATE:
         settings["rank"], rank = rank, None

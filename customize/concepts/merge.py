@@ -105,7 +105,7 @@ def merging(
     """What is to be merged in each layer that any of the concepts changes, all of it checked.
 
     A concept that leaves a layer alone counts there as an update of zero. One concept without
-    others is as it is, by any method. Tokens are not merged: each concept keeps its own.
+    others is as it is. Tokens are not merged: each concept keeps its own.
 
     Args:
         concepts: at least one, all learned on one architecture.
@@ -124,8 +124,8 @@ def merging(
 
     Raises:
         ConceptError: no concepts, two for different families or sizes, or two of one name.
-        ConfigError: an unknown method or setting, another number of weights, or one that is not
-            finite.
+        ConfigError: an unknown method or setting, one that merges several for a single concept,
+            another number of weights, or one that is not finite.
     """
     check_together(concepts)
     if len(weights) != len(concepts):
@@ -149,7 +149,8 @@ def merging(
             fix="give those of each, as customize.record_inputs gives them",
         )
     if len(concepts) + len(others) == 1:
-        method, settings = SUM, {}
+        check_several(method)
+        method = SUM
     if method == "subject_style" and len(concepts) == 2:
         settings = {"balance": _balance(concepts)} | settings
     layers: dict[str, dict[str, Layer]] = {}
@@ -192,6 +193,20 @@ def check_method(method: str, settings: Mapping[str, Any]) -> None:
             f"there is no merge {method}", where="merge", fix=f"choose from {', '.join(METHODS)}"
         )
     check_settings(method, settings)
+
+
+def check_several(method: str) -> None:
+    """Refuse a method that would do more to a single concept than take it as it is.
+
+    Raises:
+        ConfigError: it is neither the sum, nor the average, nor fusion.
+    """
+    if method not in (AUTO, SUM, "average", FUSION):
+        raise ConfigError(
+            f"{method} merges several concepts, and one was given",
+            where="merge",
+            fix="leave the method out; a LoRA file of a smaller rank is what --rank gives",
+        )
 
 
 def resolved(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -235,15 +235,15 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
             )
 
 
-def _dense(products: Sequence[LowRank], weights: Sequence[float]) -> Any:
+def _dense(products: Sequence[LowRank], weights: Sequence[float]) -> Iterator[Tensor]:
     """Each weighted product, dense, one at a time."""
     dtype = precision_of(products)
     for p, weight in zip(products, weights, strict=True):
         yield (weight * p.scale) * (p.up.to(dtype) @ p.down.to(dtype))
 
 
-def _total(parts: Any) -> Tensor:
-    total: Tensor = next(parts)
+def _total(parts: Iterator[Tensor]) -> Tensor:
+    total = next(parts)
     for part in parts:
         total += part
     return total

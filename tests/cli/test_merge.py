@@ -223,6 +223,9 @@ def test_what_does_not_go_together(run: Run, world: World, tmp_path: Path) -> No
     refused(run("merge", world.rex, world.tom, "--weights", "1", *output), "1 weights", "2")
     refused(run("merge", world.rex, "--method", "slerp", *output), "no merge slerp", "sum, average")
     refused(run("merge", world.rex, "--seed", "1", *output), "no setting seed")
+    for more in ([], ["--fuse", world.base]):
+        result = run("merge", world.rex, "--method", "ties", *more, *output)
+        refused(result, "ties merges several concepts, and one was given", "--rank")
     refused(run("merge", world.rex, "--rank", "0", *output), "--rank", "equal to 1")
     refused(run("merge", world.rex, "--fuse", "b", "--rank", "2", *output), "--rank", "--fuse")
     refused(run("merge", world.rex, "--dtype", "float16", *output), "--dtype", "--fuse")

@@ -110,7 +110,11 @@ def test_each_layer_and_seed_drops_others() -> None:
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "fusion"])
-def test_one_concept_is_as_it_is(concepts: list[Concept], method: str) -> None:
+def test_one_concept_is_as_it_is_or_refused(concepts: list[Concept], method: str) -> None:
+    if method not in ("sum", "average"):
+        with pytest.raises(ConfigError, match=f"{method} merges several concepts"):
+            merge(concepts[:1], [0.5], method)
+        return
     merged = merge(concepts[:1], [0.5], method)
     for component, own in merged.items():
         for module, update in own.items():

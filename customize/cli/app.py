@@ -70,18 +70,36 @@ def merge(
     method: Annotated[
         str,
         typer.Option(
-            metavar="auto|sum|average|fusion",
+            metavar="METHOD",
             help="sum: as it is; average: the sum over the number of them; fusion: in each layer"
             " what does to each concept's inputs what its own update does, for which each needs a"
-            " record of these (customize record); auto: fusion where all have one, else sum",
+            " record of these (customize record); auto: fusion where all have one, else sum;"
+            " truncate: the sum, cut to the largest rank among them or to --rank; magnitude, dare,"
+            " ties: the sum, or the mean by elected signs, of what pruning leaves of each;"
+            " subject_style: a subject and a style, by which has the larger entries in each layer",
         ),
     ] = "auto",
+    density: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Of the entries that magnitude, dare and ties leave; not given: .5, .5, .2",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Of what dare leaves; not given: 0", show_default=False
+        ),
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Truncate the merged update to this rank; not given: exact, all ranks added",
+            help="Truncate the merged update to this rank; not given: the ranks added, which is"
+            " exact unless something was pruned",
             show_default=False,
         ),
     ] = None,
@@ -111,7 +129,18 @@ def merge(
     """
     from customize.cli.merge import run
 
-    run(concepts, output, weights, method=method, rank=rank, fuse=fuse, dtype=dtype, layout=layout)
+    run(
+        concepts,
+        output,
+        weights,
+        method=method,
+        density=density,
+        seed=seed,
+        rank=rank,
+        fuse=fuse,
+        dtype=dtype,
+        layout=layout,
+    )
 
 
 @app.command()
@@ -266,7 +295,7 @@ def evaluate(
     merge: Annotated[
         str,
         typer.Option(
-            metavar="auto|sum|fusion",
+            metavar="METHOD",
             help="How they are merged, as for generate",
             rich_help_panel="In the storybook",
         ),

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,23 @@ from customize.cli.shared import (
     storing,
 )
 from customize.concepts.layout import LAYOUTS
-from customize.concepts.merge import AUTO, FUSION, METHODS, SUM
+from customize.concepts.merge import (
+    AUTO,
+    FUSION,
+    METHODS,
+    SUM,
+    check_method,
+    check_several,
+    resolved,
+)
 from customize.errors import ConfigError
 
 if TYPE_CHECKING:
     from customize.concepts.formats.lora import Adaptation
     from customize.concepts.inputs import LayerInputs
+
+#: The method whose rank is --rank.
+TRUNCATE = "truncate"
 
 
 def run(
@@ -34,6 +45,8 @@ def run(
     weights_text: str | None,
     *,
     method: str,
+    density: float | None,
+    seed: int | None,
     rank: int | None,
     fuse: str | None,
     dtype: str | None,
@@ -46,6 +59,13 @@ def run(
         raise ConfigError(
             f"there is no merge {method}", where="--method", fix=f"choose from {', '.join(methods)}"
         )
+    if len(sources) == 1:
+        check_several(method)
+    settings: dict[str, Any] = {"density": density, "seed": seed}
+    if method == TRUNCATE:
+        settings["rank"], rank = rank, None
+    settings = {name: value for name, value in settings.items() if value is not None}
+    check_method(SUM if method == AUTO else method, settings)
     if layout not in LAYOUTS:
         raise ConfigError(
             f"there is no format {layout}",
@@ -57,7 +77,7 @@ def run(
             raise ConfigError(
                 "--dtype is that of a pipeline", fix="give --fuse BASE with it, or leave it out"
             )
-        _write_lora(sources, output, weights, method, rank, layout)
+        _write_lora(sources, output, weights, method, settings, rank, layout)
         return
     if layout != LAYOUTS[0]:
         raise ConfigError(
@@ -65,11 +85,10 @@ def run(
         )
     if rank is not None:
         raise ConfigError(
-            "--rank has no meaning with --fuse: weights take the exact sum", fix="leave one out"
+            "--rank has no meaning with --fuse: weights take the exact merge",
+            fix=f"leave one out, or give --method {TRUNCATE}",
         )
-    if method == "average":
-        method, weights = SUM, [weight / len(sources) for weight in weights]
-    _write_pipeline(sources, output, weights, method, fuse, dtype)
+    _write_pipeline(sources, output, weights, {"method": method, **settings}, fuse, dtype)
 
 
 def _write_lora(
@@ -77,6 +96,7 @@ def _write_lora(
     output: Path,
     weights: Sequence[float],
     method: str,
+    settings: Mapping[str, Any],
     rank: int | None,
     layout: str,
 ) -> None:
@@ -87,7 +107,14 @@ def _write_lora(
     concepts = [opened_whole(source) for source in sources]
     method, inputs = _with_records(concepts, method)
     merged = write_merged(
-        concepts, weights, output, method=method, inputs=inputs, rank=rank, layout=layout
+        concepts,
+        weights,
+        output,
+        method=method,
+        settings=settings,
+        inputs=inputs,
+        rank=rank,
+        layout=layout,
     )
     out = console()
     names = ", ".join(concept.info.name for concept in concepts)
@@ -107,22 +134,17 @@ def _write_lora(
 
 def _with_records(concepts: Sequence[Adaptation], method: str) -> tuple[str, Sequence[LayerInputs]]:
     """The method, and the records that it needs."""
-    from customize.concepts.inputs import record_beside
-
-    if method not in (AUTO, FUSION):
-        return method, ()
-    found = {c.info.name: record_beside(c.info.name, c.products, c.source) for c in concepts}
-    records = [record for record in found.values() if record is not None]
-    lacking = [name for name, record in found.items() if record is None]
-    if not lacking:
-        return FUSION, records
-    if method == FUSION:
+    found, records, lacking = resolved(method, concepts, {})
+    if found != FUSION:
+        return found, ()
+    if lacking:
         raise ConfigError(
-            f"there is no record of what the layers of {', '.join(lacking)} read",
+            "there is no record of what the layers of "
+            f"{', '.join(concept.info.name for concept in lacking)} read",
             where="--method fusion",
             fix="make one with customize record, or choose --method sum",
         )
-    return SUM, ()
+    return found, [records[concept.info.name] for concept in concepts]
 
 
 def _save(pipe: Any, folder: Path) -> None:
@@ -142,7 +164,7 @@ def _write_pipeline(
     sources: Sequence[str],
     output: Path,
     weights: Sequence[float],
-    method: str,
+    merge: Mapping[str, Any],
     base: str,
     dtype: str | None,
 ) -> None:
@@ -159,7 +181,7 @@ def _write_pipeline(
         check_together(ours)
     check_new(output)
     pipe = load_pipeline(base, choose_device("cpu"), dtype)
-    load_custom(pipe, *concepts, weights=weights, fuse=True, merge=method)
+    load_custom(pipe, *concepts, weights=weights, fuse=True, merge=merge)
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
     try:
         with storing(output):

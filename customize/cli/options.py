@@ -51,9 +51,10 @@ Merge = Annotated[
     str,
     typer.Option(
         "--merge",
-        metavar="auto|sum|fusion",
-        help="How several concepts become one update: added, or each as on its own prompts; auto:"
-        " fusion where each has a record of its layers' inputs, else the sum",
+        metavar="METHOD",
+        help="How several concepts become one update: sum, added; fusion, each as on its own"
+        " prompts; auto, fusion where each has a record of its layers' inputs, else the sum; or"
+        " another that customize merge has, with its default settings",
     ),
 ]
 Json = Annotated[

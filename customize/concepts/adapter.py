@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -211,7 +211,17 @@ def attach_products(
     return adapter
 
 
-def fit(products: Products, family: Family) -> dict[str, dict[str, LowRank]]:
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+
+Update = TypeVar("Update", bound=_Shaped)
+
+
+def fit(
+    products: Mapping[str, Mapping[str, Update]], family: Family
+) -> dict[str, dict[str, Update]]:
     """The same updates under the names that this model gives its layers.
 
     Files call the layers of a CLIP text encoder ``text_model.encoder...`` as the whole community
@@ -220,7 +230,7 @@ def fit(products: Products, family: Family) -> dict[str, dict[str, LowRank]]:
     Raises:
         ConceptError: a component or layer is not here, has another shape, or is named twice.
     """
-    fitted: dict[str, dict[str, LowRank]] = {}
+    fitted: dict[str, dict[str, Update]] = {}
     for component, updates in products.items():
         try:
             targets = family.layers(component)

@@ -25,7 +25,7 @@ from pydantic import (
 from torch import Tensor
 
 from customize.core.bases import avoided
-from customize.core.lowrank import LowRank
+from customize.core.lowrank import LowRank, all_finite
 from customize.errors import ConceptError, ConfigError
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def _check_numbers(values: Tensor, where: str) -> None:
             where=where,
             fix="use float32, float16 or bfloat16",
         )
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise ConceptError(
             "a number is NaN or infinite", where=where, fix="learn the concept again"
         )

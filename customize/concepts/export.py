@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,8 +36,8 @@ from customize.concepts.layout import (
     embedding_tensors,
     lora_files,
 )
-from customize.concepts.merge import check_together, merge
-from customize.core.lowrank import LowRank, distance, filled, norm, truncate
+from customize.concepts.merge import Layer, check_together, merging
+from customize.core.lowrank import LowRank, all_finite, distance, filled, norm, truncate
 from customize.errors import ConceptError, ConfigError, StorageError
 from customize.families import Family, published_families
 
@@ -49,7 +50,7 @@ class Merged:
 
     Attributes:
         rank: of every layer of each component: the largest needed, others are filled with zeros.
-        error: what truncation lost: the norm of the difference over the norm of the exact sum;
+        error: what truncation lost: the norm of the difference over the norm of the exact merge;
             0 without truncation.
     """
 
@@ -64,6 +65,7 @@ def write_merged(
     folder: str | Path,
     *,
     method: str = "sum",
+    settings: Mapping[str, Any] | None = None,
     inputs: Sequence[LayerInputs] = (),
     rank: int | None = None,
     layout: str = "diffusers",
@@ -83,14 +85,15 @@ def write_merged(
     keys, which only some of the web UIs read, and diffusers does not.
 
     Args:
-        method, inputs: as :func:`customize.concepts.merge.merge` takes them.
-        rank: the most that any layer may have; None: exact, ranks add up.
+        method, settings, inputs: as :func:`customize.concepts.merge.merging` takes them.
+        rank: the most that any layer may have; None: ranks add up, which is exact but where the
+            method prunes.
         layout: one of :data:`customize.concepts.layout.LAYOUTS`.
         family: a model with these layers, for what the products alone do not say; None for the
             published one that has them.
 
     Raises:
-        ConceptError, ConfigError: see :func:`customize.concepts.merge.merge`; or two concepts
+        ConceptError, ConfigError: see :func:`customize.concepts.merge.merging`; or two concepts
             have one trigger; or the rank is below 1; or a weight is so large that the sum is
             not finite; or there is no published model with these layers, where one is needed.
         StorageError: the folder holds anything else than just this, or cannot be written.
@@ -107,14 +110,8 @@ def write_merged(
                 fix="learn one of them again with another trigger",
             )
         triggers[info.trigger] = info.name
-    exact = merge(concepts, weights, method, inputs)
-    products: Products = exact
-    error = 0.0
-    _check_finite(exact)
-    if rank is not None:
-        products = {c: {m: truncate(p, rank) for m, p in own.items()} for c, own in exact.items()}
-        error = _relative_error(exact, products)
-        _check_finite(products)
+    settings = settings or {}
+    products, error = _narrow(merging(concepts, weights, method, inputs, **settings), rank)
     # Sorted, because the order of a file's tensors differs from one reading to the next, and the
     # same merge must give the same bytes.
     ranks = {c: max(p.rank for p in products[c].values()) for c in sorted(products)}
@@ -122,6 +119,7 @@ def write_merged(
         "base": _base(concepts),
         "family": concepts[0].info.family,
         "method": method,
+        "settings": dict(settings),
         "rank": ranks,
         "truncation_error": error,
         "concepts": [
@@ -270,22 +268,35 @@ def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
         return False
 
 
-def _check_finite(products: Products) -> None:
-    for component, own in products.items():
-        for module, update in own.items():
-            whole = filled(update, update.rank)
-            if not all(bool(factor.isfinite().all()) for factor in (whole.up, whole.down)):
-                raise ConfigError(
-                    "the merged update is not finite",
-                    where=f"{component}.{module}",
-                    fix="choose weights of an ordinary size, such as 1",
-                )
+def _narrow(
+    layers: Mapping[str, Mapping[str, Layer]], rank: int | None
+) -> tuple[dict[str, dict[str, LowRank]], float]:
+    """The merged updates of at most the rank, and what was lost, as in :class:`Merged`."""
+    products: dict[str, dict[str, LowRank]] = {}
+    lost = whole = 0.0
+    for component, own in layers.items():
+        products[component] = {}
+        for module, layer in own.items():
+            exact = layer.merged()
+            _check_finite(exact, f"{component}.{module}")
+            near = layer.narrowed(exact)
+            if rank is not None:
+                near = truncate(near, rank)
+            whole += norm(exact) ** 2
+            if near is not exact:
+                _check_finite(near, f"{component}.{module}")
+                lost += distance(exact, near) ** 2
+            products[component][module] = near
+    return products, math.sqrt(lost / whole) if whole else 0.0
 
 
-def _relative_error(exact: Products, near: Products) -> float:
-    pairs = [(p, near[c][m]) for c, own in exact.items() for m, p in own.items()]
-    whole = math.sqrt(sum(norm(p) ** 2 for p, _ in pairs))
-    return math.sqrt(sum(distance(p, q) ** 2 for p, q in pairs)) / whole if whole else 0.0
+def _check_finite(update: LowRank, where: str) -> None:
+    if not (all_finite(update.up) and all_finite(update.down)):
+        raise ConfigError(
+            "the merged update is not finite",
+            where=where,
+            fix="choose weights of an ordinary size, such as 1",
+        )
 
 
 def _embeds_file(concept: Adaptation) -> str:

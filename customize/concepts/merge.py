@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +16,19 @@ from torch import Tensor
 from customize.concepts.adapter import file_name
 from customize.concepts.concept import ConceptInfo
 from customize.concepts.formats.lora import Adaptation, LoraInfo
-from customize.concepts.inputs import Factors, LayerInputs
+from customize.concepts.inputs import Factors, LayerInputs, record_beside
 from customize.core.fusion import fusion
-from customize.core.lowrank import MERGES, LowRank, weighted_sum
+from customize.core.lowrank import LowRank, check_alike, nearest, weighted_sum
+from customize.core.merges import MERGES, check_settings, mean_ratio
 from customize.errors import ConceptError, ConfigError
 
 SUM, FUSION = "sum", "fusion"
 METHODS = (*MERGES, FUSION)
 #: Fusion where every concept brings its record, else the sum.
 AUTO = "auto"
+#: What part of a sum each concept makes does not depend on the others, so that some may be in the
+#: weights, and the others beside them; fusion is told of the others.
+APART = (SUM, FUSION)
 
 # How much the base's own inputs count in a fusion against one concept's, for each concept.
 _HOLD = 0.1
@@ -31,11 +40,72 @@ def merge(
     method: str = SUM,
     inputs: Sequence[LayerInputs] = (),
     others: Sequence[LayerInputs] = (),
+    **settings: Any,
 ) -> dict[str, dict[str, LowRank]]:
-    """One update for each layer that any of the concepts changes.
+    """One update for each layer that any of the concepts changes: of :func:`merging`, all of it."""
+    layers = merging(concepts, weights, method, inputs, others, **settings)
+    return {c: {m: layer.merged() for m, layer in own.items()} for c, own in layers.items()}
 
-    A concept that leaves a layer alone counts there as an update of zero. Tokens are not merged:
-    each concept keeps its own.
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What is to become one layer's update.
+
+    Attributes:
+        updates: of the concepts, in their order; of rank 0 where one leaves the layer alone.
+        weights: as many.
+        merge: gives their merge; None for the sum.
+    """
+
+    updates: Sequence[LowRank]
+    weights: Sequence[float]
+    merge: Callable[[], LowRank] | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the update."""
+        return self.updates[0].shape
+
+    def merged(self) -> LowRank:
+        """The update, computed anew by each call.
+
+        Raises:
+            ConfigError: a setting of the method is out of its range.
+        """
+        return weighted_sum(self.updates, self.weights) if self.merge is None else self.merge()
+
+    def narrowed(self, merged: LowRank | None = None) -> LowRank:
+        """The update for an adapter: of no higher rank than those of the concepts together.
+
+        What is wider, as after pruning, becomes the nearest that is not
+        (:func:`customize.core.lowrank.nearest`); all else is :meth:`merged`.
+
+        Args:
+            merged: where it is known already.
+        """
+        update = self.merged() if merged is None else merged
+        together = sum(each.rank for each in self.updates)
+        return update if update.rank <= together else nearest(update, together)
+
+    def parts(self) -> tuple[Sequence[LowRank], Sequence[float]]:
+        """Products and weights whose sum the update is, for :func:`core.lowrank.add_to`."""
+        if self.merge is None:
+            return self.updates, self.weights
+        return [self.merge()], [1.0]
+
+
+def merging(
+    concepts: Sequence[Adaptation],
+    weights: Sequence[float],
+    method: str = SUM,
+    inputs: Sequence[LayerInputs] = (),
+    others: Sequence[LayerInputs] = (),
+    **settings: Any,
+) -> dict[str, dict[str, Layer]]:
+    """What is to be merged in each layer that any of the concepts changes, all of it checked.
+
+    A concept that leaves a layer alone counts there as an update of zero. One concept without
+    others is as it is. Tokens are not merged: each concept keeps its own.
 
     Args:
         concepts: at least one, all learned on one architecture.
@@ -43,14 +113,19 @@ def merge(
         method: a name in :data:`METHODS`.
         inputs: for "fusion", what each concept's layers read. Layers without a record are summed.
         others: what is not to be disturbed, for "fusion": those of concepts that the model has
-            already. One concept without others stays as it is.
+            already.
+        settings: of the method, such as ``density=0.3``; see :mod:`customize.core.merges`. A
+            ``seed`` gives each layer its own. The ``balance`` of "subject_style" is that of all
+            layers that both change, unless it is given.
 
     Returns:
-        component -> module -> update, under the names used in files.
+        component -> module -> layer, under the names used in files. Its update is as wide as the
+        layer where the method prunes; see :meth:`Layer.narrowed`.
 
     Raises:
         ConceptError: no concepts, two for different families or sizes, or two of one name.
-        ConfigError: an unknown method, another number of weights, or one that is not finite.
+        ConfigError: an unknown method or setting, one that merges several for a single concept,
+            another number of weights, or one that is not finite.
     """
     check_together(concepts)
     if len(weights) != len(concepts):
@@ -66,41 +141,131 @@ def merge(
                 where="weights",
                 fix="give finite weights",
             )
-    if method not in METHODS:
-        raise ConfigError(
-            f"there is no merge {method}", where="method", fix=f"choose from {', '.join(METHODS)}"
-        )
+    check_method(method, settings)
     if method == FUSION and len(inputs) != len(concepts):
         raise ConfigError(
             f"the layer inputs of {len(inputs)} concepts were given for {len(concepts)}",
             where="inputs",
             fix="give those of each, as customize.record_inputs gives them",
         )
-    if method == FUSION and len(concepts) + len(others) == 1:
+    if len(concepts) + len(others) == 1:
+        check_several(method)
         method = SUM
-    merged: dict[str, dict[str, LowRank]] = {}
+    if method == "subject_style" and len(concepts) == 2:
+        settings = {"balance": _balance(concepts)} | settings
+    layers: dict[str, dict[str, Layer]] = {}
     for component in _ordered(concept.products for concept in concepts):
         # By one name for each layer, as a concept that was never saved may have the model's.
         updates = [
             {file_name(component, m): u for m, u in concept.products.get(component, {}).items()}
             for concept in concepts
         ]
-        merged[component] = {}
+        layers[component] = {}
         for module in _ordered(updates):
             some = next(own[module] for own in updates if module in own)
             zero = LowRank(some.up[:, :0], some.down[:0])
             own = [each.get(module, zero) for each in updates]
             try:
-                if method == FUSION:
-                    place = (component, module)
-                    merged[component][module] = _fused(own, weights, inputs, others, place)
-                else:
-                    merged[component][module] = MERGES[method](own, weights)
+                check_alike(own)
             except ConceptError as error:
                 raise ConceptError(
                     error.what, where=f"{component}.{module}", fix=error.fix
                 ) from error
-    return merged
+            how: Callable[[], LowRank] | None = None
+            if method == FUSION:
+                how = partial(_fused, own, weights, inputs, others, (component, module))
+            elif method != SUM:
+                how = partial(
+                    MERGES[method], own, weights, **_of_layer(settings, component, module)
+                )
+            layers[component][module] = Layer(own, weights, how)
+    return layers
+
+
+def check_method(method: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what no concepts can be merged by.
+
+    Raises:
+        ConfigError: no such method, or a setting that it does not have.
+    """
+    if method not in METHODS:
+        raise ConfigError(
+            f"there is no merge {method}", where="merge", fix=f"choose from {', '.join(METHODS)}"
+        )
+    check_settings(method, settings)
+
+
+def check_several(method: str) -> None:
+    """Refuse a method that would do more to a single concept than take it as it is.
+
+    Raises:
+        ConfigError: it is neither the sum, nor the average, nor fusion.
+    """
+    if method not in (AUTO, SUM, "average", FUSION):
+        raise ConfigError(
+            f"{method} merges several concepts, and one was given",
+            where="merge",
+            fix="leave the method out; a LoRA file of a smaller rank is what --rank gives",
+        )
+
+
+def resolved(
+    method: str, concepts: Sequence[Adaptation], known: Mapping[str, LayerInputs]
+) -> tuple[str, dict[str, LayerInputs], list[Adaptation]]:
+    """What "auto" comes to, and the records that fusion needs.
+
+    Args:
+        known: concept's name -> its record, of those whose records are at hand; the others' are
+            looked for beside them.
+
+    Returns:
+        The method, never "auto"; the records by name; and the concepts that have none, for the
+        caller of "fusion" to record or to refuse. Nothing is read for other methods.
+
+    Raises:
+        ConceptError: a record cannot be read, or is not of its concept.
+    """
+    if method not in (AUTO, FUSION):
+        return method, dict(known), []
+    records = dict(known)
+    for concept in concepts:
+        name = concept.info.name
+        if name not in records:
+            found = record_beside(name, concept.products, concept.source)
+            records |= {} if found is None else {name: found}
+    lacking = [concept for concept in concepts if concept.info.name not in records]
+    if method == FUSION or not lacking:
+        return FUSION, records, lacking
+    if records:
+        names = ", ".join(concept.info.name for concept in lacking)
+        warnings.warn(
+            f"the concepts are summed, not fused, as there is no record of what the layers of "
+            f'{names} read; make one here with merge="fusion", or once with customize record',
+            stacklevel=6,
+        )
+    return SUM, records, lacking
+
+
+def _of_layer(settings: Mapping[str, Any], component: str, module: str) -> Mapping[str, Any]:
+    if "seed" not in settings:
+        return settings
+    text = f"{settings['seed']} {component}.{module}"
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+    return {**settings, "seed": seed}
+
+
+def _balance(concepts: Sequence[Adaptation]) -> float:
+    """How much larger the first one's entries are than the second's, over the layers of both."""
+    updates = [
+        {
+            (component, file_name(component, module)): update
+            for component, own in concept.products.items()
+            for module, update in own.items()
+        }
+        for concept in concepts
+    ]
+    places = [place for place in updates[0] if place in updates[1]]
+    return mean_ratio([(updates[0][place], updates[1][place]) for place in places])
 
 
 def _fused(

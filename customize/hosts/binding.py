@@ -42,7 +42,7 @@ def load_custom(
     weights: Sequence[float] | Mapping[str, float] | None = None,
     names: Sequence[str | None] | None = None,
     fuse: bool = False,
-    merge: str | None = None,
+    merge: str | Mapping[str, Any] | None = None,
     attention: str | None = None,
     memory: str | None = None,
 ) -> Pipeline:
@@ -50,10 +50,10 @@ def load_custom(
 
     Also, with or without concepts: choose its attention kernel, and fit it into memory.
 
-    All concepts of a pipeline are merged: by their weighted sum, exactly, or by fusion, which keeps
-    each as it is alone. Their trigger words, such as ``<rex>``, then work in every prompt. Calling
-    it again adds to what is there. Everything is checked before anything changes: after an error
-    the pipeline is bit for bit what it was.
+    All concepts of a pipeline are merged: by their weighted sum, exactly, by fusion, which keeps
+    each as it is alone, or by another method. Their trigger words, such as ``<rex>``, then work in
+    every prompt. Calling it again adds to what is there. Everything is checked before anything
+    changes: after an error the pipeline is bit for bit what it was.
 
     A pipeline made from this one's components (``from_pipe``, ``Other(**pipe.components)``) shares
     its models and tokenizers and so its concepts; loading or unloading on either acts on both. One
@@ -87,8 +87,13 @@ def load_custom(
             (:func:`customize.core.fusion.fusion`). It needs to know what a concept's layers read:
             a record that training leaves beside the concept (or :func:`record_inputs`), or one
             that is made here and now, by drawing. "auto": fusion where each concept has a record,
-            else a sum. None: as before, at first "auto". A single concept is as it is anyway;
-            ``pipe.custom`` tells how several are merged.
+            else a sum. "average", "truncate", "magnitude", "dare", "ties" and "subject_style" (the
+            subject first): those of :mod:`customize.core.merges`, with their defaults or, in a
+            dict, other settings: ``{"method": "ties", "density": 0.3}``. They take all concepts
+            together, so ``fuse`` must be the same for all. What prunes is exact with ``fuse=True``;
+            beside the weights it is the nearest adapter of the ranks' sum. None: as before, at
+            first "auto". A single concept is as it is anyway; ``pipe.custom`` tells how several are
+            merged.
         attention: "auto": of the backends that are installed and fit the device, the dtype and the
             widths of the heads, the fastest; on CUDA they are timed here, elsewhere it is torch's
             own. Or one of them: "native" ("sdpa" is the same), "xformers", "flash", "sage", or

@@ -13,8 +13,10 @@ from torch import nn
 
 from customize.concepts.adapter import attach_products, fit
 from customize.concepts.layerwise import encode_by_layer, read_by_layer, vocabulary
-from customize.concepts.merge import FUSION, merge
+from customize.concepts.merge import FUSION
+from customize.concepts.merge import merging as merge_layers
 from customize.concepts.tokens import add_tokens, entries, pool_at_end, remove_tokens
+from customize.core.lowrank import LowRank
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.hosts.checks import check_layers, check_range
@@ -23,6 +25,9 @@ from customize.hosts.fusing import Updates, check_fusable, check_unchanged, fuse
 from customize.hosts.guards import ADAPTER, active_adapters, guard, unguard
 from customize.hosts.offload import settled
 from customize.hosts.state import Attached, Holder, Merging, keep, tokenizers_of
+
+#: component -> module -> what is to be beside the weight.
+Beside = Mapping[str, Mapping[str, LowRank]]
 
 
 def change(family: Family, holder: Holder, after: dict[str, Attached], merging: Merging) -> None:
@@ -78,7 +83,7 @@ def _rebuild(
     models: Mapping[str, nn.Module],
     holder: Holder,
     attached: dict[str, Attached],
-    beside: Updates,
+    beside: Beside,
     into: Updates,
 ) -> None:
     """Make adapters, weights and vocabularies those of ``attached``, from any state between."""
@@ -159,26 +164,29 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
 
 def _updates(
     family: Family, attached: Mapping[str, Attached], merging: Merging
-) -> tuple[Updates, Updates]:
-    """The merges of what is to be beside the weights, and of what is to be in them."""
-    found: list[Updates] = []
+) -> tuple[Beside, Updates]:
+    """The merges of what is to be beside the weights, and what is to be merged into them."""
+    beside, into = (_layers_of(family, attached, merging, fused=fused) for fused in (False, True))
+    return {c: {m: layer.narrowed() for m, layer in own.items()} for c, own in beside.items()}, into
+
+
+def _layers_of(
+    family: Family, attached: Mapping[str, Attached], merging: Merging, fused: bool
+) -> Updates:
+    chosen = [each for each in attached.values() if each.fused == fused]
+    rest = [each for each in attached.values() if each.fused != fused]
+    if not chosen:
+        return {}
     inputs = merging.inputs if merging.method == FUSION else {}
-    for fused in (False, True):
-        chosen = [each for each in attached.values() if each.fused == fused]
-        rest = [each for each in attached.values() if each.fused != fused]
-        merged = (
-            merge(
-                [each.concept for each in chosen],
-                [each.weight for each in chosen],
-                merging.method,
-                inputs=[inputs[each.name] for each in chosen] if inputs else (),
-                others=[inputs[each.name] for each in rest] if inputs else (),
-            )
-            if chosen
-            else {}
-        )
-        found.append(fit(merged, family))
-    return found[0], found[1]
+    layers = merge_layers(
+        [each.concept for each in chosen],
+        [each.weight for each in chosen],
+        merging.method,
+        inputs=[inputs[each.name] for each in chosen] if inputs else (),
+        others=[inputs[each.name] for each in rest] if inputs else (),
+        **(merging.settings if merging.method == merging.chosen else {}),
+    )
+    return fit(layers, family)
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,7 @@ def _layers(holder: Holder) -> dict[tuple[str, str], Any]:
     }
 
 
-def _factors(holder: Holder, updates: Updates) -> dict[tuple[str, str], float]:
+def _factors(holder: Holder, updates: Beside) -> dict[tuple[str, str], float]:
     """What others have multiplied our adapter with, by diffusers' ``set_adapters``."""
     return {
         (component, module): layer.scaling[ADAPTER] / updates[component][module].scale

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.core.lowrank import LowRank, product
+from customize.concepts.merge import Layer
+from customize.core.lowrank import add_to, all_finite
 from customize.errors import ConfigError, PipelineError
 
-Updates = Mapping[str, Mapping[str, LowRank]]
+#: component -> module -> what is to be in the weight, merged only when it is put there.
+Updates = Mapping[str, Mapping[str, Layer]]
 
 # (component, module) -> the weight as it was, on the CPU.
 Originals = dict[tuple[str, str], Tensor]
@@ -21,7 +23,8 @@ Originals = dict[tuple[str, str], Tensor]
 def fuse_updates(models: Mapping[str, nn.Module], updates: Updates, originals: Originals) -> None:
     """Make every fused weight ``original + update``, and every other one its original again.
 
-    Computed in float32 on the weight's device, from the original, and rounded once.
+    Computed in float32 on the weight's device, from the original, and rounded once to the weight's
+    type. Beside the originals, which are kept, it needs less memory than one layer's update.
 
     Raises:
         ConfigError: a sum is too large for the weight's type; those before it are changed by then.
@@ -39,8 +42,11 @@ def fuse_updates(models: Mapping[str, nn.Module], updates: Updates, originals: O
         weight = base_weight(models, place)
         if place not in originals:
             originals[place] = weight.detach().to("cpu", copy=True)
-        weight.copy_(_fused(originals[place].to(weight.device), update))
-        if not bool(weight.isfinite().all()):
+            start = weight
+        else:
+            start = originals[place]
+        _fuse(weight, start, update)
+        if not all_finite(weight):
             raise ConfigError(
                 f"with these weights the concepts' sum leaves the range of {weight.dtype}",
                 where=".".join(place),
@@ -122,7 +128,20 @@ def _narrowest(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _fused(original: Tensor, update: LowRank) -> Tensor:
-    here = LowRank(update.up.to(original.device), update.down.to(original.device), update.scale)
-    change = product(here).reshape(original.shape)
-    return original.to(change.dtype) + change
+def _fuse(weight: Tensor, start: Tensor, update: Layer) -> None:
+    """Make a weight the update added to its start, which may be the weight itself."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if weight.dtype == dtype and weight.is_contiguous():
+        if start is not weight:
+            weight.copy_(start)
+        add_to(weight.view(len(weight), -1), *update.parts())
+    else:
+        weight.copy_(_fused(start.to(weight.device), update))
+
+
+def _fused(original: Tensor, update: Layer) -> Tensor:
+    """A new tensor of the original's shape, float32 or wider."""
+    dtype = torch.promote_types(original.dtype, torch.float32)
+    total = original.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    add_to(total.view(len(total), -1), *update.parts())
+    return total

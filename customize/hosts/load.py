@@ -30,7 +30,7 @@ from customize.hosts.guards import ADAPTER
 from customize.hosts.offload import settled
 from customize.hosts.placing import computing_device, fitted, planned, planned_before
 from customize.hosts.plan import Weights, renamed, wanted
-from customize.hosts.recording import check_method, merging_of, merging_without, recorded
+from customize.hosts.recording import merging_of, merging_without, method_of, recorded
 from customize.hosts.state import Attached, Customization, Holder, Row, check_sharing, find
 
 
@@ -41,7 +41,7 @@ def load(
     weights: Weights,
     names: Sequence[str | None] | None,
     fuse: bool,
-    merge: str | None,
+    merge: str | Mapping[str, Any] | None,
     attention: str | None,
     memory: str | None,
 ) -> None:
@@ -57,7 +57,7 @@ def load(
             fix="give concepts, a dict of weights, a merge, an attention backend or an amount of "
             "memory",
         )
-    check_method(merge)
+    chosen = method_of(merge)
     plan = None if memory is None else planned(pipe, family, memory)
     changes = _loading(family, sources, weights, names, fuse) if concerned else None
     device = computing_device(pipe, family, anywhere=plan is not None)
@@ -68,7 +68,7 @@ def load(
         if plan is not None:
             undoing.enter_context(fitted(pipe, family, plan, device))
         if changes is not None:
-            _change(pipe, changes, merge)
+            _change(pipe, changes, chosen)
 
 
 def set_to(
@@ -106,9 +106,9 @@ class _Changes:
     after: dict[str, Attached]
 
 
-def _change(pipe: Any, changes: _Changes, merge: str | None = None) -> None:
+def _change(pipe: Any, changes: _Changes, chosen: tuple[str, dict[str, Any]] | None = None) -> None:
     family, holder, after = changes.family, changes.holder, changes.after
-    merging = merging_of(family, holder, after, merge)
+    merging = merging_of(family, holder, after, chosen)
     change(family, holder, after, merging)
     _adjust(pipe, holder)
 

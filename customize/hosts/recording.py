@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,11 +15,10 @@ from customize.concepts.inputs import (
     base_prompts,
     layers_of,
     record,
-    record_beside,
     texts,
     updates_digest,
 )
-from customize.concepts.merge import AUTO, FUSION, SUM
+from customize.concepts.merge import APART, AUTO, FUSION, METHODS, SUM, check_method, resolved
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.hosts.change import change
@@ -27,67 +26,78 @@ from customize.hosts.offload import check_placed
 from customize.hosts.state import Attached, Holder, Merging
 
 
-def check_method(method: str | None) -> None:
-    """Refuse what no pipeline's concepts can be merged by.
+def method_of(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]] | None:
+    """What :func:`customize.load_custom` is told about merging: method and settings, checked.
 
     Raises:
-        ConfigError: no such method.
+        ConfigError: no such method, or a setting that it does not have.
     """
-    if method not in (None, AUTO, SUM, FUSION):
+    if merge is None:
+        return None
+    settings = dict(merge) if isinstance(merge, Mapping) else {"method": merge}
+    method = settings.pop("method", None)
+    if method not in (AUTO, *METHODS):
         raise ConfigError(
             f"a pipeline's concepts cannot be merged by {method!r}",
             where="merge",
-            fix=f"choose {AUTO}, {SUM} or {FUSION}; customize merge has others",
+            fix=f"choose from {', '.join((AUTO, *METHODS))}, or give a dict with one as its "
+            '"method" and settings',
         )
+    if method != AUTO or settings:
+        check_method(SUM if method == AUTO else method, settings)
+    return method, settings
 
 
 def merging_of(
     family: Family,
     holder: Holder,
     after: Mapping[str, Attached],
-    method: str | None,
+    chosen: tuple[str, dict[str, Any]] | None,
 ) -> Merging:
     """How the concepts that are to be attached will be merged.
 
     Args:
         family: of all that the holder knows to be changed.
-        method: None: as before.
+        chosen: of :func:`method_of`; None: as before.
 
     Records that lie beside the concepts are read. For "fusion" those that lack are made, for which
     the pipeline draws.
 
     Raises:
-        ConfigError: a concept that has no record has no words to draw it with.
+        ConfigError: a concept that has no record has no words to draw it with; or some are to be in
+            the weights and some beside them, by a method that needs them together.
         ConceptError: a record cannot be read, or is not of this concept.
     """
-    method = method or holder.merging.chosen
-    if method == SUM or len(after) < 2:
-        return Merging(method)
+    method, settings = chosen or (holder.merging.chosen, dict(holder.merging.settings))
+    if len(after) < 2:
+        return Merging(method, settings=settings)
+    if method not in (AUTO, *APART) and len({each.fused for each in after.values()}) > 1:
+        beside = [name for name, each in after.items() if not each.fused]
+        raise ConfigError(
+            f"{method} merges all concepts together, and {', '.join(beside)} would be beside the "
+            "weights, while others are in them",
+            where="merge",
+            fix="give fuse=True for all or for none, naming those that are attached already in "
+            'weights=, or choose "sum"',
+        )
     known = {name: own for name, own in holder.merging.inputs.items() if name in after}
-    for name, each in after.items():
-        if name not in known:
-            concept = each.concept
-            found = record_beside(name, concept.products, concept.source)
-            known |= {} if found is None else {name: found}
-    lacking = [each.concept for name, each in after.items() if name not in known]
-    if lacking and method == AUTO:
-        if known:
-            names = ", ".join(concept.info.name for concept in lacking)
-            warnings.warn(
-                f"the concepts are summed, not fused, as there is no record of what the layers of "
-                f'{names} read; make one here with merge="fusion", or once with customize record',
-                stacklevel=5,
-            )
-        return Merging(method, SUM, known)
-    return Merging(method, FUSION, known | recorded(family, holder, lacking))
+    concepts = [each.concept for each in after.values()]
+    found, records, lacking = resolved(method, concepts, known)
+    if found == FUSION:
+        records |= recorded(family, holder, lacking)
+    return Merging(method, found, records if method in (AUTO, FUSION) else {}, settings)
 
 
 def merging_without(holder: Holder, after: Mapping[str, Attached]) -> Merging:
     """How what is left will be merged when some concepts are gone; nothing is read or drawn."""
     before = holder.merging
     known = {name: own for name, own in before.inputs.items() if name in after}
-    fused = before.chosen != SUM and known.keys() == after.keys() and len(after) > 1
-    return Merging(before.chosen, FUSION if fused else SUM, known)
+    method = SUM
+    if len(after) > 1:
+        recorded = known.keys() == after.keys()
+        fused = before.chosen in (AUTO, FUSION)
+        method = (FUSION if recorded else SUM) if fused else before.chosen
+    return Merging(before.chosen, method, known, before.settings)
 
 
 def recorded(

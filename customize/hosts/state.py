@@ -43,14 +43,17 @@ class Merging:
     """How what is attached becomes one update.
 
     Attributes:
-        chosen: "sum", "fusion", or "auto": fusion where each concept has a record, else a sum.
-        method: which of the two it is.
+        chosen: a name of :data:`customize.concepts.merge.METHODS`, or "auto": fusion where each
+            concept has a record, else a sum.
+        method: which it is; "sum" where there are no two concepts to merge.
         inputs: concept name -> what its layers read, for "fusion".
+        settings: of the method.
     """
 
     chosen: str = AUTO
     method: str = SUM
     inputs: Mapping[str, LayerInputs] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

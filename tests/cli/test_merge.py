@@ -143,6 +143,38 @@ def test_truncation_says_what_it_lost(run: Run, world: World, tmp_path: Path) ->
     assert "Truncation" not in result.out or "lost 0.0%" in result.out
 
 
+def test_methods_that_prune_say_what_narrowing_lost(run: Run, world: World, tmp_path: Path) -> None:
+    both = (world.rex, world.tom, "--method", "dare", "--density", "0.6", "--seed", "3")
+    result = run("merge", *both, "--output", tmp_path / "m")
+    assert result.code == 0, result.err
+    facts = json.loads((tmp_path / "m" / "merged.json").read_text())
+    assert facts["method"] == "dare" and facts["settings"] == {"density": 0.6, "seed": 3}
+    concepts = [Concept.load(world.rex), Concept.load(world.tom)]
+    exact = merge(concepts, [1.0, 1.0], "dare", density=0.6, seed=3)
+    tensors = load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")
+    lost = whole = 0.0
+    for component, own in exact.items():
+        for module, update in own.items():
+            down = tensors[f"{component}.{module}.lora_A.weight"]
+            up = tensors[f"{component}.{module}.lora_B.weight"]
+            assert down.shape[0] == 4  # two concepts of rank 2
+            lost += float((up @ down - product(update)).square().sum())
+            whole += float(product(update).square().sum())
+    error = facts["truncation_error"]
+    assert error == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
+    assert 0.1 < error < 1 and f"Truncation lost {error:.1%}" in result.out
+
+
+def test_truncate_takes_the_rank_also_into_weights(run: Run, world: World, tmp_path: Path) -> None:
+    both = (world.rex, world.tom, "--method", "truncate")
+    result = run("merge", *both, "--output", tmp_path / "m")
+    assert result.code == 0 and "rank 2 in the text_encoder, 2 in the unet" in result.out
+    result = run("merge", *both, "--rank", "3", "--fuse", world.base, "-o", tmp_path / "whole")
+    assert result.code == 0, result.err
+    result = run("merge", *both[:2], "--rank", "3", "--fuse", world.base, "-o", tmp_path / "other")
+    refused(result, "--rank has no meaning with --fuse", "--method truncate")
+
+
 def test_layers_that_need_less_are_filled_with_zeros(tmp_path: Path) -> None:
     """A loader without a header takes one rank for all layers, and alpha for it."""
     rex, tom = small(1, name="rex"), small(2, name="tom", trigger="<tom>", slices=SLICES)
@@ -189,7 +221,11 @@ def test_what_does_not_go_together(run: Run, world: World, tmp_path: Path) -> No
     output = ("--output", tmp_path / "m")
     refused(run("merge", world.rex, world.rex, *output), "two concepts are called rex")
     refused(run("merge", world.rex, world.tom, "--weights", "1", *output), "1 weights", "2")
-    refused(run("merge", world.rex, "--method", "ties", *output), "no merge ties", "sum, average")
+    refused(run("merge", world.rex, "--method", "slerp", *output), "no merge slerp", "sum, average")
+    refused(run("merge", world.rex, "--seed", "1", *output), "no setting seed")
+    for more in ([], ["--fuse", world.base]):
+        result = run("merge", world.rex, "--method", "ties", *more, *output)
+        refused(result, "ties merges several concepts, and one was given", "--rank")
     refused(run("merge", world.rex, "--rank", "0", *output), "--rank", "equal to 1")
     refused(run("merge", world.rex, "--fuse", "b", "--rank", "2", *output), "--rank", "--fuse")
     refused(run("merge", world.rex, "--dtype", "float16", *output), "--dtype", "--fuse")

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from customize.core.bases import block, cosine, down_projection
 from customize.core.lowrank import (
-    MERGES,
     LowRank,
-    average,
+    add_to,
+    all_finite,
     distance,
+    from_dense,
     from_factors,
     inner,
+    nearest,
     norm,
     product,
     row_factor,
@@ -22,32 +24,7 @@ from customize.core.lowrank import (
     weighted_sum,
 )
 from customize.errors import ConceptError, ConfigError
-
-SCALES = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, -1.5])
-WEIGHTS = st.floats(-2, 2)
-DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
-
-
-@st.composite
-def updates(draw, count=None, dtype=None):
-    """Products of one layer, with any mix of rank, scale and dtype, and their weights."""
-    out, width = draw(st.integers(1, 12)), draw(st.integers(1, 12))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    products = []
-    for _ in range(count or draw(st.integers(1, 4))):
-        rank, kind = draw(st.integers(1, 6)), dtype or draw(DTYPES)
-        up = torch.randn(out, rank, generator=generator).to(kind)
-        down = torch.randn(rank, width, generator=generator).to(kind)
-        products.append(LowRank(up, down, draw(SCALES)))
-    return products, [draw(WEIGHTS) for _ in products]
-
-
-def dense(p: LowRank) -> torch.Tensor:
-    return p.scale * (p.up.double() @ p.down.double())
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
-    return bool((actual.double() - expected).abs().max() <= tolerance * (1 + expected.abs().max()))
+from tests.core.making import close, dense, updates
 
 
 @settings(deadline=None)
@@ -72,28 +49,73 @@ def test_weighted_sum_is_the_sum_of_products(case):
     assert merged.up.dtype == merged.down.dtype == (torch.float64 if wide else torch.float32)
 
 
-@settings(deadline=None)
-@given(updates(dtype=torch.float64))
-def test_average_divides_by_the_number_of_concepts(case):
-    products, weights = case
-    expected = sum(w * dense(p) for p, w in zip(products, weights, strict=True)) / len(products)
-    assert close(dense(average(products, weights)), expected, 1e-12)
-
-
-def test_ranks_add_unless_the_downs_are_equal():
+def test_ranks_add_unless_downs_are_equal():
     torch.manual_seed(0)
-    down = torch.randn(3, 8)
-    ups = [torch.randn(5, 3) for _ in range(4)]
+    down = torch.randn(3, 20)
+    ups = [torch.randn(15, 3) for _ in range(4)]
     shared = [LowRank(up, down.clone(), scale) for up, scale in zip(ups, (1, 2, 3, 4), strict=True)]
     merged = weighted_sum(shared, [0.6] * 4)
     assert merged.rank == 3
     assert torch.equal(merged.down, down)
     assert close(dense(merged), 0.6 * sum(dense(p) for p in shared))
     nearly = LowRank(ups[0], torch.nextafter(down, torch.tensor(9.0)))
-    assert weighted_sum([*shared, nearly], [0.6] * 5).rank == 15
+    other = LowRank(ups[0], torch.randn(3, 20))
+    assert weighted_sum([*shared, nearly], [0.6] * 5).rank == 6
+    # In any order, and with the same first numbers.
+    mixed = [shared[0], other, shared[1], nearly, shared[2]]
+    assert weighted_sum(mixed, [1.0] * 5).rank == 9
+    assert close(dense(weighted_sum(mixed, [1.0] * 5)), sum(dense(p) for p in mixed))
     # Equal values in another precision are the same slice.
     half = LowRank(ups[0], down.bfloat16()), LowRank(ups[1], down.bfloat16().float())
     assert weighted_sum(half, [1.0, 1.0]).rank == 3
+
+
+def test_a_sum_is_no_wider_than_its_weight():
+    torch.manual_seed(0)
+    for out, width in ((5, 8), (8, 5)):
+        products = [LowRank(torch.randn(out, 2), torch.randn(2, width), 0.5) for _ in range(4)]
+        merged = weighted_sum(products, [1.0, 2.0, -1.0, 0.5])
+        expected = dense(products[0]) + 2 * dense(products[1]) - dense(products[2])
+        assert close(dense(merged), expected + 0.5 * dense(products[3]))
+        assert merged.rank == 5
+        assert torch.equal(product(merged), merged.down if out < width else merged.up)
+
+
+@settings(deadline=None)
+@given(updates(), st.booleans())
+def test_adding_in_place(case, whole):
+    products, weights = case
+    if whole:  # one that is dense but for its form
+        products[0] = from_dense(product(products[0]))
+    start = torch.randn(products[0].shape, dtype=torch.float64)
+    total = start.float()
+    add_to(total, products, weights)
+    parts = [w * dense(p) for p, w in zip(products, weights, strict=True)]
+    size = sum(part.abs().max() for part in parts) + start.abs().max()
+    assert (total - (start + sum(parts))).abs().max() <= 1e-5 * (1 + size)
+    before = total.clone()
+    add_to(total, [], [])
+    assert torch.equal(total, before)
+
+
+def test_many_are_added_in_pieces_and_slices_once():
+    torch.manual_seed(0)
+    slices = [torch.randn(20, 400) for _ in range(20)]
+    products = [LowRank(torch.randn(30, 20), slices[k % 20].clone(), 0.1) for k in range(60)]
+    total = torch.zeros(30, 400)
+    add_to(total, products, [1.0] * 60)
+    assert close(total, sum(dense(p) for p in products))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_numbers_that_are_finite_or_not(bad, dtype):
+    values = torch.full((50, 50), torch.finfo(dtype).max, dtype=dtype)  # whose sum is not finite
+    if bad is not None:
+        values[3, 4] = bad
+    assert all_finite(values) == (bad is None)
+    opposite = torch.tensor([math.inf, -math.inf], dtype=dtype)
+    assert not all_finite(opposite) and all_finite(torch.zeros(0, dtype=dtype))
 
 
 def test_a_sum_of_half_precision_keeps_what_half_precision_would_lose():
@@ -119,7 +141,7 @@ def test_disjoint_slices_do_not_cross_and_sum(rank):
         for q in products[i + 1 :]:
             assert (dense(p) @ dense(q).T).abs().max() < 1e-5
             assert abs(inner(p, q)) < 1e-5 * norm(p) * norm(q)
-    merged = dense(MERGES["sum"](products, [1.0] * 3))
+    merged = dense(weighted_sum(products, [1.0] * 3))
     assert close(merged, sum(dense(p) for p in products))
     # On an input from its own slice each concept acts in the merged model as it does alone.
     own = products[0].down.double().T
@@ -205,19 +227,29 @@ def test_scale_must_be_finite_and_up_one_pixel():
         from_factors(torch.zeros(3, 2, 3, 3), torch.zeros(2, 4, 1, 1))
 
 
-@pytest.mark.parametrize("merge", list(MERGES.values()), ids=list(MERGES))
-def test_merge_refuses_what_does_not_fit(merge):
+def test_what_does_not_fit_is_refused():
     p, q = LowRank(torch.ones(3, 2), torch.ones(2, 4)), LowRank(torch.ones(3, 2), torch.ones(2, 5))
-    with pytest.raises(ConceptError, match="nothing to merge"):
-        merge([], [])
-    with pytest.raises(ConceptError, match="nothing to merge"):
-        merge([], [1.0])
-    with pytest.raises(ConfigError, match="1 weights were given for 2"):
-        merge([p, p], [1.0])
-    with pytest.raises(ConfigError, match="inf"):
-        merge([p], [math.inf])
-    for refuse in (lambda: merge([p, q], [1.0, 1.0]), lambda: inner(p, q), lambda: distance(p, q)):
+    for refuse in (lambda: inner(p, q), lambda: distance(p, q)):
         with pytest.raises(ConceptError, match="do not belong to one weight"):
             refuse()
-    with pytest.raises(ConfigError, match="rank 0"):
-        truncate(p, 0)
+    for cut in (truncate, nearest):
+        with pytest.raises(ConfigError, match="rank 0"):
+            cut(p, 0)
+
+
+@pytest.mark.parametrize("spectrum", ["flat", "falling", "of noise"])
+def test_nearest_is_within_a_percent_of_the_best(spectrum):
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 120, dtype=torch.float64)).Q for n in (150, 200))
+    singular = torch.ones(120, dtype=torch.float64)
+    if spectrum == "falling":
+        singular = 0.9 ** torch.arange(120, dtype=torch.float64)
+    update = (left * singular) @ right.T
+    if spectrum == "of noise":  # what pruning leaves: some directions above many small ones
+        update = torch.randn(150, 200, dtype=torch.float64) + 40 * left[:, :5] @ right[:, :5].T
+    cut = nearest(from_dense(update.float()), 8)
+    best = torch.linalg.svdvals(update)[8:].square().sum().sqrt()
+    assert cut.rank == 8 and cut.up.dtype == torch.float32
+    assert best <= torch.linalg.matrix_norm(dense(cut) - update) * (1 + 1e-6)
+    assert torch.linalg.matrix_norm(dense(cut) - update) <= 1.01 * best
+    assert torch.equal(nearest(from_dense(update.float()), 8).up, cut.up)

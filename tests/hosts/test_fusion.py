@@ -202,8 +202,8 @@ def test_bad_input(tmp_path):
     before = everything(pipe)
     save_file(user_lora(pipe), tmp_path / "style.safetensors")
     rex = concept(pipe)
-    with pytest.raises(ConfigError, match=r"cannot be merged by 'ties'.*choose auto, sum or"):
-        pipe.load_custom(rex, merge="ties")
+    with pytest.raises(ConfigError, match=r"cannot be merged by 'slerp'.*choose from auto, sum"):
+        pipe.load_custom(rex, merge="slerp")
     with pytest.raises(ConfigError, match="style says no words that call it"):
         pipe.load_custom(rex, tmp_path / "style.safetensors", merge="fusion")
     with pytest.raises(ConfigError, match=r"no \{\} for the concept's words"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from customize.concepts.formats.keys import Group
 from customize.core import updates
-from customize.core.lowrank import LowRank, from_dense
+from customize.core.lowrank import LowRank, all_finite, from_dense
 from customize.errors import ConceptError
 
 #: The rank that the parts show, or None where they show none, to the factor of the product.
@@ -152,7 +152,7 @@ def _checked(group: Group, part: str) -> Tensor:
         raise ConceptError(f"{group.keys[part]} has numbers of type {tensor.dtype}")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         tensor = tensor.to(torch.float32)
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise ConceptError(f"{group.keys[part]} has a number that is NaN or infinite")
     if part != "alpha" and (tensor.numel() == 0 or tensor.ndim == 0):
         raise ConceptError(f"{group.keys[part]} is empty")

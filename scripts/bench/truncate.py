@@ -1,0 +1,136 @@
+"""The best approximation of a sum of LoRAs: from its factors, against the dense SVD.
+
+Eight updates of rank 16 of one square layer are added and cut to rank 16, at the widths of
+Stable Diffusion 1.5 and XL (640, 1280) and of FLUX.1 (3072):
+
+- ours: `truncate(weighted_sum(...), 16)`, which never makes the matrix;
+- dense: the sum of the dense updates and `torch.linalg.svd` of it in float32, as peft's
+  `add_weighted_adapter(combination_type="svd")` does. With `full_matrices`, which is peft's
+  default, in a row of its own.
+
+Half of the updates are in the span of the others, nearly, and their scales differ by 1e4, so that
+factors are ill-conditioned. `relative_error` is how far ours is from the truth, by more than the
+best approximation must be: (error - best) / best, with the best from a dense SVD in float64. Sides
+take turns; time is that which the one thread computes; the speedup is the median over turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _common import ROOT, parser, report, spread
+from torch import Tensor
+
+sys.path.insert(0, str(ROOT))
+
+COUNT, RANK = 8, 16
+#: Width -> turns; a dense SVD at the last takes long.
+REPEATS = {640: 9, 1280: 5, 3072: 3}
+
+
+def make_updates(width: int) -> list[Any]:
+    """Updates of one layer; the second half reads and writes nearly what the first does."""
+    from customize.core.lowrank import LowRank
+
+    generator = torch.Generator().manual_seed(width)
+    found = []
+    for number in range(COUNT):
+        up = torch.randn(width, RANK, generator=generator)
+        down = torch.randn(RANK, width, generator=generator) / width**0.5
+        if number >= COUNT // 2:
+            first = found[number - COUNT // 2]
+            up, down = first.up + 1e-3 * up, first.down + 1e-3 * down
+        found.append(LowRank(up, down, 10.0 ** -(number % 4 + number // 4)))
+    return found
+
+
+def ours(updates: list[Any]) -> tuple[Tensor, Tensor]:
+    from customize.core.lowrank import truncate, weighted_sum
+
+    cut = truncate(weighted_sum(updates, [1.0] * COUNT), RANK)
+    return cut.up, cut.down
+
+
+def dense(updates: list[Any], full: bool = False) -> tuple[Tensor, Tensor]:
+    total = sum(update.scale * (update.up @ update.down) for update in updates)
+    u, s, vh = torch.linalg.svd(total, full_matrices=full)
+    return u[:, :RANK] * s[:RANK], vh[:RANK]
+
+
+def full(updates: list[Any]) -> tuple[Tensor, Tensor]:
+    return dense(updates, full=True)
+
+
+SIDES: dict[str, Callable[[list[Any]], tuple[Tensor, Tensor]]] = {
+    "ours": ours,
+    "dense svd": dense,
+    "dense svd, full (peft)": full,
+}
+
+
+def excess(updates: list[Any], factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """By how much each side's error is above the least possible, as a share of that."""
+    total = sum(each.scale * (each.up.double() @ each.down.double()) for each in updates)
+    left = torch.linalg.svdvals(total)[RANK:]
+    best = float(left.square().sum().sqrt())
+    errors = {
+        side: float(torch.linalg.matrix_norm(total - up.double() @ down.double()))
+        for side, (up, down) in factors.items()
+    }
+    return {side: (error - best) / best for side, error in errors.items()}
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    rows: list[dict[str, Any]] = []
+    figures: dict[str, float] = {}
+    worst = 0.0
+    for width, turns in REPEATS.items():
+        updates = make_updates(width)
+        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        factors = {}
+        for turn in range(min(turns, 2) if args.quick else turns):
+            for side in list(SIDES)[:: 1 if turn % 2 else -1]:
+                # What is quick is timed over several calls.
+                calls = 20 if side == "ours" else 1
+                began = time.process_time()
+                for _ in range(calls):
+                    factors[side] = SIDES[side](updates)
+                seconds[side].append((time.process_time() - began) / calls)
+        errors = excess(updates, factors)
+        worst = max(worst, abs(errors["ours"]))
+        for side, values in seconds.items():
+            pairs = zip(values, seconds["ours"], strict=True)
+            rows.append(
+                {
+                    "width": width,
+                    "side": side,
+                    "ms": spread([1e3 * each for each in values]),
+                    "ours_is_faster": statistics.median(a / b for a, b in pairs),
+                    "relative_error": f"{errors[side]:.1e}",
+                }
+            )
+        for side, name in (("dense svd", "truncate"), ("dense svd, full (peft)", "truncate_full")):
+            row = next(row for row in rows if (row["width"], row["side"]) == (width, side))
+            figures[f"{name}_speedup_{width}"] = row["ours_is_faster"]
+    figures["truncate_relative_error"] = worst
+    if worst > 1e-5:
+        raise SystemExit(
+            f"ours is {worst:.2g} further from the truth than the dense SVD in float64"
+        )
+    return rows, figures
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    torch.set_num_threads(1)
+    report("truncate", args, *run(args))
+
+
+if __name__ == "__main__":
+    main()

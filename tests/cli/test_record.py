@@ -108,7 +108,7 @@ def test_merge_without_records(run: Run, world: World, recorded: World, tmp_path
 
 def test_generate_says_how_it_merged(run: Run, recorded: World, tmp_path: Path) -> None:
     common = ("--base", recorded.base, "--prompt", "<rex> and <tom>", "--steps", 1)
-    for merge_, told in (("auto", "fusion"), ("sum", "sum")):
+    for merge_, told in (("auto", "fusion"), ("sum", "sum"), ("ties", "ties")):
         folder = tmp_path / merge_
         result = run(
             "generate", recorded.rex, recorded.tom, *common, "--merge", merge_, "-o", folder
@@ -116,9 +116,9 @@ def test_generate_says_how_it_merged(run: Run, recorded: World, tmp_path: Path) 
         assert result.code == 0, result.err
         assert json.loads((folder / "0001.json").read_text())["merge"] == told
     result = run(
-        "generate", recorded.rex, recorded.tom, *common, "--merge", "ties", "-o", tmp_path / "x"
+        "generate", recorded.rex, recorded.tom, *common, "--merge", "blend", "-o", tmp_path / "x"
     )
-    refused(result, "cannot be merged by 'ties'")
+    refused(result, "cannot be merged by 'blend'")
 
 
 def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -> None:

@@ -14,7 +14,14 @@ from torch import nn
 from customize.concepts.adapter import attach_products, fit
 from customize.concepts.layerwise import encode_by_layer, read_by_layer, vocabulary
 from customize.concepts.merge import FUSION, merge
-from customize.concepts.tokens import add_tokens, entries, pool_at_end, remove_tokens
+from customize.concepts.tokens import (
+    add_tokens,
+    entries,
+    has_rows,
+    known,
+    pool_at_end,
+    remove_tokens,
+)
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.hosts.checks import check_layers, check_range
@@ -34,7 +41,8 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
     """
     before, was_merging = holder.attached, holder.merging
     models = family.adaptable
-    new, old = _updates(family, after, merging), _updates(family, before, was_merging)
+    new = _updates(family, holder, after, merging)
+    old = _updates(family, holder, before, was_merging)
     layers = {
         (component, module)
         for updates in (*new, *old)
@@ -50,8 +58,6 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
                 where=component,
                 fix=f'call delete_adapters("{ADAPTER}") first, or load it under another name',
             )
-    for component, own in new[0].items():
-        check_range(component, own, _adapter_dtype(models[component]))
     with _writable(models), settled(models):
         check_fusable(models, new[1])
         holder.originals.update(check_unchanged(models, old[1], holder.originals))
@@ -82,18 +88,22 @@ def _rebuild(
     into: Updates,
 ) -> None:
     """Make adapters, weights and vocabularies those of ``attached``, from any state between."""
-    while holder.adapters:
+    swapped = _can_swap(holder, beside)
+    while holder.adapters and not swapped:
         # Also where someone deleted it: the layers are wrapped still.
         adapter = holder.adapters.pop()
         for component, layers in adapter.layers.items():
             unguard(adapter.models[component], layers.values())
         adapter.remove()
     fuse_updates(models, into, holder.originals)
+    for adapter in holder.adapters:
+        (component,) = adapter.models
+        adapter.swap(beside, _adapter_dtype(models[component]))
     active = active_adapters(models.values())
     with warnings.catch_warnings():
         # That other adapters are there is meant.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        for component, updates in beside.items():
+        for component, updates in () if swapped else beside.items():
             own = {component: updates}
             dtype = _adapter_dtype(models[component])
             holder.adapters.append(attach_products(family, own, name=ADAPTER, dtype=dtype))
@@ -107,6 +117,19 @@ def _rebuild(
     _set_tokens(family, holder, attached)
     holder.attached = attached
     keep(family, holder)
+
+
+def _can_swap(holder: Holder, beside: Updates) -> bool:
+    """Whether the adapters that are there can carry these updates, without wrapping layers anew.
+
+    They keep no layer more than they change, but for a library, where the next call may need it.
+    """
+    if not holder.adapters or not all(adapter.is_there() for adapter in holder.adapters):
+        return False
+    layers = {key: own.keys() for each in holder.adapters for key, own in each.layers.items()}
+    if holder.shelf is None:
+        return layers == {key: own.keys() for key, own in beside.items()}
+    return all(own.keys() <= layers.get(key, set()) for key, own in beside.items())
 
 
 @contextmanager
@@ -130,21 +153,29 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
         for each in attached.values()
         for key, rows in each.concept.embeddings.items()
     }
-    for key, trigger in list(holder.tokens):
-        known = dictionaries[key].tokenizer.get_vocab()
-        if trigger not in known:  # someone else's unload_textual_inversion
-            left = [name for name in holder.tokens.pop((key, trigger)) if name in known]
+    for (key, trigger), names in list(holder.tokens.items()):
+        left = known(dictionaries[key].tokenizer, names)
+        if trigger not in left:  # someone else's unload_textual_inversion
+            del holder.tokens[key, trigger]
             if left:
                 remove_tokens(dictionaries[key], left)
             pool_at_end(dictionaries[key])
+    there = {each.concept.info.trigger: each.concept for each in holder.attached.values()}
     for (key, trigger), rows in owned.items():
+        dictionary, (names, whole) = dictionaries[key], vocabulary(trigger, rows)
+        if (key, trigger) in holder.tokens and trigger not in there:
+            # Left from an earlier call; its file may be another one since.
+            if holder.tokens[key, trigger] != names or not has_rows(dictionary, names, whole):
+                remove_tokens(dictionary, holder.tokens.pop((key, trigger)))
         if (key, trigger) not in holder.tokens:
-            names, whole = vocabulary(trigger, rows)
-            add_tokens(dictionaries[key], names, whole)
+            add_tokens(dictionary, names, whole)
             holder.tokens[key, trigger] = names
-    # Last, because what is removed and added again would have other ids than before.
-    for key, trigger in [place for place in holder.tokens if place not in owned]:
-        remove_tokens(dictionaries[key], holder.tokens.pop((key, trigger)))
+    # Last, because what is removed and added again would have other ids than before. With a library
+    # they stay, as removing them takes a second of a large vocabulary.
+    gone = [place for place in holder.tokens if place not in owned and holder.shelf is None]
+    for key in {key for key, _ in gone}:
+        entries_of = [holder.tokens.pop(place) for place in gone if place[0] == key]
+        remove_tokens(dictionaries[key], [name for names in entries_of for name in names])
     infos = [each.concept.info for each in attached.values() if each.concept.embeddings]
     triggers = {info.trigger: entries(info.trigger, info.num_tokens) for info in infos}
     layered = [info.trigger for info in infos if info.token_layers]
@@ -158,27 +189,29 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
 
 
 def _updates(
-    family: Family, attached: Mapping[str, Attached], merging: Merging
+    family: Family, holder: Holder, attached: Mapping[str, Attached], merging: Merging
 ) -> tuple[Updates, Updates]:
-    """The merges of what is to be beside the weights, and of what is to be in them."""
-    found: list[Updates] = []
-    inputs = merging.inputs if merging.method == FUSION else {}
-    for fused in (False, True):
-        chosen = [each for each in attached.values() if each.fused == fused]
-        rest = [each for each in attached.values() if each.fused != fused]
-        merged = (
-            merge(
-                [each.concept for each in chosen],
-                [each.weight for each in chosen],
-                merging.method,
-                inputs=[inputs[each.name] for each in chosen] if inputs else (),
-                others=[inputs[each.name] for each in rest] if inputs else (),
-            )
-            if chosen
-            else {}
+    """The merges of what is to be beside the weights, and of what is to be in them.
+
+    The first are in the adapters' types. A library keeps them, for the next call with the same.
+
+    Raises:
+        ConfigError: they are too large for these.
+    """
+    dtypes = {key: _adapter_dtype(model) for key, model in family.adaptable.items()}
+
+    def make() -> tuple[Updates, Updates]:
+        beside, into = (
+            fit(_merged(attached, merging, fused=fused), family) for fused in (False, True)
         )
-        found.append(fit(merged, family))
-    return found[0], found[1]
+        for component, own in beside.items():
+            check_range(component, own, dtypes[component])
+        return beside, into
+
+    if holder.shelf is None:
+        return make()
+    parts = [each for name, each in attached.items() for each in (each.concept, )]
+    return make()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.layerwise import layer_entries, layers_of
-from customize.concepts.tokens import entries
+from customize.concepts.tokens import entries, known
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import Family
@@ -71,8 +71,7 @@ def check_vocabulary(family: Family, concept: Adaptation) -> None:
     names = entries(info.trigger, info.num_tokens + 1)
     names += layer_entries(info.trigger, info.num_tokens, info.token_layers)
     for dictionary in family.token_dictionaries():
-        vocabulary = dictionary.tokenizer.get_vocab()
-        taken = [name for name in names if name in vocabulary]
+        taken = known(dictionary.tokenizer, names)
         if taken:
             raise ConceptError(
                 f"the concept {info.name} brings the token {taken[0]}, which the tokenizer has "

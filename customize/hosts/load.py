@@ -20,6 +20,7 @@ from customize.concepts.formats.names import Names
 from customize.concepts.formats.opening import opened
 from customize.concepts.inputs import LayerInputs
 from customize.concepts.slices import collisions
+from customize.concepts.tokens import known
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
 from customize.hosts.change import change
@@ -257,7 +258,7 @@ def _family(pipe: Any) -> Family:
 def _lacks_tokens(family: Family, holder: Holder, trigger: str) -> bool:
     # Someone may have taken them away, with unload_textual_inversion.
     keys = [family.clip_encoders[key] for key, ours in holder.tokens if ours == trigger]
-    return any(trigger not in holder.parts[key].get_added_vocab() for key in keys)
+    return any(not known(holder.parts[key], [trigger]) for key in keys)
 
 
 def _adjust(pipe: Any, holder: Holder) -> None:

@@ -22,14 +22,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from customize.concepts.concept import BasisInfo, ConceptInfo
+from customize.concepts.concept import MAX_NAME, BasisInfo, ConceptInfo
 from customize.concepts.files import put_file
 from customize.concepts.formats.lora import LoraInfo, own_name
 from customize.concepts.formats.metadata import Metadata
 from customize.concepts.inputs import place_beside
 from customize.concepts.layout import INFO_FILE, INFO_HEADER, INPUTS_FILE
-from customize.concepts.reading import read_header, read_info, single_info
-from customize.errors import CustomizeError
+from customize.concepts.reading import read_info, single_info
+from customize.errors import ConceptError, CustomizeError
 
 INDEX_FILE = ".library.sqlite"
 _VERSION = 1
@@ -117,13 +117,13 @@ def stamp_of(library: Path, source: str) -> str:
         return ""
     if not any(name == INFO_FILE or name.endswith(".safetensors") for name in own):
         return ""
-    return "|".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in sorted(own.items()))
+    return "/".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in sorted(own.items()))
 
 
 def described(library: Path, source: str, stamp: str) -> Entry:
     """The row of a concept, from what its files say beside their tensors."""
     path = library / source
-    files = [part.rsplit(":", 2) for part in stamp.split("|")]
+    files = [part.rsplit(":", 2) for part in stamp.split("/")]
     size = sum(
         int(number)
         for name, number, _ in files
@@ -163,15 +163,35 @@ def _info(path: Path) -> ConceptInfo | LoraInfo:
         name, files = path.name, sorted(own)
     else:
         name, files = path.stem, [path]
-    rank, metadata = 0, {}
+    rank, metadata = 0, dict[str, str]()
     for file in files:
-        shapes, metadata = read_header(file)
+        shapes, metadata = _header(file)
         if INFO_HEADER in metadata:
             return single_info(metadata, file)
         downs = [shape[0] for key, shape in shapes.items() if _DOWN.fullmatch(key) and shape]
         rank = max([rank, *downs])
     facts = Metadata.of(metadata, None, path)
     return LoraInfo(own_name(name), "", facts.base, rank, facts.words)
+
+
+def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """The shapes of a ``.safetensors`` file's tensors by their names, and its metadata.
+
+    Raises:
+        ConceptError: it is missing, or no such file as far as its header says.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            return shapes, file.metadata() or {}
+    except Exception as error:  # whatever a parser may raise on bytes of others
+        raise ConceptError(
+            f"the file is damaged or no safetensors file: {str(error)[:MAX_NAME]}",
+            where=path,
+            fix="get the file anew",
+        ) from error
 
 
 _COLUMNS = [field.name for field in fields(Entry)]

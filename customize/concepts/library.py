@@ -15,7 +15,7 @@ from customize.concepts.files import storage_error, sync_folder
 from customize.concepts.formats.opening import opened
 from customize.concepts.index import Entry, described, read_index, stamp_of, stamps, write_index
 from customize.concepts.inputs import place_beside
-from customize.concepts.layout import WORK_NAMES
+from customize.concepts.layout import INPUTS_FILE, WORK_NAMES
 from customize.concepts.reading import located
 from customize.errors import ConceptError, ConfigError
 
@@ -156,9 +156,9 @@ def _copy(source: Path, partial: Path, target: Path) -> None:
         shutil.copytree(source, partial, ignore=hidden)
         partial.rename(target)
         return
-    record, place = place_beside(source), target.with_suffix(f".{place_beside(source).name}")
+    record = place_beside(source)
+    if record.is_file():  # first, so that the concept never is there without it
+        shutil.copyfile(record, partial)
+        os.replace(partial, target.with_suffix(f".{INPUTS_FILE}"))
     shutil.copyfile(source, partial)
     os.replace(partial, target)
-    if record.is_file():
-        shutil.copyfile(record, partial)
-        os.replace(partial, place)

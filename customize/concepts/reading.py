@@ -61,26 +61,6 @@ def read_info(folder: Path) -> ConceptInfo:
     return _parsed_info(_bytes(folder / INFO_FILE, _MAX_JSON), folder / INFO_FILE)[0]
 
 
-def read_header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """The shapes of a ``.safetensors`` file's tensors by their names, and its metadata.
-
-    Raises:
-        ConceptError: it is missing, or no such file as far as its header says.
-    """
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-            return shapes, file.metadata() or {}
-    except Exception as error:  # whatever a parser may raise on bytes of others
-        raise ConceptError(
-            f"the file is damaged or no safetensors file: {str(error)[:MAX_NAME]}",
-            where=path,
-            fix="get the file anew",
-        ) from error
-
-
 def single_info(metadata: Mapping[str, str], where: Path) -> ConceptInfo:
     """The facts on the concept in a single file, from its header, which has them.
 

@@ -22,6 +22,7 @@ from customize.concepts.tokens import (
     pool_at_end,
     remove_tokens,
 )
+from customize.core.lowrank import LowRank
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.hosts.checks import check_layers, check_range
@@ -160,13 +161,18 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
             if left:
                 remove_tokens(dictionaries[key], left)
             pool_at_end(dictionaries[key])
-    there = {each.concept.info.trigger: each.concept for each in holder.attached.values()}
+    owners = {each.concept.info.trigger: each.concept for each in attached.values()}
+    before = {each.concept.info.trigger: each.concept for each in holder.attached.values()}
     for (key, trigger), rows in owned.items():
         dictionary, (names, whole) = dictionaries[key], vocabulary(trigger, rows)
-        if (key, trigger) in holder.tokens and trigger not in there:
-            # Left from an earlier call; its file may be another one since.
-            if holder.tokens[key, trigger] != names or not has_rows(dictionary, names, whole):
-                remove_tokens(dictionary, holder.tokens.pop((key, trigger)))
+        # Of a library's, what is left from an earlier call may be of a file that has changed since.
+        if (
+            holder.shelf is not None
+            and (key, trigger) in holder.tokens
+            and owners[trigger] is not before.get(trigger)
+            and not (holder.tokens[key, trigger] == names and has_rows(dictionary, names, whole))
+        ):
+            remove_tokens(dictionary, holder.tokens.pop((key, trigger)))
         if (key, trigger) not in holder.tokens:
             add_tokens(dictionary, names, whole)
             holder.tokens[key, trigger] = names
@@ -193,25 +199,59 @@ def _updates(
 ) -> tuple[Updates, Updates]:
     """The merges of what is to be beside the weights, and of what is to be in them.
 
-    The first are in the adapters' types. A library keeps them, for the next call with the same.
-
     Raises:
-        ConfigError: they are too large for these.
+        ConfigError: the first do not fit into the adapters' types.
     """
     dtypes = {key: _adapter_dtype(model) for key, model in family.adaptable.items()}
 
     def make() -> tuple[Updates, Updates]:
-        beside, into = (
-            fit(_merged(attached, merging, fused=fused), family) for fused in (False, True)
-        )
+        beside, into = (fit(_merged(attached, merging, fused), family) for fused in (False, True))
         for component, own in beside.items():
             check_range(component, own, dtypes[component])
         return beside, into
 
+    def make_ready() -> tuple[Updates, Updates]:
+        beside, into = make()
+        ready = {
+            component: {module: _ready(u, dtypes[component], on_cuda) for module, u in own.items()}
+            for component, own in beside.items()
+        }
+        return ready, into
+
     if holder.shelf is None:
         return make()
-    parts = [each for name, each in attached.items() for each in (each.concept, )]
-    return make()
+    on_cuda = family.denoiser.device.type == "cuda"
+    said = tuple((name, each.weight, each.fused) for name, each in attached.items())
+    inputs = merging.inputs if merging.method == FUSION else {}
+    of = [*(each.concept for each in attached.values()), *inputs.values()]
+    how = (merging.method, said, *dtypes.values(), on_cuda)
+    return holder.shelf.merged(how, of, make_ready)
+
+
+def _ready(update: LowRank, dtype: torch.dtype, pinned: bool) -> LowRank:
+    """An update in the adapter's type; pinned, a GPU copies it while the CPU goes on."""
+    up, down = update.up.to(dtype), update.down.to(dtype)
+    if pinned:
+        up, down = up.pin_memory(), down.pin_memory()
+    return LowRank(up, down, update.scale)
+
+
+def _merged(
+    attached: Mapping[str, Attached], merging: Merging, fused: bool
+) -> Mapping[str, Mapping[str, LowRank]]:
+    """The merge of those concepts that are fused, or of those that are not."""
+    inputs = merging.inputs if merging.method == FUSION else {}
+    chosen = [each for each in attached.values() if each.fused == fused]
+    rest = [each for each in attached.values() if each.fused != fused]
+    if not chosen:
+        return {}
+    return merge(
+        [each.concept for each in chosen],
+        [each.weight for each in chosen],
+        merging.method,
+        inputs=[inputs[each.name] for each in chosen] if inputs else (),
+        others=[inputs[each.name] for each in rest] if inputs else (),
+    )
 
 
 @dataclass(frozen=True)
@@ -250,6 +290,7 @@ def _factors(holder: Holder, updates: Updates) -> dict[tuple[str, str], float]:
     return {
         (component, module): layer.scaling[ADAPTER] / updates[component][module].scale
         for (component, module), layer in _layers(holder).items()
+        if module in updates.get(component, {})  # where it is active
     }
 
 

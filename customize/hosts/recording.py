@@ -63,11 +63,15 @@ def merging_of(
     method = method or holder.merging.chosen
     if method == SUM or len(after) < 2:
         return Merging(method)
-    known = {name: own for name, own in holder.merging.inputs.items() if name in after}
+    known = {
+        name: own
+        for name, own in holder.merging.inputs.items()
+        if name in after and not after[name].routed
+    }
+    shelf = holder.shelf
     for name, each in after.items():
         if name not in known:
-            concept = each.concept
-            found = record_beside(name, concept.products, concept.source)
+            found = _record(each.concept) if shelf is None else shelf.record(each.concept, _record)
             known |= {} if found is None else {name: found}
     lacking = [each.concept for name, each in after.items() if name not in known]
     if lacking and method == AUTO:
@@ -79,7 +83,15 @@ def merging_of(
                 stacklevel=5,
             )
         return Merging(method, SUM, known)
-    return Merging(method, FUSION, known | recorded(family, holder, lacking))
+    made = recorded(family, holder, lacking)
+    if shelf is not None:
+        for concept in lacking:
+            shelf.keep_record(concept, made[concept.info.name])
+    return Merging(method, FUSION, known | made)
+
+
+def _record(concept: Adaptation) -> LayerInputs | None:
+    return record_beside(concept.info.name, concept.products, concept.source)
 
 
 def merging_without(holder: Holder, after: Mapping[str, Attached]) -> Merging:

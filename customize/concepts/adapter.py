@@ -89,19 +89,12 @@ class Adapter:
             for layer, scale in zip(layers, scales, strict=True):
                 layer.scaling[self.name] = scale
 
-    def takes(self, products: Products) -> bool:
-        """Whether it sits in all layers that these change, so that it could carry them instead."""
-        return all(
-            updates.keys() <= self.layers.get(component, {}).keys()
-            for component, updates in products.items()
-        )
-
     def swap(self, products: Products, dtype: torch.dtype | None = None) -> None:
         """Carry other updates, in the same layers; see :func:`customize.concepts.injection.swap`.
 
         Args:
-            products: component -> module, by the model's names -> update, of any rank; all are in
-                layers that it :meth:`takes`.
+            products: component -> module, by the model's names -> update, of any rank, in no
+                other layers than it is in.
             dtype: as of :func:`attach_products`.
         """
         for component, model in self.models.items():

@@ -42,8 +42,9 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
     """
     before, was_merging = holder.attached, holder.merging
     models = family.adaptable
-    new = _updates(family, holder, after, merging)
-    old = _updates(family, holder, before, was_merging)
+    dtypes = {key: _adapter_dtype(model) for key, model in models.items()}
+    new = _updates(family, holder, after, merging, dtypes)
+    old = _updates(family, holder, before, was_merging, dtypes)
     layers = {
         (component, module)
         for updates in (*new, *old)
@@ -66,14 +67,14 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
         factors = _factors(holder, old[0])
         gone = [adapter for adapter in holder.adapters if not adapter.is_there()]
         try:
-            _rebuild(family, models, holder, after, *new)
+            _rebuild(family, models, holder, after, *new, dtypes)
             for place, layer in _layers(holder).items():
                 layer.scaling[ADAPTER] *= factors.get(place, 1.0)
             holder.merging = merging
         except BaseException:
             removed = {component for adapter in gone for component in adapter.models}
             beside = {key: own for key, own in old[0].items() if key not in removed}
-            _rebuild(family, models, holder, before, beside, old[1])
+            _rebuild(family, models, holder, before, beside, old[1], dtypes)
             holder.adapters += gone  # so that it is still known to be missing
             for place, use in was.items():
                 use.restore(models[place[0]].get_submodule(place[1]))
@@ -87,6 +88,7 @@ def _rebuild(
     attached: dict[str, Attached],
     beside: Updates,
     into: Updates,
+    dtypes: Mapping[str, torch.dtype],
 ) -> None:
     """Make adapters, weights and vocabularies those of ``attached``, from any state between."""
     swapped = _can_swap(holder, beside)
@@ -99,14 +101,14 @@ def _rebuild(
     fuse_updates(models, into, holder.originals)
     for adapter in holder.adapters:
         (component,) = adapter.models
-        adapter.swap(beside, _adapter_dtype(models[component]))
+        adapter.swap(beside, dtypes[component])
     active = active_adapters(models.values())
     with warnings.catch_warnings():
         # That other adapters are there is meant.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         for component, updates in () if swapped else beside.items():
             own = {component: updates}
-            dtype = _adapter_dtype(models[component])
+            dtype = dtypes[component]
             holder.adapters.append(attach_products(family, own, name=ADAPTER, dtype=dtype))
             wrapped = list(holder.adapters[-1].layers[component].values())
             guard(models[component], wrapped)
@@ -195,14 +197,20 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
 
 
 def _updates(
-    family: Family, holder: Holder, attached: Mapping[str, Attached], merging: Merging
+    family: Family,
+    holder: Holder,
+    attached: Mapping[str, Attached],
+    merging: Merging,
+    dtypes: Mapping[str, torch.dtype],
 ) -> tuple[Updates, Updates]:
     """The merges of what is to be beside the weights, and of what is to be in them.
+
+    Args:
+        dtypes: component -> the type of its adapter.
 
     Raises:
         ConfigError: the first do not fit into the adapters' types.
     """
-    dtypes = {key: _adapter_dtype(model) for key, model in family.adaptable.items()}
 
     def make() -> tuple[Updates, Updates]:
         beside, into = (fit(_merged(attached, merging, fused), family) for fused in (False, True))

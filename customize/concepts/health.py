@@ -16,7 +16,7 @@ from customize.concepts.formats.opening import opened
 from customize.concepts.index import Entry
 from customize.concepts.inputs import LayerInputs, place_beside, record_beside
 from customize.concepts.library import Library
-from customize.concepts.slices import Collision, Holder, collisions
+from customize.concepts.slices import Collision, Holder, collisions, turn
 from customize.core.bases import avoided
 from customize.errors import ConceptError, CustomizeError
 
@@ -117,18 +117,17 @@ def _colliding(library: Library) -> tuple[list[str], list[str]]:
 
     Runs that are not finished hold theirs too.
     """
-    groups: dict[tuple[str, ...], list[Holder]] = {}
+    groups: dict[tuple[object, ...], list[Holder]] = {}
     for entry in library.entries.values():
         if entry.basis is not None and not entry.fault:
-            turn = (*_architecture(entry), entry.basis.model_dump_json(exclude={"scale"}))
-            groups.setdefault(turn, []).append(entry)
+            groups.setdefault((*_architecture(entry), turn(entry.basis)), []).append(entry)
     faults, notes = [], []
     try:
         claims = read_claims(library.folder)
     except ConceptError as error:
         return [str(error)], []
-    for turn, entries in groups.items():
-        own = [c for c in claims if c.basis.model_dump_json(exclude={"scale"}) == turn[-1]]
+    for key, entries in groups.items():
+        own = [claim for claim in claims if turn(claim.basis) == key[-1]]
         holders = [*entries, *own]
         pairs, crowds = _shared(holders)
         faults += [str(each) for each in pairs]

@@ -22,6 +22,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from customize.concepts.concept import MAX_NAME, BasisInfo, ConceptInfo
 from customize.concepts.files import put_file
 from customize.concepts.formats.lora import LoraInfo, own_name
@@ -196,6 +198,7 @@ def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
 
 _COLUMNS = [field.name for field in fields(Entry)]
 _JSON = ("fingerprint", "basis", "slices")
+_ENTRY = TypeAdapter(Entry)
 
 
 def read_index(library: Path) -> dict[str, Entry]:
@@ -208,6 +211,8 @@ def read_index(library: Path) -> dict[str, Entry]:
         if path.stat().st_size > _MAX_BYTES:
             return {}
         data = path.read_bytes()
+        if not data.startswith(b"SQLite format 3\0"):
+            return {}
         with closing(sqlite3.connect(":memory:")) as database:
             database.deserialize(data)
             database.execute("PRAGMA trusted_schema = OFF")
@@ -215,7 +220,7 @@ def read_index(library: Path) -> dict[str, Entry]:
                 return {}
             rows = database.execute(f"SELECT {', '.join(_COLUMNS)} FROM concepts").fetchall()
         return {entry.source: entry for entry in map(_entry, rows)}
-    except (OSError, sqlite3.Error, ValueError, TypeError, AttributeError):
+    except (OSError, sqlite3.Error, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -252,9 +257,4 @@ def _row(entry: Entry) -> list[Any]:
 def _entry(row: tuple[Any, ...]) -> Entry:
     values = dict(zip(_COLUMNS, row, strict=True))
     values |= {name: json.loads(values[name]) for name in _JSON}
-    if values["basis"] is not None:
-        values["basis"] = BasisInfo.model_validate(values["basis"], strict=True)
-    values |= {name: bool(values[name]) for name in ("own_tokens", "recorded")}
-    if not all(isinstance(values[name], str) for name in ("source", "stamp", "name", "trigger")):
-        raise ValueError("a row is none of an index")
-    return Entry(**values)
+    return _ENTRY.validate_python(values)

@@ -44,6 +44,7 @@ class Library:
         self.entries: dict[str, Entry] = {}
         self.stale, self.kept = 0, True
         self._called: dict[str, list[Entry]] = {}
+        self._seen = 0
         self._refresh(read_index(self.folder))
 
     def refresh(self) -> None:
@@ -53,6 +54,15 @@ class Library:
             ConfigError: the folder is gone, or cannot be looked into.
         """
         self._refresh(self.entries)
+
+    def follow(self) -> None:
+        """Look again where something was put into the folder or taken out since the last time.
+
+        Raises:
+            ConfigError: as :meth:`refresh`.
+        """
+        if self._changed_at() != self._seen:
+            self.refresh()
 
     def called(self, trigger: str) -> list[Entry]:
         """All that a token such as ``<rex>`` calls; upper and lower case are alike."""
@@ -70,7 +80,14 @@ class Library:
         """Whether the files of a concept are still those that were indexed."""
         return stamp_of(self.folder, entry.source) == entry.stamp
 
+    def _changed_at(self) -> int:
+        try:
+            return self.folder.stat().st_mtime_ns
+        except OSError:  # it is gone, which looking into it will tell
+            return 0
+
     def _refresh(self, known: dict[str, Entry]) -> None:
+        self._seen = self._changed_at()
         try:
             found = stamps(self.folder)
         except OSError as error:

@@ -61,6 +61,7 @@ def _named(family: Family, holder: Holder, texts: Iterable[str]) -> dict[str, En
     """
     shelf = holder.shelf
     assert shelf is not None
+    shelf.library.follow()
     tokenizers = tokenizers_of(family).values()
     ours = {name for names in holder.tokens.values() for name in names}
     by_name = [each.concept.info for each in holder.attached.values() if not each.routed]

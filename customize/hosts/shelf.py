@@ -19,6 +19,9 @@ from customize.errors import ConceptError
 
 Updates = Mapping[str, Mapping[str, LowRank]]
 
+# What a value in the cache takes beside its tensors, about.
+_BESIDE = 1024
+
 
 @dataclass(eq=False)
 class Shelf:
@@ -100,7 +103,7 @@ class Shelf:
                 fix="delete the index, the hidden file .library.sqlite, which is made anew",
             )
         size = tensor_bytes([*factors_of(found.products), *found.embeddings.values()])
-        self.cache.put(("concept", entry.source), (entry.stamp, found), size)
+        self.cache.put(("concept", entry.source), (entry.stamp, found), size + _BESIDE)
         return found
 
     def record(
@@ -118,7 +121,7 @@ class Shelf:
     def keep_record(self, concept: Adaptation, record: LayerInputs | None) -> None:
         """Know a concept's record, or that it has none, as long as there is room."""
         size = 0 if record is None else tensor_bytes([*_rows(record.own), *_rows(record.generic)])
-        self.cache.put(("record", id(concept)), (weakref.ref(concept), record), size)
+        self.cache.put(("record", id(concept)), (weakref.ref(concept), record), size + _BESIDE)
 
     def merged(
         self,
@@ -140,7 +143,7 @@ class Shelf:
             return found
         found = make()
         size = tensor_bytes([*factors_of(found[0]), *factors_of(found[1])])
-        self.cache.put(key, ([weakref.ref(each) for each in of], found), size)
+        self.cache.put(key, ([weakref.ref(each) for each in of], found), size + _BESIDE)
         return found
 
 

@@ -42,7 +42,7 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
     """
     before, was_merging = holder.attached, holder.merging
     models = family.adaptable
-    dtypes = {key: _adapter_dtype(model) for key, model in models.items()}
+    dtypes = _adapter_dtypes(models, holder)
     new = _updates(family, holder, after, merging, dtypes)
     old = _updates(family, holder, before, was_merging, dtypes)
     layers = {
@@ -51,7 +51,7 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
         for component, own in updates.items()
         for module in own
     }
-    check_layers(models, sorted(layers))
+    check_layers(models, sorted(layers), wrapping=not _can_swap(holder, new[0]))
     for component, model in models.items():
         ours = any(each.is_there() and component in each.models for each in holder.adapters)
         if ADAPTER in getattr(model, "peft_config", {}) and not ours:
@@ -102,13 +102,27 @@ def _rebuild(
     for adapter in holder.adapters:
         (component,) = adapter.models
         adapter.swap(beside, dtypes[component])
+    if not swapped:
+        _wrap(family, models, holder, beside, dtypes)
+    _set_tokens(family, holder, attached)
+    holder.attached = attached
+    keep(family, holder)
+
+
+def _wrap(
+    family: Family,
+    models: Mapping[str, nn.Module],
+    holder: Holder,
+    beside: Updates,
+    dtypes: Mapping[str, torch.dtype],
+) -> None:
+    """Put an adapter with these updates into each model that they change."""
     active = active_adapters(models.values())
     with warnings.catch_warnings():
         # That other adapters are there is meant.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        for component, updates in () if swapped else beside.items():
-            own = {component: updates}
-            dtype = dtypes[component]
+        for component, updates in beside.items():
+            own, dtype = {component: updates}, dtypes[component]
             holder.adapters.append(attach_products(family, own, name=ADAPTER, dtype=dtype))
             wrapped = list(holder.adapters[-1].layers[component].values())
             guard(models[component], wrapped)
@@ -117,9 +131,6 @@ def _rebuild(
                     # Names that are not in a layer are harmless there, and diffusers asks just
                     # one layer which adapters of the whole pipeline are active.
                     layer.set_adapter([*active, ADAPTER], inference_mode=True)
-    _set_tokens(family, holder, attached)
-    holder.attached = attached
-    keep(family, holder)
 
 
 def _can_swap(holder: Holder, beside: Updates) -> bool:
@@ -142,9 +153,9 @@ def _writable(models: Mapping[str, nn.Module]) -> Iterator[None]:
     Also where the caller draws in inference mode, whose tensors nobody could change outside it; but
     models that were made in it can be changed nowhere else.
     """
-    inside = any(
-        weight.is_inference() for model in models.values() for weight in model.parameters()
-    )
+    modules = (module for model in models.values() for module in model.modules())
+    weights = (weight for module in modules for weight in module._parameters.values())
+    inside = any(weight is not None and weight.is_inference() for weight in weights)
     with torch.inference_mode(inside), torch.no_grad():
         yield
 
@@ -228,7 +239,8 @@ def _updates(
 
     if holder.shelf is None:
         return make()
-    on_cuda = family.denoiser.device.type == "cuda"
+    # Not its .device, for which diffusers walks over all modules.
+    on_cuda = next(family.denoiser.parameters()).is_cuda
     said = tuple((name, each.weight, each.fused) for name, each in attached.items())
     inputs = merging.inputs if merging.method == FUSION else {}
     of = [*(each.concept for each in attached.values()), *inputs.values()]
@@ -300,6 +312,20 @@ def _factors(holder: Holder, updates: Updates) -> dict[tuple[str, str], float]:
         for (component, module), layer in _layers(holder).items()
         if module in updates.get(component, {})  # where it is active
     }
+
+
+def _adapter_dtypes(models: Mapping[str, nn.Module], holder: Holder) -> dict[str, torch.dtype]:
+    """Component -> the type of our adapter there: as it is, or where there is none, as it will be.
+
+    Whoever casts the model casts what is there as well.
+    """
+    there = {
+        component: next(iter(layers.values())).lora_B[ADAPTER].weight.dtype
+        for adapter in holder.adapters
+        if adapter.is_there()
+        for component, layers in adapter.layers.items()
+    }
+    return {key: there.get(key) or _adapter_dtype(model) for key, model in models.items()}
 
 
 def _adapter_dtype(model: Any) -> torch.dtype:

@@ -15,7 +15,7 @@ Ratios are against pictures of a pipeline with just the one concept loaded by na
 with the other side's, in one process for each row; `library_warm_ratio_N` is the median over turns
 of that of `warm_s`. All times are what the one thread computes, so that what else the machine does
 troubles them little; files are in the system's cache, as they were written just before.
-`memory_mb` is what the process has grown by when 20 concepts were drawn, or for theirs all loaded.
+`memory_mb` is what the process has grown by when 10 concepts were drawn, or for theirs all loaded.
 Pictures of both sides and of the pipeline with one concept must agree: bit for bit ours, to a
 thousandth of the range theirs.
 """
@@ -42,8 +42,8 @@ BASE = ROOT / "assets" / "storybook"
 RANK, STEPS = 8, 25
 OURS, THEIRS = (1, 10, 100, 1000), (1, 10, 50)
 WARM = 4  # concepts that take turns
-DRAWN = 20  # concepts that are drawn before memory is looked at
-TURNS = 21
+DRAWN = 10  # concepts that are drawn before memory is looked at
+TURNS = 9
 
 
 def open_base() -> Any:

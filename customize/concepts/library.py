@@ -6,6 +6,7 @@ import difflib
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,9 +69,10 @@ class Library:
         """All that a token such as ``<rex>`` calls; upper and lower case are alike."""
         return self._called.get(trigger.lower(), [])
 
-    def near(self, trigger: str) -> list[str]:
-        """Up to three triggers of the library that are written much like one."""
-        return difflib.get_close_matches(trigger.lower(), self._called, 3)
+    def near(self, trigger: str, fits: Callable[[Entry], bool]) -> list[str]:
+        """Up to three triggers, of concepts that fit, that are written much like one."""
+        offered = [each for each, entries in self._called.items() if any(map(fits, entries))]
+        return difflib.get_close_matches(trigger.lower(), offered, 3)
 
     def path(self, entry: Entry) -> Path:
         """Where a concept lies."""

@@ -71,8 +71,12 @@ def around(triggers: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def known(tokenizer: Any, names: Iterable[str]) -> list[str]:
-    """Those of the names that are entries of a vocabulary, which is not copied to ask."""
-    own = tokenizer.backend_tokenizer
+    """Those of the names that are entries of a vocabulary."""
+    own = getattr(tokenizer, "backend_tokenizer", None)
+    if own is None:  # one that is written in Python
+        vocabulary = tokenizer.get_vocab()
+        return [name for name in names if name in vocabulary]
+    # Without a copy of it, which takes long of a large one.
     return [name for name in names if own.token_to_id(name) is not None]
 
 

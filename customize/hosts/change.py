@@ -51,6 +51,7 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
         for component, own in updates.items()
         for module in own
     }
+    layers |= _layers(holder).keys()  # of a library's, some may be idle
     check_layers(models, sorted(layers), wrapping=not _can_swap(holder, new[0]))
     for component, model in models.items():
         ours = any(each.is_there() and component in each.models for each in holder.adapters)

@@ -165,9 +165,10 @@ def set_to(
     kept = {name: replace(before[name], weight=1.0) for name in names if name in before}
     found = wanted(kept, new, weights, fuse=False)
     after = {
-        name: replace(found[name], fused=name in before and before[name].fused) for name in names
+        name: replace(found[name], fused=name in before and before[name].fused, routed=False)
+        for name in names
     }
-    now, then = ([(e.name, e.weight) for e in each.values()] for each in (before, after))
+    now, then = ([(e.name, e.weight, e.routed) for e in each.values()] for each in (before, after))
     if now != then or not all(adapter.is_there() for adapter in holder.adapters):
         _change(pipe, _checked(family, holder, after, new))
 

@@ -80,7 +80,7 @@ def _named(family: Family, holder: Holder, texts: Iterable[str]) -> dict[str, En
             continue
         others = any(token not in ours and known(each, [token]) for each in tokenizers)
         if not others and trigger not in said:
-            near = ", ".join(shelf.library.near(trigger))
+            near = ", ".join(shelf.library.near(trigger, shelf.fits))
             count = len(shelf.library.entries)
             raise ConfigError(
                 f"the prompt names {token}, and none of the library's {count} concepts has that "

@@ -43,7 +43,7 @@ RANK, STEPS = 8, 25
 OURS, THEIRS = (1, 10, 100, 1000), (1, 10, 50)
 WARM = 4  # concepts that take turns
 DRAWN = 10  # concepts that are drawn before memory is looked at
-TURNS = 9
+TURNS = 7
 
 
 def open_base() -> Any:

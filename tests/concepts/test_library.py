@@ -87,7 +87,8 @@ def test_a_changed_file_is_seen(folder):
     assert not library.is_fresh(entry)
     library.refresh()
     assert library.called("<rex>") == [] and library.called("<roo>")[0].source == "rex"
-    assert library.near("<roos>") == ["<roo>"]
+    assert library.near("<roos>", lambda entry: True) == ["<roo>"]
+    assert library.near("<roos>", lambda entry: entry.name != "rex") == []
 
 
 @pytest.mark.parametrize(

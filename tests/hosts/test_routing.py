@@ -106,6 +106,48 @@ def test_concepts_that_were_loaded_by_name_stay(library):
     assert active(pipe) == ["rex", "tom"]
 
 
+def test_a_weight_makes_a_concept_stay_and_fused_ones_stay_fused(library):
+    pipe = tiny_sd().load_custom(library / "tom", fuse=True, library=library)
+    found = draw(pipe, "<rex> and <tom>")
+    assert [row.mode for row in pipe.custom.rows] == ["fused", "adapter, by the prompt"]
+    other = tiny_sd().load_custom(library / "tom", fuse=True).load_custom(library / "rex")
+    assert np.array_equal(found, draw(other, "<rex> and <tom>"))
+    pipe.load_custom(weights={"rex": 0.5})
+    draw(pipe, "<kit>")
+    assert [(row.name, row.weight) for row in pipe.custom.rows] == [
+        ("tom", 1.0),
+        ("rex", 0.5),
+        ("kit", 1.0),
+    ]
+
+
+def test_layers_in_a_state_that_takes_no_change_are_told(library):
+    pipe = tiny_sd().load_custom(library=library)
+    draw(pipe, "<rex>")
+    draw(pipe, "a dog")
+    pipe.unet.disable_adapters()
+    with pytest.raises(PipelineError, match="switched off"):
+        draw(pipe, "<rex>")
+    pipe.unet.enable_adapters()
+    draw(pipe, "<rex>")
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(PipelineError, match="fused into one"):
+        draw(pipe, "<tom>")
+
+
+def test_an_adapter_that_someone_removed_comes_back(library):
+    pipe = tiny_sd().load_custom(library=library)
+    picture = draw(pipe, "<rex>")
+    pipe.unload_lora_weights()
+    assert np.array_equal(draw(pipe, "<rex>"), picture)
+    pipe.load_lora_weights(user_lora(pipe), adapter_name="mine")
+    draw(pipe, "a dog")
+    pipe.unload_custom()
+    other = tiny_sd()
+    other.load_lora_weights(user_lora(other), adapter_name="mine")
+    assert np.array_equal(draw(pipe, "a dog"), draw(other, "a dog"))
+
+
 @pytest.mark.parametrize(
     "asked",
     [
@@ -460,19 +502,19 @@ def _in_use():
     return len(tensors), sum(each.nbytes for each in tensors)
 
 
+def switch(pipe, number):
+    with torch.no_grad(), ROUTING.run(pipe, {"prompt": f"<{NAMES[number % 3]}>"}):
+        pass
+
+
 @pytest.mark.slow
-def test_a_thousand_cycles_leave_memory_as_it_was(library):
+def test_a_thousand_libraries_that_come_and_go_leave_memory_as_it_was(library):
     pipe = tiny_sd()
 
     def cycle(number):
         pipe.load_custom(library=library)
-        with torch.no_grad(), ROUTING.run(pipe, {"prompt": f"<{NAMES[number % 3]}>"}):
-            pass
+        switch(pipe, number)
         pipe.unload_custom()
-
-    def switch(number):
-        with torch.no_grad(), ROUTING.run(pipe, {"prompt": f"<{NAMES[number % 3]}>"}):
-            pass
 
     for number in range(6):
         cycle(number)
@@ -480,13 +522,19 @@ def test_a_thousand_cycles_leave_memory_as_it_was(library):
     for number in range(1000):
         cycle(number)
     assert _in_use() == before
+
+
+@pytest.mark.slow
+def test_a_thousand_switches_leave_memory_as_it_was(library):
+    pipe = tiny_sd()
     size = sum(path.stat().st_size for path in (library / "rex").glob("*.safetensors"))
+    # Room for one and a half, so that each is read again.
     pipe.load_custom(library=library, library_cache=f"{1.5 * size / 2**30:.12f}GB")
     for number in range(6):
-        switch(number)
+        switch(pipe, number)
     before = _in_use()
     for number in range(1002):
-        switch(number)
+        switch(pipe, number)
     assert _in_use() == before
 
 

@@ -128,7 +128,8 @@ def route_to(pipe: Any, holder: Holder, entries: Sequence[Entry]) -> None:
         return found[0]
 
     # In one order, whatever the prompt's, as rounding depends on it.
-    new = [shelf.concept(entry, read) for entry in sorted(entries, key=lambda e: e.name)]
+    ordered = sorted(entries, key=lambda entry: entry.name)
+    new = [shelf.concept(entry, read) for entry in ordered]
     before = holder.attached
     kept = {name: each for name, each in before.items() if not each.routed}
     now = [each.concept for each in before.values() if each.routed]
@@ -143,6 +144,7 @@ def route_to(pipe: Any, holder: Holder, entries: Sequence[Entry]) -> None:
     if merging.method == SUM:
         _tell_collisions(before, after)
     change(whole, holder, after, merging)
+    shelf.active = {e.source: (e.stamp, c) for e, c in zip(ordered, new, strict=True)}
     _adjust(pipe, holder)
 
 

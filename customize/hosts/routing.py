@@ -68,9 +68,8 @@ def _named(family: Family, holder: Holder, texts: Iterable[str]) -> dict[str, En
     loaded = {info.trigger.lower() for info in by_name}
     said = " ".join(info.words for info in by_name).lower()
     found: dict[str, Entry] = {}
-    for token in dict.fromkeys(
-        token for text in texts for token in _tokens(text, tokenizers, ours)
-    ):
+    tokens = [token for text in texts for token in _tokens(text, tokenizers, ours)]
+    for token in dict.fromkeys(tokens):
         trigger = token.lower()
         if trigger in loaded or trigger in found:
             continue

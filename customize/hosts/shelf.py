@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -32,11 +32,13 @@ class Shelf:
         fingerprint: of the pipeline's model, which tells the concepts that it can take.
         cache: concepts, records of layer inputs, and merges of the sets that prompts named; what
             is attached right now is in use anyway and not counted.
+        active: source -> stamp and concept, of those that the latest prompt named.
     """
 
     library: Library
     fingerprint: Mapping[str, Any]
     cache: ByteCache[Hashable]
+    active: Mapping[str, tuple[str, Adaptation]] = field(default_factory=dict)
 
     def fits(self, entry: Entry) -> bool:
         """Whether the pipeline's model is of the concept's architecture, as far as it says one."""
@@ -90,10 +92,10 @@ class Shelf:
         Raises:
             ConceptError: see ``read``; or its files say something else than the index.
         """
-        kept = self.cache.get(("concept", entry.source))
-        if kept is not None and kept[0] == entry.stamp:
-            found: Adaptation = kept[1]
-            return found
+        for kept in (self.cache.get(("concept", entry.source)), self.active.get(entry.source)):
+            if kept is not None and kept[0] == entry.stamp:
+                here: Adaptation = kept[1]
+                return here
         found = read(entry)
         if found.info.name != entry.name:
             raise ConceptError(

@@ -222,6 +222,9 @@ def test_what_does_not_fit_into_the_cache_is_read_again(library):
     for prompt, names in CALLS:
         assert np.array_equal(draw(pipe, prompt), by_name(tiny_sd, library, names, prompt))
         assert len(holder_of(pipe).shelf.cache) == 0
+        with pytest.MonkeyPatch.context() as patch:  # what is attached need not be read again
+            patch.setattr(hosts_load, "read_sources", None)
+            draw(pipe, prompt)
 
 
 def test_a_name_that_nobody_knows_is_refused(library, tmp_path):

@@ -134,8 +134,11 @@ class Plan:
         return f"{self.budget / GIB:.3g} GB: {', '.join(parts)}; {_gib(self.peak)} GB needed"
 
 
-def budget(word: str) -> int:
+def budget(word: str, where: str = "memory") -> int:
     """ "12GB" to bytes: 12 GiB, as the memory of a 12 GB card is.
+
+    Args:
+        where: the argument's name, for messages.
 
     Raises:
         ConfigError: it is no such word.
@@ -144,7 +147,7 @@ def budget(word: str) -> int:
     if found is None or not float(found[1]):
         raise ConfigError(
             f"{word!r} is no amount of memory",
-            where="memory",
+            where=where,
             fix='give one such as "8GB", "12GB", "16GB" or "24GB"',
         )
     return int(float(found[1]) * GIB)

@@ -27,6 +27,7 @@ from customize.concepts.merge import (
     SUM,
     check_method,
     check_several,
+    recorded_beside,
     resolved,
 )
 from customize.errors import ConfigError
@@ -134,7 +135,7 @@ def _write_lora(
 
 def _with_records(concepts: Sequence[Adaptation], method: str) -> tuple[str, Sequence[LayerInputs]]:
     """The method, and the records that it needs."""
-    found, records, lacking = resolved(method, concepts, {})
+    found, records, lacking = resolved(method, concepts, {}, recorded_beside)
     if found != FUSION:
         return found, ()
     if lacking:

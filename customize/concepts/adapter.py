@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
-import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts.concept import BasisInfo, Method
+from customize.concepts.injection import State, inject, swap
 from customize.core import shared
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
@@ -25,8 +22,6 @@ from customize.families.components import uncompiled
 Products = Mapping[str, Mapping[str, LowRank]]
 #: component -> module, under the names used in files -> a factor of what it reads.
 Factors = Mapping[str, Mapping[str, Tensor]]
-
-_PEFT_FLAG = "_hf_peft_config_loaded"
 
 
 @dataclass(eq=False)
@@ -42,7 +37,7 @@ class Adapter:
     name: str
     models: dict[str, nn.Module]
     layers: dict[str, dict[str, Any]]
-    _before: dict[str, _State] = field(repr=False)
+    _before: dict[str, State] = field(repr=False)
     _configs: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def is_there(self) -> bool:
@@ -93,6 +88,20 @@ class Adapter:
         finally:
             for layer, scale in zip(layers, scales, strict=True):
                 layer.scaling[self.name] = scale
+
+    def swap(self, products: Products, dtype: torch.dtype | None = None) -> None:
+        """Carry other updates, in the same layers; see :func:`customize.concepts.injection.swap`.
+
+        Args:
+            products: component -> module, by the model's names -> update, of any rank, in no
+                other layers than it is in.
+            dtype: as of :func:`attach_products`.
+        """
+        for component, model in self.models.items():
+            updates = products.get(component, {})
+            swap(model, self.layers[component], updates, self.name, dtype)
+            config: Any = model.peft_config
+            self._configs[component] = config[self.name]
 
     def remove(self) -> None:
         """Give the models back bit for bit as they were; a second call does nothing."""
@@ -201,8 +210,8 @@ def attach_products(
     adapter = Adapter(name, models, {}, {})
     try:
         for component, model in models.items():
-            adapter._before[component] = _State.of(model)
-            adapter.layers[component] = _inject(model, fitted[component], name, dtype)
+            adapter._before[component] = State.of(model)
+            adapter.layers[component] = inject(model, fitted[component], name, dtype)
             config: Any = model.peft_config
             adapter._configs[component] = config[name]
     except BaseException:
@@ -309,100 +318,6 @@ def _frozen_downs(
                 )
             found[component, module] = known[id(inputs)]
     return found
-
-
-def _inject(
-    model: nn.Module, products: Mapping[str, LowRank], name: str, dtype: torch.dtype | None
-) -> dict[str, Any]:
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    active = {m: list(m.active_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)}
-    grads = [(p, p.requires_grad) for p in model.parameters()]
-    rank = Counter(update.rank for update in products.values()).most_common(1)[0][0]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=list(products),
-        rank_pattern={f"^{re.escape(m)}": p.rank for m, p in products.items() if p.rank != rank},
-        # What peft computes scales from, whenever someone sets another weight.
-        alpha_pattern={
-            f"^{re.escape(m)}": p.scale * p.rank
-            for m, p in products.items()
-            if p.scale * p.rank != rank
-        },
-    )
-    # The state dict's keys name the layers exactly, where target_modules also match endings. On
-    # the meta device no random numbers are drawn for factors that are set right below.
-    keys = {f"{module}.lora_A.weight": update.down for module, update in products.items()}
-    with warnings.catch_warnings():
-        # Said of every second adapter, also where several are meant.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True, state_dict=keys)
-    model._hf_peft_config_loaded = True  # type: ignore[assignment]
-
-    layers = {}
-    for module, update in products.items():
-        layer: Any = model.get_submodule(module)
-        weight = layer.get_base_layer().weight
-        for factor, value in ((layer.lora_A[name], update.down), (layer.lora_B[name], update.up)):
-            placed = value.detach().to(device=weight.device, dtype=dtype or weight.dtype, copy=True)
-            # Of a convolution, the kernel is the down-projection's.
-            shaped = placed.reshape(placed.shape[0], *_sides(factor, placed))
-            factor.weight = nn.Parameter(shaped, requires_grad=False)
-        layer.scaling[name] = update.scale
-        layers[module] = layer
-    for layer, names in active.items():
-        # peft leaves only the newest adapter active.
-        ours = name in layer._all_available_adapter_names()
-        layer.set_adapter([*names, name] if ours else names)
-    for parameter, flag in grads:
-        parameter.requires_grad_(flag)
-    return layers
-
-
-@dataclass(eq=False)
-class _State:
-    """What injection changes in a model besides the layers themselves."""
-
-    grads: list[tuple[nn.Parameter, bool]]
-    flagged: bool
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _State:
-        grads = [(p, p.requires_grad) for p in model.parameters()]
-        return cls(grads, _PEFT_FLAG in model.__dict__)
-
-    def restore(self, model: nn.Module, name: str) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        grads = [(p, p.requires_grad) for p in model.parameters()] + self.grads
-        layers = [(k, m) for k, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-        for key, layer in layers:
-            others = [other for other in layer._all_available_adapter_names() if other != name]
-            if others:
-                # Not active any more when it goes, or peft would activate another in its place.
-                layer.set_adapter([other for other in layer.active_adapters if other != name])
-                layer.delete_adapter(name)
-            else:
-                parent, _, leaf = key.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
-        configs = model.__dict__.get("peft_config", {})
-        configs.pop(name, None)
-        if not configs:
-            # What was there before may have been unloaded since: as stock diffusers leaves it.
-            model.__dict__.pop("peft_config", None)
-            model.__dict__.pop(_PEFT_FLAG, None)
-            if self.flagged:
-                model.__dict__[_PEFT_FLAG] = None
-        for parameter, flag in grads:
-            parameter.requires_grad_(flag)
-
-
-def _sides(factor: Any, value: Tensor) -> tuple[int, ...]:
-    """The shape of a factor's rows in peft's layer: a number, or channels, height and width."""
-    kernel = getattr(factor, "kernel_size", ())
-    return (value.shape[1] // math.prod(kernel), *kernel)
 
 
 def _copy(weight: Tensor) -> Tensor:

@@ -210,13 +210,16 @@ def check_several(method: str) -> None:
 
 
 def resolved(
-    method: str, concepts: Sequence[Adaptation], known: Mapping[str, LayerInputs]
+    method: str,
+    concepts: Sequence[Adaptation],
+    known: Mapping[str, LayerInputs],
+    read: Callable[[Adaptation], LayerInputs | None],
 ) -> tuple[str, dict[str, LayerInputs], list[Adaptation]]:
     """What "auto" comes to, and the records that fusion needs.
 
     Args:
-        known: concept's name -> its record, of those whose records are at hand; the others' are
-            looked for beside them.
+        known: concept's name -> its record, of those whose records are at hand.
+        read: looks for another one's, such as :func:`recorded_beside`.
 
     Returns:
         The method, never "auto"; the records by name; and the concepts that have none, for the
@@ -231,7 +234,7 @@ def resolved(
     for concept in concepts:
         name = concept.info.name
         if name not in records:
-            found = record_beside(name, concept.products, concept.source)
+            found = read(concept)
             records |= {} if found is None else {name: found}
     lacking = [concept for concept in concepts if concept.info.name not in records]
     if method == FUSION or not lacking:
@@ -244,6 +247,11 @@ def resolved(
             stacklevel=6,
         )
     return SUM, records, lacking
+
+
+def recorded_beside(concept: Adaptation) -> LayerInputs | None:
+    """The record that lies beside a concept's files; see :func:`resolved`."""
+    return record_beside(concept.info.name, concept.products, concept.source)
 
 
 def _of_layer(settings: Mapping[str, Any], component: str, module: str) -> Mapping[str, Any]:

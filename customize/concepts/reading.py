@@ -61,6 +61,15 @@ def read_info(folder: Path) -> ConceptInfo:
     return _parsed_info(_bytes(folder / INFO_FILE, _MAX_JSON), folder / INFO_FILE)[0]
 
 
+def single_info(metadata: Mapping[str, str], where: Path) -> ConceptInfo:
+    """The facts on the concept in a single file, from its header, which has them.
+
+    Raises:
+        ConceptError: they are wrong.
+    """
+    return _parsed_info(metadata[INFO_HEADER].encode(), where)[0]
+
+
 def _read_folder(folder: Path) -> Concept:
     if not (folder / INFO_FILE).is_file():
         refuse_pickles(folder)

@@ -184,8 +184,9 @@ def collisions(infos: Sequence[Holder]) -> list[Collision]:
 
 def _same_basis(a: BasisInfo | None, b: BasisInfo | None) -> bool:
     # The scale does not turn a slice, so it does not matter here.
-    return a is not None and b is not None and _turn(a) == _turn(b)
+    return a is not None and b is not None and turn(a) == turn(b)
 
 
-def _turn(basis: BasisInfo) -> tuple[str, int, int, str]:
+def turn(basis: BasisInfo) -> tuple[str, int, int, str]:
+    """What tells one basis' columns from another's."""
     return basis.kind, basis.seed, basis.avoid, basis.shared

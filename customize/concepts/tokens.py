@@ -70,6 +70,16 @@ def around(triggers: Iterable[str], names: Iterable[str]) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
+def known(tokenizer: Any, names: Iterable[str]) -> list[str]:
+    """Those of the names that are entries of a vocabulary."""
+    own = getattr(tokenizer, "backend_tokenizer", None)
+    if own is None:  # one that is written in Python
+        vocabulary = tokenizer.get_vocab()
+        return [name for name in names if name in vocabulary]
+    # Without a copy of it, which takes long of a large one.
+    return [name for name in names if own.token_to_id(name) is not None]
+
+
 def add_tokens(dictionary: TokenDictionary, names: Sequence[str], rows: Tensor) -> list[int]:
     """Add vocabulary entries with their rows to a tokenizer and its text encoder.
 
@@ -97,7 +107,7 @@ def add_tokens(dictionary: TokenDictionary, names: Sequence[str], rows: Tensor) 
         )
     if not bool(torch.isfinite(rows).all()):
         raise ConceptError("an embedding is not finite", where=dictionary.key)
-    taken = [name for name in names if name in tokenizer.get_vocab()]
+    taken = known(tokenizer, names)
     if taken or len(set(names)) != len(names):
         raise ConceptError(
             f"the tokens {' '.join(taken or names)} are taken",
@@ -165,7 +175,7 @@ def pool_at_end(dictionary: TokenDictionary, names: Sequence[str] = ()) -> None:
     """
     encoder: Any = uncompiled(dictionary.text_encoder)
     ends: _Ends | None = vars(encoder).get(_ENDS)
-    there = {*names, *(ends.names if ends else ())} & dictionary.tokenizer.get_vocab().keys()
+    there = set(known(dictionary.tokenizer, {*names, *(ends.names if ends else ())}))
     if not there:
         for owner, former in ends.former if ends else ():
             owner.eos_token_id = former
@@ -186,15 +196,21 @@ def token_ids(dictionary: TokenDictionary, names: Sequence[str]) -> list[int]:
     Raises:
         ConceptError: an entry is not in the vocabulary.
     """
-    vocabulary = dictionary.tokenizer.get_vocab()
-    missing = [name for name in names if name not in vocabulary]
+    found = known(dictionary.tokenizer, names)
+    missing = [name for name in names if name not in found]
     if missing:
         raise ConceptError(
             f"the tokens {' '.join(missing)} are not in the vocabulary",
             where=dictionary.key,
             fix="load the concept first",
         )
-    return [vocabulary[name] for name in names]
+    return list(dictionary.tokenizer.convert_tokens_to_ids(list(names)))
+
+
+def has_rows(dictionary: TokenDictionary, names: Sequence[str], rows: Tensor) -> bool:
+    """Whether these entries of the table are those rows, rounded as the table is."""
+    table = _embedding(dictionary).weight
+    return torch.equal(table[token_ids(dictionary, names)], rows.to(table))
 
 
 def initial_rows(

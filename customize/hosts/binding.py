@@ -45,6 +45,8 @@ def load_custom(
     merge: str | Mapping[str, Any] | None = None,
     attention: str | None = None,
     memory: str | None = None,
+    library: str | Path | None = None,
+    library_cache: str = "2GB",
 ) -> Pipeline:
     """Attach learned concepts to a pipeline, or change the weights of those attached.
 
@@ -106,13 +108,23 @@ def load_custom(
             of the default resolution; ``pipe.custom`` tells which. It places the models: ``.to()``
             is not needed. It stays when concepts are unloaded; load the pipeline anew to undo it.
             :func:`memory_plan` also tells how to load a model that is too large for that.
+        library: A folder of any number of concepts and LoRAs. From then on, each call's prompts,
+            the negative ones too, are read for triggers, and the concepts that they name are
+            attached, beside those that were loaded by name; they stay until a prompt names others.
+            All that the prompts of a batch name are attached to the whole batch. A LoRA from
+            elsewhere is called ``<name>``, in whose place the model reads the words that its file
+            names, or its name. What looks like a trigger and is none, nor a token of the
+            tokenizer's, is refused. A call without prompts, as with ``prompt_embeds``, leaves what
+            is attached. ``unload_custom()`` takes the library away.
+        library_cache: such as "2GB": how much of the library is kept in memory beside what is
+            attached, as it was read and as it was merged; the least recently used goes first.
 
     Returns:
         ``pipe`` itself.
 
     Raises:
         ConfigError: weights that fit nothing or are not finite; no such attention backend; too
-            little memory for the model, telling the least that would do.
+            little memory for the model, telling the least that would do; no such library.
         ConceptError: a concept that cannot be read, is of another base, or whose name or trigger
             is taken.
         PipelineError: the pipeline's family is unknown, or its state does not allow it, or it
@@ -130,6 +142,8 @@ def load_custom(
         merge=merge,
         attention=attention,
         memory=memory,
+        library=library,
+        library_cache=library_cache,
     )
     return pipe
 
@@ -156,7 +170,7 @@ def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
 
 def custom(pipe: Any) -> Customization:
     """What is attached to a pipeline: printed, it is a table with a row for each concept."""
-    from customize.hosts.load import summary
+    from customize.hosts.summary import summary
 
     return summary(pipe)
 

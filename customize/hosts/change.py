@@ -15,7 +15,14 @@ from customize.concepts.adapter import attach_products, fit
 from customize.concepts.layerwise import encode_by_layer, read_by_layer, vocabulary
 from customize.concepts.merge import FUSION
 from customize.concepts.merge import merging as merge_layers
-from customize.concepts.tokens import add_tokens, entries, pool_at_end, remove_tokens
+from customize.concepts.tokens import (
+    add_tokens,
+    entries,
+    has_rows,
+    known,
+    pool_at_end,
+    remove_tokens,
+)
 from customize.core.lowrank import LowRank
 from customize.errors import PipelineError
 from customize.families import Family
@@ -39,14 +46,17 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
     """
     before, was_merging = holder.attached, holder.merging
     models = family.adaptable
-    new, old = _updates(family, after, merging), _updates(family, before, was_merging)
+    dtypes = _adapter_dtypes(models, holder)
+    new = _updates(family, holder, after, merging, dtypes)
+    old = _updates(family, holder, before, was_merging, dtypes)
     layers = {
         (component, module)
         for updates in (*new, *old)
         for component, own in updates.items()
         for module in own
     }
-    check_layers(models, sorted(layers))
+    layers |= _layers(holder).keys()  # of a library's, some may be idle
+    check_layers(models, sorted(layers), wrapping=not _can_swap(holder, new[0]))
     for component, model in models.items():
         ours = any(each.is_there() and component in each.models for each in holder.adapters)
         if ADAPTER in getattr(model, "peft_config", {}) and not ours:
@@ -55,8 +65,6 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
                 where=component,
                 fix=f'call delete_adapters("{ADAPTER}") first, or load it under another name',
             )
-    for component, own in new[0].items():
-        check_range(component, own, _adapter_dtype(models[component]))
     with _writable(models), settled(models):
         check_fusable(models, new[1])
         holder.originals.update(check_unchanged(models, old[1], holder.originals))
@@ -64,14 +72,14 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
         factors = _factors(holder, old[0])
         gone = [adapter for adapter in holder.adapters if not adapter.is_there()]
         try:
-            _rebuild(family, models, holder, after, *new)
+            _rebuild(family, models, holder, after, *new, dtypes)
             for place, layer in _layers(holder).items():
                 layer.scaling[ADAPTER] *= factors.get(place, 1.0)
             holder.merging = merging
         except BaseException:
             removed = {component for adapter in gone for component in adapter.models}
             beside = {key: own for key, own in old[0].items() if key not in removed}
-            _rebuild(family, models, holder, before, beside, old[1])
+            _rebuild(family, models, holder, before, beside, old[1], dtypes)
             holder.adapters += gone  # so that it is still known to be missing
             for place, use in was.items():
                 use.restore(models[place[0]].get_submodule(place[1]))
@@ -85,22 +93,41 @@ def _rebuild(
     attached: dict[str, Attached],
     beside: Beside,
     into: Updates,
+    dtypes: Mapping[str, torch.dtype],
 ) -> None:
     """Make adapters, weights and vocabularies those of ``attached``, from any state between."""
-    while holder.adapters:
+    swapped = _can_swap(holder, beside)
+    while holder.adapters and not swapped:
         # Also where someone deleted it: the layers are wrapped still.
         adapter = holder.adapters.pop()
         for component, layers in adapter.layers.items():
             unguard(adapter.models[component], layers.values())
         adapter.remove()
     fuse_updates(models, into, holder.originals)
+    for adapter in holder.adapters:
+        (component,) = adapter.models
+        adapter.swap(beside, dtypes[component])
+    if not swapped:
+        _wrap(family, models, holder, beside, dtypes)
+    _set_tokens(family, holder, attached)
+    holder.attached = attached
+    keep(family, holder)
+
+
+def _wrap(
+    family: Family,
+    models: Mapping[str, nn.Module],
+    holder: Holder,
+    beside: Beside,
+    dtypes: Mapping[str, torch.dtype],
+) -> None:
+    """Put an adapter with these updates into each model that they change."""
     active = active_adapters(models.values())
     with warnings.catch_warnings():
         # That other adapters are there is meant.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         for component, updates in beside.items():
-            own = {component: updates}
-            dtype = _adapter_dtype(models[component])
+            own, dtype = {component: updates}, dtypes[component]
             holder.adapters.append(attach_products(family, own, name=ADAPTER, dtype=dtype))
             wrapped = list(holder.adapters[-1].layers[component].values())
             guard(models[component], wrapped)
@@ -109,9 +136,19 @@ def _rebuild(
                     # Names that are not in a layer are harmless there, and diffusers asks just
                     # one layer which adapters of the whole pipeline are active.
                     layer.set_adapter([*active, ADAPTER], inference_mode=True)
-    _set_tokens(family, holder, attached)
-    holder.attached = attached
-    keep(family, holder)
+
+
+def _can_swap(holder: Holder, beside: Beside) -> bool:
+    """Whether the adapters that are there can carry these updates, without wrapping layers anew.
+
+    They keep no layer more than they change, but for a library, where the next call may need it.
+    """
+    if not holder.adapters or not all(adapter.is_there() for adapter in holder.adapters):
+        return False
+    layers = {key: own.keys() for each in holder.adapters for key, own in each.layers.items()}
+    if holder.shelf is None:
+        return layers == {key: own.keys() for key, own in beside.items()}
+    return all(own.keys() <= layers.get(key, set()) for key, own in beside.items())
 
 
 @contextmanager
@@ -121,9 +158,9 @@ def _writable(models: Mapping[str, nn.Module]) -> Iterator[None]:
     Also where the caller draws in inference mode, whose tensors nobody could change outside it; but
     models that were made in it can be changed nowhere else.
     """
-    inside = any(
-        weight.is_inference() for model in models.values() for weight in model.parameters()
-    )
+    modules = (module for model in models.values() for module in model.modules())
+    weights = (weight for module in modules for weight in module._parameters.values())
+    inside = any(weight is not None and weight.is_inference() for weight in weights)
     with torch.inference_mode(inside), torch.no_grad():
         yield
 
@@ -135,21 +172,34 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
         for each in attached.values()
         for key, rows in each.concept.embeddings.items()
     }
-    for key, trigger in list(holder.tokens):
-        known = dictionaries[key].tokenizer.get_vocab()
-        if trigger not in known:  # someone else's unload_textual_inversion
-            left = [name for name in holder.tokens.pop((key, trigger)) if name in known]
+    for (key, trigger), names in list(holder.tokens.items()):
+        left = known(dictionaries[key].tokenizer, names)
+        if trigger not in left:  # someone else's unload_textual_inversion
+            del holder.tokens[key, trigger]
             if left:
                 remove_tokens(dictionaries[key], left)
             pool_at_end(dictionaries[key])
+    owners = {each.concept.info.trigger: each.concept for each in attached.values()}
+    before = {each.concept.info.trigger: each.concept for each in holder.attached.values()}
     for (key, trigger), rows in owned.items():
+        dictionary, (names, whole) = dictionaries[key], vocabulary(trigger, rows)
+        # Of a library's, what is left from an earlier call may be of a file that has changed since.
+        if (
+            holder.shelf is not None
+            and (key, trigger) in holder.tokens
+            and owners[trigger] is not before.get(trigger)
+            and not (holder.tokens[key, trigger] == names and has_rows(dictionary, names, whole))
+        ):
+            remove_tokens(dictionary, holder.tokens.pop((key, trigger)))
         if (key, trigger) not in holder.tokens:
-            names, whole = vocabulary(trigger, rows)
-            add_tokens(dictionaries[key], names, whole)
+            add_tokens(dictionary, names, whole)
             holder.tokens[key, trigger] = names
-    # Last, because what is removed and added again would have other ids than before.
-    for key, trigger in [place for place in holder.tokens if place not in owned]:
-        remove_tokens(dictionaries[key], holder.tokens.pop((key, trigger)))
+    # Last, because what is removed and added again would have other ids than before. With a library
+    # they stay, as removing them takes a second of a large vocabulary.
+    gone = [place for place in holder.tokens if place not in owned and holder.shelf is None]
+    for key in {key for key, _ in gone}:
+        entries_of = [holder.tokens.pop(place) for place in gone if place[0] == key]
+        remove_tokens(dictionaries[key], [name for names in entries_of for name in names])
     infos = [each.concept.info for each in attached.values() if each.concept.embeddings]
     triggers = {info.trigger: entries(info.trigger, info.num_tokens) for info in infos}
     layered = [info.trigger for info in infos if info.token_layers]
@@ -163,16 +213,58 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
 
 
 def _updates(
-    family: Family, attached: Mapping[str, Attached], merging: Merging
+    family: Family,
+    holder: Holder,
+    attached: Mapping[str, Attached],
+    merging: Merging,
+    dtypes: Mapping[str, torch.dtype],
 ) -> tuple[Beside, Updates]:
-    """The merges of what is to be beside the weights, and what is to be merged into them."""
-    beside, into = (_layers_of(family, attached, merging, fused=fused) for fused in (False, True))
-    return {c: {m: layer.narrowed() for m, layer in own.items()} for c, own in beside.items()}, into
+    """The merges of what is to be beside the weights, and what is to be merged into them.
+
+    Args:
+        dtypes: component -> the type of its adapter.
+
+    Raises:
+        ConfigError: the first do not fit into the adapters' types.
+    """
+
+    def make() -> Beside:
+        layers = _layers_of(family, attached, merging, fused=False)
+        beside = {c: {m: layer.narrowed() for m, layer in own.items()} for c, own in layers.items()}
+        for component, own in beside.items():
+            check_range(component, own, dtypes[component])
+        return beside
+
+    def make_ready() -> Beside:
+        return {
+            component: {module: _ready(u, dtypes[component], on_cuda) for module, u in own.items()}
+            for component, own in make().items()
+        }
+
+    into = _layers_of(family, attached, merging, fused=True)
+    if holder.shelf is None:
+        return make(), into
+    # Not its .device, for which diffusers walks over all modules.
+    on_cuda = next(family.denoiser.parameters()).is_cuda
+    said = tuple((name, each.weight, each.fused) for name, each in attached.items())
+    inputs = merging.inputs if merging.method == FUSION else {}
+    of = [*(each.concept for each in attached.values()), *inputs.values()]
+    how = (merging.method, *sorted(merging.settings.items()), said, *dtypes.values(), on_cuda)
+    return holder.shelf.merged(how, of, make_ready), into
+
+
+def _ready(update: LowRank, dtype: torch.dtype, pinned: bool) -> LowRank:
+    """An update in the adapter's type; pinned, a GPU copies it while the CPU goes on."""
+    up, down = update.up.to(dtype), update.down.to(dtype)
+    if pinned:
+        up, down = up.pin_memory(), down.pin_memory()
+    return LowRank(up, down, update.scale)
 
 
 def _layers_of(
     family: Family, attached: Mapping[str, Attached], merging: Merging, fused: bool
 ) -> Updates:
+    """What is to be merged of those concepts that are fused, or of those that are not."""
     chosen = [each for each in attached.values() if each.fused == fused]
     rest = [each for each in attached.values() if each.fused != fused]
     if not chosen:
@@ -225,7 +317,22 @@ def _factors(holder: Holder, updates: Beside) -> dict[tuple[str, str], float]:
     return {
         (component, module): layer.scaling[ADAPTER] / updates[component][module].scale
         for (component, module), layer in _layers(holder).items()
+        if module in updates.get(component, {})  # where it is active
     }
+
+
+def _adapter_dtypes(models: Mapping[str, nn.Module], holder: Holder) -> dict[str, torch.dtype]:
+    """Component -> the type of our adapter there: as it is, or where there is none, as it will be.
+
+    Whoever casts the model casts what is there as well.
+    """
+    there = {
+        component: next(iter(layers.values())).lora_B[ADAPTER].weight.dtype
+        for adapter in holder.adapters
+        if adapter.is_there()
+        for component, layers in adapter.layers.items()
+    }
+    return {key: there.get(key) or _adapter_dtype(model) for key, model in models.items()}
 
 
 def _adapter_dtype(model: Any) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch import nn
 
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.layerwise import layer_entries, layers_of
-from customize.concepts.tokens import entries
+from customize.concepts.tokens import entries, known
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import Family
@@ -71,8 +71,7 @@ def check_vocabulary(family: Family, concept: Adaptation) -> None:
     names = entries(info.trigger, info.num_tokens + 1)
     names += layer_entries(info.trigger, info.num_tokens, info.token_layers)
     for dictionary in family.token_dictionaries():
-        vocabulary = dictionary.tokenizer.get_vocab()
-        taken = [name for name in names if name in vocabulary]
+        taken = known(dictionary.tokenizer, names)
         if taken:
             raise ConceptError(
                 f"the concept {info.name} brings the token {taken[0]}, which the tokenizer has "
@@ -83,12 +82,16 @@ def check_vocabulary(family: Family, concept: Adaptation) -> None:
             )
 
 
-def check_layers(models: Mapping[str, nn.Module], layers: Iterable[tuple[str, str]]) -> None:
+def check_layers(
+    models: Mapping[str, nn.Module], layers: Iterable[tuple[str, str]], *, wrapping: bool
+) -> None:
     """Refuse layers in whose present state an adapter would not do what it should.
 
     Args:
         models: component -> model.
         layers: (component, module name) of all that are to be changed.
+        wrapping: whether an adapter is to be added, or only other factors given to one that is
+            there, which concerns none but its layers and the attentions around them.
 
     Raises:
         PipelineError: a layer has adapters that are fused, switched off, or not LoRA.
@@ -98,7 +101,8 @@ def check_layers(models: Mapping[str, nn.Module], layers: Iterable[tuple[str, st
 
     layers = list(layers)
     for component in dict.fromkeys(component for component, _ in layers):
-        for name, module in models[component].named_modules():
+        own = [name for key, name in layers if key == component]
+        for name, module in _concerned(models[component], own, wrapping):
             # Adding an adapter takes what is fused out of every layer of the model.
             if isinstance(module, BaseTunerLayer) and module.merged:
                 raise PipelineError(
@@ -131,6 +135,16 @@ def check_layers(models: Mapping[str, nn.Module], layers: Iterable[tuple[str, st
                 where=where,
                 fix="call enable_lora() first",
             )
+
+
+def _concerned(
+    model: nn.Module, layers: Iterable[str], wrapping: bool
+) -> Iterable[tuple[str, nn.Module]]:
+    if wrapping:
+        return model.named_modules()
+    # A walk over a whole model takes long beside the swap itself.
+    above = [name.rsplit(".", count)[0] for name in layers for count in (1, 2)]
+    return [(name, model.get_submodule(name)) for name in dict.fromkeys([*layers, *above])]
 
 
 def check_range(component: str, updates: Mapping[str, LowRank], dtype: torch.dtype) -> None:

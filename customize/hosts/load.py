@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from customize.attention import placing as kernels
 from customize.attention.choice import choose
-from customize.concepts.concept import Concept
-from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
-from customize.concepts.formats.lora import Weights as LayerWeights
-from customize.concepts.formats.names import Names
-from customize.concepts.formats.opening import opened
+from customize.concepts.cache import ByteCache
+from customize.concepts.formats.lora import Adaptation, LoraFile
+from customize.concepts.index import Entry
 from customize.concepts.inputs import LayerInputs
+from customize.concepts.library import Library
+from customize.concepts.merge import SUM
 from customize.concepts.slices import collisions
-from customize.errors import ConfigError, PipelineError
-from customize.families import Family, family_of
+from customize.errors import ConfigError
+from customize.families import Family
 from customize.hosts.change import change
 from customize.hosts.checks import check_base, check_vocabulary
 from customize.hosts.classes import adjust_pipelines
-from customize.hosts.fusing import base_weight
-from customize.hosts.guards import ADAPTER
-from customize.hosts.offload import settled
-from customize.hosts.placing import computing_device, fitted, planned, planned_before
+from customize.hosts.placing import computing_device, fitted, planned
 from customize.hosts.plan import Weights, renamed, wanted
 from customize.hosts.recording import merging_of, merging_without, method_of, recorded
-from customize.hosts.state import Attached, Customization, Holder, Row, check_sharing, find
+from customize.hosts.shelf import Shelf
+from customize.hosts.sources import family_in, read_sources, with_all_parts
+from customize.hosts.state import Attached, Holder, check_sharing, find, keep
+from customize.memory import budget
 
 
 def load(
@@ -44,22 +44,26 @@ def load(
     merge: str | Mapping[str, Any] | None,
     attention: str | None,
     memory: str | None,
+    library: str | Path | None,
+    library_cache: str,
 ) -> None:
     """What :func:`customize.load_custom` does."""
-    family = _family(pipe)
+    family = family_in(pipe)
     concerned = bool(sources or weights or merge is not None)
-    if not concerned and attention is None and memory is None:
-        if find(family).attached:
+    if not concerned and attention is None and memory is None and library is None:
+        if find(family).attached or find(family).shelf:
             _adjust(pipe, find(family))  # another pipeline of the same models
             return
         raise ConfigError(
             "there is nothing to load",
-            fix="give concepts, a dict of weights, a merge, an attention backend or an amount of "
-            "memory",
+            fix="give concepts, a dict of weights, a merge, a library, an attention backend or an "
+            "amount of memory",
         )
     chosen = method_of(merge)
     plan = None if memory is None else planned(pipe, family, memory)
     changes = _loading(family, sources, weights, names, fuse) if concerned else None
+    holder = find(family) if changes is None else changes.holder
+    shelf = None if library is None else _opened_shelf(family, holder, library, library_cache)
     device = computing_device(pipe, family, anywhere=plan is not None)
     choices = {} if attention is None else choose(family, attention, device)
     # Concepts come last, so that adapters are left alone by whatever is done to the weights.
@@ -67,8 +71,81 @@ def load(
         undoing.enter_context(kernels.applied(family, choices))
         if plan is not None:
             undoing.enter_context(fitted(pipe, family, plan, device))
+        if shelf is not None:
+            undoing.enter_context(_shelved(family, holder, shelf))
         if changes is not None:
             _change(pipe, changes, chosen)
+        elif shelf is not None:
+            _adjust(pipe, holder)
+
+
+def _opened_shelf(family: Family, holder: Holder, library: str | Path, library_cache: str) -> Shelf:
+    """A library with nothing of it in memory yet; nothing changes."""
+    if not isinstance(library, str | Path):
+        raise ConfigError(
+            f"a {type(library).__name__} is not a library",
+            where="library",
+            fix="give a folder with concepts in it",
+        )
+    cache: ByteCache[Hashable] = ByteCache(budget(library_cache, "library_cache"))
+    check_sharing(family, holder)
+    whole = with_all_parts(family, holder)
+    return Shelf(Library(library), whole.fingerprint(), cache)
+
+
+@contextmanager
+def _shelved(family: Family, holder: Holder, shelf: Shelf) -> Iterator[None]:
+    """Let prompts take concepts from a library; after an error, from the one before."""
+    before, holder.shelf = holder.shelf, shelf
+    whole = with_all_parts(family, holder)
+    keep(whole, holder)
+    try:
+        yield
+    except BaseException:
+        holder.shelf = before
+        keep(whole, holder)
+        raise
+
+
+def route_to(pipe: Any, holder: Holder, entries: Sequence[Entry]) -> None:
+    """Attach these concepts of the library, beside those that were loaded by name.
+
+    Nothing is done where they are attached already.
+
+    Args:
+        entries: rows of the library at the pipeline's models, whose concepts fit them.
+
+    Raises:
+        ConceptError: one cannot be read, or does not go with what is attached.
+    """
+    family, shelf = family_in(pipe), holder.shelf
+    assert shelf is not None
+    whole = with_all_parts(family, holder)
+
+    def read(entry: Entry) -> Adaptation:
+        found = read_sources(whole, [shelf.library.path(entry)])
+        check_base(whole, found)
+        return found[0]
+
+    # In one order, whatever the prompt's, as rounding depends on it.
+    ordered = sorted(entries, key=lambda entry: entry.name)
+    new = [shelf.concept(entry, read) for entry in ordered]
+    before = holder.attached
+    kept = {name: each for name, each in before.items() if not each.routed}
+    now = [each.concept for each in before.values() if each.routed]
+    same = len(now) == len(new) and all(a is b for a, b in zip(now, new, strict=True))
+    if same and all(adapter.is_there() for adapter in holder.adapters):
+        return
+    check_sharing(family, holder)
+    found = wanted(kept, new, None, fuse=False)
+    after = {n: each if n in kept else replace(each, routed=True) for n, each in found.items()}
+    _check_vocabularies(whole, holder, new)
+    merging = merging_of(whole, holder, after, None)
+    if merging.method == SUM:
+        _tell_collisions(before, after)
+    change(whole, holder, after, merging)
+    shelf.active = {e.source: (e.stamp, c) for e, c in zip(ordered, new, strict=True)}
+    _adjust(pipe, holder)
 
 
 def set_to(
@@ -81,8 +158,8 @@ def set_to(
     Args:
         weights: as in :func:`customize.load_custom`, but 1.0 for each concept where left out.
     """
-    family = _family(pipe)
-    new = _read(family, sources)
+    family = family_in(pipe)
+    new = read_sources(family, sources)
     holder = find(family)
     check_sharing(family, holder)
     before = holder.attached
@@ -90,9 +167,10 @@ def set_to(
     kept = {name: replace(before[name], weight=1.0) for name in names if name in before}
     found = wanted(kept, new, weights, fuse=False)
     after = {
-        name: replace(found[name], fused=name in before and before[name].fused) for name in names
+        name: replace(found[name], fused=name in before and before[name].fused, routed=False)
+        for name in names
     }
-    now, then = ([(e.name, e.weight) for e in each.values()] for each in (before, after))
+    now, then = ([(e.name, e.weight, e.routed) for e in each.values()] for each in (before, after))
     if now != then or not all(adapter.is_there() for adapter in holder.adapters):
         _change(pipe, _checked(family, holder, after, new))
 
@@ -121,7 +199,7 @@ def _loading(
     fuse: bool,
 ) -> _Changes:
     """Read and check the concepts of a call; nothing changes."""
-    new = _read(family, sources)
+    new = read_sources(family, sources)
     if names is not None:
         if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
             raise ConfigError(
@@ -143,16 +221,26 @@ def _checked(
 ) -> _Changes:
     """Check what is wanted against the pipeline."""
     before = holder.attached
-    family = _with_all_parts(family, holder)
+    family = with_all_parts(family, holder)
     check_base(family, new)
-    for concept in new:
-        if concept.info.name not in before:
+    _check_vocabularies(family, holder, [c for c in new if c.info.name not in before])
+    _tell_collisions(before, after)
+    return _Changes(family, holder, after)
+
+
+def _check_vocabularies(family: Family, holder: Holder, concepts: Sequence[Adaptation]) -> None:
+    """Refuse concepts whose tokens are there, and not from an earlier call of the library."""
+    left = {trigger for _, trigger in holder.tokens}
+    for concept in concepts:
+        if concept.info.trigger not in left:
             check_vocabulary(family, concept)
+
+
+def _tell_collisions(before: Mapping[str, Attached], after: Mapping[str, Attached]) -> None:
+    """Before the change, since a warning may be turned into an error."""
     for collision in collisions([each.concept.info for each in after.values()]):
         if not {collision.first, collision.second} <= set(before):
-            # Before the change, since a warning may be turned into an error.
-            warnings.warn(str(collision), stacklevel=5)
-    return _Changes(family, holder, after)
+            warnings.warn(str(collision), stacklevel=6)
 
 
 def record(
@@ -162,20 +250,20 @@ def record(
     words: str | None,
 ) -> LayerInputs:
     """What :func:`customize.record_inputs` does."""
-    family = _family(pipe)
-    (concept,) = _read(family, [source])
+    family = family_in(pipe)
+    (concept,) = read_sources(family, [source])
     holder = find(family)
     check_sharing(family, holder)
     check_base(family, [concept])
-    family = _with_all_parts(family, holder)
+    family = with_all_parts(family, holder)
     return recorded(family, holder, [concept], prompts, words)[concept.info.name]
 
 
 def unload(pipe: Any, names: Sequence[str]) -> None:
     """What :func:`customize.unload_custom` does."""
-    family = _family(pipe)
+    family = family_in(pipe)
     holder = find(family)
-    if not holder.attached:
+    if not holder.attached and holder.shelf is None:
         check_sharing(family, holder)
     before = holder.attached
     for name in names:
@@ -190,8 +278,16 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
                 fix=f"choose from {', '.join(before)}" if before else "load it first",
             )
     after = {name: kept for name, kept in before.items() if names and name not in names}
-    if before:
-        change(_with_all_parts(family, holder), holder, after, merging_without(holder, after))
+    shelf = holder.shelf
+    if not names:
+        holder.shelf = None
+    try:
+        if before or shelf is not None:
+            change(with_all_parts(family, holder), holder, after, merging_without(holder, after))
+    except BaseException:
+        holder.shelf = shelf
+        keep(with_all_parts(family, holder), holder)
+        raise
     _adjust(pipe, holder)
     if not names:
         for part in family.components.values():
@@ -199,107 +295,9 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
                 kernels.restore(part)
 
 
-def summary(pipe: Any) -> Customization:
-    """What ``pipe.custom`` shows; never an error, as debuggers and ``hasattr`` read properties."""
-    try:
-        family = _family(pipe)
-    except PipelineError:
-        return Customization((), "no known model family")
-    holder = find(family)
-    colliding: dict[str, list[str]] = {}
-    for collision in collisions([each.concept.info for each in holder.attached.values()]):
-        colliding.setdefault(collision.first, []).append(collision.second)
-        colliding.setdefault(collision.second, []).append(collision.first)
-    rows = []
-    for name, attached in holder.attached.items():
-        info = attached.concept.info
-        slices = "none" if info.basis is None else "disjoint"
-        if name in colliding:
-            slices = "shared with " + ", ".join(colliding[name])
-        mode = "fused" if attached.fused else _adapter_mode(holder)
-        if info.num_tokens and _lacks_tokens(family, holder, info.trigger):
-            mode += " (tokens removed by someone else)"
-        said, thing = info.words or "-", info.class_word or "-"
-        rows.append(Row(name, said, thing, attached.weight, info.rank, slices, mode))
-    denoiser = family.denoiser
-    place = f"{family.name} ({denoiser.device}, {str(denoiser.dtype).removeprefix('torch.')})"
-    plan = planned_before(family)
-    return Customization(
-        tuple(rows),
-        place,
-        merge=holder.merging.method,
-        attention=tuple(kernels.report(family.components)),
-        memory="" if plan is None else str(plan),
-    )
-
-
-def _adapter_mode(holder: Holder) -> str:
-    if not all(each.is_there() for each in holder.adapters):
-        return "adapter (removed by someone else)"
-    layers = [each for a in holder.adapters for own in a.layers.values() for each in own.values()]
-    if any(ADAPTER not in layer.active_adapters or layer.disable_adapters for layer in layers):
-        return "adapter (not active)"
-    return "adapter"
-
-
-def _family(pipe: Any) -> Family:
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, Mapping):
-        raise PipelineError(
-            f"a {type(pipe).__name__} is not a diffusers pipeline",
-            fix="give a DiffusionPipeline or ModularPipeline",
-        )
-    # Below torch.compile's wrapper, where modules have the names that files give them.
-    inner = {key: getattr(part, "_orig_mod", part) for key, part in components.items()}
-    return family_of(inner, getattr(pipe, "config", None) or {})
-
-
-def _lacks_tokens(family: Family, holder: Holder, trigger: str) -> bool:
-    # Someone may have taken them away, with unload_textual_inversion.
-    keys = [family.clip_encoders[key] for key, ours in holder.tokens if ours == trigger]
-    return any(trigger not in holder.parts[key].get_added_vocab() for key in keys)
-
-
 def _adjust(pipe: Any, holder: Holder) -> None:
     from customize.hosts.stages import STAGES  # stages may attach concepts themselves
 
     layered = any(each.concept.info.token_layers for each in holder.attached.values())
-    on = bool(holder.attached)
-    adjust_pipelines(pipe, _family(pipe).denoiser, on=on, layered=layered, stages=STAGES)
-
-
-def _with_all_parts(family: Family, holder: Holder) -> Family:
-    """The family of what was changed, also where the pipeline has freed or replaced some of it."""
-    return type(family)(family.components | holder.parts, family.pipeline_config)
-
-
-def _read(family: Family, sources: Sequence[object]) -> list[Adaptation]:
-    found = [_opened(source) for source in sources]
-    # Once for all files, as it takes a walk over the model.
-    names = Names(family) if any(isinstance(each, LoraFile) for each in found) else None
-
-    def placed(each: Adaptation | LoraFile, weights: LayerWeights | None = None) -> Adaptation:
-        return each.lora(family, weights, names) if isinstance(each, LoraFile) else each
-
-    if not any(isinstance(each, LoraFile) and each.needs_weights for each in found):
-        return [placed(each) for each in found]
-    originals = find(family).originals
-    models = family.adaptable
-
-    def weight(component: str, module: str) -> Tensor:
-        place = (component, module)
-        return originals[place] if place in originals else base_weight(models, place)
-
-    with settled(models):
-        return [placed(each, weight) for each in found]
-
-
-def _opened(source: object) -> Adaptation | LoraFile:
-    if isinstance(source, Concept | Lora | LoraFile):
-        return source
-    if isinstance(source, str | Path):
-        return opened(source)
-    raise ConfigError(
-        f"a {type(source).__name__} is not a concept",
-        fix="give a folder, a .safetensors file, a hub id or a Concept",
-    )
+    on = bool(holder.attached or holder.shelf)
+    adjust_pipelines(pipe, family_in(pipe).denoiser, on=on, layered=layered, stages=STAGES)

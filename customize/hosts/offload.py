@@ -7,7 +7,7 @@ are made anew afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +25,15 @@ def settled(models: Mapping[str, nn.Module]) -> Iterator[None]:
     Raises:
         PipelineError: weights lie on disk or were never loaded. Nothing was changed.
     """
-    devices = {key: _sequential_device(model) for key, model in models.items()}
-    for key, model in models.items():
-        _check_in_memory(key, model, hooked=devices[key] is not None)
+    modules = {key: list(model.modules()) for key, model in models.items()}
+    devices = {key: _sequential_device(own) for key, own in modules.items()}
+    # Where no module has hooks of diffusers, nobody need look for these.
+    grouped = [key for key, own in modules.items() if any(map(_has_hooks, own))]
+    for key, own in modules.items():
+        if key in grouped:
+            _check_not_on_disk(key, models[key])
+        if devices[key] is None:
+            _check_in_memory(key, own)
     hooked = {key: model for key, model in models.items() if devices[key] is not None}
     for model in hooked.values():
         _unhook(model)
@@ -36,8 +42,8 @@ def settled(models: Mapping[str, nn.Module]) -> Iterator[None]:
     finally:
         for key, model in hooked.items():
             _hook(model, devices[key])
-        for model in models.values():
-            _regroup(model)
+        for key in grouped:
+            _regroup(models[key])
 
 
 def check_placed(models: Mapping[str, nn.Module]) -> None:
@@ -58,9 +64,9 @@ def check_placed(models: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _sequential_device(model: nn.Module) -> Any:
+def _sequential_device(modules: Iterable[nn.Module]) -> Any:
     """Where a sequentially offloaded model computes; None for any other model."""
-    for module in model.modules():
+    for module in modules:
         hook: Any = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
             # accelerate's AlignDevicesHook; without `offload` it only moves inputs.
@@ -69,7 +75,11 @@ def _sequential_device(model: nn.Module) -> Any:
     return None
 
 
-def _check_in_memory(key: str, model: nn.Module, hooked: bool) -> None:
+def _has_hooks(module: nn.Module) -> bool:
+    return "_diffusers_hook" in module.__dict__  # HookRegistry's own
+
+
+def _check_not_on_disk(key: str, model: nn.Module) -> None:
     from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 
     group = _get_top_level_group_offload_hook(model)
@@ -79,7 +89,11 @@ def _check_in_memory(key: str, model: nn.Module, hooked: bool) -> None:
             where=key,
             fix="load or unload concepts before enable_group_offload, or offload to memory",
         )
-    if not hooked and any(weight.is_meta for weight in model.parameters()):
+
+
+def _check_in_memory(key: str, modules: Iterable[nn.Module]) -> None:
+    weights = (weight for module in modules for weight in module._parameters.values())
+    if any(weight is not None and weight.is_meta for weight in weights):
         raise PipelineError(
             "the model has weights that were never loaded",
             where=key,

@@ -42,7 +42,7 @@ def wanted(
     for name, weight in _by_name(after, new, weights).items():
         # A call that gives weights alone is about the concepts that these name.
         fused = after[name].fused or (fuse and not new)
-        after[name] = replace(after[name], weight=weight, fused=fused)
+        after[name] = replace(after[name], weight=weight, fused=fused, routed=False)
     for a, b in combinations([attached.concept.info for attached in after.values()], 2):
         if a.trigger and a.trigger == b.trigger:
             raise ConceptError(

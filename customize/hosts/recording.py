@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,16 @@ from customize.concepts.inputs import (
     texts,
     updates_digest,
 )
-from customize.concepts.merge import APART, AUTO, FUSION, METHODS, SUM, check_method, resolved
+from customize.concepts.merge import (
+    APART,
+    AUTO,
+    FUSION,
+    METHODS,
+    SUM,
+    check_method,
+    recorded_beside,
+    resolved,
+)
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.hosts.change import change
@@ -80,11 +90,21 @@ def merging_of(
             fix="give fuse=True for all or for none, naming those that are attached already in "
             'weights=, or choose "sum"',
         )
-    known = {name: own for name, own in holder.merging.inputs.items() if name in after}
+    known = {
+        name: own
+        for name, own in holder.merging.inputs.items()
+        if name in after and not after[name].routed
+    }
+    shelf = holder.shelf
     concepts = [each.concept for each in after.values()]
-    found, records, lacking = resolved(method, concepts, known)
+    read = recorded_beside if shelf is None else partial(shelf.record, read=recorded_beside)
+    found, records, lacking = resolved(method, concepts, known, read)
     if found == FUSION:
-        records |= recorded(family, holder, lacking)
+        made = recorded(family, holder, lacking)
+        if shelf is not None:
+            for concept in lacking:
+                shelf.keep_record(concept, made[concept.info.name])
+        records |= made
     return Merging(method, found, records if method in (AUTO, FUSION) else {}, settings)
 
 

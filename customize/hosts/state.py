@@ -15,6 +15,7 @@ from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.components import uncompiled
 from customize.hosts.fusing import Originals
+from customize.hosts.shelf import Shelf
 
 _KEY = "_customize"
 _MARK = "_customize_mark"
@@ -27,11 +28,13 @@ class Attached:
     Attributes:
         weight: its factor in the weighted sum.
         fused: whether it is in the base weights, and not in the adapter.
+        routed: whether a prompt named it, so that one that doesn't takes it away again.
     """
 
     concept: Adaptation
     weight: float
     fused: bool
+    routed: bool = False
 
     @property
     def name(self) -> str:
@@ -78,6 +81,7 @@ class Holder:
         merging: how they are merged.
         adapters: what sits beside the base weights, one for each model.
         originals: of the fused weights.
+        shelf: the library that prompts take concepts from, if there is one.
         tokens: (token dictionary's key, trigger) -> all its entries, as they were added.
         hooks: handles of what serves tokens with an embedding for each layer.
         parts: component's key -> every model and tokenizer that is changed, also where a pipeline
@@ -89,6 +93,7 @@ class Holder:
     merging: Merging = field(default_factory=Merging)
     adapters: list[Adapter] = field(default_factory=list)
     originals: Originals = field(default_factory=dict)
+    shelf: Shelf | None = None
     tokens: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     parts: dict[str, Any] = field(default_factory=dict)
@@ -106,14 +111,15 @@ def find(family: Family) -> Holder:
 
 def keep(family: Family, holder: Holder) -> None:
     """Leave the holder with the denoiser, or take it away where nothing is attached any more."""
-    holder.mark.unsaveable = _unsaveable(holder.attached)
-    if holder.attached:
+    holder.mark.unsaveable = _unsaveable(holder)
+    there = bool(holder.attached or holder.shelf)
+    if there:
         setattr(family.denoiser, _KEY, holder)
         holder.parts = parts_of(family)
     else:
         vars(family.denoiser).pop(_KEY, None)
     for part in holder.parts.values():
-        if holder.attached:
+        if there:
             setattr(part, _MARK, holder.mark)
         else:
             vars(part).pop(_MARK, None)
@@ -190,8 +196,14 @@ def _and(keys: Iterable[str]) -> str:
     return " and ".join(sorted(keys)) or "components"
 
 
-def _unsaveable(attached: Mapping[str, Attached]) -> str:
-    """Why models with these concepts cannot be saved; empty where they can."""
+def _unsaveable(holder: Holder) -> str:
+    """Why models with what is attached cannot be saved; empty where they can."""
+    attached = holder.attached
+    if holder.shelf is not None:
+        return (
+            "the concepts of a library are attached beside the weights as prompts name them, and "
+            "stock diffusers could not open what is saved"
+        )
     beside = [name for name, each in attached.items() if not each.fused]
     layered = [name for name, each in attached.items() if each.concept.info.token_layers]
     if beside:
@@ -230,6 +242,7 @@ class Customization:
         merge: by which method several concepts are merged.
         attention: which backend took effect in each component; empty where none was chosen.
         memory: what was done to fit the model into memory; empty where nothing was.
+        library: where prompts take concepts from, and what of it is in use; empty without one.
     """
 
     rows: tuple[Row, ...]
@@ -237,6 +250,7 @@ class Customization:
     merge: str = SUM
     attention: tuple[Took, ...] = ()
     memory: str = ""
+    library: str = ""
 
     def __repr__(self) -> str:
         lines = [self._concepts()]
@@ -244,6 +258,8 @@ class Customization:
             lines.append(f"attention: {'; '.join(map(str, self.attention))}")
         if self.memory:
             lines.append(f"memory: {self.memory}")
+        if self.library:
+            lines.append(f"library: {self.library}")
         return "\n".join(lines)
 
     def _concepts(self) -> str:

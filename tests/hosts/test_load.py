@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +14,6 @@ import customize
 from customize.concepts.tokens import expand
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
-from customize.hosts import change as hosts_change
-from customize.hosts import fusing as hosts_fusing
 from tests.concepts.making import learn
 from tests.hosts.making import (
     MAKERS,
@@ -148,6 +149,23 @@ def test_paths_and_files(tmp_path):
 
 
 @both
+def test_a_call_for_nothing(make):
+    pipe = make()
+    with pytest.raises(ConfigError, match="nothing to load"):
+        pipe.load_custom()
+    pipe.load_custom(concept(pipe))
+    before = everything(pipe)
+    other = type(make())(**pipe.components)  # of the same models, but without the arguments of ours
+    with pytest.raises(TypeError, match="regions"):
+        other(PROMPT, regions={"<rex>": (0, 0, 1, 1)})
+    other.load_custom()
+    assert "regions" in inspect.signature(other.__call__).parameters
+    assert_same(before, everything(pipe))
+    pipe.unload_custom()
+    assert "regions" not in inspect.signature(other.__call__).parameters
+
+
+@both
 @modes
 def test_a_failed_call_changes_nothing(make, fuse):
     pipe = make()
@@ -176,7 +194,6 @@ def test_a_failed_call_changes_nothing(make, fuse):
         (ConfigError, "neither attached nor", [tom], {"weights": {"ann": 1.0}}),
         (ConfigError, "weights are of type float", [tom], {"weights": 0.6}),
         (ConfigError, "is not a concept", [3], {}),
-        (ConfigError, "nothing to load", [], {}),
         (ConfigError, "does not name 1", [tom], {"names": "x"}),
         (ConceptError, "name", [tom], {"names": ["../x"]}),
         (ConceptError, "no/such/folder", ["no/such/folder.safetensors"], {}),
@@ -192,14 +209,17 @@ def test_a_failed_call_changes_nothing(make, fuse):
 
 
 @both
-@pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize(
-    ("fuse", "step", "call"),
+    ("attached", "fuse", "step", "call"),
     [
-        (False, "change.attach_products", 2),
-        (False, "change.add_tokens", 1),
-        (True, "change.expand_triggers", 1),
-        (True, "fusing.product", 5),
+        (False, False, "hosts.change.attach_products", 2),
+        (True, False, "concepts.adapter.swap", 2),
+        (False, False, "hosts.change.add_tokens", 1),
+        (True, False, "hosts.change.add_tokens", 1),
+        (False, True, "hosts.change.expand_triggers", 1),
+        (True, True, "hosts.change.expand_triggers", 1),
+        (False, True, "hosts.fusing.add_to", 5),
+        (True, True, "hosts.fusing.add_to", 5),
     ],
 )
 def test_a_failure_in_the_middle_is_undone(make, attached, fuse, step, call, monkeypatch):
@@ -208,8 +228,8 @@ def test_a_failure_in_the_middle_is_undone(make, attached, fuse, step, call, mon
         pipe.load_custom(concept(pipe), fuse=fuse)
     before = everything(pipe)
     tom = concept(pipe, "tom", index=1)
-    module, name = step.split(".")
-    real = getattr({"change": hosts_change, "fusing": hosts_fusing}[module], name)
+    module, name = step.rsplit(".", 1)
+    real = getattr(import_module(f"customize.{module}"), name)
     calls = []
 
     def failing(*args, **kwargs):
@@ -218,7 +238,7 @@ def test_a_failure_in_the_middle_is_undone(make, attached, fuse, step, call, mon
             raise MemoryError("full")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(f"customize.hosts.{step}", failing)
+    monkeypatch.setattr(f"customize.{step}", failing)
     with pytest.raises(MemoryError):
         pipe.load_custom(tom, fuse=fuse)
     assert_same(before, everything(pipe))

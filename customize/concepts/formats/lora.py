@@ -230,9 +230,13 @@ def lora_file(
     Raises:
         ConceptError: a key is none that is known, or two say the same.
     """
-    own = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).lstrip("-_")[:64].rstrip("-_") or "lora"
     facts = Metadata.of(metadata, adapter_config, where)
-    return LoraFile(own, str(where), grouped(tensors, where), facts)
+    return LoraFile(own_name(name), str(where), grouped(tensors, where), facts)
+
+
+def own_name(name: str) -> str:
+    """What a LoRA goes by, from the name of its file or folder."""
+    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).lstrip("-_")[:64].rstrip("-_") or "lora"
 
 
 def paired(first: LoraFile, second: LoraFile) -> LoraFile:

@@ -1,0 +1,155 @@
+"""The command ``evaluate`` and its flags, of which it has the most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from customize.cli.options import Device, Json, SomeSources
+from customize.cli.shared import on_interrupt
+
+
+@on_interrupt("interrupted: nothing was written; give the same command again")
+def evaluate(
+    context: typer.Context,
+    concepts: SomeSources = None,
+    storybook: Annotated[
+        bool,
+        typer.Option(
+            "--storybook",
+            help="Draw the concepts in the bundled miniature world, and judge them exactly",
+            rich_help_panel="In the storybook",
+        ),
+    ] = False,
+    base: Annotated[
+        str, typer.Option(metavar="BASE", help="Its pipeline", rich_help_panel="In the storybook")
+    ] = "assets/storybook",
+    judges: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Its judges", rich_help_panel="In the storybook"),
+    ] = Path("assets/judges"),
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,...",
+            help="Weights of the concepts where they are merged; not given: 1 each",
+            show_default=False,
+            rich_help_panel="In the storybook",
+        ),
+    ] = None,
+    merge: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|sum|fusion",
+            help="How they are merged, as for generate",
+            rich_help_panel="In the storybook",
+        ),
+    ] = "auto",
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=1000,
+            metavar="N",
+            help="Repetitions, which the spread is over",
+            rich_help_panel="In the storybook",
+        ),
+    ] = 3,
+    steps: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Sampling steps", rich_help_panel="In the storybook"),
+    ] = 25,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Pictures to score",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Their prompts, a line each in the order of their names, or one for all; not"
+            " given: those that generate left beside them",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
+    class_word: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What triggers in the prompts stand for, as CLIP has never read them",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="CLIP model for CLIP-T and CLIP-I: a folder or hub id",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
+    dino: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="DINO, DINOv2 or DINOv3 model for DINO-I: a folder or hub id",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Pictures of the concept. In the storybook: a folder with one such folder for"
+            " each concept, by name; not given: assets/concepts",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: Json = None,
+    device: Device = None,
+) -> None:
+    """Score concepts in the storybook, or pictures with CLIP and DINO.
+
+    customize evaluate --storybook demo/concepts/rex demo/concepts/tom
+
+    customize evaluate --images pictures --references photos
+    --clip openai/clip-vit-base-patch32 --dino facebook/dinov2-small
+    """
+    from customize.cli import evaluate as evaluation
+
+    evaluation.check_mode(context, storybook, images, concepts or [])
+    if images is not None:
+        evaluation.run_similarity(
+            images,
+            prompts=prompts,
+            references=references,
+            clip=clip,
+            dino=dino,
+            class_word=class_word,
+            device=device,
+            json_file=json_file,
+        )
+        return
+    evaluation.run_storybook(
+        concepts or [],
+        base=base,
+        judges=judges,
+        references=references or Path("assets/concepts"),
+        weights=weights,
+        merge=merge,
+        seeds=seeds,
+        steps=steps,
+        device=device,
+        json_file=json_file,
+    )

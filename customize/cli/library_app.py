@@ -1,0 +1,54 @@
+"""The commands of ``library`` and their arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from customize.cli.options import Sources
+from customize.cli.shared import on_interrupt
+
+app = typer.Typer(help="List, fill and check a folder of many concepts.", no_args_is_help=True)
+
+Folder = Annotated[
+    Path,
+    typer.Argument(metavar="FOLDER", help="The library's folder", show_default=False),
+]
+
+
+@app.command("list")
+@on_interrupt("interrupted")
+def list_concepts(folder: Folder) -> None:
+    """Show what a library holds, and by what prompts call it."""
+    from customize.cli.library import run_list
+
+    run_list(folder)
+
+
+@app.command()
+@on_interrupt("interrupted: those that were told are added; give the others again")
+def add(folder: Folder, concepts: Sources) -> None:
+    """Copy concepts and LoRA files into a library, with their records.
+
+    Each is read whole first. One whose name or trigger is taken there is
+    refused.
+    """
+    from customize.cli.library import run_add
+
+    run_add(folder, concepts)
+
+
+@app.command()
+@on_interrupt("interrupted")
+def check(folder: Folder) -> None:
+    """Read every file of a library whole, and tell what is wrong.
+
+    That is files that cannot be read, triggers that call two, slices that
+    share columns where there is room, and records that lack or are old.
+    The exit code is 1 where anything is.
+    """
+    from customize.cli.library import run_check
+
+    raise typer.Exit(run_check(folder))

@@ -1,0 +1,260 @@
+"""The index of a library: what is known of each concept without reading its tensors.
+
+It is one hidden SQLite file in the folder, and the concepts' files are the truth: an index that is
+missing, damaged or of another version is made anew from them, and each row is used only as long as
+the names, sizes and times of its files are those that it notes.
+
+The file is never changed in place. A new one is made in memory and renamed over the old one, so
+that readers find a whole one at any time, without locks, which network file systems may not have
+(SQLite's write-ahead log cannot work there at all). Of two that write at once the later one stays;
+what it doesn't know of is read from the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from customize.concepts.concept import MAX_NAME, BasisInfo, ConceptInfo
+from customize.concepts.files import put_file
+from customize.concepts.formats.lora import LoraInfo, own_name
+from customize.concepts.formats.metadata import Metadata
+from customize.concepts.inputs import place_beside
+from customize.concepts.layout import INFO_FILE, INFO_HEADER, INPUTS_FILE
+from customize.concepts.reading import read_info, single_info
+from customize.errors import ConceptError, CustomizeError
+
+INDEX_FILE = ".library.sqlite"
+_VERSION = 1
+_MAX_BYTES = 2**30
+_DOWN = re.compile(r".*(lora_A|lora_down|lora\.down)\b.*weight")
+_TOKENS = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]*>")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: what a library knows of one concept.
+
+    Attributes:
+        source: the concept's folder or file, by its name in the library.
+        stamp: names, sizes and times of its files.
+        name: of the concept.
+        trigger: what calls it in a prompt. A LoRA from elsewhere is called ``<name>``.
+        words: what a prompt then says to the model: the trigger, or what a LoRA's file names.
+        own_tokens: whether the trigger is a token of its own, which a LoRA's is not.
+        class_word, family, base, fingerprint: as :class:`ConceptInfo` has them; a LoRA from
+            elsewhere says no family, and which model it fits is known when it is read.
+        rank: the largest of its layers'.
+        basis, slices: of the method "orthogonal".
+        size: bytes of its tensors' files.
+        recorded: whether a record of its layers' inputs lies beside it.
+        fault: why it cannot be read; empty where nothing is known to be wrong.
+    """
+
+    source: str
+    stamp: str
+    name: str
+    trigger: str
+    words: str
+    own_tokens: bool
+    class_word: str
+    family: str
+    base: str
+    fingerprint: Mapping[str, Any]
+    rank: int
+    basis: BasisInfo | None
+    slices: Mapping[str, list[int]]
+    size: int
+    recorded: bool
+    fault: str
+
+    @property
+    def called(self) -> set[str]:
+        """All that calls it in a prompt, in lower case: the trigger, and tokens among its words."""
+        return {each.lower() for each in (self.trigger, *_TOKENS.findall(self.words))}
+
+
+def stamps(library: Path) -> dict[str, str]:
+    """Source -> stamp, for all that may be a concept in a library's folder; what is hidden isn't.
+
+    Raises:
+        OSError: the folder cannot be looked into.
+    """
+    found = {}
+    with os.scandir(library) as entries:
+        for entry in entries:
+            stamp = "" if entry.name.startswith(".") else stamp_of(library, entry.name)
+            if stamp:
+                found[entry.name] = stamp
+    return dict(sorted(found.items()))
+
+
+def stamp_of(library: Path, source: str) -> str:
+    """Names, sizes and times of a concept's files; empty where nothing there is one.
+
+    A folder counts that has ``concept.json`` or safetensors files in it; what else is there, such
+    as pictures or the checkpoints of a run, does not.
+    """
+    path = library / source
+    try:
+        if path.is_dir():
+            with os.scandir(path) as inside:
+                files = [each for each in inside if each.name.endswith((".json", ".safetensors"))]
+                own = {each.name: each.stat() for each in files if not each.name.startswith(".")}
+        elif source.endswith(".safetensors") and not source.endswith(INPUTS_FILE):
+            beside = place_beside(path)
+            own = {each.name: each.stat() for each in (path, beside) if each.is_file()}
+        else:
+            return ""
+    except (OSError, CustomizeError):  # it went just now, or may not be looked into
+        return ""
+    if not any(name == INFO_FILE or name.endswith(".safetensors") for name in own):
+        return ""
+    return "/".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in sorted(own.items()))
+
+
+def described(library: Path, source: str, stamp: str) -> Entry:
+    """The row of a concept, from what its files say beside their tensors."""
+    path = library / source
+    files = [part.rsplit(":", 2) for part in stamp.split("/")]
+    size = sum(
+        int(number)
+        for name, number, _ in files
+        if name.endswith(".safetensors") and not name.endswith(INPUTS_FILE)
+    )
+    recorded = any(name.endswith(INPUTS_FILE) for name, _, _ in files)
+    fault = ""
+    try:
+        info = _info(path)
+    except CustomizeError as error:
+        info, fault = LoraInfo(own_name(path.stem), "", "", 0), str(error)
+    return Entry(
+        source=source,
+        stamp=stamp,
+        name=info.name,
+        trigger=info.trigger or f"<{info.name}>",
+        words=info.words,
+        own_tokens=bool(info.trigger),
+        class_word=info.class_word,
+        family=info.family,
+        base=info.base,
+        fingerprint=info.fingerprint,
+        rank=info.rank,
+        basis=info.basis,
+        slices={width: list(own) for width, own in info.slices.items()},
+        size=size,
+        recorded=recorded,
+        fault=fault,
+    )
+
+
+def _info(path: Path) -> ConceptInfo | LoraInfo:
+    if (path / INFO_FILE).is_file():
+        return read_info(path)
+    if path.is_dir():
+        own = [p for p in path.glob("*.safetensors") if not p.name.endswith(INPUTS_FILE)]
+        name, files = path.name, sorted(own)
+    else:
+        name, files = path.stem, [path]
+    rank, metadata = 0, dict[str, str]()
+    for file in files:
+        shapes, metadata = _header(file)
+        if INFO_HEADER in metadata:
+            return single_info(metadata, file)
+        downs = [shape[0] for key, shape in shapes.items() if _DOWN.fullmatch(key) and shape]
+        rank = max([rank, *downs])
+    facts = Metadata.of(metadata, None, path)
+    return LoraInfo(own_name(name), "", facts.base, rank, facts.words)
+
+
+def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """The shapes of a ``.safetensors`` file's tensors by their names, and its metadata.
+
+    Raises:
+        ConceptError: it is missing, or no such file as far as its header says.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            return shapes, file.metadata() or {}
+    except Exception as error:  # whatever a parser may raise on bytes of others
+        raise ConceptError(
+            f"the file is damaged or no safetensors file: {str(error)[:MAX_NAME]}",
+            where=path,
+            fix="get the file anew",
+        ) from error
+
+
+_COLUMNS = [field.name for field in fields(Entry)]
+_JSON = ("fingerprint", "basis", "slices")
+_ENTRY = TypeAdapter(Entry)
+
+
+def read_index(library: Path) -> dict[str, Entry]:
+    """Source -> row, as the index has them; none where it is missing, damaged or another version's.
+
+    Whether they hold still is told by their stamps.
+    """
+    path = library / INDEX_FILE
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            return {}
+        data = path.read_bytes()
+        if not data.startswith(b"SQLite format 3\0"):
+            return {}
+        with closing(sqlite3.connect(":memory:")) as database:
+            database.deserialize(data)
+            database.execute("PRAGMA trusted_schema = OFF")
+            if database.execute("PRAGMA user_version").fetchone() != (_VERSION,):
+                return {}
+            rows = database.execute(f"SELECT {', '.join(_COLUMNS)} FROM concepts").fetchall()
+        return {entry.source: entry for entry in map(_entry, rows)}
+    except (OSError, sqlite3.Error, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def write_index(library: Path, entries: Iterable[Entry]) -> None:
+    """Put a new index in the place of an older one, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, as in a folder that is only to be read.
+    """
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.execute(f"PRAGMA user_version = {_VERSION}")
+        database.execute(
+            "CREATE TABLE concepts (source TEXT PRIMARY KEY, stamp TEXT, name TEXT, trigger TEXT, "
+            "words TEXT, own_tokens INTEGER, class_word TEXT, family TEXT, base TEXT, "
+            "fingerprint TEXT, rank INTEGER, basis TEXT, slices TEXT, size INTEGER, "
+            "recorded INTEGER, fault TEXT)"
+        )
+        places = ", ".join("?" * len(_COLUMNS))
+        names = ", ".join(_COLUMNS)
+        database.executemany(
+            f"INSERT INTO concepts ({names}) VALUES ({places})", map(_row, entries)
+        )
+        database.commit()
+        data = database.serialize()
+    put_file(library / INDEX_FILE, data)
+
+
+def _row(entry: Entry) -> list[Any]:
+    values = {name: getattr(entry, name) for name in _COLUMNS}
+    values["basis"] = None if entry.basis is None else entry.basis.model_dump()
+    return [json.dumps(v) if name in _JSON else v for name, v in values.items()]
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    values = dict(zip(_COLUMNS, row, strict=True))
+    values |= {name: json.loads(values[name]) for name in _JSON}
+    return _ENTRY.validate_python(values)

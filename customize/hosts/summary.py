@@ -1,0 +1,83 @@
+"""What ``pipe.custom`` shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from customize.attention import placing as kernels
+from customize.concepts.slices import collisions
+from customize.concepts.tokens import known
+from customize.errors import PipelineError
+from customize.families import Family
+from customize.hosts.guards import ADAPTER
+from customize.hosts.placing import planned_before
+from customize.hosts.sources import family_in
+from customize.hosts.state import Customization, Holder, Row, find
+from customize.memory import GIB
+
+
+def summary(pipe: Any) -> Customization:
+    """What ``pipe.custom`` shows; never an error, as debuggers and ``hasattr`` read properties."""
+    try:
+        family = family_in(pipe)
+    except PipelineError:
+        return Customization((), "no known model family")
+    holder = find(family)
+    colliding: dict[str, list[str]] = {}
+    for collision in collisions([each.concept.info for each in holder.attached.values()]):
+        colliding.setdefault(collision.first, []).append(collision.second)
+        colliding.setdefault(collision.second, []).append(collision.first)
+    rows = []
+    for name, attached in holder.attached.items():
+        info = attached.concept.info
+        slices = "none" if info.basis is None else "disjoint"
+        if name in colliding:
+            slices = "shared with " + ", ".join(colliding[name])
+        mode = "fused" if attached.fused else _adapter_mode(holder)
+        mode += ", by the prompt" if attached.routed else ""
+        if info.num_tokens and _lacks_tokens(family, holder, info.trigger):
+            mode += " (tokens removed by someone else)"
+        said, thing = info.words or "-", info.class_word or "-"
+        rows.append(Row(name, said, thing, attached.weight, info.rank, slices, mode))
+    denoiser = family.denoiser
+    place = f"{family.name} ({denoiser.device}, {str(denoiser.dtype).removeprefix('torch.')})"
+    plan = planned_before(family)
+    return Customization(
+        tuple(rows),
+        place,
+        merge=holder.merging.method,
+        attention=tuple(kernels.report(family.components)),
+        memory="" if plan is None else str(plan),
+        library=_library(holder),
+    )
+
+
+def _library(holder: Holder) -> str:
+    shelf = holder.shelf
+    if shelf is None:
+        return ""
+    entries = shelf.library.entries.values()
+    fitting = sum(map(shelf.fits, entries))
+    active = [name for name, each in holder.attached.items() if each.routed]
+    size, limit = (f"{number / GIB:.3g}" for number in (shelf.cache.size, shelf.cache.limit))
+    return (
+        f"{shelf.library.folder}, {len(entries)} concepts, {fitting} of them for this model; "
+        f"the latest prompt named {', '.join(active) or 'none'}; {size} of {limit} GB in memory"
+    )
+
+
+def _adapter_mode(holder: Holder) -> str:
+    if not all(each.is_there() for each in holder.adapters):
+        return "adapter (removed by someone else)"
+    layers = [each for a in holder.adapters for own in a.layers.values() for each in own.values()]
+    # With a library there may be some that what is attached does not change.
+    layers = [layer for layer in layers if layer.lora_A[ADAPTER].weight.numel()]
+    if any(ADAPTER not in layer.active_adapters or layer.disable_adapters for layer in layers):
+        return "adapter (not active)"
+    return "adapter"
+
+
+def _lacks_tokens(family: Family, holder: Holder, trigger: str) -> bool:
+    # Someone may have taken them away, with unload_textual_inversion.
+    keys = [family.clip_encoders[key] for key, ours in holder.tokens if ours == trigger]
+    return any(not known(holder.parts[key], [trigger]) for key in keys)

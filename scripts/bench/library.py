@@ -1,0 +1,235 @@
+"""A library of 1 to 1,000 concepts: what a picture costs when its prompt names one of them.
+
+On the bundled base, whose 68 layers all take an update of rank 8, with concepts of random numbers:
+each is a folder of its own, as training writes it. Pictures are 64 x 64, in 25 steps with guidance.
+
+Ours is `load_custom(library=)` and nothing else: each prompt names its concept. `first_s` is from
+that call to the first picture, where there is no index, and `first_indexed_s` where there is one;
+`cold_s` is a picture whose concept was not read before, `warm_s` one whose concept is in memory
+while another one is attached, so that each picture switches; `same_s` one of the same concept as
+the picture before. Theirs is diffusers' own way: every LoRA and its tokens are loaded with
+`load_lora_weights` and `load_textual_inversion` (`load_s`), and `set_adapters` names the one to
+draw with before each picture (`warm_s`).
+
+Ratios are against pictures of a pipeline with just the one concept loaded by name, drawn in turns
+with the other side's, in one process for each row; `library_warm_ratio_N` is the median over turns
+of that of `warm_s`. All times are what the one thread computes, so that what else the machine does
+troubles them little; files are in the system's cache, as they were written just before.
+`memory_mb` is what the process has grown by when 10 concepts were drawn, or for theirs all loaded.
+Pictures of both sides and of the pipeline with one concept must agree: bit for bit ours, to a
+thousandth of the range theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import ROOT, apart, parser, report, spread
+
+sys.path.insert(0, str(ROOT))
+
+BASE = ROOT / "assets" / "storybook"
+RANK, STEPS = 8, 25
+OURS, THEIRS = (1, 10, 100, 1000), (1, 10, 50)
+WARM = 4  # concepts that take turns
+DRAWN = 10  # concepts that are drawn before memory is looked at
+TURNS = 7
+
+
+def open_base() -> Any:
+    """The bundled base, as anyone opens it."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(BASE)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_concepts(folder: Path, count: int) -> None:
+    """Concepts of random updates of all layers, and two tokens each."""
+    from customize.concepts.concept import BasisInfo, Concept, ConceptInfo
+    from customize.concepts.slices import columns_for
+    from customize.core.bases import BASES, down_projection
+    from customize.core.lowrank import LowRank
+    from customize.families import family_of
+
+    family = family_of(open_base().components)
+    targets = {part: family.adapter_targets(part) for part in ("unet", "text_encoder")}
+    widths = {width for own in targets.values() for _, width in own.values()}
+    tokens = family.token_dictionaries()[0].text_encoder.get_input_embeddings().weight
+    fingerprint = family.fingerprint()
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        name = f"c{number}"
+        columns = columns_for(widths, RANK, index=number, name=name)
+        downs = {w: down_projection(BASES["cosine"], w, own, 0) for w, own in columns.items()}
+        info = ConceptInfo(
+            name=name,
+            trigger=f"<{name}>",
+            class_word="dog",
+            family=family.name,
+            base="assets/storybook",
+            fingerprint=fingerprint,
+            basis=BasisInfo(),
+            rank=RANK,
+            alpha=RANK,
+            slices={str(width): list(own) for width, own in columns.items()},
+        )
+        products = {
+            part: {
+                module: LowRank(
+                    0.02 * torch.randn(out, RANK, generator=generator), downs[width], info.scale
+                )
+                for module, (out, width) in own.items()
+            }
+            for part, own in targets.items()
+        }
+        rows = tokens.std() * torch.randn(2, tokens.shape[1], generator=generator)
+        Concept(info, products, {"text_encoder": rows.detach()}).save(folder / name)
+
+
+def draw(pipe: Any, name: str) -> np.ndarray:
+    noise = torch.Generator().manual_seed(0)
+    call = {"num_inference_steps": STEPS, "generator": noise, "output_type": "np"}
+    return pipe(f"a photo of <{name}> on a beach", **call).images[0]
+
+
+def resident() -> float:
+    """The process's memory in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def computed(call: Callable[[], Any]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def in_turns(
+    turns: int, ours: Callable[[int], Any], alone: Callable[[], Any]
+) -> tuple[list[float], list[float]]:
+    """The times of a side, and each over that of the pipeline with one concept."""
+    times, ratios = [], []
+    for turn in range(turns):
+        if turn % 2:
+            other, own = computed(alone), computed(partial(ours, turn))
+        else:
+            own, other = computed(partial(ours, turn)), computed(alone)
+        times.append(own)
+        ratios.append(own / other)
+    return times, ratios
+
+
+def run_ours(folder: Path, turns: int) -> dict[str, Any]:
+    """Everything about a library, in a process of its own."""
+    names = [f"c{number}" for number in range(len(list(folder.glob("c*"))))]
+    alone = open_base().load_custom(folder / "c0")
+    expected = draw(alone, "c0")
+    spare, pipe = open_base(), open_base()
+    before = resident()
+
+    def first(which: Any) -> None:
+        draw(which.load_custom(library=folder), "c0")
+
+    found: dict[str, Any] = {"first_s": computed(lambda: first(spare))}
+    spare.unload_custom()
+    found["first_indexed_s"] = computed(lambda: first(pipe))
+    if not np.array_equal(draw(pipe, "c0"), expected):
+        raise SystemExit("a picture of the library's is not that of the concept by itself")
+    cold = [computed(partial(draw, pipe, name)) for name in names[1:DRAWN]]
+    found["memory_mb"] = resident() - before
+    found["cold_s"] = spread(cold) if cold else None
+    warm = names[:WARM]
+    for name in warm:
+        draw(pipe, name)
+    times, ratios = in_turns(
+        turns, lambda turn: draw(pipe, warm[turn % len(warm)]), lambda: draw(alone, "c0")
+    )
+    found |= {"warm_s": spread(times), "warm_ratio": statistics.median(ratios)}
+    times, ratios = in_turns(turns, lambda turn: draw(pipe, warm[0]), lambda: draw(alone, "c0"))
+    found |= {"same_s": spread(times), "same_ratio": statistics.median(ratios)}
+    return found
+
+
+def run_theirs(folder: Path, count: int, turns: int) -> dict[str, Any]:
+    """The same with every LoRA loaded into one pipeline."""
+    alone = open_base().load_custom(folder / "c0")
+    expected = draw(alone, "c0")
+    pipe = open_base()
+    names = [f"c{number}" for number in range(count)]
+    before = resident()
+
+    def load() -> None:
+        for name in names:
+            pipe.load_lora_weights(folder / name, adapter_name=name)
+            pipe.load_textual_inversion(folder / name)
+
+    def picture(name: str) -> np.ndarray:
+        pipe.set_adapters([name])
+        return draw(pipe, name)
+
+    found: dict[str, Any] = {"load_s": computed(load)}
+    found["memory_mb"] = resident() - before
+    apart_by = float(np.abs(picture("c0") - expected).max())
+    if apart_by > 1e-3:
+        raise SystemExit(f"diffusers' picture of the concept differs from ours by {apart_by:.2g}")
+    warm = names[:WARM]
+    times, ratios = in_turns(
+        turns, lambda turn: picture(warm[turn % len(warm)]), lambda: draw(alone, "c0")
+    )
+    return found | {"warm_s": spread(times), "warm_ratio": statistics.median(ratios)}
+
+
+def main() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    import customize  # noqa: F401  so that pipelines have load_custom
+    from customize.cli.shared import hide_loading_bars
+
+    args = parser(__doc__).parse_args()
+    ours, theirs, turns = (OURS[:3], THEIRS[:2], 3) if args.quick else (OURS, THEIRS, TURNS)
+    torch.set_num_threads(1)
+    hide_loading_bars()
+    for libraries in (diffusers_logging, transformers_logging):
+        libraries.set_verbosity_error()  # of each of theirs they say what it has nothing for
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        whole = Path(name) / "all"
+        write_concepts(whole, max(*ours, *theirs))
+        draw(open_base().load_custom(whole / "c0"), "c0")  # what is imported at the first use
+        for count in ours:
+            folder = Path(name) / str(count)
+            folder.mkdir()
+            for number in range(count):
+                (whole / f"c{number}").rename(folder / f"c{number}")
+            size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 2**20
+            found = apart(partial(run_ours, folder, turns))
+            rows.append({"concepts": count, "side": "ours", "disk_mb": size, **found})
+            for number in range(count):
+                (folder / f"c{number}").rename(whole / f"c{number}")
+        for count in theirs:
+            found = apart(partial(run_theirs, whole, count, turns))
+            rows.append({"concepts": count, "side": "diffusers", **found})
+    figures = {
+        f"{'library' if row['side'] == 'ours' else 'diffusers'}_warm_ratio_{row['concepts']}": row[
+            "warm_ratio"
+        ]
+        for row in rows
+    }
+    report("library", args, rows, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,7 @@ from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffus
 from customize.concepts.concept import Concept
 from customize.errors import PipelineError
 from customize.families import family_of
+from customize.hosts.stages import STAGES
 from tests.hosts.making import MAKERS, PROMPT, assert_same, concept, draw, everything, user_lora
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +60,13 @@ def test_the_pipeline_keeps_its_interface(make):
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         assert getattr(type(pipe), name) == getattr(type(plain), name)
         assert getattr(type(pipe.tokenizer), name) == getattr(type(plain.tokenizer), name)
-    for method in ("__call__", "__init__", "encode_prompt", "save_pretrained"):
+    for method in ("__init__", "encode_prompt", "save_pretrained"):
         assert inspect.signature(getattr(pipe, method)) == inspect.signature(getattr(plain, method))
+    call = inspect.signature(pipe.__call__)
+    added = {name for stage in STAGES for name in stage.arguments}
+    assert added <= call.parameters.keys()
+    kept = [each for each in call.parameters.values() if each.name not in added]
+    assert call.replace(parameters=kept) == inspect.signature(plain.__call__)
     assert inspect.signature(pipe.tokenizer) == inspect.signature(plain.tokenizer)
     assert pipe.components.keys() == plain.components.keys()
     assert dict(pipe.config) == dict(plain.config)

@@ -288,14 +288,26 @@ def truncate(p: LowRank, rank: int) -> LowRank:
     """
     if rank < 1:
         raise ConfigError(f"an update cannot be truncated to rank {rank}", fix="keep at least 1")
-    q_up, r_up = torch.linalg.qr(_exact(p.up))
-    q_down, r_down = torch.linalg.qr(_exact(p.down).T)
-    u, s, vh = torch.linalg.svd(p.scale * (r_up @ r_down.T), full_matrices=False)
+    up, down = _Reflected(_exact(p.up)), _Reflected(_exact(p.down).T)
+    u, s, vh = torch.linalg.svd(p.scale * (up.r @ down.r.T), full_matrices=False)
     root = s[:rank].sqrt()
-    up = q_up @ (u[:, :rank] * root)
-    down = (root[:, None] * vh[:rank]) @ q_down.T
     device, dtype = p.up.device, precision_of([p])
-    return LowRank(up.to(device, dtype), down.to(device, dtype))
+    return LowRank(
+        up.q_times(u[:, :rank] * root).to(device, dtype),
+        down.q_times(vh[:rank].T * root).T.contiguous().to(device, dtype),
+    )
+
+
+class _Reflected:
+    """A thin QR whose Q stays a product of reflections, for the few columns that are asked for."""
+
+    def __init__(self, tall: Tensor) -> None:
+        self.reflections, self.tau = torch.geqrf(tall)
+        self.r = self.reflections[: len(self.tau)].triu()
+
+    def q_times(self, small: Tensor) -> Tensor:
+        columns = torch.nn.functional.pad(small, (0, 0, 0, len(self.reflections) - len(small)))
+        return torch.ormqr(self.reflections[:, : len(self.tau)], self.tau, columns)
 
 
 def nearest(p: LowRank, rank: int) -> LowRank:

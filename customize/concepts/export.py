@@ -37,7 +37,8 @@ from customize.concepts.layout import (
     lora_files,
 )
 from customize.concepts.merge import Layer, check_together, merging
-from customize.core.lowrank import LowRank, all_finite, distance, filled, norm, truncate
+from customize.core.lowrank import LowRank, all_finite, distance, filled, norm
+from customize.core.truncation import truncate
 from customize.errors import ConceptError, ConfigError, StorageError
 from customize.families import Family, published_families
 

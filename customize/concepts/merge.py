@@ -18,8 +18,9 @@ from customize.concepts.concept import ConceptInfo
 from customize.concepts.formats.lora import Adaptation, LoraInfo
 from customize.concepts.inputs import Factors, LayerInputs, record_beside
 from customize.core.fusion import fusion
-from customize.core.lowrank import LowRank, check_alike, nearest, weighted_sum
+from customize.core.lowrank import LowRank, check_alike, weighted_sum
 from customize.core.merges import MERGES, check_settings, mean_ratio
+from customize.core.truncation import nearest
 from customize.errors import ConceptError, ConfigError
 
 SUM, FUSION = "sum", "fusion"
@@ -78,7 +79,7 @@ class Layer:
         """The update for an adapter: of no higher rank than those of the concepts together.
 
         What is wider, as after pruning, becomes the nearest that is not
-        (:func:`customize.core.lowrank.nearest`); all else is :meth:`merged`.
+        (:func:`customize.core.truncation.nearest`); all else is :meth:`merged`.
 
         Args:
             merged: where it is known already.

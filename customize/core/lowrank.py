@@ -17,8 +17,6 @@ from torch import Tensor
 
 from customize.errors import ConceptError, ConfigError
 
-# Of the subspace iteration in `nearest`.
-_OVERSAMPLING, _ITERATIONS = 10, 4
 # Ranks that `add_to` multiplies at once.
 _TOGETHER = 256
 
@@ -274,54 +272,6 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
-def truncate(p: LowRank, rank: int) -> LowRank:
-    """The nearest product of at most ``rank`` in the Frobenius norm (Eckart-Young).
-
-    Thin QR of both factors and a singular value decomposition of the small matrix between them,
-    in float64. The factors come back balanced: ``up^T up == down @ down^T``, diagonal.
-
-    Returns:
-        rank min(rank, p.rank, out, in), scale 1, on p's device, float32 or p's higher precision.
-
-    Raises:
-        ConfigError: rank is below 1.
-    """
-    if rank < 1:
-        raise ConfigError(f"an update cannot be truncated to rank {rank}", fix="keep at least 1")
-    q_up, r_up = torch.linalg.qr(_exact(p.up))
-    q_down, r_down = torch.linalg.qr(_exact(p.down).T)
-    u, s, vh = torch.linalg.svd(p.scale * (r_up @ r_down.T), full_matrices=False)
-    root = s[:rank].sqrt()
-    up = q_up @ (u[:, :rank] * root)
-    down = (root[:, None] * vh[:rank]) @ q_down.T
-    device, dtype = p.up.device, precision_of([p])
-    return LowRank(up.to(device, dtype), down.to(device, dtype))
-
-
-def nearest(p: LowRank, rank: int) -> LowRank:
-    """Nearly :func:`truncate`, for products that are dense but for their form.
-
-    By subspace iteration from a fixed random start (Halko, Martinsson, Tropp, arXiv 0909.4061,
-    algorithms 4.4 and 5.1), in the product's own precision: the error is within a percent of the
-    least that is possible at this rank, for a small part of the work. The product is made dense.
-    Where it would save little it is :func:`truncate`.
-
-    Returns, and raises, what :func:`truncate` does.
-    """
-    columns = rank + _OVERSAMPLING
-    if rank < 1 or 2 * columns >= min(p.rank, *p.shape):
-        return truncate(p, rank)
-    dense = product(p)
-    start = torch.randn(p.shape[1], columns, generator=torch.Generator().manual_seed(0))
-    basis, _ = torch.linalg.qr(dense @ start.to(dense))
-    for _ in range(_ITERATIONS):
-        basis, _ = torch.linalg.qr(dense.T @ basis)
-        basis, _ = torch.linalg.qr(dense @ basis)
-    u, s, vh = torch.linalg.svd(basis.T @ dense, full_matrices=False)
-    root = s[:rank].sqrt()
-    return LowRank(basis @ (u[:, :rank] * root), root[:, None] * vh[:rank])
-
-
 def inner(p: LowRank, q: LowRank) -> float:
     """The Frobenius inner product ``<p, q> = tr(p^T q)``, in float64, from r x r Gram matrices.
 
@@ -329,8 +279,8 @@ def inner(p: LowRank, q: LowRank) -> float:
         ConceptError: the shapes or devices differ.
     """
     check_alike([p, q])
-    ups = _exact(p.up).T @ _exact(q.up)
-    downs = _exact(p.down) @ _exact(q.down).T
+    ups = exact(p.up).T @ exact(q.up)
+    downs = exact(p.down) @ exact(q.down).T
     return p.scale * q.scale * float((ups * downs).sum())
 
 
@@ -343,9 +293,9 @@ def row_factor(p: LowRank) -> Tensor:
     Returns:
         (min(out, rank), in), float64.
     """
-    up = _exact(p.up)
+    up = exact(p.up)
     factor = up if p.rank >= p.shape[0] else torch.linalg.qr(up).R
-    return p.scale * (factor @ _exact(p.down))
+    return p.scale * (factor @ exact(p.down))
 
 
 def norm(p: LowRank) -> float:
@@ -363,8 +313,8 @@ def distance(p: LowRank, q: LowRank) -> float:
     Raises:
         ConceptError: the shapes or devices differ.
     """
-    exact = [LowRank(_exact(each.up), _exact(each.down), each.scale) for each in (p, q)]
-    return norm(weighted_sum(exact, [1.0, -1.0]))
+    wide = [LowRank(exact(each.up), exact(each.down), each.scale) for each in (p, q)]
+    return norm(weighted_sum(wide, [1.0, -1.0]))
 
 
 def check_alike(products: Sequence[LowRank]) -> None:
@@ -401,7 +351,8 @@ def precision_of(products: Sequence[LowRank]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
-def _exact(factor: Tensor) -> Tensor:
+def exact(factor: Tensor) -> Tensor:
+    """The factor in float64, on its device or the CPU."""
     # Apple's GPUs have no float64; the factors are small enough to bring over.
     device = torch.device("cpu") if factor.device.type == "mps" else factor.device
     return factor.to(device=device, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 Each acts on the products ``scale * up @ down``, entry by entry where it prunes, and never on the
 factors: what is small in a factor may be large in the product. Those that prune have a dense
-result, as wide as the layer, which is exact; :func:`customize.core.lowrank.nearest` makes a
+result, as wide as the layer, which is exact; :func:`customize.core.truncation.nearest` makes a
 low-rank one of it. They hold a handful of dense matrices of one layer at a time, however many
 updates there are.
 
@@ -26,9 +26,9 @@ from customize.core.lowrank import (
     from_dense,
     precision_of,
     product,
-    truncate,
     weighted_sum,
 )
+from customize.core.truncation import truncate
 from customize.errors import ConfigError
 
 Merge = Callable[..., LowRank]
@@ -53,7 +53,7 @@ def truncated(
     Args:
         rank: at least 1; None for the largest among the products.
 
-    Other arguments, result and errors as :func:`customize.core.lowrank.truncate`, which it is
+    Other arguments, result and errors as :func:`customize.core.truncation.truncate`, which it is
     exact by, and :func:`weighted_sum`.
     """
     exact = weighted_sum(products, weights)

@@ -51,7 +51,7 @@ MB = 2**20
 CHANGED = re.compile(r".+\.attn[12]\.(to_[qkv]|to_out\.0)")
 MIDDLE = re.compile(r"mid_block\..+\.attn[12]\.(to_[qkv]|to_out\.0)")
 #: Files -> turns; diffusers takes minutes for fifty.
-REPEATS = {2: 5, 8: 5, 50: 1}
+REPEATS = {2: 3, 8: 3, 50: 1}
 #: How far two sides' changes of the weights may be apart, as a share of the change.
 TOLERANCE = 1e-4
 SLICED = (8, 50, 100, 200, 500, 1000)

@@ -51,7 +51,8 @@ def make_updates(width: int) -> list[Any]:
 
 
 def ours(updates: list[Any]) -> tuple[Tensor, Tensor]:
-    from customize.core.lowrank import truncate, weighted_sum
+    from customize.core.lowrank import weighted_sum
+    from customize.core.truncation import truncate
 
     cut = truncate(weighted_sum(updates, [1.0] * COUNT), RANK)
     return cut.up, cut.down

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -97,11 +98,10 @@ def grouped(tensors: Mapping[str, Tensor], where: object) -> list[Group]:
     groups: dict[str, Group] = {}
     unknown = []
     for key in sorted(tensors):
-        match = _KEY.fullmatch(key)
-        if match is None or match.lastgroup is None:
+        path, part = _read(key)
+        if not part:
             unknown.append(key)
             continue
-        path, part = match["path"], _part_of(match)
         group = groups.setdefault(path, Group(path))
         if part in group.parts:
             raise ConceptError(
@@ -130,8 +130,13 @@ def listed(names: Iterable[str], most: int = 10) -> str:
     return ", ".join(found[:most]) + more
 
 
-def _part_of(match: re.Match[str]) -> str:
-    return next(part for part in _ENDINGS if match[part] is not None)
+@functools.lru_cache(maxsize=2**14)  # the files of a merge mostly have the same keys
+def _read(key: str) -> tuple[str, str]:
+    """What a key says: path and part; an empty part where it is not known."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return "", ""
+    return match["path"], next(part for part in _ENDINGS if match[part] is not None)
 
 
 def _fix(kinds: set[str]) -> str:

@@ -1,0 +1,53 @@
+"""Products of a given rank are as near as any can be, or nearly."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from customize.core.lowrank import LowRank, from_dense, weighted_sum
+from customize.core.truncation import nearest, truncate
+from customize.errors import ConfigError
+from tests.core.making import close, dense, updates
+
+
+@settings(deadline=None)
+@given(updates(), st.integers(1, 8))
+def test_truncate_is_the_best_approximation(case, rank):
+    products, weights = case
+    p = weighted_sum(products, weights)
+    cut = truncate(p, rank)
+    singular = torch.linalg.svdvals(dense(p))
+    best = singular[rank:].square().sum().sqrt().item()
+    error = torch.linalg.matrix_norm(dense(cut) - dense(p)).item()
+    assert error <= best + 1e-5 * (1 + singular[0].item())
+    assert cut.rank == min(rank, p.rank, *p.shape)
+    assert cut.up.dtype == p.up.dtype
+    ups, downs = cut.up.double().T @ cut.up.double(), cut.down.double() @ cut.down.double().T
+    assert close(ups, downs)
+    assert close(ups, torch.diag(torch.linalg.svdvals(dense(p))[: cut.rank]), 1e-5)
+
+
+@pytest.mark.parametrize("spectrum", ["flat", "falling", "of noise"])
+def test_nearest_is_within_a_percent_of_the_best(spectrum):
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 120, dtype=torch.float64)).Q for n in (150, 200))
+    singular = torch.ones(120, dtype=torch.float64)
+    if spectrum == "falling":
+        singular = 0.9 ** torch.arange(120, dtype=torch.float64)
+    update = (left * singular) @ right.T
+    if spectrum == "of noise":  # what pruning leaves: some directions above many small ones
+        update = torch.randn(150, 200, dtype=torch.float64) + 40 * left[:, :5] @ right[:, :5].T
+    cut = nearest(from_dense(update.float()), 8)
+    best = torch.linalg.svdvals(update)[8:].square().sum().sqrt()
+    assert cut.rank == 8 and cut.up.dtype == torch.float32
+    assert best <= torch.linalg.matrix_norm(dense(cut) - update) * (1 + 1e-6)
+    assert torch.linalg.matrix_norm(dense(cut) - update) <= 1.01 * best
+    assert torch.equal(nearest(from_dense(update.float()), 8).up, cut.up)
+
+
+def test_a_rank_is_at_least_one():
+    p = LowRank(torch.ones(3, 2), torch.ones(2, 4))
+    for cut in (truncate, nearest):
+        with pytest.raises(ConfigError, match="rank 0"):
+            cut(p, 0)

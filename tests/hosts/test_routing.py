@@ -202,7 +202,7 @@ def test_a_set_that_was_drawn_before_is_neither_read_nor_merged_nor_wrapped_anew
     layers = {name: id(module) for name, module in pipe.unet.named_modules()}
     vocabulary = pipe.tokenizer.get_vocab()
     monkeypatch.setattr(hosts_load, "read_sources", None)
-    monkeypatch.setattr("customize.hosts.change.merge", None)
+    monkeypatch.setattr("customize.hosts.change.merge_layers", None)
     for prompt, names in CALLS:
         assert np.array_equal(draw(pipe, prompt), expected[prompt])
         assert active(pipe) == names

@@ -199,7 +199,7 @@ def test_a_failed_call_changes_nothing(make, fuse):
         (False, "change.attach_products", 2),
         (False, "change.add_tokens", 1),
         (True, "change.expand_triggers", 1),
-        (True, "fusing.product", 5),
+        (True, "fusing.add_to", 5),
     ],
 )
 def test_a_failure_in_the_middle_is_undone(make, attached, fuse, step, call, monkeypatch):

@@ -113,9 +113,9 @@ def test_generate_says_how_it_merged(run: Run, recorded: World, tmp_path: Path) 
         assert result.code == 0, result.err
         assert json.loads((folder / "0001.json").read_text())["merge"] == told
     result = run(
-        "generate", recorded.rex, recorded.tom, *common, "--merge", "ties", "-o", tmp_path / "x"
+        "generate", recorded.rex, recorded.tom, *common, "--merge", "slerp", "-o", tmp_path / "x"
     )
-    refused(result, "cannot be merged by 'ties'")
+    refused(result, "cannot be merged by 'slerp'")
 
 
 def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -> None:

@@ -1,0 +1,84 @@
+"""The prompts of pictures that were drawn before, as scorers are to read them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from customize.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from customize.training.data import Sample
+
+_TRIGGER = re.compile(r"<[^<>\s]+>")
+
+
+def prompts_of(
+    samples: Sequence[Sample], file: Path | None, class_word: str | None
+) -> list[str] | None:
+    """A prompt for each picture, triggers replaced by class words; None where none are known."""
+    words: list[dict[str, str]] = [{} for _ in samples]
+    if file is not None:
+        lines = _lines(file)
+        if len(lines) not in (1, len(samples)):
+            raise DataError(
+                f"there are {len(lines)} prompts for {len(samples)} pictures",
+                where=file,
+                fix="write one line for each picture in the order of their names, or one for all",
+            )
+        prompts = lines * len(samples) if len(lines) == 1 else lines
+    else:
+        beside = [sample.path.with_suffix(".json") for sample in samples]
+        if not all(path.is_file() for path in beside):
+            return None
+        prompts = []
+        for number, path in enumerate(beside):
+            prompt, words[number] = _settings(path)
+            prompts.append(prompt)
+    return [_spoken(prompt, own, class_word) for prompt, own in zip(prompts, words, strict=True)]
+
+
+def _spoken(prompt: str, words: Mapping[str, str], class_word: str | None) -> str:
+    def replaced(match: re.Match[str]) -> str:
+        word = class_word or words.get(match[0])
+        if word is None:
+            raise ConfigError(
+                f"the prompt {prompt!r} has the trigger {match[0]}, which CLIP has never read",
+                where="--class-word",
+                fix="give what it stands for, such as --class-word dog",
+            )
+        return word
+
+    return _TRIGGER.sub(replaced, prompt)
+
+
+def _settings(path: Path) -> tuple[str, dict[str, str]]:
+    """The prompt and the class words that generate noted beside a picture."""
+    try:
+        values = json.loads(path.read_text())
+        words = {str(each["trigger"]): str(each["class_word"]) for each in values["concepts"]}
+        return str(values["prompt"]), words
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the picture's settings cannot be read: {type(error).__name__}",
+            where=path,
+            fix="give --prompts",
+        ) from error
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the prompts cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}",
+            where=file,
+            fix="give a text file with one prompt a line",
+        ) from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise DataError("there are no prompts", where=file, fix="write one a line")
+    return lines

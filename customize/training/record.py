@@ -104,7 +104,7 @@ def _as_of_now(before: Mapping[str, Any]) -> dict[str, Any]:
     """A finished concept's settings with those that came later, which are as their defaults say."""
     fields = {key: field for key, field in TrainConfig.model_fields.items() if key not in _FREE}
     later = {k: f.default for k, f in fields.items() if not f.is_required() and k not in _DRAWN}
-    return later | dict(before)
+    return json.loads(json.dumps(later)) | dict(before)
 
 
 def facts(

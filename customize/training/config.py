@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from customize.core.preservation import PRESERVATIONS
 from customize.errors import ConfigError
 from customize.training.settings import (
     check_text,
@@ -25,11 +26,16 @@ from customize.training.settings import (
     read_yaml,
     short,
     together,
+    weights_by_name,
 )
 
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 # Checkpoints of these kinds are pickles, which run code when they are opened.
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
+
+
+#: The preservations that compare what text encoders make of phrases.
+TEXT_LOSSES = ("class_text", "context_text")
 
 
 class TrainConfig(BaseModel):
@@ -199,7 +205,22 @@ class TrainConfig(BaseModel):
         default=0.0, ge=0, lt=1, description="Share of captions left empty, 0 to below 1"
     )
 
-    # Prior preservation
+    # Class preservation
+    preserve: dict[str, float] = Field(
+        default={},
+        description="Weights of losses that keep what the model knows of the class: class_text,"
+        " context_text, output; such as class_text=1,output=0.5. none: only the class pictures'",
+    )
+    preserve_phrases: tuple[str, ...] = Field(
+        default=(),
+        description="Phrases that class_text and context_text compare, {} for the trigger; not"
+        " given: the caption for the first, a dozen places and clothes for the second",
+    )
+    preserve_pooling: Literal["end", "published"] = Field(
+        default="end",
+        description="Where class_text takes the feature of a phrase: end, its end-of-text token, as"
+        " ClassDiffusion's paper has it; published: the concept's last token, as its code has it",
+    )
     prior_weight: float = Field(
         default=0.0, ge=0, description="Weight of the loss on class pictures; 0: off"
     )
@@ -319,6 +340,8 @@ class TrainConfig(BaseModel):
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         """Undo what YAML and shells do to values, and refuse what pydantic would bend."""
         name = str(info.field_name)
+        if name == "preserve":
+            return weights_by_name(value)
         kinds = _kinds(name)
         if isinstance(value, bool) and bool not in kinds:
             if name == "mixed_precision" and not value:
@@ -354,6 +377,28 @@ class TrainConfig(BaseModel):
             raise ValueError('has no {} for the trigger; write "a photo of {}"')
         return caption
 
+    @field_validator("preserve")
+    @classmethod
+    def _preservations(cls, weights: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(weights.keys() - PRESERVATIONS.keys())
+        if unknown:
+            known = ", ".join(PRESERVATIONS)
+            hint = "; class pictures have prior_weight" if "prior" in unknown else ""
+            raise ValueError(f"names {', '.join(map(short, unknown))}; known are {known}{hint}")
+        negative = sorted(name for name, weight in weights.items() if weight < 0)
+        if negative:
+            raise ValueError(f"has a negative weight for {', '.join(negative)}; give 0 or more")
+        return {name: weights[name] for name in PRESERVATIONS if weights.get(name)}
+
+    @field_validator("preserve_phrases")
+    @classmethod
+    def _phrases(cls, phrases: tuple[str, ...]) -> tuple[str, ...]:
+        for phrase in phrases:
+            check_text(phrase)
+            if "{}" not in phrase:
+                raise ValueError(f"has no {{}} for the trigger in {short(phrase)}")
+        return phrases
+
     @field_validator("validation_prompts")
     @classmethod
     def _prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
@@ -372,6 +417,11 @@ class TrainConfig(BaseModel):
             "masks": self.masks is not None
             and self.masks.resolve() == images
             and "is the folder of the pictures; put masks of the same names in another",
+            "preserve": self._preserve_problem(),
+            "preserve_phrases": bool(self.preserve_phrases)
+            and not self._on_texts
+            and "is not used; set preserve to class_text or context_text",
+            "preserve_pooling": self.preserve_pooling == "published" and self._pooling_problem(),
             "prior_images": self.prior_images is not None
             and self._prior_images_problem(self.prior_images.resolve() == images),
             "prior_prompt": mentions(self.prior_prompt or "", self.trigger)
@@ -399,6 +449,27 @@ class TrainConfig(BaseModel):
         if problems:
             raise ConfigError(together(problems))
         return self
+
+    @property
+    def _on_texts(self) -> list[str]:
+        return [name for name in TEXT_LOSSES if name in self.preserve]
+
+    def _preserve_problem(self) -> str | None:
+        if self.preserve and mentions(self.class_word, self.trigger):
+            return f"compares with the class, but the class_word has the trigger {self.trigger}"
+        if self._on_texts and not (self.train_tokens or self.train_text_encoder):
+            return (
+                f"has {' and '.join(self._on_texts)}, but no text encoder learns anything; set"
+                " train_tokens or train_text_encoder to true"
+            )
+        return None
+
+    def _pooling_problem(self) -> str | None:
+        if "class_text" not in self.preserve:
+            return "is of class_text alone; set preserve to class_text"
+        if not self.train_tokens:
+            return "takes the feature at the concept's token; set train_tokens to true"
+        return None
 
     def _prior_images_problem(self, same: bool) -> str | None:
         if same:

@@ -16,7 +16,7 @@ from customize.families import Family
 from customize.hosts.opening import open_base
 from customize.hosts.quantizing import check_quantizer, quantize
 from customize.training import data
-from customize.training.config import TrainConfig
+from customize.training.config import TEXT_LOSSES, TrainConfig
 from customize.training.process import HALVES
 from customize.training.trainable import adapted
 
@@ -184,6 +184,14 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             "layer, as the prompt is also read elsewhere",
             where="layerwise_tokens",
             fix="leave it out",
+        )
+    texts = [name for name in TEXT_LOSSES if name in config.preserve]
+    if texts and not family.text_encoders:
+        raise ConfigError(
+            f"{' and '.join(texts)} cannot preserve anything in a model of family {family.name}: no"
+            " text encoder of it learns tokens or takes an adapter, so there is no gradient",
+            where="preserve",
+            fix="preserve output instead, or give prior_weight",
         )
     avoid = config.avoid if config.method == "orthogonal" else 0
     narrowest = min(

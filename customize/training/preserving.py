@@ -1,16 +1,18 @@
 """Class preservation in a run: what is compared, with what of the untouched model, and when.
 
 The losses themselves are in :mod:`customize.core.preservation`. What the untouched model makes of
-the class is computed once, before the first step. Phrases are encoded apart from the captions and
-without padding: CLIP is causal, so nothing up to the end of a text depends on what fills it up, and
-a phrase of ten tokens costs an eighth of a caption.
+the class is computed once, before the first step. Phrases are encoded without padding: CLIP is
+causal, so nothing up to the end of a text depends on what fills it up, and a phrase of ten tokens
+costs an eighth of a caption. What is left is what calling an encoder costs by itself, so texts are
+looked at every fourth step, with four times the weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +30,13 @@ from customize.training.config import TEXT_LOSSES, TrainConfig
 from customize.training.process import Autocast
 from customize.training.trainable import Trainable
 
-# Phrases of each loss that a step looks at, in turns; so that many phrases cost what a few do.
+# Steps between those that look at phrases, and how many of each loss these look at, in turns: so
+# that many phrases cost what a few do.
+EVERY = 4
 _TOGETHER = 2
+
+
+Encoder = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,34 +70,46 @@ class Preserved:
     Attributes:
         config: the run's.
         phrases: text encoder's component name -> loss -> its phrases.
-        encoders: component name -> function from (rows, length) ids to (rows, length, width).
+        encoders: component name -> function from (rows, length) ids, and how many of the first are
+            class_text's, to (rows, length, width).
         conditions: caption with the class word -> its conditions in the untouched model.
     """
 
     config: TrainConfig
     phrases: Mapping[str, Mapping[str, Phrases]]
-    encoders: Mapping[str, Callable[[Tensor], Tensor]]
+    encoders: Mapping[str, Encoder]
     conditions: Mapping[str, Conditions]
 
     def text_loss(self, step: int) -> Tensor | None:
-        """The weighted losses on text encoders at a step, a scalar; None where there is none."""
+        """The weighted losses on text encoders at a step, from 0: a scalar, or None where the step
+        looks at no phrases."""
+        turn, off = divmod(step, EVERY)
+        if off or not self.phrases:
+            return None
         found = []
         for key, losses in self.phrases.items():
-            for name, phrases in losses.items():
-                # All encoders see the same phrases at a step.
-                count = len(phrases.ids)
-                size = min(_TOGETHER, count)
-                turn = choose(
-                    self.config.seed, step, size, count, flip=False, dropout=0.0, stream=name
-                )
-                these = phrases.rows(turn.pictures)
-                ours = at(self.encoders[key](these.ids), these.positions)
-                weight, base = these.weight, these.base
+            # All encoders see the same phrases at a step.
+            looked = {
+                name: phrases.rows(self._chosen(name, turn)) for name, phrases in losses.items()
+            }
+            sizes = [len(each.ids) for each in looked.values()]
+            published = len(looked["class_text"].ids) if "class_text" in looked else 0
+            states = self.encoders[key](
+                torch.cat([each.ids for each in looked.values()]), published
+            )
+            for (name, these), own in zip(looked.items(), states.split(sizes), strict=True):
+                ours, base, weight = at(own, these.positions), these.base, these.weight
                 if name == "class_text":
                     ours, base, weight = ours[:, 0], base[:, 0], weight[:, 0]
                 loss = PRESERVATIONS[name](ours, base, weight)
-                found.append(self.config.preserve[name] / len(self.phrases) * loss)
-        return torch.stack(found).sum() if found else None
+                found.append(self.config.preserve[name] * loss)
+        return EVERY / len(self.phrases) * torch.stack(found).sum()
+
+    def _chosen(self, name: str, turn: int) -> list[int]:
+        """Which rows of a loss's phrases come at a turn; each once before any comes again."""
+        count = len(next(iter(self.phrases.values()))[name].ids)
+        size, seed = min(_TOGETHER, count), self.config.seed
+        return choose(seed, turn, size, count, flip=False, dropout=0.0, stream=name).pictures
 
     def class_captions(self, captions: Sequence[str]) -> list[str]:
         """The concept's captions with the class word."""
@@ -163,93 +182,87 @@ def prepare(
         for dictionary in family.token_dictionaries() if losses else ():
             key = dictionary.key
             own = token_ids(dictionary, trainable.rows[key].names) if key in trainable.rows else []
-            encoders[key] = _encoder(dictionary, own, config.preserve_pooling)
-            phrases[key] = {
-                name: _prepared(config, name, dictionary, trainable, encoders[key])
-                for name in losses
-            }
+            without = own if config.preserve_pooling == "published" else []
+            encoders[key] = partial(_encoded, dictionary.text_encoder, without)
+            phrases[key] = _prepared(config, losses, dictionary, trainable, encoders[key])
     return Preserved(config, phrases, encoders, conditions)
 
 
 def _prepared(
     config: TrainConfig,
-    loss: str,
+    losses: Sequence[str],
     dictionary: TokenDictionary,
     trainable: Trainable,
-    encoder: Callable[[Tensor], Tensor],
-) -> Phrases:
+    encoder: Encoder,
+) -> dict[str, Phrases]:
     tokenizer: Any = dictionary.tokenizer
     device = next(dictionary.text_encoder.parameters()).device
-    end = tokenizer.eos_token_id
+    end, pool = tokenizer.eos_token_id, POOLINGS[config.preserve_pooling]
 
     def ids_of(text: str) -> list[int]:
         length = tokenizer.model_max_length
         ids: list[int] = tokenizer(text, truncation=True, max_length=length).input_ids
         return ids
 
-    def positions_of(ours: list[int], base: list[int]) -> tuple[list[int], list[int]]:
-        if loss == "context_text":
-            return aligned(ours, base)
-        pool = POOLINGS[config.preserve_pooling]
-        return [pool(ours, end)], [pool(base, end)]
+    found: dict[str, tuple[list[list[int]], list[list[int]], list[Tensor]]] = {}
+    for loss in losses:
+        own_ids, own_positions, base = found.setdefault(loss, ([], [], []))
+        for phrase in phrases_of(config, loss):
+            class_ids = ids_of(class_caption(phrase, config.trigger, config.class_word))
+            states = encoder(torch.tensor([class_ids], device=device), 0)[0]
+            for text in trainable.wordings(phrase) or [trainable.expanded(phrase)]:
+                ids = ids_of(text)
+                if loss == "class_text":
+                    ours, theirs = [pool(ids, end)], [pool(class_ids, end)]
+                else:
+                    ours, theirs = aligned(ids, class_ids)
+                own_ids.append(ids)
+                own_positions.append(ours)
+                base.append(states[theirs].float())
+    # They go through the encoder together.
+    longest = max(len(ids) for rows, _, _ in found.values() for ids in rows)
+    return {
+        loss: Phrases(
+            ids=_filled(own_ids, end, longest).to(device),
+            positions=_filled(positions, 0).to(device),
+            weight=shares(_filled([[1] * len(own) for own in positions], 0)).to(device),
+            base=nn.utils.rnn.pad_sequence(base, batch_first=True),
+        )
+        for loss, (own_ids, positions, base) in found.items()
+    }
 
-    own_ids, own_positions, base = [], [], []
-    for phrase in phrases_of(config, loss):
-        class_ids = ids_of(class_caption(phrase, config.trigger, config.class_word))
-        states = encoder(torch.tensor([class_ids], device=device))[0]
-        for text in trainable.wordings(phrase) or [trainable.expanded(phrase)]:
-            own_ids.append(ids_of(text))
-            ours, theirs = positions_of(own_ids[-1], class_ids)
-            own_positions.append(ours)
-            base.append(states[theirs].float())
-    longest = max(map(len, own_positions))
-    counts = [[place < len(own) for place in range(longest)] for own in own_positions]
-    return Phrases(
-        ids=_filled(own_ids, end).to(device),
-        positions=_filled(own_positions, 0).to(device),
-        weight=shares(torch.tensor(counts)).to(device),
-        base=nn.utils.rnn.pad_sequence(base, batch_first=True),
-    )
 
-
-def _filled(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    longest = max(map(len, rows))
+def _filled(rows: Sequence[Sequence[int]], value: int, length: int | None = None) -> Tensor:
+    longest = max(map(len, rows)) if length is None else length
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
-def _encoder(
-    dictionary: TokenDictionary, own: Sequence[int], pooling: str
-) -> Callable[[Tensor], Tensor]:
-    """The text encoder's states after its last norm.
+def _encoded(model: nn.Module, without: Sequence[int], ids: Tensor, first: int) -> Tensor:
+    """A text encoder's states after its last norm: (rows, length, width).
 
-    With the published pooling, the concept's tokens have no position in it, as in the published
-    code, which lays their rows over the sum of rows and positions.
+    Args:
+        without: ids of tokens that have no position in the ``first`` rows: in ClassDiffusion's
+            published code the concept's row is laid over the sum of row and position.
     """
-    encoder: Any = dictionary.text_encoder
-
-    def encode(ids: Tensor) -> Tensor:
-        if pooling == "published" and own:
-            with _without_positions(encoder, ids, own):
-                states: Tensor = encoder(ids).last_hidden_state
-        else:
-            states = encoder(ids).last_hidden_state
-        return states
-
-    return encode
+    with _without_positions(model, ids, first, without) if without and first else nullcontext():
+        states: Tensor = model(ids).last_hidden_state
+    return states
 
 
 @contextmanager
-def _without_positions(encoder: Any, ids: Tensor, own: Sequence[int]) -> Iterator[None]:
-    """Within it, tokens of these ids have no position embedding."""
+def _without_positions(
+    encoder: Any, ids: Tensor, first: int, without: Sequence[int]
+) -> Iterator[None]:
     modules = uncompiled(encoder).modules()
     embeddings = next(module for module in modules if hasattr(module, "position_embedding"))
-    concept = ((ids >= min(own)) & (ids <= max(own)))[..., None]
+    taken = (ids >= min(without)) & (ids <= max(without))
+    taken[first:] = False
 
-    def taken_out(module: Any, args: Any, output: Tensor) -> Tensor:
+    def take_out(module: Any, args: Any, output: Tensor) -> Tensor:
         positions = module.position_embedding.weight[: ids.shape[1]].to(output)
-        return output - concept * positions
+        return output - taken[..., None] * positions
 
-    handle = embeddings.register_forward_hook(taken_out)
+    handle = embeddings.register_forward_hook(take_out)
     try:
         yield
     finally:

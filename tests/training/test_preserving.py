@@ -32,6 +32,7 @@ OTHERS = {
     "z_image": tiny_z_image,
     "wan": lambda: tiny_wan("2.2-14b"),
 }
+EVERY = preserving.EVERY
 ALL = {"class_text": 1.0, "context_text": 0.5, "output": 0.25}
 
 
@@ -105,7 +106,7 @@ def test_class_text_is_the_papers_formula_on_each_encoder(kept, make):
             with run.trainable.adapter.silent():
                 base = pooled("a photo of a dog")
         expected.append(1 - F.cosine_similarity(ours, base, dim=0))
-    found = run.preserved.text_loss(0)
+    found = run.preserved.text_loss(0) / EVERY
     assert torch.isclose(found, torch.stack(expected).mean(), atol=1e-5)
     assert found > 1e-3
 
@@ -131,7 +132,7 @@ def test_the_published_pooling_is_that_of_the_published_code(kept):
         legacy(tokenizer(text, return_tensors="pt").input_ids).pooler_output
         for text in ("a photo of <rex>", "a photo of a dog")
     )
-    found = run.preserved.text_loss(0)
+    found = run.preserved.text_loss(0) / EVERY
     assert torch.isclose(found, cosine_distance(ours, base)[0], atol=1e-5)
     # Blind to what follows the token.
     losses = []
@@ -140,7 +141,7 @@ def test_the_published_pooling_is_that_of_the_published_code(kept):
             changes = {"preserve_pooling": pooling, "preserve_phrases": (phrase,)}
             run.config = run.config.model_copy(update=changes)
             one = run.prepare().phrases["text_encoder"]["class_text"]
-            states = run.prepare().encoders["text_encoder"](one.ids)
+            states = run.prepare().encoders["text_encoder"](one.ids, len(one.ids))
             losses.append(states[0, one.positions[0, 0]])
     assert torch.allclose(losses[0], losses[1], atol=1e-6)
     assert not torch.allclose(losses[2], losses[3], atol=1e-2)
@@ -167,7 +168,7 @@ def test_context_text_compares_the_words_around_the_concept(kept):
             a = torch.cat([ours[:before], ours[-after:]])
             b = torch.cat([base[:before], base[-after:]])
             expected.append(cosine_distance(a, b).mean())
-    found = run.preserved.text_loss(0)
+    found = run.preserved.text_loss(0) / EVERY
     assert torch.isclose(found, torch.stack(expected).mean(), atol=1e-5)
 
 
@@ -184,7 +185,7 @@ def test_layerwise_tokens_are_pooled_layer_by_layer(kept, tmp_path):
         moved = set()
         for step in range(layers):
             rows.grad = None
-            preserved.text_loss(step).backward()
+            preserved.text_loss(EVERY * step).backward()
             touched = rows.grad.unflatten(0, (layers, 2)).abs().amax((1, 2)) > 0
             assert 0 < int(touched.sum()) <= 2
             moved |= set(touched.nonzero()[:, 0].tolist())
@@ -218,14 +219,15 @@ def test_nothing_is_lost_before_the_first_step_where_nothing_differs(kept):
 
 def test_many_phrases_are_looked_at_in_turns(kept):
     run = kept(preserve={"context_text": 1.0})
-    rows = []
-    run.preserved.encoders["text_encoder"] = (
-        lambda ids, call=run.preserved.encoders["text_encoder"]: (
-            rows.append(ids.tolist()) or call(ids)
-        )
-    )
-    for step in range(6):
-        run.preserved.text_loss(step)
+    rows, encode = [], run.preserved.encoders["text_encoder"]
+
+    def watched(ids, first):
+        rows.append(ids.tolist())
+        return encode(ids, first)
+
+    run.preserved.encoders["text_encoder"] = watched
+    found = [run.preserved.text_loss(step) is not None for step in range(24)]
+    assert found == [step % EVERY == 0 for step in range(24)]
     assert [len(each) for each in rows] == [2] * 6
     assert len({tuple(ids) for each in rows for ids in each}) == len(preserving.PROMPTS)
 

@@ -289,7 +289,7 @@ def optimise(
             for micro in range(accumulate):
                 turn = (step * accumulate + micro) * accelerator.num_processes
                 turn += accelerator.process_index
-                for loss in losses.of_batch(turn):
+                for loss in losses.of_batch(step, turn):
                     scaler.scale(loss).backward()
                     total += loss.detach()
             text_loss = losses.of_texts(step)

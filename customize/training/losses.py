@@ -15,7 +15,7 @@ from customize.families import Family
 from customize.training.batches import compose, draw_noise, stream_seed
 from customize.training.cache import Encode, Pictures
 from customize.training.config import TrainConfig
-from customize.training.preserving import Preserved
+from customize.training.preserving import EVERY, Preserved, preserves
 from customize.training.process import Autocast
 from customize.training.trainable import Trainable
 
@@ -39,13 +39,14 @@ class Losses:
     autocast: Autocast
     device: torch.device
 
-    def of_batch(self, turn: int) -> Iterator[Tensor]:
+    def of_batch(self, step: int, turn: int) -> Iterator[Tensor]:
         """The loss of each piece of a batch, a scalar, in float32; their sum is the batch's.
 
         There is more than one piece where class pictures are of another size than the concept's.
         The caller goes backward from one before it asks for the next.
 
         Args:
+            step: from 0.
             turn: counts the batches of all processes and accumulations from the start of the run.
         """
         config, pictures, count = self.config, self.pictures, self.concept_pictures
@@ -53,7 +54,10 @@ class Losses:
         for piece, part in enumerate(pictures.of_one_size(chosen)):
             stream = f"noise {piece}" if piece else "noise"
             seed = stream_seed(config.seed, turn, stream)
-            yield self._of_piece(chosen[part], mirrored[part], captions[part], part, seed)
+            # The concept's are first; their class prompts go through the model together with all.
+            own = sum(number < count for number in chosen[part])
+            own = own if "output" in config.preserve and preserves(step) else 0
+            yield self._of_piece(chosen[part], mirrored[part], captions[part], part, seed, own)
 
     def of_texts(self, step: int) -> Tensor | None:
         """The losses on text encoders at a step, a scalar; None where there is none."""
@@ -67,6 +71,7 @@ class Losses:
         captions: list[str],
         part: slice,
         seed: int,
+        own: int,
     ) -> Tensor:
         config, family = self.config, self.family
         mean, std = self.pictures.distribution(family, pictures, mirrored)
@@ -76,9 +81,6 @@ class Losses:
         latents = mean + std * drawn.latents
         t = family.timesteps(drawn.u, latents.shape[1:])
         noisy = family.noisy_latents(latents, drawn.noise, t)
-        # The concept's are first. Their class prompts go through the model together with all.
-        own = sum(number < self.concept_pictures for number in pictures)
-        own = own if "output" in config.preserve else 0
         told = self.preserved.class_captions(captions[:own])
         with self.autocast():
             conditions = self.encode([*captions, *told])
@@ -92,7 +94,7 @@ class Losses:
             with torch.no_grad(), self.trainable.adapter.silent(), self.autocast():
                 base = family.predict(noisy[:own], t[:own], self.preserved.base_conditions(told))
             change = PRESERVATIONS["output"](prediction[len(noisy) :], base, snr_weight[:own])
-            loss = loss + config.preserve["output"] * self._share * own * change
+            loss = loss + EVERY * config.preserve["output"] * self._share * own * change
         return loss
 
     @property

@@ -8,16 +8,19 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from customize.concepts.adapter import file_name
 from customize.concepts.concept import Concept
 from customize.core.lowrank import LowRank
+from customize.families import Family
 
 
-def concept_at(finished: Concept, folder: Path, step: int) -> Concept:
-    """The concept that a run of so many steps would have saved, were its schedule the same.
+def concept_at(finished: Concept, folder: Path, step: int, family: Family) -> Concept:
+    """The concept as it was after so many steps.
 
     Args:
         finished: learned by the method "orthogonal", of whose updates only one factor trains.
         folder: its output folder, with a checkpoint of the step.
+        family: of the base. A checkpoint numbers the layers in its order; files sort them.
     """
     state = load_file(folder / ".checkpoints" / f"step-{step:06d}.safetensors")
 
@@ -25,18 +28,13 @@ def concept_at(finished: Concept, folder: Path, step: int) -> Concept:
         flat, layers = state[f"tokens/{key}"], finished.info.token_layers
         return flat.unflatten(0, (layers, -1)).transpose(0, 1).contiguous() if layers else flat
 
-    products = {
-        part: {
-            module: replace(update, up=state[f"adapter/{part}/{number}"])
-            for number, (module, update) in enumerate(updates.items())
-        }
-        for part, updates in finished.products.items()
-    }
+    products: dict[str, dict[str, LowRank]] = {}
     for part, updates in finished.products.items():
-        for module, update in updates.items():
-            found: LowRank = products[part][module]
-            if found.up.shape != update.up.shape:
-                raise SystemExit(f"the checkpoint of step {step} in {folder} is of another run")
+        modules = [file_name(part, module) for module in family.adapter_targets(part)]
+        products[part] = {
+            module: replace(updates[module], up=state[f"adapter/{part}/{number}"])
+            for number, module in enumerate(modules)
+        }
     return replace(
         finished, products=products, embeddings={key: rows(key) for key in finished.embeddings}
     )

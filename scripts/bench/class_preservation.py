@@ -1,9 +1,9 @@
 """Does a concept forget its class, and what keeps it? Ways to preserve it, on the same seeds.
 
 Concepts of the miniature world are learned from five pictures each that show no hat, no glasses and
-no scarf, with the demo's settings but for a constant learning rate and a batch of two, as
-ClassDiffusion's code has it; once for each way to preserve the class. One run a concept and way:
-what it had learned after 200, 500 and 1500 steps is scored.
+no scarf, with the demo's settings but for plain tokens, a constant learning rate and a batch of
+two, as ClassDiffusion's code has them; once for each way to preserve the class. One run a concept
+and way: what it had learned after 200 and 500 steps is scored with one seed, after 1500 with three.
 
 Identity: share of pictures that show the very concept. Prompt: share of asked attributes shown.
 Composition: share of pictures in which the accessory that is asked for is worn; "of base" is that
@@ -43,9 +43,11 @@ import torch
 from _scorer import concept, open_quietly
 from merge_identity import folder_name, weights_of
 
+from customize.concepts.concept import Concept
 from customize.core import preservation
 from customize.demo import TRAINING, assets
 from customize.evaluation import storybook
+from customize.families import family_of
 from customize.hosts.binding import load_custom, unload_custom
 from customize.storybook.captions import parse
 from customize.storybook.judges import load_judges, to_tensor
@@ -78,7 +80,8 @@ class Protocol:
         concepts: numbers of :func:`_scorer.concept`.
         saves: the steps that are scored; the last ends the run.
         every: steps between checkpoints, of which all saves are multiples.
-        seeds: of the pictures.
+        seeds: of the pictures; those of all saves but the last have the first seed alone.
+        scenes: pictures of the concept a seed.
         training_seeds: of the runs; each is a run of its own, and counts like another concept.
         cost_steps, cost_runs: steps of a run whose cost is measured, and such runs of each way.
     """
@@ -87,13 +90,14 @@ class Protocol:
     saves: tuple[int, ...]
     every: int
     seeds: tuple[int, ...]
+    scenes: int
     training_seeds: tuple[int, ...]
     cost_steps: int
     cost_runs: int
 
 
-FULL = Protocol((0, 1, 3, 4, 6, 7), (200, 500, 1500), 100, (1, 2, 3), (0,), 28, 5)
-QUICK = Protocol((0,), (10, 20), 10, (1,), (0,), 12, 1)
+FULL = Protocol((0, 1, 3, 4, 6, 7), (200, 500, 1500), 100, (1, 2, 3), 6, (0,), 28, 3)
+QUICK = Protocol((0,), (10, 20), 10, (1,), 3, (0,), 12, 1)
 
 
 def protocol_of(args: argparse.Namespace) -> Protocol:
@@ -115,6 +119,7 @@ def default() -> str:
 
 def training(protocol: Protocol) -> dict[str, Any]:
     return TRAINING | {
+        "layerwise_tokens": False,
         "batch_size": 2,
         "lr_schedule": "constant",
         "steps": protocol.saves[-1],
@@ -149,19 +154,18 @@ def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     if path.exists():
         return
     method, index, seed = job.rsplit("/", 2)
-    story, seeds = concept(int(index)), protocol_of(args).seeds
-    rows: list[dict[str, Any]] = []
+    protocol, rows = protocol_of(args), []
     if method == "base":
-        rows = [{"step": 0, "rates": scorer.rates(story.identity.kind, int(index), None, seeds)}]
+        rows = [{"step": 0, "rates": scorer.rates(int(index), None, protocol.seeds)}]
     else:
         began = time.time()
         config = config_of(args, method, int(index), int(seed))
         finished = train(config, progress=False)
         print(f"learned {job} in {time.time() - began:.0f} s", flush=True)
-        for step in protocol_of(args).saves:
-            saved = _saves.concept_at(finished, config.output, step)
-            rates = scorer.rates(story.identity.kind, int(index), saved, seeds)
-            rows.append({"step": step, "rates": rates})
+        for step in protocol.saves:
+            seeds = protocol.seeds if step == protocol.saves[-1] else protocol.seeds[:1]
+            saved = _saves.concept_at(finished, config.output, step, scorer.family)
+            rows.append({"step": step, "rates": scorer.rates(int(index), saved, seeds)})
     partial = path.with_suffix(".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(rows))
@@ -174,24 +178,27 @@ def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
 class Scorer:
     """Draws and judges one concept at a time."""
 
-    def __init__(self, base: Path, judges: Path) -> None:
+    def __init__(self, base: Path, judges: Path, scenes: int) -> None:
         self.pipe = open_quietly(base)
         # The layout in which a CPU convolves fastest.
         self.pipe.unet.to(memory_format=torch.channels_last)
-        self.judges = load_judges(judges)
+        self.family = family_of(self.pipe.components)
+        self.judges, self.scenes = load_judges(judges), scenes
         self.before: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
 
     def rates(
-        self, kind: str, index: int, saved: Any | None, seeds: Sequence[int]
+        self, index: int, saved: Concept | None, seeds: Sequence[int]
     ) -> list[dict[str, float]]:
         """Rates a seed; of the base, and its class word, where nothing is saved."""
         story = concept(index)
+        kind = story.identity.kind
         signature = self.judges.signature(to_tensor(story.pictures()))
         other = "cat" if kind == "dog" else "dog"
+        words = f"a {kind}" if saved is None else story.trigger
         asked = {
-            "concept": storybook.prompts_for(f"a {kind}" if saved is None else story.trigger),
-            "class": storybook.prompts_for(f"a {kind}")[::2],
-            "other": storybook.prompts_for(f"a red {other}")[1::2],
+            "concept": storybook.prompts_for(words, storybook.SCENES[: self.scenes]),
+            "class": storybook.prompts_for(f"a {kind}")[::4],
+            "other": storybook.prompts_for(f"a red {other}")[1::4],
         }
         plain = {key: asked[key] for key in ("class", "other")}
         for seed in seeds:
@@ -394,7 +401,7 @@ def main() -> None:
         _common.report("class_preservation", args, *run(args))
         return
     torch.set_num_threads(1)
-    scorer = Scorer(args.base, args.judges) if args.do else None
+    scorer = Scorer(args.base, args.judges, protocol_of(args).scenes) if args.do else None
     for job in args.do:
         assert scorer is not None
         do(args, scorer, job)

@@ -271,12 +271,12 @@ def test_output_holds_the_class_prompt_to_the_untouched_model(make, tmp_path):
         first.append(losses[weight][0])
     # Zero at the start, and not after it.
     assert first[1] == pytest.approx(first[0], rel=1e-4)
-    assert losses[100.0][1] > losses[0.0][1]
+    assert losses[100.0][EVERY] > losses[0.0][EVERY]
     assert_unchanged(before, pipe.components, pipe.config)
 
 
 def test_output_is_the_squared_change_of_what_the_model_answers(tmp_path):
-    """What a weight adds to the second step's loss is that change, computed with stock calls."""
+    """What a weight adds to a step's loss is that change, computed with stock calls."""
     pipe = tiny_sd()
     calls = []
     forward = pipe.unet.forward
@@ -291,8 +291,9 @@ def test_output_is_the_squared_change_of_what_the_model_answers(tmp_path):
     for weight in (0.0, 3.0):
         calls.clear()
         losses[weight] = []
-        # The first step is the same for both, as nothing has changed yet.
-        config = settings(tmp_path, f"w{weight:.0f}", preserve={"output": weight}, steps=2)
+        # Until then both are the same: at the first step nothing has changed yet.
+        changes = {"preserve": {"output": weight}, "steps": EVERY + 1}
+        config = settings(tmp_path, f"w{weight:.0f}", **changes)
         learn(pipe, config, on_step=lambda _, loss, w=weight: losses[w].append(float(loss)))
     noisy, t, states, both = calls[-2]
     again, t_again, base_states, base = calls[-1]
@@ -310,7 +311,9 @@ def test_output_is_the_squared_change_of_what_the_model_answers(tmp_path):
     assert not torch.allclose(states[2:], base_states, atol=1e-6)  # the text adapter has learned
     change = float((both[2:] - base).square().mean())
     assert change > 0
-    assert losses[3.0][1] - losses[0.0][1] == pytest.approx(3.0 * change, rel=1e-2)
+    assert losses[3.0][:EVERY] == pytest.approx(losses[0.0][:EVERY], rel=1e-5)
+    added = losses[3.0][EVERY] - losses[0.0][EVERY]
+    assert added == pytest.approx(EVERY * 3.0 * change, rel=1e-2)
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux], ids=["sd", "flux"])

@@ -17,12 +17,12 @@ from pydantic import (
     model_validator,
 )
 
-from customize.core.preservation import PRESERVATIONS
+from customize.core.preservation import PRESERVATIONS, TEXT_LOSSES
 from customize.errors import ConfigError
+from customize.training.contradictions import contradictions
 from customize.training.settings import (
     check_text,
     config_error,
-    mentions,
     read_yaml,
     short,
     together,
@@ -32,10 +32,6 @@ from customize.training.settings import (
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 # Checkpoints of these kinds are pickles, which run code when they are opened.
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
-
-
-#: The preservations that compare what text encoders make of phrases.
-TEXT_LOSSES = ("class_text", "context_text")
 
 
 class TrainConfig(BaseModel):
@@ -321,6 +317,11 @@ class TrainConfig(BaseModel):
         """The caption of the class pictures."""
         return self.prior_prompt or f"a photo of a {self.class_word}"
 
+    @property
+    def text_losses(self) -> list[str]:
+        """The preservations, of those that are on, that compare what text encoders make."""
+        return [name for name in TEXT_LOSSES if name in self.preserve]
+
     @model_validator(mode="wrap")
     @classmethod
     def _one_error(cls, data: Any, handler: ModelWrapValidatorHandler[TrainConfig]) -> TrainConfig:
@@ -409,74 +410,13 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         """What single fields cannot see; all contradictions are told at once."""
-        images, output = self.images.resolve(), self.output.resolve()
-        checks = {
-            "output": images.is_relative_to(output)
-            and "contains the pictures (images), which a new concept would replace; choose a"
-            " folder of its own",
-            "masks": self.masks is not None
-            and self.masks.resolve() == images
-            and "is the folder of the pictures; put masks of the same names in another",
-            "preserve": self._preserve_problem(),
-            "preserve_phrases": bool(self.preserve_phrases)
-            and not self._on_texts
-            and "is not used; set preserve to class_text or context_text",
-            "preserve_pooling": self.preserve_pooling == "published" and self._pooling_problem(),
-            "prior_images": self.prior_images is not None
-            and self._prior_images_problem(self.prior_images.resolve() == images),
-            "prior_prompt": mentions(self.prior_prompt or "", self.trigger)
-            and f"has the trigger {self.trigger}; class pictures show the class without it",
-            "slice": self.slice is not None
-            and self.method == "lora"
-            and "has no meaning for method lora; leave it out, or set method orthogonal",
-            "layerwise_tokens": self.layerwise_tokens
-            and not self.train_tokens
-            and "needs trained tokens; set train_tokens to true",
-            "compile": self.compile
-            and self.quantize.startswith("torchao")
-            and f"does not work on weights of {self.quantize}; set quantize to nf4, int8 or none",
-            "validation_every": self.validation_every > 0
-            and not self.validation_prompts
-            and "has nothing to draw; give validation_prompts",
-            "warmup_steps": self.warmup_steps >= self.steps
-            and f"leaves nothing of the {self.steps} steps; choose fewer",
-        }
         problems = [
             f"{field} is {short(getattr(self, field))}: it {problem}"
-            for field, problem in checks.items()
-            if problem
+            for field, problem in contradictions(self).items()
         ]
         if problems:
             raise ConfigError(together(problems))
         return self
-
-    @property
-    def _on_texts(self) -> list[str]:
-        return [name for name in TEXT_LOSSES if name in self.preserve]
-
-    def _preserve_problem(self) -> str | None:
-        if self.preserve and mentions(self.class_word, self.trigger):
-            return f"compares with the class, but the class_word has the trigger {self.trigger}"
-        if self._on_texts and not (self.train_tokens or self.train_text_encoder):
-            return (
-                f"has {' and '.join(self._on_texts)}, but no text encoder learns anything; set"
-                " train_tokens or train_text_encoder to true"
-            )
-        return None
-
-    def _pooling_problem(self) -> str | None:
-        if "class_text" not in self.preserve:
-            return "is of class_text alone; set preserve to class_text"
-        if not self.train_tokens:
-            return "takes the feature at the concept's token; set train_tokens to true"
-        return None
-
-    def _prior_images_problem(self, same: bool) -> str | None:
-        if same:
-            return "is the folder of the concept's own pictures; give others of the class"
-        if self.prior_weight == 0:
-            return "is not used while prior_weight is 0; set prior_weight to 1"
-        return None
 
 
 def load_config(path: Path | str | None = None, **overrides: Any) -> TrainConfig:

@@ -29,7 +29,7 @@ from customize.families.components import TokenDictionary, uncompiled
 from customize.training.batches import choose
 from customize.training.cache import Conditions, Encode, from_cache
 from customize.training.captions import class_caption
-from customize.training.config import TEXT_LOSSES, TrainConfig
+from customize.training.config import TrainConfig
 from customize.training.process import Autocast
 from customize.training.trainable import Trainable
 
@@ -145,12 +145,7 @@ def phrases_of(config: TrainConfig, loss: str) -> list[str]:
 
 def texts_of(config: TrainConfig) -> list[str]:
     """All phrases that losses on text encoders compare."""
-    return [text for name in text_losses(config) for text in phrases_of(config, name)]
-
-
-def text_losses(config: TrainConfig) -> list[str]:
-    """Those of the settings."""
-    return [name for name in TEXT_LOSSES if name in config.preserve]
+    return [text for name in config.text_losses for text in phrases_of(config, name)]
 
 
 def captions_of(config: TrainConfig, captions: Sequence[str]) -> list[str]:
@@ -179,7 +174,7 @@ def prepare(
         captions: the concept's.
         encode: knows :func:`captions_of`.
     """
-    losses = text_losses(config)
+    losses = config.text_losses
     phrases: dict[str, dict[str, Phrases]] = {}
     encoders = {}
     with trainable.adapter.silent(), autocast():

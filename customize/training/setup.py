@@ -16,7 +16,7 @@ from customize.families import Family
 from customize.hosts.opening import open_base
 from customize.hosts.quantizing import check_quantizer, quantize
 from customize.training import data
-from customize.training.config import TEXT_LOSSES, TrainConfig
+from customize.training.config import TrainConfig
 from customize.training.process import HALVES
 from customize.training.trainable import adapted
 
@@ -185,7 +185,7 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             where="layerwise_tokens",
             fix="leave it out",
         )
-    texts = [name for name in TEXT_LOSSES if name in config.preserve]
+    texts = config.text_losses
     if texts and not family.text_encoders:
         raise ConfigError(
             f"{' and '.join(texts)} cannot preserve anything in a model of family {family.name}: no"

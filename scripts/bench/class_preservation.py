@@ -55,7 +55,7 @@ from customize.training import losses, preserving
 from customize.training.config import TrainConfig
 
 NOTHING = "nothing"
-PRIOR = {"prior_weight": 1.0, "prior_count": 40, "validation_guidance": storybook.GUIDANCE}
+PRIOR = {"prior_weight": 1.0, "prior_count": 24, "validation_guidance": storybook.GUIDANCE}
 METHODS: dict[str, dict[str, Any]] = {
     NOTHING: {"preserve": {}},
     "class_text, paper": {"preserve": {"class_text": 1.0}},
@@ -294,7 +294,7 @@ def short_run(args: argparse.Namespace, method: str, on_step: Any = None) -> Non
 
     torch.set_num_threads(1)
     steps = protocol_of(args).cost_steps if on_step else 2
-    cheap = {"avoid": 0, "steps": steps, "checkpoint_every": 0, "keep_checkpoints": 1}
+    cheap = {"avoid": 0, "steps": steps, "warmup_steps": 0, "checkpoint_every": 0}
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(args, method, protocol_of(args).concepts[0], 0)
         values = config.model_dump() | cheap | {"output": Path(folder) / "out"}
@@ -363,7 +363,8 @@ def table(
         for key in RATES:
             values = [each[key] for each in runs]
             row[key] = mean(values)
-            row[f"{key}_sd"] = stdev(values) if len(values) > 1 else 0.0
+            if key in ("identity", "composition") and len(values) > 1:
+                row[f"{key}_sd"] = stdev(values)
         row["of_base"] = row["composition"] / base if base else 0.0
         rows.append(row | dict(cost.get(method, {})))
     return sorted(rows, key=lambda row: (row["steps"], ("base", *METHODS).index(row["preserved"])))

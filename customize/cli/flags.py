@@ -20,7 +20,7 @@ PANELS = {
     "method": "The adapter",
     "train_text_encoder": "What else trains",
     "steps": "Optimisation",
-    "prior_weight": "Prior preservation",
+    "preserve": "Class preservation",
     "mixed_precision": "The machine",
     "checkpoint_every": "What is written on the way",
 }
@@ -86,7 +86,7 @@ def _flag(name: str, field: FieldInfo, panel: str) -> Any:
     text = field.description or name
     if field.is_required():
         text += " [required]"
-    elif field.default not in (None, "", ()) and not isinstance(field.default, bool):
+    elif field.default not in (None, "", (), {}) and not isinstance(field.default, bool):
         text += f" [default: {field.default}]"
     elif isinstance(field.default, bool):
         text += f" [default: {'yes' if field.default else 'no'}]"
@@ -98,7 +98,9 @@ def _flag(name: str, field: FieldInfo, panel: str) -> Any:
     if bool in kinds:
         no = "--no-" + name.replace("_", "-")
         return Annotated[bool | None, typer.Option(f"{option}/{no}", **settings)]
-    settings["metavar"] = _metavar(field)
+    settings["metavar"] = "NAME=X" if dict in kinds else _metavar(field)
+    if dict in kinds:
+        return Annotated[list[str] | None, typer.Option(option, **settings)]
     if tuple in kinds:
         settings["help"] += "; give the flag once for each"
         return Annotated[list[str] | None, typer.Option(option, **settings)]
@@ -119,5 +121,5 @@ def _kinds(annotation: Any) -> set[Any]:
     """The plain types within an annotation: ``float | None`` has float and NoneType."""
     inner = get_args(annotation) if get_origin(annotation) is not Literal else ()
     origin = get_origin(annotation)
-    found = {tuple} if origin is tuple else set()
+    found = {origin} & {tuple, dict}
     return found.union(*map(_kinds, inner)) if inner else found | {annotation}

@@ -51,6 +51,9 @@ def plan(config: TrainConfig) -> dict[str, str]:
         "trains": ", ".join(trained),
         "steps": f"{config.steps} of {batch} pictures",
     }
+    if config.preserve:
+        weights = (f"{name} with weight {weight:g}" for name, weight in config.preserve.items())
+        shown["preserves"] = ", ".join(weights)
     if config.prior_weight:
         source = config.prior_images or f"{config.prior_count} drawn by the base"
         shown["prior"] = f"class pictures with weight {config.prior_weight:g}: {source}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from customize.errors import DataError
 from customize.training.settings import mentions
 
 METADATA = "metadata.jsonl"
+# Words after which a thing's name has an article: "a photo of a dog", but "a photo of my dog".
+_BEFORE_ARTICLE = (
+    *("of", "and", "or", "with", "without", "in", "on", "at", "by", "near", "beside", "behind"),
+    *("under", "over", "from", "to", "for", "like", "as", "is", "between", "than", "versus"),
+)
 
 
 def read_captions(
@@ -61,6 +67,25 @@ def read_captions(
             fix="name the class there; class pictures show it without the concept",
         )
     return captions
+
+
+def class_caption(text: str, trigger: str, class_word: str) -> str:
+    """A text with the class word in the trigger's place: what it says to who doesn't know the
+    concept.
+
+    "a photo of <rex>" becomes "a photo of a dog". Where the class word follows the trigger already
+    the trigger goes: "a photo of a <rex> dog" becomes the same.
+    """
+    named = rf"(?P<doubled>\s+{re.escape(class_word)}\b)?"
+    pattern = re.compile(re.escape(trigger) + named, re.IGNORECASE)
+
+    def replaced(match: re.Match[str]) -> str:
+        before = match.string[: match.start()].split()
+        bare = not before or before[-1].lower().rstrip() in _BEFORE_ARTICLE
+        bare = bare or before[-1][-1] in ",.:;!?-"
+        return f"a {class_word}" if bare else class_word
+
+    return pattern.sub(replaced, text)
 
 
 def count(names: Sequence[str]) -> str:

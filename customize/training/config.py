@@ -17,14 +17,16 @@ from pydantic import (
     model_validator,
 )
 
+from customize.core.preservation import PRESERVATIONS, TEXT_LOSSES
 from customize.errors import ConfigError
+from customize.training.contradictions import contradictions
 from customize.training.settings import (
     check_text,
     config_error,
-    mentions,
     read_yaml,
     short,
     together,
+    weights_by_name,
 )
 
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
@@ -199,7 +201,22 @@ class TrainConfig(BaseModel):
         default=0.0, ge=0, lt=1, description="Share of captions left empty, 0 to below 1"
     )
 
-    # Prior preservation
+    # Class preservation
+    preserve: dict[str, float] = Field(
+        default={},
+        description="Weights of losses that keep what the model knows of the class: class_text,"
+        " context_text, output; such as class_text=1,output=0.5. none: only the class pictures'",
+    )
+    preserve_phrases: tuple[str, ...] = Field(
+        default=(),
+        description="Phrases that class_text and context_text compare, {} for the trigger; not"
+        " given: the caption for the first, a dozen places and clothes for the second",
+    )
+    preserve_pooling: Literal["end", "published"] = Field(
+        default="end",
+        description="Where class_text takes the feature of a phrase: end, its end-of-text token, as"
+        " ClassDiffusion's paper has it; published: the concept's last token, as its code has it",
+    )
     prior_weight: float = Field(
         default=0.0, ge=0, description="Weight of the loss on class pictures; 0: off"
     )
@@ -300,6 +317,11 @@ class TrainConfig(BaseModel):
         """The caption of the class pictures."""
         return self.prior_prompt or f"a photo of a {self.class_word}"
 
+    @property
+    def text_losses(self) -> list[str]:
+        """The preservations, of those that are on, that compare what text encoders make."""
+        return [name for name in TEXT_LOSSES if name in self.preserve]
+
     @model_validator(mode="wrap")
     @classmethod
     def _one_error(cls, data: Any, handler: ModelWrapValidatorHandler[TrainConfig]) -> TrainConfig:
@@ -319,6 +341,8 @@ class TrainConfig(BaseModel):
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         """Undo what YAML and shells do to values, and refuse what pydantic would bend."""
         name = str(info.field_name)
+        if name == "preserve":
+            return weights_by_name(value)
         kinds = _kinds(name)
         if isinstance(value, bool) and bool not in kinds:
             if name == "mixed_precision" and not value:
@@ -354,6 +378,28 @@ class TrainConfig(BaseModel):
             raise ValueError('has no {} for the trigger; write "a photo of {}"')
         return caption
 
+    @field_validator("preserve")
+    @classmethod
+    def _preservations(cls, weights: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(weights.keys() - PRESERVATIONS.keys())
+        if unknown:
+            known = ", ".join(PRESERVATIONS)
+            hint = "; class pictures have prior_weight" if "prior" in unknown else ""
+            raise ValueError(f"names {', '.join(map(short, unknown))}; known are {known}{hint}")
+        negative = sorted(name for name, weight in weights.items() if weight < 0)
+        if negative:
+            raise ValueError(f"has a negative weight for {', '.join(negative)}; give 0 or more")
+        return {name: weights[name] for name in PRESERVATIONS if weights.get(name)}
+
+    @field_validator("preserve_phrases")
+    @classmethod
+    def _phrases(cls, phrases: tuple[str, ...]) -> tuple[str, ...]:
+        for phrase in phrases:
+            check_text(phrase)
+            if "{}" not in phrase:
+                raise ValueError(f"has no {{}} for the trigger in {short(phrase)}")
+        return phrases
+
     @field_validator("validation_prompts")
     @classmethod
     def _prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
@@ -364,48 +410,13 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         """What single fields cannot see; all contradictions are told at once."""
-        images, output = self.images.resolve(), self.output.resolve()
-        checks = {
-            "output": images.is_relative_to(output)
-            and "contains the pictures (images), which a new concept would replace; choose a"
-            " folder of its own",
-            "masks": self.masks is not None
-            and self.masks.resolve() == images
-            and "is the folder of the pictures; put masks of the same names in another",
-            "prior_images": self.prior_images is not None
-            and self._prior_images_problem(self.prior_images.resolve() == images),
-            "prior_prompt": mentions(self.prior_prompt or "", self.trigger)
-            and f"has the trigger {self.trigger}; class pictures show the class without it",
-            "slice": self.slice is not None
-            and self.method == "lora"
-            and "has no meaning for method lora; leave it out, or set method orthogonal",
-            "layerwise_tokens": self.layerwise_tokens
-            and not self.train_tokens
-            and "needs trained tokens; set train_tokens to true",
-            "compile": self.compile
-            and self.quantize.startswith("torchao")
-            and f"does not work on weights of {self.quantize}; set quantize to nf4, int8 or none",
-            "validation_every": self.validation_every > 0
-            and not self.validation_prompts
-            and "has nothing to draw; give validation_prompts",
-            "warmup_steps": self.warmup_steps >= self.steps
-            and f"leaves nothing of the {self.steps} steps; choose fewer",
-        }
         problems = [
             f"{field} is {short(getattr(self, field))}: it {problem}"
-            for field, problem in checks.items()
-            if problem
+            for field, problem in contradictions(self).items()
         ]
         if problems:
             raise ConfigError(together(problems))
         return self
-
-    def _prior_images_problem(self, same: bool) -> str | None:
-        if same:
-            return "is the folder of the concept's own pictures; give others of the class"
-        if self.prior_weight == 0:
-            return "is not used while prior_weight is 0; set prior_weight to 1"
-        return None
 
 
 def load_config(path: Path | str | None = None, **overrides: Any) -> TrainConfig:

@@ -11,25 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from customize.concepts import files
 from customize.concepts.adapter import Factors
 from customize.concepts.concept import Concept
-from customize.core.objectives import weighted_mse
 from customize.errors import TrainingError, TrainingStopped
 from customize.families import Family, family_of
-from customize.training import base, cache, inputs, process, record, setup
+from customize.training import base, cache, inputs, preserving, process, record, setup
 from customize.training import checkpoint as checkpoints
-from customize.training.batches import compose, draw_noise, stream_seed
-from customize.training.cache import Encode, Pictures
 from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, Checkpoint
 from customize.training.claim import claimed_slice
 from customize.training.compiling import check_compiler, compiled
 from customize.training.config import TrainConfig
+from customize.training.losses import Losses
 from customize.training.prior import class_samples_of
-from customize.training.process import Autocast
 from customize.training.trainable import Trainable, basis_of, check_texts, trained_in
 from customize.training.validation import Validation
 
@@ -174,15 +171,19 @@ def train(
         )
         check_texts(family, trainable, "caption", pictures.captions)
         check_texts(family, trainable, "validation prompt", config.validation_prompts)
+        check_texts(family, trainable, "phrase", preserving.texts_of(config))
+        named = pictures.captions[:concept_pictures]
+        more = [*inputs.prompts_of(config), *preserving.captions_of(config, named)]
         with autocast():
             encode = cache.prepare_conditions(
                 family,
-                [*pictures.captions, "", *config.validation_prompts, *inputs.prompts_of(config)],
+                [*pictures.captions, "", *config.validation_prompts, *more],
                 live=live,
                 to_encoder=trainable.expanded,
             )
         if trainable.layers:
             encode = cache.by_layer(encode, trainable.wordings)
+        preserved = preserving.prepare(config, family, trainable, named, encode, autocast)
         setup.put_away(family, resting, free=own)
         del resting
 
@@ -200,18 +201,26 @@ def train(
             checkpoints.clear(folder)
         accelerator.wait_for_everyone()
 
-        history, seconds = optimise(
+        losses = Losses(
             config,
             family,
             trainable,
             pictures,
             concept_pictures,
             encode,
+            preserved,
+            autocast,
+            device,
+        )
+        history, seconds = optimise(
+            config,
+            family,
+            trainable,
+            losses,
             start,
             settings,
             accelerator=accelerator,
             device=device,
-            autocast=autocast,
             validation=validation,
             progress=progress,
             on_step=on_step,
@@ -233,15 +242,12 @@ def optimise(
     config: TrainConfig,
     family: Family,
     trainable: Trainable,
-    pictures: Pictures,
-    concept_pictures: int,
-    encode: Encode,
+    losses: Losses,
     start: Checkpoint | None,
     settings: Mapping[str, Any],
     *,
     accelerator: Any,
     device: torch.device,
-    autocast: Autocast,
     validation: Validation,
     progress: bool,
     on_step: OnStep | None,
@@ -249,7 +255,6 @@ def optimise(
     """Train to ``config.steps``; what trains is changed in place.
 
     Args:
-        concept_pictures: the first so many of the pictures are the concept's, the rest its class's.
         start: where to go on from; None: from the beginning.
 
     Returns:
@@ -266,15 +271,9 @@ def optimise(
         checkpoints.restore(start, parameters, optimizer, scaler)
         history = [list(pair) for pair in start.history]
 
-    batch, accumulate = config.batch_size, config.gradient_accumulation
-    class_pictures = len(pictures.captions) - concept_pictures
-    # Each half of a batch counts as a mean, the class's times its weight.
-    shares = [1.0] * batch + ([config.prior_weight] * batch if class_pictures else [])
-    share = torch.tensor(shares, device=device) / (batch * accumulate)
-    density = config.density or family.default_density
-    generator = Generator(device)
+    accumulate = config.gradient_accumulation
     first = start.step if start else 0
-    losses: list[Tensor] = []
+    seen: list[Tensor] = []
     paused, began = 0.0, time.perf_counter()
 
     with (
@@ -290,28 +289,13 @@ def optimise(
             for micro in range(accumulate):
                 turn = (step * accumulate + micro) * accelerator.num_processes
                 turn += accelerator.process_index
-                chosen, mirrored, captions = compose(
-                    config, pictures.captions, concept_pictures, turn, pictures.sizes
-                )
-                # More than one piece where class pictures are of another size than the concept's.
-                for piece, part in enumerate(pictures.of_one_size(chosen)):
-                    these, flipped = chosen[part], mirrored[part]
-                    mean, std = pictures.distribution(family, these, flipped)
-                    stream = f"noise {piece}" if piece else "noise"
-                    seed = stream_seed(config.seed, turn, stream)
-                    drawn = draw_noise(generator, seed, mean.shape, density, config.noise_offset)
-
-                    latents = mean + std * drawn.latents
-                    t = family.timesteps(drawn.u, latents.shape[1:])
-                    noisy = family.noisy_latents(latents, drawn.noise, t)
-                    with autocast():
-                        prediction = family.predict(noisy, t, encode(captions[part]))
-                    target = family.target(latents, drawn.noise, t)
-                    weight = family.loss_weight(t, config.min_snr_gamma) * share[part]
-                    mask = pictures.mask(these, flipped)
-                    loss = weighted_mse(prediction, target, weight, mask).sum()
+                for loss in losses.of_batch(step, turn):
                     scaler.scale(loss).backward()
                     total += loss.detach()
+            text_loss = losses.of_texts(step)
+            if text_loss is not None:
+                scaler.scale(text_loss).backward()
+                total += text_loss.detach()
 
             if accelerator.num_processes > 1:
                 process.average_gradients(accelerator, weights)
@@ -326,7 +310,7 @@ def optimise(
                 rows.clamp_norm_()
 
             # Nothing above waits for the device; reading the losses does, so it is done rarely.
-            losses.append(total)
+            seen.append(total)
             done = step + 1
             bar.update()
             if on_step is not None:
@@ -335,8 +319,8 @@ def optimise(
             stopping = bool(stop) and accelerator.num_processes == 1
             saving = config.checkpoint_every and (last or done % config.checkpoint_every == 0)
             if last or saving or stopping or done % config.log_every == 0:
-                loss_now, stopping = _read_losses(losses, bool(stop), accelerator, step, folder)
-                losses.clear()
+                loss_now, stopping = _read_losses(seen, bool(stop), accelerator, step, folder)
+                seen.clear()
                 history.append([done, loss_now])
                 bar.set_postfix(loss=f"{loss_now:.4f}", refresh=False)
                 rates = {group["name"]: group["lr"] for group in optimizer.param_groups}

@@ -108,6 +108,28 @@ def check_text(text: str) -> None:
         raise ValueError("has control characters")
 
 
+def weights_by_name(value: Any) -> Any:
+    """Weights as a shell has them, ``["a=1,b=.5"]``, as a mapping; ``none`` is an empty one.
+
+    A mapping stays as it is. Raises ValueError where the text is of another form.
+    """
+    if isinstance(value, str):
+        value = [value]
+    if value is None or not isinstance(value, list | tuple):
+        return {} if value is None else value
+    found: dict[str, str] = {}
+    for pair in ",".join(map(str, value)).split(","):
+        name, equals, weight = (part.strip() for part in pair.partition("="))
+        if name.lower() in ("none", "null") and not equals:
+            continue
+        if not name or not weight:
+            raise ValueError("should be names with weights, such as class_text=1,output=0.5")
+        if name in found:
+            raise ValueError(f"gives {name} more than one weight")
+        found[name] = weight
+    return found
+
+
 def mentions(text: str, trigger: str) -> bool:
     """Whether a text has a trigger, in upper or lower case, as
     :func:`customize.concepts.tokens.expand` looks for it."""

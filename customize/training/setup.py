@@ -185,6 +185,14 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             where="layerwise_tokens",
             fix="leave it out",
         )
+    texts = config.text_losses
+    if texts and not family.text_encoders:
+        raise ConfigError(
+            f"{' and '.join(texts)} cannot preserve anything in a model of family {family.name}: no"
+            " text encoder of it learns tokens or takes an adapter, so there is no gradient",
+            where="preserve",
+            fix="preserve output instead, or give prior_weight",
+        )
     avoid = config.avoid if config.method == "orthogonal" else 0
     narrowest = min(
         min(out, width - avoided(width, avoid))

@@ -11,15 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from customize.cli import flags
 from customize.cli.flags import PANELS
 from customize.cli.train import plan
 from customize.concepts.concept import Concept
-from customize.training.config import TrainConfig
+from customize.training.config import TrainConfig, load_config
 from tests.cli.making import Run, World, photos, refused
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +115,29 @@ def test_settings_are_checked_before_anything_is_read(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("given", [["class_text=1,output=.5"], ["class_text=1", "output=.5"]])
+def test_preservations_are_given_together_or_one_by_one(given: list[str]) -> None:
+    """Into the flag that the command has, as far as the configuration."""
+    seen: dict[str, Any] = {}
+    command = flags.from_config(lambda config, settings: seen.update(settings))
+    command(**{**dict.fromkeys(TrainConfig.model_fields), "preserve": given})
+    facts = {"base": "b", "images": "i", "output": "o", "name": "max", "class_word": "dog"}
+    assert load_config(**facts, **seen).preserve == {"class_text": 1.0, "output": 0.5}
+
+
+def test_bad_preservations_are_told_before_anything_is_read(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    for given, told in (
+        ("outptu=1", "names 'outptu'; known are class_text, context_text, output"),
+        ("output=-1", "has a negative weight for output"),
+        ("output", "names with weights, such as class_text=1,output=0.5"),
+        ("output=many", "valid number"),
+    ):
+        refused(run("train", *arguments(world, tmp_path, preserve=given)), told, "preserve")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_input_is_one_line_after_the_plan(run: Run, world: World, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     result = run("train", *arguments(world, tmp_path))
@@ -126,7 +151,9 @@ def test_the_plan(tmp_path: Path) -> None:
     shown = plan(TrainConfig(**facts, gradient_accumulation=3))
     assert shown["steps"] == "800 of 6 pictures"
     assert shown["method"] == "orthogonal, rank 8, slice from the name's hash"
-    assert "prior" not in shown
+    assert "prior" not in shown and "preserves" not in shown
+    kept = plan(TrainConfig(**facts, preserve={"output": 0.5, "class_text": 1}))
+    assert kept["preserves"] == "class_text with weight 1, output with weight 0.5"
     shown = plan(TrainConfig(**facts, library="lib", prior_weight=0.5))
     assert shown["method"] == "orthogonal, rank 8, slice kept apart from lib"
     assert shown["prior"] == "class pictures with weight 0.5: 100 drawn by the base"

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import export_to_gif
+from PIL import Image
 
 from customize.concepts.export import write_merged
 from customize.hosts.binding import load_custom, unload_custom
@@ -50,6 +52,25 @@ def test_videos_show_what_was_learned_from_pictures(tmp_path: Path, layerwise: b
         np.testing.assert_allclose(video(pipe), attached, atol=2e-4)
         unload_custom(pipe)
         assert_same(before, everything(pipe))
+
+
+def test_videos_are_exported(tmp_path: Path) -> None:
+    """As the frames come, in the order drawn: a GIF, by diffusers' own helper."""
+    config = settings(tmp_path, steps=2, preserve={"class_text": 1.0})
+    train(config, tiny_sd().components, progress=False)
+    pipe = tiny_animatediff()
+    load_custom(pipe, config.output)
+    call = {"num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 4}
+    frames = pipe(PROMPT, generator=torch.Generator().manual_seed(1), **call).frames[0]
+    path = export_to_gif(frames, str(tmp_path / "rex.gif"), fps=4)
+    with Image.open(path) as video:
+        assert (video.n_frames, video.size, video.info["duration"]) == (4, (32, 32), 250)
+        for number, frame in enumerate(frames):
+            video.seek(number)
+            # A GIF has 256 colours a frame.
+            shown = np.asarray(video.convert("RGB"), np.float32)
+            assert np.abs(shown - np.asarray(frame, np.float32)).mean() < 12
+    unload_custom(pipe)
 
 
 @pytest.mark.parametrize(("make", "output"), [(tiny_sd, "images"), (tiny_animatediff, "frames")])

@@ -95,6 +95,20 @@ def test_defaults_are_in_their_own_ranges():
         ("images", "a\0b", "control characters"),
         ("base", "old/model.CKPT", "pickle"),
         ("base", "model.bin", "pickle"),
+        ("preserve", {"class": 1}, "known are class_text, context_text, output"),
+        ("preserve", {"prior": 1}, "class pictures have prior_weight"),
+        ("preserve", {"output": -0.5}, "negative weight for output"),
+        ("preserve", {"output": float("nan")}, "finite"),
+        ("preserve", {"output": float("inf")}, "finite"),
+        ("preserve", {"output": "much"}, "valid number"),
+        ("preserve", {"output": None}, "valid number"),
+        ("preserve", True, "valid dictionary"),
+        ("preserve", 3, "valid dictionary"),
+        ("preserve", "output", "names with weights"),
+        ("preserve", "output=1,output=2", "output more than one weight"),
+        ("preserve_phrases", ["a dog"], "no {} for the trigger"),
+        ("preserve_phrases", ["{}", " "], "is empty"),
+        ("preserve_pooling", "middle", "'published'"),
         ("validation_prompts", ["fine", ""], "is empty"),
         ("validation_prompts", ["fine", "\x1b[2J"], "control characters"),
     ],
@@ -139,6 +153,21 @@ def test_all_problems_are_told_at_once():
         ({"prior_images": "pictures/rex", "prior_weight": 1}, "own pictures"),
         ({"prior_prompt": "a <rex> dog"}, "has the trigger <rex>"),
         ({"prior_prompt": "a <REX> dog"}, "has the trigger <rex>"),
+        (
+            {"preserve": {"class_text": 1}, "train_tokens": False, "train_text_encoder": False},
+            "no text encoder learns anything; set train_tokens or train_text_encoder to true",
+        ),
+        ({"preserve": {"output": 1}, "class_word": "<rex>"}, "class_word has the trigger <rex>"),
+        ({"preserve_phrases": ["a {}"]}, "is not used; set preserve to class_text or"),
+        ({"preserve_pooling": "published"}, "is of class_text alone"),
+        (
+            {
+                "preserve": {"class_text": 1},
+                "preserve_pooling": "published",
+                "train_tokens": False,
+            },
+            "set train_tokens to true",
+        ),
         ({"images": 3}, "images is 3: it is no path"),
         ({"slice": 2, "method": "lora"}, "set method orthogonal"),
         ({"layerwise_tokens": True, "train_tokens": False}, "set train_tokens to true"),
@@ -154,6 +183,27 @@ def test_contradictions_are_refused(settings, says):
 def test_several_contradictions_are_told_at_once():
     what = refused(slice=1, method="lora", warmup_steps=9, steps=9).what
     assert what.splitlines()[0] == "2 settings are wrong:"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"output": 1, "class_text": "2"}, {"class_text": 2.0, "output": 1.0}),
+        ("class_text=2, output = .5", {"class_text": 2.0, "output": 0.5}),
+        (
+            ["class_text=2", "context_text=1,output=.5"],
+            {"class_text": 2, "context_text": 1, "output": 0.5},
+        ),
+        ({"output": 0, "class_text": 1}, {"class_text": 1.0}),
+        ("none", {}),
+        (None, {}),
+        ({}, {}),
+    ],
+)
+def test_preservations_have_weights(given, meant):
+    config = TrainConfig(**REQUIRED, preserve=given)
+    assert config.preserve == meant
+    assert TrainConfig(**config.model_dump(mode="json")) == config
 
 
 def test_home_folder_is_expanded():

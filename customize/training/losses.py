@@ -1,0 +1,121 @@
+"""The losses of a training step: on the pictures of a batch, and on what is to be preserved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Generator, Tensor
+
+from customize.core.objectives import weighted_mse
+from customize.core.preservation import PRESERVATIONS
+from customize.families import Family
+from customize.training.batches import compose, draw_noise, stream_seed
+from customize.training.cache import Encode, Pictures
+from customize.training.config import TrainConfig
+from customize.training.preserving import EVERY, Preserved, preserves
+from customize.training.process import Autocast
+from customize.training.trainable import Trainable
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """What a run goes down on.
+
+    Attributes:
+        concept_pictures: the first so many of the pictures are the concept's, the rest its class's.
+        encode: captions to conditions.
+    """
+
+    config: TrainConfig
+    family: Family
+    trainable: Trainable
+    pictures: Pictures
+    concept_pictures: int
+    encode: Encode
+    preserved: Preserved
+    autocast: Autocast
+    device: torch.device
+
+    def of_batch(self, step: int, turn: int) -> Iterator[Tensor]:
+        """The loss of each piece of a batch, a scalar, in float32; their sum is the batch's.
+
+        There is more than one piece where class pictures are of another size than the concept's.
+        The caller goes backward from one before it asks for the next.
+
+        Args:
+            step: from 0.
+            turn: counts the batches of all processes and accumulations from the start of the run.
+        """
+        config, pictures, count = self.config, self.pictures, self.concept_pictures
+        chosen, mirrored, captions = compose(config, pictures.captions, count, turn, pictures.sizes)
+        for piece, part in enumerate(pictures.of_one_size(chosen)):
+            stream = f"noise {piece}" if piece else "noise"
+            seed = stream_seed(config.seed, turn, stream)
+            # The concept's are first; their class prompts go through the model together with all.
+            own = sum(number < count for number in chosen[part])
+            own = own if "output" in config.preserve and preserves(step) else 0
+            yield self._of_piece(chosen[part], mirrored[part], captions[part], part, seed, own)
+
+    def of_texts(self, step: int) -> Tensor | None:
+        """The losses on text encoders at a step, a scalar; None where there is none."""
+        with self.autocast():
+            return self.preserved.text_loss(step)
+
+    def _of_piece(
+        self,
+        pictures: list[int],
+        mirrored: list[bool],
+        captions: list[str],
+        part: slice,
+        seed: int,
+        own: int,
+    ) -> Tensor:
+        config, family = self.config, self.family
+        mean, std = self.pictures.distribution(family, pictures, mirrored)
+        density = config.density or family.default_density
+        drawn = draw_noise(self._generator, seed, mean.shape, density, config.noise_offset)
+
+        latents = mean + std * drawn.latents
+        t = family.timesteps(drawn.u, latents.shape[1:])
+        noisy = family.noisy_latents(latents, drawn.noise, t)
+        told = self.preserved.class_captions(captions[:own])
+        with self.autocast():
+            conditions = self.encode([*captions, *told])
+            prediction = family.predict(_with(noisy, own), _with(t, own), conditions)
+        target = family.target(latents, drawn.noise, t)
+        snr_weight = family.loss_weight(t, config.min_snr_gamma)
+        weight = snr_weight * self._shares[part]
+        mask = self.pictures.mask(pictures, mirrored)
+        loss = weighted_mse(prediction[: len(noisy)], target, weight, mask).sum()
+        if own:
+            with torch.no_grad(), self.trainable.adapter.silent(), self.autocast():
+                base = family.predict(noisy[:own], t[:own], self.preserved.base_conditions(told))
+            change = PRESERVATIONS["output"](prediction[len(noisy) :], base, snr_weight[:own])
+            loss = loss + EVERY * config.preserve["output"] * self._share * own * change
+        return loss
+
+    @property
+    def _share(self) -> float:
+        """Of one picture in a step: each half of a batch counts as a mean."""
+        return 1.0 / (self.config.batch_size * self.config.gradient_accumulation)
+
+    @cached_property
+    def _shares(self) -> Tensor:
+        """Of each picture in a step; the class's counts times its weight."""
+        batch = self.config.batch_size
+        has_class = len(self.pictures.captions) > self.concept_pictures
+        shares = [1.0] * batch + ([self.config.prior_weight] * batch if has_class else [])
+        accumulate = self.config.gradient_accumulation
+        return torch.tensor(shares, device=self.device) / (batch * accumulate)
+
+    @cached_property
+    def _generator(self) -> Generator:
+        return Generator(self.device)
+
+
+def _with(values: Tensor, again: int) -> Tensor:
+    """A batch, with its first so many once more behind it."""
+    return torch.cat([values, values[:again]]) if again else values

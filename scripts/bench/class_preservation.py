@@ -1,0 +1,412 @@
+"""Does a concept forget its class, and what keeps it? Ways to preserve it, on the same seeds.
+
+Concepts of the miniature world are learned from five pictures each that show no hat, no glasses and
+no scarf, with the demo's settings but for plain tokens, a constant learning rate and a batch of
+two, as ClassDiffusion's code has them; once for each way to preserve the class. One run a concept
+and way: what it had learned after 200 and 500 steps is scored with one seed, after 1500 with three.
+
+Identity: share of pictures that show the very concept. Prompt: share of asked attributes shown.
+Composition: share of pictures in which the accessory that is asked for is worn; "of base" is that
+over the base's own share, for the class word, on the same prompts and seeds, of all concepts
+together. Class drift: change of pictures of the class word, against the base; drift: of pictures of
+other things. A step's cost is the time that its one thread computes over that of a step that
+preserves nothing, by medians over runs in turns, so that what else the machine does troubles it
+little; of losses on texts, which only every fourth step has, also over the other steps of the same
+runs. Memory is the most that a run's tensors hold at a time, over that of preserving nothing.
+
+What was learned and scored is kept in `--folder`, so a run that was cut off goes on.
+
+    python scripts/bench/class_preservation.py --json scripts/bench/results/class_preservation.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import _common
+import _saves
+import torch
+from _scorer import concept, open_quietly
+from merge_identity import folder_name, weights_of
+
+from customize.concepts.concept import Concept
+from customize.core import preservation
+from customize.demo import TRAINING, assets
+from customize.evaluation import storybook
+from customize.families import family_of
+from customize.hosts.binding import load_custom, unload_custom
+from customize.storybook.captions import parse
+from customize.storybook.judges import load_judges, to_tensor
+from customize.training import losses, preserving
+from customize.training.config import TrainConfig
+
+NOTHING = "nothing"
+PRIOR = {"prior_weight": 1.0, "prior_count": 24, "validation_guidance": storybook.GUIDANCE}
+METHODS: dict[str, dict[str, Any]] = {
+    NOTHING: {"preserve": {}},
+    "class_text, paper": {"preserve": {"class_text": 1.0}},
+    "class_text, published code": {
+        "preserve": {"class_text": 1.0},
+        "preserve_pooling": "published",
+    },
+    "context_text": {"preserve": {"context_text": 1.0}},
+    "output": {"preserve": {"output": 1.0}},
+    "prior": {"preserve": {}} | PRIOR,
+    "class_text and context_text": {"preserve": {"class_text": 1.0, "context_text": 1.0}},
+}
+TEXT = tuple(name for name in METHODS if "_text" in name)
+RATES = ("identity", "prompt", "composition", "class_drift", "drift")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is learned and drawn.
+
+    Attributes:
+        concepts: numbers of :func:`_scorer.concept`.
+        saves: the steps that are scored; the last ends the run.
+        every: steps between checkpoints, of which all saves are multiples.
+        seeds: of the pictures; those of all saves but the last have the first seed alone.
+        scenes: pictures of the concept a seed.
+        training_seeds: of the runs; each is a run of its own, and counts like another concept.
+        cost_steps, cost_runs: steps of a run whose cost is measured, and such runs of each way.
+    """
+
+    concepts: tuple[int, ...]
+    saves: tuple[int, ...]
+    every: int
+    seeds: tuple[int, ...]
+    scenes: int
+    training_seeds: tuple[int, ...]
+    cost_steps: int
+    cost_runs: int
+
+
+FULL = Protocol((0, 1, 3, 4, 6, 7), (200, 500, 1500), 100, (1, 2, 3), 6, (0,), 28, 3)
+QUICK = Protocol((0,), (10, 20), 10, (1,), 3, (0,), 12, 1)
+
+
+def protocol_of(args: argparse.Namespace) -> Protocol:
+    return QUICK if args.quick else FULL
+
+
+def default() -> str:
+    """The way that is the default of training."""
+    fields = TrainConfig.model_fields
+    settings = {key: fields[key].default for key in ("preserve", "prior_weight")}
+    ways = {name: {"prior_weight": 0.0} | how for name, how in METHODS.items()}
+    return next(
+        name for name, how in ways.items() if {key: how[key] for key in settings} == settings
+    )
+
+
+# --- learning and scoring -----------------------------------------------------------------------
+
+
+def training(protocol: Protocol) -> dict[str, Any]:
+    return TRAINING | {
+        "layerwise_tokens": False,
+        "batch_size": 2,
+        "lr_schedule": "constant",
+        "steps": protocol.saves[-1],
+        "checkpoint_every": protocol.every,
+        "keep_checkpoints": protocol.saves[-1] // protocol.every,
+        "record_inputs": False,
+    }
+
+
+def config_of(args: argparse.Namespace, method: str, index: int, seed: int) -> TrainConfig:
+    """Only what is preserved differs between the ways."""
+    story = concept(index)
+    return TrainConfig(
+        base=str(args.base),
+        images=args.folder / "pictures" / story.name,
+        # Side by side, as what is shared by all of a base is recorded once for a folder.
+        output=args.folder / f"{folder_name(method)}-{story.name}-{seed}",
+        name=story.name,
+        class_word=story.identity.kind,
+        slice=index,
+        seed=seed,
+        **(training(protocol_of(args)) | METHODS[method]),
+    )
+
+
+def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
+    """Learn and score the cell of `job`, "way/concept/seed", or the base's; finished ones are
+    kept."""
+    from customize.training.loop import train
+
+    path = cell_file(args, job)
+    if path.exists():
+        return
+    method, index, seed = job.rsplit("/", 2)
+    protocol, rows = protocol_of(args), []
+    if method == "base":
+        rows = [{"step": 0, "rates": scorer.rates(int(index), None, protocol.seeds)}]
+    else:
+        began = time.time()
+        config = config_of(args, method, int(index), int(seed))
+        finished = train(config, progress=False)
+        print(f"learned {job} in {time.time() - began:.0f} s", flush=True)
+        for step in protocol.saves:
+            seeds = protocol.seeds if step == protocol.saves[-1] else protocol.seeds[:1]
+            saved = _saves.concept_at(finished, config.output, step, scorer.family)
+            rows.append({"step": step, "rates": scorer.rates(int(index), saved, seeds)})
+    partial = path.with_suffix(".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(rows))
+    os.replace(partial, path)
+    for row in rows:
+        told = " ".join(f"{key} {mean(r[key] for r in row['rates']):.3f}" for key in RATES)
+        print(f"{job:36} {row['step']:5} {told}", flush=True)
+
+
+class Scorer:
+    """Draws and judges one concept at a time."""
+
+    def __init__(self, base: Path, judges: Path, scenes: int) -> None:
+        self.pipe = open_quietly(base)
+        # The layout in which a CPU convolves fastest.
+        self.pipe.unet.to(memory_format=torch.channels_last)
+        self.family = family_of(self.pipe.components)
+        self.judges, self.scenes = load_judges(judges), scenes
+        self.before: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+
+    def rates(
+        self, index: int, saved: Concept | None, seeds: Sequence[int]
+    ) -> list[dict[str, float]]:
+        """Rates a seed; of the base, and its class word, where nothing is saved."""
+        story = concept(index)
+        kind = story.identity.kind
+        signature = self.judges.signature(to_tensor(story.pictures()))
+        other = "cat" if kind == "dog" else "dog"
+        words = f"a {kind}" if saved is None else story.trigger
+        asked = {
+            "concept": storybook.prompts_for(words, storybook.SCENES[: self.scenes]),
+            "class": storybook.prompts_for(f"a {kind}")[::4],
+            "other": storybook.prompts_for(f"a red {other}")[1::4],
+        }
+        plain = {key: asked[key] for key in ("class", "other")}
+        for seed in seeds:
+            if (kind, seed) not in self.before:
+                self.before[kind, seed] = storybook.draw_groups(self.pipe, plain, seed)
+        found = []
+        if saved is not None:
+            load_custom(self.pipe, saved, fuse=True, merge="sum")
+        try:
+            for seed in seeds:
+                images = storybook.draw_groups(self.pipe, asked, seed)
+                rated = storybook.rate_concept(
+                    self.judges, images["concept"], asked["concept"], signature, kind, story.shown
+                )
+                worn = [
+                    seen["accessory0"] == parse(prompt).things[0].accessory
+                    for seen, prompt in zip(
+                        self.judges.see(images["concept"]), asked["concept"], strict=True
+                    )
+                ]
+                before = self.before[kind, seed]
+                found.append(
+                    {
+                        "identity": rated.identity,
+                        "prompt": rated.prompt,
+                        "composition": mean(worn),
+                        "class_drift": storybook.drift(before["class"], images["class"]),
+                        "drift": storybook.drift(before["other"], images["other"]),
+                    }
+                )
+        finally:
+            if saved is not None:
+                unload_custom(self.pipe)
+        return found
+
+
+def cell_file(args: argparse.Namespace, job: str) -> Path:
+    """Where the rows of `job` are kept: a folder for what scores depend on besides the runs."""
+    depends = hashlib.sha256(repr(astuple(protocol_of(args))).encode())
+    for path in [Path(storybook.__file__), Path(__file__), *weights_of(args.judges)]:
+        depends.update(path.read_bytes())
+    return args.folder / f"scores-{depends.hexdigest()[:8]}" / f"{folder_name(job)}.json"
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """What a step of each way costs over one that preserves nothing, in runs by turns."""
+    protocol = protocol_of(args)
+    times: dict[str, list[list[float]]] = {method: [] for method in METHODS}
+    for turn in range(protocol.cost_runs):
+        for method in list(METHODS)[:: 1 if turn % 2 else -1]:
+            times[method].append(_common.apart(lambda method=method: step_times(args, method)))
+    memory = {method: _common.apart(lambda method=method: peak(args, method)) for method in METHODS}
+
+    def seconds(method: str) -> float:
+        return mean(statistics.median(kind) for kind in by_kind(times[method]))
+
+    found = {}
+    for method in METHODS:
+        first, *others = (statistics.median(kind) for kind in by_kind(times[method]))
+        found[method] = {
+            "step_cost": seconds(method) / seconds(NOTHING),
+            # Against other steps of the same runs, which is more exact.
+            "text_cost": (first / mean(others) - 1.0) / preserving.EVERY if method in TEXT else 0.0,
+            "memory_cost": memory[method] / memory[NOTHING],
+        }
+    return found
+
+
+def by_kind(runs: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The times of all steps that look at phrases, and of all one, two and three steps later."""
+    every = preserving.EVERY
+    return [[time for run in runs for time in run[kind::every]] for kind in range(every)]
+
+
+def step_times(args: argparse.Namespace, method: str) -> list[float]:
+    """The time that this thread computes in each step of a run but the first few."""
+    times: list[float] = []
+    short_run(args, method, lambda *_: times.append(time.process_time()))
+    # The callback comes after a step, so the first difference is the second step's.
+    return [b - a for a, b in pairwise(times)][preserving.EVERY - 1 :]
+
+
+def peak(args: argparse.Namespace, method: str) -> int:
+    return _common.tensors_peak(lambda: short_run(args, method), torch.device("cpu"))
+
+
+def short_run(args: argparse.Namespace, method: str, on_step: Any = None) -> None:
+    """A few steps in a folder that is thrown away, without what goes before and after them."""
+    from customize.training.loop import train
+
+    torch.set_num_threads(1)
+    steps = protocol_of(args).cost_steps if on_step else 2
+    cheap = {"avoid": 0, "steps": steps, "warmup_steps": 0, "checkpoint_every": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(args, method, protocol_of(args).concepts[0], 0)
+        values = config.model_dump() | cheap | {"output": Path(folder) / "out"}
+        if values["prior_weight"]:
+            values |= {"prior_count": 2, "validation_steps": 1}
+        train(TrainConfig(**values), progress=False, on_step=on_step)
+
+
+# --- the whole ----------------------------------------------------------------------------------
+
+
+def share_out(args: argparse.Namespace, jobs: Sequence[str]) -> None:
+    """Do jobs in worker processes of one core each, which costs least in all."""
+    common = ["--folder", str(args.folder), "--base", str(args.base), "--judges", str(args.judges)]
+    common += ["--quick"] if args.quick else []
+    running = [
+        subprocess.Popen([sys.executable, __file__, *common, "--do", *jobs[worker :: args.workers]])
+        for worker in range(args.workers)
+    ]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise SystemExit("a concept could not be learned or scored; see above")
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    protocol = protocol_of(args)
+    depends = hashlib.sha256(json.dumps([training(protocol), METHODS], sort_keys=True).encode())
+    sources = [Path(module.__file__) for module in (preservation, preserving, losses)]
+    for path in [*sources, *weights_of(args.base)]:
+        depends.update(path.read_bytes())
+    args.folder = args.folder / f"{depends.hexdigest()[:8]}-{protocol.saves[-1]}"
+    for index in protocol.concepts:
+        concept(index).write(args.folder / "pictures" / concept(index).name)
+
+    cost = costs(args)
+    jobs = [
+        f"{method}/{index}/{seed}"
+        for index in protocol.concepts
+        for seed in protocol.training_seeds
+        for method in ("base", *METHODS)
+        if method != "base" or seed == protocol.training_seeds[0]
+    ]
+    share_out(args, jobs[:1])  # records what all share, which two would do twice
+    share_out(args, jobs)
+    rows = table(args, jobs, cost)
+    return rows, figures(rows, cost)
+
+
+def table(
+    args: argparse.Namespace, jobs: Sequence[str], cost: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """A row a way and number of steps: rates over concepts, with their spread over seeds."""
+    found: dict[tuple[str, int], list[list[dict[str, float]]]] = {}
+    for job in jobs:
+        for row in json.loads(cell_file(args, job).read_text()):
+            found.setdefault((job.rsplit("/", 2)[0], row["step"]), []).append(row["rates"])
+    base = mean(rates["composition"] for seeds in found["base", 0] for rates in seeds)
+    rows = []
+    for method, step in found:
+        # A mean over concepts for each seed.
+        runs = [
+            {key: mean(rates[key] for rates in seed) for key in RATES}
+            for seed in zip(*found[method, step], strict=True)
+        ]
+        row: dict[str, Any] = {"preserved": method, "steps": step}
+        for key in RATES:
+            values = [each[key] for each in runs]
+            row[key] = mean(values)
+            if key in ("identity", "composition") and len(values) > 1:
+                row[f"{key}_sd"] = stdev(values)
+        row["of_base"] = row["composition"] / base if base else 0.0
+        rows.append(row | dict(cost.get(method, {})))
+    return sorted(rows, key=lambda row: (row["steps"], ("base", *METHODS).index(row["preserved"])))
+
+
+def figures(
+    rows: Sequence[Mapping[str, Any]], cost: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    last = max(row["steps"] for row in rows)
+    found = {row["preserved"]: row for row in rows if row["steps"] == last}
+    own, none = found[default()], found[NOTHING]
+    return {
+        "default_identity_loss": none["identity"] - own["identity"],
+        "default_composition_of_base": own["of_base"],
+        "none_composition_of_base": none["of_base"],
+        "text_loss_step_cost": max(cost[method]["text_cost"] for method in TEXT),
+    }
+
+
+def main() -> None:
+    parser = _common.parser(__doc__)
+    parser.add_argument("--base", type=Path, default=assets() / "storybook")
+    parser.add_argument("--judges", type=Path, default=assets() / "judges")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/class_preservation"),
+        help="keeps what was learned and scored",
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
+    # What a worker process is told to do.
+    parser.add_argument("--do", nargs="*", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.do is None:
+        _common.report("class_preservation", args, *run(args))
+        return
+    torch.set_num_threads(1)
+    scorer = Scorer(args.base, args.judges, protocol_of(args).scenes) if args.do else None
+    for job in args.do:
+        assert scorer is not None
+        do(args, scorer, job)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from customize.errors import PipelineError
-from customize.families.layers import Layers
+from customize.families.calls import Calls
 
 # Of a scheduler's configuration: what noise is added by, and what is the target; how it steps to
 # draw is left out.
@@ -30,7 +30,7 @@ _LEVELS = (
 Mask = Literal["boolean", "added"]
 
 
-class Family(Layers):
+class Family(Calls):
     """The parts of one model that draws from prompts, and how they work together."""
 
     #: The density of :mod:`customize.core.objectives` that the family's models were trained with.

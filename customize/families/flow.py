@@ -18,6 +18,7 @@ from torch.nn import functional
 from customize.core import objectives
 from customize.errors import ConfigError, PipelineError
 from customize.families.base import Family, ones_like_batch
+from customize.families.calls import over_tokens
 
 # As many as the pipelines of these families take by default, or more.
 _PROMPT_TOKENS = 512
@@ -135,6 +136,7 @@ class PackedFamily(FlowFamily):
 
     #: How many latents a token is high and wide.
     patch: ClassVar[int] = 2
+    _time_scale = 1.0
 
     def pack(self, latents: Tensor) -> Tensor:
         """(batch, channels, h, w) to tokens (batch, h / patch * w / patch, channels * patch ** 2),
@@ -144,6 +146,9 @@ class PackedFamily(FlowFamily):
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
         size = (height // self.patch, width // self.patch)
         return functional.pixel_shuffle(packed.transpose(1, 2).unflatten(2, size), self.patch)
+
+    def spread(self, weights: Tensor, answer: Tensor) -> Tensor:
+        return over_tokens(weights, answer)
 
     @property
     def default_resolution(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from customize.families.calls import grid_of_positions
 from customize.families.components import class_name
 from customize.families.flow import PackedFamily
 from customize.families.originals import Rows, clip_text_model, original_rows
@@ -135,6 +136,13 @@ class Flux(PackedFamily):
             return_dict=False,
         )[0]
         return self.unpack(answer, height, width)
+
+    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        pooled = conditions["pooled_prompt_embeds"]
+        return super().told(conditions) | {"pooled_projections": pooled}
+
+    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        return grid_of_positions(arguments["img_ids"])
 
     @property
     def default_guidance(self) -> float:  # type: ignore[override]

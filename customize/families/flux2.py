@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from customize.families.calls import grid_of_positions
 from customize.families.components import class_name
 from customize.families.flow import PackedFamily
 from customize.families.originals import Rows, original_rows
@@ -153,6 +154,9 @@ class Flux2(PatchedFamily, PackedFamily):
             return_dict=False,
         )[0]
         return self.unpack(answer, *noisy.shape[-2:])
+
+    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        return grid_of_positions(arguments["img_ids"])
 
     @property
     def guidance_is_an_input(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from customize.errors import PipelineError
+from customize.families.calls import over_tokens
 from customize.families.components import class_name
 from customize.families.flow import FlowFamily
 from customize.families.patches import PatchedFamily
@@ -101,6 +102,22 @@ class Flux3(PatchedFamily, FlowFamily):
             for index, answer in zip(own, answers, strict=True):
                 rows[index] = answer.transpose(0, 1).unflatten(1, (height, width))
         return torch.stack(rows)
+
+    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        """As :meth:`Calls.told`, for prompts of one length: the pipeline takes one at a time."""
+        length = int(conditions["prompt_lengths"].max())
+        return super().told({"prompt_embeds": conditions["prompt_embeds"][:, :length]}) | {
+            "txt_ids": _text_positions(length, conditions["prompt_embeds"].device)
+        }
+
+    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        rows, columns = (arguments["img_ids"][:, 1:3].amax(0) / _POSITION).round().int().tolist()
+        return rows + 1, columns + 1
+
+    _time_scale = 1.0
+
+    def spread(self, weights: Tensor, answer: Tensor) -> Tensor:
+        return over_tokens(weights, answer)
 
     @property
     def default_resolution(self) -> int:

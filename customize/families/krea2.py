@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from customize.errors import PipelineError
+from customize.families.calls import grid_of_positions
 from customize.families.components import class_name
 from customize.families.frames import FirstFrameFamily
 from customize.families.prompts import sent, tokenize
@@ -99,6 +100,14 @@ class Krea2(FirstFrameFamily):
             return_dict=False,
         )[0]
         return self.unpack(answer, *noisy.shape[-2:])
+
+    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        mask = conditions["prompt_embeds_mask"]
+        return super().told(conditions) | {"encoder_attention_mask": mask}
+
+    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        # The prompt's tokens are all at the origin.
+        return grid_of_positions(arguments["position_ids"])
 
     @property
     def default_guidance(self) -> float:  # type: ignore[override]

@@ -42,6 +42,7 @@ class LTX2(FramedFamily, FlowFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder", "connectors")
     attention_mask = "added"
+    no_regions = "the picture attends to the sound, which hears the whole prompt"
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:

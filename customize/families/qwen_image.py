@@ -106,6 +106,15 @@ class QwenImage(FirstFrameFamily):
         )[0]
         return self.unpack(answer, height, width)
 
+    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        mask = conditions["prompt_embeds_mask"]
+        return super().told(conditions) | {"encoder_hidden_states_mask": mask}
+
+    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        first = arguments["img_shapes"][0]  # of reference pictures too, behind the one to draw
+        _, rows, columns = first[0] if isinstance(first, list) else first
+        return rows, columns
+
     def guide(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
         # Each token keeps the length that it has without guidance.
         guided = self.pack(super().guide(plain, asked, scale))

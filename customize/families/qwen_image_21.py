@@ -37,6 +37,7 @@ class QwenImage21(FirstFrameFamily):
     other_encoders = ("text_encoder",)
     attention_mask = "boolean"
     guides_by_negative = True
+    no_regions = "the denoiser keeps what it read of the prompt from step to step"
     patch = 1
 
     @classmethod

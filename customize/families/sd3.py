@@ -144,6 +144,10 @@ class StableDiffusion3(FlowFamily):
             return_dict=False,
         )[0]
 
+    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        pooled = conditions["pooled_prompt_embeds"]
+        return super().told(conditions) | {"pooled_projections": pooled}
+
     @property
     def latent_multiple(self) -> int:
         return self._vae_factor * self.denoiser.config.patch_size

@@ -124,6 +124,10 @@ class StableDiffusionXL(UNetFamily):
             return_dict=False,
         )[0]
 
+    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        added = {"text_embeds": conditions["pooled_prompt_embeds"]}
+        return super().told(conditions) | {"added_cond_kwargs": added}
+
     def unconditional(self, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # It was trained so, and the pipeline's force_zeros_for_empty_prompt says so.
         return {name: torch.zeros_like(value) for name, value in empty.items()}

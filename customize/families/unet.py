@@ -25,6 +25,7 @@ class UNetFamily(DiffusionFamily):
     """UNet2DConditionModel, AutoencoderKL, any scheduler of the DDPM kind."""
 
     denoiser_key = "unet"
+    latents_argument = "sample"
     # Not those of AnimateDiff's motion modules, which lie beside the attentions.
     attention_projections = re.compile(
         r".+\.attentions\.\d+\..+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"

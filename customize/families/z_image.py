@@ -46,6 +46,8 @@ class ZImage(FlowFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
     attention_mask = "boolean"
+    latents_argument = "x"
+    listed_arguments = ("x", "cap_feats")
     no_guidance = 0.0
 
     @classmethod
@@ -110,6 +112,14 @@ class ZImage(FlowFamily):
             return_dict=False,
         )[0]
         return -torch.stack(answers)[:, :, 0]
+
+    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        lengths = conditions["prompt_lengths"].tolist()
+        prompts = zip(conditions["prompt_embeds"], lengths, strict=True)
+        return {"cap_feats": [prompt[:length] for prompt, length in prompts]}
+
+    def noise_share(self, arguments: Mapping[str, Any]) -> float:
+        return 1.0 - float(arguments["t"].max())
 
     @property
     def default_resolution(self) -> int:

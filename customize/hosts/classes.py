@@ -16,6 +16,7 @@ from torch import Tensor
 from customize.concepts.layerwise import mentions, wording
 from customize.concepts.tokens import expand
 from customize.families.components import uncompiled
+from customize.hosts.calling import Stage, staged
 
 Triggers = dict[str, list[str]]
 
@@ -51,19 +52,23 @@ def expand_triggers(
             delattr(tokenizer, f"_customize_{name}")
 
 
-def adjust_pipelines(pipe: Any, denoiser: Any, on: bool) -> None:
-    """Let ``encode_prompt`` give prompt and negative prompt conditions of one length.
-
-    They differ where one of the two is worded for each layer. Another pipeline of the same
-    components needs the trigger in its prompt, too, until ``load_custom`` is called on it.
+def adjust_pipelines(
+    pipe: Any, denoiser: Any, *, on: bool, layered: bool, stages: tuple[Stage, ...]
+) -> None:
+    """Let a pipeline's calls go through the stages.
 
     Args:
-        pipe: where this begins; it ends on all adjusted pipelines of the same denoiser.
+        pipe: where this begins; it ends on all adjusted pipelines of the same denoiser. Another one
+            of the same components has no stages until ``load_custom`` is called on it.
+        on: whether anything is attached.
+        layered: whether tokens with an embedding for each layer are. Then ``encode_prompt`` gives
+            prompt and negative prompt conditions of one length, which differ where one of the two
+            is worded for each layer. Another pipeline needs the trigger in its negative prompt.
     """
-    if on and hasattr(pipe, "encode_prompt"):  # modular pipelines have it in their blocks
-        pipe.__class__ = _adjusted(_stock(type(pipe)))
+    if on:
+        pipe.__class__ = _adjusted(_stock(type(pipe)), layered, stages)
         _ADJUSTED.add(pipe)
-    if not on:
+    else:
         for each in list(_ADJUSTED):
             parts = map(uncompiled, each.components.values())
             if each is pipe or any(part is denoiser for part in parts):
@@ -92,14 +97,17 @@ def _expanding(stock: Any) -> type:
 
 
 @functools.cache
-def _adjusted(stock: Any) -> type:
-    encode = stock.encode_prompt
+def _adjusted(stock: Any, layered: bool, stages: tuple[Stage, ...]) -> type:
+    methods = {"__call__": staged(stock.__call__, stages)}
+    if layered and hasattr(stock, "encode_prompt"):  # modular pipelines have it in their blocks
+        encode = stock.encode_prompt
 
-    @functools.wraps(encode)
-    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _of_one_length(encode(self, *args, **kwargs))
+        @functools.wraps(encode)
+        def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _of_one_length(encode(self, *args, **kwargs))
 
-    return _subclass(stock, {"encode_prompt": encode_prompt}, _adjusted)
+        methods["encode_prompt"] = encode_prompt
+    return _subclass(stock, methods, functools.partial(_adjusted, layered=layered, stages=stages))
 
 
 def _asks_for_layers(tokenizer: Any, text: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -163,7 +171,7 @@ def _subclass(stock: Any, methods: Mapping[str, Any], make: Callable[[type], typ
 def _rebuilt(make: Callable[[type], Any], stock: type, *arguments: Any) -> Any:
     made = make(stock)
     copy = made.__new__(made, *arguments)
-    if make is _adjusted:
+    if isinstance(make, functools.partial):  # a pipeline's
         _ADJUSTED.add(copy)
     return copy
 

@@ -49,6 +49,9 @@ def load(
     family = _family(pipe)
     concerned = bool(sources or weights or merge is not None)
     if not concerned and attention is None and memory is None:
+        if find(family).attached:
+            _adjust(pipe, find(family))  # another pipeline of the same models
+            return
         raise ConfigError(
             "there is nothing to load",
             fix="give concepts, a dict of weights, a merge, an attention backend or an amount of "
@@ -258,8 +261,11 @@ def _lacks_tokens(family: Family, holder: Holder, trigger: str) -> bool:
 
 
 def _adjust(pipe: Any, holder: Holder) -> None:
+    from customize.hosts.stages import STAGES  # stages may attach concepts themselves
+
     layered = any(each.concept.info.token_layers for each in holder.attached.values())
-    adjust_pipelines(pipe, _family(pipe).denoiser, layered)
+    on = bool(holder.attached)
+    adjust_pipelines(pipe, _family(pipe).denoiser, on=on, layered=layered, stages=STAGES)
 
 
 def _with_all_parts(family: Family, holder: Holder) -> Family:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from customize.families import FAMILIES, family_of
+from customize.families import FAMILIES
 from customize.families.flow import FlowFamily
 from tests import tiny, tiny_llm, tiny_video
 
@@ -47,7 +47,7 @@ def test_the_table_of_seams_is_true(name: str) -> None:
     (row,) = (
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in README.read_text().splitlines()
-        if re.match(rf"\| `{name}` \| .* \| .* \| (cross|joint)[- ]attention \|", line)
+        if re.match(rf"\| `{name}` \| .* \| .* \| (yes|no) \|", line)
     )
     pipe = MAKERS[name]()
     if FAMILIES[name].modular_only:
@@ -59,5 +59,5 @@ def test_the_table_of_seams_is_true(name: str) -> None:
     assert re.findall("`([a-z_]+)`", row[1]) == [each for each in EMBEDDINGS if each in between]
     references = [each for each in REFERENCES if each in taken]
     assert row[2] == (", ".join(f"`{each}`" for each in references) or "none")
-    crossing = family_of(pipe.components, pipe.config).cross_attention_layers()
-    assert row[3] == ("cross-attention" if crossing else "joint attention")
+    # What "yes" means is drawn in test_regions.py, for every family.
+    assert row[3] == ("no" if FAMILIES[name].no_regions else "yes")

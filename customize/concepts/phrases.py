@@ -1,0 +1,96 @@
+"""Phrases of a prompt: finding them, and what a prompt says without some of them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from customize.errors import ConfigError
+
+_JOINED = r"(?:,|\band\b|&)"
+_ARTICLE = r"(?:\b(?:a|an|the)\s+)?"
+
+
+def find(phrase: str, prompt: str) -> list[tuple[int, int]]:
+    """Where a phrase stands in a prompt, as whole words; upper and lower case are alike.
+
+    Returns:
+        (start, end) of each place; empty where it does not occur.
+    """
+    words = phrase.split()
+    if not words:
+        return []
+    body = r"\s+".join(map(re.escape, words))
+    # A trigger's later entries, `<rex>_1`, and other tokens such as `<rex>-style`, are no trigger.
+    # Nor is a plain word one that a trigger has inside.
+    before = r"(?<![\w<])" if re.match(r"\w", words[0]) else r"(?<![\w-])"
+    after = r"(?![\w>])" if re.search(r"\w$", words[-1]) else r"(?![\w-])"
+    return [m.span() for m in re.finditer(before + body + after, prompt, re.IGNORECASE)]
+
+
+def without(prompt: str, phrases: Iterable[str]) -> str:
+    """What is left of a prompt where phrases are taken out.
+
+    Each goes with its article, and with the comma, "and" or "&" that joined it to the rest:
+    ``a photo of <rex> and a red car on a beach`` without ``red car`` is ``a photo of <rex> on a
+    beach``, and without ``<rex>`` it is ``a photo of a red car on a beach``.
+    """
+    for phrase in phrases:
+        while places := find(phrase, prompt):
+            start, end = places[0]
+            head, tail = prompt[:start], prompt[end:]
+            head = re.sub(_ARTICLE + r"$", "", head, flags=re.IGNORECASE)
+            shorter = re.sub(rf"\s*{_JOINED}\s*$", " ", head, flags=re.IGNORECASE)
+            if shorter == head:
+                tail = re.sub(rf"^\s*{_JOINED}\s*", " ", tail, flags=re.IGNORECASE)
+            prompt = shorter + tail
+    return re.sub(r"\s+,", ",", " ".join(prompt.split()))
+
+
+def regional(prompt: str, phrases: Sequence[str]) -> list[str]:
+    """What is asked of the background, without any of the phrases, and of each phrase's region,
+    without the others."""
+    others = [[other for other in phrases if other != own] for own in phrases]
+    return [without(prompt, phrases), *(without(prompt, each) for each in others)]
+
+
+def check(prompt: str, phrases: Sequence[str], known: Iterable[str], where: str) -> None:
+    """Refuse phrases that a prompt does not have, or that share words of it.
+
+    Args:
+        known: what else the writer may have meant, such as triggers.
+
+    Raises:
+        ConfigError: naming the phrase, and what is like it.
+    """
+    taken: list[tuple[int, int, str]] = []
+    for phrase in phrases:
+        places = find(phrase, prompt)
+        if not places:
+            raise ConfigError(
+                f"{phrase!r} is not in the prompt {prompt!r}",
+                where=where,
+                fix=_near(phrase, prompt, known),
+            )
+        for start, end in places:
+            for first, last, other in taken:
+                if start < last and first < end:
+                    raise ConfigError(
+                        f"{phrase!r} and {other!r} share words of the prompt {prompt!r}",
+                        where=where,
+                        fix="give each region words of its own",
+                    )
+            taken.append((start, end, phrase))
+
+
+def _near(phrase: str, prompt: str, known: Iterable[str]) -> str:
+    words = prompt.split()
+    count = max(1, len(phrase.split()))
+    runs = [" ".join(words[k : k + count]) for k in range(len(words) - count + 1)]
+    choices = list(dict.fromkeys([*known, *runs]))
+    by_lower = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(phrase.lower(), by_lower, n=3, cutoff=0.5)
+    if near:
+        return "write it as the prompt does; near it are " + ", ".join(by_lower[n] for n in near)
+    return "name words that the prompt has, such as a trigger or red car"

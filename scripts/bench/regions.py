@@ -1,0 +1,357 @@
+"""Two concepts of one class in one picture: do both come out, each where it was asked for?
+
+Pairs of concepts of the miniature world that share a class, learned apart with the demo's settings,
+stand in the two halves of pictures of 128 x 64, so that each has the room that it was learned with.
+Drawn plainly, by each way to merge; with `regions=`; and with the regions inside cross-attention
+alone, as Mix-of-Show (arXiv 2305.18292, section 3.3) has them, written down anew here: same
+concepts, prompts and seeds. The ceiling is each concept drawn alone in its half. The same in
+64 x 64, where the base draws two things small, is below.
+
+Whose dog it is says the judge of identity. It looks for the thing within the half, in crops side by
+side, and is first measured on rendered pairs that went through the autoencoder: how many it knows,
+and how many of another identity of the class it takes for it.
+
+Concepts that `merge_identity.py` has learned are used; those that lack are learned, 40 s each.
+
+    python scripts/bench/regions.py --json scripts/bench/results/regions.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import _common
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _merges import AVOIDING
+from _scorer import KINDS, concept, open_quietly
+from merge_identity import folder_name, learn
+from torch import Tensor
+
+from customize.concepts.phrases import regional
+from customize.core.regions import box_weights, composed, layered
+from customize.demo import TRAINING, assets
+from customize.evaluation.storybook import GUIDANCE, STEPS
+from customize.families import family_of
+from customize.storybook.captions import PLACE_WORDS
+from customize.storybook.drawing import draw as render
+from customize.storybook.judges import Judges, load_judges, to_tensor
+from customize.storybook.world import Identity, random_identity, scene_of
+
+PAIRS = tuple(
+    (a, b) for a in range(len(KINDS)) for b in range(a + 1, len(KINDS)) if KINDS[a] == KINDS[b]
+)
+HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
+WIDE, SQUARE = (64, 128), (64, 64)
+MERGES: dict[str, dict[str, Any]] = {
+    "fusion": {"merge": "fusion"},
+    "sum": {"merge": "sum"},
+    "average": {"merge": "sum", "weights": [0.5, 0.5]},
+}
+# Left edges of the crops of 52 x 52 in which a thing is looked for, from its half's own edge.
+SHIFTS = (-6, 0, 6, 12, 18)
+CROP, TOP = 52, 10
+IN_ATTENTION = "regions in cross-attention, fusion"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    pairs: tuple[tuple[int, int], ...]
+    places: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+PLACES = tuple(PLACE_WORDS.values())
+FULL = Protocol(PAIRS, PLACES, (1, 2))
+QUICK = Protocol(PAIRS[:2], PLACES[:3], (1,))
+
+
+# --- the judge --------------------------------------------------------------------------------
+
+
+def distances(judges: Judges, images: Tensor, signature: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine distance (batch,) to a concept of what stands left and right.
+
+    Args:
+        images: (batch, 3, 64, 64 or 128) in [-1, 1].
+    """
+    if images.shape[-1] == SQUARE[1]:
+        left, right = (judges.distance(images, signature, side) for side in ("left", "right"))
+        return left, right
+    found = []
+    for half in (0, images.shape[-1] // 2):
+        edges = {min(max(half + s, 0), images.shape[-1] - CROP) for s in SHIFTS}
+        crops = [images[..., TOP : TOP + CROP, edge : edge + CROP] for edge in sorted(edges)]
+        with torch.no_grad():
+            seen = [
+                judges.identity(F.interpolate(crop, (64, 64), mode="bilinear")) for crop in crops
+            ]
+        found.append(torch.stack([1 - each @ signature for each in seen]).amin(0))
+    return found[0], found[1]
+
+
+def signature(judges: Judges, index: int) -> Tensor:
+    return judges.signature(to_tensor(concept(index).pictures()))
+
+
+@torch.no_grad()
+def trust(pipe: Any, judges: Judges, size: tuple[int, int], count: int) -> dict[str, float]:
+    """Shares of rendered pairs: the concept known in its half, and another taken for it."""
+    rng = np.random.default_rng(7)
+    hits: list[bool] = []
+    false: list[bool] = []
+    for index in sorted({i for pair in PAIRS for i in pair}):
+        own = signature(judges, index)
+        for _ in range(count):
+            other = random_identity(rng, KINDS[index])
+            pictures = []
+            for pair in ((concept(index).identity, other), (other, concept(index).identity)):
+                pictures.append(rendered(rng, pair, size))
+            encoded = pipe.vae.encode(torch.stack(pictures)).latent_dist.mean
+            left, right = distances(judges, pipe.vae.decode(encoded).sample, own)
+            near = [(d <= judges.threshold).tolist() for d in (left, right)]
+            hits += [near[0][0], near[1][1]]
+            false += [near[1][0], near[0][1]]
+    return {"known": mean(hits), "taken": mean(false)}
+
+
+def rendered(rng: np.random.Generator, pair: Sequence[Identity], size: tuple[int, int]) -> Tensor:
+    """A scene of two; a wide one is two halves, each with one thing, in one place."""
+    if size == SQUARE:
+        return to_tensor([render(scene_of(rng, tuple(pair)))])[0]
+    place = str(rng.choice(list(PLACE_WORDS)))
+    halves = [to_tensor([render(scene_of(rng, (one,), place=place))])[0] for one in pair]
+    shift = int(rng.integers(-6, 7))
+    return torch.cat([half.roll(shift, -1) for half in halves], -1)
+
+
+# --- drawing ----------------------------------------------------------------------------------
+
+
+def drawn(pipe: Any, texts: Sequence[str], seed: int, size: tuple[int, int], **call: Any) -> Tensor:
+    """Pictures (n, 3, *size) in [-1, 1], one seed each, whatever the way they are drawn."""
+    images = pipe(
+        list(texts),
+        height=size[0],
+        width=size[1],
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=[torch.Generator().manual_seed(1000 * seed + k) for k in range(len(texts))],
+        output_type="pt",
+        **call,
+    ).images
+    return images.float() * 2 - 1
+
+
+@contextmanager
+def inside_attention(pipe: Any, prompts: Sequence[str], phrases: Sequence[str]) -> Iterator[None]:
+    """Mix-of-Show's regions: each cross-attention answers once for each region's prompt."""
+    family = family_of(pipe.components)
+    # By region, then by picture.
+    texts = [
+        text for each in zip(*(regional(p, phrases) for p in prompts), strict=True) for text in each
+    ]
+    with torch.no_grad():
+        conditions = family.encode_prompts(texts)["prompt_embeds"].split(len(prompts))
+    busy = False
+
+    def compose(module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        nonlocal busy
+        if busy:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        empty, asked = output.chunk(2)
+        rows = round((hidden.shape[1] / 2) ** 0.5)
+        weights = layered([box_weights(box, rows, 2 * rows) for box in HALVES])
+        busy = True
+        try:
+            answers = [
+                module(hidden[len(empty) :], encoder_hidden_states=condition)
+                for condition in conditions
+            ]
+        finally:
+            busy = False
+        asked = composed(answers, [weight.reshape(1, -1, 1) for weight in weights])
+        return torch.cat([empty, asked])
+
+    layers = [pipe.unet.get_submodule(name) for name in family.cross_attention_layers()]
+    handles = [layer.register_forward_hook(compose, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def in_attention(pipe: Any, texts: Sequence[str], seed: int, phrases: Sequence[str]) -> Tensor:
+    with inside_attention(pipe, texts, phrases):
+        return drawn(pipe, texts, seed, WIDE)
+
+
+# --- the whole --------------------------------------------------------------------------------
+
+
+def learned(args: argparse.Namespace, index: int) -> Path:
+    """The folder of a concept, of `merge_identity.py`'s or learned here and now."""
+    name = concept(index).name
+    known = sorted(args.folder.glob(f"*/{folder_name(AVOIDING)}/{name}/concept.json"))
+    if known:
+        return known[-1].parent
+    own = argparse.Namespace(**vars(args) | {"folder": args.folder / "regions"})
+    concept(index).write(own.folder / "pictures" / name)
+    learn(own, f"{AVOIDING}/{index}")
+    return own.folder / folder_name(AVOIDING) / name
+
+
+class Tally:
+    """Counts of what was right, by the way it was drawn."""
+
+    def __init__(self, judges: Judges) -> None:
+        self.judges = judges
+        self.right: dict[str, list[tuple[bool, bool]]] = {}
+        self.seconds: dict[str, list[float]] = {}
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def add(self, way: str, pair: Sequence[int], draw: Callable[[], Tensor]) -> None:
+        """Draw and judge pictures of a pair."""
+        began = time.perf_counter()
+        images = draw()
+        taken = (time.perf_counter() - began) / len(images)
+        left, _ = distances(self.judges, images, signature(self.judges, pair[0]))
+        _, right = distances(self.judges, images, signature(self.judges, pair[1]))
+        limit = self.judges.threshold
+        found = zip((left <= limit).tolist(), (right <= limit).tolist(), strict=True)
+        self.right.setdefault(way, []).extend(found)
+        self.seconds.setdefault(way, []).append(taken)
+        self.kept.setdefault(way, []).append(images)
+
+    def row(self, way: str) -> dict[str, Any]:
+        found = self.right[way]
+        return {
+            "drawn": way,
+            "left": mean(a for a, _ in found),
+            "right": mean(b for _, b in found),
+            "both": mean(a and b for a, b in found),
+            "pictures": len(found),
+            "seconds": mean(self.seconds[way]),
+        }
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    torch.set_num_threads(1)
+    protocol = QUICK if args.quick else FULL
+    pipe = open_quietly(args.base)
+    pipe.unet.to(memory_format=torch.channels_last)
+    judges = load_judges(assets() / "judges")
+    count = 4 if args.quick else 16
+    figures: dict[str, float] = {}
+    for name, size in (("wide", WIDE), ("square", SQUARE)):
+        for what, share in trust(pipe, judges, size, count).items():
+            figures[f"judge_{what}_{name}"] = share
+    tally = Tally(judges)
+    for pair in protocol.pairs:
+        draw_pair(pipe, tally, [learned(args, index) for index in pair], pair, protocol)
+        print(pair, {way: round(tally.row(way)["both"], 2) for way in tally.right}, flush=True)
+    if args.pictures is not None:
+        save(tally.kept, args.pictures)
+    rows = [tally.row(way) for way in tally.right]
+    return rows, figures | figures_of({row["drawn"]: row for row in rows})
+
+
+def draw_pair(
+    pipe: Any, tally: Tally, folders: Sequence[Path], pair: Sequence[int], protocol: Protocol
+) -> None:
+    """All ways to draw one pair."""
+    names = [concept(index).trigger for index in pair]
+    regions = dict(zip(names, HALVES, strict=True))
+    both = [f"a photo of {names[0]} and {names[1]} {place}" for place in protocol.places]
+    calls: dict[str, dict[str, Any]] = {"plain": {}, "regions": {"regions": regions}}
+    for seed in protocol.seeds:
+        for merge, how in MERGES.items():
+            pipe.load_custom(*folders, **how)
+            for kind, call in calls.items():
+                if (kind, merge) == ("regions", "average"):
+                    continue  # concepts at half their strength, each by itself
+                tally.add(f"{kind}, {merge}", pair, partial(drawn, pipe, both, seed, WIDE, **call))
+            if merge == "fusion":
+                for kind, call in calls.items():
+                    way = f"{kind}, fusion, 64 x 64"
+                    tally.add(way, pair, partial(drawn, pipe, both, seed, SQUARE, **call))
+                tally.add(IN_ATTENTION, pair, partial(in_attention, pipe, both, seed, names))
+            pipe.unload_custom()
+        tally.add("each alone", pair, partial(alone, pipe, folders, names, protocol, seed))
+
+
+def alone(
+    pipe: Any, folders: Sequence[Path], names: Sequence[str], protocol: Protocol, seed: int
+) -> Tensor:
+    """Of pictures of one concept alone in its half: the left half of the first concept's beside
+    the right half of the second's."""
+    halves = []
+    for folder, name, box in zip(folders, names, HALVES, strict=True):
+        pipe.load_custom(folder)
+        texts = [f"a photo of {name} {place}" for place in protocol.places]
+        halves.append(drawn(pipe, texts, seed, WIDE, regions={name: box}))
+        pipe.unload_custom()
+    middle = WIDE[1] // 2
+    return torch.cat([halves[0][..., :middle], halves[1][..., middle:]], -1)
+
+
+def figures_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    found = {f"plain_both_right_{merge}": rows[f"plain, {merge}"]["both"] for merge in MERGES}
+    found["region_both_right_sum"] = rows["regions, sum"]["both"]
+    found["region_both_right"] = rows["regions, fusion"]["both"]
+    found["plain_both_right"] = max(found[f"plain_both_right_{merge}"] for merge in MERGES)
+    found["attention_both_right"] = rows[IN_ATTENTION]["both"]
+    found["alone_both_right"] = rows["each alone"]["both"]
+    for kind in ("plain", "regions"):
+        found[f"{kind}_both_right_64"] = rows[f"{kind}, fusion, 64 x 64"]["both"]
+    found["seconds_over_plain"] = (
+        rows["regions, fusion"]["seconds"] / rows["plain, fusion"]["seconds"]
+    )
+    return found
+
+
+def save(kept: Mapping[str, Sequence[Tensor]], path: Path) -> None:
+    """A sheet: for each pair and seed a line of each way to draw, wide ones alone."""
+    from PIL import Image
+
+    ways = [images for images in kept.values() if images[0].shape[-1] == WIDE[1]]
+    lines = [
+        torch.cat(list(F.pad(images, (1, 1, 1, 1), value=1.0)), -1)
+        for group in zip(*ways, strict=True)
+        for images in group
+    ]
+    sheet = ((torch.cat(lines, -2) + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet.numpy()).save(path)
+
+
+def main() -> None:
+    parser = _common.parser(__doc__)
+    parser.add_argument("--base", type=Path, default=assets() / "storybook")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/merge_identity"),
+        help="where merge_identity.py keeps what it learned",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=TRAINING["steps"], help="training steps a concept"
+    )
+    parser.add_argument("--pictures", type=Path, metavar="FILE", help="draw all on one sheet")
+    args = parser.parse_args()
+    _common.report("regions", args, *run(args))
+
+
+if __name__ == "__main__":
+    main()

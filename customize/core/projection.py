@@ -1,0 +1,71 @@
+"""Taking a span out of text embeddings (DECOR, arXiv 2412.09169).
+
+The paper's: ``X' = X - alpha X V V^T``, with V the right singular vectors of the embeddings of what
+is not wanted. Ours, as the paper's choices were not to be had: which rows these are, how many of
+the vectors, and that they stay out of what all prompts share.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from customize.errors import ConfigError
+
+#: Singular values below this share of the largest are rounding.
+_ROUNDING = 1e-5
+
+
+def span(rows: Tensor, rank: int | None = None, shared: Tensor | None = None) -> Tensor:
+    """The leading directions of some rows.
+
+    Args:
+        rows: (n, width), n at least 1, any floating dtype.
+        rank: how many directions at most; None: all that the rows have.
+        shared: (m, width), directions to stay out of; the rows are first made orthogonal to them.
+
+    Returns:
+        (k, width), float32, orthonormal: right singular vectors, of the largest singular value
+        first. k is 0 where nothing of the rows is left beside what is shared.
+
+    Raises:
+        ConfigError: a rank below 1.
+    """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"a span cannot have rank {rank}", where="rank", fix="use at least 1")
+    own = rows.float()
+    if shared is not None:
+        own = projected(own, span(shared), 1.0)
+    _, values, directions = torch.linalg.svd(own, full_matrices=False)
+    # Measured on the rows as they were: what a shared direction leaves may be rounding alone.
+    count = int((values > _ROUNDING * torch.linalg.matrix_norm(rows.float(), 2)).sum())
+    return directions[: count if rank is None else min(count, rank)]
+
+
+def projected(rows: Tensor, directions: Tensor, strength: float | Tensor) -> Tensor:
+    """Rows with less of a span: ``X - strength X V V^T``.
+
+    What lies in the span is multiplied by ``1 - strength``: 0 leaves it, 1 removes it, and above
+    1 it is turned round.
+
+    Args:
+        rows: (..., n, width), any floating dtype.
+        directions: (k, width), orthonormal, as :func:`span` gives them.
+        strength: in [0, 2]; or a tensor of (..., n), one for each row.
+
+    Returns:
+        rows' shape and dtype; computed in float32.
+
+    Raises:
+        ConfigError: a strength outside of [0, 2], or not finite.
+    """
+    factor = torch.as_tensor(strength, dtype=torch.float32, device=rows.device)
+    if not bool(((factor >= 0.0) & (factor <= 2.0)).all()):
+        raise ConfigError(
+            f"a strength of {strength} is not from 0 to 2",
+            where="strength",
+            fix="use 1 to remove what is avoided, less to weaken it",
+        )
+    own, directions = rows.float(), directions.to(rows.device)
+    inside = (own @ directions.mT) @ directions
+    return (own - factor[..., None] * inside).to(rows.dtype)

@@ -1,0 +1,90 @@
+"""Taking a span out of embeddings: what the formula promises, on any numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from customize.core.projection import projected, span
+from customize.errors import ConfigError
+
+SIZES = st.tuples(st.integers(1, 6), st.integers(2, 24), st.integers(1, 5), st.integers(0, 999))
+
+
+def made(sizes):
+    """Rows, what is not wanted, and a direction that is shared."""
+    count, width, unwanted, seed = sizes
+    noise = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, width, generator=noise) for n in (count, unwanted, 1)]
+
+
+def near(a, b):
+    return torch.allclose(a, b, rtol=0, atol=1e-4)
+
+
+@given(SIZES)
+def test_nothing_is_done_at_0_and_all_is_out_at_1(sizes):
+    rows, unwanted, _ = made(sizes)
+    directions = span(unwanted)
+    assert torch.equal(projected(rows, directions, 0.0), rows)
+    out = projected(rows, directions, 1.0)
+    assert near(out @ unwanted.mT, torch.zeros(len(rows), len(unwanted)))
+    assert near(projected(out, directions, 1.0), out)
+    assert near(projected(unwanted, directions, 1.0), torch.zeros_like(unwanted))
+
+
+@given(SIZES, st.floats(0, 2))
+def test_it_is_linear_in_strength_and_leaves_what_is_orthogonal(sizes, strength):
+    rows, unwanted, _ = made(sizes)
+    directions = span(unwanted)
+    removed = rows - projected(rows, directions, 1.0)
+    assert near(projected(rows, directions, strength), rows - strength * removed)
+    other = projected(rows, directions, 1.0)
+    assert near(projected(other, directions, strength), other)
+    each = torch.full((len(rows),), strength)
+    assert near(projected(rows, directions, each), projected(rows, directions, strength))
+
+
+@given(SIZES, st.randoms())
+def test_a_span_knows_no_order_and_no_repetition(sizes, random):
+    rows, unwanted, shared = made(sizes)
+    order = list(range(len(unwanted)))
+    random.shuffle(order)
+    again = torch.cat([unwanted[order], 0.5 * unwanted[:1]])
+    for given_shared in (None, shared):
+        a, b = span(unwanted, shared=given_shared), span(again, shared=given_shared)
+        assert a.shape == b.shape
+        assert near(projected(rows, a, 1.0), projected(rows, b, 1.0))
+
+
+@given(SIZES)
+def test_directions_are_orthonormal_and_stay_out_of_what_is_shared(sizes):
+    _, unwanted, shared = made(sizes)
+    directions = span(unwanted, shared=shared)
+    assert near(directions @ directions.mT, torch.eye(len(directions)))
+    assert near(directions @ shared[0] / shared.norm(), torch.zeros(len(directions)))
+    assert near(projected(shared, directions, 1.0), shared)
+    assert span(shared, shared=shared).shape == (0, shared.shape[1])
+
+
+def test_a_rank_takes_the_strongest_first():
+    rows = torch.diag(torch.tensor([1.0, 5.0, 3.0]))
+    assert span(rows, 2).abs().tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert len(span(rows, 9)) == 3
+    assert len(span(torch.cat([rows, rows]))) == 3
+    with pytest.raises(ConfigError, match="rank 0"):
+        span(rows, 0)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), torch.tensor([1.0, 3.0])])
+def test_other_strengths_are_refused(strength):
+    with pytest.raises(ConfigError, match="not from 0 to 2"):
+        projected(torch.ones(2, 3), span(torch.ones(1, 3)), strength)
+
+
+def test_dtype_and_leading_axes_are_kept():
+    rows = torch.randn(2, 3, 4, 8).bfloat16()
+    out = projected(rows, span(torch.randn(2, 8)), 1.0)
+    assert out.shape == rows.shape and out.dtype == torch.bfloat16

@@ -51,7 +51,8 @@ def projected(rows: Tensor, directions: Tensor, strength: float | Tensor) -> Ten
     Args:
         rows: (..., n, width), any floating dtype.
         directions: (k, width), orthonormal, as :func:`span` gives them.
-        strength: in [0, 2]; or a tensor of (..., n), one for each row.
+        strength: in [0, 2]; or a tensor of (..., n), one for each row, on the rows' device and
+            not checked, as reading it would wait for the device.
 
     Returns:
         rows' shape and dtype; computed in float32.
@@ -59,13 +60,45 @@ def projected(rows: Tensor, directions: Tensor, strength: float | Tensor) -> Ten
     Raises:
         ConfigError: a strength outside of [0, 2], or not finite.
     """
-    factor = torch.as_tensor(strength, dtype=torch.float32, device=rows.device)
-    if not bool(((factor >= 0.0) & (factor <= 2.0)).all()):
+    if not isinstance(strength, Tensor):
+        check_strength(strength)
+    own = rows.float()
+    factor = strength[..., None] if isinstance(strength, Tensor) else strength
+    inside = (own @ directions.mT) @ directions
+    return (own - factor * inside).to(rows.dtype)
+
+
+def check_strength(strength: float) -> None:
+    """Refuse what :func:`projected` does not take.
+
+    Raises:
+        ConfigError: a strength outside of [0, 2], or not finite.
+    """
+    if not 0.0 <= strength <= 2.0:
         raise ConfigError(
-            f"a strength of {strength} is not from 0 to 2",
+            f"a strength of {strength:g} is not from 0 to 2",
             where="strength",
             fix="use 1 to remove what is avoided, less to weaken it",
         )
-    own, directions = rows.float(), directions.to(rows.device)
-    inside = (own @ directions.mT) @ directions
-    return (own - factor[..., None] * inside).to(rows.dtype)
+
+
+def keeping(rows: Tensor, directions: Tensor, kept: float) -> Tensor:
+    """The largest strength, at most 1, at which each row keeps a share of its length.
+
+    With ``o`` the share of a row's length that lies in the span, a strength ``a`` leaves
+    ``sqrt(1 - o^2 (1 - (1 - a)^2))`` of the row.
+
+    Args:
+        rows: (..., n, width); n may be 0.
+        directions: (k, width), as for :func:`projected`.
+        kept: in (0, 1].
+
+    Returns:
+        (...,), float32, in [0, 1].
+    """
+    own = rows.float()
+    inside = (own @ directions.mT).square().sum(-1) / own.square().sum(-1).clamp_min(1e-12)
+    if not inside.shape[-1]:
+        return inside.new_ones(inside.shape[:-1])
+    most = inside.amax(-1).clamp_min(1e-12)
+    return 1.0 - (1.0 - (1.0 - kept**2) / most).clamp_min(0.0).sqrt()

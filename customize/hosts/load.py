@@ -25,6 +25,7 @@ from customize.families import Family, family_of
 from customize.hosts.change import change
 from customize.hosts.checks import check_base, check_vocabulary
 from customize.hosts.classes import adjust_pipelines
+from customize.hosts.decor import Decor, keep_settings, settings_of
 from customize.hosts.fusing import base_weight
 from customize.hosts.guards import ADAPTER
 from customize.hosts.offload import settled
@@ -36,7 +37,7 @@ from customize.hosts.state import Attached, Customization, Holder, Row, check_sh
 
 def load(
     pipe: Any,
-    sources: Sequence[str | Path | Adaptation | LoraFile],
+    sources: Sequence[str | Path | Adaptation | LoraFile | Decor],
     *,
     weights: Weights,
     names: Sequence[str | None] | None,
@@ -47,9 +48,13 @@ def load(
 ) -> None:
     """What :func:`customize.load_custom` does."""
     family = _family(pipe)
+    settings = [each for each in sources if isinstance(each, Decor)]
+    sources = [each for each in sources if not isinstance(each, Decor)]
+    if len(settings) > 1:
+        raise ConfigError("two Decor are given", fix="give one, which names all that is to avoid")
     concerned = bool(sources or weights or merge is not None)
-    if not concerned and attention is None and memory is None:
-        if find(family).attached:
+    if not concerned and not settings and attention is None and memory is None:
+        if find(family).attached or settings_of(family):
             _adjust(pipe, find(family))  # another pipeline of the same models
             return
         raise ConfigError(
@@ -69,6 +74,9 @@ def load(
             undoing.enter_context(fitted(pipe, family, plan, device))
         if changes is not None:
             _change(pipe, changes, merge)
+        if settings:
+            keep_settings(family, settings[0])
+            _adjust(pipe, find(family))
 
 
 def set_to(
@@ -192,6 +200,8 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
     after = {name: kept for name, kept in before.items() if names and name not in names}
     if before:
         change(_with_all_parts(family, holder), holder, after, merging_without(holder, after))
+    if not names:
+        keep_settings(family, None)
     _adjust(pipe, holder)
     if not names:
         for part in family.components.values():
@@ -224,12 +234,14 @@ def summary(pipe: Any) -> Customization:
     denoiser = family.denoiser
     place = f"{family.name} ({denoiser.device}, {str(denoiser.dtype).removeprefix('torch.')})"
     plan = planned_before(family)
+    decor = settings_of(family)
     return Customization(
         tuple(rows),
         place,
         merge=holder.merging.method,
         attention=tuple(kernels.report(family.components)),
         memory="" if plan is None else str(plan),
+        avoid="" if decor is None else str(decor),
     )
 
 
@@ -264,8 +276,9 @@ def _adjust(pipe: Any, holder: Holder) -> None:
     from customize.hosts.stages import STAGES  # stages may attach concepts themselves
 
     layered = any(each.concept.info.token_layers for each in holder.attached.values())
-    on = bool(holder.attached)
-    adjust_pipelines(pipe, _family(pipe).denoiser, on=on, layered=layered, stages=STAGES)
+    family = _family(pipe)
+    on = bool(holder.attached) or settings_of(family) is not None
+    adjust_pipelines(pipe, family.denoiser, on=on, layered=layered, stages=STAGES)
 
 
 def _with_all_parts(family: Family, holder: Holder) -> Family:

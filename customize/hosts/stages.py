@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from customize.hosts.calling import Stage
+from customize.hosts.decor import DECOR
 from customize.hosts.regions import REGIONS
 
-STAGES: tuple[Stage, ...] = (REGIONS,)
+STAGES: tuple[Stage, ...] = (DECOR, REGIONS)

@@ -227,6 +227,7 @@ class Customization:
         merge: by which method several concepts are merged.
         attention: which backend took effect in each component; empty where none was chosen.
         memory: what was done to fit the model into memory; empty where nothing was.
+        avoid: what prompts are cleaned of, and how; empty where nothing was loaded for that.
     """
 
     rows: tuple[Row, ...]
@@ -234,6 +235,7 @@ class Customization:
     merge: str = SUM
     attention: tuple[Took, ...] = ()
     memory: str = ""
+    avoid: str = ""
 
     def __repr__(self) -> str:
         lines = [self._concepts()]
@@ -241,6 +243,8 @@ class Customization:
             lines.append(f"attention: {'; '.join(map(str, self.attention))}")
         if self.memory:
             lines.append(f"memory: {self.memory}")
+        if self.avoid:
+            lines.append(f"prompts: {self.avoid}")
         return "\n".join(lines)
 
     def _concepts(self) -> str:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customize.core.projection import projected, span
+from customize.core.projection import keeping, projected, span
 from customize.errors import ConfigError
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(2, 24), st.integers(1, 5), st.integers(0, 999))
@@ -69,6 +69,25 @@ def test_directions_are_orthonormal_and_stay_out_of_what_is_shared(sizes):
     assert span(shared, shared=shared).shape == (0, shared.shape[1])
 
 
+@given(SIZES, st.floats(0.5, 0.99))
+def test_the_largest_strength_at_which_rows_keep_their_length(sizes, kept):
+    rows, unwanted, _ = made(sizes)
+    directions = span(unwanted)
+    strength = float(keeping(rows, directions, kept))
+    assert 0.0 <= strength <= 1.0
+
+    def least(strength):
+        return float((projected(rows, directions, strength).norm(dim=1) / rows.norm(dim=1)).min())
+
+    assert least(strength) >= kept - 1e-3
+    if strength < 0.99:
+        assert least(min(1.0, strength + 0.01)) < kept + 1e-3
+
+
+def test_nothing_to_keep_is_full_strength():
+    assert float(keeping(torch.zeros(0, 4), torch.eye(4)[:1], 0.9)) == 1.0
+
+
 def test_a_rank_takes_the_strongest_first():
     rows = torch.diag(torch.tensor([1.0, 5.0, 3.0]))
     assert span(rows, 2).abs().tolist() == [[0, 1, 0], [0, 0, 1]]
@@ -78,7 +97,7 @@ def test_a_rank_takes_the_strongest_first():
         span(rows, 0)
 
 
-@pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), torch.tensor([1.0, 3.0])])
+@pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), float("inf")])
 def test_other_strengths_are_refused(strength):
     with pytest.raises(ConfigError, match="not from 0 to 2"):
         projected(torch.ones(2, 3), span(torch.ones(1, 3)), strength)

@@ -64,6 +64,21 @@ def telling(text: str) -> list[str]:
     return [word for word in dict.fromkeys(words) if word not in SMALL_WORDS]
 
 
+def common(captions: Sequence[str], besides: Iterable[str]) -> list[str]:
+    """The telling words that all captions have, in the first one's order.
+
+    Args:
+        besides: words that do not count, such as a trigger and its class word.
+    """
+    left = {word for text in besides for word in (text.lower(), *telling(text))}
+    first = telling(captions[0]) if captions else []
+    return [
+        word
+        for word in first
+        if word not in left and all(find(word, caption) for caption in captions)
+    ]
+
+
 def shared(phrase: str, prompt: str) -> bool:
     """Whether a prompt has any of a phrase's telling words; or all of it, where it has none."""
     return any(find(word, prompt) for word in telling(phrase) or [phrase])

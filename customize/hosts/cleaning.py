@@ -176,7 +176,8 @@ class _Encoder:
         words = self._words(row)
         asked = self.tokenizer(phrase, add_special_tokens=False)["input_ids"]
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        if not words or all(row.ids[k] == unknown for k in words):
+        said = [k for k in words if self.tokenizer.decode([row.ids[k]]).strip()]
+        if all(row.ids[k] == unknown for k in said):
             raise ConfigError(
                 f"{phrase!r} has no words that the text encoder knows",
                 where=_WHERE,
@@ -366,6 +367,7 @@ def _with(output: Any, path: Path, change: Any) -> Any:
 
 
 def _tokenizer(family: Family, key: str) -> Any:
-    names = (family.clip_encoders.get(key), key.replace("text_encoder", "tokenizer"), "processor")
-    found = [family.components[name] for name in names if family.components.get(name) is not None]
-    return getattr(found[0], "tokenizer", found[0]) if found else None
+    own = family.clip_encoders.get(key, key.replace("text_encoder", "tokenizer"))
+    found = [family.components.get(name) for name in (own, "processor")]
+    given = next((part for part in found if part is not None), None)
+    return getattr(given, "tokenizer", given)  # of a processor

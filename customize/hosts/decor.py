@@ -23,7 +23,6 @@ from customize.hosts.state import find as holder_of
 from customize.hosts.withheld import Withheld, adding_layers
 
 AUTO = "auto"
-Strength = float | Literal["auto"]
 Rows = Literal["words", "rest", "all"]
 Target = Literal["prompt", "concepts", "both"]
 
@@ -61,7 +60,7 @@ class Decor:
     """
 
     avoid: str | Sequence[str] | None = None
-    strength: Strength = AUTO
+    strength: float | Literal["auto"] = "auto"
     rank: int | None = None
     rows: Rows = "words"
     target: Target | None = None

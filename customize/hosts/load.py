@@ -49,22 +49,22 @@ def load(
     """What :func:`customize.load_custom` does."""
     family = _family(pipe)
     settings = [each for each in sources if isinstance(each, Decor)]
-    sources = [each for each in sources if not isinstance(each, Decor)]
+    learned = [each for each in sources if not isinstance(each, Decor)]
     if len(settings) > 1:
         raise ConfigError("two Decor are given", fix="give one, which names all that is to avoid")
-    concerned = bool(sources or weights or merge is not None)
+    concerned = bool(learned or weights or merge is not None)
     if not concerned and not settings and attention is None and memory is None:
         if find(family).attached or settings_of(family):
             _adjust(pipe, find(family))  # another pipeline of the same models
             return
         raise ConfigError(
             "there is nothing to load",
-            fix="give concepts, a dict of weights, a merge, an attention backend or an amount of "
-            "memory",
+            fix="give concepts, a dict of weights, a merge, a Decor, an attention backend or an "
+            "amount of memory",
         )
     check_method(merge)
     plan = None if memory is None else planned(pipe, family, memory)
-    changes = _loading(family, sources, weights, names, fuse) if concerned else None
+    changes = _loading(family, learned, weights, names, fuse) if concerned else None
     device = computing_device(pipe, family, anywhere=plan is not None)
     choices = {} if attention is None else choose(family, attention, device)
     # Concepts come last, so that adapters are left alone by whatever is done to the weights.

@@ -218,8 +218,9 @@ def train(
             on_step=on_step,
         )
         training = record.training_facts(settings, history, seconds, device)
-        own = pictures.captions[:concept_pictures]
-        training["captions_share"] = common(own, (config.trigger, config.class_word))
+        training["captions_share"] = common(
+            pictures.captions[:concept_pictures], (config.trigger, config.class_word)
+        )
         info = record.facts(config, family, trainable, fingerprint, training)
         concept = Concept(info, trainable.adapter.products(), trainable.embeddings(), config.output)
         if accelerator.is_main_process:

@@ -142,12 +142,13 @@ class Subject:
         others = [ACCESSORY_WORDS[a] for a in ACCESSORIES[1:] if a not in taken]
         worn = ["", *others[:2]]
         things = [f"a {kind}" for kind in CLASSES if kind not in taken]
-        style = f" in <{self.style.name}> style" if self.style else ""
+        # Before what it is of, as what comes behind is read in its light.
+        opening = f"a picture in <{self.style.name}> style of" if self.style else "a photo of"
         found = []
         for number in range(12):
             who = f"<{self.concept.name}>" if self.concept else things[number % len(things)]
             said = [words or who, worn[number % len(worn)], places[number % 4]]
-            found.append(f"a photo of {' '.join(filter(None, said))}{style}")
+            found.append(f"{opening} {' '.join(filter(None, said))}")
         if not self.style:
             found += [f"{opening} {words or who}" for opening in ("a photo of", "a picture of")]
             found += [f"a photo of {words or who} {one}" for one in worn[1:]]

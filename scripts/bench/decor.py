@@ -199,8 +199,8 @@ class Scorer:
         }
 
 
-def ways(protocol: Protocol) -> list[str]:
-    baselines = [NOTHING, CLASS_WORD, NEGATIVE]
+def ways(protocol: Protocol, subject: Subject) -> list[str]:
+    baselines = [NOTHING, NEGATIVE, *([CLASS_WORD] if subject.concept else [])]
     baselines += [f"weight {weight}" for weight in protocol.weights]
     ours = [f"avoiding, {t} at {s}" for t, own in protocol.strengths.items() for s in own]
     return [*baselines, DEFAULT, *ours, f"{DEFAULT}, words that did not leak"]
@@ -316,7 +316,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     known = subjects(protocol)
     names = {part.name: None for own in known.values() for each in own for part in each.parts}
     share_out(args, "--learn", list(names))
-    jobs = [f"{e.name}/{way}" for own in known.values() for e in own for way in ways(protocol)]
+    jobs = [f"{e.name}/{way}" for own in known.values() for e in own for way in ways(protocol, e)]
     share_out(args, "--score", jobs)
 
     rows = []
@@ -324,8 +324,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     for task, own in known.items():
         table = {
             way: over([json.loads(cell_file(args, e, way).read_text()) for e in own])
-            for way in ways(protocol)
-            if own
+            for way in (ways(protocol, own[0]) if own else ())
         }
         rows += [{"task": task, "drawn": way} | rates for way, rates in table.items()]
         if table:

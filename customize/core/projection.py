@@ -1,8 +1,8 @@
 """Taking a span out of text embeddings (DECOR, arXiv 2412.09169).
 
 The paper's: ``X' = X - alpha X V V^T``, with V the right singular vectors of the embeddings of what
-is not wanted. Ours, as the paper's choices were not to be had: which rows these are, how many of
-the vectors, and that they stay out of what all prompts share.
+is not wanted. Ours, as the paper's choices were not to be had: which rows these are, and how many
+of the vectors.
 """
 
 from __future__ import annotations
@@ -16,29 +16,24 @@ from customize.errors import ConfigError
 _ROUNDING = 1e-5
 
 
-def span(rows: Tensor, rank: int | None = None, shared: Tensor | None = None) -> Tensor:
+def span(rows: Tensor, rank: int | None = None) -> Tensor:
     """The leading directions of some rows.
 
     Args:
         rows: (n, width), n at least 1, any floating dtype.
         rank: how many directions at most; None: all that the rows have.
-        shared: (m, width), directions to stay out of; the rows are first made orthogonal to them.
 
     Returns:
         (k, width), float32, orthonormal: right singular vectors, of the largest singular value
-        first. k is 0 where nothing of the rows is left beside what is shared.
+        first.
 
     Raises:
         ConfigError: a rank below 1.
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"a span cannot have rank {rank}", where="rank", fix="use at least 1")
-    own = rows.float()
-    if shared is not None:
-        own = projected(own, span(shared), 1.0)
-    _, values, directions = torch.linalg.svd(own, full_matrices=False)
-    # Measured on the rows as they were: what a shared direction leaves may be rounding alone.
-    count = int((values > _ROUNDING * torch.linalg.matrix_norm(rows.float(), 2)).sum())
+    _, values, directions = torch.linalg.svd(rows.float(), full_matrices=False)
+    count = int((values > _ROUNDING * values[0]).sum())
     return directions[: count if rank is None else min(count, rank)]
 
 

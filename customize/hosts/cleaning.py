@@ -45,9 +45,6 @@ class Cleaning:
         rank: how many directions at most.
         rows: which of the prompt's are changed: "words", its words; "rest", also what comes behind
             them; "all".
-        spanned: which of a phrase's rows are not wanted, by the same names.
-        shared: whether directions stay out of what the empty prompt's row says.
-        pooled: whether pooled answers are changed as well.
         triggers: vocabulary entries that are no words of the prompt's own.
     """
 
@@ -56,9 +53,6 @@ class Cleaning:
     strength: float | None = 1.0
     rank: int | None = None
     rows: str = "words"
-    spanned: str = "words"
-    shared: bool = False
-    pooled: bool = False
     triggers: frozenset[str] = frozenset()
 
 
@@ -108,19 +102,6 @@ class _Row:
         return self.ids[self.start : self.stop]
 
 
-@dataclass(frozen=True, eq=False)
-class _Said:
-    """What an encoder says of one text.
-
-    Attributes:
-        part: which of its rows are not wanted.
-        states: place in the encoder's answer -> (length, width), or (width,) of a pooled one.
-    """
-
-    part: slice
-    states: Mapping[Path, Tensor]
-
-
 class _Encoder:
     """What one encoder says of what is not wanted, and how it is kept from saying it of prompts.
 
@@ -136,7 +117,7 @@ class _Encoder:
         self._padding: int | None = None
         self._empty: Ids = ()
         self._kept: set[Ids] = set()
-        self._said: dict[str, list[_Said]] = {}
+        self._said: dict[str, list[tuple[range, dict[Path, Tensor]]]] = {}
         self._spans: dict[tuple[Path, tuple[str, ...]], Tensor] = {}
 
     def follow(self, encoder: Any) -> list[Any]:
@@ -162,13 +143,9 @@ class _Encoder:
             own = self._read[number * each : (number + 1) * each]
             if text in self.cleaning.phrases:
                 self._check(text, own[0][0])
-                self._said[text] = [
-                    _Said(_part(self.cleaning.spanned, self._words(row), row), states)
-                    for row, states in own
-                ]
+                self._said[text] = [(self._words(row), states) for row, states in own]
             else:
                 self._kept |= {row.body for row, _ in own}
-        self._said[""] = [_Said(slice(None), self._read[0][1])]
         self._read = []
         return True
 
@@ -268,11 +245,9 @@ class _Encoder:
         rows: Sequence[_Row],
         groups: Mapping[tuple[str, ...], Mapping[int, range]],
     ) -> Tensor:
-        """One tensor of an answer: (batch, length, width), also of several texts in a row; or
-        (batch, width) of pooled ones."""
-        sequences = value.ndim == 3 and value.shape[0] * value.shape[1] == _length(rows)
-        pooled = value.ndim == 2 and value.shape[0] == len(rows) and self.cleaning.pooled
-        if "logits" in path or not (sequences or pooled):
+        """One tensor of an answer: (batch, length, width), also of several texts in a row. Pooled
+        ones, which are of no word, stay as they are."""
+        if "logits" in path or value.ndim != 3 or value[..., 0].numel() != _length(rows):
             return value
         own = value.reshape(len(rows), -1, value.shape[-1]).clone()
         for phrases, places in groups.items():
@@ -281,9 +256,7 @@ class _Encoder:
                 strength = torch.zeros(len(places), own.shape[1], device=own.device)
                 for line, (number, words) in zip(strength, places.items(), strict=True):
                     part = _part(self.cleaning.rows, words, rows[number])
-                    line[part if sequences else slice(None)] = self._strength(
-                        own[number], words, rows[number], directions
-                    )
+                    line[part] = self._strength(own[number], words, rows[number], directions)
                 chosen = list(places)
                 own[chosen] = projected(own[chosen], directions, strength)
         return own.reshape(value.shape)
@@ -295,22 +268,15 @@ class _Encoder:
             return self.cleaning.strength
         names = self.tokenizer.convert_ids_to_tokens(list(row.ids))
         plain = [k for k in words if names[k] not in self.cleaning.triggers]
-        return keeping(states[plain] if len(states) == len(row.ids) else states, directions, KEPT)
+        return keeping(states[plain], directions, KEPT)
 
     def _span(self, path: Path, phrases: tuple[str, ...]) -> Tensor:
         """The directions of one tensor of the answer that are not wanted."""
         if (path, phrases) not in self._spans:
-            found = []
-            for said in (each for phrase in phrases for each in self._said[phrase]):
-                states = said.states[path]
-                found.append(states[None] if states.ndim == 1 else states[said.part])
-            shared = None
-            if self.cleaning.shared:
-                states = self._said[""][0].states[path]
-                shared = states[None] if states.ndim == 1 else states[1:].mean(0, keepdim=True)
-            rows = torch.cat(found) if found else None
+            said = [each for phrase in phrases for each in self._said[phrase]]
+            rows = [states[path][words.start : words.stop] for words, states in said]
             self._spans[path, phrases] = (
-                torch.zeros(0, 1) if rows is None else span(rows, self.cleaning.rank, shared)
+                span(torch.cat(rows), self.cleaning.rank) if rows else torch.zeros(0, 1)
             )
         return self._spans[path, phrases]
 
@@ -344,10 +310,9 @@ def _states(output: Any, count: int, number: int) -> Iterator[tuple[Path, Tensor
     found: list[tuple[Path, Tensor]] = []
 
     def note(path: Path, value: Tensor) -> Tensor:
-        if "logits" not in path and value.ndim in (2, 3) and value.shape[0]:
-            own = value.reshape(count, -1, value.shape[-1]) if value.ndim == 3 else value
-            if len(own) == count:
-                found.append((path, own[number].detach()))
+        if "logits" not in path and value.ndim == 3:
+            own = value.reshape(count, -1, value.shape[-1])
+            found.append((path, own[number].detach()))
         return value
 
     _with(output, (), note)

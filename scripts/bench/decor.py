@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -53,7 +53,7 @@ STEPS = 12  # of drawing: enough for all that is judged
 NOTHING, CLASS_WORD, NEGATIVE = "nothing", "the class word alone", "negative prompt"
 
 
-MIXES = ((0, 0), (2, 1))
+MIXES = ((0, 0),)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Protocol:
     concepts: int
     styles: int
     mixes: int
-    seeds: tuple[int, ...]
+    seeds: Mapping[str, tuple[int, ...]]
     steps: int
     weights: tuple[float, ...]
     strengths: Mapping[str, tuple[float, ...]]
@@ -71,8 +71,9 @@ class Protocol:
 
 # By default it is what concepts add, at 2.
 STRENGTHS = {"concepts": (0.5, 1.0, 1.5), "prompt": (0.5, 1.0), "both": (1.0,)}
-FULL = Protocol(3, 2, 2, (1,), 400, (0.8, 0.6, 0.4), STRENGTHS)
-QUICK = Protocol(1, 0, 0, (1,), 60, (0.6,), {"prompt": (1.0,)})
+SEEDS = {"personalization": (1, 2), "style": (1,), "mixing": (1,)}
+FULL = Protocol(3, 2, 1, SEEDS, 400, (0.8, 0.6, 0.4), STRENGTHS)
+QUICK = Protocol(1, 0, 0, {"personalization": (1,)}, 60, (0.6,), {"prompt": (1.0,)})
 
 
 # --- learning ---------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class Scorer:
         self.styles = {style.name: StyleJudge(style) for style in STYLES}
         warnings.filterwarnings("ignore", message=".*which is then not avoided")
 
-    def score(self, subject: Subject, way: str, seeds: Sequence[int]) -> Rate:
+    def score(self, subject: Subject, way: str, seed: int) -> Rate:
         """Rates of one way to draw."""
         weight, call, settings, words = way_of(subject, way)
         folders = [config_of(self.args, part).output for part in subject.parts]
@@ -143,11 +144,11 @@ class Scorer:
             self.pipe.load_custom(settings)
         try:
             prompts = subject.prompts(words)
-            images = torch.cat([self.draw(prompts, seed, call) for seed in seeds])
+            images = self.draw(prompts, seed, call)
         finally:
             self.pipe.unload_custom()
-        save(images, self.args.folder / "drawn" / f"{subject.name}-{slug(way)}.png")
-        return self.rate(subject, images, prompts * len(seeds))
+        save(images, self.args.folder / "drawn" / f"{subject.name}-{slug(way)}-{seed}.png")
+        return self.rate(subject, images, prompts)
 
     def draw(self, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Tensor:
         found = []
@@ -229,8 +230,8 @@ def way_of(subject: Subject, way: str) -> tuple[float, dict[str, Any], Any, str 
 # --- the whole --------------------------------------------------------------------------------
 
 
-def cell_file(args: argparse.Namespace, subject: Subject, way: str) -> Path:
-    return args.folder / "scores" / f"{subject.name}-{slug(way)}.json"
+def cell_file(args: argparse.Namespace, job: str) -> Path:
+    return args.folder / "scores" / f"{slug(job)}.json"
 
 
 def slug(text: str) -> str:
@@ -238,14 +239,15 @@ def slug(text: str) -> str:
 
 
 def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
-    """Score the cell of `job`, "subject/way", into a file of its own; a finished one is kept."""
-    name, way = job.split("/", 1)
+    """Score the cell of `job`, "subject/way/seed", into a file of its own; a finished one is
+    kept."""
+    name, way, seed = job.split("/")
     protocol = QUICK if args.quick else FULL
     (subject,) = (e for own in subjects(protocol).values() for e in own if e.name == name)
-    path = cell_file(args, subject, way)
+    path = cell_file(args, job)
     if path.exists():
         return
-    rates = scorer.score(subject, way, protocol.seeds)
+    rates = scorer.score(subject, way, int(seed))
     partial = path.with_suffix(".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(rates))
@@ -309,26 +311,33 @@ def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str]) -> None
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     args.steps = protocol.steps
-    told = repr((protocol.steps, protocol.seeds, STEPS, TRAINING)).encode()
+    told = repr((protocol.steps, STEPS, TRAINING)).encode()
     for path in sorted(Path(args.base).rglob("*.safetensors")):
         told += path.read_bytes()
     args.folder = args.folder / hashlib.sha256(told).hexdigest()[:8]
     known = subjects(protocol)
     names = {part.name: None for own in known.values() for each in own for part in each.parts}
     share_out(args, "--learn", list(names))
-    jobs = [f"{e.name}/{way}" for own in known.values() for e in own for way in ways(protocol, e)]
-    share_out(args, "--score", jobs)
+    jobs = {
+        (task, way): [f"{e.name}/{way}/{seed}" for e in own for seed in protocol.seeds[task]]
+        for task, own in known.items()
+        if own
+        for way in ways(protocol, own[0])
+    }
+    share_out(args, "--score", [job for own in jobs.values() for job in own])
 
-    rows = []
+    tables: dict[str, dict[str, Rate]] = {}
+    for (task, way), own in jobs.items():
+        found = [json.loads(cell_file(args, job).read_text()) for job in own]
+        tables.setdefault(task, {})[way] = over(found)
+    rows = [
+        {"task": task, "drawn": way} | rates
+        for task, table in tables.items()
+        for way, rates in table.items()
+    ]
     figures: dict[str, float] = {}
-    for task, own in known.items():
-        table = {
-            way: over([json.loads(cell_file(args, e, way).read_text()) for e in own])
-            for way in (ways(protocol, own[0]) if own else ())
-        }
-        rows += [{"task": task, "drawn": way} | rates for way, rates in table.items()]
-        if table:
-            figures |= figures_of(task, table)
+    for task, table in tables.items():
+        figures |= figures_of(task, table)
     figures |= {f"style_judge_{s.name}": StyleJudge(s).accuracy for s in STYLES}
     figures["stage_cost"] = cost(args, 3 if args.quick else 7)
     return rows, figures
@@ -339,24 +348,36 @@ def over(found: Sequence[Rate]) -> Rate:
 
 
 def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
-    """Ours by default against the best baseline of at least its identity, within 1 %."""
+    """Ours by default against the best that baselines do at its identity."""
     ours = table[DEFAULT]
-    baselines = {way: table[way] for way in table if not way.startswith("avoiding")}
-    least: Callable[[str], float] = lambda way: baselines[way]["leak"]  # noqa: E731
-    equal = [w for w in baselines if baselines[w]["identity"] >= ours["identity"] - 0.01]
-    best = baselines[min(equal, key=least)] if equal else None
+    baselines = [rates for way, rates in table.items() if not way.startswith("avoiding")]
     found = {
-        f"leak_nothing_{task}": table[NOTHING]["leak"],
-        f"leak_{task}": ours["leak"],
-        f"identity_{task}": ours["identity"],
         f"identity_nothing_{task}": table[NOTHING]["identity"],
+        f"identity_{task}": ours["identity"],
+        f"leak_nothing_{task}": table[NOTHING]["leak"],
         f"leak_negative_prompt_{task}": table[NEGATIVE]["leak"],
+        f"leak_{task}": ours["leak"],
     }
-    if best is not None:
-        found[f"leak_best_baseline_{task}"] = best["leak"]
-        if best["leak"]:
-            found[f"leak_ratio_{task}"] = ours["leak"] / best["leak"]
+    best = least_leak(baselines, ours["identity"])
+    # Where nothing is recognised there is nothing to compare.
+    if best is not None and ours["identity"]:
+        found[f"leak_best_baseline_{task}"] = best
+        if best:
+            found[f"leak_ratio_{task}"] = ours["leak"] / best
     return found
+
+
+def least_leak(baselines: Sequence[Rate], identity: float) -> float | None:
+    """The least leak that baselines have at this identity or above, also mixed two at a time, as
+    weights between those tried would; None where none comes within 1 % of it."""
+    points = [(rates["identity"], rates["leak"]) for rates in baselines]
+    found = [leak for own, leak in points if own >= identity - 0.01]
+    for high, leak in points:
+        for low, less in points:
+            if low < identity <= high:
+                share = (identity - low) / (high - low)
+                found.append(share * leak + (1 - share) * less)
+    return min(found, default=None)
 
 
 def main() -> None:

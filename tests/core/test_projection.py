@@ -14,10 +14,10 @@ SIZES = st.tuples(st.integers(1, 6), st.integers(2, 24), st.integers(1, 5), st.i
 
 
 def made(sizes):
-    """Rows, what is not wanted, and a direction that is shared."""
+    """Rows, and what is not wanted."""
     count, width, unwanted, seed = sizes
     noise = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, width, generator=noise) for n in (count, unwanted, 1)]
+    return [torch.randn(n, width, generator=noise) for n in (count, unwanted)]
 
 
 def near(a, b):
@@ -26,7 +26,7 @@ def near(a, b):
 
 @given(SIZES)
 def test_nothing_is_done_at_0_and_all_is_out_at_1(sizes):
-    rows, unwanted, _ = made(sizes)
+    rows, unwanted = made(sizes)
     directions = span(unwanted)
     assert torch.equal(projected(rows, directions, 0.0), rows)
     out = projected(rows, directions, 1.0)
@@ -37,7 +37,7 @@ def test_nothing_is_done_at_0_and_all_is_out_at_1(sizes):
 
 @given(SIZES, st.floats(0, 2))
 def test_it_is_linear_in_strength_and_leaves_what_is_orthogonal(sizes, strength):
-    rows, unwanted, _ = made(sizes)
+    rows, unwanted = made(sizes)
     directions = span(unwanted)
     removed = rows - projected(rows, directions, 1.0)
     assert near(projected(rows, directions, strength), rows - strength * removed)
@@ -49,29 +49,24 @@ def test_it_is_linear_in_strength_and_leaves_what_is_orthogonal(sizes, strength)
 
 @given(SIZES, st.randoms())
 def test_a_span_knows_no_order_and_no_repetition(sizes, random):
-    rows, unwanted, shared = made(sizes)
+    rows, unwanted = made(sizes)
     order = list(range(len(unwanted)))
     random.shuffle(order)
     again = torch.cat([unwanted[order], 0.5 * unwanted[:1]])
-    for given_shared in (None, shared):
-        a, b = span(unwanted, shared=given_shared), span(again, shared=given_shared)
-        assert a.shape == b.shape
-        assert near(projected(rows, a, 1.0), projected(rows, b, 1.0))
+    a, b = span(unwanted), span(again)
+    assert a.shape == b.shape
+    assert near(projected(rows, a, 1.0), projected(rows, b, 1.0))
 
 
 @given(SIZES)
-def test_directions_are_orthonormal_and_stay_out_of_what_is_shared(sizes):
-    _, unwanted, shared = made(sizes)
-    directions = span(unwanted, shared=shared)
+def test_directions_are_orthonormal(sizes):
+    directions = span(made(sizes)[1])
     assert near(directions @ directions.mT, torch.eye(len(directions)))
-    assert near(directions @ shared[0] / shared.norm(), torch.zeros(len(directions)))
-    assert near(projected(shared, directions, 1.0), shared)
-    assert span(shared, shared=shared).shape == (0, shared.shape[1])
 
 
 @given(SIZES, st.floats(0.5, 0.99))
 def test_the_largest_strength_at_which_rows_keep_their_length(sizes, kept):
-    rows, unwanted, _ = made(sizes)
+    rows, unwanted = made(sizes)
     directions = span(unwanted)
     strength = float(keeping(rows, directions, kept))
     assert 0.0 <= strength <= 1.0

@@ -64,6 +64,15 @@ def words_of(pipe, text):
     return found[1 : 1 + len(pipe.tokenizer(text, add_special_tokens=False).input_ids)]
 
 
+def values_of(pipe, base):
+    """What a layer of the base answers to the words of PHRASES, alone and behind a class word."""
+    start = "a photo of a dog "
+    skipped = len(words_of(pipe, start))
+    texts = [(text, skip) for own in PHRASES for text, skip in ((own, 0), (start + own, skipped))]
+    with torch.no_grad():
+        return base(torch.cat([words_of(pipe, text)[skip:] for text, skip in texts]))
+
+
 def without(rows, unwanted, strength=1.0):
     """The formula, written down once more."""
     right = svd(unwanted, full_matrices=False)[2]
@@ -108,8 +117,8 @@ def test_what_concepts_add_loses_it_and_what_the_base_reads_stays():
     (words, before, layer), (same, after, _) = read(pipe), read(pipe, avoid=AVOID)
     assert torch.equal(words, same)
     base = layer.get_base_layer()
+    unwanted = values_of(pipe, base)
     with torch.no_grad():
-        unwanted = base(torch.cat([words_of(pipe, phrase) for phrase in PHRASES]))
         said = base(words)
     assert torch.equal(before[0], after[0])
     assert alike((after - said)[1], without((before - said)[1], unwanted, 2.0))
@@ -180,8 +189,9 @@ def test_tokens_with_an_embedding_for_each_layer(target):
         assert alike(found[0][1, own], without(words[1, own], unwanted))
     else:
         base = layer.get_base_layer()
+        unwanted = values_of(pipe, base)
         with torch.no_grad():
-            said, unwanted = base(words), base(unwanted)
+            said = base(words)
         assert torch.equal(found[1][0], before[0])
         assert alike((found[1] - said)[1], without((before - said)[1], unwanted))
     assert torch.equal(draw(pipe), plain)

@@ -27,9 +27,11 @@ from customize.hosts.binding import (
 
 if TYPE_CHECKING:
     from customize.concepts.concept import Concept
+    from customize.hosts.decor import Decor
 
 __all__ = [
     "Concept",
+    "Decor",
     "__version__",
     "load_custom",
     "memory_plan",
@@ -47,6 +49,10 @@ def __getattr__(name: str) -> Any:
         from customize.concepts.concept import Concept
 
         return Concept
+    if name == "Decor":
+        from customize.hosts.decor import Decor
+
+        return Decor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -8,6 +8,16 @@ from collections.abc import Iterable, Sequence
 
 from customize.errors import ConfigError
 
+#: Words that say nothing of what is in a picture by themselves.
+SMALL_WORDS = frozenset(
+    {
+        *("a", "an", "the", "this", "that", "his", "her", "its", "my", "your", "their"),
+        *("of", "in", "on", "at", "to", "by", "for", "from", "with", "without", "near"),
+        *("under", "over", "and", "or", "is", "are", "being", "wearing", "holding", "one", "two"),
+        *("photo", "photograph", "picture", "image", "drawing", "painting", "style"),
+    }
+)
+
 _JOINED = r"(?:,|\band\b|&)"
 _ARTICLE = r"(?:\b(?:a|an|the)\s+)?"
 
@@ -46,6 +56,32 @@ def without(prompt: str, phrases: Iterable[str]) -> str:
                 tail = re.sub(rf"^\s*{_JOINED}\s*", " ", tail, flags=re.IGNORECASE)
             prompt = shorter + tail
     return re.sub(r"\s+,", ",", " ".join(prompt.split()))
+
+
+def telling(text: str) -> list[str]:
+    """The words of a text that say what is in a picture, in lower case, each once."""
+    words = re.findall(r"<[^<>\s]+>|[^\W_]+(?:[-'][^\W_]+)*", text.lower())
+    return [word for word in dict.fromkeys(words) if word not in SMALL_WORDS]
+
+
+def common(captions: Sequence[str], besides: Iterable[str]) -> list[str]:
+    """The telling words that all captions have, in the first one's order.
+
+    Args:
+        besides: words that do not count, such as a trigger and its class word.
+    """
+    left = {word for text in besides for word in (text.lower(), *telling(text))}
+    first = telling(captions[0]) if captions else []
+    return [
+        word
+        for word in first
+        if word not in left and all(find(word, caption) for caption in captions)
+    ]
+
+
+def shared(phrase: str, prompt: str) -> bool:
+    """Whether a prompt has any of a phrase's telling words; or all of it, where it has none."""
+    return any(find(word, prompt) for word in telling(phrase) or [phrase])
 
 
 def regional(prompt: str, phrases: Sequence[str]) -> list[str]:

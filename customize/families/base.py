@@ -45,6 +45,8 @@ class Family(Calls):
     modular_only: ClassVar[bool] = False
     #: How the denoiser's attention, and what condenses prompts, mask the padding of shorter ones.
     attention_mask: ClassVar[Mask | None] = None
+    #: Whether cross-attention reads what the text encoders say as it is, with nothing between.
+    reads_prompts_as_encoded: ClassVar[bool] = False
 
     # -- what differs ------------------------------------------------------------------------
 

@@ -61,18 +61,18 @@ class QwenImage21(FirstFrameFamily):
             padding_side="left",
             return_tensors="pt",
         )
-        read: list[Tensor] = []
-        language = encoder.model.language_model
         # What the last layer gives, of which transformers returns only what the norm makes.
-        hook = language.norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        language = encoder.model.language_model
+        hook = language.norm.register_forward_hook(lambda _, inputs, output: inputs[0])
         try:
-            encoder(
+            states = encoder(
                 **{name: sent(values, encoder.device) for name, values in tokens.items()},
+                output_hidden_states=True,
                 logits_to_keep=1,
-            )
+            ).hidden_states[-1]
         finally:
             hook.remove()
-        rows = [row[self._system_tokens() :] for row in unpadded(read[0], tokens.attention_mask)]
+        rows = [row[self._system_tokens() :] for row in unpadded(states, tokens.attention_mask)]
         return {"prompt_embeds": padded(rows), "prompt_lengths": torch.tensor(list(map(len, rows)))}
 
     def predict(

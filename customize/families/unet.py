@@ -26,6 +26,7 @@ class UNetFamily(DiffusionFamily):
 
     denoiser_key = "unet"
     latents_argument = "sample"
+    reads_prompts_as_encoded = True
     # Not those of AnimateDiff's motion modules, which lie beside the attentions.
     attention_projections = re.compile(
         r".+\.attentions\.\d+\..+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"

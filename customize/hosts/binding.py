@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from customize.concepts.concept import Concept
     from customize.concepts.formats.lora import Lora, LoraFile
     from customize.concepts.inputs import LayerInputs
+    from customize.hosts.decor import Decor
     from customize.hosts.state import Customization
     from customize.memory import Plan
 
@@ -38,7 +39,7 @@ HOSTS = {
 
 def load_custom(
     pipe: Pipeline,
-    *concepts: str | Path | Concept | Lora | LoraFile,
+    *concepts: str | Path | Concept | Lora | LoraFile | Decor,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     names: Sequence[str | None] | None = None,
     fuse: bool = False,
@@ -72,7 +73,8 @@ def load_custom(
             is attached already is refused unless it is identical; then only its weight and mode
             change. An ordinary LoRA file, by the keys of diffusers, peft, kohya, ComfyUI or
             LyCORIS, is a concept without a trigger; it goes by its file's name, and is refused
-            unless every key of it is used.
+            unless every key of it is used. Beside them one ``customize.Decor(...)``, which is no
+            concept: what all calls clean their prompts of, and how, in place of the one before.
         weights: One for each of ``concepts``, or a dict from concept name to weight, which may
             also name concepts that are attached already. Finite; left out, a new concept gets 1.0
             and an attached one keeps its own.

@@ -194,3 +194,22 @@ def _check_tables(family: Family, concept: Adaptation) -> None:
                 where=key,
                 fix="use the tokenizer that belongs to this text encoder",
             )
+
+
+def check_encoders_here(family: Family, what: str, where: str) -> None:
+    """Refuse a text encoder whose weights are away, where a stage encodes prompts of its own.
+
+    Args:
+        what: what the stage does, for the message.
+        where: its argument.
+
+    Raises:
+        PipelineError: naming the encoder.
+    """
+    for key, encoder in family.all_text_encoders.items():
+        if any(weight.is_meta for weight in encoder.parameters()):
+            raise PipelineError(
+                f"{what}, and the weights of the {key} are away (sequential offload)",
+                where=where,
+                fix="use enable_model_cpu_offload() or group offload",
+            )

@@ -25,6 +25,7 @@ from customize.families import Family
 from customize.hosts.change import change
 from customize.hosts.checks import check_base, check_vocabulary
 from customize.hosts.classes import adjust_pipelines
+from customize.hosts.decor import Decor, keep_settings, settings_of
 from customize.hosts.placing import computing_device, fitted, planned
 from customize.hosts.plan import Weights, renamed, wanted
 from customize.hosts.recording import merging_of, merging_without, method_of, recorded
@@ -36,7 +37,7 @@ from customize.memory import budget
 
 def load(
     pipe: Any,
-    sources: Sequence[str | Path | Adaptation | LoraFile],
+    sources: Sequence[str | Path | Adaptation | LoraFile | Decor],
     *,
     weights: Weights,
     names: Sequence[str | None] | None,
@@ -49,19 +50,24 @@ def load(
 ) -> None:
     """What :func:`customize.load_custom` does."""
     family = family_in(pipe)
-    concerned = bool(sources or weights or merge is not None)
-    if not concerned and attention is None and memory is None and library is None:
-        if find(family).attached or find(family).shelf:
+    settings = [each for each in sources if isinstance(each, Decor)]
+    learned = [each for each in sources if not isinstance(each, Decor)]
+    if len(settings) > 1:
+        raise ConfigError("two Decor are given", fix="give one, which names all that is to avoid")
+    concerned = bool(learned or weights or merge is not None)
+    others = bool(settings) or library is not None
+    if not concerned and not others and attention is None and memory is None:
+        if _is_on(family, find(family)):
             _adjust(pipe, find(family))  # another pipeline of the same models
             return
         raise ConfigError(
             "there is nothing to load",
-            fix="give concepts, a dict of weights, a merge, a library, an attention backend or an "
-            "amount of memory",
+            fix="give concepts, a dict of weights, a merge, a library, a Decor, an attention "
+            "backend or an amount of memory",
         )
     chosen = method_of(merge)
     plan = None if memory is None else planned(pipe, family, memory)
-    changes = _loading(family, sources, weights, names, fuse) if concerned else None
+    changes = _loading(family, learned, weights, names, fuse) if concerned else None
     holder = find(family) if changes is None else changes.holder
     shelf = None if library is None else _opened_shelf(family, holder, library, library_cache)
     device = computing_device(pipe, family, anywhere=plan is not None)
@@ -75,7 +81,9 @@ def load(
             undoing.enter_context(_shelved(family, holder, shelf))
         if changes is not None:
             _change(pipe, changes, chosen)
-        elif shelf is not None:
+        if settings:
+            keep_settings(family, settings[0])
+        if settings or (shelf is not None and changes is None):
             _adjust(pipe, holder)
 
 
@@ -288,6 +296,8 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
         holder.shelf = shelf
         keep(with_all_parts(family, holder), holder)
         raise
+    if not names:
+        keep_settings(family, None)
     _adjust(pipe, holder)
     if not names:
         for part in family.components.values():
@@ -299,5 +309,11 @@ def _adjust(pipe: Any, holder: Holder) -> None:
     from customize.hosts.stages import STAGES  # stages may attach concepts themselves
 
     layered = any(each.concept.info.token_layers for each in holder.attached.values())
-    on = bool(holder.attached or holder.shelf)
-    adjust_pipelines(pipe, family_in(pipe).denoiser, on=on, layered=layered, stages=STAGES)
+    family = family_in(pipe)
+    on = _is_on(family, holder)
+    adjust_pipelines(pipe, family.denoiser, on=on, layered=layered, stages=STAGES)
+
+
+def _is_on(family: Family, holder: Holder) -> bool:
+    """Whether anything is there that calls are to go through stages for."""
+    return bool(holder.attached or holder.shelf or settings_of(family))

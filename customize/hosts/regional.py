@@ -26,9 +26,9 @@ from customize.families import Family
 from customize.families.calls import rows_of
 from customize.families.components import uncompiled
 
-# How far off an encoded prompt may be, over its own size, to be the one that is asked for: rounding
-# in bfloat16 stays below it, and another prompt is further away.
-_SAME = 0.02
+#: How far off an encoded prompt may be, over its own size, to be the one that is asked for:
+#: rounding in bfloat16 stays below it, and another prompt is further away.
+SAME = 0.02
 
 #: The share of noise down to which a region is drawn as if it were alone in the picture.
 ALONE = 0.5
@@ -276,7 +276,7 @@ def _alike(words: Tensor, expected: Tensor) -> bool:
     shorter = min(len(a), len(b))
     off = (a[:shorter] - b[:shorter]).square().sum()
     off = off + a[shorter:].square().sum() + b[shorter:].square().sum()
-    return bool(off.sqrt() <= _SAME * b.square().sum().sqrt())
+    return bool(off.sqrt() <= SAME * b.square().sum().sqrt())
 
 
 def _said(

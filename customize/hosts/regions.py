@@ -20,6 +20,7 @@ from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
 from customize.families.components import uncompiled
 from customize.hosts.calling import Call, Stage
+from customize.hosts.checks import check_encoders_here
 from customize.hosts.regional import Regional, drawn_by_regions
 from customize.hosts.state import find as holder_of
 
@@ -216,11 +217,4 @@ def _check_host(pipe: Any, family: Family, call: Call) -> None:
                 where=key,
                 fix="call disable_cache() on it first",
             )
-    for key, encoder in family.all_text_encoders.items():
-        if any(weight.is_meta for weight in encoder.parameters()):
-            raise PipelineError(
-                "regions encode prompts of their own, and the weights of the text encoder are "
-                "away (sequential offload)",
-                where=key,
-                fix="use enable_model_cpu_offload() or group offload",
-            )
+    check_encoders_here(family, "regions encode prompts of their own", "regions")

@@ -243,6 +243,7 @@ class Customization:
         attention: which backend took effect in each component; empty where none was chosen.
         memory: what was done to fit the model into memory; empty where nothing was.
         library: where prompts take concepts from, and what of it is in use; empty without one.
+        avoid: what prompts are cleaned of, and how; empty where nothing was loaded for that.
     """
 
     rows: tuple[Row, ...]
@@ -251,6 +252,7 @@ class Customization:
     attention: tuple[Took, ...] = ()
     memory: str = ""
     library: str = ""
+    avoid: str = ""
 
     def __repr__(self) -> str:
         lines = [self._concepts()]
@@ -260,6 +262,8 @@ class Customization:
             lines.append(f"memory: {self.memory}")
         if self.library:
             lines.append(f"library: {self.library}")
+        if self.avoid:
+            lines.append(f"prompts: {self.avoid}")
         return "\n".join(lines)
 
     def _concepts(self) -> str:

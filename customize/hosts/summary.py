@@ -9,6 +9,7 @@ from customize.concepts.slices import collisions
 from customize.concepts.tokens import known
 from customize.errors import PipelineError
 from customize.families import Family
+from customize.hosts.decor import settings_of
 from customize.hosts.guards import ADAPTER
 from customize.hosts.placing import planned_before
 from customize.hosts.sources import family_in
@@ -49,6 +50,7 @@ def summary(pipe: Any) -> Customization:
         attention=tuple(kernels.report(family.components)),
         memory="" if plan is None else str(plan),
         library=_library(holder),
+        avoid=str(settings_of(family) or ""),
     )
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from customize.concepts import files
 from customize.concepts.adapter import Factors
 from customize.concepts.concept import Concept
+from customize.concepts.phrases import common
 from customize.errors import TrainingError, TrainingStopped
 from customize.families import Family, family_of
 from customize.training import base, cache, inputs, preserving, process, record, setup
@@ -226,6 +227,9 @@ def train(
             on_step=on_step,
         )
         training = record.training_facts(settings, history, seconds, device)
+        training["captions_share"] = common(
+            pictures.captions[:concept_pictures], (config.trigger, config.class_word)
+        )
         info = record.facts(config, family, trainable, fingerprint, training)
         concept = Concept(info, trainable.adapter.products(), trainable.embeddings(), config.output)
         if accelerator.is_main_process:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from customize.concepts.phrases import check, find, regional, without
+from customize.concepts.phrases import check, common, find, regional, shared, telling, without
 from customize.errors import ConfigError
 
 PAIR = "a photo of <rex> and <tom> on a beach"
@@ -63,3 +63,25 @@ def test_a_phrase_that_is_not_there_is_refused_with_what_is_like_it():
 def test_phrases_that_share_words_are_refused():
     with pytest.raises(ConfigError, match="share words"):
         check("<rex> wearing a hat", ["<rex>", "<rex> wearing a hat"], [], "regions")
+
+
+def test_what_captions_share_besides_the_concept():
+    captions = [
+        "<rex>, a dog, on a Beach wearing a red hat",
+        "a photo of <rex> in a hat, on the beach",
+    ]
+    assert common(captions, ("<rex>", "dog")) == ["beach", "hat"]
+    assert common(["a photo of <rex>"] * 2, ("<rex>", "dog")) == []
+    assert common([], ()) == []
+
+
+def test_a_prompt_asks_for_a_phrase_by_any_of_its_telling_words():
+    assert telling("a photo of <rex> on a sun-lit beach, the beach") == [
+        "<rex>",
+        "sun-lit",
+        "beach",
+    ]
+    assert shared("on a beach", "a dog at the Beach")
+    assert shared("red hat", "a red car")
+    assert not shared("on a beach", "a photo on a table")
+    assert shared("on a", "a dog on a table")  # has no other words

@@ -668,3 +668,10 @@ def test_learning_rates_follow_their_schedule():
 def test_what_is_recorded_is_plain_json(tmp_path):
     concept = train(settings(tmp_path, steps=2), tiny_sd().components, progress=False)
     assert json.loads(json.dumps(concept.info.training)) == concept.info.training
+
+
+def test_what_all_captions_share_is_recorded(tmp_path):
+    config = settings(tmp_path, steps=1, caption="a photo of {}, a dog in a hat")
+    concept = train(config, tiny_sd().components, progress=False)
+    assert concept.info.class_word == "dog"
+    assert concept.info.training["captions_share"] == ["hat"]

@@ -1,0 +1,99 @@
+"""Taking a span out of text embeddings (DECOR, arXiv 2412.09169).
+
+The paper's: ``X' = X - alpha X V V^T``, with V the right singular vectors of the embeddings of what
+is not wanted. Ours, as the paper's choices were not to be had: which rows these are, and how many
+of the vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from customize.errors import ConfigError
+
+#: Singular values below this share of the largest are rounding.
+_ROUNDING = 1e-5
+
+
+def span(rows: Tensor, rank: int | None = None) -> Tensor:
+    """The leading directions of some rows.
+
+    Args:
+        rows: (n, width), n at least 1, any floating dtype.
+        rank: how many directions at most; None: all that the rows have.
+
+    Returns:
+        (k, width), float32, orthonormal: right singular vectors, of the largest singular value
+        first.
+
+    Raises:
+        ConfigError: a rank below 1.
+    """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"a span cannot have rank {rank}", where="rank", fix="use at least 1")
+    _, values, directions = torch.linalg.svd(rows.float(), full_matrices=False)
+    count = int((values > _ROUNDING * values[0]).sum())
+    return directions[: count if rank is None else min(count, rank)]
+
+
+def projected(rows: Tensor, directions: Tensor, strength: float | Tensor) -> Tensor:
+    """Rows with less of a span: ``X - strength X V V^T``.
+
+    What lies in the span is multiplied by ``1 - strength``: 0 leaves it, 1 removes it, and above
+    1 it is turned round.
+
+    Args:
+        rows: (..., n, width), any floating dtype.
+        directions: (k, width), orthonormal, as :func:`span` gives them.
+        strength: in [0, 2]; or a tensor of (..., n), one for each row, on the rows' device and
+            not checked, as reading it would wait for the device.
+
+    Returns:
+        rows' shape and dtype; computed in float32.
+
+    Raises:
+        ConfigError: a strength outside of [0, 2], or not finite.
+    """
+    if not isinstance(strength, Tensor):
+        check_strength(strength)
+    own = rows.float()
+    factor = strength[..., None] if isinstance(strength, Tensor) else strength
+    inside = (own @ directions.mT) @ directions
+    return (own - factor * inside).to(rows.dtype)
+
+
+def check_strength(strength: float) -> None:
+    """Refuse what :func:`projected` does not take.
+
+    Raises:
+        ConfigError: a strength outside of [0, 2], or not finite.
+    """
+    if not 0.0 <= strength <= 2.0:
+        raise ConfigError(
+            f"a strength of {strength:g} is not from 0 to 2",
+            where="strength",
+            fix="use 1 to remove what is avoided, less to weaken it",
+        )
+
+
+def keeping(rows: Tensor, directions: Tensor, kept: float) -> Tensor:
+    """The largest strength, at most 1, at which each row keeps a share of its length.
+
+    With ``o`` the share of a row's length that lies in the span, a strength ``a`` leaves
+    ``sqrt(1 - o^2 (1 - (1 - a)^2))`` of the row.
+
+    Args:
+        rows: (..., n, width); n may be 0.
+        directions: (k, width), as for :func:`projected`.
+        kept: in (0, 1].
+
+    Returns:
+        (...,), float32, in [0, 1].
+    """
+    own = rows.float()
+    inside = (own @ directions.mT).square().sum(-1) / own.square().sum(-1).clamp_min(1e-12)
+    if not inside.shape[-1]:
+        return inside.new_ones(inside.shape[:-1])
+    most = inside.amax(-1).clamp_min(1e-12)
+    return 1.0 - (1.0 - (1.0 - kept**2) / most).clamp_min(0.0).sqrt()

@@ -1,0 +1,262 @@
+"""The stage that cleans prompts of what is not wanted: ``avoid=`` (DECOR, arXiv 2412.09169)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, get_args
+
+from customize.concepts.phrases import find as places_of
+from customize.concepts.phrases import shared
+from customize.core.projection import check_strength
+from customize.errors import ConfigError, PipelineError
+from customize.families import Family, family_of
+from customize.families.components import uncompiled
+from customize.hosts.calling import Call, Stage
+from customize.hosts.checks import check_encoders_here
+from customize.hosts.cleaning import Cleaning, cleaned
+from customize.hosts.state import Holder
+from customize.hosts.state import find as holder_of
+from customize.hosts.withheld import Withheld, adding_layers
+
+AUTO = "auto"
+Rows = Literal["words", "rest", "all"]
+Target = Literal["prompt", "concepts", "both"]
+
+_KEY = "_customize_decor"
+_WHERE = "avoid"
+# "auto" for what concepts add, where no word of the prompt can be hurt: the best on the storybook.
+_WITHHELD = 2.0
+
+
+@dataclass(frozen=True)
+class Decor:
+    """What prompts are cleaned of, and how; ``pipe.load_custom(customize.Decor(...))`` keeps it for
+    all calls, of which each can name its own ``avoid=``.
+
+    The paper's is the formula, ``X' = X - strength X V V^T``; everything else here is ours.
+
+    Attributes:
+        avoid: what is not wanted: words, or phrases separated by commas, or a list of them; "auto":
+            what all captions of a concept's training pictures name beside it; None: nothing, until
+            a call names something. Words that a prompt itself asks for stay in that prompt.
+        strength: 0 leaves all as it is, 1 removes, up to 2 turns round. "auto": for each prompt,
+            the largest up to 1 at which each of its own words keeps nine tenths of its embedding;
+            and 2 for what concepts add, where the prompt's words are out of its reach.
+        rank: how many directions are removed at most; None: all that the words span.
+        rows: which of the prompt's embeddings are changed: "words", those of its words; "rest",
+            also what comes behind them, end and padding; "all", also what comes before.
+        target: "prompt": the embeddings that the text encoders give, as in the paper. "concepts":
+            what attached concepts add to keys and values of the prompt, on families that
+            read it by cross-attention as it is encoded (``sd``, ``sdxl``). "both". None: "concepts"
+            where they are attached beside the weights of such a family and not compiled, and
+            "prompt" elsewhere.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    avoid: str | Sequence[str] | None = None
+    strength: float | Literal["auto"] = "auto"
+    rank: int | None = None
+    rows: Rows = "words"
+    target: Target | None = None
+
+    def __post_init__(self) -> None:
+        if self.avoid is not None:
+            phrases_of(self.avoid)
+        if self.strength != AUTO:
+            if not isinstance(self.strength, Real) or isinstance(self.strength, bool):
+                raise ConfigError(
+                    f"{self.strength!r} is no strength",
+                    where="strength",
+                    fix='give a number from 0 to 2, or "auto"',
+                )
+            check_strength(float(self.strength))
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise ConfigError(
+                f"{self.rank!r} is no rank", where="rank", fix="give a whole number from 1, or None"
+            )
+        for name, value, known in (
+            ("rows", self.rows, get_args(Rows)),
+            ("target", self.target, (None, *get_args(Target))),
+        ):
+            if value not in known:
+                raise ConfigError(f"{value!r} is none of {', '.join(map(str, known))}", where=name)
+
+    def __str__(self) -> str:
+        words = "what a call names" if self.avoid is None else ", ".join(phrases_of(self.avoid))
+        return f"without {words} (strength {self.strength})"
+
+
+def phrases_of(avoid: str | Sequence[str]) -> tuple[str, ...]:
+    """What is not wanted, a phrase each; ("auto",) for "auto".
+
+    Raises:
+        ConfigError: it names nothing, or is no text.
+    """
+    listed = avoid.split(",") if isinstance(avoid, str) else avoid
+    if not isinstance(listed, Sequence) or not all(isinstance(each, str) for each in listed):
+        raise ConfigError(
+            f"{avoid!r} does not say what is not wanted",
+            where=_WHERE,
+            fix='give words, such as avoid="beach, fence", or a list of them',
+        )
+    found = tuple(dict.fromkeys(" ".join(each.split()) for each in listed if each.strip()))
+    if not found:
+        raise ConfigError(
+            "nothing is named that is not wanted",
+            where=_WHERE,
+            fix='give such as avoid="beach, fence", or leave it out',
+        )
+    return found
+
+
+def settings_of(family: Family) -> Decor | None:
+    """What was loaded into the pipeline; None where nothing was."""
+    found: Decor | None = vars(family.denoiser).get(_KEY)
+    return found
+
+
+def keep_settings(family: Family, settings: Decor | None) -> None:
+    """Leave settings with the denoiser, where its concepts are; None: take them away."""
+    if settings is None:
+        vars(family.denoiser).pop(_KEY, None)
+    else:
+        setattr(family.denoiser, _KEY, settings)
+
+
+@contextmanager
+def _run(pipe: Any, call: Call, avoid: Any = None) -> Iterator[Call]:
+    inner = {key: uncompiled(part) for key, part in pipe.components.items()}
+    family = family_of(inner, getattr(pipe, "config", None) or {})
+    settings = settings_of(family) or Decor()
+    given = settings.avoid if avoid is None else avoid
+    if given is None:
+        yield call
+        return
+    holder = holder_of(family)
+    phrases = phrases_of(given)
+    if phrases == (AUTO,):
+        phrases = _named_by_captions(holder)
+    asked = _asked(_texts(call, "prompt"), phrases)
+    if not any(asked.values()) or settings.strength == 0:
+        yield call
+        return
+    check_encoders_here(family, "cleaned prompts are compared with others", _WHERE)
+    target = _target(pipe, family, holder, settings)
+    kept = tuple(_texts(call, "negative_prompt"))
+    with ExitStack() as stack:
+        withheld = None
+        if target != "prompt":
+            withheld = Withheld(family, holder, phrases, kept, settings.rank)
+        if target != "concepts":
+            auto = settings.strength == AUTO
+            cleaning = Cleaning(
+                phrases,
+                negatives=kept,
+                strength=None if auto else float(settings.strength),
+                rank=settings.rank,
+                rows=settings.rows,
+                triggers=_entries(holder),
+            )
+            stack.enter_context(cleaned(family, cleaning))
+        if withheld is not None:
+            strength = _WITHHELD if settings.strength == AUTO else float(settings.strength)
+            stack.enter_context(withheld.applied(asked, strength))
+        yield call
+
+
+#: Adds ``avoid=`` to a pipeline's call; see README.md.
+DECOR = Stage(("avoid",), _run)
+
+
+def _asked(prompts: Sequence[str], phrases: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Prompt -> what is not wanted in it, which is nothing that it asks for itself."""
+    if not prompts:
+        raise ConfigError(
+            "what is not wanted can be taken out of words alone",
+            where="prompt",
+            fix="give prompt= a text or a list of texts, and no prompt_embeds",
+        )
+    found = {}
+    for prompt in prompts:
+        for phrase in phrases:
+            if prompt.strip() and places_of(prompt, phrase):
+                raise ConfigError(
+                    f"{phrase!r} is all of the prompt {prompt!r}",
+                    where=_WHERE,
+                    fix="name what the prompt does not ask for",
+                )
+        found[prompt] = tuple(phrase for phrase in phrases if not shared(phrase, prompt))
+        wanted = [phrase for phrase in phrases if phrase not in found[prompt]]
+        if wanted:
+            warnings.warn(
+                f"the prompt {prompt!r} asks for {', '.join(wanted)} itself, which is then not "
+                "avoided in it",
+                stacklevel=6,
+            )
+    return found
+
+
+def _texts(call: Mapping[str, Any], name: str) -> list[str]:
+    """All that a call says by an argument, and by those of its further encoders."""
+    found: list[str] = []
+    for argument in (name, *(f"{name}_{k}" for k in (2, 3, 4))):
+        value = call.get(argument)
+        listed = [value] if isinstance(value, str) else value
+        if isinstance(listed, list | tuple):
+            found += [each for each in listed if isinstance(each, str)]
+    return list(dict.fromkeys(found))
+
+
+def _target(pipe: Any, family: Family, holder: Holder, settings: Decor) -> Target:
+    """Where it is done, of those that can be."""
+    if settings.target == "prompt":
+        return "prompt"
+    why = ""
+    if not family.reads_prompts_as_encoded:
+        why = f"models of family {family.name} do not read prompts by cross-attention as encoded"
+    elif _is_compiled(pipe.components[family.denoiser_key]):
+        why = "the denoiser is compiled, where its layers cannot be reached"
+    elif not adding_layers(family, holder):
+        why = "no concept is attached beside the weights that adds to keys and values of prompts"
+    if not why:
+        return settings.target or "concepts"
+    if settings.target is not None:
+        raise PipelineError(
+            f"what concepts add cannot be cleaned: {why}",
+            where=f"target={settings.target!r}",
+            fix='use target="prompt"',
+        )
+    return "prompt"
+
+
+def _is_compiled(denoiser: Any) -> bool:
+    """Whether any of it is compiled, in place or in a wrapper."""
+    return uncompiled(denoiser) is not denoiser or any(
+        getattr(module, "_compiled_call_impl", None) is not None for module in denoiser.modules()
+    )
+
+
+def _named_by_captions(holder: Holder) -> tuple[str, ...]:
+    """What the captions of all attached concepts' pictures share beside the concept."""
+    found: dict[str, None] = {}
+    for each in holder.attached.values():
+        words = each.concept.info.training.get("captions_share")
+        known = words if isinstance(words, list) else []
+        found |= dict.fromkeys(word for word in known if isinstance(word, str))
+    if not found:
+        raise ConfigError(
+            "the captions of the attached concepts name nothing that all their pictures share",
+            where=_WHERE,
+            fix='say what is not wanted, such as avoid="beach, fence"',
+        )
+    return tuple(found)
+
+
+def _entries(holder: Holder) -> frozenset[str]:
+    return frozenset(name for names in holder.tokens.values() for name in names)

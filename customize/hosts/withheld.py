@@ -1,0 +1,172 @@
+"""What attached concepts add to a prompt, without what is not wanted.
+
+A concept that was learned from a few pictures of one place says the place as well wherever it is
+called, and mostly not by its tokens: its updates of the cross-attention's keys and values say it
+when they read them. So the formula of DECOR (arXiv 2412.09169) is applied to what these updates
+add, ours in place of the paper's embeddings: ``Y' = Y - strength Y V V^T``, where ``Y`` is what a
+layer's update adds to the keys or values of a prompt, and ``V`` spans those that the layer itself
+gives to the words that are not wanted. What the base reads in the prompt stays as it is, and so do
+words that the prompt asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from customize.core.projection import projected, span
+from customize.families import Family
+from customize.hosts.guards import ADAPTER
+from customize.hosts.regional import SAME
+from customize.hosts.state import Holder
+
+
+def adding_layers(family: Family, holder: Holder) -> list[tuple[int, Any]]:
+    """The layers that give the keys and values of prompts and carry our adapter, each with the
+    number of its attention."""
+    names = family.cross_attention_layers() if family.reads_prompts_as_encoded else []
+    own = [a.layers.get(family.denoiser_key, {}) for a in holder.adapters if a.is_there()]
+    return [
+        (number, layers[f"{name}.{which}"])
+        for layers in own
+        for number, name in enumerate(names)
+        for which in ("to_k", "to_v")
+        if f"{name}.{which}" in layers
+    ]
+
+
+class Withheld:
+    """What is not wanted, as each layer reads it.
+
+    It is made before anything cleans what the text encoders say.
+
+    Args:
+        phrases: what is not wanted.
+        kept: the texts whose rows are left alone: the empty one, and negative prompts.
+        rank: how many directions at most.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        holder: Holder,
+        phrases: Sequence[str],
+        kept: Sequence[str],
+        rank: int | None,
+    ) -> None:
+        self.family, self.rank = family, rank
+        self.layers = adding_layers(family, holder)
+        # A word says another thing behind others than alone, and both are what it says.
+        things = dict.fromkeys(each.concept.info.class_word for each in holder.attached.values())
+        before = ["", *(f"a photo of a {thing} " for thing in things if thing)]
+        worded = {phrase: [start + phrase for start in before] for phrase in phrases}
+        texts = [text for own in worded.values() for text in own]
+        said = self._encoded(list(dict.fromkeys([*texts, "", *kept])))
+        self.kept = [said[text] for text in dict.fromkeys(["", *kept])]
+        tokenizer = family.token_dictionaries()[0].tokenizer
+        self.rows = {}
+        for phrase, own in worded.items():
+            lengths = [len(ids) for ids in tokenizer(own, add_special_tokens=False).input_ids]
+            rows = [
+                said[text][1 + length - lengths[0] : 1 + length]
+                for text, length in zip(own, lengths, strict=True)
+            ]
+            self.rows[phrase] = torch.cat(rows)
+
+    @contextmanager
+    def applied(self, asked: dict[str, tuple[str, ...]], strength: float) -> Iterator[None]:
+        """Within it, what the layers' updates add lacks what is not wanted.
+
+        Args:
+            asked: prompt -> the phrases that are not wanted in it.
+        """
+        said = self._encoded(list(asked))
+        groups: dict[tuple[str, ...], list[Tensor]] = {}
+        for prompt, phrases in asked.items():
+            groups.setdefault(phrases, []).append(said[prompt])
+        with ExitStack() as stack:
+            for number, layer in self.layers:
+                reading = _Reading(self, number, groups, strength)
+                # What is read is seen at the layer, and what our adapter adds at its own part.
+                stack.callback(layer.register_forward_pre_hook(reading.before).remove)
+                up = layer.lora_B[ADAPTER]
+                stack.callback(
+                    up.register_forward_hook(partial(reading.after, layer.get_base_layer())).remove
+                )
+            yield
+
+    def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            found = self.family.encode_prompts(texts)["prompt_embeds"]
+        return dict(zip(texts, found, strict=True))
+
+
+class _Reading:
+    """One layer's part in it."""
+
+    def __init__(
+        self,
+        withheld: Withheld,
+        number: int,
+        groups: dict[tuple[str, ...], list[Tensor]],
+        strength: float,
+    ) -> None:
+        self.withheld, self.number, self.strength = withheld, number, strength
+        self.groups = groups
+        self.spans: dict[tuple[str, ...], Tensor] = {}
+        self.strengths: list[Tensor] = []
+        self._seen: tuple[Tensor, int] | None = None
+        self._answer: Tensor | None = None
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Find out how strongly each row of what is read is changed, for each group."""
+        words = args[0]
+        if self._seen is not None and self._seen[0] is words and self._seen[1] == _version(words):
+            return  # as in the step before: then so is the answer
+        self._seen, self._answer = (words, _version(words)), None
+        left = self._among(words, self.withheld.kept)
+        strengths = []
+        for number, prompts in enumerate(self.groups.values()):
+            # The first group has what is of none: prompts that a stage made of one.
+            own = self._among(words, prompts) if len(self.groups) > 1 else ~left
+            strengths.append(own & ~left)
+            if number == 0 and len(self.groups) > 1:
+                rest = [each for other in list(self.groups.values())[1:] for each in other]
+                strengths[0] = ~left & ~self._among(words, rest)
+        self.strengths = [self.strength * own.float()[:, None] for own in strengths]
+
+    def after(self, base: Any, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self._answer is not None:
+            return self._answer
+        for phrases, strength in zip(self.groups, self.strengths, strict=True):
+            if phrases:
+                if phrases not in self.spans:
+                    with torch.no_grad():
+                        rows = torch.cat([self.withheld.rows[each] for each in phrases])
+                        self.spans[phrases] = span(base(rows.to(output)), self.withheld.rank)
+                output = projected(output, self.spans[phrases], strength)
+        self._answer = output
+        return output
+
+    def _among(self, words: Tensor, known: Sequence[Tensor]) -> Tensor:
+        """(batch,), which rows are one of the known texts; nothing waits for the device."""
+        found = torch.zeros(len(words), dtype=torch.bool, device=words.device)
+        for each in known:
+            own = each.to(words.device)
+            length = words.shape[1]
+            if len(own) > length:  # the part that this layer reads
+                own = own[self.number * length : (self.number + 1) * length]
+            if own.shape == words.shape[1:]:
+                off = (words.float() - own.float()).square().sum((1, 2))
+                found |= off <= SAME**2 * own.float().square().sum()
+        return found
+
+
+def _version(words: Tensor) -> int:
+    """How often a tensor was changed in place; those of inference mode do not tell."""
+    return 0 if words.is_inference() else words._version

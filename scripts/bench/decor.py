@@ -1,0 +1,411 @@
+"""What leaks out of training pictures, and what keeps it out: `avoid=` against what users would do.
+
+Concepts of the miniature world are learned from few pictures, all in one place and with one
+accessory, by captions that say nothing of either: so both come along where they are not asked for.
+Styles are colour changes of whole pictures, learned from pictures of one class in one place: there
+the class comes along. Each is then asked for in other places, with other accessories, as other
+things, and in a mix of both, and judged:
+
+- identity: whose dog it is; of a style, whether the colours are its own (a discriminant of the
+  channels' means and deviations, found on renders). Colours are changed back before anything else
+  is judged.
+- prompt: share of asked attributes shown; leak: share of pictures with something of the training
+  pictures that was not asked for.
+
+Every way is drawn with the same prompts and seeds. "Avoiding" is `avoid=` with the words that a
+user would name, in the places where the formula can be applied, each at several strengths; and with
+words that did not leak, as a control. What was learned and scored is kept in `--folder`, so a run
+that was cut off goes on; delete the scores there after a change to what draws or judges.
+
+    python scripts/bench/decor.py --json scripts/bench/results/decor.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import _common
+import torch
+from _leaky import CONCEPTS, STYLES, Leaky, Style, StyleJudge, Subject, leaks, references
+from _scorer import open_quietly
+from torch import Tensor
+
+import customize
+from customize.demo import TRAINING, assets
+from customize.evaluation.storybook import GUIDANCE, asked_and_shown
+from customize.storybook.captions import parse
+from customize.storybook.judges import Judges, load_judges
+
+Rate = dict[str, float]
+STEPS = 12  # of drawing: enough for all that is judged
+NOTHING, CLASS_WORD, NEGATIVE = "nothing", "the class word alone", "negative prompt"
+
+
+MIXES = ((0, 0),)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How much is learned and drawn."""
+
+    concepts: int
+    styles: int
+    mixes: int
+    seeds: Mapping[str, tuple[int, ...]]
+    steps: int
+    weights: tuple[float, ...]
+    strengths: Mapping[str, tuple[float, ...]]
+
+
+# By default it is what concepts add, at 2.
+STRENGTHS = {"concepts": (0.5, 1.0, 1.5), "prompt": (0.5, 1.0), "both": (1.0,)}
+SEEDS = {"personalization": (1, 2), "style": (1,), "mixing": (1,)}
+FULL = Protocol(3, 2, 1, SEEDS, 400, (0.8, 0.6, 0.4), STRENGTHS)
+QUICK = Protocol(1, 0, 0, {"personalization": (1,)}, 60, (0.6,), {"prompt": (1.0,)})
+
+
+# --- learning ---------------------------------------------------------------------------------
+
+
+def config_of(args: argparse.Namespace, what: Leaky) -> Any:
+    from customize.training.config import TrainConfig
+
+    style = isinstance(what, Style)
+    return TrainConfig(
+        base=str(args.base),
+        images=args.folder / "pictures" / what.name,
+        output=args.folder / "learned" / what.name,
+        name=what.name,
+        class_word="style" if style else what.kind,
+        caption="a picture in {} style" if style else "a photo of {}",
+        slice=8 + STYLES.index(what) if style else CONCEPTS.index(what),
+        record_inputs=False,
+        **TRAINING | {"steps": args.steps, "checkpoint_every": 0, "layerwise_tokens": False},
+    )
+
+
+def learn(args: argparse.Namespace, name: str) -> None:
+    """Learn what goes by this name; what is finished is kept."""
+    from PIL import Image
+
+    from customize.training.loop import train
+
+    (what,) = (each for each in (*CONCEPTS, *STYLES) if each.name == name)
+    folder = args.folder / "pictures" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(references(what)):
+        pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    began = time.time()
+    train(config_of(args, what), progress=False)
+    print(f"learned {name} in {time.time() - began:.0f} s", flush=True)
+
+
+# --- what is asked, and how it is judged ------------------------------------------------------
+
+
+def subjects(protocol: Protocol) -> dict[str, list[Subject]]:
+    return {
+        "personalization": [Subject(each, None) for each in CONCEPTS[: protocol.concepts]],
+        "style": [Subject(None, each) for each in STYLES[: protocol.styles]],
+        "mixing": [Subject(CONCEPTS[a], STYLES[b]) for a, b in MIXES[: protocol.mixes]],
+    }
+
+
+class Scorer:
+    """Draws and judges."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.pipe = open_quietly(args.base)
+        self.pipe.unet.to(memory_format=torch.channels_last)
+        self.judges: Judges = load_judges(assets() / "judges")
+        self.styles = {style.name: StyleJudge(style) for style in STYLES}
+        warnings.filterwarnings("ignore", message=".*which is then not avoided")
+
+    def score(self, subject: Subject, way: str, seed: int) -> Rate:
+        """Rates of one way to draw."""
+        weight, call, settings, words = way_of(subject, way)
+        folders = [config_of(self.args, part).output for part in subject.parts]
+        self.pipe.load_custom(*folders, weights=[weight] * len(folders), merge="sum")
+        if settings is not None:
+            self.pipe.load_custom(settings)
+        try:
+            prompts = subject.prompts(words)
+            images = self.draw(prompts, seed, call)
+        finally:
+            self.pipe.unload_custom()
+        save(images, self.args.folder / "drawn" / f"{subject.name}-{slug(way)}-{seed}.png")
+        return self.rate(subject, images, prompts)
+
+    def draw(self, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Tensor:
+        found = []
+        for first in range(0, len(prompts), 16):
+            part = list(prompts[first : first + 16])
+            own = dict(call)
+            if "negative_prompt" in own:
+                own["negative_prompt"] = [own["negative_prompt"]] * len(part)
+            found.append(
+                self.pipe(
+                    part,
+                    num_inference_steps=STEPS,
+                    guidance_scale=GUIDANCE,
+                    generator=[
+                        torch.Generator().manual_seed(1000 * seed + first + k)
+                        for k in range(len(part))
+                    ],
+                    output_type="pt",
+                    **own,
+                ).images.float()
+            )
+        return torch.cat(found) * 2 - 1
+
+    def rate(self, subject: Subject, images: Tensor, prompts: Sequence[str]) -> Rate:
+        own = [True] * len(images)
+        if subject.style is not None:
+            own = self.styles[subject.style.name].has(images)
+            images = subject.style.undo(images)
+        kind = None
+        if subject.concept is not None:
+            kind = subject.concept.kind
+            signature = self.judges.signature(references(subject.concept))
+            near = self.judges.distance(images, signature) <= self.judges.threshold
+            own = [a and b for a, b in zip(own, near.tolist(), strict=True)]
+        hits: list[bool] = []
+        leaked: list[bool] = []
+        unasked: list[bool] = []
+        for seen, prompt in zip(self.judges.see(images), prompts, strict=True):
+            request = parse(prompt)
+            hits += asked_and_shown(seen, request, [kind])
+            leaked.append(leaks(subject, seen, request))
+            if request.place is None:
+                unasked.append(any(seen["place"] == part.place for part in subject.parts))
+        return {
+            "identity": mean(own),
+            "prompt": mean(hits),
+            "leak": mean(leaked),
+            "place_where_none_asked": mean(unasked) if unasked else 0.0,
+        }
+
+
+def ways(protocol: Protocol, subject: Subject) -> list[str]:
+    baselines = [NOTHING, NEGATIVE, *([CLASS_WORD] if subject.concept else [])]
+    baselines += [f"weight {weight}" for weight in protocol.weights]
+    ours = [f"avoiding, {t} at {s}" for t, own in protocol.strengths.items() for s in own]
+    return [*baselines, DEFAULT, *ours, f"{DEFAULT}, words that did not leak"]
+
+
+DEFAULT = "avoiding, by default"
+
+
+def way_of(subject: Subject, way: str) -> tuple[float, dict[str, Any], Any, str | None]:
+    """Weight, arguments of the call, settings, and words in place of the trigger."""
+    if way == NEGATIVE:
+        return 1.0, {"negative_prompt": subject.shown}, None, None
+    if way == CLASS_WORD:
+        return 1.0, {}, None, f"a {subject.concept.kind}" if subject.concept else None
+    if way.startswith("weight "):
+        return float(way.split()[1]), {}, None, None
+    if way.startswith(DEFAULT):
+        return 1.0, {"avoid": subject.control if "not" in way else subject.shown}, None, None
+    if way.startswith("avoiding, "):
+        target, strength = way.removeprefix("avoiding, ").split(" at ")
+        settings = customize.Decor(strength=float(strength), target=target)
+        return 1.0, {"avoid": subject.shown}, settings, None
+    return 1.0, {}, None, None
+
+
+# --- the whole --------------------------------------------------------------------------------
+
+
+def cell_file(args: argparse.Namespace, job: str) -> Path:
+    return args.folder / "scores" / f"{slug(job)}.json"
+
+
+def slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text)
+
+
+def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
+    """Score the cell of `job`, "subject/way/seed", into a file of its own; a finished one is
+    kept."""
+    name, way, seed = job.split("/")
+    protocol = QUICK if args.quick else FULL
+    (subject,) = (e for own in subjects(protocol).values() for e in own if e.name == name)
+    path = cell_file(args, job)
+    if path.exists():
+        return
+    rates = scorer.score(subject, way, int(seed))
+    partial = path.with_suffix(".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(rates))
+    os.replace(partial, path)
+    print(f"{job:45}", {key: round(value, 2) for key, value in rates.items()}, flush=True)
+
+
+def cost(args: argparse.Namespace, repeats: int) -> float:
+    """What `avoid=` adds to a picture of 25 steps, as a share of it; in alternation."""
+    scorer = Scorer(args)
+    concept = CONCEPTS[0]
+    scorer.pipe.load_custom(config_of(args, concept).output)
+    seconds: dict[str, list[float]] = {"": [], concept.shown: []}
+
+    def once(avoid: str) -> float:
+        began = time.process_time()
+        call = {"avoid": avoid} if avoid else {}
+        scorer.pipe(
+            f"a photo of <{concept.name}> in a city",
+            num_inference_steps=25,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(1),
+            output_type="pt",
+            **call,
+        )
+        return time.process_time() - began
+
+    for avoid in seconds:
+        once(avoid)
+    for _ in range(repeats):
+        for avoid, taken in seconds.items():
+            taken.append(once(avoid))
+    return median(b / a for a, b in zip(*seconds.values(), strict=True)) - 1
+
+
+def save(images: Tensor, path: Path) -> None:
+    """Pictures side by side, eight a line."""
+    from PIL import Image
+
+    rows = [torch.cat(list(images[k : k + 8]), -1) for k in range(0, len(images), 8)]
+    width = max(row.shape[-1] for row in rows)
+    rows = [torch.nn.functional.pad(row, (0, width - row.shape[-1])) for row in rows]
+    sheet = ((torch.cat(rows, -2) + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet.numpy()).save(path)
+
+
+def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str]) -> None:
+    """Do jobs in worker processes of one core each."""
+    common = ["--folder", str(args.folder), "--base", str(args.base), "--steps", str(args.steps)]
+    common += ["--quick"] if args.quick else []
+    running = [
+        subprocess.Popen([sys.executable, __file__, *common, stage, *jobs[worker :: args.workers]])
+        for worker in range(min(args.workers, len(jobs)))
+    ]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise SystemExit("something could not be learned or scored; see above")
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    protocol = QUICK if args.quick else FULL
+    args.steps = protocol.steps
+    told = repr((protocol.steps, STEPS, TRAINING)).encode()
+    for path in sorted(Path(args.base).rglob("*.safetensors")):
+        told += path.read_bytes()
+    args.folder = args.folder / hashlib.sha256(told).hexdigest()[:8]
+    known = subjects(protocol)
+    names = {part.name: None for own in known.values() for each in own for part in each.parts}
+    share_out(args, "--learn", list(names))
+    jobs = {
+        (task, way): [f"{e.name}/{way}/{seed}" for e in own for seed in protocol.seeds[task]]
+        for task, own in known.items()
+        if own
+        for way in ways(protocol, own[0])
+    }
+    share_out(args, "--score", [job for own in jobs.values() for job in own])
+
+    tables: dict[str, dict[str, Rate]] = {}
+    for (task, way), own in jobs.items():
+        found = [json.loads(cell_file(args, job).read_text()) for job in own]
+        tables.setdefault(task, {})[way] = over(found)
+    rows = [
+        {"task": task, "drawn": way} | rates
+        for task, table in tables.items()
+        for way, rates in table.items()
+    ]
+    figures: dict[str, float] = {}
+    for task, table in tables.items():
+        figures |= figures_of(task, table)
+    figures |= {f"style_judge_{s.name}": StyleJudge(s).accuracy for s in STYLES}
+    figures["stage_cost"] = cost(args, 3 if args.quick else 7)
+    return rows, figures
+
+
+def over(found: Sequence[Rate]) -> Rate:
+    return {key: mean(rates[key] for rates in found) for key in found[0]}
+
+
+def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
+    """Ours by default against the best that baselines do at its identity."""
+    ours = table[DEFAULT]
+    baselines = [rates for way, rates in table.items() if not way.startswith("avoiding")]
+    found = {
+        f"identity_nothing_{task}": table[NOTHING]["identity"],
+        f"identity_{task}": ours["identity"],
+        f"leak_nothing_{task}": table[NOTHING]["leak"],
+        f"leak_negative_prompt_{task}": table[NEGATIVE]["leak"],
+        f"leak_{task}": ours["leak"],
+    }
+    best = least_leak(baselines, ours["identity"])
+    # Where nothing is recognised there is nothing to compare.
+    if best is not None and ours["identity"]:
+        found[f"leak_best_baseline_{task}"] = best
+        if best:
+            found[f"leak_ratio_{task}"] = ours["leak"] / best
+    return found
+
+
+def least_leak(baselines: Sequence[Rate], identity: float) -> float | None:
+    """The least leak that baselines have at this identity or above, also mixed two at a time, as
+    weights between those tried would; None where none comes within 1 % of it."""
+    points = [(rates["identity"], rates["leak"]) for rates in baselines]
+    found = [leak for own, leak in points if own >= identity - 0.01]
+    for high, leak in points:
+        for low, less in points:
+            if low < identity <= high:
+                share = (identity - low) / (high - low)
+                found.append(share * leak + (1 - share) * less)
+    return min(found, default=None)
+
+
+def main() -> None:
+    parser = _common.parser(__doc__)
+    parser.add_argument("--base", type=Path, default=assets() / "storybook")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/decor"),
+        help="keeps what was learned and scored",
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
+    # What a worker process is told to do.
+    parser.add_argument("--steps", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--learn", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--score", nargs="*", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.learn is None and args.score is None:
+        _common.report("decor", args, *run(args))
+        return
+    for name in args.learn or ():
+        learn(args, name)
+    scorer = Scorer(args) if args.score else None
+    for job in args.score or ():
+        assert scorer is not None
+        score(args, scorer, job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Taking a span out of embeddings: what the formula promises, on any numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from customize.core.projection import keeping, projected, span
+from customize.errors import ConfigError
+
+SIZES = st.tuples(st.integers(1, 6), st.integers(2, 24), st.integers(1, 5), st.integers(0, 999))
+
+
+def made(sizes):
+    """Rows, and what is not wanted."""
+    count, width, unwanted, seed = sizes
+    noise = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, width, generator=noise) for n in (count, unwanted)]
+
+
+def near(a, b):
+    return torch.allclose(a, b, rtol=0, atol=1e-4)
+
+
+@given(SIZES)
+def test_nothing_is_done_at_0_and_all_is_out_at_1(sizes):
+    rows, unwanted = made(sizes)
+    directions = span(unwanted)
+    assert torch.equal(projected(rows, directions, 0.0), rows)
+    out = projected(rows, directions, 1.0)
+    assert near(out @ unwanted.mT, torch.zeros(len(rows), len(unwanted)))
+    assert near(projected(out, directions, 1.0), out)
+    assert near(projected(unwanted, directions, 1.0), torch.zeros_like(unwanted))
+
+
+@given(SIZES, st.floats(0, 2))
+def test_it_is_linear_in_strength_and_leaves_what_is_orthogonal(sizes, strength):
+    rows, unwanted = made(sizes)
+    directions = span(unwanted)
+    removed = rows - projected(rows, directions, 1.0)
+    assert near(projected(rows, directions, strength), rows - strength * removed)
+    other = projected(rows, directions, 1.0)
+    assert near(projected(other, directions, strength), other)
+    each = torch.full((len(rows),), strength)
+    assert near(projected(rows, directions, each), projected(rows, directions, strength))
+
+
+@given(SIZES, st.randoms())
+def test_a_span_knows_no_order_and_no_repetition(sizes, random):
+    rows, unwanted = made(sizes)
+    order = list(range(len(unwanted)))
+    random.shuffle(order)
+    again = torch.cat([unwanted[order], 0.5 * unwanted[:1]])
+    a, b = span(unwanted), span(again)
+    assert a.shape == b.shape
+    assert near(projected(rows, a, 1.0), projected(rows, b, 1.0))
+
+
+@given(SIZES)
+def test_directions_are_orthonormal(sizes):
+    directions = span(made(sizes)[1])
+    assert near(directions @ directions.mT, torch.eye(len(directions)))
+
+
+@given(SIZES, st.floats(0.5, 0.99))
+def test_the_largest_strength_at_which_rows_keep_their_length(sizes, kept):
+    rows, unwanted = made(sizes)
+    directions = span(unwanted)
+    strength = float(keeping(rows, directions, kept))
+    assert 0.0 <= strength <= 1.0
+
+    def least(strength):
+        return float((projected(rows, directions, strength).norm(dim=1) / rows.norm(dim=1)).min())
+
+    assert least(strength) >= kept - 1e-3
+    if strength < 0.99:
+        assert least(min(1.0, strength + 0.01)) < kept + 1e-3
+
+
+def test_nothing_to_keep_is_full_strength():
+    assert float(keeping(torch.zeros(0, 4), torch.eye(4)[:1], 0.9)) == 1.0
+
+
+def test_a_rank_takes_the_strongest_first():
+    rows = torch.diag(torch.tensor([1.0, 5.0, 3.0]))
+    assert span(rows, 2).abs().tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert len(span(rows, 9)) == 3
+    assert len(span(torch.cat([rows, rows]))) == 3
+    with pytest.raises(ConfigError, match="rank 0"):
+        span(rows, 0)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), float("inf")])
+def test_other_strengths_are_refused(strength):
+    with pytest.raises(ConfigError, match="not from 0 to 2"):
+        projected(torch.ones(2, 3), span(torch.ones(1, 3)), strength)
+
+
+def test_dtype_and_leading_axes_are_kept():
+    rows = torch.randn(2, 3, 4, 8).bfloat16()
+    out = projected(rows, span(torch.randn(2, 8)), 1.0)
+    assert out.shape == rows.shape and out.dtype == torch.bfloat16

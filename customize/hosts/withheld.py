@@ -85,10 +85,11 @@ class Withheld:
         Args:
             asked: prompt -> the phrases that are not wanted in it.
         """
-        said = self._encoded(list(asked))
-        groups: dict[tuple[str, ...], list[Tensor]] = {}
-        for prompt, phrases in asked.items():
-            groups.setdefault(phrases, []).append(said[prompt])
+        groups: dict[tuple[str, ...], list[Tensor]] = {phrases: [] for phrases in asked.values()}
+        if len(groups) > 1:  # else there is nothing to tell apart
+            said = self._encoded(list(asked))
+            for prompt, phrases in asked.items():
+                groups[phrases].append(said[prompt])
         with ExitStack() as stack:
             for number, layer in self.layers:
                 reading = _Reading(self, number, groups, strength)

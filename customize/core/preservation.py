@@ -81,8 +81,6 @@ PRESERVATIONS: dict[str, Preservation] = {
     "context_text": context_text,
     "output": output,
 }
-#: Those that compare what text encoders make of phrases.
-TEXT_LOSSES = ("class_text", "context_text")
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:

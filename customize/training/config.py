@@ -17,7 +17,6 @@ from pydantic import (
     model_validator,
 )
 
-from customize.core.preservation import PRESERVATIONS, TEXT_LOSSES
 from customize.errors import ConfigError
 from customize.training.contradictions import contradictions
 from customize.training.settings import (
@@ -29,6 +28,9 @@ from customize.training.settings import (
     weights_by_name,
 )
 
+# Named here, and not read from customize.core.preservation, so that --help needs no torch.
+TEXT_LOSSES = ("class_text", "context_text")
+PRESERVATIONS = (*TEXT_LOSSES, "output")
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 # Checkpoints of these kinds are pickles, which run code when they are opened.
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
@@ -381,7 +383,7 @@ class TrainConfig(BaseModel):
     @field_validator("preserve")
     @classmethod
     def _preservations(cls, weights: dict[str, float]) -> dict[str, float]:
-        unknown = sorted(weights.keys() - PRESERVATIONS.keys())
+        unknown = sorted(weights.keys() - set(PRESERVATIONS))
         if unknown:
             known = ", ".join(PRESERVATIONS)
             hint = "; class pictures have prior_weight" if "prior" in unknown else ""

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from customize.core import preservation
 from customize.errors import ConfigError
-from customize.training.config import TrainConfig, load_config
+from customize.training.config import PRESERVATIONS, TrainConfig, load_config
 
 REQUIRED = {
     "base": "org/model",
@@ -29,6 +30,10 @@ def written(folder, text):
 
 
 YAML = "".join(f"{key}: {value}\n" for key, value in REQUIRED.items())
+
+
+def test_every_preservation_there_is_can_be_chosen():
+    assert tuple(preservation.PRESERVATIONS) == PRESERVATIONS
 
 
 def test_defaults_that_follow_from_other_settings():

@@ -13,11 +13,12 @@ from customize.concepts.phrases import find as places_of
 from customize.concepts.phrases import shared
 from customize.core.projection import check_strength
 from customize.errors import ConfigError, PipelineError
-from customize.families import Family, family_of
+from customize.families import Family
 from customize.families.components import uncompiled
 from customize.hosts.calling import Call, Stage
 from customize.hosts.checks import check_encoders_here
 from customize.hosts.cleaning import Cleaning, cleaned
+from customize.hosts.sources import family_in
 from customize.hosts.state import Holder
 from customize.hosts.state import find as holder_of
 from customize.hosts.withheld import Withheld, adding_layers
@@ -131,8 +132,7 @@ def keep_settings(family: Family, settings: Decor | None) -> None:
 
 @contextmanager
 def _run(pipe: Any, call: Call, avoid: Any = None) -> Iterator[Call]:
-    inner = {key: uncompiled(part) for key, part in pipe.components.items()}
-    family = family_of(inner, getattr(pipe, "config", None) or {})
+    family = family_in(pipe)
     settings = settings_of(family) or Decor()
     given = settings.avoid if avoid is None else avoid
     if given is None:

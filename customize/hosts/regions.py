@@ -17,11 +17,11 @@ from torch import Tensor
 from customize.concepts.phrases import check, find, regional
 from customize.core.regions import box_weights, layered, mask_weights
 from customize.errors import ConfigError, PipelineError
-from customize.families import Family, family_of
-from customize.families.components import uncompiled
+from customize.families import Family
 from customize.hosts.calling import Call, Stage
 from customize.hosts.checks import check_encoders_here
 from customize.hosts.regional import Regional, drawn_by_regions
+from customize.hosts.sources import family_in
 from customize.hosts.state import find as holder_of
 
 Weigh = Callable[[int, int], Tensor]
@@ -39,8 +39,7 @@ def _run(pipe: Any, call: Call, regions: Any = None) -> Iterator[Call]:
     if regions is None:
         yield call
         return
-    inner = {key: uncompiled(part) for key, part in pipe.components.items()}
-    family = family_of(inner, getattr(pipe, "config", None) or {})
+    family = family_in(pipe)
     _check_host(pipe, family, call)
     prompts = _prompts(call)
     words = {name: each.concept.info.words for name, each in holder_of(family).attached.items()}

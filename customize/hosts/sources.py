@@ -15,6 +15,7 @@ from customize.concepts.formats.names import Names
 from customize.concepts.formats.opening import opened
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
+from customize.families.components import uncompiled
 from customize.hosts.fusing import base_weight
 from customize.hosts.offload import settled
 from customize.hosts.state import Holder, find
@@ -33,7 +34,7 @@ def family_in(pipe: Any) -> Family:
             fix="give a DiffusionPipeline or ModularPipeline",
         )
     # Below torch.compile's wrapper, where modules have the names that files give them.
-    inner = {key: getattr(part, "_orig_mod", part) for key, part in components.items()}
+    inner = {key: uncompiled(part) for key, part in components.items()}
     return family_of(inner, getattr(pipe, "config", None) or {})
 
 

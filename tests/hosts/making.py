@@ -149,3 +149,19 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
                 assert weight.dtype == right[name].dtype and torch.equal(weight, right[name]), name
         else:
             assert left == b[key], key
+
+
+def attached(make: Any = tiny_sd, layers: bool = False, **facts: Any) -> Any:
+    """A pipeline with <rex>, whose tokens may have an embedding for each cross-attention layer."""
+    pipe = make()
+    rex = concept(pipe, **facts)
+    if layers:
+        count = len(family_of(pipe.components).cross_attention_layers())
+        noise = torch.Generator().manual_seed(3)
+        rows = {
+            key: own[:, None] + 0.5 * torch.randn(2, count, own.shape[1], generator=noise)
+            for key, own in rex.embeddings.items()
+        }
+        info = rex.info.model_copy(update={"token_layers": count})
+        rex = Concept(info, rex.products, rows)
+    return pipe.load_custom(rex)

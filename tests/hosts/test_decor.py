@@ -12,31 +12,15 @@ from accelerate import cpu_offload
 from torch.linalg import svd
 
 import customize
-from customize.concepts.concept import Concept
 from customize.errors import ConfigError, PipelineError
 from customize.families import family_of
-from tests.hosts.making import assert_same, concept, everything, modular
+from tests.hosts.making import assert_same, attached, concept, everything, modular
 from tests.tiny import CLIP_LENGTH, drawn, tiny_flux, tiny_flux3, tiny_sd, tiny_sd3, tiny_sdxl
 
 PROMPT = "a photo of <rex> and a car on the beach"
 AVOID = "red hat, striped cup"
 PHRASES = ("red hat", "striped cup")
 CLEAN = customize.Decor(target="prompt", strength=1.0)
-
-
-def attached(make=tiny_sd, layers=False, **facts):
-    pipe = make()
-    rex = concept(pipe, **facts)
-    if layers:
-        count = len(family_of(pipe.components).cross_attention_layers())
-        noise = torch.Generator().manual_seed(3)
-        rows = {
-            key: own[:, None] + 0.5 * torch.randn(2, count, own.shape[1], generator=noise)
-            for key, own in rex.embeddings.items()
-        }
-        info = rex.info.model_copy(update={"token_layers": count})
-        rex = Concept(info, rex.products, rows)
-    return pipe.load_custom(rex)
 
 
 def draw(pipe, prompt=PROMPT, seeds=(1,), **call):

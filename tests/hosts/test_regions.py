@@ -12,12 +12,10 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
-from customize.concepts.concept import Concept
 from customize.errors import ConfigError, CustomizeError, PipelineError
-from customize.families import family_of
 from customize.hosts import regional
-from tests.hosts.making import assert_same, concept, everything, modular
-from tests.tiny import drawn, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from tests.hosts.making import assert_same, attached, everything, modular
+from tests.tiny import drawn, tiny_flux, tiny_sd3, tiny_sdxl
 
 PROMPT = "a photo of <rex> and a red car on the beach"
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -25,21 +23,6 @@ REGIONS = {"<rex>": LEFT, "red car": RIGHT}
 #: Hard edges, at which latents of 16 x 16 can be compared bit for bit.
 LEFT_MASK = torch.tensor([1.0, 0.0]).expand(2, 2)
 MASKS = {"<rex>": LEFT_MASK, "red car": 1 - LEFT_MASK}
-
-
-def attached(make=tiny_sd, layers=False):
-    pipe = make()
-    rex = concept(pipe)
-    if layers:
-        count = len(family_of(pipe.components).cross_attention_layers())
-        noise = torch.Generator().manual_seed(3)
-        rows = {
-            key: own[:, None] + 0.5 * torch.randn(2, count, own.shape[1], generator=noise)
-            for key, own in rex.embeddings.items()
-        }
-        info = rex.info.model_copy(update={"token_layers": count})
-        rex = Concept(info, rex.products, rows)
-    return pipe.load_custom(rex)
 
 
 def draw(pipe, prompt=PROMPT, seeds=(1,), **call):

@@ -14,11 +14,11 @@ from rich.table import Table
 from torch import Tensor
 
 from customize.cli.shared import console
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import flattened
 from customize.concepts.files import storage_error
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.formats.opening import opened_whole
-from customize.concepts.inputs import LayerInputs, record_beside
+from customize.concepts.inputs import record_beside
 from customize.concepts.merge import strangers
 from customize.concepts.slices import collisions
 from customize.core.crosstalk import answers, matrix, relative
@@ -68,7 +68,8 @@ def run(sources: Sequence[str], *, layers: bool, plot: Path | None) -> None:
             soft_wrap=True,
         )
         return
-    found = answers(_flat(concepts), _flat_inputs(concepts, known))
+    inputs = [flattened(record.own) for record in known]
+    found = answers(_updates(concepts), dict(zip(_labels(concepts), inputs, strict=True)))
     by_layer = {layer: found[layer] for layer in sorted(found, key=_in_order)}
     overall, names = relative(by_layer), [concept.info.name for concept in concepts]
     out.print(_crosstalk(_labels(concepts), overall))
@@ -261,33 +262,14 @@ def _labels(concepts: Sequence[Adaptation]) -> list[str]:
     return [f"{number}. {concept.info.name}" for number, concept in enumerate(concepts, start=1)]
 
 
-def _flat(concepts: Sequence[Adaptation]) -> dict[str, Mapping[str, LowRank]]:
-    return {
-        label: {
-            f"{part}.{file_name(part, module)}": update
-            for part, own in concept.products.items()
-            for module, update in own.items()
-        }
-        for label, concept in zip(_labels(concepts), concepts, strict=True)
-    }
-
-
-def _flat_inputs(
-    concepts: Sequence[Adaptation], records: Sequence[LayerInputs]
-) -> dict[str, Mapping[str, Tensor]]:
-    return {
-        label: {
-            f"{part}.{module}": rows
-            for part, own in each.own.items()
-            for module, rows in own.items()
-        }
-        for label, each in zip(_labels(concepts), records, strict=True)
-    }
+def _updates(concepts: Sequence[Adaptation]) -> dict[str, dict[str, LowRank]]:
+    products = [flattened(concept.products) for concept in concepts]
+    return dict(zip(_labels(concepts), products, strict=True))
 
 
 def _overlaps(concepts: Sequence[Adaptation]) -> Table:
     labels = _labels(concepts)
-    return _square("overlap of updates", labels, labels, matrix(_flat(concepts)))
+    return _square("overlap of updates", labels, labels, matrix(_updates(concepts)))
 
 
 def _crosstalk(labels: Sequence[str], values: Tensor) -> Table:

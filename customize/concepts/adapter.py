@@ -226,6 +226,7 @@ class _Shaped(Protocol):
 
 
 Update = TypeVar("Update", bound=_Shaped)
+Value = TypeVar("Value")
 
 
 def fit(
@@ -322,3 +323,19 @@ def _frozen_downs(
 
 def _copy(weight: Tensor) -> Tensor:
     return weight.detach().to("cpu", copy=True)
+
+
+def flattened(parts: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
+    """What a concept has for each layer, such as its updates or its record, in one mapping.
+
+    Args:
+        parts: component -> module, by the model's names or those of files -> value.
+
+    Returns:
+        "component.module", as files name it -> value, in the same order.
+    """
+    return {
+        f"{component}.{file_name(component, module)}": value
+        for component, own in parts.items()
+        for module, value in own.items()
+    }

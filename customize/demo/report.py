@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from customize import demo
+from customize.concepts.adapter import flattened
 from customize.core import crosstalk
 from customize.errors import StorageError
 from customize.evaluation import record, storybook
@@ -221,12 +222,6 @@ def _wrapped(text: str, font: Any) -> str:
     return "\n".join(lines)
 
 
-def _flat(concept: Concept) -> dict[str, Any]:
-    return {
-        f"{part}.{k}": p for part, layers in concept.products.items() for k, p in layers.items()
-    }
-
-
 def heat_map(concepts: Mapping[str, Mapping[str, Concept]], path: Path) -> None:
     """Overlap of every two updates, ||dW_i dW_j^T|| / (||dW_i|| ||dW_j||), for both methods."""
     from matplotlib.figure import Figure
@@ -234,7 +229,7 @@ def heat_map(concepts: Mapping[str, Mapping[str, Concept]], path: Path) -> None:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     titles = {"concepts": "Orthogonal Adaptation", "ordinary": "ordinary LoRA"}
     for axes, (place, learned) in zip(figure.subplots(1, 2), concepts.items(), strict=True):
-        values = crosstalk.matrix({n: _flat(c) for n, c in learned.items()}).numpy()
+        values = crosstalk.matrix({n: flattened(c.products) for n, c in learned.items()}).numpy()
         image = axes.imshow(values, vmin=0, vmax=1, cmap="magma")
         axes.set_title(titles[place])
         axes.set_xticks(range(len(learned)), learned)

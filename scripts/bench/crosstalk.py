@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -25,10 +24,10 @@ import _common
 import torch
 from _merges import AVOIDING, PLAIN, SLICED, Learned, by_ours
 from _scorer import Scorer, concept
-from merge_identity import FULL, QUICK, SCORED, folder_name, kept, members
+from merge_identity import FULL, QUICK, SCORED, folder_name, kept, members, reader
 from torch import Tensor
 
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import flattened
 from customize.core.crosstalk import answers, matrix, relative
 from customize.demo import assets
 
@@ -38,22 +37,8 @@ PREDICTORS = ("measured", "factors")
 
 def predictions(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
     """Predictor -> (K, K): entry (i, j) is what j does to i."""
-    products = {
-        name: {
-            f"{part}.{file_name(part, module)}": update
-            for part, own in each.concept.products.items()
-            for module, update in own.items()
-        }
-        for name, each in learned.items()
-    }
-    inputs = {
-        name: {
-            f"{part}.{module}": rows
-            for part, own in each.record.own.items()
-            for module, rows in own.items()
-        }
-        for name, each in learned.items()
-    }
+    products = {name: flattened(each.concept.products) for name, each in learned.items()}
+    inputs = {name: flattened(each.record.own) for name, each in learned.items()}
     return {"measured": relative(answers(products, inputs)), "factors": matrix(products)}
 
 
@@ -130,14 +115,7 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = _common.parser(__doc__)
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("runs/merge_identity"),
-        help="where merge_identity.py keeps what it learned",
-    )
-    args = parser.parse_args()
+    args = reader(__doc__).parse_args()
     _common.report("crosstalk", args, *run(args))
 
 

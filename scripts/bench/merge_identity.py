@@ -124,6 +124,18 @@ def folder_name(text: str) -> str:
     return re.sub("[^a-z0-9]+", "-", text.lower())
 
 
+def reader(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark that reads what this one has learned; see `kept`."""
+    parser = _common.parser(description)
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/merge_identity"),
+        help="where merge_identity.py keeps what it learned",
+    )
+    return parser
+
+
 def kept(folder: Path) -> Path:
     """Where the latest run has its concepts.
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,7 +21,7 @@ import _common
 import torch
 from _merges import AVOIDING, PLAIN, Learned, Products, by_ours
 from _scorer import Scorer, concept
-from merge_identity import FULL, QUICK, folder_name, kept, members, over, spread_of
+from merge_identity import FULL, QUICK, folder_name, kept, members, over, reader, spread_of
 from torch import Tensor
 
 from customize.concepts.adapter import file_name
@@ -115,14 +114,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
 
 
 def main() -> None:
-    parser = _common.parser(__doc__)
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("runs/merge_identity"),
-        help="where merge_identity.py keeps what it learned",
-    )
-    args = parser.parse_args()
+    args = reader(__doc__).parse_args()
     _common.report("merge_solver", args, *run(args))
 
 

@@ -5,8 +5,8 @@ the class is computed once, before the first step. Phrases are encoded without p
 causal, so nothing up to the end of a text depends on what fills it up, and a phrase of ten tokens
 costs an eighth of a caption.
 
-Preserving is done every fourth step, with four times the weight: the same on average, at a quarter
-of the cost, which for texts is mostly that of calling an encoder at all, and for the denoiser's
+Preserving is done every sixth step, with six times the weight: the same on average, at a sixth of
+the cost, which for texts is mostly that of calling an encoder at all, and for the denoiser's
 answers that of a second batch forward and backward, and a third forward.
 """
 
@@ -34,7 +34,7 @@ from customize.training.process import Autocast
 from customize.training.trainable import Trainable
 
 #: Steps from one that preserves to the next.
-EVERY = 4
+EVERY = 6
 # Phrases of each loss that such a step looks at, in turns: many phrases cost what a few do.
 _TOGETHER = 2
 

@@ -11,7 +11,7 @@ over the base's own share, for the class word, on the same prompts and seeds, of
 together. Class drift: change of pictures of the class word, against the base; drift: of pictures of
 other things. A step's cost is the time that its one thread computes over that of a step that
 preserves nothing, by medians over runs in turns, so that what else the machine does troubles it
-little; of losses on texts, which only every fourth step has, also over the other steps of the same
+little; of losses on texts, which only every sixth step has, also over the other steps of the same
 runs. Memory is the most that a run's tensors hold at a time, over that of preserving nothing.
 
 What was learned and scored is kept in `--folder`, so a run that was cut off goes on.
@@ -96,7 +96,7 @@ class Protocol:
     cost_runs: int
 
 
-FULL = Protocol((0, 1, 3, 4, 6, 7), (200, 500, 1500), 100, (1, 2, 3), 6, (0,), 28, 3)
+FULL = Protocol((0, 1, 3, 4, 6, 7), (200, 500, 1500), 100, (1, 2, 3), 6, (0,), 42, 3)
 QUICK = Protocol((0,), (10, 20), 10, (1,), 3, (0,), 12, 1)
 
 

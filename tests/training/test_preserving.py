@@ -226,8 +226,8 @@ def test_many_phrases_are_looked_at_in_turns(kept):
         return encode(ids, first)
 
     run.preserved.encoders["text_encoder"] = watched
-    found = [run.preserved.text_loss(step) is not None for step in range(24)]
-    assert found == [step % EVERY == 0 for step in range(24)]
+    found = [run.preserved.text_loss(step) is not None for step in range(6 * EVERY)]
+    assert found == [step % EVERY == 0 for step in range(6 * EVERY)]
     assert [len(each) for each in rows] == [2] * 6
     assert len({tuple(ids) for each in rows for ids in each}) == len(preserving.PROMPTS)
 

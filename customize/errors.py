@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 __all__ = [
     "ConceptError",
     "ConfigError",
@@ -12,6 +15,7 @@ __all__ = [
     "StorageError",
     "TrainingError",
     "TrainingStopped",
+    "storage_error",
 ]
 
 
@@ -74,6 +78,16 @@ class SettingsError(TrainingError):
 
 class StorageError(CustomizeError):
     """Output cannot be written: full disk, no permission, a folder that holds something else."""
+
+
+def storage_error(error: OSError, where: Path) -> StorageError:
+    """What the system says on writing, as an error of the pack."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return StorageError(
+        "the disk is full" if full else f"it cannot be written: {error.strerror or error}",
+        where=where,
+        fix="free some space and save again" if full else "choose a place that can be written",
+    )
 
 
 def _one_line(text: str) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from customize.cli.shared import console
 from customize.concepts.adapter import flattened
-from customize.concepts.files import storage_error
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.formats.opening import opened_whole
 from customize.concepts.inputs import record_beside
@@ -23,7 +22,7 @@ from customize.concepts.merge import strangers
 from customize.concepts.slices import collisions
 from customize.core.crosstalk import answers, matrix, relative
 from customize.core.lowrank import LowRank
-from customize.errors import ConfigError
+from customize.errors import ConfigError, storage_error
 
 # From here on a second update changes what the first one draws.
 LOUD = 0.5

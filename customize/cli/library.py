@@ -13,10 +13,10 @@ from customize.concepts.index import Entry
 from customize.concepts.library import Library, add
 
 
-def run_list(folder: Path) -> None:
+def run_list(folder: str) -> None:
     """Print a row for each concept."""
     library = Library(folder)
-    table = Table(title=escape(str(folder)), title_justify="left")
+    table = Table(title=escape(folder), title_justify="left")
     for title in ("name", "trigger", "class", "family", "base"):
         table.add_column(title, overflow="fold")
     for title in ("rank", "MB", "record"):
@@ -58,7 +58,7 @@ def run_add(folder: Path, sources: Sequence[str]) -> None:
         )
 
 
-def run_check(folder: Path) -> int:
+def run_check(folder: str) -> int:
     """Print what is wrong in a library; the exit code, 1 where anything is."""
     from customize.concepts.health import check
 

@@ -16,15 +16,21 @@ Folder = Annotated[
     Path,
     typer.Argument(metavar="FOLDER", help="The library's folder", show_default=False),
 ]
+Library = Annotated[
+    str,
+    typer.Argument(
+        metavar="LIBRARY", help="A folder, or a collection of the hub's", show_default=False
+    ),
+]
 
 
 @app.command("list")
 @on_interrupt("interrupted")
-def list_concepts(folder: Folder) -> None:
+def list_concepts(library: Library) -> None:
     """Show what a library holds, and by what prompts call it."""
     from customize.cli.library import run_list
 
-    run_list(folder)
+    run_list(library)
 
 
 @app.command()
@@ -42,7 +48,7 @@ def add(folder: Folder, concepts: Sources) -> None:
 
 @app.command()
 @on_interrupt("interrupted")
-def check(folder: Folder) -> None:
+def check(library: Library) -> None:
     """Read every file of a library whole, and tell what is wrong.
 
     That is files that cannot be read, triggers that call two, slices that
@@ -51,4 +57,4 @@ def check(folder: Folder) -> None:
     """
     from customize.cli.library import run_check
 
-    raise typer.Exit(run_check(folder))
+    raise typer.Exit(run_check(library))

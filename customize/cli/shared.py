@@ -237,6 +237,6 @@ def storing(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        from customize.concepts.files import storage_error
+        from customize.errors import storage_error
 
         raise storage_error(error, where) from error

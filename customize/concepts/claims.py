@@ -18,9 +18,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from customize.concepts.concept import BasisInfo
-from customize.concepts.files import storage_error, sync_folder, write_file
+from customize.concepts.files import sync_folder, write_file
 from customize.concepts.layout import CLAIM_FILE
-from customize.errors import ConceptError
+from customize.errors import ConceptError, storage_error
 
 LOCK_FILE = ".slices.lock"
 

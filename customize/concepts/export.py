@@ -21,7 +21,6 @@ from customize.concepts.concept import Concept
 from customize.concepts.files import (
     check_writable,
     safetensors_bytes,
-    storage_error,
     sync_folder,
     write_file,
 )
@@ -39,7 +38,7 @@ from customize.concepts.layout import (
 from customize.concepts.merge import Layer, check_together, merging
 from customize.core.lowrank import LowRank, all_finite, distance, filled, norm
 from customize.core.truncation import truncate
-from customize.errors import ConceptError, ConfigError, StorageError
+from customize.errors import ConceptError, ConfigError, StorageError, storage_error
 from customize.families import Family, published_families
 
 Products = Mapping[str, Mapping[str, LowRank]]

@@ -17,7 +17,6 @@ anything is returned, and written whole or not at all.
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import os
@@ -48,7 +47,7 @@ from customize.concepts.layout import (
     peft_header,
 )
 from customize.concepts.reading import read, read_info
-from customize.errors import ConceptError, StorageError
+from customize.errors import ConceptError, StorageError, storage_error
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +60,6 @@ __all__ = [
     "read",
     "read_info",
     "safetensors_bytes",
-    "storage_error",
     "sync_folder",
     "write",
     "write_file",
@@ -286,13 +284,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def storage_error(error: OSError, where: Path) -> StorageError:
-    """What the system says on writing, as an error of the pack."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return StorageError(
-        "the disk is full" if full else f"it cannot be written: {error.strerror or error}",
-        where=where,
-        fix="free some space and save again" if full else "choose a place that can be written",
-    )

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts.adapter import Factors, Products, file_name, fit
-from customize.concepts.files import put_file, safetensors_bytes, storage_error
+from customize.concepts.files import put_file, safetensors_bytes
 from customize.concepts.layout import INPUTS_FILE
 from customize.concepts.reading import located, read_single_tensors
 from customize.core.fusion import InputMoment
-from customize.errors import ConceptError
+from customize.errors import ConceptError, storage_error
 from customize.families import Family
 from customize.families.components import uncompiled
 from customize.families.sampling import sample

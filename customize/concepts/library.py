@@ -12,13 +12,14 @@ from pathlib import Path
 
 from customize.concepts.claims import alone_in
 from customize.concepts.concept import NAME
-from customize.concepts.files import storage_error, sync_folder
+from customize.concepts.files import sync_folder
 from customize.concepts.formats.opening import opened
+from customize.concepts.hub import collected, is_collection
 from customize.concepts.index import Entry, described, read_index, stamp_of, stamps, write_index
 from customize.concepts.inputs import place_beside
 from customize.concepts.layout import INPUTS_FILE, WORK_NAMES
 from customize.concepts.reading import located
-from customize.errors import ConceptError, ConfigError
+from customize.errors import ConceptError, ConfigError, storage_error
 
 #: What looks like a trigger in a prompt.
 TRIGGER = rf"<{NAME}>"
@@ -34,14 +35,16 @@ class Library:
         kept: whether the index could be written; else it is in memory alone.
 
     Args:
-        folder: an existing folder, which may be empty, or not to be written in.
+        source: an existing folder, which may be empty, or not to be written in; or a collection of
+            the hub's, see :func:`customize.concepts.hub.collected`.
 
     Raises:
-        ConfigError: it is no folder, or cannot be looked into.
+        ConfigError: it is no folder, or cannot be looked into; the hub has no such collection.
+        ConceptError: the hub doesn't give all of a collection.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, source: str | Path) -> None:
+        self.folder = _folder_of(source)
         self.entries: dict[str, Entry] = {}
         self.stale, self.kept = 0, True
         self._called: dict[str, list[Entry]] = {}
@@ -117,6 +120,12 @@ class Library:
                 self.kept = True
             except OSError:  # read-only, or the disk is full: the index is for speed alone
                 self.kept = False
+
+
+def _folder_of(source: str | Path) -> Path:
+    if isinstance(source, str) and is_collection(source) and not os.path.exists(source):
+        return collected(source)
+    return Path(source)
 
 
 def add(library: str | Path, source: str | Path) -> Entry:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from customize.concepts.concept import MAX_NAME, Concept, ConceptInfo, check_info
+from customize.concepts.hub import downloaded, is_id
 from customize.concepts.layerwise import mean_rows
 from customize.concepts.layout import (
     COMMUNITY_KEYS,
@@ -23,9 +24,6 @@ from customize.concepts.layout import (
     INFO_HEADER,
     LAYERS_FILE,
     LORA_FILE,
-    MERGED_EMBEDS,
-    MERGED_FILE,
-    PEFT_FILES,
     PEFT_HEADER,
     SECOND,
     SECOND_FILE,
@@ -369,21 +367,6 @@ def located(source: str | Path) -> Path:
         if path.suffix.lower() in _PICKLES:
             _refuse_pickle(path)
         return path
-    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        return _downloaded(source)
+    if isinstance(source, str) and is_id(source):
+        return downloaded(source)
     raise ConceptError("there is no such concept", where=source, fix="check the path")
-
-
-def _downloaded(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        files = [LORA_FILE, SECOND_FILE, EMBEDS_FILE, LAYERS_FILE, INFO_FILE, *PEFT_FILES]
-        files += [MERGED_FILE, MERGED_EMBEDS.format("*")]
-        return Path(snapshot_download(hub_id, allow_patterns=files))
-    except Exception as error:  # offline, not found, gated, full disk: all mean no concept here
-        raise ConceptError(
-            f"there is no such folder, and the hub did not give it: {error}",
-            where=hub_id,
-            fix="check the path or the id",
-        ) from error

@@ -110,14 +110,15 @@ def load_custom(
             of the default resolution; ``pipe.custom`` tells which. It places the models: ``.to()``
             is not needed. It stays when concepts are unloaded; load the pipeline anew to undo it.
             :func:`memory_plan` also tells how to load a model that is too large for that.
-        library: A folder of any number of concepts and LoRAs. From then on, each call's prompts,
-            the negative ones too, are read for triggers, and the concepts that they name are
-            attached, beside those that were loaded by name; they stay until a prompt names others.
-            All that the prompts of a batch name are attached to the whole batch. A LoRA from
-            elsewhere is called ``<name>``, in whose place the model reads the words that its file
-            names, or its name. What looks like a trigger and is none, nor a token of the
-            tokenizer's, is refused. A call without prompts, as with ``prompt_embeds``, leaves what
-            is attached. ``unload_custom()`` takes the library away.
+        library: A folder of any number of concepts and LoRAs, or a collection of the hub's, by what
+            its address has after ``collections/``. From then on, each call's prompts, the negative
+            ones too, are read for triggers, and the concepts that they name are attached, beside
+            those that were loaded by name; they stay until a prompt names others. All that the
+            prompts of a batch name are attached to the whole batch. A LoRA from elsewhere is called
+            ``<name>``, in whose place the model reads the words that its file names, or its name.
+            What looks like a trigger and is none, nor a token of the tokenizer's, is refused. A
+            call without prompts, as with ``prompt_embeds``, leaves what is attached.
+            ``unload_custom()`` takes the library away.
         library_cache: such as "2GB": how much of the library is kept in memory beside what is
             attached, as it was read and as it was merged; the least recently used goes first.
 

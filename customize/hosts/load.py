@@ -93,7 +93,7 @@ def _opened_shelf(family: Family, holder: Holder, library: str | Path, library_c
         raise ConfigError(
             f"a {type(library).__name__} is not a library",
             where="library",
-            fix="give a folder with concepts in it",
+            fix="give a folder with concepts in it, or a collection of the hub's",
         )
     cache: ByteCache[Hashable] = ByteCache(budget(library_cache, "library_cache"))
     check_sharing(family, holder)

@@ -431,6 +431,7 @@ def test_a_hub_id_is_fetched_and_checked_like_a_folder(folder: Path, monkeypatch
     with pytest.raises(ConceptError, match="offline"):
         read("user/other")
     ours = [LORA, SECOND, EMBEDS, "layerwise_embeds.safetensors", INFO]
+    ours += ["layer_inputs.safetensors"]
     peft = ["adapter_model.safetensors", "adapter_config.json"]
     merges = ["merged.json", "learned_embeds_*.safetensors"]
     assert asked[0] == ("user/rex", [*ours, *peft, *merges])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 __all__ = ["main"]
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if argv is None:
         _hush_libraries()
+        warnings.showwarning = _show_note
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         import typer
@@ -58,6 +60,19 @@ def _hush_libraries() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     for logger in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # of GPU kernels on a CPU
         logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+def _show_note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """What is meant for users in a line, without the place in the code that Python adds."""
+    told = f"note: {message}" if category is UserWarning else f"{category.__name__}: {message}"
+    print(told, file=sys.stderr if file is None else file, flush=True)
 
 
 def _explained(error: BaseException) -> str:

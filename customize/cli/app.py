@@ -210,6 +210,15 @@ def generate(
         str | None,
         typer.Option(metavar="TEXT", help="What to keep out", show_default=False),
     ] = None,
+    avoid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT,TEXT,...",
+            help="What came along from training pictures and is not wanted, such as beach,hat;"
+            " auto: what all captions of the concepts' pictures share",
+            show_default=False,
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -255,6 +264,7 @@ def generate(
     plan = Plan(
         prompts=tuple(prompt),
         negative=negative,
+        avoid=avoid,
         steps=steps,
         guidance=guidance,
         seed=seed,

@@ -36,6 +36,7 @@ class Plan:
     """What to draw: each prompt with each seed. None stands for the pipeline's own default.
 
     Attributes:
+        avoid: what prompts, and what concepts add to them, are cleaned of.
         seed: of the first picture of each prompt; from there they count up.
         count: pictures a prompt.
         size: (width, height) in pixels.
@@ -46,6 +47,7 @@ class Plan:
 
     prompts: tuple[str, ...]
     negative: str | None
+    avoid: str | None
     steps: int | None
     guidance: float | None
     seed: int
@@ -71,7 +73,7 @@ class Plan:
                 where="--guidance",
                 fix="choose a number; 5 to 10 are usual",
             )
-        for text in (*self.prompts, self.negative or ""):
+        for text in (*self.prompts, self.negative or "", self.avoid or ""):
             if any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise ConfigError(f"the prompt {text!r} is not UTF-8 text", fix="write it in UTF-8")
 
@@ -110,13 +112,14 @@ def run(
     """Draw everything of a plan into a folder."""
     from rich.progress import track
 
-    from customize import load_custom
+    from customize import Decor, load_custom
     from customize.concepts.concept import Concept
     from customize.concepts.files import check_writable
     from customize.concepts.formats.opening import opened
     from customize.concepts.merge import check_together
     from customize.families import family_of
 
+    cleaned = [] if plan.avoid is None else [Decor(avoid=plan.avoid)]
     weights = parse_weights(weights_text, len(sources)) or [1.0] * len(sources)
     concepts = [opened(source) for source in sources]
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
@@ -137,7 +140,9 @@ def run(
     check_steps(pipe, plan.steps)
     guided, scale = _guided(pipe, family, plan)
     if concepts:
-        load_custom(pipe, *concepts, weights=weights, merge=merge)
+        load_custom(pipe, *concepts, *cleaned, weights=weights, merge=merge)
+    elif cleaned:
+        load_custom(pipe, *cleaned)
     pipe.set_progress_bar_config(disable=True)
 
     facts = {
@@ -256,6 +261,7 @@ def _draw(
     settings = {
         "prompt": prompt,
         "negative": plan.negative,
+        "avoid": plan.avoid,
         "steps": given.get("num_inference_steps", defaults["num_inference_steps"]),
         "seed": seed,
         "width": image.width,

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from customize.concepts.concept import Concept
+from customize.concepts.inputs import LayerInputs, updates_digest
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,9 @@ def photos(folder: Path, count: int = 2, side: int = 40) -> Path:
         pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
+
+
+def record_of(made: Concept) -> LayerInputs:
+    """A record that is this concept's, of a layer that isn't there."""
+    rows = {"unet": {"x": torch.ones(1, 2)}}
+    return LayerInputs(updates_digest(made.products), rows, rows)

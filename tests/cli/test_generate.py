@@ -65,6 +65,21 @@ def test_pictures_and_their_settings(run: Run, world: World, tmp_path: Path) -> 
     assert (read(output / "0001.png") != read(output / "0002.png")).any()
 
 
+def test_prompts_are_cleaned_of_what_is_not_wanted(run: Run, world: World, tmp_path: Path) -> None:
+    arguments = ("generate", world.rex, "--base", world.base, "--prompt", PROMPT, "--steps", "2")
+    arguments += ("--guidance", "3", "--device", "cpu", "--output", tmp_path / "pictures")
+    assert run(*arguments).code == run(*arguments, "--avoid", "hat, snow").code == 0
+    assert json.loads((tmp_path / "pictures" / "0002.json").read_text())["avoid"] == "hat, snow"
+    plain, cleaned = (read(tmp_path / "pictures" / f"000{k}.png") for k in (1, 2))
+    assert (plain != cleaned).any()
+    pipe = load_custom(tiny_sd(), world.rex)
+    seed = torch.Generator().manual_seed(0)
+    steps = {"num_inference_steps": 2, "guidance_scale": 3, "generator": seed}
+    assert (cleaned == np.asarray(pipe(PROMPT, avoid="hat, snow", **steps).images[0])).all()
+    refused(run(*arguments, "--avoid", " , "), "nothing is named that is not wanted")
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+
+
 def test_of_a_video_model_a_still_is_drawn(run: Run, tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny_wan().save_pretrained(base)

@@ -6,12 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from customize.concepts.concept import Concept
 from customize.concepts.index import INDEX_FILE
-from customize.concepts.inputs import LayerInputs, updates_digest
-from tests.cli.making import Run, World, refused
+from tests.cli.making import Run, World, record_of, refused
 from tests.hosts.making import concept
 from tests.tiny import tiny_sd
 
@@ -54,11 +52,11 @@ def test_check_ends_with_1_on_faults(run: Run, library: Path) -> None:
     for name in ("rex", "tom"):  # of other updates
         made = concept(tiny_sd(), name, index=3)
         path = library / name / "layer_inputs.safetensors"
-        _record_of(made).save(path)
+        record_of(made).save(path)
     result = run("library", "check", library)
     assert result.code == 1 and result.out.count("is not of") == 2
     for name in ("rex", "tom"):
-        _record_of(Concept.load(library / name)).save(library / name / "layer_inputs.safetensors")
+        record_of(Concept.load(library / name)).save(library / name / "layer_inputs.safetensors")
     result = run("library", "check", library)
     assert (result.code, "2 concepts read whole, 0 faults" in result.out) == (0, True)
     (library / INDEX_FILE).unlink()
@@ -69,11 +67,6 @@ def test_check_ends_with_1_on_faults(run: Run, library: Path) -> None:
     assert result.code == 1
     assert "<rex> calls both double and rex" in result.out
     assert "rex and rex share 2 of 2 columns at width 16" in result.out
-
-
-def _record_of(made: Concept) -> LayerInputs:
-    rows = {"unet": {"x": torch.ones(1, 2)}}
-    return LayerInputs(updates_digest(made.products), rows, rows)
 
 
 def test_help_names_the_three(run: Run) -> None:

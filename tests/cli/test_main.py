@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 
 from customize import __version__
 from customize.cli import main, shared
+from customize.concepts.concept import Concept
 from customize.errors import ConfigError, StorageError, TrainingStopped
-from tests.cli.making import Run, World, photos, refused
+from tests.cli.making import Run, World, photos, record_of, refused
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "merge", "record", "generate", "evaluate", "inspect", "demo")
@@ -169,3 +171,13 @@ def test_training_that_was_stopped_ends_every_command_with_130(
     assert main(["demo", "--folder", str(tmp_path)]) == 130
     wanted = "training was stopped after step 3. Do: run the same again.\n"
     assert capsys.readouterr().err == wanted
+
+
+def test_warnings_are_a_line_each(world: World, tmp_path: Path) -> None:
+    """A concept with a record beside one without: the sum, and a word on why."""
+    shutil.copytree(world.rex, tmp_path / "rex")
+    record_of(Concept.load(world.rex)).save(tmp_path / "rex" / "layer_inputs.safetensors")
+    done = customize("merge", str(tmp_path / "rex"), world.tom, "--output", str(tmp_path / "duo"))
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("note: ") and "tom" in line and "UserWarning" not in line

@@ -90,9 +90,10 @@ class Withheld:
             said = self._encoded(list(asked))
             for prompt, phrases in asked.items():
                 groups[phrases].append(said[prompt])
+        telling = _Telling(self.kept, groups, strength)
         with ExitStack() as stack:
             for number, layer in self.layers:
-                reading = _Reading(self, number, groups, strength)
+                reading = _Reading(self, number, telling)
                 # What is read is seen at the layer, and what our adapter adds at its own part.
                 stack.callback(layer.register_forward_pre_hook(reading.before).remove)
                 up = layer.lora_B[ADAPTER]
@@ -107,18 +108,59 @@ class Withheld:
         return dict(zip(texts, found, strict=True))
 
 
+class _Telling:
+    """Which of what the layers read is a prompt, and what is not wanted in it.
+
+    Args:
+        kept: the texts that are left alone, as they are encoded.
+        groups: what is not wanted -> the prompts in which it is not; none where all are alike.
+        strength: with which it is taken out.
+    """
+
+    def __init__(
+        self, kept: Sequence[Tensor], groups: dict[tuple[str, ...], list[Tensor]], strength: float
+    ) -> None:
+        self.kept, self.groups, self.strength = kept, groups, strength
+        self._seen: tuple[Tensor, int] | None = None
+        self._found: list[Tensor] = []
+
+    def strengths(self, words: Tensor, number: int) -> list[Tensor]:
+        """(batch, 1) for each group, of what one attention reads, (batch, length, width)."""
+        if _is_as(words, self._seen):  # all layers read the same tensor, but for layerwise tokens
+            return self._found
+        left = self._among(words, number, self.kept)
+        chosen = []
+        for group, prompts in enumerate(self.groups.values()):
+            if group == 0:
+                # The first has what is of none: prompts that a stage made of one.
+                rest = [each for other in list(self.groups.values())[1:] for each in other]
+                chosen.append(~left & ~self._among(words, number, rest))
+            else:
+                chosen.append(~left & self._among(words, number, prompts))
+        self._found = [self.strength * own.float()[:, None] for own in chosen]
+        whole = all(len(each) == words.shape[1] for each in self.kept)
+        self._seen = (words, _version(words)) if whole else None
+        return self._found
+
+    def _among(self, words: Tensor, number: int, known: Sequence[Tensor]) -> Tensor:
+        """(batch,), which rows are one of the known texts; nothing waits for the device."""
+        found = torch.zeros(len(words), dtype=torch.bool, device=words.device)
+        for each in known:
+            own = each.to(words.device)
+            length = words.shape[1]
+            if len(own) > length:  # the part that this layer reads
+                own = own[number * length : (number + 1) * length]
+            if own.shape == words.shape[1:]:
+                off = (words.float() - own.float()).square().sum((1, 2))
+                found |= off <= SAME**2 * own.float().square().sum()
+        return found
+
+
 class _Reading:
     """One layer's part in it."""
 
-    def __init__(
-        self,
-        withheld: Withheld,
-        number: int,
-        groups: dict[tuple[str, ...], list[Tensor]],
-        strength: float,
-    ) -> None:
-        self.withheld, self.number, self.strength = withheld, number, strength
-        self.groups = groups
+    def __init__(self, withheld: Withheld, number: int, telling: _Telling) -> None:
+        self.withheld, self.number, self.telling = withheld, number, telling
         self.spans: dict[tuple[str, ...], Tensor] = {}
         self.strengths: list[Tensor] = []
         self._seen: tuple[Tensor, int] | None = None
@@ -127,24 +169,15 @@ class _Reading:
     def before(self, module: nn.Module, args: Any) -> None:
         """Find out how strongly each row of what is read is changed, for each group."""
         words = args[0]
-        if self._seen is not None and self._seen[0] is words and self._seen[1] == _version(words):
+        if _is_as(words, self._seen):
             return  # as in the step before: then so is the answer
         self._seen, self._answer = (words, _version(words)), None
-        left = self._among(words, self.withheld.kept)
-        strengths = []
-        for number, prompts in enumerate(self.groups.values()):
-            # The first group has what is of none: prompts that a stage made of one.
-            own = self._among(words, prompts) if len(self.groups) > 1 else ~left
-            strengths.append(own & ~left)
-            if number == 0 and len(self.groups) > 1:
-                rest = [each for other in list(self.groups.values())[1:] for each in other]
-                strengths[0] = ~left & ~self._among(words, rest)
-        self.strengths = [self.strength * own.float()[:, None] for own in strengths]
+        self.strengths = self.telling.strengths(words, self.number)
 
     def after(self, base: Any, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if self._answer is not None:
             return self._answer
-        for phrases, strength in zip(self.groups, self.strengths, strict=True):
+        for phrases, strength in zip(self.telling.groups, self.strengths, strict=True):
             if phrases:
                 if phrases not in self.spans:
                     with torch.no_grad():
@@ -154,18 +187,10 @@ class _Reading:
         self._answer = output
         return output
 
-    def _among(self, words: Tensor, known: Sequence[Tensor]) -> Tensor:
-        """(batch,), which rows are one of the known texts; nothing waits for the device."""
-        found = torch.zeros(len(words), dtype=torch.bool, device=words.device)
-        for each in known:
-            own = each.to(words.device)
-            length = words.shape[1]
-            if len(own) > length:  # the part that this layer reads
-                own = own[self.number * length : (self.number + 1) * length]
-            if own.shape == words.shape[1:]:
-                off = (words.float() - own.float()).square().sum((1, 2))
-                found |= off <= SAME**2 * own.float().square().sum()
-        return found
+
+def _is_as(words: Tensor, seen: tuple[Tensor, int] | None) -> bool:
+    """Whether a tensor is the one that was seen, and unchanged."""
+    return seen is not None and seen[0] is words and seen[1] == _version(words)
 
 
 def _version(words: Tensor) -> int:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from customize.concepts.concept import Concept
 
 Row = dict[str, Any]
-COLUMNS = ("identity", "prompt", "leak", "both_in_a_pair", "drift")
+RATES = ("identity", "prompt", "composition", "leak")
+COLUMNS = (*RATES, "both_in_a_pair")
 
 
 def score(judges: Judges, drawn: Mapping[str, demo.Drawn]) -> dict[str, Any]:
@@ -81,15 +82,9 @@ def _over(rates: Sequence[storybook.Rates]) -> storybook.Rates:
 def _rates(seeds: Sequence[storybook.Rates]) -> Row:
     """Mean and standard deviation over seeds; what only pairs or other prompts tell is left out."""
     row: Row = {}
-    for key in COLUMNS[:3]:
+    for key in RATES:
         row[key], row[f"{key}_sd"] = record.mean_and_spread([getattr(r, key) for r in seeds])
     return row | {"both_in_a_pair": None, "drift": None}
-
-
-def _cell(value: float | None, spread: float | None = None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0%}" + ("" if spread is None else f" ±{100 * spread:.0f}")
 
 
 def _lines(card: Mapping[str, Any]) -> list[list[str]]:
@@ -97,14 +92,14 @@ def _lines(card: Mapping[str, Any]) -> list[list[str]]:
         [
             row["model"],
             row["concept"],
-            *(_cell(row[k], row.get(f"{k}_sd")) for k in COLUMNS[:4]),
+            *("" if row[k] is None else record.share(row[k], row.get(f"{k}_sd")) for k in COLUMNS),
             "" if row["drift"] is None else f"{row['drift']:.3f}",
         ]
         for row in card["rows"]
     ]
 
 
-HEADINGS = ("model", "concept", "identity", "prompt", "leak", "both in a pair", "drift")
+HEADINGS = ("model", "concept", *RATES, "both in a pair", "drift")
 
 
 def table(card: Mapping[str, Any]) -> Table:
@@ -116,7 +111,7 @@ def table(card: Mapping[str, Any]) -> Table:
         " unrelated pictures)"
     )
     for index, heading in enumerate(HEADINGS):
-        shown.add_column(heading, justify="left" if index < 2 else "right")
+        shown.add_column(heading, justify="left" if index < 2 else "right", overflow="fold")
     for line in _lines(card):
         shown.add_row(
             *line, style="bold" if line[1] == "all" else None, end_section=line[1] == "all"
@@ -131,9 +126,10 @@ def markdown(card: Mapping[str, Any], folder: Path) -> str:
         "",
         f"Shares of pictures ± standard deviation over {len(demo.SEEDS)} seeds (pairs and drift:",
         "one seed), judged by nets that no model here was trained against. *identity*: it is that",
-        "very dog, not some dog. *prompt*: what was asked is shown. *leak*: a place of",
-        "the training pictures came along unasked. *both in a pair*: each of two concepts is in",
-        "its half. *drift*: mean change of pictures that name no concept, 0 to 1.",
+        "very dog, not some dog. *prompt*: what was asked is shown. *composition*: it wears the",
+        "accessory that was asked for. *leak*: a place of the training pictures came along",
+        "unasked. *both in a pair*: each of two concepts is in its half. *drift*: mean change of",
+        "pictures that name no concept, 0 to 1.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|---|---|" + "---:|" * (len(HEADINGS) - 2),

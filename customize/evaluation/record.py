@@ -81,3 +81,8 @@ def result(
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; None where one value tells no spread."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def share(value: float, spread: float | None = None) -> str:
+    """A share and its spread in percent, as tables tell them: "86% ±7"."""
+    return f"{value:.0%}" + ("" if spread is None else f" ±{100 * spread:.0f}")

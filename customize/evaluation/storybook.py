@@ -1,4 +1,5 @@
-"""Exact scores in the miniature world: whose dog it is, what was asked, what leaked, what drifted.
+"""Exact scores in the miniature world: whose dog it is, what was asked, what it wears, what leaked,
+what drifted.
 
 All rates are shares in [0, 1]. Pictures are drawn one seed a picture, so that two models given the
 same prompts and seeds differ by their weights alone.
@@ -39,12 +40,14 @@ SCENES = (
 class Rates:
     """Scores of one concept over some pictures; `distance` is the mean one to its references.
 
-    `identity` and `leak` are shares of pictures, of those in which something could leak; `prompt`
-    is a share of asked attributes.
+    `identity`, `composition` and `leak` are shares of pictures: of all; of those that ask for an
+    accessory, whether it is worn; of those in which something could leak, whether it did. `prompt`
+    is a share of asked attributes. A share of nothing is 0.
     """
 
     identity: float
     prompt: float
+    composition: float
     leak: float
     distance: float
 
@@ -53,8 +56,8 @@ def prompts_for(words: str, scenes: Sequence[tuple[str, str]] = SCENES) -> list[
     """The evaluation prompts for a thing named `words`, such as "<rex>" or "a red dog"."""
     prompts = []
     for place, accessory in scenes:
-        worn = "" if accessory == "none" else " " + ACCESSORY_WORDS[accessory]
-        prompts.append(f"a photo of {words}{worn} {PLACE_WORDS[place]}")
+        wearing = "" if accessory == "none" else " " + ACCESSORY_WORDS[accessory]
+        prompts.append(f"a photo of {words}{wearing} {PLACE_WORDS[place]}")
     return prompts
 
 
@@ -118,6 +121,15 @@ def asked_and_shown(
     return hits
 
 
+def worn(seen: dict[str, str], request: Request) -> list[bool]:
+    """One entry a thing that is asked for with an accessory: is it worn?"""
+    return [
+        seen[f"accessory{slot}"] == asked.accessory
+        for slot, asked in enumerate(request.things)
+        if asked.accessory != "none"
+    ]
+
+
 def leaked(seen: dict[str, str], request: Request, shown: set[str]) -> list[bool]:
     """One entry an attribute of the training pictures that is not asked for: did it come along?"""
     entries = []
@@ -151,15 +163,18 @@ def rate_concept(
     """
     distance = judges.distance(images, signature)
     hits: list[bool] = []
+    wearing: list[bool] = []
     leaks: list[bool] = []
     for seen, prompt in zip(judges.see(images), prompts, strict=True):
         request = parse(prompt)
         hits += asked_and_shown(seen, request, [kind])
+        wearing += worn(seen, request)
         found = leaked(seen, request, shown)
         leaks += [any(found)] if found else []
     return Rates(
         identity=_mean((distance <= judges.threshold).tolist()),
         prompt=_mean(hits),
+        composition=_mean(wearing),
         leak=_mean(leaks),
         distance=distance.mean().item(),
     )

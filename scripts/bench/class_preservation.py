@@ -49,7 +49,6 @@ from customize.demo import TRAINING, assets
 from customize.evaluation import storybook
 from customize.families import family_of
 from customize.hosts.binding import load_custom, unload_custom
-from customize.storybook.captions import parse
 from customize.storybook.judges import load_judges, to_tensor
 from customize.training import losses, preserving
 from customize.training.config import TrainConfig
@@ -213,18 +212,12 @@ class Scorer:
                 rated = storybook.rate_concept(
                     self.judges, images["concept"], asked["concept"], signature, kind, story.shown
                 )
-                worn = [
-                    seen["accessory0"] == parse(prompt).things[0].accessory
-                    for seen, prompt in zip(
-                        self.judges.see(images["concept"]), asked["concept"], strict=True
-                    )
-                ]
                 before = self.before[kind, seed]
                 found.append(
                     {
                         "identity": rated.identity,
                         "prompt": rated.prompt,
-                        "composition": mean(worn),
+                        "composition": rated.composition,
                         "class_drift": storybook.drift(before["class"], images["class"]),
                         "drift": storybook.drift(before["other"], images["other"]),
                     }

@@ -57,6 +57,15 @@ def test_identity_is_the_mean_over_seeds_with_their_spread(card: dict) -> None:
     assert alls[demo.BASE]["identity_sd"] is None
 
 
+def test_each_rate_is_told_with_its_spread(card: dict) -> None:
+    alls = {row["model"]: row for row in card["rows"] if row["concept"] == "all"}
+    for rate in ("identity", "prompt", "composition", "leak"):
+        # The same pictures at each seed.
+        assert 0 <= alls[demo.MERGED][rate] <= 1 and alls[demo.MERGED][f"{rate}_sd"] == 0.0
+    # The prompts ask for accessories, and a concept's own pictures show none.
+    assert alls[demo.MERGED]["composition"] < 0.2 < alls[demo.MERGED]["prompt"]
+
+
 def test_drift_is_a_share_of_the_full_range(card: dict) -> None:
     assert card["figures"]["drift_merged"] == pytest.approx(0.05)
     assert card["figures"]["drift_ordinary_merged"] == pytest.approx(0.1)
@@ -74,6 +83,9 @@ def test_a_scorecard_says_what_its_figures_depend_on(
     assert found["figures"]["identity_merged"] == 1.0
     page = (tmp_path / "scorecard.md").read_text()
     assert "| merged | all | 100% ±0 |" in page
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| identity | prompt | composition | leak | both in a pair | drift |" in lines[0]
     for name, width in (("grid.png", 1000), ("crosstalk.png", 500)):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > width

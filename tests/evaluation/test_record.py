@@ -14,6 +14,11 @@ def test_mean_and_spread() -> None:
     assert record.mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
 
 
+def test_shares_are_told_in_percent() -> None:
+    assert record.share(0.861, 0.07) == "86% ±7"
+    assert record.share(1.0) == "100%"
+
+
 def test_a_result_says_where_and_with_what_it_was_made() -> None:
     result = record.result("bench", "python bench.py", [{"a": 1}], {"figure": 0.5})
     assert json.loads(json.dumps(result, allow_nan=False)) == result

@@ -20,6 +20,7 @@ from customize.evaluation.storybook import (
     prompts_for,
     rate_concept,
     rate_pair,
+    worn,
 )
 from customize.storybook.captions import ACCESSORY_WORDS, PLACE_WORDS, caption, parse
 from customize.storybook.drawing import draw as draw_scene
@@ -88,10 +89,10 @@ def in_scenes(name: str, scenes: tuple[tuple[str, str], ...] = SCENES) -> list[S
 
 
 def test_evaluation_prompts_ask_for_their_scenes() -> None:
-    for prompt, (place, worn) in zip(prompts_for("<rex>"), SCENES, strict=True):
+    for prompt, (place, accessory) in zip(prompts_for("<rex>"), SCENES, strict=True):
         request = parse(prompt)
         assert request.place == place and len(request.things) == 1
-        assert request.things[0].accessory == worn
+        assert request.things[0].accessory == accessory
         assert request.things[0].kind is None
     assert {place for place, _ in SCENES} == set(PLACES)
     assert {worn for _, worn in SCENES} == set(ACCESSORIES) - {"none"}
@@ -151,6 +152,17 @@ def test_what_leaks() -> None:
     assert leaked(seen, parse("<rex> in space"), set()) == []
 
 
+def test_what_is_worn() -> None:
+    rex, tom = (bundled(name).identity for name in ("rex", "tom"))
+    rng = np.random.default_rng(0)
+    seen = labels(scene_of(rng, (rex, tom), ("hat", "none"), "beach"))
+    both = "a photo of <rex> wearing a hat and <tom> wearing glasses"
+    assert worn(seen, parse(both)) == [True, False]
+    # Where no accessory is asked for, nothing is composed, whatever is worn.
+    assert worn(seen, parse("a photo of <rex> and <tom> wearing glasses")) == [False]
+    assert worn(seen, parse("a photo of <rex> on a beach")) == []
+
+
 def test_rates_of_perfect_pictures() -> None:
     story = bundled("rex")
     scenes = in_scenes("rex")
@@ -182,7 +194,7 @@ def test_rates_of_pictures_that_copy_the_references() -> None:
         story.identity.kind,
         story.shown,
     )
-    assert rates.identity == 1.0
+    assert rates.identity == 1.0 and rates.composition == 0.0
     # Right by count and class; by place and accessory where the prompt happens to ask for it.
     places = sum(place == seen_in for place, _ in SCENES)
     bare = sum(worn == "none" for _, worn in SCENES)
@@ -204,6 +216,25 @@ def test_rates_of_a_strangers_pictures() -> None:
     )
     assert rates.identity == 0.0 and rates.distance == pytest.approx(1.0)
     assert rates.prompt == pytest.approx(0.75)  # a cat, but the rest as asked
+    assert rates.composition == 1.0
+
+
+def test_composition_is_of_the_pictures_that_ask_for_an_accessory() -> None:
+    story = bundled("rex")
+    asked = (("beach", "hat"), ("snow", "scarf"), ("city", "none"), ("room", "none"))
+    shown = (("beach", "hat"), ("snow", "none"), ("city", "none"), ("room", "hat"))
+    scenes = in_scenes("rex", shown)
+    truth = Truth(scenes, [story.identity])
+    rates = rate_concept(
+        truth,  # type: ignore[arg-type]
+        drawn(scenes),
+        prompts_for(story.trigger, asked),
+        truth.signature_of(story.identity),
+        story.identity.kind,
+        story.shown,
+    )
+    assert rates.composition == 0.5
+    assert rates.prompt == pytest.approx(14 / 16)
 
 
 def test_rates_of_pairs() -> None:

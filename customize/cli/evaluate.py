@@ -1,4 +1,4 @@
-"""``customize evaluate``: exact rates in the storybook, similarities for real models."""
+"""``customize evaluate --storybook``: exact rates in the miniature world."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from customize.cli.pictures import prompts_of
+from customize.cli.pictures import read_samples
 from customize.cli.shared import (
     check_file,
     check_steps,
@@ -26,11 +26,8 @@ if TYPE_CHECKING:
 
     from customize.concepts.concept import Concept
     from customize.storybook.judges import Judges
-    from customize.training.data import Sample
 
-RATES = ("identity", "prompt", "leak", "drift")
-# A caption that says nothing of the place: for pictures that bring none.
-_SILENT = "a photo"
+RATES = ("identity", "prompt", "composition", "leak", "drift")
 SIDE = 64  # of the storybook's pictures
 
 
@@ -46,7 +43,9 @@ def check_mode(context: Any, storybook: bool, images: Path | None, concepts: Seq
             fix="give --storybook with concepts, or --images with a folder of pictures",
         )
     if storybook:
-        refuse_given(context, ("prompts", "class_word", "clip", "dino"), "--storybook")
+        refuse_given(
+            context, ("prompts", "class_word", "clip", "dino", "blip", "blip2"), "--storybook"
+        )
         return
     if concepts:
         raise ConfigError("--images scores pictures, not concepts", fix="leave concepts out")
@@ -94,7 +93,9 @@ def run_storybook(
     )
     _print_rates(rows)
     if json_file is not None:
-        _write(json_file, rows, storybook_figures(rows))
+        write_json(
+            json_file, record.result("evaluate", command_line(), rows, storybook_figures(rows))
+        )
 
 
 def _concept(source: str) -> Concept:
@@ -202,6 +203,7 @@ def storybook_rows(
                             "seed": seed,
                             "identity": rates.identity,
                             "prompt": rates.prompt,
+                            "composition": rates.composition,
                             "leak": rates.leak,
                             "distance": rates.distance,
                             "drift": change,
@@ -224,64 +226,6 @@ def storybook_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return figures
 
 
-def run_similarity(
-    images: Path,
-    *,
-    prompts: Path | None,
-    references: Path | None,
-    clip: str | None,
-    dino: str | None,
-    class_word: str | None,
-    device: str | None,
-    json_file: Path | None,
-) -> None:
-    """CLIP-T, CLIP-I and DINO-I of the pictures in a folder, as far as what is given allows."""
-    check_file(json_file)
-    if clip is None and dino is None:
-        raise ConfigError("there is no model to score with", fix="give --clip, --dino, or both")
-    if dino is not None and references is None:
-        raise ConfigError("DINO-I compares with pictures of the concept", fix="give --references")
-    samples = _read(images)
-    texts = prompts_of(samples, prompts, class_word) if clip is not None else None
-    if clip is not None and texts is None and references is None:
-        raise ConfigError(
-            "CLIP has neither prompts nor references to compare with",
-            fix="give --prompts, --references, or both",
-        )
-    from customize.evaluation.similarity import ClipScorer, DinoScorer
-
-    pictures = [sample.image for sample in samples]
-    others = [sample.image for sample in _read(references)] if references is not None else None
-    place = choose_device(device)
-    scores: dict[str, list[float]] = {}
-    if clip is not None:
-        clip_scorer = ClipScorer(clip, place)
-        if texts is not None:
-            scores["clip_t"] = clip_scorer.clip_t(pictures, texts).tolist()
-        if others is not None:
-            scores["clip_i"] = clip_scorer.clip_i(pictures, others).tolist()
-    if dino is not None and others is not None:
-        scores["dino_i"] = DinoScorer(dino, place).dino_i(pictures, others).tolist()
-
-    from rich.table import Table
-
-    table = Table("measure", "mean", "spread over pictures", "pictures")
-    for name, values in scores.items():
-        mean, spread = record.mean_and_spread(values)
-        title = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino_i": "DINO-I"}[name]
-        table.add_row(title, f"{mean:.3f}", _or_dash(spread), str(len(values)))
-    console().print(table)
-    if json_file is not None:
-        rows = [
-            {"image": sample.path.name}
-            | ({"prompt": texts[k]} if texts is not None else {})
-            | {name: values[k] for name, values in scores.items()}
-            for k, sample in enumerate(samples)
-        ]
-        figures = {name: record.mean_and_spread(values)[0] for name, values in scores.items()}
-        _write(json_file, rows, figures)
-
-
 def _known(
     judges: Judges, concept: Concept, references: Path, count: int
 ) -> tuple[Tensor, set[str]]:
@@ -300,7 +244,7 @@ def _known(
     folder = references / info.name
     if count == 1 and not folder.is_dir():
         folder = references
-    samples = _read(folder)
+    samples = read_samples(folder)
     images = to_tensor([sample.image for sample in samples])
     shown = set()
     for sample, seen in zip(samples, judges.see(images), strict=True):
@@ -308,39 +252,23 @@ def _known(
     return judges.signature(images), shown
 
 
-def _read(folder: Path) -> list[Sample]:
-    from customize.training.data import read_folder
-
-    return read_folder(folder, trigger=None, caption=_SILENT)
-
-
 def _print_rates(rows: Sequence[Mapping[str, Any]]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("concept", "attached", *RATES)
+    table = Table("concept", "attached", *(Column(rate, overflow="fold") for rate in RATES))
     for name, attached in dict.fromkeys((row["concept"], row["attached"]) for row in rows):
         own = [row for row in rows if (row["concept"], row["attached"]) == (name, attached)]
         cells = []
-        for rate in RATES:
-            mean, spread = record.mean_and_spread([row[rate] for row in own])
-            cells.append(f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+        for rate in RATES[:-1]:
+            cells.append(record.share(*record.mean_and_spread([row[rate] for row in own])))
+        found = record.mean_and_spread([row["drift"] for row in own])
+        cells.append(" ±".join(f"{x:.3f}".lstrip("0") for x in found if x is not None))
         table.add_row(name, "alone" if attached == 1 else f"all {attached}", *cells)
     out = console()
     out.print(table)
     count = len({row["seed"] for row in rows})
     out.print(
-        f"Shares of pictures, mean ± standard deviation over {count} seeds. identity, prompt: more"
-        " is better; leak, drift: less is.",
+        f"Shares, mean ± standard deviation over {count} seeds. Of leak and drift less is better,"
+        " of the others more.",
         soft_wrap=True,
-    )
-
-
-def _or_dash(spread: float | None) -> str:
-    return "-" if spread is None else f"{spread:.3f}"
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, float]) -> None:
-    write_json(
-        path,
-        record.result("evaluate", command_line(), rows, figures),
     )

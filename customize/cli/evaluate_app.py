@@ -84,7 +84,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="What triggers in the prompts stand for, as CLIP has never read them",
+            help="What triggers in the prompts stand for, as no scorer has ever read them",
             show_default=False,
             rich_help_panel="With real models",
         ),
@@ -107,6 +107,26 @@ def evaluate(
             rich_help_panel="With real models",
         ),
     ] = None,
+    blip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="BLIP model for ITC, the cosine of picture and prompt (ClassDiffusion's BLIP2-T),"
+            " and ITM, the probability that they match: a folder or hub id",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
+    blip2: Annotated[
+        str | None,
+        typer.Option(
+            "--blip2",
+            metavar="ID",
+            help="BLIP-2 model for its own ITC and ITM: a folder or hub id",
+            show_default=False,
+            rich_help_panel="With real models",
+        ),
+    ] = None,
     references: Annotated[
         Path | None,
         typer.Option(
@@ -119,23 +139,27 @@ def evaluate(
     json_file: Json = None,
     device: Device = None,
 ) -> None:
-    """Score concepts in the storybook, or pictures with CLIP and DINO.
+    """Score concepts in the storybook, or pictures with CLIP, DINO and BLIP.
 
     customize evaluate --storybook demo/concepts/rex demo/concepts/tom
 
     customize evaluate --images pictures --references photos
     --clip openai/clip-vit-base-patch32 --dino facebook/dinov2-small
+    --blip Salesforce/blip-itm-base-coco --blip2 Salesforce/blip2-itm-vit-g
     """
     from customize.cli import evaluate as evaluation
+    from customize.cli import similarity
 
     evaluation.check_mode(context, storybook, images, concepts or [])
     if images is not None:
-        evaluation.run_similarity(
+        similarity.run(
             images,
             prompts=prompts,
             references=references,
             clip=clip,
             dino=dino,
+            blip=blip,
+            blip2=blip2,
             class_word=class_word,
             device=device,
             json_file=json_file,

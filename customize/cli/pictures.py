@@ -1,4 +1,4 @@
-"""The prompts of pictures that were drawn before, as scorers are to read them."""
+"""Pictures that were drawn before, and their prompts as scorers are to read them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     from customize.training.data import Sample
 
 _TRIGGER = re.compile(r"<[^<>\s]+>")
+# A caption that says nothing of the place: for pictures that bring none.
+_SILENT = "a photo"
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """The pictures of a folder in the order of their names, with captions where they have any.
+
+    Raises:
+        DataError: there are none, or one cannot be read.
+    """
+    from customize.training.data import read_folder
+
+    return read_folder(folder, trigger=None, caption=_SILENT)
 
 
 def prompts_of(
@@ -46,7 +59,7 @@ def _spoken(prompt: str, words: Mapping[str, str], class_word: str | None) -> st
         word = class_word or words.get(match[0])
         if word is None:
             raise ConfigError(
-                f"the prompt {prompt!r} has the trigger {match[0]}, which CLIP has never read",
+                f"the prompt {prompt!r} has the trigger {match[0]}, which no scorer has ever read",
                 where="--class-word",
                 fix="give what it stands for, such as --class-word dog",
             )

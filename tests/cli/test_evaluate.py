@@ -14,9 +14,11 @@ from customize.storybook.judges import AttributeJudge, IdentityJudge, Judges
 from customize.storybook.references import bundled
 from customize.storybook.train_judges import save_judges
 from tests.cli.making import Run, World, photos, refused
-from tests.evaluation.making import save_clip, save_dino
+from tests.evaluation.making import save_blip, save_blip2, save_clip, save_dino
 from tests.hosts.making import concept
 from tests.tiny import tiny_sd, tiny_sd3
+
+RATES = ("identity", "prompt", "composition", "leak", "drift")
 
 
 @pytest.fixture(scope="session")
@@ -61,11 +63,14 @@ def test_storybook_rates(run: Run, judged: Path, tmp_path: Path) -> None:
         *(("rex", 2, 1), ("tom", 2, 1), ("rex", 2, 2), ("tom", 2, 2)),
     ]
     for row in rows:
-        assert all(0 <= row[rate] <= 1 for rate in ("identity", "prompt", "leak", "drift"))
+        assert all(0 <= row[rate] <= 1 for rate in RATES)
         assert row["drift"] > 0
     alone = [row["drift"] for row in rows if row["attached"] == 1]
     assert report["figures"]["drift_alone"] == pytest.approx(sum(alone) / 4)
     assert set(report["figures"]) >= {"identity_alone", "identity_merged", "leak_merged"}
+    assert report["figures"]["composition_merged"] == pytest.approx(
+        sum(row["composition"] for row in rows[4:]) / 4
+    )
     again = tmp_path / "again.json"
     flags = ("--seeds", "1", "--json", again)
     assert run("evaluate", sources[0], *storybook(judged), *flags).code == 0
@@ -97,6 +102,7 @@ def test_storybook_input_that_is_wrong(run: Run, judged: Path, tmp_path: Path) -
     refused(run("evaluate", judged / "rex", *flags, "--steps", "5000"), "1000 noise levels")
     refused(run("evaluate", judged / "rex", *flags, "--seeds", "9" * 23), "--seeds", "1000")
     refused(run("evaluate", judged / "rex", *flags, "--clip", "x"), "--clip means nothing with")
+    refused(run("evaluate", judged / "rex", *flags, "--blip2", "x"), "--blip2 means nothing with")
     result = run("evaluate", judged / "rex", *flags, "--json", tmp_path)
     refused(result, "a folder is in the place of the file", str(tmp_path))
     (tmp_path / "file").write_text("")
@@ -137,6 +143,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return save_clip(root / "clip"), save_dino(root / "dino")
 
 
+@pytest.fixture(scope="session")
+def blips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("blips")
+    return save_blip(root / "blip"), save_blip2(root / "blip2")
+
+
 def test_similarities(run: Run, world: World, models: tuple[Path, Path], tmp_path: Path) -> None:
     """From pictures that generate has left: the prompts and class words come with them."""
     pictures, file = tmp_path / "pictures", tmp_path / "figures.json"
@@ -152,12 +164,41 @@ def test_similarities(run: Run, world: World, models: tuple[Path, Path], tmp_pat
     assert [row["prompt"] for row in report["rows"]] == ["a photo of dog"] * 2
     assert set(report["figures"]) == {"clip_t", "clip_i", "dino_i"}
 
-    from customize.evaluation.similarity import ClipScorer
+    from customize.evaluation.clip import ClipScorer
     from customize.training.data import read_image
 
     images = [read_image(path) for path in sorted(pictures.glob("*.png"))]
     wanted = ClipScorer(models[0]).clip_t(images, ["a photo of dog"] * 2)
     torch.testing.assert_close(torch.tensor([r["clip_t"] for r in report["rows"]]), wanted)
+
+
+def test_blip(run: Run, blips: tuple[Path, Path], tmp_path: Path) -> None:
+    """Neither references nor a CLIP model are needed."""
+    from customize.evaluation.blip import Blip2Scorer, BlipScorer
+    from customize.training.data import read_image
+
+    pictures, file = photos(tmp_path / "photos", 3), tmp_path / "figures.json"
+    images = ("--images", pictures, "--device", "cpu", "--json", file)
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\na red cup\n")
+    prompts = ("--prompts", tmp_path / "prompts.txt")
+    result = run("evaluate", *images, *prompts, "--blip", blips[0], "--blip2", blips[1])
+    assert result.code == 0, result.err
+    for name in ("BLIP ITC", "BLIP ITM", "BLIP-2 ITC", "BLIP-2 ITM"):
+        assert name in result.out
+    report = json.loads(file.read_text())
+    found = [read_image(path) for path in sorted(pictures.glob("*.png"))]
+    texts = ["a dog", "a cat", "a red cup"]
+    wanted = BlipScorer(blips[0]).scores(found, texts) | Blip2Scorer(blips[1]).scores(found, texts)
+    assert set(report["figures"]) == set(wanted)
+    for name, values in wanted.items():
+        rows = torch.tensor([row[name] for row in report["rows"]])
+        torch.testing.assert_close(rows, values)
+        assert report["figures"][name] == pytest.approx(values.mean().item())
+    flags = ("--blip2", blips[1])
+    assert run("evaluate", *images, *prompts, *flags).code == 0
+    assert set(json.loads(file.read_text())["figures"]) == {"blip2_itc", "blip2_itm"}
+    refused(run("evaluate", *images, *flags), "BLIP compares", "give --prompts")
+    refused(run("evaluate", *images, *prompts, "--blip", blips[1]), "of type blip-2, not a BLIP")
 
 
 def test_prompts_from_a_file(run: Run, models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -188,7 +229,7 @@ def test_similarity_input_that_is_wrong(
     images = ("--images", pictures)
     refused(run("evaluate"), "--storybook", "--images")
     refused(run("evaluate", "--storybook", *images), "one of --storybook and --images")
-    refused(run("evaluate", *images), "no model to score with")
+    refused(run("evaluate", *images), "no model to score with", "--blip2")
     refused(run("evaluate", world.rex, *images), "--images scores pictures")
     refused(run("evaluate", *images, "--dino", models[1]), "give --references")
     refused(run("evaluate", *images, "--clip", models[0]), "neither prompts nor references")

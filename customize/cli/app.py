@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from customize.cli import flags, library_app
-from customize.cli.evaluate_app import evaluate
+from customize.cli.evaluate_app import evaluate, pareto
 from customize.cli.options import Device, Dtype, Merge, SomeSources, Sources, Weights
 from customize.cli.shared import on_interrupt
 
@@ -275,6 +275,7 @@ def generate(
 
 
 app.command()(evaluate)
+app.command()(pareto)
 
 
 @app.command()

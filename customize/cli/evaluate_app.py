@@ -1,4 +1,4 @@
-"""The command ``evaluate`` and its flags, of which it has the most."""
+"""The commands ``evaluate``, which has the most flags, and ``pareto``, which compares its files."""
 
 from __future__ import annotations
 
@@ -177,3 +177,55 @@ def evaluate(
         device=device,
         json_file=json_file,
     )
+
+
+@on_interrupt("interrupted: give the same command again")
+def pareto(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE",
+            help="Figures that evaluate --json or a benchmark has written",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The picture, a .png; a .json of the same name gets the points",
+            show_default=False,
+        ),
+    ],
+    x: Annotated[str, typer.Option("--x", metavar="RATE", help="To the right")] = "prompt",
+    y: Annotated[str, typer.Option("--y", metavar="RATE", help="Upwards")] = "identity",
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="A point for each value of this column, rather than one for each file; may be"
+            " given often",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN=VALUE",
+            help="Only rows with this value; may be given often",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Draw which of several settings no other beats in both of two rates.
+
+    A setting is a file, and its rates are means over the file's rows,
+    with one standard error:
+
+    customize pareto sum.json fusion.json --only attached=2 --output front.png
+    """
+    from customize.cli.pareto import run
+
+    run(files, output, x=x, y=y, by=by or [], only=only or [])

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from customize.cli.shared import console
+from customize.cli.shared import check_png, console
 from customize.concepts.adapter import flattened
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.formats.opening import opened_whole
@@ -35,7 +35,7 @@ def run(sources: Sequence[str], *, layers: bool, plot: Path | None) -> None:
         layers: also how loudly each answers to another's prompts in each layer.
         plot: where a picture of all that goes.
     """
-    check_plot(plot)
+    check_png(plot, "--plot")
     concepts = [opened_whole(source) for source in sources]
     records = [record_beside(c.info.name, c.products, c.source) for c in concepts]
     known = [record for record in records if record is not None]
@@ -193,18 +193,6 @@ def answered(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> tuple[list
     told = [f"{names[j]} on {names[i]}" for i, j in pairs]
     columns = [torch.where(bar[:, i] > 0, each[:, i, j] / bar[:, i], 0.0) for i, j in pairs]
     return told, torch.stack(columns, dim=1)
-
-
-def check_plot(path: Path | None) -> None:
-    """Refuse what no picture can be written to.
-
-    Raises:
-        ConfigError: not a .png, or its folder is not there.
-    """
-    if path is not None and path.suffix.lower() != ".png":
-        raise ConfigError(f"{path} is no .png", where="--plot", fix="name it such as crosstalk.png")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent}", where="--plot", fix="make it first")
 
 
 def draw(names: Sequence[str], overall: Tensor, by_layer: Mapping[str, Tensor], path: Path) -> None:

@@ -132,6 +132,18 @@ def check_file(path: Path | None) -> None:
     check_writable(path.parent)
 
 
+def check_png(path: Path | None, flag: str) -> None:
+    """Refuse what no picture can be written to.
+
+    Raises:
+        ConfigError: not a .png, or its folder is not there.
+    """
+    if path is not None and path.suffix.lower() != ".png":
+        raise ConfigError(f"{path} is no .png", where=flag, fix=f"name it such as {path.stem}.png")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent}", where=flag, fix="make it first")
+
+
 def refuse_given(context: Any, names: Sequence[str], mode: str) -> None:
     """Refuse flags that mean nothing in a mode, where they were given.
 

@@ -46,7 +46,7 @@ from merge_identity import folder_name, weights_of
 from customize.concepts.concept import Concept
 from customize.core import preservation
 from customize.demo import TRAINING, assets
-from customize.evaluation import storybook
+from customize.evaluation import pareto, storybook
 from customize.families import family_of
 from customize.hosts.binding import load_custom, unload_custom
 from customize.storybook.judges import load_judges, to_tensor
@@ -377,6 +377,19 @@ def figures(
     }
 
 
+def plot(rows: Sequence[Mapping[str, Any]], seeds: int, path: Path) -> None:
+    """Identity against composition after the last step, with one standard error over seeds."""
+    last = max(row["steps"] for row in rows)
+    points = []
+    for row in rows:
+        if row["steps"] == last:
+            spread = [row.get(f"{key}_sd") for key in ("composition", "identity")]
+            errors = [None if sd is None else sd / seeds**0.5 for sd in spread]
+            point = pareto.Point(row["preserved"], row["composition"], row["identity"], *errors)
+            points.append(point)
+    pareto.draw(points, "composition", "identity", path)
+
+
 def main() -> None:
     parser = _common.parser(__doc__)
     parser.add_argument("--base", type=Path, default=assets() / "storybook")
@@ -388,11 +401,15 @@ def main() -> None:
         help="keeps what was learned and scored",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the last rows into a .png")
     # What a worker process is told to do.
     parser.add_argument("--do", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.do is None:
-        _common.report("class_preservation", args, *run(args))
+        rows, found = run(args)
+        _common.report("class_preservation", args, rows, found)
+        if args.plot is not None:
+            plot(rows, len(protocol_of(args).seeds), args.plot)
         return
     torch.set_num_threads(1)
     scorer = Scorer(args.base, args.judges, protocol_of(args).scenes) if args.do else None

@@ -18,7 +18,7 @@ from customize.errors import ConfigError, StorageError, TrainingStopped
 from tests.cli.making import Run, World, photos, record_of, refused
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "merge", "record", "generate", "evaluate", "inspect", "demo")
+COMMANDS = ("train", "merge", "record", "generate", "evaluate", "pareto", "inspect", "demo")
 
 
 def customize(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:

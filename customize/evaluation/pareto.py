@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from customize.concepts.files import storage_error
-from customize.errors import ConfigError
+from customize.errors import ConfigError, storage_error
 
 # Of these rates less is better, of all others more.
 LESS_IS_BETTER = frozenset({"leak", "drift", "class_drift", "distance"})

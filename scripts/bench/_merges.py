@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _common
 import torch
+from _workers import folder_name
 from peft import LoraConfig, get_peft_model
 from peft.utils import set_peft_model_state_dict
 
@@ -108,3 +111,27 @@ METHODS: dict[str, tuple[str, Merge]] = {
     "peft ties": (PLAIN, by_peft("ties")),
     "peft dare_linear": (PLAIN, by_peft("dare_linear")),
 }
+
+
+def reader(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark that reads what merge_identity.py learned; see `kept`."""
+    parser = _common.parser(description)
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/merge_identity"),
+        help="where merge_identity.py keeps what it learned",
+    )
+    return parser
+
+
+def kept(folder: Path) -> Path:
+    """Where the latest run has its concepts.
+
+    Raises:
+        SystemExit: there was none.
+    """
+    known = sorted(folder.glob(f"*/{folder_name(PLAIN)}"), key=lambda p: p.stat().st_mtime)
+    if not known:
+        raise SystemExit(f"{folder} holds no concepts: run merge_identity.py first")
+    return known[-1].parent

@@ -24,10 +24,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -39,13 +36,14 @@ from typing import Any
 
 import _common
 import _saves
+import _workers
 import torch
 from _scorer import concept, open_quietly
-from merge_identity import folder_name, weights_of
+from _workers import folder_name, weights_of
 
 from customize.concepts.concept import Concept
 from customize.core import preservation
-from customize.demo import TRAINING, assets
+from customize.demo import TRAINING
 from customize.evaluation import pareto, storybook
 from customize.families import family_of
 from customize.hosts.binding import load_custom, unload_custom
@@ -135,13 +133,19 @@ def config_of(args: argparse.Namespace, method: str, index: int, seed: int) -> T
         base=str(args.base),
         images=args.folder / "pictures" / story.name,
         # Side by side, as what is shared by all of a base is recorded once for a folder.
-        output=args.folder / f"{folder_name(method)}-{story.name}-{seed}",
+        output=args.folder / f"{run_name(method)}-{story.name}-{seed}",
         name=story.name,
         class_word=story.identity.kind,
         slice=index,
         seed=seed,
         **(training(protocol_of(args)) | METHODS[method]),
     )
+
+
+def run_name(method: str) -> str:
+    """Another one for other settings, so that ways can be added to what was learned before."""
+    told = hashlib.sha256(json.dumps(METHODS.get(method), sort_keys=True).encode())
+    return f"{folder_name(method)}-{told.hexdigest()[:4]}"
 
 
 def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
@@ -165,10 +169,7 @@ def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
             seeds = protocol.seeds if step == protocol.saves[-1] else protocol.seeds[:1]
             saved = _saves.concept_at(finished, config.output, step, scorer.family)
             rows.append({"step": step, "rates": scorer.rates(int(index), saved, seeds)})
-    partial = path.with_suffix(".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(rows))
-    os.replace(partial, path)
+    _workers.keep(path, rows)
     for row in rows:
         told = " ".join(f"{key} {mean(r[key] for r in row['rates']):.3f}" for key in RATES)
         print(f"{job:36} {row['step']:5} {told}", flush=True)
@@ -231,9 +232,11 @@ class Scorer:
 def cell_file(args: argparse.Namespace, job: str) -> Path:
     """Where the rows of `job` are kept: a folder for what scores depend on besides the runs."""
     depends = hashlib.sha256(repr(astuple(protocol_of(args))).encode())
-    for path in [Path(storybook.__file__), Path(__file__), *weights_of(args.judges)]:
+    for path in [Path(storybook.__file__), *weights_of(args.judges)]:
         depends.update(path.read_bytes())
-    return args.folder / f"scores-{depends.hexdigest()[:8]}" / f"{folder_name(job)}.json"
+    method, index, seed = job.rsplit("/", 2)
+    name = f"{run_name(method)}-{index}-{seed}.json"
+    return args.folder / f"scores-{depends.hexdigest()[:8]}" / name
 
 
 # --- cost ---------------------------------------------------------------------------------------
@@ -299,22 +302,9 @@ def short_run(args: argparse.Namespace, method: str, on_step: Any = None) -> Non
 # --- the whole ----------------------------------------------------------------------------------
 
 
-def share_out(args: argparse.Namespace, jobs: Sequence[str]) -> None:
-    """Do jobs in worker processes of one core each, which costs least in all."""
-    common = ["--folder", str(args.folder), "--base", str(args.base), "--judges", str(args.judges)]
-    common += ["--quick"] if args.quick else []
-    running = [
-        subprocess.Popen([sys.executable, __file__, *common, "--do", *jobs[worker :: args.workers]])
-        for worker in range(args.workers)
-    ]
-    codes = [process.wait() for process in running]
-    if any(codes):
-        raise SystemExit("a concept could not be learned or scored; see above")
-
-
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = protocol_of(args)
-    depends = hashlib.sha256(json.dumps([training(protocol), METHODS], sort_keys=True).encode())
+    depends = hashlib.sha256(json.dumps(training(protocol), sort_keys=True).encode())
     sources = [Path(module.__file__) for module in (preservation, preserving, losses)]
     for path in [*sources, *weights_of(args.base)]:
         depends.update(path.read_bytes())
@@ -330,8 +320,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
         for method in ("base", *METHODS)
         if method != "base" or seed == protocol.training_seeds[0]
     ]
-    share_out(args, jobs[:1])  # records what all share, which two would do twice
-    share_out(args, jobs)
+    _workers.share_out(args, "do", jobs[:1])  # records what all share, which two would do twice
+    _workers.share_out(args, "do", jobs)
     rows = table(args, jobs, cost)
     return rows, figures(rows, cost)
 
@@ -392,18 +382,8 @@ def plot(rows: Sequence[Mapping[str, Any]], seeds: int, path: Path) -> None:
 
 def main() -> None:
     parser = _common.parser(__doc__)
-    parser.add_argument("--base", type=Path, default=assets() / "storybook")
-    parser.add_argument("--judges", type=Path, default=assets() / "judges")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("runs/class_preservation"),
-        help="keeps what was learned and scored",
-    )
-    parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
+    _workers.add_arguments(parser, "runs/class_preservation", "do")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the last rows into a .png")
-    # What a worker process is told to do.
-    parser.add_argument("--do", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.do is None:
         rows, found = run(args)

@@ -22,9 +22,10 @@ from typing import Any
 
 import _common
 import torch
-from _merges import AVOIDING, PLAIN, SLICED, Learned, by_ours
+from _merges import AVOIDING, PLAIN, SLICED, Learned, by_ours, kept, reader
 from _scorer import Scorer, concept
-from merge_identity import FULL, QUICK, SCORED, folder_name, kept, members, reader
+from _workers import folder_name
+from merge_identity import FULL, QUICK, SCORED, members
 from torch import Tensor
 
 from customize.concepts.adapter import flattened

@@ -25,9 +25,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -37,13 +34,14 @@ from statistics import mean, median
 from typing import Any
 
 import _common
+import _workers
 import torch
 from _leaky import CONCEPTS, STYLES, Leaky, Style, StyleJudge, Subject, leaks, references
 from _scorer import open_quietly
 from torch import Tensor
 
 import customize
-from customize.demo import TRAINING, assets
+from customize.demo import TRAINING
 from customize.evaluation.storybook import GUIDANCE, asked_and_shown
 from customize.storybook.captions import parse
 from customize.storybook.judges import Judges, load_judges
@@ -131,7 +129,7 @@ class Scorer:
         self.args = args
         self.pipe = open_quietly(args.base)
         self.pipe.unet.to(memory_format=torch.channels_last)
-        self.judges: Judges = load_judges(assets() / "judges")
+        self.judges: Judges = load_judges(args.judges)
         self.styles = {style.name: StyleJudge(style) for style in STYLES}
         warnings.filterwarnings("ignore", message=".*which is then not avoided")
 
@@ -248,10 +246,7 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     if path.exists():
         return
     rates = scorer.score(subject, way, int(seed))
-    partial = path.with_suffix(".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(rates))
-    os.replace(partial, path)
+    _workers.keep(path, rates)
     print(f"{job:45}", {key: round(value, 2) for key, value in rates.items()}, flush=True)
 
 
@@ -295,19 +290,6 @@ def save(images: Tensor, path: Path) -> None:
     Image.fromarray(sheet.numpy()).save(path)
 
 
-def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str]) -> None:
-    """Do jobs in worker processes of one core each."""
-    common = ["--folder", str(args.folder), "--base", str(args.base), "--steps", str(args.steps)]
-    common += ["--quick"] if args.quick else []
-    running = [
-        subprocess.Popen([sys.executable, __file__, *common, stage, *jobs[worker :: args.workers]])
-        for worker in range(min(args.workers, len(jobs)))
-    ]
-    codes = [process.wait() for process in running]
-    if any(codes):
-        raise SystemExit("something could not be learned or scored; see above")
-
-
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     args.steps = protocol.steps
@@ -317,14 +299,15 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     args.folder = args.folder / hashlib.sha256(told).hexdigest()[:8]
     known = subjects(protocol)
     names = {part.name: None for own in known.values() for each in own for part in each.parts}
-    share_out(args, "--learn", list(names))
+    steps = ("--steps", str(args.steps))
+    _workers.share_out(args, "learn", list(names), *steps)
     jobs = {
         (task, way): [f"{e.name}/{way}/{seed}" for e in own for seed in protocol.seeds[task]]
         for task, own in known.items()
         if own
         for way in ways(protocol, own[0])
     }
-    share_out(args, "--score", [job for own in jobs.values() for job in own])
+    _workers.share_out(args, "score", [job for own in jobs.values() for job in own], *steps)
 
     tables: dict[str, dict[str, Rate]] = {}
     for (task, way), own in jobs.items():
@@ -382,18 +365,9 @@ def least_leak(baselines: Sequence[Rate], identity: float) -> float | None:
 
 def main() -> None:
     parser = _common.parser(__doc__)
-    parser.add_argument("--base", type=Path, default=assets() / "storybook")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("runs/decor"),
-        help="keeps what was learned and scored",
-    )
-    parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
+    _workers.add_arguments(parser, "runs/decor", "learn", "score")
     # What a worker process is told to do.
     parser.add_argument("--steps", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--learn", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--score", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.learn is None and args.score is None:

@@ -24,10 +24,6 @@ import argparse
 import functools
 import hashlib
 import json
-import os
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -36,6 +32,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import _common
+import _workers
 import torch
 from _merges import (
     AVERAGE,
@@ -50,9 +47,10 @@ from _merges import (
     by_ours,
 )
 from _scorer import KINDS, RATES, Scorer, concept, open_quietly
+from _workers import folder_name, weights_of
 
 from customize.core.lowrank import norm
-from customize.demo import TRAINING, assets
+from customize.demo import TRAINING
 from customize.evaluation import storybook
 from customize.families import family_of
 from customize.training.config import TrainConfig
@@ -120,34 +118,6 @@ def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
     )
 
 
-def folder_name(text: str) -> str:
-    return re.sub("[^a-z0-9]+", "-", text.lower())
-
-
-def reader(description: str | None) -> argparse.ArgumentParser:
-    """The command line of a benchmark that reads what this one has learned; see `kept`."""
-    parser = _common.parser(description)
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("runs/merge_identity"),
-        help="where merge_identity.py keeps what it learned",
-    )
-    return parser
-
-
-def kept(folder: Path) -> Path:
-    """Where the latest run has its concepts.
-
-    Raises:
-        SystemExit: there was none.
-    """
-    known = sorted(folder.glob(f"*/{folder_name(PLAIN)}"), key=lambda p: p.stat().st_mtime)
-    if not known:
-        raise SystemExit(f"{folder} holds no concepts: run merge_identity.py first")
-    return known[-1].parent
-
-
 def learn(args: argparse.Namespace, job: str) -> None:
     """Learn the concept of `job`, "how/number"; a finished one is kept."""
     from customize.training.loop import train
@@ -179,10 +149,7 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
         rows = alone(args, scorer, method, protocol)
     else:
         rows = merged(args, scorer, method, int(what), protocol)
-    partial = path.with_suffix(".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(rows))
-    os.replace(partial, path)
+    _workers.keep(path, rows)
     for row in rows:
         rates = f"identity {row['identity']:.3f} prompt {row['prompt']:.3f}"
         print(f"{row['method']:42} {what:>13} w={row['weight']:.2g} {rates}", flush=True)
@@ -194,10 +161,6 @@ def cell_file(args: argparse.Namespace, job: str) -> Path:
     for path in [Path(storybook.__file__), *weights_of(args.base), *weights_of(args.judges)]:
         depends.update(path.read_bytes())
     return args.folder / f"scores-{depends.hexdigest()[:8]}" / f"{folder_name(job)}.json"
-
-
-def weights_of(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.safetensors"))
 
 
 def row_of(
@@ -333,19 +296,6 @@ def best_weight(
 # --- the whole --------------------------------------------------------------------------------
 
 
-def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str]) -> None:
-    """Do jobs in worker processes of one core each, which costs least in all."""
-    common = ["--folder", str(args.folder), "--base", str(args.base), "--judges", str(args.judges)]
-    common += ["--steps", str(args.steps), *(["--quick"] if args.quick else [])]
-    running = [
-        subprocess.Popen([sys.executable, __file__, *common, stage, *jobs[worker :: args.workers]])
-        for worker in range(args.workers)
-    ]
-    codes = [process.wait() for process in running]
-    if any(codes):
-        raise SystemExit("a concept could not be learned or scored; see above")
-
-
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     args.steps = QUICK_STEPS if args.quick else args.steps
@@ -357,12 +307,14 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     for index in range(protocol.total):
         concept(index).write(args.folder / "pictures" / concept(index).name)
 
-    share_out(args, "--learn", [f"{k}/{i}" for k in LEARNED for i in range(protocol.total)])
+    steps = ("--steps", str(args.steps))
+    learned = [f"{kind}/{index}" for kind in LEARNED for index in range(protocol.total)]
+    _workers.share_out(args, "learn", learned, *steps)
     cells = [f"alone, {kind}/1" for kind in LEARNED] + [f"{TOKENS}/1"]
     cells += [f"{method}/{k}" for k in protocol.counts for method in METHODS]
-    share_out(args, "--score", cells)
+    _workers.share_out(args, "score", cells, *steps)
     pairs = [f"{method}/{classes}" for classes in protocol.pairs for method in METHODS]
-    share_out(args, "--score", pairs)
+    _workers.share_out(args, "score", pairs, *steps)
     known = costs(args, protocol)
     rows = [
         row | known.get((row["method"], row["k"]), {})
@@ -412,21 +364,10 @@ def figures(
 
 def main() -> None:
     parser = _common.parser(__doc__)
-    parser.add_argument("--base", type=Path, default=assets() / "storybook")
-    parser.add_argument("--judges", type=Path, default=assets() / "judges")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("runs/merge_identity"),
-        help="keeps what was learned and scored",
-    )
+    _workers.add_arguments(parser, "runs/merge_identity", "learn", "score")
     parser.add_argument(
         "--steps", type=int, default=TRAINING["steps"], help="training steps a concept"
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
-    # What a worker process is told to do.
-    parser.add_argument("--learn", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--score", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.learn is None and args.score is None:
         _common.report("merge_identity", args, *run(args))

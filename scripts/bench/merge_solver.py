@@ -19,9 +19,10 @@ from typing import Any
 
 import _common
 import torch
-from _merges import AVOIDING, PLAIN, Learned, Products, by_ours
+from _merges import AVOIDING, PLAIN, Learned, Products, by_ours, kept, reader
 from _scorer import Scorer, concept
-from merge_identity import FULL, QUICK, folder_name, kept, members, over, reader, spread_of
+from _workers import folder_name
+from merge_identity import FULL, QUICK, members, over, spread_of
 from torch import Tensor
 
 from customize.concepts.adapter import file_name

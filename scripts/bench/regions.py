@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from _merges import AVOIDING
 from _scorer import KINDS, concept, open_quietly
-from merge_identity import folder_name, learn
+from _workers import folder_name
+from merge_identity import learn
 from torch import Tensor
 
 from customize.concepts.phrases import regional

@@ -1,0 +1,69 @@
+"""Jobs of a benchmark in processes of one core each, which costs least in all.
+
+Each result is kept in a file of its own, so that a run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from customize.demo import assets
+
+
+def add_arguments(parser: argparse.ArgumentParser, folder: str, *stages: str) -> None:
+    """The flags of such a benchmark, and those by which its worker processes are told their jobs.
+
+    Args:
+        folder: where it keeps what it learned and scored, if not told.
+        stages: such as "learn"; given to :func:`share_out`.
+    """
+    parser.add_argument("--base", type=Path, default=assets() / "storybook")
+    parser.add_argument("--judges", type=Path, default=assets() / "judges")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(folder), help="keeps what was learned and scored"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
+    for stage in stages:
+        parser.add_argument(f"--{stage}", nargs="*", help=argparse.SUPPRESS)
+
+
+def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str], *more: str) -> None:
+    """Do jobs in processes that run this script with the same arguments and `--stage job ...`.
+
+    Raises:
+        SystemExit: one of them failed.
+    """
+    given = ["--folder", args.folder, "--base", args.base, "--judges", args.judges, *more]
+    given += ["--quick"] if args.quick else []
+    start = [sys.executable, sys.argv[0], *map(str, given), f"--{stage}"]
+    running = [
+        subprocess.Popen([*start, *jobs[worker :: args.workers]])
+        for worker in range(min(args.workers, len(jobs)))
+    ]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise SystemExit("something could not be learned or scored; see above")
+
+
+def keep(path: Path, found: Any) -> None:
+    """Write a result whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(found))
+    os.replace(partial, path)
+
+
+def folder_name(text: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", text.lower())
+
+
+def weights_of(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))

@@ -66,6 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "class_text and context_text": {"preserve": {"class_text": 1.0, "context_text": 1.0}},
 }
 TEXT = tuple(name for name in METHODS if "_text" in name)
+STEPS = 12  # of drawing: enough for all that is judged
 RATES = ("identity", "prompt", "composition", "class_drift", "drift")
 
 
@@ -203,13 +204,13 @@ class Scorer:
         plain = {key: asked[key] for key in ("class", "other")}
         for seed in seeds:
             if (kind, seed) not in self.before:
-                self.before[kind, seed] = storybook.draw_groups(self.pipe, plain, seed)
+                self.before[kind, seed] = storybook.draw_groups(self.pipe, plain, seed, steps=STEPS)
         found = []
         if saved is not None:
             load_custom(self.pipe, saved, fuse=True, merge="sum")
         try:
             for seed in seeds:
-                images = storybook.draw_groups(self.pipe, asked, seed)
+                images = storybook.draw_groups(self.pipe, asked, seed, steps=STEPS)
                 rated = storybook.rate_concept(
                     self.judges, images["concept"], asked["concept"], signature, kind, story.shown
                 )
@@ -231,7 +232,7 @@ class Scorer:
 
 def cell_file(args: argparse.Namespace, job: str) -> Path:
     """Where the rows of `job` are kept: a folder for what scores depend on besides the runs."""
-    depends = hashlib.sha256(repr(astuple(protocol_of(args))).encode())
+    depends = hashlib.sha256(repr((astuple(protocol_of(args)), STEPS)).encode())
     for path in [Path(storybook.__file__), *weights_of(args.judges)]:
         depends.update(path.read_bytes())
     method, index, seed = job.rsplit("/", 2)

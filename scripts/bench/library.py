@@ -7,9 +7,11 @@ Ours is `load_custom(library=)` and nothing else: each prompt names its concept.
 that call to the first picture, where there is no index, and `first_indexed_s` where there is one;
 `cold_s` is a picture whose concept was not read before, `warm_s` one whose concept is in memory
 while another one is attached, so that each picture switches; `same_s` one of the same concept as
-the picture before. Theirs is diffusers' own way: every LoRA and its tokens are loaded with
-`load_lora_weights` and `load_textual_inversion` (`load_s`), and `set_adapters` names the one to
-draw with before each picture (`warm_s`).
+the picture before. `pair_cold_s` is a picture that names two, both read before, which are fused by
+the records that lie beside them; `pair_warm_s` one where two such pairs take turns, whose fusions
+are in memory, and its ratio is against a pipeline with the two loaded by name. Theirs is diffusers'
+own way: every LoRA and its tokens are loaded with `load_lora_weights` and `load_textual_inversion`
+(`load_s`), and `set_adapters` names the one to draw with before each picture (`warm_s`).
 
 Ratios are against pictures of a pipeline with just the one concept loaded by name, drawn in turns
 with the other side's, in one process for each row; `library_warm_ratio_N` is the median over turns
@@ -41,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 BASE = ROOT / "assets" / "storybook"
 RANK, STEPS = 8, 25
 OURS, THEIRS = (1, 10, 100, 1000), (1, 10, 50)
-WARM = 4  # concepts that take turns
+WARM = 4  # concepts that take turns; these have records
 DRAWN = 10  # concepts that are drawn before memory is looked at
 TURNS = 7
 
@@ -58,6 +60,7 @@ def open_base() -> Any:
 def write_concepts(folder: Path, count: int) -> None:
     """Concepts of random updates of all layers, and two tokens each."""
     from customize.concepts.concept import BasisInfo, Concept, ConceptInfo
+    from customize.concepts.inputs import DIRECTIONS, LayerInputs, place_beside, updates_digest
     from customize.concepts.slices import columns_for
     from customize.core.bases import BASES, down_projection
     from customize.core.lowrank import LowRank
@@ -96,12 +99,26 @@ def write_concepts(folder: Path, count: int) -> None:
         }
         rows = tokens.std() * torch.randn(2, tokens.shape[1], generator=generator)
         Concept(info, products, {"text_encoder": rows.detach()}).save(folder / name)
+        if number < WARM:
+            own, generic = (
+                {
+                    part: {
+                        module: torch.randn(DIRECTIONS, width, generator=generator) / width**0.5
+                        for module, (_, width) in layers.items()
+                    }
+                    for part, layers in targets.items()
+                }
+                for _ in range(2)
+            )
+            record = LayerInputs(updates_digest(products), own, generic)
+            record.save(place_beside(folder / name))
 
 
-def draw(pipe: Any, name: str) -> np.ndarray:
+def draw(pipe: Any, *names: str) -> np.ndarray:
     noise = torch.Generator().manual_seed(0)
     call = {"num_inference_steps": STEPS, "generator": noise, "output_type": "np"}
-    return pipe(f"a photo of <{name}> on a beach", **call).images[0]
+    told = " and ".join(f"<{name}>" for name in names)
+    return pipe(f"a photo of {told} on a beach", **call).images[0]
 
 
 def resident() -> float:
@@ -159,7 +176,23 @@ def run_ours(folder: Path, turns: int) -> dict[str, Any]:
     found |= {"warm_s": spread(times), "warm_ratio": statistics.median(ratios)}
     times, ratios = in_turns(turns, lambda turn: draw(pipe, warm[0]), lambda: draw(alone, "c0"))
     found |= {"same_s": spread(times), "same_ratio": statistics.median(ratios)}
-    return found
+    return found | (run_pairs(folder, pipe, warm, turns) if len(warm) == WARM else {})
+
+
+def run_pairs(folder: Path, pipe: Any, names: list[str], turns: int) -> dict[str, Any]:
+    """Pictures that name two concepts of the library, which are fused."""
+    pairs = (names[:2], names[2:])
+    alone = open_base().load_custom(*(folder / name for name in pairs[0]))
+    if alone.custom.merge != "fusion":
+        raise SystemExit("two concepts with records are not fused")
+    cold = [computed(partial(draw, pipe, *pair)) for pair in pairs]
+    if not np.array_equal(draw(pipe, *pairs[0]), draw(alone, *pairs[0])):
+        raise SystemExit("a picture of two of the library's is not that of the two by themselves")
+    times, ratios = in_turns(
+        turns, lambda turn: draw(pipe, *pairs[turn % 2]), lambda: draw(alone, *pairs[0])
+    )
+    found = {"pair_cold_s": spread(cold), "pair_warm_s": spread(times)}
+    return found | {"pair_warm_ratio": statistics.median(ratios)}
 
 
 def run_theirs(folder: Path, count: int, turns: int) -> dict[str, Any]:
@@ -227,6 +260,11 @@ def main() -> None:
             "warm_ratio"
         ]
         for row in rows
+    }
+    figures |= {
+        f"library_pair_ratio_{row['concepts']}": row["pair_warm_ratio"]
+        for row in rows
+        if "pair_warm_ratio" in row
     }
     report("library", args, rows, figures)
 

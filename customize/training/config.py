@@ -18,22 +18,12 @@ from pydantic import (
 )
 
 from customize.errors import ConfigError
+from customize.training import values
 from customize.training.contradictions import contradictions
-from customize.training.settings import (
-    check_text,
-    config_error,
-    read_yaml,
-    short,
-    together,
-    weights_by_name,
-)
+from customize.training.settings import config_error, read_yaml, short, together
+from customize.training.values import TEXT_LOSSES
 
-# Named here, and not read from customize.core.preservation, so that --help needs no torch.
-TEXT_LOSSES = ("class_text", "context_text")
-PRESERVATIONS = (*TEXT_LOSSES, "output")
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
-# Checkpoints of these kinds are pickles, which run code when they are opened.
-_PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
 
 
 class TrainConfig(BaseModel):
@@ -341,73 +331,15 @@ class TrainConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        """Undo what YAML and shells do to values, and refuse what pydantic would bend."""
         name = str(info.field_name)
-        if name == "preserve":
-            return weights_by_name(value)
-        kinds = _kinds(name)
-        if isinstance(value, bool) and bool not in kinds:
-            if name == "mixed_precision" and not value:
-                return "no"  # YAML 1.1 reads a plain no as false
-            raise ValueError("should not be yes or no")
-        if isinstance(value, str):
-            if value.strip().lower() in ("none", "null") and type(None) in kinds:
-                return None
-            check_text(value)
-            value = value.strip()
-            return (value,) if tuple[str, ...] in kinds else value
-        return value
+        return values.plain(name, value, _kinds(name))
 
-    @field_validator("images", "output", "masks", "library", "prior_images")
-    @classmethod
-    def _home(cls, path: Path | None) -> Path | None:
-        try:
-            return None if path is None else path.expanduser()
-        except RuntimeError:
-            raise ValueError("starts with a home folder that does not exist") from None
-
-    @field_validator("base")
-    @classmethod
-    def _no_pickle(cls, base: str) -> str:
-        if base.lower().endswith(_PICKLES):
-            raise ValueError("is a pickle, which can run code; give a safetensors file or folder")
-        return base
-
-    @field_validator("caption")
-    @classmethod
-    def _has_place(cls, caption: str | None) -> str | None:
-        if caption is not None and "{}" not in caption:
-            raise ValueError('has no {} for the trigger; write "a photo of {}"')
-        return caption
-
-    @field_validator("preserve")
-    @classmethod
-    def _preservations(cls, weights: dict[str, float]) -> dict[str, float]:
-        unknown = sorted(weights.keys() - set(PRESERVATIONS))
-        if unknown:
-            known = ", ".join(PRESERVATIONS)
-            hint = "; class pictures have prior_weight" if "prior" in unknown else ""
-            raise ValueError(f"names {', '.join(map(short, unknown))}; known are {known}{hint}")
-        negative = sorted(name for name, weight in weights.items() if weight < 0)
-        if negative:
-            raise ValueError(f"has a negative weight for {', '.join(negative)}; give 0 or more")
-        return {name: weights[name] for name in PRESERVATIONS if weights.get(name)}
-
-    @field_validator("preserve_phrases")
-    @classmethod
-    def _phrases(cls, phrases: tuple[str, ...]) -> tuple[str, ...]:
-        for phrase in phrases:
-            check_text(phrase)
-            if "{}" not in phrase:
-                raise ValueError(f"has no {{}} for the trigger in {short(phrase)}")
-        return phrases
-
-    @field_validator("validation_prompts")
-    @classmethod
-    def _prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
-        for prompt in prompts:
-            check_text(prompt)
-        return prompts
+    _home = field_validator("images", "output", "masks", "library", "prior_images")(values.home)
+    _no_pickle = field_validator("base")(values.no_pickle)
+    _has_place = field_validator("caption")(values.has_place)
+    _preservations = field_validator("preserve")(values.preservations)
+    _phrases = field_validator("preserve_phrases")(values.phrases)
+    _prompts = field_validator("validation_prompts")(values.prompts)
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -6,7 +6,8 @@ from pydantic import ValidationError
 
 from customize.core import preservation
 from customize.errors import ConfigError
-from customize.training.config import PRESERVATIONS, TrainConfig, load_config
+from customize.training.config import TrainConfig, load_config
+from customize.training.values import PRESERVATIONS
 
 REQUIRED = {
     "base": "org/model",

@@ -177,7 +177,9 @@ def attach(
     }
     adapter = attach_products(family, products, name=name, dtype=dtype)
     for component, layers in adapter.layers.items():
-        adapter.models[component].requires_grad_(False)
+        for key, parameter in adapter.models[component].named_parameters():
+            if ".lora_" not in key:  # of adapters beside it, which may train as well
+                parameter.requires_grad_(False)
         for layer in layers.values():
             layer.lora_A[name].weight.requires_grad_(method == "lora")
             layer.lora_B[name].weight.requires_grad_(True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -61,11 +61,11 @@ def columns_for(
     }
 
 
-def holders(library: Path, *, without: str | None = None) -> list[Holder]:
+def holders(library: Path, *, without: Collection[str] = ()) -> list[Holder]:
     """All who hold a slice in a library: finished concepts, and runs that are not finished.
 
     Args:
-        without: the name of a concept that doesn't count, as it is about to be replaced.
+        without: names of concepts that don't count, as they are about to be replaced.
 
     Raises:
         ConceptError: a ``concept.json`` or a claim there cannot be read. It may hold columns.
@@ -74,7 +74,7 @@ def holders(library: Path, *, without: str | None = None) -> list[Holder]:
     found = sorted(Path(library).glob(f"[!.]*/{INFO_FILE}"))
     all_of_them: list[Holder] = [read_info(file.parent) for file in found]
     all_of_them += read_claims(library)
-    return [holder for holder in all_of_them if holder.name != without]
+    return [holder for holder in all_of_them if holder.name not in without]
 
 
 def next_free_index(
@@ -85,24 +85,44 @@ def next_free_index(
     name: str | None = None,
     widths: Iterable[int] | None = None,
 ) -> int:
-    """The number for a new concept in a library of concept folders.
-
-    The lowest of those whose slices share the fewest columns with the concepts there, and with
-    those that are being learned, over all widths that count: no column at all until one is full.
+    """The number for a new concept in a library of concept folders: :func:`free_index` there.
 
     Args:
         library: a folder of concept folders; it need not exist yet.
-        rank, basis: of the new concept. Concepts on another basis take no columns of this one.
+        rank, basis, widths: as of :func:`free_index`.
         name: of the new concept; a concept of that name, about to be replaced, does not count.
-        widths: the new concept's; None: all that the concepts there use.
 
     Raises:
         ConceptError: see :func:`holders`.
         ConfigError: the rank does not fit a width.
     """
+    there = holders(library, without=() if name is None else (name,))
+    return free_index(there, rank, basis, widths=widths)
+
+
+def free_index(
+    there: Iterable[Holder],
+    rank: int,
+    basis: BasisInfo,
+    *,
+    widths: Iterable[int] | None = None,
+) -> int:
+    """The number for a new concept beside others.
+
+    The lowest of those whose slices share the fewest columns with theirs, over all widths that
+    count: no column at all until one is full.
+
+    Args:
+        there: the concepts, and those that are being learned.
+        rank, basis: of the new concept. Concepts on another basis take no columns of this one.
+        widths: the new concept's; None: all that the others use.
+
+    Raises:
+        ConfigError: the rank does not fit a width.
+    """
     own = None if widths is None else set(widths)
     taken: dict[int, list[int]] = {}
-    for holder in holders(library, without=name):
+    for holder in there:
         if _same_basis(holder.basis, basis):
             for width, columns in holder.slices.items():
                 if own is None or int(width) in own:

@@ -64,11 +64,16 @@ def choose(
     dropout: float,
     stream: str,
     groups: Sequence[Hashable] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Choice:
     """The ``turn``-th batch of ``size`` pictures from ``count``.
 
     Each picture comes once before any comes again; the order of every pass is another. In groups,
     that holds within each, and over ``count`` turns all pictures come equally often.
+
+    Where several share the batches, part (k, n) is what the k-th of n gets: the places of all
+    batches, one after another, go round among them, and so do whole batches where there are groups.
+    So each gets as many places as any other, or one more; of a batch of two, two get one each.
 
     Args:
         turn: counts the batches of all processes and accumulations from the start of the run.
@@ -76,12 +81,18 @@ def choose(
         dropout: share of captions left empty.
         stream: such as "concept"; streams of other names are independent.
         groups: of each picture, such as its size; a batch is of one group. None: all are of one.
+        part: whose places, and among how many; (0, 1) for all.
     """
+    mine, among = part
     if groups is None:
-        positions = range(turn * size, (turn + 1) * size)
+        places = range(turn * size, (turn + 1) * size)
+        positions = [place // among for place in places if place % among == mine]
         pictures = [_order(seed, at // count, count, stream)[at % count] for at in positions]
+    elif turn % among == mine:
+        pictures = _of_one_group(seed, turn // among, size, groups, stream)
     else:
-        pictures = _of_one_group(seed, turn, size, groups, stream)
+        pictures = []
+    size = len(pictures)
     if not flip and not dropout:
         nothing = [False] * size
         return Choice(pictures, nothing, nothing)
@@ -142,36 +153,39 @@ def _of_one_group(
 def compose(
     config: TrainConfig,
     texts: Sequence[str],
-    concept_pictures: int,
+    concepts: Sequence[range],
+    classes: Sequence[range],
     turn: int,
     sizes: Sequence[Hashable] = (),
 ) -> tuple[list[int], list[bool], list[str]]:
-    """Picture numbers, mirroring and captions of a batch: the concept's half, then the class's.
+    """Picture numbers, mirroring and captions of a batch: the concepts' half, then the classes'.
+
+    Several concepts share each half as :func:`choose` says, and so do their classes.
 
     Args:
         texts: the caption of each picture.
-        concept_pictures: the first so many are the concept's.
+        concepts: the numbers of each concept's pictures.
+        classes: the numbers of the class pictures of each concept; none where there are none.
         sizes: of each picture, where they are in buckets: each half is of one.
     """
     chosen: list[int] = []
     mirrored: list[bool] = []
     silent: list[bool] = []
-    class_pictures = len(texts) - concept_pictures
-    halves = (("concept", 0, concept_pictures), ("class", concept_pictures, class_pictures))
-    for stream, first, count in halves:
-        if count:
-            half = choose(
+    for half, shared in (("concept", concepts), ("class", classes)):
+        for number, own in enumerate(shared):
+            found = choose(
                 config.seed,
                 turn,
                 config.batch_size,
-                count,
+                len(own),
                 flip=config.flip,
                 dropout=config.caption_dropout,
-                stream=stream,
-                groups=sizes[first : first + count] if config.buckets else None,
+                stream=f"{half} {number}" if number else half,
+                groups=sizes[own.start : own.stop] if config.buckets else None,
+                part=(number, len(shared)),
             )
-            chosen += [first + number for number in half.pictures]
-            mirrored += half.mirrored
-            silent += half.silent
+            chosen += [own.start + picture for picture in found.pictures]
+            mirrored += found.mirrored
+            silent += found.silent
     captions = ["" if s else texts[i] for i, s in zip(chosen, silent, strict=True)]
     return chosen, mirrored, captions

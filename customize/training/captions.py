@@ -25,7 +25,7 @@ def read_captions(
     *,
     template: str | None,
     trigger: str | None,
-    forbidden: str | None,
+    forbidden: Sequence[str],
 ) -> dict[Path, str]:
     """Picture -> its caption, one line of text.
 
@@ -59,10 +59,12 @@ def read_captions(
             where=folder,
             fix=f"write {trigger} where the subject is named, as in 'a photo of {trigger}'",
         )
-    having = [p.name for p, text in captions.items() if forbidden and mentions(text, forbidden)]
-    if having:
+    for each in forbidden:
+        having = [path.name for path, text in captions.items() if mentions(text, each)]
+        if not having:
+            continue
         raise DataError(
-            f"{count(having)} a caption with the trigger {forbidden}: {listing(having)}",
+            f"{count(having)} a caption with the trigger {each}: {listing(having)}",
             where=folder,
             fix="name the class there; class pictures show it without the concept",
         )

@@ -31,6 +31,8 @@ BASE_WEIGHTS = "base_weights"
 SHARED = "shared_directions"
 #: Among them: from :func:`customize.training.base.configured_of`.
 BASE_CONFIG = "base_config"
+#: Among them, where several concepts are learned together: name of each other -> its own settings.
+TOGETHER = "together"
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +142,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     missing = object()
     found = [
         f"{key} was {before.get(key, 'not set')!r} and is {now.get(key, 'not set')!r}"
-        for key in sorted({*before, *now} - {BASE_WEIGHTS, BASE_CONFIG})
+        for key in sorted({*before, *now} - {BASE_WEIGHTS, BASE_CONFIG, TOGETHER})
         if before.get(key, missing) != now.get(key, missing)
     ]
+    old, new = before.get(TOGETHER, {}), now.get(TOGETHER, {})
+    if old.keys() != new.keys():
+        was, is_ = (", ".join(sorted(each)) or "none" for each in (old, new))
+        found.append(f"the concepts learned together with it were {was} and are {is_}")
+    for name in sorted(old.keys() & new.keys()):
+        found += [f"{name}'s {change}" for change in differences(old[name], new[name])]
     old, new = before.get(BASE_CONFIG), now.get(BASE_CONFIG)
     if old is not None and new is not None:
         found += [f"the base's {change}" for change in differences(old, new)]

@@ -1,17 +1,16 @@
-"""The slice that a run learns in: chosen, claimed before the first step, and held until the end."""
+"""The slices that a run learns in: chosen, claimed before the first step, held until the end."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 from customize.concepts import claims
 from customize.concepts.claims import Claim
 from customize.concepts.concept import BasisInfo
-from customize.concepts.slices import Holder, collisions, columns_for, holders, next_free_index
+from customize.concepts.slices import Holder, collisions, columns_for, free_index, holders
 from customize.core.bases import avoided, capacity
 from customize.errors import CustomizeError, SettingsError
 from customize.families import Family
@@ -21,90 +20,99 @@ from customize.training.trainable import input_widths
 
 
 @contextmanager
-def claimed_slice(
-    config: TrainConfig,
+def claimed_slices(
+    configs: Sequence[TrainConfig],
     family: Family,
     basis: BasisInfo | None,
-    before: Mapping[str, Any] | None,
+    before: Sequence[Mapping[str, Any]] | None,
     accelerator: Any,
-) -> Iterator[int | None]:
-    """Choose the concept's number and claim its slice, before the first step.
+) -> Iterator[list[int | None]]:
+    """Choose the number of each concept of a run and claim its slice, before the first step.
 
-    The claim goes when the concept is written. After an error it stays with the checkpoint that
+    The claims go when the concepts are written. After an error they stay with the checkpoint that
     the run can go on from; where there is none, all is as it was.
 
     Args:
         basis: of the slices; None for the method "lora".
-        before: the settings of the checkpoint that the run goes on from; its slice holds.
+        before: each concept's settings in the checkpoint that the run goes on from; their slices
+            hold.
 
     Yields:
-        The number; None for a slice by the name's hash, or for the method "lora", which has none.
+        The numbers; None for a slice by the name's hash, or for the method "lora", which has none.
 
     Raises:
         ConceptError: a concept or a claim in the library cannot be read.
         ConfigError: the rank does not fit a width.
-        SettingsError: someone else has taken the slice since the run was cut off.
-        StorageError: the claim cannot be written.
+        SettingsError: someone else has taken a slice since the run was cut off.
+        StorageError: a claim cannot be written.
     """
     if basis is None:
-        yield None
+        yield [None] * len(configs)
         return
-    new = not config.output.exists()
-    answer: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            answer = [_claim(config, family, basis, before)]
-        except CustomizeError as error:
-            answer = [error]
-    if accelerator.num_processes > 1:  # all learn in one slice, and stop for one error
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(answer)
-    if isinstance(answer[0], CustomizeError):
-        raise answer[0]
+    new = [config for config in configs if not config.output.exists()]
+    main = accelerator.is_main_process
     try:
+        answer: list[Any] = [None]
+        if main:
+            try:
+                answer = [_claim(configs, family, basis, before)]
+            except CustomizeError as error:
+                answer = [error]
+        if accelerator.num_processes > 1:  # all learn in one slice, and stop for one error
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(answer)
+        if isinstance(answer[0], CustomizeError):
+            raise answer[0]
         yield answer[0]
     except BaseException:
-        kept = checkpoint.newest_step(config.output / ".checkpoints") is not None
-        if accelerator.is_main_process and not kept:
+        kept = checkpoint.newest_step(configs[0].output / ".checkpoints") is not None
+        for config in configs if main and not kept else ():
             claims.withdraw_claim(config.output)
-            if new:
+            if config in new:
                 with suppress(OSError):  # not empty: class pictures are kept
                     config.output.rmdir()
         raise
-    if accelerator.is_main_process:
+    for config in configs if main else ():
         claims.withdraw_claim(config.output)
 
 
 def _claim(
-    config: TrainConfig, family: Family, basis: BasisInfo, before: Mapping[str, Any] | None
-) -> int | None:
-    library = config.library
+    configs: Sequence[TrainConfig],
+    family: Family,
+    basis: BasisInfo,
+    before: Sequence[Mapping[str, Any]] | None,
+) -> list[int | None]:
+    library = configs[0].library
+    former = dict(zip((c.name for c in configs), before or (), strict=False))
+    chosen: dict[str, Claim] = {}
     with nullcontext() if library is None else claims.alone_in(library):
-        others = [] if library is None else holders(library, without=config.name)
-        if config.slice is not None:
-            index: int | None = config.slice
-        elif before is not None:
-            index = before.get("slice")
-            _check_still_ours(config, family, basis, index, others)
-        else:
-            index = _free(config, family, basis)
-        claim = _claim_of(config, family, basis, index)
-        claims.write_claim(claim, config.output)
-    _tell(claim, library, others)
-    return index
+        there = [] if library is None else holders(library, without=[c.name for c in configs])
+        # Where a number is set it stands, so the others keep out of its way.
+        for config in sorted(configs, key=lambda config: config.slice is None):
+            others = [*there, *chosen.values()]
+            if config.slice is not None:
+                index: int | None = config.slice
+            elif config.name in former:
+                index = former[config.name].get("slice")
+                _check_still_ours(config, family, basis, index, others)
+            else:
+                index = _free(config, family, basis, others)
+            claim = chosen[config.name] = _claim_of(config, family, basis, index)
+            claims.write_claim(claim, config.output)
+    for number, config in enumerate(configs):
+        earlier = [chosen[other.name] for other in configs[:number]]
+        _tell(config, chosen[config.name], [*there, *earlier])
+    return [chosen[config.name].index for config in configs]
 
 
-def _free(config: TrainConfig, family: Family, basis: BasisInfo) -> int | None:
-    if config.library is None:
+def _free(
+    config: TrainConfig, family: Family, basis: BasisInfo, others: Sequence[Holder]
+) -> int | None:
+    """The name's own slice where there is no library, unless one of the run has it."""
+    if config.library is None and not _sharing(_claim_of(config, family, basis, None), others):
         return None
-    return next_free_index(
-        config.library,
-        config.rank,
-        basis,
-        name=config.name,
-        widths=input_widths(family, config),
-    )
+    return free_index(others, config.rank, basis, widths=input_widths(family, config))
 
 
 def _claim_of(config: TrainConfig, family: Family, basis: BasisInfo, index: int | None) -> Claim:
@@ -120,13 +128,18 @@ def _claim_of(config: TrainConfig, family: Family, basis: BasisInfo, index: int 
 
 
 def _check_still_ours(
-    config: TrainConfig, family: Family, basis: BasisInfo, index: int | None, others: list[Holder]
+    config: TrainConfig,
+    family: Family,
+    basis: BasisInfo,
+    index: int | None,
+    others: Sequence[Holder],
 ) -> None:
     """Refuse a slice that others hold too, unless the library is so full that none is better."""
     taken = _sharing(_claim_of(config, family, basis, index), others)
     if index is None or not taken:
         return
-    best = _sharing(_claim_of(config, family, basis, _free(config, family, basis)), others)
+    free = _free(config, family, basis, others)
+    best = _sharing(_claim_of(config, family, basis, free), others)
     if sum(taken.values()) > sum(best.values()):
         raise SettingsError(
             f"the slice {index}, in which {config.name} was being learned, is that of "
@@ -136,16 +149,17 @@ def _check_still_ours(
         )
 
 
-def _sharing(claim: Claim, others: list[Holder]) -> dict[str, int]:
+def _sharing(claim: Claim, others: Sequence[Holder]) -> dict[str, int]:
     """Name -> how many columns the claim shares with its slice; only those with which it does."""
     found = [each for other in others for each in collisions([other, claim])]
     counts = {each.first: sum(map(len, each.columns.values())) for each in found}
     return {name: count for name, count in counts.items() if count}
 
 
-def _tell(claim: Claim, library: Path | None, others: list[Holder]) -> None:
+def _tell(config: TrainConfig, claim: Claim, others: Sequence[Holder]) -> None:
     """Warn of columns that are not the concept's alone."""
-    for width, columns in claim.slices.items() if library is None else ():
+    alone = config.library is None
+    for width, columns in claim.slices.items() if alone and config.slice is not None else ():
         limit = capacity(int(width) - avoided(int(width), claim.basis.avoid), claim.rank)
         if claim.index is not None and claim.index >= limit:
             warnings.warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -365,10 +366,22 @@ def load_config(path: Path | str | None = None, **overrides: Any) -> TrainConfig
         ConfigError: the file is missing, unreadable or no YAML mapping, or a setting is wrong.
     """
     settings = {} if path is None else read_yaml(Path(path))
+    return config_of({**settings, **overrides}, path)
+
+
+def config_of(settings: Mapping[str, Any], where: Path | str | None) -> TrainConfig:
+    """The configuration of these settings.
+
+    Args:
+        where: they come from, for the error.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
     try:
-        return TrainConfig(**{**settings, **overrides})
+        return TrainConfig(**settings)
     except ConfigError as error:
-        raise ConfigError(error.what, where=path, fix=error.fix) from None
+        raise ConfigError(error.what, where=where, fix=error.fix) from None
 
 
 def _kinds(field: str) -> tuple[Any, ...]:

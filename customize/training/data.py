@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def read_folder(
     resolution: int | None = None,
     square: bool = True,
     limit: int | None = None,
-    forbidden: str | None = None,
+    forbidden: Sequence[str] = (),
 ) -> list[Sample]:
     """The pictures of a folder in the order of their names, each with its caption and mask.
 
@@ -80,7 +81,7 @@ def read_folder(
             need little memory.
         square: only the centre square is trained, so there the masks must not be black.
         limit: only the first so many pictures.
-        forbidden: a word that no caption may have: the trigger, of class pictures.
+        forbidden: words that no caption may have: the triggers, of class pictures.
 
     Raises:
         DataError: the folder has no pictures or cannot be read; a picture is corrupt, animated,

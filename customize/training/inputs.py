@@ -31,7 +31,7 @@ from customize.families import Family
 from customize.training.cache import Encode
 from customize.training.config import TrainConfig
 from customize.training.setup import place, put_away
-from customize.training.trainable import Trainable
+from customize.training.trainable import Learned, Trainable
 
 
 def prompts_of(config: TrainConfig) -> list[str]:
@@ -42,7 +42,7 @@ def prompts_of(config: TrainConfig) -> list[str]:
 
 
 def write_record(
-    config: TrainConfig,
+    learned: Learned,
     family: Family,
     trainable: Trainable,
     concept: Concept,
@@ -52,17 +52,20 @@ def write_record(
 ) -> None:
     """Write the record of a concept whose adapter and tokens are in the model still.
 
-    What was learned is saved by then, so that a record which cannot be made is only warned of.
+    It is of the concept alone, also where others were learned with it. What was learned is saved by
+    then, so that a record which cannot be made is only warned of.
 
     Args:
         encode: knows :func:`prompts_of`.
         shape: (channels, height, width) of latents.
     """
     layers = layers_of(family, concept.products)
+    config = learned.config
     how: dict[str, Any] = {"encode": encode, "autocast": autocast}
     try:
-        own = record(family, layers, texts(config.trigger), shape, **how)
-        with trainable.adapter.silent():
+        with trainable.silent(but=learned):
+            own = record(family, layers, texts(config.trigger), shape, **how)
+        with trainable.silent():
             prompts = base_prompts(config.class_word)
             generic = record(family, layers, prompts, shape, **how)
     except ConceptError as error:

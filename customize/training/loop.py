@@ -1,39 +1,31 @@
-"""Learning one concept: :func:`train` prepares and tidies up, :func:`optimise` is the loop."""
+"""Learning concepts: :func:`train` one, or several in one run by :func:`train_together`."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
+from itertools import accumulate, chain, pairwise
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from customize.concepts import files
 from customize.concepts.adapter import Factors
 from customize.concepts.concept import Concept
 from customize.concepts.phrases import common
-from customize.errors import TrainingError, TrainingStopped
-from customize.families import Family, family_of
+from customize.families import family_of
 from customize.training import base, cache, inputs, preserving, process, record, setup
 from customize.training import checkpoint as checkpoints
-from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, Checkpoint
-from customize.training.claim import claimed_slice
+from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED
+from customize.training.claim import claimed_slices
 from customize.training.compiling import check_compiler, compiled
 from customize.training.config import TrainConfig
 from customize.training.losses import Losses
-from customize.training.prior import class_samples_of
-from customize.training.trainable import Trainable, basis_of, check_texts, trained_in
+from customize.training.prior import class_samples_of, drawn_for
+from customize.training.start import checkpoints_of, find_start
+from customize.training.steps import OnStep, optimise
+from customize.training.together import check
+from customize.training.trainable import basis_of, check_texts, trained_in
 from customize.training.validation import Validation
-
-OnStep = Callable[[int, Tensor], object]
-
-_FUSED = ("cuda", "cpu", "mps", "xpu")  # devices on which torch's AdamW is one kernel
 
 
 def train(
@@ -70,41 +62,84 @@ def train(
         TrainingError: the loss or what is learned is no longer finite.
         TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.
     """
-    samples, class_samples = setup.read_pictures(config, base.resolution_of(config, components))
-    files.check_folder(config.output, config.name)
-    files.check_writable(config.output)
+    return train_together([config], components, progress, on_step, pipeline_config)[0]
+
+
+def train_together(
+    configs: Sequence[TrainConfig],
+    components: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+    pipeline_config: Mapping[str, Any] | None = None,
+) -> list[Concept]:
+    """Learn several concepts in one run, save each to its own folder and return them.
+
+    All are in the model at once, each with tokens and an adapter of its own, and where slices are
+    orthogonal each in its own slice. What the model then draws is what it draws with the plain
+    sum of the concepts, ``load_custom(..., merge="sum")``. A batch has pictures of all: its places
+    go round among them, so that each has as many as any other over time. The losses of
+    preservation count each concept alike, with its own class word.
+
+    The order of the concepts makes no difference. Checkpoints lie in the folder of the one whose
+    name is first in the alphabet.
+
+    Args:
+        configs: of each concept. What is not in :data:`customize.training.together.OWN` belongs to
+            the run and is the same in all. Captions may name several of the concepts.
+        components, progress, on_step, pipeline_config: as of :func:`train`.
+
+    Returns:
+        The concepts, in the order of their configurations.
+
+    Raises:
+        ConfigError: they cannot be learned in one run; see
+            :func:`customize.training.together.check`.
+        SettingsError: as of :func:`train`, also where the run had other concepts before.
+        DataError, PipelineError, StorageError, TrainingError, TrainingStopped: as of ``train``.
+    """
+    check(configs)
+    given, configs = configs, sorted(configs, key=lambda config: config.name)
+    found = _trained(configs, components, progress, on_step, pipeline_config)
+    by_name = dict(zip((config.name for config in configs), found, strict=True))
+    return [by_name[config.name] for config in given]
+
+
+def _trained(
+    configs: Sequence[TrainConfig],
+    components: Mapping[str, Any] | None,
+    progress: bool,
+    on_step: OnStep | None,
+    pipeline_config: Mapping[str, Any] | None,
+) -> list[Concept]:
+    config = configs[0]  # for all that belongs to the run
+    resolution_read = base.resolution_of(config, components)
+    triggers = [each.trigger for each in configs]
+    samples, class_samples = zip(
+        *(setup.read_pictures(each, resolution_read, triggers) for each in configs), strict=True
+    )
+    for each in configs:
+        files.check_folder(each.output, each.name)
+        files.check_writable(each.output)
     accelerator = process.make_accelerator(config)
     device = process.choose_device(config, accelerator)
     setup.check_quantized(config, components, device)
     if config.compile:
         check_compiler(device)
 
-    folder = config.output / ".checkpoints"
-    start = checkpoints.latest(folder) if config.resume else None
-    done = record.finished(config) if config.resume else None
     weights = base.weights_of(config.base, components)
     settings_after = partial(
-        record.run_settings,
-        config,
-        record.digest(samples),
-        record.digest(class_samples),
+        record.settings_of_run,
+        configs,
+        [record.digest(own) for own in samples],
+        [record.digest(own) for own in class_samples],
         weights,
         base.configured_of(components, pipeline_config),
         accelerator.num_processes,
     )
-    settings = settings_after(start.settings if start is not None else None)
-    if done is not None:
-        before: Any = done.info.training.get("settings")
-        # Else a run that is to replace the finished concept was cut off: it goes on.
-        if (
-            start is None
-            or start.settings == before
-            or checkpoints.differences(start.settings, settings)
-        ):
-            record.check_finished(done, settings_after(before), config)
-            return done
-    elif start is not None:
-        checkpoints.check_settings(start, settings, folder)
+    start = find_start(configs, settings_after)
+    if start.done is not None:
+        return start.done
+    settings, folder = start.settings, checkpoints_of(config)
 
     own = components is None
     autocast = process.make_autocast(config, device)
@@ -115,7 +150,8 @@ def train(
         else:
             parts = dict(components)
         family = family_of(parts, pipeline_config or {})
-        resolution = setup.check_fits(family, config)
+        for each in configs:
+            resolution = setup.check_fits(family, each)
         if own:
             setup.freeze(parts)
             setup.put_away(family, family.unused, free=True)
@@ -124,42 +160,58 @@ def train(
         fingerprint = family.fingerprint()
         if not weights:  # of a hub id that was not here yet
             weights = base.weights_on_disk(config.base) or base.weights_of("", family.components)
-        settings |= {BASE_WEIGHTS: weights, BASE_CONFIG: family.configured()}
         setup.quantize_denoisers(family, config, device)
-        before = None if start is None else start.settings
         generic: Factors = {}
+        shared = settings[0][SHARED]
         if config.method == "orthogonal" and config.avoid:
-            generic, settings[SHARED] = inputs.shared_directions(
+            generic, shared = inputs.shared_directions(
                 config, family, weights, resolution, device, accelerator, autocast
             )
-        basis = basis_of(config, settings[SHARED])
-        settings["slice"] = stack.enter_context(
-            claimed_slice(config, family, basis, before, accelerator)
+        basis = basis_of(config, shared)
+        indices = stack.enter_context(
+            claimed_slices(configs, family, basis, start.before, accelerator)
+        )
+        known = {BASE_WEIGHTS: weights, BASE_CONFIG: family.configured(), SHARED: shared}
+        settings = record.with_others(
+            [s | known | {"slice": index} for s, index in zip(settings, indices, strict=True)]
         )
         del parts  # what the family then lets go of is freed, if it is our own
-        if start is not None:
-            checkpoints.check_settings(start, settings, folder)
+        if start.checkpoint is not None:
+            checkpoints.check_settings(start.checkpoint, settings[0], folder)
 
         # Pictures are encoded once; then the autoencoder only waits for validation.
         family.vae.to(device)
-        if config.prior_weight and not class_samples:
-            class_samples = class_samples_of(
-                config, family, weights, resolution, device, accelerator, autocast, progress
+        if config.prior_weight:
+            class_samples = tuple(
+                pictures_given
+                or class_samples_of(
+                    each,
+                    drawn_for(each, configs),
+                    family,
+                    weights,
+                    resolution,
+                    device,
+                    accelerator,
+                    autocast,
+                    progress,
+                )
+                for each, pictures_given in zip(configs, class_samples, strict=True)
             )
+        concepts = _ranges(samples)
+        classes = _ranges(class_samples, concepts[-1].stop) if config.prior_weight else []
         pictures = cache.prepare_pictures(
             family,
-            [*samples, *class_samples],
+            list(chain(*samples, *class_samples)),
             resolution,
             device,
             flip=config.flip,
             keep_latents=config.cache_latents,
             buckets=config.buckets,
         )
-        concept_pictures = len(samples)
         del samples, class_samples  # photographs can be large
+        drawn = [prompt for each in configs for prompt in each.validation_prompts]
         if config.cache_latents:
-            free = own and not config.validation_prompts
-            setup.put_away(family, {"vae": family.vae}, free=free)
+            setup.put_away(family, {"vae": family.vae}, free=own and not drawn)
 
         # Prompts are encoded once, or at each step, by those encoders in which something trains.
         live = (config.train_tokens or config.train_text_encoder) and bool(family.text_encoders)
@@ -167,24 +219,24 @@ def train(
         resting = family.all_text_encoders
         if live:
             resting = {k: v for k, v in resting.items() if k in family.other_encoders}
-        trainable = stack.enter_context(
-            trained_in(family, config, settings["slice"], basis, generic)
-        )
+        trainable = stack.enter_context(trained_in(family, configs, indices, basis, generic))
         check_texts(family, trainable, "caption", pictures.captions)
-        check_texts(family, trainable, "validation prompt", config.validation_prompts)
-        check_texts(family, trainable, "phrase", preserving.texts_of(config))
-        named = pictures.captions[:concept_pictures]
-        more = [*inputs.prompts_of(config), *preserving.captions_of(config, named)]
+        check_texts(family, trainable, "validation prompt", drawn)
+        phrases = [text for each in configs for text in preserving.texts_of(each)]
+        check_texts(family, trainable, "phrase", phrases)
+        named = pictures.captions[: concepts[-1].stop]
+        more = [text for each in configs for text in inputs.prompts_of(each)]
+        more += preserving.captions_of(configs, named)
         with autocast():
             encode = cache.prepare_conditions(
                 family,
-                [*pictures.captions, "", *config.validation_prompts, *more],
+                [*pictures.captions, "", *drawn, *more],
                 live=live,
                 to_encoder=trainable.expanded,
             )
         if trainable.layers:
             encode = cache.by_layer(encode, trainable.wordings)
-        preserved = preserving.prepare(config, family, trainable, named, encode, autocast)
+        preserved = preserving.prepare(configs, family, trainable, named, encode, autocast)
         setup.put_away(family, resting, free=own)
         del resting
 
@@ -195,11 +247,15 @@ def train(
                 stack.callback(denoiser.disable_gradient_checkpointing)
         if config.compile:  # with what was attached
             stack.enter_context(compiled(family.denoisers.values()))
-        validation = Validation(config, family, encode, pictures.shape, autocast, accelerator)
-        accelerator.init_trackers("customize", config=record.plain(settings))
+        validations = [
+            Validation(each, family, encode, pictures.shape, autocast, accelerator)
+            for each in configs
+        ]
+        accelerator.init_trackers("customize", config=record.plain(settings[0]))
         stack.callback(accelerator.end_training)
-        if start is None and accelerator.is_main_process:
-            checkpoints.clear(folder)
+        if start.checkpoint is None and accelerator.is_main_process:
+            for each in configs:
+                checkpoints.clear(checkpoints_of(each))
         accelerator.wait_for_everyone()
 
         losses = Losses(
@@ -207,7 +263,8 @@ def train(
             family,
             trainable,
             pictures,
-            concept_pictures,
+            concepts,
+            classes,
             encode,
             preserved,
             autocast,
@@ -218,176 +275,39 @@ def train(
             family,
             trainable,
             losses,
-            start,
-            settings,
+            start.checkpoint,
+            folder,
+            settings[0],
             accelerator=accelerator,
             device=device,
-            validation=validation,
+            validations=validations,
             progress=progress,
             on_step=on_step,
         )
-        training = record.training_facts(settings, history, seconds, device)
-        training["captions_share"] = common(
-            pictures.captions[:concept_pictures], (config.trigger, config.class_word)
-        )
-        info = record.facts(config, family, trainable, fingerprint, training)
-        concept = Concept(info, trainable.adapter.products(), trainable.embeddings(), config.output)
-        if accelerator.is_main_process:
-            concept.save(config.output, validation.last)
-            if config.record_inputs:
+        words = [word for each in configs for word in (each.trigger, each.class_word)]
+        found = []
+        for learned, with_what, numbers, validation in zip(
+            trainable.concepts, settings, concepts, validations, strict=True
+        ):
+            training = record.training_facts(with_what, history, seconds, device)
+            shared_words = common(pictures.captions[numbers.start : numbers.stop], words)
+            training["captions_share"] = shared_words
+            info = record.facts(learned, family, basis, fingerprint, training)
+            output = learned.config.output
+            concept = Concept(info, learned.adapter.products(), learned.embeddings(), output)
+            found.append(concept)
+            if accelerator.is_main_process:
+                concept.save(output, validation.last)
+        if accelerator.is_main_process and config.record_inputs:
+            for learned, concept in zip(trainable.concepts, found, strict=True):
                 inputs.write_record(
-                    config, family, trainable, concept, encode, pictures.shape, autocast
+                    learned, family, trainable, concept, encode, pictures.shape, autocast
                 )
         accelerator.wait_for_everyone()
-    return concept
+    return found
 
 
-def optimise(
-    config: TrainConfig,
-    family: Family,
-    trainable: Trainable,
-    losses: Losses,
-    start: Checkpoint | None,
-    settings: Mapping[str, Any],
-    *,
-    accelerator: Any,
-    device: torch.device,
-    validation: Validation,
-    progress: bool,
-    on_step: OnStep | None,
-) -> tuple[list[list[float]], float]:
-    """Train to ``config.steps``; what trains is changed in place.
-
-    Args:
-        start: where to go on from; None: from the beginning.
-
-    Returns:
-        [step, mean loss] pairs, and the seconds a step took.
-    """
-    folder = config.output / ".checkpoints"
-    parameters = trainable.named()
-    weights = list(parameters.values())
-    groups = trainable.groups(family, config)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=device.type in _FUSED)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
-    history: list[list[float]] = []
-    if start is not None:
-        checkpoints.restore(start, parameters, optimizer, scaler)
-        history = [list(pair) for pair in start.history]
-
-    accumulate = config.gradient_accumulation
-    first = start.step if start else 0
-    seen: list[Tensor] = []
-    paused, began = 0.0, time.perf_counter()
-
-    with (
-        process.stop_signals() as stop,
-        process.bar(config.steps, first, progress, accelerator) as bar,
-    ):
-        for step in range(first, config.steps):
-            rate = learning_rate(step, config.steps, config.warmup_steps, config.lr_schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-
-            total = torch.zeros((), device=device)
-            for micro in range(accumulate):
-                turn = (step * accumulate + micro) * accelerator.num_processes
-                turn += accelerator.process_index
-                for loss in losses.of_batch(step, turn):
-                    scaler.scale(loss).backward()
-                    total += loss.detach()
-            text_loss = losses.of_texts(step)
-            if text_loss is not None:
-                scaler.scale(text_loss).backward()
-                total += text_loss.detach()
-
-            if accelerator.num_processes > 1:
-                process.average_gradients(accelerator, weights)
-            scaler.unscale_(optimizer)
-            trainable.add_held()
-            if config.max_grad_norm:
-                clip_grad_norm_(weights, config.max_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            for rows in trainable.rows.values():
-                rows.clamp_norm_()
-
-            # Nothing above waits for the device; reading the losses does, so it is done rarely.
-            seen.append(total)
-            done = step + 1
-            bar.update()
-            if on_step is not None:
-                on_step(done, total)
-            last = done == config.steps
-            stopping = bool(stop) and accelerator.num_processes == 1
-            saving = config.checkpoint_every and (last or done % config.checkpoint_every == 0)
-            if last or saving or stopping or done % config.log_every == 0:
-                loss_now, stopping = _read_losses(seen, bool(stop), accelerator, step, folder)
-                seen.clear()
-                history.append([done, loss_now])
-                bar.set_postfix(loss=f"{loss_now:.4f}", refresh=False)
-                rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-                accelerator.log({"loss": loss_now} | rates, step=done)
-            if saving or stopping:
-                paused -= time.perf_counter()
-                if accelerator.is_main_process:
-                    state = checkpoints.state_of(
-                        done, parameters, optimizer, scaler, settings, history
-                    )
-                    checkpoints.save(folder, state, config.keep_checkpoints)
-                paused += time.perf_counter()
-            if stopping and not last:
-                raise TrainingStopped(
-                    f"training was stopped after step {done} of {config.steps}",
-                    where=folder,
-                    fix="run the same again to go on from there"
-                    if config.resume
-                    else "run it again with resume set to true to go on from there",
-                )
-            if validation.due(done):
-                paused -= time.perf_counter()
-                validation.draw(done)
-                paused += time.perf_counter()
-    if first == config.steps and validation.due(first):
-        validation.draw(first)  # cut off after the last step, before the concept was saved
-    checkpoints.check_finite(config.steps, parameters)
-    seconds = time.perf_counter() - began - paused
-    return history, seconds / max(config.steps - first, 1)
-
-
-def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """The share of the full learning rate at a step, from 0: up over the warm-up, then down to 0
-    on a line or half a cosine, or constant."""
-    if step < warmup:
-        return (step + 1) / warmup
-    along = (step - warmup) / (steps - warmup)
-    if schedule == "linear":
-        return 1.0 - along
-    return 0.5 * (1.0 + math.cos(math.pi * along)) if schedule == "cosine" else 1.0
-
-
-def _read_losses(
-    losses: Sequence[Tensor], stop: bool, accelerator: Any, step: int, folder: Path
-) -> tuple[float, bool]:
-    """The mean loss over steps and processes, and whether any process is to stop.
-
-    Raises:
-        TrainingError: a loss is not finite.
-    """
-    values = torch.stack([*losses, losses[0].new_tensor(float(stop))])
-    *found, stopping = accelerator.reduce(values, "mean").tolist()
-    if not all(map(math.isfinite, found)):
-        bad = next(i for i, loss in enumerate(found) if not math.isfinite(loss))
-        what = f"the loss is {found[bad]} at step {step - len(found) + bad + 2}"
-        fix = "lower the learning rates, or set mixed_precision to bf16 or no"
-        left = checkpoints.newest_step(folder)
-        if left is None:
-            raise TrainingError(what, fix=fix)
-        raise TrainingError(
-            f"{what}; the state of step {left} is kept",
-            where=folder,
-            fix=f"{fix}, and train into another output folder, or set resume to false, which "
-            "deletes what is kept",
-        )
-    return sum(found) / len(found), stopping > 0
+def _ranges(parts: Sequence[Sequence[Any]], first: int = 0) -> list[range]:
+    """The numbers of each part's items, counted through all."""
+    ends = list(accumulate(map(len, parts), initial=first))
+    return [range(start, end) for start, end in pairwise(ends)]

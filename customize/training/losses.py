@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,7 +25,8 @@ class Losses:
     """What a run goes down on.
 
     Attributes:
-        concept_pictures: the first so many of the pictures are the concept's, the rest its class's.
+        concepts: the numbers of each concept's pictures, which come before all others.
+        classes: those of the class pictures of each concept; empty where there are none.
         encode: captions to conditions.
     """
 
@@ -33,7 +34,8 @@ class Losses:
     family: Family
     trainable: Trainable
     pictures: Pictures
-    concept_pictures: int
+    concepts: Sequence[range]
+    classes: Sequence[range]
     encode: Encode
     preserved: Preserved
     autocast: Autocast
@@ -42,19 +44,21 @@ class Losses:
     def of_batch(self, step: int, turn: int) -> Iterator[Tensor]:
         """The loss of each piece of a batch, a scalar, in float32; their sum is the batch's.
 
-        There is more than one piece where class pictures are of another size than the concept's.
+        There is more than one piece where class pictures are of another size than the concepts'.
         The caller goes backward from one before it asks for the next.
 
         Args:
             step: from 0.
             turn: counts the batches of all processes and accumulations from the start of the run.
         """
-        config, pictures, count = self.config, self.pictures, self.concept_pictures
-        chosen, mirrored, captions = compose(config, pictures.captions, count, turn, pictures.sizes)
+        config, pictures, count = self.config, self.pictures, self.concepts[-1].stop
+        chosen, mirrored, captions = compose(
+            config, pictures.captions, self.concepts, self.classes, turn, pictures.sizes
+        )
         for piece, part in enumerate(pictures.of_one_size(chosen)):
             stream = f"noise {piece}" if piece else "noise"
             seed = stream_seed(config.seed, turn, stream)
-            # The concept's are first; their class prompts go through the model together with all.
+            # The concepts' are first; their class prompts go through the model together with all.
             own = sum(number < count for number in chosen[part])
             own = own if "output" in config.preserve and preserves(step) else 0
             yield self._of_piece(chosen[part], mirrored[part], captions[part], part, seed, own)
@@ -91,7 +95,7 @@ class Losses:
         mask = self.pictures.mask(pictures, mirrored)
         loss = weighted_mse(prediction[: len(noisy)], target, weight, mask).sum()
         if own:
-            with torch.no_grad(), self.trainable.adapter.silent(), self.autocast():
+            with torch.no_grad(), self.trainable.silent(), self.autocast():
                 base = family.predict(noisy[:own], t[:own], self.preserved.base_conditions(told))
             change = PRESERVATIONS["output"](prediction[len(noisy) :], base, snr_weight[:own])
             loss = loss + EVERY * config.preserve["output"] * self._share * own * change
@@ -106,8 +110,7 @@ class Losses:
     def _shares(self) -> Tensor:
         """Of each picture in a step; the class's counts times its weight."""
         batch = self.config.batch_size
-        has_class = len(self.pictures.captions) > self.concept_pictures
-        shares = [1.0] * batch + ([self.config.prior_weight] * batch if has_class else [])
+        shares = [1.0] * batch + ([self.config.prior_weight] * batch if self.classes else [])
         accumulate = self.config.gradient_accumulation
         return torch.tensor(shares, device=self.device) / (batch * accumulate)
 

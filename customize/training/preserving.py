@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from customize.concepts.inputs import PROMPTS, texts
-from customize.concepts.tokens import token_ids
 from customize.core.preservation import POOLINGS, PRESERVATIONS, aligned, at, shares
 from customize.families import Family
 from customize.families.components import TokenDictionary, uncompiled
@@ -52,18 +52,28 @@ class Phrases:
         positions: (rows, n), of the states that are compared; filled up with position 0.
         weight: (rows, n), each position's share of its row; 0 where it is filled up.
         base: (rows, n, width), the states of the untouched encoder for the class.
+        counts: rows of each concept, which follow one another.
     """
 
     ids: Tensor
     positions: Tensor
     weight: Tensor
     base: Tensor
+    counts: Sequence[int]
 
-    def rows(self, chosen: Sequence[int]) -> Phrases:
-        """Some of the rows, picked by Python numbers: an index tensor would have to cross to the
-        device."""
+    def at_turn(self, turn: int, seed: int, stream: str) -> Phrases:
+        """The rows that come at a turn: of each concept as many, each once before any again.
+
+        They are picked by Python numbers: an index tensor would have to cross to the device.
+        """
+        size, chosen = min(_TOGETHER, max(self.counts)), []
+        for concept, count in enumerate(self.counts):
+            own = choose(seed, turn, size, count, flip=False, dropout=0.0, stream=stream).pictures
+            chosen += [sum(self.counts[:concept]) + number for number in own]
         parts = (self.ids, self.positions, self.weight, self.base)
-        return Phrases(*(torch.stack([part[row] for row in chosen]) for part in parts))
+        picked = [torch.stack([part[row] for row in chosen]) for part in parts]
+        ids, positions, weight, base = picked
+        return Phrases(ids, positions, weight, base, [size] * len(self.counts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +81,14 @@ class Preserved:
     """What a run preserves.
 
     Attributes:
-        config: the run's.
+        configs: of the run's concepts.
         phrases: text encoder's component name -> loss -> its phrases.
         encoders: component name -> function from (rows, length) ids, and how many of the first are
             class_text's, to (rows, length, width).
         conditions: caption with the class word -> its conditions in the untouched model.
     """
 
-    config: TrainConfig
+    configs: Sequence[TrainConfig]
     phrases: Mapping[str, Mapping[str, Phrases]]
     encoders: Mapping[str, Encoder]
     conditions: Mapping[str, Conditions]
@@ -88,11 +98,11 @@ class Preserved:
         looks at no phrases."""
         if not (preserves(step) and self.phrases):
             return None
-        found = []
+        found, config = [], self.configs[0]
         for key, losses in self.phrases.items():
             # All encoders see the same phrases at a step.
             looked = {
-                name: phrases.rows(self._chosen(name, step // EVERY))
+                name: phrases.at_turn(step // EVERY, config.seed, name)
                 for name, phrases in losses.items()
             }
             sizes = [len(each.ids) for each in looked.values()]
@@ -105,20 +115,12 @@ class Preserved:
                 if name == "class_text":
                     ours, base, weight = ours[:, 0], base[:, 0], weight[:, 0]
                 loss = PRESERVATIONS[name](ours, base, weight)
-                found.append(self.config.preserve[name] * loss)
+                found.append(config.preserve[name] * loss)
         return EVERY / len(self.phrases) * torch.stack(found).sum()
 
-    def _chosen(self, name: str, turn: int) -> list[int]:
-        """Which rows of a loss's phrases come at a turn; each once before any comes again."""
-        count = len(next(iter(self.phrases.values()))[name].ids)
-        size, seed = min(_TOGETHER, count), self.config.seed
-        return choose(seed, turn, size, count, flip=False, dropout=0.0, stream=name).pictures
-
     def class_captions(self, captions: Sequence[str]) -> list[str]:
-        """The concept's captions with the class word."""
-        return [
-            class_caption(text, self.config.trigger, self.config.class_word) for text in captions
-        ]
+        """The concepts' captions with class words."""
+        return [in_classes(self.configs, text) for text in captions]
 
     def base_conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The untouched model's conditions of captions with the class word."""
@@ -148,51 +150,60 @@ def texts_of(config: TrainConfig) -> list[str]:
     return [text for name in config.text_losses for text in phrases_of(config, name)]
 
 
-def captions_of(config: TrainConfig, captions: Sequence[str]) -> list[str]:
-    """All captions with the class word that a run encodes besides its own.
+def in_classes(configs: Sequence[TrainConfig], text: str) -> str:
+    """A text with each concept's class word in its trigger's place: the untouched model knows none
+    of the triggers, so none may be in what it is asked."""
+    for config in configs:
+        text = class_caption(text, config.trigger, config.class_word)
+    return text
+
+
+def captions_of(configs: Sequence[TrainConfig], captions: Sequence[str]) -> list[str]:
+    """All captions with class words that a run encodes besides its own.
 
     Args:
-        captions: the concept's.
+        captions: the concepts'.
     """
-    if "output" not in config.preserve:
+    if "output" not in configs[0].preserve:
         return []
-    return [class_caption(text, config.trigger, config.class_word) for text in [*captions, ""]]
+    return [in_classes(configs, text) for text in [*captions, ""]]
 
 
 @torch.no_grad()
 def prepare(
-    config: TrainConfig,
+    configs: Sequence[TrainConfig],
     family: Family,
     trainable: Trainable,
     captions: Sequence[str],
     encode: Encode,
     autocast: Autocast,
 ) -> Preserved:
-    """Compute what the untouched model makes of the class. The text encoders must be in place.
+    """Compute what the untouched model makes of the classes. The text encoders must be in place.
 
     Args:
-        captions: the concept's.
+        configs: of the concepts; what is preserved, and how, is the same in all.
+        captions: the concepts'.
         encode: knows :func:`captions_of`.
     """
-    losses = config.text_losses
+    losses = configs[0].text_losses
     phrases: dict[str, dict[str, Phrases]] = {}
     encoders = {}
-    with trainable.adapter.silent(), autocast():
-        told = captions_of(config, captions)
+    with trainable.silent(), autocast():
+        told = captions_of(configs, captions)
         conditions = {
             text: {k: v.clone() for k, v in encode([text]).items()} for text in dict.fromkeys(told)
         }
         for dictionary in family.token_dictionaries() if losses else ():
             key = dictionary.key
-            own = token_ids(dictionary, trainable.rows[key].names) if key in trainable.rows else []
-            without = own if config.preserve_pooling == "published" else []
+            published = configs[0].preserve_pooling == "published"
+            without = trainable.own_ids(dictionary) if published else []
             encoders[key] = partial(_encoded, dictionary.text_encoder, without)
-            phrases[key] = _prepared(config, losses, dictionary, trainable, encoders[key])
-    return Preserved(config, phrases, encoders, conditions)
+            phrases[key] = _prepared(configs, losses, dictionary, trainable, encoders[key])
+    return Preserved(configs, phrases, encoders, conditions)
 
 
 def _prepared(
-    config: TrainConfig,
+    configs: Sequence[TrainConfig],
     losses: Sequence[str],
     dictionary: TokenDictionary,
     trainable: Trainable,
@@ -200,18 +211,19 @@ def _prepared(
 ) -> dict[str, Phrases]:
     tokenizer: Any = dictionary.tokenizer
     device = next(dictionary.text_encoder.parameters()).device
-    end, pool = tokenizer.eos_token_id, POOLINGS[config.preserve_pooling]
+    end, pool = tokenizer.eos_token_id, POOLINGS[configs[0].preserve_pooling]
 
     def ids_of(text: str) -> list[int]:
         length = tokenizer.model_max_length
         ids: list[int] = tokenizer(text, truncation=True, max_length=length).input_ids
         return ids
 
-    found: dict[str, tuple[list[list[int]], list[list[int]], list[Tensor]]] = {}
-    for loss in losses:
-        own_ids, own_positions, base = found.setdefault(loss, ([], [], []))
+    found: dict[str, tuple[list[list[int]], list[list[int]], list[Tensor], list[int]]] = {}
+    for loss, config in product(losses, configs):
+        own_ids, own_positions, base, counts = found.setdefault(loss, ([], [], [], []))
+        before = len(own_ids)
         for phrase in phrases_of(config, loss):
-            class_ids = ids_of(class_caption(phrase, config.trigger, config.class_word))
+            class_ids = ids_of(in_classes(configs, phrase))
             states = encoder(torch.tensor([class_ids], device=device), 0)[0]
             for text in trainable.wordings(phrase) or [trainable.expanded(phrase)]:
                 ids = ids_of(text)
@@ -222,16 +234,18 @@ def _prepared(
                 own_ids.append(ids)
                 own_positions.append(ours)
                 base.append(states[theirs].float())
+        counts.append(len(own_ids) - before)
     # They go through the encoder together.
-    longest = max(len(ids) for rows, _, _ in found.values() for ids in rows)
+    longest = max(len(ids) for rows, _, _, _ in found.values() for ids in rows)
     return {
         loss: Phrases(
             ids=_filled(own_ids, end, longest).to(device),
             positions=_filled(positions, 0).to(device),
             weight=shares(_filled([[1] * len(own) for own in positions], 0)).to(device),
             base=nn.utils.rnn.pad_sequence(base, batch_first=True),
+            counts=counts,
         )
-        for loss, (own_ids, positions, base) in found.items()
+        for loss, (own_ids, positions, base, counts) in found.items()
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,16 @@ from customize.training.validation import draw, guidance_of
 _CHUNK = 4  # pictures drawn together; fixed, so that drawing again gives the same ones
 
 
+def drawn_for(config: TrainConfig, configs: Sequence[TrainConfig]) -> Path:
+    """The concept's folder whose class pictures a concept of a run has: of the first of its class,
+    so that none are drawn twice."""
+    same = [c for c in configs if c.prior_images is None and c.class_prompt == config.class_prompt]
+    return same[0].output
+
+
 def class_samples_of(
     config: TrainConfig,
+    output: Path,
     family: Family,
     weights: Mapping[str, str],
     resolution: int,
@@ -39,11 +47,12 @@ def class_samples_of(
     autocast: Callable[[], AbstractContextManager[Any]],
     progress: bool,
 ) -> list[data.Sample]:
-    """The class pictures in the output folder, after drawing those that are missing.
+    """The class pictures in a concept's folder, after drawing those that are missing.
 
     They lie in a folder that is named by all they depend on, so that others are never taken.
 
     Args:
+        output: the concept's folder.
         weights: of the base, from :func:`customize.training.base.weights_of`.
 
     Leaves all models on the device.
@@ -51,7 +60,7 @@ def class_samples_of(
     Raises:
         StorageError: a picture cannot be written; those before are kept.
     """
-    folder = config.output / ".class_pictures" / _origin(config, family, weights, resolution)
+    folder = output / ".class_pictures" / _origin(config, family, weights, resolution)
     place({**family.denoisers, "vae": family.vae, **family.all_text_encoders}, device)
     if accelerator.is_main_process:
         draw_class_pictures(config, family, folder, resolution, autocast, progress)

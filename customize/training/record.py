@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from customize.concepts import files
-from customize.concepts.concept import Concept, ConceptInfo
+from customize.concepts.concept import BasisInfo, Concept, ConceptInfo
 from customize.concepts.layout import INFO_FILE
 from customize.errors import ConceptError, SettingsError
 from customize.families import Family
 from customize.training import data
-from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, differences
+from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, TOGETHER, differences
 from customize.training.config import TrainConfig
-from customize.training.trainable import Trainable
+from customize.training.together import OWN
+from customize.training.trainable import Learned
 
 # Settings that may change when a run goes on, because the result does not depend on them; the
 # pictures themselves are compared, not their folders.
@@ -30,6 +31,8 @@ _FREE = {
 }
 # Those that only class pictures drawn by the base depend on.
 _DRAWN = ("prior_count", "prior_prompt", "validation_steps", "validation_guidance")
+# What of a concept's settings those that are learned with it have to know.
+_OTHERS = (OWN - _FREE - {"name"}) | {"pictures", "class_pictures"}
 _LONGEST_HISTORY = 200
 
 
@@ -56,7 +59,7 @@ def run_settings(
         configured: from :func:`customize.training.base.configured_of`.
         before: those of the run that may go on. Its slice holds unless the configuration names
             one. Without both the slice is None until it is chosen; see
-            :func:`customize.training.claim.claimed_slice`. So do the directions that it avoids.
+            :func:`customize.training.claim.claimed_slices`. So do the directions that it avoids.
     """
     values = config.model_dump(mode="json", exclude=_FREE)
     if not config.prior_weight or class_pictures:
@@ -71,6 +74,60 @@ def run_settings(
         BASE_WEIGHTS: dict(weights),
         BASE_CONFIG: configured,
     }
+
+
+def settings_of_run(
+    configs: Sequence[TrainConfig],
+    pictures: Sequence[str | None],
+    class_pictures: Sequence[str | None],
+    weights: Mapping[str, str],
+    configured: Mapping[str, Any] | None,
+    processes: int,
+    before: Sequence[Mapping[str, Any] | None],
+) -> list[dict[str, Any]]:
+    """:func:`run_settings` of each concept of a run, with what it has to know of the others."""
+    each = zip(configs, pictures, class_pictures, before, strict=True)
+    return with_others(
+        [
+            run_settings(config, own, classes, weights, configured, processes, then)
+            for config, own, classes, then in each
+        ]
+    )
+
+
+def with_others(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The settings of concepts that are learned together, each with what is the others' own: the
+    result depends on that as well. One alone stays as it is.
+
+    Args:
+        settings: from :func:`run_settings`, of each.
+    """
+    own = {
+        each["name"]: {key: each[key] for key in sorted(_OTHERS) if key in each}
+        for each in settings
+    }
+    if len(own) == 1:
+        return [dict(each) for each in settings]
+    return [
+        {**each, TOGETHER: {name: facts for name, facts in own.items() if name != each["name"]}}
+        for each in settings
+    ]
+
+
+def of_each(
+    settings: Mapping[str, Any] | None, configs: Sequence[TrainConfig]
+) -> list[Mapping[str, Any] | None]:
+    """What is known of each concept from the settings of one that was learned with them.
+
+    Args:
+        settings: as :func:`with_others` makes them; None where there are none.
+    """
+    if settings is None:
+        return [None] * len(configs)
+    known = {settings.get("name"): settings}
+    for name, own in settings.get(TOGETHER, {}).items():
+        known[name] = {**own, SHARED: settings.get(SHARED, "")}
+    return [known.get(config.name) for config in configs]
 
 
 def finished(config: TrainConfig) -> Concept | None:
@@ -108,13 +165,14 @@ def _as_of_now(before: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def facts(
-    config: TrainConfig,
+    learned: Learned,
     family: Family,
-    trainable: Trainable,
+    basis: BasisInfo | None,
     fingerprint: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> ConceptInfo:
-    """The facts of the concept that a run learns."""
+    """The facts of a concept that a run learns."""
+    config = learned.config
     return ConceptInfo(
         name=config.name,
         trigger=config.trigger,
@@ -123,12 +181,12 @@ def facts(
         base=config.base,
         fingerprint=dict(fingerprint),
         method=config.method,
-        basis=trainable.basis,
+        basis=basis,
         rank=config.rank,
         alpha=config.adapter_alpha,
-        slices={str(width): list(columns) for width, columns in trainable.columns.items()},
-        num_tokens=config.num_tokens if trainable.rows else 0,
-        token_layers=trainable.layers,
+        slices={str(width): list(columns) for width, columns in learned.columns.items()},
+        num_tokens=config.num_tokens if learned.rows else 0,
+        token_layers=learned.layers,
         training=dict(training) | {"output": family.output},
     )
 

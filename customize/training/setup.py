@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,13 +22,14 @@ from customize.training.trainable import adapted
 
 
 def read_pictures(
-    config: TrainConfig, resolution: int | None
+    config: TrainConfig, resolution: int | None, triggers: Sequence[str]
 ) -> tuple[list[data.Sample], list[data.Sample]]:
     """The concept's pictures, and the class pictures that the settings name.
 
     Args:
         resolution: what they are shrunk to on reading; None: not yet, as in buckets, whose sizes
             depend on the model.
+        triggers: of all concepts of the run, which no class picture shows.
 
     Raises:
         DataError: see :func:`customize.training.data.read_folder`.
@@ -51,7 +52,7 @@ def read_pictures(
         caption=config.class_prompt,
         resolution=resolution,
         limit=config.prior_count,
-        forbidden=config.trigger,
+        forbidden=triggers,
     )
 
 

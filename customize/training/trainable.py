@@ -1,12 +1,11 @@
-"""What trains in a model: an adapter and the tokens of a trigger, put in and taken out."""
+"""What trains in a model: adapters and the tokens of triggers, put in and taken out."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,60 +18,36 @@ from customize.concepts.slices import columns_for
 from customize.core.shared import change_on_generic
 from customize.errors import DataError
 from customize.families import Family
+from customize.families.components import TokenDictionary
 from customize.training.batches import stream_seed
 from customize.training.config import TrainConfig
 
 
 @dataclass(frozen=True, eq=False)
-class Trainable:
-    """All that trains in a model, and how to take it out again.
+class Learned:
+    """All that trains of one concept.
 
     Attributes:
+        config: what it is learned with.
         adapter: on the denoiser and, if asked for, the text encoders.
         rows: token dictionary's key -> the trigger's rows; empty if tokens don't train.
         layers: cross-attention layers with rows of their own, which follow one another in
             ``rows``; 0 where all read the same.
-        triggers: trigger -> vocabulary entries, for :func:`customize.concepts.tokens.expand`.
-        basis, columns: what the frozen down-projections are; None and empty for "lora".
+        entries: the trigger's vocabulary entries; empty where it is a plain word of the prompt.
+        columns: which the frozen down-projections are; empty for "lora".
         held: up-projections, each with the factor on its squared norm in the loss.
     """
 
+    config: TrainConfig
     adapter: Adapter
     rows: dict[str, tokens.TrainableRows]
     layers: int
-    triggers: dict[str, list[str]]
-    basis: BasisInfo | None
+    entries: list[str]
     columns: dict[int, tuple[int, ...]]
     held: list[tuple[nn.Parameter, float]]
 
-    @torch.no_grad()
-    def add_held(self) -> None:
-        """Add the gradient of ``sum factor * ||up||^2`` to what the loss has left."""
-        for up, factor in self.held:
-            if up.grad is not None:
-                up.grad.add_(up, alpha=2.0 * factor)
-
-    def groups(self, family: Family, config: TrainConfig) -> list[dict[str, Any]]:
-        """Parameter groups of the optimizer, each named by its setting, whose value is ``peak``."""
-        parameters = self.adapter.parameters()
-        denoiser = [p for key in family.denoisers for p in parameters.pop(key)]
-        text = [p for weights in parameters.values() for p in weights]
-        rows = [r.parameter for r in self.rows.values()]
-        decay = config.weight_decay
-        groups = (
-            ("learning_rate", denoiser, decay),
-            ("text_learning_rate", text, decay),
-            # A token has a norm to keep, in the range of the vocabulary's: nothing to decay.
-            ("token_learning_rate", rows, 0.0),
-        )
-        return [
-            {"name": name, "params": own, "peak": getattr(config, name), "weight_decay": weight}
-            for name, own, weight in groups
-            if own
-        ]
-
     def named(self) -> dict[str, nn.Parameter]:
-        """Every trained parameter under a name that is the same in every run of the settings."""
+        """Every parameter under a name that is the same in every run of the settings."""
         found = {
             f"adapter/{component}/{number}": parameter
             for component, weights in self.adapter.parameters().items()
@@ -88,85 +63,188 @@ class Trainable:
         by_layer = {k: rows.unflatten(0, (self.layers, -1)) for k, rows in found.items()}
         return {k: rows.transpose(0, 1).contiguous() for k, rows in by_layer.items()}
 
+
+@dataclass(frozen=True, eq=False)
+class Trainable:
+    """All that trains in a model: one concept, or several at once, whose updates add up.
+
+    Attributes:
+        concepts: at least one, in the order of the run.
+        layers: cross-attention layers with token embeddings of their own; 0 where all read alike.
+    """
+
+    concepts: tuple[Learned, ...]
+    layers: int
+
+    @torch.no_grad()
+    def add_held(self) -> None:
+        """Add the gradient of ``sum factor * ||up||^2`` to what the loss has left."""
+        for concept in self.concepts:
+            for up, factor in concept.held:
+                if up.grad is not None:
+                    up.grad.add_(up, alpha=2.0 * factor)
+
+    def clamp_norms_(self) -> None:
+        """Keep the norms of the tokens' rows in the range of the vocabulary's."""
+        for concept in self.concepts:
+            for rows in concept.rows.values():
+                rows.clamp_norm_()
+
+    @contextmanager
+    def silent(self, but: Learned | None = None) -> Iterator[None]:
+        """Within it the models draw as without adapters.
+
+        Args:
+            but: the concept whose adapter acts nevertheless.
+        """
+        with ExitStack() as stack:
+            for concept in self.concepts:
+                if concept is not but:
+                    stack.enter_context(concept.adapter.silent())
+            yield
+
+    def groups(self, family: Family, config: TrainConfig) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer, each named by its setting, whose value is ``peak``."""
+        parameters = [concept.adapter.parameters() for concept in self.concepts]
+        denoiser = [p for own in parameters for key in family.denoisers for p in own.pop(key)]
+        text = [p for own in parameters for weights in own.values() for p in weights]
+        rows = [r.parameter for concept in self.concepts for r in concept.rows.values()]
+        decay = config.weight_decay
+        groups = (
+            ("learning_rate", denoiser, decay),
+            ("text_learning_rate", text, decay),
+            # A token has a norm to keep, in the range of the vocabulary's: nothing to decay.
+            ("token_learning_rate", rows, 0.0),
+        )
+        return [
+            {"name": name, "params": own, "peak": getattr(config, name), "weight_decay": weight}
+            for name, own, weight in groups
+            if own
+        ]
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter under a name that is the same in every run of the settings."""
+        if len(self.concepts) == 1:
+            return self.concepts[0].named()
+        return {
+            f"{concept.config.name}/{name}": parameter
+            for concept in self.concepts
+            for name, parameter in concept.named().items()
+        }
+
+    def own_ids(self, dictionary: TokenDictionary) -> list[int]:
+        """The ids of all tokens that train in a dictionary; they follow one another."""
+        rows = [c.rows[dictionary.key] for c in self.concepts if dictionary.key in c.rows]
+        return [number for own in rows for number in tokens.token_ids(dictionary, own.names)]
+
     def expanded(self, caption: str) -> str:
         """A caption as the text encoders see it."""
-        return tokens.expand(caption, self.triggers)
+        return tokens.expand(caption, self._triggers)
 
     def wordings(self, caption: str) -> list[str]:
         """A caption as the text encoders see it for each layer, in order."""
         text = self.expanded(caption)
-        return [layerwise.wording(text, self.triggers, layer) for layer in range(self.layers)]
+        return [layerwise.wording(text, self._triggers, layer) for layer in range(self.layers)]
+
+    @property
+    def _triggers(self) -> dict[str, list[str]]:
+        return {each.config.trigger: each.entries for each in self.concepts if each.entries}
 
 
 @contextmanager
 def trained_in(
     family: Family,
-    config: TrainConfig,
-    index: int | None,
+    configs: Sequence[TrainConfig],
+    indices: Sequence[int | None],
     basis: BasisInfo | None,
     generic: Factors,
 ) -> Iterator[Trainable]:
-    """Add the concept's tokens and adapter to a model; afterwards they are gone.
+    """Add the tokens and adapters of a run's concepts to a model; afterwards they are gone.
 
     Args:
-        index: the concept's number; see :func:`customize.concepts.slices.columns_for`.
-        basis: of its slice; None for the method "lora".
+        indices: each concept's number; see :func:`customize.concepts.slices.columns_for`.
+        basis: of their slices; None for the method "lora".
         generic: what layers read on generic prompts; empty where the basis avoids nothing of it.
 
     Raises:
         ConfigError, ConceptError, PipelineError: what is asked for does not fit the model.
             Nothing was changed.
     """
+    with ExitStack() as stack:
+        layers = 0
+        if configs[0].layerwise_tokens:
+            layers = len(layerwise.layers_of(family))
+            for hook in layerwise.read_by_layer(family):
+                stack.callback(hook.remove)
+        # All start from the vocabulary as it is without any of them.
+        dictionaries = family.token_dictionaries() if configs[0].train_tokens else []
+        starts = [{d.key: _initial_rows(d, config) for d in dictionaries} for config in configs]
+        concepts = [
+            _added(stack, family, config, number, index, basis, generic, layers, start)
+            for number, (config, index, start) in enumerate(
+                zip(configs, indices, starts, strict=True)
+            )
+        ]
+        yield Trainable(tuple(concepts), layers)
+
+
+def _added(
+    stack: ExitStack,
+    family: Family,
+    config: TrainConfig,
+    number: int,
+    index: int | None,
+    basis: BasisInfo | None,
+    generic: Factors,
+    layers: int,
+    starts: Mapping[str, Tensor],
+) -> Learned:
+    """Add one concept, the ``number``-th of the run; the stack takes it out again.
+
+    Args:
+        starts: token dictionary's key -> (num_tokens, width), where its rows begin.
+    """
     components = adapted(family, config)
     columns: dict[int, tuple[int, ...]] = {}
     if basis is not None:
         widths = input_widths(family, config)
         columns = columns_for(widths, config.rank, index=index, name=config.name, avoid=basis.avoid)
-
-    undo: list[Callable[[], None]] = []
-    try:
-        rows: dict[str, tokens.TrainableRows] = {}
-        dictionaries = family.token_dictionaries() if config.train_tokens else []
-        # Without a dictionary the trigger stays a plain word of the prompt.
-        entries = tokens.entries(config.trigger, config.num_tokens) if dictionaries else []
-        names, layers = entries, 0
-        if config.layerwise_tokens:
-            layers = len(layerwise.layers_of(family))
-            names = layerwise.layer_entries(config.trigger, config.num_tokens, layers)
-            undo += [hook.remove for hook in layerwise.read_by_layer(family)]
-        for dictionary in dictionaries:
-            # All layers start alike.
-            start = _initial_rows(dictionary, config).repeat(layers or 1, 1)
-            tokens.add_tokens(dictionary, names, start)
-            undo.append(partial(tokens.remove_tokens, dictionary, names))
-            rows[dictionary.key] = tokens.TrainableRows(dictionary, names)
-            undo.append(rows[dictionary.key].remove)
-            # From the exact start, not from what the table's precision made of it.
-            rows[dictionary.key].parameter.data.copy_(start)
-            rows[dictionary.key].clamp_norm_()
-        adapter = attach(
-            family,
-            method=config.method,
-            rank=config.rank,
-            alpha=config.adapter_alpha,
-            basis=basis,
-            columns=columns or None,
-            directions=generic,
-            components=components,
-            seed=_own_seed(config, "adapter"),
-        )
-        undo.append(adapter.remove)
-        if config.mixed_precision != "no":
-            # peft casts inputs up to the adapter's float32, only for autocast to cast them down.
-            for own in adapter.layers.values():
-                for layer in own.values():
-                    layer.cast_input_dtype_enabled = False
-        triggers = {config.trigger: entries} if entries else {}
-        held = _held(adapter, generic, config.avoid_weight) if basis and basis.avoid else []
-        yield Trainable(adapter, rows, layers, triggers, basis, columns, held)
-    finally:
-        for action in reversed(undo):
-            action()
+    rows: dict[str, tokens.TrainableRows] = {}
+    # Without a dictionary the trigger stays a plain word of the prompt.
+    entries = tokens.entries(config.trigger, config.num_tokens) if starts else []
+    names = entries
+    if layers:
+        names = layerwise.layer_entries(config.trigger, config.num_tokens, layers)
+    for dictionary in family.token_dictionaries() if starts else ():
+        # All layers start alike.
+        start = starts[dictionary.key].repeat(layers or 1, 1)
+        tokens.add_tokens(dictionary, names, start)
+        stack.callback(tokens.remove_tokens, dictionary, names)
+        rows[dictionary.key] = tokens.TrainableRows(dictionary, names)
+        stack.callback(rows[dictionary.key].remove)
+        # From the exact start, not from what the table's precision made of it.
+        rows[dictionary.key].parameter.data.copy_(start)
+        rows[dictionary.key].clamp_norm_()
+    adapter = attach(
+        family,
+        method=config.method,
+        rank=config.rank,
+        alpha=config.adapter_alpha,
+        basis=basis,
+        columns=columns or None,
+        directions=generic,
+        components=components,
+        seed=_own_seed(config, "adapter"),
+        name=f"customize_{number}" if number else "customize",
+    )
+    stack.callback(adapter.remove)
+    if config.mixed_precision != "no":
+        # peft casts inputs up to the adapter's float32, only for autocast to cast them down.
+        for own in adapter.layers.values():
+            for layer in own.values():
+                layer.cast_input_dtype_enabled = False
+    held = _held(adapter, generic, config.avoid_weight) if basis and basis.avoid else []
+    return Learned(config, adapter, rows, layers, entries, columns, held)
 
 
 def check_texts(family: Family, trainable: Trainable, what: str, texts: Sequence[str]) -> None:
@@ -179,8 +257,7 @@ def check_texts(family: Family, trainable: Trainable, what: str, texts: Sequence
         DataError: a trigger lies beyond the encoder's length, where it would never be read.
     """
     for dictionary in family.token_dictionaries():
-        tokenizer, rows = dictionary.tokenizer, trainable.rows.get(dictionary.key)
-        own = set(tokens.token_ids(dictionary, rows.names)) if rows else set()
+        tokenizer, own = dictionary.tokenizer, set(trainable.own_ids(dictionary))
         for given in dict.fromkeys(texts):
             text = (trainable.wordings(given) or [trainable.expanded(given)])[0]
             length = tokenizer.model_max_length
@@ -207,7 +284,7 @@ def input_widths(family: Family, config: TrainConfig) -> set[int]:
 
 
 def basis_of(config: TrainConfig, shared: str) -> BasisInfo | None:
-    """The basis of the concept's slices, by the settings; None for the method "lora".
+    """The basis of the concepts' slices, by the settings; None for the method "lora".
 
     Args:
         shared: the name of the directions that they avoid.

@@ -24,7 +24,7 @@ from customize.training.config import TrainConfig
 
 
 class Validation:
-    """Draws the validation prompts of a run, each from the same noise every time.
+    """Draws the validation prompts of a concept, each from the same noise every time.
 
     Attributes:
         last: the pictures drawn latest.
@@ -50,6 +50,11 @@ class Validation:
             return False
         every = config.validation_every
         return step == config.steps or (every > 0 and step % every == 0)
+
+    def draw_if_due(self, step: int) -> None:
+        """:meth:`draw` where this process is to."""
+        if self.due(step):
+            self.draw(step)
 
     @torch.no_grad()
     def draw(self, step: int) -> None:

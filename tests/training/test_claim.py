@@ -11,7 +11,7 @@ from customize.concepts.layout import CLAIM_FILE
 from customize.concepts.slices import next_free_index
 from customize.errors import ConceptError, SettingsError, StorageError
 from customize.families import family_of
-from customize.training.claim import claimed_slice
+from customize.training.claim import claimed_slices
 from customize.training.loop import train
 from tests.tiny import tiny_sd
 from tests.training.runs import settings
@@ -114,7 +114,9 @@ def test_processes_that_choose_at_once_get_different_slices(pipe, tmp_path):
         # Many claims each, so that without a lock some would meet.
         configs = [in_library(tmp_path, name, rank=1) for name in names]
         ready.wait()
-        held = [claimed_slice(config, family, BasisInfo(), None, accelerator) for config in configs]
+        held = [
+            claimed_slices([config], family, BasisInfo(), None, accelerator) for config in configs
+        ]
         for each in held:
             each.__enter__()
         os._exit(0)  # as if killed: the claims stay

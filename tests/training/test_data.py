@@ -132,7 +132,7 @@ def test_triggers_are_found_in_any_case_as_they_are_expanded(tmp_path):
     saved(tmp_path, "a.png")
     (tmp_path / "a.txt").write_text("a <REX>")
     assert read_one(tmp_path).caption == "a <REX>"
-    error = refused(read_folder, tmp_path, trigger=None, forbidden="<rex>")
+    error = refused(read_folder, tmp_path, trigger=None, forbidden=["<rex>"])
     assert "1 picture has a caption with the trigger <rex>: a.png" in str(error)
 
 

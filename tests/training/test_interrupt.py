@@ -29,7 +29,8 @@ import os
 import sys
 import time
 from pathlib import Path
-from customize.training.loop import TrainingStopped, train
+from customize.errors import TrainingStopped
+from customize.training.loop import train
 from tests.tiny import tiny_sd
 from tests.training.runs import settings
 

@@ -22,7 +22,8 @@ from customize.errors import (
 )
 from customize.families import family_of
 from customize.training import data, setup
-from customize.training.loop import learning_rate, train
+from customize.training.loop import train
+from customize.training.steps import learning_rate
 from tests.makers import FAMILIES
 from tests.tiny import tiny_sd, tiny_sd3
 from tests.training.runs import (

@@ -46,7 +46,7 @@ class Kept:
         for part in self.family.adaptable.values():
             part.requires_grad_(False)
         self.trainable = stack.enter_context(
-            trained_in(self.family, self.config, None, BasisInfo(), {})
+            trained_in(self.family, [self.config], [None], BasisInfo(), {})
         )
         self.preserved = self.prepare()
         if moved:
@@ -60,7 +60,7 @@ class Kept:
             return self.family.encode_prompts([self.trainable.expanded(c) for c in captions])
 
         return preserving.prepare(
-            self.config, self.family, self.trainable, ["a photo of <rex>"], encode, nullcontext
+            [self.config], self.family, self.trainable, ["a photo of <rex>"], encode, nullcontext
         )
 
     def gradients(self, step=0):
@@ -103,7 +103,7 @@ def test_class_text_is_the_papers_formula_on_each_encoder(kept, make):
             new = tokenizer.convert_tokens_to_ids("<rex>")
             assert new > tokenizer.eos_token_id  # which the legacy pooling would stop at
             ours = pooled("a photo of <rex> <rex>_1")
-            with run.trainable.adapter.silent():
+            with run.trainable.silent():
                 base = pooled("a photo of a dog")
         expected.append(1 - F.cosine_similarity(ours, base, dim=0))
     found = run.preserved.text_loss(0) / EVERY
@@ -120,7 +120,7 @@ def test_the_published_pooling_is_that_of_the_published_code(kept):
     legacy = CLIPTextModel(encoder.config)
     legacy.load_state_dict(encoder.state_dict())
     legacy.eos_token_id = 2
-    row = run.trainable.rows["text_encoder"].parameter
+    row = run.trainable.concepts[0].rows["text_encoder"].parameter
     new = tokenizer.convert_tokens_to_ids("<rex>")
 
     def lay_over(module, args, kwargs, out):
@@ -161,7 +161,7 @@ def test_context_text_compares_the_words_around_the_concept(kept):
     with torch.no_grad():
         for text, before in (("a photo of {} on the beach", 4), ("{} in the snow", 1)):
             ours = states(text.replace("{}", own))
-            with run.trainable.adapter.silent():
+            with run.trainable.silent():
                 base = states(text.replace("{}", "a dog"))
             after = len(ours) - before - 3
             assert len(base) == before + 2 + after
@@ -176,12 +176,12 @@ def test_layerwise_tokens_are_pooled_layer_by_layer(kept, tmp_path):
     """Every layer's own wording of the phrase comes in its turn, and moves its own rows alone."""
     config = settings(tmp_path, preserve={"class_text": 1.0}, layerwise_tokens=True)
     family = family_of(tiny_sd().components)
-    with trained_in(family, config, None, BasisInfo(), {}) as trainable:
-        preserved = preserving.prepare(config, family, trainable, [], None, nullcontext)
+    with trained_in(family, [config], [None], BasisInfo(), {}) as trainable:
+        preserved = preserving.prepare([config], family, trainable, [], None, nullcontext)
         layers = trainable.layers
         (phrases,) = preserved.phrases["text_encoder"].values()
         assert len(phrases.ids) == layers and len(set(map(tuple, phrases.ids.tolist()))) == layers
-        rows = trainable.rows["text_encoder"].parameter
+        rows = trainable.concepts[0].rows["text_encoder"].parameter
         moved = set()
         for step in range(layers):
             rows.grad = None

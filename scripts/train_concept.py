@@ -1,6 +1,7 @@
-"""Learn one concept: `accelerate launch scripts/train_concept.py config.yaml [--steps 400 ...]`.
+"""Learn a concept: `accelerate launch scripts/train_concept.py config.yaml [--steps 400 ...]`.
 
-The file's keys and the flags are the fields of customize.training.config.TrainConfig.
+The file's keys and the flags are the fields of customize.training.config.TrainConfig. Each
+`--together tom.yaml` has another concept to learn in the same run.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import argparse
 import sys
 
 from customize.cli.shared import console
+from customize.cli.train import where
 from customize.errors import CustomizeError, TrainingStopped
-from customize.training.config import TrainConfig, load_config
-from customize.training.loop import train
+from customize.training.config import TrainConfig
+from customize.training.loop import train_together
+from customize.training.together import load_configs
 
 
 def main() -> int:
@@ -19,14 +22,21 @@ def main() -> int:
         description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
     parser.add_argument("config", nargs="?", default=None, help="YAML file")
+    parser.add_argument(
+        "--together",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file of another concept to learn in the same run; may be given often",
+    )
     for name, field in TrainConfig.model_fields.items():
         many = "+" if name == "validation_prompts" else None
         text = (field.description or "").replace("%", "%%")
         parser.add_argument("--" + name.replace("_", "-"), nargs=many, metavar="VALUE", help=text)
     given = vars(parser.parse_args())
     try:
-        config = load_config(given.pop("config"), **given)
-        train(config)
+        configs = load_configs(given.pop("config"), given.pop("together"), **given)
+        train_together(configs)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         return 130
@@ -40,9 +50,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # Once, not by every process.
-    console().print(
-        f"the concept {config.name} is in {config.output}", markup=False, soft_wrap=True
-    )
+    console().print(where(configs), markup=False, soft_wrap=True)
     return 0
 
 

@@ -40,8 +40,8 @@ def root(
 
 @on_interrupt("interrupted: run the same command again, and training goes on where it was saved")
 @flags.from_config
-def train(config: Path | None, settings: dict[str, Any]) -> None:
-    """Learn a concept from a folder of pictures.
+def train(config: Path | None, together: list[Path], settings: dict[str, Any]) -> None:
+    """Learn a concept from a folder of pictures, or several in one run.
 
     Settings come from a YAML file, from flags, or from both. Five are needed:
 
@@ -53,7 +53,7 @@ def train(config: Path | None, settings: dict[str, Any]) -> None:
     """
     from customize.cli.train import run
 
-    run(config, settings)
+    run(config, together, settings)
 
 
 app.command("train", cls=flags.PlainHelp)(train)

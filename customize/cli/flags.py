@@ -27,18 +27,21 @@ PANELS = {
 
 
 def from_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Give ``command(config, settings)`` a flag for each field.
+    """Give ``command(config, together, settings)`` a flag for each field.
 
     Values reach it as text (yes or no as bool, lists as lists) and only those that were given,
     so that TrainConfig alone decides what is valid, and what a configuration file overrides.
     """
 
-    def run(config: Path | None = None, **values: Any) -> None:
+    def run(config: Path | None = None, together: list[Path] | None = None, **values: Any) -> None:
         given = {name: value for name, value in values.items() if value not in (None, [], ())}
-        command(config, given)
+        command(config, together or [], given)
 
     kind = inspect.Parameter.KEYWORD_ONLY
-    annotations: dict[str, Any] = {"config": Annotated[Path | None, _CONFIG]}
+    annotations: dict[str, Any] = {
+        "config": Annotated[Path | None, _CONFIG],
+        "together": Annotated[list[Path] | None, _TOGETHER],
+    }
     panel = ""
     for name, field in TrainConfig.model_fields.items():
         panel = PANELS.get(name, panel)
@@ -76,6 +79,16 @@ _CONFIG = typer.Option(
     "--config",
     metavar="FILE",
     help="YAML file with any of the settings below as keys; flags win over it",
+    show_default=False,
+)
+
+
+_TOGETHER = typer.Option(
+    "--together",
+    metavar="FILE",
+    help="YAML file of another concept to learn in the same run: its name, class_word, images,"
+    " output and what else is a concept's own. All other settings are the run's, so the file may"
+    " leave them out, and flags for them count for all; give the flag once for each",
     show_default=False,
 )
 

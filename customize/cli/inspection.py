@@ -115,6 +115,7 @@ def described(concept: Adaptation) -> dict[str, str]:
         "class": info.class_word,
         "base": f"{info.base} (family {info.family})",
         "method": info.method,
+        **({"learned with": ", ".join(info.learned_with)} if info.learned_with else {}),
         "rank, alpha": f"{info.rank}, {info.alpha:g}",
         **_sizes(concept),
         "embeddings": ", ".join(

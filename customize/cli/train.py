@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from customize.cli.shared import console, hide_loading_bars, indented, snippet
-from customize.training.config import TrainConfig, load_config
+from customize.training.config import TrainConfig
+from customize.training.together import load_configs
 
 
-def run(config_file: Path | None, settings: dict[str, Any]) -> None:
-    """Train by a YAML file and the settings put over it."""
-    config = load_config(config_file, **settings)
+def run(config_file: Path | None, together: Sequence[Path], settings: dict[str, Any]) -> None:
+    """Train by YAML files, one a concept, and the settings put over them."""
+    configs = load_configs(config_file, together, **settings)
     out = console()
-    for name, value in plan(config).items():
-        out.print(f"{name:<12} {value}", markup=False, soft_wrap=True)
+    shown = plan(configs[0])
+    for config in configs:
+        own = plan(config)
+        for name, value in own.items():
+            if config is configs[0] or value != shown.get(name):
+                out.print(f"{name:<12} {value}", markup=False, soft_wrap=True)
 
     from customize.concepts.card import output_of
-    from customize.training.loop import train
+    from customize.training.loop import train_together
 
     hide_loading_bars()
-    concept = train(config)
-    info = concept.info
-    output = output_of(concept)
-    text = snippet(config.base, [str(config.output)], [info.trigger], info.family, output)
+    concepts = train_together(configs)
+    text = snippet(
+        configs[0].base,
+        [str(config.output) for config in configs],
+        [concept.info.trigger for concept in concepts],
+        concepts[0].info.family,
+        output_of(concepts[0]),
+        # What was learned together adds up.
+        merge="sum" if len(configs) > 1 else None,
+    )
+    told, them = where(configs), "them" if len(configs) > 1 else "it"
     out.print(
-        f"\nThe concept {config.name} is in {config.output}. Load it with:\n\n{indented(text)}\n",
+        f"\n{told[0].upper()}{told[1:]}. Load {them} with:\n\n{indented(text)}\n",
         markup=False,
         soft_wrap=True,
     )
+
+
+def where(configs: Sequence[TrainConfig]) -> str:
+    """Where the concepts of a run are, in words."""
+    return "; ".join(f"the concept {config.name} is in {config.output}" for config in configs)
 
 
 def plan(config: TrainConfig) -> dict[str, str]:

@@ -46,6 +46,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "What it is": f"a {_plain(info.class_word)}",
         "Base model": f"{_plain(info.base)} (family {info.family})",
         "How it was learned": how,
+        **_company(info.learned_with),
         "Rank, alpha": f"{info.rank}, {info.alpha:g}",
         "Layers": layers,
         "Made": _plain(info.created),
@@ -176,6 +177,13 @@ def stock_subject(concept: Adaptation) -> str:
 def imports(tokens: Sequence[str]) -> list[str]:
     """What the lines of :func:`stock_tokens` need besides diffusers."""
     return ["import safetensors.torch"] if any("safetensors.torch" in t for t in tokens) else []
+
+
+def _company(others: Sequence[str]) -> dict[str, str]:
+    """A row on the concepts of one run, which are themselves only together."""
+    names = _plain(", ".join(others))
+    told = f'{names}: load all of them, with `merge="sum"`, for what was learned'
+    return {"Learned together with": told} if others else {}
 
 
 def _is_modular(family: str) -> bool:

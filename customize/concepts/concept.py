@@ -163,6 +163,12 @@ class ConceptInfo(BaseModel):
         return self
 
     @property
+    def learned_with(self) -> list[str]:
+        """The names of the concepts that it was learned in one run with."""
+        names = self.training.get("learned_with")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    @property
     def words(self) -> str:
         """What a prompt says to mean it."""
         return self.trigger

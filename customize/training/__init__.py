@@ -1,1 +1,1 @@
-"""Learning one concept from a few pictures: settings, data, caches, the loop, checkpoints."""
+"""Learning concepts from a few pictures: settings, data, caches, the loop, checkpoints."""

@@ -15,7 +15,7 @@ from customize.concepts.phrases import common
 from customize.families import family_of
 from customize.training import base, cache, inputs, preserving, process, record, setup
 from customize.training import checkpoint as checkpoints
-from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED
+from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, TOGETHER
 from customize.training.claim import claimed_slices
 from customize.training.compiling import check_compiler, compiled
 from customize.training.config import TrainConfig
@@ -292,6 +292,8 @@ def _trained(
             training = record.training_facts(with_what, history, seconds, device)
             shared_words = common(pictures.captions[numbers.start : numbers.stop], words)
             training["captions_share"] = shared_words
+            if len(configs) > 1:
+                training["learned_with"] = sorted(with_what[TOGETHER])
             info = record.facts(learned, family, basis, fingerprint, training)
             output = learned.config.output
             concept = Concept(info, learned.adapter.products(), learned.embeddings(), output)

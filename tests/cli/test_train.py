@@ -105,6 +105,41 @@ def test_flags_win_over_the_file(run: Run, world: World, tmp_path: Path) -> None
     refused(run("train", "--config", file), "'rnk' is not a setting; did you mean rank", str(file))
 
 
+def test_concepts_in_one_run(run: Run, world: World, tmp_path: Path) -> None:
+    for name in ("max", "kit"):
+        photos(tmp_path / name / "photos")
+    own = {"images": tmp_path / "kit" / "photos", "output": tmp_path / "out" / "kit"}
+    file = tmp_path / "kit.yaml"
+    file.write_text(yaml.safe_dump({k: str(v) for k, v in own.items()} | {"name": "kit"}))
+    given = arguments(world, tmp_path / "max", output=tmp_path / "out" / "max", steps=3)
+    refused(run("train", *given, "--together", file), "class_word is missing", "kit.yaml")
+    with file.open("a") as opened:
+        opened.write("class_word: cat\nrank: 4\n")
+    refused(
+        run("train", "--config", file, "--together", file, *given[:2]),
+        *("name is 'kit' for two", "trigger is '<kit>' for two", "each needs a folder of its own"),
+    )
+    # A flag counts for all: the file's own rank is another.
+    result = run("train", *given, "--together", file)
+    assert result.code == 0, result.err
+    assert "max, a dog, called by <max>" in result.out
+    assert "kit, a cat, called by <kit>" in result.out
+    assert result.out.count("steps   ") == 1 and result.out.count("output  ") == 2
+    assert "the concept kit is in" in result.out and "Load them with" in result.out
+    snippet = result.out[result.out.index("    import customize") :]
+    code = "\n".join(line.removeprefix("    ") for line in snippet.splitlines())
+    assert 'merge="sum")' in code and "<max> and <kit>" in code
+    names: dict[str, object] = {}
+    exec(code.replace('<kit>")', '<kit>", num_inference_steps=1)'), names)
+    attached = repr(names["pipe"].custom)  # type: ignore[attr-defined]
+    assert "max" in attached and "kit" in attached
+    concepts = [Concept.load(tmp_path / "out" / name).info for name in ("max", "kit")]
+    assert [c.rank for c in concepts] == [2, 2]
+    assert [c.learned_with for c in concepts] == [["kit"], ["max"]]
+    shown = run("inspect", tmp_path / "out" / "kit").out
+    assert "learned with" in shown and "max" in shown
+
+
 def test_settings_are_checked_before_anything_is_read(
     run: Run, world: World, tmp_path: Path
 ) -> None:
@@ -119,7 +154,7 @@ def test_settings_are_checked_before_anything_is_read(
 def test_preservations_are_given_together_or_one_by_one(given: list[str]) -> None:
     """Into the flag that the command has, as far as the configuration."""
     seen: dict[str, Any] = {}
-    command = flags.from_config(lambda config, settings: seen.update(settings))
+    command = flags.from_config(lambda config, together, settings: seen.update(settings))
     command(**{**dict.fromkeys(TrainConfig.model_fields), "preserve": given})
     facts = {"base": "b", "images": "i", "output": "o", "name": "max", "class_word": "dog"}
     assert load_config(**facts, **seen).preserve == {"class_text": 1.0, "output": 0.5}

@@ -19,7 +19,7 @@ from customize.concepts.concept import BasisInfo, Concept
 from customize.concepts.inputs import LayerInputs, place_beside, record
 from customize.core.bases import hashed_block, shared_columns
 from customize.core.lowrank import product
-from customize.errors import ConfigError, DataError, SettingsError
+from customize.errors import ConfigError, DataError, SettingsError, StorageError
 from customize.families import family_of
 from customize.training import preserving
 from customize.training.batches import compose
@@ -123,8 +123,10 @@ def test_the_sum_of_the_concepts_is_the_model_of_the_run(kind, method, tmp_path)
     customize.load_custom(pipe, weights={"rex": 1.0, "tom": 0.0})
     assert not torch.allclose(answer(pipe, prompt), drawn, atol=1e-4)
     customize.unload_custom(pipe)
-    # Each is an ordinary concept, alone too.
+    # Each has learned, and is an ordinary concept, alone too.
     for concept, name in ((rex, "rex"), (tom, "tom")):
+        ups = [update.up for updates in concept.products.values() for update in updates.values()]
+        assert sum(float(up.abs().max()) > 0 for up in ups) > 0.8 * len(ups)
         assert same(tensors(Concept.load(tmp_path / name)), tensors(concept))
         customize.load_custom(pipe, tmp_path / name)
         customize.unload_custom(pipe)
@@ -429,6 +431,25 @@ def test_finished_concepts_are_never_silently_replaced(tmp_path):
     assert not same(tensors(anew[1]), tensors(first[1]))
 
 
+def test_a_run_that_could_not_save_all_goes_on_with_that(tmp_path):
+    """The first concept is written when the second's folder turns out to be in use."""
+    pipe, (rex, tom) = tiny_sd(), two(tmp_path, steps=4, checkpoint_every=4)
+    whole = learn(pipe, two(tmp_path / "whole", steps=4, checkpoint_every=4))
+
+    def disturb(done, loss):
+        if done == 4:
+            (tom.output / "notes.doc").write_text("")
+
+    with pytest.raises(StorageError, match="the folder holds other files"):
+        learn(pipe, [rex, tom], on_step=disturb)
+    assert (rex.output / "concept.json").exists() and not (tom.output / "concept.json").exists()
+    (tom.output / "notes.doc").unlink()
+    steps = []
+    found = learn(pipe, [rex, tom], on_step=lambda done, _: steps.append(done))
+    assert steps == []
+    assert all(same(tensors(a), tensors(b)) for a, b in zip(whole, found, strict=True))
+
+
 def test_a_run_that_never_saved_leaves_nothing(tmp_path):
     configs = two(tmp_path, library=tmp_path, **BUSY)
     with pytest.raises(Stop):
@@ -495,8 +516,11 @@ def test_each_has_its_own_pictures_and_record(tmp_path, monkeypatch):
         validation_steps=2,
         steps=4,
         record_inputs=True,
+        avoid=4,
     )
-    learn(pipe, configs)
+    rex, tom = learn(pipe, configs)
+    assert rex.info.basis == tom.info.basis and rex.info.basis.shared
+    assert columns_in_common(rex, tom) == [(), ()]
     shown = {name: sorted((tmp_path / name).rglob("*.png")) for name in ("rex", "tom")}
     assert [p.name for p in shown["rex"]] == ["sample-1.png", "step-4.png"]
     assert [p.name for p in shown["tom"]] == [

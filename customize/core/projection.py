@@ -1,8 +1,8 @@
 """Taking a span out of text embeddings (DECOR, arXiv 2412.09169).
 
 The paper's: ``X' = X - alpha X V V^T``, with V the right singular vectors of the embeddings of what
-is not wanted. Ours, as the paper's choices were not to be had: which rows these are, and how many
-of the vectors.
+is not wanted. Ours, as the paper's choices were not to be had: which rows these are, how many of
+the vectors, and whether what all texts share is taken out of the rows before.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ from customize.errors import ConfigError
 _ROUNDING = 1e-5
 
 
-def span(rows: Tensor, rank: int | None = None) -> Tensor:
+def span(rows: Tensor, rank: int | None = None, mean: Tensor | None = None) -> Tensor:
     """The leading directions of some rows.
 
     Args:
         rows: (n, width), n at least 1, any floating dtype.
         rank: how many directions at most; None: all that the rows have.
+        mean: (width,), taken from each row before; None: nothing is.
 
     Returns:
         (k, width), float32, orthonormal: right singular vectors, of the largest singular value
-        first.
+        first; k is 0 where nothing is left of the rows.
 
     Raises:
         ConfigError: a rank below 1.
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"a span cannot have rank {rank}", where="rank", fix="use at least 1")
-    _, values, directions = torch.linalg.svd(rows.float(), full_matrices=False)
-    count = int((values > _ROUNDING * values[0]).sum())
+    own = rows.float() if mean is None else rows.float() - mean.float()
+    _, values, directions = torch.linalg.svd(own, full_matrices=False)
+    largest = values[0] if mean is None else torch.linalg.matrix_norm(rows.float(), 2)
+    count = int((values > _ROUNDING * largest).sum())
     return directions[: count if rank is None else min(count, rank)]
 
 

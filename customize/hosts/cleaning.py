@@ -45,6 +45,9 @@ class Cleaning:
         rank: how many directions at most.
         rows: which of the prompt's are changed: "words", its words; "rest", also what comes behind
             them; "all".
+        centred: whether the mean of what the empty text says, but for its beginning, is taken from
+            what is not wanted first.
+        pooled: whether an encoder's one vector for all of a text is changed too.
         triggers: vocabulary entries that are no words of the prompt's own.
     """
 
@@ -53,6 +56,8 @@ class Cleaning:
     strength: float | None = 1.0
     rank: int | None = None
     rows: str = "words"
+    centred: bool = False
+    pooled: bool = False
     triggers: frozenset[str] = frozenset()
 
 
@@ -91,11 +96,13 @@ class _Row:
     Attributes:
         ids: all, with the padding.
         start, stop: where the ids lie that are no padding.
+        read: where those end that the encoder reads, which may be some padding as well.
     """
 
     ids: Ids
     start: int
     stop: int
+    read: int
 
     @property
     def body(self) -> Ids:
@@ -118,6 +125,7 @@ class _Encoder:
         self._empty: Ids = ()
         self._kept: set[Ids] = set()
         self._said: dict[str, list[tuple[range, dict[Path, Tensor]]]] = {}
+        self._mean: dict[Path, Tensor] = {}
         self._spans: dict[tuple[Path, tuple[str, ...]], Tensor] = {}
 
     def follow(self, encoder: Any) -> list[Any]:
@@ -137,8 +145,11 @@ class _Encoder:
         each = len(self._read) // len(texts)  # several where tokens differ from layer to layer
         if not each:
             return False
-        empty = self._read[0][0]
+        empty, states = self._read[0]
         self._empty = empty.body
+        # The first row is of the beginning, and the same in all texts.
+        rows = slice(empty.start + (empty.read > empty.start + 1), empty.read)
+        self._mean = {p: o if o.ndim == 1 else o[rows].mean(0) for p, o in states.items()}
         for number, text in enumerate(texts):
             own = self._read[number * each : (number + 1) * each]
             if text in self.cleaning.phrases:
@@ -193,11 +204,11 @@ class _Encoder:
             places = [
                 [k for k, own in enumerate(m) if own] for m in mask.reshape(-1, width).tolist()
             ]
-            ends = [(own[0], own[-1] + 1) if own else (0, 0) for own in places]
+            ends = [(own[0], own[-1] + 1, own[-1] + 1) if own else (0, 0, 0) for own in places]
         else:
             if self._padding is None:  # the empty text, of which the most is padding
                 self._padding = lines[0][-1] if lines[0][-2:-1] == lines[0][-1:] else -1
-            ends = [(0, _without(line, self._padding)) for line in lines]
+            ends = [(0, _without(line, self._padding), width) for line in lines]
         return [_Row(tuple(line), *own) for line, own in zip(lines, ends, strict=True)]
 
     def _words(self, row: _Row) -> range:
@@ -245,9 +256,13 @@ class _Encoder:
         rows: Sequence[_Row],
         groups: Mapping[tuple[str, ...], Mapping[int, range]],
     ) -> Tensor:
-        """One tensor of an answer: (batch, length, width), also of several texts in a row. Pooled
-        ones, which are of no word, stay as they are."""
-        if "logits" in path or value.ndim != 3 or value[..., 0].numel() != _length(rows):
+        """One tensor of an answer: (batch, length, width), also of several texts in a row; or, for
+        all words of a text together, (batch, width)."""
+        if "logits" in path:
+            return value
+        if _is_pooled(value, len(rows)):
+            return self._clean_pooled(path, value, groups) if self.cleaning.pooled else value
+        if value.ndim != 3 or value[..., 0].numel() != _length(rows):
             return value
         own = value.reshape(len(rows), -1, value.shape[-1]).clone()
         for phrases, places in groups.items():
@@ -260,6 +275,18 @@ class _Encoder:
                 chosen = list(places)
                 own[chosen] = projected(own[chosen], directions, strength)
         return own.reshape(value.shape)
+
+    def _clean_pooled(
+        self, path: Path, value: Tensor, groups: Mapping[tuple[str, ...], Mapping[int, range]]
+    ) -> Tensor:
+        own = value.clone()
+        for phrases, places in groups.items():
+            directions = self._span(path, phrases)
+            for number in places if len(directions) else ():
+                given, row = self.cleaning.strength, own[number : number + 1]
+                strength = keeping(row, directions, KEPT)[None] if given is None else given
+                own[number] = projected(row, directions, strength)[0]
+        return own
 
     def _strength(
         self, states: Tensor, words: range, row: _Row, directions: Tensor
@@ -274,9 +301,11 @@ class _Encoder:
         """The directions of one tensor of the answer that are not wanted."""
         if (path, phrases) not in self._spans:
             said = [each for phrase in phrases for each in self._said[phrase]]
-            rows = [states[path][words.start : words.stop] for words, states in said]
+            found = [(words, states[path]) for words, states in said]
+            rows = [o[None] if o.ndim == 1 else o[words.start : words.stop] for words, o in found]
+            mean = self._mean[path] if self.cleaning.centred else None
             self._spans[path, phrases] = (
-                span(torch.cat(rows), self.cleaning.rank) if rows else torch.zeros(0, 1)
+                span(torch.cat(rows), self.cleaning.rank, mean) if rows else torch.zeros(0, 1)
             )
         return self._spans[path, phrases]
 
@@ -288,6 +317,11 @@ def _part(which: str, words: range, row: _Row) -> slice:
 
 def _length(rows: Sequence[_Row]) -> int:
     return sum(len(row.ids) for row in rows)
+
+
+def _is_pooled(value: Tensor, count: int) -> bool:
+    """Whether a tensor has one vector for each text."""
+    return value.ndim == 2 and len(value) == count and value.is_floating_point()
 
 
 def _ids(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -313,6 +347,8 @@ def _states(output: Any, count: int, number: int) -> Iterator[tuple[Path, Tensor
         if "logits" not in path and value.ndim == 3:
             own = value.reshape(count, -1, value.shape[-1])
             found.append((path, own[number].detach()))
+        elif "logits" not in path and _is_pooled(value, count):
+            found.append((path, value[number].detach()))
         return value
 
     _with(output, (), note)

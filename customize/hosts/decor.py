@@ -21,7 +21,7 @@ from customize.hosts.cleaning import Cleaning, cleaned
 from customize.hosts.sources import family_in
 from customize.hosts.state import Holder
 from customize.hosts.state import find as holder_of
-from customize.hosts.withheld import Withheld, adding_layers
+from customize.hosts.withheld import ALL, Withheld, adding_layers
 
 AUTO = "auto"
 Rows = Literal["words", "rest", "all"]
@@ -55,6 +55,14 @@ class Decor:
             read it by cross-attention as it is encoded (``sd``, ``sdxl``). "both". None: "concepts"
             where they are attached beside the weights of such a family and not compiled, and
             "prompt" elsewhere.
+        centred: whether the mean of what the empty text says, much of which is in every word, is
+            taken from what is not wanted before its directions are.
+        pooled: whether the vector that some encoders give for all of a prompt (SDXL's second,
+            Stable Diffusion 3's, FLUX.1's) is cleaned as well, where the target is the prompt.
+        negative: whether negative prompts are cleaned as well, and of what concepts add, the empty
+            one.
+        noise: the least and the most share of noise, 1 at the beginning of a picture and 0 at its
+            end, at which what concepts add is cleaned; an encoded prompt is the same throughout.
 
     Raises:
         ConfigError: a value out of its range.
@@ -65,6 +73,10 @@ class Decor:
     rank: int | None = None
     rows: Rows = "words"
     target: Target | None = None
+    centred: bool = False
+    pooled: bool = False
+    negative: bool = False
+    noise: tuple[float, float] = ALL
 
     def __post_init__(self) -> None:
         if self.avoid is not None:
@@ -87,6 +99,13 @@ class Decor:
         ):
             if value not in known:
                 raise ConfigError(f"{value!r} is none of {', '.join(map(str, known))}", where=name)
+        low, high = self.noise if len(self.noise) == 2 else (1.0, 0.0)
+        if not 0.0 <= low < high <= 1.0:
+            raise ConfigError(
+                f"{self.noise!r} are no two shares of noise, the less first",
+                where="noise",
+                fix="give such as (0.5, 1.0) for the first half of the noise levels",
+            )
 
     def __str__(self) -> str:
         words = "what a call names" if self.avoid is None else ", ".join(phrases_of(self.avoid))
@@ -152,15 +171,20 @@ def _run(pipe: Any, call: Call, avoid: Any = None) -> Iterator[Call]:
     with ExitStack() as stack:
         withheld = None
         if target != "prompt":
-            withheld = Withheld(family, holder, phrases, kept, settings.rank)
+            left = () if settings.negative else ("", *kept)
+            withheld = Withheld(
+                family, holder, phrases, left, settings.rank, settings.centred, settings.noise
+            )
         if target != "concepts":
             auto = settings.strength == AUTO
             cleaning = Cleaning(
                 phrases,
-                negatives=kept,
+                negatives=() if settings.negative else kept,
                 strength=None if auto else float(settings.strength),
                 rank=settings.rank,
                 rows=settings.rows,
+                centred=settings.centred,
+                pooled=settings.pooled,
                 triggers=_entries(holder),
             )
             stack.enter_context(cleaned(family, cleaning))
@@ -216,7 +240,7 @@ def _texts(call: Mapping[str, Any], name: str) -> list[str]:
 def _target(pipe: Any, family: Family, holder: Holder, settings: Decor) -> Target:
     """Where it is done, of those that can be."""
     if settings.target == "prompt":
-        return "prompt"
+        return _throughout(settings)
     why = ""
     if not family.reads_prompts_as_encoded:
         why = f"models of family {family.name} do not read prompts by cross-attention as encoded"
@@ -231,6 +255,16 @@ def _target(pipe: Any, family: Family, holder: Holder, settings: Decor) -> Targe
             f"what concepts add cannot be cleaned: {why}",
             where=f"target={settings.target!r}",
             fix='use target="prompt"',
+        )
+    return _throughout(settings)
+
+
+def _throughout(settings: Decor) -> Target:
+    if settings.noise != ALL:
+        raise PipelineError(
+            "an encoded prompt is the same at all shares of noise, and it is what is cleaned here",
+            where=f"noise={settings.noise!r}",
+            fix="leave noise out",
         )
     return "prompt"
 

@@ -11,6 +11,7 @@ words that the prompt asks for.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,6 +25,9 @@ from customize.families import Family
 from customize.hosts.guards import ADAPTER
 from customize.hosts.regional import SAME
 from customize.hosts.state import Holder
+
+#: All shares of noise.
+ALL = (0.0, 1.0)
 
 
 def adding_layers(family: Family, holder: Holder) -> list[tuple[int, Any]]:
@@ -47,8 +51,11 @@ class Withheld:
 
     Args:
         phrases: what is not wanted.
-        kept: the texts whose rows are left alone: the empty one, and negative prompts.
+        kept: the texts whose rows are left alone, such as the empty one and negative prompts.
         rank: how many directions at most.
+        centred: whether the mean of what the empty text says, but for its beginning, is taken from
+            what is not wanted first.
+        noise: the least and the most share of noise at which it is done.
     """
 
     def __init__(
@@ -58,8 +65,10 @@ class Withheld:
         phrases: Sequence[str],
         kept: Sequence[str],
         rank: int | None,
+        centred: bool = False,
+        noise: tuple[float, float] = ALL,
     ) -> None:
-        self.family, self.rank = family, rank
+        self.family, self.rank, self.noise = family, rank, noise
         self.layers = adding_layers(family, holder)
         # A word says another thing behind others than alone, and both are what it says.
         things = dict.fromkeys(each.concept.info.class_word for each in holder.attached.values())
@@ -67,8 +76,11 @@ class Withheld:
         worded = {phrase: [start + phrase for start in before] for phrase in phrases}
         texts = [text for own in worded.values() for text in own]
         said = self._encoded(list(dict.fromkeys([*texts, "", *kept])))
-        self.kept = [said[text] for text in dict.fromkeys(["", *kept])]
+        self.kept = [said[text] for text in dict.fromkeys(kept)]
         tokenizer = family.token_dictionaries()[0].tokenizer
+        # Without the beginning; of one layer, where each reads rows of its own.
+        empty = said[""][1 : tokenizer.model_max_length]
+        self.mean = empty.mean(0, keepdim=True) if centred else None
         self.rows = {}
         for phrase, own in worded.items():
             lengths = [len(ids) for ids in tokenizer(own, add_special_tokens=False).input_ids]
@@ -92,6 +104,8 @@ class Withheld:
                 groups[phrases].append(said[prompt])
         telling = _Telling(self.kept, groups, strength)
         with ExitStack() as stack:
+            if self.noise != ALL:
+                stack.callback(self._follow_noise(telling).remove)
             for number, layer in self.layers:
                 reading = _Reading(self, number, telling)
                 # What is read is seen at the layer, and what our adapter adds at its own part.
@@ -101,6 +115,17 @@ class Withheld:
                     up.register_forward_hook(partial(reading.after, layer.get_base_layer())).remove
                 )
             yield
+
+    def _follow_noise(self, telling: _Telling) -> Any:
+        """A hook around the denoiser, by which the layers know how much noise there is."""
+        denoiser: Any = self.family.denoiser
+        names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            share = self.family.noise_share(dict(zip(names, args, strict=False)) | kwargs)
+            telling.on = self.noise[0] <= share <= self.noise[1]
+
+        return denoiser.register_forward_pre_hook(before, with_kwargs=True)
 
     def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -115,12 +140,16 @@ class _Telling:
         kept: the texts that are left alone, as they are encoded.
         groups: what is not wanted -> the prompts in which it is not; none where all are alike.
         strength: with which it is taken out.
+
+    Attributes:
+        on: whether anything is taken out at present.
     """
 
     def __init__(
         self, kept: Sequence[Tensor], groups: dict[tuple[str, ...], list[Tensor]], strength: float
     ) -> None:
         self.kept, self.groups, self.strength = kept, groups, strength
+        self.on = True
         self._seen: tuple[Tensor, int] | None = None
         self._found: list[Tensor] = []
 
@@ -175,6 +204,8 @@ class _Reading:
         self.strengths = self.telling.strengths(words, self.number)
 
     def after(self, base: Any, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if not self.telling.on:
+            return output
         if self._answer is not None:
             return self._answer
         for phrases, strength in zip(self.telling.groups, self.strengths, strict=True):
@@ -182,7 +213,9 @@ class _Reading:
                 if phrases not in self.spans:
                     with torch.no_grad():
                         rows = torch.cat([self.withheld.rows[each] for each in phrases])
-                        self.spans[phrases] = span(base(rows.to(output)), self.withheld.rank)
+                        mean = self.withheld.mean
+                        zero = None if mean is None else base(mean.to(output))[0]
+                        self.spans[phrases] = span(base(rows.to(output)), self.withheld.rank, zero)
                 output = projected(output, self.spans[phrases], strength)
         self._answer = output
         return output

@@ -121,6 +121,85 @@ def test_rank_and_strength_are_those_of_the_formula():
     assert torch.equal(draw(pipe.load_custom(none)), plain)
 
 
+def test_what_all_texts_share_can_be_left_in():
+    pipe = attached()
+    before = read(pipe)[0][1, 1:6]
+    pipe.load_custom(customize.Decor(AVOID, target="prompt", strength=1.0, centred=True))
+    with torch.no_grad():
+        empty = family_of(pipe.components).encode_prompts([""])["prompt_embeds"][0]
+    unwanted = torch.cat([words_of(pipe, phrase) for phrase in PHRASES]) - empty[1:].mean(0)
+    assert alike(read(pipe)[0][1, 1:6], without(before, unwanted))
+    (words, plain, layer) = read(pipe.load_custom(customize.Decor(target="concepts")))
+    after = read(pipe.load_custom(customize.Decor(AVOID, target="concepts", centred=True)))[1]
+    base = layer.get_base_layer()
+    with torch.no_grad():
+        said, zero = base(words), base(empty[1:].mean(0))
+    assert alike((after - said)[1], without((plain - said)[1], values_of(pipe, base) - zero, 2.0))
+
+
+def test_negative_prompts_can_be_cleaned_as_well():
+    pipe = attached()
+    call = {"negative_prompt": "<rex> in a green scarf", "avoid": AVOID}
+    words = slice(1, 1 + len(words_of(pipe, call["negative_prompt"])))
+    for target in ("prompt", "concepts"):
+        pipe.load_custom(customize.Decor(target=target, strength=1.0))
+        (kept, said, _), (asked, plain, _) = (
+            read(pipe, **call),
+            read(pipe, **call | {"avoid": None}),
+        )
+        assert torch.equal(kept[0], asked[0]) and torch.equal(said[0], plain[0])
+        pipe.load_custom(customize.Decor(target=target, strength=1.0, negative=True))
+        (other, answer, _) = read(pipe, **call)
+        assert torch.equal(other[1], kept[1])
+        assert torch.equal(other[0, words], kept[0, words]) is (target == "concepts")
+        assert not torch.equal(answer[0, words], said[0, words])
+
+
+def test_at_some_shares_of_noise_alone():
+    pipe = attached()
+    (layer, *_) = family_of(pipe.components).cross_attention_layers()
+    answers = []
+    pipe.unet.get_submodule(f"{layer}.to_v").register_forward_hook(
+        lambda _, args, output: answers.append(output[1].clone())
+    )
+    found = {}
+    for noise in (None, (0.0, 1.0), (0.5, 1.0), (0.0, 0.5)):
+        answers.clear()
+        settings = customize.Decor(target="concepts", **({"noise": noise} if noise else {}))
+        draw(pipe.load_custom(settings), num_inference_steps=4, avoid=AVOID if noise else None)
+        found[noise] = torch.stack(answers)
+    on = [torch.equal(a, b) for a, b in zip(found[0.5, 1.0], found[0.0, 1.0], strict=True)]
+    off = [torch.equal(a, b) for a, b in zip(found[0.5, 1.0], found[None], strict=True)]
+    assert on == [True, True, False, False] and off == [False, False, True, True]
+    late = [torch.equal(a, b) for a, b in zip(found[0.0, 0.5], found[None], strict=True)]
+    assert late == on
+    pipe.load_custom(customize.Decor(target="prompt", noise=(0.5, 1.0)))
+    with pytest.raises(PipelineError, match="the same at all shares of noise"):
+        draw(pipe, avoid=AVOID)
+
+
+def test_the_vector_of_a_whole_prompt_can_be_cleaned():
+    pipe = attached(tiny_sdxl)
+    seen = []
+    pipe.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["text_embeds"]),
+        with_kwargs=True,
+    )
+    call = {"num_inference_steps": 1, "avoid": AVOID}
+    for pooled in (False, True):
+        settings = customize.Decor(target="prompt", strength=1.0, pooled=pooled)
+        draw(pipe.load_custom(settings), **call)
+    draw(pipe, num_inference_steps=1)
+    with torch.no_grad():
+        read_pooled = [
+            family_of(pipe.components).encode_prompts([text])["pooled_prompt_embeds"][0]
+            for text in PHRASES
+        ]
+    kept, cleaned, plain = seen
+    assert torch.equal(kept, plain) and torch.equal(cleaned[0], plain[0])
+    assert alike(cleaned[1:], without(plain[1:], torch.stack(read_pooled)))
+
+
 def test_by_itself_the_strength_leaves_words_nine_tenths_of_their_length():
     pipe = attached()
     prompt = "a photo of <rex> and a car"
@@ -313,6 +392,9 @@ def test_words_that_an_encoder_does_not_know_are_refused():
         ({"rows": "some"}, "none of words, rest, all"),
         ({"target": "picture"}, "none of None, prompt, concepts, both"),
         ({"avoid": ""}, "nothing is named"),
+        ({"noise": (0.5, 0.5)}, "are no two shares of noise"),
+        ({"noise": (0.5, 1.5)}, "are no two shares of noise"),
+        ({"noise": (0.5,)}, "are no two shares of noise"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

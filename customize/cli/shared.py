@@ -198,18 +198,12 @@ def hide_loading_bars() -> None:
 
 
 def snippet(
-    base: str,
-    concepts: Sequence[str],
-    triggers: Sequence[str],
-    family: str,
-    output: str,
-    merge: str | None = None,
+    base: str, concepts: Sequence[str], triggers: Sequence[str], family: str, output: str
 ) -> str:
     """The Python lines that load concepts of a family, if any, and draw with them.
 
     Args:
         output: "images" or "frames", whatever the base draws.
-        merge: how the concepts are merged; None: as by default.
     """
     from customize.concepts import card
 
@@ -218,7 +212,6 @@ def snippet(
     if not concepts:
         return "\n".join([*opening, drawing])
     arguments = [json.dumps(concept) for concept in concepts]
-    arguments += [f"merge={json.dumps(merge)}"] if merge else []
     loading = f"pipe.load_custom({', '.join(arguments)})"
     return "\n".join(["import customize", *opening, loading, drawing])
 

@@ -33,8 +33,6 @@ def run(config_file: Path | None, together: Sequence[Path], settings: dict[str, 
         [concept.info.trigger for concept in concepts],
         concepts[0].info.family,
         output_of(concepts[0]),
-        # What was learned together adds up.
-        merge="sum" if len(configs) > 1 else None,
     )
     told, them = where(configs), "them" if len(configs) > 1 else "it"
     out.print(

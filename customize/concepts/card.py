@@ -182,7 +182,7 @@ def imports(tokens: Sequence[str]) -> list[str]:
 def _company(others: Sequence[str]) -> dict[str, str]:
     """A row on the concepts of one run, which are themselves only together."""
     names = _plain(", ".join(others))
-    told = f'{names}: load all of them, with `merge="sum"`, for what was learned'
+    told = f"{names}: load all of them for what was learned"
     return {"Learned together with": told} if others else {}
 
 

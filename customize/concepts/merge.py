@@ -218,6 +218,8 @@ def resolved(
 ) -> tuple[str, dict[str, LayerInputs], list[Adaptation]]:
     """What "auto" comes to, and the records that fusion needs.
 
+    It is the sum of concepts that were learned in one run, which is what was learned.
+
     Args:
         known: concept's name -> its record, of those whose records are at hand.
         read: looks for another one's, such as :func:`recorded_beside`.
@@ -231,6 +233,8 @@ def resolved(
     """
     if method not in (AUTO, FUSION):
         return method, dict(known), []
+    if method == AUTO and learned_together(concepts):
+        return SUM, dict(known), []
     records = dict(known)
     for concept in concepts:
         name = concept.info.name
@@ -248,6 +252,14 @@ def resolved(
             stacklevel=6,
         )
     return SUM, records, lacking
+
+
+def learned_together(concepts: Sequence[Adaptation]) -> bool:
+    """Whether these are all that one run has learned, and more than one."""
+    names = {concept.info.name for concept in concepts}
+    return len(names) > 1 and all(
+        {concept.info.name, *concept.info.learned_with} == names for concept in concepts
+    )
 
 
 def recorded_beside(concept: Adaptation) -> LayerInputs | None:

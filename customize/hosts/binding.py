@@ -91,13 +91,13 @@ def load_custom(
             (:func:`customize.core.fusion.fusion`). It needs to know what a concept's layers read:
             a record that training leaves beside the concept (or :func:`record_inputs`), or one
             that is made here and now, by drawing. "auto": fusion where each concept has a record,
-            else a sum. "average", "truncate", "magnitude", "dare", "ties" and "subject_style" (the
-            subject first): those of :mod:`customize.core.merges`, with their defaults or, in a
-            dict, other settings: ``{"method": "ties", "density": 0.3}``. They take all concepts
-            together, so ``fuse`` must be the same for all. What prunes is exact with ``fuse=True``;
-            beside the weights it is the nearest adapter of the ranks' sum. None: as before, at
-            first "auto". A single concept is as it is anyway; ``pipe.custom`` tells how several are
-            merged.
+            else, or where all were learned in one run, a sum. "average", "truncate", "magnitude",
+            "dare", "ties" and "subject_style" (the subject first): those of
+            :mod:`customize.core.merges`, with their defaults or, in a dict, other settings:
+            ``{"method": "ties", "density": 0.3}``. They take all concepts together, so ``fuse``
+            must be the same for all. What prunes is exact with ``fuse=True``; beside the weights it
+            is the nearest adapter of the ranks' sum. None: as before, at first "auto". A single
+            concept is as it is anyway; ``pipe.custom`` tells how several are merged.
         attention: "auto": of the backends that are installed and fit the device, the dtype and the
             widths of the heads, the fastest; on CUDA they are timed here, elsewhere it is torch's
             own. Or one of them: "native" ("sdpa" is the same), "xformers", "flash", "sage", or

@@ -76,7 +76,7 @@ def train_together(
 
     All are in the model at once, each with tokens and an adapter of its own, and where slices are
     orthogonal each in its own slice. What the model then draws is what it draws with the plain
-    sum of the concepts, ``load_custom(..., merge="sum")``. A batch has pictures of all: its places
+    sum of the concepts, as ``load_custom`` merges them. A batch has pictures of all: its places
     go round among them, so that each has as many as any other over time. The losses of
     preservation count each concept alike, with its own class word.
 

@@ -128,7 +128,7 @@ def test_concepts_in_one_run(run: Run, world: World, tmp_path: Path) -> None:
     assert "the concept kit is in" in result.out and "Load them with" in result.out
     snippet = result.out[result.out.index("    import customize") :]
     code = "\n".join(line.removeprefix("    ") for line in snippet.splitlines())
-    assert 'merge="sum")' in code and "<max> and <kit>" in code
+    assert "merge" not in code and "<max> and <kit>" in code
     names: dict[str, object] = {}
     exec(code.replace('<kit>")', '<kit>", num_inference_steps=1)'), names)
     attached = repr(names["pipe"].custom)  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,23 @@ def test_recording_leaves_the_pipeline_as_it_was(make):
                 rows = factors[component][file_name(component, module)]
                 assert rows.shape[1] == update.shape[1] and 0 < len(rows) <= 32
                 assert 0.5 < float(rows.square().sum()) <= 1.0001
+
+
+def test_what_one_run_has_learned_is_summed_by_itself(pair):
+    pipe, *folders = pair
+    assert pipe.load_custom(*folders).custom.merge == "fusion"
+    pipe.unload_custom()
+    learned = []
+    for each, other in zip(map(Concept.load, folders), ("tom", "rex"), strict=True):
+        training = each.info.training | {"learned_with": [other]}
+        info = each.info.model_copy(update={"training": training})
+        learned.append(replace(each, info=info))
+    assert pipe.load_custom(*learned).custom.merge == "sum"
+    assert pipe.load_custom(merge="fusion").custom.merge == "fusion"
+    pipe.unload_custom()
+    third = concept(pipe, "kit", index=2).save(folders[0].parent / "kit")
+    customize.record_inputs(pipe, third, FEW).save(place_beside(third))
+    assert pipe.load_custom(*learned, third).custom.merge == "fusion"
 
 
 @modes

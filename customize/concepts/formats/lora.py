@@ -54,6 +54,7 @@ class LoraInfo:
     num_tokens: int = 0
     token_layers: int = 0
     training: Mapping[str, Any] = field(default_factory=dict)
+    learned_with: Sequence[str] = ()
 
 
 @dataclass(frozen=True, eq=False)

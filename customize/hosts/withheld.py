@@ -108,12 +108,7 @@ class Withheld:
                 stack.callback(self._follow_noise(telling).remove)
             for number, layer in self.layers:
                 reading = _Reading(self, number, telling)
-                # What is read is seen at the layer, and what our adapter adds at its own part.
-                stack.callback(layer.register_forward_pre_hook(reading.before).remove)
-                up = layer.lora_B[ADAPTER]
-                stack.callback(
-                    up.register_forward_hook(partial(reading.after, layer.get_base_layer())).remove
-                )
+                stack.enter_context(reading.applied(layer))
             yield
 
     def _follow_noise(self, telling: _Telling) -> Any:
@@ -186,30 +181,47 @@ class _Telling:
 
 
 class _Reading:
-    """One layer's part in it."""
+    """One layer's part in it: what it answers to the prompts, once for all steps."""
 
     def __init__(self, withheld: Withheld, number: int, telling: _Telling) -> None:
         self.withheld, self.number, self.telling = withheld, number, telling
         self.spans: dict[tuple[str, ...], Tensor] = {}
         self.strengths: list[Tensor] = []
         self._seen: tuple[Tensor, int] | None = None
+        self._then: Any = None
         self._answer: Tensor | None = None
 
-    def before(self, module: nn.Module, args: Any) -> None:
-        """Find out how strongly each row of what is read is changed, for each group."""
-        words = args[0]
-        if _is_as(words, self._seen):
-            return  # as in the step before: then so is the answer
-        self._seen, self._answer = (words, _version(words)), None
-        self.strengths = self.telling.strengths(words, self.number)
+    @contextmanager
+    def applied(self, layer: Any) -> Iterator[None]:
+        """Within it, what our adapter adds in this layer lacks what is not wanted."""
+        before, compute = vars(layer).get("forward"), layer.forward
+        after = partial(self._after, layer.get_base_layer())
+        handle = layer.lora_B[ADAPTER].register_forward_hook(after)
 
-    def after(self, base: Any, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if not self.telling.on:
-            return output
-        if self._answer is not None:
+        def forward(words: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            now = _state(layer, self.telling.on)
+            if self._answer is None or not _is_as(words, self._seen) or now != self._then:
+                self._seen, self._then, self._answer = (words, _version(words)), now, None
+                self.strengths = self.telling.strengths(words, self.number)
+                answer: Tensor = compute(words, *args, **kwargs)
+                if answer.requires_grad:
+                    return answer
+                self._answer = answer
             return self._answer
+
+        layer.forward = forward
+        try:
+            yield
+        finally:
+            handle.remove()
+            if before is None:
+                del layer.forward
+            else:
+                layer.forward = before
+
+    def _after(self, base: Any, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         for phrases, strength in zip(self.telling.groups, self.strengths, strict=True):
-            if phrases:
+            if phrases and self.telling.on:
                 if phrases not in self.spans:
                     with torch.no_grad():
                         rows = torch.cat([self.withheld.rows[each] for each in phrases])
@@ -217,8 +229,19 @@ class _Reading:
                         zero = None if mean is None else base(mean.to(output))[0]
                         self.spans[phrases] = span(base(rows.to(output)), self.withheld.rank, zero)
                 output = projected(output, self.spans[phrases], strength)
-        self._answer = output
         return output
+
+
+def _state(layer: Any, on: bool) -> tuple[Any, ...]:
+    """What a layer's answer depends on besides what it reads, and may change from step to step."""
+    weight = layer.get_base_layer().weight
+    return (
+        on,
+        layer.disable_adapters,
+        tuple(layer.active_adapters),
+        tuple(layer.scaling.values()),
+        _version(weight),
+    )
 
 
 def _is_as(words: Tensor, seen: tuple[Tensor, int] | None) -> bool:

@@ -178,6 +178,25 @@ def test_at_some_shares_of_noise_alone():
         draw(pipe, avoid=AVOID)
 
 
+def test_layers_answer_anew_where_something_changes_on_the_way():
+    pipe = attached()
+    (name, *_) = family_of(pipe.components).cross_attention_layers()
+    layer = pipe.unet.get_submodule(f"{name}.to_v")
+    answers = []
+    layer.register_forward_hook(lambda _, args, output: answers.append(output.clone()))
+
+    def change(pipe, step, timestep, given):
+        if step == 1:
+            pipe.set_adapters(["customize"], [0.5])
+        return given
+
+    draw(pipe, avoid=AVOID, num_inference_steps=4, callback_on_step_end=change)
+    first, second, third, last = answers
+    assert torch.equal(first, second) and torch.equal(third, last)
+    assert not torch.equal(second, third)
+    assert "forward" not in vars(layer) and not layer.lora_B["customize"]._forward_hooks
+
+
 def test_the_vector_of_a_whole_prompt_can_be_cleaned():
     pipe = attached(tiny_sdxl)
     seen = []

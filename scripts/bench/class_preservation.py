@@ -321,7 +321,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
         for method in ("base", *METHODS)
         if method != "base" or seed == protocol.training_seeds[0]
     ]
-    _workers.share_out(args, "do", jobs[:1])  # records what all share, which two would do twice
+    # The first run records what all share, which two would do twice.
+    _workers.share_out(args, "do", jobs[1:2])
     _workers.share_out(args, "do", jobs)
     rows = table(args, jobs, cost)
     return rows, figures(rows, cost)

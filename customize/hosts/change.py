@@ -158,9 +158,8 @@ def _writable(models: Mapping[str, nn.Module]) -> Iterator[None]:
     Also where the caller draws in inference mode, whose tensors nobody could change outside it; but
     models that were made in it can be changed nowhere else.
     """
-    modules = (module for model in models.values() for module in model.modules())
-    weights = (weight for module in modules for weight in module._parameters.values())
-    inside = any(weight is not None and weight.is_inference() for weight in weights)
+    # A model is made in one mode, so one of its weights tells; a walk over all takes long.
+    inside = any(next(model.parameters()).is_inference() for model in models.values())
     with torch.inference_mode(inside), torch.no_grad():
         yield
 

@@ -67,7 +67,8 @@ def check_placed(models: Mapping[str, nn.Module]) -> None:
 def _sequential_device(modules: Iterable[nn.Module]) -> Any:
     """Where a sequentially offloaded model computes; None for any other model."""
     for module in modules:
-        hook: Any = getattr(module, "_hf_hook", None)
+        # Not by getattr, as modules are slow to say that they lack something.
+        hook: Any = module.__dict__.get("_hf_hook")
         for each in getattr(hook, "hooks", (hook,)):
             # accelerate's AlignDevicesHook; without `offload` it only moves inputs.
             if getattr(each, "offload", False) and hasattr(each, "weights_map"):

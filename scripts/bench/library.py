@@ -45,7 +45,7 @@ RANK, STEPS = 8, 25
 OURS, THEIRS = (1, 10, 100, 1000), (1, 10, 50)
 WARM = 4  # concepts that take turns; these have records
 DRAWN = 10  # concepts that are drawn before memory is looked at
-TURNS = 7
+TURNS = 15
 
 
 def open_base() -> Any:

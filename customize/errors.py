@@ -15,7 +15,6 @@ __all__ = [
     "StorageError",
     "TrainingError",
     "TrainingStopped",
-    "storage_error",
 ]
 
 

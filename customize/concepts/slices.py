@@ -77,29 +77,6 @@ def holders(library: Path, *, without: Collection[str] = ()) -> list[Holder]:
     return [holder for holder in all_of_them if holder.name not in without]
 
 
-def next_free_index(
-    library: Path,
-    rank: int,
-    basis: BasisInfo,
-    *,
-    name: str | None = None,
-    widths: Iterable[int] | None = None,
-) -> int:
-    """The number for a new concept in a library of concept folders: :func:`free_index` there.
-
-    Args:
-        library: a folder of concept folders; it need not exist yet.
-        rank, basis, widths: as of :func:`free_index`.
-        name: of the new concept; a concept of that name, about to be replaced, does not count.
-
-    Raises:
-        ConceptError: see :func:`holders`.
-        ConfigError: the rank does not fit a width.
-    """
-    there = holders(library, without=() if name is None else (name,))
-    return free_index(there, rank, basis, widths=widths)
-
-
 def free_index(
     there: Iterable[Holder],
     rank: int,

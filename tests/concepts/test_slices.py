@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from customize.concepts.concept import BasisInfo, ConceptInfo
-from customize.concepts.slices import collisions, columns_for, next_free_index
+from customize.concepts.slices import collisions, columns_for, free_index, holders
 from customize.core.bases import hashed_block
 from customize.core.crosstalk import update_overlap
 from customize.errors import ConceptError, ConfigError
@@ -35,7 +35,7 @@ def test_a_library_gives_out_disjoint_slices_until_it_is_full(tmp_path: Path) ->
     basis = BasisInfo(seed=3)
     infos = []
     for number in range(4):
-        index = next_free_index(tmp_path, 2, basis)
+        index = free_index(holders(tmp_path), 2, basis)
         assert index == number
         info = sliced(f"c{number}", index)
         small(number, name=info.name, slices=info.slices).save(tmp_path / info.name)
@@ -45,8 +45,8 @@ def test_a_library_gives_out_disjoint_slices_until_it_is_full(tmp_path: Path) ->
     assert (collision.first, collision.second, collision.columns) == ("c0", "c3", {6: (0, 1)})
     assert "2 of 2 columns at width 6" in str(collision)
     # A concept that is learned again keeps its number, and one that is gone frees its own.
-    assert next_free_index(tmp_path, 2, basis, name="c1") == 1
-    assert next_free_index(tmp_path, 2, BasisInfo(seed=4)) == 0
+    assert free_index(holders(tmp_path, without=["c1"]), 2, basis) == 1
+    assert free_index(holders(tmp_path), 2, BasisInfo(seed=4)) == 0
 
 
 def test_disjoint_slices_mean_orthogonal_updates() -> None:
@@ -65,21 +65,21 @@ def test_other_ranks_and_hashed_slices_are_avoided(tmp_path: Path) -> None:
     small(name="odd", rank=3, alpha=3.0, slices=slices).save(tmp_path / "odd")
     # The blocks of two at width 6 share 1, 2 and 0 columns with it, those at width 8 share 0, 1,
     # 2 and 0. No number is free at both; 0 and 3 share one column in all.
-    assert next_free_index(tmp_path, 2, BasisInfo(seed=3)) == 0
+    assert free_index(holders(tmp_path), 2, BasisInfo(seed=3)) == 0
     odd = facts(name="odd", rank=3, alpha=3.0, slices=slices)
     assert [c.columns for c in collisions([odd, sliced("c", 0)])] == [{6: (1,)}]
     assert [c.columns for c in collisions([odd, sliced("c", 2)])] == [{8: (4, 5)}]
 
 
 def test_libraries_that_are_empty_or_damaged(tmp_path: Path) -> None:
-    assert next_free_index(tmp_path / "none", 2, BasisInfo()) == 0
+    assert free_index(holders(tmp_path / "none"), 2, BasisInfo()) == 0
     (tmp_path / ".rex.0a1b2c3d.partial").mkdir()  # of a process that was killed
     (tmp_path / ".rex.0a1b2c3d.partial" / "concept.json").write_text("{")
-    assert next_free_index(tmp_path, 2, BasisInfo()) == 0
+    assert free_index(holders(tmp_path), 2, BasisInfo()) == 0
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "concept.json").write_text("{")
     with pytest.raises(ConceptError, match="bad"):
-        next_free_index(tmp_path, 2, BasisInfo())
+        free_index(holders(tmp_path), 2, BasisInfo())
 
 
 def test_collisions_between_bases_and_without_slices() -> None:

@@ -1,6 +1,6 @@
 """Small training runs for the tests: a few smooth pictures, few steps, large learning rates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,20 @@ SMALL: dict[str, Any] = {
     "avoid": 0,
     "record_inputs": False,
 }
+
+
+class Stop(Exception):
+    """What a test throws into a run, as a crash would."""
+
+
+def crash_at(step: int) -> Callable[[int, object], None]:
+    """For ``on_step``: throw it after this step."""
+
+    def on_step(done: int, loss: object) -> None:
+        if done == step:
+            raise Stop
+
+    return on_step
 
 
 def picture(seed: int = 0, side: int = 32) -> Image.Image:

@@ -11,16 +11,7 @@ from customize.training.loop import train
 from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 from tests.tiny_llm import tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 from tests.tiny_video import tiny_wan
-from tests.training.runs import same, settings, tensors
-
-
-class Stop(Exception):
-    """What a test throws into a run, as a crash would."""
-
-
-def crash(done, loss):
-    if done == 6:
-        raise Stop
+from tests.training.runs import Stop, crash_at, same, settings, tensors
 
 
 def save_base(folder, factor=1.0):
@@ -90,7 +81,7 @@ def test_what_was_learned_on_other_weights_is_refused(tmp_path):
     save_base(base)
     train(settings(tmp_path, "done", **changes), progress=False)
     with pytest.raises(Stop):
-        train(settings(tmp_path, "cut", **changes), progress=False, on_step=crash)
+        train(settings(tmp_path, "cut", **changes), progress=False, on_step=crash_at(6))
     pipe = save_base(base, 1.1)
     for output in ("done", "cut"):
         for components in (None, pipe.components):
@@ -163,7 +154,7 @@ def test_a_run_of_a_base_configured_otherwise_is_not_gone_on_with(name, where, t
         return partial(train, config, progress=False, **given)
 
     with pytest.raises(Stop):
-        run(first)(on_step=crash)
+        run(first)(on_step=crash_at(6))
     with pytest.raises(SettingsError, match=f"other settings: the base's {said}"):
         run(second)()
     run(first)()

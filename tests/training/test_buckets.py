@@ -12,6 +12,7 @@ from customize.training.loop import train
 from tests.makers import FAMILIES
 from tests.tiny import tiny_sd, tiny_sdxl
 from tests.training.runs import (
+    Stop,
     assert_unchanged,
     make_pictures,
     make_various,
@@ -20,10 +21,6 @@ from tests.training.runs import (
     snapshot,
     tensors,
 )
-
-
-class Stop(Exception):
-    """What a test throws into a run, as a crash would."""
 
 
 def shapes_of(pipe):

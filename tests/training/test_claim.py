@@ -8,25 +8,13 @@ from accelerate import Accelerator
 from customize.concepts.claims import read_claims
 from customize.concepts.concept import BasisInfo
 from customize.concepts.layout import CLAIM_FILE
-from customize.concepts.slices import next_free_index
+from customize.concepts.slices import free_index, holders
 from customize.errors import ConceptError, SettingsError, StorageError
 from customize.families import family_of
 from customize.training.claim import claimed_slices
 from customize.training.loop import train
 from tests.tiny import tiny_sd
-from tests.training.runs import settings
-
-
-class Stop(Exception):
-    """What a test throws into a run, as a crash would."""
-
-
-def crash_at(step):
-    def on_step(done, loss):
-        if done == step:
-            raise Stop
-
-    return on_step
+from tests.training.runs import Stop, crash_at, settings
 
 
 @pytest.fixture
@@ -90,7 +78,7 @@ def test_a_run_that_never_saved_leaves_no_claim(pipe, tmp_path):
     with pytest.raises(Stop):
         train(rex, pipe.components, progress=False, on_step=crash_at(2))
     assert not rex.output.exists()
-    assert next_free_index(tmp_path / "library", 4, BasisInfo()) == 0
+    assert free_index(holders(tmp_path / "library"), 4, BasisInfo()) == 0
 
 
 def test_claims_that_cannot_be_read_or_written(pipe, tmp_path):

@@ -27,7 +27,9 @@ from customize.training.steps import learning_rate
 from tests.makers import FAMILIES
 from tests.tiny import tiny_sd, tiny_sd3
 from tests.training.runs import (
+    Stop,
     assert_unchanged,
+    crash_at,
     make_pictures,
     picture,
     same,
@@ -40,18 +42,6 @@ from tests.training.runs import (
 @pytest.fixture(params=FAMILIES)
 def pipe(request):
     return FAMILIES[request.param]()
-
-
-class Stop(Exception):
-    """What a test throws into a run, as a crash would."""
-
-
-def crash_at(step):
-    def on_step(done, loss):
-        if done == step:
-            raise Stop
-
-    return on_step
 
 
 def test_concepts_with_the_same_seed_start_apart(tmp_path):

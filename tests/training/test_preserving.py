@@ -18,7 +18,9 @@ from customize.training.trainable import trained_in
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
 from tests.tiny_video import tiny_wan
 from tests.training.runs import (
+    Stop,
     assert_unchanged,
+    crash_at,
     make_pictures,
     same,
     settings,
@@ -334,16 +336,9 @@ def test_all_together_repeat_resume_and_leave_the_model(make, tmp_path):
     whole = learn(pipe, settings(tmp_path, "whole", **changes))
     assert_unchanged(before, pipe.components, pipe.config)
 
-    class Stop(Exception):
-        pass
-
-    def stop(step, loss):
-        if step == 3:
-            raise Stop
-
     cut = settings(tmp_path, "cut", **changes)
     with pytest.raises(Stop):
-        learn(pipe, cut, on_step=stop)
+        learn(pipe, cut, on_step=crash_at(3))
     assert_unchanged(before, pipe.components, pipe.config)
     assert same(tensors(learn(pipe, cut)), tensors(whole))
 

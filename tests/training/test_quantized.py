@@ -19,19 +19,7 @@ from customize.training.loop import train
 from tests.hosts.test_quantizing import LIBRARIES, kinds, of
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
 from tests.tiny_video import tiny_wan
-from tests.training.runs import assert_unchanged, same, settings, snapshot, tensors
-
-
-class Stop(Exception):
-    """What a test throws into a run, as a crash would."""
-
-
-def crash_at(step):
-    def on_step(done, loss):
-        if done == step:
-            raise Stop
-
-    return on_step
+from tests.training.runs import Stop, assert_unchanged, crash_at, same, settings, snapshot, tensors
 
 
 @pytest.fixture(scope="module")

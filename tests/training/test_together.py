@@ -29,7 +29,9 @@ from customize.training.trainable import trained_in
 from tests.makers import FAMILIES
 from tests.tiny import tiny_sd, tiny_sdxl
 from tests.training.runs import (
+    Stop,
     assert_unchanged,
+    crash_at,
     make_pictures,
     make_various,
     picture,
@@ -41,18 +43,6 @@ from tests.training.runs import (
 
 ALL = {"class_text": 1.0, "context_text": 0.5, "output": 0.25}
 BUSY = {"checkpoint_every": 4, "flip": True, "caption_dropout": 0.3, "batch_size": 3}
-
-
-class Stop(Exception):
-    """What a test throws into a run, as a crash would."""
-
-
-def crash_at(step):
-    def on_step(done, loss):
-        if done == step:
-            raise Stop
-
-    return on_step
 
 
 def two(folder, rex=None, tom=None, **changes):

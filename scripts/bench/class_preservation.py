@@ -38,16 +38,13 @@ import _common
 import _saves
 import _workers
 import torch
-from _scorer import concept, open_quietly
+from _class_scorer import RATES, STEPS, Scorer
+from _scorer import concept
 from _workers import folder_name, weights_of
 
-from customize.concepts.concept import Concept
 from customize.core import preservation
 from customize.demo import TRAINING
 from customize.evaluation import pareto, storybook
-from customize.families import family_of
-from customize.hosts.binding import load_custom, unload_custom
-from customize.storybook.judges import load_judges, to_tensor
 from customize.training import losses, preserving
 from customize.training.config import TrainConfig
 
@@ -66,8 +63,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "class_text and context_text": {"preserve": {"class_text": 1.0, "context_text": 1.0}},
 }
 TEXT = tuple(name for name in METHODS if "_text" in name)
-STEPS = 12  # of drawing: enough for all that is judged
-RATES = ("identity", "prompt", "composition", "class_drift", "drift")
 
 
 @dataclass(frozen=True)
@@ -174,60 +169,6 @@ def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     for row in rows:
         told = " ".join(f"{key} {mean(r[key] for r in row['rates']):.3f}" for key in RATES)
         print(f"{job:36} {row['step']:5} {told}", flush=True)
-
-
-class Scorer:
-    """Draws and judges one concept at a time."""
-
-    def __init__(self, base: Path, judges: Path, scenes: int) -> None:
-        self.pipe = open_quietly(base)
-        # The layout in which a CPU convolves fastest.
-        self.pipe.unet.to(memory_format=torch.channels_last)
-        self.family = family_of(self.pipe.components)
-        self.judges, self.scenes = load_judges(judges), scenes
-        self.before: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
-
-    def rates(
-        self, index: int, saved: Concept | None, seeds: Sequence[int]
-    ) -> list[dict[str, float]]:
-        """Rates a seed; of the base, and its class word, where nothing is saved."""
-        story = concept(index)
-        kind = story.identity.kind
-        signature = self.judges.signature(to_tensor(story.pictures()))
-        other = "cat" if kind == "dog" else "dog"
-        words = f"a {kind}" if saved is None else story.trigger
-        asked = {
-            "concept": storybook.prompts_for(words, storybook.SCENES[: self.scenes]),
-            "class": storybook.prompts_for(f"a {kind}")[::4],
-            "other": storybook.prompts_for(f"a red {other}")[1::4],
-        }
-        plain = {key: asked[key] for key in ("class", "other")}
-        for seed in seeds:
-            if (kind, seed) not in self.before:
-                self.before[kind, seed] = storybook.draw_groups(self.pipe, plain, seed, steps=STEPS)
-        found = []
-        if saved is not None:
-            load_custom(self.pipe, saved, fuse=True, merge="sum")
-        try:
-            for seed in seeds:
-                images = storybook.draw_groups(self.pipe, asked, seed, steps=STEPS)
-                rated = storybook.rate_concept(
-                    self.judges, images["concept"], asked["concept"], signature, kind, story.shown
-                )
-                before = self.before[kind, seed]
-                found.append(
-                    {
-                        "identity": rated.identity,
-                        "prompt": rated.prompt,
-                        "composition": rated.composition,
-                        "class_drift": storybook.drift(before["class"], images["class"]),
-                        "drift": storybook.drift(before["other"], images["other"]),
-                    }
-                )
-        finally:
-            if saved is not None:
-                unload_custom(self.pipe)
-        return found
 
 
 def cell_file(args: argparse.Namespace, job: str) -> Path:

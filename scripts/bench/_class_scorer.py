@@ -1,0 +1,72 @@
+"""What a concept shows of itself and of what is asked, and what it changes of all else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from _scorer import concept, open_quietly
+
+from customize.concepts.concept import Concept
+from customize.evaluation import storybook
+from customize.families import family_of
+from customize.hosts.binding import load_custom, unload_custom
+from customize.storybook.judges import load_judges, to_tensor
+
+STEPS = 12  # of drawing: enough for all that is judged
+RATES = ("identity", "prompt", "composition", "class_drift", "drift")
+
+
+class Scorer:
+    """Draws and judges one concept at a time."""
+
+    def __init__(self, base: Path, judges: Path, scenes: int) -> None:
+        self.pipe = open_quietly(base)
+        # The layout in which a CPU convolves fastest.
+        self.pipe.unet.to(memory_format=torch.channels_last)
+        self.family = family_of(self.pipe.components)
+        self.judges, self.scenes = load_judges(judges), scenes
+        self.before: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+
+    def rates(
+        self, index: int, saved: Concept | None, seeds: Sequence[int]
+    ) -> list[dict[str, float]]:
+        """Rates a seed; of the base, and its class word, where nothing is saved."""
+        story = concept(index)
+        kind = story.identity.kind
+        signature = self.judges.signature(to_tensor(story.pictures()))
+        other = "cat" if kind == "dog" else "dog"
+        words = f"a {kind}" if saved is None else story.trigger
+        asked = {
+            "concept": storybook.prompts_for(words, storybook.SCENES[: self.scenes]),
+            "class": storybook.prompts_for(f"a {kind}")[::4],
+            "other": storybook.prompts_for(f"a red {other}")[1::4],
+        }
+        plain = {key: asked[key] for key in ("class", "other")}
+        for seed in seeds:
+            if (kind, seed) not in self.before:
+                self.before[kind, seed] = storybook.draw_groups(self.pipe, plain, seed, steps=STEPS)
+        found = []
+        if saved is not None:
+            load_custom(self.pipe, saved, fuse=True, merge="sum")
+        try:
+            for seed in seeds:
+                images = storybook.draw_groups(self.pipe, asked, seed, steps=STEPS)
+                rated = storybook.rate_concept(
+                    self.judges, images["concept"], asked["concept"], signature, kind, story.shown
+                )
+                before = self.before[kind, seed]
+                found.append(
+                    {
+                        "identity": rated.identity,
+                        "prompt": rated.prompt,
+                        "composition": rated.composition,
+                        "class_drift": storybook.drift(before["class"], images["class"]),
+                        "drift": storybook.drift(before["other"], images["other"]),
+                    }
+                )
+        finally:
+            if saved is not None:
+                unload_custom(self.pipe)
+        return found

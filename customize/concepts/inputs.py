@@ -34,18 +34,21 @@ from customize.families.sampling import sample
 HEADER = "customize_layer_inputs"
 
 #: What is drawn, with the concept's words, and with its class word, in the place of {}.
+CONTEXTS = (
+    "on a beach",
+    "in a forest",
+    "in a city",
+    "in the snow",
+    "in a room",
+    "in space",
+    "wearing a hat",
+    "wearing glasses",
+    "wearing a scarf",
+)
 PROMPTS = (
     "a photo of {}",
     "a picture of {}",
-    "a photo of {} on a beach",
-    "a photo of {} in a forest",
-    "a photo of {} in a city",
-    "a photo of {} in the snow",
-    "a photo of {} in a room",
-    "a photo of {} in space",
-    "a photo of {} wearing a hat",
-    "a photo of {} wearing glasses",
-    "a photo of {} wearing a scarf",
+    *(f"a photo of {{}} {context}" for context in CONTEXTS),
     "a painting of {}",
 )
 #: Directions that are kept of a layer's inputs.

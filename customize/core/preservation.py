@@ -76,10 +76,31 @@ def output(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Tensor:
     return weighted_mse(ours, base, weight).mean()
 
 
+def context_output(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The squared change of what a context does to a denoiser's answer; ours.
+
+    What a run forgets of "a <rex> wearing a hat" is not how a dog looks in a hat, but what these
+    words do beside its token. So it is their effect that is held, and nothing is said of what they
+    are added to, the concept itself.
+
+    Args:
+        ours: (batch, channels, *space), the answer to prompts that name the concept in a context,
+            less the one to prompts without it.
+        base: the same shape and difference, of the class, without the adapter, for the same
+            latents and noise levels.
+        weight: (batch,), such as the main loss has.
+
+    Returns, raises:
+        As :func:`output`.
+    """
+    return output(ours, base, weight)
+
+
 PRESERVATIONS: dict[str, Preservation] = {
     "class_text": class_text,
     "context_text": context_text,
     "output": output,
+    "context_output": context_output,
 }
 
 

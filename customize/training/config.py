@@ -198,12 +198,13 @@ class TrainConfig(BaseModel):
     preserve: dict[str, float] = Field(
         default={},
         description="Weights of losses that keep what the model knows of the class: class_text,"
-        " context_text, output; such as class_text=1,output=0.5. none: only the class pictures'",
+        " context_text, output, context_output; such as class_text=1,output=0.5. none: only the"
+        " class pictures'",
     )
     preserve_phrases: tuple[str, ...] = Field(
         default=(),
-        description="Phrases that class_text and context_text compare, {} for the trigger; not"
-        " given: the caption for the first, a dozen places and clothes for the second",
+        description="Phrases that class_text, context_text and context_output compare, {} for the"
+        " trigger; not given: the caption for the first, a dozen places and clothes for the others",
     )
     preserve_pooling: Literal["end", "published"] = Field(
         default="end",

@@ -22,8 +22,8 @@ def contradictions(config: TrainConfig) -> dict[str, str]:
         and "is the folder of the pictures; put masks of the same names in another",
         "preserve": _in_preserve(config),
         "preserve_phrases": bool(config.preserve_phrases)
-        and not config.text_losses
-        and "is not used; set preserve to class_text or context_text",
+        and not config.preserve.keys() - {"output"}
+        and "is not used; set preserve to class_text, context_text or context_output",
         "preserve_pooling": config.preserve_pooling == "published" and _in_pooling(config),
         "prior_images": config.prior_images is not None
         and _in_prior_images(config, config.prior_images.resolve() == images),

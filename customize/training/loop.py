@@ -227,6 +227,7 @@ def _trained(
         named = pictures.captions[: concepts[-1].stop]
         more = [text for each in configs for text in inputs.prompts_of(each)]
         more += preserving.captions_of(configs, named)
+        more += chain.from_iterable(preserving.contexts_of(configs))
         with autocast():
             encode = cache.prepare_conditions(
                 family,

@@ -51,17 +51,19 @@ class Losses:
             step: from 0.
             turn: counts the batches of all processes and accumulations from the start of the run.
         """
-        config, pictures, count = self.config, self.pictures, self.concepts[-1].stop
+        config, pictures = self.config, self.pictures
         chosen, mirrored, captions = compose(
             config, pictures.captions, self.concepts, self.classes, turn, pictures.sizes
         )
         for piece, part in enumerate(pictures.of_one_size(chosen)):
             stream = f"noise {piece}" if piece else "noise"
             seed = stream_seed(config.seed, turn, stream)
-            # The concepts' are first; their class prompts go through the model together with all.
-            own = sum(number < count for number in chosen[part])
-            own = own if "output" in config.preserve and preserves(step) else 0
-            yield self._of_piece(chosen[part], mirrored[part], captions[part], part, seed, own)
+            # The concepts' are first.
+            owners = [concept for number in chosen[part] for concept in self._owner(number)]
+            owners = owners if preserves(step) else []
+            yield from self._of_piece(
+                chosen[part], mirrored[part], captions[part], part, seed, owners, turn
+            )
 
     def of_texts(self, step: int) -> Tensor | None:
         """The losses on text encoders at a step, a scalar; None where there is none."""
@@ -75,9 +77,10 @@ class Losses:
         captions: list[str],
         part: slice,
         seed: int,
-        own: int,
-    ) -> Tensor:
-        config, family = self.config, self.family
+        owners: list[int],
+        turn: int,
+    ) -> Iterator[Tensor]:
+        config, family, own = self.config, self.family, len(owners)
         mean, std = self.pictures.distribution(family, pictures, mirrored)
         density = config.density or family.default_density
         drawn = draw_noise(self._generator, seed, mean.shape, density, config.noise_offset)
@@ -85,21 +88,43 @@ class Losses:
         latents = mean + std * drawn.latents
         t = family.timesteps(drawn.u, latents.shape[1:])
         noisy = family.noisy_latents(latents, drawn.noise, t)
-        told = self.preserved.class_captions(captions[:own])
+        # Class prompts go through the model together with all.
+        again = own if "output" in config.preserve else 0
+        told = self.preserved.class_captions(captions[:again])
         with self.autocast():
             conditions = self.encode([*captions, *told])
-            prediction = family.predict(_with(noisy, own), _with(t, own), conditions)
+            prediction = family.predict(_with(noisy, again), _with(t, again), conditions)
         target = family.target(latents, drawn.noise, t)
         snr_weight = family.loss_weight(t, config.min_snr_gamma)
         weight = snr_weight * self._shares[part]
         mask = self.pictures.mask(pictures, mirrored)
         loss = weighted_mse(prediction[: len(noisy)], target, weight, mask).sum()
-        if own:
-            with torch.no_grad(), self.trainable.silent(), self.autocast():
-                base = family.predict(noisy[:own], t[:own], self.preserved.base_conditions(told))
+        if again:
+            base = self._of_base(noisy[:own], t[:own], told)
             change = PRESERVATIONS["output"](prediction[len(noisy) :], base, snr_weight[:own])
             loss = loss + EVERY * config.preserve["output"] * self._share * own * change
-        return loss
+        yield loss
+        if own and "context_output" in config.preserve:
+            # Its own piece, so that it needs no more memory than the batch.
+            there = self.preserved.in_context(owners, turn)
+            plain, noisy, t = prediction[:own].detach(), noisy[:own], t[:own]
+            with self.autocast():
+                ours = family.predict(noisy, t, self.encode(there)) - plain
+            told = self.preserved.class_captions([*captions[:own], *there])
+            base = self._of_base(torch.cat([noisy] * 2), torch.cat([t] * 2), told)
+            change = PRESERVATIONS["context_output"](
+                ours, base[own:] - base[:own], snr_weight[:own]
+            )
+            yield EVERY * config.preserve["context_output"] * self._share * own * change
+
+    def _of_base(self, noisy: Tensor, t: Tensor, captions: Sequence[str]) -> Tensor:
+        """The untouched model's answer to captions with class words."""
+        with torch.no_grad(), self.trainable.silent(), self.autocast():
+            return self.family.predict(noisy, t, self.preserved.base_conditions(captions))
+
+    def _owner(self, picture: int) -> list[int]:
+        """The number of a picture's concept; none for a class picture."""
+        return [k for k, own in enumerate(self.concepts) if picture in own]
 
     @property
     def _share(self) -> float:

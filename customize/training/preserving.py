@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.concepts.inputs import PROMPTS, texts
+from customize.concepts.inputs import CONTEXTS, PROMPTS, texts
 from customize.core.preservation import POOLINGS, PRESERVATIONS, aligned, at, shares
 from customize.families import Family
 from customize.families.components import TokenDictionary, uncompiled
@@ -82,6 +82,7 @@ class Preserved:
 
     Attributes:
         configs: of the run's concepts.
+        contexts: each concept's prompts of it in a context; none where context_output is off.
         phrases: text encoder's component name -> loss -> its phrases.
         encoders: component name -> function from (rows, length) ids, and how many of the first are
             class_text's, to (rows, length, width).
@@ -89,6 +90,7 @@ class Preserved:
     """
 
     configs: Sequence[TrainConfig]
+    contexts: Sequence[Sequence[str]]
     phrases: Mapping[str, Mapping[str, Phrases]]
     encoders: Mapping[str, Encoder]
     conditions: Mapping[str, Conditions]
@@ -118,6 +120,21 @@ class Preserved:
                 found.append(config.preserve[name] * loss)
         return EVERY / len(self.phrases) * torch.stack(found).sum()
 
+    def in_context(self, concepts: Sequence[int], turn: int) -> list[str]:
+        """A prompt in a context for each of these concepts, by number; in a run each comes once
+        before any comes again.
+
+        Args:
+            turn: counts the batches from the start of the run.
+        """
+        seed, count = self.configs[0].seed, len(concepts)
+        found = []
+        for place, concept in enumerate(concepts):
+            texts, at = self.contexts[concept], turn // EVERY * count + place
+            own = choose(seed, at, 1, len(texts), flip=False, dropout=0.0, stream="contexts")
+            found.append(texts[own.pictures[0]])
+        return found
+
     def class_captions(self, captions: Sequence[str]) -> list[str]:
         """The concepts' captions with class words."""
         return [in_classes(self.configs, text) for text in captions]
@@ -133,21 +150,27 @@ def preserves(step: int) -> bool:
 
 
 def phrases_of(config: TrainConfig, loss: str) -> list[str]:
-    """The phrases that a loss on text encoders compares, with the trigger.
+    """The phrases that a loss compares, with the trigger.
 
     Those of the settings; else class_text has the one that the concept is trained with, as the
-    paper has, and context_text the prompts that layer inputs are recorded with.
+    paper has, context_text the prompts that layer inputs are recorded with, and context_output the
+    caption with what these say besides.
     """
+    caption = config.caption or "a photo of {}"
     if config.preserve_phrases:
         return texts(config.trigger, config.preserve_phrases)
     if loss == "class_text":
-        return texts(config.trigger, [config.caption or "a photo of {}"])
-    return texts(config.trigger, PROMPTS)
+        return texts(config.trigger, [caption])
+    if loss == "context_text":
+        return texts(config.trigger, PROMPTS)
+    return texts(config.trigger, [f"{caption} {context}" for context in CONTEXTS])
 
 
 def texts_of(config: TrainConfig) -> list[str]:
-    """All phrases that losses on text encoders compare."""
-    return [text for name in config.text_losses for text in phrases_of(config, name)]
+    """All phrases that are compared, of losses on text encoders and of contexts."""
+    return [
+        text for name in config.preserve if name != "output" for text in phrases_of(config, name)
+    ]
 
 
 def in_classes(configs: Sequence[TrainConfig], text: str) -> str:
@@ -164,9 +187,17 @@ def captions_of(configs: Sequence[TrainConfig], captions: Sequence[str]) -> list
     Args:
         captions: the concepts'.
     """
-    if "output" not in configs[0].preserve:
+    preserve = configs[0].preserve
+    if not preserve.keys() & {"output", "context_output"}:
         return []
-    return [in_classes(configs, text) for text in [*captions, ""]]
+    there = [text for own in contexts_of(configs) for text in own]
+    return [in_classes(configs, text) for text in [*captions, *there, ""]]
+
+
+def contexts_of(configs: Sequence[TrainConfig]) -> list[list[str]]:
+    """Each concept's prompts of it in a context; none where context_output is off."""
+    on = "context_output" in configs[0].preserve
+    return [phrases_of(config, "context_output") if on else [] for config in configs]
 
 
 @torch.no_grad()
@@ -199,7 +230,7 @@ def prepare(
             without = trainable.own_ids(dictionary) if published else []
             encoders[key] = partial(_encoded, dictionary.text_encoder, without)
             phrases[key] = _prepared(configs, losses, dictionary, trainable, encoders[key])
-    return Preserved(configs, phrases, encoders, conditions)
+    return Preserved(configs, contexts_of(configs), phrases, encoders, conditions)
 
 
 def _prepared(

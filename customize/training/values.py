@@ -10,7 +10,7 @@ from customize.training.settings import check_text, short, weights_by_name
 
 # Named here, and not read from customize.core.preservation, so that --help needs no torch.
 TEXT_LOSSES = ("class_text", "context_text")
-PRESERVATIONS = (*TEXT_LOSSES, "output")
+PRESERVATIONS = (*TEXT_LOSSES, "output", "context_output")
 # Checkpoints of these kinds are pickles, which run code when they are opened.
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
 

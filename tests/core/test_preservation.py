@@ -21,7 +21,12 @@ from customize.core.preservation import (
 )
 from customize.errors import TrainingError
 
-SHAPES = {"class_text": (3, 8), "context_text": (3, 5, 8), "output": (3, 4, 6, 6)}
+SHAPES = {
+    "class_text": (3, 8),
+    "context_text": (3, 5, 8),
+    "output": (3, 4, 6, 6),
+    "context_output": (3, 4, 6, 6),
+}
 NAMES = pytest.mark.parametrize("name", PRESERVATIONS)
 SEEDS = st.integers(0, 2**32 - 1)
 BEGIN, END = 98, 99

@@ -101,7 +101,7 @@ def test_defaults_are_in_their_own_ranges():
         ("images", "a\0b", "control characters"),
         ("base", "old/model.CKPT", "pickle"),
         ("base", "model.bin", "pickle"),
-        ("preserve", {"class": 1}, "known are class_text, context_text, output"),
+        ("preserve", {"class": 1}, "known are class_text, context_text, output, context_output"),
         ("preserve", {"prior": 1}, "class pictures have prior_weight"),
         ("preserve", {"output": -0.5}, "negative weight for output"),
         ("preserve", {"output": float("nan")}, "finite"),
@@ -164,7 +164,10 @@ def test_all_problems_are_told_at_once():
             "no text encoder learns anything; set train_tokens or train_text_encoder to true",
         ),
         ({"preserve": {"output": 1}, "class_word": "<rex>"}, "class_word has the trigger <rex>"),
-        ({"preserve_phrases": ["a {}"]}, "is not used; set preserve to class_text or"),
+        (
+            {"preserve_phrases": ["a {}"]},
+            "is not used; set preserve to class_text, context_text or",
+        ),
         ({"preserve_pooling": "published"}, "is of class_text alone"),
         (
             {

@@ -35,7 +35,7 @@ OTHERS = {
     "wan": lambda: tiny_wan("2.2-14b"),
 }
 EVERY = preserving.EVERY
-ALL = {"class_text": 1.0, "context_text": 0.5, "output": 0.25}
+ALL = {"class_text": 1.0, "context_text": 0.5, "output": 0.25, "context_output": 0.5}
 
 
 class Kept:
@@ -277,18 +277,24 @@ def test_output_holds_the_class_prompt_to_the_untouched_model(make, tmp_path):
     assert_unchanged(before, pipe.components, pipe.config)
 
 
-def test_output_is_the_squared_change_of_what_the_model_answers(tmp_path):
-    """What a weight adds to a step's loss is that change, computed with stock calls."""
-    pipe = tiny_sd()
+def watched(pipe):
+    """The UNet's own forward, and a list that gets what goes in and out of it from now on."""
     calls = []
     forward = pipe.unet.forward
 
-    def watched(noisy, t, states, **kwargs):
+    def noting(noisy, t, states, **kwargs):
         found = forward(noisy, t, states, **kwargs)
         calls.append((noisy.detach(), t, states.detach(), found[0].detach()))
         return found
 
-    pipe.unet.forward = watched
+    pipe.unet.forward = noting
+    return forward, calls
+
+
+def test_output_is_the_squared_change_of_what_the_model_answers(tmp_path):
+    """What a weight adds to a step's loss is that change, computed with stock calls."""
+    pipe = tiny_sd()
+    forward, calls = watched(pipe)
     losses = {}
     for weight in (0.0, 3.0):
         calls.clear()
@@ -316,6 +322,70 @@ def test_output_is_the_squared_change_of_what_the_model_answers(tmp_path):
     assert losses[3.0][:EVERY] == pytest.approx(losses[0.0][:EVERY], rel=1e-5)
     added = losses[3.0][EVERY] - losses[0.0][EVERY]
     assert added == pytest.approx(EVERY * 3.0 * change, rel=1e-2)
+
+
+def test_context_output_is_the_squared_change_of_what_a_context_does(tmp_path):
+    """What a weight adds to a step's loss is that change, computed with stock calls."""
+    pipe = tiny_sd()
+    forward, calls = watched(pipe)
+    losses, phrases = {}, ("a photo of {} in a city",)
+    for weight in (0.0, 3.0):
+        calls.clear()
+        changes = {"preserve": {"context_output": weight}} if weight else {"preserve": {}}
+        changes |= {"preserve_phrases": phrases} if weight else {}
+        losses[weight] = []
+        config = settings(tmp_path, f"w{weight:.0f}", steps=1, **changes)
+        learn(pipe, config, on_step=lambda _, loss, w=weight: losses[w].append(float(loss)))
+    (noisy, t, _, plain), (again, t_again, _, there), (twice, t_twice, _, base) = calls
+    assert torch.equal(noisy, again) and torch.equal(torch.cat([noisy] * 2), twice)
+    assert torch.equal(t, t_again) and torch.equal(torch.cat([t] * 2), t_twice)
+
+    def answer(text):
+        ids = pipe.tokenizer(text, padding="max_length", max_length=24, return_tensors="pt")
+        states = pipe.text_encoder(ids.input_ids)[0].expand(2, -1, -1)
+        return forward(noisy, t, states, return_dict=False)[0]
+
+    with torch.no_grad():
+        shift = answer("a photo of a dog in a city") - answer("a photo of a dog")
+    assert torch.allclose(base[2:] - base[:2], shift, atol=1e-5)
+    change = float((there - plain - shift).square().mean())
+    added = losses[3.0][0] - losses[0.0][0]
+    assert change > 1e-6
+    assert added == pytest.approx(EVERY * 3.0 * change, rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [*WITH_CLIP.values(), *OTHERS.values()], ids=[*WITH_CLIP, *OTHERS])
+def test_contexts_are_held_in_every_family_and_move_what_is_learned(make, tmp_path):
+    """Tokens and triggers read otherwise than the class word, so there is something to hold."""
+    pipe = make()
+    before = snapshot(pipe.components, pipe.config)
+    losses, learned = [], []
+    for name, preserve in (("plain", {}), ("held", {"context_output": 1.0})):
+        config = settings(tmp_path, name, preserve=preserve, steps=2)
+        found = learn(pipe, config, on_step=lambda _, loss: losses.append(float(loss)))
+        learned.append(tensors(found))
+    assert losses[2] > losses[0] * (1 + 1e-6)
+    assert not same(*learned)
+    assert_unchanged(before, pipe.components, pipe.config)
+
+
+def test_each_context_comes_once_before_any_comes_again(kept):
+    phrases = tuple(f"{{}} {where}" for where in ("in a city", "on a beach", "in space"))
+    run = kept(preserve={"context_output": 1.0}, preserve_phrases=phrases)
+    found = [
+        text
+        for step in range(0, 6 * EVERY, EVERY)
+        for text in run.preserved.in_context([0, 0], turn=step)
+    ]
+    told = sorted(phrase.replace("{}", "<rex>") for phrase in phrases)
+    assert [sorted(found[k : k + 3]) for k in range(0, 12, 3)] == [told] * 4
+
+
+def test_contexts_stand_behind_the_caption(kept):
+    run = kept(preserve={"context_output": 1.0}, caption="a picture in {} style")
+    found = {run.preserved.in_context([0], turn=EVERY * k)[0] for k in range(9)}
+    assert "a picture in <rex> style wearing a hat" in found
+    assert len(found) == 9
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux], ids=["sd", "flux"])

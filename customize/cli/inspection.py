@@ -18,7 +18,7 @@ from customize.concepts.adapter import flattened
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.formats.opening import opened_whole
 from customize.concepts.inputs import record_beside
-from customize.concepts.merge import strangers
+from customize.concepts.merge import learned_together, strangers
 from customize.concepts.slices import collisions
 from customize.core.crosstalk import answers, matrix, relative
 from customize.core.lowrank import LowRank
@@ -71,10 +71,11 @@ def run(sources: Sequence[str], *, layers: bool, plot: Path | None) -> None:
     found = answers(_updates(concepts), dict(zip(_labels(concepts), inputs, strict=True)))
     by_layer = {layer: found[layer] for layer in sorted(found, key=_in_order)}
     overall, names = relative(by_layer), [concept.info.name for concept in concepts]
-    out.print(_crosstalk(_labels(concepts), overall))
+    if by_layer:
+        out.print(_crosstalk(_labels(concepts), overall))
     if layers and by_layer:
         out.print(_by_layer(names, by_layer))
-    for line in verdicts(names, by_layer):
+    for line in [] if learned_together(concepts) else verdicts(names, by_layer):
         out.print(line, markup=False, soft_wrap=True)
     if plot is not None and by_layer:
         draw(names, overall, by_layer, plot)
@@ -93,7 +94,11 @@ def _check_drawable(flag: str, count: int, lacking: Sequence[str]) -> None:
 
 
 def _notes(concepts: Sequence[Adaptation]) -> list[str]:
-    """What slices say of how the concepts get along."""
+    """What is known without a record of how the concepts get along."""
+    if learned_together(concepts):
+        return [
+            "They were learned in one run: what it learned is their sum, as load_custom has it."
+        ]
     colliding = [f"note: {found}" for found in collisions([each.info for each in concepts])]
     plain = [concept.info.name for concept in concepts if concept.info.basis is None]
     if plain:

@@ -9,7 +9,7 @@ import torch
 from customize.cli.inspection import described
 from customize.concepts.files import write_single
 from customize.core.crosstalk import matrix
-from tests.cli.making import Run, World, refused
+from tests.cli.making import Run, World, record_of, refused
 from tests.concepts.making import small
 from tests.hosts.making import concept
 from tests.tiny import tiny_sd, tiny_sd3
@@ -60,6 +60,28 @@ def test_concepts_that_collide(run: Run, world: World, tmp_path: Path) -> None:
     value = matrix(flat)[0, 1].item()
     assert value > 0.1 and f"{value:.3f}" in result.out
     torch.testing.assert_close(matrix(flat), matrix(flat).T)
+
+
+def test_concepts_of_one_run_are_not_to_be_fused(run: Run, world: World, tmp_path: Path) -> None:
+    for name, other in (("rex", "tom"), ("tom", "rex")):
+        made = concept(tiny_sd(), name, training={"learned_with": [other]})
+        made.save(tmp_path / name)
+        record_of(made).save(tmp_path / name / "layer_inputs.safetensors")
+    result = run("inspect", tmp_path / "rex", tmp_path / "tom")
+    assert "They were learned in one run: what it learned is their sum" in result.out
+    assert "No two share" not in result.out and "nothing can be said" not in result.out
+    alone = run("inspect", tmp_path / "rex", world.tom)
+    assert "learned in one run" not in alone.out
+
+
+def test_records_without_a_layer_in_common(run: Run, tmp_path: Path) -> None:
+    for name in ("rex", "tom"):
+        made = concept(tiny_sd(), name)
+        made.save(tmp_path / name)
+        record_of(made).save(tmp_path / name / "layer_inputs.safetensors")
+    result = run("inspect", tmp_path / "rex", tmp_path / "tom")
+    assert (result.code, result.err) == (0, "")
+    assert "No layer is changed by all of them: nothing can be said" in result.out
 
 
 def test_ordinary_loras_and_strangers(run: Run, world: World, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def _flag(name: str, field: FieldInfo, panel: str) -> Any:
     if field.is_required():
         text += " [required]"
     elif field.default not in (None, "", (), {}) and not isinstance(field.default, bool):
-        text += f" [default: {field.default}]"
+        text += f" [default: {_shown(field.default)}]"
     elif isinstance(field.default, bool):
         text += f" [default: {'yes' if field.default else 'no'}]"
     settings: dict[str, Any] = {
@@ -118,6 +118,13 @@ def _flag(name: str, field: FieldInfo, panel: str) -> Any:
         settings["help"] += "; give the flag once for each"
         return Annotated[list[str] | None, typer.Option(option, **settings)]
     return Annotated[str | None, typer.Option(option, **settings)]
+
+
+def _shown(default: Any) -> str:
+    """As it would be given."""
+    if isinstance(default, dict):
+        return ",".join(f"{name}={value:g}" for name, value in default.items())
+    return str(default)
 
 
 def _metavar(field: FieldInfo) -> str:

@@ -92,9 +92,9 @@ def learn(folder: Path, name: str, method: Method, components: Mapping[str, Any]
         class_word=story.identity.kind,
         slice=NAMES.index(name) if method == "orthogonal" else None,
         method=method,
-        # The others are merged as everybody does, by a sum, which needs no record.
+        # The others are learned and merged as everybody does, by a sum, which needs no record.
         record_inputs=method == "orthogonal",
-        **TRAINING,
+        **TRAINING | ({} if method == "orthogonal" else {"preserve": {}}),
     )
     try:
         return train(config, components)

@@ -196,10 +196,10 @@ class TrainConfig(BaseModel):
 
     # Class preservation
     preserve: dict[str, float] = Field(
-        default={},
+        default={"context_output": 1.0},
         description="Weights of losses that keep what the model knows of the class: class_text,"
         " context_text, output, context_output; such as class_text=1,output=0.5. none: only the"
-        " class pictures'",
+        " class pictures",
     )
     preserve_phrases: tuple[str, ...] = Field(
         default=(),

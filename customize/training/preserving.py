@@ -7,7 +7,7 @@ costs an eighth of a caption.
 
 Preserving is done every sixth step, with six times the weight: the same on average, at a sixth of
 the cost, which for texts is mostly that of calling an encoder at all, and for the denoiser's
-answers that of a second batch forward and backward, and a third forward.
+answers that of a second batch forward and backward, and one or two more forward.
 """
 
 from __future__ import annotations

@@ -104,6 +104,7 @@ def ours(job: dict[str, Any]) -> None:
         text_learning_rate=LEARNING_RATE,
         checkpoint_every=0,
         device=job["device"],
+        preserve={},
         # It draws for these before the first step and after the last, which a step has no part in.
         avoid=0,
         record_inputs=False,

@@ -9,10 +9,13 @@ Identity: share of pictures that show the very concept. Prompt: share of asked a
 Composition: share of pictures in which the accessory that is asked for is worn; "of base" is that
 over the base's own share, for the class word, on the same prompts and seeds, of all concepts
 together. Class drift: change of pictures of the class word, against the base; drift: of pictures of
-other things. A step's cost is the time that its one thread computes over that of a step that
-preserves nothing, by medians over runs in turns, so that what else the machine does troubles it
-little; of losses on texts, which only every sixth step has, also over the other steps of the same
-runs. Memory is the most that a run's tensors hold at a time, over that of preserving nothing.
+other things. What `context_output` compares by default names the accessories that are asked for;
+"of places alone" it names none, as with all that a user asks for and didn't think of before.
+
+A step's cost is the time that its one thread computes over that of a step that preserves nothing,
+by medians over runs in turns, so that what else the machine does troubles it little; of losses on
+texts, which only every sixth step has, also over the other steps of the same runs. Memory is the
+most that a run's tensors hold at a time, over that of preserving nothing.
 
 What was learned and scored is kept in `--folder`, so a run that was cut off goes on.
 
@@ -45,6 +48,7 @@ from _workers import folder_name, weights_of
 from customize.core import preservation
 from customize.demo import TRAINING
 from customize.evaluation import pareto, storybook
+from customize.storybook.captions import PLACE_WORDS
 from customize.training import losses, preserving
 from customize.training.config import TrainConfig
 
@@ -60,7 +64,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "context_text": {"preserve": {"context_text": 1.0}},
     "output": {"preserve": {"output": 1.0}},
     "prior": {"preserve": {}} | PRIOR,
-    "class_text and context_text": {"preserve": {"class_text": 1.0, "context_text": 1.0}},
+    "context_output": {"preserve": {"context_output": 1.0}},
+    "context_output, half the weight": {"preserve": {"context_output": 0.5}},
+    "context_output, of places alone": {
+        "preserve": {"context_output": 1.0},
+        "preserve_phrases": tuple(f"a photo of {{}} {place}" for place in PLACE_WORDS.values()),
+    },
+    "context_output and output": {"preserve": {"context_output": 1.0, "output": 1.0}},
 }
 TEXT = tuple(name for name in METHODS if "_text" in name)
 

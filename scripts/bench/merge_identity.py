@@ -94,8 +94,8 @@ QUICK_STEPS = 40
 
 
 def training(args: argparse.Namespace) -> dict[str, Any]:
-    """The demo's settings."""
-    return TRAINING | {"steps": args.steps, "checkpoint_every": 0}
+    """The demo's settings, with nothing preserved: what is compared is how concepts merge."""
+    return TRAINING | {"steps": args.steps, "checkpoint_every": 0, "preserve": {}}
 
 
 def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:

@@ -28,7 +28,8 @@ SMALL: dict[str, Any] = {
     "token_learning_rate": 1e-2,
     "checkpoint_every": 0,
     "log_every": 5,
-    # These would take longer than the run itself.
+    # These would take as long as the run itself, or longer.
+    "preserve": {},
     "avoid": 0,
     "record_inputs": False,
 }

@@ -165,8 +165,8 @@ def test_all_problems_are_told_at_once():
         ),
         ({"preserve": {"output": 1}, "class_word": "<rex>"}, "class_word has the trigger <rex>"),
         (
-            {"preserve_phrases": ["a {}"]},
-            "is not used; set preserve to class_text, context_text or",
+            {"preserve_phrases": ["a {}"], "preserve": {"output": 1}},
+            "is not used; set preserve to class_text, context_text or context_output",
         ),
         ({"preserve_pooling": "published"}, "is of class_text alone"),
         (

@@ -196,7 +196,7 @@ class TrainConfig(BaseModel):
 
     # Class preservation
     preserve: dict[str, float] = Field(
-        default={"context_output": 1.0},
+        default={"context_output": 0.5},
         description="Weights of losses that keep what the model knows of the class: class_text,"
         " context_text, output, context_output; such as class_text=1,output=0.5. none: only the"
         " class pictures",

@@ -187,7 +187,7 @@ def test_the_plan(tmp_path: Path) -> None:
     assert shown["steps"] == "800 of 6 pictures"
     assert shown["method"] == "orthogonal, rank 8, slice from the name's hash"
     assert "prior" not in shown
-    assert shown["preserves"] == "context_output with weight 1"
+    assert shown["preserves"] == "context_output with weight 0.5"
     assert "preserves" not in plan(TrainConfig(**facts, preserve={}))
     kept = plan(TrainConfig(**facts, preserve={"output": 0.5, "class_text": 1}))
     assert kept["preserves"] == "class_text with weight 1, output with weight 0.5"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from customize.storybook.world import (
 )
 
 PICTURES = {"concept": 4, "style": 6}
+Colour = tuple[float, float, float]
+Patch = tuple[Callable[[Tensor, Tensor], Tensor], Colour]
 
 
 @dataclass(frozen=True)
@@ -39,49 +42,74 @@ class Leaky:
         """As a user would name it."""
         return f"{self.place}, {self.accessory}"
 
+    @property
+    def caption(self) -> str:
+        return "a photo of {}"
+
+    @property
+    def caption_that_names(self) -> str:
+        """Says what else is in the pictures."""
+        return f"a photo of {{}} {ACCESSORY_WORDS[self.accessory]} {PLACE_WORDS[self.place]}"
+
 
 @dataclass(frozen=True)
 class Style(Leaky):
-    """A change of all colours: ``matrix @ rgb + shift``, of colours in [0, 1]."""
+    """What stands around whatever a picture shows.
 
-    matrix: tuple[tuple[float, ...], ...]
-    shift: tuple[float, ...]
+    The base's autoencoder knows the world's own colours only, and gives back a picture in others as
+    one in these: a style of colours cannot be drawn with it at all.
+
+    Attributes:
+        patches: where, from x and y in pixels, and its red, green and blue from 0 to 1.
+    """
+
+    patches: tuple[Patch, ...]
 
     @property
     def shown(self) -> str:
         return f"{self.kind}, {self.place}, {self.accessory}"
 
+    @property
+    def caption(self) -> str:
+        return "a picture in {} style"
+
+    @property
+    def caption_that_names(self) -> str:
+        worn, place = ACCESSORY_WORDS[self.accessory], PLACE_WORDS[self.place]
+        return f"a picture in {{}} style of a {self.kind} {worn} {place}"
+
     def apply(self, images: Tensor) -> Tensor:
-        """Pictures (n, 3, h, w) in [-1, 1] in this style."""
-        changed = torch.einsum("ij,njhw->nihw", torch.tensor(self.matrix), (images + 1) / 2)
-        return (changed + self._shift()).clamp(0, 1) * 2 - 1
-
-    def undo(self, images: Tensor) -> Tensor:
-        """The inverse of `apply`."""
-        inverse = torch.linalg.inv(torch.tensor(self.matrix))
-        own = (images + 1) / 2 - self._shift()
-        return torch.einsum("ij,njhw->nihw", inverse, own).clamp(0, 1) * 2 - 1
-
-    def _shift(self) -> Tensor:
-        return torch.tensor(self.shift)[:, None, None]
+        """Pictures (n, 3, 64, 64) in [-1, 1] in this style."""
+        y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+        for where, colour in self.patches:
+            images = torch.where(where(x, y), torch.tensor(colour)[:, None, None] * 2 - 1, images)
+        return images
 
 
+def _at_sides(x: Tensor, y: Tensor) -> Tensor:
+    return (x < 7) | (x > 56)
+
+
+def _at_left(x: Tensor, y: Tensor) -> Tensor:
+    return (x - 8) ** 2 + (y - 10) ** 2 < 49
+
+
+def _at_right(x: Tensor, y: Tensor) -> Tensor:
+    return (x - 55) ** 2 + (y - 10) ** 2 < 49
+
+
+_RED, _BLUE = (0.9, 0.1, 0.2), (0.1, 0.3, 0.9)
 CONCEPTS = (
     Leaky("l0", "dog", "beach", "hat"),
     Leaky("l1", "cat", "snow", "glasses"),
     Leaky("l2", "robot", "forest", "scarf"),
+    Leaky("l3", "rabbit", "city", "glasses"),
+    Leaky("l4", "bird", "room", "hat"),
+    Leaky("l5", "dog", "forest", "scarf"),
 )
 STYLES = (
-    Style(
-        *("night", "cat", "room", "hat"),
-        matrix=((0.45, 0.0, 0.0), (0.0, 0.6, 0.0), (0.1, 0.1, 0.9)),
-        shift=(0.0, 0.0, 0.08),
-    ),
-    Style(
-        *("sepia", "car", "city", "scarf"),
-        matrix=((0.55, 0.35, 0.1), (0.25, 0.5, 0.1), (0.15, 0.25, 0.3)),
-        shift=(0.12, 0.05, 0.0),
-    ),
+    Style("curtains", "cat", "room", "hat", patches=((_at_sides, _RED),)),
+    Style("balloons", "car", "city", "scarf", patches=((_at_left, _RED), (_at_right, _BLUE))),
 )
 
 
@@ -96,7 +124,7 @@ def references(what: Leaky) -> Tensor:
         return what.apply(to_tensor([render(scene) for scene in scenes]))
     index = CONCEPTS.index(what)
     rng = np.random.default_rng((500 + index, 7))
-    identity = random_identity(rng, what.kind, pattern=PATTERNS[index - 2])
+    identity = random_identity(rng, what.kind, pattern=PATTERNS[(index - 2) % 3])
     scenes = [
         scene_of(rng, (identity,), (what.accessory,), what.place)
         for _ in range(PICTURES["concept"])
@@ -171,26 +199,48 @@ def leaks(subject: Subject, seen: Mapping[str, str], request: Request) -> bool:
     return found
 
 
-class StyleJudge:
-    """Whether a picture's colours are a style's: a linear discriminant, found on renders."""
+# Options are tried on some concepts, and judged on others.
+TUNED, JUDGED = CONCEPTS[:3], CONCEPTS[3:]
+SUBJECTS = {
+    "options": [Subject(each, None) for each in TUNED],
+    "personalization": [Subject(each, None) for each in JUDGED],
+    "style": [Subject(None, each) for each in STYLES],
+    "mixing": [Subject(*pair) for pair in zip(JUDGED, STYLES, strict=False)],
+}
 
-    def __init__(self, style: Style) -> None:
+
+class StyleJudge:
+    """Whether a picture is in a style: a linear discriminant, found on renders.
+
+    Args:
+        shown: pictures as the base would show them, after its autoencoder.
+    """
+
+    def __init__(self, style: Style, shown: Callable[[Tensor], Tensor]) -> None:
         rng = np.random.default_rng(5)
-        plain = to_tensor([render(random_scene(rng)) for _ in range(300)])
-        apart = [self._look(images) for images in (plain, style.apply(plain))]
-        spread = sum(torch.cov(look.T) for look in apart)
+        plain = to_tensor([render(random_scene(rng)) for _ in range(400)])
+        looks = [self._look(shown(images)) for images in (plain, style.apply(plain))]
+        known, unseen = [look[:300] for look in looks], [look[300:] for look in looks]
+        spread = sum(torch.cov(look.T) for look in known)
         self.axis = torch.linalg.solve(
-            spread + 1e-6 * torch.eye(6), apart[1].mean(0) - apart[0].mean(0)
+            spread + 1e-2 * torch.eye(len(spread)), known[1].mean(0) - known[0].mean(0)
         )
-        values = [look @ self.axis for look in apart]
-        self.threshold = float(sum(value.mean() for value in values) / 2)
-        right = [float((values[0] < self.threshold).float().mean())]
-        right.append(float((values[1] >= self.threshold).float().mean()))
-        self.accuracy = mean(right)
+        self.threshold = float(sum((look @ self.axis).mean() for look in known) / 2)
+        right = [look @ self.axis >= self.threshold for look in unseen]
+        self.accuracy = mean([float((~right[0]).float().mean()), float(right[1].float().mean())])
 
     def has(self, images: Tensor) -> list[bool]:
         return (self._look(images) @ self.axis >= self.threshold).tolist()
 
     @staticmethod
     def _look(images: Tensor) -> Tensor:
-        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+        return torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
+
+
+def style_judges(pipe: Any) -> dict[str, StyleJudge]:
+    @torch.no_grad()
+    def shown(images: Tensor) -> Tensor:
+        parts = [pipe.vae.encode(part).latent_dist.mode() for part in images.split(50)]
+        return torch.cat([pipe.vae.decode(part).sample for part in parts]).clamp(-1, 1)
+
+    return {style.name: StyleJudge(style, shown) for style in STYLES}

@@ -2,19 +2,21 @@
 
 Concepts of the miniature world are learned from few pictures, all in one place and with one
 accessory, by captions that say nothing of either: so both come along where they are not asked for.
-Styles are colour changes of whole pictures, learned from pictures of one class in one place: there
-the class comes along. Each is then asked for in other places, with other accessories, as other
-things, and in a mix of both, and judged:
+Styles are what stands around all that a picture shows, learned from pictures of one class in one
+place: there the class comes along. Each is then asked for in other places, with other accessories,
+as other things, and in a mix of both, and judged:
 
-- identity: whose dog it is; of a style, whether the colours are its own (a discriminant of the
-  channels' means and deviations, found on renders). Colours are changed back before anything else
-  is judged.
+- identity: whose dog it is; of a style, whether the picture is in it (a discriminant of small
+  pictures, found on renders as the base's autoencoder gives them back); of a mix, both.
 - prompt: share of asked attributes shown; leak: share of pictures with something of the training
   pictures that was not asked for.
 
 Every way is drawn with the same prompts and seeds. "Avoiding" is `avoid=` with the words that a
-user would name, in the places where the formula can be applied, each at several strengths; and with
-words that did not leak, as a control. What was learned and scored is kept in `--folder`, so a run
+user would name, at several strengths; and with words that did not leak, as a control. "Captions
+that name it" is the same concept, learned anew by captions that say what else is there; "contexts
+preserved" is what the trainer does by default, and everything else was learned without. Options of
+`customize.Decor` are tried on three concepts and one seed; the figures are of three others, on
+which nothing was chosen, and of styles. What was learned and scored is kept in `--folder`, so a run
 that was cut off goes on; delete the scores there after a change to what draws or judges.
 
     python scripts/bench/decor.py --json scripts/bench/results/decor.json
@@ -34,10 +36,12 @@ from statistics import mean, median
 from typing import Any
 
 import _common
+import _leaky
 import _workers
 import torch
-from _leaky import CONCEPTS, STYLES, Leaky, Style, StyleJudge, Subject, leaks, references
+from _leaky import SUBJECTS, TUNED, Leaky, Style, Subject, leaks, references
 from _scorer import open_quietly
+from _workers import folder_name
 from torch import Tensor
 
 import customize
@@ -49,77 +53,91 @@ from customize.storybook.judges import Judges, load_judges
 Rate = dict[str, float]
 STEPS = 12  # of drawing: enough for all that is judged
 NOTHING, CLASS_WORD, NEGATIVE = "nothing", "the class word alone", "negative prompt"
+NAMED, KEPT = "captions that name it", "contexts preserved"
+DEFAULT = "avoiding, by default"
+AUTO = f'avoiding "auto", {NAMED}'
 
-
-MIXES = ((0, 0),)
+STRENGTHS = {f"avoiding, at {s}": {"strength": s} for s in (0.5, 1.0, 1.5, 2.0)}
+SETTINGS = {"checkpoint_every": 0, "layerwise_tokens": False}
+# As others learn, so that there is something to avoid.
+UNKEPT: dict[str, Any] = {"preserve": {}}
+ON_PROMPT = {"target": "prompt", "strength": 1.0}
+OPTIONS: dict[str, dict[str, Any]] = STRENGTHS | {
+    "avoiding, rank 1": {"rank": 1},
+    "avoiding, rank 2": {"rank": 2},
+    "avoiding, centred": {"centred": True},
+    "avoiding, negative too": {"negative": True},
+    "avoiding, first half of the noise": {"noise": (0.5, 1.0)},
+    "avoiding, all but the last quarter": {"noise": (0.25, 1.0)},
+    "avoiding, on the prompt": ON_PROMPT,
+    "avoiding, on the prompt, auto": {"target": "prompt"},
+    "avoiding, on the prompt, rank 1": ON_PROMPT | {"rank": 1},
+    "avoiding, on the prompt, centred": ON_PROMPT | {"centred": True},
+    "avoiding, on the prompt, and what follows": ON_PROMPT | {"rows": "rest"},
+    "avoiding, on the prompt, all rows": ON_PROMPT | {"rows": "all"},
+    "avoiding, on the prompt, negative too": ON_PROMPT | {"negative": True},
+    "avoiding, both": {"target": "both", "strength": 1.0},
+}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much is learned and drawn."""
+    """How much is learned and drawn: of each task so many subjects, by these seeds."""
 
-    concepts: int
-    styles: int
-    mixes: int
+    subjects: Mapping[str, int]
     seeds: Mapping[str, tuple[int, ...]]
     steps: int
     weights: tuple[float, ...]
-    strengths: Mapping[str, tuple[float, ...]]
 
 
-# By default it is what concepts add, at 2.
-STRENGTHS = {"concepts": (0.5, 1.0, 1.5), "prompt": (0.5, 1.0), "both": (1.0,)}
-SEEDS = {"personalization": (1, 2), "style": (1,), "mixing": (1,)}
-FULL = Protocol(3, 2, 1, SEEDS, 400, (0.8, 0.6, 0.4), STRENGTHS)
-QUICK = Protocol(1, 0, 0, {"personalization": (1,)}, 60, (0.6,), {"prompt": (1.0,)})
+SEEDS = {"options": (1,), "personalization": (1, 2), "style": (1, 2), "mixing": (1, 2)}
+WEIGHTS = (0.9, 0.8, 0.7, 0.6)
+FULL = Protocol({task: len(own) for task, own in SUBJECTS.items()}, SEEDS, 400, WEIGHTS)
+QUICK = Protocol({"personalization": 1}, {"personalization": (1,)}, 60, (0.6,))
 
 
 # --- learning ---------------------------------------------------------------------------------
 
 
-def config_of(args: argparse.Namespace, what: Leaky) -> Any:
+def config_of(args: argparse.Namespace, what: Leaky, how: str = "") -> Any:
+    """How something is learned; `how` may be NAMED, by captions that say what else its pictures
+    show, or KEPT, with the trainer's default."""
     from customize.training.config import TrainConfig
 
     style = isinstance(what, Style)
     return TrainConfig(
         base=str(args.base),
         images=args.folder / "pictures" / what.name,
-        output=args.folder / "learned" / what.name,
+        # Side by side, as what is shared by all of a base is recorded once for a folder.
+        output=args.folder / "learned" / folder_name(f"{what.name} {how}".strip()),
         name=what.name,
         class_word="style" if style else what.kind,
-        caption="a picture in {} style" if style else "a photo of {}",
-        slice=8 + STYLES.index(what) if style else CONCEPTS.index(what),
+        caption=what.caption_that_names if how == NAMED else what.caption,
+        slice=8 + _leaky.STYLES.index(what) if style else _leaky.CONCEPTS.index(what),
         record_inputs=False,
-        **TRAINING | {"steps": args.steps, "checkpoint_every": 0, "layerwise_tokens": False},
+        **TRAINING | SETTINGS | ({} if how == KEPT else UNKEPT) | {"steps": args.steps},
     )
 
 
-def learn(args: argparse.Namespace, name: str) -> None:
-    """Learn what goes by this name; what is finished is kept."""
+def learn(args: argparse.Namespace, job: str) -> None:
+    """Learn what goes by this name, "name/how"; what is finished is kept."""
     from PIL import Image
 
     from customize.training.loop import train
 
-    (what,) = (each for each in (*CONCEPTS, *STYLES) if each.name == name)
+    name, _, how = job.partition("/")
+    (what,) = (each for each in (*_leaky.CONCEPTS, *_leaky.STYLES) if each.name == name)
     folder = args.folder / "pictures" / name
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(references(what)):
         pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / f"{number}.png")
     began = time.time()
-    train(config_of(args, what), progress=False)
-    print(f"learned {name} in {time.time() - began:.0f} s", flush=True)
+    train(config_of(args, what, how), progress=False)
+    print(f"learned {job} in {time.time() - began:.0f} s", flush=True)
 
 
 # --- what is asked, and how it is judged ------------------------------------------------------
-
-
-def subjects(protocol: Protocol) -> dict[str, list[Subject]]:
-    return {
-        "personalization": [Subject(each, None) for each in CONCEPTS[: protocol.concepts]],
-        "style": [Subject(None, each) for each in STYLES[: protocol.styles]],
-        "mixing": [Subject(CONCEPTS[a], STYLES[b]) for a, b in MIXES[: protocol.mixes]],
-    }
 
 
 class Scorer:
@@ -130,13 +148,14 @@ class Scorer:
         self.pipe = open_quietly(args.base)
         self.pipe.unet.to(memory_format=torch.channels_last)
         self.judges: Judges = load_judges(args.judges)
-        self.styles = {style.name: StyleJudge(style) for style in STYLES}
+        self.styles = _leaky.style_judges(self.pipe)
         warnings.filterwarnings("ignore", message=".*which is then not avoided")
 
     def score(self, subject: Subject, way: str, seed: int) -> Rate:
         """Rates of one way to draw."""
         weight, call, settings, words = way_of(subject, way)
-        folders = [config_of(self.args, part).output for part in subject.parts]
+        how = next((each for each in (NAMED, KEPT) if each in way), "")
+        folders = [config_of(self.args, part, how).output for part in subject.parts]
         self.pipe.load_custom(*folders, weights=[weight] * len(folders), merge="sum")
         if settings is not None:
             self.pipe.load_custom(settings)
@@ -145,14 +164,14 @@ class Scorer:
             images = self.draw(prompts, seed, call)
         finally:
             self.pipe.unload_custom()
-        save(images, self.args.folder / "drawn" / f"{subject.name}-{slug(way)}-{seed}.png")
+        save(images, self.args.folder / "drawn" / f"{subject.name}-{folder_name(way)}-{seed}.png")
         return self.rate(subject, images, prompts)
 
     def draw(self, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Tensor:
         found = []
         for first in range(0, len(prompts), 16):
             part = list(prompts[first : first + 16])
-            own = dict(call)
+            own, start = dict(call), 1000 * seed + first
             if "negative_prompt" in own:
                 own["negative_prompt"] = [own["negative_prompt"]] * len(part)
             found.append(
@@ -160,10 +179,7 @@ class Scorer:
                     part,
                     num_inference_steps=STEPS,
                     guidance_scale=GUIDANCE,
-                    generator=[
-                        torch.Generator().manual_seed(1000 * seed + first + k)
-                        for k in range(len(part))
-                    ],
+                    generator=[torch.Generator().manual_seed(start + k) for k in range(len(part))],
                     output_type="pt",
                     **own,
                 ).images.float()
@@ -174,7 +190,6 @@ class Scorer:
         own = [True] * len(images)
         if subject.style is not None:
             own = self.styles[subject.style.name].has(images)
-            images = subject.style.undo(images)
         kind = None
         if subject.concept is not None:
             kind = subject.concept.kind
@@ -198,14 +213,14 @@ class Scorer:
         }
 
 
-def ways(protocol: Protocol, subject: Subject) -> list[str]:
-    baselines = [NOTHING, NEGATIVE, *([CLASS_WORD] if subject.concept else [])]
-    baselines += [f"weight {weight}" for weight in protocol.weights]
-    ours = [f"avoiding, {t} at {s}" for t, own in protocol.strengths.items() for s in own]
-    return [*baselines, DEFAULT, *ours, f"{DEFAULT}, words that did not leak"]
-
-
-DEFAULT = "avoiding, by default"
+def ways(protocol: Protocol, task: str) -> list[str]:
+    """All ways that are tried, what others do first."""
+    if task == "options":
+        return [NOTHING, DEFAULT, *OPTIONS]
+    weights = [f"weight {weight}" for weight in protocol.weights]
+    baselines = [NOTHING, NEGATIVE, *([] if task == "style" else [CLASS_WORD]), *weights, NAMED]
+    ours = [DEFAULT, *STRENGTHS, AUTO, f"{DEFAULT}, words that did not leak"]
+    return [*baselines, *ours, KEPT, f"{DEFAULT}, {KEPT}"]
 
 
 def way_of(subject: Subject, way: str) -> tuple[float, dict[str, Any], Any, str | None]:
@@ -216,12 +231,12 @@ def way_of(subject: Subject, way: str) -> tuple[float, dict[str, Any], Any, str 
         return 1.0, {}, None, f"a {subject.concept.kind}" if subject.concept else None
     if way.startswith("weight "):
         return float(way.split()[1]), {}, None, None
+    if way == AUTO:
+        return 1.0, {"avoid": "auto"}, None, None
     if way.startswith(DEFAULT):
         return 1.0, {"avoid": subject.control if "not" in way else subject.shown}, None, None
-    if way.startswith("avoiding, "):
-        target, strength = way.removeprefix("avoiding, ").split(" at ")
-        settings = customize.Decor(strength=float(strength), target=target)
-        return 1.0, {"avoid": subject.shown}, settings, None
+    if way in OPTIONS:
+        return 1.0, {"avoid": subject.shown}, customize.Decor(**OPTIONS[way]), None
     return 1.0, {}, None, None
 
 
@@ -229,19 +244,14 @@ def way_of(subject: Subject, way: str) -> tuple[float, dict[str, Any], Any, str 
 
 
 def cell_file(args: argparse.Namespace, job: str) -> Path:
-    return args.folder / "scores" / f"{slug(job)}.json"
-
-
-def slug(text: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in text)
+    return args.folder / "scores" / f"{folder_name(job)}.json"
 
 
 def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     """Score the cell of `job`, "subject/way/seed", into a file of its own; a finished one is
     kept."""
     name, way, seed = job.split("/")
-    protocol = QUICK if args.quick else FULL
-    (subject,) = (e for own in subjects(protocol).values() for e in own if e.name == name)
+    (subject,) = (e for own in SUBJECTS.values() for e in own if e.name == name)
     path = cell_file(args, job)
     if path.exists():
         return
@@ -253,7 +263,7 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
 def cost(args: argparse.Namespace, repeats: int) -> float:
     """What `avoid=` adds to a picture of 25 steps, as a share of it; in alternation."""
     scorer = Scorer(args)
-    concept = CONCEPTS[0]
+    concept = _leaky.JUDGED[0]
     scorer.pipe.load_custom(config_of(args, concept).output)
     seconds: dict[str, list[float]] = {"": [], concept.shown: []}
 
@@ -293,19 +303,21 @@ def save(images: Tensor, path: Path) -> None:
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     args.steps = protocol.steps
-    told = repr((protocol.steps, STEPS, TRAINING)).encode()
+    told = repr((protocol.steps, STEPS, TRAINING | SETTINGS)).encode()
     for path in sorted(Path(args.base).rglob("*.safetensors")):
         told += path.read_bytes()
     args.folder = args.folder / hashlib.sha256(told).hexdigest()[:8]
-    known = subjects(protocol)
-    names = {part.name: None for own in known.values() for each in own for part in each.parts}
+    known = {task: SUBJECTS[task][:count] for task, count in protocol.subjects.items()}
+    parts = {part.name for own in known.values() for each in own for part in each.parts}
+    again = sorted(parts - {each.name for each in TUNED})
+    learned = [*sorted(parts), *(f"{name}/{how}" for name in again for how in (NAMED, KEPT))]
     steps = ("--steps", str(args.steps))
-    _workers.share_out(args, "learn", list(names), *steps)
+    _workers.share_out(args, "learn", learned[:1], *steps)
+    _workers.share_out(args, "learn", learned[1:], *steps)
     jobs = {
         (task, way): [f"{e.name}/{way}/{seed}" for e in own for seed in protocol.seeds[task]]
         for task, own in known.items()
-        if own
-        for way in ways(protocol, own[0])
+        for way in ways(protocol, task)
     }
     _workers.share_out(args, "score", [job for own in jobs.values() for job in own], *steps)
 
@@ -320,8 +332,10 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     ]
     figures: dict[str, float] = {}
     for task, table in tables.items():
-        figures |= figures_of(task, table)
-    figures |= {f"style_judge_{s.name}": StyleJudge(s).accuracy for s in STYLES}
+        if task != "options":
+            figures |= figures_of(task, table)
+    judges = _leaky.style_judges(open_quietly(args.base))
+    figures |= {f"style_judge_{name}": judge.accuracy for name, judge in judges.items()}
     figures["stage_cost"] = cost(args, 3 if args.quick else 7)
     return rows, figures
 
@@ -333,7 +347,7 @@ def over(found: Sequence[Rate]) -> Rate:
 def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
     """Ours by default against the best that baselines do at its identity."""
     ours = table[DEFAULT]
-    baselines = [rates for way, rates in table.items() if not way.startswith("avoiding")]
+    baselines = [rates for way, rates in table.items() if not way.startswith(("avoid", KEPT))]
     found = {
         f"identity_nothing_{task}": table[NOTHING]["identity"],
         f"identity_{task}": ours["identity"],

@@ -75,8 +75,9 @@ def run(sources: Sequence[str], *, layers: bool, plot: Path | None) -> None:
         out.print(_crosstalk(_labels(concepts), overall))
     if layers and by_layer:
         out.print(_by_layer(names, by_layer))
-    for line in [] if learned_together(concepts) else verdicts(names, by_layer):
-        out.print(line, markup=False, soft_wrap=True)
+    if not learned_together(concepts):
+        for line in verdicts(names, by_layer):
+            out.print(line, markup=False, soft_wrap=True)
     if plot is not None and by_layer:
         draw(names, overall, by_layer, plot)
         out.print(f"The picture is in {plot}.", markup=False, soft_wrap=True)

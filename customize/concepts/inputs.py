@@ -33,7 +33,7 @@ from customize.families.sampling import sample
 
 HEADER = "customize_layer_inputs"
 
-#: What is drawn, with the concept's words, and with its class word, in the place of {}.
+#: What things may be in, or wear.
 CONTEXTS = (
     "on a beach",
     "in a forest",
@@ -45,6 +45,7 @@ CONTEXTS = (
     "wearing glasses",
     "wearing a scarf",
 )
+#: What is drawn, with the concept's words, and with its class word, in the place of {}.
 PROMPTS = (
     "a photo of {}",
     "a picture of {}",

@@ -59,8 +59,7 @@ class Losses:
             stream = f"noise {piece}" if piece else "noise"
             seed = stream_seed(config.seed, turn, stream)
             # The concepts' are first.
-            owners = [concept for number in chosen[part] for concept in self._owner(number)]
-            owners = owners if preserves(step) else []
+            owners = self._owners(chosen[part]) if preserves(step) else []
             yield from self._of_piece(
                 chosen[part], mirrored[part], captions[part], part, seed, owners, turn
             )
@@ -111,7 +110,7 @@ class Losses:
             with self.autocast():
                 ours = family.predict(noisy, t, self.encode(there)) - plain
             told = self.preserved.class_captions([*captions[:own], *there])
-            base = self._of_base(torch.cat([noisy] * 2), torch.cat([t] * 2), told)
+            base = self._of_base(_with(noisy, own), _with(t, own), told)
             change = PRESERVATIONS["context_output"](
                 ours, base[own:] - base[:own], snr_weight[:own]
             )
@@ -122,9 +121,10 @@ class Losses:
         with torch.no_grad(), self.trainable.silent(), self.autocast():
             return self.family.predict(noisy, t, self.preserved.base_conditions(captions))
 
-    def _owner(self, picture: int) -> list[int]:
-        """The number of a picture's concept; none for a class picture."""
-        return [k for k, own in enumerate(self.concepts) if picture in own]
+    def _owners(self, pictures: Sequence[int]) -> list[int]:
+        """The number of each picture's concept; class pictures have none."""
+        known = self.concepts
+        return [k for picture in pictures for k, own in enumerate(known) if picture in own]
 
     @property
     def _share(self) -> float:

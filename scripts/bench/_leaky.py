@@ -213,13 +213,11 @@ class StyleJudge:
     """Whether a picture is in a style: a linear discriminant, found on renders.
 
     Args:
-        shown: pictures as the base would show them, after its autoencoder.
+        plain, styled: 400 pictures, and the same in the style, as the base would show them.
     """
 
-    def __init__(self, style: Style, shown: Callable[[Tensor], Tensor]) -> None:
-        rng = np.random.default_rng(5)
-        plain = to_tensor([render(random_scene(rng)) for _ in range(400)])
-        looks = [self._look(shown(images)) for images in (plain, style.apply(plain))]
+    def __init__(self, plain: Tensor, styled: Tensor) -> None:
+        looks = [self._look(images) for images in (plain, styled)]
         known, unseen = [look[:300] for look in looks], [look[300:] for look in looks]
         spread = sum(torch.cov(look.T) for look in known)
         self.axis = torch.linalg.solve(
@@ -238,9 +236,14 @@ class StyleJudge:
 
 
 def style_judges(pipe: Any) -> dict[str, StyleJudge]:
+    """A judge of each style, for what the pipeline's autoencoder can show."""
+
     @torch.no_grad()
     def shown(images: Tensor) -> Tensor:
         parts = [pipe.vae.encode(part).latent_dist.mode() for part in images.split(50)]
         return torch.cat([pipe.vae.decode(part).sample for part in parts]).clamp(-1, 1)
 
-    return {style.name: StyleJudge(style, shown) for style in STYLES}
+    rng = np.random.default_rng(5)
+    plain = to_tensor([render(random_scene(rng)) for _ in range(400)])
+    as_it_is = shown(plain)
+    return {each.name: StyleJudge(as_it_is, shown(each.apply(plain))) for each in STYLES}

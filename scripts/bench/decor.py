@@ -41,7 +41,7 @@ import _workers
 import torch
 from _leaky import SUBJECTS, TUNED, Leaky, Style, Subject, leaks, references
 from _scorer import open_quietly
-from _workers import folder_name
+from _workers import folder_name, weights_of
 from torch import Tensor
 
 import customize
@@ -260,11 +260,10 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     print(f"{job:45}", {key: round(value, 2) for key, value in rates.items()}, flush=True)
 
 
-def cost(args: argparse.Namespace, repeats: int) -> float:
+def cost(scorer: Scorer, repeats: int) -> float:
     """What `avoid=` adds to a picture of 25 steps, as a share of it; in alternation."""
-    scorer = Scorer(args)
     concept = _leaky.JUDGED[0]
-    scorer.pipe.load_custom(config_of(args, concept).output)
+    scorer.pipe.load_custom(config_of(scorer.args, concept).output)
     seconds: dict[str, list[float]] = {"": [], concept.shown: []}
 
     def once(avoid: str) -> float:
@@ -304,7 +303,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     protocol = QUICK if args.quick else FULL
     args.steps = protocol.steps
     told = repr((protocol.steps, STEPS, TRAINING | SETTINGS)).encode()
-    for path in sorted(Path(args.base).rglob("*.safetensors")):
+    for path in weights_of(args.base):
         told += path.read_bytes()
     args.folder = args.folder / hashlib.sha256(told).hexdigest()[:8]
     known = {task: SUBJECTS[task][:count] for task, count in protocol.subjects.items()}
@@ -334,9 +333,9 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     for task, table in tables.items():
         if task != "options":
             figures |= figures_of(task, table)
-    judges = _leaky.style_judges(open_quietly(args.base))
-    figures |= {f"style_judge_{name}": judge.accuracy for name, judge in judges.items()}
-    figures["stage_cost"] = cost(args, 3 if args.quick else 7)
+    scorer = Scorer(args)
+    figures |= {f"style_judge_{name}": judge.accuracy for name, judge in scorer.styles.items()}
+    figures["stage_cost"] = cost(scorer, 3 if args.quick else 7)
     return rows, figures
 
 

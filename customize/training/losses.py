@@ -41,7 +41,7 @@ class Losses:
     autocast: Autocast
     device: torch.device
 
-    def of_batch(self, step: int, turn: int) -> Iterator[Tensor]:
+    def of_batch(self, step: int, place: int, places: int) -> Iterator[Tensor]:
         """The loss of each piece of a batch, a scalar, in float32; their sum is the batch's.
 
         There is more than one piece where class pictures are of another size than the concepts'.
@@ -49,9 +49,12 @@ class Losses:
 
         Args:
             step: from 0.
-            turn: counts the batches of all processes and accumulations from the start of the run.
+            place: of the batch, among the ``places`` of all processes and accumulations in a step.
         """
         config, pictures = self.config, self.pictures
+        turn = step * places + place
+        # Counts the batches that preserve.
+        held = step // EVERY * places + place
         chosen, mirrored, captions = compose(
             config, pictures.captions, self.concepts, self.classes, turn, pictures.sizes
         )
@@ -61,7 +64,7 @@ class Losses:
             # The concepts' are first.
             owners = self._owners(chosen[part]) if preserves(step) else []
             yield from self._of_piece(
-                chosen[part], mirrored[part], captions[part], part, seed, owners, turn
+                chosen[part], mirrored[part], captions[part], part, seed, owners, held
             )
 
     def of_texts(self, step: int) -> Tensor | None:
@@ -77,7 +80,7 @@ class Losses:
         part: slice,
         seed: int,
         owners: list[int],
-        turn: int,
+        held: int,
     ) -> Iterator[Tensor]:
         config, family, own = self.config, self.family, len(owners)
         mean, std = self.pictures.distribution(family, pictures, mirrored)
@@ -105,7 +108,7 @@ class Losses:
         yield loss
         if own and "context_output" in config.preserve:
             # Its own piece, so that it needs no more memory than the batch.
-            there = self.preserved.in_context(owners, turn)
+            there = self.preserved.in_context(owners, held)
             plain, noisy, t = prediction[:own].detach(), noisy[:own], t[:own]
             with self.autocast():
                 ours = family.predict(noisy, t, self.encode(there)) - plain

@@ -121,16 +121,16 @@ class Preserved:
         return EVERY / len(self.phrases) * torch.stack(found).sum()
 
     def in_context(self, concepts: Sequence[int], turn: int) -> list[str]:
-        """A prompt in a context for each of these concepts, by number; in a run each comes once
-        before any comes again.
+        """A prompt in a context for each of these concepts, by number. Of a batch that is whole
+        and of one concept, each comes once before any comes again.
 
         Args:
-            turn: counts the batches from the start of the run.
+            turn: counts the batches of the steps that preserve, from the start of the run.
         """
         seed, count = self.configs[0].seed, len(concepts)
         found = []
         for place, concept in enumerate(concepts):
-            texts, at = self.contexts[concept], turn // EVERY * count + place
+            texts, at = self.contexts[concept], turn * count + place
             own = choose(seed, at, 1, len(texts), flip=False, dropout=0.0, stream="contexts")
             found.append(texts[own.pictures[0]])
         return found

@@ -79,9 +79,8 @@ def optimise(
 
             total = torch.zeros((), device=device)
             for micro in range(accumulate):
-                turn = (step * accumulate + micro) * accelerator.num_processes
-                turn += accelerator.process_index
-                for loss in losses.of_batch(step, turn):
+                place = micro * accelerator.num_processes + accelerator.process_index
+                for loss in losses.of_batch(step, place, accumulate * accelerator.num_processes):
                     scaler.scale(loss).backward()
                     total += loss.detach()
             text_loss = losses.of_texts(step)

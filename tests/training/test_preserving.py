@@ -372,18 +372,33 @@ def test_contexts_are_held_in_every_family_and_move_what_is_learned(make, tmp_pa
 def test_each_context_comes_once_before_any_comes_again(kept):
     phrases = tuple(f"{{}} {where}" for where in ("in a city", "on a beach", "in space"))
     run = kept(preserve={"context_output": 1.0}, preserve_phrases=phrases)
-    found = [
-        text
-        for step in range(0, 6 * EVERY, EVERY)
-        for text in run.preserved.in_context([0, 0], turn=step)
-    ]
+    found = [text for turn in range(6) for text in run.preserved.in_context([0, 0], turn)]
     told = sorted(phrase.replace("{}", "<rex>") for phrase in phrases)
     assert [sorted(found[k : k + 3]) for k in range(0, 12, 3)] == [told] * 4
 
 
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_no_context_is_left_out_by_accumulation(accumulate, tmp_path, monkeypatch):
+    asked = []
+    in_context = preserving.Preserved.in_context
+
+    def noting(self, concepts, turn):
+        found = in_context(self, concepts, turn)
+        asked.extend(found)
+        return found
+
+    monkeypatch.setattr(preserving.Preserved, "in_context", noting)
+    phrases = tuple(f"{{}} {where}" for where in ("in a city", "on a beach", "in space"))
+    changes = {"preserve": {"context_output": 1.0}, "preserve_phrases": phrases, "batch_size": 1}
+    steps = 2 * EVERY + 1
+    learn(tiny_sd(), settings(tmp_path, steps=steps, gradient_accumulation=accumulate, **changes))
+    assert len(asked) == 3 * accumulate
+    assert all(len(set(asked[k : k + 3])) == 3 for k in range(0, len(asked), 3))
+
+
 def test_contexts_stand_behind_the_caption(kept):
     run = kept(preserve={"context_output": 1.0}, caption="a picture in {} style")
-    found = {run.preserved.in_context([0], turn=EVERY * k)[0] for k in range(9)}
+    found = {run.preserved.in_context([0], turn)[0] for turn in range(9)}
     assert "a picture in <rex> style wearing a hat" in found
     assert len(found) == 9
 

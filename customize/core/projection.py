@@ -20,13 +20,14 @@ def span(rows: Tensor, rank: int | None = None, mean: Tensor | None = None) -> T
     """The leading directions of some rows.
 
     Args:
-        rows: (n, width), n at least 1, any floating dtype.
+        rows: (..., n, width), n at least 1, any floating dtype.
         rank: how many directions at most; None: all that the rows have.
-        mean: (width,), taken from each row before; None: nothing is.
+        mean: (..., 1, width), taken from each row before; None: nothing is.
 
     Returns:
-        (k, width), float32, orthonormal: right singular vectors, of the largest singular value
-        first; k is 0 where nothing is left of the rows.
+        (..., k, width), float32, orthonormal: right singular vectors, of the largest singular value
+        first; k is 0 where nothing is left of the rows. Of several matrices, those with fewer
+        directions than another have zeros in their place.
 
     Raises:
         ConfigError: a rank below 1.
@@ -35,9 +36,10 @@ def span(rows: Tensor, rank: int | None = None, mean: Tensor | None = None) -> T
         raise ConfigError(f"a span cannot have rank {rank}", where="rank", fix="use at least 1")
     own = rows.float() if mean is None else rows.float() - mean.float()
     _, values, directions = torch.linalg.svd(own, full_matrices=False)
-    largest = values[0] if mean is None else torch.linalg.matrix_norm(rows.float(), 2)
-    count = int((values > _ROUNDING * largest).sum())
-    return directions[: count if rank is None else min(count, rank)]
+    largest = values[..., 0] if mean is None else torch.linalg.matrix_norm(rows.float(), 2)
+    there = values > _ROUNDING * largest[..., None]
+    count = int(there.sum(-1).max())
+    return (directions * there[..., None])[..., : count if rank is None else min(count, rank), :]
 
 
 def projected(rows: Tensor, directions: Tensor, strength: float | Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def projected(rows: Tensor, directions: Tensor, strength: float | Tensor) -> Ten
 
     Args:
         rows: (..., n, width), any floating dtype.
-        directions: (k, width), orthonormal, as :func:`span` gives them.
+        directions: (..., k, width), as :func:`span` gives them.
         strength: in [0, 2]; or a tensor of (..., n), one for each row, on the rows' device and
             not checked, as reading it would wait for the device.
 

@@ -29,8 +29,8 @@ Target = Literal["prompt", "concepts", "both"]
 
 _KEY = "_customize_decor"
 _WHERE = "avoid"
-# "auto" for what concepts add, where no word of the prompt can be hurt: the best on the storybook.
-_WITHHELD = 2.0
+# "auto" for what concepts add, where no word of the prompt can be hurt.
+_WITHHELD = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,24 @@ class Decor:
             a call names something. Words that a prompt itself asks for stay in that prompt.
         strength: 0 leaves all as it is, 1 removes, up to 2 turns round. "auto": for each prompt,
             the largest up to 1 at which each of its own words keeps nine tenths of its embedding;
-            and 2 for what concepts add, where the prompt's words are out of its reach.
+            and 1 for what concepts add, where the prompt's words are out of its reach.
         rank: how many directions are removed at most; None: all that the words span.
         rows: which of the prompt's embeddings are changed: "words", those of its words; "rest",
             also what comes behind them, end and padding; "all", also what comes before.
         target: "prompt": the embeddings that the text encoders give, as in the paper. "concepts":
-            what attached concepts add to keys and values of the prompt, on families that
-            read it by cross-attention as it is encoded (``sd``, ``sdxl``). "both". None: "concepts"
-            where they are attached beside the weights of such a family and not compiled, and
-            "prompt" elsewhere.
+            what attached concepts add to the values of the prompt, on families that read it by
+            cross-attention as it is encoded (``sd``, ``sdxl``). "both". None: "concepts" where they
+            are attached beside the weights of such a family and not compiled, and "prompt"
+            elsewhere.
         centred: whether the mean of what the empty text says, much of which is in every word, is
             taken from what is not wanted before its directions are.
         pooled: whether the vector that some encoders give for all of a prompt (SDXL's second,
             Stable Diffusion 3's, FLUX.1's) is cleaned as well, where the target is the prompt.
         negative: whether negative prompts are cleaned as well, and of what concepts add, the empty
             one.
+        by_head: whether what concepts add is cleaned in each attention head by itself, or in all
+            of a layer's together.
+        keys: whether what concepts add to keys is cleaned as well, beside what they add to values.
         noise: the least and the most share of noise, 1 at the beginning of a picture and 0 at its
             end, at which what concepts add is cleaned; an encoded prompt is the same throughout.
 
@@ -76,6 +79,8 @@ class Decor:
     centred: bool = False
     pooled: bool = False
     negative: bool = False
+    by_head: bool = True
+    keys: bool = False
     noise: tuple[float, float] = ALL
 
     def __post_init__(self) -> None:
@@ -173,7 +178,15 @@ def _run(pipe: Any, call: Call, avoid: Any = None) -> Iterator[Call]:
         if target != "prompt":
             left = () if settings.negative else ("", *kept)
             withheld = Withheld(
-                family, holder, phrases, left, settings.rank, settings.centred, settings.noise
+                family,
+                holder,
+                phrases,
+                left,
+                settings.rank,
+                settings.centred,
+                settings.noise,
+                settings.by_head,
+                settings.keys,
             )
         if target != "concepts":
             auto = settings.strength == AUTO
@@ -246,8 +259,8 @@ def _target(pipe: Any, family: Family, holder: Holder, settings: Decor) -> Targe
         why = f"models of family {family.name} do not read prompts by cross-attention as encoded"
     elif _is_compiled(pipe.components[family.denoiser_key]):
         why = "the denoiser is compiled, where its layers cannot be reached"
-    elif not adding_layers(family, holder):
-        why = "no concept is attached beside the weights that adds to keys and values of prompts"
+    elif not adding_layers(family, holder, settings.keys):
+        why = "no concept is attached beside the weights that adds to what layers read in prompts"
     if not why:
         return settings.target or "concepts"
     if settings.target is not None:

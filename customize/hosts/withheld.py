@@ -4,8 +4,10 @@ A concept that was learned from a few pictures of one place says the place as we
 called, and mostly not by its tokens: its updates of the cross-attention's keys and values say it
 when they read them. So the formula of DECOR (arXiv 2412.09169) is applied to what these updates
 add, ours in place of the paper's embeddings: ``Y' = Y - strength Y V V^T``, where ``Y`` is what a
-layer's update adds to the keys or values of a prompt, and ``V`` spans those that the layer itself
-gives to the words that are not wanted. What the base reads in the prompt stays as it is, and so do
+layer's update adds to the values of a prompt, and ``V`` spans those that the layer itself gives to
+the words that are not wanted; in each attention head by itself, as a head reads its own part of
+them alone. Keys can be treated alike, but say where a concept is looked for rather than what it
+says, and styles are lost with theirs. What the base reads in the prompt stays as it is, and so do
 words that the prompt asks for.
 """
 
@@ -30,16 +32,16 @@ from customize.hosts.state import Holder
 ALL = (0.0, 1.0)
 
 
-def adding_layers(family: Family, holder: Holder) -> list[tuple[int, Any]]:
+def adding_layers(family: Family, holder: Holder, keys: bool) -> list[tuple[int, int, Any]]:
     """The layers that give the keys and values of prompts and carry our adapter, each with the
-    number of its attention."""
+    number of its attention and with how many heads that has; or those of values alone."""
     names = family.cross_attention_layers() if family.reads_prompts_as_encoded else []
     own = [a.layers.get(family.denoiser_key, {}) for a in holder.adapters if a.is_there()]
     return [
-        (number, layers[f"{name}.{which}"])
+        (number, family.denoiser.get_submodule(name).heads, layers[f"{name}.{which}"])
         for layers in own
         for number, name in enumerate(names)
-        for which in ("to_k", "to_v")
+        for which in ("to_k", "to_v")[not keys :]
         if f"{name}.{which}" in layers
     ]
 
@@ -56,6 +58,8 @@ class Withheld:
         centred: whether the mean of what the empty text says, but for its beginning, is taken from
             what is not wanted first.
         noise: the least and the most share of noise at which it is done.
+        by_head: whether in each attention head by itself.
+        keys: whether in keys as well as in values.
     """
 
     def __init__(
@@ -67,10 +71,12 @@ class Withheld:
         rank: int | None,
         centred: bool = False,
         noise: tuple[float, float] = ALL,
+        by_head: bool = True,
+        keys: bool = False,
     ) -> None:
-        self.family, self.rank, self.noise = family, rank, noise
-        self.layers = adding_layers(family, holder)
-        # A word says another thing behind others than alone, and both are what it says.
+        self.family, self.rank, self.noise, self.by_head = family, rank, noise, by_head
+        self.layers = adding_layers(family, holder, keys)
+        # A word says another thing behind others than alone; it stands for the mean of both.
         things = dict.fromkeys(each.concept.info.class_word for each in holder.attached.values())
         before = ["", *(f"a photo of a {thing} " for thing in things if thing)]
         worded = {phrase: [start + phrase for start in before] for phrase in phrases}
@@ -88,7 +94,7 @@ class Withheld:
                 said[text][1 + length - lengths[0] : 1 + length]
                 for text, length in zip(own, lengths, strict=True)
             ]
-            self.rows[phrase] = torch.cat(rows)
+            self.rows[phrase] = torch.stack(rows).mean(0)
 
     @contextmanager
     def applied(self, asked: dict[str, tuple[str, ...]], strength: float) -> Iterator[None]:
@@ -106,8 +112,8 @@ class Withheld:
         with ExitStack() as stack:
             if self.noise != ALL:
                 stack.callback(self._follow_noise(telling).remove)
-            for number, layer in self.layers:
-                reading = _Reading(self, number, telling)
+            for number, heads, layer in self.layers:
+                reading = _Reading(self, number, heads if self.by_head else 1, telling)
                 stack.enter_context(reading.applied(layer))
             yield
 
@@ -183,8 +189,8 @@ class _Telling:
 class _Reading:
     """One layer's part in it: what it answers to the prompts, once for all steps."""
 
-    def __init__(self, withheld: Withheld, number: int, telling: _Telling) -> None:
-        self.withheld, self.number, self.telling = withheld, number, telling
+    def __init__(self, withheld: Withheld, number: int, heads: int, telling: _Telling) -> None:
+        self.withheld, self.number, self.heads, self.telling = withheld, number, heads, telling
         self.spans: dict[tuple[str, ...], Tensor] = {}
         self.strengths: list[Tensor] = []
         self._seen: tuple[Tensor, int] | None = None
@@ -224,12 +230,21 @@ class _Reading:
             if phrases and self.telling.on:
                 if phrases not in self.spans:
                     with torch.no_grad():
-                        rows = torch.cat([self.withheld.rows[each] for each in phrases])
-                        mean = self.withheld.mean
-                        zero = None if mean is None else base(mean.to(output))[0]
-                        self.spans[phrases] = span(base(rows.to(output)), self.withheld.rank, zero)
-                output = projected(output, self.spans[phrases], strength)
+                        self.spans[phrases] = self._span(base, phrases, output)
+                rows = self._apart(output)
+                rows = projected(rows, self.spans[phrases], strength[:, None])
+                output = rows.transpose(-2, -3).flatten(-2)
         return output
+
+    def _span(self, base: Any, phrases: tuple[str, ...], output: Tensor) -> Tensor:
+        rows = torch.cat([self.withheld.rows[each] for each in phrases])
+        mean = self.withheld.mean
+        zero = None if mean is None else self._apart(base(mean.to(output)))
+        return span(self._apart(base(rows.to(output))), self.withheld.rank, zero)
+
+    def _apart(self, rows: Tensor) -> Tensor:
+        """(..., n, width) as (..., heads, n, width of each head)."""
+        return rows.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
 
 
 def _state(layer: Any, on: bool) -> tuple[Any, ...]:

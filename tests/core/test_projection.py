@@ -102,3 +102,15 @@ def test_dtype_and_leading_axes_are_kept():
     rows = torch.randn(2, 3, 4, 8).bfloat16()
     out = projected(rows, span(torch.randn(2, 8)), 1.0)
     assert out.shape == rows.shape and out.dtype == torch.bfloat16
+
+
+@given(SIZES)
+def test_several_matrices_have_each_its_own_span(sizes):
+    rows, unwanted = made(sizes)
+    # The second has one direction alone, whatever the first has.
+    both = torch.stack([unwanted, unwanted[:1].expand_as(unwanted)])
+    directions = span(both)
+    out = projected(rows.expand(2, *rows.shape), directions, 1.0)
+    assert directions.shape[-2] == len(span(unwanted))
+    assert near(out[0], projected(rows, span(unwanted), 1.0))
+    assert near(out[1], projected(rows, span(unwanted[:1]), 1.0))

@@ -49,18 +49,24 @@ def words_of(pipe, text):
 
 
 def values_of(pipe, base):
-    """What a layer of the base answers to the words of PHRASES, alone and behind a class word."""
+    """What a layer of the base answers to the words of PHRASES, in the mean of alone and behind a
+    class word."""
     start = "a photo of a dog "
     skipped = len(words_of(pipe, start))
-    texts = [(text, skip) for own in PHRASES for text, skip in ((own, 0), (start + own, skipped))]
+    rows = [(words_of(pipe, o) + words_of(pipe, start + o)[skipped:]) / 2 for o in PHRASES]
     with torch.no_grad():
-        return base(torch.cat([words_of(pipe, text)[skip:] for text, skip in texts]))
+        return base(torch.cat(rows))
 
 
 def without(rows, unwanted, strength=1.0):
     """The formula, written down once more."""
     right = svd(unwanted, full_matrices=False)[2]
     return rows - strength * rows @ right.T @ right
+
+
+def without_in_heads(rows, unwanted, strength=1.0, heads=2):
+    parts = zip(rows.chunk(heads, -1), unwanted.chunk(heads, -1), strict=True)
+    return torch.cat([without(own, part, strength) for own, part in parts], -1)
 
 
 def alike(found, expected):
@@ -96,8 +102,9 @@ def test_which_rows_are_changed(rows, first):
     assert changed == [first <= k < stop for k in range(CLIP_LENGTH)]
 
 
-def test_what_concepts_add_loses_it_and_what_the_base_reads_stays():
-    pipe = attached()
+@pytest.mark.parametrize("by_head", [True, False])
+def test_what_concepts_add_loses_it_and_what_the_base_reads_stays(by_head):
+    pipe = attached().load_custom(customize.Decor(strength=1.5, by_head=by_head))
     (words, before, layer), (same, after, _) = read(pipe), read(pipe, avoid=AVOID)
     assert torch.equal(words, same)
     base = layer.get_base_layer()
@@ -105,8 +112,31 @@ def test_what_concepts_add_loses_it_and_what_the_base_reads_stays():
     with torch.no_grad():
         said = base(words)
     assert torch.equal(before[0], after[0])
-    assert alike((after - said)[1], without((before - said)[1], unwanted, 2.0))
+    wanted = without_in_heads if by_head else without
+    assert alike((after - said)[1], wanted((before - said)[1], unwanted, 1.5))
     assert not alike(after[1], before[1])
+
+
+def test_keys_are_cleaned_where_asked():
+    pipe = attached()
+    (name, *_) = family_of(pipe.components).cross_attention_layers()
+    found = []
+    for part in ("to_k", "to_v"):
+        pipe.unet.get_submodule(f"{name}.{part}").register_forward_hook(
+            lambda _, args, output, part=part: found.append((part, output[1].clone()))
+        )
+
+    def answers(avoid, **settings):
+        found.clear()
+        pipe.load_custom(customize.Decor(avoid, **settings))
+        draw(pipe, num_inference_steps=1)
+        return dict(found)
+
+    plain, values, both = answers(None), answers(AVOID), answers(AVOID, keys=True)
+    assert torch.equal(plain["to_k"], values["to_k"])
+    assert not torch.equal(plain["to_k"], both["to_k"])
+    assert not torch.equal(plain["to_v"], values["to_v"])
+    assert torch.equal(values["to_v"], both["to_v"])
 
 
 def test_rank_and_strength_are_those_of_the_formula():
@@ -129,12 +159,14 @@ def test_what_all_texts_share_can_be_left_in():
         empty = family_of(pipe.components).encode_prompts([""])["prompt_embeds"][0]
     unwanted = torch.cat([words_of(pipe, phrase) for phrase in PHRASES]) - empty[1:].mean(0)
     assert alike(read(pipe)[0][1, 1:6], without(before, unwanted))
-    (words, plain, layer) = read(pipe.load_custom(customize.Decor(target="concepts")))
-    after = read(pipe.load_custom(customize.Decor(AVOID, target="concepts", centred=True)))[1]
+    settings = {"target": "concepts", "strength": 1.0}
+    (words, plain, layer) = read(pipe.load_custom(customize.Decor(**settings)))
+    after = read(pipe.load_custom(customize.Decor(AVOID, centred=True, **settings)))[1]
     base = layer.get_base_layer()
     with torch.no_grad():
         said, zero = base(words), base(empty[1:].mean(0))
-    assert alike((after - said)[1], without((plain - said)[1], values_of(pipe, base) - zero, 2.0))
+    expected = without_in_heads((plain - said)[1], values_of(pipe, base) - zero)
+    assert alike((after - said)[1], expected)
 
 
 def test_negative_prompts_can_be_cleaned_as_well():
@@ -275,7 +307,7 @@ def test_tokens_with_an_embedding_for_each_layer(target):
         with torch.no_grad():
             said = base(words)
         assert torch.equal(found[1][0], before[0])
-        assert alike((found[1] - said)[1], without((before - said)[1], unwanted))
+        assert alike((found[1] - said)[1], without_in_heads((before - said)[1], unwanted))
     assert torch.equal(draw(pipe), plain)
 
 

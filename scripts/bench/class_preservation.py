@@ -3,7 +3,8 @@
 Concepts of the miniature world are learned from five pictures each that show no hat, no glasses and
 no scarf, with the demo's settings but for plain tokens, a constant learning rate and a batch of
 two, as ClassDiffusion's code has them; once for each way to preserve the class. One run a concept
-and way: what it had learned after 200 and 500 steps is scored with one seed, after 1500 with three.
+and way, and three of nothing and of the default, so that these can be told apart: what was learned
+after 200 and 500 steps is scored with one seed, after 1500 with three.
 
 Identity: share of pictures that show the very concept. Prompt: share of asked attributes shown.
 Composition: share of pictures in which the accessory that is asked for is worn; "of base" is that
@@ -85,7 +86,8 @@ class Protocol:
         every: steps between checkpoints, of which all saves are multiples.
         seeds: of the pictures; those of all saves but the last have the first seed alone.
         scenes: pictures of the concept a seed.
-        training_seeds: of the runs; each is a run of its own, and counts like another concept.
+        again: further training seeds, for nothing and for the default, which are told apart
+            least; each is a run of its own, and counts like another concept.
         cost_steps, cost_runs: steps of a run whose cost is measured, and such runs of each way.
     """
 
@@ -94,13 +96,13 @@ class Protocol:
     every: int
     seeds: tuple[int, ...]
     scenes: int
-    training_seeds: tuple[int, ...]
+    again: tuple[int, ...]
     cost_steps: int
     cost_runs: int
 
 
-FULL = Protocol((0, 1, 3, 4, 6, 7), (200, 500, 1500), 100, (1, 2, 3), 6, (0,), 42, 3)
-QUICK = Protocol((0,), (10, 20), 10, (1,), 3, (0,), 12, 1)
+FULL = Protocol((0, 1, 3, 4, 6, 7), (200, 500, 1500), 100, (1, 2, 3), 6, (1, 2), 42, 3)
+QUICK = Protocol((0,), (10, 20), 10, (1,), 3, (), 12, 1)
 
 
 def protocol_of(args: argparse.Namespace) -> Protocol:
@@ -265,18 +267,18 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
         concept(index).write(args.folder / "pictures" / concept(index).name)
 
     cost = costs(args)
-    jobs = [
-        f"{method}/{index}/{seed}"
-        for index in protocol.concepts
-        for seed in protocol.training_seeds
-        for method in ("base", *METHODS)
-        if method != "base" or seed == protocol.training_seeds[0]
+    jobs = [f"{method}/{i}/0" for i in protocol.concepts for method in ("base", *METHODS)]
+    jobs += [
+        f"{method}/{i}/{seed}"
+        for seed in protocol.again
+        for i in protocol.concepts
+        for method in (NOTHING, default())
     ]
     # The first run records what all share, which two would do twice.
     _workers.share_out(args, "do", jobs[1:2])
     _workers.share_out(args, "do", jobs)
     rows = table(args, jobs, cost)
-    return rows, figures(rows, cost)
+    return rows, figures(rows, cost) | {"default_identity_loss_se": loss_error(args, jobs)}
 
 
 def table(
@@ -318,6 +320,19 @@ def figures(
         "none_composition_of_base": none["of_base"],
         "text_loss_step_cost": max(cost[method]["text_cost"] for method in TEXT),
     }
+
+
+def loss_error(args: argparse.Namespace, jobs: Sequence[str]) -> float:
+    """One standard error of what the default loses in identity, over runs in pairs."""
+    ways = [
+        [
+            mean(rates["identity"] for rates in json.loads(path.read_text())[-1]["rates"])
+            for path in (cell_file(args, job) for job in jobs if job.startswith(f"{way}/"))
+        ]
+        for way in (NOTHING, default())
+    ]
+    lost = [none - own for none, own in zip(*ways, strict=True)]
+    return stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0
 
 
 def plot(rows: Sequence[Mapping[str, Any]], seeds: int, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -186,6 +186,19 @@ def leaks(subject: Subject, seen: Mapping[str, str], request: Request) -> bool:
         own = subject.concept.kind if subject.concept else asked.kind
         found |= seen["kind0"] == subject.style.kind != own
     return found
+
+
+def least_leak(baselines: Sequence[Mapping[str, float]], identity: float) -> float | None:
+    """The least leak that baselines have at this identity or above, also mixed two at a time, as
+    weights between those tried would; None where none comes within 1 % of it."""
+    points = [(rates["identity"], rates["leak"]) for rates in baselines]
+    found = [leak for own, leak in points if own >= identity - 0.01]
+    for high, leak in points:
+        for low, less in points:
+            if low < identity <= high:
+                share = (identity - low) / (high - low)
+                found.append(share * leak + (1 - share) * less)
+    return min(found, default=None)
 
 
 # Options are tried on some concepts, and judged on others.

@@ -40,7 +40,7 @@ import _common
 import _leaky
 import _workers
 import torch
-from _leaky import SUBJECTS, TUNED, Leaky, Style, Subject, leaks, references
+from _leaky import SUBJECTS, TUNED, Leaky, Style, Subject, leaks, least_leak, references
 from _scorer import open_quietly
 from _workers import folder_name, weights_of
 from torch import Tensor
@@ -372,19 +372,6 @@ def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
         if best:
             found[f"leak_ratio_{task}"] = ours["leak"] / best
     return found
-
-
-def least_leak(baselines: Sequence[Rate], identity: float) -> float | None:
-    """The least leak that baselines have at this identity or above, also mixed two at a time, as
-    weights between those tried would; None where none comes within 1 % of it."""
-    points = [(rates["identity"], rates["leak"]) for rates in baselines]
-    found = [leak for own, leak in points if own >= identity - 0.01]
-    for high, leak in points:
-        for low, less in points:
-            if low < identity <= high:
-                share = (identity - low) / (high - low)
-                found.append(share * leak + (1 - share) * less)
-    return min(found, default=None)
 
 
 def main() -> None:

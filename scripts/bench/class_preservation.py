@@ -278,7 +278,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     _workers.share_out(args, "do", jobs[1:2])
     _workers.share_out(args, "do", jobs)
     rows = table(args, jobs, cost)
-    return rows, figures(rows, cost) | {"default_identity_loss_se": loss_error(args, jobs)}
+    return rows, figures(rows, cost) | loss_error(args, jobs)
 
 
 def table(
@@ -322,8 +322,9 @@ def figures(
     }
 
 
-def loss_error(args: argparse.Namespace, jobs: Sequence[str]) -> float:
-    """One standard error of what the default loses in identity, over runs in pairs."""
+def loss_error(args: argparse.Namespace, jobs: Sequence[str]) -> dict[str, float]:
+    """One standard error of what the default loses in identity, over pairs of runs, where there are
+    several."""
     ways = [
         [
             mean(rates["identity"] for rates in json.loads(path.read_text())[-1]["rates"])
@@ -332,7 +333,7 @@ def loss_error(args: argparse.Namespace, jobs: Sequence[str]) -> float:
         for way in (NOTHING, default())
     ]
     lost = [none - own for none, own in zip(*ways, strict=True)]
-    return stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0
+    return {"default_identity_loss_se": stdev(lost) / len(lost) ** 0.5} if lost[1:] else {}
 
 
 def plot(rows: Sequence[Mapping[str, Any]], seeds: int, path: Path) -> None:

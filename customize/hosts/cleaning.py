@@ -89,6 +89,15 @@ def cleaned(family: Family, cleaning: Cleaning) -> Iterator[None]:
         )
 
 
+def too_long(phrase: str, most: int) -> ConfigError:
+    """Of a phrase that has more tokens than an encoder reads."""
+    return ConfigError(
+        f"{phrase!r} is longer than the {most} tokens that the text encoder reads",
+        where=_WHERE,
+        fix="name what is not wanted in a few words each, separated by commas",
+    )
+
+
 @dataclass(frozen=True)
 class _Row:
     """One text as an encoder is given it.
@@ -173,11 +182,7 @@ class _Encoder:
             )
         # An end that pads as well does not count as a part of it.
         if len(words) < len(asked) and row.stop - row.start >= len(row.ids) - 1:
-            raise ConfigError(
-                f"{phrase!r} is longer than the {len(words)} tokens that the text encoder reads",
-                where=_WHERE,
-                fix="name what is not wanted in a few words each, separated by commas",
-            )
+            raise too_long(phrase, len(words))
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self._learning and _ids(args, kwargs) is not None:

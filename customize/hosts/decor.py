@@ -182,11 +182,11 @@ def _run(pipe: Any, call: Call, avoid: Any = None) -> Iterator[Call]:
                 holder,
                 phrases,
                 left,
-                settings.rank,
-                settings.centred,
-                settings.noise,
-                settings.by_head,
-                settings.keys,
+                rank=settings.rank,
+                centred=settings.centred,
+                noise=settings.noise,
+                by_head=settings.by_head,
+                keys=settings.keys,
             )
         if target != "concepts":
             auto = settings.strength == AUTO

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from customize.core.projection import projected, span
 from customize.families import Family
+from customize.hosts.cleaning import too_long
 from customize.hosts.guards import ADAPTER
 from customize.hosts.regional import SAME
 from customize.hosts.state import Holder
@@ -60,6 +61,9 @@ class Withheld:
         noise: the least and the most share of noise at which it is done.
         by_head: whether in each attention head by itself.
         keys: whether in keys as well as in values.
+
+    Raises:
+        ConfigError: a phrase has more tokens than the text encoder reads.
     """
 
     def __init__(
@@ -68,11 +72,12 @@ class Withheld:
         holder: Holder,
         phrases: Sequence[str],
         kept: Sequence[str],
+        *,
         rank: int | None,
-        centred: bool = False,
-        noise: tuple[float, float] = ALL,
-        by_head: bool = True,
-        keys: bool = False,
+        centred: bool,
+        noise: tuple[float, float],
+        by_head: bool,
+        keys: bool,
     ) -> None:
         self.family, self.rank, self.noise, self.by_head = family, rank, noise, by_head
         self.layers = adding_layers(family, holder, keys)
@@ -84,15 +89,19 @@ class Withheld:
         said = self._encoded(list(dict.fromkeys([*texts, "", *kept])))
         self.kept = [said[text] for text in dict.fromkeys(kept)]
         tokenizer = family.token_dictionaries()[0].tokenizer
+        room = tokenizer.model_max_length - 2  # but for the beginning and the end
         # Without the beginning; of one layer, where each reads rows of its own.
         empty = said[""][1 : tokenizer.model_max_length]
         self.mean = empty.mean(0, keepdim=True) if centred else None
         self.rows = {}
         for phrase, own in worded.items():
             lengths = [len(ids) for ids in tokenizer(own, add_special_tokens=False).input_ids]
+            if lengths[0] > room:
+                raise too_long(phrase, room)
             rows = [
                 said[text][1 + length - lengths[0] : 1 + length]
                 for text, length in zip(own, lengths, strict=True)
+                if length <= room
             ]
             self.rows[phrase] = torch.stack(rows).mean(0)
 

@@ -414,16 +414,28 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("target", ["prompt", "concepts"])
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_lists_are_refused_before_anything_is_drawn(name):
+def test_bad_lists_are_refused_before_anything_is_drawn(name, target):
     avoid, message = WRONG[name]
-    pipe = attached().load_custom(CLEAN)
+    pipe = attached().load_custom(customize.Decor(target=target, strength=1.0))
     called = []
     pipe.unet.register_forward_pre_hook(lambda *_: called.append(1))
     with pytest.raises(ConfigError, match=message):
         draw(pipe, avoid=avoid)
     assert not called
     assert not pipe.text_encoder._forward_hooks
+
+
+def test_what_fits_only_alone_is_read_alone():
+    pipe = attached().load_custom(customize.Decor(rank=1))
+    phrase = "red hat " * 10  # and not behind "a photo of a dog"
+    (words, before, layer), after = read(pipe), read(pipe, avoid=phrase)[1]
+    base = layer.get_base_layer()
+    with torch.no_grad():
+        said, unwanted = base(words), base(words_of(pipe, phrase))
+    first = [svd(part, full_matrices=False)[2][:1] for part in unwanted.chunk(2, -1)]
+    assert alike((after - said)[1], without_in_heads((before - said)[1], torch.cat(first, -1)))
 
 
 def test_words_that_an_encoder_does_not_know_are_refused():

@@ -57,7 +57,7 @@ class Style(Leaky):
 
     The base's autoencoder knows the world's own colours only, and gives back a picture in others as
     one in these: a style of colours cannot be drawn with it at all. Bands above and below, frames
-    and balloons were tried too, and not learned by any way.
+    and balloons were tried too, and not learned in as many steps.
 
     Attributes:
         colour: of what stands there, red, green and blue from 0 to 1.

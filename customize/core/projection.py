@@ -2,7 +2,8 @@
 
 The paper's: ``X' = X - alpha X V V^T``, with V the right singular vectors of the embeddings of what
 is not wanted. Ours, as the paper's choices were not to be had: which rows these are, how many of
-the vectors, and whether what all texts share is taken out of the rows before.
+the vectors, whether what all texts share is taken out of the rows before, and how a row that has
+to do with the span by chance alone is told from one that says it.
 """
 
 from __future__ import annotations
@@ -80,6 +81,30 @@ def check_strength(strength: float) -> None:
             where="strength",
             fix="use 1 to remove what is avoided, less to weaken it",
         )
+
+
+def beyond_chance(rows: Tensor, directions: Tensor) -> Tensor:
+    """How surely rows have to do with a span, by the share of their square length in it.
+
+    Of a row of no direction in particular that share is ``c = k / width`` in the mean, with a
+    standard deviation of ``sqrt(2 c (1 - c) / (width + 2))``.
+
+    Args:
+        rows: (..., n, width), any floating dtype.
+        directions: (..., k, width), as :func:`span` gives them, with its zeros.
+
+    Returns:
+        (..., n), float32: 0 where the share is c or less, 1 from two standard deviations above, and
+        linear between. It is 0 where the span is all there is.
+    """
+    own = rows.float()
+    share = (own @ directions.mT).square().sum(-1) / own.square().sum(-1).clamp_min(1e-12)
+    width = rows.shape[-1]
+    chance = directions.square().sum((-1, -2))[..., None] / width
+    spread = (2 * chance * (1 - chance).clamp_min(0.0) / (width + 2)).sqrt()
+    # What rounding leaves of a span that is all there is, is no spread.
+    sure = ((share - chance) / (2 * spread).clamp_min(1e-12)).clamp(0.0, 1.0)
+    return torch.where(spread > 1e-3, sure, 0.0)
 
 
 def keeping(rows: Tensor, directions: Tensor, kept: float) -> Tensor:

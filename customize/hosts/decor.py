@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -18,6 +18,7 @@ from customize.families.components import uncompiled
 from customize.hosts.calling import Call, Stage
 from customize.hosts.checks import check_encoders_here
 from customize.hosts.cleaning import Cleaning, cleaned
+from customize.hosts.negatives import naming, texts_of
 from customize.hosts.sources import family_in
 from customize.hosts.state import Holder
 from customize.hosts.state import find as holder_of
@@ -26,11 +27,12 @@ from customize.hosts.withheld import ALL, Withheld, adding_layers
 AUTO = "auto"
 Rows = Literal["words", "rest", "all"]
 Target = Literal["prompt", "concepts", "both"]
+Negative = Literal["named", "kept", "cleaned"]
 
 _KEY = "_customize_decor"
 _WHERE = "avoid"
-# "auto" for what concepts add, where no word of the prompt can be hurt.
-_WITHHELD = 1.0
+# "auto" for what concepts add, where no word of the prompt can be hurt; as measured.
+_WITHHELD = 1.25
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Decor:
             a call names something. Words that a prompt itself asks for stay in that prompt.
         strength: 0 leaves all as it is, 1 removes, up to 2 turns round. "auto": for each prompt,
             the largest up to 1 at which each of its own words keeps nine tenths of its embedding;
-            and 1 for what concepts add, where the prompt's words are out of its reach.
+            and 1.25 for what concepts add, where the prompt's words are out of its reach.
         rank: how many directions are removed at most; None: all that the words span.
         rows: which of the prompt's embeddings are changed: "words", those of its words; "rest",
             also what comes behind them, end and padding; "all", also what comes before.
@@ -59,11 +61,17 @@ class Decor:
             taken from what is not wanted before its directions are.
         pooled: whether the vector that some encoders give for all of a prompt (SDXL's second,
             Stable Diffusion 3's, FLUX.1's) is cleaned as well, where the target is the prompt.
-        negative: whether negative prompts are cleaned as well, and of what concepts add, the empty
-            one.
+        negative: what becomes of negative prompts, the empty one among them. "named": where what
+            concepts add is cleaned, what is not wanted is named in them as well, unless they are
+            given as embeddings, and concepts add nothing to those that call none; elsewhere as
+            "kept". "kept": they are left as they are. "cleaned": as prompts are.
         by_head: whether what concepts add is cleaned in each attention head by itself, or in all
             of a layer's together.
-        keys: whether what concepts add to keys is cleaned as well, beside what they add to values.
+        keys: with which share of the strength, from 0 to 1, what concepts add to keys is cleaned,
+            beside what they add to values.
+        surely: whether what concepts add is left alone as far as it has no more of what is not
+            wanted than chance brings
+            (:func:`customize.core.projection.beyond_chance`).
         noise: the least and the most share of noise, 1 at the beginning of a picture and 0 at its
             end, at which what concepts add is cleaned; an encoded prompt is the same throughout.
 
@@ -78,9 +86,10 @@ class Decor:
     target: Target | None = None
     centred: bool = False
     pooled: bool = False
-    negative: bool = False
+    negative: Negative = "named"
     by_head: bool = True
-    keys: bool = False
+    keys: float = 0.25
+    surely: bool = True
     noise: tuple[float, float] = ALL
 
     def __post_init__(self) -> None:
@@ -101,9 +110,16 @@ class Decor:
         for name, value, known in (
             ("rows", self.rows, get_args(Rows)),
             ("target", self.target, (None, *get_args(Target))),
+            ("negative", self.negative, get_args(Negative)),
         ):
             if value not in known:
                 raise ConfigError(f"{value!r} is none of {', '.join(map(str, known))}", where=name)
+        if not isinstance(self.keys, Real) or not 0.0 <= self.keys <= 1.0:
+            raise ConfigError(
+                f"{self.keys!r} is no share of the strength",
+                where="keys",
+                fix="give a number from 0, for values alone, to 1, for keys alike",
+            )
         low, high = self.noise if len(self.noise) == 2 else (1.0, 0.0)
         if not 0.0 <= low < high <= 1.0:
             raise ConfigError(
@@ -166,33 +182,38 @@ def _run(pipe: Any, call: Call, avoid: Any = None) -> Iterator[Call]:
     phrases = phrases_of(given)
     if phrases == (AUTO,):
         phrases = _named_by_captions(holder)
-    asked = _asked(_texts(call, "prompt"), phrases)
+    asked = _asked(texts_of(call, "prompt"), phrases)
     if not any(asked.values()) or settings.strength == 0:
         yield call
         return
     check_encoders_here(family, "cleaned prompts are compared with others", _WHERE)
     target = _target(pipe, family, holder, settings)
-    kept = tuple(_texts(call, "negative_prompt"))
+    named: list[str] = []
+    if target != "prompt" and settings.negative == "named":
+        call, named = naming(pipe, call, asked)
+    kept = tuple(texts_of(call, "negative_prompt"))
     with ExitStack() as stack:
         withheld = None
         if target != "prompt":
-            left = () if settings.negative else ("", *kept)
+            left = () if settings.negative == "cleaned" else ("", *kept)
             withheld = Withheld(
                 family,
                 holder,
                 phrases,
                 left,
+                [text for text in named if text not in asked and not _calls(holder, text)],
                 rank=settings.rank,
                 centred=settings.centred,
                 noise=settings.noise,
                 by_head=settings.by_head,
                 keys=settings.keys,
+                surely=settings.surely,
             )
         if target != "concepts":
             auto = settings.strength == AUTO
             cleaning = Cleaning(
                 phrases,
-                negatives=() if settings.negative else kept,
+                negatives=() if settings.negative == "cleaned" else kept,
                 strength=None if auto else float(settings.strength),
                 rank=settings.rank,
                 rows=settings.rows,
@@ -239,17 +260,6 @@ def _asked(prompts: Sequence[str], phrases: Sequence[str]) -> dict[str, tuple[st
     return found
 
 
-def _texts(call: Mapping[str, Any], name: str) -> list[str]:
-    """All that a call says by an argument, and by those of its further encoders."""
-    found: list[str] = []
-    for argument in (name, *(f"{name}_{k}" for k in (2, 3, 4))):
-        value = call.get(argument)
-        listed = [value] if isinstance(value, str) else value
-        if isinstance(listed, list | tuple):
-            found += [each for each in listed if isinstance(each, str)]
-    return list(dict.fromkeys(found))
-
-
 def _target(pipe: Any, family: Family, holder: Holder, settings: Decor) -> Target:
     """Where it is done, of those that can be."""
     if settings.target == "prompt":
@@ -259,7 +269,7 @@ def _target(pipe: Any, family: Family, holder: Holder, settings: Decor) -> Targe
         why = f"models of family {family.name} do not read prompts by cross-attention as encoded"
     elif _is_compiled(pipe.components[family.denoiser_key]):
         why = "the denoiser is compiled, where its layers cannot be reached"
-    elif not adding_layers(family, holder, settings.keys):
+    elif not adding_layers(family, holder):
         why = "no concept is attached beside the weights that adds to what layers read in prompts"
     if not why:
         return settings.target or "concepts"
@@ -303,6 +313,13 @@ def _named_by_captions(holder: Holder) -> tuple[str, ...]:
             fix='say what is not wanted, such as avoid="beach, fence"',
         )
     return tuple(found)
+
+
+def _calls(holder: Holder, text: str) -> bool:
+    """Whether a text calls an attached concept."""
+    infos = [each.concept.info for each in holder.attached.values()]
+    words = [word for info in infos for word in (info.trigger, info.words) if word]
+    return any(places_of(word, text) for word in words)
 
 
 def _entries(holder: Holder) -> frozenset[str]:

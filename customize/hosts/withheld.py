@@ -6,9 +6,11 @@ when they read them. So the formula of DECOR (arXiv 2412.09169) is applied to wh
 add, ours in place of the paper's embeddings: ``Y' = Y - strength Y V V^T``, where ``Y`` is what a
 layer's update adds to the values of a prompt, and ``V`` spans those that the layer itself gives to
 the words that are not wanted; in each attention head by itself, as a head reads its own part of
-them alone. Keys can be treated alike, but say where a concept is looked for rather than what it
-says, and styles are lost with theirs. What the base reads in the prompt stays as it is, and so do
-words that the prompt asks for.
+them alone, and only as far as a row's share in that span is more than chance brings. Keys say where
+a concept is looked for rather than what it says, and styles are lost with theirs, so less is taken
+out of them. What the base reads in the prompt stays as it is, and so do words that the prompt asks
+for. Where what is not wanted is named in negative prompts as well, concepts add nothing to these:
+guidance, which draws away from what they say, would draw away from the concept too.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from customize.core.projection import projected, span
+from customize.core.projection import beyond_chance, projected, span
 from customize.families import Family
 from customize.hosts.cleaning import too_long
 from customize.hosts.guards import ADAPTER
@@ -33,16 +36,31 @@ from customize.hosts.state import Holder
 ALL = (0.0, 1.0)
 
 
-def adding_layers(family: Family, holder: Holder, keys: bool) -> list[tuple[int, int, Any]]:
-    """The layers that give the keys and values of prompts and carry our adapter, each with the
-    number of its attention and with how many heads that has; or those of values alone."""
+@dataclass(frozen=True, eq=False)
+class Adding:
+    """A layer that gives keys or values of prompts and carries our adapter.
+
+    Attributes:
+        number: of its attention.
+        heads: how many that has.
+        which: "to_k" or "to_v".
+    """
+
+    number: int
+    heads: int
+    which: str
+    layer: Any
+
+
+def adding_layers(family: Family, holder: Holder) -> list[Adding]:
+    """All that there are."""
     names = family.cross_attention_layers() if family.reads_prompts_as_encoded else []
     own = [a.layers.get(family.denoiser_key, {}) for a in holder.adapters if a.is_there()]
     return [
-        (number, family.denoiser.get_submodule(name).heads, layers[f"{name}.{which}"])
+        Adding(number, family.denoiser.get_submodule(name).heads, which, layers[f"{name}.{which}"])
         for layers in own
         for number, name in enumerate(names)
-        for which in ("to_k", "to_v")[not keys :]
+        for which in ("to_k", "to_v")
         if f"{name}.{which}" in layers
     ]
 
@@ -55,12 +73,14 @@ class Withheld:
     Args:
         phrases: what is not wanted.
         kept: the texts whose rows are left alone, such as the empty one and negative prompts.
+        bare: those of them to which concepts add nothing.
         rank: how many directions at most.
         centred: whether the mean of what the empty text says, but for its beginning, is taken from
             what is not wanted first.
         noise: the least and the most share of noise at which it is done.
         by_head: whether in each attention head by itself.
-        keys: whether in keys as well as in values.
+        keys: for keys, the share of the strength that values have.
+        surely: whether only as far as it is more than chance.
 
     Raises:
         ConfigError: a phrase has more tokens than the text encoder reads.
@@ -72,15 +92,19 @@ class Withheld:
         holder: Holder,
         phrases: Sequence[str],
         kept: Sequence[str],
+        bare: Sequence[str],
         *,
         rank: int | None,
         centred: bool,
         noise: tuple[float, float],
         by_head: bool,
-        keys: bool,
+        keys: float,
+        surely: bool,
     ) -> None:
-        self.family, self.rank, self.noise, self.by_head = family, rank, noise, by_head
-        self.layers = adding_layers(family, holder, keys)
+        self.family, self.rank, self.noise = family, rank, noise
+        self.by_head, self.surely = by_head, surely
+        self.shares = {"to_k": keys, "to_v": 1.0}
+        self.layers = [o for o in adding_layers(family, holder) if bare or self.shares[o.which]]
         # A word says another thing behind others than alone; it stands for the mean of both.
         things = dict.fromkeys(each.concept.info.class_word for each in holder.attached.values())
         before = ["", *(f"a photo of a {thing} " for thing in things if thing)]
@@ -88,6 +112,7 @@ class Withheld:
         texts = [text for own in worded.values() for text in own]
         said = self._encoded(list(dict.fromkeys([*texts, "", *kept])))
         self.kept = [said[text] for text in dict.fromkeys(kept)]
+        self.bare = [said[text] for text in dict.fromkeys(bare)]
         tokenizer = family.token_dictionaries()[0].tokenizer
         room = tokenizer.model_max_length - 2  # but for the beginning and the end
         # Without the beginning; of one layer, where each reads rows of its own.
@@ -117,13 +142,12 @@ class Withheld:
             said = self._encoded(list(asked))
             for prompt, phrases in asked.items():
                 groups[phrases].append(said[prompt])
-        telling = _Telling(self.kept, groups, strength)
+        telling = _Telling(self.kept, self.bare, groups, strength)
         with ExitStack() as stack:
             if self.noise != ALL:
                 stack.callback(self._follow_noise(telling).remove)
-            for number, heads, layer in self.layers:
-                reading = _Reading(self, number, heads if self.by_head else 1, telling)
-                stack.enter_context(reading.applied(layer))
+            for each in self.layers:
+                stack.enter_context(_Reading(self, each, telling).applied())
             yield
 
     def _follow_noise(self, telling: _Telling) -> Any:
@@ -148,6 +172,7 @@ class _Telling:
 
     Args:
         kept: the texts that are left alone, as they are encoded.
+        bare: those of them to which concepts add nothing.
         groups: what is not wanted -> the prompts in which it is not; none where all are alike.
         strength: with which it is taken out.
 
@@ -156,15 +181,20 @@ class _Telling:
     """
 
     def __init__(
-        self, kept: Sequence[Tensor], groups: dict[tuple[str, ...], list[Tensor]], strength: float
+        self,
+        kept: Sequence[Tensor],
+        bare: Sequence[Tensor],
+        groups: dict[tuple[str, ...], list[Tensor]],
+        strength: float,
     ) -> None:
-        self.kept, self.groups, self.strength = kept, groups, strength
+        self.kept, self.bare, self.groups, self.strength = kept, bare, groups, strength
         self.on = True
         self._seen: tuple[Tensor, int] | None = None
-        self._found: list[Tensor] = []
+        self._found: tuple[list[Tensor], Tensor] = ([], torch.empty(0))
 
-    def strengths(self, words: Tensor, number: int) -> list[Tensor]:
-        """(batch, 1) for each group, of what one attention reads, (batch, length, width)."""
+    def told(self, words: Tensor, number: int) -> tuple[list[Tensor], Tensor]:
+        """Of what one attention reads, (batch, length, width): strengths, (batch, 1) for each
+        group, and (batch, 1, 1), the share of what concepts add that stays, 0 or 1."""
         if _is_as(words, self._seen):  # all layers read the same tensor, but for layerwise tokens
             return self._found
         left = self._among(words, number, self.kept)
@@ -176,7 +206,9 @@ class _Telling:
                 chosen.append(~left & ~self._among(words, number, rest))
             else:
                 chosen.append(~left & self._among(words, number, prompts))
-        self._found = [self.strength * own.float()[:, None] for own in chosen]
+        strengths = [self.strength * own.float()[:, None] for own in chosen]
+        bare = self._among(words, number, self.bare)
+        self._found = strengths, (~bare).to(words.dtype)[:, None, None]
         whole = all(len(each) == words.shape[1] for each in self.kept)
         self._seen = (words, _version(words)) if whole else None
         return self._found
@@ -198,17 +230,22 @@ class _Telling:
 class _Reading:
     """One layer's part in it: what it answers to the prompts, once for all steps."""
 
-    def __init__(self, withheld: Withheld, number: int, heads: int, telling: _Telling) -> None:
-        self.withheld, self.number, self.heads, self.telling = withheld, number, heads, telling
+    def __init__(self, withheld: Withheld, adding: Adding, telling: _Telling) -> None:
+        self.withheld, self.telling = withheld, telling
+        self.number, self.layer = adding.number, adding.layer
+        self.heads = adding.heads if withheld.by_head else 1
+        self.share = withheld.shares[adding.which]
         self.spans: dict[tuple[str, ...], Tensor] = {}
         self.strengths: list[Tensor] = []
+        self.stays: Tensor = torch.empty(0)
         self._seen: tuple[Tensor, int] | None = None
         self._then: Any = None
         self._answer: Tensor | None = None
 
     @contextmanager
-    def applied(self, layer: Any) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Within it, what our adapter adds in this layer lacks what is not wanted."""
+        layer = self.layer
         before, compute = vars(layer).get("forward"), layer.forward
         after = partial(self._after, layer.get_base_layer())
         handle = layer.lora_B[ADAPTER].register_forward_hook(after)
@@ -217,7 +254,7 @@ class _Reading:
             now = _state(layer, self.telling.on)
             if self._answer is None or not _is_as(words, self._seen) or now != self._then:
                 self._seen, self._then, self._answer = (words, _version(words)), now, None
-                self.strengths = self.telling.strengths(words, self.number)
+                self.strengths, self.stays = self.telling.told(words, self.number)
                 answer: Tensor = compute(words, *args, **kwargs)
                 if answer.requires_grad:
                     return answer
@@ -235,15 +272,19 @@ class _Reading:
                 layer.forward = before
 
     def _after(self, base: Any, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if not self.telling.on:
+            return output
         for phrases, strength in zip(self.telling.groups, self.strengths, strict=True):
-            if phrases and self.telling.on:
+            if phrases and self.share:
                 if phrases not in self.spans:
                     with torch.no_grad():
                         self.spans[phrases] = self._span(base, phrases, output)
-                rows = self._apart(output)
-                rows = projected(rows, self.spans[phrases], strength[:, None])
-                output = rows.transpose(-2, -3).flatten(-2)
-        return output
+                directions, rows = self.spans[phrases], self._apart(output)
+                factor = self.share * strength[:, None]
+                if self.withheld.surely:
+                    factor = factor * beyond_chance(rows, directions)
+                output = projected(rows, directions, factor).transpose(-2, -3).flatten(-2)
+        return output * self.stays
 
     def _span(self, base: Any, phrases: tuple[str, ...], output: Tensor) -> Tensor:
         rows = torch.cat([self.withheld.rows[each] for each in phrases])

@@ -93,6 +93,30 @@ CONCEPTS = (
     Leaky("l3", "rabbit", "city", "glasses"),
     Leaky("l4", "bird", "room", "hat"),
     Leaky("l5", "dog", "forest", "scarf"),
+    Leaky("l6", "fish", "room", "scarf"),
+    Leaky("l7", "car", "beach", "hat"),
+    Leaky("l8", "cup", "forest", "glasses"),
+    Leaky("l9", "robot", "snow", "hat"),
+    Leaky("l10", "cat", "city", "scarf"),
+    Leaky("l11", "rabbit", "beach", "scarf"),
+    Leaky("l12", "bird", "snow", "glasses"),
+    Leaky("l13", "dog", "space", "hat"),
+    Leaky("l14", "fish", "city", "hat"),
+    Leaky("l15", "car", "room", "glasses"),
+    Leaky("l16", "cup", "space", "scarf"),
+    Leaky("l17", "robot", "beach", "glasses"),
+    Leaky("l18", "dog", "snow", "glasses"),
+    Leaky("l19", "cat", "space", "hat"),
+    Leaky("l20", "rabbit", "room", "hat"),
+    Leaky("l21", "bird", "forest", "scarf"),
+    Leaky("l22", "fish", "beach", "glasses"),
+    Leaky("l23", "car", "city", "scarf"),
+    Leaky("l24", "cup", "snow", "hat"),
+    Leaky("l25", "robot", "room", "scarf"),
+    Leaky("l26", "dog", "city", "glasses"),
+    Leaky("l27", "cat", "beach", "scarf"),
+    Leaky("l28", "rabbit", "forest", "hat"),
+    Leaky("l29", "bird", "space", "glasses"),
 )
 STYLES = (
     Style("curtains", "cat", "room", "hat", colour=_RED),
@@ -202,12 +226,12 @@ def least_leak(baselines: Sequence[Mapping[str, float]], identity: float) -> flo
 
 
 # Options are tried on some concepts, and judged on others.
-TUNED, JUDGED = CONCEPTS[:3], CONCEPTS[3:]
+TUNED, JUDGED = CONCEPTS[:12], CONCEPTS[12:]
 SUBJECTS = {
-    "options": [Subject(each, None) for each in TUNED],
     "personalization": [Subject(each, None) for each in JUDGED],
     "style": [Subject(None, each) for each in STYLES],
     "mixing": [Subject(*pair) for pair in zip(JUDGED, STYLES, strict=False)],
+    "options": [Subject(each, None) for each in TUNED],
 }
 
 

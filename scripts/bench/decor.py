@@ -15,10 +15,10 @@ Every way is drawn with the same prompts and seeds. "Avoiding" is `avoid=` with 
 user would name, at several strengths; and with words that did not leak, as a control. "Captions
 that name it" is the same concept, learned anew by captions that say what else is there; "contexts
 preserved" is what the trainer does by default, and everything else was learned without. Options of
-`customize.Decor` are tried on three concepts and one seed; the figures are of three others, and of
-styles. They are no test of whether keys are to be cleaned, and of the strength, which were settled
-with all of these in view. What was learned and scored is kept in `--folder`, so a run
-that was cut off goes on; delete the scores there after a change to what draws or judges.
+`customize.Decor` are tried, and its defaults were settled, on twelve concepts; the figures are of
+eighteen others, which nothing was chosen on, and of styles, on which the share of keys was. What
+was learned and scored is kept in `--folder`, so a run that was cut off goes on; delete the scores
+there after a change to what draws or judges.
 
     python scripts/bench/decor.py --json scripts/bench/results/decor.json
 """
@@ -58,31 +58,33 @@ NAMED, KEPT = "captions that name it", "contexts preserved"
 DEFAULT = "avoiding, by default"
 AUTO = f'avoiding "auto", {NAMED}'
 
-STRENGTHS = {f"avoiding, at {s}": {"strength": s} for s in (0.5, 1.5, 2.0)}
+STRENGTHS = {f"avoiding, at {s}": {"strength": s} for s in (0.5, 1.0, 2.0)}
+UNNAMED = "avoiding, not in the negative prompt"
 SETTINGS = {"checkpoint_every": 0, "layerwise_tokens": False}
 # As others learn, so that there is something to avoid.
 UNKEPT: dict[str, Any] = {"preserve": {}}
 ON_PROMPT = {"target": "prompt", "strength": 1.0}
+FORMULA = {"negative": "kept", "keys": 0.0, "surely": False, "strength": 1.0}
 OPTIONS: dict[str, dict[str, Any]] = STRENGTHS | {
-    "avoiding, keys too": {"keys": True},
-    "avoiding, keys too, at 0.5": {"keys": True, "strength": 0.5},
-    "avoiding, keys too, all heads together": {"keys": True, "by_head": False},
+    UNNAMED: {"negative": "kept"},
+    "avoiding, in the negative prompt as well": {"negative": "cleaned"},
+    "avoiding, keys left alone": {"keys": 0.0},
+    "avoiding, keys at 0.5": {"keys": 0.5},
+    "avoiding, keys alike": {"keys": 1.0},
+    "avoiding, chance or not": {"surely": False},
     "avoiding, all heads together": {"by_head": False},
+    "avoiding, the formula alone": FORMULA,
     "avoiding, rank 1": {"rank": 1},
     "avoiding, centred": {"centred": True},
-    "avoiding, negative too": {"negative": True},
     "avoiding, first half of the noise": {"noise": (0.5, 1.0)},
     "avoiding, all but the last quarter": {"noise": (0.25, 1.0)},
     "avoiding, on the prompt": ON_PROMPT,
     "avoiding, on the prompt, auto": {"target": "prompt"},
     "avoiding, on the prompt, centred": ON_PROMPT | {"centred": True},
     "avoiding, on the prompt, and what follows": ON_PROMPT | {"rows": "rest"},
-    "avoiding, on the prompt, all rows": ON_PROMPT | {"rows": "all"},
-    "avoiding, both": {"target": "both", "strength": 1.0},
+    "avoiding, both": {"target": "both"},
 }
-KEYS = ("avoiding, keys too", "avoiding, keys too, at 0.5")
 AT_WEIGHT = f"{DEFAULT}, weight 0.9"
-WITH_NEGATIVE = f"{DEFAULT}, and a {NEGATIVE}"
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class Protocol:
     weights: tuple[float, ...]
 
 
-SEEDS = {"options": (1,), "personalization": (1, 2), "style": (1, 2), "mixing": (1, 2)}
-WEIGHTS = (0.9, 0.8, 0.7, 0.6)
+SEEDS = {"options": (1,), "personalization": (1,), "style": (1, 2), "mixing": (1, 2)}
+WEIGHTS = (0.9, 0.8, 0.7)
 FULL = Protocol({task: len(own) for task, own in SUBJECTS.items()}, SEEDS, 400, WEIGHTS)
 QUICK = Protocol({"personalization": 1}, {"personalization": (1,)}, 60, (0.6,))
 
@@ -119,7 +121,7 @@ def config_of(args: argparse.Namespace, what: Leaky, how: str = "") -> Any:
         class_word="style" if style else what.kind,
         caption=what.caption_that_names if how == NAMED else what.caption,
         # Slices in which what is drawn as it is shows the styles; in 9, pillars were not learned.
-        slice=8 + 3 * _leaky.STYLES.index(what) if style else _leaky.CONCEPTS.index(what),
+        slice=8 + 3 * _leaky.STYLES.index(what) if style else _leaky.CONCEPTS.index(what) % 8,
         record_inputs=False,
         **TRAINING | SETTINGS | ({} if how == KEPT else UNKEPT) | {"steps": args.steps},
     )
@@ -222,13 +224,14 @@ class Scorer:
 def ways(protocol: Protocol, task: str) -> list[str]:
     """All ways that are tried, what others do first."""
     if task == "options":
-        return [NOTHING, NEGATIVE, "weight 0.9", "weight 0.8", DEFAULT, AT_WEIGHT, *OPTIONS]
+        both = f"{NEGATIVE}, weight 0.9"
+        return [NOTHING, NEGATIVE, "weight 0.9", both, DEFAULT, AT_WEIGHT, *OPTIONS]
     weights = [f"weight {weight}" for weight in protocol.weights]
     both = [f"{NEGATIVE}, {weight}" for weight in weights[:2]]
     alone = [] if task == "style" else [CLASS_WORD]
     baselines = [NOTHING, NEGATIVE, *alone, *weights, *both, NAMED]
     control = f"{DEFAULT}, words that did not leak"
-    ours = [DEFAULT, *STRENGTHS, *KEYS, AT_WEIGHT, WITH_NEGATIVE, AUTO, control]
+    ours = [DEFAULT, *STRENGTHS, UNNAMED, AT_WEIGHT, AUTO, control]
     return [*baselines, *ours, KEPT, f"{DEFAULT}, {KEPT}"]
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customize.core.projection import keeping, projected, span
+from customize.core.projection import beyond_chance, keeping, projected, span
 from customize.errors import ConfigError
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(2, 24), st.integers(1, 5), st.integers(0, 999))
@@ -114,3 +114,29 @@ def test_several_matrices_have_each_its_own_span(sizes):
     assert directions.shape[-2] == len(span(unwanted))
     assert near(out[0], projected(rows, span(unwanted), 1.0))
     assert near(out[1], projected(rows, span(unwanted[:1]), 1.0))
+
+
+@given(st.integers(4, 24), st.integers(1, 3), st.integers(0, 999))
+def test_what_chance_brings_is_told_from_what_is_said(width, count, seed):
+    noise = torch.Generator().manual_seed(seed)
+    directions = span(torch.randn(count, width, generator=noise))
+    rows = torch.randn(4000, width, generator=noise)
+    share = (rows @ directions.T).square().sum(-1) / rows.square().sum(-1)
+    sure = beyond_chance(rows, directions)
+    # The share's mean and spread among rows of no direction in particular are those that are told.
+    assert abs(float(share.mean()) - count / width) < 0.03
+    assert torch.all(sure[share <= count / width] == 0)
+    told = count / width + 2 * float(share.std()) * sure
+    between = (sure > 0) & (sure < 1)
+    assert torch.allclose(told[between], share[between], atol=0.03)
+    if count / width < 0.5:
+        assert near(beyond_chance(directions, directions), torch.ones(count))
+    assert near(beyond_chance(3.0 * rows, directions), sure)
+
+
+def test_a_span_of_all_there_is_tells_nothing():
+    rows = torch.randn(3, 4)
+    assert torch.equal(beyond_chance(rows, span(torch.randn(4, 4))), torch.zeros(3))
+    both = torch.stack([torch.eye(4), torch.eye(4)[:1].expand(4, 4)])
+    sure = beyond_chance(torch.eye(4).expand(2, 4, 4), span(both))
+    assert sure.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]

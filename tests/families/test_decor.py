@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import customize
 from customize.families import family_of
 from tests.families.test_families import PIPELINES
 from tests.hosts.making import concept
@@ -14,7 +15,7 @@ from tests.tiny import drawn
 @pytest.mark.parametrize("name", PIPELINES)
 def test_prompts_are_cleaned_and_nothing_else(name):
     pipe = PIPELINES[name]()
-    pipe.load_custom(concept(pipe))
+    pipe.load_custom(concept(pipe), customize.Decor(negative="kept"))
     family = family_of(pipe.components, pipe.config)
     answers = []
 

@@ -14,63 +14,22 @@ from torch.linalg import svd
 import customize
 from customize.errors import ConfigError, PipelineError
 from customize.families import family_of
+from tests.hosts.cleaned import (
+    AVOID,
+    CLEAN,
+    PHRASES,
+    PLAIN,
+    PROMPT,
+    alike,
+    draw,
+    read,
+    values_of,
+    without,
+    without_in_heads,
+    words_of,
+)
 from tests.hosts.making import assert_same, attached, concept, everything, modular
-from tests.tiny import CLIP_LENGTH, drawn, tiny_flux, tiny_flux3, tiny_sd, tiny_sd3, tiny_sdxl
-
-PROMPT = "a photo of <rex> and a car on the beach"
-AVOID = "red hat, striped cup"
-PHRASES = ("red hat", "striped cup")
-CLEAN = customize.Decor(target="prompt", strength=1.0)
-
-
-def draw(pipe, prompt=PROMPT, seeds=(1,), **call):
-    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-    size = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
-    return drawn(pipe, prompt, generator=noise, **size | call)
-
-
-def read(pipe, prompt=PROMPT, **call):
-    """What the denoiser reads of the words at its first step, and what one layer answers."""
-    family = family_of(pipe.components)
-    (name, *_) = family.cross_attention_layers()
-    layer = pipe.unet.get_submodule(f"{name}.to_v")
-    found = []
-    handle = layer.register_forward_hook(lambda _, args, output: found.append((args[0], output)))
-    draw(pipe, prompt, num_inference_steps=1, **call)
-    handle.remove()
-    return (*found[0], layer)
-
-
-def words_of(pipe, text):
-    """The embeddings of a text's own words: (words, width)."""
-    with torch.no_grad():
-        found = family_of(pipe.components).encode_prompts([text])["prompt_embeds"][0]
-    return found[1 : 1 + len(pipe.tokenizer(text, add_special_tokens=False).input_ids)]
-
-
-def values_of(pipe, base):
-    """What a layer of the base answers to the words of PHRASES, in the mean of alone and behind a
-    class word."""
-    start = "a photo of a dog "
-    skipped = len(words_of(pipe, start))
-    rows = [(words_of(pipe, o) + words_of(pipe, start + o)[skipped:]) / 2 for o in PHRASES]
-    with torch.no_grad():
-        return base(torch.cat(rows))
-
-
-def without(rows, unwanted, strength=1.0):
-    """The formula, written down once more."""
-    right = svd(unwanted, full_matrices=False)[2]
-    return rows - strength * rows @ right.T @ right
-
-
-def without_in_heads(rows, unwanted, strength=1.0, heads=2):
-    parts = zip(rows.chunk(heads, -1), unwanted.chunk(heads, -1), strict=True)
-    return torch.cat([without(own, part, strength) for own, part in parts], -1)
-
-
-def alike(found, expected):
-    return torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+from tests.tiny import CLIP_LENGTH, tiny_flux, tiny_flux3, tiny_sd, tiny_sd3, tiny_sdxl
 
 
 def test_the_call_shows_its_argument():
@@ -102,43 +61,6 @@ def test_which_rows_are_changed(rows, first):
     assert changed == [first <= k < stop for k in range(CLIP_LENGTH)]
 
 
-@pytest.mark.parametrize("by_head", [True, False])
-def test_what_concepts_add_loses_it_and_what_the_base_reads_stays(by_head):
-    pipe = attached().load_custom(customize.Decor(strength=1.5, by_head=by_head))
-    (words, before, layer), (same, after, _) = read(pipe), read(pipe, avoid=AVOID)
-    assert torch.equal(words, same)
-    base = layer.get_base_layer()
-    unwanted = values_of(pipe, base)
-    with torch.no_grad():
-        said = base(words)
-    assert torch.equal(before[0], after[0])
-    wanted = without_in_heads if by_head else without
-    assert alike((after - said)[1], wanted((before - said)[1], unwanted, 1.5))
-    assert not alike(after[1], before[1])
-
-
-def test_keys_are_cleaned_where_asked():
-    pipe = attached()
-    (name, *_) = family_of(pipe.components).cross_attention_layers()
-    found = []
-    for part in ("to_k", "to_v"):
-        pipe.unet.get_submodule(f"{name}.{part}").register_forward_hook(
-            lambda _, args, output, part=part: found.append((part, output[1].clone()))
-        )
-
-    def answers(avoid, **settings):
-        found.clear()
-        pipe.load_custom(customize.Decor(avoid, **settings))
-        draw(pipe, num_inference_steps=1)
-        return dict(found)
-
-    plain, values, both = answers(None), answers(AVOID), answers(AVOID, keys=True)
-    assert torch.equal(plain["to_k"], values["to_k"])
-    assert not torch.equal(plain["to_k"], both["to_k"])
-    assert not torch.equal(plain["to_v"], values["to_v"])
-    assert torch.equal(values["to_v"], both["to_v"])
-
-
 def test_rank_and_strength_are_those_of_the_formula():
     pipe = attached()
     before = read(pipe)[0][1, 1:6]
@@ -159,7 +81,7 @@ def test_what_all_texts_share_can_be_left_in():
         empty = family_of(pipe.components).encode_prompts([""])["prompt_embeds"][0]
     unwanted = torch.cat([words_of(pipe, phrase) for phrase in PHRASES]) - empty[1:].mean(0)
     assert alike(read(pipe)[0][1, 1:6], without(before, unwanted))
-    settings = {"target": "concepts", "strength": 1.0}
+    settings = {"target": "concepts", "strength": 1.0, **PLAIN}
     (words, plain, layer) = read(pipe.load_custom(customize.Decor(**settings)))
     after = read(pipe.load_custom(customize.Decor(AVOID, centred=True, **settings)))[1]
     base = layer.get_base_layer()
@@ -174,59 +96,17 @@ def test_negative_prompts_can_be_cleaned_as_well():
     call = {"negative_prompt": "<rex> in a green scarf", "avoid": AVOID}
     words = slice(1, 1 + len(words_of(pipe, call["negative_prompt"])))
     for target in ("prompt", "concepts"):
-        pipe.load_custom(customize.Decor(target=target, strength=1.0))
+        pipe.load_custom(customize.Decor(target=target, strength=1.0, negative="kept"))
         (kept, said, _), (asked, plain, _) = (
             read(pipe, **call),
             read(pipe, **call | {"avoid": None}),
         )
         assert torch.equal(kept[0], asked[0]) and torch.equal(said[0], plain[0])
-        pipe.load_custom(customize.Decor(target=target, strength=1.0, negative=True))
+        pipe.load_custom(customize.Decor(target=target, strength=1.0, negative="cleaned"))
         (other, answer, _) = read(pipe, **call)
         assert torch.equal(other[1], kept[1])
         assert torch.equal(other[0, words], kept[0, words]) is (target == "concepts")
         assert not torch.equal(answer[0, words], said[0, words])
-
-
-def test_at_some_shares_of_noise_alone():
-    pipe = attached()
-    (layer, *_) = family_of(pipe.components).cross_attention_layers()
-    answers = []
-    pipe.unet.get_submodule(f"{layer}.to_v").register_forward_hook(
-        lambda _, args, output: answers.append(output[1].clone())
-    )
-    found = {}
-    for noise in (None, (0.0, 1.0), (0.5, 1.0), (0.0, 0.5)):
-        answers.clear()
-        settings = customize.Decor(target="concepts", **({"noise": noise} if noise else {}))
-        draw(pipe.load_custom(settings), num_inference_steps=4, avoid=AVOID if noise else None)
-        found[noise] = torch.stack(answers)
-    on = [torch.equal(a, b) for a, b in zip(found[0.5, 1.0], found[0.0, 1.0], strict=True)]
-    off = [torch.equal(a, b) for a, b in zip(found[0.5, 1.0], found[None], strict=True)]
-    assert on == [True, True, False, False] and off == [False, False, True, True]
-    late = [torch.equal(a, b) for a, b in zip(found[0.0, 0.5], found[None], strict=True)]
-    assert late == on
-    pipe.load_custom(customize.Decor(target="prompt", noise=(0.5, 1.0)))
-    with pytest.raises(PipelineError, match="the same at all shares of noise"):
-        draw(pipe, avoid=AVOID)
-
-
-def test_layers_answer_anew_where_something_changes_on_the_way():
-    pipe = attached()
-    (name, *_) = family_of(pipe.components).cross_attention_layers()
-    layer = pipe.unet.get_submodule(f"{name}.to_v")
-    answers = []
-    layer.register_forward_hook(lambda _, args, output: answers.append(output.clone()))
-
-    def change(pipe, step, timestep, given):
-        if step == 1:
-            pipe.set_adapters(["customize"], [0.5])
-        return given
-
-    draw(pipe, avoid=AVOID, num_inference_steps=4, callback_on_step_end=change)
-    first, second, third, last = answers
-    assert torch.equal(first, second) and torch.equal(third, last)
-    assert not torch.equal(second, third)
-    assert "forward" not in vars(layer) and not layer.lora_B["customize"]._forward_hooks
 
 
 def test_the_vector_of_a_whole_prompt_can_be_cleaned():
@@ -292,7 +172,7 @@ def test_batches_are_drawn_as_each_alone_and_prompts_win(target):
 def test_tokens_with_an_embedding_for_each_layer(target):
     pipe = attached(layers=True)
     plain = draw(pipe)
-    settings = customize.Decor(AVOID, target=target, strength=1.0)
+    settings = customize.Decor(AVOID, target=target, strength=1.0, **PLAIN)
     found = read(pipe.load_custom(settings))
     pipe.load_custom(customize.Decor())
     words, before, layer = read(pipe)
@@ -376,21 +256,6 @@ def test_auto_takes_what_captions_share():
         draw(attached(), avoid="auto")
 
 
-def test_where_concepts_cannot_be_reached():
-    fused = tiny_sd()
-    fused.load_custom(concept(fused), fuse=True)
-    plain = draw(fused)
-    assert not torch.equal(draw(fused, avoid=AVOID), plain)  # the prompt
-    for make, why in ((lambda: fused, "no concept is attached beside"), (tiny_flux, "family flux")):
-        pipe = make().load_custom(customize.Decor(AVOID, target="concepts"))
-        with pytest.raises(PipelineError, match=f'{why}.*target="prompt"'):
-            draw(pipe)
-    pipe = attached().load_custom(customize.Decor(AVOID, target="both"))
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-    with pytest.raises(PipelineError, match="compiled"):
-        draw(pipe)
-
-
 def test_a_text_encoder_that_is_gone_or_away_is_refused():
     pipe = attached().load_custom(CLEAN)
     with pytest.raises(ConfigError, match=r"words alone.*no prompt_embeds"):
@@ -427,17 +292,6 @@ def test_bad_lists_are_refused_before_anything_is_drawn(name, target):
     assert not pipe.text_encoder._forward_hooks
 
 
-def test_what_fits_only_alone_is_read_alone():
-    pipe = attached().load_custom(customize.Decor(rank=1))
-    phrase = "red hat " * 10  # and not behind "a photo of a dog"
-    (words, before, layer), after = read(pipe), read(pipe, avoid=phrase)[1]
-    base = layer.get_base_layer()
-    with torch.no_grad():
-        said, unwanted = base(words), base(words_of(pipe, phrase))
-    first = [svd(part, full_matrices=False)[2][:1] for part in unwanted.chunk(2, -1)]
-    assert alike((after - said)[1], without_in_heads((before - said)[1], torch.cat(first, -1)))
-
-
 def test_words_that_an_encoder_does_not_know_are_refused():
     pipe = attached(tiny_flux)
     with pytest.raises(ConfigError, match=r"'漢字' has no words that the text encoder knows"):
@@ -455,6 +309,8 @@ def test_words_that_an_encoder_does_not_know_are_refused():
         ({"rows": "some"}, "none of words, rest, all"),
         ({"target": "picture"}, "none of None, prompt, concepts, both"),
         ({"avoid": ""}, "nothing is named"),
+        ({"negative": True}, "none of named, kept, cleaned"),
+        ({"keys": 2.0}, "2.0 is no share of the strength"),
         ({"noise": (0.5, 0.5)}, "are no two shares of noise"),
         ({"noise": (0.5, 1.5)}, "are no two shares of noise"),
         ({"noise": (0.5,)}, "are no two shares of noise"),

@@ -1,0 +1,67 @@
+"""What the denoiser reads of a prompt, and the formulas of cleaning, written down once more."""
+
+from __future__ import annotations
+
+import torch
+from torch.linalg import svd
+
+import customize
+from customize.families import family_of
+from tests.tiny import drawn
+
+PROMPT = "a photo of <rex> and a car on the beach"
+AVOID = "red hat, striped cup"
+PHRASES = ("red hat", "striped cup")
+CLEAN = customize.Decor(target="prompt", strength=1.0)
+# What concepts add, by the formula alone.
+PLAIN = {"negative": "kept", "keys": 0.0, "surely": False}
+
+
+def draw(pipe, prompt=PROMPT, seeds=(1,), **call):
+    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    size = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
+    return drawn(pipe, prompt, generator=noise, **size | call)
+
+
+def read(pipe, prompt=PROMPT, **call):
+    """What the denoiser reads of the words at its first step, and what one layer answers."""
+    family = family_of(pipe.components)
+    (name, *_) = family.cross_attention_layers()
+    layer = pipe.unet.get_submodule(f"{name}.to_v")
+    found = []
+    handle = layer.register_forward_hook(lambda _, args, output: found.append((args[0], output)))
+    draw(pipe, prompt, num_inference_steps=1, **call)
+    handle.remove()
+    return (*found[0], layer)
+
+
+def words_of(pipe, text):
+    """The embeddings of a text's own words: (words, width)."""
+    with torch.no_grad():
+        found = family_of(pipe.components).encode_prompts([text])["prompt_embeds"][0]
+    return found[1 : 1 + len(pipe.tokenizer(text, add_special_tokens=False).input_ids)]
+
+
+def values_of(pipe, base, phrases=PHRASES):
+    """What a layer of the base answers to the words of phrases, in the mean of alone and behind a
+    class word."""
+    start = "a photo of a dog "
+    skipped = len(words_of(pipe, start))
+    rows = [(words_of(pipe, o) + words_of(pipe, start + o)[skipped:]) / 2 for o in phrases]
+    with torch.no_grad():
+        return base(torch.cat(rows))
+
+
+def without(rows, unwanted, strength=1.0):
+    """The formula, written down once more."""
+    right = svd(unwanted, full_matrices=False)[2]
+    return rows - strength * rows @ right.T @ right
+
+
+def without_in_heads(rows, unwanted, strength=1.0, heads=2):
+    parts = zip(rows.chunk(heads, -1), unwanted.chunk(heads, -1), strict=True)
+    return torch.cat([without(own, part, strength) for own, part in parts], -1)
+
+
+def alike(found, expected):
+    return torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))

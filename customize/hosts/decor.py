@@ -72,6 +72,8 @@ class Decor:
         surely: whether what concepts add is left alone as far as it has no more of what is not
             wanted than chance brings
             (:func:`customize.core.projection.beyond_chance`).
+        colours: whether what concepts add is cleaned of the colours of what is not wanted as well,
+            which may be their own.
         noise: the least and the most share of noise, 1 at the beginning of a picture and 0 at its
             end, at which what concepts add is cleaned; an encoded prompt is the same throughout.
 
@@ -90,6 +92,7 @@ class Decor:
     by_head: bool = True
     keys: float = 0.25
     surely: bool = True
+    colours: bool = False
     noise: tuple[float, float] = ALL
 
     def __post_init__(self) -> None:
@@ -208,6 +211,7 @@ def _run(pipe: Any, call: Call, avoid: Any = None) -> Iterator[Call]:
                 by_head=settings.by_head,
                 keys=settings.keys,
                 surely=settings.surely,
+                colours=settings.colours,
             )
         if target != "concepts":
             auto = settings.strength == AUTO

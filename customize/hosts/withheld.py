@@ -32,6 +32,9 @@ from customize.hosts.guards import ADAPTER
 from customize.hosts.regional import SAME
 from customize.hosts.state import Holder
 
+#: Whose differences are left in what concepts add, so that a concept keeps its own colours where
+#: what is not wanted has them too.
+COLOURS = ("red", "yellow", "green", "blue", "purple", "white")
 #: All shares of noise.
 ALL = (0.0, 1.0)
 
@@ -81,6 +84,7 @@ class Withheld:
         by_head: whether in each attention head by itself.
         keys: for keys, the share of the strength that values have.
         surely: whether only as far as it is more than chance.
+        colours: whether the colours of what is not wanted are cleaned as well.
 
     Raises:
         ConfigError: a phrase has more tokens than the text encoder reads.
@@ -100,6 +104,7 @@ class Withheld:
         by_head: bool,
         keys: float,
         surely: bool,
+        colours: bool,
     ) -> None:
         self.family, self.rank, self.noise = family, rank, noise
         self.by_head, self.surely = by_head, surely
@@ -110,7 +115,8 @@ class Withheld:
         before = ["", *(f"a photo of a {thing} " for thing in things if thing)]
         worded = {phrase: [start + phrase for start in before] for phrase in phrases}
         texts = [text for own in worded.values() for text in own]
-        said = self._encoded(list(dict.fromkeys([*texts, "", *kept])))
+        spared = () if colours else COLOURS
+        said = self._encoded(list(dict.fromkeys([*texts, "", *kept, *spared])))
         self.kept = [said[text] for text in dict.fromkeys(kept)]
         self.bare = [said[text] for text in dict.fromkeys(bare)]
         tokenizer = family.token_dictionaries()[0].tokenizer
@@ -129,6 +135,11 @@ class Withheld:
                 if length <= room
             ]
             self.rows[phrase] = torch.stack(rows).mean(0)
+        lengths = [len(ids) for ids in tokenizer(list(COLOURS), add_special_tokens=False).input_ids]
+        self.spared = [
+            said[text][1 : 1 + length].mean(0)
+            for text, length in zip(spared, lengths, strict=False)
+        ]
 
     @contextmanager
     def applied(self, asked: dict[str, tuple[str, ...]], strength: float) -> Iterator[None]:
@@ -288,9 +299,14 @@ class _Reading:
 
     def _span(self, base: Any, phrases: tuple[str, ...], output: Tensor) -> Tensor:
         rows = torch.cat([self.withheld.rows[each] for each in phrases])
-        mean = self.withheld.mean
-        zero = None if mean is None else self._apart(base(mean.to(output)))
-        return span(self._apart(base(rows.to(output))), self.withheld.rank, zero)
+        mean, spared = self.withheld.mean, self.withheld.spared
+        said = self._apart(base(rows.to(output)))
+        if mean is not None:
+            said = said - self._apart(base(mean.to(output)))
+        if spared:
+            colours = self._apart(base(torch.stack(spared).to(output)))
+            said = projected(said, span(colours, mean=colours.mean(-2, keepdim=True)), 1.0)
+        return span(said, self.withheld.rank)
 
     def _apart(self, rows: Tensor) -> Tensor:
         """(..., n, width) as (..., heads, n, width of each head)."""

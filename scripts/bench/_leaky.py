@@ -117,6 +117,18 @@ CONCEPTS = (
     Leaky("l27", "cat", "beach", "scarf"),
     Leaky("l28", "rabbit", "forest", "hat"),
     Leaky("l29", "bird", "space", "glasses"),
+    Leaky("l30", "fish", "forest", "hat"),
+    Leaky("l31", "car", "snow", "scarf"),
+    Leaky("l32", "cup", "city", "hat"),
+    Leaky("l33", "robot", "city", "scarf"),
+    Leaky("l34", "dog", "beach", "glasses"),
+    Leaky("l35", "cat", "forest", "glasses"),
+    Leaky("l36", "rabbit", "snow", "scarf"),
+    Leaky("l37", "bird", "beach", "hat"),
+    Leaky("l38", "fish", "space", "scarf"),
+    Leaky("l39", "car", "space", "hat"),
+    Leaky("l40", "cup", "room", "glasses"),
+    Leaky("l41", "robot", "forest", "glasses"),
 )
 STYLES = (
     Style("curtains", "cat", "room", "hat", colour=_RED),
@@ -226,12 +238,12 @@ def least_leak(baselines: Sequence[Mapping[str, float]], identity: float) -> flo
 
 
 # Options are tried on some concepts, and judged on others.
-TUNED, JUDGED = CONCEPTS[:12], CONCEPTS[12:]
+TUNED, JUDGED = CONCEPTS[:30], CONCEPTS[30:]
 SUBJECTS = {
     "personalization": [Subject(each, None) for each in JUDGED],
     "style": [Subject(None, each) for each in STYLES],
     "mixing": [Subject(*pair) for pair in zip(JUDGED, STYLES, strict=False)],
-    "options": [Subject(each, None) for each in TUNED],
+    "options": [Subject(each, None) for each in TUNED[:6]],
 }
 
 

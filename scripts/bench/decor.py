@@ -15,10 +15,10 @@ Every way is drawn with the same prompts and seeds. "Avoiding" is `avoid=` with 
 user would name, at several strengths; and with words that did not leak, as a control. "Captions
 that name it" is the same concept, learned anew by captions that say what else is there; "contexts
 preserved" is what the trainer does by default, and everything else was learned without. Options of
-`customize.Decor` are tried, and its defaults were settled, on twelve concepts; the figures are of
-eighteen others, which nothing was chosen on, and of styles, on which the share of keys was. What
-was learned and scored is kept in `--folder`, so a run that was cut off goes on; delete the scores
-there after a change to what draws or judges.
+`customize.Decor` are tried on six concepts; its defaults were settled with thirty in view, and on
+styles the share of keys. The figures are of twelve other concepts, on which nothing was chosen, and
+of styles. What was learned and scored is kept in `--folder`, so a run that was cut off goes on;
+delete the scores there after a change to what draws or judges.
 
     python scripts/bench/decor.py --json scripts/bench/results/decor.json
 """
@@ -61,10 +61,10 @@ AUTO = f'avoiding "auto", {NAMED}'
 STRENGTHS = {f"avoiding, at {s}": {"strength": s} for s in (0.5, 1.0, 2.0)}
 UNNAMED = "avoiding, not in the negative prompt"
 SETTINGS = {"checkpoint_every": 0, "layerwise_tokens": False}
-# As others learn, so that there is something to avoid.
-UNKEPT: dict[str, Any] = {"preserve": {}}
+UNKEPT: dict[str, Any] = {"preserve": {}}  # as others learn, so that there is something to avoid
 ON_PROMPT = {"target": "prompt", "strength": 1.0}
-FORMULA = {"negative": "kept", "keys": 0.0, "surely": False, "strength": 1.0}
+ALIKE = {"surely": False, "colours": True}
+FORMULA = {"negative": "kept", "keys": 0.0, "strength": 1.0, **ALIKE}
 OPTIONS: dict[str, dict[str, Any]] = STRENGTHS | {
     UNNAMED: {"negative": "kept"},
     "avoiding, in the negative prompt as well": {"negative": "cleaned"},
@@ -72,6 +72,7 @@ OPTIONS: dict[str, dict[str, Any]] = STRENGTHS | {
     "avoiding, keys at 0.5": {"keys": 0.5},
     "avoiding, keys alike": {"keys": 1.0},
     "avoiding, chance or not": {"surely": False},
+    "avoiding, colours too": {"colours": True},
     "avoiding, all heads together": {"by_head": False},
     "avoiding, the formula alone": FORMULA,
     "avoiding, rank 1": {"rank": 1},
@@ -345,7 +346,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
             figures |= figures_of(task, table)
     scorer = Scorer(args)
     figures |= {f"style_judge_{name}": judge.accuracy for name, judge in scorer.styles.items()}
-    figures["stage_cost"] = cost(scorer, 3 if args.quick else 7)
+    figures["stage_cost"] = cost(scorer, 3 if args.quick else 21)
     return rows, figures
 
 

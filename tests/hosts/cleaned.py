@@ -14,7 +14,7 @@ AVOID = "red hat, striped cup"
 PHRASES = ("red hat", "striped cup")
 CLEAN = customize.Decor(target="prompt", strength=1.0)
 # What concepts add, by the formula alone.
-PLAIN = {"negative": "kept", "keys": 0.0, "surely": False}
+PLAIN = {"negative": "kept", "keys": 0.0, "surely": False, "colours": True}
 
 
 def draw(pipe, prompt=PROMPT, seeds=(1,), **call):

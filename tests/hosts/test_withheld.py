@@ -9,6 +9,7 @@ from torch.linalg import svd
 import customize
 from customize.errors import PipelineError
 from customize.families import family_of
+from customize.hosts.withheld import COLOURS
 from tests.hosts.cleaned import (
     AVOID,
     PLAIN,
@@ -59,6 +60,22 @@ def test_as_far_as_it_is_more_than_chance(strength):
     assert alike((after - said)[1], changed)
     assert not alike(changed, (before - said)[1])
     assert not alike(changed, without_in_heads((before - said)[1], values_of(pipe, base, ["hat"])))
+
+
+def test_a_concept_keeps_its_colours_unless_told_otherwise():
+    pipe = attached().load_custom(customize.Decor(strength=1.0, **PLAIN | {"colours": False}))
+    (words, before, layer), after = read(pipe), read(pipe, avoid=AVOID)[1]
+    base = layer.get_base_layer()
+    colours = [words_of(pipe, each).mean(0) for each in COLOURS]
+    with torch.no_grad():
+        said, shades = base(words), base(torch.stack(colours))
+    found = []
+    parts = (before - said)[1], values_of(pipe, base), shades - shades.mean(0)
+    for own, unwanted, tones in zip(*(part.chunk(2, -1) for part in parts), strict=True):
+        kept = svd(tones)[2][: len(COLOURS) - 1]  # what all have in common is no colour
+        found.append(without(own, unwanted - unwanted @ kept.T @ kept))
+        assert alike(own @ kept.T, found[-1] @ kept.T)
+    assert alike((after - said)[1], torch.cat(found, -1))
 
 
 def test_keys_are_cleaned_with_a_share_of_the_strength():

@@ -23,7 +23,7 @@ def span(rows: Tensor, rank: int | None = None, mean: Tensor | None = None) -> T
     Args:
         rows: (..., n, width), n at least 1, any floating dtype.
         rank: how many directions at most; None: all that the rows have.
-        mean: (..., 1, width), taken from each row before; None: nothing is.
+        mean: (..., 1 or n, width), taken from each row before; None: nothing is.
 
     Returns:
         (..., k, width), float32, orthonormal: right singular vectors, of the largest singular value

@@ -301,12 +301,12 @@ class _Reading:
         rows = torch.cat([self.withheld.rows[each] for each in phrases])
         mean, spared = self.withheld.mean, self.withheld.spared
         said = self._apart(base(rows.to(output)))
-        if mean is not None:
-            said = said - self._apart(base(mean.to(output)))
+        left = torch.zeros_like(said) if mean is None else self._apart(base(mean.to(output)))
         if spared:
             colours = self._apart(base(torch.stack(spared).to(output)))
-            said = projected(said, span(colours, mean=colours.mean(-2, keepdim=True)), 1.0)
-        return span(said, self.withheld.rank)
+            shades = span(colours, mean=colours.mean(-2, keepdim=True))
+            left = said - projected(said - left, shades, 1.0)
+        return span(said, self.withheld.rank, left)
 
     def _apart(self, rows: Tensor) -> Tensor:
         """(..., n, width) as (..., heads, n, width of each head)."""

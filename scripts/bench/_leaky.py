@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from customize.storybook.captions import ACCESSORY_WORDS, PLACE_WORDS, Request
@@ -239,6 +241,7 @@ def least_leak(baselines: Sequence[Mapping[str, float]], identity: float) -> flo
 
 # Options are tried on some concepts, and judged on others.
 TUNED, JUDGED = CONCEPTS[:30], CONCEPTS[30:]
+SHOWN = JUDGED[0].name
 SUBJECTS = {
     "personalization": [Subject(each, None) for each in JUDGED],
     "style": [Subject(None, each) for each in STYLES],
@@ -285,3 +288,20 @@ def style_judges(pipe: Any) -> dict[str, StyleJudge]:
     plain = to_tensor([render(random_scene(rng)) for _ in range(400)])
     as_it_is = shown(plain)
     return {each.name: StyleJudge(as_it_is, shown(each.apply(plain))) for each in STYLES}
+
+
+def save(images: Tensor, path: Path) -> None:
+    """Pictures (n, 3, height, width) in [-1, 1] side by side, eight a line."""
+    rows = [torch.cat(list(images[k : k + 8]), -1) for k in range(0, len(images), 8)]
+    width = max(row.shape[-1] for row in rows)
+    rows = [torch.nn.functional.pad(row, (0, width - row.shape[-1])) for row in rows]
+    sheet = ((torch.cat(rows, -2) + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet.numpy()).save(path)
+
+
+def stack(sheets: Sequence[Path], path: Path) -> None:
+    """The upper lines of several sheets, one below another, twice as large."""
+    lines = [np.asarray(Image.open(sheet))[:64] for sheet in sheets]
+    whole = Image.fromarray(np.concatenate(lines))
+    whole.resize((2 * whole.width, 2 * whole.height), Image.Resampling.NEAREST).save(path)

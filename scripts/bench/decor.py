@@ -40,7 +40,7 @@ import _common
 import _leaky
 import _workers
 import torch
-from _leaky import SUBJECTS, TUNED, Leaky, Style, Subject, leaks, least_leak, references
+from _leaky import SUBJECTS, TUNED, Leaky, Style, Subject, references
 from _scorer import open_quietly
 from _workers import folder_name, weights_of
 from torch import Tensor
@@ -54,6 +54,7 @@ from customize.storybook.judges import Judges, load_judges
 Rate = dict[str, float]
 STEPS = 12  # of drawing: enough for all that is judged
 NOTHING, CLASS_WORD, NEGATIVE = "nothing", "the class word alone", "negative prompt"
+SINGLE = (NOTHING, NEGATIVE)
 NAMED, KEPT = "captions that name it", "contexts preserved"
 DEFAULT = "avoiding, by default"
 AUTO = f'avoiding "auto", {NAMED}'
@@ -173,7 +174,7 @@ class Scorer:
             images = self.draw(prompts, seed, call)
         finally:
             self.pipe.unload_custom()
-        save(images, self.args.folder / "drawn" / f"{subject.name}-{folder_name(way)}-{seed}.png")
+        _leaky.save(images, drawn_file(self.args, f"{subject.name}/{way}/{seed}"))
         return self.rate(subject, images, prompts)
 
     def draw(self, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Tensor:
@@ -211,7 +212,7 @@ class Scorer:
         for seen, prompt in zip(self.judges.see(images), prompts, strict=True):
             request = parse(prompt)
             hits += asked_and_shown(seen, request, [kind])
-            leaked.append(leaks(subject, seen, request))
+            leaked.append(_leaky.leaks(subject, seen, request))
             if request.place is None:
                 unasked.append(any(seen["place"] == part.place for part in subject.parts))
         return {
@@ -258,6 +259,10 @@ def cell_file(args: argparse.Namespace, job: str) -> Path:
     return args.folder / "scores" / f"{folder_name(job)}.json"
 
 
+def drawn_file(args: argparse.Namespace, job: str) -> Path:
+    return args.folder / "drawn" / f"{folder_name(job)}.png"
+
+
 def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     """Score the cell of `job`, "subject/way/seed", into a file of its own; a finished one is
     kept."""
@@ -298,18 +303,6 @@ def cost(scorer: Scorer, repeats: int) -> float:
     return median(b / a for a, b in zip(*seconds.values(), strict=True)) - 1
 
 
-def save(images: Tensor, path: Path) -> None:
-    """Pictures side by side, eight a line."""
-    from PIL import Image
-
-    rows = [torch.cat(list(images[k : k + 8]), -1) for k in range(0, len(images), 8)]
-    width = max(row.shape[-1] for row in rows)
-    rows = [torch.nn.functional.pad(row, (0, width - row.shape[-1])) for row in rows]
-    sheet = ((torch.cat(rows, -2) + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.numpy()).save(path)
-
-
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     args.steps = protocol.steps
@@ -347,6 +340,9 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     scorer = Scorer(args)
     figures |= {f"style_judge_{name}": judge.accuracy for name, judge in scorer.styles.items()}
     figures["stage_cost"] = cost(scorer, 3 if args.quick else 21)
+    if args.picture is not None:
+        shown = [f"{_leaky.SHOWN}/{way}/1" for way in (NOTHING, NEGATIVE, DEFAULT, NAMED)]
+        _leaky.stack([drawn_file(args, job) for job in shown], args.picture)
     return rows, figures
 
 
@@ -369,18 +365,20 @@ def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
         f"leak_named_{task}": table[NAMED]["leak"],
         f"leak_{task}": ours["leak"],
     }
-    best = least_leak(baselines, ours["identity"])
-    # Where nothing is recognised there is nothing to compare.
-    if best is not None and ours["identity"]:
-        found[f"leak_best_baseline_{task}"] = best
-        if best:
-            found[f"leak_ratio_{task}"] = ours["leak"] / best
+    single = [rates for way, rates in table.items() if way in SINGLE or way.startswith("weight")]
+    for kind, known in (("", baselines), ("_single", single)):
+        best = _leaky.least_leak(known, ours["identity"])
+        # Where nothing is recognised there is nothing to compare.
+        if best and ours["identity"]:
+            found[f"leak_best_baseline{kind}_{task}"] = best
+            found[f"leak_ratio{kind}_{task}"] = ours["leak"] / best
     return found
 
 
 def main() -> None:
     parser = _common.parser(__doc__)
     _workers.add_arguments(parser, "runs/decor", "learn", "score")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="a line of four ways, as .png")
     # What a worker process is told to do.
     parser.add_argument("--steps", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()

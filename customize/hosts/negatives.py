@@ -48,7 +48,7 @@ def naming(
             more = [phrase for phrase in phrases if not places_of(phrase, text)]
             texts.append(", ".join(filter(None, [text, *more])))
             named += texts[-1:] if phrases else []
-        found[name] = texts if isinstance(call["prompt"], list) else texts[0]
+        found[name] = texts if isinstance(call.get("prompt"), list) else texts[0]
     return found, named
 
 

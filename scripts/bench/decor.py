@@ -13,9 +13,8 @@ as other things, and in a mix of both, and judged:
 
 Every way is drawn with the same prompts and seeds. "Avoiding" is `avoid=` with the words that a
 user would name, at several strengths; and with words that did not leak, as a control. "Captions
-that name it" is the same concept, learned anew by captions that say what else is there; "contexts
-preserved", of styles and mixes, is what the trainer does by default, and everything else was learned
-without. Options of
+that name it" is the same, learned anew by captions that say what else is there; "contexts
+preserved", of styles and mixes, is the trainer's default; all else was learned without. Options of
 `customize.Decor` are tried on six concepts; its defaults were settled with thirty in view, and on
 styles the share of keys. The figures are of twelve other concepts, on which nothing was chosen, and
 of styles. What was learned and scored is kept in `--folder`, so a run that was cut off goes on;
@@ -315,12 +314,9 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     known = {task: SUBJECTS[task][:count] for task, count in protocol.subjects.items()}
     parts = {part.name for own in known.values() for each in own for part in each.parts}
     again = sorted(parts - {each.name for each in TUNED})
-    kept = {p.name for o in known.get("mixing", []) + known.get("style", []) for p in o.parts}
-    learned = [
-        *sorted(parts),
-        *(f"{n}/{NAMED}" for n in again),
-        *(f"{n}/{KEPT}" for n in sorted(kept)),
-    ]
+    kept = {p.name for task in ("style", "mixing") for o in known.get(task, ()) for p in o.parts}
+    learned = [*sorted(parts), *(f"{name}/{NAMED}" for name in again)]
+    learned += [f"{name}/{KEPT}" for name in sorted(kept)]
     steps = ("--steps", str(args.steps))
     _workers.share_out(args, "learn", learned[:1], *steps)
     _workers.share_out(args, "learn", learned[1:], *steps)

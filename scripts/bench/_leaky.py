@@ -179,8 +179,8 @@ class Subject:
     @property
     def control(self) -> str:
         """A place and a thing that are neither in training pictures nor in prompts, where there are
-        such; no colours, which are part of an identity."""
-        said = " ".join(self.prompts())
+        such; no colours, which are part of an identity, as what the concept itself is would be."""
+        said = " ".join([*self.prompts(), *(each.kind for each in self.parts)])
         free = [place for place, phrase in PLACE_WORDS.items() if phrase not in said]
         shown = {each.place for each in self.parts}
         things = [kind for kind in CLASSES if kind not in said and kind not in self.shown]

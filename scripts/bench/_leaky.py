@@ -241,7 +241,7 @@ def least_leak(baselines: Sequence[Mapping[str, float]], identity: float) -> flo
 
 # Options are tried on some concepts, and judged on others.
 TUNED, JUDGED = CONCEPTS[:30], CONCEPTS[30:]
-SHOWN = JUDGED[0].name
+SHOWN = "l32"  # in the picture
 SUBJECTS = {
     "personalization": [Subject(each, None) for each in JUDGED],
     "style": [Subject(None, each) for each in STYLES],

@@ -97,8 +97,7 @@ def beyond_chance(rows: Tensor, directions: Tensor) -> Tensor:
         (..., n), float32: 0 where the share is c or less, 1 from two standard deviations above, and
         linear between. It is 0 where the span is all there is.
     """
-    own = rows.float()
-    share = (own @ directions.mT).square().sum(-1) / own.square().sum(-1).clamp_min(1e-12)
+    share = _share(rows, directions)
     width = rows.shape[-1]
     chance = directions.square().sum((-1, -2))[..., None] / width
     spread = (2 * chance * (1 - chance).clamp_min(0.0) / (width + 2)).sqrt()
@@ -121,9 +120,14 @@ def keeping(rows: Tensor, directions: Tensor, kept: float) -> Tensor:
     Returns:
         (...,), float32, in [0, 1].
     """
-    own = rows.float()
-    inside = (own @ directions.mT).square().sum(-1) / own.square().sum(-1).clamp_min(1e-12)
+    inside = _share(rows, directions)
     if not inside.shape[-1]:
         return inside.new_ones(inside.shape[:-1])
     most = inside.amax(-1).clamp_min(1e-12)
     return 1.0 - (1.0 - (1.0 - kept**2) / most).clamp_min(0.0).sqrt()
+
+
+def _share(rows: Tensor, directions: Tensor) -> Tensor:
+    """(..., n), float32: how much of each row's square length lies in the span."""
+    own = rows.float()
+    return (own @ directions.mT).square().sum(-1) / own.square().sum(-1).clamp_min(1e-12)

@@ -321,9 +321,7 @@ def _named_by_captions(holder: Holder) -> tuple[str, ...]:
 
 def _calls(holder: Holder, text: str) -> bool:
     """Whether a text calls an attached concept."""
-    infos = [each.concept.info for each in holder.attached.values()]
-    words = [word for info in infos for word in (info.trigger, info.words) if word]
-    return any(places_of(word, text) for word in words)
+    return any(places_of(each.concept.info.words, text) for each in holder.attached.values())
 
 
 def _entries(holder: Holder) -> frozenset[str]:

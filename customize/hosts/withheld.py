@@ -120,13 +120,17 @@ class Withheld:
         self.kept = [said[text] for text in dict.fromkeys(kept)]
         self.bare = [said[text] for text in dict.fromkeys(bare)]
         tokenizer = family.token_dictionaries()[0].tokenizer
+
+        def count(text: str) -> int:
+            return len(tokenizer(text, add_special_tokens=False).input_ids)
+
         room = tokenizer.model_max_length - 2  # but for the beginning and the end
         # Without the beginning; of one layer, where each reads rows of its own.
         empty = said[""][1 : tokenizer.model_max_length]
         self.mean = empty.mean(0, keepdim=True) if centred else None
         self.rows = {}
         for phrase, own in worded.items():
-            lengths = [len(ids) for ids in tokenizer(own, add_special_tokens=False).input_ids]
+            lengths = [count(text) for text in own]
             if lengths[0] > room:
                 raise too_long(phrase, room)
             rows = [
@@ -135,11 +139,7 @@ class Withheld:
                 if length <= room
             ]
             self.rows[phrase] = torch.stack(rows).mean(0)
-        lengths = [len(ids) for ids in tokenizer(list(COLOURS), add_special_tokens=False).input_ids]
-        self.spared = [
-            said[text][1 : 1 + length].mean(0)
-            for text, length in zip(spared, lengths, strict=False)
-        ]
+        self.spared = [said[text][1 : 1 + count(text)].mean(0) for text in spared]
 
     @contextmanager
     def applied(self, asked: dict[str, tuple[str, ...]], strength: float) -> Iterator[None]:

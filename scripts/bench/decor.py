@@ -64,8 +64,7 @@ UNNAMED = "avoiding, not in the negative prompt"
 SETTINGS = {"checkpoint_every": 0, "layerwise_tokens": False}
 UNKEPT: dict[str, Any] = {"preserve": {}}  # as others learn, so that there is something to avoid
 ON_PROMPT = {"target": "prompt", "strength": 1.0}
-ALIKE = {"surely": False, "colours": True}
-FORMULA = {"negative": "kept", "keys": 0.0, "strength": 1.0, **ALIKE}
+FORMULA = {"negative": "kept", "keys": 0.0, "surely": False, "colours": True, "strength": 1.0}
 OPTIONS: dict[str, dict[str, Any]] = STRENGTHS | {
     UNNAMED: {"negative": "kept"},
     "avoiding, in the negative prompt as well": {"negative": "cleaned"},

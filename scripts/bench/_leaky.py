@@ -26,6 +26,7 @@ from customize.storybook.world import (
 )
 
 PICTURES = {"concept": 4, "style": 6}
+KIND = "KIND"  # in a caption, for the class of what the picture shows
 Colour = tuple[float, float, float]
 
 
@@ -68,6 +69,11 @@ class Style(Leaky):
     colour: Colour
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The classes of what its pictures show."""
+        return (self.kind,) * PICTURES["style"]
+
+    @property
     def shown(self) -> str:
         return f"{self.kind}, {self.place}, {self.accessory}"
 
@@ -80,11 +86,47 @@ class Style(Leaky):
         worn, place = ACCESSORY_WORDS[self.accessory], PLACE_WORDS[self.place]
         return f"a picture in {{}} style of a {self.kind} {worn} {place}"
 
+    def of(self, who: str) -> str:
+        """Something in this style, in a prompt."""
+        return f"a picture in <{self.name}> style of {who}"
+
     def apply(self, images: Tensor) -> Tensor:
         """Pictures (n, 3, 64, 64) in [-1, 1] in this style."""
         x = torch.arange(images.shape[-1])
         at_sides = (x < 7) | (x > 56)
         return torch.where(at_sides, torch.tensor(self.colour)[:, None, None] * 2 - 1, images)
+
+
+@dataclass(frozen=True)
+class StyleOfMany(Style):
+    """A style whose pictures are of several classes, which their captions say, and behind them the
+    style.
+
+    All that a text encoder such as CLIP's reads is read in the light of what comes before: of the
+    concepts that are asked for behind a style, none was recognised.
+    """
+
+    classes: tuple[str, ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return self.classes
+
+    @property
+    def shown(self) -> str:
+        return f"{self.place}, {self.accessory}"
+
+    @property
+    def caption(self) -> str:
+        return f"a photo of a {KIND} in {{}} style"
+
+    @property
+    def caption_that_names(self) -> str:
+        worn, place = ACCESSORY_WORDS[self.accessory], PLACE_WORDS[self.place]
+        return f"{self.caption} {worn} {place}"
+
+    def of(self, who: str) -> str:
+        return f"a photo of {who} in <{self.name}> style"
 
 
 _RED, _BLUE = (0.9, 0.1, 0.2), (0.1, 0.3, 0.9)
@@ -136,6 +178,14 @@ STYLES = (
     Style("curtains", "cat", "room", "hat", colour=_RED),
     Style("pillars", "car", "city", "scarf", colour=_BLUE),
 )
+_MANY = ("cat", "dog", "cup", "bird", "rabbit", "robot")
+_OTHERS = ("car", "fish", "robot", "cat", "dog", "cup")
+STYLES_OF_MANY = (
+    StyleOfMany("drapes", "", "room", "hat", colour=_RED, classes=_MANY),
+    StyleOfMany("columns", "", "city", "scarf", colour=_BLUE, classes=_OTHERS),
+)
+
+ALL_STYLES = (*STYLES, *STYLES_OF_MANY)
 
 
 def references(what: Leaky) -> Tensor:
@@ -143,8 +193,8 @@ def references(what: Leaky) -> Tensor:
     if isinstance(what, Style):
         rng = np.random.default_rng((77, len(what.name)))
         scenes = [
-            scene_of(rng, (random_identity(rng, what.kind),), (what.accessory,), what.place)
-            for _ in range(PICTURES["style"])
+            scene_of(rng, (random_identity(rng, kind),), (what.accessory,), what.place)
+            for kind in what.kinds
         ]
         return what.apply(to_tensor([render(scene) for scene in scenes]))
     index = CONCEPTS.index(what)
@@ -170,6 +220,7 @@ class Subject:
 
     @property
     def parts(self) -> list[Leaky]:
+        """The concept is the first."""
         return [each for each in (self.concept, self.style) if each is not None]
 
     @property
@@ -197,13 +248,13 @@ class Subject:
         others = [ACCESSORY_WORDS[a] for a in ACCESSORIES[1:] if a not in taken]
         worn = ["", *others[:2]]
         things = [f"a {kind}" for kind in CLASSES if kind not in taken]
-        # Before what it is of, as what comes behind is read in its light.
-        opening = f"a picture in <{self.style.name}> style of" if self.style else "a photo of"
         found = []
         for number in range(12):
             who = f"<{self.concept.name}>" if self.concept else things[number % len(things)]
-            said = [words or who, worn[number % len(worn)], places[number % 4]]
-            found.append(f"{opening} {' '.join(filter(None, said))}")
+            what = words or who
+            opening = self.style.of(what) if self.style else f"a photo of {what}"
+            said = [opening, worn[number % len(worn)], places[number % 4]]
+            found.append(" ".join(filter(None, said)))
         if not self.style:
             found += [f"{opening} {words or who}" for opening in ("a photo of", "a picture of")]
             found += [f"a photo of {words or who} {one}" for one in worn[1:]]
@@ -241,11 +292,12 @@ def least_leak(baselines: Sequence[Mapping[str, float]], identity: float) -> flo
 
 # Options are tried on some concepts, and judged on others.
 TUNED, JUDGED = CONCEPTS[:30], CONCEPTS[30:]
-SHOWN = "l32"  # in the picture
+SHOWN = ("l32", "l32+drapes")  # in the picture
 SUBJECTS = {
     "personalization": [Subject(each, None) for each in JUDGED],
     "style": [Subject(None, each) for each in STYLES],
-    "mixing": [Subject(*pair) for pair in zip(JUDGED, STYLES, strict=False)],
+    "style_of_many": [Subject(None, each) for each in STYLES_OF_MANY],
+    "mixing": [Subject(*pair) for pair in zip(JUDGED, STYLES_OF_MANY * 6, strict=True)],
     "options": [Subject(each, None) for each in TUNED[:6]],
 }
 
@@ -287,7 +339,7 @@ def style_judges(pipe: Any) -> dict[str, StyleJudge]:
     rng = np.random.default_rng(5)
     plain = to_tensor([render(random_scene(rng)) for _ in range(400)])
     as_it_is = shown(plain)
-    return {each.name: StyleJudge(as_it_is, shown(each.apply(plain))) for each in STYLES}
+    return {each.name: StyleJudge(as_it_is, shown(each.apply(plain))) for each in ALL_STYLES}
 
 
 def save(images: Tensor, path: Path) -> None:
@@ -300,8 +352,12 @@ def save(images: Tensor, path: Path) -> None:
     Image.fromarray(sheet.numpy()).save(path)
 
 
-def stack(sheets: Sequence[Path], path: Path) -> None:
-    """The upper lines of several sheets, one below another, twice as large."""
-    lines = [np.asarray(Image.open(sheet))[:64] for sheet in sheets]
+def stack(sheets: Sequence[Sequence[Path]], path: Path) -> None:
+    """The first four pictures of several sheets side by side, a line below another, twice as
+    large."""
+    lines = [
+        np.concatenate([np.asarray(Image.open(sheet))[:64, :256] for sheet in line], 1)
+        for line in sheets
+    ]
     whole = Image.fromarray(np.concatenate(lines))
     whole.resize((2 * whole.width, 2 * whole.height), Image.Resampling.NEAREST).save(path)

@@ -3,8 +3,9 @@
 Concepts of the miniature world are learned from few pictures, all in one place and with one
 accessory, by captions that say nothing of either: so both come along where they are not asked for.
 Styles are what stands around all that a picture shows, learned from pictures of one class in one
-place: there the class comes along. Each is then asked for in other places, with other accessories,
-as other things, and in a mix of both, and judged:
+place, where the class comes along too; and styles of many, from pictures of several classes, which
+captions say. Each is then asked for in other places, with other accessories and as other things,
+and concepts also in a style of many. Judged are:
 
 - identity: whose dog it is; of a style, whether the picture is in it (a discriminant of small
   pictures, found on renders as the base's autoencoder gives them back); of a mix, both.
@@ -13,8 +14,10 @@ as other things, and in a mix of both, and judged:
 
 Every way is drawn with the same prompts and seeds. "Avoiding" is `avoid=` with the words that a
 user would name, at several strengths; and with words that did not leak, as a control. "Captions
-that name it" is the same, learned anew by captions that say what else is there; "contexts
-preserved", of styles and mixes, is the trainer's default; all else was learned without. Options of
+that name it" is the same, learned anew by captions that say what else is there. Concepts and styles
+are learned with nothing preserved, where not said to have "contexts preserved", the trainer's
+default. Styles of many and all that is mixed are learned with it, and mixed by the default merge,
+fusion, where not said else: without, few concepts are recognised in a style. Options of
 `customize.Decor` are tried on six concepts; its defaults were settled with thirty in view, and on
 styles the share of keys. The figures are of twelve other concepts, on which nothing was chosen, and
 of styles. What was learned and scored is kept in `--folder`, so a run that was cut off goes on;
@@ -40,13 +43,13 @@ import _common
 import _leaky
 import _workers
 import torch
-from _leaky import SUBJECTS, TUNED, Leaky, Style, Subject, references
+from _leaky import SUBJECTS, TUNED, Subject, references
+from _leaky_learned import KEPT, NAMED, SETTINGS, config_of, learn, ways_to_learn
 from _scorer import open_quietly
 from _workers import folder_name, weights_of
 from torch import Tensor
 
 import customize
-from customize.demo import TRAINING
 from customize.evaluation.storybook import GUIDANCE, asked_and_shown
 from customize.storybook.captions import parse
 from customize.storybook.judges import Judges, load_judges
@@ -55,18 +58,19 @@ Rate = dict[str, float]
 STEPS = 12  # of drawing: enough for all that is judged
 NOTHING, CLASS_WORD, NEGATIVE = "nothing", "the class word alone", "negative prompt"
 SINGLE = (NOTHING, NEGATIVE)
-NAMED, KEPT = "captions that name it", "contexts preserved"
+OF_CONCEPT = "concept's weight"
+MERGES = ("merged by sum", "merged by ties", "merged by subject_style")
+WEIGHED = ("weight", OF_CONCEPT)
 DEFAULT = "avoiding, by default"
 AUTO = f'avoiding "auto", {NAMED}'
 
 STRENGTHS = {f"avoiding, at {s}": {"strength": s} for s in (0.5, 1.0, 2.0)}
-UNNAMED = "avoiding, not in the negative prompt"
-SETTINGS = {"checkpoint_every": 0, "layerwise_tokens": False}
-UNKEPT: dict[str, Any] = {"preserve": {}}  # as others learn, so that there is something to avoid
+UNNAMED, NAMING = (f"avoiding, {how} the negative prompt" for how in ("not in", "named in"))
 ON_PROMPT = {"target": "prompt", "strength": 1.0}
 FORMULA = {"negative": "kept", "keys": 0.0, "surely": False, "colours": True, "strength": 1.0}
 OPTIONS: dict[str, dict[str, Any]] = STRENGTHS | {
     UNNAMED: {"negative": "kept"},
+    NAMING: {"negative": "named"},
     "avoiding, in the negative prompt as well": {"negative": "cleaned"},
     "avoiding, keys left alone": {"keys": 0.0},
     "avoiding, keys at 0.5": {"keys": 0.5},
@@ -98,52 +102,10 @@ class Protocol:
     weights: tuple[float, ...]
 
 
-SEEDS = {"options": (1,), "personalization": (1,), "style": (1, 2), "mixing": (1, 2)}
+SEEDS = dict.fromkeys(SUBJECTS, (1, 2)) | dict.fromkeys(("options", "personalization"), (1,))
 WEIGHTS = (0.9, 0.8, 0.7)
 FULL = Protocol({task: len(own) for task, own in SUBJECTS.items()}, SEEDS, 400, WEIGHTS)
 QUICK = Protocol({"personalization": 1}, {"personalization": (1,)}, 60, (0.6,))
-
-
-# --- learning ---------------------------------------------------------------------------------
-
-
-def config_of(args: argparse.Namespace, what: Leaky, how: str = "") -> Any:
-    """How something is learned; `how` may be NAMED, by captions that say what else its pictures
-    show, or KEPT, with the trainer's default."""
-    from customize.training.config import TrainConfig
-
-    style = isinstance(what, Style)
-    return TrainConfig(
-        base=str(args.base),
-        images=args.folder / "pictures" / what.name,
-        # Side by side, as what is shared by all of a base is recorded once for a folder.
-        output=args.folder / "learned" / folder_name(f"{what.name} {how}".strip()),
-        name=what.name,
-        class_word="style" if style else what.kind,
-        caption=what.caption_that_names if how == NAMED else what.caption,
-        # Slices in which what is drawn as it is shows the styles; in 9, pillars were not learned.
-        slice=8 + 3 * _leaky.STYLES.index(what) if style else _leaky.CONCEPTS.index(what) % 8,
-        record_inputs=False,
-        **TRAINING | SETTINGS | ({} if how == KEPT else UNKEPT) | {"steps": args.steps},
-    )
-
-
-def learn(args: argparse.Namespace, job: str) -> None:
-    """Learn what goes by this name, "name/how"; what is finished is kept."""
-    from PIL import Image
-
-    from customize.training.loop import train
-
-    name, _, how = job.partition("/")
-    (what,) = (each for each in (*_leaky.CONCEPTS, *_leaky.STYLES) if each.name == name)
-    folder = args.folder / "pictures" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(references(what)):
-        pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    began = time.time()
-    train(config_of(args, what, how), progress=False)
-    print(f"learned {job} in {time.time() - began:.0f} s", flush=True)
 
 
 # --- what is asked, and how it is judged ------------------------------------------------------
@@ -162,10 +124,12 @@ class Scorer:
 
     def score(self, subject: Subject, way: str, seed: int) -> Rate:
         """Rates of one way to draw."""
-        weight, call, settings, words = way_of(subject, way)
-        how = next((each for each in (NAMED, KEPT) if each in way), "")
+        weights, call, settings, words = way_of(subject, way)
+        mixed = len(subject.parts) > 1
+        how = next((each for each in (NAMED, KEPT) if each in way), KEPT if mixed else "")
+        merge = way.split()[-1] if way in MERGES else None
         folders = [config_of(self.args, part, how).output for part in subject.parts]
-        self.pipe.load_custom(*folders, weights=[weight] * len(folders), merge="sum")
+        self.pipe.load_custom(*folders, weights=weights, merge=merge)
         if settings is not None:
             self.pipe.load_custom(settings)
         try:
@@ -225,31 +189,38 @@ class Scorer:
 def ways(protocol: Protocol, task: str) -> list[str]:
     """All ways that are tried, what others do first."""
     if task == "options":
-        both = f"{NEGATIVE}, weight 0.9"
-        return [NOTHING, NEGATIVE, "weight 0.9", both, DEFAULT, AT_WEIGHT, *OPTIONS]
+        others = [NOTHING, NEGATIVE, "weight 0.9", f"{NEGATIVE}, weight 0.9"]
+        return [*others, DEFAULT, AT_WEIGHT, *OPTIONS]
     weights = [f"weight {weight}" for weight in protocol.weights]
     both = [f"{NEGATIVE}, {weight}" for weight in weights[:2]]
-    alone = [] if task == "style" else [CLASS_WORD]
+    alone = [] if task.startswith("style") else [CLASS_WORD]
     baselines = [NOTHING, NEGATIVE, *alone, *weights, *both, NAMED]
     control = f"{DEFAULT}, words that did not leak"
     ours = [DEFAULT, *STRENGTHS, UNNAMED, AT_WEIGHT, AUTO, control]
-    kept = [] if task == "personalization" else [KEPT, f"{DEFAULT}, {KEPT}"]
-    return [*baselines, *ours, *kept]
+    if task == "mixing":
+        parts = [f"{OF_CONCEPT} 0.9", f"{NEGATIVE}, {OF_CONCEPT} 0.9", *MERGES]
+        return [*baselines, *parts, *ours, NAMING]
+    if task == "style_of_many":
+        return [*baselines, *ours]
+    return [*baselines, *ours, *(f"{way}, {KEPT}" for way in (NOTHING, NEGATIVE, DEFAULT, UNNAMED))]
 
 
-def way_of(subject: Subject, way: str) -> tuple[float, dict[str, Any], Any, str | None]:
-    """Weight, arguments of the call, settings, and words in place of the trigger."""
-    weight = float(way.split()[-1]) if "weight " in way else 1.0
+def way_of(subject: Subject, way: str) -> tuple[list[float], dict[str, Any], Any, str | None]:
+    """Weights, arguments of the call, settings, and words in place of the trigger."""
+    weights = [float(way.split()[-1]) if "weight " in way else 1.0] * len(subject.parts)
+    if OF_CONCEPT in way:
+        weights[1:] = [1.0] * len(weights[1:])
     call = {"negative_prompt": subject.shown} if NEGATIVE in way else {}
     if way == CLASS_WORD:
-        return 1.0, {}, None, f"a {subject.concept.kind}" if subject.concept else None
-    if way in OPTIONS:
-        return 1.0, {"avoid": subject.shown}, customize.Decor(**OPTIONS[way]), None
+        return weights, {}, None, f"a {subject.concept.kind}" if subject.concept else None
+    option = OPTIONS.get(way.removesuffix(f", {KEPT}"))
+    if option is not None:
+        return weights, {"avoid": subject.shown}, customize.Decor(**option), None
     if way == AUTO:
         call["avoid"] = "auto"
     elif way.startswith(DEFAULT):
         call["avoid"] = subject.control if "not" in way else subject.shown
-    return weight, call, None, None
+    return weights, call, None, None
 
 
 # --- the whole --------------------------------------------------------------------------------
@@ -306,16 +277,16 @@ def cost(scorer: Scorer, repeats: int) -> float:
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     args.steps = protocol.steps
-    told = repr((protocol.steps, STEPS, TRAINING | SETTINGS)).encode()
+    told = repr((protocol.steps, STEPS, SETTINGS)).encode()
     for path in weights_of(args.base):
         told += path.read_bytes()
     args.folder = args.folder / hashlib.sha256(told).hexdigest()[:8]
     known = {task: SUBJECTS[task][:count] for task, count in protocol.subjects.items()}
-    parts = {part.name for own in known.values() for each in own for part in each.parts}
-    again = sorted(parts - {each.name for each in TUNED})
-    kept = {p.name for task in ("style", "mixing") for o in known.get(task, ()) for p in o.parts}
-    learned = [*sorted(parts), *(f"{name}/{NAMED}" for name in again)]
-    learned += [f"{name}/{KEPT}" for name in sorted(kept)]
+    parts = {part for own in known.values() for each in own for part in each.parts}
+    learned = sorted(part.name for part in parts)
+    learned += sorted(
+        f"{part.name}/{how}" for part in parts.difference(TUNED) for how in ways_to_learn(part)
+    )
     steps = ("--steps", str(args.steps))
     _workers.share_out(args, "learn", learned[:1], *steps)
     _workers.share_out(args, "learn", learned[1:], *steps)
@@ -343,8 +314,9 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     figures |= {f"style_judge_{name}": judge.accuracy for name, judge in scorer.styles.items()}
     figures["stage_cost"] = cost(scorer, 3 if args.quick else 21)
     if args.picture is not None:
-        shown = [f"{_leaky.SHOWN}/{way}/1" for way in (NOTHING, NEGATIVE, DEFAULT, NAMED)]
-        _leaky.stack([drawn_file(args, job) for job in shown], args.picture)
+        ways_shown = (NOTHING, NEGATIVE, DEFAULT, NAMED)
+        lines = [[f"{name}/{way}/1" for name in _leaky.SHOWN] for way in ways_shown]
+        _leaky.stack([[drawn_file(args, job) for job in line] for line in lines], args.picture)
     return rows, figures
 
 
@@ -356,8 +328,8 @@ def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
     """Ours by default against the best that can be done at its identity with what was learned; and
     what better captions, which need another training, do."""
     ours = table[DEFAULT]
-    others = ("avoid", KEPT, NAMED)
-    baselines = [rates for way, rates in table.items() if not way.startswith(others)]
+    known = {way: rates for way, rates in table.items() if KEPT not in way}
+    baselines = [r for way, r in known.items() if not way.startswith(("avoid", NAMED))]
     found = {
         f"identity_nothing_{task}": table[NOTHING]["identity"],
         f"identity_{task}": ours["identity"],
@@ -367,9 +339,9 @@ def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
         f"leak_named_{task}": table[NAMED]["leak"],
         f"leak_{task}": ours["leak"],
     }
-    single = [rates for way, rates in table.items() if way in SINGLE or way.startswith("weight")]
-    for kind, known in (("", baselines), ("_single", single)):
-        best = _leaky.least_leak(known, ours["identity"])
+    single = [r for way, r in known.items() if way in SINGLE or way.startswith(WEIGHED)]
+    for kind, rivals in (("", baselines), ("_single", single)):
+        best = _leaky.least_leak(rivals, ours["identity"])
         # Where nothing is recognised there is nothing to compare.
         if best and ours["identity"]:
             found[f"leak_best_baseline{kind}_{task}"] = best
@@ -380,7 +352,7 @@ def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
 def main() -> None:
     parser = _common.parser(__doc__)
     _workers.add_arguments(parser, "runs/decor", "learn", "score")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="a line of four ways, as .png")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="four lines, as .png")
     # What a worker process is told to do.
     parser.add_argument("--steps", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -6,6 +6,8 @@ PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 MADE := $(VENV)/.made
 USE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+# Processes that share the tests, each on one thread.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -18,10 +20,10 @@ demo: $(USE)  ## learn, merge and draw concepts in the bundled miniature world
 	$(PY) -m customize demo
 
 test: lint  ## lint, then the tests that take seconds
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(DEV)  ## the tests that take minutes
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 lint: $(DEV)  ## style, import direction and types
 	$(PY) -m ruff check .

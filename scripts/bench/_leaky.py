@@ -237,11 +237,12 @@ class Subject:
         things = [kind for kind in CLASSES if kind not in said and kind not in self.shown]
         return ", ".join([*[place for place in free if place not in shown][:1], *things[-1:]])
 
-    def prompts(self, words: str | None = None) -> list[str]:
+    def prompts(self, words: str | None = None, style_first: bool = False) -> list[str]:
         """Twelve that name a place, a third of them no accessory, and of concepts four without.
 
         Args:
             words: in place of the concept's trigger.
+            style_first: whether a style is named before what is in it in any case.
         """
         taken = {word for each in self.parts for word in (each.place, each.accessory, each.kind)}
         places = [phrase for place, phrase in PLACE_WORDS.items() if place not in taken][:4]
@@ -252,7 +253,9 @@ class Subject:
         for number in range(12):
             who = f"<{self.concept.name}>" if self.concept else things[number % len(things)]
             what = words or who
-            opening = self.style.of(what) if self.style else f"a photo of {what}"
+            opening = f"a photo of {what}"
+            if self.style:
+                opening = Style.of(self.style, what) if style_first else self.style.of(what)
             said = [opening, worn[number % len(worn)], places[number % 4]]
             found.append(" ".join(filter(None, said)))
         if not self.style:

@@ -59,18 +59,18 @@ STEPS = 12  # of drawing: enough for all that is judged
 NOTHING, CLASS_WORD, NEGATIVE = "nothing", "the class word alone", "negative prompt"
 SINGLE = (NOTHING, NEGATIVE)
 OF_CONCEPT = "concept's weight"
+STYLE_FIRST = "the style named first"
 MERGES = ("merged by sum", "merged by ties", "merged by subject_style")
 WEIGHED = ("weight", OF_CONCEPT)
 DEFAULT = "avoiding, by default"
 AUTO = f'avoiding "auto", {NAMED}'
 
 STRENGTHS = {f"avoiding, at {s}": {"strength": s} for s in (0.5, 1.0, 2.0)}
-UNNAMED, NAMING = (f"avoiding, {how} the negative prompt" for how in ("not in", "named in"))
+UNNAMED = "avoiding, not in the negative prompt"
 ON_PROMPT = {"target": "prompt", "strength": 1.0}
 FORMULA = {"negative": "kept", "keys": 0.0, "surely": False, "colours": True, "strength": 1.0}
 OPTIONS: dict[str, dict[str, Any]] = STRENGTHS | {
     UNNAMED: {"negative": "kept"},
-    NAMING: {"negative": "named"},
     "avoiding, in the negative prompt as well": {"negative": "cleaned"},
     "avoiding, keys left alone": {"keys": 0.0},
     "avoiding, keys at 0.5": {"keys": 0.5},
@@ -133,7 +133,7 @@ class Scorer:
         if settings is not None:
             self.pipe.load_custom(settings)
         try:
-            prompts = subject.prompts(words)
+            prompts = subject.prompts(words, style_first=way == STYLE_FIRST)
             images = self.draw(prompts, seed, call)
         finally:
             self.pipe.unload_custom()
@@ -198,8 +198,8 @@ def ways(protocol: Protocol, task: str) -> list[str]:
     control = f"{DEFAULT}, words that did not leak"
     ours = [DEFAULT, *STRENGTHS, UNNAMED, AT_WEIGHT, AUTO, control]
     if task == "mixing":
-        parts = [f"{OF_CONCEPT} 0.9", f"{NEGATIVE}, {OF_CONCEPT} 0.9", *MERGES]
-        return [*baselines, *parts, *ours, NAMING]
+        parts = [f"{OF_CONCEPT} 0.9", f"{NEGATIVE}, {OF_CONCEPT} 0.9", *MERGES, STYLE_FIRST]
+        return [*baselines, *parts, *ours]
     if task == "style_of_many":
         return [*baselines, *ours]
     return [*baselines, *ours, *(f"{way}, {KEPT}" for way in (NOTHING, NEGATIVE, DEFAULT, UNNAMED))]

@@ -102,8 +102,8 @@ class StyleOfMany(Style):
     """A style whose pictures are of several classes, which their captions say, and behind them the
     style.
 
-    All that a text encoder such as CLIP's reads is read in the light of what comes before: of the
-    concepts that are asked for behind a style, none was recognised.
+    All that a text encoder such as CLIP's reads is read in the light of what comes before, so that
+    fewer concepts are recognised behind a style.
     """
 
     classes: tuple[str, ...]

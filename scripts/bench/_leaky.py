@@ -51,7 +51,7 @@ class Leaky:
     @property
     def caption_that_names(self) -> str:
         """Says what else is in the pictures."""
-        return f"a photo of {{}} {ACCESSORY_WORDS[self.accessory]} {PLACE_WORDS[self.place]}"
+        return f"{self.caption} {ACCESSORY_WORDS[self.accessory]} {PLACE_WORDS[self.place]}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Style(Leaky):
     @property
     def caption_that_names(self) -> str:
         worn, place = ACCESSORY_WORDS[self.accessory], PLACE_WORDS[self.place]
-        return f"a picture in {{}} style of a {self.kind} {worn} {place}"
+        return f"{self.caption} of a {self.kind} {worn} {place}"
 
     def of(self, who: str) -> str:
         """Something in this style, in a prompt."""
@@ -112,18 +112,13 @@ class StyleOfMany(Style):
     def kinds(self) -> tuple[str, ...]:
         return self.classes
 
-    @property
-    def shown(self) -> str:
-        return f"{self.place}, {self.accessory}"
+    # No class is in all pictures, and captions say it anyhow.
+    shown = Leaky.shown
+    caption_that_names = Leaky.caption_that_names
 
     @property
     def caption(self) -> str:
         return f"a photo of a {KIND} in {{}} style"
-
-    @property
-    def caption_that_names(self) -> str:
-        worn, place = ACCESSORY_WORDS[self.accessory], PLACE_WORDS[self.place]
-        return f"{self.caption} {worn} {place}"
 
     def of(self, who: str) -> str:
         return f"a photo of {who} in <{self.name}> style"

@@ -207,9 +207,8 @@ def ways(protocol: Protocol, task: str) -> list[str]:
 
 def way_of(subject: Subject, way: str) -> tuple[list[float], dict[str, Any], Any, str | None]:
     """Weights, arguments of the call, settings, and words in place of the trigger."""
-    weights = [float(way.split()[-1]) if "weight " in way else 1.0] * len(subject.parts)
-    if OF_CONCEPT in way:
-        weights[1:] = [1.0] * len(weights[1:])
+    weight = float(way.split()[-1]) if "weight " in way else 1.0
+    weights = [weight, 1.0] if OF_CONCEPT in way else [weight] * len(subject.parts)
     call = {"negative_prompt": subject.shown} if NEGATIVE in way else {}
     if way == CLASS_WORD:
         return weights, {}, None, f"a {subject.concept.kind}" if subject.concept else None
@@ -343,9 +342,10 @@ def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
     for kind, rivals in (("", baselines), ("_single", single)):
         best = _leaky.least_leak(rivals, ours["identity"])
         # Where nothing is recognised there is nothing to compare.
-        if best and ours["identity"]:
+        if best is not None and ours["identity"]:
             found[f"leak_best_baseline{kind}_{task}"] = best
-            found[f"leak_ratio{kind}_{task}"] = ours["leak"] / best
+            if best:
+                found[f"leak_ratio{kind}_{task}"] = ours["leak"] / best
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from customize.cli.shared import check_png, command_line, console, write_json
 from customize.errors import ConfigError, DataError
 from customize.evaluation import pareto, record
+from customize.safe_read import MAX_TABLE, read_json
 
 # What a setting is tried on: rows that differ in these alone are repeats, and are averaged.
 REPEATS = ("concept", "seed", "image", "prompt")
@@ -69,7 +69,7 @@ def _is(row: Row, column: str, value: str) -> bool:
 
 def _rows(file: Path) -> list[Row]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        rows = read_json(file, MAX_TABLE)["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise DataError(

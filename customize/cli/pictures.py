@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from customize.errors import ConfigError, DataError
+from customize.safe_read import MAX_PAGE, MAX_TABLE, read_json, read_text
 
 if TYPE_CHECKING:
     from customize.training.data import Sample
@@ -71,12 +71,13 @@ def _spoken(prompt: str, words: Mapping[str, str], class_word: str | None) -> st
 def _settings(path: Path) -> tuple[str, dict[str, str]]:
     """The prompt and the class words that generate noted beside a picture."""
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path, MAX_PAGE)
         words = {str(each["trigger"]): str(each["class_word"]) for each in values["concepts"]}
         return str(values["prompt"]), words
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
         raise DataError(
-            f"the picture's settings cannot be read: {type(error).__name__}",
+            f"the picture's settings cannot be read: {reason}",
             where=path,
             fix="give --prompts",
         ) from error
@@ -84,7 +85,7 @@ def _settings(path: Path) -> tuple[str, dict[str, str]]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_text(file, MAX_TABLE).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"the prompts cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}",

@@ -21,6 +21,7 @@ from customize.concepts.concept import BasisInfo
 from customize.concepts.files import sync_folder, write_file
 from customize.concepts.layout import CLAIM_FILE
 from customize.errors import ConceptError, storage_error
+from customize.safe_read import MAX_PAGE, read_bytes
 
 LOCK_FILE = ".slices.lock"
 
@@ -111,7 +112,7 @@ def alone_in(library: Path) -> Iterator[None]:
 
 def _read(path: Path) -> Claim:
     try:
-        return Claim.model_validate_json(path.read_bytes(), strict=True)
+        return Claim.model_validate_json(read_bytes(path, MAX_PAGE), strict=True)
     except (OSError, ValidationError) as error:
         raise ConceptError(
             "the claim of a run on its slice cannot be read",

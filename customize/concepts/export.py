@@ -40,6 +40,7 @@ from customize.core.lowrank import LowRank, all_finite, distance, filled, norm
 from customize.core.truncation import truncate
 from customize.errors import ConceptError, ConfigError, StorageError, storage_error
 from customize.families import Family, published_families
+from customize.safe_read import read_bytes
 
 Products = Mapping[str, Mapping[str, LowRank]]
 
@@ -263,7 +264,9 @@ def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
         found = {
             path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
         }
-        return found == set(files) and all((folder / n).read_bytes() == files[n] for n in files)
+        return found == set(files) and all(
+            read_bytes(folder / name, len(data)) == data for name, data in files.items()
+        )
     except OSError:
         return False
 

@@ -32,6 +32,7 @@ from customize.concepts.inputs import place_beside
 from customize.concepts.layout import INFO_FILE, INFO_HEADER, INPUTS_FILE
 from customize.concepts.reading import read_info, single_info
 from customize.errors import ConceptError, CustomizeError
+from customize.safe_read import present, read_bytes, safetensors_header
 
 INDEX_FILE = ".library.sqlite"
 _VERSION = 1
@@ -158,7 +159,7 @@ def described(library: Path, source: str, stamp: str) -> Entry:
 
 
 def _info(path: Path) -> ConceptInfo | LoraInfo:
-    if (path / INFO_FILE).is_file():
+    if present(path / INFO_FILE):
         return read_info(path)
     if path.is_dir():
         own = [p for p in path.glob("*.safetensors") if not p.name.endswith(INPUTS_FILE)]
@@ -182,13 +183,15 @@ def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
     Raises:
         ConceptError: it is missing, or no such file as far as its header says.
     """
-    from safetensors import safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-            return shapes, file.metadata() or {}
-    except Exception as error:  # whatever a parser may raise on bytes of others
+        return safetensors_header(path)
+    except OSError as error:
+        raise ConceptError(
+            f"the file cannot be read: {error.strerror or error}",
+            where=path,
+            fix="get the file anew, or allow reading it",
+        ) from error
+    except ValueError as error:
         raise ConceptError(
             f"the file is damaged or no safetensors file: {str(error)[:MAX_NAME]}",
             where=path,
@@ -208,9 +211,7 @@ def read_index(library: Path) -> dict[str, Entry]:
     """
     path = library / INDEX_FILE
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            return {}
-        data = path.read_bytes()
+        data = read_bytes(path, _MAX_BYTES)
         if not data.startswith(b"SQLite format 3\0"):
             return {}
         with closing(sqlite3.connect(":memory:")) as database:

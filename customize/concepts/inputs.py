@@ -30,6 +30,7 @@ from customize.errors import ConceptError, storage_error
 from customize.families import Family
 from customize.families.components import uncompiled
 from customize.families.sampling import sample
+from customize.safe_read import present
 
 HEADER = "customize_layer_inputs"
 
@@ -162,7 +163,7 @@ def record_beside(name: str, products: Products, source: Path | None) -> LayerIn
         ConceptError: it cannot be read, or is not of these updates.
     """
     path = None if source is None else place_beside(source)
-    if path is None or not path.is_file():
+    if path is None or not present(path):
         return None
     found = LayerInputs.load(path)
     if found.of != updates_digest(products):

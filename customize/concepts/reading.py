@@ -31,12 +31,12 @@ from customize.concepts.layout import (
 )
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError
+from customize.safe_read import present, read_bytes, read_safetensors
 
 _FACTOR = re.compile(r"([A-Za-z0-9_]+)\.(.+)\.lora_([AB])\.weight")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _ANEW = "get an unchanged copy of the concept"
 _MAX_JSON = 16 * 2**20
-_MAX_TENSORS = 8 * 2**30
 
 
 def read(source: str | Path) -> Concept:
@@ -69,7 +69,7 @@ def single_info(metadata: Mapping[str, str], where: Path) -> ConceptInfo:
 
 
 def _read_folder(folder: Path) -> Concept:
-    if not (folder / INFO_FILE).is_file():
+    if not present(folder / INFO_FILE):
         refuse_pickles(folder)
         raise ConceptError(
             f"the folder has no {INFO_FILE}",
@@ -80,7 +80,7 @@ def _read_folder(folder: Path) -> Concept:
     info, digest = _parsed_info(_bytes(path, _MAX_JSON), path)
     lora, metadata = _read_tensors(folder / LORA_FILE)
     products = _unpacked(lora, info, metadata, folder / LORA_FILE)
-    if (folder / SECOND_FILE).is_file():
+    if present(folder / SECOND_FILE):
         products |= _read_second(folder / SECOND_FILE, info)
     embeddings = _read_embeddings(folder / EMBEDS_FILE, info) if info.num_tokens else {}
     if info.token_layers:
@@ -266,11 +266,13 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors.torch import load
 
-    data = _bytes(path, _MAX_TENSORS)
     try:
+        data = read_safetensors(path)
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    except OSError as error:
+        raise _unreadable(error, path) from error
     except Exception as error:  # whatever a parser may raise on bytes of others
         raise ConceptError(
             f"the file is damaged or no safetensors file: {str(error)[:MAX_NAME]}",
@@ -322,19 +324,20 @@ def _json(text: str | bytes) -> Any:
 
 def _bytes(path: Path, limit: int) -> bytes:
     try:
-        if path.stat().st_size > limit:
-            raise ConceptError(
-                f"the file is larger than {limit} bytes, which no concept is",
-                where=path,
-                fix=_ANEW,
-            )
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ConceptError("the file is missing", where=path, fix="get it anew") from error
+        return read_bytes(path, limit)
     except OSError as error:
-        raise ConceptError(
-            f"the file cannot be read: {error.strerror}", where=path, fix="allow reading it"
-        ) from error
+        raise _unreadable(error, path) from error
+
+
+def _unreadable(error: OSError, path: Path) -> ConceptError:
+    if isinstance(error, FileNotFoundError):
+        return ConceptError("the file is missing", where=path, fix="get it anew")
+    denied = isinstance(error, PermissionError)
+    return ConceptError(
+        f"the file cannot be read: {error.strerror or error}",
+        where=path,
+        fix="allow reading it" if denied else _ANEW,
+    )
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize.errors import PipelineError
+from customize.safe_read import check_regular
 
 # Pictures or prompts a call.
 BATCH = 32
@@ -66,6 +68,8 @@ def load(loader: Any, model: str | Path, what: str, **settings: Any) -> Any:
         PipelineError: it cannot.
     """
     try:
+        if os.path.isdir(model):
+            check_regular(model)
         return loader.from_pretrained(model, **settings)
     except Exception as error:  # files missing, offline, gated, damaged: all the same here
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

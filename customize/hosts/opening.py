@@ -11,6 +11,7 @@ from torch import nn
 
 from customize.errors import ConfigError, PipelineError
 from customize.families import COMPONENTS
+from customize.safe_read import check_regular
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,8 @@ def open_base(base: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
             "folder, and name that",
         )
     try:
+        if os.path.isdir(base):
+            check_regular(base)
         with _one_message():
             pipe = _open_modular(base, dtype) if _is_modular(base) else _open_standard(base, dtype)
     except Exception as error:  # files missing, offline, gated, unknown classes: all the same here

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from customize.errors import PipelineError
 from customize.families import Family, family_of
 from customize.hosts.quantizing import nf4
 from customize.memory import Plan, budget, plan, sizes
+from customize.safe_read import MAX_TABLE, check_regular, read_json
 
 _LIBRARIES = ("diffusers", "transformers")
 
@@ -37,7 +37,7 @@ def outline(base: str | Path, dtype: torch.dtype) -> Family:
             where=f"base: {base}",
             fix="name a folder or hub id of a diffusers pipeline",
         )
-    components, config = {}, json.loads(index.read_text())
+    components, config = {}, _config_of(index)
     for key, found in config.items():
         library, name = found if isinstance(found, list) and len(found) == 2 else ("", "")
         if library in _LIBRARIES and (folder / key / "config.json").is_file():
@@ -46,6 +46,18 @@ def outline(base: str | Path, dtype: torch.dtype) -> Family:
         elif not key.startswith("_"):
             components[key] = None
     return family_of(components, config)
+
+
+def _config_of(index: Path) -> Any:
+    try:
+        check_regular(index.parent)
+        return read_json(index, MAX_TABLE)
+    except (OSError, ValueError) as error:
+        raise PipelineError(
+            f"the base cannot be read: {getattr(error, 'strerror', None) or error}",
+            where=getattr(error, "filename", None) or index,
+            fix="get an unchanged copy of the base",
+        ) from error
 
 
 def memory_plan(

@@ -7,7 +7,6 @@ them.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from customize.errors import ConceptError
+from customize.safe_read import MAX_PAGE, read_json, read_safetensors
 from customize.storybook.world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES
 
 COLOUR_LABELS = (*COLOURS, "other")
@@ -151,16 +151,13 @@ def load_judges(folder: str | Path) -> Judges:
     """
     folder = Path(folder)
     try:
-        threshold = float(json.loads((folder / "judges.json").read_text())["threshold"])
+        threshold = float(read_json(folder / "judges.json", MAX_PAGE)["threshold"])
         if not 0 < threshold < 2:
             raise ValueError(f"a cosine distance of {threshold} can't be the threshold")
         attributes, identity = AttributeJudge(), IdentityJudge()
-        attributes.load_state_dict(
-            {k: v.float() for k, v in load_file(folder / "attributes.safetensors").items()}
-        )
-        identity.load_state_dict(
-            {k: v.float() for k, v in load_file(folder / "identity.safetensors").items()}
-        )
+        for judge, name in ((attributes, "attributes"), (identity, "identity")):
+            tensors = load(read_safetensors(folder / f"{name}.safetensors"))
+            judge.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConceptError(
             f"the storybook's judges can't be read: {error}",

@@ -10,7 +10,6 @@ precision after loading have one of their own, as something else is learned from
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from customize.families import FAMILIES, family_of
+from customize.safe_read import MAX_TABLE, mapped_floats, read_json
 from customize.training.config import TrainConfig
 
 _SAMPLED = 16  # numbers of a tensor that are looked at
@@ -70,8 +70,6 @@ def weights_on_disk(base: str) -> dict[str, str]:
 
     They are those of the loaded components. Only the numbers that count are read.
     """
-    from safetensors import safe_open
-
     folder = _folder(base)
     if folder is None or _elsewhere(folder):
         return {}
@@ -82,9 +80,8 @@ def weights_on_disk(base: str) -> dict[str, str]:
         try:
             entries: set[bytes] = set()
             for file in _files(folder / part):
-                with safe_open(file, "pt") as opened:
-                    # A tensor is mapped from the file, and only what is looked at is read.
-                    entries |= _entries(opened.get_tensor(key) for key in opened.keys())  # noqa: SIM118
+                with mapped_floats(file) as tensors:
+                    entries |= _entries(tensors)
         except Exception:  # missing or damaged files: loading them will tell
             return {}
         found[part] = _hashed(entries)
@@ -161,15 +158,15 @@ def _elsewhere(folder: Path) -> list[str]:
     if standard.is_file() or not modular.is_file():
         return []
     try:
-        listed = json.loads(modular.read_text())
-    except ValueError:  # loading it will tell
+        listed = read_json(modular, MAX_TABLE)
+    except (OSError, ValueError):  # loading it will tell
         return list(_PARTS)
     return [part for part in _PARTS if part in listed and not (folder / part).is_dir()]
 
 
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    values: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    values: dict[str, Any] = read_json(file, MAX_TABLE) if file.is_file() else {}
     return values
 
 
@@ -181,6 +178,6 @@ def _files(folder: Path) -> list[Path]:
             return [single]
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            names = set(json.loads(index.read_text())["weight_map"].values())
+            names = set(read_json(index, MAX_TABLE)["weight_map"].values())
             return [folder / name for name in sorted(names)]
     raise FileNotFoundError(f"no safetensors in {folder}")

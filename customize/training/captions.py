@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from customize.errors import DataError
+from customize.safe_read import MAX_TABLE, present, read_text
 from customize.training.settings import mentions
 
 METADATA = "metadata.jsonl"
@@ -103,7 +104,7 @@ def listing(names: Sequence[str]) -> str:
 def _read_metadata(path: Path, pictures: set[str]) -> dict[str, str]:
     """Captions by file name; none where there is no such file."""
     captions: dict[str, str] = {}
-    if not path.is_file():
+    if not present(path):
         return captions
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -139,7 +140,7 @@ def _is_text(text: str) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path, MAX_TABLE)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(

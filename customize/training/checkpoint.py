@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from customize.errors import SettingsError, StorageError, TrainingError
+from customize.safe_read import MAX_TENSORS, read_safetensors
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _HEADER = "customize_checkpoint"
+_MAX_BYTES = 4 * MAX_TENSORS  # the optimizer's moments beside what is learned
 #: Among a run's settings: component -> digest, from :func:`customize.training.base.weights_of`.
 BASE_WEIGHTS = "base_weights"
 #: Among them: what the avoided directions go by.
@@ -275,7 +277,7 @@ def _read(path: Path) -> Checkpoint:
     from safetensors.torch import load
 
     # Read into memory: a mapped file is cut from under the tensors when it is replaced.
-    data = path.read_bytes()
+    data = read_safetensors(path, _MAX_BYTES)
     tensors = load(data)
     length = int.from_bytes(data[:8], "little")
     facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_HEADER])

@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from customize.errors import DataError
+from customize.safe_read import MAX_PICTURE, open_regular
 from customize.training.captions import count, listing, read_captions
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -179,10 +180,16 @@ def _decode(path: Path, mode: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:  # reads the header only
+            with (
+                open_regular(path, MAX_PICTURE) as file,
+                Image.open(file, formats=_FORMATS) as image,  # reads the header only
+            ):
                 _check_header(image, path)
                 image.verify()  # checksums, which decoding does not look at; closes the file
-        with Image.open(path, formats=_FORMATS) as image:
+        with (
+            open_regular(path, MAX_PICTURE) as file,
+            Image.open(file, formats=_FORMATS) as image,
+        ):
             upright = ImageOps.exif_transpose(image)
             return _to_rgb(upright) if mode == "RGB" else _to_gray(upright)
     except DataError:

@@ -15,8 +15,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from customize.errors import ConfigError
-
-_MAX_FILE = 1 << 20  # a configuration is a page of text; a model given by mistake is not read
+from customize.safe_read import MAX_PAGE, read_bytes
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -27,11 +26,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             or it sets a key twice.
     """
     try:
-        if path.stat().st_size > _MAX_FILE:
-            raise ConfigError(
-                "the configuration is larger than a megabyte", where=path, fix="give a YAML file"
-            )
-        content = path.read_bytes()
+        content = read_bytes(path, MAX_PAGE)
         node = yaml.compose(content, Loader=yaml.SafeLoader)
         settings = yaml.safe_load(content)
     except OSError as error:

@@ -260,7 +260,7 @@ def test_flags_arrive_as_text():
         ("a: " + "[" * 3000, "not valid YAML"),
         ("x: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
         ("rank: 4\nrank: 8\n", "set more than once: rank"),
-        (b"#" * (2 << 20), "larger than a megabyte"),
+        (b"#" * (2 << 20), "larger than the limit of 1,048,576"),
         ("", "base is missing"),
         (YAML + "rnk: 4\n", "did you mean rank?"),
     ],
@@ -276,5 +276,5 @@ def test_bad_files_are_refused_by_path(tmp_path, text, says):
 def test_missing_file_and_folder_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="cannot be read: it is a folder"):
         load_config(tmp_path)

@@ -33,6 +33,7 @@ from customize.concepts.reading import (
     refuse_pickles,
 )
 from customize.errors import ConceptError
+from customize.safe_read import present
 
 
 def opened(source: str | Path) -> Concept | LoraFile:
@@ -49,7 +50,7 @@ def opened(source: str | Path) -> Concept | LoraFile:
     path = located(source)
     second: Path | None = None
     if path.is_dir():
-        if (path / INFO_FILE).is_file():
+        if present(path / INFO_FILE):
             return read(path)
         # A hub's folder is called by a commit, which is no name.
         name = str(source).rpartition("/")[2] if not Path(source).exists() else path.resolve().name
@@ -106,7 +107,7 @@ def _files(folder: Path) -> tuple[Path, Path | None]:
 def _adapter_config(path: Path) -> dict[str, Any] | None:
     """peft keeps rank and alpha in a file of their own beside the tensors."""
     weights, config = PEFT_FILES
-    if path.name != weights or not (path.parent / config).is_file():
+    if path.name != weights or not present(path.parent / config):
         return None
     values = read_json(path.parent / config)
     if not isinstance(values, dict):

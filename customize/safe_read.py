@@ -1,0 +1,286 @@
+"""Reading files from others: regular files only, and never more bytes than a limit.
+
+A FIFO blocks whoever opens it, a device may never end, and a sparse file of a few bytes on disk
+reads as gigabytes of zeros. So every file that a user or another program names is opened here. The
+checks look at the opened file, not at its path, which may lead to another file a moment later.
+Every refusal is an ``OSError`` whose ``strerror`` is the reason in words.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MB = 2**20
+#: Most bytes of a JSON or text file that is a page or so long.
+MAX_PAGE = MB
+#: Most bytes of a JSON or text file with a row for each of many things.
+MAX_TABLE = 64 * MB
+#: Most bytes of a picture file; 89 million pixels of 16 bits and four channels have 716 MB.
+MAX_PICTURE = 1024 * MB
+#: Most bytes of a safetensors file with what one concept learned.
+MAX_TENSORS = 8 * 1024 * MB
+#: Most bytes of a safetensors header, as the format has it.
+MAX_HEADER = 100_000_000
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+# On Windows some of these do not exist, and O_BINARY does.
+_FLAGS = os.O_RDONLY | sum(
+    getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
+)
+_FLOATS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+_SPARSE = 256 * MB  # smaller files are read even if they have holes
+
+
+def present(path: str | Path) -> bool:
+    """Whether anything has this path: also what cannot be read, so that reading it names the cause.
+
+    Unlike ``is_file`` it is true of a FIFO, a dangling link, and in a folder that forbids looking.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
+
+
+def open_regular(path: str | Path, limit: int) -> BinaryIO:
+    """Open a file for reading that is a regular one and has at most ``limit`` bytes.
+
+    Raises:
+        OSError: it is missing, may not be read, is no regular file, is larger than ``limit``, or
+            is a file of over 256 MB of which less than an eighth was ever written.
+    """
+    try:
+        # Opening a device can already act on it, so it is refused before that as well.
+        _check_kind(os.stat(path), path)
+        descriptor = os.open(path, _FLAGS)
+    except ValueError as error:  # a zero byte, or a lone surrogate that no file name can hold
+        raise OSError(errno.EINVAL, "it is not a valid file name") from error
+    try:
+        status = os.fstat(descriptor)
+        _check_kind(status, path)
+        if status.st_size > limit:
+            raise OSError(
+                errno.EFBIG,
+                f"its {status.st_size:,} bytes are larger than the limit of {limit:,}",
+                str(path),
+            )
+        if status.st_size > _SPARSE and _is_hollow(descriptor, status.st_size):
+            raise OSError(
+                errno.EINVAL,
+                f"it is sparse: most of its {status.st_size:,} bytes were never written",
+                str(path),
+            )
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: see :func:`open_regular`; or memory does not suffice.
+    """
+    with open_regular(path, limit) as file:
+        return _content(file)
+
+
+def read_text(path: str | Path, limit: int) -> str:
+    """The content of a regular UTF-8 file of at most ``limit`` bytes, without a byte order mark.
+
+    Line ends are newlines, whatever they are in the file.
+
+    Raises:
+        OSError: see :func:`open_regular`.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    text = read_bytes(path, limit).decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | Path, limit: int) -> Any:
+    """The value in a regular JSON file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: see :func:`open_regular`.
+        ValueError: it is not valid JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(read_bytes(path, limit))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_safetensors(path: str | Path, limit: int = MAX_TENSORS) -> bytes:
+    """The content of a safetensors file whose header accounts for every byte of it.
+
+    The header is compared with the size before the rest is read, so that a file that is cut short
+    or no safetensors file at all costs no memory.
+
+    Raises:
+        OSError: see :func:`open_regular`; or memory does not suffice.
+        ValueError: the header is no safetensors header, or not that of a file of this size.
+    """
+    with open_regular(path, limit) as file:
+        _read_header(file)
+        file.seek(0)
+        return _content(file)
+
+
+def safetensors_header(path: str | Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """(tensor name -> shape, metadata) of a safetensors file of any size; no tensor is read.
+
+    Raises:
+        OSError: see :func:`open_regular`.
+        ValueError: see :func:`read_safetensors`.
+    """
+    with open_regular(path, 2**63) as file:
+        header, _ = _read_header(file)
+    metadata = header.pop("__metadata__", None) or {}
+    return {name: list(entry["shape"]) for name, entry in header.items()}, metadata
+
+
+@contextmanager
+def mapped_floats(path: str | Path) -> Iterator[Iterator[Tensor]]:
+    """Within it, the floating-point tensors of a safetensors file of any size, one by one.
+
+    They are mapped from the file: only what is looked at is read, and nothing may be written.
+
+    Raises:
+        OSError: see :func:`open_regular`.
+        ValueError: see :func:`read_safetensors`.
+    """
+    import mmap
+    import warnings
+
+    import torch
+
+    with open_regular(path, 2**63) as file:
+        header, start = _read_header(file)
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+        def tensors() -> Iterator[Tensor]:
+            for name, entry in header.items():
+                first, last = (0, 0) if name == "__metadata__" else entry["data_offsets"]
+                if first == last or entry["dtype"] not in _FLOATS:
+                    continue
+                dtype = getattr(torch, _FLOATS[entry["dtype"]])
+                count = (last - first) // dtype.itemsize
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch's, that it must not be written
+                    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=start + first)
+                yield flat.reshape(entry["shape"])
+
+        yield tensors()
+
+
+def check_regular(folder: str | Path, depth: int = 2) -> None:
+    """Refuse a folder in which a FIFO, socket or device lies where another library reads files.
+
+    Args:
+        depth: how many levels of folders are looked through.
+
+    Raises:
+        OSError: naming the first; or a folder cannot be looked into.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                status = entry.stat()
+            except OSError:  # a dangling link, say: whoever reads it will tell
+                continue
+            if not stat.S_ISDIR(status.st_mode):
+                _check_kind(status, entry.path)
+            elif depth > 1:
+                check_regular(entry.path, depth - 1)
+
+
+def _check_kind(status: os.stat_result, path: str | Path) -> None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
+    if kind != stat.S_IFREG:
+        name = _KINDS.get(kind, "something else")
+        raise OSError(errno.EINVAL, f"it is {name}, not a regular file", str(path))
+
+
+def _content(file: BinaryIO) -> bytes:
+    # Not until its end: a file that grows meanwhile, or has no size, may have none.
+    size = os.fstat(file.fileno()).st_size
+    try:
+        return file.read(size)
+    except MemoryError as error:
+        raise OSError(errno.ENOMEM, f"its {size:,} bytes do not fit into memory") from error
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, checked against its size; and where the tensors begin."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise ValueError("its header is longer than the file")
+    start = 8 + length
+    try:
+        header = json.loads(file.read(length))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        ends = [entry["data_offsets"][1] for entry in entries]
+        whole = all(
+            type(number) is int and number >= 0
+            for entry in entries
+            for number in (*entry["data_offsets"], *entry["shape"])
+        )
+        metadata = header.get("__metadata__") or {}
+        texts = all(isinstance(text, str) for text in metadata.values())
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
+        raise ValueError("its header is not a safetensors header") from error
+    if not (whole and texts):
+        raise ValueError("its header is not a safetensors header")
+    end = start + max(ends, default=0)
+    if end != size:
+        raise ValueError(f"its header is that of a file of {end:,} bytes, and it has {size:,}")
+    return header, start
+
+
+def _is_hollow(descriptor: int, size: int) -> bool:
+    """Whether less than an eighth of a file was ever written, as far as the system knows."""
+    if not hasattr(os, "SEEK_DATA"):
+        return False
+    written = position = 0
+    try:
+        while position < size and written * 8 < size:
+            position = os.lseek(descriptor, position, os.SEEK_DATA)
+            end = os.lseek(descriptor, position, os.SEEK_HOLE)
+            written, position = written + end - position, end
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # but for "no data from here on": it cannot tell
+            return False
+    finally:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    return written * 8 < size

@@ -1,0 +1,203 @@
+"""Reading regular files alone; and that nothing in the package reads files in another way."""
+
+from __future__ import annotations
+
+import ast
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save, save_file
+
+from customize import safe_read
+from customize.safe_read import (
+    check_regular,
+    mapped_floats,
+    open_regular,
+    read_bytes,
+    read_json,
+    read_safetensors,
+    read_text,
+    safetensors_header,
+)
+
+PACKAGE = Path(safe_read.__file__).parent
+
+# Calls that read a file by its path, and the files in which they are allowed, with the reason.
+READS = {"open", "read_text", "read_bytes", "safe_open", "load_file", "fromfile", "memmap"}
+MODULES = {"torch.load", "np.load", "numpy.load", "json.load", "sqlite3.connect", "os.open"}
+ALLOWED = {
+    "safe_read.py": {"os.open": "the one place"},
+    "concepts/files.py": {"open": "writes", "os.open": "syncs a folder"},
+    "training/checkpoint.py": {"open": "writes", "os.open": "syncs a folder"},
+    "concepts/index.py": {"sqlite3.connect": "in memory"},
+    "cli/generate.py": {"open": "writes"},
+    "training/data.py": {"Image.open": "of a file from open_regular"},
+    "training/record.py": {"read_text": "of /proc/self/status"},
+    "evaluation/record.py": {"read_text": "of /proc/cpuinfo"},
+    # Trains the bundled base, from files of its own.
+    "storybook/pretrain.py": {"open": "", "load_file": ""},
+    "storybook/train_judges.py": {"load_file": "", "read_text": ""},
+}
+
+
+def special(folder: Path) -> dict[str, Path]:
+    """A FIFO, a socket, a link to a device without end, and a folder."""
+    fifo, zero, inside = folder / "fifo", folder / "zero", folder / "folder"
+    os.mkfifo(fifo)
+    zero.symlink_to("/dev/zero")
+    inside.mkdir()
+    with socket.socket(socket.AF_UNIX) as listening:
+        before = os.getcwd()
+        os.chdir(folder)  # the path of a socket has at most 108 characters
+        listening.bind("socket")
+        os.chdir(before)
+    return {"FIFO": fifo, "socket": folder / "socket", "device": zero, "folder": inside}
+
+
+def sparse(path: Path, size: int) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+def test_what_is_not_a_regular_file_is_refused_at_once_and_named(tmp_path: Path) -> None:
+    for kind, path in special(tmp_path).items():
+        for read in (read_bytes, read_text, read_json, read_safetensors, open_regular):
+            with pytest.raises(OSError) as raised:
+                read(path, 100)
+            assert kind in raised.value.strerror, kind
+
+
+def test_a_link_to_a_regular_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    (tmp_path / "b").symlink_to("a")
+    assert read_bytes(tmp_path / "b", 1) == b"x"
+
+
+def test_no_more_than_the_limit_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(OSError, match="5 bytes are larger than the limit of 4"):
+        read_bytes(tmp_path / "a", 4)
+    assert read_bytes("/proc/self/status", 5) == b""  # of no size: nothing bounds it
+
+
+def test_a_name_that_no_file_can_have_is_an_os_error() -> None:
+    for name in ("a\0b", "\udfff" * 3 + "\ud800", "a" * 5000):
+        with pytest.raises(OSError):
+            read_bytes(name, 1)
+
+
+def test_a_large_file_that_was_never_written_is_refused(tmp_path: Path) -> None:
+    for size in (2**28 + 1, 7 * 2**30):
+        with pytest.raises(OSError, match="sparse"):
+            read_bytes(sparse(tmp_path / "a", size), 2**40)
+    header = b'{"x":{"dtype":"F32","shape":[1879048192],"data_offsets":[0,7516192768]}}'
+    with (tmp_path / "b").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 7516192768)
+    with pytest.raises(OSError, match="sparse"):
+        read_safetensors(tmp_path / "b")
+
+
+def test_a_smaller_file_with_holes_is_read(tmp_path: Path) -> None:
+    # An untrained factor is all zeros, which some file systems and copies store as a hole.
+    save_file({"x": torch.zeros(2**20)}, tmp_path / "a.safetensors")
+    data = (tmp_path / "a.safetensors").read_bytes()
+    with (tmp_path / "b.safetensors").open("wb") as file:
+        file.write(data[: data.index(b"\0" * 4096)])
+        file.truncate(len(data))
+    assert read_safetensors(tmp_path / "b.safetensors") == data
+
+
+def test_text_has_neither_mark_nor_other_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")
+    assert read_text(tmp_path / "a", 100) == "a\nb\nc\n"
+
+
+def test_deep_json_is_a_value_error(tmp_path: Path) -> None:
+    for text in ("[" * 100_000, "1" * 5000, "{"):
+        (tmp_path / "a").write_text(text)
+        with pytest.raises(ValueError):
+            read_json(tmp_path / "a", 2**20)
+
+
+def test_a_safetensors_file_is_read_where_its_header_has_every_byte(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {
+        "f": torch.randn(3, 2),
+        "h": torch.randn(4).bfloat16(),
+        "i": torch.arange(3),
+        "empty": torch.zeros(0, 2),
+        "scalar": torch.tensor(2.0),
+    }
+    save_file(tensors, path, {"a": "b"})
+    whole = load(read_safetensors(path))
+    assert all(torch.equal(whole[key], tensor) for key, tensor in tensors.items())
+    shapes, metadata = safetensors_header(path)
+    assert shapes == {key: list(tensor.shape) for key, tensor in tensors.items()}
+    assert metadata == {"a": "b"}
+    with mapped_floats(path) as mapped:
+        found = sorted((tuple(t.shape), t.dtype, float(t.sum())) for t in mapped)
+    floats = [tensors[key] for key in ("f", "h", "scalar")]
+    assert found == sorted((tuple(t.shape), t.dtype, float(t.sum())) for t in floats)
+
+
+def test_a_safetensors_file_of_another_size_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    data = save({"x": torch.ones(4)}, {"a": "b"})
+    start = 8 + int.from_bytes(data[:8], "little")
+
+    def headed(text: bytes) -> bytes:
+        return len(text).to_bytes(8, "little") + text
+
+    damaged = [
+        *(data[:-1], data + b"\0", data[:start], data[: start - 1], data[:7], b""),
+        (2**63).to_bytes(8, "little") + data[8:],
+        *map(headed, (b"[]", b"{}x", b"[" * 99_999, b'{"x":1}', b'{"__metadata__":{"a":1}}')),
+        headed(b'{"x":{"dtype":"F32","shape":[-1],"data_offsets":[4,0]}}'),
+        headed(b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,%s]}}' % (b"9" * 5000)),
+    ]
+    for bad in damaged:
+        (tmp_path / "a").write_bytes(bad)
+        with pytest.raises(ValueError):
+            read_safetensors(tmp_path / "a")
+        with pytest.raises(ValueError):
+            safetensors_header(tmp_path / "a")
+    (tmp_path / "a").write_bytes(headed(b'{"__metadata__":null}'))
+    assert safetensors_header(tmp_path / "a") == ({}, {})
+
+
+def test_a_folder_for_other_libraries_may_have_regular_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    check_regular(tmp_path)
+    os.mkfifo(tmp_path / "unet" / "model.safetensors")
+    with pytest.raises(OSError, match="a FIFO") as raised:
+        check_regular(tmp_path)
+    assert raised.value.filename == str(tmp_path / "unet" / "model.safetensors")
+
+
+def test_nothing_in_the_package_reads_files_in_another_way() -> None:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        calls = {_read_by(node) for node in ast.walk(ast.parse(path.read_text()))} - {""}
+        if calls:
+            found[path.relative_to(PACKAGE).as_posix()] = calls
+    assert found == {name: set(calls) for name, calls in ALLOWED.items()}
+
+
+def _read_by(node: ast.AST) -> str:
+    """How a call reads a file; empty where it does not."""
+    if not isinstance(node, ast.Call):
+        return ""
+    name = ast.unparse(node.func)
+    last = name.rpartition(".")[2]
+    if name in ("read_text", "read_bytes"):  # those of safe_read, which take a limit
+        return "" if len(node.args) == 2 else name
+    if name in MODULES or name == "Image.open":
+        return name
+    return last if last in READS else ""

@@ -11,7 +11,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint venv storybook bench clean
+.PHONY: help demo test test-slow lint venv storybook bench bench-gpu clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,8 +36,12 @@ venv: $(MADE)  ## an empty environment, such as to choose a build of torch
 storybook: $(USE)  ## train the bundled base model and its judges anew
 	$(PY) scripts/train_storybook.py
 
-bench: $(USE)  ## run every benchmark, one after another
-	@set -e; for file in scripts/bench/[!_]*.py; do echo "== $$file"; $(PY) "$$file"; done
+bench: $(USE)  ## run every benchmark but the GPU's, one after another
+	@set -e; for file in $(filter-out %/gpu.py,$(wildcard scripts/bench/[!_]*.py)); do \
+		echo "== $$file"; $(PY) "$$file"; done
+
+bench-gpu: $(USE)  ## measure what wants a CUDA device, in 8 minutes
+	$(PY) scripts/bench/gpu.py
 
 clean:  ## remove caches, build outputs and the environment
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

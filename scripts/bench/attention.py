@@ -17,7 +17,7 @@ Only ratios mean anything on a machine that does other work, too.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,12 +41,18 @@ OTHERS = ("_native_math", "_native_flash", "_native_efficient", "_native_cudnn",
 OTHERS += ("xformers", "flash", "_flash_3", "sage")
 
 
-def backends(device: torch.device, dtype: torch.dtype, quick: bool, repeats: int) -> list[Row]:
+def backends(
+    device: torch.device,
+    dtype: torch.dtype,
+    quick: bool,
+    repeats: int,
+    shapes: Mapping[str, tuple[Heads, int, int]] = SHAPES,
+) -> list[Row]:
     """A row for each shape and backend."""
     rows: list[Row] = []
     missing: dict[str, str] = {}
     share = 16 if quick else 4 if device.type == "cpu" else 1
-    for model, (heads, picture, prompt) in SHAPES.items():
+    for model, (heads, picture, prompt) in shapes.items():
         tokens = picture // share + prompt
         errors = {}
         for name in ("native", *OTHERS):

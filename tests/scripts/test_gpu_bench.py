@@ -1,0 +1,56 @@
+"""scripts/bench/gpu.py on a CPU with tiny models: every part runs, and its rows are in the file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts/bench/gpu.py"
+PARTS = ("training", "memory", "attention", "calls", "loading", "merging")
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--device", "cpu", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_true_sizes_need_a_gpu_and_parts_a_known_name():
+    assert "true sizes need a CUDA device" in run().stderr
+    assert "no such part: atention" in run("--tiny", "--parts", "atention").stderr
+
+
+def test_a_part_without_time_is_named_and_other_rows_stay(tmp_path):
+    file = tmp_path / "gpu.json"
+    row = {"part": "memory", "model": "SDXL", "what": "x", "peak_gib": 3.0, "counted_gib": 4.0}
+    file.write_text(json.dumps({"rows": [row]}))
+    done = run("--tiny", "--minutes", "0.1", "--parts", "merging,loading", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result["rows"][0] == row
+    assert result["rows"][1]["part"] == "merging"
+    assert result["rows"][1]["note"] == "out of time"
+    assert result["figures"]["largest_peak_over_counted"] == 0.75
+
+
+@pytest.mark.slow
+def test_every_part_runs_at_tiny_size(tmp_path):
+    file = tmp_path / "gpu.json"
+    done = run("--tiny", "--quick", "--minutes", "9", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    rows = result["rows"]
+    assert tuple(dict.fromkeys(row["part"] for row in rows)) == PARTS
+    unmeasured = [row for row in rows if "seconds" not in row and "error" not in row]
+    assert not [row for row in unmeasured if "not installed" not in row["note"]]
+    for part in PARTS:
+        assert len([row for row in rows if row["part"] == part]) >= 4
+    apart = [row["error"] for row in rows if "apart" in row["what"]]
+    assert len(apart) == 2 and max(apart) < 1e-4
+    assert {"torch", "diffusers", "peft"} <= result["versions"].keys()

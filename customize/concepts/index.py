@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sqlite3
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -35,8 +36,12 @@ from customize.errors import ConceptError, CustomizeError
 from customize.safe_read import present, read_bytes, safetensors_header
 
 INDEX_FILE = ".library.sqlite"
-_VERSION = 1
-_MAX_BYTES = 2**30
+_VERSION = 2
+_MAX_BYTES = 256 * 2**20
+_MAX_ROW = 16 * 2**20
+# SQLite's steps that reading may take beside one a byte; a row of ours has about 20, and 300 bytes.
+_MAX_STEPS, _AT_A_TIME = 100_000, 1000
+_CODEC = ("utf-8", "surrogatepass")
 _DOWN = re.compile(r".*(lora_A|lora_down|lora\.down)\b.*weight")
 _TOKENS = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]*>")
 
@@ -202,6 +207,16 @@ def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
 _COLUMNS = [field.name for field in fields(Entry)]
 _JSON = ("fingerprint", "basis", "slices")
 _ENTRY = TypeAdapter(Entry)
+_TABLE = (
+    "CREATE TABLE concepts (source TEXT PRIMARY KEY, stamp TEXT, name TEXT, trigger TEXT, "
+    "words TEXT, own_tokens INTEGER, class_word TEXT, family TEXT, base TEXT, "
+    "fingerprint TEXT, rank INTEGER, basis TEXT, slices TEXT, size INTEGER, "
+    "recorded INTEGER, fault TEXT)"
+)
+_SCHEMA = [
+    ("table", "concepts", "concepts", _TABLE),
+    ("index", "sqlite_autoindex_concepts_1", "concepts", None),
+]
 
 
 def read_index(library: Path) -> dict[str, Entry]:
@@ -214,15 +229,42 @@ def read_index(library: Path) -> dict[str, Entry]:
         data = read_bytes(path, _MAX_BYTES)
         if not data.startswith(b"SQLite format 3\0"):
             return {}
-        with closing(sqlite3.connect(":memory:")) as database:
-            database.deserialize(data)
-            database.execute("PRAGMA trusted_schema = OFF")
-            if database.execute("PRAGMA user_version").fetchone() != (_VERSION,):
-                return {}
-            rows = database.execute(f"SELECT {', '.join(_COLUMNS)} FROM concepts").fetchall()
-        return {entry.source: entry for entry in map(_entry, rows)}
-    except (OSError, sqlite3.Error, ValueError, TypeError, RecursionError):
+        return {entry.source: entry for entry in map(_entry, _rows(data))}
+    except (OSError, sqlite3.Error, ValueError, TypeError, RecursionError, MemoryError):
         return {}
+
+
+def _rows(data: bytes) -> list[tuple[Any, ...]]:
+    """The rows of a database, which anybody may have made: of our table alone, in bounds.
+
+    A view or generated column computes without end what takes a few bytes to ask for, and pages
+    that refer to one another give rows without end.
+
+    Raises:
+        sqlite3.Error, ValueError: it is damaged, of another version, or not as we write it.
+    """
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_ROW)
+        database.deserialize(data)
+        database.text_factory = _text
+        steps = iter(range((_MAX_STEPS + len(data)) // _AT_A_TIME))
+        database.set_progress_handler(lambda: next(steps, None) is None, _AT_A_TIME)
+        for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "query_only = ON"):
+            database.execute(f"PRAGMA {pragma}")
+        if database.execute("PRAGMA user_version").fetchone() != (_VERSION,):
+            raise ValueError("the index is of another version")
+        schema = database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
+        if schema.fetchmany(len(_SCHEMA) + 1) != _SCHEMA:
+            raise ValueError("the index has other tables than ours")
+        found, left = [], 2 * len(data)
+        for row in database.execute(f"SELECT {', '.join(_COLUMNS)} FROM concepts"):
+            left -= sum(len(value) for value in row if isinstance(value, str | bytes))
+            if left < 0:
+                raise ValueError("the index has more in its rows than in its file")
+            found.append(row)
+        if database.execute("PRAGMA application_id").fetchone() != (_checksum(found),):
+            raise ValueError("the index is damaged")
+        return found
 
 
 def write_index(library: Path, entries: Iterable[Entry]) -> None:
@@ -232,18 +274,14 @@ def write_index(library: Path, entries: Iterable[Entry]) -> None:
         OSError: it cannot be written, as in a folder that is only to be read.
     """
     with closing(sqlite3.connect(":memory:")) as database:
+        rows = [_row(entry) for entry in entries]
         database.execute(f"PRAGMA user_version = {_VERSION}")
-        database.execute(
-            "CREATE TABLE concepts (source TEXT PRIMARY KEY, stamp TEXT, name TEXT, trigger TEXT, "
-            "words TEXT, own_tokens INTEGER, class_word TEXT, family TEXT, base TEXT, "
-            "fingerprint TEXT, rank INTEGER, basis TEXT, slices TEXT, size INTEGER, "
-            "recorded INTEGER, fault TEXT)"
-        )
-        places = ", ".join("?" * len(_COLUMNS))
+        database.execute(f"PRAGMA application_id = {_checksum(rows)}")
+        database.execute(_TABLE)
+        # As bytes: a file's name need not be Unicode, which the module's own text must be.
+        places = ", ".join("CAST(? AS TEXT)" if _is_text(name) else "?" for name in _COLUMNS)
         names = ", ".join(_COLUMNS)
-        database.executemany(
-            f"INSERT INTO concepts ({names}) VALUES ({places})", map(_row, entries)
-        )
+        database.executemany(f"INSERT INTO concepts ({names}) VALUES ({places})", rows)
         database.commit()
         data = database.serialize()
     put_file(library / INDEX_FILE, data)
@@ -252,10 +290,30 @@ def write_index(library: Path, entries: Iterable[Entry]) -> None:
 def _row(entry: Entry) -> list[Any]:
     values = {name: getattr(entry, name) for name in _COLUMNS}
     values["basis"] = None if entry.basis is None else entry.basis.model_dump()
-    return [json.dumps(v) if name in _JSON else v for name, v in values.items()]
+    values |= {name: json.dumps(values[name]) for name in _JSON}
+    return [v.encode(*_CODEC) if isinstance(v, str) else v for v in values.values()]
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
     values = dict(zip(_COLUMNS, row, strict=True))
     values |= {name: json.loads(values[name]) for name in _JSON}
     return _ENTRY.validate_python(values)
+
+
+def _checksum(rows: Iterable[Iterable[Any]]) -> int:
+    """Of all values, as a signed number of 32 bits, which SQLite's header has room for."""
+    total = 0
+    for row in rows:
+        for value in row:
+            data = value.encode(*_CODEC) if isinstance(value, str) else value
+            text = data if isinstance(data, bytes) else str(int(data)).encode()
+            total = zlib.crc32(text + b"\0", total)
+    return total - 2**31
+
+
+def _text(data: bytes) -> str:
+    return data.decode(*_CODEC)
+
+
+def _is_text(column: str) -> bool:
+    return f"{column} TEXT" in _TABLE

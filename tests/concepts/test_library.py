@@ -6,10 +6,15 @@ import multiprocessing
 import os
 import shutil
 import sqlite3
+import time
 from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from customize.concepts import library as library_module
@@ -113,10 +118,71 @@ def test_a_damaged_index_is_made_anew(folder, damage):
     assert read_index(folder) == before
 
 
-def _edited(path, command):
+def _edited(path, *commands):
     with closing(sqlite3.connect(path)) as database:
-        database.execute(command)
+        for command in commands:
+            database.execute(command)
         database.commit()
+
+
+_ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x FROM n"
+_AS_VIEW = f"CREATE VIEW concepts AS SELECT o.* FROM old o, ({_ENDLESS})"
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        ("ALTER TABLE concepts RENAME TO old", _AS_VIEW),
+        ("ALTER TABLE concepts RENAME TO old", "CREATE VIRTUAL TABLE concepts USING fts5(source)"),
+        (f"CREATE TABLE more AS {_ENDLESS} LIMIT 10",),
+        ("CREATE TRIGGER t AFTER INSERT ON concepts BEGIN DELETE FROM concepts; END",),
+        ("CREATE INDEX more ON concepts (name)",),
+        ("ALTER TABLE concepts ADD COLUMN more AS (hex(zeroblob(400000000)))",),
+        (
+            "ALTER TABLE concepts RENAME TO old",
+            "CREATE TABLE concepts (source, stamp, name, trigger, words, own_tokens, class_word, "
+            "family, base, fingerprint, rank, basis, slices, size, recorded, "
+            "fault AS (hex(zeroblob(400000000))))",
+            "INSERT INTO concepts SELECT source, stamp, name, trigger, words, own_tokens, "
+            "class_word, family, base, fingerprint, rank, basis, slices, size, recorded FROM old",
+            "DROP TABLE old",
+        ),
+        ("UPDATE concepts SET words = hex(zeroblob(10000000))",),
+        ("UPDATE concepts SET words = zeroblob(20000000)",),
+        ("PRAGMA journal_mode = WAL",),
+    ],
+    ids=[
+        *("view", "virtual", "table", "trigger", "index", "column", "generated", "long", "blob"),
+        "wal",
+    ],
+)
+def test_an_index_that_computes_or_is_vast_is_made_anew_at_once(folder, commands):
+    before = Library(folder).entries
+    _edited(folder / INDEX_FILE, *commands)
+    started = time.monotonic()
+    assert Library(folder).entries == before
+    assert time.monotonic() - started < 5
+    assert read_index(folder) == before
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_an_index_with_other_bytes_gives_what_the_files_give(data):
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        before = Library(_lora_folder(folder)).entries
+        path = folder / INDEX_FILE
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+        assert Library(folder).entries == before
+
+
+def _lora_folder(folder):
+    for name in ("a", "b"):
+        lora(folder / f"{name}.safetensors", **{"modelspec.trigger_phrase": f"in {name} style"})
+    return folder
 
 
 def test_a_library_that_may_not_be_written_is_read(folder, monkeypatch):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from customize.concepts.base_weight import unadaptable
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.layerwise import layer_entries, layers_of
 from customize.concepts.tokens import entries, known
@@ -28,8 +30,31 @@ def check_base(family: Family, concepts: Iterable[Adaptation]) -> None:
     said = [c for c in concepts if not (isinstance(c, Lora) and c.info.family == family.name)]
     # Once for all, as it takes a walk over the model.
     ours = family.fingerprint() if said else {}
-    for concept in said:
-        _check_base(family, ours, concept)
+    with naming_quantizers(family):
+        for concept in said:
+            _check_base(family, ours, concept)
+
+
+@contextmanager
+def naming_quantizers(family: Family) -> Iterator[None]:
+    """Say where layers are not found because a quantizer has replaced them by its own.
+
+    Raises:
+        PipelineError: in place of a ConceptError from within, naming the quantizer.
+    """
+    try:
+        yield
+    except ConceptError as error:
+        for key, model in family.adaptable.items():
+            for name, quantizer in unadaptable(model).items():
+                raise PipelineError(
+                    f"the layers of the {key} are held by {quantizer}, whose layers take no "
+                    "adapter here",
+                    where=f"{key}.{name}",
+                    fix="load a base that is not quantized, or quantized by bitsandbytes, torchao, "
+                    "quanto or GGUF",
+                ) from error
+        raise
 
 
 def _check_base(family: Family, ours: Mapping[str, Any], concept: Adaptation) -> None:

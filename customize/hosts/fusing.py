@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from customize.concepts.base_weight import writable_weight
 from customize.concepts.merge import Layer
 from customize.core.lowrank import add_to, all_finite
 from customize.errors import ConfigError, PipelineError
@@ -102,20 +102,16 @@ def check_fusable(models: Mapping[str, nn.Module], updates: Updates) -> None:
     """
     for key, layers in updates.items():
         for name in layers:
-            weight = base_weight(models, (key, name))
-            if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-                raise PipelineError(
-                    f"nothing can be added to weights of type {weight.dtype}",
-                    where=f"{key}.{name}",
-                    fix="load with fuse=False, which leaves the weights alone",
-                )
+            base_weight(models, (key, name))
 
 
 def base_weight(models: Mapping[str, nn.Module], place: tuple[str, str]) -> Tensor:
-    """The (out, in) weight of a layer, below any adapter around it."""
-    layer: Any = models[place[0]].get_submodule(place[1])
-    weight: Tensor = getattr(layer, "base_layer", layer).weight
-    return weight
+    """The (out, in) weight of a layer, below any adapter around it, to be changed in place.
+
+    Raises:
+        PipelineError: it is quantized, or no parameter.
+    """
+    return writable_weight(models[place[0]].get_submodule(place[1]), ".".join(place))
 
 
 def _narrowest(weight: Tensor) -> torch.dtype:

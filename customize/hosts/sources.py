@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from customize.concepts.base_weight import dense_weight
 from customize.concepts.concept import Concept
 from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
 from customize.concepts.formats.lora import Weights as LayerWeights
@@ -16,7 +17,7 @@ from customize.concepts.formats.opening import opened
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
 from customize.families.components import uncompiled
-from customize.hosts.fusing import base_weight
+from customize.hosts.checks import naming_quantizers
 from customize.hosts.offload import settled
 from customize.hosts.state import Holder, find
 
@@ -55,7 +56,10 @@ def read_sources(family: Family, sources: Sequence[object]) -> list[Adaptation]:
     names = Names(family) if any(isinstance(each, LoraFile) for each in found) else None
 
     def placed(each: Adaptation | LoraFile, weights: LayerWeights | None = None) -> Adaptation:
-        return each.lora(family, weights, names) if isinstance(each, LoraFile) else each
+        if not isinstance(each, LoraFile):
+            return each
+        with naming_quantizers(family):
+            return each.lora(family, weights, names)
 
     if not any(isinstance(each, LoraFile) and each.needs_weights for each in found):
         return [placed(each) for each in found]
@@ -64,7 +68,9 @@ def read_sources(family: Family, sources: Sequence[object]) -> list[Adaptation]:
 
     def weight(component: str, module: str) -> Tensor:
         place = (component, module)
-        return originals[place] if place in originals else base_weight(models, place)
+        if place in originals:
+            return originals[place]
+        return dense_weight(models[component].get_submodule(module), ".".join(place))
 
     with settled(models):
         return [placed(each, weight) for each in found]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from customize.concepts import layerwise, tokens
 from customize.concepts.adapter import Adapter, Factors, attach, file_name
+from customize.concepts.base_weight import dense_weight
 from customize.concepts.concept import BasisInfo
 from customize.concepts.slices import columns_for
 from customize.core.shared import change_on_generic
-from customize.errors import DataError
+from customize.errors import DataError, PipelineError
 from customize.families import Family
 from customize.families.components import TokenDictionary
 from customize.training.batches import stream_seed
@@ -312,22 +313,22 @@ def _held(adapter: Adapter, generic: Factors, weight: float) -> list[tuple[nn.Pa
         for module, layer in layers.items():
             inputs = generic[component][file_name(component, module)]
             down, up = layer.lora_A[adapter.name].weight, layer.lora_B[adapter.name].weight
-            base = _weight(layer.get_base_layer())
+            base = _weight(layer.get_base_layer(), f"{component}.{module}")
             factor = change_on_generic(down, inputs, base, layer.scaling[adapter.name])
             found.append((up, weight * factor))
     return found
 
 
 @torch.no_grad()
-def _weight(layer: Any) -> Tensor:
+def _weight(layer: Any, where: str) -> Tensor:
     """A linear layer's weight, (out, in); of a quantized one, as it computes."""
-    shape, weight = (layer.out_features, layer.in_features), layer.weight
-    if type(weight) is nn.Parameter and weight.is_floating_point() and weight.shape == shape:
-        return weight
-    device = weight.device
-    axes = torch.eye(layer.in_features, device=device)
-    origin = torch.zeros(1, layer.in_features, device=device)
-    return (layer(axes).float() - layer(origin).float()).T
+    try:
+        return dense_weight(layer, where)
+    except PipelineError:  # good enough for a penalty's factor: what it answers to each axis
+        device = layer.weight.device
+        axes = torch.eye(layer.in_features, device=device)
+        origin = torch.zeros(1, layer.in_features, device=device)
+        return (layer(axes).float() - layer(origin).float()).T
 
 
 def _own_seed(config: TrainConfig, what: str) -> int:

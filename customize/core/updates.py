@@ -103,6 +103,29 @@ def rescaled(weight: Tensor, update: LowRank, magnitude: Tensor) -> Tensor:
     return magnitude.float().reshape(sides) / lengths.clamp_min(_TINY) * changed - base
 
 
+def initial_part(weight: Tensor, rank: int, scale: float, start: str) -> LowRank:
+    """What peft takes out of a weight when it begins an adapter with a part of it.
+
+    Args:
+        weight: (out, in).
+        scale: that of the adapter, alpha / rank or the like.
+        start: "pissa" (arXiv 2404.02948): the ``rank`` largest singular components. "olora" (arXiv
+            2406.01775): ``scale`` times the first ``rank`` columns and rows of a QR decomposition.
+            Neither depends on the signs that the decompositions leave open.
+
+    Returns:
+        Factors in float64, whose product has the weight's shape.
+    """
+    base = weight.float()  # as peft decomposes it
+    if start == "olora":
+        q, r = torch.linalg.qr(base)
+        return LowRank(q[:, :rank].double(), r[:rank].double(), scale)
+    if start != "pissa":
+        raise ValueError(start)
+    u, values, vh = (part.double() for part in torch.linalg.svd(base, full_matrices=False))
+    return LowRank(u[:, :rank] * values[:rank], vh[:rank])
+
+
 def turned(weight: Tensor, blocks: Tensor, limit: float, rescale: Tensor | None) -> Tensor:
     """What OFT adds: each block of rows turned by its own rotation.
 

@@ -64,6 +64,10 @@ _KEY = re.compile(
     + ")"
 )
 
+#: What some of peft's adapters keep of their training, which does nothing when they draw: VeLoRA's
+#: projections for the backward pass, and MonteCLoRA's noise.
+_TRAINING = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\..+)?")
+
 #: Parts with which nothing is known to do, and what they are.
 _REFUSED = {
     "change of a bias": re.compile(r".+\.(diff_b|lora_[AB]\.bias|lora_(up|down)\.bias|b_norm)"),
@@ -71,6 +75,8 @@ _REFUSED = {
     "bundled embedding": re.compile(r"bundle_emb\..+"),
     "update of peft's OFT or BOFT": re.compile(r".+\.(oft_R|boft_R|boft_s)(\..+)?"),
     "update of IA3 or GLoRA": re.compile(r".+\.(on_input|[ab][12]\.weight)"),
+    "row of a text encoder's embeddings": re.compile(r".+\.trainable_tokens_(delta|original).*"),
+    "copy of a whole module's weight": re.compile(r"(?!.*\.lora_).+(?<!norm)\.weight"),
 }
 
 
@@ -99,6 +105,8 @@ def grouped(tensors: Mapping[str, Tensor], where: object) -> list[Group]:
     unknown = []
     for key in sorted(tensors):
         path, part = _read(key)
+        if not part and _TRAINING.fullmatch(key):
+            continue
         if not part:
             unknown.append(key)
             continue

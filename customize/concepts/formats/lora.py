@@ -15,6 +15,7 @@ from torch import Tensor
 
 from customize.concepts.adapter import file_name
 from customize.concepts.concept import NAME, Concept, Method
+from customize.concepts.formats.header_alpha import with_header_alphas
 from customize.concepts.formats.keys import Group, grouped, listed
 from customize.concepts.formats.metadata import Metadata
 from customize.concepts.formats.names import Names, Place, encoder_of
@@ -120,8 +121,8 @@ class LoraFile:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether its updates can be told only with the base model's weights (DoRA, OFT, BOFT)."""
-        return any(map(needs_weight, self.groups))
+        """Whether its updates depend on the base model's weights (DoRA, OFT, BOFT, PiSSA...)."""
+        return self.metadata.needs_weights or any(map(needs_weight, self.groups))
 
     def lora(
         self, family: Family, weights: Weights | None = None, names: Names | None = None
@@ -178,9 +179,10 @@ class LoraFile:
 
     def _update(self, group: Group, place: Place, names: Names, weights: Weights | None) -> LowRank:
         first = place.rows[0].module
+        layer_names = _names_of(group.path, place.component, first)
 
         def scale(rank: int | None) -> float:
-            return self.metadata.scale(place.component, first, rank)
+            return self.metadata.scale(place.component, layer_names, rank)
 
         def weight() -> Tensor:
             if weights is None:
@@ -195,7 +197,7 @@ class LoraFile:
 
         shape = _shape(place, names)
         try:
-            update = update_of(group, scale, weight)
+            update = update_of(group, scale, weight, self.metadata.config(place.component))
             if update.shape != shape:
                 raise ConceptError(
                     f"an update of shape {update.shape} does not fit a layer of shape {shape}"
@@ -232,7 +234,10 @@ def lora_file(
         ConceptError: a key is none that is known, or two say the same.
     """
     facts = Metadata.of(metadata, adapter_config, where)
-    return LoraFile(own_name(name), str(where), grouped(tensors, where), facts)
+    groups: Sequence[Group] = grouped(tensors, where)
+    if not facts.configs:
+        groups = with_header_alphas(groups, metadata, where)
+    return LoraFile(own_name(name), str(where), groups, facts)
 
 
 def own_name(name: str) -> str:
@@ -320,6 +325,12 @@ def _shape(place: Place, names: Names) -> tuple[int, int]:
     """(out, in) of an update that goes there."""
     _, width = names.layers[place.component][place.rows[0].module]
     return sum(each.stop - each.start for each in place.rows), width
+
+
+def _names_of(path: str, component: str, module: str) -> list[str]:
+    """The names of a layer that patterns may mean: the model's, that of files, and the file's."""
+    bare = path.removeprefix("base_model.model.").removeprefix(f"{component}.")
+    return list(dict.fromkeys((module, file_name(component, module), bare)))
 
 
 def _refusal(file: LoraFile, family: Family, lost: Sequence[Group]) -> Exception:

@@ -105,9 +105,14 @@ def _files(folder: Path) -> tuple[Path, Path | None]:
 
 
 def _adapter_config(path: Path) -> dict[str, Any] | None:
-    """peft keeps rank and alpha in a file of their own beside the tensors."""
+    """peft keeps rank and alpha in a file of their own beside the tensors.
+
+    It is that of a file by peft's name, or of the only one in its folder.
+    """
     weights, config = PEFT_FILES
-    if path.name != weights or not present(path.parent / config):
+    if not present(path.parent / config):
+        return None
+    if path.name != weights and len(list(path.parent.glob("*.safetensors"))) != 1:
         return None
     values = read_json(path.parent / config)
     if not isinstance(values, dict):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from customize.concepts.formats.keys import Group
+from customize.concepts.formats.peft_config import Config, start_of
 from customize.core import updates
-from customize.core.lowrank import LowRank, all_finite, from_dense
+from customize.core.lowrank import LowRank, all_finite, from_dense, weighted_sum
+from customize.core.truncation import truncate
 from customize.errors import ConceptError
 
 #: The rank that the parts show, or None where they show none, to the factor of the product.
 Scale = Callable[[int | None], float]
+
+NO_CONFIG: Config = MappingProxyType({})
 
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _MAGNITUDES = {"dora_scale", "magnitude"}
@@ -25,7 +30,9 @@ def needs_weight(group: Group) -> bool:
     return bool(group.parts.keys() & (_MAGNITUDES | {"oft_blocks"}))
 
 
-def update_of(group: Group, scale: Scale, weight: Callable[[], Tensor]) -> LowRank:
+def update_of(
+    group: Group, scale: Scale, weight: Callable[[], Tensor], config: Config = NO_CONFIG
+) -> LowRank:
     """The update that a layer's parts make.
 
     Exact but for one rounding to float32; of the methods that need the weight it is the change at
@@ -35,6 +42,7 @@ def update_of(group: Group, scale: Scale, weight: Callable[[], Tensor]) -> LowRa
         scale: for the files that give no alpha with the layer.
         weight: gives the weight as it is without adapters, (out, in) or (out, in, kh, kw); called
             only where it is needed.
+        config: peft's configuration, for what else it says.
 
     Raises:
         ConceptError: parts are missing or too many, do not fit together, or are not finite.
@@ -51,7 +59,15 @@ def update_of(group: Group, scale: Scale, weight: Callable[[], Tensor]) -> LowRa
         return from_dense(updates.turned(weight(), blocks, alpha, rescale))
     magnitudes = [parts.pop(part) for part in sorted(_MAGNITUDES & parts.keys())]
     added = _added(group, parts, own)
+    if start_of(config) is not None:
+        added = _without_start(group, added, weight(), str(start_of(config)))
     if not magnitudes:
+        if config.get("use_dora") and "down" in group.parts:
+            raise ConceptError(
+                "the adapter's configuration says that it is a DoRA (use_dora), and the layer has "
+                "no magnitudes",
+                fix="get the whole file from its maker",
+            )
         return added
     if len(magnitudes) > 1:
         raise ConceptError("the layer has two sets of magnitudes")
@@ -74,6 +90,23 @@ def shape_of(group: Group) -> tuple[int | None, int | None]:
     if "oft_blocks" in parts and len(parts["oft_blocks"]) > 2:
         return parts["oft_blocks"][-3] * parts["oft_blocks"][-1], None
     return None, None
+
+
+def _without_start(group: Group, added: LowRank, weight: Tensor, start: str) -> LowRank:
+    """The update of a LoRA whose start peft took out of the base's weight before training."""
+    if "down" not in group.parts or weight.ndim != 2:
+        raise ConceptError(
+            f"the adapter was begun with init_lora_weights={start}, which peft does "
+            "with the factors of linear layers alone"
+        )
+    initial = updates.initial_part(weight, group.parts["down"].shape[0], added.scale, start)
+    if initial.shape != added.shape:
+        raise ConceptError(f"an update of shape {added.shape} does not fit {tuple(weight.shape)}")
+    change = weighted_sum([added, initial], [1.0, -1.0])
+    # Both are as large as the weight: rounded one by one to half precision, as adapters on such a
+    # base are, they would leave more error than change.
+    near = truncate(change, change.rank)
+    return LowRank(near.up.float(), near.down.float(), near.scale)
 
 
 def _added(group: Group, parts: dict[str, Tensor], scale: Scale) -> LowRank:

@@ -1,0 +1,127 @@
+"""Alpha in plain header keys of other trainers, for layers without a tensor of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from customize.concepts.concept import MAX_NAME
+from customize.concepts.formats.keys import Group
+
+_KOHYA = "ss_network_alpha"
+_ALPHAS = (_KOHYA, "network_alpha", "lora_alpha", "alpha")
+_RANKS = ("ss_network_dim", "network_dim", "lora_rank", "lora_dim", "rank", "dim", "r")
+_BY_LAYER = "network_alphas"  # JSON: name of a layer or of its alpha -> number
+#: What in kohya's ``ss_network_args`` gives some layers another rank or alpha.
+_UNEVEN = re.compile(r"(?!.*dropout).*(alpha|dim|rank|rs_?lora|scale)", re.IGNORECASE)
+
+
+def with_header_alphas(
+    groups: Sequence[Group], header: Mapping[str, str], where: object
+) -> Sequence[Group]:
+    """The same layers, those without alpha with the one that the header gives them.
+
+    One number is taken for all layers where it can be meant for all: no layer has an alpha of its
+    own, all have the rank that is stated or, where none is, the same one, and kohya's header is not
+    on a file by diffusers' keys, into whose numbers converters have multiplied alpha already. Else
+    alpha is the rank, and a warning says that the header's was not used.
+    """
+    bare = [group for group in groups if "alpha" not in group.parts and _has_product(group)]
+    if not bare:
+        return groups
+    by_layer = _by_layer(header)
+    if by_layer and all(group.path in by_layer for group in bare):
+        return _filled(groups, {group.path: by_layer[group.path] for group in bare})
+    stated = {key: header[key] for key in _ALPHAS if _says_something(header.get(key))}
+    ranks = {shown_rank(group) for group in bare}
+    numbers = {_number(text) for text in stated.values()}
+    if (not stated and not by_layer) or ranks == numbers:
+        return groups
+    reason = _ambiguous(groups, bare, header, stated, numbers, ranks)
+    if reason:
+        keys = ", ".join(f"{key}={stated[key][:MAX_NAME]}" for key in stated) or _BY_LAYER
+        warnings.warn(
+            f"{where}: the header has {keys}, which was not used, since {reason}; alpha is taken "
+            "to be the rank",
+            stacklevel=2,
+        )
+        return groups
+    (alpha,) = numbers
+    return _filled(groups, {group.path: alpha for group in bare})
+
+
+def shown_rank(group: Group) -> int | None:
+    """The rank by which alpha is divided, or None where the parts have none."""
+    for part in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if part in group.parts and group.parts[part].ndim:
+            return group.parts[part].shape[0]
+    return None
+
+
+def _ambiguous(
+    groups: Sequence[Group],
+    bare: Sequence[Group],
+    header: Mapping[str, str],
+    stated: Mapping[str, str],
+    numbers: set[float],
+    ranks: set[int | None],
+) -> str:
+    """Why the header's alpha cannot be told to be meant; empty where it can."""
+    if len(numbers) != 1 or math.nan in numbers or not all(map(math.isfinite, numbers)):
+        return "it is not one number for all layers"
+    if len(bare) < sum(map(_has_product, groups)):
+        return "other layers have an alpha of their own"
+    nominal = {_number(header[key]) for key in _RANKS if _says_something(header.get(key))}
+    if len(ranks) != 1 or None in ranks or nominal - ranks:
+        return "the layers are not of the one rank that it belongs to"
+    if _UNEVEN.match(header.get("ss_network_args", "")):
+        return "ss_network_args gives some layers another one"
+    converted = any(".lora_A" in group.keys.get("down", "") for group in bare)
+    if stated.keys() == {_KOHYA} and converted:
+        return "the file is by diffusers' keys, whose converters multiply alpha into the tensors"
+    return ""
+
+
+def _has_product(group: Group) -> bool:
+    return shown_rank(group) is not None
+
+
+def _says_something(text: str | None) -> bool:
+    return text is not None and text.strip() not in ("", "None", "null")
+
+
+def _number(text: str) -> float:
+    """The number; NaN, the same object, where it is none that could be an alpha or rank."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if 0 <= value < math.inf else math.nan
+
+
+def _by_layer(header: Mapping[str, str]) -> dict[str, float]:
+    try:
+        found = json.loads(header.get(_BY_LAYER, "{}"))
+        values = {str(key).removesuffix(".alpha"): float(value) for key, value in found.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+    return values if all(map(math.isfinite, values.values())) else {}
+
+
+def _filled(groups: Iterable[Group], alphas: Mapping[str, float]) -> list[Group]:
+    return [
+        replace(
+            group,
+            parts={**group.parts, "alpha": torch.tensor(alphas[group.path])},
+            keys={**group.keys, "alpha": "the header's alpha"},
+        )
+        if group.path in alphas
+        else group
+        for group in groups
+    ]

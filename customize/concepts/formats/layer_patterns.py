@@ -1,0 +1,101 @@
+"""peft's ``rank_pattern`` and ``alpha_pattern``: which entry is a layer's."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from customize.concepts.concept import MAX_NAME
+from customize.errors import ConceptError
+
+#: How long the patterns of one file may be matched for, in seconds: expressions of others may
+#: backtrack without end.
+SECONDS = 5.0
+_ASK = "ask its maker for a file whose configuration names each layer"
+
+# Without repetitions and alternatives, so that the standard library matches them in linear time.
+_PLAIN = re.compile(r"[A-Za-z0-9_.\\^$-]+")
+
+
+class PatternMatcher:
+    """The patterns of one file.
+
+    Attributes:
+        left: seconds that may still be spent on expressions with repetitions.
+    """
+
+    def __init__(self, where: object, seconds: float = SECONDS) -> None:
+        self.where = where
+        self.left = seconds
+
+    def value(self, patterns: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
+        """The value of the first pattern that matches a layer, by the rule of peft 0.21.
+
+        A pattern is a regular expression; it matches a name from its beginning or from behind a
+        dot, up to its end (``peft.utils.get_pattern_key``).
+
+        Args:
+            patterns: pattern -> value, in the file's order.
+            names: all names of the layer.
+
+        Raises:
+            ConceptError: a pattern is not a regular expression, or takes too long.
+        """
+        for pattern, value in patterns.items():
+            if any(self._matches(pattern, name) for name in names):
+                return value
+        return default
+
+    def _matches(self, pattern: str, name: str) -> bool:
+        try:
+            if _PLAIN.fullmatch(pattern):
+                return _plain(pattern).match(name) is not None
+            start = time.monotonic()
+            try:
+                return _general(pattern).match(name, timeout=self.left) is not None
+            finally:
+                # Zero would mean without a limit.
+                self.left = max(self.left - (time.monotonic() - start), 1e-3)
+        except TimeoutError as error:
+            raise ConceptError(
+                f"the patterns of the adapter's configuration take more than {SECONDS:g} s to "
+                f"match, the last one {pattern[:MAX_NAME]}",
+                where=self.where,
+                fix=_ASK,
+            ) from error
+
+
+def check_pattern(pattern: str, where: object) -> None:
+    """Refuse what is not a regular expression.
+
+    Raises:
+        ConceptError: it cannot be compiled, or is longer than any layer's name.
+    """
+    reason = f"it has {len(pattern)} characters" if len(pattern) > MAX_NAME else ""
+    if not reason:
+        try:
+            (_plain if _PLAIN.fullmatch(pattern) else _general)(pattern)
+        except Exception as error:  # two libraries' errors, RecursionError, MemoryError
+            reason = str(error)[:MAX_NAME] or type(error).__name__
+    if reason:
+        raise ConceptError(
+            "the adapter's configuration has a pattern that is not a regular expression for a "
+            f"layer's name: {pattern[:MAX_NAME]} ({reason})",
+            where=where,
+            fix=_ASK,
+        )
+
+
+@functools.lru_cache(maxsize=2**12)
+def _plain(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+@functools.lru_cache(maxsize=2**10)
+def _general(pattern: str) -> Any:
+    import regex  # takes a time limit, which the standard library's expressions do not
+
+    return regex.compile(rf"(.*\.)?({pattern})$")

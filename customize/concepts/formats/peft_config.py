@@ -1,0 +1,194 @@
+"""What peft's configuration of an adapter means for its tensors, field by field.
+
+peft writes it into ``adapter_config.json`` beside the tensors; diffusers into the header of the
+file, by ``save_lora_weights`` under a component's name and by ``model.save_lora_adapter`` without.
+Each field of peft 0.21 is in one of the tables below: it is applied, the keys of the file show all
+that it does, it does nothing to a saved adapter, or the file is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from customize.concepts.concept import MAX_NAME
+from customize.concepts.formats.layer_patterns import PatternMatcher, check_pattern
+from customize.errors import ConceptError
+
+Config = Mapping[str, Any]
+
+#: Fields whose values are used: here, or in :mod:`customize.concepts.formats.updates`.
+APPLIED = frozenset(
+    {
+        *("peft_type", "r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+        *("use_dora", "init_lora_weights"),
+        # of OFT
+        *("coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
+    }
+)
+#: Fields that decide which tensors there are and of which shapes, so that the file's keys show it;
+#: keys of tensors that are not read are refused themselves.
+SHOWN_BY_KEYS = frozenset(
+    {
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("bias", "lora_bias", "modules_to_save", "trainable_token_indices"),
+        *("ensure_weight_tying", "use_effective_conv2d", "decompose_both", "decompose_factor"),
+        *("oft_block_size", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
+    }
+)
+#: Fields of training, of the base or of layers that diffusion models lack.
+NO_EFFECT = frozenset(
+    {
+        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "runtime_config", "megatron_config", "megatron_core"),
+        *("lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "boft_dropout"),
+        "fan_in_fan_out",  # of transformers' Conv1D; peft resets it for linear layers
+        "init_weights",  # zero or random starts of LoHa, LoKr, OFT and BOFT
+        # Settings of a start: init_lora_weights says whether there was one.
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        "qalora_group_size",  # read where use_qalora is set
+        "velora_config",  # another backward pass
+        "monteclora_config",  # noise during training alone
+    }
+)
+#: Field -> what it does that is not computed here, where it is set.
+REFUSED = {
+    "alora_invocation_tokens": "acts from certain tokens of the prompt on (aLoRA)",
+    "arrow_config": "routes each token to one of several adapters (Arrow)",
+    "kasa_config": "truncates the base's weights (KaSA)",
+    "layer_replication": "repeats or reorders the base's layers",
+    "target_parameters": "changes parameters that are not layers",
+    "use_bdlora": "has block-diagonal factors (BD-LoRA)",
+    "use_qalora": "pools the layers' inputs (QALoRA)",
+}
+#: Values of init_lora_weights after which the base's weights are as they were.
+BASE_UNCHANGED = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+#: Those after which a part is gone from the base's weights that can be computed again.
+RECOMPUTED = frozenset({"pissa", "olora"})
+
+_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT")
+_AS_LORA = "convert it with peft.save_as_lora, or load it with peft"
+_INITIAL = (
+    "save it again where it was trained, by model.save_pretrained(folder, "
+    "path_initial_model_for_weight_conversion=...), which gives a LoRA of the unchanged base"
+)
+_DEFAULT_ALPHA = 8  # of peft's LoraConfig, LoHaConfig and LoKrConfig
+
+
+def check_config(config: Config, where: object) -> None:
+    """Refuse a configuration that makes the adapter something that is not computed here.
+
+    A field that no table has and that is set is warned of.
+
+    Raises:
+        ConceptError: naming the field, and what to do.
+    """
+    _check_numbers(config, where)
+    kind = config.get("peft_type")
+    if kind is not None and str(kind).upper() not in _TYPES:
+        raise ConceptError(
+            f"the adapter's configuration says that it is of type {str(kind)[:MAX_NAME]}, which is "
+            f"not read here: only {', '.join(_TYPES)}",
+            where=where,
+            fix=_AS_LORA,
+        )
+    for field, effect in REFUSED.items():
+        if config.get(field):
+            raise ConceptError(
+                f"the adapter's configuration sets {field}, which {effect}: a plain LoRA of its "
+                "tensors would draw something else",
+                where=where,
+                fix=_AS_LORA,
+            )
+    _check_start(config.get("init_lora_weights"), where)
+    known = APPLIED | SHOWN_BY_KEYS | NO_EFFECT | REFUSED.keys()
+    strange = sorted(str(f)[:MAX_NAME] for f, value in config.items() if value and f not in known)
+    if strange:
+        warnings.warn(
+            f"{where}: the adapter's configuration sets {', '.join(strange[:10])}, which is not "
+            "known here and was not used",
+            stacklevel=2,
+        )
+
+
+def start_of(config: Config) -> str | None:
+    """The member of :data:`RECOMPUTED` that the adapter was begun with, if one."""
+    start = config.get("init_lora_weights")
+    name = start.lower() if isinstance(start, str) else None
+    return name if name in RECOMPUTED else None
+
+
+def scale_of(
+    config: Config, names: Sequence[str], rank: int | None, matcher: PatternMatcher
+) -> float:
+    """The factor of a layer's product: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+
+    Args:
+        names: all names of the layer, by which patterns may mean it.
+        rank: as the tensors show it; None for a product that has none, which peft scales by its
+            nominal one.
+
+    Raises:
+        ConceptError: a pattern takes too long to match.
+    """
+    default = config.get("lora_alpha")
+    default = config.get("alpha") if default is None else default  # of LoHa and LoKr
+    if default is None and config.get("r") is not None:
+        default = _DEFAULT_ALPHA
+    alpha = matcher.value(config.get("alpha_pattern") or {}, names, default)
+    if rank is None:
+        rank = matcher.value(config.get("rank_pattern") or {}, names, config.get("r"))
+    if alpha is None or not rank:
+        return 1.0
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _check_start(start: Any, where: object) -> None:
+    """Refuse an initialization that changed the base in a way that cannot be repeated."""
+    if start is None or isinstance(start, bool):
+        return
+    name = str(start).lower()
+    if name in BASE_UNCHANGED | RECOMPUTED:
+        return
+    known = name.startswith(("pissa_niter_", "corda", "loftq", "lora_ga"))
+    reason = (
+        "which took a part out of the base's weights that depends on chance, data or quantization"
+        if known
+        else "which is not known here and may have changed the base's weights"
+    )
+    raise ConceptError(
+        f"the adapter was begun with init_lora_weights={str(start)[:MAX_NAME]}, {reason}: a plain "
+        "LoRA of its tensors would draw something else",
+        where=where,
+        fix=_INITIAL,
+    )
+
+
+def _check_numbers(config: Config, where: object) -> None:
+    patterns = [config.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
+    whole = all(isinstance(pattern, dict) for pattern in patterns)
+    names = ("r", "lora_alpha", "alpha", "eps", "num_cayley_neumann_terms")
+    numbers = [config.get(name) for name in names]
+    if whole:
+        numbers += [value for pattern in patterns for value in pattern.values()]
+    # JSON's whole numbers may be beyond what a float holds.
+    most = sys.float_info.max
+    good = all(n is None or (type(n) in (int, float) and 0 <= n <= most) for n in numbers)
+    if not whole or not good:
+        raise ConceptError(
+            "the adapter's configuration has a rank or alpha that is not a number",
+            where=where,
+            fix="get the file anew",
+        )
+    for flag in ("use_rslora", "use_dora", "coft", "block_share", "use_cayley_neumann"):
+        if config.get(flag) not in (None, False, True):
+            raise ConceptError(
+                f"the adapter's configuration has a value of {flag} that is not true or false",
+                where=where,
+                fix="get the file anew",
+            )
+    for key in (key for pattern in patterns for key in pattern):
+        check_pattern(key, where)

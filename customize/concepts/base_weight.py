@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from customize.core.lowrank import all_finite
 from customize.errors import PipelineError
 
+#: What :func:`quantizer_of` calls float8 storage that is cast at each call.
+LAYERWISE_CASTING = "layerwise casting"
+
 _WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Python package of a weight's or layer's class -> the quantizer's name.
@@ -64,7 +67,7 @@ def quantizer_of(layer: Any) -> str:
     if type(weight) not in (nn.Parameter, Tensor):
         return f"a tensor of type {type(weight).__name__}"
     if weight.dtype in _FLOAT8:
-        return "layerwise casting" if _is_stock(layer) else f"weights of {weight.dtype}"
+        return LAYERWISE_CASTING if _is_stock(layer) else f"weights of {weight.dtype}"
     return "" if weight.dtype in _WIDE else f"weights of {weight.dtype}"
 
 
@@ -233,5 +236,5 @@ _READERS: dict[str, Callable[[Any], Tensor]] = {
     _INTEGRATIONS["bfl"]: _bfl,
     "SDNQ": _sdnq,
     # Float8 storage is exact in any wider type.
-    "layerwise casting": lambda layer: layer.weight.float(),
+    LAYERWISE_CASTING: lambda layer: layer.weight.float(),
 }

@@ -66,12 +66,13 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
                 fix=f'call delete_adapters("{ADAPTER}") first, or load it under another name',
             )
     with _writable(models), settled(models):
-        check_fusable(models, new[1])
-        holder.originals.update(check_unchanged(models, old[1], holder.originals))
+        check_fusable(models, new[1], holder.originals)
+        originals = check_unchanged(models, old[1], holder.originals)
         was = {place: _Use.of(layer) for place, layer in _layers(holder).items()}
         factors = _factors(holder, old[0])
         gone = [adapter for adapter in holder.adapters if not adapter.is_there()]
         try:
+            holder.originals.update(originals)
             _rebuild(family, models, holder, after, *new, dtypes)
             for place, layer in _layers(holder).items():
                 layer.scaling[ADAPTER] *= factors.get(place, 1.0)

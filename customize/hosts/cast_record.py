@@ -1,0 +1,123 @@
+"""Which dtype casts a layer goes through, recorded by a small buffer that is cast with it.
+
+A fused weight that was cast to half precision and back, as ``from_pipe`` may, holds rounded values;
+the copy of the original on the CPU does not. Whether that happened cannot be told from the weight:
+a weight may hold half-precision values by chance. So a fused layer carries a buffer of known
+values. ``.to``, ``.half`` and layerwise casting act on it as on the weight, and from what became of
+it follows what became of the weight. The buffer is not persistent: no state dict contains it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from customize.errors import PipelineError
+
+_BUFFER = "_customize_casts"
+_DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+
+#: The dtypes that a tensor was cast to, one after another; empty for none.
+Casts = tuple[torch.dtype, ...]
+
+
+def begin(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Record the casts of a layer from now on.
+
+    Args:
+        dtype: of its weight.
+    """
+    device = next(layer.parameters()).device
+    layer.register_buffer(_BUFFER, _values(dtype).to(device, copy=True), persistent=False)
+
+
+def end(layer: nn.Module) -> None:
+    """Record no longer; the layer has the attributes that it had before."""
+    layer._buffers.pop(_BUFFER, None)
+    layer._non_persistent_buffers_set.discard(_BUFFER)
+
+
+def casts_of(layer: nn.Module, dtype: torch.dtype, where: str) -> Casts:
+    """What the layer was cast to since :func:`begin`.
+
+    Args:
+        dtype: as of :func:`begin`.
+        where: the layer's name, for errors.
+
+    Returns:
+        The shortest sequence of casts that has the same effect on every value.
+
+    Raises:
+        PipelineError: the layer is another than the recorded one, or was cast in another way.
+    """
+    buffer = layer._buffers.get(_BUFFER)
+    if buffer is not None:
+        now = buffer.detach().cpu()
+        if now.dtype == dtype and torch.equal(now, _values(dtype)):
+            return ()
+        for casts, values in _outcomes(dtype):
+            if values.dtype == now.dtype and torch.equal(_bits(values), _bits(now)):
+                return casts
+    raise PipelineError(
+        "a layer with fused concepts was replaced or converted by someone else since",
+        where=where,
+        fix="undo that first, or load the pipeline anew",
+    )
+
+
+def cast(values: Tensor, casts: Casts) -> Tensor:
+    """The same values after these casts."""
+    return functools.reduce(lambda tensor, dtype: tensor.to(dtype), casts, values)
+
+
+@functools.cache
+def _values(dtype: torch.dtype) -> Tensor:
+    """Numbers on which different sequences of casts have different effects.
+
+    Some lie close to the middle between two numbers of a narrower type, where rounding twice and
+    rounding once differ; others cover the range, from subnormal numbers to overflow.
+    """
+    generator = torch.Generator().manual_seed(0)
+    digits = 1 + torch.rand(256, generator=generator, dtype=torch.float64)
+    exponents = torch.linspace(-30, 20, 256, dtype=torch.float64).round()
+    steps = torch.arange(8, dtype=torch.float64)
+    near = [
+        1 + steps * 2.0**-bits + 2.0 ** -(bits + 1) + sign * 2.0**-small
+        for bits in (2, 3, 7, 10)  # of the mantissas of the narrow types
+        for small in (6, 9, 12, 15, 18, 22)
+        if small > bits + 1
+        for sign in (-1.0, 1.0)
+    ]
+    return torch.cat([digits * 2**exponents, *near]).to(dtype)
+
+
+@functools.cache
+def _outcomes(dtype: torch.dtype) -> list[tuple[Casts, Tensor]]:
+    """The effects of all sequences of up to three casts that differ, the shortest first."""
+    found: dict[tuple[torch.dtype, bytes], tuple[Casts, Tensor]] = {}
+    for casts in _sequences():
+        values = cast(_values(dtype), casts)
+        key = (values.dtype, _bits(values).numpy().tobytes())
+        found.setdefault(key, (casts, values))
+    return list(found.values())
+
+
+def _sequences() -> Iterator[Casts]:
+    for length in (1, 2, 3):
+        yield from product((*_DTYPES, torch.float64), repeat=length)
+
+
+def _bits(values: Tensor) -> Tensor:
+    """As integers, so that NaN equals itself."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.contiguous().view(kinds[values.element_size()])

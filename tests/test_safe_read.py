@@ -30,10 +30,8 @@ READS = {"open", "read_text", "read_bytes", "safe_open", "load_file", "fromfile"
 MODULES = {"torch.load", "np.load", "numpy.load", "json.load", "sqlite3.connect", "os.open"}
 ALLOWED = {
     "safe_read.py": {"os.open": "the one place"},
-    "concepts/files.py": {"open": "writes", "os.open": "syncs a folder"},
-    "training/checkpoint.py": {"open": "writes", "os.open": "syncs a folder"},
+    "atomic.py": {"open": "writes", "os.open": "locks what is written, syncs a folder"},
     "concepts/index.py": {"sqlite3.connect": "in memory"},
-    "cli/generate.py": {"open": "writes"},
     "training/data.py": {"Image.open": "of a file from open_regular"},
     "training/record.py": {"read_text": "of /proc/self/status"},
     "evaluation/record.py": {"read_text": "of /proc/cpuinfo"},

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from customize.atomic import put_file
 from customize.cli.shared import (
     check_steps,
     choose_device,
@@ -276,22 +277,24 @@ def _save(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) ->
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     text = json.dumps(settings, indent=2) + "\n"
-    files = {f"{number:04}.png": buffer.getvalue(), f"{number:04}.json": text.encode()}
+    # The settings first, as a process may be killed in between: no picture without its settings.
+    files = {f"{number:04}.json": text.encode(), f"{number:04}.png": buffer.getvalue()}
     made: list[Path] = []
     try:
         for name, data in files.items():
             path = folder / name
-            with storing(path), path.open("xb") as file:  # x: never over what is there
-                made.append(path)
-                file.write(data)
+            with storing(path):
+                put_file(path, data, new=True)  # never over what is there
+            made.append(path)
     except BaseException:
-        for path in made:  # no picture without its settings
+        for path in made:
             path.unlink(missing_ok=True)
         raise
 
 
 def _next_number(folder: Path) -> int:
-    found = [_NUMBERED.fullmatch(path.name) for path in folder.iterdir()]
+    with storing(folder):
+        found = [_NUMBERED.fullmatch(path.name) for path in folder.iterdir()]
     return max((int(match[1]) for match in found if match), default=0) + 1
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from customize.atomic import partial_folder
 from customize.cli.shared import (
     choose_device,
     console,
@@ -183,16 +182,11 @@ def _write_pipeline(
     check_new(output)
     pipe = load_pipeline(base, choose_device("cpu"), dtype)
     load_custom(pipe, *concepts, weights=weights, fuse=True, merge=merge)
-    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
-    try:
-        with storing(output):
-            partial.mkdir(parents=True)
-            _save(pipe, partial)
-            if output.is_dir():
-                output.rmdir()
-            partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with storing(output), partial_folder(output) as partial:
+        _save(pipe, partial)
+        if output.is_dir():
+            output.rmdir()
+        partial.rename(output)
     names = ", ".join(concept.info.name for concept in concepts)
     words = [concept.info.words for concept in concepts if concept.info.words]
     family = family_of(pipe.components)

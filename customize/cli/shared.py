@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from customize.atomic import put_file
 from customize.errors import ConfigError, PipelineError, StorageError
 
 if TYPE_CHECKING:
@@ -235,12 +236,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        put_file(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 @contextmanager

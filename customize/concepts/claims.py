@@ -8,18 +8,17 @@ nobody else takes the slice that it will go on with; deleting the folder gives i
 from __future__ import annotations
 
 import errno
-import os
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from customize.atomic import put_file
 from customize.concepts.concept import BasisInfo
-from customize.concepts.files import sync_folder, write_file
 from customize.concepts.layout import CLAIM_FILE
+from customize.concepts.reading import in_folders
 from customize.errors import ConceptError, storage_error
 from customize.safe_read import MAX_PAGE, read_bytes
 
@@ -51,7 +50,7 @@ def read_claims(library: Path) -> list[Claim]:
         ConceptError: one cannot be read. It may hold columns.
     """
     # Not in hidden folders, as with concepts.
-    return [_read(path) for path in sorted(Path(library).glob(f"[!.]*/{CLAIM_FILE}"))]
+    return [_read(path) for path in in_folders(Path(library), CLAIM_FILE)]
 
 
 def write_claim(claim: Claim, folder: Path) -> None:
@@ -60,17 +59,12 @@ def write_claim(claim: Claim, folder: Path) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    data = claim.model_dump_json(indent=2).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(partial, claim.model_dump_json(indent=2).encode())
-        os.replace(partial, folder / CLAIM_FILE)
-        sync_folder(folder)
+        put_file(folder / CLAIM_FILE, data, folder=folder.parent)
     except OSError as error:
         raise storage_error(error, folder) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def withdraw_claim(folder: Path) -> None:

@@ -6,8 +6,6 @@ import contextlib
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +13,11 @@ from typing import Any
 
 import torch
 
+from customize.atomic import partial_folder, sync_folder, write_file
 from customize.concepts import card
 from customize.concepts.adapter import fit
 from customize.concepts.concept import Concept
-from customize.concepts.files import (
-    check_writable,
-    safetensors_bytes,
-    sync_folder,
-    write_file,
-)
+from customize.concepts.files import check_writable, safetensors_bytes
 from customize.concepts.formats.kohya import factors, file_shapes, kohya_header, kohya_tensors
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.inputs import LayerInputs
@@ -230,7 +224,10 @@ def check_new(folder: Path) -> None:
     Raises:
         StorageError: it is a file or a folder with files, or not to be made.
     """
-    empty = os.path.isdir(folder) and not any(folder.iterdir())
+    try:
+        empty = os.path.isdir(folder) and not any(folder.iterdir())
+    except OSError as error:
+        raise storage_error(error, folder) from error
     if not empty and os.path.lexists(folder):
         raise StorageError(
             "something else is there already", where=folder, fix="choose a new or empty folder"
@@ -242,20 +239,17 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     if _holds(folder, files):
         return
     check_new(folder)
-    partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
     try:
-        partial.mkdir(parents=True)
-        for name, data in files.items():
-            (partial / name).parent.mkdir(exist_ok=True)
-            write_file(partial / name, data)
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
-        sync_folder(folder.parent)
+        with partial_folder(folder) as partial:
+            for name, data in files.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                write_file(partial / name, data)
+            if folder.is_dir():
+                folder.rmdir()
+            partial.rename(folder)
+            sync_folder(folder.parent)
     except OSError as error:
         raise storage_error(error, folder) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:

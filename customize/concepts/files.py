@@ -16,18 +16,17 @@ anything is returned, and written whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from customize.atomic import is_partial, partial_folder, put_file, sync_folder, write_file
 from customize.concepts import card
 from customize.concepts.concept import Concept
 from customize.concepts.layout import (
@@ -105,27 +104,24 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
         files[name] = buffer.getvalue()
     files[CARD_FILE] = card.text(concept, pictures).encode()
 
-    partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
     try:
-        partial.mkdir(parents=True)
-        for name, data in files.items():
-            write_file(partial / name, data)
-        if folder.exists():
-            optional = (EMBEDS_FILE, LAYERS_FILE, SECOND_FILE)
-            stale = [*folder.glob("sample-*.png"), *(folder / name for name in optional)]
-            for name in files:
-                os.replace(partial / name, folder / name)
-            for path in stale:
-                if path.name not in files:
-                    path.unlink(missing_ok=True)
-        else:
-            partial.rename(folder)
-        sync_folder(folder)
-        sync_folder(folder.parent)
+        with partial_folder(folder) as partial:
+            for name, data in files.items():
+                write_file(partial / name, data)
+            if folder.exists():
+                optional = (EMBEDS_FILE, LAYERS_FILE, SECOND_FILE)
+                stale = [*folder.glob("sample-*.png"), *(folder / name for name in optional)]
+                for name in files:
+                    os.replace(partial / name, folder / name)
+                for path in stale:
+                    if path.name not in files:
+                        path.unlink(missing_ok=True)
+            else:
+                partial.rename(folder)
+            sync_folder(folder)
+            sync_folder(folder.parent)
     except OSError as error:
         raise storage_error(error, folder) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -189,7 +185,7 @@ def check_folder(folder: Path, name: str) -> None:
         StorageError: it holds something else, or cannot be looked into.
     """
     try:
-        present = {path.name for path in folder.iterdir()}
+        present = {path.name for path in folder.iterdir() if not is_partial(path.name)}
     except FileNotFoundError:
         return
     except NotADirectoryError as error:
@@ -250,37 +246,3 @@ def _check_same(found_name: Callable[[], str], name: str, where: Path) -> None:
             where=where,
             fix="choose another name, or move it away",
         )
-
-
-def put_file(path: Path, data: bytes) -> None:
-    """Write a file, over an older one, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written. What was there before still is.
-    """
-    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
-    try:
-        write_file(partial, data)
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a new file to the disk itself; FileExistsError where there is one."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder outlast a power cut."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are durable
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

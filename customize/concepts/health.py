@@ -53,6 +53,8 @@ def check(folder: str | Path) -> Health:
     for entry in library.entries.values():
         try:
             _check_files(library.path(entry), entry)
+            if entry.fault:  # its files can be read by those who know their names
+                faults.append(entry.fault)
         except CustomizeError as error:
             faults.append(str(error))
     faults += _doubled(list(library.entries.values()))

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sqlite3
+import stat
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -29,9 +30,8 @@ from customize.concepts.concept import MAX_NAME, BasisInfo, ConceptInfo
 from customize.concepts.files import put_file
 from customize.concepts.formats.lora import LoraInfo, own_name
 from customize.concepts.formats.metadata import Metadata
-from customize.concepts.inputs import place_beside
 from customize.concepts.layout import INFO_FILE, INFO_HEADER, INPUTS_FILE
-from customize.concepts.reading import read_info, single_info
+from customize.concepts.reading import is_hidden, listing, read_info, single_info
 from customize.errors import ConceptError, CustomizeError
 from customize.safe_read import present, read_bytes, safetensors_header
 
@@ -42,6 +42,9 @@ _MAX_ROW = 16 * 2**20
 # SQLite's steps that reading may take beside one a byte; a row of ours has about 20, and 300 bytes.
 _MAX_STEPS, _AT_A_TIME = 100_000, 1000
 _CODEC = ("utf-8", "surrogatepass")
+_SUFFIXES = (".json", ".safetensors")
+# In the place of names, sizes and times that cannot be had.
+_UNREADABLE = "?"
 _DOWN = re.compile(r".*(lora_A|lora_down|lora\.down)\b.*weight")
 _TOKENS = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]*>")
 
@@ -96,9 +99,10 @@ def stamps(library: Path) -> dict[str, str]:
         OSError: the folder cannot be looked into.
     """
     found = {}
+    os.stat(os.path.join(library, "."))  # who may not enter it gets names, but reaches no file
     with os.scandir(library) as entries:
         for entry in entries:
-            stamp = "" if entry.name.startswith(".") else stamp_of(library, entry.name)
+            stamp = "" if is_hidden(entry.name) else stamp_of(library, entry.name)
             if stamp:
                 found[entry.name] = stamp
     return dict(sorted(found.items()))
@@ -108,24 +112,39 @@ def stamp_of(library: Path, source: str) -> str:
     """Names, sizes and times of a concept's files; empty where nothing there is one.
 
     A folder counts that has ``concept.json`` or safetensors files in it; what else is there, such
-    as pictures or the checkpoints of a run, does not.
+    as pictures or the checkpoints of a run, does not. A folder that may not be looked into counts
+    as well, as it may hold a concept: reading it tells what is wrong.
     """
     path = library / source
+    single = source.endswith(".safetensors") and not source.endswith(INPUTS_FILE)
     try:
-        if path.is_dir():
-            with os.scandir(path) as inside:
-                files = [each for each in inside if each.name.endswith((".json", ".safetensors"))]
-                own = {each.name: each.stat() for each in files if not each.name.startswith(".")}
-        elif source.endswith(".safetensors") and not source.endswith(INPUTS_FILE):
-            beside = place_beside(path)
-            own = {each.name: each.stat() for each in (path, beside) if each.is_file()}
+        status = _status(path)
+        if stat.S_ISDIR(status.st_mode):
+            names = [name for name in os.listdir(path) if name.endswith(_SUFFIXES)]
+            own = {name: _status(path / name) for name in names if not name.startswith(".")}
+        elif single:
+            own = {source: status}
+            record = path.with_suffix(f".{INPUTS_FILE}")
+            if present(record):
+                own[record.name] = _status(record)
         else:
             return ""
-    except (OSError, CustomizeError):  # it went just now, or may not be looked into
+    except FileNotFoundError:  # it went just now
         return ""
+    except OSError as error:
+        counts = single or isinstance(error, PermissionError)
+        return f"{_UNREADABLE}:{error.errno}:0" if counts else ""
     if not any(name == INFO_FILE or name.endswith(".safetensors") for name in own):
         return ""
     return "/".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in sorted(own.items()))
+
+
+def _status(path: Path) -> os.stat_result:
+    """That of the file itself, or of a link that leads nowhere."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return os.lstat(path)
 
 
 def described(library: Path, source: str, stamp: str) -> Entry:
@@ -140,6 +159,12 @@ def described(library: Path, source: str, stamp: str) -> Entry:
     recorded = any(name.endswith(INPUTS_FILE) for name, _, _ in files)
     fault = ""
     try:
+        if files[0][0] == _UNREADABLE:
+            raise ConceptError(
+                f"it cannot be looked into: {os.strerror(int(files[0][1]))}",
+                where=path,
+                fix="allow reading and entering it, or take it out",
+            )
         info = _info(path)
     except CustomizeError as error:
         info, fault = LoraInfo(own_name(path.stem), "", "", 0), str(error)
@@ -166,9 +191,9 @@ def described(library: Path, source: str, stamp: str) -> Entry:
 def _info(path: Path) -> ConceptInfo | LoraInfo:
     if present(path / INFO_FILE):
         return read_info(path)
-    if path.is_dir():
-        own = [p for p in path.glob("*.safetensors") if not p.name.endswith(INPUTS_FILE)]
-        name, files = path.name, sorted(own)
+    if os.path.isdir(path):
+        own = [p for p in listing(path) if p.suffix == ".safetensors"]
+        name, files = path.name, [p for p in own if not p.name.endswith(INPUTS_FILE)]
     else:
         name, files = path.stem, [path]
     rank, metadata = 0, dict[str, str]()

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import difflib
 import os
-import secrets
+import re
 import shutil
+import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
+from customize.atomic import partial_file, partial_folder, sweep, sync_folder
 from customize.concepts.claims import alone_in
 from customize.concepts.concept import NAME
-from customize.concepts.files import sync_folder
 from customize.concepts.formats.opening import opened
 from customize.concepts.hub import collected, is_collection
 from customize.concepts.index import Entry, described, read_index, stamp_of, stamps, write_index
-from customize.concepts.inputs import place_beside
-from customize.concepts.layout import INPUTS_FILE, WORK_NAMES
-from customize.concepts.reading import located
+from customize.concepts.inputs import LayerInputs, place_beside
+from customize.concepts.layout import (
+    CARD_FILE,
+    INFO_FILE,
+    INPUTS_FILE,
+    MERGED_FILE,
+    PEFT_FILES,
+    WORK_NAMES,
+)
+from customize.concepts.reading import listing, located
 from customize.errors import ConceptError, ConfigError, storage_error
+from customize.safe_read import MAX_TENSORS, open_regular, present
+
+# A concept's files beside its safetensors: those that are read, and those that are not.
+_CHECKED = (INFO_FILE, PEFT_FILES[1])
+_FREE = re.compile(rf"{re.escape(CARD_FILE)}|{re.escape(MERGED_FILE)}|sample-\d+\.png")
 
 #: What looks like a trigger in a prompt.
 TRIGGER = rf"<{NAME}>"
@@ -46,6 +58,7 @@ class Library:
     def __init__(self, source: str | Path) -> None:
         self.folder = _folder_of(source)
         self.entries: dict[str, Entry] = {}
+        sweep(self.folder)
         self.stale, self.kept = 0, True
         self._called: dict[str, list[Entry]] = {}
         self._seen = 0
@@ -163,30 +176,59 @@ def add(library: str | Path, source: str | Path) -> Entry:
             raise ConceptError(
                 "something else is in the place of the concept", where=target, fix="move it away"
             )
-        partial = folder / f".{target.name}.{secrets.token_hex(4)}.partial"
         try:
-            _copy(path, partial, target)
-            sync_folder(folder)
+            _copy(path, target)
         except OSError as error:
             raise storage_error(error, target) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            with suppress(OSError):
-                partial.unlink()
         held.refresh()
     return held.entries[target.name]
 
 
-def _copy(source: Path, partial: Path, target: Path) -> None:
-    """Copy to a hidden place first, and rename when all is there."""
-    if source.is_dir():
-        hidden = shutil.ignore_patterns(".*", *WORK_NAMES)
-        shutil.copytree(source, partial, ignore=hidden)
-        partial.rename(target)
+def _copy(source: Path, target: Path) -> None:
+    """Copy a concept atomically."""
+    if not source.is_dir():
+        record = place_beside(source)
+        if present(record):  # first, so that the concept never is there without it
+            LayerInputs.load(record)
+            _copy_file(record, target.with_suffix(f".{INPUTS_FILE}"))
+        _copy_file(source, target)
         return
-    record = place_beside(source)
-    if record.is_file():  # first, so that the concept never is there without it
-        shutil.copyfile(record, partial)
-        os.replace(partial, target.with_suffix(f".{INPUTS_FILE}"))
-    shutil.copyfile(source, partial)
-    os.replace(partial, target)
+    names, left = _parts(source)
+    if left:
+        warnings.warn(
+            f"{len(left)} of the files in {source} are no part of the concept, or links out of its "
+            f"folder, and are not copied: {', '.join(left)}",
+            stacklevel=4,
+        )
+    with partial_folder(target) as partial:
+        for name in names:
+            _copy_file(source / name, partial / name)
+        partial.rename(target)
+        sync_folder(target.parent)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    with open_regular(source, MAX_TENSORS) as file, partial_file(target) as copy:
+        shutil.copyfileobj(file, copy, 2**20)
+
+
+def _parts(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of a concept's files in its folder, and those of what else is there.
+
+    Files that were read as what they are may be links to anywhere, as they are in the hub's cache.
+    Cards and pictures, which nobody checks, may not: a link would publish whatever it leads to.
+    """
+    names: list[str] = []
+    left: list[str] = []
+    if present(folder / INPUTS_FILE):
+        LayerInputs.load(folder / INPUTS_FILE)
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":  # of the hub's cache, whose files are links to blobs
+        inside.append(inside[0].parents[1] / "blobs")
+    for path in listing(folder):
+        if path.name.startswith(".") or path.name in WORK_NAMES:
+            continue
+        checked = path.name in _CHECKED or path.suffix == ".safetensors"
+        free = _FREE.fullmatch(path.name) and path.resolve().parent in inside
+        (names if (checked or free) and not path.is_dir() else left).append(path.name)
+    return names, left

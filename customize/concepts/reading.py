@@ -340,13 +340,53 @@ def _unreadable(error: OSError, path: Path) -> ConceptError:
     )
 
 
+def listing(folder: Path) -> list[Path]:
+    """What is in a folder, sorted.
+
+    Raises:
+        ConceptError: it cannot be looked into.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise ConceptError(
+            f"the folder cannot be looked into: {error.strerror}",
+            where=folder,
+            fix="allow reading and entering it",
+        ) from error
+
+
+def is_hidden(name: str) -> bool:
+    """Whether what has this name in a library is none of its concepts, whatever it is."""
+    return name.startswith(".") or name == "lost+found"  # which a disk of its own has
+
+
+def in_folders(library: Path, name: str) -> list[Path]:
+    """The files of a name in a library's folders, sorted, without hidden folders.
+
+    Those in folders that may not be entered count too: reading them tells what is wrong.
+    """
+    try:
+        folders = sorted(entry.path for entry in os.scandir(library) if not is_hidden(entry.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConceptError(
+            f"the library cannot be looked into: {error.strerror}",
+            where=library,
+            fix="allow reading and entering it, or name another one",
+        ) from error
+    paths = (Path(folder) / name for folder in folders)
+    return [path for path in paths if present(path)]
+
+
 def refuse_pickles(folder: Path) -> None:
     """Refuse a folder with a pickle in it, when what was looked for is not there.
 
     Raises:
         ConceptError: naming the first.
     """
-    for file in sorted(folder.iterdir()):
+    for file in listing(folder):
         if file.suffix.lower() in _PICKLES:
             _refuse_pickle(file)
 
@@ -366,7 +406,20 @@ def located(source: str | Path) -> Path:
         ConceptError: nothing is there, or it is a pickle.
     """
     path = Path(source)
-    if os.path.exists(path):  # unlike Path.exists, False for names that no file can have
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise ConceptError(
+            f"the concept cannot be reached: {error.strerror}",
+            where=path,
+            fix="allow entering the folders that it is in",
+        ) from error
+    except (OSError, ValueError):  # nothing is there, or no file can have this name
+        if present(path):
+            raise ConceptError(
+                "the link leads nowhere", where=path, fix="mend or delete it"
+            ) from None
+    else:
         if path.suffix.lower() in _PICKLES:
             _refuse_pickle(path)
         return path

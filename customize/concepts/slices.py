@@ -11,7 +11,7 @@ from typing import Protocol
 from customize.concepts.claims import read_claims
 from customize.concepts.concept import BasisInfo
 from customize.concepts.layout import INFO_FILE
-from customize.concepts.reading import read_info
+from customize.concepts.reading import in_folders, read_info
 from customize.core.bases import avoided, block, capacity, hashed_block, shared_columns
 from customize.errors import ConfigError
 
@@ -71,7 +71,7 @@ def holders(library: Path, *, without: Collection[str] = ()) -> list[Holder]:
         ConceptError: a ``concept.json`` or a claim there cannot be read. It may hold columns.
     """
     # Not in hidden folders: there a killed process may have left a half-written concept.
-    found = sorted(Path(library).glob(f"[!.]*/{INFO_FILE}"))
+    found = in_folders(Path(library), INFO_FILE)
     all_of_them: list[Holder] = [read_info(file.parent) for file in found]
     all_of_them += read_claims(library)
     return [holder for holder in all_of_them if holder.name not in without]

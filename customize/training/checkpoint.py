@@ -9,11 +9,9 @@ ones, and names that begin with a dot, which nobody reads.
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from customize.atomic import put_file
 from customize.errors import SettingsError, StorageError, TrainingError
 from customize.safe_read import MAX_TENSORS, read_safetensors
 
@@ -241,23 +240,7 @@ def write_whole(path: Path, data: bytes) -> None:
         OSError: it cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    with suppress(OSError):  # some file systems cannot sync a folder
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    put_file(path, data)
 
 
 def _packed(checkpoint: Checkpoint) -> bytes:

@@ -23,6 +23,7 @@ from customize.concepts.index import INDEX_FILE, Entry, read_index
 from customize.concepts.layout import INPUTS_FILE
 from customize.concepts.library import Library, add
 from customize.errors import ConceptError, ConfigError, CustomizeError, StorageError
+from tests.cli.making import record_of
 from tests.concepts.making import small
 
 
@@ -202,7 +203,6 @@ def test_what_is_no_concept_is_left_alone(folder):
     (folder / "notes.txt").write_text("x")
     (folder / ".rex.partial").mkdir()
     small().save(folder / ".rex.partial" / "rex")
-    (folder / "gone.safetensors").symlink_to(folder / "nowhere")
     assert set(called(Library(folder))) == {"rex", "tom", "water-colour"}
 
 
@@ -217,8 +217,8 @@ def test_no_folder_is_no_library(tmp_path):
 
 def test_adding_copies_a_concept_with_its_record(folder, tmp_path):
     library = tmp_path / "new"
-    (folder / "rex" / INPUTS_FILE).write_bytes(b"record")
-    (folder / f"tom.{INPUTS_FILE}").write_bytes(b"record")
+    for record in (folder / "rex" / INPUTS_FILE, folder / f"tom.{INPUTS_FILE}"):
+        record_of(small()).save(record)
     (folder / "rex" / ".checkpoints").mkdir()
     for source in ("rex", "tom.safetensors", "Water Colour.safetensors"):
         add(library, folder / source)
@@ -233,6 +233,47 @@ def test_adding_copies_a_concept_with_its_record(folder, tmp_path):
     assert hidden <= {INDEX_FILE, ".slices.lock"}
     for name in ("rex/concept.json", "rex/pytorch_lora_weights.safetensors", "tom.safetensors"):
         assert (library / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_adding_copies_known_files_and_follows_no_links_out(folder, tmp_path):
+    rex, home, library = folder / "rex", tmp_path / "home", tmp_path / "new"
+    (home / ".ssh").mkdir(parents=True)
+    (home / "key").write_text("KEY")
+    (rex / "README.md").unlink()
+    (rex / "README.md").symlink_to(home / "key")
+    (rex / "sample-1.png").symlink_to(home / "key")
+    (rex / "pictures").symlink_to(home)
+    (rex / "notes.txt").write_text("mine")
+    (rex / "sample-2.png").write_bytes(b"picture")
+    (rex / "sample-3.png").symlink_to("sample-2.png")
+    weights = rex / "pytorch_lora_weights.safetensors"
+    weights.rename(home / "weights")
+    weights.symlink_to(home / "weights")  # a valid file, wherever it is
+    with pytest.warns(UserWarning, match="4 of the files .* notes.txt, pictures, sample-1.png"):
+        add(library, rex)
+    copied = {path.name for path in (library / "rex").iterdir()}
+    own = {"concept.json", "learned_embeds.safetensors", weights.name}
+    assert copied == own | {"sample-2.png", "sample-3.png"}
+    assert not any(path.is_symlink() for path in (library / "rex").iterdir())
+    (folder / "tom.layer_inputs.safetensors").symlink_to(home / "key")
+    (rex / INPUTS_FILE).symlink_to(home / "key")
+    for source in (rex, folder / "tom.safetensors"):
+        with pytest.raises(ConceptError, match="no safetensors file"):
+            add(tmp_path / "other", source)
+    assert not list((tmp_path / "other").glob("[!.]*"))
+
+
+def test_a_concept_of_the_hubs_cache_is_copied_through_its_links(folder, tmp_path):
+    blobs, snapshot = tmp_path / "models--a--rex" / "blobs", tmp_path / "models--a--rex"
+    snapshot = snapshot / "snapshots" / "0123abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted((folder / "rex").iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    add(tmp_path / "new", snapshot)
+    copied = {path.name for path in (tmp_path / "new" / "rex").iterdir()}
+    assert copied == {path.name for path in snapshot.iterdir()} and "README.md" in copied
 
 
 def test_a_name_or_trigger_that_is_taken_is_refused(folder, tmp_path):
@@ -258,9 +299,10 @@ def test_a_copy_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copytree", fail)
-    with pytest.raises(StorageError, match="disk is full"):
-        add(tmp_path / "new", folder / "rex")
+    monkeypatch.setattr(shutil, "copyfileobj", fail)
+    for source in ("rex", "tom.safetensors"):
+        with pytest.raises(StorageError, match="disk is full"):
+            add(tmp_path / "new", folder / source)
     assert [path.name for path in (tmp_path / "new").iterdir()] in ([], [".slices.lock"])
 
 

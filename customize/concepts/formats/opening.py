@@ -25,6 +25,7 @@ from customize.concepts.layout import (
     SECOND_FILE,
 )
 from customize.concepts.reading import (
+    listing,
     located,
     parsed_single,
     read,
@@ -79,10 +80,10 @@ def opened_whole(source: str | Path) -> Adaptation:
 
 def _files(folder: Path) -> tuple[Path, Path | None]:
     """The folder's LoRA, and that of a second denoiser if there is one."""
-    found = (file for file in folder.iterdir() if file.suffix == ".safetensors")
+    found = (file for file in listing(folder) if file.suffix == ".safetensors")
     files = sorted(file for file in found if not file.name.endswith(INPUTS_FILE))
     own = (folder / EMBEDS_FOLDER, *folder.glob(MERGED_EMBEDS.format("*")))
-    if (folder / MERGED_FILE).is_file() and any(path.exists() for path in own):
+    if present(folder / MERGED_FILE) and any(path.exists() for path in own):
         raise ConceptError(
             "the folder is a merge whose concepts have tokens of their own, which would be left "
             "out here",

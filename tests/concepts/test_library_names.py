@@ -1,0 +1,151 @@
+"""Libraries whose files have odd names, or may not be read: named, and nothing else disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from customize.concepts.health import check
+from customize.concepts.index import read_index
+from customize.concepts.library import Library, add
+from customize.concepts.slices import holders
+from customize.errors import ConceptError, ConfigError
+from tests.concepts.making import small
+from tests.concepts.test_library import lora
+from tests.unprivileged import run_unprivileged
+
+ODD = os.fsdecode(b"\xff\xfe caf\xe9")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "library"
+    small().save(folder / "rex")
+    return folder
+
+
+def test_names_that_are_not_unicode_are_names_like_others(folder: Path) -> None:
+    lora(folder / f"{ODD}.safetensors")
+    small(1, name="tom", trigger="<tom>").save(folder / f"{ODD} folder")
+    first = Library(folder)
+    assert first.kept
+    assert {entry.source for entry in first.entries.values()} == {
+        *("rex", f"{ODD}.safetensors", f"{ODD} folder")
+    }
+    again = Library(folder)
+    assert again.stale == 0 and again.entries == first.entries == read_index(folder)
+    assert [entry.name for entry in again.called("<tom>")] == ["tom"]
+    found = "\n".join(check(folder).faults)
+    assert "\\udcff" in found
+    found.encode()  # whatever prints it
+
+
+@pytest.mark.parametrize("length", [200, 231, 240, 255])
+def test_long_names_are_names_like_others(folder: Path, length: int) -> None:
+    name = "a" * (length - len(".safetensors")) + ".safetensors"
+    lora(folder / name)
+    small(1, name="tom", trigger="<tom>").save(folder / ("b" * length))
+    entries = Library(folder).entries
+    assert set(entries) == {"rex", name, "b" * length}
+    assert not any(entry.fault for entry in entries.values())
+    other = folder.parent / "other"
+    assert add(other, folder / name).name == "a" * 64
+    assert add(other, folder / ("b" * length)).name == "tom"
+
+
+def test_what_cannot_be_read_is_named(folder: Path) -> None:
+    os.mkfifo(folder / "fifo.safetensors")
+    (folder / "dangling.safetensors").symlink_to("nowhere")
+    (folder / "loop.safetensors").symlink_to("loop.safetensors")
+    (folder / "kit").mkdir()
+    os.mkfifo(folder / "kit" / "concept.json")
+    (folder / "max").mkdir()
+    (folder / "max" / "concept.json").symlink_to("nowhere")
+    entries = Library(folder).entries
+    said = {source: entry.fault for source, entry in entries.items() if entry.fault}
+    assert set(said) == {
+        *("fifo.safetensors", "dangling.safetensors", "loop.safetensors", "kit", "max")
+    }
+    assert "a FIFO" in said["fifo.safetensors"] and "a FIFO" in said["kit"]
+    faults = "\n".join(check(folder).faults)
+    for source in said:
+        assert source in faults
+    with pytest.raises(ConceptError, match="a FIFO"):
+        holders(folder)
+
+
+def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    library = tmp_path / "library"
+    for number, name in enumerate(("none", "enter", "read", "fine")):
+        small(number, name=name, trigger=f"<{name}>").save(library / name)
+    (library / "lost+found").mkdir(mode=0)
+    for name, mode in (("none", 0o000), ("enter", 0o311), ("read", 0o444)):
+        (library / name).chmod(mode)
+    program = """
+import json, sys
+from pathlib import Path
+from customize import errors
+from customize.concepts.concept import Concept
+from customize.concepts.health import check
+from customize.concepts.library import Library
+from customize.concepts.slices import holders
+
+library = Path(sys.argv[1])
+said = {source: entry.fault for source, entry in Library(library).entries.items()}
+for name in ("none", "enter", "read"):
+    try:
+        said[f"load {name}"] = Concept.load(library / name).info.name
+    except errors.ConceptError as error:
+        said[f"load {name}"] = str(error)
+said["check"] = " ".join(check(library).faults)
+for name in ("enter", "read", "none"):
+    (library / name).chmod(0o755)
+(library / "fine").chmod(0o444)
+try:
+    said["holders"] = str([each.name for each in holders(library)])
+except errors.ConceptError as error:
+    said["holders"] = str(error)
+(library / "fine").chmod(0o755)
+library.chmod(0o644)
+try:
+    said["library"] = str(Library(library).entries)
+except errors.ConfigError as error:
+    said["library"] = str(error)
+library.chmod(0o755)
+print(json.dumps(said))
+"""
+    said = json.loads(run_unprivileged(program, library))
+    assert said["fine"] == ""
+    for name in ("none", "enter", "read"):
+        assert "Permission denied" in said[name], said
+        assert f"library/{name}" in said["check"]
+    assert said["load enter"] == "enter"  # its files can be opened by their names
+    assert "Permission denied" in said["load none"] and "Permission denied" in said["load read"]
+    assert "Permission denied" in said["holders"] and "library/fine" in said["holders"]
+    assert "the library cannot be read: Permission denied" in said["library"]
+    assert "lost+found" not in said
+
+
+def test_a_library_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConfigError, match="Not a directory"):
+        Library(tmp_path / "fifo")
+
+
+def test_the_command_lists_names_that_are_not_unicode(folder: Path) -> None:
+    lora(folder / f"{ODD}.safetensors")
+    program = "import sys; from customize.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "library", "list", str(folder)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"rex" in done.stdout and b"caf" in done.stdout

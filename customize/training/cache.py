@@ -89,34 +89,40 @@ def prepare_pictures(
     sizes = [(resolution, resolution)] * len(samples)
     if buckets:
         known = bucket_sizes(resolution, family.latent_multiple)
-        sizes = [bucket_of(sample.image.size, known) for sample in samples]
+        sizes = [bucket_of(sample.size, known) for sample in samples]
 
     def both(tensor: Tensor) -> list[Tensor]:
         return [tensor, tensor.flip(-1)] if flip else [tensor]
 
-    pixels = [both(data.pixels(*each)) for each in zip(samples, sizes, strict=True)]
-    latents = None
-    if keep_latents:
-        flat = encode_latents(family, (p for variants in pixels for p in variants), device)
-        variants = len(pixels[0])
-        latents = [flat[i : i + variants] for i in range(0, len(flat), variants)]
-    else:
-        flat = encode_latents(family, pixels[0][:1], device)
-    channels, height, _ = flat[0][0].shape
-    factor = sizes[0][1] // height
-    masks = None
-    if any(sample.mask is not None for sample in samples):
-        masks = [
-            both(data.mask_tensor(sample, (width // factor, height // factor)).to(device))
-            for sample, (width, height) in zip(samples, sizes, strict=True)
-        ]
+    masked = any(sample.mask_path is not None for sample in samples)
+    latents: list[list[tuple[Tensor, Tensor]]] = []
+    pixels: list[list[Tensor]] = []
+    masks: list[list[Tensor]] = []
+    shape: tuple[int, ...] = ()
+    encoded: dict[str, tuple[Tensor, Tensor]] = {}
+    # One at a time, so that only one photograph is in memory as a whole.
+    for sample, size in zip(samples, sizes, strict=True):
+        loaded = data.opened(sample)
+        variants = both(data.pixels(loaded, size))
+        if keep_latents:
+            latents.append(encode_latents(family, variants, device, encoded))
+        else:
+            pixels.append(variants)
+        if not shape:
+            mean, _ = encode_latents(family, variants[:1], device, encoded)[0]
+            shape = mean.shape
+            factor = size[1] // shape[1]
+        if masked:
+            width, height = size
+            mask = data.mask_tensor(sample, (width // factor, height // factor), loaded)
+            masks.append(both(mask.to(device)))
     return Pictures(
         captions=[sample.caption for sample in samples],
-        latents=latents,
+        latents=latents if keep_latents else None,
         pixels=None if keep_latents else pixels,
-        masks=masks,
+        masks=masks if masked else None,
         sizes=sizes,
-        shape=(channels, resolution // factor, resolution // factor),
+        shape=(shape[0], resolution // factor, resolution // factor),
     )
 
 
@@ -180,7 +186,10 @@ def pixels_key(pixels: Tensor) -> str:
 
 @torch.no_grad()
 def encode_latents(
-    family: Family, pictures: Iterable[Tensor], device: torch.device
+    family: Family,
+    pictures: Iterable[Tensor],
+    device: torch.device,
+    cache: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """The latents' distribution of each picture; equal pictures are encoded once and shared.
 
@@ -188,11 +197,12 @@ def encode_latents(
 
     Args:
         pictures: each (3, height, width), in [-1, 1].
+        cache: :func:`pixels_key` -> what was encoded before; it grows.
 
     Returns:
         (mean, std) a picture, each (channels, height / f, width / f), float32, on the device.
     """
-    cache: dict[str, tuple[Tensor, Tensor]] = {}
+    cache = {} if cache is None else cache
     found = []
     for pixels in pictures:
         key = pixels_key(pixels)

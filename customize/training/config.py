@@ -45,7 +45,9 @@ class TrainConfig(BaseModel):
     base: str = Field(
         description="The pipeline to teach: a folder as save_pretrained writes it, or a hub id"
     )
-    images: Path = Field(description="Folder with the concept's pictures (jpg, jpeg, png, webp)")
+    images: Path = Field(
+        description="Folder with the concept's pictures (JPEG, PNG, WebP, AVIF, HEIC)"
+    )
     output: Path = Field(description="Folder that receives the concept and its checkpoints")
     name: str = Field(
         pattern=_NAME,
@@ -63,7 +65,7 @@ class TrainConfig(BaseModel):
     caption: str | None = Field(
         default="a photo of {}",
         description="Caption of pictures that bring none; {} stands for the trigger; none: every"
-        " picture brings its own (a .txt beside it, or metadata.jsonl)",
+        " picture brings its own (a .txt or .caption beside it, metadata.jsonl or metadata.csv)",
     )
     masks: Path | None = Field(
         default=None,

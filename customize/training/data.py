@@ -1,18 +1,19 @@
 """Training pictures with their captions and masks, checked before any model is loaded.
 
-Pictures are the jpg, jpeg, png and webp files directly in a folder. Each becomes upright 8-bit
-sRGB; what cannot be read as that is refused by name, so that nothing is dropped in silence.
+Pictures are the JPEG, PNG and WebP files directly in a folder, and HEIC and AVIF files where these
+can be read; see :mod:`customize.training.image_folder`. Each becomes upright 8-bit sRGB; what
+cannot be read as that is refused by name, so that nothing is dropped silently.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,19 +22,31 @@ from torch import Tensor
 
 from customize.errors import DataError
 from customize.safe_read import MAX_PICTURE, open_regular
-from customize.training.captions import count, listing, read_captions
+from customize.training.captions import read_captions
+from customize.training.image_folder import (
+    by_name,
+    count,
+    image_formats,
+    is_exact,
+    listing,
+    scan,
+    suffix_names,
+    warn_ignored,
+)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-_OTHER_SUFFIXES = (".gif", ".bmp", ".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2")
-_FORMATS = ("JPEG", "PNG", "WEBP")
 _MIN_SIDE = 16
-_PICTURES = ", ".join(suffix[1:] for suffix in SUFFIXES)
-
-logger = logging.getLogger(__name__)
+_STRIP = 256  # rows
 
 #: (width, height) in pixels, as PIL has it.
 Size = tuple[int, int]
+
+
+class Loaded(NamedTuple):
+    """A picture, mode RGB (8 bits, sRGB), and its mask of the same size, mode L, 255 where it is
+    learned; None: all of it is."""
+
+    image: Image.Image
+    mask: Image.Image | None
 
 
 @dataclass(frozen=True)
@@ -42,17 +55,32 @@ class Sample:
 
     Attributes:
         path: the file that it came from.
-        image: upright, mode RGB (8 bits, sRGB), at least 16 x 16.
+        size: of the whole picture in pixels, upright, at least 16 x 16.
         caption: one line of text.
-        mask: mode L, of the image's size, 255 where it is learned; None: all of it is.
+        loaded: the whole picture and its mask, or these cropped and shrunk; None: not in memory,
+            so that :func:`opened` reads them again.
+        mask_path: the file that the mask is in; None: there is no mask.
+        templated: whether the caption is the template.
         digest: :func:`content_hash` of it before it was shrunk.
     """
 
     path: Path
-    image: Image.Image
+    size: Size
     caption: str
-    mask: Image.Image | None = None
+    loaded: Loaded | None
+    mask_path: Path | None = None
+    templated: bool = False
     digest: str = ""
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture; read again where it is not in memory."""
+        return opened(self).image
+
+    @property
+    def mask(self) -> Image.Image | None:
+        """The mask; read again where it is not in memory."""
+        return opened(self).mask
 
 
 def read_folder(
@@ -62,15 +90,17 @@ def read_folder(
     caption: str | None = None,
     masks: Path | str | None = None,
     resolution: int | None = None,
+    hold: bool = True,
     square: bool = True,
     limit: int | None = None,
     forbidden: Sequence[str] = (),
 ) -> list[Sample]:
     """The pictures of a folder in the order of their names, each with its caption and mask.
 
-    A picture's caption is the .txt file of the same stem, else its line in metadata.jsonl
-    (``{"file_name": ..., "text": ...}``), else the template. Subfolders, other files and hidden
-    files are left out; subfolders and pictures of other kinds are logged.
+    A picture's caption is the text of the .txt or .caption file of its name, else its row in
+    metadata.jsonl (``{"file_name": ..., "text": ...}``) or metadata.csv (columns ``file_name`` and
+    ``text``), else the template. Subfolders, other files and captions of no picture are left out,
+    and a warning names them.
 
     Args:
         trigger: the word that every caption must have and that fills the template; None for
@@ -80,6 +110,7 @@ def read_folder(
             learned and black is not.
         resolution: crop and shrink to this now, as :func:`pixels` would: large photographs then
             need little memory.
+        hold: keep the pictures in memory; else :func:`opened` reads them again, one by one.
         square: only the centre square is trained, so there the masks must not be black.
         limit: only the first so many pictures.
         forbidden: words that no caption may have: the triggers, of class pictures.
@@ -90,21 +121,55 @@ def read_folder(
             unreadable, lacks the trigger or has what is forbidden; a mask is missing, black all
             over the part that trains or of another size.
     """
-    folder = Path(folder)
-    found = _pictures(folder)
-    paths = found[:limit]
-    captions = read_captions(
-        folder, paths, found, template=caption, trigger=trigger, forbidden=forbidden
-    )
-    mask_paths = {} if masks is None else _mask_paths(Path(masks), paths)
+    found = scan(Path(folder))
+    paths = found.images[:limit]
+    captions = read_captions(found, paths, template=caption, trigger=trigger, forbidden=forbidden)
+    # customize generate writes a .json beside each picture that evaluation reads.
+    others = [name for name in found.ignored if trigger or not name.endswith(".json")]
+    warn_ignored(found.path, [*captions.unused, *others])
+    mask_paths = {} if masks is None else _mask_paths(Path(masks), paths, found.images)
     samples = []
     for path in paths:
         image = read_image(path)
-        mask = read_mask(mask_paths[path], image.size, square) if path in mask_paths else None
-        whole = Sample(path, image, captions[path], mask)
-        whole = replace(whole, digest=content_hash(whole))
-        samples.append(whole if resolution is None else _shrunk(whole, resolution))
+        mask_path = mask_paths.get(path)
+        mask = None if mask_path is None else read_mask(mask_path, image.size, square)
+        whole = Loaded(image, mask)
+        text = captions.texts[path]
+        sample = Sample(
+            path,
+            image.size,
+            text,
+            whole if hold and resolution is None else None,
+            mask_path,
+            path in captions.templated,
+            content_hash(whole, text),
+        )
+        if hold and resolution is not None:
+            sample = replace(sample, loaded=_shrunk(whole, resolution))
+        samples.append(sample)
     return samples
+
+
+def opened(sample: Sample) -> Loaded:
+    """A sample's picture and mask, read again where they are not in memory.
+
+    Raises:
+        DataError: they cannot be read, or have changed since.
+    """
+    if sample.loaded is not None:
+        return sample.loaded
+    image = read_image(sample.path)
+    mask = None
+    if sample.mask_path is not None:
+        mask = read_mask(sample.mask_path, image.size, square=False)
+    found = Loaded(image, mask)
+    if content_hash(found, sample.caption) != sample.digest:
+        raise DataError(
+            "the picture or its mask changed after the run began",
+            where=sample.path,
+            fix="run again when nothing writes to the folder",
+        )
+    return found
 
 
 def read_image(path: Path) -> Image.Image:
@@ -140,7 +205,7 @@ def read_mask(path: Path, size: Size, square: bool = True) -> Image.Image:
     return mask
 
 
-def pixels(sample: Sample, size: Size | int) -> Tensor:
+def pixels(sample: Sample | Loaded, size: Size | int) -> Tensor:
     """The picture's largest centre part of this shape, at this size (an int: a square): (3,
     height, width), float32, in [-1, 1]; resampled with Lanczos."""
     image = _fitted(sample.image, _size(size), Image.Resampling.LANCZOS)
@@ -148,31 +213,37 @@ def pixels(sample: Sample, size: Size | int) -> Tensor:
     return values.permute(2, 0, 1).contiguous() / 127.5 - 1.0
 
 
-def mask_tensor(sample: Sample, size: Size | int) -> Tensor:
+def mask_tensor(sample: Sample, size: Size | int, loaded: Loaded | None = None) -> Tensor:
     """The mask over the same part as :func:`pixels`: (1, height, width), float32, in [0, 1]; all
     ones without a mask. Each value is the mean over its area, so give the latents' size to get a
     mask for latents.
+
+    Args:
+        loaded: the sample's picture and mask, if they are in memory already.
 
     Raises:
         DataError: it is black all over that part.
     """
     width, height = _size(size)
-    if sample.mask is None:
+    whole = (loaded or opened(sample)).mask
+    if whole is None:
         return torch.ones(1, height, width)
-    mask = _fitted(sample.mask, (width, height), Image.Resampling.BOX)
+    mask = _fitted(whole, (width, height), Image.Resampling.BOX)
     if mask.getextrema() == (0, 0):
         raise _black("the part of the picture that is trained", sample.path)
     return torch.from_numpy(np.array(mask, dtype=np.float32))[None] / 255.0
 
 
-def content_hash(sample: Sample) -> str:
-    """SHA-256 over picture, caption and mask, in hexadecimal; the file's name does not count."""
+def content_hash(loaded: Loaded, caption: str) -> str:
+    """SHA-256 over picture, mask and caption, in hexadecimal; the file's name does not count."""
     digest = hashlib.sha256()
-    for image in (sample.image, sample.mask):
+    for image in loaded:
         if image is not None:
             digest.update(f"{image.mode} {image.width} {image.height} ".encode())
-            digest.update(image.tobytes())
-    digest.update(sample.caption.encode())
+            for top in range(0, image.height, _STRIP):  # no copy of the whole picture
+                bottom = min(top + _STRIP, image.height)
+                digest.update(image.crop((0, top, image.width, bottom)).tobytes())
+    digest.update(caption.encode())
     return digest.hexdigest()
 
 
@@ -182,13 +253,13 @@ def _decode(path: Path, mode: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with (
                 open_regular(path, MAX_PICTURE) as file,
-                Image.open(file, formats=_FORMATS) as image,  # reads the header only
+                Image.open(file, formats=image_formats()[1]) as image,  # reads the header only
             ):
                 _check_header(image, path)
                 image.verify()  # checksums, which decoding does not look at; closes the file
         with (
             open_regular(path, MAX_PICTURE) as file,
-            Image.open(file, formats=_FORMATS) as image,
+            Image.open(file, formats=image_formats()[1]) as image,
         ):
             upright = ImageOps.exif_transpose(image)
             return _to_rgb(upright) if mode == "RGB" else _to_gray(upright)
@@ -204,7 +275,7 @@ def _decode(path: Path, mode: str) -> Image.Image:
         raise DataError(
             "the file is damaged or no picture of a known kind",
             where=path,
-            fix=f"replace or remove it; pictures are {_PICTURES}",
+            fix=f"replace or remove it; pictures are {suffix_names()}",
         ) from None
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise DataError(
@@ -215,8 +286,9 @@ def _decode(path: Path, mode: str) -> Image.Image:
 
 
 def _check_header(image: Image.Image, path: Path) -> None:
-    # MPO is a JPEG photograph with more in it, such as a phone's depth map: the first is meant.
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+    # MPO is a JPEG photograph with more in it, such as a phone's depth map, and HEIF may have more
+    # pictures as well: the first is meant.
+    if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "HEIF"):
         raise DataError(
             "the picture is animated", where=path, fix="save the frame that you mean as a PNG"
         )
@@ -280,10 +352,12 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _shrunk(sample: Sample, side: int) -> Sample:
-    size = (side, side)
-    mask = None if sample.mask is None else _fitted(sample.mask, size, Image.Resampling.BOX)
-    return replace(sample, image=_fitted(sample.image, size, Image.Resampling.LANCZOS), mask=mask)
+def _shrunk(loaded: Loaded, side: int) -> Loaded:
+    size, mask = (side, side), loaded.mask
+    return Loaded(
+        _fitted(loaded.image, size, Image.Resampling.LANCZOS),
+        None if mask is None else _fitted(mask, size, Image.Resampling.BOX),
+    )
 
 
 def _fitted(image: Image.Image, size: Size, filter_: Image.Resampling) -> Image.Image:
@@ -310,51 +384,34 @@ def _black(part: str, path: Path) -> DataError:
     )
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """The picture files of a folder, sorted by name."""
-    try:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-        nested = [entry.name for entry in entries if entry.is_dir()]
-        pictures = [e for e in entries if e.suffix.lower() in SUFFIXES and e.is_file()]
-    except OSError as error:
-        raise DataError(
-            f"the folder of pictures cannot be read: {error.strerror}",
-            where=folder,
-            fix=f"give a folder with {_PICTURES} files",
-        ) from None
-    if not pictures:
-        raise DataError(
-            "there are no pictures in the folder"
-            + (f"; subfolders are not searched: {listing(nested)}" if nested else ""),
-            where=folder,
-            fix=f"put {_PICTURES} files directly in it",
-        )
-    others = [e.name for e in entries if e.suffix.lower() in _OTHER_SUFFIXES and e.is_file()]
-    if nested:
-        logger.warning("Subfolders of %s are ignored: %s", folder, listing(nested))
-    if others:
-        logger.warning("Only %s files of %s are read, not %s", _PICTURES, folder, listing(others))
-    return pictures
+def _mask_paths(folder: Path, paths: Sequence[Path], images: Sequence[Path]) -> dict[Path, Path]:
+    """Picture -> its mask.
 
-
-def _mask_paths(folder: Path, paths: list[Path]) -> dict[Path, Path]:
-    by_stem: dict[str, Path] = {}
-    for mask in _pictures(folder):
-        if mask.stem in by_stem:
+    Args:
+        paths: the pictures that need one.
+        images: all pictures beside them.
+    """
+    found = scan(folder)
+    masks, unmatched = by_name(found.images, images)
+    unused = [f"{path.name} (no picture of that name)" for path in unmatched]
+    warn_ignored(folder, [*unused, *(path.name for path in found.captions), *found.ignored])
+    for picture, files in masks.items():
+        # A mask with exactly the name of a picture is of that one.
+        files.sort(key=lambda path: not is_exact(path, picture))
+        if len(files) > 1 and is_exact(files[0], picture) == is_exact(files[1], picture):
             raise DataError(
-                f"{by_stem[mask.stem].name} and {mask.name} are masks of the same picture",
+                f"{files[0].name} and {files[1].name} are masks of the same picture",
                 where=folder,
                 fix="keep one of them",
             )
-        by_stem[mask.stem] = mask
-    missing = [path.name for path in paths if path.stem not in by_stem]
+    missing = [path.name for path in paths if path not in masks]
     if missing:
         raise DataError(
             f"{count(missing)} no mask: {listing(missing)}",
             where=folder,
             fix="give each picture a mask of the same stem, such as 1.png for 1.jpg",
         )
-    return {path: by_stem[path.stem] for path in paths}
+    return {path: masks[path][0] for path in paths}
 
 
 def _by(size: tuple[int, int]) -> str:

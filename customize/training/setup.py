@@ -27,21 +27,21 @@ def read_pictures(
     """The concept's pictures, and the class pictures that the settings name.
 
     Args:
-        resolution: what they are shrunk to on reading; None: not yet, as in buckets, whose sizes
-            depend on the model.
+        resolution: what they are shrunk to on reading; None: it is not known yet.
         triggers: of all concepts of the run, which no class picture shows.
 
     Raises:
         DataError: see :func:`customize.training.data.read_folder`.
     """
-    if config.buckets:
-        resolution = None
+    # Sizes of buckets depend on the model. Until it is loaded, no picture stays in memory.
+    hold = resolution is not None and not config.buckets
     samples = data.read_folder(
         config.images,
         trigger=config.trigger,
         caption=config.caption,
         masks=config.masks,
         resolution=resolution,
+        hold=hold,
         square=not config.buckets,
     )
     if not config.prior_weight or config.prior_images is None:
@@ -51,6 +51,7 @@ def read_pictures(
         trigger=None,
         caption=config.class_prompt,
         resolution=resolution,
+        hold=hold,
         limit=config.prior_count,
         forbidden=triggers,
     )

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,11 @@ from PIL import Image
 from customize.errors import DataError
 from customize.families import family_of
 from customize.training.buckets import bucket_of, bucket_sizes
+from customize.training.cache import prepare_pictures
+from customize.training.data import read_image
 from customize.training.loop import train
+from customize.training.record import peak_memory
+from customize.training.setup import read_pictures
 from tests.makers import FAMILIES
 from tests.tiny import tiny_sd, tiny_sdxl
 from tests.training.runs import (
@@ -206,3 +212,25 @@ def test_masks_count_on_what_is_trained(tmp_path):
     with pytest.raises(DataError, match=r"black all over the part .*0\.png"):
         train(config, pipe.components, progress=False)
     assert_unchanged(before, pipe.components)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak memory")
+def test_only_one_picture_is_in_memory_as_a_whole(tmp_path):
+    size, number = (2000, 1500), 24
+    one = size[0] * size[1] * 3  # bytes
+    (tmp_path / "images").mkdir()
+    for index in range(number):
+        Image.new("RGB", size, (index, 99, 255)).save(tmp_path / "images" / f"{index}.png")
+    config = settings(tmp_path, buckets=True)
+    family = family_of(tiny_sd().components)
+    cpu = torch.device("cpu")
+    read_image(tmp_path / "images" / "0.png")  # what the libraries take at the first picture
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_memory(cpu)
+    samples, _ = read_pictures(config, 32, ["<rex>"])
+    pictures = prepare_pictures(
+        family, samples, 32, cpu, flip=False, keep_latents=True, buckets=True
+    )
+    assert len(pictures.latents) == number and len(set(pictures.sizes)) == 1
+    # Decoding takes a few copies of one picture.
+    assert peak_memory(cpu) - before < number * one / 2

@@ -1,5 +1,7 @@
+import csv
 import json
 import logging
+import os
 import struct
 import warnings
 import zlib
@@ -7,12 +9,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, features
 
 from customize.errors import DataError
 from customize.training.data import (
-    content_hash,
     mask_tensor,
+    opened,
     pixels,
     read_folder,
     read_image,
@@ -75,7 +79,12 @@ def test_folder_without_pictures(tmp_path):
     error = refused(read_one, tmp_path)
     assert "no pictures" in str(error) and error.where == str(tmp_path)
     (tmp_path / "more.png").mkdir()
-    assert "subfolders are not searched: more.png" in str(refused(read_one, tmp_path))
+    error = str(refused(read_one, tmp_path))
+    assert "only notes.txt, more.png (subfolders are not searched)" in error
+    (tmp_path / "b.heic").write_bytes(b"x")
+    assert "only notes.txt, b.heic (needs pip install pillow-heif)" in str(
+        refused(read_one, tmp_path)
+    )
 
 
 def test_subfolders_are_ignored_aloud(tmp_path, caplog):
@@ -93,7 +102,8 @@ def test_pictures_of_other_kinds_are_ignored_aloud(tmp_path, caplog):
         (tmp_path / name).write_text("a <rex>")
     with caplog.at_level(logging.WARNING):
         assert read_one(tmp_path).path.name == "a.png"
-    assert "are read, not b.HEIC, c.gif, e.bmp" in caplog.text
+    assert "b.HEIC (needs pip install pillow-heif), c.gif (save it as PNG)" in caplog.text
+    assert "d.txt (no picture of that name)" in caplog.text
 
 
 def test_folder_that_cannot_be_read(tmp_path):
@@ -187,6 +197,176 @@ def test_metadata_may_hold_line_separators(tmp_path):
     row = json.dumps({"file_name": "a.png", "text": "<rex>\u2028asleep"}, ensure_ascii=False)
     (tmp_path / "metadata.jsonl").write_text(row, encoding="utf-8")
     assert read_one(tmp_path).caption == "<rex> asleep"
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("0", "0.caption"),
+        ("0", "0.TXT"),
+        ("0", "0.png.txt"),
+        ("IMG_1", "img_1.txt"),
+        ("caf\u00e9", "cafe\u0301.txt"),  # as macOS writes it
+    ],
+)
+def test_caption_files_belong_to_the_picture_of_their_name(stem, name, tmp_path, caplog):
+    saved(tmp_path, f"{stem}.png")
+    (tmp_path / name).write_text("<rex> asleep")
+    sample = read_one(tmp_path)
+    assert (sample.caption, sample.templated, caplog.text) == ("<rex> asleep", False, "")
+
+
+def test_names_that_several_pictures_could_have_are_not_guessed(tmp_path, caplog):
+    saved(tmp_path, "A.png"), saved(tmp_path, "a.png")
+    (tmp_path / "A.txt").write_text("a <rex> in A")
+    samples = read_folder(tmp_path, trigger="<rex>", caption="a {}")
+    assert [(s.caption, s.templated) for s in samples] == [
+        ("a <rex> in A", False),
+        ("a <rex>", True),
+    ]
+    (tmp_path / "A.txt").rename(tmp_path / "A.PNG.txt")
+    with caplog.at_level(logging.WARNING):
+        assert all(s.templated for s in read_folder(tmp_path, trigger="<rex>", caption="a {}"))
+    assert "A.PNG.txt (no picture of that name)" in caplog.text
+
+
+def test_pictures_of_one_stem_share_a_caption(tmp_path):
+    saved(tmp_path, "0.png"), saved(tmp_path, "0.jpg")
+    (tmp_path / "0.txt").write_text("<rex>")
+    samples = read_folder(tmp_path, trigger="<rex>", caption="a {}")
+    assert [sample.caption for sample in samples] == ["<rex>", "<rex>"]
+
+
+def test_of_several_captions_the_first_kind_is_taken_and_the_others_named(tmp_path, caplog):
+    saved(tmp_path, "0.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,<rex> by csv\n")
+    assert read_one(tmp_path).caption == "<rex> by csv"
+    row = {"file_name": "0.png", "text": "<rex> by jsonl"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    assert read_one(tmp_path).caption == "<rex> by jsonl"
+    assert "metadata.csv for 0.png (metadata.jsonl is used)" in caplog.text
+    for name in ("0.caption", "0.png.txt", "0.txt"):
+        (tmp_path / name).write_text(f"<rex> by {name}")
+        caplog.clear()
+        assert read_one(tmp_path).caption == f"<rex> by {name}"
+    for told in ("0.caption (0.txt is used)", "0.png.txt (0.txt is used)", "the metadata of 0.png"):
+        assert told in caplog.text
+    (tmp_path / "0.TXT").write_text("<rex> by\n0.txt")  # the same words
+    assert read_one(tmp_path).caption == "<rex> by 0.txt"
+    (tmp_path / "0.TXT").write_text("<rex> by others")
+    assert "0.TXT and 0.txt are different captions of 0.png" in str(refused(read_one, tmp_path))
+
+
+def test_everything_else_is_named(tmp_path, caplog):
+    saved(tmp_path, "0.png"), saved(tmp_path, "1.jfif", format="JPEG")
+    for name in ("7.txt", "photo", "metadata.parquet", "notes.md", ".b.png", "c.tiff"):
+        (tmp_path / name).write_bytes(b"x")
+    for name in ("Thumbs.db", ".DS_Store", "._0.png", ".gitignore", "desktop.ini"):
+        (tmp_path / name).write_bytes(b"x")
+    samples = read_folder(tmp_path, trigger="<rex>", caption="a {}")
+    assert [sample.path.name for sample in samples] == ["0.png", "1.jfif"]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"Left out in {tmp_path}: 7.txt (no picture of that name), .b.png (hidden), c.tiff (save it"
+        " as PNG), metadata.parquet, notes.md, photo (no suffix)"
+    )
+
+
+def test_a_long_list_is_cut(tmp_path, caplog):
+    saved(tmp_path, "0.png")
+    for number in range(300):
+        (tmp_path / f"x{number:03}.txt").write_text("x")
+    read_one(tmp_path)
+    assert "x009.txt (no picture of that name) and 290 more" in caplog.text
+    assert len(caplog.text) < 1000
+
+
+@pytest.mark.parametrize("name", ["1.png", "0.txt", "metadata.csv"])
+@pytest.mark.parametrize("kind", ["dangling", "fifo"])
+def test_links_to_nothing_and_special_files_are_refused(name, kind, tmp_path):
+    saved(tmp_path, "0.png")
+    if kind == "dangling":
+        (tmp_path / name).symlink_to(tmp_path / "gone.png")
+    else:
+        os.mkfifo(tmp_path / name)
+    told = "gone.png, which does not exist" if kind == "dangling" else "is not a regular file"
+    error = str(refused(read_one, tmp_path))
+    assert name in error and told in error
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl", "metadata.csv"])
+def test_byte_order_marks_say_the_encoding(encoding, name, tmp_path):
+    saved(tmp_path, "a.png")
+    text = {
+        "a.txt": "<rex>, caf\u00e9",
+        "metadata.jsonl": json.dumps({"file_name": "a.png", "text": "<rex>, caf\u00e9"}),
+        "metadata.csv": 'file_name,text\r\na.png,"<rex>, caf\u00e9"\r\n',
+    }[name]
+    mark = "\ufeff" if encoding == "utf-16-le" else ""
+    (tmp_path / name).write_bytes((mark + text).encode(encoding))
+    assert read_one(tmp_path).caption == "<rex>, caf\u00e9"
+
+
+@given(
+    captions=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20), max_size=4
+    ),
+    delimiter=st.sampled_from(",;\t"),
+    swapped=st.booleans(),
+)
+def test_tables_give_what_was_written(captions, delimiter, swapped, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table")
+    captions = [f"<rex> {text}" for text in captions] or ["<rex>"]
+    columns = ["text", "other", "file_name"] if swapped else ["file_name", "text", "other"]
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, delimiter=delimiter)
+        writer.writeheader()
+        for number, text in enumerate(captions):
+            saved(folder, f"{number}.png", Image.new("L", (16, 16)))
+            writer.writerow({"file_name": f"{number}.png", "text": text, "other": "x"})
+    samples = read_folder(folder, trigger="<rex>", caption="a {}")
+    assert [s.caption for s in samples] == [" ".join(text.split()) for text in captions]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("a.png,<rex> again", "lists a.png again"),
+        ("b.png,<rex>", "b.png, which is no picture in the folder"),
+        ("a.png,<rex>, sitting", "has 3 columns and the header 2"),
+        ("a.png", "has 1 columns and the header 2"),
+        ('a.png,"<rex>', "is not valid CSV"),
+    ],
+)
+def test_bad_tables_name_the_line(row, says, tmp_path):
+    saved(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,<rex>\n{row}\n")
+    error = refused(read_one, tmp_path)
+    assert "line " in str(error) and says in str(error) and error.where.endswith("metadata.csv")
+
+
+def test_tables_without_captions_are_named(tmp_path, caplog):
+    saved(tmp_path, "a.png")
+    for text in ("file_name,label\na.png,3\n", ""):
+        (tmp_path / "metadata.csv").write_text(text)
+        caplog.clear()
+        assert read_one(tmp_path).templated
+        assert "metadata.csv (has no columns file_name and text)" in caplog.text
+
+
+def test_masks_by_other_spellings_and_of_no_picture(masked, caplog):
+    pictures, masks = masked
+    (masks / "a.png").rename(masks / "A.PNG")
+    saved(masks, "z.png", Image.new("L", (40, 30), 255))
+    assert read_one(pictures, masks=masks).mask is not None
+    assert "z.png (no picture of that name)" in caplog.text
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif(tmp_path):
+    saved(tmp_path, "a.avif", quality=95)
+    assert close(read_one(tmp_path).image, gradient(), 24)
 
 
 # Colours and sizes
@@ -467,26 +647,28 @@ def test_a_ribbon_needs_no_more_memory_than_a_square(tmp_path):
     assert pixels(read_one(tmp_path), 512).shape == (3, 512, 512)
 
 
-def test_content_hash_sees_picture_caption_and_mask_alone(masked):
+def test_the_digest_sees_picture_caption_and_mask_alone(masked):
     pictures, masks = masked
-    first = content_hash(read_one(pictures))
-    assert first == content_hash(read_one(pictures)) and len(first) == 64
-    others = {
-        content_hash(read_one(pictures, caption="the {}")),
-        content_hash(read_one(pictures, masks=masks)),
-        content_hash(read_one(pictures, resolution=16)),
-    }
+    first = read_one(pictures).digest
+    assert first == read_one(pictures).digest and len(first) == 64
+    assert first == read_one(pictures, resolution=16).digest
+    others = {read_one(pictures, caption="the {}").digest, read_one(pictures, masks=masks).digest}
     (pictures / "a.jpg").rename(pictures / "z.jpg")
-    assert content_hash(read_one(pictures)) == first
+    assert read_one(pictures).digest == first
     saved(pictures, "z.jpg", gradient(seed=1))
-    others.add(content_hash(read_one(pictures)))
-    assert len(others | {first}) == 5
+    others.add(read_one(pictures).digest)
+    assert len(others | {first}) == 4
 
 
-def test_a_picture_keeps_its_digest_when_it_is_shrunk(tmp_path):
-    saved(tmp_path, "a.png")
-    whole = read_one(tmp_path)
-    assert whole.digest == content_hash(whole) == read_one(tmp_path, resolution=16).digest
+def test_pictures_that_are_not_held_are_read_again_and_compared(masked):
+    pictures, masks = masked
+    held = read_one(pictures, masks=masks)
+    free = read_one(pictures, masks=masks, hold=False)
+    assert free.loaded is None and free.digest == held.digest and free.size == (40, 30)
+    assert free.image == held.image and free.mask == held.mask
+    assert torch.equal(mask_tensor(free, 4), mask_tensor(held, 4))
+    saved(masks, "a.png", Image.new("L", (40, 30), 255))
+    assert "changed after the run began" in str(refused(opened, free))
 
 
 def test_sixteen_bits_keep_their_transparent_value(tmp_path):

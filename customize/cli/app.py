@@ -9,7 +9,15 @@ import typer
 
 from customize.cli import flags, library_app
 from customize.cli.evaluate_app import evaluate, pareto
-from customize.cli.options import Device, Dtype, Merge, SomeSources, Sources, Weights
+from customize.cli.options import (
+    Device,
+    Dtype,
+    FamilyName,
+    Merge,
+    SomeSources,
+    Sources,
+    Weights,
+)
 from customize.cli.shared import on_interrupt
 
 app = typer.Typer(
@@ -121,6 +129,7 @@ def merge(
             help="Keys and header of the LoRA file; kohya's are for ComfyUI and the web UIs",
         ),
     ] = "diffusers",
+    family: FamilyName = None,
 ) -> None:
     """Merge concepts and LoRA files into one ordinary LoRA.
 
@@ -141,6 +150,7 @@ def merge(
         fuse=fuse,
         dtype=dtype,
         layout=layout,
+        family=family,
     )
 
 
@@ -288,6 +298,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw it as heat maps into a .png")
     ] = None,
+    family: FamilyName = None,
 ) -> None:
     """Show what concepts hold, and whether they get in each other's way.
 
@@ -297,7 +308,7 @@ def inspect(
     """
     from customize.cli.inspection import run
 
-    run(concepts, layers=layers, plot=plot)
+    run(concepts, layers=layers, plot=plot, family=family)
 
 
 app.add_typer(library_app.app, name="library")

@@ -51,6 +51,7 @@ def run(
     fuse: str | None,
     dtype: str | None,
     layout: str,
+    family: str | None = None,
 ) -> None:
     """Merge concepts and write the result to a new folder."""
     weights = parse_weights(weights_text, len(sources)) or [1.0] * len(sources)
@@ -77,8 +78,13 @@ def run(
             raise ConfigError(
                 "--dtype is that of a pipeline", fix="give --fuse BASE with it, or leave it out"
             )
-        _write_lora(sources, output, weights, method, settings, rank, layout)
+        _write_lora(sources, output, weights, method, settings, rank, layout, family)
         return
+    if family is not None:
+        raise ConfigError(
+            "--family is that of LoRA files without a pipeline, and --fuse names the base itself",
+            fix="leave one out",
+        )
     if layout != LAYOUTS[0]:
         raise ConfigError(
             "--format is that of a LoRA file, and --fuse writes none", fix="leave one out"
@@ -99,12 +105,13 @@ def _write_lora(
     settings: Mapping[str, Any],
     rank: int | None,
     layout: str,
+    family: str | None,
 ) -> None:
     from customize.concepts.export import write_merged
-    from customize.concepts.formats.opening import opened_whole
+    from customize.concepts.formats.opening import opened_together
     from customize.concepts.slices import collisions
 
-    concepts = [opened_whole(source) for source in sources]
+    concepts = opened_together(sources, family)
     method, inputs = _with_records(concepts, method)
     merged = write_merged(
         concepts,

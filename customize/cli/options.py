@@ -47,6 +47,15 @@ Dtype = Annotated[
         show_default=False,
     ),
 ]
+FamilyName = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        metavar="NAME",
+        help="Model family of LoRA files whose layers several families have, such as sd or flux",
+        show_default=False,
+    ),
+]
 Merge = Annotated[
     str,
     typer.Option(

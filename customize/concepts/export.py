@@ -139,7 +139,9 @@ def write_merged(
             if model is None:
                 raise _unpublished(concepts[0].info.family)
         tensors = _diffusers_tensors(products, ranks, model)
-        files = {name: safetensors_bytes(own, {}) for name, own in lora_files(tensors).items()}
+        # The first denoiser's is left out where only the second one changes.
+        parts = {name: own for name, own in lora_files(tensors).items() if own}
+        files = {name: safetensors_bytes(own, {}) for name, own in parts.items()}
         for concept in concepts:
             if concept.embeddings:
                 files[_embeds_file(concept)] = safetensors_bytes(embedding_tensors(concept), {})

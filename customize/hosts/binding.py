@@ -42,6 +42,7 @@ def load_custom(
     *concepts: str | Path | Concept | Lora | LoraFile | Decor,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     names: Sequence[str | None] | None = None,
+    into: str | Sequence[str | Sequence[str] | None] | None = None,
     fuse: bool = False,
     merge: str | Mapping[str, Any] | None = None,
     attention: str | None = None,
@@ -80,6 +81,11 @@ def load_custom(
             and an attached one keeps its own.
         names: One for each of ``concepts``, or None where it keeps its own. The concept then goes
             by that name and by the trigger ``<name>``; it tells apart what is called alike.
+        into: For LoRA files on a model with several denoisers (Wan 2.2 14B), whose keys do not say
+            which one they are for: "transformer_2", or ("transformer", "transformer_2") for both,
+            as for one of Wan 2.1; with several files a list with such an entry, or None, for each.
+            Left out, keys that begin with a denoiser's name decide, then the file's name
+            (``x_high_noise``, ``x_low_noise``), else the first denoiser takes it, with a warning.
         fuse: False: one adapter named "customize" beside the base weights, which stay untouched;
             adapters of your own stay as they are. True: into the base weights, summed in float32
             and rounded once; a copy of each touched weight is kept on the CPU, so that unloading
@@ -141,6 +147,7 @@ def load_custom(
         concepts,
         weights=weights,
         names=names,
+        into=into,
         fuse=fuse,
         merge=merge,
         attention=attention,

@@ -30,7 +30,7 @@ from customize.hosts.placing import computing_device, fitted, planned
 from customize.hosts.plan import Weights, renamed, wanted
 from customize.hosts.recording import merging_of, merging_without, method_of, recorded
 from customize.hosts.shelf import Shelf
-from customize.hosts.sources import family_in, read_sources, with_all_parts
+from customize.hosts.sources import Into, family_in, read_sources, with_all_parts
 from customize.hosts.state import Attached, Holder, check_sharing, find, keep
 from customize.memory import budget
 
@@ -41,6 +41,7 @@ def load(
     *,
     weights: Weights,
     names: Sequence[str | None] | None,
+    into: Into,
     fuse: bool,
     merge: str | Mapping[str, Any] | None,
     attention: str | None,
@@ -67,7 +68,7 @@ def load(
         )
     chosen = method_of(merge)
     plan = None if memory is None else planned(pipe, family, memory)
-    changes = _loading(family, learned, weights, names, fuse) if concerned else None
+    changes = _loading(family, learned, weights, names, into, fuse) if concerned else None
     holder = find(family) if changes is None else changes.holder
     shelf = None if library is None else _opened_shelf(family, holder, library, library_cache)
     device = computing_device(pipe, family, anywhere=plan is not None)
@@ -204,10 +205,11 @@ def _loading(
     sources: Sequence[str | Path | Adaptation | LoraFile],
     weights: Weights,
     names: Sequence[str | None] | None,
+    into: Into,
     fuse: bool,
 ) -> _Changes:
     """Read and check the concepts of a call; nothing changes."""
-    new = read_sources(family, sources)
+    new = read_sources(family, sources, into)
     if names is not None:
         if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
             raise ConfigError(

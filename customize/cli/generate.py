@@ -19,9 +19,9 @@ from customize.cli.shared import (
     choose_device,
     console,
     load_pipeline,
-    parse_weights,
     storing,
 )
+from customize.cli.weights import read_weights
 from customize.errors import ConfigError, PipelineError
 from customize.evaluation import record
 
@@ -121,7 +121,7 @@ def run(
     from customize.families import family_of
 
     cleaned = [] if plan.avoid is None else [Decor(avoid=plan.avoid)]
-    weights = parse_weights(weights_text, len(sources)) or [1.0] * len(sources)
+    weights = read_weights(weights_text, len(sources))
     concepts = [opened(source) for source in sources]
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
@@ -146,6 +146,8 @@ def run(
         load_custom(pipe, *cleaned)
     pipe.set_progress_bar_config(disable=True)
 
+    rows = pipe.custom.rows
+    shown = {r.name: r.weight if isinstance(r.weight, float) else f"{r.weight}" for r in rows}
     facts = {
         "base": base,
         "merge": pipe.custom.merge if len(concepts) > 1 else None,
@@ -154,10 +156,10 @@ def run(
                 "name": concept.info.name,
                 "trigger": concept.info.trigger,
                 "class_word": concept.info.class_word,
-                "weight": weight,
+                "weight": shown[concept.info.name],
                 "source": source,
             }
-            for concept, weight, source in zip(concepts, weights, sources, strict=True)
+            for concept, source in zip(concepts, sources, strict=True)
         ],
         "versions": record.versions(),
     }

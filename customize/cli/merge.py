@@ -14,10 +14,10 @@ from customize.cli.shared import (
     console,
     indented,
     load_pipeline,
-    parse_weights,
     snippet,
     storing,
 )
+from customize.cli.weights import Given, in_order, read_weights
 from customize.concepts.layout import LAYOUTS
 from customize.concepts.merge import (
     AUTO,
@@ -54,7 +54,7 @@ def run(
     family: str | None = None,
 ) -> None:
     """Merge concepts and write the result to a new folder."""
-    weights = parse_weights(weights_text, len(sources)) or [1.0] * len(sources)
+    weights = read_weights(weights_text, len(sources))
     methods = (AUTO, *METHODS)
     if method not in methods:
         raise ConfigError(
@@ -100,7 +100,7 @@ def run(
 def _write_lora(
     sources: Sequence[str],
     output: Path,
-    weights: Sequence[float],
+    weights: Given,
     method: str,
     settings: Mapping[str, Any],
     rank: int | None,
@@ -115,7 +115,7 @@ def _write_lora(
     method, inputs = _with_records(concepts, method)
     merged = write_merged(
         concepts,
-        weights,
+        in_order(weights, concepts),
         output,
         method=method,
         settings=settings,
@@ -170,7 +170,7 @@ def _save(pipe: Any, folder: Path) -> None:
 def _write_pipeline(
     sources: Sequence[str],
     output: Path,
-    weights: Sequence[float],
+    weights: Given,
     merge: Mapping[str, Any],
     base: str,
     dtype: str | None,

@@ -27,7 +27,8 @@ Weights = Annotated[
     str | None,
     typer.Option(
         metavar="W,W,...",
-        help="A weight for each concept, with commas between; not given: 1 each",
+        help="A weight for each concept, with commas between; or by name, component and block, such"
+        " as rex=0.8,rex.text_encoder=0.5,rex.unet.down=0.8; not given: 1 each",
         show_default=False,
     ),
 ]

@@ -16,6 +16,7 @@ import torch
 from customize.atomic import partial_folder, sync_folder, write_file
 from customize.concepts import card
 from customize.concepts.adapter import fit
+from customize.concepts.component_weights import BlockWeights, Weight
 from customize.concepts.concept import Concept
 from customize.concepts.files import check_writable, safetensors_bytes
 from customize.concepts.formats.kohya import factors, file_shapes, kohya_header, kohya_tensors
@@ -56,7 +57,7 @@ class Merged:
 
 def write_merged(
     concepts: Sequence[Adaptation],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     folder: str | Path,
     *,
     method: str = "sum",
@@ -107,6 +108,8 @@ def write_merged(
         triggers[info.trigger] = info.name
     settings = settings or {}
     products, error = _narrow(merging(concepts, weights, method, inputs, **settings), rank)
+    if not products:
+        raise ConfigError("with these weights nothing is left", where="weights")
     # Sorted, because the order of a file's tensors differs from one reading to the next, and the
     # same merge must give the same bytes.
     ranks = {c: max(p.rank for p in products[c].values()) for c in sorted(products)}
@@ -122,7 +125,7 @@ def write_merged(
                 "name": concept.info.name,
                 "trigger": concept.info.words,
                 "class_word": concept.info.class_word,
-                "weight": weight,
+                "weight": weight.text if isinstance(weight, BlockWeights) else weight,
             }
             for concept, weight in zip(concepts, weights, strict=True)
         ],
@@ -303,7 +306,7 @@ def _embeds_file(concept: Adaptation) -> str:
 
 
 def _card_head(
-    concepts: Sequence[Adaptation], weights: Sequence[float], method: str, library: str
+    concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str, library: str
 ) -> list[str]:
     infos = [concept.info for concept in concepts]
     rows = [
@@ -346,7 +349,7 @@ def _cell(text: str) -> str:
 
 
 def _kohya_card(
-    concepts: Sequence[Adaptation], weights: Sequence[float], method: str, title: str
+    concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str, title: str
 ) -> str:
     with_tokens = [concept.info.name for concept in concepts if concept.embeddings]
     tokens = [
@@ -359,7 +362,7 @@ def _kohya_card(
     return "\n".join([*head, lora, *tokens, ""])
 
 
-def _card(concepts: Sequence[Adaptation], weights: Sequence[float], method: str) -> str:
+def _card(concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str) -> str:
     subjects = [card.stock_subject(concept) for concept in concepts]
     base, family = json.dumps(_loaded_base(concepts) or "BASE"), concepts[0].info.family
     loading = [

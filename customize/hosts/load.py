@@ -146,7 +146,7 @@ def route_to(pipe: Any, holder: Holder, entries: Sequence[Entry]) -> None:
     if same and all(adapter.is_there() for adapter in holder.adapters):
         return
     check_sharing(family, holder)
-    found = wanted(kept, new, None, fuse=False)
+    found = wanted(kept, new, None, False, whole)
     after = {n: each if n in kept else replace(each, routed=True) for n, each in found.items()}
     _check_vocabularies(whole, holder, new)
     merging = merging_of(whole, holder, after, None)
@@ -174,7 +174,7 @@ def set_to(
     before = holder.attached
     names = [concept.info.name for concept in new]
     kept = {name: replace(before[name], weight=1.0) for name in names if name in before}
-    found = wanted(kept, new, weights, fuse=False)
+    found = wanted(kept, new, weights, False, with_all_parts(family, holder))
     after = {
         name: replace(found[name], fused=name in before and before[name].fused, routed=False)
         for name in names
@@ -220,7 +220,8 @@ def _loading(
         new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
     holder = find(family)
     check_sharing(family, holder)
-    return _checked(family, holder, wanted(holder.attached, new, weights, fuse), new)
+    whole = with_all_parts(family, holder)
+    return _checked(family, holder, wanted(holder.attached, new, weights, fuse, whole), new)
 
 
 def _checked(

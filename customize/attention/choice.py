@@ -25,6 +25,7 @@ from customize.attention.placing import Choice, attentions, dispatches, is_open,
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.families.components import class_name
+from customize.near_names import choose_from
 
 #: What "auto" chooses from on a CUDA device. Elsewhere torch's own is all there is to choose.
 CANDIDATES = ("native", "_native_cudnn", "xformers", "flash", "_flash_3")
@@ -77,7 +78,7 @@ def _known(backend: str) -> str:
         raise ConfigError(
             f"{backend!r} is no attention backend",
             where="attention",
-            fix=f"choose from {', '.join(known)}",
+            fix=choose_from(backend, known),
         )
     return name
 

@@ -12,6 +12,7 @@ from customize.families import FAMILIES
 if TYPE_CHECKING:
     from customize.concepts.concept import Concept
     from customize.concepts.formats.lora import Adaptation
+    from customize.concepts.subjects import Subject
 
 
 def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
@@ -52,7 +53,11 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "Made": _plain(info.created),
         **{_plain(key): _plain(json.dumps(value)) for key, value in info.scores.items()},
     }
-    tokens = stock_tokens(concept, "learned_embeds.safetensors")
+    tokens = [
+        line
+        for subject in concept.subjects
+        for line in stock_tokens(subject, info.family, "learned_embeds.safetensors")
+    ]
     base = json.dumps(info.base)
     body = [
         f"# {info.name}",
@@ -136,9 +141,8 @@ def tags(output: str) -> str:
 
 def stock_updates(concepts: Sequence[Adaptation]) -> list[str]:
     """The Python lines by which stock diffusers reads what concepts change from FOLDER's files."""
-    components = {component for concept in concepts for component in concept.products}
-    lines = ['pipe.load_lora_weights("FOLDER")'] if components - SECOND.keys() else []
-    if components & SECOND.keys():
+    lines = ['pipe.load_lora_weights("FOLDER")']
+    if any(component in SECOND for concept in concepts for component in concept.products):
         lines += [
             "pipe.load_lora_weights(",
             f'    "FOLDER", weight_name="{SECOND_FILE}", load_into_transformer_2=True',
@@ -147,20 +151,17 @@ def stock_updates(concepts: Sequence[Adaptation]) -> list[str]:
     return lines
 
 
-def stock_tokens(concept: Adaptation, file: str) -> list[str]:
-    """The Python lines by which stock diffusers reads a concept's tokens from a file in FOLDER."""
-    info = concept.info
-    if not concept.embeddings:
-        return []
-    if len(concept.embeddings) == 1:
-        note = "  # the mean over the layers, which is less exact" if info.token_layers else ""
+def stock_tokens(subject: Subject, family: str, file: str) -> list[str]:
+    """The Python lines by which stock diffusers reads a subject's tokens from a file in FOLDER."""
+    if len(subject.embeddings) == 1:
+        note = "  # the mean over the layers, which is less exact" if subject.token_layers else ""
         return [f'pipe.load_textual_inversion("FOLDER", weight_name="{file}"){note}']
-    if not _stock_reads_tokens(concept):
+    if not _stock_reads_tokens(subject, family):
         return [f"# no pipeline of this family reads new tokens, such as those in {file}"]
     return [
         f'rows = safetensors.torch.load_file("FOLDER/{file}")',
         *(
-            f'pipe.load_textual_inversion(rows["{key}"], token={json.dumps(info.trigger)}, '
+            f'pipe.load_textual_inversion(rows["{key}"], token={json.dumps(subject.trigger)}, '
             f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})"
             for key, number in (("clip_l", ""), ("clip_g", "_2"))
         ),
@@ -171,8 +172,9 @@ def stock_tokens(concept: Adaptation, file: str) -> list[str]:
 
 def stock_subject(concept: Adaptation) -> str:
     """What a prompt for stock diffusers calls the concept."""
-    unread = bool(concept.embeddings) and not _stock_reads_tokens(concept)
-    return f"a {concept.info.class_word}" if unread else concept.info.words
+    family = concept.info.family
+    unread = [s for s in concept.subjects if not _stock_reads_tokens(s, family)]
+    return " and ".join(f"a {s.class_word}" for s in unread) or concept.info.words
 
 
 def imports(tokens: Sequence[str]) -> list[str]:
@@ -198,5 +200,5 @@ def _plain(value: str) -> str:
     return value
 
 
-def _stock_reads_tokens(concept: Adaptation) -> bool:
-    return len(concept.embeddings) == 1 or concept.info.family == "sdxl"
+def _stock_reads_tokens(subject: Subject, family: str) -> bool:
+    return len(subject.embeddings) == 1 or family == "sdxl"

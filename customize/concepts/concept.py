@@ -24,6 +24,7 @@ from pydantic import (
 )
 from torch import Tensor
 
+from customize.concepts.subjects import Subject
 from customize.core.bases import avoided
 from customize.core.lowrank import LowRank, all_finite
 from customize.errors import ConceptError, ConfigError
@@ -174,6 +175,11 @@ class ConceptInfo(BaseModel):
         return self.trigger
 
     @property
+    def triggers(self) -> tuple[str, ...]:
+        """All that call it: one."""
+        return (self.trigger,)
+
+    @property
     def scale(self) -> float:
         """What every update is multiplied with: alpha / rank."""
         return self.alpha / self.rank
@@ -232,6 +238,14 @@ class Concept:
                     where=key,
                 )
             _check_numbers(rows, key)
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """What its trigger calls by tokens of its own; empty without tokens."""
+        info = self.info
+        if not self.embeddings:
+            return ()
+        return (Subject(info.name, info.trigger, info.class_word, self.embeddings),)
 
     def _check_update(self, update: LowRank, where: str) -> None:
         if update.rank != self.info.rank:

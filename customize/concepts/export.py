@@ -16,10 +16,15 @@ import torch
 from customize.atomic import partial_folder, sync_folder, write_file
 from customize.concepts import card
 from customize.concepts.adapter import fit
-from customize.concepts.component_weights import BlockWeights, Weight
 from customize.concepts.concept import Concept
 from customize.concepts.files import check_writable, safetensors_bytes
-from customize.concepts.formats.kohya import factors, file_shapes, kohya_header, kohya_tensors
+from customize.concepts.formats.kohya import (
+    factors,
+    file_shapes,
+    kohya_header,
+    kohya_layers,
+    kohya_tensors,
+)
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.inputs import LayerInputs
 from customize.concepts.layout import (
@@ -31,6 +36,8 @@ from customize.concepts.layout import (
     lora_files,
 )
 from customize.concepts.merge import Layer, check_together, merging
+from customize.concepts.merged import MERGED_HEADER
+from customize.concepts.subjects import Subject, check_subjects, to_header
 from customize.core.lowrank import LowRank, all_finite, distance, filled, norm
 from customize.core.truncation import truncate
 from customize.errors import ConceptError, ConfigError, StorageError, storage_error
@@ -57,7 +64,7 @@ class Merged:
 
 def write_merged(
     concepts: Sequence[Adaptation],
-    weights: Sequence[Weight],
+    weights: Sequence[float],
     folder: str | Path,
     *,
     method: str = "sum",
@@ -78,7 +85,11 @@ def write_merged(
     By kohya's keys the LoRA is ``<folder>.safetensors``, with ranks that may differ between
     layers, and the tokens are ``embeddings/<name>.safetensors``, since ComfyUI and the web UIs
     call a token by its file's name. They are not bundled into the LoRA as ``bundle_emb``
-    keys, which only some of the web UIs read, and diffusers does not.
+    keys, which only some of the web UIs read, and over which diffusers refuses the file.
+
+    The LoRA's header has the tokens as well, one for each layer too where the concept has those, so
+    that either of the files is read again whole, triggers included
+    (:mod:`customize.concepts.merged`).
 
     Args:
         method, settings, inputs: as :func:`customize.concepts.merge.merging` takes them.
@@ -96,26 +107,18 @@ def write_merged(
     """
     folder = Path(folder)
     check_together(concepts)
-    triggers: dict[str, str] = {}
-    for concept in concepts:
-        info = concept.info
-        if info.trigger and info.trigger in triggers:
-            raise ConceptError(
-                f"the concepts {triggers[info.trigger]} and {info.name} have the same trigger "
-                f"{info.trigger}",
-                fix="learn one of them again with another trigger",
-            )
-        triggers[info.trigger] = info.name
+    subjects = [subject for concept in concepts for subject in concept.subjects]
+    check_subjects(subjects)
     settings = settings or {}
     products, error = _narrow(merging(concepts, weights, method, inputs, **settings), rank)
-    if not products:
-        raise ConfigError("with these weights nothing is left", where="weights")
     # Sorted, because the order of a file's tensors differs from one reading to the next, and the
     # same merge must give the same bytes.
     ranks = {c: max(p.rank for p in products[c].values()) for c in sorted(products)}
     facts = {
         "base": _base(concepts),
         "family": concepts[0].info.family,
+        "fingerprint": next((dict(c.info.fingerprint) for c in concepts if c.info.fingerprint), {}),
+        "words": " and ".join(concept.info.words for concept in concepts if concept.info.words),
         "method": method,
         "settings": dict(settings),
         "rank": ranks,
@@ -125,29 +128,27 @@ def write_merged(
                 "name": concept.info.name,
                 "trigger": concept.info.words,
                 "class_word": concept.info.class_word,
-                "weight": weight.text if isinstance(weight, BlockWeights) else weight,
+                "weight": weight,
             }
             for concept, weight in zip(concepts, weights, strict=True)
         ],
     }
     if layout == "kohya":
-        files = _kohya_files(concepts, products, family, folder.name, json.dumps(facts))
+        files = _kohya_files(concepts, products, family, folder.name, facts)
         text = _kohya_card(concepts, weights, method, folder.name)
     else:
         # Only LoRAs from elsewhere have convolutions, whose kernels the products do not show.
-        elsewhere = any(not concept.info.fingerprint for concept in concepts)
+        elsewhere = any(not isinstance(concept, Concept) for concept in concepts)
         model = family
         if family is None and elsewhere:
             model = _published(concepts[0].info.family, products)
-            if model is None:
+            if model is None and any(not concept.info.fingerprint for concept in concepts):
                 raise _unpublished(concepts[0].info.family)
         tensors = _diffusers_tensors(products, ranks, model)
-        # The first denoiser's is left out where only the second one changes.
-        parts = {name: own for name, own in lora_files(tensors).items() if own}
-        files = {name: safetensors_bytes(own, {}) for name, own in parts.items()}
-        for concept in concepts:
-            if concept.embeddings:
-                files[_embeds_file(concept)] = safetensors_bytes(embedding_tensors(concept), {})
+        header = {MERGED_HEADER: json.dumps(facts), **to_header(subjects)}
+        files = {name: safetensors_bytes(own, header) for name, own in lora_files(tensors).items()}
+        for subject in subjects:
+            files[_embeds_file(subject)] = safetensors_bytes(embedding_tensors(subject), {})
         text = _card(concepts, weights, method)
     files[MERGED_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
     files[CARD_FILE] = text.encode()
@@ -174,7 +175,7 @@ def _kohya_files(
     products: Products,
     family: Family | None,
     title: str,
-    facts: str,
+    facts: Mapping[str, Any],
 ) -> dict[str, bytes]:
     name = concepts[0].info.family
     exact = family or _published(name, products)
@@ -188,19 +189,22 @@ def _kohya_files(
     if exact is None and (model.kohya_uses_original_names or not ours):
         raise _unpublished(name)
     tensors = kohya_tensors(products, model)
-    words = {c.info.name: c.info.name if c.embeddings else c.info.words for c in concepts}
+    subjects = [subject for concept in concepts for subject in concept.subjects]
+    words = {c.info.name: c.info.words for c in concepts if not c.subjects}
+    words |= {subject.name: subject.name for subject in subjects}
     dates = [c.info.created for c in concepts if isinstance(c, Concept)]
     base = model.kohya_metadata()
     if exact is None:  # a size of its own: its layers have their own names, and its base none
         base = {"ss_network_module": base["ss_network_module"]}
+    told = json.dumps({**facts, "layers": kohya_layers(products, model)})
     header = kohya_header(
-        tensors, base, title=title, words=words, date=max(dates, default=""), facts=facts
+        tensors, base, title=title, words=words, date=max(dates, default=""), facts=told
     )
+    header |= to_header(subjects)
     files = {f"{title}.safetensors": safetensors_bytes(tensors, header)}
-    for concept in concepts:
-        if concept.embeddings:
-            data = safetensors_bytes(embedding_tensors(concept), {})
-            files[f"{EMBEDS_FOLDER}/{concept.info.name}.safetensors"] = data
+    for subject in subjects:
+        data = safetensors_bytes(embedding_tensors(subject), {})
+        files[f"{EMBEDS_FOLDER}/{subject.name}.safetensors"] = data
     return files
 
 
@@ -301,12 +305,12 @@ def _check_finite(update: LowRank, where: str) -> None:
         )
 
 
-def _embeds_file(concept: Adaptation) -> str:
-    return MERGED_EMBEDS.format(concept.info.name)
+def _embeds_file(subject: Subject) -> str:
+    return MERGED_EMBEDS.format(subject.name)
 
 
 def _card_head(
-    concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str, library: str
+    concepts: Sequence[Adaptation], weights: Sequence[float], method: str, library: str
 ) -> list[str]:
     infos = [concept.info for concept in concepts]
     rows = [
@@ -349,9 +353,9 @@ def _cell(text: str) -> str:
 
 
 def _kohya_card(
-    concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str, title: str
+    concepts: Sequence[Adaptation], weights: Sequence[float], method: str, title: str
 ) -> str:
-    with_tokens = [concept.info.name for concept in concepts if concept.embeddings]
+    with_tokens = [subject.name for concept in concepts for subject in concept.subjects]
     tokens = [
         f"- `{EMBEDS_FOLDER}/`: its files go where the program keeps textual inversion embeddings. "
         f"A prompt then says `{name}` in the web UIs, and `embedding:{name}` in ComfyUI."
@@ -362,11 +366,14 @@ def _kohya_card(
     return "\n".join([*head, lora, *tokens, ""])
 
 
-def _card(concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str) -> str:
+def _card(concepts: Sequence[Adaptation], weights: Sequence[float], method: str) -> str:
     subjects = [card.stock_subject(concept) for concept in concepts]
     base, family = json.dumps(_loaded_base(concepts) or "BASE"), concepts[0].info.family
     loading = [
-        line for concept in concepts for line in card.stock_tokens(concept, _embeds_file(concept))
+        line
+        for concept in concepts
+        for subject in concept.subjects
+        for line in card.stock_tokens(subject, family, _embeds_file(subject))
     ]
     prompt = "a photo of " + " and ".join(subject for subject in subjects if subject)
     return "\n".join(

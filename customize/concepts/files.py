@@ -93,8 +93,8 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
     }
     for name, tensors in lora_files(lora_tensors(concept)).items():
         files[name] = safetensors_bytes(tensors, {PEFT_HEADER: peft_header(concept, name)})
-    if concept.embeddings:
-        files[EMBEDS_FILE] = safetensors_bytes(embedding_tensors(concept), {})
+    for subject in concept.subjects:
+        files[EMBEDS_FILE] = safetensors_bytes(embedding_tensors(subject), {})
     if concept.info.token_layers:
         files[LAYERS_FILE] = safetensors_bytes(concept.embeddings, {})
     pictures = [f"sample-{number}.png" for number in range(1, len(samples) + 1)]

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from customize.concepts.claims import read_claims
-from customize.concepts.concept import Concept
 from customize.concepts.formats.lora import LoraFile
 from customize.concepts.formats.opening import opened
 from customize.concepts.index import Entry
@@ -73,10 +72,10 @@ def _check_files(path: Path, entry: Entry) -> None:
             where=path,
             fix="make it once: customize record",
         )
-    if isinstance(found, Concept):
-        record_beside(entry.name, found.products, found.source)
+    if isinstance(found, LoraFile):
+        LayerInputs.load(place_beside(found.source))
     else:
-        LayerInputs.load(place_beside(path))
+        record_beside(entry.name, found.products, found.source)
 
 
 def _check_lora(file: LoraFile) -> None:
@@ -101,13 +100,20 @@ def _doubled(entries: Sequence[Entry]) -> Iterator[str]:
             called.setdefault(trigger, []).append(entry)
     for trigger, those in sorted(called.items()):
         for a, b in combinations(those, 2):
-            if not a.family or not b.family or _architecture(a) == _architecture(b):
+            if _one_model_takes(a, b):
                 yield str(
                     ConceptError(
                         f"{trigger} calls both {a.source} and {b.source}",
                         fix="take one of them out; a prompt that names it is refused",
                     )
                 )
+
+
+def _one_model_takes(a: Entry, b: Entry) -> bool:
+    """Whether some model may take both, as far as both say for which they are."""
+    if not a.family or not b.family or a.family != b.family:
+        return not a.family or not b.family
+    return not a.fingerprint or not b.fingerprint or _architecture(a) == _architecture(b)
 
 
 def _architecture(entry: Entry) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from customize.concepts.layout import (
     SECOND_FILE,
 )
 from customize.errors import ConceptError, ConfigError, storage_error
+from customize.near_names import check_path
 
 # A collection may name whole models, of which nothing is to be downloaded.
 _FILES = [LORA_FILE, SECOND_FILE, EMBEDS_FILE, LAYERS_FILE, INFO_FILE, INPUTS_FILE, *PEFT_FILES]
@@ -53,7 +54,7 @@ def downloaded(hub_id: str) -> Path:
         raise ConceptError(
             f"there is no such folder, and the hub did not give it: {error}",
             where=hub_id,
-            fix="check the path or the id",
+            fix=check_path(hub_id, "check the path or the id"),
         ) from error
 
 
@@ -81,7 +82,7 @@ def collected(slug: str) -> Path:
             raise ConfigError(
                 f"there is no such folder, and the hub gave no such collection: {error}",
                 where=slug,
-                fix="check the path or the collection's address",
+                fix=check_path(slug, "check the path or the collection's address"),
             ) from error
         warnings.warn(
             f"the collection {slug} is as it was downloaded before, as the hub did not give it: "

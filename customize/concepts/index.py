@@ -31,7 +31,9 @@ from customize.concepts.files import put_file
 from customize.concepts.formats.lora import LoraInfo, own_name
 from customize.concepts.formats.metadata import Metadata
 from customize.concepts.layout import INFO_FILE, INFO_HEADER, INPUTS_FILE
+from customize.concepts.merged import merged_facts, merged_info
 from customize.concepts.reading import is_hidden, listing, read_info, single_info
+from customize.concepts.subjects import from_header
 from customize.errors import ConceptError, CustomizeError
 from customize.safe_read import present, read_bytes, safetensors_header
 
@@ -201,6 +203,9 @@ def _info(path: Path) -> ConceptInfo | LoraInfo:
         shapes, metadata = _header(file)
         if INFO_HEADER in metadata:
             return single_info(metadata, file)
+        merged = merged_facts(metadata)
+        if merged is not None:
+            return merged_info(name, merged, from_header(metadata, file))
         downs = [shape[0] for key, shape in shapes.items() if _DOWN.fullmatch(key) and shape]
         rank = max([rank, *downs])
     facts = Metadata.of(metadata, None, path)

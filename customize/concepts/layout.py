@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from customize.concepts.concept import Concept
 from customize.concepts.layerwise import mean_rows
-
-if TYPE_CHECKING:
-    from customize.concepts.formats.lora import Adaptation
+from customize.concepts.subjects import Subject
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # Of a pipeline with two denoisers, stock diffusers reads the second one's updates from a file of
@@ -30,6 +28,8 @@ INPUTS_FILE = "layer_inputs.safetensors"
 LAYOUTS = ("diffusers", "kohya")
 # What peft's own save_pretrained writes.
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
+# By which diffusers knows a pipeline's folder.
+PIPELINE_FILE = "model_index.json"
 CARD_FILE = "README.md"
 # What a merge writes beside its LoRA: the facts, and each concept's tokens.
 MERGED_FILE = "merged.json"
@@ -88,11 +88,11 @@ def bundled_embeddings(concept: Concept) -> dict[str, Tensor]:
     return {f"{EMBEDS_PREFIX}{key}": rows for key, rows in concept.embeddings.items()}
 
 
-def embedding_tensors(concept: Adaptation) -> dict[str, Tensor]:
+def embedding_tensors(subject: Subject) -> dict[str, Tensor]:
     """One embedding a token, as all loaders take them: the mean, where each layer has its own."""
-    plain = {key: mean_rows(rows) for key, rows in concept.embeddings.items()}
+    plain = {key: mean_rows(rows) for key, rows in subject.embeddings.items()}
     if len(plain) == 1:
-        return {concept.info.trigger: next(iter(plain.values()))}
+        return {subject.trigger: next(iter(plain.values()))}
     return {COMMUNITY_KEYS[key]: rows for key, rows in plain.items()}
 
 

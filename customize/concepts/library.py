@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from customize.concepts.index import Entry, described, read_index, stamp_of, sta
 from customize.concepts.inputs import LayerInputs, place_beside
 from customize.concepts.layout import (
     CARD_FILE,
+    EMBEDS_FOLDER,
     INFO_FILE,
     INPUTS_FILE,
     MERGED_FILE,
@@ -27,6 +27,7 @@ from customize.concepts.layout import (
 )
 from customize.concepts.reading import listing, located
 from customize.errors import ConceptError, ConfigError, storage_error
+from customize.near_names import check_path, near
 from customize.safe_read import MAX_TENSORS, open_regular, present
 
 # A concept's files beside its safetensors: those that are read, and those that are not.
@@ -88,7 +89,7 @@ class Library:
     def near(self, trigger: str, fits: Callable[[Entry], bool]) -> list[str]:
         """Up to three triggers, of concepts that fit, that are written much like one."""
         offered = [each for each, entries in self._called.items() if any(map(fits, entries))]
-        return difflib.get_close_matches(trigger.lower(), offered, 3)
+        return near(trigger, offered)
 
     def path(self, entry: Entry) -> Path:
         """Where a concept lies."""
@@ -112,7 +113,7 @@ class Library:
             raise ConfigError(
                 f"the library cannot be read: {error.strerror}",
                 where=self.folder,
-                fix="name a folder with concepts in it",
+                fix=check_path(self.folder, "name a folder with concepts in it"),
             ) from error
         entries = {
             source: known[source]
@@ -163,8 +164,9 @@ def add(library: str | Path, source: str | Path) -> Entry:
     target = folder / (name if path.is_dir() else f"{name}.safetensors")
     with alone_in(folder):
         held = Library(folder)
-        trigger = concept.info.trigger or f"<{name}>"
-        taken = [*held.called(trigger), *(e for e in held.entries.values() if e.name == name)]
+        triggers = dict.fromkeys([concept.info.trigger or f"<{name}>", *concept.info.triggers])
+        taken = [entry for trigger in triggers for entry in held.called(trigger)]
+        taken += [entry for entry in held.entries.values() if entry.name == name]
         if taken:
             raise ConceptError(
                 f"the library has a concept {taken[0].name} already, which {taken[0].trigger} "
@@ -226,7 +228,9 @@ def _parts(folder: Path) -> tuple[list[str], list[str]]:
     if inside[0].parent.name == "snapshots":  # of the hub's cache, whose files are links to blobs
         inside.append(inside[0].parents[1] / "blobs")
     for path in listing(folder):
-        if path.name.startswith(".") or path.name in WORK_NAMES:
+        # A merge's embeddings for other programs are in its LoRA's header, too.
+        unneeded = path.name == EMBEDS_FOLDER and present(folder / MERGED_FILE)
+        if path.name.startswith(".") or path.name in WORK_NAMES or unneeded:
             continue
         checked = path.name in _CHECKED or path.suffix == ".safetensors"
         free = _FREE.fullmatch(path.name) and path.resolve().parent in inside

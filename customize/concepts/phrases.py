@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
 from customize.errors import ConfigError
+from customize.near_names import near
 
 #: Words that say nothing of what is in a picture by themselves.
 SMALL_WORDS = frozenset(
@@ -125,8 +125,7 @@ def _near(phrase: str, prompt: str, known: Iterable[str]) -> str:
     count = max(1, len(phrase.split()))
     runs = [" ".join(words[k : k + count]) for k in range(len(words) - count + 1)]
     choices = list(dict.fromkeys([*known, *runs]))
-    by_lower = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(phrase.lower(), by_lower, n=3, cutoff=0.5)
-    if near:
-        return "write it as the prompt does; near it are " + ", ".join(by_lower[n] for n in near)
+    found = near(phrase, choices)
+    if found:
+        return "write it as the prompt does; near it are " + ", ".join(found)
     return "name words that the prompt has, such as a trigger or red car"

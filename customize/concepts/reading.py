@@ -24,6 +24,7 @@ from customize.concepts.layout import (
     INFO_HEADER,
     LAYERS_FILE,
     LORA_FILE,
+    MERGED_FILE,
     PEFT_HEADER,
     SECOND,
     SECOND_FILE,
@@ -31,6 +32,7 @@ from customize.concepts.layout import (
 )
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError
+from customize.near_names import check_path
 from customize.safe_read import present, read_bytes, read_safetensors
 
 _FACTOR = re.compile(r"([A-Za-z0-9_]+)\.(.+)\.lora_([AB])\.weight")
@@ -402,6 +404,9 @@ def _refuse_pickle(path: Path) -> NoReturn:
 def located(source: str | Path) -> Path:
     """Where a concept or LoRA lies: the path itself, or what the hub gave for an id.
 
+    The LoRA's file in the folder of a concept or merge stands for the folder, in whose other files
+    the rest is.
+
     Raises:
         ConceptError: nothing is there, or it is a pickle.
     """
@@ -422,7 +427,10 @@ def located(source: str | Path) -> Path:
     else:
         if path.suffix.lower() in _PICKLES:
             _refuse_pickle(path)
-        return path
+        beside = (path.parent / name for name in (INFO_FILE, MERGED_FILE))
+        return path.parent if path.name == LORA_FILE and any(p.is_file() for p in beside) else path
     if isinstance(source, str) and is_id(source):
         return downloaded(source)
-    raise ConceptError("there is no such concept", where=source, fix="check the path")
+    raise ConceptError(
+        "there is no such concept", where=source, fix=check_path(source, "check the path")
+    )

@@ -30,6 +30,7 @@ from customize.core.lowrank import (
 )
 from customize.core.truncation import truncate
 from customize.errors import ConfigError
+from customize.near_names import choose_from
 
 Merge = Callable[..., LowRank]
 
@@ -224,7 +225,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"the merge {name} has no setting {key}",
                 where=key,
-                fix=f"it has {', '.join(known)}" if known else "give none",
+                fix=choose_from(key, known, otherwise="give none"),
             )
         whole = key in ("rank", "seed")
         if not isinstance(value, int if whole else int | float) or isinstance(value, bool):

@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from customize.errors import ConfigError, TrainingError
+from customize.near_names import choose_from
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -260,7 +261,7 @@ def _inside(u: Tensor) -> Tensor:
 def _check_prediction(kind: str) -> None:
     if kind not in PREDICTIONS:
         raise ConfigError(
-            f"the prediction type {kind!r} is unknown", fix=f"choose from {', '.join(PREDICTIONS)}"
+            f"the prediction type {kind!r} is unknown", fix=choose_from(kind, PREDICTIONS)
         )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from customize.errors import ConfigError
 from customize.families.components import Components, class_name, uncompiled
 from customize.families.originals import Rows
+from customize.near_names import choose_from
 
 # transformers has the CLIP layers below `text_model` or, in newer versions of CLIPTextModel, not.
 _CLIP_PROJECTIONS = re.compile(
@@ -69,7 +70,7 @@ class Layers(Components, ABC):
         if component not in (*denoisers, *self.clip_encoders):
             raise ConfigError(
                 f"the component {component!r} of family {self.name} takes no adapter",
-                fix=f"choose from {', '.join((*denoisers, *self.clip_encoders))}",
+                fix=choose_from(component, (*denoisers, *self.clip_encoders)),
             )
         found: dict[str, tuple[int, ...]] = {}
         for name, module in uncompiled(self._part(component)).named_modules():

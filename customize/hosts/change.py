@@ -168,9 +168,10 @@ def _writable(models: Mapping[str, nn.Module]) -> Iterator[None]:
 def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]) -> None:
     dictionaries = {dictionary.key: dictionary for dictionary in family.token_dictionaries()}
     owned = {
-        (key, each.concept.info.trigger): rows
+        (key, subject.trigger): rows
         for each in attached.values()
-        for key, rows in each.concept.embeddings.items()
+        for subject in each.concept.subjects
+        for key, rows in subject.embeddings.items()
     }
     for (key, trigger), names in list(holder.tokens.items()):
         left = known(dictionaries[key].tokenizer, names)
@@ -179,8 +180,10 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
             if left:
                 remove_tokens(dictionaries[key], left)
             pool_at_end(dictionaries[key])
-    owners = {each.concept.info.trigger: each.concept for each in attached.values()}
-    before = {each.concept.info.trigger: each.concept for each in holder.attached.values()}
+    owners = {t: each.concept for each in attached.values() for t in each.concept.info.triggers}
+    before = {
+        t: each.concept for each in holder.attached.values() for t in each.concept.info.triggers
+    }
     for (key, trigger), rows in owned.items():
         dictionary, (names, whole) = dictionaries[key], vocabulary(trigger, rows)
         # Of a library's, what is left from an earlier call may be of a file that has changed since.
@@ -200,10 +203,10 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
     for key in {key for key, _ in gone}:
         entries_of = [holder.tokens.pop(place) for place in gone if place[0] == key]
         remove_tokens(dictionaries[key], [name for names in entries_of for name in names])
-    infos = [each.concept.info for each in attached.values() if each.concept.embeddings]
-    triggers = {info.trigger: entries(info.trigger, info.num_tokens) for info in infos}
-    layered = [info.trigger for info in infos if info.token_layers]
-    layers = max((info.token_layers for info in infos), default=0)
+    subjects = [subject for each in attached.values() for subject in each.concept.subjects]
+    triggers = {each.trigger: entries(each.trigger, each.num_tokens) for each in subjects}
+    layered = [each.trigger for each in subjects if each.token_layers]
+    layers = max((each.token_layers for each in subjects), default=0)
     for tokenizer in tokenizers_of(family).values():
         expand_triggers(tokenizer, triggers, layered, layers)
     while holder.hooks:

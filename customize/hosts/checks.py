@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from customize.concepts.base_weight import unadaptable
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.layerwise import layer_entries, layers_of
+from customize.concepts.subjects import Subject
 from customize.concepts.tokens import entries, known
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError, PipelineError
@@ -22,12 +23,17 @@ def check_base(family: Family, concepts: Iterable[Adaptation]) -> None:
     """Refuse a concept that was learned on another architecture.
 
     A LoRA from elsewhere says nothing on its base: that its layers are there, of the right
-    shapes, is all that can be asked, and is asked when it is fitted in.
+    shapes, is all that can be asked, and is asked when it is fitted in. So it is of a merge of such
+    LoRAs, while a merge of concepts says which base they were learned on.
 
     Raises:
         ConceptError: family, denoiser, layer widths or text encoders differ.
     """
-    said = [c for c in concepts if not (isinstance(c, Lora) and c.info.family == family.name)]
+    said = [
+        c
+        for c in concepts
+        if not (isinstance(c, Lora) and c.info.family == family.name and not c.info.fingerprint)
+    ]
     # Once for all, as it takes a walk over the model.
     ours = family.fingerprint() if said else {}
     with naming_quantizers(family):
@@ -66,7 +72,8 @@ def _check_base(family: Family, ours: Mapping[str, Any], concept: Adaptation) ->
             fix="load it into a pipeline of the base that it was learned on",
         )
     widths = theirs.get("widths")
-    for component in {*concept.products, *concept.embeddings}:
+    embedded = {key for subject in concept.subjects for key in subject.embeddings}
+    for component in {*concept.products, *embedded}:
         if component not in ours["widths"]:
             raise PipelineError(
                 f"the concept {info.name} needs a {component}, which this pipeline lacks",
@@ -79,32 +86,38 @@ def _check_base(family: Family, ours: Mapping[str, Any], concept: Adaptation) ->
                 f"this pipeline's has {ours['widths'][component]}",
                 fix="load it into a pipeline of the base that it was learned on",
             )
-    if concept.embeddings:
-        _check_tables(family, concept)
+    for subject in concept.subjects:
+        _check_tables(family, subject)
 
 
-def check_vocabulary(family: Family, concept: Adaptation) -> None:
+def check_vocabulary(family: Family, concept: Adaptation, but: Collection[str] = ()) -> None:
     """Refuse a concept whose tokens some vocabulary has already.
+
+    Args:
+        but: triggers that may be there.
 
     Raises:
         ConceptError: naming the tokens.
     """
     info = concept.info
-    if not info.num_tokens:
-        return
-    # One more than its own: diffusers takes <rex>_2 for a part of <rex>, whoever added it.
-    names = entries(info.trigger, info.num_tokens + 1)
-    names += layer_entries(info.trigger, info.num_tokens, info.token_layers)
-    for dictionary in family.token_dictionaries():
-        taken = known(dictionary.tokenizer, names)
-        if taken:
-            raise ConceptError(
-                f"the concept {info.name} brings the token {taken[0]}, which the tokenizer has "
-                "already",
-                where=dictionary.key,
-                fix=f"call unload_textual_inversion() if it came from there, or load the concept "
-                f'under another name: names=["{info.name}-2"]',
-            )
+    for subject in concept.subjects:
+        if subject.trigger in but:
+            continue
+        # One more than its own: diffusers takes <rex>_2 for a part of <rex>, whoever added it.
+        names = entries(subject.trigger, subject.num_tokens + 1)
+        names += layer_entries(subject.trigger, subject.num_tokens, subject.token_layers)
+        for dictionary in family.token_dictionaries():
+            taken = known(dictionary.tokenizer, names)
+            if taken:
+                another = f'load the concept under another name: names=["{info.name}-2"]'
+                if len(info.triggers) > 1:
+                    another = "load the concepts that it was merged from, under other names"
+                raise ConceptError(
+                    f"the concept {info.name} brings the token {taken[0]}, which the tokenizer has "
+                    "already",
+                    where=dictionary.key,
+                    fix=f"call unload_textual_inversion() if it came from there, or {another}",
+                )
 
 
 def check_layers(
@@ -187,28 +200,28 @@ def check_range(component: str, updates: Mapping[str, LowRank], dtype: torch.dty
             )
 
 
-def _check_tables(family: Family, concept: Adaptation) -> None:
+def _check_tables(family: Family, subject: Subject) -> None:
     dictionaries = {dictionary.key: dictionary for dictionary in family.token_dictionaries()}
-    if set(dictionaries) != set(concept.embeddings):
+    if set(dictionaries) != set(subject.embeddings):
         raise ConceptError(
-            f"the concept {concept.info.name} has tokens for "
-            f"{', '.join(sorted(concept.embeddings))}, and this pipeline has the vocabularies of "
+            f"the concept {subject.name} has tokens for "
+            f"{', '.join(sorted(subject.embeddings))}, and this pipeline has the vocabularies of "
             f"{', '.join(sorted(dictionaries))}",
             fix="load the pipeline with the text encoders that the concept was learned with",
         )
     layers = len(layers_of(family))
-    if concept.info.token_layers not in (0, layers):
+    if subject.token_layers not in (0, layers):
         raise ConceptError(
-            f"the concept {concept.info.name} has embeddings for {concept.info.token_layers} "
+            f"the concept {subject.name} has embeddings for {subject.token_layers} "
             f"cross-attention layers, and this pipeline's {family.denoiser_key} takes {layers}",
             fix="load it into a pipeline of the base that it was learned on",
         )
-    for key, rows in concept.embeddings.items():
+    for key, rows in subject.embeddings.items():
         text_encoder: Any = dictionaries[key].text_encoder
         table = text_encoder.get_input_embeddings().weight
         if rows.shape[-1] != table.shape[1]:
             raise ConceptError(
-                f"the concept {concept.info.name} has embeddings of width {rows.shape[-1]}, and "
+                f"the concept {subject.name} has embeddings of width {rows.shape[-1]}, and "
                 f"this text encoder's are {table.shape[1]} wide",
                 where=key,
                 fix="load it into a pipeline of the base that it was learned on",

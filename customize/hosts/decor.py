@@ -23,6 +23,7 @@ from customize.hosts.sources import family_in
 from customize.hosts.state import Holder
 from customize.hosts.state import find as holder_of
 from customize.hosts.withheld import ALL, Withheld, adding_layers
+from customize.near_names import did_you_mean
 
 AUTO = "auto"
 Rows = Literal["words", "rest", "all"]
@@ -116,7 +117,11 @@ class Decor:
             ("negative", self.negative, get_args(Negative)),
         ):
             if value not in known:
-                raise ConfigError(f"{value!r} is none of {', '.join(map(str, known))}", where=name)
+                raise ConfigError(
+                    f"{value!r} is none of {', '.join(map(str, known))}",
+                    where=name,
+                    fix=did_you_mean(value, [str(each) for each in known]),
+                )
         if not isinstance(self.keys, Real) or not 0.0 <= self.keys <= 1.0:
             raise ConfigError(
                 f"{self.keys!r} is no share of the strength",
@@ -321,7 +326,8 @@ def _named_by_captions(holder: Holder) -> tuple[str, ...]:
 
 def _calls(holder: Holder, text: str) -> bool:
     """Whether a text calls an attached concept."""
-    return any(places_of(each.concept.info.words, text) for each in holder.attached.values())
+    infos = [each.concept.info for each in holder.attached.values()]
+    return any(places_of(words, text) for info in infos for words in (info.words, *info.triggers))
 
 
 def _entries(holder: Holder) -> frozenset[str]:

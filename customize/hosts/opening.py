@@ -11,6 +11,7 @@ from torch import nn
 
 from customize.errors import ConfigError, PipelineError
 from customize.families import COMPONENTS
+from customize.near_names import check_path
 from customize.safe_read import check_regular
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def open_base(base: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
             f"the base cannot be loaded: there is no such folder, and the hub did not give it: "
             f"{reason}",
             where=where,
-            fix=_FOLDER,
+            fix=check_path(base, _FOLDER),
         ) from error
     missing = [
         f"{key}.{name}"

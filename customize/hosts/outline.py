@@ -14,6 +14,7 @@ from customize.errors import PipelineError
 from customize.families import Family, family_of
 from customize.hosts.quantizing import nf4
 from customize.memory import Plan, budget, plan, sizes
+from customize.near_names import check_path
 from customize.safe_read import MAX_TABLE, check_regular, read_json
 
 _LIBRARIES = ("diffusers", "transformers")
@@ -109,7 +110,7 @@ def _download(base: str) -> Path:
             f"the base's configurations cannot be read: there is no such folder, and the hub did "
             f"not give them: {str(error).strip().splitlines()[0]}",
             where=f"base: {base}",
-            fix="name a folder or hub id of a diffusers pipeline",
+            fix=check_path(base, "name a folder or hub id of a diffusers pipeline"),
         ) from error
 
 

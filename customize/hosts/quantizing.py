@@ -30,13 +30,13 @@ def check_quantizer(kind: Kind, device: torch.device) -> None:
         raise ConfigError(
             f"{kind} needs {library}, which is not installed",
             where="quantize",
-            fix=f"pip install {library}, or set quantize to none",
+            fix=f"pip install {library}, or set quantize to none (--quantize none)",
         )
     if device.type not in _DEVICES:
         raise ConfigError(
             f"{library} is not for the device {device.type}",
             where="quantize",
-            fix=f"use one of {', '.join(_DEVICES)}, or set quantize to none",
+            fix=f"use one of {', '.join(_DEVICES)}, or set quantize to none (--quantize none)",
         )
 
 

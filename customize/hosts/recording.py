@@ -34,6 +34,7 @@ from customize.families import Family
 from customize.hosts.change import change
 from customize.hosts.offload import check_placed
 from customize.hosts.state import Attached, Holder, Merging
+from customize.near_names import choose_from
 
 
 def method_of(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]] | None:
@@ -50,8 +51,8 @@ def method_of(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any
         raise ConfigError(
             f"a pipeline's concepts cannot be merged by {method!r}",
             where="merge",
-            fix=f"choose from {', '.join((AUTO, *METHODS))}, or give a dict with one as its "
-            '"method" and settings',
+            fix=choose_from(method, (AUTO, *METHODS))
+            + ', or give a dict with one as its "method" and settings',
         )
     if method != AUTO or settings:
         check_method(SUM if method == AUTO else method, settings)

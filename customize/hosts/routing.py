@@ -65,7 +65,7 @@ def _named(family: Family, holder: Holder, texts: Iterable[str]) -> dict[str, En
     tokenizers = tokenizers_of(family).values()
     ours = {name for names in holder.tokens.values() for name in names}
     by_name = [each.concept.info for each in holder.attached.values() if not each.routed]
-    loaded = {info.trigger.lower() for info in by_name}
+    loaded = {trigger.lower() for info in by_name for trigger in info.triggers}
     said = " ".join(info.words for info in by_name).lower()
     found: dict[str, Entry] = {}
     tokens = [token for text in texts for token in _tokens(text, tokenizers, ours)]

@@ -45,7 +45,9 @@ class Shelf:
         if not entry.family:
             return True
         own, theirs = self.fingerprint, entry.fingerprint
-        return entry.family == own["family"] and theirs.get("denoiser") == own["denoiser"]
+        # A merge of LoRAs from elsewhere says its family alone.
+        alike = not theirs or theirs.get("denoiser") == own["denoiser"]
+        return entry.family == own["family"] and alike
 
     def entry(self, trigger: str) -> Entry | None:
         """The concept that a token calls; None where the library knows none.
@@ -104,7 +106,8 @@ class Shelf:
                 where=self.library.path(entry),
                 fix="delete the index, the hidden file .library.sqlite, which is made anew",
             )
-        size = tensor_bytes([*factors_of(found.products), *found.embeddings.values()])
+        tokens = [rows for subject in found.subjects for rows in subject.embeddings.values()]
+        size = tensor_bytes([*factors_of(found.products), *tokens])
         self.cache.put(("concept", entry.source), (entry.stamp, found), size + _BESIDE)
         return found
 

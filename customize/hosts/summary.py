@@ -36,7 +36,7 @@ def summary(pipe: Any) -> Customization:
             slices = "shared with " + ", ".join(colliding[name])
         mode = "fused" if attached.fused else _adapter_mode(holder)
         mode += ", by the prompt" if attached.routed else ""
-        if info.num_tokens and _lacks_tokens(family, holder, info.trigger):
+        if any(_lacks_tokens(family, holder, s.trigger) for s in attached.concept.subjects):
             mode += " (tokens removed by someone else)"
         said, thing = info.words or "-", info.class_word or "-"
         rows.append(Row(name, said, thing, attached.weight, info.rank, slices, mode))

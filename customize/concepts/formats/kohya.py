@@ -60,6 +60,25 @@ def kohya_tensors(products: Products, family: Family) -> dict[str, Tensor]:
     return dict(sorted(tensors.items()))
 
 
+def kohya_layers(products: Products, family: Family) -> dict[str, list[tuple[str, str, int, int]]]:
+    """Which rows of the model's layers the rows of a file's layer are, from its first one on.
+
+    Args:
+        products, family: as for :func:`kohya_tensors`.
+
+    Returns:
+        The file's layer -> (component, module, first row, last row + 1) of each.
+    """
+    found = {}
+    for component, updates in products.items():
+        own = {file_name(component, module): update for module, update in updates.items()}
+        prefix = _prefix(family, component)
+        for name, members in _file_layers(family, component, own).items():
+            places = [(component, each.module, each.start, each.stop) for each in members]
+            found[f"{prefix}_{name.replace('.', '_')}"] = places
+    return dict(sorted(found.items()))
+
+
 def file_shapes(family: Family, component: str) -> dict[str, tuple[int, ...]]:
     """The shapes of a component's weights, by the names that files give its layers."""
     shapes = family.weight_shapes(component).items()

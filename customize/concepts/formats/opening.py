@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from customize.concepts.concept import Concept
-from customize.concepts.formats.base_detection import published_base
-from customize.concepts.formats.denoisers import Noise, noise_of, noises_of, with_noises
-from customize.concepts.formats.lora import Adaptation, Lora, LoraFile, lora_file, paired
+from customize.concepts.formats.lora import (
+    Adaptation,
+    LoraFile,
+    lora_file,
+    paired,
+    published_kin,
+)
 from customize.concepts.layout import (
     EMBEDS_FOLDER,
     INFO_FILE,
@@ -20,8 +21,10 @@ from customize.concepts.layout import (
     MERGED_EMBEDS,
     MERGED_FILE,
     PEFT_FILES,
+    PIPELINE_FILE,
     SECOND_FILE,
 )
+from customize.concepts.merged import read_merged
 from customize.concepts.reading import (
     listing,
     located,
@@ -31,13 +34,12 @@ from customize.concepts.reading import (
     read_single_tensors,
     refuse_pickles,
 )
-from customize.errors import ConceptError, ConfigError
-from customize.families import FAMILIES
+from customize.errors import ConceptError
 from customize.safe_read import present
 
 
-def opened(source: str | Path) -> Concept | LoraFile:
-    """Read a concept, or the file of a LoRA that no model has been asked about yet.
+def opened(source: str | Path) -> Adaptation | LoraFile:
+    """Read a concept, a merge of ours, or the file of a LoRA whose model is not known yet.
 
     Args:
         source: a folder, a ``.safetensors`` file or a hub id. A folder without ``concept.json`` is
@@ -53,88 +55,54 @@ def opened(source: str | Path) -> Concept | LoraFile:
         if present(path / INFO_FILE):
             return read(path)
         # A hub's folder is called by a commit, which is no name.
-        name = str(source).rpartition("/")[2] if not Path(source).exists() else path.resolve().name
+        hub = not Path(source).exists()
+        name = str(source).rpartition("/")[2] if hub else path.resolve().name
         path, second = _files(path)
     else:
         name = path.stem
     tensors, metadata = read_single_tensors(path)
     if INFO_HEADER in metadata:
         return parsed_single(tensors, metadata, path)
+    others = None if second is None else read_single_tensors(second)
+    merged = read_merged(name, path, tensors, metadata, others and others[0])
+    if merged is not None:
+        return merged
+    if located(source).is_dir():
+        _refuse_without_tokens(path.parent)
     file = lora_file(name, path, tensors, metadata, _adapter_config(path))
-    if second is None:
-        return replace(file, noise=_noise(path))
-    tensors, metadata = read_single_tensors(second)
-    return paired(file, lora_file(name, second, tensors, metadata, _adapter_config(second)))
+    if second is None or others is None:
+        return file
+    return paired(file, lora_file(name, second, *others))
 
 
-def opened_whole(source: str | Path, family: str | None = None) -> Adaptation:
+def opened_whole(source: str | Path) -> Adaptation:
     """The same without a pipeline: a LoRA's layers are those of the published model it fits.
-
-    Args:
-        family: the name of that model's family, for layers that several families call alike.
 
     Raises:
         ConceptError: see :func:`opened`; no published model has all its layers, or its updates
-            depend on the base's weights; or the concept is of another family.
-        ConfigError: there is no such family.
+            depend on the base's weights.
     """
-    return opened_together([source], family)[0]
-
-
-def opened_together(sources: Sequence[str | Path], family: str | None = None) -> list[Adaptation]:
-    """:func:`opened_whole` of each; two files for two denoisers know each other by their names."""
-    if family is not None and family not in FAMILIES:
-        raise ConfigError(
-            f"there is no family {family!r}",
-            where="family",
-            fix=f"choose from {', '.join(FAMILIES)}",
-        )
-    found = [opened(source) for source in sources]
-    files = iter(with_noises([each for each in found if isinstance(each, LoraFile)]))
-    return [
-        _of_published(next(files), family) if isinstance(each, LoraFile) else _of(each, family)
-        for each in found
-    ]
-
-
-def _of_published(file: LoraFile, family: str | None) -> Lora:
-    several = bool(file.noise or file.into)
-    return file.lora(published_base(file.groups, file.where, family, several=several))
-
-
-def _of(concept: Concept, family: str | None) -> Concept:
-    if family not in (None, concept.info.family):
-        raise ConceptError(
-            f"the concept {concept.info.name} is of family {concept.info.family}, not {family}",
-            where=concept.source,
-            fix="leave the family out: a concept of ours says it itself",
-        )
-    return concept
+    found = opened(source)
+    return found.lora(published_kin(found)) if isinstance(found, LoraFile) else found
 
 
 def _files(folder: Path) -> tuple[Path, Path | None]:
     """The folder's LoRA, and that of a second denoiser if there is one."""
     found = (file for file in listing(folder) if file.suffix == ".safetensors")
     files = sorted(file for file in found if not file.name.endswith(INPUTS_FILE))
-    own = (folder / EMBEDS_FOLDER, *folder.glob(MERGED_EMBEDS.format("*")))
-    if present(folder / MERGED_FILE) and any(path.exists() for path in own):
-        raise ConceptError(
-            "the folder is a merge whose concepts have tokens of their own, which would be left "
-            "out here",
-            where=folder,
-            fix="give the concepts that it was merged from; its README.md says how other programs "
-            "load it",
-        )
+    if present(folder / MERGED_FILE):  # beside its LoRA are its tokens, for other programs
+        tokens = set(folder.glob(MERGED_EMBEDS.format("*")))
+        files = [file for file in files if file not in tokens]
     if len(files) == 1:
         return files[0], None
     if [file.name for file in files] == [LORA_FILE, SECOND_FILE]:
         return files[0], files[1]
-    # A pair says by its files' names which is which, or by those of the folders that they are in.
-    named = {file.stem: file for file in files} or _in_subfolders(folder)
-    noises = noises_of(*named) if len(named) == 2 else None
-    if noises is not None:
-        one, other = named.values()
-        return (one, other) if noises[0] == "high" else (other, one)
+    if (folder / PIPELINE_FILE).is_file():
+        raise ConceptError(
+            "the folder is a whole pipeline, not a concept",
+            where=folder,
+            fix="give it as the base: --base on the command line",
+        )
     if not files:
         refuse_pickles(folder)
     raise ConceptError(
@@ -145,19 +113,15 @@ def _files(folder: Path) -> tuple[Path, Path | None]:
     )
 
 
-def _in_subfolders(folder: Path) -> dict[str, Path]:
-    """Folders that are named after levels of noise -> the only file of each."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        files = list(path.glob("*.safetensors")) if noise_of(path.name) and path.is_dir() else []
-        if len(files) == 1:
-            found[path.name] = files[0]
-    return found
-
-
-def _noise(path: Path) -> Noise | None:
-    """The level of noise that a file is for, by its name; None where that says none."""
-    return "low" if path.name == SECOND_FILE else noise_of(path.stem)
+def _refuse_without_tokens(folder: Path) -> None:
+    """Refuse a merge of earlier versions, whose LoRA does not have its tokens in the header."""
+    own = (folder / EMBEDS_FOLDER, *folder.glob(MERGED_EMBEDS.format("*")))
+    if (folder / MERGED_FILE).is_file() and any(path.exists() for path in own):
+        raise ConceptError(
+            "an earlier version merged concepts here whose tokens would be left out",
+            where=folder,
+            fix="merge the concepts again, or give them instead of the merge",
+        )
 
 
 def _adapter_config(path: Path) -> dict[str, Any] | None:

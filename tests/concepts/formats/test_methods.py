@@ -249,5 +249,7 @@ def test_what_depends_on_the_weights_needs_them(part: str, tmp_path: Path) -> No
             f"{name}.lora_down.weight": random(1, 768),
             f"{name}.dora_scale": torch.ones(320, 1),
         }
-    with pytest.raises(ConceptError, match=r"depends on the base model's weights.*--fuse BASE"):
+    with pytest.raises(
+        ConceptError, match=r"depends on the base model's weights.*--fuse and --base"
+    ):
         opened_whole(written(tmp_path / "made.safetensors", tensors))

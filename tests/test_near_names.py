@@ -1,0 +1,123 @@
+"""Near names are suggested wherever a name is not known, and each that is suggested is accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from customize.concepts.merge import METHODS, check_method
+from customize.errors import ConfigError, CustomizeError
+from customize.families import family_of
+from customize.near_names import check_path, choose_from, near, near_path
+from customize.training.config import TrainConfig
+from tests.hosts.making import concept
+from tests.tiny import tiny_sd
+
+SETTINGS = list(TrainConfig.model_fields)
+
+#: What people write -> what they mean.
+MEANT = {
+    "lr": "learning_rate",
+    "LR": "learning_rate",
+    "learning-rate": "learning_rate",
+    "learn_rate": "learning_rate",
+    "unet_lr": "learning_rate",
+    "text_lr": "text_learning_rate",
+    "text_encoder_lr": "text_learning_rate",
+    "bs": "batch_size",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "max_train_steps": "steps",
+    "stepz": "steps",
+    "network_dim": "rank",
+    "network_alpha": "alpha",
+    "pretrained_model_name_or_path": "base",
+    "instance_data_dir": "images",
+    "wd": "weight_decay",
+    "classword": "class_word",
+    "snr_gamma": "min_snr_gamma",
+    "lr_scheduler": "lr_schedule",
+    "resume_from_checkpoint": "resume",
+    "val_prompts": "validation_prompts",
+}
+
+
+@pytest.mark.parametrize("given_", MEANT)
+def test_settings_by_other_trainers_names_and_slips(given_: str) -> None:
+    assert near(given_, SETTINGS)[0] == MEANT[given_]
+    with pytest.raises(ConfigError, match=rf"not a setting; did you mean {MEANT[given_]}"):
+        TrainConfig(**{given_: 1, "base": "b"})
+
+
+@given(st.sampled_from(SETTINGS), st.data())
+def test_a_name_with_one_letter_left_out_is_found(name: str, data: Any) -> None:
+    k = data.draw(st.integers(0, len(name) - 1))
+    slip = name[:k] + name[k + 1 :]
+    if len(slip) > 3:
+        assert name in near(slip, SETTINGS) or slip in SETTINGS
+
+
+@given(st.one_of(st.text(), st.none(), st.integers(), st.binary()))
+def test_whatever_is_given_only_known_names_are_suggested(given_: object) -> None:
+    assert set(near(given_, SETTINGS)) <= set(SETTINGS)
+    assert len(choose_from(given_, SETTINGS)) < 1500
+
+
+def test_what_is_far_from_all_names_lists_them() -> None:
+    assert near("zzzz", METHODS) == []
+    assert choose_from("zzzz", METHODS).startswith("choose from sum, ")
+    assert choose_from("x", [], otherwise="load it first") == "load it first"
+    assert len(choose_from("x", [f"name-{n}" for n in range(10_000)])) < 600
+
+
+def test_a_path_that_is_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "concepts" / "rex").mkdir(parents=True)
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "tom.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    assert near_path("concepts/rexx") == ["concepts/rex"]
+    assert near_path("concept/rex") == ["concepts/rex"]
+    assert near_path("loras/tom") == ["loras/tom.safetensors"]
+    assert near_path("loras/Tom.safetensor") == ["loras/tom.safetensors"]
+    assert near_path(tmp_path / "lora") == [str(tmp_path / "loras")]
+    assert near_path("nothing/like/it") == near_path("\0") == near_path("") == []
+    assert check_path("nothing", "check the path") == "check the path"
+
+
+def refusals(pipe: Any, tmp_path: Path) -> dict[str, Any]:
+    from customize import Decor, load_custom, memory_plan, unload_custom
+    from customize.training.config import load_config
+
+    rex = concept(pipe)
+    rex.save(tmp_path / "rex")
+    (tmp_path / "run.yaml").write_text("base: b")
+    load_custom(pipe, rex)
+    config = {"base": "b", "images": "i", "output": "o", "name": "n", "class_word": "dog"}
+    return {
+        "fusion": lambda: load_custom(pipe, merge="fuson"),
+        "ties": lambda: check_method("tie", {}),
+        "density": lambda: load_custom(pipe, merge={"method": "ties", "densty": 0.3}),
+        "xformers": lambda: load_custom(pipe, attention="xformer"),
+        "rex": lambda: load_custom(pipe, weights={"rexx": 1.0}),
+        "rex ": lambda: unload_custom(pipe, "rx"),
+        "words": lambda: Decor(rows="wrds"),  # type: ignore[arg-type]
+        "unet": lambda: family_of(pipe.components).weight_shapes("unnet"),
+        f"{tmp_path}/rex": lambda: load_custom(pipe, tmp_path / "rexx"),
+        f"{tmp_path}/rex ": lambda: load_custom(pipe, f"{tmp_path}/rexx"),
+        f"{tmp_path}/run.yaml": lambda: load_config(tmp_path / "run.yml"),
+        "orthogonal": lambda: TrainConfig(**config, method="ortho"),
+        "context_output": lambda: TrainConfig(**config, preserve={"context_out": 1}),
+        f"{tmp_path}/base": lambda: memory_plan("8GB", tmp_path / "bse"),
+    }
+
+
+def test_every_unknown_name_is_answered_with_the_near_one(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    for meant, call in refusals(tiny_sd(), tmp_path).items():
+        with pytest.raises(CustomizeError) as caught:
+            call()
+        assert f"did you mean {meant.strip()}" in str(caught.value), (meant, str(caught.value))

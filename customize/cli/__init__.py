@@ -76,11 +76,18 @@ def _show_note(
 
 
 def _explained(error: BaseException) -> str:
-    """Typer's message on one line, and where help is."""
-    message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+    """Typer's message on one line, the flag or command that was meant, and where help is."""
     context = getattr(error, "ctx", None)
     path = "customize" if context is None else context.command_path
-    return f"{message.rstrip('.')}. Do: see {path} --help."
+    flag = getattr(error, "option_name", None)
+    if flag is not None and context is not None:
+        from customize.cli.flags import near_flag
+
+        hint = near_flag(flag, context.command)
+        return f"no such option: {flag}. Do: {hint}see {path} --help."
+    message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+    message = message.rstrip(".")
+    return f"{message}{'' if message.endswith('?') else '.'} Do: see {path} --help."
 
 
 def _failed(line: str, code: int) -> int:

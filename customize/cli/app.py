@@ -9,15 +9,7 @@ import typer
 
 from customize.cli import flags, library_app
 from customize.cli.evaluate_app import evaluate, pareto
-from customize.cli.options import (
-    Device,
-    Dtype,
-    FamilyName,
-    Merge,
-    SomeSources,
-    Sources,
-    Weights,
-)
+from customize.cli.options import Device, Dtype, Merge, Names, SomeSources, Sources, Weights
 from customize.cli.shared import on_interrupt
 
 app = typer.Typer(
@@ -76,7 +68,8 @@ def merge(
         typer.Option("--output", "-o", metavar="FOLDER", help="New folder", show_default=False),
     ],
     weights: Weights = None,
-    method: Annotated[
+    names: Names = None,
+    merge: Annotated[
         str,
         typer.Option(
             metavar="METHOD",
@@ -113,12 +106,16 @@ def merge(
         ),
     ] = None,
     fuse: Annotated[
-        str | None,
+        bool,
         typer.Option(
-            metavar="BASE",
-            help="Write this whole pipeline with the concepts in its weights, not a LoRA file",
-            show_default=False,
+            "--fuse",
+            help="Write a whole pipeline with the concepts in its weights, that of --base, and not"
+            " a LoRA file",
         ),
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="For --fuse: a folder or a hub id", show_default=False),
     ] = None,
     dtype: Dtype = None,
     layout: Annotated[
@@ -129,7 +126,6 @@ def merge(
             help="Keys and header of the LoRA file; kohya's are for ComfyUI and the web UIs",
         ),
     ] = "diffusers",
-    family: FamilyName = None,
 ) -> None:
     """Merge concepts and LoRA files into one ordinary LoRA.
 
@@ -137,20 +133,20 @@ def merge(
     concept, and a README.md on how to load them. customize itself needs
     no merging: load_custom takes many concepts.
     """
-    from customize.cli.merge import run
+    from customize.cli.merge import fused_base, run
 
     run(
         concepts,
         output,
         weights,
-        method=method,
+        names=names,
+        method=merge,
         density=density,
         seed=seed,
         rank=rank,
-        fuse=fuse,
+        base=fused_base(fuse, base),
         dtype=dtype,
         layout=layout,
-        family=family,
     )
 
 
@@ -215,7 +211,33 @@ def generate(
     ],
     concepts: SomeSources = None,
     weights: Weights = None,
+    names: Names = None,
     merge: Merge = "auto",
+    fuse: Annotated[
+        bool,
+        typer.Option(
+            "--fuse", help="Put them into the base's weights, not beside them, as an adapter"
+        ),
+    ] = False,
+    library: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIBRARY",
+            help="Folder of concepts, or a collection of the hub's, from which each prompt takes"
+            " those that it names by their triggers",
+            show_default=False,
+        ),
+    ] = None,
+    regions: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS=REGION",
+            help="Words of the prompt, such as a trigger, and where in the picture they act: a box"
+            " (left, top, right, bottom as shares of the picture, such as '<rex>=0,0,.5,1') or a"
+            " picture that is white there ('<rex>=mask.png'); may be given often",
+            show_default=False,
+        ),
+    ] = None,
     negative: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="What to keep out", show_default=False),
@@ -259,6 +281,23 @@ def generate(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where pictures go")
     ] = Path("pictures"),
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Attention backend: auto (the fastest that is installed and right), native,"
+            " xformers, flash, sage or another of diffusers'; not given: the pipeline's",
+            show_default=False,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NGB",
+            help="Fit the base into so much memory, such as 8GB, by tiles, offloading or float8",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -269,7 +308,8 @@ def generate(
 
     customize generate rex tom --base BASE --prompt "<rex> and <tom>"
     """
-    from customize.cli.generate import Plan, parse_size, run
+    from customize.cli.generate import Loading, Plan, parse_size, run
+    from customize.cli.regions import parse_regions
 
     plan = Plan(
         prompts=tuple(prompt),
@@ -281,7 +321,10 @@ def generate(
         count=count,
         size=parse_size(size),
     )
-    run(base, concepts or [], weights, merge, plan, output, device, dtype)
+    loading = Loading(
+        base, tuple(concepts or ()), weights, names, merge, fuse, library, attention, memory
+    )
+    run(loading, plan, parse_regions(regions or []), output, device, dtype)
 
 
 app.command()(evaluate)
@@ -293,12 +336,11 @@ app.command()(pareto)
 def inspect(
     concepts: Sources,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Tell that for each layer, loud ones in bold")
+        bool, typer.Option("--layers", help="The last also for each layer, loud ones in bold")
     ] = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw it as heat maps into a .png")
     ] = None,
-    family: FamilyName = None,
 ) -> None:
     """Show what concepts hold, and whether they get in each other's way.
 
@@ -308,7 +350,7 @@ def inspect(
     """
     from customize.cli.inspection import run
 
-    run(concepts, layers=layers, plot=plot, family=family)
+    run(concepts, layers=layers, plot=plot)
 
 
 app.add_typer(library_app.app, name="library")
@@ -317,9 +359,11 @@ app.add_typer(library_app.app, name="library")
 @app.command()
 @on_interrupt("interrupted: give the same command again, and it uses what is there")
 def demo(
-    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go")] = Path("demo"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where results go")
+    ] = Path("demo"),
 ) -> None:
     """Learn three bundled concepts, merge them, draw them, and score the result."""
     from customize.demo import run
 
-    run(folder)
+    run(output)

@@ -20,11 +20,13 @@ from customize.cli.shared import (
 )
 from customize.errors import ConceptError, ConfigError
 from customize.evaluation import record
+from customize.near_names import choose_from
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from customize.concepts.concept import Concept
+    from customize.concepts.formats.lora import Adaptation
+    from customize.concepts.subjects import Subject
     from customize.storybook.judges import Judges
 
 RATES = ("identity", "prompt", "composition", "leak", "drift")
@@ -73,12 +75,15 @@ def run_storybook(
     numbers = parse_weights(weights, len(sources)) or [1.0] * len(sources)
     check_file(json_file)
     from customize.concepts.merge import check_together
+    from customize.concepts.subjects import check_subjects
     from customize.storybook.judges import load_judges
 
     concepts = [_concept(source) for source in sources]
     check_together(concepts)
     loaded = load_judges(judges)
-    known = {c.info.name: _known(loaded, c, references, len(concepts)) for c in concepts}
+    subjects = [subject for concept in concepts for subject in _subjects(concept)]
+    check_subjects(subjects)
+    known = {each.name: _known(loaded, each, references, len(subjects)) for each in subjects}
     pipe = load_pipeline(base, choose_device(device), "float32")
     _check_pipeline(pipe, base, concepts, steps)
     rows = storybook_rows(
@@ -98,17 +103,18 @@ def run_storybook(
         )
 
 
-def _concept(source: str) -> Concept:
-    """A concept; of a LoRA it is not known what pictures of it should show.
+def _concept(source: str) -> Adaptation:
+    """A concept or a merge of such; of a LoRA it is not known what pictures of it should show.
 
     Raises:
         ConceptError: it cannot be read, or is a LoRA.
     """
     from customize.concepts.concept import Concept
+    from customize.concepts.formats.lora import Lora
     from customize.concepts.formats.opening import opened
 
     found = opened(source)
-    if isinstance(found, Concept):
+    if isinstance(found, Concept) or (isinstance(found, Lora) and found.subjects):
         return found
     raise ConceptError(
         "this is an ordinary LoRA, and the storybook's prompts and judges ask for a concept by its "
@@ -118,7 +124,15 @@ def _concept(source: str) -> Concept:
     )
 
 
-def _check_pipeline(pipe: Any, base: str, concepts: Sequence[Concept], steps: int) -> None:
+def _subjects(concept: Adaptation) -> Sequence[Subject]:
+    """What is scored: a concept, also where a plain word calls it, or each concept of a merge."""
+    from customize.concepts.subjects import Subject
+
+    info = concept.info
+    return concept.subjects or [Subject(info.name, info.trigger, info.class_word, {})]
+
+
+def _check_pipeline(pipe: Any, base: str, concepts: Sequence[Adaptation], steps: int) -> None:
     """Refuse what would fail only after pictures were drawn."""
     from customize.families import family_of
     from customize.hosts.checks import check_base
@@ -139,7 +153,7 @@ def _check_pipeline(pipe: Any, base: str, concepts: Sequence[Concept], steps: in
 def storybook_rows(
     pipe: Any,
     judges: Judges,
-    concepts: Sequence[Concept],
+    concepts: Sequence[Adaptation],
     weights: Sequence[float],
     known: Mapping[str, tuple[Tensor, set[str]]],
     *,
@@ -149,9 +163,11 @@ def storybook_rows(
 ) -> list[dict[str, Any]]:
     """One row for each concept, seed, and number of concepts attached (1, and all of them).
 
+    Those of a merge are never alone.
+
     Args:
         weights: of the concepts where all are attached; alone each has 1.
-        known: concept name -> its signature, and what its references show and must not leak.
+        known: subject's name -> its signature, and what its references show and must not leak.
     """
     from rich.progress import Progress
 
@@ -165,7 +181,7 @@ def storybook_rows(
     if len(concepts) > 1:
         setups.append((list(concepts), list(weights)))
     of_setup = [
-        {"": plain, **{c.info.name: prompts_for(c.info.trigger) for c in together}}
+        {"": plain, **{s.name: prompts_for(s.trigger) for c in together for s in _subjects(c)}}
         for together, _ in setups
     ]
     rows = []
@@ -185,21 +201,22 @@ def storybook_rows(
             for seed in seeds:
                 images = drawn(groups, seed)
                 change = drift(before[seed], images[""])
-                for concept in together:
-                    name = concept.info.name
+                subjects = [subject for concept in together for subject in _subjects(concept)]
+                for subject in subjects:
+                    name = subject.name
                     signature, shown = known[name]
                     rates = rate_concept(
                         judges,
                         images[name],
                         groups[name],
                         signature,
-                        concept.info.class_word,
+                        subject.class_word,
                         shown,
                     )
                     rows.append(
                         {
                             "concept": name,
-                            "attached": len(together),
+                            "attached": len(subjects),
                             "seed": seed,
                             "identity": rates.identity,
                             "prompt": rates.prompt,
@@ -227,21 +244,20 @@ def storybook_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _known(
-    judges: Judges, concept: Concept, references: Path, count: int
+    judges: Judges, subject: Subject, references: Path, count: int
 ) -> tuple[Tensor, set[str]]:
     """A concept's signature by the judges, and the places that its references show."""
     from customize.storybook.captions import parse
     from customize.storybook.judges import to_tensor
     from customize.storybook.world import CLASSES
 
-    info = concept.info
-    if info.class_word not in CLASSES:
+    if subject.class_word not in CLASSES:
         raise ConceptError(
-            f"{info.name} is a {info.class_word}, which the storybook does not have",
-            where=info.name,
-            fix=f"score concepts of its classes: {', '.join(CLASSES)}",
+            f"{subject.name} is a {subject.class_word}, which the storybook does not have",
+            where=subject.name,
+            fix=choose_from(subject.class_word, CLASSES),
         )
-    folder = references / info.name
+    folder = references / subject.name
     if count == 1 and not folder.is_dir():
         folder = references
     samples = read_samples(folder)

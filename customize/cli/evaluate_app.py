@@ -42,7 +42,7 @@ def evaluate(
     merge: Annotated[
         str,
         typer.Option(
-            metavar="auto|sum|fusion",
+            metavar="METHOD",
             help="How they are merged, as for generate",
             rich_help_panel="In the storybook",
         ),

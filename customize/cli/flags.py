@@ -11,7 +11,9 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from customize.near_names import near
 from customize.training.config import TrainConfig
+from customize.training.settings import RENAMED
 
 # The first field of each group, in the order of TrainConfig. A new field joins the group it
 # stands in, without a change here.
@@ -73,6 +75,29 @@ class PlainHelp(TyperCommand):
         for title, lines in groups.items():
             with formatter.section(title):
                 formatter.write_dl(lines)
+
+
+def near_flag(flag: str, command: Any) -> str:
+    """``"did you mean --learning-rate? If not, "`` for a flag that a command lacks, or nothing.
+
+    Args:
+        flag: as it was given, such as ``--lr`` or ``--no-resum``.
+        command: typer's.
+    """
+    flags = {
+        each.lstrip("-").removeprefix("no-"): each
+        for parameter in command.params
+        for each in (*parameter.secondary_opts, *parameter.opts)
+        if each.startswith("--")
+    }
+    name = flag.lstrip("-").partition("=")[0]
+    negated = name.startswith(("no-", "no_"))
+    plain = name[3:] if negated else name
+    renamed = RENAMED.get(plain.replace("-", "_"), "").replace("_", "-")
+    found = [renamed] if renamed in flags else near(plain, flags)
+    off = {each for parameter in command.params for each in parameter.secondary_opts}
+    told = [f"--no-{each}" if negated and f"--no-{each}" in off else flags[each] for each in found]
+    return f"did you mean {' or '.join(told)}? If not, " if told else ""
 
 
 _CONFIG = typer.Option(

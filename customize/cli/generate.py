@@ -14,22 +14,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from customize.atomic import put_file
+from customize.cli.regions import check_regions
 from customize.cli.shared import (
     check_steps,
     choose_device,
     console,
     load_pipeline,
+    parse_weights,
+    renamed,
     storing,
 )
-from customize.cli.weights import read_weights
 from customize.errors import ConfigError, PipelineError
 from customize.evaluation import record
+from customize.near_names import did_you_mean
 
 if TYPE_CHECKING:
+    from customize.concepts.formats.lora import Adaptation, LoraFile
     from customize.families import Family
 
 _MOST = 1_000_000  # pictures a prompt
 _NUMBERED = re.compile(r"(\d{4,})\.(png|json)")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """With what to draw, as the flags have it; see :func:`customize.load_custom`."""
+
+    base: str
+    sources: tuple[str, ...]
+    weights: str | None
+    names: str | None
+    merge: str
+    fuse: bool
+    library: str | None
+    attention: str | None
+    memory: str | None
+
+    def __post_init__(self) -> None:
+        if self.fuse and not self.sources:
+            raise ConfigError(
+                "there is no concept to put into the weights", where="--fuse", fix="name one"
+            )
 
 
 @dataclass(frozen=True)
@@ -101,35 +126,35 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def run(
-    base: str,
-    sources: Sequence[str],
-    weights_text: str | None,
-    merge: str,
+    loading: Loading,
     plan: Plan,
+    regions: Mapping[str, Any],
     output: Path,
     device: str | None,
     dtype: str | None,
 ) -> None:
-    """Draw everything of a plan into a folder."""
+    """Draw everything of a plan into a folder.
+
+    Args:
+        regions: as :func:`customize.cli.regions.parse_regions` gives them.
+    """
     from rich.progress import track
 
-    from customize import Decor, load_custom
     from customize.concepts.concept import Concept
     from customize.concepts.files import check_writable
     from customize.concepts.formats.opening import opened
     from customize.concepts.merge import check_together
     from customize.families import family_of
 
-    cleaned = [] if plan.avoid is None else [Decor(avoid=plan.avoid)]
-    weights = read_weights(weights_text, len(sources))
-    concepts = [opened(source) for source in sources]
+    weights = parse_weights(loading.weights, len(loading.sources))
+    concepts = renamed([opened(source) for source in loading.sources], loading.names)
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
         check_together(ours)
-    triggers = [concept.info.trigger for concept in ours]
-    _check_prompts(plan.prompts, triggers, some_have_none=len(ours) < len(concepts))
+    check_regions(plan.prompts, regions, {c.info.name: c.info.words for c in concepts})
     check_writable(output)
-    pipe = load_pipeline(base, choose_device(device), dtype)
+    place = choose_device(device)
+    pipe = load_pipeline(loading.base, place, dtype, move=loading.memory is None)
     family = family_of(pipe.components, pipe.config)
     for side in plan.size or ():
         if side % family.latent_multiple:
@@ -140,29 +165,22 @@ def run(
             )
     check_steps(pipe, plan.steps)
     guided, scale = _guided(pipe, family, plan)
-    if concepts:
-        load_custom(pipe, *concepts, *cleaned, weights=weights, merge=merge)
-    elif cleaned:
-        load_custom(pipe, *cleaned)
+    _load(pipe, concepts, weights, plan.avoid, loading)
+    if loading.library is None:  # which refuses unknown triggers itself
+        _check_prompts(pipe, plan.prompts, concepts)
+    if loading.memory is not None:
+        console(stderr=True).print(f"memory: {pipe.custom.memory}", markup=False, soft_wrap=True)
     pipe.set_progress_bar_config(disable=True)
-
-    rows = pipe.custom.rows
-    shown = {r.name: r.weight if isinstance(r.weight, float) else f"{r.weight}" for r in rows}
-    facts = {
-        "base": base,
-        "merge": pipe.custom.merge if len(concepts) > 1 else None,
-        "concepts": [
-            {
-                "name": concept.info.name,
-                "trigger": concept.info.trigger,
-                "class_word": concept.info.class_word,
-                "weight": shown[concept.info.name],
-                "source": source,
-            }
-            for concept, source in zip(concepts, sources, strict=True)
-        ],
+    drawn_with = {
+        "base": loading.base,
+        "fuse": loading.fuse,
+        "library": loading.library,
+        "attention": loading.attention,
+        "memory": loading.memory,
+        "regions": {words: _shown(region) for words, region in regions.items()},
         "versions": record.versions(),
     }
+    sources = {c.info.name: s for c, s in zip(concepts, loading.sources, strict=True)}
     total = len(plan.prompts) * plan.count
     with storing(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -176,11 +194,63 @@ def run(
         transient=True,
         disable=not err.is_terminal,
     ):
-        image, settings = _draw(pipe, prompt, seed, plan, guided, family.output)
-        _save(output, number, image, settings | {"guidance": scale} | facts)
+        given = {**guided, **({"regions": dict(regions)} if regions else {})}
+        image, settings = _draw(pipe, prompt, seed, plan, given, family.output)
+        facts = {"guidance": scale, **drawn_with, **_attached(pipe, sources)}
+        _save(output, number, image, settings | facts)
         number += 1
     last = "is" if total == 1 else f"to {number - 1:04}.png are"
     console().print(f"{first:04}.png {last} in {output}", markup=False, soft_wrap=True)
+
+
+def _load(
+    pipe: Any,
+    concepts: Sequence[Adaptation | LoraFile],
+    weights: Sequence[float] | None,
+    avoid: str | None,
+    loading: Loading,
+) -> None:
+    from customize import Decor, load_custom
+
+    cleaned = [] if avoid is None else [Decor(avoid=avoid)]
+    asked: dict[str, Any] = {
+        "library": loading.library,
+        "attention": loading.attention,
+        "memory": loading.memory,
+    }
+    if concepts:
+        asked |= {"weights": weights, "fuse": loading.fuse}
+    if concepts or loading.library is not None:
+        asked["merge"] = loading.merge
+    if concepts or cleaned or any(value is not None for value in asked.values()):
+        load_custom(pipe, *concepts, *cleaned, **asked)
+
+
+def _attached(pipe: Any, sources: Mapping[str, str]) -> dict[str, Any]:
+    """What is attached at the time of a picture: those that were named, and a library's."""
+    from customize.hosts.sources import family_in
+    from customize.hosts.state import find
+
+    attached = find(family_in(pipe)).attached.values()
+    return {
+        "merge": pipe.custom.merge if len(attached) > 1 else None,
+        "concepts": [
+            {
+                "name": each.name,
+                "trigger": each.concept.info.trigger,
+                "class_word": each.concept.info.class_word,
+                "subjects": {s.trigger: s.class_word for s in each.concept.subjects},
+                "weight": each.weight,
+                "source": sources.get(each.name) or str(each.concept.source),
+            }
+            for each in attached
+        ],
+    }
+
+
+def _shown(region: Any) -> Any:
+    """A box, or how large a mask is."""
+    return list(region) if isinstance(region, tuple) else f"mask of {region.width}x{region.height}"
 
 
 def _guided(pipe: Any, family: Family, plan: Plan) -> tuple[dict[str, Any], float | None]:
@@ -301,19 +371,31 @@ def _next_number(folder: Path) -> int:
 
 
 def _check_prompts(
-    prompts: Sequence[str], triggers: Sequence[str], some_have_none: bool = False
+    pipe: Any, prompts: Sequence[str], concepts: Sequence[Adaptation | LoraFile]
 ) -> None:
-    """Say on stderr what is most likely a slip: a trigger that no concept brings, or none used.
+    """Say on stderr what is most likely a slip: a trigger that nothing brings, or none used.
 
-    Args:
-        some_have_none: whether there are LoRAs without a trigger, which every prompt is for.
+    The base may have tokens of its own, as one that concepts were merged into.
     """
+    from customize.concepts.tokens import known
+    from customize.families import family_of
+    from customize.hosts.state import tokenizers_of
+
     err = console(stderr=True)
+    triggers = [trigger for concept in concepts for trigger in concept.info.triggers]
+    # LoRAs without a trigger are for every prompt.
+    some_have_none = any(not concept.info.triggers for concept in concepts)
+    tokenizers = tokenizers_of(family_of(pipe.components, pipe.config)).values()
     for prompt in prompts:
-        unknown = [word for word in re.findall(r"<[a-z0-9_-]+>", prompt) if word not in triggers]
+        unknown = [
+            word
+            for word in re.findall(r"<[a-z0-9_-]+>", prompt)
+            if word not in triggers and not any(known(each, [word]) for each in tokenizers)
+        ]
         if unknown:
             err.print(
-                f"note: no concept given has the trigger {', '.join(unknown)}",
+                f"note: no concept given has the trigger {', '.join(unknown)}"
+                + (f"; {hint}" if (hint := did_you_mean(unknown[0], triggers)) else ""),
                 markup=False,
                 soft_wrap=True,
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 from customize.cli.shared import check_png, console
 from customize.concepts.adapter import flattened
 from customize.concepts.formats.lora import Adaptation, Lora
-from customize.concepts.formats.opening import opened_together
+from customize.concepts.formats.opening import opened_whole
 from customize.concepts.inputs import record_beside
 from customize.concepts.merge import learned_together, strangers
 from customize.concepts.slices import collisions
@@ -28,18 +28,15 @@ from customize.errors import ConfigError, storage_error
 LOUD = 0.5
 
 
-def run(
-    sources: Sequence[str], *, layers: bool, plot: Path | None, family: str | None = None
-) -> None:
+def run(sources: Sequence[str], *, layers: bool, plot: Path | None) -> None:
     """Print a table a concept; for several, their collisions and how they disturb one another.
 
     Args:
         layers: also how loudly each answers to another's prompts in each layer.
         plot: where a picture of all that goes.
-        family: the name of the model family of LoRA files that fit several.
     """
     check_png(plot, "--plot")
-    concepts = opened_together(sources, family)
+    concepts = [opened_whole(source) for source in sources]
     records = [record_beside(c.info.name, c.products, c.source) for c in concepts]
     known = [record for record in records if record is not None]
     lacking = [c.info.name for c, r in zip(concepts, records, strict=True) if r is None]
@@ -149,8 +146,12 @@ def _described_lora(lora: Lora) -> dict[str, str]:
     return {
         "name": lora.info.name,
         "trigger": lora.info.words or "none named",
+        **{
+            f"{each.trigger} calls": f"{each.name}, a {each.class_word}, {each.num_tokens} tokens"
+            for each in lora.subjects
+        },
         "base": f"{lora.info.base or 'not named'} (family {lora.info.family})",
-        "method": "a LoRA from elsewhere",
+        "method": "merged" if lora.subjects or lora.info.fingerprint else "a LoRA from elsewhere",
         "rank": str(*ranks) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
         **_sizes(lora),
     }

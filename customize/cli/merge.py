@@ -14,10 +14,11 @@ from customize.cli.shared import (
     console,
     indented,
     load_pipeline,
+    parse_weights,
+    renamed,
     snippet,
     storing,
 )
-from customize.cli.weights import Given, in_order, read_weights
 from customize.concepts.layout import LAYOUTS
 from customize.concepts.merge import (
     AUTO,
@@ -30,6 +31,7 @@ from customize.concepts.merge import (
     resolved,
 )
 from customize.errors import ConfigError
+from customize.near_names import choose_from
 
 if TYPE_CHECKING:
     from customize.concepts.formats.lora import Adaptation
@@ -44,21 +46,25 @@ def run(
     output: Path,
     weights_text: str | None,
     *,
+    names: str | None,
     method: str,
     density: float | None,
     seed: int | None,
     rank: int | None,
-    fuse: str | None,
+    base: str | None,
     dtype: str | None,
     layout: str,
-    family: str | None = None,
 ) -> None:
-    """Merge concepts and write the result to a new folder."""
-    weights = read_weights(weights_text, len(sources))
+    """Merge concepts and write the result to a new folder.
+
+    Args:
+        base: the pipeline to write with the concepts in its weights; None: a LoRA is written.
+    """
+    weights = parse_weights(weights_text, len(sources)) or [1.0] * len(sources)
     methods = (AUTO, *METHODS)
     if method not in methods:
         raise ConfigError(
-            f"there is no merge {method}", where="--method", fix=f"choose from {', '.join(methods)}"
+            f"there is no merge {method}", where="--merge", fix=choose_from(method, methods)
         )
     if len(sources) == 1:
         check_several(method)
@@ -71,20 +77,16 @@ def run(
         raise ConfigError(
             f"there is no format {layout}",
             where="--format",
-            fix=f"choose from {', '.join(LAYOUTS)}",
+            fix=choose_from(layout, LAYOUTS),
         )
-    if fuse is None:
+    if base is None:
         if dtype is not None:
             raise ConfigError(
-                "--dtype is that of a pipeline", fix="give --fuse BASE with it, or leave it out"
+                "--dtype is that of a pipeline",
+                fix="give --fuse and --base with it, or leave it out",
             )
-        _write_lora(sources, output, weights, method, settings, rank, layout, family)
+        _write_lora(sources, names, output, weights, method, settings, rank, layout)
         return
-    if family is not None:
-        raise ConfigError(
-            "--family is that of LoRA files without a pipeline, and --fuse names the base itself",
-            fix="leave one out",
-        )
     if layout != LAYOUTS[0]:
         raise ConfigError(
             "--format is that of a LoRA file, and --fuse writes none", fix="leave one out"
@@ -92,30 +94,45 @@ def run(
     if rank is not None:
         raise ConfigError(
             "--rank has no meaning with --fuse: weights take the exact merge",
-            fix=f"leave one out, or give --method {TRUNCATE}",
+            fix=f"leave one out, or give --merge {TRUNCATE}",
         )
-    _write_pipeline(sources, output, weights, {"method": method, **settings}, fuse, dtype)
+    _write_pipeline(sources, names, output, weights, {"method": method, **settings}, base, dtype)
+
+
+def fused_base(fuse: bool, base: str | None) -> str | None:
+    """The base that concepts are to be put into; None where a LoRA is to be written.
+
+    Raises:
+        ConfigError: one of the two flags is given without the other.
+    """
+    if fuse and base is None:
+        raise ConfigError("there is no pipeline to fuse into", where="--fuse", fix="give --base")
+    if base is not None and not fuse:
+        raise ConfigError(
+            "a LoRA is merged without a base", where="--base", fix="add --fuse, or leave it out"
+        )
+    return base
 
 
 def _write_lora(
     sources: Sequence[str],
+    names: str | None,
     output: Path,
-    weights: Given,
+    weights: Sequence[float],
     method: str,
     settings: Mapping[str, Any],
     rank: int | None,
     layout: str,
-    family: str | None,
 ) -> None:
     from customize.concepts.export import write_merged
-    from customize.concepts.formats.opening import opened_together
+    from customize.concepts.formats.opening import opened_whole
     from customize.concepts.slices import collisions
 
-    concepts = opened_together(sources, family)
+    concepts = _named([opened_whole(source) for source in sources], names)
     method, inputs = _with_records(concepts, method)
     merged = write_merged(
         concepts,
-        in_order(weights, concepts),
+        weights,
         output,
         method=method,
         settings=settings,
@@ -124,10 +141,10 @@ def _write_lora(
         layout=layout,
     )
     out = console()
-    names = ", ".join(concept.info.name for concept in concepts)
+    listed = ", ".join(concept.info.name for concept in concepts)
     ranks = ", ".join(f"{rank} in the {part}" for part, rank in merged.rank.items())
     out.print(
-        f"{names} are in {output} as one LoRA of rank {ranks}, merged by {method}.",
+        f"{listed} are in {output} as one LoRA of rank {ranks}, merged by {method}.",
         markup=False,
         soft_wrap=True,
     )
@@ -148,8 +165,8 @@ def _with_records(concepts: Sequence[Adaptation], method: str) -> tuple[str, Seq
         raise ConfigError(
             "there is no record of what the layers of "
             f"{', '.join(concept.info.name for concept in lacking)} read",
-            where="--method fusion",
-            fix="make one with customize record, or choose --method sum",
+            where="--merge fusion",
+            fix="make one with customize record, or choose --merge sum",
         )
     return found, [records[concept.info.name] for concept in concepts]
 
@@ -167,10 +184,18 @@ def _save(pipe: Any, folder: Path) -> None:
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
+def _named(concepts: Sequence[Adaptation], names: str | None) -> list[Adaptation]:
+    """The concepts under other names, whose layers are known already."""
+    from customize.concepts.formats.lora import LoraFile
+
+    return [each for each in renamed(concepts, names) if not isinstance(each, LoraFile)]
+
+
 def _write_pipeline(
     sources: Sequence[str],
+    names: str | None,
     output: Path,
-    weights: Given,
+    weights: Sequence[float],
     merge: Mapping[str, Any],
     base: str,
     dtype: str | None,
@@ -182,7 +207,7 @@ def _write_pipeline(
     from customize.concepts.merge import check_together
     from customize.families import family_of
 
-    concepts = [opened(source) for source in sources]
+    concepts = renamed([opened(source) for source in sources], names)
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
         check_together(ours)
@@ -194,12 +219,12 @@ def _write_pipeline(
         if output.is_dir():
             output.rmdir()
         partial.rename(output)
-    names = ", ".join(concept.info.name for concept in concepts)
+    listed = ", ".join(concept.info.name for concept in concepts)
     words = [concept.info.words for concept in concepts if concept.info.words]
     family = family_of(pipe.components)
     lines = snippet(str(output), [], words, family.name, family.output)
     console().print(
-        f"{names} are in the weights of the pipeline in {output}. Load it with:\n\n"
+        f"{listed} are in the weights of the pipeline in {output}. Load it with:\n\n"
         f"{indented(lines)}\n",
         markup=False,
         soft_wrap=True,

@@ -11,7 +11,7 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         metavar="CONCEPT",
-        help="Concepts: folders or .safetensors files that train has written, or hub ids",
+        help="Concepts, merges and LoRAs: folders, .safetensors files or hub ids",
         show_default=False,
     ),
 ]
@@ -19,7 +19,7 @@ SomeSources = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="CONCEPT",
-        help="Concepts: folders, .safetensors files or hub ids",
+        help="Concepts, merges and LoRAs: folders, .safetensors files or hub ids",
         show_default=False,
     ),
 ]
@@ -27,8 +27,16 @@ Weights = Annotated[
     str | None,
     typer.Option(
         metavar="W,W,...",
-        help="A weight for each concept, with commas between; or by name, component and block, such"
-        " as rex=0.8,rex.text_encoder=0.5,rex.unet.down=0.8; not given: 1 each",
+        help="A weight for each concept, with commas between; not given: 1 each",
+        show_default=False,
+    ),
+]
+Names = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,NAME,...",
+        help="A name for each concept, which a prompt then says in angle brackets; not given, or"
+        " empty between commas: its own",
         show_default=False,
     ),
 ]
@@ -45,15 +53,6 @@ Dtype = Annotated[
     typer.Option(
         metavar="float32|float16|bfloat16",
         help="Precision; not given: float32 on a CPU, else float16",
-        show_default=False,
-    ),
-]
-FamilyName = Annotated[
-    str | None,
-    typer.Option(
-        "--family",
-        metavar="NAME",
-        help="Model family of LoRA files whose layers several families have, such as sd or flux",
         show_default=False,
     ),
 ]

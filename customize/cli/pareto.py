@@ -11,6 +11,7 @@ from typing import Any
 from customize.cli.shared import check_png, command_line, console, write_json
 from customize.errors import ConfigError, DataError
 from customize.evaluation import pareto, record
+from customize.near_names import choose_from
 from customize.safe_read import MAX_TABLE, read_json
 
 # What a setting is tried on: rows that differ in these alone are repeats, and are averaged.
@@ -87,7 +88,7 @@ def _value(row: Row, column: str, file: Path) -> str:
         raise ConfigError(
             f"not every row has {column}",
             where=f"--by, {file}",
-            fix=f"choose from {', '.join(row)}, or keep to rows that have it by --only",
+            fix=f"{choose_from(column, row)}, or keep to rows that have it by --only",
         )
     return str(row[column])
 

@@ -72,9 +72,13 @@ def _settings(path: Path) -> tuple[str, dict[str, str]]:
     """The prompt and the class words that generate noted beside a picture."""
     try:
         values = read_json(path, MAX_PAGE)
-        words = {str(each["trigger"]): str(each["class_word"]) for each in values["concepts"]}
+        words: dict[str, str] = {}
+        for each in values["concepts"]:
+            subjects = each.get("subjects", {})  # of a merge there may be several
+            own = subjects or {each["trigger"]: each["class_word"]}
+            words |= {str(trigger): str(word) for trigger, word in own.items()}
         return str(values["prompt"]), words
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise DataError(
             f"the picture's settings cannot be read: {reason}",

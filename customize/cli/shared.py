@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from customize.atomic import put_file
 from customize.errors import ConfigError, PipelineError, StorageError
+from customize.near_names import choose_from
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+
+    from customize.concepts.formats.lora import Adaptation, LoraFile
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,6 +80,40 @@ def parse_weights(text: str | None, count: int) -> list[float] | None:
             fix="give one weight for each concept, in their order",
         )
     return weights
+
+
+def renamed(
+    concepts: Sequence[Adaptation | LoraFile], text: str | None
+) -> list[Adaptation | LoraFile]:
+    """The concepts under the names of a text such as ``"rex,,tom-2"``; None: their own.
+
+    Raises:
+        ConfigError: not as many as concepts.
+        ConceptError: one is not the name of a concept.
+    """
+    from dataclasses import replace
+
+    from customize.concepts.formats.lora import LoraFile, own_name
+    from customize.hosts.plan import renamed as under
+
+    if text is None:
+        return list(concepts)
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != len(concepts):
+        raise ConfigError(
+            f"{len(names)} names were given for {len(concepts)} concepts",
+            where="--names",
+            fix="give one for each, in their order, or nothing between two commas for its own",
+        )
+
+    def called(concept: Adaptation | LoraFile, name: str) -> Adaptation | LoraFile:
+        if not name:
+            return concept
+        if isinstance(concept, LoraFile):
+            return replace(concept, name=own_name(name))
+        return under(concept, name)
+
+    return [called(concept, name) for concept, name in zip(concepts, names, strict=True)]
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -157,10 +194,13 @@ def refuse_given(context: Any, names: Sequence[str], mode: str) -> None:
         raise ConfigError(f"{flags} means nothing with {mode}", fix="leave it out")
 
 
-def load_pipeline(base: str, device: torch.device, dtype: str | None = None) -> Any:
+def load_pipeline(
+    base: str, device: torch.device, dtype: str | None = None, *, move: bool = True
+) -> Any:
     """A whole diffusers pipeline, from safetensors only.
 
     Args:
+        move: to the device; else it stays on the CPU for others to place.
         dtype: one of :data:`DTYPES`; None: float32 on a CPU, else float16.
 
     Raises:
@@ -169,7 +209,7 @@ def load_pipeline(base: str, device: torch.device, dtype: str | None = None) -> 
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
-            f"there is no dtype {dtype}", where="--dtype", fix=f"choose from {', '.join(DTYPES)}"
+            f"there is no dtype {dtype}", where="--dtype", fix=choose_from(dtype, DTYPES)
         )
     import torch
 
@@ -186,7 +226,7 @@ def load_pipeline(base: str, device: torch.device, dtype: str | None = None) -> 
             where=f"base: {base}",
             fix="use it in Python, with the lines of the concept's README.md",
         )
-    return pipe.to(device)
+    return pipe.to(device) if move else pipe
 
 
 def hide_loading_bars() -> None:

@@ -22,6 +22,8 @@ from torch import Tensor
 from customize.atomic import put_file
 from customize.errors import SettingsError, StorageError, TrainingError
 from customize.safe_read import MAX_TENSORS, read_safetensors
+from customize.training.pictures import PICTURES, pictures_changed
+from customize.training.settings import current_names, short
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _HEADER = "customize_checkpoint"
@@ -139,13 +141,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     The base's weights and configuration count where both know them.
     """
-    now = json.loads(json.dumps(now))
+    before, now = current_names(before), current_names(json.loads(json.dumps(now)))
     missing = object()
     found = [
-        f"{key} was {before.get(key, 'not set')!r} and is {now.get(key, 'not set')!r}"
-        for key in sorted({*before, *now} - {BASE_WEIGHTS, BASE_CONFIG, TOGETHER})
+        f"{key} was {short(before.get(key, 'not set'))} and is {short(now.get(key, 'not set'))}"
+        for key in sorted({*before, *now} - {BASE_WEIGHTS, BASE_CONFIG, TOGETHER, *PICTURES})
         if before.get(key, missing) != now.get(key, missing)
     ]
+    pictures = (
+        pictures_changed(before.get(key), now.get(key), what) for key, what in PICTURES.items()
+    )
+    found += [told for told in pictures if told]
     old, new = before.get(TOGETHER, {}), now.get(TOGETHER, {})
     if old.keys() != new.keys():
         was, is_ = (", ".join(sorted(each)) or "none" for each in (old, new))
@@ -175,7 +181,7 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], where: P
             + "; ".join(found),
             where=where,
             fix="train with the settings of before, choose another output folder, or set resume "
-            "to false to start anew",
+            "to false (--no-resume) to start anew",
         )
 
 

@@ -145,7 +145,7 @@ def _check_still_ours(
             f"the slice {index}, in which {config.name} was being learned, is that of "
             f"{', '.join(taken)} by now",
             where=config.library,
-            fix="set resume to false to begin anew in a free slice",
+            fix="set resume to false (--no-resume) to begin anew in a free slice",
         )
 
 

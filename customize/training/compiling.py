@@ -33,7 +33,7 @@ def check_compiler(device: torch.device) -> None:
         raise ConfigError(
             f"torch cannot compile for the device {device.type}: {reason}",
             where="compile",
-            fix="install the compiler that it asks for, or set compile to no",
+            fix="install the compiler that it asks for, or set compile to no (--no-compile)",
         ) from error
 
 

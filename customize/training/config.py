@@ -21,7 +21,7 @@ from pydantic import (
 from customize.errors import ConfigError
 from customize.training import values
 from customize.training.contradictions import contradictions
-from customize.training.settings import config_error, read_yaml, short, together
+from customize.training.settings import config_error, current_names, read_yaml, short, together
 from customize.training.values import TEXT_LOSSES
 
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
@@ -108,14 +108,14 @@ class TrainConfig(BaseModel):
     basis_scale: float = Field(
         default=1.0, gt=0, le=100, description="Factor on the frozen basis columns, above 0 to 100"
     )
-    avoid: int = Field(
+    num_shared_directions: int = Field(
         default=16,
         ge=0,
         le=128,
-        description="Leading directions of each layer's inputs on generic prompts that the slices"
-        " stay out of, at most an eighth of a width; 0: none, as in the paper",
+        description="Leading directions, shared by all prompts, of each layer's inputs that the"
+        " slices are orthogonal to, at most an eighth of a width; 0: none, as in the paper",
     )
-    avoid_weight: float = Field(
+    shared_directions_weight: float = Field(
         default=0.3,
         ge=0,
         description="Weight of the loss on what the slices change of generic prompts nevertheless",
@@ -184,7 +184,7 @@ class TrainConfig(BaseModel):
         description="Clip of the min-SNR loss weight for DDPM models, above 0, 5 is usual; none:"
         " all timesteps weigh the same",
     )
-    density: Literal["uniform", "logit_normal", "mode", "cosmap"] | None = Field(
+    timestep_density: Literal["uniform", "logit_normal", "mode", "cosmap"] | None = Field(
         default=None,
         description="Density that noise levels are drawn from: uniform, logit_normal, mode or"
         " cosmap; none: the family's",
@@ -321,6 +321,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _one_error(cls, data: Any, handler: ModelWrapValidatorHandler[TrainConfig]) -> TrainConfig:
+        data = current_names(data) if isinstance(data, dict) else data
         if isinstance(data, dict) and data.get("trigger") is None:
             # Without a proper name the trigger keeps its default; the name's own error is enough.
             name = data.get("name")
@@ -369,7 +370,7 @@ def load_config(path: Path | str | None = None, **overrides: Any) -> TrainConfig
         ConfigError: the file is missing, unreadable or no YAML mapping, or a setting is wrong.
     """
     settings = {} if path is None else read_yaml(Path(path))
-    return config_of({**settings, **overrides}, path)
+    return config_of({**settings, **current_names(overrides)}, path)
 
 
 def config_of(settings: Mapping[str, Any], where: Path | str | None) -> TrainConfig:

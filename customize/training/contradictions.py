@@ -23,7 +23,7 @@ def contradictions(config: TrainConfig) -> dict[str, str]:
         "preserve": _in_preserve(config),
         "preserve_phrases": bool(config.preserve_phrases)
         and not config.preserve.keys() - {"output"}
-        and "is not used; set preserve to class_text, context_text or context_output",
+        and "is not used; give preserve (--preserve) class_text, context_text or context_output",
         "preserve_pooling": config.preserve_pooling == "published" and _in_pooling(config),
         "prior_images": config.prior_images is not None
         and _in_prior_images(config, config.prior_images.resolve() == images),
@@ -31,16 +31,18 @@ def contradictions(config: TrainConfig) -> dict[str, str]:
         and f"has the trigger {config.trigger}; class pictures show the class without it",
         "slice": config.slice is not None
         and config.method == "lora"
-        and "has no meaning for method lora; leave it out, or set method orthogonal",
+        and "has no meaning for method lora; leave it out, or set method to orthogonal"
+        " (--method orthogonal)",
         "layerwise_tokens": config.layerwise_tokens
         and not config.train_tokens
-        and "needs trained tokens; set train_tokens to true",
+        and "needs trained tokens; set train_tokens to true (--train-tokens)",
         "compile": config.compile
         and config.quantize.startswith("torchao")
-        and f"does not work on weights of {config.quantize}; set quantize to nf4, int8 or none",
+        and f"does not work on weights of {config.quantize}; set quantize to nf4, int8 or none"
+        " (--quantize none)",
         "validation_every": config.validation_every > 0
         and not config.validation_prompts
-        and "has nothing to draw; give validation_prompts",
+        and "has nothing to draw; give validation_prompts (--validation-prompts)",
         "warmup_steps": config.warmup_steps >= config.steps
         and f"leaves nothing of the {config.steps} steps; choose fewer",
     }
@@ -53,16 +55,16 @@ def _in_preserve(config: TrainConfig) -> str | None:
     if config.text_losses and not (config.train_tokens or config.train_text_encoder):
         return (
             f"has {' and '.join(config.text_losses)}, but no text encoder learns anything; set"
-            " train_tokens or train_text_encoder to true"
+            " train_tokens or train_text_encoder to true (--train-tokens, --train-text-encoder)"
         )
     return None
 
 
 def _in_pooling(config: TrainConfig) -> str | None:
     if "class_text" not in config.preserve:
-        return "is of class_text alone; set preserve to class_text"
+        return "is of class_text alone; give preserve (--preserve) class_text a weight"
     if not config.train_tokens:
-        return "takes the feature at the concept's token; set train_tokens to true"
+        return "takes the feature at the concept's token; set train_tokens to true (--train-tokens)"
     return None
 
 
@@ -70,5 +72,5 @@ def _in_prior_images(config: TrainConfig, same: bool) -> str | None:
     if same:
         return "is the folder of the concept's own pictures; give others of the class"
     if config.prior_weight == 0:
-        return "is not used while prior_weight is 0; set prior_weight to 1"
+        return "is not used while prior_weight is 0; set prior_weight to 1 (--prior-weight 1)"
     return None

@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import features
 
 from customize.errors import DataError
+from customize.near_names import check_path
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -97,7 +98,7 @@ def scan(folder: Path) -> ImageFolder:
         raise DataError(
             f"the folder of pictures cannot be read: {error.strerror}",
             where=folder,
-            fix=f"give a folder with {suffix_names()} files",
+            fix=check_path(folder, f"give a folder with {suffix_names()} files"),
         ) from None
     suffixes = image_formats()[0]
     found = ImageFolder(folder, [])

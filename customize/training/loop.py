@@ -163,7 +163,7 @@ def _trained(
         setup.quantize_denoisers(family, config, device)
         generic: Factors = {}
         shared = settings[0][SHARED]
-        if config.method == "orthogonal" and config.avoid:
+        if config.method == "orthogonal" and config.num_shared_directions:
             generic, shared = inputs.shared_directions(
                 config, family, weights, resolution, device, accelerator, autocast
             )

@@ -84,7 +84,7 @@ class Losses:
     ) -> Iterator[Tensor]:
         config, family, own = self.config, self.family, len(owners)
         mean, std = self.pictures.distribution(family, pictures, mirrored)
-        density = config.density or family.default_density
+        density = config.timestep_density or family.default_density
         drawn = draw_noise(self._generator, seed, mean.shape, density, config.noise_offset)
 
         latents = mean + std * drawn.latents

@@ -37,7 +37,7 @@ def make_accelerator(config: TrainConfig) -> Any:
         raise ConfigError(
             f"the tracker {config.tracker} is not installed",
             where="tracker",
-            fix=f"pip install {config.tracker}, or set tracker to none",
+            fix=f"pip install {config.tracker}, or set tracker to none (--tracker none)",
         )
     folder = str(config.output / "logs")
     return _told(Accelerator(log_with=config.tracker, project_dir=folder), config)
@@ -87,7 +87,7 @@ def choose_device(config: TrainConfig, accelerator: Any) -> torch.device:
         raise ConfigError(
             "fp16 arithmetic is not for the CPU",
             where="mixed_precision",
-            fix="set mixed_precision to no or bf16",
+            fix="set mixed_precision to bf16 (--mixed-precision bf16) or no",
         )
     return device
 

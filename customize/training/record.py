@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from customize.families import Family
 from customize.training import data
 from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, TOGETHER, differences
 from customize.training.config import TrainConfig
+from customize.training.pictures import PICTURES, Pictures, summed
+from customize.training.settings import current_names
 from customize.training.together import OWN
 from customize.training.trainable import Learned
 
@@ -34,18 +35,22 @@ _DRAWN = ("prior_count", "prior_prompt", "validation_steps", "validation_guidanc
 # What of a concept's settings those that are learned with it have to know.
 _OTHERS = (OWN - _FREE - {"name"}) | {"pictures", "class_pictures"}
 _LONGEST_HISTORY = 200
+_MOST_NAMED = 2000
 
 
-def digest(samples: Sequence[data.Sample]) -> str | None:
-    """A short name for pictures, captions and masks, in their order; None for none."""
-    hashes = "".join(sample.digest for sample in samples)
-    return hashlib.sha256(hashes.encode()).hexdigest()[:16] if samples else None
+def digest(samples: Sequence[data.Sample]) -> Pictures:
+    """A name for pictures, captions and masks, in their order; None for none.
+
+    File name -> hash, so that those can be named that have changed; one hash of many thousands.
+    """
+    hashes = {sample.path.name: sample.digest for sample in samples}
+    return hashes if 0 < len(samples) == len(hashes) <= _MOST_NAMED else summed(hashes)
 
 
 def run_settings(
     config: TrainConfig,
-    pictures: str | None,
-    class_pictures: str | None,
+    pictures: Pictures,
+    class_pictures: Pictures,
     weights: Mapping[str, str],
     configured: Mapping[str, Any] | None,
     processes: int,
@@ -78,8 +83,8 @@ def run_settings(
 
 def settings_of_run(
     configs: Sequence[TrainConfig],
-    pictures: Sequence[str | None],
-    class_pictures: Sequence[str | None],
+    pictures: Sequence[Pictures],
+    class_pictures: Sequence[Pictures],
     weights: Mapping[str, str],
     configured: Mapping[str, Any] | None,
     processes: int,
@@ -140,20 +145,34 @@ def finished(config: TrainConfig) -> Concept | None:
         return None  # cut off while it was saved: the last checkpoint has it
 
 
-def check_finished(concept: Concept, settings: Mapping[str, Any], config: TrainConfig) -> None:
+def check_finished(
+    concept: Concept,
+    settings: Mapping[str, Any],
+    config: TrainConfig,
+    saved: Mapping[str, Any] | None = None,
+) -> None:
     """Refuse to hand out a finished concept for other settings than its own.
+
+    Args:
+        saved: the settings of the run's last checkpoint, which name its pictures.
 
     Raises:
         SettingsError: they differ; the message names each field with both values.
     """
-    before = concept.info.training.get("settings")
-    found = differences(_as_of_now(before) if isinstance(before, dict) else {}, settings)
+    settings_then = concept.info.training.get("settings")
+    before = _as_of_now(settings_then) if isinstance(settings_then, dict) else {}
+    before |= {
+        key: saved[key]
+        for key in PICTURES
+        if saved and isinstance(saved.get(key), dict) and summed(saved[key]) == before.get(key)
+    }
+    found = differences(before, settings)
     if found:
         raise SettingsError(
             f"the concept {config.name} is there already, learned with other settings: "
             + "; ".join(found),
             where=config.output,
-            fix="choose another output folder, or set resume to false to replace it",
+            fix="choose another output folder, or set resume to false (--no-resume) to replace it",
         )
 
 
@@ -161,7 +180,7 @@ def _as_of_now(before: Mapping[str, Any]) -> dict[str, Any]:
     """A finished concept's settings with those that came later, which are as their defaults say."""
     fields = {key: field for key, field in TrainConfig.model_fields.items() if key not in _FREE}
     later = {k: f.default for k, f in fields.items() if not f.is_required() and k not in _DRAWN}
-    return json.loads(json.dumps(later)) | dict(before)
+    return json.loads(json.dumps(later)) | current_names(before)
 
 
 def facts(
@@ -205,13 +224,23 @@ def training_facts(
     last = [loss for step, loss in history if step > 0.9 * history[-1][0]]
     every = -(-len(history) // _LONGEST_HISTORY)
     return {
-        "settings": dict(settings),
+        "settings": published(settings),
         "final_loss": sum(last) / len(last),
         "losses": [list(pair) for pair in history[::-1][::every][::-1]],
         "seconds_per_step": seconds_per_step,
         "peak_memory_mb": peak_memory(device) / 2**20,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
+    }
+
+
+def published(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for a concept's facts, which are shown to others: without the pictures' names."""
+    others = settings.get(TOGETHER)
+    return {
+        **settings,
+        **{key: summed(settings[key]) for key in PICTURES if key in settings},
+        **({TOGETHER: {name: published(own) for name, own in others.items()}} if others else {}),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import reprlib
 from collections import Counter
@@ -15,7 +14,15 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from customize.errors import ConfigError
+from customize.near_names import check_path, did_you_mean
 from customize.safe_read import MAX_PAGE, read_bytes
+
+#: What settings were called in earlier versions -> what they are called now.
+RENAMED = {
+    "avoid": "num_shared_directions",
+    "avoid_weight": "shared_directions_weight",
+    "density": "timestep_density",
+}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -33,7 +40,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"the configuration cannot be read: {error.strerror}",
             where=path,
-            fix="give the path of a YAML file",
+            fix=check_path(path, "give the path of a YAML file"),
         ) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -57,7 +64,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     twice = sorted(key for key, count in keys.items() if count > 1)
     if twice:
         raise ConfigError(f"set more than once: {', '.join(twice)}", where=path, fix="keep one")
-    return settings
+    return current_names(settings, path)
+
+
+def current_names(settings: Mapping[str, Any], where: object | None = None) -> dict[str, Any]:
+    """Settings by the names that they have now, as files of earlier versions have others.
+
+    Raises:
+        ConfigError: one is given by both names.
+    """
+    for old, new in RENAMED.items():
+        if old in settings and new in settings:
+            raise ConfigError(
+                f"{old} and {new} are one setting", where=where, fix=f"give {new} alone"
+            )
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 def config_error(error: ValidationError, fields: Mapping[str, FieldInfo]) -> ConfigError:
@@ -67,9 +88,8 @@ def config_error(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Con
         field = str(detail["loc"][0]) if detail["loc"] else "the configuration"
         known = fields.get(field)
         if detail["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(field, fields, n=3, cutoff=0.6)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            problems.append(f"{short(field)} is not a setting{hint}")
+            hint = did_you_mean(field, fields)
+            problems.append(f"{short(field)} is not a setting" + (f"; {hint}" if hint else ""))
             continue
         help_ = f" ({known.description})" if known is not None else ""
         if detail["type"] == "missing":
@@ -84,6 +104,10 @@ def config_error(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Con
             message = "it has another form"
         elif not message.startswith(("it ", "String ", "Value ")):
             message = f"it {message}"
+        if detail["type"] == "literal_error":
+            expected = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+            hint = did_you_mean(detail["input"], expected)
+            message += f"; {hint}" if hint else ""
         problems.append(f"{field} is {short(detail['input'])}: {message}{help_}")
     return ConfigError(together(problems))
 

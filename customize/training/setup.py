@@ -85,7 +85,8 @@ def check_quantized(
         raise ConfigError(
             "a model in memory is trained on as it is",
             where="quantize",
-            fix="load it quantized and set quantize to none, or give the base's name instead",
+            fix="load it quantized and set quantize to none (--quantize none), or give the base's "
+            "name instead",
         )
     check_quantizer(config.quantize, device)
 
@@ -195,7 +196,7 @@ def check_fits(family: Family, config: TrainConfig) -> int:
             where="preserve",
             fix="preserve output instead, or give prior_weight",
         )
-    avoid = config.avoid if config.method == "orthogonal" else 0
+    avoid = config.num_shared_directions if config.method == "orthogonal" else 0
     narrowest = min(
         min(out, width - avoided(width, avoid))
         for key in adapted(family, config)

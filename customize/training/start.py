@@ -64,7 +64,8 @@ def find_start(configs: Sequence[TrainConfig], settings_after: SettingsAfter) ->
         own = settings_after(record.of_each(then if isinstance(then, dict) else None, configs))
         for config, concept, now in zip(configs, finished, own, strict=True):
             if concept is not None:
-                record.check_finished(concept, now, config)
+                saved = found.settings if found and config is configs[0] else None
+                record.check_finished(concept, now, config, saved)
         if len(done) == len(configs):
             return Start(own, done=done)
     if found is not None:
@@ -75,7 +76,8 @@ def find_start(configs: Sequence[TrainConfig], settings_after: SettingsAfter) ->
             raise SettingsError(
                 f"a checkpoint of another run with {config.name} is there",
                 where=other,
-                fix="choose another output folder, or set resume to false to start anew",
+                fix="choose another output folder, or set resume to false (--no-resume) to start "
+                "anew",
             )
     return Start(settings)
 
@@ -85,7 +87,8 @@ def _all_of_run(
 ) -> bool:
     """Whether all concepts are finished, and of the run that a checkpoint is of."""
     trained = [each and each.info.training.get("settings") for each in finished]
-    return trained[0] == found.settings and all(
+    then = [record.published(found.settings), *settings[1:]]
+    return all(
         isinstance(own, dict) and not checkpoints.differences(own, now)
-        for own, now in zip(trained[1:], settings[1:], strict=True)
+        for own, now in zip(trained, then, strict=True)
     )

@@ -129,7 +129,7 @@ def optimise(
                     where=folder,
                     fix="run the same again to go on from there"
                     if config.resume
-                    else "run it again with resume set to true to go on from there",
+                    else "run it again, and set resume to true (--resume), to go on from there",
                 )
             paused -= time.perf_counter()
             for validation in validations:
@@ -166,14 +166,14 @@ def _read_losses(
     if not all(map(math.isfinite, found)):
         bad = next(i for i, loss in enumerate(found) if not math.isfinite(loss))
         what = f"the loss is {found[bad]} at step {step - len(found) + bad + 2}"
-        fix = "lower the learning rates, or set mixed_precision to bf16 or no"
+        fix = "lower the learning rates, or set mixed_precision to bf16 (--mixed-precision bf16)"
         left = checkpoints.newest_step(folder)
         if left is None:
             raise TrainingError(what, fix=fix)
         raise TrainingError(
             f"{what}; the state of step {left} is kept",
             where=folder,
-            fix=f"{fix}, and train into another output folder, or set resume to false, which "
-            "deletes what is kept",
+            fix=f"{fix}, and train into another output folder, or set resume to false "
+            "(--no-resume), which deletes what is kept",
         )
     return sum(found) / len(found), stopping > 0

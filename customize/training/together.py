@@ -9,7 +9,7 @@ from typing import Any
 
 from customize.errors import ConfigError
 from customize.training.config import TrainConfig, config_of, load_config
-from customize.training.settings import mentions, read_yaml, short, together
+from customize.training.settings import current_names, mentions, read_yaml, short, together
 
 #: The settings that each concept of a run has for itself; all others belong to the run.
 OWN = frozenset(
@@ -36,6 +36,7 @@ def load_configs(
     """
     configs = [load_config(path, **overrides)]
     if others:
+        overrides = current_names(overrides)
         given = ({} if path is None else read_yaml(Path(path))) | overrides
         for other in others:
             settings = _of_the_run(given) | read_yaml(Path(other)) | _of_the_run(overrides)

@@ -244,7 +244,7 @@ def _added(
         for own in adapter.layers.values():
             for layer in own.values():
                 layer.cast_input_dtype_enabled = False
-    held = _held(adapter, generic, config.avoid_weight) if basis and basis.avoid else []
+    held = _held(adapter, generic, config.shared_directions_weight) if basis and basis.avoid else []
     return Learned(config, adapter, rows, layers, entries, columns, held)
 
 
@@ -296,7 +296,7 @@ def basis_of(config: TrainConfig, shared: str) -> BasisInfo | None:
         kind=config.basis,
         seed=config.basis_seed,
         scale=config.basis_scale,
-        avoid=config.avoid,
+        avoid=config.num_shared_directions,
         shared=shared,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from customize.near_names import did_you_mean
 from customize.training.settings import check_text, short, weights_by_name
 
 # Named here, and not read from customize.core.preservation, so that --help needs no torch.
@@ -63,6 +64,8 @@ def preservations(weights: dict[str, float]) -> dict[str, float]:
     if unknown:
         known = ", ".join(PRESERVATIONS)
         hint = "; class pictures have prior_weight" if "prior" in unknown else ""
+        near_ones = did_you_mean(unknown[0], PRESERVATIONS)
+        hint += f"; {near_ones}" if near_ones and not hint else ""
         raise ValueError(f"names {', '.join(map(short, unknown))}; known are {known}{hint}")
     negative = sorted(name for name, weight in weights.items() if weight < 0)
     if negative:

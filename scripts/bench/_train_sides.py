@@ -106,7 +106,7 @@ def ours(job: dict[str, Any]) -> None:
         device=job["device"],
         preserve={},
         # It draws for these before the first step and after the last, which a step has no part in.
-        avoid=0,
+        num_shared_directions=0,
         record_inputs=False,
     )
     train(config, progress=True)

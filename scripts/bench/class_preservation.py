@@ -244,7 +244,7 @@ def short_run(args: argparse.Namespace, method: str, on_step: Any = None) -> Non
 
     torch.set_num_threads(1)
     steps = protocol_of(args).cost_steps if on_step else 2
-    cheap = {"avoid": 0, "steps": steps, "warmup_steps": 0, "checkpoint_every": 0}
+    cheap = {"num_shared_directions": 0, "steps": steps, "warmup_steps": 0, "checkpoint_every": 0}
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(args, method, protocol_of(args).concepts[0], 0)
         values = config.model_dump() | cheap | {"output": Path(folder) / "out"}

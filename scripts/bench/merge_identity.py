@@ -103,8 +103,8 @@ def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
     story = concept(index)
     own: dict[str, dict[str, Any]] = {
         AVOIDING: {"slice": index},
-        SLICED: {"slice": index, "avoid": 0},
-        SAME: {"slice": 0, "avoid": 0},
+        SLICED: {"slice": index, "num_shared_directions": 0},
+        SAME: {"slice": 0, "num_shared_directions": 0},
         PLAIN: {"method": "lora"},
     }
     return TrainConfig(

@@ -120,7 +120,7 @@ def test_cmyk_and_sixteen_bits_are_learned_from(run: Run, world: World, tmp_path
     Image.fromarray(np.full((32, 32), 30_000, np.uint16)).save(folder / "deep.png")
     arguments = ("--images", folder, "--output", tmp_path / "max", "--name", "max")
     more = ("--class-word", "dog", "--rank", "2", "--steps", "1", "--device", "cpu")
-    more += ("--avoid", "0", "--no-record-inputs")
+    more += ("--num-shared-directions", "0", "--no-record-inputs")
     result = run("train", "--base", world.base, *arguments, *more)
     assert result.code == 0, result.err
     assert Concept.load(tmp_path / "max").info.name == "max"
@@ -168,7 +168,7 @@ def test_an_output_that_cannot_be_written_is_told_before_a_model_is_loaded(
     # Where nobody may make folders, not even root.
     output = Path("/proc/nobody") if Path("/proc").is_dir() else tmp_path / ("x" * 300)
     train(run, world, tmp_path, "cannot be written", str(output), output=output, base=base)
-    for more in ((), ("--fuse", base)):
+    for more in ((), ("--fuse", "--base", base)):
         result = run("merge", world.rex, "--output", output, *more)
         refused(result, "cannot be written", str(output))
 
@@ -232,7 +232,11 @@ def test_damaged_bases(
     train(run, world, tmp_path, says, str(base), base=base)
     drawing = ("--prompt", "a dog", "--device", "cpu", "--output", tmp_path / "pictures")
     refused(run("generate", "--base", base, *drawing), says, str(base))
-    refused(run("merge", world.rex, "--fuse", base, "--output", tmp_path / "m"), says, str(base))
+    refused(
+        run("merge", world.rex, "--fuse", "--base", base, "--output", tmp_path / "m"),
+        says,
+        str(base),
+    )
     assert not (tmp_path / "m").exists()
 
 
@@ -249,7 +253,7 @@ def test_bases_of_an_unknown_family_and_single_files(
         train(run, world, tmp_path, says, base=base)
         refused(run("generate", "--base", base, *drawing), says)
         refused(run("generate", world.rex, "--base", base, *drawing[2:], "--prompt", "<rex>"), says)
-        refused(run("merge", world.rex, "--fuse", base, "--output", tmp_path / "m"), says)
+        refused(run("merge", world.rex, "--fuse", "--base", base, "--output", tmp_path / "m"), says)
     refused(run("generate", "--base", "model.ckpt", *drawing), "can run code", "model.ckpt")
 
 

@@ -65,12 +65,12 @@ def test_nothing_half_written_stays_and_nothing_is_lost(world: World, tmp_path: 
     train = ["train", "--base", world.base, "--images", str(images), "--name", "max"]
     train += ["--class-word", "dog", "--rank", "2", "--steps", "4", "--batch-size", "1"]
     train += ["--device", "cpu", "--output", str(disk / "max")]
-    train += ["--avoid", "0", "--no-record-inputs"]
+    train += ["--num-shared-directions", "0", "--no-record-inputs"]
     merge = ["merge", world.rex, "--output", str(disk / "m")]
     generate = ["generate", "--base", world.base, "--prompt", "a dog", "--steps", "1"]
     jobs = [
         (merge, 20_000),
-        ([*merge, "--fuse", world.base], 150_000),
+        ([*merge, "--fuse", "--base", world.base], 150_000),
         ([*generate, "--device", "cpu", "--output", str(disk / "pictures")], 4096),
         ([*train, "--checkpoint-every", "1"], 100_000),  # a checkpoint has 66 kB
         ([*train, "--checkpoint-every", "1"], None),

@@ -168,7 +168,7 @@ def test_training_that_was_stopped_ends_every_command_with_130(
         raise TrainingStopped("training was stopped after step 3", fix="run the same again")
 
     monkeypatch.setattr(customize.demo, "run", run)
-    assert main(["demo", "--folder", str(tmp_path)]) == 130
+    assert main(["demo", "--output", str(tmp_path)]) == 130
     wanted = "training was stopped after step 3. Do: run the same again.\n"
     assert capsys.readouterr().err == wanted
 

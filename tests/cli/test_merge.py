@@ -79,8 +79,8 @@ def test_stock_diffusers_draws_what_load_custom_draws(
     result = run("merge", *both, "--output", tmp_path / "sum")
     assert result.code == 0, result.err
     assert "rex, tom" in result.out and "rank 4 in the text_encoder, 4 in the unet" in result.out
-    assert run("merge", *both, "--method", "average", "-o", tmp_path / "average").code == 0
-    result = run("merge", *both, "--fuse", world.base, "--output", tmp_path / "whole")
+    assert run("merge", *both, "--merge", "average", "-o", tmp_path / "average").code == 0
+    result = run("merge", *both, "--fuse", "--base", world.base, "--output", tmp_path / "whole")
     assert result.code == 0, result.err
     assert f'from_pretrained("{tmp_path / "whole"}")' in result.out
     pipe3 = tiny_sd3()
@@ -144,7 +144,7 @@ def test_truncation_says_what_it_lost(run: Run, world: World, tmp_path: Path) ->
 
 
 def test_methods_that_prune_say_what_narrowing_lost(run: Run, world: World, tmp_path: Path) -> None:
-    both = (world.rex, world.tom, "--method", "dare", "--density", "0.6", "--seed", "3")
+    both = (world.rex, world.tom, "--merge", "dare", "--density", "0.6", "--seed", "3")
     result = run("merge", *both, "--output", tmp_path / "m")
     assert result.code == 0, result.err
     facts = json.loads((tmp_path / "m" / "merged.json").read_text())
@@ -166,13 +166,17 @@ def test_methods_that_prune_say_what_narrowing_lost(run: Run, world: World, tmp_
 
 
 def test_truncate_takes_the_rank_also_into_weights(run: Run, world: World, tmp_path: Path) -> None:
-    both = (world.rex, world.tom, "--method", "truncate")
+    both = (world.rex, world.tom, "--merge", "truncate")
     result = run("merge", *both, "--output", tmp_path / "m")
     assert result.code == 0 and "rank 2 in the text_encoder, 2 in the unet" in result.out
-    result = run("merge", *both, "--rank", "3", "--fuse", world.base, "-o", tmp_path / "whole")
+    result = run(
+        "merge", *both, "--rank", "3", "--fuse", "--base", world.base, "-o", tmp_path / "whole"
+    )
     assert result.code == 0, result.err
-    result = run("merge", *both[:2], "--rank", "3", "--fuse", world.base, "-o", tmp_path / "other")
-    refused(result, "--rank has no meaning with --fuse", "--method truncate")
+    result = run(
+        "merge", *both[:2], "--rank", "3", "--fuse", "--base", world.base, "-o", tmp_path / "other"
+    )
+    refused(result, "--rank has no meaning with --fuse", "--merge truncate")
 
 
 def test_layers_that_need_less_are_filled_with_zeros(tmp_path: Path) -> None:
@@ -206,7 +210,7 @@ def test_only_the_same_merge_may_be_there(run: Run, world: World, tmp_path: Path
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert run(*arguments).code == 0
     refused(run(*arguments, "--weights", "1,0.5"), "something else is there", str(folder))
-    refused(run(*arguments, "--fuse", world.base), "something else is there", str(folder))
+    refused(run(*arguments, "--fuse", "--base", world.base), "something else is there", str(folder))
     refused(run("merge", world.rex, "--output", world.rex), "something else is there")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
@@ -221,14 +225,18 @@ def test_what_does_not_go_together(run: Run, world: World, tmp_path: Path) -> No
     output = ("--output", tmp_path / "m")
     refused(run("merge", world.rex, world.rex, *output), "two concepts are called rex")
     refused(run("merge", world.rex, world.tom, "--weights", "1", *output), "1 weights", "2")
-    refused(run("merge", world.rex, "--method", "slerp", *output), "no merge slerp", "sum, average")
+    refused(run("merge", world.rex, "--merge", "slerp", *output), "no merge slerp", "sum, average")
     refused(run("merge", world.rex, "--seed", "1", *output), "no setting seed")
-    for more in ([], ["--fuse", world.base]):
-        result = run("merge", world.rex, "--method", "ties", *more, *output)
+    for more in ([], ["--fuse", "--base", world.base]):
+        result = run("merge", world.rex, "--merge", "ties", *more, *output)
         refused(result, "ties merges several concepts, and one was given", "--rank")
     refused(run("merge", world.rex, "--rank", "0", *output), "--rank", "equal to 1")
-    refused(run("merge", world.rex, "--fuse", "b", "--rank", "2", *output), "--rank", "--fuse")
+    refused(
+        run("merge", world.rex, "--fuse", "--base", "b", "--rank", "2", *output), "--rank", "--fuse"
+    )
     refused(run("merge", world.rex, "--dtype", "float16", *output), "--dtype", "--fuse")
+    refused(run("merge", world.rex, "--fuse", *output), "--fuse", "Do: give --base")
+    refused(run("merge", world.rex, "--base", "b", *output), "--base", "Do: add --fuse")
     concept(tiny_sd3(), "other").save(tmp_path / "other")
     refused(run("merge", world.rex, tmp_path / "other", *output), "learned on sd (tiny) and other")
     pickle = tmp_path / "model.ckpt"
@@ -261,6 +269,6 @@ def test_weights_that_make_infinities_write_nothing(run: Run, world: World, tmp_
     for more in ((), ("--rank", "2")):
         result = run(*arguments, "--weights", "1e39,1", *more)
         refused(result, "finite", "weights of an ordinary size", "Do: ")
-    result = run(*arguments, "--weights", "1e39,1", "--fuse", world.base)
+    result = run(*arguments, "--weights", "1e39,1", "--fuse", "--base", world.base)
     refused(result, "leaves the range of torch.float32", "Do: give smaller weights")
     assert list(tmp_path.iterdir()) == []

@@ -71,7 +71,7 @@ def test_merge_writes_the_fusion(run: Run, recorded: World, tmp_path: Path) -> N
     both = (recorded.rex, recorded.tom, "--weights", "1,0.8")
     result = run("merge", *both, "--output", tmp_path / "auto")
     assert result.code == 0 and "merged by fusion" in result.out, result.err
-    assert run("merge", *both, "--method", "sum", "-o", tmp_path / "sum").code == 0
+    assert run("merge", *both, "--merge", "sum", "-o", tmp_path / "sum").code == 0
     concepts = [Concept.load(source) for source in (recorded.rex, recorded.tom)]
     records = [LayerInputs.load(place_beside(c.source)) for c in concepts]
     for name, method in (("auto", "fusion"), ("sum", "sum")):
@@ -88,8 +88,8 @@ def test_merge_writes_the_fusion(run: Run, recorded: World, tmp_path: Path) -> N
 def test_merge_into_a_whole_pipeline(run: Run, recorded: World, tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline
 
-    both = (recorded.rex, recorded.tom, "--fuse", recorded.base, "-o", tmp_path / "whole")
-    result = run("merge", *both, "--method", "fusion", "--dtype", "float32")
+    both = (recorded.rex, recorded.tom, "--fuse", "--base", recorded.base, "-o", tmp_path / "whole")
+    result = run("merge", *both, "--merge", "fusion", "--dtype", "float32")
     assert result.code == 0, result.err
     prompt = "a photo of <rex> and <tom>"
     pipe = tiny_sd().load_custom(recorded.rex, recorded.tom, merge="fusion")
@@ -99,7 +99,7 @@ def test_merge_into_a_whole_pipeline(run: Run, recorded: World, tmp_path: Path) 
 
 def test_merge_without_records(run: Run, world: World, recorded: World, tmp_path: Path) -> None:
     both = (world.rex, recorded.tom)
-    result = run("merge", *both, "--method", "fusion", "-o", tmp_path / "a")
+    result = run("merge", *both, "--merge", "fusion", "-o", tmp_path / "a")
     refused(result, "no record of what the layers of rex read", "customize record")
     assert not (tmp_path / "a").exists()
     result = run("merge", *both, "-o", tmp_path / "a")

@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
     "log_every": 5,
     # These would take as long as the run itself, or longer.
     "preserve": {},
-    "avoid": 0,
+    "num_shared_directions": 0,
     "record_inputs": False,
 }
 

@@ -24,7 +24,7 @@ def record_of(folder):
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_down_projections_are_blind_to_the_leading_directions(tmp_path, make):
     pipe = make()
-    config = settings(tmp_path, avoid=4, steps=3, slice=0)
+    config = settings(tmp_path, num_shared_directions=4, steps=3, slice=0)
     train(config, pipe.components, progress=False)
     concept = Concept.load(config.output)
     path, generic = record_of(tmp_path)
@@ -46,7 +46,7 @@ def test_down_projections_are_blind_to_the_leading_directions(tmp_path, make):
     assert checked > 10
     # Another concept beside it has the same record, and another slice of what is left.
     before = path.stat().st_mtime_ns
-    other = settings(tmp_path, "tom", avoid=4, steps=3, name="tom", slice=1)
+    other = settings(tmp_path, "tom", num_shared_directions=4, steps=3, name="tom", slice=1)
     train(other, pipe.components, progress=False)
     assert path.stat().st_mtime_ns == before
     tom = Concept.load(other.output)
@@ -60,7 +60,9 @@ def test_the_penalty_holds_down_what_generic_prompts_reach(tmp_path):
     pipe = tiny_sd()
     norms = []
     for weight in (0.0, 100.0):
-        config = settings(tmp_path, f"w{weight:g}", avoid=4, avoid_weight=weight)
+        config = settings(
+            tmp_path, f"w{weight:g}", num_shared_directions=4, shared_directions_weight=weight
+        )
         concept = train(config, pipe.components, progress=False)
         norms.append(sum(float(u.up.norm()) for o in concept.products.values() for u in o.values()))
     assert norms[1] < 0.9 * norms[0]
@@ -68,8 +70,10 @@ def test_the_penalty_holds_down_what_generic_prompts_reach(tmp_path):
 
 def test_a_run_that_was_cut_off_goes_on_with_the_same_directions(tmp_path):
     pipe = tiny_sd()
-    whole = train(settings(tmp_path / "a", avoid=4), pipe.components, progress=False)
-    config = settings(tmp_path / "b", avoid=4, checkpoint_every=4)
+    whole = train(
+        settings(tmp_path / "a", num_shared_directions=4), pipe.components, progress=False
+    )
+    config = settings(tmp_path / "b", num_shared_directions=4, checkpoint_every=4)
 
     def stop(step, loss):
         if step == 6:
@@ -83,7 +87,7 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_directions(tmp_path):
     assert train(config, pipe.components, progress=False).info == resumed.info
 
     # Other directions than those it began with would be another adapter.
-    again = settings(tmp_path / "b", "again", avoid=4, checkpoint_every=4)
+    again = settings(tmp_path / "b", "again", num_shared_directions=4, checkpoint_every=4)
     with pytest.raises(KeyboardInterrupt):
         train(again, pipe.components, progress=False, on_step=stop)
     turned = {c: {m: rows.flip(1) for m, rows in own.items()} for c, own in generic.items()}
@@ -99,7 +103,7 @@ def test_slices_of_other_directions_collide(tmp_path):
     pipe = tiny_sd()
     plain = train(settings(tmp_path, "plain"), pipe.components, progress=False)
     avoiding = train(
-        settings(tmp_path, "avoiding", avoid=4, name="tom", slice=1),
+        settings(tmp_path, "avoiding", num_shared_directions=4, name="tom", slice=1),
         pipe.components,
         progress=False,
     )
@@ -111,7 +115,7 @@ def test_the_rank_must_fit_what_is_left(tmp_path):
     pipe = tiny_sd()
     family = family_of(pipe.components)
     narrowest = min(min(s) for s in family.adapter_targets("unet").values())
-    config = settings(tmp_path, avoid=16, rank=narrowest)
+    config = settings(tmp_path, num_shared_directions=16, rank=narrowest)
     with pytest.raises(ConfigError, match="rank"):
         train(config, pipe.components, progress=False)
     assert not config.output.exists() and not list(tmp_path.glob(".shared*"))

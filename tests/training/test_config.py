@@ -84,7 +84,7 @@ def test_defaults_are_in_their_own_ranges():
         ("caption_dropout", 1.0, "less than 1"),
         ("resolution", 8, "greater than or equal to 16"),
         ("method", "orthagonal", "'orthogonal' or 'lora'"),
-        ("density", "gauss", "'logit_normal'"),
+        ("timestep_density", "gauss", "'logit_normal'"),
         ("tracker", "paper", "'tensorboard'"),
         ("seed", -1, "greater than or equal to 0"),
         ("device", "cuda:", "another form"),
@@ -240,8 +240,10 @@ def test_yaml_values_mean_what_they_look_like(tmp_path):
 
 
 def test_flags_arrive_as_text():
-    config = load_config(**REQUIRED, steps="12", flip="true", min_snr_gamma="5", density="None")
-    assert (config.steps, config.flip, config.min_snr_gamma, config.density) == (
+    config = load_config(
+        **REQUIRED, steps="12", flip="true", min_snr_gamma="5", timestep_density="None"
+    )
+    assert (config.steps, config.flip, config.min_snr_gamma, config.timestep_density) == (
         12,
         True,
         5.0,

@@ -67,7 +67,13 @@ def test_a_batch_of_prompts_of_different_lengths_is_each_by_itself(name: str) ->
 
 def test_a_run_goes_on_where_one_of_two_denoisers_had_no_sample_yet(tmp_path: Path) -> None:
     """Below a boundary of almost 1 nearly all levels are the second one's."""
-    changes = {"checkpoint_every": 2, "steps": 8, "batch_size": 1, "density": "uniform", "seed": 1}
+    changes = {
+        "checkpoint_every": 2,
+        "steps": 8,
+        "batch_size": 1,
+        "timestep_density": "uniform",
+        "seed": 1,
+    }
     pipe = tiny_wan("2.2-14b", boundary_ratio=0.95)
     given = {"components": pipe.components, "pipeline_config": pipe.config}
     called: list[int] = []

@@ -390,7 +390,12 @@ def test_masks_keep_what_is_outside_out_of_the_loss(tmp_path):
 
 def test_min_snr_and_densities_change_what_is_learned(tmp_path):
     pipe = tiny_sd(prediction="v_prediction")
-    changes = ({}, {"min_snr_gamma": 1.0}, {"density": "logit_normal"}, {"noise_offset": 0.5})
+    changes = (
+        {},
+        {"min_snr_gamma": 1.0},
+        {"timestep_density": "logit_normal"},
+        {"noise_offset": 0.5},
+    )
     results = [
         tensors(train(settings(tmp_path, f"o{i}", steps=5, **c), pipe.components, progress=False))
         for i, c in enumerate(changes)
@@ -580,7 +585,8 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         train(config, pipe.components, progress=False, on_step=crash_at(5))
     picture(9).save(tmp_path / "images" / "9.png")
     other = settings(tmp_path, checkpoint_every=4, rank=2)
-    with pytest.raises(SettingsError, match=r"pictures was .*; rank was 4 and is 2"):
+    told = r"rank was 4 and is 2; the pictures have changed: 9\.png is new"
+    with pytest.raises(SettingsError, match=told):
         train(other, pipe.components, progress=False)
     anew = settings(tmp_path, checkpoint_every=4, rank=2, resume=False)
     assert train(anew, pipe.components, progress=False).info.rank == 2

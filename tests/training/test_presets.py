@@ -162,7 +162,7 @@ def test_a_preset_trains_with_flags_over_it(name, tmp_path):
     given = {"base": tmp_path / "base", "images": make_pictures(tmp_path / "images"), "name": "rex"}
     given |= {"class-word": "dog", "output": tmp_path / "out", "steps": 1, "resolution": 32}
     flags = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    flags += ["--avoid", "0", "--no-record-inputs"]
+    flags += ["--num-shared-directions", "0", "--no-record-inputs"]
     assert main(["train", "--config", str(PRESETS[name]), *flags]) == 0
     info = Concept.load(tmp_path / "out").info
     assert info.rank == 16

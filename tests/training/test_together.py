@@ -506,7 +506,7 @@ def test_each_has_its_own_pictures_and_record(tmp_path, monkeypatch):
         validation_steps=2,
         steps=4,
         record_inputs=True,
-        avoid=4,
+        num_shared_directions=4,
     )
     rex, tom = learn(pipe, configs)
     assert rex.info.basis == tom.info.basis and rex.info.basis.shared

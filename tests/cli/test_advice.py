@@ -1,0 +1,162 @@
+"""Advice of the command line can be followed: each flag that a message names is there and acts."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+import customize
+from customize.cli.app import app
+from customize.training.config import TrainConfig
+from customize.training.settings import RENAMED
+from tests.cli.making import Run, World, photos, refused
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+SOURCES = Path(customize.__file__).parent
+
+
+def flags(command: str) -> set[str]:
+    found = COMMANDS[command]
+    return {f for p in found.params for f in (*p.opts, *p.secondary_opts) if f.startswith("--")}
+
+
+EVERY = {flag for command in COMMANDS if command != "library" for flag in flags(command)}
+
+
+def texts() -> list[str]:
+    """All texts of the package that are no docstrings."""
+    found = []
+    for path in sorted(SOURCES.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        docs = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
+        found += [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docs
+            and "storybook" not in path.parts
+        ]
+    return found
+
+
+def test_every_flag_that_a_message_names_is_one() -> None:
+    others = {"--cpu", "--gpu_ids", "--help", "--version", "--no-"}  # accelerate's; ours by prefix
+    named = {flag for text in texts() for flag in re.findall(r"--[a-z][\w-]*", text)}
+    assert not named - EVERY - others
+
+
+def test_settings_and_the_flags_beside_them_agree() -> None:
+    pattern = r"set (?:resume|[a-z_]+) to (\w+) \(--([\w-]+)(?: \w+)?\)"
+    found = [m for text in texts() for m in re.finditer(pattern, text)]
+    assert len(found) >= 10
+    for match in found:
+        setting = match[0].split()[1]
+        no = "no-" if match[1] in ("false", "no") and setting != "tracker" else ""
+        assert match[2] == no + setting.replace("_", "-"), match[0]
+        assert f"--{match[2]}" in flags("train")
+
+
+def test_no_message_names_a_setting_by_a_name_it_had() -> None:
+    for old in RENAMED:
+        assert old not in TrainConfig.model_fields
+        assert f"--{old.replace('_', '-')}" not in flags("train")
+
+
+def test_one_flag_means_one_thing_on_every_command() -> None:
+    """The same metavar, so the same form; what differs is listed here, with why."""
+    forms: dict[str, set[str]] = {}
+    for command in COMMANDS:
+        for parameter in getattr(COMMANDS[command], "params", ()):
+            for flag in parameter.opts:
+                if flag.startswith("--"):
+                    forms.setdefault(flag, set()).add(str(parameter.metavar))
+    plain = {"BASE": "TEXT", "FOLDER": "PATH", "LIBRARY": "PATH", "NAME": "TEXT"}
+    differ = {
+        flag: found
+        for flag, found in forms.items()
+        if len({plain.get(form, form) for form in found}) > 1
+    }
+    # A picture of points is a file; merge's METHOD and train's are --merge and --method.
+    assert differ.keys() <= {"--output"}, differ
+
+
+SLIPS = {
+    "train --lr 1": "--learning-rate",
+    "train --learning_rate 1": "--learning-rate",
+    "train --no-resum": "--no-resume",
+    "train --avoid 0": "--num-shared-directions",
+    "train --avoid-weight 0": "--shared-directions-weight",
+    "train --density uniform": "--timestep-density",
+    "train --train-batch-size 4": "--batch-size",
+    "merge --method sum": "--merge",
+    "generate --num-inference-steps 3": "--steps",
+    "generate --region x": "--regions",
+    "generate --guidance_scale 3": "--guidance",
+    "demo --folder x": "--output",
+}
+
+
+@pytest.mark.parametrize("given", SLIPS)
+def test_the_flag_that_was_meant_is_named(run: Run, given: str) -> None:
+    command = given.split()[0]
+    refused(run(*shlex.split(given)), f"did you mean {SLIPS[given]}", f"customize {command} --help")
+    assert SLIPS[given] in flags(command)
+
+
+def test_far_from_all_flags_help_is_named(run: Run) -> None:
+    result = run("train", "--zzzz")
+    refused(result, "no such option: --zzzz", "see customize train --help")
+    assert "did you mean" not in result.err
+
+
+def test_no_resume_is_what_the_message_says_it_is(run: Run, world: World, tmp_path: Path) -> None:
+    images = photos(tmp_path / "photos")
+    call = ["train", "--base", world.base, "--images", images, "--output", tmp_path / "out"]
+    call += ["--name", "ann", "--class-word", "dog", "--rank", "2", "--steps", "1"]
+    call += ["--preserve", "none", "--num-shared-directions", "0", "--no-record-inputs"]
+    call += ["--device", "cpu", "--resolution", "32"]
+    assert run(*call).code == 0
+    result = run(*call, "--learning-rate", "1e-3")
+    assert result.code == 2 and "learning_rate was 0.0001 and is 0.001" in result.err
+    (advice,) = re.findall(r"\((--[\w-]+)\)", result.err)
+    assert run(*call, "--learning-rate", "1e-3", advice).code == 0
+
+
+def test_old_settings_in_a_file_still_load(run: Run, world: World, tmp_path: Path) -> None:
+    from customize.training.config import load_config
+
+    text = f"base: {world.base}\nimages: i\noutput: o\nname: ann\nclass_word: dog\n"
+    file = tmp_path / "run.yaml"
+    file.write_text(text + "avoid: 3\navoid_weight: 0.5\ndensity: uniform\n")
+    config = load_config(file)
+    assert (config.num_shared_directions, config.shared_directions_weight) == (3, 0.5)
+    assert config.timestep_density == "uniform"
+    assert load_config(file, num_shared_directions=4).num_shared_directions == 4
+    file.write_text(text + "avoid: 3\nnum_shared_directions: 4\n")
+    refused(run("train", "--config", file), "avoid and num_shared_directions are one setting")
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_fits_80_columns(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from customize.cli import main
+
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    for flag in flags(command) if command != "library" else ():
+        assert flag in out  # not cut off

@@ -9,7 +9,16 @@ import typer
 
 from customize.cli import flags, library_app
 from customize.cli.evaluate_app import evaluate, pareto
-from customize.cli.options import Device, Dtype, Merge, Names, SomeSources, Sources, Weights
+from customize.cli.options import (
+    Device,
+    Dtype,
+    FamilyName,
+    Merge,
+    Names,
+    SomeSources,
+    Sources,
+    Weights,
+)
 from customize.cli.shared import on_interrupt
 
 app = typer.Typer(
@@ -126,6 +135,7 @@ def merge(
             help="Keys and header of the LoRA file; kohya's are for ComfyUI and the web UIs",
         ),
     ] = "diffusers",
+    family: FamilyName = None,
 ) -> None:
     """Merge concepts and LoRA files into one ordinary LoRA.
 
@@ -147,6 +157,7 @@ def merge(
         base=fused_base(fuse, base),
         dtype=dtype,
         layout=layout,
+        family=family,
     )
 
 
@@ -341,6 +352,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw it as heat maps into a .png")
     ] = None,
+    family: FamilyName = None,
 ) -> None:
     """Show what concepts hold, and whether they get in each other's way.
 
@@ -350,7 +362,7 @@ def inspect(
     """
     from customize.cli.inspection import run
 
-    run(concepts, layers=layers, plot=plot)
+    run(concepts, layers=layers, plot=plot, family=family)
 
 
 app.add_typer(library_app.app, name="library")

@@ -20,15 +20,16 @@ from customize.cli.shared import (
     choose_device,
     console,
     load_pipeline,
-    parse_weights,
     renamed,
     storing,
 )
+from customize.cli.weights import read_weights
 from customize.errors import ConfigError, PipelineError
 from customize.evaluation import record
 from customize.near_names import did_you_mean
 
 if TYPE_CHECKING:
+    from customize.cli.weights import Given
     from customize.concepts.formats.lora import Adaptation, LoraFile
     from customize.families import Family
 
@@ -146,7 +147,7 @@ def run(
     from customize.concepts.merge import check_together
     from customize.families import family_of
 
-    weights = parse_weights(loading.weights, len(loading.sources))
+    weights = read_weights(loading.weights, len(loading.sources))
     concepts = renamed([opened(source) for source in loading.sources], loading.names)
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
@@ -206,7 +207,7 @@ def run(
 def _load(
     pipe: Any,
     concepts: Sequence[Adaptation | LoraFile],
-    weights: Sequence[float] | None,
+    weights: Given,
     avoid: str | None,
     loading: Loading,
 ) -> None:
@@ -232,6 +233,8 @@ def _attached(pipe: Any, sources: Mapping[str, str]) -> dict[str, Any]:
     from customize.hosts.state import find
 
     attached = find(family_in(pipe)).attached.values()
+    weights = {row.name: row.weight for row in pipe.custom.rows}
+    shown = {n: w if isinstance(w, float) else f"{w}" for n, w in weights.items()}
     return {
         "merge": pipe.custom.merge if len(attached) > 1 else None,
         "concepts": [
@@ -240,7 +243,7 @@ def _attached(pipe: Any, sources: Mapping[str, str]) -> dict[str, Any]:
                 "trigger": each.concept.info.trigger,
                 "class_word": each.concept.info.class_word,
                 "subjects": {s.trigger: s.class_word for s in each.concept.subjects},
-                "weight": each.weight,
+                "weight": shown[each.name],
                 "source": sources.get(each.name) or str(each.concept.source),
             }
             for each in attached

@@ -16,7 +16,7 @@ from torch import Tensor
 from customize.cli.shared import check_png, console
 from customize.concepts.adapter import flattened
 from customize.concepts.formats.lora import Adaptation, Lora
-from customize.concepts.formats.opening import opened_whole
+from customize.concepts.formats.opening import opened_together
 from customize.concepts.inputs import record_beside
 from customize.concepts.merge import learned_together, strangers
 from customize.concepts.slices import collisions
@@ -28,15 +28,18 @@ from customize.errors import ConfigError, storage_error
 LOUD = 0.5
 
 
-def run(sources: Sequence[str], *, layers: bool, plot: Path | None) -> None:
+def run(
+    sources: Sequence[str], *, layers: bool, plot: Path | None, family: str | None = None
+) -> None:
     """Print a table a concept; for several, their collisions and how they disturb one another.
 
     Args:
         layers: also how loudly each answers to another's prompts in each layer.
         plot: where a picture of all that goes.
+        family: the name of the model family of LoRA files that fit several.
     """
     check_png(plot, "--plot")
-    concepts = [opened_whole(source) for source in sources]
+    concepts = opened_together(sources, family)
     records = [record_beside(c.info.name, c.products, c.source) for c in concepts]
     known = [record for record in records if record is not None]
     lacking = [c.info.name for c, r in zip(concepts, records, strict=True) if r is None]

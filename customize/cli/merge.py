@@ -14,11 +14,11 @@ from customize.cli.shared import (
     console,
     indented,
     load_pipeline,
-    parse_weights,
     renamed,
     snippet,
     storing,
 )
+from customize.cli.weights import Given, in_order, read_weights
 from customize.concepts.layout import LAYOUTS
 from customize.concepts.merge import (
     AUTO,
@@ -54,13 +54,15 @@ def run(
     base: str | None,
     dtype: str | None,
     layout: str,
+    family: str | None = None,
 ) -> None:
     """Merge concepts and write the result to a new folder.
 
     Args:
         base: the pipeline to write with the concepts in its weights; None: a LoRA is written.
+        family: the name of the model family of LoRA files that fit several.
     """
-    weights = parse_weights(weights_text, len(sources)) or [1.0] * len(sources)
+    weights = read_weights(weights_text, len(sources))
     methods = (AUTO, *METHODS)
     if method not in methods:
         raise ConfigError(
@@ -85,8 +87,13 @@ def run(
                 "--dtype is that of a pipeline",
                 fix="give --fuse and --base with it, or leave it out",
             )
-        _write_lora(sources, names, output, weights, method, settings, rank, layout)
+        _write_lora(sources, names, output, weights, method, settings, rank, layout, family)
         return
+    if family is not None:
+        raise ConfigError(
+            "--family is that of LoRA files without a pipeline, and --fuse names the base itself",
+            fix="leave one out",
+        )
     if layout != LAYOUTS[0]:
         raise ConfigError(
             "--format is that of a LoRA file, and --fuse writes none", fix="leave one out"
@@ -118,21 +125,22 @@ def _write_lora(
     sources: Sequence[str],
     names: str | None,
     output: Path,
-    weights: Sequence[float],
+    weights: Given,
     method: str,
     settings: Mapping[str, Any],
     rank: int | None,
     layout: str,
+    family: str | None,
 ) -> None:
     from customize.concepts.export import write_merged
-    from customize.concepts.formats.opening import opened_whole
+    from customize.concepts.formats.opening import opened_together
     from customize.concepts.slices import collisions
 
-    concepts = _named([opened_whole(source) for source in sources], names)
+    concepts = _named(opened_together(sources, family), names)
     method, inputs = _with_records(concepts, method)
     merged = write_merged(
         concepts,
-        weights,
+        in_order(weights, concepts),
         output,
         method=method,
         settings=settings,
@@ -195,7 +203,7 @@ def _write_pipeline(
     sources: Sequence[str],
     names: str | None,
     output: Path,
-    weights: Sequence[float],
+    weights: Given,
     merge: Mapping[str, Any],
     base: str,
     dtype: str | None,

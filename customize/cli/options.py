@@ -27,7 +27,8 @@ Weights = Annotated[
     str | None,
     typer.Option(
         metavar="W,W,...",
-        help="A weight for each concept, with commas between; not given: 1 each",
+        help="A weight for each concept, with commas between; or by name, component and block, such"
+        " as rex=0.8,rex.text_encoder=0.5,rex.unet.down=0.8; not given: 1 each",
         show_default=False,
     ),
 ]
@@ -53,6 +54,15 @@ Dtype = Annotated[
     typer.Option(
         metavar="float32|float16|bfloat16",
         help="Precision; not given: float32 on a CPU, else float16",
+        show_default=False,
+    ),
+]
+FamilyName = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        metavar="NAME",
+        help="Model family of LoRA files whose layers several families have, such as sd or flux",
         show_default=False,
     ),
 ]

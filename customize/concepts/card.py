@@ -141,8 +141,9 @@ def tags(output: str) -> str:
 
 def stock_updates(concepts: Sequence[Adaptation]) -> list[str]:
     """The Python lines by which stock diffusers reads what concepts change from FOLDER's files."""
-    lines = ['pipe.load_lora_weights("FOLDER")']
-    if any(component in SECOND for concept in concepts for component in concept.products):
+    components = {component for concept in concepts for component in concept.products}
+    lines = ['pipe.load_lora_weights("FOLDER")'] if components - SECOND.keys() else []
+    if components & SECOND.keys():
         lines += [
             "pipe.load_lora_weights(",
             f'    "FOLDER", weight_name="{SECOND_FILE}", load_into_transformer_2=True',

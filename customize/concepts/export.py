@@ -16,6 +16,7 @@ import torch
 from customize.atomic import partial_folder, sync_folder, write_file
 from customize.concepts import card
 from customize.concepts.adapter import fit
+from customize.concepts.component_weights import BlockWeights, Weight
 from customize.concepts.concept import Concept
 from customize.concepts.files import check_writable, safetensors_bytes
 from customize.concepts.formats.kohya import (
@@ -64,7 +65,7 @@ class Merged:
 
 def write_merged(
     concepts: Sequence[Adaptation],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     folder: str | Path,
     *,
     method: str = "sum",
@@ -111,6 +112,8 @@ def write_merged(
     check_subjects(subjects)
     settings = settings or {}
     products, error = _narrow(merging(concepts, weights, method, inputs, **settings), rank)
+    if not products:
+        raise ConfigError("with these weights nothing is left", where="weights")
     # Sorted, because the order of a file's tensors differs from one reading to the next, and the
     # same merge must give the same bytes.
     ranks = {c: max(p.rank for p in products[c].values()) for c in sorted(products)}
@@ -128,7 +131,7 @@ def write_merged(
                 "name": concept.info.name,
                 "trigger": concept.info.words,
                 "class_word": concept.info.class_word,
-                "weight": weight,
+                "weight": weight.text if isinstance(weight, BlockWeights) else weight,
             }
             for concept, weight in zip(concepts, weights, strict=True)
         ],
@@ -146,7 +149,9 @@ def write_merged(
                 raise _unpublished(concepts[0].info.family)
         tensors = _diffusers_tensors(products, ranks, model)
         header = {MERGED_HEADER: json.dumps(facts), **to_header(subjects)}
-        files = {name: safetensors_bytes(own, header) for name, own in lora_files(tensors).items()}
+        # The first denoiser's is left out where only the second one changes.
+        parts = {name: own for name, own in lora_files(tensors).items() if own}
+        files = {name: safetensors_bytes(own, header) for name, own in parts.items()}
         for subject in subjects:
             files[_embeds_file(subject)] = safetensors_bytes(embedding_tensors(subject), {})
         text = _card(concepts, weights, method)
@@ -310,7 +315,7 @@ def _embeds_file(subject: Subject) -> str:
 
 
 def _card_head(
-    concepts: Sequence[Adaptation], weights: Sequence[float], method: str, library: str
+    concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str, library: str
 ) -> list[str]:
     infos = [concept.info for concept in concepts]
     rows = [
@@ -353,7 +358,7 @@ def _cell(text: str) -> str:
 
 
 def _kohya_card(
-    concepts: Sequence[Adaptation], weights: Sequence[float], method: str, title: str
+    concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str, title: str
 ) -> str:
     with_tokens = [subject.name for concept in concepts for subject in concept.subjects]
     tokens = [
@@ -366,7 +371,7 @@ def _kohya_card(
     return "\n".join([*head, lora, *tokens, ""])
 
 
-def _card(concepts: Sequence[Adaptation], weights: Sequence[float], method: str) -> str:
+def _card(concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str) -> str:
     subjects = [card.stock_subject(concept) for concept in concepts]
     base, family = json.dumps(_loaded_base(concepts) or "BASE"), concepts[0].info.family
     loading = [

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from customize.concepts.adapter import file_name
+from customize.concepts.component_weights import BlockWeights, Weight, weight_of
 from customize.concepts.concept import ConceptInfo
 from customize.concepts.formats.lora import Adaptation, LoraInfo
 from customize.concepts.inputs import Factors, LayerInputs, record_beside
@@ -38,7 +39,7 @@ _HOLD = 0.1
 
 def merge(
     concepts: Sequence[Adaptation],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     method: str = SUM,
     inputs: Sequence[LayerInputs] = (),
     others: Sequence[LayerInputs] = (),
@@ -98,7 +99,7 @@ class Layer:
 
 def merging(
     concepts: Sequence[Adaptation],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     method: str = SUM,
     inputs: Sequence[LayerInputs] = (),
     others: Sequence[LayerInputs] = (),
@@ -111,7 +112,8 @@ def merging(
 
     Args:
         concepts: at least one, all learned on one architecture.
-        weights: as many, finite. They are summed as they are and need not add to 1.
+        weights: as many, finite. They are summed as they are and need not add to 1. Where one by
+            component and block is 0, the concept counts as without these layers.
         method: a name in :data:`METHODS`.
         inputs: for "fusion", what each concept's layers read. Layers without a record are summed.
         others: what is not to be disturbed, for "fusion": those of concepts that the model has
@@ -137,7 +139,7 @@ def merging(
             fix="give one weight for each concept",
         )
     for concept, weight in zip(concepts, weights, strict=True):
-        if not math.isfinite(weight):
+        if not isinstance(weight, BlockWeights) and not math.isfinite(weight):
             raise ConfigError(
                 f"the weight of {concept.info.name} is {weight}",
                 where="weights",
@@ -153,17 +155,15 @@ def merging(
     if len(concepts) + len(others) == 1:
         check_several(method)
         method = SUM
+    products = [_weighted(c, weight) for c, weight in zip(concepts, weights, strict=True)]
     if method == "subject_style" and len(concepts) == 2:
-        settings = {"balance": _balance(concepts)} | settings
+        settings = {"balance": _balance(products)} | settings
     layers: dict[str, dict[str, Layer]] = {}
-    for component in _ordered(concept.products for concept in concepts):
-        # By one name for each layer, as a concept that was never saved may have the model's.
-        updates = [
-            {file_name(component, m): u for m, u in concept.products.get(component, {}).items()}
-            for concept in concepts
-        ]
+    for component in _ordered(products):
+        updates = [own.get(component, {}) for own in products]
         layers[component] = {}
         for module in _ordered(updates):
+            at = [weight_of(weight, component, module) for weight in weights]
             some = next(own[module] for own in updates if module in own)
             zero = LowRank(some.up[:, :0], some.down[:0])
             own = [each.get(module, zero) for each in updates]
@@ -175,12 +175,10 @@ def merging(
                 ) from error
             how: Callable[[], LowRank] | None = None
             if method == FUSION:
-                how = partial(_fused, own, weights, inputs, others, (component, module))
+                how = partial(_fused, own, at, inputs, others, (component, module))
             elif method != SUM:
-                how = partial(
-                    MERGES[method], own, weights, **_of_layer(settings, component, module)
-                )
-            layers[component][module] = Layer(own, weights, how)
+                how = partial(MERGES[method], own, at, **_of_layer(settings, component, module))
+            layers[component][module] = Layer(own, at, how)
     return layers
 
 
@@ -276,15 +274,30 @@ def _of_layer(settings: Mapping[str, Any], component: str, module: str) -> Mappi
     return {**settings, "seed": seed}
 
 
-def _balance(concepts: Sequence[Adaptation]) -> float:
+def _weighted(concept: Adaptation, weight: Weight) -> dict[str, dict[str, LowRank]]:
+    """A concept's updates by one name for each layer, as one that was never saved may have the
+    model's; without those that its weights by component and block leave out."""
+    blocks = weight if isinstance(weight, BlockWeights) else None
+    kept = {
+        component: {
+            file_name(component, module): update
+            for module, update in own.items()
+            if blocks is None or blocks.of(component, module)
+        }
+        for component, own in concept.products.items()
+    }
+    return {component: own for component, own in kept.items() if own}
+
+
+def _balance(products: Sequence[Mapping[str, Mapping[str, LowRank]]]) -> float:
     """How much larger the first one's entries are than the second's, over the layers of both."""
     updates = [
         {
-            (component, file_name(component, module)): update
-            for component, own in concept.products.items()
+            (component, module): update
+            for component, own in each.items()
             for module, update in own.items()
         }
-        for concept in concepts
+        for each in products
     ]
     places = [place for place in updates[0] if place in updates[1]]
     return mean_ratio([(updates[0][place], updates[1][place]) for place in places])

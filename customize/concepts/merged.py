@@ -93,6 +93,8 @@ def read_merged(
     if facts is None:
         return None
     subjects = from_header(header, path)
+    if second is None and path.name == SECOND_FILE:  # the merge changes the second one alone
+        tensors, second = {}, tensors
     products: dict[str, dict[str, LowRank]] = {}
     for component, module, update in _updates(tensors, facts.layers, path):
         products.setdefault(component, {})[module] = update
@@ -101,8 +103,8 @@ def read_merged(
         for component, module, update in _updates(second, {}, path.parent / SECOND_FILE):
             if component not in names:
                 raise ConceptError(
-                    f"{component}.{module} is in the file of a second denoiser, whose keys begin "
-                    f"with {' or '.join(names)}",
+                    f"the keys of a second denoiser begin with {' or '.join(names)}, and nothing "
+                    f"is loaded by half: {component}.{module}",
                     where=path.parent / SECOND_FILE,
                     fix=_ANEW,
                 )

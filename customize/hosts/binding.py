@@ -40,8 +40,11 @@ HOSTS = {
 def load_custom(
     pipe: Pipeline,
     *concepts: str | Path | Concept | Lora | LoraFile | Decor,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: Sequence[float | Mapping[str, Any]]
+    | Mapping[str, float | Mapping[str, Any]]
+    | None = None,
     names: Sequence[str | None] | None = None,
+    into: str | Sequence[str | Sequence[str] | None] | None = None,
     fuse: bool = False,
     merge: str | Mapping[str, Any] | None = None,
     attention: str | None = None,
@@ -77,9 +80,18 @@ def load_custom(
             concept: what all calls clean their prompts of, and how, in place of the one before.
         weights: One for each of ``concepts``, or a dict from concept name to weight, which may
             also name concepts that are attached already. Finite; left out, a new concept gets 1.0
-            and an attached one keeps its own.
+            and an attached one keeps its own. In place of a number a dict by component and block,
+            as diffusers' ``set_adapters`` takes it: ``{"text_encoder": 0.5, "unet": {"down": 0.8,
+            "up": {"block_1": [0.4, 0.8, 1.0]}}}``, blocks alone are the denoiser's, and what is not
+            named has 1.0 (:mod:`customize.concepts.component_weights`). Where it is 0 the concept
+            is as if without these layers. Tokens are not scaled.
         names: One for each of ``concepts``, or None where it keeps its own. The concept then goes
             by that name and by the trigger ``<name>``; it tells apart what is called alike.
+        into: For LoRA files on a model with several denoisers (Wan 2.2 14B), whose keys do not say
+            which one they are for: "transformer_2", or ("transformer", "transformer_2") for both,
+            as for one of Wan 2.1; with several files a list with such an entry, or None, for each.
+            Left out, keys that begin with a denoiser's name decide, then the file's name
+            (``x_high_noise``, ``x_low_noise``), else the first denoiser takes it, with a warning.
         fuse: False: one adapter named "customize" beside the base weights, which stay untouched;
             adapters of your own stay as they are. True: into the base weights, summed in float32
             and rounded once; a copy of each touched weight is kept on the CPU, so that unloading
@@ -141,6 +153,7 @@ def load_custom(
         concepts,
         weights=weights,
         names=names,
+        into=into,
         fuse=fuse,
         merge=merge,
         attention=attention,

@@ -30,7 +30,7 @@ from customize.hosts.placing import computing_device, fitted, planned
 from customize.hosts.plan import Weights, renamed, wanted
 from customize.hosts.recording import merging_of, merging_without, method_of, recorded
 from customize.hosts.shelf import Shelf
-from customize.hosts.sources import family_in, read_sources, with_all_parts
+from customize.hosts.sources import Into, family_in, read_sources, with_all_parts
 from customize.hosts.state import Attached, Holder, check_sharing, find, keep
 from customize.memory import budget
 from customize.near_names import choose_from
@@ -42,6 +42,7 @@ def load(
     *,
     weights: Weights,
     names: Sequence[str | None] | None,
+    into: Into,
     fuse: bool,
     merge: str | Mapping[str, Any] | None,
     attention: str | None,
@@ -68,7 +69,7 @@ def load(
         )
     chosen = method_of(merge)
     plan = None if memory is None else planned(pipe, family, memory)
-    changes = _loading(family, learned, weights, names, fuse) if concerned else None
+    changes = _loading(family, learned, weights, names, into, fuse) if concerned else None
     holder = find(family) if changes is None else changes.holder
     shelf = None if library is None else _opened_shelf(family, holder, library, library_cache)
     device = computing_device(pipe, family, anywhere=plan is not None)
@@ -146,7 +147,7 @@ def route_to(pipe: Any, holder: Holder, entries: Sequence[Entry]) -> None:
     if same and all(adapter.is_there() for adapter in holder.adapters):
         return
     check_sharing(family, holder)
-    found = wanted(kept, new, None, fuse=False)
+    found = wanted(kept, new, None, False, whole)
     after = {n: each if n in kept else replace(each, routed=True) for n, each in found.items()}
     _check_vocabularies(whole, holder, new)
     merging = merging_of(whole, holder, after, None)
@@ -174,7 +175,7 @@ def set_to(
     before = holder.attached
     names = [concept.info.name for concept in new]
     kept = {name: replace(before[name], weight=1.0) for name in names if name in before}
-    found = wanted(kept, new, weights, fuse=False)
+    found = wanted(kept, new, weights, False, with_all_parts(family, holder))
     after = {
         name: replace(found[name], fused=name in before and before[name].fused, routed=False)
         for name in names
@@ -205,10 +206,11 @@ def _loading(
     sources: Sequence[str | Path | Adaptation | LoraFile],
     weights: Weights,
     names: Sequence[str | None] | None,
+    into: Into,
     fuse: bool,
 ) -> _Changes:
     """Read and check the concepts of a call; nothing changes."""
-    new = read_sources(family, sources)
+    new = read_sources(family, sources, into)
     if names is not None:
         if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
             raise ConfigError(
@@ -219,7 +221,8 @@ def _loading(
         new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
     holder = find(family)
     check_sharing(family, holder)
-    return _checked(family, holder, wanted(holder.attached, new, weights, fuse), new)
+    whole = with_all_parts(family, holder)
+    return _checked(family, holder, wanted(holder.attached, new, weights, fuse, whole), new)
 
 
 def _checked(

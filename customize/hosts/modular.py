@@ -50,9 +50,10 @@ class ConceptsStep(ModularPipelineBlocks):
             ),
             InputParam(
                 "concept_weights",
-                type_hint=Sequence[float] | Mapping[str, float],
+                type_hint=Sequence[float | Mapping[str, Any]]
+                | Mapping[str, float | Mapping[str, Any]],
                 description="One for each of them, or a dict from concept name to weight; 1.0 "
-                "where left out.",
+                "where left out. A weight is a number, or a dict by component and block.",
             ),
         ]
 

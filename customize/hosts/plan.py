@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from numbers import Real
 from typing import Any
 
 import torch
 
+from customize.concepts.component_weights import BlockWeights, Weight, checked
 from customize.concepts.concept import check_info
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError
+from customize.families import Family
 from customize.hosts.state import Attached
 from customize.near_names import choose_from
 
-Weights = Sequence[float] | Mapping[str, float] | None
+#: A number, or a dict by component and block: see :mod:`customize.concepts.component_weights`.
+GivenWeight = float | Mapping[str, Any] | BlockWeights
+Weights = Sequence[GivenWeight] | Mapping[str, GivenWeight] | None
 
 
 def wanted(
-    before: Mapping[str, Attached], new: Sequence[Adaptation], weights: Weights, fuse: bool
+    before: Mapping[str, Attached],
+    new: Sequence[Adaptation],
+    weights: Weights,
+    fuse: bool,
+    family: Family,
 ) -> dict[str, Attached]:
     """What is to be attached after the call.
 
     Args:
         before: what is attached now; a concept of ``new`` that is among it must be identical.
         weights, fuse: as in :func:`customize.load_custom`.
+        family: whose components and blocks weights may name.
 
     Raises:
         ConfigError: weights that fit nothing or are not finite.
@@ -40,7 +48,7 @@ def wanted(
         name = concept.info.name
         kept = before[name].weight if name in before else 1.0
         after[name] = Attached(concept, kept, fuse)
-    for name, weight in _by_name(after, new, weights).items():
+    for name, weight in _by_name(after, new, weights, family).items():
         # A call that gives weights alone is about the concepts that these name.
         fused = after[name].fused or (fuse and not new)
         after[name] = replace(after[name], weight=weight, fused=fused, routed=False)
@@ -109,8 +117,11 @@ def _check_names(before: Mapping[str, Attached], new: Sequence[Adaptation]) -> N
 
 
 def _by_name(
-    after: Mapping[str, Attached], new: Sequence[Adaptation], weights: Weights
-) -> dict[str, float]:
+    after: Mapping[str, Attached],
+    new: Sequence[Adaptation],
+    weights: Weights,
+    family: Family,
+) -> dict[str, Weight]:
     if weights is None:
         return {}
     if isinstance(weights, Mapping):
@@ -136,18 +147,27 @@ def _by_name(
         )
     else:
         given = {concept.info.name: weight for concept, weight in zip(new, weights, strict=True)}
-    return {name: _number(name, weight) for name, weight in given.items()}
+    by_block = any(isinstance(weight, Mapping) for weight in given.values())
+    layers = {key: list(family.layers(key)) for key in family.adaptable} if by_block else {}
+    found = {
+        name: checked(name, weight, layers, list(family.denoisers) if by_block else [])
+        for name, weight in given.items()
+    }
+    for name, weight in found.items():
+        if isinstance(weight, BlockWeights):
+            _warn_of_unused(after[name].concept, weight)
+    return found
 
 
-def _number(name: str, weight: object) -> float:
-    number = isinstance(weight, Real) and not isinstance(weight, bool)
-    try:
-        value = float(weight) if number else math.nan  # type: ignore[arg-type]
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
-        shown = repr(weight) if len(repr(weight)) < 50 else "too large"
-        raise ConfigError(
-            f"the weight of {name} is {shown}", where="weights", fix="give a finite number"
-        )
-    return value
+def _warn_of_unused(concept: Adaptation, weight: BlockWeights) -> None:
+    layers = [
+        f"{component}.{module.removeprefix('text_model.')}."
+        for component, own in concept.products.items()
+        for module in own
+    ]
+    for path, _ in weight.weights:
+        if path and not any(layer.startswith(f"{path}.") for layer in layers):
+            warnings.warn(
+                f"{concept.info.name} changes no layer of {path}, so its weight there does nothing",
+                stacklevel=7,
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from customize.concepts.base_weight import dense_weight
 from customize.concepts.concept import Concept
+from customize.concepts.formats.denoisers import with_noises
 from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
 from customize.concepts.formats.lora import Weights as LayerWeights
 from customize.concepts.formats.names import Names
@@ -20,6 +22,9 @@ from customize.families.components import uncompiled
 from customize.hosts.checks import naming_quantizers
 from customize.hosts.offload import settled
 from customize.hosts.state import Holder, find
+
+#: The denoisers that files go into: one for all, or an entry for each source.
+Into = str | Sequence[str | Sequence[str] | None] | None
 
 
 def family_in(pipe: Any) -> Family:
@@ -44,14 +49,17 @@ def with_all_parts(family: Family, holder: Holder) -> Family:
     return type(family)(family.components | holder.parts, family.pipeline_config)
 
 
-def read_sources(family: Family, sources: Sequence[object]) -> list[Adaptation]:
+def read_sources(family: Family, sources: Sequence[object], into: Into = None) -> list[Adaptation]:
     """The concepts that sources name, and LoRAs with their layers found in this family's models.
+
+    Args:
+        into: as in :func:`customize.load_custom`.
 
     Raises:
         ConceptError: one cannot be read whole, or is a LoRA of other layers.
-        ConfigError: something is no source.
+        ConfigError: something is no source, or ``into`` does not fit the sources or the model.
     """
-    found = [_opened(source) for source in sources]
+    found = _placed_into([_opened(source) for source in sources], into)
     # Once for all files, as it takes a walk over the model.
     names = Names(family) if any(isinstance(each, LoraFile) for each in found) else None
 
@@ -74,6 +82,57 @@ def read_sources(family: Family, sources: Sequence[object]) -> list[Adaptation]:
 
     with settled(models):
         return [placed(each, weight) for each in found]
+
+
+def _placed_into(found: Sequence[Adaptation | LoraFile], into: Into) -> list[Adaptation | LoraFile]:
+    """The same sources; files know the denoisers that they are for."""
+    files = iter(with_noises([each for each in found if isinstance(each, LoraFile)]))
+    placed: list[Adaptation | LoraFile] = []
+    for each, components in zip(found, _by_source(into, len(found)), strict=True):
+        if isinstance(each, LoraFile):
+            placed.append(replace(next(files), into=components))
+        elif components:
+            raise ConfigError(
+                f"{each.info.name} says itself which components it changes",
+                where="into",
+                fix="leave into out, or give None for it",
+            )
+        else:
+            placed.append(each)
+    return placed
+
+
+def _by_source(into: Into, count: int) -> list[tuple[str, ...]]:
+    """The denoisers of each source; empty where it is left to the file."""
+    if into is None:
+        return [()] * count
+    if isinstance(into, str):
+        return [(into,)] * count
+    entries = list(into) if isinstance(into, Sequence) else []
+    if count == 1 and len(entries) > 1:
+        entries = [tuple(str(entry) for entry in entries)]
+    found = [_components(entry) for entry in entries]
+    if len(found) != count:
+        raise ConfigError(
+            f"{into!r:.100} does not say for {count} concepts where they go",
+            where="into",
+            fix='give one component, such as "transformer_2", or a list with an entry for each '
+            'concept: a component, ("transformer", "transformer_2") for both, or None',
+        )
+    return found
+
+
+def _components(entry: object) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    names = (entry,) if isinstance(entry, str) else entry
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"{entry!r:.100} is not the name of a component",
+            where="into",
+            fix='give a name such as "transformer_2", or several in a tuple',
+        )
+    return tuple(names)
 
 
 def _opened(source: object) -> Adaptation | LoraFile:

@@ -8,6 +8,7 @@ from typing import Any
 
 from customize.attention.placing import Took
 from customize.concepts.adapter import Adapter
+from customize.concepts.component_weights import Weight
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.inputs import LayerInputs
 from customize.concepts.merge import AUTO, SUM
@@ -26,13 +27,13 @@ class Attached:
     """One attached concept.
 
     Attributes:
-        weight: its factor in the weighted sum.
+        weight: its factor in the weighted sum, or one for each component or block.
         fused: whether it is in the base weights, and not in the adapter.
         routed: whether a prompt named it, so that one that doesn't takes it away again.
     """
 
     concept: Adaptation
-    weight: float
+    weight: Weight
     fused: bool
     routed: bool = False
 
@@ -226,7 +227,7 @@ class Row:
     name: str
     trigger: str
     class_word: str
-    weight: float
+    weight: Weight
     rank: int
     slices: str
     mode: str

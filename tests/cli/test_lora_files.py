@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,46 @@ def test_bad_words(run: Run, style: Path, tmp_path: Path) -> None:
     style.write_bytes(data[: len(data) // 2])
     refused(run("merge", str(style), *output), "damaged")
     assert not (tmp_path / "out").exists()
+
+
+def ambiguous(folder: Path, name: str = "either") -> Path:
+    """A LoRA on a layer that FLUX.1 and FLUX.2 klein call alike and have as wide."""
+    path = folder / f"{name}.safetensors"
+    key = "transformer.transformer_blocks.0.attn.to_q"
+    save_file(layer(key, torch.ones(3072, 1), torch.ones(1, 3072)), path)
+    return path
+
+
+def test_a_family_is_named_where_several_fit(run: Run, tmp_path: Path) -> None:
+    file = ambiguous(tmp_path)
+    output = tmp_path / "out"
+    for command in (("inspect", file), ("merge", file, "--output", output)):
+        refused(run(*command), "may be one of flux or flux2", "name the family: --family flux")
+        for family in ("flux", "flux2"):
+            done = run(*command, "--family", family)
+            assert done.code == 0, done
+            if command[0] == "inspect":
+                assert f"family {family})" in done.out
+            else:
+                assert f'"family": "{family}"' in (output / "merged.json").read_text()
+                shutil.rmtree(output)
+    refused(run("inspect", file, "--family", "sd"), "no published model of family sd has all")
+    refused(run("inspect", file, "--family", "sd9"), "there is no family 'sd9'", "choose from sd")
+    refused(
+        run("merge", file, "--output", output, "--family", "flux", "--fuse", "some/base"),
+        "--family is that of LoRA files without a pipeline",
+    )
+    assert not output.exists()
+
+
+def test_a_pair_for_two_transformers_is_merged_and_read_back(run: Run, tmp_path: Path) -> None:
+    for noise in ("high", "low"):
+        key = "diffusion_model.blocks.0.self_attn.q"
+        tensors = layer(key, torch.ones(5120, 1), torch.ones(1, 5120))
+        save_file(tensors, tmp_path / f"rex_{noise}_noise.safetensors")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    done = run("merge", *files, "--output", tmp_path / "both")
+    assert done.code == 0, done
+    done = run("inspect", tmp_path / "both")
+    assert done.code == 0, done
+    assert "1 of transformer, 1 of transformer_2" in done.out

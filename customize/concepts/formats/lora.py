@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,16 +14,23 @@ from torch import Tensor
 
 from customize.concepts.adapter import file_name
 from customize.concepts.concept import NAME, Concept, Method
+from customize.concepts.formats.base_detection import (
+    either,
+    families_of,
+    refusal,
+    update_shape,
+)
+from customize.concepts.formats.denoisers import Noise, targets
 from customize.concepts.formats.header_alpha import with_header_alphas
-from customize.concepts.formats.keys import Group, grouped, listed
+from customize.concepts.formats.keys import Group, grouped
 from customize.concepts.formats.metadata import Metadata
-from customize.concepts.formats.names import Names, Place, encoder_of
-from customize.concepts.formats.updates import needs_weight, shape_of, update_of
+from customize.concepts.formats.names import Names, Place
+from customize.concepts.formats.updates import needs_weight, update_of
 from customize.concepts.layout import SECOND
 from customize.concepts.subjects import Subject
 from customize.core.lowrank import LowRank, from_dense, product, rows, stacked
-from customize.errors import ConceptError, PipelineError
-from customize.families import Family, published_families
+from customize.errors import ConceptError
+from customize.families import Family
 
 #: (component, module) -> the layer's weight without any adapter, (out, in) or (out, in, kh, kw).
 Weights = Callable[[str, str], Tensor]
@@ -113,12 +119,16 @@ class LoraFile:
         name: what the LoRA will go by.
         where: the file.
         groups: its keys, layer by layer; every key of the file is in one.
+        noise: for which of two denoisers it is, by the name of the file.
+        into: the denoisers that the caller puts it into; empty where that is left to the file.
     """
 
     name: str
     where: str
     groups: Sequence[Group]
     metadata: Metadata
+    noise: Noise | None = None
+    into: Sequence[str] = ()
 
     @property
     def source(self) -> Path:
@@ -152,6 +162,7 @@ class LoraFile:
         Raises:
             ConceptError: a key means no layer here, a layer's parts do not make an update or one
                 of another shape, or the weights are needed and not given.
+            ConfigError: :attr:`into` names no denoiser of the model, or the file names another.
         """
         names = names or Names(family)
         places = self._places(names)
@@ -172,15 +183,6 @@ class LoraFile:
                 found[key[0]][key[1]] = part if earlier is None else _joined(earlier, part)
         if not found:
             raise ConceptError("the file changes no layer", where=self.where, fix="get another")
-        others = family.denoisers.keys() - {family.denoiser_key}
-        if others and family.denoiser_key in found and not others & found.keys():
-            # Half of a pair of files names its layers like the other half.
-            first, second = family.denoiser_key, _or(others)
-            warnings.warn(
-                f"{self.where}: the file does not say which denoiser it is for, so {first} takes "
-                f"it, as in diffusers; if it is for {second}, begin its keys with that name",
-                stacklevel=2,
-            )
         rank = max(update.rank for own in found.values() for update in own.values())
         base, words = self.metadata.base, self.metadata.words
         info = LoraInfo(self.name, family.name, base, rank, words)
@@ -190,8 +192,30 @@ class LoraFile:
         places = [(group, names.find(group.path)) for group in self.groups]
         lost = [group for group, place in places if place is None]
         if lost:
-            raise _refusal(self, names.family, lost)
-        return [(group, place) for group, place in places if place is not None]
+            raise refusal(self.groups, lost, names.family, self.where)
+        labels = {group.path: names.labels.split(group.path) for group in self.groups}
+        labelled = {label[0] for label in labels.values() if label}
+        denoisers = targets(names.family, labelled, self.into, self.noise, self.where)
+        first, *others = names.family.denoisers
+        found: list[tuple[Group, Place]] = []
+        for group, place in places:
+            assert place is not None
+            named = place.component != first or labels[group.path] is not None
+            for component in [place.component] if named else denoisers:
+                moved = names.moved(place, component)
+                if moved is None:
+                    raise refusal(self.groups, [group], names.family, self.where)
+                found.append((group, moved))
+        told = self.into or self.noise or labelled
+        if others and not told and any(place.component == first for _, place in found):
+            # Half of a pair of files names its layers like the other half.
+            warnings.warn(
+                f"{self.where}: the file does not say which denoiser it is for, so {first} takes "
+                f'it, as in diffusers; if it is for {others[0]}, give into="{others[0]}" or begin '
+                f'its keys with {others[0]}; if it is for both, into=("{first}", "{others[0]}")',
+                stacklevel=3,
+            )
+        return found
 
     def _update(self, group: Group, place: Place, names: Names, weights: Weights | None) -> LowRank:
         first = place.rows[0].module
@@ -211,7 +235,7 @@ class LoraFile:
             ]
             return torch.cat([part.detach().to("cpu", torch.float32) for part in parts])
 
-        shape = _shape(place, names)
+        shape = update_shape(place, names)
         try:
             update = update_of(group, scale, weight, self.metadata.config(place.component))
             if update.shape != shape:
@@ -219,9 +243,9 @@ class LoraFile:
                     f"an update of shape {update.shape} does not fit a layer of shape {shape}"
                 )
         except ConceptError as error:
-            kin = _look_like(self)
+            kin = families_of(self.groups)
             other = bool(kin) and names.family.name not in kin
-            likely = f": the file looks like a LoRA of {_or(kin)}" if other else ""
+            likely = f": the file looks like a LoRA of {either(kin)}" if other else ""
             raise ConceptError(
                 f"{error.what}{likely}",
                 where=f"{self.where}: {group.path}",
@@ -262,131 +286,27 @@ def own_name(name: str) -> str:
 
 
 def paired(first: LoraFile, second: LoraFile) -> LoraFile:
-    """The files of two denoisers as one: the second's has its layers under the first one's name.
+    """The files of two denoisers as one, whose layers they name alike or by the denoiser's name.
 
-    Raises:
-        ConceptError: a key of the second file is of something else.
+    Args:
+        second: that of the one for little noise.
     """
-    groups, configs = list(first.groups), dict(first.metadata.configs)
-    for component, name in SECOND.items():
-        for group in second.groups:
-            if not group.path.startswith(f"{name}."):
-                raise ConceptError(
-                    f"{listed(group.keys.values())} is in the file of a second denoiser, whose "
-                    f"keys begin with {name}",
-                    where=second.where,
-                    fix="get an unchanged copy of the folder",
-                )
-            groups.append(replace(group, path=component + group.path.removeprefix(name)))
-        if name in second.metadata.configs:
-            configs[component] = second.metadata.configs[name]
+    ((component, name),) = SECOND.items()
+    groups = [*first.groups, *(_of_component(group, component) for group in second.groups)]
+    configs = {**first.metadata.configs, component: second.metadata.config(name)}
     return replace(first, groups=groups, metadata=replace(first.metadata, configs=configs))
 
 
-def published_kin(file: LoraFile) -> Family:
-    """The published model that a file was made for, without weights.
-
-    Raises:
-        ConceptError: none has all its layers, or several families do.
-    """
-    kin = _kin(file)
-    names = {family.name for family in kin}
-    if len(names) == 1:
-        return kin[0]
-    if names:
-        raise ConceptError(
-            f"the file may be one of {_or(names)}: they all have these layers",
-            where=file.where,
-            fix="load it into a pipeline with load_custom",
-        )
-    lost: Sequence[Group] = file.groups
-    for _, known in _published():
-        here = [group for group in file.groups if known.find(group.path) is None]
-        lost = min(lost, here, key=len)
-    raise ConceptError(
-        f"no published model of the families here has all the layers that the file changes, "
-        f"such as {listed(group.path for group in lost)}",
-        where=file.where,
-        fix="load it into a pipeline of its base with load_custom",
-    )
-
-
-@functools.cache
-def _published() -> list[tuple[Family, Names]]:
-    return [(family, Names(family)) for family in published_families()]
-
-
-def _kin(file: LoraFile) -> list[Family]:
-    """The published models that have all of a file's layers; those of its shapes, if any is."""
-    named, shaped = [], []
-    for family, known in _published():
-        places = [(group, known.find(group.path)) for group in file.groups]
-        if all(place is not None for _, place in places):
-            named.append(family)
-            if all(_fits(known, group, place) for group, place in places if place is not None):
-                shaped.append(family)
-    return shaped or named
-
-
-def _look_like(file: LoraFile) -> set[str]:
-    return {family.name for family in _kin(file)}
-
-
-def _fits(names: Names, group: Group, place: Place) -> bool:
-    shape = _shape(place, names)
-    return all(seen in (None, side) for seen, side in zip(shape_of(group), shape, strict=True))
-
-
-def _shape(place: Place, names: Names) -> tuple[int, int]:
-    """(out, in) of an update that goes there."""
-    _, width = names.layers[place.component][place.rows[0].module]
-    return sum(each.stop - each.start for each in place.rows), width
+def _of_component(group: Group, component: str) -> Group:
+    if re.match(rf"([a-z_.]+\.)?{component}[._]", group.path):
+        return group
+    return replace(group, path=f"{component}.{group.path}")
 
 
 def _names_of(path: str, component: str, module: str) -> list[str]:
     """The names of a layer that patterns may mean: the model's, that of files, and the file's."""
     bare = path.removeprefix("base_model.model.").removeprefix(f"{component}.")
     return list(dict.fromkeys((module, file_name(component, module), bare)))
-
-
-def _refusal(file: LoraFile, family: Family, lost: Sequence[Group]) -> Exception:
-    """Why a file whose keys are not all of this model is refused."""
-    keys = listed(key for group in lost for key in group.keys.values())
-    kin = _look_like(file) - {family.name}
-    if kin:
-        return ConceptError(
-            f"the file looks like a LoRA of {_or(kin)}, and this model is one of {family.name}, "
-            f"which has no layer for {keys}",
-            where=file.where,
-            fix="load it into a pipeline of the base that it was made for",
-        )
-    encoders = {encoder_of(group.path) for group in lost}
-    if None not in encoders:
-        what = " and ".join(sorted(f"the {each}" for each in encoders if each))
-        takes = [key for key in family.clip_encoders if key not in family.text_encoders]
-        if "T5" not in encoders and takes:
-            return PipelineError(
-                f"the file changes {what}, which this pipeline lacks: {keys}",
-                where=file.where,
-                fix=f"load the pipeline with its {' and '.join(takes)}",
-            )
-        return ConceptError(
-            f"the file changes {what}, which takes no adapter in family {family.name}: {keys}",
-            where=file.where,
-            fix="get the LoRA without its part for that encoder",
-        )
-    others = set()
-    for other, known in _published():
-        if other.name != family.name and any(known.find(group.path) for group in lost):
-            others.add(other.name)
-    mixed = len(lost) < len(file.groups) and others
-    also = f": it has keys of {family.name} and of {_or(others)}" if mixed else ""
-    return ConceptError(
-        f"{len(lost)} of the file's {len(file.groups)} layers are not in this {family.name} "
-        f"model, and nothing is loaded by half{also}: {keys}",
-        where=file.where,
-        fix="load it into a pipeline of the base that it was made for",
-    )
 
 
 def _split(update: LowRank, place: Place) -> list[tuple[str, LowRank]]:
@@ -408,7 +328,3 @@ def _small(update: LowRank) -> LowRank:
 
 def _joined(above: LowRank, below: LowRank) -> LowRank:
     return stacked([above, below])
-
-
-def _or(names: set[str]) -> str:
-    return " or ".join(sorted(names))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from customize.concepts.adapter import file_name
+from customize.concepts.formats.denoisers import DenoiserLabels
 from customize.families.base import Family
 from customize.families.originals import Rows
 
@@ -46,8 +47,11 @@ class Names:
     def __init__(self, family: Family) -> None:
         self.family = family
         self.layers = {component: family.layers(component) for component in family.adaptable}
+        self.labels = DenoiserLabels(family)
         self._places: dict[str, Place] = {}
         for component, layers in self.layers.items():
+            if component in family.other_denoisers:  # they have the first one's names
+                continue
             spelled = dict(_spellings(family, component, layers))
             flat = {name.replace(".", "_"): place for name, place in spelled.items()}
             for prefix in _dotted_prefixes(family, component):
@@ -57,7 +61,21 @@ class Names:
 
     def find(self, path: str) -> Place | None:
         """The place of what a file calls by this name, or None."""
-        return self._places.get(path)
+        place = self._places.get(path)
+        if place is not None:
+            return place
+        label = self.labels.split(path)
+        place = self._places.get(label[1]) if label else None
+        if label is None or place is None or place.component != self.family.denoiser_key:
+            return None
+        return self.moved(place, label[0])
+
+    def moved(self, place: Place, component: str) -> Place | None:
+        """The place of the same name in another denoiser, or None where that lacks the layer."""
+        layers = self.layers.get(component, {})
+        if any(each.module not in layers for each in place.rows):
+            return None
+        return replace(place, component=component)
 
     def _add(self, prefix: str, names: dict[str, Place]) -> None:
         for name, place in names.items():
@@ -104,8 +122,6 @@ def _over_processor(name: str) -> str | None:
 def _dotted_prefixes(family: Family, component: str) -> list[str]:
     if component == family.denoiser_key:
         return [f"{component}.", *_OF_DENOISER]
-    if component in family.other_denoisers:  # only by its own name: bare ones are the first's
-        return [f"{component}."]
     clip = _CLIP_NAMES[list(family.clip_encoders).index(component)]
     return [f"{component}.", f"text_encoders.{clip}.transformer.", f"{clip}.transformer."]
 
@@ -113,7 +129,5 @@ def _dotted_prefixes(family: Family, component: str) -> list[str]:
 def _flat_prefixes(family: Family, component: str) -> list[str]:
     if component == family.denoiser_key:
         return list(_FLAT_DENOISER)
-    if component in family.other_denoisers:
-        return []
     number = list(family.clip_encoders).index(component) + 1
     return [f"lora_te{number}_", *(["lora_te_"] if number == 1 else [])]

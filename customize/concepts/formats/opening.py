@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from customize.concepts.formats.lora import (
-    Adaptation,
-    LoraFile,
-    lora_file,
-    paired,
-    published_kin,
-)
+from customize.concepts.formats.base_detection import published_base
+from customize.concepts.formats.denoisers import Noise, noise_of, noises_of, with_noises
+from customize.concepts.formats.lora import Adaptation, Lora, LoraFile, lora_file, paired
 from customize.concepts.layout import (
     EMBEDS_FOLDER,
     INFO_FILE,
@@ -34,7 +32,9 @@ from customize.concepts.reading import (
     read_single_tensors,
     refuse_pickles,
 )
-from customize.errors import ConceptError
+from customize.errors import ConceptError, ConfigError
+from customize.families import FAMILIES
+from customize.near_names import choose_from
 from customize.safe_read import present
 
 
@@ -71,19 +71,53 @@ def opened(source: str | Path) -> Adaptation | LoraFile:
         _refuse_without_tokens(path.parent)
     file = lora_file(name, path, tensors, metadata, _adapter_config(path))
     if second is None or others is None:
-        return file
-    return paired(file, lora_file(name, second, *others))
+        return replace(file, noise=_noise(path))
+    return paired(file, lora_file(name, second, *others, _adapter_config(second)))
 
 
-def opened_whole(source: str | Path) -> Adaptation:
+def opened_whole(source: str | Path, family: str | None = None) -> Adaptation:
     """The same without a pipeline: a LoRA's layers are those of the published model it fits.
+
+    Args:
+        family: the name of that model's family, for layers that several families call alike.
 
     Raises:
         ConceptError: see :func:`opened`; no published model has all its layers, or its updates
-            depend on the base's weights.
+            depend on the base's weights; or the concept is of another family.
+        ConfigError: there is no such family.
     """
-    found = opened(source)
-    return found.lora(published_kin(found)) if isinstance(found, LoraFile) else found
+    return opened_together([source], family)[0]
+
+
+def opened_together(sources: Sequence[str | Path], family: str | None = None) -> list[Adaptation]:
+    """:func:`opened_whole` of each; two files for two denoisers know each other by their names."""
+    if family is not None and family not in FAMILIES:
+        raise ConfigError(
+            f"there is no family {family!r}",
+            where="family",
+            fix=choose_from(family, FAMILIES),
+        )
+    found = [opened(source) for source in sources]
+    files = iter(with_noises([each for each in found if isinstance(each, LoraFile)]))
+    return [
+        _of_published(next(files), family) if isinstance(each, LoraFile) else _of(each, family)
+        for each in found
+    ]
+
+
+def _of_published(file: LoraFile, family: str | None) -> Lora:
+    several = bool(file.noise or file.into)
+    return file.lora(published_base(file.groups, file.where, family, several=several))
+
+
+def _of(concept: Adaptation, family: str | None) -> Adaptation:
+    if family not in (None, concept.info.family):
+        raise ConceptError(
+            f"the concept {concept.info.name} is of family {concept.info.family}, not {family}",
+            where=concept.source,
+            fix="leave the family out: a concept of ours says it itself",
+        )
+    return concept
 
 
 def _files(folder: Path) -> tuple[Path, Path | None]:
@@ -97,6 +131,12 @@ def _files(folder: Path) -> tuple[Path, Path | None]:
         return files[0], None
     if [file.name for file in files] == [LORA_FILE, SECOND_FILE]:
         return files[0], files[1]
+    # A pair says by its files' names which is which, or by those of the folders that they are in.
+    named = {file.stem: file for file in files} or _in_subfolders(folder)
+    noises = noises_of(*named) if len(named) == 2 else None
+    if noises is not None:
+        one, other = named.values()
+        return (one, other) if noises[0] == "high" else (other, one)
     if (folder / PIPELINE_FILE).is_file():
         raise ConceptError(
             "the folder is a whole pipeline, not a concept",
@@ -111,6 +151,21 @@ def _files(folder: Path) -> tuple[Path, Path | None]:
         where=folder,
         fix="name a folder that customize has written, or a single .safetensors file",
     )
+
+
+def _in_subfolders(folder: Path) -> dict[str, Path]:
+    """Folders that are named after levels of noise -> the only file of each."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        files = list(path.glob("*.safetensors")) if noise_of(path.name) and path.is_dir() else []
+        if len(files) == 1:
+            found[path.name] = files[0]
+    return found
+
+
+def _noise(path: Path) -> Noise | None:
+    """The level of noise that a file is for, by its name; None where that says none."""
+    return "low" if path.name == SECOND_FILE else noise_of(path.stem)
 
 
 def _refuse_without_tokens(folder: Path) -> None:

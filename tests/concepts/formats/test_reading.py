@@ -260,10 +260,12 @@ def test_a_file_for_one_of_two_denoisers_is_told_where_it_goes(tmp_path: Path) -
     tensors, _ = lora(
         both, diffusers, (".lora_A.weight", ".lora_B.weight"), every=9, components=["transformer"]
     )
-    path = written(tmp_path / "low.safetensors", tensors)
-    with pytest.warns(UserWarning, match=r"low\.safetensors.*transformer takes it.*transformer_2"):
+    path = written(tmp_path / "some.safetensors", tensors)
+    with pytest.warns(UserWarning, match=r"some\.safetensors.*transformer takes it.*transformer_2"):
         found = opened(path).lora(both)
     assert set(found.products) == {"transformer"}
+    path = written(tmp_path / "low.safetensors", tensors)
+    assert set(opened(path).lora(both).products) == {"transformer_2"}
 
 
 def test_trigger_words_come_from_the_header(tmp_path: Path) -> None:

@@ -1,0 +1,242 @@
+"""Weights of one concept by component and block, in the grammar of diffusers' ``set_adapters``.
+
+::
+
+    {"text_encoder": 0.5, "unet": {"down": 0.8, "mid": 1.0, "up": {"block_1": [0.4, 0.8, 1.0]}}}
+    {"text_encoder": 0.5, "down": 0.8}  # blocks without a component are the denoiser's
+    {"transformer": {"transformer_blocks": 0.5, "single_transformer_blocks": {"block_0": 0.0}}}
+
+A key is a component, or a module of it: a list of blocks, or any module below which there are
+layers. Of two keys the longer one counts, and what no key names has the weight 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from customize.errors import ConfigError
+
+_UNET = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+#: The key of what no other key of a dict names; else that is 1.
+REST = ""
+
+#: Component -> the names of its layers.
+LayerNames = Mapping[str, Iterable[str]]
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One concept's weight in each layer.
+
+    Attributes:
+        weights: ("component" or "component.module", weight) pairs; the longest name that a layer's
+            begins with counts, and 1 where there is none.
+        text: as users write it.
+    """
+
+    weights: tuple[tuple[str, float], ...]
+    text: str = field(compare=False)
+
+    def of(self, component: str, module: str) -> float:
+        """The weight of a layer, by the model's name of it or that of files."""
+        path = f"{component}.{module.removeprefix('text_model.')}."
+        known = [(len(name), w) for name, w in self.weights if path.startswith(f"{name}.")]
+        known += [(-1, weight) for name, weight in self.weights if name == REST]
+        return max(known, default=(0, 1.0), key=lambda pair: pair[0])[1]
+
+    def __format__(self, spec: str) -> str:
+        return self.text
+
+
+#: What a concept's update is multiplied by.
+Weight = float | BlockWeights
+
+
+def weight_of(weight: Weight, component: str, module: str) -> float:
+    """The factor of one layer's update."""
+    return weight.of(component, module) if isinstance(weight, BlockWeights) else weight
+
+
+def checked(name: str, given: object, layers: LayerNames, denoisers: Sequence[str]) -> Weight:
+    """A concept's weight as :func:`customize.load_custom` takes it.
+
+    Args:
+        name: the concept's, for errors.
+        given: a number, or a dict as described above.
+        layers: of the model.
+        denoisers: those of its components whose blocks may stand without their component.
+
+    Raises:
+        ConfigError: what is given is not finite, or names no component, block or module here.
+    """
+    if isinstance(given, BlockWeights):
+        return given
+    if not isinstance(given, Mapping):
+        return _number(name, given)
+    found: list[tuple[str, float]] = []
+    texts: list[str] = []
+    for key, value in given.items():
+        if key == REST:
+            found.append((REST, _number(name, value)))
+            continue
+        if key in layers:
+            found += _below(f"{name}.{key}", key, "", value, layers[key])
+        else:
+            homes = [each for each in denoisers if _module(each, key, layers[each])]
+            if not homes:
+                raise _unknown(name, key, [*layers, *_names(denoisers, layers)])
+            for each in homes:
+                module = _module(each, key, layers[each])
+                found += _below(f"{name}.{key}", each, module, value, layers[each])
+        texts += _texts(str(key), value)
+    rest = next((weight for key, weight in found if key == REST), 1.0)
+    return BlockWeights(tuple(found), ", ".join([*texts, f"else {rest:g}"]))
+
+
+def _below(
+    where: str, component: str, module: str, value: object, layers: Iterable[str]
+) -> Iterator[tuple[str, float]]:
+    """The pairs of :class:`BlockWeights` that a value stands for.
+
+    Args:
+        where: the keys that led here.
+        module: within the component; empty for all of it.
+    """
+    path = f"{component}.{module}" if module else component
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key == REST:
+                yield path, _number(where, inner)
+                continue
+            below = _module(component, key, layers, module)
+            if not below:
+                raise _unknown(where, key, _names([component], {component: layers}, module))
+            yield from _below(f"{where}.{key}", component, below, inner, layers)
+    elif isinstance(value, list | tuple):
+        names = _list(module, value, layers, where)
+        yield path, 1.0
+        for name, weight in names:
+            yield f"{component}.{name}", _number(where, weight)
+    else:
+        yield path, _number(where, value)
+
+
+def _list(
+    module: str, values: Sequence[object], layers: Iterable[str], where: str
+) -> list[tuple[str, object]]:
+    """The modules that a list of weights is for: blocks, or as in diffusers the layers of a block.
+
+    In a UNet they are the attentions of a block with the residual layer before each; what else the
+    block has goes with the first, as in diffusers.
+    """
+    if module in ("down_blocks", "up_blocks"):
+        blocks = _numbers(module, layers)
+        return [pair for n in blocks for pair in _list(f"{module}.{n}", values, layers, where)]
+    parts = module.split(".")
+    if parts[0] in _UNET.values():
+        kinds = sorted({rest.split(".")[0] for rest in _inside(module, layers)})
+        numbers = {kind: _numbers(f"{module}.{kind}", layers) for kind in kinds}
+        count = len(numbers.get("attentions") or numbers.get("resnets") or [])
+        modules = {
+            f"{module}.{kind}.{n}": min(n, count - 1) for kind in kinds for n in numbers[kind]
+        }
+    else:
+        blocks = _numbers(module, layers)
+        count, modules = len(blocks), {f"{module}.{n}": i for i, n in enumerate(blocks)}
+    if not count:
+        raise ConfigError(
+            f"the weights of {where} are a list, and it is no list of blocks",
+            where="weights",
+            fix="give one number",
+        )
+    if len(values) not in (1, count):
+        raise ConfigError(
+            f"{len(values)} weights are given for the {count} layers of {where}",
+            where="weights",
+            fix=f"give {count} numbers, or one for all",
+        )
+    return [(name, values[0 if len(values) == 1 else i]) for name, i in modules.items()]
+
+
+def _module(component: str, key: Any, layers: Iterable[str], parent: str = "") -> str:
+    """The module that a key means, empty where there is none."""
+    name = str(key)
+    if parent and name.startswith("block_"):
+        name = name.removeprefix("block_")
+    elif not parent:
+        name = _UNET.get(name, name) if component.startswith("unet") else name
+    for start in (parent, *(["encoder"] if not parent and "text_encoder" in component else [])):
+        full = f"{start}.{name}" if start else name
+        if name and any(True for _ in _inside(full, layers)):
+            return full
+    return ""
+
+
+def _inside(module: str, layers: Iterable[str]) -> Iterator[str]:
+    """The rest of the names of layers below a module; of the layer itself an empty one."""
+    for layer in layers:
+        name = layer.removeprefix("text_model.")
+        if not module or f"{name}.".startswith(f"{module}."):
+            yield name[len(module) :].lstrip(".")
+
+
+def _numbers(module: str, layers: Iterable[str]) -> list[int]:
+    first = {rest.split(".")[0] for rest in _inside(module, layers)}
+    return sorted(int(each) for each in first if each.isdigit())
+
+
+def _names(components: Sequence[str], layers: LayerNames, parent: str = "") -> list[str]:
+    """The keys that may stand at a place."""
+    found: dict[str, None] = {}
+    short = {module: name for name, module in _UNET.items()}
+    for component in components:
+        for rest in _inside(parent, layers[component]):
+            first = rest.split(".")[0]
+            if first:
+                name = f"block_{first}" if first.isdigit() else first
+                found[short.get(name, name) if not parent else name] = None
+    return list(found)
+
+
+def _unknown(where: str, key: object, names: Sequence[str]) -> ConfigError:
+    near = difflib.get_close_matches(str(key), names, n=3, cutoff=0.5)
+    few = ", ".join(near or names[:12]) + (" ..." if not near and len(names) > 12 else "")
+    return ConfigError(
+        f"a weight of {where} is for {key!r}, which is no component, block or module with layers "
+        "here",
+        where="weights",
+        fix=f"did you mean {few}?" if near else f"choose from {few}",
+    )
+
+
+def _texts(path: str, value: object) -> list[str]:
+    """How a value is shown: one text for each number or list."""
+    if isinstance(value, Mapping):
+        return [
+            text
+            for key, inner in value.items()
+            for text in _texts(path if key == REST else f"{path}.{key}", inner)
+        ]
+    shown = value if isinstance(value, list | tuple) else [value]
+    return [f"{path} {'/'.join(f'{each:g}' for each in shown)}"]
+
+
+def _number(name: str, weight: object) -> float:
+    number = isinstance(weight, Real) and not isinstance(weight, bool)
+    try:
+        value = float(weight) if number else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        shown = repr(weight) if len(repr(weight)) < 50 else "too large"
+        raise ConfigError(
+            f"the weight of {name} is {shown}",
+            where="weights",
+            fix="give a finite number, or a dict from component or block to number",
+        )
+    return value

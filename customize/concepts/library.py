@@ -25,7 +25,7 @@ from customize.concepts.layout import (
     PEFT_FILES,
     WORK_NAMES,
 )
-from customize.concepts.reading import listing, located
+from customize.concepts.reading import listing, located_whole
 from customize.errors import ConceptError, ConfigError, storage_error
 from customize.near_names import check_path, near
 from customize.safe_read import MAX_TENSORS, open_regular, present
@@ -159,7 +159,7 @@ def add(library: str | Path, source: str | Path) -> Entry:
         StorageError: the library cannot be written.
     """
     folder = Path(library)
-    concept, path = opened(source), located(source)
+    concept, path = opened(source), located_whole(source)
     name = concept.info.name
     target = folder / (name if path.is_dir() else f"{name}.safetensors")
     with alone_in(folder):

@@ -404,9 +404,6 @@ def _refuse_pickle(path: Path) -> NoReturn:
 def located(source: str | Path) -> Path:
     """Where a concept or LoRA lies: the path itself, or what the hub gave for an id.
 
-    The LoRA's file in the folder of a concept or merge stands for the folder, in whose other files
-    the rest is.
-
     Raises:
         ConceptError: nothing is there, or it is a pickle.
     """
@@ -427,10 +424,17 @@ def located(source: str | Path) -> Path:
     else:
         if path.suffix.lower() in _PICKLES:
             _refuse_pickle(path)
-        beside = (path.parent / name for name in (INFO_FILE, MERGED_FILE))
-        return path.parent if path.name == LORA_FILE and any(p.is_file() for p in beside) else path
+        return path
     if isinstance(source, str) and is_id(source):
         return downloaded(source)
     raise ConceptError(
         "there is no such concept", where=source, fix=check_path(source, "check the path")
     )
+
+
+def located_whole(source: str | Path) -> Path:
+    """The same; the LoRA's file in the folder of a concept or merge stands for the folder, in whose
+    other files the rest is."""
+    path = located(source)
+    beside = (path.parent / name for name in (INFO_FILE, MERGED_FILE))
+    return path.parent if path.name == LORA_FILE and any(map(present, beside)) else path

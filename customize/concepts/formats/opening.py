@@ -25,7 +25,7 @@ from customize.concepts.layout import (
 from customize.concepts.merged import read_merged
 from customize.concepts.reading import (
     listing,
-    located,
+    located_whole,
     parsed_single,
     read,
     read_json,
@@ -49,7 +49,7 @@ def opened(source: str | Path) -> Adaptation | LoraFile:
     Raises:
         ConceptError: nothing is there, it cannot be read whole, or it is a pickle.
     """
-    path = located(source)
+    path = place = located_whole(source)
     second: Path | None = None
     if path.is_dir():
         if present(path / INFO_FILE):
@@ -67,7 +67,7 @@ def opened(source: str | Path) -> Adaptation | LoraFile:
     merged = read_merged(name, path, tensors, metadata, others and others[0])
     if merged is not None:
         return merged
-    if located(source).is_dir():
+    if place.is_dir():
         _refuse_without_tokens(path.parent)
     file = lora_file(name, path, tensors, metadata, _adapter_config(path))
     if second is None or others is None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from customize.text import one_line, shortened
+
+#: Most characters of what was wrong and of what to do, and of where.
+MAX_WHAT, MAX_WHERE = 2000, 1000
+
 __all__ = [
     "ConceptError",
     "ConfigError",
@@ -31,15 +36,16 @@ class CustomizeError(Exception):
     def __init__(self, what: str, *, where: object | None = None, fix: str | None = None) -> None:
         # Only `what` goes to Exception.args: unpickling calls the class with args and then restores
         # the attributes, so subclasses need no pickling code of their own.
+        what = shortened(what, MAX_WHAT)
         super().__init__(what)
         self.what = what
-        self.where = None if where is None else str(where)
-        self.fix = fix
+        self.where = None if where is None else shortened(str(where), MAX_WHERE)
+        self.fix = None if fix is None else shortened(fix, MAX_WHAT)
 
     def __str__(self) -> str:
         text = _sentence(self.what)
         if self.where:
-            text += f" ({_one_line(self.where)})"
+            text += f" ({shortened(one_line(self.where), MAX_WHERE)})"
         if not text.endswith(("!", "?")):
             text += "."
         if self.fix:
@@ -89,18 +95,6 @@ def storage_error(error: OSError, where: Path) -> StorageError:
     )
 
 
-def _one_line(text: str) -> str:
-    """Join lines and escape control characters.
-
-    Messages quote names and values from files of others, which must not be able to move the cursor
-    or colour the terminal.
-    """
-    joined = " ".join(line.strip() for line in text.splitlines() if line.strip())
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in joined
-    )
-
-
 def _sentence(text: str) -> str:
-    return _one_line(text).rstrip(". ")
+    # Again, as an escape is longer than the character that it stands for.
+    return shortened(one_line(text).rstrip(". "), MAX_WHAT)

@@ -18,6 +18,7 @@ from torch import nn
 
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
+from customize.text import quoted
 
 GIB = 2**30
 #: What a device's driver, library workspaces and fragments take of its memory.
@@ -144,9 +145,9 @@ def budget(word: str, where: str = "memory") -> int:
         ConfigError: it is no such word.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", word) if isinstance(word, str) else None
-    if found is None or not float(found[1]):
+    if found is None or not 0 < float(found[1]) < 2**40:
         raise ConfigError(
-            f"{word!r} is no amount of memory",
+            f"{quoted(word)} is no amount of memory",
             where=where,
             fix='give one such as "8GB", "12GB", "16GB" or "24GB"',
         )

@@ -26,6 +26,7 @@ from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.families.components import class_name
 from customize.near_names import choose_from
+from customize.text import quoted
 
 #: What "auto" chooses from on a CUDA device. Elsewhere torch's own is all there is to choose.
 CANDIDATES = ("native", "_native_cudnn", "xformers", "flash", "_flash_3")
@@ -76,7 +77,7 @@ def _known(backend: str) -> str:
     name = "native" if backend == "sdpa" else backend
     if name not in known:
         raise ConfigError(
-            f"{backend!r} is no attention backend",
+            f"{quoted(backend)} is no attention backend",
             where="attention",
             fix=choose_from(backend, known),
         )

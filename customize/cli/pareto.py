@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import isnan
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from customize.cli.shared import check_png, command_line, console, write_json
+from customize.core.scalars import as_float
 from customize.errors import ConfigError, DataError
 from customize.evaluation import pareto, record
 from customize.near_names import choose_from
@@ -114,7 +115,7 @@ def _point(name: str, rows: Sequence[Row], x: str, y: str, file: Path) -> pareto
     means, errors = [], []
     for rate in (x, y):
         values = [row.get(rate) for row in rows]
-        numbers = [v for v in values if isinstance(v, int | float) and isfinite(v)]
+        numbers = [number for v in values if not isnan(number := as_float(v))]
         if len(numbers) != len(values):
             rates = [key for key, value in rows[0].items() if isinstance(value, int | float)]
             raise ConfigError(

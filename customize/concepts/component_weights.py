@@ -16,10 +16,11 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
+from customize.core.scalars import as_float
 from customize.errors import ConfigError
+from customize.text import quoted
 
 _UNET = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 #: The key of what no other key of a dict names; else that is 1.
@@ -207,8 +208,8 @@ def _unknown(where: str, key: object, names: Sequence[str]) -> ConfigError:
     near = difflib.get_close_matches(str(key), names, n=3, cutoff=0.5)
     few = ", ".join(near or names[:12]) + (" ..." if not near and len(names) > 12 else "")
     return ConfigError(
-        f"a weight of {where} is for {key!r}, which is no component, block or module with layers "
-        "here",
+        f"a weight of {where} is for {quoted(key)}, which is no component, block or module with "
+        "layers here",
         where="weights",
         fix=f"did you mean {few}?" if near else f"choose from {few}",
     )
@@ -227,15 +228,10 @@ def _texts(path: str, value: object) -> list[str]:
 
 
 def _number(name: str, weight: object) -> float:
-    number = isinstance(weight, Real) and not isinstance(weight, bool)
-    try:
-        value = float(weight) if number else math.nan  # type: ignore[arg-type]
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
-        shown = repr(weight) if len(repr(weight)) < 50 else "too large"
+    value = as_float(weight)
+    if math.isnan(value):
         raise ConfigError(
-            f"the weight of {name} is {shown}",
+            f"the weight of {name} is {quoted(weight, 50)}",
             where="weights",
             fix="give a finite number, or a dict from component or block to number",
         )

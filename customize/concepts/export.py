@@ -40,10 +40,12 @@ from customize.concepts.merge import Layer, check_together, merging
 from customize.concepts.merged import MERGED_HEADER
 from customize.concepts.subjects import Subject, check_subjects, to_header
 from customize.core.lowrank import LowRank, all_finite, distance, filled, norm
+from customize.core.scalars import is_whole
 from customize.core.truncation import truncate
 from customize.errors import ConceptError, ConfigError, StorageError, storage_error
 from customize.families import Family, published_families
 from customize.safe_read import read_bytes
+from customize.text import quoted
 
 Products = Mapping[str, Mapping[str, LowRank]]
 
@@ -110,6 +112,12 @@ def write_merged(
     check_together(concepts)
     subjects = [subject for concept in concepts for subject in concept.subjects]
     check_subjects(subjects)
+    if rank is not None and not is_whole(rank):
+        raise ConfigError(
+            f"a merged LoRA cannot have rank {quoted(rank)}",
+            where="rank",
+            fix="give a whole number from 1",
+        )
     settings = settings or {}
     products, error = _narrow(merging(concepts, weights, method, inputs, **settings), rank)
     if not products:
@@ -131,7 +139,7 @@ def write_merged(
                 "name": concept.info.name,
                 "trigger": concept.info.words,
                 "class_word": concept.info.class_word,
-                "weight": weight.text if isinstance(weight, BlockWeights) else weight,
+                "weight": weight.text if isinstance(weight, BlockWeights) else float(weight),
             }
             for concept, weight in zip(concepts, weights, strict=True)
         ],

@@ -21,9 +21,11 @@ from customize.concepts.inputs import Factors, LayerInputs, record_beside
 from customize.core.fusion import fusion
 from customize.core.lowrank import LowRank, check_alike, weighted_sum
 from customize.core.merges import MERGES, check_settings, mean_ratio
+from customize.core.scalars import as_float
 from customize.core.truncation import nearest
 from customize.errors import ConceptError, ConfigError
 from customize.near_names import choose_from
+from customize.text import quoted
 
 SUM, FUSION = "sum", "fusion"
 METHODS = (*MERGES, FUSION)
@@ -139,9 +141,9 @@ def merging(
             fix="give one weight for each concept",
         )
     for concept, weight in zip(concepts, weights, strict=True):
-        if not isinstance(weight, BlockWeights) and not math.isfinite(weight):
+        if not isinstance(weight, BlockWeights) and math.isnan(as_float(weight)):
             raise ConfigError(
-                f"the weight of {concept.info.name} is {weight}",
+                f"the weight of {concept.info.name} is {quoted(weight)}",
                 where="weights",
                 fix="give finite weights",
             )
@@ -188,9 +190,11 @@ def check_method(method: str, settings: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: no such method, or a setting that it does not have.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(
-            f"there is no merge {method}", where="merge", fix=choose_from(method, METHODS)
+            f"there is no merge {quoted(method)}",
+            where="merge",
+            fix=choose_from(method, METHODS),
         )
     check_settings(method, settings)
 

@@ -28,11 +28,16 @@ from customize.core.lowrank import (
     product,
     weighted_sum,
 )
+from customize.core.scalars import as_float, is_whole
 from customize.core.truncation import truncate
 from customize.errors import ConfigError
 from customize.near_names import choose_from
+from customize.text import quoted
 
 Merge = Callable[..., LowRank]
+
+# The least density, whose inverse scales what stays.
+_LEAST = 1e-6
 
 
 def average(products: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
@@ -228,9 +233,9 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
                 fix=choose_from(key, known, otherwise="give none"),
             )
         whole = key in ("rank", "seed")
-        if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
+        if not is_whole(value, -(2**63)) if whole else math.isnan(as_float(value)):
             raise ConfigError(
-                f"the merge {name} cannot have a {key} of {value!r}",
+                f"the merge {name} cannot have a {key} of {quoted(value)}",
                 where=key,
                 fix="give a whole number" if whole else "give a number",
             )
@@ -267,9 +272,9 @@ def _largest(p: LowRank, count: int) -> float:
 
 def _check_density(products: Sequence[LowRank], weights: Sequence[float], density: float) -> None:
     check_mergeable(products, weights)
-    if not 0 < density <= 1:
+    if not _LEAST <= density <= 1:
         raise ConfigError(
             f"a share of {density} of the entries cannot stay",
             where="density",
-            fix="give a density above 0 and at most 1",
+            fix=f"give a density from {_LEAST} to 1",
         )

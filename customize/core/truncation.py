@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from customize.core.lowrank import LowRank, exact, precision_of, product
+from customize.core.scalars import is_whole
 from customize.errors import ConfigError
+from customize.text import quoted
 
 # Of the subspace iteration in `nearest`.
 _OVERSAMPLING, _ITERATIONS = 10, 4
@@ -24,8 +26,10 @@ def truncate(p: LowRank, rank: int) -> LowRank:
     Raises:
         ConfigError: rank is below 1.
     """
-    if rank < 1:
-        raise ConfigError(f"an update cannot be truncated to rank {rank}", fix="keep at least 1")
+    if not is_whole(rank):
+        raise ConfigError(
+            f"an update cannot be truncated to rank {quoted(rank)}", fix="keep at least 1"
+        )
     up, down = _Reflected(exact(p.up)), _Reflected(exact(p.down).T)
     u, s, vh = torch.linalg.svd(p.scale * (up.r @ down.r.T), full_matrices=False)
     root = s[:rank].sqrt()
@@ -58,8 +62,10 @@ def nearest(p: LowRank, rank: int) -> LowRank:
 
     Returns, and raises, what :func:`truncate` does.
     """
+    if not is_whole(rank):
+        return truncate(p, rank)
     columns = rank + _OVERSAMPLING
-    if rank < 1 or 2 * columns >= min(p.rank, *p.shape):
+    if 2 * columns >= min(p.rank, *p.shape):
         return truncate(p, rank)
     dense = product(p)
     start = torch.randn(p.shape[1], columns, generator=torch.Generator().manual_seed(0))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal, get_args
 
 from customize.concepts.phrases import find as places_of
 from customize.concepts.phrases import shared
 from customize.core.projection import check_strength
+from customize.core.scalars import as_float, is_whole
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.families.components import uncompiled
@@ -24,6 +25,7 @@ from customize.hosts.state import Holder
 from customize.hosts.state import find as holder_of
 from customize.hosts.withheld import ALL, Withheld, adding_layers
 from customize.near_names import did_you_mean
+from customize.text import quoted
 
 AUTO = "auto"
 Rows = Literal["words", "rest", "all"]
@@ -32,6 +34,8 @@ Negative = Literal["named", "kept", "cleaned"]
 
 _KEY = "_customize_decor"
 _WHERE = "avoid"
+#: Most words and phrases that one call may avoid.
+MAX_PHRASES = 256
 # "auto" for what concepts add, where no word of the prompt can be hurt; as measured.
 _WITHHELD = 1.25
 
@@ -99,39 +103,44 @@ class Decor:
     def __post_init__(self) -> None:
         if self.avoid is not None:
             phrases_of(self.avoid)
-        if self.strength != AUTO:
-            if not isinstance(self.strength, Real) or isinstance(self.strength, bool):
+        if not isinstance(self.strength, str) or self.strength != AUTO:
+            strength = as_float(self.strength)
+            if math.isnan(strength):
                 raise ConfigError(
-                    f"{self.strength!r} is no strength",
+                    f"{quoted(self.strength)} is no strength",
                     where="strength",
                     fix='give a number from 0 to 2, or "auto"',
                 )
-            check_strength(float(self.strength))
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            check_strength(strength)
+        if self.rank is not None and not is_whole(self.rank):
             raise ConfigError(
-                f"{self.rank!r} is no rank", where="rank", fix="give a whole number from 1, or None"
+                f"{quoted(self.rank)} is no rank",
+                where="rank",
+                fix="give a whole number from 1, or None",
             )
         for name, value, known in (
             ("rows", self.rows, get_args(Rows)),
             ("target", self.target, (None, *get_args(Target))),
             ("negative", self.negative, get_args(Negative)),
         ):
-            if value not in known:
+            if not isinstance(value, str | None) or value not in known:
                 raise ConfigError(
-                    f"{value!r} is none of {', '.join(map(str, known))}",
+                    f"{quoted(value)} is none of {', '.join(map(str, known))}",
                     where=name,
                     fix=did_you_mean(value, [str(each) for each in known]),
                 )
-        if not isinstance(self.keys, Real) or not 0.0 <= self.keys <= 1.0:
+        if not 0.0 <= as_float(self.keys) <= 1.0:
             raise ConfigError(
-                f"{self.keys!r} is no share of the strength",
+                f"{quoted(self.keys)} is no share of the strength",
                 where="keys",
                 fix="give a number from 0, for values alone, to 1, for keys alike",
             )
-        low, high = self.noise if len(self.noise) == 2 else (1.0, 0.0)
+        pair: Any = self.noise
+        two = isinstance(pair, list | tuple) and len(pair) == 2
+        low, high = map(as_float, pair) if two else (1.0, 0.0)
         if not 0.0 <= low < high <= 1.0:
             raise ConfigError(
-                f"{self.noise!r} are no two shares of noise, the less first",
+                f"{quoted(self.noise)} are no two shares of noise, the less first",
                 where="noise",
                 fix="give such as (0.5, 1.0) for the first half of the noise levels",
             )
@@ -148,9 +157,9 @@ def phrases_of(avoid: str | Sequence[str]) -> tuple[str, ...]:
         ConfigError: it names nothing, or is no text.
     """
     listed = avoid.split(",") if isinstance(avoid, str) else avoid
-    if not isinstance(listed, Sequence) or not all(isinstance(each, str) for each in listed):
+    if not isinstance(listed, Sequence) or not all(map(_is_text, listed)):
         raise ConfigError(
-            f"{avoid!r} does not say what is not wanted",
+            f"{quoted(avoid)} does not say what is not wanted",
             where=_WHERE,
             fix='give words, such as avoid="beach, fence", or a list of them',
         )
@@ -161,7 +170,18 @@ def phrases_of(avoid: str | Sequence[str]) -> tuple[str, ...]:
             where=_WHERE,
             fix='give such as avoid="beach, fence", or leave it out',
         )
+    if len(found) > MAX_PHRASES:
+        raise ConfigError(
+            f"{len(found):,} words and phrases are not wanted, of at most {MAX_PHRASES}",
+            where=_WHERE,
+            fix="name those that matter; each costs time and memory in every call",
+        )
     return found
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text that a tokenizer reads, without halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def settings_of(family: Family) -> Decor | None:

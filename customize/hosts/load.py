@@ -34,6 +34,7 @@ from customize.hosts.sources import Into, family_in, read_sources, with_all_part
 from customize.hosts.state import Attached, Holder, check_sharing, find, keep
 from customize.memory import budget
 from customize.near_names import choose_from
+from customize.text import quoted
 
 
 def load(
@@ -214,7 +215,7 @@ def _loading(
     if names is not None:
         if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
             raise ConfigError(
-                f"{names!r} does not name {len(new)} concepts",
+                f"{quoted(names)} does not name {len(new)} concepts",
                 where="names",
                 fix="give a list with a name for each, or None where it keeps its own",
             )
@@ -280,7 +281,7 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
     for name in names:
         if not isinstance(name, str):
             raise ConfigError(
-                f"{name!r} is not the name of a concept",
+                f"{quoted(name)} is not the name of a concept",
                 fix='give each name by itself: unload_custom("rex", "tom")',
             )
         if name not in before:

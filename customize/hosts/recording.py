@@ -35,6 +35,7 @@ from customize.hosts.change import change
 from customize.hosts.offload import check_placed
 from customize.hosts.state import Attached, Holder, Merging
 from customize.near_names import choose_from
+from customize.text import quoted
 
 
 def method_of(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]] | None:
@@ -47,9 +48,9 @@ def method_of(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any
         return None
     settings = dict(merge) if isinstance(merge, Mapping) else {"method": merge}
     method = settings.pop("method", None)
-    if method not in (AUTO, *METHODS):
+    if not isinstance(method, str) or method not in (AUTO, *METHODS):
         raise ConfigError(
-            f"a pipeline's concepts cannot be merged by {method!r}",
+            f"a pipeline's concepts cannot be merged by {quoted(method)}",
             where="merge",
             fix=choose_from(method, (AUTO, *METHODS))
             + ', or give a dict with one as its "method" and settings',

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from customize.concepts.phrases import check, find, regional
 from customize.core.regions import box_weights, layered, mask_weights
+from customize.core.scalars import as_float
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.hosts.calling import Call, Stage
@@ -23,12 +23,17 @@ from customize.hosts.checks import check_encoders_here
 from customize.hosts.regional import Regional, drawn_by_regions
 from customize.hosts.sources import family_in
 from customize.hosts.state import find as holder_of
+from customize.text import quoted
 
 Weigh = Callable[[int, int], Tensor]
 
 # Fine enough to tell whether anything of a region shows.
 _GRID = 256
 _LEAST = 0.01
+#: Most regions of one prompt.
+MAX_REGIONS = 64
+# Of a mask.
+_MOST_PIXELS = 2**28
 
 # What changes how a pipeline encodes a prompt, or takes its place.
 _OTHER_WORDS = ("prompt_embeds", "prompt_2", "prompt_3", "clip_skip")
@@ -64,9 +69,15 @@ def _regional(prompt: str, regions: Mapping[str, Any], words: Mapping[str, str])
         regions: trigger, concept's name, or any words of the prompt -> box or mask.
         words: concept's name -> what calls it.
     """
+    if len(regions) > MAX_REGIONS:
+        raise ConfigError(
+            f"{len(regions):,} regions were given, of at most {MAX_REGIONS}",
+            where="regions",
+            fix="give fewer; each costs as much time and memory as a prompt",
+        )
     named: dict[str, Weigh] = {}
     for key, place in regions.items():
-        where = f"regions[{key!r}]"
+        where = f"regions[{quoted(key)}]"
         if not isinstance(key, str):
             raise ConfigError(
                 f"a region goes by words of the prompt, not by a {type(key).__name__}", where=where
@@ -89,12 +100,8 @@ def _regional(prompt: str, regions: Mapping[str, Any], words: Mapping[str, str])
 
 def _weigh(place: Any, where: str) -> Weigh:
     """A box or a mask as weights on any grid."""
-    if isinstance(place, Image.Image):
-        mask = torch.from_numpy(np.array(place.convert("L"), dtype=np.float32) / 255)
-    elif isinstance(place, Tensor):
-        mask = place.detach().cpu()
-    elif isinstance(place, np.ndarray):
-        mask = torch.from_numpy(np.ascontiguousarray(place))
+    if isinstance(place, Image.Image | Tensor | np.ndarray):
+        mask = _mask(place, where)
     elif isinstance(place, Sequence) and not isinstance(place, str):
         return partial(box_weights, _box(place, where))
     else:
@@ -103,13 +110,6 @@ def _weigh(place: Any, where: str) -> Weigh:
             where=where,
             fix="give a box (left, top, right, bottom), or a mask: a PIL image, array or tensor",
         )
-    if mask.ndim != 2 or not mask.numel():
-        raise ConfigError(
-            f"a mask of shape {tuple(mask.shape)} is not one of (height, width)",
-            where=where,
-            fix="give one number for each pixel",
-        )
-    mask = mask.float()
     if not bool(torch.isfinite(mask).all()):
         raise ConfigError("the mask is not finite", where=where)
     if float(mask.min()) < 0.0 or float(mask.max()) > 1.0:
@@ -123,12 +123,46 @@ def _weigh(place: Any, where: str) -> Weigh:
     return partial(mask_weights, mask)
 
 
-def _box(place: Sequence[Any], where: str) -> tuple[float, float, float, float]:
-    if len(place) != 4 or not all(isinstance(n, Real) and math.isfinite(n) for n in place):
+def _mask(place: Image.Image | Tensor | np.ndarray[Any, Any], where: str) -> Tensor:
+    """A mask's numbers, (height, width), float32, on the CPU."""
+    if isinstance(place, Tensor) and place.is_nested:
+        raise ConfigError("a nested tensor is no mask", where=where)
+    shape = tuple(place.size[::-1] if isinstance(place, Image.Image) else place.shape)
+    if len(shape) != 2 or not 0 < math.prod(shape) <= _MOST_PIXELS:
         raise ConfigError(
-            f"{place!r} is no box", where=where, fix="give four numbers: left, top, right, bottom"
+            f"a mask of shape {shape} is not one of (height, width), of at most {_MOST_PIXELS:,} "
+            "pixels",
+            where=where,
+            fix="give one number for each pixel",
         )
-    left, top, right, bottom = map(float, place)
+    try:
+        if isinstance(place, Image.Image):
+            return torch.from_numpy(np.array(place.convert("L"), dtype=np.float32) / 255)
+        if isinstance(place, Tensor):
+            if place.is_complex() or place.is_quantized or place.layout != torch.strided:
+                raise TypeError("its numbers are complex, quantized or sparse")
+            return place.detach().cpu().float()
+        if place.dtype.kind not in "biuf":
+            raise TypeError(f"its elements are of type {place.dtype}")
+        with np.errstate(over="ignore"):  # beyond float32 is beyond 1 as well
+            return torch.from_numpy(np.ascontiguousarray(place).astype(np.float32))
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the mask cannot be read: {error}",
+            where=where,
+            fix="give real numbers from 0 to 1, or a picture in grayscale",
+        ) from error
+
+
+def _box(place: Sequence[Any], where: str) -> tuple[float, float, float, float]:
+    numbers = [as_float(number) for number in place] if len(place) == 4 else [math.nan]
+    if any(map(math.isnan, numbers)):
+        raise ConfigError(
+            f"{quoted(place)} is no box",
+            where=where,
+            fix="give four numbers: left, top, right, bottom",
+        )
+    left, top, right, bottom = numbers
     if min(left, top) < 0.0 or max(right, bottom) > 1.0:
         raise ConfigError(
             f"the box {tuple(place)} reaches out of the picture",
@@ -145,6 +179,7 @@ def _box(place: Sequence[Any], where: str) -> tuple[float, float, float, float]:
 
 
 def _check_shown(named: Mapping[str, Weigh]) -> None:
+    """Refuse a region that others cover."""
     own = [weigh(_GRID, _GRID) for weigh in named.values()]
     for phrase, before, after in zip(named, own, layered(own)[1:], strict=True):
         if float(after.sum()) < _LEAST * float(before.sum()):
@@ -178,13 +213,14 @@ def _each(regions: Any, count: int) -> Sequence[Mapping[str, Any]]:
 def _prompts(call: Call) -> list[str]:
     prompt = call.get("prompt")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
+    texts = prompts if isinstance(prompts, list | tuple) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise ConfigError(
             "regions need a prompt in words",
             where="prompt",
             fix="give prompt= a text or a list of texts",
         )
-    return list(prompts)
+    return list(texts)
 
 
 def _check_host(pipe: Any, family: Family, call: Call) -> None:

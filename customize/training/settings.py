@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic.fields import FieldInfo
 from customize.errors import ConfigError
 from customize.near_names import check_path, did_you_mean
 from customize.safe_read import MAX_PAGE, read_bytes
+from customize.text import quoted
 
 #: What settings were called in earlier versions -> what they are called now.
 RENAMED = {
@@ -157,4 +157,4 @@ def mentions(text: str, trigger: str) -> bool:
 
 def short(value: object) -> str:
     """A value for a message; bounded, as values from files can be of any size."""
-    return reprlib.repr(str(value) if isinstance(value, Path) else value)
+    return quoted(str(value) if isinstance(value, Path) else value, 60)

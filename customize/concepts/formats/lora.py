@@ -31,6 +31,7 @@ from customize.concepts.subjects import Subject
 from customize.core.lowrank import LowRank, from_dense, product, rows, stacked
 from customize.errors import ConceptError
 from customize.families import Family
+from customize.text import quoted
 
 #: (component, module) -> the layer's weight without any adapter, (out, in) or (out, in, kh, kw).
 Weights = Callable[[str, str], Tensor]
@@ -94,7 +95,7 @@ class Lora:
         """
         if not re.fullmatch(NAME, name):
             raise ConceptError(
-                f"{name!r} is not the name of a concept",
+                f"{quoted(name)} is not the name of a concept",
                 where="names",
                 fix="use up to 64 of the characters a-z, 0-9, _ and -, a letter or digit first",
             )

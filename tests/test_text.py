@@ -1,0 +1,80 @@
+"""Text of others on terminals and in Markdown."""
+
+from __future__ import annotations
+
+import html
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from customize.errors import MAX_WHAT, MAX_WHERE, CustomizeError
+from customize.text import harmless, markdown, markdown_code, one_line, quoted, shortened
+
+ANY = st.text(st.characters(exclude_categories=()))
+HOSTILE = [
+    "\x1b[31mred\x1b[0m",
+    "\x9b31m",
+    "\x1b]8;;http://evil\x07link\x1b]8;;\x07",
+    "a\rb",
+    "a\u202egnp.exe",
+    "a\u2066b\u2069",
+    "zero\u200bwidth\ufeff",
+    "half \ud800",
+    "\u2028line\u2029",
+    "\U000e0041tag",
+    "nul\0",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_nothing_that_moves_or_hides_is_left(text):
+    for shown in (harmless(text), one_line(text), markdown(text), markdown_code(text)):
+        assert all(char.isprintable() or char == "\n" for char in shown)
+        shown.encode()
+    assert str(CustomizeError(text, where=text, fix=text)).isprintable()
+
+
+@given(ANY)
+def test_any_text_is_one_printable_line(text):
+    assert one_line(text).isprintable()
+    one_line(text).encode()
+
+
+@given(ANY)
+def test_markdown_shows_the_text_and_is_no_markup(text):
+    shown = markdown(text)
+    assert html.unescape(shown) == html.unescape(html.escape(one_line(text)))
+    assert not re.search(r"[\\`*_\[\]<>|!~@:(){}\"']|www\.", shown, re.IGNORECASE)
+
+
+@given(st.text("`a| "))
+def test_code_is_not_left(text):
+    shown = markdown_code(text)
+    if not one_line(text):
+        assert shown == ""
+        return
+    fence = re.match("`+", shown)[0]
+    inside = shown[len(fence) : -len(fence)]
+    assert shown.endswith(fence) and fence not in inside
+    assert not re.search(r"(?<!\\)\|", inside)
+
+
+def test_ordinary_text_stays():
+    for text in ("a dog", "Größe 12, naïve", "犬", "a-b.c"):
+        assert harmless(text) == one_line(text) == markdown(text) == text
+        assert markdown_code(text) == f"`{text}`"
+    assert harmless("a\nb") == "a\nb" and one_line(" a\n\n b ") == "a b"
+
+
+def test_lengths_are_bounded():
+    assert shortened("a" * 100, 100) == "a" * 100
+    long = shortened("a" * 500 + "z" * 500, 100)
+    assert len(long) == 100 and "(1,000 characters)" in long
+    assert long.startswith("a") and long.endswith("z")
+    assert quoted("x" * 10**7, 50).startswith("'x") and len(quoted("x" * 10**7, 50)) == 50
+    assert quoted(10**5000) == "a value of type int" and quoted([1, "a"]) == "[1, 'a']"
+    error = CustomizeError("\x1b" * 10**6, where="\u202e" * 10**6, fix="y" * 10**6)
+    assert len(str(error)) < 2 * MAX_WHAT + MAX_WHERE + 20
+    assert len(error.what) <= MAX_WHAT and len(repr(error)) < 5 * MAX_WHAT

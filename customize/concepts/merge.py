@@ -191,8 +191,9 @@ def check_method(method: str, settings: Mapping[str, Any]) -> None:
         ConfigError: no such method, or a setting that it does not have.
     """
     if not isinstance(method, str) or method not in METHODS:
+        shown = method if isinstance(method, str) else quoted(method)
         raise ConfigError(
-            f"there is no merge {quoted(method)}",
+            f"there is no merge {shown}",
             where="merge",
             fix=choose_from(method, METHODS),
         )

@@ -19,7 +19,7 @@ from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.formats.opening import opened_together
 from customize.concepts.inputs import record_beside
 from customize.concepts.merge import learned_together, strangers
-from customize.concepts.slices import collisions
+from customize.concepts.overlap import true_collisions
 from customize.core.crosstalk import answers, matrix, relative
 from customize.core.lowrank import LowRank
 from customize.errors import ConfigError, storage_error
@@ -103,7 +103,7 @@ def _notes(concepts: Sequence[Adaptation]) -> list[str]:
         return [
             "They were learned in one run: what it learned is their sum, as load_custom has it."
         ]
-    colliding = [f"note: {found}" for found in collisions([each.info for each in concepts])]
+    colliding = [f"note: {found}" for found in true_collisions(concepts)]
     plain = [concept.info.name for concept in concepts if concept.info.basis is None]
     if plain:
         return [
@@ -134,9 +134,11 @@ def described(concept: Adaptation) -> dict[str, str]:
         or "none",
     }
     if info.basis is not None:
-        rows["basis"] = f"{info.basis.kind}, seed {info.basis.seed}, scale {info.basis.scale:g}"
+        rows["orthogonal matrix"] = (
+            f"{info.basis.kind}, seed {info.basis.seed}, scale {info.basis.scale:g}"
+        )
         if info.basis.avoid:
-            rows["basis"] += f", {info.basis.avoid} directions avoided ({info.basis.shared})"
+            rows["avoid"] = f"{info.basis.avoid} shared directions, recorded as {info.basis.shared}"
         rows["slices"] = "; ".join(
             f"width {width}: {_ranges(columns)}" for width, columns in info.slices.items()
         )

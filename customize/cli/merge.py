@@ -134,7 +134,7 @@ def _write_lora(
 ) -> None:
     from customize.concepts.export import write_merged
     from customize.concepts.formats.opening import opened_together
-    from customize.concepts.slices import collisions
+    from customize.concepts.overlap import true_collisions
 
     concepts = _named(opened_together(sources, family), names)
     method, inputs = _with_records(concepts, method)
@@ -158,7 +158,7 @@ def _write_lora(
     )
     if merged.error:
         out.print(f"Truncation lost {merged.error:.1%} of the update.", markup=False)
-    for collision in collisions([concept.info for concept in concepts]):
+    for collision in true_collisions(concepts):
         out.print(f"note: {collision}", markup=False, soft_wrap=True)
     reader = "stock diffusers loads it" if layout == LAYOUTS[0] else "other programs load it"
     out.print(f"README.md in it says how {reader}.", markup=False)

@@ -1,1 +1,1 @@
-"""One learned concept: its files, its tokens, its slice of the basis; merging many of them."""
+"""One learned concept: its files, its tokens, its slice of the matrix; merging many of them."""

@@ -287,7 +287,7 @@ def _frozen_downs(
     """(component, module) -> down-projection; layers of the same have one tensor."""
     if basis is None or columns is None:
         raise ConfigError(
-            "orthogonal adaptation needs a basis and each width's columns",
+            "orthogonal adaptation needs an orthogonal matrix (basis) and each width's columns",
             fix="give basis and columns, or use the method lora",
         )
     widths = {shape[1] for shapes in targets.values() for shape in shapes.values()}

@@ -35,7 +35,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
     layers = ", ".join(f"{len(updates)} of {name}" for name, updates in concept.products.items())
     if info.basis is not None:
         how = (
-            f"Orthogonal Adaptation: slices of the `{info.basis.kind}` basis with seed "
+            f"Orthogonal Adaptation: slices of the orthogonal matrix `{info.basis.kind}` with seed "
             f"{info.basis.seed}, frozen"
         )
     else:

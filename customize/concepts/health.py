@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
 
 from customize.concepts.claims import read_claims
-from customize.concepts.formats.lora import LoraFile
+from customize.concepts.concept import Concept
+from customize.concepts.formats.lora import Lora, LoraFile
 from customize.concepts.formats.opening import opened
 from customize.concepts.index import Entry
 from customize.concepts.inputs import LayerInputs, place_beside, record_beside
 from customize.concepts.library import Library
-from customize.concepts.slices import Collision, Holder, collisions, turn
+from customize.concepts.overlap import Downs, down_projections, overlapping
+from customize.concepts.slices import (
+    Collision,
+    Holder,
+    collisions,
+    matrix_key,
+    shared_by_number,
+    sharing,
+)
 from customize.core.bases import avoided
 from customize.errors import ConceptError, CustomizeError
 
-_ANEW = "get an unchanged copy of the file, or take it out"
+MatrixKey = tuple[str, int, int]
+
+# Down-projections of so many layers of each width are compared, of one in a large library: all are
+# in memory at once.
+_LAYERS, _LARGE = 4, 100
 
 
 @dataclass(frozen=True)
@@ -45,24 +58,28 @@ def check(folder: str | Path) -> Health:
     """
     library = Library(folder)
     faults, notes = [], []
+    downs: dict[str, Downs] = {}
+    layers = _LAYERS if len(library.entries) <= _LARGE else 1
     if library.stale:
         notes.append(f"the index was missing or old in {library.stale} places, and was made anew")
     if not library.kept:
         notes.append("the index cannot be written here, so that it is made at each start")
     for entry in library.entries.values():
         try:
-            _check_files(library.path(entry), entry)
+            concept = opened(library.path(entry))
+            if isinstance(concept, Concept) and concept.info.basis is not None:
+                downs[entry.source] = down_projections(concept, layers)
+            _check_files(concept, library.path(entry), entry)
             if entry.fault:  # its files can be read by those who know their names
                 faults.append(entry.fault)
         except CustomizeError as error:
             faults.append(str(error))
     faults += _doubled(list(library.entries.values()))
-    crowded, full = _colliding(library)
+    crowded, full = _colliding(library, downs)
     return Health(library, [*faults, *crowded], [*notes, *full])
 
 
-def _check_files(path: Path, entry: Entry) -> None:
-    found = opened(path)
+def _check_files(found: Concept | Lora | LoraFile, path: Path, entry: Entry) -> None:
     if isinstance(found, LoraFile):
         _check_lora(found)
     if not entry.recorded:
@@ -120,35 +137,70 @@ def _architecture(entry: Entry) -> tuple[str, str]:
     return entry.family, str(entry.fingerprint.get("denoiser"))
 
 
-def _colliding(library: Library) -> tuple[list[str], list[str]]:
-    """Slices that share columns: those that need not, and of each full width how many do.
+def _colliding(library: Library, downs: Mapping[str, Downs]) -> tuple[list[str], list[str]]:
+    """Slices that share columns: those that need not, and of each full width how many do; and
+    slices that overlap as random ones do.
 
-    Runs that are not finished hold theirs too.
+    Runs that are not finished hold theirs too, of which only the numbers are known.
+
+    Args:
+        downs: source -> down-projections of some layers, of all that have slices.
     """
-    groups: dict[tuple[object, ...], list[Holder]] = {}
-    for entry in library.entries.values():
-        if entry.basis is not None and not entry.fault:
-            groups.setdefault((*_architecture(entry), turn(entry.basis)), []).append(entry)
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for source in downs:
+        entry = library.entries[source]
+        groups.setdefault(_architecture(entry), []).append(entry)
     faults, notes = [], []
     try:
         claims = read_claims(library.folder)
     except ConceptError as error:
         return [str(error)], []
-    for key, entries in groups.items():
-        own = [claim for claim in claims if turn(claim.basis) == key[-1]]
-        holders = [*entries, *own]
-        pairs, crowds = _shared(holders)
-        faults += [str(each) for each in pairs]
+    for entries in groups.values():
+        full: dict[MatrixKey, set[int]] = {}
+        for key, holders in _by_matrix([*entries, *claims]).items():
+            crowds = _crowds(holders)
+            full[key] = set(crowds)
+            notes += [
+                f"width {width} is full: {count} of {len(holders)} concepts share columns there, "
+                "and each changes what the others have learned where they are summed"
+                for width, count in crowds.items()
+            ]
+        apart: dict[str, tuple[int, Collision]] = {}
+        pairs = overlapping(entries, [downs[entry.source] for entry in entries])
+        for (i, j), each in pairs.items():
+            a, b = entries[i], entries[j]
+            if not each.columns:
+                count, first = apart.get(each.first, (0, each))
+                apart[each.first] = count + 1, first
+                continue
+            crowded = full.get(matrix_key(a.basis), set()) if a.basis else set()
+            columns = {w: own for w, own in each.columns.items() if w not in crowded}
+            if columns:
+                faults.append(str(sharing(a, b, columns)))
         notes += [
-            f"width {width} is full: {count} of {len(holders)} concepts share columns there, and "
-            "each changes what the others have learned where they are summed"
-            for width, count in crowds.items()
+            str(each).removesuffix(".") + (f" (and {count - 1} others)" if count > 1 else "")
+            for count, each in apart.values()
         ]
+        for claim, entry in product(claims, entries):
+            columns = shared_by_number(entry, claim)
+            crowded = full.get(matrix_key(claim.basis), set())
+            columns = {w: own for w, own in columns.items() if w not in crowded}
+            if columns and claim.name != entry.name:
+                faults.append(str(sharing(entry, claim, columns)))
+    faults += [str(each) for each in collisions(claims) if each.columns]
     return faults, notes
 
 
-def _shared(holders: Sequence[Holder]) -> tuple[list[Collision], dict[int, int]]:
-    """Collisions at widths with room for all; width -> how many share, where there is none."""
+def _by_matrix(holders: Sequence[Holder]) -> dict[MatrixKey, list[Holder]]:
+    found: dict[MatrixKey, list[Holder]] = {}
+    for holder in holders:
+        if holder.basis is not None:
+            found.setdefault(matrix_key(holder.basis), []).append(holder)
+    return found
+
+
+def _crowds(holders: Sequence[Holder]) -> dict[int, int]:
+    """Width without room for all -> how many share columns there, by their numbers."""
     owners: dict[tuple[int, int], list[int]] = {}
     needed: dict[int, int] = {}
     for number, holder in enumerate(holders):
@@ -159,13 +211,9 @@ def _shared(holders: Sequence[Holder]) -> tuple[list[Collision], dict[int, int]]
                 owners.setdefault((width, column), []).append(number)
     basis = holders[0].basis
     avoid = 0 if basis is None else basis.avoid
-    full = {width for width, count in needed.items() if count > width - avoided(width, avoid)}
-    pairs: set[tuple[int, int]] = set()
-    crowds: dict[int, set[int]] = {width: set() for width in sorted(full)}
+    full = sorted(w for w, count in needed.items() if count > w - avoided(w, avoid))
+    crowds: dict[int, set[int]] = {width: set() for width in full}
     for (width, _), those in owners.items():
-        if len(those) > 1 and width in full:
+        if len(those) > 1 and width in crowds:
             crowds[width].update(those)
-        elif len(those) > 1:
-            pairs.update(combinations(those, 2))
-    found = [each for a, b in sorted(pairs) for each in collisions([holders[a], holders[b]])]
-    return found, {width: len(those) for width, those in crowds.items() if those}
+    return {width: len(those) for width, those in crowds.items() if those}

@@ -1,4 +1,4 @@
-"""Which columns of the shared basis a concept takes, and who takes the same ones."""
+"""Which columns of the shared orthogonal matrix a concept takes, and who takes the same ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Protocol
 
-from customize.concepts.claims import read_claims
+from customize.concepts.claims import Claim, read_claims
 from customize.concepts.concept import BasisInfo
 from customize.concepts.layout import INFO_FILE
 from customize.concepts.reading import in_folders, read_info
@@ -87,27 +87,36 @@ def free_index(
     """The number for a new concept beside others.
 
     The lowest of those whose slices share the fewest columns with theirs, over all widths that
-    count: no column at all until one is full.
+    count: no column at all until one is full. Concepts that avoid other shared directions count
+    after those that avoid the same ones: their columns of the same numbers are nearly the same
+    where the two recordings differ by little.
 
     Args:
         there: the concepts, and those that are being learned.
-        rank, basis: of the new concept. Concepts on another basis take no columns of this one.
+        rank, basis: of the new concept. Concepts on another orthogonal matrix, or that avoid
+            another number of directions, take no columns of this one.
         widths: the new concept's; None: all that the others use.
 
     Raises:
         ConfigError: the rank does not fit a width.
     """
-    own = None if widths is None else set(widths)
-    taken: dict[int, list[int]] = {}
+    counted = None if widths is None else set(widths)
+    # Width -> columns that are taken, by concepts with the same shared directions and by others.
+    taken: dict[int, tuple[list[int], list[int]]] = {}
     for holder in there:
-        if _same_basis(holder.basis, basis):
+        if holder.basis is not None and matrix_key(holder.basis) == matrix_key(basis):
+            other = holder.basis.shared != basis.shared
             for width, columns in holder.slices.items():
-                if own is None or int(width) in own:
-                    taken.setdefault(int(width), []).extend(columns)
+                if counted is None or int(width) in counted:
+                    taken.setdefault(int(width), ([], []))[other].extend(columns)
 
-    def shared(index: int) -> int:
+    def shared(index: int) -> tuple[int, int]:
         slices = columns_for(taken, rank, index=index, name="", avoid=basis.avoid)
-        return sum(taken[width].count(c) for width, columns in slices.items() for c in columns)
+        same, others = (
+            sum(taken[width][kind].count(c) for width, columns in slices.items() for c in columns)
+            for kind in (0, 1)
+        )
+        return same, others
 
     rooms = [width - avoided(width, basis.avoid) for width in taken]
     candidates = max((capacity(room, rank) for room in rooms), default=1)
@@ -120,7 +129,8 @@ class Collision:
 
     Attributes:
         first, second: the concepts' names.
-        columns: width -> the columns that both have; empty where their bases differ.
+        columns: width -> the columns that both have; empty where their slices are not of the same
+            columns, and overlap nevertheless.
         what: the same in words.
         fix: what resolves it.
     """
@@ -136,54 +146,97 @@ class Collision:
 
 
 def collisions(infos: Sequence[Holder]) -> list[Collision]:
-    """Every pair of concepts that will disturb each other more than disjoint slices do.
+    """Every pair of concepts that will disturb each other more than disjoint slices do, as far as
+    their facts say; :func:`customize.concepts.overlap.true_collisions` compares the slices.
 
-    Concepts of the method "lora" have no slices to compare and are left out.
+    Columns of other numbers are hardly less apart where other shared directions are avoided, as
+    these turn few dimensions of a layer; columns of the same numbers are nearly the same.
+
+    Concepts of the method "lora" have no slices to compare and are left out, and so is the claim
+    of a run that learns a concept anew beside that concept.
     """
     found = []
     sliced = [info for info in infos if info.basis is not None]
     for a, b in combinations(sliced, 2):
-        if not _same_basis(a.basis, b.basis):
-            found.append(
-                Collision(
-                    a.name,
-                    b.name,
-                    {},
-                    f"{a.name} and {b.name} have different bases, so they overlap as much as "
-                    "slices drawn at random",
-                    f"learn {b.name} again with the basis of {a.name}",
-                )
-            )
+        if a.name == b.name and (isinstance(a, Claim) or isinstance(b, Claim)):
             continue
-        columns = {
-            int(width): shared
-            for width in sorted(set(a.slices) & set(b.slices), key=int)
-            if (shared := shared_columns(a.slices[width], b.slices[width]))
-        }
+        columns = shared_by_number(a, b)
         if columns:
-            counts = ", ".join(
-                f"{len(shared)} of {min(a.rank, b.rank)} columns at width {width}"
-                for width, shared in columns.items()
-            )
-            found.append(
-                Collision(
-                    a.name,
-                    b.name,
-                    columns,
-                    f"{a.name} and {b.name} share {counts}, where each changes what the other "
-                    "has learned",
-                    f"learn {b.name} again in one library folder with {a.name}, or with a slice "
-                    "number that is free, or lower the weight of one of them",
-                )
-            )
+            found.append(sharing(a, b, columns))
+        elif a.basis and b.basis and matrix_key(a.basis) != matrix_key(b.basis):
+            found.append(unrelated(a, b))
     return found
 
 
-def _same_basis(a: BasisInfo | None, b: BasisInfo | None) -> bool:
-    # The scale does not turn a slice, so it does not matter here.
-    return a is not None and b is not None and turn(a) == turn(b)
+def shared_by_number(a: Holder, b: Holder) -> dict[int, tuple[int, ...]]:
+    """Width -> the column numbers that both have, where these number the same columns, or, with
+    other shared directions, nearly the same."""
+    if a.basis is None or b.basis is None or matrix_key(a.basis) != matrix_key(b.basis):
+        return {}
+    return {
+        int(width): shared
+        for width in sorted(set(a.slices) & set(b.slices), key=int)
+        if (shared := shared_columns(a.slices[width], b.slices[width]))
+    }
 
 
-def turn(basis: BasisInfo) -> tuple[str, int, int, str]:
-    """What tells one basis' columns from another's."""
-    return basis.kind, basis.seed, basis.avoid, basis.shared
+def sharing(a: Holder, b: Holder, columns: Mapping[int, tuple[int, ...]]) -> Collision:
+    """The collision of two concepts that have columns in common."""
+    counts = ", ".join(
+        f"{len(shared)} of {min(a.rank, b.rank)} columns at width {width}"
+        for width, shared in columns.items()
+    )
+    return Collision(
+        a.name,
+        b.name,
+        dict(columns),
+        f"{a.name} and {b.name} share {counts}, where each changes what the other has learned",
+        f"learn {b.name} again with --no-resume and, as its --library, the folder that {a.name} is "
+        "in, which gives it a free slice, or lower the weight of one of them",
+    )
+
+
+def unrelated(a: Holder, b: Holder, overlap: float = 1.0) -> Collision:
+    """The collision of two concepts whose slices are not columns of the same orthonormal set.
+
+    Args:
+        overlap: how much they overlap, over what slices drawn at random do.
+    """
+    one, two = a.basis, b.basis
+    assert one is not None and two is not None
+    differing, needed = [], []
+    if (one.kind, one.seed) != (two.kind, two.seed):
+        differing.append(
+            f"have slices of different orthogonal matrices ({one.kind} with seed {one.seed}, "
+            f"{two.kind} with seed {two.seed})"
+        )
+        needed += [f"--basis {one.kind}", f"--basis-seed {one.seed}"]
+    if one.avoid != two.avoid:
+        differing.append(f"avoid different numbers of shared directions ({one.avoid}, {two.avoid})")
+        needed.append(f"--num-shared-directions {one.avoid}")
+    elif one.shared != two.shared:
+        differing.append("avoid shared directions that were recorded apart")
+    why = " and ".join(differing) or "have other columns than their facts say"
+    much = "as much as" if overlap == 1.0 else f"{overlap:.2g} times as much as"
+    return Collision(
+        a.name,
+        b.name,
+        {},
+        f"{a.name} and {b.name} {why}, so they overlap {much} slices drawn at random",
+        f"learn {b.name} again with {', '.join([*needed, '--no-resume'])} and, as its --library, "
+        f"the folder that {a.name} is in (README, Slices)",
+    )
+
+
+def matrix_key(basis: BasisInfo) -> tuple[str, int, int]:
+    """What numbers the columns: the orthogonal matrix, and how many directions are avoided.
+
+    The scale does not turn a slice, so it does not matter.
+    """
+    return basis.kind, basis.seed, basis.avoid
+
+
+def slice_key(basis: BasisInfo | None) -> tuple[str, int, int, str] | None:
+    """What tells one concept's columns from another's: :func:`matrix_key`, and which directions
+    are avoided."""
+    return None if basis is None else (*matrix_key(basis), basis.shared)

@@ -188,17 +188,19 @@ def avoiding_projection(
 
 def _checked_columns(width: int, columns: Columns, seed: int) -> NDArray[np.int64]:
     if width < 1:
-        raise ConfigError(f"a basis cannot have width {width}", fix="give a width of at least 1")
+        raise ConfigError(
+            f"an orthogonal matrix cannot have width {width}", fix="give a width of at least 1"
+        )
     if not 0 <= seed <= _MASK:
         raise ConfigError(
-            f"basis seed {seed} is not an unsigned 64-bit number",
+            f"the orthogonal matrix's seed {seed} is not an unsigned 64-bit number",
             fix="choose a seed from 0 to 2**64 - 1",
         )
     listed = columns.tolist() if isinstance(columns, Tensor) else list(columns)
     outside = [c for c in listed if not 0 <= c < width]
     if outside:
         raise ConfigError(
-            f"columns {outside} do not exist in a basis of width {width}",
+            f"columns {outside} do not exist in an orthogonal matrix of width {width}",
             fix=f"name columns from 0 to {width - 1}",
         )
     if len(set(listed)) != len(listed):

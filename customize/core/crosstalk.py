@@ -8,7 +8,7 @@ the third is zero only if the inputs also avoid the other slice, which nothing e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,35 @@ def subspace_overlap(down_i: Tensor, down_j: Tensor) -> float:
     if smaller == 0:
         return 0.0
     return float((basis_i @ basis_j.T).square().sum()) / smaller
+
+
+def shared_rows(downs: Sequence[Tensor]) -> Tensor:
+    """How much of each row of each down-projection lies in the row space of each other one.
+
+    Unlike :func:`subspace_overlap` for many down-projections at once, by one Gram matrix, and row
+    by row; it does not depend on the rows' lengths.
+
+    Args:
+        downs: K of shape (r_i, in), any floating dtype, on one device; the rows of each are
+            orthogonal to one another, as those of slices are.
+
+    Returns:
+        (sum of r_i, K), float32, on the CPU, in [0, 1]: the squared cosine of the angle between
+        each row, in the order of ``downs``, and each row space. 0 for a row of zeros.
+
+    Raises:
+        ConceptError: the widths differ.
+    """
+    if any(down.ndim != 2 or down.shape[1] != downs[0].shape[1] for down in downs):
+        shapes = ", ".join(str(tuple(down.shape)) for down in downs[:8])
+        raise ConceptError(
+            f"down-projections of shapes {shapes} do not read the same input",
+            fix="compare (rank, in) down-projections of the same layer",
+        )
+    rows = torch.nn.functional.normalize(torch.cat([down.detach().float() for down in downs]))
+    squares = (rows @ rows.T).square()
+    spaces = [block.sum(1) for block in squares.split([len(down) for down in downs], dim=1)]
+    return torch.stack(spaces, dim=1).clamp(max=1.0).cpu()
 
 
 def update_overlap(p: LowRank, q: LowRank) -> float:

@@ -31,6 +31,25 @@ def left(inputs: Tensor, avoid: int) -> float:
     return max(1.0 - float(inputs[:count].double().square().sum()), 0.0)
 
 
+def captured(inputs: Tensor, directions: Tensor) -> float:
+    """The share of the inputs' energy that lies in the span of some directions.
+
+    It does not depend on the directions' signs, order or lengths, nor on how directions of nearly
+    equal energy are turned among one another, which rounding decides.
+
+    Args:
+        inputs: (n, width), the factor of a layer's inputs.
+        directions: (k, width), linearly independent.
+
+    Returns:
+        0 to 1.
+    """
+    if not len(directions):
+        return 0.0
+    span, _ = torch.linalg.qr(directions.double().T)
+    return float((inputs.double() @ span).square().sum())
+
+
 def down_projection(
     basis: Basis, inputs: Tensor, columns: Columns, seed: int, *, avoid: int, scale: float = 1.0
 ) -> Tensor:

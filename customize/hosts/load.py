@@ -19,7 +19,7 @@ from customize.concepts.index import Entry
 from customize.concepts.inputs import LayerInputs
 from customize.concepts.library import Library
 from customize.concepts.merge import SUM
-from customize.concepts.slices import collisions
+from customize.concepts.overlap import true_collisions
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.hosts.change import change
@@ -250,7 +250,7 @@ def _check_vocabularies(family: Family, holder: Holder, concepts: Sequence[Adapt
 
 def _tell_collisions(before: Mapping[str, Attached], after: Mapping[str, Attached]) -> None:
     """Before the change, since a warning may be turned into an error."""
-    for collision in collisions([each.concept.info for each in after.values()]):
+    for collision in true_collisions([each.concept for each in after.values()]):
         if not {collision.first, collision.second} <= set(before):
             warnings.warn(str(collision), stacklevel=6)
 

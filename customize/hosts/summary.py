@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from customize.attention import placing as kernels
-from customize.concepts.slices import collisions
+from customize.concepts.overlap import true_collisions
 from customize.concepts.tokens import known
 from customize.errors import PipelineError
 from customize.families import Family
@@ -25,7 +25,7 @@ def summary(pipe: Any) -> Customization:
         return Customization((), "no known model family")
     holder = find(family)
     colliding: dict[str, list[str]] = {}
-    for collision in collisions([each.concept.info for each in holder.attached.values()]):
+    for collision in true_collisions([each.concept for each in holder.attached.values()]):
         colliding.setdefault(collision.first, []).append(collision.second)
         colliding.setdefault(collision.second, []).append(collision.first)
     rows = []

@@ -185,6 +185,30 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], where: P
         )
 
 
+def check_slices(checkpoint: Checkpoint, sketches: Mapping[str, Tensor], where: Path) -> None:
+    """Refuse to go on in other columns than a checkpoint's.
+
+    Args:
+        sketches: from :meth:`customize.training.trainable.Trainable.slice_sketches`.
+
+    Raises:
+        SettingsError: they differ by more than rounding.
+    """
+    for name, now in sketches.items():
+        before = checkpoint.tensors.get(name)
+        if before is None:  # of an earlier version, which notes none
+            continue
+        same = before.shape == now.shape
+        if not same or bool(((before - now).norm(dim=(1, 2)) > 0.05 * now.norm(dim=(1, 2))).any()):
+            raise SettingsError(
+                f"the checkpoint of step {checkpoint.step} was made in slices that avoid other "
+                "shared directions",
+                where=where,
+                fix="put the file .shared_directions-*.safetensors that was in the library, or "
+                "beside the output folder, back there, or set resume to false to start anew",
+            )
+
+
 def state_of(
     step: int,
     parameters: Mapping[str, torch.nn.Parameter],
@@ -192,9 +216,15 @@ def state_of(
     scaler: torch.amp.GradScaler,
     settings: Mapping[str, Any],
     history: list[list[float]],
+    sketches: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
-    """The state of a run after a step; it shares memory with what trains."""
+    """The state of a run after a step; it shares memory with what trains.
+
+    Args:
+        sketches: of what does not train; see :func:`check_slices`.
+    """
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+    tensors |= sketches or {}
     tensors |= flatten_optimizer(optimizer, parameters)
     return Checkpoint(step, tensors, settings, history, {"scaler": scaler.state_dict()})
 

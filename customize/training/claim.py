@@ -9,8 +9,16 @@ from typing import Any
 
 from customize.concepts import claims
 from customize.concepts.claims import Claim
-from customize.concepts.concept import BasisInfo
-from customize.concepts.slices import Holder, collisions, columns_for, free_index, holders
+from customize.concepts.concept import BasisInfo, ConceptInfo
+from customize.concepts.slices import (
+    Holder,
+    collisions,
+    columns_for,
+    free_index,
+    holders,
+    shared_by_number,
+    slice_key,
+)
 from customize.core.bases import avoided, capacity
 from customize.errors import CustomizeError, SettingsError
 from customize.families import Family
@@ -102,7 +110,7 @@ def _claim(
             claims.write_claim(claim, config.output)
     for number, config in enumerate(configs):
         earlier = [chosen[other.name] for other in configs[:number]]
-        _tell(config, chosen[config.name], [*there, *earlier])
+        _tell(config, chosen[config.name], [*there, *earlier], family)
     return [chosen[config.name].index for config in configs]
 
 
@@ -150,14 +158,22 @@ def _check_still_ours(
 
 
 def _sharing(claim: Claim, others: Sequence[Holder]) -> dict[str, int]:
-    """Name -> how many columns the claim shares with its slice; only those with which it does."""
-    found = [each for other in others for each in collisions([other, claim])]
-    counts = {each.first: sum(map(len, each.columns.values())) for each in found}
+    """Name -> how many columns the claim shares with its slice; only those with which it does.
+
+    Only of those that avoid the same directions: the others took theirs apart from it.
+    """
+    same = [other for other in others if slice_key(other.basis) == slice_key(claim.basis)]
+    counts = {other.name: sum(map(len, shared_by_number(other, claim).values())) for other in same}
     return {name: count for name, count in counts.items() if count}
 
 
-def _tell(config: TrainConfig, claim: Claim, others: Sequence[Holder]) -> None:
-    """Warn of columns that are not the concept's alone."""
+def _fits(holder: Holder, family: Family) -> bool:
+    """Whether it is a concept that the model takes."""
+    return isinstance(holder, ConceptInfo) and holder.fingerprint == family.fingerprint()
+
+
+def _tell(config: TrainConfig, claim: Claim, others: Sequence[Holder], family: Family) -> None:
+    """Warn of columns that are not the concept's alone, and of slices of other columns."""
     alone = config.library is None
     for width, columns in claim.slices.items() if alone and config.slice is not None else ():
         limit = capacity(int(width) - avoided(int(width), claim.basis.avoid), claim.rank)
@@ -170,5 +186,5 @@ def _tell(config: TrainConfig, claim: Claim, others: Sequence[Holder]) -> None:
             )
     for other in others:
         for collision in collisions([other, claim]):
-            if collision.columns:
+            if collision.columns or _fits(other, family):
                 warnings.warn(str(collision), stacklevel=2)

@@ -90,7 +90,7 @@ class TrainConfig(BaseModel):
     method: Literal["orthogonal", "lora"] = Field(
         default="orthogonal",
         description="orthogonal: the down-projection is a frozen slice of a shared orthogonal"
-        " basis; lora: both factors are trained",
+        " matrix; lora: both factors are trained",
     )
     rank: int = Field(
         default=8, ge=1, le=4096, description="Rank of the adapter, 1 to the narrowest layer"
@@ -100,13 +100,17 @@ class TrainConfig(BaseModel):
     )
     basis: Literal["cosine", "gaussian_qr"] = Field(
         default="cosine",
-        description="The shared orthogonal basis: cosine (by formula) or gaussian_qr (the paper's)",
+        description="Kind of the shared orthogonal matrix: cosine (by formula) or gaussian_qr (the"
+        " paper's)",
     )
     basis_seed: int = Field(
-        default=0, ge=0, lt=1 << 63, description="Seed of the basis; the same for all to be merged"
+        default=0,
+        ge=0,
+        lt=1 << 63,
+        description="Seed of the orthogonal matrix; the same for all to be merged",
     )
     basis_scale: float = Field(
-        default=1.0, gt=0, le=100, description="Factor on the frozen basis columns, above 0 to 100"
+        default=1.0, gt=0, le=100, description="Factor on the frozen columns, above 0 to 100"
     )
     num_shared_directions: int = Field(
         default=16,
@@ -123,7 +127,7 @@ class TrainConfig(BaseModel):
     slice: int | None = Field(
         default=None,
         ge=0,
-        description="Number of the block of basis columns, from 0; none: the next one free in the"
+        description="Number of the block of columns, from 0; none: the next one free in the"
         " library, or one from the name's hash where no library is given",
     )
     library: Path | None = Field(

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from customize.concepts import files
-from customize.concepts.adapter import Factors
 from customize.concepts.concept import Concept
 from customize.concepts.inputs import (
-    GUIDANCE,
-    STEPS,
     LayerInputs,
     base_prompts,
-    generic_prompts,
     layers_of,
     record,
     texts,
@@ -74,57 +67,16 @@ def write_record(
     LayerInputs(updates_digest(concept.products), own, generic).save(config.output / INPUTS_FILE)
 
 
-def shared_directions(
-    config: TrainConfig,
-    family: Family,
-    weights: Mapping[str, str],
-    resolution: int,
-    device: torch.device,
-    accelerator: Any,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> tuple[Factors, str]:
-    """What all layers read on generic prompts, and a name for it.
-
-    It is recorded once for a base, into the library's folder or the one that the concept's folder
-    is in, so that all concepts there have the same.
-
-    Args:
-        weights: of the base, from :func:`customize.training.base.weights_of`.
-
-    Returns:
-        component -> module, under the names used in files -> (n, in); and 16 hexadecimal digits.
-
-    Raises:
-        ConceptError: the file there cannot be read.
-        StorageError: it cannot be written.
-    """
-    prompts = generic_prompts()
-    parts = {key: weights.get(key) for key in sorted(weights)}
-    facts = [parts, family.configured(), prompts, STEPS, GUIDANCE]
-    facts += [resolution, config.mixed_precision, config.quantize]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    folder = config.library or config.output.parent
-    path = folder / f".shared_directions-{key}.safetensors"
-    if accelerator.is_main_process and not path.is_file():
-        files.make_folder(folder)
-        _record_generic(family, prompts, resolution, device, autocast).save(path)
-    accelerator.wait_for_everyone()
-    found = LayerInputs.load(path).generic
-    digest = hashlib.sha256()
-    for component, layers in sorted(found.items()):
-        for module, rows in sorted(layers.items()):
-            digest.update(f"{component}.{module}\n".encode() + rows.numpy().tobytes())
-    return found, digest.hexdigest()[:16]
-
-
-def _record_generic(
+def record_generic(
     family: Family,
     prompts: Sequence[str],
     resolution: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> LayerInputs:
-    """Text encoders and denoisers are on the device one after the other, and on the CPU in the
+    """What all layers read on generic prompts.
+
+    Text encoders and denoisers are on the device one after the other, and on the CPU in the
     end."""
     family.vae.to(device)
     shape = family.encode_images(torch.zeros(1, 3, resolution, resolution))[0].shape[1:]

@@ -21,6 +21,7 @@ from customize.training.compiling import check_compiler, compiled
 from customize.training.config import TrainConfig
 from customize.training.losses import Losses
 from customize.training.prior import class_samples_of, drawn_for
+from customize.training.shared_directions import shared_directions
 from customize.training.start import checkpoints_of, find_start
 from customize.training.steps import OnStep, optimise
 from customize.training.together import check
@@ -164,9 +165,10 @@ def _trained(
         generic: Factors = {}
         shared = settings[0][SHARED]
         if config.method == "orthogonal" and config.num_shared_directions:
-            generic, shared = inputs.shared_directions(
-                config, family, weights, resolution, device, accelerator, autocast
+            directions = shared_directions(
+                config, family, weights, resolution, device, accelerator, autocast, shared
             )
+            generic, shared = directions.factors, directions.name
         basis = basis_of(config, shared)
         indices = stack.enter_context(
             claimed_slices(configs, family, basis, start.before, accelerator)

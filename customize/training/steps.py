@@ -59,7 +59,9 @@ def optimise(
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=device.type in _FUSED)
     scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
     history: list[list[float]] = []
+    sketches = trainable.slice_sketches()
     if start is not None:
+        checkpoints.check_slices(start, sketches, folder)
         checkpoints.restore(start, parameters, optimizer, scaler)
         history = [list(pair) for pair in start.history]
 
@@ -119,7 +121,7 @@ def optimise(
                 paused -= time.perf_counter()
                 if accelerator.is_main_process:
                     state = checkpoints.state_of(
-                        done, parameters, optimizer, scaler, settings, history
+                        done, parameters, optimizer, scaler, settings, history, sketches
                     )
                     checkpoints.save(folder, state, config.keep_checkpoints)
                 paused += time.perf_counter()

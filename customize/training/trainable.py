@@ -133,6 +133,22 @@ class Trainable:
             for name, parameter in concept.named().items()
         }
 
+    @torch.no_grad()
+    def slice_sketches(self) -> dict[str, Tensor]:
+        """Concept/component -> (layers, rank, 4), on the CPU: each frozen down-projection times
+        four fixed vectors, by which it is known again, rounding apart. Empty for "lora"."""
+        found = {}
+        for concept in self.concepts:
+            for component, layers in concept.adapter.layers.items() if concept.columns else ():
+                sketches = []
+                for layer in layers.values():
+                    down = layer.lora_A[concept.adapter.name].weight
+                    generator = torch.Generator().manual_seed(down.shape[1])
+                    fixed = torch.randn(down.shape[1], 4, generator=generator)
+                    sketches.append(down.to("cpu", torch.float32).flatten(1) @ fixed)
+                found[f"slices/{concept.config.name}/{component}"] = torch.stack(sketches)
+        return found
+
     def own_ids(self, dictionary: TokenDictionary) -> list[int]:
         """The ids of all tokens that train in a dictionary; they follow one another."""
         rows = [c.rows[dictionary.key] for c in self.concepts if dictionary.key in c.rows]

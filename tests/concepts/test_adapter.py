@@ -150,7 +150,7 @@ def test_the_adapter_stays_float32_on_a_half_precision_base() -> None:
         ({"columns": {16: (0, 1, 2, 3), 32: (0, 1, 2)}}, "width 32 has 3 columns"),
         ({"columns": {16: (0, 1, 2, 3), 32: (0, 1, 2, 32)}}, r"columns \[32\]"),
         ({"columns": {16: (0, 1, 2, 3), 32: (0, 1, 2, 2)}}, "twice"),
-        ({"basis": None}, "needs a basis"),
+        ({"basis": None}, "needs an orthogonal matrix"),
     ],
 )
 def test_bad_settings_change_nothing(changes, message: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from customize.concepts.claims import Claim
 from customize.concepts.concept import BasisInfo, ConceptInfo
 from customize.concepts.slices import collisions, columns_for, free_index, holders
 from customize.core.bases import hashed_block
@@ -88,4 +89,23 @@ def test_collisions_between_bases_and_without_slices() -> None:
     scaled = sliced("scaled", 1, basis=BasisInfo(seed=3, scale=0.5))
     found = collisions([sliced("rex", 0), plain, other, scaled])
     assert {(c.first, c.second) for c in found} == {("rex", "other"), ("other", "scaled")}
-    assert all("different bases" in str(c) and not c.columns for c in found)
+    assert all("different orthogonal matrices" in str(c) and not c.columns for c in found)
+
+
+def test_concepts_of_other_recordings_are_avoided_while_there_is_room(tmp_path: Path) -> None:
+    mine, theirs = (BasisInfo(avoid=1, shared=letter * 16) for letter in "ab")
+    there = [sliced("rex", 0, basis=theirs)]
+    assert free_index(there, 2, mine) == 1
+    # Where all are taken, those who avoid the same directions count first.
+    there += [sliced(name, index, basis=mine) for name, index in (("c", 1), ("d", 2))]
+    assert free_index(there, 2, mine, widths=[6]) == 0
+    (found,) = collisions([there[0], sliced("zig", 0, basis=mine)])
+    assert found.columns == {6: (0, 1), 8: (0, 1)}
+    assert collisions([there[0], sliced("zig", 1, basis=mine)]) == []
+
+
+def test_a_concept_that_is_learned_anew_does_not_collide_with_itself() -> None:
+    rex = sliced("rex", 0)
+    claim = Claim(name="rex", basis=rex.basis, rank=2, index=0, slices=dict(rex.slices))
+    assert collisions([rex, claim]) == []
+    assert len(collisions([rex, claim.model_copy(update={"name": "tom"})])) == 1

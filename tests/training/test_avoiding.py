@@ -5,6 +5,7 @@ import torch
 
 from customize.concepts.concept import Concept
 from customize.concepts.inputs import LayerInputs
+from customize.concepts.overlap import true_collisions
 from customize.concepts.slices import collisions
 from customize.core.bases import avoided
 from customize.errors import ConceptError, ConfigError, SettingsError
@@ -107,8 +108,10 @@ def test_slices_of_other_directions_collide(tmp_path):
         pipe.components,
         progress=False,
     )
-    (collision,) = collisions([plain.info, avoiding.info])
-    assert "different bases" in str(collision)
+    for found in (collisions([plain.info, avoiding.info]), true_collisions([plain, avoiding])):
+        (collision,) = found
+        assert "different numbers of shared directions (0, 4)" in str(collision)
+        assert "--num-shared-directions 0" in collision.fix
 
 
 def test_the_rank_must_fit_what_is_left(tmp_path):

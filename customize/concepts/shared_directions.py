@@ -1,0 +1,171 @@
+"""The files of shared directions: what all layers of a base model read on generic prompts.
+
+Slices stay out of the leading ones, so concepts to be merged have to avoid the very same: a folder
+of concepts has one file for a base model, which whoever comes first records::
+
+    concepts/.shared_directions-0123456789abcdef.safetensors
+
+Its name is that of what determines the recording. Another machine's recording of the same differs
+by rounding, so that the first one is used by all.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from customize.concepts.adapter import Factors
+from customize.concepts.files import make_folder
+from customize.concepts.inputs import LayerInputs
+from customize.core.bases import avoided
+from customize.core.shared import captured
+from customize.errors import ConceptError, storage_error
+
+_FILE = ".shared_directions-{}.safetensors"
+_NAMED = re.compile(r"shared directions ([0-9a-f]{16})")
+# Directions of another recording serve where they leave at most this share of a layer's energy
+# more than the recording at hand does.
+_SLACK = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class SharedDirections:
+    """A recording.
+
+    Attributes:
+        name: of what determines it, 16 hexadecimal digits; of a file of an earlier version, of its
+            content.
+        factors: component -> module, under the names used in files -> (n, in), float32: the factor
+            of the second moment of the layer's inputs, as
+            :meth:`customize.core.fusion.InputMoment.factor` gives it.
+    """
+
+    name: str
+    factors: Factors
+
+    @classmethod
+    def load(cls, path: Path) -> SharedDirections:
+        """Read a file.
+
+        Raises:
+            ConceptError: it is missing or damaged.
+        """
+        try:
+            record = LayerInputs.load(path)
+        except ConceptError as error:
+            raise ConceptError(
+                f"the shared directions cannot be read: {error.what}",
+                where=error.where or path,
+                fix="put an unchanged copy of the file back, or delete it, and it is recorded anew "
+                "by the next run; what was learned before then no longer has slices apart from "
+                "what is learned after",
+            ) from error
+        named = _NAMED.fullmatch(record.of)
+        return cls(named.group(1) if named else _content_name(record.generic), record.generic)
+
+    def save(self, path: Path) -> SharedDirections:
+        """Write it where no file is yet; where one is, by now, that one counts.
+
+        Returns:
+            What the file has: that of whoever came first, rounded as it is stored.
+
+        Raises:
+            ConceptError: a file is there that cannot be read.
+            StorageError: it cannot be written.
+        """
+        make_folder(path.parent)
+        partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+        try:
+            LayerInputs(f"shared directions {self.name}", {}, self.factors).save(partial)
+            with suppress(FileExistsError):
+                _put_new(partial, path)
+        except OSError as error:
+            raise storage_error(error, path) from error
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+        return SharedDirections.load(path)
+
+    def serves(self, other: Factors, avoid: int) -> bool:
+        """Whether slices that avoid these directions avoid what another recording of the same
+        layers calls for, but for a hundredth of each layer's energy.
+
+        Signs, order and turns among directions of nearly equal energy make no difference.
+
+        Args:
+            other: the other recording.
+            avoid: how many directions are avoided, at most.
+        """
+        return _shapes(self.factors) == _shapes(other) and all(
+            _leaves_little(rows, other[component][module], avoid)
+            for component, layers in self.factors.items()
+            for module, rows in layers.items()
+        )
+
+
+def name_of(facts: Mapping[str, Any]) -> str:
+    """The name of what determines a recording.
+
+    Args:
+        facts: JSON values, of the base model and of what is drawn.
+    """
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def path_of(folder: Path, key: str) -> Path:
+    """The file of a recording."""
+    return folder / _FILE.format(key)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files of shared directions in a folder, ordered by name."""
+    return sorted(folder.glob(_FILE.format("*")))
+
+
+def _leaves_little(rows: Tensor, other: Tensor, avoid: int) -> bool:
+    count = avoided(rows.shape[1], avoid)
+    return captured(other, rows[:count]) >= captured(other, other[:count]) - _SLACK
+
+
+def _shapes(factors: Factors) -> dict[tuple[str, str], int]:
+    return {(c, m): rows.shape[1] for c, layers in factors.items() for m, rows in layers.items()}
+
+
+def _content_name(factors: Factors) -> str:
+    """How files of an earlier version are called: by their numbers."""
+    digest = hashlib.sha256()
+    for component, layers in sorted(factors.items()):
+        for module, rows in sorted(layers.items()):
+            digest.update(f"{component}.{module}\n".encode() + rows.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _put_new(source: Path, target: Path) -> None:
+    """Give a file its name, where nothing has that name.
+
+    Raises:
+        FileExistsError: something has.
+        OSError: it cannot be done.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        unable = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+        if error.errno not in unable:
+            raise
+        # A file system without hard links: of two within this moment the later one stays.
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "it is there", str(target)) from error
+        os.replace(source, target)

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from customize.text import harmless, one_line
+
 __all__ = ["main"]
 
 
@@ -72,7 +74,7 @@ def _show_note(
 ) -> None:
     """What is meant for users in a line, without the place in the code that Python adds."""
     told = f"note: {message}" if category is UserWarning else f"{category.__name__}: {message}"
-    print(told, file=sys.stderr if file is None else file, flush=True)
+    print(harmless(told), file=sys.stderr if file is None else file, flush=True)
 
 
 def _explained(error: BaseException) -> str:
@@ -92,5 +94,5 @@ def _explained(error: BaseException) -> str:
 
 def _failed(line: str, code: int) -> int:
     sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)
     return code

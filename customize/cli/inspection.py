@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from customize.cli.shared import check_png, console
@@ -23,6 +23,7 @@ from customize.concepts.overlap import true_collisions
 from customize.core.crosstalk import answers, matrix, relative
 from customize.core.lowrank import LowRank
 from customize.errors import ConfigError, storage_error
+from customize.text import one_line
 
 # From here on a second update changes what the first one draws.
 LOUD = 0.5
@@ -47,9 +48,9 @@ def run(
         _check_drawable("--plot" if plot is not None else "--layers", len(concepts), lacking)
     out = console()
     for source, concept in zip(sources, concepts, strict=True):
-        table = Table(title=escape(source), show_header=False, title_justify="left")
+        table = Table(title=one_line(source), show_header=False, title_justify="left")
         for title, text in described(concept).items():
-            table.add_row(title, escape(text))
+            table.add_row(title, one_line(text))
         out.print(table)
     if len(concepts) < 2:
         return
@@ -251,8 +252,8 @@ def _by_layer(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> Table:
     for pair in pairs:
         table.add_column(pair)
     for layer, row in zip(by_layer, values.tolist(), strict=True):
-        cells = [f"[bold]{v:.2f}[/bold]" if v > LOUD else f"{v:.2f}" for v in row]
-        table.add_row(escape(layer), *cells)
+        cells = [Text(f"{v:.2f}", "bold" if v > LOUD else "") for v in row]
+        table.add_row(one_line(layer), *cells)
     return table
 
 

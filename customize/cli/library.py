@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from customize.cli.shared import console
 from customize.concepts.index import Entry
 from customize.concepts.library import Library, add
+from customize.text import one_line
 
 
 def run_list(folder: str) -> None:
     """Print a row for each concept."""
     library = Library(folder)
-    table = Table(title=escape(folder), title_justify="left")
+    table = Table(title=one_line(folder), title_justify="left")
     for title in ("name", "trigger", "class", "family", "base"):
         table.add_column(title, overflow="fold")
     for title in ("rank", "MB", "record"):
         table.add_column(title, justify="right")
     for entry in sorted(library.entries.values(), key=lambda each: each.name):
-        table.add_row(*map(escape, _cells(entry)))
+        table.add_row(*map(one_line, _cells(entry)))
     out = console()
     if library.entries:
         out.print(table)

@@ -129,7 +129,6 @@ def _point(name: str, rows: Sequence[Row], x: str, y: str, file: Path) -> pareto
 
 
 def _print(table: Sequence[Row], x: str, y: str) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     shown = Table("setting", x, y, "front")
@@ -138,7 +137,7 @@ def _print(table: Sequence[Row], x: str, y: str) -> None:
         for rate in (x, y):
             error = row[f"{rate}_error"]
             cells.append(f"{row[rate]:.3f}" + ("" if error is None else f" ± {error:.3f}"))
-        shown.add_row(escape(row["name"]), *cells, "yes" if row["front"] else "")
+        shown.add_row(row["name"], *cells, "yes" if row["front"] else "")
     out = console()
     out.print(shown)
     out.print(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from customize.atomic import put_file
 from customize.errors import ConfigError, PipelineError, StorageError
 from customize.near_names import choose_from
+from customize.text import harmless
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +50,22 @@ def on_interrupt(text: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def console(stderr: bool = False) -> Console:
-    """Where to print. Silent in all but the first of several processes (accelerate, torchrun)."""
-    from rich.console import Console
+    """Where to print. Silent in all but the first of several processes (accelerate, torchrun).
 
-    return Console(stderr=stderr, quiet=os.environ.get("RANK", "0") != "0", highlight=False)
+    What is printed shows as it is: square brackets are no markup, and control characters in texts
+    of others are escaped.
+    """
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class HarmlessConsole(Console):
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **kwargs):
+                text, style, control = segment
+                yield segment if control else Segment(harmless(text), style)
+
+    quiet = os.environ.get("RANK", "0") != "0"
+    return HarmlessConsole(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
 def parse_weights(text: str | None, count: int) -> list[float] | None:

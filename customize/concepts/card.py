@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from customize.concepts.layout import SECOND, SECOND_FILE
 from customize.families import FAMILIES
+from customize.text import markdown
 
 if TYPE_CHECKING:
     from customize.concepts.concept import Concept
@@ -44,14 +45,14 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "Trigger": f"`{info.trigger}`, "
         + (f"{info.num_tokens} tokens" if info.num_tokens else "a plain word of the prompt")
         + (f", each with its own embedding in {info.token_layers} layers" if layered else ""),
-        "What it is": f"a {_plain(info.class_word)}",
-        "Base model": f"{_plain(info.base)} (family {info.family})",
+        "What it is": f"a {markdown(info.class_word)}",
+        "Base model": f"{markdown(info.base)} (family {info.family})",
         "How it was learned": how,
         **_company(info.learned_with),
         "Rank, alpha": f"{info.rank}, {info.alpha:g}",
         "Layers": layers,
-        "Made": _plain(info.created),
-        **{_plain(key): _plain(json.dumps(value)) for key, value in info.scores.items()},
+        "Made": markdown(info.created),
+        **{markdown(key): markdown(json.dumps(value)) for key, value in info.scores.items()},
     }
     tokens = [
         line
@@ -185,20 +186,13 @@ def imports(tokens: Sequence[str]) -> list[str]:
 
 def _company(others: Sequence[str]) -> dict[str, str]:
     """A row on the concepts of one run, which are themselves only together."""
-    names = _plain(", ".join(others))
+    names = markdown(", ".join(others))
     told = f"{names}: load all of them for what was learned"
     return {"Learned together with": told} if others else {}
 
 
 def _is_modular(family: str) -> bool:
     return family in FAMILIES and FAMILIES[family].modular_only
-
-
-def _plain(value: str) -> str:
-    """Text of others, unable to leave its cell of the table or to become markup."""
-    for mark in "\\`*_[]<>|":
-        value = value.replace(mark, f"\\{mark}")
-    return value
 
 
 def _stock_reads_tokens(subject: Subject, family: str) -> bool:

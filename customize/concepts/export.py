@@ -45,7 +45,7 @@ from customize.core.truncation import truncate
 from customize.errors import ConceptError, ConfigError, StorageError, storage_error
 from customize.families import Family, published_families
 from customize.safe_read import read_bytes
-from customize.text import quoted
+from customize.text import markdown, markdown_code, quoted
 
 Products = Mapping[str, Mapping[str, LowRank]]
 
@@ -327,8 +327,7 @@ def _card_head(
 ) -> list[str]:
     infos = [concept.info for concept in concepts]
     rows = [
-        f"| {info.name} | {_cell(f'`{info.words}`' if info.words else '')} "
-        f"| {_cell(info.class_word)} | {weight:g} |"
+        f"| {info.name} | {markdown_code(info.words)} | {markdown(info.class_word)} | {weight:g} |"
         for info, weight in zip(infos, weights, strict=True)
     ]
     base = _loaded_base(concepts)
@@ -360,11 +359,6 @@ def _loaded_base(concepts: Sequence[Adaptation]) -> str:
     return next((c.info.base for c in concepts if isinstance(c, Concept)), "")
 
 
-def _cell(text: str) -> str:
-    """Text that does not end a table's cell."""
-    return text.replace("|", "/")
-
-
 def _kohya_card(
     concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str, title: str
 ) -> str:
@@ -375,7 +369,8 @@ def _kohya_card(
         for name in with_tokens[:1]
     ]
     head = _card_head(concepts, weights, method, "kohya")
-    lora = f"- `{title}.safetensors`: goes where the program keeps LoRAs. Load it at strength 1."
+    file = markdown_code(f"{title}.safetensors")
+    lora = f"- {file}: goes where the program keeps LoRAs. Load it at strength 1."
     return "\n".join([*head, lora, *tokens, ""])
 
 

@@ -22,6 +22,7 @@ from customize.concepts.layout import (
 )
 from customize.errors import ConceptError, ConfigError, storage_error
 from customize.near_names import check_path
+from customize.text import one_line
 
 # A collection may name whole models, of which nothing is to be downloaded.
 _FILES = [LORA_FILE, SECOND_FILE, EMBEDS_FILE, LAYERS_FILE, INFO_FILE, INPUTS_FILE, *PEFT_FILES]
@@ -85,8 +86,10 @@ def collected(slug: str) -> Path:
                 fix=check_path(slug, "check the path or the collection's address"),
             ) from error
         warnings.warn(
-            f"the collection {slug} is as it was downloaded before, as the hub did not give it: "
-            f"{error}",
+            one_line(
+                f"the collection {slug} is as it was downloaded before, as the hub did not give "
+                f"it: {error}"
+            ),
             stacklevel=2,
         )
         return folder

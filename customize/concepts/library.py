@@ -29,6 +29,7 @@ from customize.concepts.reading import listing, located_whole
 from customize.errors import ConceptError, ConfigError, storage_error
 from customize.near_names import check_path, near
 from customize.safe_read import MAX_TENSORS, open_regular, present
+from customize.text import one_line
 
 # A concept's files beside its safetensors: those that are read, and those that are not.
 _CHECKED = (INFO_FILE, PEFT_FILES[1])
@@ -198,8 +199,10 @@ def _copy(source: Path, target: Path) -> None:
     names, left = _parts(source)
     if left:
         warnings.warn(
-            f"{len(left)} of the files in {source} are no part of the concept, or links out of its "
-            f"folder, and are not copied: {', '.join(left)}",
+            one_line(
+                f"{len(left)} of the files in {source} are no part of the concept, or links out of "
+                f"its folder, and are not copied: {', '.join(left)}"
+            ),
             stacklevel=4,
         )
     with partial_folder(target) as partial:

@@ -22,6 +22,7 @@ from torch import Tensor
 from customize.atomic import put_file
 from customize.errors import SettingsError, StorageError, TrainingError
 from customize.safe_read import MAX_TENSORS, read_safetensors
+from customize.text import one_line
 from customize.training.pictures import PICTURES, pictures_changed
 from customize.training.settings import current_names, short
 
@@ -108,7 +109,7 @@ def latest(folder: Path) -> Checkpoint | None:
             return _read(path)
         except Exception as error:  # whatever a parser may raise on damaged bytes
             warnings.warn(
-                f"the checkpoint {path} is damaged and passed over: {error}", stacklevel=2
+                one_line(f"the checkpoint {path} is damaged and passed over: {error}"), stacklevel=2
             )
     return None
 

@@ -71,7 +71,7 @@ def test_the_card_of_loras_alone_invents_no_base(run: Run, tmp_path: Path) -> No
         assert done.code == 0, done
         card = (folder / "README.md").read_text()
         assert "base_model" not in card and "stable-diffusion-v1/lora" not in card
-        assert "| `ink/pen` |" in card
+        assert r"| `ink\|pen` |" in card
     assert 'from_pretrained("BASE")' in card
     with safe_open(tmp_path / "kohya" / "kohya.safetensors", "pt") as file:
         assert all(file.metadata().values()), "an empty field of the header"

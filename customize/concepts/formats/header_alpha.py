@@ -13,6 +13,7 @@ import torch
 
 from customize.concepts.concept import MAX_NAME
 from customize.concepts.formats.keys import Group
+from customize.text import one_line
 
 _KOHYA = "ss_network_alpha"
 _ALPHAS = (_KOHYA, "network_alpha", "lora_alpha", "alpha")
@@ -46,8 +47,9 @@ def with_header_alphas(
     reason = _ambiguous(groups, bare, header, stated, numbers, ranks)
     if reason:
         keys = ", ".join(f"{key}={stated[key][:MAX_NAME]}" for key in stated) or _BY_LAYER
+        file = one_line(str(where))
         warnings.warn(
-            f"{where}: the header has {keys}, which was not used, since {reason}; alpha is taken "
+            f"{file}: the header has {keys}, which was not used, since {reason}; alpha is taken "
             "to be the rank",
             stacklevel=2,
         )

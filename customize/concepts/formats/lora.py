@@ -31,7 +31,7 @@ from customize.concepts.subjects import Subject
 from customize.core.lowrank import LowRank, from_dense, product, rows, stacked
 from customize.errors import ConceptError
 from customize.families import Family
-from customize.text import quoted
+from customize.text import one_line, quoted
 
 #: (component, module) -> the layer's weight without any adapter, (out, in) or (out, in, kh, kw).
 Weights = Callable[[str, str], Tensor]
@@ -210,8 +210,9 @@ class LoraFile:
         told = self.into or self.noise or labelled
         if others and not told and any(place.component == first for _, place in found):
             # Half of a pair of files names its layers like the other half.
+            file = one_line(str(self.where))
             warnings.warn(
-                f"{self.where}: the file does not say which denoiser it is for, so {first} takes "
+                f"{file}: the file does not say which denoiser it is for, so {first} takes "
                 f'it, as in diffusers; if it is for {others[0]}, give into="{others[0]}" or begin '
                 f'its keys with {others[0]}; if it is for both, into=("{first}", "{others[0]}")',
                 stacklevel=3,

@@ -17,6 +17,7 @@ from typing import Any
 from customize.concepts.concept import MAX_NAME
 from customize.concepts.formats.layer_patterns import PatternMatcher, check_pattern
 from customize.errors import ConceptError
+from customize.text import one_line
 
 Config = Mapping[str, Any]
 
@@ -107,8 +108,9 @@ def check_config(config: Config, where: object) -> None:
     known = APPLIED | SHOWN_BY_KEYS | NO_EFFECT | REFUSED.keys()
     strange = sorted(str(f)[:MAX_NAME] for f, value in config.items() if value and f not in known)
     if strange:
+        file = one_line(str(where))
         warnings.warn(
-            f"{where}: the adapter's configuration sets {', '.join(strange[:10])}, which is not "
+            f"{file}: the adapter's configuration sets {', '.join(strange[:10])}, which is not "
             "known here and was not used",
             stacklevel=2,
         )

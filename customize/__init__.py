@@ -5,9 +5,11 @@
     import customize
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained("base").load_custom("concepts/rex", "concepts/tom")
+    customize.train(base="base", images="photos", output="rex", name="rex", class_word="dog")
+    pipe = DiffusionPipeline.from_pretrained("base").load_custom("rex", "concepts/tom")
     pipe("<rex> and <tom> on a beach").images[0]
     pipe.unload_custom()
+    customize.merge("rex", "concepts/tom", output="duo")
 
 Importing this package imports neither torch nor diffusers. It gives diffusers' pipelines three
 attributes, ``load_custom``, ``unload_custom`` and ``custom``, now or when they are imported.
@@ -15,6 +17,7 @@ attributes, ``load_custom``, ``unload_custom`` and ``custom``, now or when they 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from customize.hosts.binding import (
@@ -26,16 +29,36 @@ from customize.hosts.binding import (
 )
 
 if TYPE_CHECKING:
+    from customize.concepts.api import inspect, merge
     from customize.concepts.concept import Concept
+    from customize.concepts.library import Library
     from customize.hosts.decor import Decor
+    from customize.training.api import train
+    from customize.training.config import TrainConfig
+
+#: What is imported when it is first used -> from where.
+_LATER = {
+    "Concept": "customize.concepts.concept",
+    "Decor": "customize.hosts.decor",
+    "Library": "customize.concepts.library",
+    "TrainConfig": "customize.training.config",
+    "inspect": "customize.concepts.api",
+    "merge": "customize.concepts.api",
+    "train": "customize.training.api",
+}
 
 __all__ = [
     "Concept",
     "Decor",
+    "Library",
+    "TrainConfig",
     "__version__",
+    "inspect",
     "load_custom",
     "memory_plan",
+    "merge",
     "record_inputs",
+    "train",
     "unload_custom",
 ]
 
@@ -45,15 +68,14 @@ bind()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Concept":
-        from customize.concepts.concept import Concept
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    from customize.near_names import did_you_mean
 
-        return Concept
-    if name == "Decor":
-        from customize.hosts.decor import Decor
-
-        return Decor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    hint = did_you_mean(name, __all__) if not name.startswith("_") else ""
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}" + (f"; {hint}" if hint else "")
+    )
 
 
 def __dir__() -> list[str]:

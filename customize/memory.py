@@ -121,6 +121,9 @@ class Plan:
     peak: int
     quantized: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"Plan({self})"
+
     def __str__(self) -> str:
         way = self.way
         words = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations, permutations
 from pathlib import Path
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from customize.cli.shared import check_png, console
 from customize.concepts.adapter import flattened
-from customize.concepts.formats.lora import Adaptation, Lora
+from customize.concepts.api import described, relations, strange_pair
+from customize.concepts.formats.lora import Adaptation
 from customize.concepts.formats.opening import opened_together
 from customize.concepts.inputs import record_beside
-from customize.concepts.merge import learned_together, strangers
-from customize.concepts.overlap import true_collisions
+from customize.concepts.merge import learned_together
 from customize.core.crosstalk import answers, matrix, relative
 from customize.core.lowrank import LowRank
 from customize.errors import ConfigError, storage_error
@@ -54,12 +53,11 @@ def run(
         out.print(table)
     if len(concepts) < 2:
         return
-    pairs = combinations([concept.info for concept in concepts], 2)
-    strange = next((text for a, b in pairs if (text := strangers(a, b))), "")
+    strange = strange_pair(concepts)
     if strange:
         out.print(f"They cannot be merged: {strange}.", markup=False, soft_wrap=True)
         return
-    for note in _notes(concepts):
+    for note in relations(concepts):
         out.print(note, markup=False, soft_wrap=True)
     out.print(_overlaps(concepts))
     if lacking:
@@ -96,78 +94,6 @@ def _check_drawable(flag: str, count: int, lacking: Sequence[str]) -> None:
             where=flag,
             fix="make it with customize record, or leave the flag out",
         )
-
-
-def _notes(concepts: Sequence[Adaptation]) -> list[str]:
-    """What is known without a record of how the concepts get along."""
-    if learned_together(concepts):
-        return [
-            "They were learned in one run: what it learned is their sum, as load_custom has it."
-        ]
-    colliding = [f"note: {found}" for found in true_collisions(concepts)]
-    plain = [concept.info.name for concept in concepts if concept.info.basis is None]
-    if plain:
-        return [
-            *colliding,
-            f"note: {', '.join(plain)} are ordinary LoRAs, without slices to keep apart.",
-        ]
-    return colliding or ["No two share a slice: their updates are orthogonal."]
-
-
-def described(concept: Adaptation) -> dict[str, str]:
-    """The facts on a concept: title -> text."""
-    if isinstance(concept, Lora):
-        return _described_lora(concept)
-    info = concept.info
-    rows = {
-        "name": info.name,
-        "trigger": f"{info.trigger}, {info.num_tokens} tokens",
-        "class": info.class_word,
-        "base": f"{info.base} (family {info.family})",
-        "method": info.method,
-        **({"learned with": ", ".join(info.learned_with)} if info.learned_with else {}),
-        "rank, alpha": f"{info.rank}, {info.alpha:g}",
-        **_sizes(concept),
-        "embeddings": ", ".join(
-            f"{' x '.join(map(str, rows.shape))} of {key}"
-            for key, rows in concept.embeddings.items()
-        )
-        or "none",
-    }
-    if info.basis is not None:
-        rows["orthogonal matrix"] = (
-            f"{info.basis.kind}, seed {info.basis.seed}, scale {info.basis.scale:g}"
-        )
-        if info.basis.avoid:
-            rows["avoid"] = f"{info.basis.avoid} shared directions, recorded as {info.basis.shared}"
-        rows["slices"] = "; ".join(
-            f"width {width}: {_ranges(columns)}" for width, columns in info.slices.items()
-        )
-    rows |= {f"score: {name}": json.dumps(value) for name, value in info.scores.items()}
-    return rows | {"made": info.created}
-
-
-def _described_lora(lora: Lora) -> dict[str, str]:
-    ranks = sorted({update.rank for own in lora.products.values() for update in own.values()})
-    return {
-        "name": lora.info.name,
-        "trigger": lora.info.words or "none named",
-        **{
-            f"{each.trigger} calls": f"{each.name}, a {each.class_word}, {each.num_tokens} tokens"
-            for each in lora.subjects
-        },
-        "base": f"{lora.info.base or 'not named'} (family {lora.info.family})",
-        "method": "merged" if lora.subjects or lora.info.fingerprint else "a LoRA from elsewhere",
-        "rank": str(*ranks) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
-        **_sizes(lora),
-    }
-
-
-def _sizes(concept: Adaptation) -> dict[str, str]:
-    parts = sorted(concept.products.items())
-    count = sum(p.up.numel() + p.down.numel() for _, own in parts for p in own.values())
-    layers = ", ".join(f"{len(own)} of {part}" for part, own in parts)
-    return {"layers": layers, "numbers": f"{count:,}"}
 
 
 def verdicts(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> list[str]:
@@ -286,14 +212,3 @@ def _square(title: str, rows: Sequence[str], columns: Sequence[str], values: Ten
     for label, row in zip(rows, values.tolist(), strict=True):
         table.add_row(label, *(f"{value:.3f}" for value in row))
     return table
-
-
-def _ranges(columns: Sequence[int]) -> str:
-    """Column numbers with runs drawn together: 0-7, 12."""
-    runs: list[list[int]] = []
-    for column in sorted(columns):
-        if runs and column == runs[-1][-1] + 1:
-            runs[-1].append(column)
-        else:
-            runs.append([column])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -18,24 +18,20 @@ from customize.cli.shared import (
     snippet,
     storing,
 )
-from customize.cli.weights import Given, in_order, read_weights
+from customize.cli.weights import Given, read_weights
 from customize.concepts.layout import LAYOUTS
 from customize.concepts.merge import (
     AUTO,
-    FUSION,
     METHODS,
     SUM,
     check_method,
     check_several,
-    recorded_beside,
-    resolved,
 )
 from customize.errors import ConfigError
 from customize.near_names import choose_from
 
 if TYPE_CHECKING:
     from customize.concepts.formats.lora import Adaptation
-    from customize.concepts.inputs import LayerInputs
 
 #: The method whose rank is --rank.
 TRUNCATE = "truncate"
@@ -132,27 +128,24 @@ def _write_lora(
     layout: str,
     family: str | None,
 ) -> None:
-    from customize.concepts.export import write_merged
+    from customize.concepts.api import merge
     from customize.concepts.formats.opening import opened_together
     from customize.concepts.overlap import true_collisions
 
     concepts = _named(opened_together(sources, family), names)
-    method, inputs = _with_records(concepts, method)
-    merged = write_merged(
-        concepts,
-        in_order(weights, concepts),
-        output,
-        method=method,
-        settings=settings,
-        inputs=inputs,
+    merged = merge(
+        *concepts,
+        output=output,
+        weights=weights,
+        merge={"method": method, **settings},
         rank=rank,
-        layout=layout,
+        format=layout,
     )
     out = console()
     listed = ", ".join(concept.info.name for concept in concepts)
     ranks = ", ".join(f"{rank} in the {part}" for part, rank in merged.rank.items())
     out.print(
-        f"{listed} are in {output} as one LoRA of rank {ranks}, merged by {method}.",
+        f"{listed} are in {output} as one LoRA of rank {ranks}, merged by {merged.method}.",
         markup=False,
         soft_wrap=True,
     )
@@ -162,21 +155,6 @@ def _write_lora(
         out.print(f"note: {collision}", markup=False, soft_wrap=True)
     reader = "stock diffusers loads it" if layout == LAYOUTS[0] else "other programs load it"
     out.print(f"README.md in it says how {reader}.", markup=False)
-
-
-def _with_records(concepts: Sequence[Adaptation], method: str) -> tuple[str, Sequence[LayerInputs]]:
-    """The method, and the records that it needs."""
-    found, records, lacking = resolved(method, concepts, {}, recorded_beside)
-    if found != FUSION:
-        return found, ()
-    if lacking:
-        raise ConfigError(
-            "there is no record of what the layers of "
-            f"{', '.join(concept.info.name for concept in lacking)} read",
-            where="--merge fusion",
-            fix="make one with customize record, or choose --merge sum",
-        )
-    return found, [records[concept.info.name] for concept in concepts]
 
 
 def _save(pipe: Any, folder: Path) -> None:

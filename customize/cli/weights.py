@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from customize.cli.shared import parse_weights
 from customize.errors import ConfigError
-
-if TYPE_CHECKING:
-    from customize.concepts.component_weights import Weight
-    from customize.concepts.formats.lora import Adaptation
 
 #: A weight for each concept in order, or a dict as :func:`customize.load_custom` takes it.
 Given = list[float] | dict[str, Any]
@@ -53,35 +49,6 @@ def read_weights(text: str | None, count: int) -> Given:
             )
         inner[""] = numbers if len(numbers) > 1 else numbers[0]
     return {name: _plain(value) for name, value in found.items()}
-
-
-def in_order(given: Given, concepts: Sequence[Adaptation]) -> list[Weight]:
-    """The weight of each concept, where no pipeline is at hand: by the published model's blocks.
-
-    Raises:
-        ConfigError: a name is no concept's, component's or block's.
-    """
-    from customize.concepts.component_weights import checked
-    from customize.families import published_families
-
-    if not isinstance(given, dict):
-        return list(given)
-    names = [concept.info.name for concept in concepts]
-    for name in given:
-        if name not in names:
-            raise ConfigError(
-                f"a weight is given for {name}, which is not among the concepts",
-                where="--weights",
-                fix=f"choose from {', '.join(names)}",
-            )
-    layers: dict[str, list[str]] = {}
-    denoisers: dict[str, None] = {}
-    for family in published_families():
-        if family.name == concepts[0].info.family:
-            for component in family.adaptable:
-                layers.setdefault(component, []).extend(family.layers(component))
-            denoisers |= dict.fromkeys(family.denoisers)
-    return [checked(n, given.get(n, 1.0), layers, list(denoisers)) for n in names]
 
 
 def _plain(value: Mapping[str, Any]) -> Any:

@@ -12,7 +12,6 @@ layers. Of two keys the longer one counts, and what no key names has the weight 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 from customize.core.scalars import as_float
 from customize.errors import ConfigError
+from customize.near_names import choose_from
 from customize.text import quoted
 
 _UNET = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
@@ -205,13 +205,11 @@ def _names(components: Sequence[str], layers: LayerNames, parent: str = "") -> l
 
 
 def _unknown(where: str, key: object, names: Sequence[str]) -> ConfigError:
-    near = difflib.get_close_matches(str(key), names, n=3, cutoff=0.5)
-    few = ", ".join(near or names[:12]) + (" ..." if not near and len(names) > 12 else "")
     return ConfigError(
         f"a weight of {where} is for {quoted(key)}, which is no component, block or module with "
         "layers here",
         where="weights",
-        fix=f"did you mean {few}?" if near else f"choose from {few}",
+        fix=choose_from(key, names),
     )
 
 

@@ -163,6 +163,11 @@ class ConceptInfo(BaseModel):
             raise ValueError("a concept without tokens has none for each layer")
         return self
 
+    def __repr_args__(self) -> Any:
+        # A few lines: those that are left out have hundreds of numbers.
+        long = ("fingerprint", "slices", "training", "scores")
+        return [(name, value) for name, value in super().__repr_args__() if name not in long]
+
     @property
     def learned_with(self) -> list[str]:
         """The names of the concepts that it was learned in one run with."""
@@ -260,6 +265,15 @@ class Concept:
         _check_numbers(update.up, where)
         _check_numbers(update.down, where)
 
+    def __repr__(self) -> str:
+        info = self.info
+        tokens = f"{info.num_tokens} tokens" if info.num_tokens else "no tokens of its own"
+        return (
+            f"Concept({info.name}: {info.trigger}, a {info.class_word}, {tokens}; family "
+            f"{info.family}, base {info.base}; {info.method}, rank {info.rank}; "
+            f"{counted(self.products)})"
+        )
+
     @classmethod
     def load(cls, source: str | Path) -> Concept:
         """Read a folder, a ``.safetensors`` file or a hub id; see :mod:`customize.concepts.files`.
@@ -294,6 +308,12 @@ class Concept:
                 fix="save a folder, or leave them out",
             )
         return files.write_single(self, path)
+
+
+def counted(parts: Mapping[str, Mapping[str, object]]) -> str:
+    """How many layers there are of each component, in words."""
+    listed = (f"{len(own)} of {component}" for component, own in sorted(parts.items()))
+    return f"layers: {', '.join(listed) or 'none'}"
 
 
 def check_info(values: Any, where: object) -> ConceptInfo:

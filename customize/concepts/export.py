@@ -56,6 +56,7 @@ class Merged:
 
     Attributes:
         rank: of every layer of each component: the largest needed, others are filled with zeros.
+        method: by which it was merged.
         error: what truncation lost: the norm of the difference over the norm of the exact merge;
             0 without truncation.
     """
@@ -63,6 +64,7 @@ class Merged:
     folder: Path
     rank: dict[str, int]
     error: float
+    method: str
 
 
 def write_merged(
@@ -166,7 +168,7 @@ def write_merged(
     files[MERGED_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
     files[CARD_FILE] = text.encode()
     _write(folder, files)
-    return Merged(folder, ranks, error)
+    return Merged(folder, ranks, error, method)
 
 
 def _diffusers_tensors(

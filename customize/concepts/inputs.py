@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts.adapter import Factors, Products, file_name, fit
+from customize.concepts.concept import counted
 from customize.concepts.files import put_file, safetensors_bytes
 from customize.concepts.layout import INPUTS_FILE
 from customize.concepts.reading import located, read_single_tensors
@@ -77,6 +78,9 @@ class LayerInputs:
     of: str
     own: Factors
     generic: Factors
+
+    def __repr__(self) -> str:
+        return f"LayerInputs(of {self.of[:8]}; {counted(self.own)})"
 
     def save(self, path: str | Path) -> Path:
         """Write it, whole or not at all, over an older one.

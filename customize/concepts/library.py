@@ -66,6 +66,11 @@ class Library:
         self._seen = 0
         self._refresh(read_index(self.folder))
 
+    def __repr__(self) -> str:
+        names = sorted(entry.name for entry in self.entries.values())
+        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return f"Library({str(self.folder)!r}: {len(names)} concepts: {listed or 'none'})"
+
     def refresh(self) -> None:
         """Look at the files again; only those that are new or changed are read.
 

@@ -45,6 +45,10 @@ class Subject:
     class_word: str
     embeddings: Mapping[str, Tensor]
 
+    def __repr__(self) -> str:
+        what = f"a {self.class_word}, " if self.class_word else ""
+        return f"Subject({self.trigger}: {what}{self.num_tokens} tokens)"
+
     @property
     def num_tokens(self) -> int:
         """Tokens that the trigger stands for."""

@@ -49,6 +49,10 @@ class LowRank:
         if not math.isfinite(self.scale):
             raise ConceptError(f"the scale of an update is {self.scale}", fix="give a finite scale")
 
+    def __repr__(self) -> str:
+        out, width = self.shape
+        return f"LowRank({out}x{width}, rank {self.rank}, scale {self.scale:g}, {self.up.dtype})"
+
     @property
     def rank(self) -> int:
         """Columns of ``up``: an upper bound of the product's rank."""

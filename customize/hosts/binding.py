@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from customize.hosts.brief_repr import shorten_repr
+
 if TYPE_CHECKING:
     import torch
 
@@ -280,6 +282,7 @@ def _bind_in(module: ModuleType, class_name: str) -> None:
     if host is None:  # it is being imported right now, or this diffusers has none
         return
     _guard_saving(host)
+    shorten_repr(host)
     foreign = [name for name in METHODS if hasattr(host, name) and not _is_ours(host, name)]
     if foreign:
         warnings.warn(

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from customize.concepts.phrases import find as places_of
@@ -144,6 +144,12 @@ class Decor:
                 where="noise",
                 fix="give such as (0.5, 1.0) for the first half of the noise levels",
             )
+
+    def __repr__(self) -> str:
+        given = ((f.name, getattr(self, f.name)) for f in fields(self))
+        defaults = {f.name: f.default for f in fields(self)}
+        listed = (f"{name}={value!r}" for name, value in given if value != defaults[name])
+        return f"Decor({', '.join(listed)})"
 
     def __str__(self) -> str:
         words = "what a call names" if self.avoid is None else ", ".join(phrases_of(self.avoid))

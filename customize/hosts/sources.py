@@ -140,6 +140,17 @@ def _opened(source: object) -> Adaptation | LoraFile:
         return source
     if isinstance(source, str | Path):
         return opened(source)
+    if isinstance(source, list | tuple | set | frozenset):
+        raise ConfigError(
+            f"a {type(source).__name__} of {len(source)} is not a concept",
+            fix="unpack it with a star, as in load_custom(*concepts), or give each by itself",
+        )
+    if isinstance(source, Mapping):
+        raise ConfigError(
+            "a dict is not a concept",
+            fix='give concepts by themselves and weights beside them: load_custom("rex", '
+            'weights={"rex": 0.8})',
+        )
     raise ConfigError(
         f"a {type(source).__name__} is not a concept",
         fix="give a folder, a .safetensors file, a hub id or a Concept",

@@ -57,6 +57,9 @@ class Checkpoint:
     history: list[list[float]] = field(default_factory=list)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Checkpoint(step {self.step}: {len(self.tensors)} tensors)"
+
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint, then delete all but it and the ``keep - 1`` before it.

@@ -307,6 +307,10 @@ class TrainConfig(BaseModel):
     )
     log_every: int = Field(default=10, ge=1, description="Steps between logged losses, at least 1")
 
+    def __repr_args__(self) -> Any:
+        fields = type(self).model_fields
+        return [(n, v) for n, v in super().__repr_args__() if v != fields[str(n)].default]
+
     @property
     def adapter_alpha(self) -> float:
         """Alpha, or the rank where none is set, so that the update is scaled by 1."""

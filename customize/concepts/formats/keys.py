@@ -94,6 +94,10 @@ class Group:
     parts: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        shapes = (f"{part} {tuple(tensor.shape)}" for part, tensor in self.parts.items())
+        return f"Group({self.path}: {', '.join(shapes)})"
+
 
 def grouped(tensors: Mapping[str, Tensor], where: object) -> list[Group]:
     """The file's keys by the layer that they are on, in the order of their names.

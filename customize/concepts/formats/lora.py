@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from customize.concepts.adapter import file_name
-from customize.concepts.concept import NAME, Concept, Method
+from customize.concepts.concept import NAME, Concept, Method, counted
 from customize.concepts.formats.base_detection import (
     either,
     families_of,
@@ -62,7 +62,7 @@ class LoraInfo:
     method: Method = "lora"
     basis: None = None
     slices: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict, repr=False)
     num_tokens: int = 0
     token_layers: int = 0
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -86,6 +86,14 @@ class Lora:
     products: Mapping[str, Mapping[str, LowRank]]
     subjects: Sequence[Subject] = ()
     source: Path | None = None
+
+    def __repr__(self) -> str:
+        info = self.info
+        words = info.words or "no words named"
+        return (
+            f"Lora({info.name}: {words}; family {info.family}, base {info.base or 'not named'}; "
+            f"rank {info.rank}; {counted(self.products)})"
+        )
 
     def renamed(self, name: str) -> Lora:
         """The same under another name; a merge of several concepts keeps their triggers.
@@ -130,6 +138,9 @@ class LoraFile:
     metadata: Metadata
     noise: Noise | None = None
     into: Sequence[str] = ()
+
+    def __repr__(self) -> str:
+        return f"LoraFile({self.name}: {len(self.groups)} layers in {self.where})"
 
     @property
     def source(self) -> Path:

@@ -1,0 +1,199 @@
+"""The package's own functions: imported when they are used, and short when they are printed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import customize
+from customize.concepts.api import Inspection
+from customize.errors import ConfigError
+from customize.families import family_of
+from tests.cli.making import record_of
+from tests.hosts.making import concept, draw
+from tests.tiny import tiny_sd
+from tests.training.runs import SMALL, make_pictures
+
+PROMPT = "a photo of <rex> and <tom>"
+
+
+def two(pipe: Any, folder: Path) -> list[Path]:
+    return [
+        concept(pipe, name, index=index).save(folder / name)
+        for index, name in enumerate(("rex", "tom"))
+    ]
+
+
+def test_nothing_heavy_is_imported_with_the_names() -> None:
+    code = (
+        "import sys, customize; assert 'torch' not in sys.modules; "
+        "dir(customize); assert 'torch' not in sys.modules; "
+        "assert callable(customize.train) and callable(customize.merge); "
+        "from customize import *; print(inspect.__module__, load_custom.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "customize.concepts.api" in done.stdout
+
+
+@pytest.mark.parametrize("name", customize.__all__)
+def test_every_public_name_is_there_and_documented(name: str) -> None:
+    found = getattr(customize, name)
+    if name != "__version__":
+        assert found.__doc__ and len(found.__doc__) > 60
+
+
+def test_a_name_that_is_not_there_names_the_near_one() -> None:
+    with pytest.raises(
+        AttributeError, match=r"'load_costum'; did you mean load_custom or unload_custom"
+    ):
+        _ = customize.load_costum
+    with pytest.raises(AttributeError, match=r"has no attribute '__wrapped__'$"):
+        _ = customize.__wrapped__
+
+
+def test_train_gives_the_concept_and_saves_it(tmp_path: Path) -> None:
+    pipe = tiny_sd()
+    images = make_pictures(tmp_path / "images")
+    settings = {**SMALL, "images": images, "output": tmp_path / "rex", "steps": 1}
+    made = customize.train(**settings, components=pipe.components, progress=False)
+    again = customize.Concept.load(tmp_path / "rex")
+    assert made.info == again.info
+    config = customize.TrainConfig(**settings)
+    other = customize.train(
+        config, output=tmp_path / "b", components=pipe.components, progress=False
+    )
+    assert other.info.name == "rex" and (tmp_path / "b" / "concept.json").is_file()
+    given = {"name": "tom", "output": tmp_path / "tom", "components": pipe.components}
+    assert customize.train(config, **given, progress=False).info.trigger == "<tom>"
+    (tmp_path / "run.yaml").write_text("class_word: dog\n")
+    with pytest.raises(ConfigError, match="base is missing"):
+        customize.train(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="not a setting; did you mean learning_rate"):
+        customize.train(**settings, lr=1)
+    with pytest.raises(ConfigError, match="a dict is not a configuration"):
+        customize.train(settings)  # type: ignore[arg-type]
+
+
+def test_merge_writes_what_load_custom_reads(tmp_path: Path) -> None:
+    pipe = tiny_sd()
+    rex, tom = two(pipe, tmp_path)
+    merged = customize.merge(
+        rex, customize.Concept.load(tom), output=tmp_path / "duo", weights={"tom": 0.5}
+    )
+    assert merged.method == "sum" and merged.rank == {"text_encoder": 4, "unet": 4}
+    found = draw(pipe.load_custom(merged.folder), PROMPT)
+    pipe.unload_custom()
+    expected = draw(pipe.load_custom(rex, tom, weights=[1.0, 0.5], merge="sum"), PROMPT)
+    assert np.abs(found - expected).max() <= 1e-5
+    kohya = customize.merge(rex, tom, output=tmp_path / "k", format="kohya", rank=2)
+    assert (kohya.folder / "k.safetensors").is_file() and kohya.error > 0
+    ties = {"method": "ties", "density": 0.4}
+    assert customize.merge(rex, tom, output=tmp_path / "t", merge=ties).method == "ties"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"merge": "tie"}, "no merge.*did you mean ties"),
+        ({"merge": "fusion"}, "no record of what the layers of rex, tom read.*customize record"),
+        ({"merge": {"method": "ties", "densty": 1}}, "no setting densty.*did you mean density"),
+        ({"format": "koya"}, "no format koya.*did you mean kohya"),
+        ({"family": "sdx"}, "no family.*did you mean sdxl or sd"),
+        ({"weights": {"rx": 1}}, "given for rx.*did you mean rex"),
+        ({"weights": [1]}, "1 weights were given for 2"),
+    ],
+)
+def test_what_merge_refuses(arguments: dict[str, Any], says: str, tmp_path: Path) -> None:
+    sources = two(tiny_sd(), tmp_path)
+    with pytest.raises(ConfigError, match=f"(?s){says}"):
+        customize.merge(*sources, output=tmp_path / "m", **arguments)
+    assert not (tmp_path / "m").exists()
+
+
+def test_lists_are_to_be_unpacked(tmp_path: Path) -> None:
+    pipe = tiny_sd()
+    sources = two(pipe, tmp_path)
+    with pytest.raises(ConfigError, match=r"list of 2 is not a concept.*load_custom\(\*concepts\)"):
+        pipe.load_custom(sources)
+    pipe.load_custom(*sources)  # as it says
+    pipe.unload_custom()
+    with pytest.raises(ConfigError, match=r"list of 2 is not a concept|a list is not a concept"):
+        customize.merge(sources, output=tmp_path / "m")
+    with pytest.raises(ConfigError, match=r"a dict is not a concept.*weights="):
+        pipe.load_custom({"rex": 1.0})
+
+
+def test_inspect_tells_what_concepts_hold(tmp_path: Path) -> None:
+    pipe = tiny_sd()
+    rex, tom = two(pipe, tmp_path)
+    found = customize.inspect(rex)
+    assert found.facts[0]["trigger"] == "<rex>, 2 tokens" and found.overlap is None
+    both = customize.inspect(rex, tom)
+    assert both.overlap is not None and both.overlap.shape == (2, 2)
+    assert both.notes == ["No two share a slice: their updates are orthogonal."]
+    assert "overlap of rex and tom: 0.000" in repr(both) and not both.crosstalk
+    for each in (rex, tom):
+        made = customize.Concept.load(each)
+        record_of(made).save(each / "layer_inputs.safetensors")
+    assert isinstance(customize.inspect(rex, tom), Inspection)
+    with pytest.raises(ConfigError, match="nothing to inspect"):
+        customize.inspect()
+
+
+def printed(folder: Path) -> dict[str, object]:
+    pipe = tiny_sd()
+    sources = two(pipe, folder)
+    rex = customize.Concept.load(sources[0])
+    merged = customize.merge(*sources, output=folder / "m")
+    from customize.concepts.formats.opening import opened
+    from customize.hosts.sources import family_in
+    from customize.hosts.state import find
+
+    pipe.load_custom(rex)
+    attached = find(family_in(pipe)).attached
+    return {
+        "concept": rex,
+        "info": rex.info,
+        "lora": opened(folder / "m"),
+        "lora info": opened(folder / "m").info,
+        "merged": merged,
+        "subject": opened(folder / "m").subjects[0],
+        "update": next(iter(rex.products["unet"].values())),
+        "record": record_of(rex),
+        "library": customize.Library(folder),
+        "decor": customize.Decor(avoid="beach"),
+        "config": customize.TrainConfig(**SMALL, images="i", output="o"),
+        "inspection": customize.inspect(*sources),
+        "attached": attached,
+        "pipeline": pipe,
+        "custom": pipe.custom,
+        "family": family_of(pipe.components),
+    }
+
+
+def test_what_is_printed_is_a_few_lines(tmp_path: Path) -> None:
+    for name, value in printed(tmp_path).items():
+        text = repr(value)
+        assert len(text) < 2500 and text.count("\n") < 40, (name, text[:3000])
+        assert "tensor(" not in text and "array(" not in text, (name, text[:500])
+    assert repr(customize.Decor(avoid="beach")) == "Decor(avoid='beach')"
+    assert "<rex>, a dog, 2 tokens; family sd" in repr(customize.Concept.load(tmp_path / "rex"))
+
+
+def test_a_pipeline_prints_its_configuration_unless_it_is_customized(tmp_path: Path) -> None:
+    pipe, other = tiny_sd(), tiny_sd()
+    stock = repr(pipe)
+    assert '"_class_name": "StableDiffusionPipeline"' in stock
+    rex, _ = two(pipe, tmp_path)
+    pipe.load_custom(rex)
+    assert repr(pipe).startswith("StableDiffusionPipeline: 1 concept on sd (cpu, float32)")
+    assert "_class_name" not in repr(pipe) and repr(other) == stock
+    pipe.unload_custom()
+    assert repr(pipe) == stock
+    assert "memory: 4 GB" in repr(other.load_custom(memory="4GB"))

@@ -161,7 +161,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         was, is_ = (", ".join(sorted(each)) or "none" for each in (old, new))
         found.append(f"the concepts learned together with it were {was} and are {is_}")
     for name in sorted(old.keys() & new.keys()):
-        found += [f"{name}'s {change}" for change in differences(old[name], new[name])]
+        own = differences(old[name], new[name])
+        found += [f"{name}'s {change.removeprefix('the ')}" for change in own]
     old, new = before.get(BASE_CONFIG), now.get(BASE_CONFIG)
     if old is not None and new is not None:
         found += [f"the base's {change}" for change in differences(old, new)]

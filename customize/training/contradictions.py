@@ -23,7 +23,7 @@ def contradictions(config: TrainConfig) -> dict[str, str]:
         "preserve": _in_preserve(config),
         "preserve_phrases": bool(config.preserve_phrases)
         and not config.preserve.keys() - {"output"}
-        and "is not used; give preserve (--preserve) class_text, context_text or context_output",
+        and "is not used; set preserve to class_text, context_text or context_output (--preserve)",
         "preserve_pooling": config.preserve_pooling == "published" and _in_pooling(config),
         "prior_images": config.prior_images is not None
         and _in_prior_images(config, config.prior_images.resolve() == images),
@@ -31,7 +31,7 @@ def contradictions(config: TrainConfig) -> dict[str, str]:
         and f"has the trigger {config.trigger}; class pictures show the class without it",
         "slice": config.slice is not None
         and config.method == "lora"
-        and "has no meaning for method lora; leave it out, or set method to orthogonal"
+        and "has no meaning for method lora; leave it out, or set method orthogonal"
         " (--method orthogonal)",
         "layerwise_tokens": config.layerwise_tokens
         and not config.train_tokens
@@ -62,7 +62,7 @@ def _in_preserve(config: TrainConfig) -> str | None:
 
 def _in_pooling(config: TrainConfig) -> str | None:
     if "class_text" not in config.preserve:
-        return "is of class_text alone; give preserve (--preserve) class_text a weight"
+        return "is of class_text alone; set preserve to class_text (--preserve)"
     if not config.train_tokens:
         return "takes the feature at the concept's token; set train_tokens to true (--train-tokens)"
     return None

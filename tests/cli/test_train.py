@@ -39,7 +39,7 @@ def arguments(world: World, folder: Path, **settings: object) -> list[str]:
         "batch_size": 1,
         "device": "cpu",
         # What is drawn for these would take longer than the run itself.
-        "avoid": 0,
+        "num_shared_directions": 0,
     } | settings
     flags = [
         part for key, value in given.items() for part in ("--" + key.replace("_", "-"), str(value))

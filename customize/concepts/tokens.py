@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from customize.core.precision import full_precision
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families.components import TokenDictionary, uncompiled
 
@@ -213,6 +214,7 @@ def has_rows(dictionary: TokenDictionary, names: Sequence[str], rows: Tensor) ->
     return torch.equal(table[token_ids(dictionary, names)], rows.to(table))
 
 
+@full_precision()
 def initial_rows(
     dictionary: TokenDictionary, class_word: str, num_tokens: int, seed: int
 ) -> Tensor:

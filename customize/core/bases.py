@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from customize.core.precision import full_precision
 from customize.errors import ConfigError
 
 Columns = Sequence[int] | Tensor
@@ -31,6 +32,7 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _ROW_SIGNS, _ROW_ORDER, _COLUMN_ORDER, _RADII, _ANGLES = range(1, 6)
 
 
+@full_precision()
 def cosine(width: int, columns: Columns, seed: int) -> Tensor:
     """Columns of a signed and permuted discrete cosine transform (DCT-II, orthonormal).
 
@@ -69,6 +71,7 @@ def cosine(width: int, columns: Columns, seed: int) -> Tensor:
     return torch.from_numpy(entries.astype(np.float32))
 
 
+@full_precision()
 def gaussian_qr(width: int, columns: Columns, seed: int) -> Tensor:
     """Columns of the Q factor of a Gaussian matrix: the paper's randomized orthogonal basis.
 
@@ -157,6 +160,7 @@ def avoided(width: int, most: int) -> int:
     return min(most, width // 8)
 
 
+@full_precision()
 def avoiding_projection(
     basis: Basis, directions: Tensor, columns: Columns, seed: int, scale: float = 1.0
 ) -> Tensor:

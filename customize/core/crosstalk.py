@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from customize.core.lowrank import LowRank, check_alike, row_factor
+from customize.core.precision import full_precision
 from customize.errors import ConceptError
 
 
+@full_precision()
 def subspace_overlap(down_i: Tensor, down_j: Tensor) -> float:
     """``||B_i^T B_j||_F^2 / r`` for orthonormal bases B of the two row spaces.
 
@@ -43,6 +45,7 @@ def subspace_overlap(down_i: Tensor, down_j: Tensor) -> float:
     return float((basis_i @ basis_j.T).square().sum()) / smaller
 
 
+@full_precision()
 def shared_rows(downs: Sequence[Tensor]) -> Tensor:
     """How much of each row of each down-projection lies in the row space of each other one.
 
@@ -72,6 +75,7 @@ def shared_rows(downs: Sequence[Tensor]) -> Tensor:
     return torch.stack(spaces, dim=1).clamp(max=1.0).cpu()
 
 
+@full_precision()
 def update_overlap(p: LowRank, q: LowRank) -> float:
     """``||dW_i dW_j^T||_F / (||dW_i||_F ||dW_j||_F)``, in [0, 1], without dense matrices.
 
@@ -87,6 +91,7 @@ def update_overlap(p: LowRank, q: LowRank) -> float:
     return float(torch.linalg.matrix_norm(rows_p @ rows_q.T)) / norms if norms > 0 else 0.0
 
 
+@full_precision()
 def activation_crosstalk(p: LowRank, q: LowRank, inputs: Tensor) -> float:
     """``||dW_j X_i||_F / ||dW_i X_i||_F``: what q does on p's own inputs, against what p does.
 
@@ -114,6 +119,7 @@ def activation_crosstalk(p: LowRank, q: LowRank, inputs: Tensor) -> float:
     return other / own if own > 0 else math.inf
 
 
+@full_precision()
 def answers(
     products_by_concept: Mapping[str, Mapping[str, LowRank]],
     inputs_by_concept: Mapping[str, Mapping[str, Tensor]],
@@ -154,6 +160,7 @@ def answers(
     return found
 
 
+@full_precision()
 def relative(answers_by_layer: Mapping[str, Tensor]) -> Tensor:
     """Over all layers: what j's update does on i's inputs, against what i's own does.
 
@@ -168,6 +175,7 @@ def relative(answers_by_layer: Mapping[str, Tensor]) -> Tensor:
     return torch.where(total > 0, total / own, 0.0).sqrt().fill_diagonal_(1.0)
 
 
+@full_precision()
 def matrix(products_by_concept: Mapping[str, Mapping[str, LowRank]]) -> Tensor:
     """:func:`update_overlap` of every pair of K concepts, over all their layers.
 

@@ -26,6 +26,7 @@ import torch
 from torch import Generator, Tensor
 
 from customize.core.lowrank import LowRank, check_mergeable, precision_of
+from customize.core.precision import full_precision
 from customize.errors import ConceptError, ConfigError
 
 # Chosen on concepts of the miniature world that are in no figure: from 3e-5 to 3e-4 it is alike,
@@ -45,6 +46,7 @@ class InputMoment:
         energy: ``sum ||x||^2`` over them.
     """
 
+    @full_precision()
     def __init__(self, width: int, columns: int = 128, device: torch.device | None = None) -> None:
         if width <= columns:
             test = torch.eye(width, dtype=torch.float64)
@@ -56,6 +58,7 @@ class InputMoment:
         self._sketch = torch.zeros_like(self._test)
         self.count, self.energy = 0, 0.0
 
+    @full_precision()
     def add(self, inputs: Tensor) -> None:
         """Count more inputs: (..., width), any floating dtype."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self._test)
@@ -63,6 +66,7 @@ class InputMoment:
         self.count += len(rows)
         self.energy += float(rows.square().sum())
 
+    @full_precision()
     def factor(self, rank: int) -> Tensor:
         """The leading directions, times the roots of their shares of the energy.
 
@@ -81,11 +85,21 @@ class InputMoment:
                 fix="record them while the model draws pictures that are finite",
             )
         test, sketch = (each.to("cpu", torch.float64) for each in (self._test, self._sketch))
-        # Shifted, so that the small matrix is safely positive; taken off again at the end.
-        shift = 1e-7 * float(torch.linalg.matrix_norm(sketch))
-        sketch = sketch + shift * test
-        small = test.T @ sketch
-        root = torch.linalg.cholesky((small + small.T) / 2)
+        # Shifted, so that the small matrix is safely positive; taken off again at the end. The
+        # shift is ten times as large where rounding of what was added up in float32 is above it.
+        norm = float(torch.linalg.matrix_norm(sketch))
+        for shift in (norm * 10.0**power for power in range(-7, 0)):
+            shifted = sketch + shift * test
+            small = test.T @ shifted
+            root, failed = torch.linalg.cholesky_ex((small + small.T) / 2)
+            if not failed:
+                break
+        else:
+            raise ConceptError(
+                "the second moment of the layer's inputs is not positive",
+                fix="record them again, with mixed_precision no or bf16",
+            )
+        sketch = shifted
         tall = torch.linalg.solve_triangular(root, sketch.T, upper=False).T
         directions, values, _ = torch.linalg.svd(tall, full_matrices=False)
         shares = (values.square() - shift).clamp(min=0.0) / self.energy
@@ -94,6 +108,7 @@ class InputMoment:
         return rows[kept].to(torch.float32).contiguous()
 
 
+@full_precision()
 def fusion(
     products: Sequence[LowRank],
     weights: Sequence[float],

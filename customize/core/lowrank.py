@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor
 
+from customize.core.precision import full_precision
 from customize.errors import ConceptError, ConfigError
 
 # Ranks that `add_to` multiplies at once.
@@ -84,6 +86,7 @@ def from_factors(up: Tensor, down: Tensor, scale: float = 1.0) -> LowRank:
     return LowRank(up.flatten(1), down.flatten(1), scale)
 
 
+@full_precision()
 def from_dense(update: Tensor) -> LowRank:
     """Any update as a product, exact: the smaller of the two sides becomes an identity.
 
@@ -116,6 +119,7 @@ def filled(p: LowRank, rank: int) -> LowRank:
     return LowRank(up.contiguous(), down.contiguous())
 
 
+@full_precision()
 def stacked(products: Sequence[LowRank]) -> LowRank:
     """The update of several weights laid one below the other, exact.
 
@@ -141,6 +145,7 @@ def stacked(products: Sequence[LowRank]) -> LowRank:
     return LowRank(torch.block_diag(*ups), torch.cat(downs))
 
 
+@full_precision()
 def product(p: LowRank) -> Tensor:
     """The dense update: (out, in), float32 or the factors' higher precision."""
     dtype = precision_of([p])
@@ -150,6 +155,7 @@ def product(p: LowRank) -> Tensor:
     return p.scale * (p.up.to(dtype) @ p.down.to(dtype))
 
 
+@full_precision()
 def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """``sum_i weights[i] * products[i]``, exact, by laying the factors side by side.
 
@@ -197,6 +203,14 @@ def add_to(total: Tensor, products: Sequence[LowRank], weights: Sequence[float])
         products: of its shape, on any one device; none is nothing to add.
         weights: as many, finite.
     """
+    with ExitStack() as stack:
+        stack.enter_context(full_precision())
+        if total.is_inference():  # which nobody could change elsewhere
+            stack.enter_context(torch.inference_mode())
+        _add_to(total, products, weights)
+
+
+def _add_to(total: Tensor, products: Sequence[LowRank], weights: Sequence[float]) -> None:
     low = []
     for k, (p, weight) in enumerate(zip(products, weights, strict=True)):
         dense = _written_out(p)
@@ -276,6 +290,7 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
+@full_precision()
 def inner(p: LowRank, q: LowRank) -> float:
     """The Frobenius inner product ``<p, q> = tr(p^T q)``, in float64, from r x r Gram matrices.
 
@@ -288,6 +303,7 @@ def inner(p: LowRank, q: LowRank) -> float:
     return p.scale * q.scale * float((ups * downs).sum())
 
 
+@full_precision()
 def row_factor(p: LowRank) -> Tensor:
     """A thin F with ``F^T F == dW^T dW``: the product without its orthonormal column factor.
 
@@ -302,6 +318,7 @@ def row_factor(p: LowRank) -> Tensor:
     return p.scale * (factor @ exact(p.down))
 
 
+@full_precision()
 def norm(p: LowRank) -> float:
     """The Frobenius norm of the product, in float64.
 
@@ -311,6 +328,7 @@ def norm(p: LowRank) -> float:
     return float(torch.linalg.matrix_norm(row_factor(p)))
 
 
+@full_precision()
 def distance(p: LowRank, q: LowRank) -> float:
     """The Frobenius norm of ``p - q``, in float64.
 

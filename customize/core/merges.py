@@ -28,6 +28,7 @@ from customize.core.lowrank import (
     product,
     weighted_sum,
 )
+from customize.core.precision import full_precision
 from customize.core.scalars import as_float, is_whole
 from customize.core.truncation import truncate
 from customize.errors import ConfigError
@@ -66,6 +67,7 @@ def truncated(
     return truncate(exact, max(1, *(p.rank for p in products)) if rank is None else rank)
 
 
+@full_precision()
 def magnitude(
     products: Sequence[LowRank], weights: Sequence[float], *, density: float = 0.5
 ) -> LowRank:
@@ -85,6 +87,7 @@ def magnitude(
     return from_dense(_total(_trimmed(entries, density) for entries in _dense(products, weights)))
 
 
+@full_precision()
 def dare(
     products: Sequence[LowRank], weights: Sequence[float], *, density: float = 0.5, seed: int = 0
 ) -> LowRank:
@@ -110,6 +113,7 @@ def dare(
     return from_dense(_total(kept(entries) for entries in _dense(products, weights)))
 
 
+@full_precision()
 def ties(products: Sequence[LowRank], weights: Sequence[float], *, density: float = 0.2) -> LowRank:
     """Trim, elect a sign, and take the mean of those that have it (TIES, arXiv 2306.01708).
 
@@ -187,6 +191,7 @@ def subject_style(
     return weighted_sum(products, [share * weights[0], (1 - share) * weights[1]])
 
 
+@full_precision()
 def mean_ratio(pairs: Sequence[tuple[LowRank, LowRank]]) -> float:
     """The mean over layers of ``sum |dW_subject| / sum |dW_style|``: K-LoRA's balance.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
+from customize.core.precision import full_precision
 from customize.errors import ConfigError, TrainingError
 from customize.near_names import choose_from
 
@@ -23,6 +24,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _MARGIN = torch.finfo(torch.float32).eps
 
 
+@full_precision()
 def noisy_latents(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     """``sqrt(a_t) * x0 + sqrt(1 - a_t) * noise`` (DDPM, arXiv 2006.11239, eq. 4).
 
@@ -39,6 +41,7 @@ def noisy_latents(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) 
     return (signal * x0.float() + sigma * noise.float()).to(x0.dtype)
 
 
+@full_precision()
 def target(kind: str, x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     """What a denoiser of this prediction type should answer.
 
@@ -64,6 +67,7 @@ def target(kind: str, x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tens
     return signal * noise.float() - sigma * x0.float()
 
 
+@full_precision()
 def flow_noisy(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """``(1 - sigma) * x0 + sigma * noise``: the straight path of rectified flow (2403.03206).
 
@@ -119,11 +123,13 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
     return clipped if prediction == "sample" else clipped / (snr + 1.0)
 
 
+@full_precision()
 def uniform(n: int, generator: Generator | None = None) -> Tensor:
     """n draws of the uniform density on (0, 1): (n,), float32, on the generator's device."""
     return _inside(torch.rand(n, generator=generator, device=_device(generator)))
 
 
+@full_precision()
 def logit_normal(
     n: int, generator: Generator | None = None, mean: float = 0.0, std: float = 1.0
 ) -> Tensor:
@@ -135,6 +141,7 @@ def logit_normal(
     return _inside(torch.sigmoid(mean + std * z))
 
 
+@full_precision()
 def mode(n: int, generator: Generator | None = None, scale: float = 1.29) -> Tensor:
     """n draws of the mode density with heavy tails (arXiv 2403.03206, eq. 20): (n,), float32.
 
@@ -154,6 +161,7 @@ def mode(n: int, generator: Generator | None = None, scale: float = 1.29) -> Ten
     return _inside(1.0 - u - scale * (torch.cos(math.pi * u / 2.0) ** 2 - 1.0 + u))
 
 
+@full_precision()
 def cosmap(n: int, generator: Generator | None = None) -> Tensor:
     """n draws of ``2 / (pi * (1 - 2 u + 2 u^2))`` (arXiv 2403.03206, eq. 21): (n,), float32.
 
@@ -191,6 +199,7 @@ def shift(sigma: Tensor, factor: float) -> Tensor:
     return factor * sigma / (1.0 + (factor - 1.0) * sigma)
 
 
+@full_precision()
 def offset_noise(noise: Tensor, strength: float, generator: Generator | None = None) -> Tensor:
     """Noise plus ``strength`` times one normal number per sample and channel.
 
@@ -209,6 +218,7 @@ def offset_noise(noise: Tensor, strength: float, generator: Generator | None = N
     return (noise.float() + strength * offset).to(noise.dtype)
 
 
+@full_precision()
 def weighted_mse(
     pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from customize.core.objectives import weighted_mse
+from customize.core.precision import full_precision
 from customize.errors import TrainingError
 
 Preservation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
+@full_precision()
 def class_text(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Tensor:
     """The semantic preservation loss of ClassDiffusion (arXiv 2405.17532), a cosine distance.
 
@@ -42,6 +44,7 @@ def class_text(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Tens
     return (distance if weight is None else distance * weight.float()).mean()
 
 
+@full_precision()
 def context_text(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Tensor:
     """CoRe's loss on the context of a concept (AAAI 2025, arXiv 2408.15914), a cosine distance.
 
@@ -62,6 +65,7 @@ def context_text(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Te
     return (distance * weight.float()).sum(1).mean()
 
 
+@full_precision()
 def output(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Tensor:
     """The squared change of what a denoiser answers to prompts that name the class.
 
@@ -104,6 +108,7 @@ PRESERVATIONS: dict[str, Preservation] = {
 }
 
 
+@full_precision()
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """``1 - cos`` along the last dimension: (..., width) to (...,), float32, in [0, 2]."""
     return 1.0 - F.cosine_similarity(a.float(), b.float(), dim=-1)

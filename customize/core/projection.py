@@ -11,12 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from customize.core.precision import full_precision
 from customize.errors import ConfigError
 
-#: Singular values below this share of the largest are rounding.
+#: Singular values below this share of the largest are rounding, of float32.
 _ROUNDING = 1e-5
 
 
+@full_precision()
 def span(rows: Tensor, rank: int | None = None, mean: Tensor | None = None) -> Tensor:
     """The leading directions of some rows.
 
@@ -38,11 +40,15 @@ def span(rows: Tensor, rank: int | None = None, mean: Tensor | None = None) -> T
     own = rows.float() if mean is None else rows.float() - mean.float()
     _, values, directions = torch.linalg.svd(own, full_matrices=False)
     largest = values[..., 0] if mean is None else torch.linalg.matrix_norm(rows.float(), 2)
-    there = values > _ROUNDING * largest[..., None]
+    # What was computed in half precision has rounding of its own in every direction.
+    dtypes = {rows.dtype, rows.dtype if mean is None else mean.dtype}
+    rounding = max(_ROUNDING, *(torch.finfo(dtype).eps for dtype in dtypes))
+    there = values > rounding * largest[..., None]
     count = int(there.sum(-1).max())
     return (directions * there[..., None])[..., : count if rank is None else min(count, rank), :]
 
 
+@full_precision()
 def projected(rows: Tensor, directions: Tensor, strength: float | Tensor) -> Tensor:
     """Rows with less of a span: ``X - strength X V V^T``.
 
@@ -83,6 +89,7 @@ def check_strength(strength: float) -> None:
         )
 
 
+@full_precision()
 def beyond_chance(rows: Tensor, directions: Tensor) -> Tensor:
     """How surely rows have to do with a span, by the share of their square length in it.
 
@@ -106,6 +113,7 @@ def beyond_chance(rows: Tensor, directions: Tensor) -> Tensor:
     return torch.where(spread > 1e-3, sure, 0.0)
 
 
+@full_precision()
 def keeping(rows: Tensor, directions: Tensor, kept: float) -> Tensor:
     """The largest strength, at most 1, at which each row keeps a share of its length.
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from customize.core.precision import full_precision
+
 Box = tuple[float, float, float, float]
 
 #: How wide the soft edge of a box is, as a share of the picture's width or height.
@@ -21,6 +23,7 @@ EDGE = 0.1
 _ROUNDING = 1e-6
 
 
+@full_precision()
 def box_weights(box: Box, height: int, width: int, edge: float = EDGE) -> Tensor:
     """How much of each cell a box with soft edges holds.
 
@@ -39,6 +42,7 @@ def box_weights(box: Box, height: int, width: int, edge: float = EDGE) -> Tensor
     return _covered(height, top, bottom, edge)[:, None] * across
 
 
+@full_precision()
 def mask_weights(mask: Tensor, height: int, width: int) -> Tensor:
     """The mean of a mask over each cell.
 
@@ -73,6 +77,7 @@ def layered(weights: Sequence[Tensor]) -> list[Tensor]:
     return [rest, *found]
 
 
+@full_precision()
 def composed(answers: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """The weighted sum of answers; where one has all the weight, it is that one bit for bit.
 

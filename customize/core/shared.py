@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from customize.core.bases import Basis, Columns, avoided, avoiding_projection
+from customize.core.precision import full_precision
 
 # No slice is louder than this: where next to nothing is left, it would be noise that is amplified.
 _LOUDEST = 10.0
@@ -31,6 +32,7 @@ def left(inputs: Tensor, avoid: int) -> float:
     return max(1.0 - float(inputs[:count].double().square().sum()), 0.0)
 
 
+@full_precision()
 def captured(inputs: Tensor, directions: Tensor) -> float:
     """The share of the inputs' energy that lies in the span of some directions.
 
@@ -50,6 +52,7 @@ def captured(inputs: Tensor, directions: Tensor) -> float:
     return float((inputs.double() @ span).square().sum())
 
 
+@full_precision()
 def down_projection(
     basis: Basis, inputs: Tensor, columns: Columns, seed: int, *, avoid: int, scale: float = 1.0
 ) -> Tensor:
@@ -77,6 +80,7 @@ def down_projection(
     return avoiding_projection(basis, lead, columns, seed, scale * length)
 
 
+@full_precision()
 def change_on_generic(down: Tensor, inputs: Tensor, weight: Tensor, scale: float) -> float:
     """What an up-projection of norm 1 changes of a layer's output on generic prompts, on average.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from customize.core.lowrank import LowRank, exact, precision_of, product
+from customize.core.precision import full_precision
 from customize.core.scalars import is_whole
 from customize.errors import ConfigError
 from customize.text import quoted
@@ -14,6 +15,7 @@ from customize.text import quoted
 _OVERSAMPLING, _ITERATIONS = 10, 4
 
 
+@full_precision()
 def truncate(p: LowRank, rank: int) -> LowRank:
     """The nearest product of at most ``rank`` in the Frobenius norm (Eckart-Young).
 
@@ -52,6 +54,7 @@ class _Reflected:
         return torch.ormqr(self.reflections[:, : len(self.tau)], self.tau, columns)
 
 
+@full_precision()
 def nearest(p: LowRank, rank: int) -> LowRank:
     """Nearly :func:`truncate`, for products that are dense but for their form.
 

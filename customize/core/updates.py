@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from customize.core.lowrank import LowRank, from_dense, product
+from customize.core.precision import full_precision
 from customize.errors import ConceptError
 
 _TINY = 1e-8  # what LyCORIS and kohya add to a norm that they divide by
 
 
+@full_precision()
 def with_core(up: Tensor, down: Tensor, core: Tensor | None) -> LowRank:
     """``up @ down``, or with a convolution's core between them (CP and Tucker forms).
 
@@ -45,6 +47,7 @@ def with_core(up: Tensor, down: Tensor, core: Tensor | None) -> LowRank:
     return LowRank(up.flatten(1), wide.flatten(1))
 
 
+@full_precision()
 def hadamard(p: LowRank, q: LowRank) -> LowRank:
     """The elementwise product (LoHa), exact: rank ``p.rank * q.rank``, or dense where that is less.
 
@@ -62,6 +65,7 @@ def hadamard(p: LowRank, q: LowRank) -> LowRank:
     return LowRank(up, down, p.scale * q.scale)
 
 
+@full_precision()
 def kronecker(p: LowRank, q: LowRank) -> LowRank:
     """The Kronecker product (LoKr), exact: rank ``p.rank * q.rank``, or dense where that is less.
 
@@ -74,6 +78,7 @@ def kronecker(p: LowRank, q: LowRank) -> LowRank:
     return LowRank(up, torch.kron(*_same(p.down, q.down)), p.scale * q.scale)
 
 
+@full_precision()
 def rescaled(weight: Tensor, update: LowRank, magnitude: Tensor) -> Tensor:
     """What DoRA adds: ``m * V / |V| - W`` with ``V = W + update``.
 
@@ -103,6 +108,7 @@ def rescaled(weight: Tensor, update: LowRank, magnitude: Tensor) -> Tensor:
     return magnitude.float().reshape(sides) / lengths.clamp_min(_TINY) * changed - base
 
 
+@full_precision()
 def initial_part(weight: Tensor, rank: int, scale: float, start: str) -> LowRank:
     """What peft takes out of a weight when it begins an adapter with a part of it.
 
@@ -126,6 +132,7 @@ def initial_part(weight: Tensor, rank: int, scale: float, start: str) -> LowRank
     return LowRank(u[:, :rank] * values[:rank], vh[:rank])
 
 
+@full_precision()
 def turned(weight: Tensor, blocks: Tensor, limit: float, rescale: Tensor | None) -> Tensor:
     """What OFT adds: each block of rows turned by its own rotation.
 
@@ -163,6 +170,7 @@ def turned(weight: Tensor, blocks: Tensor, limit: float, rescale: Tensor | None)
     return rows.reshape(base.shape) - base
 
 
+@full_precision()
 def rotations(blocks: Tensor, most: float) -> Tensor:
     """The Cayley transform ``(I + Q) (I - Q)^-1`` of ``Q = blocks - blocks^T``.
 

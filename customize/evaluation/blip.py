@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.evaluation.models import batches, load, load_model, pixels
 
@@ -88,6 +89,7 @@ class BlipScorer:
         positions = self.model.config.text_config.max_position_embeddings
         self.reader = _reader(model, kind, positions, device)
 
+    @full_precision(tf32=True)
     @torch.no_grad()
     def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
         """`blip_itc` in [-1, 1] and `blip_itm` in [0, 1] of each picture with its prompt.
@@ -131,6 +133,7 @@ class Blip2Scorer:
         positions = self.model.config.qformer_config.max_position_embeddings
         self.reader = _reader(model, kind, positions, device)
 
+    @full_precision(tf32=True)
     @torch.no_grad()
     def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
         """`blip2_itc` in [-1, 1] and `blip2_itm` in [0, 1] of each picture with its prompt.

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from customize.core.precision import full_precision
 from customize.evaluation.models import batches, load, load_model, pixels, unit
 
 
@@ -34,6 +35,7 @@ class ClipScorer:
         self.processor = load(AutoProcessor, model, "the CLIP model's processor")
         self.device = device
 
+    @full_precision(tf32=True)
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, d) of pictures, float32, on the CPU."""
@@ -44,6 +46,7 @@ class ClipScorer:
             ]
         )
 
+    @full_precision(tf32=True)
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (n, d) of prompts, cut at CLIP's length, float32, on the CPU."""

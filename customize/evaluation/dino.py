@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from customize.core.precision import full_precision
 from customize.evaluation.models import load, load_model, pixels, unit
 
 # config.json's model_type of what is understood; DINO itself is a plain ViT.
@@ -34,6 +35,7 @@ class DinoScorer:
         self.processor = load(AutoImageProcessor, model, "the DINO model's image processor")
         self.device = device
 
+    @full_precision(tf32=True)
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, d), float32, on the CPU: the class token after the last layer norm."""
@@ -44,6 +46,7 @@ class DinoScorer:
             ]
         )
 
+    @full_precision(tf32=True)
     def dino_i(self, pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
         """Mean cosine (n,) of each picture with the references."""
         return (self.images(pictures) @ self.images(references).T).mean(1)

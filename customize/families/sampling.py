@@ -49,7 +49,8 @@ def sample(
     if "generator" in inspect.signature(scheduler.step).parameters:
         extra["generator"] = Generator().manual_seed(sampler_seed)
 
-    noise = [torch.randn(*shape, generator=Generator().manual_seed(seed)) for seed in seeds]
+    on_cpu: Any = {"device": "cpu", "dtype": torch.float32}
+    noise = [torch.randn(*shape, generator=Generator().manual_seed(k), **on_cpu) for k in seeds]
     latents = torch.stack(noise).to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     guided = family.is_guided(guidance)
     if guided:

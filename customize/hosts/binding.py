@@ -148,21 +148,23 @@ def load_custom(
             shares only some of the parts that concepts are attached to; or the attention backend
             is not installed, does not fit, or computes something else here.
     """
+    from customize.core.precision import full_precision
     from customize.hosts.load import load
 
-    load(
-        pipe,
-        concepts,
-        weights=weights,
-        names=names,
-        into=into,
-        fuse=fuse,
-        merge=merge,
-        attention=attention,
-        memory=memory,
-        library=library,
-        library_cache=library_cache,
-    )
+    with full_precision(tf32=True):
+        load(
+            pipe,
+            concepts,
+            weights=weights,
+            names=names,
+            into=into,
+            fuse=fuse,
+            merge=merge,
+            attention=attention,
+            memory=memory,
+            library=library,
+            library_cache=library_cache,
+        )
     return pipe
 
 
@@ -180,9 +182,11 @@ def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
         ConfigError: a name that is not attached; nothing has changed then.
         PipelineError: fused weights were changed by someone else since.
     """
+    from customize.core.precision import full_precision
     from customize.hosts.load import unload
 
-    unload(pipe, names)
+    with full_precision(tf32=True):
+        unload(pipe, names)
     return pipe
 
 
@@ -217,9 +221,11 @@ def record_inputs(
         ConfigError: a prompt without ``{}``, or a LoRA that says no words of its own.
         ConceptError, PipelineError: as :func:`load_custom`.
     """
+    from customize.core.precision import full_precision
     from customize.hosts.load import record
 
-    return record(pipe, concept, prompts, words)
+    with full_precision(tf32=True):
+        return record(pipe, concept, prompts, words)
 
 
 def memory_plan(

@@ -273,7 +273,7 @@ class _Encoder:
         for phrases, places in groups.items():
             directions = self._span(path, phrases)
             if len(directions):
-                strength = torch.zeros(len(places), own.shape[1], device=own.device)
+                strength = own.new_zeros(len(places), own.shape[1], dtype=torch.float32)
                 for line, (number, words) in zip(strength, places.items(), strict=True):
                     part = _part(self.cleaning.rows, words, rows[number])
                     line[part] = self._strength(own[number], words, rows[number], directions)

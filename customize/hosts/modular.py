@@ -21,6 +21,7 @@ from typing import Any
 from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks, PipelineState
 
 from customize.concepts.concept import Concept
+from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.hosts.load import set_to
 
@@ -63,7 +64,8 @@ class ConceptsStep(ModularPipelineBlocks):
         if given is not None:
             several = isinstance(given, Sequence) and not isinstance(given, str)
             sources = given if several else [given]
-            set_to(components, sources, weights=block_state.concept_weights)
+            with full_precision(tf32=True):
+                set_to(components, sources, weights=block_state.concept_weights)
         elif block_state.concept_weights is not None:
             raise ConfigError(
                 "weights are given without concepts",

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from customize.errors import ConfigError
 
@@ -55,7 +56,8 @@ def nf4(library: Any, dtype: torch.dtype) -> Any:
 @torch.no_grad()
 def quantize(model: Any, kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
     """Hold the linear layers of a model of diffusers in fewer bits, but for those that diffusers
-    keeps in float32. It stays where it is, frozen; its former weights are let go of.
+    keeps in float32 and those of one output. It stays where it is, frozen; its former weights are
+    let go of.
 
     Args:
         dtype: of the arithmetic.
@@ -67,6 +69,13 @@ def quantize(model: Any, kind: Kind, dtype: torch.dtype, device: torch.device) -
     home = model.device
     weights = dict(model.named_parameters())
     kept = list(model._keep_in_fp32_modules or ())
+    # Of these bitsandbytes cannot tell a small weight from a transposed one; and Krea 2 gives its
+    # own, of 12 numbers, inputs of four dimensions, where bitsandbytes' int8 takes three.
+    kept += [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == 1
+    ]
     # From here on as from_pretrained does it with weights that it has just read.
     quantizer.preprocess_model(model, device_map=None, keep_in_fp32_modules=kept)
     for name in list(weights):

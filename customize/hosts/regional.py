@@ -246,7 +246,8 @@ class _Drawing:
         outside = self.family.spread(outside.to(latents.device), latents)
         # The same for all rows, so that a picture does not depend on the batch it is drawn in.
         seed = torch.Generator().manual_seed(self._count)
-        noise = torch.randn(latents.shape, generator=seed).to(latents)
+        normal = torch.randn(latents.shape, generator=seed, device="cpu", dtype=torch.float32)
+        noise = normal.to(latents)
         return torch.where(outside, noise * latents.std() + latents.mean(), latents)
 
     def _together(self, step: _Step, answers: Sequence[Any]) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 from customize.concepts.index import Entry
 from customize.concepts.library import TRIGGER
 from customize.concepts.tokens import around, known
+from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.hosts.calling import Call, Stage
@@ -40,7 +41,8 @@ def _routed(pipe: Any, call: Call) -> Iterator[Call]:
         yield call
         return
     entries = _named(family, holder, texts)
-    route_to(pipe, holder, [*{entry.source: entry for entry in entries.values()}.values()])
+    with full_precision(tf32=True):
+        route_to(pipe, holder, [*{entry.source: entry for entry in entries.values()}.values()])
     words = {
         trigger: entry.words or entry.name.replace("-", " ").replace("_", " ")
         for trigger, entry in entries.items()

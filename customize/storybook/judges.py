@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from customize.core.precision import full_precision
 from customize.errors import ConceptError
 from customize.safe_read import MAX_PAGE, read_json, read_safetensors
 from customize.storybook.world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES
@@ -125,6 +126,7 @@ class Judges:
     identity: IdentityJudge
     threshold: float
 
+    @full_precision(tf32=True)
     @torch.no_grad()
     def see(self, images: Tensor) -> list[dict[str, str]]:
         """What is in each picture: a label a head."""
@@ -132,11 +134,13 @@ class Judges:
         best = {name: rows.argmax(1).tolist() for name, rows in logits.items()}
         return [{name: HEADS[name][best[name][k]] for name in HEADS} for k in range(len(images))]
 
+    @full_precision(tf32=True)
     @torch.no_grad()
     def signature(self, references: Tensor) -> Tensor:
         """The unit mean vector (64,) of a concept's single-thing reference pictures."""
         return F.normalize(self.identity(crop(references, "single")).mean(0), dim=0)
 
+    @full_precision(tf32=True)
     @torch.no_grad()
     def distance(self, images: Tensor, signature: Tensor, where: str = "single") -> Tensor:
         """Cosine distance (batch,) of what stands at `where` to a concept's signature."""

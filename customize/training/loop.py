@@ -8,10 +8,13 @@ from functools import partial
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
+import torch
+
 from customize.concepts import files
 from customize.concepts.adapter import Factors
 from customize.concepts.concept import Concept
 from customize.concepts.phrases import common
+from customize.core.precision import full_precision
 from customize.families import family_of
 from customize.training import base, cache, inputs, preserving, process, record, setup
 from customize.training import checkpoint as checkpoints
@@ -100,7 +103,9 @@ def train_together(
     """
     check(configs)
     given, configs = configs, sorted(configs, key=lambda config: config.name)
-    found = _trained(configs, components, progress, on_step, pipeline_config)
+    # Losses and updates are ours, whatever the caller is in; models get an autocast of their own.
+    with full_precision(tf32=True), torch.enable_grad():
+        found = _trained(configs, components, progress, on_step, pipeline_config)
     by_name = dict(zip((config.name for config in configs), found, strict=True))
     return [by_name[config.name] for config in given]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from customize.core.precision import model_autocast
 from customize.errors import ConfigError
 from customize.training.config import TrainConfig
 
@@ -96,7 +97,7 @@ def make_autocast(config: TrainConfig, device: torch.device) -> Autocast:
     """Makes the context of the model's calls; one that does nothing without mixed precision."""
     if config.mixed_precision == "no":
         return nullcontext
-    return partial(torch.autocast, device.type, dtype=HALVES[config.mixed_precision])
+    return partial(model_autocast, device.type, HALVES[config.mixed_precision])
 
 
 def average_gradients(accelerator: Any, weights: Sequence[Tensor]) -> None:

@@ -115,7 +115,8 @@ def borrowed(components: Mapping[str, Any]) -> Iterator[None]:
     That is: devices, modes, which parameters require gradients.
 
     Raises:
-        PipelineError: a model is under offloading hooks, which would move it in between.
+        PipelineError: a model is under offloading hooks, which would move it in between, or was
+            made in inference mode, so that no gradient can pass its weights.
     """
     models = {key: part for key, part in components.items() if isinstance(part, nn.Module)}
     for key, model in models.items():
@@ -124,6 +125,12 @@ def borrowed(components: Mapping[str, Any]) -> Iterator[None]:
                 "a model that is offloaded cannot be trained on",
                 where=key,
                 fix="call remove_all_hooks() on the pipeline, or give the base's name instead",
+            )
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise PipelineError(
+                "a model that was made in torch.inference_mode cannot be trained on",
+                where=key,
+                fix="load it outside of inference mode, or give the base's name instead",
             )
     before = [
         (

@@ -54,7 +54,7 @@ def kohya_tensors(products: Products, family: Family) -> dict[str, Tensor]:
     for key, (update, shape) in layers.items():
         whole = filled(update, update.rank if fused else most)
         down, up = factors(whole, shape)
-        tensors[f"{key}.alpha"] = torch.tensor(float(whole.rank))
+        tensors[f"{key}.alpha"] = torch.tensor(float(whole.rank), dtype=torch.float32)
         tensors[f"{key}.lora_down.weight"] = down
         tensors[f"{key}.lora_up.weight"] = up
     return dict(sorted(tensors.items()))

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from customize.atomic import put_file
 from customize.concepts.concept import BasisInfo
 from customize.concepts.layout import CLAIM_FILE
-from customize.concepts.reading import in_folders
+from customize.concepts.reading import in_folders, read_info
 from customize.errors import ConceptError, storage_error
 from customize.safe_read import MAX_PAGE, read_bytes
 
@@ -44,13 +44,15 @@ class Claim(BaseModel):
 
 
 def read_claims(library: Path) -> list[Claim]:
-    """The claims of all runs in a library of concept folders.
+    """The claims of all runs in a library of concept folders, but for those of concepts that are
+    written by now: a run that was stopped after that leaves one, until it is started again.
 
     Raises:
         ConceptError: one cannot be read. It may hold columns.
     """
     # Not in hidden folders, as with concepts.
-    return [_read(path) for path in in_folders(Path(library), CLAIM_FILE)]
+    found = {path: _read(path) for path in in_folders(Path(library), CLAIM_FILE)}
+    return [claim for path, claim in found.items() if not _is_fulfilled(claim, path.parent)]
 
 
 def write_claim(claim: Claim, folder: Path) -> None:
@@ -65,6 +67,23 @@ def write_claim(claim: Claim, folder: Path) -> None:
         put_file(folder / CLAIM_FILE, data, folder=folder.parent)
     except OSError as error:
         raise storage_error(error, folder) from error
+
+
+def withdraw_fulfilled(folder: Path) -> None:
+    """:func:`withdraw_claim`, if the concept in the folder holds what the claim is on."""
+    path = folder / CLAIM_FILE
+    if path.is_file() and _is_fulfilled(_read(path), folder):
+        withdraw_claim(folder)
+
+
+def _is_fulfilled(claim: Claim, folder: Path) -> bool:
+    """Whether the concept is in the folder that the claim was made for."""
+    try:
+        info = read_info(folder)
+    except ConceptError:
+        return False
+    held = {width: list(columns) for width, columns in info.slices.items()}
+    return (info.name, info.basis, held) == (claim.name, claim.basis, claim.slices)
 
 
 def withdraw_claim(folder: Path) -> None:

@@ -91,8 +91,6 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
         # First, so that a folder cut off between two files still says whose it is.
         INFO_FILE: info_json(concept).encode(),
     }
-    for name, tensors in lora_files(lora_tensors(concept)).items():
-        files[name] = safetensors_bytes(tensors, {PEFT_HEADER: peft_header(concept, name)})
     for subject in concept.subjects:
         files[EMBEDS_FILE] = safetensors_bytes(embedding_tensors(subject), {})
     if concept.info.token_layers:
@@ -103,6 +101,9 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
         picture.save(buffer, "PNG")
         files[name] = buffer.getvalue()
     files[CARD_FILE] = card.text(concept, pictures).encode()
+    # Last, so that a concept that can be read has all that belongs to it.
+    for name, tensors in reversed(lora_files(lora_tensors(concept)).items()):
+        files[name] = safetensors_bytes(tensors, {PEFT_HEADER: peft_header(concept, name)})
 
     try:
         with partial_folder(folder) as partial:

@@ -75,6 +75,9 @@ def claimed_slices(
         yield answer[0]
     except BaseException:
         kept = checkpoint.newest_step(configs[0].output / ".checkpoints") is not None
+        for config in configs if main and kept else ():
+            with suppress(CustomizeError):  # what stopped the run is to be told
+                claims.withdraw_fulfilled(config.output)
         for config in configs if main and not kept else ():
             claims.withdraw_claim(config.output)
             if config in new:

@@ -12,6 +12,7 @@ import torch
 
 from customize.concepts import files
 from customize.concepts.adapter import Factors
+from customize.concepts.claims import withdraw_claim
 from customize.concepts.concept import Concept
 from customize.concepts.phrases import common
 from customize.core.precision import full_precision
@@ -25,7 +26,7 @@ from customize.training.config import TrainConfig
 from customize.training.losses import Losses
 from customize.training.prior import class_samples_of, drawn_for
 from customize.training.shared_directions import shared_directions
-from customize.training.start import checkpoints_of, find_start
+from customize.training.start import checkpoints_of, find_start, has_record
 from customize.training.steps import OnStep, optimise
 from customize.training.together import check
 from customize.training.trainable import basis_of, check_texts, trained_in
@@ -144,6 +145,9 @@ def _trained(
     )
     start = find_start(configs, settings_after)
     if start.done is not None:
+        if accelerator.is_main_process:
+            for each in configs:  # where the run was stopped before it could
+                withdraw_claim(each.output)
         return start.done
     settings, folder = start.settings, checkpoints_of(config)
 
@@ -255,6 +259,16 @@ def _trained(
                 stack.callback(denoiser.disable_gradient_checkpointing)
         if config.compile:  # with what was attached
             stack.enter_context(compiled(family.denoisers.values()))
+        if start.saved is not None:
+            for learned, concept in zip(trainable.concepts, start.saved, strict=True):
+                learned.restore(concept)
+            for learned, concept in zip(trainable.concepts, start.saved, strict=True):
+                if accelerator.is_main_process and not has_record(learned.config, concept):
+                    inputs.write_record(
+                        learned, family, trainable, concept, encode, pictures.shape, autocast
+                    )
+            accelerator.wait_for_everyone()
+            return start.saved
         validations = [
             Validation(each, family, encode, pictures.shape, autocast, accelerator)
             for each in configs

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from customize.concepts.concept import Concept
-from customize.errors import SettingsError
+from customize.concepts.inputs import record_beside
+from customize.errors import ConceptError, SettingsError
 from customize.training import checkpoint as checkpoints
 from customize.training import record
 from customize.training.checkpoint import Checkpoint
@@ -27,12 +28,15 @@ class Start:
         checkpoint: to go on from; None: anew.
         before: each concept's settings in the checkpoint.
         done: the concepts, where all are finished.
+        saved: the concepts, where all are learned and saved, and a record is lacking that the
+            settings ask for: the run was cut off while it was made.
     """
 
     settings: list[dict[str, Any]]
     checkpoint: Checkpoint | None = None
     before: list[Mapping[str, Any]] | None = None
     done: list[Concept] | None = None
+    saved: list[Concept] | None = None
 
 
 def checkpoints_of(config: TrainConfig) -> Path:
@@ -67,7 +71,9 @@ def find_start(configs: Sequence[TrainConfig], settings_after: SettingsAfter) ->
                 saved = found.settings if found and config is configs[0] else None
                 record.check_finished(concept, now, config, saved)
         if len(done) == len(configs):
-            return Start(own, done=done)
+            if all(map(has_record, configs, done)):
+                return Start(own, done=done)
+            return Start(own, before=[*own], saved=done)
     if found is not None:
         checkpoints.check_settings(found, settings[0], folder)
     for config in configs[1:]:
@@ -80,6 +86,17 @@ def find_start(configs: Sequence[TrainConfig], settings_after: SettingsAfter) ->
                 "anew",
             )
     return Start(settings)
+
+
+def has_record(config: TrainConfig, concept: Concept) -> bool:
+    """Whether the record of layer inputs that the settings ask for is there, whole, and of this
+    concept."""
+    if not config.record_inputs:
+        return True
+    try:
+        return record_beside(concept.info.name, concept.products, config.output) is not None
+    except ConceptError:
+        return False
 
 
 def _all_of_run(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from customize.concepts import layerwise, tokens
 from customize.concepts.adapter import Adapter, Factors, attach, file_name
 from customize.concepts.base_weight import dense_weight
-from customize.concepts.concept import BasisInfo
+from customize.concepts.concept import BasisInfo, Concept
 from customize.concepts.slices import columns_for
 from customize.core.shared import change_on_generic
 from customize.errors import DataError, PipelineError
@@ -55,6 +55,18 @@ class Learned:
             for number, parameter in enumerate(weights)
         }
         return found | {f"tokens/{key}": rows.parameter for key, rows in self.rows.items()}
+
+    @torch.no_grad()
+    def restore(self, concept: Concept) -> None:
+        """Put back, bit for bit, what was saved of it."""
+        for component, layers in self.adapter.layers.items():
+            for module, layer in layers.items():
+                update = concept.products[component][file_name(component, module)]
+                layer.lora_A[self.adapter.name].weight.copy_(update.down)
+                layer.lora_B[self.adapter.name].weight.copy_(update.up)
+        for key, rows in self.rows.items():
+            saved = concept.embeddings[key]
+            rows.parameter.copy_(saved.transpose(0, 1).flatten(0, 1) if self.layers else saved)
 
     def embeddings(self) -> dict[str, Tensor]:
         """A copy of the tokens' rows, on the CPU: (n, width), or (n, layers, width)."""

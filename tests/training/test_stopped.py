@@ -1,0 +1,182 @@
+"""A run that is stopped at any moment is made whole by the next one with the same settings."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from customize.concepts.claims import read_claims
+from customize.concepts.concept import Concept
+from customize.concepts.health import check
+from customize.concepts.layout import CLAIM_FILE, INPUTS_FILE
+from customize.concepts.shared_directions import files_in
+from customize.training.loop import train
+from tests.tiny import tiny_sd
+from tests.training.runs import same, settings, tensors
+
+#: What a process does to files, as Python's audit hooks name it.
+WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
+
+Moment = Callable[[int, str, str], bool]
+
+
+def config_in(folder: Path, **changes):
+    library = folder / "library"
+    return settings(
+        folder,
+        library=library,
+        output=library / "rex",
+        **{
+            "steps": 3,
+            "checkpoint_every": 2,
+            "num_shared_directions": 2,
+            "record_inputs": True,
+            "validation_prompts": ("a photo of <rex>",),
+            "validation_steps": 2,
+        }
+        | changes,
+    )
+
+
+def _run(folder: Path, number: int, moment: Moment, changes) -> None:
+    """In a process of its own: train, and send itself a signal at a moment."""
+    config = config_in(folder, **changes)
+    count = 0
+
+    def hook(event: str, args) -> None:
+        nonlocal count
+        if event not in WRITES:
+            return
+        path = str(args[1] if event == "os.rename" else args[0])
+        if str(folder / "library") in path or (event == "os.rename" and ".rex" in str(args[0])):
+            if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                return
+            count += 1
+            if moment(count, event, path):
+                os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.addaudithook(hook)
+    try:
+        train(config, tiny_sd().components, progress=False)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def stopped(folder: Path, number: int, moment: Moment, **changes) -> int | None:
+    """The exit code of a run that was sent a signal."""
+    config_in(folder)  # makes the pictures
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_run, args=(folder, number, moment, changes))
+    process.start()
+    process.join(timeout=300)
+    return process.exitcode
+
+
+def names(folder: Path) -> set[str]:
+    """All that is in a concept's folder but for what a run keeps to go on from."""
+    return {path.name for path in folder.iterdir()} - {".checkpoints"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(config_in(folder), tiny_sd().components, progress=False)
+    return folder / "library" / "rex"
+
+
+def begin(folder: Path, whole: Path) -> Path:
+    """A folder whose library has its shared directions, which take most of a small run's time."""
+    (folder / "library").mkdir(parents=True)
+    for path in files_in(whole.parent):
+        shutil.copy(path, folder / "library")
+    return folder
+
+
+def assert_whole(folder: Path, whole: Path, **changes) -> None:
+    """The next run with the same settings ends with all that an uninterrupted one makes."""
+    config = config_in(folder, **changes)
+    train(config, tiny_sd().components, progress=False)
+    made = config.output
+    assert same(tensors(Concept.load(made)), tensors(Concept.load(whole)))
+    assert names(made) == names(whole)
+    for name in (INPUTS_FILE, "sample-1.png"):
+        assert (made / name).read_bytes() == (whole / name).read_bytes(), name
+    found = check(config.library)
+    assert found.faults == [] and read_claims(config.library) == []
+    assert not list(config.library.rglob("*.partial"))
+
+
+MOMENTS: dict[str, Moment] = {
+    "the record is written": lambda n, event, path: INPUTS_FILE in path,
+    "the claim is withdrawn": lambda n, event, path: (
+        event == "os.remove" and Path(path).name == CLAIM_FILE
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpoint_every", [2, 0], ids=["with checkpoints", "without"])
+@pytest.mark.parametrize("name", MOMENTS)
+def test_what_a_finished_run_owes_is_made_by_the_next(name, checkpoint_every, whole, tmp_path):
+    changes = {"checkpoint_every": checkpoint_every}
+    code = stopped(begin(tmp_path, whole), signal.SIGKILL, MOMENTS[name], **changes)
+    assert code == -signal.SIGKILL
+    rex = tmp_path / "library" / "rex"
+    learned = Concept.load(rex)
+    assert (rex / CLAIM_FILE).is_file()
+    # Nobody takes it for another's slice meanwhile.
+    assert read_claims(tmp_path / "library") == []
+    assert not [fault for fault in check(rex.parent).faults if "share" in fault]
+    assert_whole(tmp_path, whole, **changes)
+    assert Concept.load(rex).info == learned.info  # it was not learned or saved again
+
+
+def test_a_record_that_was_damaged_or_deleted_is_made_again(whole, tmp_path):
+    config = config_in(begin(tmp_path, whole))
+    train(config, tiny_sd().components, progress=False)
+    path = config.output / INPUTS_FILE
+    for spoil in (path.unlink, lambda: path.write_bytes(b"damaged")):
+        spoil()
+        assert_whole(tmp_path, whole)
+
+
+def test_ctrl_c_after_the_concept_is_saved_leaves_no_claim(whole, tmp_path):
+    folder = begin(tmp_path, whole)
+    assert stopped(folder, signal.SIGINT, MOMENTS["the record is written"]) == 1
+    assert not (tmp_path / "library" / "rex" / CLAIM_FILE).exists()
+    assert_whole(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_stopped_at_any_file_that_is_written(number, whole, tmp_path):
+    for moment in range(1, 200):
+        folder = begin(tmp_path / str(moment), whole)
+        reached = tmp_path / f"{moment}.reached"
+
+        def at(count, event, path, moment=moment, reached=reached):
+            if count == moment:
+                os.close(os.open(reached, os.O_CREAT))
+            return count == moment
+
+        stopped(folder, number, at)
+        assert_whole(folder, whole)
+        if not reached.exists():
+            break
+    assert 20 < moment < 199
+
+
+@pytest.mark.slow
+def test_stopped_while_the_shared_directions_are_written(whole, tmp_path):
+    code = stopped(tmp_path, signal.SIGKILL, lambda n, event, path: event == "os.link")
+    assert code == -signal.SIGKILL
+    assert_whole(tmp_path, whole)

@@ -29,6 +29,8 @@ from customize.evaluation import record
 from customize.near_names import did_you_mean
 
 if TYPE_CHECKING:
+    import torch
+
     from customize.cli.weights import Given
     from customize.concepts.formats.lora import Adaptation, LoraFile
     from customize.families import Family
@@ -155,6 +157,8 @@ def run(
     check_regions(plan.prompts, regions, {c.info.name: c.info.words for c in concepts})
     check_writable(output)
     place = choose_device(device)
+    if loading.memory is not None and device is not None:
+        _check_placed(place, device)
     pipe = load_pipeline(loading.base, place, dtype, move=loading.memory is None)
     family = family_of(pipe.components, pipe.config)
     for side in plan.size or ():
@@ -202,6 +206,22 @@ def run(
         number += 1
     last = "is" if total == 1 else f"to {number - 1:04}.png are"
     console().print(f"{first:04}.png {last} in {output}", markup=False, soft_wrap=True)
+
+
+def _check_placed(chosen: torch.device, flag: str) -> None:
+    """Refuse another device than the one that a memory plan puts models on."""
+    import torch
+
+    there = torch.device("cpu")
+    if torch.accelerator.is_available():
+        there = torch.accelerator.current_accelerator() or there
+    same = chosen.type == there.type and chosen.index in (None, there.index or 0)
+    if not same:
+        raise ConfigError(
+            f"--memory places the models itself, on the device {there}",
+            where=f"--device {flag}",
+            fix="leave one of the two out",
+        )
 
 
 def _load(

@@ -357,7 +357,8 @@ def check_together(concepts: Sequence[Adaptation]) -> None:
         info = concept.info
         if info.name in names:
             raise ConceptError(
-                f"two concepts are called {info.name}", fix="give each once, or rename one"
+                f"two concepts are called {info.name}",
+                fix="give each once, or another name to one of them (--names)",
             )
         names.add(info.name)
         strange = strangers(first, info)

@@ -59,7 +59,7 @@ def wanted(
             raise ConceptError(
                 f"the concepts {a.name} and {b.name} have the same trigger {same[0]}",
                 fix=f'give one another name and trigger: names=["{free.name}-2"], one name or None '
-                "for each concept"
+                "for each concept (--names)"
                 if len(free.triggers) == 1
                 else "load the concepts that one of them was merged from, without this one",
             )
@@ -112,7 +112,7 @@ def _check_names(before: Mapping[str, Attached], new: Sequence[Adaptation]) -> N
             raise ConceptError(
                 f"another concept called {name} is attached already",
                 fix=f'call unload_custom("{name}") first, or give this one another name: '
-                f'names=["{name}-2"]',
+                f'names=["{name}-2"] (--names)',
             )
 
 

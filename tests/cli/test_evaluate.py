@@ -79,6 +79,25 @@ def test_storybook_rates(run: Run, judged: Path, tmp_path: Path) -> None:
     assert single["rows"] == rows[:1]  # the same pictures, whatever else is scored
 
 
+def test_a_merge_is_scored_as_its_concepts_are_together(
+    run: Run, judged: Path, tmp_path: Path
+) -> None:
+    flags = (*storybook(judged), "--seeds", "1", "--merge", "sum")
+    sources = (judged / "rex", judged / "tom")
+    assert run("evaluate", *sources, *flags, "--json", tmp_path / "both.json").code == 0
+    assert run("merge", *sources, "--merge", "sum", "--output", tmp_path / "duo").code == 0
+    result = run("evaluate", tmp_path / "duo", *flags, "--json", tmp_path / "duo.json")
+    assert (result.code, result.err) == (0, ""), result
+    apart, whole = (
+        json.loads((tmp_path / name).read_text())["rows"] for name in ("both.json", "duo.json")
+    )
+    together = [row for row in apart if row["attached"] == 2]
+    assert [row["concept"] for row in whole] == ["rex", "tom"]
+    for one, other in zip(whole, together, strict=True):
+        for key, value in other.items():
+            assert one[key] == (pytest.approx(value, abs=1e-3) if key == "drift" else value), key
+
+
 def test_weights_count_where_concepts_are_merged(run: Run, judged: Path, tmp_path: Path) -> None:
     sources = (judged / "rex", judged / "tom")
     drifts = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from pathlib import Path
+import os
+import re
 
 from customize.text import one_line, shortened
 
@@ -85,13 +86,51 @@ class StorageError(CustomizeError):
     """Output cannot be written: full disk, no permission, a folder that holds something else."""
 
 
-def storage_error(error: OSError, where: Path) -> StorageError:
-    """What the system says on writing, as an error of the pack."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+#: errno -> what it means for what is written, and what to do about it.
+DISK = {
+    errno.ENOSPC: ("the disk is full", "free some space, and run again"),
+    errno.EDQUOT: ("the disk is full: the quota is used up", "free some space, and run again"),
+    errno.EFBIG: (
+        "the disk is full, or a limit on the size of files is reached",
+        "free some space or raise the limit, and run again",
+    ),
+    errno.EROFS: ("the disk is read-only", "choose a place that can be written"),
+}
+
+
+def system_errno(error: BaseException) -> int | None:
+    """The system's number for why a file could not be written; None for any other error.
+
+    Libraries wrap it: safetensors and tokenizers write "(os error 28)" into errors of their own.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    if code is not None:
+        return int(code[1])
+    full = re.search(r"No space left on device|disk is full|Disk quota exceeded", str(error))
+    return errno.ENOSPC if full else None
+
+
+def storage_error(
+    error: BaseException, where: object, what: str = "", fix: str = ""
+) -> StorageError:
+    """What the system says on writing, as an error of the pack.
+
+    Args:
+        error: an ``OSError``, or one for which :func:`system_errno` gives a number.
+        what: what cannot be written, such as "the checkpoint of step 10".
+        fix: what to do where the disk is neither full nor read-only.
+    """
+    code = system_errno(error)
+    reason, advice = DISK.get(code or 0, ("", ""))
+    if reason and not what:
+        return StorageError(reason, where=where, fix=advice)
+    strerror = error.strerror if isinstance(error, OSError) else os.strerror(code or 0)
     return StorageError(
-        "the disk is full" if full else f"it cannot be written: {error.strerror or error}",
+        f"{what or 'it'} cannot be written: {reason or strerror or error}",
         where=where,
-        fix="free some space and save again" if full else "choose a place that can be written",
+        fix=advice or fix or "choose a place that can be written",
     )
 
 

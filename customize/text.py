@@ -8,9 +8,17 @@ order than it has. In a model card, markup becomes links, pictures and tables.
 from __future__ import annotations
 
 import re
+import reprlib
 
 # In Markdown and HTML these begin or end something, also within a word or as a bare address.
 _MARKUP = re.compile(r"[\\`*_\[\]<>|&#!~$@:(){}\"']|(?<=www)\.", re.IGNORECASE)
+
+
+# A value can stand for more than memory holds, where its parts are shared.
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = _REPR.maxdict = 12
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 1000
 
 
 def shortened(text: str, most: int) -> str:
@@ -27,7 +35,7 @@ def quoted(value: object, most: int = 200) -> str:
     if isinstance(value, str | bytes):
         value = value[: most + 1]  # not all of it is escaped only to be left out
     try:
-        text = repr(value)
+        text = _REPR.repr(value)
     except Exception:  # a number of over 4300 digits, or a class whose repr fails
         text = f"a value of type {type(value).__name__}"
     return shortened(text, most)

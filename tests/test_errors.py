@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import pickle
 from pathlib import Path
 
@@ -78,3 +79,30 @@ def test_always_one_printable_line(what, where, fix):
 def test_keyword_only_so_that_places_and_fixes_are_not_mixed_up():
     with pytest.raises(TypeError):
         CustomizeError("bad", "somewhere")  # type: ignore[misc]
+
+
+class Wrapped(Exception):
+    """An error of another library."""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full: the quota is used up"),
+        (OSError(errno.EFBIG, "File too large"), "the disk is full, or a limit on the size"),
+        (OSError(errno.EROFS, "Read-only file system"), "the disk is read-only"),
+        (Wrapped("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (Wrapped("Read-only file system (os error 30)"), "the disk is read-only"),
+        (Wrapped("database or disk is full"), "the disk is full"),
+        (Wrapped("[enforce fail] . No space left on device"), "the disk is full"),
+        (OSError(errno.EACCES, "Permission denied"), "it cannot be written: Permission denied"),
+    ],
+    ids=str,
+)
+def test_a_full_disk_is_called_that_whoever_says_it(error, reason):
+    made = errors.storage_error(error, "place")
+    assert str(made).startswith(reason) and "(place)" in str(made) and "Do: " in str(made)
+    told = str(errors.storage_error(error, "place", "the checkpoint of step 1"))
+    assert told.startswith("the checkpoint of step 1 cannot be written: ")
+    assert errors.system_errno(Wrapped("anything else")) is None

@@ -24,7 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 after bad input or anything else that the pack refuses, with one line
         on stderr; 130 after Ctrl-C, with a line on how to go on.
     """
-    from customize.errors import CustomizeError, TrainingStopped
+    from customize.errors import (
+        DISK,
+        CustomizeError,
+        TrainingStopped,
+        storage_error,
+        system_errno,
+    )
 
     if argv is None:
         _hush_libraries()
@@ -52,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"error: {error}", 2)
     except usage_error as error:
         return _failed(f"error: {_explained(error)}", 2)
+    except Exception as error:
+        # Wherever it happens, also in another library or on stdout.
+        if system_errno(error) not in DISK:
+            raise
+        where = getattr(error, "filename", None) or "the output"
+        return _failed(f"error: {storage_error(error, where)}", 2)
 
 
 def _hush_libraries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import combinations, permutations
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from customize.atomic import put_file
 from customize.cli.shared import check_png, console
 from customize.concepts.adapter import flattened
 from customize.concepts.api import described, relations, strange_pair
@@ -165,8 +167,10 @@ def draw(names: Sequence[str], overall: Tensor, by_layer: Mapping[str, Tensor], 
     figure.colorbar(
         image, ax=[left, right], extend="max", label="times as loud as the concept's own update"
     )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
     try:
-        figure.savefig(path, dpi=120)
+        put_file(path, buffer.getvalue())
     except OSError as error:
         raise storage_error(error, path) from error
 

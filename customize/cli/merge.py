@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,19 +155,6 @@ def _write_lora(
     out.print(f"README.md in it says how {reader}.", markup=False)
 
 
-def _save(pipe: Any, folder: Path) -> None:
-    """``save_pretrained`` that raises OSError also where safetensors wraps it."""
-    from safetensors import SafetensorError
-
-    try:
-        pipe.save_pretrained(folder)
-    except SafetensorError as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-
-
 def _named(concepts: Sequence[Adaptation], names: str | None) -> list[Adaptation]:
     """The concepts under other names, whose layers are known already."""
     from customize.concepts.formats.lora import LoraFile
@@ -201,7 +186,7 @@ def _write_pipeline(
     pipe = load_pipeline(base, choose_device("cpu"), dtype)
     load_custom(pipe, *concepts, weights=weights, fuse=True, merge=merge)
     with storing(output), partial_folder(output) as partial:
-        _save(pipe, partial)
+        pipe.save_pretrained(partial)
         if output.is_dir():
             output.rmdir()
         partial.rename(output)

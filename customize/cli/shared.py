@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from customize.atomic import put_file
-from customize.errors import ConfigError, PipelineError, StorageError
+from customize.errors import (
+    ConfigError,
+    PipelineError,
+    StorageError,
+    storage_error,
+    system_errno,
+)
 from customize.near_names import choose_from
 from customize.text import harmless
 
@@ -297,7 +303,7 @@ def storing(where: Path) -> Iterator[None]:
     """Turn what the system says on writing into a :class:`customize.errors.StorageError`."""
     try:
         yield
-    except OSError as error:
-        from customize.errors import storage_error
-
+    except Exception as error:
+        if system_errno(error) is None:
+            raise
         raise storage_error(error, where) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import warnings
@@ -20,7 +21,7 @@ from customize.concepts.layout import (
     PEFT_FILES,
     SECOND_FILE,
 )
-from customize.errors import ConceptError, ConfigError, storage_error
+from customize.errors import ConceptError, ConfigError, storage_error, system_errno
 from customize.near_names import check_path
 from customize.text import one_line
 
@@ -51,7 +52,9 @@ def downloaded(hub_id: str) -> Path:
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_FILES))
-    except Exception as error:  # offline, not found, gated, full disk: all mean no concept here
+    except Exception as error:  # offline, not found, gated: all mean no concept here
+        if system_errno(error) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise storage_error(error, hub_id) from error
         raise ConceptError(
             f"there is no such folder, and the hub did not give it: {error}",
             where=hub_id,

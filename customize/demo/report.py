@@ -15,7 +15,7 @@ from torch import Tensor
 from customize import demo
 from customize.concepts.adapter import flattened
 from customize.core import crosstalk
-from customize.errors import StorageError
+from customize.errors import storage_error
 from customize.evaluation import record, storybook
 from customize.storybook.judges import Judges, to_tensor
 from customize.storybook.references import bundled
@@ -259,8 +259,5 @@ def write(
         grid(drawn).save(folder / "grid.png")
         heat_map(concepts, folder / "crosstalk.png")
     except OSError as error:
-        raise StorageError(
-            f"the demo's results can't be written: {error}",
-            where=folder,
-            fix="free some space or name another folder",
-        ) from error
+        fix = "name another folder"
+        raise storage_error(error, folder, "the demo's results", fix) from error

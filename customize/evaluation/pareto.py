@@ -6,6 +6,7 @@ from. Those that no other beats are the front (of Pareto); the rest need not be 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from customize.atomic import put_file
 from customize.errors import ConfigError, storage_error
 
 # Of these rates less is better, of all others more.
@@ -94,8 +96,10 @@ def draw(points: Sequence[Point], x: str, y: str, path: Path) -> None:
         StorageError: the file cannot be written.
     """
     figure = plot(points, x, y)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=DPI, format="png")
     try:
-        figure.savefig(path, dpi=DPI)
+        put_file(path, buffer.getvalue())
     except OSError as error:
         raise storage_error(error, path) from error
 

@@ -8,6 +8,7 @@ ones, and names that begin with a dot, which nobody reads.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor
 
 from customize.atomic import put_file
-from customize.errors import SettingsError, StorageError, TrainingError
+from customize.errors import SettingsError, StorageError, TrainingError, storage_error
 from customize.safe_read import MAX_TENSORS, read_safetensors
 from customize.text import one_line
 from customize.training.pictures import PICTURES, pictures_changed
 from customize.training.settings import current_names, short
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
-_HEADER = "customize_checkpoint"
+_HEADER, _DIGEST = "customize_checkpoint", "customize_checkpoint_sha256"
 _MAX_BYTES = 4 * MAX_TENSORS  # the optimizer's moments beside what is learned
 #: Among a run's settings: component -> digest, from :func:`customize.training.base.weights_of`.
 BASE_WEIGHTS = "base_weights"
@@ -79,12 +80,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for old in [*late, *(p for p in found if p not in kept), *folder.glob(".step-*")]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"the checkpoint of step {checkpoint.step} cannot be written: {error.strerror}",
-            where=path,
-            fix="free some space or allow writing there, then run again: training goes on from "
-            "the latest checkpoint",
-        ) from error
+        what = f"the checkpoint of step {checkpoint.step}"
+        fix = "allow writing there, then run again: training goes on from the latest checkpoint"
+        raise storage_error(error, path, what, fix) from error
     return path
 
 
@@ -294,7 +292,8 @@ def _packed(checkpoint: Checkpoint) -> bytes:
         "extra": dict(checkpoint.extra),
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
-    return to_bytes(tensors, metadata={_HEADER: json.dumps(facts)})
+    text = json.dumps(facts)
+    return to_bytes(tensors, metadata={_HEADER: text, _DIGEST: _digest(text, tensors)})
 
 
 def _read(path: Path) -> Checkpoint:
@@ -304,8 +303,24 @@ def _read(path: Path) -> Checkpoint:
     data = read_safetensors(path, _MAX_BYTES)
     tensors = load(data)
     length = int.from_bytes(data[:8], "little")
-    facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_HEADER])
+    header = json.loads(data[8 : 8 + length])["__metadata__"]
+    # Checkpoints of earlier versions have no digest.
+    if _DIGEST in header and header[_DIGEST] != _digest(header[_HEADER], tensors):
+        raise ValueError("its content is not what was written")
+    facts = json.loads(header[_HEADER])
+    kinds = {"step": int, "settings": dict, "history": list, "extra": dict}
+    if not all(isinstance(facts[name], kind) for name, kind in kinds.items()):
+        raise ValueError("its facts are of wrong types")
     return Checkpoint(facts["step"], tensors, facts["settings"], facts["history"], facts["extra"])
+
+
+def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the facts, and names, dtypes, shapes and bytes of all tensors."""
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from customize.errors import StorageError
+from customize.errors import storage_error
 from customize.families.base import Family
 from customize.families.components import class_name
 from customize.training import data
@@ -126,8 +126,5 @@ def _write(path: Path, data: bytes) -> None:
     try:
         write_whole(path, data)
     except OSError as error:
-        raise StorageError(
-            f"class pictures cannot be written: {error.strerror}",
-            where=path,
-            fix="free some space, then run again: those drawn are kept",
-        ) from error
+        fix = "allow writing there, then run again: those drawn are kept"
+        raise storage_error(error, path, "class pictures", fix) from error

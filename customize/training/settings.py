@@ -17,6 +17,8 @@ from customize.near_names import check_path, did_you_mean
 from customize.safe_read import MAX_PAGE, read_bytes
 from customize.text import quoted
 
+# Of a configuration; a page of text has far fewer.
+_MAX_NODES = 20_000
 #: What settings were called in earlier versions -> what they are called now.
 RENAMED = {
     "avoid": "num_shared_directions",
@@ -35,6 +37,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = read_bytes(path, MAX_PAGE)
         node = yaml.compose(content, Loader=yaml.SafeLoader)
+        if node is not None and _size(node, {}) > _MAX_NODES:
+            raise ConfigError(
+                f"the configuration has more than {_MAX_NODES} values, counting those that aliases "
+                "repeat",
+                where=path,
+                fix="write the values out, without & and *",
+            )
         settings = yaml.safe_load(content)
     except OSError as error:
         raise ConfigError(
@@ -79,6 +88,20 @@ def current_names(settings: Mapping[str, Any], where: object | None = None) -> d
                 f"{old} and {new} are one setting", where=where, fix=f"give {new} alone"
             )
     return {RENAMED.get(name, name): value for name, value in settings.items()}
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a YAML node stands for: aliases repeat what they name, without end if it is
+    what they are in."""
+    if id(node) not in known:
+        known[id(node)] = _MAX_NODES + 1  # of what is in itself
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(node)]
 
 
 def config_error(error: ValidationError, fields: Mapping[str, FieldInfo]) -> ConfigError:

@@ -6,6 +6,7 @@ nor any random stream of the training changes.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from customize.errors import StorageError
+from customize.atomic import put_file
+from customize.errors import storage_error
 from customize.families.base import Family
 from customize.families.sampling import sample
 from customize.training.batches import stream_seed
@@ -143,15 +145,14 @@ def save_row(pictures: Sequence[Image.Image], path: Path) -> None:
     row = Image.new("RGB", (width * len(pictures), height))
     for number, picture in enumerate(pictures):
         row.paste(picture, (number * width, 0))
+    buffer = io.BytesIO()
+    row.save(buffer, "PNG")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        row.save(path)
+        put_file(path, buffer.getvalue())
     except OSError as error:
-        raise StorageError(
-            f"validation pictures cannot be written: {error.strerror or error}",
-            where=path,
-            fix="free some space or allow writing there, then run again",
-        ) from error
+        fix = "allow writing there, then run again"
+        raise storage_error(error, path, "validation pictures", fix) from error
 
 
 def log_pictures(

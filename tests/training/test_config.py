@@ -275,6 +275,20 @@ def test_bad_files_are_refused_by_path(tmp_path, text, says):
     assert caught.value.where == str(path)
 
 
+def test_aliases_that_stand_for_more_than_a_page_are_refused(tmp_path):
+    levels = ["a: &a [x,x,x,x,x,x,x,x,x]"]
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True):
+        levels.append(f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]")
+    for text in ("\n".join(levels), "a: &a [*a]", "a: &a {b: *a}"):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(ConfigError, match="more than 20000 values") as raised:
+            load_config(tmp_path / "a.yaml")
+        assert len(str(raised.value)) < 500
+    (tmp_path / "a.yaml").write_text("rank: &r 8\nsteps: *r\nnonsense: *r")
+    with pytest.raises(ConfigError, match="nonsense"):
+        load_config(tmp_path / "a.yaml")
+
+
 def test_missing_file_and_folder_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_config(tmp_path / "none.yaml")

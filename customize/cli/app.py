@@ -13,11 +13,13 @@ from customize.cli.options import (
     Device,
     Dtype,
     FamilyName,
+    Ignore,
     Merge,
     Names,
     SomeSources,
     Sources,
     Weights,
+    listed_parts,
 )
 from customize.cli.shared import on_interrupt
 
@@ -136,6 +138,7 @@ def merge(
         ),
     ] = "diffusers",
     family: FamilyName = None,
+    ignore: Ignore = None,
 ) -> None:
     """Merge concepts and LoRA files into one ordinary LoRA.
 
@@ -158,6 +161,7 @@ def merge(
         dtype=dtype,
         layout=layout,
         family=family,
+        ignore=listed_parts(ignore),
     )
 
 
@@ -223,6 +227,7 @@ def generate(
     concepts: SomeSources = None,
     weights: Weights = None,
     names: Names = None,
+    ignore: Ignore = None,
     merge: Merge = "auto",
     fuse: Annotated[
         bool,
@@ -333,7 +338,16 @@ def generate(
         size=parse_size(size),
     )
     loading = Loading(
-        base, tuple(concepts or ()), weights, names, merge, fuse, library, attention, memory
+        base,
+        tuple(concepts or ()),
+        weights,
+        names,
+        merge,
+        fuse,
+        library,
+        attention,
+        memory,
+        listed_parts(ignore),
     )
     run(loading, plan, parse_regions(regions or []), output, device, dtype)
 
@@ -353,6 +367,7 @@ def inspect(
         Path | None, typer.Option(metavar="FILE", help="Draw it as heat maps into a .png")
     ] = None,
     family: FamilyName = None,
+    ignore: Ignore = None,
 ) -> None:
     """Show what concepts hold, and whether they get in each other's way.
 
@@ -362,7 +377,8 @@ def inspect(
     """
     from customize.cli.inspection import run
 
-    run(concepts, layers=layers, plot=plot, family=family)
+    parts = listed_parts(ignore)
+    run(concepts, layers=layers, plot=plot, family=family, ignore=parts)
 
 
 app.add_typer(library_app.app, name="library")

@@ -52,6 +52,7 @@ class Loading:
     library: str | None
     attention: str | None
     memory: str | None
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.fuse and not self.sources:
@@ -145,12 +146,12 @@ def run(
 
     from customize.concepts.concept import Concept
     from customize.concepts.files import check_writable
-    from customize.concepts.formats.opening import opened
+    from customize.concepts.formats.opening import opened_all
     from customize.concepts.merge import check_together
     from customize.families import family_of
 
     weights = read_weights(loading.weights, len(loading.sources))
-    concepts = renamed([opened(source) for source in loading.sources], loading.names)
+    concepts = renamed(opened_all(loading.sources, loading.ignore), loading.names)
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
         check_together(ours)

@@ -31,7 +31,12 @@ LOUD = 0.5
 
 
 def run(
-    sources: Sequence[str], *, layers: bool, plot: Path | None, family: str | None = None
+    sources: Sequence[str],
+    *,
+    layers: bool,
+    plot: Path | None,
+    family: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> None:
     """Print a table a concept; for several, their collisions and how they disturb one another.
 
@@ -39,9 +44,10 @@ def run(
         layers: also how loudly each answers to another's prompts in each layer.
         plot: where a picture of all that goes.
         family: the name of the model family of LoRA files that fit several.
+        ignore: parts of files to leave out.
     """
     check_png(plot, "--plot")
-    concepts = opened_together(sources, family)
+    concepts = opened_together(sources, family, ignore)
     records = [record_beside(c.info.name, c.products, c.source) for c in concepts]
     known = [record for record in records if record is not None]
     lacking = [c.info.name for c, r in zip(concepts, records, strict=True) if r is None]

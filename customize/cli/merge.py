@@ -49,12 +49,14 @@ def run(
     dtype: str | None,
     layout: str,
     family: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> None:
     """Merge concepts and write the result to a new folder.
 
     Args:
         base: the pipeline to write with the concepts in its weights; None: a LoRA is written.
         family: the name of the model family of LoRA files that fit several.
+        ignore: parts of files to leave out.
     """
     weights = read_weights(weights_text, len(sources))
     methods = (AUTO, *METHODS)
@@ -81,7 +83,7 @@ def run(
                 "--dtype is that of a pipeline",
                 fix="give --fuse and --base with it, or leave it out",
             )
-        _write_lora(sources, names, output, weights, method, settings, rank, layout, family)
+        _write_lora(sources, names, output, weights, method, settings, rank, layout, family, ignore)
         return
     if family is not None:
         raise ConfigError(
@@ -97,7 +99,9 @@ def run(
             "--rank has no meaning with --fuse: weights take the exact merge",
             fix=f"leave one out, or give --merge {TRUNCATE}",
         )
-    _write_pipeline(sources, names, output, weights, {"method": method, **settings}, base, dtype)
+    _write_pipeline(
+        sources, names, output, weights, {"method": method, **settings}, base, dtype, ignore
+    )
 
 
 def fused_base(fuse: bool, base: str | None) -> str | None:
@@ -125,12 +129,13 @@ def _write_lora(
     rank: int | None,
     layout: str,
     family: str | None,
+    ignore: Sequence[str],
 ) -> None:
     from customize.concepts.api import merge
     from customize.concepts.formats.opening import opened_together
     from customize.concepts.overlap import true_collisions
 
-    concepts = _named(opened_together(sources, family), names)
+    concepts = _named(opened_together(sources, family, ignore), names)
     merged = merge(
         *concepts,
         output=output,
@@ -170,15 +175,16 @@ def _write_pipeline(
     merge: Mapping[str, Any],
     base: str,
     dtype: str | None,
+    ignore: Sequence[str],
 ) -> None:
     from customize import load_custom
     from customize.concepts.concept import Concept
     from customize.concepts.export import check_new
-    from customize.concepts.formats.opening import opened
+    from customize.concepts.formats.opening import opened_all
     from customize.concepts.merge import check_together
     from customize.families import family_of
 
-    concepts = renamed([opened(source) for source in sources], names)
+    concepts = renamed(opened_all(sources, ignore), names)
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
         check_together(ours)

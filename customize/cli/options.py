@@ -66,6 +66,16 @@ FamilyName = Annotated[
         show_default=False,
     ),
 ]
+Ignore = Annotated[
+    str | None,
+    typer.Option(
+        "--ignore",
+        metavar="PART,PART,...",
+        help="Leave these parts of files out: components such as text_encoder_2, bias, norm,"
+        " embedding, or patterns of keys such as *.ff.*",
+        show_default=False,
+    ),
+]
 Merge = Annotated[
     str,
     typer.Option(
@@ -80,3 +90,8 @@ Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the figures here", show_default=False),
 ]
+
+
+def listed_parts(text: str | None) -> tuple[str, ...]:
+    """The words of :data:`Ignore`."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())

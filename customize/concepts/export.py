@@ -26,7 +26,7 @@ from customize.concepts.formats.kohya import (
     kohya_layers,
     kohya_tensors,
 )
-from customize.concepts.formats.lora import Adaptation
+from customize.concepts.formats.lora import Adaptation, check_no_vectors
 from customize.concepts.inputs import LayerInputs
 from customize.concepts.layout import (
     CARD_FILE,
@@ -114,6 +114,7 @@ def write_merged(
     check_together(concepts)
     subjects = [subject for concept in concepts for subject in concept.subjects]
     check_subjects(subjects)
+    check_no_vectors(concepts)
     if rank is not None and not is_whole(rank):
         raise ConfigError(
             f"a merged LoRA cannot have rank {quoted(rank)}",

@@ -47,6 +47,7 @@ def load_custom(
     | None = None,
     names: Sequence[str | None] | None = None,
     into: str | Sequence[str | Sequence[str] | None] | None = None,
+    ignore: str | Sequence[str] | None = None,
     fuse: bool = False,
     merge: str | Mapping[str, Any] | None = None,
     attention: str | None = None,
@@ -94,6 +95,10 @@ def load_custom(
             as for one of Wan 2.1; with several files a list with such an entry, or None, for each.
             Left out, keys that begin with a denoiser's name decide, then the file's name
             (``x_high_noise``, ``x_low_noise``), else the first denoiser takes it, with a warning.
+        ignore: parts of what is loaded to leave out, never done unasked: components, such as
+            "text_encoder_2", "bias", "norm" or "embedding", or patterns of keys, such as "*.ff.*".
+            One that leaves nothing out is refused. Biases and norms that a LoRA file changes are
+            otherwise applied, in the model's own parameters in both modes.
         fuse: False: one adapter named "customize" beside the base weights, which stay untouched;
             adapters of your own stay as they are. True: into the base weights, summed in float32
             and rounded once; a copy of each touched weight is kept on the CPU, so that unloading
@@ -158,6 +163,7 @@ def load_custom(
             weights=weights,
             names=names,
             into=into,
+            ignore=ignore,
             fuse=fuse,
             merge=merge,
             attention=attention,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from customize.errors import PipelineError
 
-_BUFFER = "_customize_casts"
+_BUFFER = "_customize_casts_"
 _DTYPES = (
     torch.float16,
     torch.bfloat16,
@@ -31,23 +31,25 @@ _DTYPES = (
 Casts = tuple[torch.dtype, ...]
 
 
-def begin(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Record the casts of a layer from now on.
+def begin(layer: nn.Module, dtype: torch.dtype, parameter: str = "weight") -> None:
+    """Record the casts of a layer's parameter from now on.
 
     Args:
-        dtype: of its weight.
+        dtype: of the parameter.
     """
     device = next(layer.parameters()).device
-    layer.register_buffer(_BUFFER, _values(dtype).to(device, copy=True), persistent=False)
+    layer.register_buffer(
+        _BUFFER + parameter, _values(dtype).to(device, copy=True), persistent=False
+    )
 
 
-def end(layer: nn.Module) -> None:
+def end(layer: nn.Module, parameter: str = "weight") -> None:
     """Record no longer; the layer has the attributes that it had before."""
-    layer._buffers.pop(_BUFFER, None)
-    layer._non_persistent_buffers_set.discard(_BUFFER)
+    layer._buffers.pop(_BUFFER + parameter, None)
+    layer._non_persistent_buffers_set.discard(_BUFFER + parameter)
 
 
-def casts_of(layer: nn.Module, dtype: torch.dtype, where: str) -> Casts:
+def casts_of(layer: nn.Module, dtype: torch.dtype, where: str, parameter: str = "weight") -> Casts:
     """What the layer was cast to since :func:`begin`.
 
     Args:
@@ -60,7 +62,7 @@ def casts_of(layer: nn.Module, dtype: torch.dtype, where: str) -> Casts:
     Raises:
         PipelineError: the layer is another than the recorded one, or was cast in another way.
     """
-    buffer = layer._buffers.get(_BUFFER)
+    buffer = layer._buffers.get(_BUFFER + parameter)
     if buffer is not None:
         now = buffer.detach().cpu()
         if now.dtype == dtype and torch.equal(now, _values(dtype)):
@@ -98,12 +100,24 @@ def _values(dtype: torch.dtype) -> Tensor:
         if small > bits + 1
         for sign in (-1.0, 1.0)
     ]
+    # The same where the middle is met only after a rounding to a type between.
+    near += [
+        1
+        + steps * 2.0**-bits
+        + 2.0 ** -(bits + 1)
+        + sign * (2.0 ** -(more + 1) + turn * 2.0**-small)
+        for bits, more in ((2, 3), (2, 7), (2, 10), (3, 7), (3, 10), (7, 10))
+        for small in (9, 11, 12, 14, 18, 22)
+        if small > more + 1
+        for sign in (-1.0, 1.0)
+        for turn in (-1.0, 0.0, 1.0)
+    ]
     return torch.cat([digits * 2**exponents, *near]).to(dtype)
 
 
 @functools.cache
 def _outcomes(dtype: torch.dtype) -> list[tuple[Casts, Tensor]]:
-    """The effects of all sequences of up to three casts that differ, the shortest first."""
+    """The effects of all sequences of up to four casts that differ, the shortest first."""
     found: dict[tuple[torch.dtype, bytes], tuple[Casts, Tensor]] = {}
     for casts in _sequences():
         values = cast(_values(dtype), casts)
@@ -113,7 +127,7 @@ def _outcomes(dtype: torch.dtype) -> list[tuple[Casts, Tensor]]:
 
 
 def _sequences() -> Iterator[Casts]:
-    for length in (1, 2, 3):
+    for length in (1, 2, 3, 4):
         yield from product((*_DTYPES, torch.float64), repeat=length)
 
 

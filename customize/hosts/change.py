@@ -26,12 +26,14 @@ from customize.concepts.tokens import (
 from customize.core.lowrank import LowRank
 from customize.errors import PipelineError
 from customize.families import Family
+from customize.hosts import vector_updates
 from customize.hosts.checks import check_layers, check_range
 from customize.hosts.classes import expand_triggers
 from customize.hosts.fusing import Updates, check_fusable, check_unchanged, fuse_updates
 from customize.hosts.guards import ADAPTER, active_adapters, guard, unguard
 from customize.hosts.offload import settled
 from customize.hosts.state import Attached, Holder, Merging, keep, tokenizers_of
+from customize.hosts.vector_updates import sums_of
 
 #: component -> module -> what is to be beside the weight.
 Beside = Mapping[str, Mapping[str, LowRank]]
@@ -67,12 +69,17 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
             )
     with _writable(models), settled(models):
         check_fusable(models, new[1], holder.originals)
+        vectors = sums_of(after, merging.method), sums_of(before, was_merging.method)
+        vector_updates.check_vectors(models, vectors[0], holder.vectors)
+        unchanged = vector_updates.check_unchanged(models, vectors[1], holder.vectors)
         originals = check_unchanged(models, old[1], holder.originals)
         was = {place: _Use.of(layer) for place, layer in _layers(holder).items()}
         factors = _factors(holder, old[0])
         gone = [adapter for adapter in holder.adapters if not adapter.is_there()]
         try:
             holder.originals.update(originals)
+            holder.vectors.update(unchanged)
+            vector_updates.set_vectors(models, vectors[0], holder.vectors)
             _rebuild(family, models, holder, after, *new, dtypes)
             for place, layer in _layers(holder).items():
                 layer.scaling[ADAPTER] *= factors.get(place, 1.0)
@@ -80,6 +87,7 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
         except BaseException:
             removed = {component for adapter in gone for component in adapter.models}
             beside = {key: own for key, own in old[0].items() if key not in removed}
+            vector_updates.set_vectors(models, vectors[1], holder.vectors)
             _rebuild(family, models, holder, before, beside, old[1], dtypes)
             holder.adapters += gone  # so that it is still known to be missing
             for place, use in was.items():

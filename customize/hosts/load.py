@@ -44,6 +44,7 @@ def load(
     weights: Weights,
     names: Sequence[str | None] | None,
     into: Into,
+    ignore: str | Sequence[str] | None,
     fuse: bool,
     merge: str | Mapping[str, Any] | None,
     attention: str | None,
@@ -70,7 +71,7 @@ def load(
         )
     chosen = method_of(merge)
     plan = None if memory is None else planned(pipe, family, memory)
-    changes = _loading(family, learned, weights, names, into, fuse) if concerned else None
+    changes = _loading(family, learned, weights, names, into, ignore, fuse) if concerned else None
     holder = find(family) if changes is None else changes.holder
     shelf = None if library is None else _opened_shelf(family, holder, library, library_cache)
     device = computing_device(pipe, family, anywhere=plan is not None)
@@ -208,10 +209,11 @@ def _loading(
     weights: Weights,
     names: Sequence[str | None] | None,
     into: Into,
+    ignore: str | Sequence[str] | None,
     fuse: bool,
 ) -> _Changes:
     """Read and check the concepts of a call; nothing changes."""
-    new = read_sources(family, sources, into)
+    new = read_sources(family, sources, into, ignore)
     if names is not None:
         if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
             raise ConfigError(

@@ -13,6 +13,7 @@ import torch
 from customize.concepts.component_weights import BlockWeights, Weight, checked
 from customize.concepts.concept import check_info
 from customize.concepts.formats.lora import Adaptation, Lora
+from customize.concepts.formats.vectors import Vector
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError
 from customize.families import Family
@@ -85,8 +86,9 @@ def identical(a: Adaptation, b: Adaptation) -> bool:
     facts = ("name", "trigger", "family", "fingerprint", "num_tokens")
     if any(getattr(a.info, fact) != getattr(b.info, fact) for fact in facts):
         return False
-    tokens = ({s.trigger: s.embeddings for s in each.subjects} for each in (a, b))
-    return _alike(a.products, b.products) and _alike(*tokens)
+    tokens = [{s.trigger: s.embeddings for s in each.subjects} for each in (a, b)]
+    vectors = [each.vectors if isinstance(each, Lora) else {} for each in (a, b)]
+    return all(_alike(*pair) for pair in ((a.products, b.products), tokens, vectors))
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -94,6 +96,8 @@ def _alike(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
     if isinstance(a, LowRank):
         return a.scale == b.scale and _alike(a.up, b.up) and _alike(a.down, b.down)
+    if isinstance(a, Vector):
+        return a.absolute == b.absolute and torch.equal(a.values, b.values)
     return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
 
 

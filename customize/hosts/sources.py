@@ -12,6 +12,7 @@ from torch import Tensor
 from customize.concepts.base_weight import dense_weight
 from customize.concepts.concept import Concept
 from customize.concepts.formats.denoisers import with_noises
+from customize.concepts.formats.ignoring import check_all_matched, checked_words, without
 from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
 from customize.concepts.formats.lora import Weights as LayerWeights
 from customize.concepts.formats.names import Names
@@ -49,17 +50,25 @@ def with_all_parts(family: Family, holder: Holder) -> Family:
     return type(family)(family.components | holder.parts, family.pipeline_config)
 
 
-def read_sources(family: Family, sources: Sequence[object], into: Into = None) -> list[Adaptation]:
+def read_sources(
+    family: Family,
+    sources: Sequence[object],
+    into: Into = None,
+    ignore: str | Sequence[str] | None = None,
+) -> list[Adaptation]:
     """The concepts that sources name, and LoRAs with their layers found in this family's models.
 
     Args:
-        into: as in :func:`customize.load_custom`.
+        into, ignore: as in :func:`customize.load_custom`.
 
     Raises:
         ConceptError: one cannot be read whole, or is a LoRA of other layers.
         ConfigError: something is no source, or ``into`` does not fit the sources or the model.
     """
-    found = _placed_into([_opened(source) for source in sources], into)
+    words, matched = checked_words(ignore), set[str]()
+    opened_sources = [_opened(source, words, matched) for source in sources]
+    check_all_matched(words, matched)
+    found = _placed_into(opened_sources, into)
     # Once for all files, as it takes a walk over the model.
     names = Names(family) if any(isinstance(each, LoraFile) for each in found) else None
 
@@ -135,11 +144,11 @@ def _components(entry: object) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _opened(source: object) -> Adaptation | LoraFile:
+def _opened(source: object, ignore: Sequence[str], matched: set[str]) -> Adaptation | LoraFile:
     if isinstance(source, Concept | Lora | LoraFile):
-        return source
+        return without(source, ignore, matched)
     if isinstance(source, str | Path):
-        return opened(source)
+        return opened(source, ignore, matched)
     if isinstance(source, list | tuple | set | frozenset):
         raise ConfigError(
             f"a {type(source).__name__} of {len(source)} is not a concept",

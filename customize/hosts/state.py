@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from customize.attention.placing import Took
 from customize.concepts.adapter import Adapter
 from customize.concepts.component_weights import Weight
@@ -17,6 +19,9 @@ from customize.families import Family
 from customize.families.components import uncompiled
 from customize.hosts.fusing import Originals
 from customize.hosts.shelf import Shelf
+
+#: (component, parameter) -> a changed bias or norm as it was, on the CPU; None: there was no bias.
+VectorOriginals = dict[tuple[str, str], Tensor | None]
 
 _KEY = "_customize"
 _MARK = "_customize_mark"
@@ -82,6 +87,7 @@ class Holder:
         merging: how they are merged.
         adapters: what sits beside the base weights, one for each model.
         originals: of the fused weights.
+        vectors: of the changed biases and norms.
         shelf: the library that prompts take concepts from, if there is one.
         tokens: (token dictionary's key, trigger) -> all its entries, as they were added.
         hooks: handles of what serves tokens with an embedding for each layer.
@@ -94,6 +100,7 @@ class Holder:
     merging: Merging = field(default_factory=Merging)
     adapters: list[Adapter] = field(default_factory=list)
     originals: Originals = field(default_factory=dict)
+    vectors: VectorOriginals = field(default_factory=dict)
     shelf: Shelf | None = None
     tokens: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)

@@ -37,7 +37,7 @@ def test_merge_writes_the_weighted_layers(tmp_path):
         tensors[f"{name}.lora_A.weight"] = torch.randn(2, width)
         tensors[f"{name}.lora_B.weight"] = torch.randn(width, 2)
     save_file(tensors, tmp_path / "rex.safetensors")
-    options = {"density": None, "seed": None, "rank": None, "fuse": None, "dtype": None}
+    options = dict.fromkeys(("names", "density", "seed", "rank", "base", "dtype"))
     text = "rex=0.8,rex.text_encoder=0,rex.unet.down=0.4"
     calls = {**options, "method": "auto", "layout": "diffusers"}
     run([str(tmp_path / "rex.safetensors")], tmp_path / "m", text, **calls)

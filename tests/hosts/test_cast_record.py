@@ -39,7 +39,7 @@ def test_any_other_values_are_cast_as_the_layer_was(start, path, seed):
         layer.to(dtype)
     casts = cast_record.casts_of(layer, start, "layer")
     assert same_bits(cast_record.cast(original, casts), layer.weight)
-    assert len(casts) <= 3 and (path or not casts)
+    assert len(casts) <= 4 and (path or not casts)
 
 
 def test_the_layer_is_as_before_afterwards_and_state_dicts_never_change():
@@ -60,6 +60,6 @@ def test_another_layer_in_its_place_is_refused():
         cast_record.casts_of(nn.Linear(4, 4), torch.float32, "a.b")
     layer = nn.Linear(4, 4)
     cast_record.begin(layer, torch.float32)
-    layer._buffers[cast_record._BUFFER] *= 2
+    layer._buffers[cast_record._BUFFER + "weight"] *= 2
     with pytest.raises(PipelineError, match="replaced or converted"):
         cast_record.casts_of(layer, torch.float32, "a.b")

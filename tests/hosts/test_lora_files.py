@@ -183,7 +183,7 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConceptError, match="looks like a LoRA of flux"):
         pipe.load_custom(path)
     tensors, _ = lora(family_of(pipe.components), diffusers, ENDS, every=9)
-    tensors["unet.conv_in.diff_b"] = torch.ones(16)
+    tensors["unet.conv_in.set_weight"] = torch.ones(16)
     written(tmp_path / "bias.safetensors", tensors)
     with pytest.raises(CustomizeError, match="nothing is loaded by half"):
         pipe.load_custom(tmp_path / "bias.safetensors")

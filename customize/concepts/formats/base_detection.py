@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from customize.concepts.formats.keys import Group, listed
 from customize.concepts.formats.names import Names, Place, encoder_of
 from customize.concepts.formats.updates import shape_of
+from customize.concepts.formats.vectors import is_vector, matrices_of
 from customize.errors import ConceptError, CustomizeError, PipelineError
 from customize.families import Family, published_families
 
@@ -40,7 +41,7 @@ def published_base(
     lost: Sequence[Group] = groups
     for base, known in _published():
         if family in (None, base.name):
-            here = [group for group in groups if known.find(group.path) is None]
+            here = [group for group in groups if known.place_of(group) is None]
             lost = min(lost, here, key=len)
     asked = f"family {family}" if family else "the families here"
     raise ConceptError(
@@ -91,7 +92,7 @@ def refusal(
         )
     others = set()
     for other, known in _published():
-        if other.name != family.name and any(known.find(group.path) for group in lost):
+        if other.name != family.name and any(known.place_of(group) for group in lost):
             others.add(other.name)
     mixed = len(lost) < len(groups) and others
     also = f": it has keys of {family.name} and of {either(others)}" if mixed else ""
@@ -123,7 +124,7 @@ def _published_bases(groups: Sequence[Group]) -> list[Family]:
     """The published models that have all these layers; those of their shapes, if any is."""
     named, shaped = [], []
     for family, known in _published():
-        places = [(group, known.find(group.path)) for group in groups]
+        places = [(group, known.place_of(group)) for group in groups]
         if all(place is not None for _, place in places):
             named.append(family)
             if all(_fits(known, group, place) for group, place in places if place is not None):
@@ -132,5 +133,9 @@ def _published_bases(groups: Sequence[Group]) -> list[Family]:
 
 
 def _fits(names: Names, group: Group, place: Place) -> bool:
+    if is_vector(group):
+        widths = {sum(each.stop - each.start for each in place.rows)}
+        return all(part.numel() in widths | {1} for part in group.parts.values())
+    group = matrices_of(group)
     shape = update_shape(place, names)
     return all(seen in (None, side) for seen, side in zip(shape_of(group), shape, strict=True))

@@ -11,6 +11,17 @@ from torch import Tensor
 
 from customize.errors import ConceptError
 
+#: Changes of a bias or a norm -> the same; see vectors.py.
+VECTOR_PARTS: dict[str, tuple[str, ...]] = {
+    "diff_b": (".diff_b",),
+    "w_norm": (".w_norm",),
+    "b_norm": (".b_norm",),
+    "down_bias": (".lora_A.bias", ".lora_A.*.bias", ".lora_down.bias"),
+    "up_bias": (".lora_B.bias", ".lora_B.*.bias", ".lora_up.bias"),
+    "bias": (".base_layer.bias", ".bias"),
+    "norm_scale": (".scale",),
+}
+
 #: Part of an update -> how files end the keys that hold it; `*` stands for a peft adapter's name.
 _ENDINGS: dict[str, tuple[str, ...]] = {
     "down": (
@@ -50,6 +61,7 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
         for part in "12"
         for name in (f"lokr_w{part}", f"lokr_w{part}_a", f"lokr_w{part}_b")
     },
+    **VECTOR_PARTS,
 }
 
 
@@ -70,8 +82,7 @@ _TRAINING = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\..+)?"
 
 #: Parts with which nothing is known to do, and what they are.
 _REFUSED = {
-    "change of a bias": re.compile(r".+\.(diff_b|lora_[AB]\.bias|lora_(up|down)\.bias|b_norm)"),
-    "change of a norm": re.compile(r".+\.(w_norm|query_norm\.scale|key_norm\.scale|set_weight)"),
+    "norm in place of the base's": re.compile(r".+\.set_weight"),
     "bundled embedding": re.compile(r"bundle_emb\..+"),
     "update of peft's OFT or BOFT": re.compile(r".+\.(oft_R|boft_R|boft_s)(\..+)?"),
     "update of IA3 or GLoRA": re.compile(r".+\.(on_input|[ab][12]\.weight)"),
@@ -108,7 +119,7 @@ def grouped(tensors: Mapping[str, Tensor], where: object) -> list[Group]:
     groups: dict[str, Group] = {}
     unknown = []
     for key in sorted(tensors):
-        path, part = _read(key)
+        path, part = part_of(key)
         if not part and _TRAINING.fullmatch(key):
             continue
         if not part:
@@ -143,7 +154,7 @@ def listed(names: Iterable[str], most: int = 10) -> str:
 
 
 @functools.lru_cache(maxsize=2**14)  # the files of a merge mostly have the same keys
-def _read(key: str) -> tuple[str, str]:
+def part_of(key: str) -> tuple[str, str]:
     """What a key says: path and part; an empty part where it is not known."""
     match = _KEY.fullmatch(key)
     if match is None:
@@ -157,4 +168,7 @@ def _fix(kinds: set[str]) -> str:
             "take the embeddings out into a file of their own and load that with "
             "load_textual_inversion"
         )
-    return "ask its maker for the adapter as LoRA, LoHa, LoKr, OFT or DoRA without other parts"
+    return (
+        "ask its maker for the adapter as LoRA, LoHa, LoKr, OFT or DoRA without other parts, or "
+        'leave them out by your own word: ignore=["*.set_weight"], a component or a pattern of keys'
+    )

@@ -26,6 +26,14 @@ from customize.concepts.formats.keys import Group, grouped
 from customize.concepts.formats.metadata import Metadata
 from customize.concepts.formats.names import Names, Place
 from customize.concepts.formats.updates import needs_weight, update_of
+from customize.concepts.formats.vectors import (
+    Vector,
+    Vectors,
+    by_parameter,
+    is_vector,
+    matrices_of,
+    vectors_of,
+)
 from customize.concepts.layout import SECOND
 from customize.concepts.subjects import Subject
 from customize.core.lowrank import LowRank, from_dense, product, rows, stacked
@@ -79,12 +87,14 @@ class Lora:
         products: component -> module -> update, as :class:`Concept` has them; ranks and scales
             may differ between layers.
         subjects: what triggers call by tokens of their own, in a merge of ours.
+        vectors: changes of biases and norms.
         source: the file that it was read from.
     """
 
     info: LoraInfo
     products: Mapping[str, Mapping[str, LowRank]]
     subjects: Sequence[Subject] = ()
+    vectors: Vectors = field(default_factory=dict)
     source: Path | None = None
 
     def __repr__(self) -> str:
@@ -130,6 +140,7 @@ class LoraFile:
         groups: its keys, layer by layer; every key of the file is in one.
         noise: for which of two denoisers it is, by the name of the file.
         into: the denoisers that the caller puts it into; empty where that is left to the file.
+        partial: whether some of its layers were left out, so that a record is not of the rest.
     """
 
     name: str
@@ -138,6 +149,7 @@ class LoraFile:
     metadata: Metadata
     noise: Noise | None = None
     into: Sequence[str] = ()
+    partial: bool = False
 
     def __repr__(self) -> str:
         return f"LoraFile({self.name}: {len(self.groups)} layers in {self.where})"
@@ -179,9 +191,17 @@ class LoraFile:
         names = names or Names(family)
         places = self._places(names)
         found: dict[str, dict[str, LowRank]] = {}
+        vectors: dict[str, dict[str, Vector]] = {}
         taken: dict[tuple[str, str], str] = {}
         for group, place in places:
-            update = self._update(group, place, names, weights)
+            for parameter, vector in self._vectors(group, place).items():
+                own = vectors.setdefault(place.component, {})
+                if parameter in own:
+                    raise ConceptError(f"two keys change {parameter}", where=self.where)
+                own[parameter] = vector
+            if is_vector(group):
+                continue
+            update = self._update(matrices_of(group), place, names, weights)
             for module, part in _split(update, place):
                 key = (place.component, file_name(place.component, module))
                 if taken.setdefault(key, group.path) != group.path:
@@ -193,15 +213,15 @@ class LoraFile:
                 earlier = found.setdefault(key[0], {}).get(key[1])
                 # The halves of a layer that is the other way round in the original.
                 found[key[0]][key[1]] = part if earlier is None else _joined(earlier, part)
-        if not found:
+        if not found and not vectors:
             raise ConceptError("the file changes no layer", where=self.where, fix="get another")
-        rank = max(update.rank for own in found.values() for update in own.values())
+        rank = max((update.rank for own in found.values() for update in own.values()), default=0)
         base, words = self.metadata.base, self.metadata.words
         info = LoraInfo(self.name, family.name, base, rank, words)
-        return Lora(info, found, source=self.source)
+        return Lora(info, found, vectors=vectors, source=None if self.partial else self.source)
 
     def _places(self, names: Names) -> list[tuple[Group, Place]]:
-        places = [(group, names.find(group.path)) for group in self.groups]
+        places = [(group, names.place_of(group)) for group in self.groups]
         lost = [group for group, place in places if place is None]
         if lost:
             raise refusal(self.groups, lost, names.family, self.where)
@@ -229,6 +249,27 @@ class LoraFile:
                 stacklevel=3,
             )
         return found
+
+    def _vectors(self, group: Group, place: Place) -> dict[str, Vector]:
+        """The changes of biases and norms that a group makes, by parameter."""
+        if matrices_of(group) is group:
+            return {}
+        layer_names = _names_of(group.path, place.component, place.rows[0].module)
+        down, alpha = group.parts.get("down"), group.parts.get("alpha")
+        rank = None if down is None else len(down)
+        try:
+            if alpha is not None and alpha.numel() == 1 and rank:
+                factor = float(alpha) / rank
+            else:
+                factor = self.metadata.scale(place.component, layer_names, rank)
+            return by_parameter(vectors_of(group, factor), place.rows, place.is_norm)
+        except ConceptError as error:
+            raise ConceptError(
+                error.what,
+                where=f"{self.where}: {group.path}",
+                fix="load it into a pipeline of the base that it was made for, get an unchanged "
+                'copy, or leave such parts out: ignore=["bias", "norm"]',
+            ) from error
 
     def _update(self, group: Group, place: Place, names: Names, weights: Weights | None) -> LowRank:
         first = place.rows[0].module
@@ -291,6 +332,22 @@ def lora_file(
     if not facts.configs:
         groups = with_header_alphas(groups, metadata, where)
     return LoraFile(own_name(name), str(where), groups, facts)
+
+
+def check_no_vectors(concepts: Sequence[Adaptation]) -> None:
+    """Refuse changes of biases and norms where a LoRA file is to be written.
+
+    Raises:
+        ConceptError: naming the concept.
+    """
+    for concept in concepts:
+        if isinstance(concept, Lora) and concept.vectors:
+            raise ConceptError(
+                f"{concept.info.name} changes biases or norms, which no LoRA file of ours can hold",
+                where=concept.source,
+                fix="merge into a pipeline with --fuse --base BASE, or leave them out with "
+                "--ignore bias,norm",
+            )
 
 
 def own_name(name: str) -> str:

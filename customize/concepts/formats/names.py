@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 from customize.concepts.adapter import file_name
 from customize.concepts.formats.denoisers import DenoiserLabels
+from customize.concepts.formats.keys import Group
+from customize.concepts.formats.vectors import is_vector, norm_spellings, norms_of
 from customize.families.base import Family
 from customize.families.originals import Rows
 
@@ -30,10 +32,12 @@ class Place:
     Attributes:
         component: "unet", "transformer", "text_encoder", ...
         rows: whose rows the update's are, one below the other; mostly all those of one layer.
+        is_norm: whether it is a norm, which takes changes of its weight and bias alone.
     """
 
     component: str
     rows: tuple[Rows, ...]
+    is_norm: bool = False
 
 
 class Names:
@@ -42,22 +46,31 @@ class Names:
 
     Attributes:
         layers: component -> what :meth:`Family.layers` says of it.
+        norms: component -> its modules with a weight vector -> their widths.
     """
 
     def __init__(self, family: Family) -> None:
         self.family = family
         self.layers = {component: family.layers(component) for component in family.adaptable}
+        self.norms = {component: norms_of(family, component) for component in family.adaptable}
         self.labels = DenoiserLabels(family)
         self._places: dict[str, Place] = {}
         for component, layers in self.layers.items():
             if component in family.other_denoisers:  # they have the first one's names
                 continue
             spelled = dict(_spellings(family, component, layers))
+            for name, place in _norm_places(family, component, self.norms[component]):
+                spelled.setdefault(name, place)
             flat = {name.replace(".", "_"): place for name, place in spelled.items()}
             for prefix in _dotted_prefixes(family, component):
                 self._add(prefix, spelled)
             for prefix in _flat_prefixes(family, component):
                 self._add(prefix, flat)
+
+    def place_of(self, group: Group) -> Place | None:
+        """The place of a group's changes, or None: matrices have none in a norm."""
+        place = self.find(group.path)
+        return None if place is not None and place.is_norm and not is_vector(group) else place
 
     def find(self, path: str) -> Place | None:
         """The place of what a file calls by this name, or None."""
@@ -72,14 +85,27 @@ class Names:
 
     def moved(self, place: Place, component: str) -> Place | None:
         """The place of the same name in another denoiser, or None where that lacks the layer."""
-        layers = self.layers.get(component, {})
-        if any(each.module not in layers for each in place.rows):
+        known = self.layers.get(component, {}).keys() | self.norms.get(component, {}).keys()
+        if any(each.module not in known for each in place.rows):
             return None
         return replace(place, component=component)
 
     def _add(self, prefix: str, names: dict[str, Place]) -> None:
         for name, place in names.items():
             self._places.setdefault(prefix + name, place)
+
+
+def _norm_places(
+    family: Family, component: str, norms: Mapping[str, int]
+) -> Iterator[tuple[str, Place]]:
+    def place(module: str) -> Place:
+        return Place(component, (Rows(module, 0, norms[module]),), is_norm=True)
+
+    for module in norms:
+        for name in dict.fromkeys((module, file_name(component, module))):
+            yield name, place(module)
+    for original, module in norm_spellings(family, component, norms):
+        yield original, place(module)
 
 
 def encoder_of(path: str) -> str | None:

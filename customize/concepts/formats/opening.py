@@ -9,6 +9,12 @@ from typing import Any
 
 from customize.concepts.formats.base_detection import published_base
 from customize.concepts.formats.denoisers import Noise, noise_of, noises_of, with_noises
+from customize.concepts.formats.ignoring import (
+    check_all_matched,
+    checked_words,
+    kept_tensors,
+    without,
+)
 from customize.concepts.formats.lora import Adaptation, Lora, LoraFile, lora_file, paired
 from customize.concepts.layout import (
     EMBEDS_FOLDER,
@@ -38,22 +44,27 @@ from customize.near_names import choose_from
 from customize.safe_read import present
 
 
-def opened(source: str | Path) -> Adaptation | LoraFile:
+def opened(
+    source: str | Path, ignore: Sequence[str] = (), matched: set[str] | None = None
+) -> Adaptation | LoraFile:
     """Read a concept, a merge of ours, or the file of a LoRA whose model is not known yet.
 
     Args:
         source: a folder, a ``.safetensors`` file or a hub id. A folder without ``concept.json`` is
             that of a LoRA where it has just one ``.safetensors`` file, or two by the names that we
             write for two denoisers.
+        ignore: what to leave out; see :mod:`customize.concepts.formats.ignoring`.
+        matched: the words of it that left something out are added to it.
 
     Raises:
         ConceptError: nothing is there, it cannot be read whole, or it is a pickle.
     """
     path = place = located_whole(source)
+    hits = set() if matched is None else matched
     second: Path | None = None
     if path.is_dir():
         if present(path / INFO_FILE):
-            return read(path)
+            return without(read(path), ignore, hits)
         # A hub's folder is called by a commit, which is no name.
         hub = not Path(source).exists()
         name = str(source).rpartition("/")[2] if hub else path.resolve().name
@@ -62,17 +73,21 @@ def opened(source: str | Path) -> Adaptation | LoraFile:
         name = path.stem
     tensors, metadata = read_single_tensors(path)
     if INFO_HEADER in metadata:
-        return parsed_single(tensors, metadata, path)
+        return without(parsed_single(tensors, metadata, path), ignore, hits)
     others = None if second is None else read_single_tensors(second)
     merged = read_merged(name, path, tensors, metadata, others and others[0])
     if merged is not None:
-        return merged
+        return without(merged, ignore, hits)
     if place.is_dir():
         _refuse_without_tokens(path.parent)
+    count = len(tensors)
+    tensors = kept_tensors(tensors, ignore, hits, path)
     file = lora_file(name, path, tensors, metadata, _adapter_config(path))
+    file = replace(file, partial=len(tensors) < count)
     if second is None or others is None:
         return replace(file, noise=_noise(path))
-    return paired(file, lora_file(name, second, *others, _adapter_config(second)))
+    rest = kept_tensors(others[0], ignore, hits, second)
+    return paired(file, lora_file(name, second, rest, others[1], _adapter_config(second)))
 
 
 def opened_whole(source: str | Path, family: str | None = None) -> Adaptation:
@@ -89,20 +104,42 @@ def opened_whole(source: str | Path, family: str | None = None) -> Adaptation:
     return opened_together([source], family)[0]
 
 
-def opened_together(sources: Sequence[str | Path], family: str | None = None) -> list[Adaptation]:
-    """:func:`opened_whole` of each; two files for two denoisers know each other by their names."""
+def opened_together(
+    sources: Sequence[str | Path],
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
+) -> list[Adaptation]:
+    """:func:`opened_whole` of each; two files for two denoisers know each other by their names.
+
+    Args:
+        ignore: as in :func:`customize.load_custom`.
+    """
     if family is not None and family not in FAMILIES:
         raise ConfigError(
             f"there is no family {family!r}",
             where="family",
             fix=choose_from(family, FAMILIES),
         )
-    found = [opened(source) for source in sources]
+    found = opened_all(sources, ignore)
     files = iter(with_noises([each for each in found if isinstance(each, LoraFile)]))
     return [
         _of_published(next(files), family) if isinstance(each, LoraFile) else _of(each, family)
         for each in found
     ]
+
+
+def opened_all(
+    sources: Sequence[str | Path], ignore: str | Sequence[str] | None = None
+) -> list[Adaptation | LoraFile]:
+    """:func:`opened` of each, without what is to be left out.
+
+    Raises:
+        ConfigError: a word of ``ignore`` is none, or leaves nothing out.
+    """
+    words, matched = checked_words(ignore), set[str]()
+    found = [opened(source, words, matched) for source in sources]
+    check_all_matched(words, matched)
+    return found
 
 
 def _of_published(file: LoraFile, family: str | None) -> Lora:

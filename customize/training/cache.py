@@ -20,6 +20,7 @@ from customize.families.base import Family
 from customize.families.prompts import padded
 from customize.training import data
 from customize.training.buckets import bucket_of, bucket_sizes
+from customize.training.finite import check_conditions, check_latents
 
 Conditions = Mapping[str, Tensor]
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -36,6 +37,7 @@ class Pictures:
         pixels: (3, height, width), in [-1, 1], on the CPU; None if latents are kept.
         masks: (1, h, w), in [0, 1], at the latents' size, on the device; None without masks.
         sizes: one a picture; they differ in buckets alone.
+        names: of the files, for messages.
         shape: (channels, h, w) of the latents of the square.
     """
 
@@ -44,6 +46,7 @@ class Pictures:
     pixels: list[list[Tensor]] | None
     masks: list[list[Tensor]] | None
     sizes: list[data.Size]
+    names: list[str]
     shape: tuple[int, ...]
 
     def of_one_size(self, pictures: Sequence[int]) -> list[slice]:
@@ -62,7 +65,10 @@ class Pictures:
             return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
         assert self.pixels is not None
         with torch.no_grad():
-            return family.encode_images(torch.stack([self.pixels[i][m] for i, m in chosen]))
+            found = family.encode_images(torch.stack([self.pixels[i][m] for i, m in chosen]))
+        for row, (picture, _) in enumerate(chosen):
+            check_latents(family, [values[row] for values in found], self.names[picture])
+        return found
 
     def mask(self, pictures: Sequence[int], mirrored: Sequence[bool]) -> Tensor | None:
         """The batch's masks, (batch, 1, h, w), or None."""
@@ -105,11 +111,11 @@ def prepare_pictures(
         loaded = data.opened(sample)
         variants = both(data.pixels(loaded, size))
         if keep_latents:
-            latents.append(encode_latents(family, variants, device, encoded))
+            latents.append(encode_latents(family, variants, device, encoded, sample.path.name))
         else:
             pixels.append(variants)
         if not shape:
-            mean, _ = encode_latents(family, variants[:1], device, encoded)[0]
+            mean, _ = encode_latents(family, variants[:1], device, encoded, sample.path.name)[0]
             shape = mean.shape
             factor = size[1] // shape[1]
         if masked:
@@ -122,6 +128,7 @@ def prepare_pictures(
         pixels=None if keep_latents else pixels,
         masks=masks if masked else None,
         sizes=sizes,
+        names=[sample.path.name for sample in samples],
         shape=(shape[0], resolution // factor, resolution // factor),
     )
 
@@ -153,6 +160,9 @@ def prepare_conditions(
         encode_once(family, captions, to_encoder)
         for key in frozen:
             family.components[key].release()
+    else:
+        # The encoders train, so nothing is kept; one caption tells whether their weights are whole.
+        encode_once(family, list(captions)[:1], to_encoder)
     return lambda batch: encode_distinct(
         lambda distinct: family.encode_prompts([to_encoder(c) for c in distinct]), batch
     )
@@ -190,6 +200,7 @@ def encode_latents(
     pictures: Iterable[Tensor],
     device: torch.device,
     cache: dict[str, tuple[Tensor, Tensor]] | None = None,
+    name: str = "a picture",
 ) -> list[tuple[Tensor, Tensor]]:
     """The latents' distribution of each picture; equal pictures are encoded once and shared.
 
@@ -198,9 +209,13 @@ def encode_latents(
     Args:
         pictures: each (3, height, width), in [-1, 1].
         cache: :func:`pixels_key` -> what was encoded before; it grows.
+        name: of the file, for messages.
 
     Returns:
         (mean, std) a picture, each (channels, height / f, width / f), float32, on the device.
+
+    Raises:
+        PipelineError: the autoencoder gives values that are not finite.
     """
     cache = {} if cache is None else cache
     found = []
@@ -208,6 +223,7 @@ def encode_latents(
         key = pixels_key(pixels)
         if key not in cache:
             mean, std = family.encode_images(pixels[None])
+            check_latents(family, [mean, std], name)
             cache[key] = mean[0].to(device), std[0].to(device)
         found.append(cache[key])
     return found
@@ -242,10 +258,12 @@ def encode_once(
     Args:
         to_encoder: the caption as the encoders see it (triggers expanded).
     """
-    return {
-        caption: {k: v.clone() for k, v in family.encode_prompts([to_encoder(caption)]).items()}
-        for caption in dict.fromkeys(captions)
-    }
+    found = {}
+    for caption in dict.fromkeys(captions):
+        conditions = family.encode_prompts([to_encoder(caption)])
+        check_conditions(family, conditions, caption)
+        found[caption] = {k: v.clone() for k, v in conditions.items()}
+    return found
 
 
 def from_cache(cache: Mapping[str, Conditions], captions: Sequence[str]) -> dict[str, Tensor]:
@@ -266,12 +284,15 @@ class RememberedEncoder:
     tokens live: of Stable Diffusion 3, T5, the largest part of all, need not stay.
 
     The first call with some ids runs the encoder; after :meth:`release` all must be known.
+
+    Attributes:
+        wrapped: the encoder; None after :meth:`release`.
     """
 
     def __init__(self, encoder: Any) -> None:
         self.dtype = encoder.dtype
         self.device = torch.device("cpu")  # where callers put the ids, to be looked up
-        self._encoder = encoder
+        self.wrapped = encoder
         self._rows: dict[bytes, Tensor] = {}
 
     @torch.no_grad()
@@ -280,15 +301,15 @@ class RememberedEncoder:
 
     def release(self) -> None:
         """Let go of the encoder."""
-        self._encoder = None
+        self.wrapped = None
 
     def _row(self, ids: Tensor) -> Tensor:
         key = ids.numpy().tobytes()
         if key not in self._rows:
-            if self._encoder is None:
+            if self.wrapped is None:
                 raise PipelineError(
                     "a prompt was not encoded before the text encoder was freed",
                     fix="report this with the captions that you train on",
                 )
-            self._rows[key] = self._encoder(ids.to(self._encoder.device))[0]
+            self._rows[key] = self.wrapped(ids.to(self.wrapped.device))[0]
         return self._rows[key]

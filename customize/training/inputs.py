@@ -19,10 +19,11 @@ from customize.concepts.inputs import (
     updates_digest,
 )
 from customize.concepts.layout import INPUTS_FILE
-from customize.errors import ConceptError
+from customize.errors import ConceptError, PipelineError
 from customize.families import Family
 from customize.training.cache import Encode
 from customize.training.config import TrainConfig
+from customize.training.finite import cause_in_base
 from customize.training.setup import place, put_away
 from customize.training.trainable import Learned, Trainable
 
@@ -76,8 +77,11 @@ def record_generic(
 ) -> LayerInputs:
     """What all layers read on generic prompts.
 
-    Text encoders and denoisers are on the device one after the other, and on the CPU in the
-    end."""
+    Text encoders and denoisers are on the device one after the other, and on the CPU in the end.
+
+    Raises:
+        PipelineError: the base gives values that are not finite.
+    """
     family.vae.to(device)
     shape = family.encode_images(torch.zeros(1, 3, resolution, resolution))[0].shape[1:]
     layers = {component: list(family.adapter_targets(component)) for component in family.adaptable}
@@ -89,6 +93,13 @@ def record_generic(
         place(family.denoisers, device)
 
     how: dict[str, Any] = {"empty_counts": True, "ready": ready, "autocast": autocast}
-    generic = record(family, layers, prompts, shape, **how)
+    try:
+        generic = record(family, layers, prompts, shape, **how)
+    except ConceptError as error:
+        raise PipelineError(
+            f"the base cannot draw generic prompts: {error.what}",
+            where=family.denoiser_key,
+            fix=cause_in_base(family, family.denoiser.dtype == torch.float16),
+        ) from error
     put_away(family, family.denoisers, free=False)
     return LayerInputs("generic prompts", {}, generic)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from customize.training import checkpoint as checkpoints
 from customize.training import process
 from customize.training.checkpoint import Checkpoint
 from customize.training.config import TrainConfig
+from customize.training.finite import cause_in_base
 from customize.training.losses import Losses
 from customize.training.trainable import Trainable
 from customize.training.validation import Validation
@@ -111,7 +113,10 @@ def optimise(
             stopping = bool(stop) and accelerator.num_processes == 1
             saving = config.checkpoint_every and (last or done % config.checkpoint_every == 0)
             if last or saving or stopping or done % config.log_every == 0:
-                loss_now, stopping = _read_losses(seen, bool(stop), accelerator, step, folder)
+                untouched = partial(cause_in_base, family, config.mixed_precision == "fp16")
+                loss_now, stopping = _read_losses(
+                    seen, bool(stop), accelerator, step, folder, untouched
+                )
                 seen.clear()
                 history.append([done, loss_now])
                 bar.set_postfix(loss=f"{loss_now:.4f}", refresh=False)
@@ -156,9 +161,17 @@ def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
 
 
 def _read_losses(
-    losses: Sequence[Tensor], stop: bool, accelerator: Any, step: int, folder: Path
+    losses: Sequence[Tensor],
+    stop: bool,
+    accelerator: Any,
+    step: int,
+    folder: Path,
+    cause: Callable[[], str],
 ) -> tuple[float, bool]:
     """The mean loss over steps and processes, and whether any process is to stop.
+
+    Args:
+        cause: what to do where the very first loss is not finite, as nothing is learned by then.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -167,7 +180,13 @@ def _read_losses(
     *found, stopping = accelerator.reduce(values, "mean").tolist()
     if not all(map(math.isfinite, found)):
         bad = next(i for i, loss in enumerate(found) if not math.isfinite(loss))
-        what = f"the loss is {found[bad]} at step {step - len(found) + bad + 2}"
+        first = step - len(found) + bad + 2
+        what = f"the loss is {found[bad]} at step {first}"
+        if first == 1:
+            raise TrainingError(
+                f"{what}, before anything was learned, so it comes from the base or the pictures",
+                fix=cause(),
+            )
         fix = "lower the learning rates, or set mixed_precision to bf16 (--mixed-precision bf16)"
         left = checkpoints.newest_step(folder)
         if left is None:

@@ -7,6 +7,7 @@ nor any random stream of the training changes.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from customize.atomic import put_file
-from customize.errors import storage_error
+from customize.errors import PipelineError, storage_error
 from customize.families.base import Family
 from customize.families.sampling import sample
 from customize.training.batches import stream_seed
 from customize.training.cache import Encode
 from customize.training.config import TrainConfig
+from customize.training.finite import check_drawn
 
 
 class Validation:
@@ -69,20 +71,24 @@ class Validation:
         with self.autocast():
             asked = self.encode(prompts)
             empty = self.family.unconditional(self.encode([""]))
-        # One at a time, which needs no more memory than training does.
-        self.last = [
-            draw(
-                self.family,
-                {k: v[i : i + 1] for k, v in asked.items()},
-                empty,
-                self.shape,
-                steps=self.config.validation_steps,
-                guidance=guidance_of(self.config, self.family),
-                seeds=[stream_seed(seed, "validation", i)],
-                autocast=self.autocast,
-            )[0]
-            for i in range(len(prompts))
-        ]
+        try:
+            # One at a time, which needs no more memory than training does.
+            self.last = [
+                draw(
+                    self.family,
+                    {k: v[i : i + 1] for k, v in asked.items()},
+                    empty,
+                    self.shape,
+                    steps=self.config.validation_steps,
+                    guidance=guidance_of(self.config, self.family),
+                    seeds=[stream_seed(seed, "validation", i)],
+                    autocast=self.autocast,
+                )[0]
+                for i in range(len(prompts))
+            ]
+        except PipelineError as error:  # the loss decides whether the run goes on
+            warnings.warn(f"no validation pictures at step {step}: {error}", stacklevel=2)
+            return
         save_row(self.last, self.config.output / "validation" / f"step-{step}.png")
         log_pictures(self.accelerator.trackers, self.last, prompts, step)
 
@@ -124,13 +130,19 @@ def draw(
 
 
 def to_pictures(family: Family, latents: Tensor) -> list[Image.Image]:
-    """Decode latents on their device; the autoencoder goes back to where it was."""
+    """Decode latents on their device; the autoencoder goes back to where it was.
+
+    Raises:
+        PipelineError: they are not finite, or what the autoencoder makes of them.
+    """
+    check_drawn(family, latents, family.denoiser_key)
     vae, home = family.vae, family.vae.device
     vae.to(latents.device)
     try:
         pixels = torch.cat([family.decode_latents(one[None]) for one in latents])
     finally:
         vae.to(home)
+    check_drawn(family, pixels, "vae")
     values = ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(p.numpy()) for p in values.permute(0, 2, 3, 1).cpu()]
 

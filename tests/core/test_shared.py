@@ -90,5 +90,5 @@ def test_the_change_is_the_share_of_the_outputs_energy(seed):
 
 
 def test_bad_columns():
-    with pytest.raises(ConfigError, match="do not exist in a basis of width 56"):
+    with pytest.raises(ConfigError, match="do not exist in an orthogonal matrix of width 56"):
         avoiding_projection(BASES["cosine"], random_directions(8, 64), [56], 0)

@@ -16,7 +16,7 @@ from customize.concepts.inputs import (
     texts,
 )
 from customize.errors import PipelineError
-from customize.training import inputs, process
+from customize.training import inputs, process, shared_directions
 from customize.training.config import TrainConfig, load_config
 from customize.training.loop import train
 from tests.contexts import CONTEXTS
@@ -41,7 +41,7 @@ def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """For shared directions 4 instead of 64, and for the record 2 instead of 24."""
-    monkeypatch.setattr(inputs, "generic_prompts", lambda: generic_prompts(4))
+    monkeypatch.setattr(shared_directions, "generic_prompts", lambda: generic_prompts(4))
     monkeypatch.setattr(inputs, "texts", lambda words: texts(words, PROMPTS[:1]))
     monkeypatch.setattr(inputs, "base_prompts", lambda word: base_prompts(word, PROMPTS[:1]))
 

@@ -93,6 +93,8 @@ def test_merge_writes_what_load_custom_reads(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() <= 1e-5
     kohya = customize.merge(rex, tom, output=tmp_path / "k", format="kohya", rank=2)
     assert (kohya.folder / "k.safetensors").is_file() and kohya.error > 0
+    twin = customize.merge(rex, merged.folder, output=tmp_path / "x", names=["max", None])
+    assert repr(customize.inspect(twin.folder)).count("<max>") >= 1
     ties = {"method": "ties", "density": 0.4}
     assert customize.merge(rex, tom, output=tmp_path / "t", merge=ties).method == "ties"
 

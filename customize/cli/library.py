@@ -34,10 +34,9 @@ def run_list(folder: str) -> None:
 def _cells(entry: Entry) -> tuple[str, ...]:
     if entry.fault:
         return (entry.name, entry.trigger, "cannot be read: see check", "", "", "", "", "")
-    says = f" (says {entry.words})" if entry.words and not entry.own_tokens else ""
     return (
         entry.name,
-        entry.trigger + says,
+        _called(entry),
         entry.class_word or "-",
         entry.family or "LoRA",
         entry.base or "-",
@@ -47,12 +46,22 @@ def _cells(entry: Entry) -> tuple[str, ...]:
     )
 
 
+def _called(entry: Entry) -> str:
+    """What a prompt says: the triggers of a merge, or that of a concept or LoRA."""
+    triggers = sorted(entry.called - {entry.trigger.lower()})
+    if triggers:
+        return ", ".join([*triggers, entry.trigger])
+    says = f" (says {entry.words})" if entry.words and not entry.own_tokens else ""
+    return entry.trigger + says
+
+
 def run_add(folder: Path, sources: Sequence[str]) -> None:
     """Copy concepts into a library, one by one; those before one that is refused stay."""
     for source in sources:
         entry = add(folder, source)
+        verb = "calls" if len(entry.called) == 1 else "call"
         console().print(
-            f"{folder / entry.source} is added, which {entry.trigger} calls",
+            f"{folder / entry.source} is added, which {_called(entry)} {verb}",
             markup=False,
             soft_wrap=True,
         )

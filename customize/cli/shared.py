@@ -113,7 +113,6 @@ def renamed(
     from dataclasses import replace
 
     from customize.concepts.formats.lora import LoraFile, own_name
-    from customize.hosts.plan import renamed as under
 
     if text is None:
         return list(concepts)
@@ -130,7 +129,7 @@ def renamed(
             return concept
         if isinstance(concept, LoraFile):
             return replace(concept, name=own_name(name))
-        return under(concept, name)
+        return concept.renamed(name)
 
     return [called(concept, name) for concept, name in zip(concepts, names, strict=True)]
 

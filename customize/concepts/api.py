@@ -44,6 +44,7 @@ def merge(
     *concepts: str | Path | Adaptation,
     output: str | Path,
     weights: Weights = None,
+    names: Sequence[str | None] | None = None,
     merge: str | Mapping[str, Any] = AUTO,
     rank: int | None = None,
     format: str = LAYOUTS[0],
@@ -64,6 +65,8 @@ def merge(
         output: A new or empty folder; it may also hold the very same merge.
         weights: One for each concept, or a dict by names as :func:`customize.load_custom` takes it;
             1.0 where left out.
+        names: One for each of ``concepts``, which its trigger then is in angle brackets; None where
+            it keeps its own.
         merge: As for ``load_custom``: "auto", "sum", "fusion" or another method, or a dict of a
             "method" and its settings.
         rank: The most that any layer may have; None: ranks add up, which is exact except where the
@@ -88,7 +91,7 @@ def merge(
         raise ConfigError(
             f"there is no format {format}", where="format", fix=choose_from(format, LAYOUTS)
         )
-    opened = read_whole(concepts, family)
+    opened = _renamed(read_whole(concepts, family), names)
     method, inputs = with_records(opened, method)
     return write_merged(
         opened,
@@ -312,6 +315,21 @@ def _sizes(concept: Adaptation) -> dict[str, str]:
     count = sum(p.up.numel() + p.down.numel() for _, own in parts for p in own.values())
     layers = ", ".join(f"{len(own)} of {part}" for part, own in parts)
     return {"layers": layers, "numbers": f"{count:,}"}
+
+
+def _renamed(
+    concepts: Sequence[Adaptation], names: Sequence[str | None] | None
+) -> list[Adaptation]:
+    if names is None:
+        return list(concepts)
+    if isinstance(names, str) or len(names) != len(concepts):
+        raise ConfigError(
+            f"{names!r} does not name {len(concepts)} concepts",
+            where="names",
+            fix="give a list with a name for each, or None where it keeps its own",
+        )
+    pairs = zip(concepts, names, strict=True)
+    return [concept.renamed(name) if name else concept for concept, name in pairs]
 
 
 def _method(merge: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -273,6 +273,15 @@ class Concept:
             f"{info.family}, base {info.base}; {info.method}, rank {info.rank}; "
             f"{counted(self.products)})"
         )
+
+    def renamed(self, name: str) -> Concept:
+        """The same under another name, with the trigger ``<name>``.
+
+        Raises:
+            ConceptError: the name has other characters than a-z, 0-9, _ and -.
+        """
+        facts = self.info.model_dump() | {"name": name, "trigger": f"<{name}>"}
+        return replace(self, info=check_info(facts, "names"))
 
     @classmethod
     def load(cls, source: str | Path) -> Concept:

@@ -72,15 +72,15 @@ def check_subjects(subjects: Iterable[Subject]) -> None:
     for subject in subjects:
         if subject.trigger in triggers:
             raise ConceptError(
-                f"{triggers[subject.trigger]} and {subject.name} have the same trigger "
-                f"{subject.trigger}",
-                fix="leave one of them out, or learn it again with another trigger",
+                f"two concepts, {triggers[subject.trigger]} and {subject.name}, have the same "
+                f"trigger {subject.trigger}",
+                fix="leave one of them out, or give one that is no merge another name (--names)",
             )
         if subject.name in names:
             raise ConceptError(
                 f"two subjects are called {subject.name}, by {names[subject.name]} and "
                 f"{subject.trigger}",
-                fix="leave one of them out, or learn it again with another name",
+                fix="leave one of them out, or give one that is no merge another name (--names)",
             )
         triggers[subject.trigger] = subject.name
         names[subject.name] = subject.trigger

@@ -27,7 +27,7 @@ from customize.hosts.checks import check_base, check_vocabulary
 from customize.hosts.classes import adjust_pipelines
 from customize.hosts.decor import Decor, keep_settings, settings_of
 from customize.hosts.placing import computing_device, fitted, planned
-from customize.hosts.plan import Weights, renamed, wanted
+from customize.hosts.plan import Weights, wanted
 from customize.hosts.recording import merging_of, merging_without, method_of, recorded
 from customize.hosts.shelf import Shelf
 from customize.hosts.sources import Into, family_in, read_sources, with_all_parts
@@ -221,7 +221,7 @@ def _loading(
                 where="names",
                 fix="give a list with a name for each, or None where it keeps its own",
             )
-        new = [renamed(c, name) if name else c for c, name in zip(new, names, strict=True)]
+        new = [c.renamed(name) if name else c for c, name in zip(new, names, strict=True)]
     holder = find(family)
     check_sharing(family, holder)
     whole = with_all_parts(family, holder)

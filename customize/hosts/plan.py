@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from customize.concepts.component_weights import BlockWeights, Weight, checked
-from customize.concepts.concept import check_info
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.formats.vectors import Vector
 from customize.core.lowrank import LowRank
@@ -65,18 +64,6 @@ def wanted(
                 else "load the concepts that one of them was merged from, without this one",
             )
     return after
-
-
-def renamed(concept: Adaptation, name: str) -> Adaptation:
-    """The same concept under another name, with the trigger ``<name>``; a LoRA has none.
-
-    Raises:
-        ConceptError: the name has other characters than a-z, 0-9, _ and -.
-    """
-    if isinstance(concept, Lora):
-        return concept.renamed(name)
-    facts = concept.info.model_dump() | {"name": name, "trigger": f"<{name}>"}
-    return replace(concept, info=check_info(facts, "names"))
 
 
 def identical(a: Adaptation, b: Adaptation) -> bool:

@@ -247,7 +247,7 @@ def test_what_does_not_go_together(run: Run, world: World, tmp_path: Path) -> No
 
 def test_two_concepts_of_one_trigger_are_refused(tmp_path: Path) -> None:
     rex, twin = small(1), small(2, name="twin")
-    with pytest.raises(ConceptError, match="rex and twin have the same trigger <rex>"):
+    with pytest.raises(ConceptError, match="rex and twin, have the same trigger <rex>"):
         write_merged([rex, twin], [1.0, 1.0], tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 

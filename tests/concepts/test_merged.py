@@ -228,7 +228,7 @@ def test_two_subjects_of_one_trigger_are_refused(tmp_path: Path) -> None:
     pipe = tiny_sd()
     rex, tom = two(pipe)
     write_merged([rex, tom], WEIGHTS, tmp_path / "duo")
-    with pytest.raises(ConceptError, match="rex and rex have the same trigger <rex>"):
+    with pytest.raises(ConceptError, match="rex and rex, have the same trigger <rex>"):
         write_merged([rex, opened_whole(tmp_path / "duo")], WEIGHTS, tmp_path / "trio")
     assert not (tmp_path / "trio").exists()
 

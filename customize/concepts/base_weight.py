@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from customize.core.lowrank import all_finite
 from customize.errors import PipelineError
+from customize.families.layers import CONVOLUTIONS
 
 #: What :func:`quantizer_of` calls float8 storage that is cast at each call.
 LAYERWISE_CASTING = "layerwise casting"
@@ -145,7 +146,7 @@ def unadaptable(model: nn.Module) -> dict[str, str]:
         module name -> the quantizer's name.
     """
     found = {name: _package(type(module)) for name, module in model.named_modules()}
-    adaptable = (nn.Linear, nn.Conv2d)
+    adaptable = (nn.Linear, *CONVOLUTIONS)
     return {
         name: quantizer
         for name, quantizer in found.items()
@@ -163,7 +164,7 @@ def _package(kind: type) -> str:
 
 def _is_stock(layer: Any) -> bool:
     """Whether the layer computes as torch's own does, so that its weight has no scale beside it."""
-    return type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
+    return type(layer).forward in [kind.forward for kind in (nn.Linear, *CONVOLUTIONS)]
 
 
 def _shape(layer: Any) -> tuple[int, ...]:

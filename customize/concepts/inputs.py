@@ -30,6 +30,7 @@ from customize.core.fusion import InputMoment
 from customize.errors import ConceptError, storage_error
 from customize.families import Family
 from customize.families.components import uncompiled
+from customize.families.layers import CONVOLUTIONS
 from customize.families.sampling import sample
 from customize.safe_read import present
 
@@ -371,7 +372,7 @@ def _short(value: object) -> str:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer reads one position at a time."""
-    return not isinstance(layer, nn.Conv2d) or layer.kernel_size == (1, 1)
+    return not isinstance(layer, CONVOLUTIONS) or set(layer.kernel_size) == {1}
 
 
 def _width(inputs: Tensor, module: nn.Module) -> int:
@@ -383,4 +384,4 @@ def _rows(inputs: Tensor, module: nn.Module) -> Tensor:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "base_layer", module), nn.Conv2d)
+    return isinstance(getattr(module, "base_layer", module), CONVOLUTIONS)

@@ -3,10 +3,10 @@
 A weight is (out, in) or, of a convolution, (out, in, kh, kw); an update of the latter is one of
 its flattened form (out, in * kh * kw). Methods that add to a weight give a product of two factors
 where that is smaller than the change itself. Methods that turn or rescale a weight need it, and
-give the dense change at full strength.
+give the dense change at full strength; those that turn it are in
+:mod:`customize.core.orthogonal`.
 
-LoHa and LoKr: arXiv 2309.14859 (LyCORIS) and 2108.06098 (FedPara); DoRA: arXiv 2402.09353; OFT:
-arXiv 2306.07280; BOFT: arXiv 2311.06243.
+LoHa and LoKr: arXiv 2309.14859 (LyCORIS) and 2108.06098 (FedPara); DoRA: arXiv 2402.09353.
 """
 
 from __future__ import annotations
@@ -73,9 +73,8 @@ def kronecker(p: LowRank, q: LowRank) -> LowRank:
     """
     out, width = p.shape[0] * q.shape[0], p.shape[1] * q.shape[1]
     if p.rank * q.rank >= min(out, width):
-        return from_dense(torch.kron(product(p).contiguous(), product(q).contiguous()))
-    up = torch.kron(*_same(p.up, q.up))
-    return LowRank(up, torch.kron(*_same(p.down, q.down)), p.scale * q.scale)
+        return from_dense(_kron(product(p), product(q)))
+    return LowRank(_kron(p.up, q.up), _kron(p.down, q.down), p.scale * q.scale)
 
 
 @full_precision()
@@ -132,72 +131,14 @@ def initial_part(weight: Tensor, rank: int, scale: float, start: str) -> LowRank
     return LowRank(u[:, :rank] * values[:rank], vh[:rank])
 
 
-@full_precision()
-def turned(weight: Tensor, blocks: Tensor, limit: float, rescale: Tensor | None) -> Tensor:
-    """What OFT adds: each block of rows turned by its own rotation.
-
-    Args:
-        blocks: (n, b, b) with n * b rows: the generators. Rows of block k become ``R_k^T`` times
-            themselves, as LyCORIS and kohya have it, with R from :func:`rotations`. (m, n, b, b)
-            for BOFT: m such stages, each ``R`` times rows that lie ever further apart.
-        limit: the most that the generators' joint norm may be, divided by the rows; 0 for none.
-        rescale: a factor for each row afterwards, (out, 1, ...), or None.
-
-    Returns:
-        weight's shape, float32.
-
-    Raises:
-        ConceptError: the blocks do not fit the weight.
-    """
-    base = weight.float()
-    out = base.shape[0]
-    if blocks.ndim not in (3, 4) or blocks.shape[-3] * blocks.shape[-1] != out:
-        raise ConceptError(f"blocks of shape {tuple(blocks.shape)} do not turn {out} rows")
-    if blocks.ndim == 4 and blocks.shape[-1] % 2:
-        raise ConceptError(f"blocks of {blocks.shape[-1]} rows cannot be halved, as BOFT has them")
-    rows = base.flatten(1)
-    turns = rotations(blocks.float(), limit * out)
-    if blocks.ndim == 3:
-        parts = rows.reshape(blocks.shape[0], blocks.shape[1], -1)
-        rows = torch.einsum("knm,kni->kmi", turns, parts).reshape(out, -1)
-    else:
-        for stage, turn in enumerate(turns):
-            rows = _butterfly(rows, turn, 2**stage * blocks.shape[-1] // 2)
-    if rescale is not None:
-        if rescale.numel() != out:
-            raise ConceptError(f"{rescale.numel()} factors do not rescale {out} rows")
-        rows = rescale.float().reshape(out, 1) * rows
-    return rows.reshape(base.shape) - base
-
-
-@full_precision()
-def rotations(blocks: Tensor, most: float) -> Tensor:
-    """The Cayley transform ``(I + Q) (I - Q)^-1`` of ``Q = blocks - blocks^T``.
-
-    Args:
-        blocks: (..., b, b).
-        most: Q is scaled down to this Frobenius norm over all blocks; 0 for no limit.
-    """
-    skew = blocks - blocks.mT
-    if most > 0:
-        length = torch.linalg.vector_norm(skew)
-        skew = skew * (most / (length + _TINY)).clamp_max(1.0)
-    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    return torch.linalg.solve(eye - skew, eye + skew, left=False)
-
-
-def _butterfly(rows: Tensor, turn: Tensor, stride: int) -> Tensor:
-    """One stage of BOFT: rows ``stride`` apart come together, are turned, and go back."""
-    out, width = rows.shape
-    count, side, _ = turn.shape
-    if out % (2 * stride):
-        raise ConceptError(f"a stage that pairs rows {stride} apart does not fit {out} rows")
-    near = rows.reshape(-1, 2, stride, width).transpose(1, 2).reshape(count, side, width)
-    done = torch.einsum("bij,bjw->biw", turn, near).reshape(-1, stride, 2, width)
-    return done.transpose(1, 2).reshape(out, width)
+def _kron(a: Tensor, b: Tensor) -> Tensor:
+    """The Kronecker product of two matrices, whatever their strides: ``torch.kron`` fails on those
+    that sides of 1 may have."""
+    (m, n), (k, w) = a.shape, b.shape
+    return torch.einsum("mn,kw->mknw", *_same(a, b)).reshape(m * k, n * w)
 
 
 def _same(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32 or a higher precision that one of them has."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(dtype).contiguous(), b.to(dtype).contiguous()  # torch.kron takes no other
+    return a.to(dtype), b.to(dtype)

@@ -21,6 +21,9 @@ _CLIP_PROJECTIONS = re.compile(
     r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 )
 
+#: The convolutions that take an adapter where they have one group.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 _INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
 
 
@@ -59,13 +62,13 @@ class Layers(Components, ABC):
 
         Returns:
             module name within the component -> (out, in); of a convolution, ``in`` counts its
-            kernel: input channels * height * width.
+            kernel: input channels * its sides.
         """
         shapes = self.weight_shapes(component)
         return {name: (shape[0], math.prod(shape[1:])) for name, shape in shapes.items()}
 
     def weight_shapes(self, component: str) -> dict[str, tuple[int, ...]]:
-        """The same layers with the shapes of their weights: (out, in), or (out, in, kh, kw)."""
+        """The same layers with the shapes of their weights: (out, in), or (out, in, *kernel)."""
         denoisers = (self.denoiser_key, *self.other_denoisers)
         if component not in (*denoisers, *self.clip_encoders):
             raise ConfigError(
@@ -80,7 +83,7 @@ class Layers(Components, ABC):
             # By the layer's own numbers: a quantized weight has another shape.
             if isinstance(layer, nn.Linear):
                 found[name] = (layer.out_features, layer.in_features)
-            elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
+            elif isinstance(layer, CONVOLUTIONS) and layer.groups == 1:
                 found[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
         return found
 

@@ -1,4 +1,4 @@
-"""LoHa, LoKr, Tucker cores, DoRA, OFT and BOFT by their papers' formulas, dense and in float64."""
+"""LoHa, LoKr, Tucker cores and DoRA by their papers' formulas, dense and in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from customize.core.lowrank import LowRank, from_dense, product, rows, stacked, weighted_sum
-from customize.core.updates import hadamard, kronecker, rescaled, rotations, turned, with_core
+from customize.core.updates import hadamard, kronecker, rescaled, with_core
 from customize.errors import ConceptError
 
 sizes = st.integers(1, 6)
@@ -120,57 +120,3 @@ def test_dora_changes_nothing_where_the_magnitudes_are_the_weights_own() -> None
 def test_magnitudes_that_do_not_fit(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConceptError, match="do not fit"):
         rescaled(random(6, 4), LowRank(random(6, 1), random(1, 4)), torch.ones(shape))
-
-
-@pytest.mark.parametrize("shape", [(12, 5), (12, 2, 3, 3)])
-@pytest.mark.parametrize("limit", [0.0, 0.01, 100.0])
-def test_oft_turns_blocks_of_rows(shape: tuple[int, ...], limit: float) -> None:
-    weight, blocks, factors = random(*shape), 0.3 * random(3, 4, 4), 1 + 0.1 * random(12)
-    skew = (blocks - blocks.mT).double()
-    most = limit * 12
-    if most and skew.norm() > most:
-        skew = skew * most / skew.norm()
-    eye = torch.eye(4, dtype=torch.float64)
-    turns = [(eye + q) @ torch.linalg.inv(eye - q) for q in skew]
-    whole = torch.block_diag(*(turn.T for turn in turns))
-    expected = (whole @ weight.double().flatten(1)).reshape(shape)
-    found = turned(weight, blocks, limit, None)
-    assert_near(found.double(), expected - weight.double(), 1e-5)
-    sides = [12, *[1] * (len(shape) - 1)]
-    expected = factors.double().reshape(sides) * expected - weight.double()
-    found = turned(weight, blocks, limit, factors.reshape(sides))
-    assert_near(found.double(), expected, 1e-5)
-
-
-def test_boft_is_a_product_of_sparse_rotations() -> None:
-    """Each stage as a dense matrix, built index by index."""
-    out, side, stages = 16, 4, 3
-    weight, blocks = random(out, 5), 0.3 * random(stages, out // side, side, side)
-    turns = rotations(blocks.double(), 0.0)
-    expected = weight.double()
-    for stage in range(stages):
-        stride = 2**stage * side // 2
-        order = [
-            group * 2 * stride + half * stride + place
-            for group in range(out // (2 * stride))
-            for place in range(stride)
-            for half in range(2)
-        ]
-        together = torch.eye(out, dtype=torch.float64)[order]
-        expected = together.T @ torch.block_diag(*turns[stage]) @ together @ expected
-    assert_near(turned(weight, blocks, 0.0, None).double(), expected - weight.double(), 1e-5)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 8), st.floats(0.01, 3.0))
-def test_rotations_are_orthogonal(side: int, size: float) -> None:
-    (turn,) = rotations(size * random(1, side, side).double(), 0.0)
-    assert (turn @ turn.T - torch.eye(side)).abs().max() <= 1e-9
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 3, 4, 4), (5, 5)])
-def test_blocks_that_do_not_fit(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConceptError, match="do not turn"):
-        turned(random(10, 4), random(*shape), 0.0, None)
-    with pytest.raises(ConceptError, match="do not rescale"):
-        turned(random(12, 4), random(3, 4, 4), 0.0, torch.ones(5))

@@ -23,7 +23,7 @@ Noise = Literal["high", "low"]
 
 # What comes before a denoiser's name in a key, with dots or, in kohya's, underscores.
 _DOTTED = r"(?:(?:model\.)?diffusion_model\.|base_model\.model\.)?"
-_FLAT = r"(?:lora_unet_|lora_|lycoris_)"
+_FLAT = r"(?:lora_unet_|lora_|lycoris_|oft_unet_)"
 _LEVELS: dict[str, Noise] = {
     **dict.fromkeys(("high", "highnoise", "hn"), "high"),
     **dict.fromkeys(("low", "lownoise", "ln"), "low"),

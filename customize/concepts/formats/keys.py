@@ -22,6 +22,9 @@ VECTOR_PARTS: dict[str, tuple[str, ...]] = {
     "norm_scale": (".scale",),
 }
 
+#: sd-scripts' OFT of FLUX has blocks for each part of a layer that diffusers splits.
+OFT_SPLITS = ("oft_blocks_0", "oft_blocks_1", "oft_blocks_2", "oft_blocks_3")
+
 #: Part of an update -> how files end the keys that hold it; `*` stands for a peft adapter's name.
 _ENDINGS: dict[str, tuple[str, ...]] = {
     "down": (
@@ -54,6 +57,12 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
     "diff": (".diff",),
     "rescale": (".rescale",),
     "oft_blocks": (".oft_blocks",),
+    **{part: (f".oft_blocks.{part[-1]}",) for part in OFT_SPLITS},
+    "oft_diag": (".oft_diag",),
+    "oft_R": (".oft_R.weight", ".oft_R.*.weight"),
+    "oft_scaled": (".oft_R.scaled_oft",),
+    "boft_R": (".boft_R", ".boft_R.*"),
+    "boft_s": (".boft_s", ".boft_s.*"),
     **{name: (f".{name}",) for part in "12" for name in (f"hada_w{part}_a", f"hada_w{part}_b")},
     **{name: (f".{name}",) for name in ("hada_t1", "hada_t2", "lokr_t2")},
     **{
@@ -84,7 +93,7 @@ _TRAINING = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\..+)?"
 _REFUSED = {
     "norm in place of the base's": re.compile(r".+\.set_weight"),
     "bundled embedding": re.compile(r"bundle_emb\..+"),
-    "update of peft's OFT or BOFT": re.compile(r".+\.(oft_R|boft_R|boft_s)(\..+)?"),
+    "update of older peft's OFT": re.compile(r".+\.oft_r(\..+)?"),
     "update of IA3 or GLoRA": re.compile(r".+\.(on_input|[ab][12]\.weight)"),
     "row of a text encoder's embeddings": re.compile(r".+\.trainable_tokens_(delta|original).*"),
     "copy of a whole module's weight": re.compile(r"(?!.*\.lora_).+(?<!norm)\.weight"),

@@ -20,7 +20,10 @@ from customize.families.originals import Rows
 
 # In the order of trying; a bare name is the denoiser's.
 _OF_DENOISER = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "lycoris_", "")
-_FLAT_DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_unet_", "lycoris_")
+_FLAT_DENOISER = (
+    *("lora_unet_", "lora_transformer_", "lycoris_unet_", "lycoris_"),
+    "oft_unet_",  # of sd-scripts' OFT
+)
 _CLIP_NAMES = ("clip_l", "clip_g")
 _OLD_LEAVES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 

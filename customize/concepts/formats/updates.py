@@ -9,8 +9,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from customize.concepts.formats.keys import Group
+from customize.concepts.formats.keys import OFT_SPLITS, Group
 from customize.concepts.formats.peft_config import Config, start_of
+from customize.concepts.formats.rotations import ROTATED, rotated, rotated_parts
 from customize.core import updates
 from customize.core.lowrank import LowRank, all_finite, from_dense, weighted_sum
 from customize.core.truncation import truncate
@@ -27,7 +28,7 @@ _MAGNITUDES = {"dora_scale", "magnitude"}
 
 def needs_weight(group: Group) -> bool:
     """Whether the update depends on the weight that it changes: DoRA, OFT and BOFT."""
-    return bool(group.parts.keys() & (_MAGNITUDES | {"oft_blocks"}))
+    return bool(group.parts.keys() & (_MAGNITUDES | ROTATED))
 
 
 def update_of(
@@ -49,14 +50,13 @@ def update_of(
     """
     parts = {part: _checked(group, part) for part in group.parts}
     if "alpha" in parts:
-        alpha = _alpha(group, parts.pop("alpha"))
-        own = _from_alpha(alpha)
+        alpha: float | None = _alpha(group, parts.pop("alpha"))
+        own = _from_alpha(float(alpha or 0.0))
     else:
-        alpha, own = 0.0, scale
-    if "oft_blocks" in parts:
-        _take(group, parts, {"oft_blocks"}, {"rescale"})
-        blocks, rescale = parts["oft_blocks"], parts.get("rescale")
-        return from_dense(updates.turned(weight(), blocks, alpha, rescale))
+        alpha, own = None, scale
+    if parts.keys() & ROTATED:
+        _take(group, parts, *rotated_parts(parts))
+        return from_dense(rotated(group, parts, alpha, weight, config))
     magnitudes = [parts.pop(part) for part in sorted(_MAGNITUDES & parts.keys())]
     added = _added(group, parts, own)
     if start_of(config) is not None:
@@ -87,8 +87,11 @@ def shape_of(group: Group) -> tuple[int | None, int | None]:
         return parts["hada_w1_a"][0], parts["hada_w1_b"][1]
     if "diff" in parts:
         return parts["diff"][0], math.prod(parts["diff"][1:])
-    if "oft_blocks" in parts and len(parts["oft_blocks"]) > 2:
-        return parts["oft_blocks"][-3] * parts["oft_blocks"][-1], None
+    blocks = [parts[part] for part in ("oft_blocks", "oft_diag", *OFT_SPLITS) if part in parts]
+    if blocks and all(len(each) > 2 for each in blocks):
+        return sum(each[-3] * each[-1] for each in blocks), None
+    if "boft_R" in parts and len(parts["boft_R"]) > 2:
+        return None, parts["boft_R"][-3] * parts["boft_R"][-1]
     return None, None
 
 
@@ -181,15 +184,17 @@ def _said(parts: object) -> str:
 
 def _checked(group: Group, part: str) -> Tensor:
     tensor = group.parts[part]
-    if not tensor.is_floating_point() and part != "alpha":
+    if not tensor.is_floating_point() and part not in ("alpha", "oft_scaled"):
         raise ConceptError(f"{group.keys[part]} has numbers of type {tensor.dtype}")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         tensor = tensor.to(torch.float32)
     if not all_finite(tensor):
         raise ConceptError(f"{group.keys[part]} has a number that is NaN or infinite")
-    if part != "alpha" and (tensor.numel() == 0 or tensor.ndim == 0):
+    if part not in ("alpha", "oft_scaled") and (tensor.numel() == 0 or tensor.ndim == 0):
         raise ConceptError(f"{group.keys[part]} is empty")
-    if tensor.ndim < 2 and part not in ("alpha", "magnitude", "dora_scale", "rescale"):
+    if tensor.ndim < 2 and part not in (
+        *("alpha", "magnitude", "dora_scale", "rescale", "boft_s", "oft_scaled"),
+    ):
         raise ConceptError(f"{group.keys[part]} is no matrix: its shape is {tuple(tensor.shape)}")
     return tensor
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from customize.concepts.formats.lora import lora_file
 from customize.concepts.formats.opening import opened, opened_whole
-from customize.core.updates import turned
+from customize.core.orthogonal import turned
 from customize.errors import ConceptError, CustomizeError, PipelineError
 from customize.families import Family, family_of
 from tests.concepts.formats.making import assert_close, deltas_of, diffusers, kohya, lora, written
@@ -69,7 +69,7 @@ def test_an_unknown_layer_is_listed(sd: Family, tmp_path: Path) -> None:
     [
         ("unet.conv_norm_out.set_weight", "norm in place of the base's"),
         ("bundle_emb.rex.string_to_param.*", "bundled embedding"),
-        ("base_model.model.conv_in.oft_R.weight", "peft's OFT"),
+        ("base_model.model.conv_in.oft_r", "older peft's OFT"),
         ("unet.conv_in.something", "not read here"),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_layer_that_is_wrong(change: Any, message: str, sd: Family, tmp_path: 
 def test_boft_of_blocks_that_cannot_be_halved(side: int) -> None:
     """A stage pairs half a block with half of another."""
     with pytest.raises(ConceptError, match=f"blocks of {side} rows cannot be halved"):
-        turned(torch.ones(12, 4), torch.ones(1, 12 // side, side, side), 0.0, None)
+        turned(torch.ones(12, 4), torch.ones(1, 12 // side, side, side), None, None)
 
 
 def test_a_damaged_layer_is_blamed_on_no_other_family(sd: Family, tmp_path: Path) -> None:

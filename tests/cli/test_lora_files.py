@@ -141,7 +141,7 @@ def test_a_family_is_named_where_several_fit(run: Run, tmp_path: Path) -> None:
     refused(run("inspect", file, "--family", "sd"), "no published model of family sd has all")
     refused(run("inspect", file, "--family", "sd9"), "there is no family 'sd9'", "choose from sd")
     refused(
-        run("merge", file, "--output", output, "--family", "flux", "--fuse", "some/base"),
+        run("merge", file, "--output", output, "--family", "flux", "--fuse", "--base", "some/base"),
         "--family is that of LoRA files without a pipeline",
     )
     assert not output.exists()

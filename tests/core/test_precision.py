@@ -11,13 +11,19 @@ from customize.core.fusion import InputMoment, fusion
 from customize.core.lowrank import LowRank, norm, product, weighted_sum
 from customize.core.merges import MERGES
 from customize.core.objectives import weighted_mse
+from customize.core.orthogonal import (
+    columns_by_butterflies,
+    columns_turned,
+    rotations,
+    turned,
+)
 from customize.core.precision import full_precision, model_autocast
 from customize.core.preservation import PRESERVATIONS
 from customize.core.projection import beyond_chance, projected, span
 from customize.core.regions import box_weights, composed
 from customize.core.shared import change_on_generic
 from customize.core.truncation import truncate
-from customize.core.updates import hadamard, kronecker, rescaled, rotations, turned
+from customize.core.updates import hadamard, initial_part, kronecker, rescaled
 from tests.contexts import CONTEXTS, default_dtype
 
 
@@ -48,8 +54,13 @@ NUMERICS = {
     "hadamard": lambda: product(hadamard(P, Q)),
     "kronecker": lambda: product(kronecker(P, Q)),
     "rescaled": lambda: rescaled(W, P, normal(24, 1).abs()),
-    "turned": lambda: turned(W, 0.1 * normal(6, 4, 4), 0.0, None),
-    "rotations": lambda: rotations(0.1 * normal(6, 4, 4), 0.0),
+    "turned": lambda: turned(W, 0.1 * normal(6, 4, 4), None, None),
+    "rotations": lambda: rotations(0.1 * normal(6, 4, 4), None),
+    "columns": lambda: columns_turned(W, 0.1 * normal(4, 6), terms=5),
+    "columns exactly": lambda: columns_turned(W, 0.1 * normal(4, 6), terms=None, limit=0.1),
+    "butterflies": lambda: columns_by_butterflies(W, normal(2, 4, 4, 4), normal(24, 1)),
+    "pissa": lambda: product(initial_part(W, 3, 1.0, "pissa")),
+    "olora": lambda: product(initial_part(W, 3, 0.5, "olora")),
     "span": lambda: span(X.flatten(2), 2),
     "projected": lambda: projected(W, span(normal(3, 16)), 0.5),
     "beyond_chance": lambda: beyond_chance(W, span(normal(3, 16))),

@@ -14,6 +14,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 from customize.errors import ConfigError
+from customize.near_names import choose_from
 
 if TYPE_CHECKING:
     from customize.concepts.formats.lora import LoraFile
@@ -121,7 +122,7 @@ def targets(
             raise ConfigError(
                 f"the model has no denoiser {name!r}",
                 where="into",
-                fix=f"choose from {', '.join(here)}",
+                fix=choose_from(name, here),
             )
     if into and labelled:
         raise ConfigError(

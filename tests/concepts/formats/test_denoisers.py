@@ -141,7 +141,7 @@ def test_two_files_that_are_no_pair(tmp_path: Path) -> None:
 def test_names_that_are_not_about_noise(name: str, wan: Family, tmp_path: Path) -> None:
     assert noise_of(name) is None
     path = written(tmp_path / f"{name}.safetensors", layer("diffusion_model."))
-    with pytest.warns(UserWarning, match='give into="transformer_2", call it ..._low_noise'):
+    with pytest.warns(UserWarning, match=r'give into="transformer_2", call it \.{3}_low_noise'):
         products = opened(path).lora(wan).products  # type: ignore[union-attr]
     assert set(products) == {FIRST}
 

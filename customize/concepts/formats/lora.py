@@ -245,8 +245,8 @@ class LoraFile:
             warnings.warn(
                 f"{file}: the file does not say which denoiser it is for, so {first} takes "
                 f'it, as in diffusers; if it is for {others[0]}, give into="{others[0]}", call it '
-                f"..._low_noise.safetensors, or begin its keys with {others[0]}; if it is for both, "
-                f'give into=("{first}", "{others[0]}")',
+                f"..._low_noise.safetensors, or begin its keys with {others[0]}; if it is for "
+                f'both, give into=("{first}", "{others[0]}")',
                 stacklevel=3,
             )
         return found

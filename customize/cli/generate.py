@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from customize.atomic import put_file
+from customize.cli.drawing import draw, next_number, save
 from customize.cli.regions import check_regions
 from customize.cli.shared import (
     check_steps,
@@ -24,7 +22,7 @@ from customize.cli.shared import (
     storing,
 )
 from customize.cli.weights import read_weights
-from customize.errors import ConfigError, PipelineError
+from customize.errors import ConfigError
 from customize.evaluation import record
 from customize.near_names import did_you_mean
 
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from customize.families import Family
 
 _MOST = 1_000_000  # pictures a prompt
-_NUMBERED = re.compile(r"(\d{4,})\.(png|json)")
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ def run(
     total = len(plan.prompts) * plan.count
     with storing(output):
         output.mkdir(parents=True, exist_ok=True)
-    number = first = _next_number(output)
+    number = first = next_number(output)
     err = console(stderr=True)
     for prompt, seed in track(
         plan.jobs,
@@ -201,9 +198,9 @@ def run(
         disable=not err.is_terminal,
     ):
         given = {**guided, **({"regions": dict(regions)} if regions else {})}
-        image, settings = _draw(pipe, prompt, seed, plan, given, family.output)
+        image, settings = draw(pipe, prompt, seed, plan, given, family.output)
         facts = {"guidance": scale, **drawn_with, **_attached(pipe, sources)}
-        _save(output, number, image, settings | facts)
+        save(output, number, image, settings | facts)
         number += 1
     last = "is" if total == 1 else f"to {number - 1:04}.png are"
     console().print(f"{first:04}.png {last} in {output}", markup=False, soft_wrap=True)
@@ -313,85 +310,6 @@ def _guided(pipe: Any, family: Family, plan: Plan) -> tuple[dict[str, Any], floa
             else "leave it out",
         )
     return asked, scale
-
-
-def _draw(
-    pipe: Any,
-    prompt: str,
-    seed: int,
-    plan: Plan,
-    guided: Mapping[str, Any],
-    output: str,
-) -> tuple[Any, dict[str, Any]]:
-    """One picture, and all settings that it depends on.
-
-    Args:
-        guided: the call's arguments for guidance.
-        output: where the call has it; of videos one frame is drawn.
-
-    Raises:
-        PipelineError: it is not finite, which would be stored as black.
-    """
-    import numpy as np
-    import torch
-
-    asked = {
-        "num_inference_steps": plan.steps,
-        **guided,
-        "width": plan.size and plan.size[0],
-        "height": plan.size and plan.size[1],
-    }
-    given = {name: value for name, value in asked.items() if value is not None}
-    still = {"num_frames": 1} if output == "frames" else {}
-    # On the CPU, so that a seed gives the same noise on every device.
-    generator = torch.Generator("cpu").manual_seed(seed)
-    found = pipe(prompt=prompt, generator=generator, output_type="np", **given, **still)
-    pixels = found.frames[0] if still else found.images
-    if not np.isfinite(pixels).all():
-        raise PipelineError(
-            f"what is drawn of {prompt!r} with seed {seed} is not finite",
-            fix="choose weights and guidance of an ordinary size, or give --dtype float32",
-        )
-    image = pipe.numpy_to_pil(pixels)[0]
-    taken = inspect.signature(type(pipe).__call__).parameters
-    defaults = {name: argument.default for name, argument in taken.items()}
-    settings = {
-        "prompt": prompt,
-        "negative": plan.negative,
-        "avoid": plan.avoid,
-        "steps": given.get("num_inference_steps", defaults["num_inference_steps"]),
-        "seed": seed,
-        "width": image.width,
-        "height": image.height,
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-    }
-    return image, settings
-
-
-def _save(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    text = json.dumps(settings, indent=2) + "\n"
-    # The settings first, as a process may be killed in between: no picture without its settings.
-    files = {f"{number:04}.json": text.encode(), f"{number:04}.png": buffer.getvalue()}
-    made: list[Path] = []
-    try:
-        for name, data in files.items():
-            path = folder / name
-            with storing(path):
-                put_file(path, data, new=True)  # never over what is there
-            made.append(path)
-    except BaseException:
-        for path in made:
-            path.unlink(missing_ok=True)
-        raise
-
-
-def _next_number(folder: Path) -> int:
-    with storing(folder):
-        found = [_NUMBERED.fullmatch(path.name) for path in folder.iterdir()]
-    return max((int(match[1]) for match in found if match), default=0) + 1
 
 
 def _check_prompts(

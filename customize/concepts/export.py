@@ -38,7 +38,7 @@ from customize.concepts.layout import (
 )
 from customize.concepts.merge import Layer, check_together, merging
 from customize.concepts.merged import MERGED_HEADER
-from customize.concepts.subjects import Subject, check_subjects, to_header
+from customize.concepts.subjects import check_subjects, to_header
 from customize.core.lowrank import LowRank, all_finite, distance, filled, norm
 from customize.core.scalars import is_whole
 from customize.core.truncation import truncate
@@ -164,7 +164,9 @@ def write_merged(
         parts = {name: own for name, own in lora_files(tensors).items() if own}
         files = {name: safetensors_bytes(own, header) for name, own in parts.items()}
         for subject in subjects:
-            files[_embeds_file(subject)] = safetensors_bytes(embedding_tensors(subject), {})
+            files[MERGED_EMBEDS.format(subject.name)] = safetensors_bytes(
+                embedding_tensors(subject), {}
+            )
         text = _card(concepts, weights, method)
     files[MERGED_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
     files[CARD_FILE] = text.encode()
@@ -321,10 +323,6 @@ def _check_finite(update: LowRank, where: str) -> None:
         )
 
 
-def _embeds_file(subject: Subject) -> str:
-    return MERGED_EMBEDS.format(subject.name)
-
-
 def _card_head(
     concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str, library: str
 ) -> list[str]:
@@ -384,7 +382,7 @@ def _card(concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str
         line
         for concept in concepts
         for subject in concept.subjects
-        for line in card.stock_tokens(subject, family, _embeds_file(subject))
+        for line in card.stock_tokens(subject, family, MERGED_EMBEDS.format(subject.name))
     ]
     prompt = "a photo of " + " and ".join(subject for subject in subjects if subject)
     return "\n".join(

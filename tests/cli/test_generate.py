@@ -108,7 +108,8 @@ def test_numbers_go_on_and_nothing_is_overwritten(run: Run, world: World, tmp_pa
 def test_notes_on_triggers(run: Run, world: World, tmp_path: Path) -> None:
     arguments = ("--base", world.base, "--steps", "1", "--output", tmp_path)
     result = run("generate", world.rex, *arguments, "--prompt", "a photo of <rexx>")
-    assert (result.code, result.err) == (0, "note: no concept given has the trigger <rexx>\n")
+    told = "note: no concept given has the trigger <rexx>; did you mean <rex>?\n"
+    assert (result.code, result.err) == (0, told)
     result = run("generate", world.rex, *arguments, "--prompt", "a photo of a dog")
     assert result.err == "note: 'a photo of a dog' names none of <rex>\n"
     assert run("generate", *arguments, "--prompt", "a photo of a dog").err == ""

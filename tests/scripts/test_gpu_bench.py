@@ -1,11 +1,13 @@
 """scripts/bench/gpu.py on a CPU with tiny models: every part runs, and its rows are in the file."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/bench/gpu.py"
@@ -37,6 +39,15 @@ def test_a_part_without_time_is_named_and_other_rows_stay(tmp_path):
     assert result["rows"][1]["part"] == "merging"
     assert result["rows"][1]["note"] == "out of time"
     assert result["figures"]["largest_peak_over_counted"] == 0.75
+
+
+def test_true_sizes_are_those_of_the_published_models(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    models = importlib.import_module("_gpu_models")
+    pipes = {name: make(torch.device("meta"), torch.bfloat16) for name, make in models.TRUE.items()}
+    denoisers = {"SDXL": pipes["SDXL"].unet, "FLUX.1": pipes["FLUX.1"].transformer}
+    counts = {name: sum(p.numel() for p in each.parameters()) for name, each in denoisers.items()}
+    assert counts == {"SDXL": 2_567_463_684, "FLUX.1": 11_901_408_320}
 
 
 @pytest.mark.slow

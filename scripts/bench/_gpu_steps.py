@@ -10,20 +10,15 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from _common import ROOT, Row
+from _gpu_run import GIB, STEPS_ALONE, Run
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-if TYPE_CHECKING:
-    from _gpu_parts import Run
-
-GIB = 2**30
 RANK = 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-#: Settings that draw pictures on the way, which a step has no part in.
-NO_SAMPLES: dict[str, Any] = {}
 
 
 class Enough(BaseException):
@@ -120,8 +115,7 @@ def our_loop(run: Run, pipe: Any, steps: int, compile_: bool) -> None:
         "steps": steps,
         "batch_size": 1,
         "compile": compile_,
-        "preserve": {},
-        "avoid": 0,
+        **STEPS_ALONE,
     }
     _train(run, pipe, side, settings)
 
@@ -142,7 +136,6 @@ def _train(run: Run, pipe: Any, side: int, settings: dict[str, Any]) -> None:
             "record_inputs": False,
             "mixed_precision": "no" if run.dtype == torch.float32 else "bf16",
             "device": str(run.device),
-            **NO_SAMPLES,
         }
         train(
             TrainConfig(**config | settings),
@@ -244,7 +237,7 @@ def presets(run: Run) -> Iterator[Row]:
         pipe.vae.to(torch.float32)
         run.empty()
         if run.tiny:
-            settings |= {"rank": 4, "avoid": 0}
+            settings |= {"rank": 4, "num_shared_directions": 0}
         side = settings.pop("resolution", None) or 1024
         try:
             seconds, peak = stepped(

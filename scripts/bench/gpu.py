@@ -33,15 +33,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import ROOT, command, report
-from _gpu_parts import PARTS, Run, installed
+from _common import ROOT, Row, command, report
+from _gpu_loading import loading, merging
+from _gpu_parts import attention, calls, memory
+from _gpu_run import Run
+from _gpu_steps import training
 
 RESULT = ROOT / "scripts/bench/results/gpu.json"
 _ROW = "row "
+#: name -> part: a function that yields a row as soon as it has one, so that what was measured
+#: before a crash or the end of the time is kept. They run in this order.
+PARTS: dict[str, Callable[[Run], Iterator[Row]]] = {
+    "training": training,
+    "memory": memory,
+    "attention": attention,
+    "calls": calls,
+    "loading": loading,
+    "merging": merging,
+}
 
 
 def work(name: str, args: argparse.Namespace, folder: Path, seconds: float) -> list[dict[str, Any]]:
@@ -156,6 +171,12 @@ def main() -> None:
             _write(args, rows)
     print(f"optional libraries here: {installed()}")
     report("gpu", args, rows, figures_of(rows))
+
+
+def installed() -> str:
+    """The optional libraries that are here."""
+    names = ("bitsandbytes", "torchao", "xformers", "flash_attn", "sageattention")
+    return ", ".join(name for name in names if find_spec(name)) or "none"
 
 
 def _write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

@@ -60,16 +60,27 @@ class Layer:
         updates: of the concepts, in their order; of rank 0 where one leaves the layer alone.
         weights: as many.
         merge: gives their merge; None for the sum.
+        names: of the concepts.
     """
 
     updates: Sequence[LowRank]
     weights: Sequence[float]
     merge: Callable[[], LowRank] | None
+    names: Sequence[str] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the update."""
         return self.updates[0].shape
+
+    def loudest(self) -> str:
+        """The concept with the largest weighted update, for messages."""
+        sizes = [
+            abs(weight * p.scale) * float(p.up.double().norm() * p.down.double().norm())
+            for p, weight in zip(self.updates, self.weights, strict=True)
+        ]
+        largest = sizes.index(max(sizes))
+        return f"{self.names[largest]} (weight {self.weights[largest]:g})"
 
     def merged(self) -> LowRank:
         """The update, computed anew by each call.
@@ -160,6 +171,7 @@ def merging(
     products = [_weighted(c, weight) for c, weight in zip(concepts, weights, strict=True)]
     if method == "subject_style" and len(concepts) == 2:
         settings = {"balance": _balance(products)} | settings
+    names = [concept.info.name for concept in concepts]
     layers: dict[str, dict[str, Layer]] = {}
     for component in _ordered(products):
         updates = [own.get(component, {}) for own in products]
@@ -180,7 +192,7 @@ def merging(
                 how = partial(_fused, own, at, inputs, others, (component, module))
             elif method != SUM:
                 how = partial(MERGES[method], own, at, **_of_layer(settings, component, module))
-            layers[component][module] = Layer(own, at, how)
+            layers[component][module] = Layer(own, at, how, names)
     return layers
 
 

@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from customize.hosts.finite import watched
+
 Call = dict[str, Any]
 
 
@@ -47,7 +49,7 @@ def staged(call: Any, stages: Sequence[Stage]) -> Any:
             for stage in stages:
                 mine = {name: given[name] for name in stage.arguments}
                 asked = stack.enter_context(stage.run(pipe, asked, **mine))
-            return call(pipe, **asked)
+            return watched(pipe, functools.partial(call, pipe, **asked))
 
     staged_call.__signature__ = _with(signature, own)  # type: ignore[attr-defined]
     return staged_call

@@ -243,7 +243,7 @@ def _updates(
         layers = _layers_of(family, attached, merging, fused=False)
         beside = {c: {m: layer.narrowed() for m, layer in own.items()} for c, own in layers.items()}
         for component, own in beside.items():
-            check_range(component, own, dtypes[component])
+            check_range(component, own, dtypes[component], layers[component])
         return beside
 
     def make_ready() -> Beside:

@@ -12,6 +12,7 @@ from torch import nn
 from customize.concepts.base_weight import unadaptable
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.layerwise import layer_entries, layers_of
+from customize.concepts.merge import Layer
 from customize.concepts.subjects import Subject
 from customize.concepts.tokens import entries, known
 from customize.core.lowrank import LowRank
@@ -185,19 +186,39 @@ def _concerned(
     return [(name, model.get_submodule(name)) for name in dict.fromkeys([*layers, *above])]
 
 
-def check_range(component: str, updates: Mapping[str, LowRank], dtype: torch.dtype) -> None:
+def check_range(
+    component: str,
+    updates: Mapping[str, LowRank],
+    dtype: torch.dtype,
+    layers: Mapping[str, Layer],
+) -> None:
     """Refuse updates that are too large for the type they are to be kept in.
 
+    Args:
+        layers: what each update was merged from.
+
     Raises:
-        ConfigError: naming the first such layer.
+        ConfigError: naming the first such layer, and the concept whose update is the largest there.
     """
     for name, update in updates.items():
-        if not all(bool(each.to(dtype).isfinite().all()) for each in (update.up, update.down)):
+        if not _in_range(update, dtype):
             raise ConfigError(
-                f"with these weights the concepts' sum leaves the range of {dtype}",
+                f"with these weights the concepts' sum leaves the range of {dtype}, mostly by "
+                f"{layers[name].loudest()}",
                 where=f"{component}.{name}",
                 fix="give smaller weights",
             )
+
+
+def _in_range(update: LowRank, dtype: torch.dtype) -> bool:
+    """Whether factors and product are finite in a type."""
+    if not all(bool(each.to(dtype).isfinite().all()) for each in (update.up, update.down)):
+        return False
+    most = torch.finfo(dtype).max / max(abs(update.scale), 1e-30)
+    rows, columns = update.up.float().norm(dim=1), update.down.float().norm(dim=0)
+    if not update.rank or float(rows.max()) * float(columns.max()) <= most:  # none can be larger
+        return True
+    return float((update.up.double() @ update.down.double()).abs().max()) <= most
 
 
 def _check_tables(family: Family, subject: Subject) -> None:

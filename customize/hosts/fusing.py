@@ -66,7 +66,8 @@ def fuse_updates(models: Mapping[str, nn.Module], updates: Updates, originals: O
         cast_record.begin(layer, originals[place].dtype)
         if not all_finite(weight):
             raise ConfigError(
-                f"with these weights the concepts' sum leaves the range of {weight.dtype}",
+                f"with these weights the concepts' sum leaves the range of {weight.dtype}, mostly "
+                f"by {update.loudest()}",
                 where=".".join(place),
                 fix="give smaller weights",
             )

@@ -11,12 +11,11 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from customize.atomic import put_file
-from customize.concepts.concept import BasisInfo
+from customize.concepts.concept import NAME, BasisInfo, check_slices
 from customize.concepts.layout import CLAIM_FILE
 from customize.concepts.reading import in_folders, read_info
 from customize.errors import ConceptError, storage_error
@@ -36,11 +35,16 @@ class Claim(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: str = Field(pattern=rf"^{NAME}$")
     basis: BasisInfo
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, le=2**20)
     index: int | None = Field(None, ge=0)
-    slices: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}$")], list[int]]
+    slices: dict[str, list[int]]
+
+    @model_validator(mode="after")
+    def _slices_fit(self) -> Claim:
+        check_slices(self.slices, self.rank, self.basis)
+        return self
 
 
 def read_claims(library: Path) -> list[Claim]:

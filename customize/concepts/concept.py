@@ -76,6 +76,24 @@ class BasisInfo(BaseModel):
         return values if self.avoid else {k: values[k] for k in ("kind", "seed", "scale")}
 
 
+def check_slices(slices: Mapping[str, Sequence[int]], rank: int, basis: BasisInfo) -> None:
+    """Refuse slices that no concept can have.
+
+    Args:
+        slices: input width, as text -> columns.
+
+    Raises:
+        ValueError: a width is none, or does not have as many distinct columns as the rank.
+    """
+    for width, columns in slices.items():
+        if not re.fullmatch(r"[1-9][0-9]{0,6}", width):
+            raise ValueError(f"slices: {width[:MAX_NAME]!r} is not a layer width")
+        distinct = len(set(columns)) == len(columns) == rank
+        limit = int(width) - avoided(int(width), basis.avoid)
+        if not distinct or not all(0 <= column < limit for column in columns):
+            raise ValueError(f"slices: width {width} needs {rank} distinct columns below {limit}")
+
+
 class ConceptInfo(BaseModel):
     """The facts on a concept, as they stand in ``concept.json``.
 
@@ -146,15 +164,7 @@ class ConceptInfo(BaseModel):
             return self
         if self.basis is None or not self.slices:
             raise ValueError("a concept of the method orthogonal needs its basis and slices")
-        for width, columns in self.slices.items():
-            if not re.fullmatch(r"[1-9][0-9]{0,6}", width):
-                raise ValueError(f"slices: {width!r} is not a layer width")
-            distinct = len(set(columns)) == len(columns) == self.rank
-            limit = int(width) - avoided(int(width), self.basis.avoid)
-            if not distinct or not all(0 <= column < limit for column in columns):
-                raise ValueError(
-                    f"slices: width {width} needs {self.rank} distinct columns below {limit}"
-                )
+        check_slices(self.slices, self.rank, self.basis)
         return self
 
     @model_validator(mode="after")
@@ -343,6 +353,12 @@ def check_info(values: Any, where: object) -> ConceptInfo:
         )
     try:
         return ConceptInfo.model_validate(values, strict=True)
+    except RecursionError as error:
+        raise ConceptError(
+            "the facts on the concept are nested too deeply",
+            where=where,
+            fix="get an unchanged copy of the concept",
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole"

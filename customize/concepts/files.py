@@ -224,7 +224,7 @@ def check_writable(folder: Path) -> None:
     nearest = folder
     while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
-    trial = nearest / f".{secrets.token_hex(8)}.partial"
+    trial = nearest / f".trial.{secrets.token_hex(4)}.partial"  # swept if it is left
     try:
         trial.mkdir()
         trial.rmdir()

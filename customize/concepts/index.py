@@ -26,7 +26,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from customize.concepts.concept import MAX_NAME, BasisInfo, ConceptInfo
+from customize.concepts.concept import MAX_NAME, BasisInfo, ConceptInfo, check_slices
 from customize.concepts.files import put_file
 from customize.concepts.formats.lora import LoraInfo, own_name
 from customize.concepts.formats.metadata import Metadata
@@ -327,7 +327,10 @@ def _row(entry: Entry) -> list[Any]:
 def _entry(row: tuple[Any, ...]) -> Entry:
     values = dict(zip(_COLUMNS, row, strict=True))
     values |= {name: json.loads(values[name]) for name in _JSON}
-    return _ENTRY.validate_python(values)
+    entry = _ENTRY.validate_python(values)
+    if entry.basis is not None:
+        check_slices(entry.slices, entry.rank, entry.basis)
+    return entry
 
 
 def _checksum(rows: Iterable[Iterable[Any]]) -> int:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from customize.concepts.adapter import Factors, Products, file_name, fit
 from customize.concepts.concept import counted
 from customize.concepts.files import put_file, safetensors_bytes
+from customize.concepts.inputs_file import HEADER, VERSION, read_rows
 from customize.concepts.layout import INPUTS_FILE
-from customize.concepts.reading import located, read_single_tensors
+from customize.concepts.reading import located
 from customize.core.fusion import InputMoment
 from customize.errors import ConceptError, storage_error
 from customize.families import Family
@@ -33,8 +34,6 @@ from customize.families.components import uncompiled
 from customize.families.layers import CONVOLUTIONS
 from customize.families.sampling import sample
 from customize.safe_read import present
-
-HEADER = "customize_layer_inputs"
 
 #: What things may be in, or wear.
 CONTEXTS = (
@@ -90,6 +89,14 @@ class LayerInputs:
             StorageError: it cannot be written.
         """
         path = Path(path)
+        try:
+            put_file(path, self.to_bytes())
+        except OSError as error:
+            raise storage_error(error, path) from error
+        return path
+
+    def to_bytes(self) -> bytes:
+        """The content of its file."""
         tensors: dict[str, Tensor] = {}
         same: dict[str, str] = {}
         keys: dict[int, str] = {}
@@ -102,48 +109,17 @@ class LayerInputs:
                         same[key] = keys[id(rows)]
                     else:
                         tensors[key] = rows.to(torch.float16)
-        header = {"version": 1, "of": self.of, "same": same}
-        data = safetensors_bytes(tensors, {HEADER: json.dumps(header)})
-        try:
-            put_file(path, data)
-        except OSError as error:
-            raise storage_error(error, path) from error
-        return path
+        header = {"version": VERSION, "of": self.of, "same": same}
+        return safetensors_bytes(tensors, {HEADER: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> LayerInputs:
         """Read a record.
 
         Raises:
-            ConceptError: it is missing, cut short, not a record, or a number is not finite.
+            ConceptError: see :func:`customize.concepts.inputs_file.read_rows`.
         """
-        path = Path(path)
-        fix = "record the inputs again: customize record"
-        tensors, metadata = read_single_tensors(path)
-        try:
-            header = json.loads(metadata[HEADER])
-            version, of, same = header["version"], str(header["of"]), dict(header["same"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConceptError("this is no record of layer inputs", where=path, fix=fix) from error
-        if version != 1:
-            raise ConceptError(
-                f"the record has version {_short(version)}", where=path, fix="update customize"
-            )
-        read = {key: rows.float() for key, rows in tensors.items()}
-        for key, first in same.items():
-            if key in tensors or first not in tensors:
-                raise ConceptError(f"the key {_short(key)} is wrong", where=path, fix=fix)
-            read[key] = read[first]
-        found: dict[str, dict[str, dict[str, Tensor]]] = {"own": {}, "generic": {}}
-        for key, rows in read.items():
-            kind, component, module = (*key.split(".", 2), "", "")[:3]
-            if kind not in found or not module or rows.ndim != 2:
-                raise ConceptError(f"the key {_short(key)} is wrong", where=path, fix=fix)
-            if not bool(torch.isfinite(rows).all()):
-                raise ConceptError(
-                    f"{_short(key)} has a number that is not finite", where=path, fix=fix
-                )
-            found[kind].setdefault(component, {})[module] = rows
+        of, found = read_rows(Path(path))
         return cls(of, found["own"], found["generic"])
 
 
@@ -177,6 +153,17 @@ def record_beside(name: str, products: Products, source: Path | None) -> LayerIn
             where=path,
             fix="delete it, or record it again: customize record",
         )
+    for factors in (found.own, found.generic):
+        for component, layers in factors.items():
+            for module, rows in layers.items():
+                update = products.get(component, {}).get(module)
+                if update is not None and rows.shape[1] != update.shape[1]:
+                    raise ConceptError(
+                        f"the record has inputs of width {rows.shape[1]} of a layer of width "
+                        f"{update.shape[1]}",
+                        where=f"{path}: {component}.{module}",
+                        fix="delete it, or record it again: customize record",
+                    )
     return found
 
 
@@ -363,11 +350,6 @@ def watched(family: Family, layers: Layers) -> Iterator[Watch]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _short(value: object) -> str:
-    """A value from a file for a message, bounded."""
-    return repr(str(value)[:80])
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -330,8 +330,17 @@ def _fused(
     """The updates of one layer, fused where their inputs are known, and summed with the rest."""
     component, module = place
 
+    width = updates[0].shape[1]
+
     def rows(factors: Factors) -> Tensor | None:
-        return factors.get(component, {}).get(module)
+        found = factors.get(component, {}).get(module)
+        if found is not None and found.shape[-1] != width:
+            raise ConceptError(
+                f"a record has inputs of width {found.shape[-1]} of a layer of width {width}",
+                where=f"{component}.{module}",
+                fix="record the inputs of these concepts again: customize record",
+            )
+        return found
 
     known, rest = {}, []
     for k, each in enumerate(inputs):

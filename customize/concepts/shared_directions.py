@@ -11,12 +11,9 @@ by rounding, so that the first one is used by all.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from customize.atomic import put_file
 from customize.concepts.adapter import Factors
 from customize.concepts.files import make_folder
 from customize.concepts.inputs import LayerInputs
@@ -85,16 +83,12 @@ class SharedDirections:
             StorageError: it cannot be written.
         """
         make_folder(path.parent)
-        partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+        record = LayerInputs(f"shared directions {self.name}", {}, self.factors)
         try:
-            LayerInputs(f"shared directions {self.name}", {}, self.factors).save(partial)
             with suppress(FileExistsError):
-                _put_new(partial, path)
+                put_file(path, record.to_bytes(), new=True)
         except OSError as error:
             raise storage_error(error, path) from error
-        finally:
-            with suppress(OSError):
-                partial.unlink()
         return SharedDirections.load(path)
 
     def serves(self, other: Factors, avoid: int) -> bool:
@@ -150,22 +144,3 @@ def _content_name(factors: Factors) -> str:
         for module, rows in sorted(layers.items()):
             digest.update(f"{component}.{module}\n".encode() + rows.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _put_new(source: Path, target: Path) -> None:
-    """Give a file its name, where nothing has that name.
-
-    Raises:
-        FileExistsError: something has.
-        OSError: it cannot be done.
-    """
-    try:
-        os.link(source, target)
-    except OSError as error:
-        unable = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-        if error.errno not in unable:
-            raise
-        # A file system without hard links: of two within this moment the later one stays.
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, "it is there", str(target)) from error
-        os.replace(source, target)

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from customize.concepts.adapter import file_name
 from customize.concepts.inputs import DIRECTIONS, GUIDANCE, STEPS, generic_prompts
 from customize.concepts.shared_directions import SharedDirections, files_in, name_of, path_of
 from customize.errors import ConceptError, CustomizeError
 from customize.families import Family
 from customize.training.config import TrainConfig
 from customize.training.inputs import record_generic
+from customize.training.trainable import adapted
 
 
 def shared_directions(
@@ -58,6 +60,7 @@ def shared_directions(
                 recorded = record_generic(family, prompts, resolution, device, autocast).generic
                 known = _serving(folder, recorded, config.num_shared_directions)
                 known = (known or SharedDirections(key, recorded)).save(path)
+            _check_fits(known, family, config, folder)
             answer = [known]
         except CustomizeError as error:
             answer = [error]
@@ -83,6 +86,24 @@ def _known(folder: Path, path: Path, earlier: str, before: str) -> SharedDirecti
         if file.is_file():
             return SharedDirections.load(file)
     return None
+
+
+def _check_fits(
+    directions: SharedDirections, family: Family, config: TrainConfig, folder: Path
+) -> None:
+    """Refuse a file that is not of this model whatever its name says."""
+    for component in adapted(family, config):
+        for module, (_, width) in family.adapter_targets(component).items():
+            rows = directions.factors.get(component, {}).get(file_name(component, module))
+            if rows is None or rows.shape[1] != width:
+                has = "none" if rows is None else f"those of width {rows.shape[1]}"
+                raise ConceptError(
+                    f"the shared directions have {has} of a layer of width {width}, so that they "
+                    "are not of this base model",
+                    where=f"{folder}: {component}.{module}",
+                    fix="put an unchanged copy of the folder's .shared_directions-*.safetensors "
+                    "back, or delete the one that the base model does not fit",
+                )
 
 
 def _serving(folder: Path, recorded: Any, avoid: int) -> SharedDirections | None:

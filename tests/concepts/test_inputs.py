@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from customize.concepts.inputs import HEADER, LayerInputs, place_beside, updates_digest
+from customize.concepts.inputs import (
+    HEADER,
+    LayerInputs,
+    place_beside,
+    record_beside,
+    updates_digest,
+)
 from customize.concepts.merge import merge
 from customize.core.lowrank import distance, norm, weighted_sum
 from customize.errors import ConceptError, ConfigError, StorageError
@@ -95,6 +101,13 @@ def test_a_digest_is_of_the_updates_alone():
         ({KEY: torch.ones(2, 8)}, {"same": {"own.unet.a": "own.unet.b"}}, "'own.unet.a' is wrong"),
         ({KEY: torch.ones(2, 8)}, {"same": {KEY: KEY}}, "to_q' is wrong"),
         ({KEY: torch.ones(2, 8)}, {"same": 3}, "no record of layer inputs"),
+        ({KEY: torch.ones(2, 8)}, {"same": {"own.unet.a": []}}, "wrong at 'same.own.unet.a'"),
+        ({KEY: torch.ones(2, 8)}, {"same": [["own.unet.a", KEY]]}, "no record of layer inputs"),
+        ({KEY: torch.ones(2, 8, dtype=torch.int64)}, {}, "type torch.int64 is no set"),
+        ({KEY: torch.ones(2, 8, dtype=torch.complex64)}, {}, "type torch.complex64 is no set"),
+        ({KEY: torch.ones(2, 0)}, {}, "is no set of directions"),
+        ({KEY: torch.full((2, 8), 1e30)}, {}, "energy 1.6e"),
+        ({KEY: torch.full((2, 8), 1e300, dtype=torch.float64)}, {}, "not finite"),
     ],
 )
 def test_damaged(tmp_path, tensors, header, what):
@@ -115,6 +128,110 @@ def test_any_bytes_are_refused(tmp_path_factory, data):
     path.write_bytes(data)
     with pytest.raises(ConceptError):
         LayerInputs.load(path)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"version": 1, "of": "x", "same": ' + DEEP + "}",
+        '{"version": 1, "of": "x", "same": {}, "more": ' + DEEP + "}",
+        DEEP,
+        '{"version": ' + "9" * 5000 + ', "of": "x", "same": {}}',
+        '{"version": 1e999, "of": "x", "same": {}}',
+        '{"version": NaN, "of": "x", "same": {}}',
+        '{"version": true, "of": "x", "same": {}}',
+        '{"version": 1, "of": {"a": 1}, "same": {}}',
+        '{"version": 1, "of": "\\ud800", "same": {}}',
+        "null",
+        "",
+    ],
+)
+def test_odd_headers(tmp_path, text):
+    path = tmp_path / "x.safetensors"
+    save_file({KEY: torch.ones(2, 8)}, path, {HEADER: text})
+    with pytest.raises(ConceptError, match=r"x\.safetensors.*customize record") as caught:
+        LayerInputs.load(path)
+    assert len(str(caught.value)) < 1000
+
+
+# What may be in the place of a field, whoever wrote it.
+odd = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.bool]
+
+
+@st.composite
+def mutated(draw):
+    """The tensors and the header of a record, of which something is odd."""
+    tensors = {}
+    for key in draw(
+        st.lists(st.sampled_from(["own.unet.a", "generic.unet.a", "own.", "x.y.z", "own"]))
+    ):
+        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        rows = torch.full(shape, draw(st.sampled_from([0.1, 0.0, 1e30, float("nan")])))
+        tensors[key] = rows.to(draw(st.sampled_from(DTYPES)))
+    header = {"version": 1, "of": "x", "same": {}}
+    for key in draw(st.lists(st.sampled_from([*header, "more"]), max_size=2)):
+        header[key] = draw(odd | st.just({"own.unet.b": "own.unet.a"}))
+    for key in draw(st.lists(st.sampled_from(sorted(header)), max_size=1)):
+        del header[key]
+    return tensors, draw(st.just(header) | odd)
+
+
+@settings(deadline=None, max_examples=200)
+@given(mutated())
+def test_a_mutated_record_loads_right_or_is_refused(tmp_path_factory, given_):
+    tensors, header = given_
+    path = tmp_path_factory.mktemp("inputs") / "x.safetensors"
+    save_file(tensors, path, {HEADER: json.dumps(header)})
+    try:
+        found = LayerInputs.load(path)
+    except ConceptError as error:
+        assert error.where and str(path) in error.where and error.fix
+        return
+    for _, _, rows in _listed(found):
+        assert rows.dtype == torch.float32 and rows.ndim == 2 and bool(torch.isfinite(rows).all())
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_a_record_with_other_bytes_loads_right_or_is_refused(tmp_path_factory, data):
+    path = record(small()).save(tmp_path_factory.mktemp("inputs") / "x.safetensors")
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, 8))
+    path.write_bytes(bytes(content[: len(content) - cut]))
+    try:
+        found = LayerInputs.load(path)
+    except ConceptError as error:
+        assert error.where and error.fix
+        return
+    for _, _, rows in _listed(found):
+        assert rows.ndim == 2 and bool(torch.isfinite(rows).all())
+
+
+def test_a_record_of_other_widths_is_refused_by_name(tmp_path):
+    rex = small()
+    for kind in ("own", "generic"):
+        odd_one = record(rex)
+        layers = getattr(odd_one, kind)["unet"]
+        layers["mid.attn1.to_q"] = layers["mid.attn1.to_q"].repeat(1, 2)
+        folder = rex.save(tmp_path / kind)
+        odd_one.save(folder / "layer_inputs.safetensors")
+        with pytest.raises(ConceptError, match=r"inputs of width 16 of a layer of width 8.*to_q"):
+            record_beside("rex", rex.products, folder)
+        tom = small(seed=1, name="tom", trigger="<tom>")
+        with pytest.raises(ConceptError, match="inputs of width 16 of a layer of width 8"):
+            merge([rex, tom], [1.0, 1.0], "fusion", [odd_one, record(tom, seed=1)])
 
 
 def test_a_merge_by_fusion_wants_a_record_for_each():

@@ -1,0 +1,189 @@
+"""Claims, facts and index rows in which anything is in the place of anything: right, or refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from customize.concepts import index
+from customize.concepts.claims import Claim, read_claims
+from customize.concepts.concept import BasisInfo
+from customize.concepts.health import check
+from customize.concepts.index import described, read_index, stamps
+from customize.concepts.layout import CLAIM_FILE
+from customize.concepts.library import Library
+from customize.concepts.reading import read_info
+from customize.concepts.slices import collisions, free_index, holders
+from customize.errors import ConceptError
+from tests.concepts.making import small
+
+HUGE = 10**400
+DEEP = "[" * 20_000 + "]" * 20_000
+# Stands for a nesting that parsers take and what walks through it may not.
+NESTED = "nested"
+
+
+def written(value: Any) -> str:
+    return json.dumps(value).replace(f'"{NESTED}"', "[" * 900 + "]" * 900)
+
+
+odd = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([HUGE, -1, 2**63, 1e308, float("inf"), float("nan"), "\x00", "\ud800"])
+    | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+) | st.just(NESTED)
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else ()
+    inner = enumerate(value) if isinstance(value, list) else inner
+    return [path, *(found for key, each in inner for found in paths(each, (*path, key)))]
+
+
+@st.composite
+def mutated(draw, value: Any) -> Any:
+    """A JSON value in which one or two parts are others, are gone, or are too many."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 2))):
+        found = paths(value)
+        path = draw(st.sampled_from(found))
+        if not path:
+            return draw(odd)
+        parent = value
+        for key in path[:-1]:
+            parent = parent[key]
+        how = draw(st.sampled_from(["put", "put", "take", "add"]))
+        if how == "put":
+            parent[path[-1]] = draw(odd)
+        elif how == "take":
+            del parent[path[-1]]
+        elif isinstance(parent, dict):
+            parent[draw(st.text(max_size=6))] = draw(odd)
+        else:
+            parent.append(draw(odd))
+    return value
+
+
+def assert_said(error: ConceptError, path: Any) -> None:
+    assert error.where and str(path) in error.where and error.fix and len(str(error)) < 2000
+
+
+CLAIM = Claim(
+    name="rex", basis=BasisInfo(avoid=1), rank=2, index=1, slices={"64": [2, 3], "96": [2, 3]}
+).model_dump(mode="json")
+
+
+@settings(deadline=None, max_examples=100)
+@given(mutated(CLAIM))
+def test_a_mutated_claim_is_right_or_refused(tmp_path_factory, value):
+    library = tmp_path_factory.mktemp("library")
+    (library / "rex").mkdir()
+    path = library / "rex" / CLAIM_FILE
+    path.write_text(written(value))
+    try:
+        claims = read_claims(library)
+    except ConceptError as error:
+        assert_said(error, path)
+        return
+    assert 0 <= free_index(holders(library), 2, BasisInfo(avoid=1)) < 48
+    assert collisions(claims) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": 10**30},
+        {"rank": 0},
+        {"name": "../rex"},
+        {"name": "rex\nfake"},
+        {"slices": {"64": [2, 2]}},
+        {"slices": {"64": [-1, 0]}},
+        {"slices": {"64": [0, 64]}},
+        {"slices": {"9999999": list(range(100_000))}},
+        {"slices": {"0": [0, 1]}},
+        {"basis": {"kind": "cosine", "seed": 2**64, "scale": 1.0}},
+    ],
+)
+def test_claims_that_no_run_makes(change, tmp_path):
+    (tmp_path / "rex").mkdir()
+    (tmp_path / "rex" / CLAIM_FILE).write_text(json.dumps(CLAIM | change))
+    with pytest.raises(ConceptError, match="claim"):
+        read_claims(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small().save(tmp_path_factory.mktemp("facts") / "rex")
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_mutated_facts_are_right_or_refused(folder, tmp_path_factory, data):
+    whole = json.loads((folder / "concept.json").read_text())
+    value = data.draw(mutated(whole))
+    library = tmp_path_factory.mktemp("library")
+    (library / "rex").mkdir()
+    path = library / "rex" / "concept.json"
+    path.write_text(written(value))
+    try:
+        info = read_info(path.parent)
+        assert info.name
+    except ConceptError as error:
+        assert_said(error, path)
+    entry = described(library, "rex", stamps(library)["rex"])
+    assert entry.name
+    check(library)
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"training": ' + DEEP + "}", "9" * 5000, "", "nan", '"'])
+def test_facts_and_claims_that_no_parser_likes(text, tmp_path):
+    (tmp_path / "rex").mkdir()
+    (tmp_path / "rex" / "concept.json").write_text(text)
+    with pytest.raises(ConceptError) as caught:
+        read_info(tmp_path / "rex")
+    assert_said(caught.value, "concept.json")
+    (tmp_path / "rex" / CLAIM_FILE).write_text(text)
+    with pytest.raises(ConceptError, match="claim"):
+        read_claims(tmp_path)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_mutated_index_is_right_or_made_anew(folder, tmp_path_factory, data):
+    library = tmp_path_factory.mktemp("library")
+    shutil.copytree(folder, library / "rex")
+    right = Library(library).entries
+    with_row = index._row
+
+    column = data.draw(st.sampled_from(list(index._COLUMNS)))
+
+    def row(entry):
+        values = dict(zip(index._COLUMNS, with_row(entry), strict=True))
+        if column in index._JSON:
+            values[column] = written(data.draw(mutated(json.loads(values[column])))).encode()
+        else:
+            values[column] = data.draw(st.integers(-(2**63), 2**63 - 1) | st.binary(max_size=20))
+        return list(values.values())
+
+    index._row = row  # what the checksum is right of
+    try:
+        index.write_index(library, right.values())
+    finally:
+        index._row = with_row
+    for entry in read_index(library).values():
+        for width, columns in entry.slices.items():
+            assert int(width) > 0 and all(column >= 0 for column in columns)
+    found = check(library)
+    assert found.library.entries.keys() == right.keys()

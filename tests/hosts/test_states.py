@@ -287,7 +287,7 @@ def test_numbers_that_are_too_large(dtype, fuse):
     pipe.load_custom(rex, fuse=fuse)
     before = everything(pipe)
     for weight in (1e300, 10**400, 1e6 if dtype == torch.float16 else 1e39):
-        with pytest.raises(ConfigError, match=r"too large|leaves the range of torch.float"):
+        with pytest.raises(ConfigError, match=r"a finite number|leaves the range"):
             pipe.load_custom(tom, weights=[weight], fuse=fuse)
     with pytest.raises(ConfigError, match=r"\['rex'\] is not the name of a concept"):
         pipe.unload_custom(["rex"])

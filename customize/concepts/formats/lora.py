@@ -212,7 +212,7 @@ class LoraFile:
                     )
                 earlier = found.setdefault(key[0], {}).get(key[1])
                 # The halves of a layer that is the other way round in the original.
-                found[key[0]][key[1]] = part if earlier is None else _joined(earlier, part)
+                found[key[0]][key[1]] = part if earlier is None else stacked([earlier, part])
         if not found and not vectors:
             raise ConceptError("the file changes no layer", where=self.where, fix="get another")
         rank = max((update.rank for own in found.values() for update in own.values()), default=0)
@@ -395,7 +395,3 @@ def _split(update: LowRank, place: Place) -> list[tuple[str, LowRank]]:
 
 def _small(update: LowRank) -> LowRank:
     return from_dense(product(update)) if update.rank > min(update.shape) else update
-
-
-def _joined(above: LowRank, below: LowRank) -> LowRank:
-    return stacked([above, below])

@@ -210,7 +210,7 @@ def unrelated(a: Holder, b: Holder, overlap: float = 1.0) -> Collision:
             f"have slices of different orthogonal matrices ({one.kind} with seed {one.seed}, "
             f"{two.kind} with seed {two.seed})"
         )
-        needed += [f"--basis {one.kind}", f"--basis-seed {one.seed}"]
+        needed += [f"--orthogonal-matrix {one.kind}", f"--matrix-seed {one.seed}"]
     if one.avoid != two.avoid:
         differing.append(f"avoid different numbers of shared directions ({one.avoid}, {two.avoid})")
         needed.append(f"--num-shared-directions {one.avoid}")

@@ -98,18 +98,18 @@ class TrainConfig(BaseModel):
     alpha: float | None = Field(
         default=None, gt=0, description="The update is scaled by alpha / rank, > 0; none: the rank"
     )
-    basis: Literal["cosine", "gaussian_qr"] = Field(
+    orthogonal_matrix: Literal["cosine", "gaussian_qr"] = Field(
         default="cosine",
         description="Kind of the shared orthogonal matrix: cosine (by formula) or gaussian_qr (the"
         " paper's)",
     )
-    basis_seed: int = Field(
+    matrix_seed: int = Field(
         default=0,
         ge=0,
         lt=1 << 63,
         description="Seed of the orthogonal matrix; the same for all to be merged",
     )
-    basis_scale: float = Field(
+    matrix_scale: float = Field(
         default=1.0, gt=0, le=100, description="Factor on the frozen columns, above 0 to 100"
     )
     num_shared_directions: int = Field(

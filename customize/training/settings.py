@@ -23,6 +23,9 @@ _MAX_NODES = 20_000
 RENAMED = {
     "avoid": "num_shared_directions",
     "avoid_weight": "shared_directions_weight",
+    "basis": "orthogonal_matrix",
+    "basis_scale": "matrix_scale",
+    "basis_seed": "matrix_seed",
     "density": "timestep_density",
 }
 

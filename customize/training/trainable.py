@@ -321,9 +321,9 @@ def basis_of(config: TrainConfig, shared: str) -> BasisInfo | None:
     if config.method == "lora":
         return None
     return BasisInfo(
-        kind=config.basis,
-        seed=config.basis_seed,
-        scale=config.basis_scale,
+        kind=config.orthogonal_matrix,
+        seed=config.matrix_seed,
+        scale=config.matrix_scale,
         avoid=config.num_shared_directions,
         shared=shared,
     )

@@ -118,7 +118,7 @@ def test_other_matrices_and_other_numbers_of_directions_are_named() -> None:
     rex = sliced("rex", 0, inputs, A)
     (found,) = true_collisions([rex, sliced("zig", 1, inputs, A, seed=9)])
     assert "different orthogonal matrices (cosine with seed 0, cosine with seed 9)" in found.what
-    assert "--basis cosine, --basis-seed 0" in found.fix
+    assert "--orthogonal-matrix cosine, --matrix-seed 0" in found.fix
 
 
 def test_a_part_of_the_columns_and_other_layers() -> None:

@@ -94,7 +94,7 @@ def test_loss_falls_and_only_the_concept_is_new(pipe, method, tmp_path):
 
 
 def test_orthogonal_trains_only_the_up_projections(tmp_path):
-    concept = train(settings(tmp_path, basis_scale=0.5), tiny_sd().components, progress=False)
+    concept = train(settings(tmp_path, matrix_scale=0.5), tiny_sd().components, progress=False)
     info = concept.info
     for updates in concept.products.values():
         for update in updates.values():

@@ -49,6 +49,10 @@ def test_what_earlier_versions_saved_is_compared_as_a_whole():
     ]
     assert not differences({"avoid": 4, "density": None}, {"num_shared_directions": 4})[1:]
     assert not differences({"avoid": 4}, {"num_shared_directions": 4})
+    before = {"basis": "cosine", "basis_seed": 3, "basis_scale": 0.5}
+    now = {"orthogonal_matrix": "cosine", "matrix_seed": 3, "matrix_scale": 0.5}
+    assert not differences(before, now)
+    assert differences(before | {"basis_seed": 4}, now) == ["matrix_seed was 4 and is 3"]
 
 
 def test_a_finished_concept_names_them_too_and_publishes_no_file_names(tmp_path):

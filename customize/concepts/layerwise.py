@@ -117,6 +117,23 @@ def encode_by_layer(family: Family) -> list[Any]:
     ]
 
 
+def of_one_length(found: Any) -> Any:
+    """What ``encode_prompt`` gives, its conditions all as long as the longest.
+
+    Args:
+        found: of two (batch, sequence, width) the shorter one is repeated for each layer; all else
+            stays as it is.
+    """
+    pair = isinstance(found, tuple) and len(found) == 2
+    if not pair or not all(isinstance(each, Tensor) and each.ndim == 3 for each in found):
+        return found
+    longest = max(each.shape[1] for each in found)
+    return tuple(
+        each if each.shape[1] == longest else each.repeat(1, longest // each.shape[1], 1)
+        for each in found
+    )
+
+
 def _own_part(
     index: int, layers: int, length: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:

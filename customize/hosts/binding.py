@@ -1,24 +1,15 @@
-"""The public functions, and their binding as methods to diffusers' pipeline classes.
+"""The public functions, which :mod:`customize.hosts.patch_diffusers` makes methods of pipelines.
 
-``save_pretrained`` of these classes learns to refuse what would be no pipeline.
-
-Nothing heavy is imported here. ``import diffusers`` leaves out the modules that define its
-pipelines, and importing them takes seconds; so where they are not imported yet, binding waits.
+Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from customize.hosts.brief_repr import shorten_repr
+from customize.hosts.patch_diffusers import patch
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +22,6 @@ if TYPE_CHECKING:
     from customize.memory import Plan
 
 Pipeline = TypeVar("Pipeline")
-
-# Where diffusers defines the two bases of all its pipelines.
-HOSTS = {
-    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
-    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
-}
 
 
 def load_custom(
@@ -69,8 +54,11 @@ def load_custom(
     that shares only some of them is refused while concepts are attached to these. A text encoder
     that is freed or replaced meanwhile is kept until they are unloaded.
 
-    Calls of the pipeline then take ``regions=`` as well: a dict from words of the prompt to the box
-    (left, top, right, bottom, as shares of the picture) or the mask in which they are to act.
+    Calls of every pipeline take ``regions=`` as well: a dict from words of the prompt to the box
+    (left, top, right, bottom, as shares of the picture) or the mask in which they are to act; and
+    ``avoid=``, what they are to be cleaned of.
+
+    In several threads it waits until no call uses the models, and calls wait for it.
 
     Args:
         pipe: A standard or modular diffusers pipeline of a known family, on any device, in any
@@ -277,95 +265,6 @@ METHODS: dict[str, Any] = {
 
 
 def bind() -> None:
-    """Give both pipeline bases the three attributes, at once or as soon as they are imported.
-
-    May be called any number of times. An attribute of the same name that is not ours is never
-    overwritten: a warning says so, and the functions of this package still work.
-    """
-    for module_name, class_name in HOSTS.items():
-        if module_name in sys.modules:
-            _bind_in(sys.modules[module_name], class_name)
-    if not any(_is_waiting(finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
-
-
-def _bind_in(module: ModuleType, class_name: str) -> None:
-    host = getattr(module, class_name, None)
-    if host is None:  # it is being imported right now, or this diffusers has none
-        return
-    _guard_saving(host)
-    shorten_repr(host)
-    foreign = [name for name in METHODS if hasattr(host, name) and not _is_ours(host, name)]
-    if foreign:
-        warnings.warn(
-            f"diffusers' {class_name} has attributes {foreign} that customize did not make; they "
-            "are left alone. Call customize.load_custom(pipe, ...) and "
-            "customize.unload_custom(pipe) instead of the methods.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return
-    for name, method in METHODS.items():
-        setattr(host, name, method)
-
-
-def _guard_saving(host: Any) -> None:
-    """Let ``save_pretrained`` refuse while a component carries concepts that it would not save.
-
-    Here, because any pipeline of the same components would write wrapped models that nobody can
-    open, and the models are asked too late: when others are written already.
-    """
-    save = host.save_pretrained
-    if hasattr(save, "_customize_guard"):
-        return
-
-    @functools.wraps(save)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "customize.hosts.state" in sys.modules:  # else nothing was ever attached
-            from customize.hosts.state import check_saveable
-
-            check_saveable(self)
-        return save(self, *args, **kwargs)
-
-    save_pretrained._customize_guard = True  # type: ignore[attr-defined]
-    host.save_pretrained = save_pretrained
-
-
-def _is_ours(host: type, name: str) -> bool:
-    attribute = getattr(host, name)
-    function = attribute.fget if isinstance(attribute, property) else attribute
-    return getattr(function, "__module__", None) == __name__
-
-
-class _AfterImport(MetaPathFinder):
-    """Binds a host class right after the import of its module; finds nothing by itself."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in HOSTS:
-            return None
-        for finder in sys.meta_path:
-            if _is_waiting(finder):
-                continue
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                _run_after(spec.loader, HOSTS[fullname])
-            if spec is not None:
-                return spec
-        return None
-
-
-def _is_waiting(finder: object) -> bool:
-    # By name, so that a reloaded module knows the finder that its former self has left.
-    return (type(finder).__module__, type(finder).__name__) == (__name__, "_AfterImport")
-
-
-def _run_after(loader: Any, class_name: str) -> None:
-    execute = loader.exec_module
-
-    def exec_module(module: ModuleType) -> None:
-        execute(module)
-        _bind_in(module, class_name)
-
-    loader.exec_module = exec_module  # the loader is this one import's own
+    """Give diffusers' pipelines these methods, and their calls the stages, now or when they are
+    imported. May be called any number of times."""
+    patch(METHODS)

@@ -1,4 +1,4 @@
-"""Small subclasses, made for an object's own class, that change what one of its methods does.
+"""Tokenizers that replace triggers: small subclasses, made for a tokenizer's own class.
 
 They carry the class's own name and module, so that ``isinstance``, ``from_pipe``, signatures and
 saved files, which name classes, are what they were.
@@ -7,20 +7,16 @@ saved files, which name classes, are what they were.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from weakref import WeakSet
-
-from torch import Tensor
 
 from customize.concepts.layerwise import mentions, wording
 from customize.concepts.tokens import expand
-from customize.families.components import uncompiled
-from customize.hosts.calling import Stage, staged
 
 Triggers = dict[str, list[str]]
 
-_ADJUSTED: WeakSet[Any] = WeakSet()
+_ENCODING = threading.RLock()
 
 
 def expand_triggers(
@@ -52,30 +48,6 @@ def expand_triggers(
             delattr(tokenizer, f"_customize_{name}")
 
 
-def adjust_pipelines(
-    pipe: Any, denoiser: Any, *, on: bool, layered: bool, stages: tuple[Stage, ...]
-) -> None:
-    """Let a pipeline's calls go through the stages.
-
-    Args:
-        pipe: where this begins; it ends on all adjusted pipelines of the same denoiser. Another one
-            of the same components has no stages until ``load_custom`` is called on it.
-        on: whether anything is attached.
-        layered: whether tokens with an embedding for each layer are. Then ``encode_prompt`` gives
-            prompt and negative prompt conditions of one length, which differ where one of the two
-            is worded for each layer. Another pipeline needs the trigger in its negative prompt.
-    """
-    if on:
-        pipe.__class__ = _adjusted(_stock(type(pipe)), layered, stages)
-        _ADJUSTED.add(pipe)
-    else:
-        for each in list(_ADJUSTED):
-            parts = map(uncompiled, each.components.values())
-            if each is pipe or any(part is denoiser for part in parts):
-                each.__class__ = _stock(type(each))
-                _ADJUSTED.discard(each)
-
-
 @functools.cache
 def _expanding(stock: Any) -> type:
     call = stock.__call__
@@ -93,21 +65,23 @@ def _expanding(stock: Any) -> type:
     def expanding_encode(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
         return encode(self, _expanded(text, self), *args, **kwargs)
 
-    return _subclass(stock, {"__call__": expanding, "encode": expanding_encode}, _expanding)
+    methods: dict[str, Any] = {"__call__": expanding, "encode": expanding_encode}
+    for name in ("_encode_plus", "_batch_encode_plus"):  # which all ways to tokenize lead to
+        if hasattr(stock, name):
+            methods[name] = _one_at_a_time(getattr(stock, name))
+    return _subclass(stock, methods, _expanding)
 
 
-@functools.cache
-def _adjusted(stock: Any, layered: bool, stages: tuple[Stage, ...]) -> type:
-    methods = {"__call__": staged(stock.__call__, stages)}
-    if layered and hasattr(stock, "encode_prompt"):  # modular pipelines have it in their blocks
-        encode = stock.encode_prompt
+def _one_at_a_time(encode: Any) -> Any:
+    """Of tokenizers in Rust, which are set to a length and a padding before they encode, so that
+    one thread would get the length of another's."""
 
-        @functools.wraps(encode)
-        def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _of_one_length(encode(self, *args, **kwargs))
+    @functools.wraps(encode)
+    def encode_alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _ENCODING:
+            return encode(self, *args, **kwargs)
 
-        methods["encode_prompt"] = encode_prompt
-    return _subclass(stock, methods, functools.partial(_adjusted, layered=layered, stages=stages))
+    return encode_alone
 
 
 def _asks_for_layers(tokenizer: Any, text: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -134,18 +108,6 @@ def _by_layer(call: Any, text: Any, kwargs: Mapping[str, Any], tokenizer: Any) -
     return found
 
 
-def _of_one_length(found: Any) -> Any:
-    """Of two (batch, sequence, width), the shorter one repeated for each layer."""
-    pair = isinstance(found, tuple) and len(found) == 2
-    if not pair or not all(isinstance(each, Tensor) and each.ndim == 3 for each in found):
-        return found
-    longest = max(each.shape[1] for each in found)
-    return tuple(
-        each if each.shape[1] == longest else each.repeat(1, longest // each.shape[1], 1)
-        for each in found
-    )
-
-
 def _subclass(stock: Any, methods: Mapping[str, Any], make: Callable[[type], type]) -> type:
     """A class that passes for ``stock`` and has other methods.
 
@@ -170,10 +132,7 @@ def _subclass(stock: Any, methods: Mapping[str, Any], make: Callable[[type], typ
 
 def _rebuilt(make: Callable[[type], Any], stock: type, *arguments: Any) -> Any:
     made = make(stock)
-    copy = made.__new__(made, *arguments)
-    if isinstance(make, functools.partial):  # a pipeline's
-        _ADJUSTED.add(copy)
-    return copy
+    return made.__new__(made, *arguments)
 
 
 def _stock(cls: Any) -> Any:

@@ -71,7 +71,7 @@ def cleaned(family: Family, cleaning: Cleaning) -> Iterator[None]:
     """
     texts = list(dict.fromkeys(["", *cleaning.phrases, *cleaning.negatives]))
     encoders = {
-        key: _Encoder(_tokenizer(family, key), cleaning) for key in family.all_text_encoders
+        key: _Encoder(tokenizer_of(family, key), cleaning) for key in family.all_text_encoders
     }
     with ExitStack() as stack:
         for key, encoder in encoders.items():
@@ -372,7 +372,8 @@ def _with(output: Any, path: Path, change: Any) -> Any:
     return output
 
 
-def _tokenizer(family: Family, key: str) -> Any:
+def tokenizer_of(family: Family, key: str) -> Any:
+    """The tokenizer of a text encoder; None where there is none."""
     own = family.clip_encoders.get(key, key.replace("text_encoder", "tokenizer"))
     found = [family.components.get(name) for name in (own, "processor")]
     given = next((part for part in found if part is not None), None)

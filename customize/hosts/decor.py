@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -16,13 +15,12 @@ from customize.core.scalars import as_float, is_whole
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.families.components import uncompiled
-from customize.hosts.calling import Call, Stage
+from customize.hosts.calling import Call, Host, Stage
 from customize.hosts.checks import check_encoders_here
 from customize.hosts.cleaning import Cleaning, cleaned
 from customize.hosts.negatives import naming, texts_of
-from customize.hosts.sources import family_in
 from customize.hosts.state import Holder
-from customize.hosts.state import find as holder_of
+from customize.hosts.warning import warn_user
 from customize.hosts.withheld import ALL, Withheld, adding_layers
 from customize.near_names import did_you_mean
 from customize.text import quoted
@@ -32,7 +30,6 @@ Rows = Literal["words", "rest", "all"]
 Target = Literal["prompt", "concepts", "both"]
 Negative = Literal["named", "kept", "cleaned"]
 
-_KEY = "_customize_decor"
 _WHERE = "avoid"
 #: Most words and phrases that one call may avoid.
 MAX_PHRASES = 256
@@ -190,29 +187,14 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def settings_of(family: Family) -> Decor | None:
-    """What was loaded into the pipeline; None where nothing was."""
-    found: Decor | None = vars(family.denoiser).get(_KEY)
-    return found
-
-
-def keep_settings(family: Family, settings: Decor | None) -> None:
-    """Leave settings with the denoiser, where its concepts are; None: take them away."""
-    if settings is None:
-        vars(family.denoiser).pop(_KEY, None)
-    else:
-        setattr(family.denoiser, _KEY, settings)
-
-
 @contextmanager
-def _run(pipe: Any, call: Call, avoid: Any = None) -> Iterator[Call]:
-    family = family_in(pipe)
-    settings = settings_of(family) or Decor()
+def _run(host: Host, call: Call, avoid: Any = None) -> Iterator[Call]:
+    pipe, family, holder = host.pipe, host.family, host.state
+    settings = holder.settings.get(Decor) or Decor()
     given = settings.avoid if avoid is None else avoid
     if given is None:
         yield call
         return
-    holder = holder_of(family)
     phrases = phrases_of(given)
     if phrases == (AUTO,):
         phrases = _named_by_captions(holder)
@@ -264,7 +246,14 @@ def _run(pipe: Any, call: Call, avoid: Any = None) -> Iterator[Call]:
 
 
 #: Adds ``avoid=`` to a pipeline's call; see README.md.
-DECOR = Stage(("avoid",), _run)
+DECOR = Stage(
+    ("avoid",), _run, setting=Decor, acts=lambda state: _avoids(state.settings.get(Decor))
+)
+
+
+def _avoids(settings: Decor | None) -> bool:
+    """Whether calls are cleaned that name nothing themselves."""
+    return settings is not None and settings.avoid is not None
 
 
 def _asked(prompts: Sequence[str], phrases: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -287,10 +276,9 @@ def _asked(prompts: Sequence[str], phrases: Sequence[str]) -> dict[str, tuple[st
         found[prompt] = tuple(phrase for phrase in phrases if not shared(phrase, prompt))
         wanted = [phrase for phrase in phrases if phrase not in found[prompt]]
         if wanted:
-            warnings.warn(
+            warn_user(
                 f"the prompt {prompt!r} asks for {', '.join(wanted)} itself, which is then not "
-                "avoided in it",
-                stacklevel=6,
+                "avoided in it"
             )
     return found
 

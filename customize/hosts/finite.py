@@ -7,7 +7,6 @@ themselves.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from customize.concepts.component_weights import weight_of
 from customize.concepts.formats.lora import Lora
 from customize.hosts.sources import family_in
 from customize.hosts.state import Attached, find
+from customize.hosts.warning import warn_user
 
 # What of a modular pipeline's state is drawn.
 _DRAWN = ("images", "videos", "frames", "latents")
@@ -38,11 +38,10 @@ def watched(pipe: Any, call: Callable[[], Any]) -> Any:
     attached = find(family_in(pipe)).attached
     if attached:
         name, weight = _loudest(attached)
-        warnings.warn(
+        warn_user(
             f"what is drawn is not finite (NaN or infinite), which looks black: of the attached "
             f"concepts {name} changes the model most, with weight {weight:g}. If the base alone "
-            "draws well, give it a smaller weight, or load the pipeline in bfloat16 or float32",
-            stacklevel=4,
+            "draws well, give it a smaller weight, or load the pipeline in bfloat16 or float32"
         )
     return found
 

@@ -1,13 +1,14 @@
-"""What the shared models themselves refuse while an adapter of ours is on them.
+"""What the shared components themselves refuse while concepts are on them: to merge our adapter,
+to be saved, and to be copied by the names of their layers.
 
-Any pipeline of the same components reaches them, also one that ``load_custom`` never saw.
+Any pipeline of the same components reaches them, and so does who saves one of them by itself.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
@@ -15,6 +16,9 @@ from customize.errors import PipelineError
 
 #: peft's name of the one adapter that all concepts are merged into.
 ADAPTER = "customize"
+
+#: The methods of models, and of whole pipelines, that write their weights somewhere.
+SAVING = ("save_pretrained", "push_to_hub")
 
 
 def guard(model: Any, layers: Iterable[Any]) -> None:
@@ -55,6 +59,74 @@ def _refusing(merge: Any) -> Any:
         return merge(self, *args, **kwargs)
 
     return refusing
+
+
+def guard_saving(part: Any, why: Callable[[], str]) -> None:
+    """Let a component refuse to be saved where that would lose what is attached to it.
+
+    A model would write its layers under the names that they have with an adapter, and whoever
+    opens that gets new, random weights for them without an error.
+
+    Args:
+        part: a model or tokenizer.
+        why: why it cannot be saved at that time; empty where it can.
+    """
+    for name in (*SAVING, "save_lora_adapter"):
+        method = getattr(type(part), name, None)
+        if method is not None:
+            setattr(part, name, MethodType(_refusing_to_save(method, why), part))
+
+
+def unguard_saving(part: Any) -> None:
+    """Undo :func:`guard_saving`."""
+    for name in (*SAVING, "save_lora_adapter"):
+        vars(part).pop(name, None)
+
+
+def unsaveable(reason: str) -> PipelineError:
+    """Of what cannot be saved as it is."""
+    return PipelineError(
+        reason,
+        fix="save without them after unload_custom(), as they have files of their own; or "
+        "attach them with fuse=True and save them in the weights, unless they have "
+        "embeddings for each layer",
+    )
+
+
+def _refusing_to_save(method: Any, why: Callable[[], str]) -> Any:
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def saving(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        # Another adapter of the same model can be saved.
+        reason = why() if bound.arguments.get("adapter_name", ADAPTER) == ADAPTER else ""
+        if reason:
+            raise unsaveable(reason)
+        return method(self, *args, **kwargs)
+
+    return saving
+
+
+def check_copyable(parts: Iterable[Any], maker: str) -> None:
+    """Refuse to copy weights by the names of layers out of a model with our adapter.
+
+    Args:
+        maker: what copies them, such as ``ControlNetModel.from_unet``.
+
+    Raises:
+        PipelineError: one of the parts carries it.
+    """
+    for part in parts:
+        if ADAPTER in (getattr(part, "peft_config", None) or {}):
+            raise PipelineError(
+                f"{maker} copies weights by the names of layers, and those of this "
+                f"{type(part).__name__} have others while concepts are attached beside them",
+                where=maker,
+                fix="make it before load_custom, or after unload_custom(); or attach the concepts "
+                "with fuse=True, and it begins with them",
+            )
 
 
 def active_adapters(models: Iterable[Any]) -> list[str]:

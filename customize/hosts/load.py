@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -22,24 +22,41 @@ from customize.concepts.merge import SUM
 from customize.concepts.overlap import true_collisions
 from customize.errors import ConfigError
 from customize.families import Family
+from customize.hosts.calling import alone_with, state_of
 from customize.hosts.change import change
 from customize.hosts.checks import check_base, check_vocabulary
-from customize.hosts.classes import adjust_pipelines
-from customize.hosts.decor import Decor, keep_settings, settings_of
+from customize.hosts.patch_diffusers import wrap_calls
 from customize.hosts.placing import computing_device, fitted, planned
 from customize.hosts.plan import Weights, wanted
 from customize.hosts.recording import merging_of, merging_without, method_of, recorded
 from customize.hosts.shelf import Shelf
 from customize.hosts.sources import Into, family_in, read_sources, with_all_parts
 from customize.hosts.state import Attached, Holder, check_sharing, find, keep
+from customize.hosts.warning import warn_user
 from customize.memory import budget
 from customize.near_names import choose_from
 from customize.text import quoted
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def _alone(function: Callable[P, T]) -> Callable[P, T]:
+    """Let it wait until no call uses the models of the pipeline, its first argument, and calls wait
+    for it."""
+
+    @functools.wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with alone_with(args[0]):
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@_alone
 def load(
     pipe: Any,
-    sources: Sequence[str | Path | Adaptation | LoraFile | Decor],
+    sources: Sequence[str | Path | Adaptation | LoraFile | object],
     *,
     weights: Weights,
     names: Sequence[str | None] | None,
@@ -54,15 +71,12 @@ def load(
 ) -> None:
     """What :func:`customize.load_custom` does."""
     family = family_in(pipe)
-    settings = [each for each in sources if isinstance(each, Decor)]
-    learned = [each for each in sources if not isinstance(each, Decor)]
-    if len(settings) > 1:
-        raise ConfigError("two Decor are given", fix="give one, which names all that is to avoid")
+    wrap_calls(type(pipe))  # where someone replaced its `__call__`
+    settings, learned = _settings_in(sources)
     concerned = bool(learned or weights or merge is not None)
     others = bool(settings) or library is not None
     if not concerned and not others and attention is None and memory is None:
-        if _is_on(family, find(family)):
-            _adjust(pipe, find(family))  # another pipeline of the same models
+        if state_of(pipe) is not None:  # as is for all pipelines of the same models
             return
         raise ConfigError(
             "there is nothing to load",
@@ -84,11 +98,24 @@ def load(
         if shelf is not None:
             undoing.enter_context(_shelved(family, holder, shelf))
         if changes is not None:
-            _change(pipe, changes, chosen)
+            _change(changes, chosen)
         if settings:
-            keep_settings(family, settings[0])
-        if settings or (shelf is not None and changes is None):
-            _adjust(pipe, holder)
+            holder.settings |= settings
+            keep(with_all_parts(family, holder), holder)
+
+
+def _settings_in(sources: Sequence[object]) -> tuple[dict[type, Any], list[Any]]:
+    """What of the sources stages take for all calls, by its type, and the rest."""
+    from customize.hosts.stages import STAGES  # stages may attach concepts themselves
+
+    types = tuple(stage.setting for stage in STAGES if stage.setting is not None)
+    found: dict[type, Any] = {}
+    for each in sources:
+        if isinstance(each, types):
+            if type(each) in found:
+                raise ConfigError(f"two {type(each).__name__} are given", fix="give one")
+            found[type(each)] = each
+    return found, [each for each in sources if not isinstance(each, types)]
 
 
 def _opened_shelf(family: Family, holder: Holder, library: str | Path, library_cache: str) -> Shelf:
@@ -119,7 +146,7 @@ def _shelved(family: Family, holder: Holder, shelf: Shelf) -> Iterator[None]:
         raise
 
 
-def route_to(pipe: Any, holder: Holder, entries: Sequence[Entry]) -> None:
+def route_to(family: Family, holder: Holder, entries: Sequence[Entry]) -> None:
     """Attach these concepts of the library, beside those that were loaded by name.
 
     Nothing is done where they are attached already.
@@ -130,7 +157,7 @@ def route_to(pipe: Any, holder: Holder, entries: Sequence[Entry]) -> None:
     Raises:
         ConceptError: one cannot be read, or does not go with what is attached.
     """
-    family, shelf = family_in(pipe), holder.shelf
+    shelf = holder.shelf
     assert shelf is not None
     whole = with_all_parts(family, holder)
 
@@ -157,9 +184,9 @@ def route_to(pipe: Any, holder: Holder, entries: Sequence[Entry]) -> None:
         _tell_collisions(before, after)
     change(whole, holder, after, merging)
     shelf.active = {e.source: (e.stamp, c) for e, c in zip(ordered, new, strict=True)}
-    _adjust(pipe, holder)
 
 
+@_alone
 def set_to(
     pipe: Any, sources: Sequence[str | Path | Adaptation | LoraFile], *, weights: Weights = None
 ) -> None:
@@ -184,7 +211,7 @@ def set_to(
     }
     now, then = ([(e.name, e.weight, e.routed) for e in each.values()] for each in (before, after))
     if now != then or not all(adapter.is_there() for adapter in holder.adapters):
-        _change(pipe, _checked(family, holder, after, new))
+        _change(_checked(family, holder, after, new))
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,11 +223,9 @@ class _Changes:
     after: dict[str, Attached]
 
 
-def _change(pipe: Any, changes: _Changes, chosen: tuple[str, dict[str, Any]] | None = None) -> None:
+def _change(changes: _Changes, chosen: tuple[str, dict[str, Any]] | None = None) -> None:
     family, holder, after = changes.family, changes.holder, changes.after
-    merging = merging_of(family, holder, after, chosen)
-    change(family, holder, after, merging)
-    _adjust(pipe, holder)
+    change(family, holder, after, merging_of(family, holder, after, chosen))
 
 
 def _loading(
@@ -254,9 +279,10 @@ def _tell_collisions(before: Mapping[str, Attached], after: Mapping[str, Attache
     """Before the change, since a warning may be turned into an error."""
     for collision in true_collisions([each.concept for each in after.values()]):
         if not {collision.first, collision.second} <= set(before):
-            warnings.warn(str(collision), stacklevel=6)
+            warn_user(str(collision))
 
 
+@_alone
 def record(
     pipe: Any,
     source: str | Path | Adaptation | LoraFile,
@@ -273,6 +299,7 @@ def record(
     return recorded(family, holder, [concept], prompts, words)[concept.info.name]
 
 
+@_alone
 def unload(pipe: Any, names: Sequence[str]) -> None:
     """What :func:`customize.unload_custom` does."""
     family = family_in(pipe)
@@ -292,34 +319,20 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
                 fix=choose_from(name, before, otherwise="load it first"),
             )
     after = {name: kept for name, kept in before.items() if names and name not in names}
-    shelf = holder.shelf
+    shelf, settings = holder.shelf, holder.settings
     if not names:
-        holder.shelf = None
+        holder.shelf, holder.settings = None, {}
+    whole = with_all_parts(family, holder)
     try:
         if before or shelf is not None:
-            change(with_all_parts(family, holder), holder, after, merging_without(holder, after))
+            change(whole, holder, after, merging_without(holder, after))
+        else:
+            keep(whole, holder)
     except BaseException:
-        holder.shelf = shelf
-        keep(with_all_parts(family, holder), holder)
+        holder.shelf, holder.settings = shelf, settings
+        keep(whole, holder)
         raise
-    if not names:
-        keep_settings(family, None)
-    _adjust(pipe, holder)
     if not names:
         for part in family.components.values():
             if isinstance(part, nn.Module):
                 kernels.restore(part)
-
-
-def _adjust(pipe: Any, holder: Holder) -> None:
-    from customize.hosts.stages import STAGES  # stages may attach concepts themselves
-
-    layered = any(each.concept.info.token_layers for each in holder.attached.values())
-    family = family_in(pipe)
-    on = _is_on(family, holder)
-    adjust_pipelines(pipe, family.denoiser, on=on, layered=layered, stages=STAGES)
-
-
-def _is_on(family: Family, holder: Holder) -> bool:
-    """Whether anything is there that calls are to go through stages for."""
-    return bool(holder.attached or holder.shelf or settings_of(family))

@@ -33,6 +33,9 @@ class ConceptsStep(ModularPipelineBlocks):
     gives none leaves what is attached as it is; one that gives an empty list detaches all.
     """
 
+    #: So that no other call uses the models meanwhile.
+    changes_models = True
+
     @property
     def description(self) -> str:
         return (

@@ -18,11 +18,9 @@ from customize.core.regions import box_weights, layered, mask_weights
 from customize.core.scalars import as_float
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
-from customize.hosts.calling import Call, Stage
+from customize.hosts.calling import Call, Host, Stage
 from customize.hosts.checks import check_encoders_here
 from customize.hosts.regional import Regional, drawn_by_regions
-from customize.hosts.sources import family_in
-from customize.hosts.state import find as holder_of
 from customize.text import quoted
 
 Weigh = Callable[[int, int], Tensor]
@@ -40,14 +38,14 @@ _OTHER_WORDS = ("prompt_embeds", "prompt_2", "prompt_3", "clip_skip")
 
 
 @contextmanager
-def _run(pipe: Any, call: Call, regions: Any = None) -> Iterator[Call]:
+def _run(host: Host, call: Call, regions: Any = None) -> Iterator[Call]:
     if regions is None:
         yield call
         return
-    family = family_in(pipe)
+    pipe, family = host.pipe, host.family
     _check_host(pipe, family, call)
     prompts = _prompts(call)
-    words = {name: each.concept.info.words for name, each in holder_of(family).attached.items()}
+    words = {name: each.concept.info.words for name, each in host.state.attached.items()}
     asked = [
         _regional(prompt, own, words)
         for prompt, own in zip(prompts, _each(regions, len(prompts)), strict=True)

@@ -15,34 +15,28 @@ from contextlib import contextmanager
 from typing import Any
 
 from customize.concepts.index import Entry
-from customize.concepts.library import TRIGGER
-from customize.concepts.tokens import around, known
 from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.families import Family
-from customize.hosts.calling import Call, Stage
-from customize.hosts.sources import family_in
-from customize.hosts.state import Holder, find, tokenizers_of
-
-_PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
-_TRIGGER = re.compile(TRIGGER, re.IGNORECASE)
+from customize.hosts.calling import Call, Host, Stage
+from customize.hosts.prompts import Vocabulary, prompts_in, texts_in
+from customize.hosts.state import Holder
 
 
 @contextmanager
-def _routed(pipe: Any, call: Call) -> Iterator[Call]:
+def _routed(host: Host, call: Call) -> Iterator[Call]:
     """Attach what the prompts name, and leave it there: the next such call then does nothing."""
     from customize.hosts.load import route_to  # which has the table of stages, and so this
 
-    family = family_in(pipe)
-    holder = find(family)
-    prompts = {name: value for name, value in call.items() if _PROMPT.fullmatch(name)}
-    texts = [text for value in prompts.values() for text in _texts(value)]
-    if holder.shelf is None or not texts:
+    family, holder = host.family, host.state
+    prompts = prompts_in(call)
+    texts = [text for value in prompts.values() for text in texts_in(value)]
+    if not texts:
         yield call
         return
     entries = _named(family, holder, texts)
     with full_precision(tf32=True):
-        route_to(pipe, holder, [*{entry.source: entry for entry in entries.values()}.values()])
+        route_to(family, holder, [*{entry.source: entry for entry in entries.values()}.values()])
     words = {
         trigger: entry.words or entry.name.replace("-", " ").replace("_", " ")
         for trigger, entry in entries.items()
@@ -51,7 +45,7 @@ def _routed(pipe: Any, call: Call) -> Iterator[Call]:
     yield call | {name: _worded(value, words) for name, value in prompts.items()}
 
 
-ROUTING = Stage(arguments=(), run=_routed)
+ROUTING = Stage(arguments=(), run=_routed, acts=lambda state: state.shelf is not None)
 
 
 def _named(family: Family, holder: Holder, texts: Iterable[str]) -> dict[str, Entry]:
@@ -64,14 +58,11 @@ def _named(family: Family, holder: Holder, texts: Iterable[str]) -> dict[str, En
     shelf = holder.shelf
     assert shelf is not None
     shelf.library.follow()
-    tokenizers = tokenizers_of(family).values()
-    ours = {name for names in holder.tokens.values() for name in names}
-    by_name = [each.concept.info for each in holder.attached.values() if not each.routed]
-    loaded = {trigger.lower() for info in by_name for trigger in info.triggers}
-    said = " ".join(info.words for info in by_name).lower()
+    by_name = [name for name, each in holder.attached.items() if not each.routed]
+    vocabulary = Vocabulary(family, holder, by_name)
+    loaded = {trigger.lower() for trigger in vocabulary.triggers}
     found: dict[str, Entry] = {}
-    tokens = [token for text in texts for token in _tokens(text, tokenizers, ours)]
-    for token in dict.fromkeys(tokens):
+    for token in vocabulary.triggers_in(texts):
         trigger = token.lower()
         if trigger in loaded or trigger in found:
             continue
@@ -79,8 +70,7 @@ def _named(family: Family, holder: Holder, texts: Iterable[str]) -> dict[str, En
         if entry is not None:
             found[trigger] = entry
             continue
-        others = any(token not in ours and known(each, [token]) for each in tokenizers)
-        if not others and trigger not in said:
+        if not vocabulary.has_elsewhere(token):
             near = ", ".join(shelf.library.near(trigger, shelf.fits))
             count = len(shelf.library.entries)
             raise ConfigError(
@@ -91,28 +81,6 @@ def _named(family: Family, holder: Holder, texts: Iterable[str]) -> dict[str, En
                 "brackets where a plain word is meant",
             )
     return found
-
-
-def _tokens(text: str, tokenizers: Iterable[Any], ours: set[str]) -> list[str]:
-    """All that looks like a trigger in a text, and is no part of a longer token of others."""
-    found = _TRIGGER.findall(text)
-    if not found:
-        return []
-    longer = {name for each in tokenizers for name in each.get_added_vocab()} - ours
-    for name in around(found, longer):
-        text = text.replace(name, " ")
-    return _TRIGGER.findall(text)
-
-
-def _texts(value: Any) -> list[str]:
-    """The texts of a prompt: one, or those of a batch or of a video's frames."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return []
-    return [text for each in value for text in _texts(each)]
 
 
 def _worded(value: Any, words: Mapping[str, str]) -> Any:

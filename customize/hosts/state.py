@@ -17,13 +17,14 @@ from customize.concepts.merge import AUTO, SUM
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.components import uncompiled
+from customize.hosts.calling import STATE_KEY
 from customize.hosts.fusing import Originals
+from customize.hosts.guards import guard_saving, unguard_saving, unsaveable
 from customize.hosts.shelf import Shelf
 
 #: (component, parameter) -> a changed bias or norm as it was, on the CPU; None: there was no bias.
 VectorOriginals = dict[tuple[str, str], Tensor | None]
 
-_KEY = "_customize"
 _MARK = "_customize_mark"
 
 
@@ -77,6 +78,9 @@ class Mark:
 
     unsaveable: str = ""
 
+    def __call__(self) -> str:
+        return self.unsaveable
+
 
 @dataclass(eq=False)
 class Holder:
@@ -89,6 +93,7 @@ class Holder:
         originals: of the fused weights.
         vectors: of the changed biases and norms.
         shelf: the library that prompts take concepts from, if there is one.
+        settings: of stages, by their type: what they do to all calls.
         tokens: (token dictionary's key, trigger) -> all its entries, as they were added.
         hooks: handles of what serves tokens with an embedding for each layer.
         parts: component's key -> every model and tokenizer that is changed, also where a pipeline
@@ -102,10 +107,16 @@ class Holder:
     originals: Originals = field(default_factory=dict)
     vectors: VectorOriginals = field(default_factory=dict)
     shelf: Shelf | None = None
+    settings: dict[type, Any] = field(default_factory=dict)
     tokens: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     parts: dict[str, Any] = field(default_factory=dict)
     mark: Mark = field(default_factory=Mark)
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether a concept has tokens with an embedding for each cross-attention layer."""
+        return any(each.concept.info.token_layers for each in self.attached.values())
 
 
 def find(family: Family) -> Holder:
@@ -114,23 +125,28 @@ def find(family: Family) -> Holder:
     It lives with the denoiser and not with the pipeline, because pipelines made from the same
     components share the denoiser, and so what is attached to it.
     """
-    return vars(family.denoiser).get(_KEY) or Holder()
+    return vars(family.denoiser).get(STATE_KEY) or Holder()
 
 
 def keep(family: Family, holder: Holder) -> None:
     """Leave the holder with the denoiser, or take it away where nothing is attached any more."""
     holder.mark.unsaveable = _unsaveable(holder)
     there = bool(holder.attached or holder.shelf)
-    if there:
-        setattr(family.denoiser, _KEY, holder)
-        holder.parts = parts_of(family)
+    if there or holder.settings:
+        setattr(family.denoiser, STATE_KEY, holder)
     else:
-        vars(family.denoiser).pop(_KEY, None)
+        vars(family.denoiser).pop(STATE_KEY, None)
+    if there:
+        holder.parts = parts_of(family)
     for part in holder.parts.values():
         if there:
             setattr(part, _MARK, holder.mark)
+            guard_saving(part, holder.mark)
         else:
             vars(part).pop(_MARK, None)
+            unguard_saving(part)
+    if not there:
+        holder.parts = {}
 
 
 def parts_of(family: Family) -> dict[str, Any]:
@@ -161,12 +177,7 @@ def check_saveable(pipe: Any) -> None:
     for part in vars(pipe).values():
         mark = getattr(uncompiled(part), _MARK, None)
         if mark is not None and mark.unsaveable:
-            raise PipelineError(
-                mark.unsaveable,
-                fix="save without them after unload_custom(), as they have files of their own; or "
-                "attach them with fuse=True and save them in the weights, unless they have "
-                "embeddings for each layer",
-            )
+            raise unsaveable(mark.unsaveable)
 
 
 def check_sharing(family: Family, holder: Holder) -> None:

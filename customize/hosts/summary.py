@@ -9,7 +9,6 @@ from customize.concepts.overlap import true_collisions
 from customize.concepts.tokens import known
 from customize.errors import PipelineError
 from customize.families import Family
-from customize.hosts.decor import settings_of
 from customize.hosts.guards import ADAPTER
 from customize.hosts.placing import planned_before
 from customize.hosts.sources import family_in
@@ -50,7 +49,7 @@ def summary(pipe: Any) -> Customization:
         attention=tuple(kernels.report(family.components)),
         memory="" if plan is None else str(plan),
         library=_library(holder),
-        avoid=str(settings_of(family) or ""),
+        avoid="; ".join(map(str, holder.settings.values())),
     )
 
 

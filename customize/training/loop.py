@@ -30,7 +30,7 @@ from customize.training.start import checkpoints_of, find_start, has_record
 from customize.training.steps import OnStep, optimise
 from customize.training.together import check
 from customize.training.trainable import basis_of, check_texts, trained_in
-from customize.training.validation import Validation
+from customize.training.validation import Validation, warn_of_triggers
 
 
 def train(
@@ -233,6 +233,7 @@ def _trained(
         trainable = stack.enter_context(trained_in(family, configs, indices, basis, generic))
         check_texts(family, trainable, "caption", pictures.captions)
         check_texts(family, trainable, "validation prompt", drawn)
+        warn_of_triggers(family, drawn, [each.trigger for each in configs])
         phrases = [text for each in configs for text in preserving.texts_of(each)]
         check_texts(family, trainable, "phrase", phrases)
         named = pictures.captions[: concepts[-1].stop]

@@ -7,6 +7,7 @@ nor any random stream of the training changes.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,13 +19,45 @@ from PIL import Image
 from torch import Tensor
 
 from customize.atomic import put_file
+from customize.concepts.library import TRIGGER
 from customize.errors import PipelineError, storage_error
 from customize.families.base import Family
 from customize.families.sampling import sample
+from customize.near_names import did_you_mean
 from customize.training.batches import stream_seed
 from customize.training.cache import Encode
 from customize.training.config import TrainConfig
 from customize.training.finite import check_drawn
+from customize.training.settings import mentions
+
+
+def warn_of_triggers(family: Family, prompts: Sequence[str], triggers: Sequence[str]) -> None:
+    """Warn of validation prompts that would not show what is learned.
+
+    Args:
+        prompts: the validation prompts of all concepts of the run.
+        triggers: of these concepts.
+    """
+    if not prompts:
+        return
+    for trigger in triggers:
+        if not any(mentions(prompt, trigger) for prompt in prompts):
+            warnings.warn(
+                f"no validation prompt has the trigger {trigger}, so they do not show what is "
+                "learned",
+                stacklevel=2,
+            )
+    tokenizers = [each.tokenizer for each in family.token_dictionaries()]
+    own = {name for tokenizer in tokenizers for name in tokenizer.get_added_vocab()}
+    tokens = (token for prompt in prompts for token in re.findall(TRIGGER, prompt, re.IGNORECASE))
+    for token in dict.fromkeys(tokens):
+        if token.lower() not in triggers and token not in own:
+            hint = did_you_mean(token, triggers)
+            warnings.warn(
+                f"a validation prompt names {token}, and the trigger is {' or '.join(triggers)}"
+                + (f"; {hint}" if hint else ""),
+                stacklevel=2,
+            )
 
 
 class Validation:

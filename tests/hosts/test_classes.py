@@ -23,9 +23,9 @@ from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffus
     StableDiffusion3AutoBlocks,
 )
 
-from customize.concepts.concept import Concept
 from customize.errors import PipelineError
 from customize.families import family_of
+from customize.hosts.calling import ARGUMENTS
 from customize.hosts.stages import STAGES
 from tests.hosts.making import MAKERS, PROMPT, assert_same, concept, draw, everything, user_lora
 
@@ -56,17 +56,18 @@ assert "customize" not in sys.modules
 def test_the_pipeline_keeps_its_interface(make):
     pipe, plain = make(), make()
     pipe.load_custom(concept(pipe))
-    assert isinstance(pipe, type(plain))
+    assert type(pipe) is type(plain)
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         assert getattr(type(pipe), name) == getattr(type(plain), name)
         assert getattr(type(pipe.tokenizer), name) == getattr(type(plain.tokenizer), name)
     for method in ("__init__", "encode_prompt", "save_pretrained"):
         assert inspect.signature(getattr(pipe, method)) == inspect.signature(getattr(plain, method))
-    call = inspect.signature(pipe.__call__)
-    added = {name for stage in STAGES for name in stage.arguments}
-    assert added <= call.parameters.keys()
-    kept = [each for each in call.parameters.values() if each.name not in added]
-    assert call.replace(parameters=kept) == inspect.signature(plain.__call__)
+    call = inspect.signature(type(pipe).__call__)
+    assert set(ARGUMENTS) == {name for stage in STAGES for name in stage.arguments}
+    assert set(ARGUMENTS) <= call.parameters.keys()
+    kept = [each for each in call.parameters.values() if each.name not in ARGUMENTS]
+    stock = inspect.signature(inspect.unwrap(type(plain).__call__))
+    assert call.replace(parameters=kept) == stock
     assert inspect.signature(pipe.tokenizer) == inspect.signature(plain.tokenizer)
     assert pipe.components.keys() == plain.components.keys()
     assert dict(pipe.config) == dict(plain.config)
@@ -243,16 +244,3 @@ def test_a_refused_save_writes_nothing_whichever_pipeline_is_asked(make, tmp_pat
         with pytest.raises(PipelineError, match=r"concepts rex are attached beside.*fuse=True"):
             other.save_pretrained(tmp_path / "saved")
         assert not (tmp_path / "saved").exists()
-
-
-def test_unloading_through_one_pipeline_gives_all_of_them_their_class_back():
-    pipe = MAKERS["sd"]()
-    stock = type(pipe)
-    rex = concept(pipe)
-    layers = len(family_of(pipe.components).cross_attention_layers())
-    rows = {key: own[:, None].repeat(1, layers, 1) for key, own in rex.embeddings.items()}
-    info = rex.info.model_copy(update={"token_layers": layers})
-    pipe.load_custom(Concept(info, rex.products, rows))
-    assert type(pipe) is not stock and isinstance(pipe, stock)
-    IMG2IMG["sd"].from_pipe(pipe).unload_custom()
-    assert type(pipe) is stock

@@ -21,6 +21,7 @@ from customize.concepts.layerwise import layers_of
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
 from customize.hosts import load as hosts_load
+from customize.hosts.calling import Host
 from customize.hosts.routing import ROUTING
 from customize.hosts.stages import STAGES
 from customize.hosts.state import find
@@ -506,7 +507,8 @@ def _in_use():
 
 
 def switch(pipe, number):
-    with torch.no_grad(), ROUTING.run(pipe, {"prompt": f"<{NAMES[number % 3]}>"}):
+    host = Host(pipe, family_of(pipe.components, pipe.config), holder_of(pipe))
+    with torch.no_grad(), ROUTING.run(host, {"prompt": f"<{NAMES[number % 3]}>"}):
         pass
 
 

@@ -1,10 +1,12 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 from customize.families import family_of
 from customize.training.batches import stream_seed
-from customize.training.validation import draw, log_pictures, save_row
+from customize.training.validation import draw, log_pictures, save_row, warn_of_triggers
 from tests.makers import FAMILIES
 from tests.tiny import (
     drawn,
@@ -100,3 +102,21 @@ def test_pictures_go_to_files_and_trackers(tmp_path):
     (_, board, step, options), (_, other, _, _) = logged
     assert board["a dog"].shape == (1, 32, 32, 3) and options == {"dataformats": "NHWC"}
     assert other == {"a dog": pictures[:1]} and step == 7
+
+
+def test_prompts_that_do_not_show_what_is_learned_are_told():
+    pipe = tiny_sd()
+    pipe.load_textual_inversion({"<mine>": torch.ones(1, 32)})
+    family = family_of(pipe.components)
+
+    def told(prompts, triggers=("<rex>",)):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            warn_of_triggers(family, prompts, triggers)
+        return [str(each.message) for each in found]
+
+    assert told([]) == [] == told(["a <REX>", "a dog"]) == told(["<rex> and <mine>"])
+    assert "no validation prompt has the trigger <rex>" in told(["a dog"])[0]
+    (missing, misspelt) = told(["a <rexx>"])
+    assert "has the trigger <rex>" in missing and "did you mean <rex>?" in misspelt
+    assert len(told(["<rex>"], ("<rex>", "<tom>"))) == 1

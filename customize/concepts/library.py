@@ -11,7 +11,7 @@ from pathlib import Path
 
 from customize.atomic import partial_file, partial_folder, sweep, sync_folder
 from customize.concepts.claims import alone_in
-from customize.concepts.concept import NAME
+from customize.concepts.concept import NAME, Concept
 from customize.concepts.formats.opening import opened
 from customize.concepts.hub import collected, is_collection
 from customize.concepts.index import Entry, described, read_index, stamp_of, stamps, write_index
@@ -26,6 +26,7 @@ from customize.concepts.layout import (
     WORK_NAMES,
 )
 from customize.concepts.reading import listing, located_whole
+from customize.concepts.shared_directions import bring
 from customize.errors import ConceptError, ConfigError, storage_error
 from customize.near_names import check_path, near
 from customize.safe_read import MAX_TENSORS, open_regular, present
@@ -151,7 +152,9 @@ def _folder_of(source: str | Path) -> Path:
 def add(library: str | Path, source: str | Path) -> Entry:
     """Copy a concept into a library, whole or not at all, with the record that lies beside it.
 
-    The concept is read whole first. Of two processes that add one name at the same time, one does.
+    The shared directions that its slice avoids come along, if the library has none that serve, so
+    that what is learned there later is kept apart from it. The concept is read whole first. Of two
+    processes that add one name at the same time, one does.
 
     Args:
         library: a folder; made if it is not there.
@@ -185,6 +188,8 @@ def add(library: str | Path, source: str | Path) -> Entry:
                 "something else is in the place of the concept", where=target, fix="move it away"
             )
         try:
+            if isinstance(concept, Concept) and concept.info.basis is not None:
+                bring(folder, path.parent, concept.info.basis)
             _copy(path, target)
         except OSError as error:
             raise storage_error(error, target) from error

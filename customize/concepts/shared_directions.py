@@ -24,11 +24,13 @@ from torch import Tensor
 
 from customize.atomic import put_file
 from customize.concepts.adapter import Factors
+from customize.concepts.concept import BasisInfo
 from customize.concepts.files import make_folder
 from customize.concepts.inputs import LayerInputs
 from customize.core.bases import avoided
 from customize.core.shared import captured
 from customize.errors import ConceptError, storage_error
+from customize.safe_read import MAX_TENSORS, read_bytes
 
 _FILE = ".shared_directions-{}.safetensors"
 _NAMED = re.compile(r"shared directions ([0-9a-f]{16})")
@@ -126,6 +128,39 @@ def path_of(folder: Path, key: str) -> Path:
 def files_in(folder: Path) -> list[Path]:
     """All files of shared directions in a folder, ordered by name."""
     return sorted(folder.glob(_FILE.format("*")))
+
+
+def bring(library: Path, source: Path, basis: BasisInfo) -> None:
+    """Give a library the directions that a concept from another folder avoids.
+
+    Nothing is done where they are not at hand, or where the library has directions that serve as
+    well: whoever came first counts.
+
+    Args:
+        source: the folder that the concept's folder or file is in.
+        basis: of the concept.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    if not basis.shared or source.resolve() == library.resolve():
+        return
+    for path in files_in(source):
+        found = _if_readable(path)
+        if found is None or found.name != basis.shared:
+            continue
+        there = [_if_readable(other) for other in files_in(library)]
+        if not any(other and other.serves(found.factors, basis.avoid) for other in there):
+            with suppress(FileExistsError):
+                put_file(library / path.name, read_bytes(path, MAX_TENSORS), new=True)
+        return
+
+
+def _if_readable(path: Path) -> SharedDirections | None:
+    try:
+        return SharedDirections.load(path)
+    except ConceptError:  # whoever needs it will be told
+        return None
 
 
 def _leaves_little(rows: Tensor, other: Tensor, avoid: int) -> bool:

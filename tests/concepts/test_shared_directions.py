@@ -7,9 +7,12 @@ import multiprocessing
 import pytest
 import torch
 
+from customize.concepts.concept import BasisInfo
 from customize.concepts.inputs import LayerInputs
+from customize.concepts.library import add
 from customize.concepts.shared_directions import SharedDirections, files_in, name_of, path_of
 from customize.errors import ConceptError
+from tests.concepts.making import small
 
 NAME = "0123456789abcdef"
 
@@ -102,3 +105,22 @@ def test_names_are_of_what_determines_a_recording() -> None:
     facts = {"weights": {"unet": "ab"}, "steps": 8}
     assert name_of(facts) == name_of(dict(reversed(facts.items())))
     assert name_of(facts) != name_of(facts | {"steps": 9})
+
+
+def test_adding_a_concept_brings_its_directions_where_none_serve(tmp_path) -> None:
+    shared = BasisInfo(avoid=1, shared=NAME)
+    slices = {"6": [2, 3], "8": [0, 1]}
+    for name in ("rex", "tom"):
+        rex = small(name=name, trigger=f"<{name}>", basis=shared, slices=slices)
+        rex.save(tmp_path / "home" / name)
+    SharedDirections(NAME, factors()).save(path_of(tmp_path / "home", NAME))
+    SharedDirections("f" * 16, factors(1)).save(path_of(tmp_path / "home", "f" * 16))
+    add(tmp_path / "library", tmp_path / "home" / "rex")
+    assert files_in(tmp_path / "library") == [path_of(tmp_path / "library", NAME)]
+    # Where there are some that serve, such as those of another machine, they stay.
+    near = {"unet": {m: rows + 1e-4 for m, rows in factors()["unet"].items()}}
+    SharedDirections("a" * 16, near).save(path_of(tmp_path / "other", "a" * 16))
+    path_of(tmp_path / "other", "b" * 16).write_bytes(b"damaged")
+    before = files_in(tmp_path / "other")
+    add(tmp_path / "other", tmp_path / "home" / "tom")
+    assert files_in(tmp_path / "other") == before

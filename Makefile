@@ -11,7 +11,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint venv storybook bench bench-gpu clean
+.PHONY: help demo test test-slow test-hostile lint venv storybook bench bench-gpu clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,9 @@ test: lint  ## lint, then the tests that take seconds
 
 test-slow: $(DEV)  ## the tests that take minutes
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m slow
+
+test-hostile: $(DEV)  ## damaged files, killed processes and full disks, with counts; half an hour
+	$(PY) -m pytest -m hostile -s tests/hostile
 
 lint: $(DEV)  ## style, import direction and types
 	$(PY) -m ruff check .

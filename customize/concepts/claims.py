@@ -119,7 +119,9 @@ def alone_in(library: Path) -> Iterator[None]:
         library.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        # One that is not there cannot be read either.
+        forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if not forbidden or not library.is_dir():
             raise storage_error(error, library) from error
     try:
         yield

@@ -10,6 +10,7 @@ import typer
 from customize.cli import flags, library_app
 from customize.cli.evaluate_app import evaluate, pareto
 from customize.cli.options import (
+    BaseConfig,
     Device,
     Dtype,
     FamilyName,
@@ -18,6 +19,7 @@ from customize.cli.options import (
     Names,
     SomeSources,
     Sources,
+    Variant,
     Weights,
     listed_parts,
 )
@@ -128,6 +130,8 @@ def merge(
         str | None,
         typer.Option(metavar="BASE", help="For --fuse: a folder or a hub id", show_default=False),
     ] = None,
+    variant: Variant = None,
+    base_config: BaseConfig = None,
     dtype: Dtype = None,
     layout: Annotated[
         str,
@@ -158,6 +162,8 @@ def merge(
         seed=seed,
         rank=rank,
         base=fused_base(fuse, base),
+        variant=variant,
+        base_config=base_config,
         dtype=dtype,
         layout=layout,
         family=family,
@@ -194,6 +200,8 @@ def record(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    variant: Variant = None,
+    base_config: BaseConfig = None,
 ) -> None:
     """Record what the layers of concepts and LoRA files read, for merges by fusion.
 
@@ -204,7 +212,7 @@ def record(
     """
     from customize.cli.record import run
 
-    run(concepts, base, prompt or None, words, device, dtype)
+    run(concepts, base, prompt or None, words, device, dtype, variant, base_config)
 
 
 @app.command()
@@ -316,6 +324,8 @@ def generate(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    variant: Variant = None,
+    base_config: BaseConfig = None,
 ) -> None:
     """Draw pictures with a base and any number of concepts.
 
@@ -348,6 +358,8 @@ def generate(
         attention,
         memory,
         listed_parts(ignore),
+        variant,
+        base_config,
     )
     run(loading, plan, parse_regions(regions or []), output, device, dtype)
 

@@ -51,13 +51,16 @@ def check_mode(context: Any, storybook: bool, images: Path | None, concepts: Seq
         return
     if concepts:
         raise ConfigError("--images scores pictures, not concepts", fix="leave concepts out")
-    refuse_given(context, ("base", "judges", "weights", "merge", "seeds", "steps"), "--images")
+    storybook_only = ("base", "variant", "base_config", "judges", "weights", "merge")
+    refuse_given(context, (*storybook_only, "seeds", "steps"), "--images")
 
 
 def run_storybook(
     sources: Sequence[str],
     *,
     base: str,
+    variant: str | None,
+    base_config: str | None,
     judges: Path,
     references: Path,
     weights: str | None,
@@ -84,7 +87,9 @@ def run_storybook(
     subjects = [subject for concept in concepts for subject in _subjects(concept)]
     check_subjects(subjects)
     known = {each.name: _known(loaded, each, references, len(subjects)) for each in subjects}
-    pipe = load_pipeline(base, choose_device(device), "float32")
+    pipe = load_pipeline(
+        base, choose_device(device), "float32", variant=variant, config=base_config
+    )
     _check_pipeline(pipe, base, concepts, steps)
     rows = storybook_rows(
         pipe,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from customize.cli.options import Device, Json, SomeSources
+from customize.cli.options import BaseConfig, Device, Json, SomeSources, Variant
 from customize.cli.shared import on_interrupt
 
 
@@ -26,6 +26,8 @@ def evaluate(
     base: Annotated[
         str, typer.Option(metavar="BASE", help="Its pipeline", rich_help_panel="In the storybook")
     ] = "assets/storybook",
+    variant: Variant = None,
+    base_config: BaseConfig = None,
     judges: Annotated[
         Path,
         typer.Option(metavar="FOLDER", help="Its judges", rich_help_panel="In the storybook"),
@@ -168,6 +170,8 @@ def evaluate(
     evaluation.run_storybook(
         concepts or [],
         base=base,
+        variant=variant,
+        base_config=base_config,
         judges=judges,
         references=references or Path("assets/concepts"),
         weights=weights,

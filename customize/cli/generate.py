@@ -50,6 +50,8 @@ class Loading:
     attention: str | None
     memory: str | None
     ignore: tuple[str, ...] = ()
+    variant: str | None = None
+    base_config: str | None = None
 
     def __post_init__(self) -> None:
         if self.fuse and not self.sources:
@@ -157,7 +159,14 @@ def run(
     place = choose_device(device)
     if loading.memory is not None and device is not None:
         _check_placed(place, device)
-    pipe = load_pipeline(loading.base, place, dtype, move=loading.memory is None)
+    pipe = load_pipeline(
+        loading.base,
+        place,
+        dtype,
+        move=loading.memory is None,
+        variant=loading.variant,
+        config=loading.base_config,
+    )
     family = family_of(pipe.components, pipe.config)
     for side in plan.size or ():
         if side % family.latent_multiple:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,8 @@ def run(
     layout: str,
     family: str | None = None,
     ignore: Sequence[str] = (),
+    variant: str | None = None,
+    base_config: str | None = None,
 ) -> None:
     """Merge concepts and write the result to a new folder.
 
@@ -57,6 +59,7 @@ def run(
         base: the pipeline to write with the concepts in its weights; None: a LoRA is written.
         family: the name of the model family of LoRA files that fit several.
         ignore: parts of files to leave out.
+        variant, base_config: of the base, as ``open_base`` takes them.
     """
     weights = read_weights(weights_text, len(sources))
     methods = (AUTO, *METHODS)
@@ -78,11 +81,13 @@ def run(
             fix=choose_from(layout, LAYOUTS),
         )
     if base is None:
-        if dtype is not None:
-            raise ConfigError(
-                "--dtype is that of a pipeline",
-                fix="give --fuse and --base with it, or leave it out",
-            )
+        of_base = {"--dtype": dtype, "--variant": variant, "--base-config": base_config}
+        for flag, value in of_base.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{flag} is that of a pipeline",
+                    fix="give --fuse and --base with it, or leave it out",
+                )
         _write_lora(sources, names, output, weights, method, settings, rank, layout, family, ignore)
         return
     if family is not None:
@@ -100,7 +105,15 @@ def run(
             fix=f"leave one out, or give --merge {TRUNCATE}",
         )
     _write_pipeline(
-        sources, names, output, weights, {"method": method, **settings}, base, dtype, ignore
+        sources,
+        names,
+        output,
+        weights,
+        {"method": method, **settings},
+        lambda: load_pipeline(
+            base, choose_device("cpu"), dtype, variant=variant, config=base_config
+        ),
+        ignore,
     )
 
 
@@ -173,8 +186,7 @@ def _write_pipeline(
     output: Path,
     weights: Given,
     merge: Mapping[str, Any],
-    base: str,
-    dtype: str | None,
+    open_pipeline: Callable[[], Any],
     ignore: Sequence[str],
 ) -> None:
     from customize import load_custom
@@ -189,7 +201,7 @@ def _write_pipeline(
     if ours:
         check_together(ours)
     check_new(output)
-    pipe = load_pipeline(base, choose_device("cpu"), dtype)
+    pipe = open_pipeline()
     load_custom(pipe, *concepts, weights=weights, fuse=True, merge=merge)
     with storing(output), partial_folder(output) as partial:
         pipe.save_pretrained(partial)

@@ -57,6 +57,24 @@ Dtype = Annotated[
         show_default=False,
     ),
 ]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Variant of the base's weight files, such as fp16; not given: the plain ones, or where"
+        " there are none, the only variant",
+        show_default=False,
+    ),
+]
+BaseConfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BASE",
+        help="Of a base in one .safetensors file: folder or hub id of a pipeline with its"
+        " configuration; not given: what diffusers downloads for such files",
+        show_default=False,
+    ),
+]
 FamilyName = Annotated[
     str | None,
     typer.Option(

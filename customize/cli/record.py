@@ -15,6 +15,8 @@ def run(
     words: str | None,
     device: str | None,
     dtype: str | None,
+    variant: str | None = None,
+    base_config: str | None = None,
 ) -> None:
     """Record each concept on a base and write the record beside it."""
     from customize import record_inputs
@@ -34,7 +36,7 @@ def run(
     ]
     for place in places:
         check_writable(place.parent)
-    pipe = load_pipeline(base, choose_device(device), dtype)
+    pipe = load_pipeline(base, choose_device(device), dtype, variant=variant, config=base_config)
     pipe.set_progress_bar_config(disable=True)
     for concept, place in zip(concepts, places, strict=True):
         record_inputs(pipe, concept, prompts, words).save(place)

@@ -213,16 +213,23 @@ def refuse_given(context: Any, names: Sequence[str], mode: str) -> None:
 
 
 def load_pipeline(
-    base: str, device: torch.device, dtype: str | None = None, *, move: bool = True
+    base: str,
+    device: torch.device,
+    dtype: str | None = None,
+    *,
+    move: bool = True,
+    variant: str | None = None,
+    config: str | None = None,
 ) -> Any:
     """A whole diffusers pipeline, from safetensors only.
 
     Args:
         move: to the device; else it stays on the CPU for others to place.
         dtype: one of :data:`DTYPES`; None: float32 on a CPU, else float16.
+        variant, config: as :func:`customize.hosts.opening.open_base` takes them.
 
     Raises:
-        ConfigError: an unknown dtype, or the base is a single file.
+        ConfigError: an unknown dtype, or as ``open_base``.
         PipelineError: it cannot be loaded.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -236,7 +243,7 @@ def load_pipeline(
 
     hide_loading_bars()
     name = dtype or ("float32" if device.type == "cpu" else "float16")
-    pipe = open_base(base, getattr(torch, name))
+    pipe = open_base(base, getattr(torch, name), variant=variant, config=config)
     if family_of(pipe.components).modular_only:
         raise PipelineError(
             "this command works with standard pipelines, and diffusers has this model as a "

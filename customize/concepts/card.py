@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from customize.concepts.subjects import Subject
 
 
+#: The pipeline of a family whose checkpoints may be one file.
+SINGLE_FILE = {
+    "sd": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "z_image": "ZImagePipeline",
+    "ltx2": "LTX2Pipeline",
+}
+
+
 def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
     """The card as Markdown, with the header that hubs read.
 
@@ -98,6 +109,14 @@ def opening(family: str, base: str) -> list[str]:
     Args:
         base: its name, quoted.
     """
+    if base.endswith('.safetensors"') and family in SINGLE_FILE:
+        kind = SINGLE_FILE[family]
+        return [
+            f"from diffusers import {kind}",
+            "",
+            '# config="FOLDER" too, where diffusers cannot download the file\'s configuration',
+            f"pipe = {kind}.from_single_file({base})",
+        ]
     if not _is_modular(family):
         return [
             "from diffusers import DiffusionPipeline",

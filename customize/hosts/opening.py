@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from customize.errors import ConfigError, PipelineError
+from customize.errors import ConfigError, CustomizeError, PipelineError
 from customize.families import COMPONENTS
+from customize.hosts.base_files import chosen_variants, folder_of
+from customize.hosts.single_file import open_single_file
 from customize.near_names import check_path
-from customize.safe_read import check_regular
+from customize.safe_read import MAX_TABLE, check_regular, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -22,18 +26,28 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _FOLDER = "name a folder or hub id of a diffusers pipeline with safetensors weights"
 
 
-def open_base(base: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
+def open_base(
+    base: str,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    *,
+    variant: str | None = None,
+    config: str | None = None,
+) -> Any:
     """A pipeline on the CPU; a modular one where diffusers has the model as that only.
 
     Of a modular one only what families work with is loaded, and steps that work with nothing of
     that, as those that rewrite prompts, are left out.
 
     Args:
-        base: a folder as ``save_pretrained`` writes it, or a hub id.
+        base: a folder as ``save_pretrained`` writes it, a hub id, or a checkpoint in one
+            .safetensors file.
         dtype: of its weights, as ``DiffusionPipeline.from_pretrained`` takes it.
+        variant: of the weight files, such as "fp16", where components have it. None: the plain
+            ones, or the only one that a component has.
+        config: of a single file, as :func:`customize.hosts.single_file.open_single_file` takes it.
 
     Raises:
-        ConfigError: the base is a single file.
+        ConfigError: the base is a single file of another kind, or has no use for ``config``.
         PipelineError: it is not there, not as diffusers keeps pipelines, or lacks weights.
     """
     where = f"base: {base}"
@@ -43,20 +57,37 @@ def open_base(base: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
             where=where,
             fix=_FOLDER,
         )
-    if base.lower().endswith((".safetensors", ".gguf")) or os.path.isfile(base):
+    single = base.lower().endswith(".safetensors")
+    if base.lower().endswith(".gguf") or (os.path.isfile(base) and not single):
         raise ConfigError(
-            "a single file is not a whole pipeline",
+            "a single file of this kind is not a whole pipeline",
             where=where,
-            fix="load it with the from_single_file of its pipeline class, save_pretrained it to a "
-            "folder, and name that",
+            fix="name a .safetensors checkpoint, or a folder or hub id of a diffusers pipeline",
+        )
+    if single and variant is not None:
+        raise ConfigError(
+            "a single file has no variants", where=f"variant: {variant}", fix="leave it out"
+        )
+    if config is not None and not single:
+        raise ConfigError(
+            "only a single file needs a configuration from elsewhere",
+            where=f"base_config: {config}",
+            fix="leave it out",
         )
     try:
         if os.path.isdir(base):
             check_regular(base)
         with _one_message():
-            pipe = _open_modular(base, dtype) if _is_modular(base) else _open_standard(base, dtype)
+            if single:
+                pipe = open_single_file(base, dtype, config)
+            elif _is_modular(base):
+                pipe = _open_modular(base, dtype, variant)
+            else:
+                pipe = _open_standard(base, dtype, variant)
+    except CustomizeError:
+        raise
     except Exception as error:  # files missing, offline, gated, unknown classes: all the same here
-        if os.path.isdir(base):
+        if os.path.isdir(base) or single:
             raise PipelineError(
                 f"the base cannot be loaded: {_reason(error)}", where=where, fix=_FOLDER
             ) from error
@@ -85,14 +116,55 @@ def open_base(base: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
     return pipe
 
 
-def _open_standard(base: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
+def _open_standard(
+    base: str, dtype: torch.dtype | Mapping[str, torch.dtype], variant: str | None
+) -> Any:
     from diffusers import DiffusionPipeline
 
     given: Any = dict(dtype) if isinstance(dtype, Mapping) else dtype
-    return DiffusionPipeline.from_pretrained(base, dtype=given, use_safetensors=True)
+    if not os.path.isdir(base):
+        try:
+            # With nothing in the cache this downloads the variant, and plain weights where a
+            # component has none.
+            return DiffusionPipeline.from_pretrained(
+                base, dtype=given, use_safetensors=True, variant=variant
+            )
+        except Exception:
+            folder = folder_of(base)
+            if folder is None or variant is not None or not any(chosen_variants(folder).values()):
+                raise
+            base = str(folder)  # of which the cache has a variant alone
+    parts = {
+        name: _component(base, name, variant, dtype)
+        for name, variant in chosen_variants(Path(base), variant).items()
+        if variant
+    }
+    return DiffusionPipeline.from_pretrained(
+        base, dtype=given, use_safetensors=True, **{k: v for k, v in parts.items() if v is not None}
+    )
 
 
-def _open_modular(base: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Any:
+def _component(
+    base: str, name: str, variant: str, dtype: torch.dtype | Mapping[str, torch.dtype]
+) -> Any:
+    """One model of a folder from the files of a variant; None where the pipeline has none."""
+    index = read_json(Path(base) / _INDEX, MAX_TABLE)
+    library, class_name = (index.get(name) or [None, None])[:2]
+    if library is None or class_name is None:
+        return None
+    module = (
+        library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+    )
+    kind: Any = getattr(import_module(module), class_name)
+    given = dtype.get(name, dtype["default"]) if isinstance(dtype, Mapping) else dtype
+    return kind.from_pretrained(
+        base, subfolder=name, variant=variant, dtype=given, use_safetensors=True
+    )
+
+
+def _open_modular(
+    base: str, dtype: torch.dtype | Mapping[str, torch.dtype], variant: str | None
+) -> Any:
     from diffusers import ModularPipeline
 
     pipe: Any = ModularPipeline.from_pretrained(base)
@@ -106,6 +178,8 @@ def _open_modular(base: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> 
         if loaded and not loaded & COMPONENTS:
             del blocks.sub_blocks[name]
     pipe = type(pipe)(blocks=blocks, pretrained_model_name_or_path=base)
+    folder = folder_of(base)
+    variants = {} if folder is None else chosen_variants(folder, variant)
     parts = {}
     for name in pipe.pretrained_component_names:
         spec = pipe.get_component_spec(name)
@@ -114,6 +188,8 @@ def _open_modular(base: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> 
         kind = spec.type_hint
         models = not isinstance(kind, type) or issubclass(kind, nn.Module)
         given = dtype.get(name, dtype["default"]) if isinstance(dtype, Mapping) else dtype
+        if models and (variants.get(name) or variant):
+            spec.variant = variants.get(name) or variant
         # Not by load_components, which goes on where one cannot be loaded.
         parts[name] = spec.load(**({"dtype": given, "use_safetensors": True} if models else {}))
     pipe.update_components(**parts)

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from customize.errors import PipelineError
 from customize.families import FAMILIES, family_of
+from customize.hosts.base_files import chosen_variants, folder_of, weight_files
 from customize.safe_read import MAX_TABLE, mapped_floats, read_json
 from customize.training.config import TrainConfig
 
@@ -37,13 +39,15 @@ _PARTS = sorted(
 )
 
 
-def weights_of(base: str, components: Mapping[str, Any] | None) -> dict[str, str]:
+def weights_of(
+    base: str, components: Mapping[str, Any] | None, variant: str | None = None
+) -> dict[str, str]:
     """Component -> digest of its weights: of components in memory, else of the base's files.
 
     Empty where no component is given, or the files aren't at hand or are of an unusual layout.
     """
     if components is None:
-        return weights_on_disk(base)
+        return weights_on_disk(base, variant)
     models = {key: components.get(key) for key in _PARTS}
     return {
         key: digest(t for t in model.state_dict().values() if isinstance(t, Tensor))
@@ -65,13 +69,17 @@ def configured_of(
     return family_of(components, pipeline_config or {}).configured()
 
 
-def weights_on_disk(base: str) -> dict[str, str]:
+def weights_on_disk(base: str, variant: str | None = None) -> dict[str, str]:
     """The digests of a folder as ``save_pretrained`` writes it, or of a hub id's latest download.
 
     They are those of the loaded components. Only the numbers that count are read.
     """
-    folder = _folder(base)
+    folder = folder_of(base)
     if folder is None or _elsewhere(folder):
+        return {}
+    try:
+        variants = chosen_variants(folder, variant)
+    except PipelineError:  # opening the base raises it again
         return {}
     found = {}
     for part in _PARTS:
@@ -79,7 +87,7 @@ def weights_on_disk(base: str) -> dict[str, str]:
             continue
         try:
             entries: set[bytes] = set()
-            for file in _files(folder / part):
+            for file in _files(folder / part, variants.get(part, "")):
                 with mapped_floats(file) as tensors:
                     entries |= _entries(tensors)
         except Exception:  # missing or damaged files: loading them will tell
@@ -98,7 +106,7 @@ def resolution_of(config: TrainConfig, components: Mapping[str, Any] | None) -> 
     try:
         if components is not None:
             return family_of(components).default_resolution
-        folder = _folder(config.base)
+        folder = folder_of(config.base)
         if folder is None:
             return None
         sides = [_config(folder / f.denoiser_key).get("sample_size") for f in FAMILIES.values()]
@@ -136,22 +144,6 @@ def _hashed(entries: set[bytes]) -> str:
     return hashlib.sha256(b"\n".join(sorted(entries))).hexdigest()[:16]
 
 
-def _folder(base: str) -> Path | None:
-    """Where the base's files are on this machine."""
-    if Path(base).is_dir():
-        return Path(base)
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in _INDICES:
-        try:
-            index = try_to_load_from_cache(base, name)
-        except Exception:  # no hub id
-            return None
-        if isinstance(index, str):
-            return Path(index).parent
-    return None
-
-
 def _elsewhere(folder: Path) -> list[str]:
     """The parts that a modular base has in other places."""
     standard, modular = (folder / name for name in _INDICES)
@@ -170,8 +162,10 @@ def _config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, variant: str) -> list[Path]:
     """The safetensors files that ``from_pretrained`` reads a component from."""
+    if variant:
+        return weight_files(folder, variant)
     for stem in _STEMS:
         single = folder / f"{stem}.safetensors"
         if single.is_file():

@@ -43,7 +43,19 @@ class TrainConfig(BaseModel):
 
     # What is learned
     base: str = Field(
-        description="The pipeline to teach: a folder as save_pretrained writes it, or a hub id"
+        description="The pipeline to teach: a folder as save_pretrained writes it, a hub id, or a"
+        " checkpoint in one .safetensors file"
+    )
+    variant: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_-]{1,32}$",
+        description="Variant of the base's weight files, such as fp16; none: the plain ones, or"
+        " where there are none, the only variant",
+    )
+    base_config: str | None = Field(
+        default=None,
+        description="Of a base in one file: folder or hub id of a pipeline with its configuration"
+        " and tokenizers; none: what diffusers downloads for such files",
     )
     images: Path = Field(
         description="Folder with the concept's pictures (JPEG, PNG, WebP, AVIF, HEIC)"

@@ -133,7 +133,7 @@ def _trained(
     if config.compile:
         check_compiler(device)
 
-    weights = base.weights_of(config.base, components)
+    weights = base.weights_of(config.base, components, config.variant)
     settings_after = partial(
         record.settings_of_run,
         configs,
@@ -169,7 +169,8 @@ def _trained(
             stack.enter_context(setup.borrowed(parts))
         fingerprint = family.fingerprint()
         if not weights:  # of a hub id that was not here yet
-            weights = base.weights_on_disk(config.base) or base.weights_of("", family.components)
+            weights = base.weights_on_disk(config.base, config.variant)
+            weights = weights or base.weights_of("", family.components)
         setup.quantize_denoisers(family, config, device)
         generic: Factors = {}
         shared = settings[0][SHARED]

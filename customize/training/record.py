@@ -29,6 +29,7 @@ _FREE = {
     *("output", "images", "masks", "prior_images", "library", "device", "resume", "tracker"),
     *("checkpoint_every", "keep_checkpoints", "log_every", "cache_latents"),
     *("gradient_checkpointing", "compile", "validation_prompts", "validation_every"),
+    *("variant", "base_config"),  # the base's weights and configuration are compared themselves
 }
 # Those that only class pictures drawn by the base depend on.
 _DRAWN = ("prior_count", "prior_prompt", "validation_steps", "validation_guidance")

@@ -67,7 +67,12 @@ def load_base(config: TrainConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:
         ConfigError, PipelineError: see :func:`customize.hosts.opening.open_base`.
     """
     dtype = HALVES.get(config.mixed_precision, torch.float32)
-    pipe = open_base(config.base, {"default": dtype, "vae": torch.float32})
+    pipe = open_base(
+        config.base,
+        {"default": dtype, "vae": torch.float32},
+        variant=config.variant,
+        config=config.base_config,
+    )
     return dict(pipe.components), pipe.config
 
 

@@ -247,7 +247,7 @@ def test_bases_of_an_unknown_family_and_single_files(
     drawing = ("--prompt", "a dog", "--device", "cpu", "--output", tmp_path / "pictures")
     cases = [
         (stranger, "no known model family has these parts: unet: UNet2DModel"),
-        ("model.safetensors", "a single file is not a whole pipeline"),
+        ("model.safetensors", "there is no such file"),
     ]
     for base, says in cases:
         train(run, world, tmp_path, says, base=base)

@@ -24,7 +24,6 @@ from customize.cli.shared import (
 from customize.cli.weights import read_weights
 from customize.errors import ConfigError
 from customize.evaluation import record
-from customize.near_names import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -344,12 +343,12 @@ def _check_prompts(
             if word not in triggers and not any(known(each, [word]) for each in tokenizers)
         ]
         if unknown:
-            err.print(
-                f"note: no concept given has the trigger {', '.join(unknown)}"
-                + (f"; {hint}" if (hint := did_you_mean(unknown[0], triggers)) else ""),
-                markup=False,
-                soft_wrap=True,
-            )
+            if not concepts:  # the call warns of those that attached concepts lack
+                err.print(
+                    f"note: no concept is given, so {', '.join(unknown)} calls none",
+                    markup=False,
+                    soft_wrap=True,
+                )
         elif triggers and not some_have_none and not any(trigger in prompt for trigger in triggers):
             err.print(
                 f"note: {prompt!r} names none of {', '.join(triggers)}",

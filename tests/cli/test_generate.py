@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,12 +109,27 @@ def test_numbers_go_on_and_nothing_is_overwritten(run: Run, world: World, tmp_pa
 
 def test_notes_on_triggers(run: Run, world: World, tmp_path: Path) -> None:
     arguments = ("--base", world.base, "--steps", "1", "--output", tmp_path)
-    result = run("generate", world.rex, *arguments, "--prompt", "a photo of <rexx>")
-    told = "note: no concept given has the trigger <rexx>; did you mean <rex>?\n"
-    assert (result.code, result.err) == (0, told)
+    with pytest.warns(UserWarning, match=r"names <rexx>.*did you mean <rex>"):
+        result = run("generate", world.rex, *arguments, "--prompt", "a photo of <rexx>")
+    assert (result.code, result.err) == (0, "")
+    result = run("generate", *arguments, "--prompt", "a photo of <rexx>")
+    assert result.err == "note: no concept is given, so <rexx> calls none\n"
     result = run("generate", world.rex, *arguments, "--prompt", "a photo of a dog")
     assert result.err == "note: 'a photo of a dog' names none of <rex>\n"
     assert run("generate", *arguments, "--prompt", "a photo of a dog").err == ""
+
+
+def test_a_trigger_that_is_cut_off_is_told_once(world: World, tmp_path: Path) -> None:
+    """As a user sees it: a line of the command, for all pictures of the prompt."""
+    prompt = f"a photo of a dog {'in the snow ' * 40}<rex>"
+    call = ["generate", world.rex, "--base", world.base, "--prompt", prompt, "--device", "cpu"]
+    call += ["--steps", "1", "--size", "32", "--count", "2", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "customize", *call], capture_output=True, text=True, check=True
+    )
+    (line,) = (line for line in done.stderr.splitlines() if "cut off" in line)
+    assert line.startswith("note: ") and "<rex> is cut off" in line and " tokens" in line
+    assert "Warning" not in done.stderr
 
 
 def test_bad_input_draws_nothing(run: Run, world: World, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_ctrl_c_after_the_concept_is_saved_leaves_no_claim(whole, tmp_path):
     assert_whole(tmp_path, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.hostile
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_stopped_at_any_file_that_is_written(number, whole, tmp_path):
     for moment in range(1, 200):
@@ -177,7 +177,7 @@ def test_stopped_at_any_file_that_is_written(number, whole, tmp_path):
     assert 20 < moment < 199
 
 
-@pytest.mark.slow
+@pytest.mark.hostile
 def test_stopped_while_the_shared_directions_are_written(whole, tmp_path):
     code = stopped(tmp_path, signal.SIGKILL, lambda n, event, path: event == "os.link")
     assert code == -signal.SIGKILL

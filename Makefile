@@ -26,7 +26,7 @@ test-slow: $(DEV)  ## the tests that take minutes
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 test-hostile: $(DEV)  ## damaged files, killed processes and full disks, with counts; half an hour
-	$(PY) -m pytest -m hostile -s tests/hostile
+	$(PY) -m pytest -m hostile -s tests/hostile tests/training/test_stopped.py
 
 lint: $(DEV)  ## style, import direction and types
 	$(PY) -m ruff check .

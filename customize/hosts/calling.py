@@ -37,11 +37,17 @@ STATE_KEY = "_customize"
 
 @dataclass(frozen=True)
 class Host:
-    """The pipeline of a call, the family of its models, and what is attached to these."""
+    """The pipeline of a call, the family of its models, and what is attached to these.
+
+    Attributes:
+        parameters: argument that the call takes -> its default; also those of the classes below,
+            to which a class of a user's may hand its keywords on.
+    """
 
     pipe: Any
     family: Family
     state: Holder
+    parameters: Mapping[str, Any]
 
 
 def _nothing(state: Holder) -> bool:
@@ -242,12 +248,28 @@ def _through_stages(
         if any(stage.exclusive for stage in stages):
             raise
         return call(pipe, *args, **asked)  # concepts act by what is in the models
-    host = Host(pipe, family, state or Holder())
+    host = Host(pipe, family, state or Holder(), _parameters(pipe, call))
     with ExitStack() as stack:
         for stage in stages:
             mine = {name: given.get(name) for name in stage.arguments}
             asked = stack.enter_context(stage.run(host, asked, **mine))
         return watched(pipe, functools.partial(call, pipe, *args, **asked))
+
+
+def _parameters(pipe: Any, call: Any) -> dict[str, Any]:
+    blocks = vars(pipe).get("_blocks")
+    if blocks is not None:
+        return {each.name: each.default for each in blocks.inputs if each.name}
+    own = inspect.signature(call).parameters
+    calls = [call]
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in own.values()):
+        inherited = (vars(base).get("__call__") for base in type(pipe).__mro__)
+        calls += [each for each in inherited if inspect.isfunction(each)]
+    return {
+        name: each.default
+        for function in reversed(calls)
+        for name, each in inspect.signature(function).parameters.items()
+    }
 
 
 def _is_wrapped_again(cls: type, call: Any) -> bool:

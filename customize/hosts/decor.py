@@ -206,7 +206,7 @@ def _run(host: Host, call: Call, avoid: Any = None) -> Iterator[Call]:
     target = _target(pipe, family, holder, settings)
     named: list[str] = []
     if target != "prompt" and settings.negative == "named":
-        call, named = naming(pipe, call, asked)
+        call, named = naming(host, call, asked)
     kept = tuple(texts_of(call, "negative_prompt"))
     with ExitStack() as stack:
         withheld = None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from customize.concepts.phrases import find as places_of
-from customize.hosts.calling import Call
+from customize.hosts.calling import Call, Host
 
 _NEGATIVE = "negative_prompt"
 
@@ -19,7 +18,7 @@ def texts_of(call: Call, name: str) -> list[str]:
 
 
 def naming(
-    pipe: Any, call: Call, unwanted: Mapping[str, tuple[str, ...]]
+    host: Host, call: Call, unwanted: Mapping[str, tuple[str, ...]]
 ) -> tuple[Call, list[str]]:
     """The call with what is not wanted in its negative prompts, behind what they say by themselves.
 
@@ -36,7 +35,7 @@ def naming(
     negative = {_NEGATIVE: [""]} | _arguments(call, _NEGATIVE)
     count = max(map(len, prompts))
     fits = all(len(own) in (1, count) for own in (*prompts, *negative.values()))
-    if not fits or not _reads_negative(pipe) or call.get(f"{_NEGATIVE}_embeds") is not None:
+    if not fits or _NEGATIVE not in host.parameters or call.get(f"{_NEGATIVE}_embeds") is not None:
         return call, []
     found, named = dict(call), []
     for name, own in negative.items():
@@ -60,9 +59,3 @@ def _arguments(call: Call, name: str) -> dict[str, list[Any]]:
         if value is not None:
             found[argument] = list(value) if isinstance(value, list | tuple) else [value]
     return found
-
-
-def _reads_negative(pipe: Any) -> bool:
-    blocks = getattr(pipe, "blocks", None)  # of modular pipelines
-    taken = inspect.signature(type(pipe).__call__).parameters if blocks is None else blocks.inputs
-    return _NEGATIVE in [getattr(each, "name", each) for each in taken]

@@ -3,7 +3,6 @@ encoders do not read because the prompt is too long."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -112,7 +111,7 @@ def cut_off(host: Host, call: Call) -> list[str]:
     """What to say of prompts in which an attached concept is named behind what is read."""
     infos = [each.concept.info for each in host.state.attached.values()]
     names = list(dict.fromkeys(name for info in infos for name in (info.words, *info.triggers)))
-    if "max_embeddings_multiples" in _parameters(host.pipe):
+    if "max_embeddings_multiples" in host.parameters:
         return []  # a community pipeline, which reads long prompts in parts
     found = []
     for key in host.family.all_text_encoders:
@@ -149,16 +148,5 @@ def _window(host: Host, call: Call, key: str, tokenizer: Any) -> int | None:
         return None
     if key in host.family.clip_encoders:
         return int(tokenizer.model_max_length)
-    given = call.get("max_sequence_length", _parameters(host.pipe).get("max_sequence_length"))
+    given = call.get("max_sequence_length", host.parameters.get("max_sequence_length"))
     return given if isinstance(given, int) else None
-
-
-def _parameters(pipe: Any) -> dict[str, Any]:
-    """Argument of the pipeline's call -> its default."""
-    blocks = vars(pipe).get("_blocks")
-    if blocks is not None:
-        return {each.name: each.default for each in blocks.inputs if each.name}
-    return {
-        name: each.default
-        for name, each in inspect.signature(type(pipe).__call__).parameters.items()
-    }

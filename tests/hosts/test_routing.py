@@ -507,7 +507,7 @@ def _in_use():
 
 
 def switch(pipe, number):
-    host = Host(pipe, family_of(pipe.components, pipe.config), holder_of(pipe))
+    host = Host(pipe, family_of(pipe.components, pipe.config), holder_of(pipe), {})
     with torch.no_grad(), ROUTING.run(host, {"prompt": f"<{NAMES[number % 3]}>"}):
         pass
 

@@ -2,7 +2,11 @@
 
 import sys
 
-from customize.cli import main
+try:
+    from customize.cli import main
+except KeyboardInterrupt:
+    sys.stderr.write("interrupted\n")
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,15 +9,32 @@ from __future__ import annotations
 import argparse
 import sys
 
+from customize.cli.interrupts import INTERRUPTED, end_with, handled
 from customize.cli.shared import console
-from customize.cli.train import where
 from customize.errors import CustomizeError, TrainingStopped
-from customize.training.config import TrainConfig
-from customize.training.loop import train_together
-from customize.training.together import load_configs
 
 
 def main() -> int:
+    with handled(to_the_end=True):
+        try:
+            return _run()
+        except TrainingStopped as stopped:
+            return end_with(str(stopped), INTERRUPTED)
+        except KeyboardInterrupt:  # before the first step, or a second one in haste
+            return end_with(
+                "interrupted: run the same again, and training goes on where it was saved",
+                INTERRUPTED,
+            )
+        except CustomizeError as error:
+            return end_with(f"error: {error}", 2)
+
+
+def _run() -> int:
+    from customize.cli.train import where
+    from customize.training.config import TrainConfig
+    from customize.training.loop import train_together
+    from customize.training.together import load_configs
+
     parser = argparse.ArgumentParser(
         description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
@@ -34,21 +51,8 @@ def main() -> int:
         text = (field.description or "").replace("%", "%%")
         parser.add_argument("--" + name.replace("_", "-"), nargs=many, metavar="VALUE", help=text)
     given = vars(parser.parse_args())
-    try:
-        configs = load_configs(given.pop("config"), given.pop("together"), **given)
-        train_together(configs)
-    except TrainingStopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:  # before the first step, or a second one in haste
-        print(
-            "interrupted: run the same again, and training goes on where it was saved",
-            file=sys.stderr,
-        )
-        return 130
-    except CustomizeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    configs = load_configs(given.pop("config"), given.pop("together"), **given)
+    train_together(configs)
     # Once, not by every process.
     console().print(where(configs), markup=False, soft_wrap=True)
     return 0

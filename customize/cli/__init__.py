@@ -7,9 +7,11 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
-from customize.text import harmless, one_line
+from customize.cli.interrupts import INTERRUPTED, end_with, handled
+from customize.text import harmless
 
 __all__ = ["main"]
 
@@ -24,6 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 after bad input or anything else that the pack refuses, with one line
         on stderr; 130 after Ctrl-C, with a line on how to go on.
     """
+    with handled(to_the_end=argv is None):
+        try:
+            return _run(argv)
+        except KeyboardInterrupt:  # between two commands' own lines
+            return end_with("interrupted", INTERRUPTED)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     from customize.errors import (
         DISK,
         CustomizeError,
@@ -46,24 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage_error: Any = typer.BadParameter.__mro__[2]
         command = typer.main.get_command(app)
     except KeyboardInterrupt:
-        return _failed("interrupted before anything was done", 130)
+        return end_with("interrupted before anything was done", INTERRUPTED)
     try:
         code = command.main(arguments or ["--help"], prog_name="customize", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (Interrupted, TrainingStopped) as stop:
-        return _failed(str(stop), 130)
+        return end_with(str(stop), INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
-        return _failed("interrupted", 130)
+        return end_with("interrupted", INTERRUPTED)
     except CustomizeError as error:
-        return _failed(f"error: {error}", 2)
+        return end_with(f"error: {error}", 2)
     except usage_error as error:
-        return _failed(f"error: {_explained(error)}", 2)
+        return end_with(f"error: {_explained(error)}", 2)
     except Exception as error:
         # Wherever it happens, also in another library or on stdout.
         if system_errno(error) not in DISK:
             raise
         where = getattr(error, "filename", None) or "the output"
-        return _failed(f"error: {storage_error(error, where)}", 2)
+        return end_with(f"error: {storage_error(error, where)}", 2)
 
 
 def _hush_libraries() -> None:
@@ -86,7 +96,8 @@ def _show_note(
 ) -> None:
     """What is meant for users in a line, without the place in the code that Python adds."""
     told = f"note: {message}" if category is UserWarning else f"{category.__name__}: {message}"
-    print(harmless(told), file=sys.stderr if file is None else file, flush=True)
+    with suppress(OSError):  # the terminal may be gone
+        print(harmless(told), file=sys.stderr if file is None else file, flush=True)
 
 
 def _explained(error: BaseException) -> str:
@@ -102,9 +113,3 @@ def _explained(error: BaseException) -> str:
     message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
     message = message.rstrip(".")
     return f"{message}{'' if message.endswith('?') else '.'} Do: see {path} --help."
-
-
-def _failed(line: str, code: int) -> int:
-    sys.stdout.flush()
-    print(one_line(line), file=sys.stderr, flush=True)
-    return code

@@ -17,6 +17,7 @@ from customize.cli.shared import (
     storing,
 )
 from customize.cli.weights import Given, read_weights
+from customize.concepts.folder_lock import exclusive
 from customize.concepts.layout import LAYOUTS
 from customize.concepts.merge import (
     AUTO,
@@ -88,7 +89,10 @@ def run(
                     f"{flag} is that of a pipeline",
                     fix="give --fuse and --base with it, or leave it out",
                 )
-        _write_lora(sources, names, output, weights, method, settings, rank, layout, family, ignore)
+        with exclusive(output):
+            _write_lora(
+                sources, names, output, weights, method, settings, rank, layout, family, ignore
+            )
         return
     if family is not None:
         raise ConfigError(
@@ -104,17 +108,18 @@ def run(
             "--rank has no meaning with --fuse: weights take the exact merge",
             fix=f"leave one out, or give --merge {TRUNCATE}",
         )
-    _write_pipeline(
-        sources,
-        names,
-        output,
-        weights,
-        {"method": method, **settings},
-        lambda: load_pipeline(
-            base, choose_device("cpu"), dtype, variant=variant, config=base_config
-        ),
-        ignore,
-    )
+    with exclusive(output):
+        _write_pipeline(
+            sources,
+            names,
+            output,
+            weights,
+            {"method": method, **settings},
+            lambda: load_pipeline(
+                base, choose_device("cpu"), dtype, variant=variant, config=base_config
+            ),
+            ignore,
+        )
 
 
 def fused_base(fuse: bool, base: str | None) -> str | None:

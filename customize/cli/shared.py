@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from customize.atomic import put_file
+from customize.cli import interrupts
 from customize.errors import (
     ConfigError,
     PipelineError,
@@ -45,6 +46,7 @@ def on_interrupt(text: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(command: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(command)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            interrupts.current.advice = text
             try:
                 return command(*args, **kwargs)
             except KeyboardInterrupt:

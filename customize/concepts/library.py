@@ -12,6 +12,7 @@ from pathlib import Path
 from customize.atomic import partial_file, partial_folder, sweep, sync_folder
 from customize.concepts.claims import alone_in
 from customize.concepts.concept import NAME, Concept
+from customize.concepts.folder_lock import exclusive
 from customize.concepts.formats.opening import opened
 from customize.concepts.hub import collected, is_collection
 from customize.concepts.index import Entry, described, read_index, stamp_of, stamps, write_index
@@ -171,7 +172,7 @@ def add(library: str | Path, source: str | Path) -> Entry:
     concept, path = opened(source), located_whole(source)
     name = concept.info.name
     target = folder / (name if path.is_dir() else f"{name}.safetensors")
-    with alone_in(folder):
+    with alone_in(folder), exclusive(target):
         held = Library(folder)
         triggers = dict.fromkeys([concept.info.trigger or f"<{name}>", *concept.info.triggers])
         taken = [entry for trigger in triggers for entry in held.called(trigger)]

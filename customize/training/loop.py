@@ -14,6 +14,7 @@ from customize.concepts import files
 from customize.concepts.adapter import Factors
 from customize.concepts.claims import withdraw_claim
 from customize.concepts.concept import Concept
+from customize.concepts.folder_lock import exclusive
 from customize.concepts.phrases import common
 from customize.core.precision import full_precision
 from customize.families import family_of
@@ -63,7 +64,8 @@ def train(
         PipelineError: the base cannot be loaded or trained.
         SettingsError: the output folder holds this concept, made with other settings or of a base
             that was other in weights or configuration; or its slice was taken while it was cut off.
-        StorageError: the output folder holds something else or cannot be written.
+        StorageError: the output folder holds something else, cannot be written, or another run
+            writes to it.
         TrainingError: the loss or what is learned is no longer finite.
         TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.
     """
@@ -105,8 +107,8 @@ def train_together(
     check(configs)
     given, configs = configs, sorted(configs, key=lambda config: config.name)
     # Losses and updates are ours, whatever the caller is in; models get an autocast of their own.
-    with full_precision(tf32=True), torch.enable_grad():
-        found = _trained(configs, components, progress, on_step, pipeline_config)
+    with full_precision(tf32=True), torch.enable_grad(), ExitStack() as locks:
+        found = _trained(configs, components, progress, on_step, pipeline_config, locks)
     by_name = dict(zip((config.name for config in configs), found, strict=True))
     return [by_name[config.name] for config in given]
 
@@ -117,6 +119,7 @@ def _trained(
     progress: bool,
     on_step: OnStep | None,
     pipeline_config: Mapping[str, Any] | None,
+    locks: ExitStack,
 ) -> list[Concept]:
     config = configs[0]  # for all that belongs to the run
     resolution_read = base.resolution_of(config, components)
@@ -128,6 +131,10 @@ def _trained(
         files.check_folder(each.output, each.name)
         files.check_writable(each.output)
     accelerator = process.make_accelerator(config)
+    process.on_main_process(
+        accelerator,
+        lambda: [locks.enter_context(exclusive(each.output)) for each in configs],
+    )
     device = process.choose_device(config, accelerator)
     setup.check_quantized(config, components, device)
     if config.compile:

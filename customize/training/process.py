@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from customize.core.precision import model_autocast
-from customize.errors import ConfigError
+from customize.errors import ConfigError, CustomizeError
 from customize.training.config import TrainConfig
 
 Autocast = Callable[[], AbstractContextManager[Any]]
+
+_STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 #: The settings of mixed precision that have a dtype of their own.
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -59,6 +61,26 @@ def _told(accelerator: Any, config: TrainConfig) -> Any:
                 stacklevel=2,
             )
     return accelerator
+
+
+def on_main_process(accelerator: Any, action: Callable[[], object]) -> None:
+    """Do something in the first process alone; if that is refused, all processes stop for it.
+
+    Raises:
+        CustomizeError: the action raised it.
+    """
+    error: list[CustomizeError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except CustomizeError as refused:
+            error = [refused]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
 
 
 def choose_device(config: TrainConfig, accelerator: Any) -> torch.device:
@@ -131,17 +153,23 @@ def bar(steps: int, first: int, progress: bool, accelerator: Any) -> Iterator[An
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM arrives; a second one acts as it always does."""
+    """A list that fills when Ctrl-C, SIGTERM or SIGHUP arrives (on Windows Ctrl-Break too); a
+    second one, but for SIGHUP, acts as it always does. Signals that the process ignores, as under
+    nohup, stay ignored."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may set handlers
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in _STOPS if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
 
     def note(number: int, frame: object) -> None:
         received.append(number)
         for each, handler in before.items():
-            signal.signal(each, handler)
+            # When a terminal closes, the system and the shell both send SIGHUP.
+            if each != getattr(signal, "SIGHUP", None):
+                signal.signal(each, handler)
 
     for number in before:
         signal.signal(number, note)

@@ -2,6 +2,7 @@ import gc
 import json
 import math
 import shutil
+import threading
 import weakref
 
 import numpy as np
@@ -672,3 +673,25 @@ def test_what_all_captions_share_is_recorded(tmp_path):
     concept = train(config, tiny_sd().components, progress=False)
     assert concept.info.class_word == "dog"
     assert concept.info.training["captions_share"] == ["hat"]
+
+
+def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(tmp_path):
+    pipe, second, refusals = tiny_sd(), tiny_sd(), []
+
+    def run(parts):
+        with pytest.raises(StorageError) as caught:
+            train(settings(tmp_path, learning_rate=5e-3), parts, progress=False)
+        refusals.append(str(caught.value))
+
+    def on_step(step, loss):
+        if step == 3:  # in another thread, and in this one
+            thread = threading.Thread(target=run, args=(second.components,))
+            thread.start()
+            thread.join()
+            run(second.components)
+
+    concept = train(settings(tmp_path), pipe.components, progress=False, on_step=on_step)
+    assert len(refusals) == 2
+    assert all("another run writes to this folder" in told for told in refusals)
+    assert same(tensors(Concept.load(tmp_path / "out")), tensors(concept))
+    assert not list(tmp_path.glob(".*"))

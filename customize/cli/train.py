@@ -22,11 +22,16 @@ def run(config_file: Path | None, together: Sequence[Path], settings: dict[str, 
             if config is configs[0] or value != shown.get(name):
                 out.print(f"{name:<12} {value}", markup=False, soft_wrap=True)
 
+    from customize.cli.storybook import is_storybook, judge_of, warn_of_classes
     from customize.concepts.card import output_of
     from customize.training.loop import train_together
 
     hide_loading_bars()
-    concepts = train_together(configs)
+    judge = None
+    if is_storybook(configs[0].base):
+        warn_of_classes(configs)
+        judge = judge_of(configs)
+    concepts = train_together(configs, judge=judge)
     text = snippet(
         configs[0].base,
         [str(config.output) for config in configs],

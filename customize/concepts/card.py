@@ -62,6 +62,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         **_company(info.learned_with),
         "Rank, alpha": f"{info.rank}, {info.alpha:g}",
         "Layers": layers,
+        **_sampled(info.training.get("samples")),
         "Made": markdown(info.created),
         **{markdown(key): markdown(json.dumps(value)) for key, value in info.scores.items()},
     }
@@ -208,6 +209,16 @@ def _company(others: Sequence[str]) -> dict[str, str]:
     names = markdown(", ".join(others))
     told = f"{names}: load all of them for what was learned"
     return {"Learned together with": told} if others else {}
+
+
+def _sampled(facts: object) -> dict[str, str]:
+    """A row on the samples that training drew, which are the card's first picture."""
+    found = facts.get("steps") if isinstance(facts, dict) else None
+    if not isinstance(facts, dict) or not isinstance(found, list) or not found:
+        return {}
+    steps = markdown(", ".join(str(step) for step in found))
+    base, prompt = (markdown(str(facts.get(key))) for key in ("base_prompt", "prompt"))
+    return {"Samples": f"from the left: the base's own {base}; {prompt} after {steps} steps"}
 
 
 def _is_modular(family: str) -> bool:

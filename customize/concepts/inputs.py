@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,6 +244,7 @@ def record(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    track: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> dict[str, dict[str, Tensor]]:
     """Draw, and record what the layers read.
 
@@ -255,6 +256,7 @@ def record(
         encode: prompts to conditions; None: the family's.
         empty_counts: whether inputs of the empty prompt, which guidance leads away from, count too.
         ready: called when all prompts are encoded, before the denoiser is.
+        track: goes through what is drawn, and may show how far that is.
         steps, guidance, autocast: as :func:`customize.families.sampling.sample`.
 
     Returns:
@@ -274,7 +276,7 @@ def record(
             asked = [encode(chunk) for chunk in chunks]
         ready()
         watch.halved = family.is_guided(guidance) and not empty_counts
-        for number, conditions in enumerate(asked):
+        for number, conditions in enumerate(track(asked)):
             first = number * _TOGETHER
             sample(
                 family,

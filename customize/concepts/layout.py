@@ -37,8 +37,10 @@ MERGED_EMBEDS = "learned_embeds_{}.safetensors"
 EMBEDS_FOLDER = "embeddings"  # by kohya's keys
 CLAIM_FILE = ".slice.json"
 # What training keeps in the same folder: its claim on a slice, its checkpoints, class pictures,
-# logs and validation.
-WORK_NAMES = frozenset({CLAIM_FILE, ".checkpoints", ".class_pictures", "logs", "validation"})
+# logs, samples and validation.
+WORK_NAMES = frozenset(
+    {CLAIM_FILE, ".checkpoints", ".class_pictures", "logs", "validation", "samples"}
+)
 
 PEFT_HEADER = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
 INFO_HEADER = "customize_concept"

@@ -21,6 +21,7 @@ from customize.families.prompts import padded
 from customize.training import data
 from customize.training.buckets import bucket_of, bucket_sizes
 from customize.training.finite import check_conditions, check_latents
+from customize.training.progress import untracked
 
 Conditions = Mapping[str, Tensor]
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -86,8 +87,12 @@ def prepare_pictures(
     flip: bool,
     keep_latents: bool,
     buckets: bool = False,
+    track: Callable[[Sequence[Any], str], Iterable[Any]] = untracked,
 ) -> Pictures:
     """Crop, mirror and encode the pictures. The autoencoder must be on the device.
+
+    Args:
+        track: shows how far it is, as :meth:`customize.training.progress.Progress.track`.
 
     Raises:
         DataError: a mask is black all over what is left of its picture.
@@ -107,7 +112,8 @@ def prepare_pictures(
     shape: tuple[int, ...] = ()
     encoded: dict[str, tuple[Tensor, Tensor]] = {}
     # One at a time, so that only one photograph is in memory as a whole.
-    for sample, size in zip(samples, sizes, strict=True):
+    pairs = list(zip(samples, sizes, strict=True))
+    for sample, size in track(pairs, "encoding pictures"):
         loaded = data.opened(sample)
         variants = both(data.pixels(loaded, size))
         if keep_latents:

@@ -281,6 +281,11 @@ class TrainConfig(BaseModel):
     resume: bool = Field(
         default=True, description="Go on from the newest checkpoint in the output folder"
     )
+    samples: bool = Field(
+        default=True,
+        description="Draw the concept at 0, 25, 50, 75 and 100 % of the steps, beside the base's"
+        " own picture of the class word, and measure at the end what was learned",
+    )
     validation_prompts: tuple[str, ...] = Field(
         default=(), description="Prompts to draw on the way; write the trigger in them"
     )

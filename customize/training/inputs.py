@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from customize.families import Family
 from customize.training.cache import Encode
 from customize.training.config import TrainConfig
 from customize.training.finite import cause_in_base
+from customize.training.progress import SILENT, Progress
 from customize.training.setup import place, put_away
 from customize.training.trainable import Learned, Trainable
 
@@ -43,6 +45,7 @@ def write_record(
     encode: Encode,
     shape: Sequence[int],
     autocast: Callable[[], AbstractContextManager[Any]],
+    progress: Progress = SILENT,
 ) -> None:
     """Write the record of a concept whose adapter and tokens are in the model still.
 
@@ -56,12 +59,15 @@ def write_record(
     layers = layers_of(family, concept.products)
     config = learned.config
     how: dict[str, Any] = {"encode": encode, "autocast": autocast}
+    text = f"recording what the layers of {config.name} read"
     try:
         with trainable.silent(but=learned):
-            own = record(family, layers, texts(config.trigger), shape, **how)
+            track = partial(progress.track, text=text)
+            own = record(family, layers, texts(config.trigger), shape, track=track, **how)
         with trainable.silent():
             prompts = base_prompts(config.class_word)
-            generic = record(family, layers, prompts, shape, **how)
+            track = partial(progress.track, text=f"{text} without it")
+            generic = record(family, layers, prompts, shape, track=track, **how)
     except ConceptError as error:
         warnings.warn(f"the layer inputs of {config.name} were not recorded: {error}", stacklevel=2)
         return
@@ -74,6 +80,7 @@ def record_generic(
     resolution: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
+    progress: Progress = SILENT,
 ) -> LayerInputs:
     """What all layers read on generic prompts.
 
@@ -93,6 +100,7 @@ def record_generic(
         place(family.denoisers, device)
 
     how: dict[str, Any] = {"empty_counts": True, "ready": ready, "autocast": autocast}
+    how["track"] = partial(progress.track, text="recording what all prompts share, once for a base")
     try:
         generic = record(family, layers, prompts, shape, **how)
     except ConceptError as error:

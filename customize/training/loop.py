@@ -20,18 +20,23 @@ from customize.core.precision import full_precision
 from customize.families import family_of
 from customize.training import base, cache, inputs, preserving, process, record, setup
 from customize.training import checkpoint as checkpoints
+from customize.training import samples as sampling
 from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, TOGETHER
 from customize.training.claim import claimed_slices
 from customize.training.compiling import check_compiler, compiled
 from customize.training.config import TrainConfig
+from customize.training.counts import block, counts, warn_unlikely
 from customize.training.losses import Losses
 from customize.training.prior import class_samples_of, drawn_for
+from customize.training.progress import Progress
+from customize.training.samples import Samples
 from customize.training.shared_directions import shared_directions
 from customize.training.start import checkpoints_of, find_start, has_record
 from customize.training.steps import OnStep, optimise
 from customize.training.together import check
 from customize.training.trainable import basis_of, check_texts, trained_in
 from customize.training.validation import Validation, warn_of_triggers
+from customize.training.verdict import Judge, verdict
 
 
 def train(
@@ -78,6 +83,7 @@ def train_together(
     progress: bool = True,
     on_step: OnStep | None = None,
     pipeline_config: Mapping[str, Any] | None = None,
+    judge: Judge | None = None,
 ) -> list[Concept]:
     """Learn several concepts in one run, save each to its own folder and return them.
 
@@ -94,6 +100,7 @@ def train_together(
         configs: of each concept. What is not in :data:`customize.training.together.OWN` belongs to
             the run and is the same in all. Captions may name several of the concepts.
         components, progress, on_step, pipeline_config: as of :func:`train`.
+        judge: says whether a concept's last sample shows what was to be learned, for the last line.
 
     Returns:
         The concepts, in the order of their configurations.
@@ -106,9 +113,12 @@ def train_together(
     """
     check(configs)
     given, configs = configs, sorted(configs, key=lambda config: config.name)
+    shown = Progress(progress)
     # Losses and updates are ours, whatever the caller is in; models get an autocast of their own.
     with full_precision(tf32=True), torch.enable_grad(), ExitStack() as locks:
-        found = _trained(configs, components, progress, on_step, pipeline_config, locks)
+        found = _trained(configs, components, shown, on_step, pipeline_config, locks)
+    for concept in found if shown.shown else ():
+        shown.line(verdict(concept.info, judge and judge(concept.info)) or "")
     by_name = dict(zip((config.name for config in configs), found, strict=True))
     return [by_name[config.name] for config in given]
 
@@ -116,7 +126,7 @@ def train_together(
 def _trained(
     configs: Sequence[TrainConfig],
     components: Mapping[str, Any] | None,
-    progress: bool,
+    progress: Progress,
     on_step: OnStep | None,
     pipeline_config: Mapping[str, Any] | None,
     locks: ExitStack,
@@ -124,9 +134,11 @@ def _trained(
     config = configs[0]  # for all that belongs to the run
     resolution_read = base.resolution_of(config, components)
     triggers = [each.trigger for each in configs]
-    samples, class_samples = zip(
-        *(setup.read_pictures(each, resolution_read, triggers) for each in configs), strict=True
-    )
+    with progress.phase("reading pictures", after=1.0):
+        samples, class_samples = zip(
+            *(setup.read_pictures(each, resolution_read, triggers) for each in configs),
+            strict=True,
+        )
     for each in configs:
         files.check_folder(each.output, each.name)
         files.check_writable(each.output)
@@ -163,12 +175,19 @@ def _trained(
     record.reset_peak_memory(device)
     with ExitStack() as stack:
         if components is None:
-            parts, pipeline_config = setup.load_base(config)
+            with progress.phase(f"loading the base {config.base}"):
+                parts, pipeline_config = setup.load_base(config)
         else:
             parts = dict(components)
         family = family_of(parts, pipeline_config or {})
         for each in configs:
             resolution = setup.check_fits(family, each)
+        for each, own_samples, classes_given in zip(configs, samples, class_samples, strict=True):
+            processes = accelerator.num_processes
+            progress.line(
+                block(each, counts(each, own_samples, classes_given, family, resolution, processes))
+            )
+            warn_unlikely(each, own_samples, family, resolution)
         if own:
             setup.freeze(parts)
             setup.put_away(family, family.unused, free=True)
@@ -183,7 +202,7 @@ def _trained(
         shared = settings[0][SHARED]
         if config.method == "orthogonal" and config.num_shared_directions:
             directions = shared_directions(
-                config, family, weights, resolution, device, accelerator, autocast, shared
+                config, family, weights, resolution, device, accelerator, autocast, shared, progress
             )
             generic, shared = directions.factors, directions.name
         basis = basis_of(config, shared)
@@ -226,9 +245,14 @@ def _trained(
             flip=config.flip,
             keep_latents=config.cache_latents,
             buckets=config.buckets,
+            track=progress.track,
         )
         del samples, class_samples  # photographs can be large
-        drawn = [prompt for each in configs for prompt in each.validation_prompts]
+        drawn = [
+            prompt
+            for each in configs
+            for prompt in (*each.validation_prompts, *sampling.prompts_of(each))
+        ]
         if config.cache_latents:
             setup.put_away(family, {"vae": family.vae}, free=own and not drawn)
 
@@ -247,8 +271,9 @@ def _trained(
         named = pictures.captions[: concepts[-1].stop]
         more = [text for each in configs for text in inputs.prompts_of(each)]
         more += preserving.captions_of(configs, named)
+        more += sampling.measured_captions(config, configs, named)
         more += chain.from_iterable(preserving.contexts_of(configs))
-        with autocast():
+        with progress.phase("encoding prompts"), autocast():
             encode = cache.prepare_conditions(
                 family,
                 [*pictures.captions, "", *drawn, *more],
@@ -282,11 +307,19 @@ def _trained(
             Validation(each, family, encode, pictures.shape, autocast, accelerator)
             for each in configs
         ]
+        samplers = [
+            Samples(each, family, trainable, encode, pictures.shape, autocast, accelerator)
+            for each in configs
+        ]
         accelerator.init_trackers("customize", config=record.plain(settings[0]))
         stack.callback(accelerator.end_training)
         if start.checkpoint is None and accelerator.is_main_process:
             for each in configs:
                 checkpoints.clear(checkpoints_of(each))
+        if config.samples:
+            with progress.phase("drawing the first samples"):
+                for sampler in samplers:
+                    sampler.begin(anew=start.checkpoint is None)
         accelerator.wait_for_everyone()
 
         losses = Losses(
@@ -311,16 +344,30 @@ def _trained(
             settings[0],
             accelerator=accelerator,
             device=device,
-            validations=validations,
+            validations=[*validations, *samplers],
             progress=progress,
             on_step=on_step,
         )
         words = [word for each in configs for word in (each.trigger, each.class_word)]
         found = []
-        for learned, with_what, numbers, validation in zip(
-            trainable.concepts, settings, concepts, validations, strict=True
+        for learned, with_what, numbers, validation, sampler in zip(
+            trainable.concepts, settings, concepts, validations, samplers, strict=True
         ):
             training = record.training_facts(with_what, history, seconds, device)
+            if config.samples:
+                with progress.phase(f"measuring what {learned.config.name} has learned"):
+                    training["fixed_loss"] = sampling.measure(
+                        learned.config,
+                        configs,
+                        numbers,
+                        family,
+                        trainable,
+                        pictures,
+                        encode,
+                        autocast,
+                        device,
+                    )
+                training["samples"] = sampler.facts()
             shared_words = common(pictures.captions[numbers.start : numbers.stop], words)
             training["captions_share"] = shared_words
             if len(configs) > 1:
@@ -330,11 +377,12 @@ def _trained(
             concept = Concept(info, learned.adapter.products(), learned.embeddings(), output)
             found.append(concept)
             if accelerator.is_main_process:
-                concept.save(output, validation.last)
+                with progress.phase(f"saving {concept.info.name}"):
+                    concept.save(output, [*sampler.strip(), *validation.last])
         if accelerator.is_main_process and config.record_inputs:
             for learned, concept in zip(trainable.concepts, found, strict=True):
                 inputs.write_record(
-                    learned, family, trainable, concept, encode, pictures.shape, autocast
+                    learned, family, trainable, concept, encode, pictures.shape, autocast, progress
                 )
         accelerator.wait_for_everyone()
     return found

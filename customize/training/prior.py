@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from customize.errors import storage_error
 from customize.families.base import Family
@@ -23,6 +22,7 @@ from customize.training import data
 from customize.training.batches import stream_seed
 from customize.training.checkpoint import write_whole
 from customize.training.config import TrainConfig
+from customize.training.progress import Progress
 from customize.training.setup import place
 from customize.training.validation import draw, guidance_of
 
@@ -45,7 +45,7 @@ def class_samples_of(
     device: torch.device,
     accelerator: Any,
     autocast: Callable[[], AbstractContextManager[Any]],
-    progress: bool,
+    progress: Progress,
 ) -> list[data.Sample]:
     """The class pictures in a concept's folder, after drawing those that are missing.
 
@@ -77,7 +77,7 @@ def draw_class_pictures(
     folder: Path,
     resolution: int,
     autocast: Callable[[], AbstractContextManager[Any]],
-    progress: bool,
+    progress: Progress,
 ) -> None:
     """Fill a folder with ``class-00000.png`` and on; those that are there stay."""
     paths = [folder / f"class-{number:05d}.png" for number in range(config.prior_count)]
@@ -85,7 +85,7 @@ def draw_class_pictures(
     empty = family.unconditional(family.encode_prompts([""]))
     shape = family.encode_images(torch.zeros(1, 3, resolution, resolution))[0].shape[1:]
     chunks = range(0, len(paths), _CHUNK)
-    for first in tqdm(chunks, disable=not progress, desc="drawing class pictures"):
+    for first in progress.track(chunks, "drawing class pictures"):
         chunk = range(first, min(first + _CHUNK, len(paths)))
         if all(paths[number].is_file() for number in chunk):
             continue

@@ -143,15 +143,6 @@ def average_gradients(accelerator: Any, weights: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def bar(steps: int, first: int, progress: bool, accelerator: Any) -> Iterator[Any]:
-    from tqdm.auto import tqdm
-
-    hidden = not (progress and accelerator.is_main_process)
-    with tqdm(total=steps, initial=first, disable=hidden, desc="learning", unit="step") as bar:
-        yield bar
-
-
-@contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """A list that fills when Ctrl-C, SIGTERM or SIGHUP arrives (on Windows Ctrl-Break too); a
     second one, but for SIGHUP, acts as it always does. Signals that the process ignores, as under

@@ -28,7 +28,7 @@ from customize.training.trainable import Learned
 _FREE = {
     *("output", "images", "masks", "prior_images", "library", "device", "resume", "tracker"),
     *("checkpoint_every", "keep_checkpoints", "log_every", "cache_latents"),
-    *("gradient_checkpointing", "compile", "validation_prompts", "validation_every"),
+    *("gradient_checkpointing", "compile", "samples", "validation_prompts", "validation_every"),
     *("variant", "base_config"),  # the base's weights and configuration are compared themselves
 }
 # Those that only class pictures drawn by the base depend on.

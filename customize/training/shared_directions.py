@@ -18,6 +18,7 @@ from customize.errors import ConceptError, CustomizeError
 from customize.families import Family
 from customize.training.config import TrainConfig
 from customize.training.inputs import record_generic
+from customize.training.progress import SILENT, Progress
 from customize.training.trainable import adapted
 
 
@@ -30,6 +31,7 @@ def shared_directions(
     accelerator: Any,
     autocast: Callable[[], AbstractContextManager[Any]],
     before: str = "",
+    progress: Progress = SILENT,
 ) -> SharedDirections:
     """What all layers read on generic prompts.
 
@@ -41,6 +43,7 @@ def shared_directions(
     Args:
         weights: of the base, from :func:`customize.training.base.weights_of`.
         before: the name of those that the run began with, if it goes on.
+        progress: shows how far recording is.
 
     Raises:
         ConceptError: the file there cannot be read.
@@ -57,7 +60,9 @@ def shared_directions(
         try:
             known = _known(folder, path, _earlier_key(config, family, weights, resolution), before)
             if known is None:
-                recorded = record_generic(family, prompts, resolution, device, autocast).generic
+                recorded = record_generic(
+                    family, prompts, resolution, device, autocast, progress
+                ).generic
                 known = _serving(folder, recorded, config.num_shared_directions)
                 known = (known or SharedDirections(key, recorded)).save(path)
             _check_fits(known, family, config, folder)

@@ -21,6 +21,8 @@ from customize.training.checkpoint import Checkpoint
 from customize.training.config import TrainConfig
 from customize.training.finite import cause_in_base
 from customize.training.losses import Losses
+from customize.training.progress import Progress
+from customize.training.samples import Samples
 from customize.training.trainable import Trainable
 from customize.training.validation import Validation
 
@@ -40,8 +42,8 @@ def optimise(
     *,
     accelerator: Any,
     device: torch.device,
-    validations: Sequence[Validation],
-    progress: bool,
+    validations: Sequence[Validation | Samples],
+    progress: Progress,
     on_step: OnStep | None,
 ) -> tuple[list[list[float]], float]:
     """Train to ``config.steps``; what trains is changed in place.
@@ -74,7 +76,7 @@ def optimise(
 
     with (
         process.stop_signals() as stop,
-        process.bar(config.steps, first, progress, accelerator) as bar,
+        progress.bar(config.steps, "learning", "step", first) as bar,
     ):
         for step in range(first, config.steps):
             rate = learning_rate(step, config.steps, config.warmup_steps, config.lr_schedule)

@@ -32,6 +32,7 @@ SMALL: dict[str, Any] = {
     "preserve": {},
     "num_shared_directions": 0,
     "record_inputs": False,
+    "samples": False,
 }
 
 

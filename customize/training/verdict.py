@@ -1,0 +1,57 @@
+"""One line on what a run has come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from customize.concepts.concept import ConceptInfo
+
+_NOTICEABLE = 0.02  # of the base's loss
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a judge says of the last sample.
+
+    Attributes:
+        shows: whether it shows the subject of the training pictures.
+        text: that in words, with the judge's number.
+        advice: what to try where it does not.
+    """
+
+    shows: bool
+    text: str
+    advice: str
+
+
+#: The facts of a concept -> what a judge says of its last sample; None: there is no judge.
+Judge = Callable[[ConceptInfo], Identity | None]
+
+
+def verdict(info: ConceptInfo, identity: Identity | None = None) -> str | None:
+    """One line that judges a run and names what to try; None where nothing was measured."""
+    loss: Any = info.training.get("fixed_loss")
+    numbers: list[Any] = (
+        [loss.get(key) for key in ("base", "learned")] if isinstance(loss, dict) else []
+    )
+    if not numbers or not all(isinstance(number, float) and number > 0 for number in numbers):
+        return None
+    base, learned = numbers
+    change = learned / base - 1.0
+    found = f"the loss on fixed noise went from {base:.4f} to {learned:.4f} ({change:+.0%})"
+    if change > _NOTICEABLE:
+        judged, advice = "worse than the base", "try lower learning rates"
+    elif change > -_NOTICEABLE:
+        judged = "hardly anything learned"
+        advice = "try more steps, or higher learning rates"
+    else:
+        judged = "learned"
+        advice = "" if identity else "look at the samples; if they copy the pictures, fewer steps"
+    if identity is not None:
+        found += f", and {identity.text}"
+        if not identity.shows:
+            judged = "the pictures' subject is not learned" if judged == "learned" else judged
+            advice = identity.advice if not advice else f"{advice}; {identity.advice}"
+    return f"{info.name}: {judged}: {found}." + (f" Next: {advice}." if advice else "")

@@ -1,0 +1,192 @@
+"""Samples of a concept while it is learned, and what is measured at the end."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from customize.concepts.concept import Concept
+from customize.training import samples
+from customize.training.config import TrainConfig
+from customize.training.loop import train, train_together
+from tests.makers import FAMILIES
+from tests.tiny import tiny_sd
+from tests.training.runs import (
+    Stop,
+    assert_unchanged,
+    crash_at,
+    make_pictures,
+    same,
+    settings,
+    snapshot,
+    tensors,
+)
+
+NAMES = ["base", "step-000000", "step-000003", "step-000006", "step-000009", "step-000012"]
+
+
+def drawn(folder):
+    return {path.stem: path.read_bytes() for path in sorted((folder / "samples").iterdir())}
+
+
+def pixels(data):
+    return np.asarray(Image.open(io.BytesIO(data)), np.float64)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Names of the samples that are drawn, in order."""
+    names = []
+    draw = samples.Samples._draw
+
+    def noting(self, prompt, path):
+        names.append(path.stem)
+        draw(self, prompt, path)
+
+    monkeypatch.setattr(samples.Samples, "_draw", noting)
+    return names
+
+
+def test_samples_are_kept_in_the_folder_and_the_card(tmp_path, counted):
+    pipe = tiny_sd()
+    before = snapshot(pipe.components)
+    state = torch.get_rng_state()
+    concept = train(settings(tmp_path, samples=True), pipe.components, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_unchanged(before, pipe.components)
+    assert counted == NAMES and list(drawn(tmp_path / "out")) == NAMES
+    with Image.open(tmp_path / "out" / "sample-1.png") as strip:
+        assert strip.size == (6 * 32, 32)
+        cells = [np.asarray(strip)[:, 32 * k : 32 * k + 32].astype(np.float64) for k in range(6)]
+    for cell, data in zip(cells, drawn(tmp_path / "out").values(), strict=True):
+        assert np.array_equal(cell, pixels(data))
+    facts = concept.info.training["samples"]
+    assert facts == {
+        "prompt": "a photo of <rex>",
+        "base_prompt": "a photo of a dog",
+        "steps": [0, 3, 6, 9, 12],
+    }
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "sample-1.png" in card
+    assert "the base's own a photo of a dog; a photo of \\<rex\\> after 0, 3, 6, 9, 12 st" in card
+    # What was learned shows: the last differs from the first, and the base's own is neither.
+    first, last = (pixels(drawn(tmp_path / "out")[name]) for name in (NAMES[1], NAMES[-1]))
+    assert np.abs(first - last).max() > 0
+    # The base's is what the base draws, with nothing attached.
+    other = train(
+        settings(tmp_path, "other", samples=True, steps=1, seed=0), pipe.components, progress=False
+    )
+    assert drawn(tmp_path / "other")["base"] == drawn(tmp_path / "out")["base"]
+    assert other.info.training["samples"]["steps"] == [0, 1]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_run_gives_the_same_with_and_without_samples(live, tmp_path):
+    pipe = tiny_sd()
+    given = {"train_tokens": live, "train_text_encoder": live, "preserve": {"context_output": 1.0}}
+    given |= {"flip": True, "caption_dropout": 0.3}
+    with_, without = (
+        train(settings(tmp_path, str(on), samples=on, **given), pipe.components, progress=False)
+        for on in (True, False)
+    )
+    assert same(tensors(with_), tensors(without))
+    assert without.info.training.keys() == with_.info.training.keys() - {"samples", "fixed_loss"}
+    assert not (tmp_path / "False" / "samples").exists()
+
+
+def test_a_run_that_goes_on_draws_nothing_twice(tmp_path, counted):
+    pipe = tiny_sd()
+    config = settings(tmp_path, samples=True, checkpoint_every=4)
+    with pytest.raises(Stop):
+        train(config, pipe.components, progress=False, on_step=crash_at(7))
+    assert counted == NAMES[:4]  # goes on from step 4, before that of step 6
+    concept = train(config, pipe.components, progress=False)
+    assert counted == NAMES
+    whole = train(settings(tmp_path, "whole", samples=True), pipe.components, progress=False)
+    assert drawn(tmp_path / "out") == drawn(tmp_path / "whole")
+    facts = [c.info.training["fixed_loss"] for c in (concept, whole)]
+    assert facts[0] == facts[1]
+    # A run that begins anew draws all of them, and samples may be switched on and off between.
+    counted.clear()
+    train(config.model_copy(update={"resume": False}), pipe.components, progress=False)
+    assert counted == NAMES
+
+
+def test_what_cannot_be_drawn_ends_samples_and_not_the_run(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB\nmore")
+
+    monkeypatch.setattr(samples, "draw", full)
+    with pytest.warns(UserWarning, match=r"samples of rex are not drawn any more: CUDA out of mem"):
+        train(settings(tmp_path, samples=True), tiny_sd().components, progress=False)
+    assert "fixed_loss" in Concept.load(tmp_path / "out").info.training
+    assert not (tmp_path / "out" / "sample-1.png").exists()
+
+
+@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+def test_every_family_draws_and_measures(make, tmp_path):
+    pipe = make()
+    before = snapshot(pipe.components, pipe.config)
+    config = settings(tmp_path, samples=True, steps=2)
+    concept = train(config, pipe.components, progress=False, pipeline_config=pipe.config)
+    assert_unchanged(before, pipe.components, pipe.config)
+    assert concept.info.training["samples"]["steps"] == [0, 1, 2]
+    loss = concept.info.training["fixed_loss"]
+    assert 0 < loss["learned"] < 10 and 0 < loss["base"] < 10
+
+
+@pytest.mark.slow
+def test_compiled_blocks_run_as_they_are_for_samples(tmp_path, monkeypatch):
+    """Else each shape of theirs would be compiled, for a few calls."""
+    from customize.training import compiling
+
+    monkeypatch.setattr(compiling, "_BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counts = {}
+    for on in (True, False):
+        torch._dynamo.utils.counters.clear()
+        config = settings(tmp_path, str(on), samples=on, compile=True, steps=3)
+        train(config, tiny_sd().components, progress=False)
+        counts[on] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        torch._dynamo.reset()
+    assert counts[True] == counts[False] > 0
+
+
+def test_concepts_of_one_run_each_have_theirs(tmp_path):
+    make_pictures(tmp_path / "images")
+    configs = [
+        settings(tmp_path, name, samples=True, name=name, steps=2, class_word=word)
+        for name, word in (("rex", "dog"), ("tom", "cat"))
+    ]
+    concepts = train_together(configs, tiny_sd().components, progress=False)
+    assert [c.info.training["samples"]["base_prompt"] for c in concepts] == [
+        "a photo of a dog",
+        "a photo of a cat",
+    ]
+    assert all((tmp_path / name / "sample-1.png").is_file() for name in ("rex", "tom"))
+
+
+def test_nothing_but_defaults(tmp_path, capsys):
+    """All that ships on is on: samples, shared directions, preservation, the record."""
+    make_pictures(tmp_path / "photos")
+    needed = {"base": "tiny", "name": "rex", "class_word": "dog", "images": tmp_path / "photos"}
+    config = TrainConfig(**needed, output=tmp_path / "out", steps=3)
+    train(config, tiny_sd().components)
+    err = capsys.readouterr().err
+    assert "rex: " in err.splitlines()[-1] and "loss on fixed noise" in err.splitlines()[-1]
+    assert (tmp_path / "out" / "layer_inputs.safetensors").is_file()
+    facts = json.loads((tmp_path / "out" / "concept.json").read_text())["training"]
+    assert facts["samples"]["steps"] == [0, 1, 2, 3] and facts["fixed_loss"]["base"] > 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "wanted"), [(1, 1, 5), (100, 2, 10), (200, 2, 20), (10_000, 8, 20)]
+)
+def test_samples_take_a_bounded_share(steps, batch, wanted, tmp_path):
+    from customize.families import family_of
+
+    config = settings(tmp_path, steps=steps, batch_size=batch)
+    assert samples.sampling_steps(config, family_of(tiny_sd().components)) == wanted

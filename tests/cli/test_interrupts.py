@@ -112,7 +112,7 @@ def test_a_closed_terminal_saves_and_the_run_goes_on(world, tmp_path):
     photos(tmp_path / "photos")
     given = ["--base", world.base, "--images", tmp_path / "photos", "--output", tmp_path / "out"]
     given += ["--name", "max", "--class-word", "dog", "--steps", 100_000, "--checkpoint-every", 5]
-    given += ["--preserve", "none", "--avoid", 0, "--no-record-inputs", "--rank", 2]
+    given += ["--preserve", "none", "--num-shared-directions", 0, "--no-record-inputs"]
     child, terminal = pty.fork()
     if child == 0:
         os.execve(

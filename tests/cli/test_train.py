@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from customize.cli import flags
@@ -44,7 +45,7 @@ def arguments(world: World, folder: Path, **settings: object) -> list[str]:
     flags = [
         part for key, value in given.items() for part in ("--" + key.replace("_", "-"), str(value))
     ]
-    return [*flags, "--no-record-inputs"]
+    return [*flags, "--no-record-inputs", "--no-samples"]
 
 
 def test_every_setting_has_a_flag_with_its_help(run: Run) -> None:
@@ -256,3 +257,28 @@ def test_a_loss_that_is_not_a_number(run: Run, world: World, tmp_path: Path) -> 
     last = result.err.splitlines()[-1]
     assert last.startswith("error: the loss is nan at step 1. Do: lower the learning rates")
     assert not (tmp_path / "max").exists()
+
+
+def test_a_class_that_the_bundled_base_does_not_have_and_the_last_line(
+    run: Run, tmp_path: Path
+) -> None:
+    """With samples: what stands at the beginning, and the judges' word at the end."""
+    given = ["train", "--base", ROOT / "assets" / "storybook", "--name", "rex", "--steps", 2]
+    given += ["--images", ROOT / "assets" / "concepts" / "rex", "--num-shared-directions", 0]
+    given += ["--preserve", "none", "--no-record-inputs", "--device", "cpu", "--rank", 2]
+    result = run(*given, "--class-word", "zebra", "--output", tmp_path / "zebra")
+    assert result.code == 0, result.err
+    lines = result.err.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("learning: "))
+    beginning = "\n".join(lines[:first])
+    assert "captions       5 of their own, 0 by the template" in beginning
+    assert lines[-1].startswith("rex: hardly anything learned: the loss on fixed noise went from ")
+    assert "the last sample does not show rex (distance " in lines[-1]
+    assert "a class word among dog, cat, " in lines[-1]
+    with Image.open(tmp_path / "zebra" / "sample-1.png") as strip:
+        assert strip.size == (4 * 64, 64)  # the base's, and after 0, 1 and 2 steps
+    with pytest.warns(UserWarning) as caught:
+        run(*given, "--class-word", "zebra", "--output", tmp_path / "again")
+    told = [str(warning.message) for warning in caught]
+    assert any("the bundled base has no 'zebra'" in text for text in told)
+    assert any("does not know the class word 'zebra': it reads z e b r a" in text for text in told)

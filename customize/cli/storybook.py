@@ -29,8 +29,8 @@ def warn_of_classes(configs: Sequence[TrainConfig]) -> None:
     for config in configs:
         if config.class_word not in CLASSES:
             warnings.warn(
-                f"the bundled base has no {config.class_word!r}: {config.name} will not be "
-                f"learned well. Its classes are {', '.join(CLASSES)}",
+                f"the bundled base has no {config.class_word!r}: {config.name} may be "
+                f"learned badly. Its classes are {', '.join(CLASSES)}",
                 stacklevel=2,
             )
 

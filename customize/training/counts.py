@@ -65,7 +65,7 @@ def warn_unlikely(
     if pieces:
         warnings.warn(
             f"the text encoder does not know the class word {config.class_word!r}: it reads "
-            f"{' '.join(pieces)}; what is learned will be of no class. Choose a common word for "
+            f"{' '.join(pieces)}; it may learn badly. Choose a common word for "
             "what kind of thing it is",
             stacklevel=2,
         )

@@ -145,21 +145,23 @@ def average_gradients(accelerator: Any, weights: Sequence[Tensor]) -> None:
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """A list that fills when Ctrl-C, SIGTERM or SIGHUP arrives (on Windows Ctrl-Break too); a
-    second one, but for SIGHUP, acts as it always does. Signals that the process ignores, as under
-    nohup, stay ignored."""
+    second one, but for SIGHUP, acts as it always does. A SIGHUP that is ignored, as under nohup,
+    stays ignored."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may set handlers
         return
     numbers = [getattr(signal, name) for name in _STOPS if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    hangup = getattr(signal, "SIGHUP", None)
+    if before.get(hangup) is signal.SIG_IGN:
+        del before[hangup]
 
     def note(number: int, frame: object) -> None:
         received.append(number)
         for each, handler in before.items():
             # When a terminal closes, the system and the shell both send SIGHUP.
-            if each != getattr(signal, "SIGHUP", None):
+            if each != hangup:
                 signal.signal(each, handler)
 
     for number in before:

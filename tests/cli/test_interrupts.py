@@ -24,6 +24,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 PROGRAM = """
 import os, signal, sys, time
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background
+
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == os.environ["MODULE"] and self in sys.meta_path:
@@ -72,38 +74,37 @@ def test_ctrl_c_while_training_imports(module, world, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-def test_a_second_ctrl_c_and_no_import():
-    """In this process, as far as it can go on."""
-    with interrupts.handled(to_the_end=False):
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is interrupts.current
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_what_is_ignored_stays_ignored():
-    """As in the background of a script, or under nohup."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+def test_ctrl_c_outside_imports_is_a_keyboard_interrupt():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        with interrupts.handled(to_the_end=False), process.stop_signals() as received:
-            for number in before:
-                signal.raise_signal(number)
-        assert received == []
+        with interrupts.handled(to_the_end=False):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is interrupts.current
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before)
+
+
+def test_under_nohup_a_closed_terminal_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with process.stop_signals() as received:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_sighup_may_come_twice():
-    before = signal.getsignal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with process.stop_signals() as received:
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)  # the system's, and the shell's
         assert received == [signal.SIGHUP] * 2
-    assert signal.getsignal(signal.SIGHUP) is before
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_DFL
 
 
 @pytest.mark.slow
@@ -115,6 +116,7 @@ def test_a_closed_terminal_saves_and_the_run_goes_on(world, tmp_path):
     given += ["--preserve", "none", "--num-shared-directions", 0, "--no-record-inputs"]
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.execve(
             sys.executable,
             [sys.executable, "-m", "customize", "train", *map(str, given), "--device", "cpu"],

@@ -118,7 +118,9 @@ def train_together(
     with full_precision(tf32=True), torch.enable_grad(), ExitStack() as locks:
         found = _trained(configs, components, shown, on_step, pipeline_config, locks)
     for concept in found if shown.shown else ():
-        shown.line(verdict(concept.info, judge and judge(concept.info)) or "")
+        text = verdict(concept.info, judge and judge(concept.info))
+        if text is not None:
+            shown.line(text)
     by_name = dict(zip((config.name for config in configs), found, strict=True))
     return [by_name[config.name] for config in given]
 
@@ -299,7 +301,14 @@ def _trained(
             for learned, concept in zip(trainable.concepts, start.saved, strict=True):
                 if accelerator.is_main_process and not has_record(learned.config, concept):
                     inputs.write_record(
-                        learned, family, trainable, concept, encode, pictures.shape, autocast
+                        learned,
+                        family,
+                        trainable,
+                        concept,
+                        encode,
+                        pictures.shape,
+                        autocast,
+                        progress,
                     )
             accelerator.wait_for_everyone()
             return start.saved

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from customize.concepts.files import check_writable
 from customize.errors import StorageError, storage_error
 
 
@@ -27,6 +28,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = folder.resolve()
+    check_writable(folder)
     path = folder.parent / f".{folder.name}.lock"
     made = [parent for parent in folder.parents if not parent.exists()]
     # Not shared with other locks on this file, as another thread may have one.

@@ -1,6 +1,6 @@
 """What a run shows on the way: a line for each phase, and a bar where its length is known.
 
-All goes to stderr. On a terminal and in a notebook bars move; elsewhere, as in a log file, each is
+Lines go to stdout and bars to stderr, where after bad input only the error stands. On a terminal and in a notebook bars move; elsewhere, as in a log file, each is
 a line at the beginning, one every half a minute, and one at the end.
 """
 
@@ -36,7 +36,8 @@ class Progress:
             from tqdm.auto import tqdm
 
             with suppress(OSError, ValueError):  # the terminal may be gone
-                tqdm.write(text, file=sys.stderr)
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     @contextmanager
     def phase(self, text: str, after: float = 0.0) -> Iterator[None]:

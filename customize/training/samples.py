@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Generator
+from torch import Generator, Tensor
 
 from customize.atomic import put_file
 from customize.core.objectives import weighted_mse
 from customize.errors import StorageError, storage_error
 from customize.families import Family
+from customize.families.sampling import sample
 from customize.training.batches import stream_seed
 from customize.training.cache import Encode, Pictures
 from customize.training.captions import class_caption
@@ -28,7 +29,7 @@ from customize.training.config import TrainConfig
 from customize.training.preserving import in_classes
 from customize.training.process import Autocast
 from customize.training.trainable import Trainable
-from customize.training.validation import draw, guidance_of
+from customize.training.validation import guidance_of, to_pictures
 
 FOLDER = "samples"
 _BASE = "base.png"
@@ -143,16 +144,19 @@ class Samples:
                 asked = self.encode([prompt])
                 empty = family.unconditional(self.encode([""]))
             with eager(config):
-                (picture,) = draw(
+                seed = stream_seed(config.seed, "sample")
+                latents = sample(
                     family,
                     asked,
                     empty,
                     self.shape,
                     steps=sampling_steps(config, family),
                     guidance=guidance_of(config, family),
-                    seeds=[stream_seed(config.seed, "sample")],
+                    seeds=[seed],
+                    sampler_seed=stream_seed("sampler", seed),
                     autocast=self.autocast,
                 )
+            picture = _decoded(family, latents)
         except RuntimeError as error:  # memory does not suffice, or a kernel lacks something
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -173,6 +177,17 @@ class Samples:
                 where=path,
                 fix="free some space or allow writing there, then run again",
             ) from error
+
+
+def _decoded(family: Family, latents: Tensor) -> Image.Image:
+    """The picture; decoded on the CPU where the device, which holds the denoiser too, is too small.
+
+    The autoencoder of SDXL takes more memory for a picture of 1024 x 1024 than its denoiser."""
+    try:
+        return to_pictures(family, latents)[0]
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return to_pictures(family, latents.cpu())[0]
 
 
 def sampling_steps(config: TrainConfig, family: Family) -> int:

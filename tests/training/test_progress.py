@@ -31,22 +31,23 @@ def test_each_phase_has_a_line_in_a_log_file(tmp_path, capsys):
     given = {"num_shared_directions": 4, "record_inputs": True, "samples": True}
     given |= {"prior_weight": 1.0, "prior_count": 2, "validation_steps": 1, "steps": 20}
     train(settings(tmp_path, rank=2, **given), tiny_sd().components)
-    err = capsys.readouterr().err
-    assert "\r" not in err
+    out, err = capsys.readouterr()
+    assert "\r" not in err and all(" [00:" in line for line in err.splitlines())
     for phase in (
         *("pictures ", "captions ", "recording what all prompts share"),
         *("drawing class pictures: 1/1", "encoding pictures: 5/5", "encoding prompts"),
         *("drawing the first samples", "learning: 20/20", "measuring", "saving rex"),
         *("recording what the layers of rex read", "loss on fixed noise"),
     ):
-        assert phase in err, phase
-    assert len(err.splitlines()) < 50  # not one a step
+        assert phase in out + err, phase
+    assert len((out + err).splitlines()) < 50  # not one a step
     train(settings(tmp_path, "silent"), tiny_sd().components, progress=False)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")
 
 
 def test_bars_move_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(sys, "stdout", Terminal())
     progress = Progress(True)
     assert list(progress.track([1, 2, 3], "counting")) == [1, 2, 3]
     with progress.phase("waiting"), progress.phase("at once", after=60.0):
@@ -54,12 +55,13 @@ def test_bars_move_on_a_terminal(monkeypatch):
     with progress.phase("slow", after=0.01):
         time.sleep(0.2)
     assert "\r" in sys.stderr.text and "counting" in sys.stderr.text
-    assert "waiting ...\n" in sys.stderr.text and "slow ...\n" in sys.stderr.text
-    assert "at once" not in sys.stderr.text
+    assert "waiting ...\n" in sys.stdout.text and "slow ...\n" in sys.stdout.text
+    assert "at once" not in sys.stdout.text
 
 
 def test_a_terminal_that_is_gone_stops_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Gone())
+    monkeypatch.setattr(sys, "stdout", Gone())
     monkeypatch.setattr(Gone, "isatty", lambda self: False)
     progress = Progress(True)
     assert list(progress.track([1, 2], "counting")) == [1, 2]
@@ -69,4 +71,4 @@ def test_a_terminal_that_is_gone_stops_nothing(monkeypatch):
 def test_other_processes_show_nothing(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     Progress(True).line("x")
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")

@@ -71,7 +71,9 @@ def test_samples_are_kept_in_the_folder_and_the_card(tmp_path, counted):
     }
     card = (tmp_path / "out" / "README.md").read_text()
     assert "sample-1.png" in card
-    assert "the base's own a photo of a dog; a photo of \\<rex\\> after 0, 3, 6, 9, 12 st" in card
+    assert (
+        "the base's own a photo of a dog; a photo of &#60;rex&#62; after 0, 3, 6, 9, 12 st" in card
+    )
     # What was learned shows: the last differs from the first, and the base's own is neither.
     first, last = (pixels(drawn(tmp_path / "out")[name]) for name in (NAMES[1], NAMES[-1]))
     assert np.abs(first - last).max() > 0
@@ -119,11 +121,26 @@ def test_what_cannot_be_drawn_ends_samples_and_not_the_run(tmp_path, monkeypatch
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB\nmore")
 
-    monkeypatch.setattr(samples, "draw", full)
+    monkeypatch.setattr(samples, "sample", full)
     with pytest.warns(UserWarning, match=r"samples of rex are not drawn any more: CUDA out of mem"):
         train(settings(tmp_path, samples=True), tiny_sd().components, progress=False)
     assert "fixed_loss" in Concept.load(tmp_path / "out").info.training
     assert not (tmp_path / "out" / "sample-1.png").exists()
+
+
+def test_a_device_that_is_too_small_to_decode_on(tmp_path, monkeypatch):
+    seen = []
+    decode = samples.to_pictures
+
+    def small(family, latents):
+        seen.append(latents.device.type)
+        if len(seen) % 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(family, latents)
+
+    monkeypatch.setattr(samples, "to_pictures", small)
+    train(settings(tmp_path, samples=True, steps=1), tiny_sd().components, progress=False)
+    assert seen == ["cpu"] * 6 and len(drawn(tmp_path / "out")) == 3
 
 
 @pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
@@ -175,8 +192,8 @@ def test_nothing_but_defaults(tmp_path, capsys):
     needed = {"base": "tiny", "name": "rex", "class_word": "dog", "images": tmp_path / "photos"}
     config = TrainConfig(**needed, output=tmp_path / "out", steps=3)
     train(config, tiny_sd().components)
-    err = capsys.readouterr().err
-    assert "rex: " in err.splitlines()[-1] and "loss on fixed noise" in err.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("rex: ") and "loss on fixed noise" in last
     assert (tmp_path / "out" / "layer_inputs.safetensors").is_file()
     facts = json.loads((tmp_path / "out" / "concept.json").read_text())["training"]
     assert facts["samples"]["steps"] == [0, 1, 2, 3] and facts["fixed_loss"]["base"] > 0

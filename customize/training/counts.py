@@ -36,8 +36,8 @@ def counts(
         "captions": f"{len(samples) - templated} of their own, {templated} by the template",
         "masks": str(masks or "none"),
         "size": f"{resolution} x {resolution}, the centre square",
-        "steps": f"{config.steps} of {batch} pictures",
-        "epochs": f"{epochs:.{0 if epochs >= 10 else 1}f}",
+        "steps, epochs": f"{config.steps} of {batch} pictures, which makes "
+        f"{epochs:.{0 if epochs >= 10 else 1}f} epochs",
     }
     if config.buckets:
         sizes = bucket_sizes(resolution, family.latent_multiple)

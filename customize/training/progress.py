@@ -1,7 +1,8 @@
 """What a run shows on the way: a line for each phase, and a bar where its length is known.
 
-Lines go to stdout and bars to stderr, where after bad input only the error stands. On a terminal and in a notebook bars move; elsewhere, as in a log file, each is
-a line at the beginning, one every half a minute, and one at the end.
+Lines go to stdout, and bars to stderr, where after bad input only the error stands. On a terminal
+and in a notebook bars move; elsewhere, as in a log file, each is a line at the beginning, one every
+half a minute, and one at the end.
 """
 
 from __future__ import annotations

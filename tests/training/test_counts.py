@@ -26,11 +26,10 @@ def test_counts(family, tmp_path):
         "captions": "1 of their own, 4 by the template",
         "masks": "5",
         "size": "4 buckets: 40 x 24 (2), 16 x 64 (1), 32 x 32 (1), 64 x 16 (1)",
-        "steps": "800 of 4 pictures",
-        "epochs": "640",
+        "steps, epochs": "800 of 4 pictures, which makes 640 epochs",
     }
     lines = block(config, found).splitlines()
-    assert all(len(line) <= 80 for line in lines) and "640" in lines[-1]
+    assert all(len(line) <= 80 for line in lines) and "640 epochs" in lines[-1]
 
 
 def told(config, family, resolution=32):

@@ -11,11 +11,27 @@ from customize.training.buckets import bucket_of, bucket_sizes
 from customize.training.config import TrainConfig
 from customize.training.data import Sample
 from customize.training.image_folder import listing
+from customize.training.progress import Progress
 
 _FEW_STEPS = 50
 _MOST_PIECES = 4
 _SHORT_PIECES = 2.0  # letters
 _SHOWN = 4  # sizes
+
+
+def tell_counts(
+    configs: Sequence[TrainConfig],
+    samples: Sequence[Sequence[Sample]],
+    class_samples: Sequence[Sequence[Sample]],
+    family: Family,
+    resolution: int,
+    processes: int,
+    progress: Progress,
+) -> None:
+    """Show the counts of each concept of a run, and warn of what is wrong with them."""
+    for config, own, classes in zip(configs, samples, class_samples, strict=True):
+        progress.line(block(config, counts(config, own, classes, family, resolution, processes)))
+        warn_unlikely(config, own, family, resolution)
 
 
 def counts(
@@ -39,6 +55,8 @@ def counts(
         "steps, epochs": f"{config.steps} of {batch} pictures, which makes "
         f"{epochs:.{0 if epochs >= 10 else 1}f} epochs",
     }
+    if config.steps < _FEW_STEPS:
+        shown["steps, epochs"] += "; some hundreds of steps are usual"
     if config.buckets:
         sizes = bucket_sizes(resolution, family.latent_multiple)
         found = Counter(bucket_of(sample.size, sizes) for sample in samples)
@@ -67,11 +85,6 @@ def warn_unlikely(
             f"the text encoder does not know the class word {config.class_word!r}: it reads "
             f"{' '.join(pieces)}; it may learn badly. Choose a common word for "
             "what kind of thing it is",
-            stacklevel=2,
-        )
-    if config.steps < _FEW_STEPS:
-        warnings.warn(
-            f"steps is {config.steps}, too few to learn much in; some hundreds are usual",
             stacklevel=2,
         )
     small = [s.path.name for s in samples if min(s.size) < resolution * 0.75]

@@ -25,7 +25,7 @@ from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, TOG
 from customize.training.claim import claimed_slices
 from customize.training.compiling import check_compiler, compiled
 from customize.training.config import TrainConfig
-from customize.training.counts import block, counts, warn_unlikely
+from customize.training.counts import tell_counts
 from customize.training.losses import Losses
 from customize.training.prior import class_samples_of, drawn_for
 from customize.training.progress import Progress
@@ -184,12 +184,9 @@ def _trained(
         family = family_of(parts, pipeline_config or {})
         for each in configs:
             resolution = setup.check_fits(family, each)
-        for each, own_samples, classes_given in zip(configs, samples, class_samples, strict=True):
-            processes = accelerator.num_processes
-            progress.line(
-                block(each, counts(each, own_samples, classes_given, family, resolution, processes))
-            )
-            warn_unlikely(each, own_samples, family, resolution)
+        tell_counts(
+            configs, samples, class_samples, family, resolution, accelerator.num_processes, progress
+        )
         if own:
             setup.freeze(parts)
             setup.put_away(family, family.unused, free=True)

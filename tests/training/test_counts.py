@@ -42,7 +42,11 @@ def told(config, family, resolution=32):
 
 def test_what_makes_success_unlikely_is_told(family, tmp_path):
     assert told(settings(tmp_path / "a", steps=800), family) == []
-    assert "steps is 12, too few" in told(settings(tmp_path / "a"), family)[0]
+    samples, none = read_pictures(settings(tmp_path / "a"), 32, ["<rex>"])
+    found = counts(settings(tmp_path / "a"), samples, none, family, 32, processes=1)
+    assert found["steps, epochs"] == (
+        "12 of 2 pictures, which makes 8.0 epochs; some hundreds of steps are usual"
+    )
     (said,) = told(settings(tmp_path / "a", steps=800, class_word="xqzvw"), family)
     assert "does not know the class word 'xqzvw': it reads " in said
     for name in ("a.png", "b.png"):

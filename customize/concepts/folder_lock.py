@@ -28,7 +28,10 @@ def exclusive(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = folder.resolve()
-    check_writable(folder)
+    try:
+        check_writable(folder.parent)
+    except StorageError as error:
+        raise StorageError(error.what, where=folder, fix=error.fix) from error
     path = folder.parent / f".{folder.name}.lock"
     made = [parent for parent in folder.parents if not parent.exists()]
     # Not shared with other locks on this file, as another thread may have one.

@@ -98,7 +98,7 @@ def test_exports():
 
 def test_signatures_and_documentation_are_there_for_editors():
     parameters = inspect.signature(customize.load_custom).parameters
-    concepts = ["concepts", "weights", "names", "into", "fuse", "merge"]
+    concepts = ["concepts", "weights", "names", "into", "ignore", "fuse", "merge"]
     more = ["attention", "memory", "library", "library_cache"]
     assert list(parameters) == ["pipe", *concepts, *more]
     for function in (customize.load_custom, customize.unload_custom):

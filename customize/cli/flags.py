@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -32,11 +33,14 @@ def from_config(command: Callable[..., None]) -> Callable[..., None]:
     """Give ``command(config, together, settings)`` a flag for each field.
 
     Values reach it as text (yes or no as bool, lists as lists) and only those that were given,
-    so that TrainConfig alone decides what is valid, and what a configuration file overrides.
+    so that TrainConfig alone decides what is valid, and what a configuration file overrides. Flags
+    by the names of earlier versions still work, with a note, and are not in the help.
     """
 
     def run(config: Path | None = None, together: list[Path] | None = None, **values: Any) -> None:
         given = {name: value for name, value in values.items() if value not in (None, [], ())}
+        for old in RENAMED.keys() & given.keys():
+            warnings.warn(f"{_option(old)} is now called {_option(RENAMED[old])}", stacklevel=2)
         command(config, together or [], given)
 
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -48,6 +52,8 @@ def from_config(command: Callable[..., None]) -> Callable[..., None]:
     for name, field in TrainConfig.model_fields.items():
         panel = PANELS.get(name, panel)
         annotations[name] = _flag(name, field, panel)
+    for old, new in RENAMED.items():
+        annotations[old] = _flag(old, TrainConfig.model_fields[new], "", hidden=True)
     parameters = [
         inspect.Parameter(name, kind, default=None, annotation=annotation)
         for name, annotation in annotations.items()
@@ -88,7 +94,7 @@ def near_flag(flag: str, command: Any) -> str:
         each.lstrip("-").removeprefix("no-"): each
         for parameter in command.params
         for each in (*parameter.secondary_opts, *parameter.opts)
-        if each.startswith("--")
+        if each.startswith("--") and not getattr(parameter, "hidden", False)
     }
     name = flag.lstrip("-").partition("=")[0]
     negated = name.startswith(("no-", "no_"))
@@ -118,9 +124,13 @@ _TOGETHER = typer.Option(
 )
 
 
-def _flag(name: str, field: FieldInfo, panel: str) -> Any:
+def _option(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
+def _flag(name: str, field: FieldInfo, panel: str, hidden: bool = False) -> Any:
     kinds = _kinds(field.annotation)
-    option = "--" + name.replace("_", "-")
+    option = _option(name)
     text = field.description or name
     if field.is_required():
         text += " [required]"
@@ -132,6 +142,7 @@ def _flag(name: str, field: FieldInfo, panel: str) -> Any:
         "help": text,
         "rich_help_panel": panel,
         "show_default": False,
+        "hidden": hidden,
     }
     if bool in kinds:
         no = "--no-" + name.replace("_", "-")

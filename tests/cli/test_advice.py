@@ -22,7 +22,8 @@ SOURCES = Path(customize.__file__).parent
 
 def flags(command: str) -> set[str]:
     found = COMMANDS[command]
-    return {f for p in found.params for f in (*p.opts, *p.secondary_opts) if f.startswith("--")}
+    shown = [p for p in found.params if not getattr(p, "hidden", False)]
+    return {f for p in shown for f in (*p.opts, *p.secondary_opts) if f.startswith("--")}
 
 
 EVERY = {flag for command in COMMANDS if command != "library" for flag in flags(command)}
@@ -79,6 +80,8 @@ def test_one_flag_means_one_thing_on_every_command() -> None:
     forms: dict[str, set[str]] = {}
     for command in COMMANDS:
         for parameter in getattr(COMMANDS[command], "params", ()):
+            if getattr(parameter, "hidden", False):  # by a name that it had
+                continue
             for flag in parameter.opts:
                 if flag.startswith("--"):
                     forms.setdefault(flag, set()).add(str(parameter.metavar))
@@ -96,9 +99,7 @@ SLIPS = {
     "train --lr 1": "--learning-rate",
     "train --learning_rate 1": "--learning-rate",
     "train --no-resum": "--no-resume",
-    "train --avoid 0": "--num-shared-directions",
-    "train --avoid-weight 0": "--shared-directions-weight",
-    "train --density uniform": "--timestep-density",
+    "train --avoid_weight 0": "--shared-directions-weight",
     "train --train-batch-size 4": "--batch-size",
     "merge --method sum": "--merge",
     "generate --num-inference-steps 3": "--steps",
@@ -146,6 +147,23 @@ def test_old_settings_in_a_file_still_load(run: Run, world: World, tmp_path: Pat
     assert load_config(file, num_shared_directions=4).num_shared_directions == 4
     file.write_text(text + "avoid: 3\nnum_shared_directions: 4\n")
     refused(run("train", "--config", file), "avoid and num_shared_directions are one setting")
+
+
+def test_flags_by_the_names_they_had_still_work(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = []
+    monkeypatch.setattr("customize.cli.train.run", lambda *call: given.append(call))
+    old = {"avoid": "0", "basis": "gaussian_qr", "density": "cosmap"}
+    call = [text for name, value in old.items() for text in (f"--{name}", value)]
+    with pytest.warns(UserWarning) as caught:
+        assert run("train", *call).code == 0
+    assert {str(each.message) for each in caught} == {
+        "--avoid is now called --num-shared-directions",
+        "--basis is now called --orthogonal-matrix",
+        "--density is now called --timestep-density",
+    }
+    assert given[0][2] == old  # which TrainConfig reads by either name
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from customize.atomic import put_file
 from customize.cli.shared import storing
-from customize.errors import PipelineError
+from customize.errors import PipelineError, StorageError
 
 if TYPE_CHECKING:
     from customize.cli.generate import Plan
@@ -74,22 +74,42 @@ def draw(
     return image, settings
 
 
-def save(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) -> None:
+def save(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) -> int:
+    """Write a picture and its settings, never over a file that is there.
+
+    Args:
+        number: of the files; the next one free where another process has taken it meanwhile.
+
+    Returns:
+        The number of the files.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     text = json.dumps(settings, indent=2) + "\n"
+    while True:
+        try:
+            with storing(folder / f"{number:04}.png"):
+                _write_pair(folder / f"{number:04}", text.encode(), buffer.getvalue())
+        except StorageError as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+            number = max(number + 1, next_number(folder))
+        else:
+            return number
+
+
+def _write_pair(stem: Path, settings: bytes, picture: bytes) -> None:
+    """Both files or, after an error, none of them."""
     # The settings first, as a process may be killed in between: no picture without its settings.
-    files = {f"{number:04}.json": text.encode(), f"{number:04}.png": buffer.getvalue()}
-    made: list[Path] = []
+    first = stem.with_suffix(".json")
+    put_file(first, settings, new=True)
     try:
-        for name, data in files.items():
-            path = folder / name
-            with storing(path):
-                put_file(path, data, new=True)  # never over what is there
-            made.append(path)
+        put_file(stem.with_suffix(".png"), picture, new=True)
     except BaseException:
-        for path in made:
-            path.unlink(missing_ok=True)
+        first.unlink(missing_ok=True)
         raise
 
 

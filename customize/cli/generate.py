@@ -195,7 +195,8 @@ def run(
     total = len(plan.prompts) * plan.count
     with storing(output):
         output.mkdir(parents=True, exist_ok=True)
-    number = first = next_number(output)
+    number = next_number(output)
+    numbers = []
     err = console(stderr=True)
     for prompt, seed in track(
         plan.jobs,
@@ -208,10 +209,19 @@ def run(
         given = {**guided, **({"regions": dict(regions)} if regions else {})}
         image, settings = draw(pipe, prompt, seed, plan, given, family.output)
         facts = {"guidance": scale, **drawn_with, **_attached(pipe, sources)}
-        save(output, number, image, settings | facts)
-        number += 1
-    last = "is" if total == 1 else f"to {number - 1:04}.png are"
-    console().print(f"{first:04}.png {last} in {output}", markup=False, soft_wrap=True)
+        numbers.append(save(output, number, image, settings | facts))
+        number = numbers[-1] + 1
+    console().print(f"{_named(numbers)} in {output}", markup=False, soft_wrap=True)
+
+
+def _named(numbers: Sequence[int]) -> str:
+    """The pictures of these numbers, in words."""
+    first, last = f"{numbers[0]:04}.png", f"{numbers[-1]:04}.png"
+    if len(numbers) == 1:
+        return f"{first} is"
+    # Another process that draws into the folder has taken the others.
+    among = "" if numbers[-1] - numbers[0] < len(numbers) else f"{len(numbers)} of "
+    return f"{among}{first} to {last} are"
 
 
 def _check_placed(chosen: torch.device, flag: str) -> None:

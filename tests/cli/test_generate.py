@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from customize import load_custom
+from customize.cli import generate
 from customize.cli.generate import parse_size
 from customize.errors import ConfigError
 from tests.cli.making import Run, World, refused
@@ -105,6 +106,29 @@ def test_numbers_go_on_and_nothing_is_overwritten(run: Run, world: World, tmp_pa
     run(*arguments, "--output", tmp_path)
     assert (tmp_path / "0009.png").is_file()
     assert (tmp_path / "0007.json").read_text() == "mine"
+
+
+def test_numbers_that_another_process_takes_meanwhile_are_left_to_it(
+    run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("generate", "--base", world.base, "--prompt", "a dog", "--steps", "1")
+    arguments += ("--size", "32", "--count", "2", "--output", tmp_path)
+    drawn = generate.draw
+
+    def meanwhile(*given: Any) -> Any:
+        if not (tmp_path / "0002.png").exists():
+            (tmp_path / "0001.json").write_text("of another")  # its picture is to come
+            (tmp_path / "0002.png").write_text("of another")
+        return drawn(*given)
+
+    monkeypatch.setattr(generate, "draw", meanwhile)
+    result = run(*arguments)
+    assert result.out == f"0003.png to 0004.png are in {tmp_path}\n"
+    assert (tmp_path / "0001.json").read_text() == "of another"
+    assert (tmp_path / "0002.png").read_text() == "of another"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("0001.json", "0002.png", "0003.json", "0003.png", "0004.json", "0004.png")
+    }
 
 
 def test_notes_on_triggers(run: Run, world: World, tmp_path: Path) -> None:

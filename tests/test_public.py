@@ -95,6 +95,10 @@ def test_merge_writes_what_load_custom_reads(tmp_path: Path) -> None:
     assert (kohya.folder / "k.safetensors").is_file() and kohya.error > 0
     twin = customize.merge(rex, merged.folder, output=tmp_path / "x", names=["max", None])
     assert repr(customize.inspect(twin.folder)).count("<max>") >= 1
+    part = customize.merge(rex, tom, output=tmp_path / "p", ignore=["text_encoder"])
+    assert list(part.rank) == ["unet"]
+    facts = customize.inspect(rex, ignore="text_encoder").facts[0]
+    assert "text_encoder" not in facts["layers"]
     ties = {"method": "ties", "density": 0.4}
     assert customize.merge(rex, tom, output=tmp_path / "t", merge=ties).method == "ties"
 
@@ -108,6 +112,7 @@ def test_merge_writes_what_load_custom_reads(tmp_path: Path) -> None:
         ({"format": "koya"}, "no format koya.*did you mean kohya"),
         ({"family": "sdx"}, "no family.*did you mean sdxl or sd"),
         ({"weights": {"rx": 1}}, "given for rx.*did you mean rex"),
+        ({"ignore": ["unt"]}, "ignore"),
         ({"weights": [1]}, "1 weights were given for 2"),
     ],
 )
@@ -188,7 +193,9 @@ def test_what_is_printed_is_a_few_lines(tmp_path: Path) -> None:
     assert "<rex>, a dog, 2 tokens; family sd" in repr(customize.Concept.load(tmp_path / "rex"))
 
 
-def test_a_pipeline_prints_its_configuration_unless_it_is_customized(tmp_path: Path) -> None:
+def test_a_pipeline_prints_its_configuration_unless_it_is_customized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe, other = tiny_sd(), tiny_sd()
     stock = repr(pipe)
     assert '"_class_name": "StableDiffusionPipeline"' in stock
@@ -198,4 +205,7 @@ def test_a_pipeline_prints_its_configuration_unless_it_is_customized(tmp_path: P
     assert "_class_name" not in repr(pipe) and repr(other) == stock
     pipe.unload_custom()
     assert repr(pipe) == stock
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)  # as in an interactive session
+    assert repr(pipe.unload_custom()) == "StableDiffusionPipeline: no concepts attached"
+    assert repr(other) == stock
     assert "memory: 4 GB" in repr(other.load_custom(memory="4GB"))

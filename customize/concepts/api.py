@@ -49,6 +49,7 @@ def merge(
     rank: int | None = None,
     format: str = LAYOUTS[0],
     family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
 ) -> Merged:
     """Merge concepts and LoRAs into one ordinary LoRA in a new folder.
 
@@ -73,12 +74,13 @@ def merge(
             method prunes.
         format: "diffusers", or "kohya" for ComfyUI and the web UIs.
         family: The name of the model family, for LoRA files whose layers several families have.
+        ignore: Parts of the folders and files to leave out, as for ``load_custom``.
 
     Returns:
         The folder, the rank of each component, the method and what truncation lost.
 
     Raises:
-        ConfigError: no such method, setting, format or family; weights that fit nothing.
+        ConfigError: no such method, setting, format, family or part; weights that fit nothing.
         ConceptError: a concept cannot be read, or does not go with the others; a record that
             "fusion" needs is missing.
         StorageError: something else is in the folder, or it cannot be written.
@@ -91,7 +93,7 @@ def merge(
         raise ConfigError(
             f"there is no format {format}", where="format", fix=choose_from(format, LAYOUTS)
         )
-    opened = _renamed(read_whole(concepts, family), names)
+    opened = _renamed(read_whole(concepts, family, ignore), names)
     method, inputs = with_records(opened, method)
     return write_merged(
         opened,
@@ -137,19 +139,23 @@ class Inspection:
         return "\n".join(lines).rstrip()
 
 
-def inspect(*concepts: str | Path | Adaptation, family: str | None = None) -> Inspection:
+def inspect(
+    *concepts: str | Path | Adaptation,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
+) -> Inspection:
     """What concepts and LoRAs hold, and whether they get in each other's way.
 
     Args:
-        concepts, family: as for :func:`customize.merge`; at least one.
+        concepts, family, ignore: as for :func:`customize.merge`; at least one concept.
 
     Raises:
-        ConfigError: nothing is given, or there is no such family.
+        ConfigError: nothing is given, or there is no such family or part.
         ConceptError: a concept cannot be read.
     """
     if not concepts:
         raise ConfigError("there is nothing to inspect", fix="give at least one concept")
-    opened = read_whole(concepts, family)
+    opened = read_whole(concepts, family, ignore)
     facts = [described(concept) for concept in opened]
     if len(opened) < 2:
         return Inspection(facts)
@@ -164,8 +170,12 @@ def inspect(*concepts: str | Path | Adaptation, family: str | None = None) -> In
     return Inspection(facts, relations(opened), overlap, answers)
 
 
-def read_whole(concepts: Sequence[str | Path | Adaptation], family: str | None) -> list[Adaptation]:
-    """Concepts as they are, and what files and folders hold.
+def read_whole(
+    concepts: Sequence[str | Path | Adaptation],
+    family: str | None,
+    ignore: str | Sequence[str] | None = None,
+) -> list[Adaptation]:
+    """Concepts as they are, and what files and folders hold without what is to be left out.
 
     Raises:
         ConfigError: something is neither.
@@ -185,7 +195,7 @@ def read_whole(concepts: Sequence[str | Path | Adaptation], family: str | None) 
                 if several
                 else "give a folder, a .safetensors file, a hub id or a Concept",
             )
-    opened = opened_together(list(sources.values()), family)
+    opened = opened_together(list(sources.values()), family, ignore)
     read |= dict(zip(sources, opened, strict=True))
     return [read[number] for number in sorted(read)]
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from customize.hosts.brief_repr import note_unloaded
 from customize.hosts.patch_diffusers import patch
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
 
     with full_precision(tf32=True):
         unload(pipe, names)
+    note_unloaded(pipe)
     return pipe
 
 

@@ -2,8 +2,9 @@
 
 ``pipe.load_custom(...)`` returns the pipeline, so that it can follow ``from_pretrained`` at once.
 In an interactive session diffusers then prints the whole configuration; instead of that a pipeline
-with concepts, a library, a chosen backend or a memory plan shows what ``pipe.custom`` does. All
-other pipelines print what diffusers has for them.
+with concepts, a library, a chosen backend or a memory plan shows what ``pipe.custom`` does, and in
+such a session one from which they were unloaded as well. All other pipelines print what diffusers
+has for them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,15 @@ from __future__ import annotations
 import functools
 import sys
 from typing import Any
+from weakref import WeakSet
 
 _MARK = "_customize_repr"
+_unloaded: WeakSet[Any] = WeakSet()
+
+
+def note_unloaded(pipe: Any) -> None:
+    """Show what ``pipe.unload_custom()`` returns briefly in interactive sessions."""
+    _unloaded.add(pipe)
 
 
 def shorten_repr(host: Any) -> None:
@@ -28,6 +36,9 @@ def shorten_repr(host: Any) -> None:
         from customize.hosts.summary import summary
 
         shown = summary(self)
+        interactive = hasattr(sys, "ps1")
+        if interactive and self in _unloaded:
+            return f"{type(self).__name__}: {shown!r}"
         if not (shown.rows or shown.attention or shown.memory or shown.library or shown.avoid):
             return str(stock(self))
         return f"{type(self).__name__}: {shown!r}"

@@ -65,9 +65,8 @@ def judge_of(configs: Sequence[TrainConfig]) -> Judge | None:
             f"the last sample {'shows' if shows else 'does not show'} {info.name} (distance "
             f"{distance:.2f}, at most {judges.threshold:.2f})"
         )
-        if info.class_word not in CLASSES:
-            return Identity(shows, text, f"a class word among {', '.join(CLASSES)}")
-        return Identity(shows, text, "more steps, or higher learning rates")
+        unknown = info.class_word not in CLASSES
+        return Identity(shows, text, f"a class word among {', '.join(CLASSES)}" if unknown else "")
 
     return judge
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -70,9 +71,11 @@ def counts(
 
 
 def block(config: TrainConfig, numbers: dict[str, str]) -> str:
-    """Lines of at most 80 columns."""
-    lines = [f"{title:<15}{text}" for title, text in {"learning": config.name, **numbers}.items()]
-    return "\n".join(line if len(line) <= 80 else f"{line[:77]}..." for line in lines)
+    """Lines of at most 80 columns; what is longer goes on below."""
+    return "\n".join(
+        textwrap.fill(text, 80, initial_indent=f"{title:<15}", subsequent_indent=" " * 15)
+        for title, text in {"learning": config.name, **numbers}.items()
+    )
 
 
 def warn_unlikely(

@@ -247,11 +247,8 @@ def _trained(
             track=progress.track,
         )
         del samples, class_samples  # photographs can be large
-        drawn = [
-            prompt
-            for each in configs
-            for prompt in (*each.validation_prompts, *sampling.prompts_of(each))
-        ]
+        validated = [prompt for each in configs for prompt in each.validation_prompts]
+        drawn = [*validated, *(text for each in configs for text in sampling.prompts_of(each))]
         if config.cache_latents:
             setup.put_away(family, {"vae": family.vae}, free=own and not drawn)
 
@@ -264,7 +261,7 @@ def _trained(
         trainable = stack.enter_context(trained_in(family, configs, indices, basis, generic))
         check_texts(family, trainable, "caption", pictures.captions)
         check_texts(family, trainable, "validation prompt", drawn)
-        warn_of_triggers(family, drawn, [each.trigger for each in configs])
+        warn_of_triggers(family, validated, [each.trigger for each in configs])
         phrases = [text for each in configs for text in preserving.texts_of(each)]
         check_texts(family, trainable, "phrase", phrases)
         named = pictures.captions[: concepts[-1].stop]

@@ -9,6 +9,7 @@ from typing import Any
 from customize.concepts.concept import ConceptInfo
 
 _NOTICEABLE = 0.02  # of the base's loss
+_TOO_LITTLE = "try more steps, or higher learning rates"
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,12 @@ class Identity:
     Attributes:
         shows: whether it shows the subject of the training pictures.
         text: that in words, with the judge's number.
-        advice: what to try where it does not.
+        advice: what to try where it does not, before more steps; empty: nothing is known.
     """
 
     shows: bool
     text: str
-    advice: str
+    advice: str = ""
 
 
 #: The facts of a concept -> what a judge says of its last sample; None: there is no judge.
@@ -44,8 +45,7 @@ def verdict(info: ConceptInfo, identity: Identity | None = None) -> str | None:
     if change > _NOTICEABLE:
         judged, advice = "worse than the base", "try lower learning rates"
     elif change > -_NOTICEABLE:
-        judged = "hardly anything learned"
-        advice = "try more steps, or higher learning rates"
+        judged, advice = "hardly anything learned", _TOO_LITTLE
     else:
         judged = "learned"
         advice = "" if identity else "look at the samples; if they copy the pictures, fewer steps"
@@ -53,5 +53,5 @@ def verdict(info: ConceptInfo, identity: Identity | None = None) -> str | None:
         found += f", and {identity.text}"
         if not identity.shows:
             judged = "the pictures' subject is not learned" if judged == "learned" else judged
-            advice = identity.advice if not advice else f"{advice}; {identity.advice}"
+            advice = "; ".join(filter(None, (identity.advice, advice))) or _TOO_LITTLE
     return f"{info.name}: {judged}: {found}." + (f" Next: {advice}." if advice else "")

@@ -30,6 +30,8 @@ def test_counts(family, tmp_path):
     }
     lines = block(config, found).splitlines()
     assert all(len(line) <= 80 for line in lines) and "640 epochs" in lines[-1]
+    few = block(config, {"steps, epochs": "12 of 2 pictures, " + "word " * 20 + "end"})
+    assert few.endswith(" end") and all(len(line) <= 80 for line in few.splitlines())
 
 
 def told(config, family, resolution=32):

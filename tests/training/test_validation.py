@@ -6,6 +6,7 @@ import torch
 
 from customize.families import family_of
 from customize.training.batches import stream_seed
+from customize.training.loop import train
 from customize.training.validation import draw, log_pictures, save_row, warn_of_triggers
 from tests.makers import FAMILIES
 from tests.tiny import (
@@ -14,7 +15,7 @@ from tests.tiny import (
 )
 from tests.tiny_llm import tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 from tests.tiny_video import isolate, tiny_cogvideox, tiny_ltx2
-from tests.training.runs import picture
+from tests.training.runs import picture, settings
 
 MAKERS = FAMILIES | {
     "sd-v": lambda: tiny_sd("v_prediction"),
@@ -102,6 +103,13 @@ def test_pictures_go_to_files_and_trackers(tmp_path):
     (_, board, step, options), (_, other, _, _) = logged
     assert board["a dog"].shape == (1, 32, 32, 3) and options == {"dataformats": "NHWC"}
     assert other == {"a dog": pictures[:1]} and step == 7
+
+
+def test_samples_do_not_stand_in_for_validation_prompts(tmp_path):
+    config = settings(tmp_path, steps=1, samples=True, validation_prompts=["a dog"])
+    config = config.model_copy(update={"validation_steps": 1})
+    with pytest.warns(UserWarning, match="no validation prompt has the trigger <rex>"):
+        train(config, tiny_sd().components, progress=False)
 
 
 def test_prompts_that_do_not_show_what_is_learned_are_told():

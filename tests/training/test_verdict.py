@@ -27,6 +27,14 @@ def test_a_judge_counts_more_than_the_loss():
     told = verdict(info({"base": 1.0, "learned": 0.5}), bad)
     assert told.startswith("rex: the pictures' subject is not learned: ")
     assert told.endswith("does not show rex (distance 0.90). Next: a class word.")
+    too_little = verdict(info({"base": 1.0, "learned": 0.99}), bad)
+    assert too_little.endswith("Next: a class word; try more steps, or higher learning rates.")
+    known = Identity(False, "the last sample does not show rex")
+    for learned in (0.5, 0.99):
+        told = verdict(info({"base": 1.0, "learned": learned}), known)
+        assert told.endswith("rex. Next: try more steps, or higher learning rates.")
+    worse = verdict(info({"base": 1.0, "learned": 1.2}), known)
+    assert worse.endswith("Next: try lower learning rates.")
     good = Identity(True, "the last sample shows rex", "nothing")
     assert verdict(info({"base": 1.0, "learned": 0.5}), good).endswith("sample shows rex.")
 

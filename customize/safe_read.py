@@ -68,6 +68,15 @@ def present(path: str | Path) -> bool:
     return True
 
 
+def real_path(path: str | Path) -> Path:
+    """The absolute path without links and dots, as far as there is one.
+
+    Unlike ``Path.resolve`` it does not fail on links that lead in a circle: whoever opens the path
+    names them.
+    """
+    return Path(os.path.realpath(path))
+
+
 def open_regular(path: str | Path, limit: int) -> BinaryIO:
     """Open a file for reading that is a regular one and has at most ``limit`` bytes.
 
@@ -202,7 +211,8 @@ def mapped_floats(path: str | Path) -> Iterator[Iterator[Tensor]]:
 
 
 def check_regular(folder: str | Path, depth: int = 2) -> None:
-    """Refuse a folder in which a FIFO, socket or device lies where another library reads files.
+    """Refuse a folder in which a FIFO, a socket, a device or a sparse file lies where another
+    library reads files.
 
     Args:
         depth: how many levels of folders are looked through.
@@ -218,6 +228,8 @@ def check_regular(folder: str | Path, depth: int = 2) -> None:
                 continue
             if not stat.S_ISDIR(status.st_mode):
                 _check_kind(status, entry.path)
+                if status.st_size > _SPARSE:
+                    open_regular(entry.path, status.st_size).close()
             elif depth > 1:
                 check_regular(entry.path, depth - 1)
 

@@ -20,6 +20,7 @@ from customize.safe_read import (
     read_json,
     read_safetensors,
     read_text,
+    real_path,
     safetensors_header,
 )
 
@@ -174,10 +175,24 @@ def test_a_folder_for_other_libraries_may_have_regular_files_alone(tmp_path: Pat
     (tmp_path / "unet" / "config.json").write_text("{}")
     (tmp_path / "dangling").symlink_to("nowhere")
     check_regular(tmp_path)
-    os.mkfifo(tmp_path / "unet" / "model.safetensors")
+    weights = tmp_path / "unet" / "model.safetensors"
+    os.mkfifo(weights)
     with pytest.raises(OSError, match="a FIFO") as raised:
         check_regular(tmp_path)
-    assert raised.value.filename == str(tmp_path / "unet" / "model.safetensors")
+    assert raised.value.filename == str(weights)
+    weights.unlink()
+    sparse(weights, 2**33)
+    with pytest.raises(OSError, match="sparse") as raised:
+        check_regular(tmp_path)
+    assert raised.value.filename == str(weights)
+
+
+def test_a_real_path_of_links_in_a_circle_is_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "c").symlink_to(tmp_path)
+    assert real_path(tmp_path / "a").parent == tmp_path.resolve()
+    assert real_path(tmp_path / "c" / ".." / "d") == tmp_path.resolve().parent / "d"
 
 
 def test_nothing_in_the_package_reads_files_in_another_way() -> None:

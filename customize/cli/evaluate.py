@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -263,7 +264,7 @@ def _known(
             fix=choose_from(subject.class_word, CLASSES),
         )
     folder = references / subject.name
-    if count == 1 and not folder.is_dir():
+    if count == 1 and not os.path.isdir(folder):
         folder = references
     samples = read_samples(folder)
     images = to_tensor([sample.image for sample in samples])

@@ -185,7 +185,7 @@ def check_file(path: Path | None) -> None:
         return
     from customize.concepts.files import check_writable
 
-    if path.is_dir():
+    if os.path.isdir(path):
         raise StorageError("a folder is in the place of the file", where=path, fix="name a file")
     check_writable(path.parent)
 
@@ -198,7 +198,7 @@ def check_png(path: Path | None, flag: str) -> None:
     """
     if path is not None and path.suffix.lower() != ".png":
         raise ConfigError(f"{path} is no .png", where=flag, fix=f"name it such as {path.stem}.png")
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is not None and not os.path.isdir(path.absolute().parent):
         raise ConfigError(f"there is no folder {path.parent}", where=flag, fix="make it first")
 
 

@@ -8,6 +8,7 @@ nobody else takes the slice that it will go on with; deleting the folder gives i
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,7 +122,7 @@ def alone_in(library: Path) -> Iterator[None]:
     except OSError as error:
         # One that is not there cannot be read either.
         forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        if not forbidden or not library.is_dir():
+        if not forbidden or not os.path.isdir(library):
             raise storage_error(error, library) from error
     try:
         yield

@@ -30,7 +30,7 @@ from customize.concepts.reading import listing, located_whole
 from customize.concepts.shared_directions import bring
 from customize.errors import ConceptError, ConfigError, storage_error
 from customize.near_names import check_path, near
-from customize.safe_read import MAX_TENSORS, open_regular, present
+from customize.safe_read import MAX_TENSORS, open_regular, present, real_path
 from customize.text import one_line
 
 # A concept's files beside its safetensors: those that are read, and those that are not.
@@ -238,7 +238,7 @@ def _parts(folder: Path) -> tuple[list[str], list[str]]:
     left: list[str] = []
     if present(folder / INPUTS_FILE):
         LayerInputs.load(folder / INPUTS_FILE)
-    inside = [folder.resolve()]
+    inside = [real_path(folder)]
     if inside[0].parent.name == "snapshots":  # of the hub's cache, whose files are links to blobs
         inside.append(inside[0].parents[1] / "blobs")
     for path in listing(folder):
@@ -247,6 +247,7 @@ def _parts(folder: Path) -> tuple[list[str], list[str]]:
         if path.name.startswith(".") or path.name in WORK_NAMES or unneeded:
             continue
         checked = path.name in _CHECKED or path.suffix == ".safetensors"
-        free = _FREE.fullmatch(path.name) and path.resolve().parent in inside
+        card = _FREE.fullmatch(path.name) and os.path.isfile(path)
+        free = card and real_path(path).parent in inside
         (names if (checked or free) and not path.is_dir() else left).append(path.name)
     return names, left

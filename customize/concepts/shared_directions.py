@@ -30,7 +30,7 @@ from customize.concepts.inputs import LayerInputs
 from customize.core.bases import avoided
 from customize.core.shared import captured
 from customize.errors import ConceptError, storage_error
-from customize.safe_read import MAX_TENSORS, read_bytes
+from customize.safe_read import MAX_TENSORS, read_bytes, real_path
 
 _FILE = ".shared_directions-{}.safetensors"
 _NAMED = re.compile(r"shared directions ([0-9a-f]{16})")
@@ -143,7 +143,7 @@ def bring(library: Path, source: Path, basis: BasisInfo) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    if not basis.shared or source.resolve() == library.resolve():
+    if not basis.shared or real_path(source) == real_path(library):
         return
     for path in files_in(source):
         found = _if_readable(path)

@@ -7,6 +7,7 @@ be mixed, as some components have no such variant.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def weight_files(folder: Path, variant: str) -> list[Path]:
 
 def folder_of(base: str) -> Path | None:
     """Where the base's files are on this machine."""
-    if Path(base).is_dir():
+    if os.path.isdir(base):  # unlike Path.is_dir, also of names that are too long
         return Path(base)
     from huggingface_hub import try_to_load_from_cache
 

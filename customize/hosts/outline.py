@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ def outline(base: str | Path, dtype: torch.dtype) -> Family:
     Raises:
         PipelineError: it has no model_index.json, or its family is unknown.
     """
-    folder = Path(base) if Path(base).is_dir() else _download(str(base))
+    folder = Path(base) if os.path.isdir(base) else _download(str(base))
     index = folder / "model_index.json"
     if not index.is_file():
         raise PipelineError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -57,7 +58,7 @@ def claimed_slices(
     if basis is None:
         yield [None] * len(configs)
         return
-    new = [config for config in configs if not config.output.exists()]
+    new = [config for config in configs if not os.path.exists(config.output)]
     main = accelerator.is_main_process
     try:
         answer: list[Any] = [None]

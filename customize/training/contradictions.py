@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from customize.safe_read import real_path
 from customize.training.settings import mentions
 
 if TYPE_CHECKING:
@@ -12,13 +13,13 @@ if TYPE_CHECKING:
 
 def contradictions(config: TrainConfig) -> dict[str, str]:
     """Setting -> what is wrong with it, beside the others, and what to do."""
-    images, output = config.images.resolve(), config.output.resolve()
+    images, output = real_path(config.images), real_path(config.output)
     checks = {
         "output": images.is_relative_to(output)
         and "contains the pictures (images), which a new concept would replace; choose a"
         " folder of its own",
         "masks": config.masks is not None
-        and config.masks.resolve() == images
+        and real_path(config.masks) == images
         and "is the folder of the pictures; put masks of the same names in another",
         "preserve": _in_preserve(config),
         "preserve_phrases": bool(config.preserve_phrases)
@@ -26,7 +27,7 @@ def contradictions(config: TrainConfig) -> dict[str, str]:
         and "is not used; set preserve to class_text, context_text or context_output (--preserve)",
         "preserve_pooling": config.preserve_pooling == "published" and _in_pooling(config),
         "prior_images": config.prior_images is not None
-        and _in_prior_images(config, config.prior_images.resolve() == images),
+        and _in_prior_images(config, real_path(config.prior_images) == images),
         "prior_prompt": mentions(config.prior_prompt or "", config.trigger)
         and f"has the trigger {config.trigger}; class pictures show the class without it",
         "slice": config.slice is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -138,7 +139,7 @@ def of_each(
 
 def finished(config: TrainConfig) -> Concept | None:
     """The concept that the output folder holds already; None where there is none, or not whole."""
-    if not (config.output / INFO_FILE).is_file():
+    if not os.path.isfile(config.output / INFO_FILE):
         return None
     try:
         return files.read(config.output)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from customize.errors import ConfigError
+from customize.safe_read import real_path
 from customize.training.config import TrainConfig, config_of, load_config
 from customize.training.settings import current_names, mentions, read_yaml, short, together
 
@@ -68,7 +69,7 @@ def check(configs: Sequence[TrainConfig]) -> None:
             for field in ("name", "trigger", "slice")
             if getattr(a, field) is not None and getattr(a, field) == getattr(b, field)
         ]
-        ours, theirs = a.output.resolve(), b.output.resolve()
+        ours, theirs = real_path(a.output), real_path(b.output)
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
             problems.append(
                 f"output is {short(a.output)} for {a.name} and {short(b.output)} for {b.name}: each"

@@ -242,6 +242,7 @@ def test_adding_copies_known_files_and_follows_no_links_out(folder, tmp_path):
     (rex / "README.md").unlink()
     (rex / "README.md").symlink_to(home / "key")
     (rex / "sample-1.png").symlink_to(home / "key")
+    (rex / "sample-4.png").symlink_to("sample-4.png")
     (rex / "pictures").symlink_to(home)
     (rex / "notes.txt").write_text("mine")
     (rex / "sample-2.png").write_bytes(b"picture")
@@ -249,7 +250,7 @@ def test_adding_copies_known_files_and_follows_no_links_out(folder, tmp_path):
     weights = rex / "pytorch_lora_weights.safetensors"
     weights.rename(home / "weights")
     weights.symlink_to(home / "weights")  # a valid file, wherever it is
-    with pytest.warns(UserWarning, match="4 of the files .* notes.txt, pictures, sample-1.png"):
+    with pytest.warns(UserWarning, match="5 of the files .* notes.txt, pictures, sample-1.png"):
         add(library, rex)
     copied = {path.name for path in (library / "rex").iterdir()}
     own = {"concept.json", "learned_embeds.safetensors", weights.name}

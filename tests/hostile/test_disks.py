@@ -47,7 +47,8 @@ for arguments, left in jobs:
 print(json.dumps(told))
 """
 
-pytestmark = pytest.mark.hostile
+# On a busy machine it takes longer than other tests may.
+pytestmark = [pytest.mark.hostile, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_a_disk_that_fills_up_or_is_read_only_is_called_that(world: World, tmp_p
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=3500,
     )
     assert done.returncode == 0, done.stderr
     counts: Counter[str] = Counter()

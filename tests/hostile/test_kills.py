@@ -23,7 +23,8 @@ from tests.tiny import tiny_sd
 KILLS = int(os.environ.get("HOSTILE_KILLS", "60"))
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
-pytestmark = pytest.mark.hostile
+# On a busy machine it takes longer than other tests may.
+pytestmark = [pytest.mark.hostile, pytest.mark.timeout(3600)]
 
 
 def started(command: list[str]) -> int:

@@ -294,3 +294,11 @@ def test_missing_file_and_folder_are_refused(tmp_path):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="cannot be read: it is a folder"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["images", "output", "masks", "prior_images", "library"])
+def test_links_in_a_circle_are_left_to_whoever_opens_them(field, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    more = {"prior_weight": 1.0} if field == "prior_images" else {}
+    assert getattr(TrainConfig(**{**REQUIRED, **more, field: loop}), field) == loop

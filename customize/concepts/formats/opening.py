@@ -41,7 +41,7 @@ from customize.concepts.reading import (
 from customize.errors import ConceptError, ConfigError
 from customize.families import FAMILIES
 from customize.near_names import choose_from
-from customize.safe_read import present
+from customize.safe_read import present, real_path
 
 
 def opened(
@@ -67,7 +67,7 @@ def opened(
             return without(read(path), ignore, hits)
         # A hub's folder is called by a commit, which is no name.
         hub = not Path(source).exists()
-        name = str(source).rpartition("/")[2] if hub else path.resolve().name
+        name = str(source).rpartition("/")[2] if hub else real_path(path).name
         path, second = _files(path)
     else:
         name = path.stem

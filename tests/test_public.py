@@ -15,6 +15,7 @@ from customize.concepts.api import Inspection
 from customize.errors import ConfigError
 from customize.families import family_of
 from tests.cli.making import record_of
+from tests.contexts import CONTEXTS
 from tests.hosts.making import concept, draw
 from tests.tiny import tiny_sd
 from tests.training.runs import SMALL, make_pictures
@@ -151,6 +152,22 @@ def test_inspect_tells_what_concepts_hold(tmp_path: Path) -> None:
     assert isinstance(customize.inspect(rex, tom), Inspection)
     with pytest.raises(ConfigError, match="nothing to inspect"):
         customize.inspect()
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_merging_and_inspecting_is_the_same_whatever_is_set_around_it(
+    name: str, tmp_path: Path
+) -> None:
+    rex, tom = two(tiny_sd(), tmp_path)
+    plain = customize.inspect(rex, tom)
+    customize.merge(rex, tom, output=tmp_path / "plain")
+    with CONTEXTS[name]():
+        found = customize.inspect(rex, tom)
+        customize.merge(rex, tom, output=tmp_path / "within")
+    assert found.overlap is not None and plain.overlap is not None
+    assert found.overlap.allclose(plain.overlap, atol=1e-12) and repr(found) == repr(plain)
+    for path in (tmp_path / "plain").glob("*.safetensors"):
+        assert (tmp_path / "within" / path.name).read_bytes() == path.read_bytes()
 
 
 def printed(folder: Path) -> dict[str, object]:

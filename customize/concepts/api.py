@@ -33,6 +33,7 @@ from customize.concepts.merge import (
 )
 from customize.concepts.overlap import true_collisions
 from customize.core import crosstalk
+from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.families import published_families
 from customize.near_names import choose_from
@@ -40,6 +41,7 @@ from customize.near_names import choose_from
 Weights = Sequence[float] | Mapping[str, Any] | None
 
 
+@full_precision()
 def merge(
     *concepts: str | Path | Adaptation,
     output: str | Path,
@@ -139,6 +141,7 @@ class Inspection:
         return "\n".join(lines).rstrip()
 
 
+@full_precision()
 def inspect(
     *concepts: str | Path | Adaptation,
     family: str | None = None,

@@ -57,11 +57,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" at line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or type(error).__name__
+        problem = getattr(error, "problem", None) or str(error)
+        fix = "write one `key: value` a line"
+        if isinstance(error, RecursionError):
+            problem = "it is nested too deeply"
+        elif isinstance(error, yaml.reader.ReaderError):
+            problem, fix = "it is not UTF-8 text", "save the file as UTF-8"
         raise ConfigError(
-            f"the configuration is not valid YAML{line}: {problem}",
-            where=path,
-            fix="write one `key: value` a line",
+            f"the configuration is not valid YAML{line}: {problem}", where=path, fix=fix
         ) from None
     if settings is None:
         return {}

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from customize.atomic import put_file
 from customize.concepts.concept import NAME, BasisInfo, check_slices
 from customize.concepts.layout import CLAIM_FILE
-from customize.concepts.reading import in_folders, read_info
+from customize.concepts.locating import in_folders
+from customize.concepts.reading import read_info
 from customize.errors import ConceptError, storage_error
 from customize.safe_read import MAX_PAGE, read_bytes
 

@@ -31,8 +31,9 @@ from customize.concepts.files import put_file
 from customize.concepts.formats.lora import LoraInfo, own_name
 from customize.concepts.formats.metadata import Metadata
 from customize.concepts.layout import INFO_FILE, INFO_HEADER, INPUTS_FILE
+from customize.concepts.locating import is_hidden, listing
 from customize.concepts.merged import merged_facts, merged_info
-from customize.concepts.reading import is_hidden, listing, read_info, single_info
+from customize.concepts.reading import read_info, single_info
 from customize.concepts.subjects import from_header
 from customize.errors import ConceptError, CustomizeError
 from customize.safe_read import present, read_bytes, safetensors_header

@@ -26,7 +26,7 @@ from customize.concepts.concept import counted
 from customize.concepts.files import put_file, safetensors_bytes
 from customize.concepts.inputs_file import HEADER, VERSION, read_rows
 from customize.concepts.layout import INPUTS_FILE
-from customize.concepts.reading import located
+from customize.concepts.locating import located
 from customize.core.fusion import InputMoment
 from customize.errors import ConceptError, storage_error
 from customize.families import Family

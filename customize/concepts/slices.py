@@ -11,7 +11,8 @@ from typing import Protocol
 from customize.concepts.claims import Claim, read_claims
 from customize.concepts.concept import BasisInfo
 from customize.concepts.layout import INFO_FILE
-from customize.concepts.reading import in_folders, read_info
+from customize.concepts.locating import in_folders
+from customize.concepts.reading import read_info
 from customize.core.bases import avoided, block, capacity, hashed_block, shared_columns
 from customize.errors import ConfigError
 

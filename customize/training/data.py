@@ -8,8 +8,6 @@ cannot be read as that is refused by name, so that nothing is dropped silently.
 from __future__ import annotations
 
 import hashlib
-import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,24 +15,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from customize.errors import DataError
-from customize.safe_read import MAX_PICTURE, open_regular
 from customize.training.captions import read_captions
+from customize.training.decoding import by, decode
 from customize.training.image_folder import (
     by_name,
     count,
-    image_formats,
     is_exact,
     listing,
     scan,
-    suffix_names,
     warn_ignored,
 )
 
-_MIN_SIDE = 16
 _STRIP = 256  # rows
 
 #: (width, height) in pixels, as PIL has it.
@@ -179,7 +174,7 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         DataError: see :func:`read_folder`.
     """
-    return _decode(path, "RGB")
+    return decode(path, "RGB")
 
 
 def read_mask(path: Path, size: Size, square: bool = True) -> Image.Image:
@@ -192,10 +187,10 @@ def read_mask(path: Path, size: Size, square: bool = True) -> Image.Image:
     Raises:
         DataError: it cannot be read, has another size or is black wherever it would train.
     """
-    mask = _decode(path, "L")
+    mask = decode(path, "L")
     if mask.size != size:
         raise DataError(
-            f"the mask is {_by(mask.size)} pixels and its picture {_by(size)}",
+            f"the mask is {by(mask.size)} pixels and its picture {by(size)}",
             where=path,
             fix="give both the same size",
         )
@@ -245,111 +240,6 @@ def content_hash(loaded: Loaded, caption: str) -> str:
                 digest.update(image.crop((0, top, image.width, bottom)).tobytes())
     digest.update(caption.encode())
     return digest.hexdigest()
-
-
-def _decode(path: Path, mode: str) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with (
-                open_regular(path, MAX_PICTURE) as file,
-                Image.open(file, formats=image_formats()[1]) as image,  # reads the header only
-            ):
-                _check_header(image, path)
-                image.verify()  # checksums, which decoding does not look at; closes the file
-        with (
-            open_regular(path, MAX_PICTURE) as file,
-            Image.open(file, formats=image_formats()[1]) as image,
-        ):
-            upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright) if mode == "RGB" else _to_gray(upright)
-    except DataError:
-        raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DataError(
-            f"the picture has more than {Image.MAX_IMAGE_PIXELS} pixels, which may be an attack",
-            where=path,
-            fix="shrink it; training uses far fewer pixels",
-        ) from None
-    except Image.UnidentifiedImageError:
-        raise DataError(
-            "the file is damaged or no picture of a known kind",
-            where=path,
-            fix=f"replace or remove it; pictures are {suffix_names()}",
-        ) from None
-    except Exception as error:  # decoders raise nearly anything on damaged data
-        raise DataError(
-            f"the picture cannot be read: {error}",
-            where=path,
-            fix="save it anew from the original, or remove it",
-        ) from error
-
-
-def _check_header(image: Image.Image, path: Path) -> None:
-    # MPO is a JPEG photograph with more in it, such as a phone's depth map, and HEIF may have more
-    # pictures as well: the first is meant.
-    if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "HEIF"):
-        raise DataError(
-            "the picture is animated", where=path, fix="save the frame that you mean as a PNG"
-        )
-    if min(image.size) < _MIN_SIDE:
-        raise DataError(
-            f"the picture is only {_by(image.size)} pixels",
-            where=path,
-            fix=f"give pictures of at least {_MIN_SIDE} pixels a side",
-        )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    image = _eight_bit(image)
-    if not image.has_transparency_data:
-        return _srgb(image, profile)
-    opaque = image.convert("RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(_srgb(opaque.convert("RGB"), profile), mask=opaque.getchannel("A"))
-    return white
-
-
-def _to_gray(image: Image.Image) -> Image.Image:
-    image = _eight_bit(image)
-    if not image.has_transparency_data:
-        return image.convert("L")
-    opaque = image.convert("RGBA")
-    black = Image.new("L", image.size, 0)
-    black.paste(opaque.convert("L"), mask=opaque.getchannel("A"))
-    return black
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grayscale scaled to 8 bits; PIL's own conversion would clip it to white, and forget
-    the value that a PNG may name as transparent."""
-    if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image).astype(np.float64)
-    gray = Image.fromarray((values / 257.0).round().clip(0, 255).astype(np.uint8))  # 65535 / 255
-    clear = image.info.get("transparency")
-    if not isinstance(clear, int):
-        return gray
-    opaque = np.where(values == clear, 0, 255).astype(np.uint8)
-    return Image.merge("LA", (gray, Image.fromarray(opaque)))
-
-
-def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB in sRGB, by the embedded profile where there is one that fits."""
-    if image.mode in ("1", "P"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    if profile:
-        try:
-            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            managed = ImageCms.profileToProfile(
-                image, embedded, ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
-        except (OSError, ImageCms.PyCMSError):  # damaged, or of another colour space
-            managed = None
-        if managed is not None:
-            return managed
-    return image.convert("RGB")
 
 
 def _shrunk(loaded: Loaded, side: int) -> Loaded:
@@ -412,7 +302,3 @@ def _mask_paths(folder: Path, paths: Sequence[Path], images: Sequence[Path]) -> 
             fix="give each picture a mask of the same stem, such as 1.png for 1.jpg",
         )
     return {path: masks[path][0] for path in paths}
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"

@@ -28,16 +28,9 @@ from customize.concepts.layout import (
     PIPELINE_FILE,
     SECOND_FILE,
 )
+from customize.concepts.locating import listing, located_whole, refuse_pickles
 from customize.concepts.merged import read_merged
-from customize.concepts.reading import (
-    listing,
-    located_whole,
-    parsed_single,
-    read,
-    read_json,
-    read_single_tensors,
-    refuse_pickles,
-)
+from customize.concepts.reading import parsed_single, read, read_json, read_single_tensors
 from customize.errors import ConceptError, ConfigError
 from customize.families import FAMILIES
 from customize.near_names import choose_from

@@ -43,8 +43,6 @@ def judge_of(configs: Sequence[TrainConfig]) -> Judge | None:
         return None
 
     def judge(info: ConceptInfo) -> Identity | None:
-        from PIL import Image
-
         from customize.storybook.judges import load_judges, to_tensor
         from customize.storybook.world import CLASSES
         from customize.training.data import read_image
@@ -56,10 +54,8 @@ def judge_of(configs: Sequence[TrainConfig]) -> Judge | None:
             return None
         judges = load_judges(folder)
         pictures = [read_image(path) for path in scan(config.images).images]
-        with Image.open(last) as sample:
-            distance = judges.distance(
-                to_tensor([sample]), judges.signature(to_tensor(pictures))
-            ).item()
+        sample = to_tensor([read_image(last)])
+        distance = judges.distance(sample, judges.signature(to_tensor(pictures))).item()
         shows = distance <= judges.threshold
         text = (
             f"the last sample {'shows' if shows else 'does not show'} {info.name} (distance "

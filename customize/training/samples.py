@@ -26,6 +26,7 @@ from customize.training.batches import stream_seed
 from customize.training.cache import Encode, Pictures
 from customize.training.captions import class_caption
 from customize.training.config import TrainConfig
+from customize.training.decoding import decode
 from customize.training.preserving import in_classes
 from customize.training.process import Autocast
 from customize.training.trainable import Trainable
@@ -108,8 +109,7 @@ class Samples:
         there are none."""
         pictures: list[Image.Image] = []
         for _, path in self.drawn():
-            with Image.open(path) as file:
-                picture = file.convert("RGB")
+            picture = decode(path, "RGB")
             picture.thumbnail((_STRIP_SIDE, _STRIP_SIDE))
             pictures.append(picture)
         if not pictures:

@@ -12,7 +12,7 @@ import pytest
 
 import customize
 from customize.concepts.api import Inspection
-from customize.errors import ConfigError
+from customize.errors import ConceptError, ConfigError
 from customize.families import family_of
 from tests.cli.making import record_of
 from tests.contexts import CONTEXTS
@@ -92,6 +92,8 @@ def test_merge_writes_what_load_custom_reads(tmp_path: Path) -> None:
     pipe.unload_custom()
     expected = draw(pipe.load_custom(rex, tom, weights=[1.0, 0.5], merge="sum"), PROMPT)
     assert np.abs(found - expected).max() <= 1e-5
+    with pytest.raises(ConceptError, match=r"is a merge.*load_custom"):
+        customize.Concept.load(merged.folder)
     kohya = customize.merge(rex, tom, output=tmp_path / "k", format="kohya", rank=2)
     assert (kohya.folder / "k.safetensors").is_file() and kohya.error > 0
     twin = customize.merge(rex, merged.folder, output=tmp_path / "x", names=["max", None])

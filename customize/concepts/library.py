@@ -26,7 +26,7 @@ from customize.concepts.layout import (
     PEFT_FILES,
     WORK_NAMES,
 )
-from customize.concepts.reading import listing, located_whole
+from customize.concepts.locating import listing, located_whole
 from customize.concepts.shared_directions import bring
 from customize.errors import ConceptError, ConfigError, storage_error
 from customize.near_names import check_path, near
@@ -175,13 +175,13 @@ def add(library: str | Path, source: str | Path) -> Entry:
     with alone_in(folder), exclusive(target):
         held = Library(folder)
         triggers = dict.fromkeys([concept.info.trigger or f"<{name}>", *concept.info.triggers])
-        taken = [entry for trigger in triggers for entry in held.called(trigger)]
-        taken += [entry for entry in held.entries.values() if entry.name == name]
+        taken = [(entry, trigger) for trigger in triggers for entry in held.called(trigger)]
+        taken += [(e, e.trigger) for e in held.entries.values() if e.name == name]
         if taken:
+            other, trigger = taken[0]
             raise ConceptError(
-                f"the library has a concept {taken[0].name} already, which {taken[0].trigger} "
-                "calls",
-                where=held.path(taken[0]),
+                f"the library has a concept {other.name} already, which {trigger} calls",
+                where=held.path(other),
                 fix="delete that one first if this one is to replace it",
             )
         if os.path.lexists(target):

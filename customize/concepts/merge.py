@@ -264,7 +264,7 @@ def resolved(
         names = ", ".join(concept.info.name for concept in lacking)
         warnings.warn(
             f"the concepts are summed, not fused, as there is no record of what the layers of "
-            f'{names} read; make one here with merge="fusion", or once with customize record',
+            f'{names} read; make one with customize record, or in load_custom by merge="fusion"',
             stacklevel=6,
         )
     return SUM, records, lacking

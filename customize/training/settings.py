@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from customize.errors import ConfigError
-from customize.near_names import check_path, did_you_mean
+from customize.near_names import check_path, did_you_mean, near
 from customize.safe_read import MAX_PAGE, read_bytes
 from customize.text import quoted
 
@@ -49,10 +49,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
             )
         settings = yaml.safe_load(content)
     except OSError as error:
+        presets = [] if path.exists() else near(path.stem, _presets(), most=1)
+        fix = "give the path of a YAML file"
         raise ConfigError(
             f"the configuration cannot be read: {error.strerror}",
             where=path,
-            fix=check_path(path, "give the path of a YAML file"),
+            fix=f"did you mean {_presets()[presets[0]]}? If not, {fix}"
+            if presets and path.parent == Path()
+            else check_path(path, fix),
         ) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -80,6 +84,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if twice:
         raise ConfigError(f"set more than once: {', '.join(twice)}", where=path, fix="keep one")
     return current_names(settings, path)
+
+
+def _presets() -> dict[str, Path]:
+    """Name -> file of each preset, where the package is in its clone."""
+    folder = Path(__file__).parents[2] / "scripts" / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def current_names(settings: Mapping[str, Any], where: object | None = None) -> dict[str, Any]:

@@ -166,6 +166,14 @@ def test_flags_by_the_names_they_had_still_work(
     assert given[0][2] == old  # which TrainConfig reads by either name
 
 
+def test_a_preset_is_found_by_its_name(run: Run, tmp_path: Path) -> None:
+    presets = SOURCES.parent / "scripts" / "presets"
+    for given in ("sd15-8gb", "sd15-8g.yaml"):
+        refused(run("train", "--config", given), f"did you mean {presets / 'sd15-8gb.yaml'}?")
+    far = run("train", "--config", tmp_path / "sd15-8gb")
+    assert far.code == 2 and "did you mean" not in far.err
+
+
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help_fits_80_columns(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -175,7 +175,7 @@ def test_a_library_takes_a_merge_by_any_of_its_triggers(layout: str, tmp_path: P
         with pytest.raises(ConceptError, match="has a concept duo already"):
             add(library, source)
         concepts[0].save(tmp_path / f"rex-{source.suffix}")
-        with pytest.raises(ConceptError, match="has a concept duo already"):
+        with pytest.raises(ConceptError, match="has a concept duo already, which <rex> calls"):
             add(library, tmp_path / f"rex-{source.suffix}")
         pipe.load_custom(library=library)
         found = draw(pipe, PROMPT)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -19,6 +20,10 @@ ADAPTER = "customize"
 
 #: The methods of models, and of whole pipelines, that write their weights somewhere.
 SAVING = ("save_pretrained", "push_to_hub")
+_SAVING_PART = (*SAVING, "save_lora_adapter")
+
+#: Where each component carries the mark that tells whose it is, and whether it can be saved.
+MARK = "_customize_mark"
 
 
 def guard(model: Any, layers: Iterable[Any]) -> None:
@@ -61,25 +66,24 @@ def _refusing(merge: Any) -> Any:
     return refusing
 
 
-def guard_saving(part: Any, why: Callable[[], str]) -> None:
-    """Let a component refuse to be saved where that would lose what is attached to it.
+def guard_saving(part: Any) -> None:
+    """Let a component refuse to be saved where that would lose what is attached to it, which its
+    mark tells.
 
     A model would write its layers under the names that they have with an adapter, and whoever
     opens that gets new, random weights for them without an error.
 
     Args:
         part: a model or tokenizer.
-        why: why it cannot be saved at that time; empty where it can.
     """
-    for name in (*SAVING, "save_lora_adapter"):
-        method = getattr(type(part), name, None)
-        if method is not None:
-            setattr(part, name, MethodType(_refusing_to_save(method, why), part))
+    for name in _SAVING_PART:
+        if hasattr(type(part), name):
+            setattr(part, name, _Saving(part, name))
 
 
 def unguard_saving(part: Any) -> None:
     """Undo :func:`guard_saving`."""
-    for name in (*SAVING, "save_lora_adapter"):
+    for name in _SAVING_PART:
         vars(part).pop(name, None)
 
 
@@ -93,20 +97,33 @@ def unsaveable(reason: str) -> PipelineError:
     )
 
 
-def _refusing_to_save(method: Any, why: Callable[[], str]) -> Any:
-    signature = inspect.signature(method)
+@dataclass(frozen=True, eq=False)
+class _Saving:
+    """A method of a component that writes it; asks the component's mark first.
 
-    @functools.wraps(method)
-    def saving(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
+    An object and no closure, so that copies and pickles of the component ask their own.
+    """
+
+    part: Any
+    name: str
+
+    @property
+    def _method(self) -> Any:
+        return getattr(type(self.part), self.name).__get__(self.part)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         # Another adapter of the same model can be saved.
-        reason = why() if bound.arguments.get("adapter_name", ADAPTER) == ADAPTER else ""
-        if reason:
-            raise unsaveable(reason)
-        return method(self, *args, **kwargs)
-
-    return saving
+        is_ours = bound.arguments.get("adapter_name", ADAPTER) == ADAPTER
+        mark = vars(self.part).get(MARK)
+        if is_ours and mark is not None and mark.unsaveable:
+            raise unsaveable(mark.unsaveable)
+        return self._method(*args, **kwargs)
 
 
 def check_copyable(parts: Iterable[Any], maker: str) -> None:

@@ -19,13 +19,11 @@ from customize.families import Family
 from customize.families.components import uncompiled
 from customize.hosts.calling import STATE_KEY
 from customize.hosts.fusing import Originals
-from customize.hosts.guards import guard_saving, unguard_saving, unsaveable
+from customize.hosts.guards import MARK, guard_saving, unguard_saving, unsaveable
 from customize.hosts.shelf import Shelf
 
 #: (component, parameter) -> a changed bias or norm as it was, on the CPU; None: there was no bias.
 VectorOriginals = dict[tuple[str, str], Tensor | None]
-
-_MARK = "_customize_mark"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +75,6 @@ class Mark:
     """
 
     unsaveable: str = ""
-
-    def __call__(self) -> str:
-        return self.unsaveable
 
 
 @dataclass(eq=False)
@@ -140,10 +135,10 @@ def keep(family: Family, holder: Holder) -> None:
         holder.parts = parts_of(family)
     for part in holder.parts.values():
         if there:
-            setattr(part, _MARK, holder.mark)
-            guard_saving(part, holder.mark)
+            setattr(part, MARK, holder.mark)
+            guard_saving(part)
         else:
-            vars(part).pop(_MARK, None)
+            vars(part).pop(MARK, None)
             unguard_saving(part)
     if not there:
         holder.parts = {}
@@ -175,7 +170,7 @@ def check_saveable(pipe: Any) -> None:
         PipelineError: a concept is attached as an adapter, or has embeddings for each layer.
     """
     for part in vars(pipe).values():
-        mark = getattr(uncompiled(part), _MARK, None)
+        mark = getattr(uncompiled(part), MARK, None)
         if mark is not None and mark.unsaveable:
             raise unsaveable(mark.unsaveable)
 
@@ -190,7 +185,7 @@ def check_sharing(family: Family, holder: Holder) -> None:
         PipelineError: naming the parts. Those that were freed count as the holder's own.
     """
     parts = parts_of(family)
-    marked = {key: vars(part).get(_MARK) for key, part in parts.items()}
+    marked = {key: vars(part).get(MARK) for key, part in parts.items()}
     foreign = [key for key, mark in marked.items() if mark not in (None, holder.mark)]
     if foreign:
         raise PipelineError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import diffusers
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from customize.errors import PipelineError
 from customize.families import family_of
 from customize.hosts.patch_diffusers import _COPYING
 from customize.hosts.state import parts_of
-from tests.hosts.making import MAKERS, assert_same, concept, draw, everything, user_lora
+from tests.hosts.making import MAKERS, assert_same, attached, concept, draw, everything, user_lora
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3
 
 makers = pytest.mark.parametrize(
@@ -43,9 +46,9 @@ def test_no_component_is_saved_with_concepts_beside_its_weights(make, tmp_path):
     pipe = make()
     before = everything(pipe)
     pipe.load_custom(concept(pipe))
-    attached = parts(pipe)
-    assert attached.keys() >= {family_of(pipe.components, pipe.config).denoiser_key}
-    for key, part in attached.items():
+    changed = parts(pipe)
+    assert changed.keys() >= {family_of(pipe.components, pipe.config).denoiser_key}
+    for key, part in changed.items():
         for save in (part.save_pretrained, part.push_to_hub):
             with pytest.raises(PipelineError, match=r"concepts rex are attached beside.*fuse=True"):
                 save(tmp_path / key)
@@ -54,9 +57,28 @@ def test_no_component_is_saved_with_concepts_beside_its_weights(make, tmp_path):
     assert not list(tmp_path.iterdir())
     pipe.unload_custom()
     assert_same(before, everything(pipe))
-    for key, part in attached.items():
+    for key, part in changed.items():
         part.save_pretrained(tmp_path / key)
         assert "save_pretrained" not in vars(part)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("first", [True, False], ids=["the original first", "the copy first"])
+def test_a_copy_refuses_by_what_is_attached_to_it_alone(copied, first, tmp_path):
+    pipe = attached()
+    other = copied(pipe)
+    detached, still = (pipe, other) if first else (other, pipe)
+    detached.unload_custom()
+    for part in parts(still).values():
+        with pytest.raises(PipelineError, match="attached beside"):
+            part.save_pretrained(tmp_path / "still")
+    for key, part in parts(detached).items():
+        part.save_pretrained(tmp_path / key)
+    assert not (tmp_path / "still").exists()
+    still.unload_custom()
+    assert np.array_equal(draw(still), draw(detached))
 
 
 def test_what_is_saved_of_one_component_is_what_is_opened(tmp_path):

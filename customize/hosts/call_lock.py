@@ -11,6 +11,7 @@ queue behind calls that wait for the outer one. Context variables tell which cal
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from customize.errors import PipelineError
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which a call that still waits says so, and what it waits for.
+PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,11 @@ class _Claim:
     Attributes:
         within: the granted claims of the calls that this call is inside of.
         objects: what is claimed; held, so that no other object gets its id.
+        thread: the name of the thread that the call is made in.
     """
 
     within: tuple[_Claim, ...]
+    thread: str = field(default_factory=lambda: threading.current_thread().name)
     shared: frozenset[int] = frozenset()
     exclusive: frozenset[int] = frozenset()
     objects: tuple[object, ...] = ()
@@ -117,6 +125,7 @@ def claimed(uses: Callable[[], Uses]) -> Iterator[None]:
     outer = _CLAIMS.get()
     # The copied context of a task may be older than the calls that it was made in.
     claim = _Claim(within=tuple(each for each in outer if each in table.granted))
+    is_told = False
     try:
         with table.changed:
             table.waiting.append(claim)
@@ -130,7 +139,9 @@ def claimed(uses: Callable[[], Uses]) -> Iterator[None]:
                         fix="load concepts, and give regions= and avoid=, outside of callbacks "
                         "where several threads share models",
                     )
-                table.changed.wait()
+                if not table.changed.wait(PATIENCE) and not is_told:
+                    is_told = True
+                    _tell_waiting(table, claim)
                 claim.update(uses())
             table.granted.append(claim)
             table.waiting.remove(claim)
@@ -142,7 +153,29 @@ def claimed(uses: Callable[[], Uses]) -> Iterator[None]:
             for claims in (table.waiting, table.granted):
                 if claim in claims:
                     claims.remove(claim)
+            claim.objects = ()  # contexts that were copied meanwhile hold the claim
             table.changed.notify_all()
+
+
+def is_nested() -> bool:
+    """Whether the call is made inside another one that has claims."""
+    return len(_CLAIMS.get()) > 1
+
+
+def _tell_waiting(table: _Table, claim: _Claim) -> None:
+    """Log what a call has waited for so long. It may be a long call; or a call whose callback
+    waits for this thread, of which nothing here can know."""
+    threads = sorted({other.thread for other in table.blocking(claim)})
+    threads = threads or sorted({o.thread for o in table.waiting if claim.excludes(o)})
+    logger.warning(
+        "a call in the thread %s has waited %g s for a call on the same models in %s; if a "
+        "callback or a step of that one waits for this thread, neither ever ends: start such "
+        "threads by asyncio.to_thread or contextvars.copy_context().run, or wait for them after "
+        "the call",
+        claim.thread,
+        PATIENCE,
+        ", ".join(threads),
+    )
 
 
 def _after_fork() -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from customize.hosts.call_lock import Uses, claimed
@@ -79,13 +80,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class _Running:
-    """The innermost call of a pipeline that is under way."""
+    """The innermost call of a pipeline that is under way, and what acts on it."""
 
     pipe: Any
     call: Any
+    state: Holder | None = None
 
 
 _RUNNING: ContextVar[_Running | None] = ContextVar("customize_running", default=None)
+
+# Other in each run of a callback: what that calls is no part of the call it is given to.
+_SCOPE: ContextVar[object] = ContextVar("customize_scope", default=None)
 
 
 def staged(call: Any) -> Any:
@@ -115,6 +120,9 @@ def staged(call: Any) -> Any:
                 if state is None and not given:
                     return call(self, *args, **kwargs)
                 stages = _acting(None if is_super else state, given)
+                if outer is not None and outer.state is state:  # it was handed on to this pipeline
+                    stages = [s for s in stages if s.setting is None or _asks(s, given)]
+                _RUNNING.set(_Running(self, call, state))
                 if asked is not None:
                     args, kwargs = (), dict(list(asked.items())[1:])  # without self
                 return _through_stages(call, self, args, kwargs, given, state, stages)
@@ -150,6 +158,13 @@ def state_of(pipe: Any) -> Holder | None:
     return None
 
 
+def belonging() -> Callable[[], bool]:
+    """A function that tells whether what is computed belongs to the call that is under way now,
+    and not to one that a callback of it makes on the same models."""
+    scope = _SCOPE.get()
+    return lambda: _SCOPE.get() is scope
+
+
 def alone_with(pipe: Any) -> AbstractContextManager[None]:
     """Within it, no other call uses the models of a pipeline."""
 
@@ -158,6 +173,12 @@ def alone_with(pipe: Any) -> AbstractContextManager[None]:
         return Uses(exclusive=[*models_in(pipe), *(state.parts.values() if state else ())])
 
     return claimed(uses if hasattr(pipe, "__dict__") else Uses)
+
+
+def tokenizers_of_one_call(pipe: Any) -> AbstractContextManager[None]:
+    """Within it, no other call uses the stock tokenizers of a pipeline."""
+    found = [part for part in parts_in(pipe) if _is_tokenizer(part) and not _expands(part)]
+    return claimed(lambda: Uses(exclusive=found))
 
 
 def _uses(pipe: Any, call: Mapping[str, Any], given: Mapping[str, Any]) -> Uses:
@@ -190,11 +211,11 @@ def _acting(state: Holder | None, given: Mapping[str, Any]) -> list[Stage]:
     """The stages that do something to a call."""
     from customize.hosts.stages import STAGES
 
-    return [
-        stage
-        for stage in STAGES
-        if any(name in given for name in stage.arguments) or (state and stage.acts(state))
-    ]
+    return [stage for stage in STAGES if _asks(stage, given) or (state and stage.acts(state))]
+
+
+def _asks(stage: Stage, given: Mapping[str, Any]) -> bool:
+    return any(name in given for name in stage.arguments)
 
 
 def _scales_adapters(call: Mapping[str, Any]) -> bool:
@@ -220,10 +241,13 @@ def _changes_models(pipe: Any) -> bool:
 
 def _is_hooked(model: Any) -> bool:
     """Whether weights come and go, or answers are kept, by hooks that know one call at a time."""
-    found = map(vars, model.modules())
-    return any(
-        "_hf_hook" in own or getattr(own.get("_diffusers_hook"), "hooks", None) for own in found
-    )
+    todo = [model]
+    while todo:  # `modules()` also makes names and a set, which takes several times as long
+        module = vars(todo.pop())
+        if "_hf_hook" in module or getattr(module.get("_diffusers_hook"), "hooks", None):
+            return True
+        todo += [child for child in module["_modules"].values() if child is not None]
+    return False
 
 
 def _through_stages(
@@ -249,11 +273,32 @@ def _through_stages(
             raise
         return call(pipe, *args, **asked)  # concepts act by what is in the models
     host = Host(pipe, family, state or Holder(), _parameters(pipe, call))
+    asked = {
+        name: _apart(value) if name.startswith("callback") else value
+        for name, value in asked.items()
+    }
     with ExitStack() as stack:
         for stage in stages:
             mine = {name: given.get(name) for name in stage.arguments}
             asked = stack.enter_context(stage.run(host, asked, **mine))
         return watched(pipe, functools.partial(call, pipe, *args, **asked))
+
+
+def _apart(callback: Any) -> Any:
+    """A callback whose own calls of pipelines are no part of the call that it is given to."""
+    if not isinstance(callback, FunctionType | MethodType | functools.partial):
+        return callback
+
+    @functools.wraps(callback)
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        running, scope = _RUNNING.set(None), _SCOPE.set(object())
+        try:
+            return callback(*args, **kwargs)
+        finally:
+            _RUNNING.reset(running)
+            _SCOPE.reset(scope)
+
+    return apart
 
 
 def _parameters(pipe: Any, call: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from customize.concepts.phrases import shared
 from customize.core.projection import keeping, projected, span
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
+from customize.hosts.calling import belonging
 
 Path = tuple[str | int, ...]
 Ids = tuple[int, ...]
@@ -128,6 +129,7 @@ class _Encoder:
     def __init__(self, tokenizer: Any, cleaning: Cleaning) -> None:
         self.tokenizer, self.cleaning = tokenizer, cleaning
         self.matched = False
+        self._is_ours = belonging()
         self._learning = True
         self._read: list[tuple[_Row, dict[Path, Tensor]]] = []
         self._padding: int | None = None
@@ -191,7 +193,7 @@ class _Encoder:
 
     def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         ids = _ids(args, kwargs)
-        if ids is None:
+        if ids is None or not self._is_ours():
             return None
         rows = self._rows(ids, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
         if self._learning:

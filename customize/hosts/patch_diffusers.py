@@ -22,7 +22,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from customize.hosts.brief_repr import shorten_repr
-from customize.hosts.calling import staged, state_of
+from customize.hosts.calling import staged, state_of, tokenizers_of_one_call
 from customize.hosts.guards import SAVING, check_copyable
 
 # Where diffusers defines the two bases of all its pipelines, and that of its models.
@@ -122,11 +122,15 @@ def _with_subclasses(base: Any) -> Iterator[type]:
 
 def _of_one_length(encode: Any) -> Any:
     """A pipeline's ``encode_prompt`` whose prompt and negative prompt conditions are of one length
-    where tokens with an embedding for each layer are in one of them alone."""
+    where tokens with an embedding for each layer are in one of them alone.
+
+    Stock tokenizers are set to a length before each text, so threads take turns.
+    """
 
     @functools.wraps(encode)
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = encode(self, *args, **kwargs)
+        with tokenizers_of_one_call(self):
+            found = encode(self, *args, **kwargs)
         state = state_of(self)
         if state is None or not state.is_layered:
             return found

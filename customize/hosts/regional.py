@@ -25,6 +25,7 @@ from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.calls import rows_of
 from customize.families.components import uncompiled
+from customize.hosts.calling import belonging
 
 #: How far off an encoded prompt may be, over its own size, to be the one that is asked for:
 #: rounding in bfloat16 stays below it, and another prompt is further away.
@@ -131,6 +132,7 @@ class _Drawing:
             # As many as the pipeline has, so that they are rounded alike.
             whole = family.encode_prompts([each.prompt for each in asked])
         self.matched = False
+        self._is_ours = belonging()
         said = [
             family.told({name: values[[number]] for name, values in whole.items()})
             for number in range(len(asked))
@@ -150,7 +152,8 @@ class _Drawing:
         names = list(inspect.signature(type(uncompiled(denoiser)).forward).parameters)[1:]
 
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            step = self._step(dict(zip(names, args, strict=False)) | kwargs)
+            given = dict(zip(names, args, strict=False)) | kwargs
+            step = self._step(given) if self._is_ours() else None
             self._steps.append(step)
             return None if step is None else ((), self._changed(step, 0))
 

@@ -18,6 +18,7 @@ from customize.concepts.index import Entry
 from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.families import Family
+from customize.hosts.call_lock import is_nested
 from customize.hosts.calling import Call, Host, Stage
 from customize.hosts.prompts import Vocabulary, prompts_in, texts_in
 from customize.hosts.state import Holder
@@ -25,7 +26,10 @@ from customize.hosts.state import Holder
 
 @contextmanager
 def _routed(host: Host, call: Call) -> Iterator[Call]:
-    """Attach what the prompts name, and leave it there: the next such call then does nothing."""
+    """Attach what the prompts name, and leave it there: the next such call then does nothing.
+
+    A call inside another one of the same models, as a callback makes it, puts back what was there.
+    """
     from customize.hosts.load import route_to  # which has the table of stages, and so this
 
     family, holder = host.family, host.state
@@ -35,6 +39,9 @@ def _routed(host: Host, call: Call) -> Iterator[Call]:
         yield call
         return
     entries = _named(family, holder, texts)
+    shelf = holder.shelf
+    assert shelf is not None
+    before = [shelf.library.entries[source] for source in shelf.active] if is_nested() else None
     with full_precision(tf32=True):
         route_to(family, holder, [*{entry.source: entry for entry in entries.values()}.values()])
     words = {
@@ -42,7 +49,12 @@ def _routed(host: Host, call: Call) -> Iterator[Call]:
         for trigger, entry in entries.items()
         if not entry.own_tokens and trigger == entry.trigger
     }
-    yield call | {name: _worded(value, words) for name, value in prompts.items()}
+    try:
+        yield call | {name: _worded(value, words) for name, value in prompts.items()}
+    finally:
+        if before is not None and holder.shelf is shelf:
+            with full_precision(tf32=True):
+                route_to(family, holder, before)
 
 
 ROUTING = Stage(arguments=(), run=_routed, acts=lambda state: state.shelf is not None)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from customize.core.projection import beyond_chance, projected, span
 from customize.families import Family
+from customize.hosts.calling import belonging
 from customize.hosts.cleaning import too_long
 from customize.hosts.guards import ADAPTER
 from customize.hosts.regional import SAME
@@ -167,6 +168,8 @@ class Withheld:
         names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
 
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not telling.is_ours():
+                return
             share = self.family.noise_share(dict(zip(names, args, strict=False)) | kwargs)
             telling.on = self.noise[0] <= share <= self.noise[1]
 
@@ -200,6 +203,7 @@ class _Telling:
     ) -> None:
         self.kept, self.bare, self.groups, self.strength = kept, bare, groups, strength
         self.on = True
+        self.is_ours = belonging()
         self._seen: tuple[Tensor, int] | None = None
         self._found: tuple[list[Tensor], Tensor] = ([], torch.empty(0))
 
@@ -262,6 +266,9 @@ class _Reading:
         handle = layer.lora_B[ADAPTER].register_forward_hook(after)
 
         def forward(words: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not self.telling.is_ours():
+                stock: Tensor = compute(words, *args, **kwargs)
+                return stock
             now = _state(layer, self.telling.on)
             if self._answer is None or not _is_as(words, self._seen) or now != self._then:
                 self._seen, self._then, self._answer = (words, _version(words)), now, None
@@ -283,7 +290,7 @@ class _Reading:
                 layer.forward = before
 
     def _after(self, base: Any, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if not self.telling.on:
+        if not self.telling.on or not self.telling.is_ours():
             return output
         for phrases, strength in zip(self.telling.groups, self.strengths, strict=True):
             if phrases and self.share:

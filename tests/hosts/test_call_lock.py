@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from customize.errors import PipelineError
+from customize.hosts import call_lock
 from customize.hosts.call_lock import _TABLE, Uses, claimed
 
 SOON, NEVER = 5.0, 0.1  # seconds: until something must have happened, and in which it must not
@@ -200,6 +203,36 @@ def test_the_context_of_a_call_that_has_ended_counts_for_nothing():
     writer.finish()
     thread.join(SOON)
     assert began.is_set()
+
+
+def test_a_copied_context_holds_nothing_of_a_call_that_has_ended():
+    thing = Thing()
+    ref = weakref.ref(thing)
+    with claimed(lambda one=thing: Uses(exclusive=[one])):
+        context = contextvars.copy_context()
+    del thing
+    gc.collect()
+    assert context is not None and ref() is None
+
+
+def test_who_waits_for_long_says_once_for_what(monkeypatch, caplog):
+    monkeypatch.setattr(call_lock, "PATIENCE", 0.05)
+    thing = Thing()
+
+    def late() -> None:
+        with claimed(lambda: Uses(shared=[thing])):
+            pass
+
+    thread = threading.Thread(target=late, name="late")
+    with caplog.at_level("WARNING"), claimed(lambda: Uses(exclusive=[thing])):
+        thread.start()  # as a callback may do, which then waits for it
+        thread.join(4 * NEVER)
+        assert thread.is_alive()
+    thread.join(SOON)
+    assert not thread.is_alive()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "in the thread late has waited" in message
+    assert f"in {threading.current_thread().name};" in message and "asyncio.to_thread" in message
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 
+from customize import Decor
 from customize.errors import PipelineError
 from customize.hosts.modular import ConceptsStep
 from tests.hosts.making import MAKERS, attached, concept, modular
@@ -204,6 +206,83 @@ def test_callbacks_may_call_and_load_inside_a_call():
     outer = draw(pipe, **PLAIN)
     assert np.array_equal(draw(pipe, between=between, **PLAIN), outer)
     assert all(np.array_equal(a, b) for a, b in zip(inner, expected, strict=True))
+
+
+ASKED = ({"regions": REGIONS}, {"avoid": "house"}, {})
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sd3], ids=["sd", "sd3"])
+def test_what_a_call_asks_for_does_not_reach_the_calls_of_its_callback(make):
+    pipe = attached(make)
+    other = sharing(pipe)
+    alone = [draw(pipe, **PLAIN, **asked) for asked in ASKED]
+    for outer, expected in zip(ASKED, alone, strict=True):
+        inner: list[Any] = []
+
+        async def in_threads(inner: list[Any] = inner) -> None:
+            inner.append(await asyncio.to_thread(draw, other, **PLAIN))
+
+        def between(inner: list[Any] = inner) -> None:
+            inner += [draw(other, **PLAIN, **asked) for asked in ASKED]
+            asyncio.run(in_threads())
+
+        assert np.array_equal(draw(pipe, between=between, **PLAIN, **outer), expected)
+        assert all(np.array_equal(a, b) for a, b in zip(inner, (*alone, alone[-1]), strict=True))
+
+
+def test_a_call_that_hands_on_to_another_pipeline_hands_on_what_it_was_asked_for():
+    inner = attached()
+
+    class Handing(type(inner)):
+        def __call__(self, prompt, **rest):
+            return inner(prompt, **rest)
+
+    outer = sharing(inner, Handing)
+    for asked in ASKED:
+        expected = draw(inner, **PLAIN, **asked)
+        assert np.array_equal(draw(outer, **PLAIN, **asked), expected)
+    inner.load_custom(Decor("house"))  # acts once, and not in both calls
+    assert np.array_equal(draw(outer, **PLAIN), draw(inner, **PLAIN))
+    asked = {"avoid": "car"}
+    assert np.array_equal(draw(outer, **PLAIN, **asked), draw(inner, **PLAIN, **asked))
+
+
+def test_a_call_in_a_callback_puts_back_what_the_prompt_took_from_a_library(tmp_path):
+    pipe = tiny_sd()
+    for index, name in enumerate(("rex", "tom")):
+        concept(pipe, name, index=index).save(tmp_path / name)
+    pipe.load_custom(library=tmp_path)
+    other = sharing(pipe)
+    tom, rex = draw(other, prompt="a <tom>"), draw(pipe, **PLAIN)
+    inner = []
+    for one in (other, pipe):
+        found = draw(
+            pipe, between=lambda one=one: inner.append(draw(one, prompt="a <tom>")), **PLAIN
+        )
+        assert np.array_equal(found, rex) and np.array_equal(inner[-1], tom)
+
+
+def test_threads_take_turns_with_the_tokenizers_of_stock_pipelines():
+    pipe = attached()
+    pipe.unload_custom()
+    prompts = ["a dog", "a photo of the red dog on the beach"] * 2
+
+    def encoded(prompt: str) -> torch.Tensor:
+        with torch.no_grad():
+            return pipe.encode_prompt(prompt, "cpu", 1, True)[0]
+
+    alone = {prompt: encoded(prompt) for prompt in prompts}
+    wrong: list[Any] = []
+
+    def run(prompt: str) -> None:
+        for _ in range(60):
+            try:
+                wrong.extend([] if torch.equal(encoded(prompt), alone[prompt]) else [prompt])
+            except Exception as error:
+                wrong.append(error)
+
+    run_all(*(lambda prompt=prompt: run(prompt) for prompt in prompts))
+    assert wrong == []
 
 
 def test_an_error_in_a_call_lets_the_next_one_in():

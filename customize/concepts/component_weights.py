@@ -5,6 +5,7 @@
     {"text_encoder": 0.5, "unet": {"down": 0.8, "mid": 1.0, "up": {"block_1": [0.4, 0.8, 1.0]}}}
     {"text_encoder": 0.5, "down": 0.8}  # blocks without a component are the denoiser's
     {"transformer": {"transformer_blocks": 0.5, "single_transformer_blocks": {"block_0": 0.0}}}
+    {"unet.up.block_1": 0.5}  # dots in place of dicts
 
 A key is a component, or a module of it: a list of blocks, or any module below which there are
 layers. Of two keys the longer one counts, and what no key names has the weight 1.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from customize.core.scalars import as_float
 from customize.errors import ConfigError
@@ -38,10 +39,12 @@ class BlockWeights:
         weights: ("component" or "component.module", weight) pairs; the longest name that a layer's
             begins with counts, and 1 where there is none.
         text: as users write it.
+        keys: the components and modules that the dict's keys stand for; not what its lists do.
     """
 
     weights: tuple[tuple[str, float], ...]
     text: str = field(compare=False)
+    keys: tuple[str, ...] = field(default=(), compare=False)
 
     def of(self, component: str, module: str) -> float:
         """The weight of a layer, by the model's name of it or that of files."""
@@ -79,29 +82,58 @@ def checked(name: str, given: object, layers: LayerNames, denoisers: Sequence[st
         return given
     if not isinstance(given, Mapping):
         return _number(name, given)
-    found: list[tuple[str, float]] = []
+    found: list[_Pair] = []
     texts: list[str] = []
     for key, value in given.items():
         if key == REST:
-            found.append((REST, _number(name, value)))
+            found.append(_Pair(REST, _number(name, value)))
             continue
-        if key in layers:
-            found += _below(f"{name}.{key}", key, "", value, layers[key])
-        else:
-            homes = [each for each in denoisers if _module(each, key, layers[each])]
-            if not homes:
-                raise _unknown(name, key, [*layers, *_names(denoisers, layers)])
-            for each in homes:
-                module = _module(each, key, layers[each])
-                found += _below(f"{name}.{key}", each, module, value, layers[each])
+        modules = _modules(str(key), layers, denoisers)
+        if not modules:
+            raise _unknown(name, key, [*layers, *_names(denoisers, layers)])
+        for component, module in modules:
+            found += _below(f"{name}.{key}", component, module, value, layers[component])
         texts += _texts(str(key), value)
-    rest = next((weight for key, weight in found if key == REST), 1.0)
-    return BlockWeights(tuple(found), ", ".join([*texts, f"else {rest:g}"]))
+    rest = next((pair.weight for pair in found if pair.path == REST), 1.0)
+    return BlockWeights(
+        tuple((pair.path, pair.weight) for pair in found),
+        ", ".join([*texts, f"else {rest:g}"]),
+        tuple(pair.path for pair in found if pair.is_key),
+    )
+
+
+def _modules(key: str, layers: LayerNames, denoisers: Sequence[str]) -> list[tuple[str, str]]:
+    """(component, module) of what an outer key means; an empty module is all of the component."""
+    component, _, name = key.partition(".")
+    if component in layers and not name:
+        return [(component, "")]
+    if component in layers:
+        denoisers, key = [component], name
+    modules = [(each, _dotted(each, key, layers[each])) for each in denoisers]
+    return [(each, module) for each, module in modules if module]
+
+
+def _dotted(component: str, key: str, layers: Iterable[str]) -> str:
+    """The module that a key of several names with dots between means, empty where there is none."""
+    module = _module(component, key, layers)
+    parent, _, name = key.rpartition(".")
+    if module or not parent:
+        return module
+    above = _dotted(component, parent, layers)
+    return _module(component, name, layers, above) if above else ""
+
+
+class _Pair(NamedTuple):
+    """A pair of :class:`BlockWeights`, and whether it is of a key and not of a list."""
+
+    path: str
+    weight: float
+    is_key: bool = True
 
 
 def _below(
     where: str, component: str, module: str, value: object, layers: Iterable[str]
-) -> Iterator[tuple[str, float]]:
+) -> Iterator[_Pair]:
     """The pairs of :class:`BlockWeights` that a value stands for.
 
     Args:
@@ -112,7 +144,7 @@ def _below(
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if key == REST:
-                yield path, _number(where, inner)
+                yield _Pair(path, _number(where, inner))
                 continue
             below = _module(component, key, layers, module)
             if not below:
@@ -120,11 +152,11 @@ def _below(
             yield from _below(f"{where}.{key}", component, below, inner, layers)
     elif isinstance(value, list | tuple):
         names = _list(module, value, layers, where)
-        yield path, 1.0
+        yield _Pair(path, 1.0)
         for name, weight in names:
-            yield f"{component}.{name}", _number(where, weight)
+            yield _Pair(f"{component}.{name}", _number(where, weight), is_key=False)
     else:
-        yield path, _number(where, value)
+        yield _Pair(path, _number(where, value))
 
 
 def _list(
@@ -157,9 +189,9 @@ def _list(
         )
     if len(values) not in (1, count):
         raise ConfigError(
-            f"{len(values)} weights are given for the {count} layers of {where}",
+            f"{len(values)} weights are given for {where}, which takes {count}",
             where="weights",
-            fix=f"give {count} numbers, or one for all",
+            fix=f"give a list of {count}, or one number for all",
         )
     return [(name, values[0 if len(values) == 1 else i]) for name, i in modules.items()]
 

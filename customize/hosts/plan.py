@@ -156,7 +156,9 @@ def _warn_of_unused(concept: Adaptation, weight: BlockWeights) -> None:
         for component, own in concept.products.items()
         for module in own
     ]
-    for path, _ in weight.weights:
+    if isinstance(concept, Lora):
+        layers += [f"{part}.{name}." for part, own in concept.vectors.items() for name in own]
+    for path in weight.keys:
         if path and not any(layer.startswith(f"{path}.") for layer in layers):
             warnings.warn(
                 f"{concept.info.name} changes no layer of {path}, so its weight there does nothing",

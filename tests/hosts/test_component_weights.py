@@ -62,6 +62,20 @@ def test_pictures_are_those_of_stock_set_adapters(make, weights, tmp_path):
     assert abs(draw(ours) - draw(stock)).max() < 1e-4
 
 
+def test_lists_and_dotted_keys_do_not_warn_of_layers_that_a_lora_leaves_alone(tmp_path, recwarn):
+    """A list is for a block's residual layers as well, which most LoRAs do not change."""
+    one, two = tiny_sd(), tiny_sd()
+    file = lora(one, tmp_path / "rex.safetensors")
+    one.load_custom(file, weights={"rex": {"unet": {"up": {"block_1": [0.4, 0.9]}}}})
+    two.load_custom(file, weights={"rex": {"unet.up.block_1": [0.4, 0.9]}})
+    assert (draw(one) == draw(two)).all()
+    assert not [str(w.message) for w in recwarn if "does nothing" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"no layer of unet\.down_blocks\.1\.resnets"):
+        one.load_custom(weights={"rex": {"down": {"block_1": {"resnets": 0.5}}}})
+    with pytest.raises(ConfigError, match=r"for 'unet\.dwn'.*did you mean"):
+        one.load_custom(weights={"rex": {"unet.dwn": 0.5}})
+
+
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("merge", ["sum", "average", "magnitude", "ties", "subject_style"])
 def test_weight_0_of_a_part_is_a_file_without_it(merge, fuse, tmp_path):
@@ -123,7 +137,10 @@ def test_blocks_of_a_transformer(tmp_path):
         ({"text_encodr": 0.5}, r"'text_encodr'.*did you mean text_encoder\?"),
         ({"dwn": 0.5}, r"'dwn'.*did you mean .*down"),
         ({"unet": {"down": {"block_9": 1}}}, r"rex\.unet\.down is for 'block_9'.*block_"),
-        ({"unet": {"up": {"block_1": [1, 2, 3, 4, 5]}}}, r"5 weights are given for the \d layers"),
+        (
+            {"unet": {"up": {"block_1": [1, 2, 3, 4, 5]}}},
+            r"5 weights are given for rex\.unet.* give a list of 2",
+        ),
         ({"down": float("nan")}, r"the weight of rex\.down is nan"),
         ({"mid": "1"}, r"the weight of rex\.mid is '1'"),
         ({"text_encoder_3": {}}, "'text_encoder_3'"),

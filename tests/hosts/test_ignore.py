@@ -1,5 +1,8 @@
 """Parts of files that the user leaves out by name."""
 
+import json
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,6 +78,41 @@ def test_what_is_in_memory_and_concepts_of_ours(tmp_path):
         pipe.unload_custom()
 
 
+def test_a_concept_of_ours_without_a_width_of_its_layers(tmp_path):
+    """What is left has slices of fewer widths than the whole."""
+    pipe = tiny_sdxl()
+    rex = concept(pipe)
+    left = rex.products["text_encoder"]
+    assert {u.shape[1] for u in left.values()} < {int(width) for width in rex.info.slices}
+    pipe.load_custom(rex, ignore=["unet", "text_encoder_2"])
+    changed = {c for c in ("unet", "text_encoder", "text_encoder_2") if has_adapter(pipe, c)}
+    assert changed == {"text_encoder"}
+
+
+def has_adapter(pipe, component):
+    return any(hasattr(m, "lora_A") for m in getattr(pipe, component).modules())
+
+
+def test_what_cannot_be_read_is_refused_with_the_words_that_leave_it_out(tmp_path):
+    pipe = tiny_flux()
+    tensors = load_file(lora(pipe, tmp_path / "rex.safetensors"))
+    t5 = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
+    for key, shape in {
+        f"{t5}.lora_A.weight": (2, 8),
+        "bundle_emb.rex.string_to_param.*": (1, 8),
+        "transformer.norm_out.linear.weight": (8, 8),
+    }.items():
+        more = {key: torch.ones(shape)}
+        if "lora_A" in key:
+            more[key.replace("lora_A", "lora_B")] = torch.ones(8, 2)
+        save_file(tensors | more, tmp_path / "more.safetensors")
+        with pytest.raises(ConceptError) as error:
+            pipe.load_custom(tmp_path / "more.safetensors")
+        words = re.search(r"ignore=(\[.*?\])", str(error.value))
+        pipe.load_custom(tmp_path / "more.safetensors", ignore=json.loads(words[1]))
+        pipe.unload_custom()
+
+
 def test_keys_that_mean_nothing_here(tmp_path):
     pipe = tiny_sd()
     file = lora(pipe, tmp_path / "rex.safetensors")
@@ -94,7 +132,8 @@ def test_keys_that_mean_nothing_here(tmp_path):
         (["norm"], "nothing in what is loaded belongs to norm"),
         (["text_encoder_2"], "belongs to text_encoder_2"),
         (["*.ff.*x"], r"belongs to \*\.ff"),
-        (["biases"], "'biases' is no part of a file"),
+        (["biases"], "'biases' is no part of a file.*did you mean bias"),
+        ("bias,norm", r"give a list .* \['bias', 'norm'\]"),
         ([3], "3 is no part"),
     ],
 )

@@ -131,6 +131,25 @@ def test_trained_biases_take_the_place_of_the_bases(tmp_path):
     torch.testing.assert_close(parameters(pipe)[f"{name}.bias"].data, (start + values) / 2)
 
 
+@modes
+def test_trained_norms_take_the_place_of_the_bases(fuse, tmp_path):
+    """As peft saves them with modules_to_save."""
+    from peft import LoraConfig, get_peft_model
+
+    stock, pipe = tiny_sd(), tiny_sd()
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["to_q"], modules_to_save=["norm1"])
+    model = get_peft_model(stock.unet, config)
+    for index, (name, value) in enumerate(model.named_parameters()):
+        if ".lora_" in name or "modules_to_save" in name:
+            value.data += randn(*value.shape, seed=index)
+    model.save_pretrained(tmp_path / "rex")
+    before = everything(pipe)
+    pipe.load_custom(tmp_path / "rex", fuse=fuse)
+    assert abs(draw(pipe) - draw(stock)).max() < 1e-5
+    pipe.unload_custom()
+    assert_same(everything(pipe), before)
+
+
 def test_norms_by_the_names_of_wan_and_flux(tmp_path):
     pipe = tiny_wan()
     width = pipe.transformer.blocks[0].norm2.weight.numel()

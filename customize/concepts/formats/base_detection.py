@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Sequence
 
 from customize.concepts.formats.keys import Group, listed
@@ -44,9 +45,9 @@ def published_base(
             here = [group for group in groups if known.place_of(group) is None]
             lost = min(lost, here, key=len)
     asked = f"family {family}" if family else "the families here"
+    which = f", such as {listed(group.path for group in lost)}" if lost else " in their sizes"
     raise ConceptError(
-        f"no published model of {asked} has all the layers that the file changes, "
-        f"such as {listed(group.path for group in lost)}",
+        f"no published model of {asked} has all the layers that the file changes{which}",
         where=where,
         fix="load it into a pipeline of its base with load_custom",
     )
@@ -88,7 +89,7 @@ def refusal(
         return ConceptError(
             f"the file changes {what}, which takes no adapter in family {family.name}: {keys}",
             where=where,
-            fix="get the LoRA without its part for that encoder",
+            fix=f"leave out what is for it by your own word: ignore={_ignored(encoders, family)}",
         )
     others = set()
     for other, known in _published():
@@ -102,6 +103,16 @@ def refusal(
         where=where,
         fix="load it into a pipeline of the base that it was made for",
     )
+
+
+def _ignored(encoders: set[str | None], family: Family) -> str:
+    """The words that leave out what is for these encoders; a T5 comes after the CLIP encoders."""
+    words = {
+        "text encoder": "text_encoder",
+        "second text encoder": "text_encoder_2",
+        "T5": "text_encoder_3" if len(family.clip_encoders) > 1 else "text_encoder_2",
+    }
+    return json.dumps(sorted({words[each] for each in encoders if each}))
 
 
 def update_shape(place: Place, names: Names) -> tuple[int, int]:

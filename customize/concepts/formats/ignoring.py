@@ -14,10 +14,13 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from customize.concepts.concept import Concept
 from customize.concepts.formats.keys import Group, part_of
 from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
 from customize.concepts.formats.names import encoder_of
+from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError
+from customize.near_names import choose_from
 
 Value = TypeVar("Value")
 
@@ -47,10 +50,15 @@ def checked_words(ignore: str | Iterable[str] | None) -> tuple[str, ...]:
             raise ConfigError(
                 f"{word!r} is no part of a file that can be left out",
                 where="ignore",
-                fix=f"choose from {', '.join((*COMPONENTS, *KINDS))}, or give a pattern of keys "
-                'such as "*.ff.*"',
+                fix=_fix(word),
             )
     return words
+
+
+def _fix(word: object) -> str:
+    if isinstance(word, str) and "," in word:
+        return f"give a list with each word by itself: {[w.strip() for w in word.split(',')]}"
+    return f'{choose_from(word, (*COMPONENTS, *KINDS))}, or give a pattern of keys such as "*.ff.*"'
 
 
 def check_all_matched(words: Sequence[str], matched: set[str]) -> None:
@@ -111,7 +119,7 @@ def without(
         empty = not left.products and not left.vectors
     else:
         empty = not products
-        left = concept if empty else replace(concept, products=products)
+        left = concept if empty else _part_of(concept, products)
     if sum(map(len, products.values())) < sum(map(len, concept.products.values())):
         left = replace(left, source=None)  # what lies beside it is a record of the whole
     if empty:
@@ -119,6 +127,14 @@ def without(
             f"ignore leaves nothing of {concept.info.name}", where="ignore", fix="name fewer parts"
         )
     return left
+
+
+def _part_of(concept: Concept, products: Mapping[str, Mapping[str, LowRank]]) -> Concept:
+    """The concept with these of its updates, and the slices of their widths."""
+    widths = {str(update.shape[1]) for own in products.values() for update in own.values()}
+    slices = {width: own for width, own in concept.info.slices.items() if width in widths}
+    info = concept.info.model_copy(update={"slices": slices})
+    return replace(concept, info=info, products=products)
 
 
 def _kept(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -89,6 +89,10 @@ _KEY = re.compile(
 #: projections for the backward pass, and MonteCLoRA's noise.
 _TRAINING = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\..+)?")
 
+#: A vector by such a key is the weight of a norm that was trained itself, as by peft's
+#: modules_to_save.
+_TRAINED_NORM = re.compile(r"(?P<path>(?!.*\.lora_).+)\.weight")
+
 #: Parts with which nothing is known to do, and what they are.
 _REFUSED = {
     "norm in place of the base's": re.compile(r".+\.set_weight"),
@@ -129,6 +133,8 @@ def grouped(tensors: Mapping[str, Tensor], where: object) -> list[Group]:
     unknown = []
     for key in sorted(tensors):
         path, part = part_of(key)
+        if not part and tensors[key].ndim == 1 and (trained := _TRAINED_NORM.fullmatch(key)):
+            path, part = trained["path"], "norm_scale"
         if not part and _TRAINING.fullmatch(key):
             continue
         if not part:
@@ -150,7 +156,7 @@ def grouped(tensors: Mapping[str, Tensor], where: object) -> list[Group]:
             f"{len(unknown)} of {len(tensors)} keys are not read here{what}, and nothing is "
             f"loaded by half: {listed(unknown)}",
             where=where,
-            fix=_fix(kinds),
+            fix=_fix(kinds, unknown),
         )
     return list(groups.values())
 
@@ -171,13 +177,16 @@ def part_of(key: str) -> tuple[str, str]:
     return match["path"], next(part for part in _ENDINGS if match[part] is not None)
 
 
-def _fix(kinds: set[str]) -> str:
+def _fix(kinds: set[str], unknown: Sequence[str]) -> str:
     if kinds == {"bundled embedding"}:
         return (
             "take the embeddings out into a file of their own and load that with "
-            "load_textual_inversion"
+            'load_textual_inversion; or leave them out: ignore=["embedding"]'
         )
+    patterns = sorted({"*." + ".".join(key.split(".")[-3:]) for key in unknown if "." in key})
+    few = patterns if 0 < len(patterns) <= 3 and max(map(len, patterns)) < 100 else []
+    words = f"ignore={few}".replace("'", '"') if few else "ignore= with patterns of their keys"
     return (
         "ask its maker for the adapter as LoRA, LoHa, LoKr, OFT or DoRA without other parts, or "
-        'leave them out by your own word: ignore=["*.set_weight"], a component or a pattern of keys'
+        f"leave them out by your own word: {words}"
     )

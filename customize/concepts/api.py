@@ -318,16 +318,22 @@ def _described_lora(lora: Lora) -> dict[str, str]:
         },
         "base": f"{lora.info.base or 'not named'} (family {lora.info.family})",
         "method": "merged" if lora.subjects or lora.info.fingerprint else "a LoRA from elsewhere",
-        "rank": str(*ranks) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        "rank": " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:])))) or "none",
         **_sizes(lora),
+        **({"biases and norms": _counts(lora.vectors)} if lora.vectors else {}),
     }
 
 
 def _sizes(concept: Adaptation) -> dict[str, str]:
     parts = sorted(concept.products.items())
     count = sum(p.up.numel() + p.down.numel() for _, own in parts for p in own.values())
-    layers = ", ".join(f"{len(own)} of {part}" for part, own in parts)
-    return {"layers": layers, "numbers": f"{count:,}"}
+    if isinstance(concept, Lora):
+        count += sum(len(v.values) for own in concept.vectors.values() for v in own.values())
+    return {"layers": _counts(concept.products) or "none", "numbers": f"{count:,}"}
+
+
+def _counts(parts: Mapping[str, Mapping[str, object]]) -> str:
+    return ", ".join(f"{len(own)} of {part}" for part, own in sorted(parts.items()))
 
 
 def _renamed(

@@ -158,3 +158,19 @@ def test_a_pair_for_two_transformers_is_merged_and_read_back(run: Run, tmp_path:
     done = run("inspect", tmp_path / "both")
     assert done.code == 0, done
     assert "1 of transformer, 1 of transformer_2" in done.out
+
+
+def test_inspect_names_biases_and_norms(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "norms.safetensors"
+    tensors = {f"unet.conv_norm_out.{part}": torch.ones(320) for part in ("w_norm", "b_norm")}
+    save_file(tensors, file)
+    done = run("inspect", file, "--family", "sd")
+    assert done.code == 0, done
+    for text in ("biases and norms", "2 of unet", "640"):
+        assert text in done.out
+
+
+def test_a_family_whose_models_have_other_sizes_is_refused(run: Run, tmp_path: Path) -> None:
+    key, file = "transformer.x_embedder", tmp_path / "rex.safetensors"
+    save_file(layer(key, torch.ones(3072, 1), torch.ones(1, 64)), file)
+    refused(run("inspect", file, "--family", "flux2"), "that the file changes in their sizes")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from customize.concepts.layout import (
     MERGED_EMBEDS,
     MERGED_FILE,
     PEFT_FILES,
+    PEFT_HEADER,
     PIPELINE_FILE,
     SECOND_FILE,
 )
@@ -35,6 +37,7 @@ from customize.errors import ConceptError, ConfigError
 from customize.families import FAMILIES
 from customize.near_names import choose_from
 from customize.safe_read import present, real_path
+from customize.text import one_line
 
 
 def opened(
@@ -75,7 +78,10 @@ def opened(
         _refuse_without_tokens(path.parent)
     count = len(tensors)
     tensors = kept_tensors(tensors, ignore, hits, path)
-    file = lora_file(name, path, tensors, metadata, _adapter_config(path))
+    config = _adapter_config(path)
+    if config is None and PEFT_HEADER not in metadata:
+        _warn_of_config(path, tensors)
+    file = lora_file(name, path, tensors, metadata, config)
     file = replace(file, partial=len(tensors) < count)
     if second is None or others is None:
         return replace(file, noise=_noise(path))
@@ -206,6 +212,21 @@ def _refuse_without_tokens(folder: Path) -> None:
             "an earlier version merged concepts here whose tokens would be left out",
             where=folder,
             fix="merge the concepts again, or give them instead of the merge",
+        )
+
+
+def _warn_of_config(path: Path, tensors: Iterable[str]) -> None:
+    """Tell of a configuration that may be this file's or another's, where it matters."""
+    keys = list(tensors)
+    plain = any(".lora_A." in key for key in keys) and not any(k.endswith(".alpha") for k in keys)
+    if plain and present(path.parent / PEFT_FILES[1]):
+        weights, config = PEFT_FILES
+        file = one_line(str(path))
+        warnings.warn(
+            f"{file}: {config} lies beside it and beside other files, so that it was not used, and "
+            f"alpha is taken to be the rank; if it is of this file, call the file {weights} or put "
+            "both into a folder of their own",
+            stacklevel=2,
         )
 
 

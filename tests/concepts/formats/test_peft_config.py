@@ -350,3 +350,18 @@ def test_peft_reloads_what_is_computed_here(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_sd().unet, str(tmp_path)).eval()
     assert_close(changes(again), changes(model), 1e-5)
+
+
+def test_a_configuration_that_may_be_another_files_is_named(tmp_path: Path) -> None:
+    key = f"base_model.model.{BLOCK}.attn1.to_q"
+    tensors = {f"{key}.lora_A.weight": torch.ones(2, 64), f"{key}.lora_B.weight": torch.ones(64, 2)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    path = written(tmp_path / "one.safetensors", tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened(path)
+        written(tmp_path / "two.safetensors", {f"{key}.diff": torch.ones(64, 64)})
+        opened(tmp_path / "two.safetensors")
+    with pytest.warns(UserWarning, match=r"one\.safetensors: adapter_config\.json lies beside it"):
+        opened(path)

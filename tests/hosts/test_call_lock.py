@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextvars
 import gc
 import os
+import signal
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from customize.errors import PipelineError
 from customize.hosts import call_lock
 from customize.hosts.call_lock import _TABLE, Uses, claimed
 
-SOON, NEVER = 5.0, 0.1  # seconds: until something must have happened, and in which it must not
+SOON, NEVER = 60.0, 0.1  # seconds: until something must have happened, and in which it must not
 
 
 class Thing:
@@ -153,11 +154,19 @@ def exec_raise(error: type[BaseException]) -> Uses:
     raise error
 
 
-def test_an_interrupt_while_waiting_leaves_the_queue():
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Shells start background jobs, which the tests may be in, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_while_waiting_leaves_the_queue(interruptible):
     thing = Thing()
     writer = Claimer(exclusive=[thing])
     assert writer.started.wait(SOON)
-    timer = threading.Timer(NEVER, lambda: os.kill(os.getpid(), 2))  # SIGINT
+    timer = threading.Timer(NEVER, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt), claimed(lambda: Uses(shared=[thing])):
         raise AssertionError("never begins")

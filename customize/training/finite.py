@@ -86,7 +86,7 @@ def cause_in_base(family: Family, fp16: bool) -> str:
     Args:
         fp16: whether it computes in float16.
     """
-    models = {**family.denoisers, **family.all_text_encoders, "vae": family.vae}
+    models = {**family.denoisers, **family.all_text_encoders, "vae": family.components.get("vae")}
     for key, model in models.items():
         fix = _broken_weight(key, model)
         if fix:
@@ -101,10 +101,15 @@ def _all_finite(values: Iterable[Tensor]) -> bool:
 
 
 def _broken_weight(component: str, model: object) -> str:
-    """What to do about a model's first weight that is not finite; empty where there is none."""
+    """What to do about a model's first frozen weight that is not finite; empty where all are.
+
+    Weights that train may be so by the step that followed.
+    """
     model = getattr(model, "wrapped", model)  # of an encoder whose answers are remembered
     for name, weight in model.named_parameters() if isinstance(model, nn.Module) else ():
-        if weight.is_floating_point() and not _all_finite([weight]):
+        if weight.requires_grad or not weight.is_floating_point():
+            continue
+        if not _all_finite([weight]):
             return (
                 f"get an unchanged copy of the base: its weight {component}.{name} has a number "
                 "that is not finite"

@@ -150,6 +150,20 @@ def test_trained_norms_take_the_place_of_the_bases(fuse, tmp_path):
     assert_same(everything(pipe), before)
 
 
+@pytest.mark.parametrize("key", ["text_encoder.text_model.", "lora_te_text_model_"])
+def test_the_last_norm_of_a_text_encoder(key, tmp_path):
+    """It lies outside of the encoder's layers."""
+    pipe = tiny_sd()
+    norm = next(m for n, m in pipe.text_encoder.named_modules() if n.endswith("final_layer_norm"))
+    start = norm.weight.detach().clone()
+    tensors = {f"{key}final_layer_norm.{part}": randn(len(start)) for part in ("w_norm", "b_norm")}
+    save_file(tensors, tmp_path / "rex.safetensors")
+    pipe.load_custom(tmp_path / "rex.safetensors")
+    assert torch.equal(norm.weight.data, start + randn(len(start)))
+    pipe.unload_custom()
+    assert torch.equal(norm.weight.data, start)
+
+
 def test_norms_by_the_names_of_wan_and_flux(tmp_path):
     pipe = tiny_wan()
     width = pipe.transformer.blocks[0].norm2.weight.numel()

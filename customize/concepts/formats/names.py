@@ -105,7 +105,9 @@ def _norm_places(
         return Place(component, (Rows(module, 0, norms[module]),), is_norm=True)
 
     for module in norms:
-        for name in dict.fromkeys((module, file_name(component, module))):
+        # CLIP's last norm lies outside of its encoder, to which file_name adds the prefix.
+        prefixed = [f"text_model.{module}"] if component != family.denoiser_key else []
+        for name in dict.fromkeys((module, file_name(component, module), *prefixed)):
             yield name, place(module)
     for original, module in norm_spellings(family, component, norms):
         yield original, place(module)

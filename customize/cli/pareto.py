@@ -79,9 +79,14 @@ def _rows(file: Path) -> list[Row]:
             where=file,
             fix="give files that evaluate --json or a benchmark has written",
         ) from error
-    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+    if not (isinstance(rows, list) and all(map(_is_row, rows))):
         raise DataError("its rows are no table", where=file, fix="give a file of evaluate --json")
     return rows
+
+
+def _is_row(row: object) -> bool:
+    """Whether it is columns with a text, a number or nothing in each."""
+    return isinstance(row, dict) and not any(isinstance(v, list | dict) for v in row.values())
 
 
 def _value(row: Row, column: str, file: Path) -> str:

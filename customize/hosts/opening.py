@@ -14,6 +14,7 @@ from torch import nn
 from customize.errors import ConfigError, CustomizeError, PipelineError
 from customize.families import COMPONENTS
 from customize.hosts.base_files import chosen_variants, folder_of
+from customize.hosts.base_values import check_values
 from customize.hosts.single_file import open_single_file
 from customize.near_names import check_path
 from customize.safe_read import MAX_TABLE, check_regular, read_json
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 _INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-# Where its file names no limit, transformers takes 1e30, which no tokenizer can cut to.
-_MAX_TOKENS = 10**6
 _FOLDER = "name a folder or hub id of a diffusers pipeline with safetensors weights"
 
 
@@ -50,8 +49,8 @@ def open_base(
 
     Raises:
         ConfigError: the base is a single file of another kind, or has no use for ``config``.
-        PipelineError: it is not there, not as diffusers keeps pipelines, or lacks weights or a
-            tokenizer's limit.
+        PipelineError: it is not there, not as diffusers keeps pipelines, lacks weights, or has
+            values in its configuration that make no sense.
     """
     where = f"base: {base}"
     if base.lower().endswith(_PICKLES):
@@ -116,14 +115,7 @@ def open_base(
             where=where,
             fix="get an unchanged copy of the base",
         )
-    for key, part in pipe.components.items():
-        if type(part).__name__.startswith("CLIPTokenizer") and part.model_max_length > _MAX_TOKENS:
-            raise PipelineError(
-                f"the base's {key} has no maximum number of tokens",
-                where=where,
-                fix=f"get an unchanged copy of the base: {key}/tokenizer_config.json has it as"
-                " model_max_length, which is 77 for CLIP",
-            )
+    check_values(pipe, where)
     return pipe
 
 

@@ -96,7 +96,14 @@ def test_input_that_is_wrong(run: Run, files: list[Path], tmp_path: Path) -> Non
     refused(run("pareto", *chosen, "--output", tmp_path / "front.jpg"), "is no .png", "--output")
     refused(run("pareto", *chosen, "--output", tmp_path / "no" / "f.png"), "there is no folder")
     refused(run("pareto", tmp_path / "no.json", *output), "cannot be read", "No such file")
-    for text in ("{", "[]", '{"rows": 3}', '{"rows": [1]}', '{"rows": []}'):
+    for text in (
+        "{",
+        "[]",
+        '{"rows": 3}',
+        '{"rows": [1]}',
+        '{"rows": [{"prompt": [1], "identity": 1}]}',
+        '{"rows": []}',
+    ):
         (tmp_path / "bad.json").write_text(text)
         refused(run("pareto", tmp_path / "bad.json", *output), "bad.json")
     bad = figures(tmp_path / "bad.json", [{"identity": float("nan"), "prompt": 1.0}])

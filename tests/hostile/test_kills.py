@@ -20,7 +20,7 @@ from tests.concepts.making import same_tensors, small
 from tests.tiny import tiny_sd
 
 #: How many processes `make test-hostile` kills.
-KILLS = int(os.environ.get("HOSTILE_KILLS", "60"))
+KILLS = int(os.environ.get("HOSTILE_KILLS", "40"))
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 # On a busy machine it takes longer than other tests may.

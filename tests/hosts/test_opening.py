@@ -31,14 +31,6 @@ def base(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "base"))
 
 
-def test_a_tokenizer_without_a_limit_is_named(tmp_path: Path) -> None:
-    base = tmp_path / "sd"
-    tiny_sd().save_pretrained(base)
-    (base / "tokenizer" / "tokenizer_config.json").unlink()
-    with pytest.raises(PipelineError, match=r"tokenizer has no maximum.*tokenizer_config.json"):
-        open_base(str(base), torch.float32)
-
-
 def test_a_modular_base_opens_whole_and_without_the_step_that_rewrites_prompts(base: Path) -> None:
     pipe = open_base(str(base), {"default": torch.bfloat16, "vae": torch.float32})
     assert type(pipe) is Flux3ModularPipeline

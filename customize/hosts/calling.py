@@ -10,6 +10,7 @@ Nothing heavy is imported here before a call has need of it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -17,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from customize.hosts.call_lock import Uses, claimed
@@ -286,8 +286,15 @@ def _through_stages(
 
 def _apart(callback: Any) -> Any:
     """A callback whose own calls of pipelines are no part of the call that it is given to."""
-    if not isinstance(callback, FunctionType | MethodType | functools.partial):
+    if not callable(callback):
         return callback
+    if hasattr(callback, "tensor_inputs"):  # diffusers' PipelineCallback, or several of them
+        made = copy.copy(callback)
+        if hasattr(made, "callbacks"):
+            made.callbacks = [_apart(each) for each in callback.callbacks]
+        else:
+            made.callback_fn = _apart(callback.callback_fn)
+        return made
 
     @functools.wraps(callback)
     def apart(*args: Any, **kwargs: Any) -> Any:

@@ -6,12 +6,13 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from customize import Decor
 from customize.errors import PipelineError
@@ -228,6 +229,34 @@ def test_what_a_call_asks_for_does_not_reach_the_calls_of_its_callback(make):
 
         assert np.array_equal(draw(pipe, between=between, **PLAIN, **outer), expected)
         assert all(np.array_equal(a, b) for a, b in zip(inner, (*alone, alone[-1]), strict=True))
+
+
+def test_callback_objects_of_diffusers_are_apart_too():
+    pipe = attached()
+    other = sharing(pipe)
+    plain, regional = draw(other, **PLAIN), draw(pipe, **PLAIN, regions=REGIONS)
+    inner: list[Any] = []
+
+    class Drawing(PipelineCallback):
+        tensor_inputs: ClassVar[list[str]] = ["latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            inner.append(draw(other, **PLAIN))
+            return callback_kwargs
+
+    class Called:
+        def __call__(self, pipeline, step_index, timestep, callback_kwargs):
+            inner.append(draw(other, **PLAIN))
+            return callback_kwargs
+
+    one = Drawing(cutoff_step_ratio=None, cutoff_step_index=1)
+    call = {"num_inference_steps": 3, "output_type": "np", "height": 32, "width": 32}
+    for callback in (one, MultiPipelineCallbacks([one]), Called()):
+        inner.clear()
+        noise = torch.Generator().manual_seed(0)
+        given = PLAIN | call | {"regions": REGIONS, "callback_on_step_end": callback}
+        assert np.array_equal(pipe(**given, generator=noise).images[0], regional)
+        assert inner and all(np.array_equal(each, plain) for each in inner)
 
 
 def test_a_call_that_hands_on_to_another_pipeline_hands_on_what_it_was_asked_for():

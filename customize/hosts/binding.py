@@ -214,7 +214,8 @@ def record_inputs(
         words: what calls the concept; None: its trigger, or what a LoRA's file names.
 
     Raises:
-        ConfigError: a prompt without ``{}``, or a LoRA that says no words of its own.
+        ConfigError: a prompt without ``{}``, or so long that the trigger in it is not read; or a
+            LoRA that says no words of its own.
         ConceptError, PipelineError: as :func:`load_custom`.
     """
     from customize.core.precision import full_precision

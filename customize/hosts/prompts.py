@@ -122,7 +122,7 @@ def cut_off(host: Host, call: Call) -> list[str]:
         for start in ("prompt", "negative_prompt"):
             prompt = call.get(start + key.removeprefix("text_encoder"))
             for text in texts_in(call.get(start) if prompt is None else prompt):
-                cut = [name for name in names if name and _is_cut(name, text, tokenizer, window)]
+                cut = [name for name in names if name and is_cut(name, text, tokenizer, window)]
                 if cut:
                     count = len(tokenizer(text, verbose=False).input_ids)
                     shown = text if len(text) <= 60 else f"{text[:60]}..."
@@ -134,7 +134,8 @@ def cut_off(host: Host, call: Call) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _is_cut(name: str, text: str, tokenizer: Any, window: int) -> bool:
+def is_cut(name: str, text: str, tokenizer: Any, window: int) -> bool:
+    """Whether the first mention of a name in a text is behind the tokens that are read."""
     places = find(name, text)
     if not places or len(text) < window // 2:  # no token is shorter than half a letter
         return False

@@ -32,7 +32,9 @@ from customize.concepts.merge import (
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.hosts.change import change
+from customize.hosts.cleaning import tokenizer_of
 from customize.hosts.offload import check_placed
+from customize.hosts.prompts import is_cut
 from customize.hosts.state import Attached, Holder, Merging
 from customize.near_names import choose_from
 from customize.text import quoted
@@ -159,12 +161,35 @@ def recorded(
         for concept in concepts:
             products, info = concept.products, concept.info
             layers = layers_of(family, products)
+            drawn = texts(words or info.words, prompts)
             change(family, holder, {}, Merging())
             generic = record(family, layers, base_prompts(info.class_word, prompts), shape)
             change(family, holder, {info.name: Attached(concept, 1.0, fused=False)}, Merging())
-            own = record(family, layers, texts(words or info.words, prompts), shape)
+            _check_read(family, concept, words or info.words, drawn)
+            own = record(family, layers, drawn, shape)
             found[info.name] = LayerInputs(updates_digest(products), own, generic)
     return found
+
+
+def _check_read(family: Family, concept: Adaptation, words: str, prompts: Sequence[str]) -> None:
+    """Refuse prompts in which a trigger is behind what the encoders that know it read.
+
+    Args:
+        concept: that is attached, so that tokenizers read its triggers as they will.
+    """
+    if not concept.subjects:  # of whose words a part may do
+        return
+    for key in family.clip_encoders:
+        tokenizer = tokenizer_of(family, key)
+        window = int(tokenizer.model_max_length)
+        for prompt in prompts:
+            if is_cut(words, prompt, tokenizer, window):
+                raise ConfigError(
+                    f"the {key} reads {window} tokens of a prompt, and in {quoted(prompt)} the "
+                    f"words {quoted(words)} are cut off",
+                    where="prompts",
+                    fix="shorten it, or write {} nearer to its beginning",
+                )
 
 
 @contextmanager

@@ -229,6 +229,8 @@ def test_bad_input(tmp_path):
         customize.record_inputs(pipe, rex, ["a photo"])
     with pytest.raises(ConfigError, match=r"no \{\} for the concept's words"):
         customize.record_inputs(pipe, rex, [])
+    with pytest.raises(ConfigError, match=r"reads \d+ tokens of a prompt.*<rex>.* are cut off"):
+        customize.record_inputs(pipe, rex, ["a photo of {}", "in the snow " * 40 + "{}"])
     assert_same(before, everything(pipe))
 
 

@@ -23,7 +23,11 @@ from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks, Pipel
 from customize.concepts.concept import Concept
 from customize.core.precision import full_precision
 from customize.errors import ConfigError
+from customize.hosts.calling import Host
 from customize.hosts.load import set_to
+from customize.hosts.prompts import warn_of_triggers
+from customize.hosts.sources import family_in
+from customize.hosts.state import find
 
 
 class ConceptsStep(ModularPipelineBlocks):
@@ -69,6 +73,8 @@ class ConceptsStep(ModularPipelineBlocks):
             sources = given if several else [given]
             with full_precision(tf32=True):
                 set_to(components, sources, weights=block_state.concept_weights)
+            family = family_in(components)
+            warn_of_triggers(Host(components, family, find(family), {}), state.values)
         elif block_state.concept_weights is not None:
             raise ConfigError(
                 "weights are given without concepts",

@@ -89,7 +89,18 @@ class Vocabulary:
 
 @contextmanager
 def _checked(host: Host, call: Call) -> Iterator[Call]:
-    """Warn of triggers that nothing reads."""
+    """:func:`warn_of_triggers`; where a step attaches the call's own concepts, it warns itself."""
+    if call.get("concepts") is None:
+        warn_of_triggers(host, call)
+    yield call
+
+
+def warn_of_triggers(host: Host, call: Call) -> None:
+    """Warn of what looks like a trigger and is none, and of triggers that are cut off.
+
+    Args:
+        call: the arguments by name, of which the prompts count.
+    """
     vocabulary = Vocabulary(host.family, host.state)
     texts = [text for prompt in prompts_in(call).values() for text in texts_in(prompt)]
     for token in vocabulary.unknown_in(texts):
@@ -100,7 +111,6 @@ def _checked(host: Host, call: Call) -> Iterator[Call]:
         )
     for message in cut_off(host, call):
         warn_user(message)
-    yield call
 
 
 #: Checks the prompts of customized pipelines.

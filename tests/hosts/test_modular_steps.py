@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,22 @@ def test_what_cannot_be_attached_stops_the_call_and_changes_nothing() -> None:
         with pytest.raises(kind, match=rf"{says}.*Do: "):
             draw(pipe, **given)
         assert_same(before, everything(pipe))
+
+
+def test_triggers_are_looked_for_among_the_concepts_of_the_call() -> None:
+    pipe, plain = with_step(CASES["sd3"])
+    rex = concept(plain)
+
+    def warned(**call: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            draw(pipe, **call)
+        return [str(each.message) for each in caught if "trigger" in str(each.message)]
+
+    assert warned(concepts=[rex], prompt="a photo of <rex>") == []
+    assert warned(prompt="a photo of <rex>") == []
+    (message,) = warned(concepts=[rex], prompt="a photo of <rexx>")
+    assert "<rexx>" in message and "<rex>" in message.replace("<rexx>", "")
 
 
 def test_the_step_alone_has_no_models_to_attach_to() -> None:

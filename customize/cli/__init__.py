@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-from customize.cli.interrupts import INTERRUPTED, end_with, handled
+from customize.cli.interrupts import INTERRUPTED, current, end_with, handled
 from customize.text import harmless
 
 __all__ = ["main"]
@@ -28,9 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     with handled(to_the_end=argv is None):
         try:
-            return _run(argv)
+            code = _run(argv)
+            current.finished = True
         except KeyboardInterrupt:  # between two commands' own lines
             return end_with("interrupted", INTERRUPTED)
+        if current.received and code == 0:
+            return end_with("interrupted", INTERRUPTED)
+        return code
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -59,6 +63,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return end_with("interrupted before anything was done", INTERRUPTED)
     try:
         code = command.main(arguments or ["--help"], prog_name="customize", standalone_mode=False)
+        if code == INTERRUPTED:  # typer's, for an interrupt outside of the command's own function
+            return end_with("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else 0
     except (Interrupted, TrainingStopped) as stop:
         return end_with(str(stop), INTERRUPTED)

@@ -31,11 +31,18 @@ class Interrupts:
 
     Attributes:
         advice: the line to print at the end.
+        received: whether it came during an import, so that the command counts as interrupted even
+            if it is over before the import's end is noticed.
+        finished: whether the command is over, so that the process ends at once.
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a command."""
         self.advice = "interrupted"
-        self._waiting = False
+        self.received = self.finished = self._waiting = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The handler of the signal.
@@ -43,11 +50,13 @@ class Interrupts:
         Raises:
             KeyboardInterrupt: nothing is being imported.
         """
+        if self.finished:
+            self.end()
         if not _is_importing(frame):
             raise KeyboardInterrupt
         if self._waiting:  # pressed twice
             self.end()
-        self._waiting = True
+        self.received = self._waiting = True
         threading.Thread(target=self._wait, daemon=True).start()
 
     def end(self) -> None:
@@ -76,7 +85,7 @@ def handled(to_the_end: bool) -> Iterator[None]:
     Args:
         to_the_end: the process ends with the command, so that afterwards Ctrl-C ends it at once.
     """
-    current.advice = "interrupted"
+    current.reset()
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGINT) is not signal.default_int_handler

@@ -79,6 +79,8 @@ def stopped(folder: Path, number: int, moment: Moment, **changes) -> int | None:
     process = context.Process(target=_run, args=(folder, number, moment, changes))
     process.start()
     process.join(timeout=300)
+    for path in folder.rglob("*.partial"):  # as the next run comes later than this one does here
+        os.utime(path, (0, 0))
     return process.exitcode
 
 

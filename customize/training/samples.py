@@ -6,7 +6,6 @@ training, so that a run gives the same concept with and without them.
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,9 +16,8 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from customize.atomic import put_file
 from customize.core.objectives import weighted_mse
-from customize.errors import StorageError, storage_error
+from customize.errors import storage_error
 from customize.families import Family
 from customize.families.sampling import sample
 from customize.training.batches import stream_seed
@@ -30,7 +28,7 @@ from customize.training.decoding import decode
 from customize.training.preserving import in_classes
 from customize.training.process import Autocast
 from customize.training.trainable import Trainable
-from customize.training.validation import guidance_of, to_pictures
+from customize.training.validation import guidance_of, to_pictures, write_png
 
 FOLDER = "samples"
 _BASE = "base.png"
@@ -166,17 +164,7 @@ class Samples:
             )
             self.steps = []
             return
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            put_file(path, buffer.getvalue())
-        except OSError as error:
-            raise StorageError(
-                f"samples cannot be written: {error.strerror or error}",
-                where=path,
-                fix="free some space or allow writing there, then run again",
-            ) from error
+        write_png(picture, path, "samples")
 
 
 def _decoded(family: Family, latents: Tensor) -> Image.Image:

@@ -190,14 +190,25 @@ def save_row(pictures: Sequence[Image.Image], path: Path) -> None:
     row = Image.new("RGB", (width * len(pictures), height))
     for number, picture in enumerate(pictures):
         row.paste(picture, (number * width, 0))
+    write_png(row, path, "validation pictures")
+
+
+def write_png(picture: Image.Image, path: Path, what: str) -> None:
+    """Write a picture atomically, with the folders that it is in.
+
+    Args:
+        what: the name of such pictures, for the error.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
     buffer = io.BytesIO()
-    row.save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         put_file(path, buffer.getvalue())
     except OSError as error:
-        fix = "allow writing there, then run again"
-        raise storage_error(error, path, "validation pictures", fix) from error
+        raise storage_error(error, path, what, "allow writing there, then run again") from error
 
 
 def log_pictures(

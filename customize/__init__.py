@@ -20,7 +20,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from customize.hosts.binding import (
+from customize.api.pipeline_methods import (
     bind,
     load_custom,
     memory_plan,
@@ -29,22 +29,22 @@ from customize.hosts.binding import (
 )
 
 if TYPE_CHECKING:
-    from customize.concepts.api import inspect, merge
-    from customize.concepts.concept import Concept
-    from customize.concepts.library import Library
-    from customize.hosts.decor import Decor
-    from customize.training.api import train
+    from customize.api.concept_files import inspect, merge
+    from customize.api.train_concept import train
+    from customize.concepts.library.library import Library
+    from customize.concepts.types import Concept
+    from customize.stages.avoid import Decor
     from customize.training.config import TrainConfig
 
 #: What is imported when it is first used -> from where.
 _LATER = {
-    "Concept": "customize.concepts.concept",
-    "Decor": "customize.hosts.decor",
-    "Library": "customize.concepts.library",
+    "Concept": "customize.concepts.types",
+    "Decor": "customize.stages.avoid",
+    "Library": "customize.concepts.library.library",
     "TrainConfig": "customize.training.config",
-    "inspect": "customize.concepts.api",
-    "merge": "customize.concepts.api",
-    "train": "customize.training.api",
+    "inspect": "customize.api.concept_files",
+    "merge": "customize.api.concept_files",
+    "train": "customize.api.train_concept",
 }
 
 __all__ = [

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from customize.cli.command_support import console
 from customize.cli.interrupts import INTERRUPTED, end_with, handled
-from customize.cli.shared import console
 from customize.errors import CustomizeError, TrainingStopped
 
 
@@ -30,10 +30,10 @@ def main() -> int:
 
 
 def _run() -> int:
-    from customize.cli.train import where
+    from customize.cli.train_command import where
     from customize.training.config import TrainConfig
-    from customize.training.loop import train_together
-    from customize.training.together import load_configs
+    from customize.training.joint_configs import load_configs
+    from customize.training.recipe import train_together
 
     parser = argparse.ArgumentParser(
         description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customize.concepts.merge import METHODS, check_method
+from customize.concepts.merge.merge_concepts import METHODS, check_method
 from customize.errors import ConfigError, CustomizeError
 from customize.families import family_of
 from customize.near_names import check_path, choose_from, near, near_path
 from customize.training.config import TrainConfig
-from tests.hosts.making import concept
+from tests.pipeline.making import concept
 from tests.tiny import tiny_sd
 
 SETTINGS = list(TrainConfig.model_fields)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import customize
-from customize.concepts.api import Inspection
+from customize.api.concept_files import Inspection
 from customize.errors import ConceptError, ConfigError
 from customize.families import family_of
 from tests.cli.making import record_of
 from tests.contexts import CONTEXTS
-from tests.hosts.making import concept, draw
+from tests.pipeline.making import concept, draw
 from tests.tiny import tiny_sd
 from tests.training.runs import SMALL, make_pictures
 
@@ -39,7 +39,7 @@ def test_nothing_heavy_is_imported_with_the_names() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "customize.concepts.api" in done.stdout
+    assert "customize.api.concept_files" in done.stdout
 
 
 @pytest.mark.parametrize("name", customize.__all__)
@@ -177,9 +177,9 @@ def printed(folder: Path) -> dict[str, object]:
     sources = two(pipe, folder)
     rex = customize.Concept.load(sources[0])
     merged = customize.merge(*sources, output=folder / "m")
-    from customize.concepts.formats.opening import opened
-    from customize.hosts.sources import family_in
-    from customize.hosts.state import find
+    from customize.concepts.formats.open_adaptation import opened
+    from customize.pipeline.sources import family_in
+    from customize.pipeline.state import find
 
     pipe.load_custom(rex)
     attached = find(family_in(pipe)).attached

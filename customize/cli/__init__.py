@@ -54,7 +54,7 @@ def _run(argv: Sequence[str] | None) -> int:
         import typer
 
         from customize.cli.app import app
-        from customize.cli.shared import Interrupted
+        from customize.cli.command_support import Interrupted
 
         # Typer brings its own copy of click since 0.26 and does not export the base of its errors.
         usage_error: Any = typer.BadParameter.__mro__[2]
@@ -112,7 +112,7 @@ def _explained(error: BaseException) -> str:
     path = "customize" if context is None else context.command_path
     flag = getattr(error, "option_name", None)
     if flag is not None and context is not None:
-        from customize.cli.flags import near_flag
+        from customize.cli.config_flags import near_flag
 
         hint = near_flag(flag, context.command)
         return f"no such option: {flag}. Do: {hint}see {path} --help."

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from customize.cli import flags, library_app
-from customize.cli.evaluate_app import evaluate, pareto
-from customize.cli.options import (
+from customize.cli import config_flags, library_command
+from customize.cli.command_support import on_interrupt
+from customize.cli.evaluate_command import evaluate, pareto
+from customize.cli.shared_options import (
     BaseConfig,
     Device,
     Dtype,
@@ -23,7 +24,6 @@ from customize.cli.options import (
     Weights,
     listed_parts,
 )
-from customize.cli.shared import on_interrupt
 
 app = typer.Typer(
     help="Personal concepts for diffusers pipelines: learn them, merge them, draw them.",
@@ -52,7 +52,7 @@ def root(
 
 
 @on_interrupt("interrupted: run the same command again, and training goes on where it was saved")
-@flags.from_config
+@config_flags.from_config
 def train(config: Path | None, together: list[Path], settings: dict[str, Any]) -> None:
     """Learn a concept from a folder of pictures, or several in one run.
 
@@ -64,12 +64,12 @@ def train(config: Path | None, together: list[Path], settings: dict[str, Any]) -
 
     A run that was stopped goes on when the same command is given again.
     """
-    from customize.cli.train import run
+    from customize.cli.train_command import run
 
     run(config, together, settings)
 
 
-app.command("train", cls=flags.PlainHelp)(train)
+app.command("train", cls=config_flags.PlainHelp)(train)
 
 
 @app.command()
@@ -150,7 +150,7 @@ def merge(
     concept, and a README.md on how to load them. customize itself needs
     no merging: load_custom takes many concepts.
     """
-    from customize.cli.merge import fused_base, run
+    from customize.cli.merge_command import fused_base, run
 
     run(
         concepts,
@@ -210,7 +210,7 @@ def record(
 
     customize record loras/tom.safetensors --base BASE --words "tom the cat"
     """
-    from customize.cli.record import run
+    from customize.cli.record_command import run
 
     run(concepts, base, prompt or None, words, device, dtype, variant, base_config)
 
@@ -334,8 +334,8 @@ def generate(
 
     customize generate rex tom --base BASE --prompt "<rex> and <tom>"
     """
-    from customize.cli.generate import Loading, Plan, parse_size, run
-    from customize.cli.regions import parse_regions
+    from customize.cli.generate_command import Loading, Plan, parse_size, run
+    from customize.cli.region_arguments import parse_regions
 
     plan = Plan(
         prompts=tuple(prompt),
@@ -387,13 +387,13 @@ def inspect(
     much each one's update overlaps with the others', from 0 to 1, and how
     loudly each answers to the others' prompts, where these were recorded.
     """
-    from customize.cli.inspection import run
+    from customize.cli.inspect_command import run
 
     parts = listed_parts(ignore)
     run(concepts, layers=layers, plot=plot, family=family, ignore=parts)
 
 
-app.add_typer(library_app.app, name="library")
+app.add_typer(library_command.app, name="library")
 
 
 @app.command()

@@ -10,14 +10,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from customize.concepts.concept import BasisInfo, Method
-from customize.concepts.injection import State, inject, swap
-from customize.core import shared
+from customize.concepts.peft_adapter import State, inject, swap
+from customize.concepts.types import BasisInfo, Method
+from customize.core import avoiding_slices
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError, PipelineError
-from customize.families.base import Family
-from customize.families.components import uncompiled
+from customize.families.family import Family
+from customize.families.pipeline_components import uncompiled
 
 Products = Mapping[str, Mapping[str, LowRank]]
 #: component -> module, under the names used in files -> a factor of what it reads.
@@ -90,7 +90,8 @@ class Adapter:
                 layer.scaling[self.name] = scale
 
     def swap(self, products: Products, dtype: torch.dtype | None = None) -> None:
-        """Carry other updates, in the same layers; see :func:`customize.concepts.injection.swap`.
+        """Carry other updates, in the same layers; see
+        :func:`customize.concepts.peft_adapter.swap`.
 
         Args:
             products: component -> module, by the model's names -> update, of any rank, in no
@@ -127,9 +128,9 @@ def attach(
 
     "orthogonal": the down-projection is ``basis.scale * O[:, columns]^T`` of the layer's input
     width, frozen, or with ``basis.avoid`` of what is left of that width
-    (:func:`customize.core.shared.down_projection`); the up-projection starts at zero and trains.
-    "lora": both factors train, from peft's default start (down uniform in +-1 / sqrt(in), up zero).
-    Either way the model draws what it drew before until the first step.
+    (:func:`customize.core.avoiding_slices.down_projection`); the up-projection starts at zero and
+    trains. "lora": both factors train, from peft's default start (down uniform in +-1 / sqrt(in),
+    up zero). Either way the model draws what it drew before until the first step.
 
     Args:
         rank: columns of the up-projection, the same in every layer.
@@ -316,7 +317,7 @@ def _frozen_downs(
                     fix="give directions of every layer, or a basis that avoids none",
                 )
             if id(inputs) not in known:
-                known[id(inputs)] = shared.down_projection(
+                known[id(inputs)] = avoiding_slices.down_projection(
                     fn, inputs, chosen, basis.seed, avoid=basis.avoid, scale=basis.scale
                 )
             found[component, module] = known[id(inputs)]

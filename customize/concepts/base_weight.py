@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from customize.core.lowrank import all_finite
 from customize.errors import PipelineError
-from customize.families.layers import CONVOLUTIONS
+from customize.families.adaptable_layers import CONVOLUTIONS
 
 #: What :func:`quantizer_of` calls float8 storage that is cast at each call.
 LAYERWISE_CASTING = "layerwise casting"

@@ -15,7 +15,7 @@ from customize.errors import CustomizeError, SettingsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from customize.concepts.concept import Concept
+    from customize.concepts.types import Concept
 
 # As the README's lines name it, from the clone's folder; wherever that is moved.
 BASE_NAME = "assets/storybook"
@@ -79,9 +79,9 @@ Method = Literal["orthogonal", "lora"]
 def learn(folder: Path, name: str, method: Method, components: Mapping[str, Any]) -> Concept:
     """Train one bundled concept on the base's components; a finished one in `folder` is read, a
     cut-off one resumed."""
-    from customize.storybook.references import bundled
+    from customize.storybook.example_concepts import bundled
     from customize.training.config import TrainConfig
-    from customize.training.loop import train
+    from customize.training.recipe import train
 
     story = bundled(name)
     config = TrainConfig(
@@ -117,7 +117,7 @@ def pair_prompts(words: tuple[str, str]) -> list[str]:
 
 def unrelated_prompts() -> list[str]:
     """Prompts without any concept, to see what merging changed that it should not."""
-    from customize.evaluation.storybook import prompts_for
+    from customize.evaluation.storybook_rates import prompts_for
 
     things = ("a red dog", "a blue cat", "a green robot", "a white car")
     return [p for k, words in enumerate(things) for p in prompts_for(words)[k::4]]
@@ -127,7 +127,7 @@ def prompts_of(
     words: Mapping[str, str], pairs: Sequence[tuple[str, str]], unrelated: bool
 ) -> dict[Any, list[str]]:
     """All that one model is asked: by concept, by pair, and without any; `words` names concepts."""
-    from customize.evaluation.storybook import prompts_for
+    from customize.evaluation.storybook_rates import prompts_for
 
     asked: dict[Any, list[str]] = {name: prompts_for(word) for name, word in words.items()}
     asked |= {(a, b): pair_prompts((words[a], words[b])) for a, b in pairs}
@@ -159,11 +159,11 @@ def run(folder: str | Path = "demo") -> Path:
     from rich.console import Console
     from tqdm.auto import tqdm
 
+    from customize.api.pipeline_methods import load_custom, unload_custom
     from customize.demo import report
-    from customize.evaluation import storybook
-    from customize.hosts.binding import load_custom, unload_custom
+    from customize.evaluation import storybook_rates
+    from customize.storybook.example_concepts import bundled
     from customize.storybook.judges import load_judges
-    from customize.storybook.references import bundled
 
     folder, console = Path(folder), Console()
     judges = load_judges(assets() / "judges")
@@ -204,7 +204,7 @@ def run(folder: str | Path = "demo") -> Path:
                 load_custom(pipe, *loaded, merge="sum" if row == PLAIN else "fusion")
             for seed in SEEDS:
                 now = {key: some for key, some in asked.items() if seed in seeds_of(row, key)}
-                found = storybook.draw_groups(pipe, now, seed, bar.update) if now else {}
+                found = storybook_rates.draw_groups(pipe, now, seed, bar.update) if now else {}
                 for key, some in found.items():
                     pictures.setdefault(row, {}).setdefault(key, []).append(some)
             unload_custom(pipe)

@@ -16,14 +16,14 @@ from customize import demo
 from customize.concepts.adapter import flattened
 from customize.core import crosstalk
 from customize.errors import storage_error
-from customize.evaluation import record, storybook
+from customize.evaluation import result_file, storybook_rates
+from customize.storybook.example_concepts import bundled
 from customize.storybook.judges import Judges, to_tensor
-from customize.storybook.references import bundled
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from customize.concepts.concept import Concept
+    from customize.concepts.types import Concept
 
 Row = dict[str, Any]
 RATES = ("identity", "prompt", "composition", "leak")
@@ -38,18 +38,18 @@ def score(judges: Judges, drawn: Mapping[str, demo.Drawn]) -> dict[str, Any]:
     rows: list[Row] = []
     for model, pictures in drawn.items():
         pairs = [
-            storybook.rate_pair(judges, images, (signatures[a], signatures[b]))["both"]
+            storybook_rates.rate_pair(judges, images, (signatures[a], signatures[b]))["both"]
             for (a, b), images in pictures.pairs.items()
         ]
         changed = None
         if pictures.unrelated is not None and before is not None:
-            changed = storybook.drift(before, pictures.unrelated)
+            changed = storybook_rates.drift(before, pictures.unrelated)
         # By concept and seed.
-        found: dict[str, list[storybook.Rates]] = {}
+        found: dict[str, list[storybook_rates.Rates]] = {}
         for name, images in pictures.concepts.items():
-            story, prompts = stories[name], storybook.prompts_for(f"<{name}>")
+            story, prompts = stories[name], storybook_rates.prompts_for(f"<{name}>")
             found[name] = [
-                storybook.rate_concept(
+                storybook_rates.rate_concept(
                     judges, some, prompts, signatures[name], story.identity.kind, story.shown
                 )
                 for some in images.split(len(prompts))
@@ -74,16 +74,18 @@ def score(judges: Judges, drawn: Mapping[str, demo.Drawn]) -> dict[str, Any]:
     return {"rows": rows, "figures": figures}
 
 
-def _over(rates: Sequence[storybook.Rates]) -> storybook.Rates:
+def _over(rates: Sequence[storybook_rates.Rates]) -> storybook_rates.Rates:
     """The mean over concepts."""
-    return storybook.Rates(*(fmean(values) for values in zip(*map(astuple, rates), strict=True)))
+    return storybook_rates.Rates(
+        *(fmean(values) for values in zip(*map(astuple, rates), strict=True))
+    )
 
 
-def _rates(seeds: Sequence[storybook.Rates]) -> Row:
+def _rates(seeds: Sequence[storybook_rates.Rates]) -> Row:
     """Mean and standard deviation over seeds; what only pairs or other prompts tell is left out."""
     row: Row = {}
     for key in RATES:
-        row[key], row[f"{key}_sd"] = record.mean_and_spread([getattr(r, key) for r in seeds])
+        row[key], row[f"{key}_sd"] = result_file.mean_and_spread([getattr(r, key) for r in seeds])
     return row | {"both_in_a_pair": None, "drift": None}
 
 
@@ -92,7 +94,10 @@ def _lines(card: Mapping[str, Any]) -> list[list[str]]:
         [
             row["model"],
             row["concept"],
-            *("" if row[k] is None else record.share(row[k], row.get(f"{k}_sd")) for k in COLUMNS),
+            *(
+                "" if row[k] is None else result_file.share(row[k], row.get(f"{k}_sd"))
+                for k in COLUMNS
+            ),
             "" if row["drift"] is None else f"{row['drift']:.3f}",
         ]
         for row in card["rows"]
@@ -188,7 +193,7 @@ def grid(drawn: Mapping[str, demo.Drawn], shown: int = 4) -> Image.Image:
         for k, picture in enumerate(references):
             _paste(sheet, picture, index * 6 + k, 24)
     top = SIDE + 36
-    prompts = {n: storybook.prompts_for(f"<{n}>")[:shown] for n in demo.NAMES}
+    prompts = {n: storybook_rates.prompts_for(f"<{n}>")[:shown] for n in demo.NAMES}
     pairs = {p: demo.pair_prompts((f"<{p[0]}>", f"<{p[1]}>")) for p in demo.PAIRS}
     asked = [p for some in (*prompts.values(), *pairs.values()) for p in some]
     for column, prompt in enumerate(asked):
@@ -253,7 +258,7 @@ def write(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        facts = record.result("demo", "make demo", card["rows"], card["figures"])
+        facts = result_file.result("demo", "make demo", card["rows"], card["figures"])
         (folder / "scorecard.json").write_text(json.dumps(facts, indent=1) + "\n")
         (folder / "scorecard.md").write_text(markdown(card, folder))
         grid(drawn).save(folder / "grid.png")

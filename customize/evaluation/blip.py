@@ -23,7 +23,7 @@ from torch import Tensor
 
 from customize.core.precision import full_precision
 from customize.errors import ConfigError
-from customize.evaluation.models import batches, load, load_model, pixels
+from customize.evaluation.scorer_models import batches, load, load_model, pixels
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize.core.precision import full_precision
-from customize.evaluation.models import batches, load, load_model, pixels, unit
+from customize.evaluation.scorer_models import batches, load, load_model, pixels, unit
 
 
 class ClipScorer:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize.core.precision import full_precision
-from customize.evaluation.models import load, load_model, pixels, unit
+from customize.evaluation.scorer_models import load, load_model, pixels, unit
 
 # config.json's model_type of what is understood; DINO itself is a plain ViT.
 TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from customize.errors import PipelineError
-from customize.families.base import Family
 from customize.families.cogvideox import CogVideoX
-from customize.families.components import NO_CONFIG, TokenDictionary, class_name
+from customize.families.family import Family
 from customize.families.flux import Flux
 from customize.families.flux2 import Flux2
 from customize.families.flux3 import Flux3
 from customize.families.krea2 import Krea2
 from customize.families.ltx2 import LTX2
+from customize.families.pipeline_components import NO_CONFIG, TokenDictionary, class_name
 from customize.families.qwen_image import QwenImage
 from customize.families.qwen_image_21 import QwenImage21
 from customize.families.sd import StableDiffusion

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from customize.errors import PipelineError
-from customize.families.components import NO_CONFIG, class_name
-from customize.families.diffusion import DiffusionFamily
-from customize.families.frames import FramedFamily
-from customize.families.prompts import sent, tokenize
+from customize.families.ddpm import DiffusionFamily
+from customize.families.pipeline_components import NO_CONFIG, class_name
+from customize.families.tokenization import sent, tokenize
+from customize.families.video_vae import FramedFamily
 
 #: How many T5 tokens the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 226

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from customize.families.calls import grid_of_positions
-from customize.families.components import class_name
-from customize.families.flow import PackedFamily
-from customize.families.originals import Rows, original_rows
-from customize.families.patches import PatchedFamily
-from customize.families.prompts import sent, tokenize
+from customize.families.denoiser_inputs import grid_of_positions
+from customize.families.flux2_vae import PatchedFamily
+from customize.families.original_layer_names import Rows, original_rows
+from customize.families.pipeline_components import class_name
+from customize.families.rectified_flow import PackedFamily
+from customize.families.tokenization import sent, tokenize
 
 #: How many tokens of prompt and template the pipelines take by default.
 MAX_SEQUENCE_LENGTH = 512

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from customize.errors import PipelineError
-from customize.families.calls import over_tokens
-from customize.families.components import class_name
-from customize.families.flow import FlowFamily
-from customize.families.patches import PatchedFamily
-from customize.families.prompts import padded, sent
+from customize.families.denoiser_inputs import over_tokens
+from customize.families.flux2_vae import PatchedFamily
+from customize.families.pipeline_components import class_name
+from customize.families.rectified_flow import FlowFamily
+from customize.families.tokenization import padded, sent
 
 #: How many tokens of prompt and template the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 8192

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from customize.errors import PipelineError
-from customize.families.calls import grid_of_positions
-from customize.families.components import class_name
-from customize.families.frames import FirstFrameFamily
-from customize.families.prompts import sent, tokenize
+from customize.families.denoiser_inputs import grid_of_positions
+from customize.families.pipeline_components import class_name
+from customize.families.tokenization import sent, tokenize
+from customize.families.video_vae import FirstFrameFamily
 
 #: How many tokens of prompt and template the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512

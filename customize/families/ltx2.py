@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from customize.families.components import class_name, modules_named
-from customize.families.flow import FlowFamily
-from customize.families.frames import FramedFamily
-from customize.families.prompts import sent
+from customize.families.pipeline_components import class_name, modules_named
+from customize.families.rectified_flow import FlowFamily
+from customize.families.tokenization import sent
+from customize.families.video_vae import FramedFamily
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 1024

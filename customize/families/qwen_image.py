@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from customize.families.components import class_name
-from customize.families.frames import FirstFrameFamily
-from customize.families.prompts import padded, sent, unpadded
+from customize.families.pipeline_components import class_name
+from customize.families.tokenization import padded, sent, unpadded
+from customize.families.video_vae import FirstFrameFamily
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512

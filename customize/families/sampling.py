@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from customize.families.base import Family
-from customize.families.prompts import padded
+from customize.families.family import Family
+from customize.families.tokenization import padded
 
 
 @torch.no_grad()

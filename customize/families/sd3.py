@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from customize.families.components import class_name
-from customize.families.flow import FlowFamily
-from customize.families.originals import Rows, clip_text_model, original_rows
-from customize.families.prompts import sent, tokenize
+from customize.families.original_layer_names import Rows, clip_text_model, original_rows
+from customize.families.pipeline_components import class_name
+from customize.families.rectified_flow import FlowFamily
+from customize.families.tokenization import sent, tokenize
 
 #: How many T5 tokens the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 256

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from customize.errors import PipelineError
-from customize.families.components import NO_CONFIG, class_name
-from customize.families.originals import clip_text_model
-from customize.families.prompts import sent, tokenize
+from customize.families.original_layer_names import clip_text_model
+from customize.families.pipeline_components import NO_CONFIG, class_name
+from customize.families.tokenization import sent, tokenize
 from customize.families.unet import MOTION_UNET, UNetFamily, is_unet
 
 

@@ -6,9 +6,9 @@ import math
 import re
 from typing import Any
 
-from customize.families.components import class_name, uncompiled
-from customize.families.diffusion import DiffusionFamily
-from customize.families.originals import Rows
+from customize.families.ddpm import DiffusionFamily
+from customize.families.original_layer_names import Rows
+from customize.families.pipeline_components import class_name, uncompiled
 
 #: A UNet with AnimateDiff's motion modules between its layers, and a frame axis.
 MOTION_UNET = "UNetMotionModel"

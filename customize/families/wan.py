@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from customize.errors import PipelineError
-from customize.families.base import Family
-from customize.families.components import class_name, modules_named
-from customize.families.flow import FlowFamily
-from customize.families.frames import FramedFamily
-from customize.families.originals import Rows, original_rows
-from customize.families.prompts import sent, tokenize
+from customize.families.family import Family
+from customize.families.original_layer_names import Rows, original_rows
+from customize.families.pipeline_components import class_name, modules_named
+from customize.families.rectified_flow import FlowFamily
+from customize.families.tokenization import sent, tokenize
+from customize.families.video_vae import FramedFamily
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from customize.families.components import class_name
-from customize.families.flow import FlowFamily
-from customize.families.originals import Rows, original_rows
-from customize.families.prompts import padded, sent, tokenize, unpadded
+from customize.families.original_layer_names import Rows, original_rows
+from customize.families.pipeline_components import class_name
+from customize.families.rectified_flow import FlowFamily
+from customize.families.tokenization import padded, sent, tokenize, unpadded
 
 #: How many tokens of prompt and template the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512

@@ -24,10 +24,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from customize.core import objectives
-from customize.storybook import models
-from customize.storybook.captions import caption
-from customize.storybook.drawing import draw
+from customize.storybook import bundled_models
+from customize.storybook.caption_grammar import caption
 from customize.storybook.optimizer import EMA, MuonAdamW, trapezoid
+from customize.storybook.scene_drawing import draw
 from customize.storybook.world import Scene, random_scene
 
 SAMPLE_PROMPTS = (
@@ -204,16 +204,16 @@ def contact_sheet(images: torch.Tensor, path: Path, columns: int = 10) -> None:
 
 def train_vae(
     folder: Path, preset: Preset, device: str, start: Path | None = None
-) -> models.AutoencoderKL:
+) -> bundled_models.AutoencoderKL:
     """Autoencoder on drawn scenes: L1 on pixels and on their differences, and a light KL.
 
     `start` is as in :func:`train_denoiser`.
     """
     torch.manual_seed(preset.seed)
-    vae = models.make_vae().to(device)
+    vae = bundled_models.make_vae().to(device)
     if start is not None:
         vae.load_state_dict(
-            models.AutoencoderKL.from_pretrained(start, subfolder="vae").state_dict()
+            bundled_models.AutoencoderKL.from_pretrained(start, subfolder="vae").state_dict()
         )
     # Each picture is drawn once and seen a few times: drawing would else take a third of the step.
     pool = pixels(
@@ -257,7 +257,7 @@ def train_vae(
 
 
 def encode_scenes(
-    folder: Path, preset: Preset, vae: models.AutoencoderKL, device: str
+    folder: Path, preset: Preset, vae: bundled_models.AutoencoderKL, device: str
 ) -> torch.Tensor:
     """Latents (scenes, 4, 16, 16) float16 of the training scenes, scaled; on disk in chunks, which
     are named by what they depend on: another autoencoder's are never taken."""
@@ -283,10 +283,10 @@ def encode_scenes(
 def train_denoiser(
     folder: Path,
     preset: Preset,
-    vae: models.AutoencoderKL,
+    vae: bundled_models.AutoencoderKL,
     device: str,
     start: Path | None = None,
-) -> models.StableDiffusionPipeline:
+) -> bundled_models.StableDiffusionPipeline:
     """Text encoder and UNet together: v-prediction, low-noise steps weighted down.
 
     One caption in ten is left empty, for classifier-free guidance. `start` is a base that this
@@ -295,19 +295,23 @@ def train_denoiser(
     latents = encode_scenes(folder, preset, vae, device)
     scenes = [scene(preset.seed, k) for k in range(preset.scenes)]
     torch.manual_seed(preset.seed)
-    tokenizer = models.make_tokenizer()
+    tokenizer = bundled_models.make_tokenizer()
     text_encoder, unet = (
-        models.make_text_encoder(tokenizer).to(device),
-        models.make_unet().to(device),
+        bundled_models.make_text_encoder(tokenizer).to(device),
+        bundled_models.make_unet().to(device),
     )
     if start is not None:
         unet.load_state_dict(
-            models.UNet2DConditionModel.from_pretrained(start, subfolder="unet").state_dict()
+            bundled_models.UNet2DConditionModel.from_pretrained(
+                start, subfolder="unet"
+            ).state_dict()
         )
         text_encoder.load_state_dict(
-            models.CLIPTextModel.from_pretrained(start, subfolder="text_encoder").state_dict()
+            bundled_models.CLIPTextModel.from_pretrained(
+                start, subfolder="text_encoder"
+            ).state_dict()
         )
-    pipe = models.make_pipeline(vae, text_encoder, tokenizer, unet)
+    pipe = bundled_models.make_pipeline(vae, text_encoder, tokenizer, unet)
     pipe.set_progress_bar_config(disable=True)
     alphas = pipe.scheduler.alphas_cumprod.to(device)
 
@@ -357,7 +361,7 @@ def train_denoiser(
     return pipe
 
 
-def save_base(pipe: models.StableDiffusionPipeline, folder: Path) -> None:
+def save_base(pipe: bundled_models.StableDiffusionPipeline, folder: Path) -> None:
     """Write the pipeline as fp16 safetensors, leaving the live one in its own dtype."""
     pipe.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.safetensors"):

@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from customize.storybook.drawing import draw
 from customize.storybook.judges import (
     COLOUR_LABELS,
     HEADS,
@@ -27,6 +26,7 @@ from customize.storybook.judges import (
 )
 from customize.storybook.optimizer import MuonAdamW, trapezoid
 from customize.storybook.pretrain import _log, _save
+from customize.storybook.scene_drawing import draw
 from customize.storybook.world import CLASSES, Scene, random_identity, random_scene, scene_of
 
 # Another seed than anything that the base model saw.

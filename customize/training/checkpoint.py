@@ -24,17 +24,18 @@ from customize.atomic import put_file
 from customize.errors import SettingsError, StorageError, TrainingError, storage_error
 from customize.safe_read import MAX_TENSORS, read_safetensors
 from customize.text import one_line
-from customize.training.pictures import PICTURES, pictures_changed
-from customize.training.settings import current_names, short
+from customize.training.data.changed_images import PICTURES, pictures_changed
+from customize.training.settings_file import current_names, short
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _HEADER, _DIGEST = "customize_checkpoint", "customize_checkpoint_sha256"
 _MAX_BYTES = 4 * MAX_TENSORS  # the optimizer's moments beside what is learned
-#: Among a run's settings: component -> digest, from :func:`customize.training.base.weights_of`.
+#: Among a run's settings: component -> digest, from
+#: :func:`customize.training.base_fingerprint.weights_of`.
 BASE_WEIGHTS = "base_weights"
 #: Among them: what the avoided directions go by.
 SHARED = "shared_directions"
-#: Among them: from :func:`customize.training.base.configured_of`.
+#: Among them: from :func:`customize.training.base_fingerprint.configured_of`.
 BASE_CONFIG = "base_config"
 #: Among them, where several concepts are learned together: name of each other -> its own settings.
 TOGETHER = "together"

@@ -19,10 +19,10 @@ from pydantic import (
 )
 
 from customize.errors import ConfigError
-from customize.training import values
-from customize.training.contradictions import contradictions
-from customize.training.settings import config_error, current_names, read_yaml, short, together
-from customize.training.values import TEXT_LOSSES
+from customize.training import field_values
+from customize.training.config_validation import contradictions
+from customize.training.field_values import TEXT_LOSSES
+from customize.training.settings_file import config_error, current_names, read_yaml, short, together
 
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 
@@ -362,14 +362,16 @@ class TrainConfig(BaseModel):
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
-        return values.plain(name, value, _kinds(name))
+        return field_values.plain(name, value, _kinds(name))
 
-    _home = field_validator("images", "output", "masks", "library", "prior_images")(values.home)
-    _no_pickle = field_validator("base")(values.no_pickle)
-    _has_place = field_validator("caption")(values.has_place)
-    _preservations = field_validator("preserve")(values.preservations)
-    _phrases = field_validator("preserve_phrases")(values.phrases)
-    _prompts = field_validator("validation_prompts")(values.prompts)
+    _home = field_validator("images", "output", "masks", "library", "prior_images")(
+        field_values.home
+    )
+    _no_pickle = field_validator("base")(field_values.no_pickle)
+    _has_place = field_validator("caption")(field_values.has_place)
+    _preservations = field_validator("preserve")(field_values.preservations)
+    _phrases = field_validator("preserve_phrases")(field_values.phrases)
+    _prompts = field_validator("validation_prompts")(field_values.prompts)
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

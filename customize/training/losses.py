@@ -12,11 +12,11 @@ from torch import Generator, Tensor
 from customize.core.objectives import weighted_mse
 from customize.core.preservation import PRESERVATIONS
 from customize.families import Family
-from customize.training.batches import compose, draw_noise, stream_seed
-from customize.training.cache import Encode, Pictures
+from customize.training.class_preservation import EVERY, Preserved, preserves
 from customize.training.config import TrainConfig
-from customize.training.preserving import EVERY, Preserved, preserves
-from customize.training.process import Autocast
+from customize.training.data.batches import compose, draw_noise, stream_seed
+from customize.training.distributed import Autocast
+from customize.training.latents_and_embeddings import Encode, Pictures
 from customize.training.trainable import Trainable
 
 

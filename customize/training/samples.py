@@ -20,15 +20,15 @@ from customize.core.objectives import weighted_mse
 from customize.errors import storage_error
 from customize.families import Family
 from customize.families.sampling import sample
-from customize.training.batches import stream_seed
-from customize.training.cache import Encode, Pictures
-from customize.training.captions import class_caption
+from customize.training.class_preservation import in_classes
 from customize.training.config import TrainConfig
-from customize.training.decoding import decode
-from customize.training.preserving import in_classes
-from customize.training.process import Autocast
+from customize.training.data.batches import stream_seed
+from customize.training.data.captions import class_caption
+from customize.training.data.decode_image import decode
+from customize.training.distributed import Autocast
+from customize.training.latents_and_embeddings import Encode, Pictures
 from customize.training.trainable import Trainable
-from customize.training.validation import guidance_of, to_pictures, write_png
+from customize.training.validation_images import guidance_of, to_pictures, write_png
 
 FOLDER = "samples"
 _BASE = "base.png"

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.concepts import layerwise, tokens
 from customize.concepts.adapter import Adapter, Factors, attach, file_name
 from customize.concepts.base_weight import dense_weight
-from customize.concepts.concept import BasisInfo, Concept
-from customize.concepts.slices import columns_for
-from customize.core.shared import change_on_generic
+from customize.concepts.slices.allocation import columns_for
+from customize.concepts.tokens import layerwise_embeddings, token_rows
+from customize.concepts.types import BasisInfo, Concept
+from customize.core.avoiding_slices import change_on_generic
 from customize.errors import DataError, PipelineError
 from customize.families import Family
-from customize.families.components import TokenDictionary
-from customize.training.batches import stream_seed
+from customize.families.pipeline_components import TokenDictionary
 from customize.training.config import TrainConfig
+from customize.training.data.batches import stream_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Learned:
 
     config: TrainConfig
     adapter: Adapter
-    rows: dict[str, tokens.TrainableRows]
+    rows: dict[str, token_rows.TrainableRows]
     layers: int
     entries: list[str]
     columns: dict[int, tuple[int, ...]]
@@ -164,16 +164,19 @@ class Trainable:
     def own_ids(self, dictionary: TokenDictionary) -> list[int]:
         """The ids of all tokens that train in a dictionary; they follow one another."""
         rows = [c.rows[dictionary.key] for c in self.concepts if dictionary.key in c.rows]
-        return [number for own in rows for number in tokens.token_ids(dictionary, own.names)]
+        return [number for own in rows for number in token_rows.token_ids(dictionary, own.names)]
 
     def expanded(self, caption: str) -> str:
         """A caption as the text encoders see it."""
-        return tokens.expand(caption, self._triggers)
+        return token_rows.expand(caption, self._triggers)
 
     def wordings(self, caption: str) -> list[str]:
         """A caption as the text encoders see it for each layer, in order."""
         text = self.expanded(caption)
-        return [layerwise.wording(text, self._triggers, layer) for layer in range(self.layers)]
+        return [
+            layerwise_embeddings.wording(text, self._triggers, layer)
+            for layer in range(self.layers)
+        ]
 
     @property
     def _triggers(self) -> dict[str, list[str]]:
@@ -191,9 +194,10 @@ def trained_in(
     """Add the tokens and adapters of a run's concepts to a model; afterwards they are gone.
 
     Args:
-        indices: each concept's number; see :func:`customize.concepts.slices.columns_for`.
-        basis: of their slices; None for the method "lora".
-        generic: what layers read on generic prompts; empty where the basis avoids nothing of it.
+        indices: each concept's number; see
+        :func:`customize.concepts.slices.allocation.columns_for`. basis: of their slices; None for
+        the method "lora". generic: what layers read on generic prompts; empty where the basis
+        avoids nothing of it.
 
     Raises:
         ConfigError, ConceptError, PipelineError: what is asked for does not fit the model.
@@ -202,8 +206,8 @@ def trained_in(
     with ExitStack() as stack:
         layers = 0
         if configs[0].layerwise_tokens:
-            layers = len(layerwise.layers_of(family))
-            for hook in layerwise.read_by_layer(family):
+            layers = len(layerwise_embeddings.layers_of(family))
+            for hook in layerwise_embeddings.read_by_layer(family):
                 stack.callback(hook.remove)
         # All start from the vocabulary as it is without any of them.
         dictionaries = family.token_dictionaries() if configs[0].train_tokens else []
@@ -238,18 +242,18 @@ def _added(
     if basis is not None:
         widths = input_widths(family, config)
         columns = columns_for(widths, config.rank, index=index, name=config.name, avoid=basis.avoid)
-    rows: dict[str, tokens.TrainableRows] = {}
+    rows: dict[str, token_rows.TrainableRows] = {}
     # Without a dictionary the trigger stays a plain word of the prompt.
-    entries = tokens.entries(config.trigger, config.num_tokens) if starts else []
+    entries = token_rows.entries(config.trigger, config.num_tokens) if starts else []
     names = entries
     if layers:
-        names = layerwise.layer_entries(config.trigger, config.num_tokens, layers)
+        names = layerwise_embeddings.layer_entries(config.trigger, config.num_tokens, layers)
     for dictionary in family.token_dictionaries() if starts else ():
         # All layers start alike.
         start = starts[dictionary.key].repeat(layers or 1, 1)
-        tokens.add_tokens(dictionary, names, start)
-        stack.callback(tokens.remove_tokens, dictionary, names)
-        rows[dictionary.key] = tokens.TrainableRows(dictionary, names)
+        token_rows.add_tokens(dictionary, names, start)
+        stack.callback(token_rows.remove_tokens, dictionary, names)
+        rows[dictionary.key] = token_rows.TrainableRows(dictionary, names)
         stack.callback(rows[dictionary.key].remove)
         # From the exact start, not from what the table's precision made of it.
         rows[dictionary.key].parameter.data.copy_(start)
@@ -335,7 +339,7 @@ def adapted(family: Family, config: TrainConfig) -> list[str]:
 
 
 def _held(adapter: Adapter, generic: Factors, weight: float) -> list[tuple[nn.Parameter, float]]:
-    """What :attr:`Trainable.held` is; see :mod:`customize.core.shared`."""
+    """What :attr:`Trainable.held` is; see :mod:`customize.core.avoiding_slices`."""
     found = []
     for component, layers in adapter.layers.items() if weight else ():
         for module, layer in layers.items():
@@ -366,7 +370,7 @@ def _own_seed(config: TrainConfig, what: str) -> int:
 
 def _initial_rows(dictionary: Any, config: TrainConfig) -> Tensor:
     seed = _own_seed(config, dictionary.key)
-    rows = tokens.initial_rows(dictionary, config.class_word, config.num_tokens, seed)
+    rows = token_rows.initial_rows(dictionary, config.class_word, config.num_tokens, seed)
     if config.token_init != "random":
-        rows[:1] = tokens.initial_rows(dictionary, config.token_init, 1, seed)
+        rows[:1] = token_rows.initial_rows(dictionary, config.token_init, 1, seed)
     return rows

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from customize.concepts.concept import ConceptInfo
+from customize.concepts.types import ConceptInfo
 
 _NOTICEABLE = 0.02  # of the base's loss
 _TOO_LITTLE = "try more steps, or higher learning rates"

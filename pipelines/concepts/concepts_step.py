@@ -1,5 +1,5 @@
 """The step that attaches concepts, for ``ModularPipelineBlocks.from_pretrained``."""
 
-from customize.hosts.modular import ConceptsStep
+from customize.api.modular_step import ConceptsStep
 
 __all__ = ["ConceptsStep"]

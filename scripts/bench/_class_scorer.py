@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from _scorer import concept, open_quietly
 
-from customize.concepts.concept import Concept
-from customize.evaluation import storybook
+from customize.api.pipeline_methods import load_custom, unload_custom
+from customize.concepts.types import Concept
+from customize.evaluation import storybook_rates
 from customize.families import family_of
-from customize.hosts.binding import load_custom, unload_custom
 from customize.storybook.judges import load_judges, to_tensor
 
 STEPS = 12  # of drawing: enough for all that is judged
@@ -39,21 +39,23 @@ class Scorer:
         other = "cat" if kind == "dog" else "dog"
         words = f"a {kind}" if saved is None else story.trigger
         asked = {
-            "concept": storybook.prompts_for(words, storybook.SCENES[: self.scenes]),
-            "class": storybook.prompts_for(f"a {kind}")[::4],
-            "other": storybook.prompts_for(f"a red {other}")[1::4],
+            "concept": storybook_rates.prompts_for(words, storybook_rates.SCENES[: self.scenes]),
+            "class": storybook_rates.prompts_for(f"a {kind}")[::4],
+            "other": storybook_rates.prompts_for(f"a red {other}")[1::4],
         }
         plain = {key: asked[key] for key in ("class", "other")}
         for seed in seeds:
             if (kind, seed) not in self.before:
-                self.before[kind, seed] = storybook.draw_groups(self.pipe, plain, seed, steps=STEPS)
+                self.before[kind, seed] = storybook_rates.draw_groups(
+                    self.pipe, plain, seed, steps=STEPS
+                )
         found = []
         if saved is not None:
             load_custom(self.pipe, saved, fuse=True, merge="sum")
         try:
             for seed in seeds:
-                images = storybook.draw_groups(self.pipe, asked, seed, steps=STEPS)
-                rated = storybook.rate_concept(
+                images = storybook_rates.draw_groups(self.pipe, asked, seed, steps=STEPS)
+                rated = storybook_rates.rate_concept(
                     self.judges, images["concept"], asked["concept"], signature, kind, story.shown
                 )
                 before = self.before[kind, seed]
@@ -62,8 +64,8 @@ class Scorer:
                         "identity": rated.identity,
                         "prompt": rated.prompt,
                         "composition": rated.composition,
-                        "class_drift": storybook.drift(before["class"], images["class"]),
-                        "drift": storybook.drift(before["other"], images["other"]),
+                        "class_drift": storybook_rates.drift(before["class"], images["class"]),
+                        "drift": storybook_rates.drift(before["other"], images["other"]),
                     }
                 )
         finally:

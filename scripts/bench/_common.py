@@ -85,9 +85,9 @@ def report(
     for key, value in figures.items():
         console.print(f"{key} = {value:.4g}", highlight=False)
     if args.json is not None:
-        from customize.evaluation import record
+        from customize.evaluation import result_file
 
-        result = record.result(bench, command(), rows, figures)
+        result = result_file.result(bench, command(), rows, figures)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 

@@ -19,7 +19,7 @@ def attention(run: Run) -> Iterator[Row]:
     """Each backend alone; then denoisers with it, plain, with a concept and with `avoid=`."""
     import attention as backends
 
-    from customize.attention.kernels import BOUNDS, QUANTIZED, QUANTIZED_BOUND
+    from customize.base.attention.backends import BOUNDS, QUANTIZED, QUANTIZED_BOUND
 
     names = [name for name in backends.SHAPES if name.startswith((*run.models, "Autoencoder"))]
     shapes = {name: backends.SHAPES[name] for name in names}
@@ -92,7 +92,7 @@ def memory(run: Run) -> Iterator[Row]:
 
 def limit_memory(run: Run, word: str | None) -> None:
     """Let torch take no more of the device than a card of this size has; None: all."""
-    from customize.memory import RESERVE, budget
+    from customize.base.memory_plan import RESERVE, budget
 
     if run.device.type != "cuda":
         return

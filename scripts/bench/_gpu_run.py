@@ -113,7 +113,7 @@ def learned(run: Run, model: str, pipe: Any, count: int) -> list[Path]:
     from PIL import Image
 
     from customize.training.config import TrainConfig
-    from customize.training.loop import train_together
+    from customize.training.recipe import train_together
 
     folder = run.folder / f"{count}-concepts-{model}"
     names = [f"rex{number}" for number in range(count)]

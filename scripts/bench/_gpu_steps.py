@@ -87,8 +87,8 @@ def training(run: Run) -> Iterator[Row]:
 
 def quantized(run: Run, pipe: Any, kind: Any) -> None:
     """Hold the denoiser in fewer bits, as `--quantize` does."""
+    from customize.base.quantization import quantize
     from customize.families import family_of
-    from customize.hosts.quantizing import quantize
 
     for denoiser in family_of(pipe.components, pipe.config).denoisers.values():
         quantize(denoiser, kind, run.dtype, run.device)
@@ -122,7 +122,7 @@ def our_loop(run: Run, pipe: Any, steps: int, compile_: bool) -> None:
 
 def _train(run: Run, pipe: Any, side: int, settings: dict[str, Any]) -> None:
     from customize.training.config import TrainConfig
-    from customize.training.loop import train
+    from customize.training.recipe import train
 
     with tempfile.TemporaryDirectory() as name:
         config = {
@@ -210,7 +210,7 @@ def their_loop(run: Run, pipe: Any, steps: int, compile_: bool) -> None:
 
 def presets(run: Run) -> Iterator[Row]:
     """The peak of three steps with each preset's settings, beside what its file counts."""
-    from customize.training.settings import read_yaml
+    from customize.training.settings_file import read_yaml
 
     models = {"sdxl": "SDXL", "flux": "FLUX.1"}
     for path in sorted((ROOT / "scripts/presets").glob("*.yaml")):

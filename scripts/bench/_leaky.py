@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from customize.storybook.captions import ACCESSORY_WORDS, PLACE_WORDS, Request
-from customize.storybook.drawing import draw as render
+from customize.storybook.caption_grammar import ACCESSORY_WORDS, PLACE_WORDS, Request
 from customize.storybook.judges import to_tensor
+from customize.storybook.scene_drawing import draw as render
 from customize.storybook.world import (
     ACCESSORIES,
     CLASSES,

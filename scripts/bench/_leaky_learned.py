@@ -14,7 +14,7 @@ from _workers import folder_name
 from PIL import Image
 
 from customize import record_inputs
-from customize.concepts.inputs import place_beside
+from customize.concepts.input_statistics import place_beside
 from customize.demo import TRAINING
 
 NAMED, KEPT = "captions that name it", "contexts preserved"
@@ -64,7 +64,7 @@ def _slice_of(what: Leaky) -> int:
 def learn(args: argparse.Namespace, job: str) -> None:
     """Learn what goes by this name, "name/how", and record what its layers read where it is to be
     merged; what is finished is kept."""
-    from customize.training.loop import train
+    from customize.training.recipe import train
 
     name, _, how = job.partition("/")
     (what,) = (e for e in (*_leaky.CONCEPTS, *_leaky.ALL_STYLES) if e.name == name)

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import set_peft_model_state_dict
 
 from customize.concepts import adapter as adapters
-from customize.concepts.concept import Concept
-from customize.concepts.inputs import LayerInputs, place_beside
-from customize.concepts.merge import merge as merge_concepts
+from customize.concepts.input_statistics import LayerInputs, place_beside
+from customize.concepts.merge.merge_concepts import merge as merge_concepts
+from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from customize.concepts.adapter import file_name
-from customize.concepts.concept import Concept
+from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank
 from customize.families import Family
 

@@ -13,14 +13,14 @@ import torch
 from _merges import Products
 from diffusers import DiffusionPipeline
 
+from customize.api.pipeline_methods import load_custom, unload_custom
 from customize.concepts import adapter as adapters
-from customize.concepts.concept import Concept
+from customize.concepts.types import Concept
 from customize.core.lowrank import product
-from customize.evaluation import storybook
+from customize.evaluation import storybook_rates
 from customize.families import family_of
-from customize.hosts.binding import load_custom, unload_custom
+from customize.storybook.example_concepts import StoryConcept, story_concept
 from customize.storybook.judges import load_judges, to_tensor
-from customize.storybook.references import StoryConcept, story_concept
 
 # Two dogs among the first three, which are merged at every K: the same class blends first.
 KINDS = (
@@ -93,12 +93,12 @@ class Scorer:
         finally:
             unload_custom(self.pipe)
 
-    def rate(self, index: int, seed: int, scenes: int) -> storybook.Rates:
+    def rate(self, index: int, seed: int, scenes: int) -> storybook_rates.Rates:
         story = concept(index)
-        prompts = storybook.prompts_for(story.trigger, storybook.SCENES[:scenes])
-        images = storybook.draw(self.pipe, prompts, seed)
+        prompts = storybook_rates.prompts_for(story.trigger, storybook_rates.SCENES[:scenes])
+        images = storybook_rates.draw(self.pipe, prompts, seed)
         signature = self.judges.signature(to_tensor(story.pictures()))
-        return storybook.rate_concept(
+        return storybook_rates.rate_concept(
             self.judges, images, prompts, signature, story.identity.kind, story.shown
         )
 

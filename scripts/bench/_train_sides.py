@@ -85,7 +85,7 @@ def _peak() -> int:
 def ours(job: dict[str, Any]) -> None:
     """The pack's loop, with the same trained layers as the example has: no tokens of its own."""
     from customize.training.config import TrainConfig
-    from customize.training.loop import train
+    from customize.training.recipe import train
 
     config = TrainConfig(
         base=job["base"],

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from _common import ROOT, Row, parser, report, spread, tensors_peak
 
-from customize.attention.kernels import Heads, attend, measured_error, seconds
+from customize.base.apply_memory_plan import computing_device, fitted
+from customize.base.attention.backends import Heads, attend, measured_error, seconds
+from customize.base.memory_plan import GIB, WAYS, WAYS_AT_HOME, Plan, Way, peak, sizes
 from customize.families import family_of
-from customize.hosts.placing import computing_device, fitted
-from customize.memory import GIB, WAYS, WAYS_AT_HOME, Plan, Way, peak, sizes
 
 #: model -> heads of its largest attentions, and tokens of picture and prompt.
 SHAPES = {

@@ -48,13 +48,13 @@ from _workers import folder_name, weights_of
 
 from customize.core import preservation
 from customize.demo import TRAINING
-from customize.evaluation import pareto, storybook
-from customize.storybook.captions import PLACE_WORDS
-from customize.training import losses, preserving
+from customize.evaluation import pareto_front, storybook_rates
+from customize.storybook.caption_grammar import PLACE_WORDS
+from customize.training import class_preservation, losses
 from customize.training.config import TrainConfig
 
 NOTHING = "nothing"
-PRIOR = {"prior_weight": 1.0, "prior_count": 24, "validation_guidance": storybook.GUIDANCE}
+PRIOR = {"prior_weight": 1.0, "prior_count": 24, "validation_guidance": storybook_rates.GUIDANCE}
 METHODS: dict[str, dict[str, Any]] = {
     NOTHING: {"preserve": {}},
     "class_text, paper": {"preserve": {"class_text": 1.0}},
@@ -159,7 +159,7 @@ def run_name(method: str) -> str:
 def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     """Learn and score the cell of `job`, "way/concept/seed", or the base's; finished ones are
     kept."""
-    from customize.training.loop import train
+    from customize.training.recipe import train
 
     path = cell_file(args, job)
     if path.exists():
@@ -186,7 +186,7 @@ def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
 def cell_file(args: argparse.Namespace, job: str) -> Path:
     """Where the rows of `job` are kept: a folder for what scores depend on besides the runs."""
     depends = hashlib.sha256(repr((astuple(protocol_of(args)), STEPS)).encode())
-    for path in [Path(storybook.__file__), *weights_of(args.judges)]:
+    for path in [Path(storybook_rates.__file__), *weights_of(args.judges)]:
         depends.update(path.read_bytes())
     method, index, seed = job.rsplit("/", 2)
     name = f"{run_name(method)}-{index}-{seed}.json"
@@ -214,7 +214,9 @@ def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         found[method] = {
             "step_cost": seconds(method) / seconds(NOTHING),
             # Against other steps of the same runs, which is more exact.
-            "text_cost": (first / mean(others) - 1.0) / preserving.EVERY if method in TEXT else 0.0,
+            "text_cost": (first / mean(others) - 1.0) / class_preservation.EVERY
+            if method in TEXT
+            else 0.0,
             "memory_cost": memory[method] / memory[NOTHING],
         }
     return found
@@ -222,7 +224,7 @@ def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def by_kind(runs: Sequence[Sequence[float]]) -> list[list[float]]:
     """The times of all steps that look at phrases, and of all one, two and three steps later."""
-    every = preserving.EVERY
+    every = class_preservation.EVERY
     return [[time for run in runs for time in run[kind::every]] for kind in range(every)]
 
 
@@ -231,7 +233,7 @@ def step_times(args: argparse.Namespace, method: str) -> list[float]:
     times: list[float] = []
     short_run(args, method, lambda *_: times.append(time.process_time()))
     # The callback comes after a step, so the first difference is the second step's.
-    return [b - a for a, b in pairwise(times)][preserving.EVERY - 1 :]
+    return [b - a for a, b in pairwise(times)][class_preservation.EVERY - 1 :]
 
 
 def peak(args: argparse.Namespace, method: str) -> int:
@@ -240,7 +242,7 @@ def peak(args: argparse.Namespace, method: str) -> int:
 
 def short_run(args: argparse.Namespace, method: str, on_step: Any = None) -> None:
     """A few steps in a folder that is thrown away, without what goes before and after them."""
-    from customize.training.loop import train
+    from customize.training.recipe import train
 
     torch.set_num_threads(1)
     steps = protocol_of(args).cost_steps if on_step else 2
@@ -259,7 +261,7 @@ def short_run(args: argparse.Namespace, method: str, on_step: Any = None) -> Non
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = protocol_of(args)
     depends = hashlib.sha256(json.dumps(training(protocol), sort_keys=True).encode())
-    sources = [Path(module.__file__) for module in (preservation, preserving, losses)]
+    sources = [Path(module.__file__) for module in (preservation, class_preservation, losses)]
     for path in [*sources, *weights_of(args.base)]:
         depends.update(path.read_bytes())
     args.folder = args.folder / f"{depends.hexdigest()[:8]}-{protocol.saves[-1]}"
@@ -344,9 +346,11 @@ def plot(rows: Sequence[Mapping[str, Any]], seeds: int, path: Path) -> None:
         if row["steps"] == last:
             spread = [row.get(f"{key}_sd") for key in ("composition", "identity")]
             errors = [None if sd is None else sd / seeds**0.5 for sd in spread]
-            point = pareto.Point(row["preserved"], row["composition"], row["identity"], *errors)
+            point = pareto_front.Point(
+                row["preserved"], row["composition"], row["identity"], *errors
+            )
             points.append(point)
-    pareto.draw(points, "composition", "identity", path)
+    pareto_front.draw(points, "composition", "identity", path)
 
 
 def main() -> None:

@@ -50,8 +50,8 @@ from _workers import folder_name, weights_of
 from torch import Tensor
 
 import customize
-from customize.evaluation.storybook import GUIDANCE, asked_and_shown
-from customize.storybook.captions import parse
+from customize.evaluation.storybook_rates import GUIDANCE, asked_and_shown
+from customize.storybook.caption_grammar import parse
 from customize.storybook.judges import Judges, load_judges
 
 Rate = dict[str, float]

@@ -183,11 +183,11 @@ def _write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The result file so far, replaced atomically."""
     if args.json is None:
         return
-    from customize.evaluation import record
+    from customize.evaluation import result_file
 
     args.json.parent.mkdir(parents=True, exist_ok=True)
     partial = args.json.with_suffix(".partial")
-    result = record.result("gpu", command(), rows, figures_of(rows))
+    result = result_file.result("gpu", command(), rows, figures_of(rows))
     partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     partial.replace(args.json)
 

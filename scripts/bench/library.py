@@ -59,9 +59,14 @@ def open_base() -> Any:
 
 def write_concepts(folder: Path, count: int) -> None:
     """Concepts of random updates of all layers, and two tokens each."""
-    from customize.concepts.concept import BasisInfo, Concept, ConceptInfo
-    from customize.concepts.inputs import DIRECTIONS, LayerInputs, place_beside, updates_digest
-    from customize.concepts.slices import columns_for
+    from customize.concepts.input_statistics import (
+        DIRECTIONS,
+        LayerInputs,
+        place_beside,
+        updates_digest,
+    )
+    from customize.concepts.slices.allocation import columns_for
+    from customize.concepts.types import BasisInfo, Concept, ConceptInfo
     from customize.core.bases import BASES, down_projection
     from customize.core.lowrank import LowRank
     from customize.families import family_of
@@ -229,7 +234,7 @@ def main() -> None:
     from transformers.utils import logging as transformers_logging
 
     import customize  # noqa: F401  so that pipelines have load_custom
-    from customize.cli.shared import hide_loading_bars
+    from customize.cli.command_support import hide_loading_bars
 
     args = parser(__doc__).parse_args()
     ours, theirs, turns = (OURS[:3], THEIRS[:2], 3) if args.quick else (OURS, THEIRS, TURNS)

@@ -51,7 +51,7 @@ from _workers import folder_name, weights_of
 
 from customize.core.lowrank import norm
 from customize.demo import TRAINING
-from customize.evaluation import storybook
+from customize.evaluation import storybook_rates
 from customize.families import family_of
 from customize.training.config import TrainConfig
 
@@ -120,7 +120,7 @@ def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
 
 def learn(args: argparse.Namespace, job: str) -> None:
     """Learn the concept of `job`, "how/number"; a finished one is kept."""
-    from customize.training.loop import train
+    from customize.training.recipe import train
 
     kind, index = job.rsplit("/", 1)
     began = time.time()
@@ -158,7 +158,7 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
 def cell_file(args: argparse.Namespace, job: str) -> Path:
     """Where the rows of `job` are kept: a folder for what they depend on besides the concepts."""
     depends = hashlib.sha256(repr(astuple(QUICK if args.quick else FULL)).encode())
-    for path in [Path(storybook.__file__), *weights_of(args.base), *weights_of(args.judges)]:
+    for path in [Path(storybook_rates.__file__), *weights_of(args.base), *weights_of(args.judges)]:
         depends.update(path.read_bytes())
     return args.folder / f"scores-{depends.hexdigest()[:8]}" / f"{folder_name(job)}.json"
 

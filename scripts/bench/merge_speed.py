@@ -302,7 +302,7 @@ def curve(bench: Bench, folder: Path, kind: str, counts: tuple[int, ...]) -> lis
 
 
 def _open(paths: list[Path], files: list[Any]) -> None:
-    from customize.concepts.formats.opening import opened
+    from customize.concepts.formats.open_adaptation import opened
 
     files.extend(map(opened, paths))
 

@@ -38,14 +38,14 @@ from _workers import folder_name
 from merge_identity import learn
 from torch import Tensor
 
-from customize.concepts.phrases import regional
-from customize.core.regions import box_weights, composed, layered
+from customize.concepts.tokens.prompt_phrases import regional
+from customize.core.region_weights import box_weights, composed, layered
 from customize.demo import TRAINING, assets
-from customize.evaluation.storybook import GUIDANCE, STEPS
+from customize.evaluation.storybook_rates import GUIDANCE, STEPS
 from customize.families import family_of
-from customize.storybook.captions import PLACE_WORDS
-from customize.storybook.drawing import draw as render
+from customize.storybook.caption_grammar import PLACE_WORDS
 from customize.storybook.judges import Judges, load_judges, to_tensor
+from customize.storybook.scene_drawing import draw as render
 from customize.storybook.world import Identity, random_identity, scene_of
 
 PAIRS = tuple(

@@ -20,9 +20,9 @@ import torch
 from _common import ROOT, parser, report
 from diffusers import DiffusionPipeline
 
-from customize.evaluation.storybook import GUIDANCE, STEPS, attribute_accuracy, draw
-from customize.storybook import drawing
-from customize.storybook.captions import caption
+from customize.evaluation.storybook_rates import GUIDANCE, STEPS, attribute_accuracy, draw
+from customize.storybook import scene_drawing
+from customize.storybook.caption_grammar import caption
 from customize.storybook.judges import HEADS, Judges, load_judges, to_tensor
 from customize.storybook.pretrain import contact_sheet
 from customize.storybook.train_judges import measure
@@ -71,7 +71,7 @@ def base_rows(
         )
         scenes += asked
         shown.append(images)
-    renders = to_tensor([drawing.draw(scene) for scene in scenes])
+    renders = to_tensor([scene_drawing.draw(scene) for scene in scenes])
     ceiling = attribute_accuracy(judges, renders, [caption(scene) for scene in scenes])
     if sheet is not None:
         contact_sheet(torch.cat(shown), sheet.with_stem(f"{sheet.stem}-{things}"), columns=16)

@@ -29,7 +29,7 @@ from typing import Any
 
 from _common import ROOT, parser, report, spread
 
-from customize.evaluation.record import cores
+from customize.evaluation.result_file import cores
 
 SIDES = {"ours, orthogonal": "orthogonal", "ours, lora": "lora", "theirs": "lora"}
 
@@ -52,7 +52,7 @@ def write_pictures(folder: Path, side: int) -> Path:
     """
     from PIL import Image
 
-    from customize.storybook.references import story_concept
+    from customize.storybook.example_concepts import story_concept
 
     folder.mkdir()
     pictures = story_concept("rex", "dog", seed=6, pictures=8).pictures()
@@ -72,7 +72,7 @@ def make_wide(folder: Path) -> Path:
     from diffusers import UNet2DConditionModel as UNet
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from customize.storybook.models import make_tokenizer
+    from customize.storybook.bundled_models import make_tokenizer
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()

@@ -6,7 +6,7 @@ import pytest
 
 from customize.cli import main
 from tests.cli.making import Result, Run, World
-from tests.hosts.making import concept
+from tests.pipeline.making import concept
 from tests.tiny import tiny_sd
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from customize.concepts.concept import Concept
-from customize.concepts.inputs import LayerInputs, updates_digest
+from customize.concepts.input_statistics import LayerInputs, updates_digest
+from customize.concepts.types import Concept
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import typer
 import customize
 from customize.cli.app import app
 from customize.training.config import TrainConfig
-from customize.training.settings import RENAMED
+from customize.training.settings_file import RENAMED
 from tests.cli.making import Run, World, photos, refused
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -153,7 +153,7 @@ def test_flags_by_the_names_they_had_still_work(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     given = []
-    monkeypatch.setattr("customize.cli.train.run", lambda *call: given.append(call))
+    monkeypatch.setattr("customize.cli.train_command.run", lambda *call: given.append(call))
     old = {"avoid": "0", "basis": "gaussian_qr", "density": "cosmap"}
     call = [text for name, value in old.items() for text in (f"--{name}", value)]
     with pytest.warns(UserWarning) as caught:

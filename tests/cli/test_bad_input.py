@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from customize.concepts.concept import Concept
-from customize.concepts.files import write_single
-from customize.concepts.layout import INFO_FILE, LORA_FILE
+from customize.concepts.io.file_layout import INFO_FILE, LORA_FILE
+from customize.concepts.io.write_concept import write_single
+from customize.concepts.types import Concept
 from customize.errors import ConceptError
 from tests.cli.making import Run, World, photos, refused
-from tests.hosts.making import assert_same, concept, everything
+from tests.pipeline.making import assert_same, concept, everything
 from tests.tiny import tiny_sd, tiny_sd3
 
 
@@ -153,7 +153,7 @@ def test_settings_that_do_not_fit(run: Run, world: World, tmp_path: Path) -> Non
 def test_a_rank_above_a_width_is_told_before_pictures_are_encoded(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("customize.training.cache.prepare_pictures", None)
+    monkeypatch.setattr("customize.training.latents_and_embeddings.prepare_pictures", None)
     photos(tmp_path / "photos")
     for method, most in (("orthogonal", 14), ("lora", 16)):
         says = ("the rank 17 is above the width", "(rank)", f"at most {most}")

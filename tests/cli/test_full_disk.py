@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from customize.concepts.concept import Concept
+from customize.concepts.types import Concept
 from tests.cli.making import World, photos
 
 ROOT = Path(__file__).parents[2]

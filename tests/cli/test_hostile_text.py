@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 
 from customize.cli import _show_note
-from customize.cli.shared import console
-from tests.concepts.test_library import lora
+from customize.cli.command_support import console
+from tests.concepts.library.test_library import lora
 
 TEXT = "\x1b[31mred\x1b]8;;http://evil\x07 [bold]b[/bold] [link=http://evil]x[/link] :smile: \u202e"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from customize.cli import interrupts
-from customize.training import process
+from customize.training import distributed
 from customize.training.checkpoint import latest
 from tests.cli.making import photos
 
@@ -89,7 +89,7 @@ def test_ctrl_c_outside_imports_is_a_keyboard_interrupt():
 def test_under_nohup_a_closed_terminal_is_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with process.stop_signals() as received:
+        with distributed.stop_signals() as received:
             signal.raise_signal(signal.SIGHUP)
             signal.raise_signal(signal.SIGTERM)
         assert received == [signal.SIGTERM]
@@ -100,7 +100,7 @@ def test_under_nohup_a_closed_terminal_is_ignored():
 
 def test_sighup_may_come_twice():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    with process.stop_signals() as received:
+    with distributed.stop_signals() as received:
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)  # the system's, and the shell's
         assert received == [signal.SIGHUP] * 2

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from customize import __version__
-from customize.cli import main, shared
-from customize.concepts.concept import Concept
+from customize.cli import command_support, main
+from customize.concepts.types import Concept
 from customize.errors import ConfigError, StorageError, TrainingStopped
 from tests.cli.making import Run, World, photos, record_of, refused
 
@@ -97,21 +97,21 @@ def test_bad_flags_are_one_line(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "1,", "one,2", "nan,1", "1;2"])
 def test_weights_that_are_no_numbers(text: str) -> None:
     with pytest.raises(ConfigError, match="not numbers"):
-        shared.parse_weights(text, 2)
+        command_support.parse_weights(text, 2)
 
 
 def test_weights_are_counted() -> None:
-    assert shared.parse_weights("1, 0.8", 2) == [1.0, 0.8]
-    assert shared.parse_weights(None, 2) is None
+    assert command_support.parse_weights("1, 0.8", 2) == [1.0, 0.8]
+    assert command_support.parse_weights(None, 2) is None
     with pytest.raises(ConfigError, match="1 weights were given for 2 concepts"):
-        shared.parse_weights("1", 2)
+        command_support.parse_weights("1", 2)
 
 
 def test_devices_that_are_not_there() -> None:
-    assert shared.choose_device("cpu").type == "cpu"
+    assert command_support.choose_device("cpu").type == "cpu"
     for name in ("cuda:99", "abacus"):
         with pytest.raises(ConfigError, match="cannot be used"):
-            shared.choose_device(name)
+            command_support.choose_device(name)
 
 
 def test_bases_that_cannot_be_loaded(run: Run, world: World, tmp_path: Path) -> None:
@@ -126,14 +126,14 @@ def test_bases_that_cannot_be_loaded(run: Run, world: World, tmp_path: Path) -> 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "figures.json"
-    shared.write_json(path, {"a": 1})
+    command_support.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        shared.write_json(path, {"a": float("nan")})
+        command_support.write_json(path, {"a": float("nan")})
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(StorageError, match="cannot be written"):
-        shared.write_json(path / "below-a-file.json", {})
-    with pytest.raises(StorageError, match="the disk is full"), shared.storing(path):
+        command_support.write_json(path / "below-a-file.json", {})
+    with pytest.raises(StorageError, match="the disk is full"), command_support.storing(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -142,14 +142,14 @@ def test_ctrl_c_says_how_to_go_on(
 ) -> None:
     import signal
 
-    from customize.concepts.formats import opening
+    from customize.concepts.formats import open_adaptation
 
     def read(folder: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
     # A shell's background jobs begin with Ctrl-C ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr(opening, "read", read)
+    monkeypatch.setattr(open_adaptation, "read", read)
     try:
         assert main(["inspect", world.rex]) == 130
         assert capsys.readouterr().err == "interrupted\n"

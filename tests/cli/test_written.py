@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from customize.concepts.concept import Concept
+from customize.concepts.types import Concept
 from tests.cli.making import Run, World
 
 PROMPT = "a photo of <rex> and <tom>"
@@ -146,7 +146,7 @@ def test_a_pipeline_given_for_a_concept_is_named(run: Run, world: World) -> None
 
 
 def test_prompts_of_pictures_of_a_merge(written: dict[str, list[str]], tmp_path: Path) -> None:
-    from customize.cli.pictures import prompts_of, read_samples
+    from customize.cli.sample_files import prompts_of, read_samples
 
     Image.new("RGB", (32, 32)).save(tmp_path / "0001.png")
     facts = {"prompt": PROMPT, "concepts": [{"subjects": {"<rex>": "dog", "<tom>": "cat"}}]}

@@ -9,13 +9,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from customize.concepts.adapter import Adapter, attach
-from customize.concepts.concept import BasisInfo, Concept, ConceptInfo
-from customize.concepts.slices import columns_for
-from customize.concepts.tokens import add_tokens, entries, initial_rows
+from customize.concepts.slices.allocation import columns_for
+from customize.concepts.tokens.token_rows import add_tokens, entries, initial_rows
+from customize.concepts.types import BasisInfo, Concept, ConceptInfo
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
 from customize.families import family_of
-from customize.families.base import Family
+from customize.families.family import Family
 
 
 def facts(**changes: Any) -> ConceptInfo:

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig
 
 from customize.concepts.adapter import attach, attach_products, fit
-from customize.concepts.concept import BasisInfo
-from customize.concepts.slices import columns_for
+from customize.concepts.slices.allocation import columns_for
+from customize.concepts.types import BasisInfo
 from customize.core.bases import BASES, down_projection
 from customize.core.crosstalk import update_overlap
 from customize.core.lowrank import LowRank, product

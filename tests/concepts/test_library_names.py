@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from customize.concepts.health import check
-from customize.concepts.index import read_index
-from customize.concepts.library import Library, add
-from customize.concepts.slices import holders
+from customize.concepts.library.index import read_index
+from customize.concepts.library.library import Library, add
+from customize.concepts.library.library_check import check
+from customize.concepts.slices.allocation import holders
 from customize.errors import ConceptError, ConfigError
+from tests.concepts.library.test_library import lora
 from tests.concepts.making import small
-from tests.concepts.test_library import lora
 from tests.unprivileged import run_unprivileged
 
 ODD = os.fsdecode(b"\xff\xfe caf\xe9")
@@ -91,10 +91,10 @@ def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
 import json, sys
 from pathlib import Path
 from customize import errors
-from customize.concepts.concept import Concept
-from customize.concepts.health import check
-from customize.concepts.library import Library
-from customize.concepts.slices import holders
+from customize.concepts.types import Concept
+from customize.concepts.library.library_check import check
+from customize.concepts.library.library import Library
+from customize.concepts.slices.allocation import holders
 
 library = Path(sys.argv[1])
 said = {source: entry.fault for source, entry in Library(library).entries.items()}

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from customize.concepts import index
-from customize.concepts.claims import Claim, read_claims
-from customize.concepts.concept import BasisInfo
-from customize.concepts.health import check
-from customize.concepts.index import described, read_index, stamps
-from customize.concepts.layout import CLAIM_FILE
-from customize.concepts.library import Library
-from customize.concepts.reading import read_info
-from customize.concepts.slices import collisions, free_index, holders
+from customize.concepts.io.file_layout import CLAIM_FILE
+from customize.concepts.io.read_concept import read_info
+from customize.concepts.library import index
+from customize.concepts.library.index import described, read_index, stamps
+from customize.concepts.library.library import Library
+from customize.concepts.library.library_check import check
+from customize.concepts.slices.allocation import collisions, free_index, holders
+from customize.concepts.slices.slice_reservations import Claim, read_claims
+from customize.concepts.types import BasisInfo
 from customize.errors import ConceptError
 from tests.concepts.making import small
 

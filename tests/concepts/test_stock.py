@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from customize.concepts.concept import Concept
-from customize.concepts.files import write_single
+from customize.concepts.io.write_concept import write_single
+from customize.concepts.types import Concept
 from tests.concepts.making import learn
 from tests.tiny import (
     drawn,

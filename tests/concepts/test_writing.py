@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from customize.concepts import files, layout
-from customize.concepts.files import read, write, write_single
-from customize.concepts.layout import INFO_FILE as INFO
-from customize.concepts.layout import LORA_FILE as LORA
+from customize.concepts.io import file_layout, write_concept
+from customize.concepts.io.file_layout import INFO_FILE as INFO
+from customize.concepts.io.file_layout import LORA_FILE as LORA
+from customize.concepts.io.write_concept import read, write, write_single
 from customize.errors import ConceptError, StorageError
 from tests.concepts.making import contents, same_tensors, small
 
@@ -36,10 +36,10 @@ def test_the_same_concept_may_be_replaced(folder: Path) -> None:
 
 
 def test_a_folder_may_already_hold_the_training_that_led_to_it(tmp_path: Path) -> None:
-    for name in layout.WORK_NAMES:
+    for name in file_layout.WORK_NAMES:
         (tmp_path / "rex" / name).mkdir(parents=True)
     assert same_tensors(read(small().save(tmp_path / "rex")), small())
-    assert {path.name for path in (tmp_path / "rex").iterdir()} > set(layout.WORK_NAMES)
+    assert {path.name for path in (tmp_path / "rex").iterdir()} > set(file_layout.WORK_NAMES)
 
 
 def other_concept(path: Path) -> None:
@@ -113,7 +113,7 @@ def test_an_interrupt_leaves_everything_as_it_was(folder: Path, monkeypatch) -> 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "write_file", interrupt)
+    monkeypatch.setattr(write_concept, "write_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         small(seed=1).save(folder)
     assert contents(folder.parent) == before

@@ -5,13 +5,15 @@ import threading
 import pytest
 import torch
 
+from customize.core.avoiding_slices import change_on_generic
 from customize.core.bases import cosine, gaussian_qr
 from customize.core.crosstalk import matrix, update_overlap
 from customize.core.fusion import InputMoment, fusion
 from customize.core.lowrank import LowRank, norm, product, weighted_sum
+from customize.core.lycoris import hadamard, initial_part, kronecker, rescaled
 from customize.core.merges import MERGES
 from customize.core.objectives import weighted_mse
-from customize.core.orthogonal import (
+from customize.core.oft import (
     columns_by_butterflies,
     columns_turned,
     rotations,
@@ -20,10 +22,8 @@ from customize.core.orthogonal import (
 from customize.core.precision import full_precision, model_autocast
 from customize.core.preservation import PRESERVATIONS
 from customize.core.projection import beyond_chance, projected, span
-from customize.core.regions import box_weights, composed
-from customize.core.shared import change_on_generic
+from customize.core.region_weights import box_weights, composed
 from customize.core.truncation import truncate
-from customize.core.updates import hadamard, initial_part, kronecker, rescaled
 from tests.contexts import CONTEXTS, default_dtype
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from customize import demo
-from customize.evaluation.storybook import attribute_accuracy, draw
+from customize.evaluation.storybook_rates import attribute_accuracy, draw
+from customize.storybook.example_concepts import bundled
 from customize.storybook.judges import load_judges, to_tensor
-from customize.storybook.references import bundled
 from customize.storybook.train_judges import measure
 
 PROMPTS = (

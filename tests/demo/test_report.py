@@ -9,9 +9,9 @@ from PIL import Image
 
 from customize import demo
 from customize.demo import report
-from customize.evaluation.storybook import prompts_for
+from customize.evaluation.storybook_rates import prompts_for
+from customize.storybook.example_concepts import bundled
 from customize.storybook.judges import load_judges, to_tensor
-from customize.storybook.references import bundled
 from tests.concepts.making import small
 
 SCENES = len(prompts_for("<rex>"))

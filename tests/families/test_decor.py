@@ -8,7 +8,7 @@ import torch
 import customize
 from customize.families import family_of
 from tests.families.test_families import PIPELINES
-from tests.hosts.making import concept
+from tests.pipeline.making import concept
 from tests.tiny import drawn
 
 

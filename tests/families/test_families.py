@@ -18,7 +18,7 @@ from torch.nn.functional import pixel_unshuffle
 from customize.core.objectives import weighted_mse
 from customize.errors import ConfigError, PipelineError
 from customize.families import FAMILIES, Family, family_of
-from customize.families.prompts import padded
+from customize.families.tokenization import padded
 from tests.tiny import (
     drawn,
     tiny_flux,

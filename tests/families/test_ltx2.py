@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from customize.api.pipeline_methods import load_custom, unload_custom
 from customize.families import family_of
 from customize.families.ltx2 import MAX_SEQUENCE_LENGTH
-from customize.hosts.binding import load_custom, unload_custom
-from tests.hosts.making import assert_same, concept, everything
+from tests.pipeline.making import assert_same, concept, everything
 from tests.tiny_video import tiny_ltx2
 
 

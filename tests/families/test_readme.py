@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from customize.families import FAMILIES
-from customize.families.flow import FlowFamily
+from customize.families.rectified_flow import FlowFamily
 from tests import tiny, tiny_llm, tiny_video
 
 README = Path(__file__).parents[2] / "README.md"

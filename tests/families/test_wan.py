@@ -11,14 +11,14 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from customize.concepts.concept import Concept
+from customize.api.pipeline_methods import load_custom, unload_custom
+from customize.concepts.types import Concept
 from customize.core.objectives import FLOW_DENSITIES
 from customize.errors import ConceptError, PipelineError
 from customize.families import family_of
 from customize.families.wan import MAX_SEQUENCE_LENGTH, Wan
-from customize.hosts.binding import load_custom, unload_custom
-from customize.training.loop import train
-from tests.hosts.making import concept
+from customize.training.recipe import train
+from tests.pipeline.making import concept
 from tests.tiny_video import tiny_wan
 from tests.training.runs import assert_unchanged, settings, snapshot
 

@@ -17,15 +17,15 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from customize.concepts.claims import read_claims, write_claim
-from customize.concepts.concept import BasisInfo, Concept
-from customize.concepts.formats.opening import opened
-from customize.concepts.index import INDEX_FILE
-from customize.concepts.library import Library
+from customize.concepts.formats.open_adaptation import opened
+from customize.concepts.library.index import INDEX_FILE
+from customize.concepts.library.library import Library
+from customize.concepts.slices.slice_reservations import read_claims, write_claim
+from customize.concepts.types import BasisInfo, Concept
 from customize.errors import CustomizeError
 from customize.training import checkpoint
-from customize.training.data import read_folder
-from customize.training.settings import read_yaml
+from customize.training.data.dataset import read_folder
+from customize.training.settings_file import read_yaml
 from tests.concepts.making import same_tensors, small
 
 ABSURD: tuple[Any, ...] = (
@@ -88,7 +88,7 @@ def _index(folder: Path) -> Path:
 
 
 def _claim(folder: Path) -> Path:
-    from customize.concepts.claims import Claim
+    from customize.concepts.slices.slice_reservations import Claim
 
     claim = Claim(name="kit", basis=BasisInfo(), rank=2, index=0, slices={"8": [0, 1]})
     write_claim(claim, folder / "kit")

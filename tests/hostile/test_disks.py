@@ -13,7 +13,7 @@ import pytest
 
 from tests.cli.making import World, photos
 from tests.cli.test_full_disk import MOUNT, OWN_MOUNTS, can_mount
-from tests.hosts.making import concept
+from tests.pipeline.making import concept
 from tests.tiny import tiny_sd
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.hostile.mutating import KINDS, attempt, damage
-from tests.hosts.making import assert_same, concept, everything
+from tests.pipeline.making import assert_same, concept, everything
 from tests.tiny import tiny_sd
 
 #: How many files of each kind `make test-hostile` damages.

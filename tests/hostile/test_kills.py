@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from customize.atomic import is_partial
-from customize.concepts.concept import Concept
-from customize.concepts.layout import CLAIM_FILE, INFO_FILE, INPUTS_FILE
+from customize.concepts.io.file_layout import CLAIM_FILE, INFO_FILE, INPUTS_FILE
+from customize.concepts.types import Concept
 from tests.cli.making import photos
 from tests.concepts.making import same_tensors, small
 from tests.tiny import tiny_sd

@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 
-from tests.hosts.making import PROMPT, concept, draw
+from tests.pipeline.making import PROMPT, concept, draw
 from tests.tiny import tiny_sd, tiny_sdxl
 
 ROOT = Path(__file__).parents[2]

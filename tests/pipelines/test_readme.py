@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts.making import concept
+from tests.pipeline.making import concept
 from tests.tiny import tiny_sd, tiny_sdxl
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from customize.errors import ConceptError
-from customize.storybook.drawing import draw
 from customize.storybook.judges import (
     CROPS,
     HEADS,
@@ -21,6 +20,7 @@ from customize.storybook.judges import (
     load_judges,
     to_tensor,
 )
+from customize.storybook.scene_drawing import draw
 from customize.storybook.train_judges import (
     _fit,
     auc,

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from customize.storybook.captions import (
+from customize.storybook.bundled_models import make_tokenizer
+from customize.storybook.caption_grammar import (
     ACCESSORY_WORDS,
     OPENINGS,
     PLACE_WORDS,
@@ -17,9 +18,8 @@ from customize.storybook.captions import (
     caption,
     parse,
 )
-from customize.storybook.drawing import draw
-from customize.storybook.models import make_tokenizer
-from customize.storybook.references import BUNDLED, bundled, story_concept
+from customize.storybook.example_concepts import BUNDLED, bundled, story_concept
+from customize.storybook.scene_drawing import draw
 from customize.storybook.world import (
     ACCESSORIES,
     CLASSES,

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from customize.concepts.concept import Concept
+from customize.concepts.types import Concept
 from customize.families import family_of
-from customize.families.components import NO_CONFIG
+from customize.families.pipeline_components import NO_CONFIG
 from customize.training.config import TrainConfig
 
 #: A run of 12 steps takes about half a second.

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from customize.concepts.concept import Concept
-from customize.concepts.inputs import LayerInputs
-from customize.concepts.overlap import true_collisions
-from customize.concepts.slices import collisions
+from customize.concepts.input_statistics import LayerInputs
+from customize.concepts.slices.allocation import collisions
+from customize.concepts.slices.overlap import true_collisions
+from customize.concepts.types import Concept
 from customize.core.bases import avoided
 from customize.errors import ConceptError, ConfigError, SettingsError
 from customize.families import family_of
-from customize.training.loop import train
+from customize.training.recipe import train
 from tests.tiny import tiny_flux, tiny_sd
 from tests.training.runs import same, settings, tensors
 

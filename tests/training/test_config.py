@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from customize.core import preservation
 from customize.errors import ConfigError
 from customize.training.config import TrainConfig, load_config
-from customize.training.values import PRESERVATIONS
+from customize.training.field_values import PRESERVATIONS
 
 REQUIRED = {
     "base": "org/model",

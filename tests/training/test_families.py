@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from customize.families import family_of
-from customize.training.cache import encode_once, from_cache
-from customize.training.loop import train
+from customize.training.latents_and_embeddings import encode_once, from_cache
+from customize.training.recipe import train
 from tests.makers import FAMILIES
 from tests.tiny import tiny_flux3
 from tests.tiny_video import tiny_wan
 from tests.training.runs import assert_unchanged, same, settings, snapshot, tensors
-from tests.training.test_loop import Stop, crash_at
+from tests.training.test_recipe import Stop, crash_at
 
 ALL: dict[str, Callable[[], Any]] = FAMILIES | {"flux3": tiny_flux3}
 

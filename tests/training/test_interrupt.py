@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from customize.concepts.concept import Concept
+from customize.concepts.types import Concept
 from customize.training.checkpoint import latest
-from customize.training.loop import train
+from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import make_various, same, settings, tensors
 
@@ -30,7 +30,7 @@ import sys
 import time
 from pathlib import Path
 from customize.errors import TrainingStopped
-from customize.training.loop import train
+from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import settings
 

@@ -2,13 +2,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from customize.concepts import files
-from customize.concepts.concept import BasisInfo, Concept
-from customize.concepts.layout import EMBEDS_FILE
-from customize.concepts.tokens import initial_rows
+from customize.concepts.io import write_concept
+from customize.concepts.io.file_layout import EMBEDS_FILE
+from customize.concepts.tokens.token_rows import initial_rows
+from customize.concepts.types import BasisInfo, Concept
 from customize.errors import ConfigError
 from customize.families import family_of
-from customize.training.loop import train
+from customize.training.recipe import train
 from customize.training.trainable import trained_in
 from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 from tests.training.runs import assert_unchanged, same, settings, snapshot, tensors
@@ -43,7 +43,7 @@ def test_each_layer_learns_its_own_embeddings(tmp_path):
         for b in range(a):
             assert not torch.allclose(rows[:, a], rows[:, b], atol=1e-5), (a, b)
 
-    found = files.read(tmp_path / "out")
+    found = write_concept.read(tmp_path / "out")
     assert same(tensors(found), tensors(concept))
     stock = load_file(tmp_path / "out" / EMBEDS_FILE)["<rex>"]
     assert torch.allclose(stock, rows.mean(1))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from customize.concepts.inputs import (
+from customize.concepts.input_statistics import (
     PROMPTS,
     LayerInputs,
     base_prompts,
@@ -16,11 +16,11 @@ from customize.concepts.inputs import (
     texts,
 )
 from customize.errors import PipelineError
-from customize.training import inputs, process, shared_directions
+from customize.training import distributed, layer_input_recording, library_directions
 from customize.training.config import TrainConfig, load_config
-from customize.training.loop import train
+from customize.training.recipe import train
+from tests.base.test_quantization import LIBRARIES
 from tests.contexts import CONTEXTS
-from tests.hosts.test_quantizing import LIBRARIES
 from tests.makers import FAMILIES
 from tests.tiny import tiny_flux3, tiny_sd
 from tests.training.runs import make_pictures, settings, tensors
@@ -35,15 +35,19 @@ MODELS = {"sd15": "sd", "sd35-large": "sd3", "qwen-image": "qwen_image", "z-imag
 @pytest.fixture
 def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused on a CPU, as it is slow there; but autocast and scaler are a GPU's."""
-    monkeypatch.setattr(process, "choose_device", lambda config, accelerator: torch.device("cpu"))
+    monkeypatch.setattr(
+        distributed, "choose_device", lambda config, accelerator: torch.device("cpu")
+    )
 
 
 @pytest.fixture
 def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """For shared directions 4 instead of 64, and for the record 2 instead of 24."""
-    monkeypatch.setattr(shared_directions, "generic_prompts", lambda: generic_prompts(4))
-    monkeypatch.setattr(inputs, "texts", lambda words: texts(words, PROMPTS[:1]))
-    monkeypatch.setattr(inputs, "base_prompts", lambda word: base_prompts(word, PROMPTS[:1]))
+    monkeypatch.setattr(library_directions, "generic_prompts", lambda: generic_prompts(4))
+    monkeypatch.setattr(layer_input_recording, "texts", lambda words: texts(words, PROMPTS[:1]))
+    monkeypatch.setattr(
+        layer_input_recording, "base_prompts", lambda word: base_prompts(word, PROMPTS[:1])
+    )
 
 
 def defaults(folder: Path, **changes: Any) -> TrainConfig:

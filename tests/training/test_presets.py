@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+from customize.base.memory_plan import GIB, QUANTIZED_BITS, RESERVE, Part, budget, sizes
 from customize.cli import main
 from customize.concepts.adapter import attach
-from customize.concepts.concept import Concept
+from customize.concepts.types import Concept
 from customize.families import Family
-from customize.memory import GIB, QUANTIZED_BITS, RESERVE, Part, budget, sizes
 from customize.training.config import TrainConfig, load_config
 from tests import true_sizes
-from tests.hosts.test_quantizing import of
+from tests.base.test_memory_plan import CALLS, empty
+from tests.base.test_quantization import of
 from tests.peak import peak_bytes
-from tests.test_memory import CALLS, empty
 from tests.tiny import tiny_sdxl
 from tests.training.runs import make_pictures
 

@@ -1,8 +1,8 @@
 import sys
 import time
 
-from customize.training.loop import train
 from customize.training.progress import Progress
+from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import settings
 

@@ -9,14 +9,14 @@ from PIL import ImageChops
 from safetensors import safe_open
 
 import customize  # noqa: F401  (for load_custom)
-from customize.concepts.concept import Concept
+from customize.base import quantization
+from customize.base.quantization import quantize
+from customize.concepts.types import Concept
 from customize.errors import ConfigError, SettingsError
 from customize.families import family_of
-from customize.hosts import quantizing
-from customize.hosts.quantizing import quantize
-from customize.training import setup
-from customize.training.loop import train
-from tests.hosts.test_quantizing import LIBRARIES, kinds, of
+from customize.training import prepare_base
+from customize.training.recipe import train
+from tests.base.test_quantization import LIBRARIES, kinds, of
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
 from tests.tiny_video import tiny_wan
 from tests.training.runs import Stop, assert_unchanged, crash_at, same, settings, snapshot, tensors
@@ -134,8 +134,8 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_loaded(tmp_path,
         train(settings(tmp_path, quantize="nf4"), pipe.components, progress=False)
     assert_unchanged(before, pipe.components)
 
-    monkeypatch.setattr(quantizing, "find_spec", lambda name: None)
-    monkeypatch.setattr(setup, "open_base", lambda *_: pytest.fail("the base was opened"))
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    monkeypatch.setattr(prepare_base, "open_base", lambda *_: pytest.fail("the base was opened"))
     for kind, library in (("nf4", "bitsandbytes"), ("torchao_float8", "torchao")):
         with pytest.raises(ConfigError, match=f"{kind} needs {library}, which is not installed"):
             train(settings(tmp_path, quantize=kind), progress=False)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from customize.concepts.concept import Concept
+from customize.concepts.types import Concept
 from customize.training import samples
 from customize.training.config import TrainConfig
-from customize.training.loop import train, train_together
+from customize.training.recipe import train, train_together
 from tests.makers import FAMILIES
 from tests.tiny import tiny_sd
 from tests.training.runs import (
@@ -158,9 +158,9 @@ def test_every_family_draws_and_measures(make, tmp_path):
 @pytest.mark.slow
 def test_compiled_blocks_run_as_they_are_for_samples(tmp_path, monkeypatch):
     """Else each shape of theirs would be compiled, for a few calls."""
-    from customize.training import compiling
+    from customize.training import compile_blocks
 
-    monkeypatch.setattr(compiling, "_BACKEND", "aot_eager")
+    monkeypatch.setattr(compile_blocks, "_BACKEND", "aot_eager")
     torch._dynamo.reset()
     counts = {}
     for on in (True, False):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from customize.training.loop import train
-from customize.training.steps import learning_rate
+from customize.training.loop import learning_rate
+from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import settings
 

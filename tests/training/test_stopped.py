@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from customize.atomic import is_partial
-from customize.concepts.claims import read_claims
-from customize.concepts.concept import Concept
-from customize.concepts.health import check
-from customize.concepts.layout import CLAIM_FILE, INPUTS_FILE
-from customize.concepts.shared_directions import files_in
-from customize.training.loop import train
+from customize.concepts.io.file_layout import CLAIM_FILE, INPUTS_FILE
+from customize.concepts.library.library_check import check
+from customize.concepts.slices.shared_directions import files_in
+from customize.concepts.slices.slice_reservations import read_claims
+from customize.concepts.types import Concept
+from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import same, settings, tensors
 

@@ -1,6 +1,6 @@
 import pytest
 
-from customize.concepts.concept import ConceptInfo
+from customize.concepts.types import ConceptInfo
 from customize.training.verdict import Identity, verdict
 
 

@@ -6,10 +6,10 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 
-from customize.concepts.formats.keys import Group, listed
-from customize.concepts.formats.names import Names, Place, encoder_of
-from customize.concepts.formats.updates import shape_of
-from customize.concepts.formats.vectors import is_vector, matrices_of
+from customize.concepts.formats.bias_and_norm_updates import is_vector, matrices_of
+from customize.concepts.formats.layer_names import Names, Place, encoder_of
+from customize.concepts.formats.layer_updates import shape_of
+from customize.concepts.formats.tensor_keys import Group, listed
 from customize.errors import ConceptError, CustomizeError, PipelineError
 from customize.families import Family, published_families
 

@@ -13,20 +13,13 @@ import torch
 from torch import Tensor
 
 from customize.concepts.adapter import file_name
-from customize.concepts.concept import NAME, Concept, Method, counted
 from customize.concepts.formats.base_detection import (
     either,
     families_of,
     refusal,
     update_shape,
 )
-from customize.concepts.formats.denoisers import Noise, targets
-from customize.concepts.formats.header_alpha import with_header_alphas
-from customize.concepts.formats.keys import Group, grouped
-from customize.concepts.formats.metadata import Metadata
-from customize.concepts.formats.names import Names, Place
-from customize.concepts.formats.updates import needs_weight, update_of
-from customize.concepts.formats.vectors import (
+from customize.concepts.formats.bias_and_norm_updates import (
     Vector,
     Vectors,
     by_parameter,
@@ -34,8 +27,15 @@ from customize.concepts.formats.vectors import (
     matrices_of,
     vectors_of,
 )
-from customize.concepts.layout import SECOND
-from customize.concepts.subjects import Subject
+from customize.concepts.formats.denoiser_labels import Noise, targets
+from customize.concepts.formats.file_metadata import Metadata
+from customize.concepts.formats.header_alpha import with_header_alphas
+from customize.concepts.formats.layer_names import Names, Place
+from customize.concepts.formats.layer_updates import needs_weight, update_of
+from customize.concepts.formats.tensor_keys import Group, grouped
+from customize.concepts.io.file_layout import SECOND
+from customize.concepts.tokens.subjects import Subject
+from customize.concepts.types import NAME, Concept, Method, counted
 from customize.core.lowrank import LowRank, from_dense, product, rows, stacked
 from customize.errors import ConceptError
 from customize.families import Family

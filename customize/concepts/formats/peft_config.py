@@ -14,14 +14,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from customize.concepts.concept import MAX_NAME
 from customize.concepts.formats.layer_patterns import PatternMatcher, check_pattern
+from customize.concepts.types import MAX_NAME
 from customize.errors import ConceptError
 from customize.text import one_line
 
 Config = Mapping[str, Any]
 
-#: Fields whose values are used: here, or in :mod:`customize.concepts.formats.updates`.
+#: Fields whose values are used: here, or in :mod:`customize.concepts.formats.layer_updates`.
 APPLIED = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from customize.concepts.adapter import file_name
 from customize.concepts.formats.lora import Lora
 from customize.core.lowrank import LowRank
-from customize.families.base import Family
+from customize.families.family import Family
 
 Tensors = dict[str, Tensor]
 #: (component, module as files name it) -> (out, in), float64

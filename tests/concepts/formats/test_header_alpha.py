@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from customize.concepts.formats.opening import opened
+from customize.concepts.formats.open_adaptation import opened
 from customize.families import Family, family_of
 from tests.concepts.formats.making import written
 from tests.tiny import tiny_sd

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from customize.concepts.export import write_merged
-from customize.concepts.formats.opening import opened, opened_whole
+from customize.concepts.formats.open_adaptation import opened, opened_whole
+from customize.concepts.io.write_merged_lora import write_merged
 from customize.core.lowrank import product
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.formats.making import assert_close, deltas_of, written
-from tests.hosts.making import concept, draw
+from tests.pipeline.making import concept, draw
 from tests.tiny import tiny_sd
 from tests.tiny_video import tiny_wan
 

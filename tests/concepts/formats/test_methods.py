@@ -12,7 +12,7 @@ from peft import LoHaConfig, LoKrConfig, get_peft_model
 from torch import Tensor
 
 from customize.concepts.formats.lora import Lora
-from customize.concepts.formats.opening import opened, opened_whole
+from customize.concepts.formats.open_adaptation import opened, opened_whole
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.formats.making import assert_close, deltas_of, dense, factors, written

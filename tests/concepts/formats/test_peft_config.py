@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from customize.concepts.formats import peft_config
 from customize.concepts.formats.lora import Lora
-from customize.concepts.formats.opening import opened
+from customize.concepts.formats.open_adaptation import opened
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.formats.making import Deltas, assert_close, deltas_of, written

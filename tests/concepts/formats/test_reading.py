@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from customize.concepts.formats.lora import Lora
-from customize.concepts.formats.opening import opened
+from customize.concepts.formats.open_adaptation import opened
 from customize.errors import ConceptError
 from customize.families import Family, family_of
 from tests.concepts.formats.making import (

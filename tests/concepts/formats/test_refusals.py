@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from customize.concepts.formats.lora import lora_file
-from customize.concepts.formats.opening import opened, opened_whole
-from customize.core.orthogonal import turned
+from customize.concepts.formats.open_adaptation import opened, opened_whole
+from customize.core.oft import turned
 from customize.errors import ConceptError, CustomizeError, PipelineError
 from customize.families import Family, family_of
 from tests.concepts.formats.making import assert_close, deltas_of, diffusers, kohya, lora, written

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import customize  # noqa: F401
-from customize.concepts.formats.keys import Group
-from customize.concepts.formats.updates import update_of
+from customize.concepts.formats.layer_updates import update_of
+from customize.concepts.formats.tensor_keys import Group
 from customize.core.lowrank import LowRank, product
 from tests.concepts.formats.making import written
 from tests.tiny_video import tiny_wan

@@ -1,0 +1,1 @@
+"""The public functions, and what ``import customize`` adds to diffusers."""

@@ -1,0 +1,84 @@
+"""Concepts as a step of diffusers' modular pipelines, for who builds these from blocks.
+
+::
+
+    blocks = ModularPipeline.from_pretrained("base").blocks
+    blocks.sub_blocks.insert("concepts", ConceptsStep(), 0)
+    pipe = blocks.init_pipeline("base")
+    pipe.load_components()
+    pipe(prompt="a photo of <rex>", concepts=["concepts/rex"], output="images")[0]
+
+The step goes before the one that encodes prompts. It changes no prompt: triggers are replaced by
+their tokens where the tokenizer reads them, whichever step calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks, PipelineState
+
+from customize.concepts.types import Concept
+from customize.core.precision import full_precision
+from customize.errors import ConfigError
+from customize.pipeline.attach import set_to
+from customize.pipeline.call_wrapper import Host
+from customize.pipeline.sources import family_in
+from customize.pipeline.state import find
+from customize.stages.check_prompts import warn_of_triggers
+
+
+class ConceptsStep(ModularPipelineBlocks):
+    """Attaches the concepts that a call asks for, and detaches all others.
+
+    They stay attached after the call, so that the next one with the same does nothing. A call that
+    gives none leaves what is attached as it is; one that gives an empty list detaches all.
+    """
+
+    #: So that no other call uses the models meanwhile.
+    changes_models = True
+
+    @property
+    def description(self) -> str:
+        return (
+            "Step that attaches learned concepts to the models, merged by their weighted sum. "
+            "Insert it before the text encoder step."
+        )
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [
+            InputParam(
+                "concepts",
+                type_hint=Sequence[str | Path | Concept],
+                description="The concepts to draw with and no others: folders or .safetensors "
+                "files, hub ids, or Concept objects. Left out, those that are attached.",
+            ),
+            InputParam(
+                "concept_weights",
+                type_hint=Sequence[float | Mapping[str, Any]]
+                | Mapping[str, float | Mapping[str, Any]],
+                description="One for each of them, or a dict from concept name to weight; 1.0 "
+                "where left out. A weight is a number, or a dict by component and block.",
+            ),
+        ]
+
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        block_state: Any = self.get_block_state(state)
+        given = block_state.concepts
+        if given is not None:
+            several = isinstance(given, Sequence) and not isinstance(given, str)
+            sources = given if several else [given]
+            with full_precision(tf32=True):
+                set_to(components, sources, weights=block_state.concept_weights)
+            family = family_in(components)
+            warn_of_triggers(Host(components, family, find(family), {}), state.values)
+        elif block_state.concept_weights is not None:
+            raise ConfigError(
+                "weights are given without concepts",
+                where="concept_weights",
+                fix="name the concepts that they belong to: concepts=[...]",
+            )
+        return components, state

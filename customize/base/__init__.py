@@ -1,0 +1,1 @@
+"""Base models: loading, quantization, memory plans, attention backends."""

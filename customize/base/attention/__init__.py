@@ -1,0 +1,1 @@
+"""Attention backends: selection, checks against float64, application."""

@@ -1,0 +1,71 @@
+"""What the command knows of runs on the bundled base: its classes, and whom a sample shows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from customize.concepts.types import ConceptInfo
+from customize.training.config import TrainConfig
+from customize.training.verdict import Identity, Judge
+
+
+def is_storybook(base: str) -> bool:
+    """Whether a base has the weights of the bundled one, wherever it lies."""
+    from customize.training.base_fingerprint import weights_on_disk
+
+    bundled = _assets() / "storybook"
+    if not Path(base).is_dir() or not bundled.is_dir():
+        return False
+    weights = weights_on_disk(str(bundled))
+    return bool(weights) and weights_on_disk(base) == weights
+
+
+def warn_of_classes(configs: Sequence[TrainConfig]) -> None:
+    """Warn of class words that the bundled base never saw."""
+    from customize.storybook.world import CLASSES
+
+    for config in configs:
+        if config.class_word not in CLASSES:
+            warnings.warn(
+                f"the bundled base has no {config.class_word!r}: {config.name} may be "
+                f"learned badly. Its classes are {', '.join(CLASSES)}",
+                stacklevel=2,
+            )
+
+
+def judge_of(configs: Sequence[TrainConfig]) -> Judge | None:
+    """Judges the last samples of a run on the bundled base by the storybook's judges, which no
+    run is trained against; None where these are not here."""
+    folder = _assets() / "judges"
+    if not folder.is_dir():
+        return None
+
+    def judge(info: ConceptInfo) -> Identity | None:
+        from customize.storybook.judges import load_judges, to_tensor
+        from customize.storybook.world import CLASSES
+        from customize.training.data.dataset import read_image
+        from customize.training.data.image_folder import scan
+
+        config = next(config for config in configs if config.name == info.name)
+        last = config.output / "samples" / f"step-{config.steps:06d}.png"
+        if not last.is_file():
+            return None
+        judges = load_judges(folder)
+        pictures = [read_image(path) for path in scan(config.images).images]
+        sample = to_tensor([read_image(last)])
+        distance = judges.distance(sample, judges.signature(to_tensor(pictures))).item()
+        shows = distance <= judges.threshold
+        text = (
+            f"the last sample {'shows' if shows else 'does not show'} {info.name} (distance "
+            f"{distance:.2f}, at most {judges.threshold:.2f})"
+        )
+        unknown = info.class_word not in CLASSES
+        return Identity(shows, text, f"a class word among {', '.join(CLASSES)}" if unknown else "")
+
+    return judge
+
+
+def _assets() -> Path:
+    return Path(__file__).resolve().parents[2] / "assets"

@@ -1,0 +1,1 @@
+"""Reading and writing concepts and merged LoRAs."""

@@ -1,0 +1,113 @@
+"""Where concepts lie: in folders, in libraries, and with what the hub gave."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from customize.concepts.io.file_layout import INFO_FILE, LORA_FILE, MERGED_FILE
+from customize.concepts.io.hub import downloaded, is_id
+from customize.errors import ConceptError
+from customize.near_names import check_path
+from customize.safe_read import present
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+
+
+def listing(folder: Path) -> list[Path]:
+    """What is in a folder, sorted.
+
+    Raises:
+        ConceptError: it cannot be looked into.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise ConceptError(
+            f"the folder cannot be looked into: {error.strerror}",
+            where=folder,
+            fix="allow reading and entering it",
+        ) from error
+
+
+def is_hidden(name: str) -> bool:
+    """Whether what has this name in a library is none of its concepts, whatever it is."""
+    return name.startswith(".") or name == "lost+found"  # which a disk of its own has
+
+
+def in_folders(library: Path, name: str) -> list[Path]:
+    """The files of a name in a library's folders, sorted, without hidden folders.
+
+    Those in folders that may not be entered count too: reading them tells what is wrong.
+    """
+    try:
+        folders = sorted(entry.path for entry in os.scandir(library) if not is_hidden(entry.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConceptError(
+            f"the library cannot be looked into: {error.strerror}",
+            where=library,
+            fix="allow reading and entering it, or name another one",
+        ) from error
+    paths = (Path(folder) / name for folder in folders)
+    return [path for path in paths if present(path)]
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder with a pickle in it, when what was looked for is not there.
+
+    Raises:
+        ConceptError: naming the first.
+    """
+    for file in listing(folder):
+        if file.suffix.lower() in _PICKLES:
+            _refuse_pickle(file)
+
+
+def _refuse_pickle(path: Path) -> NoReturn:
+    raise ConceptError(
+        "files of this kind can run code when they are opened, so they are not read",
+        where=path,
+        fix="get or convert it as .safetensors",
+    )
+
+
+def located(source: str | Path) -> Path:
+    """Where a concept or LoRA lies: the path itself, or what the hub gave for an id.
+
+    Raises:
+        ConceptError: nothing is there, or it is a pickle.
+    """
+    path = Path(source)
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise ConceptError(
+            f"the concept cannot be reached: {error.strerror}",
+            where=path,
+            fix="allow entering the folders that it is in",
+        ) from error
+    except (OSError, ValueError):  # nothing is there, or no file can have this name
+        if present(path):
+            raise ConceptError(
+                "the link leads nowhere", where=path, fix="mend or delete it"
+            ) from None
+    else:
+        if path.suffix.lower() in _PICKLES:
+            _refuse_pickle(path)
+        return path
+    if isinstance(source, str) and is_id(source):
+        return downloaded(source)
+    raise ConceptError(
+        "there is no such concept", where=source, fix=check_path(source, "check the path")
+    )
+
+
+def located_whole(source: str | Path) -> Path:
+    """The same; the LoRA's file in the folder of a concept or merge stands for the folder, in whose
+    other files the rest is."""
+    path = located(source)
+    beside = (path.parent / name for name in (INFO_FILE, MERGED_FILE))
+    return path.parent if path.name == LORA_FILE and any(map(present, beside)) else path

@@ -1,0 +1,229 @@
+"""The model card that goes with a concept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from customize.concepts.io.file_layout import SECOND, SECOND_FILE
+from customize.families import FAMILIES
+from customize.text import markdown
+
+if TYPE_CHECKING:
+    from customize.concepts.formats.lora import Adaptation
+    from customize.concepts.tokens.subjects import Subject
+    from customize.concepts.types import Concept
+
+
+#: The pipeline of a family whose checkpoints may be one file.
+SINGLE_FILE = {
+    "sd": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "z_image": "ZImagePipeline",
+    "ltx2": "LTX2Pipeline",
+}
+
+
+def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
+    """The card as Markdown, with the header that hubs read.
+
+    Args:
+        pictures: file names beside the card.
+    """
+    info = concept.info
+    # JSON strings are YAML strings, so nothing in them can add a field.
+    head = [
+        "---",
+        f"base_model: {json.dumps(info.base)}",
+        "library_name: diffusers",
+        f"instance_prompt: {json.dumps(info.trigger)}",
+        f"tags: [{tags(output_of(concept))}]",
+        "---",
+    ]
+    layered = bool(info.token_layers)
+    layers = ", ".join(f"{len(updates)} of {name}" for name, updates in concept.products.items())
+    if info.basis is not None:
+        how = (
+            f"Orthogonal Adaptation: slices of the orthogonal matrix `{info.basis.kind}` with seed "
+            f"{info.basis.seed}, frozen"
+        )
+    else:
+        how = "an ordinary LoRA: both factors learned"
+    rows = {
+        "Trigger": f"`{info.trigger}`, "
+        + (f"{info.num_tokens} tokens" if info.num_tokens else "a plain word of the prompt")
+        + (f", each with its own embedding in {info.token_layers} layers" if layered else ""),
+        "What it is": f"a {markdown(info.class_word)}",
+        "Base model": f"{markdown(info.base)} (family {info.family})",
+        "How it was learned": how,
+        **_company(info.learned_with),
+        "Rank, alpha": f"{info.rank}, {info.alpha:g}",
+        "Layers": layers,
+        **_sampled(info.training.get("samples")),
+        "Made": markdown(info.created),
+        **{markdown(key): markdown(json.dumps(value)) for key, value in info.scores.items()},
+    }
+    tokens = [
+        line
+        for subject in concept.subjects
+        for line in stock_tokens(subject, info.family, "learned_embeds.safetensors")
+    ]
+    base = json.dumps(info.base)
+    body = [
+        f"# {info.name}",
+        "",
+        *(f"![{info.trigger}]({picture})" for picture in pictures),
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows.items()),
+        "",
+        "With customize, alone or beside other concepts:",
+        "",
+        "```python",
+        "import customize",
+        *opening(info.family, base),
+        'pipe.load_custom("FOLDER")',
+        drawing(info.family, f"a photo of {info.trigger}", output_of(concept)),
+        "```",
+        "",
+        "With diffusers alone:",
+        "",
+        "```python",
+        *imports(tokens),
+        *opening(info.family, base),
+        *stock_updates([concept]),
+        *tokens,
+        drawing(info.family, f"a photo of {stock_subject(concept)}", output_of(concept)),
+        "```",
+        "",
+    ]
+    return "\n".join(head + body)
+
+
+def opening(family: str, base: str) -> list[str]:
+    """The Python lines that open a base as ``pipe``, from diffusers' import on.
+
+    Args:
+        base: its name, quoted.
+    """
+    if base.endswith('.safetensors"') and family in SINGLE_FILE:
+        kind = SINGLE_FILE[family]
+        return [
+            f"from diffusers import {kind}",
+            "",
+            '# config="FOLDER" too, where diffusers cannot download the file\'s configuration',
+            f"pipe = {kind}.from_single_file({base})",
+        ]
+    if not _is_modular(family):
+        return [
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({base})",
+        ]
+    return [
+        "from diffusers import ModularPipeline",
+        "",
+        f"blocks = ModularPipeline.from_pretrained({base}).blocks",
+        'blocks.sub_blocks.pop("prompt_upsampler", None)  # it might rewrite the trigger',
+        f"pipe = blocks.init_pipeline({base})",
+        "pipe.load_components()",
+    ]
+
+
+def drawing(family: str, prompt: str, output: str) -> str:
+    """The Python line that draws with ``pipe``.
+
+    Args:
+        output: from :func:`output_of`, or that of the family.
+    """
+    if not _is_modular(family):
+        return f"pipe(prompt={json.dumps(prompt)}).{output}[0]"
+    return f'pipe(prompt={json.dumps(prompt)}, output="images")[0]'
+
+
+def output_of(concept: Adaptation) -> str:
+    """Where the call of the base's pipeline has what it drew: "images" or "frames"."""
+    info = concept.info
+    # AnimateDiff is of a family that mostly draws pictures.
+    if info.training.get("output") == "frames":
+        return "frames"
+    return FAMILIES[info.family].output if info.family in FAMILIES else "images"
+
+
+def tags(output: str) -> str:
+    """The tags of a card, as YAML has a list's items."""
+    task = "text-to-video" if output == "frames" else "text-to-image"
+    return f"{task}, lora, textual-inversion, diffusers-customize"
+
+
+def stock_updates(concepts: Sequence[Adaptation]) -> list[str]:
+    """The Python lines by which stock diffusers reads what concepts change from FOLDER's files."""
+    components = {component for concept in concepts for component in concept.products}
+    lines = ['pipe.load_lora_weights("FOLDER")'] if components - SECOND.keys() else []
+    if components & SECOND.keys():
+        lines += [
+            "pipe.load_lora_weights(",
+            f'    "FOLDER", weight_name="{SECOND_FILE}", load_into_transformer_2=True',
+            ")",
+        ]
+    return lines
+
+
+def stock_tokens(subject: Subject, family: str, file: str) -> list[str]:
+    """The Python lines by which stock diffusers reads a subject's tokens from a file in FOLDER."""
+    if len(subject.embeddings) == 1:
+        note = "  # the mean over the layers, which is less exact" if subject.token_layers else ""
+        return [f'pipe.load_textual_inversion("FOLDER", weight_name="{file}"){note}']
+    if not _stock_reads_tokens(subject, family):
+        return [f"# no pipeline of this family reads new tokens, such as those in {file}"]
+    return [
+        f'rows = safetensors.torch.load_file("FOLDER/{file}")',
+        *(
+            f'pipe.load_textual_inversion(rows["{key}"], token={json.dumps(subject.trigger)}, '
+            f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})"
+            for key, number in (("clip_l", ""), ("clip_g", "_2"))
+        ),
+        "# Else the second encoder sums up the prompt at the new tokens, and not at its end.",
+        "pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id",
+    ]
+
+
+def stock_subject(concept: Adaptation) -> str:
+    """What a prompt for stock diffusers calls the concept."""
+    family = concept.info.family
+    unread = [s for s in concept.subjects if not _stock_reads_tokens(s, family)]
+    return " and ".join(f"a {s.class_word}" for s in unread) or concept.info.words
+
+
+def imports(tokens: Sequence[str]) -> list[str]:
+    """What the lines of :func:`stock_tokens` need besides diffusers."""
+    return ["import safetensors.torch"] if any("safetensors.torch" in t for t in tokens) else []
+
+
+def _company(others: Sequence[str]) -> dict[str, str]:
+    """A row on the concepts of one run, which are themselves only together."""
+    names = markdown(", ".join(others))
+    told = f"{names}: load all of them for what was learned"
+    return {"Learned together with": told} if others else {}
+
+
+def _sampled(facts: object) -> dict[str, str]:
+    """A row on the samples that training drew, which are the card's first picture."""
+    found = facts.get("steps") if isinstance(facts, dict) else None
+    if not isinstance(facts, dict) or not isinstance(found, list) or not found:
+        return {}
+    steps = markdown(", ".join(str(step) for step in found))
+    base, prompt = (markdown(str(facts.get(key))) for key in ("base_prompt", "prompt"))
+    return {"Samples": f"from the left: the base's own {base}; {prompt} after {steps} steps"}
+
+
+def _is_modular(family: str) -> bool:
+    return family in FAMILIES and FAMILIES[family].modular_only
+
+
+def _stock_reads_tokens(subject: Subject, family: str) -> bool:
+    return len(subject.embeddings) == 1 or family == "sdxl"

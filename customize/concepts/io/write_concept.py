@@ -1,0 +1,249 @@
+"""A concept on disk: a folder that stock diffusers reads too, or one ``.safetensors`` file.
+
+The folder::
+
+    pytorch_lora_weights.safetensors   every update, for ``pipe.load_lora_weights(folder)``
+    pytorch_lora_weights_2.safetensors where there are two denoisers: those of the second
+    learned_embeds.safetensors         the tokens, for ``pipe.load_textual_inversion(folder)``
+    layerwise_embeds.safetensors       where each cross-attention layer has its own embeddings:
+                                       these; the file above then holds their mean
+    concept.json                       the facts, and a digest of them and the tensors
+    README.md, sample-*.png            the model card
+
+A single file holds the same tensors, with the JSON in its header. Files are checked whole before
+anything is returned, and written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from customize.atomic import is_partial, partial_folder, put_file, sync_folder, write_file
+from customize.concepts.io import model_card
+from customize.concepts.io.file_layout import (
+    CARD_FILE,
+    EMBEDS_FILE,
+    INFO_FILE,
+    INFO_HEADER,
+    LAYERS_FILE,
+    PEFT_HEADER,
+    SECOND_FILE,
+    WORK_NAMES,
+    bundled_embeddings,
+    embedding_tensors,
+    info_json,
+    lora_files,
+    lora_tensors,
+    peft_header,
+)
+from customize.concepts.io.read_concept import read, read_info
+from customize.concepts.types import Concept
+from customize.errors import ConceptError, StorageError, storage_error
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "check_folder",
+    "check_writable",
+    "make_folder",
+    "put_file",
+    "read",
+    "read_info",
+    "safetensors_bytes",
+    "sync_folder",
+    "write",
+    "write_file",
+    "write_single",
+]
+
+
+def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] = ()) -> Path:
+    """Write a concept as a folder, whole or not at all.
+
+    Everything is written to a folder beside it first, and then renamed. A folder that holds the
+    same concept gets its files replaced one by one, and keeps what else is in it; should the
+    machine stop between two of them, reading reports that the parts do not belong together.
+
+    Args:
+        folder: new, empty but for what training keeps there, or holding a concept of the same
+            name.
+        samples: pictures for the model card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StorageError: the folder holds something else, or cannot be written (disk full, no
+            permission). What was there before still is.
+    """
+    folder = Path(folder)
+    check_folder(folder, concept.info.name)
+    files = {
+        # First, so that a folder cut off between two files still says whose it is.
+        INFO_FILE: info_json(concept).encode(),
+    }
+    for subject in concept.subjects:
+        files[EMBEDS_FILE] = safetensors_bytes(embedding_tensors(subject), {})
+    if concept.info.token_layers:
+        files[LAYERS_FILE] = safetensors_bytes(concept.embeddings, {})
+    pictures = [f"sample-{number}.png" for number in range(1, len(samples) + 1)]
+    for name, picture in zip(pictures, samples, strict=True):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        files[name] = buffer.getvalue()
+    files[CARD_FILE] = model_card.text(concept, pictures).encode()
+    # Last, so that a concept that can be read has all that belongs to it.
+    for name, tensors in reversed(lora_files(lora_tensors(concept)).items()):
+        files[name] = safetensors_bytes(tensors, {PEFT_HEADER: peft_header(concept, name)})
+
+    try:
+        with partial_folder(folder) as partial:
+            for name, data in files.items():
+                write_file(partial / name, data)
+            if folder.exists():
+                optional = (EMBEDS_FILE, LAYERS_FILE, SECOND_FILE)
+                stale = [*folder.glob("sample-*.png"), *(folder / name for name in optional)]
+                for name in files:
+                    os.replace(partial / name, folder / name)
+                for path in stale:
+                    if path.name not in files:
+                        path.unlink(missing_ok=True)
+            else:
+                partial.rename(folder)
+            sync_folder(folder)
+            sync_folder(folder.parent)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    return folder
+
+
+def write_single(concept: Concept, path: str | Path) -> Path:
+    """Write a concept as one ``.safetensors`` file, whole or not at all.
+
+    ``load_lora_weights`` of stock diffusers takes the updates from it as well; those of a second
+    denoiser ``pipe.transformer_2.load_lora_adapter(path, prefix="transformer_2")``.
+
+    Raises:
+        StorageError: the name has another ending, the file is there and holds something else
+            than this concept, or it cannot be written. What was there before still is.
+    """
+    path = Path(path)
+    name = concept.info.name
+    if path.suffix != ".safetensors":
+        raise StorageError(
+            "a single file must end in .safetensors", where=path, fix=f"name it {name}.safetensors"
+        )
+    if os.path.lexists(path):
+        _check_same(lambda: read(path).info.name, name, path)
+    metadata = {PEFT_HEADER: peft_header(concept), INFO_HEADER: info_json(concept)}
+    data = safetensors_bytes(lora_tensors(concept) | bundled_embeddings(concept), metadata)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        put_file(path, data)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    return path
+
+
+def safetensors_bytes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], format: str | None = "pt"
+) -> bytes:
+    """The content of a safetensors file, of tensors on any device that may share memory.
+
+    Args:
+        format: what the header says of the tensors' library; None for nothing.
+    """
+    from safetensors.torch import save
+
+    # Clones, because tensors that share memory (a slice used in many layers) are refused there.
+    own = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+    return _ordered(save(own, ({"format": format} if format else {}) | dict(metadata)))
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file with its header's keys in order: else it differs from one run to the next."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[start:]
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuse a folder that a concept of this name must not be written to.
+
+    It may be new, empty but for what training keeps there, or hold a concept of the same name.
+
+    Raises:
+        StorageError: it holds something else, or cannot be looked into.
+    """
+    try:
+        present = {path.name for path in folder.iterdir() if not is_partial(path.name)}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise StorageError(
+            "a file is in the place of the folder", where=folder, fix="choose another name"
+        ) from error
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    if INFO_FILE in present:
+        _check_same(lambda: read_info(folder).name, name, folder)
+    elif not present <= set(WORK_NAMES):
+        raise StorageError(
+            "the folder holds other files", where=folder, fix="choose a new or empty folder"
+        )
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; one that is there stays.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Try whether a folder can be made or written in, and leave no trace of that.
+
+    Raises:
+        StorageError: it cannot: no permission, a read-only or full disk, a file in its path.
+    """
+    nearest = folder
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    trial = nearest / f".trial.{secrets.token_hex(4)}.partial"  # swept if it is left
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise storage_error(error, folder) from error
+
+
+def _check_same(found_name: Callable[[], str], name: str, where: Path) -> None:
+    try:
+        found = found_name()
+    except ConceptError as error:
+        raise StorageError(
+            f"something else is there that cannot be read: {error.what}",
+            where=where,
+            fix="move it away, or choose another name",
+        ) from error
+    if found != name:
+        raise StorageError(
+            f"the concept {found} is there, and {name} would overwrite it",
+            where=where,
+            fix="choose another name, or move it away",
+        )

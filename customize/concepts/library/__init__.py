@@ -1,0 +1,1 @@
+"""Libraries: folders of concepts that prompts name."""

@@ -1,0 +1,260 @@
+"""A library: a folder of concepts, found by what prompts call them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from customize.atomic import partial_file, partial_folder, sweep, sync_folder
+from customize.concepts.formats.open_adaptation import opened
+from customize.concepts.input_statistics import LayerInputs, place_beside
+from customize.concepts.io.file_layout import (
+    CARD_FILE,
+    EMBEDS_FOLDER,
+    INFO_FILE,
+    INPUTS_FILE,
+    MERGED_FILE,
+    PEFT_FILES,
+    WORK_NAMES,
+)
+from customize.concepts.io.find_files import listing, located_whole
+from customize.concepts.io.folder_lock import exclusive
+from customize.concepts.io.hub import collected, is_collection
+from customize.concepts.library.index import (
+    Entry,
+    described,
+    read_index,
+    stamp_of,
+    stamps,
+    write_index,
+)
+from customize.concepts.slices.shared_directions import bring
+from customize.concepts.slices.slice_reservations import alone_in
+from customize.concepts.types import NAME, Concept
+from customize.errors import ConceptError, ConfigError, storage_error
+from customize.near_names import check_path, near
+from customize.safe_read import MAX_TENSORS, open_regular, present, real_path
+from customize.text import one_line
+
+# A concept's files beside its safetensors: those that are read, and those that are not.
+_CHECKED = (INFO_FILE, PEFT_FILES[1])
+_FREE = re.compile(rf"{re.escape(CARD_FILE)}|{re.escape(MERGED_FILE)}|sample-\d+\.png")
+
+#: What looks like a trigger in a prompt.
+TRIGGER = rf"<{NAME}>"
+
+
+class Library:
+    """The concepts of a folder: folders and single files, ours and LoRAs from elsewhere.
+
+    Attributes:
+        folder: where they are.
+        entries: source -> what is known of it.
+        stale: how many rows of the index did not hold any more when it was last looked at.
+        kept: whether the index could be written; else it is in memory alone.
+
+    Args:
+        source: an existing folder, which may be empty, or not to be written in; or a collection of
+            the hub's, see :func:`customize.concepts.io.hub.collected`.
+
+    Raises:
+        ConfigError: it is no folder, or cannot be looked into; the hub has no such collection.
+        ConceptError: the hub doesn't give all of a collection.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.folder = _folder_of(source)
+        self.entries: dict[str, Entry] = {}
+        sweep(self.folder)
+        self.stale, self.kept = 0, True
+        self._called: dict[str, list[Entry]] = {}
+        self._seen = 0
+        self._refresh(read_index(self.folder))
+
+    def __repr__(self) -> str:
+        names = sorted(entry.name for entry in self.entries.values())
+        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return f"Library({str(self.folder)!r}: {len(names)} concepts: {listed or 'none'})"
+
+    def refresh(self) -> None:
+        """Look at the files again; only those that are new or changed are read.
+
+        Raises:
+            ConfigError: the folder is gone, or cannot be looked into.
+        """
+        self._refresh(self.entries)
+
+    def follow(self) -> None:
+        """Look again where something was put into the folder or taken out since the last time.
+
+        Raises:
+            ConfigError: as :meth:`refresh`.
+        """
+        if self._changed_at() != self._seen:
+            self.refresh()
+
+    def called(self, trigger: str) -> list[Entry]:
+        """All that a token such as ``<rex>`` calls; upper and lower case are alike."""
+        return self._called.get(trigger.lower(), [])
+
+    def near(self, trigger: str, fits: Callable[[Entry], bool]) -> list[str]:
+        """Up to three triggers, of concepts that fit, that are written much like one."""
+        offered = [each for each, entries in self._called.items() if any(map(fits, entries))]
+        return near(trigger, offered)
+
+    def path(self, entry: Entry) -> Path:
+        """Where a concept lies."""
+        return self.folder / entry.source
+
+    def is_fresh(self, entry: Entry) -> bool:
+        """Whether the files of a concept are still those that were indexed."""
+        return stamp_of(self.folder, entry.source) == entry.stamp
+
+    def _changed_at(self) -> int:
+        try:
+            return self.folder.stat().st_mtime_ns
+        except OSError:  # it is gone, which looking into it will tell
+            return 0
+
+    def _refresh(self, known: dict[str, Entry]) -> None:
+        self._seen = self._changed_at()
+        try:
+            found = stamps(self.folder)
+        except OSError as error:
+            raise ConfigError(
+                f"the library cannot be read: {error.strerror}",
+                where=self.folder,
+                fix=check_path(self.folder, "name a folder with concepts in it"),
+            ) from error
+        entries = {
+            source: known[source]
+            if source in known and known[source].stamp == stamp
+            else described(self.folder, source, stamp)
+            for source, stamp in found.items()
+        }
+        self.stale = sum(entries.get(source) is not entry for source, entry in known.items())
+        self.stale += sum(source not in known for source in entries)
+        self.entries = entries
+        self._called = {}
+        for entry in entries.values():
+            for trigger in entry.called:
+                self._called.setdefault(trigger, []).append(entry)
+        if self.stale:
+            try:
+                write_index(self.folder, entries.values())
+                self.kept = True
+            except OSError:  # read-only, or the disk is full: the index is for speed alone
+                self.kept = False
+
+
+def _folder_of(source: str | Path) -> Path:
+    if isinstance(source, str) and is_collection(source) and not os.path.exists(source):
+        return collected(source)
+    return Path(source)
+
+
+def add(library: str | Path, source: str | Path) -> Entry:
+    """Copy a concept into a library, whole or not at all, with the record that lies beside it.
+
+    The shared directions that its slice avoids come along, if the library has none that serve, so
+    that what is learned there later is kept apart from it. The concept is read whole first. Of two
+    processes that add one name at the same time, one does.
+
+    Args:
+        library: a folder; made if it is not there.
+        source: a concept's folder or file, a LoRA from elsewhere, or a hub id.
+
+    Returns:
+        Its row in the library.
+
+    Raises:
+        ConceptError: the concept cannot be read, or its name or trigger is taken there.
+        StorageError: the library cannot be written.
+    """
+    folder = Path(library)
+    concept, path = opened(source), located_whole(source)
+    name = concept.info.name
+    target = folder / (name if path.is_dir() else f"{name}.safetensors")
+    with alone_in(folder), exclusive(target):
+        held = Library(folder)
+        triggers = dict.fromkeys([concept.info.trigger or f"<{name}>", *concept.info.triggers])
+        taken = [(entry, trigger) for trigger in triggers for entry in held.called(trigger)]
+        taken += [(e, e.trigger) for e in held.entries.values() if e.name == name]
+        if taken:
+            other, trigger = taken[0]
+            raise ConceptError(
+                f"the library has a concept {other.name} already, which {trigger} calls",
+                where=held.path(other),
+                fix="delete that one first if this one is to replace it",
+            )
+        if os.path.lexists(target):
+            raise ConceptError(
+                "something else is in the place of the concept", where=target, fix="move it away"
+            )
+        try:
+            if isinstance(concept, Concept) and concept.info.basis is not None:
+                bring(folder, path.parent, concept.info.basis)
+            _copy(path, target)
+        except OSError as error:
+            raise storage_error(error, target) from error
+        held.refresh()
+    return held.entries[target.name]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a concept atomically."""
+    if not source.is_dir():
+        record = place_beside(source)
+        if present(record):  # first, so that the concept never is there without it
+            LayerInputs.load(record)
+            _copy_file(record, target.with_suffix(f".{INPUTS_FILE}"))
+        _copy_file(source, target)
+        return
+    names, left = _parts(source)
+    if left:
+        warnings.warn(
+            one_line(
+                f"{len(left)} of the files in {source} are no part of the concept, or links out of "
+                f"its folder, and are not copied: {', '.join(left)}"
+            ),
+            stacklevel=4,
+        )
+    with partial_folder(target) as partial:
+        for name in names:
+            _copy_file(source / name, partial / name)
+        partial.rename(target)
+        sync_folder(target.parent)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    with open_regular(source, MAX_TENSORS) as file, partial_file(target) as copy:
+        shutil.copyfileobj(file, copy, 2**20)
+
+
+def _parts(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of a concept's files in its folder, and those of what else is there.
+
+    Files that were read as what they are may be links to anywhere, as they are in the hub's cache.
+    Cards and pictures, which nobody checks, may not: a link would publish whatever it leads to.
+    """
+    names: list[str] = []
+    left: list[str] = []
+    if present(folder / INPUTS_FILE):
+        LayerInputs.load(folder / INPUTS_FILE)
+    inside = [real_path(folder)]
+    if inside[0].parent.name == "snapshots":  # of the hub's cache, whose files are links to blobs
+        inside.append(inside[0].parents[1] / "blobs")
+    for path in listing(folder):
+        # A merge's embeddings for other programs are in its LoRA's header, too.
+        unneeded = path.name == EMBEDS_FOLDER and present(folder / MERGED_FILE)
+        if path.name.startswith(".") or path.name in WORK_NAMES or unneeded:
+            continue
+        checked = path.name in _CHECKED or path.suffix == ".safetensors"
+        card = _FREE.fullmatch(path.name) and os.path.isfile(path)
+        free = card and real_path(path).parent in inside
+        (names if (checked or free) and not path.is_dir() else left).append(path.name)
+    return names, left

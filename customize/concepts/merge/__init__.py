@@ -1,0 +1,1 @@
+"""Merging concepts into one adapter."""

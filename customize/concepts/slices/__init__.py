@@ -1,0 +1,1 @@
+"""Slices of the shared orthogonal matrix: allocation, reservation, overlap."""

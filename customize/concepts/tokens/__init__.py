@@ -1,0 +1,1 @@
+"""The tokens of concepts: their rows of embedding tables, and prompts that contain them."""

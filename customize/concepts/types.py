@@ -1,0 +1,397 @@
+"""What one learned concept is: its facts, its updates of the layers, its tokens' embeddings."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from torch import Tensor
+
+from customize.concepts.tokens.subjects import Subject
+from customize.core.bases import avoided
+from customize.core.lowrank import LowRank, all_finite
+from customize.errors import ConceptError, ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SCHEMA_VERSION = 1
+
+Method = Literal["orthogonal", "lora"]
+
+#: The most characters that a name in a file may have: of a tensor, a field or a layer.
+MAX_NAME = 256
+
+#: What a concept may be called.
+NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
+
+_PLAIN = re.compile(r"[^\x00-\x1f\x7f]*")
+_MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class BasisInfo(BaseModel):
+    """The orthogonal matrices that a concept's down-projections are slices of.
+
+    Attributes:
+        kind: a name in :data:`customize.core.bases.BASES`.
+        seed: fixes the matrix of each width; concepts with other seeds are not orthogonal.
+        scale: the down-projections are ``scale * O[:, columns]^T``.
+        avoid: how many leading directions of each layer's inputs the slices stay out of, at most;
+            see :func:`customize.core.bases.avoided`. Columns are of what is left of the width.
+        shared: a name for the record of these directions; empty where none are avoided.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["cosine", "gaussian_qr"] = "cosine"
+    seed: int = Field(0, ge=0, lt=2**64)
+    scale: Finite = Field(1.0, gt=0)
+    avoid: int = Field(default=0, ge=0, le=128)
+    shared: str = Field(default="", pattern=r"^([0-9a-f]{16})?$")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the later fields where they say nothing, as digests of older files have it."""
+        values: dict[str, Any] = serialize(self)
+        return values if self.avoid else {k: values[k] for k in ("kind", "seed", "scale")}
+
+
+def check_slices(slices: Mapping[str, Sequence[int]], rank: int, basis: BasisInfo) -> None:
+    """Refuse slices that no concept can have.
+
+    Args:
+        slices: input width, as text -> columns.
+
+    Raises:
+        ValueError: a width is none, or does not have as many distinct columns as the rank.
+    """
+    for width, columns in slices.items():
+        if not re.fullmatch(r"[1-9][0-9]{0,6}", width):
+            raise ValueError(f"slices: {width[:MAX_NAME]!r} is not a layer width")
+        distinct = len(set(columns)) == len(columns) == rank
+        limit = int(width) - avoided(int(width), basis.avoid)
+        if not distinct or not all(0 <= column < limit for column in columns):
+            raise ValueError(f"slices: width {width} needs {rank} distinct columns below {limit}")
+
+
+class ConceptInfo(BaseModel):
+    """The facts on a concept, as they stand in ``concept.json``.
+
+    Attributes:
+        name: of the concept and of its folder.
+        trigger: what a prompt says, such as ``<rex>``.
+        class_word: what it is one of, such as ``dog``.
+        family: the model family's name.
+        base: the base model as the user gave it, a path or hub id.
+        fingerprint: what a model must agree with to take the concept.
+        method: "orthogonal" with a frozen slice of a basis, or "lora" with both factors learned.
+        basis: of the slices; None for "lora".
+        rank, alpha: updates are multiplied by alpha / rank.
+        slices: input width, as text -> the columns of the basis; empty for "lora".
+        num_tokens: tokens of the trigger in each dictionary; 0 for a concept without its own.
+        token_layers: cross-attention layers with an embedding of their own for each token; 0
+            where one embedding serves them all.
+        training: the settings it was learned with.
+        scores: what was measured on it.
+        created: date and time, ISO 8601.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    name: str = Field(pattern=rf"^{NAME}$")
+    trigger: str = Field(pattern=rf"^<{NAME}>$")
+    class_word: str = Field(min_length=1, max_length=64)
+    family: str = Field(pattern=r"^[a-z0-9_]{1,32}$")
+    base: str = Field(max_length=500)
+    fingerprint: dict[str, JsonValue]
+    method: Method = "orthogonal"
+    basis: BasisInfo | None = None
+    rank: int = Field(ge=1, le=2**20)
+    alpha: Finite = Field(gt=0)
+    slices: dict[str, list[int]] = {}
+    num_tokens: int = Field(2, ge=0, le=64)
+    token_layers: int = Field(0, ge=0, le=1024)
+    training: dict[str, JsonValue] = {}
+    scores: dict[str, JsonValue] = {}
+    created: str = Field(
+        default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"), max_length=64
+    )
+
+    @field_validator("class_word", "base", "created")
+    @classmethod
+    def _one_plain_line(cls, text: str) -> str:
+        if not _PLAIN.fullmatch(text):
+            raise ValueError("must be one line without control characters")
+        return text
+
+    @field_validator("fingerprint", "training", "scores")
+    @classmethod
+    def _storable(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if not _finite(value):
+            raise ValueError("holds a number that is not finite, which JSON cannot carry")
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds a text that is not Unicode, which no file carries") from None
+        return value
+
+    @model_validator(mode="after")
+    def _slices_fit(self) -> ConceptInfo:
+        if self.method == "lora":
+            if self.basis is not None or self.slices:
+                raise ValueError("a concept of the method lora has neither basis nor slices")
+            return self
+        if self.basis is None or not self.slices:
+            raise ValueError("a concept of the method orthogonal needs its basis and slices")
+        check_slices(self.slices, self.rank, self.basis)
+        return self
+
+    @model_validator(mode="after")
+    def _layers_have_tokens(self) -> ConceptInfo:
+        if self.token_layers and not self.num_tokens:
+            raise ValueError("a concept without tokens has none for each layer")
+        return self
+
+    def __repr_args__(self) -> Any:
+        # A few lines: those that are left out have hundreds of numbers.
+        long = ("fingerprint", "slices", "training", "scores")
+        return [(name, value) for name, value in super().__repr_args__() if name not in long]
+
+    @property
+    def learned_with(self) -> list[str]:
+        """The names of the concepts that it was learned in one run with."""
+        names = self.training.get("learned_with")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    @property
+    def words(self) -> str:
+        """What a prompt says to mean it."""
+        return self.trigger
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """All that call it: one."""
+        return (self.trigger,)
+
+    @property
+    def scale(self) -> float:
+        """What every update is multiplied with: alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """One learned concept, checked whole when it is made.
+
+    Attributes:
+        info: the facts.
+        products: component ("unet", "text_encoder") -> module -> update; all of rank
+            ``info.rank`` and scale ``info.scale``; CLIP's modules under the names used in files.
+        embeddings: token dictionary's key -> (num_tokens, width), float; with ``token_layers``
+            (num_tokens, token_layers, width); empty without tokens.
+        source: the folder or file that it was read from; None for one that was made in memory.
+
+    Raises:
+        ConceptError: the parts do not fit together, or a number is not finite.
+    """
+
+    info: ConceptInfo
+    products: Mapping[str, Mapping[str, LowRank]]
+    embeddings: Mapping[str, Tensor]
+    source: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.products or not all(self.products.values()):
+            raise ConceptError(f"the concept {self.info.name} changes no layer")
+        widths = set()
+        for component, updates in self.products.items():
+            for module, update in updates.items():
+                where = f"{component}.{module}"
+                if not component.isidentifier() or not _MODULE.fullmatch(module):
+                    raise ConceptError("this is not the name of a layer", where=where)
+                self._check_update(update, where)
+                widths.add(str(update.shape[1]))
+        if self.info.method == "orthogonal" and widths != set(self.info.slices):
+            raise ConceptError(
+                f"slices are given for the widths {_listed(self.info.slices)}, "
+                f"but the layers have {_listed(widths)}",
+                where="slices",
+            )
+        if bool(self.embeddings) != bool(self.info.num_tokens):
+            raise ConceptError(
+                f"the concept has {self.info.num_tokens} tokens and "
+                f"{len(self.embeddings)} sets of embeddings"
+            )
+        count, layers = self.info.num_tokens, self.info.token_layers
+        leading = (count, layers) if layers else (count,)
+        for key, rows in self.embeddings.items():
+            if rows.shape[:-1] != leading or rows.shape[-1] < 1:
+                raise ConceptError(
+                    f"embeddings of shape {tuple(rows.shape)} are not those of {count} tokens"
+                    + (f" in {layers} layers" if layers else ""),
+                    where=key,
+                )
+            _check_numbers(rows, key)
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """What its trigger calls by tokens of its own; empty without tokens."""
+        info = self.info
+        if not self.embeddings:
+            return ()
+        return (Subject(info.name, info.trigger, info.class_word, self.embeddings),)
+
+    def _check_update(self, update: LowRank, where: str) -> None:
+        if update.rank != self.info.rank:
+            raise ConceptError(
+                f"the update has rank {update.rank} and not {self.info.rank}", where=where
+            )
+        if update.scale != self.info.scale:
+            raise ConceptError(
+                f"the update's scale is {update.scale} and not alpha / rank = {self.info.scale}",
+                where=where,
+            )
+        _check_numbers(update.up, where)
+        _check_numbers(update.down, where)
+
+    def __repr__(self) -> str:
+        info = self.info
+        tokens = f"{info.num_tokens} tokens" if info.num_tokens else "no tokens of its own"
+        return (
+            f"Concept({info.name}: {info.trigger}, a {info.class_word}, {tokens}; family "
+            f"{info.family}, base {info.base}; {info.method}, rank {info.rank}; "
+            f"{counted(self.products)})"
+        )
+
+    def renamed(self, name: str) -> Concept:
+        """The same under another name, with the trigger ``<name>``.
+
+        Raises:
+            ConceptError: the name has other characters than a-z, 0-9, _ and -.
+        """
+        facts = self.info.model_dump() | {"name": name, "trigger": f"<{name}>"}
+        return replace(self, info=check_info(facts, "names"))
+
+    @classmethod
+    def load(cls, source: str | Path) -> Concept:
+        """Read a folder, a ``.safetensors`` file or a hub id; see
+        :mod:`customize.concepts.io.write_concept`.
+
+        Raises:
+            ConceptError: it is not there, not whole, or not a concept.
+        """
+        from customize.concepts.io import write_concept
+
+        return write_concept.read(source)
+
+    def save(self, path: str | Path, samples: Sequence[Image.Image] | None = None) -> Path:
+        """Write it as a folder, or as one file where the path ends in ``.safetensors``.
+
+        See :func:`customize.concepts.io.write_concept.write` and ``write_single``; both can be
+        loaded.
+
+        Args:
+            samples: pictures for the model card, which only a folder has.
+
+        Raises:
+            ConfigError: pictures for a single file.
+            StorageError: something else is there, or it cannot be written.
+        """
+        from customize.concepts.io import write_concept
+
+        if Path(path).suffix != ".safetensors":
+            return write_concept.write(self, path, samples or ())
+        if samples:
+            raise ConfigError(
+                "a single file has no model card for pictures",
+                where="samples",
+                fix="save a folder, or leave them out",
+            )
+        return write_concept.write_single(self, path)
+
+
+def counted(parts: Mapping[str, Mapping[str, object]]) -> str:
+    """How many layers there are of each component, in words."""
+    listed = (f"{len(own)} of {component}" for component, own in sorted(parts.items()))
+    return f"layers: {', '.join(listed) or 'none'}"
+
+
+def check_info(values: Any, where: object) -> ConceptInfo:
+    """Parsed JSON as :class:`ConceptInfo`.
+
+    Raises:
+        ConceptError: an unknown schema version, or fields that are missing, extra or wrong.
+    """
+    from pydantic import ValidationError
+
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if type(version) is int and version != SCHEMA_VERSION:
+        raise ConceptError(
+            f"the concept has schema version {version}; this version of customize reads "
+            f"{SCHEMA_VERSION}",
+            where=where,
+            fix="update customize, or save the concept with the version you have",
+        )
+    try:
+        return ConceptInfo.model_validate(values, strict=True)
+    except RecursionError as error:
+        raise ConceptError(
+            "the facts on the concept are nested too deeply",
+            where=where,
+            fix="get an unchanged copy of the concept",
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        place, problem = (text[:MAX_NAME] for text in (place, first["msg"]))
+        raise ConceptError(
+            f"the facts on the concept are wrong at {place}: {problem}",
+            where=where,
+            fix="get an unchanged copy of the concept",
+        ) from error
+
+
+def _check_numbers(values: Tensor, where: str) -> None:
+    if values.dtype not in _DTYPES:
+        raise ConceptError(
+            f"numbers of type {values.dtype} are not read",
+            where=where,
+            fix="use float32, float16 or bfloat16",
+        )
+    if not all_finite(values):
+        raise ConceptError(
+            "a number is NaN or infinite", where=where, fix="learn the concept again"
+        )
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, list) else True
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(sorted(values, key=str)) or "none"

@@ -1,0 +1,25 @@
+"""What the families with FLUX.2's autoencoder have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from customize.families.family import Family
+
+
+class PatchedFamily(Family):
+    """AutoencoderKLFlux2: a latent is a square of 2 x 2 of what it encodes, normalised by the
+    statistics that it keeps."""
+
+    def _as_latents(self, encoded: Tensor) -> Tensor:
+        """(batch, channels, h, w) to (batch, channels * 4, h / 2, w / 2)."""
+        return functional.pixel_unshuffle(encoded, 2)
+
+    def _as_encoded(self, latents: Tensor) -> Tensor:
+        return functional.pixel_shuffle(latents, 2)
+
+    def _latent_scaling(self) -> tuple[Tensor, Tensor]:
+        norm, eps = self.vae.bn, self.vae.config.batch_norm_eps
+        mean, variance = norm.running_mean.float(), norm.running_var.float()
+        return mean[:, None, None], (variance + eps).rsqrt()[:, None, None]

@@ -1,0 +1,175 @@
+"""What the families with rectified flow (arXiv 2403.03206) have in common.
+
+A level of noise is sigma in (0, 1) on the straight line from the latents to the noise; timesteps
+are 1000 sigma (or whatever the scheduler counts to), after the shift that the pipeline applies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from customize.core import objectives
+from customize.errors import ConfigError, PipelineError
+from customize.families.denoiser_inputs import over_tokens
+from customize.families.family import Family, ones_like_batch
+
+# As many as the pipelines of these families take by default, or more.
+_PROMPT_TOKENS = 512
+
+
+class FlowFamily(Family):
+    """A transformer that answers the velocity ``noise - latents``, and a flow-matching scheduler.
+
+    The scheduler's shift is fixed, or it grows with the number of picture tokens.
+    """
+
+    denoiser_key = "transformer"
+    default_density = "logit_normal"
+    #: How many numbers the denoiser holds at most for each token and each of its width.
+    _held: ClassVar[int] = 18
+
+    def configured(self) -> dict[str, Any]:
+        # Some schedulers' can be set anew, which their configuration does not tell.
+        shift = getattr(self.scheduler, "shift", None)
+        return super().configured() | ({} if shift is None else {"shift": float(shift)})
+
+    def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
+        """float32 in (0, train timesteps): sigma after the shift that the pipeline also applies to
+        its evenly spaced levels.
+
+        Raises:
+            PipelineError: the scheduler has no shift that is known here.
+        """
+        return objectives.shift(u.float(), self._shift(shape)) * self._train_timesteps
+
+    def noisy_latents(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return objectives.flow_noisy(latents, noise, t / self._train_timesteps)
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return objectives.flow_target(latents, noise)
+
+    def loss_weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
+        if min_snr_gamma is not None:
+            raise ConfigError(
+                "min-SNR weighting is for DDPM models; flow matching weights by its density",
+                where=f"family {self.name}",
+                fix="leave min-SNR out, and choose a timestep density instead",
+            )
+        return ones_like_batch(t)
+
+    def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        extra = {"mu": self._mu(shape, steps)} if self._is_dynamic else {}
+        scheduler.set_timesteps(sigmas=self._levels(steps), device=device, **extra)
+        return scheduler
+
+    def cross_attention_layers(self) -> list[str]:
+        return []
+
+    def denoiser_numbers(self) -> int:
+        side = self._latent_side
+        tokens = self._picture_tokens((0, side, side)) + _PROMPT_TOKENS
+        # Layers that serve the MLP as well are wider than tokens on one side.
+        width = max(min(shape) for shape in self.adapter_targets(self.denoiser_key).values())
+        calls = 1 if self.guidance_is_an_input else 2
+        return self._held * calls * tokens * width
+
+    def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
+        config = self.vae.config
+        return config.shift_factor or 0.0, config.scaling_factor
+
+    def _picture_tokens(self, shape: Sequence[int]) -> int:
+        """How many tokens latents of (channels, height, width) are to the denoiser: 2 x 2 each."""
+        return (shape[-2] // 2) * (shape[-1] // 2)
+
+    def _levels(self, steps: int) -> Any:
+        """The levels of noise to draw at, before they are shifted."""
+        return np.linspace(1.0, 1 / steps, steps)
+
+    def _mu(self, shape: Sequence[int], steps: int | None = None) -> float:
+        """The dynamic shift: on a line through two numbers of picture tokens (FLUX).
+
+        Args:
+            steps: how many to draw with; None: what to train with.
+        """
+        config = self.scheduler.config
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return first + (last - first) * (self._picture_tokens(shape) - low) / (high - low)
+
+    @property
+    def _is_dynamic(self) -> bool:
+        return bool(self.scheduler.config.get("use_dynamic_shifting", False))
+
+    def _shift(self, shape: Sequence[int]) -> float:
+        """The factor of :func:`customize.core.objectives.shift`."""
+        scheduler = self.scheduler
+        if self._is_dynamic:
+            mu = self._mu(shape)
+            kind = scheduler.config.get("time_shift_type", "exponential")
+            return math.exp(mu) if kind == "exponential" else mu
+        shift = getattr(scheduler, "shift", None)
+        if scheduler.config.get("use_flow_sigmas", False):  # UniPC, DPM-Solver and their like
+            shift = scheduler.config.flow_shift
+        if shift is None:
+            raise PipelineError(
+                "the scheduler has no shift of sigmas to train with",
+                where=type(scheduler).__name__,
+                fix="give the pipeline the flow-matching scheduler that the model came with",
+            )
+        return float(shift)
+
+    @property
+    def _train_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+
+class PackedFamily(FlowFamily):
+    """A flow family whose denoiser reads latents as a sequence of tokens (FLUX, Qwen-Image)."""
+
+    #: How many latents a token is high and wide.
+    patch: ClassVar[int] = 2
+    _time_scale = 1.0
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """(batch, channels, h, w) to tokens (batch, h / patch * w / patch, channels * patch ** 2),
+        as the denoiser takes them."""
+        return functional.pixel_unshuffle(latents, self.patch).flatten(2).transpose(1, 2)
+
+    def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
+        size = (height // self.patch, width // self.patch)
+        return functional.pixel_shuffle(packed.transpose(1, 2).unflatten(2, size), self.patch)
+
+    def spread(self, weights: Tensor, answer: Tensor) -> Tensor:
+        return over_tokens(weights, answer)
+
+    @property
+    def default_resolution(self) -> int:
+        # These transformers name no size; their pipelines' is 128 latents.
+        return 128 * self._vae_factor
+
+    @property
+    def latent_multiple(self) -> int:
+        return 2 * self._vae_factor
+
+    @property
+    def _latent_channels(self) -> int:
+        return self.denoiser.config.in_channels // self.patch**2
+
+    def _picture_tokens(self, shape: Sequence[int]) -> int:
+        return (shape[-2] // self.patch) * (shape[-1] // self.patch)
+
+    def _positions(self, latents: Tensor) -> Tensor:
+        """(tokens, 3): 0, row and column of each token of these latents, on their device."""
+        height, width = latents.shape[-2:]
+        rows, columns = (
+            torch.arange(side // self.patch, device=latents.device) for side in (height, width)
+        )
+        return torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)

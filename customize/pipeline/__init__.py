@@ -1,0 +1,1 @@
+"""Attaching concepts to the models of a pipeline, and the calls of pipelines."""

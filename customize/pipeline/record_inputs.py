@@ -1,0 +1,202 @@
+"""Recording what a concept's layers read on a pipeline, which is afterwards as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from customize.base.offload import check_placed
+from customize.concepts.formats.lora import Adaptation
+from customize.concepts.input_statistics import (
+    PROMPTS,
+    LayerInputs,
+    base_prompts,
+    layers_of,
+    record,
+    texts,
+    updates_digest,
+)
+from customize.concepts.merge.merge_concepts import (
+    APART,
+    AUTO,
+    FUSION,
+    METHODS,
+    SUM,
+    check_method,
+    recorded_beside,
+    resolved,
+)
+from customize.errors import ConfigError
+from customize.families import Family
+from customize.near_names import choose_from
+from customize.pipeline.state import Attached, Holder, Merging
+from customize.pipeline.transaction import change
+from customize.stages.check_prompts import is_cut
+from customize.stages.decor.text_encoder import tokenizer_of
+from customize.text import quoted
+
+
+def method_of(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]] | None:
+    """What :func:`customize.load_custom` is told about merging: method and settings, checked.
+
+    Raises:
+        ConfigError: no such method, or a setting that it does not have.
+    """
+    if merge is None:
+        return None
+    settings = dict(merge) if isinstance(merge, Mapping) else {"method": merge}
+    method = settings.pop("method", None)
+    if not isinstance(method, str) or method not in (AUTO, *METHODS):
+        raise ConfigError(
+            f"a pipeline's concepts cannot be merged by {quoted(method)}",
+            where="merge",
+            fix=choose_from(method, (AUTO, *METHODS))
+            + ', or give a dict with one as its "method" and settings',
+        )
+    if method != AUTO or settings:
+        check_method(SUM if method == AUTO else method, settings)
+    return method, settings
+
+
+def merging_of(
+    family: Family,
+    holder: Holder,
+    after: Mapping[str, Attached],
+    chosen: tuple[str, dict[str, Any]] | None,
+) -> Merging:
+    """How the concepts that are to be attached will be merged.
+
+    Args:
+        family: of all that the holder knows to be changed.
+        chosen: of :func:`method_of`; None: as before.
+
+    Records that lie beside the concepts are read. For "fusion" those that lack are made, for which
+    the pipeline draws.
+
+    Raises:
+        ConfigError: a concept that has no record has no words to draw it with; or some are to be in
+            the weights and some beside them, by a method that needs them together.
+        ConceptError: a record cannot be read, or is not of this concept.
+    """
+    method, settings = chosen or (holder.merging.chosen, dict(holder.merging.settings))
+    if len(after) < 2:
+        return Merging(method, settings=settings)
+    if method not in (AUTO, *APART) and len({each.fused for each in after.values()}) > 1:
+        beside = [name for name, each in after.items() if not each.fused]
+        raise ConfigError(
+            f"{method} merges all concepts together, and {', '.join(beside)} would be beside the "
+            "weights, while others are in them",
+            where="merge",
+            fix="give fuse=True for all or for none, naming those that are attached already in "
+            'weights=, or choose "sum"',
+        )
+    known = {
+        name: own
+        for name, own in holder.merging.inputs.items()
+        if name in after and not after[name].routed
+    }
+    shelf = holder.shelf
+    concepts = [each.concept for each in after.values()]
+    read = recorded_beside if shelf is None else partial(shelf.record, read=recorded_beside)
+    found, records, lacking = resolved(method, concepts, known, read)
+    if found == FUSION:
+        made = recorded(family, holder, lacking)
+        if shelf is not None:
+            for concept in lacking:
+                shelf.keep_record(concept, made[concept.info.name])
+        records |= made
+    return Merging(method, found, records if method in (AUTO, FUSION) else {}, settings)
+
+
+def merging_without(holder: Holder, after: Mapping[str, Attached]) -> Merging:
+    """How what is left will be merged when some concepts are gone; nothing is read or drawn."""
+    before = holder.merging
+    known = {name: own for name, own in before.inputs.items() if name in after}
+    method = SUM
+    if len(after) > 1:
+        recorded = known.keys() == after.keys()
+        fused = before.chosen in (AUTO, FUSION)
+        method = (FUSION if recorded else SUM) if fused else before.chosen
+    return Merging(before.chosen, method, known, before.settings)
+
+
+def recorded(
+    family: Family,
+    holder: Holder,
+    concepts: Sequence[Adaptation],
+    prompts: Sequence[str] | None = None,
+    words: str | None = None,
+) -> dict[str, LayerInputs]:
+    """Concept's name -> its record; see :func:`customize.record_inputs`.
+
+    Args:
+        family: of all that the holder knows to be changed.
+    """
+    prompts = PROMPTS if prompts is None else tuple(prompts)
+    if not prompts or any("{}" not in prompt for prompt in prompts):
+        raise ConfigError(
+            "a prompt to record with has no {} for the concept's words",
+            where="prompts",
+            fix='write such as "a photo of {} on a beach"; some ten of different places do',
+        )
+    for concept in concepts:
+        if not (words or concept.info.words):
+            raise ConfigError(
+                f"{concept.info.name} says no words that call it, so nobody knows what to draw",
+                where=concept.info.name,
+                fix="say them once: customize record --words, or record_inputs(words=)",
+            )
+    if not concepts:
+        return {}
+    check_placed(family.adaptable | {"vae": family.vae})
+    side = family.default_resolution
+    with torch.no_grad():
+        shape = family.encode_images(torch.zeros(1, 3, side, side))[0].shape[1:]
+    found: dict[str, LayerInputs] = {}
+    with _set_aside(family, holder):
+        for concept in concepts:
+            products, info = concept.products, concept.info
+            layers = layers_of(family, products)
+            drawn = texts(words or info.words, prompts)
+            change(family, holder, {}, Merging())
+            generic = record(family, layers, base_prompts(info.class_word, prompts), shape)
+            change(family, holder, {info.name: Attached(concept, 1.0, fused=False)}, Merging())
+            _check_read(family, concept, words or info.words, drawn)
+            own = record(family, layers, drawn, shape)
+            found[info.name] = LayerInputs(updates_digest(products), own, generic)
+    return found
+
+
+def _check_read(family: Family, concept: Adaptation, words: str, prompts: Sequence[str]) -> None:
+    """Refuse prompts in which a trigger is behind what the encoders that know it read.
+
+    Args:
+        concept: that is attached, so that tokenizers read its triggers as they will.
+    """
+    if not concept.subjects:  # of whose words a part may do
+        return
+    for key in family.clip_encoders:
+        tokenizer = tokenizer_of(family, key)
+        window = int(tokenizer.model_max_length)
+        for prompt in prompts:
+            if is_cut(words, prompt, tokenizer, window):
+                raise ConfigError(
+                    f"the {key} reads {window} tokens of a prompt, and in {quoted(prompt)} the "
+                    f"words {quoted(words)} are cut off",
+                    where="prompts",
+                    fix="shorten it, or write {} nearer to its beginning",
+                )
+
+
+@contextmanager
+def _set_aside(family: Family, holder: Holder) -> Iterator[None]:
+    """Within it anything may be attached; afterwards that is again what was before."""
+    before, merging = holder.attached, holder.merging
+    try:
+        yield
+    finally:
+        change(family, holder, before, merging)

@@ -1,0 +1,113 @@
+"""What layers read, on generic prompts and on the concept's, recorded while the base is here."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+
+from customize.concepts.input_statistics import (
+    LayerInputs,
+    base_prompts,
+    layers_of,
+    record,
+    texts,
+    updates_digest,
+)
+from customize.concepts.io.file_layout import INPUTS_FILE
+from customize.concepts.types import Concept
+from customize.errors import ConceptError, PipelineError
+from customize.families import Family
+from customize.training.config import TrainConfig
+from customize.training.finite_checks import cause_in_base
+from customize.training.latents_and_embeddings import Encode
+from customize.training.prepare_base import place, put_away
+from customize.training.progress import SILENT, Progress
+from customize.training.trainable import Learned, Trainable
+
+
+def prompts_of(config: TrainConfig) -> list[str]:
+    """All that is drawn for the record."""
+    if not config.record_inputs:
+        return []
+    return [*texts(config.trigger), *base_prompts(config.class_word)]
+
+
+def write_record(
+    learned: Learned,
+    family: Family,
+    trainable: Trainable,
+    concept: Concept,
+    encode: Encode,
+    shape: Sequence[int],
+    autocast: Callable[[], AbstractContextManager[Any]],
+    progress: Progress = SILENT,
+) -> None:
+    """Write the record of a concept whose adapter and tokens are in the model still.
+
+    It is of the concept alone, also where others were learned with it. What was learned is saved by
+    then, so that a record which cannot be made is only warned of.
+
+    Args:
+        encode: knows :func:`prompts_of`.
+        shape: (channels, height, width) of latents.
+    """
+    layers = layers_of(family, concept.products)
+    config = learned.config
+    how: dict[str, Any] = {"encode": encode, "autocast": autocast}
+    text = f"recording what the layers of {config.name} read"
+    try:
+        with trainable.silent(but=learned):
+            track = partial(progress.track, text=text)
+            own = record(family, layers, texts(config.trigger), shape, track=track, **how)
+        with trainable.silent():
+            prompts = base_prompts(config.class_word)
+            track = partial(progress.track, text=f"{text} without it")
+            generic = record(family, layers, prompts, shape, track=track, **how)
+    except ConceptError as error:
+        warnings.warn(f"the layer inputs of {config.name} were not recorded: {error}", stacklevel=2)
+        return
+    LayerInputs(updates_digest(concept.products), own, generic).save(config.output / INPUTS_FILE)
+
+
+def record_generic(
+    family: Family,
+    prompts: Sequence[str],
+    resolution: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    progress: Progress = SILENT,
+) -> LayerInputs:
+    """What all layers read on generic prompts.
+
+    Text encoders and denoisers are on the device one after the other, and on the CPU in the end.
+
+    Raises:
+        PipelineError: the base gives values that are not finite.
+    """
+    family.vae.to(device)
+    shape = family.encode_images(torch.zeros(1, 3, resolution, resolution))[0].shape[1:]
+    layers = {component: list(family.adapter_targets(component)) for component in family.adaptable}
+    encoders = family.all_text_encoders
+    place(encoders, device)
+
+    def ready() -> None:
+        put_away(family, encoders, free=False)
+        place(family.denoisers, device)
+
+    how: dict[str, Any] = {"empty_counts": True, "ready": ready, "autocast": autocast}
+    how["track"] = partial(progress.track, text="recording what all prompts share, once for a base")
+    try:
+        generic = record(family, layers, prompts, shape, **how)
+    except ConceptError as error:
+        raise PipelineError(
+            f"the base cannot draw generic prompts: {error.what}",
+            where=family.denoiser_key,
+            fix=cause_in_base(family, family.denoiser.dtype == torch.float16),
+        ) from error
+    put_away(family, family.denoisers, free=False)
+    return LayerInputs("generic prompts", {}, generic)

@@ -1,0 +1,405 @@
+"""Learning concepts: :func:`train` one, or several in one run by :func:`train_together`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import accumulate, chain, pairwise
+from typing import Any
+
+import torch
+
+from customize.concepts.adapter import Factors
+from customize.concepts.io import write_concept
+from customize.concepts.io.folder_lock import exclusive
+from customize.concepts.slices.slice_reservations import withdraw_claim
+from customize.concepts.tokens.prompt_phrases import common
+from customize.concepts.types import Concept
+from customize.core.precision import full_precision
+from customize.families import family_of
+from customize.training import (
+    base_fingerprint,
+    class_preservation,
+    distributed,
+    latents_and_embeddings,
+    layer_input_recording,
+    prepare_base,
+    run_metadata,
+)
+from customize.training import checkpoint as checkpoints
+from customize.training import samples as sampling
+from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, TOGETHER
+from customize.training.class_images import class_samples_of, drawn_for
+from customize.training.compile_blocks import check_compiler, compiled
+from customize.training.config import TrainConfig
+from customize.training.joint_configs import check
+from customize.training.library_directions import shared_directions
+from customize.training.loop import OnStep, optimise
+from customize.training.losses import Losses
+from customize.training.progress import Progress
+from customize.training.resume import checkpoints_of, find_start, has_record
+from customize.training.run_summary import tell_counts
+from customize.training.samples import Samples
+from customize.training.slice_reservation import claimed_slices
+from customize.training.trainable import basis_of, check_texts, trained_in
+from customize.training.validation_images import Validation, warn_of_triggers
+from customize.training.verdict import Judge, verdict
+
+
+def train(
+    config: TrainConfig,
+    components: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+    pipeline_config: Mapping[str, Any] | None = None,
+) -> Concept:
+    """Learn a concept, save it to ``config.output`` and return it.
+
+    Settings and pictures are checked before a model is loaded. A run that was cut off goes on
+    from its newest checkpoint and gives the same adapter, on a CPU to the bit, as one that was
+    not; a concept that is finished already is read and returned.
+
+    Args:
+        config: what to learn, from what, and how.
+        components: the parts of a pipeline in memory (``pipe.components``); they are used in
+            place, and left bit for bit as they were, also after an error. None: load
+            ``config.base``.
+        progress: show a bar with the loss and the time left.
+        on_step: called after each step with its number, from 1, and its loss, a scalar on the
+            device; reading the loss waits for the device.
+        pipeline_config: with components, what their pipeline keeps beside them (``pipe.config``);
+            families that read it are klein's ``flux2``, ``krea2``, ``qwen_image_21`` and ``wan``
+            with two transformers. None: the pipeline's defaults.
+
+    Raises:
+        ConfigError, DataError: a setting or a picture is unusable.
+        PipelineError: the base cannot be loaded or trained.
+        SettingsError: the output folder holds this concept, made with other settings or of a base
+            that was other in weights or configuration; or its slice was taken while it was cut off.
+        StorageError: the output folder holds something else, cannot be written, or another run
+            writes to it.
+        TrainingError: the loss or what is learned is no longer finite.
+        TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.
+    """
+    return train_together([config], components, progress, on_step, pipeline_config)[0]
+
+
+def train_together(
+    configs: Sequence[TrainConfig],
+    components: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+    pipeline_config: Mapping[str, Any] | None = None,
+    judge: Judge | None = None,
+) -> list[Concept]:
+    """Learn several concepts in one run, save each to its own folder and return them.
+
+    All are in the model at once, each with tokens and an adapter of its own, and where slices are
+    orthogonal each in its own slice. What the model then draws is what it draws with the plain
+    sum of the concepts, as ``load_custom`` merges them. A batch has pictures of all: its places
+    go round among them, so that each has as many as any other over time. The losses of
+    preservation count each concept alike, with its own class word.
+
+    The order of the concepts makes no difference. Checkpoints lie in the folder of the one whose
+    name is first in the alphabet.
+
+    Args:
+        configs: of each concept. What is not in :data:`customize.training.joint_configs.OWN`
+            belongs to the run and is the same in all. Captions may name several of the concepts.
+        components, progress, on_step, pipeline_config: as of :func:`train`.
+        judge: says whether a concept's last sample shows what was to be learned, for the last line.
+
+    Returns:
+        The concepts, in the order of their configurations.
+
+    Raises:
+        ConfigError: they cannot be learned in one run; see
+            :func:`customize.training.joint_configs.check`.
+        SettingsError: as of :func:`train`, also where the run had other concepts before.
+        DataError, PipelineError, StorageError, TrainingError, TrainingStopped: as of ``train``.
+    """
+    check(configs)
+    given, configs = configs, sorted(configs, key=lambda config: config.name)
+    shown = Progress(progress)
+    # Losses and updates are ours, whatever the caller is in; models get an autocast of their own.
+    with full_precision(tf32=True), torch.enable_grad(), ExitStack() as locks:
+        found = _trained(configs, components, shown, on_step, pipeline_config, locks)
+    for concept in found if shown.shown else ():
+        text = verdict(concept.info, judge and judge(concept.info))
+        if text is not None:
+            shown.line(text)
+    by_name = dict(zip((config.name for config in configs), found, strict=True))
+    return [by_name[config.name] for config in given]
+
+
+def _trained(
+    configs: Sequence[TrainConfig],
+    components: Mapping[str, Any] | None,
+    progress: Progress,
+    on_step: OnStep | None,
+    pipeline_config: Mapping[str, Any] | None,
+    locks: ExitStack,
+) -> list[Concept]:
+    config = configs[0]  # for all that belongs to the run
+    resolution_read = base_fingerprint.resolution_of(config, components)
+    triggers = [each.trigger for each in configs]
+    with progress.phase("reading pictures", after=1.0):
+        samples, class_samples = zip(
+            *(prepare_base.read_pictures(each, resolution_read, triggers) for each in configs),
+            strict=True,
+        )
+    for each in configs:
+        write_concept.check_folder(each.output, each.name)
+        write_concept.check_writable(each.output)
+    accelerator = distributed.make_accelerator(config)
+    distributed.on_main_process(
+        accelerator,
+        lambda: [locks.enter_context(exclusive(each.output)) for each in configs],
+    )
+    device = distributed.choose_device(config, accelerator)
+    prepare_base.check_quantized(config, components, device)
+    if config.compile:
+        check_compiler(device)
+
+    weights = base_fingerprint.weights_of(config.base, components, config.variant)
+    settings_after = partial(
+        run_metadata.settings_of_run,
+        configs,
+        [run_metadata.digest(own) for own in samples],
+        [run_metadata.digest(own) for own in class_samples],
+        weights,
+        base_fingerprint.configured_of(components, pipeline_config),
+        accelerator.num_processes,
+    )
+    start = find_start(configs, settings_after)
+    if start.done is not None:
+        if accelerator.is_main_process:
+            for each in configs:  # where the run was stopped before it could
+                withdraw_claim(each.output)
+        return start.done
+    settings, folder = start.settings, checkpoints_of(config)
+
+    own = components is None
+    autocast = distributed.make_autocast(config, device)
+    run_metadata.reset_peak_memory(device)
+    with ExitStack() as stack:
+        if components is None:
+            with progress.phase(f"loading the base {config.base}"):
+                parts, pipeline_config = prepare_base.load_base(config)
+        else:
+            parts = dict(components)
+        family = family_of(parts, pipeline_config or {})
+        for each in configs:
+            resolution = prepare_base.check_fits(family, each)
+        tell_counts(
+            configs, samples, class_samples, family, resolution, accelerator.num_processes, progress
+        )
+        if own:
+            prepare_base.freeze(parts)
+            prepare_base.put_away(family, family.unused, free=True)
+        else:
+            stack.enter_context(prepare_base.borrowed(parts))
+        fingerprint = family.fingerprint()
+        if not weights:  # of a hub id that was not here yet
+            weights = base_fingerprint.weights_on_disk(config.base, config.variant)
+            weights = weights or base_fingerprint.weights_of("", family.components)
+        prepare_base.quantize_denoisers(family, config, device)
+        generic: Factors = {}
+        shared = settings[0][SHARED]
+        if config.method == "orthogonal" and config.num_shared_directions:
+            directions = shared_directions(
+                config, family, weights, resolution, device, accelerator, autocast, shared, progress
+            )
+            generic, shared = directions.factors, directions.name
+        basis = basis_of(config, shared)
+        indices = stack.enter_context(
+            claimed_slices(configs, family, basis, start.before, accelerator)
+        )
+        known = {BASE_WEIGHTS: weights, BASE_CONFIG: family.configured(), SHARED: shared}
+        settings = run_metadata.with_others(
+            [s | known | {"slice": index} for s, index in zip(settings, indices, strict=True)]
+        )
+        del parts  # what the family then lets go of is freed, if it is our own
+        if start.checkpoint is not None:
+            checkpoints.check_settings(start.checkpoint, settings[0], folder)
+
+        # Pictures are encoded once; then the autoencoder only waits for validation.
+        family.vae.to(device)
+        if config.prior_weight:
+            class_samples = tuple(
+                pictures_given
+                or class_samples_of(
+                    each,
+                    drawn_for(each, configs),
+                    family,
+                    weights,
+                    resolution,
+                    device,
+                    accelerator,
+                    autocast,
+                    progress,
+                )
+                for each, pictures_given in zip(configs, class_samples, strict=True)
+            )
+        concepts = _ranges(samples)
+        classes = _ranges(class_samples, concepts[-1].stop) if config.prior_weight else []
+        pictures = latents_and_embeddings.prepare_pictures(
+            family,
+            list(chain(*samples, *class_samples)),
+            resolution,
+            device,
+            flip=config.flip,
+            keep_latents=config.cache_latents,
+            buckets=config.buckets,
+            track=progress.track,
+        )
+        del samples, class_samples  # photographs can be large
+        validated = [prompt for each in configs for prompt in each.validation_prompts]
+        drawn = [*validated, *(text for each in configs for text in sampling.prompts_of(each))]
+        if config.cache_latents:
+            prepare_base.put_away(family, {"vae": family.vae}, free=own and not drawn)
+
+        # Prompts are encoded once, or at each step, by those encoders in which something trains.
+        live = (config.train_tokens or config.train_text_encoder) and bool(family.text_encoders)
+        prepare_base.place(family.all_text_encoders, device)
+        resting = family.all_text_encoders
+        if live:
+            resting = {k: v for k, v in resting.items() if k in family.other_encoders}
+        trainable = stack.enter_context(trained_in(family, configs, indices, basis, generic))
+        check_texts(family, trainable, "caption", pictures.captions)
+        check_texts(family, trainable, "validation prompt", drawn)
+        warn_of_triggers(family, validated, [each.trigger for each in configs])
+        phrases = [text for each in configs for text in class_preservation.texts_of(each)]
+        check_texts(family, trainable, "phrase", phrases)
+        named = pictures.captions[: concepts[-1].stop]
+        more = [text for each in configs for text in layer_input_recording.prompts_of(each)]
+        more += class_preservation.captions_of(configs, named)
+        more += sampling.measured_captions(config, configs, named)
+        more += chain.from_iterable(class_preservation.contexts_of(configs))
+        with progress.phase("encoding prompts"), autocast():
+            encode = latents_and_embeddings.prepare_conditions(
+                family,
+                [*pictures.captions, "", *drawn, *more],
+                live=live,
+                to_encoder=trainable.expanded,
+            )
+        if trainable.layers:
+            encode = latents_and_embeddings.by_layer(encode, trainable.wordings)
+        preserved = class_preservation.prepare(configs, family, trainable, named, encode, autocast)
+        prepare_base.put_away(family, resting, free=own)
+        del resting
+
+        prepare_base.place(family.denoisers, device)
+        for denoiser in family.denoisers.values():
+            if config.gradient_checkpointing and not denoiser.is_gradient_checkpointing:
+                denoiser.enable_gradient_checkpointing()
+                stack.callback(denoiser.disable_gradient_checkpointing)
+        if config.compile:  # with what was attached
+            stack.enter_context(compiled(family.denoisers.values()))
+        if start.saved is not None:
+            for learned, concept in zip(trainable.concepts, start.saved, strict=True):
+                learned.restore(concept)
+            for learned, concept in zip(trainable.concepts, start.saved, strict=True):
+                if accelerator.is_main_process and not has_record(learned.config, concept):
+                    layer_input_recording.write_record(
+                        learned,
+                        family,
+                        trainable,
+                        concept,
+                        encode,
+                        pictures.shape,
+                        autocast,
+                        progress,
+                    )
+            accelerator.wait_for_everyone()
+            return start.saved
+        validations = [
+            Validation(each, family, encode, pictures.shape, autocast, accelerator)
+            for each in configs
+        ]
+        samplers = [
+            Samples(each, family, trainable, encode, pictures.shape, autocast, accelerator)
+            for each in configs
+        ]
+        accelerator.init_trackers("customize", config=run_metadata.plain(settings[0]))
+        stack.callback(accelerator.end_training)
+        if start.checkpoint is None and accelerator.is_main_process:
+            for each in configs:
+                checkpoints.clear(checkpoints_of(each))
+        if config.samples:
+            with progress.phase("drawing the first samples"):
+                for sampler in samplers:
+                    sampler.begin(anew=start.checkpoint is None)
+        accelerator.wait_for_everyone()
+
+        losses = Losses(
+            config,
+            family,
+            trainable,
+            pictures,
+            concepts,
+            classes,
+            encode,
+            preserved,
+            autocast,
+            device,
+        )
+        history, seconds = optimise(
+            config,
+            family,
+            trainable,
+            losses,
+            start.checkpoint,
+            folder,
+            settings[0],
+            accelerator=accelerator,
+            device=device,
+            validations=[*validations, *samplers],
+            progress=progress,
+            on_step=on_step,
+        )
+        words = [word for each in configs for word in (each.trigger, each.class_word)]
+        found = []
+        for learned, with_what, numbers, validation, sampler in zip(
+            trainable.concepts, settings, concepts, validations, samplers, strict=True
+        ):
+            training = run_metadata.training_facts(with_what, history, seconds, device)
+            if config.samples:
+                with progress.phase(f"measuring what {learned.config.name} has learned"):
+                    training["fixed_loss"] = sampling.measure(
+                        learned.config,
+                        configs,
+                        numbers,
+                        family,
+                        trainable,
+                        pictures,
+                        encode,
+                        autocast,
+                        device,
+                    )
+                training["samples"] = sampler.facts()
+            shared_words = common(pictures.captions[numbers.start : numbers.stop], words)
+            training["captions_share"] = shared_words
+            if len(configs) > 1:
+                training["learned_with"] = sorted(with_what[TOGETHER])
+            info = run_metadata.facts(learned, family, basis, fingerprint, training)
+            output = learned.config.output
+            concept = Concept(info, learned.adapter.products(), learned.embeddings(), output)
+            found.append(concept)
+            if accelerator.is_main_process:
+                with progress.phase(f"saving {concept.info.name}"):
+                    concept.save(output, [*sampler.strip(), *validation.last])
+        if accelerator.is_main_process and config.record_inputs:
+            for learned, concept in zip(trainable.concepts, found, strict=True):
+                layer_input_recording.write_record(
+                    learned, family, trainable, concept, encode, pictures.shape, autocast, progress
+                )
+        accelerator.wait_for_everyone()
+    return found
+
+
+def _ranges(parts: Sequence[Sequence[Any]], first: int = 0) -> list[range]:
+    """The numbers of each part's items, counted through all."""
+    ends = list(accumulate(map(len, parts), initial=first))
+    return [range(start, end) for start, end in pairwise(ends)]

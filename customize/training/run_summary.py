@@ -1,0 +1,139 @@
+"""What a run is about to do, in numbers, and what makes it unlikely to succeed."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+
+from customize.families import Family
+from customize.training.config import TrainConfig
+from customize.training.data.buckets import bucket_of, bucket_sizes
+from customize.training.data.dataset import Sample
+from customize.training.data.image_folder import listing
+from customize.training.progress import Progress
+
+_FEW_STEPS = 50
+_MOST_PIECES = 4
+_SHORT_PIECES = 2.0  # letters
+_SHOWN = 4  # sizes
+
+
+def tell_counts(
+    configs: Sequence[TrainConfig],
+    samples: Sequence[Sequence[Sample]],
+    class_samples: Sequence[Sequence[Sample]],
+    family: Family,
+    resolution: int,
+    processes: int,
+    progress: Progress,
+) -> None:
+    """Show the counts of each concept of a run, and warn of what is wrong with them."""
+    for config, own, classes in zip(configs, samples, class_samples, strict=True):
+        progress.line(block(config, counts(config, own, classes, family, resolution, processes)))
+        warn_unlikely(config, own, family, resolution)
+
+
+def counts(
+    config: TrainConfig,
+    samples: Sequence[Sample],
+    class_samples: Sequence[Sample],
+    family: Family,
+    resolution: int,
+    processes: int,
+) -> dict[str, str]:
+    """Title -> numbers of pictures, captions, masks, sizes, steps and epochs, in words."""
+    templated = sum(sample.templated for sample in samples)
+    masks = sum(sample.mask_path is not None for sample in samples)
+    batch = config.batch_size * config.gradient_accumulation * processes
+    epochs = config.steps * batch / len(samples)
+    shown = {
+        "pictures": str(len(samples)),
+        "captions": f"{len(samples) - templated} of their own, {templated} by the template",
+        "masks": str(masks or "none"),
+        "size": f"{resolution} x {resolution}, the centre square",
+        "steps, epochs": f"{config.steps} of {batch} pictures, which makes "
+        f"{epochs:.{0 if epochs >= 10 else 1}f} epochs",
+    }
+    if config.steps < _FEW_STEPS:
+        shown["steps, epochs"] += "; some hundreds of steps are usual"
+    if config.buckets:
+        sizes = bucket_sizes(resolution, family.latent_multiple)
+        found = Counter(bucket_of(sample.size, sizes) for sample in samples)
+        buckets = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+        named = [f"{w} x {h} ({count})" for (w, h), count in buckets[:_SHOWN]]
+        more = [f"{len(buckets) - _SHOWN} more"] * (len(buckets) > _SHOWN)
+        shown["size"] = f"{len(buckets)} buckets: {', '.join(named + more)}"
+    if class_samples:
+        shown["class pictures"] = str(len(class_samples))
+    return shown
+
+
+def block(config: TrainConfig, numbers: dict[str, str]) -> str:
+    """Lines of at most 80 columns; what is longer goes on below."""
+    return "\n".join(
+        textwrap.fill(text, 80, initial_indent=f"{title:<15}", subsequent_indent=" " * 15)
+        for title, text in {"learning": config.name, **numbers}.items()
+    )
+
+
+def warn_unlikely(
+    config: TrainConfig, samples: Sequence[Sample], family: Family, resolution: int
+) -> None:
+    """Warn of what lets a run end normally and learn little."""
+    pieces = unknown_word(family, config.class_word)
+    if pieces:
+        warnings.warn(
+            f"the text encoder does not know the class word {config.class_word!r}: it reads "
+            f"{' '.join(pieces)}; it may learn badly. Choose a common word for "
+            "what kind of thing it is",
+            stacklevel=2,
+        )
+    small = [s.path.name for s in samples if min(s.size) < resolution * 0.75]
+    if small and not config.buckets:
+        warnings.warn(
+            f"{_pictures(small)} smaller than {resolution} x {resolution} pixels and enlarged, "
+            f"which blurs: {listing(small)}",
+            stacklevel=2,
+        )
+    first: dict[str, str] = {}
+    same = [
+        f"{s.path.name} as {first[s.digest]}"
+        for s in samples
+        if s.digest in first or first.setdefault(s.digest, s.path.name) != s.path.name
+    ]
+    if same:
+        warnings.warn(
+            f"{len(same)} of {len(samples)} pictures are there twice: {listing(same)}",
+            stacklevel=2,
+        )
+
+
+def unknown_word(family: Family, words: str) -> list[str]:
+    """The pieces in which every tokenizer reads a word of these; empty where one knows them all.
+
+    Tokenizers know common words whole. They know others by pieces of some letters, which the
+    encoder may have seen together; of pieces of one or two letters it makes nothing.
+    """
+    found: list[str] = []
+    for dictionary in family.token_dictionaries():
+        split = [_pieces(dictionary.tokenizer, word) for word in words.split()]
+        unknown = [
+            pieces
+            for word, pieces in zip(words.split(), split, strict=True)
+            if len(pieces) >= _MOST_PIECES and len(word) / len(pieces) < _SHORT_PIECES
+        ]
+        if not unknown:
+            return []
+        found = found or unknown[0]
+    return found
+
+
+def _pieces(tokenizer: object, word: str) -> list[str]:
+    ids = tokenizer(f" {word}", add_special_tokens=False).input_ids  # type: ignore[operator]
+    return [tokenizer.decode([number]).strip() for number in ids]  # type: ignore[attr-defined]
+
+
+def _pictures(names: Sequence[str]) -> str:
+    return "1 picture is" if len(names) == 1 else f"{len(names)} pictures are"

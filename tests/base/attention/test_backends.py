@@ -1,0 +1,134 @@
+"""Backends held against attention in float64; what each needs; which is the fastest."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from customize.base.attention.backends import (
+    BOUNDS,
+    MARGIN,
+    Heads,
+    attend,
+    error,
+    fastest,
+    measured_error,
+    reference,
+    seconds,
+    unfit,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+#: Of SD 1.5, SDXL, SD 3.5, FLUX and Qwen-Image, and of AutoencoderKL.
+TRUE = [Heads(8, 40), Heads(8, 80), Heads(8, 160), Heads(10, 64), Heads(38, 64), Heads(24, 128)]
+TRUE += [Heads(1, 512)]
+
+
+def test_the_reference_is_the_formula():
+    query, key, value = (torch.randn(1, tokens, 2, 3) for tokens in (4, 5, 5))
+    mask = torch.tensor([True, True, False, True, False])[None, None, None]
+    found = reference(query, key, value, mask)
+    for head in range(2):
+        for row in range(4):
+            parts = [
+                math.exp(float(query[0, row, head] @ key[0, k, head]) / math.sqrt(3))
+                for k in (0, 1, 3)
+            ]
+            expected = sum(
+                part / sum(parts) * value[0, k, head].double()
+                for part, k in zip(parts, (0, 1, 3), strict=True)
+            )
+            torch.testing.assert_close(found[0, row, head], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", TRUE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_torchs_own_kernels_are_right_at_true_head_sizes(backend, dtype, heads):
+    for mask in (None, "boolean", "added"):
+        found = measured_error(backend, heads, CPU, dtype, mask)
+        # Not zero, since another dtype was compared; and far enough below what is refused.
+        assert 0 < found < BOUNDS[dtype] / 2
+
+
+WRONG = {
+    "another scale": lambda q, k, v, mask: scaled_dot_product_attention(
+        q, k, v, mask, scale=1 / q.shape[-1]
+    ),
+    "no mask": lambda q, k, v, mask: scaled_dot_product_attention(q, k, v),
+    "a causal mask": lambda q, k, v, mask: scaled_dot_product_attention(q, k, v, is_causal=True),
+    "the last key left out": lambda q, k, v, mask: scaled_dot_product_attention(
+        q, k[:, :, :-1], v[:, :, :-1], mask[..., :-1]
+    ),
+    # What type_as makes of a mask of booleans: 1 and 0, added to the scores.
+    "a mask that is added": lambda q, k, v, mask: scaled_dot_product_attention(
+        q, k, v, mask.type_as(q)
+    ),
+    "not a number": lambda q, k, v, mask: torch.full_like(q, math.nan),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_kernels_are_above_the_bound(monkeypatch, kind, dtype):
+    def wrong(query, key, value, attn_mask=None):
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        return WRONG[kind](query, key, value, attn_mask).transpose(1, 2)
+
+    name = AttentionBackendName._NATIVE_MATH
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, name, wrong)
+    arguments = {"query", "key", "value", "attn_mask"}
+    monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, name, arguments)
+    assert measured_error(name.value, Heads(8, 40), CPU, dtype, "boolean") > BOUNDS[dtype]
+
+
+@given(st.floats(1e-3, 1e3), st.integers(0, 3), st.integers(0, 4))
+def test_the_error_is_that_of_the_worst_row_and_has_no_scale(scale, head, row):
+    expected = torch.randn(1, 5, 4, 8, generator=torch.Generator().manual_seed(0)).double() * scale
+    found = expected.clone()
+    assert error(found, expected) == 0
+    off = float(expected.square().mean().sqrt())
+    found[0, row, head] += 0.25 * off
+    assert error(found, expected) == pytest.approx(0.25, rel=1e-6)
+
+
+def test_what_a_backend_needs_is_told_without_trying_it():
+    half, heads = torch.bfloat16, Heads(24, 128)
+    assert unfit("native", heads, CPU, torch.float32) is None
+    assert unfit("flash", heads, CUDA, half) is None
+    assert "needs a CUDA device, and the model is on cpu" in unfit("flash", heads, CPU, half)
+    assert "needs a CUDA device" in unfit("xformers", heads, CPU, torch.float32)
+    assert "needs float16 or bfloat16" in unfit("flash", heads, CUDA, torch.float32)
+    assert unfit("xformers", Heads(1, 512), CUDA, torch.float32) is None
+    assert "at most 256 numbers, and these have 512" in unfit("flash", Heads(1, 512), CUDA, half)
+    assert "at most 128" in unfit("sage", Heads(8, 160), CUDA, half)
+
+
+def test_attending_leaves_the_process_wide_backend_alone():
+    before = _AttentionBackendRegistry.get_active_backend()[0]
+    query = torch.randn(1, 4, 2, 8)
+    attend("_native_math", query, query, query)
+    assert _AttentionBackendRegistry.get_active_backend()[0] is before
+
+
+def test_times_are_of_the_calls_that_count():
+    taken = seconds("native", Heads(2, 8), CPU, torch.float32, 32, 3)
+    assert len(taken) == 3 and all(each > 0 for each in taken)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["flash", "xformers", "_native_cudnn"]), st.floats(1e-6, 1)),
+    st.floats(1e-6, 1),
+)
+def test_the_fastest_beats_torchs_own_by_more_than_noise(others, own):
+    found = fastest({"native": own, **others})
+    if found == "native":
+        assert all(time >= MARGIN * own for time in others.values())
+    else:
+        assert others[found] == min(others.values()) and others[found] < MARGIN * own

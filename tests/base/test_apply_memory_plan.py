@@ -1,0 +1,276 @@
+"""load_custom(memory=...): what it does to pictures and to bytes, and that errors leave nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from customize.base.apply_memory_plan import fitted
+from customize.base.memory_plan import GIB, WAYS_AT_HOME, Plan, Way, peak, sizes
+from customize.errors import ConfigError, PipelineError
+from customize.families import family_of
+from tests.pipeline.making import assert_same, concept, draw, everything
+from tests.pipeline.test_families import MAKERS
+
+CPU = torch.device("cpu")
+CAST = WAYS_AT_HOME[-1]
+
+VIDEOS = ("animatediff", "wan", "wan-14b", "cogvideox", "ltx2")
+PICTURES = [name for name in MAKERS if name not in VIDEOS]
+
+# Of the tiny Z-Image too few layers are cast for it to need less.
+every = pytest.mark.parametrize("name", [name for name in PICTURES if name != "z_image"])
+
+
+@pytest.fixture(autouse=True)
+def _no_text(monkeypatch):
+    # What true text encoders hold is a multiple of all that tiny pipelines have.
+    monkeypatch.setattr("customize.base.memory_plan.TEXT_NUMBERS", 0)
+
+
+def word_for(pipe, way):
+    """An amount of memory into which this way fits, and a faster one doesn't."""
+    return f"{(peak(sizes(family_of(pipe.components)), way) + 2) / GIB:.12f}GB"
+
+
+def denoiser(pipe):
+    return family_of(pipe.components).denoiser
+
+
+def stored(model):
+    return sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "qwen_image"])
+def test_enough_memory_changes_nothing(name):
+    pipe = MAKERS[name]()
+    bare, before = draw(pipe), everything(pipe)
+    pipe.load_custom(memory="24GB")
+    assert "memory: 24 GB: all models on the device; " in repr(pipe.custom)
+    assert np.array_equal(draw(pipe), bare)
+    vars(denoiser(pipe)).pop("_customize_memory")
+    assert_same(before, everything(pipe))
+
+
+def test_tiles_are_what_diffusers_makes_of_them():
+    pipe, plain = MAKERS["sd"](), MAKERS["sd"]()
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 16, 8
+    plain.vae.tile_sample_min_size, plain.vae.tile_latent_min_size = 16, 8
+    whole = draw(plain)
+    plain.vae.enable_tiling()
+    with fitted(pipe, family_of(pipe.components), Plan(GIB, Way(tiled=True), 0), CPU):
+        pass
+    assert pipe.vae.use_tiling and pipe.vae.use_slicing
+    assert np.array_equal(draw(pipe), draw(plain))
+    assert 1e-4 < np.abs(draw(pipe) - whole).mean() < 0.05
+    assert "sliced and tiled" in repr(pipe.custom) and "float8" not in repr(pipe.custom)
+
+
+@every
+def test_float8_takes_the_bytes_that_were_counted_and_draws_what_diffusers_would(name):
+    pipe, plain = MAKERS[name](), MAKERS[name]()
+    bare = draw(pipe)
+    counted = sizes(family_of(pipe.components)).cast
+    before = stored(denoiser(pipe))
+    pipe.load_custom(memory=word_for(pipe, CAST))
+    assert "denoiser stored in float8" in repr(pipe.custom)
+    assert stored(denoiser(pipe)) == counted < before
+    denoiser(plain).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
+    plain.vae.enable_tiling()
+    assert np.array_equal(draw(pipe), draw(plain))
+    assert 0 < np.abs(draw(pipe) - bare).mean() < 0.1
+    # Stored in float8 again after the call, and nothing more to gain.
+    assert stored(denoiser(pipe)) == counted == sizes(family_of(pipe.components)).cast
+
+
+@every
+def test_concepts_before_after_and_at_once_stay_as_precise_as_they_are(name):
+    pictures = []
+    for order in ("before", "after", "at once"):
+        pipe = MAKERS[name]()
+        rex, word = concept(pipe), word_for(pipe, CAST)
+        if order == "at once":
+            pipe.load_custom(rex, memory=word)
+        elif order == "after":
+            pipe.load_custom(memory=word).load_custom(rex)
+        else:
+            pipe.load_custom(rex)
+            pipe.load_custom(memory=word_for(pipe, CAST))
+        layers = [each for each in denoiser(pipe).modules() if hasattr(each, "lora_A")]
+        assert layers
+        for layer in layers:
+            assert layer.get_base_layer().weight.dtype == torch.float8_e4m3fn
+            assert layer.lora_A["customize"].weight.dtype == torch.float32
+            assert layer.lora_B["customize"].weight.dtype == torch.float32
+        pictures.append(draw(pipe))
+        assert len(pipe.custom.rows) == 1 and pipe.custom.memory
+        bare = MAKERS[name]().load_custom(memory=word)
+        pipe.unload_custom()
+        assert pipe.custom.memory  # it stays
+        assert np.array_equal(draw(pipe), draw(bare))
+    for picture in pictures[1:]:
+        np.testing.assert_allclose(picture, pictures[0], atol=1e-5)
+    assert np.abs(pictures[0] - draw(bare)).max() > 0.01
+
+
+def test_float8_on_a_model_that_leaves_much_alone():
+    pipe, plain = MAKERS["z_image"](), MAKERS["z_image"]()
+    family = family_of(pipe.components)
+    counted = sizes(family).cast
+    with fitted(pipe, family, Plan(GIB, Way(cast=True), 0), CPU):
+        pass
+    plain.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
+    assert stored(pipe.transformer) == counted == stored(plain.transformer)
+    assert np.array_equal(draw(pipe), draw(plain))
+
+
+def test_weights_in_float8_take_no_fused_concepts():
+    pipe = MAKERS["sd"]()
+    rex = concept(pipe)
+    pipe.load_custom(memory=word_for(pipe, CAST))
+    picture = draw(pipe)
+    with pytest.raises(PipelineError, match=r"held by layerwise casting"):
+        pipe.load_custom(rex, fuse=True)
+    assert np.array_equal(draw(pipe), picture)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
+@pytest.mark.parametrize("placement", ["model", "group"])
+def test_offloading_draws_the_same_and_takes_concepts(name, placement):
+    # To the CPU itself, since this needs no accelerator; load_custom would see no use in it.
+    pipe, plain = MAKERS[name](), MAKERS[name]()
+    rex, tom = concept(plain), concept(plain, "tom", index=1)
+    plain.load_custom(rex)
+    pipe.load_custom(rex)
+    family = family_of(pipe.components)
+    with fitted(pipe, family, Plan(8 * GIB, Way(placement, tiled=True), 0), CPU):
+        pass
+    assert hooks(pipe)
+    assert np.array_equal(draw(pipe), draw(plain))
+    for each in (pipe, plain):
+        each.load_custom(tom)
+    assert np.array_equal(draw(pipe), draw(plain))
+    pipe.unload_custom()
+    plain.unload_custom()
+    assert np.array_equal(draw(pipe), draw(plain)) and hooks(pipe)
+    with pytest.raises(PipelineError, match="fitted into memory before, to 8 GB"):
+        pipe.load_custom(memory="12GB")
+
+
+WAYS = [
+    Way(tiled=True),
+    Way(tiled=True, cast=True),
+    Way("model", tiled=True),
+    Way("model", cast=True),
+    Way("group", tiled=True),
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("attached", [False, True], ids=["bare", "with a concept"])
+def test_after_an_error_all_is_as_before(way, attached):
+    pipe = MAKERS["sd"]()
+    if attached:
+        pipe.load_custom(concept(pipe))
+    picture, before = draw(pipe), everything(pipe)
+    notes, own = vars(pipe).keys(), hooks(pipe)
+    family = family_of(pipe.components)
+    with pytest.raises(MemoryError), fitted(pipe, family, Plan(GIB, way, 0), CPU):
+        raise MemoryError("full")
+    assert_same(before, everything(pipe))
+    assert vars(pipe).keys() == notes and hooks(pipe) == own
+    assert not (pipe.vae.use_tiling or pipe.vae.use_slicing)
+    assert np.array_equal(draw(pipe), picture)
+
+
+@every
+def test_a_concept_that_fails_takes_the_plan_with_it(name, monkeypatch):
+    pipe = MAKERS[name]()
+    rex, word = concept(pipe), word_for(pipe, CAST)
+    picture, before = draw(pipe), everything(pipe)
+
+    def failing(*args, **kwargs):
+        raise MemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("customize.pipeline.transaction.attach_products", failing)
+        with pytest.raises(MemoryError):
+            pipe.load_custom(rex, attention="native", memory=word)
+    assert_same(before, everything(pipe))
+    assert np.array_equal(draw(pipe), picture)
+    pipe.load_custom(rex, attention="native", memory=word)
+    assert pipe.custom.rows and pipe.custom.attention and pipe.custom.memory
+
+
+def test_a_failure_halfway_through_casting_is_undone(monkeypatch):
+    pipe = MAKERS["sd"]()
+    before, word = everything(pipe), word_for(pipe, CAST)
+    cast, calls = torch.nn.Conv2d.to, []
+
+    def failing(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 5:
+            raise MemoryError("full")
+        return cast(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Conv2d, "to", failing)
+        with pytest.raises(MemoryError):
+            pipe.load_custom(memory=word)
+    assert len(calls) >= 5
+    assert_same(before, everything(pipe))
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_are_refused_and_nothing_changes(name):
+    pipe = MAKERS[name]()
+    rex = concept(pipe)
+    picture, before, own = draw(pipe), everything(pipe), hooks(pipe)
+    with pytest.raises(PipelineError, match="a video needs depends on its frames") as caught:
+        pipe.load_custom(rex, attention="native", memory="24GB")
+    assert "the pipeline's own offloading" in caught.value.fix
+    assert_same(before, everything(pipe))
+    assert hooks(pipe) == own
+    assert not (pipe.custom.rows or pipe.custom.attention or pipe.custom.memory)
+    assert np.array_equal(draw(pipe), picture)
+
+
+def test_too_little_is_refused_with_the_least_that_would_do():
+    pipe = MAKERS["sd"]()
+    rex = concept(pipe)
+    before = everything(pipe)
+    with pytest.raises(ConfigError, match="at least, as there is no accelerator") as caught:
+        pipe.load_custom(rex, memory="0.000001GB")
+    assert 'memory="0.1GB" or more' in caught.value.fix
+    with pytest.raises(ConfigError, match="no amount of memory"):
+        pipe.load_custom(rex, memory="small")
+    assert_same(before, everything(pipe))
+
+
+def test_a_second_plan_and_offloading_of_ones_own_are_refused():
+    pipe = MAKERS["sd"]()
+    pipe.load_custom(memory="8GB")
+    pipe.load_custom(memory="8.0GB")  # the same
+    with pytest.raises(PipelineError, match="load the pipeline anew"):
+        pipe.load_custom(memory="12GB")
+    offloaded = MAKERS["sd"]()
+    offloaded.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(PipelineError, match="offloaded already"):
+        offloaded.load_custom(memory="8GB")
+    grouped = MAKERS["sd"]()
+    grouped.enable_group_offload(CPU, offload_type="leaf_level")
+    with pytest.raises(PipelineError, match="offloaded already"):
+        grouped.load_custom(memory="8GB")
+
+
+def hooks(pipe):
+    """Every module that has a hook of accelerate's or diffusers', and which."""
+    found = set()
+    for key, part in pipe.components.items():
+        for name, module in part.named_modules() if isinstance(part, torch.nn.Module) else ():
+            if hasattr(module, "_hf_hook"):
+                found.add((key, name, type(module._hf_hook).__name__))
+            registry = vars(module).get("_diffusers_hook")
+            found |= {(key, name, each) for each in (registry.hooks if registry else ())}
+    return found

@@ -1,0 +1,373 @@
+"""load_custom(attention=...): what it puts where, that pictures stay, and that it comes off."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+    XFormersJointAttnProcessor,
+)
+
+from customize.base.attention.apply_backend import Choice, applied, attentions, restore
+from customize.errors import ConfigError, PipelineError
+from customize.families import family_of
+from tests.pipeline.making import assert_same, concept, draw, everything
+from tests.pipeline.test_families import MAKERS
+
+CLASSIC = ("sd", "animatediff", "sdxl", "sd3", "cogvideox")
+DISPATCHED = [name for name in MAKERS if name not in CLASSIC]
+#: How many attentions each tiny denoiser has.
+COUNTS = {
+    "sd": 14,
+    "animatediff": 14 + 7 * 2,  # behind each of Stable Diffusion's pairs, two among frames
+    "sdxl": 16,
+    "sd3": 3,
+    "flux": 4,
+    "flux2-dev": 2 + 2,  # in blocks of two streams, and of one
+    "flux2-klein": 2 + 2,
+    "qwen_image": 2,
+    "qwen_image_21": 2,
+    "z_image": 4,
+    "krea2": 2 + 2,  # the second pair fuses the LLM's layers
+    "wan": 2 * 2,  # in each block one to the prompt
+    "wan-14b": 2 * 2,  # in each of the two transformers
+    "cogvideox": 2,
+    "ltx2": 2 * 6,  # two for each stream, and one from each to the other
+}
+
+every = pytest.mark.parametrize("name", MAKERS)
+classic = pytest.mark.parametrize("name", CLASSIC)
+dispatched = pytest.mark.parametrize("name", DISPATCHED)
+
+
+def processors(pipe):
+    """Every processor, and the backend that it names."""
+    found = {}
+    for key, part in pipe.components.items():
+        for module in attentions(part) if isinstance(part, torch.nn.Module) else ():
+            found[key, id(module)] = module.processor, dict(vars(module.processor))
+    return found
+
+
+@every
+@pytest.mark.parametrize("backend", ["auto", "native", "sdpa"])
+def test_pictures_stay_and_all_comes_off(name, backend):
+    pipe = MAKERS[name]()
+    bare = draw(pipe)
+    before, own = everything(pipe), processors(pipe)
+    assert pipe.load_custom(attention=backend) is pipe
+    np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
+    family = family_of(pipe.components)
+    took = {each.component: each for each in pipe.custom.attention}
+    for denoiser in family.denoisers:
+        assert (took[denoiser].backend, took[denoiser].modules) == ("native", COUNTS[name])
+        assert 0 < took[denoiser].error < 1e-5 and not took[denoiser].kept
+        assert f"{denoiser} native ({COUNTS[name]} modules, error" in repr(pipe.custom)
+    assert took.keys() >= family.all_text_encoders.keys()
+    assert all(each.backend in ("native", "sdpa") for each in took.values())
+    pipe.unload_custom()
+    assert_same(before, everything(pipe))
+    assert processors(pipe) == own
+    assert not pipe.custom.attention and "attention" not in repr(pipe.custom)
+    assert np.array_equal(draw(pipe), bare)
+
+
+@dispatched
+def test_the_dispatchers_backends_reach_the_models_that_ask_it(name):
+    pipe = MAKERS[name]()
+    bare, own = draw(pipe), processors(pipe)
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    pipe.load_custom(attention="_native_math")
+    denoisers = family_of(pipe.components).denoisers.values()
+    modules = [each for denoiser in denoisers for each in attentions(denoiser)]
+    assert {each.processor._attention_backend for each in modules} == {"_native_math"}
+    np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
+    pipe.load_custom(attention="native")
+    assert {each.processor._attention_backend for each in modules} == {"native"}
+    # diffusers' own switch would have changed the default of all other models, too.
+    assert _AttentionBackendRegistry.get_active_backend()[0] is active
+    pipe.unload_custom()
+    assert processors(pipe) == own
+
+
+@classic
+def test_what_a_model_never_asks_for_is_refused(name):
+    pipe = MAKERS[name]()
+    before, own = everything(pipe), processors(pipe)
+    with pytest.raises(PipelineError, match="does not go through diffusers' dispatcher") as caught:
+        pipe.load_custom(attention="_native_math")
+    assert "here these work: auto, native" in str(caught.value)
+    assert_same(before, everything(pipe))
+    assert processors(pipe) == own
+
+
+@every
+@pytest.mark.parametrize("backend", ["xformers", "flash", "sage", "_flash_3", "_native_cudnn"])
+def test_backends_of_cuda_are_refused_without_it(name, backend):
+    pipe = MAKERS[name]()
+    rex = concept(pipe)
+    before = everything(pipe)
+    with pytest.raises(PipelineError, match=rf"{backend} needs a CUDA device.*on cpu") as caught:
+        pipe.load_custom(rex, attention=backend)
+    assert "here these work: auto, native" in str(caught.value)
+    assert_same(before, everything(pipe))
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    pipe = MAKERS["flux"]()
+    with pytest.raises(PipelineError, match=r"flash_hub fails here.*pip install kernels"):
+        pipe.load_custom(attention="flash_hub")
+    # As on a CUDA device without it.
+    monkeypatch.setattr("customize.base.attention.select_backend.unfit", lambda *args: None)
+    with pytest.raises(PipelineError, match=r"install it \(pip install sageattention\)"):
+        pipe.load_custom(attention="sage")
+    assert not pipe.custom.attention
+
+
+@pytest.mark.parametrize("backend", ["fast", "", "AUTO", "Native"])
+def test_unknown_names_are_refused(backend):
+    with pytest.raises(ConfigError, match=r"no attention backend.*choose from auto, flash"):
+        MAKERS["sd"]().load_custom(attention=backend)
+
+
+@dispatched
+def test_a_backend_that_is_wrong_is_refused_with_its_error(name, monkeypatch):
+    pipe = MAKERS[name]()
+    own = processors(pipe)
+
+    def unscaled(query, key, value, attn_mask=None):
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return sdpa(query, key, value, attn_mask, scale=1.0).transpose(1, 2)
+
+    math = AttentionBackendName._NATIVE_MATH
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, math, unscaled)
+    names = {"query", "key", "value", "attn_mask"}
+    monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, math, names)
+    with pytest.raises(PipelineError, match=r"computes something else.*its error is [\d.]+, and"):
+        pipe.load_custom(attention="_native_math")
+    assert processors(pipe) == own
+
+
+def test_cogvideox_has_torchs_attention_alone(monkeypatch):
+    pipe = MAKERS["cogvideox"]()
+    own = processors(pipe)
+    # As on a CUDA device: what xFormers has in diffusers would leave out the positions.
+    monkeypatch.setattr("customize.base.attention.select_backend.unfit", lambda *args: None)
+    with pytest.raises(PipelineError, match=r"there is no xformers for this kind"):
+        pipe.load_custom(attention="xformers")
+    pipe.transformer.fuse_qkv_projections()
+    pipe.load_custom(attention="native")
+    took = next(each for each in pipe.custom.attention if each.component == "transformer")
+    assert took.modules == 2 and not took.kept
+    pipe.unload_custom()
+    pipe.transformer.unfuse_qkv_projections()
+    assert processors(pipe) == own
+
+
+@pytest.mark.parametrize("name", ["ltx2", "krea2"])
+def test_backends_are_tried_with_the_kind_of_mask_that_the_model_gives(name, monkeypatch):
+    pipe = MAKERS[name]()
+    kinds = []
+
+    def noting(query, key, value, attn_mask=None):
+        kinds.append(attn_mask.dtype)
+        raise ValueError("no mask of this kind")
+
+    math = AttentionBackendName._NATIVE_MATH
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, math, noting)
+    names = {"query", "key", "value", "attn_mask"}
+    monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, math, names)
+    with pytest.raises(PipelineError, match=r"fails here: no mask of this kind"):
+        pipe.load_custom(attention="_native_math")
+    assert set(kinds) == {torch.float32 if name == "ltx2" else torch.bool}
+
+
+def test_what_condenses_prompts_for_a_denoiser_takes_its_backend():
+    pipe = MAKERS["ltx2"]()
+    bare = draw(pipe)
+    pipe.load_custom(attention="_native_math")
+    took = {each.component: each for each in pipe.custom.attention}
+    assert took["connectors"].backend == "_native_math" and took["connectors"].modules == 2
+    np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
+
+
+def test_a_denoiser_with_nothing_but_processors_of_someones_own():
+    class Mine(AttnProcessor2_0):
+        pass
+
+    pipe = MAKERS["sd"]()
+    pipe.unet.set_attn_processor(Mine())
+    own = processors(pipe)
+    with pytest.raises(PipelineError, match="are someone's own"):
+        pipe.load_custom(attention="native")
+    pipe.load_custom(attention="auto")
+    took = next(each for each in pipe.custom.attention if each.component == "unet")
+    assert "are someone's own" in took.note and took.kept == {"Mine": 14}
+    assert processors(pipe) == own
+
+
+def test_processors_of_someones_own_stay():
+    pipe = MAKERS["sd"]()
+
+    class Doubling(AttnProcessor2_0):
+        def __call__(self, *args, **kwargs):
+            return 2 * super().__call__(*args, **kwargs)
+
+    modules = attentions(pipe.unet)
+    mine = [Doubling(), IPAdapterAttnProcessor2_0(16, 32, num_tokens=(4,))]
+    modules[0].set_processor(mine[0])
+    modules[1].set_processor(mine[1])
+    modules[2].set_processor(SlicedAttnProcessor(1))
+    own = processors(pipe)
+    pipe.load_custom(attention="auto")
+    assert [each.processor for each in modules[:2]] == mine
+    assert type(modules[2].processor) is AttnProcessor2_0
+    took = next(each for each in pipe.custom.attention if each.component == "unet")
+    assert took.modules == 12 and took.kept == {"Doubling": 1, "IPAdapterAttnProcessor2_0": 1}
+    assert "1 Doubling kept, 1 IPAdapterAttnProcessor2_0 kept" in repr(pipe.custom)
+    pipe.unload_custom()
+    assert processors(pipe) == own
+
+
+def test_an_attention_without_the_usual_scale_stays():
+    # AttnProcessor2_0 would divide by the root of the width, which this one does not.
+    pipe = MAKERS["sd"]()
+    module = attentions(pipe.unet)[0]
+    module.scale_qk = False
+    pipe.load_custom(attention="native")
+    took = next(each for each in pipe.custom.attention if each.component == "unet")
+    assert took.modules == 14  # it has torch's already, and was not made to
+    module.set_processor(SlicedAttnProcessor(1))
+    pipe.load_custom(attention="native")
+    assert type(module.processor) is SlicedAttnProcessor
+
+
+def test_what_is_changed_in_between_stays():
+    sd, flux = MAKERS["sd"](), MAKERS["flux"]()
+    module = attentions(sd.unet)[0]
+    module.set_processor(SlicedAttnProcessor(1))
+    sd.load_custom(attention="native")
+    mine = SlicedAttnProcessor(2)
+    module.set_processor(mine)
+    sd.unload_custom()
+    assert module.processor is mine
+
+    processor = attentions(flux.transformer)[0].processor
+    flux.load_custom(attention="native")
+    processor._attention_backend = "_native_math"
+    flux.unload_custom()
+    assert processor._attention_backend == "_native_math"
+
+
+def test_a_users_own_backend_comes_back():
+    pipe = MAKERS["flux"]()
+    processor = attentions(pipe.transformer)[0].processor
+    processor._attention_backend = "_native_math"
+    pipe.load_custom(attention="native")
+    assert processor._attention_backend == "native"
+    pipe.unload_custom()
+    assert processor._attention_backend == "_native_math"
+
+
+@pytest.mark.parametrize(
+    ("name", "stock", "other"),
+    [
+        ("sd", AttnProcessor2_0, XFormersAttnProcessor),
+        ("sd3", JointAttnProcessor2_0, XFormersJointAttnProcessor),
+    ],
+)
+def test_xformers_has_processors_of_its_own_for_classic_attention(name, stock, other):
+    pipe = MAKERS[name]()
+    family, own = family_of(pipe.components), processors(pipe)
+    with applied(family, {family.denoiser_key: Choice("xformers", 1e-6)}):
+        assert {type(each.processor) for each in attentions(family.denoiser)} == {other}
+    pipe.load_custom(attention="native")
+    assert {type(each.processor) for each in attentions(family.denoiser)} == {stock}
+    restore(family.denoiser)
+    assert processors(pipe) == own
+
+
+def test_after_an_error_the_earlier_backend_is_there_again():
+    pipe = MAKERS["flux"]()
+    pipe.load_custom(attention="_native_math")
+    family = family_of(pipe.components)
+    with pytest.raises(RuntimeError), applied(family, {"transformer": Choice("native", 0.0)}):
+        raise RuntimeError
+    names = {each.processor._attention_backend for each in attentions(pipe.transformer)}
+    assert names == {"_native_math"}
+
+
+@every
+def test_together_with_concepts(name):
+    pipe, plain = MAKERS[name](), MAKERS[name]()
+    rex = concept(pipe)
+    bare = draw(pipe)
+    before, own = everything(pipe), processors(pipe)
+    plain.load_custom(rex)
+    pipe.load_custom(rex, attention="auto")
+    np.testing.assert_allclose(draw(pipe), draw(plain), atol=1e-5)
+    pipe.unload_custom("rex")
+    assert pipe.custom.attention and not pipe.custom.rows
+    pipe.unload_custom()
+    assert_same(before, everything(pipe))
+    assert processors(pipe) == own
+    assert np.array_equal(draw(pipe), bare)
+
+
+@every
+def test_a_failed_call_changes_nothing(name, monkeypatch):
+    pipe = MAKERS[name]()
+    rex = concept(pipe)
+    for module in attentions(pipe.vae):
+        module.set_processor(SlicedAttnProcessor(1))
+    before, own = everything(pipe), processors(pipe)
+
+    def failing(*args, **kwargs):
+        raise MemoryError("full")
+
+    monkeypatch.setattr("customize.pipeline.transaction.attach_products", failing)
+    with pytest.raises(MemoryError):
+        pipe.load_custom(rex, attention="native")
+    assert_same(before, everything(pipe))
+    assert processors(pipe) == own
+
+
+def test_text_encoders_take_torchs_attention_and_give_it_back():
+    pipe = MAKERS["qwen_image"]()
+    encoder = pipe.text_encoder
+    encoder.set_attn_implementation({"": "sdpa", "text_config": "eager", "vision_config": "sdpa"})
+    encoder.config._attn_implementation_internal = "eager"
+    configs = [encoder.config, encoder.config.text_config, encoder.config.vision_config]
+    bare = draw(pipe)
+    names = [each._attn_implementation for each in configs]
+    assert names == ["eager", "eager", "sdpa"]
+    pipe.load_custom(attention="native")
+    assert {each._attn_implementation for each in configs} == {"sdpa"}
+    np.testing.assert_allclose(draw(pipe), bare, atol=1e-4)
+    took = next(each for each in pipe.custom.attention if each.component == "text_encoder")
+    assert took.backend == "sdpa" and 0 < took.error < 1e-5 and took.modules
+    pipe.unload_custom()
+    assert [each._attn_implementation for each in configs] == names
+
+
+def test_a_copy_and_a_pipeline_of_the_same_parts():
+    pipe = MAKERS["sd"]()
+    module = attentions(pipe.unet)[0]
+    module.set_processor(SlicedAttnProcessor(1))
+    pipe.load_custom(attention="native")
+    twin = copy.deepcopy(pipe)
+    pipe.unload_custom()
+    assert type(module.processor) is SlicedAttnProcessor
+    assert type(attentions(twin.unet)[0].processor) is AttnProcessor2_0
+    twin.unload_custom()
+    assert type(attentions(twin.unet)[0].processor) is SlicedAttnProcessor

@@ -1,0 +1,306 @@
+"""Plans by arithmetic: that what they count is there, that they fit, and what they refuse."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._pytree import tree_map_only
+
+from customize.base.memory_plan import (
+    GIB,
+    RESERVE,
+    WAYS,
+    WAYS_AT_HOME,
+    Part,
+    Sizes,
+    Way,
+    budget,
+    peak,
+    plan,
+    sizes,
+)
+from customize.errors import ConfigError
+from tests import true_sizes
+from tests.peak import peak_bytes
+
+MODELS = {
+    name: getattr(true_sizes, name)
+    for name in (
+        "sd15",
+        "sdxl",
+        "sd35_large",
+        "flux_dev",
+        "qwen_image",
+        "flux2_dev",
+        "flux2_klein",
+        "krea2",
+        "qwen_image_21",
+        "z_image",
+    )
+}
+MIB = 2**20
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    family = MODELS[request.param]()
+    return request.param, family, sizes(family)
+
+
+#: Millions of parameters, as the model cards have them.
+PARAMETERS = {
+    "sd15": {"unet": 860, "text_encoder": 123, "vae": 84},
+    "sdxl": {"unet": 2567, "text_encoder": 123, "text_encoder_2": 695, "vae": 84},
+    "sd35_large": {
+        "transformer": 8057,
+        "text_encoder": 124,
+        "text_encoder_2": 695,
+        "text_encoder_3": 4762,
+        "vae": 84,
+    },
+    "flux_dev": {"transformer": 11901, "text_encoder": 123, "text_encoder_2": 4762, "vae": 84},
+    "qwen_image": {"transformer": 20430, "text_encoder": 8292, "vae": 127},
+    "flux2_dev": {"transformer": 32223, "text_encoder": 24011, "vae": 84},
+    "flux2_klein": {"transformer": 3876, "text_encoder": 4022, "vae": 84},
+    "krea2": {"transformer": 12820, "text_encoder": 4438, "vae": 127},
+    "qwen_image_21": {"transformer": 7115, "text_encoder": 8767, "vae": 338},
+    "z_image": {"transformer": 6155, "text_encoder": 4022, "vae": 84},
+}
+
+
+def test_weights_are_those_of_the_published_models(model):
+    name, family, found = model
+    assert found.parts.keys() == PARAMETERS[name].keys()
+    for key, part in found.parts.items():
+        buffers = sum(each.nbytes for each in family.components[key].buffers())
+        assert (part.weights - buffers) / 2e6 == pytest.approx(PARAMETERS[name][key], rel=0.01)
+        assert part.loose + part.layer <= part.weights
+        # 4.5 bits of 16, but for what isn't linear.
+        assert 0.28 * part.weights < part.quantized <= part.weights
+    # Half, but for modulations, whose names have "norm" in them, which diffusers leaves alone.
+    assert 0.5 < found.cast / found.parts[found.denoiser].weights < 0.7
+
+
+#: What a denoiser is called with for one picture of its default resolution, by the pipeline.
+CALLS = {
+    "sd15": lambda t: ((t(2, 4, 64, 64), t(2), t(2, 77, 768)), {}),
+    "sdxl": lambda t: (
+        (t(2, 4, 128, 128), t(2), t(2, 77, 2048)),
+        {"added_cond_kwargs": {"text_embeds": t(2, 1280), "time_ids": t(2, 6)}},
+    ),
+    "sd35_large": lambda t: ((t(2, 16, 128, 128), t(2, 333, 4096), t(2, 2048), t(2)), {}),
+    "flux_dev": lambda t: (
+        (t(1, 4096, 64), t(1, 512, 4096), t(1, 768), t(1), t(4096, 3), t(512, 3), t(1)),
+        {},
+    ),
+    "qwen_image": lambda t: (
+        (t(1, 4096, 64), t(1, 512, 3584), None, t(1), [[(1, 64, 64)]]),
+        {},
+    ),
+    "flux2_dev": lambda t: (
+        (t(1, 4096, 128), t(1, 512, 15360), t(1), t(4096, 4), t(512, 4), t(1)),
+        {},
+    ),
+    "flux2_klein": lambda t: (
+        (t(1, 4096, 128), t(1, 512, 7680), t(1), t(4096, 4), t(512, 4)),
+        {},
+    ),
+    "krea2": lambda t: (
+        (t(1, 4096, 64), t(1, 512, 12, 2560), t(1), t(4608, 3), t(1, 512).bool()),
+        {},
+    ),
+    "z_image": lambda t: (([t(16, 1, 128, 128)] * 2, t(2), [t(512, 2560)] * 2), {}),
+}
+#: They take the empty prompt in a call of its own, and are counted as if they did not.
+APART = ("qwen_image", "flux2_klein", "krea2")
+
+
+def empty(*shape):
+    return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+
+
+def test_what_a_denoiser_holds_is_a_bound_and_not_a_wide_one(model):
+    name, family, found = model
+    denoiser = family.denoiser.eval()
+    if name == "qwen_image_21":
+        held = peak_bytes(denoiser, lambda: first_step_of_qwen_image_21(denoiser))
+    else:
+        arguments, named = CALLS[name](empty)
+        held = peak_bytes(denoiser, lambda: denoiser(*arguments, **named))
+    counted = found.parts[found.denoiser].working
+    assert held <= counted <= (3 if name in APART else 2) * held
+
+
+def first_step_of_qwen_image_21(denoiser):
+    """Both calls of the first step, of which the prompts' keys and values are kept."""
+    caches = [QwenImage21KVCache(len(denoiser.transformer_blocks)) for _ in range(2)]
+    # Where the picture is decides on shapes, so it cannot be on the meta device until they are.
+    is_picture = (torch.arange(512 + 64 * 64 // 4) >= 512)[None]
+
+    def moved(_, args, kwargs):
+        args, kwargs = (
+            tree_map_only(torch.Tensor, lambda each: each.to("meta"), given)
+            for given in (args, kwargs)
+        )
+        return args, kwargs
+
+    readers = (*denoiser.transformer_blocks, denoiser.norm_out)
+    hooks = [each.register_forward_pre_hook(moved, with_kwargs=True) for each in readers]
+    for cache in caches:
+        denoiser(
+            hidden_states=empty(1, 4096, 64),
+            encoder_hidden_states=empty(1, 512, 4096),
+            timestep=empty(1),
+            img_shapes=[[(1, 64, 64)]],
+            img_mask=is_picture,
+            kv_cache=cache,
+            kv_cache_mode="extract",
+        )
+    for hook in hooks:
+        hook.remove()
+
+
+def test_what_a_decoder_holds_is_a_bound_and_not_a_wide_one(model):
+    name, family, found = model
+    side = {"sd15": 64, "qwen_image_21": 64}.get(name, 128)
+    own = {"sd15": 4, "sdxl": 4, "flux2_dev": 32, "flux2_klein": 32, "qwen_image_21": 64}
+    frames = (1,) if name in ("qwen_image", "krea2", "qwen_image_21") else ()
+    shape = (1, own.get(name, 16), *frames, side, side)
+    vae = family.vae.eval()
+    held = peak_bytes(vae, lambda: vae.decode(empty(*shape)))
+    assert held <= found.parts["vae"].working <= 2 * held
+    vae.enable_tiling()
+    held = peak_bytes(vae, lambda: vae.decode(empty(*shape)))
+    vae.disable_tiling()
+    assert held <= found.tiled <= 2 * held
+
+
+def test_what_a_text_encoder_holds_is_bounded(model):
+    name, family, found = model
+    # FLUX.2's pipelines say so, and a mask as large as this is taken as it is.
+    apart = {"use_cache": False, "attention_mask": empty(1, 1, 512, 512).bool()}
+    named = {"output_hidden_states": True} | (apart if name.startswith("flux2") else {})
+    for key, encoder in family.all_text_encoders.items():
+        longest = getattr(encoder.config, "max_position_embeddings", 512)
+        ids = torch.zeros(1, min(longest, 512), dtype=torch.long, device="meta")
+        text = encoder.eval()
+        held = peak_bytes(text, lambda text=text, ids=ids: text(ids, **named))
+        assert held <= found.parts[key].working
+
+
+#: What a preset does to each model on a CUDA device: way, and the peak in GiB.
+WHOLE, MODEL, GROUP = Way(), Way("model"), Way("group", tiled=True)
+CAST = Way("model", tiled=True, cast=True)
+PRESETS = {
+    "sd15": (WHOLE, WHOLE, WHOLE, WHOLE),
+    "sdxl": (MODEL, WHOLE, WHOLE, WHOLE),
+    "sd35_large": (GROUP, CAST, CAST, MODEL),
+    "flux_dev": (GROUP, GROUP, CAST, MODEL),
+    "qwen_image": (GROUP, GROUP, GROUP, CAST),
+    "flux2_dev": (GROUP, GROUP, GROUP, GROUP),
+    "flux2_klein": (GROUP, MODEL, MODEL, WHOLE),
+    "krea2": (GROUP, GROUP, CAST, CAST),
+    "qwen_image_21": (GROUP, GROUP, GROUP, MODEL),
+    "z_image": (GROUP, CAST, MODEL, WHOLE),
+}
+
+
+def test_the_presets_on_a_cuda_device(model):
+    name, _, found = model
+    plans = [plan(found, budget(word), "cuda") for word in ("8GB", "12GB", "16GB", "24GB")]
+    assert tuple(each.way for each in plans) == PRESETS[name]
+    assert all(each.peak + RESERVE <= each.budget for each in plans)
+
+
+def test_loading_in_4_bits_spares_streaming_where_it_can(model):
+    name, _, found = model
+    chosen = plan(found, budget("8GB"), "cuda", quantizer=True)
+    if name in ("sd35_large", "flux_dev", "flux2_klein", "qwen_image_21", "z_image"):
+        assert chosen.way == Way("model", tiled=True, quantized=True)
+        assert chosen.quantized[0] == "transformer" and len(chosen.quantized) == 2
+        assert "in 4 bits" in str(chosen)
+    else:  # it fits without, or not even so
+        assert chosen == plan(found, budget("8GB"), "cuda")
+
+
+def test_arithmetic_by_hand():
+    parts = {
+        "unet": Part(weights=10 * GIB, layer=MIB, loose=3 * MIB, working=GIB, quantized=3 * GIB),
+        "text_encoder": Part(4 * GIB, 100 * MIB, 0, MIB, 2 * GIB),
+        "vae": Part(GIB, MIB, 0, 2 * GIB, GIB),
+    }
+    found = Sizes(parts, "unet", cast=6 * GIB, tiled=GIB // 2)
+    assert peak(found, Way()) == 15 * GIB + 2 * GIB
+    assert peak(found, Way(tiled=True)) == 15 * GIB + GIB
+    assert peak(found, Way("model")) == 11 * GIB
+    assert peak(found, Way("model", cast=True)) == 7 * GIB + MIB
+    assert peak(found, Way("model"), ("unet",)) == 4 * GIB + MIB  # the text encoder's, now
+    assert peak(found, Way("model"), ("unet", "text_encoder")) == 4 * GIB
+    assert peak(found, Way("group")) == 2 * GIB + 3 * MIB
+    assert peak(found, Way("group", tiled=True)) == GIB + 6 * MIB
+    with pytest.raises(ConfigError) as caught:
+        plan(found, budget("2GB"), "cuda")
+    # 1 GiB and 6 MiB, and the reserve of 1 GiB: rounded up to a tenth.
+    assert "does not fit into 2 GB: it needs 2.1 GB at least" in str(caught.value)
+    assert 'give memory="2.1GB"' in caught.value.fix
+    assert plan(found, budget("2.1GB"), "cuda").way == Way("group", tiled=True)
+    # Without an accelerator: 11 GiB, 1 GiB held, and a layer of 1 MiB.
+    with pytest.raises(ConfigError, match=r"12\.1 GB at least, as there is no accelerator"):
+        plan(found, budget("12GB"), "cpu")
+    assert plan(found, budget("12.1GB"), "cpu").way == Way(tiled=True, cast=True)
+
+
+bytes_ = st.integers(1, 40 * GIB)
+parts_ = st.builds(
+    lambda weights, share, loose, working, bits: Part(
+        weights, int(weights * share), int(weights * loose), working, int(weights * bits)
+    ),
+    bytes_,
+    st.floats(0, 0.5),
+    st.floats(0, 0.5),
+    bytes_,
+    st.floats(0.25, 1),
+)
+
+
+@given(
+    st.fixed_dictionaries({"unet": parts_, "text_encoder": parts_, "vae": parts_}),
+    st.floats(0.5, 1),
+    st.floats(0.1, 1),
+    st.integers(GIB, 100 * GIB),
+    st.sampled_from(["cuda", "cpu"]),
+    st.booleans(),
+)
+def test_a_plan_fits_or_the_least_that_is_named_does(parts, cast, tiled, amount, device, bits):
+    found = Sizes(
+        parts, "unet", int(parts["unet"].weights * cast), int(parts["vae"].working * tiled)
+    )
+    try:
+        chosen = plan(found, amount, device, bits)
+    except ConfigError as refused:
+        assert refused.fix is not None
+        least = budget(re.search(r'"([\d.]+GB)"', refused.fix)[1])
+        assert least > amount
+        chosen = plan(found, least, device, bits)
+        assert chosen.peak > amount - (RESERVE if device == "cuda" else 0)
+    assert chosen.peak + (RESERVE if device == "cuda" else 0) <= chosen.budget
+    assert chosen.peak == peak(found, chosen.way, chosen.quantized)
+    ways = WAYS if device == "cuda" else WAYS_AT_HOME
+    for faster in ways[: ways.index(chosen.way)]:
+        if not faster.quantized and not (faster.cast and found.cast == parts["unet"].weights):
+            assert peak(found, faster) > chosen.budget - (RESERVE if device == "cuda" else 0)
+
+
+@pytest.mark.parametrize("word", ["8", "8 gb", "GB", "-8GB", "0GB", "eight GB", "8GiB", 8, None])
+def test_words_that_name_no_amount_are_refused(word):
+    with pytest.raises(ConfigError, match="no amount of memory"):
+        budget(word)
+
+
+def test_an_amount_is_that_of_a_card():
+    assert budget("12GB") == 12 * GIB and budget("1.5 GB") == 3 * GIB // 2

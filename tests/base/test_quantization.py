@@ -1,0 +1,114 @@
+"""Models that are loaded already, in fewer bits, on a CPU."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from customize.base import quantization
+from customize.base.quantization import check_quantizer, quantize
+from customize.errors import ConfigError
+from customize.families import family_of
+from tests.tiny import tiny_flux, tiny_sd
+
+CPU = torch.device("cpu")
+LIBRARIES = {
+    "nf4": "bitsandbytes",
+    "int8": "bitsandbytes",
+    "torchao_int8": "torchao",
+    "torchao_float8": "torchao",
+}
+#: The relative error that the format's rounding makes of a normal weight matrix.
+ERRORS = {"nf4": 0.12, "int8": 0.01, "torchao_int8": 0.01, "torchao_float8": 0.04}
+
+
+def of(kind, *marks):
+    """A parameter, skipped where the library that the kind needs isn't installed."""
+    library = LIBRARIES[kind]
+    missing = pytest.mark.skipif(find_spec(library) is None, reason=f"{library} is an extra")
+    return pytest.param(kind, marks=[missing, *marks])
+
+
+kinds = pytest.mark.parametrize("kind", [of(kind) for kind in LIBRARIES])
+
+
+def dequantized(layer):
+    """The weights that a quantized layer computes with, by asking it."""
+    answers = layer(torch.eye(layer.in_features))
+    return (answers - (0 if layer.bias is None else layer.bias)).T.detach()
+
+
+@kinds
+@pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
+def test_all_linear_layers_are_rounded_and_nothing_else(make, kind):
+    model = family_of(make().components).denoiser
+    exact = family_of(make().components).denoiser
+    quantize(model, kind, torch.float32, CPU)
+    assert not any(p.requires_grad or p.is_meta for p in model.parameters())
+    assert not any(module.training for module in model.modules())
+    assert model.is_quantized and model.dtype == torch.float32 and model.device == CPU
+
+    layers = {n: m for n, m in exact.named_modules() if isinstance(m, nn.Linear)}
+    assert len(layers) > 20
+    held = {f"{name}.weight" for name in layers}
+    for name, value in exact.named_parameters():
+        found = model.get_parameter(name)
+        assert (type(found) is not nn.Parameter) == (name in held), name
+        if name not in held:
+            assert torch.equal(found, value)
+    errors = []
+    for name, layer in layers.items():
+        weight = layer.weight.detach()
+        error = dequantized(model.get_submodule(name)) - weight
+        errors.append(float(error.norm() / weight.norm()))
+        assert errors[-1] > 0
+    assert max(errors) < ERRORS[kind]
+
+
+@kinds
+def test_layers_take_adapters_as_before(kind):
+    family = family_of(tiny_flux().components)
+    before = family.fingerprint(), family.weight_shapes("transformer")
+    quantize(family.denoiser, kind, torch.float32, CPU)
+    assert (family.fingerprint(), family.weight_shapes("transformer")) == before
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is an extra")
+@pytest.mark.parametrize("kind", ["torchao_int8", "torchao_float8"])
+def test_weights_are_those_of_diffusers(kind, tmp_path):
+    """Which quantizes on a CPU with torchao alone."""
+    model = tiny_flux().transformer
+    model.save_pretrained(tmp_path)
+    config = quantization._config(kind, torch.float32)
+    theirs = FluxTransformer2DModel.from_pretrained(
+        tmp_path, quantization_config=config, dtype=torch.float32
+    )
+    quantize(model, kind, torch.float32, CPU)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            assert torch.equal(dequantized(layer), dequantized(theirs.get_submodule(name))), name
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is an extra")
+def test_four_bits_are_those_of_bitsandbytes():
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    model, exact = tiny_flux().transformer, tiny_flux().transformer
+    quantize(model, "nf4", torch.float32, CPU)
+    for name, layer in exact.named_modules():
+        if isinstance(layer, nn.Linear):
+            expected = dequantize_4bit(*quantize_4bit(layer.weight.data, quant_type="nf4"))
+            assert torch.allclose(dequantized(model.get_submodule(name)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_what_is_not_there_is_named(kind, monkeypatch):
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"{kind} needs {LIBRARIES[kind]}, which is not inst"):
+        check_quantizer(kind, CPU)
+    monkeypatch.setattr(quantization, "find_spec", lambda name: name)
+    check_quantizer(kind, CPU)
+    with pytest.raises(ConfigError, match=f"{LIBRARIES[kind]} is not for the device mps"):
+        check_quantizer(kind, torch.device("mps"))

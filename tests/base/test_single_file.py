@@ -1,0 +1,105 @@
+"""Bases in one file, by diffusers' own reader, with nothing downloaded."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from customize.base.load_pipeline import open_base
+from customize.cli import main
+from customize.concepts.types import Concept
+from customize.errors import ConfigError, PipelineError
+from customize.training.recipe import train
+from tests.ldm import write_single_file
+from tests.pipeline.making import concept, draw
+from tests.tiny import tiny_flux, tiny_sd
+from tests.training.runs import Stop, crash_at, same, settings, tensors
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A file, and a folder that has its pipeline's configuration alone."""
+    folder = tmp_path_factory.mktemp("base")
+    pipe = tiny_sd()
+    pipe.save_pretrained(folder / "config")
+    for weights in (folder / "config").rglob("*.safetensors"):
+        weights.unlink()
+    return str(write_single_file(pipe, folder / "tiny.safetensors")), str(folder / "config")
+
+
+def test_it_is_the_pipeline_that_was_written(checkpoint):
+    file, config = checkpoint
+    pipe = open_base(file, torch.float32, config=config)
+    assert np.array_equal(draw(pipe, "a dog"), draw(tiny_sd(), "a dog"))
+    half = open_base(file, {"default": torch.bfloat16, "vae": torch.float32}, config=config)
+    assert half.unet.dtype == torch.bfloat16 and half.text_encoder.dtype == torch.bfloat16
+    vae = tiny_sd().vae.state_dict()
+    assert half.vae.dtype == torch.float32
+    assert all(torch.equal(vae[key], value) for key, value in half.vae.state_dict().items())
+
+
+def test_what_the_file_lacks_is_taken_from_the_pipeline_of_the_configuration(tmp_path):
+    pipe = tiny_flux()
+    pipe.save_pretrained(tmp_path / "config")
+    shutil.rmtree(tmp_path / "config" / "transformer")
+    pipe.transformer.save_pretrained(tmp_path / "transformer")
+    (tmp_path / "config" / "transformer").mkdir()
+    shutil.copy(tmp_path / "transformer" / "config.json", tmp_path / "config" / "transformer")
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    found = open_base(str(file), torch.float32, config=str(tmp_path / "config"))
+    np.testing.assert_allclose(draw(found, "a dog"), draw(tiny_flux(), "a dog"), atol=1e-5)
+
+
+def test_without_a_configuration_at_hand_it_is_named_and_what_to_give(checkpoint):
+    with pytest.raises(PipelineError, match=r"stable-diffusion-v1-5.*--base-config"):
+        open_base(checkpoint[0], torch.float32)
+
+
+def test_wrong_files_are_refused_in_words(checkpoint, tmp_path):
+    _, config = checkpoint
+    with pytest.raises(ConfigError, match="no such file"):
+        open_base(str(tmp_path / "none.safetensors"), torch.float32, config=config)
+    with pytest.raises(ConfigError, match="code"):
+        open_base(str(tmp_path / "model.ckpt"), torch.float32, config=config)
+    (tmp_path / "cut.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(PipelineError, match="base"):
+        open_base(str(tmp_path / "cut.safetensors"), torch.float32, config=config)
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(PipelineError, match="base"):
+        open_base(str(tmp_path / "other.safetensors"), torch.float32, config=config)
+    with pytest.raises(ConfigError, match="no variants"):
+        open_base(checkpoint[0], torch.float32, variant="fp16", config=config)
+    with pytest.raises(ConfigError, match="only a single file"):
+        open_base(config, torch.float32, config=config)
+
+
+def test_a_concept_is_learned_goes_on_and_draws(checkpoint, tmp_path, capsys):
+    file, config = checkpoint
+    given = {"base": file, "base_config": config, "steps": 4, "checkpoint_every": 2}
+    plain = train(settings(tmp_path, "plain", **given), progress=False)
+    with pytest.raises(Stop):
+        train(settings(tmp_path, **given), progress=False, on_step=crash_at(3))
+    resumed = train(settings(tmp_path, **given), progress=False)
+    assert same(tensors(plain), tensors(resumed))
+    memory = train(settings(tmp_path, "memory", steps=4), tiny_sd().components, progress=False)
+    assert same(tensors(memory), tensors(resumed))
+    assert train(settings(tmp_path, **given), progress=False).info == resumed.info
+    assert "StableDiffusionPipeline.from_single_file" in (tmp_path / "out/README.md").read_text()
+    words = ["generate", str(tmp_path / "out"), "--base", file, "--base-config", config]
+    words += ["--prompt", "a photo of <rex>", "--steps", "1", "--output", str(tmp_path / "drawn")]
+    assert main(words) == 0
+    assert list((tmp_path / "drawn").glob("*.png"))
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert Concept.load(tmp_path / "out").info.base == file
+
+
+def test_merging_into_a_single_file_writes_a_folder(checkpoint, tmp_path):
+    file, config = checkpoint
+    concept(tiny_sd()).save(tmp_path / "rex")
+    words = ["merge", str(tmp_path / "rex"), "--output", str(tmp_path / "whole"), "--fuse"]
+    assert main([*words, "--base", file, "--base-config", config]) == 0
+    assert type(open_base(str(tmp_path / "whole"), torch.float32)) is type(tiny_sd())

@@ -1,0 +1,143 @@
+"""Bases of which only a variant of some weights is there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from customize.base.load_pipeline import open_base
+from customize.base.weight_files import chosen_variants, variants_in
+from customize.cli import main
+from customize.errors import PipelineError
+from customize.training.base_fingerprint import weights_of, weights_on_disk
+from customize.training.recipe import train
+from tests.pipeline.making import concept, draw
+from tests.tiny import tiny_flux3, tiny_sd
+from tests.training.runs import same, settings, tensors
+
+
+def sd(folder: Path, variant: str | None = "fp16", **how: Any) -> Path:
+    """Written as they are, in float32, so that nothing but the names differs."""
+    tiny_sd().save_pretrained(folder, variant=variant, **how)
+    return folder
+
+
+def same_weights(a: Any, b: Any) -> bool:
+    return all(
+        same(part.state_dict(), b.components[key].state_dict())
+        for key, part in a.components.items()
+        if isinstance(part, torch.nn.Module)
+    )
+
+
+def test_names_of_weight_files_tell_the_variant(tmp_path):
+    names = {
+        "model.safetensors": "",
+        "model-00001-of-00002.safetensors": "",
+        "model.fp16.safetensors": "fp16",
+        "model.fp16-00001-of-00002.safetensors": "fp16",
+        "model-00001-of-00002.fp16.safetensors": "fp16",
+        "diffusion_pytorch_model.non_ema.safetensors": "non_ema",
+    }
+    for number, (name, variant) in enumerate(names.items()):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / name).touch()
+        for other in ("model.fp16.bin", "config.json", "pytorch_model.safetensors"):
+            (tmp_path / str(number) / other).touch()
+        assert variants_in(tmp_path / str(number)) == {variant}
+    assert variants_in(tmp_path / "none") == set()
+
+
+@pytest.mark.parametrize("how", [{}, {"max_shard_size": "40KB"}], ids=["whole", "shards"])
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
+def test_the_only_variant_is_read_and_has_the_digests_of_what_is_in_memory(variant, how, tmp_path):
+    base = str(sd(tmp_path / "base", variant, **how))
+    pipe = open_base(base, {"default": torch.float32, "vae": torch.float32})
+    assert same_weights(pipe, tiny_sd())
+    assert weights_on_disk(base) == weights_of("", pipe.components) != {}
+    half = open_base(base, {"default": torch.bfloat16, "vae": torch.float32})
+    assert (half.unet.dtype, half.vae.dtype) == (torch.bfloat16, torch.float32)
+    assert same_weights(open_base(base, torch.float32, variant=variant), pipe)
+
+
+def test_components_may_have_variants_of_their_own(tmp_path):
+    base = sd(tmp_path / "base", None)
+    pipe = tiny_sd()
+    shutil.rmtree(base / "unet")
+    pipe.unet.save_pretrained(base / "unet", variant="fp16")
+    shutil.rmtree(base / "text_encoder")
+    pipe.text_encoder.save_pretrained(base / "text_encoder", variant="ema")
+    with torch.no_grad():
+        pipe.vae.get_parameter("decoder.conv_in.weight").zero_()
+    pipe.vae.save_pretrained(base / "vae", variant="fp16")  # beside the plain one, which is read
+    assert chosen_variants(base) == {"unet": "fp16", "text_encoder": "ema", "vae": ""}
+    found = open_base(str(base), torch.float32)
+    assert same_weights(found, tiny_sd())
+    assert weights_on_disk(str(base)) == weights_of("", found.components)
+    found = open_base(str(base), torch.float32, variant="fp16")  # asked for, so read
+    assert not found.vae.get_parameter("decoder.conv_in.weight").any()
+    assert weights_on_disk(str(base), "fp16") == weights_of("", found.components)
+
+
+def test_what_is_not_clear_is_refused_by_name(tmp_path):
+    base = sd(tmp_path / "base", "fp16")
+    tiny_sd().unet.save_pretrained(base / "unet", variant="ema")
+    with pytest.raises(PipelineError, match=r"unet has no plain weights.*ema and fp16.*--variant"):
+        open_base(str(base), torch.float32)
+    assert weights_on_disk(str(base)) == {}
+    assert same_weights(open_base(str(base), torch.float32, variant="ema"), tiny_sd())
+    with pytest.raises(PipelineError, match=r"no component of the base has a variant fp8"):
+        open_base(str(base), torch.float32, variant="fp8")
+    plain = sd(tmp_path / "plain", None)
+    with pytest.raises(PipelineError, match=r"variant fp16.*leave the variant out"):
+        open_base(str(plain), torch.float32, variant="fp16")
+
+
+def test_a_modular_base_too(tmp_path):
+    pipe = tiny_flux3()
+    pipe.save_pretrained(str(tmp_path / "base"), overwrite_modular_index=True)
+    for name in ("transformer", "text_encoder", "vae"):
+        (weights,) = (tmp_path / "base" / name).glob("*.safetensors")
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    found = open_base(str(tmp_path / "base"), torch.float32)
+    for name in ("transformer", "text_encoder", "vae"):
+        assert same(getattr(found, name).state_dict(), getattr(pipe, name).state_dict())
+    assert weights_on_disk(str(tmp_path / "base")) == weights_of("", found.components)
+
+
+def test_a_hub_id_whose_cache_has_the_variant_alone(tmp_path, monkeypatch):
+    commit = "0" * 40
+    snapshot = tmp_path / "cache" / "models--org--sd" / "snapshots" / commit
+    sd(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    assert same_weights(open_base("org/sd", torch.float32), tiny_sd())
+    assert same_weights(open_base("org/sd", torch.float32, variant="fp16"), tiny_sd())
+
+
+def test_training_and_commands_work_on_it(tmp_path, capsys):
+    variant, plain = sd(tmp_path / "variant"), sd(tmp_path / "plain", None)
+    one = train(settings(tmp_path, "one", base=str(variant), steps=2), progress=False)
+    two = train(settings(tmp_path, "two", base=str(plain), steps=2), progress=False)
+    assert same(tensors(one), tensors(two))
+    # Named or taken because it is the only one, it is the same run.
+    named = settings(tmp_path, "one", base=str(variant), steps=2, variant="fp16")
+    assert train(named, progress=False).info == one.info
+    assert np.array_equal(draw(open_base(str(variant), torch.float32)), draw(tiny_sd()))
+    concept(tiny_sd()).save(tmp_path / "rex")
+    base = ["--base", str(variant), "--variant", "fp16"]
+    drawn = ["generate", str(tmp_path / "rex"), *base, "--prompt", "a <rex>", "--steps", "1"]
+    assert main([*drawn, "--output", str(tmp_path / "drawn")]) == 0
+    assert main(["record", str(tmp_path / "rex"), *base]) == 0
+    whole = ["merge", str(tmp_path / "rex"), "--output", str(tmp_path / "whole"), "--fuse"]
+    assert main([*whole, *base]) == 0
+    assert main(["merge", str(tmp_path / "rex"), "--output", str(tmp_path / "x"), *base[2:]]) != 0
+    assert "--variant is that of a pipeline" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""What inspect says of one concept, and of several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from customize.cli.inspect_command import described
+from customize.concepts.io.write_concept import write_single
+from customize.core.crosstalk import matrix
+from tests.cli.making import Run, World, record_of, refused
+from tests.concepts.making import small
+from tests.pipeline.making import concept
+from tests.tiny import tiny_sd, tiny_sd3
+
+
+def test_one_concept(run: Run, world: World) -> None:
+    result = run("inspect", world.rex)
+    assert (result.code, result.err) == (0, "")
+    for text in ("<rex>, 2 tokens", "dog", "orthogonal", "cosine, seed 0", "width 16: 0-1"):
+        assert text in result.out
+    assert "overlap" not in result.out
+
+
+def test_columns_scores_and_odd_text() -> None:
+    facts = small(slices={"6": [5, 0], "8": [1, 2]}, base="[bold]x[/bold]")
+    rows = described(facts)
+    assert rows["slices"] == "width 6: 0, 5; width 8: 1-2"
+    assert rows["score: identity"] == "0.75"
+    assert rows["base"] == "[bold]x[/bold] (family sd)"
+    assert rows["numbers"] == f"{2 * (16 + 11 + 12):,}"
+    assert "slices" not in described(small(method="lora", basis=None, slices={}))
+
+
+def test_text_of_others_is_shown_as_it_is(run: Run, tmp_path: Path) -> None:
+    path = write_single(small(base="[bold]x[/bold]"), tmp_path / "rex.safetensors")
+    assert "[bold]x[/bold]" in run("inspect", path).out
+
+
+def test_disjoint_concepts(run: Run, world: World) -> None:
+    result = run("inspect", world.rex, world.tom)
+    assert "No two share a slice" in result.out
+    table = result.out[result.out.index("overlap of updates") :]
+    numbers = [float(word) for word in table.split() if word[:2] in ("0.", "1.") and len(word) == 5]
+    assert len(numbers) == 4 and numbers[1] == numbers[2] == 0.0 < numbers[0]
+
+
+def test_concepts_that_collide(run: Run, world: World, tmp_path: Path) -> None:
+    twin = concept(tiny_sd(), "max", index=0)
+    twin.save(tmp_path / "max")
+    result = run("inspect", world.rex, tmp_path / "max")
+    assert "note: rex and max share 2 of 2 columns at width 16" in result.out
+    assert "learn max again" in result.out
+    rex = concept(tiny_sd(), "rex")
+    flat = {
+        each.info.name: {f"{c}.{m}": p for c, own in each.products.items() for m, p in own.items()}
+        for each in (rex, twin)
+    }
+    value = matrix(flat)[0, 1].item()
+    assert value > 0.1 and f"{value:.3f}" in result.out
+    torch.testing.assert_close(matrix(flat), matrix(flat).T)
+
+
+def test_concepts_of_one_run_are_not_to_be_fused(run: Run, world: World, tmp_path: Path) -> None:
+    for name, other in (("rex", "tom"), ("tom", "rex")):
+        made = concept(tiny_sd(), name, training={"learned_with": [other]})
+        made.save(tmp_path / name)
+        record_of(made).save(tmp_path / name / "layer_inputs.safetensors")
+    result = run("inspect", tmp_path / "rex", tmp_path / "tom")
+    assert "They were learned in one run: what it learned is their sum" in result.out
+    assert "No two share" not in result.out and "nothing can be said" not in result.out
+    alone = run("inspect", tmp_path / "rex", world.tom)
+    assert "learned in one run" not in alone.out
+
+
+def test_records_without_a_layer_in_common(run: Run, tmp_path: Path) -> None:
+    for name in ("rex", "tom"):
+        made = concept(tiny_sd(), name)
+        made.save(tmp_path / name)
+        record_of(made).save(tmp_path / name / "layer_inputs.safetensors")
+    result = run("inspect", tmp_path / "rex", tmp_path / "tom")
+    assert (result.code, result.err) == (0, "")
+    assert "No layer is changed by all of them: nothing can be said" in result.out
+
+
+def test_ordinary_loras_and_strangers(run: Run, world: World, tmp_path: Path) -> None:
+    plain = concept(tiny_sd(), "plain", method="lora", basis=None, slices={})
+    plain.save(tmp_path / "plain")
+    result = run("inspect", world.rex, tmp_path / "plain")
+    assert "note: plain are ordinary LoRAs" in result.out and "No two share" not in result.out
+    concept(tiny_sd3(), "other").save(tmp_path / "other")
+    result = run("inspect", world.rex, tmp_path / "other")
+    assert result.code == 0 and "They cannot be merged: rex was learned on sd" in result.out
+
+
+def test_what_is_no_concept(run: Run, world: World, tmp_path: Path) -> None:
+    refused(run("inspect", tmp_path), "no concept.json", str(tmp_path))
+    data = (Path(world.rex) / "pytorch_lora_weights.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    refused(run("inspect", tmp_path / "cut.safetensors"), "damaged", "cut.safetensors")

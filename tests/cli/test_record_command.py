@@ -1,0 +1,193 @@
+"""customize record, and the commands that merge by what it has recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import customize
+from customize.cli.inspect_command import answered
+from customize.concepts.adapter import file_name
+from customize.concepts.input_statistics import LayerInputs, place_beside
+from customize.concepts.merge.merge_concepts import merge
+from customize.concepts.types import Concept
+from customize.core.lowrank import LowRank, distance, norm, product
+from tests.cli.making import Run, World, refused
+from tests.pipeline.making import draw, user_lora
+from tests.tiny import tiny_sd
+
+PROMPTS = ("--prompt", "a photo of {}", "--prompt", "a drawing of {} on a beach")
+
+
+@pytest.fixture(scope="module")
+def recorded(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The world's concepts with their records."""
+    folder = tmp_path_factory.mktemp("recorded")
+    pipe = tiny_sd()
+    for source in (world.rex, world.tom):
+        place = folder / Path(source).name
+        shutil.copytree(source, place)
+        prompts = [text for text in PROMPTS if "{}" in text]
+        customize.record_inputs(pipe, place, prompts).save(place_beside(place))
+    return World(world.base, str(folder / "rex"), str(folder / "tom"))
+
+
+def test_it_leaves_what_python_records(run: Run, world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "rex"
+    shutil.copytree(world.rex, folder)
+    result = run("record", folder, "--base", world.base, *PROMPTS, "--device", "cpu")
+    assert result.code == 0, result.err
+    assert "layer_inputs.safetensors is written" in result.out
+    found = LayerInputs.load(place_beside(folder))
+    prompts = [text for text in PROMPTS if "{}" in text]
+    expected = customize.record_inputs(tiny_sd(), folder, prompts)
+    assert found.of == expected.of
+    for component, layers in expected.own.items():
+        for module, rows in layers.items():
+            read = found.own[component][module]
+            torch.testing.assert_close(read.T @ read, rows.T @ rows, atol=2e-3, rtol=0)
+
+
+def test_a_lora_needs_words_once(run: Run, world: World, tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    save_file(user_lora(tiny_sd()), path)
+    where = ("--base", world.base, *PROMPTS, "--device", "cpu")
+    refused(run("record", path, *where), "style says no words that call it", "--words")
+    refused(run("record", path, world.rex, *where, "--words", "x"), "--words are those of one")
+    result = run("record", path, *where, "--words", "a dog in crayon")
+    assert result.code == 0, result.err
+    assert (tmp_path / "style.layer_inputs.safetensors").is_file()
+
+
+def test_merge_writes_the_fusion(run: Run, recorded: World, tmp_path: Path) -> None:
+    both = (recorded.rex, recorded.tom, "--weights", "1,0.8")
+    result = run("merge", *both, "--output", tmp_path / "auto")
+    assert result.code == 0 and "merged by fusion" in result.out, result.err
+    assert run("merge", *both, "--merge", "sum", "-o", tmp_path / "sum").code == 0
+    concepts = [Concept.load(source) for source in (recorded.rex, recorded.tom)]
+    records = [LayerInputs.load(place_beside(c.source)) for c in concepts]
+    for name, method in (("auto", "fusion"), ("sum", "sum")):
+        expected = merge(concepts, [1.0, 0.8], method, records)
+        tensors = load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
+        for component, updates in expected.items():
+            for module, update in updates.items():
+                key = f"{component}.{module}.lora"
+                written = LowRank(tensors[f"{key}_B.weight"], tensors[f"{key}_A.weight"])
+                assert distance(written, update) < 1e-4 * norm(update)
+    assert json.loads((tmp_path / "auto" / "merged.json").read_text())["method"] == "fusion"
+
+
+def test_merge_into_a_whole_pipeline(run: Run, recorded: World, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    both = (recorded.rex, recorded.tom, "--fuse", "--base", recorded.base, "-o", tmp_path / "whole")
+    result = run("merge", *both, "--merge", "fusion", "--dtype", "float32")
+    assert result.code == 0, result.err
+    prompt = "a photo of <rex> and <tom>"
+    pipe = tiny_sd().load_custom(recorded.rex, recorded.tom, merge="fusion")
+    whole = DiffusionPipeline.from_pretrained(tmp_path / "whole")
+    np.testing.assert_allclose(draw(whole, prompt), draw(pipe, prompt), atol=2e-4)
+
+
+def test_merge_without_records(run: Run, world: World, recorded: World, tmp_path: Path) -> None:
+    both = (world.rex, recorded.tom)
+    result = run("merge", *both, "--merge", "fusion", "-o", tmp_path / "a")
+    refused(result, "no record of what the layers of rex read", "customize record")
+    assert not (tmp_path / "a").exists()
+    result = run("merge", *both, "-o", tmp_path / "a")
+    assert result.code == 0 and "merged by sum" in result.out
+
+
+def test_generate_says_how_it_merged(run: Run, recorded: World, tmp_path: Path) -> None:
+    common = ("--base", recorded.base, "--prompt", "<rex> and <tom>", "--steps", 1)
+    for merge_, told in (("auto", "fusion"), ("sum", "sum"), ("ties", "ties")):
+        folder = tmp_path / merge_
+        result = run(
+            "generate", recorded.rex, recorded.tom, *common, "--merge", merge_, "-o", folder
+        )
+        assert result.code == 0, result.err
+        assert json.loads((folder / "0001.json").read_text())["merge"] == told
+    result = run(
+        "generate", recorded.rex, recorded.tom, *common, "--merge", "blend", "-o", tmp_path / "x"
+    )
+    refused(result, "cannot be merged by 'blend'")
+
+
+def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -> None:
+    result = run("inspect", recorded.rex, recorded.tom)
+    assert result.code == 0, result.err
+    table = result.out[result.out.index("what an update does, against the concept's own") :]
+    lines = {line[1:28].strip(): line for line in table.splitlines() if "on the prompts" in line}
+    concepts = [Concept.load(source) for source in (recorded.rex, recorded.tom)]
+    rex, tom = (
+        {
+            f"{part}.{file_name(part, m)}": u
+            for part, own in c.products.items()
+            for m, u in own.items()
+        }
+        for c in concepts
+    )
+    inputs = LayerInputs.load(place_beside(recorded.rex)).own
+    total = [0.0, 0.0]
+    for part, own in inputs.items():
+        for module, rows in own.items():
+            for k, updates in enumerate((rex, tom)):
+                total[k] += float((product(updates[f"{part}.{module}"]) @ rows.T).square().sum())
+    (line,) = (line for name, line in lines.items() if name.endswith("1. rex"))
+    assert f"{(total[1] / total[0]) ** 0.5:.3f}" in line and "1.000" in line
+    assert "rex and tom: one answers to the other's prompts" in result.out
+    assert "merge them by fusion" in result.out
+
+
+def test_inspect_names_those_without_a_record(run: Run, world: World, recorded: World) -> None:
+    result = run("inspect", world.rex, recorded.tom)
+    assert result.code == 0
+    assert "no record of what the layers of rex read" in result.out
+    assert "what an update does" not in result.out
+
+
+def test_inspect_tells_and_draws_it_layer_by_layer(
+    run: Run, recorded: World, tmp_path: Path
+) -> None:
+    picture = tmp_path / "crosstalk.png"
+    result = run("inspect", recorded.rex, recorded.tom, "--layers", "--plot", picture)
+    assert (result.code, result.err) == (0, "")
+    table = result.out[result.out.index("tom on") : result.out.index("rex and tom: one")]
+    layers = LayerInputs.load(place_beside(recorded.rex)).own
+    cells = re.findall(r"│ (\d+\.\d\d) ", table)
+    assert len(cells) == 2 * sum(map(len, layers.values()))
+    assert picture.name in result.out
+    assert len(set(Image.open(picture).convert("L").getdata())) > 50
+
+
+def test_a_layer_in_which_a_concept_does_nothing_does_not_stand_out() -> None:
+    by_layer = {
+        "a": torch.tensor([[4.0, 1.0], [1.0, 2.0]]),
+        "b": torch.tensor([[0.0, 1.0], [3.0, 0.0]]),
+    }
+    pairs, values = answered(["rex", "tom"], by_layer)
+    assert pairs == ["tom on rex", "rex on tom"]
+    # In b both are compared with their own average over a and b: 4 and 2, over the root of 2.
+    expected = torch.tensor([[0.25, 0.5], [2**0.5 / 4, 3 * 2**0.5 / 2]])
+    torch.testing.assert_close(values, expected)
+
+
+def test_what_inspect_cannot_draw_is_refused_at_once(
+    run: Run, world: World, recorded: World, tmp_path: Path
+) -> None:
+    both = recorded.rex, recorded.tom
+    refused(run("inspect", *both, "--plot", tmp_path / "it.jpg"), "is no .png")
+    refused(run("inspect", *both, "--plot", tmp_path / "no" / "it.png"), "there is no folder")
+    refused(run("inspect", recorded.rex, "--layers"), "one concept has nothing to disturb")
+    refused(
+        run("inspect", world.rex, recorded.tom, "--layers"),
+        "no record of what the layers of rex read",
+    )

@@ -1,0 +1,267 @@
+"""evaluate end to end: real models of random weights, real pictures, figures on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from customize.storybook.example_concepts import bundled
+from customize.storybook.judges import AttributeJudge, IdentityJudge, Judges
+from customize.storybook.train_judges import save_judges
+from tests.cli.making import Run, World, photos, refused
+from tests.evaluation.making import save_blip, save_blip2, save_clip, save_dino
+from tests.pipeline.making import concept
+from tests.tiny import tiny_sd, tiny_sd3
+
+RATES = ("identity", "prompt", "composition", "leak", "drift")
+
+
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that draws 64 x 64, untrained judges, two concepts and their references."""
+    root = tmp_path_factory.mktemp("judged")
+    torch.manual_seed(0)
+    parts = tiny_sd().components
+    levels = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 8, 16),
+    }
+    parts["vae"] = AutoencoderKL.from_config({**parts["vae"].config, **levels})
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.save_pretrained(root / "base")
+    for index, (name, kind) in enumerate((("rex", "dog"), ("tom", "cat"))):
+        concept(pipe, name, index=index, class_word=kind).save(root / name)
+        bundled(name).write(root / "references" / name)
+    judges = Judges(AttributeJudge().eval(), IdentityJudge().eval(), 0.9)
+    save_judges(judges, root / "judges", {})
+    return root
+
+
+def storybook(root: Path) -> list[str]:
+    return [
+        *("--storybook", "--base", str(root / "base"), "--judges", str(root / "judges")),
+        *("--references", str(root / "references"), "--steps", "1", "--device", "cpu"),
+    ]
+
+
+def test_storybook_rates(run: Run, judged: Path, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    sources = (judged / "rex", judged / "tom")
+    result = run("evaluate", *sources, *storybook(judged), "--seeds", "2", "--json", file)
+    assert (result.code, result.err) == (0, "")
+    assert "all 2" in result.out and "±" in result.out and "over 2 seeds" in result.out
+    report = json.loads(file.read_text())
+    rows = report["rows"]
+    assert [(row["concept"], row["attached"], row["seed"]) for row in rows] == [
+        *(("rex", 1, 1), ("rex", 1, 2), ("tom", 1, 1), ("tom", 1, 2)),
+        *(("rex", 2, 1), ("tom", 2, 1), ("rex", 2, 2), ("tom", 2, 2)),
+    ]
+    for row in rows:
+        assert all(0 <= row[rate] <= 1 for rate in RATES)
+        assert row["drift"] > 0
+    alone = [row["drift"] for row in rows if row["attached"] == 1]
+    assert report["figures"]["drift_alone"] == pytest.approx(sum(alone) / 4)
+    assert set(report["figures"]) >= {"identity_alone", "identity_merged", "leak_merged"}
+    assert report["figures"]["composition_merged"] == pytest.approx(
+        sum(row["composition"] for row in rows[4:]) / 4
+    )
+    again = tmp_path / "again.json"
+    flags = ("--seeds", "1", "--json", again)
+    assert run("evaluate", sources[0], *storybook(judged), *flags).code == 0
+    single = json.loads(again.read_text())
+    assert "identity_merged" not in single["figures"]
+    assert single["rows"] == rows[:1]  # the same pictures, whatever else is scored
+
+
+def test_a_merge_is_scored_as_its_concepts_are_together(
+    run: Run, judged: Path, tmp_path: Path
+) -> None:
+    flags = (*storybook(judged), "--seeds", "1", "--merge", "sum")
+    sources = (judged / "rex", judged / "tom")
+    assert run("evaluate", *sources, *flags, "--json", tmp_path / "both.json").code == 0
+    assert run("merge", *sources, "--merge", "sum", "--output", tmp_path / "duo").code == 0
+    result = run("evaluate", tmp_path / "duo", *flags, "--json", tmp_path / "duo.json")
+    assert (result.code, result.err) == (0, ""), result
+    apart, whole = (
+        json.loads((tmp_path / name).read_text())["rows"] for name in ("both.json", "duo.json")
+    )
+    together = [row for row in apart if row["attached"] == 2]
+    assert [row["concept"] for row in whole] == ["rex", "tom"]
+    for one, other in zip(whole, together, strict=True):
+        for key, value in other.items():
+            assert one[key] == (pytest.approx(value, abs=1e-3) if key == "drift" else value), key
+
+
+def test_weights_count_where_concepts_are_merged(run: Run, judged: Path, tmp_path: Path) -> None:
+    sources = (judged / "rex", judged / "tom")
+    drifts = []
+    for weights in ("1,0", "1,1"):
+        file = tmp_path / f"{weights}.json"
+        flags = ("--weights", weights, "--seeds", "1", "--json", file)
+        assert run("evaluate", *sources, *storybook(judged), *flags).code == 0
+        rows = json.loads(file.read_text())["rows"]
+        drifts.append([row["drift"] for row in rows])
+    # rex, tom, both, both: without tom's weight, all that drifts is by rex.
+    assert drifts[0][2] == pytest.approx(drifts[0][0], rel=1e-3)
+    assert drifts[1][2] != pytest.approx(drifts[1][0], rel=1e-3)
+
+
+def test_storybook_input_that_is_wrong(run: Run, judged: Path, tmp_path: Path) -> None:
+    flags = storybook(judged)
+    refused(run("evaluate", *flags), "no concept to score")
+    refused(run("evaluate", judged / "rex", judged / "rex", *flags), "two concepts are called rex")
+    refused(run("evaluate", judged / "rex", *flags, "--judges", tmp_path), "judges can't be read")
+    refused(run("evaluate", judged / "rex", *flags, "--references", tmp_path), "no pictures")
+    refused(run("evaluate", judged / "rex", *flags, "--steps", "5000"), "1000 noise levels")
+    refused(run("evaluate", judged / "rex", *flags, "--seeds", "9" * 23), "--seeds", "1000")
+    refused(run("evaluate", judged / "rex", *flags, "--clip", "x"), "--clip means nothing with")
+    refused(run("evaluate", judged / "rex", *flags, "--blip2", "x"), "--blip2 means nothing with")
+    result = run("evaluate", judged / "rex", *flags, "--json", tmp_path)
+    refused(result, "a folder is in the place of the file", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    result = run("evaluate", judged / "rex", *flags, "--json", tmp_path / "file" / "x.json")
+    refused(result, "cannot be written", str(tmp_path / "file"))
+    tensors = {f"unet.conv_in.lora_{end}.weight": torch.ones(2, 2) for end in "AB"}
+    save_file(tensors, tmp_path / "ink.safetensors")
+    refused(
+        run("evaluate", tmp_path / "ink.safetensors", *flags),
+        *("this is an ordinary LoRA", "customize evaluate --images", "ink.safetensors"),
+    )
+    concept(tiny_sd(), "sofa", class_word="sofa").save(tmp_path / "sofa")
+    refused(run("evaluate", tmp_path / "sofa", *flags), "sofa is a sofa", "dog, cat")
+
+
+def test_storybook_bases_and_concepts_that_do_not_fit(
+    run: Run, judged: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All told before anything is drawn."""
+    monkeypatch.setattr("customize.cli.storybook_evaluation.storybook_rows", None)
+    flags = storybook(judged)
+    result = run("evaluate", judged / "rex", *flags, "--base", world.base)
+    refused(result, "draws pictures of 32 x 32 pixels", "64 x 64", world.base)
+    pipe = tiny_sd3()
+    concept(pipe, "rex", class_word="dog").save(tmp_path / "rex")
+    refused(run("evaluate", tmp_path / "rex", *flags), "rex was learned on sd3")
+
+
+def test_pictures_that_are_not_finite_are_not_scored(run: Run, judged: Path) -> None:
+    sources = (judged / "rex", judged / "tom")
+    flags = ("--seeds", "1", "--weights", "1e38,1e38")
+    refused(run("evaluate", *sources, *storybook(judged), *flags), "is not finite")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return save_clip(root / "clip"), save_dino(root / "dino")
+
+
+@pytest.fixture(scope="session")
+def blips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("blips")
+    return save_blip(root / "blip"), save_blip2(root / "blip2")
+
+
+def test_similarities(run: Run, world: World, models: tuple[Path, Path], tmp_path: Path) -> None:
+    """From pictures that generate has left: the prompts and class words come with them."""
+    pictures, file = tmp_path / "pictures", tmp_path / "figures.json"
+    made = ("--base", world.base, "--steps", "1", "--count", "2", "--output", pictures)
+    assert run("generate", world.rex, *made, "--prompt", "a photo of <rex>").code == 0
+    references = photos(tmp_path / "photos")
+    flags = ("--clip", models[0], "--dino", models[1], "--device", "cpu", "--json", file)
+    result = run("evaluate", "--images", pictures, "--references", references, *flags)
+    assert result.code == 0, result.err
+    for name in ("CLIP-T", "CLIP-I", "DINO-I"):
+        assert name in result.out
+    report = json.loads(file.read_text())
+    assert [row["prompt"] for row in report["rows"]] == ["a photo of dog"] * 2
+    assert set(report["figures"]) == {"clip_t", "clip_i", "dino_i"}
+
+    from customize.evaluation.clip import ClipScorer
+    from customize.training.data.dataset import read_image
+
+    images = [read_image(path) for path in sorted(pictures.glob("*.png"))]
+    wanted = ClipScorer(models[0]).clip_t(images, ["a photo of dog"] * 2)
+    torch.testing.assert_close(torch.tensor([r["clip_t"] for r in report["rows"]]), wanted)
+
+
+def test_blip(run: Run, blips: tuple[Path, Path], tmp_path: Path) -> None:
+    """Neither references nor a CLIP model are needed."""
+    from customize.evaluation.blip import Blip2Scorer, BlipScorer
+    from customize.training.data.dataset import read_image
+
+    pictures, file = photos(tmp_path / "photos", 3), tmp_path / "figures.json"
+    images = ("--images", pictures, "--device", "cpu", "--json", file)
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\na red cup\n")
+    prompts = ("--prompts", tmp_path / "prompts.txt")
+    result = run("evaluate", *images, *prompts, "--blip", blips[0], "--blip2", blips[1])
+    assert result.code == 0, result.err
+    for name in ("BLIP ITC", "BLIP ITM", "BLIP-2 ITC", "BLIP-2 ITM"):
+        assert name in result.out
+    report = json.loads(file.read_text())
+    found = [read_image(path) for path in sorted(pictures.glob("*.png"))]
+    texts = ["a dog", "a cat", "a red cup"]
+    wanted = BlipScorer(blips[0]).scores(found, texts) | Blip2Scorer(blips[1]).scores(found, texts)
+    assert set(report["figures"]) == set(wanted)
+    for name, values in wanted.items():
+        rows = torch.tensor([row[name] for row in report["rows"]])
+        torch.testing.assert_close(rows, values)
+        assert report["figures"][name] == pytest.approx(values.mean().item())
+    flags = ("--blip2", blips[1])
+    assert run("evaluate", *images, *prompts, *flags).code == 0
+    assert set(json.loads(file.read_text())["figures"]) == {"blip2_itc", "blip2_itm"}
+    refused(run("evaluate", *images, *flags), "BLIP compares", "give --prompts")
+    refused(run("evaluate", *images, *prompts, "--blip", blips[1]), "of type blip-2, not a BLIP")
+
+
+def test_prompts_from_a_file(run: Run, models: tuple[Path, Path], tmp_path: Path) -> None:
+    pictures, file = photos(tmp_path / "photos", 3), tmp_path / "figures.json"
+    lines = tmp_path / "prompts.txt"
+    flags = ("--images", pictures, "--prompts", lines, "--clip", models[0], "--json", file)
+    lines.write_text("a photo of <rex>\n\n")
+    refused(run("evaluate", *flags), "'a photo of <rex>' has the trigger <rex>", "--class-word")
+    assert run("evaluate", *flags, "--class-word", "dog").code == 0
+    report = json.loads(file.read_text())
+    assert [row["prompt"] for row in report["rows"]] == ["a photo of dog"] * 3
+    assert set(report["figures"]) == {"clip_t"}
+    lines.write_bytes(b"\xef\xbb\xbfa dog\n")
+    assert run("evaluate", *flags).code == 0
+    assert json.loads(file.read_text())["rows"][0]["prompt"] == "a dog"
+    lines.write_text("a dog\na cat\n")
+    refused(run("evaluate", *flags), "2 prompts for 3 pictures", str(lines))
+    lines.write_text(" \n")
+    refused(run("evaluate", *flags), "no prompts")
+    lines.write_bytes(b"\xff\xfe")
+    refused(run("evaluate", *flags), "it is no text")
+
+
+def test_similarity_input_that_is_wrong(
+    run: Run, world: World, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pictures = photos(tmp_path / "photos")
+    images = ("--images", pictures)
+    refused(run("evaluate"), "--storybook", "--images")
+    refused(run("evaluate", "--storybook", *images), "one of --storybook and --images")
+    refused(run("evaluate", *images), "no model to score with", "--blip2")
+    refused(run("evaluate", world.rex, *images), "--images scores pictures")
+    refused(run("evaluate", *images, "--dino", models[1]), "give --references")
+    refused(run("evaluate", *images, "--clip", models[0]), "neither prompts nor references")
+    result = run("evaluate", *images, "--clip", "x", "--weights", "3,a", "--seeds", "2")
+    refused(result, "--weights, --seeds means nothing with --images")
+    (tmp_path / "file").write_text("")
+    result = run("evaluate", *images, "--clip", "x", "--json", tmp_path / "file" / "x.json")
+    refused(result, "cannot be written", str(tmp_path / "file"))
+    flags = ("--references", pictures)
+    refused(run("evaluate", *images, *flags, "--clip", models[1]), "of type dinov2, not a CLIP")
+    refused(run("evaluate", *images, *flags, "--clip", tmp_path), "cannot be loaded")
+    (tmp_path / "empty").mkdir()
+    refused(run("evaluate", "--images", tmp_path / "empty", "--clip", "x"), "no pictures")
+    (pictures / "0.json").write_text("{}")
+    (pictures / "1.json").write_text("{}")
+    refused(run("evaluate", *images, "--clip", models[0]), "settings cannot be read", "0.json")

@@ -1,0 +1,283 @@
+"""Flags and files as settings, and a real training run of a tiny base."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from customize.cli import config_flags
+from customize.cli.config_flags import PANELS
+from customize.cli.train_command import plan
+from customize.concepts.types import Concept
+from customize.training.config import TrainConfig, load_config
+from tests.cli.making import Run, World, photos, refused
+
+ROOT = Path(__file__).parents[2]
+
+
+def arguments(world: World, folder: Path, **settings: object) -> list[str]:
+    given = {
+        "base": world.base,
+        "images": folder / "photos",
+        "output": folder / "max",
+        "name": "max",
+        "class_word": "dog",
+        "rank": 2,
+        "steps": 2,
+        "batch_size": 1,
+        "device": "cpu",
+        # What is drawn for these would take longer than the run itself.
+        "num_shared_directions": 0,
+    } | settings
+    flags = [
+        part for key, value in given.items() for part in ("--" + key.replace("_", "-"), str(value))
+    ]
+    return [*flags, "--no-record-inputs", "--no-samples"]
+
+
+def test_every_setting_has_a_flag_with_its_help(run: Run) -> None:
+    out = run("train", "--help").out
+    assert "…" not in out and max(map(len, out.splitlines())) <= 80
+    text = " ".join(out.split())
+    for name, field in TrainConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert field.description is not None
+        assert " ".join(field.description.split()[:3]) in text
+    assert set(PANELS) <= set(TrainConfig.model_fields)
+    for title in PANELS.values():
+        assert f" {title}: --" in text
+    assert "orthogonal|lora" in text and "[default: 1e-05]" in text
+
+
+def test_training_and_what_it_says(run: Run, world: World, tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    result = run("train", *arguments(world, tmp_path), "--no-train-text-encoder")
+    assert result.code == 0, result.err
+    assert "max, a dog, called by <max>" in result.out
+    assert f"The concept max is in {tmp_path / 'max'}" in result.out
+    snippet = result.out[result.out.index("    import customize") :]
+    code = "\n".join(line.removeprefix("    ") for line in snippet.splitlines())
+    names: dict[str, object] = {}
+    # The lines that a reader copies, with fewer steps.
+    exec(code.replace('<max>")', '<max>", num_inference_steps=1)'), names)
+    assert "max" in repr(names["pipe"].custom)  # type: ignore[attr-defined]
+    concept = Concept.load(tmp_path / "max")
+    assert set(concept.products) == {"unet"} and concept.info.rank == 2
+
+
+def test_flags_win_over_the_file(run: Run, world: World, tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    file = tmp_path / "max.yaml"
+    settings = {
+        "base": world.base,
+        "images": str(tmp_path / "photos"),
+        "output": str(tmp_path / "max"),
+        "name": "max",
+        "class_word": "dog",
+        "rank": 4,
+        "steps": 1,
+        "alpha": 3,
+        "validation_prompts": ["a photo of <max>"],
+        "train_tokens": True,
+        "device": "cpu",
+    }
+    file.write_text(yaml.safe_dump(settings))
+    flags = ("--rank", "2", "--alpha", "none", "--no-train-tokens", "--validation-steps", "1")
+    prompts = ("--validation-prompts", "<max>, a dog", "--validation-prompts", "<max> on a beach")
+    result = run("train", "--config", file, *flags, *prompts)
+    assert result.code == 0, result.err
+    info = Concept.load(tmp_path / "max").info
+    assert (info.rank, info.alpha, info.num_tokens) == (2, 2.0, 0)
+    refused(run("train", "--config", tmp_path / "none.yaml"), "cannot be read", "none.yaml")
+    file.write_text("rnk: 3")
+    refused(run("train", "--config", file), "'rnk' is not a setting; did you mean rank", str(file))
+
+
+def test_concepts_in_one_run(run: Run, world: World, tmp_path: Path) -> None:
+    for name in ("max", "kit"):
+        photos(tmp_path / name / "photos")
+    own = {"images": tmp_path / "kit" / "photos", "output": tmp_path / "out" / "kit"}
+    file = tmp_path / "kit.yaml"
+    file.write_text(yaml.safe_dump({k: str(v) for k, v in own.items()} | {"name": "kit"}))
+    given = arguments(world, tmp_path / "max", output=tmp_path / "out" / "max", steps=3)
+    refused(run("train", *given, "--together", file), "class_word is missing", "kit.yaml")
+    with file.open("a") as opened:
+        opened.write("class_word: cat\nrank: 4\n")
+    refused(
+        run("train", "--config", file, "--together", file, *given[:2]),
+        *("name is 'kit' for two", "trigger is '<kit>' for two", "each needs a folder of its own"),
+    )
+    # A flag counts for all: the file's own rank is another.
+    result = run("train", *given, "--together", file)
+    assert result.code == 0, result.err
+    assert "max, a dog, called by <max>" in result.out
+    assert "kit, a cat, called by <kit>" in result.out
+    assert result.out.count("steps   ") == 1 and result.out.count("output  ") == 2
+    assert "the concept kit is in" in result.out and "Load them with" in result.out
+    snippet = result.out[result.out.index("    import customize") :]
+    code = "\n".join(line.removeprefix("    ") for line in snippet.splitlines())
+    assert "merge" not in code and "<max> and <kit>" in code
+    names: dict[str, object] = {}
+    exec(code.replace('<kit>")', '<kit>", num_inference_steps=1)'), names)
+    attached = repr(names["pipe"].custom)  # type: ignore[attr-defined]
+    assert "max" in attached and "kit" in attached
+    concepts = [Concept.load(tmp_path / "out" / name).info for name in ("max", "kit")]
+    assert [c.rank for c in concepts] == [2, 2]
+    assert [c.learned_with for c in concepts] == [["kit"], ["max"]]
+    shown = run("inspect", tmp_path / "out" / "kit").out
+    assert "learned with" in shown and "max" in shown
+
+
+def test_settings_are_checked_before_anything_is_read(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    refused(run("train"), "5 settings are wrong", "base is missing", "class_word is missing")
+    result = run("train", *arguments(world, tmp_path, rank="many", steps=0, name="../x"))
+    refused(result, "3 settings are wrong", "rank is 'many'", "steps is '0'", "../x")
+    refused(run("train", *arguments(world, tmp_path, base="model.ckpt")), "is a pickle")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [["class_text=1,output=.5"], ["class_text=1", "output=.5"]])
+def test_preservations_are_given_together_or_one_by_one(given: list[str]) -> None:
+    """Into the flag that the command has, as far as the configuration."""
+    seen: dict[str, Any] = {}
+    command = config_flags.from_config(lambda config, together, settings: seen.update(settings))
+    command(**{**dict.fromkeys(TrainConfig.model_fields), "preserve": given})
+    facts = {"base": "b", "images": "i", "output": "o", "name": "max", "class_word": "dog"}
+    assert load_config(**facts, **seen).preserve == {"class_text": 1.0, "output": 0.5}
+
+
+def test_bad_preservations_are_told_before_anything_is_read(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    for given, told in (
+        ("outptu=1", "names 'outptu'; known are class_text, context_text, output"),
+        ("output=-1", "has a negative weight for output"),
+        ("output", "names with weights, such as class_text=1,output=0.5"),
+        ("output=many", "valid number"),
+    ):
+        refused(run("train", *arguments(world, tmp_path, preserve=given)), told, "preserve")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_is_one_line_after_the_plan(run: Run, world: World, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    result = run("train", *arguments(world, tmp_path))
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "there are no pictures in the folder" in result.err
+    assert not (tmp_path / "max").exists()
+
+
+def test_the_plan(tmp_path: Path) -> None:
+    facts = {"base": "b", "images": "i", "output": "o", "name": "max", "class_word": "dog"}
+    shown = plan(TrainConfig(**facts, gradient_accumulation=3))
+    assert shown["steps"] == "800 of 6 pictures"
+    assert shown["method"] == "orthogonal, rank 8, slice from the name's hash"
+    assert "prior" not in shown
+    assert shown["preserves"] == "context_output with weight 0.5"
+    assert "preserves" not in plan(TrainConfig(**facts, preserve={}))
+    kept = plan(TrainConfig(**facts, preserve={"output": 0.5, "class_text": 1}))
+    assert kept["preserves"] == "class_text with weight 1, output with weight 0.5"
+    shown = plan(TrainConfig(**facts, library="lib", prior_weight=0.5))
+    assert shown["method"] == "orthogonal, rank 8, slice kept apart from lib"
+    assert shown["prior"] == "class pictures with weight 0.5: 100 drawn by the base"
+    assert plan(TrainConfig(**facts, method="lora"))["method"] == "ordinary LoRA, rank 8"
+
+
+def test_a_long_caption_is_told_once(
+    run: Run, world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos(tmp_path / "photos")
+    libraries = logging.getLogger("transformers")
+    libraries.addHandler(caplog.handler)
+    try:
+        result = run("train", *arguments(world, tmp_path, caption="a dog " * 60 + "{}"))
+    finally:
+        libraries.removeHandler(caplog.handler)
+    assert result.code == 2 and "the trigger is cut off" in result.err.splitlines()[-1]
+    assert "longer than the specified maximum" not in caplog.text + result.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_stopping_and_going_on(run: Run, world: World, tmp_path: Path, number: int) -> None:
+    photos(tmp_path / "photos")
+    command = arguments(world, tmp_path, steps=60, checkpoint_every=2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "customize", "train", *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 240
+    while not list((tmp_path / "max").glob(".checkpoints/step-*")) and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=240)
+    if number == signal.SIGINT:
+        assert process.returncode == 130, err
+        last = err.splitlines()[-1]
+        assert "training was stopped after step" in last and "run the same again" in last
+    else:
+        assert process.returncode == -signal.SIGKILL, err
+    assert not (tmp_path / "max" / "concept.json").exists()
+    step = max(int(path.stem[5:]) for path in (tmp_path / "max").glob(".checkpoints/step-*"))
+    result = run("train", *command)
+    assert result.code == 0, result.err
+    assert f" {step}/60 [" in result.err and " 0/60 [" not in result.err  # the bar's beginning
+    assert Concept.load(tmp_path / "max").info.name == "max"
+
+
+def test_a_loss_that_is_not_a_number(run: Run, world: World, tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_out.bias"].fill_(math.nan)
+    save_file(weights, file, {"format": "pt"})
+    result = run("train", *arguments(world, tmp_path, base=base))
+    assert result.code == 2
+    last = result.err.splitlines()[-1]
+    assert last.startswith("error: the loss is nan at step 1")
+    assert "unet.conv_out.bias" in last and "learning rate" not in last
+    assert not (tmp_path / "max").exists()
+
+
+def test_a_class_that_the_bundled_base_does_not_have_and_the_last_line(
+    run: Run, tmp_path: Path
+) -> None:
+    """With samples: what stands at the beginning, and the judges' word at the end."""
+    given = ["train", "--base", ROOT / "assets" / "storybook", "--name", "rex", "--steps", 2]
+    given += ["--images", ROOT / "assets" / "concepts" / "rex", "--num-shared-directions", 0]
+    given += ["--preserve", "none", "--no-record-inputs", "--device", "cpu", "--rank", 2]
+    result = run(*given, "--class-word", "zebra", "--output", tmp_path / "zebra")
+    assert result.code == 0, result.err
+    assert "captions       5 of their own, 0 by the template" in result.out
+    (last,) = (line for line in result.out.splitlines() if line.startswith("rex: "))
+    assert "hardly anything learned: the loss on fixed noise went from " in last
+    assert "the last sample does not show rex (distance " in last
+    assert "a class word among dog, cat, " in last
+    with Image.open(tmp_path / "zebra" / "sample-1.png") as strip:
+        assert strip.size == (4 * 64, 64)  # the base's, and after 0, 1 and 2 steps
+    with pytest.warns(UserWarning) as caught:
+        run(*given, "--class-word", "zebra", "--output", tmp_path / "again")
+    told = [str(warning.message) for warning in caught]
+    assert any("the bundled base has no 'zebra'" in text for text in told)
+    assert any("does not know the class word 'zebra': it reads z e b r a" in text for text in told)

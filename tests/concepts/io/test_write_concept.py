@@ -1,0 +1,437 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from customize.concepts.io.write_concept import read, read_info, write, write_single
+from customize.concepts.types import Concept
+from customize.errors import ConceptError, ConfigError
+from tests.concepts.making import contents, same_tensors, small
+
+LORA, SECOND, EMBEDS, INFO = (
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights_2.safetensors",
+    "learned_embeds.safetensors",
+    "concept.json",
+)
+Q = "unet.mid.attn1.to_q.lora_A.weight"
+
+CONCEPTS: dict[str, Callable[[], Concept]] = {
+    "orthogonal": small,
+    "lora": lambda: small(method="lora", basis=None, slices={}, alpha=0.7),
+    "without tokens": lambda: small(num_tokens=0),
+    "two encoders": lambda: two_encoders(),
+    "two denoisers": lambda: two_denoisers(),
+}
+
+
+def two_encoders() -> Concept:
+    concept = small()
+    rows = {"text_encoder": torch.randn(2, 6), "text_encoder_2": torch.randn(2, 10)}
+    return Concept(concept.info, concept.products, rows)
+
+
+def two_denoisers() -> Concept:
+    concept, other = small(num_tokens=0), small(seed=1, num_tokens=0)
+    products = {"transformer": concept.products["unet"], "transformer_2": other.products["unet"]}
+    return Concept(concept.info, products, {})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(small(), tmp_path / "rex")
+
+
+# -- round trips --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(CONCEPTS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_written_is_read_exactly(tmp_path: Path, kind: str, dtype) -> None:
+    concept = CONCEPTS[kind]()
+    rows = {key: values.to(dtype) for key, values in concept.embeddings.items()}
+    concept = Concept(concept.info, concept.products, rows)
+    for written in (
+        concept.save(tmp_path / "rex"),
+        write_single(concept, tmp_path / "r.safetensors"),
+    ):
+        for source in (written, str(written)):
+            found = Concept.load(source)
+            assert found.info == concept.info
+            assert same_tensors(found, concept)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.dictionaries(
+        st.text(max_size=8),
+        st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats(allow_nan=False, allow_infinity=False)
+            | st.text(),
+            lambda inner: st.lists(inner, max_size=3),
+            max_leaves=5,
+        ),
+        max_size=4,
+    ),
+    st.text(st.characters(codec="utf-8", min_codepoint=32, exclude_characters="\x7f"), max_size=40),
+)
+def test_any_facts_are_read_exactly(tmp_path_factory, training, base) -> None:
+    root = tmp_path_factory.mktemp("facts")
+    concept = small(training=training, base=base)
+    assert read_info(write(concept, root / "rex")) == concept.info
+    assert read(write_single(concept, root / "rex.safetensors")).info == concept.info
+
+
+def test_saving_to_a_name_of_a_file_writes_one(tmp_path: Path) -> None:
+    path = small().save(tmp_path / "rex.safetensors")
+    assert path.is_file() and same_tensors(Concept.load(path), small())
+    with pytest.raises(ConfigError, match="no model card"):
+        small().save(path, [Image.new("RGB", (2, 2))])
+
+
+def test_edited_facts_in_the_header_of_a_single_file_are_refused(tmp_path: Path) -> None:
+    path = small().save(tmp_path / "rex.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    facts = json.loads(metadata["customize_concept"])
+    facts["slices"]["8"] = [2, 3]
+    metadata["customize_concept"] = json.dumps(facts)
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(ConceptError, match="not those that were saved together"):
+        read(path)
+
+
+def test_the_names_are_those_of_stock_files(folder: Path, tmp_path: Path) -> None:
+    assert set(contents(folder)) == {LORA, EMBEDS, INFO, "README.md"}
+    assert set(load_file(folder / LORA)) == {
+        f"{module}.lora_{factor}.weight"
+        for module in (
+            "unet.mid.attn1.to_q",
+            "unet.mid.attn2.to_out.0",
+            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+        )
+        for factor in "AB"
+    }
+    assert set(load_file(folder / EMBEDS)) == {"<rex>"}
+    several = write(two_encoders(), tmp_path / "several")
+    assert set(load_file(several / EMBEDS)) == {"clip_l", "clip_g"}
+
+
+def test_a_second_denoiser_has_a_file_of_its_own_under_the_first_ones_name(tmp_path: Path) -> None:
+    concept = two_denoisers()
+    folder = concept.save(tmp_path / "rex")
+    files = {name: load_file(folder / name) for name in (LORA, SECOND)}
+    for name, component in ((LORA, "transformer"), (SECOND, "transformer_2")):
+        expected = {
+            f"transformer.{module}.lora_{factor}.weight": value
+            for module, update in concept.products[component].items()
+            for factor, value in (("A", update.down), ("B", update.up))
+        }
+        assert files[name].keys() == expected.keys()
+        assert all(torch.equal(files[name][key], value) for key, value in expected.items())
+        with safe_open(folder / name, "pt") as opened:
+            header = json.loads(opened.metadata()["lora_adapter_metadata"])
+        assert header["transformer.r"] == concept.info.rank
+        assert {key.partition(".")[0] for key in header} == {"transformer"}
+
+    (folder / SECOND).rename(tmp_path / "kept")
+    with pytest.raises(ConceptError, match="saved together"):
+        read(folder)
+    shutil.copy(folder / LORA, folder / SECOND)  # the other one's updates
+    with pytest.raises(ConceptError, match="saved together"):
+        read(folder)
+    small().save(tmp_path / "tom")
+    shutil.copy(tmp_path / "tom" / LORA, folder / SECOND)
+    with pytest.raises(ConceptError, match=r"text_encoder, unet are in .* second denoiser"):
+        read(folder)
+    (tmp_path / "kept").rename(folder / SECOND)
+    assert same_tensors(read(folder), concept)
+    small(num_tokens=0).save(folder)
+    assert not (folder / SECOND).exists()
+
+
+def test_the_card_shows_pictures_and_cannot_be_broken_by_names(tmp_path: Path) -> None:
+    concept = small(base='x"\\ <b>|', class_word="do|g", scores={"a|b": "[x](y)"})
+    picture = Image.new("RGB", (4, 4), "red")
+    folder = concept.save(tmp_path / "rex", [picture, picture])
+    card = (folder / "README.md").read_text()
+    assert "![<rex>](sample-1.png)" in card and "sample-2.png" in card
+    with Image.open(folder / "sample-2.png") as shown:
+        assert shown.size == (4, 4)
+    import yaml
+
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == 'x"\\ <b>|' and head["instance_prompt"] == "<rex>"
+    assert "<b>" not in card.split("## ")[0].split("---", 2)[2].split("With customize")[0]
+
+
+# -- damaged and foreign files ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> tuple[Path, Path, Concept]:
+    root = tmp_path_factory.mktemp("originals")
+    concept = small()
+    return write(concept, root / "rex"), write_single(concept, root / "rex.safetensors"), concept
+
+
+def read_or_refuse(source: Path, concept: Concept) -> bool:
+    """Whether it was refused; what is not refused must hold the very same tensors."""
+    try:
+        found = read(source)
+    except ConceptError:
+        return True
+    assert same_tensors(found, concept)
+    return False
+
+
+@settings(deadline=None, max_examples=120)
+@given(data=st.data())
+def test_any_truncation_is_refused(originals, tmp_path_factory, data) -> None:
+    folder, single, concept = originals
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("cut") / "rex")
+    name = data.draw(st.sampled_from([LORA, EMBEDS, INFO]))
+    whole = (copy / name).read_bytes()
+    (copy / name).write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    assert read_or_refuse(copy, concept)
+    cut = copy / "single.safetensors"
+    whole = single.read_bytes()
+    cut.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    assert read_or_refuse(cut, concept)
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_any_garbage_is_refused_or_harmless(originals, tmp_path_factory, data) -> None:
+    folder, single, concept = originals
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("noise") / "rex")
+    name = data.draw(st.sampled_from([LORA, EMBEDS, INFO, "single.safetensors"]))
+    path = copy / name
+    whole = bytearray((single if name.startswith("single") else path).read_bytes())
+    start = data.draw(st.integers(0, len(whole)))
+    garbage = data.draw(st.binary(min_size=1, max_size=12))
+    if data.draw(st.booleans()):
+        whole[start : start + len(garbage)] = garbage  # overwritten
+    else:
+        whole[start:start] = garbage  # inserted
+    path.write_bytes(whole)
+    read_or_refuse(path if name.startswith("single") else copy, concept)
+
+
+@settings(deadline=None, max_examples=100)
+@given(name=st.sampled_from([LORA, EMBEDS, INFO, "x.safetensors"]), garbage=st.binary(max_size=64))
+def test_nothing_but_garbage_is_refused(originals, tmp_path_factory, name, garbage) -> None:
+    copy = shutil.copytree(originals[0], tmp_path_factory.mktemp("garbage") / "rex")
+    (copy / name).write_bytes(garbage)
+    assert read_or_refuse(copy / name if name.startswith("x") else copy, originals[2])
+
+
+def test_every_single_bit_of_a_tensor_counts(folder: Path) -> None:
+    for name in (LORA, EMBEDS):
+        whole = (folder / name).read_bytes()
+        for place in (len(whole) - 1, len(whole) - 9):
+            changed = bytearray(whole)
+            changed[place] ^= 1
+            (folder / name).write_bytes(changed)
+            with pytest.raises(ConceptError, match="not those that were saved"):
+                read(folder)
+        (folder / name).write_bytes(whole)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def changed(folder: Path, name: str, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / name)
+    with safe_open(folder / name, "pt") as file:
+        metadata = file.metadata()
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / name, metadata)
+
+
+def put(key: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({key: value(tensors[key])})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (LORA, lambda t: t.pop(Q), f"key {Q} is missing"),
+        (LORA, lambda t: (t.pop(Q), t.pop(Q.replace("_A", "_B"))), "slices are given for"),
+        (LORA, lambda t: t.update({"unet.x.weight": torch.ones(1)}), "unet.x.weight is too many"),
+        (LORA, lambda t: t.update({"unet.x.lora_A.weight": torch.ones(2, 8)}), "lora_B.*missing"),
+        (LORA, put(Q, lambda v: v * float("nan")), "NaN or infinite.*to_q"),
+        (LORA, put(Q, lambda v: v / 0), "NaN or infinite"),
+        (LORA, put(Q, lambda v: v[:1]), "have no product"),
+        (LORA, put(Q, lambda v: v[0]), "have no product"),
+        (LORA, put(Q, lambda v: v[:, :6]), "not those that were saved|widths"),
+        (LORA, put(Q, lambda v: v.double()), "float64"),
+        (LORA, put(Q, lambda v: v.to(torch.int32)), "int32"),
+        (LORA, lambda t: t.clear(), "changes no layer"),
+        (EMBEDS, put("<rex>", lambda v: v[:1]), "shape"),
+        (EMBEDS, put("<rex>", lambda v: v[0]), "shape"),
+        (EMBEDS, put("<rex>", lambda v: v * float("inf")), "NaN or infinite"),
+        (EMBEDS, lambda t: t.update({"<tom>": torch.ones(2, 6)}), "<tom> is too many"),
+        (EMBEDS, lambda t: t.update({"<tom>": t.pop("<rex>")}), "should be the key <rex>"),
+        (EMBEDS, lambda t: t.update({"clip_l": t.pop("<rex>")}), "should be the key <rex>"),
+        (EMBEDS, lambda t: t.clear(), "should be the key <rex>"),
+    ],
+)
+def test_wrong_tensors_are_named(folder: Path, name: str, change, message: str) -> None:
+    changed(folder, name, change)
+    with pytest.raises(ConceptError, match=message) as caught:
+        read(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "schema version 2"),
+        ({"schema_version": "1"}, "schema_version"),
+        ({"name": "../evil"}, "wrong at name"),
+        ({"name": "a/b"}, "wrong at name"),
+        ({"name": "rex\n"}, "wrong at name"),
+        ({"trigger": "<../x>"}, "wrong at trigger"),
+        ({"rank": 3}, "slices"),
+        ({"rank": 0}, "wrong at rank"),
+        ({"rank": 2.0}, "wrong at rank"),
+        ({"alpha": 4.0}, r"disagree on \w+\.lora_alpha"),
+        ({"alpha": -1.0}, "wrong at alpha"),
+        ({"surprise": 1}, "surprise"),
+        ({"base": None}, "wrong at base"),
+        ({"base": "two\nlines"}, "one line"),
+        ({"method": "lora"}, "neither basis nor slices"),
+        ({"basis": None}, "needs its basis"),
+        ({"basis": {"kind": "other"}}, "basis.kind"),
+        ({"slices": {"6": [2, 3]}}, "slices are given for"),
+        ({"slices": {"6": [2, 6], "8": [0, 1]}}, "width 6"),
+        ({"slices": {"6": [2, 2], "8": [0, 1]}}, "width 6"),
+        ({"slices": {"six": [2, 2], "8": [0, 1]}}, "six"),
+        ({"num_tokens": 3}, "not those of 3 tokens"),
+        ({"num_tokens": 0}, "not those that were saved"),
+        ({"slices": {"6": [0, 1], "8": [0, 1]}}, "not those that were saved together"),
+        ({"basis": {"kind": "cosine", "seed": 4, "scale": 1.0}}, "not those that were saved"),
+        ({"trigger": "<tam>"}, "should be the key <tam>"),
+        ({"scores": {"identity": 1.0}}, "not those that were saved together"),
+        ({"sha256": None}, "digest"),
+        ({100_000 * "x": 1}, "wrong at xxx"),
+        ({"slices": {100_000 * "1": [0, 1]}}, "slices"),
+        ({"trigger": "<" + 100_000 * "x" + ">"}, "trigger"),
+        ({"basis": {"kind": 100_000 * "x"}}, "basis.kind"),
+        ({"scores": {"\ud800": 1.0}}, "wrong at scores.*not Unicode"),
+        ({"sha256": "0" * 64}, "not those that were saved"),
+    ],
+)
+def test_wrong_facts_are_named(folder: Path, change, message: str) -> None:
+    path = folder / INFO
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConceptError, match=message) as caught:
+        read(folder)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "1", '{"scores": NaN}', "[" * 100000, "\udcff", '{"name"', ""]
+)
+def test_what_is_not_a_concepts_json(folder: Path, text: str) -> None:
+    (folder / INFO).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConceptError, match=r"concept\.json"):
+        read(folder)
+
+
+def test_a_missing_field_a_missing_file_and_a_huge_one(folder: Path) -> None:
+    values = json.loads((folder / INFO).read_text())
+    del values["rank"]
+    (folder / INFO).write_text(json.dumps(values))
+    with pytest.raises(ConceptError, match="wrong at rank: Field required"):
+        read(folder)
+    with open(folder / INFO, "wb") as file:
+        file.truncate(2**25)
+    with pytest.raises(ConceptError, match="larger than"):
+        read(folder)
+    (folder / INFO).unlink()
+    with pytest.raises(ConceptError, match=r"no concept\.json"):
+        read(folder)
+    for name in (LORA, EMBEDS):
+        whole = write(small(), folder.parent / f"lacks-{name}")
+        (whole / name).unlink()
+        with pytest.raises(ConceptError, match=f"missing.*{name}"):
+            read(whole)
+
+
+def test_parts_of_two_concepts_do_not_go_together(folder: Path, tmp_path: Path) -> None:
+    other = write(small(seed=1), tmp_path / "other")
+    shutil.copy(other / LORA, folder / LORA)
+    with pytest.raises(ConceptError, match="not those that were saved together"):
+        read(folder)
+
+
+def test_an_ordinary_lora_is_no_concept(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ConceptError, match="load an ordinary LoRA into a pipeline"):
+        read(folder / LORA)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["BOMB"],))
+
+
+@pytest.mark.parametrize("ending", ["bin", "ckpt", "pt", "pth", "pkl", "safetensors", "zip"])
+def test_pickles_are_never_opened(tmp_path: Path, monkeypatch, ending: str) -> None:
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    single = tmp_path / f"model.{ending}"
+    single.write_bytes(pickle.dumps(Bomb()))
+    inside = tmp_path / "folder"
+    inside.mkdir()
+    shutil.copy(single, inside / "pytorch_lora_weights.bin")
+    for source in (single, inside):
+        with pytest.raises(ConceptError):
+            read(source)
+    assert not (tmp_path / "exploded").exists()
+    with pytest.raises(ConceptError, match="can run code"):
+        read(inside)
+
+
+@pytest.mark.parametrize(
+    "source", ["", "nowhere", "no/such/concept/here", "../nowhere/x/y", "x" * 5000, "a\0b"]
+)
+def test_nothing_there(source: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConceptError):
+        read(source)
+
+
+def test_a_hub_id_is_fetched_and_checked_like_a_folder(folder: Path, monkeypatch) -> None:
+    asked = []
+
+    def snapshot_download(repo_id: str, **options: object) -> str:
+        asked.append((repo_id, options["allow_patterns"]))
+        if repo_id == "user/rex":
+            return str(folder)
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert same_tensors(read("user/rex"), small())
+    with pytest.raises(ConceptError, match="offline"):
+        read("user/other")
+    ours = [LORA, SECOND, EMBEDS, "layerwise_embeds.safetensors", INFO]
+    ours += ["layer_inputs.safetensors"]
+    peft = ["adapter_model.safetensors", "adapter_config.json"]
+    merges = ["merged.json", "learned_embeds_*.safetensors"]
+    assert asked[0] == ("user/rex", [*ours, *peft, *merges])

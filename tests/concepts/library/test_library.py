@@ -1,0 +1,416 @@
+"""A folder of concepts: its index, what is added to it, and what is wrong in it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from customize.concepts.io.file_layout import INPUTS_FILE
+from customize.concepts.library import library as library_module
+from customize.concepts.library.index import INDEX_FILE, Entry, read_index
+from customize.concepts.library.library import Library, add
+from customize.concepts.library.library_check import check
+from customize.errors import ConceptError, ConfigError, CustomizeError, StorageError
+from tests.cli.making import record_of
+from tests.concepts.making import small
+
+
+def lora(path, rank=3, value=1.0, **metadata):
+    tensors = {"unet.mid.attn1.to_q.lora_A.weight": torch.full((rank, 8), value)}
+    tensors["unet.mid.attn1.to_q.lora_B.weight"] = torch.ones(8, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two concepts of disjoint slices, one a folder and one a file, and a LoRA."""
+    folder = tmp_path / "library"
+    small().save(folder / "rex")
+    other = {"6": [0, 1], "8": [2, 3]}
+    small(1, name="tom", trigger="<tom>", slices=other).save(folder / "tom.safetensors")
+    lora(folder / "Water Colour.safetensors", **{"modelspec.trigger_phrase": "in <wc> style"})
+    return folder
+
+
+def called(library):
+    return {entry.name: entry for entry in library.entries.values()}
+
+
+def test_it_says_what_is_known_without_the_tensors(folder):
+    found = called(Library(folder))
+    rex, tom, water = found["rex"], found["tom"], found["water-colour"]
+    assert (rex.trigger, rex.class_word, rex.family, rex.rank) == ("<rex>", "dog", "sd", 2)
+    assert rex.slices == {"6": [2, 3], "8": [0, 1]} and rex.basis.seed == 3
+    assert rex.fingerprint == small().info.fingerprint
+    own = ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
+    assert rex.size == sum((folder / "rex" / name).stat().st_size for name in own)
+    assert tom.source == "tom.safetensors" and tom.own_tokens
+    assert (water.trigger, water.words, water.rank) == ("<water-colour>", "in <wc> style", 3)
+    assert water.called == {"<water-colour>", "<wc>"} and not water.own_tokens
+
+
+def test_the_index_gives_what_the_files_give(folder):
+    first = Library(folder)
+    assert first.stale == 3 and first.kept
+    assert read_index(folder) == first.entries
+    again = Library(folder)
+    assert again.stale == 0 and again.entries == first.entries
+
+
+def test_what_holds_is_not_read_again(folder, monkeypatch):
+    Library(folder)
+    small(2, name="kit", trigger="<kit>").save(folder / "kit")
+    shutil.rmtree(folder / "rex")
+    read = []
+    real = library_module.described
+    monkeypatch.setattr(
+        library_module, "described", lambda *args: read.append(args[1]) or real(*args)
+    )
+    assert set(called(Library(folder))) == {"kit", "tom", "water-colour"}
+    assert read == ["kit"]
+
+
+def test_a_changed_file_is_seen(folder):
+    library = Library(folder)
+    (entry,) = library.called("<REX>")
+    assert library.is_fresh(entry)
+    shutil.rmtree(folder / "rex")
+    small(5, trigger="<roo>").save(folder / "rex")
+    assert not library.is_fresh(entry)
+    library.refresh()
+    assert library.called("<rex>") == [] and library.called("<roo>")[0].source == "rex"
+    assert library.near("<roos>", lambda entry: True) == ["<roo>"]
+    assert library.near("<roos>", lambda entry: entry.name != "rex") == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"no database" * 100),
+        lambda path: path.write_bytes(path.read_bytes()[:5000]),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"sd", b"\xff\xfe")),
+        lambda path: _edited(path, "PRAGMA user_version = 99"),
+        lambda path: _edited(path, "DROP TABLE concepts"),
+        lambda path: _edited(path, "UPDATE concepts SET slices = '{'"),
+        lambda path: _edited(path, "UPDATE concepts SET slices = '[3]'"),
+    ],
+    ids=["missing", "empty", "other", "cut", "bytes", "version", "table", "json", "type"],
+)
+def test_a_damaged_index_is_made_anew(folder, damage):
+    before = Library(folder).entries
+    damage(folder / INDEX_FILE)
+    assert Library(folder).entries == before
+    assert read_index(folder) == before
+
+
+def _edited(path, *commands):
+    with closing(sqlite3.connect(path)) as database:
+        for command in commands:
+            database.execute(command)
+        database.commit()
+
+
+_ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x FROM n"
+_AS_VIEW = f"CREATE VIEW concepts AS SELECT o.* FROM old o, ({_ENDLESS})"
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        ("ALTER TABLE concepts RENAME TO old", _AS_VIEW),
+        ("ALTER TABLE concepts RENAME TO old", "CREATE VIRTUAL TABLE concepts USING fts5(source)"),
+        (f"CREATE TABLE more AS {_ENDLESS} LIMIT 10",),
+        ("CREATE TRIGGER t AFTER INSERT ON concepts BEGIN DELETE FROM concepts; END",),
+        ("CREATE INDEX more ON concepts (name)",),
+        ("ALTER TABLE concepts ADD COLUMN more AS (hex(zeroblob(400000000)))",),
+        (
+            "ALTER TABLE concepts RENAME TO old",
+            "CREATE TABLE concepts (source, stamp, name, trigger, words, own_tokens, class_word, "
+            "family, base, fingerprint, rank, basis, slices, size, recorded, "
+            "fault AS (hex(zeroblob(400000000))))",
+            "INSERT INTO concepts SELECT source, stamp, name, trigger, words, own_tokens, "
+            "class_word, family, base, fingerprint, rank, basis, slices, size, recorded FROM old",
+            "DROP TABLE old",
+        ),
+        ("UPDATE concepts SET words = hex(zeroblob(10000000))",),
+        ("UPDATE concepts SET words = zeroblob(20000000)",),
+        ("PRAGMA journal_mode = WAL",),
+    ],
+    ids=[
+        *("view", "virtual", "table", "trigger", "index", "column", "generated", "long", "blob"),
+        "wal",
+    ],
+)
+def test_an_index_that_computes_or_is_vast_is_made_anew_at_once(folder, commands):
+    before = Library(folder).entries
+    _edited(folder / INDEX_FILE, *commands)
+    started = time.monotonic()
+    assert Library(folder).entries == before
+    assert time.monotonic() - started < 5
+    assert read_index(folder) == before
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_an_index_with_other_bytes_gives_what_the_files_give(data):
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        before = Library(_lora_folder(folder)).entries
+        path = folder / INDEX_FILE
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+        assert Library(folder).entries == before
+
+
+def _lora_folder(folder):
+    for name in ("a", "b"):
+        lora(folder / f"{name}.safetensors", **{"modelspec.trigger_phrase": f"in {name} style"})
+    return folder
+
+
+def test_a_library_that_may_not_be_written_is_read(folder, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("customize.concepts.library.index.put_file", refuse)
+    library = Library(folder)
+    assert not library.kept and len(library.entries) == 3
+    assert not (folder / INDEX_FILE).exists()
+    assert any("cannot be written" in note for note in check(folder).notes)
+
+
+def test_what_is_no_concept_is_left_alone(folder):
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "a.json").write_text("{}")
+    (folder / "notes.txt").write_text("x")
+    (folder / ".rex.partial").mkdir()
+    small().save(folder / ".rex.partial" / "rex")
+    assert set(called(Library(folder))) == {"rex", "tom", "water-colour"}
+
+
+def test_no_folder_is_no_library(tmp_path):
+    for place in (tmp_path / "none", tmp_path / "file"):
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(ConfigError, match="cannot be read"):
+            Library(place)
+    (tmp_path / "empty").mkdir()
+    assert Library(tmp_path / "empty").entries == {}
+
+
+def test_adding_copies_a_concept_with_its_record(folder, tmp_path):
+    library = tmp_path / "new"
+    for record in (folder / "rex" / INPUTS_FILE, folder / f"tom.{INPUTS_FILE}"):
+        record_of(small()).save(record)
+    (folder / "rex" / ".checkpoints").mkdir()
+    for source in ("rex", "tom.safetensors", "Water Colour.safetensors"):
+        add(library, folder / source)
+    made = called(Library(library))
+    assert {name: each.recorded for name, each in made.items()} == {
+        "rex": True,
+        "tom": True,
+        "water-colour": False,
+    }
+    assert not (library / "rex" / ".checkpoints").exists()
+    hidden = {path.name for path in library.iterdir() if path.name.startswith(".")}
+    assert hidden <= {INDEX_FILE, ".slices.lock"}
+    for name in ("rex/concept.json", "rex/pytorch_lora_weights.safetensors", "tom.safetensors"):
+        assert (library / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_adding_copies_known_files_and_follows_no_links_out(folder, tmp_path):
+    rex, home, library = folder / "rex", tmp_path / "home", tmp_path / "new"
+    (home / ".ssh").mkdir(parents=True)
+    (home / "key").write_text("KEY")
+    (rex / "README.md").unlink()
+    (rex / "README.md").symlink_to(home / "key")
+    (rex / "sample-1.png").symlink_to(home / "key")
+    (rex / "sample-4.png").symlink_to("sample-4.png")
+    (rex / "pictures").symlink_to(home)
+    (rex / "notes.txt").write_text("mine")
+    (rex / "sample-2.png").write_bytes(b"picture")
+    (rex / "sample-3.png").symlink_to("sample-2.png")
+    weights = rex / "pytorch_lora_weights.safetensors"
+    weights.rename(home / "weights")
+    weights.symlink_to(home / "weights")  # a valid file, wherever it is
+    with pytest.warns(UserWarning, match="5 of the files .* notes.txt, pictures, sample-1.png"):
+        add(library, rex)
+    copied = {path.name for path in (library / "rex").iterdir()}
+    own = {"concept.json", "learned_embeds.safetensors", weights.name}
+    assert copied == own | {"sample-2.png", "sample-3.png"}
+    assert not any(path.is_symlink() for path in (library / "rex").iterdir())
+    (folder / "tom.layer_inputs.safetensors").symlink_to(home / "key")
+    (rex / INPUTS_FILE).symlink_to(home / "key")
+    for source in (rex, folder / "tom.safetensors"):
+        with pytest.raises(ConceptError, match="no safetensors file"):
+            add(tmp_path / "other", source)
+    assert not list((tmp_path / "other").glob("[!.]*"))
+
+
+def test_a_concept_of_the_hubs_cache_is_copied_through_its_links(folder, tmp_path):
+    blobs, snapshot = tmp_path / "models--a--rex" / "blobs", tmp_path / "models--a--rex"
+    snapshot = snapshot / "snapshots" / "0123abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted((folder / "rex").iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    add(tmp_path / "new", snapshot)
+    copied = {path.name for path in (tmp_path / "new" / "rex").iterdir()}
+    assert copied == {path.name for path in snapshot.iterdir()} and "README.md" in copied
+
+
+def test_a_name_or_trigger_that_is_taken_is_refused(folder, tmp_path):
+    before = sorted(folder.rglob("*"))
+    small(3).save(tmp_path / "rex")
+    small(3, name="max", trigger="<tom>").save(tmp_path / "max")
+    lora(tmp_path / "rex.safetensors")
+    for source in ("rex", "max", "rex.safetensors"):
+        with pytest.raises(ConceptError, match="already"):
+            add(folder, tmp_path / source)
+    with pytest.raises(ConceptError, match="no such concept"):
+        add(folder, tmp_path / "none")
+    (folder / "kit").mkdir()
+    small(3, name="kit", trigger="<kit>").save(tmp_path / "kit")
+    with pytest.raises(ConceptError, match="something else"):
+        add(folder, tmp_path / "kit")
+    (folder / "kit").rmdir()
+    after = [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]
+    assert after == before
+
+
+def test_a_copy_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", fail)
+    for source in ("rex", "tom.safetensors"):
+        with pytest.raises(StorageError, match="disk is full"):
+            add(tmp_path / "new", folder / source)
+    assert [path.name for path in (tmp_path / "new").iterdir()] in ([], [".slices.lock"])
+
+
+def _adding(library, source, barrier, answers):
+    barrier.wait()
+    try:
+        answers.put(add(library, source).source)
+    except CustomizeError as error:
+        answers.put(error)
+
+
+def test_of_processes_that_add_one_name_one_does(tmp_path):
+    processes = 4
+    for number in range(processes):
+        small(number).save(tmp_path / f"{number}" / "rex")
+        name = f"c{number}"
+        small(number, name=name, trigger=f"<{name}>").save(tmp_path / f"{number}" / name)
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(2 * processes), context.Queue()
+    library = tmp_path / "library"
+    started = [
+        context.Process(
+            target=_adding, args=(library, tmp_path / str(number) / name, barrier, answers)
+        )
+        for number in range(processes)
+        for name in ("rex", f"c{number}")
+    ]
+    for process in started:
+        process.start()
+    found = [answers.get(timeout=120) for _ in started]
+    for process in started:
+        process.join()
+    refused = [each for each in found if isinstance(each, Exception)]
+    assert sorted(map(str, set(found) - set(refused))) == ["c0", "c1", "c2", "c3", "rex"]
+    assert len(refused) == processes - 1
+    assert all("has a concept rex already" in str(error) for error in refused)
+    assert set(called(Library(library))) == {"rex", "c0", "c1", "c2", "c3"}
+    assert Library(library).stale == 0
+
+
+def test_a_sound_library_has_no_faults_but_lacking_records(folder):
+    found = check(folder)
+    assert len(found.faults) == 3 and all("customize record" in fault for fault in found.faults)
+    assert any("made anew" in note for note in found.notes)
+    assert not check(folder).notes
+
+
+def faults(folder):
+    return "\n".join(fault for fault in check(folder).faults if "customize record" not in fault)
+
+
+def test_check_reads_every_file(folder):
+    path = folder / "rex" / "pytorch_lora_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")
+    (folder / "tom.safetensors").write_bytes(b"cut")
+    lora(folder / "nan.safetensors", value=float("nan"))
+    lora(folder / "zero.safetensors", rank=0)
+    shutil.copytree(folder / "rex", folder / "bad")
+    (folder / "bad" / "concept.json").write_text("{")
+    small(7, name="kit", trigger="<kit>").save(folder / "kit")
+    small(8, name="kit", trigger="<kit>").save(folder / "other")
+    other = (folder / "other" / "pytorch_lora_weights.safetensors").read_bytes()
+    (folder / "kit" / "pytorch_lora_weights.safetensors").write_bytes(other)
+    found = faults(folder)
+    for text in ("NaN", "rank 0", "tom.safetensors", "no JSON", "not those that were saved"):
+        assert text in found, text
+
+
+def test_check_tells_triggers_that_call_two(folder):
+    small(4, name="max", trigger="<rex>", slices={"6": [4, 5], "8": [4, 5]}).save(folder / "max")
+    lora(folder / "rex-two.safetensors", **{"modelspec.trigger_phrase": "<rex>"})
+    found = faults(folder)
+    assert "<rex> calls both max and rex" in found
+    assert "<rex> calls both rex and rex-two.safetensors" in found
+    # Of another architecture it is offered to other pipelines.
+    shutil.rmtree(folder / "max")
+    (folder / "rex-two.safetensors").unlink()
+    other = {"family": "sd", "denoiser": "other", "widths": {"unet": [6, 8]}}
+    small(4, name="max", trigger="<rex>", fingerprint=other).save(folder / "max")
+    assert faults(folder) == ""
+
+
+def test_check_tells_slices_that_need_not_collide_and_widths_that_are_full(folder):
+    assert faults(folder) == ""
+    small(4, name="max", trigger="<max>", slices={"6": [4, 5], "8": [0, 1]}).save(folder / "max")
+    found = check(folder)
+    text = "\n".join(found.faults)
+    assert "max and rex share 2 of 2 columns at width 8" in text and "width 6" not in text
+    shutil.rmtree(folder / "max")
+    small(4, name="max", trigger="<max>", slices={"6": [4, 5], "8": [4, 5]}).save(folder / "max")
+    small(4, name="ann", trigger="<ann>", slices={"6": [4, 5], "8": [6, 7]}).save(folder / "ann")
+    found = check(folder)
+    assert faults(folder) == ""
+    assert any("width 6 is full: 2 of 4 concepts" in note for note in found.notes)
+
+
+def test_entries_compare_by_what_they_say(folder):
+    a, b = Library(folder), Library(folder)
+    assert a.entries == b.entries and all(isinstance(e, Entry) for e in a.entries.values())
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_adding_to_a_folder_that_may_not_be_written(folder, tmp_path):
+    small(3, name="kit", trigger="<kit>").save(tmp_path / "kit")
+    folder.chmod(0o500)
+    try:
+        with pytest.raises(StorageError, match="cannot be written"):
+            add(folder, tmp_path / "kit")
+    finally:
+        folder.chmod(0o700)

@@ -1,0 +1,120 @@
+"""Which weight each layer gets, and what a merge makes of a weight of 0."""
+
+import pytest
+import torch
+
+from customize.concepts.formats.lora import Lora, LoraInfo
+from customize.concepts.input_statistics import LayerInputs
+from customize.concepts.merge.component_weights import BlockWeights, checked, weight_of
+from customize.concepts.merge.merge_concepts import merge
+from customize.core.lowrank import LowRank, product
+from customize.errors import ConfigError
+
+UNET = [
+    *(
+        f"{side}_blocks.{n}.{kind}.{i}.{leaf}"
+        for side, count in (("down", 2), ("up", 3))
+        for n in range(2)
+        for i in range(count)
+        for kind, leaf in (("attentions", "proj_in"), ("resnets", "conv1"))
+        if not (side == "down" and n == 1 and kind == "attentions")
+    ),
+    "down_blocks.0.downsamplers.0.conv",
+    "mid_block.attentions.0.proj_in",
+    "mid_block.resnets.0.conv1",
+    "mid_block.resnets.1.conv1",
+    "time_embedding.linear_1",
+]
+LAYERS = {
+    "unet": UNET,
+    "text_encoder": ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.self_attn.q_proj"],
+}
+
+
+def of(given, component, module):
+    return weight_of(checked("rex", given, LAYERS, ["unet"]), component, module)
+
+
+@pytest.mark.parametrize(
+    ("given", "layer", "expected"),
+    [
+        (0.5, "time_embedding.linear_1", 0.5),
+        ({"down": 0.5}, "time_embedding.linear_1", 1.0),
+        ({"unet": 0.2, "down": 0.5}, "time_embedding.linear_1", 0.2),
+        ({"unet": 0.2, "down": 0.5}, "down_blocks.1.resnets.0.conv1", 0.5),
+        ({"down": 0.5, "unet": 0.2}, "down_blocks.1.resnets.0.conv1", 0.5),
+        ({"unet": {"down": {"block_0": 0.5}}}, "down_blocks.0.attentions.1.proj_in", 0.5),
+        ({"unet": {"down": {"block_0": 0.5}}}, "down_blocks.1.resnets.0.conv1", 1.0),
+        ({"unet": {"down": {"block_0": [0.5, 0.7]}}}, "down_blocks.0.attentions.1.proj_in", 0.7),
+        ({"unet": {"down": {"block_0": [0.5, 0.7]}}}, "down_blocks.0.resnets.1.conv1", 0.7),
+        ({"unet": {"down": {"block_0": [0.5, 0.7]}}}, "down_blocks.0.downsamplers.0.conv", 0.5),
+        ({"down": [0.5, 0.7]}, "down_blocks.1.resnets.1.conv1", 0.7),
+        ({"up": {"block_1": [0.4, 0.8, 1.0]}}, "up_blocks.1.attentions.2.proj_in", 1.0),
+        ({"up": {"block_1": [0.4]}}, "up_blocks.1.attentions.2.proj_in", 0.4),
+        ({"mid": [0.3]}, "mid_block.resnets.1.conv1", 0.3),
+        ({"": 0.3, "down": 0.5}, "mid_block.resnets.1.conv1", 0.3),
+        ({"unet": {"": 0.3, "down": 0.5}}, "mid_block.resnets.1.conv1", 0.3),
+        ({"up_blocks.1.attentions.0": 0}, "up_blocks.1.attentions.0.proj_in", 0.0),
+        ({"up_blocks.1": 0}, "up_blocks.1.attentions.0.proj_in", 0.0),
+    ],
+)
+def test_weights_of_a_unets_layers(given, layer, expected):
+    assert of(given, "unet", layer) == expected
+
+
+def test_text_encoders_by_either_name_of_their_layers():
+    given = {"text_encoder": {"layers": [0.2, 0.4]}}
+    for name in ("encoder.layers.1.self_attn.q_proj", "text_model.encoder.layers.1.self_attn.q"):
+        assert of(given, "text_encoder", name) == 0.4
+    assert (
+        of({"text_encoder": {"layers": {"block_0": 0}}}, "text_encoder", "encoder.layers.0.x") == 0
+    )
+
+
+def test_block_1_is_not_the_beginning_of_block_10():
+    layers = {"transformer": [f"blocks.{n}.to_q" for n in range(12)]}
+    weight = checked("rex", {"blocks": {"block_1": 0.5}}, layers, ["transformer"])
+    assert [weight.of("transformer", f"blocks.{n}.to_q") for n in (1, 10, 11)] == [0.5, 1.0, 1.0]
+    each = checked("rex", {"blocks": [0.1 * n for n in range(12)]}, layers, ["transformer"])
+    assert each.of("transformer", "blocks.10.to_q") == 1.0
+
+
+def test_two_denoisers_have_blocks_of_the_same_names():
+    layers = {key: ["blocks.0.to_q"] for key in ("transformer", "transformer_2")}
+    weight = checked("rex", {"blocks": 0.5, "transformer_2": 0.2}, layers, [*layers])
+    assert weight.of("transformer", "blocks.0.to_q") == 0.5
+    other = checked("rex", {"transformer_2": {"blocks": 0.2}}, layers, [*layers])
+    assert other.of("transformer", "blocks.0.to_q") == 1.0
+
+
+@pytest.mark.parametrize("given", [{"unet": {"time_embedding": [1, 2]}}, {"mid": [1, 2]}, {"x": 1}])
+def test_refused(given):
+    with pytest.raises(ConfigError):
+        checked("rex", given, LAYERS, ["unet"])
+
+
+def lora(name, seed, layers=("a", "b")):
+    g = torch.Generator().manual_seed(seed)
+    products = {
+        "unet": {
+            m: LowRank(torch.randn(6, 2, generator=g), torch.randn(2, 5, generator=g)) for m in "ab"
+        }
+    }
+    products = {"unet": {m: products["unet"][m] for m in layers}}
+    return Lora(LoraInfo(name, "sd", "", 2), products)
+
+
+@pytest.mark.parametrize("method", ["sum", "average", "magnitude", "dare", "ties", "fusion"])
+def test_a_layer_of_weight_0_counts_as_none(method):
+    g = torch.Generator().manual_seed(5)
+    rows = [{"unet": {m: torch.randn(9, 5, generator=g) for m in "ab"}} for _ in range(4)]
+    inputs = [LayerInputs("", rows[0], rows[1]), LayerInputs("", rows[2], rows[3])]
+    given = {"inputs": inputs} if method == "fusion" else {}
+    tom, weight = lora("tom", 2), BlockWeights((("unet.b", 0.0), ("unet", 0.7)), "")
+    found = merge([lora("rex", 1), tom], [weight, 0.6], method, **given)
+    expected = merge([lora("rex", 1, "a"), tom], [0.7, 0.6], method, **given)
+    for module in "ab":
+        torch.testing.assert_close(
+            product(found["unet"][module]), product(expected["unet"][module])
+        )
+    assert merge([lora("rex", 1)], [BlockWeights((("unet", 0.0),), "")]) == {}

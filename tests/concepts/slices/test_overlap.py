@@ -1,0 +1,176 @@
+"""Which concepts' slices overlap, by the columns themselves."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from customize.concepts.library.library_check import check
+from customize.concepts.slices.allocation import columns_for
+from customize.concepts.slices.overlap import down_projections, true_collisions
+from customize.concepts.types import BasisInfo, Concept
+from customize.core.avoiding_slices import down_projection
+from customize.core.bases import BASES
+from customize.core.fusion import InputMoment
+from customize.core.lowrank import LowRank
+from tests.concepts.making import facts
+
+AVOID, RANK, WIDTHS = 4, 4, (64, 96)
+
+
+def directions(noise: float = 0.0, *, seed: int = 0) -> dict[int, Tensor]:
+    """The leading directions of inputs, with noise as two machines' rounding makes it.
+
+    Args:
+        noise: relative to each input.
+        seed: of the inputs.
+    """
+    found = {}
+    for width in WIDTHS:
+        generator = torch.Generator().manual_seed(width + 1000 * seed)
+        strengths = torch.linspace(8, 2, 6)
+        strengths = torch.cat([strengths, torch.full((width - 6,), 0.1)])
+        axes, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
+        rows = torch.randn(500, width, generator=generator) * strengths @ axes
+        other = torch.Generator().manual_seed(99)
+        rows = rows * (1 + noise * torch.randn(rows.shape, generator=other))
+        moment = InputMoment(width)
+        moment.add(rows)
+        found[width] = moment.factor(32)
+    return found
+
+
+def sliced(
+    name: str, index: int, inputs: dict[int, Tensor], shared: str, avoid: int = AVOID, **basis
+) -> Concept:
+    """A concept of two layers of each width, which avoids these directions."""
+    info = BasisInfo(avoid=avoid, shared=shared, **basis)
+    columns = columns_for(WIDTHS, RANK, index=index, name=name, avoid=avoid)
+    downs = {
+        width: down_projection(BASES[info.kind], inputs[width], own, info.seed, avoid=avoid)
+        for width, own in columns.items()
+    }
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    products = {
+        "unet": {
+            f"mid.{number}.w{width}.to_q": LowRank(
+                torch.randn(8, RANK, generator=generator), downs[width], 1.0
+            )
+            for number, width in product(range(2), WIDTHS)
+        }
+    }
+    values = facts(
+        name=name,
+        trigger=f"<{name}>",
+        basis=info,
+        rank=RANK,
+        alpha=float(RANK),
+        slices={str(width): list(own) for width, own in columns.items()},
+        num_tokens=0,
+    )
+    return Concept(values, products, {})
+
+
+A, B = "a" * 16, "b" * 16
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-5, 1e-4])
+def test_the_same_columns_of_two_recordings_are_found(noise) -> None:
+    rex = sliced("rex", 0, directions(), A)
+    zig = sliced("zig", 0, directions(noise), B)
+    assert not torch.equal(*(next(iter(c.products["unet"].values())).down for c in (rex, zig)))
+    (found,) = true_collisions([rex, zig])
+    assert found.columns == {64: (0, 1, 2, 3), 96: (0, 1, 2, 3)}
+    assert "4 of 4 columns at width 64" in found.what and "--library" in found.fix
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-5, 1e-4])
+def test_other_columns_of_two_recordings_are_apart(noise) -> None:
+    rex = sliced("rex", 0, directions(), A)
+    assert true_collisions([rex, sliced("zig", 1, directions(noise), B)]) == []
+
+
+def test_directions_that_were_turned_make_columns_that_overlap() -> None:
+    rex = sliced("rex", 0, directions(), A, avoid=8)
+    turned = {width: rows.flip(0) for width, rows in directions(seed=1).items()}
+    for shared, why in ((B, "recorded apart"), (A, "other columns than their facts say")):
+        (found,) = true_collisions([rex, sliced("zig", 1, turned, shared, avoid=8)])
+        assert found.columns == {} and why in found.what
+        assert "times as much as slices drawn at random" in found.what
+
+
+def test_what_facts_say_does_not_count_against_the_columns() -> None:
+    inputs = directions()
+    rex, zig = sliced("rex", 0, inputs, A), sliced("zig", 1, inputs, A)
+    columns = rex.info.slices
+    info = zig.info.model_copy(update={"slices": columns})
+    assert true_collisions([rex, Concept(info, zig.products, {})]) == []
+    info = rex.info.model_copy(update={"name": "max", "slices": zig.info.slices})
+    (found,) = true_collisions([rex, Concept(info, rex.products, {})])
+    assert found.columns == {64: (0, 1, 2, 3), 96: (0, 1, 2, 3)}
+
+
+def test_other_matrices_and_other_numbers_of_directions_are_named() -> None:
+    inputs = directions()
+    rex = sliced("rex", 0, inputs, A)
+    (found,) = true_collisions([rex, sliced("zig", 1, inputs, A, seed=9)])
+    assert "different orthogonal matrices (cosine with seed 0, cosine with seed 9)" in found.what
+    assert "--orthogonal-matrix cosine, --matrix-seed 0" in found.fix
+
+
+def test_a_part_of_the_columns_and_other_layers() -> None:
+    inputs = directions()
+    rex = sliced("rex", 0, inputs, A)
+    zig = sliced("zig", 1, inputs, A)
+    layers = list(zig.products["unet"])
+    mixed = {
+        layer: LowRank(
+            update.up,
+            torch.cat([rex.products["unet"][layer].down[:1], update.down[1:]])
+            if layer == layers[0]
+            else update.down,
+            1.0,
+        )
+        for layer, update in zig.products["unet"].items()
+    }
+    (found,) = true_collisions([rex, Concept(zig.info, {"unet": mixed}, {})])
+    assert found.columns == {64: (0,)}
+    elsewhere = {f"other.{layer}": update for layer, update in rex.products["unet"].items()}
+    info = rex.info.model_copy(update={"name": "max"})
+    assert true_collisions([rex, Concept(info, {"unet": elsewhere}, {})]) == []
+
+
+def test_the_library_check_finds_them(tmp_path) -> None:
+    sliced("rex", 0, directions(), A).save(tmp_path / "rex")
+    sliced("zig", 0, directions(1e-5), B).save(tmp_path / "zig")
+    sliced("tom", 1, directions(1e-5), B).save(tmp_path / "tom")
+    found = [fault for fault in check(tmp_path).faults if "share" in fault]
+    assert len(found) == 1 and "rex and zig share 4 of 4 columns at width 64" in found[0]
+    sliced("far", 2, directions(), "c" * 16, seed=5).save(tmp_path / "far")
+    notes = [note for note in check(tmp_path).notes if "drawn at random" in note]
+    assert len(notes) == 1 and "far and rex" in notes[0] and "and 2 others" in notes[0]
+
+
+def test_some_layers_of_each_component_and_width_are_compared() -> None:
+    concept = sliced("rex", 0, directions(), A)
+    assert len(down_projections(concept)) == 4
+    one = down_projections(concept, 1)
+    assert sorted(down.shape[1] for down in one.values()) == [64, 96]
+
+
+def test_whatever_the_default_dtype_and_autocast_are() -> None:
+    concepts = [
+        sliced("rex", 0, directions(), A),
+        sliced("zig", 1, directions(1e-5), B),
+        sliced("max", 0, directions(1e-5), B),
+    ]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            found = true_collisions(concepts)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [(each.first, each.second) for each in found] == [("rex", "max")]

@@ -1,0 +1,255 @@
+"""Records of layer inputs on disk."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from customize.concepts.input_statistics import (
+    HEADER,
+    LayerInputs,
+    place_beside,
+    record_beside,
+    updates_digest,
+)
+from customize.concepts.merge.merge_concepts import merge
+from customize.core.lowrank import distance, norm, weighted_sum
+from customize.errors import ConceptError, ConfigError, StorageError
+from tests.concepts.making import small
+
+KEY = "own.unet.mid.attn1.to_q"
+
+
+def record(concept, rows: int = 3, seed: int = 0) -> LayerInputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors():
+        return {
+            component: {
+                module: torch.randn(rows, update.shape[1], generator=generator) / 10
+                for module, update in updates.items()
+            }
+            for component, updates in concept.products.items()
+        }
+
+    return LayerInputs(updates_digest(concept.products), factors(), factors())
+
+
+def test_round_trip(tmp_path):
+    before = record(small())
+    shared = before.own["unet"]["mid.attn1.to_q"]
+    before.own["unet"]["mid.attn1.to_k"] = shared  # two layers that read the same tensor
+    path = before.save(tmp_path / "layer_inputs.safetensors")
+    after = LayerInputs.load(path)
+    assert after.of == before.of
+    for kind in ("own", "generic"):
+        old, new = getattr(before, kind), getattr(after, kind)
+        assert {c: set(m) for c, m in old.items()} == {c: set(m) for c, m in new.items()}
+        for component, layers in old.items():
+            for module, rows in layers.items():
+                read = new[component][module]
+                assert read.dtype == torch.float32
+                torch.testing.assert_close(read, rows, atol=1e-4, rtol=1e-3)
+    assert after.own["unet"]["mid.attn1.to_k"] is after.own["unet"]["mid.attn1.to_q"]
+    size = path.stat().st_size
+    assert size < 2 * sum(rows.numel() for _, _, rows in _listed(before)) + 3000
+    before.save(path)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert path.stat().st_size == size
+
+
+def _listed(found):
+    return [
+        (component, module, rows)
+        for factors in (found.own, found.generic)
+        for component, layers in factors.items()
+        for module, rows in layers.items()
+    ]
+
+
+def test_where_it_lies(tmp_path):
+    folder = small().save(tmp_path / "rex")
+    single = small().save(tmp_path / "tom.v2.safetensors")
+    assert place_beside(folder) == folder / "layer_inputs.safetensors"
+    assert place_beside(single) == tmp_path / "tom.v2.layer_inputs.safetensors"
+    with pytest.raises(ConceptError):
+        place_beside(tmp_path / "nobody.safetensors")
+    with pytest.raises(StorageError):
+        record(small()).save(tmp_path / "missing" / "x.safetensors")
+
+
+def test_a_digest_is_of_the_updates_alone():
+    assert updates_digest(small().products) == updates_digest(small(name="tom").products)
+    assert updates_digest(small().products) != updates_digest(small(seed=1).products)
+    assert updates_digest(small().products) != updates_digest(small(alpha=4.0).products)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "what"),
+    [
+        ({KEY: torch.ones(2, 8)}, None, "no record of layer inputs"),
+        ({KEY: torch.ones(2, 8)}, {"version": 1, "of": "x"}, "no record of layer inputs"),
+        ({KEY: torch.ones(2, 8)}, {"version": 2, "of": "x", "same": {}}, "version '2'"),
+        ({KEY: torch.ones(2)}, {}, "key 'own.unet.mid.attn1.to_q' is wrong"),
+        ({"some.unet.a": torch.ones(2, 8)}, {}, "key 'some.unet.a' is wrong"),
+        ({"own.unet": torch.ones(2, 8)}, {}, "key 'own.unet' is wrong"),
+        ({"x" * 200: torch.ones(2, 8)}, {}, "key 'x{80}' is wrong"),
+        ({KEY: torch.full((2, 8), torch.inf)}, {}, "is not finite"),
+        ({KEY: torch.ones(2, 8)}, {"same": {"own.unet.a": "own.unet.b"}}, "'own.unet.a' is wrong"),
+        ({KEY: torch.ones(2, 8)}, {"same": {KEY: KEY}}, "to_q' is wrong"),
+        ({KEY: torch.ones(2, 8)}, {"same": 3}, "no record of layer inputs"),
+        ({KEY: torch.ones(2, 8)}, {"same": {"own.unet.a": []}}, "wrong at 'same.own.unet.a'"),
+        ({KEY: torch.ones(2, 8)}, {"same": [["own.unet.a", KEY]]}, "no record of layer inputs"),
+        ({KEY: torch.ones(2, 8, dtype=torch.int64)}, {}, "type torch.int64 is no set"),
+        ({KEY: torch.ones(2, 8, dtype=torch.complex64)}, {}, "type torch.complex64 is no set"),
+        ({KEY: torch.ones(2, 0)}, {}, "is no set of directions"),
+        ({KEY: torch.full((2, 8), 1e30)}, {}, "energy 1.6e"),
+        ({KEY: torch.full((2, 8), 1e300, dtype=torch.float64)}, {}, "not finite"),
+    ],
+)
+def test_damaged(tmp_path, tensors, header, what):
+    path = tmp_path / "x.safetensors"
+    whole = None
+    if header is not None:
+        defaults = {"version": 1, "of": "x", "same": {}} if set(header) <= {"same"} else {}
+        whole = {HEADER: json.dumps(defaults | header)}
+    save_file(tensors, path, whole)
+    with pytest.raises(ConceptError, match=what):
+        LayerInputs.load(path)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("inputs") / "x.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ConceptError):
+        LayerInputs.load(path)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"version": 1, "of": "x", "same": ' + DEEP + "}",
+        '{"version": 1, "of": "x", "same": {}, "more": ' + DEEP + "}",
+        DEEP,
+        '{"version": ' + "9" * 5000 + ', "of": "x", "same": {}}',
+        '{"version": 1e999, "of": "x", "same": {}}',
+        '{"version": NaN, "of": "x", "same": {}}',
+        '{"version": true, "of": "x", "same": {}}',
+        '{"version": 1, "of": {"a": 1}, "same": {}}',
+        '{"version": 1, "of": "\\ud800", "same": {}}',
+        "null",
+        "",
+    ],
+)
+def test_odd_headers(tmp_path, text):
+    path = tmp_path / "x.safetensors"
+    save_file({KEY: torch.ones(2, 8)}, path, {HEADER: text})
+    with pytest.raises(ConceptError, match=r"x\.safetensors.*customize record") as caught:
+        LayerInputs.load(path)
+    assert len(str(caught.value)) < 1000
+
+
+# What may be in the place of a field, whoever wrote it.
+odd = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.bool]
+
+
+@st.composite
+def mutated(draw):
+    """The tensors and the header of a record, of which something is odd."""
+    tensors = {}
+    for key in draw(
+        st.lists(st.sampled_from(["own.unet.a", "generic.unet.a", "own.", "x.y.z", "own"]))
+    ):
+        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        rows = torch.full(shape, draw(st.sampled_from([0.1, 0.0, 1e30, float("nan")])))
+        tensors[key] = rows.to(draw(st.sampled_from(DTYPES)))
+    header = {"version": 1, "of": "x", "same": {}}
+    for key in draw(st.lists(st.sampled_from([*header, "more"]), max_size=2)):
+        header[key] = draw(odd | st.just({"own.unet.b": "own.unet.a"}))
+    for key in draw(st.lists(st.sampled_from(sorted(header)), max_size=1)):
+        del header[key]
+    return tensors, draw(st.just(header) | odd)
+
+
+@settings(deadline=None, max_examples=200)
+@given(mutated())
+def test_a_mutated_record_loads_right_or_is_refused(tmp_path_factory, given_):
+    tensors, header = given_
+    path = tmp_path_factory.mktemp("inputs") / "x.safetensors"
+    save_file(tensors, path, {HEADER: json.dumps(header)})
+    try:
+        found = LayerInputs.load(path)
+    except ConceptError as error:
+        assert error.where and str(path) in error.where and error.fix
+        return
+    for _, _, rows in _listed(found):
+        assert rows.dtype == torch.float32 and rows.ndim == 2 and bool(torch.isfinite(rows).all())
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_a_record_with_other_bytes_loads_right_or_is_refused(tmp_path_factory, data):
+    path = record(small()).save(tmp_path_factory.mktemp("inputs") / "x.safetensors")
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, 8))
+    path.write_bytes(bytes(content[: len(content) - cut]))
+    try:
+        found = LayerInputs.load(path)
+    except ConceptError as error:
+        assert error.where and error.fix
+        return
+    for _, _, rows in _listed(found):
+        assert rows.ndim == 2 and bool(torch.isfinite(rows).all())
+
+
+def test_a_record_of_other_widths_is_refused_by_name(tmp_path):
+    rex = small()
+    for kind in ("own", "generic"):
+        odd_one = record(rex)
+        layers = getattr(odd_one, kind)["unet"]
+        layers["mid.attn1.to_q"] = layers["mid.attn1.to_q"].repeat(1, 2)
+        folder = rex.save(tmp_path / kind)
+        odd_one.save(folder / "layer_inputs.safetensors")
+        with pytest.raises(ConceptError, match=r"inputs of width 16 of a layer of width 8.*to_q"):
+            record_beside("rex", rex.products, folder)
+        tom = small(seed=1, name="tom", trigger="<tom>")
+        with pytest.raises(ConceptError, match="inputs of width 16 of a layer of width 8"):
+            merge([rex, tom], [1.0, 1.0], "fusion", [odd_one, record(tom, seed=1)])
+
+
+def test_a_merge_by_fusion_wants_a_record_for_each():
+    rex, tom = small(), small(seed=1, name="tom", trigger="<tom>")
+    with pytest.raises(ConfigError, match="layer inputs of 1 concepts were given for 2"):
+        merge([rex, tom], [1.0, 1.0], "fusion", [record(rex)])
+
+
+def test_layers_without_a_record_are_summed():
+    rex, tom = small(), small(seed=1, name="tom", trigger="<tom>")
+    records = [record(rex), record(tom, seed=1)]
+    del records[1].own["unet"]["mid.attn1.to_q"]
+    fused = merge([rex, tom], [1.0, 0.5], "fusion", records)
+    own = [c.products["unet"]["mid.attn2.to_out.0"] for c in (rex, tom)]
+    there = fused["unet"]["mid.attn2.to_out.0"]
+    assert distance(there, weighted_sum(own, [1.0, 0.5])) > 0.1 * norm(there)
+    # Nothing is known of what tom's layer reads: it is added as it is to what is fused of rex.
+    half = fused["unet"]["mid.attn1.to_q"]
+    only = merge([rex], [1.0], "fusion", records[:1], records[1:])["unet"]["mid.attn1.to_q"]
+    added = tom.products["unet"]["mid.attn1.to_q"]
+    assert distance(half, weighted_sum([only, added], [1.0, 0.5])) < 1e-5 * norm(half)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from customize.concepts.types import BasisInfo, Concept
+from customize.core.lowrank import LowRank
+from customize.errors import ConceptError
+from tests.concepts.making import facts, small
+
+
+@pytest.mark.parametrize("name", ["rex", "rex-2", "a_b", "7", "r" * 64])
+def test_names(name: str) -> None:
+    assert facts(name=name, trigger=f"<{name}>").name == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Rex", "../rex", "a/b", "a\\b", ".", "-a", "r" * 65, "rex\n", "a b", "é", "a.b"]
+)
+def test_names_that_are_refused(name: str) -> None:
+    with pytest.raises(ValidationError):
+        facts(name=name)
+    with pytest.raises(ValidationError):
+        facts(trigger=f"<{name}>")
+
+
+def test_facts_are_frozen_and_closed() -> None:
+    with pytest.raises(ValidationError):
+        facts().name = "tom"
+    with pytest.raises(ValidationError, match="colour"):
+        facts(colour="red")
+    with pytest.raises(ValidationError, match="not finite"):
+        facts(scores={"drift": [1.0, {"x": float("nan")}]})
+    for scores in ({"\ud800": 1.0}, {"drift": ["\udfff"]}):
+        with pytest.raises(ValidationError, match="not Unicode"):
+            facts(scores=scores)
+    assert facts(alpha=3.0).scale == 1.5
+    assert "T" in facts().created
+
+
+@pytest.mark.parametrize("values", [{"seed": -1}, {"seed": 2**64}, {"scale": 0.0}, {"kind": "x"}])
+def test_bases_that_are_refused(values) -> None:
+    with pytest.raises(ValidationError):
+        BasisInfo(**values)
+
+
+Q = "mid.attn1.to_q"
+
+
+def with_update(concept: Concept, component: str, module: str, update: LowRank) -> Concept:
+    products = dict(concept.products) | {
+        component: {**concept.products.get(component, {}), module: update}
+    }
+    return replace(concept, products=products)
+
+
+def test_updates_that_do_not_fit_the_facts() -> None:
+    concept = small()
+    q = concept.products["unet"][Q]
+    nan = q.up.clone()
+    nan[0, 0] = float("nan")
+    cases = [
+        (replace(q, scale=2.0), "scale is 2.0"),
+        (replace(q, up=nan), "NaN"),
+        (replace(q, up=q.up[:, :1], down=q.down[:1]), "rank 1"),
+        (replace(q, up=q.up.double()), "float64"),
+        (LowRank(q.up, torch.ones(2, 9)), "widths 6, 8, but the layers have 6, 9"),
+    ]
+    for update, message in cases:
+        with pytest.raises(ConceptError, match=message):
+            with_update(concept, "unet", Q, update)
+    for component, module in (("unet", "../x"), ("unet", ""), ("un.et", "x"), ("unet", "a..b")):
+        with pytest.raises(ConceptError, match="not the name of a layer"):
+            with_update(concept, component, module, q)
+
+
+def test_concepts_without_layers_or_without_their_tokens() -> None:
+    concept = small()
+    for products in ({}, {"unet": {}}):
+        with pytest.raises(ConceptError, match="changes no layer"):
+            replace(concept, products=products)
+    with pytest.raises(ConceptError, match="2 tokens and 0 sets"):
+        replace(concept, embeddings={})
+    with pytest.raises(ConceptError, match="0 tokens and 1 sets"):
+        replace(concept, info=facts(num_tokens=0))
+    with pytest.raises(ConceptError, match="3, 6"):
+        replace(concept, embeddings={"text_encoder": torch.ones(3, 6)})

@@ -1,0 +1,94 @@
+"""Slices outside of the leading directions of a layer's inputs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from customize.core.avoiding_slices import change_on_generic, left
+from customize.core.avoiding_slices import down_projection as shared_projection
+from customize.core.bases import BASES, avoided, avoiding_projection, block, down_projection
+from customize.core.fusion import InputMoment
+from customize.errors import ConfigError
+
+
+def random_directions(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(8, 96), st.integers(0, 6), st.sampled_from(sorted(BASES)), st.integers(0, 99))
+def test_slices_are_orthonormal_disjoint_and_blind(width, count, kind, seed):
+    directions = random_directions(count, width, seed)
+    slices = [
+        avoiding_projection(BASES[kind], directions, block(index, width - count, 2), 3)
+        for index in range((width - count) // 2)
+    ]
+    whole = torch.cat(slices).double()
+    torch.testing.assert_close(whole @ whole.T, torch.eye(len(whole)).double(), atol=1e-5, rtol=0)
+    if count:
+        unit = directions / directions.norm(dim=1, keepdim=True)
+        assert (whole.float() @ unit.T).abs().max() < 1e-5
+
+
+def test_without_directions_it_is_the_papers_slice():
+    plain = down_projection(BASES["cosine"], 24, block(1, 24, 4), 7, 0.5)
+    same = avoiding_projection(BASES["cosine"], torch.zeros(0, 24), block(1, 24, 4), 7, 0.5)
+    assert torch.equal(plain, same)
+
+
+def test_how_many_are_avoided():
+    assert [avoided(width, 16) for width in (4, 8, 64, 128, 3072)] == [0, 1, 8, 16, 16]
+    assert avoided(128, 0) == 0
+
+
+def inputs_of(width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a layer's inputs with few strong directions, and their factor."""
+    generator = torch.Generator().manual_seed(seed)
+    strength = torch.cat([torch.full((4,), 10.0), torch.full((width - 4,), 0.5)])
+    axes, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
+    rows = torch.randn(4000, width, generator=generator) * strength @ axes
+    moment = InputMoment(width)
+    moment.add(rows)
+    return rows, moment.factor(width)
+
+
+def test_generic_inputs_are_as_loud_as_in_a_slice_that_avoids_nothing():
+    rows, factor = inputs_of(64)
+    avoiding = [
+        shared_projection(BASES["cosine"], factor, block(k, 56, 4), 0, avoid=16) for k in range(14)
+    ]
+    loudness = (rows @ torch.cat(avoiding).T).square().mean()
+    assert loudness == pytest.approx(float(rows.square().mean()), rel=0.01)
+    # What they avoid is most of the energy, so it takes long rows.
+    assert left(factor, 16) < 0.05
+    assert avoiding[0].norm(dim=1).min() > 3
+
+
+def test_no_slice_is_louder_than_ten():
+    factor = torch.eye(64)[:8] / 8**0.5  # all energy in what is avoided
+    down = shared_projection(BASES["cosine"], factor, block(0, 56, 4), 0, avoid=8)
+    torch.testing.assert_close(down.norm(dim=1), torch.full((4,), 10.0))
+    half = shared_projection(BASES["cosine"], factor, block(0, 56, 4), 0, avoid=8, scale=0.5)
+    torch.testing.assert_close(half, 0.5 * down)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6))
+def test_the_change_is_the_share_of_the_outputs_energy(seed):
+    rows, factor = inputs_of(48, seed % 7)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(20, 48, generator=generator)
+    down = shared_projection(BASES["cosine"], factor, block(seed % 10, 42, 4), 0, avoid=6)
+    up = torch.randn(20, 4, generator=generator)
+    # Its rows see alike much, so a random up-projection changes what any of its norm does.
+    share = (rows @ down.T @ (2.0 * up).T).square().sum() / (rows @ weight.T).square().sum()
+    told = change_on_generic(down, factor, weight, 2.0) * float(up.square().sum())
+    assert told == pytest.approx(float(share), rel=0.35)
+    assert change_on_generic(down, factor, torch.zeros(20, 48), 1.0) == 0.0
+
+
+def test_bad_columns():
+    with pytest.raises(ConfigError, match="do not exist in an orthogonal matrix of width 56"):
+        avoiding_projection(BASES["cosine"], random_directions(8, 64), [56], 0)

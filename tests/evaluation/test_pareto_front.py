@@ -1,0 +1,145 @@
+"""Which settings no other beats, and that their picture can be read."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.text import Text
+from PIL import Image
+
+from customize.errors import ConfigError, StorageError
+from customize.evaluation import pareto_front
+from customize.evaluation.pareto_front import Point, front, on_front, table
+
+# Few values, so that there are many ties.
+PAIRS = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(0, 5)).map(lambda p: (p[0] / 5, p[1] / 5))
+)
+
+
+def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] >= other[0] and one[1] >= other[1]
+
+
+@given(PAIRS)
+def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
+    found = front(points)
+    best = [point for point, is_best in zip(points, found, strict=True) if is_best]
+    assert not any(beats(one, other) for one in best for other in best)
+    for point, is_best in zip(points, found, strict=True):
+        assert is_best != any(beats(one, point) for one in best)
+    # In the order of one rate, the other falls.
+    along = sorted(set(best))
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in combinations(along, 2))
+
+
+@given(PAIRS, st.randoms(use_true_random=False))
+def test_neither_order_nor_scale_matters(points: list[tuple[float, float]], random: object) -> None:
+    order = list(range(len(points)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    found = front(points)
+    assert front([points[k] for k in order]) == [found[k] for k in order]
+    assert front([(3 * x + 1, np.exp(y)) for x, y in points]) == found
+    turned = front([(y, x) for x, y in points])
+    assert turned == found
+
+
+def test_ties() -> None:
+    same = [(0.5, 0.5), (0.5, 0.5)]
+    assert front(same) == [True, True]
+    assert front([*same, (0.5, 0.6)]) == [False, False, True]
+    assert front([(0.2, 0.9), (0.4, 0.9), (0.4, 0.1)]) == [False, True, False]
+    assert front([]) == []
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_cannot_be_compared_is_refused(wrong: float) -> None:
+    with pytest.raises(ConfigError, match="is no point"):
+        front([(0.5, 0.5), (wrong, 1.0)])
+    with pytest.raises(ConfigError, match="is no point"):
+        pareto_front.plot([Point("a", 0.5, wrong)], "prompt", "identity")
+
+
+def test_of_what_leaks_less_is_better() -> None:
+    points = [Point("low", 0.1, 0.5), Point("high", 0.9, 0.5)]
+    assert on_front(points, "leak", "identity") == [True, False]
+    assert on_front(points, "prompt", "identity") == [False, True]
+    axes = pareto_front.plot(points, "leak", "identity").axes[0]
+    assert axes.xaxis.get_inverted() and not axes.yaxis.get_inverted()
+
+
+def test_the_table_has_rates_by_their_names() -> None:
+    rows = table([Point("a", 0.1, 0.2, None, 0.05), Point("b", 0.0, 0.1)], "prompt", "identity")
+    assert rows == [
+        {
+            "name": "a",
+            "prompt": 0.1,
+            "identity": 0.2,
+            "prompt_error": None,
+            "identity_error": 0.05,
+            "front": True,
+        },
+        {
+            "name": "b",
+            "prompt": 0.0,
+            "identity": 0.1,
+            "prompt_error": None,
+            "identity_error": None,
+            "front": False,
+        },
+    ]
+
+
+def crowded() -> list[Point]:
+    """Twenty settings, six of them in one place, and names as long as benchmarks have them."""
+    rng = np.random.default_rng(0)
+    around = rng.uniform(0, np.pi / 2, 14)
+    far = rng.uniform(0.5, 1, 14)
+    places = [*zip(far * np.cos(around), far * np.sin(around), strict=True), *[(0.5, 0.5)] * 6]
+    return [
+        Point(f"way {k}, at weight 0.{k}", float(x), float(y), 0.02, 0.03)
+        for k, (x, y) in enumerate(places)
+    ]
+
+
+def test_names_lie_inside_and_not_on_one_another() -> None:
+    points = crowded()
+    figure = pareto_front.plot(points, "prompt", "identity")
+    axes = figure.axes[0]
+    renderer = figure.canvas.get_renderer()
+    # Of the text alone: an annotation's own extent includes the line to its point.
+    for label in axes.texts:
+        label.update_positions(renderer)
+    boxes = [Text.get_window_extent(label, renderer) for label in axes.texts]
+    assert [label.get_text() for label in axes.texts] == [point.name for point in points]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    places = axes.transData.transform([(point.x, point.y) for point in points])
+    assert not any(box.contains(*place) for box in boxes for place in places)
+    for box in boxes:
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+        assert axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+
+
+def test_the_line_goes_along_the_front() -> None:
+    points = crowded()
+    axes = pareto_front.plot(points, "prompt", "identity").axes[0]
+    best = [p for p, is_best in zip(points, on_front(points, "x", "y"), strict=True) if is_best]
+    assert 1 < len(best) < len(points)
+    (line,) = (line for line in axes.lines if len(line.get_xdata()) == len(best))
+    assert list(zip(*line.get_data(), strict=True)) == sorted((p.x, p.y) for p in best)
+
+
+def test_a_picture_is_written(tmp_path: Path) -> None:
+    one = [Point("$1 and \\frac{", 0.5, 0.5)]  # no formula, and no room to spread over
+    pareto_front.draw(one, "prompt", "identity", tmp_path / "one.png")
+    pareto_front.draw(crowded(), "prompt", "identity", tmp_path / "many.png")
+    with Image.open(tmp_path / "one.png") as one_png, Image.open(tmp_path / "many.png") as many:
+        assert one_png.size == many.size == (900, 660)
+        assert np.asarray(many.convert("L")).std() > np.asarray(one_png.convert("L")).std()
+    with pytest.raises(StorageError):
+        pareto_front.draw(one, "prompt", "identity", tmp_path / "missing" / "one.png")

@@ -1,0 +1,27 @@
+"""Figures with what they depend on."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from customize.evaluation import result_file
+
+
+def test_mean_and_spread() -> None:
+    assert result_file.mean_and_spread([0.5]) == (0.5, None)
+    assert result_file.mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+
+
+def test_shares_are_told_in_percent() -> None:
+    assert result_file.share(0.861, 0.07) == "86% ±7"
+    assert result_file.share(1.0) == "100%"
+
+
+def test_a_result_says_where_and_with_what_it_was_made() -> None:
+    result = result_file.result("bench", "python bench.py", [{"a": 1}], {"figure": 0.5})
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["rows"] == [{"a": 1}] and result["figures"] == {"figure": 0.5}
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["machine"]

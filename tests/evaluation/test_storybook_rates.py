@@ -1,0 +1,297 @@
+"""Rates in the miniature world, where the truth is known: the labels are those of the scenes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from customize.evaluation.storybook_rates import (
+    SCENES,
+    asked_and_shown,
+    attribute_accuracy,
+    draw,
+    draw_groups,
+    drift,
+    leaked,
+    prompts_for,
+    rate_concept,
+    rate_pair,
+    worn,
+)
+from customize.storybook.caption_grammar import ACCESSORY_WORDS, PLACE_WORDS, caption, parse
+from customize.storybook.example_concepts import BUNDLED, bundled
+from customize.storybook.judges import HEADS, to_tensor
+from customize.storybook.scene_drawing import draw as draw_scene
+from customize.storybook.world import (
+    ACCESSORIES,
+    PLACES,
+    Identity,
+    Scene,
+    random_scene,
+    scene_of,
+)
+from tests.tiny import tiny_sd
+
+
+def labels(scene: Scene) -> dict[str, str]:
+    """What a perfect judge sees in a scene; an absent second thing is seen as the first again."""
+    things = (*scene.things, scene.things[0])[:2]
+    seen = {"count": "one" if len(scene.things) == 1 else "two", "place": scene.place}
+    for slot, thing in enumerate(things):
+        seen |= {
+            f"kind{slot}": thing.identity.kind,
+            f"colour{slot}": thing.identity.colour or "other",
+            f"pattern{slot}": thing.identity.pattern,
+            f"accessory{slot}": thing.accessory,
+        }
+    assert seen.keys() == HEADS.keys()
+    return seen
+
+
+@dataclass
+class Truth:
+    """Stands where trained judges do: it knows which scenes were drawn, and of whom.
+
+    A signature is a one-hot number of an identity; a stranger is at distance 1.
+    """
+
+    scenes: list[Scene]
+    known: list[Identity]
+    threshold: float = 0.5
+
+    def see(self, images: Tensor) -> list[dict[str, str]]:
+        assert len(images) == len(self.scenes)
+        return [labels(scene) for scene in self.scenes]
+
+    def signature_of(self, identity: Identity) -> Tensor:
+        return torch.eye(len(self.known))[self.known.index(identity)]
+
+    def distance(self, images: Tensor, signature: Tensor, where: str = "single") -> Tensor:
+        wanted = self.known[int(signature.argmax())]
+        slot = 1 if where == "right" else 0
+        return torch.tensor(
+            [0.1 if scene.things[slot].identity == wanted else 1.0 for scene in self.scenes]
+        )
+
+
+def drawn(scenes: list[Scene]) -> Tensor:
+    return to_tensor([draw_scene(scene) for scene in scenes])
+
+
+def in_scenes(name: str, scenes: tuple[tuple[str, str], ...] = SCENES) -> list[Scene]:
+    """One of the demo's concepts, drawn as each evaluation prompt asks."""
+    rng = np.random.default_rng(1)
+    return [scene_of(rng, (bundled(name).identity,), (worn,), place) for place, worn in scenes]
+
+
+def test_evaluation_prompts_ask_for_their_scenes() -> None:
+    for prompt, (place, accessory) in zip(prompts_for("<rex>"), SCENES, strict=True):
+        request = parse(prompt)
+        assert request.place == place and len(request.things) == 1
+        assert request.things[0].accessory == accessory
+        assert request.things[0].kind is None
+    assert {place for place, _ in SCENES} == set(PLACES)
+    assert {worn for _, worn in SCENES} == set(ACCESSORIES) - {"none"}
+    assert prompts_for("a red dog")[0] == "a photo of a red dog wearing a hat on a beach"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_scene_shows_all_that_its_caption_asks(seed: int) -> None:
+    scene = random_scene(np.random.default_rng(seed), two=0.5)
+    request = parse(caption(scene))
+    kinds = [thing.identity.kind for thing in scene.things]
+    hits = asked_and_shown(labels(scene), request, kinds)
+    assert all(hits)
+    assert request.place == scene.place
+    # Count and place, then for each thing its class and accessory, and what is said of its looks.
+    said = sum(
+        (thing.identity.colour is not None) + (thing.identity.pattern != "plain")
+        for thing in scene.things
+    )
+    assert len(hits) == 2 + 2 * len(scene.things) + said
+
+
+def test_each_attribute_is_missed_by_itself() -> None:
+    rng = np.random.default_rng(3)
+    scene = next(
+        scene
+        for scene in (random_scene(rng, two=1.0) for _ in range(1000))
+        if all(t.identity.colour and t.identity.pattern != "plain" for t in scene.things)
+    )
+    request, seen = parse(caption(scene)), labels(scene)
+    kinds = [thing.identity.kind for thing in scene.things]
+    assert len(asked_and_shown(seen, request, kinds)) == len(HEADS)
+    for head, words in HEADS.items():
+        other = next(word for word in words if word != seen[head])
+        hits = asked_and_shown(seen | {head: other}, request, kinds)
+        assert hits.count(False) == 1, head
+
+
+def test_triggers_are_of_the_concepts_class() -> None:
+    seen = labels(in_scenes("rex")[0])
+    request = parse("a photo of <rex> wearing a hat on a beach")
+    assert asked_and_shown(seen, request, ["dog"]) == [True] * 4
+    assert asked_and_shown(seen, request, ["cat"]).count(False) == 1
+    assert len(asked_and_shown(seen, request, [None])) == 3
+    nowhere = parse("a photo of <rex>")
+    assert asked_and_shown(seen, nowhere, ["dog"]) == [True, True, False]  # a hat unasked
+
+
+def test_what_leaks() -> None:
+    seen = labels(in_scenes("rex")[0])  # in a hat on a beach
+    shown = {"snow", "beach", "hat"}
+    # A place that is asked for cannot leak; and where none is asked, none is out of place.
+    assert leaked(seen, parse("<rex> on a beach"), shown) == [True, False]
+    assert leaked(seen, parse("<rex> in a forest wearing a hat"), shown) == [True, False]
+    assert leaked(seen, parse("<rex> wearing a hat"), shown) == []
+    assert leaked(seen, parse("<rex>"), shown) == [True]
+    assert leaked(seen, parse("<rex> in space"), set()) == []
+
+
+def test_what_is_worn() -> None:
+    rex, tom = (bundled(name).identity for name in ("rex", "tom"))
+    rng = np.random.default_rng(0)
+    seen = labels(scene_of(rng, (rex, tom), ("hat", "none"), "beach"))
+    both = "a photo of <rex> wearing a hat and <tom> wearing glasses"
+    assert worn(seen, parse(both)) == [True, False]
+    # Where no accessory is asked for, nothing is composed, whatever is worn.
+    assert worn(seen, parse("a photo of <rex> and <tom> wearing glasses")) == [False]
+    assert worn(seen, parse("a photo of <rex> on a beach")) == []
+
+
+def test_rates_of_perfect_pictures() -> None:
+    story = bundled("rex")
+    scenes = in_scenes("rex")
+    truth = Truth(scenes, [story.identity])
+    signature = truth.signature_of(story.identity)
+    rates = rate_concept(
+        truth,  # type: ignore[arg-type]
+        drawn(scenes),
+        prompts_for(story.trigger),
+        signature,
+        story.identity.kind,
+        story.shown,
+    )
+    assert (rates.identity, rates.prompt, rates.leak) == (1.0, 1.0, 0.0)
+    assert rates.distance == pytest.approx(0.1)
+
+
+def test_rates_of_pictures_that_copy_the_references() -> None:
+    """What an overfitted concept draws: always itself, always where it was seen."""
+    story = bundled("rex")
+    seen_in = sorted(story.shown)[0]
+    scenes = in_scenes("rex", ((seen_in, "none"),) * len(SCENES))
+    truth = Truth(scenes, [story.identity])
+    rates = rate_concept(
+        truth,  # type: ignore[arg-type]
+        drawn(scenes),
+        prompts_for(story.trigger),
+        truth.signature_of(story.identity),
+        story.identity.kind,
+        story.shown,
+    )
+    assert rates.identity == 1.0 and rates.composition == 0.0
+    # Right by count and class; by place and accessory where the prompt happens to ask for it.
+    places = sum(place == seen_in for place, _ in SCENES)
+    bare = sum(worn == "none" for _, worn in SCENES)
+    assert rates.prompt == pytest.approx((2 * len(SCENES) + places + bare) / (4 * len(SCENES)))
+    assert rates.leak == pytest.approx((len(SCENES) - places) / len(SCENES))
+
+
+def test_rates_of_a_strangers_pictures() -> None:
+    rex, tom = bundled("rex"), bundled("tom")
+    scenes = in_scenes("tom")
+    truth = Truth(scenes, [rex.identity, tom.identity])
+    rates = rate_concept(
+        truth,  # type: ignore[arg-type]
+        drawn(scenes),
+        prompts_for("<rex>"),
+        truth.signature_of(rex.identity),
+        "dog",
+        rex.shown,
+    )
+    assert rates.identity == 0.0 and rates.distance == pytest.approx(1.0)
+    assert rates.prompt == pytest.approx(0.75)  # a cat, but the rest as asked
+    assert rates.composition == 1.0
+
+
+def test_composition_is_of_the_pictures_that_ask_for_an_accessory() -> None:
+    story = bundled("rex")
+    asked = (("beach", "hat"), ("snow", "scarf"), ("city", "none"), ("room", "none"))
+    shown = (("beach", "hat"), ("snow", "none"), ("city", "none"), ("room", "hat"))
+    scenes = in_scenes("rex", shown)
+    truth = Truth(scenes, [story.identity])
+    rates = rate_concept(
+        truth,  # type: ignore[arg-type]
+        drawn(scenes),
+        prompts_for(story.trigger, asked),
+        truth.signature_of(story.identity),
+        story.identity.kind,
+        story.shown,
+    )
+    assert rates.composition == 0.5
+    assert rates.prompt == pytest.approx(14 / 16)
+
+
+def test_rates_of_pairs() -> None:
+    rex, tom = (bundled(name).identity for name in ("rex", "tom"))
+    rng = np.random.default_rng(0)
+    scenes = [
+        scene_of(rng, pair, ("none", "none"), "beach")
+        for pair in ((rex, tom), (tom, rex), (rex, rex), (tom, tom))
+    ]
+    truth = Truth(scenes, [rex, tom])
+    signatures = (truth.signature_of(rex), truth.signature_of(tom))
+    rates = rate_pair(truth, drawn(scenes), signatures)  # type: ignore[arg-type]
+    assert rates == {"left": 0.5, "right": 0.5, "both": 0.25}
+
+
+def test_attribute_accuracy_by_kind() -> None:
+    rng = np.random.default_rng(7)
+    scenes = [random_scene(rng) for _ in range(6)]
+    prompts = [caption(scene) for scene in scenes]
+    truth = Truth(scenes, [])
+    assert set(attribute_accuracy(truth, drawn(scenes), prompts).values()) == {1.0}  # type: ignore[arg-type]
+    elsewhere = [
+        replace(scene, place=PLACES[(PLACES.index(scene.place) + 1) % len(PLACES)])
+        for scene in scenes
+    ]
+    found = attribute_accuracy(Truth(elsewhere, []), drawn(elsewhere), prompts)  # type: ignore[arg-type]
+    assert found["place"] == 0.0 and found["class"] == found["accessory"] == 1.0
+    assert 0 < found["all"] < 1
+
+
+def test_drift_is_a_share_of_the_full_range() -> None:
+    black, white = -torch.ones(2, 3, 64, 64), torch.ones(2, 3, 64, 64)
+    assert drift(black, black) == 0.0
+    assert drift(black, white) == 1.0
+    assert drift(black, torch.cat([black[:1], white[:1]])) == 0.5
+
+
+def test_pictures_depend_on_prompt_and_seed_alone() -> None:
+    pipe = tiny_sd()
+    prompts = ["a dog", "a cat", "a cup"]
+    together = draw(pipe, prompts, seed=3, steps=2)
+    assert together.shape == (3, 3, 32, 32)
+    assert together.min() >= -1 and together.max() <= 1 and together.min() < 0
+    assert not torch.equal(draw(pipe, prompts, seed=4, steps=2), together)
+    counted: list[int] = []
+    groups = draw_groups(
+        pipe, {"a": ["a hat"], "b": prompts, "c": []}, 3, counted.append, steps=2, batch=2
+    )
+    torch.testing.assert_close(groups["b"], together)
+    assert len(groups["a"]) == 1 and len(groups["c"]) == 0 and counted == [2, 2]
+
+
+def test_bundled_concepts_are_what_the_rates_assume() -> None:
+    for name, (kind, _) in BUNDLED.items():
+        story = bundled(name)
+        assert story.identity.kind == kind and len(story.shown) == 2
+        assert not set(prompts_for(story.trigger)) & set(story.captions())
+        assert story.shown <= set(PLACE_WORDS) and not story.shown & set(ACCESSORY_WORDS)
+        for text, scene in zip(story.captions(), story.scenes, strict=True):
+            assert story.trigger in text and parse(text).place == scene.place

@@ -1,0 +1,100 @@
+"""What the originals call our layers, against diffusers' own converters of whole checkpoints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders import single_file_utils as converters
+
+from customize.concepts.formats.layer_names import Names
+from customize.families import Family, published_families
+
+PUBLISHED = {f"{family.name}-{n}": family for n, family in enumerate(published_families())}
+NAMED = [name for name, family in PUBLISHED.items() if family.original_names()]
+
+
+def checkpoint(family: Family) -> dict[str, torch.Tensor]:
+    """The original's layers, each with a weight whose rows hold their numbers, and what else the
+    converters ask for."""
+    found = {}
+    for original, rows in family.original_names().items():
+        if "processor" in original:
+            continue
+        count = sum(each.stop - each.start for each in rows)
+        found[f"{original}.weight"] = torch.arange(count)[:, None].float()
+        found[f"{original}.bias"] = torch.zeros(count)
+    return found
+
+
+def converted(family: Family, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    if family.name == "flux":
+        for name in [name for name in tensors if name.endswith("_attn.qkv.weight")]:
+            block = name.removesuffix(".qkv.weight")
+            tensors |= {f"{block}.norm.{x}_norm.scale": torch.ones(1) for x in ("query", "key")}
+        for name in [name for name in tensors if name.endswith(".linear1.weight")]:
+            block = name.removesuffix(".linear1.weight")
+            tensors |= {f"{block}.norm.{x}_norm.scale": torch.ones(1) for x in ("query", "key")}
+        return converters.convert_flux_transformer_checkpoint_to_diffusers(tensors)
+    if family.name == "sd3":
+        tensors["pos_embed"] = torch.zeros(1)
+        # Which size it is, it tells by this weight.
+        return converters.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
+    if family.name == "flux2":
+        return converters.convert_flux2_transformer_checkpoint_to_diffusers(tensors)
+    if family.name == "wan":
+        return converters.convert_wan_transformer_to_diffusers(tensors)
+    if family.name == "z_image":
+        return converters.convert_z_image_transformer_checkpoint_to_diffusers(tensors)
+    config = dict(family.denoiser.config)
+    return converters.convert_ldm_unet_checkpoint(
+        {f"model.diffusion_model.{key}": value for key, value in _with_norms(tensors).items()},
+        config,
+    )
+
+
+def _with_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    tensors["out.0.weight"] = tensors["out.0.bias"] = torch.zeros(1)
+    return tensors
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_row_goes_where_diffusers_puts_it(name: str) -> None:
+    family = PUBLISHED[name]
+    found = converted(family, checkpoint(family))
+    checked = 0
+    for original, rows in family.original_names().items():
+        if "processor" in original:
+            continue
+        first = 0
+        for each in rows:
+            count = each.stop - each.start
+            weight = found[f"{each.module}.weight"][each.start : each.stop, 0]
+            assert torch.equal(weight, torch.arange(first, first + count).float()), original
+            first += count
+            checked += 1
+    layers = family.layers(family.denoiser_key)
+    named = {each.module for rows in family.original_names().values() for each in rows}
+    # What is called alike needs no other name.
+    assert all(f"{layer}.weight" not in found or layer in named for layer in layers)
+    assert checked >= len(named)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_no_name_means_two_layers(name: str) -> None:
+    """Names with underscores for dots could run into one another."""
+    family = PUBLISHED[name]
+    for component in (family.denoiser_key, *family.text_encoders):
+        layers = [*family.layers(component)]
+        flat = Counter(layer.replace(".", "_") for layer in layers)
+        assert max(flat.values()) == 1
+        if component == family.denoiser_key:
+            originals = Counter(name.replace(".", "_") for name in family.original_names())
+            assert not originals or max(originals.values()) == 1
+            known = Names(family)
+            for layer in layers:
+                for path in (f"lora_unet_{layer.replace('.', '_')}", f"diffusion_model.{layer}"):
+                    place = known.find(path)
+                    assert place is not None and place.rows[0].module == layer

@@ -1,0 +1,294 @@
+"""Claims of calls on what they share, with real threads."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from customize.errors import PipelineError
+from customize.pipeline import call_lock
+from customize.pipeline.call_lock import _TABLE, Uses, claimed
+
+SOON, NEVER = 60.0, 0.1  # seconds: until something must have happened, and in which it must not
+
+
+class Thing:
+    """Something that calls claim."""
+
+
+class Claimer:
+    """A thread that claims something until it is told to end."""
+
+    def __init__(self, **uses: list[object]) -> None:
+        self.started, self.end, self.error = threading.Event(), threading.Event(), None
+        self.uses = Uses(**uses)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            with claimed(lambda: self.uses):
+                self.started.set()
+                self.end.wait(SOON)
+        except PipelineError as error:
+            self.error = error
+
+    def finish(self) -> None:
+        self.end.set()
+        self.thread.join(SOON)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    assert _TABLE.granted == [] and _TABLE.waiting == []
+
+
+def test_readers_share_and_a_writer_is_alone():
+    thing = Thing()
+    readers = [Claimer(shared=[thing]) for _ in range(3)]
+    assert all(each.started.wait(SOON) for each in readers)
+    writer = Claimer(exclusive=[thing])
+    late = Claimer(shared=[thing])  # not before the writer, who would wait for ever
+    other = Claimer(exclusive=[Thing()])
+    assert other.started.wait(SOON)
+    assert not writer.started.wait(NEVER) and not late.started.is_set()
+    for each in readers:
+        each.finish()
+    assert writer.started.wait(SOON) and not late.started.wait(NEVER)
+    writer.finish()
+    assert late.started.wait(SOON)
+    late.finish()
+    other.finish()
+
+
+def test_a_call_inside_another_has_its_claims_and_does_not_queue():
+    thing, other = Thing(), Thing()
+    with claimed(lambda: Uses(shared=[thing])):
+        writer = Claimer(exclusive=[thing])
+        assert not writer.started.wait(NEVER)
+        with claimed(lambda: Uses(shared=[thing])), claimed(lambda: Uses(exclusive=[thing, other])):
+            assert not writer.started.is_set()
+    assert writer.started.wait(SOON)
+    writer.finish()
+
+
+def test_a_call_inside_another_waits_for_other_threads():
+    thing = Thing()
+    reader = Claimer(shared=[thing])
+    assert reader.started.wait(SOON)
+    done: list[str] = []
+
+    def upgrade() -> None:
+        with claimed(lambda: Uses(shared=[thing])), claimed(lambda: Uses(exclusive=[thing])):
+            done.append("alone")
+
+    thread = threading.Thread(target=upgrade)
+    thread.start()
+    time.sleep(NEVER)
+    assert not done
+    reader.finish()
+    thread.join(SOON)
+    assert done == ["alone"]
+
+
+def run_all(*functions: Callable[[], None]) -> list[BaseException]:
+    errors: list[BaseException] = []
+
+    def run(function: Callable[[], None]) -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(each,), daemon=True) for each in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+        assert not thread.is_alive(), "deadlock"
+    return errors
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_calls_that_would_wait_for_one_another_are_told(same):
+    first, second = Thing(), Thing()
+    if same:
+        second = first
+    both = threading.Barrier(2, timeout=SOON)
+
+    def call(mine: Thing, wanted: Thing) -> None:
+        with claimed(lambda: Uses(shared=[mine])):
+            both.wait()
+            with claimed(lambda: Uses(exclusive=[wanted])):
+                pass
+
+    errors = run_all(lambda: call(first, second), lambda: call(second, first))
+    assert len(errors) == 1 and isinstance(errors[0], PipelineError)
+    assert "wait for one another for ever" in str(errors[0])
+
+
+def test_an_error_or_an_interrupt_leaves_nothing_claimed():
+    thing = Thing()
+    for error in (ValueError, KeyboardInterrupt, GeneratorExit):
+        with pytest.raises(error), claimed(lambda: Uses(exclusive=[thing])):
+            raise error
+        with pytest.raises(error), claimed(lambda error=error: exec_raise(error)):
+            raise AssertionError("never begins")
+    Claimer(exclusive=[thing]).finish()
+
+
+def exec_raise(error: type[BaseException]) -> Uses:
+    raise error
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Shells start background jobs, which the tests may be in, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_while_waiting_leaves_the_queue(interruptible):
+    thing = Thing()
+    writer = Claimer(exclusive=[thing])
+    assert writer.started.wait(SOON)
+    timer = threading.Timer(NEVER, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt), claimed(lambda: Uses(shared=[thing])):
+        raise AssertionError("never begins")
+    writer.finish()
+
+
+def test_what_is_claimed_is_asked_again_after_waiting():
+    thing, wanted = Thing(), {"uses": Uses(shared=())}
+    first = Claimer(exclusive=[thing])
+    assert first.started.wait(SOON)
+    wanted["uses"] = Uses(shared=[thing])
+    claims: list[frozenset[int]] = []
+
+    def call() -> None:
+        with claimed(lambda: wanted["uses"]):
+            claims.append(_TABLE.granted[-1].exclusive)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    time.sleep(NEVER)
+    assert not claims
+    wanted["uses"] = Uses(exclusive=[thing])
+    first.finish()
+    thread.join(SOON)
+    assert claims == [frozenset({id(thing)})]
+
+
+def test_the_context_of_a_call_that_has_ended_counts_for_nothing():
+    thing = Thing()
+    with claimed(lambda: Uses(exclusive=[thing])):
+        context = contextvars.copy_context()
+    writer = Claimer(exclusive=[thing])
+    assert writer.started.wait(SOON)
+    began = threading.Event()
+
+    def late() -> None:
+        with claimed(lambda: Uses(shared=[thing])):
+            began.set()
+
+    thread = threading.Thread(target=context.run, args=(late,))
+    thread.start()
+    assert not began.wait(NEVER)
+    writer.finish()
+    thread.join(SOON)
+    assert began.is_set()
+
+
+def test_a_copied_context_holds_nothing_of_a_call_that_has_ended():
+    thing = Thing()
+    ref = weakref.ref(thing)
+    with claimed(lambda one=thing: Uses(exclusive=[one])):
+        context = contextvars.copy_context()
+    del thing
+    gc.collect()
+    assert context is not None and ref() is None
+
+
+def test_who_waits_for_long_says_once_for_what(monkeypatch, caplog):
+    monkeypatch.setattr(call_lock, "PATIENCE", 0.05)
+    thing = Thing()
+
+    def late() -> None:
+        with claimed(lambda: Uses(shared=[thing])):
+            pass
+
+    thread = threading.Thread(target=late, name="late")
+    with caplog.at_level("WARNING"), claimed(lambda: Uses(exclusive=[thing])):
+        thread.start()  # as a callback may do, which then waits for it
+        thread.join(4 * NEVER)
+        assert thread.is_alive()
+    thread.join(SOON)
+    assert not thread.is_alive()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "in the thread late has waited" in message
+    assert f"in {threading.current_thread().name};" in message and "asyncio.to_thread" in message
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_has_no_claims_of_other_threads():
+    thing = Thing()
+    writer = Claimer(exclusive=[thing])
+    assert writer.started.wait(SOON)
+    child = os.fork()
+    if child == 0:
+        with claimed(lambda: Uses(exclusive=[thing])):
+            os._exit(7)
+    writer.finish()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=3),
+        min_size=2,
+        max_size=6,
+    )
+)
+def test_no_two_calls_are_in_what_one_has_for_itself(jobs):
+    things = [Thing() for _ in range(4)]
+    inside: dict[int, list[tuple[int, bool]]] = {number: [] for number in range(4)}
+    wrong: list[str] = []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def call(who: int, job: list[tuple[int, bool]]) -> None:
+        shared = [things[number] for number, alone in job if not alone]
+        exclusive = [things[number] for number, alone in job if alone]
+        mine = {n: any(alone for k, alone in job if k == n) for n, _ in job}
+        for _ in range(5):
+            with claimed(lambda: Uses(shared, exclusive)):
+                for number, alone in mine.items():
+                    inside[number].append((who, alone))
+                for number, alone in mine.items():
+                    others = [each for each in list(inside[number]) if each[0] != who]
+                    if others and (alone or any(theirs for _, theirs in others)):
+                        wrong.append(f"{who} and {others} in {number}")
+                for number, alone in mine.items():
+                    inside[number].remove((who, alone))
+
+    try:
+        errors = run_all(*(lambda w=w, j=j: call(w, j) for w, j in enumerate(jobs)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors and not wrong

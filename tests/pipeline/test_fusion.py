@@ -1,0 +1,252 @@
+"""load_custom(merge="fusion") on real, tiny pipelines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from safetensors.torch import save_file
+
+import customize
+from customize.concepts.adapter import file_name
+from customize.concepts.input_statistics import LayerInputs, place_beside
+from customize.concepts.merge.merge_concepts import merge
+from customize.concepts.types import Concept
+from customize.core.lowrank import product
+from customize.errors import ConceptError, ConfigError, PipelineError
+from customize.families import family_of
+from customize.pipeline import transaction
+from tests.pipeline.making import MAKERS, assert_same, concept, draw, everything, user_lora
+from tests.tiny import tiny_sd
+
+FEW = ("a photo of {}", "a drawing of {} on a beach")
+modes = pytest.mark.parametrize("fuse", [False, True], ids=["adapter", "fused"])
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A pipeline, and two concepts with their records, on disk and in memory."""
+    pipe = tiny_sd()
+    found = []
+    for index, name in enumerate(("rex", "tom")):
+        folder = concept(pipe, name, index=index).save(tmp_path / name)
+        customize.record_inputs(pipe, folder, FEW).save(place_beside(folder))
+        found.append(folder)
+    return pipe, *found
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_recording_leaves_the_pipeline_as_it_was(make):
+    pipe = make()
+    rex, tom = concept(pipe), concept(pipe, "tom", index=1)
+    pipe.load_custom(rex, weights=[0.5])
+    before = everything(pipe)
+    record = customize.record_inputs(pipe, tom, FEW)
+    assert_same(before, everything(pipe))
+    # Every layer of the concept has read something, and as many channels as it takes.
+    for factors in (record.own, record.generic):
+        for component, updates in tom.products.items():
+            assert len(factors[component]) == len(updates)
+            for module, update in updates.items():
+                rows = factors[component][file_name(component, module)]
+                assert rows.shape[1] == update.shape[1] and 0 < len(rows) <= 32
+                assert 0.5 < float(rows.square().sum()) <= 1.0001
+
+
+def test_what_one_run_has_learned_is_summed_by_itself(pair):
+    pipe, *folders = pair
+    assert pipe.load_custom(*folders).custom.merge == "fusion"
+    pipe.unload_custom()
+    learned = []
+    for each, other in zip(map(Concept.load, folders), ("tom", "rex"), strict=True):
+        training = each.info.training | {"learned_with": [other]}
+        info = each.info.model_copy(update={"training": training})
+        learned.append(replace(each, info=info))
+    assert pipe.load_custom(*learned).custom.merge == "sum"
+    assert pipe.load_custom(merge="fusion").custom.merge == "fusion"
+    pipe.unload_custom()
+    third = concept(pipe, "kit", index=2).save(folders[0].parent / "kit")
+    customize.record_inputs(pipe, third, FEW).save(place_beside(third))
+    assert pipe.load_custom(*learned, third).custom.merge == "fusion"
+
+
+@modes
+def test_both_concepts_are_fused_by_what_they_read(pair, fuse):
+    pipe, *folders = pair
+    family = family_of(pipe.components)
+    before, base = everything(pipe), draw(pipe)
+    concepts = [Concept.load(folder) for folder in folders]
+    records = [LayerInputs.load(place_beside(folder)) for folder in folders]
+    expected = merge(concepts, [1.0, 0.5], "fusion", records)
+    summed = merge(concepts, [1.0, 0.5])
+    pipe.load_custom(*folders, weights=[1.0, 0.5], merge="fusion", fuse=fuse)
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    layer = family.denoiser.get_submodule(name)
+    if fuse:
+        change = layer.weight - before["unet weights"][f"{name}.weight"]
+    else:
+        change = layer.get_delta_weight("customize")
+    torch.testing.assert_close(change, product(expected["unet"][name]), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(change, product(summed["unet"][name]), atol=1e-2)
+    assert "merged by fusion" in repr(pipe.custom)
+    assert np.abs(draw(pipe) - base).max() > 1e-3
+    pipe.unload_custom()
+    assert_same(before, everything(pipe))
+
+
+def test_one_concept_is_as_it_is(pair):
+    pipe, rex, tom = pair
+    pipe.load_custom(rex)
+    alone = draw(pipe)
+    pipe.unload_custom()
+    pipe.load_custom(rex, tom, merge="fusion")
+    assert not np.array_equal(draw(pipe), alone)
+    pipe.unload_custom("tom")
+    assert np.array_equal(draw(pipe), alone)
+
+
+def test_the_method_stays_and_changes(pair):
+    pipe, rex, tom = pair
+    pipe.load_custom(rex, tom, merge="sum")
+    summed = draw(pipe)
+    pipe.load_custom(merge="fusion")
+    fused = draw(pipe)
+    assert not np.array_equal(fused, summed)
+    pipe.load_custom(weights={"tom": 0.5})
+    assert "merged by fusion" in repr(pipe.custom)
+    pipe.load_custom(weights={"tom": 1.0}, merge="sum")
+    assert np.array_equal(draw(pipe), summed)
+    pipe.unload_custom()
+    pipe.load_custom(rex, merge="fusion").load_custom(tom)
+    assert np.array_equal(draw(pipe), fused)
+
+
+def test_records_beside_all_concepts_mean_fusion(pair, tmp_path):
+    pipe, rex, tom = pair
+    pipe.load_custom(rex, tom, merge="fusion")
+    fused = draw(pipe)
+    pipe.unload_custom()
+    pipe.load_custom(rex, tom)
+    assert np.array_equal(draw(pipe), fused)
+    assert "merged by fusion" in repr(pipe.custom)
+    max_ = concept(pipe, "max", index=2).save(tmp_path / "max")
+    with pytest.warns(UserWarning, match="no record of what the layers of max read"):
+        pipe.load_custom(max_)
+    assert "merged by sum" in repr(pipe.custom)
+    pipe.unload_custom("max")
+    assert np.array_equal(draw(pipe), fused)
+
+
+def test_concepts_in_the_weights_and_beside_them_are_fused_together(pair):
+    pipe, rex, tom = pair
+    pipe.load_custom(rex, tom, merge="fusion")
+    beside = draw(pipe)
+    pipe.load_custom(weights={"tom": 1.0}, fuse=True)
+    assert [row.mode for row in pipe.custom.rows] == ["adapter", "fused"]
+    np.testing.assert_allclose(draw(pipe), beside, atol=2e-4)
+
+
+def test_a_record_that_lacks_is_made_on_the_pipeline(tmp_path, monkeypatch):
+    pipe = tiny_sd()
+    rex, tom = concept(pipe), concept(pipe, "tom", index=1)
+    before = everything(pipe)
+    pipe.load_custom(rex, tom, merge="fusion")
+    here = draw(pipe)
+    pipe.unload_custom()
+    assert_same(before, everything(pipe))
+    for each in (rex, tom):
+        folder = each.save(tmp_path / each.info.name)
+        customize.record_inputs(pipe, each).save(place_beside(folder))
+    monkeypatch.setattr(
+        "customize.pipeline.record_inputs.record", None
+    )  # nothing is drawn any more
+    pipe.load_custom(tmp_path / "rex", tmp_path / "tom", merge="fusion")
+    # Half precision in the file is all that differs.
+    np.testing.assert_allclose(draw(pipe), here, atol=2e-2)
+
+
+def test_nothing_changes_where_a_record_is_of_something_else(pair):
+    pipe, rex, tom = pair
+    before = everything(pipe)
+    place_beside(tom).write_bytes(place_beside(rex).read_bytes())
+    with pytest.raises(ConceptError, match="not of tom as it is now"):
+        pipe.load_custom(rex, tom, merge="fusion")
+    assert_same(before, everything(pipe))
+    place_beside(tom).write_bytes(b"no record")
+    with pytest.raises(ConceptError):
+        pipe.load_custom(rex, tom, merge="fusion")
+    assert_same(before, everything(pipe))
+
+
+def test_an_error_while_recording_changes_nothing(monkeypatch):
+    pipe = tiny_sd()
+    pipe.load_custom(concept(pipe))
+    before = everything(pipe)
+    vae, real = pipe.vae, pipe.unet.forward
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pipe.unet, "forward", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pipe.load_custom(concept(pipe, "tom", index=1), merge="fusion")
+    monkeypatch.setattr(pipe.unet, "forward", real)
+    del pipe.unet.forward
+    assert pipe.vae is vae and "tom" not in repr(pipe.custom)
+    assert_same(before, everything(pipe))
+
+
+def test_an_error_while_changing_changes_nothing(pair, monkeypatch):
+    pipe, rex, tom = pair
+    pipe.load_custom(rex)
+    before = everything(pipe)
+    real, calls = transaction._set_tokens, []
+
+    def broken(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("no more memory")
+        real(*args)
+
+    monkeypatch.setattr(transaction, "_set_tokens", broken)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        pipe.load_custom(tom, merge="fusion")
+    assert_same(before, everything(pipe))
+    assert pipe.custom.merge == "sum"
+
+
+def test_bad_input(tmp_path):
+    pipe = tiny_sd()
+    before = everything(pipe)
+    save_file(user_lora(pipe), tmp_path / "style.safetensors")
+    rex = concept(pipe)
+    with pytest.raises(ConfigError, match=r"cannot be merged by 'slerp'.*choose from auto, sum"):
+        pipe.load_custom(rex, merge="slerp")
+    with pytest.raises(ConfigError, match="style says no words that call it"):
+        pipe.load_custom(rex, tmp_path / "style.safetensors", merge="fusion")
+    with pytest.raises(ConfigError, match=r"no \{\} for the concept's words"):
+        customize.record_inputs(pipe, rex, ["a photo"])
+    with pytest.raises(ConfigError, match=r"no \{\} for the concept's words"):
+        customize.record_inputs(pipe, rex, [])
+    with pytest.raises(ConfigError, match=r"reads \d+ tokens of a prompt.*<rex>.* are cut off"):
+        customize.record_inputs(pipe, rex, ["a photo of {}", "in the snow " * 40 + "{}"])
+    assert_same(before, everything(pipe))
+
+
+def test_an_offloaded_model_is_recorded_before(pair):
+    pipe, rex, tom = pair
+    third = concept(pipe, "max", index=2)
+    add_hook_to_module(pipe.unet, ModelHook())
+    try:
+        before = everything(pipe)
+        with pytest.raises(PipelineError, match="offloaded"):
+            pipe.load_custom(rex, tom, third, merge="fusion")
+        assert_same(before, everything(pipe))
+        pipe.load_custom(rex, tom, merge="fusion")  # whose records are there
+        assert pipe.custom.merge == "fusion"
+    finally:
+        pipe.unload_custom()
+        remove_hook_from_module(pipe.unet)

@@ -1,0 +1,117 @@
+"""What is not wanted, named in negative prompts, and what concepts add to these."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import customize
+from customize.families import family_of
+from tests.pipeline.making import attached, modular
+from tests.stages.decor.cleaned import AVOID, PROMPT, alike, draw, read
+from tests.tiny import tiny_flux, tiny_sd, tiny_sdxl
+
+NAMED = "red hat, striped cup"
+
+
+def encoded(pipe, text):
+    with torch.no_grad():
+        return family_of(pipe.components).encode_prompts([text])["prompt_embeds"][0]
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+@pytest.mark.parametrize(
+    ("own", "read_instead"),
+    [
+        (None, NAMED),
+        ("a blurry dog", f"a blurry dog, {NAMED}"),
+        ("a red hat", "a red hat, striped cup"),
+    ],
+    ids=["none", "another", "one of them"],
+)
+def test_it_is_named_behind_what_a_negative_prompt_says(make, own, read_instead):
+    pipe = attached(make)
+    call = {} if own is None else {"negative_prompt": own}
+    (words, answer, layer) = read(pipe, avoid=AVOID, **call)
+    assert alike(words[0], encoded(pipe, read_instead))
+    # Nothing is added to what it says.
+    with torch.no_grad():
+        said = layer.get_base_layer()(words)
+    assert alike(answer[0], said[0]) and not alike(answer[1], said[1])
+    kept = customize.Decor(negative="kept")
+    (words, answer, _) = read(pipe.load_custom(kept), avoid=AVOID, **call)
+    (before, plain, _) = read(pipe, **call)
+    assert torch.equal(words[0], before[0]) and torch.equal(answer[0], plain[0])
+
+
+def test_the_picture_is_that_of_a_negative_prompt_without_the_concept():
+    # At no strength that matters, naming is all that is left.
+    pipe = attached().load_custom(customize.Decor(strength=1e-9))
+    found = draw(pipe, avoid=AVOID)
+    names = family_of(pipe.components).cross_attention_layers()
+    handles = [
+        pipe.unet.get_submodule(f"{name}.{part}")
+        .lora_B["customize"]
+        .register_forward_hook(lambda _, args, output: torch.cat([0 * output[:1], output[1:]]))
+        for name in names
+        for part in ("to_k", "to_v")
+    ]
+    assert alike(found, draw(pipe, negative_prompt=NAMED))
+    for handle in handles:
+        handle.remove()
+    assert not alike(found, draw(pipe, negative_prompt=NAMED))
+
+
+def test_each_prompt_of_a_batch_has_its_own():
+    pipe = attached()
+    prompts = [PROMPT, "<rex> wearing a red hat", "<rex> with a red hat and a striped cup"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (words, answer, layer) = read(pipe, prompts, seeds=(1, 2, 3), avoid=AVOID)
+        (_, plain, _) = read(pipe, prompts, seeds=(1, 2, 3))
+    wanted = [NAMED, "striped cup", ""]
+    assert all(alike(o, encoded(pipe, text)) for o, text in zip(words, wanted, strict=False))
+    with torch.no_grad():
+        said = layer.get_base_layer()(words)
+    assert [alike(answer[k], said[k]) for k in range(6)] == [True, True, *[False] * 4]
+    assert torch.equal(answer[2], plain[2]) and torch.equal(answer[5], plain[5])
+
+
+def test_a_negative_prompt_that_calls_the_concept_reads_it():
+    pipe = attached()
+    (words, answer, layer) = read(pipe, avoid=AVOID, negative_prompt="a photo of <rex>")
+    assert alike(words[0], encoded(pipe, f"a photo of <rex>, {NAMED}"))
+    with torch.no_grad():
+        assert not alike(answer[0], layer.get_base_layer()(words)[0])
+
+
+def test_negative_embeddings_are_left_as_they_are():
+    pipe = attached()
+    given = encoded(pipe, "a dog")[None]
+    words = read(pipe, avoid=AVOID, negative_prompt_embeds=given)[0]
+    assert alike(words[0], given[0])
+
+
+def test_a_list_of_another_length_is_the_pipelines_own_error():
+    pipe = attached()
+    call = {"avoid": AVOID, "negative_prompt": ["a dog", "a cat"]}
+    with pytest.raises((ValueError, TypeError)):
+        draw(pipe, [PROMPT] * 3, seeds=(1, 2, 3), **call)
+
+
+def test_models_that_are_guided_by_naming_alone_are_not_guided_by_it():
+    pipe = attached(tiny_flux)
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    draw(pipe, avoid=AVOID, true_cfg_scale=4.0)
+    assert len(calls) == 2
+
+
+def test_modular_pipelines_name_it_as_well():
+    pipe = modular(attached(tiny_sdxl)).load_custom()
+    found = draw(pipe, output_type="np", avoid=AVOID)
+    pipe.load_custom(customize.Decor(negative="kept"))
+    kept = draw(pipe, output_type="np", avoid=AVOID)
+    assert abs(found - kept).max() > 1e-3

@@ -1,0 +1,136 @@
+"""Triggers that nothing reads: misspelt ones, and those behind what the text encoders read."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from tests.pipeline.making import MAKERS, attached, concept, draw, modular, user_lora
+from tests.tiny import drawn, tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl
+
+makers = pytest.mark.parametrize(
+    "make", [*MAKERS.values(), tiny_flux, tiny_qwen_image], ids=[*MAKERS, "flux", "qwen_image"]
+)
+LONG = "in the snow " * 300 + "with <rex>"
+
+
+def told(pipe, prompt="a photo of <rex>", **call):
+    """What a call warns of."""
+    noise = torch.Generator().manual_seed(1)
+    given = {"num_inference_steps": 1, "output_type": "np", "height": 32, "width": 32}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        drawn(pipe, prompt, generator=noise, **given | call)
+    messages = [str(each.message) for each in found if each.category is UserWarning]
+    return [text for text in messages if "trigger" in text or "cut off" in text]
+
+
+@makers
+def test_a_misspelt_trigger_is_told_with_the_near_one(make):
+    pipe = attached(make)
+    assert told(pipe) == [] == told(pipe, "a dog")
+    (message,) = told(pipe, "a photo of <rexx>")
+    assert message == (
+        "the prompt names <rexx>, and no attached concept has that trigger; did you mean <rex>?"
+    )
+    assert told(pipe, "a <REX>") == []
+    pipe.unload_custom()
+    assert told(pipe, "a photo of <rexx>") == []  # a pipeline of which we know nothing
+
+
+def test_all_prompts_of_a_call_are_read():
+    pipe = attached(tiny_sdxl)
+    for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
+        assert "did you mean <rex>" in told(pipe, **{name: "<rexx>"})[0], name
+    assert len(told(pipe, ["a <rex>", "a <rexx> and <rexy>"])) == 2
+    sd3 = attached(tiny_sd3)
+    assert "<rexx>" in told(sd3, prompt_3="a <rexx>")[0]
+
+
+def test_tokens_of_the_users_own_are_known():
+    pipe = tiny_sd()
+    pipe.load_textual_inversion({"<rexx>": torch.ones(1, 32)})
+    pipe.load_custom(concept(pipe))
+    assert told(pipe, "<rex> and <rexx>") == []
+    pipe.load_textual_inversion({"<rex>-style": torch.ones(1, 32)})
+    assert told(pipe, "<rex>-style") == []
+    pipe.load_lora_weights(user_lora(pipe), adapter_name="mine")
+    assert told(pipe, "<rex> of a <b>") != []
+
+
+def test_another_pipeline_of_the_same_models_tells_it_too():
+    pipe = attached()
+    other = type(pipe)(**pipe.components, requires_safety_checker=False)
+    assert "<rexx>" in told(other, "a <rexx>")[0]
+
+
+def test_the_warning_points_at_the_call():
+    pipe = attached()
+    with pytest.warns(UserWarning, match="<rexx>") as found:
+        draw(pipe, "<rexx>")
+    assert not found[0].filename.startswith("customize/") and "tiny" in found[0].filename
+
+
+@makers
+def test_a_trigger_that_is_cut_off_is_told(make):
+    pipe = attached(make)
+    (message, *more) = told(pipe, LONG)
+    assert "<rex> is cut off" in message and "write that nearer to its beginning" in message
+    assert all("<rex> is cut off" in other for other in more)
+    assert told(pipe, "<rex> " + LONG) == []
+    assert told(pipe, "in the snow " * 300) == []  # nothing of ours is lost
+
+
+def test_what_is_told_names_the_encoder_the_tokens_and_the_window():
+    pipe = attached(tiny_flux)
+    clip, t5 = pipe.tokenizer, pipe.tokenizer_2
+    found = told(pipe, LONG, max_sequence_length=40)
+    assert len(found) == 2
+    counts = [len(tokenizer(LONG).input_ids) for tokenizer in (clip, t5)]
+    window = clip.model_max_length
+    assert f"has {counts[0]} tokens, of which the text_encoder reads {window}" in found[0]
+    assert f"has {counts[1]} tokens, of which the text_encoder_2 reads 40" in found[1]
+    # Each encoder's own text, and the negative one.
+    (message,) = told(pipe, prompt_2=LONG, max_sequence_length=40)
+    assert "the text_encoder_2 reads 40" in message
+    sd = attached()
+    (message,) = told(sd, negative_prompt=LONG)
+    assert message.startswith("the negative prompt 'in the snow")
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_last_place_that_is_read(tokens):
+    pipe = tiny_sd()
+    rex = concept(pipe)
+    if tokens == 1:
+        info = rex.info.model_copy(update={"num_tokens": 1})
+        rows = {key: own[:1] for key, own in rex.embeddings.items()}
+        rex = type(rex)(info, rex.products, rows)
+    pipe.load_custom(rex)
+    one = len(pipe.tokenizer("dog ", add_special_tokens=False).input_ids)
+    room = pipe.tokenizer.model_max_length - 2 - tokens
+    fits = "dog " * (room // one)
+    assert told(pipe, fits + "<rex>") == []
+    begun = len(pipe.tokenizer(fits + "dog <rex>", add_special_tokens=False).input_ids)
+    assert bool(told(pipe, fits + "dog <rex>")) == (begun > room + tokens)
+    assert told(pipe, fits + "dog " * tokens + "<rex>") != []
+
+
+def test_embeddings_for_each_layer_and_modular_pipelines():
+    pipe = attached(layers=True)
+    assert "is cut off" in told(pipe, LONG)[0]
+    sd3 = attached(tiny_sd3)
+    pipe = modular(sd3)
+    pipe.set_progress_bar_config(disable=True)
+    assert "is cut off" in told(pipe, LONG)[0] and "<rexx>" in told(pipe, "<rexx>")[0]
+
+
+def test_a_library_refuses_what_it_refused_and_tells_what_is_cut_off(tmp_path):
+    pipe = tiny_sd()
+    concept(pipe).save(tmp_path / "rex")
+    pipe.load_custom(library=tmp_path)
+    assert "<rex> is cut off" in told(pipe, LONG)[0]
+    with pytest.raises(Exception, match="it has <rex>"):
+        draw(pipe, "<rexx>")

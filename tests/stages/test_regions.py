@@ -1,0 +1,342 @@
+"""Words kept to regions of the picture: what is drawn, what is refused, and that nothing stays."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
+from diffusers import FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline
+from PIL import Image
+
+from customize.errors import ConfigError, CustomizeError, PipelineError
+from customize.stages import multidiffusion
+from tests.pipeline.making import assert_same, attached, everything, modular
+from tests.tiny import drawn, tiny_flux, tiny_sd3, tiny_sdxl
+
+PROMPT = "a photo of <rex> and a red car on the beach"
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+REGIONS = {"<rex>": LEFT, "red car": RIGHT}
+#: Hard edges, at which latents of 16 x 16 can be compared bit for bit.
+LEFT_MASK = torch.tensor([1.0, 0.0]).expand(2, 2)
+MASKS = {"<rex>": LEFT_MASK, "red car": 1 - LEFT_MASK}
+
+
+def draw(pipe, prompt=PROMPT, seeds=(1,), **call):
+    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    size = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
+    return drawn(pipe, prompt, generator=noise, **size | call)
+
+
+def alike(found, expected):
+    """But for rounding: encoding several prompts at a time adds up in another order."""
+    return torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_call_shows_its_argument():
+    parameters = inspect.signature(attached().__call__).parameters
+    assert parameters["regions"].default is None
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("layers", [False, True], ids=["plain", "layerwise"])
+def test_within_a_step_words_of_one_region_are_nothing_to_the_other(guidance, layers):
+    pipe = attached(layers=layers)
+    call = {"num_inference_steps": 1, "guidance_scale": guidance}
+    red = draw(pipe, regions=MASKS, **call)
+    blue = {"<rex>": LEFT_MASK, "blue hat": 1 - LEFT_MASK}
+    other = draw(pipe, PROMPT.replace("red car", "blue hat"), regions=blue, **call)
+    plain = draw(pipe, **call)
+    assert torch.equal(red[..., :8], other[..., :8])
+    assert not torch.allclose(red[..., 8:], other[..., 8:], atol=1e-3)
+    assert not torch.allclose(red[..., :8], plain[..., :8], atol=1e-3)
+    assert torch.equal(plain, draw(pipe, **call))
+
+
+def test_words_of_no_region_act_everywhere_and_those_of_a_region_in_no_background(monkeypatch):
+    monkeypatch.setattr(
+        multidiffusion, "ALONE", 1.0
+    )  # so that a region's answer is that of its prompt
+    pipe = attached()
+    call = {"num_inference_steps": 1}
+    only = {"<rex>": LEFT_MASK}
+    with_rex = draw(pipe, "a photo of <rex> on the beach", regions=only, **call)
+    without = draw(pipe, "a photo of on the beach", **call)
+    assert alike(with_rex[..., 8:], without[..., 8:])
+    whole = draw(pipe, "a photo of <rex> on the beach", **call)
+    assert alike(with_rex[..., :8], whole[..., :8])
+    moved = draw(pipe, "a photo of <rex> in the forest", regions=only, **call)
+    assert not torch.allclose(moved[..., :8], with_rex[..., :8], atol=1e-3)
+    assert not torch.allclose(moved[..., 8:], with_rex[..., 8:], atol=1e-3)
+
+
+def test_while_there_is_much_noise_regions_do_not_see_one_another():
+    pipe = attached()
+    seen = []
+
+    def note(module, args, kwargs, output):
+        seen.append(output[0])
+
+    def first_two(left):
+        """The denoiser's first two answers of latents that differ in their left half."""
+        seen.clear()
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+        noise[..., :8] *= left
+        draw(pipe, latents=noise, regions=MASKS, guidance_scale=1.0)
+        return list(seen)
+
+    handle = pipe.unet.register_forward_hook(note, with_kwargs=True)
+    # The noise that stands for the left half is of the picture's mean and deviation.
+    first, second = first_two(1.0), first_two(-1.0)
+    handle.remove()
+    assert len(first) == len(second) == 2
+    near = [
+        (a - b)[..., 8:].abs().max() / a.abs().max() for a, b in zip(first, second, strict=True)
+    ]
+    assert float(near[0]) < 0.1 * float(near[1])
+
+
+def test_a_region_of_the_whole_picture_is_the_plain_picture():
+    pipe = attached()
+    prompt = "a photo of <rex> on the beach"
+    found = draw(pipe, prompt, regions={"<rex>": (0, 0, 1, 1)})
+    assert alike(found, draw(pipe, prompt))
+
+
+def test_a_concept_goes_by_its_name_as_well_and_later_regions_win():
+    pipe = attached()
+    assert torch.equal(
+        draw(pipe, regions=REGIONS), draw(pipe, regions={"rex": LEFT, "Red  car": RIGHT})
+    )
+    whole = (0.0, 0.0, 1.0, 1.0)
+    hard = draw(pipe, regions={"<rex>": torch.ones(4, 4), "red car": 1 - LEFT_MASK})
+    assert torch.equal(hard, draw(pipe, regions=MASKS))
+    with pytest.raises(ConfigError, match="'<rex>' is left: others cover it"):
+        draw(pipe, regions={"<rex>": LEFT, "red car": whole})
+
+
+def test_masks_of_all_kinds_and_sizes_are_alike():
+    pipe = attached()
+    asked = draw(pipe, regions={"<rex>": LEFT_MASK})
+    array = np.zeros((30, 40), dtype=bool)
+    array[:, :20] = True
+    image = Image.fromarray(array)
+    for mask in (array, image, image.convert("L"), torch.from_numpy(array), array.astype(float)):
+        assert torch.equal(draw(pipe, regions={"<rex>": mask}), asked)
+
+
+def test_batches_are_drawn_as_each_alone():
+    pipe = attached()
+    other = "a blue cup and <rex> in the forest"
+    regions = [REGIONS, {"blue cup": (0.2, 0.2, 0.6, 0.9)}]
+    found = draw(
+        pipe, [PROMPT, other], seeds=(1, 2, 3, 4), num_images_per_prompt=2, regions=regions
+    )
+    alone = [
+        draw(pipe, prompt, seeds=(2 * k + n + 1,), regions=regions[k])
+        for k, prompt in enumerate((PROMPT, other))
+        for n in range(2)
+    ]
+    assert alike(found, torch.cat(alone))
+    both = draw(pipe, [PROMPT, PROMPT], seeds=(1, 2), regions=REGIONS)
+    assert alike(both[:1], alone[0])
+
+
+def test_a_prompt_that_is_led_away_from_is_drawn_by_regions_where_it_is_the_prompt_itself():
+    pipe = attached()
+    other = "a blue cup and <rex> in the forest"
+    regions = [REGIONS, {"blue cup": (0.2, 0.2, 0.6, 0.9)}]
+    prompts, call = [PROMPT, other], {"seeds": (1, 2), "regions": regions}
+    found = draw(pipe, prompts, negative_prompt=prompts, guidance_scale=5.0, **call)
+    assert alike(found, draw(pipe, prompts, guidance_scale=1.0, **call))
+
+
+def test_the_empty_prompt_is_asked_once_and_stays_what_it_was():
+    pipe = attached()
+    words = []
+
+    def note(module, args, kwargs):
+        words.append(kwargs["encoder_hidden_states"])
+
+    handle = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+    draw(pipe, num_inference_steps=1)
+    (plain,) = words
+    words.clear()
+    forward, asked = pipe.unet.forward, []
+    pipe.unet.forward = lambda *args, **kwargs: (
+        asked.append(kwargs["encoder_hidden_states"]) or forward(*args, **kwargs)
+    )
+    draw(pipe, num_inference_steps=1, regions=REGIONS)
+    del pipe.unet.forward
+    handle.remove()
+    # The halves leave nothing to the background: one call with both, and one for the other region.
+    assert [len(each) for each in asked] == [2, 1]
+    assert torch.equal(asked[0][0], plain[0])
+    assert not torch.allclose(asked[0][1], plain[1], atol=1e-3)
+    assert not torch.allclose(asked[1][0], asked[0][1], atol=1e-3)
+
+
+@pytest.mark.parametrize("layers", [False, True], ids=["plain", "layerwise"])
+def test_nothing_stays_after_a_call_or_an_error_within_it(layers):
+    pipe = attached(layers=layers)
+    before, plain = everything(pipe), draw(pipe)
+    hooks = [len(pipe.unet._forward_hooks), len(pipe.unet._forward_pre_hooks)]
+    draw(pipe, regions=REGIONS)
+
+    def fail(*args):
+        raise RuntimeError("stop")
+
+    for call in ({"callback_on_step_end": fail}, {"height": 33}):
+        with pytest.raises((RuntimeError, ValueError)):
+            draw(pipe, regions=REGIONS, **call)
+    assert [len(pipe.unet._forward_hooks), len(pipe.unet._forward_pre_hooks)] == hooks
+    assert_same(before, everything(pipe))
+    assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3, tiny_flux])
+def test_modular_pipelines_draw_by_regions(make):
+    pipe = attached(make)
+    standard = draw(pipe, regions=REGIONS, output_type="np")
+    other = modular(pipe).load_custom()
+    found = draw(other, regions=REGIONS, output_type="np")
+    assert not np.allclose(found, draw(other, output_type="np"), atol=1e-3)
+    if make is tiny_flux:  # the others are guided in another way than the standard pipelines
+        assert np.allclose(found, standard, atol=1e-4)
+        return
+    red = draw(other, regions=MASKS, num_inference_steps=1)
+    blue = {"<rex>": LEFT_MASK, "blue hat": 1 - LEFT_MASK}
+    prompt = PROMPT.replace("red car", "blue hat")
+    moved = draw(other, prompt, regions=blue, num_inference_steps=1)
+    assert torch.equal(red[..., :8], moved[..., :8])
+    assert not torch.equal(red[..., 8:], moved[..., 8:])
+
+
+def test_other_pipelines_of_the_same_models():
+    pipe = attached()
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe).load_custom()
+    call = {
+        "image": Image.new("RGB", (32, 32), "red"),
+        "strength": 1.0,
+        "num_inference_steps": 2,
+        "output_type": "np",
+    }
+
+    def again(**more):
+        return other(PROMPT, generator=torch.Generator().manual_seed(1), **call, **more).images
+
+    assert not np.allclose(again(), again(regions=REGIONS), atol=1e-3)
+
+
+def test_a_compiled_denoiser_draws_by_regions_or_is_refused():
+    pipe = attached()
+    asked = draw(pipe, regions=REGIONS)
+    unet = pipe.unet
+    pipe.unet = torch.compile(unet, backend="eager")
+    assert alike(draw(pipe, regions=REGIONS), asked)
+    assert alike(draw(pipe, regions=REGIONS), asked)  # compiled by now
+    pipe.unet = unet
+    unet.compile(backend="eager")
+    with pytest.raises(PipelineError, match=r"compiled in place.*torch\.compile"):
+        draw(pipe, regions=REGIONS)
+
+
+def test_offloaded_models_draw_the_same():
+    pipe = attached()
+    asked = draw(pipe, regions=REGIONS)
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        cpu_offload_with_hook(part, torch.device("cpu"))
+    assert torch.equal(draw(pipe, regions=REGIONS), asked)
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        remove_hook_from_module(part)
+    cpu_offload(pipe.text_encoder, torch.device("cpu"))
+    with pytest.raises(PipelineError, match="sequential offload"):
+        draw(pipe, regions=REGIONS)
+
+
+def test_a_denoiser_that_keeps_answers_is_refused():
+    pipe = attached(tiny_flux)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(PipelineError, match=r"keeps answers.*disable_cache"):
+        draw(pipe, regions=REGIONS)
+    pipe.transformer.disable_cache()
+    draw(pipe, regions=REGIONS)
+
+
+def test_what_a_denoiser_takes_out_of_its_arguments_is_there_for_every_region():
+    pipe = attached(tiny_flux)
+    forward, found = pipe.transformer.forward, []
+
+    def taking(*args, joint_attention_kwargs, **kwargs):
+        found.append(joint_attention_kwargs.pop("mine"))
+        return forward(*args, joint_attention_kwargs=joint_attention_kwargs, **kwargs)
+
+    pipe.transformer.forward = taking
+    call = {"joint_attention_kwargs": {"mine": 1}, "num_inference_steps": 1}
+    draw(pipe, regions=REGIONS, **call)
+    assert found == [1, 1]
+
+
+def test_prompts_that_are_encoded_in_another_way_are_refused():
+    pipe = attached(tiny_flux)
+    with pytest.raises(PipelineError, match="never given this prompt"):
+        draw(pipe, regions=REGIONS, max_sequence_length=64)
+    assert not pipe.transformer._forward_hooks
+    for name, value in (
+        ("prompt_2", "a cat"),
+        ("prompt_embeds", torch.zeros(1, 512, 48)),
+    ):
+        with pytest.raises(ConfigError, match=f"{name} cannot be given beside regions"):
+            draw(pipe, regions=REGIONS, **{name: value})
+
+
+NAN = torch.full((4, 4), torch.nan)
+WRONG = {
+    "pixels": ({"<rex>": (0, 0, 256, 512)}, "reaches out of the picture.*not pixels"),
+    "outside": ({"<rex>": (-0.1, 0, 0.5, 1)}, "reaches out of the picture"),
+    "empty": ({"<rex>": (0.5, 0, 0.5, 1)}, "is empty.*left, top, right, bottom"),
+    "reversed": ({"<rex>": (0.5, 0, 0.2, 1)}, "is empty"),
+    "three": ({"<rex>": (0, 0, 1)}, "is no box.*four numbers"),
+    "text": ({"<rex>": (0, 0, "1", 1)}, "is no box"),
+    "nan box": ({"<rex>": (0, 0, float("nan"), 1)}, "is no box"),
+    "nan mask": ({"<rex>": NAN}, "not finite"),
+    "no mask": ({"<rex>": torch.zeros(4, 4)}, "mask is empty"),
+    "colours": ({"<rex>": torch.ones(3, 4, 4)}, "shape.*height, width"),
+    "bytes": ({"<rex>": np.full((4, 4), 255, np.uint8)}, "reaches from 255 to 255"),
+    "below": ({"<rex>": -torch.ones(4, 4)}, "reaches from -1"),
+    "kind": ({"<rex>": "left"}, "a str is no region"),
+    "number": ({7: LEFT}, "not by a int"),
+    "near": ({"<rax>": LEFT}, r"'<rax>' is not in the prompt.*near it are <rex>"),
+    "phrase": ({"red cat": LEFT}, r"'red cat' is not in the prompt.*red car"),
+    "twice": ({"<rex>": LEFT, "rex": RIGHT}, "given two regions"),
+    "shared": ({"red car": LEFT, "car": RIGHT}, "share words"),
+    "covered": ({"<rex>": (0.2, 0.2, 0.4, 0.4), "car": (0, 0, 1, 1)}, "others cover it"),
+    "none": ({}, "no region is given"),
+    "list": ([REGIONS, REGIONS], "2 dicts of regions were given for 1 prompts"),
+    "a box": (LEFT, "regions are a dict, not a tuple"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_regions_are_refused_before_anything_runs(name):
+    pipe = attached()
+    regions, message = WRONG[name]
+    called = []
+    handles = [
+        part.register_forward_pre_hook(lambda *_: called.append(1))
+        for part in (pipe.unet, pipe.text_encoder)
+    ]
+    with pytest.raises(ConfigError, match=message):
+        draw(pipe, regions=regions)
+    assert not called
+    for handle in handles:
+        handle.remove()
+
+
+def test_regions_need_a_prompt_in_words():
+    pipe = attached()
+    with pytest.raises(CustomizeError, match="need a prompt in words"):
+        draw(pipe, None, regions=REGIONS)

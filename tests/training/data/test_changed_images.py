@@ -1,0 +1,71 @@
+"""A changed data set is told by the pictures that differ."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from customize.concepts.io.file_layout import INFO_FILE
+from customize.errors import SettingsError
+from customize.training.checkpoint import differences
+from customize.training.data.changed_images import pictures_changed, summed
+from customize.training.recipe import train
+from tests.tiny import tiny_sd
+from tests.training.runs import settings
+
+NAMES = st.dictionaries(st.text(min_size=1, max_size=5), st.sampled_from("abc"), max_size=6)
+
+
+@given(NAMES, NAMES)
+def test_each_picture_that_differs_is_named_or_counted(before, now):
+    told = pictures_changed(before, now, "pictures")
+    assert bool(told) == (summed(before) != summed(now))
+    if "more" not in told and told and "order" not in told:
+        assert all(name in told for name in before.keys() ^ now.keys())
+
+
+def test_the_words():
+    before = {f"{n}.png": "x" for n in range(9)}
+    now = {"1.png": "y", **{f"{n}.png": "x" for n in range(4, 9)}, "new.png": "z"}
+    assert pictures_changed(before, now, "pictures") == (
+        "the pictures have changed: new.png is new, 0.png, 2.png, 3.png are gone, 1.png is changed "
+        "(the picture, its caption or its mask)"
+    )
+    five = {f"{n}.png": "x" for n in range(4)}
+    assert "4.png, 5.png, 6.png and 2 more are gone" in pictures_changed(before, five, "pictures")
+    back = dict(reversed([("a", "1"), ("b", "2")]))
+    assert "order is another" in pictures_changed({"a": "1", "b": "2"}, back, "pictures")
+
+
+def test_what_earlier_versions_saved_is_compared_as_a_whole():
+    files = {"0.png": "x", "1.png": "y"}
+    assert not pictures_changed(summed(files), files, "pictures")
+    assert differences({"pictures": "0123"}, {"pictures": files}) == [
+        "the pictures, their captions or their masks have changed"
+    ]
+    assert not differences({"avoid": 4, "density": None}, {"num_shared_directions": 4})[1:]
+    assert not differences({"avoid": 4}, {"num_shared_directions": 4})
+    before = {"basis": "cosine", "basis_seed": 3, "basis_scale": 0.5}
+    now = {"orthogonal_matrix": "cosine", "matrix_seed": 3, "matrix_scale": 0.5}
+    assert not differences(before, now)
+    assert differences(before | {"basis_seed": 4}, now) == ["matrix_seed was 4 and is 3"]
+
+
+def test_a_finished_concept_names_them_too_and_publishes_no_file_names(tmp_path):
+    pipe = tiny_sd()
+    config = settings(tmp_path, steps=1, checkpoint_every=1)
+    train(config, pipe.components, progress=False)
+    pictures = sorted((tmp_path / "images").glob("*.png"))
+    assert pictures
+    facts = (config.output / INFO_FILE).read_text()
+    assert not any(path.name in facts for path in pictures)
+    assert isinstance(json.loads(facts)["training"]["settings"]["pictures"], str)
+    train(config, pipe.components, progress=False)  # the same
+    Image.new("RGB", (32, 32), "red").save(pictures[0])
+    told = f"the pictures have changed: {pictures[0].name} is changed"
+    with pytest.raises(SettingsError, match=told):
+        train(config, pipe.components, progress=False)

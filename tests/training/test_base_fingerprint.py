@@ -1,0 +1,174 @@
+import shutil
+from functools import partial
+
+import pytest
+import torch
+
+from customize.errors import SettingsError
+from customize.families import family_of
+from customize.training.base_fingerprint import resolution_of, weights_of, weights_on_disk
+from customize.training.recipe import train
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny_llm import tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
+from tests.tiny_video import tiny_wan
+from tests.training.runs import Stop, crash_at, same, settings, tensors
+
+
+def save_base(folder, factor=1.0):
+    """The tiny base, its UNet's weights multiplied; what was there before goes."""
+    pipe = tiny_sd()
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            parameter.mul_(factor)
+    shutil.rmtree(folder, ignore_errors=True)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_sd3])
+def test_weights_on_disk_and_in_memory_agree(make, tmp_path):
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    found = weights_on_disk(str(tmp_path / "base"))
+    assert found == weights_of("", pipe.components)
+    assert set(found) == {k for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
+    pipe.to(torch.float16)
+    halves = weights_of("", pipe.components)
+    assert not set(halves.values()) & set(found.values())
+    pipe.save_pretrained(tmp_path / "half")
+    pipe.to(torch.float32)
+    assert weights_on_disk(str(tmp_path / "half")) == halves == weights_of("", pipe.components)
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_sd3])
+def test_the_resolution_is_known_before_the_base_is_loaded(make, tmp_path):
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "base")
+    config = settings(tmp_path, base=str(tmp_path / "base"), resolution=None)
+    wanted = family_of(pipe.components).default_resolution
+    assert resolution_of(config, None) == resolution_of(config, pipe.components) == wanted
+    assert resolution_of(settings(tmp_path, resolution=48), None) == 48
+    assert resolution_of(settings(tmp_path, base="nobody/nothing", resolution=None), None) is None
+
+
+def test_every_tensor_counts(tmp_path):
+    pipe = tiny_sd()
+    before = weights_of("", pipe.components)
+    with torch.no_grad():
+        pipe.unet.conv_in.bias[0] += 1e-3
+    after = weights_of("", pipe.components)
+    assert {key for key in before if before[key] != after[key]} == {"unet"}
+
+
+def test_bases_without_weights_at_hand(tmp_path):
+    save_base(tmp_path / "base")
+    (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    for base in (tmp_path / "base", tmp_path, "nobody/nothing", "no such base"):
+        assert weights_on_disk(str(base)) == {}
+
+
+def test_a_hub_ids_download_is_looked_at(tmp_path, monkeypatch):
+    pipe = save_base(tmp_path / "base")
+    found = {"org/model": str(tmp_path / "base" / "model_index.json")}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda base, name: found[base])
+    assert weights_on_disk("org/model") == weights_of("", pipe.components)
+    assert weights_on_disk("org/other") == {}
+
+
+def test_what_was_learned_on_other_weights_is_refused(tmp_path):
+    base = tmp_path / "base"
+    changes = {"base": str(base), "checkpoint_every": 3}
+    save_base(base)
+    train(settings(tmp_path, "done", **changes), progress=False)
+    with pytest.raises(Stop):
+        train(settings(tmp_path, "cut", **changes), progress=False, on_step=crash_at(6))
+    pipe = save_base(base, 1.1)
+    for output in ("done", "cut"):
+        for components in (None, pipe.components):
+            with pytest.raises(SettingsError, match=r"the base's weights have changed \(unet\)"):
+                train(settings(tmp_path, output, **changes), components, progress=False)
+    pipe = save_base(base)
+    whole = train(settings(tmp_path, "done", **changes), pipe.components, progress=False)
+    resumed = train(settings(tmp_path, "cut", **changes), pipe.components, progress=False)
+    assert same(tensors(whole), tensors(resumed))
+
+
+def test_class_pictures_of_other_weights_are_not_taken(tmp_path):
+    base = tmp_path / "base"
+    for factor in (1.0, 1.1, 1.0):
+        save_base(base, factor)
+        config = settings(
+            tmp_path,
+            base=str(base),
+            prior_weight=1.0,
+            prior_count=1,
+            validation_steps=1,
+            steps=1,
+            resume=False,
+        )
+        train(config, progress=False)
+    folders = list((config.output / ".class_pictures").iterdir())
+    assert len(folders) == 2
+
+
+def wan(boundary_ratio):
+    return tiny_wan("2.2-14b", boundary_ratio)
+
+
+def shifted(shift):
+    pipe = tiny_sd3()
+    pipe.scheduler.set_shift(shift)
+    return pipe
+
+
+#: What a model is made with -> what makes it, two values, and what is said of them.
+CONFIGURED = {
+    "wan": (wan, 0.875, 0.5, "boundary_ratio was 0.875 and is 0.5"),
+    "krea2": (tiny_krea2, False, True, "is_distilled was False and is True"),
+    "flux2": (tiny_flux2_klein, False, True, "is_distilled was False and is True"),
+    "qwen_image_21": (tiny_qwen_image_21, [1.0, 0.5], [1.0, 0.2], "sample_sigmas was"),
+    "sd": (tiny_sd, "epsilon", "v_prediction", "prediction_type was 'epsilon' and is"),
+    "sd3": (shifted, 3.0, 5.0, "shift was 3.0 and is 5.0"),
+}
+
+
+# What was set on a scheduler is not saved with it.
+PLACES = [(name, "memory") for name in CONFIGURED]
+PLACES += [(name, "disk") for name in CONFIGURED if name != "sd3"]
+
+
+@pytest.mark.parametrize(("name", "where"), PLACES)
+def test_a_run_of_a_base_configured_otherwise_is_not_gone_on_with(name, where, tmp_path):
+    make, first, second, said = CONFIGURED[name]
+    base = str(tmp_path / "base")
+
+    def run(value, **changes):
+        pipe = make(value)
+        config = settings(tmp_path, base=base, checkpoint_every=4, steps=8, **changes)
+        if where == "memory":
+            given = {"components": pipe.components, "pipeline_config": pipe.config}
+        else:
+            shutil.rmtree(base, ignore_errors=True)
+            pipe.save_pretrained(base)
+            given = {}
+        return partial(train, config, progress=False, **given)
+
+    with pytest.raises(Stop):
+        run(first)(on_step=crash_at(6))
+    with pytest.raises(SettingsError, match=f"other settings: the base's {said}"):
+        run(second)()
+    run(first)()
+    if where == "memory":  # of a finished concept no base is loaded
+        with pytest.raises(SettingsError, match=f"other settings: the base's {said}"):
+            run(second)()
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_class_pictures_of_a_base_configured_otherwise_are_not_taken(name, tmp_path):
+    make, first, second, _ = CONFIGURED[name]
+    changes = {"prior_weight": 1.0, "prior_count": 1, "validation_steps": 2, "steps": 1}
+    config = settings(tmp_path, resume=False, **changes)
+    for count, value in ((1, first), (1, first), (2, second)):
+        pipe = make(value)
+        train(config, pipe.components, progress=False, pipeline_config=pipe.config)
+        assert len(list((config.output / ".class_pictures").iterdir())) == count

@@ -1,0 +1,458 @@
+"""What a run compares with the untouched model, and where the gradient goes."""
+
+from contextlib import ExitStack, nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPTextModel
+
+from customize.concepts.types import BasisInfo
+from customize.core.preservation import cosine_distance
+from customize.errors import ConfigError, DataError, SettingsError
+from customize.families import family_of
+from customize.training import class_preservation
+from customize.training.data.captions import class_caption
+from customize.training.recipe import train
+from customize.training.trainable import trained_in
+from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.tiny_video import tiny_wan
+from tests.training.runs import (
+    Stop,
+    assert_unchanged,
+    crash_at,
+    make_pictures,
+    same,
+    settings,
+    snapshot,
+    tensors,
+)
+
+WITH_CLIP = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
+OTHERS = {
+    "qwen_image": tiny_qwen_image,
+    "z_image": tiny_z_image,
+    "wan": lambda: tiny_wan("2.2-14b"),
+}
+EVERY = class_preservation.EVERY
+ALL = {"class_text": 1.0, "context_text": 0.5, "output": 0.25, "context_output": 0.5}
+
+
+class Kept:
+    """A model in training, and what it preserves; tokens and adapter are moved off their start."""
+
+    def __init__(self, stack, folder, make=tiny_sd, moved=True, **changes):
+        changes = {"preserve": {"class_text": 1.0}} | changes
+        self.config = settings(folder, **changes)
+        self.family = family_of(make().components)
+        for part in self.family.adaptable.values():
+            part.requires_grad_(False)
+        self.trainable = stack.enter_context(
+            trained_in(self.family, [self.config], [None], BasisInfo(), {})
+        )
+        self.preserved = self.prepare()
+        if moved:
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in self.trainable.named().values():
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+    def prepare(self):
+        def encode(captions):
+            return self.family.encode_prompts([self.trainable.expanded(c) for c in captions])
+
+        return class_preservation.prepare(
+            [self.config], self.family, self.trainable, ["a photo of <rex>"], encode, nullcontext
+        )
+
+    def gradients(self, step=0):
+        self.preserved.text_loss(step).backward()
+        return {
+            name: float(parameter.grad.abs().max()) if parameter.grad is not None else 0.0
+            for name, parameter in self.trainable.named().items()
+        }
+
+
+@pytest.fixture
+def kept(tmp_path):
+    with ExitStack() as stack:
+        yield lambda **changes: Kept(stack, tmp_path, **changes)
+
+
+def hidden_states(model, ids):
+    """transformers' own answer to padded ids, with a mask for the padding."""
+    ids = torch.tensor(ids)
+    return model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+
+
+@pytest.mark.parametrize("make", WITH_CLIP.values(), ids=WITH_CLIP)
+def test_class_text_is_the_papers_formula_on_each_encoder(kept, make):
+    """1 - cos of what transformers' own CLIP pools at the end of both phrases, padded as ever."""
+    run = kept(make=make)
+    expected = []
+    for dictionary in run.family.token_dictionaries():
+        tokenizer, encoder = dictionary.tokenizer, dictionary.text_encoder
+        length = tokenizer.model_max_length
+
+        def pooled(text, tokenizer=tokenizer, encoder=encoder, length=length):
+            ids = tokenizer(
+                text, padding="max_length", max_length=length, return_tensors="pt"
+            ).input_ids
+            end = ids[0].tolist().index(tokenizer.eos_token_id)
+            return encoder(ids).last_hidden_state[0, end]
+
+        with torch.no_grad():
+            new = tokenizer.convert_tokens_to_ids("<rex>")
+            assert new > tokenizer.eos_token_id  # which the legacy pooling would stop at
+            ours = pooled("a photo of <rex> <rex>_1")
+            with run.trainable.silent():
+                base = pooled("a photo of a dog")
+        expected.append(1 - F.cosine_similarity(ours, base, dim=0))
+    found = run.preserved.text_loss(0) / EVERY
+    assert torch.isclose(found, torch.stack(expected).mean(), atol=1e-5)
+    assert found > 1e-3
+
+
+def test_the_published_pooling_is_that_of_the_published_code(kept):
+    """transformers' legacy branch pools at the highest id, for the configurations that have an
+    end-of-text id of 2; and the token's row is laid over rows and positions together."""
+    run = kept(preserve_pooling="published", num_tokens=1, train_text_encoder=False)
+    (dictionary,) = run.family.token_dictionaries()
+    tokenizer, encoder = dictionary.tokenizer, dictionary.text_encoder
+    legacy = CLIPTextModel(encoder.config)
+    legacy.load_state_dict(encoder.state_dict())
+    legacy.eos_token_id = 2
+    row = run.trainable.concepts[0].rows["text_encoder"].parameter
+    new = tokenizer.convert_tokens_to_ids("<rex>")
+
+    def lay_over(module, args, kwargs, out):
+        ids = kwargs["input_ids"]
+        return torch.where((ids == new)[..., None], row, out)
+
+    legacy.embeddings.register_forward_hook(lay_over, with_kwargs=True)
+    ours, base = (
+        legacy(tokenizer(text, return_tensors="pt").input_ids).pooler_output
+        for text in ("a photo of <rex>", "a photo of a dog")
+    )
+    found = run.preserved.text_loss(0) / EVERY
+    assert torch.isclose(found, cosine_distance(ours, base)[0], atol=1e-5)
+    # Blind to what follows the token.
+    losses = []
+    for pooling in ("published", "end"):
+        for phrase in ("a {} on a beach", "a {} in the snow"):
+            changes = {"preserve_pooling": pooling, "preserve_phrases": (phrase,)}
+            run.config = run.config.model_copy(update=changes)
+            one = run.prepare().phrases["text_encoder"]["class_text"]
+            states = run.prepare().encoders["text_encoder"](one.ids, len(one.ids))
+            losses.append(states[0, one.positions[0, 0]])
+    assert torch.allclose(losses[0], losses[1], atol=1e-6)
+    assert not torch.allclose(losses[2], losses[3], atol=1e-2)
+
+
+def test_context_text_compares_the_words_around_the_concept(kept):
+    phrases = ("a photo of {} on the beach", "{} in the snow")
+    run = kept(preserve={"context_text": 1.0}, preserve_phrases=phrases, num_tokens=3)
+    (dictionary,) = run.family.token_dictionaries()
+    tokenizer, encoder = dictionary.tokenizer, dictionary.text_encoder
+
+    def states(text):
+        return encoder(tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0]
+
+    expected = []
+    own = "<rex> <rex>_1 <rex>_2"
+    with torch.no_grad():
+        for text, before in (("a photo of {} on the beach", 4), ("{} in the snow", 1)):
+            ours = states(text.replace("{}", own))
+            with run.trainable.silent():
+                base = states(text.replace("{}", "a dog"))
+            after = len(ours) - before - 3
+            assert len(base) == before + 2 + after
+            a = torch.cat([ours[:before], ours[-after:]])
+            b = torch.cat([base[:before], base[-after:]])
+            expected.append(cosine_distance(a, b).mean())
+    found = run.preserved.text_loss(0) / EVERY
+    assert torch.isclose(found, torch.stack(expected).mean(), atol=1e-5)
+
+
+def test_layerwise_tokens_are_pooled_layer_by_layer(kept, tmp_path):
+    """Every layer's own wording of the phrase comes in its turn, and moves its own rows alone."""
+    config = settings(tmp_path, preserve={"class_text": 1.0}, layerwise_tokens=True)
+    family = family_of(tiny_sd().components)
+    with trained_in(family, [config], [None], BasisInfo(), {}) as trainable:
+        preserved = class_preservation.prepare([config], family, trainable, [], None, nullcontext)
+        layers = trainable.layers
+        (phrases,) = preserved.phrases["text_encoder"].values()
+        assert len(phrases.ids) == layers and len(set(map(tuple, phrases.ids.tolist()))) == layers
+        rows = trainable.concepts[0].rows["text_encoder"].parameter
+        moved = set()
+        for step in range(layers):
+            rows.grad = None
+            preserved.text_loss(EVERY * step).backward()
+            touched = rows.grad.unflatten(0, (layers, 2)).abs().amax((1, 2)) > 0
+            assert 0 < int(touched.sum()) <= 2
+            moved |= set(touched.nonzero()[:, 0].tolist())
+        assert moved == set(range(layers))
+
+
+@pytest.mark.parametrize("loss", ["class_text", "context_text"])
+@pytest.mark.parametrize("make", WITH_CLIP.values(), ids=WITH_CLIP)
+def test_gradients_reach_tokens_and_text_adapters_alone(kept, loss, make):
+    run = kept(make=make, preserve={loss: 1.0})
+    found = run.gradients()
+    denoisers = set(run.family.denoisers)
+    for name, size in found.items():
+        assert (size > 0) is (name.split("/")[1] not in denoisers), name
+    frozen = [p for part in run.family.adaptable.values() for p in part.parameters()]
+    trained = {id(p) for p in run.trainable.named().values()}
+    assert all(p.grad is None for p in frozen if id(p) not in trained)
+
+
+def test_nothing_is_lost_before_the_first_step_where_nothing_differs(kept):
+    """A concept of one token that starts at the class word's own embedding is the class."""
+    run = kept(num_tokens=1, caption="a photo of a {}", preserve=ALL, moved=False)
+    for name in ("class_text", "context_text"):
+        phrases = run.preserved.phrases["text_encoder"][name]
+        assert len(phrases.ids) == (1 if name == "class_text" else len(class_preservation.PROMPTS))
+    only = kept(num_tokens=1, preserve_phrases=("a photo of a {}",), moved=False)
+    assert only.preserved.text_loss(0) < 1e-5
+    other = kept(num_tokens=1, preserve_phrases=("a photo of a {}",), token_init="red", moved=False)
+    assert other.preserved.text_loss(0) > 1e-4
+
+
+def test_many_phrases_are_looked_at_in_turns(kept):
+    run = kept(preserve={"context_text": 1.0})
+    rows, encode = [], run.preserved.encoders["text_encoder"]
+
+    def watched(ids, first):
+        rows.append(ids.tolist())
+        return encode(ids, first)
+
+    run.preserved.encoders["text_encoder"] = watched
+    found = [run.preserved.text_loss(step) is not None for step in range(6 * EVERY)]
+    assert found == [step % EVERY == 0 for step in range(6 * EVERY)]
+    assert [len(each) for each in rows] == [2] * 6
+    assert len({tuple(ids) for each in rows for ids in each}) == len(class_preservation.PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a photo of <rex>", "a photo of a dog"),
+        ("a photo of <REX> and <rex>, <rex>", "a photo of a dog and a dog, a dog"),
+        ("<rex> on a beach", "a dog on a beach"),
+        ("a photo of a <rex> dog", "a photo of a dog"),
+        ("a photo of <rex> dog", "a photo of a dog"),
+        ("my <rex>  Dog sleeps", "my dog sleeps"),
+        ("a small <rex> in the snow", "a small dog in the snow"),
+        ("a <rex> dogs", "a dog dogs"),
+        ("nothing", "nothing"),
+    ],
+)
+def test_captions_name_the_class(text, told):
+    assert class_caption(text, "<rex>", "dog") == told
+
+
+# --- in a run -------------------------------------------------------------------------------------
+
+
+def learn(pipe, config, **more):
+    return train(config, pipe.components, progress=False, pipeline_config=pipe.config, **more)
+
+
+@pytest.mark.parametrize("make", [*WITH_CLIP.values(), *OTHERS.values()], ids=[*WITH_CLIP, *OTHERS])
+def test_output_holds_the_class_prompt_to_the_untouched_model(make, tmp_path):
+    """Nothing differs before the first step; later the answers to the class prompt are nearer to
+    the base's than without, and the model ends as it was."""
+    pipe = make()
+    before = snapshot(pipe.components, pipe.config)
+    first, losses = [], {}
+    for weight in (0.0, 100.0):
+        losses[weight] = []
+        config = settings(tmp_path, f"w{weight:.0f}", preserve={"output": weight}, steps=8)
+        learn(pipe, config, on_step=lambda _, loss, w=weight: losses[w].append(float(loss)))
+        first.append(losses[weight][0])
+    # Zero at the start, and not after it.
+    assert first[1] == pytest.approx(first[0], rel=1e-4)
+    assert losses[100.0][EVERY] > losses[0.0][EVERY]
+    assert_unchanged(before, pipe.components, pipe.config)
+
+
+def watched(pipe):
+    """The UNet's own forward, and a list that gets what goes in and out of it from now on."""
+    calls = []
+    forward = pipe.unet.forward
+
+    def noting(noisy, t, states, **kwargs):
+        found = forward(noisy, t, states, **kwargs)
+        calls.append((noisy.detach(), t, states.detach(), found[0].detach()))
+        return found
+
+    pipe.unet.forward = noting
+    return forward, calls
+
+
+def test_output_is_the_squared_change_of_what_the_model_answers(tmp_path):
+    """What a weight adds to a step's loss is that change, computed with stock calls."""
+    pipe = tiny_sd()
+    forward, calls = watched(pipe)
+    losses = {}
+    for weight in (0.0, 3.0):
+        calls.clear()
+        losses[weight] = []
+        # Until then both are the same: at the first step nothing has changed yet.
+        changes = {"preserve": {"output": weight}, "steps": EVERY + 1}
+        config = settings(tmp_path, f"w{weight:.0f}", **changes)
+        learn(pipe, config, on_step=lambda _, loss, w=weight: losses[w].append(float(loss)))
+    noisy, t, states, both = calls[-2]
+    again, t_again, base_states, base = calls[-1]
+    assert len(noisy) == 4 and len(again) == 2
+    assert torch.equal(noisy[:2], noisy[2:]) and torch.equal(noisy[2:], again)
+    assert torch.equal(t[:2], t[2:]) and torch.equal(t[2:], t_again)
+    with torch.no_grad():
+        ids = pipe.tokenizer(
+            "a photo of a dog", padding="max_length", max_length=24, return_tensors="pt"
+        ).input_ids
+        plain = pipe.text_encoder(ids)[0]
+        answer = forward(again, t_again, plain.expand(2, -1, -1), return_dict=False)[0]
+    assert torch.allclose(base_states, plain.expand(2, -1, -1), atol=1e-6)
+    assert torch.allclose(base, answer, atol=1e-5)
+    assert not torch.allclose(states[2:], base_states, atol=1e-6)  # the text adapter has learned
+    change = float((both[2:] - base).square().mean())
+    assert change > 0
+    assert losses[3.0][:EVERY] == pytest.approx(losses[0.0][:EVERY], rel=1e-5)
+    added = losses[3.0][EVERY] - losses[0.0][EVERY]
+    assert added == pytest.approx(EVERY * 3.0 * change, rel=1e-2)
+
+
+def test_context_output_is_the_squared_change_of_what_a_context_does(tmp_path):
+    """What a weight adds to a step's loss is that change, computed with stock calls."""
+    pipe = tiny_sd()
+    forward, calls = watched(pipe)
+    losses, phrases = {}, ("a photo of {} in a city",)
+    for weight in (0.0, 3.0):
+        calls.clear()
+        changes = {"preserve": {"context_output": weight}} if weight else {"preserve": {}}
+        changes |= {"preserve_phrases": phrases} if weight else {}
+        losses[weight] = []
+        config = settings(tmp_path, f"w{weight:.0f}", steps=1, **changes)
+        learn(pipe, config, on_step=lambda _, loss, w=weight: losses[w].append(float(loss)))
+    (noisy, t, _, plain), (again, t_again, _, there), (twice, t_twice, _, base) = calls
+    assert torch.equal(noisy, again) and torch.equal(torch.cat([noisy] * 2), twice)
+    assert torch.equal(t, t_again) and torch.equal(torch.cat([t] * 2), t_twice)
+
+    def answer(text):
+        ids = pipe.tokenizer(text, padding="max_length", max_length=24, return_tensors="pt")
+        states = pipe.text_encoder(ids.input_ids)[0].expand(2, -1, -1)
+        return forward(noisy, t, states, return_dict=False)[0]
+
+    with torch.no_grad():
+        shift = answer("a photo of a dog in a city") - answer("a photo of a dog")
+    assert torch.allclose(base[2:] - base[:2], shift, atol=1e-5)
+    change = float((there - plain - shift).square().mean())
+    added = losses[3.0][0] - losses[0.0][0]
+    assert change > 1e-6
+    assert added == pytest.approx(EVERY * 3.0 * change, rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [*WITH_CLIP.values(), *OTHERS.values()], ids=[*WITH_CLIP, *OTHERS])
+def test_contexts_are_held_in_every_family_and_move_what_is_learned(make, tmp_path):
+    """Tokens and triggers read otherwise than the class word, so there is something to hold."""
+    pipe = make()
+    before = snapshot(pipe.components, pipe.config)
+    losses, learned = [], []
+    for name, preserve in (("plain", {}), ("held", {"context_output": 1.0})):
+        config = settings(tmp_path, name, preserve=preserve, steps=2)
+        found = learn(pipe, config, on_step=lambda _, loss: losses.append(float(loss)))
+        learned.append(tensors(found))
+    assert losses[2] > losses[0] * (1 + 1e-6)
+    assert not same(*learned)
+    assert_unchanged(before, pipe.components, pipe.config)
+
+
+def test_each_context_comes_once_before_any_comes_again(kept):
+    phrases = tuple(f"{{}} {where}" for where in ("in a city", "on a beach", "in space"))
+    run = kept(preserve={"context_output": 1.0}, preserve_phrases=phrases)
+    found = [text for turn in range(6) for text in run.preserved.in_context([0, 0], turn)]
+    told = sorted(phrase.replace("{}", "<rex>") for phrase in phrases)
+    assert [sorted(found[k : k + 3]) for k in range(0, 12, 3)] == [told] * 4
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_no_context_is_left_out_by_accumulation(accumulate, tmp_path, monkeypatch):
+    asked = []
+    in_context = class_preservation.Preserved.in_context
+
+    def noting(self, concepts, turn):
+        found = in_context(self, concepts, turn)
+        asked.extend(found)
+        return found
+
+    monkeypatch.setattr(class_preservation.Preserved, "in_context", noting)
+    phrases = tuple(f"{{}} {where}" for where in ("in a city", "on a beach", "in space"))
+    changes = {"preserve": {"context_output": 1.0}, "preserve_phrases": phrases, "batch_size": 1}
+    steps = 2 * EVERY + 1
+    learn(tiny_sd(), settings(tmp_path, steps=steps, gradient_accumulation=accumulate, **changes))
+    assert len(asked) == 3 * accumulate
+    assert all(len(set(asked[k : k + 3])) == 3 for k in range(0, len(asked), 3))
+
+
+def test_contexts_stand_behind_the_caption(kept):
+    run = kept(preserve={"context_output": 1.0}, caption="a picture in {} style")
+    found = {run.preserved.in_context([0], turn)[0] for turn in range(9)}
+    assert "a picture in <rex> style wearing a hat" in found
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_flux], ids=["sd", "flux"])
+def test_all_together_repeat_resume_and_leave_the_model(make, tmp_path):
+    changes = {
+        "preserve": ALL,
+        "prior_weight": 0.5,
+        "prior_images": make_pictures(tmp_path / "dogs"),
+        "checkpoint_every": 2,
+        "caption_dropout": 0.3,
+        "gradient_accumulation": 2,
+        "min_snr_gamma": 5.0 if make is tiny_sd else None,
+        "layerwise_tokens": make is tiny_sd,
+        "steps": 5,
+    }
+    pipe = make()
+    before = snapshot(pipe.components, pipe.config)
+    whole = learn(pipe, settings(tmp_path, "whole", **changes))
+    assert_unchanged(before, pipe.components, pipe.config)
+
+    cut = settings(tmp_path, "cut", **changes)
+    with pytest.raises(Stop):
+        learn(pipe, cut, on_step=crash_at(3))
+    assert_unchanged(before, pipe.components, pipe.config)
+    assert same(tensors(learn(pipe, cut)), tensors(whole))
+
+    other = learn(pipe, settings(tmp_path, "plain", **{**changes, "preserve": {}}))
+    assert not same(tensors(other), tensors(whole))
+    assert whole.info.training["settings"]["preserve"] == ALL
+    for name, value in (
+        ("preserve", {**ALL, "output": 1.0}),
+        ("preserve_phrases", ("a {}",)),
+        ("preserve_pooling", "published"),
+    ):
+        with pytest.raises(SettingsError, match=f"{name} was .* and is "):
+            learn(pipe, settings(tmp_path, "whole", **{**changes, name: value}))
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_models_without_a_text_encoder_that_learns_refuse_losses_on_texts(make, tmp_path):
+    pipe = make()
+    before = snapshot(pipe.components, pipe.config)
+    config = settings(tmp_path, preserve={"class_text": 1.0, "context_text": 1.0})
+    with pytest.raises(ConfigError, match=r"class_text and context_text cannot .* no gradient"):
+        learn(pipe, config)
+    assert_unchanged(before, pipe.components, pipe.config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_phrases_beyond_the_encoders_length_are_refused(tmp_path):
+    config = settings(
+        tmp_path, preserve={"class_text": 1.0}, preserve_phrases=("a dog " * 60 + "{}",)
+    )
+    with pytest.raises(DataError, match=r"the phrase .* the trigger is cut off"):
+        learn(tiny_sd(), config)

@@ -1,0 +1,120 @@
+"""Training with compiled blocks. torch's own backend takes a minute here, and is left to the slow
+tests; aot_eager traces and splits forward and backward passes as it does, and compiles nothing."""
+
+import pytest
+import torch
+
+from customize.base.quantization import quantize
+from customize.errors import ConfigError
+from customize.families import family_of
+from customize.training import compile_blocks
+from customize.training.compile_blocks import compiled, repeated_blocks
+from customize.training.recipe import train
+from tests.base.test_quantization import of
+from tests.makers import FAMILIES
+from tests.tiny import tiny_flux, tiny_sd
+from tests.training.runs import (
+    assert_unchanged,
+    make_various,
+    settings,
+    snapshot,
+    tensors,
+)
+
+SLOW = pytest.mark.slow
+BACKENDS = [pytest.param("inductor", marks=SLOW), "aot_eager"]
+#: The others do the same and are slower.
+ALL = [pytest.param(m, id=k, marks=[SLOW] * (k != "flux")) for k, m in FAMILIES.items()]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def near(a, b, tolerance=0.01):
+    """Whether two concepts are the same to rounding, layer by layer in the Frobenius norm.
+
+    Not number by number: Adam makes a whole step of a gradient near zero, whose sign is rounding's.
+    """
+    a, b = tensors(a), tensors(b)
+    return a.keys() == b.keys() and all((a[k] - b[k]).norm() <= tolerance * a[k].norm() for k in a)
+
+
+@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+def test_every_family_has_blocks_that_hold_most_of_its_adapter(make):
+    pipe = make()
+    family = family_of(pipe.components, pipe.config)
+    for key, denoiser in family.denoisers.items():
+        inside = {id(part) for block in repeated_blocks(denoiser) for part in block.modules()}
+        layers = [denoiser.get_submodule(name) for name in family.adapter_targets(key)]
+        assert sum(id(layer) in inside for layer in layers) >= 0.5 * len(layers)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", ALL)
+def test_the_concept_is_the_same_and_the_model_is_left_as_it_was(
+    make, backend, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compile_blocks, "_BACKEND", backend)
+    pipe = make()
+    blocks = repeated_blocks(family_of(pipe.components, pipe.config).denoiser)
+    before = snapshot(pipe.components, pipe.config), [sorted(vars(block)) for block in blocks]
+    given = {"progress": False, "pipeline_config": pipe.config}
+    plain = train(settings(tmp_path, "a", steps=3), pipe.components, **given)
+    assert not torch._dynamo.utils.counters["stats"]
+    config = settings(tmp_path, "b", steps=3, compile=True, gradient_checkpointing=True)
+    fast = train(config, pipe.components, **given)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert near(plain, fast)
+    assert_unchanged(before[0], pipe.components, pipe.config)
+    assert [sorted(vars(block)) for block in blocks] == before[1]
+
+
+@SLOW
+def test_sizes_of_all_buckets_go_through_one_compiled_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_blocks, "_BACKEND", "aot_eager")
+    make_various(tmp_path)
+    given = {"buckets": True, "steps": 8}
+    plain = train(settings(tmp_path, "a", **given), tiny_flux().components, progress=False)
+    config = settings(tmp_path, "b", compile=True, **given)
+    assert near(plain, train(config, tiny_flux().components, progress=False))
+
+
+@SLOW
+@pytest.mark.parametrize("kind", [of("nf4"), of("int8")])
+def test_quantized_blocks_are_compiled_too(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_blocks, "_BACKEND", "aot_eager")
+    pipe = tiny_flux()
+    quantize(pipe.transformer, kind, torch.float32, torch.device("cpu"))
+    plain = train(settings(tmp_path, "a", steps=3), pipe.components, progress=False)
+    config = settings(tmp_path, "b", steps=3, compile=True)
+    assert near(plain, train(config, pipe.components, progress=False))
+
+
+def test_what_a_user_compiled_stays_compiled():
+    pipe = tiny_flux()
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    blocks = repeated_blocks(pipe.transformer)
+    theirs = [block._compiled_call_impl for block in blocks]
+    with compiled([pipe.transformer]):
+        assert all(
+            block._compiled_call_impl is not call
+            for block, call in zip(blocks, theirs, strict=True)
+        )
+    assert [block._compiled_call_impl for block in blocks] == theirs
+
+
+def test_without_a_compiler_nothing_is_loaded(tmp_path, monkeypatch):
+    def no_compiler(*_):
+        raise RuntimeError("No working C++ compiler found\nin many lines")
+
+    monkeypatch.setattr(compile_blocks, "_BACKEND", no_compiler)
+    pipe = tiny_sd()
+    before = snapshot(pipe.components)
+    with pytest.raises(ConfigError, match=r"cannot compile for the device cpu: .*C\+\+ compiler"):
+        train(settings(tmp_path, compile=True), pipe.components, progress=False)
+    assert_unchanged(before, pipe.components)

@@ -1,0 +1,67 @@
+"""The record of layer inputs that a run leaves beside its concept."""
+
+import pytest
+import torch
+
+import customize
+import customize.errors
+from customize.concepts.input_statistics import LayerInputs, place_beside, updates_digest
+from customize.concepts.types import Concept
+from customize.families import family_of
+from customize.training.recipe import train
+from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
+from tests.training.runs import same, settings, snapshot, tensors
+
+FAMILIES = {"sd": (tiny_sd, {"layerwise_tokens": True}), "sd3": (tiny_sd3, {"method": "lora"})}
+
+
+@pytest.mark.parametrize(("make", "changes"), FAMILIES.values(), ids=FAMILIES)
+def test_it_is_what_the_pipeline_records(tmp_path, make, changes):
+    pipe = make()
+    changes = changes | {"resolution": family_of(pipe.components).default_resolution}
+    before = snapshot(pipe.components, pipe.config)
+    plain = train(settings(tmp_path, "plain", **changes), pipe.components, progress=False)
+    assert not place_beside(tmp_path / "plain").exists()
+    config = settings(tmp_path, record_inputs=True, **changes)
+    concept = train(config, pipe.components, progress=False)
+    # Recording changes neither what is learned nor the model.
+    assert same(tensors(plain), tensors(concept))
+    after = snapshot(pipe.components, pipe.config)
+    assert before.keys() == after.keys()
+    found = LayerInputs.load(place_beside(config.output))
+    assert found.of == updates_digest(Concept.load(config.output).products)
+    other = customize.record_inputs(pipe, config.output)
+    for kind in ("own", "generic"):
+        one, two = getattr(found, kind), getattr(other, kind)
+        assert {c: set(m) for c, m in one.items()} == {c: set(m) for c, m in two.items()}
+        assert {c: set(m) for c, m in one.items()} == {
+            c: set(m) for c, m in concept.products.items()
+        }
+        for component, layers in one.items():
+            for module, rows in layers.items():
+                again = two[component][module]
+                # Half precision on disk.
+                torch.testing.assert_close(rows.T @ rows, again.T @ again, atol=2e-3, rtol=0)
+
+
+def test_a_model_without_tokens_of_its_own_is_recorded(tmp_path):
+    pipe = tiny_flux()
+    config = settings(tmp_path, record_inputs=True, steps=2)
+    concept = train(config, pipe.components, progress=False)
+    found = LayerInputs.load(place_beside(config.output))
+    assert {c: set(m) for c, m in found.own.items()} == {
+        c: set(m) for c, m in concept.products.items()
+    }
+
+
+def test_what_cannot_be_recorded_is_told_and_the_concept_kept(tmp_path, monkeypatch):
+    pipe = tiny_sd()
+
+    def broken(*args, **kwargs):
+        raise customize.errors.ConceptError("the inputs of the layer have the energy nan")
+
+    monkeypatch.setattr("customize.training.layer_input_recording.record", broken)
+    config = settings(tmp_path, record_inputs=True)
+    with pytest.warns(UserWarning, match="energy nan"):
+        train(config, pipe.components, progress=False)
+    assert Concept.load(config.output).info.name == "rex"

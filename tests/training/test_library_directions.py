@@ -1,0 +1,127 @@
+"""One library has one set of shared directions, whoever recorded it first and how."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import pytest
+import torch
+
+from customize.concepts.slices.overlap import true_collisions
+from customize.concepts.slices.shared_directions import SharedDirections, files_in, path_of
+from customize.concepts.types import Concept
+from customize.families import family_of
+from customize.training import base_fingerprint
+from customize.training.library_directions import _earlier_key
+from customize.training.recipe import train
+from tests.tiny import tiny_sd
+from tests.training.runs import settings
+
+
+def learn(folder, name, pipe=None, **changes) -> Concept:
+    library = folder / "library"
+    config = settings(folder, name=name, library=library, output=library / name, **changes)
+    pipe = pipe or tiny_sd()
+    train(config, pipe.components, progress=False)
+    return Concept.load(config.output)
+
+
+def assert_apart(*concepts: Concept) -> None:
+    """All pairs of updates read orthogonal directions."""
+    assert len({concept.info.basis.shared for concept in concepts}) == 1
+    first, *others = concepts
+    for other in others:
+        for component, updates in first.products.items():
+            for module, update in updates.items():
+                a, b = update.down.double(), other.products[component][module].down.double()
+                assert (a @ b.T).abs().max() < 1e-5 * a.norm() * b.norm()
+    assert true_collisions(concepts) == []
+
+
+def test_however_a_later_run_holds_the_base_model(tmp_path) -> None:
+    short = {"num_shared_directions": 2, "steps": 1, "rank": 2}
+    rex = learn(tmp_path, "rex", **short)
+    bf16 = learn(tmp_path, "tom", mixed_precision="bf16", **short)
+    larger = learn(tmp_path, "zig", resolution=64, **short)
+    (path,) = files_in(tmp_path / "library")
+    # Rounded in memory, its weights have another digest: what it would record is nearly the same.
+    rounded = tiny_sd()
+    rounded.unet.to(torch.float16).to(torch.float32)
+    half = learn(tmp_path, "max", rounded, **short)
+    assert len(files_in(tmp_path / "library")) == 2
+    assert_apart(rex, bf16, larger, half)
+    # Another model has directions of its own.
+    other = tiny_sd()
+    with torch.no_grad():
+        for parameter in other.text_encoder.parameters():
+            parameter.add_(torch.randn(parameter.shape))
+    far = learn(tmp_path, "far", other, **short)
+    assert far.info.basis.shared != rex.info.basis.shared
+    assert path in files_in(tmp_path / "library")
+
+
+@pytest.mark.slow  # threads that wait for each other on a busy machine
+def test_one_and_two_threads_give_one_name(tmp_path) -> None:
+    concepts = []
+    for threads, name in ((1, "rex"), (2, "tom")):
+        torch.set_num_threads(threads)
+        try:
+            number = {"slice": threads - 1}
+            concepts.append(
+                learn(tmp_path / name, name, num_shared_directions=2, steps=1, **number)
+            )
+        finally:
+            torch.set_num_threads(1)
+    names = {concept.info.basis.shared for concept in concepts}
+    assert len(names) == 1
+    assert true_collisions(concepts) == []
+
+
+def test_directions_of_an_earlier_version_are_used_under_their_name(tmp_path) -> None:
+    rex = learn(tmp_path, "rex", num_shared_directions=2, steps=1)
+    library = tmp_path / "library"
+    (path,) = files_in(library)
+    pipe = tiny_sd()
+    family = family_of(pipe.components)
+    config = settings(
+        tmp_path, name="tom", library=library, output=library / "tom", num_shared_directions=2
+    )
+    weights = base_fingerprint.weights_of("", pipe.components)
+    earlier = path_of(library, _earlier_key(config, family, weights, 32))
+    assert len(earlier.stem.rpartition("-")[2]) == 8
+    from customize.concepts.input_statistics import LayerInputs
+
+    LayerInputs("generic prompts", {}, SharedDirections.load(path).factors).save(earlier)
+    path.unlink()
+    tom = learn(tmp_path, "tom", num_shared_directions=2, steps=1)
+    assert files_in(library) == [earlier]
+    assert tom.info.basis.shared == SharedDirections.load(earlier).name
+    # Rex has the same directions under another name: by number and by column it is kept apart.
+    assert tom.info.slices["32"] != rex.info.slices["32"]
+    assert true_collisions([rex, tom]) == []
+
+
+def _learn(folder, name, barrier):
+    torch.set_num_threads(1)
+    config = settings(
+        folder, name=name, library=folder / "library", num_shared_directions=2, steps=1
+    )
+    config = config.model_copy(update={"output": folder / "library" / name})
+    barrier.wait()
+    train(config, tiny_sd().components, progress=False)
+
+
+@pytest.mark.slow
+def test_runs_at_the_same_time_record_one(tmp_path) -> None:
+    settings(tmp_path)  # makes the pictures
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(3)
+    names = ("rex", "tom", "zig")
+    started = [context.Process(target=_learn, args=(tmp_path, name, barrier)) for name in names]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=500)
+        assert process.exitcode == 0
+    assert len(files_in(tmp_path / "library")) == 1
+    assert_apart(*(Concept.load(tmp_path / "library" / name) for name in names))

@@ -1,0 +1,86 @@
+import warnings
+
+import pytest
+from PIL import Image
+
+from customize.families import family_of
+from customize.training.prepare_base import read_pictures
+from customize.training.run_summary import block, counts, unknown_word, warn_unlikely
+from tests.tiny import tiny_sd
+from tests.training.runs import make_various, picture, settings
+
+
+@pytest.fixture(scope="module")
+def family():
+    return family_of(tiny_sd().components)
+
+
+def test_counts(family, tmp_path):
+    make_various(tmp_path)
+    (tmp_path / "images" / "0.caption").write_text("<rex> asleep")
+    config = settings(tmp_path, buckets=True, masks=tmp_path / "masks", steps=800)
+    samples, none = read_pictures(config, 32, ["<rex>"])
+    found = counts(config, samples, none, family, 32, processes=2)
+    assert found == {
+        "pictures": "5",
+        "captions": "1 of their own, 4 by the template",
+        "masks": "5",
+        "size": "4 buckets: 40 x 24 (2), 16 x 64 (1), 32 x 32 (1), 64 x 16 (1)",
+        "steps, epochs": "800 of 4 pictures, which makes 640 epochs",
+    }
+    lines = block(config, found).splitlines()
+    assert all(len(line) <= 80 for line in lines) and "640 epochs" in lines[-1]
+    few = block(config, {"steps, epochs": "12 of 2 pictures, " + "word " * 20 + "end"})
+    assert few.endswith(" end") and all(len(line) <= 80 for line in few.splitlines())
+
+
+def told(config, family, resolution=32):
+    samples, _ = read_pictures(config, resolution, [config.trigger])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_unlikely(config, samples, family, resolution)
+    return [str(each.message) for each in caught]
+
+
+def test_what_makes_success_unlikely_is_told(family, tmp_path):
+    assert told(settings(tmp_path / "a", steps=800), family) == []
+    samples, none = read_pictures(settings(tmp_path / "a"), 32, ["<rex>"])
+    found = counts(settings(tmp_path / "a"), samples, none, family, 32, processes=1)
+    assert found["steps, epochs"] == (
+        "12 of 2 pictures, which makes 8.0 epochs; some hundreds of steps are usual"
+    )
+    (said,) = told(settings(tmp_path / "a", steps=800, class_word="xqzvw"), family)
+    assert "does not know the class word 'xqzvw': it reads " in said
+    for name in ("a.png", "b.png"):
+        (tmp_path / "b" / "images").mkdir(parents=True, exist_ok=True)
+        picture(0, 20).save(tmp_path / "b" / "images" / name)
+    small, twice = told(settings(tmp_path / "b", steps=800), family)
+    assert "2 pictures are smaller than 32 x 32 pixels" in small and "a.png, b.png" in small
+    assert "1 of 2 pictures are there twice: b.png as a.png" in twice
+
+
+@pytest.mark.parametrize("word", ["dog", "toy dog", "photo"])
+def test_common_words_are_known(word, family):
+    assert unknown_word(family, word) == []
+
+
+def test_a_word_of_the_bundled_base():
+    from transformers import AutoTokenizer
+
+    from customize.families.pipeline_components import TokenDictionary
+
+    tokenizer = AutoTokenizer.from_pretrained("assets/storybook/tokenizer")
+
+    class Family:
+        def token_dictionaries(self):
+            return [TokenDictionary("text_encoder", tokenizer, None)]
+
+    assert unknown_word(Family(), "dog") == [] == unknown_word(Family(), "robot")
+    assert unknown_word(Family(), "striped zebra") == ["z", "e", "b", "r", "a"]
+
+
+def test_pictures_of_one_size_are_not_told_of(family, tmp_path):
+    Image.new("RGB", (64, 30), "red").save(tmp_path / "x.png")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 30), "red").save(tmp_path / "images" / "x.png")
+    assert told(settings(tmp_path, steps=800), family) == []

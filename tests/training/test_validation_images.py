@@ -1,0 +1,130 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from customize.families import family_of
+from customize.training.data.batches import stream_seed
+from customize.training.recipe import train
+from customize.training.validation_images import draw, log_pictures, save_row, warn_of_triggers
+from tests.makers import FAMILIES
+from tests.tiny import (
+    drawn,
+    tiny_sd,
+)
+from tests.tiny_llm import tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
+from tests.tiny_video import isolate, tiny_cogvideox, tiny_ltx2
+from tests.training.runs import picture, settings
+
+MAKERS = FAMILIES | {
+    "sd-v": lambda: tiny_sd("v_prediction"),
+    "flux2-distilled": lambda: tiny_flux2_klein(distilled=True),
+    "qwen_image_21-levels": lambda: tiny_qwen_image_21([1.0, 0.9, 0.6, 0.2]),
+    "krea2-distilled": lambda: tiny_krea2(distilled=True),
+    "cogvideox-5b": lambda: tiny_cogvideox(rotary=True, multistep=True),
+    "ltx2": tiny_ltx2,
+}
+SHAPES = {"flux2": (16, 8, 8), "qwen_image_21": (4, 2, 2)}
+
+
+def arguments(family, conditions):
+    """Conditions of one prompt as the pipelines take them."""
+    if family.name == "z_image" and conditions:  # takes a list
+        return {"prompt_embeds": list(conditions["prompt_embeds"])}
+    return {key: value for key, value in conditions.items() if key != "prompt_lengths"}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_pictures_are_those_of_the_pipeline(make, guidance):
+    pipe = make()
+    family = family_of(pipe.components, pipe.config)
+    shape = SHAPES.get(family.name, (4, 16, 16))
+    with torch.no_grad():
+        asked, empty = family.encode_prompts(["a dog"]), family.encode_prompts([""])
+    if family.name == "ltx2":  # the pipeline's stream of pictures would follow that of sound
+        isolate(pipe)
+    # A scheduler that draws noise of its own draws it for all pictures together.
+    multistep = type(pipe.scheduler).__name__ == "CogVideoXDPMScheduler"
+    seeds = [3] if multistep else [3, 4]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    found = draw(
+        family,
+        {k: v.expand(len(seeds), *v.shape[1:]) for k, v in asked.items()},
+        empty,
+        shape,
+        steps=4,
+        guidance=guidance,
+        seeds=seeds,
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    for seed, picture_found in zip(seeds, found, strict=True):
+        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
+        # What has the guidance as an input needs no second prompt.
+        away = {} if family.guidance_is_an_input else empty
+        empties = {f"negative_{k}": v for k, v in arguments(family, away).items()}
+        given = arguments(family, asked) | empties
+        if family.name == "ltx2":  # whose call condenses prompts itself
+            given = {"prompt": "a dog"}
+        scale = "true_cfg_scale" if family.name.startswith("qwen_image") else "guidance_scale"
+        expected = drawn(
+            pipe,
+            **given,
+            latents=noise if family.name == "flux2" else family.pack(noise),
+            generator=torch.Generator().manual_seed(stream_seed("sampler", *seeds)),
+            num_inference_steps=4,
+            **{scale: guidance},
+            height=32,
+            width=32,
+            output_type="pil",
+        )[0]
+        expected = expected.convert("RGB")  # one of them also draws transparency
+        difference = np.asarray(expected).astype(int) - np.asarray(picture_found).astype(int)
+        assert abs(difference).max() <= 1
+
+
+def test_pictures_go_to_files_and_trackers(tmp_path):
+    logged = []
+
+    class Tracker:
+        def __init__(self, name):
+            self.name = name
+
+        def log_images(self, values, step, **options):
+            logged.append((self.name, values, step, options))
+
+    pictures = [picture(0), picture(1)]
+    save_row(pictures, tmp_path / "a" / "row.png")
+    assert (tmp_path / "a" / "row.png").is_file()
+    trackers = [Tracker("tensorboard"), Tracker("wandb"), object()]
+    log_pictures(trackers, pictures[:1], ["a dog"], 7)
+    (_, board, step, options), (_, other, _, _) = logged
+    assert board["a dog"].shape == (1, 32, 32, 3) and options == {"dataformats": "NHWC"}
+    assert other == {"a dog": pictures[:1]} and step == 7
+
+
+def test_samples_do_not_stand_in_for_validation_prompts(tmp_path):
+    config = settings(tmp_path, steps=1, samples=True, validation_prompts=["a dog"])
+    config = config.model_copy(update={"validation_steps": 1})
+    with pytest.warns(UserWarning, match="no validation prompt has the trigger <rex>"):
+        train(config, tiny_sd().components, progress=False)
+
+
+def test_prompts_that_do_not_show_what_is_learned_are_told():
+    pipe = tiny_sd()
+    pipe.load_textual_inversion({"<mine>": torch.ones(1, 32)})
+    family = family_of(pipe.components)
+
+    def told(prompts, triggers=("<rex>",)):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            warn_of_triggers(family, prompts, triggers)
+        return [str(each.message) for each in found]
+
+    assert told([]) == [] == told(["a <REX>", "a dog"]) == told(["<rex> and <mine>"])
+    assert "no validation prompt has the trigger <rex>" in told(["a dog"])[0]
+    (missing, misspelt) = told(["a <rexx>"])
+    assert "has the trigger <rex>" in missing and "did you mean <rex>?" in misspelt
+    assert len(told(["<rex>"], ("<rex>", "<tom>"))) == 1

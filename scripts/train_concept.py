@@ -10,27 +10,27 @@ import argparse
 import sys
 
 from customize.cli.command_support import console
-from customize.cli.interrupts import INTERRUPTED, end_with, handled
+from customize.cli.interrupts import INTERRUPTED, handle_interrupts, print_last_line
 from customize.errors import CustomizeError, TrainingStopped
 
 
 def main() -> int:
-    with handled(to_the_end=True):
+    with handle_interrupts(to_the_end=True):
         try:
             return _run()
         except TrainingStopped as stopped:
-            return end_with(str(stopped), INTERRUPTED)
+            return print_last_line(str(stopped), INTERRUPTED)
         except KeyboardInterrupt:  # before the first step, or a second one in haste
-            return end_with(
+            return print_last_line(
                 "interrupted: run the same again, and training goes on where it was saved",
                 INTERRUPTED,
             )
         except CustomizeError as error:
-            return end_with(f"error: {error}", 2)
+            return print_last_line(f"error: {error}", 2)
 
 
 def _run() -> int:
-    from customize.cli.train_command import where
+    from customize.cli.train_command import describe_outputs
     from customize.training.config import TrainConfig
     from customize.training.joint_configs import load_configs
     from customize.training.recipe import train_together
@@ -54,7 +54,7 @@ def _run() -> int:
     configs = load_configs(given.pop("config"), given.pop("together"), **given)
     train_together(configs)
     # Once, not by every process.
-    console().print(where(configs), markup=False, soft_wrap=True)
+    console().print(describe_outputs(configs), markup=False, soft_wrap=True)
     return 0
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-from customize.cli.interrupts import INTERRUPTED, current, end_with, handled
+from customize.cli.interrupts import INTERRUPTED, current, handle_interrupts, print_last_line
 from customize.text import harmless
 
 __all__ = ["main"]
@@ -26,14 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 after bad input or anything else that the pack refuses, with one line
         on stderr; 130 after Ctrl-C, with a line on how to go on.
     """
-    with handled(to_the_end=argv is None):
+    with handle_interrupts(to_the_end=argv is None):
         try:
             code = _run(argv)
             current.finished = True
         except KeyboardInterrupt:  # between two commands' own lines
-            return end_with("interrupted", INTERRUPTED)
+            return print_last_line("interrupted", INTERRUPTED)
         if current.received and code == 0:
-            return end_with("interrupted", INTERRUPTED)
+            return print_last_line("interrupted", INTERRUPTED)
         return code
 
 
@@ -60,26 +60,26 @@ def _run(argv: Sequence[str] | None) -> int:
         usage_error: Any = typer.BadParameter.__mro__[2]
         command = typer.main.get_command(app)
     except KeyboardInterrupt:
-        return end_with("interrupted before anything was done", INTERRUPTED)
+        return print_last_line("interrupted before anything was done", INTERRUPTED)
     try:
         code = command.main(arguments or ["--help"], prog_name="customize", standalone_mode=False)
         if code == INTERRUPTED:  # typer's, for an interrupt outside of the command's own function
-            return end_with("interrupted", INTERRUPTED)
+            return print_last_line("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else 0
     except (Interrupted, TrainingStopped) as stop:
-        return end_with(str(stop), INTERRUPTED)
+        return print_last_line(str(stop), INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
-        return end_with("interrupted", INTERRUPTED)
+        return print_last_line("interrupted", INTERRUPTED)
     except CustomizeError as error:
-        return end_with(f"error: {error}", 2)
+        return print_last_line(f"error: {error}", 2)
     except usage_error as error:
-        return end_with(f"error: {_explained(error)}", 2)
+        return print_last_line(f"error: {_explained(error)}", 2)
     except Exception as error:
         # Wherever it happens, also in another library or on stdout.
         if system_errno(error) not in DISK:
             raise
         where = getattr(error, "filename", None) or "the output"
-        return end_with(f"error: {storage_error(error, where)}", 2)
+        return print_last_line(f"error: {storage_error(error, where)}", 2)
 
 
 def _hush_libraries() -> None:
@@ -112,9 +112,9 @@ def _explained(error: BaseException) -> str:
     path = "customize" if context is None else context.command_path
     flag = getattr(error, "option_name", None)
     if flag is not None and context is not None:
-        from customize.cli.config_flags import near_flag
+        from customize.cli.config_flags import suggest_flag
 
-        hint = near_flag(flag, context.command)
+        hint = suggest_flag(flag, context.command)
         return f"no such option: {flag}. Do: {hint}see {path} --help."
     message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
     message = message.rstrip(".")

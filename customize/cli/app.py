@@ -12,17 +12,17 @@ from customize.cli.command_support import on_interrupt
 from customize.cli.evaluate_command import evaluate, pareto
 from customize.cli.shared_options import (
     BaseConfig,
+    Concepts,
     Device,
     Dtype,
     FamilyName,
     Ignore,
-    Merge,
+    MergeMethod,
     Names,
-    SomeSources,
-    Sources,
+    OptionalConcepts,
     Variant,
     Weights,
-    listed_parts,
+    split_parts,
 )
 
 app = typer.Typer(
@@ -52,7 +52,7 @@ def root(
 
 
 @on_interrupt("interrupted: run the same command again, and training goes on where it was saved")
-@config_flags.from_config
+@config_flags.add_config_flags
 def train(config: Path | None, together: list[Path], settings: dict[str, Any]) -> None:
     """Learn a concept from a folder of pictures, or several in one run.
 
@@ -75,7 +75,7 @@ app.command("train", cls=config_flags.PlainHelp)(train)
 @app.command()
 @on_interrupt("interrupted: nothing was written; give the same command again")
 def merge(
-    concepts: Sources,
+    concepts: Concepts,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="FOLDER", help="New folder", show_default=False),
@@ -167,14 +167,14 @@ def merge(
         dtype=dtype,
         layout=layout,
         family=family,
-        ignore=listed_parts(ignore),
+        ignore=split_parts(ignore),
     )
 
 
 @app.command()
 @on_interrupt("interrupted: the records made so far are kept")
 def record(
-    concepts: Sources,
+    concepts: Concepts,
     base: Annotated[
         str,
         typer.Option(
@@ -232,11 +232,11 @@ def generate(
             show_default=False,
         ),
     ],
-    concepts: SomeSources = None,
+    concepts: OptionalConcepts = None,
     weights: Weights = None,
     names: Names = None,
     ignore: Ignore = None,
-    merge: Merge = "auto",
+    merge: MergeMethod = "auto",
     fuse: Annotated[
         bool,
         typer.Option(
@@ -334,10 +334,10 @@ def generate(
 
     customize generate rex tom --base BASE --prompt "<rex> and <tom>"
     """
-    from customize.cli.generate_command import Loading, Plan, parse_size, run
+    from customize.cli.generate_command import GenerationPlan, LoadArguments, parse_size, run
     from customize.cli.region_arguments import parse_regions
 
-    plan = Plan(
+    plan = GenerationPlan(
         prompts=tuple(prompt),
         negative=negative,
         avoid=avoid,
@@ -347,7 +347,7 @@ def generate(
         count=count,
         size=parse_size(size),
     )
-    loading = Loading(
+    loading = LoadArguments(
         base,
         tuple(concepts or ()),
         weights,
@@ -357,7 +357,7 @@ def generate(
         library,
         attention,
         memory,
-        listed_parts(ignore),
+        split_parts(ignore),
         variant,
         base_config,
     )
@@ -371,7 +371,7 @@ app.command()(pareto)
 @app.command()
 @on_interrupt("interrupted")
 def inspect(
-    concepts: Sources,
+    concepts: Concepts,
     layers: Annotated[
         bool, typer.Option("--layers", help="The last also for each layer, loud ones in bold")
     ] = False,
@@ -389,7 +389,7 @@ def inspect(
     """
     from customize.cli.inspect_command import run
 
-    parts = listed_parts(ignore)
+    parts = split_parts(ignore)
     run(concepts, layers=layers, plot=plot, family=family, ignore=parts)
 
 

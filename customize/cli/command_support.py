@@ -76,7 +76,7 @@ def console(stderr: bool = False) -> Console:
     return HarmlessConsole(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
-def parse_weights(text: str | None, count: int) -> list[float] | None:
+def parse_weight_list(text: str | None, count: int) -> list[float] | None:
     """``"1,0.8"`` as numbers, one a concept; None where nothing was given.
 
     Raises:
@@ -103,7 +103,7 @@ def parse_weights(text: str | None, count: int) -> list[float] | None:
     return weights
 
 
-def renamed(
+def rename_concepts(
     concepts: Sequence[Adaptation | LoraFile], text: str | None
 ) -> list[Adaptation | LoraFile]:
     """The concepts under the names of a text such as ``"rex,,tom-2"``; None: their own.
@@ -136,30 +136,6 @@ def renamed(
     return [called(concept, name) for concept, name in zip(concepts, names, strict=True)]
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or the best at hand.
-
-    Raises:
-        ConfigError: it cannot be used.
-    """
-    import torch
-
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()  # of the device meta nothing can be had
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"the device {name} cannot be used: {str(error).splitlines()[0]}",
-            where="--device",
-            fix="name one that is there, such as cpu or cuda:0, or leave it out",
-        ) from error
-    return device
-
-
 def check_steps(pipe: Any, steps: int | None) -> None:
     """Refuse more sampling steps than the scheduler has noise levels.
 
@@ -175,7 +151,7 @@ def check_steps(pipe: Any, steps: int | None) -> None:
         )
 
 
-def check_file(path: Path | None) -> None:
+def check_output_file(path: Path | None) -> None:
     """See that a result can be written, before the work for it begins.
 
     Raises:
@@ -202,7 +178,7 @@ def check_png(path: Path | None, flag: str) -> None:
         raise ConfigError(f"there is no folder {path.parent}", where=flag, fix="make it first")
 
 
-def refuse_given(context: Any, names: Sequence[str], mode: str) -> None:
+def refuse_flags(context: Any, names: Sequence[str], mode: str) -> None:
     """Refuse flags that mean nothing in a mode, where they were given.
 
     Raises:
@@ -301,13 +277,13 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    with storing(path):
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         put_file(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 @contextmanager
-def storing(where: Path) -> Iterator[None]:
+def storage_errors(where: Path) -> Iterator[None]:
     """Turn what the system says on writing into a :class:`customize.errors.StorageError`."""
     try:
         yield

@@ -29,7 +29,7 @@ PANELS = {
 }
 
 
-def from_config(command: Callable[..., None]) -> Callable[..., None]:
+def add_config_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give ``command(config, together, settings)`` a flag for each field.
 
     Values reach it as text (yes or no as bool, lists as lists) and only those that were given,
@@ -83,7 +83,7 @@ class PlainHelp(TyperCommand):
                 formatter.write_dl(lines)
 
 
-def near_flag(flag: str, command: Any) -> str:
+def suggest_flag(flag: str, command: Any) -> str:
     """``"did you mean --learning-rate? If not, "`` for a flag that a command lacks, or nothing.
 
     Args:

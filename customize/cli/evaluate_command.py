@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from customize.cli.command_support import on_interrupt
-from customize.cli.shared_options import BaseConfig, Device, Json, SomeSources, Variant
+from customize.cli.shared_options import BaseConfig, Device, Json, OptionalConcepts, Variant
 
 
 @on_interrupt("interrupted: nothing was written; give the same command again")
 def evaluate(
     context: typer.Context,
-    concepts: SomeSources = None,
+    concepts: OptionalConcepts = None,
     storybook: Annotated[
         bool,
         typer.Option(

@@ -11,17 +11,17 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from customize.base.device import choose_device
 from customize.cli.command_support import (
     check_steps,
-    choose_device,
     console,
     load_pipeline,
-    renamed,
-    storing,
+    rename_concepts,
+    storage_errors,
 )
 from customize.cli.region_arguments import check_regions
-from customize.cli.weight_arguments import read_weights
-from customize.cli.write_image import draw, next_number, save
+from customize.cli.weight_arguments import parse_weights
+from customize.cli.write_image import generate_image, next_free_number, save_image
 from customize.errors import ConfigError
 from customize.evaluation import result_file
 
@@ -36,7 +36,7 @@ _MOST = 1_000_000  # pictures a prompt
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadArguments:
     """With what to draw, as the flags have it; see :func:`customize.load_custom`."""
 
     base: str
@@ -60,7 +60,7 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationPlan:
     """What to draw: each prompt with each seed. None stands for the pipeline's own default.
 
     Attributes:
@@ -128,8 +128,8 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def run(
-    loading: Loading,
-    plan: Plan,
+    loading: LoadArguments,
+    plan: GenerationPlan,
     regions: Mapping[str, Any],
     output: Path,
     device: str | None,
@@ -148,14 +148,14 @@ def run(
     from customize.concepts.types import Concept
     from customize.families import family_of
 
-    weights = read_weights(loading.weights, len(loading.sources))
-    concepts = renamed(opened_all(loading.sources, loading.ignore), loading.names)
+    weights = parse_weights(loading.weights, len(loading.sources))
+    concepts = rename_concepts(opened_all(loading.sources, loading.ignore), loading.names)
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
         check_together(ours)
     check_regions(plan.prompts, regions, {c.info.name: c.info.words for c in concepts})
     check_writable(output)
-    place = choose_device(device)
+    place = choose_device(device, "--device")
     if loading.memory is not None and device is not None:
         _check_placed(place, device)
     pipe = load_pipeline(
@@ -193,9 +193,9 @@ def run(
     }
     sources = {c.info.name: s for c, s in zip(concepts, loading.sources, strict=True)}
     total = len(plan.prompts) * plan.count
-    with storing(output):
+    with storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-    number = next_number(output)
+    number = next_free_number(output)
     numbers = []
     err = console(stderr=True)
     for prompt, seed in track(
@@ -207,9 +207,9 @@ def run(
         disable=not err.is_terminal,
     ):
         given = {**guided, **({"regions": dict(regions)} if regions else {})}
-        image, settings = draw(pipe, prompt, seed, plan, given, family.output)
+        image, settings = generate_image(pipe, prompt, seed, plan, given, family.output)
         facts = {"guidance": scale, **drawn_with, **_attached(pipe, sources)}
-        numbers.append(save(output, number, image, settings | facts))
+        numbers.append(save_image(output, number, image, settings | facts))
         number = numbers[-1] + 1
     console().print(f"{_named(numbers)} in {output}", markup=False, soft_wrap=True)
 
@@ -245,7 +245,7 @@ def _load(
     concepts: Sequence[Adaptation | LoraFile],
     weights: Given,
     avoid: str | None,
-    loading: Loading,
+    loading: LoadArguments,
 ) -> None:
     from customize import Decor, load_custom
 
@@ -292,7 +292,7 @@ def _shown(region: Any) -> Any:
     return list(region) if isinstance(region, tuple) else f"mask of {region.width}x{region.height}"
 
 
-def _guided(pipe: Any, family: Family, plan: Plan) -> tuple[dict[str, Any], float | None]:
+def _guided(pipe: Any, family: Family, plan: GenerationPlan) -> tuple[dict[str, Any], float | None]:
     """The call's arguments for guidance and negative prompt, and the scale that takes effect; None
     where the pipeline is not guided by itself.
 

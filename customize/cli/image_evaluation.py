@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from customize.base.device import choose_device
 from customize.cli.command_support import (
-    check_file,
-    choose_device,
+    check_output_file,
     command_line,
     console,
     hide_loading_bars,
     write_json,
 )
-from customize.cli.sample_files import prompts_of, read_samples
+from customize.cli.sample_files import read_prompts, read_samples
 from customize.errors import ConfigError
 from customize.evaluation import result_file
 
@@ -42,7 +42,7 @@ def run(
     json_file: Path | None,
 ) -> None:
     """Score the pictures in a folder, as far as what is given allows."""
-    check_file(json_file)
+    check_output_file(json_file)
     if not (clip or dino or blip or blip2):
         raise ConfigError(
             "there is no model to score with", fix="give one of --clip, --dino, --blip and --blip2"
@@ -50,7 +50,7 @@ def run(
     if dino is not None and references is None:
         raise ConfigError("DINO-I compares with pictures of the concept", fix="give --references")
     samples = read_samples(images)
-    texts = prompts_of(samples, prompts, class_word) if clip or blip or blip2 else None
+    texts = read_prompts(samples, prompts, class_word) if clip or blip or blip2 else None
     if clip is not None and texts is None and references is None:
         raise ConfigError(
             "CLIP has neither prompts nor references to compare with",
@@ -64,7 +64,7 @@ def run(
 
     pictures = [sample.image for sample in samples]
     others = [sample.image for sample in read_samples(references)] if references else None
-    place = choose_device(device)
+    place = choose_device(device, "--device")
     hide_loading_bars()
     scores: dict[str, list[float]] = {}
     if clip is not None:
@@ -89,7 +89,7 @@ def run(
             for k, sample in enumerate(samples)
         ]
         figures = {name: result_file.mean_and_spread(values)[0] for name, values in scores.items()}
-        write_json(json_file, result_file.result("evaluate", command_line(), rows, figures))
+        write_json(json_file, result_file.make_result("evaluate", command_line(), rows, figures))
 
 
 def _print(scores: Mapping[str, Sequence[float]]) -> None:

@@ -86,10 +86,10 @@ def run(
     if layers and by_layer:
         out.print(_by_layer(names, by_layer))
     if not learned_together(concepts):
-        for line in verdicts(names, by_layer):
+        for line in describe_crosstalk(names, by_layer):
             out.print(line, markup=False, soft_wrap=True)
     if plot is not None and by_layer:
-        draw(names, overall, by_layer, plot)
+        plot_crosstalk(names, overall, by_layer, plot)
         out.print(f"The picture is in {plot}.", markup=False, soft_wrap=True)
 
 
@@ -104,7 +104,7 @@ def _check_drawable(flag: str, count: int, lacking: Sequence[str]) -> None:
         )
 
 
-def verdicts(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> list[str]:
+def describe_crosstalk(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> list[str]:
     """What each pair's crosstalk means for a plain sum at weight 1, in words.
 
     In a layer, an answer is loud that is so against the concept's own, both there and on average.
@@ -112,7 +112,7 @@ def verdicts(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> list[str]:
     if not by_layer:
         return ["No layer is changed by all of them: nothing can be said of their prompts."]
     lines = []
-    pairs, values = answered(names, by_layer)
+    pairs, values = relative_crosstalk(names, by_layer)
     above = dict(zip(pairs, (values > LOUD).T, strict=True))
     overall = relative(by_layer)
     for i, j in combinations(range(len(names)), 2):
@@ -129,7 +129,9 @@ def verdicts(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> list[str]:
     return lines
 
 
-def answered(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
+def relative_crosstalk(
+    names: Sequence[str], by_layer: Mapping[str, Tensor]
+) -> tuple[list[str], Tensor]:
     """How loudly each update answers to another's inputs, layer by layer.
 
     Returns:
@@ -146,7 +148,9 @@ def answered(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> tuple[list
     return told, torch.stack(columns, dim=1)
 
 
-def draw(names: Sequence[str], overall: Tensor, by_layer: Mapping[str, Tensor], path: Path) -> None:
+def plot_crosstalk(
+    names: Sequence[str], overall: Tensor, by_layer: Mapping[str, Tensor], path: Path
+) -> None:
     """Heat maps of crosstalk over all layers, and layer by layer.
 
     Raises:
@@ -154,7 +158,7 @@ def draw(names: Sequence[str], overall: Tensor, by_layer: Mapping[str, Tensor], 
     """
     from matplotlib.figure import Figure
 
-    pairs, values = answered(names, by_layer)
+    pairs, values = relative_crosstalk(names, by_layer)
     tall = max(4.0, 0.16 * len(by_layer) + 1.6)
     figure = Figure(figsize=(5.5 + 0.9 * len(names) + 0.5 * len(pairs), tall), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(len(names) + 1, len(pairs) + 1))
@@ -182,7 +186,7 @@ def draw(names: Sequence[str], overall: Tensor, by_layer: Mapping[str, Tensor], 
 
 
 def _by_layer(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> Table:
-    pairs, values = answered(names, by_layer)
+    pairs, values = relative_crosstalk(names, by_layer)
     table = Table(title_justify="left")
     table.add_column("layer", overflow="fold", min_width=30)
     for pair in pairs:

@@ -61,7 +61,7 @@ class Interrupts:
 
     def end(self) -> None:
         """End the process at once."""
-        end_with(self.advice, INTERRUPTED)
+        print_last_line(self.advice, INTERRUPTED)
         os._exit(INTERRUPTED)
 
     def _wait(self) -> None:
@@ -79,7 +79,7 @@ current = Interrupts()
 
 
 @contextmanager
-def handled(to_the_end: bool) -> Iterator[None]:
+def handle_interrupts(to_the_end: bool) -> Iterator[None]:
     """Within it Ctrl-C is dealt with as above, if it would raise KeyboardInterrupt.
 
     Args:
@@ -102,7 +102,7 @@ def handled(to_the_end: bool) -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def end_with(line: str, code: int) -> int:
+def print_last_line(line: str, code: int) -> int:
     """Print a command's last line, also where the terminal or the reader of a pipe is gone.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from customize.cli.command_support import on_interrupt
-from customize.cli.shared_options import Sources
+from customize.cli.shared_options import Concepts
 
 app = typer.Typer(help="List, fill and check a folder of many concepts.", no_args_is_help=True)
 
@@ -35,7 +35,7 @@ def list_concepts(library: Library) -> None:
 
 @app.command()
 @on_interrupt("interrupted: those that were told are added; give the others again")
-def add(folder: Folder, concepts: Sources) -> None:
+def add(folder: Folder, concepts: Concepts) -> None:
     """Copy concepts and LoRA files into a library, with their records.
 
     Each is read whole first. One whose name or trigger is taken there is

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from customize.atomic import partial_folder
+from customize.base.device import choose_device
 from customize.cli.command_support import (
-    choose_device,
     console,
     indented,
     load_pipeline,
-    renamed,
+    rename_concepts,
     snippet,
-    storing,
+    storage_errors,
 )
-from customize.cli.weight_arguments import Given, read_weights
+from customize.cli.weight_arguments import Given, parse_weights
 from customize.concepts.io.file_layout import LAYOUTS
 from customize.concepts.io.folder_lock import exclusive
 from customize.concepts.merge.merge_concepts import (
@@ -62,7 +62,7 @@ def run(
         ignore: parts of files to leave out.
         variant, base_config: of the base, as ``open_base`` takes them.
     """
-    weights = read_weights(weights_text, len(sources))
+    weights = parse_weights(weights_text, len(sources))
     methods = (AUTO, *METHODS)
     if method not in methods:
         raise ConfigError(
@@ -116,7 +116,7 @@ def run(
             weights,
             {"method": method, **settings},
             lambda: load_pipeline(
-                base, choose_device("cpu"), dtype, variant=variant, config=base_config
+                base, choose_device("cpu", "--device"), dtype, variant=variant, config=base_config
             ),
             ignore,
         )
@@ -182,7 +182,7 @@ def _named(concepts: Sequence[Adaptation], names: str | None) -> list[Adaptation
     """The concepts under other names, whose layers are known already."""
     from customize.concepts.formats.lora import LoraFile
 
-    return [each for each in renamed(concepts, names) if not isinstance(each, LoraFile)]
+    return [each for each in rename_concepts(concepts, names) if not isinstance(each, LoraFile)]
 
 
 def _write_pipeline(
@@ -201,14 +201,14 @@ def _write_pipeline(
     from customize.concepts.types import Concept
     from customize.families import family_of
 
-    concepts = renamed(opened_all(sources, ignore), names)
+    concepts = rename_concepts(opened_all(sources, ignore), names)
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
         check_together(ours)
     check_new(output)
     pipe = open_pipeline()
     load_custom(pipe, *concepts, weights=weights, fuse=True, merge=merge)
-    with storing(output), partial_folder(output) as partial:
+    with storage_errors(output), partial_folder(output) as partial:
         pipe.save_pretrained(partial)
         if output.is_dir():
             output.rmdir()

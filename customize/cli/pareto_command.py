@@ -44,9 +44,11 @@ def run(
             words = ", ".join(values)
             told = (f"{name}: {words}" if len(files) > 1 else words) if by else name
             points.append(_point(told, group, x, y, file))
-    table = pareto_front.table(points, x, y)
-    pareto_front.draw(points, x, y, output)
-    write_json(output.with_suffix(".json"), result_file.result("pareto", command_line(), table, {}))
+    table = pareto_front.front_rows(points, x, y)
+    pareto_front.save_plot(points, x, y, output)
+    write_json(
+        output.with_suffix(".json"), result_file.make_result("pareto", command_line(), table, {})
+    )
     _print(table, x, y)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from customize.cli.command_support import choose_device, console, load_pipeline
+from customize.base.device import choose_device
+from customize.cli.command_support import console, load_pipeline
 from customize.errors import ConfigError
 
 
@@ -36,7 +37,9 @@ def run(
     ]
     for place in places:
         check_writable(place.parent)
-    pipe = load_pipeline(base, choose_device(device), dtype, variant=variant, config=base_config)
+    pipe = load_pipeline(
+        base, choose_device(device, "--device"), dtype, variant=variant, config=base_config
+    )
     pipe.set_progress_bar_config(disable=True)
     for concept, place in zip(concepts, places, strict=True):
         record_inputs(pipe, concept, prompts, words).save(place)

@@ -29,7 +29,7 @@ def read_samples(folder: Path) -> list[Sample]:
     return read_folder(folder, trigger=None, caption=_SILENT)
 
 
-def prompts_of(
+def read_prompts(
     samples: Sequence[Sample], file: Path | None, class_word: str | None
 ) -> list[str] | None:
     """A prompt for each picture, triggers replaced by class words; None where none are known."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Sources = Annotated[
+Concepts = Annotated[
     list[str],
     typer.Argument(
         metavar="CONCEPT",
@@ -15,7 +15,7 @@ Sources = Annotated[
         show_default=False,
     ),
 ]
-SomeSources = Annotated[
+OptionalConcepts = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="CONCEPT",
@@ -94,7 +94,7 @@ Ignore = Annotated[
         show_default=False,
     ),
 ]
-Merge = Annotated[
+MergeMethod = Annotated[
     str,
     typer.Option(
         "--merge",
@@ -110,6 +110,6 @@ Json = Annotated[
 ]
 
 
-def listed_parts(text: str | None) -> tuple[str, ...]:
+def split_parts(text: str | None) -> tuple[str, ...]:
     """The words of :data:`Ignore`."""
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())

@@ -22,7 +22,7 @@ def is_storybook(base: str) -> bool:
     return bool(weights) and weights_on_disk(base) == weights
 
 
-def warn_of_classes(configs: Sequence[TrainConfig]) -> None:
+def warn_unknown_classes(configs: Sequence[TrainConfig]) -> None:
     """Warn of class words that the bundled base never saw."""
     from customize.storybook.world import CLASSES
 
@@ -35,7 +35,7 @@ def warn_of_classes(configs: Sequence[TrainConfig]) -> None:
             )
 
 
-def judge_of(configs: Sequence[TrainConfig]) -> Judge | None:
+def make_judge(configs: Sequence[TrainConfig]) -> Judge | None:
     """Judges the last samples of a run on the bundled base by the storybook's judges, which no
     run is trained against; None where these are not here."""
     folder = _assets() / "judges"
@@ -43,7 +43,7 @@ def judge_of(configs: Sequence[TrainConfig]) -> Judge | None:
         return None
 
     def judge(info: ConceptInfo) -> Identity | None:
-        from customize.storybook.judges import load_judges, to_tensor
+        from customize.storybook.judges import images_to_tensor, load_judges
         from customize.storybook.world import CLASSES
         from customize.training.data.dataset import read_image
         from customize.training.data.image_folder import scan
@@ -54,8 +54,8 @@ def judge_of(configs: Sequence[TrainConfig]) -> Judge | None:
             return None
         judges = load_judges(folder)
         pictures = [read_image(path) for path in scan(config.images).images]
-        sample = to_tensor([read_image(last)])
-        distance = judges.distance(sample, judges.signature(to_tensor(pictures))).item()
+        sample = images_to_tensor([read_image(last)])
+        distance = judges.distance(sample, judges.prototype(images_to_tensor(pictures))).item()
         shows = distance <= judges.threshold
         text = (
             f"the last sample {'shows' if shows else 'does not show'} {info.name} (distance "

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from customize.base.device import choose_device
 from customize.cli.command_support import (
-    check_file,
+    check_output_file,
     check_steps,
-    choose_device,
     command_line,
     console,
     load_pipeline,
-    parse_weights,
-    refuse_given,
+    parse_weight_list,
+    refuse_flags,
     write_json,
 )
 from customize.cli.sample_files import read_samples
@@ -46,14 +46,14 @@ def check_mode(context: Any, storybook: bool, images: Path | None, concepts: Seq
             fix="give --storybook with concepts, or --images with a folder of pictures",
         )
     if storybook:
-        refuse_given(
+        refuse_flags(
             context, ("prompts", "class_word", "clip", "dino", "blip", "blip2"), "--storybook"
         )
         return
     if concepts:
         raise ConfigError("--images scores pictures, not concepts", fix="leave concepts out")
     storybook_only = ("base", "variant", "base_config", "judges", "weights", "merge")
-    refuse_given(context, (*storybook_only, "seeds", "steps"), "--images")
+    refuse_flags(context, (*storybook_only, "seeds", "steps"), "--images")
 
 
 def run_storybook(
@@ -76,8 +76,8 @@ def run_storybook(
         raise ConfigError(
             "there is no concept to score", fix="name at least one, such as demo/concepts/rex"
         )
-    numbers = parse_weights(weights, len(sources)) or [1.0] * len(sources)
-    check_file(json_file)
+    numbers = parse_weight_list(weights, len(sources)) or [1.0] * len(sources)
+    check_output_file(json_file)
     from customize.concepts.merge.merge_concepts import check_together
     from customize.concepts.tokens.subjects import check_subjects
     from customize.storybook.judges import load_judges
@@ -89,7 +89,7 @@ def run_storybook(
     check_subjects(subjects)
     known = {each.name: _known(loaded, each, references, len(subjects)) for each in subjects}
     pipe = load_pipeline(
-        base, choose_device(device), "float32", variant=variant, config=base_config
+        base, choose_device(device, "--device"), "float32", variant=variant, config=base_config
     )
     _check_pipeline(pipe, base, concepts, steps)
     rows = storybook_rows(
@@ -105,7 +105,8 @@ def run_storybook(
     _print_rates(rows)
     if json_file is not None:
         write_json(
-            json_file, result_file.result("evaluate", command_line(), rows, storybook_figures(rows))
+            json_file,
+            result_file.make_result("evaluate", command_line(), rows, storybook_figures(rows)),
         )
 
 
@@ -179,7 +180,12 @@ def storybook_rows(
 
     from customize import load_custom, unload_custom
     from customize.demo import unrelated_prompts
-    from customize.evaluation.storybook_rates import draw_groups, drift, prompts_for, rate_concept
+    from customize.evaluation.storybook_rates import (
+        draw_groups,
+        drift,
+        evaluation_prompts,
+        rate_concept,
+    )
 
     pipe.set_progress_bar_config(disable=True)
     plain = unrelated_prompts()
@@ -187,7 +193,10 @@ def storybook_rows(
     if len(concepts) > 1:
         setups.append((list(concepts), list(weights)))
     of_setup = [
-        {"": plain, **{s.name: prompts_for(s.trigger) for c in together for s in _subjects(c)}}
+        {
+            "": plain,
+            **{s.name: evaluation_prompts(s.trigger) for c in together for s in _subjects(c)},
+        }
         for together, _ in setups
     ]
     rows = []
@@ -253,8 +262,8 @@ def _known(
     judges: Judges, subject: Subject, references: Path, count: int
 ) -> tuple[Tensor, set[str]]:
     """A concept's signature by the judges, and the places that its references show."""
-    from customize.storybook.caption_grammar import parse
-    from customize.storybook.judges import to_tensor
+    from customize.storybook.caption_grammar import parse_prompt
+    from customize.storybook.judges import images_to_tensor
     from customize.storybook.world import CLASSES
 
     if subject.class_word not in CLASSES:
@@ -267,11 +276,11 @@ def _known(
     if count == 1 and not os.path.isdir(folder):
         folder = references
     samples = read_samples(folder)
-    images = to_tensor([sample.image for sample in samples])
+    images = images_to_tensor([sample.image for sample in samples])
     shown = set()
-    for sample, seen in zip(samples, judges.see(images), strict=True):
-        shown.add(parse(sample.caption).place or seen["place"])
-    return judges.signature(images), shown
+    for sample, seen in zip(samples, judges.predict_attributes(images), strict=True):
+        shown.add(parse_prompt(sample.caption).place or seen["place"])
+    return judges.prototype(images), shown
 
 
 def _print_rates(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -283,7 +292,7 @@ def _print_rates(rows: Sequence[Mapping[str, Any]]) -> None:
         cells = []
         for rate in RATES[:-1]:
             cells.append(
-                result_file.share(*result_file.mean_and_spread([row[rate] for row in own]))
+                result_file.format_percent(*result_file.mean_and_spread([row[rate] for row in own]))
             )
         found = result_file.mean_and_spread([row["drift"] for row in own])
         cells.append(" ±".join(f"{x:.3f}".lstrip("0") for x in found if x is not None))

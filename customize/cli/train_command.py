@@ -15,22 +15,22 @@ def run(config_file: Path | None, together: Sequence[Path], settings: dict[str, 
     """Train by YAML files, one a concept, and the settings put over them."""
     configs = load_configs(config_file, together, **settings)
     out = console()
-    shown = plan(configs[0])
+    shown = describe_run(configs[0])
     for config in configs:
-        own = plan(config)
+        own = describe_run(config)
         for name, value in own.items():
             if config is configs[0] or value != shown.get(name):
                 out.print(f"{name:<12} {value}", markup=False, soft_wrap=True)
 
-    from customize.cli.storybook_base import is_storybook, judge_of, warn_of_classes
+    from customize.cli.storybook_base import is_storybook, make_judge, warn_unknown_classes
     from customize.concepts.io.model_card import output_of
     from customize.training.recipe import train_together
 
     hide_loading_bars()
     judge = None
     if is_storybook(configs[0].base):
-        warn_of_classes(configs)
-        judge = judge_of(configs)
+        warn_unknown_classes(configs)
+        judge = make_judge(configs)
     concepts = train_together(configs, judge=judge)
     text = snippet(
         configs[0].base,
@@ -39,7 +39,7 @@ def run(config_file: Path | None, together: Sequence[Path], settings: dict[str, 
         concepts[0].info.family,
         output_of(concepts[0]),
     )
-    told, them = where(configs), "them" if len(configs) > 1 else "it"
+    told, them = describe_outputs(configs), "them" if len(configs) > 1 else "it"
     out.print(
         f"\n{told[0].upper()}{told[1:]}. Load {them} with:\n\n{indented(text)}\n",
         markup=False,
@@ -47,12 +47,12 @@ def run(config_file: Path | None, together: Sequence[Path], settings: dict[str, 
     )
 
 
-def where(configs: Sequence[TrainConfig]) -> str:
+def describe_outputs(configs: Sequence[TrainConfig]) -> str:
     """Where the concepts of a run are, in words."""
     return "; ".join(f"the concept {config.name} is in {config.output}" for config in configs)
 
 
-def plan(config: TrainConfig) -> dict[str, str]:
+def describe_run(config: TrainConfig) -> dict[str, str]:
     """What is going to happen, in words: title -> text."""
     batch = config.batch_size * config.gradient_accumulation
     alone = "" if config.library or config.slice is not None else ", slice from the name's hash"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from customize.cli.command_support import parse_weights
+from customize.cli.command_support import parse_weight_list
 from customize.errors import ConfigError
 
 #: A weight for each concept in order, or a dict as :func:`customize.load_custom` takes it.
 Given = list[float] | dict[str, Any]
 
 
-def read_weights(text: str | None, count: int) -> Given:
+def parse_weights(text: str | None, count: int) -> Given:
     """``"1,0.8"``, or ``"rex=0.8,rex.text_encoder=0.5,rex.unet.up.block_1=0.4/0.8/1"``.
 
     Args:
@@ -23,7 +23,7 @@ def read_weights(text: str | None, count: int) -> Given:
         ConfigError: it is neither, or a name is given twice.
     """
     if text is None or "=" not in text:
-        return parse_weights(text, count) or [1.0] * count
+        return parse_weight_list(text, count) or [1.0] * count
     found: dict[str, Any] = {}
     for part in text.split(","):
         path, _, value = part.partition("=")

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from customize.atomic import put_file
-from customize.cli.command_support import storing
+from customize.cli.command_support import storage_errors
 from customize.errors import PipelineError, StorageError
 
 if TYPE_CHECKING:
-    from customize.cli.generate_command import Plan
+    from customize.cli.generate_command import GenerationPlan
 
 _NUMBERED = re.compile(r"(\d{4,})\.(png|json)")
 
 
-def draw(
+def generate_image(
     pipe: Any,
     prompt: str,
     seed: int,
-    plan: Plan,
+    plan: GenerationPlan,
     guided: Mapping[str, Any],
     output: str,
 ) -> tuple[Any, dict[str, Any]]:
@@ -74,7 +74,7 @@ def draw(
     return image, settings
 
 
-def save(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) -> int:
+def save_image(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) -> int:
     """Write a picture and its settings, never over a file that is there.
 
     Args:
@@ -91,12 +91,12 @@ def save(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) -> 
     text = json.dumps(settings, indent=2) + "\n"
     while True:
         try:
-            with storing(folder / f"{number:04}.png"):
+            with storage_errors(folder / f"{number:04}.png"):
                 _write_pair(folder / f"{number:04}", text.encode(), buffer.getvalue())
         except StorageError as error:
             if not isinstance(error.__cause__, FileExistsError):
                 raise
-            number = max(number + 1, next_number(folder))
+            number = max(number + 1, next_free_number(folder))
         else:
             return number
 
@@ -113,7 +113,7 @@ def _write_pair(stem: Path, settings: bytes, picture: bytes) -> None:
         raise
 
 
-def next_number(folder: Path) -> int:
-    with storing(folder):
+def next_free_number(folder: Path) -> int:
+    with storage_errors(folder):
         found = [_NUMBERED.fullmatch(path.name) for path in folder.iterdir()]
     return max((int(match[1]) for match in found if match), default=0) + 1

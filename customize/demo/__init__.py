@@ -40,7 +40,7 @@ TRAINING: dict[str, Any] = {
     "keep_checkpoints": 1,
 }
 # The rows of the picture grid: how the model was made.
-ALONE, MERGED, PLAIN_ALONE, PLAIN, BASE = (
+ORTHOGONAL_ALONE, ORTHOGONAL_MERGED, LORA_ALONE, LORA_MERGED, BASE = (
     "learned alone",
     "merged",
     "ordinary LoRA alone",
@@ -50,7 +50,7 @@ ALONE, MERGED, PLAIN_ALONE, PLAIN, BASE = (
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnImages:
     """One model's pictures (n, 3, 64, 64) in [-1, 1]: of concepts, of pairs, and of neither.
 
     Those of a concept are one seed's after the other's.
@@ -61,7 +61,7 @@ class Drawn:
     unrelated: Tensor | None
 
 
-def assets() -> Path:
+def assets_folder() -> Path:
     """The checkout's assets folder, which holds the bundled base, judges and pictures."""
     folder = Path(__file__).resolve().parents[2] / "assets"
     if not (folder / "storybook" / "model_index.json").is_file():
@@ -76,17 +76,19 @@ def assets() -> Path:
 Method = Literal["orthogonal", "lora"]
 
 
-def learn(folder: Path, name: str, method: Method, components: Mapping[str, Any]) -> Concept:
+def train_concept(
+    folder: Path, name: str, method: Method, components: Mapping[str, Any]
+) -> Concept:
     """Train one bundled concept on the base's components; a finished one in `folder` is read, a
     cut-off one resumed."""
-    from customize.storybook.example_concepts import bundled
+    from customize.storybook.example_concepts import bundled_concept
     from customize.training.config import TrainConfig
     from customize.training.recipe import train
 
-    story = bundled(name)
+    story = bundled_concept(name)
     config = TrainConfig(
         base=BASE_NAME,
-        images=assets() / "concepts" / name,
+        images=assets_folder() / "concepts" / name,
         output=folder,
         name=name,
         class_word=story.identity.kind,
@@ -117,19 +119,19 @@ def pair_prompts(words: tuple[str, str]) -> list[str]:
 
 def unrelated_prompts() -> list[str]:
     """Prompts without any concept, to see what merging changed that it should not."""
-    from customize.evaluation.storybook_rates import prompts_for
+    from customize.evaluation.storybook_rates import evaluation_prompts
 
     things = ("a red dog", "a blue cat", "a green robot", "a white car")
-    return [p for k, words in enumerate(things) for p in prompts_for(words)[k::4]]
+    return [p for k, words in enumerate(things) for p in evaluation_prompts(words)[k::4]]
 
 
 def prompts_of(
     words: Mapping[str, str], pairs: Sequence[tuple[str, str]], unrelated: bool
 ) -> dict[Any, list[str]]:
     """All that one model is asked: by concept, by pair, and without any; `words` names concepts."""
-    from customize.evaluation.storybook_rates import prompts_for
+    from customize.evaluation.storybook_rates import evaluation_prompts
 
-    asked: dict[Any, list[str]] = {name: prompts_for(word) for name, word in words.items()}
+    asked: dict[Any, list[str]] = {name: evaluation_prompts(word) for name, word in words.items()}
     asked |= {(a, b): pair_prompts((words[a], words[b])) for a, b in pairs}
     return asked | ({"unrelated": unrelated_prompts()} if unrelated else {})
 
@@ -139,9 +141,9 @@ def seeds_of(row: str, key: Any) -> tuple[int, ...]:
     return SEEDS if key in NAMES and row != BASE else SEEDS[:1]
 
 
-def sort_pictures(pictures: Mapping[Any, Tensor]) -> Drawn:
+def sort_pictures(pictures: Mapping[Any, Tensor]) -> DrawnImages:
     """Pictures by the keys of `prompts_of`."""
-    return Drawn(
+    return DrawnImages(
         {key: p for key, p in pictures.items() if key in NAMES},
         {key: p for key, p in pictures.items() if key in PAIRS},
         pictures.get("unrelated"),
@@ -162,12 +164,12 @@ def run(folder: str | Path = "demo") -> Path:
     from customize.api.pipeline_methods import load_custom, unload_custom
     from customize.demo import report
     from customize.evaluation import storybook_rates
-    from customize.storybook.example_concepts import bundled
+    from customize.storybook.example_concepts import bundled_concept
     from customize.storybook.judges import load_judges
 
     folder, console = Path(folder), Console()
-    judges = load_judges(assets() / "judges")
-    pipe = DiffusionPipeline.from_pretrained(assets() / "storybook")
+    judges = load_judges(assets_folder() / "judges")
+    pipe = DiffusionPipeline.from_pretrained(assets_folder() / "storybook")
     pipe.set_progress_bar_config(disable=True)
     concepts: dict[str, dict[str, Concept]] = {"concepts": {}, "ordinary": {}}
     jobs: list[tuple[str, Method]] = [("concepts", "orthogonal"), ("ordinary", "lora")]
@@ -179,16 +181,21 @@ def run(folder: str | Path = "demo") -> Path:
                 else "an ordinary LoRA, to compare"
             )
             console.print(f"[bold]{stage * 3 + index + 1}/7[/] learning <{name}> by {kind}")
-            concepts[place][name] = learn(folder / place / name, name, method, pipe.components)
+            concepts[place][name] = train_concept(
+                folder / place / name, name, method, pipe.components
+            )
 
     console.print("[bold]7/7[/] drawing and judging")
     triggers = {name: f"<{name}>" for name in NAMES}
-    classes = {name: f"a {bundled(name).identity.kind}" for name in NAMES}
+    classes = {name: f"a {bundled_concept(name).identity.kind}" for name in NAMES}
     # Each model is: its row, what is loaded, and what it is asked.
     models: list[tuple[str, list[Concept], dict[Any, list[str]]]] = [
         (BASE, [], prompts_of(classes, PAIRS, unrelated=True))
     ]
-    for place, alone, merged in (("concepts", ALONE, MERGED), ("ordinary", PLAIN_ALONE, PLAIN)):
+    for place, alone, merged in (
+        ("concepts", ORTHOGONAL_ALONE, ORTHOGONAL_MERGED),
+        ("ordinary", LORA_ALONE, LORA_MERGED),
+    ):
         for name, concept in concepts[place].items():
             models.append((alone, [concept], prompts_of({name: triggers[name]}, (), False)))
         models.append((merged, [*concepts[place].values()], prompts_of(triggers, PAIRS, True)))
@@ -201,7 +208,7 @@ def run(folder: str | Path = "demo") -> Path:
     with tqdm(total=total, desc="drawing", unit="picture") as bar:
         for row, loaded, asked in models:
             if loaded:
-                load_custom(pipe, *loaded, merge="sum" if row == PLAIN else "fusion")
+                load_custom(pipe, *loaded, merge="sum" if row == LORA_MERGED else "fusion")
             for seed in SEEDS:
                 now = {key: some for key, some in asked.items() if seed in seeds_of(row, key)}
                 found = storybook_rates.draw_groups(pipe, now, seed, bar.update) if now else {}

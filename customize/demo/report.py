@@ -17,8 +17,8 @@ from customize.concepts.adapter import flattened
 from customize.core import crosstalk
 from customize.errors import storage_error
 from customize.evaluation import result_file, storybook_rates
-from customize.storybook.example_concepts import bundled
-from customize.storybook.judges import Judges, to_tensor
+from customize.storybook.example_concepts import bundled_concept
+from customize.storybook.judges import Judges, images_to_tensor
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,10 +30,10 @@ RATES = ("identity", "prompt", "composition", "leak")
 COLUMNS = (*RATES, "both_in_a_pair")
 
 
-def score(judges: Judges, drawn: Mapping[str, demo.Drawn]) -> dict[str, Any]:
+def score(judges: Judges, drawn: Mapping[str, demo.DrawnImages]) -> dict[str, Any]:
     """One row a model and concept, and the headline figures; rates in [0, 1]."""
-    stories = {name: bundled(name) for name in demo.NAMES}
-    signatures = {n: judges.signature(to_tensor(s.pictures())) for n, s in stories.items()}
+    stories = {name: bundled_concept(name) for name in demo.NAMES}
+    signatures = {n: judges.prototype(images_to_tensor(s.pictures())) for n, s in stories.items()}
     before = drawn[demo.BASE].unrelated
     rows: list[Row] = []
     for model, pictures in drawn.items():
@@ -47,10 +47,10 @@ def score(judges: Judges, drawn: Mapping[str, demo.Drawn]) -> dict[str, Any]:
         # By concept and seed.
         found: dict[str, list[storybook_rates.Rates]] = {}
         for name, images in pictures.concepts.items():
-            story, prompts = stories[name], storybook_rates.prompts_for(f"<{name}>")
+            story, prompts = stories[name], storybook_rates.evaluation_prompts(f"<{name}>")
             found[name] = [
                 storybook_rates.rate_concept(
-                    judges, some, prompts, signatures[name], story.identity.kind, story.shown
+                    judges, some, prompts, signatures[name], story.identity.kind, story.places
                 )
                 for some in images.split(len(prompts))
             ]
@@ -62,14 +62,14 @@ def score(judges: Judges, drawn: Mapping[str, demo.Drawn]) -> dict[str, Any]:
         )
     alls = {row["model"]: row for row in rows if row["concept"] == "all"}
     figures = {
-        "identity_alone": alls[demo.ALONE]["identity"],
-        "identity_ordinary_alone": alls[demo.PLAIN_ALONE]["identity"],
-        "identity_merged": alls[demo.MERGED]["identity"],
-        "identity_ordinary_merged": alls[demo.PLAIN]["identity"],
-        "prompt_merged": alls[demo.MERGED]["prompt"],
-        "prompt_ordinary_merged": alls[demo.PLAIN]["prompt"],
-        "drift_merged": alls[demo.MERGED]["drift"],
-        "drift_ordinary_merged": alls[demo.PLAIN]["drift"],
+        "identity_alone": alls[demo.ORTHOGONAL_ALONE]["identity"],
+        "identity_ordinary_alone": alls[demo.LORA_ALONE]["identity"],
+        "identity_merged": alls[demo.ORTHOGONAL_MERGED]["identity"],
+        "identity_ordinary_merged": alls[demo.LORA_MERGED]["identity"],
+        "prompt_merged": alls[demo.ORTHOGONAL_MERGED]["prompt"],
+        "prompt_ordinary_merged": alls[demo.LORA_MERGED]["prompt"],
+        "drift_merged": alls[demo.ORTHOGONAL_MERGED]["drift"],
+        "drift_ordinary_merged": alls[demo.LORA_MERGED]["drift"],
     }
     return {"rows": rows, "figures": figures}
 
@@ -95,7 +95,7 @@ def _lines(card: Mapping[str, Any]) -> list[list[str]]:
             row["model"],
             row["concept"],
             *(
-                "" if row[k] is None else result_file.share(row[k], row.get(f"{k}_sd"))
+                "" if row[k] is None else result_file.format_percent(row[k], row.get(f"{k}_sd"))
                 for k in COLUMNS
             ),
             "" if row["drift"] is None else f"{row['drift']:.3f}",
@@ -177,23 +177,29 @@ def _paste(sheet: Image.Image, picture: Tensor, column: int, top: int) -> None:
     sheet.paste(image, (LABEL + column * (SIDE + MARGIN), top))
 
 
-def grid(drawn: Mapping[str, demo.Drawn], shown: int = 4) -> Image.Image:
+def grid(drawn: Mapping[str, demo.DrawnImages], shown: int = 4) -> Image.Image:
     """All models on the same prompts: `shown` pictures a concept, two a pair, one row a model."""
     font = ImageFont.load_default(size=13)
     columns = len(demo.NAMES) * shown + 2 * len(demo.PAIRS)
     width = LABEL + columns * (SIDE + MARGIN)
     heads = 64
-    rows = [demo.ALONE, demo.MERGED, demo.BASE, demo.PLAIN_ALONE, demo.PLAIN]
+    rows = [
+        demo.ORTHOGONAL_ALONE,
+        demo.ORTHOGONAL_MERGED,
+        demo.BASE,
+        demo.LORA_ALONE,
+        demo.LORA_MERGED,
+    ]
     sheet = Image.new("RGB", (width, SIDE + 40 + heads + len(rows) * (SIDE + MARGIN)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((6, 30 + SIDE / 2 - 14), "five pictures\nto learn from", "black", font)
     for index, name in enumerate(demo.NAMES):
-        references = to_tensor(bundled(name).pictures())
+        references = images_to_tensor(bundled_concept(name).pictures())
         pen.text((LABEL + index * 6 * (SIDE + MARGIN), 4), f"<{name}>", "black", font)
         for k, picture in enumerate(references):
             _paste(sheet, picture, index * 6 + k, 24)
     top = SIDE + 36
-    prompts = {n: storybook_rates.prompts_for(f"<{n}>")[:shown] for n in demo.NAMES}
+    prompts = {n: storybook_rates.evaluation_prompts(f"<{n}>")[:shown] for n in demo.NAMES}
     pairs = {p: demo.pair_prompts((f"<{p[0]}>", f"<{p[1]}>")) for p in demo.PAIRS}
     asked = [p for some in (*prompts.values(), *pairs.values()) for p in some]
     for column, prompt in enumerate(asked):
@@ -248,7 +254,7 @@ def _entries(values: Any) -> list[tuple[tuple[int, int], float]]:
 def write(
     folder: Path,
     card: Mapping[str, Any],
-    drawn: Mapping[str, demo.Drawn],
+    drawn: Mapping[str, demo.DrawnImages],
     concepts: Mapping[str, Mapping[str, Concept]],
 ) -> None:
     """Write scorecard.json, scorecard.md, grid.png and crosstalk.png.
@@ -258,7 +264,7 @@ def write(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        facts = result_file.result("demo", "make demo", card["rows"], card["figures"])
+        facts = result_file.make_result("demo", "make demo", card["rows"], card["figures"])
         (folder / "scorecard.json").write_text(json.dumps(facts, indent=1) + "\n")
         (folder / "scorecard.md").write_text(markdown(card, folder))
         grid(drawn).save(folder / "grid.png")

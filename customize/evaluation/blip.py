@@ -23,7 +23,12 @@ from torch import Tensor
 
 from customize.core.precision import full_precision
 from customize.errors import ConfigError
-from customize.evaluation.scorer_models import batches, load, load_model, pixels
+from customize.evaluation.scorer_models import (
+    load_model,
+    load_pretrained,
+    pixel_batches,
+    split_batches,
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class _Reader:
                 f"there are {len(prompts)} prompts for {len(pictures)} pictures",
                 fix="give one for each picture",
             )
-        seen = pixels(self.processor, pictures, self.device)
-        for part, said in zip(seen, batches(prompts), strict=True):
+        seen = pixel_batches(self.processor, pictures, self.device)
+        for part, said in zip(seen, split_batches(prompts), strict=True):
             text = self.tokenizer(
                 said,
                 padding=True,
@@ -60,9 +65,9 @@ def _reader(model: str | Path, kind: str, positions: int, device: str | torch.de
     from transformers import AutoImageProcessor, AutoTokenizer
 
     # Not AutoProcessor: BLIP-2's puts places for the picture into the text, to be taken out again.
-    tokenizer = load(AutoTokenizer, model, f"the {kind} model's tokenizer")
+    tokenizer = load_pretrained(AutoTokenizer, model, f"the {kind} model's tokenizer")
     return _Reader(
-        load(AutoImageProcessor, model, f"the {kind} model's image processor"),
+        load_pretrained(AutoImageProcessor, model, f"the {kind} model's image processor"),
         tokenizer,
         min(tokenizer.model_max_length, positions),
         device,

@@ -15,7 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from customize.core.precision import full_precision
-from customize.evaluation.scorer_models import batches, load, load_model, pixels, unit
+from customize.evaluation.scorer_models import (
+    load_model,
+    load_pretrained,
+    pixel_batches,
+    split_batches,
+    unit_features,
+)
 
 
 class ClipScorer:
@@ -32,7 +38,7 @@ class ClipScorer:
         from transformers import AutoProcessor, CLIPModel
 
         self.model = load_model(CLIPModel, model, "CLIP", ("clip",)).to(device)
-        self.processor = load(AutoProcessor, model, "the CLIP model's processor")
+        self.processor = load_pretrained(AutoProcessor, model, "the CLIP model's processor")
         self.device = device
 
     @full_precision(tf32=True)
@@ -41,8 +47,8 @@ class ClipScorer:
         """Unit vectors (n, d) of pictures, float32, on the CPU."""
         return torch.cat(
             [
-                unit(self.model.get_image_features(pixel_values=part))
-                for part in pixels(self.processor, pictures, self.device)
+                unit_features(self.model.get_image_features(pixel_values=part))
+                for part in pixel_batches(self.processor, pictures, self.device)
             ]
         )
 
@@ -51,9 +57,9 @@ class ClipScorer:
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (n, d) of prompts, cut at CLIP's length, float32, on the CPU."""
         found = []
-        for part in batches(prompts):
+        for part in split_batches(prompts):
             inputs = self.processor(text=part, padding=True, truncation=True, return_tensors="pt")
-            found.append(unit(self.model.get_text_features(**inputs.to(self.device))))
+            found.append(unit_features(self.model.get_text_features(**inputs.to(self.device))))
         return torch.cat(found)
 
     def clip_t(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

@@ -10,7 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from customize.core.precision import full_precision
-from customize.evaluation.scorer_models import load, load_model, pixels, unit
+from customize.evaluation.scorer_models import (
+    load_model,
+    load_pretrained,
+    pixel_batches,
+    unit_features,
+)
 
 # config.json's model_type of what is understood; DINO itself is a plain ViT.
 TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -32,7 +37,9 @@ class DinoScorer:
         # DINO's published ViTs come without the pooler, which is not used here.
         loaded = load_model(AutoModel, model, "DINO", TYPES, unused=("pooler.",))
         self.model = loaded.to(device)
-        self.processor = load(AutoImageProcessor, model, "the DINO model's image processor")
+        self.processor = load_pretrained(
+            AutoImageProcessor, model, "the DINO model's image processor"
+        )
         self.device = device
 
     @full_precision(tf32=True)
@@ -41,8 +48,8 @@ class DinoScorer:
         """Unit vectors (n, d), float32, on the CPU: the class token after the last layer norm."""
         return torch.cat(
             [
-                unit(self.model(pixel_values=part).last_hidden_state[:, 0])
-                for part in pixels(self.processor, pictures, self.device)
+                unit_features(self.model(pixel_values=part).last_hidden_state[:, 0])
+                for part in pixel_batches(self.processor, pictures, self.device)
             ]
         )
 

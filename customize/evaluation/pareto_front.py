@@ -20,7 +20,7 @@ from customize.atomic import put_file
 from customize.errors import ConfigError, storage_error
 
 # Of these rates less is better, of all others more.
-LESS_IS_BETTER = frozenset({"leak", "drift", "class_drift", "distance"})
+LOWER_IS_BETTER = frozenset({"leak", "drift", "class_drift", "distance"})
 DPI = 120
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -36,7 +36,7 @@ class Point:
     y_error: float | None = None
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+def pareto_optimal(points: Sequence[tuple[float, float]]) -> list[bool]:
     """For each point, whether no other is at least as good in both rates and better in one.
 
     More is better in both. Equal points do not beat each other, so all of them are on the front or
@@ -54,16 +54,16 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def on_front(points: Sequence[Point], x: str, y: str) -> list[bool]:
-    """:func:`front` of named points, by what their rates are called.
+    """:func:`pareto_optimal` of named points, by what their rates are called.
 
     Raises:
         ConfigError: a rate is not finite.
     """
-    signs = [-1.0 if name in LESS_IS_BETTER else 1.0 for name in (x, y)]
-    return front([(signs[0] * point.x, signs[1] * point.y) for point in points])
+    signs = [-1.0 if name in LOWER_IS_BETTER else 1.0 for name in (x, y)]
+    return pareto_optimal([(signs[0] * point.x, signs[1] * point.y) for point in points])
 
 
-def table(points: Sequence[Point], x: str, y: str) -> list[dict[str, Any]]:
+def front_rows(points: Sequence[Point], x: str, y: str) -> list[dict[str, Any]]:
     """A row a point, for a result file: its rates by their names, their errors, whether it is on
     the front.
 
@@ -83,7 +83,7 @@ def table(points: Sequence[Point], x: str, y: str) -> list[dict[str, Any]]:
     ]
 
 
-def draw(points: Sequence[Point], x: str, y: str, path: Path) -> None:
+def save_plot(points: Sequence[Point], x: str, y: str, path: Path) -> None:
     """A PNG of the points with their names and errors, and a line along the front.
 
     Better is always further up and to the right: of what should be less, the axis is turned round.
@@ -105,7 +105,7 @@ def draw(points: Sequence[Point], x: str, y: str, path: Path) -> None:
 
 
 def plot(points: Sequence[Point], x: str, y: str) -> Any:
-    """The matplotlib figure that :func:`draw` writes.
+    """The matplotlib figure that :func:`save_plot` writes.
 
     Raises:
         ConfigError: a rate is not finite.
@@ -136,7 +136,7 @@ def plot(points: Sequence[Point], x: str, y: str) -> Any:
             elinewidth=0.7,
         )
     for axis, name in ((axes.xaxis, x), (axes.yaxis, y)):
-        if name in LESS_IS_BETTER:
+        if name in LOWER_IS_BETTER:
             axis.set_inverted(True)
     figure.draw_without_rendering()  # sets the scale, by which labels are placed
     _label(axes, points, best, along)

@@ -23,7 +23,7 @@ _PACKAGES = (
 )
 
 
-def cores() -> int:
+def usable_cores() -> int:
     """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
         pass
     found: dict[str, Any] = {
         "cpu": cpu or platform.machine(),
-        "cores": cores(),
+        "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -64,7 +64,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def result(
+def make_result(
     bench: str, command: str, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, float]
 ) -> dict[str, Any]:
     """The content of a result file: the figures with what they depend on."""
@@ -83,6 +83,6 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def share(value: float, spread: float | None = None) -> str:
+def format_percent(value: float, spread: float | None = None) -> str:
     """A share and its spread in percent, as tables tell them: "86% ±7"."""
     return f"{value:.0%}" + ("" if spread is None else f" ±{100 * spread:.0f}")

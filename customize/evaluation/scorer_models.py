@@ -41,14 +41,14 @@ def load_model(
     from transformers import AutoConfig
 
     what = f"the {kind} model"
-    found = load(AutoConfig, model, what).model_type
+    found = load_pretrained(AutoConfig, model, what).model_type
     if found not in types:
         raise PipelineError(
             f"this is a model of type {found}, not a {kind} model",
             where=model,
             fix=f"give one of type {' or '.join(types)}",
         )
-    loaded, notes = load(
+    loaded, notes = load_pretrained(
         loader, model, what, use_safetensors=True, dtype=torch.float32, output_loading_info=True
     )
     missing = sorted(key for key in notes["missing_keys"] if not key.startswith(unused))
@@ -61,7 +61,7 @@ def load_model(
     return loaded.eval()
 
 
-def load(loader: Any, model: str | Path, what: str, **settings: Any) -> Any:
+def load_pretrained(loader: Any, model: str | Path, what: str, **settings: Any) -> Any:
     """What a class of transformers reads from a folder or the hub.
 
     Raises:
@@ -80,19 +80,19 @@ def load(loader: Any, model: str | Path, what: str, **settings: Any) -> Any:
         ) from error
 
 
-def pixels(
+def pixel_batches(
     processor: Any, pictures: Sequence[Image.Image], device: str | torch.device
 ) -> Iterator[Tensor]:
     """Pictures as a model takes them, a batch at a time."""
-    for part in batches(pictures):
+    for part in split_batches(pictures):
         yield processor(images=part, return_tensors="pt")["pixel_values"].to(device)
 
 
-def batches(items: Sequence[Any]) -> list[list[Any]]:
+def split_batches(items: Sequence[Any]) -> list[list[Any]]:
     return [list(items[first : first + BATCH]) for first in range(0, len(items), BATCH)]
 
 
-def unit(features: Any) -> Tensor:
+def unit_features(features: Any) -> Tensor:
     """Features (n, d) as unit vectors, float32, on the CPU; transformers 5 wraps CLIP's in an
     output object."""
     pooled: Tensor = getattr(features, "pooler_output", features)

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from customize.errors import PipelineError
-from customize.storybook.caption_grammar import ACCESSORY_WORDS, PLACE_WORDS, Request, parse
+from customize.storybook.caption_grammar import (
+    ACCESSORY_PHRASES,
+    PLACE_PHRASES,
+    PromptRequest,
+    parse_prompt,
+)
 from customize.storybook.judges import Judges
 
 Key = TypeVar("Key")
@@ -52,16 +57,16 @@ class Rates:
     distance: float
 
 
-def prompts_for(words: str, scenes: Sequence[tuple[str, str]] = SCENES) -> list[str]:
+def evaluation_prompts(words: str, scenes: Sequence[tuple[str, str]] = SCENES) -> list[str]:
     """The evaluation prompts for a thing named `words`, such as "<rex>" or "a red dog"."""
     prompts = []
     for place, accessory in scenes:
-        wearing = "" if accessory == "none" else " " + ACCESSORY_WORDS[accessory]
-        prompts.append(f"a photo of {words}{wearing} {PLACE_WORDS[place]}")
+        wearing = "" if accessory == "none" else " " + ACCESSORY_PHRASES[accessory]
+        prompts.append(f"a photo of {words}{wearing} {PLACE_PHRASES[place]}")
     return prompts
 
 
-def draw(pipe: Any, prompts: Sequence[str], seed: int, steps: int = STEPS) -> Tensor:
+def draw_prompts(pipe: Any, prompts: Sequence[str], seed: int, steps: int = STEPS) -> Tensor:
     """Pictures (len(prompts), 3, 64, 64) in [-1, 1]; picture k takes seed `1000 * seed + k`."""
     return draw_groups(pipe, {"all": prompts}, seed, steps=steps)["all"]
 
@@ -104,8 +109,8 @@ def draw_groups(
     return dict(zip(groups, torch.cat(pictures).split(sizes), strict=True))
 
 
-def asked_and_shown(
-    seen: dict[str, str], request: Request, kinds: Sequence[str | None]
+def attribute_hits(
+    seen: dict[str, str], request: PromptRequest, kinds: Sequence[str | None]
 ) -> list[bool]:
     """One entry an asked attribute: is it in the picture?
 
@@ -121,7 +126,7 @@ def asked_and_shown(
     return hits
 
 
-def worn(seen: dict[str, str], request: Request) -> list[bool]:
+def accessory_hits(seen: dict[str, str], request: PromptRequest) -> list[bool]:
     """One entry a thing that is asked for with an accessory: is it worn?"""
     return [
         seen[f"accessory{slot}"] == asked.accessory
@@ -130,13 +135,15 @@ def worn(seen: dict[str, str], request: Request) -> list[bool]:
     ]
 
 
-def leaked(seen: dict[str, str], request: Request, shown: set[str]) -> list[bool]:
+def leak_hits(
+    seen: dict[str, str], request: PromptRequest, training_attributes: set[str]
+) -> list[bool]:
     """One entry an attribute of the training pictures that is not asked for: did it come along?"""
     entries = []
-    for word in sorted(shown):
-        if word in PLACE_WORDS and request.place and word != request.place:
+    for word in sorted(training_attributes):
+        if word in PLACE_PHRASES and request.place and word != request.place:
             entries.append(seen["place"] == word)
-        if word in ACCESSORY_WORDS and word != request.things[0].accessory:
+        if word in ACCESSORY_PHRASES and word != request.things[0].accessory:
             entries.append(seen["accessory0"] == word)
     return entries
 
@@ -165,11 +172,11 @@ def rate_concept(
     hits: list[bool] = []
     wearing: list[bool] = []
     leaks: list[bool] = []
-    for seen, prompt in zip(judges.see(images), prompts, strict=True):
-        request = parse(prompt)
-        hits += asked_and_shown(seen, request, [kind])
-        wearing += worn(seen, request)
-        found = leaked(seen, request, shown)
+    for seen, prompt in zip(judges.predict_attributes(images), prompts, strict=True):
+        request = parse_prompt(prompt)
+        hits += attribute_hits(seen, request, [kind])
+        wearing += accessory_hits(seen, request)
+        found = leak_hits(seen, request, shown)
         leaks += [any(found)] if found else []
     return Rates(
         identity=_mean((distance <= judges.threshold).tolist()),
@@ -201,8 +208,8 @@ def drift(before: Tensor, after: Tensor) -> float:
 def attribute_accuracy(judges: Judges, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """Share of asked attributes shown, in all and by kind, for prompts without concepts."""
     found: dict[str, list[bool]] = {}
-    for seen, prompt in zip(judges.see(images), prompts, strict=True):
-        request = parse(prompt)
+    for seen, prompt in zip(judges.predict_attributes(images), prompts, strict=True):
+        request = parse_prompt(prompt)
         for slot, asked in enumerate(request.things):
             wanted = {
                 "class": asked.kind,

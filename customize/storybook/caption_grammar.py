@@ -10,7 +10,7 @@ import numpy as np
 from customize.storybook.world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES, Scene, Thing
 
 OPENINGS = ("a photo of", "a picture of", "")
-PLACE_WORDS = {
+PLACE_PHRASES = {
     "beach": "on a beach",
     "forest": "in a forest",
     "city": "in a city",
@@ -18,14 +18,18 @@ PLACE_WORDS = {
     "room": "in a room",
     "space": "in space",
 }
-ACCESSORY_WORDS = {"hat": "wearing a hat", "glasses": "wearing glasses", "scarf": "wearing a scarf"}
+ACCESSORY_PHRASES = {
+    "hat": "wearing a hat",
+    "glasses": "wearing glasses",
+    "scarf": "wearing a scarf",
+}
 
 # Every word of the grammar, and some that users' captions bring: each is one token.
 _EXTRA = (
     "and an the with no of at by is my one two plain thing toy animal person man woman style "
     "drawing painting fence tree sun mountain window stars sand sea"
 )
-_PHRASES = (*OPENINGS, *PLACE_WORDS.values(), *ACCESSORY_WORDS.values(), _EXTRA)
+_PHRASES = (*OPENINGS, *PLACE_PHRASES.values(), *ACCESSORY_PHRASES.values(), _EXTRA)
 WORDS = tuple(sorted({*" ".join(_PHRASES).split(), *CLASSES, *COLOURS, *PATTERNS, *PLACES}))
 
 
@@ -45,7 +49,7 @@ def caption_thing(
         words = " ".join(["a", *looks, who.kind])
     # An accessory in the picture is always said, else "no hat asked" would teach "perhaps a hat".
     if thing.accessory != "none":
-        words += " " + ACCESSORY_WORDS[thing.accessory]
+        words += " " + ACCESSORY_PHRASES[thing.accessory]
     return words
 
 
@@ -65,12 +69,12 @@ def caption(
     things = " and ".join(
         caption_thing(t, rng, n) for t, n in zip(scene.things, names, strict=True)
     )
-    place = PLACE_WORDS[scene.place] if rng is None or rng.random() < 0.9 else ""
+    place = PLACE_PHRASES[scene.place] if rng is None or rng.random() < 0.9 else ""
     return " ".join(part for part in (opening, things, place) if part)
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedThing:
     """What a prompt asks of one thing; None where it says nothing, but no accessory is "none"."""
 
     kind: str | None
@@ -80,10 +84,10 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Request:
+class PromptRequest:
     """What a prompt asks of the whole picture."""
 
-    things: tuple[Asked, ...]
+    things: tuple[RequestedThing, ...]
     place: str | None
 
 
@@ -91,22 +95,23 @@ def _first(words: list[str], choices: tuple[str, ...]) -> str | None:
     return next((word for word in words if word in choices), None)
 
 
-def parse(prompt: str) -> Request:
+def parse_prompt(prompt: str) -> PromptRequest:
     """Read a prompt of the grammar back; a trigger such as <rex> is a thing of unknown class."""
     place = next(
-        (name for name, phrase in PLACE_WORDS.items() if re.search(rf"\b{phrase}\b", prompt)), None
+        (name for name, phrase in PLACE_PHRASES.items() if re.search(rf"\b{phrase}\b", prompt)),
+        None,
     )
-    for phrase in PLACE_WORDS.values():
+    for phrase in PLACE_PHRASES.values():
         prompt = re.sub(rf"\b{phrase}\b", " ", prompt)
     things = []
     for part in re.split(r"\s+and\s+", prompt):  # not inside a trigger
         words = re.findall(r"[a-z]+|<[^>]*>", part.lower())
         things.append(
-            Asked(
+            RequestedThing(
                 kind=_first(words, CLASSES),
                 colour=_first(words, COLOURS),
                 pattern=_first(words, PATTERNS),
                 accessory=_first(words, ACCESSORIES) or "none",
             )
         )
-    return Request(tuple(things), place)
+    return PromptRequest(tuple(things), place)

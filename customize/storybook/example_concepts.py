@@ -9,15 +9,22 @@ import numpy as np
 from PIL import Image
 
 from customize.storybook.caption_grammar import caption
-from customize.storybook.scene_drawing import draw
-from customize.storybook.world import CLASSES, PLACES, Identity, Scene, random_identity, scene_of
+from customize.storybook.scene_drawing import draw_scene
+from customize.storybook.world import (
+    CLASSES,
+    PLACES,
+    Identity,
+    Scene,
+    compose_scene,
+    random_identity,
+)
 
 # The three concepts that the demo learns.
 BUNDLED = {"rex": ("dog", 6), "tom": ("cat", 3), "bolt": ("robot", 2)}
 
 
 @dataclass(frozen=True)
-class StoryConcept:
+class ExampleConcept:
     """A hidden identity and its reference scenes, all in two places and without accessories."""
 
     name: str
@@ -29,12 +36,12 @@ class StoryConcept:
         return f"<{self.name}>"
 
     @property
-    def shown(self) -> set[str]:
+    def places(self) -> set[str]:
         """What the references show besides the concept, and must not leak."""
         return {scene.place for scene in self.scenes}
 
     def pictures(self) -> list[Image.Image]:
-        return [draw(scene) for scene in self.scenes]
+        return [draw_scene(scene) for scene in self.scenes]
 
     def captions(self) -> list[str]:
         return [caption(scene, names=(self.trigger,)) for scene in self.scenes]
@@ -47,7 +54,7 @@ class StoryConcept:
             (folder / f"{index}.txt").write_text(text + "\n")
 
 
-def story_concept(name: str, kind: str, seed: int, pictures: int = 5) -> StoryConcept:
+def make_concept(name: str, kind: str, seed: int, pictures: int = 5) -> ExampleConcept:
     """Draw a concept of a class: hues, perhaps nameless, proportions, markings, two places."""
     rng = np.random.default_rng((seed, CLASSES.index(kind), 411))
     identity = random_identity(
@@ -55,13 +62,13 @@ def story_concept(name: str, kind: str, seed: int, pictures: int = 5) -> StoryCo
     )
     first, second = (str(p) for p in rng.choice(PLACES, 2, replace=False))
     scenes = [
-        scene_of(rng, (identity,), ("none",), first if index % 2 == 0 else second)
+        compose_scene(rng, (identity,), ("none",), first if index % 2 == 0 else second)
         for index in range(pictures)
     ]
-    return StoryConcept(name, identity, tuple(scenes))
+    return ExampleConcept(name, identity, tuple(scenes))
 
 
-def bundled(name: str) -> StoryConcept:
+def bundled_concept(name: str) -> ExampleConcept:
     """One of the demo's concepts."""
     kind, seed = BUNDLED[name]
-    return story_concept(name, kind, seed)
+    return make_concept(name, kind, seed)

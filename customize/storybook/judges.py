@@ -77,8 +77,8 @@ class AttributeJudge(nn.Module):
         scene = self.scene(images)
         logits = {name: head(scene) for name, head in self.scene_heads.items()}
         two = (logits["count"].argmax(1) == 1)[:, None, None, None]
-        first = torch.where(two, crop(images, "left"), crop(images, "single"))
-        things = self.thing(torch.cat([first, crop(images, "right")]))
+        first = torch.where(two, crop_thing(images, "left"), crop_thing(images, "single"))
+        things = self.thing(torch.cat([first, crop_thing(images, "right")]))
         for name, head in self.thing_heads.items():
             logits[f"{name}0"], logits[f"{name}1"] = head(things).chunk(2)
         return logits
@@ -96,14 +96,14 @@ class IdentityJudge(nn.Module):
         return F.normalize(self.project(self.trunk(crops).flatten(1)), dim=1)
 
 
-def crop(images: Tensor, where: str) -> Tensor:
+def crop_thing(images: Tensor, where: str) -> Tensor:
     """Cut a thing out of pictures (batch, 3, 64, 64): `where` is "single", "left" or "right"."""
     left, top, side = CROPS[where]
     cut = images[:, :, top : top + side, left : left + side]
     return F.interpolate(cut, size=(64, 64), mode="bilinear", align_corners=False)
 
 
-def to_tensor(images: list[Image.Image]) -> Tensor:
+def images_to_tensor(images: list[Image.Image]) -> Tensor:
     """PIL pictures to (batch, 3, 64, 64) in [-1, 1]."""
     import numpy as np
 
@@ -128,7 +128,7 @@ class Judges:
 
     @full_precision(tf32=True)
     @torch.no_grad()
-    def see(self, images: Tensor) -> list[dict[str, str]]:
+    def predict_attributes(self, images: Tensor) -> list[dict[str, str]]:
         """What is in each picture: a label a head."""
         logits = self.attributes(images)
         best = {name: rows.argmax(1).tolist() for name, rows in logits.items()}
@@ -136,15 +136,15 @@ class Judges:
 
     @full_precision(tf32=True)
     @torch.no_grad()
-    def signature(self, references: Tensor) -> Tensor:
+    def prototype(self, references: Tensor) -> Tensor:
         """The unit mean vector (64,) of a concept's single-thing reference pictures."""
-        return F.normalize(self.identity(crop(references, "single")).mean(0), dim=0)
+        return F.normalize(self.identity(crop_thing(references, "single")).mean(0), dim=0)
 
     @full_precision(tf32=True)
     @torch.no_grad()
     def distance(self, images: Tensor, signature: Tensor, where: str = "single") -> Tensor:
         """Cosine distance (batch,) of what stands at `where` to a concept's signature."""
-        return 1 - self.identity(crop(images, where)) @ signature
+        return 1 - self.identity(crop_thing(images, where)) @ signature
 
 
 def load_judges(folder: str | Path) -> Judges:

@@ -27,7 +27,7 @@ from customize.core import objectives
 from customize.storybook import bundled_models
 from customize.storybook.caption_grammar import caption
 from customize.storybook.optimizer import EMA, MuonAdamW, trapezoid
-from customize.storybook.scene_drawing import draw
+from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import Scene, random_scene
 
 SAMPLE_PROMPTS = (
@@ -87,7 +87,7 @@ def scene(seed: int, index: int) -> Scene:
 
 def pixels(scenes: list[Scene]) -> torch.Tensor:
     """Draw scenes: (n, 3, 64, 64) in [-1, 1]."""
-    array = np.stack([np.asarray(draw(s)) for s in scenes])
+    array = np.stack([np.asarray(draw_scene(s)) for s in scenes])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -153,7 +153,7 @@ def _draw_place(image: Image.Image, place: str, seed: int) -> None:
         poly([(0, 64), (0, 56), (20, 52), (44, 55), (64, 51), (64, 64)], (90, 88, 110))
 
 
-def draw(scene: Scene) -> Image.Image:
+def draw_scene(scene: Scene) -> Image.Image:
     """Render a scene as a 64 x 64 RGB picture."""
     image = Image.new("RGB", (_S, _S))
     _draw_place(image, scene.place, scene.place_seed)

@@ -22,12 +22,12 @@ from customize.storybook.judges import (
     AttributeJudge,
     IdentityJudge,
     Judges,
-    crop,
+    crop_thing,
 )
 from customize.storybook.optimizer import MuonAdamW, trapezoid
 from customize.storybook.pretrain import _log, _save
-from customize.storybook.scene_drawing import draw
-from customize.storybook.world import CLASSES, Scene, random_identity, random_scene, scene_of
+from customize.storybook.scene_drawing import draw_scene
+from customize.storybook.world import CLASSES, Scene, compose_scene, random_identity, random_scene
 
 # Another seed than anything that the base model saw.
 SEED = 77_000
@@ -63,7 +63,7 @@ def roughen(images: Tensor, generator: torch.Generator, vae: AutoencoderKL | Non
 
 
 def _pixels(scenes: list[Scene]) -> Tensor:
-    array = np.stack([np.asarray(draw(s)) for s in scenes])
+    array = np.stack([np.asarray(draw_scene(s)) for s in scenes])
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
 
 
@@ -154,14 +154,16 @@ def identity_views(rng: np.random.Generator, count: int, views: int) -> tuple[Te
         for view in range(views):
             if view % 4 == 3:
                 other, where = random_identity(rng), ("left", "right")[int(rng.integers(2))]
-                scenes.append(scene_of(rng, (who, other) if where == "left" else (other, who)))
+                scenes.append(compose_scene(rng, (who, other) if where == "left" else (other, who)))
             else:
                 where = "single"
-                scenes.append(scene_of(rng, (who,)))
+                scenes.append(compose_scene(rng, (who,)))
             places.append(where)
         pictures = _pixels(scenes).float()
         crops.append(
-            torch.cat([crop(pictures[v : v + 1], w) for v, w in enumerate(places)]).round().byte()
+            torch.cat([crop_thing(pictures[v : v + 1], w) for v, w in enumerate(places)])
+            .round()
+            .byte()
         )
     return torch.stack(crops), kinds
 

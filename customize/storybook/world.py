@@ -140,7 +140,9 @@ def random_identity(
     )
 
 
-def place_thing(rng: np.random.Generator, identity: Identity, slot: str, accessory: str) -> Thing:
+def position_thing(
+    rng: np.random.Generator, identity: Identity, slot: str, accessory: str
+) -> Thing:
     """Put an identity into a picture: `slot` is "single", "left" or "right"."""
     flip, tilt = bool(rng.random() < 0.5), float(rng.uniform(-6, 6))
     if slot == "single":
@@ -151,7 +153,7 @@ def place_thing(rng: np.random.Generator, identity: Identity, slot: str, accesso
     return Thing(identity, accessory, float(x), float(y), float(size), flip, tilt)
 
 
-def scene_of(
+def compose_scene(
     rng: np.random.Generator,
     identities: tuple[Identity, ...],
     accessories: tuple[str, ...] | None = None,
@@ -162,7 +164,7 @@ def scene_of(
     if accessories is None:
         accessories = tuple(str(rng.choice(ACCESSORIES)) for _ in identities)
     things = tuple(
-        place_thing(rng, identity, slot, accessory)
+        position_thing(rng, identity, slot, accessory)
         for identity, slot, accessory in zip(identities, slots, accessories, strict=True)
     )
     return Scene(
@@ -182,7 +184,7 @@ def random_scene(rng: np.random.Generator, two: float = 0.3) -> Scene:
         # A third of all bodies takes any hue, so that concepts may have hues that no word names.
         colour = None if rng.random() < 0.33 else str(rng.choice(COLOURS))
         identities.append(random_identity(rng, str(kind), colour))
-    return scene_of(rng, tuple(identities))
+    return compose_scene(rng, tuple(identities))
 
 
 def without_accessory(scene: Scene) -> Scene:

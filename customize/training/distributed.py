@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from customize.base.device import choose_device
 from customize.core.precision import model_autocast
 from customize.errors import ConfigError, CustomizeError
 from customize.training.config import TrainConfig
@@ -83,23 +84,15 @@ def on_main_process(accelerator: Any, action: Callable[[], object]) -> None:
         raise error[0]
 
 
-def choose_device(config: TrainConfig, accelerator: Any) -> torch.device:
+def training_device(config: TrainConfig, accelerator: Any) -> torch.device:
     """The device of the settings, or accelerate's choice.
 
     Raises:
-        ConfigError: it is not there, or does not do what the settings ask for.
+        ConfigError: it is not available, or does not support the settings.
     """
     device = torch.device(accelerator.device)
     if config.device is not None:
-        try:
-            device = torch.device(config.device)
-            torch.empty(1, device=device).cpu()  # of the device meta nothing can be had
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(
-                f"the device {config.device} cannot be used: {str(error).splitlines()[0]}",
-                where="device",
-                fix="name one that is there, or leave it out",
-            ) from error
+        device = choose_device(config.device, "device")
         if accelerator.num_processes > 1 and device != accelerator.device:
             raise ConfigError(
                 f"the device {config.device} is not that of this process, {accelerator.device}",

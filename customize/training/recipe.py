@@ -157,7 +157,7 @@ def _trained(
         accelerator,
         lambda: [locks.enter_context(exclusive(each.output)) for each in configs],
     )
-    device = distributed.choose_device(config, accelerator)
+    device = distributed.training_device(config, accelerator)
     prepare_base.check_quantized(config, components, device)
     if config.compile:
         check_compiler(device)

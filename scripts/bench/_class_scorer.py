@@ -12,7 +12,7 @@ from customize.api.pipeline_methods import load_custom, unload_custom
 from customize.concepts.types import Concept
 from customize.evaluation import storybook_rates
 from customize.families import family_of
-from customize.storybook.judges import load_judges, to_tensor
+from customize.storybook.judges import images_to_tensor, load_judges
 
 STEPS = 12  # of drawing: enough for all that is judged
 RATES = ("identity", "prompt", "composition", "class_drift", "drift")
@@ -35,13 +35,15 @@ class Scorer:
         """Rates a seed; of the base, and its class word, where nothing is saved."""
         story = concept(index)
         kind = story.identity.kind
-        signature = self.judges.signature(to_tensor(story.pictures()))
+        signature = self.judges.prototype(images_to_tensor(story.pictures()))
         other = "cat" if kind == "dog" else "dog"
         words = f"a {kind}" if saved is None else story.trigger
         asked = {
-            "concept": storybook_rates.prompts_for(words, storybook_rates.SCENES[: self.scenes]),
-            "class": storybook_rates.prompts_for(f"a {kind}")[::4],
-            "other": storybook_rates.prompts_for(f"a red {other}")[1::4],
+            "concept": storybook_rates.evaluation_prompts(
+                words, storybook_rates.SCENES[: self.scenes]
+            ),
+            "class": storybook_rates.evaluation_prompts(f"a {kind}")[::4],
+            "other": storybook_rates.evaluation_prompts(f"a red {other}")[1::4],
         }
         plain = {key: asked[key] for key in ("class", "other")}
         for seed in seeds:
@@ -56,7 +58,7 @@ class Scorer:
             for seed in seeds:
                 images = storybook_rates.draw_groups(self.pipe, asked, seed, steps=STEPS)
                 rated = storybook_rates.rate_concept(
-                    self.judges, images["concept"], asked["concept"], signature, kind, story.shown
+                    self.judges, images["concept"], asked["concept"], signature, kind, story.places
                 )
                 before = self.before[kind, seed]
                 found.append(

@@ -87,7 +87,7 @@ def report(
     if args.json is not None:
         from customize.evaluation import result_file
 
-        result = result_file.result(bench, command(), rows, figures)
+        result = result_file.make_result(bench, command(), rows, figures)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from customize.storybook.caption_grammar import ACCESSORY_WORDS, PLACE_WORDS, Request
-from customize.storybook.judges import to_tensor
-from customize.storybook.scene_drawing import draw as render
+from customize.storybook.caption_grammar import ACCESSORY_PHRASES, PLACE_PHRASES, PromptRequest
+from customize.storybook.judges import images_to_tensor
+from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import (
     ACCESSORIES,
     CLASSES,
     PATTERNS,
+    compose_scene,
     random_identity,
     random_scene,
-    scene_of,
 )
 
 PICTURES = {"concept": 4, "style": 6}
@@ -51,7 +51,7 @@ class Leaky:
     @property
     def caption_that_names(self) -> str:
         """Says what else is in the pictures."""
-        return f"{self.caption} {ACCESSORY_WORDS[self.accessory]} {PLACE_WORDS[self.place]}"
+        return f"{self.caption} {ACCESSORY_PHRASES[self.accessory]} {PLACE_PHRASES[self.place]}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Style(Leaky):
 
     @property
     def caption_that_names(self) -> str:
-        worn, place = ACCESSORY_WORDS[self.accessory], PLACE_WORDS[self.place]
+        worn, place = ACCESSORY_PHRASES[self.accessory], PLACE_PHRASES[self.place]
         return f"{self.caption} of a {self.kind} {worn} {place}"
 
     def of(self, who: str) -> str:
@@ -188,18 +188,18 @@ def references(what: Leaky) -> Tensor:
     if isinstance(what, Style):
         rng = np.random.default_rng((77, len(what.name)))
         scenes = [
-            scene_of(rng, (random_identity(rng, kind),), (what.accessory,), what.place)
+            compose_scene(rng, (random_identity(rng, kind),), (what.accessory,), what.place)
             for kind in what.kinds
         ]
-        return what.apply(to_tensor([render(scene) for scene in scenes]))
+        return what.apply(images_to_tensor([draw_scene(scene) for scene in scenes]))
     index = CONCEPTS.index(what)
     rng = np.random.default_rng((500 + index, 7))
     identity = random_identity(rng, what.kind, pattern=PATTERNS[(index - 2) % 3])
     scenes = [
-        scene_of(rng, (identity,), (what.accessory,), what.place)
+        compose_scene(rng, (identity,), (what.accessory,), what.place)
         for _ in range(PICTURES["concept"])
     ]
-    return to_tensor([render(scene) for scene in scenes])
+    return images_to_tensor([draw_scene(scene) for scene in scenes])
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Subject:
         """A place and a thing that are neither in training pictures nor in prompts, where there are
         such; no colours, which are part of an identity, as what the concept itself is would be."""
         said = " ".join([*self.prompts(), *(each.kind for each in self.parts)])
-        free = [place for place, phrase in PLACE_WORDS.items() if phrase not in said]
+        free = [place for place, phrase in PLACE_PHRASES.items() if phrase not in said]
         shown = {each.place for each in self.parts}
         things = [kind for kind in CLASSES if kind not in said and kind not in self.shown]
         return ", ".join([*[place for place in free if place not in shown][:1], *things[-1:]])
@@ -240,8 +240,8 @@ class Subject:
             style_first: whether a style is named before what is in it in any case.
         """
         taken = {word for each in self.parts for word in (each.place, each.accessory, each.kind)}
-        places = [phrase for place, phrase in PLACE_WORDS.items() if place not in taken][:4]
-        others = [ACCESSORY_WORDS[a] for a in ACCESSORIES[1:] if a not in taken]
+        places = [phrase for place, phrase in PLACE_PHRASES.items() if place not in taken][:4]
+        others = [ACCESSORY_PHRASES[a] for a in ACCESSORIES[1:] if a not in taken]
         worn = ["", *others[:2]]
         things = [f"a {kind}" for kind in CLASSES if kind not in taken]
         found = []
@@ -259,7 +259,7 @@ class Subject:
         return found
 
 
-def leaks(subject: Subject, seen: Mapping[str, str], request: Request) -> bool:
+def leaks(subject: Subject, seen: Mapping[str, str], request: PromptRequest) -> bool:
     """Whether anything of the training pictures came along that was not asked for.
 
     Where no place is asked for there has to be one, so it is counted apart.
@@ -335,7 +335,7 @@ def style_judges(pipe: Any) -> dict[str, StyleJudge]:
         return torch.cat([pipe.vae.decode(part).sample for part in parts]).clamp(-1, 1)
 
     rng = np.random.default_rng(5)
-    plain = to_tensor([render(random_scene(rng)) for _ in range(400)])
+    plain = images_to_tensor([draw_scene(random_scene(rng)) for _ in range(400)])
     as_it_is = shown(plain)
     return {each.name: StyleJudge(as_it_is, shown(each.apply(plain))) for each in ALL_STYLES}
 

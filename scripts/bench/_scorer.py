@@ -19,8 +19,8 @@ from customize.concepts.types import Concept
 from customize.core.lowrank import product
 from customize.evaluation import storybook_rates
 from customize.families import family_of
-from customize.storybook.example_concepts import StoryConcept, story_concept
-from customize.storybook.judges import load_judges, to_tensor
+from customize.storybook.example_concepts import ExampleConcept, make_concept
+from customize.storybook.judges import images_to_tensor, load_judges
 
 # Two dogs among the first three, which are merged at every K: the same class blends first.
 KINDS = (
@@ -30,8 +30,8 @@ KINDS = (
 RATES = ("identity", "prompt", "leak")
 
 
-def concept(index: int) -> StoryConcept:
-    return story_concept(f"c{index:02d}", KINDS[index], 100 + index)
+def concept(index: int) -> ExampleConcept:
+    return make_concept(f"c{index:02d}", KINDS[index], 100 + index)
 
 
 def open_quietly(base: Path) -> Any:
@@ -95,11 +95,11 @@ class Scorer:
 
     def rate(self, index: int, seed: int, scenes: int) -> storybook_rates.Rates:
         story = concept(index)
-        prompts = storybook_rates.prompts_for(story.trigger, storybook_rates.SCENES[:scenes])
-        images = storybook_rates.draw(self.pipe, prompts, seed)
-        signature = self.judges.signature(to_tensor(story.pictures()))
+        prompts = storybook_rates.evaluation_prompts(story.trigger, storybook_rates.SCENES[:scenes])
+        images = storybook_rates.draw_prompts(self.pipe, prompts, seed)
+        signature = self.judges.prototype(images_to_tensor(story.pictures()))
         return storybook_rates.rate_concept(
-            self.judges, images, prompts, signature, story.identity.kind, story.shown
+            self.judges, images, prompts, signature, story.identity.kind, story.places
         )
 
     @contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from customize.demo import assets
+from customize.demo import assets_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser, folder: str, *stages: str) -> None:
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser, folder: str, *stages: str) ->
         folder: where it keeps what it learned and scored, if not told.
         stages: such as "learn"; given to :func:`share_out`.
     """
-    parser.add_argument("--base", type=Path, default=assets() / "storybook")
-    parser.add_argument("--judges", type=Path, default=assets() / "judges")
+    parser.add_argument("--base", type=Path, default=assets_folder() / "storybook")
+    parser.add_argument("--judges", type=Path, default=assets_folder() / "judges")
     parser.add_argument(
         "--folder", type=Path, default=Path(folder), help="keeps what was learned and scored"
     )

@@ -49,7 +49,7 @@ from _workers import folder_name, weights_of
 from customize.core import preservation
 from customize.demo import TRAINING
 from customize.evaluation import pareto_front, storybook_rates
-from customize.storybook.caption_grammar import PLACE_WORDS
+from customize.storybook.caption_grammar import PLACE_PHRASES
 from customize.training import class_preservation, losses
 from customize.training.config import TrainConfig
 
@@ -69,7 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "context_output, half the weight": {"preserve": {"context_output": 0.5}},
     "context_output, of places alone": {
         "preserve": {"context_output": 1.0},
-        "preserve_phrases": tuple(f"a photo of {{}} {place}" for place in PLACE_WORDS.values()),
+        "preserve_phrases": tuple(f"a photo of {{}} {place}" for place in PLACE_PHRASES.values()),
     },
     "context_output and output": {"preserve": {"context_output": 1.0, "output": 1.0}},
 }
@@ -350,7 +350,7 @@ def plot(rows: Sequence[Mapping[str, Any]], seeds: int, path: Path) -> None:
                 row["preserved"], row["composition"], row["identity"], *errors
             )
             points.append(point)
-    pareto_front.draw(points, "composition", "identity", path)
+    pareto_front.save_plot(points, "composition", "identity", path)
 
 
 def main() -> None:

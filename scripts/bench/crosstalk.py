@@ -30,7 +30,7 @@ from torch import Tensor
 
 from customize.concepts.adapter import flattened
 from customize.core.crosstalk import answers, matrix, relative
-from customize.demo import assets
+from customize.demo import assets_folder
 
 KINDS = (AVOIDING, SLICED, PLAIN)
 PREDICTORS = ("measured", "factors")
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     sums = [(pair, pair) for pair in combinations(every, 2)]
     for count in protocol.counts:
         sums += [(members(count, group, protocol.total), group) for group in groups]
-    scorer = Scorer(assets() / "storybook", assets() / "judges")
+    scorer = Scorer(assets_folder() / "storybook", assets_folder() / "judges")
     merge = by_ours("sum")
     rows: list[dict[str, Any]] = []
     for kind in KINDS:

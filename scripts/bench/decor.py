@@ -50,8 +50,8 @@ from _workers import folder_name, weights_of
 from torch import Tensor
 
 import customize
-from customize.evaluation.storybook_rates import GUIDANCE, asked_and_shown
-from customize.storybook.caption_grammar import parse
+from customize.evaluation.storybook_rates import GUIDANCE, attribute_hits
+from customize.storybook.caption_grammar import parse_prompt
 from customize.storybook.judges import Judges, load_judges
 
 Rate = dict[str, float]
@@ -166,15 +166,15 @@ class Scorer:
         kind = None
         if subject.concept is not None:
             kind = subject.concept.kind
-            signature = self.judges.signature(references(subject.concept))
+            signature = self.judges.prototype(references(subject.concept))
             near = self.judges.distance(images, signature) <= self.judges.threshold
             own = [a and b for a, b in zip(own, near.tolist(), strict=True)]
         hits: list[bool] = []
         leaked: list[bool] = []
         unasked: list[bool] = []
-        for seen, prompt in zip(self.judges.see(images), prompts, strict=True):
-            request = parse(prompt)
-            hits += asked_and_shown(seen, request, [kind])
+        for seen, prompt in zip(self.judges.predict_attributes(images), prompts, strict=True):
+            request = parse_prompt(prompt)
+            hits += attribute_hits(seen, request, [kind])
             leaked.append(_leaky.leaks(subject, seen, request))
             if request.place is None:
                 unasked.append(any(seen["place"] == part.place for part in subject.parts))

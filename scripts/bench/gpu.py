@@ -187,7 +187,7 @@ def _write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
     args.json.parent.mkdir(parents=True, exist_ok=True)
     partial = args.json.with_suffix(".partial")
-    result = result_file.result("gpu", command(), rows, figures_of(rows))
+    result = result_file.make_result("gpu", command(), rows, figures_of(rows))
     partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     partial.replace(args.json)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from customize.concepts.adapter import file_name
 from customize.core.lowrank import from_dense, product
-from customize.demo import assets
+from customize.demo import assets_folder
 
 ITERATIONS = {"unet": 50, "text_encoder": 500}
 WAYS = ("fusion", "gradient fusion")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     protocol = QUICK if args.quick else FULL
     count = protocol.counts[-1]
     folder = kept(args.folder)
-    scorer = Scorer(assets() / "storybook", assets() / "judges")
+    scorer = Scorer(assets_folder() / "storybook", assets_folder() / "judges")
     rows: list[dict[str, Any]] = []
     for kind in (AVOIDING, PLAIN):
         found: dict[str, list[list[dict[str, float]]]] = {way: [] for way in WAYS}

@@ -40,13 +40,13 @@ from torch import Tensor
 
 from customize.concepts.tokens.prompt_phrases import regional
 from customize.core.region_weights import box_weights, composed, layered
-from customize.demo import TRAINING, assets
+from customize.demo import TRAINING, assets_folder
 from customize.evaluation.storybook_rates import GUIDANCE, STEPS
 from customize.families import family_of
-from customize.storybook.caption_grammar import PLACE_WORDS
-from customize.storybook.judges import Judges, load_judges, to_tensor
-from customize.storybook.scene_drawing import draw as render
-from customize.storybook.world import Identity, random_identity, scene_of
+from customize.storybook.caption_grammar import PLACE_PHRASES
+from customize.storybook.judges import Judges, images_to_tensor, load_judges
+from customize.storybook.scene_drawing import draw_scene
+from customize.storybook.world import Identity, compose_scene, random_identity
 
 PAIRS = tuple(
     (a, b) for a in range(len(KINDS)) for b in range(a + 1, len(KINDS)) if KINDS[a] == KINDS[b]
@@ -71,7 +71,7 @@ class Protocol:
     seeds: tuple[int, ...]
 
 
-PLACES = tuple(PLACE_WORDS.values())
+PLACES = tuple(PLACE_PHRASES.values())
 FULL = Protocol(PAIRS, PLACES, (1, 2))
 QUICK = Protocol(PAIRS[:2], PLACES[:3], (1,))
 
@@ -101,7 +101,7 @@ def distances(judges: Judges, images: Tensor, signature: Tensor) -> tuple[Tensor
 
 
 def signature(judges: Judges, index: int) -> Tensor:
-    return judges.signature(to_tensor(concept(index).pictures()))
+    return judges.prototype(images_to_tensor(concept(index).pictures()))
 
 
 @torch.no_grad()
@@ -128,9 +128,11 @@ def trust(pipe: Any, judges: Judges, size: tuple[int, int], count: int) -> dict[
 def rendered(rng: np.random.Generator, pair: Sequence[Identity], size: tuple[int, int]) -> Tensor:
     """A scene of two; a wide one is two halves, each with one thing, in one place."""
     if size == SQUARE:
-        return to_tensor([render(scene_of(rng, tuple(pair)))])[0]
-    place = str(rng.choice(list(PLACE_WORDS)))
-    halves = [to_tensor([render(scene_of(rng, (one,), place=place))])[0] for one in pair]
+        return images_to_tensor([draw_scene(compose_scene(rng, tuple(pair)))])[0]
+    place = str(rng.choice(list(PLACE_PHRASES)))
+    halves = [
+        images_to_tensor([draw_scene(compose_scene(rng, (one,), place=place))])[0] for one in pair
+    ]
     shift = int(rng.integers(-6, 7))
     return torch.cat([half.roll(shift, -1) for half in halves], -1)
 
@@ -252,7 +254,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     protocol = QUICK if args.quick else FULL
     pipe = open_quietly(args.base)
     pipe.unet.to(memory_format=torch.channels_last)
-    judges = load_judges(assets() / "judges")
+    judges = load_judges(assets_folder() / "judges")
     count = 4 if args.quick else 16
     figures: dict[str, float] = {}
     for name, size in (("wide", WIDE), ("square", SQUARE)):
@@ -339,7 +341,7 @@ def save(kept: Mapping[str, Sequence[Tensor]], pairs: int, path: Path) -> None:
 
 def main() -> None:
     parser = _common.parser(__doc__)
-    parser.add_argument("--base", type=Path, default=assets() / "storybook")
+    parser.add_argument("--base", type=Path, default=assets_folder() / "storybook")
     parser.add_argument(
         "--folder",
         type=Path,

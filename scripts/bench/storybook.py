@@ -20,13 +20,13 @@ import torch
 from _common import ROOT, parser, report
 from diffusers import DiffusionPipeline
 
-from customize.evaluation.storybook_rates import GUIDANCE, STEPS, attribute_accuracy, draw
+from customize.evaluation.storybook_rates import GUIDANCE, STEPS, attribute_accuracy, draw_prompts
 from customize.storybook import scene_drawing
 from customize.storybook.caption_grammar import caption
-from customize.storybook.judges import HEADS, Judges, load_judges, to_tensor
+from customize.storybook.judges import HEADS, Judges, images_to_tensor, load_judges
 from customize.storybook.pretrain import contact_sheet
 from customize.storybook.train_judges import measure
-from customize.storybook.world import CLASSES, COLOURS, Scene, random_identity, scene_of
+from customize.storybook.world import CLASSES, COLOURS, Scene, compose_scene, random_identity
 
 SEEDS = (1, 2, 3)
 
@@ -38,7 +38,7 @@ def scenes_to_ask_for(count: int, seed: int, things: int) -> list[Scene]:
     for k in range(count):
         kinds = [CLASSES[(k + 3 * slot) % len(CLASSES)] for slot in range(things)]
         who = [random_identity(rng, kind, str(rng.choice(COLOURS))) for kind in kinds]
-        found.append(scene_of(rng, tuple(who)))
+        found.append(compose_scene(rng, tuple(who)))
     return found
 
 
@@ -65,13 +65,13 @@ def base_rows(
     for seed in SEEDS:
         asked = scenes_to_ask_for(pictures, seed, things)
         prompts = [caption(scene) for scene in asked]
-        images = draw(pipe, prompts, seed)
+        images = draw_prompts(pipe, prompts, seed)
         rows.append(
             {"what": f"base, {name}, seed {seed}"} | attribute_accuracy(judges, images, prompts)
         )
         scenes += asked
         shown.append(images)
-    renders = to_tensor([scene_drawing.draw(scene) for scene in scenes])
+    renders = images_to_tensor([scene_drawing.draw_scene(scene) for scene in scenes])
     ceiling = attribute_accuracy(judges, renders, [caption(scene) for scene in scenes])
     if sheet is not None:
         contact_sheet(torch.cat(shown), sheet.with_stem(f"{sheet.stem}-{things}"), columns=16)

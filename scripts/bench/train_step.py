@@ -29,7 +29,7 @@ from typing import Any
 
 from _common import ROOT, parser, report, spread
 
-from customize.evaluation.result_file import cores
+from customize.evaluation.result_file import usable_cores
 
 SIDES = {"ours, orthogonal": "orthogonal", "ours, lora": "lora", "theirs": "lora"}
 
@@ -52,10 +52,10 @@ def write_pictures(folder: Path, side: int) -> Path:
     """
     from PIL import Image
 
-    from customize.storybook.example_concepts import story_concept
+    from customize.storybook.example_concepts import make_concept
 
     folder.mkdir()
-    pictures = story_concept("rex", "dog", seed=6, pictures=8).pictures()
+    pictures = make_concept("rex", "dog", seed=6, pictures=8).pictures()
     for index, picture in enumerate(pictures):
         picture.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
     return folder
@@ -188,7 +188,7 @@ def main() -> None:
     flags.add_argument("--script", type=Path, help="train_dreambooth_lora.py of diffusers, to run")
     flags.add_argument("--repeats", type=int, help="runs of each side in each case; 3, quick 1")
     flags.add_argument("--steps", type=int, help="steps of a run, 2 of them warm-up; 12, quick 7")
-    flags.add_argument("--threads", type=int, default=cores())
+    flags.add_argument("--threads", type=int, default=usable_cores())
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = flags.parse_args()
     args.repeats = args.repeats or (1 if args.quick else 3)

@@ -113,7 +113,7 @@ def test_numbers_that_another_process_takes_meanwhile_are_left_to_it(
 ) -> None:
     arguments = ("generate", "--base", world.base, "--prompt", "a dog", "--steps", "1")
     arguments += ("--size", "32", "--count", "2", "--output", tmp_path)
-    drawn = generate_command.draw
+    drawn = generate_command.generate_image
 
     def meanwhile(*given: Any) -> Any:
         if not (tmp_path / "0002.png").exists():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from customize import __version__
+from customize.base.device import choose_device
 from customize.cli import command_support, main
 from customize.concepts.types import Concept
 from customize.errors import ConfigError, StorageError, TrainingStopped
@@ -97,21 +98,21 @@ def test_bad_flags_are_one_line(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "1,", "one,2", "nan,1", "1;2"])
 def test_weights_that_are_no_numbers(text: str) -> None:
     with pytest.raises(ConfigError, match="not numbers"):
-        command_support.parse_weights(text, 2)
+        command_support.parse_weight_list(text, 2)
 
 
 def test_weights_are_counted() -> None:
-    assert command_support.parse_weights("1, 0.8", 2) == [1.0, 0.8]
-    assert command_support.parse_weights(None, 2) is None
+    assert command_support.parse_weight_list("1, 0.8", 2) == [1.0, 0.8]
+    assert command_support.parse_weight_list(None, 2) is None
     with pytest.raises(ConfigError, match="1 weights were given for 2 concepts"):
-        command_support.parse_weights("1", 2)
+        command_support.parse_weight_list("1", 2)
 
 
 def test_devices_that_are_not_there() -> None:
-    assert command_support.choose_device("cpu").type == "cpu"
+    assert choose_device("cpu", "--device").type == "cpu"
     for name in ("cuda:99", "abacus"):
         with pytest.raises(ConfigError, match="cannot be used"):
-            command_support.choose_device(name)
+            choose_device(name, "--device")
 
 
 def test_bases_that_cannot_be_loaded(run: Run, world: World, tmp_path: Path) -> None:
@@ -133,7 +134,10 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(StorageError, match="cannot be written"):
         command_support.write_json(path / "below-a-file.json", {})
-    with pytest.raises(StorageError, match="the disk is full"), command_support.storing(path):
+    with (
+        pytest.raises(StorageError, match="the disk is full"),
+        command_support.storage_errors(path),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import customize
-from customize.cli.inspect_command import answered
+from customize.cli.inspect_command import relative_crosstalk
 from customize.concepts.adapter import file_name
 from customize.concepts.input_statistics import LayerInputs, place_beside
 from customize.concepts.merge.merge_concepts import merge
@@ -173,7 +173,7 @@ def test_a_layer_in_which_a_concept_does_nothing_does_not_stand_out() -> None:
         "a": torch.tensor([[4.0, 1.0], [1.0, 2.0]]),
         "b": torch.tensor([[0.0, 1.0], [3.0, 0.0]]),
     }
-    pairs, values = answered(["rex", "tom"], by_layer)
+    pairs, values = relative_crosstalk(["rex", "tom"], by_layer)
     assert pairs == ["tom on rex", "rex on tom"]
     # In b both are compared with their own average over a and b: 4 and 2, over the root of 2.
     expected = torch.tensor([[0.25, 0.5], [2**0.5 / 4, 3 * 2**0.5 / 2]])

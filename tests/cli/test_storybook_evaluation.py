@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from customize.storybook.example_concepts import bundled
+from customize.storybook.example_concepts import bundled_concept
 from customize.storybook.judges import AttributeJudge, IdentityJudge, Judges
 from customize.storybook.train_judges import save_judges
 from tests.cli.making import Run, World, photos, refused
@@ -37,7 +37,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe.save_pretrained(root / "base")
     for index, (name, kind) in enumerate((("rex", "dog"), ("tom", "cat"))):
         concept(pipe, name, index=index, class_word=kind).save(root / name)
-        bundled(name).write(root / "references" / name)
+        bundled_concept(name).write(root / "references" / name)
     judges = Judges(AttributeJudge().eval(), IdentityJudge().eval(), 0.9)
     save_judges(judges, root / "judges", {})
     return root

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from customize.cli import config_flags
 from customize.cli.config_flags import PANELS
-from customize.cli.train_command import plan
+from customize.cli.train_command import describe_run
 from customize.concepts.types import Concept
 from customize.training.config import TrainConfig, load_config
 from tests.cli.making import Run, World, photos, refused
@@ -155,7 +155,9 @@ def test_settings_are_checked_before_anything_is_read(
 def test_preservations_are_given_together_or_one_by_one(given: list[str]) -> None:
     """Into the flag that the command has, as far as the configuration."""
     seen: dict[str, Any] = {}
-    command = config_flags.from_config(lambda config, together, settings: seen.update(settings))
+    command = config_flags.add_config_flags(
+        lambda config, together, settings: seen.update(settings)
+    )
     command(**{**dict.fromkeys(TrainConfig.model_fields), "preserve": given})
     facts = {"base": "b", "images": "i", "output": "o", "name": "max", "class_word": "dog"}
     assert load_config(**facts, **seen).preserve == {"class_text": 1.0, "output": 0.5}
@@ -184,18 +186,18 @@ def test_bad_input_is_one_line_after_the_plan(run: Run, world: World, tmp_path: 
 
 def test_the_plan(tmp_path: Path) -> None:
     facts = {"base": "b", "images": "i", "output": "o", "name": "max", "class_word": "dog"}
-    shown = plan(TrainConfig(**facts, gradient_accumulation=3))
+    shown = describe_run(TrainConfig(**facts, gradient_accumulation=3))
     assert shown["steps"] == "800 of 6 pictures"
     assert shown["method"] == "orthogonal, rank 8, slice from the name's hash"
     assert "prior" not in shown
     assert shown["preserves"] == "context_output with weight 0.5"
-    assert "preserves" not in plan(TrainConfig(**facts, preserve={}))
-    kept = plan(TrainConfig(**facts, preserve={"output": 0.5, "class_text": 1}))
+    assert "preserves" not in describe_run(TrainConfig(**facts, preserve={}))
+    kept = describe_run(TrainConfig(**facts, preserve={"output": 0.5, "class_text": 1}))
     assert kept["preserves"] == "class_text with weight 1, output with weight 0.5"
-    shown = plan(TrainConfig(**facts, library="lib", prior_weight=0.5))
+    shown = describe_run(TrainConfig(**facts, library="lib", prior_weight=0.5))
     assert shown["method"] == "orthogonal, rank 8, slice kept apart from lib"
     assert shown["prior"] == "class pictures with weight 0.5: 100 drawn by the base"
-    assert plan(TrainConfig(**facts, method="lora"))["method"] == "ordinary LoRA, rank 8"
+    assert describe_run(TrainConfig(**facts, method="lora"))["method"] == "ordinary LoRA, rank 8"
 
 
 def test_a_long_caption_is_told_once(

@@ -5,15 +5,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from customize.cli.merge_command import run
-from customize.cli.weight_arguments import read_weights
+from customize.cli.weight_arguments import parse_weights
 from customize.errors import ConfigError
 
 
 def test_numbers_and_names():
-    assert read_weights(None, 2) == [1.0, 1.0]
-    assert read_weights("1,0.8", 2) == [1.0, 0.8]
+    assert parse_weights(None, 2) == [1.0, 1.0]
+    assert parse_weights("1,0.8", 2) == [1.0, 0.8]
     text = "rex=0.8, rex.text_encoder=0.5,rex.unet.up.block_1=0.4/0.8/1,tom=0"
-    assert read_weights(text, 2) == {
+    assert parse_weights(text, 2) == {
         "rex": {"": 0.8, "text_encoder": 0.5, "unet": {"up": {"block_1": [0.4, 0.8, 1.0]}}},
         "tom": 0.0,
     }
@@ -22,7 +22,7 @@ def test_numbers_and_names():
 @pytest.mark.parametrize("text", ["rex=", "rex=a", "=1", "rex..unet=1", "rex=1,0.5", "rex=1,rex=2"])
 def test_what_is_no_weight_is_refused(text):
     with pytest.raises(ConfigError, match="weight"):
-        read_weights(text, 1)
+        parse_weights(text, 1)
 
 
 def test_merge_writes_the_weighted_layers(tmp_path):

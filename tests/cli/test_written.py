@@ -146,9 +146,9 @@ def test_a_pipeline_given_for_a_concept_is_named(run: Run, world: World) -> None
 
 
 def test_prompts_of_pictures_of_a_merge(written: dict[str, list[str]], tmp_path: Path) -> None:
-    from customize.cli.sample_files import prompts_of, read_samples
+    from customize.cli.sample_files import read_prompts, read_samples
 
     Image.new("RGB", (32, 32)).save(tmp_path / "0001.png")
     facts = {"prompt": PROMPT, "concepts": [{"subjects": {"<rex>": "dog", "<tom>": "cat"}}]}
     (tmp_path / "0001.json").write_text(json.dumps(facts))
-    assert prompts_of(read_samples(tmp_path), None, None) == ["a photo of dog and cat"]
+    assert read_prompts(read_samples(tmp_path), None, None) == ["a photo of dog and cat"]

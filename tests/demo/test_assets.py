@@ -7,9 +7,9 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from customize import demo
-from customize.evaluation.storybook_rates import attribute_accuracy, draw
-from customize.storybook.example_concepts import bundled
-from customize.storybook.judges import load_judges, to_tensor
+from customize.evaluation.storybook_rates import attribute_accuracy, draw_prompts
+from customize.storybook.example_concepts import bundled_concept
+from customize.storybook.judges import images_to_tensor, load_judges
 from customize.storybook.train_judges import measure
 
 PROMPTS = (
@@ -21,35 +21,37 @@ PROMPTS = (
 
 
 def test_the_base_opens_in_plain_diffusers_and_draws_what_is_asked():
-    pipe = DiffusionPipeline.from_pretrained(demo.assets() / "storybook")
+    pipe = DiffusionPipeline.from_pretrained(demo.assets_folder() / "storybook")
     assert type(pipe) is StableDiffusionPipeline
     pipe.set_progress_bar_config(disable=True)
     found = attribute_accuracy(
-        load_judges(demo.assets() / "judges"), draw(pipe, PROMPTS, seed=1), PROMPTS
+        load_judges(demo.assets_folder() / "judges"), draw_prompts(pipe, PROMPTS, seed=1), PROMPTS
     )
     assert found["all"] >= 0.8 and found["class"] >= 0.75
 
 
 def test_the_judges_tell_renders_apart():
-    vae = DiffusionPipeline.from_pretrained(demo.assets() / "storybook").vae
-    figures = measure(load_judges(demo.assets() / "judges"), vae, pictures=60, identities=32)
+    vae = DiffusionPipeline.from_pretrained(demo.assets_folder() / "storybook").vae
+    figures = measure(load_judges(demo.assets_folder() / "judges"), vae, pictures=60, identities=32)
     assert figures["clean_accuracy"] > 0.97 and figures["rough_accuracy"] > 0.94
     assert figures["identity_auc"] > 0.97
 
 
 def test_the_bundled_pictures_are_of_their_concepts():
-    judges = load_judges(demo.assets() / "judges")
-    signatures = {n: judges.signature(to_tensor(bundled(n).pictures())) for n in demo.NAMES}
+    judges = load_judges(demo.assets_folder() / "judges")
+    signatures = {
+        n: judges.prototype(images_to_tensor(bundled_concept(n).pictures())) for n in demo.NAMES
+    }
     for name in demo.NAMES:
-        files = sorted((demo.assets() / "concepts" / name).glob("*.png"))
+        files = sorted((demo.assets_folder() / "concepts" / name).glob("*.png"))
         assert len(files) == 5
-        pictures = bundled(name).pictures()
+        pictures = bundled_concept(name).pictures()
         for other, signature in signatures.items():
-            distance = judges.distance(to_tensor(pictures), signature)
+            distance = judges.distance(images_to_tensor(pictures), signature)
             near = (distance <= judges.threshold).float().mean().item()
             assert near >= 0.8 if other == name else near <= 0.2
 
 
 def test_the_weights_stay_small():
-    files = [*Path(demo.assets()).rglob("*.safetensors")]
+    files = [*Path(demo.assets_folder()).rglob("*.safetensors")]
     assert sum(file.stat().st_size for file in files) < 25 * 2**20

@@ -9,22 +9,22 @@ from PIL import Image
 
 from customize import demo
 from customize.demo import report
-from customize.evaluation.storybook_rates import prompts_for
-from customize.storybook.example_concepts import bundled
-from customize.storybook.judges import load_judges, to_tensor
+from customize.evaluation.storybook_rates import evaluation_prompts
+from customize.storybook.example_concepts import bundled_concept
+from customize.storybook.judges import images_to_tensor, load_judges
 from tests.concepts.making import small
 
-SCENES = len(prompts_for("<rex>"))
+SCENES = len(evaluation_prompts("<rex>"))
 
 
 def renders(name: str) -> torch.Tensor:
     """One of a concept's own pictures for each prompt."""
-    pictures = to_tensor(bundled(name).pictures())
+    pictures = images_to_tensor(bundled_concept(name).pictures())
     return pictures[torch.arange(SCENES) % len(pictures)]
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, demo.Drawn]:
+def drawn() -> dict[str, demo.DrawnImages]:
     """Ours draws the concepts at each seed; the ordinary LoRA only at the first, then another."""
     right = {name: renders(name) for name in demo.NAMES}
     other = {name: renders(demo.NAMES[k - 1]) for k, name in enumerate(demo.NAMES)}
@@ -33,25 +33,25 @@ def drawn() -> dict[str, demo.Drawn]:
     unrelated = torch.zeros(8, 3, 64, 64)
     pairs = {pair: torch.zeros(2, 3, 64, 64) for pair in demo.PAIRS}
     return {
-        demo.BASE: demo.Drawn(other, pairs, unrelated),
-        demo.ALONE: demo.Drawn(always, {}, None),
-        demo.MERGED: demo.Drawn(always, pairs, unrelated + 0.1),
-        demo.PLAIN_ALONE: demo.Drawn(once, {}, None),
-        demo.PLAIN: demo.Drawn(once, pairs, unrelated + 0.2),
+        demo.BASE: demo.DrawnImages(other, pairs, unrelated),
+        demo.ORTHOGONAL_ALONE: demo.DrawnImages(always, {}, None),
+        demo.ORTHOGONAL_MERGED: demo.DrawnImages(always, pairs, unrelated + 0.1),
+        demo.LORA_ALONE: demo.DrawnImages(once, {}, None),
+        demo.LORA_MERGED: demo.DrawnImages(once, pairs, unrelated + 0.2),
     }
 
 
 @pytest.fixture(scope="module")
-def card(drawn: dict[str, demo.Drawn]) -> dict[str, object]:
-    return report.score(load_judges(demo.assets() / "judges"), drawn)
+def card(drawn: dict[str, demo.DrawnImages]) -> dict[str, object]:
+    return report.score(load_judges(demo.assets_folder() / "judges"), drawn)
 
 
 def test_identity_is_the_mean_over_seeds_with_their_spread(card: dict) -> None:
     alls = {row["model"]: row for row in card["rows"] if row["concept"] == "all"}
-    assert alls[demo.MERGED]["identity"] == 1.0
-    assert alls[demo.MERGED]["identity_sd"] == 0.0
-    assert alls[demo.PLAIN]["identity"] == pytest.approx(1 / 3)
-    assert alls[demo.PLAIN]["identity_sd"] == pytest.approx(3**-0.5)
+    assert alls[demo.ORTHOGONAL_MERGED]["identity"] == 1.0
+    assert alls[demo.ORTHOGONAL_MERGED]["identity_sd"] == 0.0
+    assert alls[demo.LORA_MERGED]["identity"] == pytest.approx(1 / 3)
+    assert alls[demo.LORA_MERGED]["identity_sd"] == pytest.approx(3**-0.5)
     # The base is drawn at one seed, which has no spread.
     assert alls[demo.BASE]["identity"] == 0.0
     assert alls[demo.BASE]["identity_sd"] is None
@@ -61,9 +61,14 @@ def test_each_rate_is_told_with_its_spread(card: dict) -> None:
     alls = {row["model"]: row for row in card["rows"] if row["concept"] == "all"}
     for rate in ("identity", "prompt", "composition", "leak"):
         # The same pictures at each seed.
-        assert 0 <= alls[demo.MERGED][rate] <= 1 and alls[demo.MERGED][f"{rate}_sd"] == 0.0
+        assert (
+            0 <= alls[demo.ORTHOGONAL_MERGED][rate] <= 1
+            and alls[demo.ORTHOGONAL_MERGED][f"{rate}_sd"] == 0.0
+        )
     # The prompts ask for accessories, and a concept's own pictures show none.
-    assert alls[demo.MERGED]["composition"] < 0.2 < alls[demo.MERGED]["prompt"]
+    assert (
+        alls[demo.ORTHOGONAL_MERGED]["composition"] < 0.2 < alls[demo.ORTHOGONAL_MERGED]["prompt"]
+    )
 
 
 def test_drift_is_a_share_of_the_full_range(card: dict) -> None:
@@ -72,7 +77,7 @@ def test_drift_is_a_share_of_the_full_range(card: dict) -> None:
 
 
 def test_a_scorecard_says_what_its_figures_depend_on(
-    card: dict, drawn: dict[str, demo.Drawn], tmp_path: Path
+    card: dict, drawn: dict[str, demo.DrawnImages], tmp_path: Path
 ) -> None:
     learned = {name: small(seed, name=name) for seed, name in enumerate(demo.NAMES)}
     report.write(tmp_path, card, drawn, {"concepts": learned, "ordinary": learned})

@@ -36,20 +36,24 @@ def test_it_leaves_what_the_readme_says(folder: Path) -> None:
     }
     card = json.loads((folder / "scorecard.json").read_text())
     assert card["command"] == "make demo"
-    assert {row["model"] for row in card["rows"]} >= {demo.ALONE, demo.MERGED, demo.PLAIN}
+    assert {row["model"] for row in card["rows"]} >= {
+        demo.ORTHOGONAL_ALONE,
+        demo.ORTHOGONAL_MERGED,
+        demo.LORA_MERGED,
+    }
     for name in ("grid.png", "crosstalk.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300
 
 
 def test_nothing_depends_on_where_the_clone_lies(folder: Path) -> None:
-    place = str(demo.assets().parent)
+    place = str(demo.assets_folder().parent)
     for path in (*folder.rglob("*.json"), *folder.rglob("*.md"), *folder.rglob("*.safetensors")):
         assert place.encode() not in path.read_bytes(), path
 
 
 def test_the_printed_snippet_works(folder: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(demo.assets() / "storybook")
+    pipe = DiffusionPipeline.from_pretrained(demo.assets_folder() / "storybook")
     customize.load_custom(pipe, *(folder / "concepts" / name for name in demo.NAMES))
     assert [row.slices for row in pipe.custom.rows] == ["disjoint"] * 3
     assert pipe.custom.merge == "fusion"

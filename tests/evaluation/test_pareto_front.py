@@ -14,7 +14,7 @@ from PIL import Image
 
 from customize.errors import ConfigError, StorageError
 from customize.evaluation import pareto_front
-from customize.evaluation.pareto_front import Point, front, on_front, table
+from customize.evaluation.pareto_front import Point, front_rows, on_front, pareto_optimal
 
 # Few values, so that there are many ties.
 PAIRS = st.lists(
@@ -28,7 +28,7 @@ def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 @given(PAIRS)
 def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
-    found = front(points)
+    found = pareto_optimal(points)
     best = [point for point, is_best in zip(points, found, strict=True) if is_best]
     assert not any(beats(one, other) for one in best for other in best)
     for point, is_best in zip(points, found, strict=True):
@@ -42,25 +42,25 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> N
 def test_neither_order_nor_scale_matters(points: list[tuple[float, float]], random: object) -> None:
     order = list(range(len(points)))
     random.shuffle(order)  # type: ignore[attr-defined]
-    found = front(points)
-    assert front([points[k] for k in order]) == [found[k] for k in order]
-    assert front([(3 * x + 1, np.exp(y)) for x, y in points]) == found
-    turned = front([(y, x) for x, y in points])
+    found = pareto_optimal(points)
+    assert pareto_optimal([points[k] for k in order]) == [found[k] for k in order]
+    assert pareto_optimal([(3 * x + 1, np.exp(y)) for x, y in points]) == found
+    turned = pareto_optimal([(y, x) for x, y in points])
     assert turned == found
 
 
 def test_ties() -> None:
     same = [(0.5, 0.5), (0.5, 0.5)]
-    assert front(same) == [True, True]
-    assert front([*same, (0.5, 0.6)]) == [False, False, True]
-    assert front([(0.2, 0.9), (0.4, 0.9), (0.4, 0.1)]) == [False, True, False]
-    assert front([]) == []
+    assert pareto_optimal(same) == [True, True]
+    assert pareto_optimal([*same, (0.5, 0.6)]) == [False, False, True]
+    assert pareto_optimal([(0.2, 0.9), (0.4, 0.9), (0.4, 0.1)]) == [False, True, False]
+    assert pareto_optimal([]) == []
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_cannot_be_compared_is_refused(wrong: float) -> None:
     with pytest.raises(ConfigError, match="is no point"):
-        front([(0.5, 0.5), (wrong, 1.0)])
+        pareto_optimal([(0.5, 0.5), (wrong, 1.0)])
     with pytest.raises(ConfigError, match="is no point"):
         pareto_front.plot([Point("a", 0.5, wrong)], "prompt", "identity")
 
@@ -74,7 +74,9 @@ def test_of_what_leaks_less_is_better() -> None:
 
 
 def test_the_table_has_rates_by_their_names() -> None:
-    rows = table([Point("a", 0.1, 0.2, None, 0.05), Point("b", 0.0, 0.1)], "prompt", "identity")
+    rows = front_rows(
+        [Point("a", 0.1, 0.2, None, 0.05), Point("b", 0.0, 0.1)], "prompt", "identity"
+    )
     assert rows == [
         {
             "name": "a",
@@ -136,10 +138,10 @@ def test_the_line_goes_along_the_front() -> None:
 
 def test_a_picture_is_written(tmp_path: Path) -> None:
     one = [Point("$1 and \\frac{", 0.5, 0.5)]  # no formula, and no room to spread over
-    pareto_front.draw(one, "prompt", "identity", tmp_path / "one.png")
-    pareto_front.draw(crowded(), "prompt", "identity", tmp_path / "many.png")
+    pareto_front.save_plot(one, "prompt", "identity", tmp_path / "one.png")
+    pareto_front.save_plot(crowded(), "prompt", "identity", tmp_path / "many.png")
     with Image.open(tmp_path / "one.png") as one_png, Image.open(tmp_path / "many.png") as many:
         assert one_png.size == many.size == (900, 660)
         assert np.asarray(many.convert("L")).std() > np.asarray(one_png.convert("L")).std()
     with pytest.raises(StorageError):
-        pareto_front.draw(one, "prompt", "identity", tmp_path / "missing" / "one.png")
+        pareto_front.save_plot(one, "prompt", "identity", tmp_path / "missing" / "one.png")

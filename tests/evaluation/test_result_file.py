@@ -15,12 +15,12 @@ def test_mean_and_spread() -> None:
 
 
 def test_shares_are_told_in_percent() -> None:
-    assert result_file.share(0.861, 0.07) == "86% ±7"
-    assert result_file.share(1.0) == "100%"
+    assert result_file.format_percent(0.861, 0.07) == "86% ±7"
+    assert result_file.format_percent(1.0) == "100%"
 
 
 def test_a_result_says_where_and_with_what_it_was_made() -> None:
-    result = result_file.result("bench", "python bench.py", [{"a": 1}], {"figure": 0.5})
+    result = result_file.make_result("bench", "python bench.py", [{"a": 1}], {"figure": 0.5})
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert result["rows"] == [{"a": 1}] and result["figures"] == {"figure": 0.5}
     assert result["versions"]["torch"] == torch.__version__

@@ -11,28 +11,33 @@ from torch import Tensor
 
 from customize.evaluation.storybook_rates import (
     SCENES,
-    asked_and_shown,
+    accessory_hits,
     attribute_accuracy,
-    draw,
+    attribute_hits,
     draw_groups,
+    draw_prompts,
     drift,
-    leaked,
-    prompts_for,
+    evaluation_prompts,
+    leak_hits,
     rate_concept,
     rate_pair,
-    worn,
 )
-from customize.storybook.caption_grammar import ACCESSORY_WORDS, PLACE_WORDS, caption, parse
-from customize.storybook.example_concepts import BUNDLED, bundled
-from customize.storybook.judges import HEADS, to_tensor
-from customize.storybook.scene_drawing import draw as draw_scene
+from customize.storybook.caption_grammar import (
+    ACCESSORY_PHRASES,
+    PLACE_PHRASES,
+    caption,
+    parse_prompt,
+)
+from customize.storybook.example_concepts import BUNDLED, bundled_concept
+from customize.storybook.judges import HEADS, images_to_tensor
+from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import (
     ACCESSORIES,
     PLACES,
     Identity,
     Scene,
+    compose_scene,
     random_scene,
-    scene_of,
 )
 from tests.tiny import tiny_sd
 
@@ -79,32 +84,35 @@ class Truth:
 
 
 def drawn(scenes: list[Scene]) -> Tensor:
-    return to_tensor([draw_scene(scene) for scene in scenes])
+    return images_to_tensor([draw_scene(scene) for scene in scenes])
 
 
 def in_scenes(name: str, scenes: tuple[tuple[str, str], ...] = SCENES) -> list[Scene]:
     """One of the demo's concepts, drawn as each evaluation prompt asks."""
     rng = np.random.default_rng(1)
-    return [scene_of(rng, (bundled(name).identity,), (worn,), place) for place, worn in scenes]
+    return [
+        compose_scene(rng, (bundled_concept(name).identity,), (worn,), place)
+        for place, worn in scenes
+    ]
 
 
 def test_evaluation_prompts_ask_for_their_scenes() -> None:
-    for prompt, (place, accessory) in zip(prompts_for("<rex>"), SCENES, strict=True):
-        request = parse(prompt)
+    for prompt, (place, accessory) in zip(evaluation_prompts("<rex>"), SCENES, strict=True):
+        request = parse_prompt(prompt)
         assert request.place == place and len(request.things) == 1
         assert request.things[0].accessory == accessory
         assert request.things[0].kind is None
     assert {place for place, _ in SCENES} == set(PLACES)
     assert {worn for _, worn in SCENES} == set(ACCESSORIES) - {"none"}
-    assert prompts_for("a red dog")[0] == "a photo of a red dog wearing a hat on a beach"
+    assert evaluation_prompts("a red dog")[0] == "a photo of a red dog wearing a hat on a beach"
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_scene_shows_all_that_its_caption_asks(seed: int) -> None:
     scene = random_scene(np.random.default_rng(seed), two=0.5)
-    request = parse(caption(scene))
+    request = parse_prompt(caption(scene))
     kinds = [thing.identity.kind for thing in scene.things]
-    hits = asked_and_shown(labels(scene), request, kinds)
+    hits = attribute_hits(labels(scene), request, kinds)
     assert all(hits)
     assert request.place == scene.place
     # Count and place, then for each thing its class and accessory, and what is said of its looks.
@@ -122,59 +130,61 @@ def test_each_attribute_is_missed_by_itself() -> None:
         for scene in (random_scene(rng, two=1.0) for _ in range(1000))
         if all(t.identity.colour and t.identity.pattern != "plain" for t in scene.things)
     )
-    request, seen = parse(caption(scene)), labels(scene)
+    request, seen = parse_prompt(caption(scene)), labels(scene)
     kinds = [thing.identity.kind for thing in scene.things]
-    assert len(asked_and_shown(seen, request, kinds)) == len(HEADS)
+    assert len(attribute_hits(seen, request, kinds)) == len(HEADS)
     for head, words in HEADS.items():
         other = next(word for word in words if word != seen[head])
-        hits = asked_and_shown(seen | {head: other}, request, kinds)
+        hits = attribute_hits(seen | {head: other}, request, kinds)
         assert hits.count(False) == 1, head
 
 
 def test_triggers_are_of_the_concepts_class() -> None:
     seen = labels(in_scenes("rex")[0])
-    request = parse("a photo of <rex> wearing a hat on a beach")
-    assert asked_and_shown(seen, request, ["dog"]) == [True] * 4
-    assert asked_and_shown(seen, request, ["cat"]).count(False) == 1
-    assert len(asked_and_shown(seen, request, [None])) == 3
-    nowhere = parse("a photo of <rex>")
-    assert asked_and_shown(seen, nowhere, ["dog"]) == [True, True, False]  # a hat unasked
+    request = parse_prompt("a photo of <rex> wearing a hat on a beach")
+    assert attribute_hits(seen, request, ["dog"]) == [True] * 4
+    assert attribute_hits(seen, request, ["cat"]).count(False) == 1
+    assert len(attribute_hits(seen, request, [None])) == 3
+    nowhere = parse_prompt("a photo of <rex>")
+    assert attribute_hits(seen, nowhere, ["dog"]) == [True, True, False]  # a hat unasked
 
 
 def test_what_leaks() -> None:
     seen = labels(in_scenes("rex")[0])  # in a hat on a beach
     shown = {"snow", "beach", "hat"}
     # A place that is asked for cannot leak; and where none is asked, none is out of place.
-    assert leaked(seen, parse("<rex> on a beach"), shown) == [True, False]
-    assert leaked(seen, parse("<rex> in a forest wearing a hat"), shown) == [True, False]
-    assert leaked(seen, parse("<rex> wearing a hat"), shown) == []
-    assert leaked(seen, parse("<rex>"), shown) == [True]
-    assert leaked(seen, parse("<rex> in space"), set()) == []
+    assert leak_hits(seen, parse_prompt("<rex> on a beach"), shown) == [True, False]
+    assert leak_hits(seen, parse_prompt("<rex> in a forest wearing a hat"), shown) == [True, False]
+    assert leak_hits(seen, parse_prompt("<rex> wearing a hat"), shown) == []
+    assert leak_hits(seen, parse_prompt("<rex>"), shown) == [True]
+    assert leak_hits(seen, parse_prompt("<rex> in space"), set()) == []
 
 
 def test_what_is_worn() -> None:
-    rex, tom = (bundled(name).identity for name in ("rex", "tom"))
+    rex, tom = (bundled_concept(name).identity for name in ("rex", "tom"))
     rng = np.random.default_rng(0)
-    seen = labels(scene_of(rng, (rex, tom), ("hat", "none"), "beach"))
+    seen = labels(compose_scene(rng, (rex, tom), ("hat", "none"), "beach"))
     both = "a photo of <rex> wearing a hat and <tom> wearing glasses"
-    assert worn(seen, parse(both)) == [True, False]
+    assert accessory_hits(seen, parse_prompt(both)) == [True, False]
     # Where no accessory is asked for, nothing is composed, whatever is worn.
-    assert worn(seen, parse("a photo of <rex> and <tom> wearing glasses")) == [False]
-    assert worn(seen, parse("a photo of <rex> on a beach")) == []
+    assert accessory_hits(seen, parse_prompt("a photo of <rex> and <tom> wearing glasses")) == [
+        False
+    ]
+    assert accessory_hits(seen, parse_prompt("a photo of <rex> on a beach")) == []
 
 
 def test_rates_of_perfect_pictures() -> None:
-    story = bundled("rex")
+    story = bundled_concept("rex")
     scenes = in_scenes("rex")
     truth = Truth(scenes, [story.identity])
     signature = truth.signature_of(story.identity)
     rates = rate_concept(
         truth,  # type: ignore[arg-type]
         drawn(scenes),
-        prompts_for(story.trigger),
+        evaluation_prompts(story.trigger),
         signature,
         story.identity.kind,
-        story.shown,
+        story.places,
     )
     assert (rates.identity, rates.prompt, rates.leak) == (1.0, 1.0, 0.0)
     assert rates.distance == pytest.approx(0.1)
@@ -182,17 +192,17 @@ def test_rates_of_perfect_pictures() -> None:
 
 def test_rates_of_pictures_that_copy_the_references() -> None:
     """What an overfitted concept draws: always itself, always where it was seen."""
-    story = bundled("rex")
-    seen_in = sorted(story.shown)[0]
+    story = bundled_concept("rex")
+    seen_in = sorted(story.places)[0]
     scenes = in_scenes("rex", ((seen_in, "none"),) * len(SCENES))
     truth = Truth(scenes, [story.identity])
     rates = rate_concept(
         truth,  # type: ignore[arg-type]
         drawn(scenes),
-        prompts_for(story.trigger),
+        evaluation_prompts(story.trigger),
         truth.signature_of(story.identity),
         story.identity.kind,
-        story.shown,
+        story.places,
     )
     assert rates.identity == 1.0 and rates.composition == 0.0
     # Right by count and class; by place and accessory where the prompt happens to ask for it.
@@ -203,16 +213,16 @@ def test_rates_of_pictures_that_copy_the_references() -> None:
 
 
 def test_rates_of_a_strangers_pictures() -> None:
-    rex, tom = bundled("rex"), bundled("tom")
+    rex, tom = bundled_concept("rex"), bundled_concept("tom")
     scenes = in_scenes("tom")
     truth = Truth(scenes, [rex.identity, tom.identity])
     rates = rate_concept(
         truth,  # type: ignore[arg-type]
         drawn(scenes),
-        prompts_for("<rex>"),
+        evaluation_prompts("<rex>"),
         truth.signature_of(rex.identity),
         "dog",
-        rex.shown,
+        rex.places,
     )
     assert rates.identity == 0.0 and rates.distance == pytest.approx(1.0)
     assert rates.prompt == pytest.approx(0.75)  # a cat, but the rest as asked
@@ -220,7 +230,7 @@ def test_rates_of_a_strangers_pictures() -> None:
 
 
 def test_composition_is_of_the_pictures_that_ask_for_an_accessory() -> None:
-    story = bundled("rex")
+    story = bundled_concept("rex")
     asked = (("beach", "hat"), ("snow", "scarf"), ("city", "none"), ("room", "none"))
     shown = (("beach", "hat"), ("snow", "none"), ("city", "none"), ("room", "hat"))
     scenes = in_scenes("rex", shown)
@@ -228,20 +238,20 @@ def test_composition_is_of_the_pictures_that_ask_for_an_accessory() -> None:
     rates = rate_concept(
         truth,  # type: ignore[arg-type]
         drawn(scenes),
-        prompts_for(story.trigger, asked),
+        evaluation_prompts(story.trigger, asked),
         truth.signature_of(story.identity),
         story.identity.kind,
-        story.shown,
+        story.places,
     )
     assert rates.composition == 0.5
     assert rates.prompt == pytest.approx(14 / 16)
 
 
 def test_rates_of_pairs() -> None:
-    rex, tom = (bundled(name).identity for name in ("rex", "tom"))
+    rex, tom = (bundled_concept(name).identity for name in ("rex", "tom"))
     rng = np.random.default_rng(0)
     scenes = [
-        scene_of(rng, pair, ("none", "none"), "beach")
+        compose_scene(rng, pair, ("none", "none"), "beach")
         for pair in ((rex, tom), (tom, rex), (rex, rex), (tom, tom))
     ]
     truth = Truth(scenes, [rex, tom])
@@ -275,10 +285,10 @@ def test_drift_is_a_share_of_the_full_range() -> None:
 def test_pictures_depend_on_prompt_and_seed_alone() -> None:
     pipe = tiny_sd()
     prompts = ["a dog", "a cat", "a cup"]
-    together = draw(pipe, prompts, seed=3, steps=2)
+    together = draw_prompts(pipe, prompts, seed=3, steps=2)
     assert together.shape == (3, 3, 32, 32)
     assert together.min() >= -1 and together.max() <= 1 and together.min() < 0
-    assert not torch.equal(draw(pipe, prompts, seed=4, steps=2), together)
+    assert not torch.equal(draw_prompts(pipe, prompts, seed=4, steps=2), together)
     counted: list[int] = []
     groups = draw_groups(
         pipe, {"a": ["a hat"], "b": prompts, "c": []}, 3, counted.append, steps=2, batch=2
@@ -289,9 +299,9 @@ def test_pictures_depend_on_prompt_and_seed_alone() -> None:
 
 def test_bundled_concepts_are_what_the_rates_assume() -> None:
     for name, (kind, _) in BUNDLED.items():
-        story = bundled(name)
-        assert story.identity.kind == kind and len(story.shown) == 2
-        assert not set(prompts_for(story.trigger)) & set(story.captions())
-        assert story.shown <= set(PLACE_WORDS) and not story.shown & set(ACCESSORY_WORDS)
+        story = bundled_concept(name)
+        assert story.identity.kind == kind and len(story.places) == 2
+        assert not set(evaluation_prompts(story.trigger)) & set(story.captions())
+        assert story.places <= set(PLACE_PHRASES) and not story.places & set(ACCESSORY_PHRASES)
         for text, scene in zip(story.captions(), story.scenes, strict=True):
-            assert story.trigger in text and parse(text).place == scene.place
+            assert story.trigger in text and parse_prompt(text).place == scene.place

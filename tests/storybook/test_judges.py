@@ -16,11 +16,11 @@ from customize.storybook.judges import (
     AttributeJudge,
     IdentityJudge,
     Judges,
-    crop,
+    crop_thing,
+    images_to_tensor,
     load_judges,
-    to_tensor,
 )
-from customize.storybook.scene_drawing import draw
+from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.train_judges import (
     _fit,
     auc,
@@ -34,7 +34,7 @@ from customize.storybook.train_judges import (
     train_identity,
     train_judges,
 )
-from customize.storybook.world import random_identity, random_scene, scene_of
+from customize.storybook.world import compose_scene, random_identity, random_scene
 
 
 @pytest.fixture
@@ -45,7 +45,9 @@ def judges() -> Judges:
 
 def scenes_of(count: int, things: int) -> list:
     rng = np.random.default_rng(things)
-    return [scene_of(rng, tuple(random_identity(rng) for _ in range(things))) for _ in range(count)]
+    return [
+        compose_scene(rng, tuple(random_identity(rng) for _ in range(things))) for _ in range(count)
+    ]
 
 
 # Where they look
@@ -62,8 +64,8 @@ def test_a_crop_holds_its_thing(where, things, slot):
     inside = []
     for scene in scenes_of(40, things):
         others = tuple(t for k, t in enumerate(scene.things) if k != slot)
-        without = np.asarray(draw(replace(scene, things=others))).astype(int)
-        thing = np.abs(np.asarray(draw(scene)) - without).max(axis=2) > 8
+        without = np.asarray(draw_scene(replace(scene, things=others))).astype(int)
+        thing = np.abs(np.asarray(draw_scene(scene)) - without).max(axis=2) > 8
         inside.append(thing[top : top + side, left : left + side].sum() / thing.sum())
     assert np.mean(inside) > 0.95
     assert min(inside) > 0.8
@@ -72,18 +74,19 @@ def test_a_crop_holds_its_thing(where, things, slot):
 def test_left_and_right_crops_show_different_things():
     for scene in scenes_of(10, 2):
         alone = [replace(scene, things=(thing,)) for thing in scene.things]
-        both, left, right = to_tensor([draw(s) for s in (scene, *alone)]).split(1)
+        both, left, right = images_to_tensor([draw_scene(s) for s in (scene, *alone)]).split(1)
         for where, own, other in (("left", left, right), ("right", right, left)):
             near, far = (
-                (crop(both, where) - crop(x, where)).abs().mean().item() for x in (own, other)
+                (crop_thing(both, where) - crop_thing(x, where)).abs().mean().item()
+                for x in (own, other)
             )
             assert near < 0.05
             assert far > max(0.06, 2 * near)
 
 
 def test_pictures_become_tensors_in_range():
-    picture = draw(scenes_of(1, 1)[0])
-    tensor = to_tensor([picture, picture.resize((128, 128))])
+    picture = draw_scene(scenes_of(1, 1)[0])
+    tensor = images_to_tensor([picture, picture.resize((128, 128))])
     assert tensor.shape == (2, 3, 64, 64)
     assert tensor.min() >= -1
     assert tensor.max() <= 1
@@ -96,7 +99,7 @@ def test_pictures_become_tensors_in_range():
 
 
 def test_a_judge_names_one_label_a_head(judges):
-    seen = judges.see(to_tensor([draw(s) for s in scenes_of(3, 2)]))
+    seen = judges.predict_attributes(images_to_tensor([draw_scene(s) for s in scenes_of(3, 2)]))
     assert len(seen) == 3
     for row in seen:
         assert row.keys() == HEADS.keys()
@@ -104,8 +107,8 @@ def test_a_judge_names_one_label_a_head(judges):
 
 
 def test_a_signature_is_a_unit_vector_and_nearest_to_its_own(judges):
-    images = to_tensor([draw(s) for s in scenes_of(4, 1)])
-    signature = judges.signature(images[:1])
+    images = images_to_tensor([draw_scene(s) for s in scenes_of(4, 1)])
+    signature = judges.prototype(images[:1])
     assert signature.norm().item() == pytest.approx(1)
     distance = judges.distance(images, signature)
     assert distance[0].item() == pytest.approx(0, abs=1e-5)
@@ -152,7 +155,7 @@ def test_equal_error_of_known_cases():
 
 
 def test_roughening_keeps_shape_range_and_seed():
-    images = to_tensor([draw(s) for s in scenes_of(6, 1)])
+    images = images_to_tensor([draw_scene(s) for s in scenes_of(6, 1)])
     rough = roughen(images, torch.Generator().manual_seed(1), None)
     assert rough.shape == images.shape
     assert rough.abs().max() <= 1

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from customize.storybook.bundled_models import make_tokenizer
 from customize.storybook.caption_grammar import (
-    ACCESSORY_WORDS,
+    ACCESSORY_PHRASES,
     OPENINGS,
-    PLACE_WORDS,
+    PLACE_PHRASES,
     WORDS,
     caption,
-    parse,
+    parse_prompt,
 )
-from customize.storybook.example_concepts import BUNDLED, bundled, story_concept
-from customize.storybook.scene_drawing import draw
+from customize.storybook.example_concepts import BUNDLED, bundled_concept, make_concept
+from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import (
     ACCESSORIES,
     CLASSES,
@@ -29,9 +29,9 @@ from customize.storybook.world import (
     Identity,
     Scene,
     colour_word,
+    compose_scene,
     random_identity,
     random_scene,
-    scene_of,
     without_accessory,
 )
 
@@ -50,18 +50,18 @@ def scenes(draw_from: st.DrawFn) -> Scene:
         for _ in range(count)
     )
     accessories = tuple(draw_from(st.sampled_from(ACCESSORIES)) for _ in range(count))
-    return scene_of(rng, identities, accessories, draw_from(st.sampled_from(PLACES)))
+    return compose_scene(rng, identities, accessories, draw_from(st.sampled_from(PLACES)))
 
 
 def one(kind: str = "dog", **changes: object) -> Scene:
     """A scene of one thing, the same but for what is asked to differ."""
     rng = np.random.default_rng(3)
     identity = random_identity(rng, kind, "red", "striped")
-    return scene_of(rng, (replace(identity, **changes),), ("none",), "room")
+    return compose_scene(rng, (replace(identity, **changes),), ("none",), "room")
 
 
 def pixels(scene: Scene) -> np.ndarray:
-    return np.asarray(draw(scene)).astype(int)
+    return np.asarray(draw_scene(scene)).astype(int)
 
 
 # Words
@@ -73,7 +73,7 @@ def tokenizer():
 
 
 def test_every_word_of_the_grammar_is_one_token(tokenizer):
-    said = " ".join([*OPENINGS, *PLACE_WORDS.values(), *ACCESSORY_WORDS.values()]).split()
+    said = " ".join([*OPENINGS, *PLACE_PHRASES.values(), *ACCESSORY_PHRASES.values()]).split()
     words = sorted({*WORDS, *said, *CLASSES, *COLOURS, *PATTERNS, "and"})
     pieces = {word: tokenizer.tokenize(word) for word in words}
     assert {word: found for word, found in pieces.items() if found != [word + "</w>"]} == {}
@@ -89,7 +89,7 @@ def test_words_outside_the_grammar_survive_the_tokenizer(tokenizer, text):
 def test_the_longest_caption_fits(tokenizer):
     rng = np.random.default_rng(0)
     both = tuple(random_identity(rng, kind, "purple", "spotted") for kind in ("robot", "rabbit"))
-    text = caption(scene_of(rng, both, ("glasses", "scarf"), "forest"))
+    text = caption(compose_scene(rng, both, ("glasses", "scarf"), "forest"))
     assert len(tokenizer(text).input_ids) <= tokenizer.model_max_length
 
 
@@ -98,7 +98,7 @@ def test_the_longest_caption_fits(tokenizer):
 
 @given(scenes())
 def test_a_full_caption_says_what_is_in_the_scene(scene):
-    request = parse(caption(scene))
+    request = parse_prompt(caption(scene))
     assert request.place == scene.place
     assert len(request.things) == len(scene.things)
     for asked, thing in zip(request.things, scene.things, strict=True):
@@ -113,7 +113,7 @@ def test_a_full_caption_says_what_is_in_the_scene(scene):
 
 @given(scenes(), st.integers(0, 2**32))
 def test_a_varied_caption_leaves_words_out_but_never_lies(scene, seed):
-    request = parse(caption(scene, np.random.default_rng(seed)))
+    request = parse_prompt(caption(scene, np.random.default_rng(seed)))
     assert request.place in (None, scene.place)
     for asked, thing in zip(request.things, scene.things, strict=True):
         assert asked.kind == thing.identity.kind
@@ -126,7 +126,7 @@ def test_a_varied_caption_leaves_words_out_but_never_lies(scene, seed):
 def test_names_stand_in_for_looks(scene):
     names = ("<rex>", "<tom>")[: len(scene.things)]
     text = caption(scene, names=names)
-    request = parse(text)
+    request = parse_prompt(text)
     assert all(name in text for name in names)
     assert request.place == scene.place
     assert [(a.kind, a.colour, a.pattern) for a in request.things] == [(None,) * 3] * len(names)
@@ -167,10 +167,10 @@ def test_a_body_drawn_for_a_colour_word_has_it(colour, seed):
 @settings(max_examples=20)
 @given(scenes())
 def test_drawing_is_deterministic(scene):
-    picture = draw(scene)
+    picture = draw_scene(scene)
     assert picture.size == (64, 64)
     assert picture.mode == "RGB"
-    assert draw(scene).tobytes() == picture.tobytes()
+    assert draw_scene(scene).tobytes() == picture.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_each_class_can_wear_each_accessory(kind):
 
 def test_two_things_stand_left_and_right_of_the_middle():
     rng = np.random.default_rng(1)
-    scene = scene_of(rng, (random_identity(rng), random_identity(rng)))
+    scene = compose_scene(rng, (random_identity(rng), random_identity(rng)))
     assert scene.things[0].x < 32 < scene.things[1].x
 
 
@@ -238,16 +238,16 @@ def test_random_scenes_hold_everything():
 
 
 def test_a_concept_is_the_same_each_time_and_differs_by_its_seed():
-    assert story_concept("rex", "dog", 6) == story_concept("rex", "dog", 6)
-    assert story_concept("rex", "dog", 6).identity != story_concept("rex", "dog", 7).identity
+    assert make_concept("rex", "dog", 6) == make_concept("rex", "dog", 6)
+    assert make_concept("rex", "dog", 6).identity != make_concept("rex", "dog", 7).identity
 
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_concepts_are_shown_bare_in_two_places(name, tmp_path):
-    story = bundled(name)
+    story = bundled_concept(name)
     assert isinstance(story.identity, Identity)
     assert len(story.scenes) == 5
-    assert len(story.shown) == 2
+    assert len(story.places) == 2
     assert all(scene.things[0].accessory == "none" for scene in story.scenes)
     assert all(text.startswith(f"a photo of <{name}> ") for text in story.captions())
     story.write(tmp_path / name)
@@ -258,5 +258,5 @@ def test_bundled_concepts_are_shown_bare_in_two_places(name, tmp_path):
 
 
 def test_a_trigger_may_have_any_word_in_it():
-    request = parse("a photo of <salt-and-pepper> and a red dog on a beach")
+    request = parse_prompt("a photo of <salt-and-pepper> and a red dog on a beach")
     assert len(request.things) == 2 and request.things[1].kind == "dog"

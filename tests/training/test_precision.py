@@ -36,7 +36,7 @@ MODELS = {"sd15": "sd", "sd35-large": "sd3", "qwen-image": "qwen_image", "z-imag
 def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused on a CPU, as it is slow there; but autocast and scaler are a GPU's."""
     monkeypatch.setattr(
-        distributed, "choose_device", lambda config, accelerator: torch.device("cpu")
+        distributed, "training_device", lambda config, accelerator: torch.device("cpu")
     )
 
 

@@ -33,7 +33,7 @@ def _run() -> int:
     from customize.cli.train_command import describe_outputs
     from customize.training.config import TrainConfig
     from customize.training.joint_configs import load_configs
-    from customize.training.recipe import train_together
+    from customize.training.recipe import train_jointly
 
     parser = argparse.ArgumentParser(
         description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
@@ -52,7 +52,7 @@ def _run() -> int:
         parser.add_argument("--" + name.replace("_", "-"), nargs=many, metavar="VALUE", help=text)
     given = vars(parser.parse_args())
     configs = load_configs(given.pop("config"), given.pop("together"), **given)
-    train_together(configs)
+    train_jointly(configs)
     # Once, not by every process.
     console().print(describe_outputs(configs), markup=False, soft_wrap=True)
     return 0

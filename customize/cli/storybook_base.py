@@ -13,13 +13,13 @@ from customize.training.verdict import Identity, Judge
 
 def is_storybook(base: str) -> bool:
     """Whether a base has the weights of the bundled one, wherever it lies."""
-    from customize.training.base_fingerprint import weights_on_disk
+    from customize.training.base_fingerprint import weight_digests_on_disk
 
     bundled = _assets() / "storybook"
     if not Path(base).is_dir() or not bundled.is_dir():
         return False
-    weights = weights_on_disk(str(bundled))
-    return bool(weights) and weights_on_disk(base) == weights
+    weights = weight_digests_on_disk(str(bundled))
+    return bool(weights) and weight_digests_on_disk(base) == weights
 
 
 def warn_unknown_classes(configs: Sequence[TrainConfig]) -> None:

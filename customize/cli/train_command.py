@@ -24,14 +24,14 @@ def run(config_file: Path | None, together: Sequence[Path], settings: dict[str, 
 
     from customize.cli.storybook_base import is_storybook, make_judge, warn_unknown_classes
     from customize.concepts.io.model_card import output_of
-    from customize.training.recipe import train_together
+    from customize.training.recipe import train_jointly
 
     hide_loading_bars()
     judge = None
     if is_storybook(configs[0].base):
         warn_unknown_classes(configs)
         judge = make_judge(configs)
-    concepts = train_together(configs, judge=judge)
+    concepts = train_jointly(configs, judge=judge)
     text = snippet(
         configs[0].base,
         [str(config.output) for config in configs],

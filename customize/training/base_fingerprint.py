@@ -39,7 +39,7 @@ _PARTS = sorted(
 )
 
 
-def weights_of(
+def weight_digests(
     base: str, components: Mapping[str, Any] | None, variant: str | None = None
 ) -> dict[str, str]:
     """Component -> digest of its weights: of components in memory, else of the base's files.
@@ -47,16 +47,16 @@ def weights_of(
     Empty where no component is given, or the files aren't at hand or are of an unusual layout.
     """
     if components is None:
-        return weights_on_disk(base, variant)
+        return weight_digests_on_disk(base, variant)
     models = {key: components.get(key) for key in _PARTS}
     return {
-        key: digest(t for t in model.state_dict().values() if isinstance(t, Tensor))
+        key: tensors_digest(t for t in model.state_dict().values() if isinstance(t, Tensor))
         for key, model in models.items()
         if isinstance(model, nn.Module)
     }
 
 
-def configured_of(
+def base_configuration(
     components: Mapping[str, Any] | None, pipeline_config: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
     """What :meth:`Family.configured` says of components in memory; None where there are none yet.
@@ -69,7 +69,7 @@ def configured_of(
     return family_of(components, pipeline_config or {}).configured()
 
 
-def weights_on_disk(base: str, variant: str | None = None) -> dict[str, str]:
+def weight_digests_on_disk(base: str, variant: str | None = None) -> dict[str, str]:
     """The digests of a folder as ``save_pretrained`` writes it, or of a hub id's latest download.
 
     They are those of the loaded components. Only the numbers that count are read.
@@ -96,7 +96,9 @@ def weights_on_disk(base: str, variant: str | None = None) -> dict[str, str]:
     return found
 
 
-def resolution_of(config: TrainConfig, components: Mapping[str, Any] | None) -> int | None:
+def resolution_before_loading(
+    config: TrainConfig, components: Mapping[str, Any] | None
+) -> int | None:
     """The side of the training pictures, as far as it can be told before the base is loaded.
 
     So photographs can be shrunk as they are read. None where it can't, as with other layouts.
@@ -118,7 +120,7 @@ def resolution_of(config: TrainConfig, components: Mapping[str, Any] | None) -> 
         return None
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
     """A name for some weights, on any device, in any order, with shared ones once or many times."""
     return _hashed(_entries(tensors))
 

@@ -31,14 +31,14 @@ _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _HEADER, _DIGEST = "customize_checkpoint", "customize_checkpoint_sha256"
 _MAX_BYTES = 4 * MAX_TENSORS  # the optimizer's moments beside what is learned
 #: Among a run's settings: component -> digest, from
-#: :func:`customize.training.base_fingerprint.weights_of`.
+#: :func:`customize.training.base_fingerprint.weight_digests`.
 BASE_WEIGHTS = "base_weights"
 #: Among them: what the avoided directions go by.
-SHARED = "shared_directions"
-#: Among them: from :func:`customize.training.base_fingerprint.configured_of`.
+SHARED_DIRECTIONS = "shared_directions"
+#: Among them: from :func:`customize.training.base_fingerprint.base_configuration`.
 BASE_CONFIG = "base_config"
 #: Among them, where several concepts are learned together: name of each other -> its own settings.
-TOGETHER = "together"
+JOINT_CONCEPTS = "together"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Checkpoint:
         return f"Checkpoint(step {self.step}: {len(self.tensors)} tensors)"
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint, then delete all but it and the ``keep - 1`` before it.
 
     Raises:
@@ -101,7 +101,7 @@ def check_finite(step: int, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def latest(folder: Path) -> Checkpoint | None:
+def load_latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint in a folder; None if there is none. Damaged ones are passed over.
 
     Tensors are on the CPU.
@@ -116,13 +116,13 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def newest_step(folder: Path) -> int | None:
+def latest_step(folder: Path) -> int | None:
     """The step of the newest checkpoint's name; None where there is none."""
     names = [_NAME.fullmatch(path.name) for path in _steps(folder)]
     return int(names[0][1]) if names and names[0] else None
 
 
-def clear(folder: Path) -> None:
+def delete_checkpoints(folder: Path) -> None:
     """Delete all checkpoints of a folder, and what killed processes left there.
 
     Raises:
@@ -139,7 +139,7 @@ def clear(folder: Path) -> None:
         ) from error
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def settings_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Which settings differ, each with both values, in words; empty if none does.
 
     The base's weights and configuration count where both know them.
@@ -148,23 +148,23 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     missing = object()
     found = [
         f"{key} was {short(before.get(key, 'not set'))} and is {short(now.get(key, 'not set'))}"
-        for key in sorted({*before, *now} - {BASE_WEIGHTS, BASE_CONFIG, TOGETHER, *PICTURES})
+        for key in sorted({*before, *now} - {BASE_WEIGHTS, BASE_CONFIG, JOINT_CONCEPTS, *PICTURES})
         if before.get(key, missing) != now.get(key, missing)
     ]
     pictures = (
         pictures_changed(before.get(key), now.get(key), what) for key, what in PICTURES.items()
     )
     found += [told for told in pictures if told]
-    old, new = before.get(TOGETHER, {}), now.get(TOGETHER, {})
+    old, new = before.get(JOINT_CONCEPTS, {}), now.get(JOINT_CONCEPTS, {})
     if old.keys() != new.keys():
         was, is_ = (", ".join(sorted(each)) or "none" for each in (old, new))
         found.append(f"the concepts learned together with it were {was} and are {is_}")
     for name in sorted(old.keys() & new.keys()):
-        own = differences(old[name], new[name])
+        own = settings_differences(old[name], new[name])
         found += [f"{name}'s {change.removeprefix('the ')}" for change in own]
     old, new = before.get(BASE_CONFIG), now.get(BASE_CONFIG)
     if old is not None and new is not None:
-        found += [f"the base's {change}" for change in differences(old, new)]
+        found += [f"the base's {change}" for change in settings_differences(old, new)]
     old, new = before.get(BASE_WEIGHTS), now.get(BASE_WEIGHTS)
     if old and new and old != new:
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
@@ -172,13 +172,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], where: Path) -> None:
+def check_settings_match(checkpoint: Checkpoint, settings: Mapping[str, Any], where: Path) -> None:
     """Refuse to go on with other settings than a checkpoint's.
 
     Raises:
         SettingsError: they differ; the message names each field with both values.
     """
-    found = differences(checkpoint.settings, settings)
+    found = settings_differences(checkpoint.settings, settings)
     if found:
         raise SettingsError(
             f"the checkpoint of step {checkpoint.step} was made with other settings: "
@@ -189,7 +189,7 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], where: P
         )
 
 
-def check_slices(checkpoint: Checkpoint, sketches: Mapping[str, Tensor], where: Path) -> None:
+def check_slices_match(checkpoint: Checkpoint, sketches: Mapping[str, Tensor], where: Path) -> None:
     """Refuse to go on in other columns than a checkpoint's.
 
     Args:
@@ -213,7 +213,7 @@ def check_slices(checkpoint: Checkpoint, sketches: Mapping[str, Tensor], where: 
             )
 
 
-def state_of(
+def capture_state(
     step: int,
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
@@ -225,29 +225,29 @@ def state_of(
     """The state of a run after a step; it shares memory with what trains.
 
     Args:
-        sketches: of what does not train; see :func:`check_slices`.
+        sketches: of what does not train; see :func:`check_slices_match`.
     """
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     tensors |= sketches or {}
-    tensors |= flatten_optimizer(optimizer, parameters)
+    tensors |= optimizer_tensors(optimizer, parameters)
     return Checkpoint(step, tensors, settings, history, {"scaler": scaler.state_dict()})
 
 
 @torch.no_grad()
-def restore(
+def restore_state(
     start: Checkpoint,
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> None:
-    """Put a state from :func:`state_of` back, on each parameter's device."""
+    """Put a state from :func:`capture_state` back, on each parameter's device."""
     for name, parameter in parameters.items():
         parameter.copy_(start.tensors[name])
     restore_optimizer(optimizer, parameters, start.tensors)
     scaler.load_state_dict(dict(start.extra["scaler"]))
 
 
-def flatten_optimizer(
+def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, Tensor]:
     """The optimizer's state as tensors: ``optimizer/<parameter name>/<entry>``."""
@@ -263,7 +263,7 @@ def restore_optimizer(
     names: Mapping[str, torch.nn.Parameter],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put a state from :func:`flatten_optimizer` back, on each parameter's device."""
+    """Put a state from :func:`optimizer_tensors` back, on each parameter's device."""
     for name, parameter in names.items():
         prefix = f"optimizer/{name}/"
         optimizer.state[parameter] = {

@@ -22,21 +22,21 @@ from customize.training.checkpoint import write_whole
 from customize.training.config import TrainConfig
 from customize.training.data import dataset
 from customize.training.data.batches import stream_seed
-from customize.training.prepare_base import place
+from customize.training.prepare_base import move_to_device
 from customize.training.progress import Progress
 from customize.training.validation_images import draw, guidance_of
 
 _CHUNK = 4  # pictures drawn together; fixed, so that drawing again gives the same ones
 
 
-def drawn_for(config: TrainConfig, configs: Sequence[TrainConfig]) -> Path:
+def class_images_output(config: TrainConfig, configs: Sequence[TrainConfig]) -> Path:
     """The concept's folder whose class pictures a concept of a run has: of the first of its class,
     so that none are drawn twice."""
     same = [c for c in configs if c.prior_images is None and c.class_prompt == config.class_prompt]
     return same[0].output
 
 
-def class_samples_of(
+def load_or_draw_class_images(
     config: TrainConfig,
     output: Path,
     family: Family,
@@ -53,7 +53,7 @@ def class_samples_of(
 
     Args:
         output: the concept's folder.
-        weights: of the base, from :func:`customize.training.base_fingerprint.weights_of`.
+        weights: of the base, from :func:`customize.training.base_fingerprint.weight_digests`.
 
     Leaves all models on the device.
 
@@ -61,9 +61,9 @@ def class_samples_of(
         StorageError: a picture cannot be written; those before are kept.
     """
     folder = output / ".class_pictures" / _origin(config, family, weights, resolution)
-    place({**family.denoisers, "vae": family.vae, **family.all_text_encoders}, device)
+    move_to_device({**family.denoisers, "vae": family.vae, **family.all_text_encoders}, device)
     if accelerator.is_main_process:
-        draw_class_pictures(config, family, folder, resolution, autocast, progress)
+        draw_class_images(config, family, folder, resolution, autocast, progress)
     accelerator.wait_for_everyone()
     return dataset.read_folder(
         folder, trigger=None, caption=config.class_prompt, limit=config.prior_count
@@ -71,7 +71,7 @@ def class_samples_of(
 
 
 @torch.no_grad()
-def draw_class_pictures(
+def draw_class_images(
     config: TrainConfig,
     family: Family,
     folder: Path,

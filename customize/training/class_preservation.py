@@ -30,11 +30,11 @@ from customize.training.config import TrainConfig
 from customize.training.data.batches import choose
 from customize.training.data.captions import class_caption
 from customize.training.distributed import Autocast
-from customize.training.latents_and_embeddings import Conditions, Encode, from_cache
+from customize.training.latents_and_embeddings import Conditions, Encode, lookup_conditions
 from customize.training.trainable import Trainable
 
 #: Steps from one that preserves to the next.
-EVERY = 6
+PRESERVATION_INTERVAL = 6
 # Phrases of each loss that such a step looks at, in turns: many phrases cost what a few do.
 _TOGETHER = 2
 
@@ -43,7 +43,7 @@ Encoder = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Phrases:
+class PhraseBatch:
     """What one loss compares of some phrases in one text encoder; a row is a phrase, or, where
     tokens have an embedding for each cross-attention layer, a phrase as one of these reads it.
 
@@ -61,7 +61,7 @@ class Phrases:
     base: Tensor
     counts: Sequence[int]
 
-    def at_turn(self, turn: int, seed: int, stream: str) -> Phrases:
+    def select_phrases(self, turn: int, seed: int, stream: str) -> PhraseBatch:
         """The rows that come at a turn: of each concept as many, each once before any again.
 
         They are picked by Python numbers: an index tensor would have to cross to the device.
@@ -73,11 +73,11 @@ class Phrases:
         parts = (self.ids, self.positions, self.weight, self.base)
         picked = [torch.stack([part[row] for row in chosen]) for part in parts]
         ids, positions, weight, base = picked
-        return Phrases(ids, positions, weight, base, [size] * len(self.counts))
+        return PhraseBatch(ids, positions, weight, base, [size] * len(self.counts))
 
 
 @dataclass(frozen=True, eq=False)
-class Preserved:
+class PreservationTargets:
     """What a run preserves.
 
     Attributes:
@@ -91,20 +91,20 @@ class Preserved:
 
     configs: Sequence[TrainConfig]
     contexts: Sequence[Sequence[str]]
-    phrases: Mapping[str, Mapping[str, Phrases]]
+    phrases: Mapping[str, Mapping[str, PhraseBatch]]
     encoders: Mapping[str, Encoder]
     conditions: Mapping[str, Conditions]
 
     def text_loss(self, step: int) -> Tensor | None:
         """The weighted losses on text encoders at a step, from 0: a scalar, or None where the step
         looks at no phrases."""
-        if not (preserves(step) and self.phrases):
+        if not (is_preservation_step(step) and self.phrases):
             return None
         found, config = [], self.configs[0]
         for key, losses in self.phrases.items():
             # All encoders see the same phrases at a step.
             looked = {
-                name: phrases.at_turn(step // EVERY, config.seed, name)
+                name: phrases.select_phrases(step // PRESERVATION_INTERVAL, config.seed, name)
                 for name, phrases in losses.items()
             }
             sizes = [len(each.ids) for each in looked.values()]
@@ -118,9 +118,9 @@ class Preserved:
                     ours, base, weight = ours[:, 0], base[:, 0], weight[:, 0]
                 loss = PRESERVATIONS[name](ours, base, weight)
                 found.append(config.preserve[name] * loss)
-        return EVERY / len(self.phrases) * torch.stack(found).sum()
+        return PRESERVATION_INTERVAL / len(self.phrases) * torch.stack(found).sum()
 
-    def in_context(self, concepts: Sequence[int], turn: int) -> list[str]:
+    def choose_context_prompts(self, concepts: Sequence[int], turn: int) -> list[str]:
         """A prompt in a context for each of these concepts, by number. Of a batch that is whole
         and of one concept, each comes once before any comes again.
 
@@ -137,19 +137,19 @@ class Preserved:
 
     def class_captions(self, captions: Sequence[str]) -> list[str]:
         """The concepts' captions with class words."""
-        return [in_classes(self.configs, text) for text in captions]
+        return [with_class_words(self.configs, text) for text in captions]
 
     def base_conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The untouched model's conditions of captions with the class word."""
-        return from_cache(self.conditions, captions)
+        return lookup_conditions(self.conditions, captions)
 
 
-def preserves(step: int) -> bool:
+def is_preservation_step(step: int) -> bool:
     """Whether a step, from 0, has the losses of preservation."""
-    return step % EVERY == 0
+    return step % PRESERVATION_INTERVAL == 0
 
 
-def phrases_of(config: TrainConfig, loss: str) -> list[str]:
+def phrases_for_loss(config: TrainConfig, loss: str) -> list[str]:
     """The phrases that a loss compares, with the trigger.
 
     Those of the settings; else class_text has the one that the concept is trained with, as the
@@ -166,14 +166,17 @@ def phrases_of(config: TrainConfig, loss: str) -> list[str]:
     return texts(config.trigger, [f"{caption} {context}" for context in CONTEXTS])
 
 
-def texts_of(config: TrainConfig) -> list[str]:
+def preserved_phrases(config: TrainConfig) -> list[str]:
     """All phrases that are compared, of losses on text encoders and of contexts."""
     return [
-        text for name in config.preserve if name != "output" for text in phrases_of(config, name)
+        text
+        for name in config.preserve
+        if name != "output"
+        for text in phrases_for_loss(config, name)
     ]
 
 
-def in_classes(configs: Sequence[TrainConfig], text: str) -> str:
+def with_class_words(configs: Sequence[TrainConfig], text: str) -> str:
     """A text with each concept's class word in its trigger's place: the untouched model knows none
     of the triggers, so none may be in what it is asked."""
     for config in configs:
@@ -181,7 +184,7 @@ def in_classes(configs: Sequence[TrainConfig], text: str) -> str:
     return text
 
 
-def captions_of(configs: Sequence[TrainConfig], captions: Sequence[str]) -> list[str]:
+def base_captions(configs: Sequence[TrainConfig], captions: Sequence[str]) -> list[str]:
     """All captions with class words that a run encodes besides its own.
 
     Args:
@@ -190,47 +193,47 @@ def captions_of(configs: Sequence[TrainConfig], captions: Sequence[str]) -> list
     preserve = configs[0].preserve
     if not preserve.keys() & {"output", "context_output"}:
         return []
-    there = [text for own in contexts_of(configs) for text in own]
-    return [in_classes(configs, text) for text in [*captions, *there, ""]]
+    there = [text for own in context_prompts(configs) for text in own]
+    return [with_class_words(configs, text) for text in [*captions, *there, ""]]
 
 
-def contexts_of(configs: Sequence[TrainConfig]) -> list[list[str]]:
+def context_prompts(configs: Sequence[TrainConfig]) -> list[list[str]]:
     """Each concept's prompts of it in a context; none where context_output is off."""
     on = "context_output" in configs[0].preserve
-    return [phrases_of(config, "context_output") if on else [] for config in configs]
+    return [phrases_for_loss(config, "context_output") if on else [] for config in configs]
 
 
 @torch.no_grad()
-def prepare(
+def compute_preservation_targets(
     configs: Sequence[TrainConfig],
     family: Family,
     trainable: Trainable,
     captions: Sequence[str],
     encode: Encode,
     autocast: Autocast,
-) -> Preserved:
+) -> PreservationTargets:
     """Compute what the untouched model makes of the classes. The text encoders must be in place.
 
     Args:
         configs: of the concepts; what is preserved, and how, is the same in all.
         captions: the concepts'.
-        encode: knows :func:`captions_of`.
+        encode: knows :func:`base_captions`.
     """
     losses = configs[0].text_losses
-    phrases: dict[str, dict[str, Phrases]] = {}
+    phrases: dict[str, dict[str, PhraseBatch]] = {}
     encoders = {}
-    with trainable.silent(), autocast():
-        told = captions_of(configs, captions)
+    with trainable.adapters_disabled(), autocast():
+        told = base_captions(configs, captions)
         conditions = {
             text: {k: v.clone() for k, v in encode([text]).items()} for text in dict.fromkeys(told)
         }
         for dictionary in family.token_dictionaries() if losses else ():
             key = dictionary.key
             published = configs[0].preserve_pooling == "published"
-            without = trainable.own_ids(dictionary) if published else []
+            without = trainable.trained_token_ids(dictionary) if published else []
             encoders[key] = partial(_encoded, dictionary.text_encoder, without)
             phrases[key] = _prepared(configs, losses, dictionary, trainable, encoders[key])
-    return Preserved(configs, contexts_of(configs), phrases, encoders, conditions)
+    return PreservationTargets(configs, context_prompts(configs), phrases, encoders, conditions)
 
 
 def _prepared(
@@ -239,7 +242,7 @@ def _prepared(
     dictionary: TokenDictionary,
     trainable: Trainable,
     encoder: Encoder,
-) -> dict[str, Phrases]:
+) -> dict[str, PhraseBatch]:
     tokenizer: Any = dictionary.tokenizer
     device = next(dictionary.text_encoder.parameters()).device
     end, pool = tokenizer.eos_token_id, POOLINGS[configs[0].preserve_pooling]
@@ -253,10 +256,10 @@ def _prepared(
     for loss, config in product(losses, configs):
         own_ids, own_positions, base, counts = found.setdefault(loss, ([], [], [], []))
         before = len(own_ids)
-        for phrase in phrases_of(config, loss):
-            class_ids = ids_of(in_classes(configs, phrase))
+        for phrase in phrases_for_loss(config, loss):
+            class_ids = ids_of(with_class_words(configs, phrase))
             states = encoder(torch.tensor([class_ids], device=device), 0)[0]
-            for text in trainable.wordings(phrase) or [trainable.expanded(phrase)]:
+            for text in trainable.layer_prompts(phrase) or [trainable.expand_triggers(phrase)]:
                 ids = ids_of(text)
                 if loss == "class_text":
                     ours, theirs = [pool(ids, end)], [pool(class_ids, end)]
@@ -269,7 +272,7 @@ def _prepared(
     # They go through the encoder together.
     longest = max(len(ids) for rows, _, _, _ in found.values() for ids in rows)
     return {
-        loss: Phrases(
+        loss: PhraseBatch(
             ids=_filled(own_ids, end, longest).to(device),
             positions=_filled(positions, 0).to(device),
             weight=shares(_filled([[1] * len(own) for own in positions], 0)).to(device),

@@ -45,7 +45,7 @@ def repeated_blocks(denoiser: Any) -> list[nn.Module]:
 
 
 @contextmanager
-def compiled(denoisers: Iterable[Any]) -> Iterator[None]:
+def compiled_blocks(denoisers: Iterable[Any]) -> Iterator[None]:
     """Compile the blocks at their first call; afterwards they are called as before."""
     blocks = [block for denoiser in denoisers for block in repeated_blocks(denoiser)]
     before = [vars(block).get(_CALL) for block in blocks]

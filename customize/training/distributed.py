@@ -23,10 +23,10 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 _STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 #: The settings of mixed precision that have a dtype of their own.
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+MIXED_PRECISION_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_accelerator(config: TrainConfig) -> Any:
+def create_accelerator(config: TrainConfig) -> Any:
     """accelerate's view of this process: its number, its device, the trackers.
 
     Raises:
@@ -64,7 +64,7 @@ def _told(accelerator: Any, config: TrainConfig) -> Any:
     return accelerator
 
 
-def on_main_process(accelerator: Any, action: Callable[[], object]) -> None:
+def run_on_main_process(accelerator: Any, action: Callable[[], object]) -> None:
     """Do something in the first process alone; if that is refused, all processes stop for it.
 
     Raises:
@@ -108,11 +108,11 @@ def training_device(config: TrainConfig, accelerator: Any) -> torch.device:
     return device
 
 
-def make_autocast(config: TrainConfig, device: torch.device) -> Autocast:
+def create_autocast(config: TrainConfig, device: torch.device) -> Autocast:
     """Makes the context of the model's calls; one that does nothing without mixed precision."""
     if config.mixed_precision == "no":
         return nullcontext
-    return partial(model_autocast, device.type, HALVES[config.mixed_precision])
+    return partial(model_autocast, device.type, MIXED_PRECISION_DTYPES[config.mixed_precision])
 
 
 def average_gradients(accelerator: Any, weights: Sequence[Tensor]) -> None:

@@ -60,7 +60,7 @@ def check_conditions(family: Family, conditions: Mapping[str, Tensor], caption: 
     )
 
 
-def check_drawn(family: Family, values: Tensor, component: str) -> None:
+def check_sampled(family: Family, values: Tensor, component: str) -> None:
     """Refuse latents or pixels that are not finite.
 
     Args:
@@ -80,7 +80,7 @@ def check_drawn(family: Family, values: Tensor, component: str) -> None:
     )
 
 
-def cause_in_base(family: Family, fp16: bool) -> str:
+def suggest_base_fix(family: Family, fp16: bool) -> str:
     """What to do where the untouched base gives values that are not finite.
 
     Args:

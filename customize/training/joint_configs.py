@@ -13,7 +13,7 @@ from customize.training.config import TrainConfig, config_of, load_config
 from customize.training.settings_file import current_names, mentions, read_yaml, short, together
 
 #: The settings that each concept of a run has for itself; all others belong to the run.
-OWN = frozenset(
+PER_CONCEPT_SETTINGS = frozenset(
     {
         *("images", "masks", "caption", "output", "name", "trigger", "class_word", "token_init"),
         *("slice", "preserve_phrases", "prior_images", "prior_count", "prior_prompt"),
@@ -33,7 +33,7 @@ def load_configs(
             the first has, and the overrides win over them.
 
     Raises:
-        ConfigError: as ``load_config`` and :func:`check`.
+        ConfigError: as ``load_config`` and :func:`check_joint_configs`.
     """
     configs = [load_config(path, **overrides)]
     if others:
@@ -42,11 +42,11 @@ def load_configs(
         for other in others:
             settings = _of_the_run(given) | read_yaml(Path(other)) | _of_the_run(overrides)
             configs.append(config_of(settings, other))
-    check(configs)
+    check_joint_configs(configs)
     return configs
 
 
-def check(configs: Sequence[TrainConfig]) -> None:
+def check_joint_configs(configs: Sequence[TrainConfig]) -> None:
     """See that concepts can be learned in one run.
 
     Raises:
@@ -61,7 +61,7 @@ def check(configs: Sequence[TrainConfig]) -> None:
         f"{short(getattr(other, field))} for {other.name}"
         for other in configs[1:]
         for field in TrainConfig.model_fields
-        if field not in OWN and getattr(other, field) != getattr(first, field)
+        if field not in PER_CONCEPT_SETTINGS and getattr(other, field) != getattr(first, field)
     ]
     for a, b in combinations(configs, 2):
         problems += [
@@ -86,4 +86,4 @@ def check(configs: Sequence[TrainConfig]) -> None:
 
 
 def _of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in settings.items() if field not in OWN}
+    return {field: value for field, value in settings.items() if field not in PER_CONCEPT_SETTINGS}

@@ -28,7 +28,7 @@ Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
+class CachedImages:
     """The training pictures as the loop takes them. Each entry is [as it is, mirrored].
 
     Attributes:
@@ -50,13 +50,13 @@ class Pictures:
     names: list[str]
     shape: tuple[int, ...]
 
-    def of_one_size(self, pictures: Sequence[int]) -> list[slice]:
+    def group_by_size(self, pictures: Sequence[int]) -> list[slice]:
         """The pieces of a batch that go through the model together, as all in them are alike."""
         alike = groupby(range(len(pictures)), key=lambda place: self.sizes[pictures[place]])
         pieces = [list(places) for _, places in alike]
         return [slice(places[0], places[-1] + 1) for places in pieces]
 
-    def distribution(
+    def latent_distribution(
         self, family: Family, pictures: Sequence[int], mirrored: Sequence[bool]
     ) -> tuple[Tensor, Tensor]:
         """(mean, std) of a batch of latents, each (batch, channels, h, w)."""
@@ -78,7 +78,7 @@ class Pictures:
         return torch.stack([self.masks[i][m] for i, m in zip(pictures, mirrored, strict=True)])
 
 
-def prepare_pictures(
+def cache_images(
     family: Family,
     samples: Sequence[dataset.Sample],
     resolution: int,
@@ -88,7 +88,7 @@ def prepare_pictures(
     keep_latents: bool,
     buckets: bool = False,
     track: Callable[[Sequence[Any], str], Iterable[Any]] = untracked,
-) -> Pictures:
+) -> CachedImages:
     """Crop, mirror and encode the pictures. The autoencoder must be on the device.
 
     Args:
@@ -128,7 +128,7 @@ def prepare_pictures(
             width, height = size
             mask = dataset.mask_tensor(sample, (width // factor, height // factor), loaded)
             masks.append(both(mask.to(device)))
-    return Pictures(
+    return CachedImages(
         captions=[sample.caption for sample in samples],
         latents=latents if keep_latents else None,
         pixels=None if keep_latents else pixels,
@@ -139,7 +139,7 @@ def prepare_pictures(
     )
 
 
-def prepare_conditions(
+def cache_conditions(
     family: Family,
     captions: Iterable[str],
     *,
@@ -157,28 +157,28 @@ def prepare_conditions(
         to_encoder: the caption as the encoders see it (triggers expanded).
     """
     if not live:
-        cache = encode_once(family, captions, to_encoder)
-        return lambda batch: from_cache(cache, batch)
+        cache = encode_prompts_once(family, captions, to_encoder)
+        return lambda batch: lookup_conditions(cache, batch)
     frozen = [key for key in family.other_encoders if family.components.get(key) is not None]
     if frozen:
         for key in frozen:
-            family.components[key] = RememberedEncoder(family.components[key])
-        encode_once(family, captions, to_encoder)
+            family.components[key] = CachedTextEncoder(family.components[key])
+        encode_prompts_once(family, captions, to_encoder)
         for key in frozen:
             family.components[key].release()
     else:
         # The encoders train, so nothing is kept; one caption tells whether their weights are whole.
-        encode_once(family, list(captions)[:1], to_encoder)
-    return lambda batch: encode_distinct(
+        encode_prompts_once(family, list(captions)[:1], to_encoder)
+    return lambda batch: encode_unique(
         lambda distinct: family.encode_prompts([to_encoder(c) for c in distinct]), batch
     )
 
 
-def by_layer(encode: Encode, wordings: Callable[[str], Sequence[str]]) -> Encode:
+def encode_per_layer(encode: Encode, wordings: Callable[[str], Sequence[str]]) -> Encode:
     """Encode each caption once for each cross-attention layer, in that layer's wording.
 
     Args:
-        encode: from :func:`prepare_conditions`; equal wordings are encoded once.
+        encode: from :func:`cache_conditions`; equal wordings are encoded once.
         wordings: the caption for each layer, in order.
 
     Returns:
@@ -192,7 +192,7 @@ def by_layer(encode: Encode, wordings: Callable[[str], Sequence[str]]) -> Encode
     return encode_layers
 
 
-def pixels_key(pixels: Tensor) -> str:
+def pixels_digest(pixels: Tensor) -> str:
     """sha256 over the shape and bytes of a picture."""
     data = pixels.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
@@ -214,7 +214,7 @@ def encode_latents(
 
     Args:
         pictures: each (3, height, width), in [-1, 1].
-        cache: :func:`pixels_key` -> what was encoded before; it grows.
+        cache: :func:`pixels_digest` -> what was encoded before; it grows.
         name: of the file, for messages.
 
     Returns:
@@ -226,7 +226,7 @@ def encode_latents(
     cache = {} if cache is None else cache
     found = []
     for pixels in pictures:
-        key = pixels_key(pixels)
+        key = pixels_digest(pixels)
         if key not in cache:
             mean, std = family.encode_images(pixels[None])
             check_latents(family, [mean, std], name)
@@ -235,7 +235,7 @@ def encode_latents(
     return found
 
 
-def encode_distinct(
+def encode_unique(
     encode: Callable[[Sequence[str]], Conditions], captions: Sequence[str]
 ) -> dict[str, Tensor]:
     """Encode a batch of captions, each distinct one once: one row of the text encoder a caption.
@@ -256,7 +256,7 @@ def encode_distinct(
 
 
 @torch.no_grad()
-def encode_once(
+def encode_prompts_once(
     family: Family, captions: Iterable[str], to_encoder: Callable[[str], str] = str
 ) -> dict[str, dict[str, Tensor]]:
     """caption -> its conditions, each of batch 1; for text encoders in which nothing trains.
@@ -272,18 +272,20 @@ def encode_once(
     return found
 
 
-def from_cache(cache: Mapping[str, Conditions], captions: Sequence[str]) -> dict[str, Tensor]:
-    """The conditions of a batch of captions from :func:`encode_once`."""
+def lookup_conditions(
+    cache: Mapping[str, Conditions], captions: Sequence[str]
+) -> dict[str, Tensor]:
+    """The conditions of a batch of captions from :func:`encode_prompts_once`."""
 
     def look_up(distinct: Sequence[str]) -> dict[str, Tensor]:
         rows = [cache[caption] for caption in distinct]
         # Families whose prompts differ in length have a mask for what is filled up.
         return {k: padded([row[k][0] for row in rows]) for k in rows[0]}
 
-    return encode_distinct(look_up, captions)
+    return encode_unique(look_up, captions)
 
 
-class RememberedEncoder:
+class CachedTextEncoder:
     """A frozen text encoder's outputs for the prompts of a run, in the place of the encoder.
 
     Where tokens train, prompts are encoded at every step, but only by the encoders in which the

@@ -23,22 +23,22 @@ from customize.concepts.types import Concept
 from customize.errors import ConceptError, PipelineError
 from customize.families import Family
 from customize.training.config import TrainConfig
-from customize.training.finite_checks import cause_in_base
+from customize.training.finite_checks import suggest_base_fix
 from customize.training.latents_and_embeddings import Encode
-from customize.training.prepare_base import place, put_away
+from customize.training.prepare_base import move_to_device, offload
 from customize.training.progress import SILENT, Progress
-from customize.training.trainable import Learned, Trainable
+from customize.training.trainable import Trainable, TrainableConcept
 
 
-def prompts_of(config: TrainConfig) -> list[str]:
+def recording_prompts(config: TrainConfig) -> list[str]:
     """All that is drawn for the record."""
     if not config.record_inputs:
         return []
     return [*texts(config.trigger), *base_prompts(config.class_word)]
 
 
-def write_record(
-    learned: Learned,
+def record_concept_inputs(
+    learned: TrainableConcept,
     family: Family,
     trainable: Trainable,
     concept: Concept,
@@ -53,7 +53,7 @@ def write_record(
     then, so that a record which cannot be made is only warned of.
 
     Args:
-        encode: knows :func:`prompts_of`.
+        encode: knows :func:`recording_prompts`.
         shape: (channels, height, width) of latents.
     """
     layers = layers_of(family, concept.products)
@@ -61,10 +61,10 @@ def write_record(
     how: dict[str, Any] = {"encode": encode, "autocast": autocast}
     text = f"recording what the layers of {config.name} read"
     try:
-        with trainable.silent(but=learned):
+        with trainable.adapters_disabled(but=learned):
             track = partial(progress.track, text=text)
             own = record(family, layers, texts(config.trigger), shape, track=track, **how)
-        with trainable.silent():
+        with trainable.adapters_disabled():
             prompts = base_prompts(config.class_word)
             track = partial(progress.track, text=f"{text} without it")
             generic = record(family, layers, prompts, shape, track=track, **how)
@@ -74,7 +74,7 @@ def write_record(
     LayerInputs(updates_digest(concept.products), own, generic).save(config.output / INPUTS_FILE)
 
 
-def record_generic(
+def record_generic_inputs(
     family: Family,
     prompts: Sequence[str],
     resolution: int,
@@ -93,11 +93,11 @@ def record_generic(
     shape = family.encode_images(torch.zeros(1, 3, resolution, resolution))[0].shape[1:]
     layers = {component: list(family.adapter_targets(component)) for component in family.adaptable}
     encoders = family.all_text_encoders
-    place(encoders, device)
+    move_to_device(encoders, device)
 
     def ready() -> None:
-        put_away(family, encoders, free=False)
-        place(family.denoisers, device)
+        offload(family, encoders, free=False)
+        move_to_device(family.denoisers, device)
 
     how: dict[str, Any] = {"empty_counts": True, "ready": ready, "autocast": autocast}
     how["track"] = partial(progress.track, text="recording what all prompts share, once for a base")
@@ -107,7 +107,7 @@ def record_generic(
         raise PipelineError(
             f"the base cannot draw generic prompts: {error.what}",
             where=family.denoiser_key,
-            fix=cause_in_base(family, family.denoiser.dtype == torch.float16),
+            fix=suggest_base_fix(family, family.denoiser.dtype == torch.float16),
         ) from error
-    put_away(family, family.denoisers, free=False)
+    offload(family, family.denoisers, free=False)
     return LayerInputs("generic prompts", {}, generic)

@@ -17,12 +17,12 @@ from customize.concepts.slices.shared_directions import SharedDirections, files_
 from customize.errors import ConceptError, CustomizeError
 from customize.families import Family
 from customize.training.config import TrainConfig
-from customize.training.layer_input_recording import record_generic
+from customize.training.layer_input_recording import record_generic_inputs
 from customize.training.progress import SILENT, Progress
-from customize.training.trainable import adapted
+from customize.training.trainable import adapted_components
 
 
-def shared_directions(
+def load_or_record_directions(
     config: TrainConfig,
     family: Family,
     weights: Mapping[str, str],
@@ -41,7 +41,7 @@ def shared_directions(
     in memory, is used too where it serves as well as one of its own.
 
     Args:
-        weights: of the base, from :func:`customize.training.base_fingerprint.weights_of`.
+        weights: of the base, from :func:`customize.training.base_fingerprint.weight_digests`.
         before: the name of those that the run began with, if it goes on.
         progress: shows how far recording is.
 
@@ -60,7 +60,7 @@ def shared_directions(
         try:
             known = _known(folder, path, _earlier_key(config, family, weights, resolution), before)
             if known is None:
-                recorded = record_generic(
+                recorded = record_generic_inputs(
                     family, prompts, resolution, device, autocast, progress
                 ).generic
                 known = _serving(folder, recorded, config.num_shared_directions)
@@ -97,7 +97,7 @@ def _check_fits(
     directions: SharedDirections, family: Family, config: TrainConfig, folder: Path
 ) -> None:
     """Refuse a file that is not of this model whatever its name says."""
-    for component in adapted(family, config):
+    for component in adapted_components(family, config):
         for module, (_, width) in family.adapter_targets(component).items():
             rows = directions.factors.get(component, {}).get(file_name(component, module))
             if rows is None or rows.shape[1] != width:

@@ -19,8 +19,8 @@ from customize.training import checkpoint as checkpoints
 from customize.training import distributed
 from customize.training.checkpoint import Checkpoint
 from customize.training.config import TrainConfig
-from customize.training.finite_checks import cause_in_base
-from customize.training.losses import Losses
+from customize.training.finite_checks import suggest_base_fix
+from customize.training.losses import TrainingLosses
 from customize.training.progress import Progress
 from customize.training.samples import Samples
 from customize.training.trainable import Trainable
@@ -31,11 +31,11 @@ OnStep = Callable[[int, Tensor], object]
 _FUSED = ("cuda", "cpu", "mps", "xpu")  # devices on which torch's AdamW is one kernel
 
 
-def optimise(
+def run_training_loop(
     config: TrainConfig,
     family: Family,
     trainable: Trainable,
-    losses: Losses,
+    losses: TrainingLosses,
     start: Checkpoint | None,
     folder: Path,
     settings: Mapping[str, Any],
@@ -57,16 +57,16 @@ def optimise(
     Returns:
         [step, mean loss] pairs, and the seconds a step took.
     """
-    parameters = trainable.named()
+    parameters = trainable.named_parameters()
     weights = list(parameters.values())
-    groups = trainable.groups(family, config)
+    groups = trainable.parameter_groups(family, config)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=device.type in _FUSED)
     scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
     history: list[list[float]] = []
     sketches = trainable.slice_sketches()
     if start is not None:
-        checkpoints.check_slices(start, sketches, folder)
-        checkpoints.restore(start, parameters, optimizer, scaler)
+        checkpoints.check_slices_match(start, sketches, folder)
+        checkpoints.restore_state(start, parameters, optimizer, scaler)
         history = [list(pair) for pair in start.history]
 
     accumulate = config.gradient_accumulation
@@ -79,17 +79,19 @@ def optimise(
         progress.bar(config.steps, "learning", "step", first) as bar,
     ):
         for step in range(first, config.steps):
-            rate = learning_rate(step, config.steps, config.warmup_steps, config.lr_schedule)
+            rate = learning_rate_factor(step, config.steps, config.warmup_steps, config.lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
 
             total = torch.zeros((), device=device)
             for micro in range(accumulate):
                 place = micro * accelerator.num_processes + accelerator.process_index
-                for loss in losses.of_batch(step, place, accumulate * accelerator.num_processes):
+                for loss in losses.batch_losses(
+                    step, place, accumulate * accelerator.num_processes
+                ):
                     scaler.scale(loss).backward()
                     total += loss.detach()
-            text_loss = losses.of_texts(step)
+            text_loss = losses.text_encoder_loss(step)
             if text_loss is not None:
                 scaler.scale(text_loss).backward()
                 total += text_loss.detach()
@@ -97,7 +99,7 @@ def optimise(
             if accelerator.num_processes > 1:
                 distributed.average_gradients(accelerator, weights)
             scaler.unscale_(optimizer)
-            trainable.add_held()
+            trainable.add_penalty_grad()
             if config.max_grad_norm:
                 clip_grad_norm_(weights, config.max_grad_norm)
             scaler.step(optimizer)
@@ -115,7 +117,7 @@ def optimise(
             stopping = bool(stop) and accelerator.num_processes == 1
             saving = config.checkpoint_every and (last or done % config.checkpoint_every == 0)
             if last or saving or stopping or done % config.log_every == 0:
-                untouched = partial(cause_in_base, family, config.mixed_precision == "fp16")
+                untouched = partial(suggest_base_fix, family, config.mixed_precision == "fp16")
                 loss_now, stopping = _read_losses(
                     seen, bool(stop), accelerator, step, folder, untouched
                 )
@@ -127,10 +129,10 @@ def optimise(
             if saving or stopping:
                 paused -= time.perf_counter()
                 if accelerator.is_main_process:
-                    state = checkpoints.state_of(
+                    state = checkpoints.capture_state(
                         done, parameters, optimizer, scaler, settings, history, sketches
                     )
-                    checkpoints.save(folder, state, config.keep_checkpoints)
+                    checkpoints.save_checkpoint(folder, state, config.keep_checkpoints)
                 paused += time.perf_counter()
             if stopping and not last:
                 raise TrainingStopped(
@@ -151,7 +153,7 @@ def optimise(
     return history, seconds / max(config.steps - first, 1)
 
 
-def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
+def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
     """The share of the full learning rate at a step, from 0: up over the warm-up, then down to 0
     on a line or half a cosine, or constant."""
     if step < warmup:
@@ -190,7 +192,7 @@ def _read_losses(
                 fix=cause(),
             )
         fix = "lower the learning rates, or set mixed_precision to bf16 (--mixed-precision bf16)"
-        left = checkpoints.newest_step(folder)
+        left = checkpoints.latest_step(folder)
         if left is None:
             raise TrainingError(what, fix=fix)
         raise TrainingError(

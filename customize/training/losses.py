@@ -12,16 +12,20 @@ from torch import Generator, Tensor
 from customize.core.objectives import weighted_mse
 from customize.core.preservation import PRESERVATIONS
 from customize.families import Family
-from customize.training.class_preservation import EVERY, Preserved, preserves
+from customize.training.class_preservation import (
+    PRESERVATION_INTERVAL,
+    PreservationTargets,
+    is_preservation_step,
+)
 from customize.training.config import TrainConfig
 from customize.training.data.batches import compose, draw_noise, stream_seed
 from customize.training.distributed import Autocast
-from customize.training.latents_and_embeddings import Encode, Pictures
+from customize.training.latents_and_embeddings import CachedImages, Encode
 from customize.training.trainable import Trainable
 
 
 @dataclass(frozen=True, eq=False)
-class Losses:
+class TrainingLosses:
     """What a run goes down on.
 
     Attributes:
@@ -33,15 +37,15 @@ class Losses:
     config: TrainConfig
     family: Family
     trainable: Trainable
-    pictures: Pictures
+    pictures: CachedImages
     concepts: Sequence[range]
     classes: Sequence[range]
     encode: Encode
-    preserved: Preserved
+    preserved: PreservationTargets
     autocast: Autocast
     device: torch.device
 
-    def of_batch(self, step: int, place: int, places: int) -> Iterator[Tensor]:
+    def batch_losses(self, step: int, place: int, places: int) -> Iterator[Tensor]:
         """The loss of each piece of a batch, a scalar, in float32; their sum is the batch's.
 
         There is more than one piece where class pictures are of another size than the concepts'.
@@ -54,20 +58,20 @@ class Losses:
         config, pictures = self.config, self.pictures
         turn = step * places + place
         # Counts the batches that preserve.
-        held = step // EVERY * places + place
+        held = step // PRESERVATION_INTERVAL * places + place
         chosen, mirrored, captions = compose(
             config, pictures.captions, self.concepts, self.classes, turn, pictures.sizes
         )
-        for piece, part in enumerate(pictures.of_one_size(chosen)):
+        for piece, part in enumerate(pictures.group_by_size(chosen)):
             stream = f"noise {piece}" if piece else "noise"
             seed = stream_seed(config.seed, turn, stream)
             # The concepts' are first.
-            owners = self._owners(chosen[part]) if preserves(step) else []
+            owners = self._owners(chosen[part]) if is_preservation_step(step) else []
             yield from self._of_piece(
                 chosen[part], mirrored[part], captions[part], part, seed, owners, held
             )
 
-    def of_texts(self, step: int) -> Tensor | None:
+    def text_encoder_loss(self, step: int) -> Tensor | None:
         """The losses on text encoders at a step, a scalar; None where there is none."""
         with self.autocast():
             return self.preserved.text_loss(step)
@@ -83,7 +87,7 @@ class Losses:
         held: int,
     ) -> Iterator[Tensor]:
         config, family, own = self.config, self.family, len(owners)
-        mean, std = self.pictures.distribution(family, pictures, mirrored)
+        mean, std = self.pictures.latent_distribution(family, pictures, mirrored)
         density = config.timestep_density or family.default_density
         drawn = draw_noise(self._generator, seed, mean.shape, density, config.noise_offset)
 
@@ -104,11 +108,14 @@ class Losses:
         if again:
             base = self._of_base(noisy[:own], t[:own], told)
             change = PRESERVATIONS["output"](prediction[len(noisy) :], base, snr_weight[:own])
-            loss = loss + EVERY * config.preserve["output"] * self._share * own * change
+            loss = (
+                loss
+                + PRESERVATION_INTERVAL * config.preserve["output"] * self._share * own * change
+            )
         yield loss
         if own and "context_output" in config.preserve:
             # Its own piece, so that it needs no more memory than the batch.
-            there = self.preserved.in_context(owners, held)
+            there = self.preserved.choose_context_prompts(owners, held)
             plain, noisy, t = prediction[:own].detach(), noisy[:own], t[:own]
             with self.autocast():
                 ours = family.predict(noisy, t, self.encode(there)) - plain
@@ -117,11 +124,17 @@ class Losses:
             change = PRESERVATIONS["context_output"](
                 ours, base[own:] - base[:own], snr_weight[:own]
             )
-            yield EVERY * config.preserve["context_output"] * self._share * own * change
+            yield (
+                PRESERVATION_INTERVAL
+                * config.preserve["context_output"]
+                * self._share
+                * own
+                * change
+            )
 
     def _of_base(self, noisy: Tensor, t: Tensor, captions: Sequence[str]) -> Tensor:
         """The untouched model's answer to captions with class words."""
-        with torch.no_grad(), self.trainable.silent(), self.autocast():
+        with torch.no_grad(), self.trainable.adapters_disabled(), self.autocast():
             return self.family.predict(noisy, t, self.preserved.base_conditions(captions))
 
     def _owners(self, pictures: Sequence[int]) -> list[int]:

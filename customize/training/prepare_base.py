@@ -17,11 +17,11 @@ from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.training.config import TrainConfig
 from customize.training.data import dataset
-from customize.training.distributed import HALVES
-from customize.training.trainable import adapted
+from customize.training.distributed import MIXED_PRECISION_DTYPES
+from customize.training.trainable import adapted_components
 
 
-def read_pictures(
+def read_images(
     config: TrainConfig, resolution: int | None, triggers: Sequence[str]
 ) -> tuple[list[dataset.Sample], list[dataset.Sample]]:
     """The concept's pictures, and the class pictures that the settings name.
@@ -66,7 +66,7 @@ def load_base(config: TrainConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:
     Raises:
         ConfigError, PipelineError: see :func:`customize.base.load_pipeline.open_base`.
     """
-    dtype = HALVES.get(config.mixed_precision, torch.float32)
+    dtype = MIXED_PRECISION_DTYPES.get(config.mixed_precision, torch.float32)
     pipe = open_base(
         config.base,
         {"default": dtype, "vae": torch.float32},
@@ -76,7 +76,7 @@ def load_base(config: TrainConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:
     return dict(pipe.components), pipe.config
 
 
-def check_quantized(
+def check_quantization(
     config: TrainConfig, components: Mapping[str, Any] | None, device: torch.device
 ) -> None:
     """See that the base can be quantized as the settings ask for.
@@ -100,7 +100,7 @@ def quantize_denoisers(family: Family, config: TrainConfig, device: torch.device
     """Hold the denoisers of a base that was loaded here as the settings ask for."""
     if config.quantize == "none":
         return
-    dtype = HALVES.get(config.mixed_precision, torch.float32)
+    dtype = MIXED_PRECISION_DTYPES.get(config.mixed_precision, torch.float32)
     for denoiser in family.denoisers.values():
         quantize(denoiser, config.quantize, dtype, device)
 
@@ -114,7 +114,7 @@ def freeze(components: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def borrowed(components: Mapping[str, Any]) -> Iterator[None]:
+def temporarily_frozen(components: Mapping[str, Any]) -> Iterator[None]:
     """:func:`freeze` somebody's models; afterwards they are as before.
 
     That is: devices, modes, which parameters require gradients.
@@ -159,13 +159,13 @@ def borrowed(components: Mapping[str, Any]) -> Iterator[None]:
                 parameter.requires_grad_(grads[name])
 
 
-def place(models: Mapping[str, nn.Module], device: torch.device) -> None:
+def move_to_device(models: Mapping[str, nn.Module], device: torch.device) -> None:
     """Move models to a device."""
     for model in models.values():
         model.to(device)
 
 
-def put_away(family: Family, models: Mapping[str, nn.Module], *, free: bool) -> None:
+def offload(family: Family, models: Mapping[str, nn.Module], *, free: bool) -> None:
     """Take models that are not needed any more off the device.
 
     Args:
@@ -179,7 +179,7 @@ def put_away(family: Family, models: Mapping[str, nn.Module], *, free: bool) -> 
             family.components[key] = None
 
 
-def check_fits(family: Family, config: TrainConfig) -> int:
+def check_family_support(family: Family, config: TrainConfig) -> int:
     """The pictures' resolution, after a check of all settings that depend on the family.
 
     Raises:
@@ -211,7 +211,7 @@ def check_fits(family: Family, config: TrainConfig) -> int:
     avoid = config.num_shared_directions if config.method == "orthogonal" else 0
     narrowest = min(
         min(out, width - avoided(width, avoid))
-        for key in adapted(family, config)
+        for key in adapted_components(family, config)
         for out, width in family.adapter_targets(key).values()
     )
     if config.rank > narrowest:

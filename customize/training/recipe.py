@@ -1,4 +1,4 @@
-"""Learning concepts: :func:`train` one, or several in one run by :func:`train_together`."""
+"""Learning concepts: :func:`train` one, or several in one run by :func:`train_jointly`."""
 
 from __future__ import annotations
 
@@ -29,20 +29,25 @@ from customize.training import (
 )
 from customize.training import checkpoint as checkpoints
 from customize.training import samples as sampling
-from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, TOGETHER
-from customize.training.class_images import class_samples_of, drawn_for
-from customize.training.compile_blocks import check_compiler, compiled
+from customize.training.checkpoint import (
+    BASE_CONFIG,
+    BASE_WEIGHTS,
+    JOINT_CONCEPTS,
+    SHARED_DIRECTIONS,
+)
+from customize.training.class_images import class_images_output, load_or_draw_class_images
+from customize.training.compile_blocks import check_compiler, compiled_blocks
 from customize.training.config import TrainConfig
-from customize.training.joint_configs import check
-from customize.training.library_directions import shared_directions
-from customize.training.loop import OnStep, optimise
-from customize.training.losses import Losses
+from customize.training.joint_configs import check_joint_configs
+from customize.training.library_directions import load_or_record_directions
+from customize.training.loop import OnStep, run_training_loop
+from customize.training.losses import TrainingLosses
 from customize.training.progress import Progress
-from customize.training.resume import checkpoints_of, find_start, has_record
+from customize.training.resume import checkpoint_folder, find_resume_state, has_recorded_inputs
 from customize.training.run_summary import tell_counts
 from customize.training.samples import Samples
-from customize.training.slice_reservation import claimed_slices
-from customize.training.trainable import basis_of, check_texts, trained_in
+from customize.training.slice_reservation import reserve_slices
+from customize.training.trainable import attach_trainable, check_prompt_lengths, slice_basis
 from customize.training.validation_images import Validation, warn_of_triggers
 from customize.training.verdict import Judge, verdict
 
@@ -82,10 +87,10 @@ def train(
         TrainingError: the loss or what is learned is no longer finite.
         TrainingStopped: Ctrl-C or SIGTERM; a checkpoint is saved.
     """
-    return train_together([config], components, progress, on_step, pipeline_config)[0]
+    return train_jointly([config], components, progress, on_step, pipeline_config)[0]
 
 
-def train_together(
+def train_jointly(
     configs: Sequence[TrainConfig],
     components: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -105,7 +110,7 @@ def train_together(
     name is first in the alphabet.
 
     Args:
-        configs: of each concept. What is not in :data:`customize.training.joint_configs.OWN`
+        configs: of each concept. What is not in :data:`PER_CONCEPT_SETTINGS`
             belongs to the run and is the same in all. Captions may name several of the concepts.
         components, progress, on_step, pipeline_config: as of :func:`train`.
         judge: says whether a concept's last sample shows what was to be learned, for the last line.
@@ -115,11 +120,11 @@ def train_together(
 
     Raises:
         ConfigError: they cannot be learned in one run; see
-            :func:`customize.training.joint_configs.check`.
+            :func:`check_joint_configs`.
         SettingsError: as of :func:`train`, also where the run had other concepts before.
         DataError, PipelineError, StorageError, TrainingError, TrainingStopped: as of ``train``.
     """
-    check(configs)
+    check_joint_configs(configs)
     given, configs = configs, sorted(configs, key=lambda config: config.name)
     shown = Progress(progress)
     # Losses and updates are ours, whatever the caller is in; models get an autocast of their own.
@@ -142,46 +147,46 @@ def _trained(
     locks: ExitStack,
 ) -> list[Concept]:
     config = configs[0]  # for all that belongs to the run
-    resolution_read = base_fingerprint.resolution_of(config, components)
+    resolution_read = base_fingerprint.resolution_before_loading(config, components)
     triggers = [each.trigger for each in configs]
     with progress.phase("reading pictures", after=1.0):
         samples, class_samples = zip(
-            *(prepare_base.read_pictures(each, resolution_read, triggers) for each in configs),
+            *(prepare_base.read_images(each, resolution_read, triggers) for each in configs),
             strict=True,
         )
     for each in configs:
         write_concept.check_folder(each.output, each.name)
         write_concept.check_writable(each.output)
-    accelerator = distributed.make_accelerator(config)
-    distributed.on_main_process(
+    accelerator = distributed.create_accelerator(config)
+    distributed.run_on_main_process(
         accelerator,
         lambda: [locks.enter_context(exclusive(each.output)) for each in configs],
     )
     device = distributed.training_device(config, accelerator)
-    prepare_base.check_quantized(config, components, device)
+    prepare_base.check_quantization(config, components, device)
     if config.compile:
         check_compiler(device)
 
-    weights = base_fingerprint.weights_of(config.base, components, config.variant)
+    weights = base_fingerprint.weight_digests(config.base, components, config.variant)
     settings_after = partial(
-        run_metadata.settings_of_run,
+        run_metadata.joint_run_settings,
         configs,
-        [run_metadata.digest(own) for own in samples],
-        [run_metadata.digest(own) for own in class_samples],
+        [run_metadata.image_digests(own) for own in samples],
+        [run_metadata.image_digests(own) for own in class_samples],
         weights,
-        base_fingerprint.configured_of(components, pipeline_config),
+        base_fingerprint.base_configuration(components, pipeline_config),
         accelerator.num_processes,
     )
-    start = find_start(configs, settings_after)
+    start = find_resume_state(configs, settings_after)
     if start.done is not None:
         if accelerator.is_main_process:
             for each in configs:  # where the run was stopped before it could
                 withdraw_claim(each.output)
         return start.done
-    settings, folder = start.settings, checkpoints_of(config)
+    settings, folder = start.settings, checkpoint_folder(config)
 
     own = components is None
-    autocast = distributed.make_autocast(config, device)
+    autocast = distributed.create_autocast(config, device)
     run_metadata.reset_peak_memory(device)
     with ExitStack() as stack:
         if components is None:
@@ -191,47 +196,47 @@ def _trained(
             parts = dict(components)
         family = family_of(parts, pipeline_config or {})
         for each in configs:
-            resolution = prepare_base.check_fits(family, each)
+            resolution = prepare_base.check_family_support(family, each)
         tell_counts(
             configs, samples, class_samples, family, resolution, accelerator.num_processes, progress
         )
         if own:
             prepare_base.freeze(parts)
-            prepare_base.put_away(family, family.unused, free=True)
+            prepare_base.offload(family, family.unused, free=True)
         else:
-            stack.enter_context(prepare_base.borrowed(parts))
+            stack.enter_context(prepare_base.temporarily_frozen(parts))
         fingerprint = family.fingerprint()
         if not weights:  # of a hub id that was not here yet
-            weights = base_fingerprint.weights_on_disk(config.base, config.variant)
-            weights = weights or base_fingerprint.weights_of("", family.components)
+            weights = base_fingerprint.weight_digests_on_disk(config.base, config.variant)
+            weights = weights or base_fingerprint.weight_digests("", family.components)
         prepare_base.quantize_denoisers(family, config, device)
         generic: Factors = {}
-        shared = settings[0][SHARED]
+        shared = settings[0][SHARED_DIRECTIONS]
         if config.method == "orthogonal" and config.num_shared_directions:
-            directions = shared_directions(
+            directions = load_or_record_directions(
                 config, family, weights, resolution, device, accelerator, autocast, shared, progress
             )
             generic, shared = directions.factors, directions.name
-        basis = basis_of(config, shared)
+        basis = slice_basis(config, shared)
         indices = stack.enter_context(
-            claimed_slices(configs, family, basis, start.before, accelerator)
+            reserve_slices(configs, family, basis, start.before, accelerator)
         )
-        known = {BASE_WEIGHTS: weights, BASE_CONFIG: family.configured(), SHARED: shared}
-        settings = run_metadata.with_others(
+        known = {BASE_WEIGHTS: weights, BASE_CONFIG: family.configured(), SHARED_DIRECTIONS: shared}
+        settings = run_metadata.add_joint_settings(
             [s | known | {"slice": index} for s, index in zip(settings, indices, strict=True)]
         )
         del parts  # what the family then lets go of is freed, if it is our own
         if start.checkpoint is not None:
-            checkpoints.check_settings(start.checkpoint, settings[0], folder)
+            checkpoints.check_settings_match(start.checkpoint, settings[0], folder)
 
         # Pictures are encoded once; then the autoencoder only waits for validation.
         family.vae.to(device)
         if config.prior_weight:
             class_samples = tuple(
                 pictures_given
-                or class_samples_of(
+                or load_or_draw_class_images(
                     each,
-                    drawn_for(each, configs),
+                    class_images_output(each, configs),
                     family,
                     weights,
                     resolution,
@@ -244,7 +249,7 @@ def _trained(
             )
         concepts = _ranges(samples)
         classes = _ranges(class_samples, concepts[-1].stop) if config.prior_weight else []
-        pictures = latents_and_embeddings.prepare_pictures(
+        pictures = latents_and_embeddings.cache_images(
             family,
             list(chain(*samples, *class_samples)),
             resolution,
@@ -258,51 +263,53 @@ def _trained(
         validated = [prompt for each in configs for prompt in each.validation_prompts]
         drawn = [*validated, *(text for each in configs for text in sampling.prompts_of(each))]
         if config.cache_latents:
-            prepare_base.put_away(family, {"vae": family.vae}, free=own and not drawn)
+            prepare_base.offload(family, {"vae": family.vae}, free=own and not drawn)
 
         # Prompts are encoded once, or at each step, by those encoders in which something trains.
         live = (config.train_tokens or config.train_text_encoder) and bool(family.text_encoders)
-        prepare_base.place(family.all_text_encoders, device)
+        prepare_base.move_to_device(family.all_text_encoders, device)
         resting = family.all_text_encoders
         if live:
             resting = {k: v for k, v in resting.items() if k in family.other_encoders}
-        trainable = stack.enter_context(trained_in(family, configs, indices, basis, generic))
-        check_texts(family, trainable, "caption", pictures.captions)
-        check_texts(family, trainable, "validation prompt", drawn)
+        trainable = stack.enter_context(attach_trainable(family, configs, indices, basis, generic))
+        check_prompt_lengths(family, trainable, "caption", pictures.captions)
+        check_prompt_lengths(family, trainable, "validation prompt", drawn)
         warn_of_triggers(family, validated, [each.trigger for each in configs])
-        phrases = [text for each in configs for text in class_preservation.texts_of(each)]
-        check_texts(family, trainable, "phrase", phrases)
+        phrases = [text for each in configs for text in class_preservation.preserved_phrases(each)]
+        check_prompt_lengths(family, trainable, "phrase", phrases)
         named = pictures.captions[: concepts[-1].stop]
-        more = [text for each in configs for text in layer_input_recording.prompts_of(each)]
-        more += class_preservation.captions_of(configs, named)
+        more = [text for each in configs for text in layer_input_recording.recording_prompts(each)]
+        more += class_preservation.base_captions(configs, named)
         more += sampling.measured_captions(config, configs, named)
-        more += chain.from_iterable(class_preservation.contexts_of(configs))
+        more += chain.from_iterable(class_preservation.context_prompts(configs))
         with progress.phase("encoding prompts"), autocast():
-            encode = latents_and_embeddings.prepare_conditions(
+            encode = latents_and_embeddings.cache_conditions(
                 family,
                 [*pictures.captions, "", *drawn, *more],
                 live=live,
-                to_encoder=trainable.expanded,
+                to_encoder=trainable.expand_triggers,
             )
         if trainable.layers:
-            encode = latents_and_embeddings.by_layer(encode, trainable.wordings)
-        preserved = class_preservation.prepare(configs, family, trainable, named, encode, autocast)
-        prepare_base.put_away(family, resting, free=own)
+            encode = latents_and_embeddings.encode_per_layer(encode, trainable.layer_prompts)
+        preserved = class_preservation.compute_preservation_targets(
+            configs, family, trainable, named, encode, autocast
+        )
+        prepare_base.offload(family, resting, free=own)
         del resting
 
-        prepare_base.place(family.denoisers, device)
+        prepare_base.move_to_device(family.denoisers, device)
         for denoiser in family.denoisers.values():
             if config.gradient_checkpointing and not denoiser.is_gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
                 stack.callback(denoiser.disable_gradient_checkpointing)
         if config.compile:  # with what was attached
-            stack.enter_context(compiled(family.denoisers.values()))
+            stack.enter_context(compiled_blocks(family.denoisers.values()))
         if start.saved is not None:
             for learned, concept in zip(trainable.concepts, start.saved, strict=True):
-                learned.restore(concept)
+                learned.load_concept(concept)
             for learned, concept in zip(trainable.concepts, start.saved, strict=True):
-                if accelerator.is_main_process and not has_record(learned.config, concept):
-                    layer_input_recording.write_record(
+                if accelerator.is_main_process and not has_recorded_inputs(learned.config, concept):
+                    layer_input_recording.record_concept_inputs(
                         learned,
                         family,
                         trainable,
@@ -322,18 +329,18 @@ def _trained(
             Samples(each, family, trainable, encode, pictures.shape, autocast, accelerator)
             for each in configs
         ]
-        accelerator.init_trackers("customize", config=run_metadata.plain(settings[0]))
+        accelerator.init_trackers("customize", config=run_metadata.tracker_config(settings[0]))
         stack.callback(accelerator.end_training)
         if start.checkpoint is None and accelerator.is_main_process:
             for each in configs:
-                checkpoints.clear(checkpoints_of(each))
+                checkpoints.delete_checkpoints(checkpoint_folder(each))
         if config.samples:
             with progress.phase("drawing the first samples"):
                 for sampler in samplers:
                     sampler.begin(anew=start.checkpoint is None)
         accelerator.wait_for_everyone()
 
-        losses = Losses(
+        losses = TrainingLosses(
             config,
             family,
             trainable,
@@ -345,7 +352,7 @@ def _trained(
             autocast,
             device,
         )
-        history, seconds = optimise(
+        history, seconds = run_training_loop(
             config,
             family,
             trainable,
@@ -382,17 +389,17 @@ def _trained(
             shared_words = common(pictures.captions[numbers.start : numbers.stop], words)
             training["captions_share"] = shared_words
             if len(configs) > 1:
-                training["learned_with"] = sorted(with_what[TOGETHER])
-            info = run_metadata.facts(learned, family, basis, fingerprint, training)
+                training["learned_with"] = sorted(with_what[JOINT_CONCEPTS])
+            info = run_metadata.concept_info(learned, family, basis, fingerprint, training)
             output = learned.config.output
-            concept = Concept(info, learned.adapter.products(), learned.embeddings(), output)
+            concept = Concept(info, learned.adapter.products(), learned.token_embeddings(), output)
             found.append(concept)
             if accelerator.is_main_process:
                 with progress.phase(f"saving {concept.info.name}"):
                     concept.save(output, [*sampler.strip(), *validation.last])
         if accelerator.is_main_process and config.record_inputs:
             for learned, concept in zip(trainable.concepts, found, strict=True):
-                layer_input_recording.write_record(
+                layer_input_recording.record_concept_inputs(
                     learned, family, trainable, concept, encode, pictures.shape, autocast, progress
                 )
         accelerator.wait_for_everyone()

@@ -20,7 +20,7 @@ SettingsAfter = Callable[[Sequence[Mapping[str, Any] | None]], list[dict[str, An
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class ResumeState:
     """Where a run begins.
 
     Attributes:
@@ -39,12 +39,12 @@ class Start:
     saved: list[Concept] | None = None
 
 
-def checkpoints_of(config: TrainConfig) -> Path:
+def checkpoint_folder(config: TrainConfig) -> Path:
     """The folder for checkpoints in a concept's; a run uses that of its first concept."""
     return config.output / ".checkpoints"
 
 
-def find_start(configs: Sequence[TrainConfig], settings_after: SettingsAfter) -> Start:
+def find_resume_state(configs: Sequence[TrainConfig], settings_after: SettingsAfter) -> ResumeState:
     """Where a run begins, by what is in its concepts' folders.
 
     Raises:
@@ -52,45 +52,47 @@ def find_start(configs: Sequence[TrainConfig], settings_after: SettingsAfter) ->
             other concepts in the run.
     """
     if not configs[0].resume:
-        return Start(settings_after(run_metadata.of_each(None, configs)))
-    folder = checkpoints_of(configs[0])
-    found = checkpoints.latest(folder)
-    finished = [run_metadata.finished(config) for config in configs]
-    before = run_metadata.of_each(found.settings if found else None, configs)
+        return ResumeState(settings_after(run_metadata.split_joint_settings(None, configs)))
+    folder = checkpoint_folder(configs[0])
+    found = checkpoints.load_latest_checkpoint(folder)
+    finished = [run_metadata.read_finished_concept(config) for config in configs]
+    before = run_metadata.split_joint_settings(found.settings if found else None, configs)
     settings = settings_after(before)
-    goes_on = found is not None and not checkpoints.differences(found.settings, settings[0])
+    goes_on = found is not None and not checkpoints.settings_differences(
+        found.settings, settings[0]
+    )
     if found is not None and goes_on and not _all_of_run(finished, found, settings):
         # Some may be finished and not of this run, which is to replace them and was cut off.
-        return Start(settings, found, [each or {} for each in before])
+        return ResumeState(settings, found, [each or {} for each in before])
     done = [concept for concept in finished if concept is not None]
     if done:
         then = done[0].info.training.get("settings")
         own = settings_after(
-            run_metadata.of_each(then if isinstance(then, dict) else None, configs)
+            run_metadata.split_joint_settings(then if isinstance(then, dict) else None, configs)
         )
         for config, concept, now in zip(configs, finished, own, strict=True):
             if concept is not None:
                 saved = found.settings if found and config is configs[0] else None
-                run_metadata.check_finished(concept, now, config, saved)
+                run_metadata.check_finished_settings(concept, now, config, saved)
         if len(done) == len(configs):
-            if all(map(has_record, configs, done)):
-                return Start(own, done=done)
-            return Start(own, before=[*own], saved=done)
+            if all(map(has_recorded_inputs, configs, done)):
+                return ResumeState(own, done=done)
+            return ResumeState(own, before=[*own], saved=done)
     if found is not None:
-        checkpoints.check_settings(found, settings[0], folder)
+        checkpoints.check_settings_match(found, settings[0], folder)
     for config in configs[1:]:
-        other = checkpoints_of(config)
-        if checkpoints.newest_step(other) is not None:
+        other = checkpoint_folder(config)
+        if checkpoints.latest_step(other) is not None:
             raise SettingsError(
                 f"a checkpoint of another run with {config.name} is there",
                 where=other,
                 fix="choose another output folder, or set resume to false (--no-resume) to start "
                 "anew",
             )
-    return Start(settings)
+    return ResumeState(settings)
 
 
-def has_record(config: TrainConfig, concept: Concept) -> bool:
+def has_recorded_inputs(config: TrainConfig, concept: Concept) -> bool:
     """Whether the record of layer inputs that the settings ask for is there, whole, and of this
     concept."""
     if not config.record_inputs:
@@ -106,8 +108,8 @@ def _all_of_run(
 ) -> bool:
     """Whether all concepts are finished, and of the run that a checkpoint is of."""
     trained = [each and each.info.training.get("settings") for each in finished]
-    then = [run_metadata.published(found.settings), *settings[1:]]
+    then = [run_metadata.without_image_names(found.settings), *settings[1:]]
     return all(
-        isinstance(own, dict) and not checkpoints.differences(own, now)
+        isinstance(own, dict) and not checkpoints.settings_differences(own, now)
         for own, now in zip(trained, then, strict=True)
     )

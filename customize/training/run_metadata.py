@@ -16,13 +16,19 @@ from customize.concepts.io.file_layout import INFO_FILE
 from customize.concepts.types import BasisInfo, Concept, ConceptInfo
 from customize.errors import ConceptError, SettingsError
 from customize.families import Family
-from customize.training.checkpoint import BASE_CONFIG, BASE_WEIGHTS, SHARED, TOGETHER, differences
+from customize.training.checkpoint import (
+    BASE_CONFIG,
+    BASE_WEIGHTS,
+    JOINT_CONCEPTS,
+    SHARED_DIRECTIONS,
+    settings_differences,
+)
 from customize.training.config import TrainConfig
 from customize.training.data import dataset
 from customize.training.data.changed_images import PICTURES, Pictures, summed
-from customize.training.joint_configs import OWN
+from customize.training.joint_configs import PER_CONCEPT_SETTINGS
 from customize.training.settings_file import current_names
-from customize.training.trainable import Learned
+from customize.training.trainable import TrainableConcept
 
 # Settings that may change when a run goes on, because the result does not depend on them; the
 # pictures themselves are compared, not their folders.
@@ -35,12 +41,12 @@ _FREE = {
 # Those that only class pictures drawn by the base depend on.
 _DRAWN = ("prior_count", "prior_prompt", "validation_steps", "validation_guidance")
 # What of a concept's settings those that are learned with it have to know.
-_OTHERS = (OWN - _FREE - {"name"}) | {"pictures", "class_pictures"}
+_OTHERS = (PER_CONCEPT_SETTINGS - _FREE - {"name"}) | {"pictures", "class_pictures"}
 _LONGEST_HISTORY = 200
 _MOST_NAMED = 2000
 
 
-def digest(samples: Sequence[dataset.Sample]) -> Pictures:
+def image_digests(samples: Sequence[dataset.Sample]) -> Pictures:
     """A name for pictures, captions and masks, in their order; None for none.
 
     File name -> hash, so that those can be named that have changed; one hash of many thousands.
@@ -61,12 +67,12 @@ def run_settings(
     """All that the result depends on, as JSON values: two runs of equal ones give the same.
 
     Args:
-        pictures, class_pictures: from :func:`digest`; None where the base draws the latter.
-        weights: of the base, from :func:`customize.training.base_fingerprint.weights_of`.
-        configured: from :func:`customize.training.base_fingerprint.configured_of`.
+        pictures, class_pictures: from :func:`image_digests`; None where the base draws the latter.
+        weights: of the base, from :func:`customize.training.base_fingerprint.weight_digests`.
+        configured: from :func:`customize.training.base_fingerprint.base_configuration`.
         before: those of the run that may go on. Its slice holds unless the configuration names
             one. Without both the slice is None until it is chosen; see
-            :func:`customize.training.slice_reservation.claimed_slices`. So do the directions that
+            :func:`customize.training.slice_reservation.reserve_slices`. So do the directions that
             it avoids.
     """
     values = config.model_dump(mode="json", exclude=_FREE)
@@ -75,7 +81,7 @@ def run_settings(
             del values[key]
     return values | {
         "slice": (before or {}).get("slice") if config.slice is None else config.slice,
-        SHARED: (before or {}).get(SHARED, ""),
+        SHARED_DIRECTIONS: (before or {}).get(SHARED_DIRECTIONS, ""),
         "pictures": pictures,
         "class_pictures": class_pictures,
         "processes": processes,
@@ -84,7 +90,7 @@ def run_settings(
     }
 
 
-def settings_of_run(
+def joint_run_settings(
     configs: Sequence[TrainConfig],
     pictures: Sequence[Pictures],
     class_pictures: Sequence[Pictures],
@@ -95,7 +101,7 @@ def settings_of_run(
 ) -> list[dict[str, Any]]:
     """:func:`run_settings` of each concept of a run, with what it has to know of the others."""
     each = zip(configs, pictures, class_pictures, before, strict=True)
-    return with_others(
+    return add_joint_settings(
         [
             run_settings(config, own, classes, weights, configured, processes, then)
             for config, own, classes, then in each
@@ -103,7 +109,7 @@ def settings_of_run(
     )
 
 
-def with_others(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def add_joint_settings(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The settings of concepts that are learned together, each with what is the others' own: the
     result depends on that as well. One alone stays as it is.
 
@@ -117,28 +123,31 @@ def with_others(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if len(own) == 1:
         return [dict(each) for each in settings]
     return [
-        {**each, TOGETHER: {name: facts for name, facts in own.items() if name != each["name"]}}
+        {
+            **each,
+            JOINT_CONCEPTS: {name: facts for name, facts in own.items() if name != each["name"]},
+        }
         for each in settings
     ]
 
 
-def of_each(
+def split_joint_settings(
     settings: Mapping[str, Any] | None, configs: Sequence[TrainConfig]
 ) -> list[Mapping[str, Any] | None]:
     """What is known of each concept from the settings of one that was learned with them.
 
     Args:
-        settings: as :func:`with_others` makes them; None where there are none.
+        settings: as :func:`add_joint_settings` makes them; None where there are none.
     """
     if settings is None:
         return [None] * len(configs)
     known = {settings.get("name"): settings}
-    for name, own in settings.get(TOGETHER, {}).items():
-        known[name] = {**own, SHARED: settings.get(SHARED, "")}
+    for name, own in settings.get(JOINT_CONCEPTS, {}).items():
+        known[name] = {**own, SHARED_DIRECTIONS: settings.get(SHARED_DIRECTIONS, "")}
     return [known.get(config.name) for config in configs]
 
 
-def finished(config: TrainConfig) -> Concept | None:
+def read_finished_concept(config: TrainConfig) -> Concept | None:
     """The concept that the output folder holds already; None where there is none, or not whole."""
     if not os.path.isfile(config.output / INFO_FILE):
         return None
@@ -148,7 +157,7 @@ def finished(config: TrainConfig) -> Concept | None:
         return None  # cut off while it was saved: the last checkpoint has it
 
 
-def check_finished(
+def check_finished_settings(
     concept: Concept,
     settings: Mapping[str, Any],
     config: TrainConfig,
@@ -169,7 +178,7 @@ def check_finished(
         for key in PICTURES
         if saved and isinstance(saved.get(key), dict) and summed(saved[key]) == before.get(key)
     }
-    found = differences(before, settings)
+    found = settings_differences(before, settings)
     if found:
         raise SettingsError(
             f"the concept {config.name} is there already, learned with other settings: "
@@ -186,8 +195,8 @@ def _as_of_now(before: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(later)) | current_names(before)
 
 
-def facts(
-    learned: Learned,
+def concept_info(
+    learned: TrainableConcept,
     family: Family,
     basis: BasisInfo | None,
     fingerprint: Mapping[str, Any],
@@ -206,8 +215,8 @@ def facts(
         basis=basis,
         rank=config.rank,
         alpha=config.adapter_alpha,
-        slices={str(width): list(columns) for width, columns in learned.columns.items()},
-        num_tokens=config.num_tokens if learned.rows else 0,
+        slices={str(width): list(columns) for width, columns in learned.slice_columns.items()},
+        num_tokens=config.num_tokens if learned.trainable_rows else 0,
         token_layers=learned.layers,
         training=dict(training) | {"output": family.output},
     )
@@ -227,7 +236,7 @@ def training_facts(
     last = [loss for step, loss in history if step > 0.9 * history[-1][0]]
     every = -(-len(history) // _LONGEST_HISTORY)
     return {
-        "settings": published(settings),
+        "settings": without_image_names(settings),
         "final_loss": sum(last) / len(last),
         "losses": [list(pair) for pair in history[::-1][::every][::-1]],
         "seconds_per_step": seconds_per_step,
@@ -237,13 +246,17 @@ def training_facts(
     }
 
 
-def published(settings: Mapping[str, Any]) -> dict[str, Any]:
+def without_image_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for a concept's facts, which are shown to others: without the pictures' names."""
-    others = settings.get(TOGETHER)
+    others = settings.get(JOINT_CONCEPTS)
     return {
         **settings,
         **{key: summed(settings[key]) for key in PICTURES if key in settings},
-        **({TOGETHER: {name: published(own) for name, own in others.items()}} if others else {}),
+        **(
+            {JOINT_CONCEPTS: {name: without_image_names(own) for name, own in others.items()}}
+            if others
+            else {}
+        ),
     }
 
 
@@ -272,7 +285,7 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def tracker_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for trackers, which take only plain values."""
     plain = {key: "" if value is None else value for key, value in settings.items()}
     return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in plain.items()}

@@ -20,13 +20,13 @@ from customize.core.objectives import weighted_mse
 from customize.errors import storage_error
 from customize.families import Family
 from customize.families.sampling import sample
-from customize.training.class_preservation import in_classes
+from customize.training.class_preservation import with_class_words
 from customize.training.config import TrainConfig
 from customize.training.data.batches import stream_seed
 from customize.training.data.captions import class_caption
 from customize.training.data.decode_image import decode
 from customize.training.distributed import Autocast
-from customize.training.latents_and_embeddings import Encode, Pictures
+from customize.training.latents_and_embeddings import CachedImages, Encode
 from customize.training.trainable import Trainable
 from customize.training.validation_images import guidance_of, to_pictures, write_png
 
@@ -86,7 +86,7 @@ class Samples:
             self._clear()
         base = self.folder / _BASE
         if not base.is_file():
-            with self.trainable.silent():
+            with self.trainable.adapters_disabled():
                 self._draw(prompts_of(self.config)[1], base)
         if anew:
             self.draw_if_due(0)
@@ -197,7 +197,7 @@ def measured_captions(
     config: TrainConfig, configs: Sequence[TrainConfig], captions: Sequence[str]
 ) -> list[str]:
     """The captions with class words that :func:`measure` asks for; none where samples are off."""
-    return [in_classes(configs, text) for text in captions] if config.samples else []
+    return [with_class_words(configs, text) for text in captions] if config.samples else []
 
 
 @torch.no_grad()
@@ -207,7 +207,7 @@ def measure(
     numbers: range,
     family: Family,
     trainable: Trainable,
-    pictures: Pictures,
+    pictures: CachedImages,
     encode: Encode,
     autocast: Autocast,
     device: torch.device,
@@ -228,7 +228,7 @@ def measure(
     totals = {"base": 0.0, "learned": 0.0}
     chosen = list(numbers)[::stride]
     for picture in chosen:
-        mean, _ = pictures.distribution(family, [picture], [False])
+        mean, _ = pictures.latent_distribution(family, [picture], [False])
         mask, caption = pictures.mask([picture], [False]), pictures.captions[picture]
         for level, share in enumerate(_LEVELS):
             seed = stream_seed(config.seed, "measure", picture - numbers.start, level)
@@ -236,7 +236,7 @@ def measure(
             t = family.timesteps(torch.tensor([share], device=device), mean.shape[1:])
             noisy, target = family.noisy_latents(mean, noise, t), family.target(mean, noise, t)
             for name, text, context in (
-                ("base", in_classes(configs, caption), trainable.silent()),
+                ("base", with_class_words(configs, caption), trainable.adapters_disabled()),
                 ("learned", caption, nullcontext()),
             ):
                 with context, autocast(), eager(config):

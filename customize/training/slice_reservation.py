@@ -29,7 +29,7 @@ from customize.training.trainable import input_widths
 
 
 @contextmanager
-def claimed_slices(
+def reserve_slices(
     configs: Sequence[TrainConfig],
     family: Family,
     basis: BasisInfo | None,
@@ -75,7 +75,7 @@ def claimed_slices(
             raise answer[0]
         yield answer[0]
     except BaseException:
-        kept = checkpoint.newest_step(configs[0].output / ".checkpoints") is not None
+        kept = checkpoint.latest_step(configs[0].output / ".checkpoints") is not None
         for config in configs if main and kept else ():
             with suppress(CustomizeError):  # what stopped the run is to be told
                 slice_reservations.withdraw_fulfilled(config.output)

@@ -25,7 +25,7 @@ from customize.training.data.batches import stream_seed
 
 
 @dataclass(frozen=True, eq=False)
-class Learned:
+class TrainableConcept:
     """All that trains of one concept.
 
     Attributes:
@@ -41,36 +41,40 @@ class Learned:
 
     config: TrainConfig
     adapter: Adapter
-    rows: dict[str, token_rows.TrainableRows]
+    trainable_rows: dict[str, token_rows.TrainableRows]
     layers: int
-    entries: list[str]
-    columns: dict[int, tuple[int, ...]]
-    held: list[tuple[nn.Parameter, float]]
+    vocabulary_entries: list[str]
+    slice_columns: dict[int, tuple[int, ...]]
+    penalized_weights: list[tuple[nn.Parameter, float]]
 
-    def named(self) -> dict[str, nn.Parameter]:
+    def named_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter under a name that is the same in every run of the settings."""
         found = {
             f"adapter/{component}/{number}": parameter
             for component, weights in self.adapter.parameters().items()
             for number, parameter in enumerate(weights)
         }
-        return found | {f"tokens/{key}": rows.parameter for key, rows in self.rows.items()}
+        return found | {
+            f"tokens/{key}": rows.parameter for key, rows in self.trainable_rows.items()
+        }
 
     @torch.no_grad()
-    def restore(self, concept: Concept) -> None:
+    def load_concept(self, concept: Concept) -> None:
         """Put back, bit for bit, what was saved of it."""
         for component, layers in self.adapter.layers.items():
             for module, layer in layers.items():
                 update = concept.products[component][file_name(component, module)]
                 layer.lora_A[self.adapter.name].weight.copy_(update.down)
                 layer.lora_B[self.adapter.name].weight.copy_(update.up)
-        for key, rows in self.rows.items():
+        for key, rows in self.trainable_rows.items():
             saved = concept.embeddings[key]
             rows.parameter.copy_(saved.transpose(0, 1).flatten(0, 1) if self.layers else saved)
 
-    def embeddings(self) -> dict[str, Tensor]:
+    def token_embeddings(self) -> dict[str, Tensor]:
         """A copy of the tokens' rows, on the CPU: (n, width), or (n, layers, width)."""
-        found = {k: r.parameter.detach().to("cpu", copy=True) for k, r in self.rows.items()}
+        found = {
+            k: r.parameter.detach().to("cpu", copy=True) for k, r in self.trainable_rows.items()
+        }
         if not self.layers:
             return found
         by_layer = {k: rows.unflatten(0, (self.layers, -1)) for k, rows in found.items()}
@@ -86,25 +90,25 @@ class Trainable:
         layers: cross-attention layers with token embeddings of their own; 0 where all read alike.
     """
 
-    concepts: tuple[Learned, ...]
+    concepts: tuple[TrainableConcept, ...]
     layers: int
 
     @torch.no_grad()
-    def add_held(self) -> None:
+    def add_penalty_grad(self) -> None:
         """Add the gradient of ``sum factor * ||up||^2`` to what the loss has left."""
         for concept in self.concepts:
-            for up, factor in concept.held:
+            for up, factor in concept.penalized_weights:
                 if up.grad is not None:
                     up.grad.add_(up, alpha=2.0 * factor)
 
     def clamp_norms_(self) -> None:
         """Keep the norms of the tokens' rows in the range of the vocabulary's."""
         for concept in self.concepts:
-            for rows in concept.rows.values():
+            for rows in concept.trainable_rows.values():
                 rows.clamp_norm_()
 
     @contextmanager
-    def silent(self, but: Learned | None = None) -> Iterator[None]:
+    def adapters_disabled(self, but: TrainableConcept | None = None) -> Iterator[None]:
         """Within it the models draw as without adapters.
 
         Args:
@@ -116,12 +120,12 @@ class Trainable:
                     stack.enter_context(concept.adapter.silent())
             yield
 
-    def groups(self, family: Family, config: TrainConfig) -> list[dict[str, Any]]:
+    def parameter_groups(self, family: Family, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer, each named by its setting, whose value is ``peak``."""
         parameters = [concept.adapter.parameters() for concept in self.concepts]
         denoiser = [p for own in parameters for key in family.denoisers for p in own.pop(key)]
         text = [p for own in parameters for weights in own.values() for p in weights]
-        rows = [r.parameter for concept in self.concepts for r in concept.rows.values()]
+        rows = [r.parameter for concept in self.concepts for r in concept.trainable_rows.values()]
         decay = config.weight_decay
         groups = (
             ("learning_rate", denoiser, decay),
@@ -135,14 +139,14 @@ class Trainable:
             if own
         ]
 
-    def named(self) -> dict[str, nn.Parameter]:
+    def named_parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter under a name that is the same in every run of the settings."""
         if len(self.concepts) == 1:
-            return self.concepts[0].named()
+            return self.concepts[0].named_parameters()
         return {
             f"{concept.config.name}/{name}": parameter
             for concept in self.concepts
-            for name, parameter in concept.named().items()
+            for name, parameter in concept.named_parameters().items()
         }
 
     @torch.no_grad()
@@ -151,7 +155,9 @@ class Trainable:
         four fixed vectors, by which it is known again, rounding apart. Empty for "lora"."""
         found = {}
         for concept in self.concepts:
-            for component, layers in concept.adapter.layers.items() if concept.columns else ():
+            for component, layers in (
+                concept.adapter.layers.items() if concept.slice_columns else ()
+            ):
                 sketches = []
                 for layer in layers.values():
                     down = layer.lora_A[concept.adapter.name].weight
@@ -161,18 +167,22 @@ class Trainable:
                 found[f"slices/{concept.config.name}/{component}"] = torch.stack(sketches)
         return found
 
-    def own_ids(self, dictionary: TokenDictionary) -> list[int]:
+    def trained_token_ids(self, dictionary: TokenDictionary) -> list[int]:
         """The ids of all tokens that train in a dictionary; they follow one another."""
-        rows = [c.rows[dictionary.key] for c in self.concepts if dictionary.key in c.rows]
+        rows = [
+            c.trainable_rows[dictionary.key]
+            for c in self.concepts
+            if dictionary.key in c.trainable_rows
+        ]
         return [number for own in rows for number in token_rows.token_ids(dictionary, own.names)]
 
-    def expanded(self, caption: str) -> str:
+    def expand_triggers(self, caption: str) -> str:
         """A caption as the text encoders see it."""
         return token_rows.expand(caption, self._triggers)
 
-    def wordings(self, caption: str) -> list[str]:
+    def layer_prompts(self, caption: str) -> list[str]:
         """A caption as the text encoders see it for each layer, in order."""
-        text = self.expanded(caption)
+        text = self.expand_triggers(caption)
         return [
             layerwise_embeddings.wording(text, self._triggers, layer)
             for layer in range(self.layers)
@@ -180,11 +190,15 @@ class Trainable:
 
     @property
     def _triggers(self) -> dict[str, list[str]]:
-        return {each.config.trigger: each.entries for each in self.concepts if each.entries}
+        return {
+            each.config.trigger: each.vocabulary_entries
+            for each in self.concepts
+            if each.vocabulary_entries
+        }
 
 
 @contextmanager
-def trained_in(
+def attach_trainable(
     family: Family,
     configs: Sequence[TrainConfig],
     indices: Sequence[int | None],
@@ -231,13 +245,13 @@ def _added(
     generic: Factors,
     layers: int,
     starts: Mapping[str, Tensor],
-) -> Learned:
+) -> TrainableConcept:
     """Add one concept, the ``number``-th of the run; the stack takes it out again.
 
     Args:
         starts: token dictionary's key -> (num_tokens, width), where its rows begin.
     """
-    components = adapted(family, config)
+    components = adapted_components(family, config)
     columns: dict[int, tuple[int, ...]] = {}
     if basis is not None:
         widths = input_widths(family, config)
@@ -277,10 +291,12 @@ def _added(
             for layer in own.values():
                 layer.cast_input_dtype_enabled = False
     held = _held(adapter, generic, config.shared_directions_weight) if basis and basis.avoid else []
-    return Learned(config, adapter, rows, layers, entries, columns, held)
+    return TrainableConcept(config, adapter, rows, layers, entries, columns, held)
 
 
-def check_texts(family: Family, trainable: Trainable, what: str, texts: Sequence[str]) -> None:
+def check_prompt_lengths(
+    family: Family, trainable: Trainable, what: str, texts: Sequence[str]
+) -> None:
     """Tokenize each text once, to see that the text encoders will read the trigger.
 
     Args:
@@ -290,9 +306,9 @@ def check_texts(family: Family, trainable: Trainable, what: str, texts: Sequence
         DataError: a trigger lies beyond the encoder's length, where it would never be read.
     """
     for dictionary in family.token_dictionaries():
-        tokenizer, own = dictionary.tokenizer, set(trainable.own_ids(dictionary))
+        tokenizer, own = dictionary.tokenizer, set(trainable.trained_token_ids(dictionary))
         for given in dict.fromkeys(texts):
-            text = (trainable.wordings(given) or [trainable.expanded(given)])[0]
+            text = (trainable.layer_prompts(given) or [trainable.expand_triggers(given)])[0]
             length = tokenizer.model_max_length
             # Not verbose: what transformers would say of long texts is said below.
             whole = tokenizer(text, verbose=False).input_ids
@@ -311,12 +327,12 @@ def input_widths(family: Family, config: TrainConfig) -> set[int]:
     """The input widths of all layers that get an adapter."""
     return {
         width
-        for key in adapted(family, config)
+        for key in adapted_components(family, config)
         for _, width in family.adapter_targets(key).values()
     }
 
 
-def basis_of(config: TrainConfig, shared: str) -> BasisInfo | None:
+def slice_basis(config: TrainConfig, shared: str) -> BasisInfo | None:
     """The basis of the concepts' slices, by the settings; None for the method "lora".
 
     Args:
@@ -333,13 +349,13 @@ def basis_of(config: TrainConfig, shared: str) -> BasisInfo | None:
     )
 
 
-def adapted(family: Family, config: TrainConfig) -> list[str]:
+def adapted_components(family: Family, config: TrainConfig) -> list[str]:
     """The components that get an adapter."""
     return [*family.denoisers, *(family.text_encoders if config.train_text_encoder else ())]
 
 
 def _held(adapter: Adapter, generic: Factors, weight: float) -> list[tuple[nn.Parameter, float]]:
-    """What :attr:`Trainable.held` is; see :mod:`customize.core.avoiding_slices`."""
+    """The value of :attr:`TrainableConcept.penalized_weights`."""
     found = []
     for component, layers in adapter.layers.items() if weight else ():
         for module, layer in layers.items():

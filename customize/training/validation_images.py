@@ -26,7 +26,7 @@ from customize.families.sampling import sample
 from customize.near_names import did_you_mean
 from customize.training.config import TrainConfig
 from customize.training.data.batches import stream_seed
-from customize.training.finite_checks import check_drawn
+from customize.training.finite_checks import check_sampled
 from customize.training.latents_and_embeddings import Encode
 from customize.training.settings_file import mentions
 
@@ -168,14 +168,14 @@ def to_pictures(family: Family, latents: Tensor) -> list[Image.Image]:
     Raises:
         PipelineError: they are not finite, or what the autoencoder makes of them.
     """
-    check_drawn(family, latents, family.denoiser_key)
+    check_sampled(family, latents, family.denoiser_key)
     vae, home = family.vae, family.vae.device
     vae.to(latents.device)
     try:
         pixels = torch.cat([family.decode_latents(one[None]) for one in latents])
     finally:
         vae.to(home)
-    check_drawn(family, pixels, "vae")
+    check_sampled(family, pixels, "vae")
     values = ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(p.numpy()) for p in values.permute(0, 2, 3, 1).cpu()]
 

@@ -113,7 +113,7 @@ def learned(run: Run, model: str, pipe: Any, count: int) -> list[Path]:
     from PIL import Image
 
     from customize.training.config import TrainConfig
-    from customize.training.recipe import train_together
+    from customize.training.recipe import train_jointly
 
     folder = run.folder / f"{count}-concepts-{model}"
     names = [f"rex{number}" for number in range(count)]
@@ -124,7 +124,7 @@ def learned(run: Run, model: str, pipe: Any, count: int) -> list[Path]:
             Image.effect_noise((512, 512), 60 + number).convert("RGB").save(
                 pictures / f"{number}.png"
             )
-        train_together(
+        train_jointly(
             [
                 TrainConfig(
                     base=model,

@@ -214,7 +214,7 @@ def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         found[method] = {
             "step_cost": seconds(method) / seconds(NOTHING),
             # Against other steps of the same runs, which is more exact.
-            "text_cost": (first / mean(others) - 1.0) / class_preservation.EVERY
+            "text_cost": (first / mean(others) - 1.0) / class_preservation.PRESERVATION_INTERVAL
             if method in TEXT
             else 0.0,
             "memory_cost": memory[method] / memory[NOTHING],
@@ -224,7 +224,7 @@ def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def by_kind(runs: Sequence[Sequence[float]]) -> list[list[float]]:
     """The times of all steps that look at phrases, and of all one, two and three steps later."""
-    every = class_preservation.EVERY
+    every = class_preservation.PRESERVATION_INTERVAL
     return [[time for run in runs for time in run[kind::every]] for kind in range(every)]
 
 
@@ -233,7 +233,7 @@ def step_times(args: argparse.Namespace, method: str) -> list[float]:
     times: list[float] = []
     short_run(args, method, lambda *_: times.append(time.process_time()))
     # The callback comes after a step, so the first difference is the second step's.
-    return [b - a for a, b in pairwise(times)][class_preservation.EVERY - 1 :]
+    return [b - a for a, b in pairwise(times)][class_preservation.PRESERVATION_INTERVAL - 1 :]
 
 
 def peak(args: argparse.Namespace, method: str) -> int:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from customize.base.load_pipeline import open_base
 from customize.errors import PipelineError
-from customize.training.base_fingerprint import weights_of, weights_on_disk
+from customize.training.base_fingerprint import weight_digests, weight_digests_on_disk
 from tests.tiny import tiny_flux3, tiny_sd
 
 
@@ -50,13 +50,13 @@ def test_a_modular_base_opens_whole_and_without_the_step_that_rewrites_prompts(b
 
 
 def test_the_digests_of_its_files_are_those_in_memory(base: Path) -> None:
-    found = weights_on_disk(str(base))
+    found = weight_digests_on_disk(str(base))
     assert set(found) == {"transformer", "text_encoder", "vae"}
-    assert found == weights_of("", open_base(str(base), torch.float32).components)
+    assert found == weight_digests("", open_base(str(base), torch.float32).components)
     shutil.rmtree(base / "text_encoder")  # which may be in a repository of its own
-    assert weights_on_disk(str(base)) == {}
+    assert weight_digests_on_disk(str(base)) == {}
     (base / "modular_model_index.json").write_text("{")
-    assert weights_on_disk(str(base)) == {}
+    assert weight_digests_on_disk(str(base)) == {}
 
 
 def without_a_weight(base: Path) -> None:

@@ -14,7 +14,7 @@ from customize.base.load_pipeline import open_base
 from customize.base.weight_files import chosen_variants, variants_in
 from customize.cli import main
 from customize.errors import PipelineError
-from customize.training.base_fingerprint import weights_of, weights_on_disk
+from customize.training.base_fingerprint import weight_digests, weight_digests_on_disk
 from customize.training.recipe import train
 from tests.pipeline.making import concept, draw
 from tests.tiny import tiny_flux3, tiny_sd
@@ -59,7 +59,7 @@ def test_the_only_variant_is_read_and_has_the_digests_of_what_is_in_memory(varia
     base = str(sd(tmp_path / "base", variant, **how))
     pipe = open_base(base, {"default": torch.float32, "vae": torch.float32})
     assert same_weights(pipe, tiny_sd())
-    assert weights_on_disk(base) == weights_of("", pipe.components) != {}
+    assert weight_digests_on_disk(base) == weight_digests("", pipe.components) != {}
     half = open_base(base, {"default": torch.bfloat16, "vae": torch.float32})
     assert (half.unet.dtype, half.vae.dtype) == (torch.bfloat16, torch.float32)
     assert same_weights(open_base(base, torch.float32, variant=variant), pipe)
@@ -78,10 +78,10 @@ def test_components_may_have_variants_of_their_own(tmp_path):
     assert chosen_variants(base) == {"unet": "fp16", "text_encoder": "ema", "vae": ""}
     found = open_base(str(base), torch.float32)
     assert same_weights(found, tiny_sd())
-    assert weights_on_disk(str(base)) == weights_of("", found.components)
+    assert weight_digests_on_disk(str(base)) == weight_digests("", found.components)
     found = open_base(str(base), torch.float32, variant="fp16")  # asked for, so read
     assert not found.vae.get_parameter("decoder.conv_in.weight").any()
-    assert weights_on_disk(str(base), "fp16") == weights_of("", found.components)
+    assert weight_digests_on_disk(str(base), "fp16") == weight_digests("", found.components)
 
 
 def test_what_is_not_clear_is_refused_by_name(tmp_path):
@@ -89,7 +89,7 @@ def test_what_is_not_clear_is_refused_by_name(tmp_path):
     tiny_sd().unet.save_pretrained(base / "unet", variant="ema")
     with pytest.raises(PipelineError, match=r"unet has no plain weights.*ema and fp16.*--variant"):
         open_base(str(base), torch.float32)
-    assert weights_on_disk(str(base)) == {}
+    assert weight_digests_on_disk(str(base)) == {}
     assert same_weights(open_base(str(base), torch.float32, variant="ema"), tiny_sd())
     with pytest.raises(PipelineError, match=r"no component of the base has a variant fp8"):
         open_base(str(base), torch.float32, variant="fp8")
@@ -107,7 +107,7 @@ def test_a_modular_base_too(tmp_path):
     found = open_base(str(tmp_path / "base"), torch.float32)
     for name in ("transformer", "text_encoder", "vae"):
         assert same(getattr(found, name).state_dict(), getattr(pipe, name).state_dict())
-    assert weights_on_disk(str(tmp_path / "base")) == weights_of("", found.components)
+    assert weight_digests_on_disk(str(tmp_path / "base")) == weight_digests("", found.components)
 
 
 def test_a_hub_id_whose_cache_has_the_variant_alone(tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ def test_settings_that_do_not_fit(run: Run, world: World, tmp_path: Path) -> Non
 def test_a_rank_above_a_width_is_told_before_pictures_are_encoded(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("customize.training.latents_and_embeddings.prepare_pictures", None)
+    monkeypatch.setattr("customize.training.latents_and_embeddings.cache_images", None)
     photos(tmp_path / "photos")
     for method, most in (("orthogonal", 14), ("lora", 16)):
         says = ("the rank 17 is above the width", "(rank)", f"at most {most}")

@@ -14,7 +14,7 @@ import pytest
 
 from customize.cli import interrupts
 from customize.training import distributed
-from customize.training.checkpoint import latest
+from customize.training.checkpoint import load_latest_checkpoint
 from tests.cli.making import photos
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +134,7 @@ def test_a_closed_terminal_saves_and_the_run_goes_on(world, tmp_path):
     assert os.waitstatus_to_exitcode(status) == 130
     names = [path.name for path in (tmp_path / "out" / ".checkpoints").iterdir()]
     assert all(re.fullmatch(r"step-\d+\.safetensors", name) for name in names)
-    assert latest(tmp_path / "out" / ".checkpoints").step >= 5
+    assert load_latest_checkpoint(tmp_path / "out" / ".checkpoints").step >= 5
 
 
 def test_a_reader_that_is_gone():

@@ -71,7 +71,7 @@ def _lora(folder: Path) -> Path:
 def _checkpoint(folder: Path) -> Path:
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.tensor(1.0)}
     state = checkpoint.Checkpoint(5, tensors, {"rank": 2}, [[1, 0.5]], {"scaler": {}})
-    return checkpoint.save(folder, state, 1)
+    return checkpoint.save_checkpoint(folder, state, 1)
 
 
 def _checkpoints_alike(a: Any, b: Any) -> bool:
@@ -134,7 +134,7 @@ KINDS = {
     },
     "single file": Kind(_single, lambda f: Concept.load(f / "rex.safetensors"), same_tensors),
     "LoRA from elsewhere": Kind(_lora, lambda f: opened(f / "a.safetensors")),
-    "checkpoint": Kind(_checkpoint, checkpoint.latest, _checkpoints_alike),
+    "checkpoint": Kind(_checkpoint, checkpoint.load_latest_checkpoint, _checkpoints_alike),
     "index": Kind(_index, lambda f: Library(f).entries, lambda a, b: a == b),
     "claim": Kind(_claim, read_claims),
     "settings": Kind(_settings, lambda f: read_yaml(f / "a.yaml")),

@@ -6,7 +6,11 @@ import torch
 
 from customize.errors import SettingsError
 from customize.families import family_of
-from customize.training.base_fingerprint import resolution_of, weights_of, weights_on_disk
+from customize.training.base_fingerprint import (
+    resolution_before_loading,
+    weight_digests,
+    weight_digests_on_disk,
+)
 from customize.training.recipe import train
 from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 from tests.tiny_llm import tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
@@ -29,15 +33,19 @@ def save_base(folder, factor=1.0):
 def test_weights_on_disk_and_in_memory_agree(make, tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "base", max_shard_size="50KB")
-    found = weights_on_disk(str(tmp_path / "base"))
-    assert found == weights_of("", pipe.components)
+    found = weight_digests_on_disk(str(tmp_path / "base"))
+    assert found == weight_digests("", pipe.components)
     assert set(found) == {k for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
     pipe.to(torch.float16)
-    halves = weights_of("", pipe.components)
+    halves = weight_digests("", pipe.components)
     assert not set(halves.values()) & set(found.values())
     pipe.save_pretrained(tmp_path / "half")
     pipe.to(torch.float32)
-    assert weights_on_disk(str(tmp_path / "half")) == halves == weights_of("", pipe.components)
+    assert (
+        weight_digests_on_disk(str(tmp_path / "half"))
+        == halves
+        == weight_digests("", pipe.components)
+    )
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_sd3])
@@ -46,17 +54,24 @@ def test_the_resolution_is_known_before_the_base_is_loaded(make, tmp_path):
     pipe.save_pretrained(tmp_path / "base")
     config = settings(tmp_path, base=str(tmp_path / "base"), resolution=None)
     wanted = family_of(pipe.components).default_resolution
-    assert resolution_of(config, None) == resolution_of(config, pipe.components) == wanted
-    assert resolution_of(settings(tmp_path, resolution=48), None) == 48
-    assert resolution_of(settings(tmp_path, base="nobody/nothing", resolution=None), None) is None
+    assert (
+        resolution_before_loading(config, None)
+        == resolution_before_loading(config, pipe.components)
+        == wanted
+    )
+    assert resolution_before_loading(settings(tmp_path, resolution=48), None) == 48
+    assert (
+        resolution_before_loading(settings(tmp_path, base="nobody/nothing", resolution=None), None)
+        is None
+    )
 
 
 def test_every_tensor_counts(tmp_path):
     pipe = tiny_sd()
-    before = weights_of("", pipe.components)
+    before = weight_digests("", pipe.components)
     with torch.no_grad():
         pipe.unet.conv_in.bias[0] += 1e-3
-    after = weights_of("", pipe.components)
+    after = weight_digests("", pipe.components)
     assert {key for key in before if before[key] != after[key]} == {"unet"}
 
 
@@ -64,15 +79,15 @@ def test_bases_without_weights_at_hand(tmp_path):
     save_base(tmp_path / "base")
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     for base in (tmp_path / "base", tmp_path, "nobody/nothing", "no such base"):
-        assert weights_on_disk(str(base)) == {}
+        assert weight_digests_on_disk(str(base)) == {}
 
 
 def test_a_hub_ids_download_is_looked_at(tmp_path, monkeypatch):
     pipe = save_base(tmp_path / "base")
     found = {"org/model": str(tmp_path / "base" / "model_index.json")}
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda base, name: found[base])
-    assert weights_on_disk("org/model") == weights_of("", pipe.components)
-    assert weights_on_disk("org/other") == {}
+    assert weight_digests_on_disk("org/model") == weight_digests("", pipe.components)
+    assert weight_digests_on_disk("org/other") == {}
 
 
 def test_what_was_learned_on_other_weights_is_refused(tmp_path):

@@ -7,13 +7,13 @@ import torch
 from customize.errors import StorageError, TrainingError
 from customize.training.checkpoint import (
     Checkpoint,
-    check_settings,
-    clear,
-    differences,
-    flatten_optimizer,
-    latest,
+    check_settings_match,
+    delete_checkpoints,
+    load_latest_checkpoint,
+    optimizer_tensors,
     restore_optimizer,
-    save,
+    save_checkpoint,
+    settings_differences,
     write_whole,
 )
 
@@ -28,8 +28,8 @@ def names(folder):
 
 
 def test_what_is_saved_is_read_back(tmp_path):
-    save(tmp_path / "new" / "folder", made(7, rank=4, text=None), keep=2)
-    found = latest(tmp_path / "new" / "folder")
+    save_checkpoint(tmp_path / "new" / "folder", made(7, rank=4, text=None), keep=2)
+    found = load_latest_checkpoint(tmp_path / "new" / "folder")
     assert (found.step, found.settings, found.history) == (7, {"rank": 4, "text": None}, [[7, 0.5]])
     assert found.extra == {"scaler": {}}
     assert torch.equal(found.tensors["adapter/unet/0"], torch.full((3, 2), 7.0))
@@ -38,75 +38,75 @@ def test_what_is_saved_is_read_back(tmp_path):
 def test_only_the_newest_are_kept_and_partial_files_go(tmp_path):
     (tmp_path / ".step-000001.safetensors.123").write_bytes(b"half")
     for step in (5, 20, 1_000_000):
-        save(tmp_path, made(step), keep=2)
+        save_checkpoint(tmp_path, made(step), keep=2)
     assert names(tmp_path) == ["step-000020.safetensors", "step-1000000.safetensors"]
-    assert latest(tmp_path).step == 1_000_000
-    clear(tmp_path)
-    assert latest(tmp_path) is None and names(tmp_path) == []
-    assert latest(tmp_path / "missing") is None
+    assert load_latest_checkpoint(tmp_path).step == 1_000_000
+    delete_checkpoints(tmp_path)
+    assert load_latest_checkpoint(tmp_path) is None and names(tmp_path) == []
+    assert load_latest_checkpoint(tmp_path / "missing") is None
 
 
 def test_a_damaged_later_file_does_not_cost_the_new_one(tmp_path):
-    save(tmp_path, made(5), keep=1)
+    save_checkpoint(tmp_path, made(5), keep=1)
     (tmp_path / "step-000020.safetensors").write_bytes(b"damaged")
-    save(tmp_path, made(10), keep=1)
+    save_checkpoint(tmp_path, made(10), keep=1)
     assert names(tmp_path) == ["step-000010.safetensors"]
 
 
 def test_partial_and_damaged_files_are_passed_over(tmp_path):
-    save(tmp_path, made(10), keep=3)
-    save(tmp_path, made(20), keep=3)
+    save_checkpoint(tmp_path, made(10), keep=3)
+    save_checkpoint(tmp_path, made(20), keep=3)
     (tmp_path / ".step-000030.safetensors.99").write_bytes(b"half")
     path = tmp_path / "step-000020.safetensors"
     whole = path.read_bytes()
     for damaged in (whole[:-4], whole[:20], b"", b"\xff" * 64):
         path.write_bytes(damaged)
         with pytest.warns(UserWarning, match=r"step-000020.safetensors is damaged"):
-            assert latest(tmp_path).step == 10
+            assert load_latest_checkpoint(tmp_path).step == 10
     path.write_bytes(whole)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert latest(tmp_path).step == 20
+        assert load_latest_checkpoint(tmp_path).step == 20
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
-    save(tmp_path, made(1), keep=1)
+    save_checkpoint(tmp_path, made(1), keep=1)
     bad = made(2)
     bad.tensors["tokens/x"][0] = float("nan")
     with pytest.raises(TrainingError, match=r"step 2.*no longer finite"):
-        save(tmp_path, bad, keep=1)
+        save_checkpoint(tmp_path, bad, keep=1)
     assert names(tmp_path) == ["step-000001.safetensors"]
 
 
 def test_a_full_disk_keeps_the_last_good_state(tmp_path):
-    save(tmp_path, made(1), keep=1)
+    save_checkpoint(tmp_path, made(1), keep=1)
     large = made(2)
     large.tensors["adapter/unet/0"] = torch.zeros(100_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(StorageError, match=r"step 2 cannot be written.*free some space"):
-            save(tmp_path, large, keep=1)
+            save_checkpoint(tmp_path, large, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == ["step-000001.safetensors"]
-    assert latest(tmp_path).step == 1
+    assert load_latest_checkpoint(tmp_path).step == 1
 
 
 def test_a_folder_that_cannot_be_made_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
-        save(tmp_path / "file" / "folder", made(1), keep=1)
+        save_checkpoint(tmp_path / "file" / "folder", made(1), keep=1)
 
 
 def test_differing_settings_are_named():
     before, now = {"rank": 4, "a": (1, 2), "old": 1}, {"rank": 8, "a": [1, 2], "new": None}
-    assert differences(before, {**before, "a": [1, 2]}) == ["a was (1, 2) and is [1, 2]"]
-    assert differences({"a": [1, 2]}, {"a": (1, 2)}) == []
+    assert settings_differences(before, {**before, "a": [1, 2]}) == ["a was (1, 2) and is [1, 2]"]
+    assert settings_differences({"a": [1, 2]}, {"a": (1, 2)}) == []
     checkpoint = Checkpoint(3, {}, {"rank": 4, "old": 1})
-    check_settings(checkpoint, {"rank": 4, "old": 1}, "here")
+    check_settings_match(checkpoint, {"rank": 4, "old": 1}, "here")
     with pytest.raises(TrainingError) as caught:
-        check_settings(checkpoint, now, "here")
+        check_settings_match(checkpoint, now, "here")
     assert "rank was 4 and is 8" in str(caught.value)
     assert "old was 1 and is 'not set'" in str(caught.value)
 
@@ -125,7 +125,7 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened():
     whole = parameters()
     optimizer = torch.optim.AdamW(whole.values(), lr=0.1, fused=True)
     step(whole, optimizer, 3)
-    state = {k: v.clone() for k, v in flatten_optimizer(optimizer, whole).items()}
+    state = {k: v.clone() for k, v in optimizer_tensors(optimizer, whole).items()}
     values = {k: p.detach().clone() for k, p in whole.items()}
     step(whole, optimizer, 3)
 

@@ -14,7 +14,7 @@ from customize.families import family_of
 from customize.training import class_preservation
 from customize.training.data.captions import class_caption
 from customize.training.recipe import train
-from customize.training.trainable import trained_in
+from customize.training.trainable import attach_trainable
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
 from tests.tiny_video import tiny_wan
 from tests.training.runs import (
@@ -34,7 +34,7 @@ OTHERS = {
     "z_image": tiny_z_image,
     "wan": lambda: tiny_wan("2.2-14b"),
 }
-EVERY = class_preservation.EVERY
+EVERY = class_preservation.PRESERVATION_INTERVAL
 ALL = {"class_text": 1.0, "context_text": 0.5, "output": 0.25, "context_output": 0.5}
 
 
@@ -48,20 +48,20 @@ class Kept:
         for part in self.family.adaptable.values():
             part.requires_grad_(False)
         self.trainable = stack.enter_context(
-            trained_in(self.family, [self.config], [None], BasisInfo(), {})
+            attach_trainable(self.family, [self.config], [None], BasisInfo(), {})
         )
         self.preserved = self.prepare()
         if moved:
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
-                for parameter in self.trainable.named().values():
+                for parameter in self.trainable.named_parameters().values():
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
     def prepare(self):
         def encode(captions):
-            return self.family.encode_prompts([self.trainable.expanded(c) for c in captions])
+            return self.family.encode_prompts([self.trainable.expand_triggers(c) for c in captions])
 
-        return class_preservation.prepare(
+        return class_preservation.compute_preservation_targets(
             [self.config], self.family, self.trainable, ["a photo of <rex>"], encode, nullcontext
         )
 
@@ -69,7 +69,7 @@ class Kept:
         self.preserved.text_loss(step).backward()
         return {
             name: float(parameter.grad.abs().max()) if parameter.grad is not None else 0.0
-            for name, parameter in self.trainable.named().items()
+            for name, parameter in self.trainable.named_parameters().items()
         }
 
 
@@ -105,7 +105,7 @@ def test_class_text_is_the_papers_formula_on_each_encoder(kept, make):
             new = tokenizer.convert_tokens_to_ids("<rex>")
             assert new > tokenizer.eos_token_id  # which the legacy pooling would stop at
             ours = pooled("a photo of <rex> <rex>_1")
-            with run.trainable.silent():
+            with run.trainable.adapters_disabled():
                 base = pooled("a photo of a dog")
         expected.append(1 - F.cosine_similarity(ours, base, dim=0))
     found = run.preserved.text_loss(0) / EVERY
@@ -122,7 +122,7 @@ def test_the_published_pooling_is_that_of_the_published_code(kept):
     legacy = CLIPTextModel(encoder.config)
     legacy.load_state_dict(encoder.state_dict())
     legacy.eos_token_id = 2
-    row = run.trainable.concepts[0].rows["text_encoder"].parameter
+    row = run.trainable.concepts[0].trainable_rows["text_encoder"].parameter
     new = tokenizer.convert_tokens_to_ids("<rex>")
 
     def lay_over(module, args, kwargs, out):
@@ -163,7 +163,7 @@ def test_context_text_compares_the_words_around_the_concept(kept):
     with torch.no_grad():
         for text, before in (("a photo of {} on the beach", 4), ("{} in the snow", 1)):
             ours = states(text.replace("{}", own))
-            with run.trainable.silent():
+            with run.trainable.adapters_disabled():
                 base = states(text.replace("{}", "a dog"))
             after = len(ours) - before - 3
             assert len(base) == before + 2 + after
@@ -178,12 +178,14 @@ def test_layerwise_tokens_are_pooled_layer_by_layer(kept, tmp_path):
     """Every layer's own wording of the phrase comes in its turn, and moves its own rows alone."""
     config = settings(tmp_path, preserve={"class_text": 1.0}, layerwise_tokens=True)
     family = family_of(tiny_sd().components)
-    with trained_in(family, [config], [None], BasisInfo(), {}) as trainable:
-        preserved = class_preservation.prepare([config], family, trainable, [], None, nullcontext)
+    with attach_trainable(family, [config], [None], BasisInfo(), {}) as trainable:
+        preserved = class_preservation.compute_preservation_targets(
+            [config], family, trainable, [], None, nullcontext
+        )
         layers = trainable.layers
         (phrases,) = preserved.phrases["text_encoder"].values()
         assert len(phrases.ids) == layers and len(set(map(tuple, phrases.ids.tolist()))) == layers
-        rows = trainable.concepts[0].rows["text_encoder"].parameter
+        rows = trainable.concepts[0].trainable_rows["text_encoder"].parameter
         moved = set()
         for step in range(layers):
             rows.grad = None
@@ -203,7 +205,7 @@ def test_gradients_reach_tokens_and_text_adapters_alone(kept, loss, make):
     for name, size in found.items():
         assert (size > 0) is (name.split("/")[1] not in denoisers), name
     frozen = [p for part in run.family.adaptable.values() for p in part.parameters()]
-    trained = {id(p) for p in run.trainable.named().values()}
+    trained = {id(p) for p in run.trainable.named_parameters().values()}
     assert all(p.grad is None for p in frozen if id(p) not in trained)
 
 
@@ -372,7 +374,9 @@ def test_contexts_are_held_in_every_family_and_move_what_is_learned(make, tmp_pa
 def test_each_context_comes_once_before_any_comes_again(kept):
     phrases = tuple(f"{{}} {where}" for where in ("in a city", "on a beach", "in space"))
     run = kept(preserve={"context_output": 1.0}, preserve_phrases=phrases)
-    found = [text for turn in range(6) for text in run.preserved.in_context([0, 0], turn)]
+    found = [
+        text for turn in range(6) for text in run.preserved.choose_context_prompts([0, 0], turn)
+    ]
     told = sorted(phrase.replace("{}", "<rex>") for phrase in phrases)
     assert [sorted(found[k : k + 3]) for k in range(0, 12, 3)] == [told] * 4
 
@@ -380,14 +384,14 @@ def test_each_context_comes_once_before_any_comes_again(kept):
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_no_context_is_left_out_by_accumulation(accumulate, tmp_path, monkeypatch):
     asked = []
-    in_context = class_preservation.Preserved.in_context
+    in_context = class_preservation.PreservationTargets.choose_context_prompts
 
     def noting(self, concepts, turn):
         found = in_context(self, concepts, turn)
         asked.extend(found)
         return found
 
-    monkeypatch.setattr(class_preservation.Preserved, "in_context", noting)
+    monkeypatch.setattr(class_preservation.PreservationTargets, "choose_context_prompts", noting)
     phrases = tuple(f"{{}} {where}" for where in ("in a city", "on a beach", "in space"))
     changes = {"preserve": {"context_output": 1.0}, "preserve_phrases": phrases, "batch_size": 1}
     steps = 2 * EVERY + 1
@@ -398,7 +402,7 @@ def test_no_context_is_left_out_by_accumulation(accumulate, tmp_path, monkeypatc
 
 def test_contexts_stand_behind_the_caption(kept):
     run = kept(preserve={"context_output": 1.0}, caption="a picture in {} style")
-    found = {run.preserved.in_context([0], turn)[0] for turn in range(9)}
+    found = {run.preserved.choose_context_prompts([0], turn)[0] for turn in range(9)}
     assert "a picture in <rex> style wearing a hat" in found
     assert len(found) == 9
 

@@ -8,7 +8,7 @@ from customize.base.quantization import quantize
 from customize.errors import ConfigError
 from customize.families import family_of
 from customize.training import compile_blocks
-from customize.training.compile_blocks import compiled, repeated_blocks
+from customize.training.compile_blocks import compiled_blocks, repeated_blocks
 from customize.training.recipe import train
 from tests.base.test_quantization import of
 from tests.makers import FAMILIES
@@ -100,7 +100,7 @@ def test_what_a_user_compiled_stays_compiled():
     pipe.transformer.compile_repeated_blocks(backend="eager")
     blocks = repeated_blocks(pipe.transformer)
     theirs = [block._compiled_call_impl for block in blocks]
-    with compiled([pipe.transformer]):
+    with compiled_blocks([pipe.transformer]):
         assert all(
             block._compiled_call_impl is not call
             for block, call in zip(blocks, theirs, strict=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from customize.families import family_of
-from customize.training.latents_and_embeddings import encode_once, from_cache
+from customize.training.latents_and_embeddings import encode_prompts_once, lookup_conditions
 from customize.training.recipe import train
 from tests.makers import FAMILIES
 from tests.tiny import tiny_flux3
@@ -57,8 +57,8 @@ def test_a_batch_of_prompts_of_different_lengths_is_each_by_itself(name: str) ->
     mean, _ = family.encode_images(torch.zeros(1, 3, 64, 64))
     noisy = torch.randn(3, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
     t = family.timesteps(torch.tensor([0.2, 0.5, 0.95]), noisy.shape[1:])
-    cache = encode_once(family, prompts)
-    together = family.predict(noisy, t, from_cache(cache, prompts))
+    cache = encode_prompts_once(family, prompts)
+    together = family.predict(noisy, t, lookup_conditions(cache, prompts))
     for row, prompt in enumerate(prompts):
         own = slice(row, row + 1)
         alone = family.predict(noisy[own], t[own], cache[prompt])

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from customize.concepts.types import Concept
-from customize.training.checkpoint import latest
+from customize.training.checkpoint import load_latest_checkpoint
 from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import make_various, same, settings, tensors
@@ -69,7 +69,7 @@ def run_until(folder, step, number):
 def test_a_stopped_run_goes_on_to_the_uninterrupted_result(number, tmp_path):
     code, said = run_until(tmp_path, 5, number)
     folder = tmp_path / "out" / ".checkpoints"
-    found = latest(folder)
+    found = load_latest_checkpoint(folder)
     assert found.step < STEPS
     if number == signal.SIGINT:
         assert code == 130
@@ -165,7 +165,7 @@ def test_two_processes_stop_together_and_go_on_to_the_uninterrupted_result(tmp_p
             if line.strip() == "5":
                 process.send_signal(signal.SIGTERM)  # which the launcher hands to both
         assert process.wait(timeout=300) != 0
-    found = latest(tmp_path / "a" / "out" / ".checkpoints")
+    found = load_latest_checkpoint(tmp_path / "a" / "out" / ".checkpoints")
     assert 5 <= found.step < STEPS and found.settings["processes"] == 2
     results = []
     for folder in (tmp_path / "a", tmp_path / "b"):

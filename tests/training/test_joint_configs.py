@@ -23,9 +23,9 @@ from customize.errors import ConfigError, DataError, SettingsError, StorageError
 from customize.families import family_of
 from customize.training import class_preservation
 from customize.training.data.batches import compose
-from customize.training.joint_configs import OWN, load_configs
-from customize.training.recipe import train, train_together
-from customize.training.trainable import trained_in
+from customize.training.joint_configs import PER_CONCEPT_SETTINGS, load_configs
+from customize.training.recipe import train, train_jointly
+from customize.training.trainable import attach_trainable
 from tests.makers import FAMILIES
 from tests.tiny import tiny_sd, tiny_sdxl
 from tests.training.runs import (
@@ -59,7 +59,7 @@ def two(folder, rex=None, tom=None, **changes):
 
 
 def learn(pipe, configs, **more):
-    return train_together(
+    return train_jointly(
         configs, pipe.components, progress=False, pipeline_config=pipe.config, **more
     )
 
@@ -272,17 +272,20 @@ def both(tmp_path):
         configs = two(tmp_path, preserve=ALL, **changes)
         family = family_of(tiny_sd().components)
         family.components["text_encoder"].requires_grad_(False)
-        with trained_in(family, configs, [0, 1], BasisInfo(), {}) as trainable, torch.no_grad():
+        with (
+            attach_trainable(family, configs, [0, 1], BasisInfo(), {}) as trainable,
+            torch.no_grad(),
+        ):
             generator = torch.Generator().manual_seed(0)
-            for parameter in trainable.named().values():
+            for parameter in trainable.named_parameters().values():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
             def encode(texts):
-                return family.encode_prompts([trainable.expanded(text) for text in texts])
+                return family.encode_prompts([trainable.expand_triggers(text) for text in texts])
 
             def prepared(configs, captions=(), **preserve):
                 changed = [c.model_copy(update={"preserve": preserve}) for c in configs]
-                return class_preservation.prepare(
+                return class_preservation.compute_preservation_targets(
                     changed, family, trainable, captions, encode, nullcontext
                 )
 
@@ -297,7 +300,9 @@ def test_class_text_is_the_mean_over_concepts(both):
         (dictionary,) = family.token_dictionaries()
 
         def pooled(text):
-            ids = dictionary.tokenizer(trainable.expanded(text), return_tensors="pt").input_ids
+            ids = dictionary.tokenizer(
+                trainable.expand_triggers(text), return_tensors="pt"
+            ).input_ids
             return dictionary.text_encoder(ids).last_hidden_state[0, -1]
 
         expected = []
@@ -308,10 +313,13 @@ def test_class_text_is_the_mean_over_concepts(both):
             *[("a photo of <tom>", "a photo of a cat")] * 2,
         ):
             ours = pooled(named)
-            with trainable.silent():
+            with trainable.adapters_disabled():
                 base = pooled(plain)
             expected.append(1 - F.cosine_similarity(ours, base, dim=0))
-        found = prepared(configs, class_text=1.0).text_loss(0) / class_preservation.EVERY
+        found = (
+            prepared(configs, class_text=1.0).text_loss(0)
+            / class_preservation.PRESERVATION_INTERVAL
+        )
         torch.testing.assert_close(found, torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
         assert found > 1e-3
 
@@ -319,7 +327,7 @@ def test_class_text_is_the_mean_over_concepts(both):
 @pytest.mark.parametrize("pooling", ["end", "published"])
 def test_what_is_preserved_of_each_is_what_it_would_be_alone(pooling, both):
     with both(preserve_pooling=pooling) as (configs, _, _, prepared):
-        for step in (0, 5 * class_preservation.EVERY):
+        for step in (0, 5 * class_preservation.PRESERVATION_INTERVAL):
             for loss in ("class_text", "context_text"):
                 together = prepared(configs, **{loss: 1.0}).text_loss(step)
                 alone = [prepared([config], **{loss: 1.0}).text_loss(step) for config in configs]
@@ -372,7 +380,7 @@ def test_a_resumed_run_gives_the_uninterrupted_result(library, tmp_path):
         assert same(tensors(a), tensors(b)) and a.info.slices == b.info.slices
     assert read_claims(tmp_path / "cut") == []
 
-    again = train_together(configs("cut"), {}, progress=False)  # no model is needed
+    again = train_jointly(configs("cut"), {}, progress=False)  # no model is needed
     assert [c.info.name for c in again] == ["rex", "tom"]
     assert all(same(tensors(a), tensors(b)) for a, b in zip(whole, again, strict=True))
 
@@ -548,10 +556,10 @@ def test_all_that_cannot_go_together_is_told_at_once(tmp_path):
         ([], "no concept to learn"),
     ):
         with pytest.raises(ConfigError) as caught:
-            train_together(configs, {}, progress=False)
+            train_jointly(configs, {}, progress=False)
         assert all(text in str(caught.value) for text in says), str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cats", "images"]
-    assert set(type(rex).model_fields) >= OWN
+    assert set(type(rex).model_fields) >= PER_CONCEPT_SETTINGS
 
 
 def test_files_leave_out_what_the_first_has(tmp_path):

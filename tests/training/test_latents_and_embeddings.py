@@ -5,14 +5,14 @@ from customize.errors import PipelineError
 from customize.families import family_of
 from customize.training.data.dataset import read_folder
 from customize.training.latents_and_embeddings import (
-    RememberedEncoder,
-    encode_distinct,
+    CachedTextEncoder,
+    cache_conditions,
+    cache_images,
     encode_latents,
-    encode_once,
-    from_cache,
-    pixels_key,
-    prepare_conditions,
-    prepare_pictures,
+    encode_prompts_once,
+    encode_unique,
+    lookup_conditions,
+    pixels_digest,
 )
 from tests.tiny import tiny_sd, tiny_sd3
 from tests.training.runs import make_pictures, picture
@@ -27,7 +27,7 @@ def test_conditions_are_those_of_each_caption(make, live):
     family = family_of(pipe.components)
     with torch.no_grad():
         expected = family.encode_prompts(["the dog", "the cat", "the dog", ""])
-        encode = prepare_conditions(
+        encode = cache_conditions(
             family, CAPTIONS, live=live, to_encoder=lambda c: c.replace("a ", "the ")
         )
         for batch in (CAPTIONS, ["a cat", "a cat"], ["a dog", "a cat"]):
@@ -47,16 +47,16 @@ def test_distinct_captions_are_encoded_once_and_gradients_add_up():
 
     for batch, weights in (("aab", [2, 1]), ("bb", [0, 2]), ("ab", [1, 1])):
         table.grad = None
-        encode_distinct(encode, list(batch))["x"].sum().backward()
+        encode_unique(encode, list(batch))["x"].sum().backward()
         assert table.grad.flatten().tolist() == weights
     assert seen == [["a", "b"], ["b"], ["a", "b"]]
 
 
 def test_a_cached_caption_keeps_no_graph():
     family = family_of(tiny_sd().components)
-    cache = encode_once(family, ["a dog", "a cat", "a dog"])
+    cache = encode_prompts_once(family, ["a dog", "a cat", "a dog"])
     assert list(cache) == ["a dog", "a cat"]
-    assert not from_cache(cache, ["a dog", "a cat"])["prompt_embeds"].requires_grad
+    assert not lookup_conditions(cache, ["a dog", "a cat"])["prompt_embeds"].requires_grad
 
 
 def test_equal_pictures_are_encoded_once(tmp_path):
@@ -70,7 +70,7 @@ def test_equal_pictures_are_encoded_once(tmp_path):
     assert found[0] is found[2]
     mean, std = family.encode_images(b[None])
     assert torch.equal(found[1][0], mean[0]) and torch.equal(found[1][1], std[0])
-    assert pixels_key(a) != pixels_key(a.reshape(3, 64, 16))
+    assert pixels_digest(a) != pixels_digest(a.reshape(3, 64, 16))
 
 
 def test_pictures_give_the_same_latents_kept_or_not(tmp_path):
@@ -79,7 +79,7 @@ def test_pictures_give_the_same_latents_kept_or_not(tmp_path):
     samples = read_folder(tmp_path, trigger="<rex>", caption="a {}")
     family = family_of(tiny_sd().components)
     kept, fresh = (
-        prepare_pictures(family, samples, 32, torch.device("cpu"), flip=True, keep_latents=keep)
+        cache_images(family, samples, 32, torch.device("cpu"), flip=True, keep_latents=keep)
         for keep in (True, False)
     )
     assert kept.shape == fresh.shape == (4, 16, 16)
@@ -87,12 +87,12 @@ def test_pictures_give_the_same_latents_kept_or_not(tmp_path):
     assert kept.mask([0], [False]) is None
     for mirrored in ([False, True], [True, True]):
         for x, y in zip(
-            kept.distribution(family, [2, 3], mirrored),
-            fresh.distribution(family, [2, 3], mirrored),
+            kept.latent_distribution(family, [2, 3], mirrored),
+            fresh.latent_distribution(family, [2, 3], mirrored),
             strict=True,
         ):
             assert torch.allclose(x, y, atol=1e-5)
-    plain, flipped = (kept.distribution(family, [2], [m])[0] for m in (False, True))
+    plain, flipped = (kept.latent_distribution(family, [2], [m])[0] for m in (False, True))
     assert not torch.allclose(plain, flipped, atol=1e-3)
 
 
@@ -103,7 +103,7 @@ def test_masks_follow_their_pictures(tmp_path):
         tmp_path / "images", trigger="<rex>", caption="a {}", masks=tmp_path / "masks"
     )
     family = family_of(tiny_sd().components)
-    found = prepare_pictures(
+    found = cache_images(
         family, samples, 32, torch.device("cpu"), flip=True, keep_latents=True
     ).mask([0, 1], [False, True])
     assert found.shape == (2, 1, 16, 16)
@@ -116,7 +116,7 @@ def test_a_remembered_encoder_answers_as_before_and_refuses_what_is_new():
     pipe = tiny_sd3()
     ids = pipe.tokenizer_3(["a dog", "a cat"], padding="max_length", max_length=8).input_ids
     ids = torch.tensor(ids)
-    remembered = RememberedEncoder(pipe.text_encoder_3)
+    remembered = CachedTextEncoder(pipe.text_encoder_3)
     expected = pipe.text_encoder_3(ids)[0]
     assert torch.allclose(remembered(ids)[0], expected, atol=1e-6)
     remembered.release()

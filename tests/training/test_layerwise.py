@@ -9,7 +9,7 @@ from customize.concepts.types import BasisInfo, Concept
 from customize.errors import ConfigError
 from customize.families import family_of
 from customize.training.recipe import train
-from customize.training.trainable import trained_in
+from customize.training.trainable import attach_trainable
 from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 from tests.training.runs import assert_unchanged, same, settings, snapshot, tensors
 
@@ -55,11 +55,11 @@ def test_conditions_are_those_of_each_layers_rows(tmp_path):
     family = family_of(pipe.components)
     pipe.text_encoder.requires_grad_(False)
     config = settings(tmp_path, layerwise_tokens=True)
-    with trained_in(family, [config], [None], BasisInfo(), {}) as found:
-        texts = found.wordings("a photo of <rex>")
+    with attach_trainable(family, [config], [None], BasisInfo(), {}) as found:
+        texts = found.layer_prompts("a photo of <rex>")
         assert texts[3] == "a photo of <rex@3> <rex@3>_1" and len(texts) == LAYERS
-        assert found.wordings("a dog") == ["a dog"] * LAYERS
-        rows = found.concepts[0].rows["text_encoder"].parameter
+        assert found.layer_prompts("a dog") == ["a dog"] * LAYERS
+        rows = found.concepts[0].trainable_rows["text_encoder"].parameter
         assert rows.shape == (LAYERS * 2, 32)
         family.encode_prompts(texts)["prompt_embeds"][3].square().sum().backward()
         assert rows.grad is not None

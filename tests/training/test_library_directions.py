@@ -86,7 +86,7 @@ def test_directions_of_an_earlier_version_are_used_under_their_name(tmp_path) ->
     config = settings(
         tmp_path, name="tom", library=library, output=library / "tom", num_shared_directions=2
     )
-    weights = base_fingerprint.weights_of("", pipe.components)
+    weights = base_fingerprint.weight_digests("", pipe.components)
     earlier = path_of(library, _earlier_key(config, family, weights, 32))
     assert len(earlier.stem.rpartition("-")[2]) == 8
     from customize.concepts.input_statistics import LayerInputs

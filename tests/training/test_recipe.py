@@ -24,7 +24,7 @@ from customize.errors import (
 from customize.families import family_of
 from customize.training import prepare_base
 from customize.training.data import dataset
-from customize.training.loop import learning_rate
+from customize.training.loop import learning_rate_factor
 from customize.training.recipe import train
 from tests.makers import FAMILIES
 from tests.tiny import tiny_sd, tiny_sd3
@@ -658,10 +658,16 @@ def test_a_base_from_a_folder_gives_what_its_components_give(make, tmp_path):
 
 
 def test_learning_rates_follow_their_schedule():
-    assert [learning_rate(s, 10, 4, "constant") for s in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1, 1, 1]
-    assert learning_rate(7, 10, 4, "linear") == pytest.approx(0.5)
-    assert learning_rate(7, 10, 4, "cosine") == pytest.approx(0.5)
-    assert learning_rate(9, 10, 0, "linear") == pytest.approx(0.1)
+    assert [learning_rate_factor(s, 10, 4, "constant") for s in (0, 1, 3, 4, 9)] == [
+        0.25,
+        0.5,
+        1,
+        1,
+        1,
+    ]
+    assert learning_rate_factor(7, 10, 4, "linear") == pytest.approx(0.5)
+    assert learning_rate_factor(7, 10, 4, "cosine") == pytest.approx(0.5)
+    assert learning_rate_factor(9, 10, 0, "linear") == pytest.approx(0.1)
 
 
 def test_what_is_recorded_is_plain_json(tmp_path):

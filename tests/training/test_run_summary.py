@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from customize.families import family_of
-from customize.training.prepare_base import read_pictures
+from customize.training.prepare_base import read_images
 from customize.training.run_summary import block, counts, unknown_word, warn_unlikely
 from tests.tiny import tiny_sd
 from tests.training.runs import make_various, picture, settings
@@ -19,7 +19,7 @@ def test_counts(family, tmp_path):
     make_various(tmp_path)
     (tmp_path / "images" / "0.caption").write_text("<rex> asleep")
     config = settings(tmp_path, buckets=True, masks=tmp_path / "masks", steps=800)
-    samples, none = read_pictures(config, 32, ["<rex>"])
+    samples, none = read_images(config, 32, ["<rex>"])
     found = counts(config, samples, none, family, 32, processes=2)
     assert found == {
         "pictures": "5",
@@ -35,7 +35,7 @@ def test_counts(family, tmp_path):
 
 
 def told(config, family, resolution=32):
-    samples, _ = read_pictures(config, resolution, [config.trigger])
+    samples, _ = read_images(config, resolution, [config.trigger])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_unlikely(config, samples, family, resolution)
@@ -44,7 +44,7 @@ def told(config, family, resolution=32):
 
 def test_what_makes_success_unlikely_is_told(family, tmp_path):
     assert told(settings(tmp_path / "a", steps=800), family) == []
-    samples, none = read_pictures(settings(tmp_path / "a"), 32, ["<rex>"])
+    samples, none = read_images(settings(tmp_path / "a"), 32, ["<rex>"])
     found = counts(settings(tmp_path / "a"), samples, none, family, 32, processes=1)
     assert found["steps, epochs"] == (
         "12 of 2 pictures, which makes 8.0 epochs; some hundreds of steps are usual"

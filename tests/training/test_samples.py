@@ -11,7 +11,7 @@ from PIL import Image
 from customize.concepts.types import Concept
 from customize.training import samples
 from customize.training.config import TrainConfig
-from customize.training.recipe import train, train_together
+from customize.training.recipe import train, train_jointly
 from tests.makers import FAMILIES
 from tests.tiny import tiny_sd
 from tests.training.runs import (
@@ -178,7 +178,7 @@ def test_concepts_of_one_run_each_have_theirs(tmp_path):
         settings(tmp_path, name, samples=True, name=name, steps=2, class_word=word)
         for name, word in (("rex", "dog"), ("tom", "cat"))
     ]
-    concepts = train_together(configs, tiny_sd().components, progress=False)
+    concepts = train_jointly(configs, tiny_sd().components, progress=False)
     assert [c.info.training["samples"]["base_prompt"] for c in concepts] == [
         "a photo of a dog",
         "a photo of a cat",

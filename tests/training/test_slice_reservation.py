@@ -12,7 +12,7 @@ from customize.concepts.types import BasisInfo
 from customize.errors import ConceptError, SettingsError, StorageError
 from customize.families import family_of
 from customize.training.recipe import train
-from customize.training.slice_reservation import claimed_slices
+from customize.training.slice_reservation import reserve_slices
 from tests.tiny import tiny_sd
 from tests.training.runs import Stop, crash_at, settings
 
@@ -103,7 +103,7 @@ def test_processes_that_choose_at_once_get_different_slices(pipe, tmp_path):
         configs = [in_library(tmp_path, name, rank=1) for name in names]
         ready.wait()
         held = [
-            claimed_slices([config], family, BasisInfo(), None, accelerator) for config in configs
+            reserve_slices([config], family, BasisInfo(), None, accelerator) for config in configs
         ]
         for each in held:
             each.__enter__()

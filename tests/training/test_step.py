@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from customize.training.loop import learning_rate
+from customize.training.loop import learning_rate_factor
 from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import settings
@@ -67,7 +67,7 @@ def test_each_group_follows_the_schedule_at_its_own_rate(taken, tmp_path):
     rates = {"learning_rate": 3e-3, "text_learning_rate": 2e-4, "token_learning_rate": 1e-2}
     run(tmp_path, "out", steps=6, warmup_steps=2, lr_schedule="cosine", **rates)
     for step, (_, found) in enumerate(taken):
-        share = learning_rate(step, 6, 2, "cosine")
+        share = learning_rate_factor(step, 6, 2, "cosine")
         assert found == pytest.approx({name: rate * share for name, rate in rates.items()})
     assert taken[0][1]["learning_rate"] == pytest.approx(1.5e-3)
     assert taken[-1][1]["learning_rate"] < 1e-3

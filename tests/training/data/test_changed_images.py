@@ -11,7 +11,7 @@ from PIL import Image
 
 from customize.concepts.io.file_layout import INFO_FILE
 from customize.errors import SettingsError
-from customize.training.checkpoint import differences
+from customize.training.checkpoint import settings_differences
 from customize.training.data.changed_images import pictures_changed, summed
 from customize.training.recipe import train
 from tests.tiny import tiny_sd
@@ -44,15 +44,15 @@ def test_the_words():
 def test_what_earlier_versions_saved_is_compared_as_a_whole():
     files = {"0.png": "x", "1.png": "y"}
     assert not pictures_changed(summed(files), files, "pictures")
-    assert differences({"pictures": "0123"}, {"pictures": files}) == [
+    assert settings_differences({"pictures": "0123"}, {"pictures": files}) == [
         "the pictures, their captions or their masks have changed"
     ]
-    assert not differences({"avoid": 4, "density": None}, {"num_shared_directions": 4})[1:]
-    assert not differences({"avoid": 4}, {"num_shared_directions": 4})
+    assert not settings_differences({"avoid": 4, "density": None}, {"num_shared_directions": 4})[1:]
+    assert not settings_differences({"avoid": 4}, {"num_shared_directions": 4})
     before = {"basis": "cosine", "basis_seed": 3, "basis_scale": 0.5}
     now = {"orthogonal_matrix": "cosine", "matrix_seed": 3, "matrix_scale": 0.5}
-    assert not differences(before, now)
-    assert differences(before | {"basis_seed": 4}, now) == ["matrix_seed was 4 and is 3"]
+    assert not settings_differences(before, now)
+    assert settings_differences(before | {"basis_seed": 4}, now) == ["matrix_seed was 4 and is 3"]
 
 
 def test_a_finished_concept_names_them_too_and_publishes_no_file_names(tmp_path):

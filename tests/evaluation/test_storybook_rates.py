@@ -68,7 +68,7 @@ class Truth:
     known: list[Identity]
     threshold: float = 0.5
 
-    def see(self, images: Tensor) -> list[dict[str, str]]:
+    def predict_attributes(self, images: Tensor) -> list[dict[str, str]]:
         assert len(images) == len(self.scenes)
         return [labels(scene) for scene in self.scenes]
 

@@ -166,10 +166,10 @@ def inspect(
     if strange:
         return Inspection(facts, [f"They cannot be merged: {strange}."])
     updates = {str(k): flattened(concept.products) for k, concept in enumerate(opened)}
-    overlap = crosstalk.matrix(updates)
+    overlap = crosstalk.overlap_matrix(updates)
     records = [record_beside(c.info.name, c.products, c.source) for c in opened]
     known = {str(k): flattened(each.own) for k, each in enumerate(records) if each is not None}
-    answers = crosstalk.answers(updates, known) if len(known) == len(opened) else {}
+    answers = crosstalk.response_norms(updates, known) if len(known) == len(opened) else {}
     return Inspection(facts, relations(opened), overlap, answers)
 
 

@@ -27,7 +27,7 @@ from customize.pipeline.attach import set_to
 from customize.pipeline.call_wrapper import Host
 from customize.pipeline.sources import family_in
 from customize.pipeline.state import find
-from customize.stages.check_prompts import warn_of_triggers
+from customize.stages.check_prompts import warn_about_triggers
 
 
 class ConceptsStep(ModularPipelineBlocks):
@@ -74,7 +74,7 @@ class ConceptsStep(ModularPipelineBlocks):
             with full_precision(tf32=True):
                 set_to(components, sources, weights=block_state.concept_weights)
             family = family_in(components)
-            warn_of_triggers(Host(components, family, find(family), {}), state.values)
+            warn_about_triggers(Host(components, family, find(family), {}), state.values)
         elif block_state.concept_weights is not None:
             raise ConfigError(
                 "weights are given without concepts",

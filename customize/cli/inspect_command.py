@@ -21,7 +21,7 @@ from customize.concepts.formats.lora import Adaptation
 from customize.concepts.formats.open_adaptation import opened_together
 from customize.concepts.input_statistics import record_beside
 from customize.concepts.merge.merge_concepts import learned_together
-from customize.core.crosstalk import answers, matrix, relative
+from customize.core.crosstalk import overlap_matrix, relative_responses, response_norms
 from customize.core.lowrank import LowRank
 from customize.errors import ConfigError, storage_error
 from customize.text import one_line
@@ -78,9 +78,9 @@ def run(
         )
         return
     inputs = [flattened(record.own) for record in known]
-    found = answers(_updates(concepts), dict(zip(_labels(concepts), inputs, strict=True)))
+    found = response_norms(_updates(concepts), dict(zip(_labels(concepts), inputs, strict=True)))
     by_layer = {layer: found[layer] for layer in sorted(found, key=_in_order)}
-    overall, names = relative(by_layer), [concept.info.name for concept in concepts]
+    overall, names = relative_responses(by_layer), [concept.info.name for concept in concepts]
     if by_layer:
         out.print(_crosstalk(_labels(concepts), overall))
     if layers and by_layer:
@@ -114,7 +114,7 @@ def describe_crosstalk(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> 
     lines = []
     pairs, values = relative_crosstalk(names, by_layer)
     above = dict(zip(pairs, (values > LOUD).T, strict=True))
-    overall = relative(by_layer)
+    overall = relative_responses(by_layer)
     for i, j in combinations(range(len(names)), 2):
         one, other = f"{names[j]} on {names[i]}", f"{names[i]} on {names[j]}"
         loud = int((above[one] | above[other]).sum())
@@ -213,7 +213,7 @@ def _updates(concepts: Sequence[Adaptation]) -> dict[str, dict[str, LowRank]]:
 
 def _overlaps(concepts: Sequence[Adaptation]) -> Table:
     labels = _labels(concepts)
-    return _square("overlap of updates", labels, labels, matrix(_updates(concepts)))
+    return _square("overlap of updates", labels, labels, overlap_matrix(_updates(concepts)))
 
 
 def _crosstalk(labels: Sequence[str], values: Tensor) -> Table:

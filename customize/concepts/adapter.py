@@ -128,9 +128,9 @@ def attach(
 
     "orthogonal": the down-projection is ``basis.scale * O[:, columns]^T`` of the layer's input
     width, frozen, or with ``basis.avoid`` of what is left of that width
-    (:func:`customize.core.avoiding_slices.down_projection`); the up-projection starts at zero and
-    trains. "lora": both factors train, from peft's default start (down uniform in +-1 / sqrt(in),
-    up zero). Either way the model draws what it drew before until the first step.
+    (:func:`customize.core.avoiding_slices.scaled_down_projection`); the up-projection starts at
+    zero and trains. "lora": both factors train, from peft's default start (down uniform in
+    +-1 / sqrt(in), up zero). Either way the model draws what it drew before until the first step.
 
     Args:
         rank: columns of the up-projection, the same in every layer.
@@ -317,7 +317,7 @@ def _frozen_downs(
                     fix="give directions of every layer, or a basis that avoids none",
                 )
             if id(inputs) not in known:
-                known[id(inputs)] = avoiding_slices.down_projection(
+                known[id(inputs)] = avoiding_slices.scaled_down_projection(
                     fn, inputs, chosen, basis.seed, avoid=basis.avoid, scale=basis.scale
                 )
             found[component, module] = known[id(inputs)]

@@ -25,7 +25,7 @@ from pydantic import (
 from torch import Tensor
 
 from customize.concepts.tokens.subjects import Subject
-from customize.core.bases import avoided
+from customize.core.bases import count_shared_directions
 from customize.core.lowrank import LowRank, all_finite
 from customize.errors import ConceptError, ConfigError
 
@@ -57,7 +57,8 @@ class BasisInfo(BaseModel):
         seed: fixes the matrix of each width; concepts with other seeds are not orthogonal.
         scale: the down-projections are ``scale * O[:, columns]^T``.
         avoid: how many leading directions of each layer's inputs the slices stay out of, at most;
-            see :func:`customize.core.bases.avoided`. Columns are of what is left of the width.
+            see :func:`customize.core.bases.count_shared_directions`. Columns are of what is left of
+            the width.
         shared: a name for the record of these directions; empty where none are avoided.
     """
 
@@ -89,7 +90,7 @@ def check_slices(slices: Mapping[str, Sequence[int]], rank: int, basis: BasisInf
         if not re.fullmatch(r"[1-9][0-9]{0,6}", width):
             raise ValueError(f"slices: {width[:MAX_NAME]!r} is not a layer width")
         distinct = len(set(columns)) == len(columns) == rank
-        limit = int(width) - avoided(int(width), basis.avoid)
+        limit = int(width) - count_shared_directions(int(width), basis.avoid)
         if not distinct or not all(0 <= column < limit for column in columns):
             raise ValueError(f"slices: width {width} needs {rank} distinct columns below {limit}")
 

@@ -19,21 +19,21 @@ import math
 import torch
 from torch import Tensor
 
-from customize.core.bases import Basis, Columns, avoided, avoiding_projection
+from customize.core.bases import Basis, Columns, complement_projection, count_shared_directions
 from customize.core.precision import full_precision
 
 # No slice is louder than this: where next to nothing is left, it would be noise that is amplified.
-_LOUDEST = 10.0
+_MAX_ROW_LENGTH = 10.0
 
 
-def left(inputs: Tensor, avoid: int) -> float:
+def residual_energy(inputs: Tensor, avoid: int) -> float:
     """The share of the inputs' energy that lies outside of the avoided directions, 0 to 1."""
-    count = avoided(inputs.shape[1], avoid)
+    count = count_shared_directions(inputs.shape[1], avoid)
     return max(1.0 - float(inputs[:count].double().square().sum()), 0.0)
 
 
 @full_precision()
-def captured(inputs: Tensor, directions: Tensor) -> float:
+def captured_energy(inputs: Tensor, directions: Tensor) -> float:
     """The share of the inputs' energy that lies in the span of some directions.
 
     It does not depend on the directions' signs, order or lengths, nor on how directions of nearly
@@ -53,7 +53,7 @@ def captured(inputs: Tensor, directions: Tensor) -> float:
 
 
 @full_precision()
-def down_projection(
+def scaled_down_projection(
     basis: Basis, inputs: Tensor, columns: Columns, seed: int, *, avoid: int, scale: float = 1.0
 ) -> Tensor:
     """The frozen down-projection of a layer with such inputs.
@@ -63,7 +63,8 @@ def down_projection(
 
     Args:
         inputs: (n, width), the factor of the layer's inputs on generic prompts.
-        columns: of the basis of the width less :func:`customize.core.bases.avoided`.
+        columns: of the basis of the width less
+            :func:`customize.core.bases.count_shared_directions`.
         avoid: leading directions to avoid, at most.
         scale: over that length.
 
@@ -74,14 +75,14 @@ def down_projection(
         ConfigError: as the basis.
     """
     width = inputs.shape[1]
-    lead = inputs[: avoided(width, avoid)]
-    rest = left(inputs, avoid) / (width - len(lead))
-    length = _LOUDEST if rest <= 0 else min(math.sqrt(1 / width / rest), _LOUDEST)
-    return avoiding_projection(basis, lead, columns, seed, scale * length)
+    lead = inputs[: count_shared_directions(width, avoid)]
+    rest = residual_energy(inputs, avoid) / (width - len(lead))
+    length = _MAX_ROW_LENGTH if rest <= 0 else min(math.sqrt(1 / width / rest), _MAX_ROW_LENGTH)
+    return complement_projection(basis, lead, columns, seed, scale * length)
 
 
 @full_precision()
-def change_on_generic(down: Tensor, inputs: Tensor, weight: Tensor, scale: float) -> float:
+def relative_output_change(down: Tensor, inputs: Tensor, weight: Tensor, scale: float) -> float:
     """What an up-projection of norm 1 changes of a layer's output on generic prompts, on average.
 
     Args:

@@ -25,7 +25,7 @@ from customize.errors import ConfigError
 Columns = Sequence[int] | Tensor
 Basis = Callable[[int, Columns, int], Tensor]
 
-_MASK = (1 << 64) - 1
+_MAX_UINT64 = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 # Independent streams of the hash; the numbers are part of the file format, never reuse one.
@@ -54,7 +54,7 @@ def cosine(width: int, columns: Columns, seed: int) -> Tensor:
     Raises:
         ConfigError: a number is out of its range, or a column is named twice.
     """
-    chosen = _checked_columns(width, columns, seed)
+    chosen = _validate_columns(width, columns, seed)
     frequency = _permutation(seed, width, _COLUMN_ORDER)[chosen]
     position = _permutation(seed, width, _ROW_ORDER)
     sign = 1.0 - 2.0 * (_hash(seed, width, _ROW_SIGNS, width) >> np.uint64(63)).astype(np.float64)
@@ -82,7 +82,7 @@ def gaussian_qr(width: int, columns: Columns, seed: int) -> Tensor:
 
     Arguments, result and errors as :func:`cosine`.
     """
-    chosen = _checked_columns(width, columns, seed)
+    chosen = _validate_columns(width, columns, seed)
     return _gaussian_q(width, seed)[:, torch.from_numpy(chosen)]
 
 
@@ -154,14 +154,14 @@ def down_projection(
     return (scale * basis(width, columns, seed).T).contiguous()
 
 
-def avoided(width: int, most: int) -> int:
+def count_shared_directions(width: int, most: int) -> int:
     """How many leading directions of a layer's inputs a slice stays out of: ``most``, or an eighth
     of the width where that is less."""
     return min(most, width // 8)
 
 
 @full_precision()
-def avoiding_projection(
+def complement_projection(
     basis: Basis, directions: Tensor, columns: Columns, seed: int, scale: float = 1.0
 ) -> Tensor:
     """A down-projection that is blind to some directions: slices of a basis of all others.
@@ -190,12 +190,12 @@ def avoiding_projection(
     return (scale * laid.T).float().contiguous()
 
 
-def _checked_columns(width: int, columns: Columns, seed: int) -> NDArray[np.int64]:
+def _validate_columns(width: int, columns: Columns, seed: int) -> NDArray[np.int64]:
     if width < 1:
         raise ConfigError(
             f"an orthogonal matrix cannot have width {width}", fix="give a width of at least 1"
         )
-    if not 0 <= seed <= _MASK:
+    if not 0 <= seed <= _MAX_UINT64:
         raise ConfigError(
             f"the orthogonal matrix's seed {seed} is not an unsigned 64-bit number",
             fix="choose a seed from 0 to 2**64 - 1",

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from customize.core.lowrank import LowRank, check_alike, row_factor
+from customize.core.lowrank import LowRank, check_same_weight, row_factor
 from customize.core.precision import full_precision
 from customize.errors import ConceptError
 
@@ -46,7 +46,7 @@ def subspace_overlap(down_i: Tensor, down_j: Tensor) -> float:
 
 
 @full_precision()
-def shared_rows(downs: Sequence[Tensor]) -> Tensor:
+def row_overlap(downs: Sequence[Tensor]) -> Tensor:
     """How much of each row of each down-projection lies in the row space of each other one.
 
     Unlike :func:`subspace_overlap` for many down-projections at once, by one Gram matrix, and row
@@ -85,7 +85,7 @@ def update_overlap(p: LowRank, q: LowRank) -> float:
     Raises:
         ConceptError: the shapes or devices differ.
     """
-    check_alike([p, q])
+    check_same_weight([p, q])
     rows_p, rows_q = row_factor(p), row_factor(q)
     norms = float(torch.linalg.matrix_norm(rows_p) * torch.linalg.matrix_norm(rows_q))
     return float(torch.linalg.matrix_norm(rows_p @ rows_q.T)) / norms if norms > 0 else 0.0
@@ -108,7 +108,7 @@ def activation_crosstalk(p: LowRank, q: LowRank, inputs: Tensor) -> float:
     Raises:
         ConceptError: the updates or the inputs do not fit together.
     """
-    check_alike([p, q])
+    check_same_weight([p, q])
     _check_inputs(inputs, p)
     own, other = (
         float(torch.linalg.matrix_norm(rows @ inputs.to(rows).T))
@@ -120,7 +120,7 @@ def activation_crosstalk(p: LowRank, q: LowRank, inputs: Tensor) -> float:
 
 
 @full_precision()
-def answers(
+def response_norms(
     products_by_concept: Mapping[str, Mapping[str, LowRank]],
     inputs_by_concept: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ def answers(
             continue
         updates = [products_by_concept[name][layer] for name in names]
         inputs = [inputs_by_concept[name][layer].double().cpu() for name in names]
-        check_alike(updates)
+        check_same_weight(updates)
         for rows in inputs:
             _check_inputs(rows, updates[0])
         factors = [row_factor(update).cpu() for update in updates]
@@ -161,7 +161,7 @@ def answers(
 
 
 @full_precision()
-def relative(answers_by_layer: Mapping[str, Tensor]) -> Tensor:
+def relative_responses(answers_by_layer: Mapping[str, Tensor]) -> Tensor:
     """Over all layers: what j's update does on i's inputs, against what i's own does.
 
     Returns:
@@ -176,7 +176,7 @@ def relative(answers_by_layer: Mapping[str, Tensor]) -> Tensor:
 
 
 @full_precision()
-def matrix(products_by_concept: Mapping[str, Mapping[str, LowRank]]) -> Tensor:
+def overlap_matrix(products_by_concept: Mapping[str, Mapping[str, LowRank]]) -> Tensor:
     """:func:`update_overlap` of every pair of K concepts, over all their layers.
 
     Layers are aggregated by a root mean square weighted with the updates' energies::
@@ -202,7 +202,7 @@ def matrix(products_by_concept: Mapping[str, Mapping[str, LowRank]]) -> Tensor:
     for layer in dict.fromkeys(name for concept in concepts for name in concept):
         owners = [k for k, concept in enumerate(concepts) if layer in concept]
         updates = [concepts[k][layer] for k in owners]
-        check_alike(updates)
+        check_same_weight(updates)
         # All pairs in one product: block (i, j) of the Gram matrix has the norm of dW_i dW_j^T.
         factors = [row_factor(update) for update in updates]
         rows = torch.cat(factors)

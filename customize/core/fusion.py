@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from customize.core.lowrank import LowRank, check_mergeable, precision_of
+from customize.core.lowrank import LowRank, check_mergeable, common_dtype
 from customize.core.precision import full_precision
 from customize.errors import ConceptError, ConfigError
 
@@ -149,7 +149,7 @@ def fusion(
                 f"inputs of shape {tuple(factor.shape)} do not enter a layer of width {width}",
                 fix="give factors of recorded inputs of this layer",
             )
-    device, dtype = products[0].up.device, precision_of(products)
+    device, dtype = products[0].up.device, common_dtype(products)
     exact = [factor.to("cpu", torch.float64) for factor in factors]
     blind = _times_inverse(torch.cat(exact), ridge).split([len(factor) for factor in exact])
     ups, downs = [], []

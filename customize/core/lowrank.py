@@ -1,7 +1,7 @@
 """Weight updates as low-rank products ``scale * up @ down``, and exact sums of them.
 
 Everything here acts on the *product*, never on the factors by themselves: summing ups and downs
-apart brings in the cross terms ``up_i @ down_j``. Nothing is made dense but by :func:`product`
+apart brings in the cross terms ``up_i @ down_j``. Nothing is made dense but by :func:`to_dense`
 and what says so. Other ways to merge than the sum are in :mod:`customize.core.merges`.
 """
 
@@ -20,7 +20,7 @@ from customize.core.precision import full_precision
 from customize.errors import ConceptError, ConfigError
 
 # Ranks that `add_to` multiplies at once.
-_TOGETHER = 256
+_BATCH_RANK = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +106,12 @@ def from_dense(update: Tensor) -> LowRank:
     return LowRank(eye, flat) if flat.shape[0] < flat.shape[1] else LowRank(flat, eye)
 
 
-def rows(p: LowRank, start: int, stop: int) -> LowRank:
+def slice_rows(p: LowRank, start: int, stop: int) -> LowRank:
     """The update of rows ``start:stop`` of the weight alone."""
     return LowRank(p.up[start:stop], p.down, p.scale)
 
 
-def filled(p: LowRank, rank: int) -> LowRank:
+def pad_rank(p: LowRank, rank: int) -> LowRank:
     """The same with the scale in the up-projection, and zeros in both factors up to a rank."""
     missing = rank - p.rank
     up = torch.nn.functional.pad(p.up * p.scale, (0, missing))
@@ -120,7 +120,7 @@ def filled(p: LowRank, rank: int) -> LowRank:
 
 
 @full_precision()
-def stacked(products: Sequence[LowRank]) -> LowRank:
+def stack_rows(products: Sequence[LowRank]) -> LowRank:
     """The update of several weights laid one below the other, exact.
 
     Ranks add up; where all have bit-equal down-projections, as concepts of the method
@@ -137,7 +137,7 @@ def stacked(products: Sequence[LowRank]) -> LowRank:
     """
     if len({p.shape[1] for p in products}) != 1:
         raise ConceptError("updates of different input widths cannot be laid below one another")
-    dtype = precision_of(products)
+    dtype = common_dtype(products)
     downs = [p.down.to(dtype) for p in products]
     ups = [p.scale * p.up.to(dtype) for p in products]
     if all(torch.equal(down, downs[0]) for down in downs[1:]):
@@ -146,10 +146,10 @@ def stacked(products: Sequence[LowRank]) -> LowRank:
 
 
 @full_precision()
-def product(p: LowRank) -> Tensor:
+def to_dense(p: LowRank) -> Tensor:
     """The dense update: (out, in), float32 or the factors' higher precision."""
-    dtype = precision_of([p])
-    dense = _written_out(p)
+    dtype = common_dtype([p])
+    dense = _dense_factor(p)
     if dense is not None:
         return p.scale * dense.to(dtype)
     return p.scale * (p.up.to(dtype) @ p.down.to(dtype))
@@ -176,7 +176,7 @@ def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRa
         ConfigError: another number of weights than of products, or one is not finite.
     """
     check_mergeable(products, weights)
-    dtype = precision_of(products)
+    dtype = common_dtype(products)
     same = products[0].up
     if len(products) > 1 and all(torch.equal(p.up, same) for p in products[1:]):
         # Such as identities, of dense updates.
@@ -184,15 +184,15 @@ def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRa
         for p, weight in zip(products, weights, strict=True):
             down.add_(p.down, alpha=weight * p.scale)
         return LowRank(same.to(dtype), down)
-    groups = _by_down(products)
+    groups = _group_by_down(products)
     if sum(products[own[0]].rank for own in groups) <= min(products[0].shape):
-        return LowRank(*_stacked(products, weights, groups, same.device, dtype))
+        return LowRank(*_concatenate_factors(products, weights, groups, same.device, dtype))
     total = torch.zeros(products[0].shape, dtype=dtype, device=same.device)
-    add_to(total, products, weights)
+    add_weighted_sum(total, products, weights)
     return from_dense(total)
 
 
-def add_to(total: Tensor, products: Sequence[LowRank], weights: Sequence[float]) -> None:
+def add_weighted_sum(total: Tensor, products: Sequence[LowRank], weights: Sequence[float]) -> None:
     """``total += sum_i weights[i] * products[i]``, in place and in total's precision.
 
     Beside ``total`` it needs no dense matrix. The work grows with the sum of the ranks, but of
@@ -207,27 +207,27 @@ def add_to(total: Tensor, products: Sequence[LowRank], weights: Sequence[float])
         stack.enter_context(full_precision())
         if total.is_inference():  # which nobody could change elsewhere
             stack.enter_context(torch.inference_mode())
-        _add_to(total, products, weights)
+        _add_weighted_sum(total, products, weights)
 
 
-def _add_to(total: Tensor, products: Sequence[LowRank], weights: Sequence[float]) -> None:
+def _add_weighted_sum(total: Tensor, products: Sequence[LowRank], weights: Sequence[float]) -> None:
     low = []
     for k, (p, weight) in enumerate(zip(products, weights, strict=True)):
-        dense = _written_out(p)
+        dense = _dense_factor(p)
         if dense is None:
             low.append(k)
         else:
             total.add_(dense.to(total.device), alpha=weight * p.scale)
-    groups = [[low[k] for k in own] for own in _by_down([products[k] for k in low])]
+    groups = [[low[k] for k in own] for own in _group_by_down([products[k] for k in low])]
     while groups:
         some: list[list[int]] = []
         # Wide enough to be fast, and small beside the layer.
-        while groups and sum(products[own[0]].rank for own in some) < _TOGETHER:
+        while groups and sum(products[own[0]].rank for own in some) < _BATCH_RANK:
             some.append(groups.pop(0))
-        total.addmm_(*_stacked(products, weights, some, total.device, total.dtype))
+        total.addmm_(*_concatenate_factors(products, weights, some, total.device, total.dtype))
 
 
-def _by_down(products: Sequence[LowRank]) -> list[list[int]]:
+def _group_by_down(products: Sequence[LowRank]) -> list[list[int]]:
     """The numbers of products by bit-equal down-projections, in the order of the first of each."""
     groups: list[list[int]] = []
     alike: dict[tuple[float, ...], list[list[int]]] = {}
@@ -246,7 +246,7 @@ def _by_down(products: Sequence[LowRank]) -> list[list[int]]:
     return groups
 
 
-def _stacked(
+def _concatenate_factors(
     products: Sequence[LowRank],
     weights: Sequence[float],
     groups: Sequence[Sequence[int]],
@@ -270,7 +270,7 @@ def _stacked(
     return up * torch.tensor(columns, dtype=dtype, device=device), down
 
 
-def _written_out(p: LowRank) -> Tensor | None:
+def _dense_factor(p: LowRank) -> Tensor | None:
     """The matrix of an update that :func:`from_dense` made, without its scale."""
     if p.rank != min(p.shape):
         return None
@@ -291,15 +291,15 @@ def all_finite(values: Tensor) -> bool:
 
 
 @full_precision()
-def inner(p: LowRank, q: LowRank) -> float:
+def inner_product(p: LowRank, q: LowRank) -> float:
     """The Frobenius inner product ``<p, q> = tr(p^T q)``, in float64, from r x r Gram matrices.
 
     Raises:
         ConceptError: the shapes or devices differ.
     """
-    check_alike([p, q])
-    ups = exact(p.up).T @ exact(q.up)
-    downs = exact(p.down) @ exact(q.down).T
+    check_same_weight([p, q])
+    ups = to_float64(p.up).T @ to_float64(q.up)
+    downs = to_float64(p.down) @ to_float64(q.down).T
     return p.scale * q.scale * float((ups * downs).sum())
 
 
@@ -313,9 +313,9 @@ def row_factor(p: LowRank) -> Tensor:
     Returns:
         (min(out, rank), in), float64.
     """
-    up = exact(p.up)
+    up = to_float64(p.up)
     factor = up if p.rank >= p.shape[0] else torch.linalg.qr(up).R
-    return p.scale * (factor @ exact(p.down))
+    return p.scale * (factor @ to_float64(p.down))
 
 
 @full_precision()
@@ -335,11 +335,11 @@ def distance(p: LowRank, q: LowRank) -> float:
     Raises:
         ConceptError: the shapes or devices differ.
     """
-    wide = [LowRank(exact(each.up), exact(each.down), each.scale) for each in (p, q)]
+    wide = [LowRank(to_float64(each.up), to_float64(each.down), each.scale) for each in (p, q)]
     return norm(weighted_sum(wide, [1.0, -1.0]))
 
 
-def check_alike(products: Sequence[LowRank]) -> None:
+def check_same_weight(products: Sequence[LowRank]) -> None:
     """Refuse products that are not updates of one weight.
 
     Raises:
@@ -365,15 +365,15 @@ def check_mergeable(products: Sequence[LowRank], weights: Sequence[float]) -> No
     for weight in weights:
         if not math.isfinite(weight):
             raise ConfigError(f"a merge weight is {weight}", fix="give finite weights")
-    check_alike(products)
+    check_same_weight(products)
 
 
-def precision_of(products: Sequence[LowRank]) -> torch.dtype:
+def common_dtype(products: Sequence[LowRank]) -> torch.dtype:
     dtypes = [factor.dtype for p in products for factor in (p.up, p.down)]
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
-def exact(factor: Tensor) -> Tensor:
+def to_float64(factor: Tensor) -> Tensor:
     """The factor in float64, on its device or the CPU."""
     # Apple's GPUs have no float64; the factors are small enough to bring over.
     device = torch.device("cpu") if factor.device.type == "mps" else factor.device

@@ -14,15 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from customize.core.lowrank import LowRank, from_dense, product
+from customize.core.lowrank import LowRank, from_dense, to_dense
 from customize.core.precision import full_precision
 from customize.errors import ConceptError
 
-_TINY = 1e-8  # what LyCORIS and kohya add to a norm that they divide by
+_EPSILON = 1e-8  # what LyCORIS and kohya add to a norm that they divide by
 
 
 @full_precision()
-def with_core(up: Tensor, down: Tensor, core: Tensor | None) -> LowRank:
+def tucker_product(up: Tensor, down: Tensor, core: Tensor | None) -> LowRank:
     """``up @ down``, or with a convolution's core between them (CP and Tucker forms).
 
     Args:
@@ -43,12 +43,12 @@ def with_core(up: Tensor, down: Tensor, core: Tensor | None) -> LowRank:
             f"a core of shape {tuple(core.shape)} and a down-projection of shape "
             f"{tuple(down.shape)} have no product"
         )
-    wide = torch.einsum("rs...,si->ri...", *_same(core, flat))
+    wide = torch.einsum("rs...,si->ri...", *_to_common_dtype(core, flat))
     return LowRank(up.flatten(1), wide.flatten(1))
 
 
 @full_precision()
-def hadamard(p: LowRank, q: LowRank) -> LowRank:
+def hadamard_product(p: LowRank, q: LowRank) -> LowRank:
     """The elementwise product (LoHa), exact: rank ``p.rank * q.rank``, or dense where that is less.
 
     Raises:
@@ -58,27 +58,27 @@ def hadamard(p: LowRank, q: LowRank) -> LowRank:
         raise ConceptError(f"updates of shapes {p.shape} and {q.shape} have no elementwise product")
     rank, (out, width) = p.rank * q.rank, p.shape
     if rank >= min(out, width):
-        return from_dense(product(p) * product(q))
+        return from_dense(to_dense(p) * to_dense(q))
     # Row o of `up` is the Kronecker product of the rows o, and so with the columns of `down`.
-    up = torch.einsum("or,os->ors", *_same(p.up, q.up)).flatten(1)
-    down = torch.einsum("ri,si->rsi", *_same(p.down, q.down)).flatten(0, 1)
+    up = torch.einsum("or,os->ors", *_to_common_dtype(p.up, q.up)).flatten(1)
+    down = torch.einsum("ri,si->rsi", *_to_common_dtype(p.down, q.down)).flatten(0, 1)
     return LowRank(up, down, p.scale * q.scale)
 
 
 @full_precision()
-def kronecker(p: LowRank, q: LowRank) -> LowRank:
+def kronecker_product(p: LowRank, q: LowRank) -> LowRank:
     """The Kronecker product (LoKr), exact: rank ``p.rank * q.rank``, or dense where that is less.
 
     Of shape (p.out * q.out, p.in * q.in); of a convolution, q's width counts its kernel.
     """
     out, width = p.shape[0] * q.shape[0], p.shape[1] * q.shape[1]
     if p.rank * q.rank >= min(out, width):
-        return from_dense(_kron(product(p), product(q)))
-    return LowRank(_kron(p.up, q.up), _kron(p.down, q.down), p.scale * q.scale)
+        return from_dense(_kronecker(to_dense(p), to_dense(q)))
+    return LowRank(_kronecker(p.up, q.up), _kronecker(p.down, q.down), p.scale * q.scale)
 
 
 @full_precision()
-def rescaled(weight: Tensor, update: LowRank, magnitude: Tensor) -> Tensor:
+def dora_delta(weight: Tensor, update: LowRank, magnitude: Tensor) -> Tensor:
     """What DoRA adds: ``m * V / |V| - W`` with ``V = W + update``.
 
     Args:
@@ -94,7 +94,7 @@ def rescaled(weight: Tensor, update: LowRank, magnitude: Tensor) -> Tensor:
     base = weight.float()
     if update.shape != (base.shape[0], base[0].numel()):
         raise ConceptError(f"an update of shape {update.shape} is not one of {tuple(base.shape)}")
-    changed = base + product(update).float().reshape(base.shape)
+    changed = base + to_dense(update).float().reshape(base.shape)
     sides = [magnitude.shape[0], *[1] * (base.ndim - 1)] if magnitude.ndim == 1 else magnitude.shape
     kept = [dim for dim, side in enumerate(sides) if side != 1]
     if len(sides) != base.ndim or kept not in ([0], [1]) or sides[kept[0]] != base.shape[kept[0]]:
@@ -104,11 +104,11 @@ def rescaled(weight: Tensor, update: LowRank, magnitude: Tensor) -> Tensor:
         )
     others = [dim for dim in range(base.ndim) if dim not in kept]
     lengths = torch.linalg.vector_norm(changed, dim=others, keepdim=True)
-    return magnitude.float().reshape(sides) / lengths.clamp_min(_TINY) * changed - base
+    return magnitude.float().reshape(sides) / lengths.clamp_min(_EPSILON) * changed - base
 
 
 @full_precision()
-def initial_part(weight: Tensor, rank: int, scale: float, start: str) -> LowRank:
+def initial_adapter(weight: Tensor, rank: int, scale: float, start: str) -> LowRank:
     """What peft takes out of a weight when it begins an adapter with a part of it.
 
     Args:
@@ -131,14 +131,14 @@ def initial_part(weight: Tensor, rank: int, scale: float, start: str) -> LowRank
     return LowRank(u[:, :rank] * values[:rank], vh[:rank])
 
 
-def _kron(a: Tensor, b: Tensor) -> Tensor:
+def _kronecker(a: Tensor, b: Tensor) -> Tensor:
     """The Kronecker product of two matrices, whatever their strides: ``torch.kron`` fails on those
     that sides of 1 may have."""
     (m, n), (k, w) = a.shape, b.shape
-    return torch.einsum("mn,kw->mknw", *_same(a, b)).reshape(m * k, n * w)
+    return torch.einsum("mn,kw->mknw", *_to_common_dtype(a, b)).reshape(m * k, n * w)
 
 
-def _same(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _to_common_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32 or a higher precision that one of them has."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return a.to(dtype), b.to(dtype)

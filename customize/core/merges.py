@@ -2,9 +2,9 @@
 
 Each acts on the products ``scale * up @ down``, entry by entry where it prunes, and never on the
 factors: what is small in a factor may be large in the product. Those that prune have a dense
-result, as wide as the layer, which is exact; :func:`customize.core.truncation.nearest` makes a
-low-rank one of it. They hold a handful of dense matrices of one layer at a time, however many
-updates there are.
+result, as wide as the layer, which is exact;
+:func:`customize.core.truncation.truncate_randomized` makes a low-rank one of it. They hold a
+handful of dense matrices of one layer at a time, however many updates there are.
 
 A *merge* is ``fn(products, weights, **settings) -> LowRank``; each setting is a keyword with a
 default. Adding one is a function here and a line in :data:`MERGES`.
@@ -23,13 +23,13 @@ from torch import Generator, Tensor
 from customize.core.lowrank import (
     LowRank,
     check_mergeable,
+    common_dtype,
     from_dense,
-    precision_of,
-    product,
+    to_dense,
     weighted_sum,
 )
 from customize.core.precision import full_precision
-from customize.core.scalars import as_float, is_whole
+from customize.core.scalars import as_float, is_integer
 from customize.core.truncation import truncate
 from customize.errors import ConfigError
 from customize.near_names import choose_from
@@ -201,7 +201,7 @@ def mean_ratio(pairs: Sequence[tuple[LowRank, LowRank]]) -> float:
     Returns:
         1 without such layers.
     """
-    sums = [[float(product(p).abs().sum()) for p in pair] for pair in pairs]
+    sums = [[float(to_dense(p).abs().sum()) for p in pair] for pair in pairs]
     ratios = [subject / style for subject, style in sums if subject > 0 and style > 0]
     return sum(ratios) / len(ratios) if ratios else 1.0
 
@@ -238,7 +238,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
                 fix=choose_from(key, known, otherwise="give none"),
             )
         whole = key in ("rank", "seed")
-        if not is_whole(value, -(2**63)) if whole else math.isnan(as_float(value)):
+        if not is_integer(value, -(2**63)) if whole else math.isnan(as_float(value)):
             raise ConfigError(
                 f"the merge {name} cannot have a {key} of {quoted(value)}",
                 where=key,
@@ -248,7 +248,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
 
 def _dense(products: Sequence[LowRank], weights: Sequence[float]) -> Iterator[Tensor]:
     """Each weighted product, dense, one at a time."""
-    dtype = precision_of(products)
+    dtype = common_dtype(products)
     for p, weight in zip(products, weights, strict=True):
         yield (weight * p.scale) * (p.up.to(dtype) @ p.down.to(dtype))
 
@@ -271,7 +271,7 @@ def _trimmed(entries: Tensor, density: float) -> Tensor:
 
 
 def _largest(p: LowRank, count: int) -> float:
-    sizes = product(p).abs().flatten()
+    sizes = to_dense(p).abs().flatten()
     return float(sizes.topk(min(count, len(sizes))).values.sum())
 
 

@@ -21,7 +21,7 @@ from customize.near_names import choose_from
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 # How far samplers of (0, 1) stay from both ends, where a flow is all noise or all data.
-_MARGIN = torch.finfo(torch.float32).eps
+_EPSILON = torch.finfo(torch.float32).eps
 
 
 @full_precision()
@@ -37,7 +37,7 @@ def noisy_latents(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) 
     Returns:
         x0's shape and dtype: it goes into the denoiser.
     """
-    signal, sigma = _mixture(alphas_cumprod, t, x0.ndim)
+    signal, sigma = _signal_and_noise_scales(alphas_cumprod, t, x0.ndim)
     return (signal * x0.float() + sigma * noise.float()).to(x0.dtype)
 
 
@@ -63,12 +63,12 @@ def target(kind: str, x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tens
         return noise.float()
     if kind == "sample":
         return x0.float()
-    signal, sigma = _mixture(alphas_cumprod, t, x0.ndim)
+    signal, sigma = _signal_and_noise_scales(alphas_cumprod, t, x0.ndim)
     return signal * noise.float() - sigma * x0.float()
 
 
 @full_precision()
-def flow_noisy(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def flow_noisy_latents(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """``(1 - sigma) * x0 + sigma * noise``: the straight path of rectified flow (2403.03206).
 
     Args:
@@ -78,7 +78,7 @@ def flow_noisy(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     Returns:
         x0's shape and dtype.
     """
-    level = _over_latents(sigma.float(), x0.ndim)
+    level = _expand_to_latents(sigma.float(), x0.ndim)
     return ((1.0 - level) * x0.float() + level * noise.float()).to(x0.dtype)
 
 
@@ -126,7 +126,9 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
 @full_precision()
 def uniform(n: int, generator: Generator | None = None) -> Tensor:
     """n draws of the uniform density on (0, 1): (n,), float32, on the generator's device."""
-    return _inside(torch.rand(n, generator=generator, device=_device(generator)))
+    return _clamp_open_interval(
+        torch.rand(n, generator=generator, device=_device_of_generator(generator))
+    )
 
 
 @full_precision()
@@ -137,8 +139,8 @@ def logit_normal(
 
     The mean moves weight to data (< 0) or noise (> 0).
     """
-    z = torch.randn(n, generator=generator, device=_device(generator))
-    return _inside(torch.sigmoid(mean + std * z))
+    z = torch.randn(n, generator=generator, device=_device_of_generator(generator))
+    return _clamp_open_interval(torch.sigmoid(mean + std * z))
 
 
 @full_precision()
@@ -157,8 +159,8 @@ def mode(n: int, generator: Generator | None = None, scale: float = 1.29) -> Ten
         raise ConfigError(
             f"the mode density's scale is {scale}", fix="give a scale from -1 to 2 / (pi - 2)"
         )
-    u = torch.rand(n, generator=generator, device=_device(generator))
-    return _inside(1.0 - u - scale * (torch.cos(math.pi * u / 2.0) ** 2 - 1.0 + u))
+    u = torch.rand(n, generator=generator, device=_device_of_generator(generator))
+    return _clamp_open_interval(1.0 - u - scale * (torch.cos(math.pi * u / 2.0) ** 2 - 1.0 + u))
 
 
 @full_precision()
@@ -168,9 +170,13 @@ def cosmap(n: int, generator: Generator | None = None) -> Tensor:
     This draws from the density. diffusers' scheme of this name draws uniformly and weights the
     loss by the density: the same expected loss, with more variance.
     """
-    angle = torch.rand(n, generator=generator, device=_device(generator)) * (math.pi / 2.0)
+    angle = torch.rand(n, generator=generator, device=_device_of_generator(generator)) * (
+        math.pi / 2.0
+    )
     sine = torch.sin(angle)
-    return _inside(sine / (sine + torch.cos(angle)))  # 1 - 1 / (tan + 1), without the pole
+    return _clamp_open_interval(
+        sine / (sine + torch.cos(angle))
+    )  # 1 - 1 / (tan + 1), without the pole
 
 
 FLOW_DENSITIES: dict[str, Callable[..., Tensor]] = {
@@ -181,7 +187,7 @@ FLOW_DENSITIES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def shift(sigma: Tensor, factor: float) -> Tensor:
+def shift_sigmas(sigma: Tensor, factor: float) -> Tensor:
     """``factor * sigma / (1 + (factor - 1) * sigma)``: SD3's resolution shift (2403.03206, 5.3.2).
 
     Args:
@@ -200,7 +206,7 @@ def shift(sigma: Tensor, factor: float) -> Tensor:
 
 
 @full_precision()
-def offset_noise(noise: Tensor, strength: float, generator: Generator | None = None) -> Tensor:
+def add_offset_noise(noise: Tensor, strength: float, generator: Generator | None = None) -> Tensor:
     """Noise plus ``strength`` times one normal number per sample and channel.
 
     It lets an epsilon model learn to move a picture's mean brightness ("Diffusion with Offset
@@ -243,29 +249,29 @@ def weighted_mse(
     else:
         _check_shape("the mask", mask, (pred.shape[0], 1, *pred.shape[2:]))
         area = mask.float().flatten(1).sum(1) * pred.shape[1]
-        loss = (error * mask.float()).flatten(1).sum(1) / area.clamp(min=_MARGIN)
+        loss = (error * mask.float()).flatten(1).sum(1) / area.clamp(min=_EPSILON)
     if weight is None:
         return loss
     _check_shape("the weight", weight, (pred.shape[0],))
     return loss * weight.float()
 
 
-def _mixture(alphas_cumprod: Tensor, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+def _signal_and_noise_scales(alphas_cumprod: Tensor, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
     """The factors of signal and noise at t, float32, shaped to multiply latents."""
     signal = alphas_cumprod.to(device=t.device, dtype=torch.float32)[t]
-    return _over_latents(signal.sqrt(), ndim), _over_latents((1.0 - signal).sqrt(), ndim)
+    return _expand_to_latents(signal.sqrt(), ndim), _expand_to_latents((1.0 - signal).sqrt(), ndim)
 
 
-def _over_latents(per_sample: Tensor, ndim: int) -> Tensor:
+def _expand_to_latents(per_sample: Tensor, ndim: int) -> Tensor:
     return per_sample.reshape(-1, *(1,) * (ndim - 1))
 
 
-def _device(generator: Generator | None) -> torch.device:
+def _device_of_generator(generator: Generator | None) -> torch.device:
     return torch.device("cpu") if generator is None else generator.device
 
 
-def _inside(u: Tensor) -> Tensor:
-    return u.clamp(_MARGIN, 1.0 - _MARGIN)
+def _clamp_open_interval(u: Tensor) -> Tensor:
+    return u.clamp(_EPSILON, 1.0 - _EPSILON)
 
 
 def _check_prediction(kind: str) -> None:

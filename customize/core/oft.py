@@ -17,18 +17,20 @@ from torch import Tensor
 from customize.core.precision import full_precision
 from customize.errors import ConceptError
 
-_TINY = 1e-8  # what LyCORIS and kohya add to a norm that they divide by
+_EPSILON = 1e-8  # what LyCORIS and kohya add to a norm that they divide by
 
 
 @full_precision()
-def turned(weight: Tensor, blocks: Tensor, limit: float | None, rescale: Tensor | None) -> Tensor:
+def oft_row_delta(
+    weight: Tensor, blocks: Tensor, limit: float | None, rescale: Tensor | None
+) -> Tensor:
     """What OFT of LyCORIS and sd-scripts adds: each block of rows turned by its own rotation.
 
     Args:
         weight: (out, in) or (out, in, *kernel).
         blocks: (n, b, b) with n * b rows: the generators. Rows of block k become ``R_k^T`` times
-            themselves, with R from :func:`rotations`. (m, n, b, b) for BOFT: m such stages, each
-            ``R`` times rows that lie ever further apart.
+            themselves, with R from :func:`cayley_rotations`. (m, n, b, b) for BOFT: m such stages,
+            each ``R`` times rows that lie ever further apart.
         limit: the most that the generators' joint norm may be, divided by the rows; None for any.
         rescale: a factor for each row afterwards, (out, 1, ...), or None.
 
@@ -36,12 +38,12 @@ def turned(weight: Tensor, blocks: Tensor, limit: float | None, rescale: Tensor 
         ConceptError: the blocks do not fit the weight.
     """
     most = None if limit is None else limit * weight.shape[0]
-    return turned_by(weight, rotations(blocks.float(), most), rescale)
+    return row_rotation_delta(weight, cayley_rotations(blocks.float(), most), rescale)
 
 
 @full_precision()
-def turned_by(weight: Tensor, turns: Tensor, rescale: Tensor | None) -> Tensor:
-    """:func:`turned` by rotations (n, b, b) or (m, n, b, b) instead of their generators."""
+def row_rotation_delta(weight: Tensor, turns: Tensor, rescale: Tensor | None) -> Tensor:
+    """:func:`oft_row_delta` by rotations (n, b, b) or (m, n, b, b) instead of their generators."""
     base = weight.float()
     out = base.shape[0]
     if turns.ndim not in (3, 4) or turns.shape[-3] * turns.shape[-1] != out:
@@ -54,7 +56,7 @@ def turned_by(weight: Tensor, turns: Tensor, rescale: Tensor | None) -> Tensor:
         rows = torch.einsum("knm,kni->kmi", turns, parts).reshape(out, -1)
     else:
         for stage, turn in enumerate(turns):
-            rows = _butterfly(rows, turn, 2**stage * turns.shape[-1] // 2)
+            rows = _butterfly_stage(rows, turn, 2**stage * turns.shape[-1] // 2)
     if rescale is not None:
         if rescale.numel() != out:
             raise ConceptError(f"{rescale.numel()} factors do not rescale {out} rows")
@@ -63,7 +65,7 @@ def turned_by(weight: Tensor, turns: Tensor, rescale: Tensor | None) -> Tensor:
 
 
 @full_precision()
-def checked_rotations(blocks: Tensor) -> Tensor:
+def validate_rotations(blocks: Tensor) -> Tensor:
     """Blocks that should be rotations themselves, as older LyCORIS stores them (``oft_diag``).
 
     Raises:
@@ -79,7 +81,7 @@ def checked_rotations(blocks: Tensor) -> Tensor:
 
 
 @full_precision()
-def rotations(blocks: Tensor, most: float | None) -> Tensor:
+def cayley_rotations(blocks: Tensor, most: float | None) -> Tensor:
     """The Cayley transform ``(I + Q) (I - Q)^-1`` of ``Q = blocks - blocks^T``.
 
     Args:
@@ -94,13 +96,13 @@ def rotations(blocks: Tensor, most: float | None) -> Tensor:
     skew = blocks - blocks.mT
     if most is not None:
         length = torch.linalg.vector_norm(skew)
-        skew = skew * (most / (length + _TINY)).clamp_max(1.0)
+        skew = skew * (most / (length + _EPSILON)).clamp_max(1.0)
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     return torch.linalg.solve(eye - skew, eye + skew, left=False)
 
 
 @full_precision()
-def columns_turned(
+def oft_column_delta(
     weight: Tensor,
     entries: Tensor,
     *,
@@ -148,7 +150,7 @@ def columns_turned(
 
 
 @full_precision()
-def columns_by_butterflies(weight: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:
+def boft_column_delta(weight: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:
     """What BOFT of peft adds: columns turned in stages, and rows scaled.
 
     Args:
@@ -177,13 +179,17 @@ def columns_by_butterflies(weight: Tensor, blocks: Tensor, scales: Tensor) -> Te
     turns = _inverse_cayley(0.5 * (blocks.float() - blocks.float().mT))
     columns = rows.T
     for stage, turn in enumerate(turns):
-        order = _order(width, 2**stage * side, side // 2) if stages > 1 else torch.arange(width)
+        order = (
+            _butterfly_order(width, 2**stage * side, side // 2)
+            if stages > 1
+            else torch.arange(width)
+        )
         near = columns[torch.argsort(order)].reshape(count, side, -1)
         columns = torch.einsum("kij,kjo->kio", turn, near).reshape(width, -1)[order]
     return (scales.float().reshape(-1, 1) * columns.T).reshape(base.shape) - base
 
 
-def _order(width: int, segment: int, half: int) -> Tensor:
+def _butterfly_order(width: int, segment: int, half: int) -> Tensor:
     """In each segment first the even chunks of ``half`` columns, then the odd ones."""
     chunks = torch.arange(width).reshape(-1, segment // half, half)
     return torch.cat([chunks[:, 0::2], chunks[:, 1::2]], dim=1).flatten()
@@ -210,7 +216,7 @@ def _neumann(skew: Tensor, terms: int) -> Tensor:
     return total
 
 
-def _butterfly(rows: Tensor, turn: Tensor, stride: int) -> Tensor:
+def _butterfly_stage(rows: Tensor, turn: Tensor, stride: int) -> Tensor:
     """One stage of BOFT: rows ``stride`` apart come together, are turned, and go back."""
     out, width = rows.shape
     count, side, _ = turn.shape

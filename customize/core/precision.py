@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 #: Device types whose autocast is left; torch has one switch for each.
-_AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "maia", "privateuseone")
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "maia", "privateuseone")
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def full_precision(tf32: bool = False) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())  # leaving inference mode turns gradients on
-        for kind in _AUTOCAST:
+        for kind in _AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(kind):
                 stack.callback(torch.clear_autocast_cache)
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -70,7 +70,7 @@ def model_autocast(device_type: str, dtype: torch.dtype) -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-class _ProcessWide:
+class _ProcessSetting:
     """A setting of the whole process: the first thread in changes it, the last out restores it.
 
     Args:
@@ -119,10 +119,10 @@ def _set_matmul_precisions(precisions: list[str]) -> None:
         backend.fp32_precision = precision
 
 
-_DTYPE = _ProcessWide(
+_DTYPE = _ProcessSetting(
     torch.get_default_dtype, torch.set_default_dtype, torch.float32, fine=[torch.float32]
 )
-_MATMULS = _ProcessWide(
+_MATMULS = _ProcessSetting(
     _matmul_precisions,
     _set_matmul_precisions,
     ["ieee", "ieee"],

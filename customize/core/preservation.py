@@ -52,8 +52,8 @@ def context_text(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Te
         ours: (prompts, positions, width), what the text encoder makes of all but the concept's own
             words in prompts that name the concept.
         base: the same shape, of the same words of prompts that name the class.
-        weight: (prompts, positions), each position's share of its prompt, as :func:`shares` gives
-            it; None: all positions count alike.
+        weight: (prompts, positions), each position's share of its prompt, as
+            :func:`normalize_rows` gives it; None: all positions count alike.
 
     Returns, raises:
         As :func:`class_text`.
@@ -114,7 +114,7 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     return 1.0 - F.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
-def shares(counts: Tensor) -> Tensor:
+def normalize_rows(counts: Tensor) -> Tensor:
     """(rows, positions) of booleans, true where something counts, to weights that add up to 1 in
     each row; to 0 in a row where nothing does."""
     counts = counts.float()
@@ -134,7 +134,7 @@ def end_position(ids: Sequence[int], end: int) -> int:
     return ids.index(end)
 
 
-def published_position(ids: Sequence[int], end: int) -> int:
+def highest_id_position(ids: Sequence[int], end: int) -> int:
     """Where ClassDiffusion's published code pools: at the highest id, as CLIP's first version did.
 
     A new token's id is above all others, so that this is the concept's last token. CLIP is causal:
@@ -149,11 +149,11 @@ def published_position(ids: Sequence[int], end: int) -> int:
 
 POOLINGS: dict[str, Callable[[Sequence[int], int], int]] = {
     "end": end_position,
-    "published": published_position,
+    "published": highest_id_position,
 }
 
 
-def aligned(ours: Sequence[int], base: Sequence[int]) -> tuple[list[int], list[int]]:
+def common_positions(ours: Sequence[int], base: Sequence[int]) -> tuple[list[int], list[int]]:
     """The positions of what two texts have in common before and after where they differ.
 
     The concept and the class word may have different numbers of tokens, so what comes before is
@@ -180,7 +180,7 @@ def aligned(ours: Sequence[int], base: Sequence[int]) -> tuple[list[int], list[i
     return positions(len(ours)), positions(len(base))
 
 
-def at(hidden: Tensor, positions: Tensor) -> Tensor:
+def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     """The states at some positions of each row.
 
     Args:

@@ -15,11 +15,13 @@ from customize.core.precision import full_precision
 from customize.errors import ConfigError
 
 #: Singular values below this share of the largest are rounding, of float32.
-_ROUNDING = 1e-5
+_RELATIVE_TOLERANCE = 1e-5
 
 
 @full_precision()
-def span(rows: Tensor, rank: int | None = None, mean: Tensor | None = None) -> Tensor:
+def principal_directions(
+    rows: Tensor, rank: int | None = None, mean: Tensor | None = None
+) -> Tensor:
     """The leading directions of some rows.
 
     Args:
@@ -42,14 +44,14 @@ def span(rows: Tensor, rank: int | None = None, mean: Tensor | None = None) -> T
     largest = values[..., 0] if mean is None else torch.linalg.matrix_norm(rows.float(), 2)
     # What was computed in half precision has rounding of its own in every direction.
     dtypes = {rows.dtype, rows.dtype if mean is None else mean.dtype}
-    rounding = max(_ROUNDING, *(torch.finfo(dtype).eps for dtype in dtypes))
+    rounding = max(_RELATIVE_TOLERANCE, *(torch.finfo(dtype).eps for dtype in dtypes))
     there = values > rounding * largest[..., None]
     count = int(there.sum(-1).max())
     return (directions * there[..., None])[..., : count if rank is None else min(count, rank), :]
 
 
 @full_precision()
-def projected(rows: Tensor, directions: Tensor, strength: float | Tensor) -> Tensor:
+def project_out(rows: Tensor, directions: Tensor, strength: float | Tensor) -> Tensor:
     """Rows with less of a span: ``X - strength X V V^T``.
 
     What lies in the span is multiplied by ``1 - strength``: 0 leaves it, 1 removes it, and above
@@ -57,7 +59,7 @@ def projected(rows: Tensor, directions: Tensor, strength: float | Tensor) -> Ten
 
     Args:
         rows: (..., n, width), any floating dtype.
-        directions: (..., k, width), as :func:`span` gives them.
+        directions: (..., k, width), as :func:`principal_directions` gives them.
         strength: in [0, 2]; or a tensor of (..., n), one for each row, on the rows' device and
             not checked, as reading it would wait for the device.
 
@@ -76,7 +78,7 @@ def projected(rows: Tensor, directions: Tensor, strength: float | Tensor) -> Ten
 
 
 def check_strength(strength: float) -> None:
-    """Refuse what :func:`projected` does not take.
+    """Refuse what :func:`project_out` does not take.
 
     Raises:
         ConfigError: a strength outside of [0, 2], or not finite.
@@ -90,7 +92,7 @@ def check_strength(strength: float) -> None:
 
 
 @full_precision()
-def beyond_chance(rows: Tensor, directions: Tensor) -> Tensor:
+def overlap_confidence(rows: Tensor, directions: Tensor) -> Tensor:
     """How surely rows have to do with a span, by the share of their square length in it.
 
     Of a row of no direction in particular that share is ``c = k / width`` in the mean, with a
@@ -98,13 +100,13 @@ def beyond_chance(rows: Tensor, directions: Tensor) -> Tensor:
 
     Args:
         rows: (..., n, width), any floating dtype.
-        directions: (..., k, width), as :func:`span` gives them, with its zeros.
+        directions: (..., k, width), as :func:`principal_directions` gives them, with its zeros.
 
     Returns:
         (..., n), float32: 0 where the share is c or less, 1 from two standard deviations above, and
         linear between. It is 0 where the span is all there is.
     """
-    share = _share(rows, directions)
+    share = _energy_share(rows, directions)
     width = rows.shape[-1]
     chance = directions.square().sum((-1, -2))[..., None] / width
     spread = (2 * chance * (1 - chance).clamp_min(0.0) / (width + 2)).sqrt()
@@ -114,7 +116,7 @@ def beyond_chance(rows: Tensor, directions: Tensor) -> Tensor:
 
 
 @full_precision()
-def keeping(rows: Tensor, directions: Tensor, kept: float) -> Tensor:
+def max_strength(rows: Tensor, directions: Tensor, kept: float) -> Tensor:
     """The largest strength, at most 1, at which each row keeps a share of its length.
 
     With ``o`` the share of a row's length that lies in the span, a strength ``a`` leaves
@@ -122,20 +124,20 @@ def keeping(rows: Tensor, directions: Tensor, kept: float) -> Tensor:
 
     Args:
         rows: (..., n, width); n may be 0.
-        directions: (k, width), as for :func:`projected`.
+        directions: (k, width), as for :func:`project_out`.
         kept: in (0, 1].
 
     Returns:
         (...,), float32, in [0, 1].
     """
-    inside = _share(rows, directions)
+    inside = _energy_share(rows, directions)
     if not inside.shape[-1]:
         return inside.new_ones(inside.shape[:-1])
     most = inside.amax(-1).clamp_min(1e-12)
     return 1.0 - (1.0 - (1.0 - kept**2) / most).clamp_min(0.0).sqrt()
 
 
-def _share(rows: Tensor, directions: Tensor) -> Tensor:
+def _energy_share(rows: Tensor, directions: Tensor) -> Tensor:
     """(..., n), float32: how much of each row's square length lies in the span."""
     own = rows.float()
     return (own @ directions.mT).square().sum(-1) / own.square().sum(-1).clamp_min(1e-12)

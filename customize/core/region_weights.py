@@ -20,7 +20,7 @@ Box = tuple[float, float, float, float]
 EDGE = 0.1
 
 # Of weights that add up to 1: so much is none.
-_ROUNDING = 1e-6
+_WEIGHT_TOLERANCE = 1e-6
 
 
 @full_precision()
@@ -38,8 +38,8 @@ def box_weights(box: Box, height: int, width: int, edge: float = EDGE) -> Tensor
         (height, width), float32, in [0, 1].
     """
     left, top, right, bottom = box
-    across = _covered(width, left, right, edge)
-    return _covered(height, top, bottom, edge)[:, None] * across
+    across = _axis_weights(width, left, right, edge)
+    return _axis_weights(height, top, bottom, edge)[:, None] * across
 
 
 @full_precision()
@@ -56,7 +56,7 @@ def mask_weights(mask: Tensor, height: int, width: int) -> Tensor:
     return pooled[0, 0].clamp(0.0, 1.0)
 
 
-def layered(weights: Sequence[Tensor]) -> list[Tensor]:
+def stack_regions(weights: Sequence[Tensor]) -> list[Tensor]:
     """Regions on top of one another: the later one wins, the earlier one keeps what it leaves.
 
     Where two soft edges meet, as of boxes side by side, their sum stays 1.
@@ -72,13 +72,13 @@ def layered(weights: Sequence[Tensor]) -> list[Tensor]:
     for own in reversed(weights):
         taken = torch.minimum(own, rest)
         rest = rest - taken
-        rest = torch.where(rest < _ROUNDING, 0.0, rest)
+        rest = torch.where(rest < _WEIGHT_TOLERANCE, 0.0, rest)
         found.insert(0, taken)
     return [rest, *found]
 
 
 @full_precision()
-def composed(answers: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+def blend(answers: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """The weighted sum of answers; where one has all the weight, it is that one bit for bit.
 
     Args:
@@ -95,15 +95,15 @@ def composed(answers: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return total.to(answers[0].dtype)
 
 
-def _covered(cells: int, low: float, high: float, edge: float) -> Tensor:
+def _axis_weights(cells: int, low: float, high: float, edge: float) -> Tensor:
     """(cells,): the mean of a trapezoid over each cell of [0, 1]."""
     bounds = torch.linspace(0.0, 1.0, cells + 1, dtype=torch.float64)
-    integral = _risen(bounds, low, edge if low > 0.0 else 0.0)
-    integral = integral - _risen(bounds, high, edge if high < 1.0 else 0.0)
+    integral = _ramp_integral(bounds, low, edge if low > 0.0 else 0.0)
+    integral = integral - _ramp_integral(bounds, high, edge if high < 1.0 else 0.0)
     return (integral.diff() * cells).clamp(0.0, 1.0).float()
 
 
-def _risen(x: Tensor, at: float, edge: float) -> Tensor:
+def _ramp_integral(x: Tensor, at: float, edge: float) -> Tensor:
     """The integral, from -infinity to x, of a step at ``at`` that takes ``edge`` to rise."""
     if edge == 0.0:
         return (x - at).clamp(min=0.0)

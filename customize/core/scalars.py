@@ -21,7 +21,7 @@ def as_float(value: object) -> float:
     return number if math.isfinite(number) else math.nan
 
 
-def is_whole(value: object, least: int = 1, most: int = 2**63 - 1) -> bool:
+def is_integer(value: object, least: int = 1, most: int = 2**63 - 1) -> bool:
     """Whether it is a whole number in a range, both ends included; booleans are none."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     return whole and least <= int(value) <= most  # type: ignore[call-overload]

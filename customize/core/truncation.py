@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from customize.core.lowrank import LowRank, exact, precision_of, product
+from customize.core.lowrank import LowRank, common_dtype, to_dense, to_float64
 from customize.core.precision import full_precision
-from customize.core.scalars import is_whole
+from customize.core.scalars import is_integer
 from customize.errors import ConfigError
 from customize.text import quoted
 
@@ -28,21 +28,21 @@ def truncate(p: LowRank, rank: int) -> LowRank:
     Raises:
         ConfigError: rank is below 1.
     """
-    if not is_whole(rank):
+    if not is_integer(rank):
         raise ConfigError(
             f"an update cannot be truncated to rank {quoted(rank)}", fix="keep at least 1"
         )
-    up, down = _Reflected(exact(p.up)), _Reflected(exact(p.down).T)
+    up, down = _HouseholderQR(to_float64(p.up)), _HouseholderQR(to_float64(p.down).T)
     u, s, vh = torch.linalg.svd(p.scale * (up.r @ down.r.T), full_matrices=False)
     root = s[:rank].sqrt()
-    device, dtype = p.up.device, precision_of([p])
+    device, dtype = p.up.device, common_dtype([p])
     return LowRank(
         up.q_times(u[:, :rank] * root).to(device, dtype),
         down.q_times(vh[:rank].T * root).T.contiguous().to(device, dtype),
     )
 
 
-class _Reflected:
+class _HouseholderQR:
     """A thin QR whose Q stays a product of reflections, for the few columns that are asked for."""
 
     def __init__(self, tall: Tensor) -> None:
@@ -55,7 +55,7 @@ class _Reflected:
 
 
 @full_precision()
-def nearest(p: LowRank, rank: int) -> LowRank:
+def truncate_randomized(p: LowRank, rank: int) -> LowRank:
     """Nearly :func:`truncate`, for products that are dense but for their form.
 
     By subspace iteration from a fixed random start (Halko, Martinsson, Tropp, arXiv 0909.4061,
@@ -65,12 +65,12 @@ def nearest(p: LowRank, rank: int) -> LowRank:
 
     Returns, and raises, what :func:`truncate` does.
     """
-    if not is_whole(rank):
+    if not is_integer(rank):
         return truncate(p, rank)
     columns = rank + _OVERSAMPLING
     if 2 * columns >= min(p.rank, *p.shape):
         return truncate(p, rank)
-    dense = product(p)
+    dense = to_dense(p)
     start = torch.randn(p.shape[1], columns, generator=torch.Generator().manual_seed(0))
     basis, _ = torch.linalg.qr(dense @ start.to(dense))
     for _ in range(_ITERATIONS):

@@ -236,7 +236,9 @@ def heat_map(concepts: Mapping[str, Mapping[str, Concept]], path: Path) -> None:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     titles = {"concepts": "Orthogonal Adaptation", "ordinary": "ordinary LoRA"}
     for axes, (place, learned) in zip(figure.subplots(1, 2), concepts.items(), strict=True):
-        values = crosstalk.matrix({n: flattened(c.products) for n, c in learned.items()}).numpy()
+        values = crosstalk.overlap_matrix(
+            {n: flattened(c.products) for n, c in learned.items()}
+        ).numpy()
         image = axes.imshow(values, vmin=0, vmax=1, cmap="magma")
         axes.set_title(titles[place])
         axes.set_xticks(range(len(learned)), learned)

@@ -47,10 +47,10 @@ class FlowFamily(Family):
         Raises:
             PipelineError: the scheduler has no shift that is known here.
         """
-        return objectives.shift(u.float(), self._shift(shape)) * self._train_timesteps
+        return objectives.shift_sigmas(u.float(), self._shift(shape)) * self._train_timesteps
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return objectives.flow_noisy(latents, noise, t / self._train_timesteps)
+        return objectives.flow_noisy_latents(latents, noise, t / self._train_timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return objectives.flow_target(latents, noise)
@@ -109,7 +109,7 @@ class FlowFamily(Family):
         return bool(self.scheduler.config.get("use_dynamic_shifting", False))
 
     def _shift(self, shape: Sequence[int]) -> float:
-        """The factor of :func:`customize.core.objectives.shift`."""
+        """The factor of :func:`customize.core.objectives.shift_sigmas`."""
         scheduler = self.scheduler
         if self._is_dynamic:
             mu = self._mu(shape)

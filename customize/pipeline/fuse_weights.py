@@ -15,7 +15,7 @@ from customize.concepts.base_weight import (
     writable_weight,
 )
 from customize.concepts.merge.merge_concepts import Layer
-from customize.core.lowrank import add_to, all_finite
+from customize.core.lowrank import add_weighted_sum, all_finite
 from customize.errors import ConfigError, PipelineError
 from customize.pipeline import dtype_casts
 
@@ -180,7 +180,7 @@ def _fuse(weight: Tensor, start: Tensor, update: Layer) -> None:
     if weight.dtype == dtype and weight.is_contiguous():
         if start is not weight:
             weight.copy_(start)
-        add_to(weight.view(len(weight), -1), *update.parts())
+        add_weighted_sum(weight.view(len(weight), -1), *update.parts())
     else:
         weight.copy_(_fused(start.to(weight.device), update))
 
@@ -189,5 +189,5 @@ def _fused(original: Tensor, update: Layer) -> Tensor:
     """A new tensor of the original's shape, float32 or wider."""
     dtype = torch.promote_types(original.dtype, torch.float32)
     total = original.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    add_to(total.view(len(total), -1), *update.parts())
+    add_weighted_sum(total.view(len(total), -1), *update.parts())
     return total

@@ -35,8 +35,8 @@ from customize.families import Family
 from customize.near_names import choose_from
 from customize.pipeline.state import Attached, Holder, Merging
 from customize.pipeline.transaction import change
-from customize.stages.check_prompts import is_cut
-from customize.stages.decor.text_encoder import tokenizer_of
+from customize.stages.check_prompts import is_truncated
+from customize.stages.decor.text_encoder import tokenizer_for
 from customize.text import quoted
 
 
@@ -180,10 +180,10 @@ def _check_read(family: Family, concept: Adaptation, words: str, prompts: Sequen
     if not concept.subjects:  # of whose words a part may do
         return
     for key in family.clip_encoders:
-        tokenizer = tokenizer_of(family, key)
+        tokenizer = tokenizer_for(family, key)
         window = int(tokenizer.model_max_length)
         for prompt in prompts:
-            if is_cut(words, prompt, tokenizer, window):
+            if is_truncated(words, prompt, tokenizer, window):
                 raise ConfigError(
                     f"the {key} reads {window} tokens of a prompt, and in {quoted(prompt)} the "
                     f"words {quoted(words)} are cut off",

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from customize.concepts.tokens.prompt_phrases import find as places_of
 from customize.concepts.tokens.prompt_phrases import shared
 from customize.core.projection import check_strength
-from customize.core.scalars import as_float, is_whole
+from customize.core.scalars import as_float, is_integer
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import uncompiled
@@ -20,9 +20,9 @@ from customize.pipeline.call_wrapper import Call, Host, Stage
 from customize.pipeline.state import Holder
 from customize.pipeline.user_warnings import warn_user
 from customize.pipeline.validation import check_encoders_here
-from customize.stages.decor.kv_updates import ALL, Withheld, adding_layers
-from customize.stages.decor.negative_prompt import naming, texts_of
-from customize.stages.decor.text_encoder import Cleaning, cleaned
+from customize.stages.decor.kv_updates import ALL, UpdateCleaner, adapted_kv_layers
+from customize.stages.decor.negative_prompt import add_to_negative_prompt, argument_texts
+from customize.stages.decor.text_encoder import EncoderCleaning, clean_text_encoders
 from customize.text import quoted
 
 AUTO = "auto"
@@ -73,7 +73,7 @@ class Decor:
             beside what they add to values.
         surely: whether what concepts add is left alone as far as it has no more of what is not
             wanted than chance brings
-            (:func:`customize.core.projection.beyond_chance`).
+            (:func:`customize.core.projection.overlap_confidence`).
         colours: whether what concepts add is cleaned of the colours of what is not wanted as well,
             which may be their own.
         noise: the least and the most share of noise, 1 at the beginning of a picture and 0 at its
@@ -99,7 +99,7 @@ class Decor:
 
     def __post_init__(self) -> None:
         if self.avoid is not None:
-            phrases_of(self.avoid)
+            parse_phrases(self.avoid)
         if not isinstance(self.strength, str) or self.strength != AUTO:
             strength = as_float(self.strength)
             if math.isnan(strength):
@@ -109,7 +109,7 @@ class Decor:
                     fix='give a number from 0 to 2, or "auto"',
                 )
             check_strength(strength)
-        if self.rank is not None and not is_whole(self.rank):
+        if self.rank is not None and not is_integer(self.rank):
             raise ConfigError(
                 f"{quoted(self.rank)} is no rank",
                 where="rank",
@@ -149,11 +149,11 @@ class Decor:
         return f"Decor({', '.join(listed)})"
 
     def __str__(self) -> str:
-        words = "what a call names" if self.avoid is None else ", ".join(phrases_of(self.avoid))
+        words = "what a call names" if self.avoid is None else ", ".join(parse_phrases(self.avoid))
         return f"without {words} (strength {self.strength})"
 
 
-def phrases_of(avoid: str | Sequence[str]) -> tuple[str, ...]:
+def parse_phrases(avoid: str | Sequence[str]) -> tuple[str, ...]:
     """What is not wanted, a phrase each; ("auto",) for "auto".
 
     Raises:
@@ -195,10 +195,10 @@ def _run(host: Host, call: Call, avoid: Any = None) -> Iterator[Call]:
     if given is None:
         yield call
         return
-    phrases = phrases_of(given)
+    phrases = parse_phrases(given)
     if phrases == (AUTO,):
-        phrases = _named_by_captions(holder)
-    asked = _asked(texts_of(call, "prompt"), phrases)
+        phrases = _phrases_from_captions(holder)
+    asked = _phrases_by_prompt(argument_texts(call, "prompt"), phrases)
     if not any(asked.values()) or settings.strength == 0:
         yield call
         return
@@ -206,18 +206,18 @@ def _run(host: Host, call: Call, avoid: Any = None) -> Iterator[Call]:
     target = _target(pipe, family, holder, settings)
     named: list[str] = []
     if target != "prompt" and settings.negative == "named":
-        call, named = naming(host, call, asked)
-    kept = tuple(texts_of(call, "negative_prompt"))
+        call, named = add_to_negative_prompt(host, call, asked)
+    kept = tuple(argument_texts(call, "negative_prompt"))
     with ExitStack() as stack:
         withheld = None
         if target != "prompt":
             left = () if settings.negative == "cleaned" else ("", *kept)
-            withheld = Withheld(
+            withheld = UpdateCleaner(
                 family,
                 holder,
                 phrases,
                 left,
-                [text for text in named if text not in asked and not _calls(holder, text)],
+                [text for text in named if text not in asked and not _names_concept(holder, text)],
                 rank=settings.rank,
                 centred=settings.centred,
                 noise=settings.noise,
@@ -228,7 +228,7 @@ def _run(host: Host, call: Call, avoid: Any = None) -> Iterator[Call]:
             )
         if target != "concepts":
             auto = settings.strength == AUTO
-            cleaning = Cleaning(
+            cleaning = EncoderCleaning(
                 phrases,
                 negatives=() if settings.negative == "cleaned" else kept,
                 strength=None if auto else float(settings.strength),
@@ -236,9 +236,9 @@ def _run(host: Host, call: Call, avoid: Any = None) -> Iterator[Call]:
                 rows=settings.rows,
                 centred=settings.centred,
                 pooled=settings.pooled,
-                triggers=_entries(holder),
+                triggers=_token_names(holder),
             )
-            stack.enter_context(cleaned(family, cleaning))
+            stack.enter_context(clean_text_encoders(family, cleaning))
         if withheld is not None:
             strength = _WITHHELD if settings.strength == AUTO else float(settings.strength)
             stack.enter_context(withheld.applied(asked, strength))
@@ -247,16 +247,21 @@ def _run(host: Host, call: Call, avoid: Any = None) -> Iterator[Call]:
 
 #: Adds ``avoid=`` to a pipeline's call; see README.md.
 DECOR = Stage(
-    ("avoid",), _run, setting=Decor, acts=lambda state: _avoids(state.settings.get(Decor))
+    ("avoid",),
+    _run,
+    setting=Decor,
+    acts=lambda state: _has_default_phrases(state.settings.get(Decor)),
 )
 
 
-def _avoids(settings: Decor | None) -> bool:
+def _has_default_phrases(settings: Decor | None) -> bool:
     """Whether calls are cleaned that name nothing themselves."""
     return settings is not None and settings.avoid is not None
 
 
-def _asked(prompts: Sequence[str], phrases: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _phrases_by_prompt(
+    prompts: Sequence[str], phrases: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
     """Prompt -> what is not wanted in it, which is nothing that it asks for itself."""
     if not prompts:
         raise ConfigError(
@@ -292,7 +297,7 @@ def _target(pipe: Any, family: Family, holder: Holder, settings: Decor) -> Targe
         why = f"models of family {family.name} do not read prompts by cross-attention as encoded"
     elif _is_compiled(pipe.components[family.denoiser_key]):
         why = "the denoiser is compiled, where its layers cannot be reached"
-    elif not adding_layers(family, holder):
+    elif not adapted_kv_layers(family, holder):
         why = "no concept is attached beside the weights that adds to what layers read in prompts"
     if not why:
         return settings.target or "concepts"
@@ -322,7 +327,7 @@ def _is_compiled(denoiser: Any) -> bool:
     )
 
 
-def _named_by_captions(holder: Holder) -> tuple[str, ...]:
+def _phrases_from_captions(holder: Holder) -> tuple[str, ...]:
     """What the captions of all attached concepts' pictures share beside the concept."""
     found: dict[str, None] = {}
     for each in holder.attached.values():
@@ -338,11 +343,11 @@ def _named_by_captions(holder: Holder) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _calls(holder: Holder, text: str) -> bool:
+def _names_concept(holder: Holder, text: str) -> bool:
     """Whether a text calls an attached concept."""
     infos = [each.concept.info for each in holder.attached.values()]
     return any(places_of(words, text) for info in infos for words in (info.words, *info.triggers))
 
 
-def _entries(holder: Holder) -> frozenset[str]:
+def _token_names(holder: Holder) -> frozenset[str]:
     return frozenset(name for names in holder.tokens.values() for name in names)

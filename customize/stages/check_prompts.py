@@ -16,18 +16,18 @@ from customize.near_names import did_you_mean
 from customize.pipeline.call_wrapper import Call, Host, Stage
 from customize.pipeline.state import Holder, tokenizers_of
 from customize.pipeline.user_warnings import warn_user
-from customize.stages.decor.text_encoder import tokenizer_of
+from customize.stages.decor.text_encoder import tokenizer_for
 
 _PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
 _TRIGGER = re.compile(TRIGGER, re.IGNORECASE)
 
 
-def prompts_in(call: Call) -> dict[str, Any]:
+def prompt_arguments(call: Call) -> dict[str, Any]:
     """Argument -> its value, for every one that is a prompt, the negative ones too."""
     return {name: value for name, value in call.items() if _PROMPT.fullmatch(name)}
 
 
-def texts_in(prompt: Any) -> list[str]:
+def flatten_texts(prompt: Any) -> list[str]:
     """The texts of a prompt: one, or those of a batch or of a video's frames."""
     if isinstance(prompt, str):
         return [prompt]
@@ -35,7 +35,7 @@ def texts_in(prompt: Any) -> list[str]:
         prompt = prompt.values()
     elif not isinstance(prompt, list | tuple):
         return []
-    return [text for each in prompt for text in texts_in(each)]
+    return [text for each in prompt for text in flatten_texts(each)]
 
 
 class Vocabulary:
@@ -88,36 +88,36 @@ class Vocabulary:
 
 
 @contextmanager
-def _checked(host: Host, call: Call) -> Iterator[Call]:
-    """:func:`warn_of_triggers`; where a step attaches the call's own concepts, it warns itself."""
+def _run(host: Host, call: Call) -> Iterator[Call]:
+    """Warn about triggers, except where a step attaches the call's concepts and warns itself."""
     if call.get("concepts") is None:
-        warn_of_triggers(host, call)
+        warn_about_triggers(host, call)
     yield call
 
 
-def warn_of_triggers(host: Host, call: Call) -> None:
+def warn_about_triggers(host: Host, call: Call) -> None:
     """Warn of what looks like a trigger and is none, and of triggers that are cut off.
 
     Args:
         call: the arguments by name, of which the prompts count.
     """
     vocabulary = Vocabulary(host.family, host.state)
-    texts = [text for prompt in prompts_in(call).values() for text in texts_in(prompt)]
+    texts = [text for prompt in prompt_arguments(call).values() for text in flatten_texts(prompt)]
     for token in vocabulary.unknown_in(texts):
         hint = did_you_mean(token, vocabulary.triggers)
         warn_user(
             f"the prompt names {token}, and no attached concept has that trigger; "
             + (hint or f"those that are attached are {', '.join(vocabulary.triggers) or 'none'}")
         )
-    for message in cut_off(host, call):
+    for message in truncation_warnings(host, call):
         warn_user(message)
 
 
 #: Checks the prompts of customized pipelines.
-PROMPTS = Stage((), _checked, acts=lambda s: bool(s.attached or s.shelf), exclusive=False)
+PROMPTS = Stage((), _run, acts=lambda s: bool(s.attached or s.shelf), exclusive=False)
 
 
-def cut_off(host: Host, call: Call) -> list[str]:
+def truncation_warnings(host: Host, call: Call) -> list[str]:
     """What to say of prompts in which an attached concept is named behind what is read."""
     infos = [each.concept.info for each in host.state.attached.values()]
     names = list(dict.fromkeys(name for info in infos for name in (info.words, *info.triggers)))
@@ -125,14 +125,16 @@ def cut_off(host: Host, call: Call) -> list[str]:
         return []  # a community pipeline, which reads long prompts in parts
     found = []
     for key in host.family.all_text_encoders:
-        tokenizer = tokenizer_of(host.family, key)
-        window = _window(host, call, key, tokenizer)
+        tokenizer = tokenizer_for(host.family, key)
+        window = _token_limit(host, call, key, tokenizer)
         if window is None:
             continue
         for start in ("prompt", "negative_prompt"):
             prompt = call.get(start + key.removeprefix("text_encoder"))
-            for text in texts_in(call.get(start) if prompt is None else prompt):
-                cut = [name for name in names if name and is_cut(name, text, tokenizer, window)]
+            for text in flatten_texts(call.get(start) if prompt is None else prompt):
+                cut = [
+                    name for name in names if name and is_truncated(name, text, tokenizer, window)
+                ]
                 if cut:
                     count = len(tokenizer(text, verbose=False).input_ids)
                     shown = text if len(text) <= 60 else f"{text[:60]}..."
@@ -144,7 +146,7 @@ def cut_off(host: Host, call: Call) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def is_cut(name: str, text: str, tokenizer: Any, window: int) -> bool:
+def is_truncated(name: str, text: str, tokenizer: Any, window: int) -> bool:
     """Whether the first mention of a name in a text is behind the tokens that are read."""
     places = find(name, text)
     if not places or len(text) < window // 2:  # no token is shorter than half a letter
@@ -153,7 +155,7 @@ def is_cut(name: str, text: str, tokenizer: Any, window: int) -> bool:
     return len(begun) > window - tokenizer.num_special_tokens_to_add()
 
 
-def _window(host: Host, call: Call, key: str, tokenizer: Any) -> int | None:
+def _token_limit(host: Host, call: Call, key: str, tokenizer: Any) -> int | None:
     """How many tokens of a prompt an encoder reads; None where that is not known."""
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
         return None

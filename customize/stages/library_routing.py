@@ -21,7 +21,7 @@ from customize.families import Family
 from customize.pipeline.call_lock import is_nested
 from customize.pipeline.call_wrapper import Call, Host, Stage
 from customize.pipeline.state import Holder
-from customize.stages.check_prompts import Vocabulary, prompts_in, texts_in
+from customize.stages.check_prompts import Vocabulary, flatten_texts, prompt_arguments
 
 
 @contextmanager
@@ -33,8 +33,8 @@ def _routed(host: Host, call: Call) -> Iterator[Call]:
     from customize.pipeline.attach import route_to  # which has the table of stages, and so this
 
     family, holder = host.family, host.state
-    prompts = prompts_in(call)
-    texts = [text for value in prompts.values() for text in texts_in(value)]
+    prompts = prompt_arguments(call)
+    texts = [text for value in prompts.values() for text in flatten_texts(value)]
     if not texts:
         yield call
         return

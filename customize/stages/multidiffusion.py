@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customize.core.region_weights import composed, layered
+from customize.core.region_weights import blend, stack_regions
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.denoiser_inputs import rows_of
@@ -29,14 +29,14 @@ from customize.pipeline.call_wrapper import belonging
 
 #: How far off an encoded prompt may be, over its own size, to be the one that is asked for:
 #: rounding in bfloat16 stays below it, and another prompt is further away.
-SAME = 0.02
+MATCH_TOLERANCE = 0.02
 
 #: The share of noise down to which a region is drawn as if it were alone in the picture.
-ALONE = 0.5
+BOOTSTRAP_NOISE_SHARE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Regional:
+class RegionalPrompt:
     """One prompt, and what is drawn instead of it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Regional:
 
 
 @contextmanager
-def drawn_by_regions(family: Family, asked: Sequence[Regional]) -> Iterator[None]:
+def denoise_by_regions(family: Family, asked: Sequence[RegionalPrompt]) -> Iterator[None]:
     """Within it, the denoisers answer these prompts by regions, and all others as ever.
 
     Args:
@@ -61,7 +61,7 @@ def drawn_by_regions(family: Family, asked: Sequence[Regional]) -> Iterator[None
         PipelineError: the pipeline has drawn something else than these prompts, as it encodes them
             in another way.
     """
-    drawing = _Drawing(family, asked)
+    drawing = _RegionalDenoiser(family, asked)
     handles = []
     try:
         for key in (family.denoiser_key, *family.other_denoisers):
@@ -83,7 +83,7 @@ def drawn_by_regions(family: Family, asked: Sequence[Regional]) -> Iterator[None
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _Layer:
     """What one prompt adds to a picture.
 
     Attributes:
@@ -98,7 +98,7 @@ class _Part:
 
 
 @dataclass(eq=False)
-class _Step:
+class _DenoiserCall:
     """One call of a denoiser on its way.
 
     Attributes:
@@ -112,18 +112,18 @@ class _Step:
     arguments: dict[str, Any]
     batch: int
     each: int
-    jobs: list[dict[int, _Part]]
+    jobs: list[dict[int, _Layer]]
     alone: bool
 
 
-class _Drawing:
+class _RegionalDenoiser:
     """What goes on during one call of a pipeline.
 
     Attributes:
         matched: whether any of the prompts has come by.
     """
 
-    def __init__(self, family: Family, asked: Sequence[Regional]) -> None:
+    def __init__(self, family: Family, asked: Sequence[RegionalPrompt]) -> None:
         self.family, self.asked = family, asked
         texts = dict.fromkeys(text for each in asked for text in each.prompts)
         self.numbers = {text: number for number, text in enumerate(texts)}
@@ -139,9 +139,9 @@ class _Drawing:
         ]
         self._words_argument = next(iter(said[0]))
         self._expected = [each[self._words_argument][0] for each in said]
-        self._steps: list[_Step | None] = []
+        self._steps: list[_DenoiserCall | None] = []
         self._known: dict[int, tuple[Any, dict[int, list[int]]]] = {}
-        self._shown: dict[tuple[int, int], list[list[_Part]]] = {}
+        self._shown: dict[tuple[int, int], list[list[_Layer]]] = {}
         self._count = 0
         # What has more channels than it answers is given more than what it draws.
         config = family.denoiser.config
@@ -171,7 +171,7 @@ class _Drawing:
             denoiser.register_forward_hook(after, with_kwargs=True, prepend=True),
         ]
 
-    def _step(self, arguments: dict[str, Any]) -> _Step | None:
+    def _step(self, arguments: dict[str, Any]) -> _DenoiserCall | None:
         latents = arguments[self.family.latents_argument]
         words = arguments[self._words_argument]
         batch, each = len(latents), max(1, len(words) // len(latents))
@@ -180,7 +180,7 @@ class _Drawing:
             return None
         self.matched, self._count = True, self._count + 1
         size = self.family.grid(arguments)
-        jobs: list[dict[int, _Part]] = []
+        jobs: list[dict[int, _Layer]] = []
         if size not in self._shown:
             self._shown[size] = [self._parts(regional, *size) for regional in self.asked]
         parts = self._shown[size]
@@ -192,29 +192,33 @@ class _Drawing:
                 if number == len(jobs):
                     jobs.append({})
                 jobs[number][row] = part
-        alone = self._may_be_alone and self.family.noise_share(arguments) > ALONE
-        return _Step(arguments, batch, each, jobs, alone)
+        alone = self._may_be_alone and self.family.noise_share(arguments) > BOOTSTRAP_NOISE_SHARE
+        return _DenoiserCall(arguments, batch, each, jobs, alone)
 
     def _asked_rows(self, words: Any, each: int) -> dict[int, list[int]]:
         """Row -> the numbers of the prompts that its words are; without rows of other prompts, such
         as the empty one."""
         if id(words) not in self._known:  # else as in a step before: comparing waits for a GPU
             found = {
-                row: [n for n, own in enumerate(self._expected) if _alike(words[row * each], own)]
+                row: [
+                    n
+                    for n, own in enumerate(self._expected)
+                    if _is_same_prompt(words[row * each], own)
+                ]
                 for row in range(len(words) // each)
             }
             own = {row: alike for row, alike in found.items() if alike}
             self._known[id(words)] = words, own  # kept, so that no other gets its id
         return self._known[id(words)][1]
 
-    def _parts(self, regional: Regional, rows: int, columns: int) -> list[_Part]:
+    def _parts(self, regional: RegionalPrompt, rows: int, columns: int) -> list[_Layer]:
         """Of all that shows anywhere."""
-        weights = layered([weigh(rows, columns) for weigh in regional.weights])
+        weights = stack_regions([weigh(rows, columns) for weigh in regional.weights])
         pairs = enumerate(zip(weights, regional.prompts, strict=True))
-        parts = [_Part(own, self.numbers[text], bool(number)) for number, (own, text) in pairs]
+        parts = [_Layer(own, self.numbers[text], bool(number)) for number, (own, text) in pairs]
         return [part for part in parts if bool(part.weights.any())]
 
-    def _changed(self, step: _Step, number: int) -> dict[str, Any]:
+    def _changed(self, step: _DenoiserCall, number: int) -> dict[str, Any]:
         """The arguments of one of the calls.
 
         The first has all rows of the one on its way, others only those that are asked for.
@@ -241,7 +245,7 @@ class _Drawing:
         texts = [part.text for part in job.values() for _ in range(each)]
         said = self.family.told(self._chosen(texts, given[self.family.latents_argument][0].device))
         entries = [row * each + k for row in rows for k in range(each)]
-        return given | _said(given, said, entries, whole=len(rows) == batch)
+        return given | _replace_rows(given, said, entries, whole=len(rows) == batch)
 
     def _alone(self, latents: Tensor, weights: Tensor) -> Tensor:
         """A picture's latents with noise of their own mean and deviation outside of a region."""
@@ -253,7 +257,7 @@ class _Drawing:
         noise = normal.to(latents)
         return torch.where(outside, noise * latents.std() + latents.mean(), latents)
 
-    def _together(self, step: _Step, answers: Sequence[Any]) -> Any:
+    def _together(self, step: _DenoiserCall, answers: Sequence[Any]) -> Any:
         first = answers[0][0]
         found = list(first.unbind()) if isinstance(first, Tensor) else list(first)
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -264,15 +268,17 @@ class _Drawing:
                 spread = self.family.spread(part.weights.to(own.device), own)
                 parts.setdefault(row, []).append((own, spread))
         for row, pairs in parts.items():
-            found[row] = composed(*zip(*pairs, strict=True))
-        return _with_first(answers[0], torch.stack(found) if isinstance(first, Tensor) else found)
+            found[row] = blend(*zip(*pairs, strict=True))
+        return _replace_sample(
+            answers[0], torch.stack(found) if isinstance(first, Tensor) else found
+        )
 
     def _chosen(self, numbers: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         chosen = {name: values[list(numbers)] for name, values in self.conditions.items()}
         return {name: values.to(device) for name, values in chosen.items()}
 
 
-def _alike(words: Tensor, expected: Tensor) -> bool:
+def _is_same_prompt(words: Tensor, expected: Tensor) -> bool:
     """Whether two are one prompt: (tokens, ...) each, the shorter one filled up with zeros."""
     a, b = words.float(), expected.to(words.device, torch.float32)
     if a.shape[1:] != b.shape[1:]:
@@ -280,10 +286,10 @@ def _alike(words: Tensor, expected: Tensor) -> bool:
     shorter = min(len(a), len(b))
     off = (a[:shorter] - b[:shorter]).square().sum()
     off = off + a[shorter:].square().sum() + b[shorter:].square().sum()
-    return bool(off.sqrt() <= SAME * b.square().sum().sqrt())
+    return bool(off.sqrt() <= MATCH_TOLERANCE * b.square().sum().sqrt())
 
 
-def _said(
+def _replace_rows(
     given: Mapping[str, Any], said: Mapping[str, Any], entries: Sequence[int], *, whole: bool
 ) -> dict[str, Any]:
     """Arguments in which some entries are replaced by what is said, in their order."""
@@ -291,7 +297,7 @@ def _said(
     for name, value in said.items():
         old: Any = given.get(name)
         if isinstance(value, Mapping):
-            found[name] = dict(old or {}) | _said(old or {}, value, entries, whole=whole)
+            found[name] = dict(old or {}) | _replace_rows(old or {}, value, entries, whole=whole)
         elif isinstance(value, list):
             found[name] = list(old or [])
             for entry, own in zip(entries, value, strict=True):
@@ -304,7 +310,7 @@ def _said(
     return found
 
 
-def _with_first(output: Any, answer: Any) -> Any:
+def _replace_sample(output: Any, answer: Any) -> Any:
     """A denoiser's output, a tuple or one of diffusers' classes, with another answer."""
     if isinstance(output, tuple):
         return (answer, *output[1:])

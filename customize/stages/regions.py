@@ -14,27 +14,27 @@ from PIL import Image
 from torch import Tensor
 
 from customize.concepts.tokens.prompt_phrases import check, find, regional
-from customize.core.region_weights import box_weights, layered, mask_weights
+from customize.core.region_weights import box_weights, mask_weights, stack_regions
 from customize.core.scalars import as_float
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.pipeline.call_wrapper import Call, Host, Stage
 from customize.pipeline.validation import check_encoders_here
-from customize.stages.multidiffusion import Regional, drawn_by_regions
+from customize.stages.multidiffusion import RegionalPrompt, denoise_by_regions
 from customize.text import quoted
 
-Weigh = Callable[[int, int], Tensor]
+WeightFunction = Callable[[int, int], Tensor]
 
 # Fine enough to tell whether anything of a region shows.
-_GRID = 256
-_LEAST = 0.01
+_CHECK_GRID = 256
+_MIN_VISIBLE_SHARE = 0.01
 #: Most regions of one prompt.
 MAX_REGIONS = 64
 # Of a mask.
-_MOST_PIXELS = 2**28
+_MAX_MASK_PIXELS = 2**28
 
 # What changes how a pipeline encodes a prompt, or takes its place.
-_OTHER_WORDS = ("prompt_embeds", "prompt_2", "prompt_3", "clip_skip")
+_INCOMPATIBLE_ARGUMENTS = ("prompt_embeds", "prompt_2", "prompt_3", "clip_skip")
 
 
 @contextmanager
@@ -43,16 +43,16 @@ def _run(host: Host, call: Call, regions: Any = None) -> Iterator[Call]:
         yield call
         return
     pipe, family = host.pipe, host.family
-    _check_host(pipe, family, call)
-    prompts = _prompts(call)
+    _check_supported(pipe, family, call)
+    prompts = _read_prompts(call)
     words = {name: each.concept.info.words for name, each in host.state.attached.items()}
     asked = [
-        _regional(prompt, own, words)
-        for prompt, own in zip(prompts, _each(regions, len(prompts)), strict=True)
+        _regional_prompt(prompt, own, words)
+        for prompt, own in zip(prompts, _regions_by_prompt(regions, len(prompts)), strict=True)
     ]
     # Whoever is called, torch.compile's wrapper among them.
     called = type(family)(dict(pipe.components), family.pipeline_config)
-    with drawn_by_regions(called, asked):
+    with denoise_by_regions(called, asked):
         yield call
 
 
@@ -60,7 +60,9 @@ def _run(host: Host, call: Call, regions: Any = None) -> Iterator[Call]:
 REGIONS = Stage(("regions",), _run)
 
 
-def _regional(prompt: str, regions: Mapping[str, Any], words: Mapping[str, str]) -> Regional:
+def _regional_prompt(
+    prompt: str, regions: Mapping[str, Any], words: Mapping[str, str]
+) -> RegionalPrompt:
     """One prompt with its regions, checked.
 
     Args:
@@ -73,7 +75,7 @@ def _regional(prompt: str, regions: Mapping[str, Any], words: Mapping[str, str])
             where="regions",
             fix="give fewer; each costs as much time and memory as a prompt",
         )
-    named: dict[str, Weigh] = {}
+    named: dict[str, WeightFunction] = {}
     for key, place in regions.items():
         where = f"regions[{quoted(key)}]"
         if not isinstance(key, str):
@@ -89,19 +91,19 @@ def _regional(prompt: str, regions: Mapping[str, Any], words: Mapping[str, str])
                 fix="give each once; one mask can have several parts",
             )
         check(prompt, [phrase], [*filter(None, words.values()), *words], where)
-        named[phrase] = _weigh(place, where)
+        named[phrase] = _weight_function(place, where)
     check(prompt, list(named), (), "regions")
-    _check_shown(named)
+    _check_visible(named)
     texts = regional(prompt, list(named))
-    return Regional(prompt, tuple(texts), tuple(named.values()))
+    return RegionalPrompt(prompt, tuple(texts), tuple(named.values()))
 
 
-def _weigh(place: Any, where: str) -> Weigh:
+def _weight_function(place: Any, where: str) -> WeightFunction:
     """A box or a mask as weights on any grid."""
     if isinstance(place, Image.Image | Tensor | np.ndarray):
-        mask = _mask(place, where)
+        mask = _read_mask(place, where)
     elif isinstance(place, Sequence) and not isinstance(place, str):
-        return partial(box_weights, _box(place, where))
+        return partial(box_weights, _read_box(place, where))
     else:
         raise ConfigError(
             f"a {type(place).__name__} is no region",
@@ -121,15 +123,15 @@ def _weigh(place: Any, where: str) -> Weigh:
     return partial(mask_weights, mask)
 
 
-def _mask(place: Image.Image | Tensor | np.ndarray[Any, Any], where: str) -> Tensor:
+def _read_mask(place: Image.Image | Tensor | np.ndarray[Any, Any], where: str) -> Tensor:
     """A mask's numbers, (height, width), float32, on the CPU."""
     if isinstance(place, Tensor) and place.is_nested:
         raise ConfigError("a nested tensor is no mask", where=where)
     shape = tuple(place.size[::-1] if isinstance(place, Image.Image) else place.shape)
-    if len(shape) != 2 or not 0 < math.prod(shape) <= _MOST_PIXELS:
+    if len(shape) != 2 or not 0 < math.prod(shape) <= _MAX_MASK_PIXELS:
         raise ConfigError(
-            f"a mask of shape {shape} is not one of (height, width), of at most {_MOST_PIXELS:,} "
-            "pixels",
+            f"a mask of shape {shape} is not one of (height, width), of at most "
+            f"{_MAX_MASK_PIXELS:,} pixels",
             where=where,
             fix="give one number for each pixel",
         )
@@ -152,7 +154,7 @@ def _mask(place: Image.Image | Tensor | np.ndarray[Any, Any], where: str) -> Ten
         ) from error
 
 
-def _box(place: Sequence[Any], where: str) -> tuple[float, float, float, float]:
+def _read_box(place: Sequence[Any], where: str) -> tuple[float, float, float, float]:
     numbers = [as_float(number) for number in place] if len(place) == 4 else [math.nan]
     if any(map(math.isnan, numbers)):
         raise ConfigError(
@@ -176,11 +178,11 @@ def _box(place: Sequence[Any], where: str) -> tuple[float, float, float, float]:
     return left, top, right, bottom
 
 
-def _check_shown(named: Mapping[str, Weigh]) -> None:
+def _check_visible(named: Mapping[str, WeightFunction]) -> None:
     """Refuse a region that others cover."""
-    own = [weigh(_GRID, _GRID) for weigh in named.values()]
-    for phrase, before, after in zip(named, own, layered(own)[1:], strict=True):
-        if float(after.sum()) < _LEAST * float(before.sum()):
+    own = [weigh(_CHECK_GRID, _CHECK_GRID) for weigh in named.values()]
+    for phrase, before, after in zip(named, own, stack_regions(own)[1:], strict=True):
+        if float(after.sum()) < _MIN_VISIBLE_SHARE * float(before.sum()):
             raise ConfigError(
                 f"nothing of the region of {phrase!r} is left: others cover it",
                 where="regions",
@@ -188,7 +190,7 @@ def _check_shown(named: Mapping[str, Weigh]) -> None:
             )
 
 
-def _each(regions: Any, count: int) -> Sequence[Mapping[str, Any]]:
+def _regions_by_prompt(regions: Any, count: int) -> Sequence[Mapping[str, Any]]:
     """The regions of each prompt."""
     listed = [regions] * count if isinstance(regions, Mapping) else regions
     if not isinstance(listed, list | tuple) or not all(isinstance(o, Mapping) for o in listed):
@@ -208,7 +210,7 @@ def _each(regions: Any, count: int) -> Sequence[Mapping[str, Any]]:
     return listed
 
 
-def _prompts(call: Call) -> list[str]:
+def _read_prompts(call: Call) -> list[str]:
     prompt = call.get("prompt")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     texts = prompts if isinstance(prompts, list | tuple) else []
@@ -221,7 +223,7 @@ def _prompts(call: Call) -> list[str]:
     return list(texts)
 
 
-def _check_host(pipe: Any, family: Family, call: Call) -> None:
+def _check_supported(pipe: Any, family: Family, call: Call) -> None:
     """Refuse what regions cannot be drawn with; nothing has been done yet."""
     if family.no_regions:
         raise PipelineError(
@@ -229,7 +231,7 @@ def _check_host(pipe: Any, family: Family, call: Call) -> None:
             where="regions",
             fix="leave out regions=; README.md lists the families that can",
         )
-    other = [name for name in _OTHER_WORDS if call.get(name) is not None]
+    other = [name for name in _INCOMPATIBLE_ARGUMENTS if call.get(name) is not None]
     if other:
         raise ConfigError(
             f"{' and '.join(other)} cannot be given beside regions, whose words are the prompt's",

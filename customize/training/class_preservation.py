@@ -23,7 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts.input_statistics import CONTEXTS, PROMPTS, texts
-from customize.core.preservation import POOLINGS, PRESERVATIONS, aligned, at, shares
+from customize.core.preservation import (
+    POOLINGS,
+    PRESERVATIONS,
+    common_positions,
+    gather_positions,
+    normalize_rows,
+)
 from customize.families import Family
 from customize.families.pipeline_components import TokenDictionary, uncompiled
 from customize.training.config import TrainConfig
@@ -113,7 +119,11 @@ class PreservationTargets:
                 torch.cat([each.ids for each in looked.values()]), published
             )
             for (name, these), own in zip(looked.items(), states.split(sizes), strict=True):
-                ours, base, weight = at(own, these.positions), these.base, these.weight
+                ours, base, weight = (
+                    gather_positions(own, these.positions),
+                    these.base,
+                    these.weight,
+                )
                 if name == "class_text":
                     ours, base, weight = ours[:, 0], base[:, 0], weight[:, 0]
                 loss = PRESERVATIONS[name](ours, base, weight)
@@ -130,8 +140,8 @@ class PreservationTargets:
         seed, count = self.configs[0].seed, len(concepts)
         found = []
         for place, concept in enumerate(concepts):
-            texts, at = self.contexts[concept], turn * count + place
-            own = choose(seed, at, 1, len(texts), flip=False, dropout=0.0, stream="contexts")
+            texts, position = self.contexts[concept], turn * count + place
+            own = choose(seed, position, 1, len(texts), flip=False, dropout=0.0, stream="contexts")
             found.append(texts[own.pictures[0]])
         return found
 
@@ -264,7 +274,7 @@ def _prepared(
                 if loss == "class_text":
                     ours, theirs = [pool(ids, end)], [pool(class_ids, end)]
                 else:
-                    ours, theirs = aligned(ids, class_ids)
+                    ours, theirs = common_positions(ids, class_ids)
                 own_ids.append(ids)
                 own_positions.append(ours)
                 base.append(states[theirs].float())
@@ -275,7 +285,7 @@ def _prepared(
         loss: PhraseBatch(
             ids=_filled(own_ids, end, longest).to(device),
             positions=_filled(positions, 0).to(device),
-            weight=shares(_filled([[1] * len(own) for own in positions], 0)).to(device),
+            weight=normalize_rows(_filled([[1] * len(own) for own in positions], 0)).to(device),
             base=nn.utils.rnn.pad_sequence(base, batch_first=True),
             counts=counts,
         )

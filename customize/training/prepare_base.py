@@ -12,7 +12,7 @@ from torch import nn
 from customize.base.load_pipeline import open_base
 from customize.base.quantization import check_quantizer, quantize
 from customize.concepts.tokens import layerwise_embeddings
-from customize.core.bases import avoided
+from customize.core.bases import count_shared_directions
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.training.config import TrainConfig
@@ -210,7 +210,7 @@ def check_family_support(family: Family, config: TrainConfig) -> int:
         )
     avoid = config.num_shared_directions if config.method == "orthogonal" else 0
     narrowest = min(
-        min(out, width - avoided(width, avoid))
+        min(out, width - count_shared_directions(width, avoid))
         for key in adapted_components(family, config)
         for out, width in family.adapter_targets(key).values()
     )

@@ -20,7 +20,7 @@ from customize.concepts.slices.allocation import (
 )
 from customize.concepts.slices.slice_reservations import Claim
 from customize.concepts.types import BasisInfo, ConceptInfo
-from customize.core.bases import avoided, capacity
+from customize.core.bases import capacity, count_shared_directions
 from customize.errors import CustomizeError, SettingsError
 from customize.families import Family
 from customize.training import checkpoint
@@ -180,7 +180,9 @@ def _tell(config: TrainConfig, claim: Claim, others: Sequence[Holder], family: F
     """Warn of columns that are not the concept's alone, and of slices of other columns."""
     alone = config.library is None
     for width, columns in claim.slices.items() if alone and config.slice is not None else ():
-        limit = capacity(int(width) - avoided(int(width), claim.basis.avoid), claim.rank)
+        limit = capacity(
+            int(width) - count_shared_directions(int(width), claim.basis.avoid), claim.rank
+        )
         if claim.index is not None and claim.index >= limit:
             warnings.warn(
                 f"width {width} holds {limit} slices of rank {claim.rank}, from 0: there, slice "

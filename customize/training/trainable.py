@@ -16,7 +16,7 @@ from customize.concepts.base_weight import dense_weight
 from customize.concepts.slices.allocation import columns_for
 from customize.concepts.tokens import layerwise_embeddings, token_rows
 from customize.concepts.types import BasisInfo, Concept
-from customize.core.avoiding_slices import change_on_generic
+from customize.core.avoiding_slices import relative_output_change
 from customize.errors import DataError, PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import TokenDictionary
@@ -362,7 +362,7 @@ def _held(adapter: Adapter, generic: Factors, weight: float) -> list[tuple[nn.Pa
             inputs = generic[component][file_name(component, module)]
             down, up = layer.lora_A[adapter.name].weight, layer.lora_B[adapter.name].weight
             base = _weight(layer.get_base_layer(), f"{component}.{module}")
-            factor = change_on_generic(down, inputs, base, layer.scaling[adapter.name])
+            factor = relative_output_change(down, inputs, base, layer.scaling[adapter.name])
             found.append((up, weight * factor))
     return found
 

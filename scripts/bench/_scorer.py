@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from customize.api.pipeline_methods import load_custom, unload_custom
 from customize.concepts import adapter as adapters
 from customize.concepts.types import Concept
-from customize.core.lowrank import product
+from customize.core.lowrank import to_dense
 from customize.evaluation import storybook_rates
 from customize.families import family_of
 from customize.storybook.example_concepts import ExampleConcept, make_concept
@@ -112,7 +112,7 @@ class Scorer:
                     weight = self.family.components[part].get_submodule(module).weight
                     before.append((weight, weight.detach().clone()))
                     with torch.no_grad():
-                        weight += product(update)
+                        weight += to_dense(update)
             yield
         finally:
             with torch.no_grad():

@@ -29,7 +29,7 @@ from merge_identity import FULL, QUICK, SCORED, members
 from torch import Tensor
 
 from customize.concepts.adapter import flattened
-from customize.core.crosstalk import answers, matrix, relative
+from customize.core.crosstalk import overlap_matrix, relative_responses, response_norms
 from customize.demo import assets_folder
 
 KINDS = (AVOIDING, SLICED, PLAIN)
@@ -40,7 +40,10 @@ def predictions(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
     """Predictor -> (K, K): entry (i, j) is what j does to i."""
     products = {name: flattened(each.concept.products) for name, each in learned.items()}
     inputs = {name: flattened(each.record.own) for name, each in learned.items()}
-    return {"measured": relative(answers(products, inputs)), "factors": matrix(products)}
+    return {
+        "measured": relative_responses(response_norms(products, inputs)),
+        "factors": overlap_matrix(products),
+    }
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

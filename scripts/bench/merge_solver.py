@@ -26,7 +26,7 @@ from merge_identity import FULL, QUICK, members, over, spread_of
 from torch import Tensor
 
 from customize.concepts.adapter import file_name
-from customize.core.lowrank import from_dense, product
+from customize.core.lowrank import from_dense, to_dense
 from customize.demo import assets_folder
 
 ITERATIONS = {"unet": 50, "text_encoder": 500}
@@ -41,7 +41,7 @@ def gradient_fusion(learned: Sequence[Learned]) -> Products:
         for module in learned[0].concept.products[part]:
             inputs = [each.record.own[part][file_name(part, module)] for each in learned]
             wanted = [
-                product(each.concept.products[part][module]) @ rows.T
+                to_dense(each.concept.products[part][module]) @ rows.T
                 for each, rows in zip(learned, inputs, strict=True)
             ]
             found = minimised(torch.cat(inputs), torch.cat(wanted, dim=1), ITERATIONS[part])

@@ -39,7 +39,7 @@ from merge_identity import learn
 from torch import Tensor
 
 from customize.concepts.tokens.prompt_phrases import regional
-from customize.core.region_weights import box_weights, composed, layered
+from customize.core.region_weights import blend, box_weights, stack_regions
 from customize.demo import TRAINING, assets_folder
 from customize.evaluation.storybook_rates import GUIDANCE, STEPS
 from customize.families import family_of
@@ -174,7 +174,7 @@ def inside_attention(pipe: Any, prompts: Sequence[str], phrases: Sequence[str]) 
         hidden = args[0] if args else kwargs["hidden_states"]
         empty, asked = output.chunk(2)
         rows = round((hidden.shape[1] / 2) ** 0.5)
-        weights = layered([box_weights(box, rows, 2 * rows) for box in HALVES])
+        weights = stack_regions([box_weights(box, rows, 2 * rows) for box in HALVES])
         busy = True
         try:
             answers = [
@@ -183,7 +183,7 @@ def inside_attention(pipe: Any, prompts: Sequence[str], phrases: Sequence[str]) 
             ]
         finally:
             busy = False
-        asked = composed(answers, [weight.reshape(1, -1, 1) for weight in weights])
+        asked = blend(answers, [weight.reshape(1, -1, 1) for weight in weights])
         return torch.cat([empty, asked])
 
     layers = [pipe.unet.get_submodule(name) for name in family.cross_attention_layers()]

@@ -8,7 +8,7 @@ import torch
 
 from customize.cli.inspect_command import described
 from customize.concepts.io.write_concept import write_single
-from customize.core.crosstalk import matrix
+from customize.core.crosstalk import overlap_matrix
 from tests.cli.making import Run, World, record_of, refused
 from tests.concepts.making import small
 from tests.pipeline.making import concept
@@ -57,9 +57,9 @@ def test_concepts_that_collide(run: Run, world: World, tmp_path: Path) -> None:
         each.info.name: {f"{c}.{m}": p for c, own in each.products.items() for m, p in own.items()}
         for each in (rex, twin)
     }
-    value = matrix(flat)[0, 1].item()
+    value = overlap_matrix(flat)[0, 1].item()
     assert value > 0.1 and f"{value:.3f}" in result.out
-    torch.testing.assert_close(matrix(flat), matrix(flat).T)
+    torch.testing.assert_close(overlap_matrix(flat), overlap_matrix(flat).T)
 
 
 def test_concepts_of_one_run_are_not_to_be_fused(run: Run, world: World, tmp_path: Path) -> None:

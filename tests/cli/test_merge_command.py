@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.merge.merge_concepts import merge
 from customize.concepts.types import Concept
-from customize.core.lowrank import product
+from customize.core.lowrank import to_dense
 from customize.errors import ConceptError, StorageError
 from tests.cli.making import Run, World, refused
 from tests.concepts.making import small
@@ -123,7 +123,7 @@ def test_every_layer_holds_the_exact_sum(run: Run, world: World, tmp_path: Path)
         for module, update in own.items():
             down = tensors[f"{component}.{module}.lora_A.weight"]
             up = tensors[f"{component}.{module}.lora_B.weight"]
-            torch.testing.assert_close(up @ down, product(update))
+            torch.testing.assert_close(up @ down, to_dense(update))
             seen += 2
     assert seen == len(tensors)
     facts = json.loads((tmp_path / "m" / "merged.json").read_text())
@@ -158,8 +158,8 @@ def test_methods_that_prune_say_what_narrowing_lost(run: Run, world: World, tmp_
             down = tensors[f"{component}.{module}.lora_A.weight"]
             up = tensors[f"{component}.{module}.lora_B.weight"]
             assert down.shape[0] == 4  # two concepts of rank 2
-            lost += float((up @ down - product(update)).square().sum())
-            whole += float(product(update).square().sum())
+            lost += float((up @ down - to_dense(update)).square().sum())
+            whole += float(to_dense(update).square().sum())
     error = facts["truncation_error"]
     assert error == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
     assert 0.1 < error < 1 and f"Truncation lost {error:.1%}" in result.out

@@ -19,7 +19,7 @@ from customize.concepts.adapter import file_name
 from customize.concepts.input_statistics import LayerInputs, place_beside
 from customize.concepts.merge.merge_concepts import merge
 from customize.concepts.types import Concept
-from customize.core.lowrank import LowRank, distance, norm, product
+from customize.core.lowrank import LowRank, distance, norm, to_dense
 from tests.cli.making import Run, World, refused
 from tests.pipeline.making import draw, user_lora
 from tests.tiny import tiny_sd
@@ -140,7 +140,7 @@ def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -
     for part, own in inputs.items():
         for module, rows in own.items():
             for k, updates in enumerate((rex, tom)):
-                total[k] += float((product(updates[f"{part}.{module}"]) @ rows.T).square().sum())
+                total[k] += float((to_dense(updates[f"{part}.{module}"]) @ rows.T).square().sum())
     (line,) = (line for name, line in lines.items() if name.endswith("1. rex"))
     assert f"{(total[1] / total[0]) ** 0.5:.3f}" in line and "1.000" in line
     assert "rex and tom: one answers to the other's prompts" in result.out

@@ -11,7 +11,7 @@ from customize.concepts.slices.allocation import columns_for
 from customize.concepts.types import BasisInfo
 from customize.core.bases import BASES, down_projection
 from customize.core.crosstalk import update_overlap
-from customize.core.lowrank import LowRank, product
+from customize.core.lowrank import LowRank, to_dense
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
 from tests.concepts.making import learn
@@ -174,7 +174,7 @@ def test_products_do_on_another_copy_what_the_adapter_does(make) -> None:
     for component, updates in loaded.products().items():
         assert list(updates) == list(concept.products[component])
         for module, update in updates.items():
-            assert torch.equal(product(update), product(concept.products[component][module]))
+            assert torch.equal(to_dense(update), to_dense(concept.products[component][module]))
     loaded.remove()
     assert torch.equal(call(fresh), plain)
 
@@ -193,7 +193,7 @@ def test_ranks_and_scales_may_differ_between_layers() -> None:
     adapter.remove()
     with torch.no_grad():
         for module, update in products.items():
-            weights[f"{module}.base_layer.weight"].add_(product(update))
+            weights[f"{module}.base_layer.weight"].add_(to_dense(update))
     assert torch.allclose(call(family), output, atol=1e-4)
 
 

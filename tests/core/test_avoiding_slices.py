@@ -5,9 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from customize.core.avoiding_slices import change_on_generic, left
-from customize.core.avoiding_slices import down_projection as shared_projection
-from customize.core.bases import BASES, avoided, avoiding_projection, block, down_projection
+from customize.core.avoiding_slices import (
+    relative_output_change,
+    residual_energy,
+    scaled_down_projection,
+)
+from customize.core.bases import (
+    BASES,
+    block,
+    complement_projection,
+    count_shared_directions,
+    down_projection,
+)
 from customize.core.fusion import InputMoment
 from customize.errors import ConfigError
 
@@ -22,7 +31,7 @@ def random_directions(count: int, width: int, seed: int = 0) -> torch.Tensor:
 def test_slices_are_orthonormal_disjoint_and_blind(width, count, kind, seed):
     directions = random_directions(count, width, seed)
     slices = [
-        avoiding_projection(BASES[kind], directions, block(index, width - count, 2), 3)
+        complement_projection(BASES[kind], directions, block(index, width - count, 2), 3)
         for index in range((width - count) // 2)
     ]
     whole = torch.cat(slices).double()
@@ -34,13 +43,19 @@ def test_slices_are_orthonormal_disjoint_and_blind(width, count, kind, seed):
 
 def test_without_directions_it_is_the_papers_slice():
     plain = down_projection(BASES["cosine"], 24, block(1, 24, 4), 7, 0.5)
-    same = avoiding_projection(BASES["cosine"], torch.zeros(0, 24), block(1, 24, 4), 7, 0.5)
+    same = complement_projection(BASES["cosine"], torch.zeros(0, 24), block(1, 24, 4), 7, 0.5)
     assert torch.equal(plain, same)
 
 
 def test_how_many_are_avoided():
-    assert [avoided(width, 16) for width in (4, 8, 64, 128, 3072)] == [0, 1, 8, 16, 16]
-    assert avoided(128, 0) == 0
+    assert [count_shared_directions(width, 16) for width in (4, 8, 64, 128, 3072)] == [
+        0,
+        1,
+        8,
+        16,
+        16,
+    ]
+    assert count_shared_directions(128, 0) == 0
 
 
 def inputs_of(width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,20 +72,21 @@ def inputs_of(width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_generic_inputs_are_as_loud_as_in_a_slice_that_avoids_nothing():
     rows, factor = inputs_of(64)
     avoiding = [
-        shared_projection(BASES["cosine"], factor, block(k, 56, 4), 0, avoid=16) for k in range(14)
+        scaled_down_projection(BASES["cosine"], factor, block(k, 56, 4), 0, avoid=16)
+        for k in range(14)
     ]
     loudness = (rows @ torch.cat(avoiding).T).square().mean()
     assert loudness == pytest.approx(float(rows.square().mean()), rel=0.01)
     # What they avoid is most of the energy, so it takes long rows.
-    assert left(factor, 16) < 0.05
+    assert residual_energy(factor, 16) < 0.05
     assert avoiding[0].norm(dim=1).min() > 3
 
 
 def test_no_slice_is_louder_than_ten():
     factor = torch.eye(64)[:8] / 8**0.5  # all energy in what is avoided
-    down = shared_projection(BASES["cosine"], factor, block(0, 56, 4), 0, avoid=8)
+    down = scaled_down_projection(BASES["cosine"], factor, block(0, 56, 4), 0, avoid=8)
     torch.testing.assert_close(down.norm(dim=1), torch.full((4,), 10.0))
-    half = shared_projection(BASES["cosine"], factor, block(0, 56, 4), 0, avoid=8, scale=0.5)
+    half = scaled_down_projection(BASES["cosine"], factor, block(0, 56, 4), 0, avoid=8, scale=0.5)
     torch.testing.assert_close(half, 0.5 * down)
 
 
@@ -80,15 +96,15 @@ def test_the_change_is_the_share_of_the_outputs_energy(seed):
     rows, factor = inputs_of(48, seed % 7)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(20, 48, generator=generator)
-    down = shared_projection(BASES["cosine"], factor, block(seed % 10, 42, 4), 0, avoid=6)
+    down = scaled_down_projection(BASES["cosine"], factor, block(seed % 10, 42, 4), 0, avoid=6)
     up = torch.randn(20, 4, generator=generator)
     # Its rows see alike much, so a random up-projection changes what any of its norm does.
     share = (rows @ down.T @ (2.0 * up).T).square().sum() / (rows @ weight.T).square().sum()
-    told = change_on_generic(down, factor, weight, 2.0) * float(up.square().sum())
+    told = relative_output_change(down, factor, weight, 2.0) * float(up.square().sum())
     assert told == pytest.approx(float(share), rel=0.35)
-    assert change_on_generic(down, factor, torch.zeros(20, 48), 1.0) == 0.0
+    assert relative_output_change(down, factor, torch.zeros(20, 48), 1.0) == 0.0
 
 
 def test_bad_columns():
     with pytest.raises(ConfigError, match="do not exist in an orthogonal matrix of width 56"):
-        avoiding_projection(BASES["cosine"], random_directions(8, 64), [56], 0)
+        complement_projection(BASES["cosine"], random_directions(8, 64), [56], 0)

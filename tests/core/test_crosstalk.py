@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from customize.core.bases import block, cosine, down_projection
 from customize.core.crosstalk import (
     activation_crosstalk,
-    answers,
-    matrix,
-    relative,
+    overlap_matrix,
+    relative_responses,
+    response_norms,
     subspace_overlap,
     update_overlap,
 )
-from customize.core.lowrank import LowRank, product
+from customize.core.lowrank import LowRank, to_dense
 from customize.errors import ConceptError
 
 
@@ -37,7 +37,7 @@ def pairs(draw):
 
 
 def ratio(p, q):
-    dense_p, dense_q = product(p), product(q)
+    dense_p, dense_q = to_dense(p), to_dense(q)
     return (
         torch.linalg.matrix_norm(dense_p @ dense_q.T) / (dense_p.norm() * dense_q.norm())
     ).item()
@@ -50,7 +50,7 @@ def test_measures_match_their_definitions(case):
     assert update_overlap(p, q) == pytest.approx(ratio(p, q), rel=1e-9, abs=1e-12)
     assert update_overlap(p, q) == pytest.approx(update_overlap(q, p))
     assert 0 <= update_overlap(p, q) <= 1 + 1e-9
-    dense = [(product(each) @ inputs.T).norm().item() for each in (p, q)]
+    dense = [(to_dense(each) @ inputs.T).norm().item() for each in (p, q)]
     assert activation_crosstalk(p, q, inputs) == pytest.approx(dense[1] / dense[0], rel=1e-6)
     # The projectors onto the row spaces say the same without choosing bases.
     projectors = [torch.linalg.pinv(each.down) @ each.down for each in (p, q)]
@@ -118,25 +118,25 @@ def test_matrix_is_the_energy_weighted_root_mean_square():
         "tom": {"b": update(4, 1, 5, 2.0), "a": update(6, 4, 8, 0.5)},
         "bob": {"b": update(4, 9, 5, 1.0)},  # a rank above the layer's
     }
-    table = matrix(concepts)
+    table = overlap_matrix(concepts)
     assert table.shape == (3, 3)
     assert table.dtype == torch.float64
     for i, first in enumerate(concepts.values()):
         for j, second in enumerate(concepts.values()):
             crossed = energy = 0.0
             for layer in first.keys() & second.keys():
-                dense = product(first[layer]), product(second[layer])
+                dense = to_dense(first[layer]), to_dense(second[layer])
                 crossed += (dense[0] @ dense[1].T).norm().item() ** 2
                 energy += (dense[0].norm() * dense[1].norm()).item() ** 2
             assert table[i, j].item() == pytest.approx(math.sqrt(crossed / energy), rel=1e-9)
 
 
 def test_matrix_edges():
-    assert matrix({}).shape == (0, 0)
+    assert overlap_matrix({}).shape == (0, 0)
     apart = {"rex": {"a": concept(0)}, "tom": {"b": concept(0)}, "new": {}}
-    assert matrix(apart).fill_diagonal_(0).abs().max() == 0
+    assert overlap_matrix(apart).fill_diagonal_(0).abs().max() == 0
     disjoint = {f"c{i}": {"a": concept(i), "b": concept(i, seed=9)} for i in range(4)}
-    table = matrix(disjoint)
+    table = overlap_matrix(disjoint)
     assert (table.diagonal() >= 0.5 - 1e-9).all()  # at least 1 / sqrt(rank)
     assert table.fill_diagonal_(0).max() < 1e-6
 
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ConceptError, match="width 32"):
         activation_crosstalk(p, p, torch.zeros(3, 40))
     with pytest.raises(ConceptError, match="one weight"):
-        matrix({"rex": {"a": p}, "tom": {"a": q}})
+        overlap_matrix({"rex": {"a": p}, "tom": {"a": q}})
 
 
 def test_answers_are_norms_on_the_other_ones_inputs():
@@ -169,7 +169,7 @@ def test_answers_are_norms_on_the_other_ones_inputs():
         for name, layers in products.items()
     }
     del inputs["b"]["y"]
-    found = answers(products, inputs)
+    found = response_norms(products, inputs)
     assert list(found) == ["x"]  # the only one that all change, with inputs of each
     names = list(products)
     for i, own in enumerate(names):
@@ -178,9 +178,9 @@ def test_answers_are_norms_on_the_other_ones_inputs():
             expected = (0.5 * p.up @ p.down @ inputs[own]["x"].T).norm()
             assert found["x"][i, j].item() == pytest.approx(float(expected), rel=1e-5)
             ratio = activation_crosstalk(products[own]["x"], p, inputs[own]["x"])
-            assert relative(found)[i, j].item() == pytest.approx(ratio, rel=1e-5)
+            assert relative_responses(found)[i, j].item() == pytest.approx(ratio, rel=1e-5)
     with pytest.raises(ConceptError, match="do not enter a layer of width 7"):
-        answers(products, inputs | {"a": {"x": torch.ones(2, 3)}})
+        response_norms(products, inputs | {"a": {"x": torch.ones(2, 3)}})
 
 
 def test_relative_answers_over_layers():
@@ -188,7 +188,7 @@ def test_relative_answers_over_layers():
         "x": torch.tensor([[3.0, 4.0], [0.0, 0.0]]),
         "y": torch.tensor([[4.0, 3.0], [2.0, 0.0]]),
     }
-    found = relative(layers)
+    found = relative_responses(layers)
     assert found[0].tolist() == [1.0, 1.0]
     assert found[1].tolist() == [math.inf, 1.0]  # b itself does nothing, and a does
-    assert relative({}).shape == (0, 0)
+    assert relative_responses({}).shape == (0, 0)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from customize.core.fusion import InputMoment, fusion
-from customize.core.lowrank import LowRank, product
+from customize.core.lowrank import LowRank, to_dense
 from customize.errors import ConceptError, ConfigError
 
 
@@ -48,7 +48,7 @@ def test_it_is_the_minimum_of_its_objective(problem):
     fused = fusion(*problem[:4], ridge=problem[4])
     assert fused.scale == 1.0
     assert fused.rank == sum(p.rank for p in problem[0])
-    update = product(fused).double().requires_grad_()
+    update = to_dense(fused).double().requires_grad_()
     value = objective(update, *problem)
     (slope,) = torch.autograd.grad(value, update)
     # Rounding to float32 is what is left, against the slope at no update at all.
@@ -66,9 +66,9 @@ def test_concepts_of_separate_inputs_keep_just_what_they_do():
         LowRank(torch.randn(10, 4, generator=generator), torch.randn(4, 24, generator=generator))
         for _ in inputs
     ]
-    fused = product(fusion(products, [1.0, 0.5, -1.0], inputs, axes[18:], ridge=1e-6))
+    fused = to_dense(fusion(products, [1.0, 0.5, -1.0], inputs, axes[18:], ridge=1e-6))
     for p, weight, rows in zip(products, [1.0, 0.5, -1.0], inputs, strict=True):
-        torch.testing.assert_close(fused @ rows.T, weight * product(p) @ rows.T, atol=1e-4, rtol=0)
+        torch.testing.assert_close(fused @ rows.T, weight * to_dense(p) @ rows.T, atol=1e-4, rtol=0)
     assert (fused @ axes[18:].T).abs().max() < 1e-4
 
 

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from customize.core.bases import block, cosine, down_projection
 from customize.core.lowrank import (
     LowRank,
-    add_to,
+    add_weighted_sum,
     all_finite,
     distance,
     from_dense,
     from_factors,
-    inner,
+    inner_product,
     norm,
-    product,
     row_factor,
+    to_dense,
     weighted_sum,
 )
 from customize.errors import ConceptError
@@ -29,9 +29,9 @@ from tests.core.making import close, dense, updates
 @given(updates(count=1))
 def test_product(case):
     (p,), _ = case
-    assert close(product(p), dense(p))
-    assert product(p).shape == p.shape
-    assert product(p).dtype in (torch.float32, torch.float64)
+    assert close(to_dense(p), dense(p))
+    assert to_dense(p).shape == p.shape
+    assert to_dense(p).dtype in (torch.float32, torch.float64)
 
 
 @settings(deadline=None)
@@ -76,7 +76,7 @@ def test_a_sum_is_no_wider_than_its_weight():
         expected = dense(products[0]) + 2 * dense(products[1]) - dense(products[2])
         assert close(dense(merged), expected + 0.5 * dense(products[3]))
         assert merged.rank == 5
-        assert torch.equal(product(merged), merged.down if out < width else merged.up)
+        assert torch.equal(to_dense(merged), merged.down if out < width else merged.up)
 
 
 @settings(deadline=None)
@@ -84,15 +84,15 @@ def test_a_sum_is_no_wider_than_its_weight():
 def test_adding_in_place(case, whole):
     products, weights = case
     if whole:  # one that is dense but for its form
-        products[0] = from_dense(product(products[0]))
+        products[0] = from_dense(to_dense(products[0]))
     start = torch.randn(products[0].shape, dtype=torch.float64)
     total = start.float()
-    add_to(total, products, weights)
+    add_weighted_sum(total, products, weights)
     parts = [w * dense(p) for p, w in zip(products, weights, strict=True)]
     size = sum(part.abs().max() for part in parts) + start.abs().max()
     assert (total - (start + sum(parts))).abs().max() <= 1e-5 * (1 + size)
     before = total.clone()
-    add_to(total, [], [])
+    add_weighted_sum(total, [], [])
     assert torch.equal(total, before)
 
 
@@ -101,7 +101,7 @@ def test_many_are_added_in_pieces_and_slices_once():
     slices = [torch.randn(20, 400) for _ in range(20)]
     products = [LowRank(torch.randn(30, 20), slices[k % 20].clone(), 0.1) for k in range(60)]
     total = torch.zeros(30, 400)
-    add_to(total, products, [1.0] * 60)
+    add_weighted_sum(total, products, [1.0] * 60)
     assert close(total, sum(dense(p) for p in products))
 
 
@@ -120,7 +120,7 @@ def test_a_sum_of_half_precision_keeps_what_half_precision_would_lose():
     down = torch.eye(2, dtype=torch.float16)
     large = LowRank(torch.tensor([[1024.0, 0.0]], dtype=torch.float16), down)
     small = LowRank(torch.tensor([[0.25, 0.0]], dtype=torch.float16), down)
-    assert product(weighted_sum([large, small], [1.0, 1.0]))[0, 0] == 1024.25
+    assert to_dense(weighted_sum([large, small], [1.0, 1.0]))[0, 0] == 1024.25
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -138,7 +138,7 @@ def test_disjoint_slices_do_not_cross_and_sum(rank):
     for i, p in enumerate(products):
         for q in products[i + 1 :]:
             assert (dense(p) @ dense(q).T).abs().max() < 1e-5
-            assert abs(inner(p, q)) < 1e-5 * norm(p) * norm(q)
+            assert abs(inner_product(p, q)) < 1e-5 * norm(p) * norm(q)
     merged = dense(weighted_sum(products, [1.0] * 3))
     assert close(merged, sum(dense(p) for p in products))
     # On an input from its own slice each concept acts in the merged model as it does alone.
@@ -151,10 +151,10 @@ def test_disjoint_slices_do_not_cross_and_sum(rank):
 def test_inner_norm_and_distance(case):
     (p, q), _ = case
     size = 1e-10 * (1 + norm(p)) * (1 + norm(q))
-    assert abs(inner(p, q) - (dense(p) * dense(q)).sum().item()) < size
+    assert abs(inner_product(p, q) - (dense(p) * dense(q)).sum().item()) < size
     assert abs(norm(p) - torch.linalg.matrix_norm(dense(p)).item()) < size
     assert abs(distance(p, q) - torch.linalg.matrix_norm(dense(p) - dense(q)).item()) < size
-    assert abs(inner(p, p) - norm(p) ** 2) < size * (1 + norm(p))
+    assert abs(inner_product(p, p) - norm(p) ** 2) < size * (1 + norm(p))
     assert close(row_factor(p).T @ row_factor(p), dense(p).T @ dense(p), 1e-10)
 
 
@@ -179,7 +179,7 @@ def test_convolution_factors(out, channels, rank, kernel):
     up = torch.randn(out, rank, 1, 1, dtype=torch.float64)
     x = torch.randn(2, channels, 5, 5, dtype=torch.float64)
     p = from_factors(up, down, 0.5)
-    whole = torch.nn.functional.conv2d(x, product(p).reshape(out, channels, *kernel))
+    whole = torch.nn.functional.conv2d(x, to_dense(p).reshape(out, channels, *kernel))
     chained = 0.5 * torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), up)
     assert torch.allclose(whole, chained)
 
@@ -210,6 +210,6 @@ def test_scale_must_be_finite_and_up_one_pixel():
 
 def test_what_does_not_fit_is_refused():
     p, q = LowRank(torch.ones(3, 2), torch.ones(2, 4)), LowRank(torch.ones(3, 2), torch.ones(2, 5))
-    for refuse in (lambda: inner(p, q), lambda: distance(p, q)):
+    for refuse in (lambda: inner_product(p, q), lambda: distance(p, q)):
         with pytest.raises(ConceptError, match="do not belong to one weight"):
             refuse()

@@ -8,8 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from customize.core.lowrank import LowRank, from_dense, product, rows, stacked, weighted_sum
-from customize.core.lycoris import hadamard, kronecker, rescaled, with_core
+from customize.core.lowrank import (
+    LowRank,
+    from_dense,
+    slice_rows,
+    stack_rows,
+    to_dense,
+    weighted_sum,
+)
+from customize.core.lycoris import dora_delta, hadamard_product, kronecker_product, tucker_product
 from customize.errors import ConceptError
 
 sizes = st.integers(1, 6)
@@ -33,7 +40,7 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> Non
 def test_an_elementwise_product_is_exact(out: int, width: int, r: int, s: int, seed: int) -> None:
     p = LowRank(random(out, r, seed=seed), random(r, width, seed=seed), 0.5)
     q = LowRank(random(out, s, seed=seed + 1), random(s, width, seed=seed + 1), 3.0)
-    both = hadamard(p, q)
+    both = hadamard_product(p, q)
     assert both.rank == min(r * s, out, width)
     assert_near(exact(both), exact(p) * exact(q), 1e-5)
 
@@ -45,7 +52,7 @@ def test_a_kronecker_product_is_exact(
 ) -> None:
     p = LowRank(random(a, r, seed=seed), random(r, b, seed=seed), 2.0)
     q = LowRank(random(c, s, seed=seed + 1), random(s, d, seed=seed + 1), 0.25)
-    both = kronecker(p, q)
+    both = kronecker_product(p, q)
     assert both.rank == min(r * s, a * c, b * d)
     assert_near(exact(both), torch.kron(exact(p), exact(q)), 1e-5)
 
@@ -56,7 +63,7 @@ def test_any_matrix_is_a_product_bit_for_bit(out: int, width: int, seed: int) ->
     whole = random(out, width, seed=seed)
     made = from_dense(whole)
     assert made.rank == min(out, width)
-    assert torch.equal(product(made), whole)
+    assert torch.equal(to_dense(made), whole)
 
 
 def test_dense_updates_add_up_without_growing() -> None:
@@ -69,27 +76,27 @@ def test_dense_updates_add_up_without_growing() -> None:
 
 def test_updates_below_one_another() -> None:
     parts = [LowRank(random(n, 2, seed=n), random(2, 4, seed=n), 0.5 * n) for n in (2, 3)]
-    whole = stacked(parts)
+    whole = stack_rows(parts)
     assert_near(exact(whole), torch.cat([exact(part) for part in parts]))
-    assert_near(exact(rows(whole, 2, 5)), exact(parts[1]))
+    assert_near(exact(slice_rows(whole, 2, 5)), exact(parts[1]))
     shared = [LowRank(part.up, parts[0].down, part.scale) for part in parts]
-    assert stacked(shared).rank == 2 and whole.rank == 4
+    assert stack_rows(shared).rank == 2 and whole.rank == 4
     with pytest.raises(ConceptError, match="different input widths"):
-        stacked([parts[0], LowRank(random(2, 1), random(1, 3))])
+        stack_rows([parts[0], LowRank(random(2, 1), random(1, 3))])
 
 
 def test_a_core_between_two_convolutions() -> None:
     up, core, down = random(5, 3, 1, 1), random(3, 2, 3, 3), random(2, 4, 1, 1)
-    made = with_core(up, down, core)
+    made = tucker_product(up, down, core)
     expected = torch.einsum(
         "or,rshw,si->oihw", up[:, :, 0, 0].double(), core.double(), down[:, :, 0, 0].double()
     )
     assert made.rank == 3
     assert_near(exact(made), expected.flatten(1))
     with pytest.raises(ConceptError, match="have no product"):
-        with_core(up, random(3, 4, 1, 1), core)
+        tucker_product(up, random(3, 4, 1, 1), core)
     with pytest.raises(ConceptError, match="wider than one pixel"):
-        with_core(random(5, 3, 3, 3), down, None)
+        tucker_product(random(5, 3, 3, 3), down, None)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 3), (4, 4), (4, 4, 3, 3)])
@@ -103,20 +110,20 @@ def test_dora(shape: tuple[int, ...], of_rows: bool) -> None:
     dims = [dim for dim in range(len(shape)) if dim != (0 if of_rows else 1)]
     lengths = changed.square().sum(dims, keepdim=True).sqrt()
     expected = magnitude.double() * changed / lengths - weight.double()
-    assert_near(rescaled(weight, update, magnitude).double(), expected)
+    assert_near(dora_delta(weight, update, magnitude).double(), expected)
     if of_rows:
         assert torch.equal(
-            rescaled(weight, update, magnitude.flatten()), rescaled(weight, update, magnitude)
+            dora_delta(weight, update, magnitude.flatten()), dora_delta(weight, update, magnitude)
         )
 
 
 def test_dora_changes_nothing_where_the_magnitudes_are_the_weights_own() -> None:
     weight = random(6, 4)
-    still = rescaled(weight, LowRank(torch.zeros(6, 1), random(1, 4)), weight.norm(dim=1))
+    still = dora_delta(weight, LowRank(torch.zeros(6, 1), random(1, 4)), weight.norm(dim=1))
     assert still.abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 1), (1, 5), (1, 1), (6, 4), (6, 1, 1, 1)])
 def test_magnitudes_that_do_not_fit(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConceptError, match="do not fit"):
-        rescaled(random(6, 4), LowRank(random(6, 1), random(1, 4)), torch.ones(shape))
+        dora_delta(random(6, 4), LowRank(random(6, 1), random(1, 4)), torch.ones(shape))

@@ -12,15 +12,15 @@ from customize.core import objectives
 from customize.core.objectives import (
     FLOW_DENSITIES,
     PREDICTIONS,
+    add_offset_noise,
     cosmap,
-    flow_noisy,
+    flow_noisy_latents,
     flow_target,
     logit_normal,
     min_snr_weight,
     mode,
     noisy_latents,
-    offset_noise,
-    shift,
+    shift_sigmas,
     snr,
     target,
     weighted_mse,
@@ -71,7 +71,7 @@ def test_the_true_target_has_no_loss_and_gives_the_picture_back(kind, seed, step
 def test_flow_target_gives_the_picture_back(seed, levels):
     x0, noise = batch(seed)
     sigma = torch.tensor(levels)
-    noisy, velocity = flow_noisy(x0, noise, sigma), flow_target(x0, noise)
+    noisy, velocity = flow_noisy_latents(x0, noise, sigma), flow_target(x0, noise)
     along = sigma.reshape(3, 1, 1, 1)
     assert (noisy - along * velocity - x0).abs().max() < 1e-5
     assert (noisy + (1 - along) * velocity - noise).abs().max() < 1e-5
@@ -88,7 +88,7 @@ def test_half_precision_latents_are_mixed_in_float32(kind):
     assert goal.dtype == torch.float32
     assert torch.equal(goal, target(kind, x0.float(), noise.float(), ALPHAS, t))
     assert flow_target(x0, noise).dtype == torch.float32
-    assert flow_noisy(x0, noise, torch.full((3,), 0.3)).dtype == torch.bfloat16
+    assert flow_noisy_latents(x0, noise, torch.full((3,), 0.3)).dtype == torch.bfloat16
 
 
 def test_zero_terminal_schedule_is_pure_noise_at_the_end():
@@ -163,19 +163,21 @@ def test_densities_stay_open_where_float32_saturates():
 @given(st.floats(0, 1), st.floats(0.1, 10), st.floats(0.1, 10))
 def test_shifts_compose_and_invert(sigma, first, second):
     level = torch.tensor([sigma], dtype=torch.float64)
-    assert torch.allclose(shift(shift(level, first), second), shift(level, first * second))
-    assert torch.allclose(shift(shift(level, first), 1 / first), level)
-    assert shift(torch.tensor([0.0, 1.0]), first).tolist() == pytest.approx([0.0, 1.0])
+    assert torch.allclose(
+        shift_sigmas(shift_sigmas(level, first), second), shift_sigmas(level, first * second)
+    )
+    assert torch.allclose(shift_sigmas(shift_sigmas(level, first), 1 / first), level)
+    assert shift_sigmas(torch.tensor([0.0, 1.0]), first).tolist() == pytest.approx([0.0, 1.0])
 
 
 def test_offset_noise_is_constant_over_a_picture():
     noise = torch.zeros(64, 4, 6, 6)
-    offset = offset_noise(noise, 0.1, generator())
+    offset = add_offset_noise(noise, 0.1, generator())
     assert torch.equal(offset, offset[:, :, :1, :1].expand_as(offset))
     assert offset[:, :, 0, 0].std().item() == pytest.approx(0.1, rel=0.2)
-    assert torch.equal(offset, offset_noise(noise, 0.1, generator()))
-    assert offset_noise(torch.zeros(2, 4, 3, 6, 6).bfloat16(), 0.1).dtype == torch.bfloat16
-    assert torch.equal(offset_noise(noise, 0.0), noise)
+    assert torch.equal(offset, add_offset_noise(noise, 0.1, generator()))
+    assert add_offset_noise(torch.zeros(2, 4, 3, 6, 6).bfloat16(), 0.1).dtype == torch.bfloat16
+    assert torch.equal(add_offset_noise(noise, 0.0), noise)
 
 
 @settings(deadline=None, max_examples=40)
@@ -227,7 +229,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="mode"):
         mode(2, scale=1.8)
     with pytest.raises(ConfigError, match="shift"):
-        shift(torch.tensor(0.5), 0.0)
+        shift_sigmas(torch.tensor(0.5), 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -258,13 +260,13 @@ def test_flow_agrees_with_the_flow_matching_scheduler():
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     straight = torch.arange(STEPS, 0, -1) / STEPS
-    assert torch.allclose(shift(straight, 3.0), scheduler.sigmas)
+    assert torch.allclose(shift_sigmas(straight, 3.0), scheduler.sigmas)
     dynamic = scheduler.time_shift(1.15, 1.0, straight)
-    assert torch.allclose(shift(straight, math.exp(1.15)), dynamic)
+    assert torch.allclose(shift_sigmas(straight, math.exp(1.15)), dynamic)
     x0, noise = batch(3)
     picked = torch.tensor([0, 400, 999])
     noisy = scheduler.scale_noise(x0, scheduler.timesteps[picked], noise)
-    assert torch.allclose(flow_noisy(x0, noise, scheduler.sigmas[picked]), noisy, atol=1e-6)
+    assert torch.allclose(flow_noisy_latents(x0, noise, scheduler.sigmas[picked]), noisy, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from customize.core.oft import (
-    columns_by_butterflies,
-    columns_turned,
-    rotations,
-    turned,
+    boft_column_delta,
+    cayley_rotations,
+    oft_column_delta,
+    oft_row_delta,
 )
 from customize.errors import ConceptError
 
@@ -37,11 +37,11 @@ def test_oft_turns_blocks_of_rows(shape: tuple[int, ...], limit: float | None) -
     turns = [(eye + q) @ torch.linalg.inv(eye - q) for q in skew]
     whole = torch.block_diag(*(turn.T for turn in turns))
     expected = (whole @ weight.double().flatten(1)).reshape(shape)
-    found = turned(weight, blocks, limit, None)
+    found = oft_row_delta(weight, blocks, limit, None)
     assert_near(found.double(), expected - weight.double(), 1e-5)
     sides = [12, *[1] * (len(shape) - 1)]
     expected = factors.double().reshape(sides) * expected - weight.double()
-    found = turned(weight, blocks, limit, factors.reshape(sides))
+    found = oft_row_delta(weight, blocks, limit, factors.reshape(sides))
     assert_near(found.double(), expected, 1e-5)
 
 
@@ -49,7 +49,7 @@ def test_boft_is_a_product_of_sparse_rotations() -> None:
     """Each stage as a dense matrix, built index by index."""
     out, side, stages = 16, 4, 3
     weight, blocks = random(out, 5), 0.3 * random(stages, out // side, side, side)
-    turns = rotations(blocks.double(), None)
+    turns = cayley_rotations(blocks.double(), None)
     expected = weight.double()
     for stage in range(stages):
         stride = 2**stage * side // 2
@@ -61,22 +61,24 @@ def test_boft_is_a_product_of_sparse_rotations() -> None:
         ]
         together = torch.eye(out, dtype=torch.float64)[order]
         expected = together.T @ torch.block_diag(*turns[stage]) @ together @ expected
-    assert_near(turned(weight, blocks, None, None).double(), expected - weight.double(), 1e-5)
+    assert_near(
+        oft_row_delta(weight, blocks, None, None).double(), expected - weight.double(), 1e-5
+    )
 
 
 @settings(deadline=None)
 @given(st.integers(1, 8), st.floats(0.01, 3.0))
 def test_rotations_are_orthogonal(side: int, size: float) -> None:
-    (turn,) = rotations(size * random(1, side, side).double(), None)
+    (turn,) = cayley_rotations(size * random(1, side, side).double(), None)
     assert (turn @ turn.T - torch.eye(side)).abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (2, 3, 4, 4), (5, 5)])
 def test_blocks_that_do_not_fit(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConceptError, match="do not turn"):
-        turned(random(10, 4), random(*shape), None, None)
+        oft_row_delta(random(10, 4), random(*shape), None, None)
     with pytest.raises(ConceptError, match="do not rescale"):
-        turned(random(12, 4), random(3, 4, 4), None, torch.ones(5))
+        oft_row_delta(random(12, 4), random(3, 4, 4), None, torch.ones(5))
 
 
 @settings(deadline=None)
@@ -89,12 +91,12 @@ def test_columns_keep_their_lengths(
     entries = random(1 if shared else blocks, side * (side - 1) // 2)
     if side == 1:
         entries = entries[:, :0]
-    done = weight + columns_turned(weight, entries, terms=None, swapped=swapped)
+    done = weight + oft_column_delta(weight, entries, terms=None, swapped=swapped)
     torch.testing.assert_close(done.norm(dim=1), weight.norm(dim=1), rtol=1e-4, atol=1e-5)
     # The series goes the other way round: peft's sign of the generator differs between the two.
     small = 0.01 * entries
-    exact = columns_turned(weight, -small, terms=None, swapped=swapped)
-    assert_near(columns_turned(weight, small, terms=9, swapped=swapped), exact, 1e-4)
+    exact = oft_column_delta(weight, -small, terms=None, swapped=swapped)
+    assert_near(oft_column_delta(weight, small, terms=9, swapped=swapped), exact, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_columns_keep_their_lengths(
 )
 def test_entries_that_do_not_fit(weight: tuple[int, ...], entries: tuple[int, ...]) -> None:
     with pytest.raises(ConceptError):
-        columns_turned(random(*weight), random(*entries), terms=5)
+        oft_column_delta(random(*weight), random(*entries), terms=5)
 
 
 @pytest.mark.parametrize(
@@ -111,4 +113,4 @@ def test_entries_that_do_not_fit(weight: tuple[int, ...], entries: tuple[int, ..
 )
 def test_stages_that_do_not_fit(blocks: tuple[int, ...], scales: int) -> None:
     with pytest.raises(ConceptError):
-        columns_by_butterflies(random(4, 8), random(*blocks), torch.ones(scales, 1))
+        boft_column_delta(random(4, 8), random(*blocks), torch.ones(scales, 1))

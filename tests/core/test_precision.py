@@ -5,24 +5,24 @@ import threading
 import pytest
 import torch
 
-from customize.core.avoiding_slices import change_on_generic
+from customize.core.avoiding_slices import relative_output_change
 from customize.core.bases import cosine, gaussian_qr
-from customize.core.crosstalk import matrix, update_overlap
+from customize.core.crosstalk import overlap_matrix, update_overlap
 from customize.core.fusion import InputMoment, fusion
-from customize.core.lowrank import LowRank, norm, product, weighted_sum
-from customize.core.lycoris import hadamard, initial_part, kronecker, rescaled
+from customize.core.lowrank import LowRank, norm, to_dense, weighted_sum
+from customize.core.lycoris import dora_delta, hadamard_product, initial_adapter, kronecker_product
 from customize.core.merges import MERGES
 from customize.core.objectives import weighted_mse
 from customize.core.oft import (
-    columns_by_butterflies,
-    columns_turned,
-    rotations,
-    turned,
+    boft_column_delta,
+    cayley_rotations,
+    oft_column_delta,
+    oft_row_delta,
 )
 from customize.core.precision import full_precision, model_autocast
 from customize.core.preservation import PRESERVATIONS
-from customize.core.projection import beyond_chance, projected, span
-from customize.core.region_weights import box_weights, composed
+from customize.core.projection import overlap_confidence, principal_directions, project_out
+from customize.core.region_weights import blend, box_weights
 from customize.core.truncation import truncate
 from tests.contexts import CONTEXTS, default_dtype
 
@@ -45,35 +45,35 @@ W, X, Y = normal(24, 16, seed=6), normal(5, 4, 8, 8, seed=7), normal(5, 4, 8, 8,
 
 NUMERICS = {
     "moment": moment,
-    "fusion": lambda: product(fusion([P, Q], [1.0, 0.5], [normal(6, 16), normal(4, 16, seed=9)])),
-    "sum": lambda: product(weighted_sum([P, Q], [1.0, 0.5])),
+    "fusion": lambda: to_dense(fusion([P, Q], [1.0, 0.5], [normal(6, 16), normal(4, 16, seed=9)])),
+    "sum": lambda: to_dense(weighted_sum([P, Q], [1.0, 0.5])),
     "norm": lambda: norm(P),
     "overlap": lambda: update_overlap(P, Q),
-    "crosstalk": lambda: matrix({"a": {"l": P}, "b": {"l": Q}}),
-    "truncate": lambda: product(truncate(P, 2)),
-    "hadamard": lambda: product(hadamard(P, Q)),
-    "kronecker": lambda: product(kronecker(P, Q)),
-    "rescaled": lambda: rescaled(W, P, normal(24, 1).abs()),
-    "turned": lambda: turned(W, 0.1 * normal(6, 4, 4), None, None),
-    "rotations": lambda: rotations(0.1 * normal(6, 4, 4), None),
-    "columns": lambda: columns_turned(W, 0.1 * normal(4, 6), terms=5),
-    "columns exactly": lambda: columns_turned(W, 0.1 * normal(4, 6), terms=None, limit=0.1),
-    "butterflies": lambda: columns_by_butterflies(W, normal(2, 4, 4, 4), normal(24, 1)),
-    "pissa": lambda: product(initial_part(W, 3, 1.0, "pissa")),
-    "olora": lambda: product(initial_part(W, 3, 0.5, "olora")),
-    "span": lambda: span(X.flatten(2), 2),
-    "projected": lambda: projected(W, span(normal(3, 16)), 0.5),
-    "beyond_chance": lambda: beyond_chance(W, span(normal(3, 16))),
+    "crosstalk": lambda: overlap_matrix({"a": {"l": P}, "b": {"l": Q}}),
+    "truncate": lambda: to_dense(truncate(P, 2)),
+    "hadamard": lambda: to_dense(hadamard_product(P, Q)),
+    "kronecker": lambda: to_dense(kronecker_product(P, Q)),
+    "rescaled": lambda: dora_delta(W, P, normal(24, 1).abs()),
+    "turned": lambda: oft_row_delta(W, 0.1 * normal(6, 4, 4), None, None),
+    "rotations": lambda: cayley_rotations(0.1 * normal(6, 4, 4), None),
+    "columns": lambda: oft_column_delta(W, 0.1 * normal(4, 6), terms=5),
+    "columns exactly": lambda: oft_column_delta(W, 0.1 * normal(4, 6), terms=None, limit=0.1),
+    "butterflies": lambda: boft_column_delta(W, normal(2, 4, 4, 4), normal(24, 1)),
+    "pissa": lambda: to_dense(initial_adapter(W, 3, 1.0, "pissa")),
+    "olora": lambda: to_dense(initial_adapter(W, 3, 0.5, "olora")),
+    "span": lambda: principal_directions(X.flatten(2), 2),
+    "projected": lambda: project_out(W, principal_directions(normal(3, 16)), 0.5),
+    "beyond_chance": lambda: overlap_confidence(W, principal_directions(normal(3, 16))),
     "mse": lambda: weighted_mse(X, Y, normal(5).abs()),
     "class_text": lambda: PRESERVATIONS["class_text"](W, W.flip(0), None),
     "context_output": lambda: PRESERVATIONS["context_output"](X, Y, None),
-    "generic": lambda: change_on_generic(P.down, normal(3, 16) / 8, W, 1.0),
+    "generic": lambda: relative_output_change(P.down, normal(3, 16) / 8, W, 1.0),
     "cosine": lambda: cosine(160, range(4), 0),
     "gaussian": lambda: gaussian_qr(160, range(4), 0),
     "box": lambda: box_weights((0.1, 0.2, 0.7, 0.9), 8, 8),
-    "composed": lambda: composed([X[0], Y[0]], [normal(8, 8).abs(), normal(8, 8, seed=1).abs()]),
+    "composed": lambda: blend([X[0], Y[0]], [normal(8, 8).abs(), normal(8, 8, seed=1).abs()]),
     **{
-        f"merge-{name}": (lambda merge=merge: product(merge([P, Q], [1.0, 0.5])))
+        f"merge-{name}": (lambda merge=merge: to_dense(merge([P, Q], [1.0, 0.5])))
         for name, merge in MERGES.items()
     },
 }

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from customize.core.preservation import (
     POOLINGS,
     PRESERVATIONS,
-    aligned,
-    at,
     class_text,
+    common_positions,
     context_text,
     cosine_distance,
+    gather_positions,
+    normalize_rows,
     output,
-    shares,
 )
 from customize.errors import TrainingError
 
@@ -112,7 +112,7 @@ def test_context_is_a_mean_over_each_prompts_own_positions(seed, lengths):
     a = normal(len(lengths), longest, 8, seed=seed)
     b = normal(len(lengths), longest, 8, seed=seed + 1)
     counts = torch.tensor([[place < n for place in range(longest)] for n in lengths])
-    weight = shares(counts)
+    weight = normalize_rows(counts)
     assert torch.allclose(weight.sum(1), torch.ones(len(lengths)))
     alone = [cosine_distance(x[:n], y[:n]).mean() for x, y, n in zip(a, b, lengths, strict=True)]
     found = context_text(a, b, weight)
@@ -122,7 +122,10 @@ def test_context_is_a_mean_over_each_prompts_own_positions(seed, lengths):
 
 
 def test_a_row_in_which_nothing_counts_is_no_division_by_zero():
-    assert shares(torch.tensor([[False, False], [True, True]])).tolist() == [[0, 0], [0.5, 0.5]]
+    assert normalize_rows(torch.tensor([[False, False], [True, True]])).tolist() == [
+        [0, 0],
+        [0.5, 0.5],
+    ]
 
 
 WORDS = st.lists(st.integers(0, 9), max_size=6)
@@ -132,7 +135,7 @@ WORDS = st.lists(st.integers(0, 9), max_size=6)
 def test_alignment_pairs_the_same_words_once_each(before, ours, base, after):
     a = [BEGIN, *before, *ours, *after, END]
     b = [BEGIN, *before, *base, *after, END]
-    own, theirs = aligned(a, b)
+    own, theirs = common_positions(a, b)
     assert [a[i] for i in own] == [b[i] for i in theirs]
     assert own == sorted(set(own)) and theirs == sorted(set(theirs))
     # Never less than what is known to be common.
@@ -147,7 +150,7 @@ def test_a_concept_of_more_tokens_than_the_class_shifts_what_follows():
     photo, of, a, dog, on, beach, rex, rex_1, rex_2 = range(1, 10)
     ours = [BEGIN, photo, of, rex, rex_1, rex_2, on, beach, END]
     base = [BEGIN, photo, of, a, dog, on, beach, END]
-    assert aligned(ours, base) == ([0, 1, 2, 6, 7, 8], [0, 1, 2, 5, 6, 7])
+    assert common_positions(ours, base) == ([0, 1, 2, 6, 7, 8], [0, 1, 2, 5, 6, 7])
 
 
 def test_poolings_part_where_an_id_is_above_the_end():
@@ -162,5 +165,5 @@ def test_poolings_part_where_an_id_is_above_the_end():
 
 def test_states_are_taken_at_each_rows_positions():
     hidden = torch.arange(24.0).reshape(2, 4, 3)
-    found = at(hidden, torch.tensor([[3, 0], [1, 1]]))
+    found = gather_positions(hidden, torch.tensor([[3, 0], [1, 1]]))
     assert torch.equal(found[0], hidden[0, [3, 0]]) and torch.equal(found[1], hidden[1, [1, 1]])

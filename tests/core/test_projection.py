@@ -7,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customize.core.projection import beyond_chance, keeping, projected, span
+from customize.core.projection import (
+    max_strength,
+    overlap_confidence,
+    principal_directions,
+    project_out,
+)
 from customize.errors import ConfigError
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(2, 24), st.integers(1, 5), st.integers(0, 999))
@@ -27,24 +32,24 @@ def near(a, b):
 @given(SIZES)
 def test_nothing_is_done_at_0_and_all_is_out_at_1(sizes):
     rows, unwanted = made(sizes)
-    directions = span(unwanted)
-    assert torch.equal(projected(rows, directions, 0.0), rows)
-    out = projected(rows, directions, 1.0)
+    directions = principal_directions(unwanted)
+    assert torch.equal(project_out(rows, directions, 0.0), rows)
+    out = project_out(rows, directions, 1.0)
     assert near(out @ unwanted.mT, torch.zeros(len(rows), len(unwanted)))
-    assert near(projected(out, directions, 1.0), out)
-    assert near(projected(unwanted, directions, 1.0), torch.zeros_like(unwanted))
+    assert near(project_out(out, directions, 1.0), out)
+    assert near(project_out(unwanted, directions, 1.0), torch.zeros_like(unwanted))
 
 
 @given(SIZES, st.floats(0, 2))
 def test_it_is_linear_in_strength_and_leaves_what_is_orthogonal(sizes, strength):
     rows, unwanted = made(sizes)
-    directions = span(unwanted)
-    removed = rows - projected(rows, directions, 1.0)
-    assert near(projected(rows, directions, strength), rows - strength * removed)
-    other = projected(rows, directions, 1.0)
-    assert near(projected(other, directions, strength), other)
+    directions = principal_directions(unwanted)
+    removed = rows - project_out(rows, directions, 1.0)
+    assert near(project_out(rows, directions, strength), rows - strength * removed)
+    other = project_out(rows, directions, 1.0)
+    assert near(project_out(other, directions, strength), other)
     each = torch.full((len(rows),), strength)
-    assert near(projected(rows, directions, each), projected(rows, directions, strength))
+    assert near(project_out(rows, directions, each), project_out(rows, directions, strength))
 
 
 @given(SIZES, st.randoms())
@@ -53,26 +58,26 @@ def test_a_span_knows_no_order_and_no_repetition(sizes, random):
     order = list(range(len(unwanted)))
     random.shuffle(order)
     again = torch.cat([unwanted[order], 0.5 * unwanted[:1]])
-    a, b = span(unwanted), span(again)
+    a, b = principal_directions(unwanted), principal_directions(again)
     assert a.shape == b.shape
-    assert near(projected(rows, a, 1.0), projected(rows, b, 1.0))
+    assert near(project_out(rows, a, 1.0), project_out(rows, b, 1.0))
 
 
 @given(SIZES)
 def test_directions_are_orthonormal(sizes):
-    directions = span(made(sizes)[1])
+    directions = principal_directions(made(sizes)[1])
     assert near(directions @ directions.mT, torch.eye(len(directions)))
 
 
 @given(SIZES, st.floats(0.5, 0.99))
 def test_the_largest_strength_at_which_rows_keep_their_length(sizes, kept):
     rows, unwanted = made(sizes)
-    directions = span(unwanted)
-    strength = float(keeping(rows, directions, kept))
+    directions = principal_directions(unwanted)
+    strength = float(max_strength(rows, directions, kept))
     assert 0.0 <= strength <= 1.0
 
     def least(strength):
-        return float((projected(rows, directions, strength).norm(dim=1) / rows.norm(dim=1)).min())
+        return float((project_out(rows, directions, strength).norm(dim=1) / rows.norm(dim=1)).min())
 
     assert least(strength) >= kept - 1e-3
     if strength < 0.99:
@@ -80,27 +85,27 @@ def test_the_largest_strength_at_which_rows_keep_their_length(sizes, kept):
 
 
 def test_nothing_to_keep_is_full_strength():
-    assert float(keeping(torch.zeros(0, 4), torch.eye(4)[:1], 0.9)) == 1.0
+    assert float(max_strength(torch.zeros(0, 4), torch.eye(4)[:1], 0.9)) == 1.0
 
 
 def test_a_rank_takes_the_strongest_first():
     rows = torch.diag(torch.tensor([1.0, 5.0, 3.0]))
-    assert span(rows, 2).abs().tolist() == [[0, 1, 0], [0, 0, 1]]
-    assert len(span(rows, 9)) == 3
-    assert len(span(torch.cat([rows, rows]))) == 3
+    assert principal_directions(rows, 2).abs().tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert len(principal_directions(rows, 9)) == 3
+    assert len(principal_directions(torch.cat([rows, rows]))) == 3
     with pytest.raises(ConfigError, match="rank 0"):
-        span(rows, 0)
+        principal_directions(rows, 0)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), float("inf")])
 def test_other_strengths_are_refused(strength):
     with pytest.raises(ConfigError, match="not from 0 to 2"):
-        projected(torch.ones(2, 3), span(torch.ones(1, 3)), strength)
+        project_out(torch.ones(2, 3), principal_directions(torch.ones(1, 3)), strength)
 
 
 def test_dtype_and_leading_axes_are_kept():
     rows = torch.randn(2, 3, 4, 8).bfloat16()
-    out = projected(rows, span(torch.randn(2, 8)), 1.0)
+    out = project_out(rows, principal_directions(torch.randn(2, 8)), 1.0)
     assert out.shape == rows.shape and out.dtype == torch.bfloat16
 
 
@@ -109,20 +114,20 @@ def test_several_matrices_have_each_its_own_span(sizes):
     rows, unwanted = made(sizes)
     # The second has one direction alone, whatever the first has.
     both = torch.stack([unwanted, unwanted[:1].expand_as(unwanted)])
-    directions = span(both)
-    out = projected(rows.expand(2, *rows.shape), directions, 1.0)
-    assert directions.shape[-2] == len(span(unwanted))
-    assert near(out[0], projected(rows, span(unwanted), 1.0))
-    assert near(out[1], projected(rows, span(unwanted[:1]), 1.0))
+    directions = principal_directions(both)
+    out = project_out(rows.expand(2, *rows.shape), directions, 1.0)
+    assert directions.shape[-2] == len(principal_directions(unwanted))
+    assert near(out[0], project_out(rows, principal_directions(unwanted), 1.0))
+    assert near(out[1], project_out(rows, principal_directions(unwanted[:1]), 1.0))
 
 
 @given(st.integers(4, 24), st.integers(1, 3), st.integers(0, 999))
 def test_what_chance_brings_is_told_from_what_is_said(width, count, seed):
     noise = torch.Generator().manual_seed(seed)
-    directions = span(torch.randn(count, width, generator=noise))
+    directions = principal_directions(torch.randn(count, width, generator=noise))
     rows = torch.randn(4000, width, generator=noise)
     share = (rows @ directions.T).square().sum(-1) / rows.square().sum(-1)
-    sure = beyond_chance(rows, directions)
+    sure = overlap_confidence(rows, directions)
     # The share's mean and spread among rows of no direction in particular are those that are told.
     assert abs(float(share.mean()) - count / width) < 0.03
     assert torch.all(sure[share <= count / width] == 0)
@@ -130,13 +135,15 @@ def test_what_chance_brings_is_told_from_what_is_said(width, count, seed):
     between = (sure > 0) & (sure < 1)
     assert torch.allclose(told[between], share[between], atol=0.03)
     if count / width < 0.5:
-        assert near(beyond_chance(directions, directions), torch.ones(count))
-    assert near(beyond_chance(3.0 * rows, directions), sure)
+        assert near(overlap_confidence(directions, directions), torch.ones(count))
+    assert near(overlap_confidence(3.0 * rows, directions), sure)
 
 
 def test_a_span_of_all_there_is_tells_nothing():
     rows = torch.randn(3, 4)
-    assert torch.equal(beyond_chance(rows, span(torch.randn(4, 4))), torch.zeros(3))
+    assert torch.equal(
+        overlap_confidence(rows, principal_directions(torch.randn(4, 4))), torch.zeros(3)
+    )
     both = torch.stack([torch.eye(4), torch.eye(4)[:1].expand(4, 4)])
-    sure = beyond_chance(torch.eye(4).expand(2, 4, 4), span(both))
+    sure = overlap_confidence(torch.eye(4).expand(2, 4, 4), principal_directions(both))
     assert sure.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customize.core.region_weights import box_weights, composed, layered, mask_weights
+from customize.core.region_weights import blend, box_weights, mask_weights, stack_regions
 
 # The levels of the UNets of Stable Diffusion 1.5, SDXL and the storybook, and odd ones.
 SIZES = [(64, 64), (32, 32), (16, 16), (8, 8), (128, 96), (4, 4), (16, 32), (7, 13), (1, 1)]
@@ -94,7 +94,7 @@ def test_a_mask_is_averaged_over_each_cell():
 @given(st.lists(boxes(), min_size=1, max_size=4), sizes, edges)
 def test_layers_add_up_to_one_and_the_last_is_whole(found, size, edge):
     weights = [box_weights(box, *size, edge) for box in found]
-    parts = layered(weights)
+    parts = stack_regions(weights)
     assert len(parts) == len(weights) + 1
     assert torch.allclose(sum(parts), torch.ones(size), atol=1e-6)
     assert torch.equal(parts[-1], weights[-1])
@@ -104,7 +104,7 @@ def test_layers_add_up_to_one_and_the_last_is_whole(found, size, edge):
 
 def test_boxes_side_by_side_leave_nothing_to_the_background():
     halves = [box_weights(box, 16, 16) for box in ((0, 0, 0.5, 1), (0.5, 0, 1, 1))]
-    background, *parts = layered(halves)
+    background, *parts = stack_regions(halves)
     assert not bool(background.any())  # so that nothing has to be drawn for it
     assert all(torch.allclose(p, h, atol=1e-6) for p, h in zip(parts, halves, strict=True))
 
@@ -114,8 +114,8 @@ def test_what_has_all_the_weight_is_kept_bit_for_bit():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         answers = [torch.randn(3, 4, 4, generator=generator).to(dtype) for _ in range(2)]
         answers[1][0, 0, 0] = torch.nan  # where it has no weight
-        weights = layered([box_weights((0.5, 0, 1, 1), 4, 4, 0.0)])
-        found = composed(answers, weights)
+        weights = stack_regions([box_weights((0.5, 0, 1, 1), 4, 4, 0.0)])
+        found = blend(answers, weights)
         assert found.dtype == dtype
         assert torch.equal(found[..., :2], answers[0][..., :2])
         assert torch.equal(found[..., 2:], answers[1][..., 2:])

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customize.core.scalars import as_float, is_whole
+from customize.core.scalars import as_float, is_integer
 
 NO_NUMBERS = [
     *(math.nan, math.inf, -math.inf, 10**400, -(10**400), 10**5000, Fraction(10**400), True),
@@ -24,7 +24,7 @@ NO_NUMBERS = [
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: type(value).__name__)
 def test_what_is_no_finite_number_is_none(value):
     assert math.isnan(as_float(value))
-    assert not is_whole(value, -(10**9), 10**9)
+    assert not is_integer(value, -(10**9), 10**9)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**70), 2**70))
@@ -34,5 +34,7 @@ def test_numbers_are_themselves(number):
 
 
 def test_whole_numbers_have_a_range():
-    assert is_whole(1) and is_whole(np.int64(7)) and is_whole(2**63 - 1) and is_whole(0, 0)
-    assert not is_whole(0) and not is_whole(2**63) and not is_whole(1.0) and not is_whole(-1)
+    assert is_integer(1) and is_integer(np.int64(7)) and is_integer(2**63 - 1) and is_integer(0, 0)
+    assert (
+        not is_integer(0) and not is_integer(2**63) and not is_integer(1.0) and not is_integer(-1)
+    )

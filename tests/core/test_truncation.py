@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from customize.core.lowrank import LowRank, from_dense, weighted_sum
-from customize.core.truncation import nearest, truncate
+from customize.core.truncation import truncate, truncate_randomized
 from customize.errors import ConfigError
 from tests.core.making import close, dense, updates
 
@@ -38,16 +38,16 @@ def test_nearest_is_within_a_percent_of_the_best(spectrum):
     update = (left * singular) @ right.T
     if spectrum == "of noise":  # what pruning leaves: some directions above many small ones
         update = torch.randn(150, 200, dtype=torch.float64) + 40 * left[:, :5] @ right[:, :5].T
-    cut = nearest(from_dense(update.float()), 8)
+    cut = truncate_randomized(from_dense(update.float()), 8)
     best = torch.linalg.svdvals(update)[8:].square().sum().sqrt()
     assert cut.rank == 8 and cut.up.dtype == torch.float32
     assert best <= torch.linalg.matrix_norm(dense(cut) - update) * (1 + 1e-6)
     assert torch.linalg.matrix_norm(dense(cut) - update) <= 1.01 * best
-    assert torch.equal(nearest(from_dense(update.float()), 8).up, cut.up)
+    assert torch.equal(truncate_randomized(from_dense(update.float()), 8).up, cut.up)
 
 
 def test_a_rank_is_at_least_one():
     p = LowRank(torch.ones(3, 2), torch.ones(2, 4))
-    for cut in (truncate, nearest):
+    for cut in (truncate, truncate_randomized):
         with pytest.raises(ConfigError, match="rank 0"):
             cut(p, 0)

@@ -15,7 +15,7 @@ from customize.concepts.adapter import file_name
 from customize.concepts.input_statistics import LayerInputs, place_beside
 from customize.concepts.merge.merge_concepts import merge
 from customize.concepts.types import Concept
-from customize.core.lowrank import product
+from customize.core.lowrank import to_dense
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
 from customize.pipeline import transaction
@@ -89,8 +89,8 @@ def test_both_concepts_are_fused_by_what_they_read(pair, fuse):
         change = layer.weight - before["unet weights"][f"{name}.weight"]
     else:
         change = layer.get_delta_weight("customize")
-    torch.testing.assert_close(change, product(expected["unet"][name]), atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(change, product(summed["unet"][name]), atol=1e-2)
+    torch.testing.assert_close(change, to_dense(expected["unet"][name]), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(change, to_dense(summed["unet"][name]), atol=1e-2)
     assert "merged by fusion" in repr(pipe.custom)
     assert np.abs(draw(pipe) - base).max() > 1e-3
     pipe.unload_custom()

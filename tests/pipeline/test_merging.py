@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from customize.concepts.merge.merge_concepts import merge
-from customize.core.lowrank import product
+from customize.core.lowrank import to_dense
 from customize.errors import ConfigError
 from tests.pipeline.making import assert_same, concept, draw, everything
 from tests.tiny import tiny_sd
@@ -37,14 +37,14 @@ def test_in_the_weights_the_merge_is_exact_and_goes_without_a_trace(pair, method
     pipe, rex, tom = pair
     before = everything(pipe)
     pipe.load_custom(rex, tom, weights=[1.0, 0.5], merge=method, fuse=True)
-    expected = product(merge([rex, tom], [1.0, 0.5], method)["unet"][NAME])
+    expected = to_dense(merge([rex, tom], [1.0, 0.5], method)["unet"][NAME])
     torch.testing.assert_close(change_of(pipe, before), expected, atol=1e-5, rtol=1e-4)
     assert f"merged by {method}" in repr(pipe.custom)
     pipe.load_custom(weights={"tom": 1.5})  # by the same method
-    expected = product(merge([rex, tom], [1.0, 1.5], method)["unet"][NAME])
+    expected = to_dense(merge([rex, tom], [1.0, 1.5], method)["unet"][NAME])
     torch.testing.assert_close(change_of(pipe, before), expected, atol=1e-5, rtol=1e-4)
     pipe.unload_custom("tom")
-    alone = product(rex.products["unet"][NAME])
+    alone = to_dense(rex.products["unet"][NAME])
     torch.testing.assert_close(change_of(pipe, before), alone, atol=1e-5, rtol=1e-4)
     pipe.unload_custom()
     assert_same(before, everything(pipe))
@@ -55,7 +55,7 @@ def test_beside_the_weights_it_is_the_nearest_of_the_ranks_sum(pair, method):
     pipe, rex, tom = pair
     before, base = everything(pipe), draw(pipe)
     pipe.load_custom(rex, tom, merge=method)
-    exact = product(merge([rex, tom], [1.0, 1.0], method)["unet"][NAME])
+    exact = to_dense(merge([rex, tom], [1.0, 1.0], method)["unet"][NAME])
     rank = rex.info.rank + tom.info.rank
     best = float(torch.linalg.svdvals(exact)[rank:].square().sum().sqrt())
     error = float(torch.linalg.matrix_norm(change_of(pipe, before) - exact))
@@ -74,7 +74,7 @@ def test_settings_come_with_the_method_and_stay_with_it(pair):
     pipe.load_custom(rex, tom, merge={"method": "dare", "density": 0.3, "seed": 5}, fuse=True)
 
     def wanted(weight, **settings):
-        return product(merge([rex, tom], [1.0, weight], "dare", **settings)["unet"][NAME])
+        return to_dense(merge([rex, tom], [1.0, weight], "dare", **settings)["unet"][NAME])
 
     first = change_of(pipe, before)
     torch.testing.assert_close(first, wanted(1.0, density=0.3, seed=5), atol=1e-5, rtol=1e-4)

@@ -58,7 +58,7 @@ def test_within_a_step_words_of_one_region_are_nothing_to_the_other(guidance, la
 
 def test_words_of_no_region_act_everywhere_and_those_of_a_region_in_no_background(monkeypatch):
     monkeypatch.setattr(
-        multidiffusion, "ALONE", 1.0
+        multidiffusion, "BOOTSTRAP_NOISE_SHARE", 1.0
     )  # so that a region's answer is that of its prompt
     pipe = attached()
     call = {"num_inference_steps": 1}

@@ -7,7 +7,7 @@ from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.slices.allocation import collisions
 from customize.concepts.slices.overlap import true_collisions
 from customize.concepts.types import Concept
-from customize.core.bases import avoided
+from customize.core.bases import count_shared_directions
 from customize.errors import ConceptError, ConfigError, SettingsError
 from customize.families import family_of
 from customize.training.recipe import train
@@ -34,7 +34,7 @@ def test_down_projections_are_blind_to_the_leading_directions(tmp_path, make):
     for component, updates in concept.products.items():
         for module, update in updates.items():
             width = update.shape[1]
-            lead = generic[component][module][: avoided(width, 4)].double()
+            lead = generic[component][module][: count_shared_directions(width, 4)].double()
             down = update.down.double()
             lead = lead / lead.norm(dim=1, keepdim=True)
             assert len(lead) == min(4, width // 8)

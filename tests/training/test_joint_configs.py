@@ -18,7 +18,7 @@ from customize.concepts.input_statistics import LayerInputs, place_beside, recor
 from customize.concepts.slices.slice_reservations import read_claims
 from customize.concepts.types import BasisInfo, Concept
 from customize.core.bases import hashed_block, shared_columns
-from customize.core.lowrank import product
+from customize.core.lowrank import to_dense
 from customize.errors import ConfigError, DataError, SettingsError, StorageError
 from customize.families import family_of
 from customize.training import class_preservation
@@ -102,7 +102,7 @@ def test_the_sum_of_the_concepts_is_the_model_of_the_run(kind, method, tmp_path)
     key = family_of(pipe.components, pipe.config).denoiser_key
     assert set(changes) == set(rex.products[key])
     for name, change in changes.items():
-        whole = product(rex.products[key][name]) + product(tom.products[key][name])
+        whole = to_dense(rex.products[key][name]) + to_dense(tom.products[key][name])
         torch.testing.assert_close(whole, change.detach(), atol=1e-6, rtol=1e-5)
 
     base = answer(pipe, prompt)

@@ -74,7 +74,7 @@ def update_of(
     (magnitude,) = magnitudes
     if "magnitude" in group.parts:  # peft's, of the rows, also where they stand as (1, out, 1, 1)
         magnitude = magnitude.flatten()
-    return from_dense(lycoris.rescaled(weight(), added, magnitude))
+    return from_dense(lycoris.dora_delta(weight(), added, magnitude))
 
 
 def shape_of(group: Group) -> tuple[int | None, int | None]:
@@ -102,7 +102,7 @@ def _without_start(group: Group, added: LowRank, weight: Tensor, start: str) -> 
             f"the adapter was begun with init_lora_weights={start}, which peft does "
             "with the factors of linear layers alone"
         )
-    initial = lycoris.initial_part(weight, group.parts["down"].shape[0], added.scale, start)
+    initial = lycoris.initial_adapter(weight, group.parts["down"].shape[0], added.scale, start)
     if initial.shape != added.shape:
         raise ConceptError(f"an update of shape {added.shape} does not fit {tuple(weight.shape)}")
     change = weighted_sum([added, initial], [1.0, -1.0])
@@ -123,11 +123,11 @@ def _added(group: Group, parts: dict[str, Tensor], scale: Scale) -> LowRank:
             _product(parts, f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}" if cores else None)
             for n in (1, 2)
         ]
-        return _scaled(lycoris.hadamard(*both), scale(parts["hada_w1_b"].shape[0]))
+        return _scaled(lycoris.hadamard_product(*both), scale(parts["hada_w1_b"].shape[0]))
     if any(part.startswith("lokr") for part in parts):
         return _kronecker(group, parts, scale)
     _take(group, parts, {"down", "up"}, {"mid"})
-    added = lycoris.with_core(parts["up"], parts["down"], parts.get("mid"))
+    added = lycoris.tucker_product(parts["up"], parts["down"], parts.get("mid"))
     return _scaled(added, scale(parts["down"].shape[0]))
 
 
@@ -148,14 +148,14 @@ def _kronecker(group: Group, parts: dict[str, Tensor], scale: Scale) -> LowRank:
     _take(group, parts, expected)
     # A product of two whole matrices has no rank, and is not scaled by LyCORIS.
     if rank is None and "alpha" in group.parts:
-        return lycoris.kronecker(*sides)
-    return _scaled(lycoris.kronecker(*sides), scale(rank))
+        return lycoris.kronecker_product(*sides)
+    return _scaled(lycoris.kronecker_product(*sides), scale(rank))
 
 
 def _product(parts: dict[str, Tensor], a: str, b: str, core: str | None) -> LowRank:
     if core is None:
         return LowRank(parts[a], parts[b])
-    return lycoris.with_core(parts[a].mT, parts[b], parts[core])
+    return lycoris.tucker_product(parts[a].mT, parts[b], parts[core])
 
 
 def _scaled(update: LowRank, factor: float) -> LowRank:

@@ -36,7 +36,7 @@ from customize.concepts.formats.tensor_keys import Group, grouped
 from customize.concepts.io.file_layout import SECOND
 from customize.concepts.tokens.subjects import Subject
 from customize.concepts.types import NAME, Concept, Method, counted
-from customize.core.lowrank import LowRank, from_dense, product, rows, stacked
+from customize.core.lowrank import LowRank, from_dense, slice_rows, stack_rows, to_dense
 from customize.errors import ConceptError
 from customize.families import Family
 from customize.text import one_line, quoted
@@ -212,7 +212,7 @@ class LoraFile:
                     )
                 earlier = found.setdefault(key[0], {}).get(key[1])
                 # The halves of a layer that is the other way round in the original.
-                found[key[0]][key[1]] = part if earlier is None else stacked([earlier, part])
+                found[key[0]][key[1]] = part if earlier is None else stack_rows([earlier, part])
         if not found and not vectors:
             raise ConceptError("the file changes no layer", where=self.where, fix="get another")
         rank = max((update.rank for own in found.values() for update in own.values()), default=0)
@@ -387,11 +387,11 @@ def _split(update: LowRank, place: Place) -> list[tuple[str, LowRank]]:
     first, parts = 0, []
     for each in place.rows:
         count = each.stop - each.start
-        parts.append((each, rows(update, first, first + count)))
+        parts.append((each, slice_rows(update, first, first + count)))
         first += count
     parts.sort(key=lambda part: (part[0].module, part[0].start))
     return [(each.module, _small(part)) for each, part in parts]
 
 
 def _small(update: LowRank) -> LowRank:
-    return from_dense(product(update)) if update.rank > min(update.shape) else update
+    return from_dense(to_dense(update)) if update.rank > min(update.shape) else update

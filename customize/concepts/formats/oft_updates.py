@@ -58,12 +58,12 @@ def rotated(
             without which it is not known what the file means.
     """
     if "boft_R" in parts:
-        return oft.columns_by_butterflies(weight(), parts["boft_R"], parts["boft_s"])
+        return oft.boft_column_delta(weight(), parts["boft_R"], parts["boft_s"])
     if "oft_R" in parts:
         return _columns(group, parts, weight(), config)
     if "oft_diag" in parts:
-        turns = oft.checked_rotations(parts["oft_diag"])
-        return oft.turned_by(weight(), turns, parts.get("rescale"))
+        turns = oft.validate_rotations(parts["oft_diag"])
+        return oft.row_rotation_delta(weight(), turns, parts.get("rescale"))
     limit = alpha or None
     if group.path.startswith(_BY_SD_SCRIPTS):
         if alpha is None:
@@ -73,7 +73,7 @@ def rotated(
             )
         limit = alpha
     if "oft_blocks" in parts:
-        return oft.turned(weight(), parts["oft_blocks"], limit, parts.get("rescale"))
+        return oft.oft_row_delta(weight(), parts["oft_blocks"], limit, parts.get("rescale"))
     return _by_splits([parts[split] for split in OFT_SPLITS if split in parts], weight(), limit)
 
 
@@ -85,7 +85,7 @@ def _by_splits(blocks: list[Tensor], weight: Tensor, limit: float | None) -> Ten
     if sum(counts) != len(weight):
         raise ConceptError(f"blocks of {counts} rows do not turn {len(weight)} rows")
     rows = zip(weight.split(counts), blocks, strict=True)
-    return torch.cat([oft.turned(part, each, limit, None) for part, each in rows])
+    return torch.cat([oft.oft_row_delta(part, each, limit, None) for part, each in rows])
 
 
 def _columns(group: Group, parts: Mapping[str, Tensor], weight: Tensor, config: Config) -> Tensor:
@@ -95,7 +95,7 @@ def _columns(group: Group, parts: Mapping[str, Tensor], weight: Tensor, config: 
         entries = entries / entries.shape[-1] ** 0.5
     wide = weight.ndim > 2
     if re.match(r"(lora|lycoris)_", group.path):
-        return oft.columns_turned(weight, entries, terms=_TERMS, swapped=wide)
+        return oft.oft_column_delta(weight, entries, terms=_TERMS, swapped=wide)
     if config.get("peft_type") is None:
         raise ConceptError(
             "the layer has peft's OFT, whose rotations depend on a configuration that is missing",
@@ -108,7 +108,7 @@ def _columns(group: Group, parts: Mapping[str, Tensor], weight: Tensor, config: 
             fix="ask its maker for one without convolutions, or use it with peft",
         )
     terms = config.get("num_cayley_neumann_terms", _TERMS)
-    return oft.columns_turned(
+    return oft.oft_column_delta(
         weight,
         entries,
         terms=int(terms) if config.get("use_cayley_neumann", True) else None,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from customize.concepts.adapter import file_name
 from customize.concepts.io.write_concept import safetensors_bytes
-from customize.core.lowrank import LowRank, filled, rows, stacked
+from customize.core.lowrank import LowRank, pad_rank, slice_rows, stack_rows
 from customize.families import Family
 from customize.families.original_layer_names import Rows
 
@@ -52,7 +52,7 @@ def kohya_tensors(products: Products, family: Family) -> dict[str, Tensor]:
     most = max(update.rank for update, _ in layers.values())
     tensors: dict[str, Tensor] = {}
     for key, (update, shape) in layers.items():
-        whole = filled(update, update.rank if fused else most)
+        whole = pad_rank(update, update.rank if fused else most)
         down, up = factors(whole, shape)
         tensors[f"{key}.alpha"] = torch.tensor(float(whole.rank), dtype=torch.float32)
         tensors[f"{key}.lora_down.weight"] = down
@@ -183,5 +183,5 @@ def _put_together(
         update = own.get(each.module)
         if update is None:  # left alone: zeros, that cost no rank
             update = LowRank(some.up.new_zeros(shapes[each.module][0], some.rank), some.down)
-        parts.append(rows(update, each.start, each.stop))
-    return stacked(parts)
+        parts.append(slice_rows(update, each.start, each.stop))
+    return stack_rows(parts)

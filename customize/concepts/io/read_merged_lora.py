@@ -19,7 +19,7 @@ from customize.concepts.formats.lora import Lora, LoraInfo, own_name
 from customize.concepts.formats.tensor_keys import grouped
 from customize.concepts.io.file_layout import SECOND, SECOND_FILE
 from customize.concepts.tokens.subjects import Subject, from_header
-from customize.core.lowrank import LowRank, rows, stacked
+from customize.core.lowrank import LowRank, slice_rows, stack_rows
 from customize.errors import ConceptError
 
 #: A key of the header: :class:`MergedFacts` as JSON, with what else ``merged.json`` says.
@@ -152,14 +152,14 @@ def _updates(
     found = []
     for (component, module), own in parts.items():
         own.sort(key=lambda part: part[0])
-        whole = own[0][1] if len(own) == 1 else stacked([part for _, part in own])
+        whole = own[0][1] if len(own) == 1 else stack_rows([part for _, part in own])
         found.append((component, module, whole))
     return found
 
 
 def _of_rows(update: LowRank, start: int, stop: int) -> LowRank | None:
     """Some rows of a layer that is several of the model's; None where nothing changes there."""
-    part = rows(update, start, stop)
+    part = slice_rows(update, start, stop)
     used = part.up.ne(0).any(0)
     return LowRank(part.up[:, used], part.down[used], part.scale) if bool(used.any()) else None
 

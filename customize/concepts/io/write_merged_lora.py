@@ -39,8 +39,8 @@ from customize.concepts.merge.component_weights import BlockWeights, Weight
 from customize.concepts.merge.merge_concepts import Layer, check_together, merging
 from customize.concepts.tokens.subjects import check_subjects, to_header
 from customize.concepts.types import Concept
-from customize.core.lowrank import LowRank, all_finite, distance, filled, norm
-from customize.core.scalars import is_whole
+from customize.core.lowrank import LowRank, all_finite, distance, norm, pad_rank
+from customize.core.scalars import is_integer
 from customize.core.truncation import truncate
 from customize.errors import ConceptError, ConfigError, StorageError, storage_error
 from customize.families import Family, published_families
@@ -116,7 +116,7 @@ def write_merged(
     subjects = [subject for concept in concepts for subject in concept.subjects]
     check_subjects(subjects)
     check_no_vectors(concepts)
-    if rank is not None and not is_whole(rank):
+    if rank is not None and not is_integer(rank):
         raise ConfigError(
             f"a merged LoRA cannot have rank {quoted(rank)}",
             where="rank",
@@ -182,7 +182,7 @@ def _diffusers_tensors(
     for component, own in products.items():
         shapes = file_shapes(family, component) if family is not None else {}
         for module, update in own.items():
-            whole = filled(update, ranks[component])
+            whole = pad_rank(update, ranks[component])
             down, up = factors(whole, shapes.get(module, ()))
             tensors[f"{component}.{module}.lora_A.weight"] = down
             tensors[f"{component}.{module}.lora_B.weight"] = up

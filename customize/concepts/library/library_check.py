@@ -25,7 +25,7 @@ from customize.concepts.slices.allocation import (
 from customize.concepts.slices.overlap import Downs, down_projections, overlapping
 from customize.concepts.slices.slice_reservations import read_claims
 from customize.concepts.types import Concept
-from customize.core.bases import avoided
+from customize.core.bases import count_shared_directions
 from customize.errors import ConceptError, CustomizeError
 
 MatrixKey = tuple[str, int, int]
@@ -211,7 +211,7 @@ def _crowds(holders: Sequence[Holder]) -> dict[int, int]:
                 owners.setdefault((width, column), []).append(number)
     basis = holders[0].basis
     avoid = 0 if basis is None else basis.avoid
-    full = sorted(w for w, count in needed.items() if count > w - avoided(w, avoid))
+    full = sorted(w for w, count in needed.items() if count > w - count_shared_directions(w, avoid))
     crowds: dict[int, set[int]] = {width: set() for width in full}
     for (width, _), those in owners.items():
         if len(those) > 1 and width in crowds:

@@ -19,10 +19,10 @@ from customize.concepts.input_statistics import Factors, LayerInputs, record_bes
 from customize.concepts.merge.component_weights import BlockWeights, Weight, weight_of
 from customize.concepts.types import ConceptInfo
 from customize.core.fusion import fusion
-from customize.core.lowrank import LowRank, check_alike, weighted_sum
+from customize.core.lowrank import LowRank, check_same_weight, weighted_sum
 from customize.core.merges import MERGES, check_settings, mean_ratio
 from customize.core.scalars import as_float
-from customize.core.truncation import nearest
+from customize.core.truncation import truncate_randomized
 from customize.errors import ConceptError, ConfigError
 from customize.near_names import choose_from
 from customize.text import quoted
@@ -94,14 +94,14 @@ class Layer:
         """The update for an adapter: of no higher rank than those of the concepts together.
 
         What is wider, as after pruning, becomes the nearest that is not
-        (:func:`customize.core.truncation.nearest`); all else is :meth:`merged`.
+        (:func:`customize.core.truncation.truncate_randomized`); all else is :meth:`merged`.
 
         Args:
             merged: where it is known already.
         """
         update = self.merged() if merged is None else merged
         together = sum(each.rank for each in self.updates)
-        return update if update.rank <= together else nearest(update, together)
+        return update if update.rank <= together else truncate_randomized(update, together)
 
     def parts(self) -> tuple[Sequence[LowRank], Sequence[float]]:
         """Products and weights whose sum the update is, for :func:`core.lowrank.add_to`."""
@@ -182,7 +182,7 @@ def merging(
             zero = LowRank(some.up[:, :0], some.down[:0])
             own = [each.get(module, zero) for each in updates]
             try:
-                check_alike(own)
+                check_same_weight(own)
             except ConceptError as error:
                 raise ConceptError(
                     error.what, where=f"{component}.{module}", fix=error.fix

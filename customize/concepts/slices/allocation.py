@@ -13,7 +13,13 @@ from customize.concepts.io.find_files import in_folders
 from customize.concepts.io.read_concept import read_info
 from customize.concepts.slices.slice_reservations import Claim, read_claims
 from customize.concepts.types import BasisInfo
-from customize.core.bases import avoided, block, capacity, hashed_block, shared_columns
+from customize.core.bases import (
+    block,
+    capacity,
+    count_shared_directions,
+    hashed_block,
+    shared_columns,
+)
 from customize.errors import ConfigError
 
 
@@ -53,7 +59,7 @@ def columns_for(
     """
     if index is not None and index < 0:
         raise ConfigError(f"a concept's number cannot be {index}", fix="count from 0")
-    left = {width: width - avoided(width, avoid) for width in sorted(set(widths))}
+    left = {width: width - count_shared_directions(width, avoid) for width in sorted(set(widths))}
     return {
         width: hashed_block(name, room, rank)
         if index is None
@@ -119,7 +125,7 @@ def free_index(
         )
         return same, others
 
-    rooms = [width - avoided(width, basis.avoid) for width in taken]
+    rooms = [width - count_shared_directions(width, basis.avoid) for width in taken]
     candidates = max((capacity(room, rank) for room in rooms), default=1)
     return min(range(candidates), key=shared)
 

@@ -20,7 +20,7 @@ from customize.concepts.adapter import flattened
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.slices.allocation import Collision, Holder, sharing, unrelated
 from customize.concepts.types import Concept
-from customize.core.crosstalk import shared_rows
+from customize.core.crosstalk import row_overlap
 
 # A row is shared where this much of it lies in the other slice: within 26 degrees.
 _SHARED = 0.81
@@ -130,7 +130,7 @@ def _count(infos: Sequence[Holder], downs: Sequence[Downs]) -> _Pairs:
         width = downs[owners[0]][layer].shape[1]
         # Another model's layer of this name has another width.
         owners = [number for number in owners if downs[number][layer].shape[1] == width]
-        shares = shared_rows([downs[number][layer] for number in owners])
+        shares = row_overlap([downs[number][layer] for number in owners])
         index = torch.tensor(owners)
         own = ranks[index]
         block = torch.repeat_interleave(torch.arange(len(owners)), own)

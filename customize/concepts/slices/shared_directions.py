@@ -27,8 +27,8 @@ from customize.concepts.adapter import Factors
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.io.write_concept import make_folder
 from customize.concepts.types import BasisInfo
-from customize.core.avoiding_slices import captured
-from customize.core.bases import avoided
+from customize.core.avoiding_slices import captured_energy
+from customize.core.bases import count_shared_directions
 from customize.errors import ConceptError, storage_error
 from customize.safe_read import MAX_TENSORS, read_bytes, real_path
 
@@ -164,8 +164,8 @@ def _if_readable(path: Path) -> SharedDirections | None:
 
 
 def _leaves_little(rows: Tensor, other: Tensor, avoid: int) -> bool:
-    count = avoided(rows.shape[1], avoid)
-    return captured(other, rows[:count]) >= captured(other, other[:count]) - _SLACK
+    count = count_shared_directions(rows.shape[1], avoid)
+    return captured_energy(other, rows[:count]) >= captured_energy(other, other[:count]) - _SLACK
 
 
 def _shapes(factors: Factors) -> dict[tuple[str, str], int]:

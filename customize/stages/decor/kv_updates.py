@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.core.projection import beyond_chance, projected, span
+from customize.core.projection import overlap_confidence, principal_directions, project_out
 from customize.families import Family
 from customize.pipeline.call_wrapper import belonging
 from customize.pipeline.model_guards import ADAPTER
 from customize.pipeline.state import Holder
-from customize.stages.decor.text_encoder import too_long
-from customize.stages.multidiffusion import SAME
+from customize.stages.decor.text_encoder import phrase_too_long
+from customize.stages.multidiffusion import MATCH_TOLERANCE
 
 #: Whose differences are left in what concepts add, so that a concept keeps its own colours where
 #: what is not wanted has them too.
@@ -41,7 +41,7 @@ ALL = (0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Adding:
+class AdaptedKVLayer:
     """A layer that gives keys or values of prompts and carries our adapter.
 
     Attributes:
@@ -56,12 +56,14 @@ class Adding:
     layer: Any
 
 
-def adding_layers(family: Family, holder: Holder) -> list[Adding]:
+def adapted_kv_layers(family: Family, holder: Holder) -> list[AdaptedKVLayer]:
     """All that there are."""
     names = family.cross_attention_layers() if family.reads_prompts_as_encoded else []
     own = [a.layers.get(family.denoiser_key, {}) for a in holder.adapters if a.is_there()]
     return [
-        Adding(number, family.denoiser.get_submodule(name).heads, which, layers[f"{name}.{which}"])
+        AdaptedKVLayer(
+            number, family.denoiser.get_submodule(name).heads, which, layers[f"{name}.{which}"]
+        )
         for layers in own
         for number, name in enumerate(names)
         for which in ("to_k", "to_v")
@@ -69,7 +71,7 @@ def adding_layers(family: Family, holder: Holder) -> list[Adding]:
     ]
 
 
-class Withheld:
+class UpdateCleaner:
     """What is not wanted, as each layer reads it.
 
     It is made before anything cleans what the text encoders say.
@@ -110,7 +112,7 @@ class Withheld:
         self.family, self.rank, self.noise = family, rank, noise
         self.by_head, self.surely = by_head, surely
         self.shares = {"to_k": keys, "to_v": 1.0}
-        self.layers = [o for o in adding_layers(family, holder) if bare or self.shares[o.which]]
+        self.layers = [o for o in adapted_kv_layers(family, holder) if bare or self.shares[o.which]]
         # A word says another thing behind others than alone; it stands for the mean of both.
         things = dict.fromkeys(each.concept.info.class_word for each in holder.attached.values())
         before = ["", *(f"a photo of a {thing} " for thing in things if thing)]
@@ -133,7 +135,7 @@ class Withheld:
         for phrase, own in worded.items():
             lengths = [count(text) for text in own]
             if lengths[0] > room:
-                raise too_long(phrase, room)
+                raise phrase_too_long(phrase, room)
             rows = [
                 said[text][1 + length - lengths[0] : 1 + length]
                 for text, length in zip(own, lengths, strict=True)
@@ -154,15 +156,15 @@ class Withheld:
             said = self._encoded(list(asked))
             for prompt, phrases in asked.items():
                 groups[phrases].append(said[prompt])
-        telling = _Telling(self.kept, self.bare, groups, strength)
+        telling = RowMatcher(self.kept, self.bare, groups, strength)
         with ExitStack() as stack:
             if self.noise != ALL:
                 stack.callback(self._follow_noise(telling).remove)
             for each in self.layers:
-                stack.enter_context(_Reading(self, each, telling).applied())
+                stack.enter_context(CleanedLayer(self, each, telling).applied())
             yield
 
-    def _follow_noise(self, telling: _Telling) -> Any:
+    def _follow_noise(self, telling: RowMatcher) -> Any:
         """A hook around the denoiser, by which the layers know how much noise there is."""
         denoiser: Any = self.family.denoiser
         names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
@@ -181,7 +183,7 @@ class Withheld:
         return dict(zip(texts, found, strict=True))
 
 
-class _Telling:
+class RowMatcher:
     """Which of what the layers read is a prompt, and what is not wanted in it.
 
     Args:
@@ -210,7 +212,9 @@ class _Telling:
     def told(self, words: Tensor, number: int) -> tuple[list[Tensor], Tensor]:
         """Of what one attention reads, (batch, length, width): strengths, (batch, 1) for each
         group, and (batch, 1, 1), the share of what concepts add that stays, 0 or 1."""
-        if _is_as(words, self._seen):  # all layers read the same tensor, but for layerwise tokens
+        if _is_unchanged(
+            words, self._seen
+        ):  # all layers read the same tensor, but for layerwise tokens
             return self._found
         left = self._among(words, number, self.kept)
         chosen = []
@@ -238,14 +242,16 @@ class _Telling:
                 own = own[number * length : (number + 1) * length]
             if own.shape == words.shape[1:]:
                 off = (words.float() - own.float()).square().sum((1, 2))
-                found |= off <= SAME**2 * own.float().square().sum()
+                found |= off <= MATCH_TOLERANCE**2 * own.float().square().sum()
         return found
 
 
-class _Reading:
+class CleanedLayer:
     """One layer's part in it: what it answers to the prompts, once for all steps."""
 
-    def __init__(self, withheld: Withheld, adding: Adding, telling: _Telling) -> None:
+    def __init__(
+        self, withheld: UpdateCleaner, adding: AdaptedKVLayer, telling: RowMatcher
+    ) -> None:
         self.withheld, self.telling = withheld, telling
         self.number, self.layer = adding.number, adding.layer
         self.heads = adding.heads if withheld.by_head else 1
@@ -269,8 +275,8 @@ class _Reading:
             if not self.telling.is_ours():
                 stock: Tensor = compute(words, *args, **kwargs)
                 return stock
-            now = _state(layer, self.telling.on)
-            if self._answer is None or not _is_as(words, self._seen) or now != self._then:
+            now = _layer_state(layer, self.telling.on)
+            if self._answer is None or not _is_unchanged(words, self._seen) or now != self._then:
                 self._seen, self._then, self._answer = (words, _version(words)), now, None
                 self.strengths, self.stays = self.telling.told(words, self.number)
                 answer: Tensor = compute(words, *args, **kwargs)
@@ -300,8 +306,8 @@ class _Reading:
                 directions, rows = self.spans[phrases], self._apart(output)
                 factor = self.share * strength[:, None]
                 if self.withheld.surely:
-                    factor = factor * beyond_chance(rows, directions)
-                output = projected(rows, directions, factor).transpose(-2, -3).flatten(-2)
+                    factor = factor * overlap_confidence(rows, directions)
+                output = project_out(rows, directions, factor).transpose(-2, -3).flatten(-2)
         return output * self.stays
 
     def _span(self, base: Any, phrases: tuple[str, ...], output: Tensor) -> Tensor:
@@ -311,16 +317,16 @@ class _Reading:
         left = torch.zeros_like(said) if mean is None else self._apart(base(mean.to(output)))
         if spared:
             colours = self._apart(base(torch.stack(spared).to(output)))
-            shades = span(colours, mean=colours.mean(-2, keepdim=True))
-            left = said - projected(said - left, shades, 1.0)
-        return span(said, self.withheld.rank, left)
+            shades = principal_directions(colours, mean=colours.mean(-2, keepdim=True))
+            left = said - project_out(said - left, shades, 1.0)
+        return principal_directions(said, self.withheld.rank, left)
 
     def _apart(self, rows: Tensor) -> Tensor:
         """(..., n, width) as (..., heads, n, width of each head)."""
         return rows.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
 
 
-def _state(layer: Any, on: bool) -> tuple[Any, ...]:
+def _layer_state(layer: Any, on: bool) -> tuple[Any, ...]:
     """What a layer's answer depends on besides what it reads, and may change from step to step."""
     weight = layer.get_base_layer().weight
     return (
@@ -332,7 +338,7 @@ def _state(layer: Any, on: bool) -> tuple[Any, ...]:
     )
 
 
-def _is_as(words: Tensor, seen: tuple[Tensor, int] | None) -> bool:
+def _is_unchanged(words: Tensor, seen: tuple[Tensor, int] | None) -> bool:
     """Whether a tensor is the one that was seen, and unchanged."""
     return seen is not None and seen[0] is words and seen[1] == _version(words)
 

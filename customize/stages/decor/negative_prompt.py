@@ -11,13 +11,13 @@ from customize.pipeline.call_wrapper import Call, Host
 _NEGATIVE = "negative_prompt"
 
 
-def texts_of(call: Call, name: str) -> list[str]:
+def argument_texts(call: Call, name: str) -> list[str]:
     """All that a call says by an argument, and by those of its further encoders."""
-    found = [text for own in _arguments(call, name).values() for text in own]
+    found = [text for own in _texts_by_argument(call, name).values() for text in own]
     return list(dict.fromkeys(each for each in found if isinstance(each, str)))
 
 
-def naming(
+def add_to_negative_prompt(
     host: Host, call: Call, unwanted: Mapping[str, tuple[str, ...]]
 ) -> tuple[Call, list[str]]:
     """The call with what is not wanted in its negative prompts, behind what they say by themselves.
@@ -31,8 +31,8 @@ def naming(
     Returns:
         The call, and the negative prompts of it that name such phrases.
     """
-    prompts = list(_arguments(call, "prompt").values())
-    negative = {_NEGATIVE: [""]} | _arguments(call, _NEGATIVE)
+    prompts = list(_texts_by_argument(call, "prompt").values())
+    negative = {_NEGATIVE: [""]} | _texts_by_argument(call, _NEGATIVE)
     count = max(map(len, prompts))
     fits = all(len(own) in (1, count) for own in (*prompts, *negative.values()))
     if not fits or _NEGATIVE not in host.parameters or call.get(f"{_NEGATIVE}_embeds") is not None:
@@ -51,7 +51,7 @@ def naming(
     return found, named
 
 
-def _arguments(call: Call, name: str) -> dict[str, list[Any]]:
+def _texts_by_argument(call: Call, name: str) -> dict[str, list[Any]]:
     """Argument -> its texts, of one and of those of further encoders, where they are given."""
     found = {}
     for argument in (name, *(f"{name}_{k}" for k in (2, 3, 4))):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from customize.concepts.tokens.prompt_phrases import shared
-from customize.core.projection import keeping, projected, span
+from customize.core.projection import max_strength, principal_directions, project_out
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.pipeline.call_wrapper import belonging
@@ -29,20 +29,20 @@ Path = tuple[str | int, ...]
 Ids = tuple[int, ...]
 
 #: The share of its length that each word of a prompt keeps where the strength goes by that.
-KEPT = 0.9
+MIN_LENGTH_SHARE = 0.9
 
 _WHERE = "avoid"
 
 
 @dataclass(frozen=True)
-class Cleaning:
+class EncoderCleaning:
     """How prompts are cleaned.
 
     Attributes:
         phrases: what is not wanted.
         negatives: texts that are encoded as they are.
         strength: in [0, 2]; None: for each prompt, the largest up to 1 at which its own words keep
-            :data:`KEPT` of their length.
+            :data:`MIN_LENGTH_SHARE` of their length.
         rank: how many directions at most.
         rows: which of the prompt's are changed: "words", its words; "rest", also what comes behind
             them; "all".
@@ -63,7 +63,7 @@ class Cleaning:
 
 
 @contextmanager
-def cleaned(family: Family, cleaning: Cleaning) -> Iterator[None]:
+def clean_text_encoders(family: Family, cleaning: EncoderCleaning) -> Iterator[None]:
     """Within it, the text encoders answer every prompt without what is not wanted.
 
     Raises:
@@ -72,7 +72,8 @@ def cleaned(family: Family, cleaning: Cleaning) -> Iterator[None]:
     """
     texts = list(dict.fromkeys(["", *cleaning.phrases, *cleaning.negatives]))
     encoders = {
-        key: _Encoder(tokenizer_of(family, key), cleaning) for key in family.all_text_encoders
+        key: _CleanedEncoder(tokenizer_for(family, key), cleaning)
+        for key in family.all_text_encoders
     }
     with ExitStack() as stack:
         for key, encoder in encoders.items():
@@ -90,7 +91,7 @@ def cleaned(family: Family, cleaning: Cleaning) -> Iterator[None]:
         )
 
 
-def too_long(phrase: str, most: int) -> ConfigError:
+def phrase_too_long(phrase: str, most: int) -> ConfigError:
     """Of a phrase that has more tokens than an encoder reads."""
     return ConfigError(
         f"{phrase!r} is longer than the {most} tokens that the text encoder reads",
@@ -100,7 +101,7 @@ def too_long(phrase: str, most: int) -> ConfigError:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _EncodedText:
     """One text as an encoder is given it.
 
     Attributes:
@@ -119,19 +120,19 @@ class _Row:
         return self.ids[self.start : self.stop]
 
 
-class _Encoder:
+class _CleanedEncoder:
     """What one encoder says of what is not wanted, and how it is kept from saying it of prompts.
 
     Attributes:
         matched: whether a prompt has come by.
     """
 
-    def __init__(self, tokenizer: Any, cleaning: Cleaning) -> None:
+    def __init__(self, tokenizer: Any, cleaning: EncoderCleaning) -> None:
         self.tokenizer, self.cleaning = tokenizer, cleaning
         self.matched = False
         self._is_ours = belonging()
         self._learning = True
-        self._read: list[tuple[_Row, dict[Path, Tensor]]] = []
+        self._read: list[tuple[_EncodedText, dict[Path, Tensor]]] = []
         self._padding: int | None = None
         self._empty: Ids = ()
         self._kept: set[Ids] = set()
@@ -171,7 +172,7 @@ class _Encoder:
         self._read = []
         return True
 
-    def _check(self, phrase: str, row: _Row) -> None:
+    def _check(self, phrase: str, row: _EncodedText) -> None:
         words = self._words(row)
         asked = self.tokenizer(phrase, add_special_tokens=False)["input_ids"]
         unknown = getattr(self.tokenizer, "unk_token_id", None)
@@ -184,27 +185,27 @@ class _Encoder:
             )
         # An end that pads as well does not count as a part of it.
         if len(words) < len(asked) and row.stop - row.start >= len(row.ids) - 1:
-            raise too_long(phrase, len(words))
+            raise phrase_too_long(phrase, len(words))
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self._learning and _ids(args, kwargs) is not None:
+        if self._learning and _input_ids(args, kwargs) is not None:
             return args, kwargs | {"output_hidden_states": True}  # pipelines read various ones
         return None
 
     def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        ids = _ids(args, kwargs)
+        ids = _input_ids(args, kwargs)
         if ids is None or not self._is_ours():
             return None
         rows = self._rows(ids, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
         if self._learning:
             for number, row in enumerate(rows):
-                self._read.append((row, dict(_states(output, len(rows), number))))
+                self._read.append((row, dict(_text_states(output, len(rows), number))))
             return None
         groups = self._groups(rows)
         self.matched |= bool(groups)
-        return _with(output, (), lambda path, value: self._clean(path, value, rows, groups))
+        return _map_tensors(output, (), lambda path, value: self._clean(path, value, rows, groups))
 
-    def _rows(self, ids: Tensor, mask: Tensor | None) -> list[_Row]:
+    def _rows(self, ids: Tensor, mask: Tensor | None) -> list[_EncodedText]:
         width = ids.shape[-1]
         lines = ids.reshape(-1, width).tolist()
         if mask is not None and mask.shape[-1] == width and mask.ndim == ids.ndim:
@@ -215,10 +216,10 @@ class _Encoder:
         else:
             if self._padding is None:  # the empty text, of which the most is padding
                 self._padding = lines[0][-1] if lines[0][-2:-1] == lines[0][-1:] else -1
-            ends = [(0, _without(line, self._padding), width) for line in lines]
-        return [_Row(tuple(line), *own) for line, own in zip(lines, ends, strict=True)]
+            ends = [(0, _length_without_padding(line, self._padding), width) for line in lines]
+        return [_EncodedText(tuple(line), *own) for line, own in zip(lines, ends, strict=True)]
 
-    def _words(self, row: _Row) -> range:
+    def _words(self, row: _EncodedText) -> range:
         """Where the words of a text are."""
         body, empty = row.body, self._empty
         most = min(len(body), len(empty))
@@ -234,7 +235,7 @@ class _Encoder:
             )
         return range(row.start + first, row.stop - last)
 
-    def _groups(self, rows: Sequence[_Row]) -> dict[tuple[str, ...], dict[int, range]]:
+    def _groups(self, rows: Sequence[_EncodedText]) -> dict[tuple[str, ...], dict[int, range]]:
         """What is not wanted -> the rows in which it is not, and where their words are."""
         found: dict[tuple[str, ...], dict[int, range]] = {}
         known: dict[Ids, tuple[tuple[str, ...], range] | None] = {}
@@ -246,7 +247,7 @@ class _Encoder:
                 found.setdefault(asked[0], {})[number] = asked[1]
         return found
 
-    def _asked(self, row: _Row) -> tuple[tuple[str, ...], range] | None:
+    def _asked(self, row: _EncodedText) -> tuple[tuple[str, ...], range] | None:
         """What is to be taken out of one text; None out of what is no prompt."""
         if row.body in self._kept:
             return None
@@ -260,7 +261,7 @@ class _Encoder:
         self,
         path: Path,
         value: Tensor,
-        rows: Sequence[_Row],
+        rows: Sequence[_EncodedText],
         groups: Mapping[tuple[str, ...], Mapping[int, range]],
     ) -> Tensor:
         """One tensor of an answer: (batch, length, width), also of several texts in a row; or, for
@@ -269,7 +270,7 @@ class _Encoder:
             return value
         if _is_pooled(value, len(rows)):
             return self._clean_pooled(path, value, groups) if self.cleaning.pooled else value
-        if value.ndim != 3 or value[..., 0].numel() != _length(rows):
+        if value.ndim != 3 or value[..., 0].numel() != _token_count(rows):
             return value
         own = value.reshape(len(rows), -1, value.shape[-1]).clone()
         for phrases, places in groups.items():
@@ -277,10 +278,10 @@ class _Encoder:
             if len(directions):
                 strength = own.new_zeros(len(places), own.shape[1], dtype=torch.float32)
                 for line, (number, words) in zip(strength, places.items(), strict=True):
-                    part = _part(self.cleaning.rows, words, rows[number])
+                    part = _cleaned_rows(self.cleaning.rows, words, rows[number])
                     line[part] = self._strength(own[number], words, rows[number], directions)
                 chosen = list(places)
-                own[chosen] = projected(own[chosen], directions, strength)
+                own[chosen] = project_out(own[chosen], directions, strength)
         return own.reshape(value.shape)
 
     def _clean_pooled(
@@ -291,18 +292,22 @@ class _Encoder:
             directions = self._span(path, phrases)
             for number in places if len(directions) else ():
                 given, row = self.cleaning.strength, own[number : number + 1]
-                strength = keeping(row, directions, KEPT)[None] if given is None else given
-                own[number] = projected(row, directions, strength)[0]
+                strength = (
+                    max_strength(row, directions, MIN_LENGTH_SHARE)[None]
+                    if given is None
+                    else given
+                )
+                own[number] = project_out(row, directions, strength)[0]
         return own
 
     def _strength(
-        self, states: Tensor, words: range, row: _Row, directions: Tensor
+        self, states: Tensor, words: range, row: _EncodedText, directions: Tensor
     ) -> float | Tensor:
         if self.cleaning.strength is not None:
             return self.cleaning.strength
         names = self.tokenizer.convert_ids_to_tokens(list(row.ids))
         plain = [k for k in words if names[k] not in self.cleaning.triggers]
-        return keeping(states[plain], directions, KEPT)
+        return max_strength(states[plain], directions, MIN_LENGTH_SHARE)
 
     def _span(self, path: Path, phrases: tuple[str, ...]) -> Tensor:
         """The directions of one tensor of the answer that are not wanted."""
@@ -312,17 +317,19 @@ class _Encoder:
             rows = [o[None] if o.ndim == 1 else o[words.start : words.stop] for words, o in found]
             mean = self._mean[path] if self.cleaning.centred else None
             self._spans[path, phrases] = (
-                span(torch.cat(rows), self.cleaning.rank, mean) if rows else torch.zeros(0, 1)
+                principal_directions(torch.cat(rows), self.cleaning.rank, mean)
+                if rows
+                else torch.zeros(0, 1)
             )
         return self._spans[path, phrases]
 
 
-def _part(which: str, words: range, row: _Row) -> slice:
+def _cleaned_rows(which: str, words: range, row: _EncodedText) -> slice:
     first = 0 if which == "all" else words.start
     return slice(first, words.stop if which == "words" else len(row.ids))
 
 
-def _length(rows: Sequence[_Row]) -> int:
+def _token_count(rows: Sequence[_EncodedText]) -> int:
     return sum(len(row.ids) for row in rows)
 
 
@@ -331,14 +338,14 @@ def _is_pooled(value: Tensor, count: int) -> bool:
     return value.ndim == 2 and len(value) == count and value.is_floating_point()
 
 
-def _ids(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+def _input_ids(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     """The ids that an encoder is given: (batch, length) or (batch, texts, length)."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     known = isinstance(ids, Tensor) and ids.ndim >= 2 and not ids.is_floating_point()
     return ids if known else None
 
 
-def _without(line: Sequence[int], padding: int) -> int:
+def _length_without_padding(line: Sequence[int], padding: int) -> int:
     """How long a text is without the padding behind it."""
     end = len(line)
     while end and line[end - 1] == padding:
@@ -346,7 +353,7 @@ def _without(line: Sequence[int], padding: int) -> int:
     return end
 
 
-def _states(output: Any, count: int, number: int) -> Iterator[tuple[Path, Tensor]]:
+def _text_states(output: Any, count: int, number: int) -> Iterator[tuple[Path, Tensor]]:
     """What an answer to so many texts says of one of them."""
     found: list[tuple[Path, Tensor]] = []
 
@@ -358,23 +365,23 @@ def _states(output: Any, count: int, number: int) -> Iterator[tuple[Path, Tensor
             found.append((path, value[number].detach()))
         return value
 
-    _with(output, (), note)
+    _map_tensors(output, (), note)
     yield from found
 
 
-def _with(output: Any, path: Path, change: Any) -> Any:
+def _map_tensors(output: Any, path: Path, change: Any) -> Any:
     """An encoder's answer, a tuple or one of transformers' classes, with other tensors."""
     if isinstance(output, Tensor):
         return change(path, output)
     if isinstance(output, tuple):
-        return tuple(_with(each, (*path, k), change) for k, each in enumerate(output))
+        return tuple(_map_tensors(each, (*path, k), change) for k, each in enumerate(output))
     if isinstance(output, Mapping):
-        own = {key: _with(each, (*path, key), change) for key, each in output.items()}
+        own = {key: _map_tensors(each, (*path, key), change) for key, each in output.items()}
         return type(output)(**own)
     return output
 
 
-def tokenizer_of(family: Family, key: str) -> Any:
+def tokenizer_for(family: Family, key: str) -> Any:
     """The tokenizer of a text encoder; None where there is none."""
     own = family.clip_encoders.get(key, key.replace("text_encoder", "tokenizer"))
     found = [family.components.get(name) for name in (own, "processor")]

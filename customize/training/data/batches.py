@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Generator, Tensor
 
-from customize.core.objectives import FLOW_DENSITIES, offset_noise
+from customize.core.objectives import FLOW_DENSITIES, add_offset_noise
 from customize.training.config import TrainConfig
 
 
@@ -122,7 +122,7 @@ def draw_noise(
     u = FLOW_DENSITIES[density](shape[0], generator)
     latents, noise = torch.randn(2, *shape, generator=generator, device=device).unbind()
     if offset:
-        noise = offset_noise(noise, offset, generator)
+        noise = add_offset_noise(noise, offset, generator)
     return Noise(latents, noise, u)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from customize.concepts.formats.open_adaptation import opened, opened_whole
 from customize.concepts.io.write_merged_lora import write_merged
-from customize.core.lowrank import product
+from customize.core.lowrank import to_dense
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.formats.making import assert_close, deltas_of, written
@@ -105,7 +105,7 @@ def test_without_a_pipeline_a_file_is_told_by_its_layers_or_said_to_be_ambiguous
     found = opened_whole(file)
     assert found.info.family == family
     (update,) = (update for own in found.products.values() for update in own.values())
-    assert product(update).shape[1] == width
+    assert to_dense(update).shape[1] == width
 
 
 def test_a_pair_is_inspected_without_a_pipeline(tmp_path: Path) -> None:

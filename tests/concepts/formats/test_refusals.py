@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from customize.concepts.formats.lora import lora_file
 from customize.concepts.formats.open_adaptation import opened, opened_whole
-from customize.core.oft import turned
+from customize.core.oft import oft_row_delta
 from customize.errors import ConceptError, CustomizeError, PipelineError
 from customize.families import Family, family_of
 from tests.concepts.formats.making import assert_close, deltas_of, diffusers, kohya, lora, written
@@ -152,7 +152,7 @@ def test_a_layer_that_is_wrong(change: Any, message: str, sd: Family, tmp_path: 
 def test_boft_of_blocks_that_cannot_be_halved(side: int) -> None:
     """A stage pairs half a block with half of another."""
     with pytest.raises(ConceptError, match=f"blocks of {side} rows cannot be halved"):
-        turned(torch.ones(12, 4), torch.ones(1, 12 // side, side, side), None, None)
+        oft_row_delta(torch.ones(12, 4), torch.ones(1, 12 // side, side, side), None, None)
 
 
 def test_a_damaged_layer_is_blamed_on_no_other_family(sd: Family, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 import customize  # noqa: F401
 from customize.concepts.formats.layer_updates import update_of
 from customize.concepts.formats.tensor_keys import Group
-from customize.core.lowrank import LowRank, product
+from customize.core.lowrank import LowRank, to_dense
 from tests.concepts.formats.making import written
 from tests.tiny_video import tiny_wan
 
@@ -53,7 +53,7 @@ def assert_near(found: LowRank, expected: Tensor) -> None:
     assert found.shape == wanted.shape
     got = found.scale * (found.up.double() @ found.down.double())
     assert (got - wanted).norm() <= 2e-5 * wanted.norm() + 1e-7
-    assert product(found).isfinite().all()
+    assert to_dense(found).isfinite().all()
 
 
 def scale(alpha: float | None, rank: int) -> float:

@@ -8,7 +8,7 @@ import torch
 from customize.concepts.formats.lora import Lora, LoraInfo
 from customize.concepts.merge.merge_concepts import METHODS, merge, merging
 from customize.concepts.types import Concept
-from customize.core.lowrank import LowRank, product
+from customize.core.lowrank import LowRank, to_dense
 from customize.core.merges import MERGES
 from customize.errors import ConceptError, ConfigError
 from tests.concepts.making import small
@@ -30,11 +30,11 @@ def test_merging_is_the_weighted_sum_of_dense_updates(concepts, method, share) -
     for component, updates in merged.items():
         for module, update in updates.items():
             expected = sum(
-                share * weight * product(concept.products[component][module])
+                share * weight * to_dense(concept.products[component][module])
                 for concept, weight in zip(concepts, weights, strict=True)
                 if component in concept.products
             )
-            assert torch.allclose(product(update), expected, atol=1e-5)
+            assert torch.allclose(to_dense(update), expected, atol=1e-5)
     assert merged["unet"]["mid.attn1.to_q"].rank == 5
     assert merged["text_encoder"].keys() == concepts[0].products["text_encoder"].keys()
 
@@ -88,8 +88,8 @@ def test_a_method_merges_each_layer_by_itself_with_its_settings(concepts, method
     if method != "dare":
         updates = [concept.products["unet"]["mid.attn1.to_q"] for concept in concepts]
         expected = MERGES[method](updates, weights, density=0.4)
-        assert torch.equal(product(merged["unet"]["mid.attn1.to_q"]), product(expected))
-    zeros = [product(u).eq(0).double().mean() for own in merged.values() for u in own.values()]
+        assert torch.equal(to_dense(merged["unet"]["mid.attn1.to_q"]), to_dense(expected))
+    zeros = [to_dense(u).eq(0).double().mean() for own in merged.values() for u in own.values()]
     assert 0.2 < float(sum(zeros)) / len(zeros) < 0.9
     assert merged["text_encoder"].keys() == concepts[0].products["text_encoder"].keys()
 
@@ -101,7 +101,7 @@ def test_each_layer_and_seed_drops_others() -> None:
 
     def dropped(seed: int) -> list[torch.Tensor]:
         merged = merge(loras, [1.0, 1.0], "dare", seed=seed)
-        return [product(update).eq(0) for update in merged["unet"].values()]
+        return [to_dense(update).eq(0) for update in merged["unet"].values()]
 
     first, again, other = dropped(0), dropped(0), dropped(1)
     assert all(map(torch.equal, first, again))
@@ -118,8 +118,8 @@ def test_one_concept_is_as_it_is_or_refused(concepts: list[Concept], method: str
     merged = merge(concepts[:1], [0.5], method)
     for component, own in merged.items():
         for module, update in own.items():
-            expected = 0.5 * product(concepts[0].products[component][module])
-            torch.testing.assert_close(product(update), expected)
+            expected = 0.5 * to_dense(concepts[0].products[component][module])
+            torch.testing.assert_close(to_dense(update), expected)
 
 
 def test_a_subject_and_a_style_are_balanced_over_all_layers(concepts: list[Concept]) -> None:
@@ -131,26 +131,26 @@ def test_a_subject_and_a_style_are_balanced_over_all_layers(concepts: list[Conce
     }
     loud = merge([replace(rex, products=louder), tom], [0.01, 1.0], "subject_style")
     for module, update in merged["unet"].items():
-        torch.testing.assert_close(product(loud["unet"][module]), product(update))
-        own = product(rex.products["unet"][module]), product(tom.products["unet"][module])
+        torch.testing.assert_close(to_dense(loud["unet"][module]), to_dense(update))
+        own = to_dense(rex.products["unet"][module]), to_dense(tom.products["unet"][module])
         shares = torch.linalg.lstsq(
-            torch.stack([each.flatten() for each in own], 1), product(update).flatten()
+            torch.stack([each.flatten() for each in own], 1), to_dense(update).flatten()
         ).solution
         assert float(shares.sum()) == pytest.approx(1.0, abs=1e-3) and float(shares.min()) > -1e-3
     # A layer that one of them leaves alone is the other's.
     for module, update in merged["text_encoder"].items():
-        torch.testing.assert_close(product(update), product(rex.products["text_encoder"][module]))
+        torch.testing.assert_close(to_dense(update), to_dense(rex.products["text_encoder"][module]))
     with pytest.raises(ConfigError, match="3 were given"):
         merge([rex, tom, small(2, name="ann")], [1.0] * 3, "subject_style")
 
 
 def test_what_is_wider_than_its_concepts_is_narrowed_and_nothing_else(concepts) -> None:
     wide = merging(concepts, [1.0, 1.0], "ties")["unet"]["mid.attn1.to_q"]
-    exact = product(wide.merged())
+    exact = to_dense(wide.merged())
     found = wide.narrowed()
     assert (wide.merged().rank, found.rank) == (8, 5)
     best = torch.linalg.svdvals(exact)[5:].square().sum().sqrt()
-    error = torch.linalg.matrix_norm(product(found) - exact)
+    error = torch.linalg.matrix_norm(to_dense(found) - exact)
     assert float(error) == pytest.approx(float(best), rel=0.01)
     summed = merging(concepts, [1.0, 1.0])["unet"]["mid.attn1.to_q"]
-    assert torch.equal(product(summed.narrowed()), product(summed.merged()))
+    assert torch.equal(to_dense(summed.narrowed()), to_dense(summed.merged()))

@@ -12,7 +12,7 @@ from customize.concepts.library.library_check import check
 from customize.concepts.slices.allocation import columns_for
 from customize.concepts.slices.overlap import down_projections, true_collisions
 from customize.concepts.types import BasisInfo, Concept
-from customize.core.avoiding_slices import down_projection
+from customize.core.avoiding_slices import scaled_down_projection
 from customize.core.bases import BASES
 from customize.core.fusion import InputMoment
 from customize.core.lowrank import LowRank
@@ -50,7 +50,7 @@ def sliced(
     info = BasisInfo(avoid=avoid, shared=shared, **basis)
     columns = columns_for(WIDTHS, RANK, index=index, name=name, avoid=avoid)
     downs = {
-        width: down_projection(BASES[info.kind], inputs[width], own, info.seed, avoid=avoid)
+        width: scaled_down_projection(BASES[info.kind], inputs[width], own, info.seed, avoid=avoid)
         for width, own in columns.items()
     }
     generator = torch.Generator().manual_seed(sum(name.encode()))

@@ -177,7 +177,7 @@ def printed(folder: Path) -> dict[str, object]:
     sources = two(pipe, folder)
     rex = customize.Concept.load(sources[0])
     merged = customize.merge(*sources, output=folder / "m")
-    from customize.concepts.formats.open_adaptation import opened
+    from customize.concepts.formats.open_adaptation import open_adaptation
     from customize.pipeline.sources import family_in
     from customize.pipeline.state import find
 
@@ -186,10 +186,10 @@ def printed(folder: Path) -> dict[str, object]:
     return {
         "concept": rex,
         "info": rex.info,
-        "lora": opened(folder / "m"),
-        "lora info": opened(folder / "m").info,
+        "lora": open_adaptation(folder / "m"),
+        "lora info": open_adaptation(folder / "m").info,
         "merged": merged,
-        "subject": opened(folder / "m").subjects[0],
+        "subject": open_adaptation(folder / "m").subjects[0],
         "update": next(iter(rex.products["unet"].values())),
         "record": record_of(rex),
         "library": customize.Library(folder),

@@ -13,22 +13,22 @@ from torch import Tensor
 
 from customize.concepts.adapter import flattened
 from customize.concepts.formats.lora import Adaptation, Lora
-from customize.concepts.formats.open_adaptation import opened_together
+from customize.concepts.formats.open_adaptation import open_all_without_pipeline
 from customize.concepts.input_statistics import LayerInputs, record_beside
 from customize.concepts.io.file_layout import LAYOUTS
 from customize.concepts.io.write_merged_lora import Merged, write_merged
-from customize.concepts.merge.component_weights import Weight, checked
+from customize.concepts.merge.component_weights import Weight, parse_weight
 from customize.concepts.merge.merge_concepts import (
     AUTO,
     FUSION,
     METHODS,
     SUM,
     check_method,
-    check_several,
-    learned_together,
-    recorded_beside,
-    resolved,
-    strangers,
+    check_single_concept,
+    choose_method,
+    incompatibility,
+    read_record,
+    trained_together,
 )
 from customize.concepts.slices.overlap import true_collisions
 from customize.concepts.types import Concept
@@ -87,19 +87,19 @@ def merge(
             "fusion" needs is missing.
         StorageError: something else is in the folder, or it cannot be written.
     """
-    method, settings = _method(merge)
+    method, settings = _parse_method(merge)
     if len(concepts) == 1:
-        check_several(method)
+        check_single_concept(method)
     check_method(SUM if method == AUTO else method, settings)
     if format not in LAYOUTS:
         raise ConfigError(
             f"there is no format {format}", where="format", fix=choose_from(format, LAYOUTS)
         )
-    opened = _renamed(read_whole(concepts, family, ignore), names)
-    method, inputs = with_records(opened, method)
+    opened = _rename_concepts(read_concepts(concepts, family, ignore), names)
+    method, inputs = find_records(opened, method)
     return write_merged(
         opened,
-        weights_in_order(weights, opened),
+        resolve_weights(weights, opened),
         output,
         method=method,
         settings=settings,
@@ -158,11 +158,11 @@ def inspect(
     """
     if not concepts:
         raise ConfigError("there is nothing to inspect", fix="give at least one concept")
-    opened = read_whole(concepts, family, ignore)
-    facts = [described(concept) for concept in opened]
+    opened = read_concepts(concepts, family, ignore)
+    facts = [describe_concept(concept) for concept in opened]
     if len(opened) < 2:
         return Inspection(facts)
-    strange = strange_pair(opened)
+    strange = find_incompatibility(opened)
     if strange:
         return Inspection(facts, [f"They cannot be merged: {strange}."])
     updates = {str(k): flattened(concept.products) for k, concept in enumerate(opened)}
@@ -170,10 +170,10 @@ def inspect(
     records = [record_beside(c.info.name, c.products, c.source) for c in opened]
     known = {str(k): flattened(each.own) for k, each in enumerate(records) if each is not None}
     answers = crosstalk.response_norms(updates, known) if len(known) == len(opened) else {}
-    return Inspection(facts, relations(opened), overlap, answers)
+    return Inspection(facts, describe_relations(opened), overlap, answers)
 
 
-def read_whole(
+def read_concepts(
     concepts: Sequence[str | Path | Adaptation],
     family: str | None,
     ignore: str | Sequence[str] | None = None,
@@ -198,18 +198,18 @@ def read_whole(
                 if several
                 else "give a folder, a .safetensors file, a hub id or a Concept",
             )
-    opened = opened_together(list(sources.values()), family, ignore)
+    opened = open_all_without_pipeline(list(sources.values()), family, ignore)
     read |= dict(zip(sources, opened, strict=True))
     return [read[number] for number in sorted(read)]
 
 
-def with_records(concepts: Sequence[Adaptation], method: str) -> tuple[str, Sequence[LayerInputs]]:
+def find_records(concepts: Sequence[Adaptation], method: str) -> tuple[str, Sequence[LayerInputs]]:
     """What "auto" comes to, and the records that the method needs, from beside the concepts.
 
     Raises:
         ConfigError: one is missing for "fusion".
     """
-    found, records, lacking = resolved(method, concepts, {}, recorded_beside)
+    found, records, lacking = choose_method(method, concepts, {}, read_record)
     if found != FUSION:
         return found, ()
     if lacking:
@@ -222,7 +222,7 @@ def with_records(concepts: Sequence[Adaptation], method: str) -> tuple[str, Sequ
     return found, [records[concept.info.name] for concept in concepts]
 
 
-def weights_in_order(given: Weights, concepts: Sequence[Adaptation]) -> list[Weight]:
+def resolve_weights(given: Weights, concepts: Sequence[Adaptation]) -> list[Weight]:
     """The weight of each concept, where no pipeline is at hand: by the published model's blocks.
 
     Raises:
@@ -247,18 +247,18 @@ def weights_in_order(given: Weights, concepts: Sequence[Adaptation]) -> list[Wei
             for component in family.adaptable:
                 layers.setdefault(component, []).extend(family.layers(component))
             denoisers |= dict.fromkeys(family.denoisers)
-    return [checked(name, given.get(name, 1.0), layers, list(denoisers)) for name in names]
+    return [parse_weight(name, given.get(name, 1.0), layers, list(denoisers)) for name in names]
 
 
-def strange_pair(concepts: Sequence[Adaptation]) -> str:
+def find_incompatibility(concepts: Sequence[Adaptation]) -> str:
     """Why two of the concepts cannot be merged; empty where all can."""
     pairs = combinations([concept.info for concept in concepts], 2)
-    return next((text for a, b in pairs if (text := strangers(a, b))), "")
+    return next((text for a, b in pairs if (text := incompatibility(a, b))), "")
 
 
-def relations(concepts: Sequence[Adaptation]) -> list[str]:
+def describe_relations(concepts: Sequence[Adaptation]) -> list[str]:
     """What is known without a record of how concepts get along, in words."""
-    if learned_together(concepts):
+    if trained_together(concepts):
         return [
             "They were learned in one run: what it learned is their sum, as load_custom has it."
         ]
@@ -272,10 +272,10 @@ def relations(concepts: Sequence[Adaptation]) -> list[str]:
     return colliding or ["No two share a slice: their updates are orthogonal."]
 
 
-def described(concept: Adaptation) -> dict[str, str]:
+def describe_concept(concept: Adaptation) -> dict[str, str]:
     """The facts on a concept: title -> text."""
     if isinstance(concept, Lora):
-        return _described_lora(concept)
+        return _describe_lora(concept)
     info = concept.info
     rows = {
         "name": info.name,
@@ -285,7 +285,7 @@ def described(concept: Adaptation) -> dict[str, str]:
         "method": info.method,
         **({"learned with": ", ".join(info.learned_with)} if info.learned_with else {}),
         "rank, alpha": f"{info.rank}, {info.alpha:g}",
-        **_sizes(concept),
+        **_describe_sizes(concept),
         "embeddings": ", ".join(
             f"{' x '.join(map(str, rows.shape))} of {key}"
             for key, rows in concept.embeddings.items()
@@ -301,13 +301,13 @@ def described(concept: Adaptation) -> dict[str, str]:
                 f"{info.basis.avoid} avoided, recorded as {info.basis.shared}"
             )
         rows["slices"] = "; ".join(
-            f"width {width}: {_ranges(columns)}" for width, columns in info.slices.items()
+            f"width {width}: {_format_columns(columns)}" for width, columns in info.slices.items()
         )
     rows |= {f"score: {name}": json.dumps(value) for name, value in info.scores.items()}
     return rows | {"made": info.created}
 
 
-def _described_lora(lora: Lora) -> dict[str, str]:
+def _describe_lora(lora: Lora) -> dict[str, str]:
     ranks = sorted({update.rank for own in lora.products.values() for update in own.values()})
     return {
         "name": lora.info.name,
@@ -319,24 +319,26 @@ def _described_lora(lora: Lora) -> dict[str, str]:
         "base": f"{lora.info.base or 'not named'} (family {lora.info.family})",
         "method": "merged" if lora.subjects or lora.info.fingerprint else "a LoRA from elsewhere",
         "rank": " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:])))) or "none",
-        **_sizes(lora),
-        **({"biases and norms": _counts(lora.vectors)} if lora.vectors else {}),
+        **_describe_sizes(lora),
+        **(
+            {"biases and norms": _format_counts(lora.vector_updates)} if lora.vector_updates else {}
+        ),
     }
 
 
-def _sizes(concept: Adaptation) -> dict[str, str]:
+def _describe_sizes(concept: Adaptation) -> dict[str, str]:
     parts = sorted(concept.products.items())
     count = sum(p.up.numel() + p.down.numel() for _, own in parts for p in own.values())
     if isinstance(concept, Lora):
-        count += sum(len(v.values) for own in concept.vectors.values() for v in own.values())
-    return {"layers": _counts(concept.products) or "none", "numbers": f"{count:,}"}
+        count += sum(len(v.values) for own in concept.vector_updates.values() for v in own.values())
+    return {"layers": _format_counts(concept.products) or "none", "numbers": f"{count:,}"}
 
 
-def _counts(parts: Mapping[str, Mapping[str, object]]) -> str:
+def _format_counts(parts: Mapping[str, Mapping[str, object]]) -> str:
     return ", ".join(f"{len(own)} of {part}" for part, own in sorted(parts.items()))
 
 
-def _renamed(
+def _rename_concepts(
     concepts: Sequence[Adaptation], names: Sequence[str | None] | None
 ) -> list[Adaptation]:
     if names is None:
@@ -351,7 +353,7 @@ def _renamed(
     return [concept.renamed(name) if name else concept for concept, name in pairs]
 
 
-def _method(merge: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _parse_method(merge: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     settings = dict(merge) if isinstance(merge, Mapping) else {"method": merge}
     method = settings.pop("method", None)
     methods = (AUTO, *METHODS)
@@ -362,7 +364,7 @@ def _method(merge: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return method, settings
 
 
-def _ranges(columns: Sequence[int]) -> str:
+def _format_columns(columns: Sequence[int]) -> str:
     """Column numbers with runs drawn together: 0-7, 12."""
     runs: list[list[int]] = []
     for column in sorted(columns):

@@ -114,7 +114,7 @@ def rename_concepts(
     """
     from dataclasses import replace
 
-    from customize.concepts.formats.lora import LoraFile, own_name
+    from customize.concepts.formats.lora import LoraFile, name_from_file
 
     if text is None:
         return list(concepts)
@@ -130,7 +130,7 @@ def rename_concepts(
         if not name:
             return concept
         if isinstance(concept, LoraFile):
-            return replace(concept, name=own_name(name))
+            return replace(concept, name=name_from_file(name))
         return concept.renamed(name)
 
     return [called(concept, name) for concept, name in zip(concepts, names, strict=True)]

@@ -142,17 +142,17 @@ def run(
     """
     from rich.progress import track
 
-    from customize.concepts.formats.open_adaptation import opened_all
+    from customize.concepts.formats.open_adaptation import open_adaptations
     from customize.concepts.io.write_concept import check_writable
-    from customize.concepts.merge.merge_concepts import check_together
+    from customize.concepts.merge.merge_concepts import check_compatible
     from customize.concepts.types import Concept
     from customize.families import family_of
 
     weights = parse_weights(loading.weights, len(loading.sources))
-    concepts = rename_concepts(opened_all(loading.sources, loading.ignore), loading.names)
+    concepts = rename_concepts(open_adaptations(loading.sources, loading.ignore), loading.names)
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
-        check_together(ours)
+        check_compatible(ours)
     check_regions(plan.prompts, regions, {c.info.name: c.info.words for c in concepts})
     check_writable(output)
     place = choose_device(device, "--device")

@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from customize.api.concept_files import described, relations, strange_pair
+from customize.api.concept_files import describe_concept, describe_relations, find_incompatibility
 from customize.atomic import put_file
 from customize.cli.command_support import check_png, console
 from customize.concepts.adapter import flattened
 from customize.concepts.formats.lora import Adaptation
-from customize.concepts.formats.open_adaptation import opened_together
+from customize.concepts.formats.open_adaptation import open_all_without_pipeline
 from customize.concepts.input_statistics import record_beside
-from customize.concepts.merge.merge_concepts import learned_together
+from customize.concepts.merge.merge_concepts import trained_together
 from customize.core.crosstalk import overlap_matrix, relative_responses, response_norms
 from customize.core.lowrank import LowRank
 from customize.errors import ConfigError, storage_error
@@ -47,7 +47,7 @@ def run(
         ignore: parts of files to leave out.
     """
     check_png(plot, "--plot")
-    concepts = opened_together(sources, family, ignore)
+    concepts = open_all_without_pipeline(sources, family, ignore)
     records = [record_beside(c.info.name, c.products, c.source) for c in concepts]
     known = [record for record in records if record is not None]
     lacking = [c.info.name for c, r in zip(concepts, records, strict=True) if r is None]
@@ -56,16 +56,16 @@ def run(
     out = console()
     for source, concept in zip(sources, concepts, strict=True):
         table = Table(title=one_line(source), show_header=False, title_justify="left")
-        for title, text in described(concept).items():
+        for title, text in describe_concept(concept).items():
             table.add_row(title, one_line(text))
         out.print(table)
     if len(concepts) < 2:
         return
-    strange = strange_pair(concepts)
+    strange = find_incompatibility(concepts)
     if strange:
         out.print(f"They cannot be merged: {strange}.", markup=False, soft_wrap=True)
         return
-    for note in relations(concepts):
+    for note in describe_relations(concepts):
         out.print(note, markup=False, soft_wrap=True)
     out.print(_overlaps(concepts))
     if lacking:
@@ -85,7 +85,7 @@ def run(
         out.print(_crosstalk(_labels(concepts), overall))
     if layers and by_layer:
         out.print(_by_layer(names, by_layer))
-    if not learned_together(concepts):
+    if not trained_together(concepts):
         for line in describe_crosstalk(names, by_layer):
             out.print(line, markup=False, soft_wrap=True)
     if plot is not None and by_layer:

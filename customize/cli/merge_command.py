@@ -24,7 +24,7 @@ from customize.concepts.merge.merge_concepts import (
     METHODS,
     SUM,
     check_method,
-    check_several,
+    check_single_concept,
 )
 from customize.errors import ConfigError
 from customize.near_names import choose_from
@@ -69,7 +69,7 @@ def run(
             f"there is no merge {method}", where="--merge", fix=choose_from(method, methods)
         )
     if len(sources) == 1:
-        check_several(method)
+        check_single_concept(method)
     settings: dict[str, Any] = {"density": density, "seed": seed}
     if method == TRUNCATE:
         settings["rank"], rank = rank, None
@@ -150,10 +150,10 @@ def _write_lora(
     ignore: Sequence[str],
 ) -> None:
     from customize.api.concept_files import merge
-    from customize.concepts.formats.open_adaptation import opened_together
+    from customize.concepts.formats.open_adaptation import open_all_without_pipeline
     from customize.concepts.slices.overlap import true_collisions
 
-    concepts = _named(opened_together(sources, family, ignore), names)
+    concepts = _named(open_all_without_pipeline(sources, family, ignore), names)
     merged = merge(
         *concepts,
         output=output,
@@ -195,16 +195,16 @@ def _write_pipeline(
     ignore: Sequence[str],
 ) -> None:
     from customize import load_custom
-    from customize.concepts.formats.open_adaptation import opened_all
+    from customize.concepts.formats.open_adaptation import open_adaptations
     from customize.concepts.io.write_merged_lora import check_new
-    from customize.concepts.merge.merge_concepts import check_together
+    from customize.concepts.merge.merge_concepts import check_compatible
     from customize.concepts.types import Concept
     from customize.families import family_of
 
-    concepts = rename_concepts(opened_all(sources, ignore), names)
+    concepts = rename_concepts(open_adaptations(sources, ignore), names)
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
-        check_together(ours)
+        check_compatible(ours)
     check_new(output)
     pipe = open_pipeline()
     load_custom(pipe, *concepts, weights=weights, fuse=True, merge=merge)

@@ -21,7 +21,7 @@ def run(
 ) -> None:
     """Record each concept on a base and write the record beside it."""
     from customize import record_inputs
-    from customize.concepts.formats.open_adaptation import opened
+    from customize.concepts.formats.open_adaptation import open_adaptation
     from customize.concepts.input_statistics import place_beside
     from customize.concepts.io.write_concept import check_writable
 
@@ -30,7 +30,7 @@ def run(
             f"--words are those of one concept, and {len(sources)} are given",
             fix="record them one by one",
         )
-    concepts = [opened(source) for source in sources]
+    concepts = [open_adaptation(source) for source in sources]
     places = [
         place_beside(concept.source or source)
         for concept, source in zip(concepts, sources, strict=True)

@@ -78,12 +78,12 @@ def run_storybook(
         )
     numbers = parse_weight_list(weights, len(sources)) or [1.0] * len(sources)
     check_output_file(json_file)
-    from customize.concepts.merge.merge_concepts import check_together
+    from customize.concepts.merge.merge_concepts import check_compatible
     from customize.concepts.tokens.subjects import check_subjects
     from customize.storybook.judges import load_judges
 
     concepts = [_concept(source) for source in sources]
-    check_together(concepts)
+    check_compatible(concepts)
     loaded = load_judges(judges)
     subjects = [subject for concept in concepts for subject in _subjects(concept)]
     check_subjects(subjects)
@@ -117,10 +117,10 @@ def _concept(source: str) -> Adaptation:
         ConceptError: it cannot be read, or is a LoRA.
     """
     from customize.concepts.formats.lora import Lora
-    from customize.concepts.formats.open_adaptation import opened
+    from customize.concepts.formats.open_adaptation import open_adaptation
     from customize.concepts.types import Concept
 
-    found = opened(source)
+    found = open_adaptation(source)
     if isinstance(found, Concept) or (isinstance(found, Lora) and found.subjects):
         return found
     raise ConceptError(

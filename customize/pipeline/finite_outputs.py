@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from customize.concepts.formats.lora import Lora
-from customize.concepts.merge.component_weights import weight_of
+from customize.concepts.merge.component_weights import layer_weight
 from customize.pipeline.sources import family_in
 from customize.pipeline.state import Attached, find
 from customize.pipeline.user_warnings import warn_user
@@ -51,14 +51,14 @@ def _loudest(attached: Mapping[str, Attached]) -> tuple[str, Any]:
 
     def size(each: Attached) -> float:
         sizes = [
-            abs(weight_of(each.weight, component, module) * update.scale)
+            abs(layer_weight(each.weight, component, module) * update.scale)
             * float(update.up.double().norm() * update.down.double().norm())
             for component, own in each.concept.products.items()
             for module, update in own.items()
         ]
-        vectors = each.concept.vectors if isinstance(each.concept, Lora) else {}
+        vectors = each.concept.vector_updates if isinstance(each.concept, Lora) else {}
         sizes += [
-            abs(weight_of(each.weight, component, name.rpartition(".")[0]))
+            abs(layer_weight(each.weight, component, name.rpartition(".")[0]))
             * float(vector.values.double().norm())
             for component, changes in vectors.items()
             for name, vector in changes.items()

@@ -14,13 +14,13 @@ from customize.concepts.base_weight import (
     quantizer_of,
     writable_weight,
 )
-from customize.concepts.merge.merge_concepts import Layer
+from customize.concepts.merge.merge_concepts import LayerMerge
 from customize.core.lowrank import add_weighted_sum, all_finite
 from customize.errors import ConfigError, PipelineError
 from customize.pipeline import dtype_casts
 
 #: component -> module -> what is to be in the weight, merged only when it is put there.
-Updates = Mapping[str, Mapping[str, Layer]]
+Updates = Mapping[str, Mapping[str, LayerMerge]]
 
 # (component, module) -> the weight as it was, on the CPU, cast as the layer was since.
 Originals = dict[tuple[str, str], Tensor]
@@ -67,7 +67,7 @@ def fuse_updates(models: Mapping[str, nn.Module], updates: Updates, originals: O
         if not all_finite(weight):
             raise ConfigError(
                 f"with these weights the concepts' sum leaves the range of {weight.dtype}, mostly "
-                f"by {update.loudest()}",
+                f"by {update.largest_concept()}",
                 where=".".join(place),
                 fix="give smaller weights",
             )
@@ -174,20 +174,20 @@ def _layer(models: Mapping[str, nn.Module], place: tuple[str, str]) -> Any:
     return base_layer(models[place[0]].get_submodule(place[1]))
 
 
-def _fuse(weight: Tensor, start: Tensor, update: Layer) -> None:
+def _fuse(weight: Tensor, start: Tensor, update: LayerMerge) -> None:
     """Make a weight the update added to its start, which may be the weight itself."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if weight.dtype == dtype and weight.is_contiguous():
         if start is not weight:
             weight.copy_(start)
-        add_weighted_sum(weight.view(len(weight), -1), *update.parts())
+        add_weighted_sum(weight.view(len(weight), -1), *update.summands())
     else:
         weight.copy_(_fused(start.to(weight.device), update))
 
 
-def _fused(original: Tensor, update: Layer) -> Tensor:
+def _fused(original: Tensor, update: LayerMerge) -> Tensor:
     """A new tensor of the original's shape, float32 or wider."""
     dtype = torch.promote_types(original.dtype, torch.float32)
     total = original.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    add_weighted_sum(total.view(len(total), -1), *update.parts())
+    add_weighted_sum(total.view(len(total), -1), *update.summands())
     return total

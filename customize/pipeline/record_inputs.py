@@ -21,14 +21,14 @@ from customize.concepts.input_statistics import (
     updates_digest,
 )
 from customize.concepts.merge.merge_concepts import (
-    APART,
     AUTO,
     FUSION,
     METHODS,
+    SEPARABLE,
     SUM,
     check_method,
-    recorded_beside,
-    resolved,
+    choose_method,
+    read_record,
 )
 from customize.errors import ConfigError
 from customize.families import Family
@@ -85,7 +85,7 @@ def merging_of(
     method, settings = chosen or (holder.merging.chosen, dict(holder.merging.settings))
     if len(after) < 2:
         return Merging(method, settings=settings)
-    if method not in (AUTO, *APART) and len({each.fused for each in after.values()}) > 1:
+    if method not in (AUTO, *SEPARABLE) and len({each.fused for each in after.values()}) > 1:
         beside = [name for name, each in after.items() if not each.fused]
         raise ConfigError(
             f"{method} merges all concepts together, and {', '.join(beside)} would be beside the "
@@ -101,8 +101,8 @@ def merging_of(
     }
     shelf = holder.shelf
     concepts = [each.concept for each in after.values()]
-    read = recorded_beside if shelf is None else partial(shelf.record, read=recorded_beside)
-    found, records, lacking = resolved(method, concepts, known, read)
+    read = read_record if shelf is None else partial(shelf.record, read=read_record)
+    found, records, lacking = choose_method(method, concepts, known, read)
     if found == FUSION:
         made = recorded(family, holder, lacking)
         if shelf is not None:

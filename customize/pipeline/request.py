@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from customize.concepts.formats.bias_and_norm_updates import Vector
+from customize.concepts.formats.bias_and_norm_updates import VectorUpdate
 from customize.concepts.formats.lora import Adaptation, Lora
-from customize.concepts.merge.component_weights import BlockWeights, Weight, checked
+from customize.concepts.merge.component_weights import BlockWeights, Weight, parse_weight
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError
 from customize.families import Family
@@ -75,7 +75,7 @@ def identical(a: Adaptation, b: Adaptation) -> bool:
     if any(getattr(a.info, fact) != getattr(b.info, fact) for fact in facts):
         return False
     tokens = [{s.trigger: s.embeddings for s in each.subjects} for each in (a, b)]
-    vectors = [each.vectors if isinstance(each, Lora) else {} for each in (a, b)]
+    vectors = [each.vector_updates if isinstance(each, Lora) else {} for each in (a, b)]
     return all(_alike(*pair) for pair in ((a.products, b.products), tokens, vectors))
 
 
@@ -84,8 +84,8 @@ def _alike(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
     if isinstance(a, LowRank):
         return a.scale == b.scale and _alike(a.up, b.up) and _alike(a.down, b.down)
-    if isinstance(a, Vector):
-        return a.absolute == b.absolute and torch.equal(a.values, b.values)
+    if isinstance(a, VectorUpdate):
+        return a.is_replacement == b.is_replacement and torch.equal(a.values, b.values)
     return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
 
 
@@ -142,7 +142,7 @@ def _by_name(
     by_block = any(isinstance(weight, Mapping) for weight in given.values())
     layers = {key: list(family.layers(key)) for key in family.adaptable} if by_block else {}
     found = {
-        name: checked(name, weight, layers, list(family.denoisers) if by_block else [])
+        name: parse_weight(name, weight, layers, list(family.denoisers) if by_block else [])
         for name, weight in given.items()
     }
     for name, weight in found.items():
@@ -158,7 +158,9 @@ def _warn_of_unused(concept: Adaptation, weight: BlockWeights) -> None:
         for module in own
     ]
     if isinstance(concept, Lora):
-        layers += [f"{part}.{name}." for part, own in concept.vectors.items() for name in own]
+        layers += [
+            f"{part}.{name}." for part, own in concept.vector_updates.items() for name in own
+        ]
     for path in weight.keys:
         if path and not any(layer.startswith(f"{path}.") for layer in layers):
             warnings.warn(

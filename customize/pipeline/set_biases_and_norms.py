@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts.base_weight import base_layer
-from customize.concepts.formats.bias_and_norm_updates import Vector
+from customize.concepts.formats.bias_and_norm_updates import VectorUpdate
 from customize.concepts.formats.lora import Lora
-from customize.concepts.merge.component_weights import weight_of
+from customize.concepts.merge.component_weights import layer_weight
 from customize.core.lowrank import all_finite
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.pipeline import dtype_casts
@@ -24,19 +24,19 @@ from customize.pipeline.state import Attached, VectorOriginals
 _WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 #: (component, parameter) -> what is added to it: (weight, change) pairs.
-Sums = Mapping[tuple[str, str], Sequence[tuple[float, Vector]]]
+Sums = Mapping[tuple[str, str], Sequence[tuple[float, VectorUpdate]]]
 
 
 def sums_of(attached: Mapping[str, Attached], method: str) -> Sums:
     """What attached concepts change together: the weighted sum, of "average" the mean."""
     count = len(attached) if method == "average" else 1
-    found: dict[tuple[str, str], list[tuple[float, Vector]]] = {}
+    found: dict[tuple[str, str], list[tuple[float, VectorUpdate]]] = {}
     for each in attached.values():
         if not isinstance(each.concept, Lora):
             continue
-        for component, own in each.concept.vectors.items():
+        for component, own in each.concept.vector_updates.items():
             for name, vector in own.items():
-                weight = weight_of(each.weight, component, name.rpartition(".")[0]) / count
+                weight = layer_weight(each.weight, component, name.rpartition(".")[0]) / count
                 if weight:
                     found.setdefault((component, name), []).append((weight, vector))
     return found
@@ -161,14 +161,14 @@ def set_vectors(models: Mapping[str, nn.Module], sums: Sums, originals: VectorOr
             )
 
 
-def _sum(original: Tensor | None, vectors: Sequence[tuple[float, Vector]]) -> Tensor:
+def _sum(original: Tensor | None, vectors: Sequence[tuple[float, VectorUpdate]]) -> Tensor:
     """Of an original and its changes, in float32 or wider, on the CPU."""
     base = torch.zeros(()) if original is None else original.flatten()
     base = base.to(torch.promote_types(base.dtype, torch.float32))
     total = base
     for weight, vector in vectors:
         change = vector.values.to(base.dtype)
-        total = total + weight * (change - base if vector.absolute else change)
+        total = total + weight * (change - base if vector.is_replacement else change)
     return total
 
 

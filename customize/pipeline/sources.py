@@ -11,12 +11,11 @@ from torch import Tensor
 
 from customize.base.offload import settled
 from customize.concepts.base_weight import dense_weight
-from customize.concepts.formats.denoiser_labels import with_noises
-from customize.concepts.formats.ignored_parts import check_all_matched, checked_words, without
-from customize.concepts.formats.layer_names import Names
-from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
-from customize.concepts.formats.lora import Weights as LayerWeights
-from customize.concepts.formats.open_adaptation import opened
+from customize.concepts.formats.denoiser_labels import assign_noise_levels
+from customize.concepts.formats.ignored_parts import check_all_matched, check_ignore, remove_ignored
+from customize.concepts.formats.layer_names import LayerNameMap
+from customize.concepts.formats.lora import Adaptation, BaseWeights, Lora, LoraFile
+from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.types import Concept
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
@@ -65,20 +64,20 @@ def read_sources(
         ConceptError: one cannot be read whole, or is a LoRA of other layers.
         ConfigError: something is no source, or ``into`` does not fit the sources or the model.
     """
-    words, matched = checked_words(ignore), set[str]()
+    words, matched = check_ignore(ignore), set[str]()
     opened_sources = [_opened(source, words, matched) for source in sources]
     check_all_matched(words, matched)
     found = _placed_into(opened_sources, into)
     # Once for all files, as it takes a walk over the model.
-    names = Names(family) if any(isinstance(each, LoraFile) for each in found) else None
+    names = LayerNameMap(family) if any(isinstance(each, LoraFile) for each in found) else None
 
-    def placed(each: Adaptation | LoraFile, weights: LayerWeights | None = None) -> Adaptation:
+    def placed(each: Adaptation | LoraFile, weights: BaseWeights | None = None) -> Adaptation:
         if not isinstance(each, LoraFile):
             return each
         with naming_quantizers(family):
-            return each.lora(family, weights, names)
+            return each.to_lora(family, weights, names)
 
-    if not any(isinstance(each, LoraFile) and each.needs_weights for each in found):
+    if not any(isinstance(each, LoraFile) and each.needs_base_weights for each in found):
         return [placed(each) for each in found]
     originals = find(family).originals
     models = family.adaptable
@@ -95,7 +94,7 @@ def read_sources(
 
 def _placed_into(found: Sequence[Adaptation | LoraFile], into: Into) -> list[Adaptation | LoraFile]:
     """The same sources; files know the denoisers that they are for."""
-    files = iter(with_noises([each for each in found if isinstance(each, LoraFile)]))
+    files = iter(assign_noise_levels([each for each in found if isinstance(each, LoraFile)]))
     placed: list[Adaptation | LoraFile] = []
     for each, components in zip(found, _by_source(into, len(found)), strict=True):
         if isinstance(each, LoraFile):
@@ -146,9 +145,9 @@ def _components(entry: object) -> tuple[str, ...]:
 
 def _opened(source: object, ignore: Sequence[str], matched: set[str]) -> Adaptation | LoraFile:
     if isinstance(source, Concept | Lora | LoraFile):
-        return without(source, ignore, matched)
+        return remove_ignored(source, ignore, matched)
     if isinstance(source, str | Path):
-        return opened(source, ignore, matched)
+        return open_adaptation(source, ignore, matched)
     if isinstance(source, list | tuple | set | frozenset):
         raise ConfigError(
             f"a {type(source).__name__} of {len(source)} is not a concept",

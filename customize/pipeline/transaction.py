@@ -13,8 +13,7 @@ from torch import nn
 
 from customize.base.offload import settled
 from customize.concepts.adapter import attach_products, fit
-from customize.concepts.merge.merge_concepts import FUSION
-from customize.concepts.merge.merge_concepts import merging as merge_layers
+from customize.concepts.merge.merge_concepts import FUSION, plan_merge
 from customize.concepts.tokens.layerwise_embeddings import (
     encode_by_layer,
     read_by_layer,
@@ -245,7 +244,7 @@ def _updates(
 
     def make() -> Beside:
         layers = _layers_of(family, attached, merging, fused=False)
-        beside = {c: {m: layer.narrowed() for m, layer in own.items()} for c, own in layers.items()}
+        beside = {c: {m: layer.truncate() for m, layer in own.items()} for c, own in layers.items()}
         for component, own in beside.items():
             check_range(component, own, dtypes[component], layers[component])
         return beside
@@ -285,7 +284,7 @@ def _layers_of(
     if not chosen:
         return {}
     inputs = merging.inputs if merging.method == FUSION else {}
-    layers = merge_layers(
+    layers = plan_merge(
         [each.concept for each in chosen],
         [each.weight for each in chosen],
         merging.method,

@@ -11,7 +11,7 @@ from torch import nn
 
 from customize.concepts.base_weight import unadaptable
 from customize.concepts.formats.lora import Adaptation, Lora
-from customize.concepts.merge.merge_concepts import Layer
+from customize.concepts.merge.merge_concepts import LayerMerge
 from customize.concepts.tokens.layerwise_embeddings import layer_entries, layers_of
 from customize.concepts.tokens.subjects import Subject
 from customize.concepts.tokens.token_rows import entries, known
@@ -190,7 +190,7 @@ def check_range(
     component: str,
     updates: Mapping[str, LowRank],
     dtype: torch.dtype,
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, LayerMerge],
 ) -> None:
     """Refuse updates that are too large for the type they are to be kept in.
 
@@ -204,7 +204,7 @@ def check_range(
         if not _in_range(update, dtype):
             raise ConfigError(
                 f"with these weights the concepts' sum leaves the range of {dtype}, mostly by "
-                f"{layers[name].loudest()}",
+                f"{layers[name].largest_concept()}",
                 where=f"{component}.{name}",
                 fix="give smaller weights",
             )

@@ -302,9 +302,9 @@ def curve(bench: Bench, folder: Path, kind: str, counts: tuple[int, ...]) -> lis
 
 
 def _open(paths: list[Path], files: list[Any]) -> None:
-    from customize.concepts.formats.open_adaptation import opened
+    from customize.concepts.formats.open_adaptation import open_adaptation
 
-    files.extend(map(opened, paths))
+    files.extend(map(open_adaptation, paths))
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:

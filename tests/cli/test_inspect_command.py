@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from customize.cli.inspect_command import described
+from customize.cli.inspect_command import describe_concept
 from customize.concepts.io.write_concept import write_single
 from customize.core.crosstalk import overlap_matrix
 from tests.cli.making import Run, World, record_of, refused
@@ -25,12 +25,12 @@ def test_one_concept(run: Run, world: World) -> None:
 
 def test_columns_scores_and_odd_text() -> None:
     facts = small(slices={"6": [5, 0], "8": [1, 2]}, base="[bold]x[/bold]")
-    rows = described(facts)
+    rows = describe_concept(facts)
     assert rows["slices"] == "width 6: 0, 5; width 8: 1-2"
     assert rows["score: identity"] == "0.75"
     assert rows["base"] == "[bold]x[/bold] (family sd)"
     assert rows["numbers"] == f"{2 * (16 + 11 + 12):,}"
-    assert "slices" not in described(small(method="lora", basis=None, slices={}))
+    assert "slices" not in describe_concept(small(method="lora", basis=None, slices={}))
 
 
 def test_text_of_others_is_shown_as_it_is(run: Run, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils as converters
 
-from customize.concepts.formats.layer_names import Names
+from customize.concepts.formats.layer_names import LayerNameMap
 from customize.families import Family, published_families
 
 PUBLISHED = {f"{family.name}-{n}": family for n, family in enumerate(published_families())}
@@ -93,8 +93,8 @@ def test_no_name_means_two_layers(name: str) -> None:
         if component == family.denoiser_key:
             originals = Counter(name.replace(".", "_") for name in family.original_names())
             assert not originals or max(originals.values()) == 1
-            known = Names(family)
+            known = LayerNameMap(family)
             for layer in layers:
                 for path in (f"lora_unet_{layer.replace('.', '_')}", f"diffusion_model.{layer}"):
-                    place = known.find(path)
+                    place = known.resolve(path)
                     assert place is not None and place.rows[0].module == layer

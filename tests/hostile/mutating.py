@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from customize.concepts.formats.open_adaptation import opened
+from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.library.index import INDEX_FILE
 from customize.concepts.library.library import Library
 from customize.concepts.slices.slice_reservations import read_claims, write_claim
@@ -133,7 +133,7 @@ KINDS = {
         )
     },
     "single file": Kind(_single, lambda f: Concept.load(f / "rex.safetensors"), same_tensors),
-    "LoRA from elsewhere": Kind(_lora, lambda f: opened(f / "a.safetensors")),
+    "LoRA from elsewhere": Kind(_lora, lambda f: open_adaptation(f / "a.safetensors")),
     "checkpoint": Kind(_checkpoint, checkpoint.load_latest_checkpoint, _checkpoints_alike),
     "index": Kind(_index, lambda f: Library(f).entries, lambda a, b: a == b),
     "claim": Kind(_claim, read_claims),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from customize.concepts.formats.open_adaptation import opened
+from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.errors import ConceptError, CustomizeError
 from customize.families import Family, family_of
 from tests.concepts.formats.making import diffusers, kohya, lora, written
@@ -37,7 +37,7 @@ def test_it_does_to_the_weights_what_it_says(name: str, fuse: bool, tmp_path: Pa
     before = everything(pipe)
     path = made(pipe, tmp_path / "style.safetensors", every=1)
     family = family_of(pipe.components)
-    found = opened(path).lora(family)
+    found = open_adaptation(path).to_lora(family)
     pipe.load_custom(path, weights=[0.5], fuse=fuse)
     denoiser = family.denoiser
     for module, update in found.products[family.denoiser_key].items():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.concepts.formats.tensor_keys import VECTOR_PARTS, Group
+from customize.concepts.formats.tensor_keys import VECTOR_KEY_SUFFIXES, TensorGroup
 from customize.core.lowrank import all_finite
 from customize.errors import ConceptError
 from customize.families.family import Family
@@ -25,7 +25,7 @@ from customize.families.pipeline_components import uncompiled
 
 _INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
 # A norm's name in diffusers -> in the files of those who made the model, by family.
-_ORIGINALS = {
+_ORIGINAL_NORM_NAMES = {
     "wan": {
         r"blocks\.(\d+)\.norm2": r"blocks.\1.norm3",
         r"blocks\.(\d+)\.attn1\.norm_([qk])": r"blocks.\1.self_attn.norm_\2",
@@ -47,28 +47,28 @@ _ORIGINALS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Vector:
+class VectorUpdate:
     """What a file does to a bias or the weight of a norm.
 
     Attributes:
         values: (n,), float32.
-        absolute: whether they take the parameter's place, and are not added to it.
+        is_replacement: whether they take the parameter's place, and are not added to it.
     """
 
     values: Tensor
-    absolute: bool = False
+    is_replacement: bool = False
 
 
 #: component -> parameter, such as "blocks.0.norm2.weight", by the model's names -> change.
-Vectors = Mapping[str, Mapping[str, Vector]]
+VectorUpdates = Mapping[str, Mapping[str, VectorUpdate]]
 
 
-def is_vector(group: Group) -> bool:
+def has_only_vectors(group: TensorGroup) -> bool:
     """Whether a group changes a bias or a norm alone."""
-    return not matrices_of(group).parts.keys() - {"alpha"} and bool(_vector_parts(group))
+    return not remove_vectors(group).parts.keys() - {"alpha"} and bool(_vector_parts(group))
 
 
-def matrices_of(group: Group) -> Group:
+def remove_vectors(group: TensorGroup) -> TensorGroup:
     """The group without its changes of a bias or norm."""
     parts = _vector_parts(group)
     if not parts:
@@ -76,15 +76,15 @@ def matrices_of(group: Group) -> Group:
     return replace(group, parts={k: v for k, v in group.parts.items() if k not in parts})
 
 
-def _vector_parts(group: Group) -> set[str]:
-    found = group.parts.keys() & VECTOR_PARTS.keys()
+def _vector_parts(group: TensorGroup) -> set[str]:
+    found = group.parts.keys() & VECTOR_KEY_SUFFIXES.keys()
     # LyCORIS and ComfyUI write a norm's weight as they write a whole layer's change.
     if "diff" in group.parts and group.parts["diff"].ndim == 1:
         found = found | {"diff"}
     return set(found)
 
 
-def vectors_of(group: Group, factor: float) -> dict[str, Vector]:
+def decode_vectors(group: TensorGroup, factor: float) -> dict[str, VectorUpdate]:
     """The changes of a layer's "weight" (of a norm) and "bias" that a group holds.
 
     Args:
@@ -93,39 +93,39 @@ def vectors_of(group: Group, factor: float) -> dict[str, Vector]:
     Raises:
         ConceptError: one is not a vector, not finite, or there are two of one parameter.
     """
-    found: dict[str, Vector] = {}
+    found: dict[str, VectorUpdate] = {}
 
-    def add(parameter: str, part: str, values: Tensor, absolute: bool = False) -> None:
+    def add(parameter: str, part: str, values: Tensor, is_replacement: bool = False) -> None:
         if parameter in found:
             raise ConceptError(f"{group.keys[part]} and another key change the same {parameter}")
-        found[parameter] = Vector(values, absolute)
+        found[parameter] = VectorUpdate(values, is_replacement)
 
     for part in sorted(_vector_parts(group)):
-        values = _checked(group, part)
+        values = _read_vector(group, part)
         if part in ("w_norm", "diff"):
             add("weight", part, values)
         elif part == "norm_scale":
-            add("weight", part, values, absolute=True)
+            add("weight", part, values, is_replacement=True)
         elif part in ("b_norm", "diff_b"):
             add("bias", part, values)
         elif part == "bias":
-            add("bias", part, values, absolute=True)
+            add("bias", part, values, is_replacement=True)
         elif part == "up_bias":
-            add("bias", part, factor * values + _through(group, factor))
+            add("bias", part, factor * values + _project_down_bias(group, factor))
         elif "up_bias" not in group.parts:
-            add("bias", part, _through(group, factor))
+            add("bias", part, _project_down_bias(group, factor))
     return found
 
 
-def by_parameter(
-    vectors: Mapping[str, Vector], rows: Sequence[Rows], is_norm: bool
-) -> dict[str, Vector]:
+def split_by_parameter(
+    vectors: Mapping[str, VectorUpdate], rows: Sequence[Rows], is_norm: bool
+) -> dict[str, VectorUpdate]:
     """Changes of a layer's weight vector and bias, by the parameters of the modules they are for.
 
     Raises:
         ConceptError: they are of another width, or of the weight of a layer that has a matrix.
     """
-    found: dict[str, Vector] = {}
+    found: dict[str, VectorUpdate] = {}
     width = sum(each.stop - each.start for each in rows)
     for kind, vector in vectors.items():
         if kind == "weight" and not is_norm:
@@ -142,11 +142,11 @@ def by_parameter(
             if name in found:  # the halves of a layer that is the other way round in the original
                 parts = [found[name].values, values]
                 values = torch.cat(parts if each.start else parts[::-1])
-            found[name] = Vector(values, vector.absolute)
+            found[name] = VectorUpdate(values, vector.is_replacement)
     return found
 
 
-def norms_of(family: Family, component: str) -> dict[str, int]:
+def norm_widths(family: Family, component: str) -> dict[str, int]:
     """The modules of a component with a weight vector, such as norms: name -> width."""
     model: Any = uncompiled(family.adaptable[component])
     return {
@@ -158,7 +158,7 @@ def norms_of(family: Family, component: str) -> dict[str, int]:
     }
 
 
-def norm_spellings(
+def original_norm_names(
     family: Family, component: str, norms: Mapping[str, int]
 ) -> Iterator[tuple[str, str]]:
     """(the name in the files of those who made the model, the model's name) of norms."""
@@ -173,7 +173,7 @@ def norm_spellings(
             parents.setdefault(ours, original)
             if leaf != other and not leaf.endswith(other):
                 break
-    table = _ORIGINALS.get(family.name, {})
+    table = _ORIGINAL_NORM_NAMES.get(family.name, {})
     for name in norms:
         parent, _, leaf = name.rpartition(".")
         if parent in parents:
@@ -183,20 +183,20 @@ def norm_spellings(
                 yield re.sub(pattern, original, name), name
 
 
-def _through(group: Group, factor: float) -> Tensor:
+def _project_down_bias(group: TensorGroup, factor: float) -> Tensor:
     """What the bias of the down-projection adds behind the up-projection; 0 without one."""
     if "down_bias" not in group.parts:
         return torch.zeros(())
     up = group.parts.get("up")
     if up is None:
         raise ConceptError(f"the layer has {group.keys['down_bias']} and no up-projection")
-    down = _checked(group, "down_bias")
+    down = _read_vector(group, "down_bias")
     if up.flatten(1).shape[1] != len(down):
         raise ConceptError(f"{group.keys['down_bias']} of {len(down)} numbers does not fit")
     return factor * (up.flatten(1).float() @ down)
 
 
-def _checked(group: Group, part: str) -> Tensor:
+def _read_vector(group: TensorGroup, part: str) -> Tensor:
     values = group.parts[part]
     if not values.is_floating_point() or values.numel() == 0 or values.numel() != max(values.shape):
         raise ConceptError(

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from customize.concepts.formats.lora import LoraFile
     from customize.families import Family
 
-Noise = Literal["high", "low"]
+NoiseLevel = Literal["high", "low"]
 
 # What comes before a denoiser's name in a key, with dots or, in kohya's, underscores.
 _DOTTED = r"(?:(?:model\.)?diffusion_model\.|base_model\.model\.)?"
 _FLAT = r"(?:lora_unet_|lora_|lycoris_|oft_unet_)"
-_LEVELS: dict[str, Noise] = {
+_LEVELS: dict[str, NoiseLevel] = {
     **dict.fromkeys(("high", "highnoise", "hn"), "high"),
     **dict.fromkeys(("low", "lownoise", "ln"), "low"),
 }
-_PAIRS = [{"high", "low"}, {"highnoise", "lownoise"}, {"hn", "ln"}, {"h", "l"}]
+_PAIRED_WORDS = [{"high", "low"}, {"highnoise", "lownoise"}, {"hn", "ln"}, {"h", "l"}]
 # What may follow the level in the name of a file by itself, beside numbers.
-_BEHIND = {"v", "e", "r", "ep", "epoch", "step", "steps", "rank", "model", "lora", "fp", "bf"}
+_SUFFIX_WORDS = {"v", "e", "r", "ep", "epoch", "step", "steps", "rank", "model", "lora", "fp", "bf"}
 
 
 class DenoiserLabels:
@@ -64,47 +64,47 @@ class DenoiserLabels:
         return inner if inner is not None and inner[0] == name else (name, rest)
 
 
-def noise_of(name: str) -> Noise | None:
+def parse_noise_level(name: str) -> NoiseLevel | None:
     """The level of noise that the name of a file says it is for, where it does so by itself.
 
     "rex_high_noise", "rexLowNoise", "rex-HIGH", "rex_low_v2", but not "low_poly".
     """
-    tokens = _tokens(name)
+    tokens = _split_words(name)
     levels = set()
     for number, token in enumerate(tokens):
         level = _LEVELS.get(token)
         behind = tokens[number + 1 :]
         whole = token.endswith("noise") or behind[:1] == ["noise"]
-        if level and (whole or all(t.isdigit() or t in _BEHIND for t in behind)):
+        if level and (whole or all(t.isdigit() or t in _SUFFIX_WORDS for t in behind)):
             levels.add(level)
     return levels.pop() if len(levels) == 1 else None
 
 
-def noises_of(first: str, second: str) -> tuple[Noise, Noise] | None:
+def parse_noise_levels(first: str, second: str) -> tuple[NoiseLevel, NoiseLevel] | None:
     """The levels of two files whose names differ in that alone, or each say it; else None."""
-    a, b = _tokens(first), _tokens(second)
+    a, b = _split_words(first), _split_words(second)
     differing = [(x, y) for x, y in zip(a, b, strict=False) if x != y]
-    if len(a) == len(b) and len(differing) == 1 and set(differing[0]) in _PAIRS:
+    if len(a) == len(b) and len(differing) == 1 and set(differing[0]) in _PAIRED_WORDS:
         return ("high", "low") if differing[0][0].startswith("h") else ("low", "high")
-    one, other = noise_of(first), noise_of(second)
+    one, other = parse_noise_level(first), parse_noise_level(second)
     if one is None or other is None or one == other:
         return None
     return one, other
 
 
-def with_noises(files: Sequence[LoraFile]) -> list[LoraFile]:
+def assign_noise_levels(files: Sequence[LoraFile]) -> list[LoraFile]:
     """The same files; two whose names make them a pair know which is which."""
     found = list(files)
     for i, j in combinations(range(len(found)), 2):
-        noises = noises_of(found[i].source.stem, found[j].source.stem)
+        noises = parse_noise_levels(found[i].source.stem, found[j].source.stem)
         if noises is not None:
             for k, noise in zip((i, j), noises, strict=True):
-                found[k] = replace(found[k], noise=noise)
+                found[k] = replace(found[k], noise_level=noise)
     return found
 
 
-def targets(
-    family: Family, labelled: set[str], into: Sequence[str], noise: Noise | None, where: object
+def target_denoisers(
+    family: Family, labelled: set[str], into: Sequence[str], noise: NoiseLevel | None, where: object
 ) -> tuple[str, ...]:
     """The denoisers that take a file's layers whose keys name none.
 
@@ -137,6 +137,6 @@ def targets(
     return (here[0],)
 
 
-def _tokens(name: str) -> list[str]:
+def _split_words(name: str) -> list[str]:
     """The words and numbers of a name, in lower case: "wan22HighNoise" has wan, 22, high, noise."""
     return [t.lower() for t in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]

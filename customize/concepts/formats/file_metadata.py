@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from customize.concepts.formats.layer_patterns import PatternMatcher
-from customize.concepts.formats.peft_config import Config, check_config, scale_of, start_of
+from customize.concepts.formats.peft_config import (
+    Config,
+    adapter_scale,
+    check_config,
+    subtracted_initialization,
+)
 from customize.concepts.io.file_layout import PEFT_HEADER
 from customize.errors import ConceptError
 
@@ -16,7 +21,7 @@ _DENOISERS = ("transformer", "unet", "diffusion_model", "base_model.model")
 
 
 @dataclass(frozen=True)
-class Metadata:
+class FileMetadata:
     """Facts that are read, of what header and configuration say.
 
     Attributes:
@@ -32,9 +37,9 @@ class Metadata:
     matcher: PatternMatcher = field(compare=False, repr=False)
 
     @classmethod
-    def of(
+    def from_header(
         cls, header: Mapping[str, str], adapter_config: Mapping[str, Any] | None, where: object
-    ) -> Metadata:
+    ) -> FileMetadata:
         """From a safetensors header and, where there is one, peft's ``adapter_config.json``.
 
         What the header says of a component, or without one of all, goes before the file beside it.
@@ -48,11 +53,11 @@ class Metadata:
         configs: dict[str, dict[str, Any]] = {}
         if adapter_config is not None:
             configs[""] = dict(adapter_config)
-        configs |= _header_configs(header, where)
+        configs |= _parse_header_configs(header, where)
         for config in configs.values():
             check_config(config, where)
-        words = _line(header.get("modelspec.trigger_phrase", ""))
-        return cls(_line(base), words, configs, PatternMatcher(where))
+        words = _single_line(header.get("modelspec.trigger_phrase", ""))
+        return cls(_single_line(base), words, configs, PatternMatcher(where))
 
     def config(self, component: str) -> Config:
         """peft's configuration of a component; empty where there is none."""
@@ -62,9 +67,9 @@ class Metadata:
         return next((self.configs[name] for name in names if name in self.configs), {})
 
     @property
-    def needs_weights(self) -> bool:
+    def needs_base_weights(self) -> bool:
         """Whether an adapter was begun with a part of the base's weights, as with PiSSA."""
-        return any(start_of(config) for config in self.configs.values())
+        return any(subtracted_initialization(config) for config in self.configs.values())
 
     def scale(self, component: str, names: Sequence[str], rank: int | None) -> float:
         """What a layer's product is multiplied with, where no key gives its alpha.
@@ -79,10 +84,10 @@ class Metadata:
         Raises:
             ConceptError: the configuration's patterns take too long to match.
         """
-        return scale_of(self.config(component), names, rank, self.matcher)
+        return adapter_scale(self.config(component), names, rank, self.matcher)
 
 
-def _header_configs(header: Mapping[str, str], where: object) -> dict[str, dict[str, Any]]:
+def _parse_header_configs(header: Mapping[str, str], where: object) -> dict[str, dict[str, Any]]:
     """Component -> field -> value; the component is "" where the header names none."""
     if PEFT_HEADER not in header:
         return {}
@@ -98,5 +103,5 @@ def _header_configs(header: Mapping[str, str], where: object) -> dict[str, dict[
     return found
 
 
-def _line(text: str) -> str:
+def _single_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:500]

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from customize.concepts.formats.tensor_keys import Group
+from customize.concepts.formats.tensor_keys import TensorGroup
 from customize.concepts.types import MAX_NAME
 from customize.text import one_line
 
@@ -20,12 +20,12 @@ _ALPHAS = (_KOHYA, "network_alpha", "lora_alpha", "alpha")
 _RANKS = ("ss_network_dim", "network_dim", "lora_rank", "lora_dim", "rank", "dim", "r")
 _BY_LAYER = "network_alphas"  # JSON: name of a layer or of its alpha -> number
 #: What in kohya's ``ss_network_args`` gives some layers another rank or alpha.
-_UNEVEN = re.compile(r"(?!.*dropout).*(alpha|dim|rank|rs_?lora|scale)", re.IGNORECASE)
+_PER_LAYER_ARGUMENT = re.compile(r"(?!.*dropout).*(alpha|dim|rank|rs_?lora|scale)", re.IGNORECASE)
 
 
-def with_header_alphas(
-    groups: Sequence[Group], header: Mapping[str, str], where: object
-) -> Sequence[Group]:
+def apply_header_alphas(
+    groups: Sequence[TensorGroup], header: Mapping[str, str], where: object
+) -> Sequence[TensorGroup]:
     """The same layers, those without alpha with the one that the header gives them.
 
     One number is taken for all layers where it can be meant for all: no layer has an alpha of its
@@ -36,15 +36,15 @@ def with_header_alphas(
     bare = [group for group in groups if "alpha" not in group.parts and _has_product(group)]
     if not bare:
         return groups
-    by_layer = _by_layer(header)
+    by_layer = _parse_layer_alphas(header)
     if by_layer and all(group.path in by_layer for group in bare):
-        return _filled(groups, {group.path: by_layer[group.path] for group in bare})
-    stated = {key: header[key] for key in _ALPHAS if _says_something(header.get(key))}
-    ranks = {shown_rank(group) for group in bare}
-    numbers = {_number(text) for text in stated.values()}
+        return _add_alphas(groups, {group.path: by_layer[group.path] for group in bare})
+    stated = {key: header[key] for key in _ALPHAS if _is_set(header.get(key))}
+    ranks = {infer_rank(group) for group in bare}
+    numbers = {_parse_number(text) for text in stated.values()}
     if (not stated and not by_layer) or ranks == numbers:
         return groups
-    reason = _ambiguous(groups, bare, header, stated, numbers, ranks)
+    reason = _explain_ambiguity(groups, bare, header, stated, numbers, ranks)
     if reason:
         keys = ", ".join(f"{key}={stated[key][:MAX_NAME]}" for key in stated) or _BY_LAYER
         file = one_line(str(where))
@@ -55,10 +55,10 @@ def with_header_alphas(
         )
         return groups
     (alpha,) = numbers
-    return _filled(groups, {group.path: alpha for group in bare})
+    return _add_alphas(groups, {group.path: alpha for group in bare})
 
 
-def shown_rank(group: Group) -> int | None:
+def infer_rank(group: TensorGroup) -> int | None:
     """The rank by which alpha is divided, or None where the parts have none."""
     for part in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if part in group.parts and group.parts[part].ndim:
@@ -66,9 +66,9 @@ def shown_rank(group: Group) -> int | None:
     return None
 
 
-def _ambiguous(
-    groups: Sequence[Group],
-    bare: Sequence[Group],
+def _explain_ambiguity(
+    groups: Sequence[TensorGroup],
+    bare: Sequence[TensorGroup],
     header: Mapping[str, str],
     stated: Mapping[str, str],
     numbers: set[float],
@@ -79,10 +79,10 @@ def _ambiguous(
         return "it is not one number for all layers"
     if len(bare) < sum(map(_has_product, groups)):
         return "other layers have an alpha of their own"
-    nominal = {_number(header[key]) for key in _RANKS if _says_something(header.get(key))}
+    nominal = {_parse_number(header[key]) for key in _RANKS if _is_set(header.get(key))}
     if len(ranks) != 1 or None in ranks or nominal - ranks:
         return "the layers are not of the one rank that it belongs to"
-    if _UNEVEN.match(header.get("ss_network_args", "")):
+    if _PER_LAYER_ARGUMENT.match(header.get("ss_network_args", "")):
         return "ss_network_args gives some layers another one"
     converted = any(".lora_A" in group.keys.get("down", "") for group in bare)
     if stated.keys() == {_KOHYA} and converted:
@@ -90,15 +90,15 @@ def _ambiguous(
     return ""
 
 
-def _has_product(group: Group) -> bool:
-    return shown_rank(group) is not None
+def _has_product(group: TensorGroup) -> bool:
+    return infer_rank(group) is not None
 
 
-def _says_something(text: str | None) -> bool:
+def _is_set(text: str | None) -> bool:
     return text is not None and text.strip() not in ("", "None", "null")
 
 
-def _number(text: str) -> float:
+def _parse_number(text: str) -> float:
     """The number; NaN, the same object, where it is none that could be an alpha or rank."""
     try:
         value = float(text)
@@ -107,7 +107,7 @@ def _number(text: str) -> float:
     return value if 0 <= value < math.inf else math.nan
 
 
-def _by_layer(header: Mapping[str, str]) -> dict[str, float]:
+def _parse_layer_alphas(header: Mapping[str, str]) -> dict[str, float]:
     try:
         found = json.loads(header.get(_BY_LAYER, "{}"))
         values = {str(key).removesuffix(".alpha"): float(value) for key, value in found.items()}
@@ -116,7 +116,7 @@ def _by_layer(header: Mapping[str, str]) -> dict[str, float]:
     return values if all(map(math.isfinite, values.values())) else {}
 
 
-def _filled(groups: Iterable[Group], alphas: Mapping[str, float]) -> list[Group]:
+def _add_alphas(groups: Iterable[TensorGroup], alphas: Mapping[str, float]) -> list[TensorGroup]:
     return [
         replace(
             group,

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from customize.concepts.formats.layer_names import encoder_of
+from customize.concepts.formats.layer_names import match_text_encoder
 from customize.concepts.formats.lora import Adaptation, Lora, LoraFile
-from customize.concepts.formats.tensor_keys import Group, part_of
+from customize.concepts.formats.tensor_keys import TensorGroup, parse_key
 from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError
@@ -29,16 +29,16 @@ COMPONENTS = (
     *("text_encoder", "text_encoder_2", "text_encoder_3"),
 )
 KINDS = ("bias", "norm", "embedding")
-#: What :func:`encoder_of` says -> the component's names in diffusers. FLUX has its T5 second.
+#: Result of :func:`match_text_encoder` -> names of the component in diffusers (FLUX: T5 second).
 _ENCODERS = {
     "text encoder": {"text_encoder"},
     "second text encoder": {"text_encoder_2"},
     "T5": {"text_encoder_2", "text_encoder_3"},
 }
-_NORM = re.compile(r"(.*[._])?[a-z]*norm[a-z0-9_]*")
+_NORM_NAME = re.compile(r"(.*[._])?[a-z]*norm[a-z0-9_]*")
 
 
-def checked_words(ignore: str | Iterable[str] | None) -> tuple[str, ...]:
+def check_ignore(ignore: str | Iterable[str] | None) -> tuple[str, ...]:
     """The words of an ``ignore`` argument.
 
     Raises:
@@ -50,12 +50,12 @@ def checked_words(ignore: str | Iterable[str] | None) -> tuple[str, ...]:
             raise ConfigError(
                 f"{word!r} is no part of a file that can be left out",
                 where="ignore",
-                fix=_fix(word),
+                fix=_suggest_fix(word),
             )
     return words
 
 
-def _fix(word: object) -> str:
+def _suggest_fix(word: object) -> str:
     if isinstance(word, str) and "," in word:
         return f"give a list with each word by itself: {[w.strip() for w in word.split(',')]}"
     return f'{choose_from(word, (*COMPONENTS, *KINDS))}, or give a pattern of keys such as "*.ff.*"'
@@ -76,7 +76,7 @@ def check_all_matched(words: Sequence[str], matched: set[str]) -> None:
         )
 
 
-def kept_tensors(
+def filter_tensors(
     tensors: Mapping[str, Tensor], words: Sequence[str], matched: set[str], where: object
 ) -> dict[str, Tensor]:
     """The tensors of a file that no word leaves out.
@@ -98,7 +98,7 @@ def kept_tensors(
     return kept
 
 
-def without(
+def remove_ignored(
     concept: Adaptation | LoraFile, words: Sequence[str], matched: set[str]
 ) -> Adaptation | LoraFile:
     """A concept or LoRA that is in memory already, without what the words name.
@@ -110,16 +110,22 @@ def without(
         return concept
     if isinstance(concept, LoraFile):
         before = len(concept.groups)
-        groups = _kept_groups(concept, words, matched)
-        return replace(concept, groups=groups, partial=concept.partial or len(groups) < before)
-    products = _kept(concept.products, words, matched)
+        groups = _filter_groups(concept, words, matched)
+        return replace(
+            concept, groups=groups, is_partial=concept.is_partial or len(groups) < before
+        )
+    products = _filter_updates(concept.products, words, matched)
     left: Adaptation
     if isinstance(concept, Lora):
-        left = replace(concept, products=products, vectors=_kept(concept.vectors, words, matched))
-        empty = not left.products and not left.vectors
+        left = replace(
+            concept,
+            products=products,
+            vector_updates=_filter_updates(concept.vector_updates, words, matched),
+        )
+        empty = not left.products and not left.vector_updates
     else:
         empty = not products
-        left = concept if empty else _part_of(concept, products)
+        left = concept if empty else _with_products(concept, products)
     if sum(map(len, products.values())) < sum(map(len, concept.products.values())):
         left = replace(left, source=None)  # what lies beside it is a record of the whole
     if empty:
@@ -129,7 +135,7 @@ def without(
     return left
 
 
-def _part_of(concept: Concept, products: Mapping[str, Mapping[str, LowRank]]) -> Concept:
+def _with_products(concept: Concept, products: Mapping[str, Mapping[str, LowRank]]) -> Concept:
     """The concept with these of its updates, and the slices of their widths."""
     widths = {str(update.shape[1]) for own in products.values() for update in own.values()}
     slices = {width: own for width, own in concept.info.slices.items() if width in widths}
@@ -137,7 +143,7 @@ def _part_of(concept: Concept, products: Mapping[str, Mapping[str, LowRank]]) ->
     return replace(concept, info=info, products=products)
 
 
-def _kept(
+def _filter_updates(
     parts: Mapping[str, Mapping[str, Value]], words: Sequence[str], matched: set[str]
 ) -> dict[str, dict[str, Value]]:
     kept: dict[str, dict[str, Value]] = {}
@@ -148,7 +154,7 @@ def _kept(
             kinds = {component}
             if leaf in ("weight", "bias"):  # a parameter, not a module
                 kinds |= {"bias"} if leaf == "bias" else set()
-                kinds |= {"norm"} if leaf == "weight" or _NORM.fullmatch(module) else set()
+                kinds |= {"norm"} if leaf == "weight" or _NORM_NAME.fullmatch(module) else set()
             hits = [w for w in words if w in kinds or ("*" in w and fnmatchcase(key, w))]
             matched.update(hits)
             if not hits:
@@ -156,9 +162,9 @@ def _kept(
     return kept
 
 
-def _kept_groups(file: LoraFile, words: Sequence[str], matched: set[str]) -> list[Group]:
+def _filter_groups(file: LoraFile, words: Sequence[str], matched: set[str]) -> list[TensorGroup]:
     keys = {key: group.parts[part] for group in file.groups for part, key in group.keys.items()}
-    kept = kept_tensors(keys, words, matched, file.where)
+    kept = filter_tensors(keys, words, matched, file.where)
     groups = []
     for group in file.groups:
         names = {part: key for part, key in group.keys.items() if key in kept}
@@ -169,16 +175,16 @@ def _kept_groups(file: LoraFile, words: Sequence[str], matched: set[str]) -> lis
 
 
 def _matches(word: str, key: str, tensor: Tensor) -> bool:
-    path, part = part_of(key)
+    path, part = parse_key(key)
     if word == "embedding":
         return key.startswith("bundle_emb.")
     if word == "bias":
         return part in ("diff_b", "b_norm", "up_bias", "down_bias", "bias") or key.endswith(".bias")
     if word == "norm":
-        named = bool(_NORM.fullmatch(path or key.rpartition(".")[0])) and tensor.ndim < 2
+        named = bool(_NORM_NAME.fullmatch(path or key.rpartition(".")[0])) and tensor.ndim < 2
         return part in ("w_norm", "b_norm", "norm_scale") or (named and part != "alpha")
     if word in COMPONENTS:
-        encoder = encoder_of(key)
+        encoder = match_text_encoder(key)
         if encoder is not None:
             return word in _ENCODERS[encoder]
         bare = re.sub(r"^(lora_|lycoris_)", "", key)

@@ -12,9 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from customize.concepts.adapter import file_name
-from customize.concepts.formats.bias_and_norm_updates import is_vector, norm_spellings, norms_of
+from customize.concepts.formats.bias_and_norm_updates import (
+    has_only_vectors,
+    norm_widths,
+    original_norm_names,
+)
 from customize.concepts.formats.denoiser_labels import DenoiserLabels
-from customize.concepts.formats.tensor_keys import Group
+from customize.concepts.formats.tensor_keys import TensorGroup
 from customize.families.family import Family
 from customize.families.original_layer_names import Rows
 
@@ -29,7 +33,7 @@ _OLD_LEAVES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj":
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerTarget:
     """Where an update goes.
 
     Attributes:
@@ -43,7 +47,7 @@ class Place:
     is_norm: bool = False
 
 
-class Names:
+class LayerNameMap:
     """The names by which files may call a model's layers, for many files: making it takes a walk
     over all modules.
 
@@ -55,14 +59,14 @@ class Names:
     def __init__(self, family: Family) -> None:
         self.family = family
         self.layers = {component: family.layers(component) for component in family.adaptable}
-        self.norms = {component: norms_of(family, component) for component in family.adaptable}
+        self.norms = {component: norm_widths(family, component) for component in family.adaptable}
         self.labels = DenoiserLabels(family)
-        self._places: dict[str, Place] = {}
+        self._targets: dict[str, LayerTarget] = {}
         for component, layers in self.layers.items():
             if component in family.other_denoisers:  # they have the first one's names
                 continue
-            spelled = dict(_spellings(family, component, layers))
-            for name, place in _norm_places(family, component, self.norms[component]):
+            spelled = dict(_layer_aliases(family, component, layers))
+            for name, place in _norm_aliases(family, component, self.norms[component]):
                 spelled.setdefault(name, place)
             flat = {name.replace(".", "_"): place for name, place in spelled.items()}
             for prefix in _dotted_prefixes(family, component):
@@ -70,50 +74,52 @@ class Names:
             for prefix in _flat_prefixes(family, component):
                 self._add(prefix, flat)
 
-    def place_of(self, group: Group) -> Place | None:
+    def resolve_group(self, group: TensorGroup) -> LayerTarget | None:
         """The place of a group's changes, or None: matrices have none in a norm."""
-        place = self.find(group.path)
-        return None if place is not None and place.is_norm and not is_vector(group) else place
+        place = self.resolve(group.path)
+        return (
+            None if place is not None and place.is_norm and not has_only_vectors(group) else place
+        )
 
-    def find(self, path: str) -> Place | None:
+    def resolve(self, path: str) -> LayerTarget | None:
         """The place of what a file calls by this name, or None."""
-        place = self._places.get(path)
+        place = self._targets.get(path)
         if place is not None:
             return place
         label = self.labels.split(path)
-        place = self._places.get(label[1]) if label else None
+        place = self._targets.get(label[1]) if label else None
         if label is None or place is None or place.component != self.family.denoiser_key:
             return None
-        return self.moved(place, label[0])
+        return self.move_to(place, label[0])
 
-    def moved(self, place: Place, component: str) -> Place | None:
+    def move_to(self, place: LayerTarget, component: str) -> LayerTarget | None:
         """The place of the same name in another denoiser, or None where that lacks the layer."""
         known = self.layers.get(component, {}).keys() | self.norms.get(component, {}).keys()
         if any(each.module not in known for each in place.rows):
             return None
         return replace(place, component=component)
 
-    def _add(self, prefix: str, names: dict[str, Place]) -> None:
+    def _add(self, prefix: str, names: dict[str, LayerTarget]) -> None:
         for name, place in names.items():
-            self._places.setdefault(prefix + name, place)
+            self._targets.setdefault(prefix + name, place)
 
 
-def _norm_places(
+def _norm_aliases(
     family: Family, component: str, norms: Mapping[str, int]
-) -> Iterator[tuple[str, Place]]:
-    def place(module: str) -> Place:
-        return Place(component, (Rows(module, 0, norms[module]),), is_norm=True)
+) -> Iterator[tuple[str, LayerTarget]]:
+    def place(module: str) -> LayerTarget:
+        return LayerTarget(component, (Rows(module, 0, norms[module]),), is_norm=True)
 
     for module in norms:
         # CLIP's last norm lies outside of its encoder, to which file_name adds the prefix.
         prefixed = [f"text_model.{module}"] if component != family.denoiser_key else []
         for name in dict.fromkeys((module, file_name(component, module), *prefixed)):
             yield name, place(module)
-    for original, module in norm_spellings(family, component, norms):
+    for original, module in original_norm_names(family, component, norms):
         yield original, place(module)
 
 
-def encoder_of(path: str) -> str | None:
+def match_text_encoder(path: str) -> str | None:
     """What text encoder a name is about, in words; None where it is about none."""
     for pattern, what in (
         (r"lora_te3_|text_encoder_3\.|text_encoders\.t5xxl\.|t5xxl\.", "T5"),
@@ -125,22 +131,22 @@ def encoder_of(path: str) -> str | None:
     return None
 
 
-def _spellings(
+def _layer_aliases(
     family: Family, component: str, layers: Mapping[str, tuple[int, int]]
-) -> Iterator[tuple[str, Place]]:
+) -> Iterator[tuple[str, LayerTarget]]:
     for module, (out, _) in layers.items():
-        place = Place(component, (Rows(module, 0, out),))
+        place = LayerTarget(component, (Rows(module, 0, out),))
         for name in dict.fromkeys((module, file_name(component, module))):
             yield name, place
-            old = _over_processor(name)
+            old = _attention_processor_name(name)
             if old is not None:
                 yield old, place
     if component == family.denoiser_key:
         for original, rows in family.original_names().items():
-            yield original, Place(component, rows)
+            yield original, LayerTarget(component, rows)
 
 
-def _over_processor(name: str) -> str | None:
+def _attention_processor_name(name: str) -> str | None:
     """The name in files of the time when attention processors held the LoRA."""
     parent, _, leaf = name.removesuffix(".0").rpartition(".")
     if parent.endswith(".self_attn"):  # CLIP's, whose processor is not named

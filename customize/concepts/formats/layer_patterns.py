@@ -13,8 +13,8 @@ from customize.errors import ConceptError
 
 #: How long the patterns of one file may be matched for, in seconds: expressions of others may
 #: backtrack without end.
-SECONDS = 5.0
-_ASK = "ask its maker for a file whose configuration names each layer"
+TIME_LIMIT = 5.0
+_FIX = "ask its maker for a file whose configuration names each layer"
 
 # Without repetitions and alternatives, so that the standard library matches them in linear time.
 _PLAIN = re.compile(r"[A-Za-z0-9_.\\^$-]+")
@@ -24,12 +24,12 @@ class PatternMatcher:
     """The patterns of one file.
 
     Attributes:
-        left: seconds that may still be spent on expressions with repetitions.
+        seconds_left: seconds that may still be spent on expressions with repetitions.
     """
 
-    def __init__(self, where: object, seconds: float = SECONDS) -> None:
+    def __init__(self, where: object, seconds: float = TIME_LIMIT) -> None:
         self.where = where
-        self.left = seconds
+        self.seconds_left = seconds
 
     def value(self, patterns: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
         """The value of the first pattern that matches a layer, by the rule of peft 0.21.
@@ -52,19 +52,19 @@ class PatternMatcher:
     def _matches(self, pattern: str, name: str) -> bool:
         try:
             if _PLAIN.fullmatch(pattern):
-                return _plain(pattern).match(name) is not None
+                return _compile_plain(pattern).match(name) is not None
             start = time.monotonic()
             try:
-                return _general(pattern).match(name, timeout=self.left) is not None
+                return _compile_general(pattern).match(name, timeout=self.seconds_left) is not None
             finally:
                 # Zero would mean without a limit.
-                self.left = max(self.left - (time.monotonic() - start), 1e-3)
+                self.seconds_left = max(self.seconds_left - (time.monotonic() - start), 1e-3)
         except TimeoutError as error:
             raise ConceptError(
-                f"the patterns of the adapter's configuration take more than {SECONDS:g} s to "
+                f"the patterns of the adapter's configuration take more than {TIME_LIMIT:g} s to "
                 f"match, the last one {pattern[:MAX_NAME]}",
                 where=self.where,
-                fix=_ASK,
+                fix=_FIX,
             ) from error
 
 
@@ -77,7 +77,7 @@ def check_pattern(pattern: str, where: object) -> None:
     reason = f"it has {len(pattern)} characters" if len(pattern) > MAX_NAME else ""
     if not reason:
         try:
-            (_plain if _PLAIN.fullmatch(pattern) else _general)(pattern)
+            (_compile_plain if _PLAIN.fullmatch(pattern) else _compile_general)(pattern)
         except Exception as error:  # two libraries' errors, RecursionError, MemoryError
             reason = str(error)[:MAX_NAME] or type(error).__name__
     if reason:
@@ -85,17 +85,17 @@ def check_pattern(pattern: str, where: object) -> None:
             "the adapter's configuration has a pattern that is not a regular expression for a "
             f"layer's name: {pattern[:MAX_NAME]} ({reason})",
             where=where,
-            fix=_ASK,
+            fix=_FIX,
         )
 
 
 @functools.lru_cache(maxsize=2**12)
-def _plain(pattern: str) -> re.Pattern[str]:
+def _compile_plain(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
 @functools.lru_cache(maxsize=2**10)
-def _general(pattern: str) -> Any:
+def _compile_general(pattern: str) -> Any:
     import regex  # takes a time limit, which the standard library's expressions do not
 
     return regex.compile(rf"(.*\.)?({pattern})$")

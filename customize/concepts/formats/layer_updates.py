@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from customize.concepts.formats.oft_updates import ROTATED, rotated, rotated_parts
-from customize.concepts.formats.peft_config import Config, start_of
-from customize.concepts.formats.tensor_keys import OFT_SPLITS, Group
+from customize.concepts.formats.peft_config import Config, subtracted_initialization
+from customize.concepts.formats.tensor_keys import OFT_SPLITS, TensorGroup
 from customize.core import lycoris
 from customize.core.lowrank import LowRank, all_finite, from_dense, weighted_sum
 from customize.core.truncation import truncate
@@ -26,13 +26,13 @@ _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _MAGNITUDES = {"dora_scale", "magnitude"}
 
 
-def needs_weight(group: Group) -> bool:
+def needs_weight(group: TensorGroup) -> bool:
     """Whether the update depends on the weight that it changes: DoRA, OFT and BOFT."""
     return bool(group.parts.keys() & (_MAGNITUDES | ROTATED))
 
 
 def update_of(
-    group: Group, scale: Scale, weight: Callable[[], Tensor], config: Config = NO_CONFIG
+    group: TensorGroup, scale: Scale, weight: Callable[[], Tensor], config: Config = NO_CONFIG
 ) -> LowRank:
     """The update that a layer's parts make.
 
@@ -59,8 +59,8 @@ def update_of(
         return from_dense(rotated(group, parts, alpha, weight, config))
     magnitudes = [parts.pop(part) for part in sorted(_MAGNITUDES & parts.keys())]
     added = _added(group, parts, own)
-    if start_of(config) is not None:
-        added = _without_start(group, added, weight(), str(start_of(config)))
+    if subtracted_initialization(config) is not None:
+        added = _without_start(group, added, weight(), str(subtracted_initialization(config)))
     if not magnitudes:
         if config.get("use_dora") and "down" in group.parts:
             raise ConceptError(
@@ -77,7 +77,7 @@ def update_of(
     return from_dense(lycoris.dora_delta(weight(), added, magnitude))
 
 
-def shape_of(group: Group) -> tuple[int | None, int | None]:
+def shape_of(group: TensorGroup) -> tuple[int | None, int | None]:
     """(out, in) as far as the parts show it without the layer; None for what they do not."""
     parts = {part: tensor.shape for part, tensor in group.parts.items() if tensor.ndim > 1}
     if {"up", "down"} <= parts.keys():
@@ -95,7 +95,7 @@ def shape_of(group: Group) -> tuple[int | None, int | None]:
     return None, None
 
 
-def _without_start(group: Group, added: LowRank, weight: Tensor, start: str) -> LowRank:
+def _without_start(group: TensorGroup, added: LowRank, weight: Tensor, start: str) -> LowRank:
     """The update of a LoRA whose start peft took out of the base's weight before training."""
     if "down" not in group.parts or weight.ndim != 2:
         raise ConceptError(
@@ -112,7 +112,7 @@ def _without_start(group: Group, added: LowRank, weight: Tensor, start: str) -> 
     return LowRank(near.up.float(), near.down.float(), near.scale)
 
 
-def _added(group: Group, parts: dict[str, Tensor], scale: Scale) -> LowRank:
+def _added(group: TensorGroup, parts: dict[str, Tensor], scale: Scale) -> LowRank:
     if "diff" in parts:
         _take(group, parts, {"diff"})
         return from_dense(parts["diff"])
@@ -131,7 +131,7 @@ def _added(group: Group, parts: dict[str, Tensor], scale: Scale) -> LowRank:
     return _scaled(added, scale(parts["down"].shape[0]))
 
 
-def _kronecker(group: Group, parts: dict[str, Tensor], scale: Scale) -> LowRank:
+def _kronecker(group: TensorGroup, parts: dict[str, Tensor], scale: Scale) -> LowRank:
     expected: set[str] = set()
     sides, rank = [], None
     for side in ("lokr_w1", "lokr_w2"):
@@ -167,7 +167,7 @@ def _from_alpha(alpha: float) -> Scale:
 
 
 def _take(
-    group: Group, parts: dict[str, Tensor], needed: set[str], allowed: set[str] | None = None
+    group: TensorGroup, parts: dict[str, Tensor], needed: set[str], allowed: set[str] | None = None
 ) -> None:
     missing = needed - parts.keys()
     if missing:
@@ -182,7 +182,7 @@ def _said(parts: object) -> str:
     return " and ".join(names.get(part, part) for part in sorted(parts))  # type: ignore[call-overload]
 
 
-def _checked(group: Group, part: str) -> Tensor:
+def _checked(group: TensorGroup, part: str) -> Tensor:
     tensor = group.parts[part]
     if not tensor.is_floating_point() and part not in ("alpha", "oft_scaled"):
         raise ConceptError(f"{group.keys[part]} has numbers of type {tensor.dtype}")
@@ -199,7 +199,7 @@ def _checked(group: Group, part: str) -> Tensor:
     return tensor
 
 
-def _alpha(group: Group, tensor: Tensor) -> float:
+def _alpha(group: TensorGroup, tensor: Tensor) -> float:
     if tensor.numel() != 1:
         raise ConceptError(f"{group.keys['alpha']} is not one number")
     return float(tensor)

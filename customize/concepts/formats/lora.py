@@ -14,25 +14,25 @@ from torch import Tensor
 
 from customize.concepts.adapter import file_name
 from customize.concepts.formats.base_detection import (
-    either,
-    families_of,
-    refusal,
+    detect_families,
+    join_alternatives,
+    missing_layers_error,
     update_shape,
 )
 from customize.concepts.formats.bias_and_norm_updates import (
-    Vector,
-    Vectors,
-    by_parameter,
-    is_vector,
-    matrices_of,
-    vectors_of,
+    VectorUpdate,
+    VectorUpdates,
+    decode_vectors,
+    has_only_vectors,
+    remove_vectors,
+    split_by_parameter,
 )
-from customize.concepts.formats.denoiser_labels import Noise, targets
-from customize.concepts.formats.file_metadata import Metadata
-from customize.concepts.formats.header_alpha import with_header_alphas
-from customize.concepts.formats.layer_names import Names, Place
+from customize.concepts.formats.denoiser_labels import NoiseLevel, target_denoisers
+from customize.concepts.formats.file_metadata import FileMetadata
+from customize.concepts.formats.header_alpha import apply_header_alphas
+from customize.concepts.formats.layer_names import LayerNameMap, LayerTarget
 from customize.concepts.formats.layer_updates import needs_weight, update_of
-from customize.concepts.formats.tensor_keys import Group, grouped
+from customize.concepts.formats.tensor_keys import TensorGroup, group_by_layer
 from customize.concepts.io.file_layout import SECOND
 from customize.concepts.tokens.subjects import Subject
 from customize.concepts.types import NAME, Concept, Method, counted
@@ -42,7 +42,7 @@ from customize.families import Family
 from customize.text import one_line, quoted
 
 #: (component, module) -> the layer's weight without any adapter, (out, in) or (out, in, kh, kw).
-Weights = Callable[[str, str], Tensor]
+BaseWeights = Callable[[str, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ class Lora:
         products: component -> module -> update, as :class:`Concept` has them; ranks and scales
             may differ between layers.
         subjects: what triggers call by tokens of their own, in a merge of ours.
-        vectors: changes of biases and norms.
+        vector_updates: changes of biases and norms.
         source: the file that it was read from.
     """
 
     info: LoraInfo
     products: Mapping[str, Mapping[str, LowRank]]
     subjects: Sequence[Subject] = ()
-    vectors: Vectors = field(default_factory=dict)
+    vector_updates: VectorUpdates = field(default_factory=dict)
     source: Path | None = None
 
     def __repr__(self) -> str:
@@ -138,18 +138,18 @@ class LoraFile:
         name: what the LoRA will go by.
         where: the file.
         groups: its keys, layer by layer; every key of the file is in one.
-        noise: for which of two denoisers it is, by the name of the file.
+        noise_level: for which of two denoisers it is, by the name of the file.
         into: the denoisers that the caller puts it into; empty where that is left to the file.
-        partial: whether some of its layers were left out, so that a record is not of the rest.
+        is_partial: whether some of its layers were left out, so that a record is not of the rest.
     """
 
     name: str
     where: str
-    groups: Sequence[Group]
-    metadata: Metadata
-    noise: Noise | None = None
+    groups: Sequence[TensorGroup]
+    metadata: FileMetadata
+    noise_level: NoiseLevel | None = None
     into: Sequence[str] = ()
-    partial: bool = False
+    is_partial: bool = False
 
     def __repr__(self) -> str:
         return f"LoraFile({self.name}: {len(self.groups)} layers in {self.where})"
@@ -170,28 +170,28 @@ class LoraFile:
         return ()
 
     @property
-    def needs_weights(self) -> bool:
+    def needs_base_weights(self) -> bool:
         """Whether its updates depend on the base model's weights (DoRA, OFT, BOFT, PiSSA...)."""
-        return self.metadata.needs_weights or any(map(needs_weight, self.groups))
+        return self.metadata.needs_base_weights or any(map(needs_weight, self.groups))
 
-    def lora(
-        self, family: Family, weights: Weights | None = None, names: Names | None = None
+    def to_lora(
+        self, family: Family, weights: BaseWeights | None = None, names: LayerNameMap | None = None
     ) -> Lora:
         """The updates of this family's layers; every key is used, or nothing is returned.
 
         Args:
             weights: of the base model, for files that need them; on any device.
-            names: ``Names(family)``, where there are many files; None: made anew.
+            names: ``LayerNameMap(family)``, where there are many files; None: made anew.
 
         Raises:
             ConceptError: a key means no layer here, a layer's parts do not make an update or one
                 of another shape, or the weights are needed and not given.
             ConfigError: :attr:`into` names no denoiser of the model, or the file names another.
         """
-        names = names or Names(family)
+        names = names or LayerNameMap(family)
         places = self._places(names)
         found: dict[str, dict[str, LowRank]] = {}
-        vectors: dict[str, dict[str, Vector]] = {}
+        vectors: dict[str, dict[str, VectorUpdate]] = {}
         taken: dict[tuple[str, str], str] = {}
         for group, place in places:
             for parameter, vector in self._vectors(group, place).items():
@@ -199,10 +199,10 @@ class LoraFile:
                 if parameter in own:
                     raise ConceptError(f"two keys change {parameter}", where=self.where)
                 own[parameter] = vector
-            if is_vector(group):
+            if has_only_vectors(group):
                 continue
-            update = self._update(matrices_of(group), place, names, weights)
-            for module, part in _split(update, place):
+            update = self._update(remove_vectors(group), place, names, weights)
+            for module, part in _split_rows(update, place):
                 key = (place.component, file_name(place.component, module))
                 if taken.setdefault(key, group.path) != group.path:
                     raise ConceptError(
@@ -218,27 +218,31 @@ class LoraFile:
         rank = max((update.rank for own in found.values() for update in own.values()), default=0)
         base, words = self.metadata.base, self.metadata.words
         info = LoraInfo(self.name, family.name, base, rank, words)
-        return Lora(info, found, vectors=vectors, source=None if self.partial else self.source)
+        return Lora(
+            info, found, vector_updates=vectors, source=None if self.is_partial else self.source
+        )
 
-    def _places(self, names: Names) -> list[tuple[Group, Place]]:
-        places = [(group, names.place_of(group)) for group in self.groups]
+    def _places(self, names: LayerNameMap) -> list[tuple[TensorGroup, LayerTarget]]:
+        places = [(group, names.resolve_group(group)) for group in self.groups]
         lost = [group for group, place in places if place is None]
         if lost:
-            raise refusal(self.groups, lost, names.family, self.where)
+            raise missing_layers_error(self.groups, lost, names.family, self.where)
         labels = {group.path: names.labels.split(group.path) for group in self.groups}
         labelled = {label[0] for label in labels.values() if label}
-        denoisers = targets(names.family, labelled, self.into, self.noise, self.where)
+        denoisers = target_denoisers(
+            names.family, labelled, self.into, self.noise_level, self.where
+        )
         first, *others = names.family.denoisers
-        found: list[tuple[Group, Place]] = []
+        found: list[tuple[TensorGroup, LayerTarget]] = []
         for group, place in places:
             assert place is not None
             named = place.component != first or labels[group.path] is not None
             for component in [place.component] if named else denoisers:
-                moved = names.moved(place, component)
+                moved = names.move_to(place, component)
                 if moved is None:
-                    raise refusal(self.groups, [group], names.family, self.where)
+                    raise missing_layers_error(self.groups, [group], names.family, self.where)
                 found.append((group, moved))
-        told = self.into or self.noise or labelled
+        told = self.into or self.noise_level or labelled
         if others and not told and any(place.component == first for _, place in found):
             # Half of a pair of files names its layers like the other half.
             file = one_line(str(self.where))
@@ -251,11 +255,11 @@ class LoraFile:
             )
         return found
 
-    def _vectors(self, group: Group, place: Place) -> dict[str, Vector]:
+    def _vectors(self, group: TensorGroup, place: LayerTarget) -> dict[str, VectorUpdate]:
         """The changes of biases and norms that a group makes, by parameter."""
-        if matrices_of(group) is group:
+        if remove_vectors(group) is group:
             return {}
-        layer_names = _names_of(group.path, place.component, place.rows[0].module)
+        layer_names = _layer_names(group.path, place.component, place.rows[0].module)
         down, alpha = group.parts.get("down"), group.parts.get("alpha")
         rank = None if down is None else len(down)
         try:
@@ -263,7 +267,7 @@ class LoraFile:
                 factor = float(alpha) / rank
             else:
                 factor = self.metadata.scale(place.component, layer_names, rank)
-            return by_parameter(vectors_of(group, factor), place.rows, place.is_norm)
+            return split_by_parameter(decode_vectors(group, factor), place.rows, place.is_norm)
         except ConceptError as error:
             raise ConceptError(
                 error.what,
@@ -272,9 +276,15 @@ class LoraFile:
                 'copy, or leave such parts out: ignore=["bias", "norm"]',
             ) from error
 
-    def _update(self, group: Group, place: Place, names: Names, weights: Weights | None) -> LowRank:
+    def _update(
+        self,
+        group: TensorGroup,
+        place: LayerTarget,
+        names: LayerNameMap,
+        weights: BaseWeights | None,
+    ) -> LowRank:
         first = place.rows[0].module
-        layer_names = _names_of(group.path, place.component, first)
+        layer_names = _layer_names(group.path, place.component, first)
 
         def scale(rank: int | None) -> float:
             return self.metadata.scale(place.component, layer_names, rank)
@@ -298,9 +308,9 @@ class LoraFile:
                     f"an update of shape {update.shape} does not fit a layer of shape {shape}"
                 )
         except ConceptError as error:
-            kin = families_of(self.groups)
+            kin = detect_families(self.groups)
             other = bool(kin) and names.family.name not in kin
-            likely = f": the file looks like a LoRA of {either(kin)}" if other else ""
+            likely = f": the file looks like a LoRA of {join_alternatives(kin)}" if other else ""
             raise ConceptError(
                 f"{error.what}{likely}",
                 where=f"{self.where}: {group.path}",
@@ -311,7 +321,7 @@ class LoraFile:
         return update
 
 
-def lora_file(
+def parse_lora_file(
     name: str,
     where: object,
     tensors: Mapping[str, Tensor],
@@ -328,21 +338,21 @@ def lora_file(
     Raises:
         ConceptError: a key is none that is known, or two say the same.
     """
-    facts = Metadata.of(metadata, adapter_config, where)
-    groups: Sequence[Group] = grouped(tensors, where)
+    facts = FileMetadata.from_header(metadata, adapter_config, where)
+    groups: Sequence[TensorGroup] = group_by_layer(tensors, where)
     if not facts.configs:
-        groups = with_header_alphas(groups, metadata, where)
-    return LoraFile(own_name(name), str(where), groups, facts)
+        groups = apply_header_alphas(groups, metadata, where)
+    return LoraFile(name_from_file(name), str(where), groups, facts)
 
 
-def check_no_vectors(concepts: Sequence[Adaptation]) -> None:
+def check_has_no_vectors(concepts: Sequence[Adaptation]) -> None:
     """Refuse changes of biases and norms where a LoRA file is to be written.
 
     Raises:
         ConceptError: naming the concept.
     """
     for concept in concepts:
-        if isinstance(concept, Lora) and concept.vectors:
+        if isinstance(concept, Lora) and concept.vector_updates:
             raise ConceptError(
                 f"{concept.info.name} changes biases or norms, which no LoRA file of ours can hold",
                 where=concept.source,
@@ -351,36 +361,36 @@ def check_no_vectors(concepts: Sequence[Adaptation]) -> None:
             )
 
 
-def own_name(name: str) -> str:
+def name_from_file(name: str) -> str:
     """What a LoRA goes by, from the name of its file or folder."""
     return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).lstrip("-_")[:64].rstrip("-_") or "lora"
 
 
-def paired(first: LoraFile, second: LoraFile) -> LoraFile:
+def pair_denoiser_files(first: LoraFile, second: LoraFile) -> LoraFile:
     """The files of two denoisers as one, whose layers they name alike or by the denoiser's name.
 
     Args:
         second: that of the one for little noise.
     """
     ((component, name),) = SECOND.items()
-    groups = [*first.groups, *(_of_component(group, component) for group in second.groups)]
+    groups = [*first.groups, *(_prefix_component(group, component) for group in second.groups)]
     configs = {**first.metadata.configs, component: second.metadata.config(name)}
     return replace(first, groups=groups, metadata=replace(first.metadata, configs=configs))
 
 
-def _of_component(group: Group, component: str) -> Group:
+def _prefix_component(group: TensorGroup, component: str) -> TensorGroup:
     if re.match(rf"([a-z_.]+\.)?{component}[._]", group.path):
         return group
     return replace(group, path=f"{component}.{group.path}")
 
 
-def _names_of(path: str, component: str, module: str) -> list[str]:
+def _layer_names(path: str, component: str, module: str) -> list[str]:
     """The names of a layer that patterns may mean: the model's, that of files, and the file's."""
     bare = path.removeprefix("base_model.model.").removeprefix(f"{component}.")
     return list(dict.fromkeys((module, file_name(component, module), bare)))
 
 
-def _split(update: LowRank, place: Place) -> list[tuple[str, LowRank]]:
+def _split_rows(update: LowRank, place: LayerTarget) -> list[tuple[str, LowRank]]:
     """The update's rows, each to its own layer, in the layer's order."""
     if len(place.rows) == 1:
         return [(place.rows[0].module, update)]
@@ -390,8 +400,8 @@ def _split(update: LowRank, place: Place) -> list[tuple[str, LowRank]]:
         parts.append((each, slice_rows(update, first, first + count)))
         first += count
     parts.sort(key=lambda part: (part[0].module, part[0].start))
-    return [(each.module, _small(part)) for each, part in parts]
+    return [(each.module, _limit_rank(part)) for each, part in parts]
 
 
-def _small(update: LowRank) -> LowRank:
+def _limit_rank(update: LowRank) -> LowRank:
     return from_dense(to_dense(update)) if update.rank > min(update.shape) else update

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from customize.concepts.formats.peft_config import Config
-from customize.concepts.formats.tensor_keys import OFT_SPLITS, Group
+from customize.concepts.formats.tensor_keys import OFT_SPLITS, TensorGroup
 from customize.core import oft
 from customize.errors import ConceptError
 
@@ -39,7 +39,7 @@ def rotated_parts(parts: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
 
 
 def rotated(
-    group: Group,
+    group: TensorGroup,
     parts: Mapping[str, Tensor],
     alpha: float | None,
     weight: Callable[[], Tensor],
@@ -88,7 +88,9 @@ def _by_splits(blocks: list[Tensor], weight: Tensor, limit: float | None) -> Ten
     return torch.cat([oft.oft_row_delta(part, each, limit, None) for part, each in rows])
 
 
-def _columns(group: Group, parts: Mapping[str, Tensor], weight: Tensor, config: Config) -> Tensor:
+def _columns(
+    group: TensorGroup, parts: Mapping[str, Tensor], weight: Tensor, config: Config
+) -> Tensor:
     """OFT of peft, as its configuration says; or of OneTrainer and newer sd-scripts."""
     entries = parts["oft_R"]
     if "oft_scaled" in parts:  # OneTrainer's marker: the entries are divided when they are used

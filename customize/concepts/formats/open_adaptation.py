@@ -8,15 +8,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from customize.concepts.formats.base_detection import published_base
-from customize.concepts.formats.denoiser_labels import Noise, noise_of, noises_of, with_noises
+from customize.concepts.formats.base_detection import detect_base
+from customize.concepts.formats.denoiser_labels import (
+    NoiseLevel,
+    assign_noise_levels,
+    parse_noise_level,
+    parse_noise_levels,
+)
 from customize.concepts.formats.ignored_parts import (
     check_all_matched,
-    checked_words,
-    kept_tensors,
-    without,
+    check_ignore,
+    filter_tensors,
+    remove_ignored,
 )
-from customize.concepts.formats.lora import Adaptation, Lora, LoraFile, lora_file, paired
+from customize.concepts.formats.lora import (
+    Adaptation,
+    Lora,
+    LoraFile,
+    pair_denoiser_files,
+    parse_lora_file,
+)
 from customize.concepts.io.file_layout import (
     EMBEDS_FOLDER,
     INFO_FILE,
@@ -40,7 +51,7 @@ from customize.safe_read import present, real_path
 from customize.text import one_line
 
 
-def opened(
+def open_adaptation(
     source: str | Path, ignore: Sequence[str] = (), matched: set[str] | None = None
 ) -> Adaptation | LoraFile:
     """Read a concept, a merge of ours, or the file of a LoRA whose model is not known yet.
@@ -60,55 +71,57 @@ def opened(
     second: Path | None = None
     if path.is_dir():
         if present(path / INFO_FILE):
-            return without(read(path), ignore, hits)
+            return remove_ignored(read(path), ignore, hits)
         # A hub's folder is called by a commit, which is no name.
         hub = not Path(source).exists()
         name = str(source).rpartition("/")[2] if hub else real_path(path).name
-        path, second = _files(path)
+        path, second = _find_lora_files(path)
     else:
         name = path.stem
     tensors, metadata = read_single_tensors(path)
     if INFO_HEADER in metadata:
-        return without(parsed_single(tensors, metadata, path), ignore, hits)
+        return remove_ignored(parsed_single(tensors, metadata, path), ignore, hits)
     others = None if second is None else read_single_tensors(second)
     merged = read_merged(name, path, tensors, metadata, others and others[0])
     if merged is not None:
-        return without(merged, ignore, hits)
+        return remove_ignored(merged, ignore, hits)
     if place.is_dir():
-        _refuse_without_tokens(path.parent)
+        _refuse_old_merge(path.parent)
     count = len(tensors)
-    tensors = kept_tensors(tensors, ignore, hits, path)
-    config = _adapter_config(path)
+    tensors = filter_tensors(tensors, ignore, hits, path)
+    config = _read_adapter_config(path)
     if config is None and PEFT_HEADER not in metadata:
-        _warn_of_config(path, tensors)
-    file = lora_file(name, path, tensors, metadata, config)
-    file = replace(file, partial=len(tensors) < count)
+        _warn_unused_config(path, tensors)
+    file = parse_lora_file(name, path, tensors, metadata, config)
+    file = replace(file, is_partial=len(tensors) < count)
     if second is None or others is None:
-        return replace(file, noise=_noise(path))
-    rest = kept_tensors(others[0], ignore, hits, second)
-    return paired(file, lora_file(name, second, rest, others[1], _adapter_config(second)))
+        return replace(file, noise_level=_noise_level_from_path(path))
+    rest = filter_tensors(others[0], ignore, hits, second)
+    return pair_denoiser_files(
+        file, parse_lora_file(name, second, rest, others[1], _read_adapter_config(second))
+    )
 
 
-def opened_whole(source: str | Path, family: str | None = None) -> Adaptation:
+def open_without_pipeline(source: str | Path, family: str | None = None) -> Adaptation:
     """The same without a pipeline: a LoRA's layers are those of the published model it fits.
 
     Args:
         family: the name of that model's family, for layers that several families call alike.
 
     Raises:
-        ConceptError: see :func:`opened`; no published model has all its layers, or its updates
-            depend on the base's weights; or the concept is of another family.
+        ConceptError: see :func:`open_adaptation`; no published model has all its layers, or its
+            updates depend on the base's weights; or the concept is of another family.
         ConfigError: there is no such family.
     """
-    return opened_together([source], family)[0]
+    return open_all_without_pipeline([source], family)[0]
 
 
-def opened_together(
+def open_all_without_pipeline(
     sources: Sequence[str | Path],
     family: str | None = None,
     ignore: str | Sequence[str] | None = None,
 ) -> list[Adaptation]:
-    """:func:`opened_whole` of each; two files for two denoisers know each other by their names.
+    """Open each source by :func:`open_without_pipeline`, two files of two denoisers as a pair.
 
     Args:
         ignore: as in :func:`customize.load_custom`.
@@ -119,34 +132,36 @@ def opened_together(
             where="family",
             fix=choose_from(family, FAMILIES),
         )
-    found = opened_all(sources, ignore)
-    files = iter(with_noises([each for each in found if isinstance(each, LoraFile)]))
+    found = open_adaptations(sources, ignore)
+    files = iter(assign_noise_levels([each for each in found if isinstance(each, LoraFile)]))
     return [
-        _of_published(next(files), family) if isinstance(each, LoraFile) else _of(each, family)
+        _resolve_published(next(files), family)
+        if isinstance(each, LoraFile)
+        else _check_family(each, family)
         for each in found
     ]
 
 
-def opened_all(
+def open_adaptations(
     sources: Sequence[str | Path], ignore: str | Sequence[str] | None = None
 ) -> list[Adaptation | LoraFile]:
-    """:func:`opened` of each, without what is to be left out.
+    """:func:`open_adaptation` of each, without what is to be left out.
 
     Raises:
         ConfigError: a word of ``ignore`` is none, or leaves nothing out.
     """
-    words, matched = checked_words(ignore), set[str]()
-    found = [opened(source, words, matched) for source in sources]
+    words, matched = check_ignore(ignore), set[str]()
+    found = [open_adaptation(source, words, matched) for source in sources]
     check_all_matched(words, matched)
     return found
 
 
-def _of_published(file: LoraFile, family: str | None) -> Lora:
-    several = bool(file.noise or file.into)
-    return file.lora(published_base(file.groups, file.where, family, several=several))
+def _resolve_published(file: LoraFile, family: str | None) -> Lora:
+    several = bool(file.noise_level or file.into)
+    return file.to_lora(detect_base(file.groups, file.where, family, several=several))
 
 
-def _of(concept: Adaptation, family: str | None) -> Adaptation:
+def _check_family(concept: Adaptation, family: str | None) -> Adaptation:
     if family not in (None, concept.info.family):
         raise ConceptError(
             f"the concept {concept.info.name} is of family {concept.info.family}, not {family}",
@@ -156,7 +171,7 @@ def _of(concept: Adaptation, family: str | None) -> Adaptation:
     return concept
 
 
-def _files(folder: Path) -> tuple[Path, Path | None]:
+def _find_lora_files(folder: Path) -> tuple[Path, Path | None]:
     """The folder's LoRA, and that of a second denoiser if there is one."""
     found = (file for file in listing(folder) if file.suffix == ".safetensors")
     files = sorted(file for file in found if not file.name.endswith(INPUTS_FILE))
@@ -168,8 +183,8 @@ def _files(folder: Path) -> tuple[Path, Path | None]:
     if [file.name for file in files] == [LORA_FILE, SECOND_FILE]:
         return files[0], files[1]
     # A pair says by its files' names which is which, or by those of the folders that they are in.
-    named = {file.stem: file for file in files} or _in_subfolders(folder)
-    noises = noises_of(*named) if len(named) == 2 else None
+    named = {file.stem: file for file in files} or _find_in_subfolders(folder)
+    noises = parse_noise_levels(*named) if len(named) == 2 else None
     if noises is not None:
         one, other = named.values()
         return (one, other) if noises[0] == "high" else (other, one)
@@ -189,22 +204,26 @@ def _files(folder: Path) -> tuple[Path, Path | None]:
     )
 
 
-def _in_subfolders(folder: Path) -> dict[str, Path]:
+def _find_in_subfolders(folder: Path) -> dict[str, Path]:
     """Folders that are named after levels of noise -> the only file of each."""
     found = {}
     for path in sorted(folder.iterdir()):
-        files = list(path.glob("*.safetensors")) if noise_of(path.name) and path.is_dir() else []
+        files = (
+            list(path.glob("*.safetensors"))
+            if parse_noise_level(path.name) and path.is_dir()
+            else []
+        )
         if len(files) == 1:
             found[path.name] = files[0]
     return found
 
 
-def _noise(path: Path) -> Noise | None:
+def _noise_level_from_path(path: Path) -> NoiseLevel | None:
     """The level of noise that a file is for, by its name; None where that says none."""
-    return "low" if path.name == SECOND_FILE else noise_of(path.stem)
+    return "low" if path.name == SECOND_FILE else parse_noise_level(path.stem)
 
 
-def _refuse_without_tokens(folder: Path) -> None:
+def _refuse_old_merge(folder: Path) -> None:
     """Refuse a merge of earlier versions, whose LoRA does not have its tokens in the header."""
     own = (folder / EMBEDS_FOLDER, *folder.glob(MERGED_EMBEDS.format("*")))
     if (folder / MERGED_FILE).is_file() and any(path.exists() for path in own):
@@ -215,7 +234,7 @@ def _refuse_without_tokens(folder: Path) -> None:
         )
 
 
-def _warn_of_config(path: Path, tensors: Iterable[str]) -> None:
+def _warn_unused_config(path: Path, tensors: Iterable[str]) -> None:
     """Tell of a configuration that may be this file's or another's, where it matters."""
     keys = list(tensors)
     plain = any(".lora_A." in key for key in keys) and not any(k.endswith(".alpha") for k in keys)
@@ -230,7 +249,7 @@ def _warn_of_config(path: Path, tensors: Iterable[str]) -> None:
         )
 
 
-def _adapter_config(path: Path) -> dict[str, Any] | None:
+def _read_adapter_config(path: Path) -> dict[str, Any] | None:
     """peft keeps rank and alpha in a file of their own beside the tensors.
 
     It is that of a file by peft's name, or of the only one in its folder.

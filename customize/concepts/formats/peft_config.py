@@ -32,7 +32,7 @@ APPLIED = frozenset(
 )
 #: Fields that decide which tensors there are and of which shapes, so that the file's keys show it;
 #: keys of tensors that are not read are refused themselves.
-SHOWN_BY_KEYS = frozenset(
+VISIBLE_IN_KEYS = frozenset(
     {
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("bias", "lora_bias", "modules_to_save", "trainable_token_indices"),
@@ -70,9 +70,9 @@ BASE_UNCHANGED = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 #: Those after which a part is gone from the base's weights that can be computed again.
 RECOMPUTED = frozenset({"pissa", "olora"})
 
-_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT")
-_AS_LORA = "convert it with peft.save_as_lora, or load it with peft"
-_INITIAL = (
+_PEFT_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT")
+_FIX_AS_LORA = "convert it with peft.save_as_lora, or load it with peft"
+_FIX_INITIALIZATION = (
     "save it again where it was trained, by model.save_pretrained(folder, "
     "path_initial_model_for_weight_conversion=...), which gives a LoRA of the unchanged base"
 )
@@ -89,12 +89,12 @@ def check_config(config: Config, where: object) -> None:
     """
     _check_numbers(config, where)
     kind = config.get("peft_type")
-    if kind is not None and str(kind).upper() not in _TYPES:
+    if kind is not None and str(kind).upper() not in _PEFT_TYPES:
         raise ConceptError(
             f"the adapter's configuration says that it is of type {str(kind)[:MAX_NAME]}, which is "
-            f"not read here: only {', '.join(_TYPES)}",
+            f"not read here: only {', '.join(_PEFT_TYPES)}",
             where=where,
-            fix=_AS_LORA,
+            fix=_FIX_AS_LORA,
         )
     for field, effect in REFUSED.items():
         if config.get(field):
@@ -102,10 +102,10 @@ def check_config(config: Config, where: object) -> None:
                 f"the adapter's configuration sets {field}, which {effect}: a plain LoRA of its "
                 "tensors would draw something else",
                 where=where,
-                fix=_AS_LORA,
+                fix=_FIX_AS_LORA,
             )
-    _check_start(config.get("init_lora_weights"), where)
-    known = APPLIED | SHOWN_BY_KEYS | NO_EFFECT | REFUSED.keys()
+    _check_initialization(config.get("init_lora_weights"), where)
+    known = APPLIED | VISIBLE_IN_KEYS | NO_EFFECT | REFUSED.keys()
     strange = sorted(str(f)[:MAX_NAME] for f, value in config.items() if value and f not in known)
     if strange:
         file = one_line(str(where))
@@ -116,14 +116,14 @@ def check_config(config: Config, where: object) -> None:
         )
 
 
-def start_of(config: Config) -> str | None:
+def subtracted_initialization(config: Config) -> str | None:
     """The member of :data:`RECOMPUTED` that the adapter was begun with, if one."""
     start = config.get("init_lora_weights")
     name = start.lower() if isinstance(start, str) else None
     return name if name in RECOMPUTED else None
 
 
-def scale_of(
+def adapter_scale(
     config: Config, names: Sequence[str], rank: int | None, matcher: PatternMatcher
 ) -> float:
     """The factor of a layer's product: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
@@ -148,7 +148,7 @@ def scale_of(
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _check_start(start: Any, where: object) -> None:
+def _check_initialization(start: Any, where: object) -> None:
     """Refuse an initialization that changed the base in a way that cannot be repeated."""
     if start is None or isinstance(start, bool):
         return
@@ -165,7 +165,7 @@ def _check_start(start: Any, where: object) -> None:
         f"the adapter was begun with init_lora_weights={str(start)[:MAX_NAME]}, {reason}: a plain "
         "LoRA of its tensors would draw something else",
         where=where,
-        fix=_INITIAL,
+        fix=_FIX_INITIALIZATION,
     )
 
 

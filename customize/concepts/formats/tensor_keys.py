@@ -12,7 +12,7 @@ from torch import Tensor
 from customize.errors import ConceptError
 
 #: Changes of a bias or a norm -> the same; see vectors.py.
-VECTOR_PARTS: dict[str, tuple[str, ...]] = {
+VECTOR_KEY_SUFFIXES: dict[str, tuple[str, ...]] = {
     "diff_b": (".diff_b",),
     "w_norm": (".w_norm",),
     "b_norm": (".b_norm",),
@@ -26,7 +26,7 @@ VECTOR_PARTS: dict[str, tuple[str, ...]] = {
 OFT_SPLITS = ("oft_blocks_0", "oft_blocks_1", "oft_blocks_2", "oft_blocks_3")
 
 #: Part of an update -> how files end the keys that hold it; `*` stands for a peft adapter's name.
-_ENDINGS: dict[str, tuple[str, ...]] = {
+_KEY_SUFFIXES: dict[str, tuple[str, ...]] = {
     "down": (
         ".lora_A.weight",
         ".lora_A.*.weight",
@@ -70,7 +70,7 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
         for part in "12"
         for name in (f"lokr_w{part}", f"lokr_w{part}_a", f"lokr_w{part}_b")
     },
-    **VECTOR_PARTS,
+    **VECTOR_KEY_SUFFIXES,
 }
 
 
@@ -81,20 +81,20 @@ def _pattern(endings: Iterable[str]) -> str:
 _KEY = re.compile(
     # Every ending begins with one of these; to look for them first is several times as fast.
     "(?P<path>.+?)(?=[._])(?:"
-    + "|".join(f"(?P<{part}>{_pattern(endings)})" for part, endings in _ENDINGS.items())
+    + "|".join(f"(?P<{part}>{_pattern(endings)})" for part, endings in _KEY_SUFFIXES.items())
     + ")"
 )
 
 #: What some of peft's adapters keep of their training, which does nothing when they draw: VeLoRA's
 #: projections for the backward pass, and MonteCLoRA's noise.
-_TRAINING = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\..+)?")
+_TRAINING_ONLY = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\..+)?")
 
 #: A vector by such a key is the weight of a norm that was trained itself, as by peft's
 #: modules_to_save.
 _TRAINED_NORM = re.compile(r"(?P<path>(?!.*\.lora_).+)\.weight")
 
 #: Parts with which nothing is known to do, and what they are.
-_REFUSED = {
+_UNSUPPORTED = {
     "norm in place of the base's": re.compile(r".+\.set_weight"),
     "bundled embedding": re.compile(r"bundle_emb\..+"),
     "update of older peft's OFT": re.compile(r".+\.oft_r(\..+)?"),
@@ -105,7 +105,7 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """All keys of one layer, as the file names it.
 
     Attributes:
@@ -123,24 +123,24 @@ class Group:
         return f"Group({self.path}: {', '.join(shapes)})"
 
 
-def grouped(tensors: Mapping[str, Tensor], where: object) -> list[Group]:
+def group_by_layer(tensors: Mapping[str, Tensor], where: object) -> list[TensorGroup]:
     """The file's keys by the layer that they are on, in the order of their names.
 
     Raises:
         ConceptError: a key is none that is known here, or says the same as another.
     """
-    groups: dict[str, Group] = {}
+    groups: dict[str, TensorGroup] = {}
     unknown = []
     for key in sorted(tensors):
-        path, part = part_of(key)
+        path, part = parse_key(key)
         if not part and tensors[key].ndim == 1 and (trained := _TRAINED_NORM.fullmatch(key)):
             path, part = trained["path"], "norm_scale"
-        if not part and _TRAINING.fullmatch(key):
+        if not part and _TRAINING_ONLY.fullmatch(key):
             continue
         if not part:
             unknown.append(key)
             continue
-        group = groups.setdefault(path, Group(path))
+        group = groups.setdefault(path, TensorGroup(path))
         if part in group.parts:
             raise ConceptError(
                 f"the keys {group.keys[part]} and {key} hold the same part of one layer",
@@ -150,18 +150,18 @@ def grouped(tensors: Mapping[str, Tensor], where: object) -> list[Group]:
         group.parts[part] = tensors[key]
         group.keys[part] = key
     if unknown:
-        kinds = {kind for kind, known in _REFUSED.items() if any(map(known.fullmatch, unknown))}
+        kinds = {kind for kind, known in _UNSUPPORTED.items() if any(map(known.fullmatch, unknown))}
         what = f" ({', each a '.join(sorted(kinds))})" if kinds else ""
         raise ConceptError(
             f"{len(unknown)} of {len(tensors)} keys are not read here{what}, and nothing is "
-            f"loaded by half: {listed(unknown)}",
+            f"loaded by half: {join_names(unknown)}",
             where=where,
-            fix=_fix(kinds, unknown),
+            fix=_suggest_fix(kinds, unknown),
         )
     return list(groups.values())
 
 
-def listed(names: Iterable[str], most: int = 10) -> str:
+def join_names(names: Iterable[str], most: int = 10) -> str:
     """Names one after another, cut short where they are many."""
     found = sorted(names)
     more = f" and {len(found) - most} more" if len(found) > most else ""
@@ -169,15 +169,15 @@ def listed(names: Iterable[str], most: int = 10) -> str:
 
 
 @functools.lru_cache(maxsize=2**14)  # the files of a merge mostly have the same keys
-def part_of(key: str) -> tuple[str, str]:
+def parse_key(key: str) -> tuple[str, str]:
     """What a key says: path and part; an empty part where it is not known."""
     match = _KEY.fullmatch(key)
     if match is None:
         return "", ""
-    return match["path"], next(part for part in _ENDINGS if match[part] is not None)
+    return match["path"], next(part for part in _KEY_SUFFIXES if match[part] is not None)
 
 
-def _fix(kinds: set[str], unknown: Sequence[str]) -> str:
+def _suggest_fix(kinds: set[str], unknown: Sequence[str]) -> str:
     if kinds == {"bundled embedding"}:
         return (
             "take the embeddings out into a file of their own and load that with "

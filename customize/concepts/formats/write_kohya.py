@@ -40,11 +40,11 @@ def kohya_tensors(products: Products, family: Family) -> dict[str, Tensor]:
     fused = False
     for component, updates in products.items():
         own = {file_name(component, module): update for module, update in updates.items()}
-        shapes = file_shapes(family, component)
+        shapes = weight_shapes(family, component)
         prefix = _prefix(family, component)
         for name, members in _file_layers(family, component, own).items():
             key = f"{prefix}_{name.replace('.', '_')}"
-            update = _put_together(members, own, shapes)
+            update = _join_rows(members, own, shapes)
             layers[key] = update, shapes.get(members[0].module, ())
             fused |= len(members) > 1
     # Stock diffusers misreads alphas that differ between layers, but for the models whose layers
@@ -53,14 +53,16 @@ def kohya_tensors(products: Products, family: Family) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for key, (update, shape) in layers.items():
         whole = pad_rank(update, update.rank if fused else most)
-        down, up = factors(whole, shape)
+        down, up = reshape_factors(whole, shape)
         tensors[f"{key}.alpha"] = torch.tensor(float(whole.rank), dtype=torch.float32)
         tensors[f"{key}.lora_down.weight"] = down
         tensors[f"{key}.lora_up.weight"] = up
     return dict(sorted(tensors.items()))
 
 
-def kohya_layers(products: Products, family: Family) -> dict[str, list[tuple[str, str, int, int]]]:
+def kohya_layer_rows(
+    products: Products, family: Family
+) -> dict[str, list[tuple[str, str, int, int]]]:
     """Which rows of the model's layers the rows of a file's layer are, from its first one on.
 
     Args:
@@ -79,13 +81,13 @@ def kohya_layers(products: Products, family: Family) -> dict[str, list[tuple[str
     return dict(sorted(found.items()))
 
 
-def file_shapes(family: Family, component: str) -> dict[str, tuple[int, ...]]:
+def weight_shapes(family: Family, component: str) -> dict[str, tuple[int, ...]]:
     """The shapes of a component's weights, by the names that files give its layers."""
     shapes = family.weight_shapes(component).items()
     return {file_name(component, module): shape for module, shape in shapes}
 
 
-def factors(update: LowRank, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def reshape_factors(update: LowRank, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(down, up) in the shapes of the layer that they are for: of a convolution, with its kernel.
 
     Args:
@@ -132,11 +134,11 @@ def kohya_header(
         **{key: v for key, v in base.items() if key.startswith("modelspec.")},
         **({"modelspec.trigger_phrase": ", ".join(said)} if said else {}),
     }
-    hashes = _hashes(tensors, training)
+    hashes = _model_hashes(tensors, training)
     return {**training, **hashes, **spec, "customize_merged": facts}
 
 
-def _hashes(tensors: Mapping[str, Tensor], training: Mapping[str, str]) -> dict[str, str]:
+def _model_hashes(tensors: Mapping[str, Tensor], training: Mapping[str, str]) -> dict[str, str]:
     """By which web UIs know a file: of what follows the header, and the older one of 64 KiB."""
     data = safetensors_bytes(tensors, training, None)
     start = 8 + int.from_bytes(data[:8], "little")
@@ -172,7 +174,7 @@ def _file_layers(
     return found | {m: (Rows(m, 0, update.shape[0]),) for m, update in rest.items()}
 
 
-def _put_together(
+def _join_rows(
     members: Sequence[Rows], own: Mapping[str, LowRank], shapes: Mapping[str, Sequence[int]]
 ) -> LowRank:
     if len(members) == 1:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
 
 from customize.concepts.formats.layer_updates import update_of
-from customize.concepts.formats.lora import Lora, LoraInfo, own_name
-from customize.concepts.formats.tensor_keys import grouped
+from customize.concepts.formats.lora import Lora, LoraInfo, name_from_file
+from customize.concepts.formats.tensor_keys import group_by_layer
 from customize.concepts.io.file_layout import SECOND, SECOND_FILE
 from customize.concepts.tokens.subjects import Subject, from_header
 from customize.core.lowrank import LowRank, slice_rows, stack_rows
@@ -61,7 +61,7 @@ def merged_facts(header: Mapping[str, str]) -> MergedFacts | None:
 def merged_info(name: str, facts: MergedFacts, subjects: Sequence[Subject]) -> LoraInfo:
     """The facts on a merge, from its header."""
     return LoraInfo(
-        own_name(name),
+        name_from_file(name),
         facts.family,
         facts.base,
         max(facts.rank.values(), default=0),
@@ -129,7 +129,7 @@ def _updates(
 ) -> list[tuple[str, str, LowRank]]:
     """(component, module, update) of every layer of a model that the file changes."""
     parts: dict[tuple[str, str], list[tuple[int, LowRank]]] = {}
-    for group in grouped(tensors, where):
+    for group in group_by_layer(tensors, where):
         try:
             update = update_of(group, lambda rank: 1.0, _no_weight)
         except ConceptError as error:

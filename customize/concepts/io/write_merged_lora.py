@@ -15,13 +15,13 @@ import torch
 
 from customize.atomic import partial_folder, sync_folder, write_file
 from customize.concepts.adapter import fit
-from customize.concepts.formats.lora import Adaptation, check_no_vectors
+from customize.concepts.formats.lora import Adaptation, check_has_no_vectors
 from customize.concepts.formats.write_kohya import (
-    factors,
-    file_shapes,
     kohya_header,
-    kohya_layers,
+    kohya_layer_rows,
     kohya_tensors,
+    reshape_factors,
+    weight_shapes,
 )
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.io import model_card
@@ -36,7 +36,7 @@ from customize.concepts.io.file_layout import (
 from customize.concepts.io.read_merged_lora import MERGED_HEADER
 from customize.concepts.io.write_concept import check_writable, safetensors_bytes
 from customize.concepts.merge.component_weights import BlockWeights, Weight
-from customize.concepts.merge.merge_concepts import Layer, check_together, merging
+from customize.concepts.merge.merge_concepts import LayerMerge, check_compatible, plan_merge
 from customize.concepts.tokens.subjects import check_subjects, to_header
 from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank, all_finite, distance, norm, pad_rank
@@ -97,7 +97,7 @@ def write_merged(
     (:mod:`customize.concepts.io.read_merged_lora`).
 
     Args:
-        method, settings, inputs: as :func:`customize.concepts.merge.merge_concepts.merging` takes
+        method, settings, inputs: as :func:`plan_merge` takes
         them. rank: the most that any layer may have; None: ranks add up, which is exact but where
             the method prunes.
         layout: one of :data:`customize.concepts.io.file_layout.LAYOUTS`.
@@ -105,17 +105,17 @@ def write_merged(
             published one that has them.
 
     Raises:
-        ConceptError, ConfigError: see :func:`customize.concepts.merge.merge_concepts.merging`; or
+        ConceptError, ConfigError: see :func:`plan_merge`; or
             two concepts have one trigger; or the rank is below 1; or a weight is so large that the
             sum is not finite; or there is no published model with these layers, where one is
             needed.
         StorageError: the folder holds anything else than just this, or cannot be written.
     """
     folder = Path(folder)
-    check_together(concepts)
+    check_compatible(concepts)
     subjects = [subject for concept in concepts for subject in concept.subjects]
     check_subjects(subjects)
-    check_no_vectors(concepts)
+    check_has_no_vectors(concepts)
     if rank is not None and not is_integer(rank):
         raise ConfigError(
             f"a merged LoRA cannot have rank {quoted(rank)}",
@@ -123,7 +123,7 @@ def write_merged(
             fix="give a whole number from 1",
         )
     settings = settings or {}
-    products, error = _narrow(merging(concepts, weights, method, inputs, **settings), rank)
+    products, error = _narrow(plan_merge(concepts, weights, method, inputs, **settings), rank)
     if not products:
         raise ConfigError("with these weights nothing is left", where="weights")
     # Sorted, because the order of a file's tensors differs from one reading to the next, and the
@@ -180,10 +180,10 @@ def _diffusers_tensors(
 ) -> dict[str, torch.Tensor]:
     tensors = {}
     for component, own in products.items():
-        shapes = file_shapes(family, component) if family is not None else {}
+        shapes = weight_shapes(family, component) if family is not None else {}
         for module, update in own.items():
             whole = pad_rank(update, ranks[component])
-            down, up = factors(whole, shapes.get(module, ()))
+            down, up = reshape_factors(whole, shapes.get(module, ()))
             tensors[f"{component}.{module}.lora_A.weight"] = down
             tensors[f"{component}.{module}.lora_B.weight"] = up
     return tensors
@@ -215,7 +215,7 @@ def _kohya_files(
     base = model.kohya_metadata()
     if exact is None:  # a size of its own: its layers have their own names, and its base none
         base = {"ss_network_module": base["ss_network_module"]}
-    told = json.dumps({**facts, "layers": kohya_layers(products, model)})
+    told = json.dumps({**facts, "layers": kohya_layer_rows(products, model)})
     header = kohya_header(
         tensors, base, title=title, words=words, date=max(dates, default=""), facts=told
     )
@@ -294,7 +294,7 @@ def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
 
 
 def _narrow(
-    layers: Mapping[str, Mapping[str, Layer]], rank: int | None
+    layers: Mapping[str, Mapping[str, LayerMerge]], rank: int | None
 ) -> tuple[dict[str, dict[str, LowRank]], float]:
     """The merged updates of at most the rank, and what was lost, as in :class:`Merged`."""
     products: dict[str, dict[str, LowRank]] = {}
@@ -302,9 +302,9 @@ def _narrow(
     for component, own in layers.items():
         products[component] = {}
         for module, layer in own.items():
-            exact = layer.merged()
+            exact = layer.compute()
             _check_finite(exact, f"{component}.{module}")
-            near = layer.narrowed(exact)
+            near = layer.truncate(exact)
             if rank is not None:
                 near = truncate(near, rank)
             whole += norm(exact) ** 2

@@ -26,8 +26,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from customize.concepts.formats.file_metadata import Metadata
-from customize.concepts.formats.lora import LoraInfo, own_name
+from customize.concepts.formats.file_metadata import FileMetadata
+from customize.concepts.formats.lora import LoraInfo, name_from_file
 from customize.concepts.io.file_layout import INFO_FILE, INFO_HEADER, INPUTS_FILE
 from customize.concepts.io.find_files import is_hidden, listing
 from customize.concepts.io.read_concept import read_info, single_info
@@ -170,7 +170,7 @@ def described(library: Path, source: str, stamp: str) -> Entry:
             )
         info = _info(path)
     except CustomizeError as error:
-        info, fault = LoraInfo(own_name(path.stem), "", "", 0), str(error)
+        info, fault = LoraInfo(name_from_file(path.stem), "", "", 0), str(error)
     return Entry(
         source=source,
         stamp=stamp,
@@ -209,8 +209,8 @@ def _info(path: Path) -> ConceptInfo | LoraInfo:
             return merged_info(name, merged, from_header(metadata, file))
         downs = [shape[0] for key, shape in shapes.items() if _DOWN.fullmatch(key) and shape]
         rank = max([rank, *downs])
-    facts = Metadata.of(metadata, None, path)
-    return LoraInfo(own_name(name), "", facts.base, rank, facts.words)
+    facts = FileMetadata.from_header(metadata, None, path)
+    return LoraInfo(name_from_file(name), "", facts.base, rank, facts.words)
 
 
 def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from customize.atomic import partial_file, partial_folder, sweep, sync_folder
-from customize.concepts.formats.open_adaptation import opened
+from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.input_statistics import LayerInputs, place_beside
 from customize.concepts.io.file_layout import (
     CARD_FILE,
@@ -176,7 +176,7 @@ def add(library: str | Path, source: str | Path) -> Entry:
         StorageError: the library cannot be written.
     """
     folder = Path(library)
-    concept, path = opened(source), located_whole(source)
+    concept, path = open_adaptation(source), located_whole(source)
     name = concept.info.name
     target = folder / (name if path.is_dir() else f"{name}.safetensors")
     with alone_in(folder), exclusive(target):

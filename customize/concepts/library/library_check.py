@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from customize.concepts.formats.lora import Lora, LoraFile
-from customize.concepts.formats.open_adaptation import opened
+from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.input_statistics import LayerInputs, place_beside, record_beside
 from customize.concepts.library.index import Entry
 from customize.concepts.library.library import Library
@@ -66,7 +66,7 @@ def check(folder: str | Path) -> Health:
         notes.append("the index cannot be written here, so that it is made at each start")
     for entry in library.entries.values():
         try:
-            concept = opened(library.path(entry))
+            concept = open_adaptation(library.path(entry))
             if isinstance(concept, Concept) and concept.info.basis is not None:
                 downs[entry.source] = down_projections(concept, layers)
             _check_files(concept, library.path(entry), entry)

@@ -25,7 +25,7 @@ from customize.text import quoted
 
 _UNET = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 #: The key of what no other key of a dict names; else that is 1.
-REST = ""
+DEFAULT_KEY = ""
 
 #: Component -> the names of its layers.
 LayerNames = Mapping[str, Iterable[str]]
@@ -46,11 +46,11 @@ class BlockWeights:
     text: str = field(compare=False)
     keys: tuple[str, ...] = field(default=(), compare=False)
 
-    def of(self, component: str, module: str) -> float:
+    def for_layer(self, component: str, module: str) -> float:
         """The weight of a layer, by the model's name of it or that of files."""
         path = f"{component}.{module.removeprefix('text_model.')}."
         known = [(len(name), w) for name, w in self.weights if path.startswith(f"{name}.")]
-        known += [(-1, weight) for name, weight in self.weights if name == REST]
+        known += [(-1, weight) for name, weight in self.weights if name == DEFAULT_KEY]
         return max(known, default=(0, 1.0), key=lambda pair: pair[0])[1]
 
     def __format__(self, spec: str) -> str:
@@ -61,12 +61,12 @@ class BlockWeights:
 Weight = float | BlockWeights
 
 
-def weight_of(weight: Weight, component: str, module: str) -> float:
+def layer_weight(weight: Weight, component: str, module: str) -> float:
     """The factor of one layer's update."""
-    return weight.of(component, module) if isinstance(weight, BlockWeights) else weight
+    return weight.for_layer(component, module) if isinstance(weight, BlockWeights) else weight
 
 
-def checked(name: str, given: object, layers: LayerNames, denoisers: Sequence[str]) -> Weight:
+def parse_weight(name: str, given: object, layers: LayerNames, denoisers: Sequence[str]) -> Weight:
     """A concept's weight as :func:`customize.load_custom` takes it.
 
     Args:
@@ -81,20 +81,20 @@ def checked(name: str, given: object, layers: LayerNames, denoisers: Sequence[st
     if isinstance(given, BlockWeights):
         return given
     if not isinstance(given, Mapping):
-        return _number(name, given)
-    found: list[_Pair] = []
+        return _parse_number(name, given)
+    found: list[_PathWeight] = []
     texts: list[str] = []
     for key, value in given.items():
-        if key == REST:
-            found.append(_Pair(REST, _number(name, value)))
+        if key == DEFAULT_KEY:
+            found.append(_PathWeight(DEFAULT_KEY, _parse_number(name, value)))
             continue
-        modules = _modules(str(key), layers, denoisers)
+        modules = _resolve_key(str(key), layers, denoisers)
         if not modules:
-            raise _unknown(name, key, [*layers, *_names(denoisers, layers)])
+            raise _unknown_key_error(name, key, [*layers, *_known_keys(denoisers, layers)])
         for component, module in modules:
-            found += _below(f"{name}.{key}", component, module, value, layers[component])
-        texts += _texts(str(key), value)
-    rest = next((pair.weight for pair in found if pair.path == REST), 1.0)
+            found += _flatten_weights(f"{name}.{key}", component, module, value, layers[component])
+        texts += _format_entries(str(key), value)
+    rest = next((pair.weight for pair in found if pair.path == DEFAULT_KEY), 1.0)
     return BlockWeights(
         tuple((pair.path, pair.weight) for pair in found),
         ", ".join([*texts, f"else {rest:g}"]),
@@ -102,28 +102,28 @@ def checked(name: str, given: object, layers: LayerNames, denoisers: Sequence[st
     )
 
 
-def _modules(key: str, layers: LayerNames, denoisers: Sequence[str]) -> list[tuple[str, str]]:
+def _resolve_key(key: str, layers: LayerNames, denoisers: Sequence[str]) -> list[tuple[str, str]]:
     """(component, module) of what an outer key means; an empty module is all of the component."""
     component, _, name = key.partition(".")
     if component in layers and not name:
         return [(component, "")]
     if component in layers:
         denoisers, key = [component], name
-    modules = [(each, _dotted(each, key, layers[each])) for each in denoisers]
+    modules = [(each, _resolve_dotted(each, key, layers[each])) for each in denoisers]
     return [(each, module) for each, module in modules if module]
 
 
-def _dotted(component: str, key: str, layers: Iterable[str]) -> str:
+def _resolve_dotted(component: str, key: str, layers: Iterable[str]) -> str:
     """The module that a key of several names with dots between means, empty where there is none."""
-    module = _module(component, key, layers)
+    module = _resolve_module(component, key, layers)
     parent, _, name = key.rpartition(".")
     if module or not parent:
         return module
-    above = _dotted(component, parent, layers)
-    return _module(component, name, layers, above) if above else ""
+    above = _resolve_dotted(component, parent, layers)
+    return _resolve_module(component, name, layers, above) if above else ""
 
 
-class _Pair(NamedTuple):
+class _PathWeight(NamedTuple):
     """A pair of :class:`BlockWeights`, and whether it is of a key and not of a list."""
 
     path: str
@@ -131,9 +131,9 @@ class _Pair(NamedTuple):
     is_key: bool = True
 
 
-def _below(
+def _flatten_weights(
     where: str, component: str, module: str, value: object, layers: Iterable[str]
-) -> Iterator[_Pair]:
+) -> Iterator[_PathWeight]:
     """The pairs of :class:`BlockWeights` that a value stands for.
 
     Args:
@@ -143,23 +143,25 @@ def _below(
     path = f"{component}.{module}" if module else component
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if key == REST:
-                yield _Pair(path, _number(where, inner))
+            if key == DEFAULT_KEY:
+                yield _PathWeight(path, _parse_number(where, inner))
                 continue
-            below = _module(component, key, layers, module)
+            below = _resolve_module(component, key, layers, module)
             if not below:
-                raise _unknown(where, key, _names([component], {component: layers}, module))
-            yield from _below(f"{where}.{key}", component, below, inner, layers)
+                raise _unknown_key_error(
+                    where, key, _known_keys([component], {component: layers}, module)
+                )
+            yield from _flatten_weights(f"{where}.{key}", component, below, inner, layers)
     elif isinstance(value, list | tuple):
-        names = _list(module, value, layers, where)
-        yield _Pair(path, 1.0)
+        names = _expand_list(module, value, layers, where)
+        yield _PathWeight(path, 1.0)
         for name, weight in names:
-            yield _Pair(f"{component}.{name}", _number(where, weight), is_key=False)
+            yield _PathWeight(f"{component}.{name}", _parse_number(where, weight), is_key=False)
     else:
-        yield _Pair(path, _number(where, value))
+        yield _PathWeight(path, _parse_number(where, value))
 
 
-def _list(
+def _expand_list(
     module: str, values: Sequence[object], layers: Iterable[str], where: str
 ) -> list[tuple[str, object]]:
     """The modules that a list of weights is for: blocks, or as in diffusers the layers of a block.
@@ -168,18 +170,20 @@ def _list(
     block has goes with the first, as in diffusers.
     """
     if module in ("down_blocks", "up_blocks"):
-        blocks = _numbers(module, layers)
-        return [pair for n in blocks for pair in _list(f"{module}.{n}", values, layers, where)]
+        blocks = _block_numbers(module, layers)
+        return [
+            pair for n in blocks for pair in _expand_list(f"{module}.{n}", values, layers, where)
+        ]
     parts = module.split(".")
     if parts[0] in _UNET.values():
-        kinds = sorted({rest.split(".")[0] for rest in _inside(module, layers)})
-        numbers = {kind: _numbers(f"{module}.{kind}", layers) for kind in kinds}
+        kinds = sorted({rest.split(".")[0] for rest in _names_below(module, layers)})
+        numbers = {kind: _block_numbers(f"{module}.{kind}", layers) for kind in kinds}
         count = len(numbers.get("attentions") or numbers.get("resnets") or [])
         modules = {
             f"{module}.{kind}.{n}": min(n, count - 1) for kind in kinds for n in numbers[kind]
         }
     else:
-        blocks = _numbers(module, layers)
+        blocks = _block_numbers(module, layers)
         count, modules = len(blocks), {f"{module}.{n}": i for i, n in enumerate(blocks)}
     if not count:
         raise ConfigError(
@@ -196,7 +200,7 @@ def _list(
     return [(name, values[0 if len(values) == 1 else i]) for name, i in modules.items()]
 
 
-def _module(component: str, key: Any, layers: Iterable[str], parent: str = "") -> str:
+def _resolve_module(component: str, key: Any, layers: Iterable[str], parent: str = "") -> str:
     """The module that a key means, empty where there is none."""
     name = str(key)
     if parent and name.startswith("block_"):
@@ -205,12 +209,12 @@ def _module(component: str, key: Any, layers: Iterable[str], parent: str = "") -
         name = _UNET.get(name, name) if component.startswith("unet") else name
     for start in (parent, *(["encoder"] if not parent and "text_encoder" in component else [])):
         full = f"{start}.{name}" if start else name
-        if name and any(True for _ in _inside(full, layers)):
+        if name and any(True for _ in _names_below(full, layers)):
             return full
     return ""
 
 
-def _inside(module: str, layers: Iterable[str]) -> Iterator[str]:
+def _names_below(module: str, layers: Iterable[str]) -> Iterator[str]:
     """The rest of the names of layers below a module; of the layer itself an empty one."""
     for layer in layers:
         name = layer.removeprefix("text_model.")
@@ -218,17 +222,17 @@ def _inside(module: str, layers: Iterable[str]) -> Iterator[str]:
             yield name[len(module) :].lstrip(".")
 
 
-def _numbers(module: str, layers: Iterable[str]) -> list[int]:
-    first = {rest.split(".")[0] for rest in _inside(module, layers)}
+def _block_numbers(module: str, layers: Iterable[str]) -> list[int]:
+    first = {rest.split(".")[0] for rest in _names_below(module, layers)}
     return sorted(int(each) for each in first if each.isdigit())
 
 
-def _names(components: Sequence[str], layers: LayerNames, parent: str = "") -> list[str]:
+def _known_keys(components: Sequence[str], layers: LayerNames, parent: str = "") -> list[str]:
     """The keys that may stand at a place."""
     found: dict[str, None] = {}
     short = {module: name for name, module in _UNET.items()}
     for component in components:
-        for rest in _inside(parent, layers[component]):
+        for rest in _names_below(parent, layers[component]):
             first = rest.split(".")[0]
             if first:
                 name = f"block_{first}" if first.isdigit() else first
@@ -236,7 +240,7 @@ def _names(components: Sequence[str], layers: LayerNames, parent: str = "") -> l
     return list(found)
 
 
-def _unknown(where: str, key: object, names: Sequence[str]) -> ConfigError:
+def _unknown_key_error(where: str, key: object, names: Sequence[str]) -> ConfigError:
     return ConfigError(
         f"a weight of {where} is for {quoted(key)}, which is no component, block or module with "
         "layers here",
@@ -245,19 +249,19 @@ def _unknown(where: str, key: object, names: Sequence[str]) -> ConfigError:
     )
 
 
-def _texts(path: str, value: object) -> list[str]:
+def _format_entries(path: str, value: object) -> list[str]:
     """How a value is shown: one text for each number or list."""
     if isinstance(value, Mapping):
         return [
             text
             for key, inner in value.items()
-            for text in _texts(path if key == REST else f"{path}.{key}", inner)
+            for text in _format_entries(path if key == DEFAULT_KEY else f"{path}.{key}", inner)
         ]
     shown = value if isinstance(value, list | tuple) else [value]
     return [f"{path} {'/'.join(f'{each:g}' for each in shown)}"]
 
 
-def _number(name: str, weight: object) -> float:
+def _parse_number(name: str, weight: object) -> float:
     value = as_float(weight)
     if math.isnan(value):
         raise ConfigError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from customize.concepts.adapter import file_name
 from customize.concepts.formats.lora import Adaptation, LoraInfo
 from customize.concepts.input_statistics import Factors, LayerInputs, record_beside
-from customize.concepts.merge.component_weights import BlockWeights, Weight, weight_of
+from customize.concepts.merge.component_weights import BlockWeights, Weight, layer_weight
 from customize.concepts.types import ConceptInfo
 from customize.core.fusion import fusion
 from customize.core.lowrank import LowRank, check_same_weight, weighted_sum
@@ -33,10 +33,10 @@ METHODS = (*MERGES, FUSION)
 AUTO = "auto"
 #: What part of a sum each concept makes does not depend on the others, so that some may be in the
 #: weights, and the others beside them; fusion is told of the others.
-APART = (SUM, FUSION)
+SEPARABLE = (SUM, FUSION)
 
 # How much the base's own inputs count in a fusion against one concept's, for each concept.
-_HOLD = 0.1
+_GENERIC_WEIGHT = 0.1
 
 
 def merge(
@@ -47,13 +47,13 @@ def merge(
     others: Sequence[LayerInputs] = (),
     **settings: Any,
 ) -> dict[str, dict[str, LowRank]]:
-    """One update for each layer that any of the concepts changes: of :func:`merging`, all of it."""
-    layers = merging(concepts, weights, method, inputs, others, **settings)
-    return {c: {m: layer.merged() for m, layer in own.items()} for c, own in layers.items()}
+    """Merge concepts into one update per layer: :func:`plan_merge`, computed for all layers."""
+    layers = plan_merge(concepts, weights, method, inputs, others, **settings)
+    return {c: {m: layer.compute() for m, layer in own.items()} for c, own in layers.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class LayerMerge:
     """What is to become one layer's update.
 
     Attributes:
@@ -73,7 +73,7 @@ class Layer:
         """(out, in) of the update."""
         return self.updates[0].shape
 
-    def loudest(self) -> str:
+    def largest_concept(self) -> str:
         """The concept with the largest weighted update, for messages."""
         sizes = [
             abs(weight * p.scale) * float(p.up.double().norm() * p.down.double().norm())
@@ -82,7 +82,7 @@ class Layer:
         largest = sizes.index(max(sizes))
         return f"{self.names[largest]} (weight {self.weights[largest]:g})"
 
-    def merged(self) -> LowRank:
+    def compute(self) -> LowRank:
         """The update, computed anew by each call.
 
         Raises:
@@ -90,34 +90,34 @@ class Layer:
         """
         return weighted_sum(self.updates, self.weights) if self.merge is None else self.merge()
 
-    def narrowed(self, merged: LowRank | None = None) -> LowRank:
+    def truncate(self, merged: LowRank | None = None) -> LowRank:
         """The update for an adapter: of no higher rank than those of the concepts together.
 
         What is wider, as after pruning, becomes the nearest that is not
-        (:func:`customize.core.truncation.truncate_randomized`); all else is :meth:`merged`.
+        (:func:`customize.core.truncation.truncate_randomized`); all else is :meth:`compute`.
 
         Args:
             merged: where it is known already.
         """
-        update = self.merged() if merged is None else merged
+        update = self.compute() if merged is None else merged
         together = sum(each.rank for each in self.updates)
         return update if update.rank <= together else truncate_randomized(update, together)
 
-    def parts(self) -> tuple[Sequence[LowRank], Sequence[float]]:
+    def summands(self) -> tuple[Sequence[LowRank], Sequence[float]]:
         """Products and weights whose sum the update is, for :func:`core.lowrank.add_to`."""
         if self.merge is None:
             return self.updates, self.weights
         return [self.merge()], [1.0]
 
 
-def merging(
+def plan_merge(
     concepts: Sequence[Adaptation],
     weights: Sequence[Weight],
     method: str = SUM,
     inputs: Sequence[LayerInputs] = (),
     others: Sequence[LayerInputs] = (),
     **settings: Any,
-) -> dict[str, dict[str, Layer]]:
+) -> dict[str, dict[str, LayerMerge]]:
     """What is to be merged in each layer that any of the concepts changes, all of it checked.
 
     A concept that leaves a layer alone counts there as an update of zero. One concept without
@@ -137,14 +137,14 @@ def merging(
 
     Returns:
         component -> module -> layer, under the names used in files. Its update is as wide as the
-        layer where the method prunes; see :meth:`Layer.narrowed`.
+        layer where the method prunes; see :meth:`LayerMerge.truncate`.
 
     Raises:
         ConceptError: no concepts, two for different families or sizes, or two of one name.
         ConfigError: an unknown method or setting, one that merges several for a single concept,
             another number of weights, or one that is not finite.
     """
-    check_together(concepts)
+    check_compatible(concepts)
     if len(weights) != len(concepts):
         raise ConfigError(
             f"{len(weights)} weights were given for {len(concepts)} concepts",
@@ -166,18 +166,18 @@ def merging(
             fix="give those of each, as customize.record_inputs gives them",
         )
     if len(concepts) + len(others) == 1:
-        check_several(method)
+        check_single_concept(method)
         method = SUM
-    products = [_weighted(c, weight) for c, weight in zip(concepts, weights, strict=True)]
+    products = [_nonzero_updates(c, weight) for c, weight in zip(concepts, weights, strict=True)]
     if method == "subject_style" and len(concepts) == 2:
         settings = {"balance": _balance(products)} | settings
     names = [concept.info.name for concept in concepts]
-    layers: dict[str, dict[str, Layer]] = {}
-    for component in _ordered(products):
+    layers: dict[str, dict[str, LayerMerge]] = {}
+    for component in _union_keys(products):
         updates = [own.get(component, {}) for own in products]
         layers[component] = {}
-        for module in _ordered(updates):
-            at = [weight_of(weight, component, module) for weight in weights]
+        for module in _union_keys(updates):
+            at = [layer_weight(weight, component, module) for weight in weights]
             some = next(own[module] for own in updates if module in own)
             zero = LowRank(some.up[:, :0], some.down[:0])
             own = [each.get(module, zero) for each in updates]
@@ -189,10 +189,12 @@ def merging(
                 ) from error
             how: Callable[[], LowRank] | None = None
             if method == FUSION:
-                how = partial(_fused, own, at, inputs, others, (component, module))
+                how = partial(_fuse_layer, own, at, inputs, others, (component, module))
             elif method != SUM:
-                how = partial(MERGES[method], own, at, **_of_layer(settings, component, module))
-            layers[component][module] = Layer(own, at, how, names)
+                how = partial(
+                    MERGES[method], own, at, **_layer_settings(settings, component, module)
+                )
+            layers[component][module] = LayerMerge(own, at, how, names)
     return layers
 
 
@@ -212,7 +214,7 @@ def check_method(method: str, settings: Mapping[str, Any]) -> None:
     check_settings(method, settings)
 
 
-def check_several(method: str) -> None:
+def check_single_concept(method: str) -> None:
     """Refuse a method that would do more to a single concept than take it as it is.
 
     Raises:
@@ -226,7 +228,7 @@ def check_several(method: str) -> None:
         )
 
 
-def resolved(
+def choose_method(
     method: str,
     concepts: Sequence[Adaptation],
     known: Mapping[str, LayerInputs],
@@ -238,7 +240,7 @@ def resolved(
 
     Args:
         known: concept's name -> its record, of those whose records are at hand.
-        read: looks for another one's, such as :func:`recorded_beside`.
+        read: looks for another one's, such as :func:`read_record`.
 
     Returns:
         The method, never "auto"; the records by name; and the concepts that have none, for the
@@ -249,7 +251,7 @@ def resolved(
     """
     if method not in (AUTO, FUSION):
         return method, dict(known), []
-    if method == AUTO and learned_together(concepts):
+    if method == AUTO and trained_together(concepts):
         return SUM, dict(known), []
     records = dict(known)
     for concept in concepts:
@@ -270,7 +272,7 @@ def resolved(
     return SUM, records, lacking
 
 
-def learned_together(concepts: Sequence[Adaptation]) -> bool:
+def trained_together(concepts: Sequence[Adaptation]) -> bool:
     """Whether these are all that one run has learned, and more than one."""
     names = {concept.info.name for concept in concepts}
     return len(names) > 1 and all(
@@ -278,12 +280,12 @@ def learned_together(concepts: Sequence[Adaptation]) -> bool:
     )
 
 
-def recorded_beside(concept: Adaptation) -> LayerInputs | None:
-    """The record that lies beside a concept's files; see :func:`resolved`."""
+def read_record(concept: Adaptation) -> LayerInputs | None:
+    """The record that lies beside a concept's files; see :func:`choose_method`."""
     return record_beside(concept.info.name, concept.products, concept.source)
 
 
-def _of_layer(settings: Mapping[str, Any], component: str, module: str) -> Mapping[str, Any]:
+def _layer_settings(settings: Mapping[str, Any], component: str, module: str) -> Mapping[str, Any]:
     if "seed" not in settings:
         return settings
     text = f"{settings['seed']} {component}.{module}"
@@ -291,7 +293,7 @@ def _of_layer(settings: Mapping[str, Any], component: str, module: str) -> Mappi
     return {**settings, "seed": seed}
 
 
-def _weighted(concept: Adaptation, weight: Weight) -> dict[str, dict[str, LowRank]]:
+def _nonzero_updates(concept: Adaptation, weight: Weight) -> dict[str, dict[str, LowRank]]:
     """A concept's updates by one name for each layer, as one that was never saved may have the
     model's; without those that its weights by component and block leave out."""
     blocks = weight if isinstance(weight, BlockWeights) else None
@@ -299,7 +301,7 @@ def _weighted(concept: Adaptation, weight: Weight) -> dict[str, dict[str, LowRan
         component: {
             file_name(component, module): update
             for module, update in own.items()
-            if blocks is None or blocks.of(component, module)
+            if blocks is None or blocks.for_layer(component, module)
         }
         for component, own in concept.products.items()
     }
@@ -320,7 +322,7 @@ def _balance(products: Sequence[Mapping[str, Mapping[str, LowRank]]]) -> float:
     return mean_ratio([(updates[0][place], updates[1][place]) for place in places])
 
 
-def _fused(
+def _fuse_layer(
     updates: Sequence[LowRank],
     weights: Sequence[float],
     inputs: Sequence[LayerInputs],
@@ -353,7 +355,7 @@ def _fused(
         return weighted_sum(updates, weights)
     still = [rows(each.own) for each in others]
     generic = [rows(each.generic) for each in (*inputs, *others)]
-    still += [own * math.sqrt(_HOLD) for own in generic if own is not None]
+    still += [own * math.sqrt(_GENERIC_WEIGHT) for own in generic if own is not None]
     left_alone = [each for each in still if each is not None]
     fused = fusion(
         [updates[k] for k in known],
@@ -364,7 +366,7 @@ def _fused(
     return weighted_sum([fused, *(updates[k] for k in rest)], [1.0, *(weights[k] for k in rest)])
 
 
-def check_together(concepts: Sequence[Adaptation]) -> None:
+def check_compatible(concepts: Sequence[Adaptation]) -> None:
     """Refuse concepts that no one model can carry together.
 
     Raises:
@@ -382,7 +384,7 @@ def check_together(concepts: Sequence[Adaptation]) -> None:
                 fix="give each once, or another name to one of them (--names)",
             )
         names.add(info.name)
-        strange = strangers(first, info)
+        strange = incompatibility(first, info)
         if strange:
             raise ConceptError(
                 strange,
@@ -393,7 +395,7 @@ def check_together(concepts: Sequence[Adaptation]) -> None:
         first = first if first.fingerprint else info
 
 
-def strangers(a: ConceptInfo | LoraInfo, b: ConceptInfo | LoraInfo) -> str:
+def incompatibility(a: ConceptInfo | LoraInfo, b: ConceptInfo | LoraInfo) -> str:
     """Why two do not belong to one architecture, as far as both say which; empty where they do."""
     both = a.fingerprint and b.fingerprint
     if a.family == b.family and (not both or a.fingerprint == b.fingerprint):
@@ -404,5 +406,5 @@ def strangers(a: ConceptInfo | LoraInfo, b: ConceptInfo | LoraInfo) -> str:
     )
 
 
-def _ordered(mappings: Iterable[Mapping[str, object]]) -> list[str]:
+def _union_keys(mappings: Iterable[Mapping[str, object]]) -> list[str]:
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))

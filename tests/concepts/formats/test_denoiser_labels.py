@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import customize  # noqa: F401
-from customize.concepts.formats.denoiser_labels import noise_of, noises_of
-from customize.concepts.formats.open_adaptation import opened, opened_together, opened_whole
+from customize.concepts.formats.denoiser_labels import parse_noise_level, parse_noise_levels
+from customize.concepts.formats.open_adaptation import (
+    open_adaptation,
+    open_all_without_pipeline,
+    open_without_pipeline,
+)
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.errors import ConceptError, ConfigError, CustomizeError
 from customize.families import Family, family_of
@@ -44,8 +48,8 @@ def where(family: Family, source: Any) -> dict[str, float]:
     """Component -> the number in the layer's factor, without a warning on the way."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = source if hasattr(source, "groups") else opened(source)
-        products = found.lora(family).products
+        found = source if hasattr(source, "groups") else open_adaptation(source)
+        products = found.to_lora(family).products
     assert all(set(own) == {"blocks.0.attn1.to_q"} for own in products.values())
     return {key: float(own["blocks.0.attn1.to_q"].down[0, 0]) for key, own in products.items()}
 
@@ -134,21 +138,21 @@ def test_two_files_that_are_no_pair(tmp_path: Path) -> None:
     for name in ("rex_high_noise", "rex_high_noise_2"):
         written(tmp_path / f"{name}.safetensors", layer(""))
     with pytest.raises(ConceptError, match="2 files that may be a LoRA"):
-        opened(tmp_path)
+        open_adaptation(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["low_poly", "highlights", "flow", "high_res_rex", "glow_noise"])
 def test_names_that_are_not_about_noise(name: str, wan: Family, tmp_path: Path) -> None:
-    assert noise_of(name) is None
+    assert parse_noise_level(name) is None
     path = written(tmp_path / f"{name}.safetensors", layer("diffusion_model."))
     with pytest.warns(UserWarning, match=r'give into="transformer_2", call it \.{3}_low_noise'):
-        products = opened(path).lora(wan).products  # type: ignore[union-attr]
+        products = open_adaptation(path).to_lora(wan).products  # type: ignore[union-attr]
     assert set(products) == {FIRST}
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_a_pair_is_one_either_way(first: str, second: str) -> None:
-    there, back = noises_of(first, second), noises_of(second, first)
+    there, back = parse_noise_levels(first, second), parse_noise_levels(second, first)
     assert (there is None) == (back is None)
     if there and back:
         assert there == back[::-1] and set(there) == {"high", "low"}
@@ -263,10 +267,10 @@ def test_what_a_merge_writes_is_read_back(tmp_path: Path) -> None:
         written(tmp_path / f"rex_{noise}_noise.safetensors", true_layer("diffusion_model.", value))
         for noise, value in (("high", 1.0), ("low", 2.0))
     ]
-    concepts = opened_together(files)
+    concepts = open_all_without_pipeline(files)
     assert [list(concept.products) for concept in concepts] == [[FIRST], [SECOND]]
     folder = write_merged(concepts, [1.0, 3.0], tmp_path / "both").folder
-    again = opened_whole(folder)
+    again = open_without_pipeline(folder)
     numbers = {key: own["blocks.0.attn1.to_q"].down[0, 0] for key, own in again.products.items()}
     scales = {key: own["blocks.0.attn1.to_q"].up[0, 0] for key, own in again.products.items()}
     assert {key: float(numbers[key] * scales[key]) for key in numbers} == {FIRST: 1.0, SECOND: 6.0}
@@ -274,10 +278,10 @@ def test_what_a_merge_writes_is_read_back(tmp_path: Path) -> None:
 
 def test_a_merge_for_little_noise_alone(tmp_path: Path) -> None:
     file = written(tmp_path / "rex_low_noise.safetensors", true_layer("diffusion_model.", 1.0))
-    folder = write_merged([opened_whole(file)], [1.0], tmp_path / "low").folder
+    folder = write_merged([open_without_pipeline(file)], [1.0], tmp_path / "low").folder
     assert [path.name for path in folder.glob("*.safetensors")] == [
         "pytorch_lora_weights_2.safetensors"
     ]
-    assert list(opened_whole(folder).products) == [SECOND]
+    assert list(open_without_pipeline(folder).products) == [SECOND]
     card = (folder / "README.md").read_text()
     assert "load_into_transformer_2=True" in card and 'load_lora_weights("FOLDER")' not in card

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from customize.concepts.formats.open_adaptation import opened
+from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.families import Family, family_of
 from tests.concepts.formats.making import written
 from tests.tiny import tiny_sd
@@ -44,7 +44,7 @@ def tensors(
 def scales(sd: Family, path: Path) -> set[float]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return {u.scale for u in opened(path).lora(sd).products["unet"].values()}  # type: ignore[union-attr]
+        return {u.scale for u in open_adaptation(path).to_lora(sd).products["unet"].values()}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -85,15 +85,15 @@ def test_what_may_mean_anything_is_named(
 ) -> None:
     path = written(tmp_path / "a.safetensors", tensors(sd, ends), **header)
     with pytest.warns(UserWarning, match=f"which was not used, since .*{reason}"):
-        found: Any = opened(path)
-    assert {u.scale for u in found.lora(sd).products["unet"].values()} == {1.0}
+        found: Any = open_adaptation(path)
+    assert {u.scale for u in found.to_lora(sd).products["unet"].values()} == {1.0}
 
 
 def test_layers_of_several_ranks(sd: Family, tmp_path: Path) -> None:
     made = tensors(sd, KOHYA, (4, 2, 4))
     path = written(tmp_path / "a.safetensors", made, ss_network_alpha="2")
     with pytest.warns(UserWarning, match="not of the one rank"):
-        opened(path)
+        open_adaptation(path)
 
 
 def test_tensors_go_before_the_header(sd: Family, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_tensors_go_before_the_header(sd: Family, tmp_path: Path) -> None:
     del made[f"{path_of('to_v', KOHYA)}.alpha"]
     path = written(tmp_path / "b.safetensors", made, **header)
     with pytest.warns(UserWarning, match="other layers have an alpha of their own"):
-        opened(path)
+        open_adaptation(path)
 
 
 def test_pefts_header_goes_before_plain_keys(sd: Family, tmp_path: Path) -> None:
@@ -123,4 +123,4 @@ def test_alphas_by_layer(sd: Family, tmp_path: Path) -> None:
     assert scales(sd, path) == {0.25, 0.5, 0.75}
     path = written(tmp_path / "b.safetensors", tensors(sd, PEFT), network_alphas='{"a": 1}')
     with pytest.warns(UserWarning, match="network_alphas, which was not used"):
-        opened(path)
+        open_adaptation(path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from customize.concepts.formats.open_adaptation import opened, opened_whole
+from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.core.lowrank import to_dense
 from customize.errors import ConceptError
@@ -45,7 +45,7 @@ def test_each_file_of_a_pair_keeps_its_own_scale(tmp_path: Path) -> None:
     rex = concept(pipe)
     rex.save(tmp_path / "rex")
     (tmp_path / "rex" / "concept.json").unlink()
-    found = opened(tmp_path / "rex").lora(family_of(pipe.components))
+    found = open_adaptation(tmp_path / "rex").to_lora(family_of(pipe.components))
     assert set(found.products) == {"transformer", "transformer_2"}
     assert_close(deltas_of(found), deltas_of(rex))
 
@@ -56,7 +56,7 @@ def test_a_second_file_of_something_else_is_refused(tmp_path: Path) -> None:
     second = tmp_path / "duo" / "pytorch_lora_weights_2.safetensors"
     save_file({f"unet.{key}": value for key, value in load_file(second).items()}, second)
     with pytest.raises(ConceptError, match=r"nothing is loaded by half.*unet\.transformer"):
-        opened(tmp_path / "duo").lora(family_of(pipe.components))  # type: ignore[union-attr]
+        open_adaptation(tmp_path / "duo").to_lora(family_of(pipe.components))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
@@ -69,7 +69,7 @@ def test_a_merge_is_not_read_without_its_tokens(layout: str, tmp_path: Path) -> 
     path = path.with_suffix(".safetensors")
     save_file(load_file(path), path)
     with pytest.raises(ConceptError, match=r"tokens would be left out.*merge the concepts again"):
-        opened(tmp_path / "duo")
+        open_adaptation(tmp_path / "duo")
 
 
 #: A file's layers, at their published sizes -> whose they are.
@@ -100,9 +100,9 @@ def test_without_a_pipeline_a_file_is_told_by_its_layers_or_said_to_be_ambiguous
     file = written(tmp_path / "a.safetensors", layer(path, out, width))
     if " or" in family:
         with pytest.raises(ConceptError, match=f"may be one of {family}"):
-            opened_whole(file)
+            open_without_pipeline(file)
         return
-    found = opened_whole(file)
+    found = open_without_pipeline(file)
     assert found.info.family == family
     (update,) = (update for own in found.products.values() for update in own.values())
     assert to_dense(update).shape[1] == width
@@ -112,6 +112,6 @@ def test_a_pair_is_inspected_without_a_pipeline(tmp_path: Path) -> None:
     own = layer("transformer.blocks.0.attn1.to_q", 5120, 5120)
     written(tmp_path / "pytorch_lora_weights.safetensors", own)
     written(tmp_path / "pytorch_lora_weights_2.safetensors", own)
-    found = opened_whole(tmp_path)
+    found = open_without_pipeline(tmp_path)
     assert found.info.family == "wan"
     assert set(found.products) == {"transformer", "transformer_2"}

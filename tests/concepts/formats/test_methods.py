@@ -12,7 +12,7 @@ from peft import LoHaConfig, LoKrConfig, get_peft_model
 from torch import Tensor
 
 from customize.concepts.formats.lora import Lora
-from customize.concepts.formats.open_adaptation import opened, opened_whole
+from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.formats.making import assert_close, deltas_of, dense, factors, written
@@ -41,7 +41,7 @@ def read(tmp_path: Path, pipe: Any, tensors: dict[str, Tensor]) -> Lora:
         return models[component].get_submodule(module).weight
 
     path = written(tmp_path / "made.safetensors", tensors)
-    return opened(path).lora(family_of(pipe.components), weight)
+    return open_adaptation(path).to_lora(family_of(pipe.components), weight)
 
 
 def path(module: str) -> str:
@@ -101,7 +101,9 @@ def test_what_peft_saves_is_pefts_own_change(kind: str, tmp_path: Path) -> None:
     }
     model.save_pretrained(tmp_path)
     assert len(expected) > 20
-    assert_close(deltas_of(opened(tmp_path).lora(family_of(tiny_sd().components))), expected)
+    assert_close(
+        deltas_of(open_adaptation(tmp_path).to_lora(family_of(tiny_sd().components))), expected
+    )
 
 
 def test_loha_with_tucker_cores(pipe, tmp_path: Path) -> None:
@@ -252,4 +254,4 @@ def test_what_depends_on_the_weights_needs_them(part: str, tmp_path: Path) -> No
     with pytest.raises(
         ConceptError, match=r"depends on the base model's weights.*--fuse and --base"
     ):
-        opened_whole(written(tmp_path / "made.safetensors", tensors))
+        open_without_pipeline(written(tmp_path / "made.safetensors", tensors))

@@ -10,7 +10,7 @@ import torch
 from peft import BOFTConfig, OFTConfig, get_peft_model
 from torch import Tensor
 
-from customize.concepts.formats.open_adaptation import opened
+from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.formats.making import Deltas, assert_close, deltas_of, written
@@ -29,7 +29,7 @@ def read(source: Path, pipe: Any) -> Deltas:
     def weight(component: str, module: str) -> Tensor:
         return getattr(pipe, component).get_submodule(module).weight
 
-    return deltas_of(opened(source).lora(family_of(pipe.components), weight))  # type: ignore[union-attr]
+    return deltas_of(open_adaptation(source).to_lora(family_of(pipe.components), weight))  # type: ignore[union-attr]
 
 
 def of_unet(module: str) -> Tensor:

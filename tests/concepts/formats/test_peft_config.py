@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from customize.concepts.formats import peft_config
 from customize.concepts.formats.lora import Lora
-from customize.concepts.formats.open_adaptation import opened
+from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.formats.making import Deltas, assert_close, deltas_of, written
 from tests.tiny import tiny_flux, tiny_sd
 
 KNOWN = (
-    *(peft_config.APPLIED, peft_config.SHOWN_BY_KEYS, peft_config.NO_EFFECT),
+    *(peft_config.APPLIED, peft_config.VISIBLE_IN_KEYS, peft_config.NO_EFFECT),
     frozenset(peft_config.REFUSED),
 )
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -81,8 +81,8 @@ def changes(model: Any) -> Deltas:
 def read(source: Path) -> Lora:
     pipe = tiny_sd()
     weights = lambda _, module: pipe.unet.get_submodule(module).weight  # noqa: E731
-    found = opened(source)
-    return found.lora(family_of(pipe.components), weights)  # type: ignore[union-attr]
+    found = open_adaptation(source)
+    return found.to_lora(family_of(pipe.components), weights)  # type: ignore[union-attr]
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -172,7 +172,7 @@ def test_each_component_has_its_configuration(tmp_path: Path) -> None:
         "text_encoder.alpha_pattern": {"^text_model.encoder.*": 3},
     }
     file = written(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
-    found = opened(file).lora(family)  # type: ignore[union-attr]
+    found = open_adaptation(file).to_lora(family)  # type: ignore[union-attr]
     scales = {key: next(iter(own.values())).scale for key, own in found.products.items()}
     assert scales == {"unet": 4.0, "text_encoder": pytest.approx(3 / 2**0.5)}
 
@@ -223,7 +223,7 @@ def test_pissa_saved_against_its_start_is_a_plain_lora(tmp_path: Path) -> None:
             parameter.data += 0.05 * torch.randn(parameter.shape)
     model.save_pretrained(tmp_path / "plain")
     with pytest.raises(ConceptError, match=r"pissa_niter_4.*path_initial_model_for_weight_conv"):
-        opened(tmp_path / "plain")
+        open_adaptation(tmp_path / "plain")
     expected = changes(model)
     model.save_pretrained(
         tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
@@ -235,10 +235,10 @@ def test_pissa_needs_the_bases_weights(tmp_path: Path) -> None:
     trained(LoraConfig(r=2, init_lora_weights="pissa", target_modules=["to_q"])).save_pretrained(
         tmp_path
     )
-    found = opened(tmp_path)
-    assert found.needs_weights  # type: ignore[union-attr]
+    found = open_adaptation(tmp_path)
+    assert found.needs_base_weights  # type: ignore[union-attr]
     with pytest.raises(ConceptError, match=r"depends on the base model's weights"):
-        found.lora(family_of(tiny_sd().components))  # type: ignore[union-attr]
+        found.to_lora(family_of(tiny_sd().components))  # type: ignore[union-attr]
 
 
 def test_pissa_is_undone_bit_for_bit(tmp_path: Path) -> None:
@@ -291,13 +291,13 @@ def with_header(tmp_path: Path, **fields: Any) -> Path:
 )
 def test_what_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConceptError, match=message):
-        opened(with_header(tmp_path, **fields))
+        open_adaptation(with_header(tmp_path, **fields))
 
 
 def test_dora_without_magnitudes(tmp_path: Path) -> None:
-    file = opened(with_header(tmp_path, use_dora=True))
+    file = open_adaptation(with_header(tmp_path, use_dora=True))
     with pytest.raises(ConceptError, match="says that it is a DoRA"):
-        file.lora(family_of(tiny_flux().components))  # type: ignore[union-attr]
+        file.to_lora(family_of(tiny_flux().components))  # type: ignore[union-attr]
 
 
 def test_what_does_nothing_is_read_without_a_word(tmp_path: Path) -> None:
@@ -316,20 +316,20 @@ def test_what_does_nothing_is_read_without_a_word(tmp_path: Path) -> None:
     fields["peft_type"] = "LORA"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = opened(with_header(tmp_path, **fields))
-        products = found.lora(family_of(tiny_flux().components)).products  # type: ignore[union-attr]
+        found = open_adaptation(with_header(tmp_path, **fields))
+        products = found.to_lora(family_of(tiny_flux().components)).products  # type: ignore[union-attr]
     assert next(iter(products["transformer"].values())).scale == 1.0
 
 
 def test_an_unknown_field_that_is_set_is_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="sets new_thing, which is not known here"):
-        opened(with_header(tmp_path, new_thing=3, other_thing=None))
+        open_adaptation(with_header(tmp_path, new_thing=3, other_thing=None))
 
 
 def test_a_missing_alpha_is_pefts_default(tmp_path: Path) -> None:
     """As diffusers' LoraConfig(**header) has it."""
-    found = opened(with_header(tmp_path, lora_alpha=None))
-    update = found.lora(family_of(tiny_flux().components)).products["transformer"]  # type: ignore[union-attr]
+    found = open_adaptation(with_header(tmp_path, lora_alpha=None))
+    update = found.to_lora(family_of(tiny_flux().components)).products["transformer"]  # type: ignore[union-attr]
     assert next(iter(update.values())).scale == LoraConfig().lora_alpha / 2
 
 
@@ -340,7 +340,7 @@ def test_a_rank_that_the_tensors_show_goes_before_patterns(tmp_path: Path) -> No
 
 
 def first_update(file: Path) -> Any:
-    found = opened(file).lora(family_of(tiny_flux().components))  # type: ignore[union-attr]
+    found = open_adaptation(file).to_lora(family_of(tiny_flux().components))  # type: ignore[union-attr]
     return next(iter(found.products["transformer"].values()))
 
 
@@ -360,8 +360,8 @@ def test_a_configuration_that_may_be_another_files_is_named(tmp_path: Path) -> N
     path = written(tmp_path / "one.safetensors", tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opened(path)
+        open_adaptation(path)
         written(tmp_path / "two.safetensors", {f"{key}.diff": torch.ones(64, 64)})
-        opened(tmp_path / "two.safetensors")
+        open_adaptation(tmp_path / "two.safetensors")
     with pytest.warns(UserWarning, match=r"one\.safetensors: adapter_config\.json lies beside it"):
-        opened(path)
+        open_adaptation(path)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from customize.concepts.formats.lora import Lora
-from customize.concepts.formats.open_adaptation import opened
+from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.errors import ConceptError
 from customize.families import Family, family_of
 from tests.concepts.formats.making import (
@@ -44,7 +44,7 @@ def family(request) -> Family:
 
 
 def read(path: Path, family: Family) -> Lora:
-    return opened(path).lora(family)
+    return open_adaptation(path).to_lora(family)
 
 
 @pytest.mark.parametrize(
@@ -249,10 +249,10 @@ def test_a_second_denoiser_goes_by_its_own_name(tmp_path: Path) -> None:
         both, diffusers, (".lora_A.weight", ".lora_B.weight"), every=3, components=names
     )
     path = written(tmp_path / "a.safetensors", tensors)
-    assert_close(deltas_of(opened(path).lora(both)), deltas)
+    assert_close(deltas_of(open_adaptation(path).to_lora(both)), deltas)
     one = family_of(tiny_wan().components)
     with pytest.raises(ConceptError, match=r"not in this wan model.*transformer_2\.blocks"):
-        opened(path).lora(one)
+        open_adaptation(path).to_lora(one)
 
 
 def test_a_file_for_one_of_two_denoisers_is_told_where_it_goes(tmp_path: Path) -> None:
@@ -262,10 +262,10 @@ def test_a_file_for_one_of_two_denoisers_is_told_where_it_goes(tmp_path: Path) -
     )
     path = written(tmp_path / "some.safetensors", tensors)
     with pytest.warns(UserWarning, match=r"some\.safetensors.*transformer takes it.*transformer_2"):
-        found = opened(path).lora(both)
+        found = open_adaptation(path).to_lora(both)
     assert set(found.products) == {"transformer"}
     path = written(tmp_path / "low.safetensors", tensors)
-    assert set(opened(path).lora(both).products) == {"transformer_2"}
+    assert set(open_adaptation(path).to_lora(both).products) == {"transformer_2"}
 
 
 def test_trigger_words_come_from_the_header(tmp_path: Path) -> None:

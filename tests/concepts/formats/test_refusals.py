@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from customize.concepts.formats.lora import lora_file
-from customize.concepts.formats.open_adaptation import opened, opened_whole
+from customize.concepts.formats.lora import parse_lora_file
+from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.core.oft import oft_row_delta
 from customize.errors import ConceptError, CustomizeError, PipelineError
 from customize.families import Family, family_of
@@ -34,7 +34,7 @@ def test_another_familys_lora_is_named(sd: Family, tmp_path: Path) -> None:
     with pytest.raises(
         ConceptError, match="looks like a LoRA of flux, and this model is one of sd"
     ):
-        opened(path).lora(sd)
+        open_adaptation(path).to_lora(sd)
 
 
 def test_sdxls_lora_on_sd(sd: Family, tmp_path: Path) -> None:
@@ -42,8 +42,8 @@ def test_sdxls_lora_on_sd(sd: Family, tmp_path: Path) -> None:
     tensors = {f"{module}{ENDS[0]}": torch.ones(1, 2048), f"{module}{ENDS[1]}": torch.ones(1280, 1)}
     path = written(tmp_path / "x.safetensors", tensors)
     with pytest.raises(ConceptError, match="looks like a LoRA of sdxl"):
-        opened(path).lora(sd)
-    assert opened_whole(path).info.family == "sdxl"
+        open_adaptation(path).to_lora(sd)
+    assert open_without_pipeline(path).info.family == "sdxl"
 
 
 def test_keys_of_two_families(sd: Family, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_keys_of_two_families(sd: Family, tmp_path: Path) -> None:
     tensors |= {f"{extra}{end}": torch.ones(2, 2) for end in ENDS}
     path = written(tmp_path / "two.safetensors", tensors)
     with pytest.raises(ConceptError, match="it has keys of sd and of flux: lora_unet_double") as it:
-        opened(path).lora(sd)
+        open_adaptation(path).to_lora(sd)
     assert all(f"{extra}{end}" in str(it.value) for end in ENDS)
 
 
@@ -61,7 +61,7 @@ def test_an_unknown_layer_is_listed(sd: Family, tmp_path: Path) -> None:
     tensors |= {f"unet.no.such.layer{end}": torch.ones(2, 2) for end in ENDS}
     path = written(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ConceptError, match=r"1 of the file's .* unet\.no\.such\.layer\.lora_down"):
-        opened(path).lora(sd)
+        open_adaptation(path).to_lora(sd)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_keys_that_are_not_read(key: str, kind: str, sd: Family, tmp_path: Path)
     tensors = lora(sd, diffusers, ENDS, every=9)[0] | {key: torch.ones(4)}
     path = written(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ConceptError, match="nothing is loaded by half") as error:
-        opened(path)
+        open_adaptation(path)
     assert kind in str(error.value) and key in str(error.value)
 
 
@@ -86,10 +86,10 @@ def test_names_are_shown_only_up_to_a_length(sd: Family, tmp_path: Path) -> None
     path = tmp_path / "a.safetensors"
     for added in ({long: torch.ones(1)}, {f"unet.{long}{end}": torch.ones(2, 2) for end in ENDS}):
         with pytest.raises(ConceptError, match=r"a name of 1000\d\d characters"):
-            opened(written(path, tensors | added))
+            open_adaptation(written(path, tensors | added))
     header = json.dumps({"unet.alpha_pattern": {f"({long}": 1}})
     with pytest.raises(ConceptError, match="not a regular expression") as error:
-        opened(written(path, tensors, lora_adapter_metadata=header))
+        open_adaptation(written(path, tensors, lora_adapter_metadata=header))
     assert len(str(error.value)) < 1000
 
 
@@ -100,7 +100,7 @@ def test_what_is_not_whole(sd: Family, tmp_path: Path) -> None:
     for cut in (4, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:cut])
         with pytest.raises(ConceptError, match="damaged or no safetensors file"):
-            opened(path)
+            open_adaptation(path)
 
 
 @pytest.mark.parametrize("ending", [".bin", ".pt", ".ckpt"])
@@ -109,14 +109,14 @@ def test_pickles(ending: str, tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps({"a": 1}))
     for source in (path, tmp_path):
         with pytest.raises(ConceptError, match="can run code"):
-            opened(source)
+            open_adaptation(source)
 
 
 def test_a_folder_with_several_files(sd: Family, tmp_path: Path) -> None:
     for name in "ab":
         written(tmp_path / f"{name}.safetensors", lora(sd, diffusers, ENDS, every=9)[0])
     with pytest.raises(ConceptError, match="2 files that may be a LoRA"):
-        opened(tmp_path)
+        open_adaptation(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_layer_that_is_wrong(change: Any, message: str, sd: Family, tmp_path: 
     change(tensors, key)
     path = written(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ConceptError, match=message) as error:
-        opened(path).lora(sd)
+        open_adaptation(path).to_lora(sd)
     assert key.rpartition(".")[2] in str(error.value)
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_layer_is_blamed_on_no_other_family(sd: Family, tmp_path: Path
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {f"{key}{end}": torch.ones(3) for end in ENDS}
     with pytest.raises(ConceptError, match="is no matrix") as error:
-        opened(written(tmp_path / "a.safetensors", tensors)).lora(sd)
+        open_adaptation(written(tmp_path / "a.safetensors", tensors)).to_lora(sd)
     assert "sdxl" not in str(error.value)
 
 
@@ -168,7 +168,7 @@ def test_two_spellings_of_one_layer(sd: Family, tmp_path: Path) -> None:
     tensors = lora(sd, diffusers, ENDS, every=50)[0] | lora(sd, kohya(sd), ENDS, every=50)[0]
     path = written(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ConceptError, match="change the same layer"):
-        opened(path).lora(sd)
+        open_adaptation(path).to_lora(sd)
 
 
 def test_a_text_encoder_that_the_pipeline_lacks(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_text_encoder_that_the_pipeline_lacks(tmp_path: Path) -> None:
     path = written(tmp_path / "a.safetensors", lora(whole, kohya(whole), ENDS, every=3)[0])
     pipe.text_encoder_2 = None
     with pytest.raises(PipelineError, match=r"second text encoder, which this pipeline lacks"):
-        opened(path).lora(family_of(pipe.components))
+        open_adaptation(path).to_lora(family_of(pipe.components))
 
 
 def test_t5_takes_no_adapter(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_t5_takes_no_adapter(tmp_path: Path) -> None:
     tensors |= {f"{name}{end}": torch.ones(2, 2) for end in ENDS}
     path = written(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ConceptError, match="changes the T5, which takes no adapter in family flux"):
-        opened(path).lora(flux)
+        open_adaptation(path).to_lora(flux)
 
 
 @pytest.mark.parametrize(
@@ -207,13 +207,13 @@ def test_a_header_that_is_wrong(header: str, sd: Family, tmp_path: Path) -> None
     tensors = lora(sd, diffusers, ENDS, every=9)[0]
     path = written(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=header)
     with pytest.raises(ConceptError, match="adapter's"):
-        opened(path)
+        open_adaptation(path)
 
 
 def test_a_file_of_no_known_model(tmp_path: Path) -> None:
     tensors = {f"lora_unet_blocks_0_thing{end}": torch.ones(2, 2) for end in ENDS}
     with pytest.raises(ConceptError, match=r"no published model .* lora_unet_blocks_0_thing"):
-        opened_whole(written(tmp_path / "a.safetensors", tensors))
+        open_without_pipeline(written(tmp_path / "a.safetensors", tensors))
 
 
 # A layer of each kind, so that whatever goes wrong meets every path.
@@ -248,7 +248,7 @@ def test_a_file_is_read_wholly_or_not_at_all(data: st.DataObject, sd: Family) ->
     changed = {renamed.get(k, k): t for k, t in tensors.items() if k not in dropped}
     changed |= {key: torch.ones(2, 2) for key in added if key not in changed}
     try:
-        found = lora_file("a", "a", changed, {}).lora(sd)
+        found = parse_lora_file("a", "a", changed, {}).to_lora(sd)
     except CustomizeError as error:
         assert changed != tensors and str(error)
         return

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import customize  # noqa: F401
 from customize.concepts.formats.layer_updates import update_of
-from customize.concepts.formats.tensor_keys import Group
+from customize.concepts.formats.tensor_keys import TensorGroup
 from customize.core.lowrank import LowRank, to_dense
 from tests.concepts.formats.making import written
 from tests.tiny_video import tiny_wan
@@ -43,7 +43,7 @@ def made(parts: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...] =
     given_parts = {name: strided(part) for name, part in parts.items()}
     if alpha is not None:
         given_parts["alpha"] = torch.full(shape, alpha)
-    group = Group("layer", given_parts, dict.fromkeys(given_parts, "layer.key"))
+    group = TensorGroup("layer", given_parts, dict.fromkeys(given_parts, "layer.key"))
     # A file without alpha and configuration: alpha is the rank.
     return update_of(group, lambda rank: 1.0, lambda: pytest.fail("no weight is needed"))
 

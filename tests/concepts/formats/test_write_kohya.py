@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from customize.concepts.adapter import file_name
-from customize.concepts.formats.lora import Lora, LoraInfo, lora_file
-from customize.concepts.formats.open_adaptation import opened, opened_whole
+from customize.concepts.formats.lora import Lora, LoraInfo, parse_lora_file
+from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.concepts.formats.write_kohya import kohya_tensors
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.merge.merge_concepts import merge
@@ -45,10 +45,10 @@ def test_what_is_written_is_read_again(name: str, every: int, tmp_path: Path) ->
     """Also where just some of the layers are changed that the original computes as one."""
     family = family_of(MAKERS[name]().components)
     tensors, deltas = lora(family, diffusers, ENDS, every=every)
-    found = opened(written(tmp_path / "a.safetensors", tensors)).lora(family)
+    found = open_adaptation(written(tmp_path / "a.safetensors", tensors)).to_lora(family)
     back = kohya_tensors(found.products, family)
     assert all(key.startswith(("lora_unet_", "lora_te")) for key in back)
-    again = deltas_of(lora_file("b", "b", back, {}).lora(family))
+    again = deltas_of(parse_lora_file("b", "b", back, {}).to_lora(family))
     # The layers left alone that are one with others in the file come back as zeros.
     zeros = {place: delta for place, delta in again.items() if place not in deltas}
     assert not any(bool(delta.any()) for delta in zeros.values())
@@ -166,14 +166,14 @@ def test_convolutions_keep_their_shape(layout: str, tmp_path: Path) -> None:
     shapes = {tuple(tensor.shape) for tensor in load_file(path).values()}
     assert {(2, 4, 3, 3), (320, 2, 1, 1), (2, 320, 1, 1)} <= shapes
     expected = {k: 2 * v for k, v in deltas_of(made).items()}
-    assert_close(deltas_of(opened_whole(path)), expected)
+    assert_close(deltas_of(open_without_pipeline(path)), expected)
 
 
 def test_stock_diffusers_reads_a_merged_convolution(tmp_path: Path) -> None:
     pipe: StableDiffusionPipeline = tiny_sd()
     family: Family = family_of(pipe.components)
     tensors, _ = lora(family, diffusers, ENDS, every=3)
-    found = opened(written(tmp_path / "s.safetensors", tensors)).lora(family)
+    found = open_adaptation(written(tmp_path / "s.safetensors", tensors)).to_lora(family)
     write_merged([found], [0.5], tmp_path / "out", family=family)
     pipe.load_lora_weights(tmp_path / "out")
     ours = tiny_sd().load_custom(tmp_path / "s.safetensors", weights=[0.5])
@@ -186,7 +186,7 @@ def test_a_lora_and_a_concept_merge_by_the_same_sum(tmp_path: Path) -> None:
     pipe = tiny_sd()
     family = family_of(pipe.components)
     tensors, deltas = lora(family, diffusers, ENDS, every=2)
-    style = opened(written(tmp_path / "style.safetensors", tensors)).lora(family)
+    style = open_adaptation(written(tmp_path / "style.safetensors", tensors)).to_lora(family)
     rex = concept(pipe)
     summed = Lora(style.info, merge([rex, style], [0.5, 2.0]))
     expected = {place: 2.0 * delta for place, delta in deltas.items()}

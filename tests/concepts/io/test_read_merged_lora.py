@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from customize.concepts.adapter import file_name
 from customize.concepts.formats.lora import Lora
-from customize.concepts.formats.open_adaptation import opened, opened_whole
+from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.concepts.io.read_merged_lora import MERGED_HEADER
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.library.library import Library, add
@@ -114,7 +114,7 @@ def test_its_numbers_are_those_of_the_concepts(
     pipe = tiny_sd()
     concepts = make(pipe)
     write_merged(concepts, WEIGHTS, tmp_path / "duo", layout=layout)
-    found = opened_whole(tmp_path / "duo")
+    found = open_without_pipeline(tmp_path / "duo")
     assert isinstance(found, Lora)
     assert found.info.fingerprint == concepts[0].info.fingerprint
     expected = Lora(found.info, merge(concepts, WEIGHTS))
@@ -145,7 +145,7 @@ def test_layers_that_the_original_has_as_one_are_taken_apart(tmp_path: Path) -> 
     some = replace(rex, products={**rex.products, "transformer": part})
     family = family_of(pipe.components)
     write_merged([some], [1.0], tmp_path / "duo", layout="kohya", family=family)
-    assert_close(deltas_of(opened_whole(tmp_path / "duo")), by_file_names(some))
+    assert_close(deltas_of(open_without_pipeline(tmp_path / "duo")), by_file_names(some))
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
@@ -153,7 +153,7 @@ def test_a_merge_is_merged_again(layout: str, tmp_path: Path) -> None:
     pipe = tiny_sd()
     rex, tom, max_ = *two(pipe), concept(pipe, "max", index=2)
     write_merged([rex, tom], WEIGHTS, tmp_path / "duo", layout=layout)
-    write_merged([opened_whole(tmp_path / "duo"), max_], [0.5, 1.0], tmp_path / "trio")
+    write_merged([open_without_pipeline(tmp_path / "duo"), max_], [0.5, 1.0], tmp_path / "trio")
     prompt = f"{PROMPT} with <max>"
     found = draw(pipe.load_custom(tmp_path / "trio"), prompt)
     assert pipe.custom.rows[0].trigger == "<rex> and <tom> and <max>"
@@ -191,13 +191,13 @@ def test_a_pair_of_denoisers_needs_both_files(tmp_path: Path) -> None:
     write_merged(two(pipe), WEIGHTS, tmp_path / "duo")
     (tmp_path / "duo" / "pytorch_lora_weights_2.safetensors").unlink()
     with pytest.raises(ConceptError, match=r"lacks its updates of transformer_2.*weights_2"):
-        opened(tmp_path / "duo")
+        open_adaptation(tmp_path / "duo")
 
 
 def test_a_concept_by_its_lora_file_is_the_concept(tmp_path: Path) -> None:
     rex = small()
     rex.save(tmp_path / "rex")
-    found = opened(tmp_path / "rex" / "pytorch_lora_weights.safetensors")
+    found = open_adaptation(tmp_path / "rex" / "pytorch_lora_weights.safetensors")
     assert found.info == rex.info and found.source == tmp_path / "rex"
 
 
@@ -229,7 +229,7 @@ def test_two_subjects_of_one_trigger_are_refused(tmp_path: Path) -> None:
     rex, tom = two(pipe)
     write_merged([rex, tom], WEIGHTS, tmp_path / "duo")
     with pytest.raises(ConceptError, match="rex and rex, have the same trigger <rex>"):
-        write_merged([rex, opened_whole(tmp_path / "duo")], WEIGHTS, tmp_path / "trio")
+        write_merged([rex, open_without_pipeline(tmp_path / "duo")], WEIGHTS, tmp_path / "trio")
     assert not (tmp_path / "trio").exists()
 
 
@@ -250,7 +250,7 @@ def test_a_damaged_header_is_refused(damage: str, tmp_path: Path) -> None:
         header = file.metadata()
     save_file(load_file(path), path, header | {SUBJECTS_HEADER: DAMAGES[damage]})
     with pytest.raises(ConceptError, match="trigger embeddings"):
-        opened(tmp_path / "duo")
+        open_adaptation(tmp_path / "duo")
 
 
 def test_a_header_that_places_rows_nowhere_is_refused(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_header_that_places_rows_nowhere_is_refused(tmp_path: Path) -> None:
     facts["layers"] = {k: [[*v[0][:2], 0, 10**6]] for k, v in facts["layers"].items()}
     save_file(load_file(path), path, header | {MERGED_HEADER: json.dumps(facts)})
     with pytest.raises(ConceptError, match="header and its updates disagree"):
-        opened(path)
+        open_adaptation(path)
 
 
 shapes = st.one_of(

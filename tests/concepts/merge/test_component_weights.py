@@ -5,7 +5,7 @@ import torch
 
 from customize.concepts.formats.lora import Lora, LoraInfo
 from customize.concepts.input_statistics import LayerInputs
-from customize.concepts.merge.component_weights import BlockWeights, checked, weight_of
+from customize.concepts.merge.component_weights import BlockWeights, layer_weight, parse_weight
 from customize.concepts.merge.merge_concepts import merge
 from customize.core.lowrank import LowRank, to_dense
 from customize.errors import ConfigError
@@ -32,7 +32,7 @@ LAYERS = {
 
 
 def of(given, component, module):
-    return weight_of(checked("rex", given, LAYERS, ["unet"]), component, module)
+    return layer_weight(parse_weight("rex", given, LAYERS, ["unet"]), component, module)
 
 
 @pytest.mark.parametrize(
@@ -73,24 +73,28 @@ def test_text_encoders_by_either_name_of_their_layers():
 
 def test_block_1_is_not_the_beginning_of_block_10():
     layers = {"transformer": [f"blocks.{n}.to_q" for n in range(12)]}
-    weight = checked("rex", {"blocks": {"block_1": 0.5}}, layers, ["transformer"])
-    assert [weight.of("transformer", f"blocks.{n}.to_q") for n in (1, 10, 11)] == [0.5, 1.0, 1.0]
-    each = checked("rex", {"blocks": [0.1 * n for n in range(12)]}, layers, ["transformer"])
-    assert each.of("transformer", "blocks.10.to_q") == 1.0
+    weight = parse_weight("rex", {"blocks": {"block_1": 0.5}}, layers, ["transformer"])
+    assert [weight.for_layer("transformer", f"blocks.{n}.to_q") for n in (1, 10, 11)] == [
+        0.5,
+        1.0,
+        1.0,
+    ]
+    each = parse_weight("rex", {"blocks": [0.1 * n for n in range(12)]}, layers, ["transformer"])
+    assert each.for_layer("transformer", "blocks.10.to_q") == 1.0
 
 
 def test_two_denoisers_have_blocks_of_the_same_names():
     layers = {key: ["blocks.0.to_q"] for key in ("transformer", "transformer_2")}
-    weight = checked("rex", {"blocks": 0.5, "transformer_2": 0.2}, layers, [*layers])
-    assert weight.of("transformer", "blocks.0.to_q") == 0.5
-    other = checked("rex", {"transformer_2": {"blocks": 0.2}}, layers, [*layers])
-    assert other.of("transformer", "blocks.0.to_q") == 1.0
+    weight = parse_weight("rex", {"blocks": 0.5, "transformer_2": 0.2}, layers, [*layers])
+    assert weight.for_layer("transformer", "blocks.0.to_q") == 0.5
+    other = parse_weight("rex", {"transformer_2": {"blocks": 0.2}}, layers, [*layers])
+    assert other.for_layer("transformer", "blocks.0.to_q") == 1.0
 
 
 @pytest.mark.parametrize("given", [{"unet": {"time_embedding": [1, 2]}}, {"mid": [1, 2]}, {"x": 1}])
 def test_refused(given):
     with pytest.raises(ConfigError):
-        checked("rex", given, LAYERS, ["unet"])
+        parse_weight("rex", given, LAYERS, ["unet"])
 
 
 def lora(name, seed, layers=("a", "b")):

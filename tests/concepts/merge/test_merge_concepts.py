@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from customize.concepts.formats.lora import Lora, LoraInfo
-from customize.concepts.merge.merge_concepts import METHODS, merge, merging
+from customize.concepts.merge.merge_concepts import METHODS, merge, plan_merge
 from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank, to_dense
 from customize.core.merges import MERGES
@@ -145,12 +145,12 @@ def test_a_subject_and_a_style_are_balanced_over_all_layers(concepts: list[Conce
 
 
 def test_what_is_wider_than_its_concepts_is_narrowed_and_nothing_else(concepts) -> None:
-    wide = merging(concepts, [1.0, 1.0], "ties")["unet"]["mid.attn1.to_q"]
-    exact = to_dense(wide.merged())
-    found = wide.narrowed()
-    assert (wide.merged().rank, found.rank) == (8, 5)
+    wide = plan_merge(concepts, [1.0, 1.0], "ties")["unet"]["mid.attn1.to_q"]
+    exact = to_dense(wide.compute())
+    found = wide.truncate()
+    assert (wide.compute().rank, found.rank) == (8, 5)
     best = torch.linalg.svdvals(exact)[5:].square().sum().sqrt()
     error = torch.linalg.matrix_norm(to_dense(found) - exact)
     assert float(error) == pytest.approx(float(best), rel=0.01)
-    summed = merging(concepts, [1.0, 1.0])["unet"]["mid.attn1.to_q"]
-    assert torch.equal(to_dense(summed.narrowed()), to_dense(summed.merged()))
+    summed = plan_merge(concepts, [1.0, 1.0])["unet"]["mid.attn1.to_q"]
+    assert torch.equal(to_dense(summed.truncate()), to_dense(summed.compute()))

@@ -39,9 +39,7 @@ def is_partial(name: str) -> bool:
 
 
 @contextmanager
-def partial_file(
-    path: Path, *, folder: Path | None = None, new: bool = False
-) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, folder: Path | None = None, new: bool = False) -> Iterator[BinaryIO]:
     """A file to write into, which takes its target's place at the end, on the disk itself.
 
     After an error there is what was there before, and no partial file.
@@ -66,7 +64,7 @@ def partial_file(
             _place_new(partial, path)
         else:
             os.replace(partial, path)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -91,13 +89,13 @@ def partial_folder(path: Path) -> Iterator[Path]:
         _unlock(lock)
 
 
-def put_file(path: Path, data: bytes, *, folder: Path | None = None, new: bool = False) -> None:
-    """Write a file atomically, see :func:`partial_file`."""
-    with partial_file(path, folder=folder, new=new) as file:
+def write_atomic(path: Path, data: bytes, *, folder: Path | None = None, new: bool = False) -> None:
+    """Write a file atomically, see :func:`atomic_file`."""
+    with atomic_file(path, folder=folder, new=new) as file:
         file.write(data)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_new_file(path: Path, data: bytes) -> None:
     """Write a new file to the disk itself; FileExistsError where there is one."""
     with open(path, "xb") as file:
         file.write(data)
@@ -105,7 +103,7 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make renames and new files in a folder outlast a power cut."""
     if os.name != "posix":  # elsewhere a folder cannot be opened, and renames are durable
         return
@@ -119,7 +117,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(folder: Path) -> None:
+def delete_leftovers(folder: Path) -> None:
     """Delete what killed processes left half written in a folder; what cannot be deleted stays."""
     with suppress(OSError):
         for name in os.listdir(folder):
@@ -153,7 +151,7 @@ def _is_left(path: str) -> bool:
 
 def _hidden(path: Path, folder: Path | None = None) -> Path:
     folder = path.parent if folder is None else folder
-    sweep(folder)
+    delete_leftovers(folder)
     start = os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])
     return folder / f".{start}.{secrets.token_hex(4)}.partial"
 

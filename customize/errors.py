@@ -6,10 +6,10 @@ import errno
 import os
 import re
 
-from customize.text import one_line, shortened
+from customize.text import one_line, shorten
 
 #: Most characters of what was wrong and of what to do, and of where.
-MAX_WHAT, MAX_WHERE = 2000, 1000
+MAX_MESSAGE_LENGTH, MAX_LOCATION_LENGTH = 2000, 1000
 
 __all__ = [
     "ConceptError",
@@ -37,16 +37,16 @@ class CustomizeError(Exception):
     def __init__(self, what: str, *, where: object | None = None, fix: str | None = None) -> None:
         # Only `what` goes to Exception.args: unpickling calls the class with args and then restores
         # the attributes, so subclasses need no pickling code of their own.
-        what = shortened(what, MAX_WHAT)
+        what = shorten(what, MAX_MESSAGE_LENGTH)
         super().__init__(what)
         self.what = what
-        self.where = None if where is None else shortened(str(where), MAX_WHERE)
-        self.fix = None if fix is None else shortened(fix, MAX_WHAT)
+        self.where = None if where is None else shorten(str(where), MAX_LOCATION_LENGTH)
+        self.fix = None if fix is None else shorten(fix, MAX_MESSAGE_LENGTH)
 
     def __str__(self) -> str:
         text = _sentence(self.what)
         if self.where:
-            text += f" ({shortened(one_line(self.where), MAX_WHERE)})"
+            text += f" ({shorten(one_line(self.where), MAX_LOCATION_LENGTH)})"
         if not text.endswith(("!", "?")):
             text += "."
         if self.fix:
@@ -87,7 +87,7 @@ class StorageError(CustomizeError):
 
 
 #: errno -> what it means for what is written, and what to do about it.
-DISK = {
+DISK_ERRORS = {
     errno.ENOSPC: ("the disk is full", "free some space, and run again"),
     errno.EDQUOT: ("the disk is full: the quota is used up", "free some space, and run again"),
     errno.EFBIG: (
@@ -123,7 +123,7 @@ def storage_error(
         fix: what to do where the disk is neither full nor read-only.
     """
     code = system_errno(error)
-    reason, advice = DISK.get(code or 0, ("", ""))
+    reason, advice = DISK_ERRORS.get(code or 0, ("", ""))
     if reason and not what:
         return StorageError(reason, where=where, fix=advice)
     strerror = error.strerror if isinstance(error, OSError) else os.strerror(code or 0)
@@ -136,4 +136,4 @@ def storage_error(
 
 def _sentence(text: str) -> str:
     # Again, as an escape is longer than the character that it stands for.
-    return shortened(one_line(text).rstrip(". "), MAX_WHAT)
+    return shorten(one_line(text).rstrip(". "), MAX_MESSAGE_LENGTH)

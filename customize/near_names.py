@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 #: What other trainers and diffusers call it -> what it is called here.
-ELSEWHERE = {
+SYNONYMS = {
     "bs": "batch_size",
     "caption_dropout_rate": "caption_dropout",
     "center_crop": "resolution",
@@ -79,7 +79,7 @@ _CUTOFF = 0.6
 _MAX_LENGTH = 200
 
 
-def near(name: object, known: Iterable[str], most: int = 3) -> list[str]:
+def find_near_names(name: object, known: Iterable[str], most: int = 3) -> list[str]:
     """The known names that are likely to be meant, the likeliest first.
 
     A name counts as near that another program uses for it, whose words begin with its letters
@@ -97,7 +97,7 @@ def near(name: object, known: Iterable[str], most: int = 3) -> list[str]:
     by_plain: dict[str, str] = {}
     for each in names:
         by_plain.setdefault(_plain(each), each)
-    elsewhere = _plain(ELSEWHERE.get(given.replace(" ", "_"), ""))
+    elsewhere = _plain(SYNONYMS.get(given.replace(" ", "_"), ""))
     if given in by_plain:
         return [by_plain[given]]
     found = [elsewhere] if elsewhere in by_plain else []
@@ -109,11 +109,11 @@ def near(name: object, known: Iterable[str], most: int = 3) -> list[str]:
 
 def did_you_mean(name: object, known: Collection[str], most: int = 3) -> str:
     """``"did you mean a or b?"``, or nothing where no known name is near."""
-    found = near(name, known, most)
+    found = find_near_names(name, known, most)
     return f"did you mean {' or '.join(found)}?" if found else ""
 
 
-def choose_from(name: object, known: Collection[str], otherwise: str = "") -> str:
+def suggest_names(name: object, known: Collection[str], otherwise: str = "") -> str:
     """What to do where an unknown name was given: the near ones, and all there are, at most 40.
 
     Args:
@@ -155,7 +155,7 @@ def _contains(given: str, name: str) -> bool:
     return bool(a) and bool(b) and (a <= b or b <= a)
 
 
-def near_path(path: object, most: int = 3) -> list[str]:
+def find_near_paths(path: object, most: int = 3) -> list[str]:
     """Files and folders that are there and are written much like a path that is not.
 
     Args:
@@ -168,15 +168,15 @@ def near_path(path: object, most: int = 3) -> list[str]:
         with os.scandir(folder) as inside:
             names = sorted(each.name for each in inside if not each.name.startswith("."))[:10_000]
         by_stem = {Path(name).stem: name for name in reversed(names)} | {n: n for n in names}
-        found = [by_stem[name] for name in near(missing.stem, by_stem, most)]
-        found += [by_stem[name] for name in near(missing.name, by_stem, most)]
+        found = [by_stem[name] for name in find_near_names(missing.stem, by_stem, most)]
+        found += [by_stem[name] for name in find_near_names(missing.name, by_stem, most)]
         there = [folder / name / rest for name in dict.fromkeys(found)]
         return [str(each) for each in there if os.path.lexists(each)][:most]
     except (OSError, ValueError, RuntimeError, StopIteration):
         return []
 
 
-def check_path(path: object, otherwise: str) -> str:
+def suggest_paths(path: object, otherwise: str) -> str:
     """What to do where a path is not there: name one that is near, else something."""
-    found = near_path(path)
+    found = find_near_paths(path)
     return f"did you mean {' or '.join(found)}? If not, {otherwise}" if found else otherwise

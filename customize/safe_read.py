@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 MB = 2**20
 #: Most bytes of a JSON or text file that is a page or so long.
-MAX_PAGE = MB
+MAX_TEXT_BYTES = MB
 #: Most bytes of a JSON or text file with a row for each of many things.
-MAX_TABLE = 64 * MB
+MAX_TABLE_BYTES = 64 * MB
 #: Most bytes of a picture file; 89 million pixels of 16 bits and four channels have 716 MB.
-MAX_PICTURE = 1024 * MB
+MAX_IMAGE_BYTES = 1024 * MB
 #: Most bytes of a safetensors file with what one concept learned.
-MAX_TENSORS = 8 * 1024 * MB
+MAX_SAFETENSORS_BYTES = 8 * 1024 * MB
 #: Most bytes of a safetensors header, as the format has it.
-MAX_HEADER = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -54,7 +54,7 @@ _FLOATS = {
 _SPARSE = 256 * MB  # smaller files are read even if they have holes
 
 
-def present(path: str | Path) -> bool:
+def path_exists(path: str | Path) -> bool:
     """Whether anything has this path: also what cannot be read, so that reading it names the cause.
 
     Unlike ``is_file`` it is true of a FIFO, a dangling link, and in a folder that forbids looking.
@@ -147,7 +147,7 @@ def read_json(path: str | Path, limit: int) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def read_safetensors(path: str | Path, limit: int = MAX_TENSORS) -> bytes:
+def read_safetensors(path: str | Path, limit: int = MAX_SAFETENSORS_BYTES) -> bytes:
     """The content of a safetensors file whose header accounts for every byte of it.
 
     The header is compared with the size before the rest is read, so that a file that is cut short
@@ -163,7 +163,7 @@ def read_safetensors(path: str | Path, limit: int = MAX_TENSORS) -> bytes:
         return _content(file)
 
 
-def safetensors_header(path: str | Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+def read_safetensors_header(path: str | Path) -> tuple[dict[str, list[int]], dict[str, str]]:
     """(tensor name -> shape, metadata) of a safetensors file of any size; no tensor is read.
 
     Raises:
@@ -177,7 +177,7 @@ def safetensors_header(path: str | Path) -> tuple[dict[str, list[int]], dict[str
 
 
 @contextmanager
-def mapped_floats(path: str | Path) -> Iterator[Iterator[Tensor]]:
+def map_float_tensors(path: str | Path) -> Iterator[Iterator[Tensor]]:
     """Within it, the floating-point tensors of a safetensors file of any size, one by one.
 
     They are mapped from the file: only what is looked at is read, and nothing may be written.
@@ -210,7 +210,7 @@ def mapped_floats(path: str | Path) -> Iterator[Iterator[Tensor]]:
         yield tensors()
 
 
-def check_regular(folder: str | Path, depth: int = 2) -> None:
+def check_regular_files(folder: str | Path, depth: int = 2) -> None:
     """Refuse a folder in which a FIFO, a socket, a device or a sparse file lies where another
     library reads files.
 
@@ -231,7 +231,7 @@ def check_regular(folder: str | Path, depth: int = 2) -> None:
                 if status.st_size > _SPARSE:
                     open_regular(entry.path, status.st_size).close()
             elif depth > 1:
-                check_regular(entry.path, depth - 1)
+                check_regular_files(entry.path, depth - 1)
 
 
 def _check_kind(status: os.stat_result, path: str | Path) -> None:
@@ -256,7 +256,7 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, checked against its size; and where the tensors begin."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
-    if not 2 <= length <= min(MAX_HEADER, size - 8):
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise ValueError("its header is longer than the file")
     start = 8 + length
     try:

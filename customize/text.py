@@ -21,7 +21,7 @@ _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = _REPR.maxdi
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 1000
 
 
-def shortened(text: str, most: int) -> str:
+def shorten(text: str, most: int) -> str:
     """A text of at most so many characters: its middle is left out, with a note that it is."""
     if len(text) <= most:
         return text
@@ -30,7 +30,7 @@ def shortened(text: str, most: int) -> str:
     return text[: max(most - last - len(note), 0)] + note + text[len(text) - last :]
 
 
-def quoted(value: object, most: int = 200) -> str:
+def quote(value: object, most: int = 200) -> str:
     """A value from a caller or a file as Python writes it, in at most so many characters."""
     if isinstance(value, str | bytes):
         value = value[: most + 1]  # not all of it is escaped only to be left out
@@ -38,10 +38,10 @@ def quoted(value: object, most: int = 200) -> str:
         text = _REPR.repr(value)
     except Exception:  # a number of over 4300 digits, or a class whose repr fails
         text = f"a value of type {type(value).__name__}"
-    return shortened(text, most)
+    return shorten(text, most)
 
 
-def harmless(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """A text with everything but printable characters and newlines escaped, as Python would.
 
     Of C0 and C1 control characters, bidirectional and other invisible marks, and halves of
@@ -59,10 +59,10 @@ def harmless(text: str) -> str:
 
 def one_line(text: str) -> str:
     """The same on a single line."""
-    return harmless(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+    return escape_unprintable(" ".join(line.strip() for line in text.splitlines() if line.strip()))
 
 
-def markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """A text on one line of Markdown, or in a cell of its tables, that shows as it is.
 
     It cannot become a link, a picture, a heading, markup or HTML, nor leave its cell.

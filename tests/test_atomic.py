@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from customize import atomic
-from customize.atomic import partial_file, partial_folder, put_file, sweep
+from customize.atomic import atomic_file, delete_leftovers, partial_folder, write_atomic
 
 PROGRAM = """
 import sys, time
@@ -47,19 +47,19 @@ def test_leftovers_go_when_their_writer_is_dead_and_not_before(tmp_path: Path, k
     process = writer(kind, tmp_path / "rex")
     (partial,) = tmp_path.iterdir()
     assert partial.name.startswith(".rex.") and atomic.is_partial(partial.name)
-    put_file(tmp_path / "tom", b"1")
+    write_atomic(tmp_path / "tom", b"1")
     assert partial.exists()
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert partial.exists()
-    put_file(tmp_path / "tom", b"2")
+    write_atomic(tmp_path / "tom", b"2")
     assert [path.name for path in tmp_path.iterdir()] == ["tom"]
 
 
 def test_what_one_is_writing_oneself_is_not_swept(tmp_path: Path) -> None:
-    with partial_folder(tmp_path / "a") as folder, partial_file(tmp_path / "b") as file:
-        sweep(tmp_path)
-        put_file(tmp_path / "c", b"c")
+    with partial_folder(tmp_path / "a") as folder, atomic_file(tmp_path / "b") as file:
+        delete_leftovers(tmp_path)
+        write_atomic(tmp_path / "c", b"c")
         (folder / "part").write_bytes(b"")
         file.write(b"b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
@@ -74,30 +74,30 @@ def test_only_leftovers_of_ours_are_swept(tmp_path: Path) -> None:
     (tmp_path / ".old.0123abcd.partial").mkdir()
     (tmp_path / ".old.0123abcd.partial" / "weights").write_bytes(b"x" * 100)
     before = {path.name for path in tmp_path.iterdir()}
-    sweep(tmp_path)
+    delete_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == before - {".old.0123abcd.partial"}
-    sweep(tmp_path / "none")
+    delete_leftovers(tmp_path / "none")
 
 
 def test_a_fresh_one_is_left_as_it_may_not_be_locked_yet(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(atomic, "_FRESH", 60.0)
     (tmp_path / ".a.0123abcd.partial").write_bytes(b"x")
-    sweep(tmp_path)
+    delete_leftovers(tmp_path)
     assert (tmp_path / ".a.0123abcd.partial").exists()
     os.utime(tmp_path / ".a.0123abcd.partial", (1, 1))
-    sweep(tmp_path)
+    delete_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 255, "é" * 127, os.fsdecode(b"\xff" * 255)])
 def test_any_name_that_a_file_can_have_is_written(tmp_path: Path, name: str) -> None:
-    put_file(tmp_path / name, b"1")
-    put_file(tmp_path / name, b"2")
+    write_atomic(tmp_path / name, b"1")
+    write_atomic(tmp_path / name, b"2")
     assert (tmp_path / name).read_bytes() == b"2" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_new_file_replaces_none(tmp_path: Path, monkeypatch) -> None:
-    put_file(tmp_path / "a", b"1", new=True)
+    write_atomic(tmp_path / "a", b"1", new=True)
 
     def refuse(*args: object) -> None:
         raise OSError(1, "Operation not permitted")
@@ -105,16 +105,16 @@ def test_a_new_file_replaces_none(tmp_path: Path, monkeypatch) -> None:
     for link in (os.link, refuse):  # some file systems have no links
         monkeypatch.setattr(os, "link", link)
         with pytest.raises(FileExistsError):
-            put_file(tmp_path / "a", b"2", new=True)
-        put_file(tmp_path / f"b{link is refuse}", b"2", new=True)
+            write_atomic(tmp_path / "a", b"2", new=True)
+        write_atomic(tmp_path / f"b{link is refuse}", b"2", new=True)
     assert (tmp_path / "a").read_bytes() == b"1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "bFalse", "bTrue"]
 
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
-    put_file(tmp_path / "a", b"1")
+    write_atomic(tmp_path / "a", b"1")
     for target in (tmp_path / "a", tmp_path / "b"):
-        with pytest.raises(KeyboardInterrupt), partial_file(target) as file:
+        with pytest.raises(KeyboardInterrupt), atomic_file(target) as file:
             file.write(b"2")
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt), partial_folder(tmp_path / "c"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from customize.concepts.merge.merge_concepts import METHODS, check_method
 from customize.errors import ConfigError, CustomizeError
 from customize.families import family_of
-from customize.near_names import check_path, choose_from, near, near_path
+from customize.near_names import find_near_names, find_near_paths, suggest_names, suggest_paths
 from customize.training.config import TrainConfig
 from tests.pipeline.making import concept
 from tests.tiny import tiny_sd
@@ -48,7 +48,7 @@ MEANT = {
 
 @pytest.mark.parametrize("given_", MEANT)
 def test_settings_by_other_trainers_names_and_slips(given_: str) -> None:
-    assert near(given_, SETTINGS)[0] == MEANT[given_]
+    assert find_near_names(given_, SETTINGS)[0] == MEANT[given_]
     with pytest.raises(ConfigError, match=rf"not a setting; did you mean {MEANT[given_]}"):
         TrainConfig(**{given_: 1, "base": "b"})
 
@@ -58,20 +58,20 @@ def test_a_name_with_one_letter_left_out_is_found(name: str, data: Any) -> None:
     k = data.draw(st.integers(0, len(name) - 1))
     slip = name[:k] + name[k + 1 :]
     if len(slip) > 3:
-        assert name in near(slip, SETTINGS) or slip in SETTINGS
+        assert name in find_near_names(slip, SETTINGS) or slip in SETTINGS
 
 
 @given(st.one_of(st.text(), st.none(), st.integers(), st.binary()))
 def test_whatever_is_given_only_known_names_are_suggested(given_: object) -> None:
-    assert set(near(given_, SETTINGS)) <= set(SETTINGS)
-    assert len(choose_from(given_, SETTINGS)) < 1500
+    assert set(find_near_names(given_, SETTINGS)) <= set(SETTINGS)
+    assert len(suggest_names(given_, SETTINGS)) < 1500
 
 
 def test_what_is_far_from_all_names_lists_them() -> None:
-    assert near("zzzz", METHODS) == []
-    assert choose_from("zzzz", METHODS).startswith("choose from sum, ")
-    assert choose_from("x", [], otherwise="load it first") == "load it first"
-    assert len(choose_from("x", [f"name-{n}" for n in range(10_000)])) < 600
+    assert find_near_names("zzzz", METHODS) == []
+    assert suggest_names("zzzz", METHODS).startswith("choose from sum, ")
+    assert suggest_names("x", [], otherwise="load it first") == "load it first"
+    assert len(suggest_names("x", [f"name-{n}" for n in range(10_000)])) < 600
 
 
 def test_a_path_that_is_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,13 +79,13 @@ def test_a_path_that_is_there_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "loras").mkdir()
     (tmp_path / "loras" / "tom.safetensors").touch()
     monkeypatch.chdir(tmp_path)
-    assert near_path("concepts/rexx") == ["concepts/rex"]
-    assert near_path("concept/rex") == ["concepts/rex"]
-    assert near_path("loras/tom") == ["loras/tom.safetensors"]
-    assert near_path("loras/Tom.safetensor") == ["loras/tom.safetensors"]
-    assert near_path(tmp_path / "lora") == [str(tmp_path / "loras")]
-    assert near_path("nothing/like/it") == near_path("\0") == near_path("") == []
-    assert check_path("nothing", "check the path") == "check the path"
+    assert find_near_paths("concepts/rexx") == ["concepts/rex"]
+    assert find_near_paths("concept/rex") == ["concepts/rex"]
+    assert find_near_paths("loras/tom") == ["loras/tom.safetensors"]
+    assert find_near_paths("loras/Tom.safetensor") == ["loras/tom.safetensors"]
+    assert find_near_paths(tmp_path / "lora") == [str(tmp_path / "loras")]
+    assert find_near_paths("nothing/like/it") == find_near_paths("\0") == find_near_paths("") == []
+    assert suggest_paths("nothing", "check the path") == "check the path"
 
 
 def refusals(pipe: Any, tmp_path: Path) -> dict[str, Any]:

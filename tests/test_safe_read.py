@@ -13,15 +13,15 @@ from safetensors.torch import load, save, save_file
 
 from customize import safe_read
 from customize.safe_read import (
-    check_regular,
-    mapped_floats,
+    check_regular_files,
+    map_float_tensors,
     open_regular,
     read_bytes,
     read_json,
     read_safetensors,
+    read_safetensors_header,
     read_text,
     real_path,
-    safetensors_header,
 )
 
 PACKAGE = Path(safe_read.__file__).parent
@@ -138,10 +138,10 @@ def test_a_safetensors_file_is_read_where_its_header_has_every_byte(tmp_path: Pa
     save_file(tensors, path, {"a": "b"})
     whole = load(read_safetensors(path))
     assert all(torch.equal(whole[key], tensor) for key, tensor in tensors.items())
-    shapes, metadata = safetensors_header(path)
+    shapes, metadata = read_safetensors_header(path)
     assert shapes == {key: list(tensor.shape) for key, tensor in tensors.items()}
     assert metadata == {"a": "b"}
-    with mapped_floats(path) as mapped:
+    with map_float_tensors(path) as mapped:
         found = sorted((tuple(t.shape), t.dtype, float(t.sum())) for t in mapped)
     floats = [tensors[key] for key in ("f", "h", "scalar")]
     assert found == sorted((tuple(t.shape), t.dtype, float(t.sum())) for t in floats)
@@ -166,25 +166,25 @@ def test_a_safetensors_file_of_another_size_is_refused_before_it_is_read(tmp_pat
         with pytest.raises(ValueError):
             read_safetensors(tmp_path / "a")
         with pytest.raises(ValueError):
-            safetensors_header(tmp_path / "a")
+            read_safetensors_header(tmp_path / "a")
     (tmp_path / "a").write_bytes(headed(b'{"__metadata__":null}'))
-    assert safetensors_header(tmp_path / "a") == ({}, {})
+    assert read_safetensors_header(tmp_path / "a") == ({}, {})
 
 
 def test_a_folder_for_other_libraries_may_have_regular_files_alone(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text("{}")
     (tmp_path / "dangling").symlink_to("nowhere")
-    check_regular(tmp_path)
+    check_regular_files(tmp_path)
     weights = tmp_path / "unet" / "model.safetensors"
     os.mkfifo(weights)
     with pytest.raises(OSError, match="a FIFO") as raised:
-        check_regular(tmp_path)
+        check_regular_files(tmp_path)
     assert raised.value.filename == str(weights)
     weights.unlink()
     sparse(weights, 2**33)
     with pytest.raises(OSError, match="sparse") as raised:
-        check_regular(tmp_path)
+        check_regular_files(tmp_path)
     assert raised.value.filename == str(weights)
 
 

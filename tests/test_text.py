@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customize.errors import MAX_WHAT, MAX_WHERE, CustomizeError
-from customize.text import harmless, markdown, markdown_code, one_line, quoted, shortened
+from customize.errors import MAX_LOCATION_LENGTH, MAX_MESSAGE_LENGTH, CustomizeError
+from customize.text import (
+    escape_markdown,
+    escape_unprintable,
+    markdown_code,
+    one_line,
+    quote,
+    shorten,
+)
 
 ANY = st.text(st.characters(exclude_categories=()))
 HOSTILE = [
@@ -30,7 +37,12 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_nothing_that_moves_or_hides_is_left(text):
-    for shown in (harmless(text), one_line(text), markdown(text), markdown_code(text)):
+    for shown in (
+        escape_unprintable(text),
+        one_line(text),
+        escape_markdown(text),
+        markdown_code(text),
+    ):
         assert all(char.isprintable() or char == "\n" for char in shown)
         shown.encode()
     assert str(CustomizeError(text, where=text, fix=text)).isprintable()
@@ -44,7 +56,7 @@ def test_any_text_is_one_printable_line(text):
 
 @given(ANY)
 def test_markdown_shows_the_text_and_is_no_markup(text):
-    shown = markdown(text)
+    shown = escape_markdown(text)
     assert html.unescape(shown) == html.unescape(html.escape(one_line(text)))
     assert not re.search(r"[\\`*_\[\]<>|!~@:(){}\"']|www\.", shown, re.IGNORECASE)
 
@@ -63,18 +75,18 @@ def test_code_is_not_left(text):
 
 def test_ordinary_text_stays():
     for text in ("a dog", "Größe 12, naïve", "犬", "a-b.c"):
-        assert harmless(text) == one_line(text) == markdown(text) == text
+        assert escape_unprintable(text) == one_line(text) == escape_markdown(text) == text
         assert markdown_code(text) == f"`{text}`"
-    assert harmless("a\nb") == "a\nb" and one_line(" a\n\n b ") == "a b"
+    assert escape_unprintable("a\nb") == "a\nb" and one_line(" a\n\n b ") == "a b"
 
 
 def test_lengths_are_bounded():
-    assert shortened("a" * 100, 100) == "a" * 100
-    long = shortened("a" * 500 + "z" * 500, 100)
+    assert shorten("a" * 100, 100) == "a" * 100
+    long = shorten("a" * 500 + "z" * 500, 100)
     assert len(long) == 100 and "(1,000 characters)" in long
     assert long.startswith("a") and long.endswith("z")
-    assert quoted("x" * 10**7, 50).startswith("'x") and len(quoted("x" * 10**7, 50)) == 50
-    assert quoted(10**5000) == "a value of type int" and quoted([1, "a"]) == "[1, 'a']"
+    assert quote("x" * 10**7, 50).startswith("'x") and len(quote("x" * 10**7, 50)) == 50
+    assert quote(10**5000) == "a value of type int" and quote([1, "a"]) == "[1, 'a']"
     error = CustomizeError("\x1b" * 10**6, where="\u202e" * 10**6, fix="y" * 10**6)
-    assert len(str(error)) < 2 * MAX_WHAT + MAX_WHERE + 20
-    assert len(error.what) <= MAX_WHAT and len(repr(error)) < 5 * MAX_WHAT
+    assert len(str(error)) < 2 * MAX_MESSAGE_LENGTH + MAX_LOCATION_LENGTH + 20
+    assert len(error.what) <= MAX_MESSAGE_LENGTH and len(repr(error)) < 5 * MAX_MESSAGE_LENGTH

@@ -36,7 +36,7 @@ from customize.core import crosstalk
 from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.families import published_families
-from customize.near_names import choose_from
+from customize.near_names import suggest_names
 
 Weights = Sequence[float] | Mapping[str, Any] | None
 
@@ -93,7 +93,7 @@ def merge(
     check_method(SUM if method == AUTO else method, settings)
     if format not in LAYOUTS:
         raise ConfigError(
-            f"there is no format {format}", where="format", fix=choose_from(format, LAYOUTS)
+            f"there is no format {format}", where="format", fix=suggest_names(format, LAYOUTS)
         )
     opened = _rename_concepts(read_concepts(concepts, family, ignore), names)
     method, inputs = find_records(opened, method)
@@ -238,7 +238,7 @@ def resolve_weights(given: Weights, concepts: Sequence[Adaptation]) -> list[Weig
             raise ConfigError(
                 f"a weight is given for {name}, which is not among the concepts",
                 where="weights (--weights)",
-                fix=choose_from(name, names),
+                fix=suggest_names(name, names),
             )
     layers: dict[str, list[str]] = {}
     denoisers: dict[str, None] = {}
@@ -359,7 +359,9 @@ def _parse_method(merge: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     methods = (AUTO, *METHODS)
     if method not in methods:
         raise ConfigError(
-            f"there is no merge {method}", where="merge (--merge)", fix=choose_from(method, methods)
+            f"there is no merge {method}",
+            where="merge (--merge)",
+            fix=suggest_names(method, methods),
         )
     return method, settings
 

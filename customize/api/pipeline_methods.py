@@ -15,7 +15,7 @@ from customize.api.short_repr import note_unloaded
 if TYPE_CHECKING:
     import torch
 
-    from customize.base.memory_plan import Plan
+    from customize.base.memory_plan import MemoryPlan
     from customize.concepts.formats.lora import Lora, LoraFile
     from customize.concepts.input_statistics import LayerInputs
     from customize.concepts.types import Concept
@@ -231,7 +231,7 @@ def memory_plan(
     *,
     dtype: torch.dtype | None = None,
     device: str | None = None,
-) -> tuple[Plan, dict[str, Any]]:
+) -> tuple[MemoryPlan, dict[str, Any]]:
     """How to load a model so that it fits into memory, worked out from its configurations.
 
     ::
@@ -255,9 +255,9 @@ def memory_plan(
         ConfigError: too little memory for the model, telling the least that would do.
         PipelineError: the base is not there, or of no known family.
     """
-    from customize.base.meta_device import memory_plan
+    from customize.base.meta_device import plan_base_memory
 
-    return memory_plan(memory, base, dtype=dtype, device=device)
+    return plan_base_memory(memory, base, dtype=dtype, device=device)
 
 
 METHODS: dict[str, Any] = {

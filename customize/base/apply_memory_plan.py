@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.base.memory_plan import OFFLOADING, Plan, budget, casting, plan, sizes
+from customize.base.memory_plan import (
+    OFFLOAD_DEVICES,
+    MemoryPlan,
+    choose_plan,
+    layers_to_cast,
+    measure_components,
+    parse_memory_size,
+)
 from customize.errors import PipelineError
 from customize.families import Family
 
@@ -25,15 +32,15 @@ _HOOKS = ("forward", "_diffusers_hook", "_hf_hook", "_old_forward")
 _NOTES = ("_offload_device", "_offload_gpu_id", "_all_hooks")
 
 
-def planned(pipe: Any, family: Family, word: str) -> Plan | None:
+def choose_memory_plan(pipe: Any, family: Family, word: str) -> MemoryPlan | None:
     """The plan for a pipeline as it is; None where the same was put in place before.
 
     Raises:
         ConfigError: no such amount, or the model needs more.
         PipelineError: there is a plan or offloading already.
     """
-    wanted = budget(word)
-    already = planned_before(family)
+    wanted = parse_memory_size(word)
+    already = get_applied_plan(family)
     if already is not None:
         if already.budget == wanted:
             return None
@@ -49,16 +56,18 @@ def planned(pipe: Any, family: Family, word: str) -> Plan | None:
             where="memory",
             fix="use its ComponentsManager's enable_auto_cpu_offload, or a standard pipeline",
         )
-    return plan(sizes(family), wanted, computing_device(pipe, family, True).type)
+    return choose_plan(
+        measure_components(family), wanted, execution_device(pipe, family, True).type
+    )
 
 
-def planned_before(family: Family) -> Plan | None:
+def get_applied_plan(family: Family) -> MemoryPlan | None:
     """The plan that is in place."""
-    found: Plan | None = vars(family.denoiser).get(_KEY)
+    found: MemoryPlan | None = vars(family.denoiser).get(_KEY)
     return found
 
 
-def computing_device(pipe: Any, family: Family, anywhere: bool) -> torch.device:
+def execution_device(pipe: Any, family: Family, anywhere: bool) -> torch.device:
     """Where a pipeline's models compute.
 
     Args:
@@ -70,18 +79,20 @@ def computing_device(pipe: Any, family: Family, anywhere: bool) -> torch.device:
 
 
 @contextmanager
-def fitted(pipe: Any, family: Family, plan: Plan, device: torch.device) -> Iterator[None]:
+def apply_memory_plan(
+    pipe: Any, family: Family, plan: MemoryPlan, device: torch.device
+) -> Iterator[None]:
     """Put a plan in place; after an error within, all is bit for bit as before.
 
     Args:
         device: where the models are to compute.
     """
-    before = _Before.of(pipe, family, plan)
+    before = _SavedState.of(pipe, family, plan)
     try:
-        if plan.way.tiled:
+        if plan.strategy.vae_tiling:
             family.vae.enable_slicing()
             family.vae.enable_tiling()
-        if plan.way.cast:
+        if plan.strategy.layerwise_casting:
             family.denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
         _place(pipe, plan, device)
         setattr(family.denoiser, _KEY, plan)
@@ -91,16 +102,16 @@ def fitted(pipe: Any, family: Family, plan: Plan, device: torch.device) -> Itera
         raise
 
 
-def _place(pipe: Any, plan: Plan, device: torch.device) -> None:
-    if plan.way.placement == "model":
+def _place(pipe: Any, plan: MemoryPlan, device: torch.device) -> None:
+    if plan.strategy.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
-    elif plan.way.placement == "group":
+    elif plan.strategy.offload == "group":
         # By leaves, as text encoders have no blocks that diffusers would find.
         pipe.enable_group_offload(
             device,
             offload_type="leaf_level",
-            use_stream=device.type in OFFLOADING,
-            low_cpu_mem_usage=device.type in OFFLOADING,
+            use_stream=device.type in OFFLOAD_DEVICES,
+            low_cpu_mem_usage=device.type in OFFLOAD_DEVICES,
         )
     elif any(model.device != device for model in _models(pipe.components).values()):
         pipe.to(device)
@@ -120,7 +131,7 @@ def _check_free(family: Family) -> None:
 
 
 @dataclass(eq=False)
-class _Before:
+class _SavedState:
     """All that a plan may change.
 
     Attributes:
@@ -138,9 +149,9 @@ class _Before:
     devices: list[tuple[Any, torch.device]]
 
     @classmethod
-    def of(cls, pipe: Any, family: Family, plan: Plan) -> _Before:
+    def of(cls, pipe: Any, family: Family, plan: MemoryPlan) -> _SavedState:
         models = _models(pipe.components).values()
-        layers = casting(family.denoiser).values() if plan.way.cast else ()
+        layers = layers_to_cast(family.denoiser).values() if plan.strategy.layerwise_casting else ()
         return cls(
             notes={key: vars(pipe)[key] for key in _NOTES if key in vars(pipe)},
             flags={

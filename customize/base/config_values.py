@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from customize.errors import PipelineError
-from customize.text import quoted
+from customize.text import quote
 
 #: What diffusers' schedulers know.
 _PREDICTIONS = ("epsilon", "sample", "original_sample", "v_prediction", "flow_prediction")
@@ -20,7 +20,7 @@ _MIN_TOKENS = 3
 _COUNTS = ("num_train_timesteps", "sample_size")
 
 
-def check_values(pipe: Any, where: str) -> None:
+def check_config_values(pipe: Any, where: str) -> None:
     """Refuse a base whose configurations have a value that makes no sense.
 
     That is NaN anywhere in diffusers' configurations, counts and sizes below 1, a VAE's scaling
@@ -32,7 +32,7 @@ def check_values(pipe: Any, where: str) -> None:
     """
     for file, name, value in _odd_values(pipe.components):
         raise PipelineError(
-            f"the base's {file} has {name} {quoted(value)}, which cannot be used",
+            f"the base's {file} has {name} {quote(value)}, which cannot be used",
             where=where,
             fix="get an unchanged copy of the base",
         )

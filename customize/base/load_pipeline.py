@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from customize.base.config_values import check_values
-from customize.base.single_file import open_single_file
-from customize.base.weight_files import chosen_variants, folder_of
+from customize.base.config_values import check_config_values
+from customize.base.single_file import load_single_file
+from customize.base.weight_files import local_folder, select_variants
 from customize.errors import ConfigError, CustomizeError, PipelineError
 from customize.families import COMPONENTS
-from customize.near_names import check_path
-from customize.safe_read import MAX_TABLE, check_regular, read_json
+from customize.near_names import suggest_paths
+from customize.safe_read import MAX_TABLE_BYTES, check_regular_files, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _FOLDER = "name a folder or hub id of a diffusers pipeline with safetensors weights"
 
 
-def open_base(
+def load_pipeline(
     base: str,
     dtype: torch.dtype | Mapping[str, torch.dtype],
     *,
@@ -45,7 +45,7 @@ def open_base(
         dtype: of its weights, as ``DiffusionPipeline.from_pretrained`` takes it.
         variant: of the weight files, such as "fp16", where components have it. None: the plain
             ones, or the only one that a component has.
-        config: of a single file, as :func:`customize.base.single_file.open_single_file` takes it.
+        config: of a single file, as :func:`customize.base.single_file.load_single_file` takes it.
 
     Raises:
         ConfigError: the base is a single file of another kind, or has no use for ``config``.
@@ -78,10 +78,10 @@ def open_base(
         )
     try:
         if os.path.isdir(base):
-            check_regular(base)
+            check_regular_files(base)
         with _one_message():
             if single:
-                pipe = open_single_file(base, dtype, config)
+                pipe = load_single_file(base, dtype, config)
             elif _is_modular(base):
                 pipe = _open_modular(base, dtype, variant)
             else:
@@ -99,7 +99,7 @@ def open_base(
             f"the base cannot be loaded: there is no such folder, and the hub did not give it: "
             f"{reason}",
             where=where,
-            fix=check_path(base, _FOLDER),
+            fix=suggest_paths(base, _FOLDER),
         ) from error
     missing = [
         f"{key}.{name}"
@@ -115,7 +115,7 @@ def open_base(
             where=where,
             fix="get an unchanged copy of the base",
         )
-    check_values(pipe, where)
+    check_config_values(pipe, where)
     return pipe
 
 
@@ -133,13 +133,13 @@ def _open_standard(
                 base, dtype=given, use_safetensors=True, variant=variant
             )
         except Exception:
-            folder = folder_of(base)
-            if folder is None or variant is not None or not any(chosen_variants(folder).values()):
+            folder = local_folder(base)
+            if folder is None or variant is not None or not any(select_variants(folder).values()):
                 raise
             base = str(folder)  # of which the cache has a variant alone
     parts = {
         name: _component(base, name, variant, dtype)
-        for name, variant in chosen_variants(Path(base), variant).items()
+        for name, variant in select_variants(Path(base), variant).items()
         if variant
     }
     return DiffusionPipeline.from_pretrained(
@@ -151,7 +151,7 @@ def _component(
     base: str, name: str, variant: str, dtype: torch.dtype | Mapping[str, torch.dtype]
 ) -> Any:
     """One model of a folder from the files of a variant; None where the pipeline has none."""
-    index = read_json(Path(base) / _INDEX, MAX_TABLE)
+    index = read_json(Path(base) / _INDEX, MAX_TABLE_BYTES)
     library, class_name = (index.get(name) or [None, None])[:2]
     if library is None or class_name is None:
         return None
@@ -181,8 +181,8 @@ def _open_modular(
         if loaded and not loaded & COMPONENTS:
             del blocks.sub_blocks[name]
     pipe = type(pipe)(blocks=blocks, pretrained_model_name_or_path=base)
-    folder = folder_of(base)
-    variants = {} if folder is None else chosen_variants(folder, variant)
+    folder = local_folder(base)
+    variants = {} if folder is None else select_variants(folder, variant)
     parts = {}
     for name in pipe.pretrained_component_names:
         spec = pipe.get_component_spec(name)

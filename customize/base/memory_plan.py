@@ -2,7 +2,8 @@
 
 What is needed at a time is the weights that lie on the device together, and what the model that
 computes holds beside them, for one picture of the default resolution. The ways to need less cost
-time, or a little precision; :func:`plan` takes the first that fits, in the order of :data:`WAYS`.
+time, or a little precision; :func:`choose_plan` takes the first that fits, in the order of
+:data:`STRATEGIES`.
 """
 
 from __future__ import annotations
@@ -18,26 +19,26 @@ from torch import nn
 
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
-from customize.text import quoted
+from customize.text import quote
 
 GIB = 2**30
 #: What a device's driver, library workspaces and fragments take of its memory.
-RESERVE = GIB
+RESERVED_BYTES = GIB
 #: How many numbers a text encoder holds at most beside its weights, for each of its width: 100
 #: for each of 512 tokens, the scores of an LLM's vocabulary included.
-TEXT_NUMBERS = 100 * 512
+TEXT_ACTIVATIONS_PER_WIDTH = 100 * 512
 #: Bits that a weight takes in bitsandbytes' 4-bit format, with a float32 scale for each 64.
-QUANTIZED_BITS = 4.5
+NF4_BITS = 4.5
 #: Where group offloading streams: the layer that computes, the next one, and the one before.
-STREAMED = 3
+STREAMED_LAYERS = 3
 #: Devices with memory of their own, from which there is somewhere to offload to.
-OFFLOADING = ("cuda", "xpu")
+OFFLOAD_DEVICES = ("cuda", "xpu")
 
 Placement = Literal["whole", "model", "group"]
 
 
 @dataclass(frozen=True)
-class Part:
+class ComponentSize:
     """The bytes of one model.
 
     Attributes:
@@ -49,14 +50,14 @@ class Part:
     """
 
     weights: int
-    layer: int
-    loose: int
-    working: int
-    quantized: int
+    largest_layer: int
+    other_weights: int
+    activations: int
+    nf4_weights: int
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PipelineSizes:
     """The bytes of all models of a pipeline.
 
     Attributes:
@@ -67,14 +68,14 @@ class Sizes:
         tiled: ``parts["vae"].working`` where it decodes in tiles.
     """
 
-    parts: Mapping[str, Part]
-    denoiser: str
-    cast: int
-    tiled: int
+    components: Mapping[str, ComponentSize]
+    denoiser_key: str
+    float8_denoiser: int
+    tiled_vae_activations: int
 
 
 @dataclass(frozen=True)
-class Way:
+class MemoryStrategy:
     """One way of holding a model.
 
     Attributes:
@@ -85,60 +86,66 @@ class Way:
         quantized: what does not fit otherwise is loaded in 4 bits, by bitsandbytes.
     """
 
-    placement: Placement = "whole"
-    tiled: bool = False
-    cast: bool = False
-    quantized: bool = False
+    offload: Placement = "whole"
+    vae_tiling: bool = False
+    layerwise_casting: bool = False
+    quantize: bool = False
 
 
 #: Fastest first. The three that round weights come after all that only move them, but for group
 #: offloading, which sends all weights through the bus in every step.
-WAYS = (
-    Way(),
-    Way(tiled=True),
-    Way("model"),
-    Way("model", tiled=True),
-    Way("model", tiled=True, cast=True),
-    Way("model", tiled=True, quantized=True),
-    Way("group", tiled=True),
+STRATEGIES = (
+    MemoryStrategy(),
+    MemoryStrategy(vae_tiling=True),
+    MemoryStrategy("model"),
+    MemoryStrategy("model", vae_tiling=True),
+    MemoryStrategy("model", vae_tiling=True, layerwise_casting=True),
+    MemoryStrategy("model", vae_tiling=True, quantize=True),
+    MemoryStrategy("group", vae_tiling=True),
 )
 #: Where there is nowhere to offload to.
-WAYS_AT_HOME = (Way(), Way(tiled=True), Way(tiled=True, cast=True))
+STRATEGIES_WITHOUT_OFFLOAD = (
+    MemoryStrategy(),
+    MemoryStrategy(vae_tiling=True),
+    MemoryStrategy(vae_tiling=True, layerwise_casting=True),
+)
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """A way that fits.
 
     Attributes:
         budget: bytes of memory, as it was asked for.
-        peak: bytes that are needed at most at a time, without :data:`RESERVE`.
+        peak: bytes that are needed at most at a time, without :data:`RESERVED_BYTES`.
         quantized: the components to load in 4 bits.
     """
 
     budget: int
-    way: Way
+    strategy: MemoryStrategy
     peak: int
-    quantized: tuple[str, ...] = ()
+    quantized_components: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Plan({self})"
 
     def __str__(self) -> str:
-        way = self.way
+        way = self.strategy
         words = {
             "whole": "all models on the device",
             "model": "one model on the device at a time",
             "group": "a few layers on the device at a time",
         }
-        parts = [words[way.placement]]
-        parts += ["autoencoder sliced and tiled"] * way.tiled
-        parts += ["denoiser stored in float8"] * way.cast
-        parts += [f"{' and '.join(self.quantized)} in 4 bits"] * bool(self.quantized)
+        parts = [words[way.offload]]
+        parts += ["autoencoder sliced and tiled"] * way.vae_tiling
+        parts += ["denoiser stored in float8"] * way.layerwise_casting
+        parts += [f"{' and '.join(self.quantized_components)} in 4 bits"] * bool(
+            self.quantized_components
+        )
         return f"{self.budget / GIB:.3g} GB: {', '.join(parts)}; {_gib(self.peak)} GB needed"
 
 
-def budget(word: str, where: str = "memory") -> int:
+def parse_memory_size(word: str, where: str = "memory") -> int:
     """ "12GB" to bytes: 12 GiB, as the memory of a 12 GB card is.
 
     Args:
@@ -150,14 +157,16 @@ def budget(word: str, where: str = "memory") -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", word) if isinstance(word, str) else None
     if found is None or not 0 < float(found[1]) < 2**40:
         raise ConfigError(
-            f"{quoted(word)} is no amount of memory",
+            f"{quote(word)} is no amount of memory",
             where=where,
             fix='give one such as "8GB", "12GB", "16GB" or "24GB"',
         )
     return int(float(found[1]) * GIB)
 
 
-def plan(sizes: Sizes, budget: int, device: str, quantizer: bool = False) -> Plan:
+def choose_plan(
+    sizes: PipelineSizes, budget: int, device: str, quantizer: bool = False
+) -> MemoryPlan:
     """The first of the ways that fits.
 
     Args:
@@ -168,16 +177,19 @@ def plan(sizes: Sizes, budget: int, device: str, quantizer: bool = False) -> Pla
     Raises:
         ConfigError: none fits; it tells the least that would do.
     """
-    offloading = device in OFFLOADING
-    room = budget - (RESERVE if offloading else 0)
+    offloading = device in OFFLOAD_DEVICES
+    room = budget - (RESERVED_BYTES if offloading else 0)
     plans = []
-    for way in WAYS if offloading else WAYS_AT_HOME:
-        chosen = _too_large(sizes, way, room) if way.quantized else ()
-        if way.quantized and not (quantizer and chosen):
+    for way in STRATEGIES if offloading else STRATEGIES_WITHOUT_OFFLOAD:
+        chosen = _too_large(sizes, way, room) if way.quantize else ()
+        if way.quantize and not (quantizer and chosen):
             continue
-        if way.cast and sizes.cast == sizes.parts[sizes.denoiser].weights:
+        if (
+            way.layerwise_casting
+            and sizes.float8_denoiser == sizes.components[sizes.denoiser_key].weights
+        ):
             continue  # stored in 8 bits or fewer already
-        plans.append(Plan(budget, way, peak(sizes, way, chosen), chosen))
+        plans.append(MemoryPlan(budget, way, estimate_peak_bytes(sizes, way, chosen), chosen))
         if plans[-1].peak <= room:
             return plans[-1]
     least = min(each.peak for each in plans) + budget - room
@@ -190,29 +202,33 @@ def plan(sizes: Sizes, budget: int, device: str, quantizer: bool = False) -> Pla
     )
 
 
-def peak(sizes: Sizes, way: Way, quantized: tuple[str, ...] = ()) -> int:
+def estimate_peak_bytes(
+    sizes: PipelineSizes, way: MemoryStrategy, quantized: tuple[str, ...] = ()
+) -> int:
     """The bytes that a way needs at most at a time.
 
     Args:
         quantized: the components that are in 4 bits.
     """
     weights, working, streamed = {}, {}, {}
-    for key, part in sizes.parts.items():
-        weights[key] = part.quantized if key in quantized else part.weights
-        working[key] = part.working
-        streamed[key] = STREAMED * part.layer + part.loose
-    if way.cast:
-        weights[sizes.denoiser] = sizes.cast
-        working[sizes.denoiser] += sizes.parts[sizes.denoiser].layer  # one in its own dtype
-    if way.tiled and "vae" in working:
-        working["vae"] = sizes.tiled
-    if way.placement == "whole":
+    for key, part in sizes.components.items():
+        weights[key] = part.nf4_weights if key in quantized else part.weights
+        working[key] = part.activations
+        streamed[key] = STREAMED_LAYERS * part.largest_layer + part.other_weights
+    if way.layerwise_casting:
+        weights[sizes.denoiser_key] = sizes.float8_denoiser
+        working[sizes.denoiser_key] += sizes.components[
+            sizes.denoiser_key
+        ].largest_layer  # one in its own dtype
+    if way.vae_tiling and "vae" in working:
+        working["vae"] = sizes.tiled_vae_activations
+    if way.offload == "whole":
         return sum(weights.values()) + max(working.values())
-    on = weights if way.placement == "model" else streamed
+    on = weights if way.offload == "model" else streamed
     return max(on[key] + working[key] for key in on)
 
 
-def sizes(family: Family) -> Sizes:
+def measure_components(family: Family) -> PipelineSizes:
     """The sizes of a model's components, on any device, meta included.
 
     Raises:
@@ -228,7 +244,7 @@ def sizes(family: Family) -> Sizes:
     for key, model in family.components.items():
         if not isinstance(model, nn.Module):
             continue
-        working = TEXT_NUMBERS * _width(model) * _itemsize(model)
+        working = TEXT_ACTIVATIONS_PER_WIDTH * _width(model) * _itemsize(model)
         if key == family.denoiser_key:
             working = family.denoiser_numbers() * _itemsize(model)
         elif key == "vae":
@@ -236,10 +252,10 @@ def sizes(family: Family) -> Sizes:
         parts[key] = _part(model, working)
     tiled = family.decoder_numbers(tiled=True) * _itemsize(family.vae)
     cast = parts[family.denoiser_key].weights - _saved_by_casting(family.denoiser)
-    return Sizes(parts, family.denoiser_key, cast, tiled)
+    return PipelineSizes(parts, family.denoiser_key, cast, tiled)
 
 
-def casting(model: Any) -> dict[str, nn.Module]:
+def layers_to_cast(model: Any) -> dict[str, nn.Module]:
     """The layers that ``enable_layerwise_casting`` would cast, by name; adapters are none."""
     from diffusers.hooks._common import _GO_LC_SUPPORTED_PYTORCH_LAYERS as LAYERS
     from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
@@ -267,11 +283,13 @@ def casting(model: Any) -> dict[str, nn.Module]:
 def _saved_by_casting(model: Any) -> int:
     if getattr(model, "is_quantized", False):
         return 0
-    weights = [p for layer in casting(model).values() for p in layer.parameters(recurse=False)]
+    weights = [
+        p for layer in layers_to_cast(model).values() for p in layer.parameters(recurse=False)
+    ]
     return sum(p.nbytes - p.numel() for p in weights if p.is_floating_point())
 
 
-def _part(model: nn.Module, working: int) -> Part:
+def _part(model: nn.Module, working: int) -> ComponentSize:
     from diffusers.hooks._common import _GO_LC_SUPPORTED_PYTORCH_LAYERS as LAYERS
 
     layers = [each for each in model.modules() if isinstance(each, LAYERS)]
@@ -279,16 +297,16 @@ def _part(model: nn.Module, working: int) -> Part:
     inside = {id(p): p.nbytes for each in layers for p in (*each.parameters(), *each.buffers())}
     linear = {id(p): p for each in layers if isinstance(each, nn.Linear) for p in [each.weight]}
     spared = sum(
-        p.nbytes - p.numel() * QUANTIZED_BITS / 8
+        p.nbytes - p.numel() * NF4_BITS / 8
         for p in linear.values()
         if p.is_floating_point() and p.element_size() > 1
     )
-    return Part(
+    return ComponentSize(
         weights=whole,
-        layer=max((_bytes(each) for each in layers), default=0),
-        loose=whole - sum(inside.values()),
-        working=working,
-        quantized=whole - int(spared),
+        largest_layer=max((_bytes(each) for each in layers), default=0),
+        other_weights=whole - sum(inside.values()),
+        activations=working,
+        nf4_weights=whole - int(spared),
     )
 
 
@@ -309,11 +327,11 @@ def _itemsize(model: Any) -> int:
     return 4 if upcast else model.dtype.itemsize
 
 
-def _too_large(sizes: Sizes, way: Way, room: int) -> tuple[str, ...]:
+def _too_large(sizes: PipelineSizes, way: MemoryStrategy, room: int) -> tuple[str, ...]:
     return tuple(
         key
-        for key, part in sizes.parts.items()
-        if key != "vae" and part.weights + part.working > room
+        for key, part in sizes.components.items()
+        if key != "vae" and part.weights + part.activations > room
     )
 
 

@@ -11,17 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from customize.base.memory_plan import Plan, budget, plan, sizes
-from customize.base.quantization import nf4
+from customize.base.memory_plan import (
+    MemoryPlan,
+    choose_plan,
+    measure_components,
+    parse_memory_size,
+)
+from customize.base.quantization import nf4_config
 from customize.errors import PipelineError
 from customize.families import Family, family_of
-from customize.near_names import check_path
-from customize.safe_read import MAX_TABLE, check_regular, read_json
+from customize.near_names import suggest_paths
+from customize.safe_read import MAX_TABLE_BYTES, check_regular_files, read_json
 
 _LIBRARIES = ("diffusers", "transformers")
 
 
-def outline(base: str | Path, dtype: torch.dtype) -> Family:
+def load_on_meta_device(base: str | Path, dtype: torch.dtype) -> Family:
     """A base's models without weights, as they would be loaded in this dtype.
 
     Args:
@@ -52,8 +57,8 @@ def outline(base: str | Path, dtype: torch.dtype) -> Family:
 
 def _config_of(index: Path) -> Any:
     try:
-        check_regular(index.parent)
-        return read_json(index, MAX_TABLE)
+        check_regular_files(index.parent)
+        return read_json(index, MAX_TABLE_BYTES)
     except (OSError, ValueError) as error:
         raise PipelineError(
             f"the base cannot be read: {getattr(error, 'strerror', None) or error}",
@@ -62,34 +67,36 @@ def _config_of(index: Path) -> Any:
         ) from error
 
 
-def memory_plan(
+def plan_base_memory(
     word: str,
     base: str | Path | Any,
     *,
     dtype: torch.dtype | None = None,
     device: str | None = None,
-) -> tuple[Plan, dict[str, Any]]:
+) -> tuple[MemoryPlan, dict[str, Any]]:
     """What :func:`customize.memory_plan` does."""
     dtype = dtype or torch.bfloat16
     device = device or _accelerator()
-    family = outline(base, dtype)
+    family = load_on_meta_device(base, dtype)
     quantizer = device == "cuda" and find_spec("bitsandbytes") is not None
-    chosen = plan(sizes(family), budget(word), device, quantizer)
-    return chosen, {"dtype": dtype} | quantization(chosen, family, dtype)
+    chosen = choose_plan(measure_components(family), parse_memory_size(word), device, quantizer)
+    return chosen, {"dtype": dtype} | quantization_arguments(chosen, family, dtype)
 
 
-def quantization(chosen: Plan, family: Family, dtype: torch.dtype) -> dict[str, Any]:
+def quantization_arguments(
+    chosen: MemoryPlan, family: Family, dtype: torch.dtype
+) -> dict[str, Any]:
     """What ``from_pretrained`` must be told of a plan that loads models in 4 bits."""
-    if not chosen.quantized:
+    if not chosen.quantized_components:
         return {}
     import diffusers
     import transformers
 
     def config(key: str) -> Any:
         # Each library has a class of its own for the same.
-        return nf4(diffusers if key == family.denoiser_key else transformers, dtype)
+        return nf4_config(diffusers if key == family.denoiser_key else transformers, dtype)
 
-    mapping = {key: config(key) for key in chosen.quantized}
+    mapping = {key: config(key) for key in chosen.quantized_components}
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
@@ -111,7 +118,7 @@ def _download(base: str) -> Path:
             f"the base's configurations cannot be read: there is no such folder, and the hub did "
             f"not give them: {str(error).strip().splitlines()[0]}",
             where=f"base: {base}",
-            fix=check_path(base, "name a folder or hub id of a diffusers pipeline"),
+            fix=suggest_paths(base, "name a folder or hub id of a diffusers pipeline"),
         ) from error
 
 

@@ -17,7 +17,7 @@ from customize.errors import PipelineError
 
 
 @contextmanager
-def settled(models: Mapping[str, nn.Module]) -> Iterator[None]:
+def materialize(models: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within it, every weight is a real tensor that may be read, changed or wrapped.
 
     Whatever offloading was on is on again afterwards, also after an error.
@@ -46,7 +46,7 @@ def settled(models: Mapping[str, nn.Module]) -> Iterator[None]:
             _regroup(models[key])
 
 
-def check_placed(models: Mapping[str, nn.Module]) -> None:
+def check_not_offloaded(models: Mapping[str, nn.Module]) -> None:
     """Refuse models that hooks move about, where they are to be called without their pipeline.
 
     Raises:

@@ -15,12 +15,12 @@ from torch import nn
 
 from customize.errors import ConfigError
 
-Kind = Literal["nf4", "int8", "torchao_int8", "torchao_float8"]
+QuantizationFormat = Literal["nf4", "int8", "torchao_int8", "torchao_float8"]
 
 _DEVICES = ("cuda", "xpu", "cpu")
 
 
-def check_quantizer(kind: Kind, device: torch.device) -> None:
+def check_quantizer(kind: QuantizationFormat, device: torch.device) -> None:
     """See that weights can be held in this format on this device.
 
     Raises:
@@ -41,7 +41,7 @@ def check_quantizer(kind: Kind, device: torch.device) -> None:
         )
 
 
-def nf4(library: Any, dtype: torch.dtype) -> Any:
+def nf4_config(library: Any, dtype: torch.dtype) -> Any:
     """What bitsandbytes' 4 bits (QLoRA, arXiv 2305.14314) are to a library.
 
     Args:
@@ -54,7 +54,9 @@ def nf4(library: Any, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def quantize(model: Any, kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
+def quantize_model(
+    model: Any, kind: QuantizationFormat, dtype: torch.dtype, device: torch.device
+) -> None:
     """Hold the linear layers of a model of diffusers in fewer bits, but for those that diffusers
     keeps in float32 and those of one output. It stays where it is, frozen; its former weights are
     let go of.
@@ -96,11 +98,11 @@ def quantize(model: Any, kind: Kind, dtype: torch.dtype, device: torch.device) -
     model.to(home)
 
 
-def _config(kind: Kind, dtype: torch.dtype) -> Any:
+def _config(kind: QuantizationFormat, dtype: torch.dtype) -> Any:
     import diffusers
 
     if kind == "nf4":
-        return nf4(diffusers, dtype)
+        return nf4_config(diffusers, dtype)
     if kind == "int8":
         return diffusers.BitsAndBytesConfig(load_in_8bit=True)
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig

@@ -12,13 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from customize.errors import ConfigError, PipelineError
-from customize.safe_read import check_regular, safetensors_header
+from customize.safe_read import check_regular_files, read_safetensors_header
 
 if TYPE_CHECKING:
     import torch
 
 
-def open_single_file(
+def load_single_file(
     base: str, dtype: torch.dtype | Mapping[str, torch.dtype], config: str | None
 ) -> Any:
     """The pipeline of a checkpoint's weights, on the CPU.
@@ -28,7 +28,7 @@ def open_single_file(
 
     Args:
         base: path of the file.
-        dtype: as for :func:`customize.base.load_pipeline.open_base`.
+        dtype: as for :func:`customize.base.load_pipeline.load_pipeline`.
         config: a folder as ``save_pretrained`` writes it, also without weights, or a hub id; None:
             what diffusers knows for the file's keys.
 
@@ -42,9 +42,9 @@ def open_single_file(
     where = f"base: {base}"
     if not os.path.isfile(base):
         raise ConfigError("there is no such file", where=where, fix="name one that is there")
-    safetensors_header(base)  # it is regular and whole
+    read_safetensors_header(base)  # it is regular and whole
     if config is not None and os.path.isdir(config):
-        check_regular(config)
+        check_regular_files(config)
     dtypes = dtype if isinstance(dtype, Mapping) else {"default": dtype}
     main = dtypes["default"]
     vae = dtypes.get("vae", main)

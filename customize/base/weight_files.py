@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from customize.errors import PipelineError
-from customize.near_names import choose_from
+from customize.near_names import suggest_names
 
 #: Of diffusers' weight files and transformers'.
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -22,7 +22,7 @@ _WEIGHTS = re.compile(
 )
 
 
-def variants_in(folder: Path) -> set[str]:
+def list_variants(folder: Path) -> set[str]:
     """The variants of a component's weights in safetensors; "" stands for plain ones.
 
     Args:
@@ -33,7 +33,7 @@ def variants_in(folder: Path) -> set[str]:
     return {match["one"] or match["old"] or "" for match in found}
 
 
-def chosen_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
+def select_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
     """Component -> the variant that is read, "" for plain weights; of all that have weights.
 
     That is the one asked for where a component has it, else the plain one, else the only one.
@@ -46,14 +46,14 @@ def chosen_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
         PipelineError: no component has the variant that is asked for; or one has several variants
             and no plain weights, and none is asked for.
     """
-    known = {part.name: variants_in(part) for part in sorted(folder.iterdir()) if part.is_dir()}
+    known = {part.name: list_variants(part) for part in sorted(folder.iterdir()) if part.is_dir()}
     known = {part: variants for part, variants in known.items() if variants}
     everywhere = sorted(set().union(*known.values()) - {""})
     if variant is not None and known and variant not in everywhere:
         raise PipelineError(
             f"no component of the base has a variant {variant}",
             where=f"variant: {variant}",
-            fix=choose_from(variant, everywhere) if everywhere else "leave the variant out",
+            fix=suggest_names(variant, everywhere) if everywhere else "leave the variant out",
         )
     chosen = {}
     for part, variants in known.items():
@@ -73,7 +73,7 @@ def chosen_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
     return chosen
 
 
-def weight_files(folder: Path, variant: str) -> list[Path]:
+def list_weight_files(folder: Path, variant: str) -> list[Path]:
     """The safetensors files of a component's variant; "": the plain ones.
 
     Raises:
@@ -93,7 +93,7 @@ def weight_files(folder: Path, variant: str) -> list[Path]:
     return found
 
 
-def folder_of(base: str) -> Path | None:
+def local_folder(base: str) -> Path | None:
     """Where the base's files are on this machine."""
     if os.path.isdir(base):  # unlike Path.is_dir, also of names that are too long
         return Path(base)

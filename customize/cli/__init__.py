@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from customize.cli.interrupts import INTERRUPTED, current, handle_interrupts, print_last_line
-from customize.text import harmless
+from customize.text import escape_unprintable
 
 __all__ = ["main"]
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     from customize.errors import (
-        DISK,
+        DISK_ERRORS,
         CustomizeError,
         TrainingStopped,
         storage_error,
@@ -76,7 +76,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return print_last_line(f"error: {_explained(error)}", 2)
     except Exception as error:
         # Wherever it happens, also in another library or on stdout.
-        if system_errno(error) not in DISK:
+        if system_errno(error) not in DISK_ERRORS:
             raise
         where = getattr(error, "filename", None) or "the output"
         return print_last_line(f"error: {storage_error(error, where)}", 2)
@@ -103,7 +103,7 @@ def _show_note(
     """What is meant for users in a line, without the place in the code that Python adds."""
     told = f"note: {message}" if category is UserWarning else f"{category.__name__}: {message}"
     with suppress(OSError):  # the terminal may be gone
-        print(harmless(told), file=sys.stderr if file is None else file, flush=True)
+        print(escape_unprintable(told), file=sys.stderr if file is None else file, flush=True)
 
 
 def _explained(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from customize.atomic import put_file
+from customize.atomic import write_atomic
 from customize.cli import interrupts
 from customize.errors import (
     ConfigError,
@@ -21,8 +21,8 @@ from customize.errors import (
     storage_error,
     system_errno,
 )
-from customize.near_names import choose_from
-from customize.text import harmless
+from customize.near_names import suggest_names
+from customize.text import escape_unprintable
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ def console(stderr: bool = False) -> Console:
         def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
             for segment in super().render(*args, **kwargs):
                 text, style, control = segment
-                yield segment if control else Segment(harmless(text), style)
+                yield segment if control else Segment(escape_unprintable(text), style)
 
     quiet = os.environ.get("RANK", "0") != "0"
     return HarmlessConsole(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
@@ -204,24 +204,24 @@ def load_pipeline(
     Args:
         move: to the device; else it stays on the CPU for others to place.
         dtype: one of :data:`DTYPES`; None: float32 on a CPU, else float16.
-        variant, config: as :func:`customize.base.load_pipeline.open_base` takes them.
+        variant, config: as :func:`customize.base.load_pipeline.load_pipeline` takes them.
 
     Raises:
-        ConfigError: an unknown dtype, or as ``open_base``.
+        ConfigError: an unknown dtype, or as :func:`customize.base.load_pipeline.load_pipeline`.
         PipelineError: it cannot be loaded.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
-            f"there is no dtype {dtype}", where="--dtype", fix=choose_from(dtype, DTYPES)
+            f"there is no dtype {dtype}", where="--dtype", fix=suggest_names(dtype, DTYPES)
         )
     import torch
 
-    from customize.base.load_pipeline import open_base
+    from customize.base.load_pipeline import load_pipeline
     from customize.families import family_of
 
     hide_loading_bars()
     name = dtype or ("float32" if device.type == "cpu" else "float16")
-    pipe = open_base(base, getattr(torch, name), variant=variant, config=config)
+    pipe = load_pipeline(base, getattr(torch, name), variant=variant, config=config)
     if family_of(pipe.components).modular_only:
         raise PipelineError(
             "this command works with standard pipelines, and diffusers has this model as a "
@@ -279,7 +279,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        put_file(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
+        write_atomic(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from customize.near_names import near
+from customize.near_names import find_near_names
 from customize.training.config import TrainConfig
-from customize.training.settings_file import RENAMED
+from customize.training.settings_file import RENAMED_SETTINGS
 
 # The first field of each group, in the order of TrainConfig. A new field joins the group it
 # stands in, without a change here.
@@ -39,8 +39,10 @@ def add_config_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(config: Path | None = None, together: list[Path] | None = None, **values: Any) -> None:
         given = {name: value for name, value in values.items() if value not in (None, [], ())}
-        for old in RENAMED.keys() & given.keys():
-            warnings.warn(f"{_option(old)} is now called {_option(RENAMED[old])}", stacklevel=2)
+        for old in RENAMED_SETTINGS.keys() & given.keys():
+            warnings.warn(
+                f"{_option(old)} is now called {_option(RENAMED_SETTINGS[old])}", stacklevel=2
+            )
         command(config, together or [], given)
 
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -52,7 +54,7 @@ def add_config_flags(command: Callable[..., None]) -> Callable[..., None]:
     for name, field in TrainConfig.model_fields.items():
         panel = PANELS.get(name, panel)
         annotations[name] = _flag(name, field, panel)
-    for old, new in RENAMED.items():
+    for old, new in RENAMED_SETTINGS.items():
         annotations[old] = _flag(old, TrainConfig.model_fields[new], "", hidden=True)
     parameters = [
         inspect.Parameter(name, kind, default=None, annotation=annotation)
@@ -99,8 +101,8 @@ def suggest_flag(flag: str, command: Any) -> str:
     name = flag.lstrip("-").partition("=")[0]
     negated = name.startswith(("no-", "no_"))
     plain = name[3:] if negated else name
-    renamed = RENAMED.get(plain.replace("-", "_"), "").replace("_", "-")
-    found = [renamed] if renamed in flags else near(plain, flags)
+    renamed = RENAMED_SETTINGS.get(plain.replace("-", "_"), "").replace("_", "-")
+    found = [renamed] if renamed in flags else find_near_names(plain, flags)
     off = {each for parameter in command.params for each in parameter.secondary_opts}
     told = [f"--no-{each}" if negated and f"--no-{each}" in off else flags[each] for each in found]
     return f"did you mean {' or '.join(told)}? If not, " if told else ""

@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from customize.api.concept_files import describe_concept, describe_relations, find_incompatibility
-from customize.atomic import put_file
+from customize.atomic import write_atomic
 from customize.cli.command_support import check_png, console
 from customize.concepts.adapter import flattened
 from customize.concepts.formats.lora import Adaptation
@@ -180,7 +180,7 @@ def plot_crosstalk(
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
     try:
-        put_file(path, buffer.getvalue())
+        write_atomic(path, buffer.getvalue())
     except OSError as error:
         raise storage_error(error, path) from error
 

@@ -27,7 +27,7 @@ from customize.concepts.merge.merge_concepts import (
     check_single_concept,
 )
 from customize.errors import ConfigError
-from customize.near_names import choose_from
+from customize.near_names import suggest_names
 
 if TYPE_CHECKING:
     from customize.concepts.formats.lora import Adaptation
@@ -60,13 +60,13 @@ def run(
         base: the pipeline to write with the concepts in its weights; None: a LoRA is written.
         family: the name of the model family of LoRA files that fit several.
         ignore: parts of files to leave out.
-        variant, base_config: of the base, as ``open_base`` takes them.
+        variant, base_config: of the base, see :func:`customize.base.load_pipeline.load_pipeline`.
     """
     weights = parse_weights(weights_text, len(sources))
     methods = (AUTO, *METHODS)
     if method not in methods:
         raise ConfigError(
-            f"there is no merge {method}", where="--merge", fix=choose_from(method, methods)
+            f"there is no merge {method}", where="--merge", fix=suggest_names(method, methods)
         )
     if len(sources) == 1:
         check_single_concept(method)
@@ -79,7 +79,7 @@ def run(
         raise ConfigError(
             f"there is no format {layout}",
             where="--format",
-            fix=choose_from(layout, LAYOUTS),
+            fix=suggest_names(layout, LAYOUTS),
         )
     if base is None:
         of_base = {"--dtype": dtype, "--variant": variant, "--base-config": base_config}

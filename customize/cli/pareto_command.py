@@ -12,8 +12,8 @@ from customize.cli.command_support import check_png, command_line, console, writ
 from customize.core.scalars import as_float
 from customize.errors import ConfigError, DataError
 from customize.evaluation import pareto_front, result_file
-from customize.near_names import choose_from
-from customize.safe_read import MAX_TABLE, read_json
+from customize.near_names import suggest_names
+from customize.safe_read import MAX_TABLE_BYTES, read_json
 
 # What a setting is tried on: rows that differ in these alone are repeats, and are averaged.
 REPEATS = ("concept", "seed", "image", "prompt")
@@ -73,7 +73,7 @@ def _is(row: Row, column: str, value: str) -> bool:
 
 def _rows(file: Path) -> list[Row]:
     try:
-        rows = read_json(file, MAX_TABLE)["rows"]
+        rows = read_json(file, MAX_TABLE_BYTES)["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise DataError(
@@ -96,7 +96,7 @@ def _value(row: Row, column: str, file: Path) -> str:
         raise ConfigError(
             f"not every row has {column}",
             where=f"--by, {file}",
-            fix=f"{choose_from(column, row)}, or keep to rows that have it by --only",
+            fix=f"{suggest_names(column, row)}, or keep to rows that have it by --only",
         )
     return str(row[column])
 

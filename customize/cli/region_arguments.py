@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from customize.errors import ConfigError, DataError
-from customize.near_names import check_path
-from customize.safe_read import MAX_PICTURE, open_regular
+from customize.near_names import suggest_paths
+from customize.safe_read import MAX_IMAGE_BYTES, open_regular
 
 _WHERE = "--regions"
 _FORM = "write it such as '<rex>=0,0,0.5,1' (left, top, right, bottom) or '<rex>=mask.png'"
@@ -76,12 +76,12 @@ def _mask(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open_regular(path, MAX_PICTURE) as file, Image.open(file) as picture:
+            with open_regular(path, MAX_IMAGE_BYTES) as file, Image.open(file) as picture:
                 return picture.convert("L")
     except Exception as error:  # whatever a decoder may raise on bytes of others
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
             f"the region is no box, and no mask that can be read: {reason}",
             where=f"{_WHERE} {path}",
-            fix=check_path(path, _FORM),
+            fix=suggest_paths(path, _FORM),
         ) from error

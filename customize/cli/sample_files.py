@@ -8,29 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from customize.errors import ConfigError, DataError
-from customize.safe_read import MAX_PAGE, MAX_TABLE, read_json, read_text
+from customize.safe_read import MAX_TABLE_BYTES, MAX_TEXT_BYTES, read_json, read_text
 
 if TYPE_CHECKING:
-    from customize.training.data.dataset import Sample
+    from customize.training.data.dataset import TrainingImage
 
 _TRIGGER = re.compile(r"<[^<>\s]+>")
 # A caption that says nothing of the place: for pictures that bring none.
 _SILENT = "a photo"
 
 
-def read_samples(folder: Path) -> list[Sample]:
+def read_samples(folder: Path) -> list[TrainingImage]:
     """The pictures of a folder in the order of their names, with captions where they have any.
 
     Raises:
         DataError: there are none, or one cannot be read.
     """
-    from customize.training.data.dataset import read_folder
+    from customize.training.data.dataset import read_training_images
 
-    return read_folder(folder, trigger=None, caption=_SILENT)
+    return read_training_images(folder, trigger=None, caption=_SILENT)
 
 
 def read_prompts(
-    samples: Sequence[Sample], file: Path | None, class_word: str | None
+    samples: Sequence[TrainingImage], file: Path | None, class_word: str | None
 ) -> list[str] | None:
     """A prompt for each picture, triggers replaced by class words; None where none are known."""
     words: list[dict[str, str]] = [{} for _ in samples]
@@ -71,7 +71,7 @@ def _spoken(prompt: str, words: Mapping[str, str], class_word: str | None) -> st
 def _settings(path: Path) -> tuple[str, dict[str, str]]:
     """The prompt and the class words that generate noted beside a picture."""
     try:
-        values = read_json(path, MAX_PAGE)
+        values = read_json(path, MAX_TEXT_BYTES)
         words: dict[str, str] = {}
         for each in values["concepts"]:
             subjects = each.get("subjects", {})  # of a merge there may be several
@@ -89,7 +89,7 @@ def _settings(path: Path) -> tuple[str, dict[str, str]]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in read_text(file, MAX_TABLE).splitlines()]
+        lines = [line.strip() for line in read_text(file, MAX_TABLE_BYTES).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"the prompts cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}",

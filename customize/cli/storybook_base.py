@@ -8,7 +8,7 @@ from pathlib import Path
 
 from customize.concepts.types import ConceptInfo
 from customize.training.config import TrainConfig
-from customize.training.verdict import Identity, Judge
+from customize.training.verdict import IdentityJudge, IdentityResult
 
 
 def is_storybook(base: str) -> bool:
@@ -35,25 +35,25 @@ def warn_unknown_classes(configs: Sequence[TrainConfig]) -> None:
             )
 
 
-def make_judge(configs: Sequence[TrainConfig]) -> Judge | None:
+def make_judge(configs: Sequence[TrainConfig]) -> IdentityJudge | None:
     """Judges the last samples of a run on the bundled base by the storybook's judges, which no
     run is trained against; None where these are not here."""
     folder = _assets() / "judges"
     if not folder.is_dir():
         return None
 
-    def judge(info: ConceptInfo) -> Identity | None:
+    def judge(info: ConceptInfo) -> IdentityResult | None:
         from customize.storybook.judges import images_to_tensor, load_judges
         from customize.storybook.world import CLASSES
         from customize.training.data.dataset import read_image
-        from customize.training.data.image_folder import scan
+        from customize.training.data.image_folder import scan_folder
 
         config = next(config for config in configs if config.name == info.name)
         last = config.output / "samples" / f"step-{config.steps:06d}.png"
         if not last.is_file():
             return None
         judges = load_judges(folder)
-        pictures = [read_image(path) for path in scan(config.images).images]
+        pictures = [read_image(path) for path in scan_folder(config.images).images]
         sample = images_to_tensor([read_image(last)])
         distance = judges.distance(sample, judges.prototype(images_to_tensor(pictures))).item()
         shows = distance <= judges.threshold
@@ -62,7 +62,9 @@ def make_judge(configs: Sequence[TrainConfig]) -> Judge | None:
             f"{distance:.2f}, at most {judges.threshold:.2f})"
         )
         unknown = info.class_word not in CLASSES
-        return Identity(shows, text, f"a class word among {', '.join(CLASSES)}" if unknown else "")
+        return IdentityResult(
+            shows, text, f"a class word among {', '.join(CLASSES)}" if unknown else ""
+        )
 
     return judge
 

@@ -21,7 +21,7 @@ from customize.cli.command_support import (
 from customize.cli.sample_files import read_samples
 from customize.errors import ConceptError, ConfigError
 from customize.evaluation import result_file
-from customize.near_names import choose_from
+from customize.near_names import suggest_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -270,7 +270,7 @@ def _known(
         raise ConceptError(
             f"{subject.name} is a {subject.class_word}, which the storybook does not have",
             where=subject.name,
-            fix=choose_from(subject.class_word, CLASSES),
+            fix=suggest_names(subject.class_word, CLASSES),
         )
     folder = references / subject.name
     if count == 1 and not os.path.isdir(folder):

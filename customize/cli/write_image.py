@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from customize.atomic import put_file
+from customize.atomic import write_atomic
 from customize.cli.command_support import storage_errors
 from customize.errors import PipelineError, StorageError
 
@@ -105,9 +105,9 @@ def _write_pair(stem: Path, settings: bytes, picture: bytes) -> None:
     """Both files or, after an error, none of them."""
     # The settings first, as a process may be killed in between: no picture without its settings.
     first = stem.with_suffix(".json")
-    put_file(first, settings, new=True)
+    write_atomic(first, settings, new=True)
     try:
-        put_file(stem.with_suffix(".png"), picture, new=True)
+        write_atomic(stem.with_suffix(".png"), picture, new=True)
     except BaseException:
         first.unlink(missing_ok=True)
         raise

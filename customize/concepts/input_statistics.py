@@ -25,7 +25,7 @@ from customize.concepts.adapter import Factors, Products, file_name, fit
 from customize.concepts.io.file_layout import INPUTS_FILE
 from customize.concepts.io.find_files import located
 from customize.concepts.io.input_statistics_file import HEADER, VERSION, read_rows
-from customize.concepts.io.write_concept import put_file, safetensors_bytes
+from customize.concepts.io.write_concept import safetensors_bytes, write_atomic
 from customize.concepts.types import counted
 from customize.core.fusion import InputMoment
 from customize.errors import ConceptError, storage_error
@@ -33,7 +33,7 @@ from customize.families import Family
 from customize.families.adaptable_layers import CONVOLUTIONS
 from customize.families.pipeline_components import uncompiled
 from customize.families.sampling import sample
-from customize.safe_read import present
+from customize.safe_read import path_exists
 
 #: What things may be in, or wear.
 CONTEXTS = (
@@ -90,7 +90,7 @@ class LayerInputs:
         """
         path = Path(path)
         try:
-            put_file(path, self.to_bytes())
+            write_atomic(path, self.to_bytes())
         except OSError as error:
             raise storage_error(error, path) from error
         return path
@@ -144,7 +144,7 @@ def record_beside(name: str, products: Products, source: Path | None) -> LayerIn
         ConceptError: it cannot be read, or is not of these updates.
     """
     path = None if source is None else place_beside(source)
-    if path is None or not present(path):
+    if path is None or not path_exists(path):
         return None
     found = LayerInputs.load(path)
     if found.of != updates_digest(products):

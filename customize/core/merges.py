@@ -32,8 +32,8 @@ from customize.core.precision import full_precision
 from customize.core.scalars import as_float, is_integer
 from customize.core.truncation import truncate
 from customize.errors import ConfigError
-from customize.near_names import choose_from
-from customize.text import quoted
+from customize.near_names import suggest_names
+from customize.text import quote
 
 Merge = Callable[..., LowRank]
 
@@ -235,12 +235,12 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"the merge {name} has no setting {key}",
                 where=key,
-                fix=choose_from(key, known, otherwise="give none"),
+                fix=suggest_names(key, known, otherwise="give none"),
             )
         whole = key in ("rank", "seed")
         if not is_integer(value, -(2**63)) if whole else math.isnan(as_float(value)):
             raise ConfigError(
-                f"the merge {name} cannot have a {key} of {quoted(value)}",
+                f"the merge {name} cannot have a {key} of {quote(value)}",
                 where=key,
                 fix="give a whole number" if whole else "give a number",
             )

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from customize.core.precision import full_precision
 from customize.errors import ConfigError, TrainingError
-from customize.near_names import choose_from
+from customize.near_names import suggest_names
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -277,7 +277,7 @@ def _clamp_open_interval(u: Tensor) -> Tensor:
 def _check_prediction(kind: str) -> None:
     if kind not in PREDICTIONS:
         raise ConfigError(
-            f"the prediction type {kind!r} is unknown", fix=choose_from(kind, PREDICTIONS)
+            f"the prediction type {kind!r} is unknown", fix=suggest_names(kind, PREDICTIONS)
         )
 
 

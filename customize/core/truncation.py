@@ -9,7 +9,7 @@ from customize.core.lowrank import LowRank, common_dtype, to_dense, to_float64
 from customize.core.precision import full_precision
 from customize.core.scalars import is_integer
 from customize.errors import ConfigError
-from customize.text import quoted
+from customize.text import quote
 
 # Of the subspace iteration in `nearest`.
 _OVERSAMPLING, _ITERATIONS = 10, 4
@@ -30,7 +30,7 @@ def truncate(p: LowRank, rank: int) -> LowRank:
     """
     if not is_integer(rank):
         raise ConfigError(
-            f"an update cannot be truncated to rank {quoted(rank)}", fix="keep at least 1"
+            f"an update cannot be truncated to rank {quote(rank)}", fix="keep at least 1"
         )
     up, down = _HouseholderQR(to_float64(p.up)), _HouseholderQR(to_float64(p.down).T)
     u, s, vh = torch.linalg.svd(p.scale * (up.r @ down.r.T), full_matrices=False)

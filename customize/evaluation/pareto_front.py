@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from customize.atomic import put_file
+from customize.atomic import write_atomic
 from customize.errors import ConfigError, storage_error
 
 # Of these rates less is better, of all others more.
@@ -99,7 +99,7 @@ def save_plot(points: Sequence[Point], x: str, y: str, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, format="png")
     try:
-        put_file(path, buffer.getvalue())
+        write_atomic(path, buffer.getvalue())
     except OSError as error:
         raise storage_error(error, path) from error
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize.errors import PipelineError
-from customize.safe_read import check_regular
+from customize.safe_read import check_regular_files
 
 # Pictures or prompts a call.
 BATCH = 32
@@ -69,7 +69,7 @@ def load_pretrained(loader: Any, model: str | Path, what: str, **settings: Any) 
     """
     try:
         if os.path.isdir(model):
-            check_regular(model)
+            check_regular_files(model)
         return loader.from_pretrained(model, **settings)
     except Exception as error:  # files missing, offline, gated, damaged: all the same here
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -14,7 +14,7 @@ from torch import nn
 from customize.errors import ConfigError
 from customize.families.original_layer_names import Rows
 from customize.families.pipeline_components import Components, class_name, uncompiled
-from customize.near_names import choose_from
+from customize.near_names import suggest_names
 
 # transformers has the CLIP layers below `text_model` or, in newer versions of CLIPTextModel, not.
 _CLIP_PROJECTIONS = re.compile(
@@ -73,7 +73,7 @@ class Layers(Components, ABC):
         if component not in (*denoisers, *self.clip_encoders):
             raise ConfigError(
                 f"the component {component!r} of family {self.name} takes no adapter",
-                fix=choose_from(component, (*denoisers, *self.clip_encoders)),
+                fix=suggest_names(component, (*denoisers, *self.clip_encoders)),
             )
         found: dict[str, tuple[int, ...]] = {}
         for name, module in uncompiled(self._part(component)).named_modules():

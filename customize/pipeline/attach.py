@@ -12,10 +12,10 @@ from typing import Any, ParamSpec, TypeVar
 from torch import nn
 
 from customize.api.patch_diffusers import wrap_calls
-from customize.base.apply_memory_plan import computing_device, fitted, planned
+from customize.base.apply_memory_plan import apply_memory_plan, choose_memory_plan, execution_device
 from customize.base.attention import apply_backend as kernels
-from customize.base.attention.select_backend import choose
-from customize.base.memory_plan import budget
+from customize.base.attention.select_backend import choose_backends
+from customize.base.memory_plan import parse_memory_size
 from customize.concepts.formats.lora import Adaptation, LoraFile
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.library.byte_cache import ByteCache
@@ -25,7 +25,7 @@ from customize.concepts.merge.merge_concepts import SUM
 from customize.concepts.slices.overlap import true_collisions
 from customize.errors import ConfigError
 from customize.families import Family
-from customize.near_names import choose_from
+from customize.near_names import suggest_names
 from customize.pipeline.call_wrapper import alone_with, state_of
 from customize.pipeline.library_cache import Shelf
 from customize.pipeline.record_inputs import merging_of, merging_without, method_of, recorded
@@ -35,7 +35,7 @@ from customize.pipeline.state import Attached, Holder, check_sharing, find, keep
 from customize.pipeline.transaction import change
 from customize.pipeline.user_warnings import warn_user
 from customize.pipeline.validation import check_base, check_vocabulary
-from customize.text import quoted
+from customize.text import quote
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,17 +84,17 @@ def load(
             "backend or an amount of memory",
         )
     chosen = method_of(merge)
-    plan = None if memory is None else planned(pipe, family, memory)
+    plan = None if memory is None else choose_memory_plan(pipe, family, memory)
     changes = _loading(family, learned, weights, names, into, ignore, fuse) if concerned else None
     holder = find(family) if changes is None else changes.holder
     shelf = None if library is None else _opened_shelf(family, holder, library, library_cache)
-    device = computing_device(pipe, family, anywhere=plan is not None)
-    choices = {} if attention is None else choose(family, attention, device)
+    device = execution_device(pipe, family, anywhere=plan is not None)
+    choices = {} if attention is None else choose_backends(family, attention, device)
     # Concepts come last, so that adapters are left alone by whatever is done to the weights.
     with ExitStack() as undoing:
-        undoing.enter_context(kernels.applied(family, choices))
+        undoing.enter_context(kernels.apply_backends(family, choices))
         if plan is not None:
-            undoing.enter_context(fitted(pipe, family, plan, device))
+            undoing.enter_context(apply_memory_plan(pipe, family, plan, device))
         if shelf is not None:
             undoing.enter_context(_shelved(family, holder, shelf))
         if changes is not None:
@@ -126,7 +126,7 @@ def _opened_shelf(family: Family, holder: Holder, library: str | Path, library_c
             where="library",
             fix="give a folder with concepts in it, or a collection of the hub's",
         )
-    cache: ByteCache[Hashable] = ByteCache(budget(library_cache, "library_cache"))
+    cache: ByteCache[Hashable] = ByteCache(parse_memory_size(library_cache, "library_cache"))
     check_sharing(family, holder)
     whole = with_all_parts(family, holder)
     return Shelf(Library(library), whole.fingerprint(), cache)
@@ -242,7 +242,7 @@ def _loading(
     if names is not None:
         if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(new):
             raise ConfigError(
-                f"{quoted(names)} does not name {len(new)} concepts",
+                f"{quote(names)} does not name {len(new)} concepts",
                 where="names",
                 fix="give a list with a name for each, or None where it keeps its own",
             )
@@ -310,13 +310,13 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
     for name in names:
         if not isinstance(name, str):
             raise ConfigError(
-                f"{quoted(name)} is not the name of a concept",
+                f"{quote(name)} is not the name of a concept",
                 fix='give each name by itself: unload_custom("rex", "tom")',
             )
         if name not in before:
             raise ConfigError(
                 f"no concept {name} is attached",
-                fix=choose_from(name, before, otherwise="load it first"),
+                fix=suggest_names(name, before, otherwise="load it first"),
             )
     after = {name: kept for name, kept in before.items() if names and name not in names}
     shelf, settings = holder.shelf, holder.settings
@@ -335,4 +335,4 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
     if not names:
         for part in family.components.values():
             if isinstance(part, nn.Module):
-                kernels.restore(part)
+                kernels.restore_backends(part)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from customize.base.offload import check_placed
+from customize.base.offload import check_not_offloaded
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.input_statistics import (
     PROMPTS,
@@ -32,12 +32,12 @@ from customize.concepts.merge.merge_concepts import (
 )
 from customize.errors import ConfigError
 from customize.families import Family
-from customize.near_names import choose_from
+from customize.near_names import suggest_names
 from customize.pipeline.state import Attached, Holder, Merging
 from customize.pipeline.transaction import change
 from customize.stages.check_prompts import is_truncated
 from customize.stages.decor.text_encoder import tokenizer_for
-from customize.text import quoted
+from customize.text import quote
 
 
 def method_of(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]] | None:
@@ -52,9 +52,9 @@ def method_of(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any
     method = settings.pop("method", None)
     if not isinstance(method, str) or method not in (AUTO, *METHODS):
         raise ConfigError(
-            f"a pipeline's concepts cannot be merged by {quoted(method)}",
+            f"a pipeline's concepts cannot be merged by {quote(method)}",
             where="merge",
-            fix=choose_from(method, (AUTO, *METHODS))
+            fix=suggest_names(method, (AUTO, *METHODS))
             + ', or give a dict with one as its "method" and settings',
         )
     if method != AUTO or settings:
@@ -152,7 +152,7 @@ def recorded(
             )
     if not concepts:
         return {}
-    check_placed(family.adaptable | {"vae": family.vae})
+    check_not_offloaded(family.adaptable | {"vae": family.vae})
     side = family.default_resolution
     with torch.no_grad():
         shape = family.encode_images(torch.zeros(1, 3, side, side))[0].shape[1:]
@@ -185,8 +185,8 @@ def _check_read(family: Family, concept: Adaptation, words: str, prompts: Sequen
         for prompt in prompts:
             if is_truncated(words, prompt, tokenizer, window):
                 raise ConfigError(
-                    f"the {key} reads {window} tokens of a prompt, and in {quoted(prompt)} the "
-                    f"words {quoted(words)} are cut off",
+                    f"the {key} reads {window} tokens of a prompt, and in {quote(prompt)} the "
+                    f"words {quote(words)} are cut off",
                     where="prompts",
                     fix="shorten it, or write {} nearer to its beginning",
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from customize.base.apply_memory_plan import planned_before
+from customize.base.apply_memory_plan import get_applied_plan
 from customize.base.attention import apply_backend as kernels
 from customize.base.memory_plan import GIB
 from customize.concepts.slices.overlap import true_collisions
@@ -41,12 +41,12 @@ def summary(pipe: Any) -> Customization:
         rows.append(Row(name, said, thing, attached.weight, info.rank, slices, mode))
     denoiser = family.denoiser
     place = f"{family.name} ({denoiser.device}, {str(denoiser.dtype).removeprefix('torch.')})"
-    plan = planned_before(family)
+    plan = get_applied_plan(family)
     return Customization(
         tuple(rows),
         place,
         merge=holder.merging.method,
-        attention=tuple(kernels.report(family.components)),
+        attention=tuple(kernels.report_backends(family.components)),
         memory="" if plan is None else str(plan),
         library=_library(holder),
         avoid="; ".join(map(str, holder.settings.values())),

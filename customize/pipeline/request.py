@@ -16,7 +16,7 @@ from customize.concepts.merge.component_weights import BlockWeights, Weight, par
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError
 from customize.families import Family
-from customize.near_names import choose_from
+from customize.near_names import suggest_names
 from customize.pipeline.state import Attached
 
 #: A number, or a dict by component and block: see
@@ -123,7 +123,7 @@ def _by_name(
                 raise ConfigError(
                     f"a weight is given for {name}, which is neither attached nor being loaded",
                     where="weights",
-                    fix=choose_from(name, after, otherwise="load it first"),
+                    fix=suggest_names(name, after, otherwise="load it first"),
                 )
     elif isinstance(weights, str | bytes) or not isinstance(weights, Sequence):
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from customize.base.offload import settled
+from customize.base.offload import materialize
 from customize.concepts.base_weight import dense_weight
 from customize.concepts.formats.denoiser_labels import assign_noise_levels
 from customize.concepts.formats.ignored_parts import check_all_matched, check_ignore, remove_ignored
@@ -88,7 +88,7 @@ def read_sources(
             return originals[place]
         return dense_weight(models[component].get_submodule(module), ".".join(place))
 
-    with settled(models):
+    with materialize(models):
         return [placed(each, weight) for each in found]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from customize.base.attention.apply_backend import Took
+from customize.base.attention.apply_backend import BackendReport
 from customize.concepts.adapter import Adapter
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.input_statistics import LayerInputs
@@ -263,7 +263,7 @@ class Customization:
     rows: tuple[Row, ...]
     place: str
     merge: str = SUM
-    attention: tuple[Took, ...] = ()
+    attention: tuple[BackendReport, ...] = ()
     memory: str = ""
     library: str = ""
     avoid: str = ""

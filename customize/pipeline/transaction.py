@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from customize.base.offload import settled
+from customize.base.offload import materialize
 from customize.concepts.adapter import attach_products, fit
 from customize.concepts.merge.merge_concepts import FUSION, plan_merge
 from customize.concepts.tokens.layerwise_embeddings import (
@@ -70,7 +70,7 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
                 where=component,
                 fix=f'call delete_adapters("{ADAPTER}") first, or load it under another name',
             )
-    with _writable(models), settled(models):
+    with _writable(models), materialize(models):
         check_fusable(models, new[1], holder.originals)
         vectors = sums_of(after, merging.method), sums_of(before, was_merging.method)
         set_biases_and_norms.check_vectors(models, vectors[0], holder.vectors)

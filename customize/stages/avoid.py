@@ -23,7 +23,7 @@ from customize.pipeline.validation import check_encoders_here
 from customize.stages.decor.kv_updates import ALL, UpdateCleaner, adapted_kv_layers
 from customize.stages.decor.negative_prompt import add_to_negative_prompt, argument_texts
 from customize.stages.decor.text_encoder import EncoderCleaning, clean_text_encoders
-from customize.text import quoted
+from customize.text import quote
 
 AUTO = "auto"
 Rows = Literal["words", "rest", "all"]
@@ -104,14 +104,14 @@ class Decor:
             strength = as_float(self.strength)
             if math.isnan(strength):
                 raise ConfigError(
-                    f"{quoted(self.strength)} is no strength",
+                    f"{quote(self.strength)} is no strength",
                     where="strength",
                     fix='give a number from 0 to 2, or "auto"',
                 )
             check_strength(strength)
         if self.rank is not None and not is_integer(self.rank):
             raise ConfigError(
-                f"{quoted(self.rank)} is no rank",
+                f"{quote(self.rank)} is no rank",
                 where="rank",
                 fix="give a whole number from 1, or None",
             )
@@ -122,13 +122,13 @@ class Decor:
         ):
             if not isinstance(value, str | None) or value not in known:
                 raise ConfigError(
-                    f"{quoted(value)} is none of {', '.join(map(str, known))}",
+                    f"{quote(value)} is none of {', '.join(map(str, known))}",
                     where=name,
                     fix=did_you_mean(value, [str(each) for each in known]),
                 )
         if not 0.0 <= as_float(self.keys) <= 1.0:
             raise ConfigError(
-                f"{quoted(self.keys)} is no share of the strength",
+                f"{quote(self.keys)} is no share of the strength",
                 where="keys",
                 fix="give a number from 0, for values alone, to 1, for keys alike",
             )
@@ -137,7 +137,7 @@ class Decor:
         low, high = map(as_float, pair) if two else (1.0, 0.0)
         if not 0.0 <= low < high <= 1.0:
             raise ConfigError(
-                f"{quoted(self.noise)} are no two shares of noise, the less first",
+                f"{quote(self.noise)} are no two shares of noise, the less first",
                 where="noise",
                 fix="give such as (0.5, 1.0) for the first half of the noise levels",
             )
@@ -162,7 +162,7 @@ def parse_phrases(avoid: str | Sequence[str]) -> tuple[str, ...]:
     listed = avoid.split(",") if isinstance(avoid, str) else avoid
     if not isinstance(listed, Sequence) or not all(map(_is_text, listed)):
         raise ConfigError(
-            f"{quoted(avoid)} does not say what is not wanted",
+            f"{quote(avoid)} does not say what is not wanted",
             where=_WHERE,
             fix='give words, such as avoid="beach, fence", or a list of them',
         )

@@ -21,7 +21,7 @@ from customize.families import Family
 from customize.pipeline.call_wrapper import Call, Host, Stage
 from customize.pipeline.validation import check_encoders_here
 from customize.stages.multidiffusion import RegionalPrompt, denoise_by_regions
-from customize.text import quoted
+from customize.text import quote
 
 WeightFunction = Callable[[int, int], Tensor]
 
@@ -77,7 +77,7 @@ def _regional_prompt(
         )
     named: dict[str, WeightFunction] = {}
     for key, place in regions.items():
-        where = f"regions[{quoted(key)}]"
+        where = f"regions[{quote(key)}]"
         if not isinstance(key, str):
             raise ConfigError(
                 f"a region goes by words of the prompt, not by a {type(key).__name__}", where=where
@@ -158,7 +158,7 @@ def _read_box(place: Sequence[Any], where: str) -> tuple[float, float, float, fl
     numbers = [as_float(number) for number in place] if len(place) == 4 else [math.nan]
     if any(map(math.isnan, numbers)):
         raise ConfigError(
-            f"{quoted(place)} is no box",
+            f"{quote(place)} is no box",
             where=where,
             fix="give four numbers: left, top, right, bottom",
         )

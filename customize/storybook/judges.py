@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from customize.core.precision import full_precision
 from customize.errors import ConceptError
-from customize.safe_read import MAX_PAGE, read_json, read_safetensors
+from customize.safe_read import MAX_TEXT_BYTES, read_json, read_safetensors
 from customize.storybook.world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES
 
 COLOUR_LABELS = (*COLOURS, "other")
@@ -155,7 +155,7 @@ def load_judges(folder: str | Path) -> Judges:
     """
     folder = Path(folder)
     try:
-        threshold = float(read_json(folder / "judges.json", MAX_PAGE)["threshold"])
+        threshold = float(read_json(folder / "judges.json", MAX_TEXT_BYTES)["threshold"])
         if not 0 < threshold < 2:
             raise ValueError(f"a cosine distance of {threshold} can't be the threshold")
         attributes, identity = AttributeJudge(), IdentityJudge()

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.base.weight_files import chosen_variants, folder_of, weight_files
+from customize.base.weight_files import list_weight_files, local_folder, select_variants
 from customize.errors import PipelineError
 from customize.families import FAMILIES, family_of
-from customize.safe_read import MAX_TABLE, mapped_floats, read_json
+from customize.safe_read import MAX_TABLE_BYTES, map_float_tensors, read_json
 from customize.training.config import TrainConfig
 
 _SAMPLED = 16  # numbers of a tensor that are looked at
@@ -74,11 +74,11 @@ def weight_digests_on_disk(base: str, variant: str | None = None) -> dict[str, s
 
     They are those of the loaded components. Only the numbers that count are read.
     """
-    folder = folder_of(base)
+    folder = local_folder(base)
     if folder is None or _elsewhere(folder):
         return {}
     try:
-        variants = chosen_variants(folder, variant)
+        variants = select_variants(folder, variant)
     except PipelineError:  # opening the base raises it again
         return {}
     found = {}
@@ -88,7 +88,7 @@ def weight_digests_on_disk(base: str, variant: str | None = None) -> dict[str, s
         try:
             entries: set[bytes] = set()
             for file in _files(folder / part, variants.get(part, "")):
-                with mapped_floats(file) as tensors:
+                with map_float_tensors(file) as tensors:
                     entries |= _entries(tensors)
         except Exception:  # missing or damaged files: loading them will tell
             return {}
@@ -108,7 +108,7 @@ def resolution_before_loading(
     try:
         if components is not None:
             return family_of(components).default_resolution
-        folder = folder_of(config.base)
+        folder = local_folder(config.base)
         if folder is None:
             return None
         sides = [_config(folder / f.denoiser_key).get("sample_size") for f in FAMILIES.values()]
@@ -152,7 +152,7 @@ def _elsewhere(folder: Path) -> list[str]:
     if standard.is_file() or not modular.is_file():
         return []
     try:
-        listed = read_json(modular, MAX_TABLE)
+        listed = read_json(modular, MAX_TABLE_BYTES)
     except (OSError, ValueError):  # loading it will tell
         return list(_PARTS)
     return [part for part in _PARTS if part in listed and not (folder / part).is_dir()]
@@ -160,20 +160,20 @@ def _elsewhere(folder: Path) -> list[str]:
 
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    values: dict[str, Any] = read_json(file, MAX_TABLE) if file.is_file() else {}
+    values: dict[str, Any] = read_json(file, MAX_TABLE_BYTES) if file.is_file() else {}
     return values
 
 
 def _files(folder: Path, variant: str) -> list[Path]:
     """The safetensors files that ``from_pretrained`` reads a component from."""
     if variant:
-        return weight_files(folder, variant)
+        return list_weight_files(folder, variant)
     for stem in _STEMS:
         single = folder / f"{stem}.safetensors"
         if single.is_file():
             return [single]
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            names = set(read_json(index, MAX_TABLE)["weight_map"].values())
+            names = set(read_json(index, MAX_TABLE_BYTES)["weight_map"].values())
             return [folder / name for name in sorted(names)]
     raise FileNotFoundError(f"no safetensors in {folder}")

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customize.atomic import put_file
+from customize.atomic import write_atomic
 from customize.errors import SettingsError, StorageError, TrainingError, storage_error
-from customize.safe_read import MAX_TENSORS, read_safetensors
+from customize.safe_read import MAX_SAFETENSORS_BYTES, read_safetensors
 from customize.text import one_line
-from customize.training.data.changed_images import PICTURES, pictures_changed
-from customize.training.settings_file import current_names, short
+from customize.training.data.changed_images import IMAGE_SETTINGS, describe_changes
+from customize.training.settings_file import format_value, rename_settings
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _HEADER, _DIGEST = "customize_checkpoint", "customize_checkpoint_sha256"
-_MAX_BYTES = 4 * MAX_TENSORS  # the optimizer's moments beside what is learned
+_MAX_BYTES = 4 * MAX_SAFETENSORS_BYTES  # the optimizer's moments beside what is learned
 #: Among a run's settings: component -> digest, from
 #: :func:`customize.training.base_fingerprint.weight_digests`.
 BASE_WEIGHTS = "base_weights"
@@ -144,15 +144,19 @@ def settings_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
 
     The base's weights and configuration count where both know them.
     """
-    before, now = current_names(before), current_names(json.loads(json.dumps(now)))
+    before, now = rename_settings(before), rename_settings(json.loads(json.dumps(now)))
     missing = object()
     found = [
-        f"{key} was {short(before.get(key, 'not set'))} and is {short(now.get(key, 'not set'))}"
-        for key in sorted({*before, *now} - {BASE_WEIGHTS, BASE_CONFIG, JOINT_CONCEPTS, *PICTURES})
+        f"{key} was {format_value(before.get(key, 'not set'))} "
+        f"and is {format_value(now.get(key, 'not set'))}"
+        for key in sorted(
+            {*before, *now} - {BASE_WEIGHTS, BASE_CONFIG, JOINT_CONCEPTS, *IMAGE_SETTINGS}
+        )
         if before.get(key, missing) != now.get(key, missing)
     ]
     pictures = (
-        pictures_changed(before.get(key), now.get(key), what) for key, what in PICTURES.items()
+        describe_changes(before.get(key), now.get(key), what)
+        for key, what in IMAGE_SETTINGS.items()
     )
     found += [told for told in pictures if told]
     old, new = before.get(JOINT_CONCEPTS, {}), now.get(JOINT_CONCEPTS, {})
@@ -280,7 +284,7 @@ def write_whole(path: Path, data: bytes) -> None:
         OSError: it cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    put_file(path, data)
+    write_atomic(path, data)
 
 
 def _packed(checkpoint: Checkpoint) -> bytes:

@@ -24,7 +24,7 @@ from customize.training.data import dataset
 from customize.training.data.batches import stream_seed
 from customize.training.prepare_base import move_to_device
 from customize.training.progress import Progress
-from customize.training.validation_images import draw, guidance_of
+from customize.training.validation_images import draw_images, guidance_scale
 
 _CHUNK = 4  # pictures drawn together; fixed, so that drawing again gives the same ones
 
@@ -46,7 +46,7 @@ def load_or_draw_class_images(
     accelerator: Any,
     autocast: Callable[[], AbstractContextManager[Any]],
     progress: Progress,
-) -> list[dataset.Sample]:
+) -> list[dataset.TrainingImage]:
     """The class pictures in a concept's folder, after drawing those that are missing.
 
     They lie in a folder that is named by all they depend on, so that others are never taken.
@@ -65,7 +65,7 @@ def load_or_draw_class_images(
     if accelerator.is_main_process:
         draw_class_images(config, family, folder, resolution, autocast, progress)
     accelerator.wait_for_everyone()
-    return dataset.read_folder(
+    return dataset.read_training_images(
         folder, trigger=None, caption=config.class_prompt, limit=config.prior_count
     )
 
@@ -89,13 +89,13 @@ def draw_class_images(
         chunk = range(first, min(first + _CHUNK, len(paths)))
         if all(paths[number].is_file() for number in chunk):
             continue
-        pictures = draw(
+        pictures = draw_images(
             family,
             {k: v.expand(len(chunk), *v.shape[1:]) for k, v in asked.items()},
             empty,
             shape,
             steps=config.validation_steps,
-            guidance=guidance_of(config, family),
+            guidance=guidance_scale(config, family),
             seeds=[stream_seed(config.seed, "class", number) for number in chunk],
             autocast=autocast,
         )
@@ -112,7 +112,7 @@ def _origin(
     facts += [
         dict(weights),
         config.validation_steps,
-        guidance_of(config, family),
+        guidance_scale(config, family),
         config.mixed_precision,
         family.configured(),
         class_name(family.scheduler),

@@ -33,8 +33,8 @@ from customize.core.preservation import (
 from customize.families import Family
 from customize.families.pipeline_components import TokenDictionary, uncompiled
 from customize.training.config import TrainConfig
-from customize.training.data.batches import choose
-from customize.training.data.captions import class_caption
+from customize.training.data.batches import choose_images
+from customize.training.data.captions import replace_trigger
 from customize.training.distributed import Autocast
 from customize.training.latents_and_embeddings import Conditions, Encode, lookup_conditions
 from customize.training.trainable import Trainable
@@ -74,7 +74,9 @@ class PhraseBatch:
         """
         size, chosen = min(_TOGETHER, max(self.counts)), []
         for concept, count in enumerate(self.counts):
-            own = choose(seed, turn, size, count, flip=False, dropout=0.0, stream=stream).pictures
+            own = choose_images(
+                seed, turn, size, count, flip=False, dropout=0.0, stream=stream
+            ).pictures
             chosen += [sum(self.counts[:concept]) + number for number in own]
         parts = (self.ids, self.positions, self.weight, self.base)
         picked = [torch.stack([part[row] for row in chosen]) for part in parts]
@@ -141,7 +143,9 @@ class PreservationTargets:
         found = []
         for place, concept in enumerate(concepts):
             texts, position = self.contexts[concept], turn * count + place
-            own = choose(seed, position, 1, len(texts), flip=False, dropout=0.0, stream="contexts")
+            own = choose_images(
+                seed, position, 1, len(texts), flip=False, dropout=0.0, stream="contexts"
+            )
             found.append(texts[own.pictures[0]])
         return found
 
@@ -190,7 +194,7 @@ def with_class_words(configs: Sequence[TrainConfig], text: str) -> str:
     """A text with each concept's class word in its trigger's place: the untouched model knows none
     of the triggers, so none may be in what it is asked."""
     for config in configs:
-        text = class_caption(text, config.trigger, config.class_word)
+        text = replace_trigger(text, config.trigger, config.class_word)
     return text
 
 

@@ -20,9 +20,15 @@ from pydantic import (
 
 from customize.errors import ConfigError
 from customize.training import field_values
-from customize.training.config_validation import contradictions
+from customize.training.config_validation import find_contradictions
 from customize.training.field_values import TEXT_LOSSES
-from customize.training.settings_file import config_error, current_names, read_yaml, short, together
+from customize.training.settings_file import (
+    config_error,
+    format_value,
+    join_problems,
+    read_yaml,
+    rename_settings,
+)
 
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 
@@ -346,7 +352,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _one_error(cls, data: Any, handler: ModelWrapValidatorHandler[TrainConfig]) -> TrainConfig:
-        data = current_names(data) if isinstance(data, dict) else data
+        data = rename_settings(data) if isinstance(data, dict) else data
         if isinstance(data, dict) and data.get("trigger") is None:
             # Without a proper name the trigger keeps its default; the name's own error is enough.
             name = data.get("name")
@@ -362,26 +368,26 @@ class TrainConfig(BaseModel):
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
-        return field_values.plain(name, value, _kinds(name))
+        return field_values.normalize_value(name, value, _kinds(name))
 
     _home = field_validator("images", "output", "masks", "library", "prior_images")(
-        field_values.home
+        field_values.expand_home
     )
-    _no_pickle = field_validator("base")(field_values.no_pickle)
-    _has_place = field_validator("caption")(field_values.has_place)
-    _preservations = field_validator("preserve")(field_values.preservations)
-    _phrases = field_validator("preserve_phrases")(field_values.phrases)
-    _prompts = field_validator("validation_prompts")(field_values.prompts)
+    _no_pickle = field_validator("base")(field_values.check_not_pickle)
+    _has_place = field_validator("caption")(field_values.check_placeholder)
+    _preservations = field_validator("preserve")(field_values.check_preservation_weights)
+    _phrases = field_validator("preserve_phrases")(field_values.check_phrases)
+    _prompts = field_validator("validation_prompts")(field_values.check_prompts)
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         """What single fields cannot see; all contradictions are told at once."""
         problems = [
-            f"{field} is {short(getattr(self, field))}: it {problem}"
-            for field, problem in contradictions(self).items()
+            f"{field} is {format_value(getattr(self, field))}: it {problem}"
+            for field, problem in find_contradictions(self).items()
         ]
         if problems:
-            raise ConfigError(together(problems))
+            raise ConfigError(join_problems(problems))
         return self
 
 
@@ -397,10 +403,10 @@ def load_config(path: Path | str | None = None, **overrides: Any) -> TrainConfig
         ConfigError: the file is missing, unreadable or no YAML mapping, or a setting is wrong.
     """
     settings = {} if path is None else read_yaml(Path(path))
-    return config_of({**settings, **current_names(overrides)}, path)
+    return build_config({**settings, **rename_settings(overrides)}, path)
 
 
-def config_of(settings: Mapping[str, Any], where: Path | str | None) -> TrainConfig:
+def build_config(settings: Mapping[str, Any], where: Path | str | None) -> TrainConfig:
     """The configuration of these settings.
 
     Args:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from customize.safe_read import real_path
-from customize.training.settings_file import mentions
+from customize.training.settings_file import contains_trigger
 
 if TYPE_CHECKING:
     from customize.training.config import TrainConfig
 
 
-def contradictions(config: TrainConfig) -> dict[str, str]:
+def find_contradictions(config: TrainConfig) -> dict[str, str]:
     """Setting -> what is wrong with it, beside the others, and what to do."""
     images, output = real_path(config.images), real_path(config.output)
     checks = {
@@ -28,7 +28,7 @@ def contradictions(config: TrainConfig) -> dict[str, str]:
         "preserve_pooling": config.preserve_pooling == "published" and _in_pooling(config),
         "prior_images": config.prior_images is not None
         and _in_prior_images(config, real_path(config.prior_images) == images),
-        "prior_prompt": mentions(config.prior_prompt or "", config.trigger)
+        "prior_prompt": contains_trigger(config.prior_prompt or "", config.trigger)
         and f"has the trigger {config.trigger}; class pictures show the class without it",
         "slice": config.slice is not None
         and config.method == "lora"
@@ -51,7 +51,7 @@ def contradictions(config: TrainConfig) -> dict[str, str]:
 
 
 def _in_preserve(config: TrainConfig) -> str | None:
-    if config.preserve and mentions(config.class_word, config.trigger):
+    if config.preserve and contains_trigger(config.class_word, config.trigger):
         return f"compares with the class, but the class_word has the trigger {config.trigger}"
     if config.text_losses and not (config.train_tokens or config.train_text_encoder):
         return (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from customize.near_names import did_you_mean
-from customize.training.settings_file import check_text, short, weights_by_name
+from customize.training.settings_file import check_text, format_value, parse_weights
 
 # Named here, and not read from customize.core.preservation, so that --help needs no torch.
 TEXT_LOSSES = ("class_text", "context_text")
@@ -16,7 +16,7 @@ PRESERVATIONS = (*TEXT_LOSSES, "output", "context_output")
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
 
 
-def plain(name: str, value: Any, kinds: Sequence[Any]) -> Any:
+def normalize_value(name: str, value: Any, kinds: Sequence[Any]) -> Any:
     """Undo what YAML and shells do to values, and refuse what pydantic would bend.
 
     Args:
@@ -24,7 +24,7 @@ def plain(name: str, value: Any, kinds: Sequence[Any]) -> Any:
         kinds: the types that it may have.
     """
     if name == "preserve":
-        return weights_by_name(value)
+        return parse_weights(value)
     if isinstance(value, bool) and bool not in kinds:
         if name == "mixed_precision" and not value:
             return "no"  # YAML 1.1 reads a plain no as false
@@ -38,7 +38,7 @@ def plain(name: str, value: Any, kinds: Sequence[Any]) -> Any:
     return value
 
 
-def home(path: Path | None) -> Path | None:
+def expand_home(path: Path | None) -> Path | None:
     """The path with ``~`` as the home folder."""
     try:
         return None if path is None else path.expanduser()
@@ -46,19 +46,19 @@ def home(path: Path | None) -> Path | None:
         raise ValueError("starts with a home folder that does not exist") from None
 
 
-def no_pickle(base: str) -> str:
+def check_not_pickle(base: str) -> str:
     if base.lower().endswith(_PICKLES):
         raise ValueError("is a pickle, which can run code; give a safetensors file or folder")
     return base
 
 
-def has_place(caption: str | None) -> str | None:
+def check_placeholder(caption: str | None) -> str | None:
     if caption is not None and "{}" not in caption:
         raise ValueError('has no {} for the trigger; write "a photo of {}"')
     return caption
 
 
-def preservations(weights: dict[str, float]) -> dict[str, float]:
+def check_preservation_weights(weights: dict[str, float]) -> dict[str, float]:
     """The weights that are not zero, in the order of :data:`PRESERVATIONS`."""
     unknown = sorted(weights.keys() - set(PRESERVATIONS))
     if unknown:
@@ -66,21 +66,21 @@ def preservations(weights: dict[str, float]) -> dict[str, float]:
         hint = "; class pictures have prior_weight" if "prior" in unknown else ""
         near_ones = did_you_mean(unknown[0], PRESERVATIONS)
         hint += f"; {near_ones}" if near_ones and not hint else ""
-        raise ValueError(f"names {', '.join(map(short, unknown))}; known are {known}{hint}")
+        raise ValueError(f"names {', '.join(map(format_value, unknown))}; known are {known}{hint}")
     negative = sorted(name for name, weight in weights.items() if weight < 0)
     if negative:
         raise ValueError(f"has a negative weight for {', '.join(negative)}; give 0 or more")
     return {name: weights[name] for name in PRESERVATIONS if weights.get(name)}
 
 
-def phrases(texts: tuple[str, ...]) -> tuple[str, ...]:
-    for text in prompts(texts):
+def check_phrases(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in check_prompts(texts):
         if "{}" not in text:
-            raise ValueError(f"has no {{}} for the trigger in {short(text)}")
+            raise ValueError(f"has no {{}} for the trigger in {format_value(text)}")
     return texts
 
 
-def prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
+def check_prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
     for text in texts:
         check_text(text)
     return texts

@@ -9,8 +9,14 @@ from typing import Any
 
 from customize.errors import ConfigError
 from customize.safe_read import real_path
-from customize.training.config import TrainConfig, config_of, load_config
-from customize.training.settings_file import current_names, mentions, read_yaml, short, together
+from customize.training.config import TrainConfig, build_config, load_config
+from customize.training.settings_file import (
+    contains_trigger,
+    format_value,
+    join_problems,
+    read_yaml,
+    rename_settings,
+)
 
 #: The settings that each concept of a run has for itself; all others belong to the run.
 PER_CONCEPT_SETTINGS = frozenset(
@@ -37,11 +43,11 @@ def load_configs(
     """
     configs = [load_config(path, **overrides)]
     if others:
-        overrides = current_names(overrides)
+        overrides = rename_settings(overrides)
         given = ({} if path is None else read_yaml(Path(path))) | overrides
         for other in others:
             settings = _of_the_run(given) | read_yaml(Path(other)) | _of_the_run(overrides)
-            configs.append(config_of(settings, other))
+            configs.append(build_config(settings, other))
     check_joint_configs(configs)
     return configs
 
@@ -57,32 +63,32 @@ def check_joint_configs(configs: Sequence[TrainConfig]) -> None:
         raise ConfigError("there is no concept to learn", fix="give at least one configuration")
     first = configs[0]
     problems = [
-        f"{field} belongs to the run, but is {short(getattr(first, field))} for {first.name} and "
-        f"{short(getattr(other, field))} for {other.name}"
+        f"{field} belongs to the run, but is {format_value(getattr(first, field))} for "
+        f"{first.name} and {format_value(getattr(other, field))} for {other.name}"
         for other in configs[1:]
         for field in TrainConfig.model_fields
         if field not in PER_CONCEPT_SETTINGS and getattr(other, field) != getattr(first, field)
     ]
     for a, b in combinations(configs, 2):
         problems += [
-            f"{field} is {short(getattr(a, field))} for two concepts"
+            f"{field} is {format_value(getattr(a, field))} for two concepts"
             for field in ("name", "trigger", "slice")
             if getattr(a, field) is not None and getattr(a, field) == getattr(b, field)
         ]
         ours, theirs = real_path(a.output), real_path(b.output)
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
             problems.append(
-                f"output is {short(a.output)} for {a.name} and {short(b.output)} for {b.name}: each"
-                " needs a folder of its own, outside of the other's"
+                f"output is {format_value(a.output)} for {a.name} and {format_value(b.output)} for "
+                f"{b.name}: each needs a folder of its own, outside of the other's"
             )
     for a, b in permutations(configs, 2):
         problems += [
             f"{field} of {a.name} has the trigger of {b.name}, which only captions may have"
             for field in ("class_word", "prior_prompt")
-            if a.trigger != b.trigger and mentions(getattr(a, field) or "", b.trigger)
+            if a.trigger != b.trigger and contains_trigger(getattr(a, field) or "", b.trigger)
         ]
     if problems:
-        raise ConfigError(together(problems))
+        raise ConfigError(join_problems(problems))
 
 
 def _of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:

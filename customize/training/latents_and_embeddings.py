@@ -19,9 +19,9 @@ from customize.errors import PipelineError
 from customize.families.family import Family
 from customize.families.tokenization import padded
 from customize.training.data import dataset
-from customize.training.data.buckets import bucket_of, bucket_sizes
+from customize.training.data.buckets import bucket_sizes, nearest_bucket
 from customize.training.finite_checks import check_conditions, check_latents
-from customize.training.progress import untracked
+from customize.training.progress import without_progress
 
 Conditions = Mapping[str, Tensor]
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -80,14 +80,14 @@ class CachedImages:
 
 def cache_images(
     family: Family,
-    samples: Sequence[dataset.Sample],
+    samples: Sequence[dataset.TrainingImage],
     resolution: int,
     device: torch.device,
     *,
     flip: bool,
     keep_latents: bool,
     buckets: bool = False,
-    track: Callable[[Sequence[Any], str], Iterable[Any]] = untracked,
+    track: Callable[[Sequence[Any], str], Iterable[Any]] = without_progress,
 ) -> CachedImages:
     """Crop, mirror and encode the pictures. The autoencoder must be on the device.
 
@@ -100,7 +100,7 @@ def cache_images(
     sizes = [(resolution, resolution)] * len(samples)
     if buckets:
         known = bucket_sizes(resolution, family.latent_multiple)
-        sizes = [bucket_of(sample.size, known) for sample in samples]
+        sizes = [nearest_bucket(sample.size, known) for sample in samples]
 
     def both(tensor: Tensor) -> list[Tensor]:
         return [tensor, tensor.flip(-1)] if flip else [tensor]
@@ -114,8 +114,8 @@ def cache_images(
     # One at a time, so that only one photograph is in memory as a whole.
     pairs = list(zip(samples, sizes, strict=True))
     for sample, size in track(pairs, "encoding pictures"):
-        loaded = dataset.opened(sample)
-        variants = both(dataset.pixels(loaded, size))
+        loaded = dataset.load_image_and_mask(sample)
+        variants = both(dataset.image_tensor(loaded, size))
         if keep_latents:
             latents.append(encode_latents(family, variants, device, encoded, sample.path.name))
         else:

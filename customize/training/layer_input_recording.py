@@ -26,7 +26,7 @@ from customize.training.config import TrainConfig
 from customize.training.finite_checks import suggest_base_fix
 from customize.training.latents_and_embeddings import Encode
 from customize.training.prepare_base import move_to_device, offload
-from customize.training.progress import SILENT, Progress
+from customize.training.progress import NO_PROGRESS, Progress
 from customize.training.trainable import Trainable, TrainableConcept
 
 
@@ -45,7 +45,7 @@ def record_concept_inputs(
     encode: Encode,
     shape: Sequence[int],
     autocast: Callable[[], AbstractContextManager[Any]],
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
     """Write the record of a concept whose adapter and tokens are in the model still.
 
@@ -80,7 +80,7 @@ def record_generic_inputs(
     resolution: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> LayerInputs:
     """What all layers read on generic prompts.
 

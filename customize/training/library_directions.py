@@ -18,7 +18,7 @@ from customize.errors import ConceptError, CustomizeError
 from customize.families import Family
 from customize.training.config import TrainConfig
 from customize.training.layer_input_recording import record_generic_inputs
-from customize.training.progress import SILENT, Progress
+from customize.training.progress import NO_PROGRESS, Progress
 from customize.training.trainable import adapted_components
 
 
@@ -31,7 +31,7 @@ def load_or_record_directions(
     accelerator: Any,
     autocast: Callable[[], AbstractContextManager[Any]],
     before: str = "",
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> SharedDirections:
     """What all layers read on generic prompts.
 

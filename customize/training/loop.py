@@ -22,9 +22,9 @@ from customize.training.config import TrainConfig
 from customize.training.finite_checks import suggest_base_fix
 from customize.training.losses import TrainingLosses
 from customize.training.progress import Progress
-from customize.training.samples import Samples
+from customize.training.samples import SampleImages
 from customize.training.trainable import Trainable
-from customize.training.validation_images import Validation
+from customize.training.validation_images import ValidationImages
 
 OnStep = Callable[[int, Tensor], object]
 
@@ -42,7 +42,7 @@ def run_training_loop(
     *,
     accelerator: Any,
     device: torch.device,
-    validations: Sequence[Validation | Samples],
+    validations: Sequence[ValidationImages | SampleImages],
     progress: Progress,
     on_step: OnStep | None,
 ) -> tuple[list[list[float]], float]:

@@ -18,7 +18,7 @@ from customize.training.class_preservation import (
     is_preservation_step,
 )
 from customize.training.config import TrainConfig
-from customize.training.data.batches import compose, draw_noise, stream_seed
+from customize.training.data.batches import compose_batch, draw_noise, stream_seed
 from customize.training.distributed import Autocast
 from customize.training.latents_and_embeddings import CachedImages, Encode
 from customize.training.trainable import Trainable
@@ -59,7 +59,7 @@ class TrainingLosses:
         turn = step * places + place
         # Counts the batches that preserve.
         held = step // PRESERVATION_INTERVAL * places + place
-        chosen, mirrored, captions = compose(
+        chosen, mirrored, captions = compose_batch(
             config, pictures.captions, self.concepts, self.classes, turn, pictures.sizes
         )
         for piece, part in enumerate(pictures.group_by_size(chosen)):

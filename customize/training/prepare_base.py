@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from customize.base.load_pipeline import open_base
-from customize.base.quantization import check_quantizer, quantize
+from customize.base.load_pipeline import load_pipeline
+from customize.base.quantization import check_quantizer, quantize_model
 from customize.concepts.tokens import layerwise_embeddings
 from customize.core.bases import count_shared_directions
 from customize.errors import ConfigError, PipelineError
@@ -23,7 +23,7 @@ from customize.training.trainable import adapted_components
 
 def read_images(
     config: TrainConfig, resolution: int | None, triggers: Sequence[str]
-) -> tuple[list[dataset.Sample], list[dataset.Sample]]:
+) -> tuple[list[dataset.TrainingImage], list[dataset.TrainingImage]]:
     """The concept's pictures, and the class pictures that the settings name.
 
     Args:
@@ -31,11 +31,11 @@ def read_images(
         triggers: of all concepts of the run, which no class picture shows.
 
     Raises:
-        DataError: see :func:`customize.training.data.dataset.read_folder`.
+        DataError: see :func:`customize.training.data.dataset.read_training_images`.
     """
     # Sizes of buckets depend on the model. Until it is loaded, no picture stays in memory.
     hold = resolution is not None and not config.buckets
-    samples = dataset.read_folder(
+    samples = dataset.read_training_images(
         config.images,
         trigger=config.trigger,
         caption=config.caption,
@@ -46,7 +46,7 @@ def read_images(
     )
     if not config.prior_weight or config.prior_images is None:
         return samples, []
-    return samples, dataset.read_folder(
+    return samples, dataset.read_training_images(
         config.prior_images,
         trigger=None,
         caption=config.class_prompt,
@@ -64,10 +64,10 @@ def load_base(config: TrainConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:
     it is used once a picture, and some overflow in half precision.
 
     Raises:
-        ConfigError, PipelineError: see :func:`customize.base.load_pipeline.open_base`.
+        ConfigError, PipelineError: see :func:`customize.base.load_pipeline.load_pipeline`.
     """
     dtype = MIXED_PRECISION_DTYPES.get(config.mixed_precision, torch.float32)
-    pipe = open_base(
+    pipe = load_pipeline(
         config.base,
         {"default": dtype, "vae": torch.float32},
         variant=config.variant,
@@ -102,7 +102,7 @@ def quantize_denoisers(family: Family, config: TrainConfig, device: torch.device
         return
     dtype = MIXED_PRECISION_DTYPES.get(config.mixed_precision, torch.float32)
     for denoiser in family.denoisers.values():
-        quantize(denoiser, config.quantize, dtype, device)
+        quantize_model(denoiser, config.quantize, dtype, device)
 
 
 def freeze(components: Mapping[str, Any]) -> None:

@@ -89,10 +89,10 @@ class Progress:
 
 
 #: Shows nothing.
-SILENT = Progress(False)
+NO_PROGRESS = Progress(False)
 
 
-def untracked(items: Iterable[T], text: str) -> Iterable[T]:
+def without_progress(items: Iterable[T], text: str) -> Iterable[T]:
     """:meth:`Progress.track` without a bar."""
     return items
 

@@ -44,12 +44,12 @@ from customize.training.loop import OnStep, run_training_loop
 from customize.training.losses import TrainingLosses
 from customize.training.progress import Progress
 from customize.training.resume import checkpoint_folder, find_resume_state, has_recorded_inputs
-from customize.training.run_summary import tell_counts
-from customize.training.samples import Samples
+from customize.training.run_summary import show_run_summaries
+from customize.training.samples import SampleImages
 from customize.training.slice_reservation import reserve_slices
 from customize.training.trainable import attach_trainable, check_prompt_lengths, slice_basis
-from customize.training.validation_images import Validation, warn_of_triggers
-from customize.training.verdict import Judge, verdict
+from customize.training.validation_images import ValidationImages, warn_about_triggers
+from customize.training.verdict import IdentityJudge, format_verdict
 
 
 def train(
@@ -96,7 +96,7 @@ def train_jointly(
     progress: bool = True,
     on_step: OnStep | None = None,
     pipeline_config: Mapping[str, Any] | None = None,
-    judge: Judge | None = None,
+    judge: IdentityJudge | None = None,
 ) -> list[Concept]:
     """Learn several concepts in one run, save each to its own folder and return them.
 
@@ -131,7 +131,7 @@ def train_jointly(
     with full_precision(tf32=True), torch.enable_grad(), ExitStack() as locks:
         found = _trained(configs, components, shown, on_step, pipeline_config, locks)
     for concept in found if shown.shown else ():
-        text = verdict(concept.info, judge and judge(concept.info))
+        text = format_verdict(concept.info, judge and judge(concept.info))
         if text is not None:
             shown.line(text)
     by_name = dict(zip((config.name for config in configs), found, strict=True))
@@ -197,7 +197,7 @@ def _trained(
         family = family_of(parts, pipeline_config or {})
         for each in configs:
             resolution = prepare_base.check_family_support(family, each)
-        tell_counts(
+        show_run_summaries(
             configs, samples, class_samples, family, resolution, accelerator.num_processes, progress
         )
         if own:
@@ -261,7 +261,7 @@ def _trained(
         )
         del samples, class_samples  # photographs can be large
         validated = [prompt for each in configs for prompt in each.validation_prompts]
-        drawn = [*validated, *(text for each in configs for text in sampling.prompts_of(each))]
+        drawn = [*validated, *(text for each in configs for text in sampling.sample_prompts(each))]
         if config.cache_latents:
             prepare_base.offload(family, {"vae": family.vae}, free=own and not drawn)
 
@@ -274,13 +274,13 @@ def _trained(
         trainable = stack.enter_context(attach_trainable(family, configs, indices, basis, generic))
         check_prompt_lengths(family, trainable, "caption", pictures.captions)
         check_prompt_lengths(family, trainable, "validation prompt", drawn)
-        warn_of_triggers(family, validated, [each.trigger for each in configs])
+        warn_about_triggers(family, validated, [each.trigger for each in configs])
         phrases = [text for each in configs for text in class_preservation.preserved_phrases(each)]
         check_prompt_lengths(family, trainable, "phrase", phrases)
         named = pictures.captions[: concepts[-1].stop]
         more = [text for each in configs for text in layer_input_recording.recording_prompts(each)]
         more += class_preservation.base_captions(configs, named)
-        more += sampling.measured_captions(config, configs, named)
+        more += sampling.fixed_noise_captions(config, configs, named)
         more += chain.from_iterable(class_preservation.context_prompts(configs))
         with progress.phase("encoding prompts"), autocast():
             encode = latents_and_embeddings.cache_conditions(
@@ -322,11 +322,11 @@ def _trained(
             accelerator.wait_for_everyone()
             return start.saved
         validations = [
-            Validation(each, family, encode, pictures.shape, autocast, accelerator)
+            ValidationImages(each, family, encode, pictures.shape, autocast, accelerator)
             for each in configs
         ]
         samplers = [
-            Samples(each, family, trainable, encode, pictures.shape, autocast, accelerator)
+            SampleImages(each, family, trainable, encode, pictures.shape, autocast, accelerator)
             for each in configs
         ]
         accelerator.init_trackers("customize", config=run_metadata.tracker_config(settings[0]))
@@ -374,7 +374,7 @@ def _trained(
             training = run_metadata.training_facts(with_what, history, seconds, device)
             if config.samples:
                 with progress.phase(f"measuring what {learned.config.name} has learned"):
-                    training["fixed_loss"] = sampling.measure(
+                    training["fixed_loss"] = sampling.measure_fixed_noise_loss(
                         learned.config,
                         configs,
                         numbers,

@@ -25,9 +25,9 @@ from customize.training.checkpoint import (
 )
 from customize.training.config import TrainConfig
 from customize.training.data import dataset
-from customize.training.data.changed_images import PICTURES, Pictures, summed
+from customize.training.data.changed_images import IMAGE_SETTINGS, ImageHashes, combined_hash
 from customize.training.joint_configs import PER_CONCEPT_SETTINGS
-from customize.training.settings_file import current_names
+from customize.training.settings_file import rename_settings
 from customize.training.trainable import TrainableConcept
 
 # Settings that may change when a run goes on, because the result does not depend on them; the
@@ -46,19 +46,19 @@ _LONGEST_HISTORY = 200
 _MOST_NAMED = 2000
 
 
-def image_digests(samples: Sequence[dataset.Sample]) -> Pictures:
+def image_digests(samples: Sequence[dataset.TrainingImage]) -> ImageHashes:
     """A name for pictures, captions and masks, in their order; None for none.
 
     File name -> hash, so that those can be named that have changed; one hash of many thousands.
     """
     hashes = {sample.path.name: sample.digest for sample in samples}
-    return hashes if 0 < len(samples) == len(hashes) <= _MOST_NAMED else summed(hashes)
+    return hashes if 0 < len(samples) == len(hashes) <= _MOST_NAMED else combined_hash(hashes)
 
 
 def run_settings(
     config: TrainConfig,
-    pictures: Pictures,
-    class_pictures: Pictures,
+    pictures: ImageHashes,
+    class_pictures: ImageHashes,
     weights: Mapping[str, str],
     configured: Mapping[str, Any] | None,
     processes: int,
@@ -92,8 +92,8 @@ def run_settings(
 
 def joint_run_settings(
     configs: Sequence[TrainConfig],
-    pictures: Sequence[Pictures],
-    class_pictures: Sequence[Pictures],
+    pictures: Sequence[ImageHashes],
+    class_pictures: Sequence[ImageHashes],
     weights: Mapping[str, str],
     configured: Mapping[str, Any] | None,
     processes: int,
@@ -175,8 +175,10 @@ def check_finished_settings(
     before = _as_of_now(settings_then) if isinstance(settings_then, dict) else {}
     before |= {
         key: saved[key]
-        for key in PICTURES
-        if saved and isinstance(saved.get(key), dict) and summed(saved[key]) == before.get(key)
+        for key in IMAGE_SETTINGS
+        if saved
+        and isinstance(saved.get(key), dict)
+        and combined_hash(saved[key]) == before.get(key)
     }
     found = settings_differences(before, settings)
     if found:
@@ -192,7 +194,7 @@ def _as_of_now(before: Mapping[str, Any]) -> dict[str, Any]:
     """A finished concept's settings with those that came later, which are as their defaults say."""
     fields = {key: field for key, field in TrainConfig.model_fields.items() if key not in _FREE}
     later = {k: f.default for k, f in fields.items() if not f.is_required() and k not in _DRAWN}
-    return json.loads(json.dumps(later)) | current_names(before)
+    return json.loads(json.dumps(later)) | rename_settings(before)
 
 
 def concept_info(
@@ -251,7 +253,7 @@ def without_image_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     others = settings.get(JOINT_CONCEPTS)
     return {
         **settings,
-        **{key: summed(settings[key]) for key in PICTURES if key in settings},
+        **{key: combined_hash(settings[key]) for key in IMAGE_SETTINGS if key in settings},
         **(
             {JOINT_CONCEPTS: {name: without_image_names(own) for name, own in others.items()}}
             if others

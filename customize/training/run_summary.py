@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from customize.families import Family
 from customize.training.config import TrainConfig
-from customize.training.data.buckets import bucket_of, bucket_sizes
-from customize.training.data.dataset import Sample
-from customize.training.data.image_folder import listing
+from customize.training.data.buckets import bucket_sizes, nearest_bucket
+from customize.training.data.dataset import TrainingImage
+from customize.training.data.image_folder import join_names
 from customize.training.progress import Progress
 
 _FEW_STEPS = 50
@@ -20,10 +20,10 @@ _SHORT_PIECES = 2.0  # letters
 _SHOWN = 4  # sizes
 
 
-def tell_counts(
+def show_run_summaries(
     configs: Sequence[TrainConfig],
-    samples: Sequence[Sequence[Sample]],
-    class_samples: Sequence[Sequence[Sample]],
+    samples: Sequence[Sequence[TrainingImage]],
+    class_samples: Sequence[Sequence[TrainingImage]],
     family: Family,
     resolution: int,
     processes: int,
@@ -31,14 +31,18 @@ def tell_counts(
 ) -> None:
     """Show the counts of each concept of a run, and warn of what is wrong with them."""
     for config, own, classes in zip(configs, samples, class_samples, strict=True):
-        progress.line(block(config, counts(config, own, classes, family, resolution, processes)))
-        warn_unlikely(config, own, family, resolution)
+        progress.line(
+            format_summary(
+                config, summarize_run(config, own, classes, family, resolution, processes)
+            )
+        )
+        warn_about_data(config, own, family, resolution)
 
 
-def counts(
+def summarize_run(
     config: TrainConfig,
-    samples: Sequence[Sample],
-    class_samples: Sequence[Sample],
+    samples: Sequence[TrainingImage],
+    class_samples: Sequence[TrainingImage],
     family: Family,
     resolution: int,
     processes: int,
@@ -60,7 +64,7 @@ def counts(
         shown["steps, epochs"] += "; some hundreds of steps are usual"
     if config.buckets:
         sizes = bucket_sizes(resolution, family.latent_multiple)
-        found = Counter(bucket_of(sample.size, sizes) for sample in samples)
+        found = Counter(nearest_bucket(sample.size, sizes) for sample in samples)
         buckets = sorted(found.items(), key=lambda item: (-item[1], item[0]))
         named = [f"{w} x {h} ({count})" for (w, h), count in buckets[:_SHOWN]]
         more = [f"{len(buckets) - _SHOWN} more"] * (len(buckets) > _SHOWN)
@@ -70,7 +74,7 @@ def counts(
     return shown
 
 
-def block(config: TrainConfig, numbers: dict[str, str]) -> str:
+def format_summary(config: TrainConfig, numbers: dict[str, str]) -> str:
     """Lines of at most 80 columns; what is longer goes on below."""
     return "\n".join(
         textwrap.fill(text, 80, initial_indent=f"{title:<15}", subsequent_indent=" " * 15)
@@ -78,11 +82,11 @@ def block(config: TrainConfig, numbers: dict[str, str]) -> str:
     )
 
 
-def warn_unlikely(
-    config: TrainConfig, samples: Sequence[Sample], family: Family, resolution: int
+def warn_about_data(
+    config: TrainConfig, samples: Sequence[TrainingImage], family: Family, resolution: int
 ) -> None:
     """Warn of what lets a run end normally and learn little."""
-    pieces = unknown_word(family, config.class_word)
+    pieces = split_unknown_word(family, config.class_word)
     if pieces:
         warnings.warn(
             f"the text encoder does not know the class word {config.class_word!r}: it reads "
@@ -94,7 +98,7 @@ def warn_unlikely(
     if small and not config.buckets:
         warnings.warn(
             f"{_pictures(small)} smaller than {resolution} x {resolution} pixels and enlarged, "
-            f"which blurs: {listing(small)}",
+            f"which blurs: {join_names(small)}",
             stacklevel=2,
         )
     first: dict[str, str] = {}
@@ -105,12 +109,12 @@ def warn_unlikely(
     ]
     if same:
         warnings.warn(
-            f"{len(same)} of {len(samples)} pictures are there twice: {listing(same)}",
+            f"{len(same)} of {len(samples)} pictures are there twice: {join_names(same)}",
             stacklevel=2,
         )
 
 
-def unknown_word(family: Family, words: str) -> list[str]:
+def split_unknown_word(family: Family, words: str) -> list[str]:
     """The pieces in which every tokenizer reads a word of these; empty where one knows them all.
 
     Tokenizers know common words whole. They know others by pieces of some letters, which the

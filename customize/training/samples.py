@@ -23,14 +23,14 @@ from customize.families.sampling import sample
 from customize.training.class_preservation import with_class_words
 from customize.training.config import TrainConfig
 from customize.training.data.batches import stream_seed
-from customize.training.data.captions import class_caption
-from customize.training.data.decode_image import decode
+from customize.training.data.captions import replace_trigger
+from customize.training.data.decode_image import decode_image
 from customize.training.distributed import Autocast
 from customize.training.latents_and_embeddings import CachedImages, Encode
 from customize.training.trainable import Trainable
-from customize.training.validation_images import guidance_of, to_pictures, write_png
+from customize.training.validation_images import decode_images, guidance_scale, write_png
 
-FOLDER = "samples"
+SAMPLES_FOLDER = "samples"
 _BASE = "base.png"
 _SHARES = (0, 0.25, 0.5, 0.75, 1)
 _MOST_STEPS, _FEWEST_STEPS = 20, 5
@@ -39,15 +39,15 @@ _MEASURED = 4  # pictures
 _LEVELS = (0.125, 0.375, 0.625, 0.875)  # shares of the noise levels
 
 
-def prompts_of(config: TrainConfig) -> list[str]:
+def sample_prompts(config: TrainConfig) -> list[str]:
     """The concept's prompt, and the base's; none where samples are off."""
     if not config.samples:
         return []
     prompt = (config.caption or "a photo of {}").replace("{}", config.trigger)
-    return [prompt, class_caption(prompt, config.trigger, config.class_word)]
+    return [prompt, replace_trigger(prompt, config.trigger, config.class_word)]
 
 
-class Samples:
+class SampleImages:
     """Draws samples of one concept of a run.
 
     A sample that cannot be drawn, as where memory does not suffice, ends them with a warning.
@@ -69,7 +69,7 @@ class Samples:
     ) -> None:
         self.config, self.family, self.trainable, self.encode = config, family, trainable, encode
         self.shape, self.autocast = shape, autocast
-        self.folder = config.output / FOLDER
+        self.folder = config.output / SAMPLES_FOLDER
         self.steps = sorted({round(share * config.steps) for share in _SHARES})
         if not config.samples or not accelerator.is_main_process:
             self.steps = []
@@ -87,7 +87,7 @@ class Samples:
         base = self.folder / _BASE
         if not base.is_file():
             with self.trainable.adapters_disabled():
-                self._draw(prompts_of(self.config)[1], base)
+                self._draw(sample_prompts(self.config)[1], base)
         if anew:
             self.draw_if_due(0)
 
@@ -95,7 +95,7 @@ class Samples:
         """Draw the concept after a step, unless that was done before the run was cut off."""
         path = self._path(step)
         if step in self.steps and not path.is_file():
-            self._draw(prompts_of(self.config)[0], path)
+            self._draw(sample_prompts(self.config)[0], path)
 
     def drawn(self) -> list[tuple[int | None, Path]]:
         """The step of each sample that is there, and its file; None for the base's."""
@@ -107,7 +107,7 @@ class Samples:
         there are none."""
         pictures: list[Image.Image] = []
         for _, path in self.drawn():
-            picture = decode(path, "RGB")
+            picture = decode_image(path, "RGB")
             picture.thumbnail((_STRIP_SIDE, _STRIP_SIDE))
             pictures.append(picture)
         if not pictures:
@@ -120,7 +120,7 @@ class Samples:
 
     def facts(self) -> dict[str, Any]:
         """What ``concept.json`` says of the samples."""
-        prompt, base = prompts_of(self.config)
+        prompt, base = sample_prompts(self.config)
         steps = [step for step, _ in self.drawn() if step is not None]
         return {"prompt": prompt, "base_prompt": base, "steps": steps}
 
@@ -141,15 +141,15 @@ class Samples:
             with self.autocast():
                 asked = self.encode([prompt])
                 empty = family.unconditional(self.encode([""]))
-            with eager(config):
+            with without_compilation(config):
                 seed = stream_seed(config.seed, "sample")
                 latents = sample(
                     family,
                     asked,
                     empty,
                     self.shape,
-                    steps=sampling_steps(config, family),
-                    guidance=guidance_of(config, family),
+                    steps=choose_sampling_steps(config, family),
+                    guidance=guidance_scale(config, family),
                     seeds=[seed],
                     sampler_seed=stream_seed("sampler", seed),
                     autocast=self.autocast,
@@ -172,13 +172,13 @@ def _decoded(family: Family, latents: Tensor) -> Image.Image:
 
     The autoencoder of SDXL takes more memory for a picture of 1024 x 1024 than its denoiser."""
     try:
-        return to_pictures(family, latents)[0]
+        return decode_images(family, latents)[0]
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return to_pictures(family, latents.cpu())[0]
+        return decode_images(family, latents.cpu())[0]
 
 
-def sampling_steps(config: TrainConfig, family: Family) -> int:
+def choose_sampling_steps(config: TrainConfig, family: Family) -> int:
     """Sampling steps of a sample: 20, and fewer in short runs, of which samples would else take
     more than about a fifth of the time."""
     seen = config.steps * config.batch_size * config.gradient_accumulation
@@ -187,21 +187,21 @@ def sampling_steps(config: TrainConfig, family: Family) -> int:
     return min(steps, most) if most else steps
 
 
-def eager(config: TrainConfig) -> Any:
+def without_compilation(config: TrainConfig) -> Any:
     """Within it compiled blocks run as they are: samples have other shapes than batches, and
     compiling for these would take longer than they do."""
     return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 
 
-def measured_captions(
+def fixed_noise_captions(
     config: TrainConfig, configs: Sequence[TrainConfig], captions: Sequence[str]
 ) -> list[str]:
-    """The captions with class words that :func:`measure` asks for; none where samples are off."""
+    """Class captions for :func:`measure_fixed_noise_loss`; none where samples are off."""
     return [with_class_words(configs, text) for text in captions] if config.samples else []
 
 
 @torch.no_grad()
-def measure(
+def measure_fixed_noise_loss(
     config: TrainConfig,
     configs: Sequence[TrainConfig],
     numbers: range,
@@ -239,7 +239,7 @@ def measure(
                 ("base", with_class_words(configs, caption), trainable.adapters_disabled()),
                 ("learned", caption, nullcontext()),
             ):
-                with context, autocast(), eager(config):
+                with context, autocast(), without_compilation(config):
                     prediction = family.predict(noisy, t, encode([text]))
                 loss = weighted_mse(prediction.float(), target, None, mask)
                 totals[name] += float(loss) / (len(chosen) * len(_LEVELS))

@@ -13,14 +13,14 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from customize.errors import ConfigError
-from customize.near_names import check_path, did_you_mean, near
-from customize.safe_read import MAX_PAGE, read_bytes
-from customize.text import quoted
+from customize.near_names import did_you_mean, find_near_names, suggest_paths
+from customize.safe_read import MAX_TEXT_BYTES, read_bytes
+from customize.text import quote
 
 # Of a configuration; a page of text has far fewer.
 _MAX_NODES = 20_000
 #: What settings were called in earlier versions -> what they are called now.
-RENAMED = {
+RENAMED_SETTINGS = {
     "avoid": "num_shared_directions",
     "avoid_weight": "shared_directions_weight",
     "basis": "orthogonal_matrix",
@@ -38,7 +38,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             or it sets a key twice.
     """
     try:
-        content = read_bytes(path, MAX_PAGE)
+        content = read_bytes(path, MAX_TEXT_BYTES)
         node = yaml.compose(content, Loader=yaml.SafeLoader)
         if node is not None and _size(node, {}) > _MAX_NODES:
             raise ConfigError(
@@ -49,14 +49,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
             )
         settings = yaml.safe_load(content)
     except OSError as error:
-        presets = [] if path.exists() else near(path.stem, _presets(), most=1)
+        presets = [] if path.exists() else find_near_names(path.stem, _presets(), most=1)
         fix = "give the path of a YAML file"
         raise ConfigError(
             f"the configuration cannot be read: {error.strerror}",
             where=path,
             fix=f"did you mean {_presets()[presets[0]]}? If not, {fix}"
             if presets and path.parent == Path()
-            else check_path(path, fix),
+            else suggest_paths(path, fix),
         ) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -83,7 +83,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     twice = sorted(key for key, count in keys.items() if count > 1)
     if twice:
         raise ConfigError(f"set more than once: {', '.join(twice)}", where=path, fix="keep one")
-    return current_names(settings, path)
+    return rename_settings(settings, path)
 
 
 def _presets() -> dict[str, Path]:
@@ -92,18 +92,18 @@ def _presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def current_names(settings: Mapping[str, Any], where: object | None = None) -> dict[str, Any]:
+def rename_settings(settings: Mapping[str, Any], where: object | None = None) -> dict[str, Any]:
     """Settings by the names that they have now, as files of earlier versions have others.
 
     Raises:
         ConfigError: one is given by both names.
     """
-    for old, new in RENAMED.items():
+    for old, new in RENAMED_SETTINGS.items():
         if old in settings and new in settings:
             raise ConfigError(
                 f"{old} and {new} are one setting", where=where, fix=f"give {new} alone"
             )
-    return {RENAMED.get(name, name): value for name, value in settings.items()}
+    return {RENAMED_SETTINGS.get(name, name): value for name, value in settings.items()}
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
@@ -128,7 +128,9 @@ def config_error(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Con
         known = fields.get(field)
         if detail["type"] == "extra_forbidden":
             hint = did_you_mean(field, fields)
-            problems.append(f"{short(field)} is not a setting" + (f"; {hint}" if hint else ""))
+            problems.append(
+                f"{format_value(field)} is not a setting" + (f"; {hint}" if hint else "")
+            )
             continue
         help_ = f" ({known.description})" if known is not None else ""
         if detail["type"] == "missing":
@@ -147,11 +149,11 @@ def config_error(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Con
             expected = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
             hint = did_you_mean(detail["input"], expected)
             message += f"; {hint}" if hint else ""
-        problems.append(f"{field} is {short(detail['input'])}: {message}{help_}")
-    return ConfigError(together(problems))
+        problems.append(f"{field} is {format_value(detail['input'])}: {message}{help_}")
+    return ConfigError(join_problems(problems))
 
 
-def together(problems: list[str]) -> str:
+def join_problems(problems: list[str]) -> str:
     """Problems as one message: a line each, and readable as well when lines are joined."""
     if len(problems) == 1:
         return problems[0]
@@ -166,7 +168,7 @@ def check_text(text: str) -> None:
         raise ValueError("has control characters")
 
 
-def weights_by_name(value: Any) -> Any:
+def parse_weights(value: Any) -> Any:
     """Weights as a shell has them, ``["a=1,b=.5"]``, as a mapping; ``none`` is an empty one.
 
     A mapping stays as it is. Raises ValueError where the text is of another form.
@@ -188,12 +190,12 @@ def weights_by_name(value: Any) -> Any:
     return found
 
 
-def mentions(text: str, trigger: str) -> bool:
+def contains_trigger(text: str, trigger: str) -> bool:
     """Whether a text has a trigger, in upper or lower case, as
     :func:`customize.concepts.tokens.token_rows.expand` looks for it."""
     return re.search(re.escape(trigger), text, re.IGNORECASE) is not None
 
 
-def short(value: object) -> str:
+def format_value(value: object) -> str:
     """A value for a message; bounded, as values from files can be of any size."""
-    return quoted(str(value) if isinstance(value, Path) else value, 60)
+    return quote(str(value) if isinstance(value, Path) else value, 60)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from customize.atomic import put_file
+from customize.atomic import write_atomic
 from customize.concepts.library.library import TRIGGER
 from customize.errors import PipelineError, storage_error
 from customize.families.family import Family
@@ -28,10 +28,10 @@ from customize.training.config import TrainConfig
 from customize.training.data.batches import stream_seed
 from customize.training.finite_checks import check_sampled
 from customize.training.latents_and_embeddings import Encode
-from customize.training.settings_file import mentions
+from customize.training.settings_file import contains_trigger
 
 
-def warn_of_triggers(family: Family, prompts: Sequence[str], triggers: Sequence[str]) -> None:
+def warn_about_triggers(family: Family, prompts: Sequence[str], triggers: Sequence[str]) -> None:
     """Warn of validation prompts that would not show what is learned.
 
     Args:
@@ -41,7 +41,7 @@ def warn_of_triggers(family: Family, prompts: Sequence[str], triggers: Sequence[
     if not prompts:
         return
     for trigger in triggers:
-        if not any(mentions(prompt, trigger) for prompt in prompts):
+        if not any(contains_trigger(prompt, trigger) for prompt in prompts):
             warnings.warn(
                 f"no validation prompt has the trigger {trigger}, so they do not show what is "
                 "learned",
@@ -60,7 +60,7 @@ def warn_of_triggers(family: Family, prompts: Sequence[str], triggers: Sequence[
             )
 
 
-class Validation:
+class ValidationImages:
     """Draws the validation prompts of a concept, each from the same noise every time.
 
     Attributes:
@@ -107,13 +107,13 @@ class Validation:
         try:
             # One at a time, which needs no more memory than training does.
             self.last = [
-                draw(
+                draw_images(
                     self.family,
                     {k: v[i : i + 1] for k, v in asked.items()},
                     empty,
                     self.shape,
                     steps=self.config.validation_steps,
-                    guidance=guidance_of(self.config, self.family),
+                    guidance=guidance_scale(self.config, self.family),
                     seeds=[stream_seed(seed, "validation", i)],
                     autocast=self.autocast,
                 )[0]
@@ -122,18 +122,18 @@ class Validation:
         except PipelineError as error:  # the loss decides whether the run goes on
             warnings.warn(f"no validation pictures at step {step}: {error}", stacklevel=2)
             return
-        save_row(self.last, self.config.output / "validation" / f"step-{step}.png")
-        log_pictures(self.accelerator.trackers, self.last, prompts, step)
+        save_image_row(self.last, self.config.output / "validation" / f"step-{step}.png")
+        log_images(self.accelerator.trackers, self.last, prompts, step)
 
 
-def guidance_of(config: TrainConfig, family: Family) -> float:
+def guidance_scale(config: TrainConfig, family: Family) -> float:
     """The guidance scale of pictures that a run draws."""
     asked = config.validation_guidance
     return family.default_guidance if asked is None else asked
 
 
 @torch.no_grad()
-def draw(
+def draw_images(
     family: Family,
     conditions: Mapping[str, Tensor],
     empty: Mapping[str, Tensor],
@@ -159,10 +159,10 @@ def draw(
         sampler_seed=stream_seed("sampler", *seeds),
         autocast=autocast,
     )
-    return to_pictures(family, latents)
+    return decode_images(family, latents)
 
 
-def to_pictures(family: Family, latents: Tensor) -> list[Image.Image]:
+def decode_images(family: Family, latents: Tensor) -> list[Image.Image]:
     """Decode latents on their device; the autoencoder goes back to where it was.
 
     Raises:
@@ -180,7 +180,7 @@ def to_pictures(family: Family, latents: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p.numpy()) for p in values.permute(0, 2, 3, 1).cpu()]
 
 
-def save_row(pictures: Sequence[Image.Image], path: Path) -> None:
+def save_image_row(pictures: Sequence[Image.Image], path: Path) -> None:
     """Save pictures of one size side by side.
 
     Raises:
@@ -206,12 +206,12 @@ def write_png(picture: Image.Image, path: Path, what: str) -> None:
     picture.save(buffer, "PNG")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        put_file(path, buffer.getvalue())
+        write_atomic(path, buffer.getvalue())
     except OSError as error:
         raise storage_error(error, path, what, "allow writing there, then run again") from error
 
 
-def log_pictures(
+def log_images(
     trackers: Sequence[Any], pictures: Sequence[Image.Image], prompts: Sequence[str], step: int
 ) -> None:
     """Hand pictures to those of accelerate's trackers that take them."""

@@ -13,7 +13,7 @@ _TOO_LITTLE = "try more steps, or higher learning rates"
 
 
 @dataclass(frozen=True)
-class Identity:
+class IdentityResult:
     """What a judge says of the last sample.
 
     Attributes:
@@ -28,10 +28,10 @@ class Identity:
 
 
 #: The facts of a concept -> what a judge says of its last sample; None: there is no judge.
-Judge = Callable[[ConceptInfo], Identity | None]
+IdentityJudge = Callable[[ConceptInfo], IdentityResult | None]
 
 
-def verdict(info: ConceptInfo, identity: Identity | None = None) -> str | None:
+def format_verdict(info: ConceptInfo, identity: IdentityResult | None = None) -> str | None:
     """One line that judges a run and names what to try; None where nothing was measured."""
     loss: Any = info.training.get("fixed_loss")
     numbers: list[Any] = (

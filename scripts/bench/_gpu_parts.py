@@ -19,13 +19,13 @@ def attention(run: Run) -> Iterator[Row]:
     """Each backend alone; then denoisers with it, plain, with a concept and with `avoid=`."""
     import attention as backends
 
-    from customize.base.attention.backends import BOUNDS, QUANTIZED, QUANTIZED_BOUND
+    from customize.base.attention.backends import ERROR_BOUNDS, QUANTIZED_BOUND, QUANTIZED_PREFIX
 
     names = [name for name in backends.SHAPES if name.startswith((*run.models, "Autoencoder"))]
     shapes = {name: backends.SHAPES[name] for name in names}
     right = {"native"}
     for row in backends.backends(run.device, run.dtype, run.tiny, run.repeats, shapes):
-        bound = QUANTIZED_BOUND if QUANTIZED in row["how"] else BOUNDS[run.dtype]
+        bound = QUANTIZED_BOUND if QUANTIZED_PREFIX in row["how"] else ERROR_BOUNDS[run.dtype]
         fits = row["error"] <= bound
         if fits:
             right.add(row["how"])
@@ -92,12 +92,12 @@ def memory(run: Run) -> Iterator[Row]:
 
 def limit_memory(run: Run, word: str | None) -> None:
     """Let torch take no more of the device than a card of this size has; None: all."""
-    from customize.base.memory_plan import RESERVE, budget
+    from customize.base.memory_plan import RESERVED_BYTES, parse_memory_size
 
     if run.device.type != "cuda":
         return
     whole = torch.cuda.get_device_properties(run.device).total_memory
-    share = 1.0 if word is None else min((budget(word) - RESERVE) / whole, 1.0)
+    share = 1.0 if word is None else min((parse_memory_size(word) - RESERVED_BYTES) / whole, 1.0)
     torch.cuda.set_per_process_memory_fraction(share, run.device)
 
 

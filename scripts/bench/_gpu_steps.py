@@ -87,11 +87,11 @@ def training(run: Run) -> Iterator[Row]:
 
 def quantized(run: Run, pipe: Any, kind: Any) -> None:
     """Hold the denoiser in fewer bits, as `--quantize` does."""
-    from customize.base.quantization import quantize
+    from customize.base.quantization import quantize_model
     from customize.families import family_of
 
     for denoiser in family_of(pipe.components, pipe.config).denoisers.values():
-        quantize(denoiser, kind, run.dtype, run.device)
+        quantize_model(denoiser, kind, run.dtype, run.device)
     run.empty()
 
 

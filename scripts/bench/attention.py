@@ -24,18 +24,31 @@ from typing import Any
 import torch
 from _common import ROOT, Row, parser, report, spread, tensors_peak
 
-from customize.base.apply_memory_plan import computing_device, fitted
-from customize.base.attention.backends import Heads, attend, measured_error, seconds
-from customize.base.memory_plan import GIB, WAYS, WAYS_AT_HOME, Plan, Way, peak, sizes
+from customize.base.apply_memory_plan import apply_memory_plan, execution_device
+from customize.base.attention.backends import (
+    HeadShape,
+    measure_error,
+    run_attention,
+    time_attention,
+)
+from customize.base.memory_plan import (
+    GIB,
+    STRATEGIES,
+    STRATEGIES_WITHOUT_OFFLOAD,
+    MemoryPlan,
+    MemoryStrategy,
+    estimate_peak_bytes,
+    measure_components,
+)
 from customize.families import family_of
 
 #: model -> heads of its largest attentions, and tokens of picture and prompt.
 SHAPES = {
-    "Stable Diffusion 1.5": (Heads(8, 40), 4096, 0),
-    "SDXL": (Heads(10, 64), 4096, 0),
-    "Stable Diffusion 3.5 large": (Heads(38, 64), 4096, 333),
-    "FLUX.1, Qwen-Image": (Heads(24, 128), 4096, 512),
-    "AutoencoderKL": (Heads(1, 512), 16384, 0),
+    "Stable Diffusion 1.5": (HeadShape(8, 40), 4096, 0),
+    "SDXL": (HeadShape(10, 64), 4096, 0),
+    "Stable Diffusion 3.5 large": (HeadShape(38, 64), 4096, 333),
+    "FLUX.1, Qwen-Image": (HeadShape(24, 128), 4096, 512),
+    "AutoencoderKL": (HeadShape(1, 512), 16384, 0),
 }
 OTHERS = ("_native_math", "_native_flash", "_native_efficient", "_native_cudnn", "flex")
 OTHERS += ("xformers", "flash", "_flash_3", "sage")
@@ -46,7 +59,7 @@ def backends(
     dtype: torch.dtype,
     quick: bool,
     repeats: int,
-    shapes: Mapping[str, tuple[Heads, int, int]] = SHAPES,
+    shapes: Mapping[str, tuple[HeadShape, int, int]] = SHAPES,
 ) -> list[Row]:
     """A row for each shape and backend."""
     rows: list[Row] = []
@@ -57,16 +70,16 @@ def backends(
         errors = {}
         for name in ("native", *OTHERS):
             try:
-                errors[name] = measured_error(name, heads, device, dtype, None)
+                errors[name] = measure_error(name, heads, device, dtype, None)
             except Exception as problem:  # whatever a kernel that isn't there raises
                 missing.setdefault(name, f"{name}, not here: {str(problem).splitlines()[0]}")
         taken: dict[str, list[float]] = {name: [] for name in errors}
         for turn in range(repeats):
             for name in taken if turn % 2 else reversed(taken):
-                taken[name] += seconds(name, heads, device, dtype, tokens, 1)
+                taken[name] += time_attention(name, heads, device, dtype, tokens, 1)
         query = torch.randn(1, tokens, *heads, device=device, dtype=dtype)
         for name, times in taken.items():
-            held = tensors_peak(partial(attend, name, query, query, query), device)
+            held = tensors_peak(partial(run_attention, name, query, query, query), device)
             rows.append(
                 {
                     "model": model,
@@ -88,17 +101,17 @@ def ways(repeats: int) -> list[Row]:
 
     pipes, counted = {}, {}
     offloading = torch.accelerator.is_available()
-    for way in WAYS if offloading else WAYS_AT_HOME:
-        if way.quantized:
+    for way in STRATEGIES if offloading else STRATEGIES_WITHOUT_OFFLOAD:
+        if way.quantize:
             continue
         pipe = DiffusionPipeline.from_pretrained(ROOT / "assets/storybook")
         pipe.set_progress_bar_config(disable=True)
         family = family_of(pipe.components)
-        device = computing_device(pipe, family, anywhere=True)
-        counted[way] = peak(sizes(family), way)
-        with fitted(pipe, family, Plan(GIB, way, counted[way]), device):
+        device = execution_device(pipe, family, anywhere=True)
+        counted[way] = estimate_peak_bytes(measure_components(family), way)
+        with apply_memory_plan(pipe, family, MemoryPlan(GIB, way, counted[way]), device):
             pipes[way] = pipe
-    taken: dict[Way, list[float]] = {way: [] for way in pipes}
+    taken: dict[MemoryStrategy, list[float]] = {way: [] for way in pipes}
     for turn in range(repeats + 1):
         for way in pipes if turn % 2 else reversed(pipes):
             start = time.perf_counter()
@@ -111,8 +124,8 @@ def ways(repeats: int) -> list[Row]:
         rows.append(
             {
                 "model": "bundled base",
-                "how": str(Plan(GIB, way, 0)).partition(": ")[2].partition(";")[0],
-                "time": _ratios(taken[way], taken[Way()]),
+                "how": str(MemoryPlan(GIB, way, 0)).partition(": ")[2].partition(";")[0],
+                "time": _ratios(taken[way], taken[MemoryStrategy()]),
                 "peak_mib": held / 2**20,
                 "counted_mib": counted[way] / 2**20,
             }

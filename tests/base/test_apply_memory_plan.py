@@ -6,15 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from customize.base.apply_memory_plan import fitted
-from customize.base.memory_plan import GIB, WAYS_AT_HOME, Plan, Way, peak, sizes
+from customize.base.apply_memory_plan import apply_memory_plan
+from customize.base.memory_plan import (
+    GIB,
+    STRATEGIES_WITHOUT_OFFLOAD,
+    MemoryPlan,
+    MemoryStrategy,
+    estimate_peak_bytes,
+    measure_components,
+)
 from customize.errors import ConfigError, PipelineError
 from customize.families import family_of
 from tests.pipeline.making import assert_same, concept, draw, everything
 from tests.pipeline.test_families import MAKERS
 
 CPU = torch.device("cpu")
-CAST = WAYS_AT_HOME[-1]
+CAST = STRATEGIES_WITHOUT_OFFLOAD[-1]
 
 VIDEOS = ("animatediff", "wan", "wan-14b", "cogvideox", "ltx2")
 PICTURES = [name for name in MAKERS if name not in VIDEOS]
@@ -26,12 +33,13 @@ every = pytest.mark.parametrize("name", [name for name in PICTURES if name != "z
 @pytest.fixture(autouse=True)
 def _no_text(monkeypatch):
     # What true text encoders hold is a multiple of all that tiny pipelines have.
-    monkeypatch.setattr("customize.base.memory_plan.TEXT_NUMBERS", 0)
+    monkeypatch.setattr("customize.base.memory_plan.TEXT_ACTIVATIONS_PER_WIDTH", 0)
 
 
 def word_for(pipe, way):
     """An amount of memory into which this way fits, and a faster one doesn't."""
-    return f"{(peak(sizes(family_of(pipe.components)), way) + 2) / GIB:.12f}GB"
+    needed = estimate_peak_bytes(measure_components(family_of(pipe.components)), way)
+    return f"{(needed + 2) / GIB:.12f}GB"
 
 
 def denoiser(pipe):
@@ -59,7 +67,9 @@ def test_tiles_are_what_diffusers_makes_of_them():
     plain.vae.tile_sample_min_size, plain.vae.tile_latent_min_size = 16, 8
     whole = draw(plain)
     plain.vae.enable_tiling()
-    with fitted(pipe, family_of(pipe.components), Plan(GIB, Way(tiled=True), 0), CPU):
+    with apply_memory_plan(
+        pipe, family_of(pipe.components), MemoryPlan(GIB, MemoryStrategy(vae_tiling=True), 0), CPU
+    ):
         pass
     assert pipe.vae.use_tiling and pipe.vae.use_slicing
     assert np.array_equal(draw(pipe), draw(plain))
@@ -71,7 +81,7 @@ def test_tiles_are_what_diffusers_makes_of_them():
 def test_float8_takes_the_bytes_that_were_counted_and_draws_what_diffusers_would(name):
     pipe, plain = MAKERS[name](), MAKERS[name]()
     bare = draw(pipe)
-    counted = sizes(family_of(pipe.components)).cast
+    counted = measure_components(family_of(pipe.components)).float8_denoiser
     before = stored(denoiser(pipe))
     pipe.load_custom(memory=word_for(pipe, CAST))
     assert "denoiser stored in float8" in repr(pipe.custom)
@@ -81,7 +91,11 @@ def test_float8_takes_the_bytes_that_were_counted_and_draws_what_diffusers_would
     assert np.array_equal(draw(pipe), draw(plain))
     assert 0 < np.abs(draw(pipe) - bare).mean() < 0.1
     # Stored in float8 again after the call, and nothing more to gain.
-    assert stored(denoiser(pipe)) == counted == sizes(family_of(pipe.components)).cast
+    assert (
+        stored(denoiser(pipe))
+        == counted
+        == measure_components(family_of(pipe.components)).float8_denoiser
+    )
 
 
 @every
@@ -117,8 +131,10 @@ def test_concepts_before_after_and_at_once_stay_as_precise_as_they_are(name):
 def test_float8_on_a_model_that_leaves_much_alone():
     pipe, plain = MAKERS["z_image"](), MAKERS["z_image"]()
     family = family_of(pipe.components)
-    counted = sizes(family).cast
-    with fitted(pipe, family, Plan(GIB, Way(cast=True), 0), CPU):
+    counted = measure_components(family).float8_denoiser
+    with apply_memory_plan(
+        pipe, family, MemoryPlan(GIB, MemoryStrategy(layerwise_casting=True), 0), CPU
+    ):
         pass
     plain.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
     assert stored(pipe.transformer) == counted == stored(plain.transformer)
@@ -144,7 +160,9 @@ def test_offloading_draws_the_same_and_takes_concepts(name, placement):
     plain.load_custom(rex)
     pipe.load_custom(rex)
     family = family_of(pipe.components)
-    with fitted(pipe, family, Plan(8 * GIB, Way(placement, tiled=True), 0), CPU):
+    with apply_memory_plan(
+        pipe, family, MemoryPlan(8 * GIB, MemoryStrategy(placement, vae_tiling=True), 0), CPU
+    ):
         pass
     assert hooks(pipe)
     assert np.array_equal(draw(pipe), draw(plain))
@@ -159,11 +177,11 @@ def test_offloading_draws_the_same_and_takes_concepts(name, placement):
 
 
 WAYS = [
-    Way(tiled=True),
-    Way(tiled=True, cast=True),
-    Way("model", tiled=True),
-    Way("model", cast=True),
-    Way("group", tiled=True),
+    MemoryStrategy(vae_tiling=True),
+    MemoryStrategy(vae_tiling=True, layerwise_casting=True),
+    MemoryStrategy("model", vae_tiling=True),
+    MemoryStrategy("model", layerwise_casting=True),
+    MemoryStrategy("group", vae_tiling=True),
 ]
 
 
@@ -176,7 +194,7 @@ def test_after_an_error_all_is_as_before(way, attached):
     picture, before = draw(pipe), everything(pipe)
     notes, own = vars(pipe).keys(), hooks(pipe)
     family = family_of(pipe.components)
-    with pytest.raises(MemoryError), fitted(pipe, family, Plan(GIB, way, 0), CPU):
+    with pytest.raises(MemoryError), apply_memory_plan(pipe, family, MemoryPlan(GIB, way, 0), CPU):
         raise MemoryError("full")
     assert_same(before, everything(pipe))
     assert vars(pipe).keys() == notes and hooks(pipe) == own

@@ -17,7 +17,12 @@ from diffusers.models.attention_processor import (
     XFormersJointAttnProcessor,
 )
 
-from customize.base.attention.apply_backend import Choice, applied, attentions, restore
+from customize.base.attention.apply_backend import (
+    BackendChoice,
+    apply_backends,
+    attention_modules,
+    restore_backends,
+)
 from customize.errors import ConfigError, PipelineError
 from customize.families import family_of
 from tests.pipeline.making import assert_same, concept, draw, everything
@@ -53,7 +58,7 @@ def processors(pipe):
     """Every processor, and the backend that it names."""
     found = {}
     for key, part in pipe.components.items():
-        for module in attentions(part) if isinstance(part, torch.nn.Module) else ():
+        for module in attention_modules(part) if isinstance(part, torch.nn.Module) else ():
             found[key, id(module)] = module.processor, dict(vars(module.processor))
     return found
 
@@ -88,7 +93,7 @@ def test_the_dispatchers_backends_reach_the_models_that_ask_it(name):
     active = _AttentionBackendRegistry.get_active_backend()[0]
     pipe.load_custom(attention="_native_math")
     denoisers = family_of(pipe.components).denoisers.values()
-    modules = [each for denoiser in denoisers for each in attentions(denoiser)]
+    modules = [each for denoiser in denoisers for each in attention_modules(denoiser)]
     assert {each.processor._attention_backend for each in modules} == {"_native_math"}
     np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
     pipe.load_custom(attention="native")
@@ -127,7 +132,8 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     with pytest.raises(PipelineError, match=r"flash_hub fails here.*pip install kernels"):
         pipe.load_custom(attention="flash_hub")
     # As on a CUDA device without it.
-    monkeypatch.setattr("customize.base.attention.select_backend.unfit", lambda *args: None)
+    module = "customize.base.attention.select_backend"
+    monkeypatch.setattr(f"{module}.find_unmet_requirement", lambda *args: None)
     with pytest.raises(PipelineError, match=r"install it \(pip install sageattention\)"):
         pipe.load_custom(attention="sage")
     assert not pipe.custom.attention
@@ -162,7 +168,8 @@ def test_cogvideox_has_torchs_attention_alone(monkeypatch):
     pipe = MAKERS["cogvideox"]()
     own = processors(pipe)
     # As on a CUDA device: what xFormers has in diffusers would leave out the positions.
-    monkeypatch.setattr("customize.base.attention.select_backend.unfit", lambda *args: None)
+    module = "customize.base.attention.select_backend"
+    monkeypatch.setattr(f"{module}.find_unmet_requirement", lambda *args: None)
     with pytest.raises(PipelineError, match=r"there is no xformers for this kind"):
         pipe.load_custom(attention="xformers")
     pipe.transformer.fuse_qkv_projections()
@@ -223,7 +230,7 @@ def test_processors_of_someones_own_stay():
         def __call__(self, *args, **kwargs):
             return 2 * super().__call__(*args, **kwargs)
 
-    modules = attentions(pipe.unet)
+    modules = attention_modules(pipe.unet)
     mine = [Doubling(), IPAdapterAttnProcessor2_0(16, 32, num_tokens=(4,))]
     modules[0].set_processor(mine[0])
     modules[1].set_processor(mine[1])
@@ -242,7 +249,7 @@ def test_processors_of_someones_own_stay():
 def test_an_attention_without_the_usual_scale_stays():
     # AttnProcessor2_0 would divide by the root of the width, which this one does not.
     pipe = MAKERS["sd"]()
-    module = attentions(pipe.unet)[0]
+    module = attention_modules(pipe.unet)[0]
     module.scale_qk = False
     pipe.load_custom(attention="native")
     took = next(each for each in pipe.custom.attention if each.component == "unet")
@@ -254,7 +261,7 @@ def test_an_attention_without_the_usual_scale_stays():
 
 def test_what_is_changed_in_between_stays():
     sd, flux = MAKERS["sd"](), MAKERS["flux"]()
-    module = attentions(sd.unet)[0]
+    module = attention_modules(sd.unet)[0]
     module.set_processor(SlicedAttnProcessor(1))
     sd.load_custom(attention="native")
     mine = SlicedAttnProcessor(2)
@@ -262,7 +269,7 @@ def test_what_is_changed_in_between_stays():
     sd.unload_custom()
     assert module.processor is mine
 
-    processor = attentions(flux.transformer)[0].processor
+    processor = attention_modules(flux.transformer)[0].processor
     flux.load_custom(attention="native")
     processor._attention_backend = "_native_math"
     flux.unload_custom()
@@ -271,7 +278,7 @@ def test_what_is_changed_in_between_stays():
 
 def test_a_users_own_backend_comes_back():
     pipe = MAKERS["flux"]()
-    processor = attentions(pipe.transformer)[0].processor
+    processor = attention_modules(pipe.transformer)[0].processor
     processor._attention_backend = "_native_math"
     pipe.load_custom(attention="native")
     assert processor._attention_backend == "native"
@@ -289,11 +296,11 @@ def test_a_users_own_backend_comes_back():
 def test_xformers_has_processors_of_its_own_for_classic_attention(name, stock, other):
     pipe = MAKERS[name]()
     family, own = family_of(pipe.components), processors(pipe)
-    with applied(family, {family.denoiser_key: Choice("xformers", 1e-6)}):
-        assert {type(each.processor) for each in attentions(family.denoiser)} == {other}
+    with apply_backends(family, {family.denoiser_key: BackendChoice("xformers", 1e-6)}):
+        assert {type(each.processor) for each in attention_modules(family.denoiser)} == {other}
     pipe.load_custom(attention="native")
-    assert {type(each.processor) for each in attentions(family.denoiser)} == {stock}
-    restore(family.denoiser)
+    assert {type(each.processor) for each in attention_modules(family.denoiser)} == {stock}
+    restore_backends(family.denoiser)
     assert processors(pipe) == own
 
 
@@ -301,9 +308,12 @@ def test_after_an_error_the_earlier_backend_is_there_again():
     pipe = MAKERS["flux"]()
     pipe.load_custom(attention="_native_math")
     family = family_of(pipe.components)
-    with pytest.raises(RuntimeError), applied(family, {"transformer": Choice("native", 0.0)}):
+    with (
+        pytest.raises(RuntimeError),
+        apply_backends(family, {"transformer": BackendChoice("native", 0.0)}),
+    ):
         raise RuntimeError
-    names = {each.processor._attention_backend for each in attentions(pipe.transformer)}
+    names = {each.processor._attention_backend for each in attention_modules(pipe.transformer)}
     assert names == {"_native_math"}
 
 
@@ -328,7 +338,7 @@ def test_together_with_concepts(name):
 def test_a_failed_call_changes_nothing(name, monkeypatch):
     pipe = MAKERS[name]()
     rex = concept(pipe)
-    for module in attentions(pipe.vae):
+    for module in attention_modules(pipe.vae):
         module.set_processor(SlicedAttnProcessor(1))
     before, own = everything(pipe), processors(pipe)
 
@@ -362,12 +372,12 @@ def test_text_encoders_take_torchs_attention_and_give_it_back():
 
 def test_a_copy_and_a_pipeline_of_the_same_parts():
     pipe = MAKERS["sd"]()
-    module = attentions(pipe.unet)[0]
+    module = attention_modules(pipe.unet)[0]
     module.set_processor(SlicedAttnProcessor(1))
     pipe.load_custom(attention="native")
     twin = copy.deepcopy(pipe)
     pipe.unload_custom()
     assert type(module.processor) is SlicedAttnProcessor
-    assert type(attentions(twin.unet)[0].processor) is AttnProcessor2_0
+    assert type(attention_modules(twin.unet)[0].processor) is AttnProcessor2_0
     twin.unload_custom()
-    assert type(attentions(twin.unet)[0].processor) is SlicedAttnProcessor
+    assert type(attention_modules(twin.unet)[0].processor) is SlicedAttnProcessor

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from customize.base.config_values import check_values
-from customize.base.load_pipeline import open_base
+from customize.base.config_values import check_config_values
+from customize.base.load_pipeline import load_pipeline
 from customize.errors import PipelineError
 from tests.makers import FAMILIES
 from tests.tiny import tiny_sd
@@ -49,10 +49,10 @@ def test_a_value_that_makes_no_sense_is_named(
     values = json.loads((base / file).read_text()) | {name: value}
     (base / file).write_text(json.dumps(values))
     with pytest.raises(PipelineError) as raised:
-        open_base(str(base), torch.float32)
+        load_pipeline(str(base), torch.float32)
     assert name in raised.value.what and file.split("/")[0] in raised.value.what
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_values_that_make_sense(name: str) -> None:
-    check_values(FAMILIES[name](), "base")
+    check_config_values(FAMILIES[name](), "base")

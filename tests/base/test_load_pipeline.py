@@ -12,7 +12,7 @@ import torch
 from diffusers import Flux3ModularPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from customize.base.load_pipeline import open_base
+from customize.base.load_pipeline import load_pipeline
 from customize.errors import PipelineError
 from customize.training.base_fingerprint import weight_digests, weight_digests_on_disk
 from tests.tiny import tiny_flux3, tiny_sd
@@ -32,7 +32,7 @@ def base(saved: Path, tmp_path: Path) -> Path:
 
 
 def test_a_modular_base_opens_whole_and_without_the_step_that_rewrites_prompts(base: Path) -> None:
-    pipe = open_base(str(base), {"default": torch.bfloat16, "vae": torch.float32})
+    pipe = load_pipeline(str(base), {"default": torch.bfloat16, "vae": torch.float32})
     assert type(pipe) is Flux3ModularPipeline
     assert list(pipe.blocks.sub_blocks) == ["text_encoder", "vae_encoder", "denoise", "decode"]
     original = tiny_flux3()
@@ -52,7 +52,7 @@ def test_a_modular_base_opens_whole_and_without_the_step_that_rewrites_prompts(b
 def test_the_digests_of_its_files_are_those_in_memory(base: Path) -> None:
     found = weight_digests_on_disk(str(base))
     assert set(found) == {"transformer", "text_encoder", "vae"}
-    assert found == weight_digests("", open_base(str(base), torch.float32).components)
+    assert found == weight_digests("", load_pipeline(str(base), torch.float32).components)
     shutil.rmtree(base / "text_encoder")  # which may be in a repository of its own
     assert weight_digests_on_disk(str(base)) == {}
     (base / "modular_model_index.json").write_text("{")
@@ -99,13 +99,13 @@ def with_code(base: Path) -> None:
 def test_damaged_modular_bases(spoil: Callable[[Path], None], says: str, base: Path) -> None:
     spoil(base)
     with pytest.raises(PipelineError, match=rf"{says}.*Do: "):
-        open_base(str(base), torch.float32)
+        load_pipeline(str(base), torch.float32)
 
 
 def test_a_base_with_both_indices_opens_as_the_standard_pipeline(tmp_path: Path) -> None:
     tiny_sd().save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "modular_model_index.json").write_text("{}")
-    assert type(open_base(str(tmp_path / "base"), torch.float32)) is StableDiffusionPipeline
+    assert type(load_pipeline(str(tmp_path / "base"), torch.float32)) is StableDiffusionPipeline
 
 
 def test_a_hub_id_of_a_modular_base(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,4 +129,4 @@ def test_a_hub_id_of_a_modular_base(base: Path, monkeypatch: pytest.MonkeyPatch)
     for module in ("huggingface_hub.constants", "huggingface_hub.file_download.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    assert type(open_base("org/flux3", torch.float32)) is Flux3ModularPipeline
+    assert type(load_pipeline("org/flux3", torch.float32)) is Flux3ModularPipeline

@@ -13,16 +13,16 @@ from torch.utils._pytree import tree_map_only
 
 from customize.base.memory_plan import (
     GIB,
-    RESERVE,
-    WAYS,
-    WAYS_AT_HOME,
-    Part,
-    Sizes,
-    Way,
-    budget,
-    peak,
-    plan,
-    sizes,
+    RESERVED_BYTES,
+    STRATEGIES,
+    STRATEGIES_WITHOUT_OFFLOAD,
+    ComponentSize,
+    MemoryStrategy,
+    PipelineSizes,
+    choose_plan,
+    estimate_peak_bytes,
+    measure_components,
+    parse_memory_size,
 )
 from customize.errors import ConfigError
 from tests import true_sizes
@@ -49,7 +49,7 @@ MIB = 2**20
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
     family = MODELS[request.param]()
-    return request.param, family, sizes(family)
+    return request.param, family, measure_components(family)
 
 
 #: Millions of parameters, as the model cards have them.
@@ -75,15 +75,15 @@ PARAMETERS = {
 
 def test_weights_are_those_of_the_published_models(model):
     name, family, found = model
-    assert found.parts.keys() == PARAMETERS[name].keys()
-    for key, part in found.parts.items():
+    assert found.components.keys() == PARAMETERS[name].keys()
+    for key, part in found.components.items():
         buffers = sum(each.nbytes for each in family.components[key].buffers())
         assert (part.weights - buffers) / 2e6 == pytest.approx(PARAMETERS[name][key], rel=0.01)
-        assert part.loose + part.layer <= part.weights
+        assert part.other_weights + part.largest_layer <= part.weights
         # 4.5 bits of 16, but for what isn't linear.
-        assert 0.28 * part.weights < part.quantized <= part.weights
+        assert 0.28 * part.weights < part.nf4_weights <= part.weights
     # Half, but for modulations, whose names have "norm" in them, which diffusers leaves alone.
-    assert 0.5 < found.cast / found.parts[found.denoiser].weights < 0.7
+    assert 0.5 < found.float8_denoiser / found.components[found.denoiser_key].weights < 0.7
 
 
 #: What a denoiser is called with for one picture of its default resolution, by the pipeline.
@@ -132,7 +132,7 @@ def test_what_a_denoiser_holds_is_a_bound_and_not_a_wide_one(model):
     else:
         arguments, named = CALLS[name](empty)
         held = peak_bytes(denoiser, lambda: denoiser(*arguments, **named))
-    counted = found.parts[found.denoiser].working
+    counted = found.components[found.denoiser_key].activations
     assert held <= counted <= (3 if name in APART else 2) * held
 
 
@@ -173,11 +173,11 @@ def test_what_a_decoder_holds_is_a_bound_and_not_a_wide_one(model):
     shape = (1, own.get(name, 16), *frames, side, side)
     vae = family.vae.eval()
     held = peak_bytes(vae, lambda: vae.decode(empty(*shape)))
-    assert held <= found.parts["vae"].working <= 2 * held
+    assert held <= found.components["vae"].activations <= 2 * held
     vae.enable_tiling()
     held = peak_bytes(vae, lambda: vae.decode(empty(*shape)))
     vae.disable_tiling()
-    assert held <= found.tiled <= 2 * held
+    assert held <= found.tiled_vae_activations <= 2 * held
 
 
 def test_what_a_text_encoder_holds_is_bounded(model):
@@ -190,12 +190,16 @@ def test_what_a_text_encoder_holds_is_bounded(model):
         ids = torch.zeros(1, min(longest, 512), dtype=torch.long, device="meta")
         text = encoder.eval()
         held = peak_bytes(text, lambda text=text, ids=ids: text(ids, **named))
-        assert held <= found.parts[key].working
+        assert held <= found.components[key].activations
 
 
 #: What a preset does to each model on a CUDA device: way, and the peak in GiB.
-WHOLE, MODEL, GROUP = Way(), Way("model"), Way("group", tiled=True)
-CAST = Way("model", tiled=True, cast=True)
+WHOLE, MODEL, GROUP = (
+    MemoryStrategy(),
+    MemoryStrategy("model"),
+    MemoryStrategy("group", vae_tiling=True),
+)
+CAST = MemoryStrategy("model", vae_tiling=True, layerwise_casting=True)
 PRESETS = {
     "sd15": (WHOLE, WHOLE, WHOLE, WHOLE),
     "sdxl": (MODEL, WHOLE, WHOLE, WHOLE),
@@ -212,52 +216,72 @@ PRESETS = {
 
 def test_the_presets_on_a_cuda_device(model):
     name, _, found = model
-    plans = [plan(found, budget(word), "cuda") for word in ("8GB", "12GB", "16GB", "24GB")]
-    assert tuple(each.way for each in plans) == PRESETS[name]
-    assert all(each.peak + RESERVE <= each.budget for each in plans)
+    plans = [
+        choose_plan(found, parse_memory_size(word), "cuda")
+        for word in ("8GB", "12GB", "16GB", "24GB")
+    ]
+    assert tuple(each.strategy for each in plans) == PRESETS[name]
+    assert all(each.peak + RESERVED_BYTES <= each.budget for each in plans)
 
 
 def test_loading_in_4_bits_spares_streaming_where_it_can(model):
     name, _, found = model
-    chosen = plan(found, budget("8GB"), "cuda", quantizer=True)
+    chosen = choose_plan(found, parse_memory_size("8GB"), "cuda", quantizer=True)
     if name in ("sd35_large", "flux_dev", "flux2_klein", "qwen_image_21", "z_image"):
-        assert chosen.way == Way("model", tiled=True, quantized=True)
-        assert chosen.quantized[0] == "transformer" and len(chosen.quantized) == 2
+        assert chosen.strategy == MemoryStrategy("model", vae_tiling=True, quantize=True)
+        assert (
+            chosen.quantized_components[0] == "transformer"
+            and len(chosen.quantized_components) == 2
+        )
         assert "in 4 bits" in str(chosen)
     else:  # it fits without, or not even so
-        assert chosen == plan(found, budget("8GB"), "cuda")
+        assert chosen == choose_plan(found, parse_memory_size("8GB"), "cuda")
 
 
 def test_arithmetic_by_hand():
     parts = {
-        "unet": Part(weights=10 * GIB, layer=MIB, loose=3 * MIB, working=GIB, quantized=3 * GIB),
-        "text_encoder": Part(4 * GIB, 100 * MIB, 0, MIB, 2 * GIB),
-        "vae": Part(GIB, MIB, 0, 2 * GIB, GIB),
+        "unet": ComponentSize(
+            weights=10 * GIB,
+            largest_layer=MIB,
+            other_weights=3 * MIB,
+            activations=GIB,
+            nf4_weights=3 * GIB,
+        ),
+        "text_encoder": ComponentSize(4 * GIB, 100 * MIB, 0, MIB, 2 * GIB),
+        "vae": ComponentSize(GIB, MIB, 0, 2 * GIB, GIB),
     }
-    found = Sizes(parts, "unet", cast=6 * GIB, tiled=GIB // 2)
-    assert peak(found, Way()) == 15 * GIB + 2 * GIB
-    assert peak(found, Way(tiled=True)) == 15 * GIB + GIB
-    assert peak(found, Way("model")) == 11 * GIB
-    assert peak(found, Way("model", cast=True)) == 7 * GIB + MIB
-    assert peak(found, Way("model"), ("unet",)) == 4 * GIB + MIB  # the text encoder's, now
-    assert peak(found, Way("model"), ("unet", "text_encoder")) == 4 * GIB
-    assert peak(found, Way("group")) == 2 * GIB + 3 * MIB
-    assert peak(found, Way("group", tiled=True)) == GIB + 6 * MIB
+    found = PipelineSizes(parts, "unet", float8_denoiser=6 * GIB, tiled_vae_activations=GIB // 2)
+    assert estimate_peak_bytes(found, MemoryStrategy()) == 15 * GIB + 2 * GIB
+    assert estimate_peak_bytes(found, MemoryStrategy(vae_tiling=True)) == 15 * GIB + GIB
+    assert estimate_peak_bytes(found, MemoryStrategy("model")) == 11 * GIB
+    assert (
+        estimate_peak_bytes(found, MemoryStrategy("model", layerwise_casting=True)) == 7 * GIB + MIB
+    )
+    assert (
+        estimate_peak_bytes(found, MemoryStrategy("model"), ("unet",)) == 4 * GIB + MIB
+    )  # the text encoder's, now
+    assert estimate_peak_bytes(found, MemoryStrategy("model"), ("unet", "text_encoder")) == 4 * GIB
+    assert estimate_peak_bytes(found, MemoryStrategy("group")) == 2 * GIB + 3 * MIB
+    assert estimate_peak_bytes(found, MemoryStrategy("group", vae_tiling=True)) == GIB + 6 * MIB
     with pytest.raises(ConfigError) as caught:
-        plan(found, budget("2GB"), "cuda")
+        choose_plan(found, parse_memory_size("2GB"), "cuda")
     # 1 GiB and 6 MiB, and the reserve of 1 GiB: rounded up to a tenth.
     assert "does not fit into 2 GB: it needs 2.1 GB at least" in str(caught.value)
     assert 'give memory="2.1GB"' in caught.value.fix
-    assert plan(found, budget("2.1GB"), "cuda").way == Way("group", tiled=True)
+    assert choose_plan(found, parse_memory_size("2.1GB"), "cuda").strategy == MemoryStrategy(
+        "group", vae_tiling=True
+    )
     # Without an accelerator: 11 GiB, 1 GiB held, and a layer of 1 MiB.
     with pytest.raises(ConfigError, match=r"12\.1 GB at least, as there is no accelerator"):
-        plan(found, budget("12GB"), "cpu")
-    assert plan(found, budget("12.1GB"), "cpu").way == Way(tiled=True, cast=True)
+        choose_plan(found, parse_memory_size("12GB"), "cpu")
+    assert choose_plan(found, parse_memory_size("12.1GB"), "cpu").strategy == MemoryStrategy(
+        vae_tiling=True, layerwise_casting=True
+    )
 
 
 bytes_ = st.integers(1, 40 * GIB)
 parts_ = st.builds(
-    lambda weights, share, loose, working, bits: Part(
+    lambda weights, share, loose, working, bits: ComponentSize(
         weights, int(weights * share), int(weights * loose), working, int(weights * bits)
     ),
     bytes_,
@@ -277,30 +301,34 @@ parts_ = st.builds(
     st.booleans(),
 )
 def test_a_plan_fits_or_the_least_that_is_named_does(parts, cast, tiled, amount, device, bits):
-    found = Sizes(
-        parts, "unet", int(parts["unet"].weights * cast), int(parts["vae"].working * tiled)
+    found = PipelineSizes(
+        parts, "unet", int(parts["unet"].weights * cast), int(parts["vae"].activations * tiled)
     )
     try:
-        chosen = plan(found, amount, device, bits)
+        chosen = choose_plan(found, amount, device, bits)
     except ConfigError as refused:
         assert refused.fix is not None
-        least = budget(re.search(r'"([\d.]+GB)"', refused.fix)[1])
+        least = parse_memory_size(re.search(r'"([\d.]+GB)"', refused.fix)[1])
         assert least > amount
-        chosen = plan(found, least, device, bits)
-        assert chosen.peak > amount - (RESERVE if device == "cuda" else 0)
-    assert chosen.peak + (RESERVE if device == "cuda" else 0) <= chosen.budget
-    assert chosen.peak == peak(found, chosen.way, chosen.quantized)
-    ways = WAYS if device == "cuda" else WAYS_AT_HOME
-    for faster in ways[: ways.index(chosen.way)]:
-        if not faster.quantized and not (faster.cast and found.cast == parts["unet"].weights):
-            assert peak(found, faster) > chosen.budget - (RESERVE if device == "cuda" else 0)
+        chosen = choose_plan(found, least, device, bits)
+        assert chosen.peak > amount - (RESERVED_BYTES if device == "cuda" else 0)
+    assert chosen.peak + (RESERVED_BYTES if device == "cuda" else 0) <= chosen.budget
+    assert chosen.peak == estimate_peak_bytes(found, chosen.strategy, chosen.quantized_components)
+    ways = STRATEGIES if device == "cuda" else STRATEGIES_WITHOUT_OFFLOAD
+    for faster in ways[: ways.index(chosen.strategy)]:
+        if not faster.quantize and not (
+            faster.layerwise_casting and found.float8_denoiser == parts["unet"].weights
+        ):
+            assert estimate_peak_bytes(found, faster) > chosen.budget - (
+                RESERVED_BYTES if device == "cuda" else 0
+            )
 
 
 @pytest.mark.parametrize("word", ["8", "8 gb", "GB", "-8GB", "0GB", "eight GB", "8GiB", 8, None])
 def test_words_that_name_no_amount_are_refused(word):
     with pytest.raises(ConfigError, match="no amount of memory"):
-        budget(word)
+        parse_memory_size(word)
 
 
 def test_an_amount_is_that_of_a_card():
-    assert budget("12GB") == 12 * GIB and budget("1.5 GB") == 3 * GIB // 2
+    assert parse_memory_size("12GB") == 12 * GIB and parse_memory_size("1.5 GB") == 3 * GIB // 2

@@ -13,8 +13,8 @@ import transformers
 from diffusers import DiffusionPipeline
 
 import customize
-from customize.base.memory_plan import GIB, Plan, Way, sizes
-from customize.base.meta_device import outline, quantization
+from customize.base.memory_plan import GIB, MemoryPlan, MemoryStrategy, measure_components
+from customize.base.meta_device import load_on_meta_device, quantization_arguments
 from customize.errors import ConfigError, PipelineError
 from customize.families import family_of
 from tests.base.test_apply_memory_plan import PICTURES
@@ -27,14 +27,14 @@ def test_an_outline_has_the_sizes_of_the_loaded_pipeline(name, tmp_path):
     MAKERS[name]().save_pretrained(tmp_path)
     for file in tmp_path.rglob("*.safetensors"):
         file.unlink()  # configurations are enough
-    expected = sizes(family_of(MAKERS[name]().to(torch.bfloat16).components))
-    assert sizes(outline(tmp_path, torch.bfloat16)) == expected
+    expected = measure_components(family_of(MAKERS[name]().to(torch.bfloat16).components))
+    assert measure_components(load_on_meta_device(tmp_path, torch.bfloat16)) == expected
 
 
 def test_a_plan_and_the_arguments_to_load_it_with(tmp_path):
     MAKERS["sd"]().save_pretrained(tmp_path)
     plan, loading = customize.memory_plan("8GB", tmp_path, dtype=torch.float16)
-    assert plan.way == Way() and plan.budget == 8 * GIB
+    assert plan.strategy == MemoryStrategy() and plan.budget == 8 * GIB
     assert loading == {"dtype": torch.float16}
     pipe = DiffusionPipeline.from_pretrained(tmp_path, **loading)
     assert pipe.load_custom(memory="8GB").custom.memory == str(plan)
@@ -70,8 +70,10 @@ PARTS = ("transformer", "text_encoder_2")
 @needs_bits
 def test_each_library_gets_its_own_class_for_4_bits(tmp_path):
     MAKERS["flux"]().save_pretrained(tmp_path)
-    plan = Plan(GIB, Way("model", quantized=True), 0, PARTS)
-    found = quantization(plan, outline(tmp_path, torch.bfloat16), torch.bfloat16)
+    plan = MemoryPlan(GIB, MemoryStrategy("model", quantize=True), 0, PARTS)
+    found = quantization_arguments(
+        plan, load_on_meta_device(tmp_path, torch.bfloat16), torch.bfloat16
+    )
     mapping = found["quantization_config"].quant_mapping
     assert type(mapping["transformer"]) is diffusers.BitsAndBytesConfig
     assert type(mapping["text_encoder_2"]) is transformers.BitsAndBytesConfig
@@ -83,16 +85,18 @@ def test_each_library_gets_its_own_class_for_4_bits(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="diffusers quantizes on a GPU")
 def test_a_plan_in_4_bits_loads_and_draws(tmp_path):
     MAKERS["flux"]().save_pretrained(tmp_path)
-    family = outline(tmp_path, torch.bfloat16)
-    whole = sizes(family).parts
-    plan = Plan(GIB, Way("model", quantized=True), 0, PARTS)
-    loading = quantization(plan, family, torch.bfloat16)
+    family = load_on_meta_device(tmp_path, torch.bfloat16)
+    whole = measure_components(family).components
+    plan = MemoryPlan(GIB, MemoryStrategy("model", quantize=True), 0, PARTS)
+    loading = quantization_arguments(plan, family, torch.bfloat16)
     pipe = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16, **loading)
     pipe.load_custom(concept(MAKERS["flux"]()), attention="native", memory="8GB")
-    found = sizes(family_of(pipe.components))
+    found = measure_components(family_of(pipe.components))
     for key in PARTS:
         # What was counted beforehand, but for the padding of the smallest layers.
-        counted, stored = whole[key].quantized, found.parts[key].weights
+        counted, stored = whole[key].nf4_weights, found.components[key].weights
         assert stored < whole[key].weights and abs(stored - counted) < 0.15 * whole[key].weights
-    assert found.cast == found.parts["transformer"].weights  # 4 bits are not cast to 8
+    assert (
+        found.float8_denoiser == found.components["transformer"].weights
+    )  # 4 bits are not cast to 8
     assert np.isfinite(draw(pipe)).all()

@@ -8,7 +8,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from customize.base import quantization
-from customize.base.quantization import check_quantizer, quantize
+from customize.base.quantization import check_quantizer, quantize_model
 from customize.errors import ConfigError
 from customize.families import family_of
 from tests.tiny import tiny_flux, tiny_sd
@@ -45,7 +45,7 @@ def dequantized(layer):
 def test_all_linear_layers_are_rounded_and_nothing_else(make, kind):
     model = family_of(make().components).denoiser
     exact = family_of(make().components).denoiser
-    quantize(model, kind, torch.float32, CPU)
+    quantize_model(model, kind, torch.float32, CPU)
     assert not any(p.requires_grad or p.is_meta for p in model.parameters())
     assert not any(module.training for module in model.modules())
     assert model.is_quantized and model.dtype == torch.float32 and model.device == CPU
@@ -71,7 +71,7 @@ def test_all_linear_layers_are_rounded_and_nothing_else(make, kind):
 def test_layers_take_adapters_as_before(kind):
     family = family_of(tiny_flux().components)
     before = family.fingerprint(), family.weight_shapes("transformer")
-    quantize(family.denoiser, kind, torch.float32, CPU)
+    quantize_model(family.denoiser, kind, torch.float32, CPU)
     assert (family.fingerprint(), family.weight_shapes("transformer")) == before
 
 
@@ -85,7 +85,7 @@ def test_weights_are_those_of_diffusers(kind, tmp_path):
     theirs = FluxTransformer2DModel.from_pretrained(
         tmp_path, quantization_config=config, dtype=torch.float32
     )
-    quantize(model, kind, torch.float32, CPU)
+    quantize_model(model, kind, torch.float32, CPU)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             assert torch.equal(dequantized(layer), dequantized(theirs.get_submodule(name))), name
@@ -96,7 +96,7 @@ def test_four_bits_are_those_of_bitsandbytes():
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     model, exact = tiny_flux().transformer, tiny_flux().transformer
-    quantize(model, "nf4", torch.float32, CPU)
+    quantize_model(model, "nf4", torch.float32, CPU)
     for name, layer in exact.named_modules():
         if isinstance(layer, nn.Linear):
             expected = dequantize_4bit(*quantize_4bit(layer.weight.data, quant_type="nf4"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from customize.base.quantization import quantize
+from customize.base.quantization import quantize_model
 from customize.errors import PipelineError
 from tests.pipeline.making import assert_same, concept, draw, everything
 from tests.tiny import tiny_flux
@@ -45,7 +45,7 @@ def quantized(kind):
     if kind == "layerwise casting":
         pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     else:
-        quantize(pipe.transformer, kind, torch.float32, CPU)
+        quantize_model(pipe.transformer, kind, torch.float32, CPU)
     return pipe
 
 

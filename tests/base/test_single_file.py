@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from customize.base.load_pipeline import open_base
+from customize.base.load_pipeline import load_pipeline
 from customize.cli import main
 from customize.concepts.types import Concept
 from customize.errors import ConfigError, PipelineError
@@ -33,9 +33,9 @@ def checkpoint(tmp_path_factory):
 
 def test_it_is_the_pipeline_that_was_written(checkpoint):
     file, config = checkpoint
-    pipe = open_base(file, torch.float32, config=config)
+    pipe = load_pipeline(file, torch.float32, config=config)
     assert np.array_equal(draw(pipe, "a dog"), draw(tiny_sd(), "a dog"))
-    half = open_base(file, {"default": torch.bfloat16, "vae": torch.float32}, config=config)
+    half = load_pipeline(file, {"default": torch.bfloat16, "vae": torch.float32}, config=config)
     assert half.unet.dtype == torch.bfloat16 and half.text_encoder.dtype == torch.bfloat16
     vae = tiny_sd().vae.state_dict()
     assert half.vae.dtype == torch.float32
@@ -50,31 +50,31 @@ def test_what_the_file_lacks_is_taken_from_the_pipeline_of_the_configuration(tmp
     (tmp_path / "config" / "transformer").mkdir()
     shutil.copy(tmp_path / "transformer" / "config.json", tmp_path / "config" / "transformer")
     file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
-    found = open_base(str(file), torch.float32, config=str(tmp_path / "config"))
+    found = load_pipeline(str(file), torch.float32, config=str(tmp_path / "config"))
     np.testing.assert_allclose(draw(found, "a dog"), draw(tiny_flux(), "a dog"), atol=1e-5)
 
 
 def test_without_a_configuration_at_hand_it_is_named_and_what_to_give(checkpoint):
     with pytest.raises(PipelineError, match=r"stable-diffusion-v1-5.*--base-config"):
-        open_base(checkpoint[0], torch.float32)
+        load_pipeline(checkpoint[0], torch.float32)
 
 
 def test_wrong_files_are_refused_in_words(checkpoint, tmp_path):
     _, config = checkpoint
     with pytest.raises(ConfigError, match="no such file"):
-        open_base(str(tmp_path / "none.safetensors"), torch.float32, config=config)
+        load_pipeline(str(tmp_path / "none.safetensors"), torch.float32, config=config)
     with pytest.raises(ConfigError, match="code"):
-        open_base(str(tmp_path / "model.ckpt"), torch.float32, config=config)
+        load_pipeline(str(tmp_path / "model.ckpt"), torch.float32, config=config)
     (tmp_path / "cut.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(PipelineError, match="base"):
-        open_base(str(tmp_path / "cut.safetensors"), torch.float32, config=config)
+        load_pipeline(str(tmp_path / "cut.safetensors"), torch.float32, config=config)
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(PipelineError, match="base"):
-        open_base(str(tmp_path / "other.safetensors"), torch.float32, config=config)
+        load_pipeline(str(tmp_path / "other.safetensors"), torch.float32, config=config)
     with pytest.raises(ConfigError, match="no variants"):
-        open_base(checkpoint[0], torch.float32, variant="fp16", config=config)
+        load_pipeline(checkpoint[0], torch.float32, variant="fp16", config=config)
     with pytest.raises(ConfigError, match="only a single file"):
-        open_base(config, torch.float32, config=config)
+        load_pipeline(config, torch.float32, config=config)
 
 
 def test_a_concept_is_learned_goes_on_and_draws(checkpoint, tmp_path, capsys):
@@ -102,4 +102,4 @@ def test_merging_into_a_single_file_writes_a_folder(checkpoint, tmp_path):
     concept(tiny_sd()).save(tmp_path / "rex")
     words = ["merge", str(tmp_path / "rex"), "--output", str(tmp_path / "whole"), "--fuse"]
     assert main([*words, "--base", file, "--base-config", config]) == 0
-    assert type(open_base(str(tmp_path / "whole"), torch.float32)) is type(tiny_sd())
+    assert type(load_pipeline(str(tmp_path / "whole"), torch.float32)) is type(tiny_sd())

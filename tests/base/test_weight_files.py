@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from customize.base.load_pipeline import open_base
-from customize.base.weight_files import chosen_variants, variants_in
+from customize.base.load_pipeline import load_pipeline
+from customize.base.weight_files import list_variants, select_variants
 from customize.cli import main
 from customize.errors import PipelineError
 from customize.training.base_fingerprint import weight_digests, weight_digests_on_disk
@@ -49,20 +49,20 @@ def test_names_of_weight_files_tell_the_variant(tmp_path):
         (tmp_path / str(number) / name).touch()
         for other in ("model.fp16.bin", "config.json", "pytorch_model.safetensors"):
             (tmp_path / str(number) / other).touch()
-        assert variants_in(tmp_path / str(number)) == {variant}
-    assert variants_in(tmp_path / "none") == set()
+        assert list_variants(tmp_path / str(number)) == {variant}
+    assert list_variants(tmp_path / "none") == set()
 
 
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "40KB"}], ids=["whole", "shards"])
 @pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
 def test_the_only_variant_is_read_and_has_the_digests_of_what_is_in_memory(variant, how, tmp_path):
     base = str(sd(tmp_path / "base", variant, **how))
-    pipe = open_base(base, {"default": torch.float32, "vae": torch.float32})
+    pipe = load_pipeline(base, {"default": torch.float32, "vae": torch.float32})
     assert same_weights(pipe, tiny_sd())
     assert weight_digests_on_disk(base) == weight_digests("", pipe.components) != {}
-    half = open_base(base, {"default": torch.bfloat16, "vae": torch.float32})
+    half = load_pipeline(base, {"default": torch.bfloat16, "vae": torch.float32})
     assert (half.unet.dtype, half.vae.dtype) == (torch.bfloat16, torch.float32)
-    assert same_weights(open_base(base, torch.float32, variant=variant), pipe)
+    assert same_weights(load_pipeline(base, torch.float32, variant=variant), pipe)
 
 
 def test_components_may_have_variants_of_their_own(tmp_path):
@@ -75,11 +75,11 @@ def test_components_may_have_variants_of_their_own(tmp_path):
     with torch.no_grad():
         pipe.vae.get_parameter("decoder.conv_in.weight").zero_()
     pipe.vae.save_pretrained(base / "vae", variant="fp16")  # beside the plain one, which is read
-    assert chosen_variants(base) == {"unet": "fp16", "text_encoder": "ema", "vae": ""}
-    found = open_base(str(base), torch.float32)
+    assert select_variants(base) == {"unet": "fp16", "text_encoder": "ema", "vae": ""}
+    found = load_pipeline(str(base), torch.float32)
     assert same_weights(found, tiny_sd())
     assert weight_digests_on_disk(str(base)) == weight_digests("", found.components)
-    found = open_base(str(base), torch.float32, variant="fp16")  # asked for, so read
+    found = load_pipeline(str(base), torch.float32, variant="fp16")  # asked for, so read
     assert not found.vae.get_parameter("decoder.conv_in.weight").any()
     assert weight_digests_on_disk(str(base), "fp16") == weight_digests("", found.components)
 
@@ -88,14 +88,14 @@ def test_what_is_not_clear_is_refused_by_name(tmp_path):
     base = sd(tmp_path / "base", "fp16")
     tiny_sd().unet.save_pretrained(base / "unet", variant="ema")
     with pytest.raises(PipelineError, match=r"unet has no plain weights.*ema and fp16.*--variant"):
-        open_base(str(base), torch.float32)
+        load_pipeline(str(base), torch.float32)
     assert weight_digests_on_disk(str(base)) == {}
-    assert same_weights(open_base(str(base), torch.float32, variant="ema"), tiny_sd())
+    assert same_weights(load_pipeline(str(base), torch.float32, variant="ema"), tiny_sd())
     with pytest.raises(PipelineError, match=r"no component of the base has a variant fp8"):
-        open_base(str(base), torch.float32, variant="fp8")
+        load_pipeline(str(base), torch.float32, variant="fp8")
     plain = sd(tmp_path / "plain", None)
     with pytest.raises(PipelineError, match=r"variant fp16.*leave the variant out"):
-        open_base(str(plain), torch.float32, variant="fp16")
+        load_pipeline(str(plain), torch.float32, variant="fp16")
 
 
 def test_a_modular_base_too(tmp_path):
@@ -104,7 +104,7 @@ def test_a_modular_base_too(tmp_path):
     for name in ("transformer", "text_encoder", "vae"):
         (weights,) = (tmp_path / "base" / name).glob("*.safetensors")
         weights.rename(weights.with_suffix(".fp16.safetensors"))
-    found = open_base(str(tmp_path / "base"), torch.float32)
+    found = load_pipeline(str(tmp_path / "base"), torch.float32)
     for name in ("transformer", "text_encoder", "vae"):
         assert same(getattr(found, name).state_dict(), getattr(pipe, name).state_dict())
     assert weight_digests_on_disk(str(tmp_path / "base")) == weight_digests("", found.components)
@@ -119,8 +119,8 @@ def test_a_hub_id_whose_cache_has_the_variant_alone(tmp_path, monkeypatch):
     for module in ("huggingface_hub.constants", "huggingface_hub.file_download.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    assert same_weights(open_base("org/sd", torch.float32), tiny_sd())
-    assert same_weights(open_base("org/sd", torch.float32, variant="fp16"), tiny_sd())
+    assert same_weights(load_pipeline("org/sd", torch.float32), tiny_sd())
+    assert same_weights(load_pipeline("org/sd", torch.float32, variant="fp16"), tiny_sd())
 
 
 def test_training_and_commands_work_on_it(tmp_path, capsys):
@@ -131,7 +131,7 @@ def test_training_and_commands_work_on_it(tmp_path, capsys):
     # Named or taken because it is the only one, it is the same run.
     named = settings(tmp_path, "one", base=str(variant), steps=2, variant="fp16")
     assert train(named, progress=False).info == one.info
-    assert np.array_equal(draw(open_base(str(variant), torch.float32)), draw(tiny_sd()))
+    assert np.array_equal(draw(load_pipeline(str(variant), torch.float32)), draw(tiny_sd()))
     concept(tiny_sd()).save(tmp_path / "rex")
     base = ["--base", str(variant), "--variant", "fp16"]
     drawn = ["generate", str(tmp_path / "rex"), *base, "--prompt", "a <rex>", "--steps", "1"]

@@ -13,7 +13,7 @@ import typer
 import customize
 from customize.cli.app import app
 from customize.training.config import TrainConfig
-from customize.training.settings_file import RENAMED
+from customize.training.settings_file import RENAMED_SETTINGS
 from tests.cli.making import Run, World, photos, refused
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -70,7 +70,7 @@ def test_settings_and_the_flags_beside_them_agree() -> None:
 
 
 def test_no_message_names_a_setting_by_a_name_it_had() -> None:
-    for old in RENAMED:
+    for old in RENAMED_SETTINGS:
         assert old not in TrainConfig.model_fields
         assert f"--{old.replace('_', '-')}" not in flags("train")
 

@@ -113,7 +113,7 @@ def test_an_interrupt_leaves_everything_as_it_was(folder: Path, monkeypatch) -> 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(write_concept, "write_file", interrupt)
+    monkeypatch.setattr(write_concept, "write_new_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         small(seed=1).save(folder)
     assert contents(folder.parent) == before

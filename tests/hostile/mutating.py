@@ -24,7 +24,7 @@ from customize.concepts.slices.slice_reservations import read_claims, write_clai
 from customize.concepts.types import BasisInfo, Concept
 from customize.errors import CustomizeError
 from customize.training import checkpoint
-from customize.training.data.dataset import read_folder
+from customize.training.data.dataset import read_training_images
 from customize.training.settings_file import read_yaml
 from tests.concepts.making import same_tensors, small
 
@@ -120,7 +120,7 @@ def _captions(name: str, text: str) -> Callable[[Path], Path]:
 
 
 def _pictures(folder: Path) -> Any:
-    return read_folder(folder, trigger="<rex>", caption="a photo of {}")
+    return read_training_images(folder, trigger="<rex>", caption="a photo of {}")
 
 
 _ROW = json.dumps({"file_name": "0.png", "text": "a photo of <rex>"})

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from customize import Decor
-from customize.base.memory_plan import budget
+from customize.base.memory_plan import parse_memory_size
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.errors import ConfigError, CustomizeError
 from customize.stages.avoid import MAX_PHRASES
@@ -65,7 +65,7 @@ def test_absurd_numbers_are_refused(value, pipe, tmp_path):
     refused(lambda: merge(value))
     refused(lambda: merge(method="dare", settings={"density": value}))
     refused(lambda: merge(method="dare", settings={"seed": value}))
-    refused(lambda: budget(value, where="memory"))
+    refused(lambda: parse_memory_size(value, where="memory"))
     for settings in ({"keys": value}, {"noise": (value, 1.0)}, {"noise": value}, {"rows": value}):
         refused(lambda settings=settings: Decor(**settings))
     if value is not None:  # which stands for the default there
@@ -121,4 +121,4 @@ def test_so_many_regions_and_avoided_words_are_refused_with_their_limit(pipe):
 
 
 def test_so_large_an_amount_of_memory_is_none():
-    refused(lambda: budget("9" * 5000 + "GB", where="memory"))
+    refused(lambda: parse_memory_size("9" * 5000 + "GB", where="memory"))

@@ -12,7 +12,7 @@ from customize.core.preservation import cosine_distance
 from customize.errors import ConfigError, DataError, SettingsError
 from customize.families import family_of
 from customize.training import class_preservation
-from customize.training.data.captions import class_caption
+from customize.training.data.captions import replace_trigger
 from customize.training.recipe import train
 from customize.training.trainable import attach_trainable
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
@@ -251,7 +251,7 @@ def test_many_phrases_are_looked_at_in_turns(kept):
     ],
 )
 def test_captions_name_the_class(text, told):
-    assert class_caption(text, "<rex>", "dog") == told
+    assert replace_trigger(text, "<rex>", "dog") == told
 
 
 # --- in a run -------------------------------------------------------------------------------------

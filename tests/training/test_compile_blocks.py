@@ -4,7 +4,7 @@ tests; aot_eager traces and splits forward and backward passes as it does, and c
 import pytest
 import torch
 
-from customize.base.quantization import quantize
+from customize.base.quantization import quantize_model
 from customize.errors import ConfigError
 from customize.families import family_of
 from customize.training import compile_blocks
@@ -89,7 +89,7 @@ def test_sizes_of_all_buckets_go_through_one_compiled_block(tmp_path, monkeypatc
 def test_quantized_blocks_are_compiled_too(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(compile_blocks, "_BACKEND", "aot_eager")
     pipe = tiny_flux()
-    quantize(pipe.transformer, kind, torch.float32, torch.device("cpu"))
+    quantize_model(pipe.transformer, kind, torch.float32, torch.device("cpu"))
     plain = train(settings(tmp_path, "a", steps=3), pipe.components, progress=False)
     config = settings(tmp_path, "b", steps=3, compile=True)
     assert near(plain, train(config, pipe.components, progress=False))

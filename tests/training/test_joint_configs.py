@@ -22,7 +22,7 @@ from customize.core.lowrank import to_dense
 from customize.errors import ConfigError, DataError, SettingsError, StorageError
 from customize.families import family_of
 from customize.training import class_preservation
-from customize.training.data.batches import compose
+from customize.training.data.batches import compose_batch
 from customize.training.joint_configs import PER_CONCEPT_SETTINGS, load_configs
 from customize.training.recipe import train, train_jointly
 from customize.training.trainable import attach_trainable
@@ -169,7 +169,7 @@ def drawn(config, counts, turns, classes=(), groups=()):
     ranges = [range(start, end) for start, end in itertools.pairwise(ends)]
     split = len(counts)
     return [
-        compose(config, names, ranges[:split], ranges[split:], turn, groups)[2]
+        compose_batch(config, names, ranges[:split], ranges[split:], turn, groups)[2]
         for turn in range(turns)
     ]
 

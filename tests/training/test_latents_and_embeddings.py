@@ -3,7 +3,7 @@ import torch
 
 from customize.errors import PipelineError
 from customize.families import family_of
-from customize.training.data.dataset import read_folder
+from customize.training.data.dataset import read_training_images
 from customize.training.latents_and_embeddings import (
     CachedTextEncoder,
     cache_conditions,
@@ -76,7 +76,7 @@ def test_equal_pictures_are_encoded_once(tmp_path):
 def test_pictures_give_the_same_latents_kept_or_not(tmp_path):
     make_pictures(tmp_path)
     picture(1).convert("L").save(tmp_path / "3.png")
-    samples = read_folder(tmp_path, trigger="<rex>", caption="a {}")
+    samples = read_training_images(tmp_path, trigger="<rex>", caption="a {}")
     family = family_of(tiny_sd().components)
     kept, fresh = (
         cache_images(family, samples, 32, torch.device("cpu"), flip=True, keep_latents=keep)
@@ -99,7 +99,7 @@ def test_pictures_give_the_same_latents_kept_or_not(tmp_path):
 def test_masks_follow_their_pictures(tmp_path):
     make_pictures(tmp_path / "images", 2)
     make_pictures(tmp_path / "masks", 2)  # ramps from black to white
-    samples = read_folder(
+    samples = read_training_images(
         tmp_path / "images", trigger="<rex>", caption="a {}", masks=tmp_path / "masks"
     )
     family = family_of(tiny_sd().components)

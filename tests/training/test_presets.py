@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from customize.base.memory_plan import GIB, QUANTIZED_BITS, RESERVE, Part, budget, sizes
+from customize.base.memory_plan import (
+    GIB,
+    NF4_BITS,
+    RESERVED_BYTES,
+    ComponentSize,
+    measure_components,
+    parse_memory_size,
+)
 from customize.cli import main
 from customize.concepts.adapter import attach
 from customize.concepts.types import Concept
@@ -68,7 +75,7 @@ NEEDED: dict[str, Any] = {
 def configured(name: str) -> tuple[str, int, TrainConfig]:
     """The model, the card's bytes and the settings of a preset."""
     model, _, card = name.rpartition("-")
-    return MODELS[model], budget(card.upper()), load_config(PRESETS[name], **NEEDED)
+    return MODELS[model], parse_memory_size(card.upper()), load_config(PRESETS[name], **NEEDED)
 
 
 @cache
@@ -102,19 +109,19 @@ def activations(name: str, rank: int, checkpointing: bool) -> int:
         adapter.remove()
 
 
-def held(part: Part, kind: str) -> int:
+def held(part: ComponentSize, kind: str) -> int:
     """The bytes of a denoiser's weights; in fewer bits, with one layer as it is computed with."""
     if kind == "none":
         return part.weights
-    linear = (part.weights - part.quantized) / (1 - QUANTIZED_BITS / 16)
-    bits = {"nf4": QUANTIZED_BITS, "int8": 8}[kind]
-    return part.weights - int(linear * (1 - bits / 16)) + part.layer
+    linear = (part.weights - part.nf4_weights) / (1 - NF4_BITS / 16)
+    bits = {"nf4": NF4_BITS, "int8": 8}[kind]
+    return part.weights - int(linear * (1 - bits / 16)) + part.largest_layer
 
 
 def needed(name: str, config: TrainConfig) -> dict[str, int]:
     """The bytes of each part of a run, which comes after the one before."""
     family = model(name)
-    parts = sizes(family).parts
+    parts = measure_components(family).components
     assert config.mixed_precision == "bf16" and config.resolution in (None, 512, 1024)
     assert (config.resolution or family.default_resolution) == family.default_resolution
     assert config.cache_latents and config.prior_weight == 0
@@ -137,11 +144,11 @@ def needed(name: str, config: TrainConfig) -> dict[str, int]:
         # The autoencoder in float32, which holds no more to encode than to decode.
         "pictures": 2 * parts["vae"].weights + 4 * family.decoder_numbers() + latents,
         "prompts": sum(each.weights for each in encoders.values())
-        + max(each.working for each in encoders.values())
+        + max(each.activations for each in encoders.values())
         + latents
         + prompts,
         "steps": held(parts[family.denoiser_key], config.quantize)
-        + sum(each.weights + config.batch_size * each.working for each in live.values())
+        + sum(each.weights + config.batch_size * each.activations for each in live.values())
         + adapter
         + step
         + latents
@@ -176,7 +183,7 @@ def quick(name: str) -> Any:
 @pytest.mark.parametrize("name", [quick(name) for name in PRESETS])
 def test_a_preset_fits_its_card_and_says_by_how_much(name):
     known, card, config = configured(name)
-    found = max(needed(known, config).values()) + RESERVE
+    found = max(needed(known, config).values()) + RESERVED_BYTES
     assert found <= card
     said = re.search(r"^# Counted: ([\d.]+) GB,", PRESETS[name].read_text(), re.MULTILINE)
     assert said is not None

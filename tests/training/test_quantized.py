@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 import customize  # noqa: F401  (for load_custom)
 from customize.base import quantization
-from customize.base.quantization import quantize
+from customize.base.quantization import quantize_model
 from customize.concepts.types import Concept
 from customize.errors import ConfigError, SettingsError
 from customize.families import family_of
@@ -109,7 +109,7 @@ def test_a_resumed_run_gives_the_uninterrupted_result(kind, base, tmp_path):
 @kinds
 def test_a_quantized_model_in_memory_is_trained_on_as_it_is(kind, tmp_path):
     pipe = tiny_sd()
-    quantize(pipe.unet, kind, torch.float32, torch.device("cpu"))
+    quantize_model(pipe.unet, kind, torch.float32, torch.device("cpu"))
     family = family_of(pipe.components)
 
     @torch.no_grad()
@@ -135,7 +135,7 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_loaded(tmp_path,
     assert_unchanged(before, pipe.components)
 
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    monkeypatch.setattr(prepare_base, "open_base", lambda *_: pytest.fail("the base was opened"))
+    monkeypatch.setattr(prepare_base, "load_pipeline", lambda *_: pytest.fail("base was loaded"))
     for kind, library in (("nf4", "bitsandbytes"), ("torchao_float8", "torchao")):
         with pytest.raises(ConfigError, match=f"{kind} needs {library}, which is not installed"):
             train(settings(tmp_path, quantize=kind), progress=False)

@@ -459,7 +459,7 @@ def test_weights_that_are_not_finite_at_the_end_are_not_saved(tmp_path):
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_photographs_are_shrunk_on_reading_and_let_go(where, tmp_path, monkeypatch):
     images, sizes, alive = [], [], []
-    read = dataset.read_folder
+    read = dataset.read_training_images
 
     def noting(*args, **kwargs):
         samples = read(*args, **kwargs)
@@ -471,7 +471,7 @@ def test_photographs_are_shrunk_on_reading_and_let_go(where, tmp_path, monkeypat
         gc.collect()
         alive.append(sum(image() is not None for image in images))
 
-    monkeypatch.setattr(dataset, "read_folder", noting)
+    monkeypatch.setattr(dataset, "read_training_images", noting)
     dogs = make_pictures(tmp_path / "dogs", 2)
     (tmp_path / "images").mkdir()
     picture(0, side=300).save(tmp_path / "images" / "0.png")

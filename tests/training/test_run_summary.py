@@ -5,7 +5,12 @@ from PIL import Image
 
 from customize.families import family_of
 from customize.training.prepare_base import read_images
-from customize.training.run_summary import block, counts, unknown_word, warn_unlikely
+from customize.training.run_summary import (
+    format_summary,
+    split_unknown_word,
+    summarize_run,
+    warn_about_data,
+)
 from tests.tiny import tiny_sd
 from tests.training.runs import make_various, picture, settings
 
@@ -20,7 +25,7 @@ def test_counts(family, tmp_path):
     (tmp_path / "images" / "0.caption").write_text("<rex> asleep")
     config = settings(tmp_path, buckets=True, masks=tmp_path / "masks", steps=800)
     samples, none = read_images(config, 32, ["<rex>"])
-    found = counts(config, samples, none, family, 32, processes=2)
+    found = summarize_run(config, samples, none, family, 32, processes=2)
     assert found == {
         "pictures": "5",
         "captions": "1 of their own, 4 by the template",
@@ -28,9 +33,9 @@ def test_counts(family, tmp_path):
         "size": "4 buckets: 40 x 24 (2), 16 x 64 (1), 32 x 32 (1), 64 x 16 (1)",
         "steps, epochs": "800 of 4 pictures, which makes 640 epochs",
     }
-    lines = block(config, found).splitlines()
+    lines = format_summary(config, found).splitlines()
     assert all(len(line) <= 80 for line in lines) and "640 epochs" in lines[-1]
-    few = block(config, {"steps, epochs": "12 of 2 pictures, " + "word " * 20 + "end"})
+    few = format_summary(config, {"steps, epochs": "12 of 2 pictures, " + "word " * 20 + "end"})
     assert few.endswith(" end") and all(len(line) <= 80 for line in few.splitlines())
 
 
@@ -38,14 +43,14 @@ def told(config, family, resolution=32):
     samples, _ = read_images(config, resolution, [config.trigger])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_unlikely(config, samples, family, resolution)
+        warn_about_data(config, samples, family, resolution)
     return [str(each.message) for each in caught]
 
 
 def test_what_makes_success_unlikely_is_told(family, tmp_path):
     assert told(settings(tmp_path / "a", steps=800), family) == []
     samples, none = read_images(settings(tmp_path / "a"), 32, ["<rex>"])
-    found = counts(settings(tmp_path / "a"), samples, none, family, 32, processes=1)
+    found = summarize_run(settings(tmp_path / "a"), samples, none, family, 32, processes=1)
     assert found["steps, epochs"] == (
         "12 of 2 pictures, which makes 8.0 epochs; some hundreds of steps are usual"
     )
@@ -61,7 +66,7 @@ def test_what_makes_success_unlikely_is_told(family, tmp_path):
 
 @pytest.mark.parametrize("word", ["dog", "toy dog", "photo"])
 def test_common_words_are_known(word, family):
-    assert unknown_word(family, word) == []
+    assert split_unknown_word(family, word) == []
 
 
 def test_a_word_of_the_bundled_base():
@@ -75,8 +80,8 @@ def test_a_word_of_the_bundled_base():
         def token_dictionaries(self):
             return [TokenDictionary("text_encoder", tokenizer, None)]
 
-    assert unknown_word(Family(), "dog") == [] == unknown_word(Family(), "robot")
-    assert unknown_word(Family(), "striped zebra") == ["z", "e", "b", "r", "a"]
+    assert split_unknown_word(Family(), "dog") == [] == split_unknown_word(Family(), "robot")
+    assert split_unknown_word(Family(), "striped zebra") == ["z", "e", "b", "r", "a"]
 
 
 def test_pictures_of_one_size_are_not_told_of(family, tmp_path):

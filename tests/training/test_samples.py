@@ -40,13 +40,13 @@ def pixels(data):
 def counted(monkeypatch):
     """Names of the samples that are drawn, in order."""
     names = []
-    draw = samples.Samples._draw
+    draw = samples.SampleImages._draw
 
     def noting(self, prompt, path):
         names.append(path.stem)
         draw(self, prompt, path)
 
-    monkeypatch.setattr(samples.Samples, "_draw", noting)
+    monkeypatch.setattr(samples.SampleImages, "_draw", noting)
     return names
 
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_drawn_ends_samples_and_not_the_run(tmp_path, monkeypatch
 
 def test_a_device_that_is_too_small_to_decode_on(tmp_path, monkeypatch):
     seen = []
-    decode = samples.to_pictures
+    decode = samples.decode_images
 
     def small(family, latents):
         seen.append(latents.device.type)
@@ -138,7 +138,7 @@ def test_a_device_that_is_too_small_to_decode_on(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(family, latents)
 
-    monkeypatch.setattr(samples, "to_pictures", small)
+    monkeypatch.setattr(samples, "decode_images", small)
     train(settings(tmp_path, samples=True, steps=1), tiny_sd().components, progress=False)
     assert seen == ["cpu"] * 6 and len(drawn(tmp_path / "out")) == 3
 
@@ -206,4 +206,4 @@ def test_samples_take_a_bounded_share(steps, batch, wanted, tmp_path):
     from customize.families import family_of
 
     config = settings(tmp_path, steps=steps, batch_size=batch)
-    assert samples.sampling_steps(config, family_of(tiny_sd().components)) == wanted
+    assert samples.choose_sampling_steps(config, family_of(tiny_sd().components)) == wanted

@@ -7,7 +7,12 @@ import torch
 from customize.families import family_of
 from customize.training.data.batches import stream_seed
 from customize.training.recipe import train
-from customize.training.validation_images import draw, log_pictures, save_row, warn_of_triggers
+from customize.training.validation_images import (
+    draw_images,
+    log_images,
+    save_image_row,
+    warn_about_triggers,
+)
 from tests.makers import FAMILIES
 from tests.tiny import (
     drawn,
@@ -50,7 +55,7 @@ def test_pictures_are_those_of_the_pipeline(make, guidance):
     seeds = [3] if multistep else [3, 4]
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    found = draw(
+    found = draw_images(
         family,
         {k: v.expand(len(seeds), *v.shape[1:]) for k, v in asked.items()},
         empty,
@@ -96,10 +101,10 @@ def test_pictures_go_to_files_and_trackers(tmp_path):
             logged.append((self.name, values, step, options))
 
     pictures = [picture(0), picture(1)]
-    save_row(pictures, tmp_path / "a" / "row.png")
+    save_image_row(pictures, tmp_path / "a" / "row.png")
     assert (tmp_path / "a" / "row.png").is_file()
     trackers = [Tracker("tensorboard"), Tracker("wandb"), object()]
-    log_pictures(trackers, pictures[:1], ["a dog"], 7)
+    log_images(trackers, pictures[:1], ["a dog"], 7)
     (_, board, step, options), (_, other, _, _) = logged
     assert board["a dog"].shape == (1, 32, 32, 3) and options == {"dataformats": "NHWC"}
     assert other == {"a dog": pictures[:1]} and step == 7
@@ -120,7 +125,7 @@ def test_prompts_that_do_not_show_what_is_learned_are_told():
     def told(prompts, triggers=("<rex>",)):
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            warn_of_triggers(family, prompts, triggers)
+            warn_about_triggers(family, prompts, triggers)
         return [str(each.message) for each in found]
 
     assert told([]) == [] == told(["a <REX>", "a dog"]) == told(["<rex> and <mine>"])

@@ -1,7 +1,7 @@
 import pytest
 
 from customize.concepts.types import ConceptInfo
-from customize.training.verdict import Identity, verdict
+from customize.training.verdict import IdentityResult, format_verdict
 
 
 def info(loss):
@@ -17,28 +17,28 @@ def info(loss):
     ],
 )
 def test_one_line_that_judges(learned, says, advice):
-    told = verdict(info({"base": 1.0, "learned": learned}))
+    told = format_verdict(info({"base": 1.0, "learned": learned}))
     assert says in told and advice in told and "\n" not in told
     assert f"from 1.0000 to {learned:.4f}" in told
 
 
 def test_a_judge_counts_more_than_the_loss():
-    bad = Identity(False, "the last sample does not show rex (distance 0.90)", "a class word")
-    told = verdict(info({"base": 1.0, "learned": 0.5}), bad)
+    bad = IdentityResult(False, "the last sample does not show rex (distance 0.90)", "a class word")
+    told = format_verdict(info({"base": 1.0, "learned": 0.5}), bad)
     assert told.startswith("rex: the pictures' subject is not learned: ")
     assert told.endswith("does not show rex (distance 0.90). Next: a class word.")
-    too_little = verdict(info({"base": 1.0, "learned": 0.99}), bad)
+    too_little = format_verdict(info({"base": 1.0, "learned": 0.99}), bad)
     assert too_little.endswith("Next: a class word; try more steps, or higher learning rates.")
-    known = Identity(False, "the last sample does not show rex")
+    known = IdentityResult(False, "the last sample does not show rex")
     for learned in (0.5, 0.99):
-        told = verdict(info({"base": 1.0, "learned": learned}), known)
+        told = format_verdict(info({"base": 1.0, "learned": learned}), known)
         assert told.endswith("rex. Next: try more steps, or higher learning rates.")
-    worse = verdict(info({"base": 1.0, "learned": 1.2}), known)
+    worse = format_verdict(info({"base": 1.0, "learned": 1.2}), known)
     assert worse.endswith("Next: try lower learning rates.")
-    good = Identity(True, "the last sample shows rex", "nothing")
-    assert verdict(info({"base": 1.0, "learned": 0.5}), good).endswith("sample shows rex.")
+    good = IdentityResult(True, "the last sample shows rex", "nothing")
+    assert format_verdict(info({"base": 1.0, "learned": 0.5}), good).endswith("sample shows rex.")
 
 
 @pytest.mark.parametrize("loss", [None, {}, {"base": 1.0}, {"base": 0.0, "learned": "x"}, 3])
 def test_nothing_is_said_where_nothing_was_measured(loss):
-    assert verdict(info(loss)) is None
+    assert format_verdict(info(loss)) is None

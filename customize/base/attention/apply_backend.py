@@ -16,13 +16,13 @@ _KEY = "_customize_attention"
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """What one component is to use.
 
     Attributes:
         backend: diffusers' name of it, or transformers' for a text encoder.
-        error: the largest one measured, as :data:`customize.base.attention.backends.BOUNDS` counts
-            it; None where there was nothing to check.
+        error: largest measured error, see
+            :data:`customize.base.attention.backends.ERROR_BOUNDS`; None where nothing was measured.
         note: why the component keeps its own; empty where it takes the backend.
     """
 
@@ -32,7 +32,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Took:
+class BackendReport:
     """What took effect in one component, at the time of asking.
 
     Attributes:
@@ -67,19 +67,19 @@ class _Setting:
         configs: (transformers' config, what it had).
     """
 
-    choice: Choice
+    choice: BackendChoice
     processors: list[tuple[Any, Any, Any]] = field(default_factory=list)
     names: list[tuple[Any, dict[str, Any], Any]] = field(default_factory=list)
     configs: list[tuple[Any, str]] = field(default_factory=list)
 
 
-def attentions(model: nn.Module) -> list[Any]:
+def attention_modules(model: nn.Module) -> list[Any]:
     """The modules of a diffusers model that have a processor."""
     return [each for each in model.modules() if hasattr(each, "set_processor")]
 
 
 @contextmanager
-def applied(family: Family, choices: Mapping[str, Choice]) -> Iterator[None]:
+def apply_backends(family: Family, choices: Mapping[str, BackendChoice]) -> Iterator[None]:
     """Put the choices in place; after an error within, all is as before.
 
     What was set by an earlier call is replaced.
@@ -88,18 +88,18 @@ def applied(family: Family, choices: Mapping[str, Choice]) -> Iterator[None]:
     before = {key: vars(model).get(_KEY) for key, model in models.items()}
     try:
         for key, model in models.items():
-            restore(model)
+            restore_backends(model)
             _apply(model, choices[key])
         yield
     except BaseException:
         for key, model in models.items():
-            restore(model)
+            restore_backends(model)
             if before[key] is not None:
                 _apply(model, before[key].choice)
         raise
 
 
-def restore(model: Any) -> None:
+def restore_backends(model: Any) -> None:
     """Give a model's attentions back what they had; what someone changed since stays."""
     setting = vars(model).pop(_KEY, None)
     if setting is None:
@@ -115,7 +115,7 @@ def restore(model: Any) -> None:
         config._attn_implementation = before
 
 
-def report(components: Mapping[str, Any]) -> list[Took]:
+def report_backends(components: Mapping[str, Any]) -> list[BackendReport]:
     """What took effect, component by component; empty where no backend is set."""
     found = []
     for key, part in components.items():
@@ -126,16 +126,18 @@ def report(components: Mapping[str, Any]) -> list[Took]:
         # transformers' attentions have no processors, and are known by their names.
         names = [type(each).__name__ for each in part.modules() if hasattr(each, "config")]
         count = sum(name.endswith("Attention") for name in names)
-        for module in attentions(part):
+        for module in attention_modules(part):
             if _uses(module, choice.backend):
                 count += 1
             else:
                 kept[type(module.processor).__name__] += 1
-        found.append(Took(key, choice.backend, count, choice.error, dict(kept), choice.note))
+        found.append(
+            BackendReport(key, choice.backend, count, choice.error, dict(kept), choice.note)
+        )
     return found
 
 
-def _apply(model: Any, choice: Choice) -> None:
+def _apply(model: Any, choice: BackendChoice) -> None:
     setting = _Setting(choice)
     setattr(model, _KEY, setting)  # first, so that a failure below can be undone
     if not hasattr(model, "set_attn_implementation"):
@@ -155,7 +157,7 @@ def _apply_to_processors(model: Any, setting: _Setting) -> None:
 
     backend = AttentionBackendName(setting.choice.backend)
     seen: set[int] = set()
-    for module in filter(is_open, attentions(model)):
+    for module in filter(is_processor_replaceable, attention_modules(model)):
         processor = module.processor
         if hasattr(processor, "_attention_backend"):
             if id(processor) not in seen:  # several modules may share one
@@ -187,7 +189,7 @@ def _stock() -> dict[type, dict[str, type]]:
     return {each: kinds for kinds in (plain, joint, *alone) for each in kinds.values()} | sliced
 
 
-def is_open(module: Any) -> bool:
+def is_processor_replaceable(module: Any) -> bool:
     """Whether an attention's backend may be set: all but processors of someone's own."""
     if hasattr(module.processor, "_attention_backend"):
         return True
@@ -202,7 +204,7 @@ def _uses(module: Any, backend: str) -> bool:
     return type(processor) is _stock().get(type(processor), {}).get(backend)
 
 
-def offers(module: Any, backend: str) -> bool:
+def supports_backend(module: Any, backend: str) -> bool:
     """Whether there is a way to give an open attention this backend."""
     processor = module.processor
     if hasattr(processor, "_attention_backend"):
@@ -210,6 +212,6 @@ def offers(module: Any, backend: str) -> bool:
     return backend in _stock()[type(processor)]
 
 
-def dispatches(model: nn.Module) -> bool:
+def uses_dispatcher(model: nn.Module) -> bool:
     """Whether any of a model's attentions goes through diffusers' dispatcher."""
-    return any(hasattr(each.processor, "_attention_backend") for each in attentions(model))
+    return any(hasattr(each.processor, "_attention_backend") for each in attention_modules(model))

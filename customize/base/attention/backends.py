@@ -15,19 +15,24 @@ from customize.families.family import Mask
 
 #: The largest error that a backend may have: of the worst query, over the root mean square.
 #: A few roundings; a mask, a scale or a key that is left out costs far more.
-BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+ERROR_BOUNDS = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
 #: The same for backends that quantize queries and keys to 8 bits on purpose. "auto" takes none.
 QUANTIZED_BOUND = 0.1
-QUANTIZED = "sage"
+QUANTIZED_PREFIX = "sage"
 
 #: How much faster than torch's own another must be to be taken: less is noise.
-MARGIN = 0.95
+SPEED_MARGIN = 0.95
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Needs:
+class Requirements:
     """What a backend needs, where that is known without trying it.
 
     Attributes:
@@ -37,31 +42,33 @@ class Needs:
     """
 
     package: str = ""
-    half: bool = True
+    half_precision_only: bool = True
     width: int = 256
 
 
 #: Backends that need a CUDA device. Of those that are not here, trying tells.
-NEEDS = {
-    "xformers": Needs("xformers", half=False, width=0),
-    "flash": Needs("flash-attn"),
-    "flash_varlen": Needs("flash-attn"),
-    "_flash_3": Needs("flash-attn-3, built from the source of flash-attn"),
-    "_flash_varlen_3": Needs("flash-attn-3, built from the source of flash-attn"),
-    "sage": Needs("sageattention", width=128),
-    "sage_varlen": Needs("sageattention", width=128),
-    "_native_cudnn": Needs(),
+REQUIREMENTS = {
+    "xformers": Requirements("xformers", half_precision_only=False, width=0),
+    "flash": Requirements("flash-attn"),
+    "flash_varlen": Requirements("flash-attn"),
+    "_flash_3": Requirements("flash-attn-3, built from the source of flash-attn"),
+    "_flash_varlen_3": Requirements("flash-attn-3, built from the source of flash-attn"),
+    "sage": Requirements("sageattention", width=128),
+    "sage_varlen": Requirements("sageattention", width=128),
+    "_native_cudnn": Requirements(),
 }
 
 
-class Heads(NamedTuple):
+class HeadShape(NamedTuple):
     """The shape of one attention: how many heads, and how wide each is."""
 
     number: int
     width: int
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(width)) v, in float64 on the CPU.
 
     Args:
@@ -78,7 +85,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     """The greatest error of any query and head, over the root mean square of what was expected.
 
     Args:
@@ -89,10 +96,10 @@ def error(found: Tensor, expected: Tensor) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
-def attend(
+def run_attention(
     backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """One attention by one backend; arguments as :func:`reference` takes them.
+    """One attention by one backend; arguments as :func:`reference_attention` takes them.
 
     Raises:
         RuntimeError: the backend's package is missing; and whatever the backend raises.
@@ -109,8 +116,8 @@ def attend(
 
 
 @torch.no_grad()
-def measured_error(
-    backend: str, heads: Heads, device: torch.device, dtype: torch.dtype, kind: Mask | None
+def measure_error(
+    backend: str, heads: HeadShape, device: torch.device, dtype: torch.dtype, kind: Mask | None
 ) -> float:
     """The error of one call with these heads: 96 queries, 77 keys, a batch of two.
 
@@ -130,13 +137,20 @@ def measured_error(
         "added": ((~mask).to(dtype) * -10000.0).expand(-1, heads.number, -1, -1),
     }
     there = None if (chosen := given[kind]) is None else chosen.to(device)
-    found = attend(backend, query.to(device), key.to(device), value.to(device), there)
-    return error(found, reference(query, key, value, None if kind is None else mask))
+    found = run_attention(backend, query.to(device), key.to(device), value.to(device), there)
+    return relative_error(
+        found, reference_attention(query, key, value, None if kind is None else mask)
+    )
 
 
 @torch.no_grad()
-def seconds(
-    backend: str, heads: Heads, device: torch.device, dtype: torch.dtype, tokens: int, repeats: int
+def time_attention(
+    backend: str,
+    heads: HeadShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    repeats: int,
 ) -> list[float]:
     """How long a self-attention of one sequence takes, ``repeats`` times after two that warm up."""
     shape = (1, tokens, *heads)
@@ -144,28 +158,30 @@ def seconds(
     taken = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
-        attend(backend, query, key, value)
+        run_attention(backend, query, key, value)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         taken.append(time.perf_counter() - start)
     return taken[2:]
 
 
-def fastest(times: Mapping[str, float]) -> str:
-    """The backend with the least time, but torch's own where none beats it by :data:`MARGIN`."""
+def select_fastest(times: Mapping[str, float]) -> str:
+    """The fastest backend; torch's own unless another is faster by :data:`SPEED_MARGIN`."""
     best = min(times, key=lambda name: times[name])
     own = times.get("native", math.inf)
-    return best if times[best] < MARGIN * own else "native"
+    return best if times[best] < SPEED_MARGIN * own else "native"
 
 
-def unfit(name: str, heads: Heads, device: torch.device, dtype: torch.dtype) -> str | None:
+def find_unmet_requirement(
+    name: str, heads: HeadShape, device: torch.device, dtype: torch.dtype
+) -> str | None:
     """Why a backend cannot be used, as far as that is known without trying; None if it may be."""
-    needs = NEEDS.get(name)
+    needs = REQUIREMENTS.get(name)
     if needs is None:
         return None
     if device.type != "cuda":
         return f"the attention backend {name} needs a CUDA device, and the model is on {device}"
-    if needs.half and dtype not in _HALF:
+    if needs.half_precision_only and dtype not in _HALF:
         return f"the attention backend {name} needs float16 or bfloat16, and the model is {dtype}"
     if needs.width and heads.width > needs.width:
         return (

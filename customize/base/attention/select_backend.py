@@ -9,24 +9,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from customize.base.attention.apply_backend import Choice, attentions, dispatches, is_open, offers
+from customize.base.attention.apply_backend import (
+    BackendChoice,
+    attention_modules,
+    is_processor_replaceable,
+    supports_backend,
+    uses_dispatcher,
+)
 from customize.base.attention.backends import (
-    BOUNDS,
-    NEEDS,
-    QUANTIZED,
+    ERROR_BOUNDS,
     QUANTIZED_BOUND,
-    Heads,
+    QUANTIZED_PREFIX,
+    REQUIREMENTS,
+    HeadShape,
     Mask,
-    fastest,
-    measured_error,
-    seconds,
-    unfit,
+    find_unmet_requirement,
+    measure_error,
+    select_fastest,
+    time_attention,
 )
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import class_name
-from customize.near_names import choose_from
-from customize.text import quoted
+from customize.near_names import suggest_names
+from customize.text import quote
 
 #: What "auto" chooses from on a CUDA device. Elsewhere torch's own is all there is to choose.
 CANDIDATES = ("native", "_native_cudnn", "xformers", "flash", "_flash_3")
@@ -35,7 +41,7 @@ CANDIDATES = ("native", "_native_cudnn", "xformers", "flash", "_flash_3")
 TIMED_TOKENS = 4096
 
 
-def choose(family: Family, backend: str, device: torch.device) -> dict[str, Choice]:
+def choose_backends(family: Family, backend: str, device: torch.device) -> dict[str, BackendChoice]:
     """What each component is to use. Nothing changes.
 
     Args:
@@ -58,7 +64,7 @@ def choose(family: Family, backend: str, device: torch.device) -> dict[str, Choi
     for key, model in {**family.denoisers, "vae": vae, **family.all_text_encoders}.items():
         if hasattr(model, "set_attn_implementation"):
             choices[key] = _of_text_encoder(key, model, "native" in names, device)
-        elif isinstance(model, nn.Module) and attentions(model):
+        elif isinstance(model, nn.Module) and attention_modules(model):
             mask = None if key == "vae" else family.attention_mask
             try:
                 choices[key] = _best(key, model, names, device, mask)
@@ -66,7 +72,7 @@ def choose(family: Family, backend: str, device: torch.device) -> dict[str, Choi
                 # "auto" leaves processors of someone's own alone; what is named must be used.
                 if key in family.denoisers and (name != "auto" or _openings(model)):
                     raise
-                choices[key] = Choice("as it was", note=problem.what)
+                choices[key] = BackendChoice("as it was", note=problem.what)
     return choices
 
 
@@ -77,35 +83,35 @@ def _known(backend: str) -> str:
     name = "native" if backend == "sdpa" else backend
     if name not in known:
         raise ConfigError(
-            f"{quoted(backend)} is no attention backend",
+            f"{quote(backend)} is no attention backend",
             where="attention",
-            fix=choose_from(backend, known),
+            fix=suggest_names(backend, known),
         )
     return name
 
 
-def _of_text_encoder(key: str, encoder: Any, plain: bool, device: torch.device) -> Choice:
+def _of_text_encoder(key: str, encoder: Any, plain: bool, device: torch.device) -> BackendChoice:
     """torch's attention where that is asked for and the model can change to it; else its own."""
     own = encoder.config._attn_implementation
     if not plain or own == "sdpa":
-        return Choice(own)
+        return BackendChoice(own)
     if not (encoder._supports_sdpa and encoder._can_set_attn_implementation()):
-        return Choice(own, note=f"{class_name(encoder)} has no other")
+        return BackendChoice(own, note=f"{class_name(encoder)} has no other")
     found = _checked(key, encoder, "native", _text_heads(encoder.config), device, "boolean")
-    return Choice("sdpa", found)
+    return BackendChoice("sdpa", found)
 
 
-def _text_heads(config: Any) -> Heads:
+def _text_heads(config: Any) -> HeadShape:
     text = config.get_text_config()
     count = text.num_attention_heads
     # T5 and some LLMs have heads of another width than their share of the model's.
     own = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
-    return Heads(count, own or text.hidden_size // count)
+    return HeadShape(count, own or text.hidden_size // count)
 
 
 def _best(
     key: str, model: Any, names: list[str], device: torch.device, mask: Mask | None
-) -> Choice:
+) -> BackendChoice:
     """The fastest of several backends that are right, or the one that is asked for.
 
     Raises:
@@ -128,23 +134,25 @@ def _best(
         raise problem
     name = next(iter(right))
     if len(right) > 1:
-        name = fastest(
+        name = select_fastest(
             {
                 name: sum(
-                    statistics.median(seconds(name, heads, device, model.dtype, TIMED_TOKENS, 5))
+                    statistics.median(
+                        time_attention(name, heads, device, model.dtype, TIMED_TOKENS, 5)
+                    )
                     for heads in shapes
                 )
                 for name in right
             }
         )
-    return Choice(name, right[name])
+    return BackendChoice(name, right[name])
 
 
 def _checked(
     key: str,
     model: nn.Module,
     name: str,
-    heads: Heads,
+    heads: HeadShape,
     device: torch.device,
     mask: Mask | None,
 ) -> float:
@@ -155,8 +163,8 @@ def _checked(
     """
     dtype: Any = model.dtype
     works = f"here these work: {', '.join(_plain_choices(model, device))}"
-    problem, fix = unfit(name, heads, device, dtype), works
-    if problem is None and not all(offers(each, name) for each in _openings(model)):
+    problem, fix = find_unmet_requirement(name, heads, device, dtype), works
+    if problem is None and not all(supports_backend(each, name) for each in _openings(model)):
         problem = (
             f"the attention of {class_name(model)} does not go through diffusers' dispatcher, and "
             f"without it there is no {name} for this kind of attention"
@@ -164,13 +172,13 @@ def _checked(
     found = math.nan
     if problem is None:
         try:
-            found = measured_error(name, heads, device, dtype, mask)
+            found = measure_error(name, heads, device, dtype, mask)
         except Exception as failed:  # whatever a foreign kernel raises
-            package = NEEDS[name].package if name in NEEDS else ""
+            package = REQUIREMENTS[name].package if name in REQUIREMENTS else ""
             problem = f"the attention backend {name} fails here: {failed}"
             fix = f"install it (pip install {package}); {works}" if package else works
         else:
-            bound = QUANTIZED_BOUND if QUANTIZED in name else BOUNDS[dtype]
+            bound = QUANTIZED_BOUND if QUANTIZED_PREFIX in name else ERROR_BOUNDS[dtype]
             if found > bound:
                 problem = (
                     f"the attention backend {name} computes something else with {heads.number} "
@@ -185,16 +193,16 @@ def _checked(
 def _plain_choices(model: nn.Module, device: torch.device) -> list[str]:
     """Backends that need nothing installed."""
     found = ["auto", "native"]
-    if dispatches(model):
+    if uses_dispatcher(model):
         found += ["_native_math", "flex"] + ["_native_cudnn"] * (device.type == "cuda")
     return found
 
 
 def _openings(model: nn.Module) -> list[Any]:
-    return [each for each in attentions(model) if is_open(each)]
+    return [each for each in attention_modules(model) if is_processor_replaceable(each)]
 
 
-def _heads(module: Any) -> Heads:
+def _heads(module: Any) -> HeadShape:
     if hasattr(module, "num_heads"):  # as LLMs name them: Krea 2
-        return Heads(module.num_heads, module.head_dim)
-    return Heads(module.heads, module.inner_dim // module.heads)
+        return HeadShape(module.num_heads, module.head_dim)
+    return HeadShape(module.heads, module.inner_dim // module.heads)

@@ -14,7 +14,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 from customize.errors import ConfigError
-from customize.near_names import choose_from
+from customize.near_names import suggest_names
 
 if TYPE_CHECKING:
     from customize.concepts.formats.lora import LoraFile
@@ -122,7 +122,7 @@ def target_denoisers(
             raise ConfigError(
                 f"the model has no denoiser {name!r}",
                 where="into",
-                fix=choose_from(name, here),
+                fix=suggest_names(name, here),
             )
     if into and labelled:
         raise ConfigError(

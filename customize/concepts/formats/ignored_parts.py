@@ -20,7 +20,7 @@ from customize.concepts.formats.tensor_keys import TensorGroup, parse_key
 from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError
-from customize.near_names import choose_from
+from customize.near_names import suggest_names
 
 Value = TypeVar("Value")
 
@@ -58,7 +58,9 @@ def check_ignore(ignore: str | Iterable[str] | None) -> tuple[str, ...]:
 def _suggest_fix(word: object) -> str:
     if isinstance(word, str) and "," in word:
         return f"give a list with each word by itself: {[w.strip() for w in word.split(',')]}"
-    return f'{choose_from(word, (*COMPONENTS, *KINDS))}, or give a pattern of keys such as "*.ff.*"'
+    return (
+        f'{suggest_names(word, (*COMPONENTS, *KINDS))}, or give a pattern of keys such as "*.ff.*"'
+    )
 
 
 def check_all_matched(words: Sequence[str], matched: set[str]) -> None:

@@ -39,7 +39,7 @@ from customize.concepts.types import NAME, Concept, Method, counted
 from customize.core.lowrank import LowRank, from_dense, slice_rows, stack_rows, to_dense
 from customize.errors import ConceptError
 from customize.families import Family
-from customize.text import one_line, quoted
+from customize.text import one_line, quote
 
 #: (component, module) -> the layer's weight without any adapter, (out, in) or (out, in, kh, kw).
 BaseWeights = Callable[[str, str], Tensor]
@@ -113,7 +113,7 @@ class Lora:
         """
         if not re.fullmatch(NAME, name):
             raise ConceptError(
-                f"{quoted(name)} is not the name of a concept",
+                f"{quote(name)} is not the name of a concept",
                 where="names",
                 fix="use up to 64 of the characters a-z, 0-9, _ and -, a letter or digit first",
             )

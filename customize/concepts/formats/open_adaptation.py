@@ -46,8 +46,8 @@ from customize.concepts.io.read_concept import parsed_single, read, read_json, r
 from customize.concepts.io.read_merged_lora import read_merged
 from customize.errors import ConceptError, ConfigError
 from customize.families import FAMILIES
-from customize.near_names import choose_from
-from customize.safe_read import present, real_path
+from customize.near_names import suggest_names
+from customize.safe_read import path_exists, real_path
 from customize.text import one_line
 
 
@@ -70,7 +70,7 @@ def open_adaptation(
     hits = set() if matched is None else matched
     second: Path | None = None
     if path.is_dir():
-        if present(path / INFO_FILE):
+        if path_exists(path / INFO_FILE):
             return remove_ignored(read(path), ignore, hits)
         # A hub's folder is called by a commit, which is no name.
         hub = not Path(source).exists()
@@ -130,7 +130,7 @@ def open_all_without_pipeline(
         raise ConfigError(
             f"there is no family {family!r}",
             where="family",
-            fix=choose_from(family, FAMILIES),
+            fix=suggest_names(family, FAMILIES),
         )
     found = open_adaptations(sources, ignore)
     files = iter(assign_noise_levels([each for each in found if isinstance(each, LoraFile)]))
@@ -175,7 +175,7 @@ def _find_lora_files(folder: Path) -> tuple[Path, Path | None]:
     """The folder's LoRA, and that of a second denoiser if there is one."""
     found = (file for file in listing(folder) if file.suffix == ".safetensors")
     files = sorted(file for file in found if not file.name.endswith(INPUTS_FILE))
-    if present(folder / MERGED_FILE):  # beside its LoRA are its tokens, for other programs
+    if path_exists(folder / MERGED_FILE):  # beside its LoRA are its tokens, for other programs
         tokens = set(folder.glob(MERGED_EMBEDS.format("*")))
         files = [file for file in files if file not in tokens]
     if len(files) == 1:
@@ -238,7 +238,7 @@ def _warn_unused_config(path: Path, tensors: Iterable[str]) -> None:
     """Tell of a configuration that may be this file's or another's, where it matters."""
     keys = list(tensors)
     plain = any(".lora_A." in key for key in keys) and not any(k.endswith(".alpha") for k in keys)
-    if plain and present(path.parent / PEFT_FILES[1]):
+    if plain and path_exists(path.parent / PEFT_FILES[1]):
         weights, config = PEFT_FILES
         file = one_line(str(path))
         warnings.warn(
@@ -255,7 +255,7 @@ def _read_adapter_config(path: Path) -> dict[str, Any] | None:
     It is that of a file by peft's name, or of the only one in its folder.
     """
     weights, config = PEFT_FILES
-    if not present(path.parent / config):
+    if not path_exists(path.parent / config):
         return None
     if path.name != weights and len(list(path.parent.glob("*.safetensors"))) != 1:
         return None

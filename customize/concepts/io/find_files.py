@@ -9,8 +9,8 @@ from typing import NoReturn
 from customize.concepts.io.file_layout import INFO_FILE, LORA_FILE, MERGED_FILE
 from customize.concepts.io.hub import downloaded, is_id
 from customize.errors import ConceptError
-from customize.near_names import check_path
-from customize.safe_read import present
+from customize.near_names import suggest_paths
+from customize.safe_read import path_exists
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
@@ -52,7 +52,7 @@ def in_folders(library: Path, name: str) -> list[Path]:
             fix="allow reading and entering it, or name another one",
         ) from error
     paths = (Path(folder) / name for folder in folders)
-    return [path for path in paths if present(path)]
+    return [path for path in paths if path_exists(path)]
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -90,7 +90,7 @@ def located(source: str | Path) -> Path:
             fix="allow entering the folders that it is in",
         ) from error
     except (OSError, ValueError):  # nothing is there, or no file can have this name
-        if present(path):
+        if path_exists(path):
             raise ConceptError(
                 "the link leads nowhere", where=path, fix="mend or delete it"
             ) from None
@@ -101,7 +101,7 @@ def located(source: str | Path) -> Path:
     if isinstance(source, str) and is_id(source):
         return downloaded(source)
     raise ConceptError(
-        "there is no such concept", where=source, fix=check_path(source, "check the path")
+        "there is no such concept", where=source, fix=suggest_paths(source, "check the path")
     )
 
 
@@ -110,4 +110,4 @@ def located_whole(source: str | Path) -> Path:
     other files the rest is."""
     path = located(source)
     beside = (path.parent / name for name in (INFO_FILE, MERGED_FILE))
-    return path.parent if path.name == LORA_FILE and any(map(present, beside)) else path
+    return path.parent if path.name == LORA_FILE and any(map(path_exists, beside)) else path

@@ -22,7 +22,7 @@ from customize.concepts.io.file_layout import (
     SECOND_FILE,
 )
 from customize.errors import ConceptError, ConfigError, storage_error, system_errno
-from customize.near_names import check_path
+from customize.near_names import suggest_paths
 from customize.text import one_line
 
 # A collection may name whole models, of which nothing is to be downloaded.
@@ -58,7 +58,7 @@ def downloaded(hub_id: str) -> Path:
         raise ConceptError(
             f"there is no such folder, and the hub did not give it: {error}",
             where=hub_id,
-            fix=check_path(hub_id, "check the path or the id"),
+            fix=suggest_paths(hub_id, "check the path or the id"),
         ) from error
 
 
@@ -86,7 +86,7 @@ def collected(slug: str) -> Path:
             raise ConfigError(
                 f"there is no such folder, and the hub gave no such collection: {error}",
                 where=slug,
-                fix=check_path(slug, "check the path or the collection's address"),
+                fix=suggest_paths(slug, "check the path or the collection's address"),
             ) from error
         warnings.warn(
             one_line(

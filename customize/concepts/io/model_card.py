@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from customize.concepts.io.file_layout import SECOND, SECOND_FILE
 from customize.families import FAMILIES
-from customize.text import markdown
+from customize.text import escape_markdown
 
 if TYPE_CHECKING:
     from customize.concepts.formats.lora import Adaptation
@@ -56,15 +56,18 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "Trigger": f"`{info.trigger}`, "
         + (f"{info.num_tokens} tokens" if info.num_tokens else "a plain word of the prompt")
         + (f", each with its own embedding in {info.token_layers} layers" if layered else ""),
-        "What it is": f"a {markdown(info.class_word)}",
-        "Base model": f"{markdown(info.base)} (family {info.family})",
+        "What it is": f"a {escape_markdown(info.class_word)}",
+        "Base model": f"{escape_markdown(info.base)} (family {info.family})",
         "How it was learned": how,
         **_company(info.learned_with),
         "Rank, alpha": f"{info.rank}, {info.alpha:g}",
         "Layers": layers,
         **_sampled(info.training.get("samples")),
-        "Made": markdown(info.created),
-        **{markdown(key): markdown(json.dumps(value)) for key, value in info.scores.items()},
+        "Made": escape_markdown(info.created),
+        **{
+            escape_markdown(key): escape_markdown(json.dumps(value))
+            for key, value in info.scores.items()
+        },
     }
     tokens = [
         line
@@ -206,7 +209,7 @@ def imports(tokens: Sequence[str]) -> list[str]:
 
 def _company(others: Sequence[str]) -> dict[str, str]:
     """A row on the concepts of one run, which are themselves only together."""
-    names = markdown(", ".join(others))
+    names = escape_markdown(", ".join(others))
     told = f"{names}: load all of them for what was learned"
     return {"Learned together with": told} if others else {}
 
@@ -216,8 +219,8 @@ def _sampled(facts: object) -> dict[str, str]:
     found = facts.get("steps") if isinstance(facts, dict) else None
     if not isinstance(facts, dict) or not isinstance(found, list) or not found:
         return {}
-    steps = markdown(", ".join(str(step) for step in found))
-    base, prompt = (markdown(str(facts.get(key))) for key in ("base_prompt", "prompt"))
+    steps = escape_markdown(", ".join(str(step) for step in found))
+    base, prompt = (escape_markdown(str(facts.get(key))) for key in ("base_prompt", "prompt"))
     return {"Samples": f"from the left: the base's own {base}; {prompt} after {steps} steps"}
 
 

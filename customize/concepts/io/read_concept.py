@@ -31,7 +31,7 @@ from customize.concepts.tokens.layerwise_embeddings import mean_rows
 from customize.concepts.types import MAX_NAME, Concept, ConceptInfo, check_info
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError
-from customize.safe_read import present, read_bytes, read_safetensors
+from customize.safe_read import path_exists, read_bytes, read_safetensors
 
 _FACTOR = re.compile(r"([A-Za-z0-9_]+)\.(.+)\.lora_([AB])\.weight")
 _ANEW = "get an unchanged copy of the concept"
@@ -68,9 +68,9 @@ def single_info(metadata: Mapping[str, str], where: Path) -> ConceptInfo:
 
 
 def _read_folder(folder: Path) -> Concept:
-    if not present(folder / INFO_FILE):
+    if not path_exists(folder / INFO_FILE):
         refuse_pickles(folder)
-        merged = present(folder / MERGED_FILE)
+        merged = path_exists(folder / MERGED_FILE)
         raise ConceptError(
             "the folder is a merge of concepts, not a concept"
             if merged
@@ -84,7 +84,7 @@ def _read_folder(folder: Path) -> Concept:
     info, digest = _parsed_info(_bytes(path, _MAX_JSON), path)
     lora, metadata = _read_tensors(folder / LORA_FILE)
     products = _unpacked(lora, info, metadata, folder / LORA_FILE)
-    if present(folder / SECOND_FILE):
+    if path_exists(folder / SECOND_FILE):
         products |= _read_second(folder / SECOND_FILE, info)
     embeddings = _read_embeddings(folder / EMBEDS_FILE, info) if info.num_tokens else {}
     if info.token_layers:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from customize.atomic import is_partial, partial_folder, put_file, sync_folder, write_file
+from customize.atomic import fsync_folder, is_partial, partial_folder, write_atomic, write_new_file
 from customize.concepts.io import model_card
 from customize.concepts.io.file_layout import (
     CARD_FILE,
@@ -54,14 +54,14 @@ if TYPE_CHECKING:
 __all__ = [
     "check_folder",
     "check_writable",
+    "fsync_folder",
     "make_folder",
-    "put_file",
     "read",
     "read_info",
     "safetensors_bytes",
-    "sync_folder",
     "write",
-    "write_file",
+    "write_atomic",
+    "write_new_file",
     "write_single",
 ]
 
@@ -108,7 +108,7 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
     try:
         with partial_folder(folder) as partial:
             for name, data in files.items():
-                write_file(partial / name, data)
+                write_new_file(partial / name, data)
             if folder.exists():
                 optional = (EMBEDS_FILE, LAYERS_FILE, SECOND_FILE)
                 stale = [*folder.glob("sample-*.png"), *(folder / name for name in optional)]
@@ -119,8 +119,8 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
                         path.unlink(missing_ok=True)
             else:
                 partial.rename(folder)
-            sync_folder(folder)
-            sync_folder(folder.parent)
+            fsync_folder(folder)
+            fsync_folder(folder.parent)
     except OSError as error:
         raise storage_error(error, folder) from error
     return folder
@@ -148,7 +148,7 @@ def write_single(concept: Concept, path: str | Path) -> Path:
     data = safetensors_bytes(lora_tensors(concept) | bundled_embeddings(concept), metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        put_file(path, data)
+        write_atomic(path, data)
     except OSError as error:
         raise storage_error(error, path) from error
     return path

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from customize.atomic import partial_folder, sync_folder, write_file
+from customize.atomic import fsync_folder, partial_folder, write_new_file
 from customize.concepts.adapter import fit
 from customize.concepts.formats.lora import Adaptation, check_has_no_vectors
 from customize.concepts.formats.write_kohya import (
@@ -45,7 +45,7 @@ from customize.core.truncation import truncate
 from customize.errors import ConceptError, ConfigError, StorageError, storage_error
 from customize.families import Family, published_families
 from customize.safe_read import read_bytes
-from customize.text import markdown, markdown_code, quoted
+from customize.text import escape_markdown, markdown_code, quote
 
 Products = Mapping[str, Mapping[str, LowRank]]
 
@@ -118,7 +118,7 @@ def write_merged(
     check_has_no_vectors(concepts)
     if rank is not None and not is_integer(rank):
         raise ConfigError(
-            f"a merged LoRA cannot have rank {quoted(rank)}",
+            f"a merged LoRA cannot have rank {quote(rank)}",
             where="rank",
             fix="give a whole number from 1",
         )
@@ -271,11 +271,11 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
         with partial_folder(folder) as partial:
             for name, data in files.items():
                 (partial / name).parent.mkdir(exist_ok=True)
-                write_file(partial / name, data)
+                write_new_file(partial / name, data)
             if folder.is_dir():
                 folder.rmdir()
             partial.rename(folder)
-            sync_folder(folder.parent)
+            fsync_folder(folder.parent)
     except OSError as error:
         raise storage_error(error, folder) from error
 
@@ -329,7 +329,8 @@ def _card_head(
 ) -> list[str]:
     infos = [concept.info for concept in concepts]
     rows = [
-        f"| {info.name} | {markdown_code(info.words)} | {markdown(info.class_word)} | {weight:g} |"
+        f"| {info.name} | {markdown_code(info.words)} | {escape_markdown(info.class_word)} "
+        f"| {weight:g} |"
         for info, weight in zip(infos, weights, strict=True)
     ]
     base = _loaded_base(concepts)

@@ -32,11 +32,11 @@ from customize.concepts.io.file_layout import INFO_FILE, INFO_HEADER, INPUTS_FIL
 from customize.concepts.io.find_files import is_hidden, listing
 from customize.concepts.io.read_concept import read_info, single_info
 from customize.concepts.io.read_merged_lora import merged_facts, merged_info
-from customize.concepts.io.write_concept import put_file
+from customize.concepts.io.write_concept import write_atomic
 from customize.concepts.tokens.subjects import from_header
 from customize.concepts.types import MAX_NAME, BasisInfo, ConceptInfo, check_slices
 from customize.errors import ConceptError, CustomizeError
-from customize.safe_read import present, read_bytes, safetensors_header
+from customize.safe_read import path_exists, read_bytes, read_safetensors_header
 
 INDEX_FILE = ".library.sqlite"
 _VERSION = 2
@@ -128,7 +128,7 @@ def stamp_of(library: Path, source: str) -> str:
         elif single:
             own = {source: status}
             record = path.with_suffix(f".{INPUTS_FILE}")
-            if present(record):
+            if path_exists(record):
                 own[record.name] = _status(record)
         else:
             return ""
@@ -192,7 +192,7 @@ def described(library: Path, source: str, stamp: str) -> Entry:
 
 
 def _info(path: Path) -> ConceptInfo | LoraInfo:
-    if present(path / INFO_FILE):
+    if path_exists(path / INFO_FILE):
         return read_info(path)
     if os.path.isdir(path):
         own = [p for p in listing(path) if p.suffix == ".safetensors"]
@@ -220,7 +220,7 @@ def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
         ConceptError: it is missing, or no such file as far as its header says.
     """
     try:
-        return safetensors_header(path)
+        return read_safetensors_header(path)
     except OSError as error:
         raise ConceptError(
             f"the file cannot be read: {error.strerror or error}",
@@ -315,7 +315,7 @@ def write_index(library: Path, entries: Iterable[Entry]) -> None:
         database.executemany(f"INSERT INTO concepts ({names}) VALUES ({places})", rows)
         database.commit()
         data = database.serialize()
-    put_file(library / INDEX_FILE, data)
+    write_atomic(library / INDEX_FILE, data)
 
 
 def _row(entry: Entry) -> list[Any]:

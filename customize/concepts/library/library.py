@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from customize.atomic import partial_file, partial_folder, sweep, sync_folder
+from customize.atomic import atomic_file, delete_leftovers, fsync_folder, partial_folder
 from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.input_statistics import LayerInputs, place_beside
 from customize.concepts.io.file_layout import (
@@ -36,8 +36,8 @@ from customize.concepts.slices.shared_directions import bring
 from customize.concepts.slices.slice_reservations import alone_in
 from customize.concepts.types import NAME, Concept
 from customize.errors import ConceptError, ConfigError, storage_error
-from customize.near_names import check_path, near
-from customize.safe_read import MAX_TENSORS, open_regular, present, real_path
+from customize.near_names import find_near_names, suggest_paths
+from customize.safe_read import MAX_SAFETENSORS_BYTES, open_regular, path_exists, real_path
 from customize.text import one_line
 
 # A concept's files beside its safetensors: those that are read, and those that are not.
@@ -69,7 +69,7 @@ class Library:
     def __init__(self, source: str | Path) -> None:
         self.folder = _folder_of(source)
         self.entries: dict[str, Entry] = {}
-        sweep(self.folder)
+        delete_leftovers(self.folder)
         self.stale, self.kept = 0, True
         self._called: dict[str, list[Entry]] = {}
         self._seen = 0
@@ -104,7 +104,7 @@ class Library:
     def near(self, trigger: str, fits: Callable[[Entry], bool]) -> list[str]:
         """Up to three triggers, of concepts that fit, that are written much like one."""
         offered = [each for each, entries in self._called.items() if any(map(fits, entries))]
-        return near(trigger, offered)
+        return find_near_names(trigger, offered)
 
     def path(self, entry: Entry) -> Path:
         """Where a concept lies."""
@@ -128,7 +128,7 @@ class Library:
             raise ConfigError(
                 f"the library cannot be read: {error.strerror}",
                 where=self.folder,
-                fix=check_path(self.folder, "name a folder with concepts in it"),
+                fix=suggest_paths(self.folder, "name a folder with concepts in it"),
             ) from error
         entries = {
             source: known[source]
@@ -209,7 +209,7 @@ def _copy(source: Path, target: Path) -> None:
     """Copy a concept atomically."""
     if not source.is_dir():
         record = place_beside(source)
-        if present(record):  # first, so that the concept never is there without it
+        if path_exists(record):  # first, so that the concept never is there without it
             LayerInputs.load(record)
             _copy_file(record, target.with_suffix(f".{INPUTS_FILE}"))
         _copy_file(source, target)
@@ -227,11 +227,11 @@ def _copy(source: Path, target: Path) -> None:
         for name in names:
             _copy_file(source / name, partial / name)
         partial.rename(target)
-        sync_folder(target.parent)
+        fsync_folder(target.parent)
 
 
 def _copy_file(source: Path, target: Path) -> None:
-    with open_regular(source, MAX_TENSORS) as file, partial_file(target) as copy:
+    with open_regular(source, MAX_SAFETENSORS_BYTES) as file, atomic_file(target) as copy:
         shutil.copyfileobj(file, copy, 2**20)
 
 
@@ -243,14 +243,14 @@ def _parts(folder: Path) -> tuple[list[str], list[str]]:
     """
     names: list[str] = []
     left: list[str] = []
-    if present(folder / INPUTS_FILE):
+    if path_exists(folder / INPUTS_FILE):
         LayerInputs.load(folder / INPUTS_FILE)
     inside = [real_path(folder)]
     if inside[0].parent.name == "snapshots":  # of the hub's cache, whose files are links to blobs
         inside.append(inside[0].parents[1] / "blobs")
     for path in listing(folder):
         # A merge's embeddings for other programs are in its LoRA's header, too.
-        unneeded = path.name == EMBEDS_FOLDER and present(folder / MERGED_FILE)
+        unneeded = path.name == EMBEDS_FOLDER and path_exists(folder / MERGED_FILE)
         if path.name.startswith(".") or path.name in WORK_NAMES or unneeded:
             continue
         checked = path.name in _CHECKED or path.suffix == ".safetensors"

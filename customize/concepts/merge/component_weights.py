@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from customize.core.scalars import as_float
 from customize.errors import ConfigError
-from customize.near_names import choose_from
-from customize.text import quoted
+from customize.near_names import suggest_names
+from customize.text import quote
 
 _UNET = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 #: The key of what no other key of a dict names; else that is 1.
@@ -242,10 +242,10 @@ def _known_keys(components: Sequence[str], layers: LayerNames, parent: str = "")
 
 def _unknown_key_error(where: str, key: object, names: Sequence[str]) -> ConfigError:
     return ConfigError(
-        f"a weight of {where} is for {quoted(key)}, which is no component, block or module with "
+        f"a weight of {where} is for {quote(key)}, which is no component, block or module with "
         "layers here",
         where="weights",
-        fix=choose_from(key, names),
+        fix=suggest_names(key, names),
     )
 
 
@@ -265,7 +265,7 @@ def _parse_number(name: str, weight: object) -> float:
     value = as_float(weight)
     if math.isnan(value):
         raise ConfigError(
-            f"the weight of {name} is {quoted(weight, 50)}",
+            f"the weight of {name} is {quote(weight, 50)}",
             where="weights",
             fix="give a finite number, or a dict from component or block to number",
         )

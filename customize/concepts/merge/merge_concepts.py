@@ -24,8 +24,8 @@ from customize.core.merges import MERGES, check_settings, mean_ratio
 from customize.core.scalars import as_float
 from customize.core.truncation import truncate_randomized
 from customize.errors import ConceptError, ConfigError
-from customize.near_names import choose_from
-from customize.text import quoted
+from customize.near_names import suggest_names
+from customize.text import quote
 
 SUM, FUSION = "sum", "fusion"
 METHODS = (*MERGES, FUSION)
@@ -154,7 +154,7 @@ def plan_merge(
     for concept, weight in zip(concepts, weights, strict=True):
         if not isinstance(weight, BlockWeights) and math.isnan(as_float(weight)):
             raise ConfigError(
-                f"the weight of {concept.info.name} is {quoted(weight)}",
+                f"the weight of {concept.info.name} is {quote(weight)}",
                 where="weights",
                 fix="give finite weights",
             )
@@ -205,11 +205,11 @@ def check_method(method: str, settings: Mapping[str, Any]) -> None:
         ConfigError: no such method, or a setting that it does not have.
     """
     if not isinstance(method, str) or method not in METHODS:
-        shown = method if isinstance(method, str) else quoted(method)
+        shown = method if isinstance(method, str) else quote(method)
         raise ConfigError(
             f"there is no merge {shown}",
             where="merge",
-            fix=choose_from(method, METHODS),
+            fix=suggest_names(method, METHODS),
         )
     check_settings(method, settings)
 

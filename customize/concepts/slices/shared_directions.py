@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from customize.atomic import put_file
+from customize.atomic import write_atomic
 from customize.concepts.adapter import Factors
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.io.write_concept import make_folder
@@ -30,7 +30,7 @@ from customize.concepts.types import BasisInfo
 from customize.core.avoiding_slices import captured_energy
 from customize.core.bases import count_shared_directions
 from customize.errors import ConceptError, storage_error
-from customize.safe_read import MAX_TENSORS, read_bytes, real_path
+from customize.safe_read import MAX_SAFETENSORS_BYTES, read_bytes, real_path
 
 _FILE = ".shared_directions-{}.safetensors"
 _NAMED = re.compile(r"shared directions ([0-9a-f]{16})")
@@ -88,7 +88,7 @@ class SharedDirections:
         record = LayerInputs(f"shared directions {self.name}", {}, self.factors)
         try:
             with suppress(FileExistsError):
-                put_file(path, record.to_bytes(), new=True)
+                write_atomic(path, record.to_bytes(), new=True)
         except OSError as error:
             raise storage_error(error, path) from error
         return SharedDirections.load(path)
@@ -152,7 +152,7 @@ def bring(library: Path, source: Path, basis: BasisInfo) -> None:
         there = [_if_readable(other) for other in files_in(library)]
         if not any(other and other.serves(found.factors, basis.avoid) for other in there):
             with suppress(FileExistsError):
-                put_file(library / path.name, read_bytes(path, MAX_TENSORS), new=True)
+                write_atomic(library / path.name, read_bytes(path, MAX_SAFETENSORS_BYTES), new=True)
         return
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from customize.atomic import put_file
+from customize.atomic import write_atomic
 from customize.concepts.io.file_layout import CLAIM_FILE
 from customize.concepts.io.find_files import in_folders
 from customize.concepts.io.read_concept import read_info
 from customize.concepts.types import NAME, BasisInfo, check_slices
 from customize.errors import ConceptError, storage_error
-from customize.safe_read import MAX_PAGE, read_bytes
+from customize.safe_read import MAX_TEXT_BYTES, read_bytes
 
 LOCK_FILE = ".slices.lock"
 
@@ -70,7 +70,7 @@ def write_claim(claim: Claim, folder: Path) -> None:
     data = claim.model_dump_json(indent=2).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        put_file(folder / CLAIM_FILE, data, folder=folder.parent)
+        write_atomic(folder / CLAIM_FILE, data, folder=folder.parent)
     except OSError as error:
         raise storage_error(error, folder) from error
 
@@ -133,7 +133,7 @@ def alone_in(library: Path) -> Iterator[None]:
 
 def _read(path: Path) -> Claim:
     try:
-        return Claim.model_validate_json(read_bytes(path, MAX_PAGE), strict=True)
+        return Claim.model_validate_json(read_bytes(path, MAX_TEXT_BYTES), strict=True)
     except (OSError, ValidationError) as error:
         raise ConceptError(
             "the claim of a run on its slice cannot be read",

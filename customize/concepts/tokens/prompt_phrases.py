@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from customize.errors import ConfigError
-from customize.near_names import near
+from customize.near_names import find_near_names
 
 #: Words that say nothing of what is in a picture by themselves.
 SMALL_WORDS = frozenset(
@@ -125,7 +125,7 @@ def _near(phrase: str, prompt: str, known: Iterable[str]) -> str:
     count = max(1, len(phrase.split()))
     runs = [" ".join(words[k : k + count]) for k in range(len(words) - count + 1)]
     choices = list(dict.fromkeys([*known, *runs]))
-    found = near(phrase, choices)
+    found = find_near_names(phrase, choices)
     if found:
         return "write it as the prompt does; near it are " + ", ".join(found)
     return "name words that the prompt has, such as a trigger or red car"

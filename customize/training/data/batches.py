@@ -19,7 +19,7 @@ from customize.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Choice:
+class BatchChoice:
     """Which pictures one process sees at one step.
 
     Attributes:
@@ -34,7 +34,7 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
-class Noise:
+class BatchNoise:
     """The random numbers of one batch, on the device.
 
     Attributes:
@@ -54,7 +54,7 @@ def stream_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
-def choose(
+def choose_images(
     seed: int,
     turn: int,
     size: int,
@@ -65,7 +65,7 @@ def choose(
     stream: str,
     groups: Sequence[Hashable] | None = None,
     part: tuple[int, int] = (0, 1),
-) -> Choice:
+) -> BatchChoice:
     """The ``turn``-th batch of ``size`` pictures from ``count``.
 
     Each picture comes once before any comes again; the order of every pass is another. In groups,
@@ -95,10 +95,10 @@ def choose(
     size = len(pictures)
     if not flip and not dropout:
         nothing = [False] * size
-        return Choice(pictures, nothing, nothing)
+        return BatchChoice(pictures, nothing, nothing)
     generator = Generator().manual_seed(stream_seed(seed, turn, stream))
     draws: list[list[float]] = torch.rand(2, size, generator=generator).tolist()
-    return Choice(
+    return BatchChoice(
         pictures,
         [flip and u < 0.5 for u in draws[0]],
         [u < dropout for u in draws[1]],
@@ -107,7 +107,7 @@ def choose(
 
 def draw_noise(
     generator: Generator, seed: int, shape: Sequence[int], density: str, offset: float
-) -> Noise:
+) -> BatchNoise:
     """The random numbers of a batch, drawn on the generator's device.
 
     Args:
@@ -123,7 +123,7 @@ def draw_noise(
     latents, noise = torch.randn(2, *shape, generator=generator, device=device).unbind()
     if offset:
         noise = add_offset_noise(noise, offset, generator)
-    return Noise(latents, noise, u)
+    return BatchNoise(latents, noise, u)
 
 
 @lru_cache(maxsize=8)
@@ -150,7 +150,7 @@ def _of_one_group(
     return found
 
 
-def compose(
+def compose_batch(
     config: TrainConfig,
     texts: Sequence[str],
     concepts: Sequence[range],
@@ -160,7 +160,7 @@ def compose(
 ) -> tuple[list[int], list[bool], list[str]]:
     """Picture numbers, mirroring and captions of a batch: the concepts' half, then the classes'.
 
-    Several concepts share each half as :func:`choose` says, and so do their classes.
+    Several concepts share each half as :func:`choose_images` says, and so do their classes.
 
     Args:
         texts: the caption of each picture.
@@ -173,7 +173,7 @@ def compose(
     silent: list[bool] = []
     for half, shared in (("concept", concepts), ("class", classes)):
         for number, own in enumerate(shared):
-            found = choose(
+            found = choose_images(
                 config.seed,
                 turn,
                 config.batch_size,

@@ -29,7 +29,7 @@ def bucket_sizes(resolution: int, multiple: int) -> list[Size]:
     return sorted(found)
 
 
-def bucket_of(size: Size, sizes: Sequence[Size]) -> Size:
+def nearest_bucket(size: Size, sizes: Sequence[Size]) -> Size:
     """The one whose aspect ratio is nearest to that of a picture; of several the largest."""
     return min(sizes, key=lambda each: (_apart(size, each), -each[0] * each[1]))
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from customize.errors import DataError
-from customize.safe_read import MAX_TABLE, read_bytes
+from customize.safe_read import MAX_TABLE_BYTES, read_bytes
 from customize.training.data.image_folder import (
-    METADATA,
+    METADATA_FILES,
     ImageFolder,
-    by_name,
-    count,
-    is_exact,
-    listing,
+    count_images,
+    has_exact_name,
+    join_names,
+    match_by_name,
 )
-from customize.training.settings_file import mentions
+from customize.training.settings_file import contains_trigger
 
 _COLUMNS = ("file_name", "text")
 _ENCODINGS = {
@@ -37,7 +37,7 @@ _BEFORE_ARTICLE = (
 
 
 @dataclass(frozen=True)
-class Captions:
+class CaptionSet:
     """The captions of some pictures.
 
     Attributes:
@@ -58,7 +58,7 @@ def read_captions(
     template: str | None,
     trigger: str | None,
     forbidden: Sequence[str],
-) -> Captions:
+) -> CaptionSet:
     """Read the captions of pictures.
 
     Of several files for one picture, those whose name is exactly the picture's come first, then
@@ -66,16 +66,17 @@ def read_captions(
 
     Args:
         paths: those to caption, of the pictures in the folder.
-        template, trigger, forbidden: see :func:`customize.training.data.dataset.read_folder`.
+        template, trigger, forbidden: see
+            :func:`customize.training.data.dataset.read_training_images`.
 
     Raises:
         DataError: a caption is missing, ambiguous or unreadable, lacks the trigger or has what is
             forbidden.
     """
-    beside, unmatched = by_name(folder.captions, folder.images)
+    beside, unmatched = match_by_name(folder.captions, folder.images)
     unused = [f"{file.name} (no picture of that name)" for file in unmatched]
     listed: dict[str, str] = {}
-    metadata = sorted(folder.metadata, key=lambda file: METADATA.index(file.name))
+    metadata = sorted(folder.metadata, key=lambda file: METADATA_FILES.index(file.name))
     for file in metadata:
         rows = _read_metadata(file, {path.name for path in folder.images})
         if rows is None:
@@ -83,10 +84,12 @@ def read_captions(
             continue
         other = [name for name in rows.keys() & listed.keys() if _differ(rows[name], listed[name])]
         if other:
-            unused.append(f"{file.name} for {listing(sorted(other))} ({metadata[0].name} is used)")
+            unused.append(
+                f"{file.name} for {join_names(sorted(other))} ({metadata[0].name} is used)"
+            )
         listed = rows | listed
 
-    result = Captions({}, unused=unused)
+    result = CaptionSet({}, unused=unused)
     for path in paths:
         text = listed.get(path.name)
         if path in beside:
@@ -112,7 +115,7 @@ def _own_text(picture: Path, files: Sequence[Path]) -> tuple[str, list[str]]:
 
     def rank(file: Path) -> tuple[bool, bool, bool]:
         return (
-            not is_exact(file, picture),
+            not has_exact_name(file, picture),
             file.suffix.lower() != ".txt",
             file.stem != picture.stem,
         )
@@ -136,24 +139,27 @@ def _check(
     empty = [path.name for path, text in captions.items() if not text]
     if empty:
         raise DataError(
-            f"{count(empty)} no caption: {listing(empty)}",
+            f"{count_images(empty)} no caption: {join_names(empty)}",
             where=folder,
             fix="put a .txt file with text beside each, list them in metadata.jsonl or "
             "metadata.csv, or give a caption template",
         )
-    lacking = [p.name for p, text in captions.items() if trigger and not mentions(text, trigger)]
+    lacking = [
+        p.name for p, text in captions.items() if trigger and not contains_trigger(text, trigger)
+    ]
     if lacking:
         raise DataError(
-            f"{count(lacking)} a caption without the trigger {trigger}: {listing(lacking)}",
+            f"{count_images(lacking)} a caption without the trigger {trigger}: "
+            f"{join_names(lacking)}",
             where=folder,
             fix=f"write {trigger} where the subject is named, as in 'a photo of {trigger}'",
         )
     for word in forbidden:
-        having = [path.name for path, text in captions.items() if mentions(text, word)]
+        having = [path.name for path, text in captions.items() if contains_trigger(text, word)]
         if not having:
             continue
         raise DataError(
-            f"{count(having)} a caption with the trigger {word}: {listing(having)}",
+            f"{count_images(having)} a caption with the trigger {word}: {join_names(having)}",
             where=folder,
             fix="name the class there; class pictures show it without the concept",
         )
@@ -163,7 +169,7 @@ def _differ(a: str, b: str) -> bool:
     return a.split() != b.split()
 
 
-def class_caption(text: str, trigger: str, class_word: str) -> str:
+def replace_trigger(text: str, trigger: str, class_word: str) -> str:
     """A text with the class word in the trigger's place: what it says to who doesn't know the
     concept.
 
@@ -270,7 +276,7 @@ def _is_text(text: str) -> bool:
 def _read_text(path: Path) -> str:
     """The text of a file in UTF-8, or in what its byte order mark says."""
     try:
-        data = read_bytes(path, MAX_TABLE)
+        data = read_bytes(path, MAX_TABLE_BYTES)
         named = (name for mark, name in _ENCODINGS.items() if data.startswith(mark))
         text = data.decode(next(named, "utf-8-sig"))
     except (OSError, UnicodeError) as error:

@@ -8,15 +8,15 @@ from typing import Any
 
 #: File name -> hash of picture, caption and mask, in their order; or one hash of all, as what is
 #: published and what earlier versions saved has it; None for no pictures.
-Pictures = Mapping[str, str] | str | None
+ImageHashes = Mapping[str, str] | str | None
 
 #: Among a run's settings: setting -> what it is called in messages.
-PICTURES = {"pictures": "pictures", "class_pictures": "class pictures"}
+IMAGE_SETTINGS = {"pictures": "pictures", "class_pictures": "class pictures"}
 
 _MOST_SHOWN = 3
 
 
-def summed(pictures: Any) -> Any:
+def combined_hash(pictures: Any) -> Any:
     """One hash of all; what is one already stays as it is."""
     if not isinstance(pictures, Mapping):
         return pictures
@@ -24,14 +24,14 @@ def summed(pictures: Any) -> Any:
     return hashlib.sha256(hashes.encode()).hexdigest()[:16] if pictures else None
 
 
-def pictures_changed(before: Any, now: Any, what: str) -> str:
+def describe_changes(before: Any, now: Any, what: str) -> str:
     """How pictures differ, in words; empty where they do not.
 
     Args:
-        before, now: :data:`Pictures`, from files.
+        before, now: :data:`ImageHashes`, from files.
         what: ``"pictures"`` or ``"class pictures"``.
     """
-    if summed(before) == summed(now):
+    if combined_hash(before) == combined_hash(now):
         return ""
     if not isinstance(before, Mapping) or not isinstance(now, Mapping):
         return f"the {what}, their captions or their masks have changed"

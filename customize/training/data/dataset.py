@@ -20,13 +20,13 @@ from torch import Tensor
 
 from customize.errors import DataError
 from customize.training.data.captions import read_captions
-from customize.training.data.decode_image import by, decode
+from customize.training.data.decode_image import decode_image, format_size
 from customize.training.data.image_folder import (
-    by_name,
-    count,
-    is_exact,
-    listing,
-    scan,
+    count_images,
+    has_exact_name,
+    join_names,
+    match_by_name,
+    scan_folder,
     warn_ignored,
 )
 
@@ -36,7 +36,7 @@ _STRIP = 256  # rows
 Size = tuple[int, int]
 
 
-class Loaded(NamedTuple):
+class ImageAndMask(NamedTuple):
     """A picture, mode RGB (8 bits, sRGB), and its mask of the same size, mode L, 255 where it is
     learned; None: all of it is."""
 
@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrainingImage:
     """One training picture.
 
     Attributes:
@@ -53,7 +53,7 @@ class Sample:
         size: of the whole picture in pixels, upright, at least 16 x 16.
         caption: one line of text.
         loaded: the whole picture and its mask, or these cropped and shrunk; None: not in memory,
-            so that :func:`opened` reads them again.
+            so that :func:`load_image_and_mask` reads them again.
         mask_path: the file that the mask is in; None: there is no mask.
         templated: whether the caption is the template.
         digest: :func:`content_hash` of it before it was shrunk.
@@ -62,7 +62,7 @@ class Sample:
     path: Path
     size: Size
     caption: str
-    loaded: Loaded | None
+    loaded: ImageAndMask | None
     mask_path: Path | None = None
     templated: bool = False
     digest: str = ""
@@ -70,15 +70,15 @@ class Sample:
     @property
     def image(self) -> Image.Image:
         """The picture; read again where it is not in memory."""
-        return opened(self).image
+        return load_image_and_mask(self).image
 
     @property
     def mask(self) -> Image.Image | None:
         """The mask; read again where it is not in memory."""
-        return opened(self).mask
+        return load_image_and_mask(self).mask
 
 
-def read_folder(
+def read_training_images(
     folder: Path | str,
     *,
     trigger: str | None,
@@ -89,7 +89,7 @@ def read_folder(
     square: bool = True,
     limit: int | None = None,
     forbidden: Sequence[str] = (),
-) -> list[Sample]:
+) -> list[TrainingImage]:
     """The pictures of a folder in the order of their names, each with its caption and mask.
 
     A picture's caption is the text of the .txt or .caption file of its name, else its row in
@@ -103,9 +103,8 @@ def read_folder(
         caption: the template, with {} for the trigger; None: every picture brings its caption.
         masks: folder with one picture for each picture, of the same stem and size; white is
             learned and black is not.
-        resolution: crop and shrink to this now, as :func:`pixels` would: large photographs then
-            need little memory.
-        hold: keep the pictures in memory; else :func:`opened` reads them again, one by one.
+        resolution: crop and shrink to this now, as :func:`image_tensor` would, to save memory.
+        hold: keep the pictures in memory; else :func:`load_image_and_mask` reads them again.
         square: only the centre square is trained, so there the masks must not be black.
         limit: only the first so many pictures.
         forbidden: words that no caption may have: the triggers, of class pictures.
@@ -116,7 +115,7 @@ def read_folder(
             unreadable, lacks the trigger or has what is forbidden; a mask is missing, black all
             over the part that trains or of another size.
     """
-    found = scan(Path(folder))
+    found = scan_folder(Path(folder))
     paths = found.images[:limit]
     captions = read_captions(found, paths, template=caption, trigger=trigger, forbidden=forbidden)
     # customize generate writes a .json beside each picture that evaluation reads.
@@ -128,9 +127,9 @@ def read_folder(
         image = read_image(path)
         mask_path = mask_paths.get(path)
         mask = None if mask_path is None else read_mask(mask_path, image.size, square)
-        whole = Loaded(image, mask)
+        whole = ImageAndMask(image, mask)
         text = captions.texts[path]
-        sample = Sample(
+        sample = TrainingImage(
             path,
             image.size,
             text,
@@ -145,7 +144,7 @@ def read_folder(
     return samples
 
 
-def opened(sample: Sample) -> Loaded:
+def load_image_and_mask(sample: TrainingImage) -> ImageAndMask:
     """A sample's picture and mask, read again where they are not in memory.
 
     Raises:
@@ -157,7 +156,7 @@ def opened(sample: Sample) -> Loaded:
     mask = None
     if sample.mask_path is not None:
         mask = read_mask(sample.mask_path, image.size, square=False)
-    found = Loaded(image, mask)
+    found = ImageAndMask(image, mask)
     if content_hash(found, sample.caption) != sample.digest:
         raise DataError(
             "the picture or its mask changed after the run began",
@@ -172,9 +171,9 @@ def read_image(path: Path) -> Image.Image:
     embedded profile, 16 bits scaled to 8, transparency laid on white.
 
     Raises:
-        DataError: see :func:`read_folder`.
+        DataError: see :func:`read_training_images`.
     """
-    return decode(path, "RGB")
+    return decode_image(path, "RGB")
 
 
 def read_mask(path: Path, size: Size, square: bool = True) -> Image.Image:
@@ -187,10 +186,10 @@ def read_mask(path: Path, size: Size, square: bool = True) -> Image.Image:
     Raises:
         DataError: it cannot be read, has another size or is black wherever it would train.
     """
-    mask = decode(path, "L")
+    mask = decode_image(path, "L")
     if mask.size != size:
         raise DataError(
-            f"the mask is {by(mask.size)} pixels and its picture {by(size)}",
+            f"the mask is {format_size(mask.size)} pixels and its picture {format_size(size)}",
             where=path,
             fix="give both the same size",
         )
@@ -200,7 +199,7 @@ def read_mask(path: Path, size: Size, square: bool = True) -> Image.Image:
     return mask
 
 
-def pixels(sample: Sample | Loaded, size: Size | int) -> Tensor:
+def image_tensor(sample: TrainingImage | ImageAndMask, size: Size | int) -> Tensor:
     """The picture's largest centre part of this shape, at this size (an int: a square): (3,
     height, width), float32, in [-1, 1]; resampled with Lanczos."""
     image = _fitted(sample.image, _size(size), Image.Resampling.LANCZOS)
@@ -208,10 +207,12 @@ def pixels(sample: Sample | Loaded, size: Size | int) -> Tensor:
     return values.permute(2, 0, 1).contiguous() / 127.5 - 1.0
 
 
-def mask_tensor(sample: Sample, size: Size | int, loaded: Loaded | None = None) -> Tensor:
-    """The mask over the same part as :func:`pixels`: (1, height, width), float32, in [0, 1]; all
-    ones without a mask. Each value is the mean over its area, so give the latents' size to get a
-    mask for latents.
+def mask_tensor(
+    sample: TrainingImage, size: Size | int, loaded: ImageAndMask | None = None
+) -> Tensor:
+    """The mask over the same part as :func:`image_tensor`: (1, height, width), float32, in [0, 1];
+    all ones without a mask. Each value is the mean over its area, so give the latents' size to get
+    a mask for latents.
 
     Args:
         loaded: the sample's picture and mask, if they are in memory already.
@@ -220,7 +221,7 @@ def mask_tensor(sample: Sample, size: Size | int, loaded: Loaded | None = None) 
         DataError: it is black all over that part.
     """
     width, height = _size(size)
-    whole = (loaded or opened(sample)).mask
+    whole = (loaded or load_image_and_mask(sample)).mask
     if whole is None:
         return torch.ones(1, height, width)
     mask = _fitted(whole, (width, height), Image.Resampling.BOX)
@@ -229,7 +230,7 @@ def mask_tensor(sample: Sample, size: Size | int, loaded: Loaded | None = None) 
     return torch.from_numpy(np.array(mask, dtype=np.float32))[None] / 255.0
 
 
-def content_hash(loaded: Loaded, caption: str) -> str:
+def content_hash(loaded: ImageAndMask, caption: str) -> str:
     """SHA-256 over picture, mask and caption, in hexadecimal; the file's name does not count."""
     digest = hashlib.sha256()
     for image in loaded:
@@ -242,9 +243,9 @@ def content_hash(loaded: Loaded, caption: str) -> str:
     return digest.hexdigest()
 
 
-def _shrunk(loaded: Loaded, side: int) -> Loaded:
+def _shrunk(loaded: ImageAndMask, side: int) -> ImageAndMask:
     size, mask = (side, side), loaded.mask
-    return Loaded(
+    return ImageAndMask(
         _fitted(loaded.image, size, Image.Resampling.LANCZOS),
         None if mask is None else _fitted(mask, size, Image.Resampling.BOX),
     )
@@ -281,14 +282,16 @@ def _mask_paths(folder: Path, paths: Sequence[Path], images: Sequence[Path]) -> 
         paths: the pictures that need one.
         images: all pictures beside them.
     """
-    found = scan(folder)
-    masks, unmatched = by_name(found.images, images)
+    found = scan_folder(folder)
+    masks, unmatched = match_by_name(found.images, images)
     unused = [f"{path.name} (no picture of that name)" for path in unmatched]
     warn_ignored(folder, [*unused, *(path.name for path in found.captions), *found.ignored])
     for picture, files in masks.items():
         # A mask with exactly the name of a picture is of that one.
-        files.sort(key=lambda path: not is_exact(path, picture))
-        if len(files) > 1 and is_exact(files[0], picture) == is_exact(files[1], picture):
+        files.sort(key=lambda path: not has_exact_name(path, picture))
+        if len(files) > 1 and has_exact_name(files[0], picture) == has_exact_name(
+            files[1], picture
+        ):
             raise DataError(
                 f"{files[0].name} and {files[1].name} are masks of the same picture",
                 where=folder,
@@ -297,7 +300,7 @@ def _mask_paths(folder: Path, paths: Sequence[Path], images: Sequence[Path]) -> 
     missing = [path.name for path in paths if path not in masks]
     if missing:
         raise DataError(
-            f"{count(missing)} no mask: {listing(missing)}",
+            f"{count_images(missing)} no mask: {join_names(missing)}",
             where=folder,
             fix="give each picture a mask of the same stem, such as 1.png for 1.jpg",
         )

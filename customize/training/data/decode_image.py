@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from customize.errors import DataError
-from customize.safe_read import MAX_PICTURE, open_regular
-from customize.training.data.image_folder import image_formats, suffix_names
+from customize.safe_read import MAX_IMAGE_BYTES, open_regular
+from customize.training.data.image_folder import image_formats, list_suffixes
 
 _MIN_SIDE = 16
 
 
-def decode(path: Path, mode: str) -> Image.Image:
+def decode_image(path: Path, mode: str) -> Image.Image:
     """A picture file, upright by its EXIF rotation.
 
     Args:
@@ -30,13 +30,13 @@ def decode(path: Path, mode: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with (
-                open_regular(path, MAX_PICTURE) as file,
+                open_regular(path, MAX_IMAGE_BYTES) as file,
                 Image.open(file, formats=image_formats()[1]) as image,  # reads the header only
             ):
                 _check_header(image, path)
                 image.verify()  # checksums, which decoding does not look at; closes the file
         with (
-            open_regular(path, MAX_PICTURE) as file,
+            open_regular(path, MAX_IMAGE_BYTES) as file,
             Image.open(file, formats=image_formats()[1]) as image,
         ):
             upright = ImageOps.exif_transpose(image)
@@ -53,7 +53,7 @@ def decode(path: Path, mode: str) -> Image.Image:
         raise DataError(
             "the file is damaged or no picture of a known kind",
             where=path,
-            fix=f"replace or remove it; pictures are {suffix_names()}",
+            fix=f"replace or remove it; pictures are {list_suffixes()}",
         ) from None
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise DataError(
@@ -72,7 +72,7 @@ def _check_header(image: Image.Image, path: Path) -> None:
         )
     if min(image.size) < _MIN_SIDE:
         raise DataError(
-            f"the picture is only {by(image.size)} pixels",
+            f"the picture is only {format_size(image.size)} pixels",
             where=path,
             fix=f"give pictures of at least {_MIN_SIDE} pixels a side",
         )
@@ -130,6 +130,6 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def by(size: tuple[int, int]) -> str:
+def format_size(size: tuple[int, int]) -> str:
     """A size in pixels, in words."""
     return f"{size[0]} x {size[1]}"

@@ -16,9 +16,9 @@ from pathlib import Path
 from PIL import features
 
 from customize.errors import DataError
-from customize.near_names import check_path
+from customize.near_names import suggest_paths
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 CAPTION_SUFFIXES = (".txt", ".caption")
 
 _ALWAYS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp")
@@ -79,12 +79,12 @@ def image_formats() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(suffixes), tuple(formats)
 
 
-def suffix_names() -> str:
+def list_suffixes() -> str:
     """The suffixes of readable pictures, for messages: "jpg, jpeg, png"."""
     return ", ".join(suffix[1:] for suffix in image_formats()[0])
 
 
-def scan(folder: Path) -> ImageFolder:
+def scan_folder(folder: Path) -> ImageFolder:
     """Sort the files of a folder by what they are. Subfolders are not searched.
 
     Raises:
@@ -98,7 +98,7 @@ def scan(folder: Path) -> ImageFolder:
         raise DataError(
             f"the folder of pictures cannot be read: {error.strerror}",
             where=folder,
-            fix=check_path(folder, f"give a folder with {suffix_names()} files"),
+            fix=suggest_paths(folder, f"give a folder with {list_suffixes()} files"),
         ) from None
     suffixes = image_formats()[0]
     found = ImageFolder(folder, [])
@@ -116,16 +116,17 @@ def scan(folder: Path) -> ImageFolder:
             found.images.append(_regular(entry, "picture"))
         elif suffix in CAPTION_SUFFIXES:
             found.captions.append(_regular(entry, "caption"))
-        elif entry.name in METADATA:
+        elif entry.name in METADATA_FILES:
             found.metadata.append(_regular(entry, "file of captions"))
         else:
             found.ignored.append(entry.name + _why_not(suffix))
     if not found.images:
         others = [*(path.name for path in found.captions), *found.ignored]
         raise DataError(
-            "there are no pictures in the folder" + (f", only {listing(others)}" if others else ""),
+            "there are no pictures in the folder"
+            + (f", only {join_names(others)}" if others else ""),
             where=folder,
-            fix=f"put {suffix_names()} files directly in it",
+            fix=f"put {list_suffixes()} files directly in it",
         )
     return found
 
@@ -133,10 +134,10 @@ def scan(folder: Path) -> ImageFolder:
 def warn_ignored(folder: Path, ignored: Sequence[str]) -> None:
     """Name what is not read."""
     if ignored:
-        logger.warning("Left out in %s: %s", folder, listing(ignored))
+        logger.warning("Left out in %s: %s", folder, join_names(ignored))
 
 
-def by_name(
+def match_by_name(
     files: Iterable[Path], images: Sequence[Path]
 ) -> tuple[dict[Path, list[Path]], list[Path]]:
     """Which picture each file belongs to by its name.
@@ -159,18 +160,18 @@ def by_name(
     return found, unmatched
 
 
-def count(names: Sequence[str]) -> str:
+def count_images(names: Sequence[str]) -> str:
     """How many pictures have something, in words."""
     return "1 picture has" if len(names) == 1 else f"{len(names)} pictures have"
 
 
-def listing(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Names for a message, the first ten of them."""
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def is_exact(file: Path, image: Path) -> bool:
+def has_exact_name(file: Path, image: Path) -> bool:
     """Whether a file has a picture's name in the very same letters."""
     return file.stem in (image.stem, image.name)
 

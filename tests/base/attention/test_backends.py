@@ -12,28 +12,35 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from customize.base.attention.backends import (
-    BOUNDS,
-    MARGIN,
-    Heads,
-    attend,
-    error,
-    fastest,
-    measured_error,
-    reference,
-    seconds,
-    unfit,
+    ERROR_BOUNDS,
+    SPEED_MARGIN,
+    HeadShape,
+    find_unmet_requirement,
+    measure_error,
+    reference_attention,
+    relative_error,
+    run_attention,
+    select_fastest,
+    time_attention,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 #: Of SD 1.5, SDXL, SD 3.5, FLUX and Qwen-Image, and of AutoencoderKL.
-TRUE = [Heads(8, 40), Heads(8, 80), Heads(8, 160), Heads(10, 64), Heads(38, 64), Heads(24, 128)]
-TRUE += [Heads(1, 512)]
+TRUE = [
+    HeadShape(8, 40),
+    HeadShape(8, 80),
+    HeadShape(8, 160),
+    HeadShape(10, 64),
+    HeadShape(38, 64),
+    HeadShape(24, 128),
+]
+TRUE += [HeadShape(1, 512)]
 
 
 def test_the_reference_is_the_formula():
     query, key, value = (torch.randn(1, tokens, 2, 3) for tokens in (4, 5, 5))
     mask = torch.tensor([True, True, False, True, False])[None, None, None]
-    found = reference(query, key, value, mask)
+    found = reference_attention(query, key, value, mask)
     for head in range(2):
         for row in range(4):
             parts = [
@@ -52,9 +59,9 @@ def test_the_reference_is_the_formula():
 @pytest.mark.parametrize("backend", ["native", "_native_math"])
 def test_torchs_own_kernels_are_right_at_true_head_sizes(backend, dtype, heads):
     for mask in (None, "boolean", "added"):
-        found = measured_error(backend, heads, CPU, dtype, mask)
+        found = measure_error(backend, heads, CPU, dtype, mask)
         # Not zero, since another dtype was compared; and far enough below what is refused.
-        assert 0 < found < BOUNDS[dtype] / 2
+        assert 0 < found < ERROR_BOUNDS[dtype] / 2
 
 
 WRONG = {
@@ -85,40 +92,46 @@ def test_wrong_kernels_are_above_the_bound(monkeypatch, kind, dtype):
     monkeypatch.setitem(_AttentionBackendRegistry._backends, name, wrong)
     arguments = {"query", "key", "value", "attn_mask"}
     monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, name, arguments)
-    assert measured_error(name.value, Heads(8, 40), CPU, dtype, "boolean") > BOUNDS[dtype]
+    assert measure_error(name.value, HeadShape(8, 40), CPU, dtype, "boolean") > ERROR_BOUNDS[dtype]
 
 
 @given(st.floats(1e-3, 1e3), st.integers(0, 3), st.integers(0, 4))
 def test_the_error_is_that_of_the_worst_row_and_has_no_scale(scale, head, row):
     expected = torch.randn(1, 5, 4, 8, generator=torch.Generator().manual_seed(0)).double() * scale
     found = expected.clone()
-    assert error(found, expected) == 0
+    assert relative_error(found, expected) == 0
     off = float(expected.square().mean().sqrt())
     found[0, row, head] += 0.25 * off
-    assert error(found, expected) == pytest.approx(0.25, rel=1e-6)
+    assert relative_error(found, expected) == pytest.approx(0.25, rel=1e-6)
 
 
 def test_what_a_backend_needs_is_told_without_trying_it():
-    half, heads = torch.bfloat16, Heads(24, 128)
-    assert unfit("native", heads, CPU, torch.float32) is None
-    assert unfit("flash", heads, CUDA, half) is None
-    assert "needs a CUDA device, and the model is on cpu" in unfit("flash", heads, CPU, half)
-    assert "needs a CUDA device" in unfit("xformers", heads, CPU, torch.float32)
-    assert "needs float16 or bfloat16" in unfit("flash", heads, CUDA, torch.float32)
-    assert unfit("xformers", Heads(1, 512), CUDA, torch.float32) is None
-    assert "at most 256 numbers, and these have 512" in unfit("flash", Heads(1, 512), CUDA, half)
-    assert "at most 128" in unfit("sage", Heads(8, 160), CUDA, half)
+    half, heads = torch.bfloat16, HeadShape(24, 128)
+    assert find_unmet_requirement("native", heads, CPU, torch.float32) is None
+    assert find_unmet_requirement("flash", heads, CUDA, half) is None
+    assert "needs a CUDA device, and the model is on cpu" in find_unmet_requirement(
+        "flash", heads, CPU, half
+    )
+    assert "needs a CUDA device" in find_unmet_requirement("xformers", heads, CPU, torch.float32)
+    assert "needs float16 or bfloat16" in find_unmet_requirement(
+        "flash", heads, CUDA, torch.float32
+    )
+    assert find_unmet_requirement("xformers", HeadShape(1, 512), CUDA, torch.float32) is None
+    assert "at most 256 numbers, and these have 512" in find_unmet_requirement(
+        "flash", HeadShape(1, 512), CUDA, half
+    )
+    assert "at most 128" in find_unmet_requirement("sage", HeadShape(8, 160), CUDA, half)
 
 
 def test_attending_leaves_the_process_wide_backend_alone():
     before = _AttentionBackendRegistry.get_active_backend()[0]
     query = torch.randn(1, 4, 2, 8)
-    attend("_native_math", query, query, query)
+    run_attention("_native_math", query, query, query)
     assert _AttentionBackendRegistry.get_active_backend()[0] is before
 
 
 def test_times_are_of_the_calls_that_count():
-    taken = seconds("native", Heads(2, 8), CPU, torch.float32, 32, 3)
+    taken = time_attention("native", HeadShape(2, 8), CPU, torch.float32, 32, 3)
     assert len(taken) == 3 and all(each > 0 for each in taken)
 
 
@@ -127,8 +140,8 @@ def test_times_are_of_the_calls_that_count():
     st.floats(1e-6, 1),
 )
 def test_the_fastest_beats_torchs_own_by_more_than_noise(others, own):
-    found = fastest({"native": own, **others})
+    found = select_fastest({"native": own, **others})
     if found == "native":
-        assert all(time >= MARGIN * own for time in others.values())
+        assert all(time >= SPEED_MARGIN * own for time in others.values())
     else:
-        assert others[found] == min(others.values()) and others[found] < MARGIN * own
+        assert others[found] == min(others.values()) and others[found] < SPEED_MARGIN * own

@@ -190,7 +190,7 @@ def test_a_library_that_may_not_be_written_is_read(folder, monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("customize.concepts.library.index.put_file", refuse)
+    monkeypatch.setattr("customize.concepts.library.index.write_atomic", refuse)
     library = Library(folder)
     assert not library.kept and len(library.entries) == 3
     assert not (folder / INDEX_FILE).exists()

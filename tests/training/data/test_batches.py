@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customize.training.data.batches import choose, draw_noise, stream_seed
+from customize.training.data.batches import choose_images, draw_noise, stream_seed
 
 
 def pick(turn, size=2, count=5, seed=0, flip=False, dropout=0.0, stream="concept"):
-    return choose(seed, turn, size, count, flip=flip, dropout=dropout, stream=stream)
+    return choose_images(seed, turn, size, count, flip=flip, dropout=dropout, stream=stream)
 
 
 def test_every_picture_comes_once_before_any_comes_again():
@@ -30,7 +30,9 @@ def test_a_batch_is_of_one_group_and_all_pictures_come_equally_often(groups, siz
     count = len(groups)
     turns = range(epoch * count, (epoch + 1) * count)
     batches = [
-        choose(7, turn, size, count, flip=False, dropout=0.0, stream="x", groups=groups).pictures
+        choose_images(
+            7, turn, size, count, flip=False, dropout=0.0, stream="x", groups=groups
+        ).pictures
         for turn in turns
     ]
     assert all(len(batch) == size for batch in batches)
@@ -45,14 +47,18 @@ def test_a_batch_is_of_one_group_and_all_pictures_come_equally_often(groups, siz
 
 def test_one_group_is_as_none():
     for turn in range(12):
-        plain = choose(3, turn, 2, 5, flip=True, dropout=0.1, stream="x")
-        assert plain == choose(3, turn, 2, 5, flip=True, dropout=0.1, stream="x", groups="aaaaa")
+        plain = choose_images(3, turn, 2, 5, flip=True, dropout=0.1, stream="x")
+        assert plain == choose_images(
+            3, turn, 2, 5, flip=True, dropout=0.1, stream="x", groups="aaaaa"
+        )
 
 
 def test_groups_take_turns_at_random():
     def order(seed):
         batches = [
-            choose(seed, turn, 1, 8, flip=False, dropout=0, stream="x", groups="aaaabbbb").pictures
+            choose_images(
+                seed, turn, 1, 8, flip=False, dropout=0, stream="x", groups="aaaabbbb"
+            ).pictures
             for turn in range(8)
         ]
         return [batch[0] // 4 for batch in batches]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from customize.errors import DataError
 from customize.families import family_of
-from customize.training.data.buckets import bucket_of, bucket_sizes
+from customize.training.data.buckets import bucket_sizes, nearest_bucket
 from customize.training.data.dataset import read_image
 from customize.training.latents_and_embeddings import cache_images
 from customize.training.prepare_base import read_images
@@ -58,12 +58,12 @@ def test_sizes_are_the_tallest_that_stable_diffusion_xl_was_trained_on():
 @given(st.integers(16, 4000), st.integers(16, 4000))
 def test_a_picture_gets_the_nearest_ratio(width, height):
     sizes = bucket_sizes(1024, 16)
-    found = bucket_of((width, height), sizes)
+    found = nearest_bucket((width, height), sizes)
     gaps = [abs(np.log(w / h) - np.log(width / height)) for w, h in sizes]
     assert abs(np.log(found[0] / found[1]) - np.log(width / height)) == pytest.approx(min(gaps))
     if 1 / 4 <= width / height <= 4:  # at most half the way between two ratios is cropped
         assert min(gaps) < 0.13
-    assert bucket_of((height, width), sizes) == found[::-1]
+    assert nearest_bucket((height, width), sizes) == found[::-1]
 
 
 @pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)

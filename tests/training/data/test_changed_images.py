@@ -12,7 +12,7 @@ from PIL import Image
 from customize.concepts.io.file_layout import INFO_FILE
 from customize.errors import SettingsError
 from customize.training.checkpoint import settings_differences
-from customize.training.data.changed_images import pictures_changed, summed
+from customize.training.data.changed_images import combined_hash, describe_changes
 from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import settings
@@ -22,8 +22,8 @@ NAMES = st.dictionaries(st.text(min_size=1, max_size=5), st.sampled_from("abc"),
 
 @given(NAMES, NAMES)
 def test_each_picture_that_differs_is_named_or_counted(before, now):
-    told = pictures_changed(before, now, "pictures")
-    assert bool(told) == (summed(before) != summed(now))
+    told = describe_changes(before, now, "pictures")
+    assert bool(told) == (combined_hash(before) != combined_hash(now))
     if "more" not in told and told and "order" not in told:
         assert all(name in told for name in before.keys() ^ now.keys())
 
@@ -31,19 +31,19 @@ def test_each_picture_that_differs_is_named_or_counted(before, now):
 def test_the_words():
     before = {f"{n}.png": "x" for n in range(9)}
     now = {"1.png": "y", **{f"{n}.png": "x" for n in range(4, 9)}, "new.png": "z"}
-    assert pictures_changed(before, now, "pictures") == (
+    assert describe_changes(before, now, "pictures") == (
         "the pictures have changed: new.png is new, 0.png, 2.png, 3.png are gone, 1.png is changed "
         "(the picture, its caption or its mask)"
     )
     five = {f"{n}.png": "x" for n in range(4)}
-    assert "4.png, 5.png, 6.png and 2 more are gone" in pictures_changed(before, five, "pictures")
+    assert "4.png, 5.png, 6.png and 2 more are gone" in describe_changes(before, five, "pictures")
     back = dict(reversed([("a", "1"), ("b", "2")]))
-    assert "order is another" in pictures_changed({"a": "1", "b": "2"}, back, "pictures")
+    assert "order is another" in describe_changes({"a": "1", "b": "2"}, back, "pictures")
 
 
 def test_what_earlier_versions_saved_is_compared_as_a_whole():
     files = {"0.png": "x", "1.png": "y"}
-    assert not pictures_changed(summed(files), files, "pictures")
+    assert not describe_changes(combined_hash(files), files, "pictures")
     assert settings_differences({"pictures": "0123"}, {"pictures": files}) == [
         "the pictures, their captions or their masks have changed"
     ]

@@ -15,12 +15,12 @@ from PIL import Image, ImageCms, features
 
 from customize.errors import DataError
 from customize.training.data.dataset import (
+    image_tensor,
+    load_image_and_mask,
     mask_tensor,
-    opened,
-    pixels,
-    read_folder,
     read_image,
     read_mask,
+    read_training_images,
 )
 
 
@@ -39,7 +39,7 @@ def saved(folder, name, image=None, **options):
 
 
 def read_one(folder, **options):
-    (sample,) = read_folder(folder, trigger="<rex>", **{"caption": "a {}", **options})
+    (sample,) = read_training_images(folder, trigger="<rex>", **{"caption": "a {}", **options})
     return sample
 
 
@@ -65,10 +65,12 @@ def test_all_kinds_in_any_case_sorted_by_name(tmp_path):
     (tmp_path / "notes.md").write_text("not a picture")
     (tmp_path / "scan.tif").write_bytes(b"II*")
     (tmp_path / "._a.png").write_bytes(b"macOS leaves such files")
-    samples = read_folder(tmp_path, trigger="<rex>", caption="a {}")
+    samples = read_training_images(tmp_path, trigger="<rex>", caption="a {}")
     assert [sample.path.name for sample in samples] == ["a.png", "b.JPeG", "c.JPG", "d.WEBP"]
     assert all(sample.image.mode == "RGB" for sample in samples)
-    assert [s.path.name for s in read_folder(tmp_path, trigger=None, caption="x", limit=2)] == [
+    assert [
+        s.path.name for s in read_training_images(tmp_path, trigger=None, caption="x", limit=2)
+    ] == [
         "a.png",
         "b.JPeG",
     ]
@@ -120,7 +122,7 @@ def test_captions_text_beats_metadata_beats_template(tmp_path):
     (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbf a photo of <rex>\r\n  asleep\n")
     rows = [{"file_name": n, "text": f"<rex> in {n}"} for n in ("a.png", "b.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    samples = read_folder(tmp_path, trigger="<rex>", caption="a {} and {{}}")
+    samples = read_training_images(tmp_path, trigger="<rex>", caption="a {} and {{}}")
     assert [sample.caption for sample in samples] == [
         "a photo of <rex> asleep",
         "<rex> in b.png",
@@ -135,14 +137,14 @@ def test_captions_without_the_trigger_are_all_named(tmp_path):
     (tmp_path / "c.txt").write_text("rex the dog")
     error = refused(read_one, tmp_path)
     assert "2 pictures have a caption without the trigger <rex>: a.png, c.png" in str(error)
-    assert len(read_folder(tmp_path, trigger=None, caption="a dog")) == 3
+    assert len(read_training_images(tmp_path, trigger=None, caption="a dog")) == 3
 
 
 def test_triggers_are_found_in_any_case_as_they_are_expanded(tmp_path):
     saved(tmp_path, "a.png")
     (tmp_path / "a.txt").write_text("a <REX>")
     assert read_one(tmp_path).caption == "a <REX>"
-    error = refused(read_folder, tmp_path, trigger=None, forbidden=["<rex>"])
+    error = refused(read_training_images, tmp_path, trigger=None, forbidden=["<rex>"])
     assert "1 picture has a caption with the trigger <rex>: a.png" in str(error)
 
 
@@ -219,21 +221,23 @@ def test_caption_files_belong_to_the_picture_of_their_name(stem, name, tmp_path,
 def test_names_that_several_pictures_could_have_are_not_guessed(tmp_path, caplog):
     saved(tmp_path, "A.png"), saved(tmp_path, "a.png")
     (tmp_path / "A.txt").write_text("a <rex> in A")
-    samples = read_folder(tmp_path, trigger="<rex>", caption="a {}")
+    samples = read_training_images(tmp_path, trigger="<rex>", caption="a {}")
     assert [(s.caption, s.templated) for s in samples] == [
         ("a <rex> in A", False),
         ("a <rex>", True),
     ]
     (tmp_path / "A.txt").rename(tmp_path / "A.PNG.txt")
     with caplog.at_level(logging.WARNING):
-        assert all(s.templated for s in read_folder(tmp_path, trigger="<rex>", caption="a {}"))
+        assert all(
+            s.templated for s in read_training_images(tmp_path, trigger="<rex>", caption="a {}")
+        )
     assert "A.PNG.txt (no picture of that name)" in caplog.text
 
 
 def test_pictures_of_one_stem_share_a_caption(tmp_path):
     saved(tmp_path, "0.png"), saved(tmp_path, "0.jpg")
     (tmp_path / "0.txt").write_text("<rex>")
-    samples = read_folder(tmp_path, trigger="<rex>", caption="a {}")
+    samples = read_training_images(tmp_path, trigger="<rex>", caption="a {}")
     assert [sample.caption for sample in samples] == ["<rex>", "<rex>"]
 
 
@@ -263,7 +267,7 @@ def test_everything_else_is_named(tmp_path, caplog):
         (tmp_path / name).write_bytes(b"x")
     for name in ("Thumbs.db", ".DS_Store", "._0.png", ".gitignore", "desktop.ini"):
         (tmp_path / name).write_bytes(b"x")
-    samples = read_folder(tmp_path, trigger="<rex>", caption="a {}")
+    samples = read_training_images(tmp_path, trigger="<rex>", caption="a {}")
     assert [sample.path.name for sample in samples] == ["0.png", "1.jfif"]
     (record,) = caplog.records
     assert record.getMessage() == (
@@ -325,7 +329,7 @@ def test_tables_give_what_was_written(captions, delimiter, swapped, tmp_path_fac
         for number, text in enumerate(captions):
             saved(folder, f"{number}.png", Image.new("L", (16, 16)))
             writer.writerow({"file_name": f"{number}.png", "text": text, "other": "x"})
-    samples = read_folder(folder, trigger="<rex>", caption="a {}")
+    samples = read_training_images(folder, trigger="<rex>", caption="a {}")
     assert [s.caption for s in samples] == [" ".join(text.split()) for text in captions]
 
 
@@ -620,18 +624,18 @@ def test_pixels_are_the_centre_square_in_range(tmp_path):
     wide.putpixel((45, 15), (255, 255, 255))
     saved(tmp_path, "a.png", wide)
     sample = read_one(tmp_path)
-    exact = pixels(sample, 30)
+    exact = image_tensor(sample, 30)
     assert exact.shape == (3, 30, 30) and exact.dtype == torch.float32 and exact.is_contiguous()
     assert exact[:, 0, 0].tolist() == [-1.0, -1.0, 1.0]
     assert exact[:, 15, 15].tolist() == [1.0, 1.0, 1.0]
-    assert pixels(sample, 47).min() >= -1.0 and pixels(sample, 47).max() <= 1.0
+    assert image_tensor(sample, 47).min() >= -1.0 and image_tensor(sample, 47).max() <= 1.0
 
 
 def test_pixels_are_what_scaling_and_cropping_gives(tmp_path):
     saved(tmp_path, "a.png", gradient(120, 60))
     sample = read_one(tmp_path)
     scaled = sample.image.resize((60, 30), Image.Resampling.LANCZOS).crop((15, 0, 45, 30))
-    ours = (pixels(sample, 30) + 1.0) * 127.5
+    ours = (image_tensor(sample, 30) + 1.0) * 127.5
     assert close(ours.permute(1, 2, 0).numpy(), scaled, 1)
 
 
@@ -639,12 +643,12 @@ def test_early_resolution_gives_the_same_pixels(tmp_path):
     saved(tmp_path, "a.png", gradient(120, 70))
     early = read_one(tmp_path, resolution=32)
     assert early.image.size == (32, 32)
-    assert torch.equal(pixels(early, 32), pixels(read_one(tmp_path), 32))
+    assert torch.equal(image_tensor(early, 32), image_tensor(read_one(tmp_path), 32))
 
 
 def test_a_ribbon_needs_no_more_memory_than_a_square(tmp_path):
     saved(tmp_path, "a.png", Image.new("RGB", (16, 60_000)))
-    assert pixels(read_one(tmp_path), 512).shape == (3, 512, 512)
+    assert image_tensor(read_one(tmp_path), 512).shape == (3, 512, 512)
 
 
 def test_the_digest_sees_picture_caption_and_mask_alone(masked):
@@ -668,7 +672,7 @@ def test_pictures_that_are_not_held_are_read_again_and_compared(masked):
     assert free.image == held.image and free.mask == held.mask
     assert torch.equal(mask_tensor(free, 4), mask_tensor(held, 4))
     saved(masks, "a.png", Image.new("L", (40, 30), 255))
-    assert "changed after the run began" in str(refused(opened, free))
+    assert "changed after the run began" in str(refused(load_image_and_mask, free))
 
 
 def test_sixteen_bits_keep_their_transparent_value(tmp_path):

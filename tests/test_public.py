@@ -190,7 +190,7 @@ def printed(folder: Path) -> dict[str, object]:
         "lora info": open_adaptation(folder / "m").info,
         "merged": merged,
         "subject": open_adaptation(folder / "m").subjects[0],
-        "update": next(iter(rex.products["unet"].values())),
+        "update": next(iter(rex.updates["unet"].values())),
         "record": record_of(rex),
         "library": customize.Library(folder),
         "decor": customize.Decor(avoid="beach"),

@@ -30,7 +30,7 @@ from customize.concepts.merge.merge_concepts import (
     read_record,
     trained_together,
 )
-from customize.concepts.slices.overlap import true_collisions
+from customize.concepts.slices.overlap import find_overlaps
 from customize.concepts.types import Concept
 from customize.core import crosstalk
 from customize.core.precision import full_precision
@@ -165,9 +165,9 @@ def inspect(
     strange = find_incompatibility(opened)
     if strange:
         return Inspection(facts, [f"They cannot be merged: {strange}."])
-    updates = {str(k): flattened(concept.products) for k, concept in enumerate(opened)}
+    updates = {str(k): flattened(concept.updates) for k, concept in enumerate(opened)}
     overlap = crosstalk.overlap_matrix(updates)
-    records = [record_beside(c.info.name, c.products, c.source) for c in opened]
+    records = [record_beside(c.info.name, c.updates, c.source) for c in opened]
     known = {str(k): flattened(each.own) for k, each in enumerate(records) if each is not None}
     answers = crosstalk.response_norms(updates, known) if len(known) == len(opened) else {}
     return Inspection(facts, describe_relations(opened), overlap, answers)
@@ -262,7 +262,7 @@ def describe_relations(concepts: Sequence[Adaptation]) -> list[str]:
         return [
             "They were learned in one run: what it learned is their sum, as load_custom has it."
         ]
-    colliding = [f"note: {found}" for found in true_collisions(concepts)]
+    colliding = [f"note: {found}" for found in find_overlaps(concepts)]
     plain = [concept.info.name for concept in concepts if concept.info.basis is None]
     if plain:
         return [
@@ -308,7 +308,7 @@ def describe_concept(concept: Adaptation) -> dict[str, str]:
 
 
 def _describe_lora(lora: Lora) -> dict[str, str]:
-    ranks = sorted({update.rank for own in lora.products.values() for update in own.values()})
+    ranks = sorted({update.rank for own in lora.updates.values() for update in own.values()})
     return {
         "name": lora.info.name,
         "trigger": lora.info.words or "none named",
@@ -327,11 +327,11 @@ def _describe_lora(lora: Lora) -> dict[str, str]:
 
 
 def _describe_sizes(concept: Adaptation) -> dict[str, str]:
-    parts = sorted(concept.products.items())
+    parts = sorted(concept.updates.items())
     count = sum(p.up.numel() + p.down.numel() for _, own in parts for p in own.values())
     if isinstance(concept, Lora):
         count += sum(len(v.values) for own in concept.vector_updates.values() for v in own.values())
-    return {"layers": _format_counts(concept.products) or "none", "numbers": f"{count:,}"}
+    return {"layers": _format_counts(concept.updates) or "none", "numbers": f"{count:,}"}
 
 
 def _format_counts(parts: Mapping[str, Mapping[str, object]]) -> str:

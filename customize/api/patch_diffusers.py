@@ -134,9 +134,9 @@ def _of_one_length(encode: Any) -> Any:
         state = state_of(self)
         if state is None or not state.is_layered:
             return found
-        from customize.concepts.tokens.layerwise_embeddings import of_one_length
+        from customize.concepts.tokens.layerwise_embeddings import match_lengths
 
-        return of_one_length(found)
+        return match_lengths(found)
 
     encode_prompt._customize_wrapped = True  # type: ignore[attr-defined]
     return encode_prompt

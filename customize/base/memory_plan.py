@@ -246,11 +246,11 @@ def measure_components(family: Family) -> PipelineSizes:
             continue
         working = TEXT_ACTIVATIONS_PER_WIDTH * _width(model) * _itemsize(model)
         if key == family.denoiser_key:
-            working = family.denoiser_numbers() * _itemsize(model)
+            working = family.denoiser_activations() * _itemsize(model)
         elif key == "vae":
-            working = family.decoder_numbers() * _itemsize(model)
+            working = family.decoder_activations() * _itemsize(model)
         parts[key] = _part(model, working)
-    tiled = family.decoder_numbers(tiled=True) * _itemsize(family.vae)
+    tiled = family.decoder_activations(tiled=True) * _itemsize(family.vae)
     cast = parts[family.denoiser_key].weights - _saved_by_casting(family.denoiser)
     return PipelineSizes(parts, family.denoiser_key, cast, tiled)
 

@@ -300,7 +300,7 @@ def _guided(pipe: Any, family: Family, plan: GenerationPlan) -> tuple[dict[str, 
         ConfigError: the pipeline has no such argument, or would ignore what it is given.
     """
     taken = inspect.signature(type(pipe).__call__).parameters
-    asked = family.guidance_call(plan.guidance, plan.negative)
+    asked = family.guidance_kwargs(plan.guidance, plan.negative)
     for name in asked:
         if name not in taken:
             raise ConfigError(
@@ -311,9 +311,9 @@ def _guided(pipe: Any, family: Family, plan: GenerationPlan) -> tuple[dict[str, 
     default = taken[family.guidance_argument].default
     scale, none = float(asked.get(family.guidance_argument, default)), family.no_guidance
     if family.is_guided(scale):
-        without = family.guides_by_negative and "negative_prompt" not in asked
+        without = family.guidance_needs_negative_prompt and "negative_prompt" not in asked
         return asked, None if without else scale
-    if plan.guidance is not None and scale > none and not family.guidance_is_an_input:
+    if plan.guidance is not None and scale > none and not family.has_guidance_input:
         raise ConfigError(
             "the base was distilled to draw without guidance, and ignores it",
             where="--guidance",
@@ -337,7 +337,7 @@ def _check_prompts(
 
     The base may have tokens of its own, as one that concepts were merged into.
     """
-    from customize.concepts.tokens.token_rows import known
+    from customize.concepts.tokens.token_rows import known_tokens
     from customize.families import family_of
     from customize.pipeline.state import tokenizers_of
 
@@ -350,7 +350,7 @@ def _check_prompts(
         unknown = [
             word
             for word in re.findall(r"<[a-z0-9_-]+>", prompt)
-            if word not in triggers and not any(known(each, [word]) for each in tokenizers)
+            if word not in triggers and not any(known_tokens(each, [word]) for each in tokenizers)
         ]
         if unknown:
             if not concepts:  # the call warns of those that attached concepts lack

@@ -48,7 +48,7 @@ def run(
     """
     check_png(plot, "--plot")
     concepts = open_all_without_pipeline(sources, family, ignore)
-    records = [record_beside(c.info.name, c.products, c.source) for c in concepts]
+    records = [record_beside(c.info.name, c.updates, c.source) for c in concepts]
     known = [record for record in records if record is not None]
     lacking = [c.info.name for c, r in zip(concepts, records, strict=True) if r is None]
     if layers or plot is not None:
@@ -207,7 +207,7 @@ def _labels(concepts: Sequence[Adaptation]) -> list[str]:
 
 
 def _updates(concepts: Sequence[Adaptation]) -> dict[str, dict[str, LowRank]]:
-    products = [flattened(concept.products) for concept in concepts]
+    products = [flattened(concept.updates) for concept in concepts]
     return dict(zip(_labels(concepts), products, strict=True))
 
 

@@ -151,7 +151,7 @@ def _write_lora(
 ) -> None:
     from customize.api.concept_files import merge
     from customize.concepts.formats.open_adaptation import open_all_without_pipeline
-    from customize.concepts.slices.overlap import true_collisions
+    from customize.concepts.slices.overlap import find_overlaps
 
     concepts = _named(open_all_without_pipeline(sources, family, ignore), names)
     merged = merge(
@@ -172,7 +172,7 @@ def _write_lora(
     )
     if merged.error:
         out.print(f"Truncation lost {merged.error:.1%} of the update.", markup=False)
-    for collision in true_collisions(concepts):
+    for collision in find_overlaps(concepts):
         out.print(f"note: {collision}", markup=False, soft_wrap=True)
     reader = "stock diffusers loads it" if layout == LAYOUTS[0] else "other programs load it"
     out.print(f"README.md in it says how {reader}.", markup=False)

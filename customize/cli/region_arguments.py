@@ -50,11 +50,14 @@ def check_regions(
     Raises:
         ConfigError: naming the words, and those of the prompt that are near.
     """
-    from customize.concepts.tokens.prompt_phrases import check, find
+    from customize.concepts.tokens.prompt_phrases import check_phrases, find_phrase
 
     for prompt in prompts if regions else ():
-        said = [words[key] if key in words and find(words[key], prompt) else key for key in regions]
-        check(prompt, said, [*words.values(), *words], _WHERE)
+        said = [
+            words[key] if key in words and find_phrase(words[key], prompt) else key
+            for key in regions
+        ]
+        check_phrases(prompt, said, [*words.values(), *words], _WHERE)
 
 
 def _box(text: str, region: str) -> tuple[float, ...] | None:

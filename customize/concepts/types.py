@@ -218,15 +218,15 @@ class Concept:
     """
 
     info: ConceptInfo
-    products: Mapping[str, Mapping[str, LowRank]]
+    updates: Mapping[str, Mapping[str, LowRank]]
     embeddings: Mapping[str, Tensor]
     source: Path | None = None
 
     def __post_init__(self) -> None:
-        if not self.products or not all(self.products.values()):
+        if not self.updates or not all(self.updates.values()):
             raise ConceptError(f"the concept {self.info.name} changes no layer")
         widths = set()
-        for component, updates in self.products.items():
+        for component, updates in self.updates.items():
             for module, update in updates.items():
                 where = f"{component}.{module}"
                 if not component.isidentifier() or not _MODULE.fullmatch(module):
@@ -282,7 +282,7 @@ class Concept:
         return (
             f"Concept({info.name}: {info.trigger}, a {info.class_word}, {tokens}; family "
             f"{info.family}, base {info.base}; {info.method}, rank {info.rank}; "
-            f"{counted(self.products)})"
+            f"{counted(self.updates)})"
         )
 
     def renamed(self, name: str) -> Concept:

@@ -94,7 +94,9 @@ def published_families() -> tuple[Family, ...]:
     pipeline can be compared with."""
     with torch.device("meta"):
         return tuple(
-            family(components) for family in FAMILIES.values() for components in family.published()
+            family(components)
+            for family in FAMILIES.values()
+            for components in family.published_models()
         )
 
 

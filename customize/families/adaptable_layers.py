@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from customize.errors import ConfigError
-from customize.families.original_layer_names import Rows
+from customize.families.original_layer_names import RowRange
 from customize.families.pipeline_components import Components, class_name, uncompiled
 from customize.near_names import suggest_names
 
@@ -27,7 +27,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
 
 
-class Layers(Components, ABC):
+class AdaptableLayers(Components, ABC):
     """The layers of a model's denoisers and CLIP text encoders."""
 
     #: The full names of the denoiser's attention projections.
@@ -76,7 +76,7 @@ class Layers(Components, ABC):
                 fix=suggest_names(component, (*denoisers, *self.clip_encoders)),
             )
         found: dict[str, tuple[int, ...]] = {}
-        for name, module in uncompiled(self._part(component)).named_modules():
+        for name, module in uncompiled(self._component(component)).named_modules():
             if _INSIDE_ADAPTER.search(name):
                 continue
             layer = getattr(module, "base_layer", module)
@@ -89,7 +89,7 @@ class Layers(Components, ABC):
 
     @classmethod
     @abstractmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         """The denoiser and CLIP text encoders of each size that was published.
 
         Made anew, without weights when called within ``torch.device("meta")``; for their layers'
@@ -103,7 +103,7 @@ class Layers(Components, ABC):
         """
         return {}
 
-    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+    def original_names(self) -> dict[str, tuple[RowRange, ...]]:
         """What the denoiser's layers are called in the files of those who made the model.
 
         Returns:
@@ -123,7 +123,7 @@ class Layers(Components, ABC):
             names and shapes of the adapter targets of all denoisers; "widths": component -> its
             targets' distinct input widths, ascending.
         """
-        lines = [self._kind]
+        lines = [self._architecture]
         for key in self.denoisers:
             prefix = "" if key == self.denoiser_key else f"{key}."
             targets = self.adapter_targets(key).items()
@@ -136,6 +136,6 @@ class Layers(Components, ABC):
         return {"family": self.name, "denoiser": digest, "widths": widths}
 
     @property
-    def _kind(self) -> str:
+    def _architecture(self) -> str:
         """The same name for denoisers that can take one another's concepts: mostly their class."""
         return class_name(self.denoiser)

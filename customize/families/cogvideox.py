@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from customize.errors import PipelineError
-from customize.families.ddpm import DiffusionFamily
+from customize.families.ddpm import DDPMFamily
 from customize.families.pipeline_components import NO_CONFIG, class_name
-from customize.families.tokenization import sent, tokenize
-from customize.families.video_vae import FramedFamily
+from customize.families.tokenization import to_device, tokenize
+from customize.families.video_vae import VideoVAEFamily
 
 #: How many T5 tokens the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 226
 
 
-class CogVideoX(FramedFamily, DiffusionFamily):
+class CogVideoX(VideoVAEFamily, DDPMFamily):
     """CogVideoXTransformer3DModel, T5EncoderModel, AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
     or CogVideoXDPMScheduler.
 
@@ -60,7 +60,7 @@ class CogVideoX(FramedFamily, DiffusionFamily):
         return class_name(components.get("transformer")) == "CogVideoXTransformer3DModel"
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import CogVideoXTransformer3DModel
 
         return [
@@ -69,9 +69,9 @@ class CogVideoX(FramedFamily, DiffusionFamily):
         ]
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        encoder = self._part("text_encoder")
-        ids = tokenize(self._part("tokenizer"), prompts, MAX_SEQUENCE_LENGTH).input_ids
-        return {"prompt_embeds": encoder(sent(ids, encoder.device))[0].to(encoder.dtype)}
+        encoder = self._component("text_encoder")
+        ids = tokenize(self._component("tokenizer"), prompts, MAX_SEQUENCE_LENGTH).input_ids
+        return {"prompt_embeds": encoder(to_device(ids, encoder.device))[0].to(encoder.dtype)}
 
     def predict(
         self,

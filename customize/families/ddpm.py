@@ -12,11 +12,11 @@ from torch import Tensor
 
 from customize.core import objectives
 from customize.errors import PipelineError
-from customize.families.family import Family, ones_like_batch
+from customize.families.family import Family, unit_weights
 from customize.families.pipeline_components import NO_CONFIG
 
 
-class DiffusionFamily(Family):
+class DDPMFamily(Family):
     """Any denoiser, and any scheduler of the DDPM kind."""
 
     default_density = "uniform"
@@ -40,7 +40,7 @@ class DiffusionFamily(Family):
 
     def loss_weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
         if min_snr_gamma is None:
-            return ones_like_batch(t)
+            return unit_weights(t)
         snr = objectives.snr(self._alphas(t), t)
         return objectives.min_snr_weight(snr, min_snr_gamma, self.prediction)
 

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from customize.families.adaptable_layers import Layers
+from customize.families.adaptable_layers import AdaptableLayers
 
 
-class Calls(Layers):
+class DenoiserInputs(AdaptableLayers):
     """How to read and change calls of the denoisers."""
 
     #: The denoiser's argument that holds the latents, with a row for each picture.
     latents_argument: ClassVar[str] = "hidden_states"
     #: Arguments that are lists with an entry for each row, where others are tensors.
-    listed_arguments: ClassVar[tuple[str, ...]] = ()
+    list_arguments: ClassVar[tuple[str, ...]] = ()
     #: Why no picture can be drawn with regions; empty where it can.
-    no_regions: ClassVar[str] = ""
+    regions_unsupported: ClassVar[str] = ""
 
-    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+    def denoiser_kwargs(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         """The arguments by which the denoiser is told prompts; the first holds their words.
 
         Args:
@@ -37,16 +37,16 @@ class Calls(Layers):
         """
         return {"encoder_hidden_states": conditions["prompt_embeds"]}
 
-    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """(rows, columns) of latents, or of tokens where the denoiser answers by tokens."""
         height, width = arguments[self.latents_argument][0].shape[-2:]
         return height, width
 
-    def spread(self, weights: Tensor, answer: Tensor) -> Tensor:
+    def broadcast_weights(self, weights: Tensor, answer: Tensor) -> Tensor:
         """Weights laid out as a picture's answer is, or its latents.
 
         Args:
-            weights: (rows, columns), as :meth:`grid` has them.
+            weights: (rows, columns), as :meth:`latent_grid` has them.
             answer: of one row of the batch.
 
         Returns:
@@ -54,18 +54,18 @@ class Calls(Layers):
         """
         return weights
 
-    def noise_share(self, arguments: Mapping[str, Any]) -> float:
+    def noise_level(self, arguments: Mapping[str, Any]) -> float:
         """How far from data the denoiser is told that the latents are: 1 is nothing but noise."""
-        return float(torch.as_tensor(arguments["timestep"]).max()) / self._time_scale
+        return float(torch.as_tensor(arguments["timestep"]).max()) / self._max_timestep
 
     @property
-    def _time_scale(self) -> float:
+    def _max_timestep(self) -> float:
         """What the denoiser is told for nothing but noise."""
         return float(self.components["scheduler"].config.num_train_timesteps)
 
 
-def over_tokens(weights: Tensor, answer: Tensor) -> Tensor:
-    """:meth:`Calls.spread` for an answer of (tokens, channels).
+def weights_per_token(weights: Tensor, answer: Tensor) -> Tensor:
+    """:meth:`DenoiserInputs.broadcast_weights` for an answer of (tokens, channels).
 
     Those of reference pictures come behind the picture that is drawn, and have no weight: what is
     answered for them is not used.
@@ -85,7 +85,7 @@ def grid_of_positions(positions: Tensor) -> tuple[int, int]:
     return int(own[:, 1].max()) + 1, int(own[:, 2].max()) + 1
 
 
-def rows_of(arguments: Mapping[str, Any], rows: Sequence[int], sizes: Mapping[int, int]) -> Any:
+def select_rows(arguments: Mapping[str, Any], rows: Sequence[int], sizes: Mapping[int, int]) -> Any:
     """Some rows of a call.
 
     Args:

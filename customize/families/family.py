@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from customize.errors import PipelineError
-from customize.families.denoiser_inputs import Calls
+from customize.families.denoiser_inputs import DenoiserInputs
 
 # Of a scheduler's configuration: what noise is added by, and what is the target; how it steps to
 # draw is left out.
@@ -27,10 +27,10 @@ _LEVELS = (
 )
 
 #: By booleans, true for keys that count, or by numbers that are added to the scores.
-Mask = Literal["boolean", "added"]
+MaskKind = Literal["boolean", "added"]
 
 
-class Family(Calls):
+class Family(DenoiserInputs):
     """The parts of one model that draws from prompts, and how they work together."""
 
     #: The density of :mod:`customize.core.objectives` that the family's models were trained with.
@@ -44,7 +44,7 @@ class Family(Calls):
     #: Whether diffusers has the models as modular pipelines only.
     modular_only: ClassVar[bool] = False
     #: How the denoiser's attention, and what condenses prompts, mask the padding of shorter ones.
-    attention_mask: ClassVar[Mask | None] = None
+    attention_mask: ClassVar[MaskKind | None] = None
     #: Whether cross-attention reads what the text encoders say as it is, with nothing between.
     reads_prompts_as_encoded: ClassVar[bool] = False
 
@@ -110,7 +110,7 @@ class Family(Calls):
             noisy: (batch, channels, height, width), any floating dtype, on the denoiser's device.
             t: (batch,), from :meth:`timesteps`.
             conditions: as :meth:`encode_prompts` gives, batch first.
-            guidance: the scale that denoisers with :attr:`guidance_is_an_input` take; at 1 they
+            guidance: the scale that denoisers with :attr:`has_guidance_input` take; at 1 they
                 answer what data are like, as training targets are.
 
         Returns:
@@ -139,7 +139,7 @@ class Family(Calls):
 
     # -- what is alike -----------------------------------------------------------------------
 
-    def configured(self) -> dict[str, Any]:
+    def relevant_config(self) -> dict[str, Any]:
         """What else than the weights decides on what is learned, as JSON values: the scheduler's
         levels of noise, and what the family takes from :attr:`pipeline_config`."""
         config = self.scheduler.config
@@ -155,7 +155,7 @@ class Family(Calls):
         return packed
 
     @property
-    def guidance_is_an_input(self) -> bool:
+    def has_guidance_input(self) -> bool:
         """Whether the denoiser was distilled to take the guidance scale as an input; then there is
         no second call for the empty prompt."""
         return False
@@ -166,26 +166,26 @@ class Family(Calls):
         Args:
             scale: of guidance, as the pipeline counts it.
         """
-        return scale > self.no_guidance and not self.guidance_is_an_input
+        return scale > self.no_guidance and not self.has_guidance_input
 
     @property
-    def guides_by_negative(self) -> bool:
+    def guidance_needs_negative_prompt(self) -> bool:
         """Whether the pipeline is guided only where it is given a negative prompt as well."""
         return False
 
     @property
     def guidance_argument(self) -> str:
         """What the pipeline's call names the scale of guidance."""
-        return "true_cfg_scale" if self.guides_by_negative else "guidance_scale"
+        return "true_cfg_scale" if self.guidance_needs_negative_prompt else "guidance_scale"
 
-    def guidance_call(self, scale: float | None, negative: str | None) -> dict[str, Any]:
+    def guidance_kwargs(self, scale: float | None, negative: str | None) -> dict[str, Any]:
         """The arguments by which the pipeline's call is guided.
 
         Args:
             scale: as the pipeline counts it; None: its own.
             negative: the prompt to lead away from; None: the empty one.
         """
-        if self.guides_by_negative and negative is None and scale is not None:
+        if self.guidance_needs_negative_prompt and negative is None and scale is not None:
             negative = ""
         asked = {self.guidance_argument: scale, "negative_prompt": negative}
         return {name: value for name, value in asked.items() if value is not None}
@@ -208,7 +208,7 @@ class Family(Calls):
         """
         return dict(empty)
 
-    def guide(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
+    def apply_guidance(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598) as the pipeline has it.
 
         Args:
@@ -241,7 +241,7 @@ class Family(Calls):
             )
         shift, scale = self._latent_scaling()
         posterior = encoded.latent_dist
-        mean, std = (self._as_latents(x.float()) for x in (posterior.mean, posterior.std))
+        mean, std = (self._to_denoiser_layout(x.float()) for x in (posterior.mean, posterior.std))
         return (mean - shift) * scale, std * scale
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -249,9 +249,11 @@ class Family(Calls):
         vae = self.vae
         shift, scale = self._latent_scaling()
         encoded = latents.to(vae.device, torch.float32) / scale + shift
-        return vae.decode(self._as_encoded(encoded).to(vae.dtype)).sample.float().clamp(-1.0, 1.0)
+        return (
+            vae.decode(self._to_vae_layout(encoded).to(vae.dtype)).sample.float().clamp(-1.0, 1.0)
+        )
 
-    def denoiser_numbers(self) -> int:
+    def denoiser_activations(self) -> int:
         """How many numbers the denoiser holds at most beside its weights, for one picture of the
         default resolution: a bound from above, at most twice what its layers allocate.
 
@@ -263,11 +265,11 @@ class Family(Calls):
             fix="use the pipeline's own offloading and tiling",
         )
 
-    def decoder_numbers(self, tiled: bool = False) -> int:
-        """What :meth:`denoiser_numbers` is, for decoding that picture whole or in tiles."""
+    def decoder_activations(self, tiled: bool = False) -> int:
+        """What :meth:`denoiser_activations` is, for decoding that picture whole or in tiles."""
         side = self.default_resolution
         if tiled:
-            side = min(side, self._tile)
+            side = min(side, self._tile_size)
         return self._decoder_width * side**2
 
     @property
@@ -294,16 +296,16 @@ class Family(Calls):
         return 7 * self.vae.config.block_out_channels[0]
 
     @property
-    def _tile(self) -> int:
+    def _tile_size(self) -> int:
         """The height and width in pixels of the autoencoder's tiles."""
         return self.vae.tile_latent_min_size * self._vae_factor
 
-    def _as_latents(self, encoded: Tensor) -> Tensor:
+    def _to_denoiser_layout(self, encoded: Tensor) -> Tensor:
         """What the autoencoder encodes, laid out as the denoiser's latents are."""
         return encoded
 
-    def _as_encoded(self, latents: Tensor) -> Tensor:
-        """The inverse of :meth:`_as_latents`."""
+    def _to_vae_layout(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`_to_denoiser_layout`."""
         return latents
 
     @property
@@ -322,6 +324,6 @@ class Family(Calls):
             )
 
 
-def ones_like_batch(t: Tensor) -> Tensor:
+def unit_weights(t: Tensor) -> Tensor:
     """A loss weight of 1 for each sample of t: (batch,), float32."""
     return torch.ones(t.shape[0], device=t.device)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from customize.families.denoiser_inputs import grid_of_positions
-from customize.families.original_layer_names import Rows, clip_text_model, original_rows
+from customize.families.original_layer_names import RowRange, clip_text_model, original_rows
 from customize.families.pipeline_components import class_name
-from customize.families.rectified_flow import PackedFamily
-from customize.families.tokenization import sent, tokenize
+from customize.families.rectified_flow import PackedLatentsFamily
+from customize.families.tokenization import to_device, tokenize
 
 #: How many T5 tokens the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
@@ -61,7 +61,7 @@ _ORIGINALS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Flux(PackedFamily):
+class Flux(PackedLatentsFamily):
     """FluxTransformer2DModel, CLIPTextModel, T5EncoderModel, AutoencoderKL, and a flow-matching
     scheduler."""
 
@@ -78,19 +78,19 @@ class Flux(PackedFamily):
         return class_name(components.get("transformer")) == "FluxTransformer2DModel"
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import FluxTransformer2DModel
 
         transformer = FluxTransformer2DModel(guidance_embeds=True)
         return [{"transformer": transformer, "text_encoder": clip_text_model(768, 12)}]
 
-    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+    def original_names(self) -> dict[str, tuple[RowRange, ...]]:
         # There the last modulation gives the shift first, and here the scale.
         layers = self.layers(self.denoiser_key)
         return original_rows(layers, _ORIGINALS, lambda name, _: name == "norm_out.linear")
 
     def kohya_metadata(self) -> dict[str, str]:
-        kind = "dev" if self.guidance_is_an_input else "schnell"
+        kind = "dev" if self.has_guidance_input else "schnell"
         return {
             "ss_network_module": "networks.lora_flux",
             "ss_base_model_version": "flux1",
@@ -100,12 +100,12 @@ class Flux(PackedFamily):
         }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        tokenizer, clip = self._part("tokenizer"), self._part("text_encoder")
+        tokenizer, clip = self._component("tokenizer"), self._component("text_encoder")
         ids = tokenize(tokenizer, prompts, tokenizer.model_max_length).input_ids
-        pooled = clip(sent(ids, clip.device)).pooler_output
-        t5 = self._part("text_encoder_2")
-        ids = tokenize(self._part("tokenizer_2"), prompts, MAX_SEQUENCE_LENGTH).input_ids
-        hidden = t5(sent(ids, t5.device))[0]
+        pooled = clip(to_device(ids, clip.device)).pooler_output
+        t5 = self._component("text_encoder_2")
+        ids = tokenize(self._component("tokenizer_2"), prompts, MAX_SEQUENCE_LENGTH).input_ids
+        hidden = t5(to_device(ids, t5.device))[0]
         return {
             "prompt_embeds": hidden.to(pooled.device, t5.dtype),
             "pooled_prompt_embeds": pooled.to(clip.dtype),
@@ -123,7 +123,7 @@ class Flux(PackedFamily):
         height, width = noisy.shape[-2:]
         prompt = conditions["prompt_embeds"].to(dtype)
         scale = None
-        if self.guidance_is_an_input:
+        if self.has_guidance_input:
             scale = torch.full((len(noisy),), guidance, device=noisy.device)
         answer = transformer(
             hidden_states=self.pack(noisy.to(dtype)),
@@ -137,21 +137,21 @@ class Flux(PackedFamily):
         )[0]
         return self.unpack(answer, height, width)
 
-    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+    def denoiser_kwargs(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         pooled = conditions["pooled_prompt_embeds"]
-        return super().told(conditions) | {"pooled_projections": pooled}
+        return super().denoiser_kwargs(conditions) | {"pooled_projections": pooled}
 
-    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         return grid_of_positions(arguments["img_ids"])
 
     @property
     def default_guidance(self) -> float:  # type: ignore[override]
-        return 3.5 if self.guidance_is_an_input else self.no_guidance
+        return 3.5 if self.has_guidance_input else self.no_guidance
 
     @property
-    def guides_by_negative(self) -> bool:
-        return not self.guidance_is_an_input
+    def guidance_needs_negative_prompt(self) -> bool:
+        return not self.has_guidance_input
 
     @property
-    def guidance_is_an_input(self) -> bool:
+    def has_guidance_input(self) -> bool:
         return bool(self.denoiser.config.guidance_embeds)

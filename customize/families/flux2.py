@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from customize.families.denoiser_inputs import grid_of_positions
-from customize.families.flux2_vae import PatchedFamily
-from customize.families.original_layer_names import Rows, original_rows
+from customize.families.flux2_vae import Flux2VAEFamily
+from customize.families.original_layer_names import RowRange, original_rows
 from customize.families.pipeline_components import class_name
-from customize.families.rectified_flow import PackedFamily
-from customize.families.tokenization import sent, tokenize
+from customize.families.rectified_flow import PackedLatentsFamily
+from customize.families.tokenization import to_device, tokenize
 
 #: How many tokens of prompt and template the pipelines take by default.
 MAX_SEQUENCE_LENGTH = 512
@@ -84,7 +84,7 @@ _ORIGINALS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Flux2(PatchedFamily, PackedFamily):
+class Flux2(Flux2VAEFamily, PackedLatentsFamily):
     """Flux2Transformer2DModel, a Mistral3ForConditionalGeneration or Qwen3ForCausalLM,
     AutoencoderKLFlux2, and a flow-matching scheduler."""
 
@@ -98,30 +98,30 @@ class Flux2(PatchedFamily, PackedFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
     patch = 1
-    _held = 24  # its later blocks project to nine widths at once
+    _width_factor = 24  # its later blocks project to nine widths at once
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "Flux2Transformer2DModel"
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import Flux2Transformer2DModel
 
         return [{"transformer": Flux2Transformer2DModel(**size)} for size in _PUBLISHED]
 
-    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+    def original_names(self) -> dict[str, tuple[RowRange, ...]]:
         # There the last modulation gives the shift first, and here the scale.
         layers = self.layers(self.denoiser_key)
         return original_rows(layers, _ORIGINALS, lambda name, _: name == "norm_out.linear")
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        encoder = self._part("text_encoder")
+        encoder = self._component("text_encoder")
         mistral = class_name(encoder).startswith("Mistral")
         tokens = self._mistral_tokens(prompts) if mistral else self._qwen_tokens(prompts)
         states = encoder(
-            input_ids=sent(tokens["input_ids"], encoder.device),
-            attention_mask=sent(tokens["attention_mask"], encoder.device),
+            input_ids=to_device(tokens["input_ids"], encoder.device),
+            attention_mask=to_device(tokens["attention_mask"], encoder.device),
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states
@@ -140,7 +140,7 @@ class Flux2(PatchedFamily, PackedFamily):
         dtype = self._denoiser_dtype
         prompt = conditions["prompt_embeds"].to(dtype)
         scale = None
-        if self.guidance_is_an_input:
+        if self.has_guidance_input:
             scale = torch.full((len(noisy),), guidance, device=noisy.device)
         # Time, row, column, and place in the prompt.
         places = torch.arange(prompt.shape[1], device=noisy.device)[:, None]
@@ -155,15 +155,15 @@ class Flux2(PatchedFamily, PackedFamily):
         )[0]
         return self.unpack(answer, *noisy.shape[-2:])
 
-    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         return grid_of_positions(arguments["img_ids"])
 
     @property
-    def guidance_is_an_input(self) -> bool:
+    def has_guidance_input(self) -> bool:
         return bool(self.denoiser.config.guidance_embeds)
 
-    def configured(self) -> dict[str, Any]:
-        return super().configured() | {"is_distilled": self._is_distilled}
+    def relevant_config(self) -> dict[str, Any]:
+        return super().relevant_config() | {"is_distilled": self._is_distilled}
 
     def is_guided(self, scale: float) -> bool:
         return super().is_guided(scale) and not self._is_distilled
@@ -187,7 +187,7 @@ class Flux2(PatchedFamily, PackedFamily):
 
         # The processor would take the word for a picture.
         asked = [said("user", prompt.replace("[IMG]", "")) for prompt in prompts]
-        return self._part("tokenizer").apply_chat_template(
+        return self._component("tokenizer").apply_chat_template(
             [[said("system", SYSTEM_MESSAGE), message] for message in asked],
             add_generation_prompt=False,
             tokenize=True,
@@ -201,7 +201,7 @@ class Flux2(PatchedFamily, PackedFamily):
         )
 
     def _qwen_tokens(self, prompts: Sequence[str]) -> Any:
-        tokenizer = self._part("tokenizer")
+        tokenizer = self._component("tokenizer")
         texts = [
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],

@@ -8,15 +8,15 @@ from torch.nn import functional
 from customize.families.family import Family
 
 
-class PatchedFamily(Family):
+class Flux2VAEFamily(Family):
     """AutoencoderKLFlux2: a latent is a square of 2 x 2 of what it encodes, normalised by the
     statistics that it keeps."""
 
-    def _as_latents(self, encoded: Tensor) -> Tensor:
+    def _to_denoiser_layout(self, encoded: Tensor) -> Tensor:
         """(batch, channels, h, w) to (batch, channels * 4, h / 2, w / 2)."""
         return functional.pixel_unshuffle(encoded, 2)
 
-    def _as_encoded(self, latents: Tensor) -> Tensor:
+    def _to_vae_layout(self, latents: Tensor) -> Tensor:
         return functional.pixel_shuffle(latents, 2)
 
     def _latent_scaling(self) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from customize.errors import PipelineError
-from customize.families.denoiser_inputs import over_tokens
-from customize.families.flux2_vae import PatchedFamily
+from customize.families.denoiser_inputs import weights_per_token
+from customize.families.flux2_vae import Flux2VAEFamily
 from customize.families.pipeline_components import class_name
-from customize.families.rectified_flow import FlowFamily
-from customize.families.tokenization import padded, sent
+from customize.families.rectified_flow import RectifiedFlowFamily
+from customize.families.tokenization import pad_sequences, to_device
 
 #: How many tokens of prompt and template the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 8192
@@ -32,7 +32,7 @@ _LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)  # of the LLM, whose states are the con
 _POSITION = 0.5  # of a picture's token, per row and column
 
 
-class Flux3(PatchedFamily, FlowFamily):
+class Flux3(Flux2VAEFamily, RectifiedFlowFamily):
     """Flux3Transformer2DModel, a Qwen3-VL with its processor, AutoencoderKLFlux2, and a
     flow-matching scheduler.
 
@@ -55,7 +55,7 @@ class Flux3(PatchedFamily, FlowFamily):
         return class_name(components.get("transformer")) == "Flux3Transformer2DModel"
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import Flux3Transformer2DModel
 
         return [{"transformer": Flux3Transformer2DModel()}]
@@ -66,7 +66,7 @@ class Flux3(PatchedFamily, FlowFamily):
         where they begin."""
         rows = [self._encode(prompt) for prompt in prompts]
         lengths = torch.tensor([len(row) for row in rows])
-        return {"prompt_embeds": padded(rows), "prompt_lengths": lengths}
+        return {"prompt_embeds": pad_sequences(rows), "prompt_lengths": lengths}
 
     def predict(
         self,
@@ -103,21 +103,21 @@ class Flux3(PatchedFamily, FlowFamily):
                 rows[index] = answer.transpose(0, 1).unflatten(1, (height, width))
         return torch.stack(rows)
 
-    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """As :meth:`Calls.told`, for prompts of one length: the pipeline takes one at a time."""
+    def denoiser_kwargs(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        """As the base class, for prompts of one length: the pipeline takes one at a time."""
         length = int(conditions["prompt_lengths"].max())
-        return super().told({"prompt_embeds": conditions["prompt_embeds"][:, :length]}) | {
-            "txt_ids": _text_positions(length, conditions["prompt_embeds"].device)
-        }
+        return super().denoiser_kwargs(
+            {"prompt_embeds": conditions["prompt_embeds"][:, :length]}
+        ) | {"txt_ids": _text_positions(length, conditions["prompt_embeds"].device)}
 
-    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         rows, columns = (arguments["img_ids"][:, 1:3].amax(0) / _POSITION).round().int().tolist()
         return rows + 1, columns + 1
 
-    _time_scale = 1.0
+    _max_timestep = 1.0
 
-    def spread(self, weights: Tensor, answer: Tensor) -> Tensor:
-        return over_tokens(weights, answer)
+    def broadcast_weights(self, weights: Tensor, answer: Tensor) -> Tensor:
+        return weights_per_token(weights, answer)
 
     @property
     def default_resolution(self) -> int:
@@ -129,7 +129,7 @@ class Flux3(PatchedFamily, FlowFamily):
 
     def _encode(self, prompt: str) -> Tensor:
         """(tokens, layers * width): by itself, as the pipeline encodes it."""
-        processor, encoder = self._part("tokenizer"), self._part("text_encoder")
+        processor, encoder = self._component("tokenizer"), self._component("text_encoder")
         text = processor.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
@@ -143,9 +143,9 @@ class Flux3(PatchedFamily, FlowFamily):
         # Where padding lies is told, because versions of transformers place it differently.
         places = torch.arange(window)[None].masked_fill(tokens.attention_mask == 0, 1)
         states = encoder(
-            input_ids=sent(tokens.input_ids, encoder.device),
-            attention_mask=sent(tokens.attention_mask, encoder.device),
-            position_ids=sent(places, encoder.device),
+            input_ids=to_device(tokens.input_ids, encoder.device),
+            attention_mask=to_device(tokens.attention_mask, encoder.device),
+            position_ids=to_device(places, encoder.device),
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states

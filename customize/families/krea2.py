@@ -17,8 +17,8 @@ from torch.nn import functional
 from customize.errors import PipelineError
 from customize.families.denoiser_inputs import grid_of_positions
 from customize.families.pipeline_components import class_name
-from customize.families.tokenization import sent, tokenize
-from customize.families.video_vae import FirstFrameFamily
+from customize.families.tokenization import to_device, tokenize
+from customize.families.video_vae import QwenImageVAEFamily
 
 #: How many tokens of prompt and template the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
@@ -35,7 +35,7 @@ _LAYERS = tuple(range(2, 36, 3))
 _DISTILLED_MU = 1.15
 
 
-class Krea2(FirstFrameFamily):
+class Krea2(QwenImageVAEFamily):
     """Krea2Transformer2DModel, a Qwen3VLModel, AutoencoderKLQwenImage, and a flow-matching
     scheduler whose shift grows with the picture."""
 
@@ -55,13 +55,13 @@ class Krea2(FirstFrameFamily):
         return class_name(components.get("transformer")) == "Krea2Transformer2DModel"
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import Krea2Transformer2DModel
 
         return [{"transformer": Krea2Transformer2DModel()}]
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        tokenizer, encoder = self._part("tokenizer"), self._part("text_encoder")
+        tokenizer, encoder = self._component("tokenizer"), self._component("text_encoder")
         layers = self._layers()
         length = MAX_SEQUENCE_LENGTH + _PREFIX_TOKENS - _SUFFIX_TOKENS
         own = tokenize(tokenizer, [_PREFIX + prompt for prompt in prompts], length)
@@ -70,11 +70,11 @@ class Krea2(FirstFrameFamily):
         mask = torch.cat([own.attention_mask, end.attention_mask], dim=1).bool()
         # The filling lies before the suffix, and isn't counted.
         places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        mask = sent(mask, encoder.device)
+        mask = to_device(mask, encoder.device)
         states = encoder(
-            input_ids=sent(ids, encoder.device),
+            input_ids=to_device(ids, encoder.device),
             attention_mask=mask,
-            position_ids=sent(places, encoder.device).expand(3, -1, -1),
+            position_ids=to_device(places, encoder.device).expand(3, -1, -1),
             output_hidden_states=True,
         ).hidden_states
         read = torch.stack([states[i][:, _PREFIX_TOKENS:] for i in layers], dim=2)
@@ -101,11 +101,11 @@ class Krea2(FirstFrameFamily):
         )[0]
         return self.unpack(answer, *noisy.shape[-2:])
 
-    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+    def denoiser_kwargs(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         mask = conditions["prompt_embeds_mask"]
-        return super().told(conditions) | {"encoder_attention_mask": mask}
+        return super().denoiser_kwargs(conditions) | {"encoder_attention_mask": mask}
 
-    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         # The prompt's tokens are all at the origin.
         return grid_of_positions(arguments["position_ids"])
 
@@ -118,8 +118,8 @@ class Krea2(FirstFrameFamily):
     def default_resolution(self) -> int:
         return 1024  # the pipeline's, whatever the autoencoder's factor
 
-    def configured(self) -> dict[str, Any]:
-        return super().configured() | {
+    def relevant_config(self) -> dict[str, Any]:
+        return super().relevant_config() | {
             "is_distilled": self._is_distilled,
             "text_encoder_select_layers": list(self._layers()),
         }

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from customize.families.pipeline_components import class_name, modules_named
-from customize.families.rectified_flow import FlowFamily
-from customize.families.tokenization import sent
-from customize.families.video_vae import FramedFamily
+from customize.families.rectified_flow import RectifiedFlowFamily
+from customize.families.tokenization import to_device
+from customize.families.video_vae import VideoVAEFamily
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 1024
 
 
-class LTX2(FramedFamily, FlowFamily):
+class LTX2(VideoVAEFamily, RectifiedFlowFamily):
     """LTX2VideoTransformer3DModel, a Gemma, LTX2TextConnectors, AutoencoderKLLTX2Video, and a
     flow-matching scheduler whose shift grows with the picture."""
 
@@ -42,14 +42,14 @@ class LTX2(FramedFamily, FlowFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder", "connectors")
     attention_mask = "added"
-    no_regions = "the picture attends to the sound, which hears the whole prompt"
+    regions_unsupported = "the picture attends to the sound, which hears the whole prompt"
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "LTX2VideoTransformer3DModel"
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import LTX2VideoTransformer3DModel
 
         later = {
@@ -65,8 +65,8 @@ class LTX2(FramedFamily, FlowFamily):
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """As :meth:`Family.encode_prompts`, but condensed by the video's connector, as the pipeline
         does it after encoding: the states of all layers are some fifty times as large."""
-        encoder, connectors = self._part("text_encoder"), self._part("connectors")
-        tokens = self._part("tokenizer")(
+        encoder, connectors = self._component("text_encoder"), self._component("connectors")
+        tokens = self._component("tokenizer")(
             [prompt.strip() for prompt in prompts],
             padding="max_length",
             padding_side="left",
@@ -74,9 +74,9 @@ class LTX2(FramedFamily, FlowFamily):
             truncation=True,
             return_tensors="pt",
         )
-        mask = sent(tokens.attention_mask, encoder.device)
+        mask = to_device(tokens.attention_mask, encoder.device)
         states = encoder(
-            input_ids=sent(tokens.input_ids, encoder.device),
+            input_ids=to_device(tokens.input_ids, encoder.device),
             attention_mask=mask,
             output_hidden_states=True,
         ).hidden_states

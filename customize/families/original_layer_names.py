@@ -10,7 +10,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowRange:
     """Rows ``start:stop`` of a layer's weight."""
 
     module: str
@@ -22,7 +22,7 @@ def original_rows(
     layers: Mapping[str, tuple[int, int]],
     templates: Mapping[str, Sequence[str]],
     is_swapped: Callable[[str, tuple[int, int]], bool] = lambda module, shape: False,
-) -> dict[str, tuple[Rows, ...]]:
+) -> dict[str, tuple[RowRange, ...]]:
     """:meth:`Family.original_names` from names with ``{}`` for the number of a block.
 
     Args:
@@ -41,9 +41,9 @@ def original_rows(
             for module in ours:
                 out, half = layers[module][0], layers[module][0] // 2
                 if is_swapped(module, layers[module]):
-                    rows += [Rows(module, half, out), Rows(module, 0, half)]
+                    rows += [RowRange(module, half, out), RowRange(module, 0, half)]
                 else:
-                    rows.append(Rows(module, 0, out))
+                    rows.append(RowRange(module, 0, out))
             found[original.format(number)] = tuple(rows)
     return found
 

@@ -71,7 +71,7 @@ class Components:
     @property
     def denoiser(self) -> Any:
         """The UNet or transformer; where there are several, the one for the most noise."""
-        return self._part(self.denoiser_key)
+        return self._component(self.denoiser_key)
 
     @property
     def denoisers(self) -> dict[str, Any]:
@@ -87,12 +87,12 @@ class Components:
     @property
     def vae(self) -> Any:
         """The autoencoder."""
-        return self._part("vae")
+        return self._component("vae")
 
     @property
     def scheduler(self) -> Any:
         """The pipeline's scheduler; its configuration is read, its state left alone."""
-        return self._part("scheduler")
+        return self._component("scheduler")
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
@@ -117,7 +117,7 @@ class Components:
     def token_dictionaries(self) -> list[TokenDictionary]:
         """The vocabularies that a new token must join, one for each CLIP text encoder."""
         return [
-            TokenDictionary(key, self._part(self.clip_encoders[key]), encoder)
+            TokenDictionary(key, self._component(self.clip_encoders[key]), encoder)
             for key, encoder in self.text_encoders.items()
         ]
 
@@ -131,7 +131,7 @@ class Components:
             self._dtype_seen = seen = (id(denoiser), stored, denoiser.dtype)
         return seen[2]
 
-    def _part(self, key: str) -> Any:
+    def _component(self, key: str) -> Any:
         part = self.components.get(key)
         if part is None:
             raise PipelineError(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from customize.families.pipeline_components import class_name
-from customize.families.tokenization import padded, sent, unpadded
-from customize.families.video_vae import FirstFrameFamily
+from customize.families.tokenization import pad_sequences, to_device, unpad_sequences
+from customize.families.video_vae import QwenImageVAEFamily
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
@@ -29,7 +29,7 @@ _TEMPLATE_TOKENS = 34  # of the template before the prompt, by the model's own t
 _TOKENIZER_LENGTH = 1024
 
 
-class QwenImage(FirstFrameFamily):
+class QwenImage(QwenImageVAEFamily):
     """QwenImageTransformer2DModel, a Qwen2.5-VL, AutoencoderKLQwenImage, and a flow-matching
     scheduler whose shift grows with the picture."""
 
@@ -43,14 +43,14 @@ class QwenImage(FirstFrameFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
     attention_mask = "boolean"
-    guides_by_negative = True
+    guidance_needs_negative_prompt = True
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
         return class_name(components.get("transformer")) == "QwenImageTransformer2DModel"
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import QwenImageTransformer2DModel
 
         return [{"transformer": QwenImageTransformer2DModel()}]
@@ -65,8 +65,8 @@ class QwenImage(FirstFrameFamily):
         }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        encoder = self._part("text_encoder")
-        tokens = self._part("tokenizer")(
+        encoder = self._component("text_encoder")
+        tokens = self._component("tokenizer")(
             [_TEMPLATE.format(prompt) for prompt in prompts],
             max_length=_TOKENIZER_LENGTH + _TEMPLATE_TOKENS,
             padding=True,
@@ -74,16 +74,16 @@ class QwenImage(FirstFrameFamily):
             return_tensors="pt",
         )
         states = encoder(
-            input_ids=sent(tokens.input_ids, encoder.device),
-            attention_mask=sent(tokens.attention_mask, encoder.device),
+            input_ids=to_device(tokens.input_ids, encoder.device),
+            attention_mask=to_device(tokens.attention_mask, encoder.device),
             output_hidden_states=True,
         ).hidden_states[-1]
         read = slice(_TEMPLATE_TOKENS, _TEMPLATE_TOKENS + MAX_SEQUENCE_LENGTH)
-        rows = [row[read] for row in unpadded(states, tokens.attention_mask)]
+        rows = [row[read] for row in unpad_sequences(states, tokens.attention_mask)]
         masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
         return {
-            "prompt_embeds": padded([row.to(encoder.dtype) for row in rows]),
-            "prompt_embeds_mask": padded(masks),
+            "prompt_embeds": pad_sequences([row.to(encoder.dtype) for row in rows]),
+            "prompt_embeds_mask": pad_sequences(masks),
         }
 
     def predict(
@@ -106,18 +106,18 @@ class QwenImage(FirstFrameFamily):
         )[0]
         return self.unpack(answer, height, width)
 
-    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+    def denoiser_kwargs(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         mask = conditions["prompt_embeds_mask"]
-        return super().told(conditions) | {"encoder_hidden_states_mask": mask}
+        return super().denoiser_kwargs(conditions) | {"encoder_hidden_states_mask": mask}
 
-    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         first = arguments["img_shapes"][0]  # of reference pictures too, behind the one to draw
         _, rows, columns = first[0] if isinstance(first, list) else first
         return rows, columns
 
-    def guide(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
+    def apply_guidance(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
         # Each token keeps the length that it has without guidance.
-        guided = self.pack(super().guide(plain, asked, scale))
+        guided = self.pack(super().apply_guidance(plain, asked, scale))
         length = self.pack(asked).norm(dim=-1, keepdim=True)
         kept = guided * (length / guided.norm(dim=-1, keepdim=True))
         return self.unpack(kept, *asked.shape[-2:])

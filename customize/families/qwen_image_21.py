@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from customize.families.pipeline_components import class_name
-from customize.families.tokenization import padded, sent, unpadded
-from customize.families.video_vae import FirstFrameFamily
+from customize.families.tokenization import pad_sequences, to_device, unpad_sequences
+from customize.families.video_vae import QwenImageVAEFamily
 
 _SYSTEM = "Comprehend and analyze the provided prompt."
 _TEMPLATE = (
@@ -26,7 +26,7 @@ _TEMPLATE = (
 _SLOT = 4  # of the picture's tokens for one of the LLM's
 
 
-class QwenImage21(FirstFrameFamily):
+class QwenImage21(QwenImageVAEFamily):
     """QwenImage21Transformer2DModel, a Qwen3VLForConditionalGeneration, AutoencoderKLQwenImage21,
     and a flow-matching scheduler."""
 
@@ -36,8 +36,8 @@ class QwenImage21(FirstFrameFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
     attention_mask = "boolean"
-    guides_by_negative = True
-    no_regions = "the denoiser keeps what it read of the prompt from step to step"
+    guidance_needs_negative_prompt = True
+    regions_unsupported = "the denoiser keeps what it read of the prompt from step to step"
     patch = 1
 
     @classmethod
@@ -45,7 +45,7 @@ class QwenImage21(FirstFrameFamily):
         return class_name(components.get("transformer")) == "QwenImage21Transformer2DModel"
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import QwenImage21Transformer2DModel
 
         return [{"transformer": QwenImage21Transformer2DModel()}]
@@ -53,7 +53,7 @@ class QwenImage21(FirstFrameFamily):
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """As :meth:`Family.encode_prompts`, but instead of the mask "prompt_lengths",
         (len(prompts),), on the CPU, tells where "prompt_embeds" are filled up with zeros."""
-        processor, encoder = self._part("processor"), self._part("text_encoder")
+        processor, encoder = self._component("processor"), self._component("text_encoder")
         tokens = processor(
             # An empty prompt is a space.
             text=[_TEMPLATE.format(prompt or " ") for prompt in prompts],
@@ -66,14 +66,19 @@ class QwenImage21(FirstFrameFamily):
         hook = language.norm.register_forward_hook(lambda _, inputs, output: inputs[0])
         try:
             states = encoder(
-                **{name: sent(values, encoder.device) for name, values in tokens.items()},
+                **{name: to_device(values, encoder.device) for name, values in tokens.items()},
                 output_hidden_states=True,
                 logits_to_keep=1,
             ).hidden_states[-1]
         finally:
             hook.remove()
-        rows = [row[self._system_tokens() :] for row in unpadded(states, tokens.attention_mask)]
-        return {"prompt_embeds": padded(rows), "prompt_lengths": torch.tensor(list(map(len, rows)))}
+        rows = [
+            row[self._system_tokens() :] for row in unpad_sequences(states, tokens.attention_mask)
+        ]
+        return {
+            "prompt_embeds": pad_sequences(rows),
+            "prompt_lengths": torch.tensor(list(map(len, rows))),
+        }
 
     def predict(
         self,
@@ -121,9 +126,9 @@ class QwenImage21(FirstFrameFamily):
         config = self.vae.config
         return 24 * (config.decoder_base_dim or config.base_dim)
 
-    def configured(self) -> dict[str, Any]:
+    def relevant_config(self) -> dict[str, Any]:
         own = self.pipeline_config.get("sample_sigmas")
-        return super().configured() | ({"sample_sigmas": list(own)} if own else {})
+        return super().relevant_config() | ({"sample_sigmas": list(own)} if own else {})
 
     def _levels(self, steps: int) -> Any:
         # A model may come with levels of its own, however many steps are asked for.
@@ -132,7 +137,7 @@ class QwenImage21(FirstFrameFamily):
     def _system_tokens(self) -> int:
         """How many tokens of the template are cut off again."""
         system = [{"role": "system", "content": [{"type": "text", "text": _SYSTEM}]}]
-        tokens = self._part("processor").apply_chat_template(
+        tokens = self._component("processor").apply_chat_template(
             system, tokenize=True, return_dict=False
         )
         return len(tokens[0])

@@ -17,14 +17,14 @@ from torch.nn import functional
 
 from customize.core import objectives
 from customize.errors import ConfigError, PipelineError
-from customize.families.denoiser_inputs import over_tokens
-from customize.families.family import Family, ones_like_batch
+from customize.families.denoiser_inputs import weights_per_token
+from customize.families.family import Family, unit_weights
 
 # As many as the pipelines of these families take by default, or more.
 _PROMPT_TOKENS = 512
 
 
-class FlowFamily(Family):
+class RectifiedFlowFamily(Family):
     """A transformer that answers the velocity ``noise - latents``, and a flow-matching scheduler.
 
     The scheduler's shift is fixed, or it grows with the number of picture tokens.
@@ -33,12 +33,12 @@ class FlowFamily(Family):
     denoiser_key = "transformer"
     default_density = "logit_normal"
     #: How many numbers the denoiser holds at most for each token and each of its width.
-    _held: ClassVar[int] = 18
+    _width_factor: ClassVar[int] = 18
 
-    def configured(self) -> dict[str, Any]:
+    def relevant_config(self) -> dict[str, Any]:
         # Some schedulers' can be set anew, which their configuration does not tell.
         shift = getattr(self.scheduler, "shift", None)
-        return super().configured() | ({} if shift is None else {"shift": float(shift)})
+        return super().relevant_config() | ({} if shift is None else {"shift": float(shift)})
 
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """float32 in (0, train timesteps): sigma after the shift that the pipeline also applies to
@@ -62,7 +62,7 @@ class FlowFamily(Family):
                 where=f"family {self.name}",
                 fix="leave min-SNR out, and choose a timestep density instead",
             )
-        return ones_like_batch(t)
+        return unit_weights(t)
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
@@ -73,13 +73,13 @@ class FlowFamily(Family):
     def cross_attention_layers(self) -> list[str]:
         return []
 
-    def denoiser_numbers(self) -> int:
+    def denoiser_activations(self) -> int:
         side = self._latent_side
         tokens = self._picture_tokens((0, side, side)) + _PROMPT_TOKENS
         # Layers that serve the MLP as well are wider than tokens on one side.
         width = max(min(shape) for shape in self.adapter_targets(self.denoiser_key).values())
-        calls = 1 if self.guidance_is_an_input else 2
-        return self._held * calls * tokens * width
+        calls = 1 if self.has_guidance_input else 2
+        return self._width_factor * calls * tokens * width
 
     def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
         config = self.vae.config
@@ -131,12 +131,12 @@ class FlowFamily(Family):
         return self.scheduler.config.num_train_timesteps
 
 
-class PackedFamily(FlowFamily):
+class PackedLatentsFamily(RectifiedFlowFamily):
     """A flow family whose denoiser reads latents as a sequence of tokens (FLUX, Qwen-Image)."""
 
     #: How many latents a token is high and wide.
     patch: ClassVar[int] = 2
-    _time_scale = 1.0
+    _max_timestep = 1.0
 
     def pack(self, latents: Tensor) -> Tensor:
         """(batch, channels, h, w) to tokens (batch, h / patch * w / patch, channels * patch ** 2),
@@ -147,8 +147,8 @@ class PackedFamily(FlowFamily):
         size = (height // self.patch, width // self.patch)
         return functional.pixel_shuffle(packed.transpose(1, 2).unflatten(2, size), self.patch)
 
-    def spread(self, weights: Tensor, answer: Tensor) -> Tensor:
-        return over_tokens(weights, answer)
+    def broadcast_weights(self, weights: Tensor, answer: Tensor) -> Tensor:
+        return weights_per_token(weights, answer)
 
     @property
     def default_resolution(self) -> int:

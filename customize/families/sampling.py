@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from customize.families.family import Family
-from customize.families.tokenization import padded
+from customize.families.tokenization import pad_sequences
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def sample(
     guided = family.is_guided(guidance)
     if guided:
         conditions = {
-            k: padded([*empty[k].expand(count, *empty[k].shape[1:]), *v])
+            k: pad_sequences([*empty[k].expand(count, *empty[k].shape[1:]), *v])
             for k, v in conditions.items()
         }
     for t in scheduler.timesteps:
@@ -67,6 +67,6 @@ def sample(
             answer = family.predict(batch, t.expand(len(batch)), conditions, guidance).float()
         if guided:
             plain, asked = answer.chunk(2)
-            answer = family.guide(plain, asked, guidance)
+            answer = family.apply_guidance(plain, asked, guidance)
         latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
     return latents

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from customize.families.original_layer_names import clip_text_model
 from customize.families.pipeline_components import NO_CONFIG, class_name
-from customize.families.tokenization import sent, tokenize
+from customize.families.tokenization import to_device, tokenize
 from customize.families.unet import MOTION_UNET, UNetFamily, is_unet
 
 
@@ -42,7 +42,7 @@ class StableDiffusion(UNetFamily):
         )
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import UNet2DConditionModel
 
         first = UNet2DConditionModel(cross_attention_dim=768)
@@ -70,12 +70,12 @@ class StableDiffusion(UNetFamily):
         }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        tokenizer, encoder = self._part("tokenizer"), self._part("text_encoder")
+        tokenizer, encoder = self._component("tokenizer"), self._component("text_encoder")
         tokens = tokenize(tokenizer, prompts, tokenizer.model_max_length)
         # Only models whose config asks for it mask the padding; the others were trained with it.
         masked = getattr(encoder.config, "use_attention_mask", False)
-        mask = sent(tokens.attention_mask, encoder.device) if masked else None
-        hidden = encoder(sent(tokens.input_ids, encoder.device), attention_mask=mask)[0]
+        mask = to_device(tokens.attention_mask, encoder.device) if masked else None
+        hidden = encoder(to_device(tokens.input_ids, encoder.device), attention_mask=mask)[0]
         return {"prompt_embeds": hidden.to(encoder.dtype)}
 
     def predict(
@@ -100,7 +100,7 @@ class StableDiffusion(UNetFamily):
         return packed[:, :, 0] if self.output == "frames" else packed
 
     @property
-    def _kind(self) -> str:
+    def _architecture(self) -> str:
         return "UNet2DConditionModel"  # with motion modules, too
 
     def _latent_scaling(self) -> tuple[float, float]:

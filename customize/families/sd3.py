@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from customize.families.original_layer_names import Rows, clip_text_model, original_rows
+from customize.families.original_layer_names import RowRange, clip_text_model, original_rows
 from customize.families.pipeline_components import class_name
-from customize.families.rectified_flow import FlowFamily
-from customize.families.tokenization import sent, tokenize
+from customize.families.rectified_flow import RectifiedFlowFamily
+from customize.families.tokenization import to_device, tokenize
 
 #: How many T5 tokens the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 256
@@ -48,7 +48,7 @@ _ORIGINALS: dict[str, tuple[str, ...]] = {
 }
 
 
-class StableDiffusion3(FlowFamily):
+class StableDiffusion3(RectifiedFlowFamily):
     """SD3Transformer2DModel, two CLIPTextModelWithProjection, T5 or None, AutoencoderKL, and a
     flow-matching scheduler."""
 
@@ -70,7 +70,7 @@ class StableDiffusion3(FlowFamily):
         return class_name(components.get("transformer")) == "SD3Transformer2DModel"
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import SD3Transformer2DModel
 
         found = []
@@ -89,7 +89,7 @@ class StableDiffusion3(FlowFamily):
             found.append({"transformer": transformer, **texts})
         return found
 
-    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+    def original_names(self) -> dict[str, tuple[RowRange, ...]]:
         # There the last modulations give the shift first, and here the scale: those with two
         # outputs for each input, where the others have six or nine.
         layers = self.layers(self.denoiser_key)
@@ -144,9 +144,9 @@ class StableDiffusion3(FlowFamily):
             return_dict=False,
         )[0]
 
-    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+    def denoiser_kwargs(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         pooled = conditions["pooled_prompt_embeds"]
-        return super().told(conditions) | {"pooled_projections": pooled}
+        return super().denoiser_kwargs(conditions) | {"pooled_projections": pooled}
 
     @property
     def latent_multiple(self) -> int:
@@ -161,12 +161,14 @@ class StableDiffusion3(FlowFamily):
 
     def _encode_clip(self, prompts: Sequence[str], key: str) -> tuple[Tensor, Tensor]:
         """(batch, length, width) before the last layer, and the (batch, width) projection."""
-        encoder, tokenizer = self._part(key), self._part(self.clip_encoders[key])
+        encoder, tokenizer = self._component(key), self._component(self.clip_encoders[key])
         # Both CLIPs take the first tokenizer's length.
-        length = self._part("tokenizer").model_max_length
-        ids = sent(tokenize(tokenizer, prompts, length).input_ids, encoder.device)
+        length = self._component("tokenizer").model_max_length
+        ids = to_device(tokenize(tokenizer, prompts, length).input_ids, encoder.device)
         output = encoder(ids, output_hidden_states=True)
-        return output.hidden_states[-2].to(self._part("text_encoder").dtype), output.text_embeds
+        return output.hidden_states[-2].to(
+            self._component("text_encoder").dtype
+        ), output.text_embeds
 
     def _encode_t5(self, prompts: Sequence[str], like: Tensor) -> Tensor:
         """(batch, MAX_SEQUENCE_LENGTH, joint width); zeros in like's dtype where there is no T5."""
@@ -174,6 +176,6 @@ class StableDiffusion3(FlowFamily):
         if encoder is None:
             width = self.denoiser.config.joint_attention_dim
             return like.new_zeros(len(prompts), MAX_SEQUENCE_LENGTH, width)
-        tokens = tokenize(self._part("tokenizer_3"), prompts, MAX_SEQUENCE_LENGTH)
-        hidden = encoder(sent(tokens.input_ids, encoder.device))[0]
+        tokens = tokenize(self._component("tokenizer_3"), prompts, MAX_SEQUENCE_LENGTH)
+        hidden = encoder(to_device(tokens.input_ids, encoder.device))[0]
         return hidden.to(like.device, encoder.dtype)

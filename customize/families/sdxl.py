@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from customize.errors import PipelineError
 from customize.families.original_layer_names import clip_text_model
 from customize.families.pipeline_components import NO_CONFIG, class_name
-from customize.families.tokenization import sent, tokenize
+from customize.families.tokenization import to_device, tokenize
 from customize.families.unet import MOTION_UNET, UNetFamily, is_unet
 
 
@@ -63,7 +63,7 @@ class StableDiffusionXL(UNetFamily):
         )
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import UNet2DConditionModel
 
         unet = UNet2DConditionModel(
@@ -99,7 +99,7 @@ class StableDiffusionXL(UNetFamily):
         outputs = [self._encode(prompts, key) for key in self.clip_encoders]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return {
-            "prompt_embeds": hidden.to(self._part("text_encoder_2").dtype),
+            "prompt_embeds": hidden.to(self._component("text_encoder_2").dtype),
             "pooled_prompt_embeds": outputs[-1].text_embeds,
         }
 
@@ -124,9 +124,9 @@ class StableDiffusionXL(UNetFamily):
             return_dict=False,
         )[0]
 
-    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+    def denoiser_kwargs(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         added = {"text_embeds": conditions["pooled_prompt_embeds"]}
-        return super().told(conditions) | {"added_cond_kwargs": added}
+        return super().denoiser_kwargs(conditions) | {"added_cond_kwargs": added}
 
     def unconditional(self, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # It was trained so, and the pipeline's force_zeros_for_empty_prompt says so.
@@ -141,9 +141,9 @@ class StableDiffusionXL(UNetFamily):
             return super().decode_latents(latents)
 
     def _encode(self, prompts: Sequence[str], key: str) -> Any:
-        encoder, tokenizer = self._part(key), self._part(self.clip_encoders[key])
+        encoder, tokenizer = self._component(key), self._component(self.clip_encoders[key])
         ids = tokenize(tokenizer, prompts, tokenizer.model_max_length).input_ids
-        return encoder(sent(ids, encoder.device), output_hidden_states=True)
+        return encoder(to_device(ids, encoder.device), output_hidden_states=True)
 
     def _sizes(self, latents: Tensor) -> Tensor:
         """(batch, 6), float32: height and width, top and left of the crop, height and width."""

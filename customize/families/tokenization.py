@@ -20,7 +20,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
     )
 
 
-def padded(rows: Sequence[Tensor]) -> Tensor:
+def pad_sequences(rows: Sequence[Tensor]) -> Tensor:
     """Rows of different lengths as one tensor, with zeros behind the shorter ones.
 
     Args:
@@ -37,7 +37,7 @@ def padded(rows: Sequence[Tensor]) -> Tensor:
     )
 
 
-def sent(ids: Tensor, device: torch.device) -> Tensor:
+def to_device(ids: Tensor, device: torch.device) -> Tensor:
     """Ids from the CPU on the encoder's device; without waiting for all that runs there, as
     copying from ordinary memory to a GPU would: prompts may be encoded at every training step."""
     if device.type == "cuda":
@@ -45,7 +45,7 @@ def sent(ids: Tensor, device: torch.device) -> Tensor:
     return ids.to(device)
 
 
-def unpadded(states: Tensor, mask: Tensor) -> list[Tensor]:
+def unpad_sequences(states: Tensor, mask: Tensor) -> list[Tensor]:
     """The states of each prompt's own tokens: (length, width) each.
 
     Args:
@@ -54,5 +54,6 @@ def unpadded(states: Tensor, mask: Tensor) -> list[Tensor]:
             have to be waited for.
     """
     return [
-        row[sent(own.nonzero()[:, 0], states.device)] for row, own in zip(states, mask, strict=True)
+        row[to_device(own.nonzero()[:, 0], states.device)]
+        for row, own in zip(states, mask, strict=True)
     ]

@@ -6,8 +6,8 @@ import math
 import re
 from typing import Any
 
-from customize.families.ddpm import DiffusionFamily
-from customize.families.original_layer_names import Rows
+from customize.families.ddpm import DDPMFamily
+from customize.families.original_layer_names import RowRange
 from customize.families.pipeline_components import class_name, uncompiled
 
 #: A UNet with AnimateDiff's motion modules between its layers, and a frame axis.
@@ -21,7 +21,7 @@ _ORIGINAL_RESNET = {
 }
 
 
-class UNetFamily(DiffusionFamily):
+class UNetFamily(DDPMFamily):
     """UNet2DConditionModel, AutoencoderKL, any scheduler of the DDPM kind."""
 
     denoiser_key = "unet"
@@ -47,7 +47,7 @@ class UNetFamily(DiffusionFamily):
         ]
         return sorted(names, key=lambda name: order[name.split(".")[0]])
 
-    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+    def original_names(self) -> dict[str, tuple[RowRange, ...]]:
         unet = uncompiled(self.denoiser)
         # Blocks are counted through: `input_blocks` and `output_blocks`, each with up to three
         # parts, a residual block, an attention, and what changes the size.
@@ -77,7 +77,7 @@ class UNetFamily(DiffusionFamily):
                 part = 2 if hasattr(up, "attentions") else 1
                 name = f"up_blocks.{number}.upsamplers.0.conv"
                 blocks[name] = f"output_blocks.{count - 1}.{part}.conv"
-        names: dict[str, tuple[Rows, ...]] = {}
+        names: dict[str, tuple[RowRange, ...]] = {}
         for module, (out, _) in self.layers(self.denoiser_key).items():
             # The longest that is there: a block of three names, or a layer by itself.
             head = next((h for h in _heads(module) if h in blocks), None)
@@ -85,10 +85,10 @@ class UNetFamily(DiffusionFamily):
                 rest = module[len(head) :].lstrip(".")
                 rest = _ORIGINAL_RESNET.get(rest, rest)
                 name = f"{blocks[head]}.{rest}" if rest else blocks[head]
-                names[name] = (Rows(module, 0, out),)
+                names[name] = (RowRange(module, 0, out),)
         return names
 
-    def denoiser_numbers(self) -> int:
+    def denoiser_activations(self) -> int:
         # At the first resolution, where the skip connections are widest; with the empty prompt.
         return 28 * 2 * self._latent_side**2 * self.denoiser.config.block_out_channels[0]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from customize.families.family import Family
-from customize.families.rectified_flow import PackedFamily
+from customize.families.rectified_flow import PackedLatentsFamily
 
 
-class FramedFamily(Family):
+class VideoVAEFamily(Family):
     """An autoencoder of (batch, channels, frames, height, width), with latents normalised by
     channel as its configuration says."""
 
@@ -33,7 +33,7 @@ class FramedFamily(Family):
         return mean, 1.0 / std
 
 
-class FirstFrameFamily(FramedFamily, PackedFamily):
+class QwenImageVAEFamily(VideoVAEFamily, PackedLatentsFamily):
     """A family that draws pictures with one of Qwen-Image's autoencoders."""
 
     @property
@@ -45,5 +45,5 @@ class FirstFrameFamily(FramedFamily, PackedFamily):
         return 19 * self.vae.config.base_dim
 
     @property
-    def _tile(self) -> int:
+    def _tile_size(self) -> int:
         return self.vae.tile_sample_min_height

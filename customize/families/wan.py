@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from customize.errors import PipelineError
 from customize.families.family import Family
-from customize.families.original_layer_names import Rows, original_rows
+from customize.families.original_layer_names import RowRange, original_rows
 from customize.families.pipeline_components import class_name, modules_named
-from customize.families.rectified_flow import FlowFamily
-from customize.families.tokenization import sent, tokenize
-from customize.families.video_vae import FramedFamily
+from customize.families.rectified_flow import RectifiedFlowFamily
+from customize.families.tokenization import to_device, tokenize
+from customize.families.video_vae import VideoVAEFamily
 
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
@@ -45,7 +45,7 @@ for _theirs, _ours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         _ORIGINALS[f"blocks.{{}}.{_theirs}.{_layer}"] = (f"blocks.{{}}.{_ours}.{_own}",)
 
 
-class Wan(FramedFamily, FlowFamily):
+class Wan(VideoVAEFamily, RectifiedFlowFamily):
     """WanTransformer3DModel, UMT5, AutoencoderKLWan, and a scheduler that knows flow matching.
 
     What animates a picture has projections of that besides; they are left alone, so what was
@@ -65,7 +65,7 @@ class Wan(FramedFamily, FlowFamily):
         return class_name(components.get("transformer")) == "WanTransformer3DModel"
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import WanTransformer3DModel
 
         plain = [
@@ -83,23 +83,25 @@ class Wan(FramedFamily, FlowFamily):
         both = {"transformer": plain[-1], "transformer_2": plain[-1]}
         return [*({"transformer": each} for each in (*plain, animating)), both]
 
-    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+    def original_names(self) -> dict[str, tuple[RowRange, ...]]:
         return original_rows(self.layers(self.denoiser_key), _ORIGINALS)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-        encoder = self._part("text_encoder")
+        encoder = self._component("text_encoder")
         texts = [prompt_clean(prompt) for prompt in prompts]
-        tokens = tokenize(self._part("tokenizer"), texts, MAX_SEQUENCE_LENGTH)
-        mask = sent(tokens.attention_mask, encoder.device)
-        states = encoder(sent(tokens.input_ids, encoder.device), mask).last_hidden_state
+        tokens = tokenize(self._component("tokenizer"), texts, MAX_SEQUENCE_LENGTH)
+        mask = to_device(tokens.attention_mask, encoder.device)
+        states = encoder(to_device(tokens.input_ids, encoder.device), mask).last_hidden_state
         # The denoiser has no mask: it was trained with zeros behind the prompt.
         return {"prompt_embeds": states.masked_fill(mask[..., None] == 0, 0.0).to(encoder.dtype)}
 
-    def configured(self) -> dict[str, Any]:
+    def relevant_config(self) -> dict[str, Any]:
         boundary = self._boundary()
-        return super().configured() | ({} if boundary is None else {"boundary_ratio": boundary})
+        return super().relevant_config() | (
+            {} if boundary is None else {"boundary_ratio": boundary}
+        )
 
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """As :meth:`FlowFamily.timesteps`.

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from customize.families.original_layer_names import Rows, original_rows
+from customize.families.original_layer_names import RowRange, original_rows
 from customize.families.pipeline_components import class_name
-from customize.families.rectified_flow import FlowFamily
-from customize.families.tokenization import padded, sent, tokenize, unpadded
+from customize.families.rectified_flow import RectifiedFlowFamily
+from customize.families.tokenization import pad_sequences, to_device, tokenize, unpad_sequences
 
 #: How many tokens of prompt and template the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
@@ -34,7 +34,7 @@ for _stack in ("layers.{}", "noise_refiner.{}", "context_refiner.{}"):
     _ORIGINALS[f"{_attention}.out"] = (f"{_attention}.to_out.0",)
 
 
-class ZImage(FlowFamily):
+class ZImage(RectifiedFlowFamily):
     """ZImageTransformer2DModel, an LLM such as Qwen3, AutoencoderKL, and a flow-matching
     scheduler."""
 
@@ -47,7 +47,7 @@ class ZImage(FlowFamily):
     other_encoders = ("text_encoder",)
     attention_mask = "boolean"
     latents_argument = "x"
-    listed_arguments = ("x", "cap_feats")
+    list_arguments = ("x", "cap_feats")
     no_guidance = 0.0
 
     @classmethod
@@ -55,12 +55,12 @@ class ZImage(FlowFamily):
         return class_name(components.get("transformer")) == "ZImageTransformer2DModel"
 
     @classmethod
-    def published(cls) -> list[dict[str, nn.Module]]:
+    def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import ZImageTransformer2DModel
 
         return [{"transformer": ZImageTransformer2DModel()}]
 
-    def original_names(self) -> dict[str, tuple[Rows, ...]]:
+    def original_names(self) -> dict[str, tuple[RowRange, ...]]:
         return original_rows(self.layers(self.denoiser_key), _ORIGINALS)
 
     def kohya_metadata(self) -> dict[str, str]:
@@ -75,7 +75,7 @@ class ZImage(FlowFamily):
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """As :meth:`Family.encode_prompts`, but "prompt_embeds", a list in the pipeline, is filled
         up with zeros, and "prompt_lengths", (len(prompts),), on the CPU, tells where they begin."""
-        tokenizer, encoder = self._part("tokenizer"), self._part("text_encoder")
+        tokenizer, encoder = self._component("tokenizer"), self._component("text_encoder")
         texts = [
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],
@@ -87,12 +87,15 @@ class ZImage(FlowFamily):
         ]
         tokens = tokenize(tokenizer, texts, MAX_SEQUENCE_LENGTH)
         states = encoder(
-            input_ids=sent(tokens.input_ids, encoder.device),
-            attention_mask=sent(tokens.attention_mask.bool(), encoder.device),
+            input_ids=to_device(tokens.input_ids, encoder.device),
+            attention_mask=to_device(tokens.attention_mask.bool(), encoder.device),
             output_hidden_states=True,
         ).hidden_states[-2]
-        rows = unpadded(states, tokens.attention_mask)
-        return {"prompt_embeds": padded(rows), "prompt_lengths": tokens.attention_mask.sum(1)}
+        rows = unpad_sequences(states, tokens.attention_mask)
+        return {
+            "prompt_embeds": pad_sequences(rows),
+            "prompt_lengths": tokens.attention_mask.sum(1),
+        }
 
     def predict(
         self,
@@ -113,12 +116,12 @@ class ZImage(FlowFamily):
         )[0]
         return -torch.stack(answers)[:, :, 0]
 
-    def told(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+    def denoiser_kwargs(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         lengths = conditions["prompt_lengths"].tolist()
         prompts = zip(conditions["prompt_embeds"], lengths, strict=True)
         return {"cap_feats": [prompt[:length] for prompt, length in prompts]}
 
-    def noise_share(self, arguments: Mapping[str, Any]) -> float:
+    def noise_level(self, arguments: Mapping[str, Any]) -> float:
         return 1.0 - float(arguments["t"].max())
 
     @property

@@ -22,7 +22,7 @@ from customize.concepts.library.byte_cache import ByteCache
 from customize.concepts.library.index import Entry
 from customize.concepts.library.library import Library
 from customize.concepts.merge.merge_concepts import SUM
-from customize.concepts.slices.overlap import true_collisions
+from customize.concepts.slices.overlap import find_overlaps
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.near_names import suggest_names
@@ -277,7 +277,7 @@ def _check_vocabularies(family: Family, holder: Holder, concepts: Sequence[Adapt
 
 def _tell_collisions(before: Mapping[str, Attached], after: Mapping[str, Attached]) -> None:
     """Before the change, since a warning may be turned into an error."""
-    for collision in true_collisions([each.concept for each in after.values()]):
+    for collision in find_overlaps([each.concept for each in after.values()]):
         if not {collision.first, collision.second} <= set(before):
             warn_user(str(collision))
 

@@ -53,7 +53,7 @@ def _loudest(attached: Mapping[str, Attached]) -> tuple[str, Any]:
         sizes = [
             abs(layer_weight(each.weight, component, module) * update.scale)
             * float(update.up.double().norm() * update.down.double().norm())
-            for component, own in each.concept.products.items()
+            for component, own in each.concept.updates.items()
             for module, update in own.items()
         ]
         vectors = each.concept.vector_updates if isinstance(each.concept, Lora) else {}

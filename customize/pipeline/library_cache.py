@@ -107,7 +107,7 @@ class Shelf:
                 fix="delete the index, the hidden file .library.sqlite, which is made anew",
             )
         tokens = [rows for subject in found.subjects for rows in subject.embeddings.values()]
-        size = tensor_bytes([*factors_of(found.products), *tokens])
+        size = tensor_bytes([*factors_of(found.updates), *tokens])
         self.cache.put(("concept", entry.source), (entry.stamp, found), size + _BESIDE)
         return found
 

@@ -159,7 +159,7 @@ def recorded(
     found: dict[str, LayerInputs] = {}
     with _set_aside(family, holder):
         for concept in concepts:
-            products, info = concept.products, concept.info
+            products, info = concept.updates, concept.info
             layers = layers_of(family, products)
             drawn = texts(words or info.words, prompts)
             change(family, holder, {}, Merging())

@@ -7,8 +7,8 @@ from typing import Any
 from customize.base.apply_memory_plan import get_applied_plan
 from customize.base.attention import apply_backend as kernels
 from customize.base.memory_plan import GIB
-from customize.concepts.slices.overlap import true_collisions
-from customize.concepts.tokens.token_rows import known
+from customize.concepts.slices.overlap import find_overlaps
+from customize.concepts.tokens.token_rows import known_tokens
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.pipeline.model_guards import ADAPTER
@@ -24,7 +24,7 @@ def summary(pipe: Any) -> Customization:
         return Customization((), "no known model family")
     holder = find(family)
     colliding: dict[str, list[str]] = {}
-    for collision in true_collisions([each.concept for each in holder.attached.values()]):
+    for collision in find_overlaps([each.concept for each in holder.attached.values()]):
         colliding.setdefault(collision.first, []).append(collision.second)
         colliding.setdefault(collision.second, []).append(collision.first)
     rows = []
@@ -81,4 +81,4 @@ def _adapter_mode(holder: Holder) -> str:
 def _lacks_tokens(family: Family, holder: Holder, trigger: str) -> bool:
     # Someone may have taken them away, with unload_textual_inversion.
     keys = [family.clip_encoders[key] for key, ours in holder.tokens if ours == trigger]
-    return any(not known(holder.parts[key], [trigger]) for key in keys)
+    return any(not known_tokens(holder.parts[key], [trigger]) for key in keys)

@@ -76,7 +76,7 @@ def identical(a: Adaptation, b: Adaptation) -> bool:
         return False
     tokens = [{s.trigger: s.embeddings for s in each.subjects} for each in (a, b)]
     vectors = [each.vector_updates if isinstance(each, Lora) else {} for each in (a, b)]
-    return all(_alike(*pair) for pair in ((a.products, b.products), tokens, vectors))
+    return all(_alike(*pair) for pair in ((a.updates, b.updates), tokens, vectors))
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -154,7 +154,7 @@ def _by_name(
 def _warn_of_unused(concept: Adaptation, weight: BlockWeights) -> None:
     layers = [
         f"{component}.{module.removeprefix('text_model.')}."
-        for component, own in concept.products.items()
+        for component, own in concept.updates.items()
         for module in own
     ]
     if isinstance(concept, Lora):

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from customize.concepts.tokens.layerwise_embeddings import mentions, wording
-from customize.concepts.tokens.token_rows import expand
+from customize.concepts.tokens.layerwise_embeddings import contains_trigger, expand_for_layer
+from customize.concepts.tokens.token_rows import expand_prompt
 
 Triggers = dict[str, list[str]]
 
@@ -93,7 +93,7 @@ def _asks_for_layers(tokenizer: Any, text: Any, kwargs: Mapping[str, Any]) -> bo
     asked, length = kwargs.get("max_length"), tokenizer.model_max_length
     texts = [text] if isinstance(text, str) else text
     return asked == layers * length or (
-        asked == length and any(mentions(each, layered) for each in texts)
+        asked == length and any(contains_trigger(each, layered) for each in texts)
     )
 
 
@@ -101,7 +101,9 @@ def _by_layer(call: Any, text: Any, kwargs: Mapping[str, Any], tokenizer: Any) -
     layered, layers = tokenizer._customize_layered
     texts = [text] if isinstance(text, str) else text
     known = tokenizer.get_added_vocab()
-    wordings = [wording(each, layered, layer, known) for each in texts for layer in range(layers)]
+    wordings = [
+        expand_for_layer(each, layered, layer, known) for each in texts for layer in range(layers)
+    ]
     found = call(wordings, **{**kwargs, "max_length": tokenizer.model_max_length})
     for key, values in found.items():
         found[key] = values.reshape(len(texts), -1)
@@ -142,7 +144,7 @@ def _stock(cls: Any) -> Any:
 
 def _expanded(text: Any, tokenizer: Any) -> Any:
     if isinstance(text, str):
-        return expand(text, tokenizer._customize_triggers, tokenizer.get_added_vocab())
+        return expand_prompt(text, tokenizer._customize_triggers, tokenizer.get_added_vocab())
     if isinstance(text, Sequence):  # a batch, or words split by the caller
         return [_expanded(each, tokenizer) for each in text]
     return text

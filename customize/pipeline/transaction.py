@@ -15,17 +15,17 @@ from customize.base.offload import materialize
 from customize.concepts.adapter import attach_products, fit
 from customize.concepts.merge.merge_concepts import FUSION, plan_merge
 from customize.concepts.tokens.layerwise_embeddings import (
-    encode_by_layer,
-    read_by_layer,
-    vocabulary,
+    hook_cross_attention,
+    hook_text_encoder,
+    vocabulary_rows,
 )
 from customize.concepts.tokens.token_rows import (
     add_tokens,
-    entries,
     has_rows,
-    known,
+    known_tokens,
     pool_at_end,
     remove_tokens,
+    vocabulary_entries,
 )
 from customize.core.lowrank import LowRank
 from customize.errors import PipelineError
@@ -185,7 +185,7 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
         for key, rows in subject.embeddings.items()
     }
     for (key, trigger), names in list(holder.tokens.items()):
-        left = known(dictionaries[key].tokenizer, names)
+        left = known_tokens(dictionaries[key].tokenizer, names)
         if trigger not in left:  # someone else's unload_textual_inversion
             del holder.tokens[key, trigger]
             if left:
@@ -196,7 +196,7 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
         t: each.concept for each in holder.attached.values() for t in each.concept.info.triggers
     }
     for (key, trigger), rows in owned.items():
-        dictionary, (names, whole) = dictionaries[key], vocabulary(trigger, rows)
+        dictionary, (names, whole) = dictionaries[key], vocabulary_rows(trigger, rows)
         # Of a library's, what is left from an earlier call may be of a file that has changed since.
         if (
             holder.shelf is not None
@@ -215,7 +215,9 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
         entries_of = [holder.tokens.pop(place) for place in gone if place[0] == key]
         remove_tokens(dictionaries[key], [name for names in entries_of for name in names])
     subjects = [subject for each in attached.values() for subject in each.concept.subjects]
-    triggers = {each.trigger: entries(each.trigger, each.num_tokens) for each in subjects}
+    triggers = {
+        each.trigger: vocabulary_entries(each.trigger, each.num_tokens) for each in subjects
+    }
     layered = [each.trigger for each in subjects if each.token_layers]
     layers = max((each.token_layers for each in subjects), default=0)
     for tokenizer in tokenizers_of(family).values():
@@ -223,7 +225,7 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
     while holder.hooks:
         holder.hooks.pop().remove()
     if layers:
-        holder.hooks = [*read_by_layer(family), *encode_by_layer(family)]
+        holder.hooks = [*hook_cross_attention(family), *hook_text_encoder(family)]
 
 
 def _updates(

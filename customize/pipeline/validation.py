@@ -12,9 +12,12 @@ from torch import nn
 from customize.concepts.base_weight import unadaptable
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.merge.merge_concepts import LayerMerge
-from customize.concepts.tokens.layerwise_embeddings import layer_entries, layers_of
+from customize.concepts.tokens.layerwise_embeddings import (
+    layer_vocabulary_entries,
+    layers_with_embeddings,
+)
 from customize.concepts.tokens.subjects import Subject
-from customize.concepts.tokens.token_rows import entries, known
+from customize.concepts.tokens.token_rows import known_tokens, vocabulary_entries
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import Family
@@ -74,7 +77,7 @@ def _check_base(family: Family, ours: Mapping[str, Any], concept: Adaptation) ->
         )
     widths = theirs.get("widths")
     embedded = {key for subject in concept.subjects for key in subject.embeddings}
-    for component in {*concept.products, *embedded}:
+    for component in {*concept.updates, *embedded}:
         if component not in ours["widths"]:
             raise PipelineError(
                 f"the concept {info.name} needs a {component}, which this pipeline lacks",
@@ -105,10 +108,10 @@ def check_vocabulary(family: Family, concept: Adaptation, but: Collection[str] =
         if subject.trigger in but:
             continue
         # One more than its own: diffusers takes <rex>_2 for a part of <rex>, whoever added it.
-        names = entries(subject.trigger, subject.num_tokens + 1)
-        names += layer_entries(subject.trigger, subject.num_tokens, subject.token_layers)
+        names = vocabulary_entries(subject.trigger, subject.num_tokens + 1)
+        names += layer_vocabulary_entries(subject.trigger, subject.num_tokens, subject.token_layers)
         for dictionary in family.token_dictionaries():
-            taken = known(dictionary.tokenizer, names)
+            taken = known_tokens(dictionary.tokenizer, names)
             if taken:
                 another = f'load the concept under another name: names=["{info.name}-2"]'
                 if len(info.triggers) > 1:
@@ -230,7 +233,7 @@ def _check_tables(family: Family, subject: Subject) -> None:
             f"{', '.join(sorted(dictionaries))}",
             fix="load the pipeline with the text encoders that the concept was learned with",
         )
-    layers = len(layers_of(family))
+    layers = len(layers_with_embeddings(family))
     if subject.token_layers not in (0, layers):
         raise ConceptError(
             f"the concept {subject.name} has embeddings for {subject.token_layers} "

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from customize.concepts.tokens.prompt_phrases import find as places_of
-from customize.concepts.tokens.prompt_phrases import shared
+from customize.concepts.tokens.prompt_phrases import find_phrase as places_of
+from customize.concepts.tokens.prompt_phrases import mentions_phrase
 from customize.core.projection import check_strength
 from customize.core.scalars import as_float, is_integer
 from customize.errors import ConfigError, PipelineError
@@ -278,7 +278,7 @@ def _phrases_by_prompt(
                     where=_WHERE,
                     fix="name what the prompt does not ask for",
                 )
-        found[prompt] = tuple(phrase for phrase in phrases if not shared(phrase, prompt))
+        found[prompt] = tuple(phrase for phrase in phrases if not mentions_phrase(phrase, prompt))
         wanted = [phrase for phrase in phrases if phrase not in found[prompt]]
         if wanted:
             warn_user(

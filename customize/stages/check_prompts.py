@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from customize.concepts.library.library import TRIGGER
-from customize.concepts.tokens.prompt_phrases import find
-from customize.concepts.tokens.token_rows import around, known
+from customize.concepts.tokens.prompt_phrases import find_phrase
+from customize.concepts.tokens.token_rows import known_tokens, tokens_containing
 from customize.families import Family
 from customize.near_names import did_you_mean
 from customize.pipeline.call_wrapper import Call, Host, Stage
@@ -66,7 +66,7 @@ class Vocabulary:
         if not found:
             return []
         longer = {name for each in self._tokenizers for name in each.get_added_vocab()}
-        for name in around(found, longer - self._entries):
+        for name in tokens_containing(found, longer - self._entries):
             text = text.replace(name, " ")
         return _TRIGGER.findall(text)
 
@@ -74,7 +74,7 @@ class Vocabulary:
         """Whether it is a token of the tokenizers' or of the user's own, such as one of a textual
         inversion, or is in the words that call a LoRA."""
         others = token not in self._entries
-        others = others and any(known(each, [token]) for each in self._tokenizers)
+        others = others and any(known_tokens(each, [token]) for each in self._tokenizers)
         return others or token.lower() in self._words
 
     def unknown_in(self, texts: Iterable[str]) -> list[str]:
@@ -148,7 +148,7 @@ def truncation_warnings(host: Host, call: Call) -> list[str]:
 
 def is_truncated(name: str, text: str, tokenizer: Any, window: int) -> bool:
     """Whether the first mention of a name in a text is behind the tokens that are read."""
-    places = find(name, text)
+    places = find_phrase(name, text)
     if not places or len(text) < window // 2:  # no token is shorter than half a letter
         return False
     begun = tokenizer(text[: places[0][1]], add_special_tokens=False, verbose=False).input_ids

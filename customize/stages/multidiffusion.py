@@ -23,7 +23,7 @@ from torch import Tensor
 from customize.core.region_weights import blend, stack_regions
 from customize.errors import PipelineError
 from customize.families import Family
-from customize.families.denoiser_inputs import rows_of
+from customize.families.denoiser_inputs import select_rows
 from customize.families.pipeline_components import uncompiled
 from customize.pipeline.call_wrapper import belonging
 
@@ -134,7 +134,7 @@ class _RegionalDenoiser:
         self.matched = False
         self._is_ours = belonging()
         said = [
-            family.told({name: values[[number]] for name, values in whole.items()})
+            family.denoiser_kwargs({name: values[[number]] for name, values in whole.items()})
             for number in range(len(asked))
         ]
         self._words_argument = next(iter(said[0]))
@@ -179,7 +179,7 @@ class _RegionalDenoiser:
         if not own:
             return None
         self.matched, self._count = True, self._count + 1
-        size = self.family.grid(arguments)
+        size = self.family.latent_grid(arguments)
         jobs: list[dict[int, _Layer]] = []
         if size not in self._shown:
             self._shown[size] = [self._parts(regional, *size) for regional in self.asked]
@@ -192,7 +192,7 @@ class _RegionalDenoiser:
                 if number == len(jobs):
                     jobs.append({})
                 jobs[number][row] = part
-        alone = self._may_be_alone and self.family.noise_share(arguments) > BOOTSTRAP_NOISE_SHARE
+        alone = self._may_be_alone and self.family.noise_level(arguments) > BOOTSTRAP_NOISE_SHARE
         return _DenoiserCall(arguments, batch, each, jobs, alone)
 
     def _asked_rows(self, words: Any, each: int) -> dict[int, list[int]]:
@@ -229,10 +229,10 @@ class _RegionalDenoiser:
         rows = list(job)
         if number and len(rows) < batch:
             listed = {
-                name: [given[name][row] for row in rows] for name in self.family.listed_arguments
+                name: [given[name][row] for row in rows] for name in self.family.list_arguments
             }
             sizes = {batch * each: each, batch: 1}
-            given, batch = rows_of(given, rows, sizes) | listed, len(rows)
+            given, batch = select_rows(given, rows, sizes) | listed, len(rows)
             rows = list(range(len(rows)))
         if step.alone:
             name = self.family.latents_argument
@@ -243,14 +243,16 @@ class _RegionalDenoiser:
             stacked = isinstance(given[name], Tensor)
             given = given | {name: torch.stack(latents) if stacked else latents}
         texts = [part.text for part in job.values() for _ in range(each)]
-        said = self.family.told(self._chosen(texts, given[self.family.latents_argument][0].device))
+        said = self.family.denoiser_kwargs(
+            self._chosen(texts, given[self.family.latents_argument][0].device)
+        )
         entries = [row * each + k for row in rows for k in range(each)]
         return given | _replace_rows(given, said, entries, whole=len(rows) == batch)
 
     def _alone(self, latents: Tensor, weights: Tensor) -> Tensor:
         """A picture's latents with noise of their own mean and deviation outside of a region."""
         outside = weights < 0.5 * weights.max()
-        outside = self.family.spread(outside.to(latents.device), latents)
+        outside = self.family.broadcast_weights(outside.to(latents.device), latents)
         # The same for all rows, so that a picture does not depend on the batch it is drawn in.
         seed = torch.Generator().manual_seed(self._count)
         normal = torch.randn(latents.shape, generator=seed, device="cpu", dtype=torch.float32)
@@ -265,7 +267,7 @@ class _RegionalDenoiser:
             partly = number and len(job) < step.batch
             for place, (row, part) in enumerate(job.items()):
                 own = answer[0][place if partly else row]
-                spread = self.family.spread(part.weights.to(own.device), own)
+                spread = self.family.broadcast_weights(part.weights.to(own.device), own)
                 parts.setdefault(row, []).append((own, spread))
         for row, pairs in parts.items():
             found[row] = blend(*zip(*pairs, strict=True))

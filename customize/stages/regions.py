@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from customize.concepts.tokens.prompt_phrases import check, find, regional
+from customize.concepts.tokens.prompt_phrases import check_phrases, find_phrase, regional_prompts
 from customize.core.region_weights import box_weights, mask_weights, stack_regions
 from customize.core.scalars import as_float
 from customize.errors import ConfigError, PipelineError
@@ -83,18 +83,18 @@ def _regional_prompt(
                 f"a region goes by words of the prompt, not by a {type(key).__name__}", where=where
             )
         said = words.get(key, "")
-        phrase = said if said and find(said, prompt) else key
+        phrase = said if said and find_phrase(said, prompt) else key
         if phrase in named:
             raise ConfigError(
                 f"{phrase!r} is given two regions",
                 where=where,
                 fix="give each once; one mask can have several parts",
             )
-        check(prompt, [phrase], [*filter(None, words.values()), *words], where)
+        check_phrases(prompt, [phrase], [*filter(None, words.values()), *words], where)
         named[phrase] = _weight_function(place, where)
-    check(prompt, list(named), (), "regions")
+    check_phrases(prompt, list(named), (), "regions")
     _check_visible(named)
-    texts = regional(prompt, list(named))
+    texts = regional_prompts(prompt, list(named))
     return RegionalPrompt(prompt, tuple(texts), tuple(named.values()))
 
 
@@ -225,9 +225,9 @@ def _read_prompts(call: Call) -> list[str]:
 
 def _check_supported(pipe: Any, family: Family, call: Call) -> None:
     """Refuse what regions cannot be drawn with; nothing has been done yet."""
-    if family.no_regions:
+    if family.regions_unsupported:
         raise PipelineError(
-            f"models of family {family.name} cannot draw by regions: {family.no_regions}",
+            f"models of family {family.name} cannot draw by regions: {family.regions_unsupported}",
             where="regions",
             fix="leave out regions=; README.md lists the families that can",
         )

@@ -66,7 +66,7 @@ def base_configuration(
     """
     if not components:
         return None
-    return family_of(components, pipeline_config or {}).configured()
+    return family_of(components, pipeline_config or {}).relevant_config()
 
 
 def weight_digests_on_disk(base: str, variant: str | None = None) -> dict[str, str]:

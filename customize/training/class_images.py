@@ -114,7 +114,7 @@ def _origin(
         config.validation_steps,
         guidance_scale(config, family),
         config.mixed_precision,
-        family.configured(),
+        family.relevant_config(),
         class_name(family.scheduler),
         {k: v for k, v in family.scheduler.config.items() if not k.startswith("_")},
         config.quantize,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from customize.errors import PipelineError
 from customize.families.family import Family
-from customize.families.tokenization import padded
+from customize.families.tokenization import pad_sequences
 from customize.training.data import dataset
 from customize.training.data.buckets import bucket_sizes, nearest_bucket
 from customize.training.finite_checks import check_conditions, check_latents
@@ -280,7 +280,7 @@ def lookup_conditions(
     def look_up(distinct: Sequence[str]) -> dict[str, Tensor]:
         rows = [cache[caption] for caption in distinct]
         # Families whose prompts differ in length have a mask for what is filled up.
-        return {k: padded([row[k][0] for row in rows]) for k in rows[0]}
+        return {k: pad_sequences([row[k][0] for row in rows]) for k in rows[0]}
 
     return encode_unique(look_up, captions)
 

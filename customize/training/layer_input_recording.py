@@ -56,7 +56,7 @@ def record_concept_inputs(
         encode: knows :func:`recording_prompts`.
         shape: (channels, height, width) of latents.
     """
-    layers = layers_of(family, concept.products)
+    layers = layers_of(family, concept.updates)
     config = learned.config
     how: dict[str, Any] = {"encode": encode, "autocast": autocast}
     text = f"recording what the layers of {config.name} read"
@@ -71,7 +71,7 @@ def record_concept_inputs(
     except ConceptError as error:
         warnings.warn(f"the layer inputs of {config.name} were not recorded: {error}", stacklevel=2)
         return
-    LayerInputs(updates_digest(concept.products), own, generic).save(config.output / INPUTS_FILE)
+    LayerInputs(updates_digest(concept.updates), own, generic).save(config.output / INPUTS_FILE)
 
 
 def record_generic_inputs(

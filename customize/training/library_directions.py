@@ -13,7 +13,12 @@ import torch
 
 from customize.concepts.adapter import file_name
 from customize.concepts.input_statistics import DIRECTIONS, GUIDANCE, STEPS, generic_prompts
-from customize.concepts.slices.shared_directions import SharedDirections, files_in, name_of, path_of
+from customize.concepts.slices.shared_directions import (
+    SharedDirections,
+    directions_path,
+    find_direction_files,
+    recording_name,
+)
 from customize.errors import ConceptError, CustomizeError
 from customize.families import Family
 from customize.training.config import TrainConfig
@@ -51,10 +56,10 @@ def load_or_record_directions(
     """
     folder = config.library or config.output.parent
     prompts = generic_prompts()
-    model = {"weights": dict(weights), "configured": family.configured()}
+    model = {"weights": dict(weights), "configured": family.relevant_config()}
     drawn = {"prompts": prompts, "steps": STEPS, "guidance": GUIDANCE, "directions": DIRECTIONS}
-    key = name_of(model | drawn)
-    path = path_of(folder, key)
+    key = recording_name(model | drawn)
+    path = directions_path(folder, key)
     answer: list[Any] = [None]
     if accelerator.is_main_process:
         try:
@@ -82,12 +87,12 @@ def load_or_record_directions(
 def _known(folder: Path, path: Path, earlier: str, before: str) -> SharedDirections | None:
     """Those of a run that goes on, those of the base model, or those that an earlier version
     recorded of it with the same settings."""
-    for other in files_in(folder) if before else ():
+    for other in find_direction_files(folder) if before else ():
         with suppress(ConceptError):
             found = SharedDirections.load(other)
             if found.name == before:
                 return found
-    for file in (path, path_of(folder, earlier)):
+    for file in (path, directions_path(folder, earlier)):
         if file.is_file():
             return SharedDirections.load(file)
     return None
@@ -113,10 +118,10 @@ def _check_fits(
 
 def _serving(folder: Path, recorded: Any, avoid: int) -> SharedDirections | None:
     """Those of another recording in the folder that serve as well."""
-    for other in files_in(folder):
+    for other in find_direction_files(folder):
         with suppress(ConceptError):  # a damaged one that this base model may not need
             found = SharedDirections.load(other)
-            if found.serves(recorded, avoid):
+            if found.covers(recorded, avoid):
                 return found
     return None
 
@@ -126,6 +131,6 @@ def _earlier_key(
 ) -> str:
     """What the file's name ended in when each precision and resolution had one of its own."""
     parts = {key: weights.get(key) for key in sorted(weights)}
-    facts = [parts, family.configured(), generic_prompts(), STEPS, GUIDANCE]
+    facts = [parts, family.relevant_config(), generic_prompts(), STEPS, GUIDANCE]
     facts += [resolution, config.mixed_precision, config.quantize]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]

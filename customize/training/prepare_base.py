@@ -193,7 +193,7 @@ def check_family_support(family: Family, config: TrainConfig) -> int:
             where="resolution",
             fix=f"choose {resolution // family.latent_multiple * family.latent_multiple or 'more'}",
         )
-    if config.layerwise_tokens and not layerwise_embeddings.layers_of(family):
+    if config.layerwise_tokens and not layerwise_embeddings.layers_with_embeddings(family):
         raise ConfigError(
             f"tokens of family {family.name} cannot have an embedding for each cross-attention "
             "layer, as the prompt is also read elsewhere",

@@ -13,8 +13,8 @@ import torch
 from customize.concepts.adapter import Factors
 from customize.concepts.io import write_concept
 from customize.concepts.io.folder_lock import exclusive
-from customize.concepts.slices.slice_reservations import withdraw_claim
-from customize.concepts.tokens.prompt_phrases import common
+from customize.concepts.slices.slice_reservations import delete_reservation
+from customize.concepts.tokens.prompt_phrases import common_words
 from customize.concepts.types import Concept
 from customize.core.precision import full_precision
 from customize.families import family_of
@@ -181,7 +181,7 @@ def _trained(
     if start.done is not None:
         if accelerator.is_main_process:
             for each in configs:  # where the run was stopped before it could
-                withdraw_claim(each.output)
+                delete_reservation(each.output)
         return start.done
     settings, folder = start.settings, checkpoint_folder(config)
 
@@ -221,7 +221,11 @@ def _trained(
         indices = stack.enter_context(
             reserve_slices(configs, family, basis, start.before, accelerator)
         )
-        known = {BASE_WEIGHTS: weights, BASE_CONFIG: family.configured(), SHARED_DIRECTIONS: shared}
+        known = {
+            BASE_WEIGHTS: weights,
+            BASE_CONFIG: family.relevant_config(),
+            SHARED_DIRECTIONS: shared,
+        }
         settings = run_metadata.add_joint_settings(
             [s | known | {"slice": index} for s, index in zip(settings, indices, strict=True)]
         )
@@ -386,7 +390,7 @@ def _trained(
                         device,
                     )
                 training["samples"] = sampler.facts()
-            shared_words = common(pictures.captions[numbers.start : numbers.stop], words)
+            shared_words = common_words(pictures.captions[numbers.start : numbers.stop], words)
             training["captions_share"] = shared_words
             if len(configs) > 1:
                 training["learned_with"] = sorted(with_what[JOINT_CONCEPTS])

@@ -98,7 +98,7 @@ def has_recorded_inputs(config: TrainConfig, concept: Concept) -> bool:
     if not config.record_inputs:
         return True
     try:
-        return record_beside(concept.info.name, concept.products, config.output) is not None
+        return record_beside(concept.info.name, concept.updates, config.output) is not None
     except ConceptError:
         return False
 

@@ -192,7 +192,7 @@ def parse_weights(value: Any) -> Any:
 
 def contains_trigger(text: str, trigger: str) -> bool:
     """Whether a text has a trigger, in upper or lower case, as
-    :func:`customize.concepts.tokens.token_rows.expand` looks for it."""
+    :func:`customize.concepts.tokens.token_rows.expand_prompt` looks for it."""
     return re.search(re.escape(trigger), text, re.IGNORECASE) is not None
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from customize.concepts.slices import slice_reservations
 from customize.concepts.slices.allocation import (
-    Holder,
-    collisions,
-    columns_for,
+    SliceOwner,
+    find_collisions,
     free_index,
-    holders,
-    shared_by_number,
+    shared_column_numbers,
+    slice_columns,
     slice_key,
+    slice_owners,
 )
-from customize.concepts.slices.slice_reservations import Claim
+from customize.concepts.slices.slice_reservations import SliceReservation
 from customize.concepts.types import BasisInfo, ConceptInfo
 from customize.core.bases import capacity, count_shared_directions
 from customize.errors import CustomizeError, SettingsError
@@ -78,15 +78,15 @@ def reserve_slices(
         kept = checkpoint.latest_step(configs[0].output / ".checkpoints") is not None
         for config in configs if main and kept else ():
             with suppress(CustomizeError):  # what stopped the run is to be told
-                slice_reservations.withdraw_fulfilled(config.output)
+                slice_reservations.delete_fulfilled_reservation(config.output)
         for config in configs if main and not kept else ():
-            slice_reservations.withdraw_claim(config.output)
+            slice_reservations.delete_reservation(config.output)
             if config in new:
                 with suppress(OSError):  # not empty: class pictures are kept
                     config.output.rmdir()
         raise
     for config in configs if main else ():
-        slice_reservations.withdraw_claim(config.output)
+        slice_reservations.delete_reservation(config.output)
 
 
 def _claim(
@@ -97,9 +97,9 @@ def _claim(
 ) -> list[int | None]:
     library = configs[0].library
     former = dict(zip((c.name for c in configs), before or (), strict=False))
-    chosen: dict[str, Claim] = {}
-    with nullcontext() if library is None else slice_reservations.alone_in(library):
-        there = [] if library is None else holders(library, without=[c.name for c in configs])
+    chosen: dict[str, SliceReservation] = {}
+    with nullcontext() if library is None else slice_reservations.lock_library(library):
+        there = [] if library is None else slice_owners(library, without=[c.name for c in configs])
         # Where a number is set it stands, so the others keep out of its way.
         for config in sorted(configs, key=lambda config: config.slice is None):
             others = [*there, *chosen.values()]
@@ -111,7 +111,7 @@ def _claim(
             else:
                 index = _free(config, family, basis, others)
             claim = chosen[config.name] = _claim_of(config, family, basis, index)
-            slice_reservations.write_claim(claim, config.output)
+            slice_reservations.write_reservation(claim, config.output)
     for number, config in enumerate(configs):
         earlier = [chosen[other.name] for other in configs[:number]]
         _tell(config, chosen[config.name], [*there, *earlier], family)
@@ -119,7 +119,7 @@ def _claim(
 
 
 def _free(
-    config: TrainConfig, family: Family, basis: BasisInfo, others: Sequence[Holder]
+    config: TrainConfig, family: Family, basis: BasisInfo, others: Sequence[SliceOwner]
 ) -> int | None:
     """The name's own slice where there is no library, unless one of the run has it."""
     if config.library is None and not _sharing(_claim_of(config, family, basis, None), others):
@@ -127,10 +127,12 @@ def _free(
     return free_index(others, config.rank, basis, widths=input_widths(family, config))
 
 
-def _claim_of(config: TrainConfig, family: Family, basis: BasisInfo, index: int | None) -> Claim:
+def _claim_of(
+    config: TrainConfig, family: Family, basis: BasisInfo, index: int | None
+) -> SliceReservation:
     widths = input_widths(family, config)
-    columns = columns_for(widths, config.rank, index=index, name=config.name, avoid=basis.avoid)
-    return Claim(
+    columns = slice_columns(widths, config.rank, index=index, name=config.name, avoid=basis.avoid)
+    return SliceReservation(
         name=config.name,
         basis=basis,
         rank=config.rank,
@@ -144,7 +146,7 @@ def _check_still_ours(
     family: Family,
     basis: BasisInfo,
     index: int | None,
-    others: Sequence[Holder],
+    others: Sequence[SliceOwner],
 ) -> None:
     """Refuse a slice that others hold too, unless the library is so full that none is better."""
     taken = _sharing(_claim_of(config, family, basis, index), others)
@@ -161,22 +163,26 @@ def _check_still_ours(
         )
 
 
-def _sharing(claim: Claim, others: Sequence[Holder]) -> dict[str, int]:
+def _sharing(claim: SliceReservation, others: Sequence[SliceOwner]) -> dict[str, int]:
     """Name -> how many columns the claim shares with its slice; only those with which it does.
 
     Only of those that avoid the same directions: the others took theirs apart from it.
     """
     same = [other for other in others if slice_key(other.basis) == slice_key(claim.basis)]
-    counts = {other.name: sum(map(len, shared_by_number(other, claim).values())) for other in same}
+    counts = {
+        other.name: sum(map(len, shared_column_numbers(other, claim).values())) for other in same
+    }
     return {name: count for name, count in counts.items() if count}
 
 
-def _fits(holder: Holder, family: Family) -> bool:
+def _fits(holder: SliceOwner, family: Family) -> bool:
     """Whether it is a concept that the model takes."""
     return isinstance(holder, ConceptInfo) and holder.fingerprint == family.fingerprint()
 
 
-def _tell(config: TrainConfig, claim: Claim, others: Sequence[Holder], family: Family) -> None:
+def _tell(
+    config: TrainConfig, claim: SliceReservation, others: Sequence[SliceOwner], family: Family
+) -> None:
     """Warn of columns that are not the concept's alone, and of slices of other columns."""
     alone = config.library is None
     for width, columns in claim.slices.items() if alone and config.slice is not None else ():
@@ -191,6 +197,6 @@ def _tell(config: TrainConfig, claim: Claim, others: Sequence[Holder], family: F
                 stacklevel=2,
             )
     for other in others:
-        for collision in collisions([other, claim]):
+        for collision in find_collisions([other, claim]):
             if collision.columns or _fits(other, family):
                 warnings.warn(str(collision), stacklevel=2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from customize.concepts.adapter import Adapter, Factors, attach, file_name
 from customize.concepts.base_weight import dense_weight
-from customize.concepts.slices.allocation import columns_for
+from customize.concepts.slices.allocation import slice_columns
 from customize.concepts.tokens import layerwise_embeddings, token_rows
 from customize.concepts.types import BasisInfo, Concept
 from customize.core.avoiding_slices import relative_output_change
@@ -63,7 +63,7 @@ class TrainableConcept:
         """Put back, bit for bit, what was saved of it."""
         for component, layers in self.adapter.layers.items():
             for module, layer in layers.items():
-                update = concept.products[component][file_name(component, module)]
+                update = concept.updates[component][file_name(component, module)]
                 layer.lora_A[self.adapter.name].weight.copy_(update.down)
                 layer.lora_B[self.adapter.name].weight.copy_(update.up)
         for key, rows in self.trainable_rows.items():
@@ -178,13 +178,13 @@ class Trainable:
 
     def expand_triggers(self, caption: str) -> str:
         """A caption as the text encoders see it."""
-        return token_rows.expand(caption, self._triggers)
+        return token_rows.expand_prompt(caption, self._triggers)
 
     def layer_prompts(self, caption: str) -> list[str]:
         """A caption as the text encoders see it for each layer, in order."""
         text = self.expand_triggers(caption)
         return [
-            layerwise_embeddings.wording(text, self._triggers, layer)
+            layerwise_embeddings.expand_for_layer(text, self._triggers, layer)
             for layer in range(self.layers)
         ]
 
@@ -209,7 +209,7 @@ def attach_trainable(
 
     Args:
         indices: each concept's number; see
-        :func:`customize.concepts.slices.allocation.columns_for`. basis: of their slices; None for
+        :func:`customize.concepts.slices.allocation.slice_columns`. basis: of their slices; None for
         the method "lora". generic: what layers read on generic prompts; empty where the basis
         avoids nothing of it.
 
@@ -220,8 +220,8 @@ def attach_trainable(
     with ExitStack() as stack:
         layers = 0
         if configs[0].layerwise_tokens:
-            layers = len(layerwise_embeddings.layers_of(family))
-            for hook in layerwise_embeddings.read_by_layer(family):
+            layers = len(layerwise_embeddings.layers_with_embeddings(family))
+            for hook in layerwise_embeddings.hook_cross_attention(family):
                 stack.callback(hook.remove)
         # All start from the vocabulary as it is without any of them.
         dictionaries = family.token_dictionaries() if configs[0].train_tokens else []
@@ -255,13 +255,17 @@ def _added(
     columns: dict[int, tuple[int, ...]] = {}
     if basis is not None:
         widths = input_widths(family, config)
-        columns = columns_for(widths, config.rank, index=index, name=config.name, avoid=basis.avoid)
+        columns = slice_columns(
+            widths, config.rank, index=index, name=config.name, avoid=basis.avoid
+        )
     rows: dict[str, token_rows.TrainableRows] = {}
     # Without a dictionary the trigger stays a plain word of the prompt.
-    entries = token_rows.entries(config.trigger, config.num_tokens) if starts else []
+    entries = token_rows.vocabulary_entries(config.trigger, config.num_tokens) if starts else []
     names = entries
     if layers:
-        names = layerwise_embeddings.layer_entries(config.trigger, config.num_tokens, layers)
+        names = layerwise_embeddings.layer_vocabulary_entries(
+            config.trigger, config.num_tokens, layers
+        )
     for dictionary in family.token_dictionaries() if starts else ():
         # All layers start alike.
         start = starts[dictionary.key].repeat(layers or 1, 1)

@@ -62,8 +62,8 @@ def by_peft(combination: str) -> Merge:
     def merge(family: Any, learned: Sequence[Learned], weight: float) -> Products:
         concepts = [each.concept for each in learned]
         merged: Products = {}
-        for part in concepts[0].products:
-            fitted = [adapters.fit({part: c.products[part]}, family)[part] for c in concepts]
+        for part in concepts[0].updates:
+            fitted = [adapters.fit({part: c.updates[part]}, family)[part] for c in concepts]
             names = [f"a{k}" for k in range(len(concepts))]
             rank = fitted[0][next(iter(fitted[0]))].rank
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(fitted[0]))

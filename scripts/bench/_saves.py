@@ -29,12 +29,12 @@ def concept_at(finished: Concept, folder: Path, step: int, family: Family) -> Co
         return flat.unflatten(0, (layers, -1)).transpose(0, 1).contiguous() if layers else flat
 
     products: dict[str, dict[str, LowRank]] = {}
-    for part, updates in finished.products.items():
+    for part, updates in finished.updates.items():
         modules = [file_name(part, module) for module in family.adapter_targets(part)]
         products[part] = {
             module: replace(updates[module], up=state[f"adapter/{part}/{number}"])
             for number, module in enumerate(modules)
         }
     return replace(
-        finished, products=products, embeddings={key: rows(key) for key in finished.embeddings}
+        finished, updates=products, embeddings={key: rows(key) for key in finished.embeddings}
     )

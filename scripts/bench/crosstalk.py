@@ -38,7 +38,7 @@ PREDICTORS = ("measured", "factors")
 
 def predictions(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
     """Predictor -> (K, K): entry (i, j) is what j does to i."""
-    products = {name: flattened(each.concept.products) for name, each in learned.items()}
+    products = {name: flattened(each.concept.updates) for name, each in learned.items()}
     inputs = {name: flattened(each.record.own) for name, each in learned.items()}
     return {
         "measured": relative_responses(response_norms(products, inputs)),

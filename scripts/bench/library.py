@@ -65,7 +65,7 @@ def write_concepts(folder: Path, count: int) -> None:
         place_beside,
         updates_digest,
     )
-    from customize.concepts.slices.allocation import columns_for
+    from customize.concepts.slices.allocation import slice_columns
     from customize.concepts.types import BasisInfo, Concept, ConceptInfo
     from customize.core.bases import BASES, down_projection
     from customize.core.lowrank import LowRank
@@ -79,7 +79,7 @@ def write_concepts(folder: Path, count: int) -> None:
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         name = f"c{number}"
-        columns = columns_for(widths, RANK, index=number, name=name)
+        columns = slice_columns(widths, RANK, index=number, name=name)
         downs = {w: down_projection(BASES["cosine"], w, own, 0) for w, own in columns.items()}
         info = ConceptInfo(
             name=name,

@@ -354,7 +354,7 @@ def figures(
         sizes = [
             norm(update) ** 2
             for one in load(args, kind, range(protocol.total))
-            for updates in one.concept.products.values()
+            for updates in one.concept.updates.values()
             for update in updates.values()
         ]
         name = f"update_norm_{folder_name(kind).replace('-', '_')}"

@@ -36,12 +36,12 @@ WAYS = ("fusion", "gradient fusion")
 def gradient_fusion(learned: Sequence[Learned]) -> Products:
     """The loop of Mix-of-Show over our factors of the same inputs."""
     merged: Products = {}
-    for part in learned[0].concept.products:
+    for part in learned[0].concept.updates:
         merged[part] = {}
-        for module in learned[0].concept.products[part]:
+        for module in learned[0].concept.updates[part]:
             inputs = [each.record.own[part][file_name(part, module)] for each in learned]
             wanted = [
-                to_dense(each.concept.products[part][module]) @ rows.T
+                to_dense(each.concept.updates[part][module]) @ rows.T
                 for each, rows in zip(learned, inputs, strict=True)
             ]
             found = minimised(torch.cat(inputs), torch.cat(wanted, dim=1), ITERATIONS[part])

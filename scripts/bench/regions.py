@@ -38,7 +38,7 @@ from _workers import folder_name
 from merge_identity import learn
 from torch import Tensor
 
-from customize.concepts.tokens.prompt_phrases import regional
+from customize.concepts.tokens.prompt_phrases import regional_prompts
 from customize.core.region_weights import blend, box_weights, stack_regions
 from customize.demo import TRAINING, assets_folder
 from customize.evaluation.storybook_rates import GUIDANCE, STEPS
@@ -161,7 +161,9 @@ def inside_attention(pipe: Any, prompts: Sequence[str], phrases: Sequence[str]) 
     family = family_of(pipe.components)
     # By region, then by picture.
     texts = [
-        text for each in zip(*(regional(p, phrases) for p in prompts), strict=True) for text in each
+        text
+        for each in zip(*(regional_prompts(p, phrases) for p in prompts), strict=True)
+        for text in each
     ]
     with torch.no_grad():
         conditions = family.encode_prompts(texts)["prompt_embeds"].split(len(prompts))

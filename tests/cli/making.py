@@ -57,4 +57,4 @@ def photos(folder: Path, count: int = 2, side: int = 40) -> Path:
 def record_of(made: Concept) -> LayerInputs:
     """A record that is this concept's, of a layer that isn't there."""
     rows = {"unet": {"x": torch.ones(1, 2)}}
-    return LayerInputs(updates_digest(made.products), rows, rows)
+    return LayerInputs(updates_digest(made.updates), rows, rows)

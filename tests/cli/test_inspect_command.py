@@ -54,7 +54,7 @@ def test_concepts_that_collide(run: Run, world: World, tmp_path: Path) -> None:
     assert "learn max again" in result.out
     rex = concept(tiny_sd(), "rex")
     flat = {
-        each.info.name: {f"{c}.{m}": p for c, own in each.products.items() for m, p in own.items()}
+        each.info.name: {f"{c}.{m}": p for c, own in each.updates.items() for m, p in own.items()}
         for each in (rex, twin)
     }
     value = overlap_matrix(flat)[0, 1].item()

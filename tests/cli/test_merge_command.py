@@ -182,7 +182,7 @@ def test_truncate_takes_the_rank_also_into_weights(run: Run, world: World, tmp_p
 def test_layers_that_need_less_are_filled_with_zeros(tmp_path: Path) -> None:
     """A loader without a header takes one rank for all layers, and alpha for it."""
     rex, tom = small(1, name="rex"), small(2, name="tom", trigger="<tom>", slices=SLICES)
-    part = {"unet": {"mid.attn1.to_q": tom.products["unet"]["mid.attn1.to_q"]}}
+    part = {"unet": {"mid.attn1.to_q": tom.updates["unet"]["mid.attn1.to_q"]}}
     tom = Concept(tom.info.model_copy(update={"slices": {"8": [4, 5]}}), part, tom.embeddings)
     merged = write_merged([rex, tom], [1.0, 1.0], tmp_path / "m")
     assert merged.rank == {"unet": 4, "text_encoder": 2}

@@ -130,7 +130,7 @@ def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -
     rex, tom = (
         {
             f"{part}.{file_name(part, m)}": u
-            for part, own in c.products.items()
+            for part, own in c.updates.items()
             for m, u in own.items()
         }
         for c in concepts

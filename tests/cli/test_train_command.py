@@ -75,7 +75,7 @@ def test_training_and_what_it_says(run: Run, world: World, tmp_path: Path) -> No
     exec(code.replace('<max>")', '<max>", num_inference_steps=1)'), names)
     assert "max" in repr(names["pipe"].custom)  # type: ignore[attr-defined]
     concept = Concept.load(tmp_path / "max")
-    assert set(concept.products) == {"unet"} and concept.info.rank == 2
+    assert set(concept.updates) == {"unet"} and concept.info.rank == 2
 
 
 def test_flags_win_over_the_file(run: Run, world: World, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from customize.concepts.adapter import Adapter, attach
-from customize.concepts.slices.allocation import columns_for
-from customize.concepts.tokens.token_rows import add_tokens, entries, initial_rows
+from customize.concepts.slices.allocation import slice_columns
+from customize.concepts.tokens.token_rows import add_tokens, initial_rows, vocabulary_entries
 from customize.concepts.types import BasisInfo, Concept, ConceptInfo
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
@@ -61,7 +61,7 @@ def small(seed: int = 0, **changes: Any) -> Concept:
 def same_tensors(a: Concept, b: Concept) -> bool:
     def listed(concept: Concept) -> dict[tuple[str, ...], torch.Tensor]:
         found = {("rows", key): rows for key, rows in concept.embeddings.items()}
-        for component, updates in concept.products.items():
+        for component, updates in concept.updates.items():
             for module, update in updates.items():
                 found[component, module, "up"] = update.up
                 found[component, module, "down"] = update.down
@@ -85,7 +85,7 @@ def learn(
     components = [*family.denoisers, *family.text_encoders]
     widths = {shape[1] for c in components for shape in family.adapter_targets(c).values()}
     basis = BasisInfo() if method == "orthogonal" else None
-    columns = columns_for(widths, 4, index=0, name=name) if basis else {}
+    columns = slice_columns(widths, 4, index=0, name=name) if basis else {}
     adapter = attach(
         family,
         method=method,
@@ -104,7 +104,7 @@ def learn(
     rows = {}
     for number, dictionary in enumerate(family.token_dictionaries()):
         rows[dictionary.key] = 5 * initial_rows(dictionary, "dog", 2, seed=number)
-        add_tokens(dictionary, entries(f"<{name}>", 2), rows[dictionary.key])
+        add_tokens(dictionary, vocabulary_entries(f"<{name}>", 2), rows[dictionary.key])
     info = ConceptInfo(
         name=name,
         trigger=f"<{name}>",

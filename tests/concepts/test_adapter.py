@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 
 from customize.concepts.adapter import attach, attach_products, fit
-from customize.concepts.slices.allocation import columns_for
+from customize.concepts.slices.allocation import slice_columns
 from customize.concepts.types import BasisInfo
 from customize.core.bases import BASES, down_projection
 from customize.core.crosstalk import update_overlap
@@ -17,7 +17,7 @@ from customize.families import family_of
 from tests.concepts.making import learn
 from tests.tiny import tiny_sd, tiny_sd3
 
-COLUMNS = columns_for((16, 32), 4, index=1, name="rex")
+COLUMNS = slice_columns((16, 32), 4, index=1, name="rex")
 PARTS = ("unet", "text_encoder")
 
 
@@ -64,7 +64,7 @@ def test_a_new_adapter_changes_nothing_and_goes_without_a_trace(make, method: st
     models[0].requires_grad_(False)
     before, output = [state(model) for model in models], call(family)
     widths = {shape[1] for part in parts for shape in family.adapter_targets(part).values()}
-    columns = columns_for(widths, 4, index=0, name="rex") if method == "orthogonal" else None
+    columns = slice_columns(widths, 4, index=0, name="rex") if method == "orthogonal" else None
     basis = BasisInfo() if method == "orthogonal" else None
     random = torch.get_rng_state()
     adapter = attach(family, method=method, rank=4, basis=basis, columns=columns, components=parts)
@@ -105,7 +105,7 @@ def test_orthogonal_down_projections_are_the_frozen_slices(kind) -> None:
 def test_learned_concepts_with_different_slices_are_orthogonal() -> None:
     updates = []
     for index in (0, 1):
-        columns = columns_for((16, 32), 4, index=index, name="")
+        columns = slice_columns((16, 32), 4, index=index, name="")
         adapter = orthogonal(family_of(tiny_sd().components), columns=columns)
         with torch.no_grad():
             for p in adapter.parameters()["unet"]:
@@ -168,13 +168,13 @@ def test_products_do_on_another_copy_what_the_adapter_does(make) -> None:
     expected = call(family)
     fresh = family_of(make().components)
     plain = call(fresh)
-    loaded = attach_products(fresh, concept.products, name="rex")
+    loaded = attach_products(fresh, concept.updates, name="rex")
     assert torch.equal(call(fresh), expected) and not torch.equal(plain, expected)
     assert not any(loaded.parameters().values())
     for component, updates in loaded.products().items():
-        assert list(updates) == list(concept.products[component])
+        assert list(updates) == list(concept.updates[component])
         for module, update in updates.items():
-            assert torch.equal(to_dense(update), to_dense(concept.products[component][module]))
+            assert torch.equal(to_dense(update), to_dense(concept.updates[component][module]))
     loaded.remove()
     assert torch.equal(call(fresh), plain)
 
@@ -231,7 +231,7 @@ def test_a_taken_name_changes_nothing() -> None:
 def test_updates_for_another_model_are_refused() -> None:
     family, _, concept = learn(tiny_sd())
     with pytest.raises(ConceptError, match="has no unet"):
-        fit(concept.products, family_of(tiny_sd3().components))
+        fit(concept.updates, family_of(tiny_sd3().components))
     update = LowRank(torch.ones(7, 2), torch.ones(2, 16))
     module = next(iter(family.adapter_targets("unet")))
     with pytest.raises(ConceptError, match=r"shape \(7, 16\) has no place: the layer is of shape"):

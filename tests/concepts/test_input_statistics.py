@@ -82,9 +82,9 @@ def test_where_it_lies(tmp_path):
 
 
 def test_a_digest_is_of_the_updates_alone():
-    assert updates_digest(small().products) == updates_digest(small(name="tom").products)
-    assert updates_digest(small().products) != updates_digest(small(seed=1).products)
-    assert updates_digest(small().products) != updates_digest(small(alpha=4.0).products)
+    assert updates_digest(small().updates) == updates_digest(small(name="tom").updates)
+    assert updates_digest(small().updates) != updates_digest(small(seed=1).updates)
+    assert updates_digest(small().updates) != updates_digest(small(alpha=4.0).updates)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_record_of_other_widths_is_refused_by_name(tmp_path):
         folder = rex.save(tmp_path / kind)
         odd_one.save(folder / "layer_inputs.safetensors")
         with pytest.raises(ConceptError, match=r"inputs of width 16 of a layer of width 8.*to_q"):
-            record_beside("rex", rex.products, folder)
+            record_beside("rex", rex.updates, folder)
         tom = small(seed=1, name="tom", trigger="<tom>")
         with pytest.raises(ConceptError, match="inputs of width 16 of a layer of width 8"):
             merge([rex, tom], [1.0, 1.0], "fusion", [odd_one, record(tom, seed=1)])
@@ -245,11 +245,11 @@ def test_layers_without_a_record_are_summed():
     records = [record(rex), record(tom, seed=1)]
     del records[1].own["unet"]["mid.attn1.to_q"]
     fused = merge([rex, tom], [1.0, 0.5], "fusion", records)
-    own = [c.products["unet"]["mid.attn2.to_out.0"] for c in (rex, tom)]
+    own = [c.updates["unet"]["mid.attn2.to_out.0"] for c in (rex, tom)]
     there = fused["unet"]["mid.attn2.to_out.0"]
     assert distance(there, weighted_sum(own, [1.0, 0.5])) > 0.1 * norm(there)
     # Nothing is known of what tom's layer reads: it is added as it is to what is fused of rex.
     half = fused["unet"]["mid.attn1.to_q"]
     only = merge([rex], [1.0], "fusion", records[:1], records[1:])["unet"]["mid.attn1.to_q"]
-    added = tom.products["unet"]["mid.attn1.to_q"]
+    added = tom.updates["unet"]["mid.attn1.to_q"]
     assert distance(half, weighted_sum([only, added], [1.0, 0.5])) < 1e-5 * norm(half)

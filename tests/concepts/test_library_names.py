@@ -13,7 +13,7 @@ import pytest
 from customize.concepts.library.index import read_index
 from customize.concepts.library.library import Library, add
 from customize.concepts.library.library_check import check
-from customize.concepts.slices.allocation import holders
+from customize.concepts.slices.allocation import slice_owners
 from customize.errors import ConceptError, ConfigError
 from tests.concepts.library.test_library import lora
 from tests.concepts.making import small
@@ -76,7 +76,7 @@ def test_what_cannot_be_read_is_named(folder: Path) -> None:
     for source in said:
         assert source in faults
     with pytest.raises(ConceptError, match="a FIFO"):
-        holders(folder)
+        slice_owners(folder)
 
 
 def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from customize.concepts.library import index
 from customize.concepts.library.index import described, read_index, stamps
 from customize.concepts.library.library import Library
 from customize.concepts.library.library_check import check
-from customize.concepts.slices.allocation import collisions, free_index, holders
-from customize.concepts.slices.slice_reservations import Claim, read_claims
+from customize.concepts.slices.allocation import find_collisions, free_index, slice_owners
+from customize.concepts.slices.slice_reservations import SliceReservation, read_reservations
 from customize.concepts.types import BasisInfo
 from customize.errors import ConceptError
 from tests.concepts.making import small
@@ -80,7 +80,7 @@ def assert_said(error: ConceptError, path: Any) -> None:
     assert error.where and str(path) in error.where and error.fix and len(str(error)) < 2000
 
 
-CLAIM = Claim(
+CLAIM = SliceReservation(
     name="rex", basis=BasisInfo(avoid=1), rank=2, index=1, slices={"64": [2, 3], "96": [2, 3]}
 ).model_dump(mode="json")
 
@@ -93,12 +93,12 @@ def test_a_mutated_claim_is_right_or_refused(tmp_path_factory, value):
     path = library / "rex" / CLAIM_FILE
     path.write_text(written(value))
     try:
-        claims = read_claims(library)
+        claims = read_reservations(library)
     except ConceptError as error:
         assert_said(error, path)
         return
-    assert 0 <= free_index(holders(library), 2, BasisInfo(avoid=1)) < 48
-    assert collisions(claims) == []
+    assert 0 <= free_index(slice_owners(library), 2, BasisInfo(avoid=1)) < 48
+    assert find_collisions(claims) == []
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_claims_that_no_run_makes(change, tmp_path):
     (tmp_path / "rex").mkdir()
     (tmp_path / "rex" / CLAIM_FILE).write_text(json.dumps(CLAIM | change))
     with pytest.raises(ConceptError, match="claim"):
-        read_claims(tmp_path)
+        read_reservations(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_facts_and_claims_that_no_parser_likes(text, tmp_path):
     assert_said(caught.value, "concept.json")
     (tmp_path / "rex" / CLAIM_FILE).write_text(text)
     with pytest.raises(ConceptError, match="claim"):
-        read_claims(tmp_path)
+        read_reservations(tmp_path)
 
 
 @settings(deadline=None, max_examples=100)

@@ -133,7 +133,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             # With embeddings for each of two layers, whose mean is what was drawn with.
             rows = torch.tensor([[0.0], [2.0]]) * concept.embeddings["text_encoder"][:, None]
             info = concept.info.model_copy(update={"token_layers": 2})
-            Concept(info, concept.products, {"text_encoder": rows}).save(root / "layerwise")
+            Concept(info, concept.updates, {"text_encoder": rows}).save(root / "layerwise")
             ours["layerwise"] = ours[name]
             write_single(concept, root / "single.safetensors")
             ours["single"] = ours[name]

@@ -51,15 +51,15 @@ Q = "mid.attn1.to_q"
 
 
 def with_update(concept: Concept, component: str, module: str, update: LowRank) -> Concept:
-    products = dict(concept.products) | {
-        component: {**concept.products.get(component, {}), module: update}
+    products = dict(concept.updates) | {
+        component: {**concept.updates.get(component, {}), module: update}
     }
-    return replace(concept, products=products)
+    return replace(concept, updates=products)
 
 
 def test_updates_that_do_not_fit_the_facts() -> None:
     concept = small()
-    q = concept.products["unet"][Q]
+    q = concept.updates["unet"][Q]
     nan = q.up.clone()
     nan[0, 0] = float("nan")
     cases = [
@@ -81,7 +81,7 @@ def test_concepts_without_layers_or_without_their_tokens() -> None:
     concept = small()
     for products in ({}, {"unet": {}}):
         with pytest.raises(ConceptError, match="changes no layer"):
-            replace(concept, products=products)
+            replace(concept, updates=products)
     with pytest.raises(ConceptError, match="2 tokens and 0 sets"):
         replace(concept, embeddings={})
     with pytest.raises(ConceptError, match="0 tokens and 1 sets"):

@@ -18,7 +18,7 @@ from torch.nn.functional import pixel_unshuffle
 from customize.core.objectives import weighted_mse
 from customize.errors import ConfigError, PipelineError
 from customize.families import FAMILIES, Family, family_of
-from customize.families.tokenization import padded
+from customize.families.tokenization import pad_sequences
 from tests.tiny import (
     drawn,
     tiny_flux,
@@ -259,14 +259,17 @@ def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[
         def one_by_one(prompts: list[str]) -> dict[str, Tensor]:
             rows = [step(prompt=prompt, output="prompt_embeds")[0] for prompt in prompts]
             lengths = torch.tensor([len(row) for row in rows])
-            return {"prompt_embeds": padded(rows), "prompt_lengths": lengths}
+            return {"prompt_embeds": pad_sequences(rows), "prompt_lengths": lengths}
 
         return one_by_one(call["prompt"]), one_by_one([""])
     if family == "z_image":
         call.pop("num_images_per_prompt")
         both = pipe.encode_prompt(**call | {"prompt": list(call["prompt"])})
         found = [
-            {"prompt_embeds": padded(rows), "prompt_lengths": torch.tensor(list(map(len, rows)))}
+            {
+                "prompt_embeds": pad_sequences(rows),
+                "prompt_lengths": torch.tensor(list(map(len, rows))),
+            }
             for rows in both
             if rows
         ]
@@ -443,7 +446,7 @@ def test_predict_is_the_call_that_the_pipeline_makes(
     calls = record_calls(family)
     generator = torch.Generator().manual_seed(0)
     call = {"num_inference_steps": 3} | SIZE
-    scale = {"guidance_scale": guidance} if family.guidance_is_an_input else no_guidance(family)
+    scale = {"guidance_scale": guidance} if family.has_guidance_input else no_guidance(family)
     drawn(pipe, "a red cup", generator=generator, **call, **scale)
     conditions = family.encode_prompts(["a red cup"])
     assert len(calls) == len(pipe.scheduler.timesteps)

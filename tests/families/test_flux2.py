@@ -83,7 +83,7 @@ def test_only_dev_reads_the_guidance() -> None:
         family = family_of(make().components)
         conditions = family.encode_prompts(["a dog"])
         low, high = (family.predict(noisy, t, conditions, scale) for scale in (1.0, 4.0))
-        assert family.guidance_is_an_input is reads
+        assert family.has_guidance_input is reads
         assert torch.equal(low, high) is not reads
 
 

@@ -57,7 +57,7 @@ def test_latents_are_those_of_the_first_frame_normalised_by_channel() -> None:
 def test_guidance_keeps_each_tokens_length() -> None:
     family = family_of(tiny_qwen_image().components)
     plain, asked = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    guided = family.guide(plain, asked, 4.0)
+    guided = family.apply_guidance(plain, asked, 4.0)
     lengths = [family.pack(x).norm(dim=-1) for x in (guided, asked)]
     torch.testing.assert_close(*lengths)
     towards = torch.nn.functional.cosine_similarity(

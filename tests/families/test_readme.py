@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from customize.families import FAMILIES
-from customize.families.rectified_flow import FlowFamily
+from customize.families.rectified_flow import RectifiedFlowFamily
 from tests import tiny, tiny_llm, tiny_video
 
 README = Path(__file__).parents[2] / "README.md"
@@ -23,7 +23,7 @@ def test_the_table_of_families_is_true() -> None:
     ]
     assert [row[0].strip("`") for row in rows] == list(FAMILIES)
     for (name, _, prediction, dictionaries), family in zip(rows, FAMILIES.values(), strict=True):
-        if issubclass(family, FlowFamily):
+        if issubclass(family, RectifiedFlowFamily):
             assert prediction == "flow", name
         else:  # what the scheduler's configuration says; v in all models of CogVideoX
             assert prediction == ("v" if name == "`cogvideox`" else "epsilon, v"), name
@@ -60,4 +60,4 @@ def test_the_table_of_seams_is_true(name: str) -> None:
     references = [each for each in REFERENCES if each in taken]
     assert row[2] == (", ".join(f"`{each}`" for each in references) or "none")
     # What "yes" means is drawn in test_regions.py, for every family.
-    assert row[3] == ("no" if FAMILIES[name].no_regions else "yes")
+    assert row[3] == ("no" if FAMILIES[name].regions_unsupported else "yes")

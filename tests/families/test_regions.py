@@ -39,7 +39,7 @@ def test_words_keep_to_their_region(name):
         first = answers[0]
         return torch.stack(first) if isinstance(first, list) else first
 
-    if family.no_regions:
+    if family.regions_unsupported:
         with pytest.raises(PipelineError, match=f"{family.name} cannot draw by regions"):
             draw("red car", regions={"red car": 1 - LEFT})
         return

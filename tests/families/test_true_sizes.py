@@ -212,7 +212,7 @@ def test_flux_1(guidance: bool) -> None:
     assert len(targets) == 19 * 8 + 38 * 3
     assert set(targets.values()) == {(3072, 3072)}
     assert len(family.adapter_targets("text_encoder")) == 48
-    assert family.guidance_is_an_input is guidance
+    assert family.has_guidance_input is guidance
     assert_shapes_are_the_weights(family)
 
 
@@ -286,7 +286,7 @@ def test_flux_2(model: str) -> None:
         **dict.fromkeys(fused, config.num_single_layers),
     }
     assert family.fingerprint()["widths"] == {"transformer": [width, 4 * width]}
-    assert family.guidance_is_an_input is (model == "dev")
+    assert family.has_guidance_input is (model == "dev")
     assert_shapes_are_the_weights(family)
 
 

@@ -133,11 +133,11 @@ def test_each_transformer_learns_on_its_own_levels(
     before = snapshot(pipe.components)
     learned = train(config, pipe.components, progress=False, pipeline_config=pipe.config)
     assert_unchanged(before, pipe.components)
-    assert list(learned.products) == ["transformer", "transformer_2"]
-    for component, updates in learned.products.items():
+    assert list(learned.updates) == ["transformer", "transformer_2"]
+    for component, updates in learned.updates.items():
         moved = [bool(update.up.any()) for update in updates.values()]
         assert all(moved) if component == learns else not any(moved), component
-    assert Concept.load(config.output).info.fingerprint["widths"].keys() == learned.products.keys()
+    assert Concept.load(config.output).info.fingerprint["widths"].keys() == learned.updates.keys()
 
 
 def test_two_transformers_without_a_boundary_are_not_trained_but_take_concepts(

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.library.index import INDEX_FILE
 from customize.concepts.library.library import Library
-from customize.concepts.slices.slice_reservations import read_claims, write_claim
+from customize.concepts.slices.slice_reservations import read_reservations, write_reservation
 from customize.concepts.types import BasisInfo, Concept
 from customize.errors import CustomizeError
 from customize.training import checkpoint
@@ -88,10 +88,10 @@ def _index(folder: Path) -> Path:
 
 
 def _claim(folder: Path) -> Path:
-    from customize.concepts.slices.slice_reservations import Claim
+    from customize.concepts.slices.slice_reservations import SliceReservation
 
-    claim = Claim(name="kit", basis=BasisInfo(), rank=2, index=0, slices={"8": [0, 1]})
-    write_claim(claim, folder / "kit")
+    claim = SliceReservation(name="kit", basis=BasisInfo(), rank=2, index=0, slices={"8": [0, 1]})
+    write_reservation(claim, folder / "kit")
     return folder / "kit" / ".slice.json"
 
 
@@ -136,7 +136,7 @@ KINDS = {
     "LoRA from elsewhere": Kind(_lora, lambda f: open_adaptation(f / "a.safetensors")),
     "checkpoint": Kind(_checkpoint, checkpoint.load_latest_checkpoint, _checkpoints_alike),
     "index": Kind(_index, lambda f: Library(f).entries, lambda a, b: a == b),
-    "claim": Kind(_claim, read_claims),
+    "claim": Kind(_claim, read_reservations),
     "settings": Kind(_settings, lambda f: read_yaml(f / "a.yaml")),
     "PNG": Kind(_picture(".png"), _pictures),
     "JPEG": Kind(_picture(".jpg"), _pictures),

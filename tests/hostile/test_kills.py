@@ -58,7 +58,7 @@ def leftovers(folder: Path) -> list[str]:
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     concept = Concept.load(folder)
     found = {f"token {key}": rows for key, rows in concept.embeddings.items()}
-    for component, updates in concept.products.items():
+    for component, updates in concept.updates.items():
         for module, update in updates.items():
             found[f"{component}.{module}.up"] = update.up
             found[f"{component}.{module}.down"] = update.down

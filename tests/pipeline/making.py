@@ -13,7 +13,7 @@ from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPIN
 from diffusers.pipelines.auto_pipeline import _get_model
 from torch import Tensor, nn
 
-from customize.concepts.slices.allocation import columns_for
+from customize.concepts.slices.allocation import slice_columns
 from customize.concepts.types import BasisInfo, Concept, ConceptInfo
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
@@ -35,7 +35,7 @@ def concept(pipe: Any, name: str = "rex", *, index: int = 0, **changes: Any) -> 
     components = [*family.denoisers, *family.text_encoders]
     targets = {component: family.adapter_targets(component) for component in components}
     widths = {shape[1] for own in targets.values() for shape in own.values()}
-    columns = columns_for(widths, 2, index=index, name=name)
+    columns = slice_columns(widths, 2, index=index, name=name)
     facts: dict[str, Any] = {
         "name": name,
         "trigger": f"<{name}>",
@@ -163,5 +163,5 @@ def attached(make: Any = tiny_sd, layers: bool = False, **facts: Any) -> Any:
             for key, own in rex.embeddings.items()
         }
         info = rex.info.model_copy(update={"token_layers": count})
-        rex = Concept(info, rex.products, rows)
+        rex = Concept(info, rex.updates, rows)
     return pipe.load_custom(rex)

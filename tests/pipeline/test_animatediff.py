@@ -41,7 +41,7 @@ def test_videos_show_what_was_learned_from_pictures(tmp_path: Path, layerwise: b
     assert attached.shape == (4, 32, 32, 3)
     assert (np.abs(attached - bare).max(axis=(1, 2, 3)) > 1e-3).all()
     carrying = {name for name, module in pipe.unet.named_modules() if hasattr(module, "lora_A")}
-    assert len(carrying) == len(learned.products["unet"])
+    assert len(carrying) == len(learned.updates["unet"])
     assert not any("motion_modules" in name for name in carrying)
     unload_custom(pipe)
     assert_same(before, everything(pipe))

@@ -10,7 +10,7 @@ import torch
 from peft import LoKrConfig
 
 import customize
-from customize.concepts.tokens.token_rows import expand
+from customize.concepts.tokens.token_rows import expand_prompt
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
 from tests.concepts.making import learn
@@ -69,8 +69,8 @@ def test_the_adapter_is_the_exact_weighted_sum_as_is_the_fused_weight(make):
     fused.load_custom(rex, tom, weights=weights, fuse=True)
     for key, model in _models(family).items():
         other = _models(family_of(fused.components))[key]
-        for name, update in rex.products[key].items():
-            second = tom.products[key][name]
+        for name, update in rex.updates[key].items():
+            second = tom.updates[key][name]
             change = update.scale * update.up @ update.down
             change = change - 0.5 * second.scale * second.up @ second.down
             layer = model.get_submodule(name)
@@ -92,12 +92,12 @@ def test_triggers_expand_once_in_every_prompt_argument(make):
         other = {"prompt_2": None, "prompt_3": None}
     found = pipe.encode_prompt(prompt=prompt, negative_prompt=negative, **options, **other)
     for embeds, text in zip(found, (prompt, negative), strict=False):
-        expected = family.encode_prompts([expand(text, TRIGGERS)])["prompt_embeds"]
+        expected = family.encode_prompts([expand_prompt(text, TRIGGERS)])["prompt_embeds"]
         assert torch.equal(embeds, expected)
     listed = pipe.encode_prompt(prompt=[prompt, "a dog"], **options, **other)[0]
     torch.testing.assert_close(listed[:1], found[0])
     ids = pipe.tokenizer(prompt).input_ids
-    assert ids == pipe.tokenizer(expand(prompt, TRIGGERS)).input_ids
+    assert ids == pipe.tokenizer(expand_prompt(prompt, TRIGGERS)).input_ids
     assert [ids.count(i) for i in range(len(pipe.tokenizer) - 4, len(pipe.tokenizer))] == [1] * 4
 
 
@@ -333,7 +333,7 @@ def test_it_draws_what_the_model_drew_that_learned_it(make):
     _, adapter, learned = learn(learner)
     prompt = PROMPT
     if make is MAKERS["sd3"]:  # which expands nothing by itself
-        prompt = expand(PROMPT, TRIGGERS)
+        prompt = expand_prompt(PROMPT, TRIGGERS)
     pipe.load_custom(learned)
     np.testing.assert_allclose(draw(pipe), draw(learner, prompt), atol=1e-4)
     before = everything(learner)
@@ -397,8 +397,8 @@ def test_half_precision(make, fuse, dtype):
         assert {weight.dtype for weight in model.parameters()} == {dtype}
     if fuse:
         family = family_of(pipe.components)
-        for name, update in rex.products[family.denoiser_key].items():
-            second = tom.products[family.denoiser_key][name]
+        for name, update in rex.updates[family.denoiser_key].items():
+            second = tom.updates[family.denoiser_key][name]
             old = before[f"{family.denoiser_key} weights"][f"{name}.weight"].float()
             change = update.scale * update.up @ update.down
             change = change + second.scale * second.up @ second.down

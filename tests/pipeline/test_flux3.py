@@ -56,8 +56,8 @@ def test_training_on_a_pipelines_parts_leaves_them_as_they_were(tmp_path: Path) 
     concept = train(settings(tmp_path), pipe.components, progress=False)
     assert_unchanged(before, pipe.components)
     assert concept.info.family == "flux3" and not concept.embeddings
-    assert {key: len(updates) for key, updates in concept.products.items()} == {"transformer": 16}
-    assert all(update.up.any() for update in concept.products["transformer"].values())
+    assert {key: len(updates) for key, updates in concept.updates.items()} == {"transformer": 16}
+    assert all(update.up.any() for update in concept.updates["transformer"].values())
 
 
 def test_concepts_are_loaded_merged_and_unloaded(learned: Path) -> None:

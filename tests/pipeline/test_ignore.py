@@ -82,7 +82,7 @@ def test_a_concept_of_ours_without_a_width_of_its_layers(tmp_path):
     """What is left has slices of fewer widths than the whole."""
     pipe = tiny_sdxl()
     rex = concept(pipe)
-    left = rex.products["text_encoder"]
+    left = rex.updates["text_encoder"]
     assert {u.shape[1] for u in left.values()} < {int(width) for width in rex.info.slices}
     pipe.load_custom(rex, ignore=["unet", "text_encoder_2"])
     changed = {c for c in ("unet", "text_encoder", "text_encoder_2") if has_adapter(pipe, c)}

@@ -14,8 +14,8 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from torch import Tensor
 
 import customize
-from customize.concepts.tokens.layerwise_embeddings import mean_rows, vocabulary
-from customize.concepts.tokens.token_rows import add_tokens, entries
+from customize.concepts.tokens.layerwise_embeddings import mean_rows, vocabulary_rows
+from customize.concepts.tokens.token_rows import add_tokens, vocabulary_entries
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, PipelineError
 from customize.families import family_of
@@ -34,7 +34,7 @@ def layered(pipe: Any, name: str = "rex", *, spread: float = 1.0, index: int = 0
         key: own[:, None] + spread * torch.randn(2, LAYERS, own.shape[1], generator=generator)
         for key, own in plain.embeddings.items()
     }
-    return Concept(plain.info.model_copy(update={"token_layers": LAYERS}), plain.products, rows)
+    return Concept(plain.info.model_copy(update={"token_layers": LAYERS}), plain.updates, rows)
 
 
 def pictures(pipe: Any, prompt: Any = PROMPT, count: int = 1, **given: Any) -> np.ndarray:
@@ -50,7 +50,7 @@ def encoded_by_hand(own: Concept, prompt: str) -> list[Tensor]:
         pipe = tiny_sd()
         rows = {key: rows[:, layer] for key, rows in own.embeddings.items()}
         info = own.info.model_copy(update={"token_layers": 0})
-        customize.load_custom(pipe, Concept(info, own.products, rows))
+        customize.load_custom(pipe, Concept(info, own.updates, rows))
         found.append(pipe.encode_prompt(prompt, "cpu", 1, False)[0])
     return found
 
@@ -202,7 +202,7 @@ def test_bad_layers_change_nothing() -> None:
     rows = {key: own[:, None].repeat(1, 2, 1) for key, own in joint.embeddings.items()}
     info = joint.info.model_copy(update={"token_layers": 2})
     with pytest.raises(ConceptError, match="this pipeline's transformer takes 0"):
-        customize.load_custom(sd3, Concept(info, joint.products, rows))
+        customize.load_custom(sd3, Concept(info, joint.updates, rows))
     assert_same(everything(pipe), before)
     dictionary = family_of(pipe.components).token_dictionaries()[0]
     add_tokens(dictionary, ["<rex@4>"], torch.zeros(1, 32))
@@ -213,8 +213,8 @@ def test_bad_layers_change_nothing() -> None:
 def test_tokenizer_serves_other_callers_as_ever() -> None:
     pipe = tiny_sd()
     rex = layered(pipe)
-    names, _ = vocabulary("<rex>", rex.embeddings["text_encoder"])
-    assert names[:2] == entries("<rex>", 2)
+    names, _ = vocabulary_rows("<rex>", rex.embeddings["text_encoder"])
+    assert names[:2] == vocabulary_entries("<rex>", 2)
     customize.load_custom(pipe, rex)
     tokenizer = pipe.tokenizer
     first = tokenizer.convert_tokens_to_ids("<rex>")

@@ -57,11 +57,11 @@ def test_a_concept_of_sdxl(tmp_path: Path) -> None:
     )
     learned = train(config, pipe.components, progress=False)
     assert_unchanged(before, pipe.components)
-    counts = {component: len(updates) for component, updates in learned.products.items()}
+    counts = {component: len(updates) for component, updates in learned.updates.items()}
     assert counts == {"unet": 64, "text_encoder": 8, "text_encoder_2": 8}
     still = [
         (component, module)
-        for component, updates in learned.products.items()
+        for component, updates in learned.updates.items()
         for module, update in updates.items()
         if not update.up.any()
     ]

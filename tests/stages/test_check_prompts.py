@@ -107,7 +107,7 @@ def test_the_last_place_that_is_read(tokens):
     if tokens == 1:
         info = rex.info.model_copy(update={"num_tokens": 1})
         rows = {key: own[:1] for key, own in rex.embeddings.items()}
-        rex = type(rex)(info, rex.products, rows)
+        rex = type(rex)(info, rex.updates, rows)
     pipe.load_custom(rex)
     one = len(pipe.tokenizer("dog ", add_special_tokens=False).input_ids)
     room = pipe.tokenizer.model_max_length - 2 - tokens

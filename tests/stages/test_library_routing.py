@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import customize
 from customize.concepts.input_statistics import place_beside
-from customize.concepts.tokens.layerwise_embeddings import layers_of
+from customize.concepts.tokens.layerwise_embeddings import layers_with_embeddings
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
@@ -483,14 +483,14 @@ def test_it_works_in_half_precision_and_in_inference_mode(library):
 
 def test_layerwise_tokens_come_and_go_with_their_concept(copied):
     plain = concept(tiny_sd(), "lay", index=3)
-    layers = len(layers_of(family_of(tiny_sd().components)))
+    layers = len(layers_with_embeddings(family_of(tiny_sd().components)))
     noise = torch.Generator().manual_seed(0)
     rows = {
         key: torch.randn(2, layers, value.shape[1], generator=noise)
         for key, value in plain.embeddings.items()
     }
     info = plain.info.model_copy(update={"token_layers": layers})
-    Concept(info, plain.products, rows).save(copied / "lay")
+    Concept(info, plain.updates, rows).save(copied / "lay")
     pipe = tiny_sd().load_custom(library=copied)
     for prompt, names in (("<lay>", ["lay"]), ("<rex>", ["rex"]), ("<lay> <rex>", ["lay", "rex"])):
         assert np.array_equal(draw(pipe, prompt), by_name(tiny_sd, copied, names, prompt))

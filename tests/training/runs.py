@@ -87,7 +87,7 @@ def settings(folder: Path, output: str = "out", **changes: Any) -> TrainConfig:
 def tensors(concept: Concept) -> dict[str, Tensor]:
     """All numbers of a concept under one name each."""
     found = {f"tokens.{key}": rows for key, rows in concept.embeddings.items()}
-    for component, updates in concept.products.items():
+    for component, updates in concept.updates.items():
         for module, update in updates.items():
             found[f"{component}.{module}.up"] = update.up
             found[f"{component}.{module}.down"] = update.down

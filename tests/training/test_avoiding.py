@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from customize.concepts.input_statistics import LayerInputs
-from customize.concepts.slices.allocation import collisions
-from customize.concepts.slices.overlap import true_collisions
+from customize.concepts.slices.allocation import find_collisions
+from customize.concepts.slices.overlap import find_overlaps
 from customize.concepts.types import Concept
 from customize.core.bases import count_shared_directions
 from customize.errors import ConceptError, ConfigError, SettingsError
@@ -31,7 +31,7 @@ def test_down_projections_are_blind_to_the_leading_directions(tmp_path, make):
     path, generic = record_of(tmp_path)
     assert concept.info.basis.avoid == 4 and len(concept.info.basis.shared) == 16
     checked = 0
-    for component, updates in concept.products.items():
+    for component, updates in concept.updates.items():
         for module, update in updates.items():
             width = update.shape[1]
             lead = generic[component][module][: count_shared_directions(width, 4)].double()
@@ -51,9 +51,9 @@ def test_down_projections_are_blind_to_the_leading_directions(tmp_path, make):
     train(other, pipe.components, progress=False)
     assert path.stat().st_mtime_ns == before
     tom = Concept.load(other.output)
-    for component, updates in concept.products.items():
+    for component, updates in concept.updates.items():
         for module, update in updates.items():
-            crossed = update.down.double() @ tom.products[component][module].down.double().T
+            crossed = update.down.double() @ tom.updates[component][module].down.double().T
             assert crossed.abs().max() < 1e-5 * update.down.double().norm() ** 2
 
 
@@ -65,7 +65,7 @@ def test_the_penalty_holds_down_what_generic_prompts_reach(tmp_path):
             tmp_path, f"w{weight:g}", num_shared_directions=4, shared_directions_weight=weight
         )
         concept = train(config, pipe.components, progress=False)
-        norms.append(sum(float(u.up.norm()) for o in concept.products.values() for u in o.values()))
+        norms.append(sum(float(u.up.norm()) for o in concept.updates.values() for u in o.values()))
     assert norms[1] < 0.9 * norms[0]
 
 
@@ -108,7 +108,7 @@ def test_slices_of_other_directions_collide(tmp_path):
         pipe.components,
         progress=False,
     )
-    for found in (collisions([plain.info, avoiding.info]), true_collisions([plain, avoiding])):
+    for found in (find_collisions([plain.info, avoiding.info]), find_overlaps([plain, avoiding])):
         (collision,) = found
         assert "different numbers of shared directions (0, 4)" in str(collision)
         assert "--num-shared-directions 0" in collision.fix

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import customize
 from customize.concepts.input_statistics import LayerInputs, place_beside, record
-from customize.concepts.slices.slice_reservations import read_claims
+from customize.concepts.slices.slice_reservations import read_reservations
 from customize.concepts.types import BasisInfo, Concept
 from customize.core.bases import hashed_block, shared_columns
 from customize.core.lowrank import to_dense
@@ -100,9 +100,9 @@ def test_the_sum_of_the_concepts_is_the_model_of_the_run(kind, method, tmp_path)
     assert_unchanged(before, pipe.components, pipe.config)
     drawn, changes = of_run
     key = family_of(pipe.components, pipe.config).denoiser_key
-    assert set(changes) == set(rex.products[key])
+    assert set(changes) == set(rex.updates[key])
     for name, change in changes.items():
-        whole = to_dense(rex.products[key][name]) + to_dense(tom.products[key][name])
+        whole = to_dense(rex.updates[key][name]) + to_dense(tom.updates[key][name])
         torch.testing.assert_close(whole, change.detach(), atol=1e-6, rtol=1e-5)
 
     base = answer(pipe, prompt)
@@ -115,7 +115,7 @@ def test_the_sum_of_the_concepts_is_the_model_of_the_run(kind, method, tmp_path)
     customize.unload_custom(pipe)
     # Each has learned, and is an ordinary concept, alone too.
     for concept, name in ((rex, "rex"), (tom, "tom")):
-        ups = [update.up for updates in concept.products.values() for update in updates.values()]
+        ups = [update.up for updates in concept.updates.values() for update in updates.values()]
         assert sum(float(up.abs().max()) > 0 for up in ups) > 0.8 * len(ups)
         assert same(tensors(Concept.load(tmp_path / name)), tensors(concept))
         customize.load_custom(pipe, tmp_path / name)
@@ -372,13 +372,13 @@ def test_a_resumed_run_gives_the_uninterrupted_result(library, tmp_path):
     with pytest.raises(Stop):
         learn(pipe, configs("cut"), on_step=crash_at(5))
     assert_unchanged(before, pipe.components, pipe.config)
-    assert {claim.name for claim in read_claims(tmp_path / "cut")} == {"rex", "tom"}
+    assert {claim.name for claim in read_reservations(tmp_path / "cut")} == {"rex", "tom"}
     steps = []
     resumed = learn(pipe, configs("cut")[::-1], on_step=lambda done, _: steps.append(done))
     assert steps == [4, 5, 6, 7]
     for a, b in zip(whole, resumed[::-1], strict=True):
         assert same(tensors(a), tensors(b)) and a.info.slices == b.info.slices
-    assert read_claims(tmp_path / "cut") == []
+    assert read_reservations(tmp_path / "cut") == []
 
     again = train_jointly(configs("cut"), {}, progress=False)  # no model is needed
     assert [c.info.name for c in again] == ["rex", "tom"]
@@ -455,7 +455,7 @@ def test_a_run_that_never_saved_leaves_nothing(tmp_path):
     with pytest.raises(Stop):
         learn(tiny_sd(), configs, on_step=crash_at(2))
     assert not (tmp_path / "rex").exists() and not (tmp_path / "tom").exists()
-    assert read_claims(tmp_path) == []
+    assert read_reservations(tmp_path) == []
 
 
 # --- slices ---------------------------------------------------------------------------------------

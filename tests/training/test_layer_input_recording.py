@@ -29,13 +29,13 @@ def test_it_is_what_the_pipeline_records(tmp_path, make, changes):
     after = snapshot(pipe.components, pipe.config)
     assert before.keys() == after.keys()
     found = LayerInputs.load(place_beside(config.output))
-    assert found.of == updates_digest(Concept.load(config.output).products)
+    assert found.of == updates_digest(Concept.load(config.output).updates)
     other = customize.record_inputs(pipe, config.output)
     for kind in ("own", "generic"):
         one, two = getattr(found, kind), getattr(other, kind)
         assert {c: set(m) for c, m in one.items()} == {c: set(m) for c, m in two.items()}
         assert {c: set(m) for c, m in one.items()} == {
-            c: set(m) for c, m in concept.products.items()
+            c: set(m) for c, m in concept.updates.items()
         }
         for component, layers in one.items():
             for module, rows in layers.items():
@@ -50,7 +50,7 @@ def test_a_model_without_tokens_of_its_own_is_recorded(tmp_path):
     concept = train(config, pipe.components, progress=False)
     found = LayerInputs.load(place_beside(config.output))
     assert {c: set(m) for c, m in found.own.items()} == {
-        c: set(m) for c, m in concept.products.items()
+        c: set(m) for c, m in concept.updates.items()
     }
 
 

@@ -7,8 +7,12 @@ import multiprocessing
 import pytest
 import torch
 
-from customize.concepts.slices.overlap import true_collisions
-from customize.concepts.slices.shared_directions import SharedDirections, files_in, path_of
+from customize.concepts.slices.overlap import find_overlaps
+from customize.concepts.slices.shared_directions import (
+    SharedDirections,
+    directions_path,
+    find_direction_files,
+)
 from customize.concepts.types import Concept
 from customize.families import family_of
 from customize.training import base_fingerprint
@@ -31,11 +35,11 @@ def assert_apart(*concepts: Concept) -> None:
     assert len({concept.info.basis.shared for concept in concepts}) == 1
     first, *others = concepts
     for other in others:
-        for component, updates in first.products.items():
+        for component, updates in first.updates.items():
             for module, update in updates.items():
-                a, b = update.down.double(), other.products[component][module].down.double()
+                a, b = update.down.double(), other.updates[component][module].down.double()
                 assert (a @ b.T).abs().max() < 1e-5 * a.norm() * b.norm()
-    assert true_collisions(concepts) == []
+    assert find_overlaps(concepts) == []
 
 
 def test_however_a_later_run_holds_the_base_model(tmp_path) -> None:
@@ -43,12 +47,12 @@ def test_however_a_later_run_holds_the_base_model(tmp_path) -> None:
     rex = learn(tmp_path, "rex", **short)
     bf16 = learn(tmp_path, "tom", mixed_precision="bf16", **short)
     larger = learn(tmp_path, "zig", resolution=64, **short)
-    (path,) = files_in(tmp_path / "library")
+    (path,) = find_direction_files(tmp_path / "library")
     # Rounded in memory, its weights have another digest: what it would record is nearly the same.
     rounded = tiny_sd()
     rounded.unet.to(torch.float16).to(torch.float32)
     half = learn(tmp_path, "max", rounded, **short)
-    assert len(files_in(tmp_path / "library")) == 2
+    assert len(find_direction_files(tmp_path / "library")) == 2
     assert_apart(rex, bf16, larger, half)
     # Another model has directions of its own.
     other = tiny_sd()
@@ -57,7 +61,7 @@ def test_however_a_later_run_holds_the_base_model(tmp_path) -> None:
             parameter.add_(torch.randn(parameter.shape))
     far = learn(tmp_path, "far", other, **short)
     assert far.info.basis.shared != rex.info.basis.shared
-    assert path in files_in(tmp_path / "library")
+    assert path in find_direction_files(tmp_path / "library")
 
 
 @pytest.mark.slow  # threads that wait for each other on a busy machine
@@ -74,31 +78,31 @@ def test_one_and_two_threads_give_one_name(tmp_path) -> None:
             torch.set_num_threads(1)
     names = {concept.info.basis.shared for concept in concepts}
     assert len(names) == 1
-    assert true_collisions(concepts) == []
+    assert find_overlaps(concepts) == []
 
 
 def test_directions_of_an_earlier_version_are_used_under_their_name(tmp_path) -> None:
     rex = learn(tmp_path, "rex", num_shared_directions=2, steps=1)
     library = tmp_path / "library"
-    (path,) = files_in(library)
+    (path,) = find_direction_files(library)
     pipe = tiny_sd()
     family = family_of(pipe.components)
     config = settings(
         tmp_path, name="tom", library=library, output=library / "tom", num_shared_directions=2
     )
     weights = base_fingerprint.weight_digests("", pipe.components)
-    earlier = path_of(library, _earlier_key(config, family, weights, 32))
+    earlier = directions_path(library, _earlier_key(config, family, weights, 32))
     assert len(earlier.stem.rpartition("-")[2]) == 8
     from customize.concepts.input_statistics import LayerInputs
 
     LayerInputs("generic prompts", {}, SharedDirections.load(path).factors).save(earlier)
     path.unlink()
     tom = learn(tmp_path, "tom", num_shared_directions=2, steps=1)
-    assert files_in(library) == [earlier]
+    assert find_direction_files(library) == [earlier]
     assert tom.info.basis.shared == SharedDirections.load(earlier).name
     # Rex has the same directions under another name: by number and by column it is kept apart.
     assert tom.info.slices["32"] != rex.info.slices["32"]
-    assert true_collisions([rex, tom]) == []
+    assert find_overlaps([rex, tom]) == []
 
 
 def _learn(folder, name, barrier):
@@ -123,5 +127,5 @@ def test_runs_at_the_same_time_record_one(tmp_path) -> None:
     for process in started:
         process.join(timeout=500)
         assert process.exitcode == 0
-    assert len(files_in(tmp_path / "library")) == 1
+    assert len(find_direction_files(tmp_path / "library")) == 1
     assert_apart(*(Concept.load(tmp_path / "library" / name) for name in names))

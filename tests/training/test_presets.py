@@ -142,7 +142,7 @@ def needed(name: str, config: TrainConfig) -> dict[str, int]:
     step = calls * activations(name, config.rank, config.gradient_checkpointing)
     return {
         # The autoencoder in float32, which holds no more to encode than to decode.
-        "pictures": 2 * parts["vae"].weights + 4 * family.decoder_numbers() + latents,
+        "pictures": 2 * parts["vae"].weights + 4 * family.decoder_activations() + latents,
         "prompts": sum(each.weights for each in encoders.values())
         + max(each.activations for each in encoders.values())
         + latents

@@ -79,8 +79,8 @@ def test_other_families_learn_as_well(make, kind, tmp_path):
     given = {"base": str(tmp_path / "base"), "steps": 3, "mixed_precision": "bf16"}
     given |= {"prior_weight": 1.0, "prior_count": 2, "validation_steps": 2}
     concept = train(settings(tmp_path, quantize=kind, **given), progress=False)
-    assert set(family_of(pipe.components, pipe.config).denoisers) <= concept.products.keys()
-    for updates in concept.products.values():
+    assert set(family_of(pipe.components, pipe.config).denoisers) <= concept.updates.keys()
+    for updates in concept.updates.values():
         moved = [float(update.up.abs().max()) > 0 for update in updates.values()]
         assert sum(moved) > 0.5 * len(moved)
 
@@ -124,7 +124,7 @@ def test_a_quantized_model_in_memory_is_trained_on_as_it_is(kind, tmp_path):
     tiny_sd().save_pretrained(tmp_path / "base")
     config = settings(tmp_path, "b", base=str(tmp_path / "base"), quantize=kind, steps=4)
     assert same(tensors(concept), tensors(train(config, progress=False)))
-    assert Concept.load(tmp_path / "a").products.keys() == concept.products.keys()
+    assert Concept.load(tmp_path / "a").updates.keys() == concept.updates.keys()
 
 
 def test_what_cannot_be_quantized_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_concepts_with_the_same_seed_start_apart(tmp_path):
         )
         for name in ("rex", "tom")
     )
-    downs = [c.products["unet"][next(iter(c.products["unet"]))].down for c in (first, second)]
+    downs = [c.updates["unet"][next(iter(c.updates["unet"]))].down for c in (first, second)]
     rows = [c.embeddings["text_encoder"][:1] for c in (first, second)]
     for a, b in (downs, rows):
         assert abs(float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))) < 0.6
@@ -98,7 +98,7 @@ def test_loss_falls_and_only_the_concept_is_new(pipe, method, tmp_path):
 def test_orthogonal_trains_only_the_up_projections(tmp_path):
     concept = train(settings(tmp_path, matrix_scale=0.5), tiny_sd().components, progress=False)
     info = concept.info
-    for updates in concept.products.values():
+    for updates in concept.updates.values():
         for update in updates.values():
             width = update.shape[1]
             columns = info.slices[str(width)]
@@ -121,7 +121,7 @@ def test_lora_trains_both_projections(tmp_path):
     config = settings(tmp_path, method="lora", lr_schedule="cosine", warmup_steps=2)
     concept = train(config, pipe.components, progress=False, on_step=remember)
     assert not concept.info.slices
-    for module, update in concept.products["unet"].items():
+    for module, update in concept.updates["unet"].items():
         assert not torch.equal(update.down, start[module])
 
 
@@ -281,7 +281,7 @@ def test_encoders_run_once_when_nothing_in_them_trains(pipe, tmp_path):
     assert len(texts) == 2  # the caption and the empty one
     assert len(pictures) == 3
     assert concept.info.num_tokens == 0 and not concept.embeddings
-    assert list(concept.products) == list(family_of(pipe.components).denoisers)
+    assert list(concept.updates) == list(family_of(pipe.components).denoisers)
 
 
 def test_a_caption_costs_one_row_of_the_encoder_and_frozen_encoders_rest(tmp_path):
@@ -533,7 +533,7 @@ def test_a_concept_from_before_a_setting_was_there_is_as_its_default_says(tmp_pa
     old = {k: v for k, v in training["settings"].items() if k not in ("buckets", "quantize")}
     info = learned.info.model_copy(update={"training": training | {"settings": old}})
     shutil.rmtree(config.output)
-    Concept(info, learned.products, learned.embeddings).save(config.output)
+    Concept(info, learned.updates, learned.embeddings).save(config.output)
     assert same(tensors(train(config, {}, progress=False)), tensors(learned))
     with pytest.raises(SettingsError, match=r"other settings: buckets was False and is True \("):
         train(settings(tmp_path, steps=1, buckets=True), pipe.components, progress=False)

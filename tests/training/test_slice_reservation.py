@@ -6,8 +6,8 @@ import pytest
 from accelerate import Accelerator
 
 from customize.concepts.io.file_layout import CLAIM_FILE
-from customize.concepts.slices.allocation import free_index, holders
-from customize.concepts.slices.slice_reservations import read_claims
+from customize.concepts.slices.allocation import free_index, slice_owners
+from customize.concepts.slices.slice_reservations import read_reservations
 from customize.concepts.types import BasisInfo
 from customize.errors import ConceptError, SettingsError, StorageError
 from customize.families import family_of
@@ -32,14 +32,14 @@ def test_a_cut_off_run_keeps_its_slice_from_the_next(pipe, tmp_path):
     rex = in_library(tmp_path, "rex", checkpoint_every=4)
     with pytest.raises(Stop):
         train(rex, pipe.components, progress=False, on_step=crash_at(5))
-    (claim,) = read_claims(tmp_path / "library")
+    (claim,) = read_reservations(tmp_path / "library")
     assert (claim.name, claim.index, claim.rank) == ("rex", 0, 4)
     tom = train(in_library(tmp_path, "tom", steps=1), pipe.components, progress=False)
     rex = train(rex, pipe.components, progress=False)
     for width in ("16", "32"):
         assert rex.info.slices[width] == claim.slices[width] == [0, 1, 2, 3]
         assert tom.info.slices[width] == [4, 5, 6, 7]
-    assert read_claims(tmp_path / "library") == []
+    assert read_reservations(tmp_path / "library") == []
 
 
 def test_a_slice_that_was_taken_meanwhile_is_refused(pipe, tmp_path):
@@ -78,7 +78,7 @@ def test_a_run_that_never_saved_leaves_no_claim(pipe, tmp_path):
     with pytest.raises(Stop):
         train(rex, pipe.components, progress=False, on_step=crash_at(2))
     assert not rex.output.exists()
-    assert free_index(holders(tmp_path / "library"), 4, BasisInfo()) == 0
+    assert free_index(slice_owners(tmp_path / "library"), 4, BasisInfo()) == 0
 
 
 def test_claims_that_cannot_be_read_or_written(pipe, tmp_path):
@@ -117,5 +117,5 @@ def test_processes_that_choose_at_once_get_different_slices(pipe, tmp_path):
     for process in processes:
         process.join(timeout=300)
         assert process.exitcode == 0
-    claims = read_claims(tmp_path / "library")
+    claims = read_reservations(tmp_path / "library")
     assert sorted(claim.index for claim in claims) == list(range(16))

@@ -15,8 +15,8 @@ import pytest
 from customize.atomic import is_partial
 from customize.concepts.io.file_layout import CLAIM_FILE, INPUTS_FILE
 from customize.concepts.library.library_check import check
-from customize.concepts.slices.shared_directions import files_in
-from customize.concepts.slices.slice_reservations import read_claims
+from customize.concepts.slices.shared_directions import find_direction_files
+from customize.concepts.slices.slice_reservations import read_reservations
 from customize.concepts.types import Concept
 from customize.training.recipe import train
 from tests.tiny import tiny_sd
@@ -100,7 +100,7 @@ def whole(tmp_path_factory):
 def begin(folder: Path, whole: Path) -> Path:
     """A folder whose library has its shared directions, which take most of a small run's time."""
     (folder / "library").mkdir(parents=True)
-    for path in files_in(whole.parent):
+    for path in find_direction_files(whole.parent):
         shutil.copy(path, folder / "library")
     return folder
 
@@ -115,7 +115,7 @@ def assert_whole(folder: Path, whole: Path, **changes) -> None:
     for name in (INPUTS_FILE, "sample-1.png"):
         assert (made / name).read_bytes() == (whole / name).read_bytes(), name
     found = check(config.library)
-    assert found.faults == [] and read_claims(config.library) == []
+    assert found.faults == [] and read_reservations(config.library) == []
     # What is left of files half written is swept by whoever writes there later.
     assert all(is_partial(path.name) for path in config.library.rglob("*.partial"))
 
@@ -138,7 +138,7 @@ def test_what_a_finished_run_owes_is_made_by_the_next(name, checkpoint_every, wh
     learned = Concept.load(rex)
     assert (rex / CLAIM_FILE).is_file()
     # Nobody takes it for another's slice meanwhile.
-    assert read_claims(tmp_path / "library") == []
+    assert read_reservations(tmp_path / "library") == []
     assert not [fault for fault in check(rex.parent).faults if "share" in fault]
     assert_whole(tmp_path, whole, **changes)
     assert Concept.load(rex).info == learned.info  # it was not learned or saved again

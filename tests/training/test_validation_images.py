@@ -68,7 +68,7 @@ def test_pictures_are_those_of_the_pipeline(make, guidance):
     for seed, picture_found in zip(seeds, found, strict=True):
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
         # What has the guidance as an input needs no second prompt.
-        away = {} if family.guidance_is_an_input else empty
+        away = {} if family.has_guidance_input else empty
         empties = {f"negative_{k}": v for k, v in arguments(family, away).items()}
         given = arguments(family, asked) | empties
         if family.name == "ltx2":  # whose call condenses prompts itself

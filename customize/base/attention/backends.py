@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from customize.families.family import Mask
+from customize.families.family import MaskKind
 
 #: The largest error that a backend may have: of the worst query, over the root mean square.
 #: A few roundings; a mask, a scale or a key that is left out costs far more.
@@ -117,7 +117,7 @@ def run_attention(
 
 @torch.no_grad()
 def measure_error(
-    backend: str, heads: HeadShape, device: torch.device, dtype: torch.dtype, kind: Mask | None
+    backend: str, heads: HeadShape, device: torch.device, dtype: torch.dtype, kind: MaskKind | None
 ) -> float:
     """The error of one call with these heads: 96 queries, 77 keys, a batch of two.
 
@@ -130,7 +130,7 @@ def measure_error(
     )
     mask = torch.ones(2, 1, 1, 77, dtype=torch.bool)
     mask[1, ..., -13:] = False
-    given: dict[Mask | None, Tensor | None] = {
+    given: dict[MaskKind | None, Tensor | None] = {
         None: None,
         "boolean": mask,
         # As LTX-2 has it, one for each head.

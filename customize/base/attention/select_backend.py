@@ -22,7 +22,7 @@ from customize.base.attention.backends import (
     QUANTIZED_PREFIX,
     REQUIREMENTS,
     HeadShape,
-    Mask,
+    MaskKind,
     find_unmet_requirement,
     measure_error,
     select_fastest,
@@ -110,7 +110,7 @@ def _text_heads(config: Any) -> HeadShape:
 
 
 def _best(
-    key: str, model: Any, names: list[str], device: torch.device, mask: Mask | None
+    key: str, model: Any, names: list[str], device: torch.device, mask: MaskKind | None
 ) -> BackendChoice:
     """The fastest of several backends that are right, or the one that is asked for.
 
@@ -154,7 +154,7 @@ def _checked(
     name: str,
     heads: HeadShape,
     device: torch.device,
-    mask: Mask | None,
+    mask: MaskKind | None,
 ) -> float:
     """The error of a backend that may be used.
 

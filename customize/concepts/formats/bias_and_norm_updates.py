@@ -20,7 +20,7 @@ from customize.concepts.formats.tensor_keys import VECTOR_KEY_SUFFIXES, TensorGr
 from customize.core.lowrank import all_finite
 from customize.errors import ConceptError
 from customize.families.family import Family
-from customize.families.original_layer_names import Rows
+from customize.families.original_layer_names import RowRange
 from customize.families.pipeline_components import uncompiled
 
 _INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
@@ -118,7 +118,7 @@ def decode_vectors(group: TensorGroup, factor: float) -> dict[str, VectorUpdate]
 
 
 def split_by_parameter(
-    vectors: Mapping[str, VectorUpdate], rows: Sequence[Rows], is_norm: bool
+    vectors: Mapping[str, VectorUpdate], rows: Sequence[RowRange], is_norm: bool
 ) -> dict[str, VectorUpdate]:
     """Changes of a layer's weight vector and bias, by the parameters of the modules they are for.
 

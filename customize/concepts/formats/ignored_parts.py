@@ -116,19 +116,19 @@ def remove_ignored(
         return replace(
             concept, groups=groups, is_partial=concept.is_partial or len(groups) < before
         )
-    products = _filter_updates(concept.products, words, matched)
+    products = _filter_updates(concept.updates, words, matched)
     left: Adaptation
     if isinstance(concept, Lora):
         left = replace(
             concept,
-            products=products,
+            updates=products,
             vector_updates=_filter_updates(concept.vector_updates, words, matched),
         )
-        empty = not left.products and not left.vector_updates
+        empty = not left.updates and not left.vector_updates
     else:
         empty = not products
         left = concept if empty else _with_products(concept, products)
-    if sum(map(len, products.values())) < sum(map(len, concept.products.values())):
+    if sum(map(len, products.values())) < sum(map(len, concept.updates.values())):
         left = replace(left, source=None)  # what lies beside it is a record of the whole
     if empty:
         raise ConceptError(
@@ -142,7 +142,7 @@ def _with_products(concept: Concept, products: Mapping[str, Mapping[str, LowRank
     widths = {str(update.shape[1]) for own in products.values() for update in own.values()}
     slices = {width: own for width, own in concept.info.slices.items() if width in widths}
     info = concept.info.model_copy(update={"slices": slices})
-    return replace(concept, info=info, products=products)
+    return replace(concept, info=info, updates=products)
 
 
 def _filter_updates(

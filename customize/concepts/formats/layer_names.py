@@ -20,7 +20,7 @@ from customize.concepts.formats.bias_and_norm_updates import (
 from customize.concepts.formats.denoiser_labels import DenoiserLabels
 from customize.concepts.formats.tensor_keys import TensorGroup
 from customize.families.family import Family
-from customize.families.original_layer_names import Rows
+from customize.families.original_layer_names import RowRange
 
 # In the order of trying; a bare name is the denoiser's.
 _OF_DENOISER = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "lycoris_", "")
@@ -43,7 +43,7 @@ class LayerTarget:
     """
 
     component: str
-    rows: tuple[Rows, ...]
+    rows: tuple[RowRange, ...]
     is_norm: bool = False
 
 
@@ -108,7 +108,7 @@ def _norm_aliases(
     family: Family, component: str, norms: Mapping[str, int]
 ) -> Iterator[tuple[str, LayerTarget]]:
     def place(module: str) -> LayerTarget:
-        return LayerTarget(component, (Rows(module, 0, norms[module]),), is_norm=True)
+        return LayerTarget(component, (RowRange(module, 0, norms[module]),), is_norm=True)
 
     for module in norms:
         # CLIP's last norm lies outside of its encoder, to which file_name adds the prefix.
@@ -135,7 +135,7 @@ def _layer_aliases(
     family: Family, component: str, layers: Mapping[str, tuple[int, int]]
 ) -> Iterator[tuple[str, LayerTarget]]:
     for module, (out, _) in layers.items():
-        place = LayerTarget(component, (Rows(module, 0, out),))
+        place = LayerTarget(component, (RowRange(module, 0, out),))
         for name in dict.fromkeys((module, file_name(component, module))):
             yield name, place
             old = _attention_processor_name(name)

@@ -92,7 +92,7 @@ class Lora:
     """
 
     info: LoraInfo
-    products: Mapping[str, Mapping[str, LowRank]]
+    updates: Mapping[str, Mapping[str, LowRank]]
     subjects: Sequence[Subject] = ()
     vector_updates: VectorUpdates = field(default_factory=dict)
     source: Path | None = None
@@ -102,7 +102,7 @@ class Lora:
         words = info.words or "no words named"
         return (
             f"Lora({info.name}: {words}; family {info.family}, base {info.base or 'not named'}; "
-            f"rank {info.rank}; {counted(self.products)})"
+            f"rank {info.rank}; {counted(self.updates)})"
         )
 
     def renamed(self, name: str) -> Lora:

@@ -19,7 +19,7 @@ from customize.concepts.adapter import file_name
 from customize.concepts.io.write_concept import safetensors_bytes
 from customize.core.lowrank import LowRank, pad_rank, slice_rows, stack_rows
 from customize.families import Family
-from customize.families.original_layer_names import Rows
+from customize.families.original_layer_names import RowRange
 
 Products = Mapping[str, Mapping[str, LowRank]]
 
@@ -159,9 +159,9 @@ def _prefix(family: Family, component: str) -> str:
 
 def _file_layers(
     family: Family, component: str, own: Mapping[str, LowRank]
-) -> dict[str, tuple[Rows, ...]]:
+) -> dict[str, tuple[RowRange, ...]]:
     """Name in the file -> the rows of our layers that it stands for."""
-    found: dict[str, tuple[Rows, ...]] = {}
+    found: dict[str, tuple[RowRange, ...]] = {}
     covered: set[str] = set()
     if component == family.denoiser_key and family.kohya_uses_original_names:
         for original, members in family.original_names().items():
@@ -171,11 +171,11 @@ def _file_layers(
                 found[original] = members
                 covered |= modules
     rest = {module: update for module, update in own.items() if module not in covered}
-    return found | {m: (Rows(m, 0, update.shape[0]),) for m, update in rest.items()}
+    return found | {m: (RowRange(m, 0, update.shape[0]),) for m, update in rest.items()}
 
 
 def _join_rows(
-    members: Sequence[Rows], own: Mapping[str, LowRank], shapes: Mapping[str, Sequence[int]]
+    members: Sequence[RowRange], own: Mapping[str, LowRank], shapes: Mapping[str, Sequence[int]]
 ) -> LowRank:
     if len(members) == 1:
         return own[members[0].module]

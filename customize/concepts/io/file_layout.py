@@ -67,7 +67,7 @@ def concept_digest(concept: Concept) -> str:
 
 def lora_tensors(concept: Concept) -> dict[str, Tensor]:
     tensors = {}
-    for component, updates in concept.products.items():
+    for component, updates in concept.updates.items():
         for module, update in updates.items():
             tensors[f"{component}.{module}.lora_A.weight"] = update.down
             tensors[f"{component}.{module}.lora_B.weight"] = update.up
@@ -101,7 +101,7 @@ def embedding_tensors(subject: Subject) -> dict[str, Tensor]:
 def peft_header(concept: Concept, file: str | None = None) -> str:
     """What the header of one of :func:`lora_files` says, or of a single file with all."""
     info = concept.info
-    products = concept.products
+    products = concept.updates
     if file is not None:
         products = {
             SECOND.get(component, component): updates

@@ -44,7 +44,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "---",
     ]
     layered = bool(info.token_layers)
-    layers = ", ".join(f"{len(updates)} of {name}" for name, updates in concept.products.items())
+    layers = ", ".join(f"{len(updates)} of {name}" for name, updates in concept.updates.items())
     if info.basis is not None:
         how = (
             f"Orthogonal Adaptation: slices of the orthogonal matrix `{info.basis.kind}` with seed "
@@ -165,7 +165,7 @@ def tags(output: str) -> str:
 
 def stock_updates(concepts: Sequence[Adaptation]) -> list[str]:
     """The Python lines by which stock diffusers reads what concepts change from FOLDER's files."""
-    components = {component for concept in concepts for component in concept.products}
+    components = {component for concept in concepts for component in concept.updates}
     lines = ['pipe.load_lora_weights("FOLDER")'] if components - SECOND.keys() else []
     if components & SECOND.keys():
         lines += [

@@ -18,7 +18,7 @@ from customize.concepts.formats.layer_updates import update_of
 from customize.concepts.formats.lora import Lora, LoraInfo, name_from_file
 from customize.concepts.formats.tensor_keys import group_by_layer
 from customize.concepts.io.file_layout import SECOND, SECOND_FILE
-from customize.concepts.tokens.subjects import Subject, from_header
+from customize.concepts.tokens.subjects import Subject, subjects_from_header
 from customize.core.lowrank import LowRank, slice_rows, stack_rows
 from customize.errors import ConceptError
 
@@ -92,7 +92,7 @@ def read_merged(
     facts = merged_facts(header)
     if facts is None:
         return None
-    subjects = from_header(header, path)
+    subjects = subjects_from_header(header, path)
     if second is None and path.name == SECOND_FILE:  # the merge changes the second one alone
         tensors, second = {}, tensors
     products: dict[str, dict[str, LowRank]] = {}

@@ -37,7 +37,7 @@ from customize.concepts.io.read_merged_lora import MERGED_HEADER
 from customize.concepts.io.write_concept import check_writable, safetensors_bytes
 from customize.concepts.merge.component_weights import BlockWeights, Weight
 from customize.concepts.merge.merge_concepts import LayerMerge, check_compatible, plan_merge
-from customize.concepts.tokens.subjects import check_subjects, to_header
+from customize.concepts.tokens.subjects import check_subjects, subjects_to_header
 from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank, all_finite, distance, norm, pad_rank
 from customize.core.scalars import is_integer
@@ -160,7 +160,7 @@ def write_merged(
             if model is None and any(not concept.info.fingerprint for concept in concepts):
                 raise _unpublished(concepts[0].info.family)
         tensors = _diffusers_tensors(products, ranks, model)
-        header = {MERGED_HEADER: json.dumps(facts), **to_header(subjects)}
+        header = {MERGED_HEADER: json.dumps(facts), **subjects_to_header(subjects)}
         # The first denoiser's is left out where only the second one changes.
         parts = {name: own for name, own in lora_files(tensors).items() if own}
         files = {name: safetensors_bytes(own, header) for name, own in parts.items()}
@@ -219,7 +219,7 @@ def _kohya_files(
     header = kohya_header(
         tensors, base, title=title, words=words, date=max(dates, default=""), facts=told
     )
-    header |= to_header(subjects)
+    header |= subjects_to_header(subjects)
     files = {f"{title}.safetensors": safetensors_bytes(tensors, header)}
     for subject in subjects:
         data = safetensors_bytes(embedding_tensors(subject), {})

@@ -33,7 +33,7 @@ from customize.concepts.io.find_files import is_hidden, listing
 from customize.concepts.io.read_concept import read_info, single_info
 from customize.concepts.io.read_merged_lora import merged_facts, merged_info
 from customize.concepts.io.write_concept import write_atomic
-from customize.concepts.tokens.subjects import from_header
+from customize.concepts.tokens.subjects import subjects_from_header
 from customize.concepts.types import MAX_NAME, BasisInfo, ConceptInfo, check_slices
 from customize.errors import ConceptError, CustomizeError
 from customize.safe_read import path_exists, read_bytes, read_safetensors_header
@@ -206,7 +206,7 @@ def _info(path: Path) -> ConceptInfo | LoraInfo:
             return single_info(metadata, file)
         merged = merged_facts(metadata)
         if merged is not None:
-            return merged_info(name, merged, from_header(metadata, file))
+            return merged_info(name, merged, subjects_from_header(metadata, file))
         downs = [shape[0] for key, shape in shapes.items() if _DOWN.fullmatch(key) and shape]
         rank = max([rank, *downs])
     facts = FileMetadata.from_header(metadata, None, path)

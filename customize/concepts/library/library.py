@@ -32,8 +32,8 @@ from customize.concepts.library.index import (
     stamps,
     write_index,
 )
-from customize.concepts.slices.shared_directions import bring
-from customize.concepts.slices.slice_reservations import alone_in
+from customize.concepts.slices.shared_directions import copy_shared_directions
+from customize.concepts.slices.slice_reservations import lock_library
 from customize.concepts.types import NAME, Concept
 from customize.errors import ConceptError, ConfigError, storage_error
 from customize.near_names import find_near_names, suggest_paths
@@ -179,7 +179,7 @@ def add(library: str | Path, source: str | Path) -> Entry:
     concept, path = open_adaptation(source), located_whole(source)
     name = concept.info.name
     target = folder / (name if path.is_dir() else f"{name}.safetensors")
-    with alone_in(folder), exclusive(target):
+    with lock_library(folder), exclusive(target):
         held = Library(folder)
         triggers = dict.fromkeys([concept.info.trigger or f"<{name}>", *concept.info.triggers])
         taken = [(entry, trigger) for trigger in triggers for entry in held.called(trigger)]
@@ -197,7 +197,7 @@ def add(library: str | Path, source: str | Path) -> Entry:
             )
         try:
             if isinstance(concept, Concept) and concept.info.basis is not None:
-                bring(folder, path.parent, concept.info.basis)
+                copy_shared_directions(folder, path.parent, concept.info.basis)
             _copy(path, target)
         except OSError as error:
             raise storage_error(error, target) from error

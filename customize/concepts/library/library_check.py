@@ -16,14 +16,14 @@ from customize.concepts.library.index import Entry
 from customize.concepts.library.library import Library
 from customize.concepts.slices.allocation import (
     Collision,
-    Holder,
-    collisions,
+    SliceOwner,
+    find_collisions,
     matrix_key,
-    shared_by_number,
-    sharing,
+    shared_column_numbers,
+    shared_columns_collision,
 )
-from customize.concepts.slices.overlap import Downs, down_projections, overlapping
-from customize.concepts.slices.slice_reservations import read_claims
+from customize.concepts.slices.overlap import DownProjections, down_projections, overlapping_pairs
+from customize.concepts.slices.slice_reservations import read_reservations
 from customize.concepts.types import Concept
 from customize.core.bases import count_shared_directions
 from customize.errors import ConceptError, CustomizeError
@@ -58,7 +58,7 @@ def check(folder: str | Path) -> Health:
     """
     library = Library(folder)
     faults, notes = [], []
-    downs: dict[str, Downs] = {}
+    downs: dict[str, DownProjections] = {}
     layers = _LAYERS if len(library.entries) <= _LARGE else 1
     if library.stale:
         notes.append(f"the index was missing or old in {library.stale} places, and was made anew")
@@ -92,7 +92,7 @@ def _check_files(found: Concept | Lora | LoraFile, path: Path, entry: Entry) -> 
     if isinstance(found, LoraFile):
         LayerInputs.load(place_beside(found.source))
     else:
-        record_beside(entry.name, found.products, found.source)
+        record_beside(entry.name, found.updates, found.source)
 
 
 def _check_lora(file: LoraFile) -> None:
@@ -137,7 +137,9 @@ def _architecture(entry: Entry) -> tuple[str, str]:
     return entry.family, str(entry.fingerprint.get("denoiser"))
 
 
-def _colliding(library: Library, downs: Mapping[str, Downs]) -> tuple[list[str], list[str]]:
+def _colliding(
+    library: Library, downs: Mapping[str, DownProjections]
+) -> tuple[list[str], list[str]]:
     """Slices that share columns: those that need not, and of each full width how many do; and
     slices that overlap as random ones do.
 
@@ -152,7 +154,7 @@ def _colliding(library: Library, downs: Mapping[str, Downs]) -> tuple[list[str],
         groups.setdefault(_architecture(entry), []).append(entry)
     faults, notes = [], []
     try:
-        claims = read_claims(library.folder)
+        claims = read_reservations(library.folder)
     except ConceptError as error:
         return [str(error)], []
     for entries in groups.values():
@@ -166,7 +168,7 @@ def _colliding(library: Library, downs: Mapping[str, Downs]) -> tuple[list[str],
                 for width, count in crowds.items()
             ]
         apart: dict[str, tuple[int, Collision]] = {}
-        pairs = overlapping(entries, [downs[entry.source] for entry in entries])
+        pairs = overlapping_pairs(entries, [downs[entry.source] for entry in entries])
         for (i, j), each in pairs.items():
             a, b = entries[i], entries[j]
             if not each.columns:
@@ -176,30 +178,30 @@ def _colliding(library: Library, downs: Mapping[str, Downs]) -> tuple[list[str],
             crowded = full.get(matrix_key(a.basis), set()) if a.basis else set()
             columns = {w: own for w, own in each.columns.items() if w not in crowded}
             if columns:
-                faults.append(str(sharing(a, b, columns)))
+                faults.append(str(shared_columns_collision(a, b, columns)))
         notes += [
             str(each).removesuffix(".") + (f" (and {count - 1} others)" if count > 1 else "")
             for count, each in apart.values()
         ]
         for claim, entry in product(claims, entries):
-            columns = shared_by_number(entry, claim)
+            columns = shared_column_numbers(entry, claim)
             crowded = full.get(matrix_key(claim.basis), set())
             columns = {w: own for w, own in columns.items() if w not in crowded}
             if columns and claim.name != entry.name:
-                faults.append(str(sharing(entry, claim, columns)))
-    faults += [str(each) for each in collisions(claims) if each.columns]
+                faults.append(str(shared_columns_collision(entry, claim, columns)))
+    faults += [str(each) for each in find_collisions(claims) if each.columns]
     return faults, notes
 
 
-def _by_matrix(holders: Sequence[Holder]) -> dict[MatrixKey, list[Holder]]:
-    found: dict[MatrixKey, list[Holder]] = {}
+def _by_matrix(holders: Sequence[SliceOwner]) -> dict[MatrixKey, list[SliceOwner]]:
+    found: dict[MatrixKey, list[SliceOwner]] = {}
     for holder in holders:
         if holder.basis is not None:
             found.setdefault(matrix_key(holder.basis), []).append(holder)
     return found
 
 
-def _crowds(holders: Sequence[Holder]) -> dict[int, int]:
+def _crowds(holders: Sequence[SliceOwner]) -> dict[int, int]:
     """Width without room for all -> how many share columns there, by their numbers."""
     owners: dict[tuple[int, int], list[int]] = {}
     needed: dict[int, int] = {}

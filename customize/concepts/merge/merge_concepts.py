@@ -282,7 +282,7 @@ def trained_together(concepts: Sequence[Adaptation]) -> bool:
 
 def read_record(concept: Adaptation) -> LayerInputs | None:
     """The record that lies beside a concept's files; see :func:`choose_method`."""
-    return record_beside(concept.info.name, concept.products, concept.source)
+    return record_beside(concept.info.name, concept.updates, concept.source)
 
 
 def _layer_settings(settings: Mapping[str, Any], component: str, module: str) -> Mapping[str, Any]:
@@ -303,7 +303,7 @@ def _nonzero_updates(concept: Adaptation, weight: Weight) -> dict[str, dict[str,
             for module, update in own.items()
             if blocks is None or blocks.for_layer(component, module)
         }
-        for component, own in concept.products.items()
+        for component, own in concept.updates.items()
     }
     return {component: own for component, own in kept.items() if own}
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from customize.concepts.io.file_layout import INFO_FILE
 from customize.concepts.io.find_files import in_folders
 from customize.concepts.io.read_concept import read_info
-from customize.concepts.slices.slice_reservations import Claim, read_claims
+from customize.concepts.slices.slice_reservations import SliceReservation, read_reservations
 from customize.concepts.types import BasisInfo
 from customize.core.bases import (
     block,
@@ -23,7 +23,7 @@ from customize.core.bases import (
 from customize.errors import ConfigError
 
 
-class Holder(Protocol):
+class SliceOwner(Protocol):
     """Who holds a slice: a concept's facts, or the claim of a run that is to become one."""
 
     @property
@@ -36,7 +36,7 @@ class Holder(Protocol):
     def slices(self) -> Mapping[str, Sequence[int]]: ...
 
 
-def columns_for(
+def slice_columns(
     widths: Iterable[int], rank: int, *, index: int | None, name: str, avoid: int = 0
 ) -> dict[int, tuple[int, ...]]:
     """The slice of each input width for one concept.
@@ -46,8 +46,8 @@ def columns_for(
         rank: columns of a slice.
         index: the concept's number in its library. Concepts of one rank with different numbers
             share nothing at a width until that is full (width // rank concepts); from there on
-            the count starts again, and :func:`collisions` reports it. None for a concept without
-            a library: its name's hash chooses, at each width.
+            the count starts again, and :func:`find_collisions` reports it. None for a concept
+            without a library: its name's hash chooses, at each width.
         name: the concept's name.
         avoid: as the basis has it; columns are of what is left of a width.
 
@@ -68,7 +68,7 @@ def columns_for(
     }
 
 
-def holders(library: Path, *, without: Collection[str] = ()) -> list[Holder]:
+def slice_owners(library: Path, *, without: Collection[str] = ()) -> list[SliceOwner]:
     """All who hold a slice in a library: finished concepts, and runs that are not finished.
 
     Args:
@@ -79,13 +79,13 @@ def holders(library: Path, *, without: Collection[str] = ()) -> list[Holder]:
     """
     # Not in hidden folders: there a killed process may have left a half-written concept.
     found = in_folders(Path(library), INFO_FILE)
-    all_of_them: list[Holder] = [read_info(file.parent) for file in found]
-    all_of_them += read_claims(library)
+    all_of_them: list[SliceOwner] = [read_info(file.parent) for file in found]
+    all_of_them += read_reservations(library)
     return [holder for holder in all_of_them if holder.name not in without]
 
 
 def free_index(
-    there: Iterable[Holder],
+    there: Iterable[SliceOwner],
     rank: int,
     basis: BasisInfo,
     *,
@@ -118,7 +118,7 @@ def free_index(
                     taken.setdefault(int(width), ([], []))[other].extend(columns)
 
     def shared(index: int) -> tuple[int, int]:
-        slices = columns_for(taken, rank, index=index, name="", avoid=basis.avoid)
+        slices = slice_columns(taken, rank, index=index, name="", avoid=basis.avoid)
         same, others = (
             sum(taken[width][kind].count(c) for width, columns in slices.items() for c in columns)
             for kind in (0, 1)
@@ -152,9 +152,9 @@ class Collision:
         return f"{self.what}. Do: {self.fix}."
 
 
-def collisions(infos: Sequence[Holder]) -> list[Collision]:
+def find_collisions(infos: Sequence[SliceOwner]) -> list[Collision]:
     """Every pair of concepts that will disturb each other more than disjoint slices do, as far as
-    their facts say; :func:`customize.concepts.slices.overlap.true_collisions` compares the slices.
+    their facts say; :func:`customize.concepts.slices.overlap.find_overlaps` compares the slices.
 
     Columns of other numbers are hardly less apart where other shared directions are avoided, as
     these turn few dimensions of a layer; columns of the same numbers are nearly the same.
@@ -165,17 +165,19 @@ def collisions(infos: Sequence[Holder]) -> list[Collision]:
     found = []
     sliced = [info for info in infos if info.basis is not None]
     for a, b in combinations(sliced, 2):
-        if a.name == b.name and (isinstance(a, Claim) or isinstance(b, Claim)):
+        if a.name == b.name and (
+            isinstance(a, SliceReservation) or isinstance(b, SliceReservation)
+        ):
             continue
-        columns = shared_by_number(a, b)
+        columns = shared_column_numbers(a, b)
         if columns:
-            found.append(sharing(a, b, columns))
+            found.append(shared_columns_collision(a, b, columns))
         elif a.basis and b.basis and matrix_key(a.basis) != matrix_key(b.basis):
-            found.append(unrelated(a, b))
+            found.append(unrelated_basis_collision(a, b))
     return found
 
 
-def shared_by_number(a: Holder, b: Holder) -> dict[int, tuple[int, ...]]:
+def shared_column_numbers(a: SliceOwner, b: SliceOwner) -> dict[int, tuple[int, ...]]:
     """Width -> the column numbers that both have, where these number the same columns, or, with
     other shared directions, nearly the same."""
     if a.basis is None or b.basis is None or matrix_key(a.basis) != matrix_key(b.basis):
@@ -187,7 +189,9 @@ def shared_by_number(a: Holder, b: Holder) -> dict[int, tuple[int, ...]]:
     }
 
 
-def sharing(a: Holder, b: Holder, columns: Mapping[int, tuple[int, ...]]) -> Collision:
+def shared_columns_collision(
+    a: SliceOwner, b: SliceOwner, columns: Mapping[int, tuple[int, ...]]
+) -> Collision:
     """The collision of two concepts that have columns in common."""
     counts = ", ".join(
         f"{len(shared)} of {min(a.rank, b.rank)} columns at width {width}"
@@ -203,7 +207,7 @@ def sharing(a: Holder, b: Holder, columns: Mapping[int, tuple[int, ...]]) -> Col
     )
 
 
-def unrelated(a: Holder, b: Holder, overlap: float = 1.0) -> Collision:
+def unrelated_basis_collision(a: SliceOwner, b: SliceOwner, overlap: float = 1.0) -> Collision:
     """The collision of two concepts whose slices are not columns of the same orthonormal set.
 
     Args:

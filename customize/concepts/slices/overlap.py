@@ -18,7 +18,12 @@ from torch import Tensor
 
 from customize.concepts.adapter import flattened
 from customize.concepts.formats.lora import Adaptation
-from customize.concepts.slices.allocation import Collision, Holder, sharing, unrelated
+from customize.concepts.slices.allocation import (
+    Collision,
+    SliceOwner,
+    shared_columns_collision,
+    unrelated_basis_collision,
+)
 from customize.concepts.types import Concept
 from customize.core.crosstalk import row_overlap
 
@@ -30,14 +35,14 @@ _OVERLAP = 0.25
 _LAYERS = 16
 
 #: "component.module" -> (rank, in).
-Downs = Mapping[str, Tensor]
+DownProjections = Mapping[str, Tensor]
 
 _KNOWN: WeakKeyDictionary[Concept, WeakKeyDictionary[Concept, list[Collision]]] = (
     WeakKeyDictionary()
 )
 
 
-def true_collisions(concepts: Sequence[Adaptation]) -> list[Collision]:
+def find_overlaps(concepts: Sequence[Adaptation]) -> list[Collision]:
     """Every pair of concepts whose slices overlap.
 
     Concepts of the method "lora" have no slices to keep apart and are left out. What was compared
@@ -47,7 +52,7 @@ def true_collisions(concepts: Sequence[Adaptation]) -> list[Collision]:
     pairs = list(combinations(sliced, 2))
     if any(b not in _KNOWN.get(a, ()) for a, b in pairs):
         downs = [down_projections(concept) for concept in sliced]
-        found = overlapping([concept.info for concept in sliced], downs)
+        found = overlapping_pairs([concept.info for concept in sliced], downs)
         for (i, a), (j, b) in combinations(enumerate(sliced), 2):
             known = _KNOWN.setdefault(a, WeakKeyDictionary())
             known[b] = [found[i, j]] if (i, j) in found else []
@@ -62,7 +67,7 @@ def down_projections(concept: Concept, layers: int = _LAYERS) -> dict[str, Tenso
         layers: how many of a component and width, spread over the model.
     """
     groups: dict[tuple[str, int], list[str]] = {}
-    updates = flattened(concept.products)
+    updates = flattened(concept.updates)
     for name, update in sorted(updates.items()):
         groups.setdefault((name.partition(".")[0], update.shape[1]), []).append(name)
     chosen = [
@@ -88,8 +93,8 @@ class _Pairs:
     shared: dict[int, Tensor] = field(default_factory=dict)
 
 
-def overlapping(
-    infos: Sequence[Holder], downs: Sequence[Downs]
+def overlapping_pairs(
+    infos: Sequence[SliceOwner], downs: Sequence[DownProjections]
 ) -> dict[tuple[int, int], Collision]:
     """Every pair whose down-projections share columns, or overlap about as much as random ones.
 
@@ -113,13 +118,13 @@ def overlapping(
             if hits:
                 columns[width] = tuple(sorted(a.slices[str(width)][row] for row in hits))
         if columns:
-            found[i, j] = sharing(a, b, columns)
+            found[i, j] = shared_columns_collision(a, b, columns)
         elif (overlap := float(counted.overlap[i, j] / counted.layers[i, j])) > _OVERLAP:
-            found[i, j] = unrelated(a, b, overlap)
+            found[i, j] = unrelated_basis_collision(a, b, overlap)
     return found
 
 
-def _count(infos: Sequence[Holder], downs: Sequence[Downs]) -> _Pairs:
+def _count(infos: Sequence[SliceOwner], downs: Sequence[DownProjections]) -> _Pairs:
     count, ranks = len(infos), torch.tensor([info.rank for info in infos])
     starts = ranks.cumsum(0) - ranks
     pairs = _Pairs(*torch.zeros(2, count, count, dtype=torch.float32))

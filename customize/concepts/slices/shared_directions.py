@@ -93,7 +93,7 @@ class SharedDirections:
             raise storage_error(error, path) from error
         return SharedDirections.load(path)
 
-    def serves(self, other: Factors, avoid: int) -> bool:
+    def covers(self, other: Factors, avoid: int) -> bool:
         """Whether slices that avoid these directions avoid what another recording of the same
         layers calls for, but for a hundredth of each layer's energy.
 
@@ -110,7 +110,7 @@ class SharedDirections:
         )
 
 
-def name_of(facts: Mapping[str, Any]) -> str:
+def recording_name(facts: Mapping[str, Any]) -> str:
     """The name of what determines a recording.
 
     Args:
@@ -120,17 +120,17 @@ def name_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def path_of(folder: Path, key: str) -> Path:
+def directions_path(folder: Path, key: str) -> Path:
     """The file of a recording."""
     return folder / _FILE.format(key)
 
 
-def files_in(folder: Path) -> list[Path]:
+def find_direction_files(folder: Path) -> list[Path]:
     """All files of shared directions in a folder, ordered by name."""
     return sorted(folder.glob(_FILE.format("*")))
 
 
-def bring(library: Path, source: Path, basis: BasisInfo) -> None:
+def copy_shared_directions(library: Path, source: Path, basis: BasisInfo) -> None:
     """Give a library the directions that a concept from another folder avoids.
 
     Nothing is done where they are not at hand, or where the library has directions that serve as
@@ -145,12 +145,12 @@ def bring(library: Path, source: Path, basis: BasisInfo) -> None:
     """
     if not basis.shared or real_path(source) == real_path(library):
         return
-    for path in files_in(source):
+    for path in find_direction_files(source):
         found = _if_readable(path)
         if found is None or found.name != basis.shared:
             continue
-        there = [_if_readable(other) for other in files_in(library)]
-        if not any(other and other.serves(found.factors, basis.avoid) for other in there):
+        there = [_if_readable(other) for other in find_direction_files(library)]
+        if not any(other and other.covers(found.factors, basis.avoid) for other in there):
             with suppress(FileExistsError):
                 write_atomic(library / path.name, read_bytes(path, MAX_SAFETENSORS_BYTES), new=True)
         return

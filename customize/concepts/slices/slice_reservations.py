@@ -26,7 +26,7 @@ from customize.safe_read import MAX_TEXT_BYTES, read_bytes
 LOCK_FILE = ".slices.lock"
 
 
-class Claim(BaseModel):
+class SliceReservation(BaseModel):
     """What a run holds, as it stands in ``.slice.json``.
 
     Attributes:
@@ -44,12 +44,12 @@ class Claim(BaseModel):
     slices: dict[str, list[int]]
 
     @model_validator(mode="after")
-    def _slices_fit(self) -> Claim:
+    def _slices_fit(self) -> SliceReservation:
         check_slices(self.slices, self.rank, self.basis)
         return self
 
 
-def read_claims(library: Path) -> list[Claim]:
+def read_reservations(library: Path) -> list[SliceReservation]:
     """The claims of all runs in a library of concept folders, but for those of concepts that are
     written by now: a run that was stopped after that leaves one, until it is started again.
 
@@ -61,7 +61,7 @@ def read_claims(library: Path) -> list[Claim]:
     return [claim for path, claim in found.items() if not _is_fulfilled(claim, path.parent)]
 
 
-def write_claim(claim: Claim, folder: Path) -> None:
+def write_reservation(claim: SliceReservation, folder: Path) -> None:
     """Put a claim into a run's output folder, over an older one, whole or not at all.
 
     Raises:
@@ -75,14 +75,14 @@ def write_claim(claim: Claim, folder: Path) -> None:
         raise storage_error(error, folder) from error
 
 
-def withdraw_fulfilled(folder: Path) -> None:
-    """:func:`withdraw_claim`, if the concept in the folder holds what the claim is on."""
+def delete_fulfilled_reservation(folder: Path) -> None:
+    """:func:`delete_reservation`, if the concept in the folder holds what the claim is on."""
     path = folder / CLAIM_FILE
     if path.is_file() and _is_fulfilled(_read(path), folder):
-        withdraw_claim(folder)
+        delete_reservation(folder)
 
 
-def _is_fulfilled(claim: Claim, folder: Path) -> bool:
+def _is_fulfilled(claim: SliceReservation, folder: Path) -> bool:
     """Whether the concept is in the folder that the claim was made for."""
     try:
         info = read_info(folder)
@@ -92,7 +92,7 @@ def _is_fulfilled(claim: Claim, folder: Path) -> bool:
     return (info.name, info.basis, held) == (claim.name, claim.basis, claim.slices)
 
 
-def withdraw_claim(folder: Path) -> None:
+def delete_reservation(folder: Path) -> None:
     """Take a run's claim away.
 
     Raises:
@@ -105,7 +105,7 @@ def withdraw_claim(folder: Path) -> None:
 
 
 @contextmanager
-def alone_in(library: Path) -> Iterator[None]:
+def lock_library(library: Path) -> Iterator[None]:
     """Keep other processes from choosing a slice in a library while one is chosen and claimed.
 
     The system frees the lock when the process ends, however it ends. A library that may not be
@@ -131,9 +131,9 @@ def alone_in(library: Path) -> Iterator[None]:
         lock.release()
 
 
-def _read(path: Path) -> Claim:
+def _read(path: Path) -> SliceReservation:
     try:
-        return Claim.model_validate_json(read_bytes(path, MAX_TEXT_BYTES), strict=True)
+        return SliceReservation.model_validate_json(read_bytes(path, MAX_TEXT_BYTES), strict=True)
     except (OSError, ValidationError) as error:
         raise ConceptError(
             "the claim of a run on its slice cannot be read",

@@ -17,32 +17,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.concepts.tokens.token_rows import around, entries
+from customize.concepts.tokens.token_rows import tokens_containing, vocabulary_entries
 from customize.families.family import Family
 from customize.families.pipeline_components import uncompiled
 
 
-def layer_entries(trigger: str, num_tokens: int, layers: int) -> list[str]:
+def layer_vocabulary_entries(trigger: str, num_tokens: int, layers: int) -> list[str]:
     """The vocabulary entries of every layer: ``["<rex@0>", "<rex@0>_1", "<rex@1>", ...]``."""
-    return [name for i in range(layers) for name in entries(_of_layer(trigger, i), num_tokens)]
+    return [
+        name
+        for i in range(layers)
+        for name in vocabulary_entries(_of_layer(trigger, i), num_tokens)
+    ]
 
 
-def wording(text: str, triggers: Iterable[str], layer: int, others: Iterable[str] = ()) -> str:
+def expand_for_layer(
+    text: str, triggers: Iterable[str], layer: int, others: Iterable[str] = ()
+) -> str:
     """An expanded prompt with the vocabulary entries of one layer.
 
     Args:
-        text: as :func:`customize.concepts.tokens.token_rows.expand` gives it.
+        text: as :func:`customize.concepts.tokens.token_rows.expand_prompt` gives it.
         triggers: those that have entries for each layer.
-        others: as for ``expand``.
+        others: as for ``expand_prompt``.
     """
     named = {trigger.lower(): _of_layer(trigger, layer) for trigger in triggers}
-    pattern = "|".join(map(re.escape, (*around(named, others), *named)))
+    pattern = "|".join(map(re.escape, (*tokens_containing(named, others), *named)))
     return re.sub(
         pattern, lambda m: named.get(m.group().lower(), m.group()), text, flags=re.IGNORECASE
     )
 
 
-def mentions(text: str, triggers: Iterable[str]) -> bool:
+def contains_trigger(text: str, triggers: Iterable[str]) -> bool:
     """Whether a prompt calls any of the triggers."""
     return any(trigger.lower() in text.lower() for trigger in triggers)
 
@@ -59,7 +65,7 @@ def mean_rows(rows: Tensor) -> Tensor:
     return rows if rows.ndim == 2 else rows.float().mean(1).to(rows.dtype)
 
 
-def vocabulary(trigger: str, rows: Tensor) -> tuple[list[str], Tensor]:
+def vocabulary_rows(trigger: str, rows: Tensor) -> tuple[list[str], Tensor]:
     """All that a concept adds to a dictionary.
 
     With layers, the plain entries come first, with the mean over the layers.
@@ -70,14 +76,14 @@ def vocabulary(trigger: str, rows: Tensor) -> tuple[list[str], Tensor]:
     Returns:
         The entries, and their rows: (entries, width).
     """
-    names, plain = entries(trigger, rows.shape[0]), mean_rows(rows)
+    names, plain = vocabulary_entries(trigger, rows.shape[0]), mean_rows(rows)
     if rows.ndim == 2:
         return names, plain
-    own = layer_entries(trigger, *rows.shape[:2])
+    own = layer_vocabulary_entries(trigger, *rows.shape[:2])
     return names + own, torch.cat([plain, rows.transpose(0, 1).flatten(0, 1)])
 
 
-def layers_of(family: Family) -> list[str]:
+def layers_with_embeddings(family: Family) -> list[str]:
     """The layers that tokens can have embeddings for, in the order of those.
 
     Empty where picture and prompt share one attention, or where more than the sequence of one text
@@ -86,13 +92,13 @@ def layers_of(family: Family) -> list[str]:
     return family.cross_attention_layers() if len(family.clip_encoders) == 1 else []
 
 
-def read_by_layer(family: Family) -> list[Any]:
+def hook_cross_attention(family: Family) -> list[Any]:
     """Let each cross-attention layer of the denoiser read its own part of the conditions.
 
     Returns:
         The hooks' handles, each with ``remove()``.
     """
-    denoiser, layers = uncompiled(family.denoiser), layers_of(family)
+    denoiser, layers = uncompiled(family.denoiser), layers_with_embeddings(family)
     length = _length(family)
     return [
         denoiser.get_submodule(name).register_forward_pre_hook(
@@ -102,13 +108,13 @@ def read_by_layer(family: Family) -> list[Any]:
     ]
 
 
-def encode_by_layer(family: Family) -> list[Any]:
+def hook_text_encoder(family: Family) -> list[Any]:
     """Let the text encoder take ids of (batch, layers * length), whoever calls them.
 
     Returns:
         The hooks' handles, each with ``remove()``.
     """
-    whole = len(layers_of(family)) * _length(family)
+    whole = len(layers_with_embeddings(family)) * _length(family)
     (model,) = family.text_encoders.values()
     encoder, folded = uncompiled(model), partial(_folded, whole, _length(family))
     return [
@@ -117,7 +123,7 @@ def encode_by_layer(family: Family) -> list[Any]:
     ]
 
 
-def of_one_length(found: Any) -> Any:
+def match_lengths(found: Any) -> Any:
     """What ``encode_prompt`` gives, its conditions all as long as the longest.
 
     Args:

@@ -22,7 +22,7 @@ _JOINED = r"(?:,|\band\b|&)"
 _ARTICLE = r"(?:\b(?:a|an|the)\s+)?"
 
 
-def find(phrase: str, prompt: str) -> list[tuple[int, int]]:
+def find_phrase(phrase: str, prompt: str) -> list[tuple[int, int]]:
     """Where a phrase stands in a prompt, as whole words; upper and lower case are alike.
 
     Returns:
@@ -39,7 +39,7 @@ def find(phrase: str, prompt: str) -> list[tuple[int, int]]:
     return [m.span() for m in re.finditer(before + body + after, prompt, re.IGNORECASE)]
 
 
-def without(prompt: str, phrases: Iterable[str]) -> str:
+def remove_phrases(prompt: str, phrases: Iterable[str]) -> str:
     """What is left of a prompt where phrases are taken out.
 
     Each goes with its article, and with the comma, "and" or "&" that joined it to the rest:
@@ -47,7 +47,7 @@ def without(prompt: str, phrases: Iterable[str]) -> str:
     beach``, and without ``<rex>`` it is ``a photo of a red car on a beach``.
     """
     for phrase in phrases:
-        while places := find(phrase, prompt):
+        while places := find_phrase(phrase, prompt):
             start, end = places[0]
             head, tail = prompt[:start], prompt[end:]
             head = re.sub(_ARTICLE + r"$", "", head, flags=re.IGNORECASE)
@@ -58,40 +58,40 @@ def without(prompt: str, phrases: Iterable[str]) -> str:
     return re.sub(r"\s+,", ",", " ".join(prompt.split()))
 
 
-def telling(text: str) -> list[str]:
+def content_words(text: str) -> list[str]:
     """The words of a text that say what is in a picture, in lower case, each once."""
     words = re.findall(r"<[^<>\s]+>|[^\W_]+(?:[-'][^\W_]+)*", text.lower())
     return [word for word in dict.fromkeys(words) if word not in SMALL_WORDS]
 
 
-def common(captions: Sequence[str], besides: Iterable[str]) -> list[str]:
+def common_words(captions: Sequence[str], besides: Iterable[str]) -> list[str]:
     """The telling words that all captions have, in the first one's order.
 
     Args:
         besides: words that do not count, such as a trigger and its class word.
     """
-    left = {word for text in besides for word in (text.lower(), *telling(text))}
-    first = telling(captions[0]) if captions else []
+    left = {word for text in besides for word in (text.lower(), *content_words(text))}
+    first = content_words(captions[0]) if captions else []
     return [
         word
         for word in first
-        if word not in left and all(find(word, caption) for caption in captions)
+        if word not in left and all(find_phrase(word, caption) for caption in captions)
     ]
 
 
-def shared(phrase: str, prompt: str) -> bool:
+def mentions_phrase(phrase: str, prompt: str) -> bool:
     """Whether a prompt has any of a phrase's telling words; or all of it, where it has none."""
-    return any(find(word, prompt) for word in telling(phrase) or [phrase])
+    return any(find_phrase(word, prompt) for word in content_words(phrase) or [phrase])
 
 
-def regional(prompt: str, phrases: Sequence[str]) -> list[str]:
+def regional_prompts(prompt: str, phrases: Sequence[str]) -> list[str]:
     """What is asked of the background, without any of the phrases, and of each phrase's region,
     without the others."""
     others = [[other for other in phrases if other != own] for own in phrases]
-    return [without(prompt, phrases), *(without(prompt, each) for each in others)]
+    return [remove_phrases(prompt, phrases), *(remove_phrases(prompt, each) for each in others)]
 
 
-def check(prompt: str, phrases: Sequence[str], known: Iterable[str], where: str) -> None:
+def check_phrases(prompt: str, phrases: Sequence[str], known: Iterable[str], where: str) -> None:
     """Refuse phrases that a prompt does not have, or that share words of it.
 
     Args:
@@ -102,7 +102,7 @@ def check(prompt: str, phrases: Sequence[str], known: Iterable[str], where: str)
     """
     taken: list[tuple[int, int, str]] = []
     for phrase in phrases:
-        places = find(phrase, prompt)
+        places = find_phrase(phrase, prompt)
         if not places:
             raise ConfigError(
                 f"{phrase!r} is not in the prompt {prompt!r}",

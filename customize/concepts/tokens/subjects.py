@@ -20,7 +20,7 @@ from torch import Tensor
 from customize.core.lowrank import all_finite
 from customize.errors import ConceptError
 
-#: A key of a merged LoRA's header: its subjects, as :func:`to_header` writes them.
+#: A key of a merged LoRA's header: its subjects, as :func:`subjects_to_header` writes them.
 SUBJECTS_HEADER = "customize_subjects"
 
 _TRIGGER = re.compile(r"<[a-z0-9][a-z0-9_-]{0,63}>")
@@ -86,7 +86,7 @@ def check_subjects(subjects: Iterable[Subject]) -> None:
         names[subject.name] = subject.trigger
 
 
-def to_header(subjects: Sequence[Subject]) -> dict[str, str]:
+def subjects_to_header(subjects: Sequence[Subject]) -> dict[str, str]:
     """The header's entry for subjects; none where there are none."""
     if not subjects:
         return {}
@@ -102,11 +102,12 @@ def to_header(subjects: Sequence[Subject]) -> dict[str, str]:
     return {SUBJECTS_HEADER: json.dumps(listed)}
 
 
-def from_header(header: Mapping[str, str], where: object) -> tuple[Subject, ...]:
+def subjects_from_header(header: Mapping[str, str], where: object) -> tuple[Subject, ...]:
     """The subjects of a merged LoRA, from its header; none where it has none.
 
     Raises:
-        ConceptError: they are not as :func:`to_header` writes them, or a number is not finite.
+        ConceptError: they are not as :func:`subjects_to_header` writes them, or a number is not
+            finite.
     """
     if SUBJECTS_HEADER not in header:
         return ()

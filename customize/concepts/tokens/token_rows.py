@@ -22,7 +22,7 @@ from customize.families.pipeline_components import TokenDictionary, uncompiled
 _ENDS = "_customize_ends"
 
 
-def entries(trigger: str, num_tokens: int) -> list[str]:
+def vocabulary_entries(trigger: str, num_tokens: int) -> list[str]:
     """The vocabulary entries of a trigger: ``["<rex>", "<rex>_1", ...]``.
 
     Raises:
@@ -33,17 +33,19 @@ def entries(trigger: str, num_tokens: int) -> list[str]:
     return [trigger, *(f"{trigger}_{i}" for i in range(1, num_tokens))]
 
 
-def expand(prompt: str, triggers: Mapping[str, Sequence[str]], others: Iterable[str] = ()) -> str:
+def expand_prompt(
+    prompt: str, triggers: Mapping[str, Sequence[str]], others: Iterable[str] = ()
+) -> str:
     """Replace each trigger by its vocabulary entries, separated by spaces.
 
     Upper and lower case are alike, as they are to CLIP's tokenizer. Text that is already expanded
-    stays as it is, so ``expand(expand(p)) == expand(p)``; a longer trigger goes first.
+    stays as it is, so the function is idempotent; a longer trigger goes first.
 
     Do not hand the result to a pipeline that expands by itself (diffusers'
     ``maybe_convert_prompt`` is not idempotent): give that the plain trigger.
 
     Args:
-        triggers: trigger -> its entries, as :func:`entries` makes them.
+        triggers: trigger -> its entries, as :func:`vocabulary_entries` makes them.
         others: tokens of others, in which a trigger is no trigger, as ``<rex>`` in ``<rex>-style``.
     """
     if not triggers:
@@ -52,7 +54,7 @@ def expand(prompt: str, triggers: Mapping[str, Sequence[str]], others: Iterable[
     by_length = sorted(triggers, key=len, reverse=True)
     # An expanded run first, then the trigger alone, but not where it begins a later entry.
     runs = [r"\s+".join(map(re.escape, triggers[trigger])) for trigger in by_length]
-    runs = [*map(re.escape, around(triggers, others)), *runs]
+    runs = [*map(re.escape, tokens_containing(triggers, others)), *runs]
     alone = [re.escape(trigger) for trigger in by_length]
     pattern = rf"(?:{'|'.join(runs)})(?!_\d)|(?P<trigger>{'|'.join(alone)})(?!_\d)"
 
@@ -63,7 +65,7 @@ def expand(prompt: str, triggers: Mapping[str, Sequence[str]], others: Iterable[
     return re.sub(pattern, replaced, prompt, flags=re.IGNORECASE)
 
 
-def around(triggers: Iterable[str], names: Iterable[str]) -> list[str]:
+def tokens_containing(triggers: Iterable[str], names: Iterable[str]) -> list[str]:
     """Those of the names that have a trigger in them and are no entry of it, longest first."""
     own = "|".join(map(re.escape, triggers))
     inside, entry = (re.compile(p, re.IGNORECASE) for p in (own, rf"(?:{own})(?:_\d+)?"))
@@ -71,7 +73,7 @@ def around(triggers: Iterable[str], names: Iterable[str]) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
-def known(tokenizer: Any, names: Iterable[str]) -> list[str]:
+def known_tokens(tokenizer: Any, names: Iterable[str]) -> list[str]:
     """Those of the names that are entries of a vocabulary."""
     own = getattr(tokenizer, "backend_tokenizer", None)
     if own is None:  # one that is written in Python
@@ -108,7 +110,7 @@ def add_tokens(dictionary: TokenDictionary, names: Sequence[str], rows: Tensor) 
         )
     if not bool(torch.isfinite(rows).all()):
         raise ConceptError("an embedding is not finite", where=dictionary.key)
-    taken = known(tokenizer, names)
+    taken = known_tokens(tokenizer, names)
     if taken or len(set(names)) != len(names):
         raise ConceptError(
             f"the tokens {' '.join(taken or names)} are taken",
@@ -176,7 +178,7 @@ def pool_at_end(dictionary: TokenDictionary, names: Sequence[str] = ()) -> None:
     """
     encoder: Any = uncompiled(dictionary.text_encoder)
     ends: _Ends | None = vars(encoder).get(_ENDS)
-    there = set(known(dictionary.tokenizer, {*names, *(ends.names if ends else ())}))
+    there = set(known_tokens(dictionary.tokenizer, {*names, *(ends.names if ends else ())}))
     if not there:
         for owner, former in ends.former if ends else ():
             owner.eos_token_id = former
@@ -197,7 +199,7 @@ def token_ids(dictionary: TokenDictionary, names: Sequence[str]) -> list[int]:
     Raises:
         ConceptError: an entry is not in the vocabulary.
     """
-    found = known(dictionary.tokenizer, names)
+    found = known_tokens(dictionary.tokenizer, names)
     missing = [name for name in names if name not in found]
     if missing:
         raise ConceptError(

@@ -172,7 +172,7 @@ class UpdateCleaner:
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not telling.is_ours():
                 return
-            share = self.family.noise_share(dict(zip(names, args, strict=False)) | kwargs)
+            share = self.family.noise_level(dict(zip(names, args, strict=False)) | kwargs)
             telling.on = self.noise[0] <= share <= self.noise[1]
 
         return denoiser.register_forward_pre_hook(before, with_kwargs=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from customize.concepts.tokens.prompt_phrases import find as places_of
+from customize.concepts.tokens.prompt_phrases import find_phrase as places_of
 from customize.pipeline.call_wrapper import Call, Host
 
 _NEGATIVE = "negative_prompt"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customize.concepts.tokens.prompt_phrases import shared
+from customize.concepts.tokens.prompt_phrases import mentions_phrase
 from customize.core.projection import max_strength, principal_directions, project_out
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
@@ -255,7 +255,9 @@ class _CleanedEncoder:
         text = self.tokenizer.decode([row.ids[k] for k in words])
         if not text.strip():
             return None
-        return tuple(each for each in self.cleaning.phrases if not shared(each, text)), words
+        return tuple(
+            each for each in self.cleaning.phrases if not mentions_phrase(each, text)
+        ), words
 
     def _clean(
         self,

@@ -102,7 +102,7 @@ def deltas_of(found: Lora | Any) -> Deltas:
     """The updates of a LoRA or concept, dense."""
     return {
         (component, module): _dense(update)
-        for component, own in found.products.items()
+        for component, own in found.updates.items()
         for module, update in own.items()
     }
 

@@ -49,7 +49,7 @@ def where(family: Family, source: Any) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = source if hasattr(source, "groups") else open_adaptation(source)
-        products = found.to_lora(family).products
+        products = found.to_lora(family).updates
     assert all(set(own) == {"blocks.0.attn1.to_q"} for own in products.values())
     return {key: float(own["blocks.0.attn1.to_q"].down[0, 0]) for key, own in products.items()}
 
@@ -146,7 +146,7 @@ def test_names_that_are_not_about_noise(name: str, wan: Family, tmp_path: Path) 
     assert parse_noise_level(name) is None
     path = written(tmp_path / f"{name}.safetensors", layer("diffusion_model."))
     with pytest.warns(UserWarning, match=r'give into="transformer_2", call it \.{3}_low_noise'):
-        products = open_adaptation(path).to_lora(wan).products  # type: ignore[union-attr]
+        products = open_adaptation(path).to_lora(wan).updates  # type: ignore[union-attr]
     assert set(products) == {FIRST}
 
 
@@ -268,11 +268,11 @@ def test_what_a_merge_writes_is_read_back(tmp_path: Path) -> None:
         for noise, value in (("high", 1.0), ("low", 2.0))
     ]
     concepts = open_all_without_pipeline(files)
-    assert [list(concept.products) for concept in concepts] == [[FIRST], [SECOND]]
+    assert [list(concept.updates) for concept in concepts] == [[FIRST], [SECOND]]
     folder = write_merged(concepts, [1.0, 3.0], tmp_path / "both").folder
     again = open_without_pipeline(folder)
-    numbers = {key: own["blocks.0.attn1.to_q"].down[0, 0] for key, own in again.products.items()}
-    scales = {key: own["blocks.0.attn1.to_q"].up[0, 0] for key, own in again.products.items()}
+    numbers = {key: own["blocks.0.attn1.to_q"].down[0, 0] for key, own in again.updates.items()}
+    scales = {key: own["blocks.0.attn1.to_q"].up[0, 0] for key, own in again.updates.items()}
     assert {key: float(numbers[key] * scales[key]) for key in numbers} == {FIRST: 1.0, SECOND: 6.0}
 
 
@@ -282,6 +282,6 @@ def test_a_merge_for_little_noise_alone(tmp_path: Path) -> None:
     assert [path.name for path in folder.glob("*.safetensors")] == [
         "pytorch_lora_weights_2.safetensors"
     ]
-    assert list(open_without_pipeline(folder).products) == [SECOND]
+    assert list(open_without_pipeline(folder).updates) == [SECOND]
     card = (folder / "README.md").read_text()
     assert "load_into_transformer_2=True" in card and 'load_lora_weights("FOLDER")' not in card

@@ -44,7 +44,7 @@ def tensors(
 def scales(sd: Family, path: Path) -> set[float]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return {u.scale for u in open_adaptation(path).to_lora(sd).products["unet"].values()}  # type: ignore[union-attr]
+        return {u.scale for u in open_adaptation(path).to_lora(sd).updates["unet"].values()}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_may_mean_anything_is_named(
     path = written(tmp_path / "a.safetensors", tensors(sd, ends), **header)
     with pytest.warns(UserWarning, match=f"which was not used, since .*{reason}"):
         found: Any = open_adaptation(path)
-    assert {u.scale for u in found.to_lora(sd).products["unet"].values()} == {1.0}
+    assert {u.scale for u in found.to_lora(sd).updates["unet"].values()} == {1.0}
 
 
 def test_layers_of_several_ranks(sd: Family, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_each_file_of_a_pair_keeps_its_own_scale(tmp_path: Path) -> None:
     rex.save(tmp_path / "rex")
     (tmp_path / "rex" / "concept.json").unlink()
     found = open_adaptation(tmp_path / "rex").to_lora(family_of(pipe.components))
-    assert set(found.products) == {"transformer", "transformer_2"}
+    assert set(found.updates) == {"transformer", "transformer_2"}
     assert_close(deltas_of(found), deltas_of(rex))
 
 
@@ -104,7 +104,7 @@ def test_without_a_pipeline_a_file_is_told_by_its_layers_or_said_to_be_ambiguous
         return
     found = open_without_pipeline(file)
     assert found.info.family == family
-    (update,) = (update for own in found.products.values() for update in own.values())
+    (update,) = (update for own in found.updates.values() for update in own.values())
     assert to_dense(update).shape[1] == width
 
 
@@ -114,4 +114,4 @@ def test_a_pair_is_inspected_without_a_pipeline(tmp_path: Path) -> None:
     written(tmp_path / "pytorch_lora_weights_2.safetensors", own)
     found = open_without_pipeline(tmp_path)
     assert found.info.family == "wan"
-    assert set(found.products) == {"transformer", "transformer_2"}
+    assert set(found.updates) == {"transformer", "transformer_2"}

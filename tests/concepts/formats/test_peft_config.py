@@ -173,7 +173,7 @@ def test_each_component_has_its_configuration(tmp_path: Path) -> None:
     }
     file = written(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
     found = open_adaptation(file).to_lora(family)  # type: ignore[union-attr]
-    scales = {key: next(iter(own.values())).scale for key, own in found.products.items()}
+    scales = {key: next(iter(own.values())).scale for key, own in found.updates.items()}
     assert scales == {"unet": 4.0, "text_encoder": pytest.approx(3 / 2**0.5)}
 
 
@@ -186,7 +186,7 @@ def test_a_tensor_goes_before_the_configuration(tmp_path: Path) -> None:
     tensors = load_file(file)
     first = min(tensors).removesuffix(".lora_A.weight")
     written(file, tensors | {f"{first}.alpha": torch.tensor(1.0)})
-    scales = {u.scale for u in read(tmp_path).products["unet"].values()}
+    scales = {u.scale for u in read(tmp_path).updates["unet"].values()}
     assert scales == {4.0, 0.5}
 
 
@@ -195,7 +195,7 @@ def test_the_folders_only_file_has_the_configuration(name: str, tmp_path: Path) 
     trained(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"])).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / name)
     for source in (tmp_path, tmp_path / name):
-        assert {u.scale for u in read(source).products["unet"].values()} == {4.0}
+        assert {u.scale for u in read(source).updates["unet"].values()} == {4.0}
 
 
 def test_pissa_on_half_precision_keeps_the_change(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_pissa_on_half_precision_keeps_the_change(tmp_path: Path) -> None:
     model = trained(LoraConfig(r=4, init_lora_weights="pissa", target_modules=["to_q"]))
     model.save_pretrained(tmp_path)
     name = f"{BLOCK}.attn1.to_q"
-    update = read(tmp_path).products["unet"][name]
+    update = read(tmp_path).updates["unet"][name]
     rounded = update.scale * update.up.bfloat16().double() @ update.down.bfloat16().double()
     expected = changes(model)["unet", name]
     assert (rounded - expected).norm() < 0.02 * expected.norm()
@@ -317,7 +317,7 @@ def test_what_does_nothing_is_read_without_a_word(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = open_adaptation(with_header(tmp_path, **fields))
-        products = found.to_lora(family_of(tiny_flux().components)).products  # type: ignore[union-attr]
+        products = found.to_lora(family_of(tiny_flux().components)).updates  # type: ignore[union-attr]
     assert next(iter(products["transformer"].values())).scale == 1.0
 
 
@@ -329,7 +329,7 @@ def test_an_unknown_field_that_is_set_is_named(tmp_path: Path) -> None:
 def test_a_missing_alpha_is_pefts_default(tmp_path: Path) -> None:
     """As diffusers' LoraConfig(**header) has it."""
     found = open_adaptation(with_header(tmp_path, lora_alpha=None))
-    update = found.to_lora(family_of(tiny_flux().components)).products["transformer"]  # type: ignore[union-attr]
+    update = found.to_lora(family_of(tiny_flux().components)).updates["transformer"]  # type: ignore[union-attr]
     assert next(iter(update.values())).scale == LoraConfig().lora_alpha / 2
 
 
@@ -341,7 +341,7 @@ def test_a_rank_that_the_tensors_show_goes_before_patterns(tmp_path: Path) -> No
 
 def first_update(file: Path) -> Any:
     found = open_adaptation(file).to_lora(family_of(tiny_flux().components))  # type: ignore[union-attr]
-    return next(iter(found.products["transformer"].values()))
+    return next(iter(found.updates["transformer"].values()))
 
 
 def test_peft_reloads_what_is_computed_here(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_scales_from_pefts_configuration(tmp_path: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     for source in (folder, folder / "adapter_model.safetensors"):
-        found = read(source, family).products["unet"]
+        found = read(source, family).updates["unet"]
         assert all(
             update.scale == pytest.approx((10 if module == special else 6) / update.rank**0.5)
             for module, update in found.items()
@@ -216,7 +216,7 @@ def test_scales_from_diffusers_header(tmp_path: Path) -> None:
     path = written(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
     found = read(path, family)
     for component, alpha in (("unet", 8), ("text_encoder", 1)):
-        assert all(u.scale == alpha / u.rank for u in found.products[component].values())
+        assert all(u.scale == alpha / u.rank for u in found.updates[component].values())
 
 
 def test_a_missing_alpha_means_the_rank(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_missing_alpha_means_the_rank(tmp_path: Path) -> None:
         family, kohya(family), (".lora_down.weight", ".lora_up.weight"), alphas="none"
     )
     found = read(written(tmp_path / "a.safetensors", tensors), family)
-    assert {u.scale for own in found.products.values() for u in own.values()} == {1.0}
+    assert {u.scale for own in found.updates.values() for u in own.values()} == {1.0}
     assert_close(deltas_of(found), deltas)
 
 
@@ -263,9 +263,9 @@ def test_a_file_for_one_of_two_denoisers_is_told_where_it_goes(tmp_path: Path) -
     path = written(tmp_path / "some.safetensors", tensors)
     with pytest.warns(UserWarning, match=r"some\.safetensors.*transformer takes it.*transformer_2"):
         found = open_adaptation(path).to_lora(both)
-    assert set(found.products) == {"transformer"}
+    assert set(found.updates) == {"transformer"}
     path = written(tmp_path / "low.safetensors", tensors)
-    assert set(open_adaptation(path).to_lora(both).products) == {"transformer_2"}
+    assert set(open_adaptation(path).to_lora(both).updates) == {"transformer_2"}
 
 
 def test_trigger_words_come_from_the_header(tmp_path: Path) -> None:

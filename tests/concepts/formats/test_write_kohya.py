@@ -46,7 +46,7 @@ def test_what_is_written_is_read_again(name: str, every: int, tmp_path: Path) ->
     family = family_of(MAKERS[name]().components)
     tensors, deltas = lora(family, diffusers, ENDS, every=every)
     found = open_adaptation(written(tmp_path / "a.safetensors", tensors)).to_lora(family)
-    back = kohya_tensors(found.products, family)
+    back = kohya_tensors(found.updates, family)
     assert all(key.startswith(("lora_unet_", "lora_te")) for key in back)
     again = deltas_of(parse_lora_file("b", "b", back, {}).to_lora(family))
     # The layers left alone that are one with others in the file come back as zeros.
@@ -58,7 +58,7 @@ def test_what_is_written_is_read_again(name: str, every: int, tmp_path: Path) ->
 
 def test_a_shared_slice_keeps_its_rank_in_a_fused_layer() -> None:
     pipe = tiny_flux()
-    tensors = kohya_tensors(concept(pipe).products, family_of(pipe.components))
+    tensors = kohya_tensors(concept(pipe).updates, family_of(pipe.components))
     fused = {k: t for k, t in tensors.items() if k.endswith("qkv.lora_down.weight")}
     assert len(fused) == 4 and all(tensor.shape[0] == 2 for tensor in fused.values())
     assert "lora_unet_single_blocks_0_linear1.lora_up.weight" in tensors
@@ -72,9 +72,9 @@ def test_stock_diffusers_draws_the_same(name: str, tmp_path: Path) -> None:
     made = concept(ours)
     if name == "flux":
         # Stock diffusers asks that FLUX's single blocks be of the published width.
-        own = made.products["transformer"]
+        own = made.updates["transformer"]
         double = {m: update for m, update in own.items() if not m.startswith("single_")}
-        made = replace(made, products={**made.products, "transformer": double})
+        made = replace(made, updates={**made.updates, "transformer": double})
     bare = replace(made, info=made.info.model_copy(update={"num_tokens": 0}), embeddings={})
     family = family_of(ours.components)
     write_merged([bare], [0.7], tmp_path / "out", layout="kohya", family=family)

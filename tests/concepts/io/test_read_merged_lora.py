@@ -24,7 +24,12 @@ from customize.concepts.io.read_merged_lora import MERGED_HEADER
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.library.library import Library, add
 from customize.concepts.merge.merge_concepts import merge
-from customize.concepts.tokens.subjects import SUBJECTS_HEADER, Subject, from_header, to_header
+from customize.concepts.tokens.subjects import (
+    SUBJECTS_HEADER,
+    Subject,
+    subjects_from_header,
+    subjects_to_header,
+)
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.formats.making import assert_close, deltas_of
@@ -141,8 +146,8 @@ def test_layers_that_the_original_has_as_one_are_taken_apart(tmp_path: Path) -> 
     """Also where some of them are left alone."""
     pipe = tiny_flux()
     rex = concept(pipe)
-    part = {m: u for n, (m, u) in enumerate(rex.products["transformer"].items()) if n % 2}
-    some = replace(rex, products={**rex.products, "transformer": part})
+    part = {m: u for n, (m, u) in enumerate(rex.updates["transformer"].items()) if n % 2}
+    some = replace(rex, updates={**rex.updates, "transformer": part})
     family = family_of(pipe.components)
     write_merged([some], [1.0], tmp_path / "duo", layout="kohya", family=family)
     assert_close(deltas_of(open_without_pipeline(tmp_path / "duo")), by_file_names(some))
@@ -275,7 +280,7 @@ shapes = st.one_of(
 def test_subjects_survive_the_header(shape: tuple[int, ...], dtype: Any, word: str) -> None:
     rows = torch.randn(shape).to(dtype)
     subject = Subject("rex", "<rex>", word, {"text_encoder": rows, "text_encoder_2": rows[..., :1]})
-    (found,) = from_header(to_header([subject]), "here")
+    (found,) = subjects_from_header(subjects_to_header([subject]), "here")
     assert (found.name, found.trigger, found.class_word) == ("rex", "<rex>", word)
     assert found.num_tokens == shape[0]
     assert found.token_layers == (shape[1] if len(shape) == 3 else 0)

@@ -40,12 +40,12 @@ CONCEPTS: dict[str, Callable[[], Concept]] = {
 def two_encoders() -> Concept:
     concept = small()
     rows = {"text_encoder": torch.randn(2, 6), "text_encoder_2": torch.randn(2, 10)}
-    return Concept(concept.info, concept.products, rows)
+    return Concept(concept.info, concept.updates, rows)
 
 
 def two_denoisers() -> Concept:
     concept, other = small(num_tokens=0), small(seed=1, num_tokens=0)
-    products = {"transformer": concept.products["unet"], "transformer_2": other.products["unet"]}
+    products = {"transformer": concept.updates["unet"], "transformer_2": other.updates["unet"]}
     return Concept(concept.info, products, {})
 
 
@@ -62,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
 def test_what_is_written_is_read_exactly(tmp_path: Path, kind: str, dtype) -> None:
     concept = CONCEPTS[kind]()
     rows = {key: values.to(dtype) for key, values in concept.embeddings.items()}
-    concept = Concept(concept.info, concept.products, rows)
+    concept = Concept(concept.info, concept.updates, rows)
     for written in (
         concept.save(tmp_path / "rex"),
         write_single(concept, tmp_path / "r.safetensors"),
@@ -139,7 +139,7 @@ def test_a_second_denoiser_has_a_file_of_its_own_under_the_first_ones_name(tmp_p
     for name, component in ((LORA, "transformer"), (SECOND, "transformer_2")):
         expected = {
             f"transformer.{module}.lora_{factor}.weight": value
-            for module, update in concept.products[component].items()
+            for module, update in concept.updates[component].items()
             for factor, value in (("A", update.down), ("B", update.up))
         }
         assert files[name].keys() == expected.keys()

@@ -19,7 +19,7 @@ def concepts() -> list[Concept]:
     rex = small(0)
     tom = small(1, name="tom", rank=3, alpha=6.0, method="lora", basis=None, slices={})
     # Tom leaves the text encoder alone.
-    return [rex, replace(tom, products={"unet": tom.products["unet"]})]
+    return [rex, replace(tom, updates={"unet": tom.updates["unet"]})]
 
 
 @pytest.mark.parametrize(("method", "share"), [("sum", 1.0), ("average", 0.5)])
@@ -65,14 +65,14 @@ def test_concepts_of_different_models_are_refused(concepts, change) -> None:
 
 def test_updates_of_different_shape_name_the_layer(concepts: list[Concept]) -> None:
     rex = concepts[0]
-    update = rex.products["unet"]["mid.attn1.to_q"]
+    update = rex.updates["unet"]["mid.attn1.to_q"]
     other = replace(
         rex,
         info=rex.info.model_copy(update={"name": "ann"}),
-        products={
-            **rex.products,
+        updates={
+            **rex.updates,
             "unet": {
-                **rex.products["unet"],
+                **rex.updates["unet"],
                 "mid.attn1.to_q": replace(update, up=update.up[:4]),
             },
         },
@@ -118,7 +118,7 @@ def test_one_concept_is_as_it_is_or_refused(concepts: list[Concept], method: str
     merged = merge(concepts[:1], [0.5], method)
     for component, own in merged.items():
         for module, update in own.items():
-            expected = 0.5 * to_dense(concepts[0].products[component][module])
+            expected = 0.5 * to_dense(concepts[0].updates[component][module])
             torch.testing.assert_close(to_dense(update), expected)
 
 
@@ -127,19 +127,19 @@ def test_a_subject_and_a_style_are_balanced_over_all_layers(concepts: list[Conce
     merged = merge([rex, tom], [1.0, 1.0], "subject_style")
     louder = {
         component: {m: LowRank(u.up * 100, u.down, u.scale) for m, u in own.items()}
-        for component, own in rex.products.items()
+        for component, own in rex.updates.items()
     }
-    loud = merge([replace(rex, products=louder), tom], [0.01, 1.0], "subject_style")
+    loud = merge([replace(rex, updates=louder), tom], [0.01, 1.0], "subject_style")
     for module, update in merged["unet"].items():
         torch.testing.assert_close(to_dense(loud["unet"][module]), to_dense(update))
-        own = to_dense(rex.products["unet"][module]), to_dense(tom.products["unet"][module])
+        own = to_dense(rex.updates["unet"][module]), to_dense(tom.updates["unet"][module])
         shares = torch.linalg.lstsq(
             torch.stack([each.flatten() for each in own], 1), to_dense(update).flatten()
         ).solution
         assert float(shares.sum()) == pytest.approx(1.0, abs=1e-3) and float(shares.min()) > -1e-3
     # A layer that one of them leaves alone is the other's.
     for module, update in merged["text_encoder"].items():
-        torch.testing.assert_close(to_dense(update), to_dense(rex.products["text_encoder"][module]))
+        torch.testing.assert_close(to_dense(update), to_dense(rex.updates["text_encoder"][module]))
     with pytest.raises(ConfigError, match="3 were given"):
         merge([rex, tom, small(2, name="ann")], [1.0] * 3, "subject_style")
 

@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from customize.concepts.slices.allocation import collisions, columns_for, free_index, holders
-from customize.concepts.slices.slice_reservations import Claim
+from customize.concepts.slices.allocation import (
+    find_collisions,
+    free_index,
+    slice_columns,
+    slice_owners,
+)
+from customize.concepts.slices.slice_reservations import SliceReservation
 from customize.concepts.types import BasisInfo, ConceptInfo
 from customize.core.bases import hashed_block
 from customize.core.crosstalk import update_overlap
@@ -15,39 +20,39 @@ from tests.concepts.making import facts, small
 
 
 def sliced(name: str, index: int | None, rank: int = 2, **changes) -> ConceptInfo:
-    columns = columns_for((6, 8), rank, index=index, name=name)
+    columns = slice_columns((6, 8), rank, index=index, name=name)
     slices = {str(width): list(own) for width, own in columns.items()}
     return facts(name=name, rank=rank, alpha=float(rank), slices=slices, **changes)
 
 
 def test_columns_by_number_and_by_name() -> None:
-    assert columns_for([8, 6, 8], 2, index=1, name="rex") == {6: (2, 3), 8: (2, 3)}
+    assert slice_columns([8, 6, 8], 2, index=1, name="rex") == {6: (2, 3), 8: (2, 3)}
     # Width 6 holds three concepts: the fourth begins again there, but not at width 8.
-    assert columns_for([6, 8], 2, index=3, name="rex") == {6: (0, 1), 8: (6, 7)}
-    assert columns_for([8], 2, index=None, name="rex") == {8: hashed_block("rex", 8, 2)}
+    assert slice_columns([6, 8], 2, index=3, name="rex") == {6: (0, 1), 8: (6, 7)}
+    assert slice_columns([8], 2, index=None, name="rex") == {8: hashed_block("rex", 8, 2)}
     for index in (0, None):
         with pytest.raises(ConfigError, match="rank 7"):
-            columns_for([6, 8], 7, index=index, name="rex")
+            slice_columns([6, 8], 7, index=index, name="rex")
     with pytest.raises(ConfigError, match="-1"):
-        columns_for([8], 2, index=-1, name="rex")
+        slice_columns([8], 2, index=-1, name="rex")
 
 
 def test_a_library_gives_out_disjoint_slices_until_it_is_full(tmp_path: Path) -> None:
     basis = BasisInfo(seed=3)
     infos = []
     for number in range(4):
-        index = free_index(holders(tmp_path), 2, basis)
+        index = free_index(slice_owners(tmp_path), 2, basis)
         assert index == number
         info = sliced(f"c{number}", index)
         small(number, name=info.name, slices=info.slices).save(tmp_path / info.name)
         infos.append(info)
-    assert collisions(infos[:3]) == []
-    (collision,) = collisions(infos)
+    assert find_collisions(infos[:3]) == []
+    (collision,) = find_collisions(infos)
     assert (collision.first, collision.second, collision.columns) == ("c0", "c3", {6: (0, 1)})
     assert "2 of 2 columns at width 6" in str(collision)
     # A concept that is learned again keeps its number, and one that is gone frees its own.
-    assert free_index(holders(tmp_path, without=["c1"]), 2, basis) == 1
-    assert free_index(holders(tmp_path), 2, BasisInfo(seed=4)) == 0
+    assert free_index(slice_owners(tmp_path, without=["c1"]), 2, basis) == 1
+    assert free_index(slice_owners(tmp_path), 2, BasisInfo(seed=4)) == 0
 
 
 def test_disjoint_slices_mean_orthogonal_updates() -> None:
@@ -56,9 +61,9 @@ def test_disjoint_slices_mean_orthogonal_updates() -> None:
         for n in range(3)
     ]
     for a, b in combinations(concepts, 2):
-        for component, updates in a.products.items():
+        for component, updates in a.updates.items():
             for module, update in updates.items():
-                assert update_overlap(update, b.products[component][module]) < 1e-6
+                assert update_overlap(update, b.updates[component][module]) < 1e-6
 
 
 def test_other_ranks_and_hashed_slices_are_avoided(tmp_path: Path) -> None:
@@ -66,28 +71,28 @@ def test_other_ranks_and_hashed_slices_are_avoided(tmp_path: Path) -> None:
     small(name="odd", rank=3, alpha=3.0, slices=slices).save(tmp_path / "odd")
     # The blocks of two at width 6 share 1, 2 and 0 columns with it, those at width 8 share 0, 1,
     # 2 and 0. No number is free at both; 0 and 3 share one column in all.
-    assert free_index(holders(tmp_path), 2, BasisInfo(seed=3)) == 0
+    assert free_index(slice_owners(tmp_path), 2, BasisInfo(seed=3)) == 0
     odd = facts(name="odd", rank=3, alpha=3.0, slices=slices)
-    assert [c.columns for c in collisions([odd, sliced("c", 0)])] == [{6: (1,)}]
-    assert [c.columns for c in collisions([odd, sliced("c", 2)])] == [{8: (4, 5)}]
+    assert [c.columns for c in find_collisions([odd, sliced("c", 0)])] == [{6: (1,)}]
+    assert [c.columns for c in find_collisions([odd, sliced("c", 2)])] == [{8: (4, 5)}]
 
 
 def test_libraries_that_are_empty_or_damaged(tmp_path: Path) -> None:
-    assert free_index(holders(tmp_path / "none"), 2, BasisInfo()) == 0
+    assert free_index(slice_owners(tmp_path / "none"), 2, BasisInfo()) == 0
     (tmp_path / ".rex.0a1b2c3d.partial").mkdir()  # of a process that was killed
     (tmp_path / ".rex.0a1b2c3d.partial" / "concept.json").write_text("{")
-    assert free_index(holders(tmp_path), 2, BasisInfo()) == 0
+    assert free_index(slice_owners(tmp_path), 2, BasisInfo()) == 0
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "concept.json").write_text("{")
     with pytest.raises(ConceptError, match="bad"):
-        free_index(holders(tmp_path), 2, BasisInfo())
+        free_index(slice_owners(tmp_path), 2, BasisInfo())
 
 
 def test_collisions_between_bases_and_without_slices() -> None:
     plain = facts(name="plain", method="lora", basis=None, slices={})
     other = sliced("other", 0, basis=BasisInfo(seed=9))
     scaled = sliced("scaled", 1, basis=BasisInfo(seed=3, scale=0.5))
-    found = collisions([sliced("rex", 0), plain, other, scaled])
+    found = find_collisions([sliced("rex", 0), plain, other, scaled])
     assert {(c.first, c.second) for c in found} == {("rex", "other"), ("other", "scaled")}
     assert all("different orthogonal matrices" in str(c) and not c.columns for c in found)
 
@@ -99,13 +104,13 @@ def test_concepts_of_other_recordings_are_avoided_while_there_is_room(tmp_path: 
     # Where all are taken, those who avoid the same directions count first.
     there += [sliced(name, index, basis=mine) for name, index in (("c", 1), ("d", 2))]
     assert free_index(there, 2, mine, widths=[6]) == 0
-    (found,) = collisions([there[0], sliced("zig", 0, basis=mine)])
+    (found,) = find_collisions([there[0], sliced("zig", 0, basis=mine)])
     assert found.columns == {6: (0, 1), 8: (0, 1)}
-    assert collisions([there[0], sliced("zig", 1, basis=mine)]) == []
+    assert find_collisions([there[0], sliced("zig", 1, basis=mine)]) == []
 
 
 def test_a_concept_that_is_learned_anew_does_not_collide_with_itself() -> None:
     rex = sliced("rex", 0)
-    claim = Claim(name="rex", basis=rex.basis, rank=2, index=0, slices=dict(rex.slices))
-    assert collisions([rex, claim]) == []
-    assert len(collisions([rex, claim.model_copy(update={"name": "tom"})])) == 1
+    claim = SliceReservation(name="rex", basis=rex.basis, rank=2, index=0, slices=dict(rex.slices))
+    assert find_collisions([rex, claim]) == []
+    assert len(find_collisions([rex, claim.model_copy(update={"name": "tom"})])) == 1

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from customize.concepts.library.library_check import check
-from customize.concepts.slices.allocation import columns_for
-from customize.concepts.slices.overlap import down_projections, true_collisions
+from customize.concepts.slices.allocation import slice_columns
+from customize.concepts.slices.overlap import down_projections, find_overlaps
 from customize.concepts.types import BasisInfo, Concept
 from customize.core.avoiding_slices import scaled_down_projection
 from customize.core.bases import BASES
@@ -48,7 +48,7 @@ def sliced(
 ) -> Concept:
     """A concept of two layers of each width, which avoids these directions."""
     info = BasisInfo(avoid=avoid, shared=shared, **basis)
-    columns = columns_for(WIDTHS, RANK, index=index, name=name, avoid=avoid)
+    columns = slice_columns(WIDTHS, RANK, index=index, name=name, avoid=avoid)
     downs = {
         width: scaled_down_projection(BASES[info.kind], inputs[width], own, info.seed, avoid=avoid)
         for width, own in columns.items()
@@ -81,8 +81,8 @@ A, B = "a" * 16, "b" * 16
 def test_the_same_columns_of_two_recordings_are_found(noise) -> None:
     rex = sliced("rex", 0, directions(), A)
     zig = sliced("zig", 0, directions(noise), B)
-    assert not torch.equal(*(next(iter(c.products["unet"].values())).down for c in (rex, zig)))
-    (found,) = true_collisions([rex, zig])
+    assert not torch.equal(*(next(iter(c.updates["unet"].values())).down for c in (rex, zig)))
+    (found,) = find_overlaps([rex, zig])
     assert found.columns == {64: (0, 1, 2, 3), 96: (0, 1, 2, 3)}
     assert "4 of 4 columns at width 64" in found.what and "--library" in found.fix
 
@@ -90,14 +90,14 @@ def test_the_same_columns_of_two_recordings_are_found(noise) -> None:
 @pytest.mark.parametrize("noise", [1e-6, 1e-5, 1e-4])
 def test_other_columns_of_two_recordings_are_apart(noise) -> None:
     rex = sliced("rex", 0, directions(), A)
-    assert true_collisions([rex, sliced("zig", 1, directions(noise), B)]) == []
+    assert find_overlaps([rex, sliced("zig", 1, directions(noise), B)]) == []
 
 
 def test_directions_that_were_turned_make_columns_that_overlap() -> None:
     rex = sliced("rex", 0, directions(), A, avoid=8)
     turned = {width: rows.flip(0) for width, rows in directions(seed=1).items()}
     for shared, why in ((B, "recorded apart"), (A, "other columns than their facts say")):
-        (found,) = true_collisions([rex, sliced("zig", 1, turned, shared, avoid=8)])
+        (found,) = find_overlaps([rex, sliced("zig", 1, turned, shared, avoid=8)])
         assert found.columns == {} and why in found.what
         assert "times as much as slices drawn at random" in found.what
 
@@ -107,16 +107,16 @@ def test_what_facts_say_does_not_count_against_the_columns() -> None:
     rex, zig = sliced("rex", 0, inputs, A), sliced("zig", 1, inputs, A)
     columns = rex.info.slices
     info = zig.info.model_copy(update={"slices": columns})
-    assert true_collisions([rex, Concept(info, zig.products, {})]) == []
+    assert find_overlaps([rex, Concept(info, zig.updates, {})]) == []
     info = rex.info.model_copy(update={"name": "max", "slices": zig.info.slices})
-    (found,) = true_collisions([rex, Concept(info, rex.products, {})])
+    (found,) = find_overlaps([rex, Concept(info, rex.updates, {})])
     assert found.columns == {64: (0, 1, 2, 3), 96: (0, 1, 2, 3)}
 
 
 def test_other_matrices_and_other_numbers_of_directions_are_named() -> None:
     inputs = directions()
     rex = sliced("rex", 0, inputs, A)
-    (found,) = true_collisions([rex, sliced("zig", 1, inputs, A, seed=9)])
+    (found,) = find_overlaps([rex, sliced("zig", 1, inputs, A, seed=9)])
     assert "different orthogonal matrices (cosine with seed 0, cosine with seed 9)" in found.what
     assert "--orthogonal-matrix cosine, --matrix-seed 0" in found.fix
 
@@ -125,22 +125,22 @@ def test_a_part_of_the_columns_and_other_layers() -> None:
     inputs = directions()
     rex = sliced("rex", 0, inputs, A)
     zig = sliced("zig", 1, inputs, A)
-    layers = list(zig.products["unet"])
+    layers = list(zig.updates["unet"])
     mixed = {
         layer: LowRank(
             update.up,
-            torch.cat([rex.products["unet"][layer].down[:1], update.down[1:]])
+            torch.cat([rex.updates["unet"][layer].down[:1], update.down[1:]])
             if layer == layers[0]
             else update.down,
             1.0,
         )
-        for layer, update in zig.products["unet"].items()
+        for layer, update in zig.updates["unet"].items()
     }
-    (found,) = true_collisions([rex, Concept(zig.info, {"unet": mixed}, {})])
+    (found,) = find_overlaps([rex, Concept(zig.info, {"unet": mixed}, {})])
     assert found.columns == {64: (0,)}
-    elsewhere = {f"other.{layer}": update for layer, update in rex.products["unet"].items()}
+    elsewhere = {f"other.{layer}": update for layer, update in rex.updates["unet"].items()}
     info = rex.info.model_copy(update={"name": "max"})
-    assert true_collisions([rex, Concept(info, {"unet": elsewhere}, {})]) == []
+    assert find_overlaps([rex, Concept(info, {"unet": elsewhere}, {})]) == []
 
 
 def test_the_library_check_finds_them(tmp_path) -> None:
@@ -170,7 +170,7 @@ def test_whatever_the_default_dtype_and_autocast_are() -> None:
     torch.set_default_dtype(torch.float64)
     try:
         with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-            found = true_collisions(concepts)
+            found = find_overlaps(concepts)
     finally:
         torch.set_default_dtype(torch.float32)
     assert [(each.first, each.second) for each in found] == [("rex", "max")]

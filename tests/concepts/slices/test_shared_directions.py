@@ -9,7 +9,12 @@ import torch
 
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.library.library import add
-from customize.concepts.slices.shared_directions import SharedDirections, files_in, name_of, path_of
+from customize.concepts.slices.shared_directions import (
+    SharedDirections,
+    directions_path,
+    find_direction_files,
+    recording_name,
+)
 from customize.concepts.types import BasisInfo
 from customize.errors import ConceptError
 from tests.concepts.making import small
@@ -26,16 +31,18 @@ def factors(seed: int = 0, width: int = 16) -> dict[str, dict[str, torch.Tensor]
 
 
 def test_what_is_written_is_read_under_its_name(tmp_path) -> None:
-    saved = SharedDirections(NAME, factors()).save(path_of(tmp_path, NAME))
-    found = SharedDirections.load(path_of(tmp_path, NAME))
-    assert found.name == saved.name == NAME and files_in(tmp_path) == [path_of(tmp_path, NAME)]
+    saved = SharedDirections(NAME, factors()).save(directions_path(tmp_path, NAME))
+    found = SharedDirections.load(directions_path(tmp_path, NAME))
+    assert found.name == saved.name == NAME and find_direction_files(tmp_path) == [
+        directions_path(tmp_path, NAME)
+    ]
     for module, rows in factors()["unet"].items():
         torch.testing.assert_close(found.factors["unet"][module], rows, atol=1e-3, rtol=0)
     assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_the_first_one_stays(tmp_path) -> None:
-    path = path_of(tmp_path, NAME)
+    path = directions_path(tmp_path, NAME)
     first = SharedDirections(NAME, factors()).save(path)
     before = path.read_bytes()
     second = SharedDirections(NAME, factors(1)).save(path)
@@ -53,7 +60,9 @@ def test_of_many_that_record_at_once_all_use_one(tmp_path) -> None:
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(6), context.Queue()
     started = [
-        context.Process(target=_save, args=(path_of(tmp_path, NAME), seed, barrier, answers))
+        context.Process(
+            target=_save, args=(directions_path(tmp_path, NAME), seed, barrier, answers)
+        )
         for seed in range(6)
     ]
     for process in started:
@@ -62,12 +71,12 @@ def test_of_many_that_record_at_once_all_use_one(tmp_path) -> None:
     for process in started:
         process.join()
     assert len(set(found)) == 1
-    assert [path.name for path in tmp_path.iterdir()] == [path_of(tmp_path, NAME).name]
+    assert [path.name for path in tmp_path.iterdir()] == [directions_path(tmp_path, NAME).name]
 
 
 def test_files_of_earlier_versions_have_the_name_of_their_content(tmp_path) -> None:
     # As version 0.1 wrote and named it.
-    path = path_of(tmp_path, "01234567")
+    path = directions_path(tmp_path, "01234567")
     LayerInputs("generic prompts", {}, factors()).save(path)
     found = SharedDirections.load(path)
     assert found.name != NAME and len(found.name) == 16
@@ -75,11 +84,11 @@ def test_files_of_earlier_versions_have_the_name_of_their_content(tmp_path) -> N
     LayerInputs("generic prompts", {}, factors(1)).save(path)
     assert SharedDirections.load(path).name != found.name
     # Taken over for another recording, it keeps its name.
-    assert found.save(path_of(tmp_path, NAME)).name == found.name
+    assert found.save(directions_path(tmp_path, NAME)).name == found.name
 
 
 def test_a_damaged_file_is_told_with_what_to_do(tmp_path) -> None:
-    path = path_of(tmp_path, NAME)
+    path = directions_path(tmp_path, NAME)
     path.write_bytes(b"damaged")
     with pytest.raises(ConceptError, match=r"shared directions cannot be read.*delete it"):
         SharedDirections.load(path)
@@ -90,21 +99,21 @@ def test_what_serves_does_not_depend_on_signs_order_or_turns() -> None:
     known = SharedDirections(NAME, {"unet": {"to_q": rows}})
 
     def serves(other: torch.Tensor, avoid: int = 4) -> bool:
-        return known.serves({"unet": {"to_q": other}}, avoid)
+        return known.covers({"unet": {"to_q": other}}, avoid)
 
     turn, _ = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(1)))
     lead = rows[:2].norm(dim=1).mean() * (turn @ torch.nn.functional.normalize(rows[:2]))
     assert serves(-rows) and serves(rows + 1e-4 * torch.randn(rows.shape))
     assert serves(torch.cat([lead, rows[2:]]))
     assert not serves(factors(1)["unet"]["to_q"])
-    assert not serves(torch.randn(4, 12)) and not known.serves({}, 4)
+    assert not serves(torch.randn(4, 12)) and not known.covers({}, 4)
     assert serves(factors(1)["unet"]["to_q"], avoid=0)
 
 
 def test_names_are_of_what_determines_a_recording() -> None:
     facts = {"weights": {"unet": "ab"}, "steps": 8}
-    assert name_of(facts) == name_of(dict(reversed(facts.items())))
-    assert name_of(facts) != name_of(facts | {"steps": 9})
+    assert recording_name(facts) == recording_name(dict(reversed(facts.items())))
+    assert recording_name(facts) != recording_name(facts | {"steps": 9})
 
 
 def test_adding_a_concept_brings_its_directions_where_none_serve(tmp_path) -> None:
@@ -113,14 +122,16 @@ def test_adding_a_concept_brings_its_directions_where_none_serve(tmp_path) -> No
     for name in ("rex", "tom"):
         rex = small(name=name, trigger=f"<{name}>", basis=shared, slices=slices)
         rex.save(tmp_path / "home" / name)
-    SharedDirections(NAME, factors()).save(path_of(tmp_path / "home", NAME))
-    SharedDirections("f" * 16, factors(1)).save(path_of(tmp_path / "home", "f" * 16))
+    SharedDirections(NAME, factors()).save(directions_path(tmp_path / "home", NAME))
+    SharedDirections("f" * 16, factors(1)).save(directions_path(tmp_path / "home", "f" * 16))
     add(tmp_path / "library", tmp_path / "home" / "rex")
-    assert files_in(tmp_path / "library") == [path_of(tmp_path / "library", NAME)]
+    assert find_direction_files(tmp_path / "library") == [
+        directions_path(tmp_path / "library", NAME)
+    ]
     # Where there are some that serve, such as those of another machine, they stay.
     near = {"unet": {m: rows + 1e-4 for m, rows in factors()["unet"].items()}}
-    SharedDirections("a" * 16, near).save(path_of(tmp_path / "other", "a" * 16))
-    path_of(tmp_path / "other", "b" * 16).write_bytes(b"damaged")
-    before = files_in(tmp_path / "other")
+    SharedDirections("a" * 16, near).save(directions_path(tmp_path / "other", "a" * 16))
+    directions_path(tmp_path / "other", "b" * 16).write_bytes(b"damaged")
+    before = find_direction_files(tmp_path / "other")
     add(tmp_path / "other", tmp_path / "home" / "tom")
-    assert files_in(tmp_path / "other") == before
+    assert find_direction_files(tmp_path / "other") == before

@@ -11,13 +11,13 @@ from customize.concepts.io.file_layout import EMBEDS_FILE, INFO_FILE, LAYERS_FIL
 from customize.concepts.io.write_concept import read, write, write_single
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.tokens.layerwise_embeddings import (
-    encode_by_layer,
-    layer_entries,
+    contains_trigger,
+    expand_for_layer,
+    hook_cross_attention,
+    hook_text_encoder,
+    layer_vocabulary_entries,
     mean_rows,
-    mentions,
-    read_by_layer,
-    vocabulary,
-    wording,
+    vocabulary_rows,
 )
 from customize.concepts.types import Concept, check_info
 from customize.errors import ConceptError
@@ -36,20 +36,25 @@ def layered(layers: int = 3, dtype: torch.dtype = torch.float32) -> Concept:
 
 
 def test_names_and_wordings_of_layers():
-    assert layer_entries("<rex>", 2, 2) == ["<rex@0>", "<rex@0>_1", "<rex@1>", "<rex@1>_1"]
+    assert layer_vocabulary_entries("<rex>", 2, 2) == [
+        "<rex@0>",
+        "<rex@0>_1",
+        "<rex@1>",
+        "<rex@1>_1",
+    ]
     text = "a <rex> <rex>_1 and <TOM> <tom>_1, <REX> <rex>_1"
     worded = "a <rex@5> <rex@5>_1 and <TOM> <tom>_1, <rex@5> <rex@5>_1"
-    assert wording(text, ["<rex>"], 5) == worded
-    assert mentions("A <REX>", ["<rex>"]) and not mentions("a rex", ["<rex>"])
+    assert expand_for_layer(text, ["<rex>"], 5) == worded
+    assert contains_trigger("A <REX>", ["<rex>"]) and not contains_trigger("a rex", ["<rex>"])
 
 
 def test_vocabulary_is_the_mean_and_then_layer_by_layer():
     rows = torch.arange(12.0).reshape(2, 3, 2)  # tokens, layers, width
-    names, table = vocabulary("<rex>", rows)
-    assert names == ["<rex>", "<rex>_1", *layer_entries("<rex>", 2, 3)]
+    names, table = vocabulary_rows("<rex>", rows)
+    assert names == ["<rex>", "<rex>_1", *layer_vocabulary_entries("<rex>", 2, 3)]
     assert torch.equal(table[:2], rows.mean(1))
     assert torch.equal(table[names.index("<rex@2>_1")], rows[1, 2])
-    plain_names, plain = vocabulary("<rex>", rows[:, 0])
+    plain_names, plain = vocabulary_rows("<rex>", rows[:, 0])
     assert plain_names == ["<rex>", "<rex>_1"] and torch.equal(plain, rows[:, 0])
 
 
@@ -65,7 +70,7 @@ def test_encoder_takes_ids_of_all_layers_and_then_is_as_before():
     )
     asked = {"attention_mask": ids.attention_mask, "output_hidden_states": True}
     expected = encoder(ids.input_ids, **asked)
-    hooks = encode_by_layer(family)
+    hooks = hook_text_encoder(family)
     same = encoder(ids.input_ids, **asked)
     assert torch.equal(same.last_hidden_state, expected.last_hidden_state)
 
@@ -100,7 +105,7 @@ def test_each_layer_reads_its_own_part():
     noisy, t = torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([500, 20])
     one = torch.randn(2, CLIP_LENGTH, 32, generator=generator)
     before = family.predict(noisy, t, {"prompt_embeds": one})
-    hooks = read_by_layer(family)
+    hooks = hook_cross_attention(family)
     for name in names:
         watch(name)
     assert torch.equal(family.predict(noisy, t, {"prompt_embeds": one}), before)

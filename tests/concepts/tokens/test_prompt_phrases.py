@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from customize.concepts.tokens.prompt_phrases import (
-    check,
-    common,
-    find,
-    regional,
-    shared,
-    telling,
-    without,
+    check_phrases,
+    common_words,
+    content_words,
+    find_phrase,
+    mentions_phrase,
+    regional_prompts,
+    remove_phrases,
 )
 from customize.errors import ConfigError
 
@@ -46,31 +46,31 @@ PAIR = "a photo of <rex> and <tom> on a beach"
     ],
 )
 def test_what_each_region_is_asked(prompt, phrases, expected):
-    assert regional(prompt, phrases) == expected
+    assert regional_prompts(prompt, phrases) == expected
 
 
 def test_a_phrase_is_found_as_whole_words_in_any_case():
-    assert find("Red  Car", "a red car") == [(2, 9)]
-    assert find("<REX>", PAIR) == [(11, 16)]
-    assert find("car", "a scarf, a cartoon") == []
-    assert find("rex", PAIR) == []  # inside a trigger
-    assert find("<rex>", "<rex>-style") == []  # a token of someone else's
-    assert find(" ", PAIR) == []
-    assert without("nothing of it", ["<rex>"]) == "nothing of it"
+    assert find_phrase("Red  Car", "a red car") == [(2, 9)]
+    assert find_phrase("<REX>", PAIR) == [(11, 16)]
+    assert find_phrase("car", "a scarf, a cartoon") == []
+    assert find_phrase("rex", PAIR) == []  # inside a trigger
+    assert find_phrase("<rex>", "<rex>-style") == []  # a token of someone else's
+    assert find_phrase(" ", PAIR) == []
+    assert remove_phrases("nothing of it", ["<rex>"]) == "nothing of it"
 
 
 def test_a_phrase_that_is_not_there_is_refused_with_what_is_like_it():
     with pytest.raises(ConfigError, match=r"'<rax>' is not in the prompt.*<rex>"):
-        check(PAIR, ["<rax>"], ["<rex>"], "regions")
+        check_phrases(PAIR, ["<rax>"], ["<rex>"], "regions")
     with pytest.raises(ConfigError, match=r"near it are red car"):
-        check("a red car on a road", ["rad car"], [], "regions")
+        check_phrases("a red car on a road", ["rad car"], [], "regions")
     with pytest.raises(ConfigError, match="words that the prompt has"):
-        check("a red car on a road", ["zebra"], [], "regions")
+        check_phrases("a red car on a road", ["zebra"], [], "regions")
 
 
 def test_phrases_that_share_words_are_refused():
     with pytest.raises(ConfigError, match="share words"):
-        check("<rex> wearing a hat", ["<rex>", "<rex> wearing a hat"], [], "regions")
+        check_phrases("<rex> wearing a hat", ["<rex>", "<rex> wearing a hat"], [], "regions")
 
 
 def test_what_captions_share_besides_the_concept():
@@ -78,18 +78,18 @@ def test_what_captions_share_besides_the_concept():
         "<rex>, a dog, on a Beach wearing a red hat",
         "a photo of <rex> in a hat, on the beach",
     ]
-    assert common(captions, ("<rex>", "dog")) == ["beach", "hat"]
-    assert common(["a photo of <rex>"] * 2, ("<rex>", "dog")) == []
-    assert common([], ()) == []
+    assert common_words(captions, ("<rex>", "dog")) == ["beach", "hat"]
+    assert common_words(["a photo of <rex>"] * 2, ("<rex>", "dog")) == []
+    assert common_words([], ()) == []
 
 
 def test_a_prompt_asks_for_a_phrase_by_any_of_its_telling_words():
-    assert telling("a photo of <rex> on a sun-lit beach, the beach") == [
+    assert content_words("a photo of <rex> on a sun-lit beach, the beach") == [
         "<rex>",
         "sun-lit",
         "beach",
     ]
-    assert shared("on a beach", "a dog at the Beach")
-    assert shared("red hat", "a red car")
-    assert not shared("on a beach", "a photo on a table")
-    assert shared("on a", "a dog on a table")  # has no other words
+    assert mentions_phrase("on a beach", "a dog at the Beach")
+    assert mentions_phrase("red hat", "a red car")
+    assert not mentions_phrase("on a beach", "a photo on a table")
+    assert mentions_phrase("on a", "a dog on a table")  # has no other words

@@ -9,12 +9,12 @@ from customize.concepts.tokens.token_rows import (
     TrainableRows,
     add_tokens,
     clamp_norm_,
-    entries,
-    expand,
+    expand_prompt,
     initial_rows,
     norm_range,
     remove_tokens,
     token_ids,
+    vocabulary_entries,
 )
 from customize.errors import ConceptError, ConfigError
 from customize.families import family_of
@@ -50,10 +50,10 @@ def encode(dictionary: TokenDictionary, text: str) -> torch.Tensor:
 
 
 def test_entries_are_those_of_stock_textual_inversion() -> None:
-    assert entries("<rex>", 1) == ["<rex>"]
-    assert entries("<rex>", 3) == ["<rex>", "<rex>_1", "<rex>_2"]
+    assert vocabulary_entries("<rex>", 1) == ["<rex>"]
+    assert vocabulary_entries("<rex>", 3) == ["<rex>", "<rex>_1", "<rex>_2"]
     with pytest.raises(ConfigError, match="0 tokens"):
-        entries("<rex>", 0)
+        vocabulary_entries("<rex>", 0)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_entries_are_those_of_stock_textual_inversion() -> None:
     ],
 )
 def test_expand(prompt: str, expanded: str) -> None:
-    assert expand(prompt, TRIGGERS) == expanded
+    assert expand_prompt(prompt, TRIGGERS) == expanded
 
 
 @given(
@@ -78,20 +78,20 @@ def test_expand(prompt: str, expanded: str) -> None:
     ).map("".join)
 )
 def test_expand_twice_is_expand_once(prompt: str) -> None:
-    once = expand(prompt, TRIGGERS)
-    assert expand(once, TRIGGERS) == once
+    once = expand_prompt(prompt, TRIGGERS)
+    assert expand_prompt(once, TRIGGERS) == once
 
 
 def test_expand_where_one_trigger_is_in_another() -> None:
     triggers = {"rex": ["rex", "rex_1"], "big rex": ["big rex", "big rex_1"]}
-    assert expand("big rex", triggers) == "big rex big rex_1"
+    assert expand_prompt("big rex", triggers) == "big rex big rex_1"
 
 
 def test_expanded_prompts_give_one_id_for_each_entry(dictionary: TokenDictionary) -> None:
     ids = add_tokens(dictionary, TRIGGERS["<rex>"], torch.ones(2, 32))
     ids += add_tokens(dictionary, TRIGGERS["<tom>"], torch.ones(3, 32))
     found = dictionary.tokenizer(
-        expand("<rex> <tom>", TRIGGERS), add_special_tokens=False
+        expand_prompt("<rex> <tom>", TRIGGERS), add_special_tokens=False
     ).input_ids
     assert found == ids == token_ids(dictionary, [*TRIGGERS["<rex>"], *TRIGGERS["<tom>"]])
 
@@ -104,7 +104,7 @@ def test_tokens_go_without_a_trace_in_any_order(order, padding: int) -> None:
     if padding:
         dictionary.text_encoder.resize_token_embeddings(len(dictionary.tokenizer) + padding)
     before, words = state(dictionary), encode(dictionary, "a photo of a dog")
-    names = [entries(f"<{letter}>", 2) for letter in "abc"]
+    names = [vocabulary_entries(f"<{letter}>", 2) for letter in "abc"]
     rows = [torch.full((2, 32), float(number)) for number in range(3)]
     for own, values in zip(names, rows, strict=True):
         add_tokens(dictionary, own, values)
@@ -161,7 +161,7 @@ def test_initial_rows(dictionary: TokenDictionary) -> None:
 
 
 def test_only_the_new_rows_train(dictionary: TokenDictionary) -> None:
-    names = entries("<rex>", 2)
+    names = vocabulary_entries("<rex>", 2)
     add_tokens(dictionary, names, initial_rows(dictionary, "dog", 2, seed=0))
     dictionary.text_encoder.requires_grad_(False)
     table = dictionary.text_encoder.get_input_embeddings().weight

@@ -92,7 +92,7 @@ def test_all_families_train_on_pictures_of_any_ratio(make, tmp_path):
     del pipe.vae.encode
     assert len(set(kinds)) >= 3 and max(h * w for h, w in kinds) == side**2
     assert all(0 < loss < 10 for loss in losses)
-    ups = [update.up for updates in concept.products.values() for update in updates.values()]
+    ups = [update.up for updates in concept.updates.values() for update in updates.values()]
     assert sum(float(up.abs().max()) > 0 for up in ups) > 0.8 * len(ups)
     assert_unchanged(before, pipe.components, pipe.config)
 

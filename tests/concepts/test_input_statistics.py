@@ -32,10 +32,10 @@ def record(concept, rows: int = 3, seed: int = 0) -> LayerInputs:
                 module: torch.randn(rows, update.shape[1], generator=generator) / 10
                 for module, update in updates.items()
             }
-            for component, updates in concept.products.items()
+            for component, updates in concept.updates.items()
         }
 
-    return LayerInputs(updates_digest(concept.products), factors(), factors())
+    return LayerInputs(updates_digest(concept.updates), factors(), factors())
 
 
 def test_round_trip(tmp_path):

@@ -40,7 +40,7 @@ def test_it_does_to_the_weights_what_it_says(name: str, fuse: bool, tmp_path: Pa
     found = open_adaptation(path).to_lora(family)
     pipe.load_custom(path, weights=[0.5], fuse=fuse)
     denoiser = family.denoiser
-    for module, update in found.products[family.denoiser_key].items():
+    for module, update in found.updates[family.denoiser_key].items():
         layer = denoiser.get_submodule(module)
         base = getattr(layer, "base_layer", layer)
         delta = 0.5 * update.scale * (update.up.double() @ update.down.double())

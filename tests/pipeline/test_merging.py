@@ -44,7 +44,7 @@ def test_in_the_weights_the_merge_is_exact_and_goes_without_a_trace(pair, method
     expected = to_dense(merge([rex, tom], [1.0, 1.5], method)["unet"][NAME])
     torch.testing.assert_close(change_of(pipe, before), expected, atol=1e-5, rtol=1e-4)
     pipe.unload_custom("tom")
-    alone = to_dense(rex.products["unet"][NAME])
+    alone = to_dense(rex.updates["unet"][NAME])
     torch.testing.assert_close(change_of(pipe, before), alone, atol=1e-5, rtol=1e-4)
     pipe.unload_custom()
     assert_same(before, everything(pipe))

@@ -30,13 +30,13 @@ def test_merging_is_the_weighted_sum_of_dense_updates(concepts, method, share) -
     for component, updates in merged.items():
         for module, update in updates.items():
             expected = sum(
-                share * weight * to_dense(concept.products[component][module])
+                share * weight * to_dense(concept.updates[component][module])
                 for concept, weight in zip(concepts, weights, strict=True)
-                if component in concept.products
+                if component in concept.updates
             )
             assert torch.allclose(to_dense(update), expected, atol=1e-5)
     assert merged["unet"]["mid.attn1.to_q"].rank == 5
-    assert merged["text_encoder"].keys() == concepts[0].products["text_encoder"].keys()
+    assert merged["text_encoder"].keys() == concepts[0].updates["text_encoder"].keys()
 
 
 def test_what_cannot_be_merged(concepts: list[Concept]) -> None:
@@ -86,12 +86,12 @@ def test_a_method_merges_each_layer_by_itself_with_its_settings(concepts, method
     weights = [1.0, -0.6]
     merged = merge(concepts, weights, method, density=0.4)
     if method != "dare":
-        updates = [concept.products["unet"]["mid.attn1.to_q"] for concept in concepts]
+        updates = [concept.updates["unet"]["mid.attn1.to_q"] for concept in concepts]
         expected = MERGES[method](updates, weights, density=0.4)
         assert torch.equal(to_dense(merged["unet"]["mid.attn1.to_q"]), to_dense(expected))
     zeros = [to_dense(u).eq(0).double().mean() for own in merged.values() for u in own.values()]
     assert 0.2 < float(sum(zeros)) / len(zeros) < 0.9
-    assert merged["text_encoder"].keys() == concepts[0].products["text_encoder"].keys()
+    assert merged["text_encoder"].keys() == concepts[0].updates["text_encoder"].keys()
 
 
 def test_each_layer_and_seed_drops_others() -> None:

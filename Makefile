@@ -11,7 +11,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-hostile lint venv storybook bench bench-gpu clean
+.PHONY: help demo test test-slow test-hostile mutants lint venv storybook bench bench-gpu clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,10 @@ test-slow: $(DEV)  ## the tests that take minutes
 
 test-hostile: $(DEV)  ## damaged files, killed processes and full disks, with counts; half an hour
 	$(PY) -m pytest -m hostile -s tests/hostile tests/training/test_stopped.py
+
+# Such as: make mutants MODULES=customize/core/lowrank.py
+mutants: $(DEV)  ## change core, merges and state line by line and list what no test notices; hours
+	$(PY) scripts/mutants.py --jobs $(WORKERS) $(MODULES)
 
 lint: $(DEV)  ## style, import direction and types
 	$(PY) -m ruff check .
@@ -47,7 +51,7 @@ bench-gpu: $(USE)  ## measure what wants a CUDA device, in 8 minutes
 	$(PY) scripts/bench/gpu.py
 
 clean:  ## remove caches, build outputs and the environment
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis .mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The note of the interpreter is written once .venv is whole: one that was cut off while it was made

@@ -9,5 +9,11 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# For scripts/mutants.py: few examples, the same for every mutant.
+settings.register_profile(
+    "mutants", max_examples=20, derandomize=True, deadline=None, database=None
+)

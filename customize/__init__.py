@@ -21,9 +21,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from customize.api.pipeline_methods import (
-    bind,
     load_custom,
     memory_plan,
+    patch_pipelines,
     record_inputs,
     unload_custom,
 )
@@ -64,7 +64,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-bind()
+patch_pipelines()
 
 
 def __getattr__(name: str) -> Any:

@@ -178,11 +178,11 @@ def printed(folder: Path) -> dict[str, object]:
     rex = customize.Concept.load(sources[0])
     merged = customize.merge(*sources, output=folder / "m")
     from customize.concepts.formats.open_adaptation import open_adaptation
-    from customize.pipeline.sources import family_in
-    from customize.pipeline.state import find
+    from customize.pipeline.sources import get_family
+    from customize.pipeline.state import get_state
 
     pipe.load_custom(rex)
-    attached = find(family_in(pipe)).attached
+    attached = get_state(get_family(pipe)).attached
     return {
         "concept": rex,
         "info": rex.info,

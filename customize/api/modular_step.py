@@ -24,9 +24,9 @@ from customize.concepts.types import Concept
 from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.pipeline.attach import set_to
-from customize.pipeline.call_wrapper import Host
-from customize.pipeline.sources import family_in
-from customize.pipeline.state import find
+from customize.pipeline.call_wrapper import CallContext
+from customize.pipeline.sources import get_family
+from customize.pipeline.state import get_state
 from customize.stages.check_prompts import warn_about_triggers
 
 
@@ -73,8 +73,10 @@ class ConceptsStep(ModularPipelineBlocks):
             sources = given if several else [given]
             with full_precision(tf32=True):
                 set_to(components, sources, weights=block_state.concept_weights)
-            family = family_in(components)
-            warn_about_triggers(Host(components, family, find(family), {}), state.values)
+            family = get_family(components)
+            warn_about_triggers(
+                CallContext(components, family, get_state(family), {}), state.values
+            )
         elif block_state.concept_weights is not None:
             raise ConfigError(
                 "weights are given without concepts",

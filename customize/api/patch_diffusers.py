@@ -22,8 +22,8 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from customize.api.short_repr import shorten_repr
-from customize.pipeline.call_wrapper import staged, state_of, tokenizers_of_one_call
-from customize.pipeline.model_guards import SAVING, check_copyable
+from customize.pipeline.call_wrapper import find_state, lock_tokenizers, wrap_call
+from customize.pipeline.model_guards import SAVE_METHODS, check_copyable
 
 # Where diffusers defines the two bases of all its pipelines, and that of its models.
 _PIPELINES = {
@@ -36,7 +36,7 @@ _MODELS = {"diffusers.models.modeling_utils": "ModelMixin"}
 _COPYING = ("from_unet", "from_unet2d", "from_transformer")
 
 
-def patch(methods: Mapping[str, Any]) -> None:
+def patch_when_imported(methods: Mapping[str, Any]) -> None:
     """Patch both pipeline bases, at once or as soon as they are imported.
 
     May be called any number of times. An attribute of the same name that is not ours is never
@@ -70,7 +70,7 @@ def wrap_calls(cls: type) -> None:
     Again where someone has replaced ``__call__`` since.
     """
     for base in cls.__mro__:
-        for name, wrap in (("__call__", staged), ("encode_prompt", _of_one_length)):
+        for name, wrap in (("__call__", wrap_call), ("encode_prompt", _of_one_length)):
             function = vars(base).get(name)
             if isinstance(function, FunctionType) and not hasattr(function, "_customize_wrapped"):
                 setattr(base, name, wrap(function))
@@ -78,7 +78,7 @@ def wrap_calls(cls: type) -> None:
 
 def _patch_pipelines(base: Any, methods: Mapping[str, Any]) -> None:
     _with_all_subclasses(base, wrap_calls)
-    for name in SAVING:
+    for name in SAVE_METHODS:
         _guard_saving(base, name)
     shorten_repr(base)
     foreign = [name for name in methods if hasattr(base, name) and not _is_ours(base, name)]
@@ -129,10 +129,10 @@ def _of_one_length(encode: Any) -> Any:
 
     @functools.wraps(encode)
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with tokenizers_of_one_call(self):
+        with lock_tokenizers(self):
             found = encode(self, *args, **kwargs)
-        state = state_of(self)
-        if state is None or not state.is_layered:
+        state = find_state(self)
+        if state is None or not state.has_layerwise_tokens:
             return found
         from customize.concepts.tokens.layerwise_embeddings import match_lengths
 

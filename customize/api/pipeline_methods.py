@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from customize.api.patch_diffusers import patch
+from customize.api.patch_diffusers import patch_when_imported
 from customize.api.short_repr import note_unloaded
 
 if TYPE_CHECKING:
@@ -186,11 +186,11 @@ def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
     return pipe
 
 
-def custom(pipe: Any) -> Customization:
+def get_customization(pipe: Any) -> Customization:
     """What is attached to a pipeline: printed, it is a table with a row for each concept."""
-    from customize.pipeline.report import summary
+    from customize.pipeline.report import summarize
 
-    return summary(pipe)
+    return summarize(pipe)
 
 
 def record_inputs(
@@ -263,11 +263,11 @@ def memory_plan(
 METHODS: dict[str, Any] = {
     "load_custom": load_custom,
     "unload_custom": unload_custom,
-    "custom": property(custom),
+    "custom": property(get_customization),
 }
 
 
-def bind() -> None:
+def patch_pipelines() -> None:
     """Give diffusers' pipelines these methods, and their calls the stages, now or when they are
     imported. May be called any number of times."""
-    patch(METHODS)
+    patch_when_imported(METHODS)

@@ -33,9 +33,9 @@ def shorten_repr(host: Any) -> None:
     def brief(self: Any) -> str:
         if "customize.pipeline.state" not in sys.modules:  # nothing was ever attached
             return str(stock(self))
-        from customize.pipeline.report import summary
+        from customize.pipeline.report import summarize
 
-        shown = summary(self)
+        shown = summarize(self)
         interactive = hasattr(sys, "ps1")
         if interactive and self in _unloaded:
             return f"{type(self).__name__}: {shown!r}"

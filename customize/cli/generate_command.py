@@ -265,10 +265,10 @@ def _load(
 
 def _attached(pipe: Any, sources: Mapping[str, str]) -> dict[str, Any]:
     """What is attached at the time of a picture: those that were named, and a library's."""
-    from customize.pipeline.sources import family_in
-    from customize.pipeline.state import find
+    from customize.pipeline.sources import get_family
+    from customize.pipeline.state import get_state
 
-    attached = find(family_in(pipe)).attached.values()
+    attached = get_state(get_family(pipe)).attached.values()
     weights = {row.name: row.weight for row in pipe.custom.rows}
     shown = {n: w if isinstance(w, float) else f"{w}" for n, w in weights.items()}
     return {
@@ -339,13 +339,13 @@ def _check_prompts(
     """
     from customize.concepts.tokens.token_rows import known_tokens
     from customize.families import family_of
-    from customize.pipeline.state import tokenizers_of
+    from customize.pipeline.state import get_tokenizers
 
     err = console(stderr=True)
     triggers = [trigger for concept in concepts for trigger in concept.info.triggers]
     # LoRAs without a trigger are for every prompt.
     some_have_none = any(not concept.info.triggers for concept in concepts)
-    tokenizers = tokenizers_of(family_of(pipe.components, pipe.config)).values()
+    tokenizers = get_tokenizers(family_of(pipe.components, pipe.config)).values()
     for prompt in prompts:
         unknown = [
             word

@@ -26,13 +26,19 @@ from customize.concepts.slices.overlap import find_overlaps
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.near_names import suggest_names
-from customize.pipeline.call_wrapper import alone_with, state_of
-from customize.pipeline.library_cache import Shelf
-from customize.pipeline.record_inputs import merging_of, merging_without, method_of, recorded
-from customize.pipeline.request import Weights, wanted
-from customize.pipeline.sources import Into, family_in, read_sources, with_all_parts
-from customize.pipeline.state import Attached, Holder, check_sharing, find, keep
-from customize.pipeline.transaction import change
+from customize.pipeline.call_wrapper import find_state, lock_models
+from customize.pipeline.library_cache import LibraryCache
+from customize.pipeline.record_inputs import parse_merge, plan_merge, plan_merge_without, recorded
+from customize.pipeline.request import Weights, resolve_attachments
+from customize.pipeline.sources import Into, get_family, read_sources, with_all_parts
+from customize.pipeline.state import (
+    AttachedConcept,
+    AttachedState,
+    check_shared_components,
+    get_state,
+    set_state,
+)
+from customize.pipeline.transaction import apply_attachments
 from customize.pipeline.user_warnings import warn_user
 from customize.pipeline.validation import check_base, check_vocabulary
 from customize.text import quote
@@ -47,7 +53,7 @@ def _alone(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:
-        with alone_with(args[0]):
+        with lock_models(args[0]):
             return function(*args, **kwargs)
 
     return alone
@@ -70,24 +76,24 @@ def load(
     library_cache: str,
 ) -> None:
     """What :func:`customize.load_custom` does."""
-    family = family_in(pipe)
+    family = get_family(pipe)
     wrap_calls(type(pipe))  # where someone replaced its `__call__`
     settings, learned = _settings_in(sources)
     concerned = bool(learned or weights or merge is not None)
     others = bool(settings) or library is not None
     if not concerned and not others and attention is None and memory is None:
-        if state_of(pipe) is not None:  # as is for all pipelines of the same models
+        if find_state(pipe) is not None:  # as is for all pipelines of the same models
             return
         raise ConfigError(
             "there is nothing to load",
             fix="give concepts, a dict of weights, a merge, a library, a Decor, an attention "
             "backend or an amount of memory",
         )
-    chosen = method_of(merge)
+    chosen = parse_merge(merge)
     plan = None if memory is None else choose_memory_plan(pipe, family, memory)
     changes = _loading(family, learned, weights, names, into, ignore, fuse) if concerned else None
-    holder = find(family) if changes is None else changes.holder
-    shelf = None if library is None else _opened_shelf(family, holder, library, library_cache)
+    state = get_state(family) if changes is None else changes.state
+    cache = None if library is None else _opened_shelf(family, state, library, library_cache)
     device = execution_device(pipe, family, anywhere=plan is not None)
     choices = {} if attention is None else choose_backends(family, attention, device)
     # Concepts come last, so that adapters are left alone by whatever is done to the weights.
@@ -95,13 +101,13 @@ def load(
         undoing.enter_context(kernels.apply_backends(family, choices))
         if plan is not None:
             undoing.enter_context(apply_memory_plan(pipe, family, plan, device))
-        if shelf is not None:
-            undoing.enter_context(_shelved(family, holder, shelf))
+        if cache is not None:
+            undoing.enter_context(_shelved(family, state, cache))
         if changes is not None:
             _change(changes, chosen)
         if settings:
-            holder.settings |= settings
-            keep(with_all_parts(family, holder), holder)
+            state.stage_settings |= settings
+            set_state(with_all_parts(family, state), state)
 
 
 def _settings_in(sources: Sequence[object]) -> tuple[dict[type, Any], list[Any]]:
@@ -118,7 +124,9 @@ def _settings_in(sources: Sequence[object]) -> tuple[dict[type, Any], list[Any]]
     return found, [each for each in sources if not isinstance(each, types)]
 
 
-def _opened_shelf(family: Family, holder: Holder, library: str | Path, library_cache: str) -> Shelf:
+def _opened_shelf(
+    family: Family, state: AttachedState, library: str | Path, library_cache: str
+) -> LibraryCache:
     """A library with nothing of it in memory yet; nothing changes."""
     if not isinstance(library, str | Path):
         raise ConfigError(
@@ -127,26 +135,26 @@ def _opened_shelf(family: Family, holder: Holder, library: str | Path, library_c
             fix="give a folder with concepts in it, or a collection of the hub's",
         )
     cache: ByteCache[Hashable] = ByteCache(parse_memory_size(library_cache, "library_cache"))
-    check_sharing(family, holder)
-    whole = with_all_parts(family, holder)
-    return Shelf(Library(library), whole.fingerprint(), cache)
+    check_shared_components(family, state)
+    whole = with_all_parts(family, state)
+    return LibraryCache(Library(library), whole.fingerprint(), cache)
 
 
 @contextmanager
-def _shelved(family: Family, holder: Holder, shelf: Shelf) -> Iterator[None]:
+def _shelved(family: Family, state: AttachedState, cache: LibraryCache) -> Iterator[None]:
     """Let prompts take concepts from a library; after an error, from the one before."""
-    before, holder.shelf = holder.shelf, shelf
-    whole = with_all_parts(family, holder)
-    keep(whole, holder)
+    before, state.library_cache = state.library_cache, cache
+    whole = with_all_parts(family, state)
+    set_state(whole, state)
     try:
         yield
     except BaseException:
-        holder.shelf = before
-        keep(whole, holder)
+        state.library_cache = before
+        set_state(whole, state)
         raise
 
 
-def route_to(family: Family, holder: Holder, entries: Sequence[Entry]) -> None:
+def route_to(family: Family, state: AttachedState, entries: Sequence[Entry]) -> None:
     """Attach these concepts of the library, beside those that were loaded by name.
 
     Nothing is done where they are attached already.
@@ -157,33 +165,33 @@ def route_to(family: Family, holder: Holder, entries: Sequence[Entry]) -> None:
     Raises:
         ConceptError: one cannot be read, or does not go with what is attached.
     """
-    shelf = holder.shelf
-    assert shelf is not None
-    whole = with_all_parts(family, holder)
+    cache = state.library_cache
+    assert cache is not None
+    whole = with_all_parts(family, state)
 
     def read(entry: Entry) -> Adaptation:
-        found = read_sources(whole, [shelf.library.path(entry)])
+        found = read_sources(whole, [cache.library.path(entry)])
         check_base(whole, found)
         return found[0]
 
     # In one order, whatever the prompt's, as rounding depends on it.
     ordered = sorted(entries, key=lambda entry: entry.name)
-    new = [shelf.concept(entry, read) for entry in ordered]
-    before = holder.attached
+    new = [cache.load_concept(entry, read) for entry in ordered]
+    before = state.attached
     kept = {name: each for name, each in before.items() if not each.routed}
     now = [each.concept for each in before.values() if each.routed]
     same = len(now) == len(new) and all(a is b for a, b in zip(now, new, strict=True))
-    if same and all(adapter.is_there() for adapter in holder.adapters):
+    if same and all(adapter.is_there() for adapter in state.adapters):
         return
-    check_sharing(family, holder)
-    found = wanted(kept, new, None, False, whole)
+    check_shared_components(family, state)
+    found = resolve_attachments(kept, new, None, False, whole)
     after = {n: each if n in kept else replace(each, routed=True) for n, each in found.items()}
-    _check_vocabularies(whole, holder, new)
-    merging = merging_of(whole, holder, after, None)
+    _check_vocabularies(whole, state, new)
+    merging = plan_merge(whole, state, after, None)
     if merging.method == SUM:
         _tell_collisions(before, after)
-    change(whole, holder, after, merging)
-    shelf.active = {e.source: (e.stamp, c) for e, c in zip(ordered, new, strict=True)}
+    apply_attachments(whole, state, after, merging)
+    cache.active_concepts = {e.source: (e.stamp, c) for e, c in zip(ordered, new, strict=True)}
 
 
 @_alone
@@ -197,21 +205,21 @@ def set_to(
     Args:
         weights: as in :func:`customize.load_custom`, but 1.0 for each concept where left out.
     """
-    family = family_in(pipe)
+    family = get_family(pipe)
     new = read_sources(family, sources)
-    holder = find(family)
-    check_sharing(family, holder)
-    before = holder.attached
+    state = get_state(family)
+    check_shared_components(family, state)
+    before = state.attached
     names = [concept.info.name for concept in new]
     kept = {name: replace(before[name], weight=1.0) for name in names if name in before}
-    found = wanted(kept, new, weights, False, with_all_parts(family, holder))
+    found = resolve_attachments(kept, new, weights, False, with_all_parts(family, state))
     after = {
         name: replace(found[name], fused=name in before and before[name].fused, routed=False)
         for name in names
     }
     now, then = ([(e.name, e.weight, e.routed) for e in each.values()] for each in (before, after))
-    if now != then or not all(adapter.is_there() for adapter in holder.adapters):
-        _change(_checked(family, holder, after, new))
+    if now != then or not all(adapter.is_there() for adapter in state.adapters):
+        _change(_checked(family, state, after, new))
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,13 +227,13 @@ class _Changes:
     """What :func:`change` is to be given."""
 
     family: Family
-    holder: Holder
-    after: dict[str, Attached]
+    state: AttachedState
+    after: dict[str, AttachedConcept]
 
 
 def _change(changes: _Changes, chosen: tuple[str, dict[str, Any]] | None = None) -> None:
-    family, holder, after = changes.family, changes.holder, changes.after
-    change(family, holder, after, merging_of(family, holder, after, chosen))
+    family, state, after = changes.family, changes.state, changes.after
+    apply_attachments(family, state, after, plan_merge(family, state, after, chosen))
 
 
 def _loading(
@@ -247,35 +255,41 @@ def _loading(
                 fix="give a list with a name for each, or None where it keeps its own",
             )
         new = [c.renamed(name) if name else c for c, name in zip(new, names, strict=True)]
-    holder = find(family)
-    check_sharing(family, holder)
-    whole = with_all_parts(family, holder)
-    return _checked(family, holder, wanted(holder.attached, new, weights, fuse, whole), new)
+    state = get_state(family)
+    check_shared_components(family, state)
+    whole = with_all_parts(family, state)
+    return _checked(
+        family, state, resolve_attachments(state.attached, new, weights, fuse, whole), new
+    )
 
 
 def _checked(
     family: Family,
-    holder: Holder,
-    after: dict[str, Attached],
+    state: AttachedState,
+    after: dict[str, AttachedConcept],
     new: Sequence[Adaptation],
 ) -> _Changes:
     """Check what is wanted against the pipeline."""
-    before = holder.attached
-    family = with_all_parts(family, holder)
+    before = state.attached
+    family = with_all_parts(family, state)
     check_base(family, new)
-    _check_vocabularies(family, holder, [c for c in new if c.info.name not in before])
+    _check_vocabularies(family, state, [c for c in new if c.info.name not in before])
     _tell_collisions(before, after)
-    return _Changes(family, holder, after)
+    return _Changes(family, state, after)
 
 
-def _check_vocabularies(family: Family, holder: Holder, concepts: Sequence[Adaptation]) -> None:
+def _check_vocabularies(
+    family: Family, state: AttachedState, concepts: Sequence[Adaptation]
+) -> None:
     """Refuse concepts whose tokens are there, and not from an earlier call of the library."""
-    left = {trigger for _, trigger in holder.tokens}
+    left = {trigger for _, trigger in state.token_names}
     for concept in concepts:
         check_vocabulary(family, concept, left)
 
 
-def _tell_collisions(before: Mapping[str, Attached], after: Mapping[str, Attached]) -> None:
+def _tell_collisions(
+    before: Mapping[str, AttachedConcept], after: Mapping[str, AttachedConcept]
+) -> None:
     """Before the change, since a warning may be turned into an error."""
     for collision in find_overlaps([each.concept for each in after.values()]):
         if not {collision.first, collision.second} <= set(before):
@@ -290,23 +304,23 @@ def record(
     words: str | None,
 ) -> LayerInputs:
     """What :func:`customize.record_inputs` does."""
-    family = family_in(pipe)
+    family = get_family(pipe)
     (concept,) = read_sources(family, [source])
-    holder = find(family)
-    check_sharing(family, holder)
+    state = get_state(family)
+    check_shared_components(family, state)
     check_base(family, [concept])
-    family = with_all_parts(family, holder)
-    return recorded(family, holder, [concept], prompts, words)[concept.info.name]
+    family = with_all_parts(family, state)
+    return recorded(family, state, [concept], prompts, words)[concept.info.name]
 
 
 @_alone
 def unload(pipe: Any, names: Sequence[str]) -> None:
     """What :func:`customize.unload_custom` does."""
-    family = family_in(pipe)
-    holder = find(family)
-    if not holder.attached and holder.shelf is None:
-        check_sharing(family, holder)
-    before = holder.attached
+    family = get_family(pipe)
+    state = get_state(family)
+    if not state.attached and state.library_cache is None:
+        check_shared_components(family, state)
+    before = state.attached
     for name in names:
         if not isinstance(name, str):
             raise ConfigError(
@@ -319,18 +333,18 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
                 fix=suggest_names(name, before, otherwise="load it first"),
             )
     after = {name: kept for name, kept in before.items() if names and name not in names}
-    shelf, settings = holder.shelf, holder.settings
+    cache, settings = state.library_cache, state.stage_settings
     if not names:
-        holder.shelf, holder.settings = None, {}
-    whole = with_all_parts(family, holder)
+        state.library_cache, state.stage_settings = None, {}
+    whole = with_all_parts(family, state)
     try:
-        if before or shelf is not None:
-            change(whole, holder, after, merging_without(holder, after))
+        if before or cache is not None:
+            apply_attachments(whole, state, after, plan_merge_without(state, after))
         else:
-            keep(whole, holder)
+            set_state(whole, state)
     except BaseException:
-        holder.shelf, holder.settings = shelf, settings
-        keep(whole, holder)
+        state.library_cache, state.stage_settings = cache, settings
+        set_state(whole, state)
         raise
     if not names:
         for part in family.components.values():

@@ -24,11 +24,11 @@ from customize.errors import PipelineError
 logger = logging.getLogger(__name__)
 
 #: Seconds after which a call that still waits says so, and what it waits for.
-PATIENCE = 30.0
+WARN_AFTER = 30.0
 
 
 @dataclass(frozen=True)
-class Uses:
+class LockRequest:
     """The objects that a call uses, told apart by identity.
 
     Attributes:
@@ -56,7 +56,7 @@ class _Claim:
     exclusive: frozenset[int] = frozenset()
     objects: tuple[object, ...] = ()
 
-    def update(self, uses: Uses) -> None:
+    def update(self, uses: LockRequest) -> None:
         shared, exclusive = tuple(uses.shared), tuple(uses.exclusive)
         self.objects = (*shared, *exclusive)
         self.exclusive = frozenset(map(id, exclusive))
@@ -111,7 +111,7 @@ _CLAIMS: ContextVar[tuple[_Claim, ...]] = ContextVar("customize_claims", default
 
 
 @contextmanager
-def claimed(uses: Callable[[], Uses]) -> Iterator[None]:
+def acquire(uses: Callable[[], LockRequest]) -> Iterator[None]:
     """Within it, no other call has claims that exclude this one's.
 
     Args:
@@ -139,7 +139,7 @@ def claimed(uses: Callable[[], Uses]) -> Iterator[None]:
                         fix="load concepts, and give regions= and avoid=, outside of callbacks "
                         "where several threads share models",
                     )
-                if not table.changed.wait(PATIENCE) and not is_told:
+                if not table.changed.wait(WARN_AFTER) and not is_told:
                     is_told = True
                     _tell_waiting(table, claim)
                 claim.update(uses())
@@ -173,7 +173,7 @@ def _tell_waiting(table: _Table, claim: _Claim) -> None:
         "threads by asyncio.to_thread or contextvars.copy_context().run, or wait for them after "
         "the call",
         claim.thread,
-        PATIENCE,
+        WARN_AFTER,
         ", ".join(threads),
     )
 

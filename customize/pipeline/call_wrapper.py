@@ -20,24 +20,24 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from customize.pipeline.call_lock import Uses, claimed
+from customize.pipeline.call_lock import LockRequest, acquire
 from customize.pipeline.keyword_arguments import check_keywords
 
 if TYPE_CHECKING:
     from customize.families import Family
-    from customize.pipeline.state import Holder
+    from customize.pipeline.state import AttachedState
 
-Call = dict[str, Any]
+CallArguments = dict[str, Any]
 
 #: What stages add to the arguments of every pipeline.
 ARGUMENTS = ("avoid", "regions")
 
-#: Where a denoiser carries its :class:`customize.pipeline.state.Holder`.
+#: Where a denoiser carries its :class:`customize.pipeline.state.AttachedState`.
 STATE_KEY = "_customize"
 
 
 @dataclass(frozen=True)
-class Host:
+class CallContext:
     """The pipeline of a call, the family of its models, and what is attached to these.
 
     Attributes:
@@ -47,11 +47,11 @@ class Host:
 
     pipe: Any
     family: Family
-    state: Holder
+    state: AttachedState
     parameters: Mapping[str, Any]
 
 
-def _nothing(state: Holder) -> bool:
+def _nothing(state: AttachedState) -> bool:
     return False
 
 
@@ -62,7 +62,7 @@ class Stage:
     Attributes:
         arguments: names of the keyword arguments that it adds to the pipeline's; None where a call
             leaves one out.
-        run: ``run(host, call, **arguments)`` is a context manager that gives the call that is to
+        run: ``run(context, call, **arguments)`` is a context manager that gives the call that is to
             be made in its place, and undoes after it whatever else it did. It runs where one of
             its arguments is given or where it acts on all calls, and may not change the dict that
             it is given.
@@ -72,9 +72,9 @@ class Stage:
     """
 
     arguments: tuple[str, ...]
-    run: Callable[..., AbstractContextManager[Call]]
+    run: Callable[..., AbstractContextManager[CallArguments]]
     setting: type | None = None
-    acts: Callable[[Holder], bool] = _nothing
+    acts: Callable[[AttachedState], bool] = _nothing
     exclusive: bool = True
 
 
@@ -84,7 +84,7 @@ class _Running:
 
     pipe: Any
     call: Any
-    state: Holder | None = None
+    state: AttachedState | None = None
 
 
 _RUNNING: ContextVar[_Running | None] = ContextVar("customize_running", default=None)
@@ -93,7 +93,7 @@ _RUNNING: ContextVar[_Running | None] = ContextVar("customize_running", default=
 _SCOPE: ContextVar[object] = ContextVar("customize_scope", default=None)
 
 
-def staged(call: Any) -> Any:
+def wrap_call(call: Any) -> Any:
     """A pipeline's ``__call__`` with the arguments of stages, which run in their order."""
     signature = inspect.signature(call)
     parameters = signature.parameters.values()
@@ -115,8 +115,8 @@ def staged(call: Any) -> Any:
         asked = None if opaque else _by_name(signature.bind(self, *args, **kwargs))
         _RUNNING.set(_Running(self, call))
         try:
-            with claimed(lambda: _uses(self, asked or kwargs, given)):
-                state = state_of(self)
+            with acquire(lambda: _uses(self, asked or kwargs, given)):
+                state = find_state(self)
                 if state is None and not given:
                     return call(self, *args, **kwargs)
                 stages = _acting(None if is_super else state, given)
@@ -134,69 +134,73 @@ def staged(call: Any) -> Any:
     return staged_call
 
 
-def parts_in(pipe: Any) -> Iterator[Any]:
+def iterate_components(pipe: Any) -> Iterator[Any]:
     """The objects that a pipeline has as attributes, its components among them; modules without
     torch.compile's wrapper."""
     for part in vars(pipe).values():
         yield getattr(part, "_orig_mod", part)
 
 
-def models_in(pipe: Any) -> list[Any]:
+def get_models(pipe: Any) -> list[Any]:
     """The modules that a pipeline has as components."""
     torch = sys.modules.get("torch")
     if torch is None:
         return []
-    return [part for part in parts_in(pipe) if isinstance(part, torch.nn.Module)]
+    return [part for part in iterate_components(pipe) if isinstance(part, torch.nn.Module)]
 
 
-def state_of(pipe: Any) -> Holder | None:
+def find_state(pipe: Any) -> AttachedState | None:
     """What is attached to the denoiser of a pipeline; None where nothing is."""
-    for model in models_in(pipe):
-        state: Holder | None = vars(model).get(STATE_KEY)
+    for model in get_models(pipe):
+        state: AttachedState | None = vars(model).get(STATE_KEY)
         if state is not None:
             return state
     return None
 
 
-def belonging() -> Callable[[], bool]:
+def capture_call_scope() -> Callable[[], bool]:
     """A function that tells whether what is computed belongs to the call that is under way now,
     and not to one that a callback of it makes on the same models."""
     scope = _SCOPE.get()
     return lambda: _SCOPE.get() is scope
 
 
-def alone_with(pipe: Any) -> AbstractContextManager[None]:
+def lock_models(pipe: Any) -> AbstractContextManager[None]:
     """Within it, no other call uses the models of a pipeline."""
 
-    def uses() -> Uses:
-        state = state_of(pipe)
-        return Uses(exclusive=[*models_in(pipe), *(state.parts.values() if state else ())])
+    def uses() -> LockRequest:
+        state = find_state(pipe)
+        return LockRequest(
+            exclusive=[*get_models(pipe), *(state.components.values() if state else ())]
+        )
 
-    return claimed(uses if hasattr(pipe, "__dict__") else Uses)
+    return acquire(uses if hasattr(pipe, "__dict__") else LockRequest)
 
 
-def tokenizers_of_one_call(pipe: Any) -> AbstractContextManager[None]:
+def lock_tokenizers(pipe: Any) -> AbstractContextManager[None]:
     """Within it, no other call uses the stock tokenizers of a pipeline."""
-    found = [part for part in parts_in(pipe) if _is_tokenizer(part) and not _expands(part)]
-    return claimed(lambda: Uses(exclusive=found))
+    found = [
+        part for part in iterate_components(pipe) if _is_tokenizer(part) and not _expands(part)
+    ]
+    return acquire(lambda: LockRequest(exclusive=found))
 
 
-def _uses(pipe: Any, call: Mapping[str, Any], given: Mapping[str, Any]) -> Uses:
+def _uses(pipe: Any, call: Mapping[str, Any], given: Mapping[str, Any]) -> LockRequest:
     """What a call uses, and whether others may use it at the same time."""
-    models = models_in(pipe)
-    state = state_of(pipe)
+    models = get_models(pipe)
+    state = find_state(pipe)
     if state is None and not given:
-        return Uses(shared=models)
+        return LockRequest(shared=models)
     # Schedulers and guiders go on from step to step, and a pipeline notes things on itself.
-    stateful = [pipe, *(part for part in parts_in(pipe) if hasattr(part, "from_config"))]
+    stateful = [pipe, *(part for part in iterate_components(pipe) if hasattr(part, "from_config"))]
     exclusive = [part for part in stateful if part not in models]
     # Tokenizers are set to a length before each text; those that expand triggers see to it.
-    exclusive += [p for p in parts_in(pipe) if _is_tokenizer(p) and not _expands(p)]
+    exclusive += [p for p in iterate_components(pipe) if _is_tokenizer(p) and not _expands(p)]
     alone = any(stage.exclusive for stage in _acting(state, given))
     alone = alone or _scales_adapters(call) or _changes_models(pipe)
     if alone or any(map(_is_hooked, models)):
-        return Uses(exclusive=[*models, *exclusive])
-    return Uses(shared=models, exclusive=exclusive)
+        return LockRequest(exclusive=[*models, *exclusive])
+    return LockRequest(shared=models, exclusive=exclusive)
 
 
 def _is_tokenizer(part: Any) -> bool:
@@ -207,7 +211,7 @@ def _expands(tokenizer: Any) -> bool:
     return hasattr(tokenizer, "_customize_stock")
 
 
-def _acting(state: Holder | None, given: Mapping[str, Any]) -> list[Stage]:
+def _acting(state: AttachedState | None, given: Mapping[str, Any]) -> list[Stage]:
     """The stages that do something to a call."""
     from customize.stages import STAGES
 
@@ -254,25 +258,25 @@ def _through_stages(
     call: Any,
     pipe: Any,
     args: Sequence[Any],
-    asked: Call,
+    asked: CallArguments,
     given: Mapping[str, Any],
-    state: Holder | None,
+    state: AttachedState | None,
     stages: Sequence[Stage],
 ) -> Any:
     if not stages:
         return call(pipe, *args, **asked)
     from customize.errors import PipelineError
-    from customize.pipeline.finite_outputs import watched
-    from customize.pipeline.sources import family_in
-    from customize.pipeline.state import Holder
+    from customize.pipeline.finite_outputs import check_finite_output
+    from customize.pipeline.sources import get_family
+    from customize.pipeline.state import AttachedState
 
     try:
-        family = family_in(pipe)
+        family = get_family(pipe)
     except PipelineError:
         if any(stage.exclusive for stage in stages):
             raise
         return call(pipe, *args, **asked)  # concepts act by what is in the models
-    host = Host(pipe, family, state or Holder(), _parameters(pipe, call))
+    context = CallContext(pipe, family, state or AttachedState(), _parameters(pipe, call))
     asked = {
         name: _apart(value) if name.startswith("callback") else value
         for name, value in asked.items()
@@ -280,8 +284,8 @@ def _through_stages(
     with ExitStack() as stack:
         for stage in stages:
             mine = {name: given.get(name) for name in stage.arguments}
-            asked = stack.enter_context(stage.run(host, asked, **mine))
-        return watched(pipe, functools.partial(call, pipe, *args, **asked))
+            asked = stack.enter_context(stage.run(context, asked, **mine))
+        return check_finite_output(pipe, functools.partial(call, pipe, *args, **asked))
 
 
 def _apart(callback: Any) -> Any:
@@ -334,8 +338,8 @@ def _is_wrapped_again(cls: type, call: Any) -> bool:
     return any(getattr(function, "__wrapped__", None) is call for function in wrapped[:-1])
 
 
-def _by_name(bound: inspect.BoundArguments) -> Call:
-    found: Call = {}
+def _by_name(bound: inspect.BoundArguments) -> CallArguments:
+    found: CallArguments = {}
     for name, value in bound.arguments.items():
         rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
         found.update(value if rest else {name: value})

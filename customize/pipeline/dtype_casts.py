@@ -31,7 +31,7 @@ _DTYPES = (
 Casts = tuple[torch.dtype, ...]
 
 
-def begin(layer: nn.Module, dtype: torch.dtype, parameter: str = "weight") -> None:
+def start_recording(layer: nn.Module, dtype: torch.dtype, parameter: str = "weight") -> None:
     """Record the casts of a layer's parameter from now on.
 
     Args:
@@ -43,17 +43,17 @@ def begin(layer: nn.Module, dtype: torch.dtype, parameter: str = "weight") -> No
     )
 
 
-def end(layer: nn.Module, parameter: str = "weight") -> None:
+def stop_recording(layer: nn.Module, parameter: str = "weight") -> None:
     """Record no longer; the layer has the attributes that it had before."""
     layer._buffers.pop(_BUFFER + parameter, None)
     layer._non_persistent_buffers_set.discard(_BUFFER + parameter)
 
 
-def casts_of(layer: nn.Module, dtype: torch.dtype, where: str, parameter: str = "weight") -> Casts:
-    """What the layer was cast to since :func:`begin`.
+def get_casts(layer: nn.Module, dtype: torch.dtype, where: str, parameter: str = "weight") -> Casts:
+    """What the layer was cast to since :func:`start_recording`.
 
     Args:
-        dtype: as of :func:`begin`.
+        dtype: as of :func:`start_recording`.
         where: the layer's name, for errors.
 
     Returns:
@@ -77,7 +77,7 @@ def casts_of(layer: nn.Module, dtype: torch.dtype, where: str, parameter: str = 
     )
 
 
-def cast(values: Tensor, casts: Casts) -> Tensor:
+def apply_casts(values: Tensor, casts: Casts) -> Tensor:
     """The same values after these casts."""
     return functools.reduce(lambda tensor, dtype: tensor.to(dtype), casts, values)
 
@@ -120,7 +120,7 @@ def _outcomes(dtype: torch.dtype) -> list[tuple[Casts, Tensor]]:
     """The effects of all sequences of up to four casts that differ, the shortest first."""
     found: dict[tuple[torch.dtype, bytes], tuple[Casts, Tensor]] = {}
     for casts in _sequences():
-        values = cast(_values(dtype), casts)
+        values = apply_casts(_values(dtype), casts)
         key = (values.dtype, _bits(values).numpy().tobytes())
         found.setdefault(key, (casts, values))
     return list(found.values())

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from customize.concepts.formats.lora import Lora
 from customize.concepts.merge.component_weights import layer_weight
-from customize.pipeline.sources import family_in
-from customize.pipeline.state import Attached, find
+from customize.pipeline.sources import get_family
+from customize.pipeline.state import AttachedConcept, get_state
 from customize.pipeline.user_warnings import warn_user
 
 # What of a modular pipeline's state is drawn.
 _DRAWN = ("images", "videos", "frames", "latents")
 
 
-def watched(pipe: Any, call: Callable[[], Any]) -> Any:
+def check_finite_output(pipe: Any, call: Callable[[], Any]) -> Any:
     """What a call of the pipeline gives; warns where it is not finite and concepts are attached."""
     invalid: list[str] = []
 
@@ -35,7 +35,7 @@ def watched(pipe: Any, call: Callable[[], Any]) -> Any:
         found = call()
     if not invalid and all(map(_is_finite, _arrays(found))):
         return found
-    attached = find(family_in(pipe)).attached
+    attached = get_state(get_family(pipe)).attached
     if attached:
         name, weight = _loudest(attached)
         warn_user(
@@ -46,10 +46,10 @@ def watched(pipe: Any, call: Callable[[], Any]) -> Any:
     return found
 
 
-def _loudest(attached: Mapping[str, Attached]) -> tuple[str, Any]:
+def _loudest(attached: Mapping[str, AttachedConcept]) -> tuple[str, Any]:
     """The concept with the largest weighted update of a layer, and its weight."""
 
-    def size(each: Attached) -> float:
+    def size(each: AttachedConcept) -> float:
         sizes = [
             abs(layer_weight(each.weight, component, module) * update.scale)
             * float(update.up.double().norm() * update.down.double().norm())

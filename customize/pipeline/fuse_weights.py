@@ -20,14 +20,16 @@ from customize.errors import ConfigError, PipelineError
 from customize.pipeline import dtype_casts
 
 #: component -> module -> what is to be in the weight, merged only when it is put there.
-Updates = Mapping[str, Mapping[str, LayerMerge]]
+FusedUpdates = Mapping[str, Mapping[str, LayerMerge]]
 
 # (component, module) -> the weight as it was, on the CPU, cast as the layer was since.
 Originals = dict[tuple[str, str], Tensor]
 
 
 @torch.no_grad()
-def fuse_updates(models: Mapping[str, nn.Module], updates: Updates, originals: Originals) -> None:
+def fuse_updates(
+    models: Mapping[str, nn.Module], updates: FusedUpdates, originals: Originals
+) -> None:
     """Make every fused weight ``original + update``, and every other one its original again.
 
     Computed in float32 on the weight's device, from the original, and rounded once to the weight's
@@ -46,7 +48,7 @@ def fuse_updates(models: Mapping[str, nn.Module], updates: Updates, originals: O
     for place in [place for place in originals if place not in wanted]:
         layer = _layer(models, place)
         layer.weight.copy_(originals[place])
-        dtype_casts.end(layer)
+        dtype_casts.stop_recording(layer)
         del originals[place]
     for place, update in wanted.items():
         layer = _layer(models, place)
@@ -63,7 +65,7 @@ def fuse_updates(models: Mapping[str, nn.Module], updates: Updates, originals: O
                 fix="load a base whose weights are finite, such as in float32",
             )
         _fuse(weight, start, update)
-        dtype_casts.begin(layer, originals[place].dtype)
+        dtype_casts.start_recording(layer, originals[place].dtype)
         if not all_finite(weight):
             raise ConfigError(
                 f"with these weights the concepts' sum leaves the range of {weight.dtype}, mostly "
@@ -75,7 +77,7 @@ def fuse_updates(models: Mapping[str, nn.Module], updates: Updates, originals: O
 
 @torch.no_grad()
 def check_unchanged(
-    models: Mapping[str, nn.Module], updates: Updates, originals: Originals
+    models: Mapping[str, nn.Module], updates: FusedUpdates, originals: Originals
 ) -> Originals:
     """Refuse where a fused weight is not what :func:`fuse_updates` made it.
 
@@ -98,7 +100,7 @@ def check_unchanged(
                 where=".".join(place),
                 fix="load the pipeline anew, and quantize it without concepts in its weights",
             )
-        casts = dtype_casts.casts_of(layer, original.dtype, ".".join(place))
+        casts = dtype_casts.get_casts(layer, original.dtype, ".".join(place))
         weight: Tensor = layer.weight
         update = updates[place[0]][place[1]]
         expected = _fused(original.to(weight.device), update)
@@ -116,11 +118,13 @@ def check_unchanged(
                 where=".".join(place),
                 fix="undo that first, for a LoRA with unfuse_lora(), or load the pipeline anew",
             )
-        found[place] = dtype_casts.cast(original, casts)
+        found[place] = dtype_casts.apply_casts(original, casts)
     return found
 
 
-def check_fusable(models: Mapping[str, nn.Module], updates: Updates, originals: Originals) -> None:
+def check_fusable(
+    models: Mapping[str, nn.Module], updates: FusedUpdates, originals: Originals
+) -> None:
     """Refuse weights that cannot take a sum: quantized ones, and those that layers share.
 
     Args:

@@ -24,7 +24,7 @@ _BESIDE = 1024
 
 
 @dataclass(eq=False)
-class Shelf:
+class LibraryCache:
     """A library, and what was read of it.
 
     Attributes:
@@ -32,15 +32,15 @@ class Shelf:
         fingerprint: of the pipeline's model, which tells the concepts that it can take.
         cache: concepts, records of layer inputs, and merges of the sets that prompts named; what
             is attached right now is in use anyway and not counted.
-        active: source -> stamp and concept, of those that the latest prompt named.
+        active_concepts: source -> stamp and concept, of those that the latest prompt named.
     """
 
     library: Library
     fingerprint: Mapping[str, Any]
     cache: ByteCache[Hashable]
-    active: Mapping[str, tuple[str, Adaptation]] = field(default_factory=dict)
+    active_concepts: Mapping[str, tuple[str, Adaptation]] = field(default_factory=dict)
 
-    def fits(self, entry: Entry) -> bool:
+    def is_compatible(self, entry: Entry) -> bool:
         """Whether the pipeline's model is of the concept's architecture, as far as it says one."""
         if not entry.family:
             return True
@@ -49,7 +49,7 @@ class Shelf:
         alike = not theirs or theirs.get("denoiser") == own["denoiser"]
         return entry.family == own["family"] and alike
 
-    def entry(self, trigger: str) -> Entry | None:
+    def find_entry(self, trigger: str) -> Entry | None:
         """The concept that a token calls; None where the library knows none.
 
         Its files are looked at, and after a change the library's.
@@ -70,7 +70,7 @@ class Shelf:
 
     def _one(self, trigger: str) -> Entry | None:
         called = self.library.called(trigger)
-        fitting = [entry for entry in called if self.fits(entry)]
+        fitting = [entry for entry in called if self.is_compatible(entry)]
         if len(fitting) > 1:
             raise ConceptError(
                 f"{trigger} calls {len(fitting)} concepts of the library: "
@@ -88,13 +88,16 @@ class Shelf:
             )
         return fitting[0] if fitting else None
 
-    def concept(self, entry: Entry, read: Callable[[Entry], Adaptation]) -> Adaptation:
+    def load_concept(self, entry: Entry, read: Callable[[Entry], Adaptation]) -> Adaptation:
         """A concept as its files have it, read where it isn't in memory.
 
         Raises:
             ConceptError: see ``read``; or its files say something else than the index.
         """
-        for kept in (self.cache.get(("concept", entry.source)), self.active.get(entry.source)):
+        for kept in (
+            self.cache.get(("concept", entry.source)),
+            self.active_concepts.get(entry.source),
+        ):
             if kept is not None and kept[0] == entry.stamp:
                 here: Adaptation = kept[1]
                 return here
@@ -111,7 +114,7 @@ class Shelf:
         self.cache.put(("concept", entry.source), (entry.stamp, found), size + _BESIDE)
         return found
 
-    def record(
+    def get_input_statistics(
         self, concept: Adaptation, read: Callable[[Adaptation], LayerInputs | None]
     ) -> LayerInputs | None:
         """What a concept's layers read, as ``read`` finds it where it isn't in memory."""
@@ -120,15 +123,15 @@ class Shelf:
             found: LayerInputs | None = kept[1]
             return found
         found = read(concept)
-        self.keep_record(concept, found)
+        self.put_input_statistics(concept, found)
         return found
 
-    def keep_record(self, concept: Adaptation, record: LayerInputs | None) -> None:
+    def put_input_statistics(self, concept: Adaptation, record: LayerInputs | None) -> None:
         """Know a concept's record, or that it has none, as long as there is room."""
         size = 0 if record is None else tensor_bytes([*_rows(record.own), *_rows(record.generic)])
         self.cache.put(("record", id(concept)), (weakref.ref(concept), record), size + _BESIDE)
 
-    def merged(
+    def get_merged_updates(
         self,
         how: Hashable,
         of: Sequence[Any],

@@ -16,17 +16,17 @@ from typing import Any
 from customize.errors import PipelineError
 
 #: peft's name of the one adapter that all concepts are merged into.
-ADAPTER = "customize"
+ADAPTER_NAME = "customize"
 
 #: The methods of models, and of whole pipelines, that write their weights somewhere.
-SAVING = ("save_pretrained", "push_to_hub")
-_SAVING_PART = (*SAVING, "save_lora_adapter")
+SAVE_METHODS = ("save_pretrained", "push_to_hub")
+_SAVING_PART = (*SAVE_METHODS, "save_lora_adapter")
 
 #: Where each component carries the mark that tells whose it is, and whether it can be saved.
-MARK = "_customize_mark"
+TAG_ATTRIBUTE = "_customize_mark"
 
 
-def guard(model: Any, layers: Iterable[Any]) -> None:
+def guard_fusing(model: Any, layers: Iterable[Any]) -> None:
     """Let a model and its layers refuse to merge our adapter into the weights.
 
     Once merged, ``unload_lora_weights`` leaves it there, and nothing takes it out again. The model
@@ -42,8 +42,8 @@ def guard(model: Any, layers: Iterable[Any]) -> None:
             setattr(each, name, MethodType(_refusing(getattr(type(each), name)), each))
 
 
-def unguard(model: Any, layers: Iterable[Any]) -> None:
-    """Undo :func:`guard`, also where someone took the adapter away."""
+def unguard_fusing(model: Any, layers: Iterable[Any]) -> None:
+    """Undo :func:`guard_fusing`, also where someone took the adapter away."""
     vars(model).pop("fuse_lora", None)
     for layer in layers:
         vars(layer).pop("merge", None)
@@ -54,7 +54,7 @@ def _refusing(merge: Any) -> Any:
     def refusing(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(merge).bind(self, *args, **kwargs).arguments
         names = given.get("adapter_names")
-        if ADAPTER in (active_adapters([self]) if names is None else names):
+        if ADAPTER_NAME in (active_adapters([self]) if names is None else names):
             raise PipelineError(
                 "fuse_lora would put the attached concepts into the weights, where unload_custom "
                 "could not take them out",
@@ -87,7 +87,7 @@ def unguard_saving(part: Any) -> None:
         vars(part).pop(name, None)
 
 
-def unsaveable(reason: str) -> PipelineError:
+def make_unsaveable_error(reason: str) -> PipelineError:
     """Of what cannot be saved as it is."""
     return PipelineError(
         reason,
@@ -119,10 +119,10 @@ class _Saving:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         # Another adapter of the same model can be saved.
-        is_ours = bound.arguments.get("adapter_name", ADAPTER) == ADAPTER
-        mark = vars(self.part).get(MARK)
+        is_ours = bound.arguments.get("adapter_name", ADAPTER_NAME) == ADAPTER_NAME
+        mark = vars(self.part).get(TAG_ATTRIBUTE)
         if is_ours and mark is not None and mark.unsaveable:
-            raise unsaveable(mark.unsaveable)
+            raise make_unsaveable_error(mark.unsaveable)
         return self._method(*args, **kwargs)
 
 
@@ -136,7 +136,7 @@ def check_copyable(parts: Iterable[Any], maker: str) -> None:
         PipelineError: one of the parts carries it.
     """
     for part in parts:
-        if ADAPTER in (getattr(part, "peft_config", None) or {}):
+        if ADAPTER_NAME in (getattr(part, "peft_config", None) or {}):
             raise PipelineError(
                 f"{maker} copies weights by the names of layers, and those of this "
                 f"{type(part).__name__} have others while concepts are attached beside them",

@@ -33,14 +33,14 @@ from customize.concepts.merge.merge_concepts import (
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.near_names import suggest_names
-from customize.pipeline.state import Attached, Holder, Merging
-from customize.pipeline.transaction import change
+from customize.pipeline.state import AttachedConcept, AttachedState, MergePlan
+from customize.pipeline.transaction import apply_attachments
 from customize.stages.check_prompts import is_truncated
 from customize.stages.decor.text_encoder import tokenizer_for
 from customize.text import quote
 
 
-def method_of(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]] | None:
+def parse_merge(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]] | None:
     """What :func:`customize.load_custom` is told about merging: method and settings, checked.
 
     Raises:
@@ -62,17 +62,17 @@ def method_of(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any
     return method, settings
 
 
-def merging_of(
+def plan_merge(
     family: Family,
-    holder: Holder,
-    after: Mapping[str, Attached],
+    state: AttachedState,
+    after: Mapping[str, AttachedConcept],
     chosen: tuple[str, dict[str, Any]] | None,
-) -> Merging:
+) -> MergePlan:
     """How the concepts that are to be attached will be merged.
 
     Args:
-        family: of all that the holder knows to be changed.
-        chosen: of :func:`method_of`; None: as before.
+        family: of all that the state knows to be changed.
+        chosen: of :func:`parse_merge`; None: as before.
 
     Records that lie beside the concepts are read. For "fusion" those that lack are made, for which
     the pipeline draws.
@@ -82,9 +82,12 @@ def merging_of(
             the weights and some beside them, by a method that needs them together.
         ConceptError: a record cannot be read, or is not of this concept.
     """
-    method, settings = chosen or (holder.merging.chosen, dict(holder.merging.settings))
+    method, settings = chosen or (
+        state.merge_plan.requested_method,
+        dict(state.merge_plan.method_settings),
+    )
     if len(after) < 2:
-        return Merging(method, settings=settings)
+        return MergePlan(method, method_settings=settings)
     if method not in (AUTO, *SEPARABLE) and len({each.fused for each in after.values()}) > 1:
         beside = [name for name, each in after.items() if not each.fused]
         raise ConfigError(
@@ -96,37 +99,37 @@ def merging_of(
         )
     known = {
         name: own
-        for name, own in holder.merging.inputs.items()
+        for name, own in state.merge_plan.input_statistics.items()
         if name in after and not after[name].routed
     }
-    shelf = holder.shelf
+    cache = state.library_cache
     concepts = [each.concept for each in after.values()]
-    read = read_record if shelf is None else partial(shelf.record, read=read_record)
+    read = read_record if cache is None else partial(cache.get_input_statistics, read=read_record)
     found, records, lacking = choose_method(method, concepts, known, read)
     if found == FUSION:
-        made = recorded(family, holder, lacking)
-        if shelf is not None:
+        made = recorded(family, state, lacking)
+        if cache is not None:
             for concept in lacking:
-                shelf.keep_record(concept, made[concept.info.name])
+                cache.put_input_statistics(concept, made[concept.info.name])
         records |= made
-    return Merging(method, found, records if method in (AUTO, FUSION) else {}, settings)
+    return MergePlan(method, found, records if method in (AUTO, FUSION) else {}, settings)
 
 
-def merging_without(holder: Holder, after: Mapping[str, Attached]) -> Merging:
+def plan_merge_without(state: AttachedState, after: Mapping[str, AttachedConcept]) -> MergePlan:
     """How what is left will be merged when some concepts are gone; nothing is read or drawn."""
-    before = holder.merging
-    known = {name: own for name, own in before.inputs.items() if name in after}
+    before = state.merge_plan
+    known = {name: own for name, own in before.input_statistics.items() if name in after}
     method = SUM
     if len(after) > 1:
         recorded = known.keys() == after.keys()
-        fused = before.chosen in (AUTO, FUSION)
-        method = (FUSION if recorded else SUM) if fused else before.chosen
-    return Merging(before.chosen, method, known, before.settings)
+        fused = before.requested_method in (AUTO, FUSION)
+        method = (FUSION if recorded else SUM) if fused else before.requested_method
+    return MergePlan(before.requested_method, method, known, before.method_settings)
 
 
 def recorded(
     family: Family,
-    holder: Holder,
+    state: AttachedState,
     concepts: Sequence[Adaptation],
     prompts: Sequence[str] | None = None,
     words: str | None = None,
@@ -134,7 +137,7 @@ def recorded(
     """Concept's name -> its record; see :func:`customize.record_inputs`.
 
     Args:
-        family: of all that the holder knows to be changed.
+        family: of all that the state knows to be changed.
     """
     prompts = PROMPTS if prompts is None else tuple(prompts)
     if not prompts or any("{}" not in prompt for prompt in prompts):
@@ -157,14 +160,16 @@ def recorded(
     with torch.no_grad():
         shape = family.encode_images(torch.zeros(1, 3, side, side))[0].shape[1:]
     found: dict[str, LayerInputs] = {}
-    with _set_aside(family, holder):
+    with _set_aside(family, state):
         for concept in concepts:
             products, info = concept.updates, concept.info
             layers = layers_of(family, products)
             drawn = texts(words or info.words, prompts)
-            change(family, holder, {}, Merging())
+            apply_attachments(family, state, {}, MergePlan())
             generic = record(family, layers, base_prompts(info.class_word, prompts), shape)
-            change(family, holder, {info.name: Attached(concept, 1.0, fused=False)}, Merging())
+            apply_attachments(
+                family, state, {info.name: AttachedConcept(concept, 1.0, fused=False)}, MergePlan()
+            )
             _check_read(family, concept, words or info.words, drawn)
             own = record(family, layers, drawn, shape)
             found[info.name] = LayerInputs(updates_digest(products), own, generic)
@@ -193,10 +198,10 @@ def _check_read(family: Family, concept: Adaptation, words: str, prompts: Sequen
 
 
 @contextmanager
-def _set_aside(family: Family, holder: Holder) -> Iterator[None]:
+def _set_aside(family: Family, state: AttachedState) -> Iterator[None]:
     """Within it anything may be attached; afterwards that is again what was before."""
-    before, merging = holder.attached, holder.merging
+    before, merging = state.attached, state.merge_plan
     try:
         yield
     finally:
-        change(family, holder, before, merging)
+        apply_attachments(family, state, before, merging)

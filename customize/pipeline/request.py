@@ -17,7 +17,7 @@ from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError
 from customize.families import Family
 from customize.near_names import suggest_names
-from customize.pipeline.state import Attached
+from customize.pipeline.state import AttachedConcept
 
 #: A number, or a dict by component and block: see
 #: :mod:`customize.concepts.merge.component_weights`.
@@ -25,13 +25,13 @@ GivenWeight = float | Mapping[str, Any] | BlockWeights
 Weights = Sequence[GivenWeight] | Mapping[str, GivenWeight] | None
 
 
-def wanted(
-    before: Mapping[str, Attached],
+def resolve_attachments(
+    before: Mapping[str, AttachedConcept],
     new: Sequence[Adaptation],
     weights: Weights,
     fuse: bool,
     family: Family,
-) -> dict[str, Attached]:
+) -> dict[str, AttachedConcept]:
     """What is to be attached after the call.
 
     Args:
@@ -48,7 +48,7 @@ def wanted(
     for concept in new:
         name = concept.info.name
         kept = before[name].weight if name in before else 1.0
-        after[name] = Attached(concept, kept, fuse)
+        after[name] = AttachedConcept(concept, kept, fuse)
     for name, weight in _by_name(after, new, weights, family).items():
         # A call that gives weights alone is about the concepts that these name.
         fused = after[name].fused or (fuse and not new)
@@ -67,7 +67,7 @@ def wanted(
     return after
 
 
-def identical(a: Adaptation, b: Adaptation) -> bool:
+def is_identical(a: Adaptation, b: Adaptation) -> bool:
     """Whether two concepts do the same to a model, whatever else is noted on them."""
     if a is b:
         return True
@@ -89,7 +89,7 @@ def _alike(a: Any, b: Any) -> bool:
     return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
 
 
-def _check_names(before: Mapping[str, Attached], new: Sequence[Adaptation]) -> None:
+def _check_names(before: Mapping[str, AttachedConcept], new: Sequence[Adaptation]) -> None:
     given: set[str] = set()
     for concept in new:
         name = concept.info.name
@@ -100,7 +100,7 @@ def _check_names(before: Mapping[str, Attached], new: Sequence[Adaptation]) -> N
                 f'names=[None, "{name}-2"]',
             )
         given.add(name)
-        if name in before and not identical(before[name].concept, concept):
+        if name in before and not is_identical(before[name].concept, concept):
             raise ConceptError(
                 f"another concept called {name} is attached already",
                 fix=f'call unload_custom("{name}") first, or give this one another name: '
@@ -109,7 +109,7 @@ def _check_names(before: Mapping[str, Attached], new: Sequence[Adaptation]) -> N
 
 
 def _by_name(
-    after: Mapping[str, Attached],
+    after: Mapping[str, AttachedConcept],
     new: Sequence[Adaptation],
     weights: Weights,
     family: Family,

@@ -19,15 +19,15 @@ from customize.concepts.merge.component_weights import layer_weight
 from customize.core.lowrank import all_finite
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.pipeline import dtype_casts
-from customize.pipeline.state import Attached, VectorOriginals
+from customize.pipeline.state import AttachedConcept, VectorOriginals
 
 _WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 #: (component, parameter) -> what is added to it: (weight, change) pairs.
-Sums = Mapping[tuple[str, str], Sequence[tuple[float, VectorUpdate]]]
+VectorSums = Mapping[tuple[str, str], Sequence[tuple[float, VectorUpdate]]]
 
 
-def sums_of(attached: Mapping[str, Attached], method: str) -> Sums:
+def sum_vectors(attached: Mapping[str, AttachedConcept], method: str) -> VectorSums:
     """What attached concepts change together: the weighted sum, of "average" the mean."""
     count = len(attached) if method == "average" else 1
     found: dict[tuple[str, str], list[tuple[float, VectorUpdate]]] = {}
@@ -42,7 +42,9 @@ def sums_of(attached: Mapping[str, Attached], method: str) -> Sums:
     return found
 
 
-def check_vectors(models: Mapping[str, nn.Module], sums: Sums, originals: VectorOriginals) -> None:
+def check_vectors(
+    models: Mapping[str, nn.Module], sums: VectorSums, originals: VectorOriginals
+) -> None:
     """Refuse what cannot be set; nothing changes.
 
     Raises:
@@ -82,7 +84,7 @@ def check_vectors(models: Mapping[str, nn.Module], sums: Sums, originals: Vector
 
 @torch.no_grad()
 def check_unchanged(
-    models: Mapping[str, nn.Module], sums: Sums, originals: VectorOriginals
+    models: Mapping[str, nn.Module], sums: VectorSums, originals: VectorOriginals
 ) -> dict[tuple[str, str], Tensor | None]:
     """The originals, cast as their modules were since; see :func:`customize.pipeline.fuse_weights`.
 
@@ -95,7 +97,7 @@ def check_unchanged(
         now = layer._parameters.get(name)
         casts: dtype_casts.Casts = ()
         if original is not None:
-            casts = dtype_casts.casts_of(layer, original.dtype, ".".join(place), name)
+            casts = dtype_casts.get_casts(layer, original.dtype, ".".join(place), name)
         same = now is not None and now.dtype in (*_WIDE, torch.float8_e4m3fn, torch.float8_e5m2)
         if same:
             assert now is not None
@@ -112,12 +114,14 @@ def check_unchanged(
                 where=".".join(place),
                 fix="undo that first, or load the pipeline anew",
             )
-        found[place] = None if original is None else dtype_casts.cast(original, casts)
+        found[place] = None if original is None else dtype_casts.apply_casts(original, casts)
     return found
 
 
 @torch.no_grad()
-def set_vectors(models: Mapping[str, nn.Module], sums: Sums, originals: VectorOriginals) -> None:
+def set_vectors(
+    models: Mapping[str, nn.Module], sums: VectorSums, originals: VectorOriginals
+) -> None:
     """Make every changed parameter ``original + sum``, and every other one its original again.
 
     Args:
@@ -134,7 +138,7 @@ def set_vectors(models: Mapping[str, nn.Module], sums: Sums, originals: VectorOr
             layer.register_parameter(name, None)
         else:
             layer._parameters[name].copy_(original)
-            dtype_casts.end(layer, name)
+            dtype_casts.stop_recording(layer, name)
     for place, vectors in sums.items():
         layer, name = _owner(models, place)
         parameter = layer._parameters[name]
@@ -151,7 +155,7 @@ def set_vectors(models: Mapping[str, nn.Module], sums: Sums, originals: VectorOr
             layer.register_parameter(name, nn.Parameter(made, requires_grad=False))
         else:
             parameter.copy_(total.reshape(parameter.shape))
-            dtype_casts.begin(layer, original.dtype, name)
+            dtype_casts.start_recording(layer, original.dtype, name)
         if not all_finite(layer._parameters[name]):
             raise ConfigError(
                 f"with these weights the concepts' sum leaves the range of "

@@ -20,14 +20,14 @@ from customize.concepts.types import Concept
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
 from customize.families.pipeline_components import uncompiled
-from customize.pipeline.state import Holder, find
-from customize.pipeline.validation import naming_quantizers
+from customize.pipeline.state import AttachedState, get_state
+from customize.pipeline.validation import explain_quantized_layers
 
 #: The denoisers that files go into: one for all, or an entry for each source.
 Into = str | Sequence[str | Sequence[str] | None] | None
 
 
-def family_in(pipe: Any) -> Family:
+def get_family(pipe: Any) -> Family:
     """The family of a pipeline's components.
 
     Raises:
@@ -44,9 +44,9 @@ def family_in(pipe: Any) -> Family:
     return family_of(inner, getattr(pipe, "config", None) or {})
 
 
-def with_all_parts(family: Family, holder: Holder) -> Family:
+def with_all_parts(family: Family, state: AttachedState) -> Family:
     """The family of what was changed, also where the pipeline has freed or replaced some of it."""
-    return type(family)(family.components | holder.parts, family.pipeline_config)
+    return type(family)(family.components | state.components, family.pipeline_config)
 
 
 def read_sources(
@@ -74,12 +74,12 @@ def read_sources(
     def placed(each: Adaptation | LoraFile, weights: BaseWeights | None = None) -> Adaptation:
         if not isinstance(each, LoraFile):
             return each
-        with naming_quantizers(family):
+        with explain_quantized_layers(family):
             return each.to_lora(family, weights, names)
 
     if not any(isinstance(each, LoraFile) and each.needs_base_weights for each in found):
         return [placed(each) for each in found]
-    originals = find(family).originals
+    originals = get_state(family).weight_originals
     models = family.adaptable
 
     def weight(component: str, module: str) -> Tensor:

@@ -19,15 +19,20 @@ from customize.families import Family
 from customize.families.pipeline_components import uncompiled
 from customize.pipeline.call_wrapper import STATE_KEY
 from customize.pipeline.fuse_weights import Originals
-from customize.pipeline.library_cache import Shelf
-from customize.pipeline.model_guards import MARK, guard_saving, unguard_saving, unsaveable
+from customize.pipeline.library_cache import LibraryCache
+from customize.pipeline.model_guards import (
+    TAG_ATTRIBUTE,
+    guard_saving,
+    make_unsaveable_error,
+    unguard_saving,
+)
 
 #: (component, parameter) -> a changed bias or norm as it was, on the CPU; None: there was no bias.
 VectorOriginals = dict[tuple[str, str], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Attached:
+class AttachedConcept:
     """One attached concept.
 
     Attributes:
@@ -47,28 +52,28 @@ class Attached:
 
 
 @dataclass(frozen=True, eq=False)
-class Merging:
+class MergePlan:
     """How what is attached becomes one update.
 
     Attributes:
-        chosen: a name of :data:`customize.concepts.merge.merge_concepts.METHODS`, or "auto":
-            fusion where each concept has a record, else a sum.
+        requested_method: a name of :data:`customize.concepts.merge.merge_concepts.METHODS`, or
+            "auto": fusion where each concept has a record, else a sum.
         method: which it is; "sum" where there are no two concepts to merge.
-        inputs: concept name -> what its layers read, for "fusion".
-        settings: of the method.
+        input_statistics: concept name -> what its layers read, for "fusion".
+        method_settings: of the method.
     """
 
-    chosen: str = AUTO
+    requested_method: str = AUTO
     method: str = SUM
-    inputs: Mapping[str, LayerInputs] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    input_statistics: Mapping[str, LayerInputs] = field(default_factory=dict)
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
-class Mark:
+class OwnershipTag:
     """What each component carries: whose it is.
 
-    Without a reference to the holder, as tokenizers are copied and pickled by themselves.
+    Without a reference to the state, as tokenizers are copied and pickled by themselves.
 
     Attributes:
         unsaveable: why the component cannot be saved as it is; empty where it can.
@@ -78,79 +83,79 @@ class Mark:
 
 
 @dataclass(eq=False)
-class Holder:
+class AttachedState:
     """All that must be known to change or undo what was done to the models.
 
     Attributes:
         attached: concept name -> concept, in the order of loading.
-        merging: how they are merged.
+        merge_plan: how they are merged.
         adapters: what sits beside the base weights, one for each model.
-        originals: of the fused weights.
-        vectors: of the changed biases and norms.
-        shelf: the library that prompts take concepts from, if there is one.
-        settings: of stages, by their type: what they do to all calls.
-        tokens: (token dictionary's key, trigger) -> all its entries, as they were added.
-        hooks: handles of what serves tokens with an embedding for each layer.
-        parts: component's key -> every model and tokenizer that is changed, also where a pipeline
-            has been given another since.
-        mark: what the parts carry.
+        weight_originals: of the fused weights.
+        vector_originals: of the changed biases and norms.
+        library_cache: the library that prompts take concepts from, if there is one.
+        stage_settings: of stages, by their type: what they do to all calls.
+        token_names: (token dictionary's key, trigger) -> all its entries, as they were added.
+        layerwise_hooks: handles of what serves tokens with an embedding for each layer.
+        components: component's key -> every model and tokenizer that is changed, also where a
+            pipeline has been given another since.
+        ownership_tag: what the parts carry.
     """
 
-    attached: dict[str, Attached] = field(default_factory=dict)
-    merging: Merging = field(default_factory=Merging)
+    attached: dict[str, AttachedConcept] = field(default_factory=dict)
+    merge_plan: MergePlan = field(default_factory=MergePlan)
     adapters: list[Adapter] = field(default_factory=list)
-    originals: Originals = field(default_factory=dict)
-    vectors: VectorOriginals = field(default_factory=dict)
-    shelf: Shelf | None = None
-    settings: dict[type, Any] = field(default_factory=dict)
-    tokens: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    hooks: list[Any] = field(default_factory=list)
-    parts: dict[str, Any] = field(default_factory=dict)
-    mark: Mark = field(default_factory=Mark)
+    weight_originals: Originals = field(default_factory=dict)
+    vector_originals: VectorOriginals = field(default_factory=dict)
+    library_cache: LibraryCache | None = None
+    stage_settings: dict[type, Any] = field(default_factory=dict)
+    token_names: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    layerwise_hooks: list[Any] = field(default_factory=list)
+    components: dict[str, Any] = field(default_factory=dict)
+    ownership_tag: OwnershipTag = field(default_factory=OwnershipTag)
 
     @property
-    def is_layered(self) -> bool:
+    def has_layerwise_tokens(self) -> bool:
         """Whether a concept has tokens with an embedding for each cross-attention layer."""
         return any(each.concept.info.token_layers for each in self.attached.values())
 
 
-def find(family: Family) -> Holder:
-    """The holder of a model; a new, empty one where nothing is attached.
+def get_state(family: Family) -> AttachedState:
+    """The state of a model; a new, empty one where nothing is attached.
 
     It lives with the denoiser and not with the pipeline, because pipelines made from the same
     components share the denoiser, and so what is attached to it.
     """
-    return vars(family.denoiser).get(STATE_KEY) or Holder()
+    return vars(family.denoiser).get(STATE_KEY) or AttachedState()
 
 
-def keep(family: Family, holder: Holder) -> None:
-    """Leave the holder with the denoiser, or take it away where nothing is attached any more."""
-    holder.mark.unsaveable = _unsaveable(holder)
-    there = bool(holder.attached or holder.shelf)
-    if there or holder.settings:
-        setattr(family.denoiser, STATE_KEY, holder)
+def set_state(family: Family, state: AttachedState) -> None:
+    """Leave the state with the denoiser, or take it away where nothing is attached any more."""
+    state.ownership_tag.unsaveable = _unsaveable(state)
+    there = bool(state.attached or state.library_cache)
+    if there or state.stage_settings:
+        setattr(family.denoiser, STATE_KEY, state)
     else:
         vars(family.denoiser).pop(STATE_KEY, None)
     if there:
-        holder.parts = parts_of(family)
-    for part in holder.parts.values():
+        state.components = customized_components(family)
+    for part in state.components.values():
         if there:
-            setattr(part, MARK, holder.mark)
+            setattr(part, TAG_ATTRIBUTE, state.ownership_tag)
             guard_saving(part)
         else:
-            vars(part).pop(MARK, None)
+            vars(part).pop(TAG_ATTRIBUTE, None)
             unguard_saving(part)
     if not there:
-        holder.parts = {}
+        state.components = {}
 
 
-def parts_of(family: Family) -> dict[str, Any]:
+def customized_components(family: Family) -> dict[str, Any]:
     """Component's key -> every model and tokenizer that attaching concepts changes."""
     models = family.adaptable
-    return models | tokenizers_of(family)
+    return models | get_tokenizers(family)
 
 
-def tokenizers_of(family: Family) -> dict[str, Any]:
+def get_tokenizers(family: Family) -> dict[str, Any]:
     """Component's key -> tokenizer, for all that a prompt may be given to."""
     from transformers import PreTrainedTokenizerBase
 
@@ -170,23 +175,23 @@ def check_saveable(pipe: Any) -> None:
         PipelineError: a concept is attached as an adapter, or has embeddings for each layer.
     """
     for part in vars(pipe).values():
-        mark = getattr(uncompiled(part), MARK, None)
+        mark = getattr(uncompiled(part), TAG_ATTRIBUTE, None)
         if mark is not None and mark.unsaveable:
-            raise unsaveable(mark.unsaveable)
+            raise make_unsaveable_error(mark.unsaveable)
 
 
-def check_sharing(family: Family, holder: Holder) -> None:
+def check_shared_components(family: Family, state: AttachedState) -> None:
     """Refuse a pipeline that shares some, and not all, of what concepts are attached to.
 
     What is attached is one state over all the parts: a vocabulary or an adapter that two
     pipelines changed each for itself would be wrong for one of them.
 
     Raises:
-        PipelineError: naming the parts. Those that were freed count as the holder's own.
+        PipelineError: naming the parts. Those that were freed count as the state's own.
     """
-    parts = parts_of(family)
-    marked = {key: vars(part).get(MARK) for key, part in parts.items()}
-    foreign = [key for key, mark in marked.items() if mark not in (None, holder.mark)]
+    parts = customized_components(family)
+    marked = {key: vars(part).get(TAG_ATTRIBUTE) for key, part in parts.items()}
+    foreign = [key for key, mark in marked.items() if mark not in (None, state.ownership_tag)]
     if foreign:
         raise PipelineError(
             f"the {_and(foreign)} of this pipeline carry concepts that were attached through "
@@ -195,8 +200,8 @@ def check_sharing(family: Family, holder: Holder) -> None:
             fix=f"call unload_custom() on that pipeline first, put its {family.denoiser_key} back "
             "if it was replaced, or load this pipeline with components of its own",
         )
-    others = [key for key, part in parts.items() if holder.parts.get(key, part) is not part]
-    others += [key for key in parts if holder.parts and key not in holder.parts]
+    others = [key for key, part in parts.items() if state.components.get(key, part) is not part]
+    others += [key for key in parts if state.components and key not in state.components]
     if others:
         raise PipelineError(
             f"the {family.denoiser_key} of this pipeline carries concepts that were attached "
@@ -210,10 +215,10 @@ def _and(keys: Iterable[str]) -> str:
     return " and ".join(sorted(keys)) or "components"
 
 
-def _unsaveable(holder: Holder) -> str:
+def _unsaveable(state: AttachedState) -> str:
     """Why models with what is attached cannot be saved; empty where they can."""
-    attached = holder.attached
-    if holder.shelf is not None:
+    attached = state.attached
+    if state.library_cache is not None:
         return (
             "the concepts of a library are attached beside the weights as prompts name them, and "
             "stock diffusers could not open what is saved"
@@ -234,7 +239,7 @@ def _unsaveable(holder: Holder) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
+class ConceptRow:
     """One line of :class:`Customization`."""
 
     name: str
@@ -252,7 +257,7 @@ class Customization:
 
     Attributes:
         rows: one for each concept, in the order of loading.
-        place: family, and device and dtype of the denoiser.
+        model: family, and device and dtype of the denoiser.
         merge: by which method several concepts are merged.
         attention: which backend took effect in each component; empty where none was chosen.
         memory: what was done to fit the model into memory; empty where nothing was.
@@ -260,8 +265,8 @@ class Customization:
         avoid: what prompts are cleaned of, and how; empty where nothing was loaded for that.
     """
 
-    rows: tuple[Row, ...]
-    place: str
+    rows: tuple[ConceptRow, ...]
+    model: str
     merge: str = SUM
     attention: tuple[BackendReport, ...] = ()
     memory: str = ""
@@ -296,4 +301,4 @@ class Customization:
         rule = "  ".join("-" * width for width in widths)
         count = f"{len(self.rows)} concept" + ("s" if len(self.rows) > 1 else "")
         merged = f", merged by {self.merge}" if len(self.rows) > 1 else ""
-        return "\n".join([f"{count} on {self.place}{merged}", texts[0], rule, *texts[1:]])
+        return "\n".join([f"{count} on {self.model}{merged}", texts[0], rule, *texts[1:]])

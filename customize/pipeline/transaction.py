@@ -31,68 +31,86 @@ from customize.core.lowrank import LowRank
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.pipeline import set_biases_and_norms
-from customize.pipeline.fuse_weights import Updates, check_fusable, check_unchanged, fuse_updates
-from customize.pipeline.model_guards import ADAPTER, active_adapters, guard, unguard
-from customize.pipeline.set_biases_and_norms import sums_of
-from customize.pipeline.state import Attached, Holder, Merging, keep, tokenizers_of
+from customize.pipeline.fuse_weights import (
+    FusedUpdates,
+    check_fusable,
+    check_unchanged,
+    fuse_updates,
+)
+from customize.pipeline.model_guards import (
+    ADAPTER_NAME,
+    active_adapters,
+    guard_fusing,
+    unguard_fusing,
+)
+from customize.pipeline.set_biases_and_norms import sum_vectors
+from customize.pipeline.state import (
+    AttachedConcept,
+    AttachedState,
+    MergePlan,
+    get_tokenizers,
+    set_state,
+)
 from customize.pipeline.tokenizer_subclass import expand_triggers
 from customize.pipeline.validation import check_layers, check_range
 
 #: component -> module -> what is to be beside the weight.
-Beside = Mapping[str, Mapping[str, LowRank]]
+AdapterUpdates = Mapping[str, Mapping[str, LowRank]]
 
 
-def change(family: Family, holder: Holder, after: dict[str, Attached], merging: Merging) -> None:
+def apply_attachments(
+    family: Family, state: AttachedState, after: dict[str, AttachedConcept], merging: MergePlan
+) -> None:
     """From what is attached to what is wanted, wholly or not at all.
 
     Args:
-        family: of all that the holder knows to be changed.
+        family: of all that the state knows to be changed.
         merging: how it is to be merged, with an input for each where that is "fusion".
     """
-    before, was_merging = holder.attached, holder.merging
+    before, was_merging = state.attached, state.merge_plan
     models = family.adaptable
-    dtypes = _adapter_dtypes(models, holder)
-    new = _updates(family, holder, after, merging, dtypes)
-    old = _updates(family, holder, before, was_merging, dtypes)
+    dtypes = _adapter_dtypes(models, state)
+    new = _updates(family, state, after, merging, dtypes)
+    old = _updates(family, state, before, was_merging, dtypes)
     layers = {
         (component, module)
         for updates in (*new, *old)
         for component, own in updates.items()
         for module in own
     }
-    layers |= _layers(holder).keys()  # of a library's, some may be idle
-    check_layers(models, sorted(layers), wrapping=not _can_swap(holder, new[0]))
+    layers |= _layers(state).keys()  # of a library's, some may be idle
+    check_layers(models, sorted(layers), wrapping=not _can_swap(state, new[0]))
     for component, model in models.items():
-        ours = any(each.is_there() and component in each.models for each in holder.adapters)
-        if ADAPTER in getattr(model, "peft_config", {}) and not ours:
+        ours = any(each.is_there() and component in each.models for each in state.adapters)
+        if ADAPTER_NAME in getattr(model, "peft_config", {}) and not ours:
             raise PipelineError(
-                f"an adapter named {ADAPTER} that was not loaded by load_custom is attached",
+                f"an adapter named {ADAPTER_NAME} that was not loaded by load_custom is attached",
                 where=component,
-                fix=f'call delete_adapters("{ADAPTER}") first, or load it under another name',
+                fix=f'call delete_adapters("{ADAPTER_NAME}") first, or load it under another name',
             )
     with _writable(models), materialize(models):
-        check_fusable(models, new[1], holder.originals)
-        vectors = sums_of(after, merging.method), sums_of(before, was_merging.method)
-        set_biases_and_norms.check_vectors(models, vectors[0], holder.vectors)
-        unchanged = set_biases_and_norms.check_unchanged(models, vectors[1], holder.vectors)
-        originals = check_unchanged(models, old[1], holder.originals)
-        was = {place: _Use.of(layer) for place, layer in _layers(holder).items()}
-        factors = _factors(holder, old[0])
-        gone = [adapter for adapter in holder.adapters if not adapter.is_there()]
+        check_fusable(models, new[1], state.weight_originals)
+        vectors = sum_vectors(after, merging.method), sum_vectors(before, was_merging.method)
+        set_biases_and_norms.check_vectors(models, vectors[0], state.vector_originals)
+        unchanged = set_biases_and_norms.check_unchanged(models, vectors[1], state.vector_originals)
+        originals = check_unchanged(models, old[1], state.weight_originals)
+        was = {place: _Use.of(layer) for place, layer in _layers(state).items()}
+        factors = _factors(state, old[0])
+        gone = [adapter for adapter in state.adapters if not adapter.is_there()]
         try:
-            holder.originals.update(originals)
-            holder.vectors.update(unchanged)
-            set_biases_and_norms.set_vectors(models, vectors[0], holder.vectors)
-            _rebuild(family, models, holder, after, *new, dtypes)
-            for place, layer in _layers(holder).items():
-                layer.scaling[ADAPTER] *= factors.get(place, 1.0)
-            holder.merging = merging
+            state.weight_originals.update(originals)
+            state.vector_originals.update(unchanged)
+            set_biases_and_norms.set_vectors(models, vectors[0], state.vector_originals)
+            _rebuild(family, models, state, after, *new, dtypes)
+            for place, layer in _layers(state).items():
+                layer.scaling[ADAPTER_NAME] *= factors.get(place, 1.0)
+            state.merge_plan = merging
         except BaseException:
             removed = {component for adapter in gone for component in adapter.models}
             beside = {key: own for key, own in old[0].items() if key not in removed}
-            set_biases_and_norms.set_vectors(models, vectors[1], holder.vectors)
-            _rebuild(family, models, holder, before, beside, old[1], dtypes)
-            holder.adapters += gone  # so that it is still known to be missing
+            set_biases_and_norms.set_vectors(models, vectors[1], state.vector_originals)
+            _rebuild(family, models, state, before, beside, old[1], dtypes)
+            state.adapters += gone  # so that it is still known to be missing
             for place, use in was.items():
                 use.restore(models[place[0]].get_submodule(place[1]))
             raise
@@ -101,36 +119,36 @@ def change(family: Family, holder: Holder, after: dict[str, Attached], merging: 
 def _rebuild(
     family: Family,
     models: Mapping[str, nn.Module],
-    holder: Holder,
-    attached: dict[str, Attached],
-    beside: Beside,
-    into: Updates,
+    state: AttachedState,
+    attached: dict[str, AttachedConcept],
+    beside: AdapterUpdates,
+    into: FusedUpdates,
     dtypes: Mapping[str, torch.dtype],
 ) -> None:
     """Make adapters, weights and vocabularies those of ``attached``, from any state between."""
-    swapped = _can_swap(holder, beside)
-    while holder.adapters and not swapped:
+    swapped = _can_swap(state, beside)
+    while state.adapters and not swapped:
         # Also where someone deleted it: the layers are wrapped still.
-        adapter = holder.adapters.pop()
+        adapter = state.adapters.pop()
         for component, layers in adapter.layers.items():
-            unguard(adapter.models[component], layers.values())
+            unguard_fusing(adapter.models[component], layers.values())
         adapter.remove()
-    fuse_updates(models, into, holder.originals)
-    for adapter in holder.adapters:
+    fuse_updates(models, into, state.weight_originals)
+    for adapter in state.adapters:
         (component,) = adapter.models
         adapter.swap(beside, dtypes[component])
     if not swapped:
-        _wrap(family, models, holder, beside, dtypes)
-    _set_tokens(family, holder, attached)
-    holder.attached = attached
-    keep(family, holder)
+        _wrap(family, models, state, beside, dtypes)
+    _set_tokens(family, state, attached)
+    state.attached = attached
+    set_state(family, state)
 
 
 def _wrap(
     family: Family,
     models: Mapping[str, nn.Module],
-    holder: Holder,
-    beside: Beside,
+    state: AttachedState,
+    beside: AdapterUpdates,
     dtypes: Mapping[str, torch.dtype],
 ) -> None:
     """Put an adapter with these updates into each model that they change."""
@@ -140,25 +158,25 @@ def _wrap(
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         for component, updates in beside.items():
             own, dtype = {component: updates}, dtypes[component]
-            holder.adapters.append(attach_products(family, own, name=ADAPTER, dtype=dtype))
-            wrapped = list(holder.adapters[-1].layers[component].values())
-            guard(models[component], wrapped)
+            state.adapters.append(attach_products(family, own, name=ADAPTER_NAME, dtype=dtype))
+            wrapped = list(state.adapters[-1].layers[component].values())
+            guard_fusing(models[component], wrapped)
             for layer in wrapped:
-                if list(layer.lora_A) == [ADAPTER]:
+                if list(layer.lora_A) == [ADAPTER_NAME]:
                     # Names that are not in a layer are harmless there, and diffusers asks just
                     # one layer which adapters of the whole pipeline are active.
-                    layer.set_adapter([*active, ADAPTER], inference_mode=True)
+                    layer.set_adapter([*active, ADAPTER_NAME], inference_mode=True)
 
 
-def _can_swap(holder: Holder, beside: Beside) -> bool:
+def _can_swap(state: AttachedState, beside: AdapterUpdates) -> bool:
     """Whether the adapters that are there can carry these updates, without wrapping layers anew.
 
     They keep no layer more than they change, but for a library, where the next call may need it.
     """
-    if not holder.adapters or not all(adapter.is_there() for adapter in holder.adapters):
+    if not state.adapters or not all(adapter.is_there() for adapter in state.adapters):
         return False
-    layers = {key: own.keys() for each in holder.adapters for key, own in each.layers.items()}
-    if holder.shelf is None:
+    layers = {key: own.keys() for each in state.adapters for key, own in each.layers.items()}
+    if state.library_cache is None:
         return layers == {key: own.keys() for key, own in beside.items()}
     return all(own.keys() <= layers.get(key, set()) for key, own in beside.items())
 
@@ -176,7 +194,9 @@ def _writable(models: Mapping[str, nn.Module]) -> Iterator[None]:
         yield
 
 
-def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]) -> None:
+def _set_tokens(
+    family: Family, state: AttachedState, attached: Mapping[str, AttachedConcept]
+) -> None:
     dictionaries = {dictionary.key: dictionary for dictionary in family.token_dictionaries()}
     owned = {
         (key, subject.trigger): rows
@@ -184,35 +204,39 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
         for subject in each.concept.subjects
         for key, rows in subject.embeddings.items()
     }
-    for (key, trigger), names in list(holder.tokens.items()):
+    for (key, trigger), names in list(state.token_names.items()):
         left = known_tokens(dictionaries[key].tokenizer, names)
         if trigger not in left:  # someone else's unload_textual_inversion
-            del holder.tokens[key, trigger]
+            del state.token_names[key, trigger]
             if left:
                 remove_tokens(dictionaries[key], left)
             pool_at_end(dictionaries[key])
     owners = {t: each.concept for each in attached.values() for t in each.concept.info.triggers}
     before = {
-        t: each.concept for each in holder.attached.values() for t in each.concept.info.triggers
+        t: each.concept for each in state.attached.values() for t in each.concept.info.triggers
     }
     for (key, trigger), rows in owned.items():
         dictionary, (names, whole) = dictionaries[key], vocabulary_rows(trigger, rows)
         # Of a library's, what is left from an earlier call may be of a file that has changed since.
         if (
-            holder.shelf is not None
-            and (key, trigger) in holder.tokens
+            state.library_cache is not None
+            and (key, trigger) in state.token_names
             and owners[trigger] is not before.get(trigger)
-            and not (holder.tokens[key, trigger] == names and has_rows(dictionary, names, whole))
+            and not (
+                state.token_names[key, trigger] == names and has_rows(dictionary, names, whole)
+            )
         ):
-            remove_tokens(dictionary, holder.tokens.pop((key, trigger)))
-        if (key, trigger) not in holder.tokens:
+            remove_tokens(dictionary, state.token_names.pop((key, trigger)))
+        if (key, trigger) not in state.token_names:
             add_tokens(dictionary, names, whole)
-            holder.tokens[key, trigger] = names
+            state.token_names[key, trigger] = names
     # Last, because what is removed and added again would have other ids than before. With a library
     # they stay, as removing them takes a second of a large vocabulary.
-    gone = [place for place in holder.tokens if place not in owned and holder.shelf is None]
+    gone = [
+        place for place in state.token_names if place not in owned and state.library_cache is None
+    ]
     for key in {key for key, _ in gone}:
-        entries_of = [holder.tokens.pop(place) for place in gone if place[0] == key]
+        entries_of = [state.token_names.pop(place) for place in gone if place[0] == key]
         remove_tokens(dictionaries[key], [name for names in entries_of for name in names])
     subjects = [subject for each in attached.values() for subject in each.concept.subjects]
     triggers = {
@@ -220,21 +244,21 @@ def _set_tokens(family: Family, holder: Holder, attached: Mapping[str, Attached]
     }
     layered = [each.trigger for each in subjects if each.token_layers]
     layers = max((each.token_layers for each in subjects), default=0)
-    for tokenizer in tokenizers_of(family).values():
+    for tokenizer in get_tokenizers(family).values():
         expand_triggers(tokenizer, triggers, layered, layers)
-    while holder.hooks:
-        holder.hooks.pop().remove()
+    while state.layerwise_hooks:
+        state.layerwise_hooks.pop().remove()
     if layers:
-        holder.hooks = [*hook_cross_attention(family), *hook_text_encoder(family)]
+        state.layerwise_hooks = [*hook_cross_attention(family), *hook_text_encoder(family)]
 
 
 def _updates(
     family: Family,
-    holder: Holder,
-    attached: Mapping[str, Attached],
-    merging: Merging,
+    state: AttachedState,
+    attached: Mapping[str, AttachedConcept],
+    merging: MergePlan,
     dtypes: Mapping[str, torch.dtype],
-) -> tuple[Beside, Updates]:
+) -> tuple[AdapterUpdates, FusedUpdates]:
     """The merges of what is to be beside the weights, and what is to be merged into them.
 
     Args:
@@ -244,29 +268,35 @@ def _updates(
         ConfigError: the first do not fit into the adapters' types.
     """
 
-    def make() -> Beside:
+    def make() -> AdapterUpdates:
         layers = _layers_of(family, attached, merging, fused=False)
         beside = {c: {m: layer.truncate() for m, layer in own.items()} for c, own in layers.items()}
         for component, own in beside.items():
             check_range(component, own, dtypes[component], layers[component])
         return beside
 
-    def make_ready() -> Beside:
+    def make_ready() -> AdapterUpdates:
         return {
             component: {module: _ready(u, dtypes[component], on_cuda) for module, u in own.items()}
             for component, own in make().items()
         }
 
     into = _layers_of(family, attached, merging, fused=True)
-    if holder.shelf is None:
+    if state.library_cache is None:
         return make(), into
     # Not its .device, for which diffusers walks over all modules.
     on_cuda = next(family.denoiser.parameters()).is_cuda
     said = tuple((name, each.weight, each.fused) for name, each in attached.items())
-    inputs = merging.inputs if merging.method == FUSION else {}
+    inputs = merging.input_statistics if merging.method == FUSION else {}
     of = [*(each.concept for each in attached.values()), *inputs.values()]
-    how = (merging.method, *sorted(merging.settings.items()), said, *dtypes.values(), on_cuda)
-    return holder.shelf.merged(how, of, make_ready), into
+    how = (
+        merging.method,
+        *sorted(merging.method_settings.items()),
+        said,
+        *dtypes.values(),
+        on_cuda,
+    )
+    return state.library_cache.get_merged_updates(how, of, make_ready), into
 
 
 def _ready(update: LowRank, dtype: torch.dtype, pinned: bool) -> LowRank:
@@ -278,21 +308,21 @@ def _ready(update: LowRank, dtype: torch.dtype, pinned: bool) -> LowRank:
 
 
 def _layers_of(
-    family: Family, attached: Mapping[str, Attached], merging: Merging, fused: bool
-) -> Updates:
+    family: Family, attached: Mapping[str, AttachedConcept], merging: MergePlan, fused: bool
+) -> FusedUpdates:
     """What is to be merged of those concepts that are fused, or of those that are not."""
     chosen = [each for each in attached.values() if each.fused == fused]
     rest = [each for each in attached.values() if each.fused != fused]
     if not chosen:
         return {}
-    inputs = merging.inputs if merging.method == FUSION else {}
+    inputs = merging.input_statistics if merging.method == FUSION else {}
     layers = plan_merge(
         [each.concept for each in chosen],
         [each.weight for each in chosen],
         merging.method,
         inputs=[inputs[each.name] for each in chosen] if inputs else (),
         others=[inputs[each.name] for each in rest] if inputs else (),
-        **(merging.settings if merging.method == merging.chosen else {}),
+        **(merging.method_settings if merging.method == merging.requested_method else {}),
     )
     return fit(layers, family)
 
@@ -308,43 +338,45 @@ class _Use:
     @classmethod
     def of(cls, layer: Any) -> _Use:
         flags = {name: p.requires_grad for name, p in layer.named_parameters()}
-        return cls(list(layer.active_adapters), layer.scaling[ADAPTER], flags)
+        return cls(list(layer.active_adapters), layer.scaling[ADAPTER_NAME], flags)
 
     def restore(self, layer: Any) -> None:
-        layer.scaling[ADAPTER] = self.scale
+        layer.scaling[ADAPTER_NAME] = self.scale
         layer.set_adapter(self.active)
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(self.flags.get(name, False))
 
 
-def _layers(holder: Holder) -> dict[tuple[str, str], Any]:
+def _layers(state: AttachedState) -> dict[tuple[str, str], Any]:
     """(component, module) -> every layer that carries our adapter still."""
     return {
         (component, module): layer
-        for adapter in holder.adapters
+        for adapter in state.adapters
         if adapter.is_there()
         for component, layers in adapter.layers.items()
         for module, layer in layers.items()
     }
 
 
-def _factors(holder: Holder, updates: Beside) -> dict[tuple[str, str], float]:
+def _factors(state: AttachedState, updates: AdapterUpdates) -> dict[tuple[str, str], float]:
     """What others have multiplied our adapter with, by diffusers' ``set_adapters``."""
     return {
-        (component, module): layer.scaling[ADAPTER] / updates[component][module].scale
-        for (component, module), layer in _layers(holder).items()
+        (component, module): layer.scaling[ADAPTER_NAME] / updates[component][module].scale
+        for (component, module), layer in _layers(state).items()
         if module in updates.get(component, {})  # where it is active
     }
 
 
-def _adapter_dtypes(models: Mapping[str, nn.Module], holder: Holder) -> dict[str, torch.dtype]:
+def _adapter_dtypes(
+    models: Mapping[str, nn.Module], state: AttachedState
+) -> dict[str, torch.dtype]:
     """Component -> the type of our adapter there: as it is, or where there is none, as it will be.
 
     Whoever casts the model casts what is there as well.
     """
     there = {
-        component: next(iter(layers.values())).lora_B[ADAPTER].weight.dtype
-        for adapter in holder.adapters
+        component: next(iter(layers.values())).lora_B[ADAPTER_NAME].weight.dtype
+        for adapter in state.adapters
         if adapter.is_there()
         for component, layers in adapter.layers.items()
     }

@@ -40,13 +40,13 @@ def check_base(family: Family, concepts: Iterable[Adaptation]) -> None:
     ]
     # Once for all, as it takes a walk over the model.
     ours = family.fingerprint() if said else {}
-    with naming_quantizers(family):
+    with explain_quantized_layers(family):
         for concept in said:
             _check_base(family, ours, concept)
 
 
 @contextmanager
-def naming_quantizers(family: Family) -> Iterator[None]:
+def explain_quantized_layers(family: Family) -> Iterator[None]:
     """Say where layers are not found because a quantizer has replaced them by its own.
 
     Raises:
@@ -258,7 +258,7 @@ def _check_tables(family: Family, subject: Subject) -> None:
             )
 
 
-def check_encoders_here(family: Family, what: str, where: str) -> None:
+def check_text_encoders_loaded(family: Family, what: str, where: str) -> None:
     """Refuse a text encoder whose weights are away, where a stage encodes prompts of its own.
 
     Args:

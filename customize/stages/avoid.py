@@ -16,10 +16,10 @@ from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import uncompiled
 from customize.near_names import did_you_mean
-from customize.pipeline.call_wrapper import Call, Host, Stage
-from customize.pipeline.state import Holder
+from customize.pipeline.call_wrapper import CallArguments, CallContext, Stage
+from customize.pipeline.state import AttachedState
 from customize.pipeline.user_warnings import warn_user
-from customize.pipeline.validation import check_encoders_here
+from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.decor.kv_updates import ALL, UpdateCleaner, adapted_kv_layers
 from customize.stages.decor.negative_prompt import add_to_negative_prompt, argument_texts
 from customize.stages.decor.text_encoder import EncoderCleaning, clean_text_encoders
@@ -188,25 +188,25 @@ def _is_text(value: object) -> bool:
 
 
 @contextmanager
-def _run(host: Host, call: Call, avoid: Any = None) -> Iterator[Call]:
-    pipe, family, holder = host.pipe, host.family, host.state
-    settings = holder.settings.get(Decor) or Decor()
+def _run(context: CallContext, call: CallArguments, avoid: Any = None) -> Iterator[CallArguments]:
+    pipe, family, state = context.pipe, context.family, context.state
+    settings = state.stage_settings.get(Decor) or Decor()
     given = settings.avoid if avoid is None else avoid
     if given is None:
         yield call
         return
     phrases = parse_phrases(given)
     if phrases == (AUTO,):
-        phrases = _phrases_from_captions(holder)
+        phrases = _phrases_from_captions(state)
     asked = _phrases_by_prompt(argument_texts(call, "prompt"), phrases)
     if not any(asked.values()) or settings.strength == 0:
         yield call
         return
-    check_encoders_here(family, "cleaned prompts are compared with others", _WHERE)
-    target = _target(pipe, family, holder, settings)
+    check_text_encoders_loaded(family, "cleaned prompts are compared with others", _WHERE)
+    target = _target(pipe, family, state, settings)
     named: list[str] = []
     if target != "prompt" and settings.negative == "named":
-        call, named = add_to_negative_prompt(host, call, asked)
+        call, named = add_to_negative_prompt(context, call, asked)
     kept = tuple(argument_texts(call, "negative_prompt"))
     with ExitStack() as stack:
         withheld = None
@@ -214,10 +214,10 @@ def _run(host: Host, call: Call, avoid: Any = None) -> Iterator[Call]:
             left = () if settings.negative == "cleaned" else ("", *kept)
             withheld = UpdateCleaner(
                 family,
-                holder,
+                state,
                 phrases,
                 left,
-                [text for text in named if text not in asked and not _names_concept(holder, text)],
+                [text for text in named if text not in asked and not _names_concept(state, text)],
                 rank=settings.rank,
                 centred=settings.centred,
                 noise=settings.noise,
@@ -236,7 +236,7 @@ def _run(host: Host, call: Call, avoid: Any = None) -> Iterator[Call]:
                 rows=settings.rows,
                 centred=settings.centred,
                 pooled=settings.pooled,
-                triggers=_token_names(holder),
+                triggers=_token_names(state),
             )
             stack.enter_context(clean_text_encoders(family, cleaning))
         if withheld is not None:
@@ -250,7 +250,7 @@ DECOR = Stage(
     ("avoid",),
     _run,
     setting=Decor,
-    acts=lambda state: _has_default_phrases(state.settings.get(Decor)),
+    acts=lambda state: _has_default_phrases(state.stage_settings.get(Decor)),
 )
 
 
@@ -288,7 +288,7 @@ def _phrases_by_prompt(
     return found
 
 
-def _target(pipe: Any, family: Family, holder: Holder, settings: Decor) -> Target:
+def _target(pipe: Any, family: Family, state: AttachedState, settings: Decor) -> Target:
     """Where it is done, of those that can be."""
     if settings.target == "prompt":
         return _throughout(settings)
@@ -297,7 +297,7 @@ def _target(pipe: Any, family: Family, holder: Holder, settings: Decor) -> Targe
         why = f"models of family {family.name} do not read prompts by cross-attention as encoded"
     elif _is_compiled(pipe.components[family.denoiser_key]):
         why = "the denoiser is compiled, where its layers cannot be reached"
-    elif not adapted_kv_layers(family, holder):
+    elif not adapted_kv_layers(family, state):
         why = "no concept is attached beside the weights that adds to what layers read in prompts"
     if not why:
         return settings.target or "concepts"
@@ -327,10 +327,10 @@ def _is_compiled(denoiser: Any) -> bool:
     )
 
 
-def _phrases_from_captions(holder: Holder) -> tuple[str, ...]:
+def _phrases_from_captions(state: AttachedState) -> tuple[str, ...]:
     """What the captions of all attached concepts' pictures share beside the concept."""
     found: dict[str, None] = {}
-    for each in holder.attached.values():
+    for each in state.attached.values():
         words = each.concept.info.training.get("captions_share")
         known = words if isinstance(words, list) else []
         found |= dict.fromkeys(word for word in known if isinstance(word, str))
@@ -343,11 +343,11 @@ def _phrases_from_captions(holder: Holder) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _names_concept(holder: Holder, text: str) -> bool:
+def _names_concept(state: AttachedState, text: str) -> bool:
     """Whether a text calls an attached concept."""
-    infos = [each.concept.info for each in holder.attached.values()]
+    infos = [each.concept.info for each in state.attached.values()]
     return any(places_of(words, text) for info in infos for words in (info.words, *info.triggers))
 
 
-def _token_names(holder: Holder) -> frozenset[str]:
-    return frozenset(name for names in holder.tokens.values() for name in names)
+def _token_names(state: AttachedState) -> frozenset[str]:
+    return frozenset(name for names in state.token_names.values() for name in names)

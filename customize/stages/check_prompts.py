@@ -13,8 +13,8 @@ from customize.concepts.tokens.prompt_phrases import find_phrase
 from customize.concepts.tokens.token_rows import known_tokens, tokens_containing
 from customize.families import Family
 from customize.near_names import did_you_mean
-from customize.pipeline.call_wrapper import Call, Host, Stage
-from customize.pipeline.state import Holder, tokenizers_of
+from customize.pipeline.call_wrapper import CallArguments, CallContext, Stage
+from customize.pipeline.state import AttachedState, get_tokenizers
 from customize.pipeline.user_warnings import warn_user
 from customize.stages.decor.text_encoder import tokenizer_for
 
@@ -22,7 +22,7 @@ _PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
 _TRIGGER = re.compile(TRIGGER, re.IGNORECASE)
 
 
-def prompt_arguments(call: Call) -> dict[str, Any]:
+def prompt_arguments(call: CallArguments) -> dict[str, Any]:
     """Argument -> its value, for every one that is a prompt, the negative ones too."""
     return {name: value for name, value in call.items() if _PROMPT.fullmatch(name)}
 
@@ -45,7 +45,9 @@ class Vocabulary:
         names: of the attached concepts that count; None: all.
     """
 
-    def __init__(self, family: Family, state: Holder, names: Collection[str] | None = None) -> None:
+    def __init__(
+        self, family: Family, state: AttachedState, names: Collection[str] | None = None
+    ) -> None:
         infos = [
             each.concept.info
             for name, each in state.attached.items()
@@ -53,8 +55,8 @@ class Vocabulary:
         ]
         self.triggers = [trigger for info in infos for trigger in info.triggers]
         self._words = " ".join(info.words for info in infos).lower()
-        self._tokenizers = list(tokenizers_of(family).values())
-        self._entries = {name for entries in state.tokens.values() for name in entries}
+        self._tokenizers = list(get_tokenizers(family).values())
+        self._entries = {name for entries in state.token_names.values() for name in entries}
 
     def triggers_in(self, texts: Iterable[str]) -> list[str]:
         """What looks like a trigger, each once; no part of a longer token of others."""
@@ -88,20 +90,20 @@ class Vocabulary:
 
 
 @contextmanager
-def _run(host: Host, call: Call) -> Iterator[Call]:
+def _run(context: CallContext, call: CallArguments) -> Iterator[CallArguments]:
     """Warn about triggers, except where a step attaches the call's concepts and warns itself."""
     if call.get("concepts") is None:
-        warn_about_triggers(host, call)
+        warn_about_triggers(context, call)
     yield call
 
 
-def warn_about_triggers(host: Host, call: Call) -> None:
+def warn_about_triggers(context: CallContext, call: CallArguments) -> None:
     """Warn of what looks like a trigger and is none, and of triggers that are cut off.
 
     Args:
         call: the arguments by name, of which the prompts count.
     """
-    vocabulary = Vocabulary(host.family, host.state)
+    vocabulary = Vocabulary(context.family, context.state)
     texts = [text for prompt in prompt_arguments(call).values() for text in flatten_texts(prompt)]
     for token in vocabulary.unknown_in(texts):
         hint = did_you_mean(token, vocabulary.triggers)
@@ -109,24 +111,24 @@ def warn_about_triggers(host: Host, call: Call) -> None:
             f"the prompt names {token}, and no attached concept has that trigger; "
             + (hint or f"those that are attached are {', '.join(vocabulary.triggers) or 'none'}")
         )
-    for message in truncation_warnings(host, call):
+    for message in truncation_warnings(context, call):
         warn_user(message)
 
 
 #: Checks the prompts of customized pipelines.
-PROMPTS = Stage((), _run, acts=lambda s: bool(s.attached or s.shelf), exclusive=False)
+PROMPTS = Stage((), _run, acts=lambda s: bool(s.attached or s.library_cache), exclusive=False)
 
 
-def truncation_warnings(host: Host, call: Call) -> list[str]:
+def truncation_warnings(context: CallContext, call: CallArguments) -> list[str]:
     """What to say of prompts in which an attached concept is named behind what is read."""
-    infos = [each.concept.info for each in host.state.attached.values()]
+    infos = [each.concept.info for each in context.state.attached.values()]
     names = list(dict.fromkeys(name for info in infos for name in (info.words, *info.triggers)))
-    if "max_embeddings_multiples" in host.parameters:
+    if "max_embeddings_multiples" in context.parameters:
         return []  # a community pipeline, which reads long prompts in parts
     found = []
-    for key in host.family.all_text_encoders:
-        tokenizer = tokenizer_for(host.family, key)
-        window = _token_limit(host, call, key, tokenizer)
+    for key in context.family.all_text_encoders:
+        tokenizer = tokenizer_for(context.family, key)
+        window = _token_limit(context, call, key, tokenizer)
         if window is None:
             continue
         for start in ("prompt", "negative_prompt"):
@@ -155,11 +157,11 @@ def is_truncated(name: str, text: str, tokenizer: Any, window: int) -> bool:
     return len(begun) > window - tokenizer.num_special_tokens_to_add()
 
 
-def _token_limit(host: Host, call: Call, key: str, tokenizer: Any) -> int | None:
+def _token_limit(context: CallContext, call: CallArguments, key: str, tokenizer: Any) -> int | None:
     """How many tokens of a prompt an encoder reads; None where that is not known."""
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
         return None
-    if key in host.family.clip_encoders:
+    if key in context.family.clip_encoders:
         return int(tokenizer.model_max_length)
-    given = call.get("max_sequence_length", host.parameters.get("max_sequence_length"))
+    given = call.get("max_sequence_length", context.parameters.get("max_sequence_length"))
     return given if isinstance(given, int) else None

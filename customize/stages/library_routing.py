@@ -19,31 +19,33 @@ from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.pipeline.call_lock import is_nested
-from customize.pipeline.call_wrapper import Call, Host, Stage
-from customize.pipeline.state import Holder
+from customize.pipeline.call_wrapper import CallArguments, CallContext, Stage
+from customize.pipeline.state import AttachedState
 from customize.stages.check_prompts import Vocabulary, flatten_texts, prompt_arguments
 
 
 @contextmanager
-def _routed(host: Host, call: Call) -> Iterator[Call]:
+def _routed(context: CallContext, call: CallArguments) -> Iterator[CallArguments]:
     """Attach what the prompts name, and leave it there: the next such call then does nothing.
 
     A call inside another one of the same models, as a callback makes it, puts back what was there.
     """
     from customize.pipeline.attach import route_to  # which has the table of stages, and so this
 
-    family, holder = host.family, host.state
+    family, state = context.family, context.state
     prompts = prompt_arguments(call)
     texts = [text for value in prompts.values() for text in flatten_texts(value)]
     if not texts:
         yield call
         return
-    entries = _named(family, holder, texts)
-    shelf = holder.shelf
-    assert shelf is not None
-    before = [shelf.library.entries[source] for source in shelf.active] if is_nested() else None
+    entries = _named(family, state, texts)
+    cache = state.library_cache
+    assert cache is not None
+    before = (
+        [cache.library.entries[source] for source in cache.active_concepts] if is_nested() else None
+    )
     with full_precision(tf32=True):
-        route_to(family, holder, [*{entry.source: entry for entry in entries.values()}.values()])
+        route_to(family, state, [*{entry.source: entry for entry in entries.values()}.values()])
     words = {
         trigger: entry.words or entry.name.replace("-", " ").replace("_", " ")
         for trigger, entry in entries.items()
@@ -52,43 +54,43 @@ def _routed(host: Host, call: Call) -> Iterator[Call]:
     try:
         yield call | {name: _worded(value, words) for name, value in prompts.items()}
     finally:
-        if before is not None and holder.shelf is shelf:
+        if before is not None and state.library_cache is cache:
             with full_precision(tf32=True):
-                route_to(family, holder, before)
+                route_to(family, state, before)
 
 
-ROUTING = Stage(arguments=(), run=_routed, acts=lambda state: state.shelf is not None)
+ROUTING = Stage(arguments=(), run=_routed, acts=lambda state: state.library_cache is not None)
 
 
-def _named(family: Family, holder: Holder, texts: Iterable[str]) -> dict[str, Entry]:
+def _named(family: Family, state: AttachedState, texts: Iterable[str]) -> dict[str, Entry]:
     """Token, in lower case -> the concept of the library that it calls.
 
     Raises:
         ConfigError: something looks like a trigger, and nothing knows it.
-        ConceptError: see :meth:`customize.pipeline.library_cache.Shelf.entry`.
+        ConceptError: see :meth:`customize.pipeline.library_cache.LibraryCache.find_entry`.
     """
-    shelf = holder.shelf
-    assert shelf is not None
-    shelf.library.follow()
-    by_name = [name for name, each in holder.attached.items() if not each.routed]
-    vocabulary = Vocabulary(family, holder, by_name)
+    cache = state.library_cache
+    assert cache is not None
+    cache.library.follow()
+    by_name = [name for name, each in state.attached.items() if not each.routed]
+    vocabulary = Vocabulary(family, state, by_name)
     loaded = {trigger.lower() for trigger in vocabulary.triggers}
     found: dict[str, Entry] = {}
     for token in vocabulary.triggers_in(texts):
         trigger = token.lower()
         if trigger in loaded or trigger in found:
             continue
-        entry = shelf.entry(trigger)
+        entry = cache.find_entry(trigger)
         if entry is not None:
             found[trigger] = entry
             continue
         if not vocabulary.has_elsewhere(token):
-            near = ", ".join(shelf.library.near(trigger, shelf.fits))
-            count = len(shelf.library.entries)
+            near = ", ".join(cache.library.near(trigger, cache.is_compatible))
+            count = len(cache.library.entries)
             raise ConfigError(
                 f"the prompt names {token}, and none of the library's {count} concepts has that "
                 "trigger" + (f"; it has {near}" if near else ""),
-                where=shelf.library.folder,
+                where=cache.library.folder,
                 fix="write one that is there, add the concept to the library, or leave out the "
                 "brackets where a plain word is meant",
             )

@@ -25,7 +25,7 @@ from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.denoiser_inputs import select_rows
 from customize.families.pipeline_components import uncompiled
-from customize.pipeline.call_wrapper import belonging
+from customize.pipeline.call_wrapper import capture_call_scope
 
 #: How far off an encoded prompt may be, over its own size, to be the one that is asked for:
 #: rounding in bfloat16 stays below it, and another prompt is further away.
@@ -132,7 +132,7 @@ class _RegionalDenoiser:
             # As many as the pipeline has, so that they are rounded alike.
             whole = family.encode_prompts([each.prompt for each in asked])
         self.matched = False
-        self._is_ours = belonging()
+        self._is_ours = capture_call_scope()
         said = [
             family.denoiser_kwargs({name: values[[number]] for name, values in whole.items()})
             for number in range(len(asked))

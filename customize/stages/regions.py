@@ -18,8 +18,8 @@ from customize.core.region_weights import box_weights, mask_weights, stack_regio
 from customize.core.scalars import as_float
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
-from customize.pipeline.call_wrapper import Call, Host, Stage
-from customize.pipeline.validation import check_encoders_here
+from customize.pipeline.call_wrapper import CallArguments, CallContext, Stage
+from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.multidiffusion import RegionalPrompt, denoise_by_regions
 from customize.text import quote
 
@@ -38,14 +38,14 @@ _INCOMPATIBLE_ARGUMENTS = ("prompt_embeds", "prompt_2", "prompt_3", "clip_skip")
 
 
 @contextmanager
-def _run(host: Host, call: Call, regions: Any = None) -> Iterator[Call]:
+def _run(context: CallContext, call: CallArguments, regions: Any = None) -> Iterator[CallArguments]:
     if regions is None:
         yield call
         return
-    pipe, family = host.pipe, host.family
+    pipe, family = context.pipe, context.family
     _check_supported(pipe, family, call)
     prompts = _read_prompts(call)
-    words = {name: each.concept.info.words for name, each in host.state.attached.items()}
+    words = {name: each.concept.info.words for name, each in context.state.attached.items()}
     asked = [
         _regional_prompt(prompt, own, words)
         for prompt, own in zip(prompts, _regions_by_prompt(regions, len(prompts)), strict=True)
@@ -210,7 +210,7 @@ def _regions_by_prompt(regions: Any, count: int) -> Sequence[Mapping[str, Any]]:
     return listed
 
 
-def _read_prompts(call: Call) -> list[str]:
+def _read_prompts(call: CallArguments) -> list[str]:
     prompt = call.get("prompt")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     texts = prompts if isinstance(prompts, list | tuple) else []
@@ -223,7 +223,7 @@ def _read_prompts(call: Call) -> list[str]:
     return list(texts)
 
 
-def _check_supported(pipe: Any, family: Family, call: Call) -> None:
+def _check_supported(pipe: Any, family: Family, call: CallArguments) -> None:
     """Refuse what regions cannot be drawn with; nothing has been done yet."""
     if family.regions_unsupported:
         raise PipelineError(
@@ -252,4 +252,4 @@ def _check_supported(pipe: Any, family: Family, call: Call) -> None:
                 where=key,
                 fix="call disable_cache() on it first",
             )
-    check_encoders_here(family, "regions encode prompts of their own", "regions")
+    check_text_encoders_loaded(family, "regions encode prompts of their own", "regions")

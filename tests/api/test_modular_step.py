@@ -16,7 +16,7 @@ from diffusers.modular_pipelines.components_manager import custom_offload_with_h
 from customize.errors import ConceptError, PipelineError
 from customize.families import family_of
 from customize.pipeline import transaction
-from customize.pipeline.state import parts_of
+from customize.pipeline.state import customized_components
 from tests.pipeline.making import assert_same, concept, everything, modular
 from tests.tiny import (
     drawn,
@@ -202,7 +202,9 @@ def test_a_pipeline_that_shares_some_parts_only_is_refused(case: Case) -> None:
     before = everything(other)
     standard.load_custom(concept(standard))
     attached = everything(standard)
-    if parts_of(family).keys() == {key}:  # so that they share nothing that concepts change
+    if customized_components(family).keys() == {
+        key
+    }:  # so that they share nothing that concepts change
         other.load_custom(concept(standard, "tom", index=1))
         assert [row.name for row in standard.custom.rows] == ["rex"]
         assert_same(attached, everything(standard))
@@ -252,7 +254,7 @@ def test_a_failure_leaves_nothing_behind(case: Case, monkeypatch: pytest.MonkeyP
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
     before = everything(pipe)
 
-    keep = transaction.keep
+    keep = transaction.set_state
     failures = iter([MemoryError])
 
     def fails_once(*args: Any) -> None:
@@ -261,7 +263,7 @@ def test_a_failure_leaves_nothing_behind(case: Case, monkeypatch: pytest.MonkeyP
         keep(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(transaction, "keep", fails_once)
+        patch.setattr(transaction, "set_state", fails_once)
         with pytest.raises(MemoryError):
             pipe.load_custom(rex)
     assert_same(before, everything(pipe))

@@ -63,8 +63,10 @@ def test_the_same_again_changes_nothing_and_other_weights_do(
     rex, tom = concept(plain), concept(plain, "tom", index=1)
     pipe.load_custom(rex, fuse=True)
     changes: list[Any] = []
-    change = attach.change
-    monkeypatch.setattr(attach, "change", lambda *given: (changes.append(given), change(*given)))
+    change = attach.apply_attachments
+    monkeypatch.setattr(
+        attach, "apply_attachments", lambda *given: (changes.append(given), change(*given))
+    )
     calls: list[tuple[dict[str, Any], int, list[tuple[str, float, str]]]] = [
         ({}, 0, [("rex", 1.0, "fused")]),
         ({"concepts": [rex]}, 0, [("rex", 1.0, "fused")]),

@@ -53,7 +53,7 @@ def run(code: str) -> str:
         f"import customize\n{BOTH}{BOUND}",
         # Half of them before, half after, and everything bound over again.
         "from diffusers import DiffusionPipeline\nimport customize, importlib\n"
-        f"importlib.reload(customize.api.pipeline_methods).bind()\nimportlib.reload(customize)\n"
+        f"importlib.reload(customize.api.pipeline_methods).patch_pipelines()\nimportlib.reload(customize)\n"
         f"{BOTH}{BOUND}",
         FOREIGN,
     ],

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from customize.errors import PipelineError
 from customize.pipeline import call_lock
-from customize.pipeline.call_lock import _TABLE, Uses, claimed
+from customize.pipeline.call_lock import _TABLE, LockRequest, acquire
 
 SOON, NEVER = 60.0, 0.1  # seconds: until something must have happened, and in which it must not
 
@@ -32,13 +32,13 @@ class Claimer:
 
     def __init__(self, **uses: list[object]) -> None:
         self.started, self.end, self.error = threading.Event(), threading.Event(), None
-        self.uses = Uses(**uses)
+        self.uses = LockRequest(**uses)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         try:
-            with claimed(lambda: self.uses):
+            with acquire(lambda: self.uses):
                 self.started.set()
                 self.end.wait(SOON)
         except PipelineError as error:
@@ -76,10 +76,13 @@ def test_readers_share_and_a_writer_is_alone():
 
 def test_a_call_inside_another_has_its_claims_and_does_not_queue():
     thing, other = Thing(), Thing()
-    with claimed(lambda: Uses(shared=[thing])):
+    with acquire(lambda: LockRequest(shared=[thing])):
         writer = Claimer(exclusive=[thing])
         assert not writer.started.wait(NEVER)
-        with claimed(lambda: Uses(shared=[thing])), claimed(lambda: Uses(exclusive=[thing, other])):
+        with (
+            acquire(lambda: LockRequest(shared=[thing])),
+            acquire(lambda: LockRequest(exclusive=[thing, other])),
+        ):
             assert not writer.started.is_set()
     assert writer.started.wait(SOON)
     writer.finish()
@@ -92,7 +95,10 @@ def test_a_call_inside_another_waits_for_other_threads():
     done: list[str] = []
 
     def upgrade() -> None:
-        with claimed(lambda: Uses(shared=[thing])), claimed(lambda: Uses(exclusive=[thing])):
+        with (
+            acquire(lambda: LockRequest(shared=[thing])),
+            acquire(lambda: LockRequest(exclusive=[thing])),
+        ):
             done.append("alone")
 
     thread = threading.Thread(target=upgrade)
@@ -130,9 +136,9 @@ def test_two_calls_that_would_wait_for_one_another_are_told(same):
     both = threading.Barrier(2, timeout=SOON)
 
     def call(mine: Thing, wanted: Thing) -> None:
-        with claimed(lambda: Uses(shared=[mine])):
+        with acquire(lambda: LockRequest(shared=[mine])):
             both.wait()
-            with claimed(lambda: Uses(exclusive=[wanted])):
+            with acquire(lambda: LockRequest(exclusive=[wanted])):
                 pass
 
     errors = run_all(lambda: call(first, second), lambda: call(second, first))
@@ -143,14 +149,14 @@ def test_two_calls_that_would_wait_for_one_another_are_told(same):
 def test_an_error_or_an_interrupt_leaves_nothing_claimed():
     thing = Thing()
     for error in (ValueError, KeyboardInterrupt, GeneratorExit):
-        with pytest.raises(error), claimed(lambda: Uses(exclusive=[thing])):
+        with pytest.raises(error), acquire(lambda: LockRequest(exclusive=[thing])):
             raise error
-        with pytest.raises(error), claimed(lambda error=error: exec_raise(error)):
+        with pytest.raises(error), acquire(lambda error=error: exec_raise(error)):
             raise AssertionError("never begins")
     Claimer(exclusive=[thing]).finish()
 
 
-def exec_raise(error: type[BaseException]) -> Uses:
+def exec_raise(error: type[BaseException]) -> LockRequest:
     raise error
 
 
@@ -168,27 +174,27 @@ def test_an_interrupt_while_waiting_leaves_the_queue(interruptible):
     assert writer.started.wait(SOON)
     timer = threading.Timer(NEVER, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
-    with pytest.raises(KeyboardInterrupt), claimed(lambda: Uses(shared=[thing])):
+    with pytest.raises(KeyboardInterrupt), acquire(lambda: LockRequest(shared=[thing])):
         raise AssertionError("never begins")
     writer.finish()
 
 
 def test_what_is_claimed_is_asked_again_after_waiting():
-    thing, wanted = Thing(), {"uses": Uses(shared=())}
+    thing, wanted = Thing(), {"uses": LockRequest(shared=())}
     first = Claimer(exclusive=[thing])
     assert first.started.wait(SOON)
-    wanted["uses"] = Uses(shared=[thing])
+    wanted["uses"] = LockRequest(shared=[thing])
     claims: list[frozenset[int]] = []
 
     def call() -> None:
-        with claimed(lambda: wanted["uses"]):
+        with acquire(lambda: wanted["uses"]):
             claims.append(_TABLE.granted[-1].exclusive)
 
     thread = threading.Thread(target=call)
     thread.start()
     time.sleep(NEVER)
     assert not claims
-    wanted["uses"] = Uses(exclusive=[thing])
+    wanted["uses"] = LockRequest(exclusive=[thing])
     first.finish()
     thread.join(SOON)
     assert claims == [frozenset({id(thing)})]
@@ -196,14 +202,14 @@ def test_what_is_claimed_is_asked_again_after_waiting():
 
 def test_the_context_of_a_call_that_has_ended_counts_for_nothing():
     thing = Thing()
-    with claimed(lambda: Uses(exclusive=[thing])):
+    with acquire(lambda: LockRequest(exclusive=[thing])):
         context = contextvars.copy_context()
     writer = Claimer(exclusive=[thing])
     assert writer.started.wait(SOON)
     began = threading.Event()
 
     def late() -> None:
-        with claimed(lambda: Uses(shared=[thing])):
+        with acquire(lambda: LockRequest(shared=[thing])):
             began.set()
 
     thread = threading.Thread(target=context.run, args=(late,))
@@ -217,7 +223,7 @@ def test_the_context_of_a_call_that_has_ended_counts_for_nothing():
 def test_a_copied_context_holds_nothing_of_a_call_that_has_ended():
     thing = Thing()
     ref = weakref.ref(thing)
-    with claimed(lambda one=thing: Uses(exclusive=[one])):
+    with acquire(lambda one=thing: LockRequest(exclusive=[one])):
         context = contextvars.copy_context()
     del thing
     gc.collect()
@@ -225,15 +231,15 @@ def test_a_copied_context_holds_nothing_of_a_call_that_has_ended():
 
 
 def test_who_waits_for_long_says_once_for_what(monkeypatch, caplog):
-    monkeypatch.setattr(call_lock, "PATIENCE", 0.05)
+    monkeypatch.setattr(call_lock, "WARN_AFTER", 0.05)
     thing = Thing()
 
     def late() -> None:
-        with claimed(lambda: Uses(shared=[thing])):
+        with acquire(lambda: LockRequest(shared=[thing])):
             pass
 
     thread = threading.Thread(target=late, name="late")
-    with caplog.at_level("WARNING"), claimed(lambda: Uses(exclusive=[thing])):
+    with caplog.at_level("WARNING"), acquire(lambda: LockRequest(exclusive=[thing])):
         thread.start()  # as a callback may do, which then waits for it
         thread.join(4 * NEVER)
         assert thread.is_alive()
@@ -251,7 +257,7 @@ def test_a_fork_has_no_claims_of_other_threads():
     assert writer.started.wait(SOON)
     child = os.fork()
     if child == 0:
-        with claimed(lambda: Uses(exclusive=[thing])):
+        with acquire(lambda: LockRequest(exclusive=[thing])):
             os._exit(7)
     writer.finish()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
@@ -277,7 +283,7 @@ def test_no_two_calls_are_in_what_one_has_for_itself(jobs):
         exclusive = [things[number] for number, alone in job if alone]
         mine = {n: any(alone for k, alone in job if k == n) for n, _ in job}
         for _ in range(5):
-            with claimed(lambda: Uses(shared, exclusive)):
+            with acquire(lambda: LockRequest(shared, exclusive)):
                 for number, alone in mine.items():
                     inside[number].append((who, alone))
                 for number, alone in mine.items():

@@ -34,11 +34,11 @@ def test_any_other_values_are_cast_as_the_layer_was(start, path, seed):
     layer.weight.copy_(layer.weight * spread)
     layer.to(start)
     original = layer.weight.detach().clone()
-    dtype_casts.begin(layer, start)
+    dtype_casts.start_recording(layer, start)
     for dtype in path:
         layer.to(dtype)
-    casts = dtype_casts.casts_of(layer, start, "layer")
-    assert same_bits(dtype_casts.cast(original, casts), layer.weight)
+    casts = dtype_casts.get_casts(layer, start, "layer")
+    assert same_bits(dtype_casts.apply_casts(original, casts), layer.weight)
     assert len(casts) <= 4 and (path or not casts)
 
 
@@ -46,20 +46,20 @@ def test_the_layer_is_as_before_afterwards_and_state_dicts_never_change():
     layer = nn.Linear(4, 4)
     before = {k: copy.copy(v) for k, v in vars(layer).items()}
     keys = layer.state_dict().keys()
-    dtype_casts.begin(layer, torch.float32)
+    dtype_casts.start_recording(layer, torch.float32)
     assert layer.state_dict().keys() == keys
     torch.save(layer, io.BytesIO())
     copied = copy.deepcopy(layer).half()
-    assert dtype_casts.casts_of(copied, torch.float32, "") == (torch.float16,)
-    dtype_casts.end(layer)
+    assert dtype_casts.get_casts(copied, torch.float32, "") == (torch.float16,)
+    dtype_casts.stop_recording(layer)
     assert vars(layer) == before
 
 
 def test_another_layer_in_its_place_is_refused():
     with pytest.raises(PipelineError, match=r"replaced or converted by someone else.*\(a\.b\)"):
-        dtype_casts.casts_of(nn.Linear(4, 4), torch.float32, "a.b")
+        dtype_casts.get_casts(nn.Linear(4, 4), torch.float32, "a.b")
     layer = nn.Linear(4, 4)
-    dtype_casts.begin(layer, torch.float32)
+    dtype_casts.start_recording(layer, torch.float32)
     layer._buffers[dtype_casts._BUFFER + "weight"] *= 2
     with pytest.raises(PipelineError, match="replaced or converted"):
-        dtype_casts.casts_of(layer, torch.float32, "a.b")
+        dtype_casts.get_casts(layer, torch.float32, "a.b")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from customize.api.patch_diffusers import _COPYING
 from customize.errors import PipelineError
 from customize.families import family_of
-from customize.pipeline.state import parts_of
+from customize.pipeline.state import customized_components
 from tests.pipeline.making import (
     MAKERS,
     assert_same,
@@ -46,7 +46,7 @@ COPIES = {
 
 
 def parts(pipe):
-    return parts_of(family_of(pipe.components, pipe.config))
+    return customized_components(family_of(pipe.components, pipe.config))
 
 
 @makers

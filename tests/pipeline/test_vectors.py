@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from customize.errors import ConceptError, ConfigError, PipelineError
-from customize.pipeline.dtype_casts import cast
+from customize.pipeline.dtype_casts import apply_casts
 from tests.pipeline.making import assert_same, concept, draw, everything
 from tests.tiny import tiny_flux, tiny_sd
 from tests.tiny_video import tiny_wan
@@ -213,7 +213,7 @@ def test_several_add_up_and_casts_are_followed(tmp_path):
     for each in (plain, pipe):
         each.unet.half().float()
     pipe.unload_custom("tom")
-    wanted = cast(start[name], (torch.float16, torch.float32)) + 0.5 * expected[name]
+    wanted = apply_casts(start[name], (torch.float16, torch.float32)) + 0.5 * expected[name]
     torch.testing.assert_close(parameters(pipe)[name].data, wanted)
     pipe.unload_custom()
     assert_same(everything(pipe), everything(plain))

@@ -21,8 +21,8 @@ from customize.concepts.types import Concept
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
 from customize.pipeline import attach
-from customize.pipeline.call_wrapper import Host
-from customize.pipeline.state import find
+from customize.pipeline.call_wrapper import CallContext
+from customize.pipeline.state import get_state
 from customize.stages import STAGES
 from customize.stages.library_routing import ROUTING
 from tests.pipeline.making import MAKERS, assert_same, concept, draw, everything, modular, user_lora
@@ -61,7 +61,7 @@ def active(pipe):
 
 
 def holder_of(pipe):
-    return find(family_of(pipe.components, pipe.config))
+    return get_state(family_of(pipe.components, pipe.config))
 
 
 CALLS = [
@@ -191,7 +191,7 @@ def test_a_call_without_prompts_leaves_what_is_attached(library):
 def test_the_next_call_with_the_same_does_nothing(library, monkeypatch):
     pipe = tiny_sd().load_custom(library=library)
     draw(pipe, "<rex> and <tom>")
-    monkeypatch.setattr(attach, "change", None)
+    monkeypatch.setattr(attach, "apply_attachments", None)
     draw(pipe, "<tom> and <rex> on the beach")
 
 
@@ -215,14 +215,14 @@ def test_what_does_not_fit_into_the_cache_is_read_again(library):
     pipe = tiny_sd()
     size = sum(path.stat().st_size for path in (library / "rex").glob("*.safetensors"))
     pipe.load_custom(library=library, library_cache=f"{1.2 * size / 2**30:.12f}GB")
-    cache = holder_of(pipe).shelf.cache
+    cache = holder_of(pipe).library_cache.cache
     for prompt, names in CALLS:
         assert np.array_equal(draw(pipe, prompt), by_name(tiny_sd, library, names, prompt))
         assert cache.size <= cache.limit
     pipe.load_custom(library=library, library_cache="0.000000001GB")
     for prompt, names in CALLS:
         assert np.array_equal(draw(pipe, prompt), by_name(tiny_sd, library, names, prompt))
-        assert len(holder_of(pipe).shelf.cache) == 0
+        assert len(holder_of(pipe).library_cache.cache) == 0
         with pytest.MonkeyPatch.context() as patch:  # what is attached need not be read again
             patch.setattr(attach, "read_sources", None)
             draw(pipe, prompt)
@@ -379,9 +379,9 @@ def test_records_that_were_made_by_drawing_are_made_once(library, monkeypatch):
     drawn_for = []
     real = customize.pipeline.record_inputs.recorded
 
-    def counted(family, holder, concepts, *rest):
+    def counted(family, state, concepts, *rest):
         drawn_for.extend(each.info.name for each in concepts)
-        return real(family, holder, concepts, *rest)
+        return real(family, state, concepts, *rest)
 
     monkeypatch.setattr("customize.pipeline.record_inputs.recorded", counted)
     for prompt in ("<rex>", "a dog", "<tom>", "<rex>", "<rex> and <tom>"):
@@ -507,7 +507,7 @@ def _in_use():
 
 
 def switch(pipe, number):
-    host = Host(pipe, family_of(pipe.components, pipe.config), holder_of(pipe), {})
+    host = CallContext(pipe, family_of(pipe.components, pipe.config), holder_of(pipe), {})
     with torch.no_grad(), ROUTING.run(host, {"prompt": f"<{NAMES[number % 3]}>"}):
         pass
 

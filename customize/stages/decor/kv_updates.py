@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from customize.core.projection import overlap_confidence, principal_directions, project_out
 from customize.families import Family
-from customize.pipeline.call_wrapper import belonging
-from customize.pipeline.model_guards import ADAPTER
-from customize.pipeline.state import Holder
+from customize.pipeline.call_wrapper import capture_call_scope
+from customize.pipeline.model_guards import ADAPTER_NAME
+from customize.pipeline.state import AttachedState
 from customize.stages.decor.text_encoder import phrase_too_long
 from customize.stages.multidiffusion import MATCH_TOLERANCE
 
@@ -56,10 +56,10 @@ class AdaptedKVLayer:
     layer: Any
 
 
-def adapted_kv_layers(family: Family, holder: Holder) -> list[AdaptedKVLayer]:
+def adapted_kv_layers(family: Family, state: AttachedState) -> list[AdaptedKVLayer]:
     """All that there are."""
     names = family.cross_attention_layers() if family.reads_prompts_as_encoded else []
-    own = [a.layers.get(family.denoiser_key, {}) for a in holder.adapters if a.is_there()]
+    own = [a.layers.get(family.denoiser_key, {}) for a in state.adapters if a.is_there()]
     return [
         AdaptedKVLayer(
             number, family.denoiser.get_submodule(name).heads, which, layers[f"{name}.{which}"]
@@ -96,7 +96,7 @@ class UpdateCleaner:
     def __init__(
         self,
         family: Family,
-        holder: Holder,
+        state: AttachedState,
         phrases: Sequence[str],
         kept: Sequence[str],
         bare: Sequence[str],
@@ -112,9 +112,9 @@ class UpdateCleaner:
         self.family, self.rank, self.noise = family, rank, noise
         self.by_head, self.surely = by_head, surely
         self.shares = {"to_k": keys, "to_v": 1.0}
-        self.layers = [o for o in adapted_kv_layers(family, holder) if bare or self.shares[o.which]]
+        self.layers = [o for o in adapted_kv_layers(family, state) if bare or self.shares[o.which]]
         # A word says another thing behind others than alone; it stands for the mean of both.
-        things = dict.fromkeys(each.concept.info.class_word for each in holder.attached.values())
+        things = dict.fromkeys(each.concept.info.class_word for each in state.attached.values())
         before = ["", *(f"a photo of a {thing} " for thing in things if thing)]
         worded = {phrase: [start + phrase for start in before] for phrase in phrases}
         texts = [text for own in worded.values() for text in own]
@@ -205,7 +205,7 @@ class RowMatcher:
     ) -> None:
         self.kept, self.bare, self.groups, self.strength = kept, bare, groups, strength
         self.on = True
-        self.is_ours = belonging()
+        self.is_ours = capture_call_scope()
         self._seen: tuple[Tensor, int] | None = None
         self._found: tuple[list[Tensor], Tensor] = ([], torch.empty(0))
 
@@ -269,7 +269,7 @@ class CleanedLayer:
         layer = self.layer
         before, compute = vars(layer).get("forward"), layer.forward
         after = partial(self._after, layer.get_base_layer())
-        handle = layer.lora_B[ADAPTER].register_forward_hook(after)
+        handle = layer.lora_B[ADAPTER_NAME].register_forward_hook(after)
 
         def forward(words: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if not self.telling.is_ours():

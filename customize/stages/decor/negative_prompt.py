@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from customize.concepts.tokens.prompt_phrases import find_phrase as places_of
-from customize.pipeline.call_wrapper import Call, Host
+from customize.pipeline.call_wrapper import CallArguments, CallContext
 
 _NEGATIVE = "negative_prompt"
 
 
-def argument_texts(call: Call, name: str) -> list[str]:
+def argument_texts(call: CallArguments, name: str) -> list[str]:
     """All that a call says by an argument, and by those of its further encoders."""
     found = [text for own in _texts_by_argument(call, name).values() for text in own]
     return list(dict.fromkeys(each for each in found if isinstance(each, str)))
 
 
 def add_to_negative_prompt(
-    host: Host, call: Call, unwanted: Mapping[str, tuple[str, ...]]
-) -> tuple[Call, list[str]]:
+    context: CallContext, call: CallArguments, unwanted: Mapping[str, tuple[str, ...]]
+) -> tuple[CallArguments, list[str]]:
     """The call with what is not wanted in its negative prompts, behind what they say by themselves.
 
     A call that gives them as embeddings, or in another number than the prompts, stays as it is, and
@@ -35,7 +35,11 @@ def add_to_negative_prompt(
     negative = {_NEGATIVE: [""]} | _texts_by_argument(call, _NEGATIVE)
     count = max(map(len, prompts))
     fits = all(len(own) in (1, count) for own in (*prompts, *negative.values()))
-    if not fits or _NEGATIVE not in host.parameters or call.get(f"{_NEGATIVE}_embeds") is not None:
+    if (
+        not fits
+        or _NEGATIVE not in context.parameters
+        or call.get(f"{_NEGATIVE}_embeds") is not None
+    ):
         return call, []
     found, named = dict(call), []
     for name, own in negative.items():
@@ -51,7 +55,7 @@ def add_to_negative_prompt(
     return found, named
 
 
-def _texts_by_argument(call: Call, name: str) -> dict[str, list[Any]]:
+def _texts_by_argument(call: CallArguments, name: str) -> dict[str, list[Any]]:
     """Argument -> its texts, of one and of those of further encoders, where they are given."""
     found = {}
     for argument in (name, *(f"{name}_{k}" for k in (2, 3, 4))):

@@ -23,7 +23,7 @@ from customize.concepts.tokens.prompt_phrases import mentions_phrase
 from customize.core.projection import max_strength, principal_directions, project_out
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
-from customize.pipeline.call_wrapper import belonging
+from customize.pipeline.call_wrapper import capture_call_scope
 
 Path = tuple[str | int, ...]
 Ids = tuple[int, ...]
@@ -130,7 +130,7 @@ class _CleanedEncoder:
     def __init__(self, tokenizer: Any, cleaning: EncoderCleaning) -> None:
         self.tokenizer, self.cleaning = tokenizer, cleaning
         self.matched = False
-        self._is_ours = belonging()
+        self._is_ours = capture_call_scope()
         self._learning = True
         self._read: list[tuple[_EncodedText, dict[Path, Tensor]]] = []
         self._padding: int | None = None

@@ -28,7 +28,12 @@ from customize.families import Family
 from customize.near_names import suggest_names
 from customize.pipeline.call_wrapper import find_state, lock_models
 from customize.pipeline.library_cache import LibraryCache
-from customize.pipeline.record_inputs import parse_merge, plan_merge, plan_merge_without, recorded
+from customize.pipeline.record_inputs import (
+    parse_merge,
+    recorded,
+    resolve_merge,
+    resolve_merge_without,
+)
 from customize.pipeline.request import Weights, resolve_attachments
 from customize.pipeline.sources import Into, get_family, read_sources, with_all_parts
 from customize.pipeline.state import (
@@ -187,7 +192,7 @@ def route_to(family: Family, state: AttachedState, entries: Sequence[Entry]) -> 
     found = resolve_attachments(kept, new, None, False, whole)
     after = {n: each if n in kept else replace(each, routed=True) for n, each in found.items()}
     _check_vocabularies(whole, state, new)
-    merging = plan_merge(whole, state, after, None)
+    merging = resolve_merge(whole, state, after, None)
     if merging.method == SUM:
         _tell_collisions(before, after)
     apply_attachments(whole, state, after, merging)
@@ -233,7 +238,7 @@ class _Changes:
 
 def _change(changes: _Changes, chosen: tuple[str, dict[str, Any]] | None = None) -> None:
     family, state, after = changes.family, changes.state, changes.after
-    apply_attachments(family, state, after, plan_merge(family, state, after, chosen))
+    apply_attachments(family, state, after, resolve_merge(family, state, after, chosen))
 
 
 def _loading(
@@ -339,7 +344,7 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
     whole = with_all_parts(family, state)
     try:
         if before or cache is not None:
-            apply_attachments(whole, state, after, plan_merge_without(state, after))
+            apply_attachments(whole, state, after, resolve_merge_without(state, after))
         else:
             set_state(whole, state)
     except BaseException:

@@ -62,7 +62,7 @@ def parse_merge(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, A
     return method, settings
 
 
-def plan_merge(
+def resolve_merge(
     family: Family,
     state: AttachedState,
     after: Mapping[str, AttachedConcept],
@@ -115,7 +115,7 @@ def plan_merge(
     return MergePlan(method, found, records if method in (AUTO, FUSION) else {}, settings)
 
 
-def plan_merge_without(state: AttachedState, after: Mapping[str, AttachedConcept]) -> MergePlan:
+def resolve_merge_without(state: AttachedState, after: Mapping[str, AttachedConcept]) -> MergePlan:
     """How what is left will be merged when some concepts are gone; nothing is read or drawn."""
     before = state.merge_plan
     known = {name: own for name, own in before.input_statistics.items() if name in after}

@@ -215,8 +215,8 @@ def test_a_failed_call_changes_nothing(make, fuse):
         (True, False, "pipeline.transaction.add_tokens", 1),
         (False, True, "pipeline.transaction.expand_triggers", 1),
         (True, True, "pipeline.transaction.expand_triggers", 1),
-        (False, True, "pipeline.fuse_weights.add_to", 5),
-        (True, True, "pipeline.fuse_weights.add_to", 5),
+        (False, True, "pipeline.fuse_weights.add_weighted_sum", 5),
+        (True, True, "pipeline.fuse_weights.add_weighted_sum", 5),
     ],
 )
 def test_a_failure_in_the_middle_is_undone(make, attached, fuse, step, call, monkeypatch):

@@ -203,7 +203,7 @@ def test_a_set_that_was_drawn_before_is_neither_read_nor_merged_nor_wrapped_anew
     layers = {name: id(module) for name, module in pipe.unet.named_modules()}
     vocabulary = pipe.tokenizer.get_vocab()
     monkeypatch.setattr(attach, "read_sources", None)
-    monkeypatch.setattr("customize.pipeline.transaction.merge_layers", None)
+    monkeypatch.setattr("customize.pipeline.transaction.plan_merge", None)
     for prompt, names in CALLS:
         assert np.array_equal(draw(pipe, prompt), expected[prompt])
         assert active(pipe) == names

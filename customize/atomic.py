@@ -1,8 +1,9 @@
-"""Writing files and folders atomically, and sweeping what killed processes left behind.
+"""Atomic writing of files and folders, and deletion of partial files left by killed processes.
 
-What is written has a hidden name beside its target until it is complete. A process that is killed
-leaves it there, of full size, so the next one that writes into the folder deletes it. Whether its
-writer lives is known by a lock, which the system frees when a process ends, however it ends.
+Data is written to a hidden partial file beside the target, which is renamed at the end. A killed
+process leaves its partial file behind; the next process that writes to the folder deletes it. A
+lock on the partial file, which the operating system releases when a process ends, shows whether
+its writer is still running.
 """
 
 from __future__ import annotations
@@ -21,47 +22,47 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # on Windows: nothing is locked, and nothing is swept
+except ImportError:  # Windows: no locks, so leftovers are not deleted
     fcntl = None  # type: ignore[assignment]
 
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{8}\.partial", re.DOTALL)
-# Seconds for which nothing is swept: a partial file exists for a moment before it is locked.
-_FRESH = 2.0
-# Bytes of the target's name in that of its partial file, which may have 255 in all.
+# Partial files younger than this are not deleted: a file exists briefly before it is locked.
+_MIN_LEFTOVER_AGE = 2.0  # seconds
+# Bytes of the target's name in the name of its partial file, which may have 255 bytes in all.
 _NAME_BYTES = 100
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EOPNOTSUPP)
+_FSYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+_LINK_UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EOPNOTSUPP)
 
 
 def is_partial(name: str) -> bool:
-    """Whether a name is that of a file or folder that is being written, or of a leftover."""
+    """Whether a name is that of a partial file or folder, in use or left behind."""
     return _PARTIAL.fullmatch(name) is not None
 
 
 @contextmanager
 def atomic_file(path: Path, *, folder: Path | None = None, new: bool = False) -> Iterator[BinaryIO]:
-    """A file to write into, which takes its target's place at the end, on the disk itself.
+    """Open a file for writing that atomically replaces its target on exit, and is fsynced.
 
-    After an error there is what was there before, and no partial file.
+    After an error the target is unchanged and the partial file is deleted.
 
     Args:
-        path: the target; its folder must exist.
-        folder: where the partial file lies meanwhile, on the same disk; None: beside the target.
-        new: refuse to replace an older file.
+        path: The target; its folder must exist.
+        folder: Folder of the partial file, on the same disk; None: the target's folder.
+        new: Refuse to replace an existing file.
 
     Raises:
-        OSError: it cannot be written; or it is there already, where it must be ``new``.
+        OSError: The file cannot be written, or ``new`` is set and the target exists.
     """
-    partial = _hidden(path, folder)
+    partial = _partial_path(path, folder)
     lock = None
     try:
         with open(partial, "xb") as file:
-            lock = _locked(partial)
+            lock = _lock(partial)
             yield file
             file.flush()
             os.fsync(file.fileno())
         if new:
-            _place_new(partial, path)
+            _link_new(partial, path)
         else:
             os.replace(partial, path)
         fsync_folder(path.parent)
@@ -73,16 +74,18 @@ def atomic_file(path: Path, *, folder: Path | None = None, new: bool = False) ->
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside a target, to be filled and renamed to it; at the end it is gone.
+    """Create a temporary folder beside a target, for the caller to fill and rename to it.
+
+    It is deleted on exit unless it was renamed.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: The folder cannot be created.
     """
-    partial = _hidden(path)
+    partial = _partial_path(path)
     lock = None
     try:
         partial.mkdir(parents=True)
-        lock = _locked(partial)
+        lock = _lock(partial)
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -90,13 +93,17 @@ def partial_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: bytes, *, folder: Path | None = None, new: bool = False) -> None:
-    """Write a file atomically, see :func:`atomic_file`."""
+    """Write a file atomically; arguments and errors as for :func:`atomic_file`."""
     with atomic_file(path, folder=folder, new=new) as file:
         file.write(data)
 
 
 def write_new_file(path: Path, data: bytes) -> None:
-    """Write a new file to the disk itself; FileExistsError where there is one."""
+    """Write and fsync a new file.
+
+    Raises:
+        FileExistsError: The file exists.
+    """
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -104,25 +111,25 @@ def write_new_file(path: Path, data: bytes) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder outlast a power cut."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened, and renames are durable
+    """Flush a folder's entries to disk, so that renames and new files survive a power loss."""
+    if os.name != "posix":  # folders cannot be opened elsewhere, and renames are durable
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:  # some file systems cannot do it
+        if error.errno not in _FSYNC_UNSUPPORTED:
             raise
     finally:
         os.close(descriptor)
 
 
 def delete_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half written in a folder; what cannot be deleted stays."""
+    """Delete a folder's partial files and folders whose writers have ended, ignoring errors."""
     with suppress(OSError):
         for name in os.listdir(folder):
             path = os.path.join(folder, name)
-            if is_partial(name) and _is_left(path):
+            if is_partial(name) and _is_leftover(path):
                 if os.path.isdir(path):
                     shutil.rmtree(path, ignore_errors=True)
                 else:
@@ -130,34 +137,34 @@ def delete_leftovers(folder: Path) -> None:
                         os.unlink(path)
 
 
-def _is_left(path: str) -> bool:
-    """Whether nobody writes to it any more."""
+def _is_leftover(path: str) -> bool:
+    """Whether a partial file or folder has no running writer."""
     try:
         status = os.lstat(path)
         kind = stat.S_IFMT(status.st_mode)
         if fcntl is None or kind not in (stat.S_IFREG, stat.S_IFDIR):
             return False
-        if abs(time.time() - status.st_mtime) < _FRESH:
+        if abs(time.time() - status.st_mtime) < _MIN_LEFTOVER_AGE:
             return False
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:
             os.close(descriptor)
-    except OSError:  # locked, gone, or where locks don't work, so that it cannot be known
+    except OSError:  # locked, deleted, or on a file system without locks
         return False
     return True
 
 
-def _hidden(path: Path, folder: Path | None = None) -> Path:
+def _partial_path(path: Path, folder: Path | None = None) -> Path:
     folder = path.parent if folder is None else folder
     delete_leftovers(folder)
     start = os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])
     return folder / f".{start}.{secrets.token_hex(4)}.partial"
 
 
-def _locked(partial: Path) -> int | None:
-    """A descriptor that holds the lock on a partial file or folder."""
+def _lock(partial: Path) -> int | None:
+    """Lock a partial file or folder; return the descriptor that owns the lock."""
     if fcntl is None:
         return None
     descriptor = os.open(partial, os.O_RDONLY)
@@ -171,11 +178,11 @@ def _unlock(descriptor: int | None) -> None:
         os.close(descriptor)
 
 
-def _place_new(partial: Path, path: Path) -> None:
+def _link_new(partial: Path, path: Path) -> None:
     try:
         os.link(partial, path)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in _LINK_UNSUPPORTED:
             raise
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, "File exists", str(path)) from error

@@ -1,4 +1,4 @@
-"""The one exception family of the pack: what was wrong, where, and what to do about it."""
+"""The package's exception classes: each error has a problem, its location and a fix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 from customize.text import one_line, shorten
 
-#: Most characters of what was wrong and of what to do, and of where.
+#: Maximum number of characters of the problem and of the fix, and of the location.
 MAX_MESSAGE_LENGTH, MAX_LOCATION_LENGTH = 2000, 1000
 
 __all__ = [
@@ -25,32 +25,34 @@ __all__ = [
 
 
 class CustomizeError(Exception):
-    """Base of every error that the pack raises on purpose.
+    """Base class of all errors that the package raises deliberately.
 
     Args:
-        what: What was wrong, as a sentence without its full stop.
-        where: The file, key, layer or argument concerned; kept as text, so that an error holds no
-            model alive and can always be sent between processes.
-        fix: What the reader can do, as an order ("pass rank=8").
+        problem: What is wrong, as a sentence without its full stop.
+        where: The file, key, layer or argument concerned. It is stored as text, so that the error
+            keeps no model alive and can be pickled.
+        fix: What the user can do, in the imperative ("pass rank=8").
     """
 
-    def __init__(self, what: str, *, where: object | None = None, fix: str | None = None) -> None:
-        # Only `what` goes to Exception.args: unpickling calls the class with args and then restores
-        # the attributes, so subclasses need no pickling code of their own.
-        what = shorten(what, MAX_MESSAGE_LENGTH)
-        super().__init__(what)
-        self.what = what
+    def __init__(
+        self, problem: str, *, where: object | None = None, fix: str | None = None
+    ) -> None:
+        # Only `problem` goes to Exception.args: unpickling calls the class with args and then
+        # restores the attributes, so subclasses need no pickling code.
+        problem = shorten(problem, MAX_MESSAGE_LENGTH)
+        super().__init__(problem)
+        self.problem = problem
         self.where = None if where is None else shorten(str(where), MAX_LOCATION_LENGTH)
         self.fix = None if fix is None else shorten(fix, MAX_MESSAGE_LENGTH)
 
     def __str__(self) -> str:
-        text = _sentence(self.what)
+        text = _format_sentence(self.problem)
         if self.where:
             text += f" ({shorten(one_line(self.where), MAX_LOCATION_LENGTH)})"
         if not text.endswith(("!", "?")):
             text += "."
         if self.fix:
-            text += f" Do: {_sentence(self.fix)}."
+            text += f" Fix: {_format_sentence(self.fix)}."
         return text
 
 
@@ -67,26 +69,26 @@ class ConceptError(CustomizeError):
 
 
 class PipelineError(CustomizeError):
-    """A pipeline cannot host what was asked: unknown family, missing part, conflicting state."""
+    """A pipeline does not support the request: unknown family, missing component, or conflict."""
 
 
 class TrainingError(CustomizeError):
-    """Training cannot go on: a loss that is not finite, a checkpoint that does not fit."""
+    """Training cannot continue: the loss is not finite, or a checkpoint does not match."""
 
 
 class TrainingStopped(TrainingError):
-    """Training was stopped from outside (Ctrl-C, SIGTERM), after saving a checkpoint."""
+    """Training was interrupted (Ctrl-C, SIGTERM) after saving a checkpoint."""
 
 
 class SettingsError(TrainingError):
-    """What is in the output folder, a concept or a checkpoint, was made with other settings."""
+    """The output folder contains a concept or checkpoint made with different settings."""
 
 
 class StorageError(CustomizeError):
-    """Output cannot be written: full disk, no permission, a folder that holds something else."""
+    """Output cannot be written: full disk, missing permission, or a folder with other files."""
 
 
-#: errno -> what it means for what is written, and what to do about it.
+#: errno -> (problem, fix) for errors of writing.
 DISK_ERRORS = {
     errno.ENOSPC: ("the disk is full", "free some space, and run again"),
     errno.EDQUOT: ("the disk is full: the quota is used up", "free some space, and run again"),
@@ -94,14 +96,14 @@ DISK_ERRORS = {
         "the disk is full, or a limit on the size of files is reached",
         "free some space or raise the limit, and run again",
     ),
-    errno.EROFS: ("the disk is read-only", "choose a place that can be written"),
+    errno.EROFS: ("the disk is read-only", "choose a writable location"),
 }
 
 
 def system_errno(error: BaseException) -> int | None:
-    """The system's number for why a file could not be written; None for any other error.
+    """Return the errno of an error of writing, or None for any other error.
 
-    Libraries wrap it: safetensors and tokenizers write "(os error 28)" into errors of their own.
+    safetensors and tokenizers raise their own exceptions with "(os error 28)" in the message.
     """
     if isinstance(error, OSError):
         return error.errno
@@ -113,27 +115,28 @@ def system_errno(error: BaseException) -> int | None:
 
 
 def storage_error(
-    error: BaseException, where: object, what: str = "", fix: str = ""
+    error: BaseException, where: object, output: str = "", fix: str = ""
 ) -> StorageError:
-    """What the system says on writing, as an error of the pack.
+    """Convert an error of writing to a :class:`StorageError`.
 
     Args:
-        error: an ``OSError``, or one for which :func:`system_errno` gives a number.
-        what: what cannot be written, such as "the checkpoint of step 10".
-        fix: what to do where the disk is neither full nor read-only.
+        error: An ``OSError``, or an error for which :func:`system_errno` returns a number.
+        where: The file or folder.
+        output: Name of the output, such as "the checkpoint of step 10".
+        fix: The fix where the disk is neither full nor read-only.
     """
     code = system_errno(error)
     reason, advice = DISK_ERRORS.get(code or 0, ("", ""))
-    if reason and not what:
+    if reason and not output:
         return StorageError(reason, where=where, fix=advice)
     strerror = error.strerror if isinstance(error, OSError) else os.strerror(code or 0)
     return StorageError(
-        f"{what or 'it'} cannot be written: {reason or strerror or error}",
+        f"{output or 'it'} cannot be written: {reason or strerror or error}",
         where=where,
-        fix=advice or fix or "choose a place that can be written",
+        fix=advice or fix or "choose a writable location",
     )
 
 
-def _sentence(text: str) -> str:
-    # Again, as an escape is longer than the character that it stands for.
+def _format_sentence(text: str) -> str:
+    # Shortened again because escape sequences are longer than the characters they replace.
     return shorten(one_line(text).rstrip(". "), MAX_MESSAGE_LENGTH)

@@ -1,4 +1,4 @@
-"""Near names where an unknown one was given: of settings, flags, concepts, methods and all else."""
+"""Suggestions of similar names for unknown settings, flags, concepts, methods and paths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-#: What other trainers and diffusers call it -> what it is called here.
+#: Names in other trainers and in diffusers -> names in this package.
 SYNONYMS = {
     "bs": "batch_size",
     "caption_dropout_rate": "caption_dropout",
@@ -79,45 +79,48 @@ _CUTOFF = 0.6
 _MAX_LENGTH = 200
 
 
-def find_near_names(name: object, known: Iterable[str], most: int = 3) -> list[str]:
-    """The known names that are likely to be meant, the likeliest first.
+def find_near_names(name: object, known: Iterable[str], limit: int = 3) -> list[str]:
+    """Find the known names that are most similar to an unknown one, best match first.
 
-    A name counts as near that another program uses for it, whose words begin with its letters
-    (``lr``, ``learning_rate``; ``bf16``, ``bfloat16``), that it begins or ends, or that is spelled
-    much like it. Case, and whether words are joined by ``-`` or ``_``, do not matter.
+    A known name is similar if another program uses the unknown name for it, if it is abbreviated
+    by it (``lr`` for ``learning_rate``, ``bf16`` for ``bfloat16``), if one has all words of the
+    other, or if their spelling is close. Case and the separators ``-`` and ``_`` are ignored.
 
     Args:
-        name: as it was given; anything but a short text has none that is near.
-        known: what there is.
+        name: The unknown name; a value other than a short text has no similar names.
+        known: All known names.
+        limit: Maximum number of names returned.
     """
     names = list(dict.fromkeys(known))
     if not isinstance(name, str) or not 0 < len(name) <= _MAX_LENGTH:
         return []
-    given = _plain(name)
-    by_plain: dict[str, str] = {}
-    for each in names:
-        by_plain.setdefault(_plain(each), each)
-    elsewhere = _plain(SYNONYMS.get(given.replace(" ", "_"), ""))
-    if given in by_plain:
-        return [by_plain[given]]
-    found = [elsewhere] if elsewhere in by_plain else []
-    found += [plain for plain in by_plain if _abbreviates(given.replace(" ", ""), plain)]
-    found += difflib.get_close_matches(given, by_plain, n=most, cutoff=_CUTOFF)
-    found += sorted((plain for plain in by_plain if _contains(given, plain)), key=len)
-    return [by_plain[plain] for plain in dict.fromkeys(found)][:most]
+    requested = _normalize(name)
+    by_normalized: dict[str, str] = {}
+    for known_name in names:
+        by_normalized.setdefault(_normalize(known_name), known_name)
+    synonym = _normalize(SYNONYMS.get(requested.replace(" ", "_"), ""))
+    if requested in by_normalized:
+        return [by_normalized[requested]]
+    matches = [synonym] if synonym in by_normalized else []
+    matches += [n for n in by_normalized if _is_abbreviation(requested.replace(" ", ""), n)]
+    matches += difflib.get_close_matches(requested, by_normalized, n=limit, cutoff=_CUTOFF)
+    matches += sorted((n for n in by_normalized if _has_same_words(requested, n)), key=len)
+    return [by_normalized[match] for match in dict.fromkeys(matches)][:limit]
 
 
-def did_you_mean(name: object, known: Collection[str], most: int = 3) -> str:
-    """``"did you mean a or b?"``, or nothing where no known name is near."""
-    found = find_near_names(name, known, most)
-    return f"did you mean {' or '.join(found)}?" if found else ""
+def did_you_mean(name: object, known: Collection[str], limit: int = 3) -> str:
+    """Return ``"did you mean a or b?"``, or an empty string if no known name is similar."""
+    names = find_near_names(name, known, limit)
+    return f"did you mean {' or '.join(names)}?" if names else ""
 
 
 def suggest_names(name: object, known: Collection[str], otherwise: str = "") -> str:
-    """What to do where an unknown name was given: the near ones, and all there are, at most 40.
+    """Return the fix for an unknown name: similar names, and up to 40 of all known names.
 
     Args:
-        otherwise: what to do where there is none at all.
+        name: The unknown name.
+        known: All known names.
+        otherwise: The fix where no names are known.
     """
     if not known:
         return otherwise
@@ -127,56 +130,57 @@ def suggest_names(name: object, known: Collection[str], otherwise: str = "") -> 
     return f"{hint} If not, choose from {listed}" if hint else f"choose from {listed}"
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     return re.sub(r"[-_.\s]+", " ", name.lower().strip("<>-_ "))
 
 
-def _abbreviates(short: str, name: str) -> bool:
-    """Whether a text is the beginnings of a name's words: lr, bs, wd, tlr."""
+def _is_abbreviation(short: str, name: str) -> bool:
+    """Whether a text consists of the first letters of a name's words: lr, bs, wd, tlr."""
     words = name.split()
     if len(short) < 2 or len(words) < 2:
         return False
 
-    def taken(rest: str, number: int) -> bool:
-        if number == len(words):
-            return not rest
-        word = words[number]
+    def matches(letters: str, index: int) -> bool:
+        if index == len(words):
+            return not letters
+        word = words[index]
         return any(
-            rest[:count] == word[:count] and taken(rest[count:], number + 1)
-            for count in range(1, min(len(rest), len(word)) + 1)
+            letters[:count] == word[:count] and matches(letters[count:], index + 1)
+            for count in range(1, min(len(letters), len(word)) + 1)
         )
 
-    return taken(short, 0)
+    return matches(short, 0)
 
 
-def _contains(given: str, name: str) -> bool:
-    """Whether one has all the words of the other: class and class word."""
-    a, b = set(given.split()), set(name.split())
+def _has_same_words(requested: str, name: str) -> bool:
+    """Whether one name has all words of the other: class and class word."""
+    a, b = set(requested.split()), set(name.split())
     return bool(a) and bool(b) and (a <= b or b <= a)
 
 
-def find_near_paths(path: object, most: int = 3) -> list[str]:
-    """Files and folders that are there and are written much like a path that is not.
+def find_near_paths(path: object, limit: int = 3) -> list[str]:
+    """Find existing files and folders with names similar to a missing path.
 
     Args:
-        path: relative to the current folder, or absolute.
+        path: The missing path, absolute or relative to the current folder.
+        limit: Maximum number of paths returned.
     """
     try:
-        wanted = Path(str(path)).expanduser()
-        missing = next(p for p in (*reversed(wanted.parents), wanted) if not os.path.lexists(p))
-        folder, rest = missing.parent, wanted.relative_to(missing)
-        with os.scandir(folder) as inside:
-            names = sorted(each.name for each in inside if not each.name.startswith("."))[:10_000]
+        full = Path(str(path)).expanduser()
+        missing = next(p for p in (*reversed(full.parents), full) if not os.path.lexists(p))
+        folder, remainder = missing.parent, full.relative_to(missing)
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if not e.name.startswith("."))[:10_000]
         by_stem = {Path(name).stem: name for name in reversed(names)} | {n: n for n in names}
-        found = [by_stem[name] for name in find_near_names(missing.stem, by_stem, most)]
-        found += [by_stem[name] for name in find_near_names(missing.name, by_stem, most)]
-        there = [folder / name / rest for name in dict.fromkeys(found)]
-        return [str(each) for each in there if os.path.lexists(each)][:most]
+        matches = [by_stem[name] for name in find_near_names(missing.stem, by_stem, limit)]
+        matches += [by_stem[name] for name in find_near_names(missing.name, by_stem, limit)]
+        candidates = [folder / name / remainder for name in dict.fromkeys(matches)]
+        return [str(candidate) for candidate in candidates if os.path.lexists(candidate)][:limit]
     except (OSError, ValueError, RuntimeError, StopIteration):
         return []
 
 
 def suggest_paths(path: object, otherwise: str) -> str:
-    """What to do where a path is not there: name one that is near, else something."""
-    found = find_near_paths(path)
-    return f"did you mean {' or '.join(found)}? If not, {otherwise}" if found else otherwise
+    """Return the fix for a missing path: similar existing paths and ``otherwise``."""
+    paths = find_near_paths(path)
+    return f"did you mean {' or '.join(paths)}? If not, {otherwise}" if paths else otherwise

@@ -1,9 +1,9 @@
-"""Reading files from others: regular files only, and never more bytes than a limit.
+"""Reading of untrusted files: regular files only, with a limit on their size.
 
-A FIFO blocks whoever opens it, a device may never end, and a sparse file of a few bytes on disk
-reads as gigabytes of zeros. So every file that a user or another program names is opened here. The
-checks look at the opened file, not at its path, which may lead to another file a moment later.
-Every refusal is an ``OSError`` whose ``strerror`` is the reason in words.
+Opening a FIFO blocks, a device may have no end, and a sparse file of a few bytes on disk reads as
+gigabytes of zeros. All files that a user or another program names are therefore opened by this
+module. The checks are made on the open file, because its path may lead to another file later.
+A refused file raises an ``OSError`` with the reason in its ``strerror``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MB = 2**20
-#: Most bytes of a JSON or text file that is a page or so long.
+#: Maximum size of a short JSON or text file, bytes.
 MAX_TEXT_BYTES = MB
-#: Most bytes of a JSON or text file with a row for each of many things.
+#: Maximum size of a JSON or text file with many rows, bytes.
 MAX_TABLE_BYTES = 64 * MB
-#: Most bytes of a picture file; 89 million pixels of 16 bits and four channels have 716 MB.
+#: Maximum size of an image file, bytes; 89 megapixels of 4 x 16 bits have 716 MB.
 MAX_IMAGE_BYTES = 1024 * MB
-#: Most bytes of a safetensors file with what one concept learned.
+#: Maximum size of a safetensors file of one concept, bytes.
 MAX_SAFETENSORS_BYTES = 8 * 1024 * MB
-#: Most bytes of a safetensors header, as the format has it.
+#: Maximum size of a safetensors header, bytes, by the format.
 MAX_HEADER_BYTES = 100_000_000
 
 _KINDS = {
@@ -51,13 +51,13 @@ _FLOATS = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
-_SPARSE = 256 * MB  # smaller files are read even if they have holes
+_MIN_SPARSE_BYTES = 256 * MB  # smaller files are read even if they have holes
 
 
 def path_exists(path: str | Path) -> bool:
-    """Whether anything has this path: also what cannot be read, so that reading it names the cause.
+    """Whether a path exists, including unreadable files, so that reading one reports the cause.
 
-    Unlike ``is_file`` it is true of a FIFO, a dangling link, and in a folder that forbids looking.
+    Unlike ``is_file`` it is true for a FIFO, a dangling link, and in an unreadable folder.
     """
     try:
         os.lstat(path)
@@ -69,26 +69,25 @@ def path_exists(path: str | Path) -> bool:
 
 
 def real_path(path: str | Path) -> Path:
-    """The absolute path without links and dots, as far as there is one.
+    """Return the absolute path with links resolved.
 
-    Unlike ``Path.resolve`` it does not fail on links that lead in a circle: whoever opens the path
-    names them.
+    Unlike ``Path.resolve`` it does not fail on circular links; opening the path reports them.
     """
     return Path(os.path.realpath(path))
 
 
 def open_regular(path: str | Path, limit: int) -> BinaryIO:
-    """Open a file for reading that is a regular one and has at most ``limit`` bytes.
+    """Open a regular file of at most ``limit`` bytes for reading.
 
     Raises:
-        OSError: it is missing, may not be read, is no regular file, is larger than ``limit``, or
-            is a file of over 256 MB of which less than an eighth was ever written.
+        OSError: The file is missing, unreadable, not a regular file, larger than ``limit``, or
+            over 256 MB with less than an eighth of it written.
     """
     try:
         # Opening a device can already act on it, so it is refused before that as well.
         _check_kind(os.stat(path), path)
         descriptor = os.open(path, _FLAGS)
-    except ValueError as error:  # a zero byte, or a lone surrogate that no file name can hold
+    except ValueError as error:  # a zero byte or a lone surrogate
         raise OSError(errno.EINVAL, "it is not a valid file name") from error
     try:
         status = os.fstat(descriptor)
@@ -99,7 +98,7 @@ def open_regular(path: str | Path, limit: int) -> BinaryIO:
                 f"its {status.st_size:,} bytes are larger than the limit of {limit:,}",
                 str(path),
             )
-        if status.st_size > _SPARSE and _is_hollow(descriptor, status.st_size):
+        if status.st_size > _MIN_SPARSE_BYTES and _is_sparse(descriptor, status.st_size):
             raise OSError(
                 errno.EINVAL,
                 f"it is sparse: most of its {status.st_size:,} bytes were never written",
@@ -112,34 +111,34 @@ def open_regular(path: str | Path, limit: int) -> BinaryIO:
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes.
+    """Read a regular file of at most ``limit`` bytes.
 
     Raises:
-        OSError: see :func:`open_regular`; or memory does not suffice.
+        OSError: See :func:`open_regular`; or the content does not fit into memory.
     """
     with open_regular(path, limit) as file:
-        return _content(file)
+        return _read_content(file)
 
 
 def read_text(path: str | Path, limit: int) -> str:
-    """The content of a regular UTF-8 file of at most ``limit`` bytes, without a byte order mark.
+    """Read a regular UTF-8 file of at most ``limit`` bytes, without a byte order mark.
 
-    Line ends are newlines, whatever they are in the file.
+    Line ends are converted to newlines.
 
     Raises:
-        OSError: see :func:`open_regular`.
-        UnicodeDecodeError: it is not UTF-8.
+        OSError: See :func:`open_regular`.
+        UnicodeDecodeError: The file is not UTF-8.
     """
     text = read_bytes(path, limit).decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: str | Path, limit: int) -> Any:
-    """The value in a regular JSON file of at most ``limit`` bytes.
+    """Read the value of a regular JSON file of at most ``limit`` bytes.
 
     Raises:
-        OSError: see :func:`open_regular`.
-        ValueError: it is not valid JSON, or is nested too deeply.
+        OSError: See :func:`open_regular`.
+        ValueError: The file is not valid JSON, or is nested too deeply.
     """
     try:
         return json.loads(read_bytes(path, limit))
@@ -148,27 +147,30 @@ def read_json(path: str | Path, limit: int) -> Any:
 
 
 def read_safetensors(path: str | Path, limit: int = MAX_SAFETENSORS_BYTES) -> bytes:
-    """The content of a safetensors file whose header accounts for every byte of it.
+    """Read a safetensors file whose header accounts for every byte of it.
 
-    The header is compared with the size before the rest is read, so that a file that is cut short
-    or no safetensors file at all costs no memory.
+    The header is compared with the file size before the tensors are read, so that a truncated or
+    malformed file takes no memory.
 
     Raises:
-        OSError: see :func:`open_regular`; or memory does not suffice.
-        ValueError: the header is no safetensors header, or not that of a file of this size.
+        OSError: See :func:`open_regular`; or the content does not fit into memory.
+        ValueError: The header is malformed, or does not match the file size.
     """
     with open_regular(path, limit) as file:
         _read_header(file)
         file.seek(0)
-        return _content(file)
+        return _read_content(file)
 
 
 def read_safetensors_header(path: str | Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """(tensor name -> shape, metadata) of a safetensors file of any size; no tensor is read.
+    """Read the header of a safetensors file of any size, without its tensors.
+
+    Returns:
+        Tensor name -> shape, and the metadata.
 
     Raises:
-        OSError: see :func:`open_regular`.
-        ValueError: see :func:`read_safetensors`.
+        OSError: See :func:`open_regular`.
+        ValueError: See :func:`read_safetensors`.
     """
     with open_regular(path, 2**63) as file:
         header, _ = _read_header(file)
@@ -178,13 +180,13 @@ def read_safetensors_header(path: str | Path) -> tuple[dict[str, list[int]], dic
 
 @contextmanager
 def map_float_tensors(path: str | Path) -> Iterator[Iterator[Tensor]]:
-    """Within it, the floating-point tensors of a safetensors file of any size, one by one.
+    """Iterate over the floating-point tensors of a safetensors file of any size.
 
-    They are mapped from the file: only what is looked at is read, and nothing may be written.
+    The tensors are memory-mapped: read-only, loaded on access, and valid within the context.
 
     Raises:
-        OSError: see :func:`open_regular`.
-        ValueError: see :func:`read_safetensors`.
+        OSError: See :func:`open_regular`.
+        ValueError: See :func:`read_safetensors`.
     """
     import mmap
     import warnings
@@ -203,7 +205,7 @@ def map_float_tensors(path: str | Path) -> Iterator[Iterator[Tensor]]:
                 dtype = getattr(torch, _FLOATS[entry["dtype"]])
                 count = (last - first) // dtype.itemsize
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # torch's, that it must not be written
+                    warnings.simplefilter("ignore")  # torch warns that the buffer is read-only
                     flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=start + first)
                 yield flat.reshape(entry["shape"])
 
@@ -211,24 +213,24 @@ def map_float_tensors(path: str | Path) -> Iterator[Iterator[Tensor]]:
 
 
 def check_regular_files(folder: str | Path, depth: int = 2) -> None:
-    """Refuse a folder in which a FIFO, a socket, a device or a sparse file lies where another
-    library reads files.
+    """Check that a folder has only regular files, before another library reads it.
 
     Args:
-        depth: how many levels of folders are looked through.
+        folder: The folder.
+        depth: How many levels of folders are checked.
 
     Raises:
-        OSError: naming the first; or a folder cannot be looked into.
+        OSError: A FIFO, socket, device or sparse file was found, or a folder is unreadable.
     """
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
                 status = entry.stat()
-            except OSError:  # a dangling link, say: whoever reads it will tell
+            except OSError:  # a dangling link, for example: reading it reports the cause
                 continue
             if not stat.S_ISDIR(status.st_mode):
                 _check_kind(status, entry.path)
-                if status.st_size > _SPARSE:
+                if status.st_size > _MIN_SPARSE_BYTES:
                     open_regular(entry.path, status.st_size).close()
             elif depth > 1:
                 check_regular_files(entry.path, depth - 1)
@@ -243,8 +245,8 @@ def _check_kind(status: os.stat_result, path: str | Path) -> None:
         raise OSError(errno.EINVAL, f"it is {name}, not a regular file", str(path))
 
 
-def _content(file: BinaryIO) -> bytes:
-    # Not until its end: a file that grows meanwhile, or has no size, may have none.
+def _read_content(file: BinaryIO) -> bytes:
+    # Not until the end of the file, which a growing file may not have.
     size = os.fstat(file.fileno()).st_size
     try:
         return file.read(size)
@@ -253,7 +255,7 @@ def _content(file: BinaryIO) -> bytes:
 
 
 def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, checked against its size; and where the tensors begin."""
+    """Return the header, checked against the file size, and the offset of the first tensor."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
@@ -280,8 +282,8 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     return header, start
 
 
-def _is_hollow(descriptor: int, size: int) -> bool:
-    """Whether less than an eighth of a file was ever written, as far as the system knows."""
+def _is_sparse(descriptor: int, size: int) -> bool:
+    """Whether less than an eighth of a file was written, as far as the system reports it."""
     if not hasattr(os, "SEEK_DATA"):
         return False
     written = position = 0
@@ -291,7 +293,7 @@ def _is_hollow(descriptor: int, size: int) -> bool:
             end = os.lseek(descriptor, position, os.SEEK_HOLE)
             written, position = written + end - position, end
     except OSError as error:
-        if error.errno != errno.ENXIO:  # but for "no data from here on": it cannot tell
+        if error.errno != errno.ENXIO:  # ENXIO: no data after the position
             return False
     finally:
         os.lseek(descriptor, 0, os.SEEK_SET)

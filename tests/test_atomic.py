@@ -1,4 +1,4 @@
-"""Writing atomically, and sweeping the leftovers of processes that were killed."""
+"""Atomic writing, and deletion of partial files left by killed processes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from customize.atomic import atomic_file, delete_leftovers, partial_folder, writ
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from customize.atomic import partial_file, partial_folder
+from customize.atomic import atomic_file, partial_folder
 
 kind, path = sys.argv[1], Path(sys.argv[2])
-with partial_folder(path) if kind == "folder" else partial_file(path) as partial:
+with partial_folder(path) if kind == "folder" else atomic_file(path) as partial:
     if kind == "folder":
         (partial / "part").write_bytes(b"x" * 1000)
     else:
@@ -32,7 +32,7 @@ with partial_folder(path) if kind == "folder" else partial_file(path) as partial
 
 @pytest.fixture(autouse=True)
 def _without_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "_FRESH", 0.0)
+    monkeypatch.setattr(atomic, "_MIN_LEFTOVER_AGE", 0.0)
 
 
 def writer(kind: str, path: Path) -> subprocess.Popen[str]:
@@ -43,7 +43,7 @@ def writer(kind: str, path: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_leftovers_go_when_their_writer_is_dead_and_not_before(tmp_path: Path, kind: str) -> None:
+def test_leftovers_are_deleted_only_after_their_writer_has_ended(tmp_path: Path, kind: str) -> None:
     process = writer(kind, tmp_path / "rex")
     (partial,) = tmp_path.iterdir()
     assert partial.name.startswith(".rex.") and atomic.is_partial(partial.name)
@@ -56,7 +56,7 @@ def test_leftovers_go_when_their_writer_is_dead_and_not_before(tmp_path: Path, k
     assert [path.name for path in tmp_path.iterdir()] == ["tom"]
 
 
-def test_what_one_is_writing_oneself_is_not_swept(tmp_path: Path) -> None:
+def test_own_partial_files_are_not_deleted(tmp_path: Path) -> None:
     with partial_folder(tmp_path / "a") as folder, atomic_file(tmp_path / "b") as file:
         delete_leftovers(tmp_path)
         write_atomic(tmp_path / "c", b"c")
@@ -65,7 +65,7 @@ def test_what_one_is_writing_oneself_is_not_swept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
 
 
-def test_only_leftovers_of_ours_are_swept(tmp_path: Path) -> None:
+def test_only_partial_names_are_deleted(tmp_path: Path) -> None:
     names = ["a.partial", ".a.partial", ".a.0123abcd.partial.txt", "0123abcd.partial", ".hidden"]
     for name in names:
         (tmp_path / name).write_bytes(b"x")
@@ -79,8 +79,8 @@ def test_only_leftovers_of_ours_are_swept(tmp_path: Path) -> None:
     delete_leftovers(tmp_path / "none")
 
 
-def test_a_fresh_one_is_left_as_it_may_not_be_locked_yet(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(atomic, "_FRESH", 60.0)
+def test_a_recent_leftover_is_not_deleted(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(atomic, "_MIN_LEFTOVER_AGE", 60.0)
     (tmp_path / ".a.0123abcd.partial").write_bytes(b"x")
     delete_leftovers(tmp_path)
     assert (tmp_path / ".a.0123abcd.partial").exists()
@@ -90,13 +90,13 @@ def test_a_fresh_one_is_left_as_it_may_not_be_locked_yet(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 255, "é" * 127, os.fsdecode(b"\xff" * 255)])
-def test_any_name_that_a_file_can_have_is_written(tmp_path: Path, name: str) -> None:
+def test_any_valid_file_name_is_written(tmp_path: Path, name: str) -> None:
     write_atomic(tmp_path / name, b"1")
     write_atomic(tmp_path / name, b"2")
     assert (tmp_path / name).read_bytes() == b"2" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_new_file_replaces_none(tmp_path: Path, monkeypatch) -> None:
+def test_new_does_not_replace_a_file(tmp_path: Path, monkeypatch) -> None:
     write_atomic(tmp_path / "a", b"1", new=True)
 
     def refuse(*args: object) -> None:
@@ -111,7 +111,7 @@ def test_a_new_file_replaces_none(tmp_path: Path, monkeypatch) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "bFalse", "bTrue"]
 
 
-def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_error_leaves_the_target_unchanged(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a", b"1")
     for target in (tmp_path / "a", tmp_path / "b"):
         with pytest.raises(KeyboardInterrupt), atomic_file(target) as file:

@@ -19,31 +19,31 @@ texts = st.text(max_size=60)
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        ({"what": "rank must be positive"}, "rank must be positive."),
-        ({"what": "rank must be positive."}, "rank must be positive."),
-        ({"what": "no such file", "where": Path("a/b.json")}, "no such file (a/b.json)."),
+        ({"problem": "rank must be positive"}, "rank must be positive."),
+        ({"problem": "rank must be positive."}, "rank must be positive."),
+        ({"problem": "no such file", "where": Path("a/b.json")}, "no such file (a/b.json)."),
         (
-            {"what": "unknown basis 'dtc'", "where": "basis", "fix": "use 'dct' or 'qr'"},
-            "unknown basis 'dtc' (basis). Do: use 'dct' or 'qr'.",
+            {"problem": "unknown basis 'dtc'", "where": "basis", "fix": "use 'dct' or 'qr'"},
+            "unknown basis 'dtc' (basis). Fix: use 'dct' or 'qr'.",
         ),
-        ({"what": "disk full", "fix": "free 2 GB."}, "disk full. Do: free 2 GB."),
-        ({"what": "two\n  lines\n", "where": "x\ny"}, "two lines (x y)."),
+        ({"problem": "disk full", "fix": "free 2 GB."}, "disk full. Fix: free 2 GB."),
+        ({"problem": "two\n  lines\n", "where": "x\ny"}, "two lines (x y)."),
     ],
 )
-def test_message_says_what_where_and_what_to_do(arguments, shown):
+def test_message_has_problem_location_and_fix(arguments, shown):
     assert str(CustomizeError(**arguments)) == shown
 
 
-def test_attributes_are_kept():
+def test_attributes():
     error = ConceptError("wrong shape", where=Path("c.safetensors"), fix="train it again")
-    assert (error.what, error.where, error.fix) == (
+    assert (error.problem, error.where, error.fix) == (
         "wrong shape",
         "c.safetensors",
         "train it again",
     )
 
 
-def test_every_class_is_of_the_family_and_listed():
+def test_every_exception_class_is_exported():
     defined = {
         name
         for name, value in vars(errors).items()
@@ -55,28 +55,28 @@ def test_every_class_is_of_the_family_and_listed():
 
 @pytest.mark.parametrize("kind", FAMILY)
 @pytest.mark.parametrize("again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy])
-def test_survives_pickling_and_copying(kind, again):
+def test_pickling_and_copying(kind, again):
     # A live object that cannot be pickled is a fair thing to name as the place.
     error = again(kind("bad", where=lambda: None, fix="mend it"))
     assert type(error) is kind
-    assert (error.what, error.fix) == ("bad", "mend it")
+    assert (error.problem, error.fix) == ("bad", "mend it")
     assert error.where is not None
     assert "lambda" in str(error)
 
 
-def test_names_from_files_cannot_steer_the_terminal():
+def test_control_characters_in_messages_are_escaped():
     shown = str(ConceptError("bad token '\x1b[31mrex\x07'", where="evil\x1b]0;name"))
     assert "\x1b" not in shown
     assert "\\x1b[31mrex" in shown
 
 
-@given(what=texts, where=st.none() | texts, fix=st.none() | texts)
-def test_always_one_printable_line(what, where, fix):
-    shown = str(ConfigError(what, where=where, fix=fix))
+@given(problem=texts, where=st.none() | texts, fix=st.none() | texts)
+def test_message_is_one_printable_line(problem, where, fix):
+    shown = str(ConfigError(problem, where=where, fix=fix))
     assert shown.isprintable()
 
 
-def test_keyword_only_so_that_places_and_fixes_are_not_mixed_up():
+def test_where_and_fix_are_keyword_only():
     with pytest.raises(TypeError):
         CustomizeError("bad", "somewhere")  # type: ignore[misc]
 
@@ -100,9 +100,13 @@ class Wrapped(Exception):
     ],
     ids=str,
 )
-def test_a_full_disk_is_called_that_whoever_says_it(error, reason):
-    made = errors.storage_error(error, "place")
-    assert str(made).startswith(reason) and "(place)" in str(made) and "Do: " in str(made)
-    told = str(errors.storage_error(error, "place", "the checkpoint of step 1"))
-    assert told.startswith("the checkpoint of step 1 cannot be written: ")
+def test_storage_error_recognizes_a_full_or_readonly_disk(error, reason):
+    converted = errors.storage_error(error, "place")
+    assert (
+        str(converted).startswith(reason)
+        and "(place)" in str(converted)
+        and "Fix: " in str(converted)
+    )
+    message = str(errors.storage_error(error, "place", "the checkpoint of step 1"))
+    assert message.startswith("the checkpoint of step 1 cannot be written: ")
     assert errors.system_errno(Wrapped("anything else")) is None

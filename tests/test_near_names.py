@@ -47,14 +47,14 @@ MEANT = {
 
 
 @pytest.mark.parametrize("given_", MEANT)
-def test_settings_by_other_trainers_names_and_slips(given_: str) -> None:
+def test_synonyms_and_typos_of_settings(given_: str) -> None:
     assert find_near_names(given_, SETTINGS)[0] == MEANT[given_]
     with pytest.raises(ConfigError, match=rf"not a setting; did you mean {MEANT[given_]}"):
         TrainConfig(**{given_: 1, "base": "b"})
 
 
 @given(st.sampled_from(SETTINGS), st.data())
-def test_a_name_with_one_letter_left_out_is_found(name: str, data: Any) -> None:
+def test_name_with_a_missing_letter(name: str, data: Any) -> None:
     k = data.draw(st.integers(0, len(name) - 1))
     slip = name[:k] + name[k + 1 :]
     if len(slip) > 3:
@@ -62,19 +62,19 @@ def test_a_name_with_one_letter_left_out_is_found(name: str, data: Any) -> None:
 
 
 @given(st.one_of(st.text(), st.none(), st.integers(), st.binary()))
-def test_whatever_is_given_only_known_names_are_suggested(given_: object) -> None:
+def test_only_known_names_are_suggested(given_: object) -> None:
     assert set(find_near_names(given_, SETTINGS)) <= set(SETTINGS)
     assert len(suggest_names(given_, SETTINGS)) < 1500
 
 
-def test_what_is_far_from_all_names_lists_them() -> None:
+def test_dissimilar_name_lists_all_names() -> None:
     assert find_near_names("zzzz", METHODS) == []
     assert suggest_names("zzzz", METHODS).startswith("choose from sum, ")
     assert suggest_names("x", [], otherwise="load it first") == "load it first"
     assert len(suggest_names("x", [f"name-{n}" for n in range(10_000)])) < 600
 
 
-def test_a_path_that_is_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_path_is_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "concepts" / "rex").mkdir(parents=True)
     (tmp_path / "loras").mkdir()
     (tmp_path / "loras" / "tom.safetensors").touch()
@@ -115,7 +115,7 @@ def refusals(pipe: Any, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_every_unknown_name_is_answered_with_the_near_one(tmp_path: Path) -> None:
+def test_unknown_names_in_all_interfaces(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     for meant, call in refusals(tiny_sd(), tmp_path).items():
         with pytest.raises(CustomizeError) as caught:

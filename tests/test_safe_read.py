@@ -30,14 +30,14 @@ PACKAGE = Path(safe_read.__file__).parent
 READS = {"open", "read_text", "read_bytes", "safe_open", "load_file", "fromfile", "memmap"}
 MODULES = {"torch.load", "np.load", "numpy.load", "json.load", "sqlite3.connect", "os.open"}
 ALLOWED = {
-    "safe_read.py": {"os.open": "the one place"},
-    "atomic.py": {"open": "writes", "os.open": "locks what is written, syncs a folder"},
+    "safe_read.py": {"os.open": "the only reader"},
+    "atomic.py": {"open": "writes", "os.open": "locks partial files, syncs folders"},
     "cli/interrupts.py": {"os.open": "writes, to os.devnull"},
-    "concepts/index.py": {"sqlite3.connect": "in memory"},
-    "cli/regions.py": {"Image.open": "of a file from open_regular"},
-    "training/decoding.py": {"Image.open": "of a file from open_regular"},
-    "training/record.py": {"read_text": "of /proc/self/status"},
-    "evaluation/record.py": {"read_text": "of /proc/cpuinfo"},
+    "concepts/library/index.py": {"sqlite3.connect": "in memory"},
+    "cli/region_arguments.py": {"Image.open": "of a file from open_regular"},
+    "training/data/decode_image.py": {"Image.open": "of a file from open_regular"},
+    "training/run_metadata.py": {"read_text": "of /proc/self/status"},
+    "evaluation/result_file.py": {"read_text": "of /proc/cpuinfo"},
     # Trains the bundled base, from files of its own.
     "storybook/pretrain.py": {"open": "", "load_file": ""},
     "storybook/train_judges.py": {"load_file": "", "read_text": ""},
@@ -64,7 +64,7 @@ def sparse(path: Path, size: int) -> Path:
     return path
 
 
-def test_what_is_not_a_regular_file_is_refused_at_once_and_named(tmp_path: Path) -> None:
+def test_non_regular_files_are_refused(tmp_path: Path) -> None:
     for kind, path in special(tmp_path).items():
         for read in (read_bytes, read_text, read_json, read_safetensors, open_regular):
             with pytest.raises(OSError) as raised:
@@ -78,7 +78,7 @@ def test_a_link_to_a_regular_file_is_read(tmp_path: Path) -> None:
     assert read_bytes(tmp_path / "b", 1) == b"x"
 
 
-def test_no_more_than_the_limit_is_read(tmp_path: Path) -> None:
+def test_size_limit(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     assert read_bytes(tmp_path / "a", 5) == b"12345"
     with pytest.raises(OSError, match="5 bytes are larger than the limit of 4"):
@@ -86,13 +86,13 @@ def test_no_more_than_the_limit_is_read(tmp_path: Path) -> None:
     assert read_bytes("/proc/self/status", 5) == b""  # of no size: nothing bounds it
 
 
-def test_a_name_that_no_file_can_have_is_an_os_error() -> None:
+def test_invalid_file_name_raises_oserror() -> None:
     for name in ("a\0b", "\udfff" * 3 + "\ud800", "a" * 5000):
         with pytest.raises(OSError):
             read_bytes(name, 1)
 
 
-def test_a_large_file_that_was_never_written_is_refused(tmp_path: Path) -> None:
+def test_large_sparse_file_is_refused(tmp_path: Path) -> None:
     for size in (2**28 + 1, 7 * 2**30):
         with pytest.raises(OSError, match="sparse"):
             read_bytes(sparse(tmp_path / "a", size), 2**40)
@@ -104,7 +104,7 @@ def test_a_large_file_that_was_never_written_is_refused(tmp_path: Path) -> None:
         read_safetensors(tmp_path / "b")
 
 
-def test_a_smaller_file_with_holes_is_read(tmp_path: Path) -> None:
+def test_small_sparse_file_is_read(tmp_path: Path) -> None:
     # An untrained factor is all zeros, which some file systems and copies store as a hole.
     save_file({"x": torch.zeros(2**20)}, tmp_path / "a.safetensors")
     data = (tmp_path / "a.safetensors").read_bytes()
@@ -114,19 +114,19 @@ def test_a_smaller_file_with_holes_is_read(tmp_path: Path) -> None:
     assert read_safetensors(tmp_path / "b.safetensors") == data
 
 
-def test_text_has_neither_mark_nor_other_line_ends(tmp_path: Path) -> None:
+def test_read_text_removes_bom_and_normalizes_line_ends(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")
     assert read_text(tmp_path / "a", 100) == "a\nb\nc\n"
 
 
-def test_deep_json_is_a_value_error(tmp_path: Path) -> None:
+def test_deeply_nested_json_raises_valueerror(tmp_path: Path) -> None:
     for text in ("[" * 100_000, "1" * 5000, "{"):
         (tmp_path / "a").write_text(text)
         with pytest.raises(ValueError):
             read_json(tmp_path / "a", 2**20)
 
 
-def test_a_safetensors_file_is_read_where_its_header_has_every_byte(tmp_path: Path) -> None:
+def test_valid_safetensors_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     tensors = {
         "f": torch.randn(3, 2),
@@ -147,7 +147,7 @@ def test_a_safetensors_file_is_read_where_its_header_has_every_byte(tmp_path: Pa
     assert found == sorted((tuple(t.shape), t.dtype, float(t.sum())) for t in floats)
 
 
-def test_a_safetensors_file_of_another_size_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_safetensors_size_mismatch_is_refused_before_reading(tmp_path: Path) -> None:
     data = save({"x": torch.ones(4)}, {"a": "b"})
     start = 8 + int.from_bytes(data[:8], "little")
 
@@ -171,7 +171,7 @@ def test_a_safetensors_file_of_another_size_is_refused_before_it_is_read(tmp_pat
     assert read_safetensors_header(tmp_path / "a") == ({}, {})
 
 
-def test_a_folder_for_other_libraries_may_have_regular_files_alone(tmp_path: Path) -> None:
+def test_check_regular_files_refuses_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text("{}")
     (tmp_path / "dangling").symlink_to("nowhere")
@@ -188,7 +188,7 @@ def test_a_folder_for_other_libraries_may_have_regular_files_alone(tmp_path: Pat
     assert raised.value.filename == str(weights)
 
 
-def test_a_real_path_of_links_in_a_circle_is_their_own(tmp_path: Path) -> None:
+def test_real_path_of_circular_links(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     (tmp_path / "c").symlink_to(tmp_path)
@@ -196,7 +196,7 @@ def test_a_real_path_of_links_in_a_circle_is_their_own(tmp_path: Path) -> None:
     assert real_path(tmp_path / "c" / ".." / "d") == tmp_path.resolve().parent / "d"
 
 
-def test_nothing_in_the_package_reads_files_in_another_way() -> None:
+def test_all_files_are_read_by_safe_read() -> None:
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         calls = {_read_by(node) for node in ast.walk(ast.parse(path.read_text()))} - {""}

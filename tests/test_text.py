@@ -36,7 +36,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
-def test_nothing_that_moves_or_hides_is_left(text):
+def test_escape_unprintable_leaves_printable_text(text):
     for shown in (
         escape_unprintable(text),
         one_line(text),
@@ -49,20 +49,20 @@ def test_nothing_that_moves_or_hides_is_left(text):
 
 
 @given(ANY)
-def test_any_text_is_one_printable_line(text):
+def test_one_line_is_printable(text):
     assert one_line(text).isprintable()
     one_line(text).encode()
 
 
 @given(ANY)
-def test_markdown_shows_the_text_and_is_no_markup(text):
+def test_escape_markdown_shows_the_text(text):
     shown = escape_markdown(text)
     assert html.unescape(shown) == html.unescape(html.escape(one_line(text)))
     assert not re.search(r"[\\`*_\[\]<>|!~@:(){}\"']|www\.", shown, re.IGNORECASE)
 
 
 @given(st.text("`a| "))
-def test_code_is_not_left(text):
+def test_markdown_code_cannot_be_closed(text):
     shown = markdown_code(text)
     if not one_line(text):
         assert shown == ""
@@ -73,14 +73,14 @@ def test_code_is_not_left(text):
     assert not re.search(r"(?<!\\)\|", inside)
 
 
-def test_ordinary_text_stays():
+def test_ordinary_text_is_unchanged():
     for text in ("a dog", "Größe 12, naïve", "犬", "a-b.c"):
         assert escape_unprintable(text) == one_line(text) == escape_markdown(text) == text
         assert markdown_code(text) == f"`{text}`"
     assert escape_unprintable("a\nb") == "a\nb" and one_line(" a\n\n b ") == "a b"
 
 
-def test_lengths_are_bounded():
+def test_length_limits():
     assert shorten("a" * 100, 100) == "a" * 100
     long = shorten("a" * 500 + "z" * 500, 100)
     assert len(long) == 100 and "(1,000 characters)" in long
@@ -89,4 +89,4 @@ def test_lengths_are_bounded():
     assert quote(10**5000) == "a value of type int" and quote([1, "a"]) == "[1, 'a']"
     error = CustomizeError("\x1b" * 10**6, where="\u202e" * 10**6, fix="y" * 10**6)
     assert len(str(error)) < 2 * MAX_MESSAGE_LENGTH + MAX_LOCATION_LENGTH + 20
-    assert len(error.what) <= MAX_MESSAGE_LENGTH and len(repr(error)) < 5 * MAX_MESSAGE_LENGTH
+    assert len(error.problem) <= MAX_MESSAGE_LENGTH and len(repr(error)) < 5 * MAX_MESSAGE_LENGTH

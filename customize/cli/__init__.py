@@ -115,7 +115,7 @@ def _explained(error: BaseException) -> str:
         from customize.cli.config_flags import suggest_flag
 
         hint = suggest_flag(flag, context.command)
-        return f"no such option: {flag}. Do: {hint}see {path} --help."
+        return f"no such option: {flag}. Fix: {hint}see {path} --help."
     message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
     message = message.rstrip(".")
-    return f"{message}{'' if message.endswith('?') else '.'} Do: see {path} --help."
+    return f"{message}{'' if message.endswith('?') else '.'} Fix: see {path} --help."

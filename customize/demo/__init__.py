@@ -102,7 +102,7 @@ def train_concept(
         return train(config, components)
     except SettingsError as error:
         raise SettingsError(
-            error.what,
+            error.problem,
             where=error.where,
             fix="delete that folder and run the demo again: the demo has changed since",
         ) from None

@@ -418,7 +418,7 @@ def build_config(settings: Mapping[str, Any], where: Path | str | None) -> Train
     try:
         return TrainConfig(**settings)
     except ConfigError as error:
-        raise ConfigError(error.what, where=where, fix=error.fix) from None
+        raise ConfigError(error.problem, where=where, fix=error.fix) from None
 
 
 def _kinds(field: str) -> tuple[Any, ...]:

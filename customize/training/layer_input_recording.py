@@ -105,7 +105,7 @@ def record_generic_inputs(
         generic = record(family, layers, prompts, shape, **how)
     except ConceptError as error:
         raise PipelineError(
-            f"the base cannot draw generic prompts: {error.what}",
+            f"the base cannot draw generic prompts: {error.problem}",
             where=family.denoiser_key,
             fix=suggest_base_fix(family, family.denoiser.dtype == torch.float16),
         ) from error

@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             )
         settings = yaml.safe_load(content)
     except OSError as error:
-        presets = [] if path.exists() else find_near_names(path.stem, _presets(), most=1)
+        presets = [] if path.exists() else find_near_names(path.stem, _presets(), limit=1)
         fix = "give the path of a YAML file"
         raise ConfigError(
             f"the configuration cannot be read: {error.strerror}",

@@ -179,11 +179,11 @@ def test_both_hosts_of_the_same_parts_share_their_concepts(
     assert [row.name for row in standard.custom.rows] == ["rex", "tom"]
     assert np.array_equal(draw(pipe), draw(standard, **case.plain))
     if not fuse:
-        with pytest.raises(PipelineError, match=r"concepts rex, tom are attached beside.*Do: "):
+        with pytest.raises(PipelineError, match=r"concepts rex, tom are attached beside.*Fix: "):
             pipe.save_pretrained(str(tmp_path / "saved"), overwrite_modular_index=True)
         assert not (tmp_path / "saved").exists()
         if hasattr(pipe, "fuse_lora"):
-            with pytest.raises(PipelineError, match=r"unload_custom could not.*Do: "):
+            with pytest.raises(PipelineError, match=r"unload_custom could not.*Fix: "):
                 pipe.fuse_lora()
     standard.unload_custom()
     assert pipe.custom.rows == ()
@@ -211,7 +211,9 @@ def test_a_pipeline_that_shares_some_parts_only_is_refused(case: Case) -> None:
         other.unload_custom()
         assert_same(before, everything(other))
         return
-    with pytest.raises(PipelineError, match=rf"attached through another pipeline.*its {key}.*Do: "):
+    with pytest.raises(
+        PipelineError, match=rf"attached through another pipeline.*its {key}.*Fix: "
+    ):
         other.load_custom(concept(standard, "tom", index=1))
     assert other.custom.rows == ()
     assert_same(attached, everything(standard))
@@ -336,7 +338,7 @@ def test_a_pipeline_of_the_text_steps_alone_follows_the_whole_one() -> None:
 
 def test_weights_that_are_not_loaded_yet_are_asked_for() -> None:
     pipe = diffusers.ZImageAutoBlocks().init_pipeline()
-    with pytest.raises(PipelineError, match=r"transformer: None.*Do: load.*load_components\(\)"):
+    with pytest.raises(PipelineError, match=r"transformer: None.*Fix: load.*load_components\(\)"):
         pipe.load_custom(concept(tiny_z_image()))
 
 

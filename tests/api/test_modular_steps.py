@@ -107,7 +107,7 @@ def test_what_cannot_be_attached_stops_the_call_and_changes_nothing() -> None:
         ({"concept_weights": [1.0]}, ConfigError, "weights are given without concepts"),
     ]
     for given, kind, says in wrong:
-        with pytest.raises(kind, match=rf"{says}.*Do: "):
+        with pytest.raises(kind, match=rf"{says}.*Fix: "):
             draw(pipe, **given)
         assert_same(before, everything(pipe))
 
@@ -130,7 +130,7 @@ def test_triggers_are_looked_for_among_the_concepts_of_the_call() -> None:
 
 def test_the_step_alone_has_no_models_to_attach_to() -> None:
     pipe = ConceptsStep().init_pipeline()
-    with pytest.raises(PipelineError, match=r"no denoiser at all.*Do: "):
+    with pytest.raises(PipelineError, match=r"no denoiser at all.*Fix: "):
         pipe(concepts=[concept(CASES["flux"].make())])
 
 

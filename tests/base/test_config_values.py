@@ -50,7 +50,7 @@ def test_a_value_that_makes_no_sense_is_named(
     (base / file).write_text(json.dumps(values))
     with pytest.raises(PipelineError) as raised:
         load_pipeline(str(base), torch.float32)
-    assert name in raised.value.what and file.split("/")[0] in raised.value.what
+    assert name in raised.value.problem and file.split("/")[0] in raised.value.problem
 
 
 @pytest.mark.parametrize("name", FAMILIES)

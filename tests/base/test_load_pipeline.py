@@ -98,7 +98,7 @@ def with_code(base: Path) -> None:
 )
 def test_damaged_modular_bases(spoil: Callable[[Path], None], says: str, base: Path) -> None:
     spoil(base)
-    with pytest.raises(PipelineError, match=rf"{says}.*Do: "):
+    with pytest.raises(PipelineError, match=rf"{says}.*Fix: "):
         load_pipeline(str(base), torch.float32)
 
 

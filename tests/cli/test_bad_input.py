@@ -45,7 +45,7 @@ def train(run: Run, world: World, folder: Path, *words: str, **settings: object)
     assert result.code == 2, result
     lines = result.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.err
-    for word in (*words, " Do: "):
+    for word in (*words, " Fix: "):
         assert word in lines[0], lines[0]
     assert not (folder / "max").exists()
 
@@ -300,7 +300,7 @@ def test_damaged_concepts(
         path = concept(pipe).save(tmp_path / "rex")
         file = path / LORA_FILE
     spoil(file)
-    refused(run("inspect", path), says, str(path), " Do: ")
+    refused(run("inspect", path), says, str(path), " Fix: ")
     refused(run("generate", path, "--base", "none", "--prompt", "<rex>"), says, str(path))
     check_nothing_changes(pipe, [world.tom, path], says)
 
@@ -318,7 +318,7 @@ def check_nothing_changes(pipe, sources: list[object], says: str) -> None:
 def test_pickles(run: Run, world: World, tmp_path: Path, pipe, ending: str) -> None:
     path = tmp_path / f"model.{ending}"
     path.write_bytes(b"\x80\x04")
-    refused(run("inspect", path), "can run code", str(path), " Do: ")
+    refused(run("inspect", path), "can run code", str(path), " Fix: ")
     check_nothing_changes(pipe, [world.tom, path], "can run code")
 
 
@@ -326,7 +326,7 @@ def test_names_that_lead_elsewhere(run: Run, world: World, tmp_path: Path, pipe)
     path = concept(pipe).save(tmp_path / "rex")
     facts = json.loads((path / INFO_FILE).read_text())
     (path / INFO_FILE).write_text(json.dumps(facts | {"name": "../rex"}))
-    refused(run("inspect", path), "wrong at name", str(path / INFO_FILE), " Do: ")
+    refused(run("inspect", path), "wrong at name", str(path / INFO_FILE), " Fix: ")
     refused(run("merge", world.tom, path, "--output", tmp_path / "m"), "wrong at name")
     check_nothing_changes(pipe, [world.tom, path], "wrong at name")
     assert not (tmp_path / "m").exists()
@@ -340,6 +340,6 @@ def test_concepts_of_another_family_or_width(run: Run, world: World, tmp_path: P
     for name in ("family", "width"):
         path = tmp_path / name
         result = run("generate", path, *drawing, "--output", tmp_path / "pictures")
-        refused(result, "the concept rex was learned on", "differs", " Do: ")
+        refused(result, "the concept rex was learned on", "differs", " Fix: ")
         check_nothing_changes(pipe, [world.tom, path], "differs")
     assert not (tmp_path / "pictures").exists()

@@ -94,7 +94,7 @@ def test_nothing_half_written_stays_and_nothing_is_lost(world: World, tmp_path: 
     for (arguments, _), (code, err, _) in zip(jobs, full, strict=False):
         assert code == 2, (arguments, err)
         last = err.splitlines()[-1]
-        assert last.startswith("error: ") and "Do: " in last and str(disk) in last
+        assert last.startswith("error: ") and "Fix: " in last and str(disk) in last
         assert any(reason in last for reason in reasons), last
         assert arguments[0] == "train" or len(err.splitlines()) == 1
     for _, _, files in full[:3]:

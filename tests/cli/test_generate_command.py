@@ -189,7 +189,7 @@ def test_absurd_numbers_draw_nothing(
     run: Run, world: World, tmp_path: Path, flag: str, value: str, says: str
 ) -> None:
     arguments = ("generate", world.rex, "--base", world.base, "--prompt", PROMPT, "--steps", "1")
-    refused(run(*arguments, "--output", tmp_path / "pictures", flag, value), says, "Do: ")
+    refused(run(*arguments, "--output", tmp_path / "pictures", flag, value), says, "Fix: ")
     assert not list(tmp_path.rglob("*.png"))
 
 

@@ -51,7 +51,7 @@ def test_a_process_ends_with_the_exit_code_and_one_line() -> None:
     done = customize("merge", "nowhere/at/all", "--output", "unused")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: there is no such concept (nowhere/at/all). Do: check the path.\n"
+        "error: there is no such concept (nowhere/at/all). Fix: check the path.\n"
     )
     assert done.stdout == ""
     # What the libraries would say of a base that cannot be had must not come between.
@@ -60,7 +60,7 @@ def test_a_process_ends_with_the_exit_code_and_one_line() -> None:
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: the base cannot be loaded: there is no such folder, and the hub")
-    assert "(base: nobody/nothing). Do: name a folder" in line
+    assert "(base: nobody/nothing). Fix: name a folder" in line
 
 
 def test_what_libraries_say_does_not_come_between(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_training_that_was_stopped_ends_every_command_with_130(
 
     monkeypatch.setattr(customize.demo, "run", run)
     assert main(["demo", "--output", str(tmp_path)]) == 130
-    wanted = "training was stopped after step 3. Do: run the same again.\n"
+    wanted = "training was stopped after step 3. Fix: run the same again.\n"
     assert capsys.readouterr().err == wanted
 
 

@@ -235,8 +235,8 @@ def test_what_does_not_go_together(run: Run, world: World, tmp_path: Path) -> No
         run("merge", world.rex, "--fuse", "--base", "b", "--rank", "2", *output), "--rank", "--fuse"
     )
     refused(run("merge", world.rex, "--dtype", "float16", *output), "--dtype", "--fuse")
-    refused(run("merge", world.rex, "--fuse", *output), "--fuse", "Do: give --base")
-    refused(run("merge", world.rex, "--base", "b", *output), "--base", "Do: add --fuse")
+    refused(run("merge", world.rex, "--fuse", *output), "--fuse", "Fix: give --base")
+    refused(run("merge", world.rex, "--base", "b", *output), "--base", "Fix: add --fuse")
     concept(tiny_sd3(), "other").save(tmp_path / "other")
     refused(run("merge", world.rex, tmp_path / "other", *output), "learned on sd (tiny) and other")
     pickle = tmp_path / "model.ckpt"
@@ -268,7 +268,7 @@ def test_weights_that_make_infinities_write_nothing(run: Run, world: World, tmp_
     arguments = ("merge", world.rex, world.tom, "--output", tmp_path / "m")
     for more in ((), ("--rank", "2")):
         result = run(*arguments, "--weights", "1e39,1", *more)
-        refused(result, "finite", "weights of an ordinary size", "Do: ")
+        refused(result, "finite", "weights of an ordinary size", "Fix: ")
     result = run(*arguments, "--weights", "1e39,1", "--fuse", "--base", world.base)
-    refused(result, "leaves the range of torch.float32", "Do: give smaller weights")
+    refused(result, "leaves the range of torch.float32", "Fix: give smaller weights")
     assert list(tmp_path.iterdir()) == []

@@ -69,13 +69,13 @@ def test_regions_that_are_none(
     run: Run, world: World, region: str, says: str, tmp_path: Path
 ) -> None:
     both = ("generate", world.rex, "--base", world.base, "--prompt", "a <rex>", *SMALL)
-    refused(run(*both, "--regions", region, "--output", tmp_path / "out"), says, "Do: ")
+    refused(run(*both, "--regions", region, "--output", tmp_path / "out"), says, "Fix: ")
 
 
 def test_the_same_words_twice(run: Run, world: World, tmp_path: Path) -> None:
     box = ("--regions", "<rex>=0,0,1,1")
     both = ("generate", world.rex, "--base", world.base, "--prompt", "a <rex>", *SMALL)
-    refused(run(*both, *box, *box), "is given two regions", "Do: ")
+    refused(run(*both, *box, *box), "is given two regions", "Fix: ")
 
 
 @given(st.text(max_size=30))

@@ -94,7 +94,7 @@ def test_the_distilled_model_takes_concepts_but_is_not_trained_on() -> None:
     )
     assert family.fingerprint() == base.fingerprint()
     t = family.timesteps(torch.tensor([0.5]), (4, 16, 16))
-    with pytest.raises(PipelineError, match=r"step-distilled.*Do: train on the model"):
+    with pytest.raises(PipelineError, match=r"step-distilled.*Fix: train on the model"):
         family.predict(torch.zeros(1, 4, 16, 16), t, family.encode_prompts([""]))
 
 

@@ -147,7 +147,7 @@ def test_two_transformers_without_a_boundary_are_not_trained_but_take_concepts(
     config = settings(tmp_path, steps=1)
     before = snapshot(pipe.components)
     for given in ({}, {"pipeline_config": pipe.config}):
-        with pytest.raises(PipelineError, match=r"boundary_ratio.*Do: give pipe\.config"):
+        with pytest.raises(PipelineError, match=r"boundary_ratio.*Fix: give pipe\.config"):
             train(config, pipe.components, progress=False, **given)
     assert_unchanged(before, pipe.components)
     assert not (config.output / "concept.json").exists()

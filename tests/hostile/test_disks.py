@@ -104,7 +104,7 @@ def test_a_disk_that_fills_up_or_is_read_only_is_called_that(world: World, tmp_p
         assert code == 2, where
         last = err.splitlines()[-1]
         reason = "the disk is read-only" if left is None else "the disk is full"
-        assert last.startswith("error: ") and reason in last and "Do: " in last, where
+        assert last.startswith("error: ") and reason in last and "Fix: " in last, where
         counts[reason] += 1
     assert counts["the disk is read-only"] == len(commands)
     print(f"\ndisks: {len(jobs)} tried: {dict(counts)}")

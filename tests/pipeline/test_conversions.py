@@ -131,9 +131,9 @@ def test_a_kind_with_a_denoiser_of_its_own_is_refused(family: str) -> None:
     pipe.load_custom(concept(pipe))
     key = family_of(pipe.components).denoiser_key
     mixed = kind_of(**{**pipe.components, key: getattr(other, key)})
-    with pytest.raises(PipelineError, match=r"attached through another pipeline.*Do: "):
+    with pytest.raises(PipelineError, match=r"attached through another pipeline.*Fix: "):
         mixed.load_custom(concept(pipe, "tom", index=1))
-    with pytest.raises(PipelineError, match=r"concepts rex are attached beside.*Do: "):
+    with pytest.raises(PipelineError, match=r"concepts rex are attached beside.*Fix: "):
         mixed.save_pretrained("nowhere")
 
 

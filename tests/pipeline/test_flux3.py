@@ -121,7 +121,7 @@ def test_the_cards_lines_run(learned: Path) -> None:
 
 
 def test_commands_for_standard_pipelines_say_so(learned: Path) -> None:
-    with pytest.raises(PipelineError, match=r"modular one only.*Do: use it in Python"):
+    with pytest.raises(PipelineError, match=r"modular one only.*Fix: use it in Python"):
         load_pipeline(str(learned / "base"), torch.device("cpu"), None)
 
 

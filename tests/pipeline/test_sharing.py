@@ -37,7 +37,9 @@ def test_another_denoiser_on_a_shared_text_encoder_is_refused(make, fuse):
         lambda: other.load_custom(rex, fuse=fuse),
         lambda: other.unload_custom(),
     ):
-        with pytest.raises(PipelineError, match=r"text_encoder .*another pipeline.*its unet.*Do: "):
+        with pytest.raises(
+            PipelineError, match=r"text_encoder .*another pipeline.*its unet.*Fix: "
+        ):
             call()
     assert_same(attached, everything(pipe))
     assert np.array_equal(draw(pipe), picture)

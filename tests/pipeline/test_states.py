@@ -128,7 +128,7 @@ def test_fused_projections_are_refused_both_ways(fuse):
 
 def test_sharing_a_slice_is_told_once():
     pipe = tiny_sd()
-    with pytest.warns(UserWarning, match=r"rex and tom.*Do: "):
+    with pytest.warns(UserWarning, match=r"rex and tom.*Fix: "):
         pipe.load_custom(concept(pipe), concept(pipe, "tom", index=0))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

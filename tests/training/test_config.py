@@ -121,7 +121,7 @@ def test_defaults_are_in_their_own_ranges():
 )
 def test_nonsense_is_refused_by_name_and_value(setting, value, says):
     error = refused(**{setting: value})
-    assert error.what.startswith(f"{setting} is ")
+    assert error.problem.startswith(f"{setting} is ")
     assert says in str(error)
     assert "\n" not in str(error)
 
@@ -132,7 +132,7 @@ def test_values_in_messages_are_bounded():
 
 def test_unknown_settings_name_their_neighbours():
     error = refused(learning_rat=1, batchsize=2, zzz=3)
-    lines = error.what.splitlines()
+    lines = error.problem.splitlines()
     assert lines[0] == "3 settings are wrong:"
     assert "'learning_rat' is not a setting; did you mean learning_rate" in lines[1]
     assert "did you mean batch_size" in lines[2]
@@ -142,7 +142,7 @@ def test_unknown_settings_name_their_neighbours():
 def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
         TrainConfig(rank=0, name="Rex!")
-    lines = caught.value.what.splitlines()
+    lines = caught.value.problem.splitlines()
     assert lines[0] == "6 settings are wrong:"
     told = sorted(line.split()[0] for line in lines[1:])
     assert told == ["base", "class_word", "images", "name", "output", "rank"]
@@ -190,7 +190,7 @@ def test_contradictions_are_refused(settings, says):
 
 
 def test_several_contradictions_are_told_at_once():
-    what = refused(slice=1, method="lora", warmup_steps=9, steps=9).what
+    what = refused(slice=1, method="lora", warmup_steps=9, steps=9).problem
     assert what.splitlines()[0] == "2 settings are wrong:"
 
 

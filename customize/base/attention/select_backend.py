@@ -72,7 +72,7 @@ def choose_backends(family: Family, backend: str, device: torch.device) -> dict[
                 # "auto" leaves processors of someone's own alone; what is named must be used.
                 if key in family.denoisers and (name != "auto" or _openings(model)):
                     raise
-                choices[key] = BackendChoice("as it was", note=problem.what)
+                choices[key] = BackendChoice("as it was", note=problem.problem)
     return choices
 
 

@@ -270,7 +270,7 @@ class LoraFile:
             return split_by_parameter(decode_vectors(group, factor), place.rows, place.is_norm)
         except ConceptError as error:
             raise ConceptError(
-                error.what,
+                error.problem,
                 where=f"{self.where}: {group.path}",
                 fix="load it into a pipeline of the base that it was made for, get an unchanged "
                 'copy, or leave such parts out: ignore=["bias", "norm"]',
@@ -312,7 +312,7 @@ class LoraFile:
             other = bool(kin) and names.family.name not in kin
             likely = f": the file looks like a LoRA of {join_alternatives(kin)}" if other else ""
             raise ConceptError(
-                f"{error.what}{likely}",
+                f"{error.problem}{likely}",
                 where=f"{self.where}: {group.path}",
                 fix=error.fix
                 or "load it into a pipeline of the base that it was made for, or "

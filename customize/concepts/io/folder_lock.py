@@ -31,7 +31,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     try:
         check_writable(folder.parent)
     except StorageError as error:
-        raise StorageError(error.what, where=folder, fix=error.fix) from error
+        raise StorageError(error.problem, where=folder, fix=error.fix) from error
     path = folder.parent / f".{folder.name}.lock"
     made = [parent for parent in folder.parents if not parent.exists()]
     # Not shared with other locks on this file, as another thread may have one.

@@ -203,7 +203,7 @@ def _checked(
         concept = Concept(info, products, embeddings, where)
     except ConceptError as error:
         place = f"{where}: {error.where}" if error.where else where
-        raise ConceptError(error.what, where=place, fix=error.fix) from error
+        raise ConceptError(error.problem, where=place, fix=error.fix) from error
     if concept_digest(concept) != digest:
         raise ConceptError(
             "the tensors and the facts are not those that were saved together",
@@ -232,7 +232,7 @@ def _unpacked(
             update = LowRank(pair["B"], pair["A"], info.scale)
         except ConceptError as error:
             place = f"{where}: {component}.{module}"
-            raise ConceptError(error.what, where=place, fix=_ANEW) from error
+            raise ConceptError(error.problem, where=place, fix=_ANEW) from error
         products.setdefault(component, {})[module] = update
     _check_peft_header(metadata, info, products, where)
     return products

@@ -133,7 +133,7 @@ def _updates(
         try:
             update = update_of(group, lambda rank: 1.0, _no_weight)
         except ConceptError as error:
-            raise ConceptError(error.what, where=f"{where}: {group.path}", fix=_ANEW) from error
+            raise ConceptError(error.problem, where=f"{where}: {group.path}", fix=_ANEW) from error
         component, _, module = group.path.partition(".")
         places = layers.get(group.path) or [(component, module, 0, update.shape[0])]
         first = 0

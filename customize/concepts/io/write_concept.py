@@ -237,7 +237,7 @@ def _check_same(found_name: Callable[[], str], name: str, where: Path) -> None:
         found = found_name()
     except ConceptError as error:
         raise StorageError(
-            f"something else is there that cannot be read: {error.what}",
+            f"something else is there that cannot be read: {error.problem}",
             where=where,
             fix="move it away, or choose another name",
         ) from error

@@ -185,7 +185,7 @@ def plan_merge(
                 check_same_weight(own)
             except ConceptError as error:
                 raise ConceptError(
-                    error.what, where=f"{component}.{module}", fix=error.fix
+                    error.problem, where=f"{component}.{module}", fix=error.fix
                 ) from error
             how: Callable[[], LowRank] | None = None
             if method == FUSION:

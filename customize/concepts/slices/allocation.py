@@ -138,18 +138,18 @@ class Collision:
         first, second: the concepts' names.
         columns: width -> the columns that both have; empty where their slices are not of the same
             columns, and overlap nevertheless.
-        what: the same in words.
+        problem: the same in words.
         fix: what resolves it.
     """
 
     first: str
     second: str
     columns: dict[int, tuple[int, ...]]
-    what: str
+    problem: str
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.what}. Do: {self.fix}."
+        return f"{self.problem}. Fix: {self.fix}."
 
 
 def find_collisions(infos: Sequence[SliceOwner]) -> list[Collision]:

@@ -65,7 +65,7 @@ class SharedDirections:
             record = LayerInputs.load(path)
         except ConceptError as error:
             raise ConceptError(
-                f"the shared directions cannot be read: {error.what}",
+                f"the shared directions cannot be read: {error.problem}",
                 where=error.where or path,
                 fix="put an unchanged copy of the file back, or delete it, and it is recorded anew "
                 "by the next run; what was learned before then no longer has slices apart from "

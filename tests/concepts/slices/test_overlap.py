@@ -84,7 +84,7 @@ def test_the_same_columns_of_two_recordings_are_found(noise) -> None:
     assert not torch.equal(*(next(iter(c.updates["unet"].values())).down for c in (rex, zig)))
     (found,) = find_overlaps([rex, zig])
     assert found.columns == {64: (0, 1, 2, 3), 96: (0, 1, 2, 3)}
-    assert "4 of 4 columns at width 64" in found.what and "--library" in found.fix
+    assert "4 of 4 columns at width 64" in found.problem and "--library" in found.fix
 
 
 @pytest.mark.parametrize("noise", [1e-6, 1e-5, 1e-4])
@@ -98,8 +98,8 @@ def test_directions_that_were_turned_make_columns_that_overlap() -> None:
     turned = {width: rows.flip(0) for width, rows in directions(seed=1).items()}
     for shared, why in ((B, "recorded apart"), (A, "other columns than their facts say")):
         (found,) = find_overlaps([rex, sliced("zig", 1, turned, shared, avoid=8)])
-        assert found.columns == {} and why in found.what
-        assert "times as much as slices drawn at random" in found.what
+        assert found.columns == {} and why in found.problem
+        assert "times as much as slices drawn at random" in found.problem
 
 
 def test_what_facts_say_does_not_count_against_the_columns() -> None:
@@ -117,7 +117,7 @@ def test_other_matrices_and_other_numbers_of_directions_are_named() -> None:
     inputs = directions()
     rex = sliced("rex", 0, inputs, A)
     (found,) = find_overlaps([rex, sliced("zig", 1, inputs, A, seed=9)])
-    assert "different orthogonal matrices (cosine with seed 0, cosine with seed 9)" in found.what
+    assert "different orthogonal matrices (cosine with seed 0, cosine with seed 9)" in found.problem
     assert "--orthogonal-matrix cosine, --matrix-seed 0" in found.fix
 
 

@@ -1,4 +1,4 @@
-"""The README's table of families, held against the code."""
+"""The tables of families in README.md and the families' guide match the code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from customize.families import FAMILIES
 from customize.families.rectified_flow import RectifiedFlowFamily
 from tests import tiny, tiny_llm, tiny_video
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "customize/families/README.md"
 
 
-def test_the_table_of_families_is_true() -> None:
+@pytest.mark.parametrize("path", [ROOT / "README.md", GUIDE], ids=["README", "guide"])
+def test_families_table(path: Path) -> None:
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in README.read_text().splitlines()
+        for line in path.read_text().splitlines()
         if re.match(r"\| `\w+` \| .* \| (flow|epsilon, v|v) \|", line)
     ]
     assert [row[0].strip("`") for row in rows] == list(FAMILIES)
@@ -27,9 +29,9 @@ def test_the_table_of_families_is_true() -> None:
             assert prediction == "flow", name
         else:  # what the scheduler's configuration says; v in all models of CogVideoX
             assert prediction == ("v" if name == "`cogvideox`" else "epsilon, v"), name
-        found = re.findall(r"`(\w+)`", dictionaries)
-        assert found == list(family.clip_encoders), name
-        assert found or dictionaries == "none", name
+        encoders = re.findall(r"`(\w+)`", dictionaries)
+        assert encoders == list(family.clip_encoders), name
+        assert encoders or dictionaries == "none", name
 
 
 MAKERS = {
@@ -43,21 +45,21 @@ REFERENCES = ("ip_adapter_image", "image")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_table_of_seams_is_true(name: str) -> None:
+def test_call_arguments_table(name: str) -> None:
     (row,) = (
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in README.read_text().splitlines()
+        for line in GUIDE.read_text().splitlines()
         if re.match(rf"\| `{name}` \| .* \| .* \| (yes|no) \|", line)
     )
     pipe = MAKERS[name]()
     if FAMILIES[name].modular_only:
-        taken = {each.name for each in pipe.blocks.inputs}
+        taken = {block_input.name for block_input in pipe.blocks.inputs}
         between = {o.name for b in pipe.blocks.sub_blocks.values() for o in b.intermediate_outputs}
         assert row[1].endswith(", between its steps")
     else:
         taken = between = set(inspect.signature(type(pipe).__call__).parameters)
-    assert re.findall("`([a-z_]+)`", row[1]) == [each for each in EMBEDDINGS if each in between]
-    references = [each for each in REFERENCES if each in taken]
-    assert row[2] == (", ".join(f"`{each}`" for each in references) or "none")
+    assert re.findall("`([a-z_]+)`", row[1]) == [name for name in EMBEDDINGS if name in between]
+    references = [name for name in REFERENCES if name in taken]
+    assert row[2] == (", ".join(f"`{name}`" for name in references) or "none")
     # What "yes" means is drawn in test_regions.py, for every family.
     assert row[3] == ("no" if FAMILIES[name].regions_unsupported else "yes")

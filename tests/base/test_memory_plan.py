@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -332,3 +333,29 @@ def test_words_that_name_no_amount_are_refused(word):
 
 def test_an_amount_is_that_of_a_card():
     assert parse_memory_size("12GB") == 12 * GIB and parse_memory_size("1.5 GB") == 3 * GIB // 2
+
+
+#: The rows of the guide's table.
+TITLES = {
+    "sd15": "Stable Diffusion 1.5",
+    "sdxl": "SDXL",
+    "sd35_large": "Stable Diffusion 3.5 large",
+    "flux_dev": "FLUX.1 dev",
+    "flux2_dev": "FLUX.2 dev",
+    "flux2_klein": "FLUX.2 klein 4B",
+    "qwen_image": "Qwen-Image",
+    "qwen_image_21": "Qwen-Image 2.1",
+    "z_image": "Z-Image",
+    "krea2": "Krea 2",
+}
+
+
+def test_the_guide_has_the_plans_of_each_card(model):
+    name, _, sizes = model
+    cells = []
+    for memory in ("8GB", "12GB", "16GB", "24GB"):
+        strategy = choose_plan(sizes, parse_memory_size(memory), "cuda").strategy
+        offload = {"whole": "all", "model": "one model", "group": "layers"}[strategy.offload]
+        cells.append("float8" if strategy.layerwise_casting else offload)
+    guide = (Path(__file__).parents[2] / "customize/base/README.md").read_text()
+    assert f"| {TITLES[name]} | {' | '.join(cells)} |" in guide

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from customize.concepts.adapter import flattened
+from customize.concepts.adapter import flatten_layers
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.formats.open_adaptation import open_all_without_pipeline
-from customize.concepts.input_statistics import LayerInputs, record_beside
-from customize.concepts.io.file_layout import LAYOUTS
-from customize.concepts.io.write_merged_lora import Merged, write_merged
+from customize.concepts.input_statistics import LayerInputs, load_recorded_inputs
+from customize.concepts.io.file_layout import KEY_LAYOUTS
+from customize.concepts.io.write_merged_lora import MergeResult, write_merged
 from customize.concepts.merge.component_weights import Weight, parse_weight
 from customize.concepts.merge.merge_concepts import (
     AUTO,
@@ -49,10 +49,10 @@ def merge(
     names: Sequence[str | None] | None = None,
     merge: str | Mapping[str, Any] = AUTO,
     rank: int | None = None,
-    format: str = LAYOUTS[0],
+    format: str = KEY_LAYOUTS[0],
     family: str | None = None,
     ignore: str | Sequence[str] | None = None,
-) -> Merged:
+) -> MergeResult:
     """Merge concepts and LoRAs into one ordinary LoRA in a new folder.
 
     ::
@@ -91,9 +91,9 @@ def merge(
     if len(concepts) == 1:
         check_single_concept(method)
     check_method(SUM if method == AUTO else method, settings)
-    if format not in LAYOUTS:
+    if format not in KEY_LAYOUTS:
         raise ConfigError(
-            f"there is no format {format}", where="format", fix=suggest_names(format, LAYOUTS)
+            f"there is no format {format}", where="format", fix=suggest_names(format, KEY_LAYOUTS)
         )
     opened = _rename_concepts(read_concepts(concepts, family, ignore), names)
     method, inputs = find_records(opened, method)
@@ -165,10 +165,10 @@ def inspect(
     strange = find_incompatibility(opened)
     if strange:
         return Inspection(facts, [f"They cannot be merged: {strange}."])
-    updates = {str(k): flattened(concept.updates) for k, concept in enumerate(opened)}
+    updates = {str(k): flatten_layers(concept.updates) for k, concept in enumerate(opened)}
     overlap = crosstalk.overlap_matrix(updates)
-    records = [record_beside(c.info.name, c.updates, c.source) for c in opened]
-    known = {str(k): flattened(each.own) for k, each in enumerate(records) if each is not None}
+    records = [load_recorded_inputs(c.info.name, c.updates, c.source) for c in opened]
+    known = {str(k): flatten_layers(each.own) for k, each in enumerate(records) if each is not None}
     answers = crosstalk.response_norms(updates, known) if len(known) == len(opened) else {}
     return Inspection(facts, describe_relations(opened), overlap, answers)
 

@@ -203,7 +203,7 @@ def record_inputs(
 
     The pipeline draws each prompt in a few steps, by itself and with the concept alone, and is
     afterwards as it was. ``.save(path)`` writes the record; beside the concept, where
-    ``load_custom`` finds it, is :func:`customize.concepts.input_statistics.place_beside`, and
+    ``load_custom`` finds it, is :func:`customize.concepts.input_statistics.layer_inputs_path`, and
     ``customize record`` puts it there.
 
     Args:

@@ -251,8 +251,8 @@ def snippet(
     """
     from customize.concepts.io import model_card
 
-    opening = model_card.opening(family, json.dumps(base))
-    drawing = model_card.drawing(family, "a photo of " + " and ".join(triggers), output)
+    opening = model_card.base_loading_code(family, json.dumps(base))
+    drawing = model_card.inference_code(family, "a photo of " + " and ".join(triggers), output)
     if not concepts:
         return "\n".join([*opening, drawing])
     arguments = [json.dumps(concept) for concept in concepts]

@@ -16,10 +16,10 @@ from torch import Tensor
 from customize.api.concept_files import describe_concept, describe_relations, find_incompatibility
 from customize.atomic import write_atomic
 from customize.cli.command_support import check_png, console
-from customize.concepts.adapter import flattened
+from customize.concepts.adapter import flatten_layers
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.formats.open_adaptation import open_all_without_pipeline
-from customize.concepts.input_statistics import record_beside
+from customize.concepts.input_statistics import load_recorded_inputs
 from customize.concepts.merge.merge_concepts import trained_together
 from customize.core.crosstalk import overlap_matrix, relative_responses, response_norms
 from customize.core.lowrank import LowRank
@@ -48,7 +48,7 @@ def run(
     """
     check_png(plot, "--plot")
     concepts = open_all_without_pipeline(sources, family, ignore)
-    records = [record_beside(c.info.name, c.updates, c.source) for c in concepts]
+    records = [load_recorded_inputs(c.info.name, c.updates, c.source) for c in concepts]
     known = [record for record in records if record is not None]
     lacking = [c.info.name for c, r in zip(concepts, records, strict=True) if r is None]
     if layers or plot is not None:
@@ -77,7 +77,7 @@ def run(
             soft_wrap=True,
         )
         return
-    inputs = [flattened(record.own) for record in known]
+    inputs = [flatten_layers(record.own) for record in known]
     found = response_norms(_updates(concepts), dict(zip(_labels(concepts), inputs, strict=True)))
     by_layer = {layer: found[layer] for layer in sorted(found, key=_in_order)}
     overall, names = relative_responses(by_layer), [concept.info.name for concept in concepts]
@@ -207,7 +207,7 @@ def _labels(concepts: Sequence[Adaptation]) -> list[str]:
 
 
 def _updates(concepts: Sequence[Adaptation]) -> dict[str, dict[str, LowRank]]:
-    products = [flattened(concept.updates) for concept in concepts]
+    products = [flatten_layers(concept.updates) for concept in concepts]
     return dict(zip(_labels(concepts), products, strict=True))
 
 

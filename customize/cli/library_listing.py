@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.table import Table
 
 from customize.cli.command_support import console
-from customize.concepts.library.index import Entry
-from customize.concepts.library.library import Library, add
+from customize.concepts.library.index import LibraryEntry
+from customize.concepts.library.library import Library, add_to_library
 from customize.text import one_line
 
 
@@ -31,7 +31,7 @@ def run_list(folder: str) -> None:
     out.print(f"{count} concept{'' if count == 1 else 's'}, {total / 2**20:,.1f} MB", markup=False)
 
 
-def _cells(entry: Entry) -> tuple[str, ...]:
+def _cells(entry: LibraryEntry) -> tuple[str, ...]:
     if entry.fault:
         return (entry.name, entry.trigger, "cannot be read: see check", "", "", "", "", "")
     return (
@@ -46,7 +46,7 @@ def _cells(entry: Entry) -> tuple[str, ...]:
     )
 
 
-def _called(entry: Entry) -> str:
+def _called(entry: LibraryEntry) -> str:
     """What a prompt says: the triggers of a merge, or that of a concept or LoRA."""
     triggers = sorted(entry.called - {entry.trigger.lower()})
     if triggers:
@@ -58,7 +58,7 @@ def _called(entry: Entry) -> str:
 def run_add(folder: Path, sources: Sequence[str]) -> None:
     """Copy concepts into a library, one by one; those before one that is refused stay."""
     for source in sources:
-        entry = add(folder, source)
+        entry = add_to_library(folder, source)
         verb = "calls" if len(entry.called) == 1 else "call"
         console().print(
             f"{folder / entry.source} is added, which {_called(entry)} {verb}",
@@ -69,9 +69,9 @@ def run_add(folder: Path, sources: Sequence[str]) -> None:
 
 def run_check(folder: str) -> int:
     """Print what is wrong in a library; the exit code, 1 where anything is."""
-    from customize.concepts.library.library_check import check
+    from customize.concepts.library.library_check import check_library
 
-    found, out = check(folder), console()
+    found, out = check_library(folder), console()
     for note in found.notes:
         out.print(f"note: {note}.", markup=False, soft_wrap=True)
     for fault in found.faults:

@@ -17,8 +17,8 @@ from customize.cli.command_support import (
     storage_errors,
 )
 from customize.cli.weight_arguments import Given, parse_weights
-from customize.concepts.io.file_layout import LAYOUTS
-from customize.concepts.io.folder_lock import exclusive
+from customize.concepts.io.file_layout import KEY_LAYOUTS
+from customize.concepts.io.folder_lock import lock_folder
 from customize.concepts.merge.merge_concepts import (
     AUTO,
     METHODS,
@@ -75,11 +75,11 @@ def run(
         settings["rank"], rank = rank, None
     settings = {name: value for name, value in settings.items() if value is not None}
     check_method(SUM if method == AUTO else method, settings)
-    if layout not in LAYOUTS:
+    if layout not in KEY_LAYOUTS:
         raise ConfigError(
             f"there is no format {layout}",
             where="--format",
-            fix=suggest_names(layout, LAYOUTS),
+            fix=suggest_names(layout, KEY_LAYOUTS),
         )
     if base is None:
         of_base = {"--dtype": dtype, "--variant": variant, "--base-config": base_config}
@@ -89,7 +89,7 @@ def run(
                     f"{flag} is that of a pipeline",
                     fix="give --fuse and --base with it, or leave it out",
                 )
-        with exclusive(output):
+        with lock_folder(output):
             _write_lora(
                 sources, names, output, weights, method, settings, rank, layout, family, ignore
             )
@@ -99,7 +99,7 @@ def run(
             "--family is that of LoRA files without a pipeline, and --fuse names the base itself",
             fix="leave one out",
         )
-    if layout != LAYOUTS[0]:
+    if layout != KEY_LAYOUTS[0]:
         raise ConfigError(
             "--format is that of a LoRA file, and --fuse writes none", fix="leave one out"
         )
@@ -108,7 +108,7 @@ def run(
             "--rank has no meaning with --fuse: weights take the exact merge",
             fix=f"leave one out, or give --merge {TRUNCATE}",
         )
-    with exclusive(output):
+    with lock_folder(output):
         _write_pipeline(
             sources,
             names,
@@ -174,7 +174,7 @@ def _write_lora(
         out.print(f"Truncation lost {merged.error:.1%} of the update.", markup=False)
     for collision in find_overlaps(concepts):
         out.print(f"note: {collision}", markup=False, soft_wrap=True)
-    reader = "stock diffusers loads it" if layout == LAYOUTS[0] else "other programs load it"
+    reader = "stock diffusers loads it" if layout == KEY_LAYOUTS[0] else "other programs load it"
     out.print(f"README.md in it says how {reader}.", markup=False)
 
 
@@ -196,7 +196,7 @@ def _write_pipeline(
 ) -> None:
     from customize import load_custom
     from customize.concepts.formats.open_adaptation import open_adaptations
-    from customize.concepts.io.write_merged_lora import check_new
+    from customize.concepts.io.write_merged_lora import check_new_folder
     from customize.concepts.merge.merge_concepts import check_compatible
     from customize.concepts.types import Concept
     from customize.families import family_of
@@ -205,7 +205,7 @@ def _write_pipeline(
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
         check_compatible(ours)
-    check_new(output)
+    check_new_folder(output)
     pipe = open_pipeline()
     load_custom(pipe, *concepts, weights=weights, fuse=True, merge=merge)
     with storage_errors(output), partial_folder(output) as partial:

@@ -22,7 +22,7 @@ def run(
     """Record each concept on a base and write the record beside it."""
     from customize import record_inputs
     from customize.concepts.formats.open_adaptation import open_adaptation
-    from customize.concepts.input_statistics import place_beside
+    from customize.concepts.input_statistics import layer_inputs_path
     from customize.concepts.io.write_concept import check_writable
 
     if words is not None and len(sources) > 1:
@@ -32,7 +32,7 @@ def run(
         )
     concepts = [open_adaptation(source) for source in sources]
     places = [
-        place_beside(concept.source or source)
+        layer_inputs_path(concept.source or source)
         for concept, source in zip(concepts, sources, strict=True)
     ]
     for place in places:

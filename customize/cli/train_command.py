@@ -23,7 +23,7 @@ def run(config_file: Path | None, together: Sequence[Path], settings: dict[str, 
                 out.print(f"{name:<12} {value}", markup=False, soft_wrap=True)
 
     from customize.cli.storybook_base import is_storybook, make_judge, warn_unknown_classes
-    from customize.concepts.io.model_card import output_of
+    from customize.concepts.io.model_card import pipeline_output
     from customize.training.recipe import train_jointly
 
     hide_loading_bars()
@@ -37,7 +37,7 @@ def run(config_file: Path | None, together: Sequence[Path], settings: dict[str, 
         [str(config.output) for config in configs],
         [concept.info.trigger for concept in concepts],
         concepts[0].info.family,
-        output_of(concepts[0]),
+        pipeline_output(concepts[0]),
     )
     told, them = describe_outputs(configs), "them" if len(configs) > 1 else "it"
     out.print(

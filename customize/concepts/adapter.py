@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from customize.concepts.peft_adapter import State, inject, swap
+from customize.concepts.peft_adapter import ModelState, inject_adapter, replace_factors
 from customize.concepts.types import BasisInfo, Method
 from customize.core import avoiding_slices
 from customize.core.bases import BASES, down_projection
@@ -19,9 +19,9 @@ from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families.family import Family
 from customize.families.pipeline_components import uncompiled
 
-Products = Mapping[str, Mapping[str, LowRank]]
+ConceptUpdates = Mapping[str, Mapping[str, LowRank]]
 #: component -> module, under the names used in files -> a factor of what it reads.
-Factors = Mapping[str, Mapping[str, Tensor]]
+LayerFactors = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(eq=False)
@@ -37,7 +37,7 @@ class Adapter:
     name: str
     models: dict[str, nn.Module]
     layers: dict[str, dict[str, Any]]
-    _before: dict[str, State] = field(repr=False)
+    _before: dict[str, ModelState] = field(repr=False)
     _configs: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def is_there(self) -> bool:
@@ -66,7 +66,7 @@ class Adapter:
         """A copy of the factors as they are now, on the CPU, with the names used in files."""
         return {
             component: {
-                file_name(component, module): LowRank(
+                saved_module_name(component, module): LowRank(
                     _copy(layer.lora_B[self.name].weight),
                     _copy(layer.lora_A[self.name].weight),
                     float(layer.scaling[self.name]),
@@ -89,18 +89,18 @@ class Adapter:
             for layer, scale in zip(layers, scales, strict=True):
                 layer.scaling[self.name] = scale
 
-    def swap(self, products: Products, dtype: torch.dtype | None = None) -> None:
+    def swap(self, products: ConceptUpdates, dtype: torch.dtype | None = None) -> None:
         """Carry other updates, in the same layers; see
-        :func:`customize.concepts.peft_adapter.swap`.
+        :func:`customize.concepts.peft_adapter.replace_factors`.
 
         Args:
             products: component -> module, by the model's names -> update, of any rank, in no
                 other layers than it is in.
-            dtype: as of :func:`attach_products`.
+            dtype: as of :func:`attach_updates`.
         """
         for component, model in self.models.items():
             updates = products.get(component, {})
-            swap(model, self.layers[component], updates, self.name, dtype)
+            replace_factors(model, self.layers[component], updates, self.name, dtype)
             config: Any = model.peft_config
             self._configs[component] = config[self.name]
 
@@ -110,7 +110,7 @@ class Adapter:
             self._before.pop(component).restore(self.models[component], self.name)
 
 
-def attach(
+def attach_new_adapter(
     family: Family,
     *,
     method: Method,
@@ -118,7 +118,7 @@ def attach(
     alpha: float | None = None,
     basis: BasisInfo | None = None,
     columns: Mapping[int, Sequence[int]] | None = None,
-    directions: Factors | None = None,
+    directions: LayerFactors | None = None,
     components: Sequence[str],
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -161,7 +161,9 @@ def attach(
                 )
     generator = torch.Generator().manual_seed(seed)
     frozen = (
-        _frozen_downs(targets, rank, basis, columns, directions) if method == "orthogonal" else None
+        _frozen_down_projections(targets, rank, basis, columns, directions)
+        if method == "orthogonal"
+        else None
     )
     scale = (rank if alpha is None else alpha) / rank
 
@@ -176,7 +178,7 @@ def attach(
         component: {module: start((component, module), *shape) for module, shape in shapes.items()}
         for component, shapes in targets.items()
     }
-    adapter = attach_products(family, products, name=name, dtype=dtype)
+    adapter = attach_updates(family, products, name=name, dtype=dtype)
     for component, layers in adapter.layers.items():
         for key, parameter in adapter.models[component].named_parameters():
             if ".lora_" not in key:  # of adapters beside it, which may train as well
@@ -187,8 +189,8 @@ def attach(
     return adapter
 
 
-def attach_products(
-    family: Family, products: Products, *, name: str, dtype: torch.dtype | None = None
+def attach_updates(
+    family: Family, products: ConceptUpdates, *, name: str, dtype: torch.dtype | None = None
 ) -> Adapter:
     """Put given updates on a model as one frozen, active adapter beside those already there.
 
@@ -198,10 +200,10 @@ def attach_products(
         dtype: of the factors; None for that of each layer's weight.
 
     Raises:
-        ConceptError: the updates do not fit the model (:func:`fit`). Nothing was changed.
+        ConceptError: an update does not fit the model (:func:`match_to_model`); nothing changes.
         PipelineError: the name is taken. Nothing was changed.
     """
-    fitted = fit(products, family)
+    fitted = match_to_model(products, family)
     models = {component: uncompiled(family.components[component]) for component in fitted}
     for component, model in models.items():
         if name in getattr(model, "peft_config", {}):
@@ -213,8 +215,8 @@ def attach_products(
     adapter = Adapter(name, models, {}, {})
     try:
         for component, model in models.items():
-            adapter._before[component] = State.of(model)
-            adapter.layers[component] = inject(model, fitted[component], name, dtype)
+            adapter._before[component] = ModelState.of(model)
+            adapter.layers[component] = inject_adapter(model, fitted[component], name, dtype)
             config: Any = model.peft_config
             adapter._configs[component] = config[name]
     except BaseException:
@@ -232,7 +234,7 @@ Update = TypeVar("Update", bound=_Shaped)
 Value = TypeVar("Value")
 
 
-def fit(
+def match_to_model(
     products: Mapping[str, Mapping[str, Update]], family: Family
 ) -> dict[str, dict[str, Update]]:
     """The same updates under the names that this model gives its layers.
@@ -272,18 +274,18 @@ def fit(
     return fitted
 
 
-def file_name(component: str, module: str) -> str:
+def saved_module_name(component: str, module: str) -> str:
     """The name of a module in files: that of the model, CLIP's with its old ``text_model.``."""
     flat = component.startswith("text_encoder") and module.startswith("encoder.layers.")
     return f"text_model.{module}" if flat else module
 
 
-def _frozen_downs(
+def _frozen_down_projections(
     targets: Mapping[str, Mapping[str, tuple[int, int]]],
     rank: int,
     basis: BasisInfo | None,
     columns: Mapping[int, Sequence[int]] | None,
-    directions: Factors | None,
+    directions: LayerFactors | None,
 ) -> dict[tuple[str, str], Tensor]:
     """(component, module) -> down-projection; layers of the same have one tensor."""
     if basis is None or columns is None:
@@ -309,7 +311,7 @@ def _frozen_downs(
                     known[width] = down_projection(fn, width, chosen, basis.seed, basis.scale)
                 found[component, module] = known[width]
                 continue
-            inputs = (directions or {}).get(component, {}).get(file_name(component, module))
+            inputs = (directions or {}).get(component, {}).get(saved_module_name(component, module))
             if inputs is None:
                 raise ConfigError(
                     "the layer's inputs on generic prompts are not known",
@@ -328,7 +330,7 @@ def _copy(weight: Tensor) -> Tensor:
     return weight.detach().to("cpu", copy=True)
 
 
-def flattened(parts: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
+def flatten_layers(parts: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
     """What a concept has for each layer, such as its updates or its record, in one mapping.
 
     Args:
@@ -338,7 +340,7 @@ def flattened(parts: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
         "component.module", as files name it -> value, in the same order.
     """
     return {
-        f"{component}.{file_name(component, module)}": value
+        f"{component}.{saved_module_name(component, module)}": value
         for component, own in parts.items()
         for module, value in own.items()
     }

@@ -18,7 +18,7 @@ from customize.core.lowrank import all_finite
 from customize.errors import PipelineError
 from customize.families.adaptable_layers import CONVOLUTIONS
 
-#: What :func:`quantizer_of` calls float8 storage that is cast at each call.
+#: What :func:`quantizer_name` calls float8 storage that is cast at each call.
 LAYERWISE_CASTING = "layerwise casting"
 
 _WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +51,7 @@ def base_layer(layer: Any) -> Any:
     return layer
 
 
-def quantizer_of(layer: Any) -> str:
+def quantizer_name(layer: Any) -> str:
     """What holds a layer's weight in another form than a plain floating-point tensor.
 
     Args:
@@ -86,7 +86,7 @@ def dense_weight(layer: Any, where: str) -> Tensor:
         PipelineError: the weight is quantized in a way that cannot be read here.
     """
     layer = base_layer(layer)
-    quantizer = quantizer_of(layer)
+    quantizer = quantizer_name(layer)
     if not quantizer:
         plain: Tensor = layer.weight
         return plain
@@ -111,7 +111,7 @@ def writable_weight(layer: Any, where: str) -> nn.Parameter:
         PipelineError: the weight is quantized or stored in 8 bits, or computed from others.
     """
     layer = base_layer(layer)
-    quantizer = quantizer_of(layer)
+    quantizer = quantizer_name(layer)
     if quantizer:
         raise PipelineError(
             f"nothing can be added to this layer's weight, which is held by {quantizer}",
@@ -139,7 +139,7 @@ def _unreadable(quantizer: str, where: str) -> PipelineError:
     )
 
 
-def unadaptable(model: nn.Module) -> dict[str, str]:
+def find_unadaptable_layers(model: nn.Module) -> dict[str, str]:
     """The layers of a model that a quantizer has replaced by its own, which take no adapter.
 
     Returns:

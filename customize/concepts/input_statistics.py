@@ -21,12 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.concepts.adapter import Factors, Products, file_name, fit
-from customize.concepts.io.file_layout import INPUTS_FILE
-from customize.concepts.io.find_files import located
-from customize.concepts.io.input_statistics_file import HEADER, VERSION, read_rows
-from customize.concepts.io.write_concept import safetensors_bytes, write_atomic
-from customize.concepts.types import counted
+from customize.atomic import write_atomic
+from customize.concepts.adapter import (
+    ConceptUpdates,
+    LayerFactors,
+    match_to_model,
+    saved_module_name,
+)
+from customize.concepts.io.file_layout import LAYER_INPUTS_FILE
+from customize.concepts.io.find_files import locate
+from customize.concepts.io.input_statistics_file import HEADER, VERSION, read_input_statistics
+from customize.concepts.io.write_concept import safetensors_bytes
+from customize.concepts.types import describe_layer_counts
 from customize.core.fusion import InputMoment
 from customize.errors import ConceptError, storage_error
 from customize.families import Family
@@ -69,18 +75,18 @@ class LayerInputs:
     """A record.
 
     Attributes:
-        of: :func:`updates_digest` of what was recorded.
+        of: :func:`digest_updates` of what was recorded.
         own: component -> module, under the names used in files -> (n, in), float32: the factor of
             the second moment of the inputs over its trace; see :mod:`customize.core.fusion`.
         generic: the same of the base and the class word.
     """
 
     of: str
-    own: Factors
-    generic: Factors
+    own: LayerFactors
+    generic: LayerFactors
 
     def __repr__(self) -> str:
-        return f"LayerInputs(of {self.of[:8]}; {counted(self.own)})"
+        return f"LayerInputs(of {self.of[:8]}; {describe_layer_counts(self.own)})"
 
     def save(self, path: str | Path) -> Path:
         """Write it, whole or not at all, over an older one.
@@ -117,23 +123,25 @@ class LayerInputs:
         """Read a record.
 
         Raises:
-            ConceptError: see :func:`customize.concepts.io.input_statistics_file.read_rows`.
+            ConceptError: the file cannot be read, or is not a valid record.
         """
-        of, found = read_rows(Path(path))
+        of, found = read_input_statistics(Path(path))
         return cls(of, found["own"], found["generic"])
 
 
-def place_beside(source: str | Path) -> Path:
+def layer_inputs_path(source: str | Path) -> Path:
     """Where the record of a concept's folder, a LoRA's file or a hub id lies.
 
     Raises:
         ConceptError: there is no such concept.
     """
-    path = located(source)
-    return path / INPUTS_FILE if path.is_dir() else path.with_suffix(f".{INPUTS_FILE}")
+    path = locate(source)
+    return path / LAYER_INPUTS_FILE if path.is_dir() else path.with_suffix(f".{LAYER_INPUTS_FILE}")
 
 
-def record_beside(name: str, products: Products, source: Path | None) -> LayerInputs | None:
+def load_recorded_inputs(
+    name: str, products: ConceptUpdates, source: Path | None
+) -> LayerInputs | None:
     """The record that lies beside a concept; None where there is none.
 
     Args:
@@ -143,11 +151,11 @@ def record_beside(name: str, products: Products, source: Path | None) -> LayerIn
     Raises:
         ConceptError: it cannot be read, or is not of these updates.
     """
-    path = None if source is None else place_beside(source)
+    path = None if source is None else layer_inputs_path(source)
     if path is None or not path_exists(path):
         return None
     found = LayerInputs.load(path)
-    if found.of != updates_digest(products):
+    if found.of != digest_updates(products):
         raise ConceptError(
             f"the record of layer inputs is not of {name} as it is now",
             where=path,
@@ -167,7 +175,7 @@ def record_beside(name: str, products: Products, source: Path | None) -> LayerIn
     return found
 
 
-def updates_digest(products: Products) -> str:
+def digest_updates(products: ConceptUpdates) -> str:
     """A name for some updates, by the bytes of their factors."""
     digest = hashlib.sha256()
     for component, updates in sorted(products.items()):
@@ -179,7 +187,7 @@ def updates_digest(products: Products) -> str:
     return digest.hexdigest()[:32]
 
 
-def texts(words: str, prompts: Sequence[str] = PROMPTS) -> list[str]:
+def fill_prompts(words: str, prompts: Sequence[str] = PROMPTS) -> list[str]:
     """The prompts with words in the place of {}."""
     return [prompt.replace("{}", words) for prompt in prompts]
 
@@ -223,16 +231,18 @@ def base_prompts(class_word: str, prompts: Sequence[str] = PROMPTS) -> list[str]
     none, as many of all kinds."""
     if not class_word:
         return generic_prompts(len(prompts))
-    return texts(f"a {class_word}", prompts)
+    return fill_prompts(f"a {class_word}", prompts)
 
 
-def layers_of(family: Family, products: Products) -> Layers:
+def updated_layers(family: Family, products: ConceptUpdates) -> Layers:
     """The layers that updates change, by the model's own names."""
-    return {component: list(updates) for component, updates in fit(products, family).items()}
+    return {
+        component: list(updates) for component, updates in match_to_model(products, family).items()
+    }
 
 
 @torch.no_grad()
-def record(
+def record_layer_inputs(
     family: Family,
     layers: Layers,
     prompts: Sequence[str],
@@ -251,7 +261,7 @@ def record(
     Args:
         family: with whatever is attached to it.
         layers: component -> the layers to record, by the model's names.
-        prompts: what is drawn; see :func:`texts`.
+        prompts: what is drawn; see :func:`fill_prompts`.
         shape: (channels, height, width) of latents.
         encode: prompts to conditions; None: the family's.
         empty_counts: whether inputs of the empty prompt, which guidance leads away from, count too.
@@ -269,7 +279,7 @@ def record(
         # Together with another, as tokens with an embedding for each layer make conditions longer.
         empty = {name: rows[-1:] for name, rows in encode([*prompts[:1], ""]).items()}
     empty = family.unconditional(empty)
-    with watched(family, layers) as watch:
+    with recorded_inputs(family, layers) as watch:
         with autocast():
             if empty_counts:
                 encode([""])
@@ -291,7 +301,7 @@ def record(
     return watch.factors(DIRECTIONS)
 
 
-class Watch:
+class InputRecorder:
     """Counts the inputs of layers.
 
     Attributes:
@@ -317,24 +327,24 @@ class Watch:
             self._moments[layer] = InputMoment(_width(inputs, module), device=inputs.device)
         # Held, so that the next layer's input cannot be mistaken for this one.
         self._last = (layer, inputs)
-        counted = inputs[inputs.shape[0] // 2 :] if self.halved else inputs
-        self._moments[layer].add(_rows(counted, module))
+        describe_layer_counts = inputs[inputs.shape[0] // 2 :] if self.halved else inputs
+        self._moments[layer].add(_rows(describe_layer_counts, module))
 
     def factors(self, directions: int) -> dict[str, dict[str, Tensor]]:
-        """What :func:`record` returns."""
+        """What :func:`record_layer_inputs` returns."""
         self._last = None
         found: dict[str, dict[str, Tensor]] = {}
         whole = {layer: moment.factor(directions) for layer, moment in self._moments.items()}
         for component, module in [*whole, *self._same]:
             leader = self._same.get((component, module), (component, module))
-            found.setdefault(component, {})[file_name(component, module)] = whole[leader]
+            found.setdefault(component, {})[saved_module_name(component, module)] = whole[leader]
         return found
 
 
 @contextmanager
-def watched(family: Family, layers: Layers) -> Iterator[Watch]:
+def recorded_inputs(family: Family, layers: Layers) -> Iterator[InputRecorder]:
     """Within it, the inputs of all these layers are counted."""
-    watch, handles = Watch(), []
+    watch, handles = InputRecorder(), []
     try:
         for component, modules in layers.items():
             model = uncompiled(family.components[component])

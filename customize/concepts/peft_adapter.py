@@ -18,7 +18,7 @@ from customize.core.lowrank import LowRank
 _PEFT_FLAG = "_hf_peft_config_loaded"
 
 
-def inject(
+def inject_adapter(
     model: nn.Module, products: Mapping[str, LowRank], name: str, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """Wrap layers and give the wrapped ones these updates, as an adapter that is active too.
@@ -64,7 +64,7 @@ def inject(
     return layers
 
 
-def swap(
+def replace_factors(
     model: nn.Module,
     layers: Mapping[str, Any],
     products: Mapping[str, LowRank],
@@ -152,14 +152,14 @@ def _config(products: Mapping[str, LowRank]) -> Any:
 
 
 @dataclass(eq=False)
-class State:
+class ModelState:
     """What injection changes in a model besides the layers themselves."""
 
     grads: list[tuple[nn.Parameter, bool]]
     flagged: bool
 
     @classmethod
-    def of(cls, model: nn.Module) -> State:
+    def of(cls, model: nn.Module) -> ModelState:
         grads = [(p, p.requires_grad) for p in model.parameters()]
         return cls(grads, _PEFT_FLAG in model.__dict__)
 

@@ -40,7 +40,7 @@ Method = Literal["orthogonal", "lora"]
 MAX_NAME = 256
 
 #: What a concept may be called.
-NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
+NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,63}"
 
 _PLAIN = re.compile(r"[^\x00-\x1f\x7f]*")
 _MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -120,8 +120,8 @@ class ConceptInfo(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    name: str = Field(pattern=rf"^{NAME}$")
-    trigger: str = Field(pattern=rf"^<{NAME}>$")
+    name: str = Field(pattern=rf"^{NAME_PATTERN}$")
+    trigger: str = Field(pattern=rf"^<{NAME_PATTERN}>$")
     class_word: str = Field(min_length=1, max_length=64)
     family: str = Field(pattern=r"^[a-z0-9_]{1,32}$")
     base: str = Field(max_length=500)
@@ -282,7 +282,7 @@ class Concept:
         return (
             f"Concept({info.name}: {info.trigger}, a {info.class_word}, {tokens}; family "
             f"{info.family}, base {info.base}; {info.method}, rank {info.rank}; "
-            f"{counted(self.updates)})"
+            f"{describe_layer_counts(self.updates)})"
         )
 
     def renamed(self, name: str) -> Concept:
@@ -292,7 +292,7 @@ class Concept:
             ConceptError: the name has other characters than a-z, 0-9, _ and -.
         """
         facts = self.info.model_dump() | {"name": name, "trigger": f"<{name}>"}
-        return replace(self, info=check_info(facts, "names"))
+        return replace(self, info=parse_info(facts, "names"))
 
     @classmethod
     def load(cls, source: str | Path) -> Concept:
@@ -302,14 +302,14 @@ class Concept:
         Raises:
             ConceptError: it is not there, not whole, or not a concept.
         """
-        from customize.concepts.io import write_concept
+        from customize.concepts.io.read_concept import load_concept
 
-        return write_concept.read(source)
+        return load_concept(source)
 
     def save(self, path: str | Path, samples: Sequence[Image.Image] | None = None) -> Path:
         """Write it as a folder, or as one file where the path ends in ``.safetensors``.
 
-        See :func:`customize.concepts.io.write_concept.write` and ``write_single``; both can be
+        See :func:`customize.concepts.io.write_concept.write_folder` and ``write_single``; both can be
         loaded.
 
         Args:
@@ -322,23 +322,23 @@ class Concept:
         from customize.concepts.io import write_concept
 
         if Path(path).suffix != ".safetensors":
-            return write_concept.write(self, path, samples or ())
+            return write_concept.write_folder(self, path, samples or ())
         if samples:
             raise ConfigError(
                 "a single file has no model card for pictures",
                 where="samples",
                 fix="save a folder, or leave them out",
             )
-        return write_concept.write_single(self, path)
+        return write_concept.write_single_file(self, path)
 
 
-def counted(parts: Mapping[str, Mapping[str, object]]) -> str:
+def describe_layer_counts(parts: Mapping[str, Mapping[str, object]]) -> str:
     """How many layers there are of each component, in words."""
     listed = (f"{len(own)} of {component}" for component, own in sorted(parts.items()))
     return f"layers: {', '.join(listed) or 'none'}"
 
 
-def check_info(values: Any, where: object) -> ConceptInfo:
+def parse_info(values: Any, where: object) -> ConceptInfo:
     """Parsed JSON as :class:`ConceptInfo`.
 
     Raises:

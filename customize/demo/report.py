@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from customize import demo
-from customize.concepts.adapter import flattened
+from customize.concepts.adapter import flatten_layers
 from customize.core import crosstalk
 from customize.errors import storage_error
 from customize.evaluation import result_file, storybook_rates
@@ -237,7 +237,7 @@ def heat_map(concepts: Mapping[str, Mapping[str, Concept]], path: Path) -> None:
     titles = {"concepts": "Orthogonal Adaptation", "ordinary": "ordinary LoRA"}
     for axes, (place, learned) in zip(figure.subplots(1, 2), concepts.items(), strict=True):
         values = crosstalk.overlap_matrix(
-            {n: flattened(c.updates) for n, c in learned.items()}
+            {n: flatten_layers(c.updates) for n, c in learned.items()}
         ).numpy()
         image = axes.imshow(values, vmin=0, vmax=1, cmap="magma")
         axes.set_title(titles[place])

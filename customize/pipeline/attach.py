@@ -18,8 +18,8 @@ from customize.base.attention.select_backend import choose_backends
 from customize.base.memory_plan import parse_memory_size
 from customize.concepts.formats.lora import Adaptation, LoraFile
 from customize.concepts.input_statistics import LayerInputs
-from customize.concepts.library.byte_cache import ByteCache
-from customize.concepts.library.index import Entry
+from customize.concepts.library.byte_cache import LRUCache
+from customize.concepts.library.index import LibraryEntry
 from customize.concepts.library.library import Library
 from customize.concepts.merge.merge_concepts import SUM
 from customize.concepts.slices.overlap import find_overlaps
@@ -139,7 +139,7 @@ def _opened_shelf(
             where="library",
             fix="give a folder with concepts in it, or a collection of the hub's",
         )
-    cache: ByteCache[Hashable] = ByteCache(parse_memory_size(library_cache, "library_cache"))
+    cache: LRUCache[Hashable] = LRUCache(parse_memory_size(library_cache, "library_cache"))
     check_shared_components(family, state)
     whole = with_all_parts(family, state)
     return LibraryCache(Library(library), whole.fingerprint(), cache)
@@ -159,7 +159,7 @@ def _shelved(family: Family, state: AttachedState, cache: LibraryCache) -> Itera
         raise
 
 
-def route_to(family: Family, state: AttachedState, entries: Sequence[Entry]) -> None:
+def route_to(family: Family, state: AttachedState, entries: Sequence[LibraryEntry]) -> None:
     """Attach these concepts of the library, beside those that were loaded by name.
 
     Nothing is done where they are attached already.
@@ -174,7 +174,7 @@ def route_to(family: Family, state: AttachedState, entries: Sequence[Entry]) -> 
     assert cache is not None
     whole = with_all_parts(family, state)
 
-    def read(entry: Entry) -> Adaptation:
+    def read(entry: LibraryEntry) -> Adaptation:
         found = read_sources(whole, [cache.library.path(entry)])
         check_base(whole, found)
         return found[0]

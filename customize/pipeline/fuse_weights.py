@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from customize.concepts.base_weight import (
     LAYERWISE_CASTING,
     base_layer,
-    quantizer_of,
+    quantizer_name,
     writable_weight,
 )
 from customize.concepts.merge.merge_concepts import LayerMerge
@@ -93,7 +93,7 @@ def check_unchanged(
     found = {}
     for place, original in originals.items():
         layer = _layer(models, place)
-        quantizer = quantizer_of(layer)
+        quantizer = quantizer_name(layer)
         if quantizer not in ("", LAYERWISE_CASTING):
             raise PipelineError(
                 f"a weight with fused concepts is held by {quantizer} since",

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from customize.concepts.formats.lora import Adaptation
-from customize.concepts.input_statistics import Factors, LayerInputs
-from customize.concepts.library.byte_cache import ByteCache, tensor_bytes
-from customize.concepts.library.index import Entry
+from customize.concepts.input_statistics import LayerFactors, LayerInputs
+from customize.concepts.library.byte_cache import LRUCache, tensor_bytes
+from customize.concepts.library.index import LibraryEntry
 from customize.concepts.library.library import Library
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError
@@ -37,10 +37,10 @@ class LibraryCache:
 
     library: Library
     fingerprint: Mapping[str, Any]
-    cache: ByteCache[Hashable]
+    cache: LRUCache[Hashable]
     active_concepts: Mapping[str, tuple[str, Adaptation]] = field(default_factory=dict)
 
-    def is_compatible(self, entry: Entry) -> bool:
+    def is_compatible(self, entry: LibraryEntry) -> bool:
         """Whether the pipeline's model is of the concept's architecture, as far as it says one."""
         if not entry.family:
             return True
@@ -49,7 +49,7 @@ class LibraryCache:
         alike = not theirs or theirs.get("denoiser") == own["denoiser"]
         return entry.family == own["family"] and alike
 
-    def find_entry(self, trigger: str) -> Entry | None:
+    def find_entry(self, trigger: str) -> LibraryEntry | None:
         """The concept that a token calls; None where the library knows none.
 
         Its files are looked at, and after a change the library's.
@@ -68,7 +68,7 @@ class LibraryCache:
             )
         return found
 
-    def _one(self, trigger: str) -> Entry | None:
+    def _one(self, trigger: str) -> LibraryEntry | None:
         called = self.library.called(trigger)
         fitting = [entry for entry in called if self.is_compatible(entry)]
         if len(fitting) > 1:
@@ -88,7 +88,9 @@ class LibraryCache:
             )
         return fitting[0] if fitting else None
 
-    def load_concept(self, entry: Entry, read: Callable[[Entry], Adaptation]) -> Adaptation:
+    def load_concept(
+        self, entry: LibraryEntry, read: Callable[[LibraryEntry], Adaptation]
+    ) -> Adaptation:
         """A concept as its files have it, read where it isn't in memory.
 
         Raises:
@@ -160,5 +162,5 @@ def factors_of(products: Updates) -> list[Tensor]:
     return [factor for update in updates for factor in (update.up, update.down)]
 
 
-def _rows(factors: Factors) -> list[Tensor]:
+def _rows(factors: LayerFactors) -> list[Tensor]:
     return [rows for own in factors.values() for rows in own.values()]

@@ -15,10 +15,10 @@ from customize.concepts.input_statistics import (
     PROMPTS,
     LayerInputs,
     base_prompts,
-    layers_of,
-    record,
-    texts,
-    updates_digest,
+    digest_updates,
+    fill_prompts,
+    record_layer_inputs,
+    updated_layers,
 )
 from customize.concepts.merge.merge_concepts import (
     AUTO,
@@ -163,16 +163,18 @@ def recorded(
     with _set_aside(family, state):
         for concept in concepts:
             products, info = concept.updates, concept.info
-            layers = layers_of(family, products)
-            drawn = texts(words or info.words, prompts)
+            layers = updated_layers(family, products)
+            drawn = fill_prompts(words or info.words, prompts)
             apply_attachments(family, state, {}, MergePlan())
-            generic = record(family, layers, base_prompts(info.class_word, prompts), shape)
+            generic = record_layer_inputs(
+                family, layers, base_prompts(info.class_word, prompts), shape
+            )
             apply_attachments(
                 family, state, {info.name: AttachedConcept(concept, 1.0, fused=False)}, MergePlan()
             )
             _check_read(family, concept, words or info.words, drawn)
-            own = record(family, layers, drawn, shape)
-            found[info.name] = LayerInputs(updates_digest(products), own, generic)
+            own = record_layer_inputs(family, layers, drawn, shape)
+            found[info.name] = LayerInputs(digest_updates(products), own, generic)
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from customize.base.offload import materialize
-from customize.concepts.adapter import attach_products, fit
+from customize.concepts.adapter import attach_updates, match_to_model
 from customize.concepts.merge.merge_concepts import FUSION, plan_merge
 from customize.concepts.tokens.layerwise_embeddings import (
     hook_cross_attention,
@@ -158,7 +158,7 @@ def _wrap(
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         for component, updates in beside.items():
             own, dtype = {component: updates}, dtypes[component]
-            state.adapters.append(attach_products(family, own, name=ADAPTER_NAME, dtype=dtype))
+            state.adapters.append(attach_updates(family, own, name=ADAPTER_NAME, dtype=dtype))
             wrapped = list(state.adapters[-1].layers[component].values())
             guard_fusing(models[component], wrapped)
             for layer in wrapped:
@@ -324,7 +324,7 @@ def _layers_of(
         others=[inputs[each.name] for each in rest] if inputs else (),
         **(merging.method_settings if merging.method == merging.requested_method else {}),
     )
-    return fit(layers, family)
+    return match_to_model(layers, family)
 
 
 @dataclass(frozen=True)

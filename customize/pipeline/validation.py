@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from customize.concepts.base_weight import unadaptable
+from customize.concepts.base_weight import find_unadaptable_layers
 from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.merge.merge_concepts import LayerMerge
 from customize.concepts.tokens.layerwise_embeddings import (
@@ -56,7 +56,7 @@ def explain_quantized_layers(family: Family) -> Iterator[None]:
         yield
     except ConceptError as error:
         for key, model in family.adaptable.items():
-            for name, quantizer in unadaptable(model).items():
+            for name, quantizer in find_unadaptable_layers(model).items():
                 raise PipelineError(
                     f"the layers of the {key} are held by {quantizer}, whose layers take no "
                     "adapter here",

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from customize.concepts.library.library import TRIGGER
+from customize.concepts.library.library import TRIGGER_PATTERN
 from customize.concepts.tokens.prompt_phrases import find_phrase
 from customize.concepts.tokens.token_rows import known_tokens, tokens_containing
 from customize.families import Family
@@ -19,7 +19,7 @@ from customize.pipeline.user_warnings import warn_user
 from customize.stages.decor.text_encoder import tokenizer_for
 
 _PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
-_TRIGGER = re.compile(TRIGGER, re.IGNORECASE)
+_TRIGGER = re.compile(TRIGGER_PATTERN, re.IGNORECASE)
 
 
 def prompt_arguments(call: CallArguments) -> dict[str, Any]:

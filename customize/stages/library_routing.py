@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from customize.concepts.library.index import Entry
+from customize.concepts.library.index import LibraryEntry
 from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.families import Family
@@ -62,7 +62,7 @@ def _routed(context: CallContext, call: CallArguments) -> Iterator[CallArguments
 ROUTING = Stage(arguments=(), run=_routed, acts=lambda state: state.library_cache is not None)
 
 
-def _named(family: Family, state: AttachedState, texts: Iterable[str]) -> dict[str, Entry]:
+def _named(family: Family, state: AttachedState, texts: Iterable[str]) -> dict[str, LibraryEntry]:
     """Token, in lower case -> the concept of the library that it calls.
 
     Raises:
@@ -75,7 +75,7 @@ def _named(family: Family, state: AttachedState, texts: Iterable[str]) -> dict[s
     by_name = [name for name, each in state.attached.items() if not each.routed]
     vocabulary = Vocabulary(family, state, by_name)
     loaded = {trigger.lower() for trigger in vocabulary.triggers}
-    found: dict[str, Entry] = {}
+    found: dict[str, LibraryEntry] = {}
     for token in vocabulary.triggers_in(texts):
         trigger = token.lower()
         if trigger in loaded or trigger in found:

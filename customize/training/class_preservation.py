@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.concepts.input_statistics import CONTEXTS, PROMPTS, texts
+from customize.concepts.input_statistics import CONTEXTS, PROMPTS, fill_prompts
 from customize.core.preservation import (
     POOLINGS,
     PRESERVATIONS,
@@ -142,11 +142,11 @@ class PreservationTargets:
         seed, count = self.configs[0].seed, len(concepts)
         found = []
         for place, concept in enumerate(concepts):
-            texts, position = self.contexts[concept], turn * count + place
+            fill_prompts, position = self.contexts[concept], turn * count + place
             own = choose_images(
-                seed, position, 1, len(texts), flip=False, dropout=0.0, stream="contexts"
+                seed, position, 1, len(fill_prompts), flip=False, dropout=0.0, stream="contexts"
             )
-            found.append(texts[own.pictures[0]])
+            found.append(fill_prompts[own.pictures[0]])
         return found
 
     def class_captions(self, captions: Sequence[str]) -> list[str]:
@@ -172,12 +172,12 @@ def phrases_for_loss(config: TrainConfig, loss: str) -> list[str]:
     """
     caption = config.caption or "a photo of {}"
     if config.preserve_phrases:
-        return texts(config.trigger, config.preserve_phrases)
+        return fill_prompts(config.trigger, config.preserve_phrases)
     if loss == "class_text":
-        return texts(config.trigger, [caption])
+        return fill_prompts(config.trigger, [caption])
     if loss == "context_text":
-        return texts(config.trigger, PROMPTS)
-    return texts(config.trigger, [f"{caption} {context}" for context in CONTEXTS])
+        return fill_prompts(config.trigger, PROMPTS)
+    return fill_prompts(config.trigger, [f"{caption} {context}" for context in CONTEXTS])
 
 
 def preserved_phrases(config: TrainConfig) -> list[str]:

@@ -13,12 +13,12 @@ import torch
 from customize.concepts.input_statistics import (
     LayerInputs,
     base_prompts,
-    layers_of,
-    record,
-    texts,
-    updates_digest,
+    digest_updates,
+    fill_prompts,
+    record_layer_inputs,
+    updated_layers,
 )
-from customize.concepts.io.file_layout import INPUTS_FILE
+from customize.concepts.io.file_layout import LAYER_INPUTS_FILE
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, PipelineError
 from customize.families import Family
@@ -34,7 +34,7 @@ def recording_prompts(config: TrainConfig) -> list[str]:
     """All that is drawn for the record."""
     if not config.record_inputs:
         return []
-    return [*texts(config.trigger), *base_prompts(config.class_word)]
+    return [*fill_prompts(config.trigger), *base_prompts(config.class_word)]
 
 
 def record_concept_inputs(
@@ -56,22 +56,26 @@ def record_concept_inputs(
         encode: knows :func:`recording_prompts`.
         shape: (channels, height, width) of latents.
     """
-    layers = layers_of(family, concept.updates)
+    layers = updated_layers(family, concept.updates)
     config = learned.config
     how: dict[str, Any] = {"encode": encode, "autocast": autocast}
     text = f"recording what the layers of {config.name} read"
     try:
         with trainable.adapters_disabled(but=learned):
             track = partial(progress.track, text=text)
-            own = record(family, layers, texts(config.trigger), shape, track=track, **how)
+            own = record_layer_inputs(
+                family, layers, fill_prompts(config.trigger), shape, track=track, **how
+            )
         with trainable.adapters_disabled():
             prompts = base_prompts(config.class_word)
             track = partial(progress.track, text=f"{text} without it")
-            generic = record(family, layers, prompts, shape, track=track, **how)
+            generic = record_layer_inputs(family, layers, prompts, shape, track=track, **how)
     except ConceptError as error:
         warnings.warn(f"the layer inputs of {config.name} were not recorded: {error}", stacklevel=2)
         return
-    LayerInputs(updates_digest(concept.updates), own, generic).save(config.output / INPUTS_FILE)
+    LayerInputs(digest_updates(concept.updates), own, generic).save(
+        config.output / LAYER_INPUTS_FILE
+    )
 
 
 def record_generic_inputs(
@@ -102,7 +106,7 @@ def record_generic_inputs(
     how: dict[str, Any] = {"empty_counts": True, "ready": ready, "autocast": autocast}
     how["track"] = partial(progress.track, text="recording what all prompts share, once for a base")
     try:
-        generic = record(family, layers, prompts, shape, **how)
+        generic = record_layer_inputs(family, layers, prompts, shape, **how)
     except ConceptError as error:
         raise PipelineError(
             f"the base cannot draw generic prompts: {error.problem}",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import saved_module_name
 from customize.concepts.input_statistics import DIRECTIONS, GUIDANCE, STEPS, generic_prompts
 from customize.concepts.slices.shared_directions import (
     SharedDirections,
@@ -104,7 +104,7 @@ def _check_fits(
     """Refuse a file that is not of this model whatever its name says."""
     for component in adapted_components(family, config):
         for module, (_, width) in family.adapter_targets(component).items():
-            rows = directions.factors.get(component, {}).get(file_name(component, module))
+            rows = directions.factors.get(component, {}).get(saved_module_name(component, module))
             if rows is None or rows.shape[1] != width:
                 has = "none" if rows is None else f"those of width {rows.shape[1]}"
                 raise ConceptError(

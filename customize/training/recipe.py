@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from customize.concepts.adapter import Factors
+from customize.concepts.adapter import LayerFactors
 from customize.concepts.io import write_concept
-from customize.concepts.io.folder_lock import exclusive
+from customize.concepts.io.folder_lock import lock_folder
 from customize.concepts.slices.slice_reservations import delete_reservation
 from customize.concepts.tokens.prompt_phrases import common_words
 from customize.concepts.types import Concept
@@ -155,12 +155,12 @@ def _trained(
             strict=True,
         )
     for each in configs:
-        write_concept.check_folder(each.output, each.name)
+        write_concept.check_output_folder(each.output, each.name)
         write_concept.check_writable(each.output)
     accelerator = distributed.create_accelerator(config)
     distributed.run_on_main_process(
         accelerator,
-        lambda: [locks.enter_context(exclusive(each.output)) for each in configs],
+        lambda: [locks.enter_context(lock_folder(each.output)) for each in configs],
     )
     device = distributed.training_device(config, accelerator)
     prepare_base.check_quantization(config, components, device)
@@ -210,7 +210,7 @@ def _trained(
             weights = base_fingerprint.weight_digests_on_disk(config.base, config.variant)
             weights = weights or base_fingerprint.weight_digests("", family.components)
         prepare_base.quantize_denoisers(family, config, device)
-        generic: Factors = {}
+        generic: LayerFactors = {}
         shared = settings[0][SHARED_DIRECTIONS]
         if config.method == "orthogonal" and config.num_shared_directions:
             directions = load_or_record_directions(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from customize.concepts.input_statistics import record_beside
+from customize.concepts.input_statistics import load_recorded_inputs
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, SettingsError
 from customize.training import checkpoint as checkpoints
@@ -98,7 +98,7 @@ def has_recorded_inputs(config: TrainConfig, concept: Concept) -> bool:
     if not config.record_inputs:
         return True
     try:
-        return record_beside(concept.info.name, concept.updates, config.output) is not None
+        return load_recorded_inputs(concept.info.name, concept.updates, config.output) is not None
     except ConceptError:
         return False
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from customize.concepts.io import write_concept
 from customize.concepts.io.file_layout import INFO_FILE
+from customize.concepts.io.read_concept import load_concept
 from customize.concepts.types import BasisInfo, Concept, ConceptInfo
 from customize.errors import ConceptError, SettingsError
 from customize.families import Family
@@ -152,7 +152,7 @@ def read_finished_concept(config: TrainConfig) -> Concept | None:
     if not os.path.isfile(config.output / INFO_FILE):
         return None
     try:
-        return write_concept.read(config.output)
+        return load_concept(config.output)
     except ConceptError:
         return None  # cut off while it was saved: the last checkpoint has it
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.concepts.adapter import Adapter, Factors, attach, file_name
+from customize.concepts.adapter import Adapter, LayerFactors, attach_new_adapter, saved_module_name
 from customize.concepts.base_weight import dense_weight
 from customize.concepts.slices.allocation import slice_columns
 from customize.concepts.tokens import layerwise_embeddings, token_rows
@@ -63,7 +63,7 @@ class TrainableConcept:
         """Put back, bit for bit, what was saved of it."""
         for component, layers in self.adapter.layers.items():
             for module, layer in layers.items():
-                update = concept.updates[component][file_name(component, module)]
+                update = concept.updates[component][saved_module_name(component, module)]
                 layer.lora_A[self.adapter.name].weight.copy_(update.down)
                 layer.lora_B[self.adapter.name].weight.copy_(update.up)
         for key, rows in self.trainable_rows.items():
@@ -203,7 +203,7 @@ def attach_trainable(
     configs: Sequence[TrainConfig],
     indices: Sequence[int | None],
     basis: BasisInfo | None,
-    generic: Factors,
+    generic: LayerFactors,
 ) -> Iterator[Trainable]:
     """Add the tokens and adapters of a run's concepts to a model; afterwards they are gone.
 
@@ -242,7 +242,7 @@ def _added(
     number: int,
     index: int | None,
     basis: BasisInfo | None,
-    generic: Factors,
+    generic: LayerFactors,
     layers: int,
     starts: Mapping[str, Tensor],
 ) -> TrainableConcept:
@@ -276,7 +276,7 @@ def _added(
         # From the exact start, not from what the table's precision made of it.
         rows[dictionary.key].parameter.data.copy_(start)
         rows[dictionary.key].clamp_norm_()
-    adapter = attach(
+    adapter = attach_new_adapter(
         family,
         method=config.method,
         rank=config.rank,
@@ -358,12 +358,14 @@ def adapted_components(family: Family, config: TrainConfig) -> list[str]:
     return [*family.denoisers, *(family.text_encoders if config.train_text_encoder else ())]
 
 
-def _held(adapter: Adapter, generic: Factors, weight: float) -> list[tuple[nn.Parameter, float]]:
+def _held(
+    adapter: Adapter, generic: LayerFactors, weight: float
+) -> list[tuple[nn.Parameter, float]]:
     """The value of :attr:`TrainableConcept.penalized_weights`."""
     found = []
     for component, layers in adapter.layers.items() if weight else ():
         for module, layer in layers.items():
-            inputs = generic[component][file_name(component, module)]
+            inputs = generic[component][saved_module_name(component, module)]
             down, up = layer.lora_A[adapter.name].weight, layer.lora_B[adapter.name].weight
             base = _weight(layer.get_base_layer(), f"{component}.{module}")
             factor = relative_output_change(down, inputs, base, layer.scaling[adapter.name])

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize.atomic import write_atomic
-from customize.concepts.library.library import TRIGGER
+from customize.concepts.library.library import TRIGGER_PATTERN
 from customize.errors import PipelineError, storage_error
 from customize.families.family import Family
 from customize.families.sampling import sample
@@ -49,7 +49,9 @@ def warn_about_triggers(family: Family, prompts: Sequence[str], triggers: Sequen
             )
     tokenizers = [each.tokenizer for each in family.token_dictionaries()]
     own = {name for tokenizer in tokenizers for name in tokenizer.get_added_vocab()}
-    tokens = (token for prompt in prompts for token in re.findall(TRIGGER, prompt, re.IGNORECASE))
+    tokens = (
+        token for prompt in prompts for token in re.findall(TRIGGER_PATTERN, prompt, re.IGNORECASE)
+    )
     for token in dict.fromkeys(tokens):
         if token.lower() not in triggers and token not in own:
             hint = did_you_mean(token, triggers)

@@ -14,7 +14,7 @@ from _workers import folder_name
 from PIL import Image
 
 from customize import record_inputs
-from customize.concepts.input_statistics import place_beside
+from customize.concepts.input_statistics import layer_inputs_path
 from customize.demo import TRAINING
 
 NAMED, KEPT = "captions that name it", "contexts preserved"
@@ -72,7 +72,7 @@ def learn(args: argparse.Namespace, job: str) -> None:
     write(what, config.images, what.caption_that_names if how == NAMED else what.caption)
     began = time.time()
     train(config, progress=False)
-    record = place_beside(config.output)
+    record = layer_inputs_path(config.output)
     if (how or isinstance(what, StyleOfMany)) and not record.exists():
         record_inputs(open_quietly(args.base), config.output).save(record)
     print(f"learned {job} in {time.time() - began:.0f} s", flush=True)

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import set_peft_model_state_dict
 
 from customize.concepts import adapter as adapters
-from customize.concepts.input_statistics import LayerInputs, place_beside
+from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
 from customize.concepts.merge.merge_concepts import merge as merge_concepts
 from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank
@@ -30,7 +30,7 @@ class Learned:
 
     @classmethod
     def load(cls, folder: Path) -> Learned:
-        return cls(Concept.load(folder), LayerInputs.load(place_beside(folder)))
+        return cls(Concept.load(folder), LayerInputs.load(layer_inputs_path(folder)))
 
 
 Products = dict[str, dict[str, LowRank]]
@@ -63,7 +63,9 @@ def by_peft(combination: str) -> Merge:
         concepts = [each.concept for each in learned]
         merged: Products = {}
         for part in concepts[0].updates:
-            fitted = [adapters.fit({part: c.updates[part]}, family)[part] for c in concepts]
+            fitted = [
+                adapters.match_to_model({part: c.updates[part]}, family)[part] for c in concepts
+            ]
             names = [f"a{k}" for k in range(len(concepts))]
             rank = fitted[0][next(iter(fitted[0]))].rank
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(fitted[0]))

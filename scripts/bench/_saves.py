@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import saved_module_name
 from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank
 from customize.families import Family
@@ -30,7 +30,7 @@ def concept_at(finished: Concept, folder: Path, step: int, family: Family) -> Co
 
     products: dict[str, dict[str, LowRank]] = {}
     for part, updates in finished.updates.items():
-        modules = [file_name(part, module) for module in family.adapter_targets(part)]
+        modules = [saved_module_name(part, module) for module in family.adapter_targets(part)]
         products[part] = {
             module: replace(updates[module], up=state[f"adapter/{part}/{number}"])
             for number, module in enumerate(modules)

@@ -107,7 +107,7 @@ class Scorer:
         """The updates added to the weights, which costs no time while drawing."""
         before = []
         try:
-            for part, updates in adapters.fit(products, self.family).items():
+            for part, updates in adapters.match_to_model(products, self.family).items():
                 for module, update in updates.items():
                     weight = self.family.components[part].get_submodule(module).weight
                     before.append((weight, weight.detach().clone()))

@@ -28,7 +28,7 @@ from _workers import folder_name
 from merge_identity import FULL, QUICK, SCORED, members
 from torch import Tensor
 
-from customize.concepts.adapter import flattened
+from customize.concepts.adapter import flatten_layers
 from customize.core.crosstalk import overlap_matrix, relative_responses, response_norms
 from customize.demo import assets_folder
 
@@ -38,8 +38,8 @@ PREDICTORS = ("measured", "factors")
 
 def predictions(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
     """Predictor -> (K, K): entry (i, j) is what j does to i."""
-    products = {name: flattened(each.concept.updates) for name, each in learned.items()}
-    inputs = {name: flattened(each.record.own) for name, each in learned.items()}
+    products = {name: flatten_layers(each.concept.updates) for name, each in learned.items()}
+    inputs = {name: flatten_layers(each.record.own) for name, each in learned.items()}
     return {
         "measured": relative_responses(response_norms(products, inputs)),
         "factors": overlap_matrix(products),

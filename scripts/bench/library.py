@@ -62,8 +62,8 @@ def write_concepts(folder: Path, count: int) -> None:
     from customize.concepts.input_statistics import (
         DIRECTIONS,
         LayerInputs,
-        place_beside,
-        updates_digest,
+        digest_updates,
+        layer_inputs_path,
     )
     from customize.concepts.slices.allocation import slice_columns
     from customize.concepts.types import BasisInfo, Concept, ConceptInfo
@@ -115,8 +115,8 @@ def write_concepts(folder: Path, count: int) -> None:
                 }
                 for _ in range(2)
             )
-            record = LayerInputs(updates_digest(products), own, generic)
-            record.save(place_beside(folder / name))
+            record = LayerInputs(digest_updates(products), own, generic)
+            record.save(layer_inputs_path(folder / name))
 
 
 def draw(pipe: Any, *names: str) -> np.ndarray:

@@ -25,7 +25,7 @@ from _workers import folder_name
 from merge_identity import FULL, QUICK, members, over, spread_of
 from torch import Tensor
 
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import saved_module_name
 from customize.core.lowrank import from_dense, to_dense
 from customize.demo import assets_folder
 
@@ -39,7 +39,7 @@ def gradient_fusion(learned: Sequence[Learned]) -> Products:
     for part in learned[0].concept.updates:
         merged[part] = {}
         for module in learned[0].concept.updates[part]:
-            inputs = [each.record.own[part][file_name(part, module)] for each in learned]
+            inputs = [each.record.own[part][saved_module_name(part, module)] for each in learned]
             wanted = [
                 to_dense(each.concept.updates[part][module]) @ rows.T
                 for each, rows in zip(learned, inputs, strict=True)

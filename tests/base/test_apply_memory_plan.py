@@ -212,7 +212,7 @@ def test_a_concept_that_fails_takes_the_plan_with_it(name, monkeypatch):
         raise MemoryError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("customize.pipeline.transaction.attach_products", failing)
+        patch.setattr("customize.pipeline.transaction.attach_updates", failing)
         with pytest.raises(MemoryError):
             pipe.load_custom(rex, attention="native", memory=word)
     assert_same(before, everything(pipe))

@@ -345,7 +345,7 @@ def test_a_failed_call_changes_nothing(name, monkeypatch):
     def failing(*args, **kwargs):
         raise MemoryError("full")
 
-    monkeypatch.setattr("customize.pipeline.transaction.attach_products", failing)
+    monkeypatch.setattr("customize.pipeline.transaction.attach_updates", failing)
     with pytest.raises(MemoryError):
         pipe.load_custom(rex, attention="native")
     assert_same(before, everything(pipe))

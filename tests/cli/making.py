@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from customize.concepts.input_statistics import LayerInputs, updates_digest
+from customize.concepts.input_statistics import LayerInputs, digest_updates
 from customize.concepts.types import Concept
 
 
@@ -57,4 +57,4 @@ def photos(folder: Path, count: int = 2, side: int = 40) -> Path:
 def record_of(made: Concept) -> LayerInputs:
     """A record that is this concept's, of a layer that isn't there."""
     rows = {"unet": {"x": torch.ones(1, 2)}}
-    return LayerInputs(updates_digest(made.updates), rows, rows)
+    return LayerInputs(digest_updates(made.updates), rows, rows)

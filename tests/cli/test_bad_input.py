@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from customize.concepts.io.file_layout import INFO_FILE, LORA_FILE
-from customize.concepts.io.write_concept import write_single
+from customize.concepts.io.write_concept import write_single_file
 from customize.concepts.types import Concept
 from customize.errors import ConceptError
 from tests.cli.making import Run, World, photos, refused
@@ -295,7 +295,7 @@ def test_damaged_concepts(
 ) -> None:
     spoil, says = SPOILED[kind]
     if single:
-        path = file = write_single(concept(pipe), tmp_path / "rex.safetensors")
+        path = file = write_single_file(concept(pipe), tmp_path / "rex.safetensors")
     else:
         path = concept(pipe).save(tmp_path / "rex")
         file = path / LORA_FILE

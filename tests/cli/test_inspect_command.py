@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from customize.cli.inspect_command import describe_concept
-from customize.concepts.io.write_concept import write_single
+from customize.concepts.io.write_concept import write_single_file
 from customize.core.crosstalk import overlap_matrix
 from tests.cli.making import Run, World, record_of, refused
 from tests.concepts.making import small
@@ -34,7 +34,7 @@ def test_columns_scores_and_odd_text() -> None:
 
 
 def test_text_of_others_is_shown_as_it_is(run: Run, tmp_path: Path) -> None:
-    path = write_single(small(base="[bold]x[/bold]"), tmp_path / "rex.safetensors")
+    path = write_single_file(small(base="[bold]x[/bold]"), tmp_path / "rex.safetensors")
     assert "[bold]x[/bold]" in run("inspect", path).out
 
 

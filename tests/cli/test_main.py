@@ -153,7 +153,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     # A shell's background jobs begin with Ctrl-C ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr(open_adaptation, "read", read)
+    monkeypatch.setattr(open_adaptation, "load_concept", read)
     try:
         assert main(["inspect", world.rex]) == 130
         assert capsys.readouterr().err == "interrupted\n"

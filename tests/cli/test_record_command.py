@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import customize
 from customize.cli.inspect_command import relative_crosstalk
-from customize.concepts.adapter import file_name
-from customize.concepts.input_statistics import LayerInputs, place_beside
+from customize.concepts.adapter import saved_module_name
+from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
 from customize.concepts.merge.merge_concepts import merge
 from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank, distance, norm, to_dense
@@ -36,7 +36,7 @@ def recorded(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
         place = folder / Path(source).name
         shutil.copytree(source, place)
         prompts = [text for text in PROMPTS if "{}" in text]
-        customize.record_inputs(pipe, place, prompts).save(place_beside(place))
+        customize.record_inputs(pipe, place, prompts).save(layer_inputs_path(place))
     return World(world.base, str(folder / "rex"), str(folder / "tom"))
 
 
@@ -46,7 +46,7 @@ def test_it_leaves_what_python_records(run: Run, world: World, tmp_path: Path) -
     result = run("record", folder, "--base", world.base, *PROMPTS, "--device", "cpu")
     assert result.code == 0, result.err
     assert "layer_inputs.safetensors is written" in result.out
-    found = LayerInputs.load(place_beside(folder))
+    found = LayerInputs.load(layer_inputs_path(folder))
     prompts = [text for text in PROMPTS if "{}" in text]
     expected = customize.record_inputs(tiny_sd(), folder, prompts)
     assert found.of == expected.of
@@ -73,7 +73,7 @@ def test_merge_writes_the_fusion(run: Run, recorded: World, tmp_path: Path) -> N
     assert result.code == 0 and "merged by fusion" in result.out, result.err
     assert run("merge", *both, "--merge", "sum", "-o", tmp_path / "sum").code == 0
     concepts = [Concept.load(source) for source in (recorded.rex, recorded.tom)]
-    records = [LayerInputs.load(place_beside(c.source)) for c in concepts]
+    records = [LayerInputs.load(layer_inputs_path(c.source)) for c in concepts]
     for name, method in (("auto", "fusion"), ("sum", "sum")):
         expected = merge(concepts, [1.0, 0.8], method, records)
         tensors = load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
@@ -129,13 +129,13 @@ def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -
     concepts = [Concept.load(source) for source in (recorded.rex, recorded.tom)]
     rex, tom = (
         {
-            f"{part}.{file_name(part, m)}": u
+            f"{part}.{saved_module_name(part, m)}": u
             for part, own in c.updates.items()
             for m, u in own.items()
         }
         for c in concepts
     )
-    inputs = LayerInputs.load(place_beside(recorded.rex)).own
+    inputs = LayerInputs.load(layer_inputs_path(recorded.rex)).own
     total = [0.0, 0.0]
     for part, own in inputs.items():
         for module, rows in own.items():
@@ -161,7 +161,7 @@ def test_inspect_tells_and_draws_it_layer_by_layer(
     result = run("inspect", recorded.rex, recorded.tom, "--layers", "--plot", picture)
     assert (result.code, result.err) == (0, "")
     table = result.out[result.out.index("tom on") : result.out.index("rex and tom: one")]
-    layers = LayerInputs.load(place_beside(recorded.rex)).own
+    layers = LayerInputs.load(layer_inputs_path(recorded.rex)).own
     cells = re.findall(r"│ (\d+\.\d\d) ", table)
     assert len(cells) == 2 * sum(map(len, layers.values()))
     assert picture.name in result.out

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from customize.concepts.adapter import Adapter, attach
+from customize.concepts.adapter import Adapter, attach_new_adapter
 from customize.concepts.slices.allocation import slice_columns
 from customize.concepts.tokens.token_rows import add_tokens, initial_rows, vocabulary_entries
 from customize.concepts.types import BasisInfo, Concept, ConceptInfo
@@ -86,7 +86,7 @@ def learn(
     widths = {shape[1] for c in components for shape in family.adapter_targets(c).values()}
     basis = BasisInfo() if method == "orthogonal" else None
     columns = slice_columns(widths, 4, index=0, name=name) if basis else {}
-    adapter = attach(
+    adapter = attach_new_adapter(
         family,
         method=method,
         rank=4,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from customize.concepts.adapter import attach, attach_products, fit
+from customize.concepts.adapter import attach_new_adapter, attach_updates, match_to_model
 from customize.concepts.slices.allocation import slice_columns
 from customize.concepts.types import BasisInfo
 from customize.core.bases import BASES, down_projection
@@ -29,7 +29,7 @@ def orthogonal(family, **changes):
         "columns": COLUMNS,
         "components": PARTS,
     }
-    return attach(family, **(settings | changes))
+    return attach_new_adapter(family, **(settings | changes))
 
 
 def state(model: torch.nn.Module):
@@ -67,7 +67,9 @@ def test_a_new_adapter_changes_nothing_and_goes_without_a_trace(make, method: st
     columns = slice_columns(widths, 4, index=0, name="rex") if method == "orthogonal" else None
     basis = BasisInfo() if method == "orthogonal" else None
     random = torch.get_rng_state()
-    adapter = attach(family, method=method, rank=4, basis=basis, columns=columns, components=parts)
+    adapter = attach_new_adapter(
+        family, method=method, rank=4, basis=basis, columns=columns, components=parts
+    )
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(call(family), output)
     assert {part: len(family.adapter_targets(part)) for part in parts} == {
@@ -117,7 +119,7 @@ def test_learned_concepts_with_different_slices_are_orthogonal() -> None:
 def test_ordinary_lora_starts_like_pefts_and_repeats_by_its_seed() -> None:
     def downs(seed: int) -> list[torch.Tensor]:
         family = family_of(tiny_sd().components)
-        adapter = attach(family, method="lora", rank=4, components=["unet"], seed=seed)
+        adapter = attach_new_adapter(family, method="lora", rank=4, components=["unet"], seed=seed)
         return [update.down for update in adapter.products()["unet"].values()]
 
     first, again, other = downs(1), downs(1), downs(2)
@@ -168,7 +170,7 @@ def test_products_do_on_another_copy_what_the_adapter_does(make) -> None:
     expected = call(family)
     fresh = family_of(make().components)
     plain = call(fresh)
-    loaded = attach_products(fresh, concept.updates, name="rex")
+    loaded = attach_updates(fresh, concept.updates, name="rex")
     assert torch.equal(call(fresh), expected) and not torch.equal(plain, expected)
     assert not any(loaded.parameters().values())
     for component, updates in loaded.products().items():
@@ -187,7 +189,7 @@ def test_ranks_and_scales_may_differ_between_layers() -> None:
         products[module] = LowRank(torch.randn(out, rank), torch.randn(rank, width), 0.1 * rank)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        adapter = attach_products(family, {"unet": products}, name="mixed")
+        adapter = attach_updates(family, {"unet": products}, name="mixed")
     weights = dict(family.denoiser.named_parameters())
     output = call(family)
     adapter.remove()
@@ -231,10 +233,10 @@ def test_a_taken_name_changes_nothing() -> None:
 def test_updates_for_another_model_are_refused() -> None:
     family, _, concept = learn(tiny_sd())
     with pytest.raises(ConceptError, match="has no unet"):
-        fit(concept.updates, family_of(tiny_sd3().components))
+        match_to_model(concept.updates, family_of(tiny_sd3().components))
     update = LowRank(torch.ones(7, 2), torch.ones(2, 16))
     module = next(iter(family.adapter_targets("unet")))
     with pytest.raises(ConceptError, match=r"shape \(7, 16\) has no place: the layer is of shape"):
-        attach_products(family, {"unet": {module: update}}, name="other")
+        attach_updates(family, {"unet": {module: update}}, name="other")
     with pytest.raises(ConceptError, match="missing"):
-        fit({"unet": {"no.such.layer": update}}, family)
+        match_to_model({"unet": {"no.such.layer": update}}, family)

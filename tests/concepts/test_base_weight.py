@@ -8,8 +8,8 @@ from torch import nn
 
 from customize.concepts.base_weight import (
     dense_weight,
-    quantizer_of,
-    unadaptable,
+    find_unadaptable_layers,
+    quantizer_name,
     writable_weight,
 )
 from customize.errors import PipelineError
@@ -171,7 +171,7 @@ def installed(package):
 @torch.no_grad()
 def test_weights_are_those_that_the_layer_multiplies_with(name, kind, make, most):
     layer = make()
-    assert quantizer_of(layer) == name
+    assert quantizer_name(layer) == name
     eye = torch.eye(IN, dtype=torch.bfloat16 if name == "torchao" else torch.float32)
 
     def answers():
@@ -193,7 +193,7 @@ def test_weights_are_those_that_the_layer_multiplies_with(name, kind, make, most
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_plain_weights_are_given_as_they_are(dtype):
     layer = plain(dtype)
-    assert quantizer_of(layer) == ""
+    assert quantizer_name(layer) == ""
     assert dense_weight(layer, "") is layer.weight and writable_weight(layer, "") is layer.weight
 
 
@@ -231,4 +231,4 @@ def test_layers_that_a_quantizer_has_replaced_are_named():
     # diffusers' own cannot be imported without a download of kernels.
     home = {"__module__": "diffusers.quantizers.nunchaku.utils"}
     model = nn.Sequential(plain(), type("SVDQW4A4Linear", (nn.Module,), home)())
-    assert unadaptable(model) == {"1": "Nunchaku"}
+    assert find_unadaptable_layers(model) == {"1": "Nunchaku"}

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from customize.concepts.input_statistics import (
     HEADER,
     LayerInputs,
-    place_beside,
-    record_beside,
-    updates_digest,
+    digest_updates,
+    layer_inputs_path,
+    load_recorded_inputs,
 )
 from customize.concepts.merge.merge_concepts import merge
 from customize.core.lowrank import distance, norm, weighted_sum
@@ -35,7 +35,7 @@ def record(concept, rows: int = 3, seed: int = 0) -> LayerInputs:
             for component, updates in concept.updates.items()
         }
 
-    return LayerInputs(updates_digest(concept.updates), factors(), factors())
+    return LayerInputs(digest_updates(concept.updates), factors(), factors())
 
 
 def test_round_trip(tmp_path):
@@ -73,18 +73,18 @@ def _listed(found):
 def test_where_it_lies(tmp_path):
     folder = small().save(tmp_path / "rex")
     single = small().save(tmp_path / "tom.v2.safetensors")
-    assert place_beside(folder) == folder / "layer_inputs.safetensors"
-    assert place_beside(single) == tmp_path / "tom.v2.layer_inputs.safetensors"
+    assert layer_inputs_path(folder) == folder / "layer_inputs.safetensors"
+    assert layer_inputs_path(single) == tmp_path / "tom.v2.layer_inputs.safetensors"
     with pytest.raises(ConceptError):
-        place_beside(tmp_path / "nobody.safetensors")
+        layer_inputs_path(tmp_path / "nobody.safetensors")
     with pytest.raises(StorageError):
         record(small()).save(tmp_path / "missing" / "x.safetensors")
 
 
 def test_a_digest_is_of_the_updates_alone():
-    assert updates_digest(small().updates) == updates_digest(small(name="tom").updates)
-    assert updates_digest(small().updates) != updates_digest(small(seed=1).updates)
-    assert updates_digest(small().updates) != updates_digest(small(alpha=4.0).updates)
+    assert digest_updates(small().updates) == digest_updates(small(name="tom").updates)
+    assert digest_updates(small().updates) != digest_updates(small(seed=1).updates)
+    assert digest_updates(small().updates) != digest_updates(small(alpha=4.0).updates)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_record_of_other_widths_is_refused_by_name(tmp_path):
         folder = rex.save(tmp_path / kind)
         odd_one.save(folder / "layer_inputs.safetensors")
         with pytest.raises(ConceptError, match=r"inputs of width 16 of a layer of width 8.*to_q"):
-            record_beside("rex", rex.updates, folder)
+            load_recorded_inputs("rex", rex.updates, folder)
         tom = small(seed=1, name="tom", trigger="<tom>")
         with pytest.raises(ConceptError, match="inputs of width 16 of a layer of width 8"):
             merge([rex, tom], [1.0, 1.0], "fusion", [odd_one, record(tom, seed=1)])

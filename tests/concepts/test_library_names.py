@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from customize.concepts.library.index import read_index
-from customize.concepts.library.library import Library, add
-from customize.concepts.library.library_check import check
+from customize.concepts.library.library import Library, add_to_library
+from customize.concepts.library.library_check import check_library
 from customize.concepts.slices.allocation import slice_owners
 from customize.errors import ConceptError, ConfigError
 from tests.concepts.library.test_library import lora
@@ -40,7 +40,7 @@ def test_names_that_are_not_unicode_are_names_like_others(folder: Path) -> None:
     again = Library(folder)
     assert again.stale == 0 and again.entries == first.entries == read_index(folder)
     assert [entry.name for entry in again.called("<tom>")] == ["tom"]
-    found = "\n".join(check(folder).faults)
+    found = "\n".join(check_library(folder).faults)
     assert "\\udcff" in found
     found.encode()  # whatever prints it
 
@@ -54,8 +54,8 @@ def test_long_names_are_names_like_others(folder: Path, length: int) -> None:
     assert set(entries) == {"rex", name, "b" * length}
     assert not any(entry.fault for entry in entries.values())
     other = folder.parent / "other"
-    assert add(other, folder / name).name == "a" * 64
-    assert add(other, folder / ("b" * length)).name == "tom"
+    assert add_to_library(other, folder / name).name == "a" * 64
+    assert add_to_library(other, folder / ("b" * length)).name == "tom"
 
 
 def test_what_cannot_be_read_is_named(folder: Path) -> None:
@@ -72,7 +72,7 @@ def test_what_cannot_be_read_is_named(folder: Path) -> None:
         *("fifo.safetensors", "dangling.safetensors", "loop.safetensors", "kit", "max")
     }
     assert "a FIFO" in said["fifo.safetensors"] and "a FIFO" in said["kit"]
-    faults = "\n".join(check(folder).faults)
+    faults = "\n".join(check_library(folder).faults)
     for source in said:
         assert source in faults
     with pytest.raises(ConceptError, match="a FIFO"):

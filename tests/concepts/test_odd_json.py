@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from customize.concepts.io.file_layout import CLAIM_FILE
+from customize.concepts.io.file_layout import RESERVATION_FILE
 from customize.concepts.io.read_concept import read_info
 from customize.concepts.library import index
-from customize.concepts.library.index import described, read_index, stamps
+from customize.concepts.library.index import describe_concept, read_index, scan_stamps
 from customize.concepts.library.library import Library
-from customize.concepts.library.library_check import check
+from customize.concepts.library.library_check import check_library
 from customize.concepts.slices.allocation import find_collisions, free_index, slice_owners
 from customize.concepts.slices.slice_reservations import SliceReservation, read_reservations
 from customize.concepts.types import BasisInfo
@@ -90,7 +90,7 @@ CLAIM = SliceReservation(
 def test_a_mutated_claim_is_right_or_refused(tmp_path_factory, value):
     library = tmp_path_factory.mktemp("library")
     (library / "rex").mkdir()
-    path = library / "rex" / CLAIM_FILE
+    path = library / "rex" / RESERVATION_FILE
     path.write_text(written(value))
     try:
         claims = read_reservations(library)
@@ -118,7 +118,7 @@ def test_a_mutated_claim_is_right_or_refused(tmp_path_factory, value):
 )
 def test_claims_that_no_run_makes(change, tmp_path):
     (tmp_path / "rex").mkdir()
-    (tmp_path / "rex" / CLAIM_FILE).write_text(json.dumps(CLAIM | change))
+    (tmp_path / "rex" / RESERVATION_FILE).write_text(json.dumps(CLAIM | change))
     with pytest.raises(ConceptError, match="claim"):
         read_reservations(tmp_path)
 
@@ -142,9 +142,9 @@ def test_mutated_facts_are_right_or_refused(folder, tmp_path_factory, data):
         assert info.name
     except ConceptError as error:
         assert_said(error, path)
-    entry = described(library, "rex", stamps(library)["rex"])
+    entry = describe_concept(library, "rex", scan_stamps(library)["rex"])
     assert entry.name
-    check(library)
+    check_library(library)
 
 
 @pytest.mark.parametrize("text", [DEEP, '{"training": ' + DEEP + "}", "9" * 5000, "", "nan", '"'])
@@ -154,7 +154,7 @@ def test_facts_and_claims_that_no_parser_likes(text, tmp_path):
     with pytest.raises(ConceptError) as caught:
         read_info(tmp_path / "rex")
     assert_said(caught.value, "concept.json")
-    (tmp_path / "rex" / CLAIM_FILE).write_text(text)
+    (tmp_path / "rex" / RESERVATION_FILE).write_text(text)
     with pytest.raises(ConceptError, match="claim"):
         read_reservations(tmp_path)
 
@@ -185,5 +185,5 @@ def test_a_mutated_index_is_right_or_made_anew(folder, tmp_path_factory, data):
     for entry in read_index(library).values():
         for width, columns in entry.slices.items():
             assert int(width) > 0 and all(column >= 0 for column in columns)
-    found = check(library)
+    found = check_library(library)
     assert found.library.entries.keys() == right.keys()

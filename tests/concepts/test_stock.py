@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from customize.concepts.io.write_concept import write_single
+from customize.concepts.io.write_concept import write_single_file
 from customize.concepts.types import Concept
 from tests.concepts.making import learn
 from tests.tiny import (
@@ -135,7 +135,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             info = concept.info.model_copy(update={"token_layers": 2})
             Concept(info, concept.updates, {"text_encoder": rows}).save(root / "layerwise")
             ours["layerwise"] = ours[name]
-            write_single(concept, root / "single.safetensors")
+            write_single_file(concept, root / "single.safetensors")
             ours["single"] = ours[name]
     pipe3 = tiny_sd3()
     _, _, concept = learn(pipe3, alpha=2.0)
@@ -161,7 +161,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         concept.save(root / name)
         ours[name] = draw(pipe, PROMPT)
         if name == "wan-14b":
-            write_single(concept, root / "wan-14b.safetensors")
+            write_single_file(concept, root / "wan-14b.safetensors")
             ours["wan-14b-single"] = ours[name]
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(root), PROMPT],

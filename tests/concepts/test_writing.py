@@ -12,38 +12,39 @@ from PIL import Image
 from customize.concepts.io import file_layout, write_concept
 from customize.concepts.io.file_layout import INFO_FILE as INFO
 from customize.concepts.io.file_layout import LORA_FILE as LORA
-from customize.concepts.io.write_concept import read, write, write_single
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import write_folder, write_single_file
 from customize.errors import ConceptError, StorageError
 from tests.concepts.making import contents, same_tensors, small
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write(small(), tmp_path / "rex")
+    return write_folder(small(), tmp_path / "rex")
 
 
 def test_the_same_concept_may_be_replaced(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     small(seed=1).save(folder, [Image.new("RGB", (2, 2))] * 2)
-    assert same_tensors(read(folder), small(seed=1))
+    assert same_tensors(load_concept(folder), small(seed=1))
     small(num_tokens=0).save(folder, [Image.new("RGB", (2, 2))])
-    assert same_tensors(read(folder), small(num_tokens=0))
+    assert same_tensors(load_concept(folder), small(num_tokens=0))
     assert set(contents(folder)) == {LORA, INFO, "README.md", "sample-1.png", "notes.txt"}
     single = folder / "rex.safetensors"
     for seed in (0, 1):
-        write_single(small(seed=seed), single)
-        assert same_tensors(read(single), small(seed=seed))
+        write_single_file(small(seed=seed), single)
+        assert same_tensors(load_concept(single), small(seed=seed))
 
 
 def test_a_folder_may_already_hold_the_training_that_led_to_it(tmp_path: Path) -> None:
-    for name in file_layout.WORK_NAMES:
+    for name in file_layout.TRAINING_FILES:
         (tmp_path / "rex" / name).mkdir(parents=True)
-    assert same_tensors(read(small().save(tmp_path / "rex")), small())
-    assert {path.name for path in (tmp_path / "rex").iterdir()} > set(file_layout.WORK_NAMES)
+    assert same_tensors(load_concept(small().save(tmp_path / "rex")), small())
+    assert {path.name for path in (tmp_path / "rex").iterdir()} > set(file_layout.TRAINING_FILES)
 
 
 def other_concept(path: Path) -> None:
-    write(small(name="tom"), path)
+    write_folder(small(name="tom"), path)
 
 
 def other_files(path: Path) -> None:
@@ -67,12 +68,12 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, prepare) -> None:
 
 
 def test_single_files_are_not_overwritten_either(tmp_path: Path) -> None:
-    write_single(small(name="tom"), tmp_path / "a.safetensors")
+    write_single_file(small(name="tom"), tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"x")
     before = contents(tmp_path)
     for name in ("a.safetensors", "b.safetensors", "c.bin"):
         with pytest.raises(StorageError):
-            write_single(small(), tmp_path / name)
+            write_single_file(small(), tmp_path / name)
     assert contents(tmp_path) == before
 
 
@@ -83,7 +84,7 @@ def test_a_full_disk_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch, existing: bool, step: int, single: bool
 ) -> None:
     out = tmp_path / ("rex.safetensors" if single else "rex")
-    save = write_single if single else write
+    save = write_single_file if single else write_folder
     if existing:
         save(small(), out)
     before = contents(tmp_path)
@@ -104,7 +105,7 @@ def test_a_full_disk_leaves_everything_as_it_was(
     assert not list(tmp_path.glob(".*"))
     monkeypatch.undo()
     save(small(seed=1), out)
-    assert same_tensors(read(out), small(seed=1))
+    assert same_tensors(load_concept(out), small(seed=1))
 
 
 def test_an_interrupt_leaves_everything_as_it_was(folder: Path, monkeypatch) -> None:
@@ -132,12 +133,12 @@ def test_a_machine_that_stops_between_two_renames_is_noticed(folder: Path, monke
     with pytest.raises(KeyboardInterrupt):
         small(seed=1).save(folder)
     with pytest.raises(ConceptError, match="not those that were saved"):
-        read(folder)
+        load_concept(folder)
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for save, name in ((write, "rex"), (write_single, "rex.safetensors")):
+    for save, name in ((write_folder, "rex"), (write_single_file, "rex.safetensors")):
         with pytest.raises(StorageError, match=r"cannot be written|in the place"):
             save(small(), tmp_path / "file" / name)
         with pytest.raises(StorageError, match="cannot be written"):

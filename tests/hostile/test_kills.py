@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from customize.atomic import is_partial
-from customize.concepts.io.file_layout import CLAIM_FILE, INFO_FILE, INPUTS_FILE
+from customize.concepts.io.file_layout import INFO_FILE, LAYER_INPUTS_FILE, RESERVATION_FILE
 from customize.concepts.types import Concept
 from tests.cli.making import photos
 from tests.concepts.making import same_tensors, small
@@ -97,8 +97,8 @@ def test_training_that_is_killed_goes_on_to_the_same_end(tmp_path: Path) -> None
         found = tensors_of(library / "max")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in found)
-        assert (library / "max" / INPUTS_FILE).is_file()
-        assert not (library / "max" / CLAIM_FILE).exists()
+        assert (library / "max" / LAYER_INPUTS_FILE).is_file()
+        assert not (library / "max" / RESERVATION_FILE).exists()
         assert leftovers(library) == []
         counts["chains"] += 1
     print(f"\ntraining: {dict(counts)}")

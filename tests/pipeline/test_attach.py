@@ -209,8 +209,8 @@ def test_a_failed_call_changes_nothing(make, fuse):
 @pytest.mark.parametrize(
     ("attached", "fuse", "step", "call"),
     [
-        (False, False, "pipeline.transaction.attach_products", 2),
-        (True, False, "concepts.adapter.swap", 2),
+        (False, False, "pipeline.transaction.attach_updates", 2),
+        (True, False, "concepts.adapter.replace_factors", 2),
         (False, False, "pipeline.transaction.add_tokens", 1),
         (True, False, "pipeline.transaction.add_tokens", 1),
         (False, True, "pipeline.transaction.expand_triggers", 1),

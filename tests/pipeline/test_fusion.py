@@ -11,8 +11,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from safetensors.torch import save_file
 
 import customize
-from customize.concepts.adapter import file_name
-from customize.concepts.input_statistics import LayerInputs, place_beside
+from customize.concepts.adapter import saved_module_name
+from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
 from customize.concepts.merge.merge_concepts import merge
 from customize.concepts.types import Concept
 from customize.core.lowrank import to_dense
@@ -33,7 +33,7 @@ def pair(tmp_path):
     found = []
     for index, name in enumerate(("rex", "tom")):
         folder = concept(pipe, name, index=index).save(tmp_path / name)
-        customize.record_inputs(pipe, folder, FEW).save(place_beside(folder))
+        customize.record_inputs(pipe, folder, FEW).save(layer_inputs_path(folder))
         found.append(folder)
     return pipe, *found
 
@@ -51,7 +51,7 @@ def test_recording_leaves_the_pipeline_as_it_was(make):
         for component, updates in tom.updates.items():
             assert len(factors[component]) == len(updates)
             for module, update in updates.items():
-                rows = factors[component][file_name(component, module)]
+                rows = factors[component][saved_module_name(component, module)]
                 assert rows.shape[1] == update.shape[1] and 0 < len(rows) <= 32
                 assert 0.5 < float(rows.square().sum()) <= 1.0001
 
@@ -69,7 +69,7 @@ def test_what_one_run_has_learned_is_summed_by_itself(pair):
     assert pipe.load_custom(merge="fusion").custom.merge == "fusion"
     pipe.unload_custom()
     third = concept(pipe, "kit", index=2).save(folders[0].parent / "kit")
-    customize.record_inputs(pipe, third, FEW).save(place_beside(third))
+    customize.record_inputs(pipe, third, FEW).save(layer_inputs_path(third))
     assert pipe.load_custom(*learned, third).custom.merge == "fusion"
 
 
@@ -79,7 +79,7 @@ def test_both_concepts_are_fused_by_what_they_read(pair, fuse):
     family = family_of(pipe.components)
     before, base = everything(pipe), draw(pipe)
     concepts = [Concept.load(folder) for folder in folders]
-    records = [LayerInputs.load(place_beside(folder)) for folder in folders]
+    records = [LayerInputs.load(layer_inputs_path(folder)) for folder in folders]
     expected = merge(concepts, [1.0, 0.5], "fusion", records)
     summed = merge(concepts, [1.0, 0.5])
     pipe.load_custom(*folders, weights=[1.0, 0.5], merge="fusion", fuse=fuse)
@@ -159,9 +159,9 @@ def test_a_record_that_lacks_is_made_on_the_pipeline(tmp_path, monkeypatch):
     assert_same(before, everything(pipe))
     for each in (rex, tom):
         folder = each.save(tmp_path / each.info.name)
-        customize.record_inputs(pipe, each).save(place_beside(folder))
+        customize.record_inputs(pipe, each).save(layer_inputs_path(folder))
     monkeypatch.setattr(
-        "customize.pipeline.record_inputs.record", None
+        "customize.pipeline.record_inputs.record_layer_inputs", None
     )  # nothing is drawn any more
     pipe.load_custom(tmp_path / "rex", tmp_path / "tom", merge="fusion")
     # Half precision in the file is all that differs.
@@ -171,11 +171,11 @@ def test_a_record_that_lacks_is_made_on_the_pipeline(tmp_path, monkeypatch):
 def test_nothing_changes_where_a_record_is_of_something_else(pair):
     pipe, rex, tom = pair
     before = everything(pipe)
-    place_beside(tom).write_bytes(place_beside(rex).read_bytes())
+    layer_inputs_path(tom).write_bytes(layer_inputs_path(rex).read_bytes())
     with pytest.raises(ConceptError, match="not of tom as it is now"):
         pipe.load_custom(rex, tom, merge="fusion")
     assert_same(before, everything(pipe))
-    place_beside(tom).write_bytes(b"no record")
+    layer_inputs_path(tom).write_bytes(b"no record")
     with pytest.raises(ConceptError):
         pipe.load_custom(rex, tom, merge="fusion")
     assert_same(before, everything(pipe))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import customize
 from customize.cli.merge_command import run
-from customize.concepts.input_statistics import place_beside
+from customize.concepts.input_statistics import layer_inputs_path
 from customize.errors import ConceptError, ConfigError
 from tests.pipeline.making import assert_same, concept, draw, everything
 from tests.pipeline.test_component_weights import lora
@@ -169,10 +169,12 @@ def test_a_record_of_the_whole_is_not_taken_for_one_of_the_rest(tmp_path):
     pipe = tiny_sd()
     file = lora(pipe, tmp_path / "rex.safetensors")
     record = customize.record_inputs(pipe, file, prompts=["{} here"], words="rex")
-    record.save(place_beside(file))
+    record.save(layer_inputs_path(file))
     tom = concept(pipe, "tom", index=1)
     tom.save(tmp_path / "tom")
-    customize.record_inputs(pipe, tom, prompts=["{} here"]).save(place_beside(tmp_path / "tom"))
+    customize.record_inputs(pipe, tom, prompts=["{} here"]).save(
+        layer_inputs_path(tmp_path / "tom")
+    )
     pipe.load_custom(file, tmp_path / "tom")
     assert pipe.custom.merge == "fusion"
     pipe.unload_custom()

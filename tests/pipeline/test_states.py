@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from peft import LoKrConfig, LoraConfig
 
-from customize.concepts.types import Concept, check_info
+from customize.concepts.types import Concept, parse_info
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
 from customize.pipeline import transaction
@@ -294,7 +294,7 @@ def test_numbers_that_are_too_large(dtype, fuse):
     assert_same(before, everything(pipe))
     facts = rex.info.model_dump() | {"rank": 10**400}
     with pytest.raises(ConceptError, match="rank"):
-        check_info(facts, "here")
+        parse_info(facts, "here")
 
 
 def test_weights_alone_fuse_what_they_name():

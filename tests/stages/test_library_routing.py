@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import customize
-from customize.concepts.input_statistics import place_beside
+from customize.concepts.input_statistics import layer_inputs_path
 from customize.concepts.tokens.layerwise_embeddings import layers_with_embeddings
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, ConfigError, PipelineError
@@ -361,7 +361,7 @@ def test_sets_are_fused_where_all_have_records(copied):
     recording = tiny_sd()
     for name in NAMES:
         made = customize.record_inputs(recording, copied / name, ["a photo of {}"])
-        made.save(place_beside(copied / name))
+        made.save(layer_inputs_path(copied / name))
     pipe = tiny_sd().load_custom(library=copied)
     for names in (["rex", "tom"], ["kit", "tom"], ["rex", "tom"]):
         prompt = " and ".join(f"<{name}>" for name in names)
@@ -451,7 +451,9 @@ def test_a_library_that_is_none_changes_nothing(library, tmp_path):
     assert_same(before, everything(pipe))
 
 
-@pytest.mark.parametrize("step", ["concepts.adapter.swap", "pipeline.transaction.add_tokens"])
+@pytest.mark.parametrize(
+    "step", ["concepts.adapter.replace_factors", "pipeline.transaction.add_tokens"]
+)
 def test_a_failure_in_the_middle_of_a_call_is_undone(library, step, monkeypatch):
     pipe = tiny_sd().load_custom(library=library)
     picture = draw(pipe, "<rex>")

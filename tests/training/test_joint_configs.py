@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import customize
-from customize.concepts.input_statistics import LayerInputs, place_beside, record
+from customize.concepts.input_statistics import LayerInputs, layer_inputs_path, record_layer_inputs
 from customize.concepts.slices.slice_reservations import read_reservations
 from customize.concepts.types import BasisInfo, Concept
 from customize.core.bases import hashed_block, shared_columns
@@ -507,7 +507,7 @@ def test_names_whose_slices_would_meet_are_kept_apart(tmp_path):
 
 def test_each_has_its_own_pictures_and_record(tmp_path, monkeypatch):
     # Of each picture that is drawn for the record.
-    monkeypatch.setitem(inspect.unwrap(record).__kwdefaults__, "steps", 1)
+    monkeypatch.setitem(inspect.unwrap(record_layer_inputs).__kwdefaults__, "steps", 1)
     pipe = tiny_sd()
     configs = two(
         tmp_path,
@@ -528,7 +528,7 @@ def test_each_has_its_own_pictures_and_record(tmp_path, monkeypatch):
     ]
     # What the layers read of each one by itself.
     for name in ("rex", "tom"):
-        mine = LayerInputs.load(place_beside(tmp_path / name))
+        mine = LayerInputs.load(layer_inputs_path(tmp_path / name))
         other = customize.record_inputs(pipe, tmp_path / name)
         for kind in ("own", "generic"):
             for component, layers in getattr(mine, kind).items():

@@ -5,7 +5,7 @@ import torch
 
 import customize
 import customize.errors
-from customize.concepts.input_statistics import LayerInputs, place_beside, updates_digest
+from customize.concepts.input_statistics import LayerInputs, digest_updates, layer_inputs_path
 from customize.concepts.types import Concept
 from customize.families import family_of
 from customize.training.recipe import train
@@ -21,15 +21,15 @@ def test_it_is_what_the_pipeline_records(tmp_path, make, changes):
     changes = changes | {"resolution": family_of(pipe.components).default_resolution}
     before = snapshot(pipe.components, pipe.config)
     plain = train(settings(tmp_path, "plain", **changes), pipe.components, progress=False)
-    assert not place_beside(tmp_path / "plain").exists()
+    assert not layer_inputs_path(tmp_path / "plain").exists()
     config = settings(tmp_path, record_inputs=True, **changes)
     concept = train(config, pipe.components, progress=False)
     # Recording changes neither what is learned nor the model.
     assert same(tensors(plain), tensors(concept))
     after = snapshot(pipe.components, pipe.config)
     assert before.keys() == after.keys()
-    found = LayerInputs.load(place_beside(config.output))
-    assert found.of == updates_digest(Concept.load(config.output).updates)
+    found = LayerInputs.load(layer_inputs_path(config.output))
+    assert found.of == digest_updates(Concept.load(config.output).updates)
     other = customize.record_inputs(pipe, config.output)
     for kind in ("own", "generic"):
         one, two = getattr(found, kind), getattr(other, kind)
@@ -48,7 +48,7 @@ def test_a_model_without_tokens_of_its_own_is_recorded(tmp_path):
     pipe = tiny_flux()
     config = settings(tmp_path, record_inputs=True, steps=2)
     concept = train(config, pipe.components, progress=False)
-    found = LayerInputs.load(place_beside(config.output))
+    found = LayerInputs.load(layer_inputs_path(config.output))
     assert {c: set(m) for c, m in found.own.items()} == {
         c: set(m) for c, m in concept.updates.items()
     }
@@ -60,7 +60,7 @@ def test_what_cannot_be_recorded_is_told_and_the_concept_kept(tmp_path, monkeypa
     def broken(*args, **kwargs):
         raise customize.errors.ConceptError("the inputs of the layer have the energy nan")
 
-    monkeypatch.setattr("customize.training.layer_input_recording.record", broken)
+    monkeypatch.setattr("customize.training.layer_input_recording.record_layer_inputs", broken)
     config = settings(tmp_path, record_inputs=True)
     with pytest.warns(UserWarning, match="energy nan"):
         train(config, pipe.components, progress=False)

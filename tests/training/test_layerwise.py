@@ -2,8 +2,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from customize.concepts.io import write_concept
 from customize.concepts.io.file_layout import EMBEDS_FILE
+from customize.concepts.io.read_concept import load_concept
 from customize.concepts.tokens.token_rows import initial_rows
 from customize.concepts.types import BasisInfo, Concept
 from customize.errors import ConfigError
@@ -43,7 +43,7 @@ def test_each_layer_learns_its_own_embeddings(tmp_path):
         for b in range(a):
             assert not torch.allclose(rows[:, a], rows[:, b], atol=1e-5), (a, b)
 
-    found = write_concept.read(tmp_path / "out")
+    found = load_concept(tmp_path / "out")
     assert same(tensors(found), tensors(concept))
     stock = load_file(tmp_path / "out" / EMBEDS_FILE)["<rex>"]
     assert torch.allclose(stock, rows.mean(1))

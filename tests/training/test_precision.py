@@ -11,9 +11,9 @@ from customize.concepts.input_statistics import (
     PROMPTS,
     LayerInputs,
     base_prompts,
+    fill_prompts,
     generic_prompts,
-    place_beside,
-    texts,
+    layer_inputs_path,
 )
 from customize.errors import PipelineError
 from customize.training import distributed, layer_input_recording, library_directions
@@ -44,7 +44,9 @@ def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """For shared directions 4 instead of 64, and for the record 2 instead of 24."""
     monkeypatch.setattr(library_directions, "generic_prompts", lambda: generic_prompts(4))
-    monkeypatch.setattr(layer_input_recording, "texts", lambda words: texts(words, PROMPTS[:1]))
+    monkeypatch.setattr(
+        layer_input_recording, "fill_prompts", lambda words: fill_prompts(words, PROMPTS[:1])
+    )
     monkeypatch.setattr(
         layer_input_recording, "base_prompts", lambda word: base_prompts(word, PROMPTS[:1])
     )
@@ -59,7 +61,7 @@ def defaults(folder: Path, **changes: Any) -> TrainConfig:
 def check(config: TrainConfig, losses: list[float]) -> None:
     assert len(losses) == config.steps and all(map(math.isfinite, losses))
     assert list(config.output.parent.glob(".shared_directions-*.safetensors"))
-    record = LayerInputs.load(place_beside(config.output))
+    record = LayerInputs.load(layer_inputs_path(config.output))
     layers = [
         rows
         for kind in (record.own, record.generic)

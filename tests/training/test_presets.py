@@ -23,7 +23,7 @@ from customize.base.memory_plan import (
     parse_memory_size,
 )
 from customize.cli import main
-from customize.concepts.adapter import attach
+from customize.concepts.adapter import attach_new_adapter
 from customize.concepts.types import Concept
 from customize.families import Family
 from customize.training.config import TrainConfig, load_config
@@ -91,7 +91,7 @@ def activations(name: str, rank: int, checkpointing: bool) -> int:
     default resolution. Under autocast the adapter computes in the model's precision."""
     family = model(name)
     denoiser = family.denoiser
-    adapter = attach(
+    adapter = attach_new_adapter(
         family, method="lora", rank=rank, components=[family.denoiser_key], dtype=torch.bfloat16
     )
     if checkpointing:

@@ -5,7 +5,7 @@ import warnings
 import pytest
 from accelerate import Accelerator
 
-from customize.concepts.io.file_layout import CLAIM_FILE
+from customize.concepts.io.file_layout import RESERVATION_FILE
 from customize.concepts.slices.allocation import free_index, slice_owners
 from customize.concepts.slices.slice_reservations import read_reservations
 from customize.concepts.types import BasisInfo
@@ -46,7 +46,7 @@ def test_a_slice_that_was_taken_meanwhile_is_refused(pipe, tmp_path):
     rex = in_library(tmp_path, "rex", checkpoint_every=4)
     with pytest.raises(Stop):
         train(rex, pipe.components, progress=False, on_step=crash_at(5))
-    (rex.output / CLAIM_FILE).unlink()  # as in a library of an older version
+    (rex.output / RESERVATION_FILE).unlink()  # as in a library of an older version
     tom = train(in_library(tmp_path, "tom", steps=1), pipe.components, progress=False)
     with pytest.raises(SettingsError, match=r"slice 0, in which rex .* is that of tom by now"):
         train(rex, pipe.components, progress=False)
@@ -84,7 +84,7 @@ def test_a_run_that_never_saved_leaves_no_claim(pipe, tmp_path):
 def test_claims_that_cannot_be_read_or_written(pipe, tmp_path):
     folder = tmp_path / "library" / "old"
     folder.mkdir(parents=True)
-    (folder / CLAIM_FILE).write_text('{"name": "old"}')
+    (folder / RESERVATION_FILE).write_text('{"name": "old"}')
     with pytest.raises(ConceptError, match=r"claim .* cannot be read .*old.*delete its folder"):
         train(in_library(tmp_path, "rex"), pipe.components, progress=False)
     (tmp_path / "file").write_text("")

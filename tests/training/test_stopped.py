@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from customize.atomic import is_partial
-from customize.concepts.io.file_layout import CLAIM_FILE, INPUTS_FILE
-from customize.concepts.library.library_check import check
+from customize.concepts.io.file_layout import LAYER_INPUTS_FILE, RESERVATION_FILE
+from customize.concepts.library.library_check import check_library
 from customize.concepts.slices.shared_directions import find_direction_files
 from customize.concepts.slices.slice_reservations import read_reservations
 from customize.concepts.types import Concept
@@ -112,18 +112,18 @@ def assert_whole(folder: Path, whole: Path, **changes) -> None:
     made = config.output
     assert same(tensors(Concept.load(made)), tensors(Concept.load(whole)))
     assert names(made) == names(whole)
-    for name in (INPUTS_FILE, "sample-1.png"):
+    for name in (LAYER_INPUTS_FILE, "sample-1.png"):
         assert (made / name).read_bytes() == (whole / name).read_bytes(), name
-    found = check(config.library)
+    found = check_library(config.library)
     assert found.faults == [] and read_reservations(config.library) == []
     # What is left of files half written is swept by whoever writes there later.
     assert all(is_partial(path.name) for path in config.library.rglob("*.partial"))
 
 
 MOMENTS: dict[str, Moment] = {
-    "the record is written": lambda n, event, path: INPUTS_FILE in path,
+    "the record is written": lambda n, event, path: LAYER_INPUTS_FILE in path,
     "the claim is withdrawn": lambda n, event, path: (
-        event == "os.remove" and Path(path).name == CLAIM_FILE
+        event == "os.remove" and Path(path).name == RESERVATION_FILE
     ),
 }
 
@@ -136,10 +136,10 @@ def test_what_a_finished_run_owes_is_made_by_the_next(name, checkpoint_every, wh
     assert code == -signal.SIGKILL
     rex = tmp_path / "library" / "rex"
     learned = Concept.load(rex)
-    assert (rex / CLAIM_FILE).is_file()
+    assert (rex / RESERVATION_FILE).is_file()
     # Nobody takes it for another's slice meanwhile.
     assert read_reservations(tmp_path / "library") == []
-    assert not [fault for fault in check(rex.parent).faults if "share" in fault]
+    assert not [fault for fault in check_library(rex.parent).faults if "share" in fault]
     assert_whole(tmp_path, whole, **changes)
     assert Concept.load(rex).info == learned.info  # it was not learned or saved again
 
@@ -147,7 +147,7 @@ def test_what_a_finished_run_owes_is_made_by_the_next(name, checkpoint_every, wh
 def test_a_record_that_was_damaged_or_deleted_is_made_again(whole, tmp_path):
     config = config_in(begin(tmp_path, whole))
     train(config, tiny_sd().components, progress=False)
-    path = config.output / INPUTS_FILE
+    path = config.output / LAYER_INPUTS_FILE
     for spoil in (path.unlink, lambda: path.write_bytes(b"damaged")):
         spoil()
         assert_whole(tmp_path, whole)
@@ -156,7 +156,7 @@ def test_a_record_that_was_damaged_or_deleted_is_made_again(whole, tmp_path):
 def test_ctrl_c_after_the_concept_is_saved_leaves_no_claim(whole, tmp_path):
     folder = begin(tmp_path, whole)
     assert stopped(folder, signal.SIGINT, MOMENTS["the record is written"]) == 1
-    assert not (tmp_path / "library" / "rex" / CLAIM_FILE).exists()
+    assert not (tmp_path / "library" / "rex" / RESERVATION_FILE).exists()
     assert_whole(tmp_path, whole)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import saved_module_name
 from customize.concepts.formats.bias_and_norm_updates import (
     has_only_vectors,
     norm_widths,
@@ -113,7 +113,7 @@ def _norm_aliases(
     for module in norms:
         # CLIP's last norm lies outside of its encoder, to which file_name adds the prefix.
         prefixed = [f"text_model.{module}"] if component != family.denoiser_key else []
-        for name in dict.fromkeys((module, file_name(component, module), *prefixed)):
+        for name in dict.fromkeys((module, saved_module_name(component, module), *prefixed)):
             yield name, place(module)
     for original, module in original_norm_names(family, component, norms):
         yield original, place(module)
@@ -136,7 +136,7 @@ def _layer_aliases(
 ) -> Iterator[tuple[str, LayerTarget]]:
     for module, (out, _) in layers.items():
         place = LayerTarget(component, (RowRange(module, 0, out),))
-        for name in dict.fromkeys((module, file_name(component, module))):
+        for name in dict.fromkeys((module, saved_module_name(component, module))):
             yield name, place
             old = _attention_processor_name(name)
             if old is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import saved_module_name
 from customize.concepts.formats.base_detection import (
     detect_families,
     join_alternatives,
@@ -33,9 +33,9 @@ from customize.concepts.formats.header_alpha import apply_header_alphas
 from customize.concepts.formats.layer_names import LayerNameMap, LayerTarget
 from customize.concepts.formats.layer_updates import needs_weight, update_of
 from customize.concepts.formats.tensor_keys import TensorGroup, group_by_layer
-from customize.concepts.io.file_layout import SECOND
+from customize.concepts.io.file_layout import SECOND_DENOISERS
 from customize.concepts.tokens.subjects import Subject
-from customize.concepts.types import NAME, Concept, Method, counted
+from customize.concepts.types import NAME_PATTERN, Concept, Method, describe_layer_counts
 from customize.core.lowrank import LowRank, from_dense, slice_rows, stack_rows, to_dense
 from customize.errors import ConceptError
 from customize.families import Family
@@ -102,7 +102,7 @@ class Lora:
         words = info.words or "no words named"
         return (
             f"Lora({info.name}: {words}; family {info.family}, base {info.base or 'not named'}; "
-            f"rank {info.rank}; {counted(self.updates)})"
+            f"rank {info.rank}; {describe_layer_counts(self.updates)})"
         )
 
     def renamed(self, name: str) -> Lora:
@@ -111,7 +111,7 @@ class Lora:
         Raises:
             ConceptError: the name has other characters than a-z, 0-9, _ and -.
         """
-        if not re.fullmatch(NAME, name):
+        if not re.fullmatch(NAME_PATTERN, name):
             raise ConceptError(
                 f"{quote(name)} is not the name of a concept",
                 where="names",
@@ -203,7 +203,7 @@ class LoraFile:
                 continue
             update = self._update(remove_vectors(group), place, names, weights)
             for module, part in _split_rows(update, place):
-                key = (place.component, file_name(place.component, module))
+                key = (place.component, saved_module_name(place.component, module))
                 if taken.setdefault(key, group.path) != group.path:
                     raise ConceptError(
                         f"{taken[key]} and {group.path} change the same layer",
@@ -372,7 +372,7 @@ def pair_denoiser_files(first: LoraFile, second: LoraFile) -> LoraFile:
     Args:
         second: that of the one for little noise.
     """
-    ((component, name),) = SECOND.items()
+    ((component, name),) = SECOND_DENOISERS.items()
     groups = [*first.groups, *(_prefix_component(group, component) for group in second.groups)]
     configs = {**first.metadata.configs, component: second.metadata.config(name)}
     return replace(first, groups=groups, metadata=replace(first.metadata, configs=configs))
@@ -387,7 +387,7 @@ def _prefix_component(group: TensorGroup, component: str) -> TensorGroup:
 def _layer_names(path: str, component: str, module: str) -> list[str]:
     """The names of a layer that patterns may mean: the model's, that of files, and the file's."""
     bare = path.removeprefix("base_model.model.").removeprefix(f"{component}.")
-    return list(dict.fromkeys((module, file_name(component, module), bare)))
+    return list(dict.fromkeys((module, saved_module_name(component, module), bare)))
 
 
 def _split_rows(update: LowRank, place: LayerTarget) -> list[tuple[str, LowRank]]:

@@ -29,21 +29,26 @@ from customize.concepts.formats.lora import (
     parse_lora_file,
 )
 from customize.concepts.io.file_layout import (
-    EMBEDS_FOLDER,
     INFO_FILE,
     INFO_HEADER,
-    INPUTS_FILE,
+    KOHYA_EMBEDS_FOLDER,
+    LAYER_INPUTS_FILE,
     LORA_FILE,
-    MERGED_EMBEDS,
+    MERGED_EMBEDS_FILE,
     MERGED_FILE,
     PEFT_FILES,
     PEFT_HEADER,
     PIPELINE_FILE,
-    SECOND_FILE,
+    SECOND_LORA_FILE,
 )
-from customize.concepts.io.find_files import listing, located_whole, refuse_pickles
-from customize.concepts.io.read_concept import parsed_single, read, read_json, read_single_tensors
-from customize.concepts.io.read_merged_lora import read_merged
+from customize.concepts.io.find_files import list_folder, locate_concept, refuse_pickles
+from customize.concepts.io.read_concept import (
+    load_concept,
+    parse_single_file,
+    read_json,
+    read_safetensors_file,
+)
+from customize.concepts.io.read_merged_lora import parse_merged_lora
 from customize.errors import ConceptError, ConfigError
 from customize.families import FAMILIES
 from customize.near_names import suggest_names
@@ -66,23 +71,23 @@ def open_adaptation(
     Raises:
         ConceptError: nothing is there, it cannot be read whole, or it is a pickle.
     """
-    path = place = located_whole(source)
+    path = place = locate_concept(source)
     hits = set() if matched is None else matched
     second: Path | None = None
     if path.is_dir():
         if path_exists(path / INFO_FILE):
-            return remove_ignored(read(path), ignore, hits)
+            return remove_ignored(load_concept(path), ignore, hits)
         # A hub's folder is called by a commit, which is no name.
         hub = not Path(source).exists()
         name = str(source).rpartition("/")[2] if hub else real_path(path).name
         path, second = _find_lora_files(path)
     else:
         name = path.stem
-    tensors, metadata = read_single_tensors(path)
+    tensors, metadata = read_safetensors_file(path)
     if INFO_HEADER in metadata:
-        return remove_ignored(parsed_single(tensors, metadata, path), ignore, hits)
-    others = None if second is None else read_single_tensors(second)
-    merged = read_merged(name, path, tensors, metadata, others and others[0])
+        return remove_ignored(parse_single_file(tensors, metadata, path), ignore, hits)
+    others = None if second is None else read_safetensors_file(second)
+    merged = parse_merged_lora(name, path, tensors, metadata, others and others[0])
     if merged is not None:
         return remove_ignored(merged, ignore, hits)
     if place.is_dir():
@@ -173,14 +178,14 @@ def _check_family(concept: Adaptation, family: str | None) -> Adaptation:
 
 def _find_lora_files(folder: Path) -> tuple[Path, Path | None]:
     """The folder's LoRA, and that of a second denoiser if there is one."""
-    found = (file for file in listing(folder) if file.suffix == ".safetensors")
-    files = sorted(file for file in found if not file.name.endswith(INPUTS_FILE))
+    found = (file for file in list_folder(folder) if file.suffix == ".safetensors")
+    files = sorted(file for file in found if not file.name.endswith(LAYER_INPUTS_FILE))
     if path_exists(folder / MERGED_FILE):  # beside its LoRA are its tokens, for other programs
-        tokens = set(folder.glob(MERGED_EMBEDS.format("*")))
+        tokens = set(folder.glob(MERGED_EMBEDS_FILE.format("*")))
         files = [file for file in files if file not in tokens]
     if len(files) == 1:
         return files[0], None
-    if [file.name for file in files] == [LORA_FILE, SECOND_FILE]:
+    if [file.name for file in files] == [LORA_FILE, SECOND_LORA_FILE]:
         return files[0], files[1]
     # A pair says by its files' names which is which, or by those of the folders that they are in.
     named = {file.stem: file for file in files} or _find_in_subfolders(folder)
@@ -220,12 +225,12 @@ def _find_in_subfolders(folder: Path) -> dict[str, Path]:
 
 def _noise_level_from_path(path: Path) -> NoiseLevel | None:
     """The level of noise that a file is for, by its name; None where that says none."""
-    return "low" if path.name == SECOND_FILE else parse_noise_level(path.stem)
+    return "low" if path.name == SECOND_LORA_FILE else parse_noise_level(path.stem)
 
 
 def _refuse_old_merge(folder: Path) -> None:
     """Refuse a merge of earlier versions, whose LoRA does not have its tokens in the header."""
-    own = (folder / EMBEDS_FOLDER, *folder.glob(MERGED_EMBEDS.format("*")))
+    own = (folder / KOHYA_EMBEDS_FOLDER, *folder.glob(MERGED_EMBEDS_FILE.format("*")))
     if (folder / MERGED_FILE).is_file() and any(path.exists() for path in own):
         raise ConceptError(
             "an earlier version merged concepts here whose tokens would be left out",

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import saved_module_name
 from customize.concepts.io.write_concept import safetensors_bytes
 from customize.core.lowrank import LowRank, pad_rank, slice_rows, stack_rows
 from customize.families import Family
@@ -39,7 +39,7 @@ def kohya_tensors(products: Products, family: Family) -> dict[str, Tensor]:
     layers: dict[str, tuple[LowRank, Sequence[int]]] = {}
     fused = False
     for component, updates in products.items():
-        own = {file_name(component, module): update for module, update in updates.items()}
+        own = {saved_module_name(component, module): update for module, update in updates.items()}
         shapes = weight_shapes(family, component)
         prefix = _prefix(family, component)
         for name, members in _file_layers(family, component, own).items():
@@ -73,7 +73,7 @@ def kohya_layer_rows(
     """
     found = {}
     for component, updates in products.items():
-        own = {file_name(component, module): update for module, update in updates.items()}
+        own = {saved_module_name(component, module): update for module, update in updates.items()}
         prefix = _prefix(family, component)
         for name, members in _file_layers(family, component, own).items():
             places = [(component, each.module, each.start, each.stop) for each in members]
@@ -84,7 +84,7 @@ def kohya_layer_rows(
 def weight_shapes(family: Family, component: str) -> dict[str, tuple[int, ...]]:
     """The shapes of a component's weights, by the names that files give its layers."""
     shapes = family.weight_shapes(component).items()
-    return {file_name(component, module): shape for module, shape in shapes}
+    return {saved_module_name(component, module): shape for module, shape in shapes}
 
 
 def reshape_factors(update: LowRank, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -17,15 +17,15 @@ from customize.concepts.types import Concept
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # Of a pipeline with two denoisers, stock diffusers reads the second one's updates from a file of
 # their own, under the first one's name: load_lora_weights(..., load_into_transformer_2=True).
-SECOND_FILE = "pytorch_lora_weights_2.safetensors"
-SECOND = {"transformer_2": "transformer"}
+SECOND_LORA_FILE = "pytorch_lora_weights_2.safetensors"
+SECOND_DENOISERS = {"transformer_2": "transformer"}
 EMBEDS_FILE = "learned_embeds.safetensors"
-LAYERS_FILE = "layerwise_embeds.safetensors"
+LAYERWISE_EMBEDS_FILE = "layerwise_embeds.safetensors"
 INFO_FILE = "concept.json"
 # Beside a concept or LoRA, and no part of it; see customize.concepts.input_statistics.
-INPUTS_FILE = "layer_inputs.safetensors"
+LAYER_INPUTS_FILE = "layer_inputs.safetensors"
 # By whose keys a merged LoRA is written.
-LAYOUTS = ("diffusers", "kohya")
+KEY_LAYOUTS = ("diffusers", "kohya")
 # What peft's own save_pretrained writes.
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 # By which diffusers knows a pipeline's folder.
@@ -33,13 +33,13 @@ PIPELINE_FILE = "model_index.json"
 CARD_FILE = "README.md"
 # What a merge writes beside its LoRA: the facts, and each concept's tokens.
 MERGED_FILE = "merged.json"
-MERGED_EMBEDS = "learned_embeds_{}.safetensors"
-EMBEDS_FOLDER = "embeddings"  # by kohya's keys
-CLAIM_FILE = ".slice.json"
+MERGED_EMBEDS_FILE = "learned_embeds_{}.safetensors"
+KOHYA_EMBEDS_FOLDER = "embeddings"  # by kohya's keys
+RESERVATION_FILE = ".slice.json"
 # What training keeps in the same folder: its claim on a slice, its checkpoints, class pictures,
 # logs, samples and validation.
-WORK_NAMES = frozenset(
-    {CLAIM_FILE, ".checkpoints", ".class_pictures", "logs", "validation", "samples"}
+TRAINING_FILES = frozenset(
+    {RESERVATION_FILE, ".checkpoints", ".class_pictures", "logs", "validation", "samples"}
 )
 
 PEFT_HEADER = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
@@ -48,10 +48,10 @@ INFO_HEADER = "customize_concept"
 EMBEDS_PREFIX = "lora_concept_embeds."
 # The names that the community's files give to the tokens of SDXL's and SD3's two CLIP encoders.
 COMMUNITY_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-DIGEST = "sha256"  # a field of the JSON beside those of ConceptInfo
+DIGEST_KEY = "sha256"  # a field of the JSON beside those of ConceptInfo
 
 
-def concept_digest(concept: Concept) -> str:
+def digest_concept(concept: Concept) -> str:
     """sha256 over the facts, and names, dtypes, shapes and bytes of all tensors.
 
     The facts say which slice of which basis the tensors are; with other facts merging would be
@@ -74,13 +74,13 @@ def lora_tensors(concept: Concept) -> dict[str, Tensor]:
     return tensors
 
 
-def lora_files(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def split_lora_files(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """File -> its tensors: one file, or two where there is a second denoiser."""
     found: dict[str, dict[str, Tensor]] = {LORA_FILE: {}}
     for key, tensor in tensors.items():
         component, _, rest = key.partition(".")
-        if component in SECOND:
-            found.setdefault(SECOND_FILE, {})[f"{SECOND[component]}.{rest}"] = tensor
+        if component in SECOND_DENOISERS:
+            found.setdefault(SECOND_LORA_FILE, {})[f"{SECOND_DENOISERS[component]}.{rest}"] = tensor
         else:
             found[LORA_FILE][key] = tensor
     return found
@@ -99,14 +99,14 @@ def embedding_tensors(subject: Subject) -> dict[str, Tensor]:
 
 
 def peft_header(concept: Concept, file: str | None = None) -> str:
-    """What the header of one of :func:`lora_files` says, or of a single file with all."""
+    """What the header of one of :func:`split_lora_files` says, or of a single file with all."""
     info = concept.info
     products = concept.updates
     if file is not None:
         products = {
-            SECOND.get(component, component): updates
+            SECOND_DENOISERS.get(component, component): updates
             for component, updates in products.items()
-            if (component in SECOND) == (file == SECOND_FILE)
+            if (component in SECOND_DENOISERS) == (file == SECOND_LORA_FILE)
         }
     alpha = int(info.alpha) if info.alpha == int(info.alpha) else info.alpha
     header: dict[str, Any] = {}
@@ -122,5 +122,5 @@ def peft_header(concept: Concept, file: str | None = None) -> str:
 
 
 def info_json(concept: Concept) -> str:
-    values = concept.info.model_dump() | {DIGEST: concept_digest(concept)}
+    values = concept.info.model_dump() | {DIGEST_KEY: digest_concept(concept)}
     return json.dumps(values, indent=2, allow_nan=False)

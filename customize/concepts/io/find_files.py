@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from customize.concepts.io.file_layout import INFO_FILE, LORA_FILE, MERGED_FILE
-from customize.concepts.io.hub import downloaded, is_id
+from customize.concepts.io.hub import download, is_hub_id
 from customize.errors import ConceptError
 from customize.near_names import suggest_paths
 from customize.safe_read import path_exists
@@ -15,7 +15,7 @@ from customize.safe_read import path_exists
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
-def listing(folder: Path) -> list[Path]:
+def list_folder(folder: Path) -> list[Path]:
     """What is in a folder, sorted.
 
     Raises:
@@ -36,7 +36,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "lost+found"  # which a disk of its own has
 
 
-def in_folders(library: Path, name: str) -> list[Path]:
+def find_in_subfolders(library: Path, name: str) -> list[Path]:
     """The files of a name in a library's folders, sorted, without hidden folders.
 
     Those in folders that may not be entered count too: reading them tells what is wrong.
@@ -61,7 +61,7 @@ def refuse_pickles(folder: Path) -> None:
     Raises:
         ConceptError: naming the first.
     """
-    for file in listing(folder):
+    for file in list_folder(folder):
         if file.suffix.lower() in _PICKLES:
             _refuse_pickle(file)
 
@@ -74,7 +74,7 @@ def _refuse_pickle(path: Path) -> NoReturn:
     )
 
 
-def located(source: str | Path) -> Path:
+def locate(source: str | Path) -> Path:
     """Where a concept or LoRA lies: the path itself, or what the hub gave for an id.
 
     Raises:
@@ -98,16 +98,16 @@ def located(source: str | Path) -> Path:
         if path.suffix.lower() in _PICKLES:
             _refuse_pickle(path)
         return path
-    if isinstance(source, str) and is_id(source):
-        return downloaded(source)
+    if isinstance(source, str) and is_hub_id(source):
+        return download(source)
     raise ConceptError(
         "there is no such concept", where=source, fix=suggest_paths(source, "check the path")
     )
 
 
-def located_whole(source: str | Path) -> Path:
+def locate_concept(source: str | Path) -> Path:
     """The same; the LoRA's file in the folder of a concept or merge stands for the folder, in whose
     other files the rest is."""
-    path = located(source)
+    path = locate(source)
     beside = (path.parent / name for name in (INFO_FILE, MERGED_FILE))
     return path.parent if path.name == LORA_FILE and any(map(path_exists, beside)) else path

@@ -11,7 +11,7 @@ from customize.errors import StorageError, storage_error
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Be the only one that writes to a folder, among all that ask for this.
 
     The lock is that of the operating system on a file ``.NAME.lock`` beside the folder, which is

@@ -13,36 +13,44 @@ from pathlib import Path
 from customize.concepts.io.file_layout import (
     EMBEDS_FILE,
     INFO_FILE,
-    INPUTS_FILE,
-    LAYERS_FILE,
+    LAYER_INPUTS_FILE,
+    LAYERWISE_EMBEDS_FILE,
     LORA_FILE,
-    MERGED_EMBEDS,
+    MERGED_EMBEDS_FILE,
     MERGED_FILE,
     PEFT_FILES,
-    SECOND_FILE,
+    SECOND_LORA_FILE,
 )
 from customize.errors import ConceptError, ConfigError, storage_error, system_errno
 from customize.near_names import suggest_paths
 from customize.text import one_line
 
 # A collection may name whole models, of which nothing is to be downloaded.
-_FILES = [LORA_FILE, SECOND_FILE, EMBEDS_FILE, LAYERS_FILE, INFO_FILE, INPUTS_FILE, *PEFT_FILES]
-_FILES += [MERGED_FILE, MERGED_EMBEDS.format("*")]
+_FILES = [
+    LORA_FILE,
+    SECOND_LORA_FILE,
+    EMBEDS_FILE,
+    LAYERWISE_EMBEDS_FILE,
+    INFO_FILE,
+    LAYER_INPUTS_FILE,
+    *PEFT_FILES,
+]
+_FILES += [MERGED_FILE, MERGED_EMBEDS_FILE.format("*")]
 _ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _COLLECTION = r"[\w-][\w.-]*/[\w.-]*[0-9a-f]{24}"
 
 
-def is_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
     """Whether a text can be that of a repository, ``user/name``."""
     return re.fullmatch(_ID, source) is not None
 
 
-def is_collection(source: str) -> bool:
+def is_collection_slug(source: str) -> bool:
     """Whether a text can be a collection's, ``user/its-title-`` and 24 hexadecimal digits."""
     return re.fullmatch(_COLLECTION, source) is not None
 
 
-def downloaded(hub_id: str) -> Path:
+def download(hub_id: str) -> Path:
     """The folder of a concept or LoRA in the hub's cache, downloaded where it is not there yet.
 
     Raises:
@@ -62,7 +70,7 @@ def downloaded(hub_id: str) -> Path:
         ) from error
 
 
-def collected(slug: str) -> Path:
+def download_collection(slug: str) -> Path:
     """The concepts and LoRAs of a collection, each in a folder of its own, in one folder.
 
     The folder is kept under the hub's cache. What has changed on the hub is downloaded anew, what

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from customize.concepts.io.read_concept import read_single_tensors
+from customize.concepts.io.read_concept import read_safetensors_file
 from customize.errors import ConceptError
 
 HEADER = "customize_layer_inputs"
@@ -37,7 +37,7 @@ class _Header(BaseModel):
     same: dict[str, str]
 
 
-def read_rows(path: Path) -> tuple[str, dict[str, dict[str, dict[str, Tensor]]]]:
+def read_input_statistics(path: Path) -> tuple[str, dict[str, dict[str, dict[str, Tensor]]]]:
     """What a file of layer inputs has.
 
     Returns:
@@ -49,7 +49,7 @@ def read_rows(path: Path) -> tuple[str, dict[str, dict[str, dict[str, Tensor]]]]
             two dimensions or not of floating-point numbers, has one that is not finite, or more
             energy than layer inputs have.
     """
-    tensors, metadata = read_single_tensors(path)
+    tensors, metadata = read_safetensors_file(path)
     header = _parsed(metadata, path)
     checked = {key: _checked(key, rows, path) for key, rows in tensors.items()}
     found: dict[str, dict[str, dict[str, Tensor]]] = {kind: {} for kind in KINDS}

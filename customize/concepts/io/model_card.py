@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from customize.concepts.io.file_layout import SECOND, SECOND_FILE
+from customize.concepts.io.file_layout import SECOND_DENOISERS, SECOND_LORA_FILE
 from customize.families import FAMILIES
 from customize.text import escape_markdown
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 #: The pipeline of a family whose checkpoints may be one file.
-SINGLE_FILE = {
+SINGLE_FILE_PIPELINES = {
     "sd": "StableDiffusionPipeline",
     "sdxl": "StableDiffusionXLPipeline",
     "sd3": "StableDiffusion3Pipeline",
@@ -27,7 +27,7 @@ SINGLE_FILE = {
 }
 
 
-def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
+def concept_card(concept: Concept, pictures: Sequence[str] = ()) -> str:
     """The card as Markdown, with the header that hubs read.
 
     Args:
@@ -40,7 +40,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         f"base_model: {json.dumps(info.base)}",
         "library_name: diffusers",
         f"instance_prompt: {json.dumps(info.trigger)}",
-        f"tags: [{tags(output_of(concept))}]",
+        f"tags: [{card_tags(pipeline_output(concept))}]",
         "---",
     ]
     layered = bool(info.token_layers)
@@ -72,7 +72,7 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
     tokens = [
         line
         for subject in concept.subjects
-        for line in stock_tokens(subject, info.family, "learned_embeds.safetensors")
+        for line in token_loading_code(subject, info.family, "learned_embeds.safetensors")
     ]
     base = json.dumps(info.base)
     body = [
@@ -88,33 +88,35 @@ def text(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "",
         "```python",
         "import customize",
-        *opening(info.family, base),
+        *base_loading_code(info.family, base),
         'pipe.load_custom("FOLDER")',
-        drawing(info.family, f"a photo of {info.trigger}", output_of(concept)),
+        inference_code(info.family, f"a photo of {info.trigger}", pipeline_output(concept)),
         "```",
         "",
         "With diffusers alone:",
         "",
         "```python",
-        *imports(tokens),
-        *opening(info.family, base),
-        *stock_updates([concept]),
+        *import_code(tokens),
+        *base_loading_code(info.family, base),
+        *lora_loading_code([concept]),
         *tokens,
-        drawing(info.family, f"a photo of {stock_subject(concept)}", output_of(concept)),
+        inference_code(
+            info.family, f"a photo of {diffusers_subject(concept)}", pipeline_output(concept)
+        ),
         "```",
         "",
     ]
     return "\n".join(head + body)
 
 
-def opening(family: str, base: str) -> list[str]:
+def base_loading_code(family: str, base: str) -> list[str]:
     """The Python lines that open a base as ``pipe``, from diffusers' import on.
 
     Args:
         base: its name, quoted.
     """
-    if base.endswith('.safetensors"') and family in SINGLE_FILE:
-        kind = SINGLE_FILE[family]
+    if base.endswith('.safetensors"') and family in SINGLE_FILE_PIPELINES:
+        kind = SINGLE_FILE_PIPELINES[family]
         return [
             f"from diffusers import {kind}",
             "",
@@ -137,18 +139,18 @@ def opening(family: str, base: str) -> list[str]:
     ]
 
 
-def drawing(family: str, prompt: str, output: str) -> str:
+def inference_code(family: str, prompt: str, output: str) -> str:
     """The Python line that draws with ``pipe``.
 
     Args:
-        output: from :func:`output_of`, or that of the family.
+        output: from :func:`pipeline_output`, or that of the family.
     """
     if not _is_modular(family):
         return f"pipe(prompt={json.dumps(prompt)}).{output}[0]"
     return f'pipe(prompt={json.dumps(prompt)}, output="images")[0]'
 
 
-def output_of(concept: Adaptation) -> str:
+def pipeline_output(concept: Adaptation) -> str:
     """Where the call of the base's pipeline has what it drew: "images" or "frames"."""
     info = concept.info
     # AnimateDiff is of a family that mostly draws pictures.
@@ -157,26 +159,26 @@ def output_of(concept: Adaptation) -> str:
     return FAMILIES[info.family].output if info.family in FAMILIES else "images"
 
 
-def tags(output: str) -> str:
+def card_tags(output: str) -> str:
     """The tags of a card, as YAML has a list's items."""
     task = "text-to-video" if output == "frames" else "text-to-image"
     return f"{task}, lora, textual-inversion, diffusers-customize"
 
 
-def stock_updates(concepts: Sequence[Adaptation]) -> list[str]:
+def lora_loading_code(concepts: Sequence[Adaptation]) -> list[str]:
     """The Python lines by which stock diffusers reads what concepts change from FOLDER's files."""
     components = {component for concept in concepts for component in concept.updates}
-    lines = ['pipe.load_lora_weights("FOLDER")'] if components - SECOND.keys() else []
-    if components & SECOND.keys():
+    lines = ['pipe.load_lora_weights("FOLDER")'] if components - SECOND_DENOISERS.keys() else []
+    if components & SECOND_DENOISERS.keys():
         lines += [
             "pipe.load_lora_weights(",
-            f'    "FOLDER", weight_name="{SECOND_FILE}", load_into_transformer_2=True',
+            f'    "FOLDER", weight_name="{SECOND_LORA_FILE}", load_into_transformer_2=True',
             ")",
         ]
     return lines
 
 
-def stock_tokens(subject: Subject, family: str, file: str) -> list[str]:
+def token_loading_code(subject: Subject, family: str, file: str) -> list[str]:
     """The Python lines by which stock diffusers reads a subject's tokens from a file in FOLDER."""
     if len(subject.embeddings) == 1:
         note = "  # the mean over the layers, which is less exact" if subject.token_layers else ""
@@ -195,15 +197,15 @@ def stock_tokens(subject: Subject, family: str, file: str) -> list[str]:
     ]
 
 
-def stock_subject(concept: Adaptation) -> str:
+def diffusers_subject(concept: Adaptation) -> str:
     """What a prompt for stock diffusers calls the concept."""
     family = concept.info.family
     unread = [s for s in concept.subjects if not _stock_reads_tokens(s, family)]
     return " and ".join(f"a {s.class_word}" for s in unread) or concept.info.words
 
 
-def imports(tokens: Sequence[str]) -> list[str]:
-    """What the lines of :func:`stock_tokens` need besides diffusers."""
+def import_code(tokens: Sequence[str]) -> list[str]:
+    """What the lines of :func:`token_loading_code` need besides diffusers."""
     return ["import safetensors.torch"] if any("safetensors.torch" in t for t in tokens) else []
 
 

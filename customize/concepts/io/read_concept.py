@@ -13,22 +13,22 @@ from torch import Tensor
 
 from customize.concepts.io.file_layout import (
     COMMUNITY_KEYS,
-    DIGEST,
+    DIGEST_KEY,
     EMBEDS_FILE,
     EMBEDS_PREFIX,
     INFO_FILE,
     INFO_HEADER,
-    LAYERS_FILE,
+    LAYERWISE_EMBEDS_FILE,
     LORA_FILE,
     MERGED_FILE,
     PEFT_HEADER,
-    SECOND,
-    SECOND_FILE,
-    concept_digest,
+    SECOND_DENOISERS,
+    SECOND_LORA_FILE,
+    digest_concept,
 )
-from customize.concepts.io.find_files import located, refuse_pickles
+from customize.concepts.io.find_files import locate, refuse_pickles
 from customize.concepts.tokens.layerwise_embeddings import mean_rows
-from customize.concepts.types import MAX_NAME, Concept, ConceptInfo, check_info
+from customize.concepts.types import MAX_NAME, Concept, ConceptInfo, parse_info
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError
 from customize.safe_read import path_exists, read_bytes, read_safetensors
@@ -38,14 +38,14 @@ _ANEW = "get an unchanged copy of the concept"
 _MAX_JSON = 16 * 2**20
 
 
-def read(source: str | Path) -> Concept:
+def load_concept(source: str | Path) -> Concept:
     """Read a concept from a folder, a ``.safetensors`` file or a hub id (``user/name``).
 
     Raises:
         ConceptError: nothing is there, a part is missing, cut short, changed, of wrong shape or
             not finite, a key is missing or too many, the schema is unknown, or it is a pickle.
     """
-    path = located(source)
+    path = locate(source)
     return _read_folder(path) if path.is_dir() else _read_single(path)
 
 
@@ -58,7 +58,7 @@ def read_info(folder: Path) -> ConceptInfo:
     return _parsed_info(_bytes(folder / INFO_FILE, _MAX_JSON), folder / INFO_FILE)[0]
 
 
-def single_info(metadata: Mapping[str, str], where: Path) -> ConceptInfo:
+def parse_header_info(metadata: Mapping[str, str], where: Path) -> ConceptInfo:
     """The facts on the concept in a single file, from its header, which has them.
 
     Raises:
@@ -84,17 +84,17 @@ def _read_folder(folder: Path) -> Concept:
     info, digest = _parsed_info(_bytes(path, _MAX_JSON), path)
     lora, metadata = _read_tensors(folder / LORA_FILE)
     products = _unpacked(lora, info, metadata, folder / LORA_FILE)
-    if path_exists(folder / SECOND_FILE):
-        products |= _read_second(folder / SECOND_FILE, info)
+    if path_exists(folder / SECOND_LORA_FILE):
+        products |= _read_second(folder / SECOND_LORA_FILE, info)
     embeddings = _read_embeddings(folder / EMBEDS_FILE, info) if info.num_tokens else {}
     if info.token_layers:
-        embeddings = _read_layers(folder / LAYERS_FILE, embeddings)
+        embeddings = _read_layers(folder / LAYERWISE_EMBEDS_FILE, embeddings)
     return _checked(info, products, embeddings, digest, folder)
 
 
 def _read_second(path: Path, info: ConceptInfo) -> dict[str, dict[str, LowRank]]:
     """The updates of a second denoiser, which are under the first one's name in the file."""
-    names = {first: second for second, first in SECOND.items()}
+    names = {first: second for second, first in SECOND_DENOISERS.items()}
     tensors, metadata = _read_tensors(path)
     products = _unpacked(tensors, info, metadata, path)
     others = sorted(products.keys() - names.keys())
@@ -152,7 +152,7 @@ def _near(a: Tensor, b: Tensor) -> bool:
 
 
 def _read_single(path: Path) -> Concept:
-    tensors, metadata = read_single_tensors(path)
+    tensors, metadata = read_safetensors_file(path)
     if INFO_HEADER not in metadata:
         raise ConceptError(
             "the file's header says nothing on a concept",
@@ -160,10 +160,10 @@ def _read_single(path: Path) -> Concept:
             fix="name the folder if it is from a concept's; load an ordinary LoRA into a pipeline "
             "with load_custom",
         )
-    return parsed_single(tensors, metadata, path)
+    return parse_single_file(tensors, metadata, path)
 
 
-def read_single_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a ``.safetensors`` file, and its header's metadata.
 
     Raises:
@@ -176,11 +176,13 @@ def read_single_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return _read_tensors(path)
 
 
-def parsed_single(tensors: dict[str, Tensor], metadata: Mapping[str, str], path: Path) -> Concept:
+def parse_single_file(
+    tensors: dict[str, Tensor], metadata: Mapping[str, str], path: Path
+) -> Concept:
     """The concept in a single file, whose header has :data:`INFO_HEADER`.
 
     Raises:
-        ConceptError: see :func:`read`.
+        ConceptError: see :func:`load_concept`.
     """
     info, digest = _parsed_info(metadata[INFO_HEADER].encode(), path)
     embeddings = {
@@ -204,7 +206,7 @@ def _checked(
     except ConceptError as error:
         place = f"{where}: {error.where}" if error.where else where
         raise ConceptError(error.problem, where=place, fix=error.fix) from error
-    if concept_digest(concept) != digest:
+    if digest_concept(concept) != digest:
         raise ConceptError(
             "the tensors and the facts are not those that were saved together",
             where=where,
@@ -300,8 +302,8 @@ def _parsed_info(data: bytes, where: Path) -> tuple[ConceptInfo, str]:
         raise ConceptError(
             f"the facts on the concept are no JSON: {error}", where=where, fix="get the file anew"
         ) from error
-    digest = values.pop(DIGEST, None) if isinstance(values, dict) else None
-    info = check_info(values, where)
+    digest = values.pop(DIGEST_KEY, None) if isinstance(values, dict) else None
+    info = parse_info(values, where)
     if not isinstance(digest, str):
         raise ConceptError("the digest is missing", where=where, fix=_ANEW)
     return info, digest

@@ -17,17 +17,17 @@ from torch import Tensor
 from customize.concepts.formats.layer_updates import update_of
 from customize.concepts.formats.lora import Lora, LoraInfo, name_from_file
 from customize.concepts.formats.tensor_keys import group_by_layer
-from customize.concepts.io.file_layout import SECOND, SECOND_FILE
+from customize.concepts.io.file_layout import SECOND_DENOISERS, SECOND_LORA_FILE
 from customize.concepts.tokens.subjects import Subject, subjects_from_header
 from customize.core.lowrank import LowRank, slice_rows, stack_rows
 from customize.errors import ConceptError
 
-#: A key of the header: :class:`MergedFacts` as JSON, with what else ``merged.json`` says.
+#: A key of the header: :class:`MergeInfo` as JSON, with what else ``merged.json`` says.
 MERGED_HEADER = "customize_merged"
 _ANEW = "get an unchanged copy of the file, or merge again"
 
 
-class MergedFacts(BaseModel):
+class MergeInfo(BaseModel):
     """What the header of a merged LoRA says.
 
     Attributes:
@@ -50,15 +50,15 @@ class MergedFacts(BaseModel):
     layers: dict[str, list[tuple[str, str, int, int]]] = {}
 
 
-def merged_facts(header: Mapping[str, str]) -> MergedFacts | None:
+def parse_merge_info(header: Mapping[str, str]) -> MergeInfo | None:
     """What a header says; None where it is no merge, or of an earlier version."""
     try:
-        return MergedFacts.model_validate(json.loads(header[MERGED_HEADER]))
+        return MergeInfo.model_validate(json.loads(header[MERGED_HEADER]))
     except (KeyError, ValueError, ValidationError, RecursionError):
         return None
 
 
-def merged_info(name: str, facts: MergedFacts, subjects: Sequence[Subject]) -> LoraInfo:
+def merged_lora_info(name: str, facts: MergeInfo, subjects: Sequence[Subject]) -> LoraInfo:
     """The facts on a merge, from its header."""
     return LoraInfo(
         name_from_file(name),
@@ -73,7 +73,7 @@ def merged_info(name: str, facts: MergedFacts, subjects: Sequence[Subject]) -> L
     )
 
 
-def read_merged(
+def parse_merged_lora(
     name: str,
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -89,23 +89,23 @@ def read_merged(
     Raises:
         ConceptError: it is damaged, or the second denoiser's file is missing.
     """
-    facts = merged_facts(header)
+    facts = parse_merge_info(header)
     if facts is None:
         return None
     subjects = subjects_from_header(header, path)
-    if second is None and path.name == SECOND_FILE:  # the merge changes the second one alone
+    if second is None and path.name == SECOND_LORA_FILE:  # the merge changes the second one alone
         tensors, second = {}, tensors
     products: dict[str, dict[str, LowRank]] = {}
     for component, module, update in _updates(tensors, facts.layers, path):
         products.setdefault(component, {})[module] = update
     if second is not None:
-        names = {first: other for other, first in SECOND.items()}
-        for component, module, update in _updates(second, {}, path.parent / SECOND_FILE):
+        names = {first: other for other, first in SECOND_DENOISERS.items()}
+        for component, module, update in _updates(second, {}, path.parent / SECOND_LORA_FILE):
             if component not in names:
                 raise ConceptError(
                     f"the keys of a second denoiser begin with {' or '.join(names)}, and nothing "
                     f"is loaded by half: {component}.{module}",
-                    where=path.parent / SECOND_FILE,
+                    where=path.parent / SECOND_LORA_FILE,
                     fix=_ANEW,
                 )
             products.setdefault(names[component], {})[module] = update
@@ -117,11 +117,11 @@ def read_merged(
             if lacking
             else f"the file has updates of {', '.join(also)}, which the merge had not",
             where=path,
-            fix=f"name the folder, with {SECOND_FILE} in it"
-            if set(lacking) & SECOND.keys()
+            fix=f"name the folder, with {SECOND_LORA_FILE} in it"
+            if set(lacking) & SECOND_DENOISERS.keys()
             else _ANEW,
         )
-    return Lora(merged_info(name, facts, subjects), products, subjects=subjects, source=path)
+    return Lora(merged_lora_info(name, facts, subjects), products, subjects=subjects, source=path)
 
 
 def _updates(

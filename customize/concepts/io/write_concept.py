@@ -33,40 +33,26 @@ from customize.concepts.io.file_layout import (
     EMBEDS_FILE,
     INFO_FILE,
     INFO_HEADER,
-    LAYERS_FILE,
+    LAYERWISE_EMBEDS_FILE,
     PEFT_HEADER,
-    SECOND_FILE,
-    WORK_NAMES,
+    SECOND_LORA_FILE,
+    TRAINING_FILES,
     bundled_embeddings,
     embedding_tensors,
     info_json,
-    lora_files,
     lora_tensors,
     peft_header,
+    split_lora_files,
 )
-from customize.concepts.io.read_concept import read, read_info
+from customize.concepts.io.read_concept import load_concept, read_info
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, StorageError, storage_error
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "check_folder",
-    "check_writable",
-    "fsync_folder",
-    "make_folder",
-    "read",
-    "read_info",
-    "safetensors_bytes",
-    "write",
-    "write_atomic",
-    "write_new_file",
-    "write_single",
-]
 
-
-def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] = ()) -> Path:
+def write_folder(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] = ()) -> Path:
     """Write a concept as a folder, whole or not at all.
 
     Everything is written to a folder beside it first, and then renamed. A folder that holds the
@@ -86,7 +72,7 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
             permission). What was there before still is.
     """
     folder = Path(folder)
-    check_folder(folder, concept.info.name)
+    check_output_folder(folder, concept.info.name)
     files = {
         # First, so that a folder cut off between two files still says whose it is.
         INFO_FILE: info_json(concept).encode(),
@@ -94,15 +80,15 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
     for subject in concept.subjects:
         files[EMBEDS_FILE] = safetensors_bytes(embedding_tensors(subject), {})
     if concept.info.token_layers:
-        files[LAYERS_FILE] = safetensors_bytes(concept.embeddings, {})
+        files[LAYERWISE_EMBEDS_FILE] = safetensors_bytes(concept.embeddings, {})
     pictures = [f"sample-{number}.png" for number in range(1, len(samples) + 1)]
     for name, picture in zip(pictures, samples, strict=True):
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         files[name] = buffer.getvalue()
-    files[CARD_FILE] = model_card.text(concept, pictures).encode()
+    files[CARD_FILE] = model_card.concept_card(concept, pictures).encode()
     # Last, so that a concept that can be read has all that belongs to it.
-    for name, tensors in reversed(lora_files(lora_tensors(concept)).items()):
+    for name, tensors in reversed(split_lora_files(lora_tensors(concept)).items()):
         files[name] = safetensors_bytes(tensors, {PEFT_HEADER: peft_header(concept, name)})
 
     try:
@@ -110,7 +96,7 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
             for name, data in files.items():
                 write_new_file(partial / name, data)
             if folder.exists():
-                optional = (EMBEDS_FILE, LAYERS_FILE, SECOND_FILE)
+                optional = (EMBEDS_FILE, LAYERWISE_EMBEDS_FILE, SECOND_LORA_FILE)
                 stale = [*folder.glob("sample-*.png"), *(folder / name for name in optional)]
                 for name in files:
                     os.replace(partial / name, folder / name)
@@ -126,7 +112,7 @@ def write(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] =
     return folder
 
 
-def write_single(concept: Concept, path: str | Path) -> Path:
+def write_single_file(concept: Concept, path: str | Path) -> Path:
     """Write a concept as one ``.safetensors`` file, whole or not at all.
 
     ``load_lora_weights`` of stock diffusers takes the updates from it as well; those of a second
@@ -143,7 +129,7 @@ def write_single(concept: Concept, path: str | Path) -> Path:
             "a single file must end in .safetensors", where=path, fix=f"name it {name}.safetensors"
         )
     if os.path.lexists(path):
-        _check_same(lambda: read(path).info.name, name, path)
+        _check_same(lambda: load_concept(path).info.name, name, path)
     metadata = {PEFT_HEADER: peft_header(concept), INFO_HEADER: info_json(concept)}
     data = safetensors_bytes(lora_tensors(concept) | bundled_embeddings(concept), metadata)
     try:
@@ -177,7 +163,7 @@ def _ordered(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[start:]
 
 
-def check_folder(folder: Path, name: str) -> None:
+def check_output_folder(folder: Path, name: str) -> None:
     """Refuse a folder that a concept of this name must not be written to.
 
     It may be new, empty but for what training keeps there, or hold a concept of the same name.
@@ -197,7 +183,7 @@ def check_folder(folder: Path, name: str) -> None:
         raise storage_error(error, folder) from error
     if INFO_FILE in present:
         _check_same(lambda: read_info(folder).name, name, folder)
-    elif not present <= set(WORK_NAMES):
+    elif not present <= set(TRAINING_FILES):
         raise StorageError(
             "the folder holds other files", where=folder, fix="choose a new or empty folder"
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from customize.atomic import fsync_folder, partial_folder, write_new_file
-from customize.concepts.adapter import fit
+from customize.concepts.adapter import match_to_model
 from customize.concepts.formats.lora import Adaptation, check_has_no_vectors
 from customize.concepts.formats.write_kohya import (
     kohya_header,
@@ -27,11 +27,11 @@ from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.io import model_card
 from customize.concepts.io.file_layout import (
     CARD_FILE,
-    EMBEDS_FOLDER,
-    MERGED_EMBEDS,
+    KOHYA_EMBEDS_FOLDER,
+    MERGED_EMBEDS_FILE,
     MERGED_FILE,
     embedding_tensors,
-    lora_files,
+    split_lora_files,
 )
 from customize.concepts.io.read_merged_lora import MERGED_HEADER
 from customize.concepts.io.write_concept import check_writable, safetensors_bytes
@@ -51,7 +51,7 @@ Products = Mapping[str, Mapping[str, LowRank]]
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """What a merged folder holds.
 
     Attributes:
@@ -78,7 +78,7 @@ def write_merged(
     rank: int | None = None,
     layout: str = "diffusers",
     family: Family | None = None,
-) -> Merged:
+) -> MergeResult:
     """Write the weighted merge of concepts as one LoRA, and the tokens of each.
 
     The folder gets ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``
@@ -100,7 +100,7 @@ def write_merged(
         method, settings, inputs: as :func:`plan_merge` takes
         them. rank: the most that any layer may have; None: ranks add up, which is exact but where
             the method prunes.
-        layout: one of :data:`customize.concepts.io.file_layout.LAYOUTS`.
+        layout: one of :data:`customize.concepts.io.file_layout.KEY_LAYOUTS`.
         family: a model with these layers, for what the products alone do not say; None for the
             published one that has them.
 
@@ -162,17 +162,17 @@ def write_merged(
         tensors = _diffusers_tensors(products, ranks, model)
         header = {MERGED_HEADER: json.dumps(facts), **subjects_to_header(subjects)}
         # The first denoiser's is left out where only the second one changes.
-        parts = {name: own for name, own in lora_files(tensors).items() if own}
+        parts = {name: own for name, own in split_lora_files(tensors).items() if own}
         files = {name: safetensors_bytes(own, header) for name, own in parts.items()}
         for subject in subjects:
-            files[MERGED_EMBEDS.format(subject.name)] = safetensors_bytes(
+            files[MERGED_EMBEDS_FILE.format(subject.name)] = safetensors_bytes(
                 embedding_tensors(subject), {}
             )
         text = _card(concepts, weights, method)
     files[MERGED_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
     files[CARD_FILE] = text.encode()
     _write(folder, files)
-    return Merged(folder, ranks, error, method)
+    return MergeResult(folder, ranks, error, method)
 
 
 def _diffusers_tensors(
@@ -223,7 +223,7 @@ def _kohya_files(
     files = {f"{title}.safetensors": safetensors_bytes(tensors, header)}
     for subject in subjects:
         data = safetensors_bytes(embedding_tensors(subject), {})
-        files[f"{EMBEDS_FOLDER}/{subject.name}.safetensors"] = data
+        files[f"{KOHYA_EMBEDS_FOLDER}/{subject.name}.safetensors"] = data
     return files
 
 
@@ -232,7 +232,7 @@ def _published(name: str, products: Products) -> Family | None:
     for family in published_families():
         if family.name == name:
             with contextlib.suppress(ConceptError):
-                fit(products, family)
+                match_to_model(products, family)
                 return family
     return None
 
@@ -246,7 +246,7 @@ def _unpublished(name: str) -> ConceptError:
     )
 
 
-def check_new(folder: Path) -> None:
+def check_new_folder(folder: Path) -> None:
     """Refuse a place that holds anything or cannot be written.
 
     Raises:
@@ -266,7 +266,7 @@ def check_new(folder: Path) -> None:
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     if _holds(folder, files):
         return
-    check_new(folder)
+    check_new_folder(folder)
     try:
         with partial_folder(folder) as partial:
             for name, data in files.items():
@@ -296,7 +296,7 @@ def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
 def _narrow(
     layers: Mapping[str, Mapping[str, LayerMerge]], rank: int | None
 ) -> tuple[dict[str, dict[str, LowRank]], float]:
-    """The merged updates of at most the rank, and what was lost, as in :class:`Merged`."""
+    """The merged updates of at most the rank, and what was lost, as in :class:`MergeResult`."""
     products: dict[str, dict[str, LowRank]] = {}
     lost = whole = 0.0
     for component, own in layers.items():
@@ -338,7 +338,7 @@ def _card_head(
         "---",
         *([f"base_model: {json.dumps(base)}"] if base else []),
         f"library_name: {library}",
-        f"tags: [{model_card.tags(model_card.output_of(concepts[0]))}]",
+        f"tags: [{model_card.card_tags(model_card.pipeline_output(concepts[0]))}]",
         "---",
         f"# {' + '.join(info.name for info in infos)}",
         "",
@@ -367,7 +367,8 @@ def _kohya_card(
 ) -> str:
     with_tokens = [subject.name for concept in concepts for subject in concept.subjects]
     tokens = [
-        f"- `{EMBEDS_FOLDER}/`: its files go where the program keeps textual inversion embeddings. "
+        f"- `{KOHYA_EMBEDS_FOLDER}/`: its files go where the program keeps textual inversion "
+        "embeddings. "
         f"A prompt then says `{name}` in the web UIs, and `embedding:{name}` in ComfyUI."
         for name in with_tokens[:1]
     ]
@@ -378,24 +379,26 @@ def _kohya_card(
 
 
 def _card(concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str) -> str:
-    subjects = [model_card.stock_subject(concept) for concept in concepts]
+    subjects = [model_card.diffusers_subject(concept) for concept in concepts]
     base, family = json.dumps(_loaded_base(concepts) or "BASE"), concepts[0].info.family
     loading = [
         line
         for concept in concepts
         for subject in concept.subjects
-        for line in model_card.stock_tokens(subject, family, MERGED_EMBEDS.format(subject.name))
+        for line in model_card.token_loading_code(
+            subject, family, MERGED_EMBEDS_FILE.format(subject.name)
+        )
     ]
     prompt = "a photo of " + " and ".join(subject for subject in subjects if subject)
     return "\n".join(
         [
             *_card_head(concepts, weights, method, "diffusers"),
             "```python",
-            *model_card.imports(loading),
-            *model_card.opening(family, base),
-            *model_card.stock_updates(concepts),
+            *model_card.import_code(loading),
+            *model_card.base_loading_code(family, base),
+            *model_card.lora_loading_code(concepts),
             *loading,
-            model_card.drawing(family, prompt, model_card.output_of(concepts[0])),
+            model_card.inference_code(family, prompt, model_card.pipeline_output(concepts[0])),
             "```",
             "",
         ]

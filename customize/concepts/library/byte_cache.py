@@ -11,7 +11,7 @@ from torch import Tensor
 K = TypeVar("K", bound=Hashable)
 
 
-class ByteCache(Generic[K]):
+class LRUCache(Generic[K]):
     """A cache whose values together have at most so many bytes.
 
     Attributes:

@@ -26,13 +26,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from customize.atomic import write_atomic
 from customize.concepts.formats.file_metadata import FileMetadata
 from customize.concepts.formats.lora import LoraInfo, name_from_file
-from customize.concepts.io.file_layout import INFO_FILE, INFO_HEADER, INPUTS_FILE
-from customize.concepts.io.find_files import is_hidden, listing
-from customize.concepts.io.read_concept import read_info, single_info
-from customize.concepts.io.read_merged_lora import merged_facts, merged_info
-from customize.concepts.io.write_concept import write_atomic
+from customize.concepts.io.file_layout import INFO_FILE, INFO_HEADER, LAYER_INPUTS_FILE
+from customize.concepts.io.find_files import is_hidden, list_folder
+from customize.concepts.io.read_concept import parse_header_info, read_info
+from customize.concepts.io.read_merged_lora import merged_lora_info, parse_merge_info
 from customize.concepts.tokens.subjects import subjects_from_header
 from customize.concepts.types import MAX_NAME, BasisInfo, ConceptInfo, check_slices
 from customize.errors import ConceptError, CustomizeError
@@ -53,7 +53,7 @@ _TOKENS = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]*>")
 
 
 @dataclass(frozen=True)
-class Entry:
+class LibraryEntry:
     """One row: what a library knows of one concept.
 
     Attributes:
@@ -95,7 +95,7 @@ class Entry:
         return {each.lower() for each in (self.trigger, *_TOKENS.findall(self.words))}
 
 
-def stamps(library: Path) -> dict[str, str]:
+def scan_stamps(library: Path) -> dict[str, str]:
     """Source -> stamp, for all that may be a concept in a library's folder; what is hidden isn't.
 
     Raises:
@@ -105,13 +105,13 @@ def stamps(library: Path) -> dict[str, str]:
     os.stat(os.path.join(library, "."))  # who may not enter it gets names, but reaches no file
     with os.scandir(library) as entries:
         for entry in entries:
-            stamp = "" if is_hidden(entry.name) else stamp_of(library, entry.name)
+            stamp = "" if is_hidden(entry.name) else file_stamp(library, entry.name)
             if stamp:
                 found[entry.name] = stamp
     return dict(sorted(found.items()))
 
 
-def stamp_of(library: Path, source: str) -> str:
+def file_stamp(library: Path, source: str) -> str:
     """Names, sizes and times of a concept's files; empty where nothing there is one.
 
     A folder counts that has ``concept.json`` or safetensors files in it; what else is there, such
@@ -119,7 +119,7 @@ def stamp_of(library: Path, source: str) -> str:
     as well, as it may hold a concept: reading it tells what is wrong.
     """
     path = library / source
-    single = source.endswith(".safetensors") and not source.endswith(INPUTS_FILE)
+    single = source.endswith(".safetensors") and not source.endswith(LAYER_INPUTS_FILE)
     try:
         status = _status(path)
         if stat.S_ISDIR(status.st_mode):
@@ -127,7 +127,7 @@ def stamp_of(library: Path, source: str) -> str:
             own = {name: _status(path / name) for name in names if not name.startswith(".")}
         elif single:
             own = {source: status}
-            record = path.with_suffix(f".{INPUTS_FILE}")
+            record = path.with_suffix(f".{LAYER_INPUTS_FILE}")
             if path_exists(record):
                 own[record.name] = _status(record)
         else:
@@ -150,16 +150,16 @@ def _status(path: Path) -> os.stat_result:
         return os.lstat(path)
 
 
-def described(library: Path, source: str, stamp: str) -> Entry:
+def describe_concept(library: Path, source: str, stamp: str) -> LibraryEntry:
     """The row of a concept, from what its files say beside their tensors."""
     path = library / source
     files = [part.rsplit(":", 2) for part in stamp.split("/")]
     size = sum(
         int(number)
         for name, number, _ in files
-        if name.endswith(".safetensors") and not name.endswith(INPUTS_FILE)
+        if name.endswith(".safetensors") and not name.endswith(LAYER_INPUTS_FILE)
     )
-    recorded = any(name.endswith(INPUTS_FILE) for name, _, _ in files)
+    recorded = any(name.endswith(LAYER_INPUTS_FILE) for name, _, _ in files)
     fault = ""
     try:
         if files[0][0] == _UNREADABLE:
@@ -171,7 +171,7 @@ def described(library: Path, source: str, stamp: str) -> Entry:
         info = _info(path)
     except CustomizeError as error:
         info, fault = LoraInfo(name_from_file(path.stem), "", "", 0), str(error)
-    return Entry(
+    return LibraryEntry(
         source=source,
         stamp=stamp,
         name=info.name,
@@ -195,18 +195,18 @@ def _info(path: Path) -> ConceptInfo | LoraInfo:
     if path_exists(path / INFO_FILE):
         return read_info(path)
     if os.path.isdir(path):
-        own = [p for p in listing(path) if p.suffix == ".safetensors"]
-        name, files = path.name, [p for p in own if not p.name.endswith(INPUTS_FILE)]
+        own = [p for p in list_folder(path) if p.suffix == ".safetensors"]
+        name, files = path.name, [p for p in own if not p.name.endswith(LAYER_INPUTS_FILE)]
     else:
         name, files = path.stem, [path]
     rank, metadata = 0, dict[str, str]()
     for file in files:
         shapes, metadata = _header(file)
         if INFO_HEADER in metadata:
-            return single_info(metadata, file)
-        merged = merged_facts(metadata)
+            return parse_header_info(metadata, file)
+        merged = parse_merge_info(metadata)
         if merged is not None:
-            return merged_info(name, merged, subjects_from_header(metadata, file))
+            return merged_lora_info(name, merged, subjects_from_header(metadata, file))
         downs = [shape[0] for key, shape in shapes.items() if _DOWN.fullmatch(key) and shape]
         rank = max([rank, *downs])
     facts = FileMetadata.from_header(metadata, None, path)
@@ -235,9 +235,9 @@ def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
         ) from error
 
 
-_COLUMNS = [field.name for field in fields(Entry)]
+_COLUMNS = [field.name for field in fields(LibraryEntry)]
 _JSON = ("fingerprint", "basis", "slices")
-_ENTRY = TypeAdapter(Entry)
+_ENTRY = TypeAdapter(LibraryEntry)
 _TABLE = (
     "CREATE TABLE concepts (source TEXT PRIMARY KEY, stamp TEXT, name TEXT, trigger TEXT, "
     "words TEXT, own_tokens INTEGER, class_word TEXT, family TEXT, base TEXT, "
@@ -250,7 +250,7 @@ _SCHEMA = [
 ]
 
 
-def read_index(library: Path) -> dict[str, Entry]:
+def read_index(library: Path) -> dict[str, LibraryEntry]:
     """Source -> row, as the index has them; none where it is missing, damaged or another version's.
 
     Whether they hold still is told by their stamps.
@@ -298,7 +298,7 @@ def _rows(data: bytes) -> list[tuple[Any, ...]]:
         return found
 
 
-def write_index(library: Path, entries: Iterable[Entry]) -> None:
+def write_index(library: Path, entries: Iterable[LibraryEntry]) -> None:
     """Put a new index in the place of an older one, whole or not at all.
 
     Raises:
@@ -318,14 +318,14 @@ def write_index(library: Path, entries: Iterable[Entry]) -> None:
     write_atomic(library / INDEX_FILE, data)
 
 
-def _row(entry: Entry) -> list[Any]:
+def _row(entry: LibraryEntry) -> list[Any]:
     values = {name: getattr(entry, name) for name in _COLUMNS}
     values["basis"] = None if entry.basis is None else entry.basis.model_dump()
     values |= {name: json.dumps(values[name]) for name in _JSON}
     return [v.encode(*_CODEC) if isinstance(v, str) else v for v in values.values()]
 
 
-def _entry(row: tuple[Any, ...]) -> Entry:
+def _entry(row: tuple[Any, ...]) -> LibraryEntry:
     values = dict(zip(_COLUMNS, row, strict=True))
     values |= {name: json.loads(values[name]) for name in _JSON}
     entry = _ENTRY.validate_python(values)

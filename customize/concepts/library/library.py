@@ -11,30 +11,30 @@ from pathlib import Path
 
 from customize.atomic import atomic_file, delete_leftovers, fsync_folder, partial_folder
 from customize.concepts.formats.open_adaptation import open_adaptation
-from customize.concepts.input_statistics import LayerInputs, place_beside
+from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
 from customize.concepts.io.file_layout import (
     CARD_FILE,
-    EMBEDS_FOLDER,
     INFO_FILE,
-    INPUTS_FILE,
+    KOHYA_EMBEDS_FOLDER,
+    LAYER_INPUTS_FILE,
     MERGED_FILE,
     PEFT_FILES,
-    WORK_NAMES,
+    TRAINING_FILES,
 )
-from customize.concepts.io.find_files import listing, located_whole
-from customize.concepts.io.folder_lock import exclusive
-from customize.concepts.io.hub import collected, is_collection
+from customize.concepts.io.find_files import list_folder, locate_concept
+from customize.concepts.io.folder_lock import lock_folder
+from customize.concepts.io.hub import download_collection, is_collection_slug
 from customize.concepts.library.index import (
-    Entry,
-    described,
+    LibraryEntry,
+    describe_concept,
+    file_stamp,
     read_index,
-    stamp_of,
-    stamps,
+    scan_stamps,
     write_index,
 )
 from customize.concepts.slices.shared_directions import copy_shared_directions
 from customize.concepts.slices.slice_reservations import lock_library
-from customize.concepts.types import NAME, Concept
+from customize.concepts.types import NAME_PATTERN, Concept
 from customize.errors import ConceptError, ConfigError, storage_error
 from customize.near_names import find_near_names, suggest_paths
 from customize.safe_read import MAX_SAFETENSORS_BYTES, open_regular, path_exists, real_path
@@ -45,7 +45,7 @@ _CHECKED = (INFO_FILE, PEFT_FILES[1])
 _FREE = re.compile(rf"{re.escape(CARD_FILE)}|{re.escape(MERGED_FILE)}|sample-\d+\.png")
 
 #: What looks like a trigger in a prompt.
-TRIGGER = rf"<{NAME}>"
+TRIGGER_PATTERN = rf"<{NAME_PATTERN}>"
 
 
 class Library:
@@ -59,7 +59,7 @@ class Library:
 
     Args:
         source: an existing folder, which may be empty, or not to be written in; or a collection of
-            the hub's, see :func:`customize.concepts.io.hub.collected`.
+            the hub's, see :func:`customize.concepts.io.hub.download_collection`.
 
     Raises:
         ConfigError: it is no folder, or cannot be looked into; the hub has no such collection.
@@ -68,10 +68,10 @@ class Library:
 
     def __init__(self, source: str | Path) -> None:
         self.folder = _folder_of(source)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, LibraryEntry] = {}
         delete_leftovers(self.folder)
         self.stale, self.kept = 0, True
-        self._called: dict[str, list[Entry]] = {}
+        self._called: dict[str, list[LibraryEntry]] = {}
         self._seen = 0
         self._refresh(read_index(self.folder))
 
@@ -97,22 +97,22 @@ class Library:
         if self._changed_at() != self._seen:
             self.refresh()
 
-    def called(self, trigger: str) -> list[Entry]:
+    def called(self, trigger: str) -> list[LibraryEntry]:
         """All that a token such as ``<rex>`` calls; upper and lower case are alike."""
         return self._called.get(trigger.lower(), [])
 
-    def near(self, trigger: str, fits: Callable[[Entry], bool]) -> list[str]:
+    def near(self, trigger: str, fits: Callable[[LibraryEntry], bool]) -> list[str]:
         """Up to three triggers, of concepts that fit, that are written much like one."""
         offered = [each for each, entries in self._called.items() if any(map(fits, entries))]
         return find_near_names(trigger, offered)
 
-    def path(self, entry: Entry) -> Path:
+    def path(self, entry: LibraryEntry) -> Path:
         """Where a concept lies."""
         return self.folder / entry.source
 
-    def is_fresh(self, entry: Entry) -> bool:
+    def is_fresh(self, entry: LibraryEntry) -> bool:
         """Whether the files of a concept are still those that were indexed."""
-        return stamp_of(self.folder, entry.source) == entry.stamp
+        return file_stamp(self.folder, entry.source) == entry.stamp
 
     def _changed_at(self) -> int:
         try:
@@ -120,10 +120,10 @@ class Library:
         except OSError:  # it is gone, which looking into it will tell
             return 0
 
-    def _refresh(self, known: dict[str, Entry]) -> None:
+    def _refresh(self, known: dict[str, LibraryEntry]) -> None:
         self._seen = self._changed_at()
         try:
-            found = stamps(self.folder)
+            found = scan_stamps(self.folder)
         except OSError as error:
             raise ConfigError(
                 f"the library cannot be read: {error.strerror}",
@@ -133,7 +133,7 @@ class Library:
         entries = {
             source: known[source]
             if source in known and known[source].stamp == stamp
-            else described(self.folder, source, stamp)
+            else describe_concept(self.folder, source, stamp)
             for source, stamp in found.items()
         }
         self.stale = sum(entries.get(source) is not entry for source, entry in known.items())
@@ -152,12 +152,12 @@ class Library:
 
 
 def _folder_of(source: str | Path) -> Path:
-    if isinstance(source, str) and is_collection(source) and not os.path.exists(source):
-        return collected(source)
+    if isinstance(source, str) and is_collection_slug(source) and not os.path.exists(source):
+        return download_collection(source)
     return Path(source)
 
 
-def add(library: str | Path, source: str | Path) -> Entry:
+def add_to_library(library: str | Path, source: str | Path) -> LibraryEntry:
     """Copy a concept into a library, whole or not at all, with the record that lies beside it.
 
     The shared directions that its slice avoids come along, if the library has none that serve, so
@@ -176,10 +176,10 @@ def add(library: str | Path, source: str | Path) -> Entry:
         StorageError: the library cannot be written.
     """
     folder = Path(library)
-    concept, path = open_adaptation(source), located_whole(source)
+    concept, path = open_adaptation(source), locate_concept(source)
     name = concept.info.name
     target = folder / (name if path.is_dir() else f"{name}.safetensors")
-    with lock_library(folder), exclusive(target):
+    with lock_library(folder), lock_folder(target):
         held = Library(folder)
         triggers = dict.fromkeys([concept.info.trigger or f"<{name}>", *concept.info.triggers])
         taken = [(entry, trigger) for trigger in triggers for entry in held.called(trigger)]
@@ -208,10 +208,10 @@ def add(library: str | Path, source: str | Path) -> Entry:
 def _copy(source: Path, target: Path) -> None:
     """Copy a concept atomically."""
     if not source.is_dir():
-        record = place_beside(source)
+        record = layer_inputs_path(source)
         if path_exists(record):  # first, so that the concept never is there without it
             LayerInputs.load(record)
-            _copy_file(record, target.with_suffix(f".{INPUTS_FILE}"))
+            _copy_file(record, target.with_suffix(f".{LAYER_INPUTS_FILE}"))
         _copy_file(source, target)
         return
     names, left = _parts(source)
@@ -243,15 +243,15 @@ def _parts(folder: Path) -> tuple[list[str], list[str]]:
     """
     names: list[str] = []
     left: list[str] = []
-    if path_exists(folder / INPUTS_FILE):
-        LayerInputs.load(folder / INPUTS_FILE)
+    if path_exists(folder / LAYER_INPUTS_FILE):
+        LayerInputs.load(folder / LAYER_INPUTS_FILE)
     inside = [real_path(folder)]
     if inside[0].parent.name == "snapshots":  # of the hub's cache, whose files are links to blobs
         inside.append(inside[0].parents[1] / "blobs")
-    for path in listing(folder):
+    for path in list_folder(folder):
         # A merge's embeddings for other programs are in its LoRA's header, too.
-        unneeded = path.name == EMBEDS_FOLDER and path_exists(folder / MERGED_FILE)
-        if path.name.startswith(".") or path.name in WORK_NAMES or unneeded:
+        unneeded = path.name == KOHYA_EMBEDS_FOLDER and path_exists(folder / MERGED_FILE)
+        if path.name.startswith(".") or path.name in TRAINING_FILES or unneeded:
             continue
         checked = path.name in _CHECKED or path.suffix == ".safetensors"
         card = _FREE.fullmatch(path.name) and os.path.isfile(path)

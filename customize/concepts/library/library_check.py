@@ -11,8 +11,8 @@ import torch
 
 from customize.concepts.formats.lora import Lora, LoraFile
 from customize.concepts.formats.open_adaptation import open_adaptation
-from customize.concepts.input_statistics import LayerInputs, place_beside, record_beside
-from customize.concepts.library.index import Entry
+from customize.concepts.input_statistics import LayerInputs, layer_inputs_path, load_recorded_inputs
+from customize.concepts.library.index import LibraryEntry
 from customize.concepts.library.library import Library
 from customize.concepts.slices.allocation import (
     Collision,
@@ -36,7 +36,7 @@ _LAYERS, _LARGE = 4, 100
 
 
 @dataclass(frozen=True)
-class Health:
+class LibraryReport:
     """What was found.
 
     Attributes:
@@ -50,7 +50,7 @@ class Health:
     notes: Sequence[str]
 
 
-def check(folder: str | Path) -> Health:
+def check_library(folder: str | Path) -> LibraryReport:
     """Read everything in a library.
 
     Raises:
@@ -76,10 +76,10 @@ def check(folder: str | Path) -> Health:
             faults.append(str(error))
     faults += _doubled(list(library.entries.values()))
     crowded, full = _colliding(library, downs)
-    return Health(library, [*faults, *crowded], [*notes, *full])
+    return LibraryReport(library, [*faults, *crowded], [*notes, *full])
 
 
-def _check_files(found: Concept | Lora | LoraFile, path: Path, entry: Entry) -> None:
+def _check_files(found: Concept | Lora | LoraFile, path: Path, entry: LibraryEntry) -> None:
     if isinstance(found, LoraFile):
         _check_lora(found)
     if not entry.recorded:
@@ -90,9 +90,9 @@ def _check_files(found: Concept | Lora | LoraFile, path: Path, entry: Entry) -> 
             fix="make it once: customize record",
         )
     if isinstance(found, LoraFile):
-        LayerInputs.load(place_beside(found.source))
+        LayerInputs.load(layer_inputs_path(found.source))
     else:
-        record_beside(entry.name, found.updates, found.source)
+        load_recorded_inputs(entry.name, found.updates, found.source)
 
 
 def _check_lora(file: LoraFile) -> None:
@@ -109,9 +109,9 @@ def _check_lora(file: LoraFile) -> None:
                 )
 
 
-def _doubled(entries: Sequence[Entry]) -> Iterator[str]:
+def _doubled(entries: Sequence[LibraryEntry]) -> Iterator[str]:
     """What calls several concepts that one model can take."""
-    called: dict[str, list[Entry]] = {}
+    called: dict[str, list[LibraryEntry]] = {}
     for entry in entries:
         for trigger in entry.called:
             called.setdefault(trigger, []).append(entry)
@@ -126,14 +126,14 @@ def _doubled(entries: Sequence[Entry]) -> Iterator[str]:
                 )
 
 
-def _one_model_takes(a: Entry, b: Entry) -> bool:
+def _one_model_takes(a: LibraryEntry, b: LibraryEntry) -> bool:
     """Whether some model may take both, as far as both say for which they are."""
     if not a.family or not b.family or a.family != b.family:
         return not a.family or not b.family
     return not a.fingerprint or not b.fingerprint or _architecture(a) == _architecture(b)
 
 
-def _architecture(entry: Entry) -> tuple[str, str]:
+def _architecture(entry: LibraryEntry) -> tuple[str, str]:
     return entry.family, str(entry.fingerprint.get("denoiser"))
 
 
@@ -148,7 +148,7 @@ def _colliding(
     Args:
         downs: source -> down-projections of some layers, of all that have slices.
     """
-    groups: dict[tuple[str, str], list[Entry]] = {}
+    groups: dict[tuple[str, str], list[LibraryEntry]] = {}
     for source in downs:
         entry = library.entries[source]
         groups.setdefault(_architecture(entry), []).append(entry)

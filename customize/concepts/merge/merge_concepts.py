@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import saved_module_name
 from customize.concepts.formats.lora import Adaptation, LoraInfo
-from customize.concepts.input_statistics import Factors, LayerInputs, record_beside
+from customize.concepts.input_statistics import LayerFactors, LayerInputs, load_recorded_inputs
 from customize.concepts.merge.component_weights import BlockWeights, Weight, layer_weight
 from customize.concepts.types import ConceptInfo
 from customize.core.fusion import fusion
@@ -282,7 +282,7 @@ def trained_together(concepts: Sequence[Adaptation]) -> bool:
 
 def read_record(concept: Adaptation) -> LayerInputs | None:
     """The record that lies beside a concept's files; see :func:`choose_method`."""
-    return record_beside(concept.info.name, concept.updates, concept.source)
+    return load_recorded_inputs(concept.info.name, concept.updates, concept.source)
 
 
 def _layer_settings(settings: Mapping[str, Any], component: str, module: str) -> Mapping[str, Any]:
@@ -299,7 +299,7 @@ def _nonzero_updates(concept: Adaptation, weight: Weight) -> dict[str, dict[str,
     blocks = weight if isinstance(weight, BlockWeights) else None
     kept = {
         component: {
-            file_name(component, module): update
+            saved_module_name(component, module): update
             for module, update in own.items()
             if blocks is None or blocks.for_layer(component, module)
         }
@@ -334,7 +334,7 @@ def _fuse_layer(
 
     width = updates[0].shape[1]
 
-    def rows(factors: Factors) -> Tensor | None:
+    def rows(factors: LayerFactors) -> Tensor | None:
         found = factors.get(component, {}).get(module)
         if found is not None and found.shape[-1] != width:
             raise ConceptError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from customize.concepts.io.file_layout import INFO_FILE
-from customize.concepts.io.find_files import in_folders
+from customize.concepts.io.find_files import find_in_subfolders
 from customize.concepts.io.read_concept import read_info
 from customize.concepts.slices.slice_reservations import SliceReservation, read_reservations
 from customize.concepts.types import BasisInfo
@@ -78,7 +78,7 @@ def slice_owners(library: Path, *, without: Collection[str] = ()) -> list[SliceO
         ConceptError: a ``concept.json`` or a claim there cannot be read. It may hold columns.
     """
     # Not in hidden folders: there a killed process may have left a half-written concept.
-    found = in_folders(Path(library), INFO_FILE)
+    found = find_in_subfolders(Path(library), INFO_FILE)
     all_of_them: list[SliceOwner] = [read_info(file.parent) for file in found]
     all_of_them += read_reservations(library)
     return [holder for holder in all_of_them if holder.name not in without]

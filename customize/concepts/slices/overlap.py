@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from customize.concepts.adapter import flattened
+from customize.concepts.adapter import flatten_layers
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.slices.allocation import (
     Collision,
@@ -67,7 +67,7 @@ def down_projections(concept: Concept, layers: int = _LAYERS) -> dict[str, Tenso
         layers: how many of a component and width, spread over the model.
     """
     groups: dict[tuple[str, int], list[str]] = {}
-    updates = flattened(concept.updates)
+    updates = flatten_layers(concept.updates)
     for name, update in sorted(updates.items()):
         groups.setdefault((name.partition(".")[0], update.shape[1]), []).append(name)
     chosen = [

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from customize.atomic import write_atomic
-from customize.concepts.adapter import Factors
+from customize.concepts.adapter import LayerFactors
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.io.write_concept import make_folder
 from customize.concepts.types import BasisInfo
@@ -52,7 +52,7 @@ class SharedDirections:
     """
 
     name: str
-    factors: Factors
+    factors: LayerFactors
 
     @classmethod
     def load(cls, path: Path) -> SharedDirections:
@@ -93,7 +93,7 @@ class SharedDirections:
             raise storage_error(error, path) from error
         return SharedDirections.load(path)
 
-    def covers(self, other: Factors, avoid: int) -> bool:
+    def covers(self, other: LayerFactors, avoid: int) -> bool:
         """Whether slices that avoid these directions avoid what another recording of the same
         layers calls for, but for a hundredth of each layer's energy.
 
@@ -168,11 +168,11 @@ def _leaves_little(rows: Tensor, other: Tensor, avoid: int) -> bool:
     return captured_energy(other, rows[:count]) >= captured_energy(other, other[:count]) - _SLACK
 
 
-def _shapes(factors: Factors) -> dict[tuple[str, str], int]:
+def _shapes(factors: LayerFactors) -> dict[tuple[str, str], int]:
     return {(c, m): rows.shape[1] for c, layers in factors.items() for m, rows in layers.items()}
 
 
-def _content_name(factors: Factors) -> str:
+def _content_name(factors: LayerFactors) -> str:
     """How files of an earlier version are called: by their numbers."""
     digest = hashlib.sha256()
     for component, layers in sorted(factors.items()):

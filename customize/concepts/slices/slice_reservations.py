@@ -16,10 +16,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from customize.atomic import write_atomic
-from customize.concepts.io.file_layout import CLAIM_FILE
-from customize.concepts.io.find_files import in_folders
+from customize.concepts.io.file_layout import RESERVATION_FILE
+from customize.concepts.io.find_files import find_in_subfolders
 from customize.concepts.io.read_concept import read_info
-from customize.concepts.types import NAME, BasisInfo, check_slices
+from customize.concepts.types import NAME_PATTERN, BasisInfo, check_slices
 from customize.errors import ConceptError, storage_error
 from customize.safe_read import MAX_TEXT_BYTES, read_bytes
 
@@ -37,7 +37,7 @@ class SliceReservation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=rf"^{NAME}$")
+    name: str = Field(pattern=rf"^{NAME_PATTERN}$")
     basis: BasisInfo
     rank: int = Field(ge=1, le=2**20)
     index: int | None = Field(None, ge=0)
@@ -57,7 +57,7 @@ def read_reservations(library: Path) -> list[SliceReservation]:
         ConceptError: one cannot be read. It may hold columns.
     """
     # Not in hidden folders, as with concepts.
-    found = {path: _read(path) for path in in_folders(Path(library), CLAIM_FILE)}
+    found = {path: _read(path) for path in find_in_subfolders(Path(library), RESERVATION_FILE)}
     return [claim for path, claim in found.items() if not _is_fulfilled(claim, path.parent)]
 
 
@@ -70,14 +70,14 @@ def write_reservation(claim: SliceReservation, folder: Path) -> None:
     data = claim.model_dump_json(indent=2).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / CLAIM_FILE, data, folder=folder.parent)
+        write_atomic(folder / RESERVATION_FILE, data, folder=folder.parent)
     except OSError as error:
         raise storage_error(error, folder) from error
 
 
 def delete_fulfilled_reservation(folder: Path) -> None:
     """:func:`delete_reservation`, if the concept in the folder holds what the claim is on."""
-    path = folder / CLAIM_FILE
+    path = folder / RESERVATION_FILE
     if path.is_file() and _is_fulfilled(_read(path), folder):
         delete_reservation(folder)
 
@@ -99,7 +99,7 @@ def delete_reservation(folder: Path) -> None:
         StorageError: it cannot be deleted.
     """
     try:
-        (folder / CLAIM_FILE).unlink(missing_ok=True)
+        (folder / RESERVATION_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(error, folder) from error
 

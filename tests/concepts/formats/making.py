@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import saved_module_name
 from customize.concepts.formats.lora import Lora
 from customize.core.lowrank import LowRank
 from customize.families.family import Family
@@ -65,14 +65,14 @@ def lora(
         for number, (module, shape) in enumerate(chosen(family, component, every).items()):
             rank = 1 + number % 3
             up, down = factors(shape, rank, generator)
-            path = name(component, file_name(component, module))
+            path = name(component, saved_module_name(component, module))
             tensors[path + ends[0]] = down
             tensors[path + ends[1]] = up
             alpha = float(rank)
             if alphas != "none" and (alphas != "some" or number % 4):
                 alpha = 0.25 * (1 + number % 5) if alphas == "some" else alphas
                 tensors[f"{path}.alpha"] = torch.tensor(alpha)
-            deltas[component, file_name(component, module)] = dense(up, down, alpha / rank)
+            deltas[component, saved_module_name(component, module)] = dense(up, down, alpha / rank)
     return tensors, deltas
 
 

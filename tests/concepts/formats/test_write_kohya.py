@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import saved_module_name
 from customize.concepts.formats.lora import Lora, LoraInfo, parse_lora_file
 from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.concepts.formats.write_kohya import kohya_tensors
@@ -191,6 +191,6 @@ def test_a_lora_and_a_concept_merge_by_the_same_sum(tmp_path: Path) -> None:
     summed = Lora(style.info, merge([rex, style], [0.5, 2.0]))
     expected = {place: 2.0 * delta for place, delta in deltas.items()}
     for (component, module), delta in deltas_of(rex).items():
-        place = (component, file_name(component, module))
+        place = (component, saved_module_name(component, module))
         expected[place] = expected.get(place, 0.0) + 0.5 * delta
     assert_close(deltas_of(summed), expected)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from customize.concepts.io.folder_lock import exclusive
+from customize.concepts.io.folder_lock import lock_folder
 from customize.errors import StorageError
 
 HOLD = """
@@ -20,7 +20,10 @@ with exclusive(Path(sys.argv[1])):
 
 
 def refused(folder):
-    with pytest.raises(StorageError, match="another run writes to this folder"), exclusive(folder):
+    with (
+        pytest.raises(StorageError, match="another run writes to this folder"),
+        lock_folder(folder),
+    ):
         pass
 
 
@@ -33,18 +36,18 @@ def test_another_process_is_refused_until_the_first_dies(tmp_path):
         refused(folder)
         (tmp_path / "link").symlink_to(tmp_path / "a")
         refused(tmp_path / "link" / "out")
-        with exclusive(tmp_path / "a" / "other"):
+        with lock_folder(tmp_path / "a" / "other"):
             pass
         process.kill()
     assert (tmp_path / "a" / ".out.lock").exists()  # of the dead process, and taken over
-    with exclusive(folder):
+    with lock_folder(folder):
         refused(folder)
     assert list((tmp_path / "a").iterdir()) == []
 
 
 def test_another_thread_is_refused(tmp_path):
     found = []
-    with exclusive(tmp_path / "out"):
+    with lock_folder(tmp_path / "out"):
         thread = threading.Thread(target=lambda: found.append(refused(tmp_path / "out")))
         thread.start()
         thread.join()
@@ -52,16 +55,19 @@ def test_another_thread_is_refused(tmp_path):
 
 
 def test_nothing_stays_of_folders_that_were_not_written(tmp_path):
-    with pytest.raises(KeyError), exclusive(tmp_path / "a" / "b" / "out"):
+    with pytest.raises(KeyError), lock_folder(tmp_path / "a" / "b" / "out"):
         assert (tmp_path / "a" / "b").is_dir()
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    with exclusive(tmp_path / "a" / "b" / "out"):
+    with lock_folder(tmp_path / "a" / "b" / "out"):
         (tmp_path / "a" / "b" / "out").mkdir()
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"]
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match="cannot be written"), exclusive(tmp_path / "file" / "a"):
+    with (
+        pytest.raises(StorageError, match="cannot be written"),
+        lock_folder(tmp_path / "file" / "a"),
+    ):
         pass

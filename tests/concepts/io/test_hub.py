@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from customize.concepts.io.hub import is_collection, is_id
+from customize.concepts.io.hub import is_collection_slug, is_hub_id
 from tests.concepts.library.test_library import lora
 from tests.concepts.making import small
 
@@ -195,10 +195,10 @@ def test_a_folder_of_that_name_is_the_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", [SLUG, "a-b/64f9a55bb3115b4f513ec026"])
 def test_what_is_a_collection(text):
-    assert is_collection(text)
+    assert is_collection_slug(text)
 
 
 @pytest.mark.parametrize("text", ["user/rex", "concepts", "/" + SLUG, SLUG[:-1], f"{SLUG}/x", ""])
 def test_what_is_none(text):
-    assert not is_collection(text)
-    assert is_id(text) is (text.count("/") == 1 and text[0] != "/")
+    assert not is_collection_slug(text)
+    assert is_hub_id(text) is (text.count("/") == 1 and text[0] != "/")

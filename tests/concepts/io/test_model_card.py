@@ -43,7 +43,7 @@ def test_texts_in_a_concepts_card_are_no_markup() -> None:
         training={"learned_with": [HOSTILE, "x\n\n# y"]},
         created=HOSTILE[:60],
     )
-    text = model_card.text(concept, ["sample-1.png"])
+    text = model_card.concept_card(concept, ["sample-1.png"])
     check(text)
     assert html.unescape(text).count(HOSTILE) >= 3
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == HOSTILE

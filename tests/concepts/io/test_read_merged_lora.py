@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from customize.concepts.adapter import file_name
+from customize.concepts.adapter import saved_module_name
 from customize.concepts.formats.lora import Lora
 from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.concepts.io.read_merged_lora import MERGED_HEADER
 from customize.concepts.io.write_merged_lora import write_merged
-from customize.concepts.library.library import Library, add
+from customize.concepts.library.library import Library, add_to_library
 from customize.concepts.merge.merge_concepts import merge
 from customize.concepts.tokens.subjects import (
     SUBJECTS_HEADER,
@@ -57,7 +57,7 @@ def layered(pipe: Any) -> list[Any]:
 
 def by_file_names(made: Any) -> dict[tuple[str, str], torch.Tensor]:
     return {
-        (component, file_name(component, module)): delta
+        (component, saved_module_name(component, module)): delta
         for (component, module), delta in deltas_of(made).items()
     }
 
@@ -174,14 +174,14 @@ def test_a_library_takes_a_merge_by_any_of_its_triggers(layout: str, tmp_path: P
     write_merged(concepts, WEIGHTS, tmp_path / "duo", layout=layout)
     for source in (tmp_path / "duo", lora_of(tmp_path / "duo")):
         library = tmp_path / f"library-{source.suffix}"
-        entry = add(library, source)
+        entry = add_to_library(library, source)
         assert entry.called == {"<duo>", "<rex>", "<tom>"} and not entry.fault
         assert entry.family == "sd" and entry.rank == 4
         with pytest.raises(ConceptError, match="has a concept duo already"):
-            add(library, source)
+            add_to_library(library, source)
         concepts[0].save(tmp_path / f"rex-{source.suffix}")
         with pytest.raises(ConceptError, match="has a concept duo already, which <rex> calls"):
-            add(library, tmp_path / f"rex-{source.suffix}")
+            add_to_library(library, tmp_path / f"rex-{source.suffix}")
         pipe.load_custom(library=library)
         found = draw(pipe, PROMPT)
         pipe.unload_custom()

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from customize.concepts.io.write_concept import read, read_info, write, write_single
+from customize.concepts.io.read_concept import load_concept, read_info
+from customize.concepts.io.write_concept import write_folder, write_single_file
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, ConfigError
 from tests.concepts.making import contents, same_tensors, small
@@ -51,7 +52,7 @@ def two_denoisers() -> Concept:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write(small(), tmp_path / "rex")
+    return write_folder(small(), tmp_path / "rex")
 
 
 # -- round trips --------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def test_what_is_written_is_read_exactly(tmp_path: Path, kind: str, dtype) -> No
     concept = Concept(concept.info, concept.updates, rows)
     for written in (
         concept.save(tmp_path / "rex"),
-        write_single(concept, tmp_path / "r.safetensors"),
+        write_single_file(concept, tmp_path / "r.safetensors"),
     ):
         for source in (written, str(written)):
             found = Concept.load(source)
@@ -93,8 +94,8 @@ def test_what_is_written_is_read_exactly(tmp_path: Path, kind: str, dtype) -> No
 def test_any_facts_are_read_exactly(tmp_path_factory, training, base) -> None:
     root = tmp_path_factory.mktemp("facts")
     concept = small(training=training, base=base)
-    assert read_info(write(concept, root / "rex")) == concept.info
-    assert read(write_single(concept, root / "rex.safetensors")).info == concept.info
+    assert read_info(write_folder(concept, root / "rex")) == concept.info
+    assert load_concept(write_single_file(concept, root / "rex.safetensors")).info == concept.info
 
 
 def test_saving_to_a_name_of_a_file_writes_one(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_edited_facts_in_the_header_of_a_single_file_are_refused(tmp_path: Path)
     metadata["customize_concept"] = json.dumps(facts)
     save_file(load_file(path), path, metadata)
     with pytest.raises(ConceptError, match="not those that were saved together"):
-        read(path)
+        load_concept(path)
 
 
 def test_the_names_are_those_of_stock_files(folder: Path, tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_the_names_are_those_of_stock_files(folder: Path, tmp_path: Path) -> Non
         for factor in "AB"
     }
     assert set(load_file(folder / EMBEDS)) == {"<rex>"}
-    several = write(two_encoders(), tmp_path / "several")
+    several = write_folder(two_encoders(), tmp_path / "several")
     assert set(load_file(several / EMBEDS)) == {"clip_l", "clip_g"}
 
 
@@ -151,16 +152,16 @@ def test_a_second_denoiser_has_a_file_of_its_own_under_the_first_ones_name(tmp_p
 
     (folder / SECOND).rename(tmp_path / "kept")
     with pytest.raises(ConceptError, match="saved together"):
-        read(folder)
+        load_concept(folder)
     shutil.copy(folder / LORA, folder / SECOND)  # the other one's updates
     with pytest.raises(ConceptError, match="saved together"):
-        read(folder)
+        load_concept(folder)
     small().save(tmp_path / "tom")
     shutil.copy(tmp_path / "tom" / LORA, folder / SECOND)
     with pytest.raises(ConceptError, match=r"text_encoder, unet are in .* second denoiser"):
-        read(folder)
+        load_concept(folder)
     (tmp_path / "kept").rename(folder / SECOND)
-    assert same_tensors(read(folder), concept)
+    assert same_tensors(load_concept(folder), concept)
     small(num_tokens=0).save(folder)
     assert not (folder / SECOND).exists()
 
@@ -187,13 +188,17 @@ def test_the_card_shows_pictures_and_cannot_be_broken_by_names(tmp_path: Path) -
 def originals(tmp_path_factory) -> tuple[Path, Path, Concept]:
     root = tmp_path_factory.mktemp("originals")
     concept = small()
-    return write(concept, root / "rex"), write_single(concept, root / "rex.safetensors"), concept
+    return (
+        write_folder(concept, root / "rex"),
+        write_single_file(concept, root / "rex.safetensors"),
+        concept,
+    )
 
 
 def read_or_refuse(source: Path, concept: Concept) -> bool:
     """Whether it was refused; what is not refused must hold the very same tensors."""
     try:
-        found = read(source)
+        found = load_concept(source)
     except ConceptError:
         return True
     assert same_tensors(found, concept)
@@ -249,7 +254,7 @@ def test_every_single_bit_of_a_tensor_counts(folder: Path) -> None:
             changed[place] ^= 1
             (folder / name).write_bytes(changed)
             with pytest.raises(ConceptError, match="not those that were saved"):
-                read(folder)
+                load_concept(folder)
         (folder / name).write_bytes(whole)
 
 
@@ -295,7 +300,7 @@ def put(key: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Te
 def test_wrong_tensors_are_named(folder: Path, name: str, change, message: str) -> None:
     changed(folder, name, change)
     with pytest.raises(ConceptError, match=message) as caught:
-        read(folder)
+        load_concept(folder)
     assert str(folder) in str(caught.value)
 
 
@@ -342,7 +347,7 @@ def test_wrong_facts_are_named(folder: Path, change, message: str) -> None:
     path = folder / INFO
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ConceptError, match=message) as caught:
-        read(folder)
+        load_concept(folder)
     assert len(str(caught.value)) < 1000
 
 
@@ -352,7 +357,7 @@ def test_wrong_facts_are_named(folder: Path, change, message: str) -> None:
 def test_what_is_not_a_concepts_json(folder: Path, text: str) -> None:
     (folder / INFO).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConceptError, match=r"concept\.json"):
-        read(folder)
+        load_concept(folder)
 
 
 def test_a_missing_field_a_missing_file_and_a_huge_one(folder: Path) -> None:
@@ -360,31 +365,31 @@ def test_a_missing_field_a_missing_file_and_a_huge_one(folder: Path) -> None:
     del values["rank"]
     (folder / INFO).write_text(json.dumps(values))
     with pytest.raises(ConceptError, match="wrong at rank: Field required"):
-        read(folder)
+        load_concept(folder)
     with open(folder / INFO, "wb") as file:
         file.truncate(2**25)
     with pytest.raises(ConceptError, match="larger than"):
-        read(folder)
+        load_concept(folder)
     (folder / INFO).unlink()
     with pytest.raises(ConceptError, match=r"no concept\.json"):
-        read(folder)
+        load_concept(folder)
     for name in (LORA, EMBEDS):
-        whole = write(small(), folder.parent / f"lacks-{name}")
+        whole = write_folder(small(), folder.parent / f"lacks-{name}")
         (whole / name).unlink()
         with pytest.raises(ConceptError, match=f"missing.*{name}"):
-            read(whole)
+            load_concept(whole)
 
 
 def test_parts_of_two_concepts_do_not_go_together(folder: Path, tmp_path: Path) -> None:
-    other = write(small(seed=1), tmp_path / "other")
+    other = write_folder(small(seed=1), tmp_path / "other")
     shutil.copy(other / LORA, folder / LORA)
     with pytest.raises(ConceptError, match="not those that were saved together"):
-        read(folder)
+        load_concept(folder)
 
 
 def test_an_ordinary_lora_is_no_concept(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ConceptError, match="load an ordinary LoRA into a pipeline"):
-        read(folder / LORA)
+        load_concept(folder / LORA)
 
 
 class Bomb:
@@ -402,10 +407,10 @@ def test_pickles_are_never_opened(tmp_path: Path, monkeypatch, ending: str) -> N
     shutil.copy(single, inside / "pytorch_lora_weights.bin")
     for source in (single, inside):
         with pytest.raises(ConceptError):
-            read(source)
+            load_concept(source)
     assert not (tmp_path / "exploded").exists()
     with pytest.raises(ConceptError, match="can run code"):
-        read(inside)
+        load_concept(inside)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +419,7 @@ def test_pickles_are_never_opened(tmp_path: Path, monkeypatch, ending: str) -> N
 def test_nothing_there(source: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConceptError):
-        read(source)
+        load_concept(source)
 
 
 def test_a_hub_id_is_fetched_and_checked_like_a_folder(folder: Path, monkeypatch) -> None:
@@ -427,9 +432,9 @@ def test_a_hub_id_is_fetched_and_checked_like_a_folder(folder: Path, monkeypatch
         raise OSError("offline")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert same_tensors(read("user/rex"), small())
+    assert same_tensors(load_concept("user/rex"), small())
     with pytest.raises(ConceptError, match="offline"):
-        read("user/other")
+        load_concept("user/other")
     ours = [LORA, SECOND, EMBEDS, "layerwise_embeds.safetensors", INFO]
     ours += ["layer_inputs.safetensors"]
     peft = ["adapter_model.safetensors", "adapter_config.json"]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from customize.concepts.library.byte_cache import ByteCache, tensor_bytes
+from customize.concepts.library.byte_cache import LRUCache, tensor_bytes
 
 LIMIT = 10
 keys = st.sampled_from("abcdef")
@@ -18,7 +18,7 @@ class Model(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.cache = ByteCache(LIMIT)
+        self.cache = LRUCache(LIMIT)
         self.model = []
 
     @rule(key=keys, value=st.integers(), size=st.integers(0, LIMIT + 3))

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from customize.concepts.io.file_layout import INPUTS_FILE
+from customize.concepts.io.file_layout import LAYER_INPUTS_FILE
 from customize.concepts.library import library as library_module
-from customize.concepts.library.index import INDEX_FILE, Entry, read_index
-from customize.concepts.library.library import Library, add
-from customize.concepts.library.library_check import check
+from customize.concepts.library.index import INDEX_FILE, LibraryEntry, read_index
+from customize.concepts.library.library import Library, add_to_library
+from customize.concepts.library.library_check import check_library
 from customize.errors import ConceptError, ConfigError, CustomizeError, StorageError
 from tests.cli.making import record_of
 from tests.concepts.making import small
@@ -194,7 +194,7 @@ def test_a_library_that_may_not_be_written_is_read(folder, monkeypatch):
     library = Library(folder)
     assert not library.kept and len(library.entries) == 3
     assert not (folder / INDEX_FILE).exists()
-    assert any("cannot be written" in note for note in check(folder).notes)
+    assert any("cannot be written" in note for note in check_library(folder).notes)
 
 
 def test_what_is_no_concept_is_left_alone(folder):
@@ -217,11 +217,11 @@ def test_no_folder_is_no_library(tmp_path):
 
 def test_adding_copies_a_concept_with_its_record(folder, tmp_path):
     library = tmp_path / "new"
-    for record in (folder / "rex" / INPUTS_FILE, folder / f"tom.{INPUTS_FILE}"):
+    for record in (folder / "rex" / LAYER_INPUTS_FILE, folder / f"tom.{LAYER_INPUTS_FILE}"):
         record_of(small()).save(record)
     (folder / "rex" / ".checkpoints").mkdir()
     for source in ("rex", "tom.safetensors", "Water Colour.safetensors"):
-        add(library, folder / source)
+        add_to_library(library, folder / source)
     made = called(Library(library))
     assert {name: each.recorded for name, each in made.items()} == {
         "rex": True,
@@ -251,16 +251,16 @@ def test_adding_copies_known_files_and_follows_no_links_out(folder, tmp_path):
     weights.rename(home / "weights")
     weights.symlink_to(home / "weights")  # a valid file, wherever it is
     with pytest.warns(UserWarning, match="5 of the files .* notes.txt, pictures, sample-1.png"):
-        add(library, rex)
+        add_to_library(library, rex)
     copied = {path.name for path in (library / "rex").iterdir()}
     own = {"concept.json", "learned_embeds.safetensors", weights.name}
     assert copied == own | {"sample-2.png", "sample-3.png"}
     assert not any(path.is_symlink() for path in (library / "rex").iterdir())
     (folder / "tom.layer_inputs.safetensors").symlink_to(home / "key")
-    (rex / INPUTS_FILE).symlink_to(home / "key")
+    (rex / LAYER_INPUTS_FILE).symlink_to(home / "key")
     for source in (rex, folder / "tom.safetensors"):
         with pytest.raises(ConceptError, match="no safetensors file"):
-            add(tmp_path / "other", source)
+            add_to_library(tmp_path / "other", source)
     assert not list((tmp_path / "other").glob("[!.]*"))
 
 
@@ -272,7 +272,7 @@ def test_a_concept_of_the_hubs_cache_is_copied_through_its_links(folder, tmp_pat
     for number, path in enumerate(sorted((folder / "rex").iterdir())):
         path.rename(blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    add(tmp_path / "new", snapshot)
+    add_to_library(tmp_path / "new", snapshot)
     copied = {path.name for path in (tmp_path / "new" / "rex").iterdir()}
     assert copied == {path.name for path in snapshot.iterdir()} and "README.md" in copied
 
@@ -284,13 +284,13 @@ def test_a_name_or_trigger_that_is_taken_is_refused(folder, tmp_path):
     lora(tmp_path / "rex.safetensors")
     for source in ("rex", "max", "rex.safetensors"):
         with pytest.raises(ConceptError, match="already"):
-            add(folder, tmp_path / source)
+            add_to_library(folder, tmp_path / source)
     with pytest.raises(ConceptError, match="no such concept"):
-        add(folder, tmp_path / "none")
+        add_to_library(folder, tmp_path / "none")
     (folder / "kit").mkdir()
     small(3, name="kit", trigger="<kit>").save(tmp_path / "kit")
     with pytest.raises(ConceptError, match="something else"):
-        add(folder, tmp_path / "kit")
+        add_to_library(folder, tmp_path / "kit")
     (folder / "kit").rmdir()
     after = [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]
     assert after == before
@@ -303,14 +303,14 @@ def test_a_copy_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copyfileobj", fail)
     for source in ("rex", "tom.safetensors"):
         with pytest.raises(StorageError, match="disk is full"):
-            add(tmp_path / "new", folder / source)
+            add_to_library(tmp_path / "new", folder / source)
     assert [path.name for path in (tmp_path / "new").iterdir()] in ([], [".slices.lock"])
 
 
 def _adding(library, source, barrier, answers):
     barrier.wait()
     try:
-        answers.put(add(library, source).source)
+        answers.put(add_to_library(library, source).source)
     except CustomizeError as error:
         answers.put(error)
 
@@ -345,14 +345,16 @@ def test_of_processes_that_add_one_name_one_does(tmp_path):
 
 
 def test_a_sound_library_has_no_faults_but_lacking_records(folder):
-    found = check(folder)
+    found = check_library(folder)
     assert len(found.faults) == 3 and all("customize record" in fault for fault in found.faults)
     assert any("made anew" in note for note in found.notes)
-    assert not check(folder).notes
+    assert not check_library(folder).notes
 
 
 def faults(folder):
-    return "\n".join(fault for fault in check(folder).faults if "customize record" not in fault)
+    return "\n".join(
+        fault for fault in check_library(folder).faults if "customize record" not in fault
+    )
 
 
 def test_check_reads_every_file(folder):
@@ -389,20 +391,20 @@ def test_check_tells_triggers_that_call_two(folder):
 def test_check_tells_slices_that_need_not_collide_and_widths_that_are_full(folder):
     assert faults(folder) == ""
     small(4, name="max", trigger="<max>", slices={"6": [4, 5], "8": [0, 1]}).save(folder / "max")
-    found = check(folder)
+    found = check_library(folder)
     text = "\n".join(found.faults)
     assert "max and rex share 2 of 2 columns at width 8" in text and "width 6" not in text
     shutil.rmtree(folder / "max")
     small(4, name="max", trigger="<max>", slices={"6": [4, 5], "8": [4, 5]}).save(folder / "max")
     small(4, name="ann", trigger="<ann>", slices={"6": [4, 5], "8": [6, 7]}).save(folder / "ann")
-    found = check(folder)
+    found = check_library(folder)
     assert faults(folder) == ""
     assert any("width 6 is full: 2 of 4 concepts" in note for note in found.notes)
 
 
 def test_entries_compare_by_what_they_say(folder):
     a, b = Library(folder), Library(folder)
-    assert a.entries == b.entries and all(isinstance(e, Entry) for e in a.entries.values())
+    assert a.entries == b.entries and all(isinstance(e, LibraryEntry) for e in a.entries.values())
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
@@ -411,6 +413,6 @@ def test_adding_to_a_folder_that_may_not_be_written(folder, tmp_path):
     folder.chmod(0o500)
     try:
         with pytest.raises(StorageError, match="cannot be written"):
-            add(folder, tmp_path / "kit")
+            add_to_library(folder, tmp_path / "kit")
     finally:
         folder.chmod(0o700)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from customize.concepts.input_statistics import LayerInputs
-from customize.concepts.library.library import add
+from customize.concepts.library.library import add_to_library
 from customize.concepts.slices.shared_directions import (
     SharedDirections,
     directions_path,
@@ -124,7 +124,7 @@ def test_adding_a_concept_brings_its_directions_where_none_serve(tmp_path) -> No
         rex.save(tmp_path / "home" / name)
     SharedDirections(NAME, factors()).save(directions_path(tmp_path / "home", NAME))
     SharedDirections("f" * 16, factors(1)).save(directions_path(tmp_path / "home", "f" * 16))
-    add(tmp_path / "library", tmp_path / "home" / "rex")
+    add_to_library(tmp_path / "library", tmp_path / "home" / "rex")
     assert find_direction_files(tmp_path / "library") == [
         directions_path(tmp_path / "library", NAME)
     ]
@@ -133,5 +133,5 @@ def test_adding_a_concept_brings_its_directions_where_none_serve(tmp_path) -> No
     SharedDirections("a" * 16, near).save(directions_path(tmp_path / "other", "a" * 16))
     directions_path(tmp_path / "other", "b" * 16).write_bytes(b"damaged")
     before = find_direction_files(tmp_path / "other")
-    add(tmp_path / "other", tmp_path / "home" / "tom")
+    add_to_library(tmp_path / "other", tmp_path / "home" / "tom")
     assert find_direction_files(tmp_path / "other") == before

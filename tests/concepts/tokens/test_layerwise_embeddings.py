@@ -7,8 +7,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from customize.concepts.io import model_card
-from customize.concepts.io.file_layout import EMBEDS_FILE, INFO_FILE, LAYERS_FILE
-from customize.concepts.io.write_concept import read, write, write_single
+from customize.concepts.io.file_layout import EMBEDS_FILE, INFO_FILE, LAYERWISE_EMBEDS_FILE
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import write_folder, write_single_file
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.tokens.layerwise_embeddings import (
     contains_trigger,
@@ -19,7 +20,7 @@ from customize.concepts.tokens.layerwise_embeddings import (
     mean_rows,
     vocabulary_rows,
 )
-from customize.concepts.types import Concept, check_info
+from customize.concepts.types import Concept, parse_info
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.making import facts, same_tensors, small
@@ -133,32 +134,32 @@ def test_each_layer_reads_its_own_part():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_written_and_read_again(dtype, tmp_path):
     concept = layered(dtype=dtype)
-    write(concept, tmp_path / "rex")
-    found = read(tmp_path / "rex")
+    write_folder(concept, tmp_path / "rex")
+    found = load_concept(tmp_path / "rex")
     assert same_tensors(found, concept) and found.info == concept.info
     stock = load_file(tmp_path / "rex" / EMBEDS_FILE)
     assert list(stock) == ["<rex>"]
     assert torch.equal(stock["<rex>"], mean_rows(concept.embeddings["text_encoder"]))
     assert json.loads((tmp_path / "rex" / INFO_FILE).read_text())["token_layers"] == 3
-    assert "in 3 layers" in model_card.text(
+    assert "in 3 layers" in model_card.concept_card(
         concept
-    ) and "the mean over the layers" in model_card.text(concept)
+    ) and "the mean over the layers" in model_card.concept_card(concept)
 
-    write_single(concept, tmp_path / "rex.safetensors")
-    assert same_tensors(read(tmp_path / "rex.safetensors"), concept)
+    write_single_file(concept, tmp_path / "rex.safetensors")
+    assert same_tensors(load_concept(tmp_path / "rex.safetensors"), concept)
     write_merged([concept], [1.0], tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "learned_embeds_rex.safetensors")
     assert torch.equal(merged["<rex>"], stock["<rex>"])
 
-    write(small(), tmp_path / "rex")
-    assert not (tmp_path / "rex" / LAYERS_FILE).exists()
-    assert same_tensors(read(tmp_path / "rex"), small())
+    write_folder(small(), tmp_path / "rex")
+    assert not (tmp_path / "rex" / LAYERWISE_EMBEDS_FILE).exists()
+    assert same_tensors(load_concept(tmp_path / "rex"), small())
 
 
 def test_damaged_files_are_refused(tmp_path):
     concept = layered()
     rows = concept.embeddings["text_encoder"]
-    path = write(concept, tmp_path / "rex") / LAYERS_FILE
+    path = write_folder(concept, tmp_path / "rex") / LAYERWISE_EMBEDS_FILE
     good = path.read_bytes()
     bad = {
         "mean": rows + 1.0,
@@ -168,18 +169,18 @@ def test_damaged_files_are_refused(tmp_path):
     for match, tensor in bad.items():
         save_file({"text_encoder": tensor.contiguous()}, path)
         with pytest.raises(ConceptError, match=match):
-            read(tmp_path / "rex")
+            load_concept(tmp_path / "rex")
     save_file({"text_encoder": rows, "other": rows + 1}, path)
     with pytest.raises(ConceptError, match="the keys text_encoder"):
-        read(tmp_path / "rex")
+        load_concept(tmp_path / "rex")
     path.write_bytes(good[:-9])
     with pytest.raises(ConceptError, match="damaged"):
-        read(tmp_path / "rex")
+        load_concept(tmp_path / "rex")
     path.unlink()
     with pytest.raises(ConceptError, match="missing"):
-        read(tmp_path / "rex")
+        load_concept(tmp_path / "rex")
     path.write_bytes(good)
-    assert same_tensors(read(tmp_path / "rex"), concept)
+    assert same_tensors(load_concept(tmp_path / "rex"), concept)
 
 
 def test_facts_and_embeddings_must_agree():
@@ -191,4 +192,4 @@ def test_facts_and_embeddings_must_agree():
     with pytest.raises(ConceptError, match="in 3 layers"):
         replace(small(), info=facts(token_layers=3))
     with pytest.raises(ConceptError, match="none for each layer"):
-        check_info(facts().model_dump() | {"num_tokens": 0, "token_layers": 3}, "here")
+        parse_info(facts().model_dump() | {"num_tokens": 0, "token_layers": 3}, "here")

@@ -31,6 +31,8 @@ from customize.api.pipeline_methods import (
 if TYPE_CHECKING:
     from customize.api.concept_files import inspect, merge
     from customize.api.train_concept import train
+    from customize.concepts.io.read_concept import load_concept
+    from customize.concepts.io.write_concept import save_concept
     from customize.concepts.library.library import Library
     from customize.concepts.types import Concept
     from customize.stages.avoid import Decor
@@ -43,7 +45,9 @@ _LATER = {
     "Library": "customize.concepts.library.library",
     "TrainConfig": "customize.training.config",
     "inspect": "customize.api.concept_files",
+    "load_concept": "customize.concepts.io.read_concept",
     "merge": "customize.api.concept_files",
+    "save_concept": "customize.concepts.io.write_concept",
     "train": "customize.api.train_concept",
 }
 
@@ -54,10 +58,12 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "inspect",
+    "load_concept",
     "load_custom",
     "memory_plan",
     "merge",
     "record_inputs",
+    "save_concept",
     "train",
     "unload_custom",
 ]

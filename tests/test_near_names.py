@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.merge.merge_concepts import METHODS, check_method
 from customize.errors import ConfigError, CustomizeError
 from customize.families import family_of
@@ -93,7 +94,7 @@ def refusals(pipe: Any, tmp_path: Path) -> dict[str, Any]:
     from customize.training.config import load_config
 
     rex = concept(pipe)
-    rex.save(tmp_path / "rex")
+    save_concept(rex, tmp_path / "rex")
     (tmp_path / "run.yaml").write_text("base: b")
     load_custom(pipe, rex)
     config = {"base": "b", "images": "i", "output": "o", "name": "n", "class_word": "dog"}

@@ -12,6 +12,7 @@ import pytest
 
 import customize
 from customize.api.concept_files import Inspection
+from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConceptError, ConfigError
 from customize.families import family_of
 from tests.cli.making import record_of
@@ -25,7 +26,7 @@ PROMPT = "a photo of <rex> and <tom>"
 
 def two(pipe: Any, folder: Path) -> list[Path]:
     return [
-        concept(pipe, name, index=index).save(folder / name)
+        save_concept(concept(pipe, name, index=index), folder / name)
         for index, name in enumerate(("rex", "tom"))
     ]
 
@@ -63,7 +64,7 @@ def test_train_gives_the_concept_and_saves_it(tmp_path: Path) -> None:
     images = make_pictures(tmp_path / "images")
     settings = {**SMALL, "images": images, "output": tmp_path / "rex", "steps": 1}
     made = customize.train(**settings, components=pipe.components, progress=False)
-    again = customize.Concept.load(tmp_path / "rex")
+    again = customize.load_concept(tmp_path / "rex")
     assert made.info == again.info
     config = customize.TrainConfig(**settings)
     other = customize.train(
@@ -85,7 +86,7 @@ def test_merge_writes_what_load_custom_reads(tmp_path: Path) -> None:
     pipe = tiny_sd()
     rex, tom = two(pipe, tmp_path)
     merged = customize.merge(
-        rex, customize.Concept.load(tom), output=tmp_path / "duo", weights={"tom": 0.5}
+        rex, customize.load_concept(tom), output=tmp_path / "duo", weights={"tom": 0.5}
     )
     assert merged.method == "sum" and merged.rank == {"text_encoder": 4, "unet": 4}
     found = draw(pipe.load_custom(merged.folder), PROMPT)
@@ -93,7 +94,7 @@ def test_merge_writes_what_load_custom_reads(tmp_path: Path) -> None:
     expected = draw(pipe.load_custom(rex, tom, weights=[1.0, 0.5], merge="sum"), PROMPT)
     assert np.abs(found - expected).max() <= 1e-5
     with pytest.raises(ConceptError, match=r"is a merge.*load_custom"):
-        customize.Concept.load(merged.folder)
+        customize.load_concept(merged.folder)
     kohya = customize.merge(rex, tom, output=tmp_path / "k", format="kohya", rank=2)
     assert (kohya.folder / "k.safetensors").is_file() and kohya.error > 0
     twin = customize.merge(rex, merged.folder, output=tmp_path / "x", names=["max", None])
@@ -149,7 +150,7 @@ def test_inspect_tells_what_concepts_hold(tmp_path: Path) -> None:
     assert both.notes == ["No two share a slice: their updates are orthogonal."]
     assert "overlap of rex and tom: 0.000" in repr(both) and not both.crosstalk
     for each in (rex, tom):
-        made = customize.Concept.load(each)
+        made = customize.load_concept(each)
         record_of(made).save(each / "layer_inputs.safetensors")
     assert isinstance(customize.inspect(rex, tom), Inspection)
     with pytest.raises(ConfigError, match="nothing to inspect"):
@@ -175,7 +176,7 @@ def test_merging_and_inspecting_is_the_same_whatever_is_set_around_it(
 def printed(folder: Path) -> dict[str, object]:
     pipe = tiny_sd()
     sources = two(pipe, folder)
-    rex = customize.Concept.load(sources[0])
+    rex = customize.load_concept(sources[0])
     merged = customize.merge(*sources, output=folder / "m")
     from customize.concepts.formats.open_adaptation import open_adaptation
     from customize.pipeline.sources import get_family
@@ -209,7 +210,7 @@ def test_what_is_printed_is_a_few_lines(tmp_path: Path) -> None:
         assert len(text) < 2500 and text.count("\n") < 40, (name, text[:3000])
         assert "tensor(" not in text and "array(" not in text, (name, text[:500])
     assert repr(customize.Decor(avoid="beach")) == "Decor(avoid='beach')"
-    assert "<rex>, a dog, 2 tokens; family sd" in repr(customize.Concept.load(tmp_path / "rex"))
+    assert "<rex>, a dog, 2 tokens; family sd" in repr(customize.load_concept(tmp_path / "rex"))
 
 
 def test_a_pipeline_prints_its_configuration_unless_it_is_customized(

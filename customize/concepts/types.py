@@ -27,10 +27,10 @@ from torch import Tensor
 from customize.concepts.tokens.subjects import Subject
 from customize.core.bases import count_shared_directions
 from customize.core.lowrank import LowRank, all_finite
-from customize.errors import ConceptError, ConfigError
+from customize.errors import ConceptError
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 SCHEMA_VERSION = 1
 
@@ -293,43 +293,6 @@ class Concept:
         """
         facts = self.info.model_dump() | {"name": name, "trigger": f"<{name}>"}
         return replace(self, info=parse_info(facts, "names"))
-
-    @classmethod
-    def load(cls, source: str | Path) -> Concept:
-        """Read a folder, a ``.safetensors`` file or a hub id; see
-        :mod:`customize.concepts.io.write_concept`.
-
-        Raises:
-            ConceptError: it is not there, not whole, or not a concept.
-        """
-        from customize.concepts.io.read_concept import load_concept
-
-        return load_concept(source)
-
-    def save(self, path: str | Path, samples: Sequence[Image.Image] | None = None) -> Path:
-        """Write it as a folder, or as one file where the path ends in ``.safetensors``.
-
-        See :func:`customize.concepts.io.write_concept.write_folder` and ``write_single``; both can be
-        loaded.
-
-        Args:
-            samples: pictures for the model card, which only a folder has.
-
-        Raises:
-            ConfigError: pictures for a single file.
-            StorageError: something else is there, or it cannot be written.
-        """
-        from customize.concepts.io import write_concept
-
-        if Path(path).suffix != ".safetensors":
-            return write_concept.write_folder(self, path, samples or ())
-        if samples:
-            raise ConfigError(
-                "a single file has no model card for pictures",
-                where="samples",
-                fix="save a folder, or leave them out",
-            )
-        return write_concept.write_single_file(self, path)
 
 
 def describe_layer_counts(parts: Mapping[str, Mapping[str, object]]) -> str:

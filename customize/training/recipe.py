@@ -13,6 +13,7 @@ import torch
 from customize.concepts.adapter import LayerFactors
 from customize.concepts.io import write_concept
 from customize.concepts.io.folder_lock import lock_folder
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.slices.slice_reservations import delete_reservation
 from customize.concepts.tokens.prompt_phrases import common_words
 from customize.concepts.types import Concept
@@ -400,7 +401,7 @@ def _trained(
             found.append(concept)
             if accelerator.is_main_process:
                 with progress.phase(f"saving {concept.info.name}"):
-                    concept.save(output, [*sampler.strip(), *validation.last])
+                    save_concept(concept, output, [*sampler.strip(), *validation.last])
         if accelerator.is_main_process and config.record_inputs:
             for learned, concept in zip(trainable.concepts, found, strict=True):
                 layer_input_recording.record_concept_inputs(

@@ -65,6 +65,7 @@ def write_concepts(folder: Path, count: int) -> None:
         digest_updates,
         layer_inputs_path,
     )
+    from customize.concepts.io.write_concept import save_concept
     from customize.concepts.slices.allocation import slice_columns
     from customize.concepts.types import BasisInfo, Concept, ConceptInfo
     from customize.core.bases import BASES, down_projection
@@ -103,7 +104,7 @@ def write_concepts(folder: Path, count: int) -> None:
             for part, own in targets.items()
         }
         rows = tokens.std() * torch.randn(2, tokens.shape[1], generator=generator)
-        Concept(info, products, {"text_encoder": rows.detach()}).save(folder / name)
+        save_concept(Concept(info, products, {"text_encoder": rows.detach()}), folder / name)
         if number < WARM:
             own, generic = (
                 {

@@ -11,6 +11,7 @@ import pytest
 from diffusers.modular_pipelines import ModularPipelineBlocks
 
 from customize.api.modular_step import ConceptsStep
+from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.pipeline import attach
 from tests.api.test_modular_step import CASES, Case, cases, draw, guided
@@ -40,7 +41,7 @@ def test_a_call_draws_with_the_concepts_that_it_names(
     assert type(step) is ConceptsStep
     pipe, plain = with_step(case, step)
     rex, tom = concept(plain), concept(plain, "tom", index=1)
-    rex.save(tmp_path / "rex")
+    save_concept(rex, tmp_path / "rex")
     bare = draw(pipe)
     assert np.array_equal(bare, draw(plain))
     before = everything(pipe)

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from customize.base.load_pipeline import load_pipeline
 from customize.cli import main
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConfigError, PipelineError
 from customize.training.recipe import train
 from tests.ldm import write_single_file
@@ -94,12 +95,12 @@ def test_a_concept_is_learned_goes_on_and_draws(checkpoint, tmp_path, capsys):
     assert main(words) == 0
     assert list((tmp_path / "drawn").glob("*.png"))
     assert main(["inspect", str(tmp_path / "out")]) == 0
-    assert Concept.load(tmp_path / "out").info.base == file
+    assert load_concept(tmp_path / "out").info.base == file
 
 
 def test_merging_into_a_single_file_writes_a_folder(checkpoint, tmp_path):
     file, config = checkpoint
-    concept(tiny_sd()).save(tmp_path / "rex")
+    save_concept(concept(tiny_sd()), tmp_path / "rex")
     words = ["merge", str(tmp_path / "rex"), "--output", str(tmp_path / "whole"), "--fuse"]
     assert main([*words, "--base", file, "--base-config", config]) == 0
     assert type(load_pipeline(str(tmp_path / "whole"), torch.float32)) is type(tiny_sd())

@@ -13,6 +13,7 @@ import torch
 from customize.base.load_pipeline import load_pipeline
 from customize.base.weight_files import list_variants, select_variants
 from customize.cli import main
+from customize.concepts.io.write_concept import save_concept
 from customize.errors import PipelineError
 from customize.training.base_fingerprint import weight_digests, weight_digests_on_disk
 from customize.training.recipe import train
@@ -132,7 +133,7 @@ def test_training_and_commands_work_on_it(tmp_path, capsys):
     named = settings(tmp_path, "one", base=str(variant), steps=2, variant="fp16")
     assert train(named, progress=False).info == one.info
     assert np.array_equal(draw(load_pipeline(str(variant), torch.float32)), draw(tiny_sd()))
-    concept(tiny_sd()).save(tmp_path / "rex")
+    save_concept(concept(tiny_sd()), tmp_path / "rex")
     base = ["--base", str(variant), "--variant", "fp16"]
     drawn = ["generate", str(tmp_path / "rex"), *base, "--prompt", "a <rex>", "--steps", "1"]
     assert main([*drawn, "--output", str(tmp_path / "drawn")]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from customize.cli import main
+from customize.concepts.io.write_concept import save_concept
 from tests.cli.making import Result, Run, World
 from tests.pipeline.making import concept
 from tests.tiny import tiny_sd
@@ -16,7 +17,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     pipe = tiny_sd()
     pipe.save_pretrained(root / "base")
     for index, name in enumerate(("rex", "tom")):
-        concept(pipe, name, index=index).save(root / name)
+        save_concept(concept(pipe, name, index=index), root / name)
     return World(str(root / "base"), str(root / "rex"), str(root / "tom"))
 
 

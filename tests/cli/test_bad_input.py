@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from customize.concepts.io.file_layout import INFO_FILE, LORA_FILE
-from customize.concepts.io.write_concept import write_single_file
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import save_concept, write_single_file
 from customize.errors import ConceptError
 from tests.cli.making import Run, World, photos, refused
 from tests.pipeline.making import assert_same, concept, everything
@@ -123,7 +123,7 @@ def test_cmyk_and_sixteen_bits_are_learned_from(run: Run, world: World, tmp_path
     more += ("--num-shared-directions", "0", "--no-record-inputs")
     result = run("train", "--base", world.base, *arguments, *more)
     assert result.code == 0, result.err
-    assert Concept.load(tmp_path / "max").info.name == "max"
+    assert load_concept(tmp_path / "max").info.name == "max"
 
 
 def test_a_folder_without_pictures(run: Run, world: World, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_damaged_concepts(
     if single:
         path = file = write_single_file(concept(pipe), tmp_path / "rex.safetensors")
     else:
-        path = concept(pipe).save(tmp_path / "rex")
+        path = save_concept(concept(pipe), tmp_path / "rex")
         file = path / LORA_FILE
     spoil(file)
     refused(run("inspect", path), says, str(path), " Fix: ")
@@ -323,7 +323,7 @@ def test_pickles(run: Run, world: World, tmp_path: Path, pipe, ending: str) -> N
 
 
 def test_names_that_lead_elsewhere(run: Run, world: World, tmp_path: Path, pipe) -> None:
-    path = concept(pipe).save(tmp_path / "rex")
+    path = save_concept(concept(pipe), tmp_path / "rex")
     facts = json.loads((path / INFO_FILE).read_text())
     (path / INFO_FILE).write_text(json.dumps(facts | {"name": "../rex"}))
     refused(run("inspect", path), "wrong at name", str(path / INFO_FILE), " Fix: ")
@@ -334,8 +334,8 @@ def test_names_that_lead_elsewhere(run: Run, world: World, tmp_path: Path, pipe)
 
 def test_concepts_of_another_family_or_width(run: Run, world: World, tmp_path: Path, pipe) -> None:
     wide = concept(pipe).info.fingerprint | {"denoiser": "0" * 64}
-    concept(tiny_sd3()).save(tmp_path / "family")
-    concept(pipe, fingerprint=wide).save(tmp_path / "width")
+    save_concept(concept(tiny_sd3()), tmp_path / "family")
+    save_concept(concept(pipe, fingerprint=wide), tmp_path / "width")
     drawing = ("--base", world.base, "--prompt", "<rex>", "--device", "cpu")
     for name in ("family", "width"):
         path = tmp_path / name

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
 from tests.cli.making import World, photos
 
 ROOT = Path(__file__).parents[2]
@@ -105,4 +105,4 @@ def test_nothing_half_written_stays_and_nothing_is_lost(world: World, tmp_path: 
     assert whole[0] == 0, whole[1]
     if mount:
         assert " 1/4 [" in whole[1] and " 0/4 [" not in whole[1]  # it went on from the checkpoint
-    assert Concept.load(kept).info.name == "max"
+    assert load_concept(kept).info.name == "max"

@@ -17,6 +17,7 @@ from PIL import Image
 from customize import load_custom
 from customize.cli import generate_command
 from customize.cli.generate_command import parse_size
+from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConfigError
 from tests.cli.making import Run, World, refused
 from tests.tiny import drawn, tiny_flux, tiny_qwen_image, tiny_sd, tiny_z_image
@@ -288,7 +289,7 @@ def test_a_concept_of_another_base(run: Run, world: World, tmp_path: Path) -> No
     from tests.pipeline.making import concept
     from tests.tiny import tiny_sd3
 
-    concept(tiny_sd3(), "rex").save(tmp_path / "rex")
+    save_concept(concept(tiny_sd3(), "rex"), tmp_path / "rex")
     result = run("generate", tmp_path / "rex", "--base", world.base, "--prompt", PROMPT)
     refused(result, "rex", "sd3")
 

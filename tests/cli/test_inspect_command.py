@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from customize.cli.inspect_command import describe_concept
-from customize.concepts.io.write_concept import write_single_file
+from customize.concepts.io.write_concept import save_concept, write_single_file
 from customize.core.crosstalk import overlap_matrix
 from tests.cli.making import Run, World, record_of, refused
 from tests.concepts.making import small
@@ -48,7 +48,7 @@ def test_disjoint_concepts(run: Run, world: World) -> None:
 
 def test_concepts_that_collide(run: Run, world: World, tmp_path: Path) -> None:
     twin = concept(tiny_sd(), "max", index=0)
-    twin.save(tmp_path / "max")
+    save_concept(twin, tmp_path / "max")
     result = run("inspect", world.rex, tmp_path / "max")
     assert "note: rex and max share 2 of 2 columns at width 16" in result.out
     assert "learn max again" in result.out
@@ -65,7 +65,7 @@ def test_concepts_that_collide(run: Run, world: World, tmp_path: Path) -> None:
 def test_concepts_of_one_run_are_not_to_be_fused(run: Run, world: World, tmp_path: Path) -> None:
     for name, other in (("rex", "tom"), ("tom", "rex")):
         made = concept(tiny_sd(), name, training={"learned_with": [other]})
-        made.save(tmp_path / name)
+        save_concept(made, tmp_path / name)
         record_of(made).save(tmp_path / name / "layer_inputs.safetensors")
     result = run("inspect", tmp_path / "rex", tmp_path / "tom")
     assert "They were learned in one run: what it learned is their sum" in result.out
@@ -77,7 +77,7 @@ def test_concepts_of_one_run_are_not_to_be_fused(run: Run, world: World, tmp_pat
 def test_records_without_a_layer_in_common(run: Run, tmp_path: Path) -> None:
     for name in ("rex", "tom"):
         made = concept(tiny_sd(), name)
-        made.save(tmp_path / name)
+        save_concept(made, tmp_path / name)
         record_of(made).save(tmp_path / name / "layer_inputs.safetensors")
     result = run("inspect", tmp_path / "rex", tmp_path / "tom")
     assert (result.code, result.err) == (0, "")
@@ -86,10 +86,10 @@ def test_records_without_a_layer_in_common(run: Run, tmp_path: Path) -> None:
 
 def test_ordinary_loras_and_strangers(run: Run, world: World, tmp_path: Path) -> None:
     plain = concept(tiny_sd(), "plain", method="lora", basis=None, slices={})
-    plain.save(tmp_path / "plain")
+    save_concept(plain, tmp_path / "plain")
     result = run("inspect", world.rex, tmp_path / "plain")
     assert "note: plain are ordinary LoRAs" in result.out and "No two share" not in result.out
-    concept(tiny_sd3(), "other").save(tmp_path / "other")
+    save_concept(concept(tiny_sd3(), "other"), tmp_path / "other")
     result = run("inspect", world.rex, tmp_path / "other")
     assert result.code == 0 and "They cannot be merged: rex was learned on sd" in result.out
 

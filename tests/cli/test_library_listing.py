@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from customize.concepts.io.read_concept import load_concept
 from customize.concepts.library.index import INDEX_FILE
-from customize.concepts.types import Concept
 from tests.cli.making import Run, World, record_of, refused
 from tests.pipeline.making import concept
 from tests.tiny import tiny_sd
@@ -56,7 +56,7 @@ def test_check_ends_with_1_on_faults(run: Run, library: Path) -> None:
     result = run("library", "check", library)
     assert result.code == 1 and result.out.count("is not of") == 2
     for name in ("rex", "tom"):
-        record_of(Concept.load(library / name)).save(library / name / "layer_inputs.safetensors")
+        record_of(load_concept(library / name)).save(library / name / "layer_inputs.safetensors")
     result = run("library", "check", library)
     assert (result.code, "2 concepts read whole, 0 faults" in result.out) == (0, True)
     (library / INDEX_FILE).unlink()

@@ -14,7 +14,7 @@ import pytest
 from customize import __version__
 from customize.base.device import choose_device
 from customize.cli import command_support, main
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
 from customize.errors import ConfigError, StorageError, TrainingStopped
 from tests.cli.making import Run, World, photos, record_of, refused
 
@@ -180,7 +180,7 @@ def test_training_that_was_stopped_ends_every_command_with_130(
 def test_warnings_are_a_line_each(world: World, tmp_path: Path) -> None:
     """A concept with a record beside one without: the sum, and a word on why."""
     shutil.copytree(world.rex, tmp_path / "rex")
-    record_of(Concept.load(world.rex)).save(tmp_path / "rex" / "layer_inputs.safetensors")
+    record_of(load_concept(world.rex)).save(tmp_path / "rex" / "layer_inputs.safetensors")
     done = customize("merge", str(tmp_path / "rex"), world.tom, "--output", str(tmp_path / "duo"))
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.merge.merge_concepts import merge
 from customize.concepts.types import Concept
@@ -117,7 +119,7 @@ def test_stock_diffusers_draws_what_load_custom_draws(
 def test_every_layer_holds_the_exact_sum(run: Run, world: World, tmp_path: Path) -> None:
     assert run("merge", world.rex, world.tom, "--weights", "1,-0.5", "-o", tmp_path / "m").code == 0
     tensors = load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")
-    wanted = merge([Concept.load(world.rex), Concept.load(world.tom)], [1.0, -0.5])
+    wanted = merge([load_concept(world.rex), load_concept(world.tom)], [1.0, -0.5])
     seen = 0
     for component, own in wanted.items():
         for module, update in own.items():
@@ -149,7 +151,7 @@ def test_methods_that_prune_say_what_narrowing_lost(run: Run, world: World, tmp_
     assert result.code == 0, result.err
     facts = json.loads((tmp_path / "m" / "merged.json").read_text())
     assert facts["method"] == "dare" and facts["settings"] == {"density": 0.6, "seed": 3}
-    concepts = [Concept.load(world.rex), Concept.load(world.tom)]
+    concepts = [load_concept(world.rex), load_concept(world.tom)]
     exact = merge(concepts, [1.0, 1.0], "dare", density=0.6, seed=3)
     tensors = load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")
     lost = whole = 0.0
@@ -195,7 +197,7 @@ SLICES = {"6": [0, 1], "8": [4, 5]}
 
 
 def test_shared_slices_are_told(run: Run, world: World, tmp_path: Path) -> None:
-    concept(tiny_sd(), "max", index=0).save(tmp_path / "max")
+    save_concept(concept(tiny_sd(), "max", index=0), tmp_path / "max")
     result = run("merge", world.rex, tmp_path / "max", "--output", tmp_path / "m")
     assert result.code == 0
     assert "note: rex and max share" in result.out and "free" in result.out
@@ -237,7 +239,7 @@ def test_what_does_not_go_together(run: Run, world: World, tmp_path: Path) -> No
     refused(run("merge", world.rex, "--dtype", "float16", *output), "--dtype", "--fuse")
     refused(run("merge", world.rex, "--fuse", *output), "--fuse", "Fix: give --base")
     refused(run("merge", world.rex, "--base", "b", *output), "--base", "Fix: add --fuse")
-    concept(tiny_sd3(), "other").save(tmp_path / "other")
+    save_concept(concept(tiny_sd3(), "other"), tmp_path / "other")
     refused(run("merge", world.rex, tmp_path / "other", *output), "learned on sd (tiny) and other")
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"\x80\x04")

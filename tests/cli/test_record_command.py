@@ -17,8 +17,8 @@ import customize
 from customize.cli.inspect_command import relative_crosstalk
 from customize.concepts.adapter import saved_module_name
 from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
+from customize.concepts.io.read_concept import load_concept
 from customize.concepts.merge.merge_concepts import merge
-from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank, distance, norm, to_dense
 from tests.cli.making import Run, World, refused
 from tests.pipeline.making import draw, user_lora
@@ -72,7 +72,7 @@ def test_merge_writes_the_fusion(run: Run, recorded: World, tmp_path: Path) -> N
     result = run("merge", *both, "--output", tmp_path / "auto")
     assert result.code == 0 and "merged by fusion" in result.out, result.err
     assert run("merge", *both, "--merge", "sum", "-o", tmp_path / "sum").code == 0
-    concepts = [Concept.load(source) for source in (recorded.rex, recorded.tom)]
+    concepts = [load_concept(source) for source in (recorded.rex, recorded.tom)]
     records = [LayerInputs.load(layer_inputs_path(c.source)) for c in concepts]
     for name, method in (("auto", "fusion"), ("sum", "sum")):
         expected = merge(concepts, [1.0, 0.8], method, records)
@@ -126,7 +126,7 @@ def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -
     assert result.code == 0, result.err
     table = result.out[result.out.index("what an update does, against the concept's own") :]
     lines = {line[1:28].strip(): line for line in table.splitlines() if "on the prompts" in line}
-    concepts = [Concept.load(source) for source in (recorded.rex, recorded.tom)]
+    concepts = [load_concept(source) for source in (recorded.rex, recorded.tom)]
     rex, tom = (
         {
             f"{part}.{saved_module_name(part, m)}": u

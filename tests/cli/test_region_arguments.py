@@ -13,7 +13,8 @@ from PIL import Image
 
 from customize import load_custom
 from customize.cli.region_arguments import parse_regions
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import save_concept
 from customize.errors import CustomizeError
 from tests.cli.making import Run, World, refused
 from tests.pipeline.making import draw
@@ -124,7 +125,7 @@ def test_fuse_attention_memory_and_names(run: Run, world: World, tmp_path: Path)
 def test_two_concepts_of_one_name_are_told_apart_by_names(
     run: Run, world: World, tmp_path: Path
 ) -> None:
-    Concept.load(world.rex).save(tmp_path / "other" / "rex")
+    save_concept(load_concept(world.rex), tmp_path / "other" / "rex")
     both = (world.rex, tmp_path / "other" / "rex", "--names", ",rex-2")
     call = ("--base", world.base, "--prompt", "<rex> and <rex-2>", *SMALL)
     assert run("generate", *both, *call, "--output", tmp_path / "out").code == 0

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 
+from customize.concepts.io.write_concept import save_concept
 from customize.storybook.example_concepts import bundled_concept
 from customize.storybook.judges import AttributeJudge, IdentityJudge, Judges
 from customize.storybook.train_judges import save_judges
@@ -36,7 +37,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.save_pretrained(root / "base")
     for index, (name, kind) in enumerate((("rex", "dog"), ("tom", "cat"))):
-        concept(pipe, name, index=index, class_word=kind).save(root / name)
+        save_concept(concept(pipe, name, index=index, class_word=kind), root / name)
         bundled_concept(name).write(root / "references" / name)
     judges = Judges(AttributeJudge().eval(), IdentityJudge().eval(), 0.9)
     save_judges(judges, root / "judges", {})
@@ -133,7 +134,7 @@ def test_storybook_input_that_is_wrong(run: Run, judged: Path, tmp_path: Path) -
         run("evaluate", tmp_path / "ink.safetensors", *flags),
         *("this is an ordinary LoRA", "customize evaluate --images", "ink.safetensors"),
     )
-    concept(tiny_sd(), "sofa", class_word="sofa").save(tmp_path / "sofa")
+    save_concept(concept(tiny_sd(), "sofa", class_word="sofa"), tmp_path / "sofa")
     refused(run("evaluate", tmp_path / "sofa", *flags), "sofa is a sofa", "dog, cat")
 
 
@@ -146,7 +147,7 @@ def test_storybook_bases_and_concepts_that_do_not_fit(
     result = run("evaluate", judged / "rex", *flags, "--base", world.base)
     refused(result, "draws pictures of 32 x 32 pixels", "64 x 64", world.base)
     pipe = tiny_sd3()
-    concept(pipe, "rex", class_word="dog").save(tmp_path / "rex")
+    save_concept(concept(pipe, "rex", class_word="dog"), tmp_path / "rex")
     refused(run("evaluate", tmp_path / "rex", *flags), "rex was learned on sd3")
 
 

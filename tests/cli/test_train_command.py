@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from customize.cli import config_flags
 from customize.cli.config_flags import PANELS
 from customize.cli.train_command import describe_run
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
 from customize.training.config import TrainConfig, load_config
 from tests.cli.making import Run, World, photos, refused
 
@@ -74,7 +74,7 @@ def test_training_and_what_it_says(run: Run, world: World, tmp_path: Path) -> No
     # The lines that a reader copies, with fewer steps.
     exec(code.replace('<max>")', '<max>", num_inference_steps=1)'), names)
     assert "max" in repr(names["pipe"].custom)  # type: ignore[attr-defined]
-    concept = Concept.load(tmp_path / "max")
+    concept = load_concept(tmp_path / "max")
     assert set(concept.updates) == {"unet"} and concept.info.rank == 2
 
 
@@ -99,7 +99,7 @@ def test_flags_win_over_the_file(run: Run, world: World, tmp_path: Path) -> None
     prompts = ("--validation-prompts", "<max>, a dog", "--validation-prompts", "<max> on a beach")
     result = run("train", "--config", file, *flags, *prompts)
     assert result.code == 0, result.err
-    info = Concept.load(tmp_path / "max").info
+    info = load_concept(tmp_path / "max").info
     assert (info.rank, info.alpha, info.num_tokens) == (2, 2.0, 0)
     refused(run("train", "--config", tmp_path / "none.yaml"), "cannot be read", "none.yaml")
     file.write_text("rnk: 3")
@@ -134,7 +134,7 @@ def test_concepts_in_one_run(run: Run, world: World, tmp_path: Path) -> None:
     exec(code.replace('<kit>")', '<kit>", num_inference_steps=1)'), names)
     attached = repr(names["pipe"].custom)  # type: ignore[attr-defined]
     assert "max" in attached and "kit" in attached
-    concepts = [Concept.load(tmp_path / "out" / name).info for name in ("max", "kit")]
+    concepts = [load_concept(tmp_path / "out" / name).info for name in ("max", "kit")]
     assert [c.rank for c in concepts] == [2, 2]
     assert [c.learned_with for c in concepts] == [["kit"], ["max"]]
     shown = run("inspect", tmp_path / "out" / "kit").out
@@ -243,7 +243,7 @@ def test_stopping_and_going_on(run: Run, world: World, tmp_path: Path, number: i
     result = run("train", *command)
     assert result.code == 0, result.err
     assert f" {step}/60 [" in result.err and " 0/60 [" not in result.err  # the bar's beginning
-    assert Concept.load(tmp_path / "max").info.name == "max"
+    assert load_concept(tmp_path / "max").info.name == "max"
 
 
 def test_a_loss_that_is_not_a_number(run: Run, world: World, tmp_path: Path) -> None:

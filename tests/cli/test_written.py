@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import save_concept
 from tests.cli.making import Run, World
 
 PROMPT = "a photo of <rex> and <tom>"
@@ -39,7 +40,7 @@ def written(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
             sources = [world.rex, world.tom]
             if file:
                 sources = [
-                    str(Concept.load(each).save(root / f"{Path(each).name}{file}"))
+                    str(save_concept(load_concept(each), root / f"{Path(each).name}{file}"))
                     for each in sources
                 ]
             found[name] = sources

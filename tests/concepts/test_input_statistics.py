@@ -15,6 +15,7 @@ from customize.concepts.input_statistics import (
     layer_inputs_path,
     load_recorded_inputs,
 )
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.merge.merge_concepts import merge
 from customize.core.lowrank import distance, norm, weighted_sum
 from customize.errors import ConceptError, ConfigError, StorageError
@@ -71,8 +72,8 @@ def _listed(found):
 
 
 def test_where_it_lies(tmp_path):
-    folder = small().save(tmp_path / "rex")
-    single = small().save(tmp_path / "tom.v2.safetensors")
+    folder = save_concept(small(), tmp_path / "rex")
+    single = save_concept(small(), tmp_path / "tom.v2.safetensors")
     assert layer_inputs_path(folder) == folder / "layer_inputs.safetensors"
     assert layer_inputs_path(single) == tmp_path / "tom.v2.layer_inputs.safetensors"
     with pytest.raises(ConceptError):
@@ -225,7 +226,7 @@ def test_a_record_of_other_widths_is_refused_by_name(tmp_path):
         odd_one = record(rex)
         layers = getattr(odd_one, kind)["unet"]
         layers["mid.attn1.to_q"] = layers["mid.attn1.to_q"].repeat(1, 2)
-        folder = rex.save(tmp_path / kind)
+        folder = save_concept(rex, tmp_path / kind)
         odd_one.save(folder / "layer_inputs.safetensors")
         with pytest.raises(ConceptError, match=r"inputs of width 16 of a layer of width 8.*to_q"):
             load_recorded_inputs("rex", rex.updates, folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.library.index import read_index
 from customize.concepts.library.library import Library, add_to_library
 from customize.concepts.library.library_check import check_library
@@ -25,13 +26,13 @@ ODD = os.fsdecode(b"\xff\xfe caf\xe9")
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "library"
-    small().save(folder / "rex")
+    save_concept(small(), folder / "rex")
     return folder
 
 
 def test_names_that_are_not_unicode_are_names_like_others(folder: Path) -> None:
     lora(folder / f"{ODD}.safetensors")
-    small(1, name="tom", trigger="<tom>").save(folder / f"{ODD} folder")
+    save_concept(small(1, name="tom", trigger="<tom>"), folder / f"{ODD} folder")
     first = Library(folder)
     assert first.kept
     assert {entry.source for entry in first.entries.values()} == {
@@ -49,7 +50,7 @@ def test_names_that_are_not_unicode_are_names_like_others(folder: Path) -> None:
 def test_long_names_are_names_like_others(folder: Path, length: int) -> None:
     name = "a" * (length - len(".safetensors")) + ".safetensors"
     lora(folder / name)
-    small(1, name="tom", trigger="<tom>").save(folder / ("b" * length))
+    save_concept(small(1, name="tom", trigger="<tom>"), folder / ("b" * length))
     entries = Library(folder).entries
     assert set(entries) == {"rex", name, "b" * length}
     assert not any(entry.fault for entry in entries.values())
@@ -83,7 +84,7 @@ def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     library = tmp_path / "library"
     for number, name in enumerate(("none", "enter", "read", "fine")):
-        small(number, name=name, trigger=f"<{name}>").save(library / name)
+        save_concept(small(number, name=name, trigger=f"<{name}>"), library / name)
     (library / "lost+found").mkdir(mode=0)
     for name, mode in (("none", 0o000), ("enter", 0o311), ("read", 0o444)):
         (library / name).chmod(mode)
@@ -91,24 +92,24 @@ def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
 import json, sys
 from pathlib import Path
 from customize import errors
-from customize.concepts.types import Concept
-from customize.concepts.library.library_check import check
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.library.library_check import check_library
 from customize.concepts.library.library import Library
-from customize.concepts.slices.allocation import holders
+from customize.concepts.slices.allocation import slice_owners
 
 library = Path(sys.argv[1])
 said = {source: entry.fault for source, entry in Library(library).entries.items()}
 for name in ("none", "enter", "read"):
     try:
-        said[f"load {name}"] = Concept.load(library / name).info.name
+        said[f"load {name}"] = load_concept(library / name).info.name
     except errors.ConceptError as error:
         said[f"load {name}"] = str(error)
-said["check"] = " ".join(check(library).faults)
+said["check"] = " ".join(check_library(library).faults)
 for name in ("enter", "read", "none"):
     (library / name).chmod(0o755)
 (library / "fine").chmod(0o444)
 try:
-    said["holders"] = str([each.name for each in holders(library)])
+    said["holders"] = str([each.name for each in slice_owners(library)])
 except errors.ConceptError as error:
     said["holders"] = str(error)
 (library / "fine").chmod(0o755)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from customize.concepts.io.file_layout import RESERVATION_FILE
 from customize.concepts.io.read_concept import read_info
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.library import index
 from customize.concepts.library.index import describe_concept, read_index, scan_stamps
 from customize.concepts.library.library import Library
@@ -125,7 +126,7 @@ def test_claims_that_no_run_makes(change, tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return small().save(tmp_path_factory.mktemp("facts") / "rex")
+    return save_concept(small(), tmp_path_factory.mktemp("facts") / "rex")
 
 
 @settings(deadline=None, max_examples=100)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from customize.concepts.io.write_concept import write_single_file
+from customize.concepts.io.write_concept import save_concept, write_single_file
 from customize.concepts.types import Concept
 from tests.concepts.making import learn
 from tests.tiny import (
@@ -127,19 +127,19 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for name, alpha in (("orthogonal", 4.0), ("lora", 1.0)):
         pipe = tiny_sd()
         _, _, concept = learn(pipe, method=name, alpha=alpha)
-        concept.save(root / name)
+        save_concept(concept, root / name)
         ours[name] = draw(pipe, PROMPT)
         if name == "orthogonal":
             # With embeddings for each of two layers, whose mean is what was drawn with.
             rows = torch.tensor([[0.0], [2.0]]) * concept.embeddings["text_encoder"][:, None]
             info = concept.info.model_copy(update={"token_layers": 2})
-            Concept(info, concept.updates, {"text_encoder": rows}).save(root / "layerwise")
+            save_concept(Concept(info, concept.updates, {"text_encoder": rows}), root / "layerwise")
             ours["layerwise"] = ours[name]
             write_single_file(concept, root / "single.safetensors")
             ours["single"] = ours[name]
     pipe3 = tiny_sd3()
     _, _, concept = learn(pipe3, alpha=2.0)
-    concept.save(root / "sd3")
+    save_concept(concept, root / "sd3")
     ours["sd3"] = draw(pipe3, "a photo of a dog")
     others = {
         "sdxl": tiny_sdxl,
@@ -158,7 +158,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for name, make in others.items():
         pipe = make()
         _, _, concept = learn(pipe)
-        concept.save(root / name)
+        save_concept(concept, root / name)
         ours[name] = draw(pipe, PROMPT)
         if name == "wan-14b":
             write_single_file(concept, root / "wan-14b.safetensors")
@@ -220,7 +220,7 @@ def test_the_pictures_of_two_denoisers_depend_on_both(pictures) -> None:
 
 def test_the_card_of_sd3_asks_stock_diffusers_for_no_trigger(tmp_path: Path) -> None:
     _, _, concept = learn(tiny_sd3())
-    card = (concept.save(tmp_path / "rex") / "README.md").read_text()
+    card = (save_concept(concept, tmp_path / "rex") / "README.md").read_text()
     ours, stock = card.split("With diffusers alone:")
     assert 'pipe(prompt="a photo of <rex>")' in ours
     assert (

@@ -13,7 +13,7 @@ from customize.concepts.io import file_layout, write_concept
 from customize.concepts.io.file_layout import INFO_FILE as INFO
 from customize.concepts.io.file_layout import LORA_FILE as LORA
 from customize.concepts.io.read_concept import load_concept
-from customize.concepts.io.write_concept import write_folder, write_single_file
+from customize.concepts.io.write_concept import save_concept, write_folder, write_single_file
 from customize.errors import ConceptError, StorageError
 from tests.concepts.making import contents, same_tensors, small
 
@@ -25,9 +25,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_same_concept_may_be_replaced(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
-    small(seed=1).save(folder, [Image.new("RGB", (2, 2))] * 2)
+    save_concept(small(seed=1), folder, [Image.new("RGB", (2, 2))] * 2)
     assert same_tensors(load_concept(folder), small(seed=1))
-    small(num_tokens=0).save(folder, [Image.new("RGB", (2, 2))])
+    save_concept(small(num_tokens=0), folder, [Image.new("RGB", (2, 2))])
     assert same_tensors(load_concept(folder), small(num_tokens=0))
     assert set(contents(folder)) == {LORA, INFO, "README.md", "sample-1.png", "notes.txt"}
     single = folder / "rex.safetensors"
@@ -39,7 +39,7 @@ def test_the_same_concept_may_be_replaced(folder: Path) -> None:
 def test_a_folder_may_already_hold_the_training_that_led_to_it(tmp_path: Path) -> None:
     for name in file_layout.TRAINING_FILES:
         (tmp_path / "rex" / name).mkdir(parents=True)
-    assert same_tensors(load_concept(small().save(tmp_path / "rex")), small())
+    assert same_tensors(load_concept(save_concept(small(), tmp_path / "rex")), small())
     assert {path.name for path in (tmp_path / "rex").iterdir()} > set(file_layout.TRAINING_FILES)
 
 
@@ -62,7 +62,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, prepare) -> None:
     prepare(tmp_path / "out")
     before = contents(tmp_path)
     with pytest.raises(StorageError) as caught:
-        small().save(tmp_path / "out")
+        save_concept(small(), tmp_path / "out")
     assert caught.value.fix
     assert contents(tmp_path) == before
 
@@ -116,7 +116,7 @@ def test_an_interrupt_leaves_everything_as_it_was(folder: Path, monkeypatch) -> 
 
     monkeypatch.setattr(write_concept, "write_new_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        small(seed=1).save(folder)
+        save_concept(small(seed=1), folder)
     assert contents(folder.parent) == before
 
 
@@ -131,7 +131,7 @@ def test_a_machine_that_stops_between_two_renames_is_noticed(folder: Path, monke
 
     monkeypatch.setattr(os, "replace", once)
     with pytest.raises(KeyboardInterrupt):
-        small(seed=1).save(folder)
+        save_concept(small(seed=1), folder)
     with pytest.raises(ConceptError, match="not those that were saved"):
         load_concept(folder)
 

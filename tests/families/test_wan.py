@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from customize.api.pipeline_methods import load_custom, unload_custom
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
 from customize.core.objectives import FLOW_DENSITIES
 from customize.errors import ConceptError, PipelineError
 from customize.families import family_of
@@ -137,7 +137,7 @@ def test_each_transformer_learns_on_its_own_levels(
     for component, updates in learned.updates.items():
         moved = [bool(update.up.any()) for update in updates.values()]
         assert all(moved) if component == learns else not any(moved), component
-    assert Concept.load(config.output).info.fingerprint["widths"].keys() == learned.updates.keys()
+    assert load_concept(config.output).info.fingerprint["widths"].keys() == learned.updates.keys()
 
 
 def test_two_transformers_without_a_boundary_are_not_trained_but_take_concepts(

@@ -18,10 +18,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from customize.concepts.formats.open_adaptation import open_adaptation
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.library.index import INDEX_FILE
 from customize.concepts.library.library import Library
 from customize.concepts.slices.slice_reservations import read_reservations, write_reservation
-from customize.concepts.types import BasisInfo, Concept
+from customize.concepts.types import BasisInfo
 from customize.errors import CustomizeError
 from customize.training import checkpoint
 from customize.training.data.dataset import read_training_images
@@ -50,11 +52,11 @@ class Kind:
 
 
 def _concept(name: str) -> Callable[[Path], Path]:
-    return lambda folder: small().save(folder / "rex") / name
+    return lambda folder: save_concept(small(), folder / "rex") / name
 
 
 def _single(folder: Path) -> Path:
-    return small().save(folder / "rex.safetensors")
+    return save_concept(small(), folder / "rex.safetensors")
 
 
 def _lora(folder: Path) -> Path:
@@ -82,7 +84,7 @@ def _checkpoints_alike(a: Any, b: Any) -> bool:
 
 
 def _index(folder: Path) -> Path:
-    small().save(folder / "rex")
+    save_concept(small(), folder / "rex")
     Library(folder)
     return folder / INDEX_FILE
 
@@ -127,12 +129,12 @@ _ROW = json.dumps({"file_name": "0.png", "text": "a photo of <rex>"})
 _FOLDER = "rex"
 KINDS = {
     **{
-        f"concept's {name}": Kind(_concept(name), lambda f: Concept.load(f / _FOLDER), same_tensors)
+        f"concept's {name}": Kind(_concept(name), lambda f: load_concept(f / _FOLDER), same_tensors)
         for name in (
             *("concept.json", "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"),
         )
     },
-    "single file": Kind(_single, lambda f: Concept.load(f / "rex.safetensors"), same_tensors),
+    "single file": Kind(_single, lambda f: load_concept(f / "rex.safetensors"), same_tensors),
     "LoRA from elsewhere": Kind(_lora, lambda f: open_adaptation(f / "a.safetensors")),
     "checkpoint": Kind(_checkpoint, checkpoint.load_latest_checkpoint, _checkpoints_alike),
     "index": Kind(_index, lambda f: Library(f).entries, lambda a, b: a == b),

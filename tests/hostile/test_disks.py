@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from customize.concepts.io.write_concept import save_concept
 from tests.cli.making import World, photos
 from tests.cli.test_full_disk import MOUNT, OWN_MOUNTS, can_mount
 from tests.pipeline.making import concept
@@ -24,6 +25,7 @@ LEFT = tuple(map(int, os.environ.get("HOSTILE_LEFT", _LEFT).split(",")))
 PROGRAM = """
 import contextlib, io, json, shutil, subprocess, sys
 from pathlib import Path
+from customize.concepts.io.write_concept import save_concept
 from customize.cli import main
 
 disk, mount, jobs = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -57,7 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     pipe = tiny_sd()
     pipe.save_pretrained(root / "base")
     for index, name in enumerate(("rex", "tom")):
-        concept(pipe, name, index=index).save(root / name)
+        save_concept(concept(pipe, name, index=index), root / name)
     return World(str(root / "base"), str(root / "rex"), str(root / "tom"))
 
 

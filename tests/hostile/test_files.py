@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from customize.concepts.io.write_concept import save_concept
 from tests.hostile.mutating import KINDS, attempt, damage
 from tests.pipeline.making import assert_same, concept, everything
 from tests.tiny import tiny_sd
@@ -54,7 +55,7 @@ def test_many_damaged_concepts_leave_a_pipeline_as_it_was(tmp_path: Path) -> Non
 
     counts: Counter[str] = Counter()
     for seed in range(TRIES // 5):
-        folder = made.save(tmp_path / f"{seed}" / "rex")
+        folder = save_concept(made, tmp_path / f"{seed}" / "rex")
         damage(folder / names[seed % 3], seed)
         try:
             pipe.load_custom(folder)

@@ -14,7 +14,8 @@ import torch
 
 from customize.atomic import is_partial
 from customize.concepts.io.file_layout import INFO_FILE, LAYER_INPUTS_FILE, RESERVATION_FILE
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import save_concept
 from tests.cli.making import photos
 from tests.concepts.making import same_tensors, small
 from tests.tiny import tiny_sd
@@ -56,7 +57,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    concept = Concept.load(folder)
+    concept = load_concept(folder)
     found = {f"token {key}": rows for key, rows in concept.embeddings.items()}
     for component, updates in concept.updates.items():
         for module, update in updates.items():
@@ -115,21 +116,21 @@ def test_saving_that_is_killed_leaves_a_whole_concept_or_none(tmp_path: Path) ->
             try:
                 while True:
                     for concept in (first, second):
-                        concept.save(folder)
-                        concept.save(tmp_path / "rex.safetensors")
+                        save_concept(concept, folder)
+                        save_concept(concept, tmp_path / "rex.safetensors")
             finally:
                 os._exit(1)
         time.sleep(0.02 + rng.random() * 0.1)
         os.kill(child, signal.SIGKILL)
         ended(child)
         if (tmp_path / "rex.safetensors").exists():  # one file is replaced at once
-            read = Concept.load(tmp_path / "rex.safetensors")
+            read = load_concept(tmp_path / "rex.safetensors")
             assert same_tensors(read, first) or same_tensors(read, second)
             counts["whole files"] += 1
         counts["killed"] += 1
         counts["leftovers"] += len(leftovers(tmp_path))
     time.sleep(2.5)
-    first.save(folder)
-    assert same_tensors(Concept.load(folder), first)
+    save_concept(first, folder)
+    assert same_tensors(load_concept(folder), first)
     assert leftovers(tmp_path) == []
     print(f"\nsaving: {dict(counts)}, all swept by the next")

@@ -10,6 +10,7 @@ import torch
 from peft import LoKrConfig
 
 import customize
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.tokens.token_rows import expand_prompt
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
@@ -136,14 +137,14 @@ def test_changing_weights_and_loading_again(make):
 def test_paths_and_files(tmp_path):
     pipe, other = MAKERS["sd"](), MAKERS["sd"]()
     rex = concept(pipe)
-    rex.save(tmp_path / "rex")
+    save_concept(rex, tmp_path / "rex")
     pipe.load_custom(str(tmp_path / "rex"))
     other.load_custom(tmp_path / "rex")
     assert np.array_equal(draw(pipe), draw(other))
     with pytest.raises(ConceptError):
         pipe.load_custom(tmp_path / "nothing")
     single = MAKERS["sd"]()
-    single.load_custom(rex.save(tmp_path / "rex.safetensors"))
+    single.load_custom(save_concept(rex, tmp_path / "rex.safetensors"))
     assert np.array_equal(draw(pipe), draw(single))
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConceptError
 from tests.pipeline.making import assert_same, concept, everything
 from tests.tiny import tiny_sd
@@ -60,7 +61,7 @@ def test_damaged_folders_change_nothing(damage, tmp_path):
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe, "tom", index=1))
     before, rows = everything(pipe), pipe.custom.rows
-    folder = concept(pipe).save(tmp_path / "rex")
+    folder = save_concept(concept(pipe), tmp_path / "rex")
     damage(folder)
     with pytest.raises(ConceptError, match="rex"):
         pipe.load_custom(concept(pipe, "ann", index=2), folder)

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 import customize
 from customize.api.patch_diffusers import wrap_calls
+from customize.concepts.io.write_concept import save_concept
 from customize.errors import CustomizeError, PipelineError
 from tests.pipeline.making import MAKERS, attached, concept, modular
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
@@ -95,8 +96,8 @@ def test_stages_act_on_pipelines_made_before_and_after_loading(name):
 def test_a_library_serves_all_pipelines_of_the_models(name, tmp_path):
     pipe = OTHERS[name][0]()
     other, rex = other_of(pipe, name), concept(pipe)
-    rex.save(tmp_path / "rex")
-    concept(pipe, "tom", index=1).save(tmp_path / "tom")
+    save_concept(rex, tmp_path / "rex")
+    save_concept(concept(pipe, "tom", index=1), tmp_path / "tom")
     pipe.load_custom(rex)
     expected = draw(other, name)
     pipe.unload_custom()

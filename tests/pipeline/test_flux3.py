@@ -13,7 +13,7 @@ from diffusers import ModularPipeline
 from safetensors.torch import load_file
 
 from customize.cli.command_support import load_pipeline
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
 from customize.errors import PipelineError
 from customize.training.recipe import train
 from tests.pipeline.making import assert_same, everything
@@ -100,7 +100,7 @@ def test_one_concept_fits_the_distilled_model(learned: Path) -> None:
 
 
 def test_the_cards_lines_run(learned: Path) -> None:
-    concept = Concept.load(learned / "concepts" / "rex")
+    concept = load_concept(learned / "concepts" / "rex")
     assert concept.info.base == str(learned / "base")
     card = (learned / "concepts" / "rex" / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)

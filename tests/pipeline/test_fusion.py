@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 import customize
 from customize.concepts.adapter import saved_module_name
 from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.merge.merge_concepts import merge
-from customize.concepts.types import Concept
 from customize.core.lowrank import to_dense
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
@@ -32,7 +33,7 @@ def pair(tmp_path):
     pipe = tiny_sd()
     found = []
     for index, name in enumerate(("rex", "tom")):
-        folder = concept(pipe, name, index=index).save(tmp_path / name)
+        folder = save_concept(concept(pipe, name, index=index), tmp_path / name)
         customize.record_inputs(pipe, folder, FEW).save(layer_inputs_path(folder))
         found.append(folder)
     return pipe, *found
@@ -61,14 +62,14 @@ def test_what_one_run_has_learned_is_summed_by_itself(pair):
     assert pipe.load_custom(*folders).custom.merge == "fusion"
     pipe.unload_custom()
     learned = []
-    for each, other in zip(map(Concept.load, folders), ("tom", "rex"), strict=True):
+    for each, other in zip(map(load_concept, folders), ("tom", "rex"), strict=True):
         training = each.info.training | {"learned_with": [other]}
         info = each.info.model_copy(update={"training": training})
         learned.append(replace(each, info=info))
     assert pipe.load_custom(*learned).custom.merge == "sum"
     assert pipe.load_custom(merge="fusion").custom.merge == "fusion"
     pipe.unload_custom()
-    third = concept(pipe, "kit", index=2).save(folders[0].parent / "kit")
+    third = save_concept(concept(pipe, "kit", index=2), folders[0].parent / "kit")
     customize.record_inputs(pipe, third, FEW).save(layer_inputs_path(third))
     assert pipe.load_custom(*learned, third).custom.merge == "fusion"
 
@@ -78,7 +79,7 @@ def test_both_concepts_are_fused_by_what_they_read(pair, fuse):
     pipe, *folders = pair
     family = family_of(pipe.components)
     before, base = everything(pipe), draw(pipe)
-    concepts = [Concept.load(folder) for folder in folders]
+    concepts = [load_concept(folder) for folder in folders]
     records = [LayerInputs.load(layer_inputs_path(folder)) for folder in folders]
     expected = merge(concepts, [1.0, 0.5], "fusion", records)
     summed = merge(concepts, [1.0, 0.5])
@@ -132,7 +133,7 @@ def test_records_beside_all_concepts_mean_fusion(pair, tmp_path):
     pipe.load_custom(rex, tom)
     assert np.array_equal(draw(pipe), fused)
     assert "merged by fusion" in repr(pipe.custom)
-    max_ = concept(pipe, "max", index=2).save(tmp_path / "max")
+    max_ = save_concept(concept(pipe, "max", index=2), tmp_path / "max")
     with pytest.warns(UserWarning, match="no record of what the layers of max read"):
         pipe.load_custom(max_)
     assert "merged by sum" in repr(pipe.custom)
@@ -158,7 +159,7 @@ def test_a_record_that_lacks_is_made_on_the_pipeline(tmp_path, monkeypatch):
     pipe.unload_custom()
     assert_same(before, everything(pipe))
     for each in (rex, tom):
-        folder = each.save(tmp_path / each.info.name)
+        folder = save_concept(each, tmp_path / each.info.name)
         customize.record_inputs(pipe, each).save(layer_inputs_path(folder))
     monkeypatch.setattr(
         "customize.pipeline.record_inputs.record_layer_inputs", None

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import customize
 from customize.cli.merge_command import run
 from customize.concepts.input_statistics import layer_inputs_path
+from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConceptError, ConfigError
 from tests.pipeline.making import assert_same, concept, draw, everything
 from tests.pipeline.test_component_weights import lora
@@ -70,7 +71,7 @@ def test_biases_norms_and_patterns(words, left, tmp_path):
 def test_what_is_in_memory_and_concepts_of_ours(tmp_path):
     pipe = tiny_sd()
     rex = concept(pipe)
-    rex.save(tmp_path / "rex")
+    save_concept(rex, tmp_path / "rex")
     for source in (rex, tmp_path / "rex"):
         pipe.load_custom(source, ignore=["text_encoder"])
         assert not any(hasattr(m, "lora_A") for m in pipe.text_encoder.modules())
@@ -171,7 +172,7 @@ def test_a_record_of_the_whole_is_not_taken_for_one_of_the_rest(tmp_path):
     record = customize.record_inputs(pipe, file, prompts=["{} here"], words="rex")
     record.save(layer_inputs_path(file))
     tom = concept(pipe, "tom", index=1)
-    tom.save(tmp_path / "tom")
+    save_concept(tom, tmp_path / "tom")
     customize.record_inputs(pipe, tom, prompts=["{} here"]).save(
         layer_inputs_path(tmp_path / "tom")
     )

@@ -11,7 +11,9 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from peft import LoKrConfig, LoraConfig
 
-from customize.concepts.types import Concept, parse_info
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import save_concept
+from customize.concepts.types import parse_info
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
 from customize.pipeline import transaction
@@ -144,9 +146,9 @@ def test_names_must_be_a_list():
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
 def test_the_cards_lines_for_stock_diffusers_run(make, tmp_path):
     pipe = make()
-    folder, base = concept(pipe).save(tmp_path / "rex"), tmp_path / "base"
+    folder, base = save_concept(concept(pipe), tmp_path / "rex"), tmp_path / "base"
     pipe.save_pretrained(base)
-    pipe.load_custom(Concept.load(folder))
+    pipe.load_custom(load_concept(folder))
     ours = draw(pipe)
     code = (folder / "README.md").read_text().split("With diffusers alone:")[1]
     code = re.search(r"```python\n(.*?)```", code, re.S)[1].replace("FOLDER", str(folder))

@@ -16,6 +16,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from customize import Decor
 from customize.api.modular_step import ConceptsStep
+from customize.concepts.io.write_concept import save_concept
 from customize.errors import PipelineError
 from tests.pipeline.making import MAKERS, attached, concept, modular
 from tests.tiny import tiny_sd, tiny_sd3
@@ -144,7 +145,7 @@ def test_a_scale_for_one_call_does_not_reach_another():
 def test_a_thread_never_gets_what_another_ones_prompt_takes_from_a_library(tmp_path):
     pipe = tiny_sd()
     for index, name in enumerate(("rex", "tom")):
-        concept(pipe, name, index=index).save(tmp_path / name)
+        save_concept(concept(pipe, name, index=index), tmp_path / name)
     pipe.load_custom(library=tmp_path)
     redraw = sharing(pipe, StableDiffusionImg2ImgPipeline)
     image = {"image": torch.zeros(1, 3, 32, 32), "strength": 0.9}
@@ -279,7 +280,7 @@ def test_a_call_that_hands_on_to_another_pipeline_hands_on_what_it_was_asked_for
 def test_a_call_in_a_callback_puts_back_what_the_prompt_took_from_a_library(tmp_path):
     pipe = tiny_sd()
     for index, name in enumerate(("rex", "tom")):
-        concept(pipe, name, index=index).save(tmp_path / name)
+        save_concept(concept(pipe, name, index=index), tmp_path / name)
     pipe.load_custom(library=tmp_path)
     other = sharing(pipe)
     tom, rex = draw(other, prompt="a <tom>"), draw(pipe, **PLAIN)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
 from customize.training.recipe import train
 from tests.pipeline.making import PROMPT, assert_same, draw, everything
 from tests.tiny import tiny_sdxl
@@ -68,7 +68,7 @@ def test_a_concept_of_sdxl(tmp_path: Path) -> None:
     # The first encoder is read before its last layer, and not pooled.
     assert {component for component, _ in still} == {"text_encoder"}
     assert {module.partition("layers.")[2][0] for _, module in still} == {"1"}
-    stored = Concept.load(config.output)
+    stored = load_concept(config.output)
     assert {key: tuple(rows.shape) for key, rows in stored.embeddings.items()} == {
         "text_encoder": (2, 16),
         "text_encoder_2": (2, 24),

@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 
+from customize.concepts.io.write_concept import save_concept
 from tests.pipeline.making import PROMPT, concept, draw
 from tests.tiny import tiny_sd, tiny_sdxl
 
@@ -59,7 +60,7 @@ pipe.save_pretrained(folder + "/again")
 def test_the_pipeline_has_load_custom_and_is_diffusers_own_else(make, file, tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "base")
-    concept(pipe).save(tmp_path / "rex")
+    save_concept(concept(pipe), tmp_path / "rex")
     stock = type(pipe).__name__
     arguments = [tmp_path, ROOT / "pipelines" / file, tmp_path / "rex", PROMPT, stock]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}

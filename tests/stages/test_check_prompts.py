@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 
+from customize.concepts.io.write_concept import save_concept
 from tests.pipeline.making import MAKERS, attached, concept, draw, modular, user_lora
 from tests.tiny import drawn, tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl
 
@@ -129,7 +130,7 @@ def test_embeddings_for_each_layer_and_modular_pipelines():
 
 def test_a_library_refuses_what_it_refused_and_tells_what_is_cut_off(tmp_path):
     pipe = tiny_sd()
-    concept(pipe).save(tmp_path / "rex")
+    save_concept(concept(pipe), tmp_path / "rex")
     pipe.load_custom(library=tmp_path)
     assert "<rex> is cut off" in told(pipe, LONG)[0]
     with pytest.raises(Exception, match="it has <rex>"):

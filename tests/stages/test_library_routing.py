@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import customize
 from customize.concepts.input_statistics import layer_inputs_path
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.tokens.layerwise_embeddings import layers_with_embeddings
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, ConfigError, PipelineError
@@ -33,7 +34,7 @@ NAMES = ("rex", "tom", "kit")
 
 def fill(folder, pipe, names=NAMES):
     for index, name in enumerate(names):
-        concept(pipe, name, index=index).save(folder / name)
+        save_concept(concept(pipe, name, index=index), folder / name)
     return folder
 
 
@@ -160,7 +161,7 @@ def test_an_adapter_that_someone_removed_comes_back(library):
 )
 def test_all_prompts_of_a_call_are_read(asked, tmp_path):
     pipe = tiny_sdxl()
-    concept(pipe).save(tmp_path / "rex")
+    save_concept(concept(pipe), tmp_path / "rex")
     pipe.load_custom(library=tmp_path)
     pipe(**asked, num_inference_steps=1, height=32, width=32, output_type="latent")
     assert active(pipe) == ["rex"]
@@ -287,10 +288,10 @@ def test_a_lora_is_called_by_its_name_and_the_model_reads_its_words(copied):
 
 def test_concepts_of_other_models_are_not_offered(copied):
     sdxl = tiny_sdxl()
-    concept(sdxl, "ann").save(copied / "ann")
-    concept(sdxl, "rex").save(copied / "rex-xl")
+    save_concept(concept(sdxl, "ann"), copied / "ann")
+    save_concept(concept(sdxl, "rex"), copied / "rex-xl")
     larger = concept(tiny_sd(), "big").info.fingerprint | {"denoiser": "0" * 64}
-    concept(tiny_sd(), "big", fingerprint=larger).save(copied / "big")
+    save_concept(concept(tiny_sd(), "big", fingerprint=larger), copied / "big")
     pipe = tiny_sd().load_custom(library=copied)
     assert "6 concepts, 3 of them for this model" in pipe.custom.library
     for trigger in ("<ann>", "<big>"):
@@ -348,11 +349,11 @@ def test_files_that_change_between_calls_are_seen(copied):
     pipe = tiny_sd().load_custom(library=copied)
     draw(pipe, "<rex> and <tom>")
     shutil.rmtree(copied / "rex")
-    concept(pipe, "rex", index=2).save(copied / "rex.safetensors")
+    save_concept(concept(pipe, "rex", index=2), copied / "rex.safetensors")
     found = draw(pipe, "<rex>")
     other = tiny_sd().load_custom(copied / "rex.safetensors")
     assert np.array_equal(found, draw(other, "<rex>"))
-    concept(pipe, "new", index=1).save(copied / "new")
+    save_concept(concept(pipe, "new", index=1), copied / "new")
     draw(pipe, "<new>")
     assert active(pipe) == ["new"]
 
@@ -492,7 +493,7 @@ def test_layerwise_tokens_come_and_go_with_their_concept(copied):
         for key, value in plain.embeddings.items()
     }
     info = plain.info.model_copy(update={"token_layers": layers})
-    Concept(info, plain.updates, rows).save(copied / "lay")
+    save_concept(Concept(info, plain.updates, rows), copied / "lay")
     pipe = tiny_sd().load_custom(library=copied)
     for prompt, names in (("<lay>", ["lay"]), ("<rex>", ["rex"]), ("<lay> <rex>", ["lay", "rex"])):
         assert np.array_equal(draw(pipe, prompt), by_name(tiny_sd, copied, names, prompt))

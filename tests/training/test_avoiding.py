@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from customize.concepts.input_statistics import LayerInputs
+from customize.concepts.io.read_concept import load_concept
 from customize.concepts.slices.allocation import find_collisions
 from customize.concepts.slices.overlap import find_overlaps
-from customize.concepts.types import Concept
 from customize.core.bases import count_shared_directions
 from customize.errors import ConceptError, ConfigError, SettingsError
 from customize.families import family_of
@@ -27,7 +27,7 @@ def test_down_projections_are_blind_to_the_leading_directions(tmp_path, make):
     pipe = make()
     config = settings(tmp_path, num_shared_directions=4, steps=3, slice=0)
     train(config, pipe.components, progress=False)
-    concept = Concept.load(config.output)
+    concept = load_concept(config.output)
     path, generic = record_of(tmp_path)
     assert concept.info.basis.avoid == 4 and len(concept.info.basis.shared) == 16
     checked = 0
@@ -50,7 +50,7 @@ def test_down_projections_are_blind_to_the_leading_directions(tmp_path, make):
     other = settings(tmp_path, "tom", num_shared_directions=4, steps=3, name="tom", slice=1)
     train(other, pipe.components, progress=False)
     assert path.stat().st_mtime_ns == before
-    tom = Concept.load(other.output)
+    tom = load_concept(other.output)
     for component, updates in concept.updates.items():
         for module, update in updates.items():
             crossed = update.down.double() @ tom.updates[component][module].down.double().T

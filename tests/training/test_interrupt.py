@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
 from customize.training.checkpoint import load_latest_checkpoint
 from customize.training.recipe import train
 from tests.tiny import tiny_sd
@@ -104,7 +104,7 @@ def test_accelerate_launches_the_script(tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert f"the concept rex is in {tmp_path / 'out'}\n" in finished.stdout
-    assert Concept.load(tmp_path / "out").info.rank == 2
+    assert load_concept(tmp_path / "out").info.rank == 2
 
 
 @pytest.mark.parametrize("buckets", [False, True])
@@ -130,7 +130,7 @@ def test_two_processes_train_one_concept(buckets, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("the concept rex is in") == 1
-    concept = Concept.load(tmp_path / "out")
+    concept = load_concept(tmp_path / "out")
     assert concept.info.training["settings"]["processes"] == 2
     assert (tmp_path / "out" / "validation" / "step-12.png").is_file()
     assert len(list((tmp_path / "out" / ".checkpoints").iterdir())) == 2
@@ -173,7 +173,7 @@ def test_two_processes_stop_together_and_go_on_to_the_uninterrupted_result(tmp_p
             said = process.stdout.read().split()
             assert process.wait(timeout=300) == 0
         assert int(said[0]) == (found.step if folder.name == "a" else 0) + 1
-        results.append(tensors(Concept.load(folder / "out")))
+        results.append(tensors(load_concept(folder / "out")))
     assert same(*results)
 
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 import customize
 from customize.concepts.input_statistics import LayerInputs, layer_inputs_path, record_layer_inputs
+from customize.concepts.io.read_concept import load_concept
 from customize.concepts.slices.slice_reservations import read_reservations
-from customize.concepts.types import BasisInfo, Concept
+from customize.concepts.types import BasisInfo
 from customize.core.bases import hashed_block, shared_columns
 from customize.core.lowrank import to_dense
 from customize.errors import ConfigError, DataError, SettingsError, StorageError
@@ -117,7 +118,7 @@ def test_the_sum_of_the_concepts_is_the_model_of_the_run(kind, method, tmp_path)
     for concept, name in ((rex, "rex"), (tom, "tom")):
         ups = [update.up for updates in concept.updates.values() for update in updates.values()]
         assert sum(float(up.abs().max()) > 0 for up in ups) > 0.8 * len(ups)
-        assert same(tensors(Concept.load(tmp_path / name)), tensors(concept))
+        assert same(tensors(load_concept(tmp_path / name)), tensors(concept))
         customize.load_custom(pipe, tmp_path / name)
         customize.unload_custom(pipe)
 

@@ -6,7 +6,7 @@ import torch
 import customize
 import customize.errors
 from customize.concepts.input_statistics import LayerInputs, digest_updates, layer_inputs_path
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
 from customize.families import family_of
 from customize.training.recipe import train
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
@@ -29,7 +29,7 @@ def test_it_is_what_the_pipeline_records(tmp_path, make, changes):
     after = snapshot(pipe.components, pipe.config)
     assert before.keys() == after.keys()
     found = LayerInputs.load(layer_inputs_path(config.output))
-    assert found.of == digest_updates(Concept.load(config.output).updates)
+    assert found.of == digest_updates(load_concept(config.output).updates)
     other = customize.record_inputs(pipe, config.output)
     for kind in ("own", "generic"):
         one, two = getattr(found, kind), getattr(other, kind)
@@ -64,4 +64,4 @@ def test_what_cannot_be_recorded_is_told_and_the_concept_kept(tmp_path, monkeypa
     config = settings(tmp_path, record_inputs=True)
     with pytest.warns(UserWarning, match="energy nan"):
         train(config, pipe.components, progress=False)
-    assert Concept.load(config.output).info.name == "rex"
+    assert load_concept(config.output).info.name == "rex"

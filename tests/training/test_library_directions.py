@@ -7,6 +7,7 @@ import multiprocessing
 import pytest
 import torch
 
+from customize.concepts.io.read_concept import load_concept
 from customize.concepts.slices.overlap import find_overlaps
 from customize.concepts.slices.shared_directions import (
     SharedDirections,
@@ -27,7 +28,7 @@ def learn(folder, name, pipe=None, **changes) -> Concept:
     config = settings(folder, name=name, library=library, output=library / name, **changes)
     pipe = pipe or tiny_sd()
     train(config, pipe.components, progress=False)
-    return Concept.load(config.output)
+    return load_concept(config.output)
 
 
 def assert_apart(*concepts: Concept) -> None:
@@ -128,4 +129,4 @@ def test_runs_at_the_same_time_record_one(tmp_path) -> None:
         process.join(timeout=500)
         assert process.exitcode == 0
     assert len(find_direction_files(tmp_path / "library")) == 1
-    assert_apart(*(Concept.load(tmp_path / "library" / name) for name in names))
+    assert_apart(*(load_concept(tmp_path / "library" / name) for name in names))

@@ -24,7 +24,7 @@ from customize.base.memory_plan import (
 )
 from customize.cli import main
 from customize.concepts.adapter import attach_new_adapter
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
 from customize.families import Family
 from customize.training.config import TrainConfig, load_config
 from tests import true_sizes
@@ -171,7 +171,7 @@ def test_a_preset_trains_with_flags_over_it(name, tmp_path):
     flags = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     flags += ["--num-shared-directions", "0", "--no-record-inputs"]
     assert main(["train", "--config", str(PRESETS[name]), *flags]) == 0
-    info = Concept.load(tmp_path / "out").info
+    info = load_concept(tmp_path / "out").info
     assert info.rank == 16
     assert info.training["settings"]["quantize"] == configured(name)[2].quantize
 

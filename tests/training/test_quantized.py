@@ -11,7 +11,7 @@ from safetensors import safe_open
 import customize  # noqa: F401  (for load_custom)
 from customize.base import quantization
 from customize.base.quantization import quantize_model
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
 from customize.errors import ConfigError, SettingsError
 from customize.families import family_of
 from customize.training import prepare_base
@@ -124,7 +124,7 @@ def test_a_quantized_model_in_memory_is_trained_on_as_it_is(kind, tmp_path):
     tiny_sd().save_pretrained(tmp_path / "base")
     config = settings(tmp_path, "b", base=str(tmp_path / "base"), quantize=kind, steps=4)
     assert same(tensors(concept), tensors(train(config, progress=False)))
-    assert Concept.load(tmp_path / "a").updates.keys() == concept.updates.keys()
+    assert load_concept(tmp_path / "a").updates.keys() == concept.updates.keys()
 
 
 def test_what_cannot_be_quantized_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from customize.concepts.io.read_concept import load_concept
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.types import Concept
 from customize.core.bases import BASES, down_projection
 from customize.errors import (
@@ -84,7 +86,7 @@ def test_loss_falls_and_only_the_concept_is_new(pipe, method, tmp_path):
     assert_unchanged(before, pipe.components, pipe.config)
 
     assert concept.info.method == method
-    stored = Concept.load(tmp_path / "out")
+    stored = load_concept(tmp_path / "out")
     assert stored.info == concept.info
     assert same(tensors(stored), tensors(concept))
     facts = concept.info.training
@@ -519,7 +521,7 @@ def test_a_finished_concept_is_reused_and_never_silently_replaced(tmp_path):
     other = settings(tmp_path, learning_rate=5e-3)
     with pytest.raises(SettingsError, match=r"learning_rate was 0.01 and is 0.005"):
         train(other, pipe.components, progress=False)
-    assert same(tensors(Concept.load(config.output)), tensors(first))
+    assert same(tensors(load_concept(config.output)), tensors(first))
 
     anew = settings(tmp_path, learning_rate=5e-3, resume=False)
     assert not same(tensors(train(anew, pipe.components, progress=False)), tensors(first))
@@ -533,7 +535,7 @@ def test_a_concept_from_before_a_setting_was_there_is_as_its_default_says(tmp_pa
     old = {k: v for k, v in training["settings"].items() if k not in ("buckets", "quantize")}
     info = learned.info.model_copy(update={"training": training | {"settings": old}})
     shutil.rmtree(config.output)
-    Concept(info, learned.updates, learned.embeddings).save(config.output)
+    save_concept(Concept(info, learned.updates, learned.embeddings), config.output)
     assert same(tensors(train(config, {}, progress=False)), tensors(learned))
     with pytest.raises(SettingsError, match=r"other settings: buckets was False and is True \("):
         train(settings(tmp_path, steps=1, buckets=True), pipe.components, progress=False)
@@ -700,5 +702,5 @@ def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(tmp_path)
     concept = train(settings(tmp_path), pipe.components, progress=False, on_step=on_step)
     assert len(refusals) == 2
     assert all("another run writes to this folder" in told for told in refusals)
-    assert same(tensors(Concept.load(tmp_path / "out")), tensors(concept))
+    assert same(tensors(load_concept(tmp_path / "out")), tensors(concept))
     assert not list(tmp_path.glob(".*"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from customize.concepts.types import Concept
+from customize.concepts.io.read_concept import load_concept
 from customize.training import samples
 from customize.training.config import TrainConfig
 from customize.training.recipe import train, train_jointly
@@ -124,7 +124,7 @@ def test_what_cannot_be_drawn_ends_samples_and_not_the_run(tmp_path, monkeypatch
     monkeypatch.setattr(samples, "sample", full)
     with pytest.warns(UserWarning, match=r"samples of rex are not drawn any more: CUDA out of mem"):
         train(settings(tmp_path, samples=True), tiny_sd().components, progress=False)
-    assert "fixed_loss" in Concept.load(tmp_path / "out").info.training
+    assert "fixed_loss" in load_concept(tmp_path / "out").info.training
     assert not (tmp_path / "out" / "sample-1.png").exists()
 
 

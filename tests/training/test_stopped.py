@@ -14,10 +14,10 @@ import pytest
 
 from customize.atomic import is_partial
 from customize.concepts.io.file_layout import LAYER_INPUTS_FILE, RESERVATION_FILE
+from customize.concepts.io.read_concept import load_concept
 from customize.concepts.library.library_check import check_library
 from customize.concepts.slices.shared_directions import find_direction_files
 from customize.concepts.slices.slice_reservations import read_reservations
-from customize.concepts.types import Concept
 from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import same, settings, tensors
@@ -110,7 +110,7 @@ def assert_whole(folder: Path, whole: Path, **changes) -> None:
     config = config_in(folder, **changes)
     train(config, tiny_sd().components, progress=False)
     made = config.output
-    assert same(tensors(Concept.load(made)), tensors(Concept.load(whole)))
+    assert same(tensors(load_concept(made)), tensors(load_concept(whole)))
     assert names(made) == names(whole)
     for name in (LAYER_INPUTS_FILE, "sample-1.png"):
         assert (made / name).read_bytes() == (whole / name).read_bytes(), name
@@ -135,13 +135,13 @@ def test_what_a_finished_run_owes_is_made_by_the_next(name, checkpoint_every, wh
     code = stopped(begin(tmp_path, whole), signal.SIGKILL, MOMENTS[name], **changes)
     assert code == -signal.SIGKILL
     rex = tmp_path / "library" / "rex"
-    learned = Concept.load(rex)
+    learned = load_concept(rex)
     assert (rex / RESERVATION_FILE).is_file()
     # Nobody takes it for another's slice meanwhile.
     assert read_reservations(tmp_path / "library") == []
     assert not [fault for fault in check_library(rex.parent).faults if "share" in fault]
     assert_whole(tmp_path, whole, **changes)
-    assert Concept.load(rex).info == learned.info  # it was not learned or saved again
+    assert load_concept(rex).info == learned.info  # it was not learned or saved again
 
 
 def test_a_record_that_was_damaged_or_deleted_is_made_again(whole, tmp_path):

@@ -46,10 +46,38 @@ from customize.concepts.io.file_layout import (
 )
 from customize.concepts.io.read_concept import load_concept, read_info
 from customize.concepts.types import Concept
-from customize.errors import ConceptError, StorageError, storage_error
+from customize.errors import ConceptError, ConfigError, StorageError, storage_error
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+def save_concept(
+    concept: Concept, path: str | Path, samples: Sequence[Image.Image] | None = None
+) -> Path:
+    """Write a concept as a folder, or as one file where the path ends in ``.safetensors``.
+
+    Args:
+        concept: the concept to write.
+        path: the folder or file.
+        samples: pictures for the model card; folders only.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: samples for a single file.
+        StorageError: the path holds something else, or cannot be written.
+    """
+    if Path(path).suffix != ".safetensors":
+        return write_folder(concept, path, samples or ())
+    if samples:
+        raise ConfigError(
+            "a single file has no model card for pictures",
+            where="samples",
+            fix="save a folder, or leave them out",
+        )
+    return write_single_file(concept, path)
 
 
 def write_folder(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] = ()) -> Path:

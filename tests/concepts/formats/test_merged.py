@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.core.lowrank import to_dense
 from customize.errors import ConceptError
@@ -43,7 +44,7 @@ def test_each_file_of_a_pair_keeps_its_own_scale(tmp_path: Path) -> None:
     """The header of a concept's files says alpha / rank, which is 2 there."""
     pipe = tiny_wan("2.2-14b")
     rex = concept(pipe)
-    rex.save(tmp_path / "rex")
+    save_concept(rex, tmp_path / "rex")
     (tmp_path / "rex" / "concept.json").unlink()
     found = open_adaptation(tmp_path / "rex").to_lora(family_of(pipe.components))
     assert set(found.updates) == {"transformer", "transformer_2"}

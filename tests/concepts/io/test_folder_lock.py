@@ -12,8 +12,8 @@ from customize.errors import StorageError
 HOLD = """
 import sys, time
 from pathlib import Path
-from customize.concepts.io.folder_lock import exclusive
-with exclusive(Path(sys.argv[1])):
+from customize.concepts.io.folder_lock import lock_folder
+with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from customize.concepts.io.hub import is_collection_slug, is_hub_id
+from customize.concepts.io.write_concept import save_concept
 from tests.concepts.library.test_library import lora
 from tests.concepts.making import small
 
@@ -99,9 +100,9 @@ def hub(folder: Path, items: list[dict[str, str]]):
 def served(tmp_path):
     """A user's repositories: two concepts, another user's LoRA, and a base model."""
     folder = tmp_path / "served"
-    small().save(folder / "user" / "rex")
+    save_concept(small(), folder / "user" / "rex")
     other = {"6": [0, 1], "8": [2, 3]}
-    small(1, name="tom", trigger="<tom>", slices=other).save(folder / "user" / "tom")
+    save_concept(small(1, name="tom", trigger="<tom>", slices=other), folder / "user" / "tom")
     lora(folder / "else" / "water-colour" / "pytorch_lora_weights.safetensors")
     (folder / "user" / "base").mkdir()
     (folder / "user" / "base" / "model.safetensors").write_bytes(b"large")
@@ -131,8 +132,8 @@ print(*sorted(library.called(t)[0].source for t in ("<rex>", "<tom>", "<water-co
 """
 
 READ = """
-from customize.concepts.io.read_concept import read
-rex = read(library.path(library.called("<rex>")[0]))
+from customize.concepts.io.read_concept import load_concept
+rex = load_concept(library.path(library.called("<rex>")[0]))
 print(float(rex.embeddings["text_encoder"][0, 0]))
 """
 
@@ -147,7 +148,7 @@ def test_a_collection_is_a_library(served, tmp_path):
         given.clear()
         assert ask(LIST, address, home)[0] == "rex tom water-colour"
         assert given == []  # all is there
-        small(2).save(served / "user" / "new")
+        save_concept(small(2), served / "user" / "new")
         shutil.rmtree(served / "user" / "rex")
         (served / "user" / "new").rename(served / "user" / "rex")
         told = ask(LIST + READ, address, home)
@@ -189,7 +190,7 @@ def test_a_folder_of_that_name_is_the_folder(tmp_path, monkeypatch):
     from customize.concepts.library.library import Library
 
     monkeypatch.chdir(tmp_path)
-    small().save(tmp_path / SLUG / "rex")
+    save_concept(small(), tmp_path / SLUG / "rex")
     assert list(Library(SLUG).entries) == ["rex"]
 
 

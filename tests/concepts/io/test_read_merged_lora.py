@@ -21,6 +21,7 @@ from customize.concepts.adapter import saved_module_name
 from customize.concepts.formats.lora import Lora
 from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.concepts.io.read_merged_lora import MERGED_HEADER
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.library.library import Library, add_to_library
 from customize.concepts.merge.merge_concepts import merge
@@ -179,7 +180,7 @@ def test_a_library_takes_a_merge_by_any_of_its_triggers(layout: str, tmp_path: P
         assert entry.family == "sd" and entry.rank == 4
         with pytest.raises(ConceptError, match="has a concept duo already"):
             add_to_library(library, source)
-        concepts[0].save(tmp_path / f"rex-{source.suffix}")
+        save_concept(concepts[0], tmp_path / f"rex-{source.suffix}")
         with pytest.raises(ConceptError, match="has a concept duo already, which <rex> calls"):
             add_to_library(library, tmp_path / f"rex-{source.suffix}")
         pipe.load_custom(library=library)
@@ -201,7 +202,7 @@ def test_a_pair_of_denoisers_needs_both_files(tmp_path: Path) -> None:
 
 def test_a_concept_by_its_lora_file_is_the_concept(tmp_path: Path) -> None:
     rex = small()
-    rex.save(tmp_path / "rex")
+    save_concept(rex, tmp_path / "rex")
     found = open_adaptation(tmp_path / "rex" / "pytorch_lora_weights.safetensors")
     assert found.info == rex.info and found.source == tmp_path / "rex"
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from customize.concepts.io.read_concept import load_concept, read_info
-from customize.concepts.io.write_concept import write_folder, write_single_file
+from customize.concepts.io.write_concept import save_concept, write_folder, write_single_file
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, ConfigError
 from tests.concepts.making import contents, same_tensors, small
@@ -65,11 +65,11 @@ def test_what_is_written_is_read_exactly(tmp_path: Path, kind: str, dtype) -> No
     rows = {key: values.to(dtype) for key, values in concept.embeddings.items()}
     concept = Concept(concept.info, concept.updates, rows)
     for written in (
-        concept.save(tmp_path / "rex"),
+        save_concept(concept, tmp_path / "rex"),
         write_single_file(concept, tmp_path / "r.safetensors"),
     ):
         for source in (written, str(written)):
-            found = Concept.load(source)
+            found = load_concept(source)
             assert found.info == concept.info
             assert same_tensors(found, concept)
 
@@ -99,14 +99,14 @@ def test_any_facts_are_read_exactly(tmp_path_factory, training, base) -> None:
 
 
 def test_saving_to_a_name_of_a_file_writes_one(tmp_path: Path) -> None:
-    path = small().save(tmp_path / "rex.safetensors")
-    assert path.is_file() and same_tensors(Concept.load(path), small())
+    path = save_concept(small(), tmp_path / "rex.safetensors")
+    assert path.is_file() and same_tensors(load_concept(path), small())
     with pytest.raises(ConfigError, match="no model card"):
-        small().save(path, [Image.new("RGB", (2, 2))])
+        save_concept(small(), path, [Image.new("RGB", (2, 2))])
 
 
 def test_edited_facts_in_the_header_of_a_single_file_are_refused(tmp_path: Path) -> None:
-    path = small().save(tmp_path / "rex.safetensors")
+    path = save_concept(small(), tmp_path / "rex.safetensors")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     facts = json.loads(metadata["customize_concept"])
@@ -135,7 +135,7 @@ def test_the_names_are_those_of_stock_files(folder: Path, tmp_path: Path) -> Non
 
 def test_a_second_denoiser_has_a_file_of_its_own_under_the_first_ones_name(tmp_path: Path) -> None:
     concept = two_denoisers()
-    folder = concept.save(tmp_path / "rex")
+    folder = save_concept(concept, tmp_path / "rex")
     files = {name: load_file(folder / name) for name in (LORA, SECOND)}
     for name, component in ((LORA, "transformer"), (SECOND, "transformer_2")):
         expected = {
@@ -156,20 +156,20 @@ def test_a_second_denoiser_has_a_file_of_its_own_under_the_first_ones_name(tmp_p
     shutil.copy(folder / LORA, folder / SECOND)  # the other one's updates
     with pytest.raises(ConceptError, match="saved together"):
         load_concept(folder)
-    small().save(tmp_path / "tom")
+    save_concept(small(), tmp_path / "tom")
     shutil.copy(tmp_path / "tom" / LORA, folder / SECOND)
     with pytest.raises(ConceptError, match=r"text_encoder, unet are in .* second denoiser"):
         load_concept(folder)
     (tmp_path / "kept").rename(folder / SECOND)
     assert same_tensors(load_concept(folder), concept)
-    small(num_tokens=0).save(folder)
+    save_concept(small(num_tokens=0), folder)
     assert not (folder / SECOND).exists()
 
 
 def test_the_card_shows_pictures_and_cannot_be_broken_by_names(tmp_path: Path) -> None:
     concept = small(base='x"\\ <b>|', class_word="do|g", scores={"a|b": "[x](y)"})
     picture = Image.new("RGB", (4, 4), "red")
-    folder = concept.save(tmp_path / "rex", [picture, picture])
+    folder = save_concept(concept, tmp_path / "rex", [picture, picture])
     card = (folder / "README.md").read_text()
     assert "![<rex>](sample-1.png)" in card and "sample-2.png" in card
     with Image.open(folder / "sample-2.png") as shown:

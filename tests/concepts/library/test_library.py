@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from customize.concepts.io.file_layout import LAYER_INPUTS_FILE
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.library import library as library_module
 from customize.concepts.library.index import INDEX_FILE, LibraryEntry, read_index
 from customize.concepts.library.library import Library, add_to_library
@@ -39,9 +40,9 @@ def lora(path, rank=3, value=1.0, **metadata):
 def folder(tmp_path):
     """Two concepts of disjoint slices, one a folder and one a file, and a LoRA."""
     folder = tmp_path / "library"
-    small().save(folder / "rex")
+    save_concept(small(), folder / "rex")
     other = {"6": [0, 1], "8": [2, 3]}
-    small(1, name="tom", trigger="<tom>", slices=other).save(folder / "tom.safetensors")
+    save_concept(small(1, name="tom", trigger="<tom>", slices=other), folder / "tom.safetensors")
     lora(folder / "Water Colour.safetensors", **{"modelspec.trigger_phrase": "in <wc> style"})
     return folder
 
@@ -73,12 +74,12 @@ def test_the_index_gives_what_the_files_give(folder):
 
 def test_what_holds_is_not_read_again(folder, monkeypatch):
     Library(folder)
-    small(2, name="kit", trigger="<kit>").save(folder / "kit")
+    save_concept(small(2, name="kit", trigger="<kit>"), folder / "kit")
     shutil.rmtree(folder / "rex")
     read = []
-    real = library_module.described
+    real = library_module.describe_concept
     monkeypatch.setattr(
-        library_module, "described", lambda *args: read.append(args[1]) or real(*args)
+        library_module, "describe_concept", lambda *args: read.append(args[1]) or real(*args)
     )
     assert set(called(Library(folder))) == {"kit", "tom", "water-colour"}
     assert read == ["kit"]
@@ -89,7 +90,7 @@ def test_a_changed_file_is_seen(folder):
     (entry,) = library.called("<REX>")
     assert library.is_fresh(entry)
     shutil.rmtree(folder / "rex")
-    small(5, trigger="<roo>").save(folder / "rex")
+    save_concept(small(5, trigger="<roo>"), folder / "rex")
     assert not library.is_fresh(entry)
     library.refresh()
     assert library.called("<rex>") == [] and library.called("<roo>")[0].source == "rex"
@@ -202,7 +203,7 @@ def test_what_is_no_concept_is_left_alone(folder):
     (folder / "pictures" / "a.json").write_text("{}")
     (folder / "notes.txt").write_text("x")
     (folder / ".rex.partial").mkdir()
-    small().save(folder / ".rex.partial" / "rex")
+    save_concept(small(), folder / ".rex.partial" / "rex")
     assert set(called(Library(folder))) == {"rex", "tom", "water-colour"}
 
 
@@ -279,8 +280,8 @@ def test_a_concept_of_the_hubs_cache_is_copied_through_its_links(folder, tmp_pat
 
 def test_a_name_or_trigger_that_is_taken_is_refused(folder, tmp_path):
     before = sorted(folder.rglob("*"))
-    small(3).save(tmp_path / "rex")
-    small(3, name="max", trigger="<tom>").save(tmp_path / "max")
+    save_concept(small(3), tmp_path / "rex")
+    save_concept(small(3, name="max", trigger="<tom>"), tmp_path / "max")
     lora(tmp_path / "rex.safetensors")
     for source in ("rex", "max", "rex.safetensors"):
         with pytest.raises(ConceptError, match="already"):
@@ -288,7 +289,7 @@ def test_a_name_or_trigger_that_is_taken_is_refused(folder, tmp_path):
     with pytest.raises(ConceptError, match="no such concept"):
         add_to_library(folder, tmp_path / "none")
     (folder / "kit").mkdir()
-    small(3, name="kit", trigger="<kit>").save(tmp_path / "kit")
+    save_concept(small(3, name="kit", trigger="<kit>"), tmp_path / "kit")
     with pytest.raises(ConceptError, match="something else"):
         add_to_library(folder, tmp_path / "kit")
     (folder / "kit").rmdir()
@@ -318,9 +319,9 @@ def _adding(library, source, barrier, answers):
 def test_of_processes_that_add_one_name_one_does(tmp_path):
     processes = 4
     for number in range(processes):
-        small(number).save(tmp_path / f"{number}" / "rex")
+        save_concept(small(number), tmp_path / f"{number}" / "rex")
         name = f"c{number}"
-        small(number, name=name, trigger=f"<{name}>").save(tmp_path / f"{number}" / name)
+        save_concept(small(number, name=name, trigger=f"<{name}>"), tmp_path / f"{number}" / name)
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(2 * processes), context.Queue()
     library = tmp_path / "library"
@@ -365,8 +366,8 @@ def test_check_reads_every_file(folder):
     lora(folder / "zero.safetensors", rank=0)
     shutil.copytree(folder / "rex", folder / "bad")
     (folder / "bad" / "concept.json").write_text("{")
-    small(7, name="kit", trigger="<kit>").save(folder / "kit")
-    small(8, name="kit", trigger="<kit>").save(folder / "other")
+    save_concept(small(7, name="kit", trigger="<kit>"), folder / "kit")
+    save_concept(small(8, name="kit", trigger="<kit>"), folder / "other")
     other = (folder / "other" / "pytorch_lora_weights.safetensors").read_bytes()
     (folder / "kit" / "pytorch_lora_weights.safetensors").write_bytes(other)
     found = faults(folder)
@@ -375,7 +376,9 @@ def test_check_reads_every_file(folder):
 
 
 def test_check_tells_triggers_that_call_two(folder):
-    small(4, name="max", trigger="<rex>", slices={"6": [4, 5], "8": [4, 5]}).save(folder / "max")
+    save_concept(
+        small(4, name="max", trigger="<rex>", slices={"6": [4, 5], "8": [4, 5]}), folder / "max"
+    )
     lora(folder / "rex-two.safetensors", **{"modelspec.trigger_phrase": "<rex>"})
     found = faults(folder)
     assert "<rex> calls both max and rex" in found
@@ -384,19 +387,25 @@ def test_check_tells_triggers_that_call_two(folder):
     shutil.rmtree(folder / "max")
     (folder / "rex-two.safetensors").unlink()
     other = {"family": "sd", "denoiser": "other", "widths": {"unet": [6, 8]}}
-    small(4, name="max", trigger="<rex>", fingerprint=other).save(folder / "max")
+    save_concept(small(4, name="max", trigger="<rex>", fingerprint=other), folder / "max")
     assert faults(folder) == ""
 
 
 def test_check_tells_slices_that_need_not_collide_and_widths_that_are_full(folder):
     assert faults(folder) == ""
-    small(4, name="max", trigger="<max>", slices={"6": [4, 5], "8": [0, 1]}).save(folder / "max")
+    save_concept(
+        small(4, name="max", trigger="<max>", slices={"6": [4, 5], "8": [0, 1]}), folder / "max"
+    )
     found = check_library(folder)
     text = "\n".join(found.faults)
     assert "max and rex share 2 of 2 columns at width 8" in text and "width 6" not in text
     shutil.rmtree(folder / "max")
-    small(4, name="max", trigger="<max>", slices={"6": [4, 5], "8": [4, 5]}).save(folder / "max")
-    small(4, name="ann", trigger="<ann>", slices={"6": [4, 5], "8": [6, 7]}).save(folder / "ann")
+    save_concept(
+        small(4, name="max", trigger="<max>", slices={"6": [4, 5], "8": [4, 5]}), folder / "max"
+    )
+    save_concept(
+        small(4, name="ann", trigger="<ann>", slices={"6": [4, 5], "8": [6, 7]}), folder / "ann"
+    )
     found = check_library(folder)
     assert faults(folder) == ""
     assert any("width 6 is full: 2 of 4 concepts" in note for note in found.notes)
@@ -409,7 +418,7 @@ def test_entries_compare_by_what_they_say(folder):
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
 def test_adding_to_a_folder_that_may_not_be_written(folder, tmp_path):
-    small(3, name="kit", trigger="<kit>").save(tmp_path / "kit")
+    save_concept(small(3, name="kit", trigger="<kit>"), tmp_path / "kit")
     folder.chmod(0o500)
     try:
         with pytest.raises(StorageError, match="cannot be written"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.slices.allocation import (
     find_collisions,
     free_index,
@@ -44,7 +45,7 @@ def test_a_library_gives_out_disjoint_slices_until_it_is_full(tmp_path: Path) ->
         index = free_index(slice_owners(tmp_path), 2, basis)
         assert index == number
         info = sliced(f"c{number}", index)
-        small(number, name=info.name, slices=info.slices).save(tmp_path / info.name)
+        save_concept(small(number, name=info.name, slices=info.slices), tmp_path / info.name)
         infos.append(info)
     assert find_collisions(infos[:3]) == []
     (collision,) = find_collisions(infos)
@@ -68,7 +69,7 @@ def test_disjoint_slices_mean_orthogonal_updates() -> None:
 
 def test_other_ranks_and_hashed_slices_are_avoided(tmp_path: Path) -> None:
     slices = {"6": [1, 2, 3], "8": [3, 4, 5]}
-    small(name="odd", rank=3, alpha=3.0, slices=slices).save(tmp_path / "odd")
+    save_concept(small(name="odd", rank=3, alpha=3.0, slices=slices), tmp_path / "odd")
     # The blocks of two at width 6 share 1, 2 and 0 columns with it, those at width 8 share 0, 1,
     # 2 and 0. No number is free at both; 0 and 3 share one column in all.
     assert free_index(slice_owners(tmp_path), 2, BasisInfo(seed=3)) == 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.library.library_check import check_library
 from customize.concepts.slices.allocation import slice_columns
 from customize.concepts.slices.overlap import down_projections, find_overlaps
@@ -144,12 +145,12 @@ def test_a_part_of_the_columns_and_other_layers() -> None:
 
 
 def test_the_library_check_finds_them(tmp_path) -> None:
-    sliced("rex", 0, directions(), A).save(tmp_path / "rex")
-    sliced("zig", 0, directions(1e-5), B).save(tmp_path / "zig")
-    sliced("tom", 1, directions(1e-5), B).save(tmp_path / "tom")
+    save_concept(sliced("rex", 0, directions(), A), tmp_path / "rex")
+    save_concept(sliced("zig", 0, directions(1e-5), B), tmp_path / "zig")
+    save_concept(sliced("tom", 1, directions(1e-5), B), tmp_path / "tom")
     found = [fault for fault in check_library(tmp_path).faults if "share" in fault]
     assert len(found) == 1 and "rex and zig share 4 of 4 columns at width 64" in found[0]
-    sliced("far", 2, directions(), "c" * 16, seed=5).save(tmp_path / "far")
+    save_concept(sliced("far", 2, directions(), "c" * 16, seed=5), tmp_path / "far")
     notes = [note for note in check_library(tmp_path).notes if "drawn at random" in note]
     assert len(notes) == 1 and "far and rex" in notes[0] and "and 2 others" in notes[0]
 

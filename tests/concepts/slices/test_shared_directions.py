@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from customize.concepts.input_statistics import LayerInputs
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.library.library import add_to_library
 from customize.concepts.slices.shared_directions import (
     SharedDirections,
@@ -121,7 +122,7 @@ def test_adding_a_concept_brings_its_directions_where_none_serve(tmp_path) -> No
     slices = {"6": [2, 3], "8": [0, 1]}
     for name in ("rex", "tom"):
         rex = small(name=name, trigger=f"<{name}>", basis=shared, slices=slices)
-        rex.save(tmp_path / "home" / name)
+        save_concept(rex, tmp_path / "home" / name)
     SharedDirections(NAME, factors()).save(directions_path(tmp_path / "home", NAME))
     SharedDirections("f" * 16, factors(1)).save(directions_path(tmp_path / "home", "f" * 16))
     add_to_library(tmp_path / "library", tmp_path / "home" / "rex")

@@ -105,7 +105,7 @@ def refusals(pipe: Any, tmp_path: Path) -> dict[str, Any]:
         "xformers": lambda: load_custom(pipe, attention="xformer"),
         "rex": lambda: load_custom(pipe, weights={"rexx": 1.0}),
         "rex ": lambda: unload_custom(pipe, "rx"),
-        "words": lambda: Decor(rows="wrds"),  # type: ignore[arg-type]
+        "concepts": lambda: Decor(target="concept"),  # type: ignore[arg-type]
         "unet": lambda: family_of(pipe.components).weight_shapes("unnet"),
         f"{tmp_path}/rex": lambda: load_custom(pipe, tmp_path / "rexx"),
         f"{tmp_path}/rex ": lambda: load_custom(pipe, f"{tmp_path}/rexx"),

@@ -99,6 +99,13 @@ class Components:
         """Component name -> text encoder, for those that may carry an adapter (CLIP only)."""
         return self._present(tuple(self.clip_encoders))
 
+    def tokenizer_for(self, key: str) -> Any:
+        """Return the tokenizer of the text encoder at a key; None where there is none."""
+        name = self.clip_encoders.get(key, key.replace("text_encoder", "tokenizer"))
+        parts = [self.components.get(name), self.components.get("processor")]
+        part = next((part for part in parts if part is not None), None)
+        return getattr(part, "tokenizer", part)  # a processor contains its tokenizer
+
     @property
     def all_text_encoders(self) -> dict[str, nn.Module]:
         """Component name -> text encoder, for every one: all that there is to move or free."""

@@ -36,7 +36,6 @@ from customize.near_names import suggest_names
 from customize.pipeline.state import AttachedConcept, AttachedState, MergePlan
 from customize.pipeline.transaction import apply_attachments
 from customize.stages.check_prompts import is_truncated
-from customize.stages.decor.text_encoder import tokenizer_for
 from customize.text import quote
 
 
@@ -187,7 +186,7 @@ def _check_read(family: Family, concept: Adaptation, words: str, prompts: Sequen
     if not concept.subjects:  # of whose words a part may do
         return
     for key in family.clip_encoders:
-        tokenizer = tokenizer_for(family, key)
+        tokenizer = family.tokenizer_for(key)
         window = int(tokenizer.model_max_length)
         for prompt in prompts:
             if is_truncated(words, prompt, tokenizer, window):

@@ -16,7 +16,6 @@ from customize.near_names import did_you_mean
 from customize.pipeline.call_wrapper import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState, get_tokenizers
 from customize.pipeline.user_warnings import warn_user
-from customize.stages.decor.text_encoder import tokenizer_for
 
 _PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
 _TRIGGER = re.compile(TRIGGER_PATTERN, re.IGNORECASE)
@@ -127,7 +126,7 @@ def truncation_warnings(context: CallContext, call: CallArguments) -> list[str]:
         return []  # a community pipeline, which reads long prompts in parts
     found = []
     for key in context.family.all_text_encoders:
-        tokenizer = tokenizer_for(context.family, key)
+        tokenizer = context.family.tokenizer_for(key)
         window = _token_limit(context, call, key, tokenizer)
         if window is None:
             continue

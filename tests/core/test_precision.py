@@ -61,9 +61,9 @@ NUMERICS = {
     "butterflies": lambda: boft_column_delta(W, normal(2, 4, 4, 4), normal(24, 1)),
     "pissa": lambda: to_dense(initial_adapter(W, 3, 1.0, "pissa")),
     "olora": lambda: to_dense(initial_adapter(W, 3, 0.5, "olora")),
-    "span": lambda: principal_directions(X.flatten(2), 2),
-    "projected": lambda: project_out(W, principal_directions(normal(3, 16)), 0.5),
-    "beyond_chance": lambda: overlap_confidence(W, principal_directions(normal(3, 16))),
+    "principal_directions": lambda: principal_directions(X.flatten(2)),
+    "project_out": lambda: project_out(W, principal_directions(normal(3, 16)), 0.5),
+    "overlap_confidence": lambda: overlap_confidence(W, principal_directions(normal(3, 16))),
     "mse": lambda: weighted_mse(X, Y, normal(5).abs()),
     "class_text": lambda: PRESERVATIONS["class_text"](W, W.flip(0), None),
     "context_output": lambda: PRESERVATIONS["context_output"](X, Y, None),
@@ -71,7 +71,7 @@ NUMERICS = {
     "cosine": lambda: cosine(160, range(4), 0),
     "gaussian": lambda: gaussian_qr(160, range(4), 0),
     "box": lambda: box_weights((0.1, 0.2, 0.7, 0.9), 8, 8),
-    "composed": lambda: blend([X[0], Y[0]], [normal(8, 8).abs(), normal(8, 8, seed=1).abs()]),
+    "blend": lambda: blend([X[0], Y[0]], [normal(8, 8).abs(), normal(8, 8, seed=1).abs()]),
     **{
         f"merge-{name}": (lambda merge=merge: to_dense(merge([P, Q], [1.0, 0.5])))
         for name, merge in MERGES.items()

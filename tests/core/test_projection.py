@@ -88,18 +88,15 @@ def test_nothing_to_keep_is_full_strength():
     assert float(max_strength(torch.zeros(0, 4), torch.eye(4)[:1], 0.9)) == 1.0
 
 
-def test_a_rank_takes_the_strongest_first():
+def test_directions_are_sorted_by_singular_value():
     rows = torch.diag(torch.tensor([1.0, 5.0, 3.0]))
-    assert principal_directions(rows, 2).abs().tolist() == [[0, 1, 0], [0, 0, 1]]
-    assert len(principal_directions(rows, 9)) == 3
+    assert principal_directions(rows).abs().tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
     assert len(principal_directions(torch.cat([rows, rows]))) == 3
-    with pytest.raises(ConfigError, match="rank 0"):
-        principal_directions(rows, 0)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), float("inf")])
 def test_other_strengths_are_refused(strength):
-    with pytest.raises(ConfigError, match="not from 0 to 2"):
+    with pytest.raises(ConfigError, match="outside the range from 0 to 2"):
         project_out(torch.ones(2, 3), principal_directions(torch.ones(1, 3)), strength)
 
 

@@ -15,7 +15,7 @@ from tests.tiny import drawn
 @pytest.mark.parametrize("name", PIPELINES)
 def test_prompts_are_cleaned_and_nothing_else(name):
     pipe = PIPELINES[name]()
-    pipe.load_custom(concept(pipe), customize.Decor(negative="kept"))
+    pipe.load_custom(concept(pipe), customize.Decor(negative="keep"))
     family = family_of(pipe.components, pipe.config)
     answers = []
 

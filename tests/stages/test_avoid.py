@@ -1,4 +1,4 @@
-"""Prompts cleaned of what is not wanted: what is changed, what is not, what is refused."""
+"""avoid=: what is cleaned, what stays unchanged, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,34 +9,31 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from torch.linalg import svd
 
 import customize
 from customize.errors import ConfigError, PipelineError
-from customize.families import family_of
 from tests.pipeline.making import assert_same, attached, concept, everything, modular
-from tests.stages.decor.cleaned import (
+from tests.stages.decor.reference_formulas import (
     AVOID,
     CLEAN,
     PHRASES,
-    PLAIN,
     PROMPT,
+    VALUES_ONLY,
     alike,
+    cleaned_update,
     draw,
     read,
-    values_of,
     without,
-    without_in_heads,
     words_of,
 )
 from tests.tiny import CLIP_LENGTH, tiny_flux, tiny_flux3, tiny_sd, tiny_sd3, tiny_sdxl
 
 
-def test_the_call_shows_its_argument():
+def test_the_signature_of_calls_has_avoid():
     assert inspect.signature(attached().__call__).parameters["avoid"].default is None
 
 
-def test_words_of_the_prompt_lose_what_is_not_wanted_and_all_else_stays():
+def test_rows_of_the_prompts_words_are_cleaned_and_no_others():
     pipe = attached().load_custom(CLEAN)
     before, after = read(pipe)[0], read(pipe, avoid=AVOID)[0]
     own = slice(1, 1 + len(words_of(pipe, PROMPT)))
@@ -48,90 +45,59 @@ def test_words_of_the_prompt_lose_what_is_not_wanted_and_all_else_stays():
     assert torch.equal(after[1, rest], before[1, rest])
 
 
-@pytest.mark.parametrize(
-    ("rows", "first"), [("words", 1), ("rest", 1), ("all", 0)], ids=["words", "rest", "all"]
-)
-def test_which_rows_are_changed(rows, first):
+def test_every_row_of_a_word_is_changed():
     pipe = attached()
     before = read(pipe)[0][1]
-    pipe.load_custom(customize.Decor(AVOID, target="prompt", strength=0.5, rows=rows))
+    pipe.load_custom(customize.Decor(AVOID, target="prompt", strength=0.5))
     changed = (read(pipe)[0][1] != before).any(1).tolist()
     words = len(words_of(pipe, PROMPT))
-    stop = 1 + words if rows == "words" else CLIP_LENGTH
-    assert changed == [first <= k < stop for k in range(CLIP_LENGTH)]
+    assert changed == [1 <= k < 1 + words for k in range(CLIP_LENGTH)]
 
 
-def test_rank_and_strength_are_those_of_the_formula():
+def test_strength_is_that_of_the_formula():
     pipe = attached()
     before = read(pipe)[0][1, 1:6]
     unwanted = torch.cat([words_of(pipe, phrase) for phrase in PHRASES])
-    first = svd(unwanted, full_matrices=False)[2][:1]
-    pipe.load_custom(customize.Decor(AVOID, target="prompt", strength=1.5, rank=1))
-    assert alike(read(pipe)[0][1, 1:6], without(before, first, 1.5))
+    pipe.load_custom(customize.Decor(AVOID, target="prompt", strength=1.5))
+    assert alike(read(pipe)[0][1, 1:6], without(before, unwanted, 1.5))
     plain = draw(pipe.load_custom(customize.Decor()))
     none = customize.Decor(AVOID, target="both", strength=0.0)
     assert torch.equal(draw(pipe.load_custom(none)), plain)
 
 
-def test_what_all_texts_share_can_be_left_in():
-    pipe = attached()
-    before = read(pipe)[0][1, 1:6]
-    pipe.load_custom(customize.Decor(AVOID, target="prompt", strength=1.0, centred=True))
-    with torch.no_grad():
-        empty = family_of(pipe.components).encode_prompts([""])["prompt_embeds"][0]
-    unwanted = torch.cat([words_of(pipe, phrase) for phrase in PHRASES]) - empty[1:].mean(0)
-    assert alike(read(pipe)[0][1, 1:6], without(before, unwanted))
-    settings = {"target": "concepts", "strength": 1.0, **PLAIN}
-    (words, plain, layer) = read(pipe.load_custom(customize.Decor(**settings)))
-    after = read(pipe.load_custom(customize.Decor(AVOID, centred=True, **settings)))[1]
-    base = layer.get_base_layer()
-    with torch.no_grad():
-        said, zero = base(words), base(empty[1:].mean(0))
-    expected = without_in_heads((plain - said)[1], values_of(pipe, base) - zero)
-    assert alike((after - said)[1], expected)
-
-
-def test_negative_prompts_can_be_cleaned_as_well():
+def test_negative_prompts_can_be_cleaned():
     pipe = attached()
     call = {"negative_prompt": "<rex> in a green scarf", "avoid": AVOID}
     words = slice(1, 1 + len(words_of(pipe, call["negative_prompt"])))
     for target in ("prompt", "concepts"):
-        pipe.load_custom(customize.Decor(target=target, strength=1.0, negative="kept"))
+        pipe.load_custom(customize.Decor(target=target, strength=1.0, negative="keep"))
         (kept, said, _), (asked, plain, _) = (
             read(pipe, **call),
             read(pipe, **call | {"avoid": None}),
         )
         assert torch.equal(kept[0], asked[0]) and torch.equal(said[0], plain[0])
-        pipe.load_custom(customize.Decor(target=target, strength=1.0, negative="cleaned"))
+        pipe.load_custom(customize.Decor(target=target, strength=1.0, negative="clean"))
         (other, answer, _) = read(pipe, **call)
         assert torch.equal(other[1], kept[1])
         assert torch.equal(other[0, words], kept[0, words]) is (target == "concepts")
         assert not torch.equal(answer[0, words], said[0, words])
 
 
-def test_the_vector_of_a_whole_prompt_can_be_cleaned():
+def test_pooled_vectors_are_unchanged():
     pipe = attached(tiny_sdxl)
     seen = []
     pipe.unet.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["text_embeds"]),
         with_kwargs=True,
     )
-    call = {"num_inference_steps": 1, "avoid": AVOID}
-    for pooled in (False, True):
-        settings = customize.Decor(target="prompt", strength=1.0, pooled=pooled)
-        draw(pipe.load_custom(settings), **call)
+    settings = customize.Decor(target="prompt", strength=1.0)
+    draw(pipe.load_custom(settings), num_inference_steps=1, avoid=AVOID)
     draw(pipe, num_inference_steps=1)
-    with torch.no_grad():
-        read_pooled = [
-            family_of(pipe.components).encode_prompts([text])["pooled_prompt_embeds"][0]
-            for text in PHRASES
-        ]
-    kept, cleaned, plain = seen
-    assert torch.equal(kept, plain) and torch.equal(cleaned[0], plain[0])
-    assert alike(cleaned[1:], without(plain[1:], torch.stack(read_pooled)))
+    cleaned, plain = seen
+    assert torch.equal(cleaned, plain)
 
 
-def test_by_itself_the_strength_leaves_words_nine_tenths_of_their_length():
+def test_the_automatic_strength_keeps_90_percent_of_each_words_length():
     pipe = attached()
     prompt = "a photo of <rex> and a car"
     before = read(pipe, prompt)[0][1]
@@ -146,7 +112,7 @@ def test_by_itself_the_strength_leaves_words_nine_tenths_of_their_length():
 
 
 @pytest.mark.parametrize("target", ["prompt", "concepts", "both"])
-def test_batches_are_drawn_as_each_alone_and_prompts_win(target):
+def test_batches_equal_single_prompts_and_words_of_the_prompt_are_not_avoided(target):
     pipe = attached().load_custom(customize.Decor(AVOID, target=target, strength=1.0))
     other = "<rex> wearing a red cup"  # asks for words of both
     third = "two cats and <rex> in the forest with a blue cup"  # of one
@@ -172,7 +138,7 @@ def test_batches_are_drawn_as_each_alone_and_prompts_win(target):
 def test_tokens_with_an_embedding_for_each_layer(target):
     pipe = attached(layers=True)
     plain = draw(pipe)
-    settings = customize.Decor(AVOID, target=target, strength=1.0, **PLAIN)
+    settings = customize.Decor(AVOID, target=target, strength=1.0, **VALUES_ONLY)
     found = read(pipe.load_custom(settings))
     pipe.load_custom(customize.Decor())
     words, before, layer = read(pipe)
@@ -183,16 +149,15 @@ def test_tokens_with_an_embedding_for_each_layer(target):
         assert alike(found[0][1, own], without(words[1, own], unwanted))
     else:
         base = layer.get_base_layer()
-        unwanted = values_of(pipe, base)
         with torch.no_grad():
-            said = base(words)
+            values = base(words)
         assert torch.equal(found[1][0], before[0])
-        assert alike((found[1] - said)[1], without_in_heads((before - said)[1], unwanted))
+        assert alike((found[1] - values)[1], cleaned_update(pipe, base, (before - values)[1]))
     assert torch.equal(draw(pipe), plain)
 
 
 @pytest.mark.parametrize("target", ["prompt", "concepts"])
-def test_regions_are_cleaned_as_well(target):
+def test_prompts_of_regions_are_cleaned(target):
     pipe = attached().load_custom(customize.Decor(target=target, strength=1.0))
     whole = {"<rex>": (0, 0, 1, 1)}
     prompt = "a photo of <rex> on the beach"
@@ -213,23 +178,23 @@ def test_modular_pipelines_clean_prompts(make):
         assert np.allclose(found, draw(pipe, output_type="np", avoid=AVOID), atol=1e-4)
 
 
-def test_settings_need_no_concept_and_are_gone_with_the_rest():
+def test_settings_work_without_concepts_and_are_unloaded_with_them():
     pipe = tiny_sd()
     before, plain = everything(pipe), draw(pipe, "a dog")
     pipe.load_custom(customize.Decor("hat", strength=1.0))
-    assert "without hat (strength 1.0)" in repr(pipe.custom)
+    assert "avoid hat (strength 1.0)" in repr(pipe.custom)
     assert not torch.equal(draw(pipe, "a dog"), plain)
     assert torch.equal(draw(pipe, "a dog", avoid="hat"), draw(pipe, "a dog"))
     assert not torch.equal(draw(pipe, "a dog", avoid="cat"), draw(pipe, "a dog"))
     pipe.load_custom(concept(pipe))
     pipe.unload_custom("rex")
-    assert "without hat" in repr(pipe.custom)
+    assert "avoid hat" in repr(pipe.custom)
     pipe.unload_custom()
     assert_same(before, everything(pipe))
     assert torch.equal(draw(pipe, "a dog"), plain)
 
 
-def test_nothing_stays_after_an_error_within_a_call():
+def test_hooks_are_removed_after_an_error_during_a_call():
     pipe = attached()
     before, plain = everything(pipe), draw(pipe)
 
@@ -249,16 +214,16 @@ def test_nothing_stays_after_an_error_within_a_call():
     assert_same(before, after)
 
 
-def test_auto_takes_what_captions_share():
+def test_auto_avoids_the_words_that_captions_share():
     pipe = attached(training={"captions_share": ["hat", "cup"]})
     assert torch.equal(draw(pipe, avoid="auto"), draw(pipe, avoid="hat, cup"))
-    with pytest.raises(ConfigError, match=r"name nothing that all their pictures share.*avoid="):
+    with pytest.raises(ConfigError, match=r"share no words besides.*avoid="):
         draw(attached(), avoid="auto")
 
 
-def test_a_text_encoder_that_is_gone_or_away_is_refused():
+def test_missing_and_offloaded_text_encoders_are_refused():
     pipe = attached().load_custom(CLEAN)
-    with pytest.raises(ConfigError, match=r"words alone.*no prompt_embeds"):
+    with pytest.raises(ConfigError, match=r"needs the prompt as text.*no prompt_embeds"):
         draw(pipe, None, avoid=AVOID, prompt_embeds=torch.zeros(1, CLIP_LENGTH, 32))
     cpu_offload(pipe.text_encoder, torch.device("cpu"))
     with pytest.raises(PipelineError, match="sequential offload"):
@@ -269,19 +234,19 @@ def test_a_text_encoder_that_is_gone_or_away_is_refused():
 
 
 WRONG = {
-    "empty": ("", "nothing is named"),
-    "commas": (" , ,", "nothing is named"),
-    "no list": ([], "nothing is named"),
-    "number": (7, "does not say what"),
-    "numbers": ([7], "does not say what"),
-    "all": (PROMPT, "is all of the prompt"),
+    "empty": ("", "contains no words"),
+    "commas": (" , ,", "contains no words"),
+    "no list": ([], "contains no words"),
+    "number": (7, "is not text"),
+    "numbers": ([7], "is not text"),
+    "all": (PROMPT, "contains the whole prompt"),
     "long": ("hat " * 40, "longer than the 22 tokens"),
 }
 
 
 @pytest.mark.parametrize("target", ["prompt", "concepts"])
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_lists_are_refused_before_anything_is_drawn(name, target):
+def test_invalid_phrases_are_refused_before_the_first_step(name, target):
     avoid, message = WRONG[name]
     pipe = attached().load_custom(customize.Decor(target=target, strength=1.0))
     called = []
@@ -292,9 +257,9 @@ def test_bad_lists_are_refused_before_anything_is_drawn(name, target):
     assert not pipe.text_encoder._forward_hooks
 
 
-def test_words_that_an_encoder_does_not_know_are_refused():
+def test_words_unknown_to_an_encoder_are_refused():
     pipe = attached(tiny_flux)
-    with pytest.raises(ConfigError, match=r"'漢字' has no words that the text encoder knows"):
+    with pytest.raises(ConfigError, match=r"knows no word of '漢字'"):
         draw(pipe, avoid="hat, 漢字")
     assert not pipe.text_encoder_2._forward_hooks
 
@@ -302,21 +267,16 @@ def test_words_that_an_encoder_does_not_know_are_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strength": 2.5}, "strength of 2.5 is not from 0 to 2"),
-        ({"strength": -1.0}, "not from 0 to 2"),
-        ({"strength": "much"}, "is no strength"),
-        ({"rank": 0}, "is no rank"),
-        ({"rows": "some"}, "none of words, rest, all"),
+        ({"strength": 2.5}, "strength 2.5 is outside"),
+        ({"strength": -1.0}, "outside the range"),
+        ({"strength": "much"}, "invalid strength"),
         ({"target": "picture"}, "none of None, prompt, concepts, both"),
-        ({"avoid": ""}, "nothing is named"),
-        ({"negative": True}, "none of named, kept, cleaned"),
-        ({"keys": 2.0}, "2.0 is no share of the strength"),
-        ({"noise": (0.5, 0.5)}, "are no two shares of noise"),
-        ({"noise": (0.5, 1.5)}, "are no two shares of noise"),
-        ({"noise": (0.5,)}, "are no two shares of noise"),
+        ({"avoid": ""}, "contains no words"),
+        ({"negative": True}, "none of extend, keep, clean"),
+        ({"keys": 2.0}, "invalid strength for keys: 2.0"),
     ],
 )
-def test_bad_settings_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         customize.Decor(**settings)
 

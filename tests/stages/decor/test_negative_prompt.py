@@ -10,7 +10,7 @@ import torch
 import customize
 from customize.families import family_of
 from tests.pipeline.making import attached, modular
-from tests.stages.decor.cleaned import AVOID, PROMPT, alike, draw, read
+from tests.stages.decor.reference_formulas import AVOID, PROMPT, alike, draw, read
 from tests.tiny import tiny_flux, tiny_sd, tiny_sdxl
 
 NAMED = "red hat, striped cup"
@@ -40,7 +40,7 @@ def test_it_is_named_behind_what_a_negative_prompt_says(make, own, read_instead)
     with torch.no_grad():
         said = layer.get_base_layer()(words)
     assert alike(answer[0], said[0]) and not alike(answer[1], said[1])
-    kept = customize.Decor(negative="kept")
+    kept = customize.Decor(negative="keep")
     (words, answer, _) = read(pipe.load_custom(kept), avoid=AVOID, **call)
     (before, plain, _) = read(pipe, **call)
     assert torch.equal(words[0], before[0]) and torch.equal(answer[0], plain[0])
@@ -112,6 +112,6 @@ def test_models_that_are_guided_by_naming_alone_are_not_guided_by_it():
 def test_modular_pipelines_name_it_as_well():
     pipe = modular(attached(tiny_sdxl)).load_custom()
     found = draw(pipe, output_type="np", avoid=AVOID)
-    pipe.load_custom(customize.Decor(negative="kept"))
+    pipe.load_custom(customize.Decor(negative="keep"))
     kept = draw(pipe, output_type="np", avoid=AVOID)
     assert abs(found - kept).max() > 1e-3

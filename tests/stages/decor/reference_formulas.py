@@ -1,4 +1,4 @@
-"""What the denoiser reads of a prompt, and the formulas of cleaning, written down once more."""
+"""What the denoiser reads of a prompt, and DECOR's formulas in another implementation."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from torch.linalg import svd
 
 import customize
 from customize.families import family_of
+from customize.stages.decor.kv_updates import COLOURS
 from tests.tiny import drawn
 
 PROMPT = "a photo of <rex> and a car on the beach"
 AVOID = "red hat, striped cup"
 PHRASES = ("red hat", "striped cup")
 CLEAN = customize.Decor(target="prompt", strength=1.0)
-# What concepts add, by the formula alone.
-PLAIN = {"negative": "kept", "keys": 0.0, "surely": False, "colours": True}
+# Values alone are cleaned, and negative prompts are unchanged.
+VALUES_ONLY = {"negative": "keep", "keys": 0.0}
 
 
 def draw(pipe, prompt=PROMPT, seeds=(1,), **call):
@@ -58,9 +59,29 @@ def without(rows, unwanted, strength=1.0):
     return rows - strength * rows @ right.T @ right
 
 
-def without_in_heads(rows, unwanted, strength=1.0, heads=2):
-    parts = zip(rows.chunk(heads, -1), unwanted.chunk(heads, -1), strict=True)
-    return torch.cat([without(own, part, strength) for own, part in parts], -1)
+def colour_directions(pipe, base, heads=2):
+    """The directions in which a layer's values of colours differ, for each head: (5, width)."""
+    rows = torch.stack([words_of(pipe, colour).mean(0) for colour in COLOURS])
+    with torch.no_grad():
+        values = base(rows)
+    # The last direction is what all colours have in common.
+    return [svd(v - v.mean(0))[2][: len(COLOURS) - 1] for v in values.chunk(heads, -1)]
+
+
+def cleaned_update(pipe, base, update, phrases=PHRASES, strength=1.0, by_confidence=True):
+    """A layer's update (words, width) with the unwanted phrases projected out of it."""
+    cleaned = []
+    parts = update.chunk(2, -1), values_of(pipe, base, phrases).chunk(2, -1)
+    for rows, unwanted, colours in zip(*parts, colour_directions(pipe, base), strict=True):
+        _, sizes, right = svd(unwanted - unwanted @ colours.T @ colours, full_matrices=False)
+        right = right[sizes > 1e-4]
+        inside, width = rows @ right.T @ right, rows.shape[-1]
+        chance = len(right) / width
+        spread = (2 * chance * (1 - chance) / (width + 2)) ** 0.5
+        share = inside.square().sum(-1) / rows.square().sum(-1)
+        confidence = ((share - chance) / (2 * spread)).clamp(0, 1)[:, None]
+        cleaned.append(rows - strength * (confidence if by_confidence else 1.0) * inside)
+    return torch.cat(cleaned, -1)
 
 
 def alike(found, expected):

@@ -29,7 +29,8 @@ from customize.api.pipeline_methods import (
 )
 
 if TYPE_CHECKING:
-    from customize.api.concept_files import inspect, merge
+    from customize.api.inspect_files import inspect
+    from customize.api.merge_files import merge
     from customize.api.train_concept import train
     from customize.concepts.io.read_concept import load_concept
     from customize.concepts.io.write_concept import save_concept
@@ -44,9 +45,9 @@ _LATER = {
     "Decor": "customize.stages.avoid",
     "Library": "customize.concepts.library.library",
     "TrainConfig": "customize.training.config",
-    "inspect": "customize.api.concept_files",
+    "inspect": "customize.api.inspect_files",
     "load_concept": "customize.concepts.io.read_concept",
-    "merge": "customize.api.concept_files",
+    "merge": "customize.api.merge_files",
     "save_concept": "customize.concepts.io.write_concept",
     "train": "customize.api.train_concept",
 }

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from customize.concepts.io.write_concept import save_concept
-from customize.concepts.merge.merge_concepts import METHODS, check_method
+from customize.concepts.merge.merge_concepts import plan_merge
+from customize.core.merges import MERGES
 from customize.errors import ConfigError, CustomizeError
 from customize.families import family_of
 from customize.near_names import find_near_names, find_near_paths, suggest_names, suggest_paths
@@ -69,8 +70,8 @@ def test_only_known_names_are_suggested(given_: object) -> None:
 
 
 def test_dissimilar_name_lists_all_names() -> None:
-    assert find_near_names("zzzz", METHODS) == []
-    assert suggest_names("zzzz", METHODS).startswith("choose from sum, ")
+    assert find_near_names("zzzz", MERGES) == []
+    assert suggest_names("zzzz", MERGES).startswith("choose from sum, ")
     assert suggest_names("x", [], otherwise="load it first") == "load it first"
     assert len(suggest_names("x", [f"name-{n}" for n in range(10_000)])) < 600
 
@@ -100,7 +101,7 @@ def refusals(pipe: Any, tmp_path: Path) -> dict[str, Any]:
     config = {"base": "b", "images": "i", "output": "o", "name": "n", "class_word": "dog"}
     return {
         "fusion": lambda: load_custom(pipe, merge="fuson"),
-        "ties": lambda: check_method("tie", {}),
+        "ties": lambda: plan_merge([rex], [1.0], "tie"),
         "density": lambda: load_custom(pipe, merge={"method": "ties", "densty": 0.3}),
         "xformers": lambda: load_custom(pipe, attention="xformer"),
         "rex": lambda: load_custom(pipe, weights={"rexx": 1.0}),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import customize
-from customize.api.concept_files import Inspection
+from customize.api.inspect_files import Inspection
 from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConceptError, ConfigError
 from customize.families import family_of
@@ -40,7 +40,7 @@ def test_nothing_heavy_is_imported_with_the_names() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "customize.api.concept_files" in done.stdout
+    assert "customize.api.inspect_files" in done.stdout
 
 
 @pytest.mark.parametrize("name", customize.__all__)
@@ -110,10 +110,10 @@ def test_merge_writes_what_load_custom_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"merge": "tie"}, "no merge.*did you mean ties"),
-        ({"merge": "fusion"}, "no record of what the layers of rex, tom read.*customize record"),
+        ({"merge": "tie"}, "unknown merge method 'tie'.*did you mean ties"),
+        ({"merge": "fusion"}, "layer inputs of rex, tom are not recorded.*customize record"),
         ({"merge": {"method": "ties", "densty": 1}}, "no setting densty.*did you mean density"),
-        ({"format": "koya"}, "no format koya.*did you mean kohya"),
+        ({"format": "koya"}, "unknown format koya.*did you mean kohya"),
         ({"family": "sdx"}, "no family.*did you mean sdxl or sd"),
         ({"weights": {"rx": 1}}, "given for rx.*did you mean rex"),
         ({"ignore": ["unt"]}, "ignore"),
@@ -147,7 +147,7 @@ def test_inspect_tells_what_concepts_hold(tmp_path: Path) -> None:
     assert found.facts[0]["trigger"] == "<rex>, 2 tokens" and found.overlap is None
     both = customize.inspect(rex, tom)
     assert both.overlap is not None and both.overlap.shape == (2, 2)
-    assert both.notes == ["No two share a slice: their updates are orthogonal."]
+    assert both.notes == ["No two concepts share a slice: their updates are orthogonal."]
     assert "overlap of rex and tom: 0.000" in repr(both) and not both.crosstalk
     for each in (rex, tom):
         made = customize.load_concept(each)

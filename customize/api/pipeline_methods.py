@@ -93,19 +93,18 @@ def load_custom(
             and rounded once; a copy of each touched weight is kept on the CPU, so that unloading
             gives back the same bits. Holds for the ``concepts`` given, or without any for those
             that a dict of weights names; others keep their mode.
-        merge: "sum": the updates are added, as they are. "fusion": in each layer, the one update
-            that comes closest to doing to what each concept's prompts bring there what that
-            concept's own update does, and nothing to the rest
-            (:func:`customize.core.fusion.fusion`). It needs to know what a concept's layers read:
-            a record that training leaves beside the concept (or :func:`record_inputs`), or one
-            that is made here and now, by drawing. "auto": fusion where each concept has a record,
-            else, or where all were learned in one run, a sum. "average", "truncate", "magnitude",
-            "dare", "ties" and "subject_style" (the subject first): those of
-            :mod:`customize.core.merges`, with their defaults or, in a dict, other settings:
-            ``{"method": "ties", "density": 0.3}``. They take all concepts together, so ``fuse``
-            must be the same for all. What prunes is exact with ``fuse=True``; beside the weights it
-            is the nearest adapter of the ranks' sum. None: as before, at first "auto". A single
-            concept is as it is anyway; ``pipe.custom`` tells how several are merged.
+        merge: How to merge several concepts. "sum": the weighted sum of the updates. "fusion": in
+            each layer, the least-squares update that reproduces each concept on its own inputs
+            (:mod:`customize.core.merges.fusion`). It needs the recorded layer inputs of each
+            concept, which training and :func:`record_inputs` store beside the concept; missing
+            ones are recorded now, by drawing. "auto": fusion if every concept has recorded inputs,
+            else the sum; also the sum for all concepts of one training run. "average",
+            "truncate", "magnitude", "dare" and "ties": other methods of
+            :mod:`customize.core.merges`, with default settings or, in a dict, with others:
+            ``{"method": "ties", "density": 0.3}``. They merge all concepts jointly, so ``fuse``
+            must be the same for all. Pruning is exact with ``fuse=True``; an adapter beside the
+            weights approximates it at the sum of the ranks. None: unchanged, at first "auto". A
+            single concept is not changed by merging; ``pipe.custom`` reports the method.
         attention: "auto": of the backends that are installed and fit the device, the dtype and the
             widths of the heads, the fastest; on CUDA they are timed here, elsewhere it is torch's
             own. Or one of them: "native" ("sdpa" is the same), "xformers", "flash", "sage", or

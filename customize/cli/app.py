@@ -10,6 +10,7 @@ import typer
 from customize.cli import config_flags, library_command
 from customize.cli.command_support import on_interrupt
 from customize.cli.evaluate_command import evaluate, pareto
+from customize.cli.merge_help import MergeHelp
 from customize.cli.shared_options import (
     BaseConfig,
     Concepts,
@@ -72,7 +73,7 @@ def train(config: Path | None, together: list[Path], settings: dict[str, Any]) -
 app.command("train", cls=config_flags.PlainHelp)(train)
 
 
-@app.command()
+@app.command(cls=MergeHelp)
 @on_interrupt("interrupted: nothing was written; give the same command again")
 def merge(
     concepts: Concepts,
@@ -84,37 +85,23 @@ def merge(
     names: Names = None,
     merge: Annotated[
         str,
-        typer.Option(
-            metavar="METHOD",
-            help="sum: as it is; average: the sum over the number of them; fusion: in each layer"
-            " what does to each concept's inputs what its own update does, for which each needs a"
-            " record of these (customize record); auto: fusion where all have one, else sum;"
-            " truncate: the sum, cut to the largest rank among them or to --rank; magnitude, dare,"
-            " ties: the sum, or the mean by elected signs, of what pruning leaves of each;"
-            " subject_style: a subject and a style, by which has the larger entries in each layer",
-        ),
+        typer.Option(metavar="METHOD"),
     ] = "auto",
     density: Annotated[
         float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Of the entries that magnitude, dare and ties leave; not given: .5, .5, .2",
-            show_default=False,
-        ),
+        typer.Option(metavar="FRACTION", show_default=False),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(
-            min=0, metavar="N", help="Of what dare leaves; not given: 0", show_default=False
-        ),
+        typer.Option(min=0, metavar="N", show_default=False),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Truncate the merged update to this rank; not given: the ranks added, which is"
-            " exact unless something was pruned",
+            help="Truncate the merged update to this rank (default: the sum of the ranks, which is"
+            " exact unless the method prunes)",
             show_default=False,
         ),
     ] = None,

@@ -144,7 +144,7 @@ def run(
 
     from customize.concepts.formats.open_adaptation import open_adaptations
     from customize.concepts.io.write_concept import check_writable
-    from customize.concepts.merge.merge_concepts import check_compatible
+    from customize.concepts.merge.compatibility import check_compatible
     from customize.concepts.types import Concept
     from customize.families import family_of
 

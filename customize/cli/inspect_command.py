@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from customize.api.concept_files import describe_concept, describe_relations, find_incompatibility
+from customize.api.inspect_files import describe_concept, describe_relations, find_incompatibility
 from customize.atomic import write_atomic
 from customize.cli.command_support import check_png, console
 from customize.concepts.adapter import flatten_layers
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.formats.open_adaptation import open_all_without_pipeline
 from customize.concepts.input_statistics import load_recorded_inputs
-from customize.concepts.merge.merge_concepts import trained_together
+from customize.concepts.merge.choose_method import trained_together
 from customize.core.crosstalk import overlap_matrix, relative_responses, response_norms
 from customize.core.lowrank import LowRank
 from customize.errors import ConfigError, storage_error

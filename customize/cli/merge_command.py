@@ -19,21 +19,13 @@ from customize.cli.command_support import (
 from customize.cli.weight_arguments import Given, parse_weights
 from customize.concepts.io.file_layout import KEY_LAYOUTS
 from customize.concepts.io.folder_lock import lock_folder
-from customize.concepts.merge.merge_concepts import (
-    AUTO,
-    METHODS,
-    SUM,
-    check_method,
-    check_single_concept,
-)
+from customize.concepts.merge.choose_method import check_concept_count, parse_method
+from customize.core.merges import MERGES, TRUNCATE
 from customize.errors import ConfigError
 from customize.near_names import suggest_names
 
 if TYPE_CHECKING:
     from customize.concepts.formats.lora import Adaptation
-
-#: The method whose rank is --rank.
-TRUNCATE = "truncate"
 
 
 def run(
@@ -63,21 +55,15 @@ def run(
         variant, base_config: of the base, see :func:`customize.base.load_pipeline.load_pipeline`.
     """
     weights = parse_weights(weights_text, len(sources))
-    methods = (AUTO, *METHODS)
-    if method not in methods:
-        raise ConfigError(
-            f"there is no merge {method}", where="--merge", fix=suggest_names(method, methods)
-        )
-    if len(sources) == 1:
-        check_single_concept(method)
     settings: dict[str, Any] = {"density": density, "seed": seed}
-    if method == TRUNCATE:
+    if method in MERGES and "rank" in MERGES[method].defaults:
         settings["rank"], rank = rank, None
     settings = {name: value for name, value in settings.items() if value is not None}
-    check_method(SUM if method == AUTO else method, settings)
+    parse_method({"method": method, **settings}, "--merge")
+    check_concept_count(method, len(sources))
     if layout not in KEY_LAYOUTS:
         raise ConfigError(
-            f"there is no format {layout}",
+            f"unknown format {layout}",
             where="--format",
             fix=suggest_names(layout, KEY_LAYOUTS),
         )
@@ -106,7 +92,7 @@ def run(
     if rank is not None:
         raise ConfigError(
             "--rank has no meaning with --fuse: weights take the exact merge",
-            fix=f"leave one out, or give --merge {TRUNCATE}",
+            fix=f"leave one out, or give --merge {TRUNCATE.name}",
         )
     with lock_folder(output):
         _write_pipeline(
@@ -149,7 +135,7 @@ def _write_lora(
     family: str | None,
     ignore: Sequence[str],
 ) -> None:
-    from customize.api.concept_files import merge
+    from customize.api.merge_files import merge
     from customize.concepts.formats.open_adaptation import open_all_without_pipeline
     from customize.concepts.slices.overlap import find_overlaps
 
@@ -197,7 +183,7 @@ def _write_pipeline(
     from customize import load_custom
     from customize.concepts.formats.open_adaptation import open_adaptations
     from customize.concepts.io.write_merged_lora import check_new_folder
-    from customize.concepts.merge.merge_concepts import check_compatible
+    from customize.concepts.merge.compatibility import check_compatible
     from customize.concepts.types import Concept
     from customize.families import family_of
 

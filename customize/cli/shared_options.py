@@ -99,9 +99,9 @@ MergeMethod = Annotated[
     typer.Option(
         "--merge",
         metavar="METHOD",
-        help="How several concepts become one update: sum, added; fusion, each as on its own"
-        " prompts; auto, fusion where each has a record of its layers' inputs, else the sum; or"
-        " another that customize merge has, with its default settings",
+        help="How to merge several concepts: sum; fusion, which reproduces each concept on its own"
+        " inputs; auto, fusion if every concept has recorded inputs, else sum; or another method of"
+        " customize merge --help with its default settings",
     ),
 ]
 Json = Annotated[

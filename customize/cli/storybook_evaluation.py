@@ -78,7 +78,7 @@ def run_storybook(
         )
     numbers = parse_weight_list(weights, len(sources)) or [1.0] * len(sources)
     check_output_file(json_file)
-    from customize.concepts.merge.merge_concepts import check_compatible
+    from customize.concepts.merge.compatibility import check_compatible
     from customize.concepts.tokens.subjects import check_subjects
     from customize.storybook.judges import load_judges
 

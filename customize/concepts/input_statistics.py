@@ -33,7 +33,7 @@ from customize.concepts.io.find_files import locate
 from customize.concepts.io.input_statistics_file import HEADER, VERSION, read_input_statistics
 from customize.concepts.io.write_concept import safetensors_bytes
 from customize.concepts.types import describe_layer_counts
-from customize.core.fusion import InputMoment
+from customize.core.input_moment import InputMoment
 from customize.errors import ConceptError, storage_error
 from customize.families import Family
 from customize.families.adaptable_layers import CONVOLUTIONS
@@ -77,7 +77,7 @@ class LayerInputs:
     Attributes:
         of: :func:`digest_updates` of what was recorded.
         own: component -> module, under the names used in files -> (n, in), float32: the factor of
-            the second moment of the inputs over its trace; see :mod:`customize.core.fusion`.
+            the second moment of the inputs over its trace; see :mod:`customize.core.merges.fusion`.
         generic: the same of the base and the class word.
     """
 

@@ -8,8 +8,8 @@ training::
     sum_l  E ||s U_l D_l x||^2 / E ||W_l x||^2      over inputs x of generic prompts
 
 Inputs are known by the factor S of their second moment, of trace 1, as
-:meth:`customize.core.fusion.InputMoment.factor` gives it: its rows are the leading directions,
-strongest first, each as long as the root of its share.
+:meth:`customize.core.input_moment.InputMoment.factor` gives it: its rows are the leading
+directions, strongest first, each as long as the root of its share.
 """
 
 from __future__ import annotations

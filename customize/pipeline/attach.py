@@ -21,8 +21,8 @@ from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.library.byte_cache import LRUCache
 from customize.concepts.library.index import LibraryEntry
 from customize.concepts.library.library import Library
-from customize.concepts.merge.merge_concepts import SUM
 from customize.concepts.slices.overlap import find_overlaps
+from customize.core.merges import SUM
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.near_names import suggest_names
@@ -193,7 +193,7 @@ def route_to(family: Family, state: AttachedState, entries: Sequence[LibraryEntr
     after = {n: each if n in kept else replace(each, routed=True) for n, each in found.items()}
     _check_vocabularies(whole, state, new)
     merging = resolve_merge(whole, state, after, None)
-    if merging.method == SUM:
+    if merging.method == SUM.name:
         _tell_collisions(before, after)
     apply_attachments(whole, state, after, merging)
     cache.active_concepts = {e.source: (e.stamp, c) for e, c in zip(ordered, new, strict=True)}

@@ -20,19 +20,16 @@ from customize.concepts.input_statistics import (
     record_layer_inputs,
     updated_layers,
 )
-from customize.concepts.merge.merge_concepts import (
+from customize.concepts.merge.choose_method import (
     AUTO,
-    FUSION,
-    METHODS,
-    SEPARABLE,
-    SUM,
-    check_method,
     choose_method,
+    may_need_inputs,
+    parse_method,
     read_record,
 )
+from customize.core.merges import FUSION, MERGES, SUM
 from customize.errors import ConfigError
 from customize.families import Family
-from customize.near_names import suggest_names
 from customize.pipeline.state import AttachedConcept, AttachedState, MergePlan
 from customize.pipeline.transaction import apply_attachments
 from customize.stages.check_prompts import is_truncated
@@ -45,20 +42,7 @@ def parse_merge(merge: str | Mapping[str, Any] | None) -> tuple[str, dict[str, A
     Raises:
         ConfigError: no such method, or a setting that it does not have.
     """
-    if merge is None:
-        return None
-    settings = dict(merge) if isinstance(merge, Mapping) else {"method": merge}
-    method = settings.pop("method", None)
-    if not isinstance(method, str) or method not in (AUTO, *METHODS):
-        raise ConfigError(
-            f"a pipeline's concepts cannot be merged by {quote(method)}",
-            where="merge",
-            fix=suggest_names(method, (AUTO, *METHODS))
-            + ', or give a dict with one as its "method" and settings',
-        )
-    if method != AUTO or settings:
-        check_method(SUM if method == AUTO else method, settings)
-    return method, settings
+    return None if merge is None else parse_method(merge)
 
 
 def resolve_merge(
@@ -87,7 +71,8 @@ def resolve_merge(
     )
     if len(after) < 2:
         return MergePlan(method, method_settings=settings)
-    if method not in (AUTO, *SEPARABLE) and len({each.fused for each in after.values()}) > 1:
+    is_joint = method in MERGES and not MERGES[method].is_separable
+    if is_joint and len({each.fused for each in after.values()}) > 1:
         beside = [name for name, each in after.items() if not each.fused]
         raise ConfigError(
             f"{method} merges all concepts together, and {', '.join(beside)} would be beside the "
@@ -105,24 +90,25 @@ def resolve_merge(
     concepts = [each.concept for each in after.values()]
     read = read_record if cache is None else partial(cache.get_input_statistics, read=read_record)
     found, records, lacking = choose_method(method, concepts, known, read)
-    if found == FUSION:
+    if MERGES[found].needs_inputs:
         made = recorded(family, state, lacking)
         if cache is not None:
             for concept in lacking:
                 cache.put_input_statistics(concept, made[concept.info.name])
         records |= made
-    return MergePlan(method, found, records if method in (AUTO, FUSION) else {}, settings)
+    return MergePlan(method, found, records if may_need_inputs(method) else {}, settings)
 
 
 def resolve_merge_without(state: AttachedState, after: Mapping[str, AttachedConcept]) -> MergePlan:
     """How what is left will be merged when some concepts are gone; nothing is read or drawn."""
     before = state.merge_plan
     known = {name: own for name, own in before.input_statistics.items() if name in after}
-    method = SUM
+    method = SUM.name
     if len(after) > 1:
-        recorded = known.keys() == after.keys()
-        fused = before.requested_method in (AUTO, FUSION)
-        method = (FUSION if recorded else SUM) if fused else before.requested_method
+        method = before.requested_method
+        if may_need_inputs(method):
+            fused = FUSION.name if method == AUTO else method
+            method = fused if known.keys() == after.keys() else SUM.name
     return MergePlan(before.requested_method, method, known, before.method_settings)
 
 

@@ -12,8 +12,9 @@ from customize.base.attention.apply_backend import BackendReport
 from customize.concepts.adapter import Adapter
 from customize.concepts.formats.lora import Adaptation
 from customize.concepts.input_statistics import LayerInputs
+from customize.concepts.merge.choose_method import AUTO
 from customize.concepts.merge.component_weights import Weight
-from customize.concepts.merge.merge_concepts import AUTO, SUM
+from customize.core.merges import SUM
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import uncompiled
@@ -56,7 +57,7 @@ class MergePlan:
     """How what is attached becomes one update.
 
     Attributes:
-        requested_method: a name of :data:`customize.concepts.merge.merge_concepts.METHODS`, or
+        requested_method: a name of :data:`customize.core.merges.MERGES`, or
             "auto": fusion where each concept has a record, else a sum.
         method: which it is; "sum" where there are no two concepts to merge.
         input_statistics: concept name -> what its layers read, for "fusion".
@@ -64,7 +65,7 @@ class MergePlan:
     """
 
     requested_method: str = AUTO
-    method: str = SUM
+    method: str = SUM.name
     input_statistics: Mapping[str, LayerInputs] = field(default_factory=dict)
     method_settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -267,7 +268,7 @@ class Customization:
 
     rows: tuple[ConceptRow, ...]
     model: str
-    merge: str = SUM
+    merge: str = SUM.name
     attention: tuple[BackendReport, ...] = ()
     memory: str = ""
     library: str = ""

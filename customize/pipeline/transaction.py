@@ -13,7 +13,7 @@ from torch import nn
 
 from customize.base.offload import materialize
 from customize.concepts.adapter import attach_updates, match_to_model
-from customize.concepts.merge.merge_concepts import FUSION, plan_merge
+from customize.concepts.merge.merge_concepts import plan_merge
 from customize.concepts.tokens.layerwise_embeddings import (
     hook_cross_attention,
     hook_text_encoder,
@@ -28,6 +28,7 @@ from customize.concepts.tokens.token_rows import (
     vocabulary_entries,
 )
 from customize.core.lowrank import LowRank
+from customize.core.merges import MERGES
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.pipeline import set_biases_and_norms
@@ -287,7 +288,7 @@ def _updates(
     # Not its .device, for which diffusers walks over all modules.
     on_cuda = next(family.denoiser.parameters()).is_cuda
     said = tuple((name, each.weight, each.fused) for name, each in attached.items())
-    inputs = merging.input_statistics if merging.method == FUSION else {}
+    inputs = merging.input_statistics if MERGES[merging.method].needs_inputs else {}
     of = [*(each.concept for each in attached.values()), *inputs.values()]
     how = (
         merging.method,
@@ -315,13 +316,13 @@ def _layers_of(
     rest = [each for each in attached.values() if each.fused != fused]
     if not chosen:
         return {}
-    inputs = merging.input_statistics if merging.method == FUSION else {}
+    inputs = merging.input_statistics if MERGES[merging.method].needs_inputs else {}
     layers = plan_merge(
         [each.concept for each in chosen],
         [each.weight for each in chosen],
         merging.method,
         inputs=[inputs[each.name] for each in chosen] if inputs else (),
-        others=[inputs[each.name] for each in rest] if inputs else (),
+        preserved=[inputs[each.name] for each in rest] if inputs else (),
         **(merging.method_settings if merging.method == merging.requested_method else {}),
     )
     return match_to_model(layers, family)

@@ -17,7 +17,7 @@ from peft.utils import set_peft_model_state_dict
 from customize.concepts import adapter as adapters
 from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
 from customize.concepts.io.read_concept import load_concept
-from customize.concepts.merge.merge_concepts import merge as merge_concepts
+from customize.concepts.merge.merge_concepts import merge_concepts
 from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank
 

@@ -29,7 +29,7 @@ def test_columns_scores_and_odd_text() -> None:
     assert rows["slices"] == "width 6: 0, 5; width 8: 1-2"
     assert rows["score: identity"] == "0.75"
     assert rows["base"] == "[bold]x[/bold] (family sd)"
-    assert rows["numbers"] == f"{2 * (16 + 11 + 12):,}"
+    assert rows["parameters"] == f"{2 * (16 + 11 + 12):,}"
     assert "slices" not in describe_concept(small(method="lora", basis=None, slices={}))
 
 
@@ -40,7 +40,7 @@ def test_text_of_others_is_shown_as_it_is(run: Run, tmp_path: Path) -> None:
 
 def test_disjoint_concepts(run: Run, world: World) -> None:
     result = run("inspect", world.rex, world.tom)
-    assert "No two share a slice" in result.out
+    assert "No two concepts share a slice" in result.out
     table = result.out[result.out.index("overlap of updates") :]
     numbers = [float(word) for word in table.split() if word[:2] in ("0.", "1.") and len(word) == 5]
     assert len(numbers) == 4 and numbers[1] == numbers[2] == 0.0 < numbers[0]
@@ -68,7 +68,7 @@ def test_concepts_of_one_run_are_not_to_be_fused(run: Run, world: World, tmp_pat
         save_concept(made, tmp_path / name)
         record_of(made).save(tmp_path / name / "layer_inputs.safetensors")
     result = run("inspect", tmp_path / "rex", tmp_path / "tom")
-    assert "They were learned in one run: what it learned is their sum" in result.out
+    assert "They were trained in one run, which optimized their sum" in result.out
     assert "No two share" not in result.out and "nothing can be said" not in result.out
     alone = run("inspect", tmp_path / "rex", world.tom)
     assert "learned in one run" not in alone.out
@@ -88,10 +88,13 @@ def test_ordinary_loras_and_strangers(run: Run, world: World, tmp_path: Path) ->
     plain = concept(tiny_sd(), "plain", method="lora", basis=None, slices={})
     save_concept(plain, tmp_path / "plain")
     result = run("inspect", world.rex, tmp_path / "plain")
-    assert "note: plain are ordinary LoRAs" in result.out and "No two share" not in result.out
+    assert (
+        "note: ordinary LoRAs without reserved slices: plain." in result.out
+        and "No two concepts share" not in result.out
+    )
     save_concept(concept(tiny_sd3(), "other"), tmp_path / "other")
     result = run("inspect", world.rex, tmp_path / "other")
-    assert result.code == 0 and "They cannot be merged: rex was learned on sd" in result.out
+    assert result.code == 0 and "They cannot be merged: rex was trained on sd" in result.out
 
 
 def test_what_is_no_concept(run: Run, world: World, tmp_path: Path) -> None:

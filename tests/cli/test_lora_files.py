@@ -108,7 +108,7 @@ def test_inspect_says_what_a_file_holds(run: Run, style: Path) -> None:
 
 def test_bad_words(run: Run, style: Path, tmp_path: Path) -> None:
     output = ("--output", str(tmp_path / "out"))
-    refused(run("merge", str(style), *output, "--format", "a1111"), "there is no format a1111")
+    refused(run("merge", str(style), *output, "--format", "a1111"), "unknown format a1111")
     done = run("merge", str(style), *output, "--format", "kohya", "--fuse", "--base", "some/base")
     refused(done, "--format is that of a LoRA file")
     data = style.read_bytes()

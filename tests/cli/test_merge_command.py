@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 from customize.concepts.io.read_concept import load_concept
 from customize.concepts.io.write_concept import save_concept
 from customize.concepts.io.write_merged_lora import write_merged
-from customize.concepts.merge.merge_concepts import merge
+from customize.concepts.merge.merge_concepts import merge_concepts
 from customize.concepts.types import Concept
 from customize.core.lowrank import to_dense
+from customize.core.merges import MERGES
 from customize.errors import ConceptError, StorageError
 from tests.cli.making import Run, World, refused
 from tests.concepts.making import small
@@ -72,6 +74,15 @@ def ours(world: World, weights: list[float], **settings: bool) -> np.ndarray:
     return draw(pipe, PROMPT)
 
 
+def test_help_describes_every_method_and_setting(run: Run) -> None:
+    shown = " ".join(re.sub(r"[│\n]", " ", run("merge", "--help").out).split())
+    for name, method in MERGES.items():
+        assert f"{name}: {method.summary}" in shown
+        assert all(f"--{setting}" in shown for setting in method.defaults)
+    assert "Fraction of entries kept by magnitude, dare, ties (default: 0.5, 0.5, 0.2)" in shown
+    assert "Random seed for DARE (default: 0)" in shown
+
+
 def test_stock_diffusers_draws_what_load_custom_draws(
     run: Run, world: World, tmp_path: Path
 ) -> None:
@@ -119,7 +130,7 @@ def test_stock_diffusers_draws_what_load_custom_draws(
 def test_every_layer_holds_the_exact_sum(run: Run, world: World, tmp_path: Path) -> None:
     assert run("merge", world.rex, world.tom, "--weights", "1,-0.5", "-o", tmp_path / "m").code == 0
     tensors = load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")
-    wanted = merge([load_concept(world.rex), load_concept(world.tom)], [1.0, -0.5])
+    wanted = merge_concepts([load_concept(world.rex), load_concept(world.tom)], [1.0, -0.5])
     seen = 0
     for component, own in wanted.items():
         for module, update in own.items():
@@ -152,7 +163,7 @@ def test_methods_that_prune_say_what_narrowing_lost(run: Run, world: World, tmp_
     facts = json.loads((tmp_path / "m" / "merged.json").read_text())
     assert facts["method"] == "dare" and facts["settings"] == {"density": 0.6, "seed": 3}
     concepts = [load_concept(world.rex), load_concept(world.tom)]
-    exact = merge(concepts, [1.0, 1.0], "dare", density=0.6, seed=3)
+    exact = merge_concepts(concepts, [1.0, 1.0], "dare", density=0.6, seed=3)
     tensors = load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")
     lost = whole = 0.0
     for component, own in exact.items():
@@ -227,11 +238,15 @@ def test_what_does_not_go_together(run: Run, world: World, tmp_path: Path) -> No
     output = ("--output", tmp_path / "m")
     refused(run("merge", world.rex, world.rex, *output), "two concepts are called rex")
     refused(run("merge", world.rex, world.tom, "--weights", "1", *output), "1 weights", "2")
-    refused(run("merge", world.rex, "--merge", "slerp", *output), "no merge slerp", "sum, average")
+    refused(
+        run("merge", world.rex, "--merge", "slerp", *output),
+        "unknown merge method 'slerp'",
+        "sum, average",
+    )
     refused(run("merge", world.rex, "--seed", "1", *output), "no setting seed")
     for more in ([], ["--fuse", "--base", world.base]):
         result = run("merge", world.rex, "--merge", "ties", *more, *output)
-        refused(result, "ties merges several concepts, and one was given", "--rank")
+        refused(result, "the merge ties needs at least 2 concepts, not 1", "--rank")
     refused(run("merge", world.rex, "--rank", "0", *output), "--rank", "equal to 1")
     refused(
         run("merge", world.rex, "--fuse", "--base", "b", "--rank", "2", *output), "--rank", "--fuse"
@@ -240,7 +255,7 @@ def test_what_does_not_go_together(run: Run, world: World, tmp_path: Path) -> No
     refused(run("merge", world.rex, "--fuse", *output), "--fuse", "Fix: give --base")
     refused(run("merge", world.rex, "--base", "b", *output), "--base", "Fix: add --fuse")
     save_concept(concept(tiny_sd3(), "other"), tmp_path / "other")
-    refused(run("merge", world.rex, tmp_path / "other", *output), "learned on sd (tiny) and other")
+    refused(run("merge", world.rex, tmp_path / "other", *output), "trained on sd (tiny) and other")
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"\x80\x04")
     refused(run("merge", pickle, *output), "can run code", str(pickle))

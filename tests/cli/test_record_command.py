@@ -18,7 +18,7 @@ from customize.cli.inspect_command import relative_crosstalk
 from customize.concepts.adapter import saved_module_name
 from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
 from customize.concepts.io.read_concept import load_concept
-from customize.concepts.merge.merge_concepts import merge
+from customize.concepts.merge.merge_concepts import merge_concepts
 from customize.core.lowrank import LowRank, distance, norm, to_dense
 from tests.cli.making import Run, World, refused
 from tests.pipeline.making import draw, user_lora
@@ -75,7 +75,7 @@ def test_merge_writes_the_fusion(run: Run, recorded: World, tmp_path: Path) -> N
     concepts = [load_concept(source) for source in (recorded.rex, recorded.tom)]
     records = [LayerInputs.load(layer_inputs_path(c.source)) for c in concepts]
     for name, method in (("auto", "fusion"), ("sum", "sum")):
-        expected = merge(concepts, [1.0, 0.8], method, records)
+        expected = merge_concepts(concepts, [1.0, 0.8], method, records)
         tensors = load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
         for component, updates in expected.items():
             for module, update in updates.items():
@@ -100,7 +100,7 @@ def test_merge_into_a_whole_pipeline(run: Run, recorded: World, tmp_path: Path) 
 def test_merge_without_records(run: Run, world: World, recorded: World, tmp_path: Path) -> None:
     both = (world.rex, recorded.tom)
     result = run("merge", *both, "--merge", "fusion", "-o", tmp_path / "a")
-    refused(result, "no record of what the layers of rex read", "customize record")
+    refused(result, "layer inputs of rex are not recorded", "customize record")
     assert not (tmp_path / "a").exists()
     result = run("merge", *both, "-o", tmp_path / "a")
     assert result.code == 0 and "merged by sum" in result.out
@@ -118,7 +118,7 @@ def test_generate_says_how_it_merged(run: Run, recorded: World, tmp_path: Path) 
     result = run(
         "generate", recorded.rex, recorded.tom, *common, "--merge", "blend", "-o", tmp_path / "x"
     )
-    refused(result, "cannot be merged by 'blend'")
+    refused(result, "unknown merge method 'blend'")
 
 
 def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -> None:

@@ -138,7 +138,7 @@ def test_concepts_in_one_run(run: Run, world: World, tmp_path: Path) -> None:
     assert [c.rank for c in concepts] == [2, 2]
     assert [c.learned_with for c in concepts] == [["kit"], ["max"]]
     shown = run("inspect", tmp_path / "out" / "kit").out
-    assert "learned with" in shown and "max" in shown
+    assert "trained with" in shown and "max" in shown
 
 
 def test_settings_are_checked_before_anything_is_read(

@@ -16,7 +16,7 @@ from customize.concepts.input_statistics import (
     load_recorded_inputs,
 )
 from customize.concepts.io.write_concept import save_concept
-from customize.concepts.merge.merge_concepts import merge
+from customize.concepts.merge.merge_concepts import merge_concepts
 from customize.core.lowrank import distance, norm, weighted_sum
 from customize.errors import ConceptError, ConfigError, StorageError
 from tests.concepts.making import small
@@ -231,26 +231,31 @@ def test_a_record_of_other_widths_is_refused_by_name(tmp_path):
         with pytest.raises(ConceptError, match=r"inputs of width 16 of a layer of width 8.*to_q"):
             load_recorded_inputs("rex", rex.updates, folder)
         tom = small(seed=1, name="tom", trigger="<tom>")
-        with pytest.raises(ConceptError, match="inputs of width 16 of a layer of width 8"):
-            merge([rex, tom], [1.0, 1.0], "fusion", [odd_one, record(tom, seed=1)])
+        with pytest.raises(ConceptError, match="inputs of width 16, and the layer has width 8"):
+            merge_concepts([rex, tom], [1.0, 1.0], "fusion", [odd_one, record(tom, seed=1)])
 
 
 def test_a_merge_by_fusion_wants_a_record_for_each():
     rex, tom = small(), small(seed=1, name="tom", trigger="<tom>")
-    with pytest.raises(ConfigError, match="layer inputs of 1 concepts were given for 2"):
-        merge([rex, tom], [1.0, 1.0], "fusion", [record(rex)])
+    with pytest.raises(
+        ConfigError,
+        match="the merge fusion of 2 concepts needs as many records of layer inputs, not 1",
+    ):
+        merge_concepts([rex, tom], [1.0, 1.0], "fusion", [record(rex)])
 
 
 def test_layers_without_a_record_are_summed():
     rex, tom = small(), small(seed=1, name="tom", trigger="<tom>")
     records = [record(rex), record(tom, seed=1)]
     del records[1].own["unet"]["mid.attn1.to_q"]
-    fused = merge([rex, tom], [1.0, 0.5], "fusion", records)
+    fused = merge_concepts([rex, tom], [1.0, 0.5], "fusion", records)
     own = [c.updates["unet"]["mid.attn2.to_out.0"] for c in (rex, tom)]
     there = fused["unet"]["mid.attn2.to_out.0"]
     assert distance(there, weighted_sum(own, [1.0, 0.5])) > 0.1 * norm(there)
     # Nothing is known of what tom's layer reads: it is added as it is to what is fused of rex.
     half = fused["unet"]["mid.attn1.to_q"]
-    only = merge([rex], [1.0], "fusion", records[:1], records[1:])["unet"]["mid.attn1.to_q"]
+    only = merge_concepts([rex], [1.0], "fusion", records[:1], records[1:])["unet"][
+        "mid.attn1.to_q"
+    ]
     added = tom.updates["unet"]["mid.attn1.to_q"]
     assert distance(half, weighted_sum([only, added], [1.0, 0.5])) < 1e-5 * norm(half)

@@ -17,7 +17,7 @@ from customize.core.bases import (
     count_shared_directions,
     down_projection,
 )
-from customize.core.fusion import InputMoment
+from customize.core.input_moment import InputMoment
 from customize.errors import ConfigError
 
 

@@ -8,10 +8,12 @@ import torch
 from customize.core.avoiding_slices import relative_output_change
 from customize.core.bases import cosine, gaussian_qr
 from customize.core.crosstalk import overlap_matrix, update_overlap
-from customize.core.fusion import InputMoment, fusion
+from customize.core.input_moment import InputMoment
 from customize.core.lowrank import LowRank, norm, to_dense, weighted_sum
 from customize.core.lycoris import dora_delta, hadamard_product, initial_adapter, kronecker_product
 from customize.core.merges import MERGES
+from customize.core.merges.fusion import fusion
+from customize.core.merges.method import MergeMethod, RecordedInputs
 from customize.core.objectives import weighted_mse
 from customize.core.oft import (
     boft_column_delta,
@@ -31,6 +33,11 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     """Also within any of the contexts."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
+def merge(method: MergeMethod) -> LowRank:
+    inputs = RecordedInputs([normal(6, 16), normal(4, 16, seed=9)], generic=[normal(3, 16)])
+    return method.merge([P, Q], [1.0, 0.5], *([inputs] if method.needs_inputs else []))
 
 
 def moment() -> torch.Tensor:
@@ -73,8 +80,8 @@ NUMERICS = {
     "box": lambda: box_weights((0.1, 0.2, 0.7, 0.9), 8, 8),
     "blend": lambda: blend([X[0], Y[0]], [normal(8, 8).abs(), normal(8, 8, seed=1).abs()]),
     **{
-        f"merge-{name}": (lambda merge=merge: to_dense(merge([P, Q], [1.0, 0.5])))
-        for name, merge in MERGES.items()
+        f"merge-{name}": (lambda method=method: to_dense(merge(method)))
+        for name, method in MERGES.items()
     },
 }
 

@@ -77,7 +77,7 @@ def test_lists_and_dotted_keys_do_not_warn_of_layers_that_a_lora_leaves_alone(tm
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-@pytest.mark.parametrize("merge", ["sum", "average", "magnitude", "ties", "subject_style"])
+@pytest.mark.parametrize("merge", ["sum", "average", "magnitude", "ties"])
 def test_weight_0_of_a_part_is_a_file_without_it(merge, fuse, tmp_path):
     one, two = tiny_sd(), tiny_sd()
     whole = lora(one, tmp_path / "rex.safetensors")

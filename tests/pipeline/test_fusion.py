@@ -15,7 +15,7 @@ from customize.concepts.adapter import saved_module_name
 from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
 from customize.concepts.io.read_concept import load_concept
 from customize.concepts.io.write_concept import save_concept
-from customize.concepts.merge.merge_concepts import merge
+from customize.concepts.merge.merge_concepts import merge_concepts
 from customize.core.lowrank import to_dense
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
@@ -81,8 +81,8 @@ def test_both_concepts_are_fused_by_what_they_read(pair, fuse):
     before, base = everything(pipe), draw(pipe)
     concepts = [load_concept(folder) for folder in folders]
     records = [LayerInputs.load(layer_inputs_path(folder)) for folder in folders]
-    expected = merge(concepts, [1.0, 0.5], "fusion", records)
-    summed = merge(concepts, [1.0, 0.5])
+    expected = merge_concepts(concepts, [1.0, 0.5], "fusion", records)
+    summed = merge_concepts(concepts, [1.0, 0.5])
     pipe.load_custom(*folders, weights=[1.0, 0.5], merge="fusion", fuse=fuse)
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     layer = family.denoiser.get_submodule(name)
@@ -134,7 +134,7 @@ def test_records_beside_all_concepts_mean_fusion(pair, tmp_path):
     assert np.array_equal(draw(pipe), fused)
     assert "merged by fusion" in repr(pipe.custom)
     max_ = save_concept(concept(pipe, "max", index=2), tmp_path / "max")
-    with pytest.warns(UserWarning, match="no record of what the layers of max read"):
+    with pytest.warns(UserWarning, match="layer inputs of max are not recorded"):
         pipe.load_custom(max_)
     assert "merged by sum" in repr(pipe.custom)
     pipe.unload_custom("max")
@@ -224,7 +224,7 @@ def test_bad_input(tmp_path):
     before = everything(pipe)
     save_file(user_lora(pipe), tmp_path / "style.safetensors")
     rex = concept(pipe)
-    with pytest.raises(ConfigError, match=r"cannot be merged by 'slerp'.*choose from auto, sum"):
+    with pytest.raises(ConfigError, match=r"unknown merge method 'slerp'.*choose from auto, sum"):
         pipe.load_custom(rex, merge="slerp")
     with pytest.raises(ConfigError, match="style says no words that call it"):
         pipe.load_custom(rex, tmp_path / "style.safetensors", merge="fusion")

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from customize.concepts.merge.merge_concepts import merge
+from customize.concepts.merge.merge_concepts import merge_concepts
 from customize.core.lowrank import to_dense
 from customize.errors import ConfigError
 from tests.pipeline.making import assert_same, concept, draw, everything
 from tests.tiny import tiny_sd
 
 NAME = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
-TOGETHER = ("average", "truncate", "magnitude", "dare", "ties", "subject_style")
+TOGETHER = ("average", "truncate", "magnitude", "dare", "ties")
 together = pytest.mark.parametrize("method", TOGETHER)
 
 
@@ -37,11 +37,11 @@ def test_in_the_weights_the_merge_is_exact_and_goes_without_a_trace(pair, method
     pipe, rex, tom = pair
     before = everything(pipe)
     pipe.load_custom(rex, tom, weights=[1.0, 0.5], merge=method, fuse=True)
-    expected = to_dense(merge([rex, tom], [1.0, 0.5], method)["unet"][NAME])
+    expected = to_dense(merge_concepts([rex, tom], [1.0, 0.5], method)["unet"][NAME])
     torch.testing.assert_close(change_of(pipe, before), expected, atol=1e-5, rtol=1e-4)
     assert f"merged by {method}" in repr(pipe.custom)
     pipe.load_custom(weights={"tom": 1.5})  # by the same method
-    expected = to_dense(merge([rex, tom], [1.0, 1.5], method)["unet"][NAME])
+    expected = to_dense(merge_concepts([rex, tom], [1.0, 1.5], method)["unet"][NAME])
     torch.testing.assert_close(change_of(pipe, before), expected, atol=1e-5, rtol=1e-4)
     pipe.unload_custom("tom")
     alone = to_dense(rex.updates["unet"][NAME])
@@ -55,7 +55,7 @@ def test_beside_the_weights_it_is_the_nearest_of_the_ranks_sum(pair, method):
     pipe, rex, tom = pair
     before, base = everything(pipe), draw(pipe)
     pipe.load_custom(rex, tom, merge=method)
-    exact = to_dense(merge([rex, tom], [1.0, 1.0], method)["unet"][NAME])
+    exact = to_dense(merge_concepts([rex, tom], [1.0, 1.0], method)["unet"][NAME])
     rank = rex.info.rank + tom.info.rank
     best = float(torch.linalg.svdvals(exact)[rank:].square().sum().sqrt())
     error = float(torch.linalg.matrix_norm(change_of(pipe, before) - exact))
@@ -74,7 +74,7 @@ def test_settings_come_with_the_method_and_stay_with_it(pair):
     pipe.load_custom(rex, tom, merge={"method": "dare", "density": 0.3, "seed": 5}, fuse=True)
 
     def wanted(weight, **settings):
-        return to_dense(merge([rex, tom], [1.0, weight], "dare", **settings)["unet"][NAME])
+        return to_dense(merge_concepts([rex, tom], [1.0, weight], "dare", **settings)["unet"][NAME])
 
     first = change_of(pipe, before)
     torch.testing.assert_close(first, wanted(1.0, density=0.3, seed=5), atol=1e-5, rtol=1e-4)
@@ -89,12 +89,12 @@ def test_settings_come_with_the_method_and_stay_with_it(pair):
 @pytest.mark.parametrize(
     ("merge", "message"),
     [
-        ("slerp", "merged by 'slerp'"),
-        ({"density": 0.3}, "merged by None"),
+        ("slerp", "unknown merge method 'slerp'"),
+        ({"density": 0.3}, "unknown merge method None"),
         ({"method": "ties", "seed": 1}, "no setting seed"),
         ({"method": "auto", "seed": 1}, "no setting seed"),
-        ({"method": "ties", "density": 2}, "share of 2"),
-        ({"method": "truncate", "rank": 0}, "rank 0"),
+        ({"method": "ties", "density": 2}, "invalid density 2"),
+        ({"method": "truncate", "rank": 0}, "invalid rank 0"),
     ],
 )
 def test_what_is_wrong_changes_nothing(pair, merge, message):
@@ -103,15 +103,6 @@ def test_what_is_wrong_changes_nothing(pair, merge, message):
     before = everything(pipe)
     with pytest.raises(ConfigError, match=message):
         pipe.load_custom(tom, merge=merge)
-    assert_same(before, everything(pipe))
-
-
-def test_a_third_beside_a_subject_and_a_style_changes_nothing(pair):
-    pipe, rex, tom = pair
-    pipe.load_custom(rex, tom, merge="subject_style")
-    before = everything(pipe)
-    with pytest.raises(ConfigError, match="3 were given"):
-        pipe.load_custom(concept(pipe, "max", index=2))
     assert_same(before, everything(pipe))
 
 

@@ -35,8 +35,9 @@ from customize.concepts.io.file_layout import (
 )
 from customize.concepts.io.read_merged_lora import MERGED_HEADER
 from customize.concepts.io.write_concept import check_writable, safetensors_bytes
+from customize.concepts.merge.compatibility import check_compatible
 from customize.concepts.merge.component_weights import BlockWeights, Weight
-from customize.concepts.merge.merge_concepts import LayerMerge, check_compatible, plan_merge
+from customize.concepts.merge.merge_concepts import LayerMerge, plan_merge
 from customize.concepts.tokens.subjects import check_subjects, subjects_to_header
 from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank, all_finite, distance, norm, pad_rank

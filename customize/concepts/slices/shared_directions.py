@@ -48,7 +48,7 @@ class SharedDirections:
             content.
         factors: component -> module, under the names used in files -> (n, in), float32: the factor
             of the second moment of the layer's inputs, as
-            :meth:`customize.core.fusion.InputMoment.factor` gives it.
+            :meth:`customize.core.input_moment.InputMoment.factor` gives it.
     """
 
     name: str

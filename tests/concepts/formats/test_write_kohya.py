@@ -19,7 +19,7 @@ from customize.concepts.formats.lora import Lora, LoraInfo, parse_lora_file
 from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.concepts.formats.write_kohya import kohya_tensors
 from customize.concepts.io.write_merged_lora import write_merged
-from customize.concepts.merge.merge_concepts import merge
+from customize.concepts.merge.merge_concepts import merge_concepts
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError
 from customize.families import Family, family_of
@@ -188,7 +188,7 @@ def test_a_lora_and_a_concept_merge_by_the_same_sum(tmp_path: Path) -> None:
     tensors, deltas = lora(family, diffusers, ENDS, every=2)
     style = open_adaptation(written(tmp_path / "style.safetensors", tensors)).to_lora(family)
     rex = concept(pipe)
-    summed = Lora(style.info, merge([rex, style], [0.5, 2.0]))
+    summed = Lora(style.info, merge_concepts([rex, style], [0.5, 2.0]))
     expected = {place: 2.0 * delta for place, delta in deltas.items()}
     for (component, module), delta in deltas_of(rex).items():
         place = (component, saved_module_name(component, module))

@@ -24,7 +24,7 @@ from customize.concepts.io.read_merged_lora import MERGED_HEADER
 from customize.concepts.io.write_concept import save_concept
 from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.library.library import Library, add_to_library
-from customize.concepts.merge.merge_concepts import merge
+from customize.concepts.merge.merge_concepts import merge_concepts
 from customize.concepts.tokens.subjects import (
     SUBJECTS_HEADER,
     Subject,
@@ -123,7 +123,7 @@ def test_its_numbers_are_those_of_the_concepts(
     found = open_without_pipeline(tmp_path / "duo")
     assert isinstance(found, Lora)
     assert found.info.fingerprint == concepts[0].info.fingerprint
-    expected = Lora(found.info, merge(concepts, WEIGHTS))
+    expected = Lora(found.info, merge_concepts(concepts, WEIGHTS))
     assert_close(deltas_of(found), by_file_names(expected))
     assert [subject.trigger for subject in found.subjects] == ["<rex>", "<tom>"]
     for subject, made in zip(found.subjects, concepts, strict=True):
@@ -226,7 +226,7 @@ def test_a_merge_of_one_takes_another_name(tmp_path: Path) -> None:
 
 def test_a_merge_of_another_base_is_refused_by_name(tmp_path: Path) -> None:
     write_merged(two(tiny_sd()), WEIGHTS, tmp_path / "duo")
-    with pytest.raises(ConceptError, match="duo was learned on sd"):
+    with pytest.raises(ConceptError, match="duo was trained on sd"):
         tiny_sd3().load_custom(tmp_path / "duo")
 
 

@@ -6,7 +6,7 @@ import torch
 from customize.concepts.formats.lora import Lora, LoraInfo
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.merge.component_weights import BlockWeights, layer_weight, parse_weight
-from customize.concepts.merge.merge_concepts import merge
+from customize.concepts.merge.merge_concepts import merge_concepts
 from customize.core.lowrank import LowRank, to_dense
 from customize.errors import ConfigError
 
@@ -115,10 +115,10 @@ def test_a_layer_of_weight_0_counts_as_none(method):
     inputs = [LayerInputs("", rows[0], rows[1]), LayerInputs("", rows[2], rows[3])]
     given = {"inputs": inputs} if method == "fusion" else {}
     tom, weight = lora("tom", 2), BlockWeights((("unet.b", 0.0), ("unet", 0.7)), "")
-    found = merge([lora("rex", 1), tom], [weight, 0.6], method, **given)
-    expected = merge([lora("rex", 1, "a"), tom], [0.7, 0.6], method, **given)
+    found = merge_concepts([lora("rex", 1), tom], [weight, 0.6], method, **given)
+    expected = merge_concepts([lora("rex", 1, "a"), tom], [0.7, 0.6], method, **given)
     for module in "ab":
         torch.testing.assert_close(
             to_dense(found["unet"][module]), to_dense(expected["unet"][module])
         )
-    assert merge([lora("rex", 1)], [BlockWeights((("unet", 0.0),), "")]) == {}
+    assert merge_concepts([lora("rex", 1)], [BlockWeights((("unet", 0.0),), "")]) == {}

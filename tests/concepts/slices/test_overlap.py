@@ -15,7 +15,7 @@ from customize.concepts.slices.overlap import down_projections, find_overlaps
 from customize.concepts.types import BasisInfo, Concept
 from customize.core.avoiding_slices import scaled_down_projection
 from customize.core.bases import BASES
-from customize.core.fusion import InputMoment
+from customize.core.input_moment import InputMoment
 from customize.core.lowrank import LowRank
 from tests.concepts.making import facts
 

@@ -31,6 +31,8 @@ MAX_IMAGE_BYTES = 1024 * MB
 MAX_SAFETENSORS_BYTES = 8 * 1024 * MB
 #: Maximum size of a safetensors header, bytes, by the format.
 MAX_HEADER_BYTES = 100_000_000
+#: Suffixes of checkpoints that are pickles, which run code when they are loaded.
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 _KINDS = {
     stat.S_IFDIR: "a folder",

@@ -17,13 +17,12 @@ from customize.base.weight_files import local_folder, select_variants
 from customize.errors import ConfigError, CustomizeError, PipelineError
 from customize.families import COMPONENTS
 from customize.near_names import suggest_paths
-from customize.safe_read import MAX_TABLE_BYTES, check_regular_files, read_json
+from customize.safe_read import MAX_TABLE_BYTES, PICKLE_SUFFIXES, check_regular_files, read_json
 
 if TYPE_CHECKING:
     import torch
 
 _INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _FOLDER = "name a folder or hub id of a diffusers pipeline with safetensors weights"
 
 
@@ -53,7 +52,7 @@ def load_pipeline(
             values in its configuration that make no sense.
     """
     where = f"base: {base}"
-    if base.lower().endswith(_PICKLES):
+    if base.lower().endswith(PICKLE_SUFFIXES):
         raise ConfigError(
             "files of this kind can run code when they are opened, so they are not read",
             where=where,

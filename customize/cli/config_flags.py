@@ -19,13 +19,13 @@ from customize.training.settings_file import RENAMED_SETTINGS
 # The first field of each group, in the order of TrainConfig. A new field joins the group it
 # stands in, without a change here.
 PANELS = {
-    "base": "What is learned",
-    "method": "The adapter",
-    "train_text_encoder": "What else trains",
-    "steps": "Optimisation",
+    "base": "Concept and data",
+    "method": "Adapter",
+    "train_text_encoder": "Text encoder and tokens",
+    "steps": "Optimization",
     "preserve": "Class preservation",
-    "mixed_precision": "The machine",
-    "checkpoint_every": "What is written on the way",
+    "mixed_precision": "Precision and device",
+    "checkpoint_every": "Checkpoints, samples and logs",
 }
 
 

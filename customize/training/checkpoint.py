@@ -25,7 +25,8 @@ from customize.errors import SettingsError, StorageError, TrainingError, storage
 from customize.safe_read import MAX_SAFETENSORS_BYTES, read_safetensors
 from customize.text import one_line
 from customize.training.data.changed_images import IMAGE_SETTINGS, describe_changes
-from customize.training.settings_file import format_value, rename_settings
+from customize.training.field_values import format_value
+from customize.training.settings_file import rename_settings
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _HEADER, _DIGEST = "customize_checkpoint", "customize_checkpoint_sha256"

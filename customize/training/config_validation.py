@@ -1,77 +1,139 @@
-"""Settings that are fine each by itself, and contradict one another."""
+"""Validation of settings against one another, and error messages for invalid settings."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping
+from typing import Any
 
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from customize.errors import ConfigError
+from customize.near_names import did_you_mean
 from customize.safe_read import real_path
-from customize.training.settings_file import contains_trigger
-
-if TYPE_CHECKING:
-    from customize.training.config import TrainConfig
+from customize.training.field_values import TEXT_LOSSES, contains_trigger, format_value
 
 
-def find_contradictions(config: TrainConfig) -> dict[str, str]:
-    """Setting -> what is wrong with it, beside the others, and what to do."""
-    images, output = real_path(config.images), real_path(config.output)
+def find_contradictions(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Find settings that are valid alone and contradict others.
+
+    Args:
+        settings: All fields of a :class:`customize.training.config.TrainConfig`.
+
+    Returns:
+        Setting -> the problem and its fix, starting with a verb: "is not used; set ...".
+    """
+    images, output = real_path(settings["images"]), real_path(settings["output"])
+    masks, prior_images = settings["masks"], settings["prior_images"]
     checks = {
         "output": images.is_relative_to(output)
-        and "contains the pictures (images), which a new concept would replace; choose a"
-        " folder of its own",
-        "masks": config.masks is not None
-        and real_path(config.masks) == images
-        and "is the folder of the pictures; put masks of the same names in another",
-        "preserve": _in_preserve(config),
-        "preserve_phrases": bool(config.preserve_phrases)
-        and not config.preserve.keys() - {"output"}
+        and "contains the training images, which a new concept would replace; choose a separate"
+        " folder",
+        "masks": masks is not None
+        and real_path(masks) == images
+        and "is the folder of the training images; put the masks into a separate folder, with the"
+        " same file names",
+        "preserve": _check_preserve(settings),
+        "preserve_phrases": bool(settings["preserve_phrases"])
+        and not settings["preserve"].keys() - {"output"}
         and "is not used; set preserve to class_text, context_text or context_output (--preserve)",
-        "preserve_pooling": config.preserve_pooling == "published" and _in_pooling(config),
-        "prior_images": config.prior_images is not None
-        and _in_prior_images(config, real_path(config.prior_images) == images),
-        "prior_prompt": contains_trigger(config.prior_prompt or "", config.trigger)
-        and f"has the trigger {config.trigger}; class pictures show the class without it",
-        "slice": config.slice is not None
-        and config.method == "lora"
-        and "has no meaning for method lora; leave it out, or set method orthogonal"
+        "preserve_pooling": settings["preserve_pooling"] == "published"
+        and _check_pooling(settings),
+        "prior_images": prior_images is not None
+        and _check_prior_images(settings, is_concept_folder=real_path(prior_images) == images),
+        "prior_prompt": contains_trigger(settings["prior_prompt"] or "", settings["trigger"])
+        and f"contains the trigger {settings['trigger']}; class images show the class without the"
+        " concept",
+        "slice": settings["slice"] is not None
+        and settings["method"] == "lora"
+        and "has no meaning for method lora; leave it out, or set method to orthogonal"
         " (--method orthogonal)",
-        "layerwise_tokens": config.layerwise_tokens
-        and not config.train_tokens
+        "layerwise_tokens": settings["layerwise_tokens"]
+        and not settings["train_tokens"]
         and "needs trained tokens; set train_tokens to true (--train-tokens)",
-        "compile": config.compile
-        and config.quantize.startswith("torchao")
-        and f"does not work on weights of {config.quantize}; set quantize to nf4, int8 or none"
+        "compile": settings["compile"]
+        and settings["quantize"].startswith("torchao")
+        and f"does not work with {settings['quantize']} weights; set quantize to nf4, int8 or none"
         " (--quantize none)",
-        "validation_every": config.validation_every > 0
-        and not config.validation_prompts
-        and "has nothing to draw; give validation_prompts (--validation-prompts)",
-        "warmup_steps": config.warmup_steps >= config.steps
-        and f"leaves nothing of the {config.steps} steps; choose fewer",
+        "validation_every": settings["validation_every"] > 0
+        and not settings["validation_prompts"]
+        and "has no prompts; set validation_prompts (--validation-prompts)",
+        "warmup_steps": settings["warmup_steps"] >= settings["steps"]
+        and f"must be below the number of steps, {settings['steps']}",
     }
     return {field: problem for field, problem in checks.items() if problem}
 
 
-def _in_preserve(config: TrainConfig) -> str | None:
-    if config.preserve and contains_trigger(config.class_word, config.trigger):
-        return f"compares with the class, but the class_word has the trigger {config.trigger}"
-    if config.text_losses and not (config.train_tokens or config.train_text_encoder):
+def _check_preserve(settings: Mapping[str, Any]) -> str | None:
+    trigger = settings["trigger"]
+    if settings["preserve"] and contains_trigger(settings["class_word"], trigger):
+        return f"compares with the class, but class_word contains the trigger {trigger}"
+    text_losses = [name for name in TEXT_LOSSES if name in settings["preserve"]]
+    if text_losses and not (settings["train_tokens"] or settings["train_text_encoder"]):
         return (
-            f"has {' and '.join(config.text_losses)}, but no text encoder learns anything; set"
-            " train_tokens or train_text_encoder to true (--train-tokens, --train-text-encoder)"
+            f"has {' and '.join(text_losses)}, but no text encoder is trained; set train_tokens or"
+            " train_text_encoder to true (--train-tokens, --train-text-encoder)"
         )
     return None
 
 
-def _in_pooling(config: TrainConfig) -> str | None:
-    if "class_text" not in config.preserve:
-        return "is of class_text alone; set preserve to class_text (--preserve)"
-    if not config.train_tokens:
-        return "takes the feature at the concept's token; set train_tokens to true (--train-tokens)"
+def _check_pooling(settings: Mapping[str, Any]) -> str | None:
+    if "class_text" not in settings["preserve"]:
+        return "applies to class_text only; set preserve to class_text (--preserve)"
+    if not settings["train_tokens"]:
+        return "pools at the concept's token; set train_tokens to true (--train-tokens)"
     return None
 
 
-def _in_prior_images(config: TrainConfig, same: bool) -> str | None:
-    if same:
-        return "is the folder of the concept's own pictures; give others of the class"
-    if config.prior_weight == 0:
+def _check_prior_images(settings: Mapping[str, Any], is_concept_folder: bool) -> str | None:
+    if is_concept_folder:
+        return "is the folder of the concept's images; choose a folder of class images"
+    if settings["prior_weight"] == 0:
         return "is not used while prior_weight is 0; set prior_weight to 1 (--prior-weight 1)"
     return None
+
+
+def config_error(error: ValidationError, fields: Mapping[str, FieldInfo]) -> ConfigError:
+    """Convert pydantic's error to one ConfigError with a line for each problem.
+
+    Args:
+        error: Pydantic's error.
+        fields: The fields of the model, for their descriptions.
+    """
+    problems = []
+    for detail in error.errors(include_url=False):
+        name = str(detail["loc"][0]) if detail["loc"] else "the configuration"
+        field = fields.get(name)
+        if detail["type"] == "extra_forbidden":
+            hint = did_you_mean(name, fields)
+            problems.append(
+                f"{format_value(name)} is not a setting" + (f"; {hint}" if hint else "")
+            )
+            continue
+        description = f" ({field.description})" if field is not None else ""
+        if detail["type"] == "missing":
+            problems.append(f"{name} is missing{description}")
+            continue
+        cause = detail.get("ctx", {}).get("error")
+        message = str(cause) if isinstance(cause, ValueError) else detail["msg"]
+        message = message.replace("Input should", "it should")
+        if detail["type"].startswith("path_"):
+            message = "it is not a path"
+        if message.startswith("String should match pattern"):
+            message = "it has an invalid format"
+        elif not message.startswith(("it ", "String ", "Value ")):
+            message = f"it {message}"
+        if detail["type"] == "literal_error":
+            expected = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+            hint = did_you_mean(detail["input"], expected)
+            message += f"; {hint}" if hint else ""
+        problems.append(f"{name} is {format_value(detail['input'])}: {message}{description}")
+    return ConfigError(join_problems(problems))
+
+
+def join_problems(problems: list[str]) -> str:
+    """Join problems to one message with a line for each."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} settings are wrong:\n" + ";\n".join(problems)

@@ -1,45 +1,46 @@
-"""What the values of single settings may be; each function refuses others with a ValueError."""
+"""Checks and conversions of the values of single settings; each raises ValueError if invalid."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from customize.near_names import did_you_mean
-from customize.training.settings_file import check_text, format_value, parse_weights
+from customize.safe_read import PICKLE_SUFFIXES
+from customize.text import quote
 
-# Named here, and not read from customize.core.preservation, so that --help needs no torch.
+# Repeated from customize.core.preservation, so that --help does not import torch.
 TEXT_LOSSES = ("class_text", "context_text")
 PRESERVATIONS = (*TEXT_LOSSES, "output", "context_output")
-# Checkpoints of these kinds are pickles, which run code when they are opened.
-_PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
 
 
-def normalize_value(name: str, value: Any, kinds: Sequence[Any]) -> Any:
-    """Undo what YAML and shells do to values, and refuse what pydantic would bend.
+def normalize_value(name: str, value: Any, types: Sequence[Any]) -> Any:
+    """Convert a value from YAML or a shell, and refuse values that pydantic would coerce.
 
     Args:
-        name: the setting's.
-        kinds: the types that it may have.
+        name: The setting.
+        value: Its value.
+        types: The setting's possible types.
     """
     if name == "preserve":
         return parse_weights(value)
-    if isinstance(value, bool) and bool not in kinds:
+    if isinstance(value, bool) and bool not in types:
         if name == "mixed_precision" and not value:
             return "no"  # YAML 1.1 reads a plain no as false
         raise ValueError("should not be yes or no")
     if isinstance(value, str):
-        if value.strip().lower() in ("none", "null") and type(None) in kinds:
+        if value.strip().lower() in ("none", "null") and type(None) in types:
             return None
         check_text(value)
         value = value.strip()
-        return (value,) if tuple[str, ...] in kinds else value
+        return (value,) if tuple[str, ...] in types else value
     return value
 
 
 def expand_home(path: Path | None) -> Path | None:
-    """The path with ``~`` as the home folder."""
+    """Replace a leading ``~`` with the home folder."""
     try:
         return None if path is None else path.expanduser()
     except RuntimeError:
@@ -47,40 +48,88 @@ def expand_home(path: Path | None) -> Path | None:
 
 
 def check_not_pickle(base: str) -> str:
-    if base.lower().endswith(_PICKLES):
-        raise ValueError("is a pickle, which can run code; give a safetensors file or folder")
+    """Refuse a base that is a pickle file."""
+    if base.lower().endswith(PICKLE_SUFFIXES):
+        raise ValueError("is a pickle, which can run code; use a safetensors file or folder")
     return base
 
 
 def check_placeholder(caption: str | None) -> str | None:
+    """Refuse a caption template without {} for the trigger."""
     if caption is not None and "{}" not in caption:
         raise ValueError('has no {} for the trigger; write "a photo of {}"')
     return caption
 
 
 def check_preservation_weights(weights: dict[str, float]) -> dict[str, float]:
-    """The weights that are not zero, in the order of :data:`PRESERVATIONS`."""
+    """Return the non-zero weights in the order of :data:`PRESERVATIONS`."""
     unknown = sorted(weights.keys() - set(PRESERVATIONS))
     if unknown:
         known = ", ".join(PRESERVATIONS)
-        hint = "; class pictures have prior_weight" if "prior" in unknown else ""
-        near_ones = did_you_mean(unknown[0], PRESERVATIONS)
-        hint += f"; {near_ones}" if near_ones and not hint else ""
-        raise ValueError(f"names {', '.join(map(format_value, unknown))}; known are {known}{hint}")
+        hint = did_you_mean(unknown[0], PRESERVATIONS)
+        if "prior" in unknown:
+            hint = "the weight of class images is prior_weight"
+        names = ", ".join(map(format_value, unknown))
+        raise ValueError(f"has unknown names {names}; known are {known}{hint and '; ' + hint}")
     negative = sorted(name for name, weight in weights.items() if weight < 0)
     if negative:
-        raise ValueError(f"has a negative weight for {', '.join(negative)}; give 0 or more")
+        raise ValueError(f"has a negative weight for {', '.join(negative)}; use 0 or more")
     return {name: weights[name] for name in PRESERVATIONS if weights.get(name)}
 
 
-def check_phrases(texts: tuple[str, ...]) -> tuple[str, ...]:
-    for text in check_prompts(texts):
-        if "{}" not in text:
-            raise ValueError(f"has no {{}} for the trigger in {format_value(text)}")
-    return texts
+def check_phrases(phrases: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse phrases that are empty, unprintable or without {} for the trigger."""
+    for phrase in check_prompts(phrases):
+        if "{}" not in phrase:
+            raise ValueError(f"has no {{}} for the trigger in {format_value(phrase)}")
+    return phrases
 
 
-def check_prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
-    for text in texts:
-        check_text(text)
-    return texts
+def check_prompts(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse prompts that are empty or unprintable."""
+    for prompt in prompts:
+        check_text(prompt)
+    return prompts
+
+
+def check_text(text: str) -> None:
+    """Refuse an empty text and control characters."""
+    if not text.strip():
+        raise ValueError("is empty")
+    if not text.isprintable():
+        raise ValueError("has control characters")
+
+
+def parse_weights(value: Any) -> Any:
+    """Parse weights from a shell, ``["a=1,b=.5"]``, to a mapping; ``none`` gives an empty one.
+
+    Other values, such as mappings, are returned unchanged.
+    """
+    if isinstance(value, str):
+        value = [value]
+    if value is None or not isinstance(value, list | tuple):
+        return {} if value is None else value
+    weights: dict[str, str] = {}
+    for pair in ",".join(map(str, value)).split(","):
+        name, equals, weight = (part.strip() for part in pair.partition("="))
+        if name.lower() in ("none", "null") and not equals:
+            continue
+        if not name or not weight:
+            raise ValueError("should be names with weights, such as class_text=1,output=0.5")
+        if name in weights:
+            raise ValueError(f"gives {name} more than one weight")
+        weights[name] = weight
+    return weights
+
+
+def contains_trigger(text: str, trigger: str) -> bool:
+    """Whether a text contains a trigger, ignoring case.
+
+    :func:`customize.concepts.tokens.token_rows.expand` finds triggers in the same way.
+    """
+    return re.search(re.escape(trigger), text, re.IGNORECASE) is not None
+
+
+def format_value(value: object) -> str:
+    """Format a setting's value for an error message, in at most 60 characters."""
+    return quote(str(value) if isinstance(value, Path) else value, 60)

@@ -10,13 +10,9 @@ from typing import Any
 from customize.errors import ConfigError
 from customize.safe_read import real_path
 from customize.training.config import TrainConfig, build_config, load_config
-from customize.training.settings_file import (
-    contains_trigger,
-    format_value,
-    join_problems,
-    read_yaml,
-    rename_settings,
-)
+from customize.training.config_validation import join_problems
+from customize.training.field_values import contains_trigger, format_value
+from customize.training.settings_file import read_yaml, rename_settings
 
 #: The settings that each concept of a run has for itself; all others belong to the run.
 PER_CONCEPT_SETTINGS = frozenset(

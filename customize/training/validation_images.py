@@ -26,9 +26,9 @@ from customize.families.sampling import sample
 from customize.near_names import did_you_mean
 from customize.training.config import TrainConfig
 from customize.training.data.batches import stream_seed
+from customize.training.field_values import contains_trigger
 from customize.training.finite_checks import check_sampled
 from customize.training.latents_and_embeddings import Encode
-from customize.training.settings_file import contains_trigger
 
 
 def warn_about_triggers(family: Family, prompts: Sequence[str], triggers: Sequence[str]) -> None:

@@ -146,7 +146,7 @@ def test_old_settings_in_a_file_still_load(run: Run, world: World, tmp_path: Pat
     assert config.timestep_density == "uniform"
     assert load_config(file, num_shared_directions=4).num_shared_directions == 4
     file.write_text(text + "avoid: 3\nnum_shared_directions: 4\n")
-    refused(run("train", "--config", file), "avoid and num_shared_directions are one setting")
+    refused(run("train", "--config", file), "avoid and num_shared_directions are the same setting")
 
 
 def test_flags_by_the_names_they_had_still_work(

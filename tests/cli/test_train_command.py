@@ -167,7 +167,7 @@ def test_bad_preservations_are_told_before_anything_is_read(
     run: Run, world: World, tmp_path: Path
 ) -> None:
     for given, told in (
-        ("outptu=1", "names 'outptu'; known are class_text, context_text, output"),
+        ("outptu=1", "unknown names 'outptu'; known are class_text, context_text, output"),
         ("output=-1", "has a negative weight for output"),
         ("output", "names with weights, such as class_text=1,output=0.5"),
         ("output=many", "valid number"),

@@ -87,11 +87,11 @@ def test_defaults_are_in_their_own_ranges():
         ("timestep_density", "gauss", "'logit_normal'"),
         ("tracker", "paper", "'tensorboard'"),
         ("seed", -1, "greater than or equal to 0"),
-        ("device", "cuda:", "another form"),
-        ("name", "../rex", "another form"),
-        ("name", "Rex", "another form"),
+        ("device", "cuda:", "invalid format"),
+        ("name", "../rex", "invalid format"),
+        ("name", "Rex", "invalid format"),
         ("name", "", "is empty"),
-        ("name", "a" * 65, "another form"),
+        ("name", "a" * 65, "invalid format"),
         ("trigger", "rex", "angle brackets"),
         ("trigger", "<my dog>", "without spaces"),
         ("trigger", "", "is empty"),
@@ -102,7 +102,7 @@ def test_defaults_are_in_their_own_ranges():
         ("base", "old/model.CKPT", "pickle"),
         ("base", "model.bin", "pickle"),
         ("preserve", {"class": 1}, "known are class_text, context_text, output, context_output"),
-        ("preserve", {"prior": 1}, "class pictures have prior_weight"),
+        ("preserve", {"prior": 1}, "the weight of class images is prior_weight"),
         ("preserve", {"output": -0.5}, "negative weight for output"),
         ("preserve", {"output": float("nan")}, "finite"),
         ("preserve", {"output": float("inf")}, "finite"),
@@ -146,29 +146,29 @@ def test_all_problems_are_told_at_once():
     assert lines[0] == "6 settings are wrong:"
     told = sorted(line.split()[0] for line in lines[1:])
     assert told == ["base", "class_word", "images", "name", "output", "rank"]
-    assert "images is missing (Folder with the concept's pictures" in str(caught.value)
+    assert "images is missing (Folder of training images" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"output": "pictures"}, "contains the pictures"),
-        ({"output": "pictures/rex"}, "contains the pictures"),
-        ({"masks": "pictures/../pictures/rex"}, "folder of the pictures"),
+        ({"output": "pictures"}, "contains the training images"),
+        ({"output": "pictures/rex"}, "contains the training images"),
+        ({"masks": "pictures/../pictures/rex"}, "folder of the training images"),
         ({"prior_images": "dogs"}, "set prior_weight to 1"),
-        ({"prior_images": "pictures/rex", "prior_weight": 1}, "own pictures"),
-        ({"prior_prompt": "a <rex> dog"}, "has the trigger <rex>"),
-        ({"prior_prompt": "a <REX> dog"}, "has the trigger <rex>"),
+        ({"prior_images": "pictures/rex", "prior_weight": 1}, "folder of the concept's images"),
+        ({"prior_prompt": "a <rex> dog"}, "contains the trigger <rex>"),
+        ({"prior_prompt": "a <REX> dog"}, "contains the trigger <rex>"),
         (
             {"preserve": {"class_text": 1}, "train_tokens": False, "train_text_encoder": False},
-            "no text encoder learns anything; set train_tokens or train_text_encoder to true",
+            "no text encoder is trained; set train_tokens or train_text_encoder to true",
         ),
-        ({"preserve": {"output": 1}, "class_word": "<rex>"}, "class_word has the trigger <rex>"),
+        ({"preserve": {"output": 1}, "class_word": "<rex>"}, "class_word contains the trigger <rex>"),
         (
             {"preserve_phrases": ["a {}"], "preserve": {"output": 1}},
             "is not used; set preserve to class_text, context_text or context_output",
         ),
-        ({"preserve_pooling": "published"}, "is of class_text alone"),
+        ({"preserve_pooling": "published"}, "applies to class_text only"),
         (
             {
                 "preserve": {"class_text": 1},
@@ -177,12 +177,12 @@ def test_all_problems_are_told_at_once():
             },
             "set train_tokens to true",
         ),
-        ({"images": 3}, "images is 3: it is no path"),
-        ({"slice": 2, "method": "lora"}, "set method orthogonal"),
+        ({"images": 3}, "images is 3: it is not a path"),
+        ({"slice": 2, "method": "lora"}, "set method to orthogonal"),
         ({"layerwise_tokens": True, "train_tokens": False}, "set train_tokens to true"),
-        ({"validation_every": 5}, "give validation_prompts"),
+        ({"validation_every": 5}, "set validation_prompts"),
         ({"compile": True, "quantize": "torchao_int8"}, "set quantize to nf4, int8 or none"),
-        ({"warmup_steps": 100, "steps": 100}, "choose fewer"),
+        ({"warmup_steps": 100, "steps": 100}, "below the number of steps"),
     ],
 )
 def test_contradictions_are_refused(settings, says):
@@ -254,9 +254,9 @@ def test_flags_arrive_as_text():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("- a\n- b\n", "not a list of keys"),
-        ("just text", "not a list of keys"),
-        ("1: a\n", "not a list of keys"),
+        ("- a\n- b\n", "not a mapping of keys"),
+        ("just text", "not a mapping of keys"),
+        ("1: a\n", "not a mapping of keys"),
         ("a: [1\n", "not valid YAML at line 2"),
         (b"a: \xff\xfe\n", "not UTF-8"),
         ("a: " + "[" * 3000, "nested too deeply"),

@@ -10,9 +10,7 @@ from customize.concepts.io.file_layout import INFO_FILE, LORA_FILE, MERGED_FILE
 from customize.concepts.io.hub import download, is_hub_id
 from customize.errors import ConceptError
 from customize.near_names import suggest_paths
-from customize.safe_read import path_exists
-
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+from customize.safe_read import PICKLE_SUFFIXES, path_exists
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -62,7 +60,7 @@ def refuse_pickles(folder: Path) -> None:
         ConceptError: naming the first.
     """
     for file in list_folder(folder):
-        if file.suffix.lower() in _PICKLES:
+        if file.suffix.lower() in PICKLE_SUFFIXES:
             _refuse_pickle(file)
 
 
@@ -95,7 +93,7 @@ def locate(source: str | Path) -> Path:
                 "the link leads nowhere", where=path, fix="mend or delete it"
             ) from None
     else:
-        if path.suffix.lower() in _PICKLES:
+        if path.suffix.lower() in PICKLE_SUFFIXES:
             _refuse_pickle(path)
         return path
     if isinstance(source, str) and is_hub_id(source):

@@ -20,7 +20,7 @@ from customize.training.data.image_folder import (
     join_names,
     match_by_name,
 )
-from customize.training.settings_file import contains_trigger
+from customize.training.field_values import contains_trigger
 
 _COLUMNS = ("file_name", "text")
 _ENCODINGS = {

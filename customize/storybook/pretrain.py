@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from customize.atomic import write_atomic
 from customize.core import objectives
 from customize.storybook import bundled_models
 from customize.storybook.caption_grammar import caption
@@ -92,11 +92,8 @@ def pixels(scenes: list[Scene]) -> torch.Tensor:
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    partial = path.with_suffix(".partial")
-    held = {k: v.contiguous().cpu() for k, v in tensors.items()}
-    # Not save_file, which hides the file from everybody else whatever the umask says.
-    partial.write_bytes(save(held))
-    os.replace(partial, path)
+    # Not safetensors' save_file, which ignores the umask.
+    write_atomic(path, save({k: v.contiguous().cpu() for k, v in tensors.items()}))
 
 
 def _log(folder: Path, **row: object) -> None:
@@ -366,6 +363,4 @@ def save_base(pipe: bundled_models.StableDiffusionPipeline, folder: Path) -> Non
     pipe.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.safetensors"):
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(save(tensors, metadata={"format": "pt"}))
-        os.replace(partial, path)
+        write_atomic(path, save(tensors, metadata={"format": "pt"}))

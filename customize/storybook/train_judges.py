@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from customize.atomic import write_atomic
 from customize.storybook.judges import (
     COLOUR_LABELS,
     HEADS,
@@ -291,9 +291,8 @@ def save_judges(judges: Judges, folder: Path, figures: dict[str, float]) -> None
         }
         _save(folder / f"{name}.safetensors", halves)
     info = {"threshold": judges.threshold, "held_out": figures}
-    partial = folder / "judges.partial"
-    partial.write_text(json.dumps(info, indent=1) + "\n")
-    os.replace(partial, folder / "judges.json")  # last, as it says that all is there
+    # Last, because its presence means that the files above are complete.
+    write_atomic(folder / "judges.json", (json.dumps(info, indent=1) + "\n").encode())
 
 
 def show_nearest(judges: Judges, path: Path) -> None:

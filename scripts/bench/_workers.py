@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from customize.atomic import write_atomic
 from customize.demo import assets_folder
 
 
@@ -54,11 +54,9 @@ def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str], *more: 
 
 
 def keep(path: Path, found: Any) -> None:
-    """Write a result whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(found))
-    os.replace(partial, path)
+    """Write a result atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(found).encode())
 
 
 def folder_name(text: str) -> str:

@@ -183,13 +183,12 @@ def _write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The result file so far, replaced atomically."""
     if args.json is None:
         return
+    from customize.atomic import write_atomic
     from customize.evaluation import result_file
 
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.json.with_suffix(".partial")
     result = result_file.make_result("gpu", command(), rows, figures_of(rows))
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    partial.replace(args.json)
+    write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
 
 
 if __name__ == "__main__":

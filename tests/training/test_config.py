@@ -163,7 +163,7 @@ def test_all_problems_are_told_at_once():
             {"preserve": {"class_text": 1}, "train_tokens": False, "train_text_encoder": False},
             "no text encoder is trained; set train_tokens or train_text_encoder to true",
         ),
-        ({"preserve": {"output": 1}, "class_word": "<rex>"}, "class_word contains the trigger <rex>"),
+        ({"preserve": {"output": 1}, "class_word": "<rex>"}, "class_word contains the trigger"),
         (
             {"preserve_phrases": ["a {}"], "preserve": {"output": 1}},
             "is not used; set preserve to class_text, context_text or context_output",

@@ -238,7 +238,7 @@ def check_writable(folder: Path) -> None:
     nearest = folder
     while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
-    trial = nearest / f".trial.{secrets.token_hex(4)}.partial"  # swept if it is left
+    trial = nearest / f".trial.{secrets.token_hex(4)}.partial"  # deleted if left behind
     try:
         trial.mkdir()
         trial.rmdir()

@@ -30,6 +30,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from customize.concepts.io.write_concept import save_concept
 from tests.pipeline.making import concept, user_lora
 from tests.tiny import tiny_sdxl
 
@@ -131,7 +132,7 @@ def workplace(tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     sdxl = tiny_sdxl()
     sdxl.save_pretrained(tmp_path / "stabilityai/stable-diffusion-xl-base-1.0")
     for index, name in enumerate(("dog-sdxl", "cat-sdxl")):
-        concept(sdxl, name, index=index).save(tmp_path / "concepts" / name)
+        save_concept(concept(sdxl, name, index=index), tmp_path / "concepts" / name)
     (tmp_path / "downloads").mkdir()
     save_file(storybook_lora(), tmp_path / "downloads/watercolor.safetensors")
     monkeypatch.chdir(tmp_path)

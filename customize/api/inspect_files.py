@@ -12,10 +12,10 @@ from torch import Tensor
 
 from customize.api.read_concepts import read_concepts
 from customize.concepts.adapter import flatten_layers
-from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.merge.choose_method import read_record, trained_together
 from customize.concepts.merge.compatibility import incompatibility
 from customize.concepts.slices.overlap import find_overlaps
+from customize.concepts.types import Adaptation, Lora
 from customize.core import crosstalk
 from customize.core.precision import full_precision
 from customize.errors import ConfigError

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from customize.api.read_concepts import read_concepts
-from customize.concepts.formats.lora import Adaptation
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.io.file_layout import KEY_LAYOUTS
-from customize.concepts.io.write_merged_lora import MergeResult, write_merged
 from customize.concepts.merge.choose_method import (
     AUTO,
     check_concept_count,
@@ -19,6 +17,8 @@ from customize.concepts.merge.choose_method import (
     read_record,
 )
 from customize.concepts.merge.component_weights import Weight, parse_weight
+from customize.concepts.merge.write_merged_lora import MergeResult, write_merged
+from customize.concepts.types import Adaptation
 from customize.core.merges import MERGES
 from customize.core.precision import full_precision
 from customize.errors import ConfigError

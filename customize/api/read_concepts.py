@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.formats.open_adaptation import open_all_without_pipeline
-from customize.concepts.types import Concept
+from customize.concepts.types import Adaptation, Concept, Lora
 from customize.errors import ConfigError
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from customize.concepts.formats.lora import Adaptation, LoraFile
+    from customize.concepts.formats.lora import LoraFile
+    from customize.concepts.types import Adaptation
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -159,7 +160,7 @@ def check_output_file(path: Path | None) -> None:
     """
     if path is None:
         return
-    from customize.concepts.io.write_concept import check_writable
+    from customize.concepts.io.output_folder import check_writable
 
     if os.path.isdir(path):
         raise StorageError("a folder is in the place of the file", where=path, fix="name a file")

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from customize.cli.weight_arguments import Given
-    from customize.concepts.formats.lora import Adaptation, LoraFile
+    from customize.concepts.formats.lora import LoraFile
+    from customize.concepts.types import Adaptation
     from customize.families import Family
 
 _MOST = 1_000_000  # pictures a prompt
@@ -143,7 +144,7 @@ def run(
     from rich.progress import track
 
     from customize.concepts.formats.open_adaptation import open_adaptations
-    from customize.concepts.io.write_concept import check_writable
+    from customize.concepts.io.output_folder import check_writable
     from customize.concepts.merge.compatibility import check_compatible
     from customize.concepts.types import Concept
     from customize.families import family_of

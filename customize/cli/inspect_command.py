@@ -17,10 +17,10 @@ from customize.api.inspect_files import describe_concept, describe_relations, fi
 from customize.atomic import write_atomic
 from customize.cli.command_support import check_png, console
 from customize.concepts.adapter import flatten_layers
-from customize.concepts.formats.lora import Adaptation
 from customize.concepts.formats.open_adaptation import open_all_without_pipeline
 from customize.concepts.input_statistics import load_recorded_inputs
 from customize.concepts.merge.choose_method import trained_together
+from customize.concepts.types import Adaptation
 from customize.core.crosstalk import overlap_matrix, relative_responses, response_norms
 from customize.core.lowrank import LowRank
 from customize.errors import ConfigError, storage_error

@@ -25,7 +25,7 @@ from customize.errors import ConfigError
 from customize.near_names import suggest_names
 
 if TYPE_CHECKING:
-    from customize.concepts.formats.lora import Adaptation
+    from customize.concepts.types import Adaptation
 
 
 def run(
@@ -182,8 +182,8 @@ def _write_pipeline(
 ) -> None:
     from customize import load_custom
     from customize.concepts.formats.open_adaptation import open_adaptations
-    from customize.concepts.io.write_merged_lora import check_new_folder
     from customize.concepts.merge.compatibility import check_compatible
+    from customize.concepts.merge.write_merged_lora import check_new_folder
     from customize.concepts.types import Concept
     from customize.families import family_of
 

@@ -23,7 +23,7 @@ def run(
     from customize import record_inputs
     from customize.concepts.formats.open_adaptation import open_adaptation
     from customize.concepts.input_statistics import layer_inputs_path
-    from customize.concepts.io.write_concept import check_writable
+    from customize.concepts.io.output_folder import check_writable
 
     if words is not None and len(sources) > 1:
         raise ConfigError(

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from customize.concepts.types import ConceptInfo
+from customize.concepts.concept_info import ConceptInfo
 from customize.training.config import TrainConfig
 from customize.training.verdict import IdentityJudge, IdentityResult
 

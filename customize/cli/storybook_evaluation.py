@@ -26,8 +26,8 @@ from customize.near_names import suggest_names
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from customize.concepts.formats.lora import Adaptation
     from customize.concepts.tokens.subjects import Subject
+    from customize.concepts.types import Adaptation
     from customize.storybook.judges import Judges
 
 RATES = ("identity", "prompt", "composition", "leak", "drift")
@@ -116,9 +116,8 @@ def _concept(source: str) -> Adaptation:
     Raises:
         ConceptError: it cannot be read, or is a LoRA.
     """
-    from customize.concepts.formats.lora import Lora
     from customize.concepts.formats.open_adaptation import open_adaptation
-    from customize.concepts.types import Concept
+    from customize.concepts.types import Concept, Lora
 
     found = open_adaptation(source)
     if isinstance(found, Concept) or (isinstance(found, Lora) and found.subjects):

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from customize.concepts.concept_info import BasisInfo, Method
 from customize.concepts.peft_adapter import ModelState, inject_adapter, replace_factors
-from customize.concepts.types import BasisInfo, Method
 from customize.core import avoiding_slices
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank

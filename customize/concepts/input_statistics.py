@@ -28,10 +28,10 @@ from customize.concepts.adapter import (
     match_to_model,
     saved_module_name,
 )
+from customize.concepts.io.data_files import safetensors_bytes
 from customize.concepts.io.file_layout import LAYER_INPUTS_FILE
 from customize.concepts.io.find_files import locate
 from customize.concepts.io.input_statistics_file import HEADER, VERSION, read_input_statistics
-from customize.concepts.io.write_concept import safetensors_bytes
 from customize.concepts.types import describe_layer_counts
 from customize.core.input_moment import InputMoment
 from customize.errors import ConceptError, storage_error

@@ -1,204 +1,28 @@
-"""What one learned concept is: its facts, its updates of the layers, its tokens' embeddings."""
+"""Concepts and LoRAs in memory: the types that are loaded, attached, merged and saved.
+
+They do no I/O: :mod:`customize.concepts.io` reads and writes concepts, and
+:mod:`customize.concepts.formats` reads the LoRA files of other programs.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
 from torch import Tensor
 
+from customize.concepts.concept_info import NAME_PATTERN, ConceptInfo, Method, parse_info
 from customize.concepts.tokens.subjects import Subject
-from customize.core.bases import count_shared_directions
 from customize.core.lowrank import LowRank, all_finite
 from customize.errors import ConceptError
+from customize.text import quote
 
-if TYPE_CHECKING:
-    pass
-
-SCHEMA_VERSION = 1
-
-Method = Literal["orthogonal", "lora"]
-
-#: The most characters that a name in a file may have: of a tensor, a field or a layer.
-MAX_NAME = 256
-
-#: What a concept may be called.
-NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,63}"
-
-_PLAIN = re.compile(r"[^\x00-\x1f\x7f]*")
 _MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class BasisInfo(BaseModel):
-    """The orthogonal matrices that a concept's down-projections are slices of.
-
-    Attributes:
-        kind: a name in :data:`customize.core.bases.BASES`.
-        seed: fixes the matrix of each width; concepts with other seeds are not orthogonal.
-        scale: the down-projections are ``scale * O[:, columns]^T``.
-        avoid: how many leading directions of each layer's inputs the slices stay out of, at most;
-            see :func:`customize.core.bases.count_shared_directions`. Columns are of what is left of
-            the width.
-        shared: a name for the record of these directions; empty where none are avoided.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["cosine", "gaussian_qr"] = "cosine"
-    seed: int = Field(0, ge=0, lt=2**64)
-    scale: Finite = Field(1.0, gt=0)
-    avoid: int = Field(default=0, ge=0, le=128)
-    shared: str = Field(default="", pattern=r"^([0-9a-f]{16})?$")
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the later fields where they say nothing, as digests of older files have it."""
-        values: dict[str, Any] = serialize(self)
-        return values if self.avoid else {k: values[k] for k in ("kind", "seed", "scale")}
-
-
-def check_slices(slices: Mapping[str, Sequence[int]], rank: int, basis: BasisInfo) -> None:
-    """Refuse slices that no concept can have.
-
-    Args:
-        slices: input width, as text -> columns.
-
-    Raises:
-        ValueError: a width is none, or does not have as many distinct columns as the rank.
-    """
-    for width, columns in slices.items():
-        if not re.fullmatch(r"[1-9][0-9]{0,6}", width):
-            raise ValueError(f"slices: {width[:MAX_NAME]!r} is not a layer width")
-        distinct = len(set(columns)) == len(columns) == rank
-        limit = int(width) - count_shared_directions(int(width), basis.avoid)
-        if not distinct or not all(0 <= column < limit for column in columns):
-            raise ValueError(f"slices: width {width} needs {rank} distinct columns below {limit}")
-
-
-class ConceptInfo(BaseModel):
-    """The facts on a concept, as they stand in ``concept.json``.
-
-    Attributes:
-        name: of the concept and of its folder.
-        trigger: what a prompt says, such as ``<rex>``.
-        class_word: what it is one of, such as ``dog``.
-        family: the model family's name.
-        base: the base model as the user gave it, a path or hub id.
-        fingerprint: what a model must agree with to take the concept.
-        method: "orthogonal" with a frozen slice of a basis, or "lora" with both factors learned.
-        basis: of the slices; None for "lora".
-        rank, alpha: updates are multiplied by alpha / rank.
-        slices: input width, as text -> the columns of the basis; empty for "lora".
-        num_tokens: tokens of the trigger in each dictionary; 0 for a concept without its own.
-        token_layers: cross-attention layers with an embedding of their own for each token; 0
-            where one embedding serves them all.
-        training: the settings it was learned with.
-        scores: what was measured on it.
-        created: date and time, ISO 8601.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: Literal[1] = 1
-    name: str = Field(pattern=rf"^{NAME_PATTERN}$")
-    trigger: str = Field(pattern=rf"^<{NAME_PATTERN}>$")
-    class_word: str = Field(min_length=1, max_length=64)
-    family: str = Field(pattern=r"^[a-z0-9_]{1,32}$")
-    base: str = Field(max_length=500)
-    fingerprint: dict[str, JsonValue]
-    method: Method = "orthogonal"
-    basis: BasisInfo | None = None
-    rank: int = Field(ge=1, le=2**20)
-    alpha: Finite = Field(gt=0)
-    slices: dict[str, list[int]] = {}
-    num_tokens: int = Field(2, ge=0, le=64)
-    token_layers: int = Field(0, ge=0, le=1024)
-    training: dict[str, JsonValue] = {}
-    scores: dict[str, JsonValue] = {}
-    created: str = Field(
-        default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"), max_length=64
-    )
-
-    @field_validator("class_word", "base", "created")
-    @classmethod
-    def _one_plain_line(cls, text: str) -> str:
-        if not _PLAIN.fullmatch(text):
-            raise ValueError("must be one line without control characters")
-        return text
-
-    @field_validator("fingerprint", "training", "scores")
-    @classmethod
-    def _storable(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if not _finite(value):
-            raise ValueError("holds a number that is not finite, which JSON cannot carry")
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("holds a text that is not Unicode, which no file carries") from None
-        return value
-
-    @model_validator(mode="after")
-    def _slices_fit(self) -> ConceptInfo:
-        if self.method == "lora":
-            if self.basis is not None or self.slices:
-                raise ValueError("a concept of the method lora has neither basis nor slices")
-            return self
-        if self.basis is None or not self.slices:
-            raise ValueError("a concept of the method orthogonal needs its basis and slices")
-        check_slices(self.slices, self.rank, self.basis)
-        return self
-
-    @model_validator(mode="after")
-    def _layers_have_tokens(self) -> ConceptInfo:
-        if self.token_layers and not self.num_tokens:
-            raise ValueError("a concept without tokens has none for each layer")
-        return self
-
-    def __repr_args__(self) -> Any:
-        # A few lines: those that are left out have hundreds of numbers.
-        long = ("fingerprint", "slices", "training", "scores")
-        return [(name, value) for name, value in super().__repr_args__() if name not in long]
-
-    @property
-    def learned_with(self) -> list[str]:
-        """The names of the concepts that it was learned in one run with."""
-        names = self.training.get("learned_with")
-        return [str(name) for name in names] if isinstance(names, list) else []
-
-    @property
-    def words(self) -> str:
-        """What a prompt says to mean it."""
-        return self.trigger
-
-    @property
-    def triggers(self) -> tuple[str, ...]:
-        """All that call it: one."""
-        return (self.trigger,)
-
-    @property
-    def scale(self) -> float:
-        """What every update is multiplied with: alpha / rank."""
-        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,45 +119,112 @@ class Concept:
         return replace(self, info=parse_info(facts, "names"))
 
 
+@dataclass(frozen=True, eq=False)
+class VectorUpdate:
+    """What a file does to a bias or the weight of a norm.
+
+    Attributes:
+        values: (n,), float32.
+        is_replacement: whether they take the parameter's place, and are not added to it.
+    """
+
+    values: Tensor
+    is_replacement: bool = False
+
+
+#: component -> parameter, such as "blocks.0.norm2.weight", by the model's names -> change.
+VectorUpdates = Mapping[str, Mapping[str, VectorUpdate]]
+
+
+@dataclass(frozen=True)
+class LoraInfo:
+    """The facts on a LoRA from elsewhere, with what it lacks of a concept's at its end.
+
+    Attributes:
+        name: what it goes by, from its file's name.
+        family: the model family's name.
+        base: the base model as the file's metadata has it; empty where they say nothing.
+        rank: the largest of its layers'.
+        words: what the file's maker says to put into a prompt; plain words, or the triggers of a
+            merge.
+        fingerprint: of the model that a merge of ours was made for; else empty.
+        triggers: of a merge of ours, those that have tokens of their own.
+    """
+
+    name: str
+    family: str
+    base: str
+    rank: int
+    words: str = ""
+    class_word: str = ""
+    trigger: str = ""
+    method: Method = "lora"
+    basis: None = None
+    slices: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    num_tokens: int = 0
+    token_layers: int = 0
+    training: Mapping[str, Any] = field(default_factory=dict)
+    learned_with: Sequence[str] = ()
+    triggers: Sequence[str] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA from elsewhere, as the updates that it makes.
+
+    Attributes:
+        info: the facts.
+        products: component -> module -> update, as :class:`Concept` has them; ranks and scales
+            may differ between layers.
+        subjects: what triggers call by tokens of their own, in a merge of ours.
+        vector_updates: changes of biases and norms.
+        source: the file that it was read from.
+    """
+
+    info: LoraInfo
+    updates: Mapping[str, Mapping[str, LowRank]]
+    subjects: Sequence[Subject] = ()
+    vector_updates: VectorUpdates = field(default_factory=dict)
+    source: Path | None = None
+
+    def __repr__(self) -> str:
+        info = self.info
+        words = info.words or "no words named"
+        return (
+            f"Lora({info.name}: {words}; family {info.family}, base {info.base or 'not named'}; "
+            f"rank {info.rank}; {describe_layer_counts(self.updates)})"
+        )
+
+    def renamed(self, name: str) -> Lora:
+        """The same under another name; a merge of several concepts keeps their triggers.
+
+        Raises:
+            ConceptError: the name has other characters than a-z, 0-9, _ and -.
+        """
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise ConceptError(
+                f"{quote(name)} is not the name of a concept",
+                where="names",
+                fix="use up to 64 of the characters a-z, 0-9, _ and -, a letter or digit first",
+            )
+        info = replace(self.info, name=name)
+        if len(self.subjects) != 1:
+            return replace(self, info=info)
+        # What one trigger calls gets the trigger of its name, as a concept does.
+        subject = replace(self.subjects[0], name=name, trigger=f"<{name}>")
+        info = replace(info, words=subject.trigger, triggers=(subject.trigger,))
+        return replace(self, info=info, subjects=(subject,))
+
+
+#: What can be attached to a pipeline and merged.
+Adaptation = Concept | Lora
+
+
 def describe_layer_counts(parts: Mapping[str, Mapping[str, object]]) -> str:
     """How many layers there are of each component, in words."""
     listed = (f"{len(own)} of {component}" for component, own in sorted(parts.items()))
     return f"layers: {', '.join(listed) or 'none'}"
-
-
-def parse_info(values: Any, where: object) -> ConceptInfo:
-    """Parsed JSON as :class:`ConceptInfo`.
-
-    Raises:
-        ConceptError: an unknown schema version, or fields that are missing, extra or wrong.
-    """
-    from pydantic import ValidationError
-
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    if type(version) is int and version != SCHEMA_VERSION:
-        raise ConceptError(
-            f"the concept has schema version {version}; this version of customize reads "
-            f"{SCHEMA_VERSION}",
-            where=where,
-            fix="update customize, or save the concept with the version you have",
-        )
-    try:
-        return ConceptInfo.model_validate(values, strict=True)
-    except RecursionError as error:
-        raise ConceptError(
-            "the facts on the concept are nested too deeply",
-            where=where,
-            fix="get an unchanged copy of the concept",
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        place, problem = (text[:MAX_NAME] for text in (place, first["msg"]))
-        raise ConceptError(
-            f"the facts on the concept are wrong at {place}: {problem}",
-            where=where,
-            fix="get an unchanged copy of the concept",
-        ) from error
 
 
 def _check_numbers(values: Tensor, where: str) -> None:
@@ -347,14 +238,6 @@ def _check_numbers(values: Tensor, where: str) -> None:
         raise ConceptError(
             "a number is NaN or infinite", where=where, fix="learn the concept again"
         )
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    return all(map(_finite, value)) if isinstance(value, list) else True
 
 
 def _listed(values: Any) -> str:

@@ -16,18 +16,19 @@ from customize.base.apply_memory_plan import apply_memory_plan, choose_memory_pl
 from customize.base.attention import apply_backend as kernels
 from customize.base.attention.select_backend import choose_backends
 from customize.base.memory_plan import parse_memory_size
-from customize.concepts.formats.lora import Adaptation, LoraFile
+from customize.concepts.formats.lora import LoraFile
 from customize.concepts.input_statistics import LayerInputs
-from customize.concepts.library.byte_cache import LRUCache
 from customize.concepts.library.index import LibraryEntry
 from customize.concepts.library.library import Library
 from customize.concepts.slices.overlap import find_overlaps
+from customize.concepts.types import Adaptation
 from customize.core.merges import SUM
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.near_names import suggest_names
 from customize.pipeline.call_wrapper import find_state, lock_models
 from customize.pipeline.library_cache import LibraryCache
+from customize.pipeline.lru_cache import LRUCache
 from customize.pipeline.record_inputs import (
     parse_merge,
     recorded,

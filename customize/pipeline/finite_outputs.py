@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from customize.concepts.formats.lora import Lora
 from customize.concepts.merge.component_weights import layer_weight
+from customize.concepts.types import Lora
 from customize.pipeline.sources import get_family
 from customize.pipeline.state import AttachedConcept, get_state
 from customize.pipeline.user_warnings import warn_user

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from customize.concepts.formats.lora import Adaptation
 from customize.concepts.input_statistics import LayerFactors, LayerInputs
-from customize.concepts.library.byte_cache import LRUCache, tensor_bytes
 from customize.concepts.library.index import LibraryEntry
 from customize.concepts.library.library import Library
+from customize.concepts.types import Adaptation
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError
+from customize.pipeline.lru_cache import LRUCache, tensor_bytes
 
 Updates = Mapping[str, Mapping[str, LowRank]]
 

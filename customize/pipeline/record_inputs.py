@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from customize.base.offload import check_not_offloaded
-from customize.concepts.formats.lora import Adaptation
 from customize.concepts.input_statistics import (
     PROMPTS,
     LayerInputs,
@@ -27,6 +26,7 @@ from customize.concepts.merge.choose_method import (
     parse_method,
     read_record,
 )
+from customize.concepts.types import Adaptation
 from customize.core.merges import FUSION, MERGES, SUM
 from customize.errors import ConfigError
 from customize.families import Family

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from customize.concepts.formats.bias_and_norm_updates import VectorUpdate
-from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.merge.component_weights import BlockWeights, Weight, parse_weight
+from customize.concepts.types import Adaptation, Lora, VectorUpdate
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError
 from customize.families import Family

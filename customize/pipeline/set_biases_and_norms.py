@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts.base_weight import base_layer
-from customize.concepts.formats.bias_and_norm_updates import VectorUpdate
-from customize.concepts.formats.lora import Lora
 from customize.concepts.merge.component_weights import layer_weight
+from customize.concepts.types import Lora, VectorUpdate
 from customize.core.lowrank import all_finite
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.pipeline import dtype_casts

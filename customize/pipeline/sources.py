@@ -14,9 +14,9 @@ from customize.concepts.base_weight import dense_weight
 from customize.concepts.formats.denoiser_labels import assign_noise_levels
 from customize.concepts.formats.ignored_parts import check_all_matched, check_ignore, remove_ignored
 from customize.concepts.formats.layer_names import LayerNameMap
-from customize.concepts.formats.lora import Adaptation, BaseWeights, Lora, LoraFile
+from customize.concepts.formats.lora import BaseWeights, LoraFile
 from customize.concepts.formats.open_adaptation import open_adaptation
-from customize.concepts.types import Concept
+from customize.concepts.types import Adaptation, Concept, Lora
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
 from customize.families.pipeline_components import uncompiled

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from customize.base.attention.apply_backend import BackendReport
 from customize.concepts.adapter import Adapter
-from customize.concepts.formats.lora import Adaptation
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.merge.choose_method import AUTO
 from customize.concepts.merge.component_weights import Weight
+from customize.concepts.types import Adaptation
 from customize.core.merges import SUM
 from customize.errors import PipelineError
 from customize.families import Family

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from customize.concepts.base_weight import find_unadaptable_layers
-from customize.concepts.formats.lora import Adaptation, Lora
 from customize.concepts.merge.merge_concepts import LayerMerge
 from customize.concepts.tokens.layerwise_embeddings import (
     layer_vocabulary_entries,
@@ -18,6 +17,7 @@ from customize.concepts.tokens.layerwise_embeddings import (
 )
 from customize.concepts.tokens.subjects import Subject
 from customize.concepts.tokens.token_rows import known_tokens, vocabulary_entries
+from customize.concepts.types import Adaptation, Lora
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import Family

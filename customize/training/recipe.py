@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from customize.concepts.adapter import LayerFactors
-from customize.concepts.io import write_concept
 from customize.concepts.io.folder_lock import lock_folder
+from customize.concepts.io.output_folder import check_output_folder, check_writable
 from customize.concepts.io.write_concept import save_concept
 from customize.concepts.slices.slice_reservations import delete_reservation
 from customize.concepts.tokens.prompt_phrases import common_words
@@ -156,8 +156,8 @@ def _trained(
             strict=True,
         )
     for each in configs:
-        write_concept.check_output_folder(each.output, each.name)
-        write_concept.check_writable(each.output)
+        check_output_folder(each.output, each.name)
+        check_writable(each.output)
     accelerator = distributed.create_accelerator(config)
     distributed.run_on_main_process(
         accelerator,

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from customize.concepts.concept_info import BasisInfo, ConceptInfo
 from customize.concepts.io.file_layout import INFO_FILE
 from customize.concepts.io.read_concept import load_concept
-from customize.concepts.types import BasisInfo, Concept, ConceptInfo
+from customize.concepts.types import Concept
 from customize.errors import ConceptError, SettingsError
 from customize.families import Family
 from customize.training.checkpoint import (

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
+from customize.concepts.concept_info import BasisInfo, ConceptInfo
 from customize.concepts.slices import slice_reservations
 from customize.concepts.slices.allocation import (
     SliceOwner,
@@ -19,7 +20,6 @@ from customize.concepts.slices.allocation import (
     slice_owners,
 )
 from customize.concepts.slices.slice_reservations import SliceReservation
-from customize.concepts.types import BasisInfo, ConceptInfo
 from customize.core.bases import capacity, count_shared_directions
 from customize.errors import CustomizeError, SettingsError
 from customize.families import Family

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from customize.concepts.adapter import Adapter, LayerFactors, attach_new_adapter, saved_module_name
 from customize.concepts.base_weight import dense_weight
+from customize.concepts.concept_info import BasisInfo
 from customize.concepts.slices.allocation import slice_columns
 from customize.concepts.tokens import layerwise_embeddings, token_rows
-from customize.concepts.types import BasisInfo, Concept
+from customize.concepts.types import Concept
 from customize.core.avoiding_slices import relative_output_change
 from customize.errors import DataError, PipelineError
 from customize.families import Family

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from customize.concepts.types import ConceptInfo
+from customize.concepts.concept_info import ConceptInfo
 
 _NOTICEABLE = 0.02  # of the base's loss
 _TOO_LITTLE = "try more steps, or higher learning rates"

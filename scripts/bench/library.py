@@ -59,6 +59,7 @@ def open_base() -> Any:
 
 def write_concepts(folder: Path, count: int) -> None:
     """Concepts of random updates of all layers, and two tokens each."""
+    from customize.concepts.concept_info import BasisInfo, ConceptInfo
     from customize.concepts.input_statistics import (
         DIRECTIONS,
         LayerInputs,
@@ -67,7 +68,7 @@ def write_concepts(folder: Path, count: int) -> None:
     )
     from customize.concepts.io.write_concept import save_concept
     from customize.concepts.slices.allocation import slice_columns
-    from customize.concepts.types import BasisInfo, Concept, ConceptInfo
+    from customize.concepts.types import Concept
     from customize.core.bases import BASES, down_projection
     from customize.core.lowrank import LowRank
     from customize.families import family_of

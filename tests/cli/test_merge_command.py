@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from customize.concepts.io.read_concept import load_concept
 from customize.concepts.io.write_concept import save_concept
-from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.merge.merge_concepts import merge_concepts
+from customize.concepts.merge.write_merged_lora import write_merged
 from customize.concepts.types import Concept
 from customize.core.lowrank import to_dense
 from customize.core.merges import MERGES

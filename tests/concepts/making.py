@@ -9,9 +9,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from customize.concepts.adapter import Adapter, attach_new_adapter
+from customize.concepts.concept_info import BasisInfo, ConceptInfo
 from customize.concepts.slices.allocation import slice_columns
 from customize.concepts.tokens.token_rows import add_tokens, initial_rows, vocabulary_entries
-from customize.concepts.types import BasisInfo, Concept, ConceptInfo
+from customize.concepts.types import Concept
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
 from customize.families import family_of

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig
 
 from customize.concepts.adapter import attach_new_adapter, attach_updates, match_to_model
+from customize.concepts.concept_info import BasisInfo
 from customize.concepts.slices.allocation import slice_columns
-from customize.concepts.types import BasisInfo
 from customize.core.bases import BASES, down_projection
 from customize.core.crosstalk import update_overlap
 from customize.core.lowrank import LowRank, to_dense

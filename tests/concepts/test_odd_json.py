@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from customize.concepts.concept_info import BasisInfo
 from customize.concepts.io.file_layout import RESERVATION_FILE
 from customize.concepts.io.read_concept import read_info
 from customize.concepts.io.write_concept import save_concept
@@ -20,7 +21,6 @@ from customize.concepts.library.library import Library
 from customize.concepts.library.library_check import check_library
 from customize.concepts.slices.allocation import find_collisions, free_index, slice_owners
 from customize.concepts.slices.slice_reservations import SliceReservation, read_reservations
-from customize.concepts.types import BasisInfo
 from customize.errors import ConceptError
 from tests.concepts.making import small
 

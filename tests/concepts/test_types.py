@@ -6,7 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from customize.concepts.types import BasisInfo, Concept
+from customize.concepts.concept_info import BasisInfo
+from customize.concepts.types import Concept
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError
 from tests.concepts.making import facts, small

@@ -17,13 +17,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from customize.concepts.concept_info import BasisInfo
 from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.io.read_concept import load_concept
 from customize.concepts.io.write_concept import save_concept
 from customize.concepts.library.index import INDEX_FILE
 from customize.concepts.library.library import Library
 from customize.concepts.slices.slice_reservations import read_reservations, write_reservation
-from customize.concepts.types import BasisInfo
 from customize.errors import CustomizeError
 from customize.training import checkpoint
 from customize.training.data.dataset import read_training_images

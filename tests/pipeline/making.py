@@ -13,8 +13,9 @@ from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPIN
 from diffusers.pipelines.auto_pipeline import _get_model
 from torch import Tensor, nn
 
+from customize.concepts.concept_info import BasisInfo, ConceptInfo
 from customize.concepts.slices.allocation import slice_columns
-from customize.concepts.types import BasisInfo, Concept, ConceptInfo
+from customize.concepts.types import Concept
 from customize.core.bases import BASES, down_projection
 from customize.core.lowrank import LowRank
 from customize.families import family_of

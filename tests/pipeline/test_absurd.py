@@ -13,7 +13,7 @@ from PIL import Image
 
 from customize import Decor
 from customize.base.memory_plan import parse_memory_size
-from customize.concepts.io.write_merged_lora import write_merged
+from customize.concepts.merge.write_merged_lora import write_merged
 from customize.errors import ConfigError, CustomizeError
 from customize.stages.avoid import MAX_PHRASES
 from customize.stages.regions import MAX_REGIONS

@@ -13,7 +13,7 @@ from diffusers.utils import export_to_gif
 from PIL import Image
 
 from customize.api.pipeline_methods import load_custom, unload_custom
-from customize.concepts.io.write_merged_lora import write_merged
+from customize.concepts.merge.write_merged_lora import write_merged
 from customize.training.recipe import train
 from tests.pipeline.making import PROMPT, assert_same, everything
 from tests.tiny import tiny_sd

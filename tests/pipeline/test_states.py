@@ -11,9 +11,9 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from peft import LoKrConfig, LoraConfig
 
+from customize.concepts.concept_info import parse_info
 from customize.concepts.io.read_concept import load_concept
 from customize.concepts.io.write_concept import save_concept
-from customize.concepts.types import parse_info
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
 from customize.pipeline import transaction

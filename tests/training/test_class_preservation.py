@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPTextModel
 
-from customize.concepts.types import BasisInfo
+from customize.concepts.concept_info import BasisInfo
 from customize.core.preservation import cosine_distance
 from customize.errors import ConfigError, DataError, SettingsError
 from customize.families import family_of

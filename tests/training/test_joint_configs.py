@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import customize
+from customize.concepts.concept_info import BasisInfo
 from customize.concepts.input_statistics import LayerInputs, layer_inputs_path, record_layer_inputs
 from customize.concepts.io.read_concept import load_concept
 from customize.concepts.slices.slice_reservations import read_reservations
-from customize.concepts.types import BasisInfo
 from customize.core.bases import hashed_block, shared_columns
 from customize.core.lowrank import to_dense
 from customize.errors import ConfigError, DataError, SettingsError, StorageError

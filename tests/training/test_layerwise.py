@@ -2,10 +2,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from customize.concepts.concept_info import BasisInfo
 from customize.concepts.io.file_layout import EMBEDS_FILE
 from customize.concepts.io.read_concept import load_concept
 from customize.concepts.tokens.token_rows import initial_rows
-from customize.concepts.types import BasisInfo, Concept
+from customize.concepts.types import Concept
 from customize.errors import ConfigError
 from customize.families import family_of
 from customize.training.recipe import train

@@ -5,10 +5,10 @@ import warnings
 import pytest
 from accelerate import Accelerator
 
+from customize.concepts.concept_info import BasisInfo
 from customize.concepts.io.file_layout import RESERVATION_FILE
 from customize.concepts.slices.allocation import free_index, slice_owners
 from customize.concepts.slices.slice_reservations import read_reservations
-from customize.concepts.types import BasisInfo
 from customize.errors import ConceptError, SettingsError, StorageError
 from customize.families import family_of
 from customize.training.recipe import train

@@ -1,6 +1,6 @@
 import pytest
 
-from customize.concepts.types import ConceptInfo
+from customize.concepts.concept_info import ConceptInfo
 from customize.training.verdict import IdentityResult, format_verdict
 
 

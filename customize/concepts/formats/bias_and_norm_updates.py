@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from customize.concepts.formats.tensor_keys import VECTOR_KEY_SUFFIXES, TensorGroup
+from customize.concepts.types import VectorUpdate
 from customize.core.lowrank import all_finite
 from customize.errors import ConceptError
 from customize.families.family import Family
@@ -44,23 +45,6 @@ _ORIGINAL_NORM_NAMES = {
         for short, long in (("q", "query"), ("k", "key"))
     },
 }
-
-
-@dataclass(frozen=True, eq=False)
-class VectorUpdate:
-    """What a file does to a bias or the weight of a norm.
-
-    Attributes:
-        values: (n,), float32.
-        is_replacement: whether they take the parameter's place, and are not added to it.
-    """
-
-    values: Tensor
-    is_replacement: bool = False
-
-
-#: component -> parameter, such as "blocks.0.norm2.weight", by the model's names -> change.
-VectorUpdates = Mapping[str, Mapping[str, VectorUpdate]]
 
 
 def has_only_vectors(group: TensorGroup) -> bool:

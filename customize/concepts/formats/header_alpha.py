@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
+from customize.concepts.concept_info import MAX_NAME
 from customize.concepts.formats.tensor_keys import TensorGroup
-from customize.concepts.types import MAX_NAME
 from customize.text import one_line
 
 _KOHYA = "ss_network_alpha"

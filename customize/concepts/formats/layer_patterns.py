@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from customize.concepts.types import MAX_NAME
+from customize.concepts.concept_info import MAX_NAME
 from customize.errors import ConceptError
 
 #: How long the patterns of one file may be matched for, in seconds: expressions of others may

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from customize.concepts.formats.base_detection import (
     update_shape,
 )
 from customize.concepts.formats.bias_and_norm_updates import (
-    VectorUpdate,
-    VectorUpdates,
     decode_vectors,
     has_only_vectors,
     remove_vectors,
@@ -35,99 +33,14 @@ from customize.concepts.formats.layer_updates import needs_weight, update_of
 from customize.concepts.formats.tensor_keys import TensorGroup, group_by_layer
 from customize.concepts.io.file_layout import SECOND_DENOISERS
 from customize.concepts.tokens.subjects import Subject
-from customize.concepts.types import NAME_PATTERN, Concept, Method, describe_layer_counts
+from customize.concepts.types import Adaptation, Lora, LoraInfo, VectorUpdate
 from customize.core.lowrank import LowRank, from_dense, slice_rows, stack_rows, to_dense
 from customize.errors import ConceptError
 from customize.families import Family
-from customize.text import one_line, quote
+from customize.text import one_line
 
 #: (component, module) -> the layer's weight without any adapter, (out, in) or (out, in, kh, kw).
 BaseWeights = Callable[[str, str], Tensor]
-
-
-@dataclass(frozen=True)
-class LoraInfo:
-    """The facts on a LoRA from elsewhere, with what it lacks of a concept's at its end.
-
-    Attributes:
-        name: what it goes by, from its file's name.
-        family: the model family's name.
-        base: the base model as the file's metadata has it; empty where they say nothing.
-        rank: the largest of its layers'.
-        words: what the file's maker says to put into a prompt; plain words, or the triggers of a
-            merge.
-        fingerprint: of the model that a merge of ours was made for; else empty.
-        triggers: of a merge of ours, those that have tokens of their own.
-    """
-
-    name: str
-    family: str
-    base: str
-    rank: int
-    words: str = ""
-    class_word: str = ""
-    trigger: str = ""
-    method: Method = "lora"
-    basis: None = None
-    slices: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    fingerprint: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    num_tokens: int = 0
-    token_layers: int = 0
-    training: Mapping[str, Any] = field(default_factory=dict)
-    learned_with: Sequence[str] = ()
-    triggers: Sequence[str] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Lora:
-    """A LoRA from elsewhere, as the updates that it makes.
-
-    Attributes:
-        info: the facts.
-        products: component -> module -> update, as :class:`Concept` has them; ranks and scales
-            may differ between layers.
-        subjects: what triggers call by tokens of their own, in a merge of ours.
-        vector_updates: changes of biases and norms.
-        source: the file that it was read from.
-    """
-
-    info: LoraInfo
-    updates: Mapping[str, Mapping[str, LowRank]]
-    subjects: Sequence[Subject] = ()
-    vector_updates: VectorUpdates = field(default_factory=dict)
-    source: Path | None = None
-
-    def __repr__(self) -> str:
-        info = self.info
-        words = info.words or "no words named"
-        return (
-            f"Lora({info.name}: {words}; family {info.family}, base {info.base or 'not named'}; "
-            f"rank {info.rank}; {describe_layer_counts(self.updates)})"
-        )
-
-    def renamed(self, name: str) -> Lora:
-        """The same under another name; a merge of several concepts keeps their triggers.
-
-        Raises:
-            ConceptError: the name has other characters than a-z, 0-9, _ and -.
-        """
-        if not re.fullmatch(NAME_PATTERN, name):
-            raise ConceptError(
-                f"{quote(name)} is not the name of a concept",
-                where="names",
-                fix="use up to 64 of the characters a-z, 0-9, _ and -, a letter or digit first",
-            )
-        info = replace(self.info, name=name)
-        if len(self.subjects) != 1:
-            return replace(self, info=info)
-        # What one trigger calls gets the trigger of its name, as a concept does.
-        subject = replace(self.subjects[0], name=name, trigger=f"<{name}>")
-        info = replace(info, words=subject.trigger, triggers=(subject.trigger,))
-        return replace(self, info=info, subjects=(subject,))
-
-
-#: What can be attached to a pipeline and merged.
-Adaptation = Concept | Lora
 
 
 @dataclass(frozen=True, eq=False)

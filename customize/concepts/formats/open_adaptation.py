@@ -21,13 +21,9 @@ from customize.concepts.formats.ignored_parts import (
     filter_tensors,
     remove_ignored,
 )
-from customize.concepts.formats.lora import (
-    Adaptation,
-    Lora,
-    LoraFile,
-    pair_denoiser_files,
-    parse_lora_file,
-)
+from customize.concepts.formats.lora import LoraFile, pair_denoiser_files, parse_lora_file
+from customize.concepts.formats.merged_lora import parse_merged_lora
+from customize.concepts.io.data_files import read_json_file, read_safetensors_file
 from customize.concepts.io.file_layout import (
     INFO_FILE,
     INFO_HEADER,
@@ -42,13 +38,8 @@ from customize.concepts.io.file_layout import (
     SECOND_LORA_FILE,
 )
 from customize.concepts.io.find_files import list_folder, locate_concept, refuse_pickles
-from customize.concepts.io.read_concept import (
-    load_concept,
-    parse_single_file,
-    read_json,
-    read_safetensors_file,
-)
-from customize.concepts.io.read_merged_lora import parse_merged_lora
+from customize.concepts.io.read_concept import load_concept, parse_single_file
+from customize.concepts.types import Adaptation, Lora
 from customize.errors import ConceptError, ConfigError
 from customize.families import FAMILIES
 from customize.near_names import suggest_names
@@ -264,7 +255,7 @@ def _read_adapter_config(path: Path) -> dict[str, Any] | None:
         return None
     if path.name != weights and len(list(path.parent.glob("*.safetensors"))) != 1:
         return None
-    values = read_json(path.parent / config)
+    values = read_json_file(path.parent / config)
     if not isinstance(values, dict):
         raise ConceptError(
             "the adapter's configuration is no JSON object",

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from customize.concepts.concept_info import MAX_NAME
 from customize.concepts.formats.layer_patterns import PatternMatcher, check_pattern
-from customize.concepts.types import MAX_NAME
 from customize.errors import ConceptError
 from customize.text import one_line
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from customize.concepts.adapter import saved_module_name
-from customize.concepts.io.write_concept import safetensors_bytes
+from customize.concepts.io.data_files import safetensors_bytes
 from customize.core.lowrank import LowRank, pad_rank, slice_rows, stack_rows
 from customize.families import Family
 from customize.families.original_layer_names import RowRange

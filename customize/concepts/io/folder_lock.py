@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from customize.concepts.io.write_concept import check_writable
+from customize.concepts.io.output_folder import check_writable
 from customize.errors import StorageError, storage_error
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from customize.concepts.io.read_concept import read_safetensors_file
+from customize.concepts.io.data_files import read_safetensors_file
 from customize.errors import ConceptError
 
 HEADER = "customize_layer_inputs"

@@ -11,9 +11,8 @@ from customize.families import FAMILIES
 from customize.text import escape_markdown
 
 if TYPE_CHECKING:
-    from customize.concepts.formats.lora import Adaptation
     from customize.concepts.tokens.subjects import Subject
-    from customize.concepts.types import Concept
+    from customize.concepts.types import Adaptation, Concept
 
 
 #: The pipeline of a family whose checkpoints may be one file.

@@ -17,17 +17,14 @@ anything is returned, and written whole or not at all.
 from __future__ import annotations
 
 import io
-import json
 import os
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from customize.atomic import fsync_folder, is_partial, partial_folder, write_atomic, write_new_file
+from customize.atomic import fsync_folder, partial_folder, write_atomic, write_new_file
 from customize.concepts.io import model_card
+from customize.concepts.io.data_files import safetensors_bytes
 from customize.concepts.io.file_layout import (
     CARD_FILE,
     EMBEDS_FILE,
@@ -36,7 +33,6 @@ from customize.concepts.io.file_layout import (
     LAYERWISE_EMBEDS_FILE,
     PEFT_HEADER,
     SECOND_LORA_FILE,
-    TRAINING_FILES,
     bundled_embeddings,
     embedding_tensors,
     info_json,
@@ -44,9 +40,9 @@ from customize.concepts.io.file_layout import (
     peft_header,
     split_lora_files,
 )
-from customize.concepts.io.read_concept import load_concept, read_info
+from customize.concepts.io.output_folder import check_output_folder, check_same_name
 from customize.concepts.types import Concept
-from customize.errors import ConceptError, ConfigError, StorageError, storage_error
+from customize.errors import ConfigError, StorageError, storage_error
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -157,7 +153,7 @@ def write_single_file(concept: Concept, path: str | Path) -> Path:
             "a single file must end in .safetensors", where=path, fix=f"name it {name}.safetensors"
         )
     if os.path.lexists(path):
-        _check_same(lambda: load_concept(path).info.name, name, path)
+        check_same_name(path, name)
     metadata = {PEFT_HEADER: peft_header(concept), INFO_HEADER: info_json(concept)}
     data = safetensors_bytes(lora_tensors(concept) | bundled_embeddings(concept), metadata)
     try:
@@ -166,98 +162,3 @@ def write_single_file(concept: Concept, path: str | Path) -> Path:
     except OSError as error:
         raise storage_error(error, path) from error
     return path
-
-
-def safetensors_bytes(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], format: str | None = "pt"
-) -> bytes:
-    """The content of a safetensors file, of tensors on any device that may share memory.
-
-    Args:
-        format: what the header says of the tensors' library; None for nothing.
-    """
-    from safetensors.torch import save
-
-    # Clones, because tensors that share memory (a slice used in many layers) are refused there.
-    own = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-    return _ordered(save(own, ({"format": format} if format else {}) | dict(metadata)))
-
-
-def _ordered(data: bytes) -> bytes:
-    """The same file with its header's keys in order: else it differs from one run to the next."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    text = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + data[start:]
-
-
-def check_output_folder(folder: Path, name: str) -> None:
-    """Refuse a folder that a concept of this name must not be written to.
-
-    It may be new, empty but for what training keeps there, or hold a concept of the same name.
-
-    Raises:
-        StorageError: it holds something else, or cannot be looked into.
-    """
-    try:
-        present = {path.name for path in folder.iterdir() if not is_partial(path.name)}
-    except FileNotFoundError:
-        return
-    except NotADirectoryError as error:
-        raise StorageError(
-            "a file is in the place of the folder", where=folder, fix="choose another name"
-        ) from error
-    except OSError as error:
-        raise storage_error(error, folder) from error
-    if INFO_FILE in present:
-        _check_same(lambda: read_info(folder).name, name, folder)
-    elif not present <= set(TRAINING_FILES):
-        raise StorageError(
-            "the folder holds other files", where=folder, fix="choose a new or empty folder"
-        )
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; one that is there stays.
-
-    Raises:
-        StorageError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, folder) from error
-
-
-def check_writable(folder: Path) -> None:
-    """Try whether a folder can be made or written in, and leave no trace of that.
-
-    Raises:
-        StorageError: it cannot: no permission, a read-only or full disk, a file in its path.
-    """
-    nearest = folder
-    while not os.path.lexists(nearest) and nearest != nearest.parent:
-        nearest = nearest.parent
-    trial = nearest / f".trial.{secrets.token_hex(4)}.partial"  # deleted if left behind
-    try:
-        trial.mkdir()
-        trial.rmdir()
-    except OSError as error:
-        raise storage_error(error, folder) from error
-
-
-def _check_same(found_name: Callable[[], str], name: str, where: Path) -> None:
-    try:
-        found = found_name()
-    except ConceptError as error:
-        raise StorageError(
-            f"something else is there that cannot be read: {error.problem}",
-            where=where,
-            fix="move it away, or choose another name",
-        ) from error
-    if found != name:
-        raise StorageError(
-            f"the concept {found} is there, and {name} would overwrite it",
-            where=where,
-            fix="choose another name, or move it away",
-        )

@@ -27,14 +27,15 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from customize.atomic import write_atomic
+from customize.concepts.concept_info import MAX_NAME, BasisInfo, ConceptInfo, check_slices
 from customize.concepts.formats.file_metadata import FileMetadata
-from customize.concepts.formats.lora import LoraInfo, name_from_file
+from customize.concepts.formats.lora import name_from_file
+from customize.concepts.formats.merged_lora import merged_lora_info, parse_merge_info
 from customize.concepts.io.file_layout import INFO_FILE, INFO_HEADER, LAYER_INPUTS_FILE
 from customize.concepts.io.find_files import is_hidden, list_folder
 from customize.concepts.io.read_concept import parse_header_info, read_info
-from customize.concepts.io.read_merged_lora import merged_lora_info, parse_merge_info
 from customize.concepts.tokens.subjects import subjects_from_header
-from customize.concepts.types import MAX_NAME, BasisInfo, ConceptInfo, check_slices
+from customize.concepts.types import LoraInfo
 from customize.errors import ConceptError, CustomizeError
 from customize.safe_read import path_exists, read_bytes, read_safetensors_header
 

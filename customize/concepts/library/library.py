@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from customize.atomic import atomic_file, delete_leftovers, fsync_folder, partial_folder
+from customize.concepts.concept_info import NAME_PATTERN
 from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
 from customize.concepts.io.file_layout import (
@@ -34,7 +35,7 @@ from customize.concepts.library.index import (
 )
 from customize.concepts.slices.shared_directions import copy_shared_directions
 from customize.concepts.slices.slice_reservations import lock_library
-from customize.concepts.types import NAME_PATTERN, Concept
+from customize.concepts.types import Concept
 from customize.errors import ConceptError, ConfigError, storage_error
 from customize.near_names import find_near_names, suggest_paths
 from customize.safe_read import MAX_SAFETENSORS_BYTES, open_regular, path_exists, real_path

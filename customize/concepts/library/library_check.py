@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from customize.concepts.formats.lora import Lora, LoraFile
+from customize.concepts.formats.lora import LoraFile
 from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.input_statistics import LayerInputs, layer_inputs_path, load_recorded_inputs
 from customize.concepts.library.index import LibraryEntry
@@ -24,7 +24,7 @@ from customize.concepts.slices.allocation import (
 )
 from customize.concepts.slices.overlap import DownProjections, down_projections, overlapping_pairs
 from customize.concepts.slices.slice_reservations import read_reservations
-from customize.concepts.types import Concept
+from customize.concepts.types import Concept, Lora
 from customize.core.bases import count_shared_directions
 from customize.errors import ConceptError, CustomizeError
 

@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from customize.concepts.formats.lora import Adaptation
 from customize.concepts.input_statistics import LayerInputs, load_recorded_inputs
+from customize.concepts.types import Adaptation
 from customize.core.merges import FUSION, MERGES, SUM
 from customize.errors import ConfigError
 from customize.near_names import suggest_names

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from customize.concepts.formats.lora import Adaptation, LoraInfo
-from customize.concepts.types import ConceptInfo
+from customize.concepts.concept_info import ConceptInfo
+from customize.concepts.types import Adaptation, LoraInfo
 from customize.errors import ConceptError
 
 

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from customize.concepts.adapter import saved_module_name
-from customize.concepts.formats.lora import Adaptation
 from customize.concepts.input_statistics import LayerFactors, LayerInputs
 from customize.concepts.merge.choose_method import check_concept_count
 from customize.concepts.merge.compatibility import check_compatible
 from customize.concepts.merge.component_weights import BlockWeights, Weight, layer_weight
+from customize.concepts.types import Adaptation
 from customize.core.lowrank import LowRank, check_same_weight, weighted_sum
 from customize.core.merges import MERGES, SUM
 from customize.core.merges.method import MergeMethod, RecordedInputs

@@ -8,11 +8,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Protocol
 
+from customize.concepts.concept_info import BasisInfo
 from customize.concepts.io.file_layout import INFO_FILE
 from customize.concepts.io.find_files import find_in_subfolders
 from customize.concepts.io.read_concept import read_info
 from customize.concepts.slices.slice_reservations import SliceReservation, read_reservations
-from customize.concepts.types import BasisInfo
 from customize.core.bases import (
     block,
     capacity,

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from customize.concepts.adapter import flatten_layers
-from customize.concepts.formats.lora import Adaptation
 from customize.concepts.slices.allocation import (
     Collision,
     SliceOwner,
     shared_columns_collision,
     unrelated_basis_collision,
 )
-from customize.concepts.types import Concept
+from customize.concepts.types import Adaptation, Concept
 from customize.core.crosstalk import row_overlap
 
 # A row is shared where this much of it lies in the other slice: within 26 degrees.

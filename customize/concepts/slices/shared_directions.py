@@ -24,9 +24,9 @@ from torch import Tensor
 
 from customize.atomic import write_atomic
 from customize.concepts.adapter import LayerFactors
+from customize.concepts.concept_info import BasisInfo
 from customize.concepts.input_statistics import LayerInputs
-from customize.concepts.io.write_concept import make_folder
-from customize.concepts.types import BasisInfo
+from customize.concepts.io.output_folder import make_folder
 from customize.core.avoiding_slices import captured_energy
 from customize.core.bases import count_shared_directions
 from customize.errors import ConceptError, storage_error

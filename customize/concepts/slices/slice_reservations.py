@@ -16,10 +16,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from customize.atomic import write_atomic
+from customize.concepts.concept_info import NAME_PATTERN, BasisInfo, check_slices
 from customize.concepts.io.file_layout import RESERVATION_FILE
 from customize.concepts.io.find_files import find_in_subfolders
 from customize.concepts.io.read_concept import read_info
-from customize.concepts.types import NAME_PATTERN, BasisInfo, check_slices
 from customize.errors import ConceptError, storage_error
 from customize.safe_read import MAX_TEXT_BYTES, read_bytes
 
@@ -31,7 +31,7 @@ class SliceReservation(BaseModel):
 
     Attributes:
         name: of the concept that is learned.
-        basis, rank, slices: as :class:`customize.concepts.types.ConceptInfo` will have them.
+        basis, rank, slices: as :class:`customize.concepts.concept_info.ConceptInfo` will have them.
         index: the concept's number, which gives the slices; None where its name does.
     """
 

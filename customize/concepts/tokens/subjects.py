@@ -35,7 +35,7 @@ class Subject:
     """One thing that a trigger calls, by tokens of its own.
 
     Attributes:
-        name, trigger, class_word: as :class:`customize.concepts.types.ConceptInfo` has them.
+        name, trigger, class_word: as :class:`customize.concepts.concept_info.ConceptInfo` has them.
         embeddings: token dictionary's key -> (tokens, width), or (tokens, layers, width) where each
             cross-attention layer has its own; float32, float16 or bfloat16; not empty.
     """

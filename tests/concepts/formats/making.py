@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from customize.concepts.adapter import saved_module_name
-from customize.concepts.formats.lora import Lora
+from customize.concepts.types import Lora
 from customize.core.lowrank import LowRank
 from customize.families.family import Family
 

@@ -19,7 +19,7 @@ from customize.concepts.formats.open_adaptation import (
     open_all_without_pipeline,
     open_without_pipeline,
 )
-from customize.concepts.io.write_merged_lora import write_merged
+from customize.concepts.merge.write_merged_lora import write_merged
 from customize.errors import ConceptError, ConfigError, CustomizeError
 from customize.families import Family, family_of
 from tests.concepts.formats.making import written

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.concepts.io.write_concept import save_concept
-from customize.concepts.io.write_merged_lora import write_merged
+from customize.concepts.merge.write_merged_lora import write_merged
 from customize.core.lowrank import to_dense
 from customize.errors import ConceptError
 from customize.families import family_of

@@ -11,8 +11,8 @@ import torch
 from peft import LoHaConfig, LoKrConfig, get_peft_model
 from torch import Tensor
 
-from customize.concepts.formats.lora import Lora
 from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
+from customize.concepts.types import Lora
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.formats.making import assert_close, deltas_of, dense, factors, written

@@ -17,8 +17,8 @@ from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from torch import Tensor, nn
 
 from customize.concepts.formats import peft_config
-from customize.concepts.formats.lora import Lora
 from customize.concepts.formats.open_adaptation import open_adaptation
+from customize.concepts.types import Lora
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.formats.making import Deltas, assert_close, deltas_of, written

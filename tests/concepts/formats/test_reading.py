@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from customize.concepts.formats.lora import Lora
 from customize.concepts.formats.open_adaptation import open_adaptation
+from customize.concepts.types import Lora
 from customize.errors import ConceptError
 from customize.families import Family, family_of
 from tests.concepts.formats.making import (

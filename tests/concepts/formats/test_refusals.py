@@ -99,7 +99,7 @@ def test_what_is_not_whole(sd: Family, tmp_path: Path) -> None:
     data = path.read_bytes()
     for cut in (4, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:cut])
-        with pytest.raises(ConceptError, match="damaged or no safetensors file"):
+        with pytest.raises(ConceptError, match="damaged, or is not a safetensors file"):
             open_adaptation(path)
 
 

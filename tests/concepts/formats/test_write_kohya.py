@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from customize.concepts.adapter import saved_module_name
-from customize.concepts.formats.lora import Lora, LoraInfo, parse_lora_file
+from customize.concepts.formats.lora import parse_lora_file
 from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.concepts.formats.write_kohya import kohya_tensors
-from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.merge.merge_concepts import merge_concepts
+from customize.concepts.merge.write_merged_lora import write_merged
+from customize.concepts.types import Lora, LoraInfo
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError
 from customize.families import Family, family_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from customize.concepts.io import model_card
-from customize.concepts.io.write_merged_lora import write_merged
+from customize.concepts.merge.write_merged_lora import write_merged
 from tests.concepts.making import small
 
 HOSTILE = (

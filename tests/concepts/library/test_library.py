@@ -260,7 +260,7 @@ def test_adding_copies_known_files_and_follows_no_links_out(folder, tmp_path):
     (folder / "tom.layer_inputs.safetensors").symlink_to(home / "key")
     (rex / LAYER_INPUTS_FILE).symlink_to(home / "key")
     for source in (rex, folder / "tom.safetensors"):
-        with pytest.raises(ConceptError, match="no safetensors file"):
+        with pytest.raises(ConceptError, match="not a safetensors file"):
             add_to_library(tmp_path / "other", source)
     assert not list((tmp_path / "other").glob("[!.]*"))
 
@@ -371,7 +371,13 @@ def test_check_reads_every_file(folder):
     other = (folder / "other" / "pytorch_lora_weights.safetensors").read_bytes()
     (folder / "kit" / "pytorch_lora_weights.safetensors").write_bytes(other)
     found = faults(folder)
-    for text in ("NaN", "rank 0", "tom.safetensors", "no JSON", "not those that were saved"):
+    for text in (
+        "NaN",
+        "rank 0",
+        "tom.safetensors",
+        "not valid JSON",
+        "not that of the facts and tensors",
+    ):
         assert text in found, text
 
 

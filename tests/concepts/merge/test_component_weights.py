@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from customize.concepts.formats.lora import Lora, LoraInfo
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.merge.component_weights import BlockWeights, layer_weight, parse_weight
 from customize.concepts.merge.merge_concepts import merge_concepts
+from customize.concepts.types import Lora, LoraInfo
 from customize.core.lowrank import LowRank, to_dense
 from customize.errors import ConfigError
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import customize
-from customize.concepts.formats.lora import Lora, LoraInfo
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.merge.merge_concepts import merge_concepts, plan_merge
-from customize.concepts.types import Concept
+from customize.concepts.types import Concept, Lora, LoraInfo
 from customize.core.lowrank import LowRank, from_dense, to_dense
 from customize.core.merges import MERGES
 from customize.core.merges.fusion import fuse_recorded

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from customize.concepts.concept_info import BasisInfo, ConceptInfo
 from customize.concepts.io.write_concept import save_concept
 from customize.concepts.slices.allocation import (
     find_collisions,
@@ -13,7 +14,6 @@ from customize.concepts.slices.allocation import (
     slice_owners,
 )
 from customize.concepts.slices.slice_reservations import SliceReservation
-from customize.concepts.types import BasisInfo, ConceptInfo
 from customize.core.bases import hashed_block
 from customize.core.crosstalk import update_overlap
 from customize.errors import ConceptError, ConfigError

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from customize.concepts.concept_info import BasisInfo
 from customize.concepts.io.write_concept import save_concept
 from customize.concepts.library.library_check import check_library
 from customize.concepts.slices.allocation import slice_columns
 from customize.concepts.slices.overlap import down_projections, find_overlaps
-from customize.concepts.types import BasisInfo, Concept
+from customize.concepts.types import Concept
 from customize.core.avoiding_slices import scaled_down_projection
 from customize.core.bases import BASES
 from customize.core.input_moment import InputMoment

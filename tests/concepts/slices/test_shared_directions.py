@@ -7,6 +7,7 @@ import multiprocessing
 import pytest
 import torch
 
+from customize.concepts.concept_info import BasisInfo
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.io.write_concept import save_concept
 from customize.concepts.library.library import add_to_library
@@ -16,7 +17,6 @@ from customize.concepts.slices.shared_directions import (
     find_direction_files,
     recording_name,
 )
-from customize.concepts.types import BasisInfo
 from customize.errors import ConceptError
 from tests.concepts.making import small
 

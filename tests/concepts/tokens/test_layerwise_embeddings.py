@@ -6,11 +6,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from customize.concepts.concept_info import parse_info
 from customize.concepts.io import model_card
 from customize.concepts.io.file_layout import EMBEDS_FILE, INFO_FILE, LAYERWISE_EMBEDS_FILE
 from customize.concepts.io.read_concept import load_concept
 from customize.concepts.io.write_concept import write_folder, write_single_file
-from customize.concepts.io.write_merged_lora import write_merged
+from customize.concepts.merge.write_merged_lora import write_merged
 from customize.concepts.tokens.layerwise_embeddings import (
     contains_trigger,
     expand_for_layer,
@@ -20,7 +21,7 @@ from customize.concepts.tokens.layerwise_embeddings import (
     mean_rows,
     vocabulary_rows,
 )
-from customize.concepts.types import Concept, parse_info
+from customize.concepts.types import Concept
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.making import facts, same_tensors, small
@@ -162,9 +163,9 @@ def test_damaged_files_are_refused(tmp_path):
     path = write_folder(concept, tmp_path / "rex") / LAYERWISE_EMBEDS_FILE
     good = path.read_bytes()
     bad = {
-        "mean": rows + 1.0,
-        "as their mean": rows[:, 0],
-        "not those that were saved": rows.flip(1).contiguous(),  # of the same mean
+        "the mean of": rows + 1.0,
+        "differs from learned_embeds": rows[:, 0],
+        "not that of the facts and tensors": rows.flip(1).contiguous(),  # of the same mean
     }
     for match, tensor in bad.items():
         save_file({"text_encoder": tensor.contiguous()}, path)

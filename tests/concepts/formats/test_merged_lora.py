@@ -18,19 +18,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from customize.concepts.adapter import saved_module_name
-from customize.concepts.formats.lora import Lora
+from customize.concepts.formats.merged_lora import MERGED_HEADER
 from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
-from customize.concepts.io.read_merged_lora import MERGED_HEADER
 from customize.concepts.io.write_concept import save_concept
-from customize.concepts.io.write_merged_lora import write_merged
 from customize.concepts.library.library import Library, add_to_library
 from customize.concepts.merge.merge_concepts import merge_concepts
+from customize.concepts.merge.write_merged_lora import write_merged
 from customize.concepts.tokens.subjects import (
     SUBJECTS_HEADER,
     Subject,
     subjects_from_header,
     subjects_to_header,
 )
+from customize.concepts.types import Lora
 from customize.errors import ConceptError
 from customize.families import family_of
 from tests.concepts.formats.making import assert_close, deltas_of

@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
 
 from customize.concepts.formats.layer_updates import update_of
-from customize.concepts.formats.lora import Lora, LoraInfo, name_from_file
+from customize.concepts.formats.lora import name_from_file
 from customize.concepts.formats.tensor_keys import group_by_layer
 from customize.concepts.io.file_layout import SECOND_DENOISERS, SECOND_LORA_FILE
 from customize.concepts.tokens.subjects import Subject, subjects_from_header
+from customize.concepts.types import Lora, LoraInfo
 from customize.core.lowrank import LowRank, slice_rows, stack_rows
 from customize.errors import ConceptError
 
@@ -33,7 +34,7 @@ class MergeInfo(BaseModel):
     Attributes:
         base: the base model's name or path; empty where only LoRAs from elsewhere were merged.
         family: the model family's name.
-        fingerprint: as :class:`customize.concepts.types.ConceptInfo` has it; empty as above.
+        fingerprint: as :class:`customize.concepts.concept_info.ConceptInfo` has it; empty as above.
         words: what a prompt says to mean all that was merged.
         rank: component -> the largest of its layers; all components of the merge.
         layers: a layer of the file -> (component, module, first row, last row + 1) of the model's

@@ -15,7 +15,8 @@ import torch
 
 from customize.atomic import fsync_folder, partial_folder, write_new_file
 from customize.concepts.adapter import match_to_model
-from customize.concepts.formats.lora import Adaptation, check_has_no_vectors
+from customize.concepts.formats.lora import check_has_no_vectors
+from customize.concepts.formats.merged_lora import MERGED_HEADER
 from customize.concepts.formats.write_kohya import (
     kohya_header,
     kohya_layer_rows,
@@ -25,6 +26,7 @@ from customize.concepts.formats.write_kohya import (
 )
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.io import model_card
+from customize.concepts.io.data_files import safetensors_bytes
 from customize.concepts.io.file_layout import (
     CARD_FILE,
     KOHYA_EMBEDS_FOLDER,
@@ -33,13 +35,12 @@ from customize.concepts.io.file_layout import (
     embedding_tensors,
     split_lora_files,
 )
-from customize.concepts.io.read_merged_lora import MERGED_HEADER
-from customize.concepts.io.write_concept import check_writable, safetensors_bytes
+from customize.concepts.io.output_folder import check_writable
 from customize.concepts.merge.compatibility import check_compatible
 from customize.concepts.merge.component_weights import BlockWeights, Weight
 from customize.concepts.merge.merge_concepts import LayerMerge, plan_merge
 from customize.concepts.tokens.subjects import check_subjects, subjects_to_header
-from customize.concepts.types import Concept
+from customize.concepts.types import Adaptation, Concept
 from customize.core.lowrank import LowRank, all_finite, distance, norm, pad_rank
 from customize.core.scalars import is_integer
 from customize.core.truncation import truncate
@@ -95,7 +96,7 @@ def write_merged(
 
     The LoRA's header has the tokens as well, one for each layer too where the concept has those, so
     that either of the files is read again whole, triggers included
-    (:mod:`customize.concepts.io.read_merged_lora`).
+    (:mod:`customize.concepts.formats.merged_lora`).
 
     Args:
         method, settings, inputs: as :func:`plan_merge` takes

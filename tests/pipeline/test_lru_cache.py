@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from customize.concepts.library.byte_cache import LRUCache, tensor_bytes
+from customize.pipeline.lru_cache import LRUCache, tensor_bytes
 
 LIMIT = 10
 keys = st.sampled_from("abcdef")

@@ -5,8 +5,9 @@ the changed function. A mutant that all of them pass has survived: a test is mis
 makes no difference. Results are kept in `.mutants/`, so a run that was stopped continues, and later
 runs test only functions that have changed since, and survivors where tests were added (`--again`).
 
-Two choices: raised errors are not mutated, because their wording is no behaviour; and decorators
-are applied by an assignment behind the function, because mutmut leaves decorated functions out.
+Texts and arguments of raised errors are not mutated: most are error messages and letters of einsum.
+Decorators are applied by an assignment behind the function, because mutmut leaves decorated
+functions out.
 
     python scripts/mutants.py                                  # all groups
     python scripts/mutants.py customize/core/lowrank.py        # one module
@@ -49,7 +50,7 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
 
 PYTEST_ARGUMENTS = ["--hypothesis-profile=mutants", "--timeout=120", "-p", "no:cacheprovider"]
 KILLED = ("killed", "timeout")
-#: Raised errors and warnings: their texts are no behaviour.
+#: Regular expressions of lines: raised errors and warnings.
 NOT_MUTATED = [r"\braise \w+\(", r"\bwarn(_user)?\("]
 
 
@@ -81,6 +82,7 @@ def run_group(group: str, args: argparse.Namespace) -> int:
     """Mutate the modules of one group in its work folder and print the survivors."""
     os.chdir(prepare_folder(group))
     from mutmut import __main__ as mutmut
+    from mutmut.mutation import file_mutation, mutators
 
     mutate, collect = mutmut.mutate_file_contents, mutmut.collect_source_file_mutation_data
 
@@ -91,6 +93,10 @@ def run_group(group: str, args: argparse.Namespace) -> int:
         mutants, data = collect(**arguments)
         return [m for m in mutants if not args.modules or str(m[0].path) in args.modules], data
 
+    operators = [
+        o for o in file_mutation.mutation_operators if o[1] is not mutators.operator_string
+    ]
+    file_mutation.mutation_operators = operators
     mutmut.mutate_file_contents = mutate_decorated
     mutmut.collect_source_file_mutation_data = collect_selected
     if args.again:

@@ -14,6 +14,4 @@ from hypothesis import settings
 torch.set_num_threads(1)
 
 # For scripts/mutants.py: few examples, the same for every mutant.
-settings.register_profile(
-    "mutants", max_examples=20, derandomize=True, deadline=None, database=None
-)
+settings.register_profile("mutants", max_examples=8, derandomize=True, deadline=None, database=None)

@@ -1,13 +1,13 @@
-"""How much one concept's update disturbs another (Orthogonal Adaptation, section 3.3, Fig. 9).
+"""Crosstalk: how much one concept's update disturbs another (Orthogonal Adaptation, section 3.3).
 
-Three views, from the cheapest to the truest: of the down-projections' row spaces, of the updates,
-and of what the updates do to real layer inputs. Disjoint slices make the first two exactly zero;
-the third is zero only if the inputs also avoid the other slice, which nothing ensures.
+Three measures, from the cheapest to the most realistic: the overlap of down-projections, the
+overlap of updates (Fig. 9), and the response of updates to layer inputs of other concepts. Disjoint
+slices make the first two exactly zero. The third is zero only for inputs that lie outside the other
+slice as well, which disjoint slices do not ensure.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,49 +19,19 @@ from customize.errors import ConceptError
 
 
 @full_precision()
-def subspace_overlap(down_i: Tensor, down_j: Tensor) -> float:
-    """``||B_i^T B_j||_F^2 / r`` for orthonormal bases B of the two row spaces.
-
-    The mean squared cosine of the principal angles: 0 for orthogonal spaces, 1 where the smaller
-    space lies in the larger. Two random rank-r spaces of width d give r / d on average.
-
-    Args:
-        down_i, down_j: (r_i, in) and (r_j, in), any floating dtype; r is the smaller of the
-            numerical ranks, so scales and dependent rows do not count. A zero matrix gives 0.
-
-    Raises:
-        ConceptError: the widths differ.
-    """
-    if down_i.ndim != 2 or down_j.ndim != 2 or down_i.shape[1] != down_j.shape[1]:
-        raise ConceptError(
-            f"down-projections of shapes {tuple(down_i.shape)} and {tuple(down_j.shape)} "
-            "do not read the same input",
-            fix="compare (rank, in) down-projections of the same layer",
-        )
-    basis_i, basis_j = _row_space(down_i), _row_space(down_j)
-    smaller = min(basis_i.shape[0], basis_j.shape[0])
-    if smaller == 0:
-        return 0.0
-    return float((basis_i @ basis_j.T).square().sum()) / smaller
-
-
-@full_precision()
 def row_overlap(downs: Sequence[Tensor]) -> Tensor:
-    """How much of each row of each down-projection lies in the row space of each other one.
-
-    Unlike :func:`subspace_overlap` for many down-projections at once, by one Gram matrix, and row
-    by row; it does not depend on the rows' lengths.
+    """Return the squared cosine between every row and the row space of every down-projection.
 
     Args:
-        downs: K of shape (r_i, in), any floating dtype, on one device; the rows of each are
-            orthogonal to one another, as those of slices are.
+        downs: K matrices of shape (r_i, in), any floating dtype, on one device, each with
+            orthogonal rows, such as slices.
 
     Returns:
-        (sum of r_i, K), float32, on the CPU, in [0, 1]: the squared cosine of the angle between
-        each row, in the order of ``downs``, and each row space. 0 for a row of zeros.
+        (sum of r_i, K), float32, on the CPU, in [0, 1], with rows in the order of ``downs``; 0 for
+        a row of zeros. The length of rows has no effect.
 
     Raises:
-        ConceptError: the widths differ.
+        ConceptError: The widths differ.
     """
     if any(down.ndim != 2 or down.shape[1] != downs[0].shape[1] for down in downs):
         shapes = ", ".join(str(tuple(down.shape)) for down in downs[:8])
@@ -79,11 +49,11 @@ def row_overlap(downs: Sequence[Tensor]) -> Tensor:
 def update_overlap(p: LowRank, q: LowRank) -> float:
     """``||dW_i dW_j^T||_F / (||dW_i||_F ||dW_j||_F)``, in [0, 1], without dense matrices.
 
-    1 only for two updates of rank one that read the same direction; an update against itself
-    gives between 1 / sqrt(rank) and 1. A zero update gives 0.
+    It is 1 only for two updates of rank one with the same input direction; the overlap of an update
+    with itself is between 1 / sqrt(rank) and 1. For an update of zeros it is 0.
 
     Raises:
-        ConceptError: the shapes or devices differ.
+        ConceptError: The shapes or devices differ.
     """
     check_same_weight([p, q])
     rows_p, rows_q = row_factor(p), row_factor(q)
@@ -92,59 +62,31 @@ def update_overlap(p: LowRank, q: LowRank) -> float:
 
 
 @full_precision()
-def activation_crosstalk(p: LowRank, q: LowRank, inputs: Tensor) -> float:
-    """``||dW_j X_i||_F / ||dW_i X_i||_F``: what q does on p's own inputs, against what p does.
-
-    Args:
-        p: the update of concept i.
-        q: the update of concept j in the same layer.
-        inputs: (n, in), any floating dtype: inputs of the layer recorded while concept i is
-            drawn, one a row; convolutions as unfolded patches.
-
-    Returns:
-        0 where q leaves the inputs alone, 1 where both change them alike, infinity where only q
-        does anything.
-
-    Raises:
-        ConceptError: the updates or the inputs do not fit together.
-    """
-    check_same_weight([p, q])
-    _check_inputs(inputs, p)
-    own, other = (
-        float(torch.linalg.matrix_norm(rows @ inputs.to(rows).T))
-        for rows in (row_factor(p), row_factor(q))
-    )
-    if other == 0:
-        return 0.0
-    return other / own if own > 0 else math.inf
-
-
-@full_precision()
 def response_norms(
     products_by_concept: Mapping[str, Mapping[str, LowRank]],
     inputs_by_concept: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """For each layer, how loudly every update answers to every concept's inputs.
+    """Return, for each layer, the norm of every update's response to every concept's inputs.
 
     Args:
         products_by_concept: concept name -> layer name -> update.
-        inputs_by_concept: concept name -> layer name -> (n, in), a factor of the second moment of
-            the layer's inputs while that concept is drawn, of trace 1.
+        inputs_by_concept: concept name -> layer name -> (n, in): a factor S of the second moment
+            ``S^T S``, of trace 1, of the layer's inputs during generation of that concept.
 
     Returns:
         layer name -> (K, K), float64, on the CPU, in the mapping's order: entry (i, j) is
-        ``||dW_j S_i^T||``, what j's update does on i's inputs. Only layers that all concepts
-        change, with inputs of each.
+        ``||dW_j S_i^T||``, the response of update j to the inputs of concept i. Contains the layers
+        that all concepts change and have inputs of.
 
     Raises:
-        ConceptError: updates and inputs of a layer do not fit together.
+        ConceptError: The shapes of a layer's updates and inputs do not match.
     """
     names = list(products_by_concept)
     first, *others = (set(products_by_concept[name]) for name in names)
-    known = [set(inputs_by_concept.get(name, {})) for name in names]
-    found = {}
+    recorded = [set(inputs_by_concept.get(name, {})) for name in names]
+    norms = {}
     for layer in products_by_concept[names[0]]:
-        if layer not in first.intersection(*others, *known):
+        if layer not in first.intersection(*others, *recorded):
             continue
         updates = [products_by_concept[name][layer] for name in names]
         inputs = [inputs_by_concept[name][layer].double().cpu() for name in names]
@@ -156,35 +98,38 @@ def response_norms(
             [float(torch.linalg.matrix_norm(factor @ rows.T)) for factor in factors]
             for rows in inputs
         ]
-        found[layer] = torch.tensor(entries, dtype=torch.float64)
-    return found
+        norms[layer] = torch.tensor(entries, dtype=torch.float64)
+    return norms
 
 
 @full_precision()
-def relative_responses(answers_by_layer: Mapping[str, Tensor]) -> Tensor:
-    """Over all layers: what j's update does on i's inputs, against what i's own does.
+def relative_responses(norms_by_layer: Mapping[str, Tensor]) -> Tensor:
+    """Divide the response of update j to the inputs of concept i by that of update i, over layers.
+
+    Args:
+        norms_by_layer: layer name -> (K, K), from :func:`response_norms`.
 
     Returns:
-        (K, K), with a diagonal of ones: 0 where j leaves i's inputs alone, 1 where both change them
-        alike; infinity where only j's does anything. Empty, (0, 0), without layers.
+        (K, K), float64, with a diagonal of ones: 0 where update j does not respond, 1 where both
+        respond equally, infinity where only update j does. (0, 0) without layers.
     """
-    if not answers_by_layer:
+    if not norms_by_layer:
         return torch.zeros(0, 0, dtype=torch.float64)
-    total = torch.stack([entries.square() for entries in answers_by_layer.values()]).sum(0)
-    own = total.diagonal()[:, None]
-    return torch.where(total > 0, total / own, 0.0).sqrt().fill_diagonal_(1.0)
+    total = torch.stack([entries.square() for entries in norms_by_layer.values()]).sum(0)
+    diagonal = total.diagonal()[:, None]
+    return torch.where(total > 0, total / diagonal, 0.0).sqrt().fill_diagonal_(1.0)
 
 
 @full_precision()
 def overlap_matrix(products_by_concept: Mapping[str, Mapping[str, LowRank]]) -> Tensor:
-    """:func:`update_overlap` of every pair of K concepts, over all their layers.
+    """Return :func:`update_overlap` of every pair of K concepts over all layers.
 
-    Layers are aggregated by a root mean square weighted with the updates' energies::
+    Layers are averaged by a root mean square, weighted with the energies of the updates::
 
         sqrt( sum_l ||dW_i dW_j^T||^2 / sum_l ||dW_i||^2 ||dW_j||^2 )
 
-    so that layers that hardly changed do not dilute the figure. Layers that only one of the two
-    concepts has cannot cross and do not count; without a common layer the entry is 0.
+    so that layers with small updates have little weight. Layers that only one of two concepts
+    changes do not count; without a common layer the entry is 0.
 
     Args:
         products_by_concept: concept name -> layer name -> update.
@@ -193,7 +138,7 @@ def overlap_matrix(products_by_concept: Mapping[str, Mapping[str, LowRank]]) -> 
         (K, K), float64, on the CPU, symmetric, in [0, 1], in the mapping's order.
 
     Raises:
-        ConceptError: two concepts' updates of one layer differ in shape or device.
+        ConceptError: Two concepts' updates of a layer differ in shape or device.
     """
     concepts = list(products_by_concept.values())
     count = len(concepts)
@@ -222,12 +167,3 @@ def _check_inputs(inputs: Tensor, p: LowRank) -> None:
             f"inputs of shape {tuple(inputs.shape)} do not enter a layer of width {p.shape[1]}",
             fix=f"give recorded inputs of shape (n, {p.shape[1]})",
         )
-
-
-def _row_space(down: Tensor) -> Tensor:
-    """Orthonormal rows that span the rows of ``down``: (numerical rank, in), float64, CPU."""
-    exact = down.to(device="cpu", dtype=torch.float64)
-    _, s, vh = torch.linalg.svd(exact, full_matrices=False)
-    # The tolerance of torch.linalg.matrix_rank, at the precision that the rows were stored in.
-    tolerance = s.max() * max(exact.shape) * torch.finfo(down.dtype).eps if s.numel() else 0.0
-    return vh[s > tolerance]

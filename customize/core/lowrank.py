@@ -1,8 +1,8 @@
 """Weight updates as low-rank products ``scale * up @ down``, and exact sums of them.
 
-Everything here acts on the *product*, never on the factors by themselves: summing ups and downs
-apart brings in the cross terms ``up_i @ down_j``. Nothing is made dense but by :func:`to_dense`
-and what says so. Other ways to merge than the sum are in :mod:`customize.core.merges`.
+All operations act on the *product*: summing ups and downs separately would add the cross terms
+``up_i @ down_j``. No function makes an update dense except :func:`to_dense` and those that
+document it. Other merges than the sum are in :mod:`customize.core.merges`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from customize.core.precision import full_precision
 from customize.errors import ConceptError, ConfigError
 
-# Ranks that `add_to` multiplies at once.
+# Sum of ranks that `add_weighted_sum` multiplies at once: fast, and small beside a layer.
 _BATCH_RANK = 256
 
 
@@ -30,10 +30,10 @@ class LowRank:
     Attributes:
         up: (out, r), any floating dtype.
         down: (r, in), any floating dtype, on the device of ``up``.
-        scale: alpha / r, or whatever the adapter multiplies its product with; finite.
+        scale: The factor of the product, such as alpha / r; finite.
 
     Raises:
-        ConceptError: the factors do not fit together, or the scale is not finite.
+        ConceptError: The shapes do not match, or the scale is not finite.
     """
 
     up: Tensor
@@ -57,26 +57,26 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Columns of ``up``: an upper bound of the product's rank."""
+        """The number of columns of ``up``: an upper bound of the product's rank."""
         return self.up.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the product."""
+        """The product's shape, (out, in)."""
         return self.up.shape[0], self.down.shape[1]
 
 
 def from_factors(up: Tensor, down: Tensor, scale: float = 1.0) -> LowRank:
-    """A LowRank from the factors of a linear or a convolution layer.
+    """Create an update from the factors of a linear layer or a convolution.
 
     Args:
         up: (out, r), or (out, r, 1, 1) of a 1 x 1 convolution (any number of 1s).
         down: (r, in), or (r, in, kh, kw): flattened to (r, in * kh * kw), so the product
             reshaped to (out, in, kh, kw) is the update of the convolution's weight.
-        scale: as in :class:`LowRank`.
+        scale: The factor of the product.
 
     Raises:
-        ConceptError: the shapes do not fit together, or ``up`` is wider than one pixel.
+        ConceptError: The shapes do not match, or ``up`` has a kernel of more than one pixel.
     """
     if any(side != 1 for side in up.shape[2:]):
         raise ConceptError(
@@ -88,16 +88,16 @@ def from_factors(up: Tensor, down: Tensor, scale: float = 1.0) -> LowRank:
 
 @full_precision()
 def from_dense(update: Tensor) -> LowRank:
-    """Any update as a product, exact: the smaller of the two sides becomes an identity.
+    """Represent a dense update as a product, exactly: one factor is an identity matrix.
 
     Args:
-        update: (out, in), or of a convolution (out, in, kh, kw), which is flattened.
+        update: (out, in), or (out, in, kh, kw) of a convolution, which is flattened.
 
     Returns:
-        rank min(out, in * kh * kw), in update's dtype.
+        An update of rank min(out, in * kh * kw), in the same dtype.
 
     Raises:
-        ConceptError: it has fewer than two dimensions.
+        ConceptError: The update has fewer than two dimensions.
     """
     if update.ndim < 2:
         raise ConceptError(f"an update of shape {tuple(update.shape)} is not that of a weight")
@@ -107,12 +107,12 @@ def from_dense(update: Tensor) -> LowRank:
 
 
 def slice_rows(p: LowRank, start: int, stop: int) -> LowRank:
-    """The update of rows ``start:stop`` of the weight alone."""
+    """Return the update of the weight's rows ``start:stop``."""
     return LowRank(p.up[start:stop], p.down, p.scale)
 
 
 def pad_rank(p: LowRank, rank: int) -> LowRank:
-    """The same with the scale in the up-projection, and zeros in both factors up to a rank."""
+    """Pad both factors with zeros up to a rank, and multiply the scale into the up-projection."""
     missing = rank - p.rank
     up = torch.nn.functional.pad(p.up * p.scale, (0, missing))
     down = torch.nn.functional.pad(p.down, (0, 0, 0, missing))
@@ -121,19 +121,18 @@ def pad_rank(p: LowRank, rank: int) -> LowRank:
 
 @full_precision()
 def stack_rows(products: Sequence[LowRank]) -> LowRank:
-    """The update of several weights laid one below the other, exact.
+    """Return the update of several weights that are concatenated along their rows, exactly.
 
-    Ranks add up; where all have bit-equal down-projections, as concepts of the method
-    "orthogonal" have, the rank stays.
+    The ranks add up, unless all down-projections are bit-equal, such as slices of one concept.
 
     Args:
-        products: at least one, of equal input width and on one device.
+        products: At least one, of equal input width and on one device.
 
     Returns:
-        Scale 1; float32 or the factors' higher precision.
+        An update of scale 1, in float32 or the factors' higher precision.
 
     Raises:
-        ConceptError: no products, or their widths differ.
+        ConceptError: There are no products, or their widths differ.
     """
     if len({p.shape[1] for p in products}) != 1:
         raise ConceptError("updates of different input widths cannot be laid below one another")
@@ -147,7 +146,7 @@ def stack_rows(products: Sequence[LowRank]) -> LowRank:
 
 @full_precision()
 def to_dense(p: LowRank) -> Tensor:
-    """The dense update: (out, in), float32 or the factors' higher precision."""
+    """Return the dense update: (out, in), float32 or the factors' higher precision."""
     dtype = common_dtype([p])
     dense = _dense_factor(p)
     if dense is not None:
@@ -157,92 +156,94 @@ def to_dense(p: LowRank) -> Tensor:
 
 @full_precision()
 def weighted_sum(products: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """``sum_i weights[i] * products[i]``, exact, by laying the factors side by side.
+    """Return ``sum_i weights[i] * products[i]``, exactly, by concatenating the factors.
 
-    Weights and scales go into the up-projection and the result's scale is 1. Ranks add up; of
-    products with bit-equal down-projections, such as concepts on one slice, the ups are added and
-    the rank stays, and of products that all have one up-projection the downs. Where the rank would
-    pass the smaller side of the weight, the sum is dense (:func:`from_dense`).
+    Weights and scales are multiplied into the up-projection. The ranks add up, except for products
+    with bit-equal down-projections, such as concepts of one slice, whose ups are added, and for
+    products that all have the same up-projection, whose downs are added. Where the rank would
+    exceed the smaller side of the weight, the sum is dense (:func:`from_dense`).
 
     Args:
-        products: at least one, of equal shape and on one device.
-        weights: as many, finite; they need not add to 1 (the paper sums with 0.6 each).
+        products: At least one, of equal shape and on one device.
+        weights: One finite weight for each product; they need not add up to 1 (Orthogonal
+            Adaptation uses 0.6 each).
 
     Returns:
-        float32 or the factors' higher precision.
+        An update of scale 1, in float32 or the factors' higher precision.
 
     Raises:
-        ConceptError: no products, or their shapes or devices differ.
-        ConfigError: another number of weights than of products, or one is not finite.
+        ConceptError: There are no products, or their shapes or devices differ.
+        ConfigError: The number of weights differs, or one is not finite.
     """
     check_mergeable(products, weights)
     dtype = common_dtype(products)
-    same = products[0].up
-    if len(products) > 1 and all(torch.equal(p.up, same) for p in products[1:]):
-        # Such as identities, of dense updates.
+    up = products[0].up
+    if len(products) > 1 and all(torch.equal(p.up, up) for p in products[1:]):
+        # Such as the identity matrices of dense updates.
         down = torch.zeros_like(products[0].down, dtype=dtype)
         for p, weight in zip(products, weights, strict=True):
             down.add_(p.down, alpha=weight * p.scale)
-        return LowRank(same.to(dtype), down)
+        return LowRank(up.to(dtype), down)
     groups = _group_by_down(products)
-    if sum(products[own[0]].rank for own in groups) <= min(products[0].shape):
-        return LowRank(*_concatenate_factors(products, weights, groups, same.device, dtype))
-    total = torch.zeros(products[0].shape, dtype=dtype, device=same.device)
+    if sum(products[group[0]].rank for group in groups) <= min(products[0].shape):
+        return LowRank(*_concatenate_factors(products, weights, groups, up.device, dtype))
+    total = torch.zeros(products[0].shape, dtype=dtype, device=up.device)
     add_weighted_sum(total, products, weights)
     return from_dense(total)
 
 
 def add_weighted_sum(total: Tensor, products: Sequence[LowRank], weights: Sequence[float]) -> None:
-    """``total += sum_i weights[i] * products[i]``, in place and in total's precision.
+    """Compute ``total += sum_i weights[i] * products[i]`` in place and in total's precision.
 
-    Beside ``total`` it needs no dense matrix. The work grows with the sum of the ranks, but of
-    products with bit-equal down-projections only by the addition of their ups.
+    No other dense matrix is made. The cost grows with the sum of the ranks, where products with
+    bit-equal down-projections count once.
 
     Args:
-        total: (out, in), float32 or wider, on any device.
-        products: of its shape, on any one device; none is nothing to add.
-        weights: as many, finite.
+        total: (out, in), float32 or float64, on any device.
+        products: Updates of total's shape, on any one device; may be empty.
+        weights: One finite weight for each product.
     """
     with ExitStack() as stack:
         stack.enter_context(full_precision())
-        if total.is_inference():  # which nobody could change elsewhere
+        if total.is_inference():  # can only be modified in inference mode
             stack.enter_context(torch.inference_mode())
         _add_weighted_sum(total, products, weights)
 
 
 def _add_weighted_sum(total: Tensor, products: Sequence[LowRank], weights: Sequence[float]) -> None:
-    low = []
+    low_rank = []
     for k, (p, weight) in enumerate(zip(products, weights, strict=True)):
         dense = _dense_factor(p)
         if dense is None:
-            low.append(k)
+            low_rank.append(k)
         else:
             total.add_(dense.to(total.device), alpha=weight * p.scale)
-    groups = [[low[k] for k in own] for own in _group_by_down([products[k] for k in low])]
+    by_down = _group_by_down([products[k] for k in low_rank])
+    groups = [[low_rank[k] for k in group] for group in by_down]
     while groups:
-        some: list[list[int]] = []
-        # Wide enough to be fast, and small beside the layer.
-        while groups and sum(products[own[0]].rank for own in some) < _BATCH_RANK:
-            some.append(groups.pop(0))
-        total.addmm_(*_concatenate_factors(products, weights, some, total.device, total.dtype))
+        batch: list[list[int]] = []
+        while groups and sum(products[group[0]].rank for group in batch) < _BATCH_RANK:
+            batch.append(groups.pop(0))
+        total.addmm_(*_concatenate_factors(products, weights, batch, total.device, total.dtype))
 
 
 def _group_by_down(products: Sequence[LowRank]) -> list[list[int]]:
-    """The numbers of products by bit-equal down-projections, in the order of the first of each."""
+    """Group indices of products by equal down-projections, in the order of first occurrence."""
     groups: list[list[int]] = []
-    alike: dict[tuple[float, ...], list[list[int]]] = {}
+    candidates: dict[tuple[float, ...], list[list[int]]] = {}
     for k, p in enumerate(products):
-        # Equal values in another precision are the same slice; few numbers tell most apart.
+        # The rank and four entries distinguish most slices; only candidates are compared in full.
         key = (p.rank, *p.down[:1, :4].flatten().tolist())
-        for own in alike.setdefault(key, []):
-            first = products[own[0]].down
+        for group in candidates.setdefault(key, []):
+            first = products[group[0]].down
+            # Equal values in another precision are the same slice.
             dtype = torch.promote_types(first.dtype, p.down.dtype)
             if torch.equal(first.to(dtype), p.down.to(dtype)):
-                own.append(k)
+                group.append(k)
                 break
         else:
-            alike[key].append([k])
-            groups.append(alike[key][-1])
+            candidates[key].append([k])
+            groups.append(candidates[key][-1])
     return groups
 
 
@@ -253,25 +254,25 @@ def _concatenate_factors(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Up and down of a weighted sum: for each group its ups added, and its one down."""
+    """Return up and down of a weighted sum: of each group the sum of its ups, and its down."""
     ups, columns = [], []
-    for own in groups:
-        first = products[own[0]]
-        factors = [weights[k] * products[k].scale for k in own]
+    for group in groups:
+        first = products[group[0]]
+        factors = [weights[k] * products[k].scale for k in group]
         up = first.up
-        if len(own) > 1:
+        if len(group) > 1:
             up = up.to(dtype) * factors[0]
-            for k, factor in zip(own[1:], factors[1:], strict=True):
+            for k, factor in zip(group[1:], factors[1:], strict=True):
                 up.add_(products[k].up, alpha=factor)
         ups.append(up)
-        columns += [factors[0] if len(own) == 1 else 1.0] * first.rank
+        columns += [factors[0] if len(group) == 1 else 1.0] * first.rank
     up = torch.cat(ups, dim=1).to(device, dtype)
-    down = torch.cat([products[own[0]].down for own in groups]).to(device, dtype)
+    down = torch.cat([products[group[0]].down for group in groups]).to(device, dtype)
     return up * torch.tensor(columns, dtype=dtype, device=device), down
 
 
 def _dense_factor(p: LowRank) -> Tensor | None:
-    """The matrix of an update that :func:`from_dense` made, without its scale."""
+    """Return the dense factor of an update from :func:`from_dense`, without its scale."""
     if p.rank != min(p.shape):
         return None
     if p.rank == p.shape[0] and _is_identity(p.up):
@@ -285,17 +286,17 @@ def _is_identity(factor: Tensor) -> bool:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no number is NaN or infinite, in one pass without a copy."""
-    # A sum is finite only if all its terms are; it may be too large though they are.
+    """Whether no entry is NaN or infinite; usually in one pass without a copy."""
+    # A finite sum has finite terms only. The sum of finite terms may overflow, so check them then.
     return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
 @full_precision()
 def inner_product(p: LowRank, q: LowRank) -> float:
-    """The Frobenius inner product ``<p, q> = tr(p^T q)``, in float64, from r x r Gram matrices.
+    """Return the Frobenius inner product ``tr(p^T q)`` in float64, from r x r Gram matrices.
 
     Raises:
-        ConceptError: the shapes or devices differ.
+        ConceptError: The shapes or devices differ.
     """
     check_same_weight([p, q])
     ups = to_float64(p.up).T @ to_float64(q.up)
@@ -305,10 +306,10 @@ def inner_product(p: LowRank, q: LowRank) -> float:
 
 @full_precision()
 def row_factor(p: LowRank) -> Tensor:
-    """A thin F with ``F^T F == dW^T dW``: the product without its orthonormal column factor.
+    """Return a thin F with ``F^T F == dW^T dW``.
 
-    ``dW = Q @ F`` with orthonormal Q, so norms of ``dW``, of ``dW @ X`` and of ``dW_i dW_j^T``
-    are those of F, at a rank's size in place of the layer's.
+    ``dW = Q @ F`` with orthonormal columns of Q, so the norms of ``dW``, ``dW @ X`` and
+    ``dW_i dW_j^T`` equal those of F, which is as small as the rank.
 
     Returns:
         (min(out, rank), in), float64.
@@ -320,30 +321,30 @@ def row_factor(p: LowRank) -> Tensor:
 
 @full_precision()
 def norm(p: LowRank) -> float:
-    """The Frobenius norm of the product, in float64.
+    """Return the Frobenius norm of the product in float64.
 
-    Not ``sqrt(inner(p, p))``: squares lose half of the digits where the terms of a sum cancel,
-    and :func:`distance` is such a sum.
+    Not ``sqrt(inner_product(p, p))``: where the terms of a sum cancel, as in :func:`distance`,
+    squares lose half of the digits.
     """
     return float(torch.linalg.matrix_norm(row_factor(p)))
 
 
 @full_precision()
 def distance(p: LowRank, q: LowRank) -> float:
-    """The Frobenius norm of ``p - q``, in float64.
+    """Return the Frobenius norm of ``p - q`` in float64.
 
     Raises:
-        ConceptError: the shapes or devices differ.
+        ConceptError: The shapes or devices differ.
     """
-    wide = [LowRank(to_float64(each.up), to_float64(each.down), each.scale) for each in (p, q)]
-    return norm(weighted_sum(wide, [1.0, -1.0]))
+    exact = [LowRank(to_float64(x.up), to_float64(x.down), x.scale) for x in (p, q)]
+    return norm(weighted_sum(exact, [1.0, -1.0]))
 
 
 def check_same_weight(products: Sequence[LowRank]) -> None:
     """Refuse products that are not updates of one weight.
 
     Raises:
-        ConceptError: the shapes or devices differ.
+        ConceptError: The shapes or devices differ.
     """
     for p in products[1:]:
         if p.shape != products[0].shape or p.up.device != products[0].up.device:
@@ -355,6 +356,12 @@ def check_same_weight(products: Sequence[LowRank]) -> None:
 
 
 def check_mergeable(products: Sequence[LowRank], weights: Sequence[float]) -> None:
+    """Refuse products and weights that cannot be merged.
+
+    Raises:
+        ConceptError: There are no products, or their shapes or devices differ.
+        ConfigError: The number of weights differs, or one is not finite.
+    """
     if not products:
         raise ConceptError("there is nothing to merge", fix="give at least one update")
     if len(weights) != len(products):
@@ -369,12 +376,13 @@ def check_mergeable(products: Sequence[LowRank], weights: Sequence[float]) -> No
 
 
 def common_dtype(products: Sequence[LowRank]) -> torch.dtype:
+    """Return float32, or the highest precision of the factors above it."""
     dtypes = [factor.dtype for p in products for factor in (p.up, p.down)]
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def to_float64(factor: Tensor) -> Tensor:
-    """The factor in float64, on its device or the CPU."""
-    # Apple's GPUs have no float64; the factors are small enough to bring over.
+    """Convert a factor to float64, on its device or on the CPU."""
+    # Apple's GPUs have no float64; the factors are small enough to copy.
     device = torch.device("cpu") if factor.device.type == "mps" else factor.device
     return factor.to(device=device, dtype=torch.float64)

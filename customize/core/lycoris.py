@@ -1,10 +1,9 @@
-"""What other adapter methods write into files, as the change of a weight.
+"""Updates of the adapter methods LoHa, LoKr, DoRA, PiSSA and OLoRA, decoded from their parameters.
 
-A weight is (out, in) or, of a convolution, (out, in, kh, kw); an update of the latter is one of
-its flattened form (out, in * kh * kw). Methods that add to a weight give a product of two factors
-where that is smaller than the change itself. Methods that turn or rescale a weight need it, and
-give the dense change at full strength; those that turn it are in
-:mod:`customize.core.oft`.
+A weight has the shape (out, in), or (out, in, kh, kw) for a convolution, whose update has the
+flattened shape (out, in * kh * kw). Additive methods give a low-rank product where it is smaller
+than the dense update. DoRA rescales the weight, so it needs the weight and gives a dense update;
+for methods that rotate weights see :mod:`customize.core.oft`.
 
 LoHa and LoKr: arXiv 2309.14859 (LyCORIS) and 2108.06098 (FedPara); DoRA: arXiv 2402.09353.
 """
@@ -18,20 +17,21 @@ from customize.core.lowrank import LowRank, from_dense, to_dense
 from customize.core.precision import full_precision
 from customize.errors import ConceptError
 
-_EPSILON = 1e-8  # what LyCORIS and kohya add to a norm that they divide by
+# The minimum of norms in denominators, as in LyCORIS and kohya.
+_EPSILON = 1e-8
 
 
 @full_precision()
 def tucker_product(up: Tensor, down: Tensor, core: Tensor | None) -> LowRank:
-    """``up @ down``, or with a convolution's core between them (CP and Tucker forms).
+    """Return ``up @ down``, or ``up @ core @ down`` of a convolution in CP or Tucker form.
 
     Args:
         up: (out, r), or (out, r, 1, 1).
         down: (s, in), or (s, in, 1, 1); without a core (r, in), or (r, in, kh, kw).
-        core: (r, s, kh, kw), the small convolution between the two, or None.
+        core: (r, s, kh, kw), the convolution between the two, or None.
 
     Raises:
-        ConceptError: the shapes do not fit together.
+        ConceptError: The shapes do not match.
     """
     if any(side != 1 for side in up.shape[2:]):
         raise ConceptError(f"the up-projection of shape {tuple(up.shape)} is wider than one pixel")
@@ -49,10 +49,13 @@ def tucker_product(up: Tensor, down: Tensor, core: Tensor | None) -> LowRank:
 
 @full_precision()
 def hadamard_product(p: LowRank, q: LowRank) -> LowRank:
-    """The elementwise product (LoHa), exact: rank ``p.rank * q.rank``, or dense where that is less.
+    """Return the elementwise product (LoHa), exactly.
+
+    Returns:
+        An update of rank ``p.rank * q.rank``; a dense one where that is not below min(out, in).
 
     Raises:
-        ConceptError: the shapes differ.
+        ConceptError: The shapes differ.
     """
     if p.shape != q.shape:
         raise ConceptError(f"updates of shapes {p.shape} and {q.shape} have no elementwise product")
@@ -67,9 +70,12 @@ def hadamard_product(p: LowRank, q: LowRank) -> LowRank:
 
 @full_precision()
 def kronecker_product(p: LowRank, q: LowRank) -> LowRank:
-    """The Kronecker product (LoKr), exact: rank ``p.rank * q.rank``, or dense where that is less.
+    """Return the Kronecker product (LoKr), exactly.
 
-    Of shape (p.out * q.out, p.in * q.in); of a convolution, q's width counts its kernel.
+    Returns:
+        An update of shape (p.out * q.out, p.in * q.in) and rank ``p.rank * q.rank``; a dense one
+        where that rank is not below the smaller side. For a convolution q's width includes the
+        kernel.
     """
     out, width = p.shape[0] * q.shape[0], p.shape[1] * q.shape[1]
     if p.rank * q.rank >= min(out, width):
@@ -79,47 +85,53 @@ def kronecker_product(p: LowRank, q: LowRank) -> LowRank:
 
 @full_precision()
 def dora_delta(weight: Tensor, update: LowRank, magnitude: Tensor) -> Tensor:
-    """What DoRA adds: ``m * V / |V| - W`` with ``V = W + update``.
+    """Return the change of a weight W by DoRA: ``m * V / ||V|| - W`` with ``V = W + update``.
 
     Args:
-        magnitude: (out,) or (out, 1, ...) for norms of V's rows; or (1, in, ...), for norms over
-            all but the input channels.
+        weight: (out, in), or (out, in, kh, kw), any floating dtype.
+        update: Its low-rank update.
+        magnitude: (out,) or (out, 1, ...) for norms over V's rows, or (1, in, ...) for norms over
+            all dimensions except the input channels.
 
     Returns:
-        weight's shape, float32.
+        The weight's shape, float32.
 
     Raises:
-        ConceptError: the magnitude fits neither, or the update another weight.
+        ConceptError: The shape of the magnitude or the update does not match the weight.
     """
     base = weight.float()
     if update.shape != (base.shape[0], base[0].numel()):
         raise ConceptError(f"an update of shape {update.shape} is not one of {tuple(base.shape)}")
     changed = base + to_dense(update).float().reshape(base.shape)
     sides = [magnitude.shape[0], *[1] * (base.ndim - 1)] if magnitude.ndim == 1 else magnitude.shape
-    kept = [dim for dim, side in enumerate(sides) if side != 1]
-    if len(sides) != base.ndim or kept not in ([0], [1]) or sides[kept[0]] != base.shape[kept[0]]:
+    axes = [dim for dim, side in enumerate(sides) if side != 1]
+    if len(sides) != base.ndim or axes not in ([0], [1]) or sides[axes[0]] != base.shape[axes[0]]:
         raise ConceptError(
             f"magnitudes of shape {tuple(magnitude.shape)} do not fit a weight of shape "
             f"{tuple(base.shape)}"
         )
-    others = [dim for dim in range(base.ndim) if dim not in kept]
+    others = [dim for dim in range(base.ndim) if dim not in axes]
     lengths = torch.linalg.vector_norm(changed, dim=others, keepdim=True)
     return magnitude.float().reshape(sides) / lengths.clamp_min(_EPSILON) * changed - base
 
 
 @full_precision()
 def initial_adapter(weight: Tensor, rank: int, scale: float, start: str) -> LowRank:
-    """What peft takes out of a weight when it begins an adapter with a part of it.
+    """Return the part of a weight that peft moves into an adapter at its initialization.
 
     Args:
         weight: (out, in).
-        scale: that of the adapter, alpha / rank or the like.
+        rank: The adapter's rank.
+        scale: The adapter's scale, such as alpha / rank.
         start: "pissa" (arXiv 2404.02948): the ``rank`` largest singular components. "olora" (arXiv
             2406.01775): ``scale`` times the first ``rank`` columns and rows of a QR decomposition.
-            Neither depends on the signs that the decompositions leave open.
+            The product does not depend on the signs of the decompositions.
 
     Returns:
-        Factors in float64, whose product has the weight's shape.
+        An update of the weight's shape with factors in float64.
+
+    Raises:
+        ValueError: The start is another one.
     """
     base = weight.float()  # as peft decomposes it
     if start == "olora":
@@ -132,13 +144,12 @@ def initial_adapter(weight: Tensor, rank: int, scale: float, start: str) -> LowR
 
 
 def _kronecker(a: Tensor, b: Tensor) -> Tensor:
-    """The Kronecker product of two matrices, whatever their strides: ``torch.kron`` fails on those
-    that sides of 1 may have."""
+    """Return the Kronecker product; ``torch.kron`` fails on some strides of sides of length 1."""
     (m, n), (k, w) = a.shape, b.shape
     return torch.einsum("mn,kw->mknw", *_to_common_dtype(a, b)).reshape(m * k, n * w)
 
 
 def _to_common_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32 or a higher precision that one of them has."""
+    """Convert both to float32, or to a higher precision of one of them."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return a.to(dtype), b.to(dtype)

@@ -1,9 +1,9 @@
 """Training objectives of diffusion and flow-matching models, and their weightings.
 
-Two families share the names: DDPM models draw an integer timestep t and mix by
-``alphas_cumprod[t]``; flow-matching models (SD3, FLUX) draw a noise level sigma in (0, 1) and
-mix along a straight line. All arithmetic is in float32, whatever the latents' precision, and
-nothing here waits for the device. Shapes: latents are (batch, channels, *space).
+DDPM models draw an integer timestep t and mix latents and noise by ``alphas_cumprod[t]``;
+flow-matching models (SD3, FLUX) draw a noise level sigma in (0, 1) and mix linearly. All functions
+compute in float32 from latents of any floating dtype and shape (batch, channels, *space), and none
+synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from customize.near_names import suggest_names
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
-# How far samplers of (0, 1) stay from both ends, where a flow is all noise or all data.
+# The distance of samples in (0, 1) from both ends, where a flow is pure noise or pure data.
 _EPSILON = torch.finfo(torch.float32).eps
 
 
 @full_precision()
 def noisy_latents(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
-    """``sqrt(a_t) * x0 + sqrt(1 - a_t) * noise`` (DDPM, arXiv 2006.11239, eq. 4).
+    """Return ``sqrt(a_t) * x0 + sqrt(1 - a_t) * noise`` (DDPM, arXiv 2006.11239, eq. 4).
 
     Args:
-        x0, noise: (batch, channels, *space), any floating dtype.
-        alphas_cumprod: (timesteps,), in [0, 1]; keep it on the latents' device, or each call
-            copies it there.
+        x0: Latents (batch, channels, *space), any floating dtype.
+        noise: The same shape.
+        alphas_cumprod: (timesteps,), in [0, 1]; keep it on the latents' device to avoid copies.
         t: (batch,), int64.
 
     Returns:
-        x0's shape and dtype: it goes into the denoiser.
+        x0's shape and dtype, as input of the denoiser.
     """
     signal, sigma = _signal_and_noise_scales(alphas_cumprod, t, x0.ndim)
     return (signal * x0.float() + sigma * noise.float()).to(x0.dtype)
@@ -43,20 +43,23 @@ def noisy_latents(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) 
 
 @full_precision()
 def target(kind: str, x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
-    """What a denoiser of this prediction type should answer.
+    """Return the target of a denoiser's prediction.
 
     epsilon: the noise. v_prediction: ``sqrt(a_t) * noise - sqrt(1 - a_t) * x0`` (arXiv
     2202.00512, appendix D). sample: x0.
 
     Args:
-        kind: one of PREDICTIONS, as diffusers' schedulers name them.
-        x0, noise, alphas_cumprod, t: as :func:`noisy_latents`.
+        kind: One of PREDICTIONS, the ``prediction_type`` of diffusers' schedulers.
+        x0: Latents (batch, channels, *space), any floating dtype.
+        noise: The same shape.
+        alphas_cumprod: (timesteps,), in [0, 1].
+        t: (batch,), int64.
 
     Returns:
         x0's shape, float32.
 
     Raises:
-        ConfigError: the kind is unknown.
+        ConfigError: The kind is unknown.
     """
     _check_prediction(kind)
     if kind == "epsilon":
@@ -69,11 +72,12 @@ def target(kind: str, x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tens
 
 @full_precision()
 def flow_noisy_latents(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """``(1 - sigma) * x0 + sigma * noise``: the straight path of rectified flow (2403.03206).
+    """Return ``(1 - sigma) * x0 + sigma * noise``, the path of rectified flow (2403.03206).
 
     Args:
-        x0, noise: (batch, channels, *space), any floating dtype.
-        sigma: (batch,), in [0, 1].
+        x0: Latents (batch, channels, *space), any floating dtype.
+        noise: The same shape.
+        sigma: Noise levels, (batch,), in [0, 1].
 
     Returns:
         x0's shape and dtype.
@@ -83,36 +87,36 @@ def flow_noisy_latents(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def flow_target(x0: Tensor, noise: Tensor) -> Tensor:
-    """The velocity of that path, ``noise - x0``: x0's shape, float32."""
+    """Return the velocity of rectified flow, ``noise - x0``: x0's shape, float32."""
     return noise.float() - x0.float()
 
 
 def snr(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
-    """The signal-to-noise ratio ``a_t / (1 - a_t)``: (batch,), float32, in [0, infinity].
+    """Return the signal-to-noise ratio ``a_t / (1 - a_t)``: (batch,), float32, in [0, infinity].
 
-    Exactly 0 at the last step of a zero-terminal-SNR schedule.
+    It is exactly 0 at the last step of a schedule with zero terminal SNR.
     """
     signal = alphas_cumprod.to(device=t.device, dtype=torch.float32)[t]
     return signal / (1.0 - signal)
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
-    """The loss weight of min-SNR (arXiv 2303.09556), per prediction type.
+    """Return the loss weight of min-SNR (arXiv 2303.09556) for a prediction type.
 
-    The paper weights the error in x0 by ``min(snr, gamma)``; the error in epsilon is that error
-    times snr, the error in v times snr + 1, hence the divisors. Finite at both ends: at snr 0
-    (zero-terminal SNR) epsilon has its limit 1, and at infinite snr epsilon and v have 0.
+    The paper weights the error in x0 by ``min(snr, gamma)``. The squared error in epsilon is that
+    error times snr, the squared error in v that error times snr + 1; hence the divisors. The weight
+    is finite everywhere: 1 for epsilon at snr 0, 0 for epsilon and v at infinite snr.
 
     Args:
         snr: (batch,), float32, from :func:`snr`.
-        gamma: the clip, > 0; the paper's is 5.
-        prediction: one of PREDICTIONS.
+        gamma: The limit of the snr, > 0; 5 in the paper.
+        prediction: One of PREDICTIONS.
 
     Returns:
         (batch,), float32.
 
     Raises:
-        ConfigError: the prediction is unknown or gamma is not positive.
+        ConfigError: The prediction is unknown or gamma is not positive.
     """
     _check_prediction(prediction)
     if not gamma > 0:
@@ -125,7 +129,7 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
 
 @full_precision()
 def uniform(n: int, generator: Generator | None = None) -> Tensor:
-    """n draws of the uniform density on (0, 1): (n,), float32, on the generator's device."""
+    """Draw n samples of the uniform density on (0, 1): (n,), float32, on generator's device."""
     return _clamp_open_interval(
         torch.rand(n, generator=generator, device=_device_of_generator(generator))
     )
@@ -135,9 +139,9 @@ def uniform(n: int, generator: Generator | None = None) -> Tensor:
 def logit_normal(
     n: int, generator: Generator | None = None, mean: float = 0.0, std: float = 1.0
 ) -> Tensor:
-    """n draws of ``sigmoid(N(mean, std^2))`` (arXiv 2403.03206, eq. 19): (n,), float32.
+    """Draw n samples of ``sigmoid(N(mean, std^2))`` (arXiv 2403.03206, eq. 19): (n,), float32.
 
-    The mean moves weight to data (< 0) or noise (> 0).
+    A mean below 0 shifts the density towards data, one above 0 towards noise.
     """
     z = torch.randn(n, generator=generator, device=_device_of_generator(generator))
     return _clamp_open_interval(torch.sigmoid(mean + std * z))
@@ -145,15 +149,16 @@ def logit_normal(
 
 @full_precision()
 def mode(n: int, generator: Generator | None = None, scale: float = 1.29) -> Tensor:
-    """n draws of the mode density with heavy tails (arXiv 2403.03206, eq. 20): (n,), float32.
+    """Draw n samples of the mode density (arXiv 2403.03206, eq. 20): (n,), float32.
 
     Args:
-        n, generator: as :func:`uniform`.
-        scale: in [-1, 2 / (pi - 2)], where the map of the uniform draw is monotonic; positive
-            favours the middle, negative the ends, 0 is uniform.
+        n: The number of samples.
+        generator: A random generator; None for torch's default.
+        scale: In [-1, 2 / (pi - 2)], where the transform of the uniform sample is monotonic.
+            Positive values favour the middle, negative ones the ends, 0 is uniform.
 
     Raises:
-        ConfigError: the scale is outside its range.
+        ConfigError: The scale is outside its range.
     """
     if not -1.0 <= scale <= 2.0 / (math.pi - 2.0):
         raise ConfigError(
@@ -165,10 +170,13 @@ def mode(n: int, generator: Generator | None = None, scale: float = 1.29) -> Ten
 
 @full_precision()
 def cosmap(n: int, generator: Generator | None = None) -> Tensor:
-    """n draws of ``2 / (pi * (1 - 2 u + 2 u^2))`` (arXiv 2403.03206, eq. 21): (n,), float32.
+    """Draw n samples of ``2 / (pi * (1 - 2 u + 2 u^2))`` (arXiv 2403.03206, eq. 21).
 
-    This draws from the density. diffusers' scheme of this name draws uniformly and weights the
-    loss by the density: the same expected loss, with more variance.
+    diffusers' scheme of this name draws uniformly and weights the loss by the density instead: the
+    same expected loss with more variance.
+
+    Returns:
+        (n,), float32.
     """
     angle = torch.rand(n, generator=generator, device=_device_of_generator(generator)) * (
         math.pi / 2.0
@@ -176,7 +184,7 @@ def cosmap(n: int, generator: Generator | None = None) -> Tensor:
     sine = torch.sin(angle)
     return _clamp_open_interval(
         sine / (sine + torch.cos(angle))
-    )  # 1 - 1 / (tan + 1), without the pole
+    )  # 1 - 1 / (tan + 1) without its pole
 
 
 FLOW_DENSITIES: dict[str, Callable[..., Tensor]] = {
@@ -188,17 +196,18 @@ FLOW_DENSITIES: dict[str, Callable[..., Tensor]] = {
 
 
 def shift_sigmas(sigma: Tensor, factor: float) -> Tensor:
-    """``factor * sigma / (1 + (factor - 1) * sigma)``: SD3's resolution shift (2403.03206, 5.3.2).
+    """Return ``factor * sigma / (1 + (factor - 1) * sigma)``, SD3's shift (2403.03206, 5.3.2).
 
     Args:
-        sigma: any shape, in [0, 1].
-        factor: > 0; 3 for SD3 at 1024 pixels. FLUX's dynamic shift ``mu`` is factor ``exp(mu)``.
+        sigma: Noise levels of any shape, in [0, 1].
+        factor: > 0; 3 for SD3 at 1024 pixels. FLUX's dynamic shift ``mu`` is the factor
+            ``exp(mu)``. Factors above 1 move levels towards noise.
 
     Returns:
-        sigma's shape, in [0, 1]; above 1 the factor moves every level towards noise.
+        sigma's shape, in [0, 1].
 
     Raises:
-        ConfigError: the factor is not positive.
+        ConfigError: The factor is not positive.
     """
     if not factor > 0:
         raise ConfigError(f"the shift of sigmas is {factor}", fix="give a positive shift")
@@ -207,13 +216,15 @@ def shift_sigmas(sigma: Tensor, factor: float) -> Tensor:
 
 @full_precision()
 def add_offset_noise(noise: Tensor, strength: float, generator: Generator | None = None) -> Tensor:
-    """Noise plus ``strength`` times one normal number per sample and channel.
+    """Add ``strength`` times one normal number for each sample and channel to noise.
 
-    It lets an epsilon model learn to move a picture's mean brightness ("Diffusion with Offset
-    Noise", Guttenberg 2023; strength about 0.1). The generator may be on another device.
+    With it an epsilon model can learn to change an image's mean brightness ("Diffusion with Offset
+    Noise", Guttenberg 2023).
 
     Args:
-        noise: (batch, channels, *space).
+        noise: (batch, channels, *space), any floating dtype.
+        strength: About 0.1.
+        generator: A random generator on any device; None for torch's default.
 
     Returns:
         noise's shape and dtype.
@@ -228,19 +239,20 @@ def add_offset_noise(noise: Tensor, strength: float, generator: Generator | None
 def weighted_mse(
     pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """The squared error of each sample, averaged over its pixels and channels.
+    """Return the squared error of each sample, averaged over channels and positions.
 
     Args:
-        pred, target: (batch, channels, *space), any floating dtype.
-        weight: (batch,), factors of the samples' losses, such as :func:`min_snr_weight`.
+        pred: The prediction, (batch, channels, *space), any floating dtype.
+        target: The same shape.
+        weight: (batch,), factors of the losses, such as :func:`min_snr_weight`.
         mask: (batch, 1, *space), in [0, 1], at the latents' size. The average is over the mask,
             so a small subject counts as much as a large one; an empty mask gives 0.
 
     Returns:
-        (batch,), float32; average it for the scalar loss.
+        (batch,), float32.
 
     Raises:
-        TrainingError: the shapes do not fit together (a broadcast would hide a wrong loss).
+        TrainingError: The shapes do not match; broadcasting would hide a wrong loss.
     """
     _check_shape("the prediction", pred, target.shape)
     error = (pred.float() - target.float()).square()
@@ -257,7 +269,7 @@ def weighted_mse(
 
 
 def _signal_and_noise_scales(alphas_cumprod: Tensor, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
-    """The factors of signal and noise at t, float32, shaped to multiply latents."""
+    """Return the factors of signal and noise at t, float32, of shape (batch, 1, ...)."""
     signal = alphas_cumprod.to(device=t.device, dtype=torch.float32)[t]
     return _expand_to_latents(signal.sqrt(), ndim), _expand_to_latents((1.0 - signal).sqrt(), ndim)
 
@@ -281,9 +293,9 @@ def _check_prediction(kind: str) -> None:
         )
 
 
-def _check_shape(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise TrainingError(
-            f"{what} has shape {tuple(tensor.shape)} where {tuple(shape)} is needed",
-            fix="bring both to the latents' size before the loss",
+            f"{name} has shape {tuple(tensor.shape)} instead of {tuple(shape)}",
+            fix="resize both to the latents' size before the loss",
         )

@@ -1,8 +1,8 @@
-"""OFT and BOFT: rotations of a weight's rows or columns, as the change that they make.
+"""OFT and BOFT: the change of a weight by rotations of its rows or columns.
 
-Kohya's sd-scripts and LyCORIS turn the rows of a weight, which are what a layer puts out; peft,
-OneTrainer and newer sd-scripts its columns, which are what it reads. All give the dense change at
-full strength, of the weight's shape, in float32.
+kohya's sd-scripts and LyCORIS rotate the rows of a weight (its output channels); peft, OneTrainer
+and newer sd-scripts rotate its columns (its input channels). All functions return the dense change
+at full strength, in float32.
 
 OFT: arXiv 2306.07280; BOFT: arXiv 2311.06243; OFTv2, with the Neumann series: arXiv 2506.19847.
 """
@@ -17,37 +17,54 @@ from torch import Tensor
 from customize.core.precision import full_precision
 from customize.errors import ConceptError
 
-_EPSILON = 1e-8  # what LyCORIS and kohya add to a norm that they divide by
+# Added to norms in denominators, as in LyCORIS and kohya.
+_EPSILON = 1e-8
 
 
 @full_precision()
 def oft_row_delta(
     weight: Tensor, blocks: Tensor, limit: float | None, rescale: Tensor | None
 ) -> Tensor:
-    """What OFT of LyCORIS and sd-scripts adds: each block of rows turned by its own rotation.
+    """Return the change of a weight by OFT or BOFT of LyCORIS and sd-scripts, which rotate rows.
 
     Args:
-        weight: (out, in) or (out, in, *kernel).
-        blocks: (n, b, b) with n * b rows: the generators. Rows of block k become ``R_k^T`` times
-            themselves, with R from :func:`cayley_rotations`. (m, n, b, b) for BOFT: m such stages,
-            each ``R`` times rows that lie ever further apart.
-        limit: the most that the generators' joint norm may be, divided by the rows; None for any.
-        rescale: a factor for each row afterwards, (out, 1, ...), or None.
+        weight: (out, in) or (out, in, *kernel), any floating dtype.
+        blocks: Generators of the rotations R of :func:`cayley_rotations`. OFT: (n, b, b) with
+            n * b == out; the rows of block k are multiplied by ``R_k^T``. BOFT: (m, n, b, b), m
+            stages that multiply rows by ``R``, where every stage pairs rows further apart.
+        limit: The largest joint norm of the generators, divided by the number of rows; None for no
+            limit.
+        rescale: A factor for each row of the result, (out, 1, ...), or None.
+
+    Returns:
+        The weight's shape, float32.
 
     Raises:
-        ConceptError: the blocks do not fit the weight.
+        ConceptError: The shapes of the blocks and the weight do not match.
     """
-    most = None if limit is None else limit * weight.shape[0]
-    return row_rotation_delta(weight, cayley_rotations(blocks.float(), most), rescale)
+    max_norm = None if limit is None else limit * weight.shape[0]
+    return row_rotation_delta(weight, cayley_rotations(blocks.float(), max_norm), rescale)
 
 
 @full_precision()
 def row_rotation_delta(weight: Tensor, turns: Tensor, rescale: Tensor | None) -> Tensor:
-    """:func:`oft_row_delta` by rotations (n, b, b) or (m, n, b, b) instead of their generators."""
+    """Return :func:`oft_row_delta` for rotations instead of their generators.
+
+    Args:
+        weight: (out, in) or (out, in, *kernel), any floating dtype.
+        turns: The rotations, (n, b, b) or (m, n, b, b).
+        rescale: A factor for each row of the result, (out, 1, ...), or None.
+
+    Returns:
+        The weight's shape, float32.
+
+    Raises:
+        ConceptError: The shapes do not match.
+    """
     base = weight.float()
     out = base.shape[0]
     if turns.ndim not in (3, 4) or turns.shape[-3] * turns.shape[-1] != out:
-        raise ConceptError(f"blocks of shape {tuple(turns.shape)} do not turn {out} rows")
+        raise ConceptError(f"blocks of shape {tuple(turns.shape)} do not rotate {out} rows")
     if turns.ndim == 4 and turns.shape[-1] % 2:
         raise ConceptError(f"blocks of {turns.shape[-1]} rows cannot be halved, as BOFT has them")
     rows = base.flatten(1)
@@ -66,37 +83,46 @@ def row_rotation_delta(weight: Tensor, turns: Tensor, rescale: Tensor | None) ->
 
 @full_precision()
 def validate_rotations(blocks: Tensor) -> Tensor:
-    """Blocks that should be rotations themselves, as older LyCORIS stores them (``oft_diag``).
+    """Check that blocks are rotations, which older LyCORIS stores as ``oft_diag``.
+
+    Args:
+        blocks: (n, b, b) or (m, n, b, b), any floating dtype.
+
+    Returns:
+        The blocks in float32.
 
     Raises:
-        ConceptError: they are not orthogonal.
+        ConceptError: A block is not orthogonal.
     """
     turns = blocks.float()
     if turns.ndim not in (3, 4) or turns.shape[-1] != turns.shape[-2]:
         raise ConceptError(f"blocks of shape {tuple(turns.shape)} are not rotations")
     eye = torch.eye(turns.shape[-1], dtype=turns.dtype)
-    if (turns @ turns.mT - eye).abs().max() > 0.05:  # half precision rounds by much less
+    if (turns @ turns.mT - eye).abs().max() > 0.05:  # far above the rounding of half precision
         raise ConceptError("oft_diag has blocks that are not rotations")
     return turns
 
 
 @full_precision()
-def cayley_rotations(blocks: Tensor, most: float | None) -> Tensor:
-    """The Cayley transform ``(I + Q) (I - Q)^-1`` of ``Q = blocks - blocks^T``.
+def cayley_rotations(blocks: Tensor, max_norm: float | None) -> Tensor:
+    """Return the Cayley transform ``(I + Q) (I - Q)^-1`` of ``Q = blocks - blocks^T``.
 
     Args:
-        blocks: (..., b, b).
-        most: Q is scaled down to this Frobenius norm over all blocks; None for no limit.
+        blocks: (..., b, b), float32 or float64.
+        max_norm: Q is scaled down to this Frobenius norm over all blocks; None for no limit.
+
+    Returns:
+        Rotations of the blocks' shape and dtype.
 
     Raises:
-        ConceptError: the blocks are not square.
+        ConceptError: The blocks are not square.
     """
     if blocks.ndim < 2 or blocks.shape[-1] != blocks.shape[-2]:
         raise ConceptError(f"blocks of shape {tuple(blocks.shape)} are not square")
     skew = blocks - blocks.mT
-    if most is not None:
+    if max_norm is not None:
         length = torch.linalg.vector_norm(skew)
-        skew = skew * (most / (length + _EPSILON)).clamp_max(1.0)
+        skew = skew * (max_norm / (length + _EPSILON)).clamp_max(1.0)
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     return torch.linalg.solve(eye - skew, eye + skew, left=False)
 
@@ -110,19 +136,23 @@ def oft_column_delta(
     limit: float | None = None,
     swapped: bool = False,
 ) -> Tensor:
-    """What OFT of peft adds: each block of columns turned by its own rotation.
+    """Return the change of a weight by OFT of peft, which rotates blocks of columns.
 
     Args:
-        weight: (out, in), or (out, in, *kernel), whose columns count the kernel.
-        entries: (n, b * (b - 1) / 2): of each block's generator the entries above the diagonal, row
-            by row; n * b columns, or n = 1 for one rotation of all blocks.
-        terms: of the Neumann series in place of the Cayley transform; None for the transform.
-        limit: COFT's eps: each generator is scaled down to this Frobenius norm over sqrt(n).
-        swapped: whether weights are multiplied with R itself, as OneTrainer and sd-scripts have it
-            for convolutions, and not with its transpose.
+        weight: (out, in), or (out, in, *kernel), whose columns include the kernel.
+        entries: (n, b * (b - 1) / 2): the entries above the diagonal of each block's generator,
+            row by row, for n * b columns; n = 1 applies one rotation to all blocks.
+        terms: Number of terms of the Neumann series that replaces the Cayley transform; None for
+            the transform itself.
+        limit: COFT's epsilon: every generator is scaled down to this Frobenius norm over sqrt(n).
+        swapped: Whether weights are multiplied by R instead of its transpose, as in OneTrainer and
+            sd-scripts for convolutions.
+
+    Returns:
+        The weight's shape, float32.
 
     Raises:
-        ConceptError: the entries do not fit the weight.
+        ConceptError: The shapes of the entries and the weight do not match.
     """
     base = weight.float()
     rows = base.flatten(1)
@@ -130,10 +160,10 @@ def oft_column_delta(
     side = (1 + math.isqrt(1 + 8 * count)) // 2
     if entries.ndim != 2 or side * (side - 1) // 2 != count:
         raise ConceptError(f"entries of shape {tuple(entries.shape)} are not of square blocks")
-    blocks, rest = divmod(rows.shape[1], side)
-    if rest or len(entries) not in (1, blocks):
+    blocks, remainder = divmod(rows.shape[1], side)
+    if remainder or len(entries) not in (1, blocks):
         raise ConceptError(
-            f"{len(entries)} blocks of {side} columns do not turn {rows.shape[1]} columns"
+            f"{len(entries)} blocks of {side} columns do not rotate {rows.shape[1]} columns"
         )
     upper = torch.zeros(len(entries), side, side, dtype=torch.float32)
     above = torch.triu_indices(side, side, 1)
@@ -151,15 +181,18 @@ def oft_column_delta(
 
 @full_precision()
 def boft_column_delta(weight: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:
-    """What BOFT of peft adds: columns turned in stages, and rows scaled.
+    """Return the change of a weight by BOFT of peft: columns rotated in stages, and rows scaled.
 
     Args:
-        weight: (out, in), or (out, in, *kernel), whose columns count the kernel.
-        blocks: (m, n, b, b) with n * b columns: each stage's generators, that count half.
+        weight: (out, in), or (out, in, *kernel), whose columns include the kernel.
+        blocks: (m, n, b, b) with n * b columns: the generators of each stage, which are halved.
         scales: (out, 1) or (1, out).
 
+    Returns:
+        The weight's shape, float32.
+
     Raises:
-        ConceptError: the parts do not fit the weight.
+        ConceptError: The shapes do not match.
     """
     base = weight.float()
     rows = base.flatten(1)
@@ -190,19 +223,19 @@ def boft_column_delta(weight: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def _butterfly_order(width: int, segment: int, half: int) -> Tensor:
-    """In each segment first the even chunks of ``half`` columns, then the odd ones."""
+    """Return indices that put, in each segment, even chunks of ``half`` columns before odd ones."""
     chunks = torch.arange(width).reshape(-1, segment // half, half)
     return torch.cat([chunks[:, 0::2], chunks[:, 1::2]], dim=1).flatten()
 
 
 def _inverse_cayley(skew: Tensor) -> Tensor:
-    """``(I - Q) (I + Q)^-1``, the transform by peft's sign."""
+    """Return ``(I - Q) (I + Q)^-1``, the Cayley transform with peft's sign."""
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
     return torch.linalg.solve(eye + skew, eye - skew, left=False)
 
 
 def _neumann(skew: Tensor, terms: int) -> Tensor:
-    """``I + 2 Q + 2 Q^2 + ... + Q^(terms - 1)``, peft's series of so many terms."""
+    """Return ``I + 2 Q + 2 Q^2 + ... + Q^(terms - 1)``, peft's Neumann series."""
     total = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew).clone()
     if terms > 1:
         total += 2.0 * skew
@@ -217,7 +250,7 @@ def _neumann(skew: Tensor, terms: int) -> Tensor:
 
 
 def _butterfly_stage(rows: Tensor, turn: Tensor, stride: int) -> Tensor:
-    """One stage of BOFT: rows ``stride`` apart come together, are turned, and go back."""
+    """Apply one stage of BOFT: rotate groups of rows that are ``stride`` apart."""
     out, width = rows.shape
     count, side, _ = turn.shape
     if out % (2 * stride):

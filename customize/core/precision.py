@@ -1,17 +1,17 @@
-"""The one shield of our arithmetic against the settings of whoever calls it.
+"""Full precision for computations about models, independent of the caller's torch settings.
 
-A caller may be inside ``torch.autocast`` or ``torch.inference_mode``, may have set another default
-dtype or device, or allow TF32. A model runs as its caller wants. What is computed *about* a model
-(second moments, spans, Gram matrices, factorizations, losses, merges, initial values) does not:
-under autocast a product of float32 matrices is bfloat16, whatever they were cast to before, and a
-Gram matrix of such products is not positive definite. :func:`full_precision` is around all of it:
+The caller may be inside ``torch.autocast`` or ``torch.inference_mode``, may have changed the
+default dtype or device, or may allow TF32. Models run with these settings. Computations *about*
+models (second moments, bases, Gram matrices, decompositions, losses, merges, initial values) must
+not: under autocast the product of float32 matrices is bfloat16, and a Gram matrix of such products
+is not positive definite. So :func:`full_precision` covers all of them:
 
-- functions of ``core`` that multiply matrices, draw random numbers or compare what models answer
-  have it as decorator, so that it makes no difference where they are called;
-- whatever changes or trains a model (load, unload, route, record, train) enters it once, and calls
-  the model under an autocast of its own, :func:`model_autocast`, where the settings say so.
+- functions of ``core`` that multiply matrices, draw random numbers or compare predictions of models
+  are decorated with it;
+- functions that change or train a model (load, unload, route, record, train) enter it once, and run
+  the model under :func:`model_autocast` where mixed precision is configured.
 
-Deterministic mode needs no shield: no operation here is on torch's list of those that refuse it.
+Deterministic mode needs no treatment: no operation of ``core`` is refused by it.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from typing import Any
 
 import torch
 
-#: Device types whose autocast is left; torch has one switch for each.
+#: Device types whose autocast is disabled; torch has one switch for each.
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "maia", "privateuseone")
 
 
 @contextmanager
 def full_precision(tf32: bool = False) -> Iterator[None]:
-    """Within it, and in functions that it decorates, arithmetic is that of its operands' dtypes.
+    """Compute in the operands' dtypes inside the context, or in the decorated function.
 
-    Autocast is off on every device; tensors are ordinary ones, not inference tensors; the default
-    dtype is float32, the default device the CPU. Gradients are on where they were on, so that
-    losses can be computed in it. Afterwards all is as it was; and since weights may have been
-    changed, those that autocast has cast and cached are forgotten.
+    Autocast is disabled on all devices; new tensors are no inference tensors; the default dtype is
+    float32 and the default device the CPU. Gradients stay enabled where they were, so that losses
+    can be computed. All settings are restored afterwards, and autocast's cache of cast weights is
+    cleared, because weights may have changed.
 
     Args:
-        tf32: leave float32 matrix products in the precision that the caller has set for them, as
-            where models run within. False: full, on CUDA and in oneDNN.
+        tf32: Whether the caller's precision of float32 matrix products is left unchanged, for
+            contexts in which models run. False: full precision, on CUDA and in oneDNN.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())  # leaving inference mode turns gradients on
+            stack.enter_context(torch.no_grad())  # leaving inference mode enables gradients
         for kind in _AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(kind):
                 stack.callback(torch.clear_autocast_cache)
@@ -58,10 +58,10 @@ def full_precision(tf32: bool = False) -> Iterator[None]:
 
 @contextmanager
 def model_autocast(device_type: str, dtype: torch.dtype) -> Iterator[None]:
-    """``torch.autocast`` for one call of a model whose weights are trained between calls.
+    """Enter ``torch.autocast`` for one call of a model whose weights change between calls.
 
-    Torch forgets the weights that it has cast only when the outermost autocast ends: inside a
-    caller's own one, the second step would be computed with the weights of the first.
+    Torch clears its cache of cast weights only when the outermost autocast ends. Inside a caller's
+    autocast, the second training step would use the weights of the first one.
     """
     with torch.autocast(device_type, dtype=dtype):
         try:
@@ -71,17 +71,23 @@ def model_autocast(device_type: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 class _ProcessSetting:
-    """A setting of the whole process: the first thread in changes it, the last out restores it.
+    """A process-wide setting that the first thread to enter changes, and the last one restores.
 
     Args:
-        get, put: read and write it.
-        ours: what it is set to, where its value is not among ``fine``.
+        get: Reads the setting.
+        put: Writes the setting.
+        value: Is set unless the present value is among the accepted ones.
+        accepted: Values that are left unchanged.
     """
 
     def __init__(
-        self, get: Callable[[], Any], put: Callable[[Any], object], ours: Any, fine: Sequence[Any]
+        self,
+        get: Callable[[], Any],
+        put: Callable[[Any], object],
+        value: Any,
+        accepted: Sequence[Any],
     ) -> None:
-        self._get, self._put, self._ours, self._fine = get, put, ours, fine
+        self._get, self._put, self._value, self._accepted = get, put, value, accepted
         self._lock = threading.Lock()
         self._inside = 0
         self._before: Any = None
@@ -92,20 +98,20 @@ class _ProcessSetting:
             before = self._get()
             if not self._inside:
                 self._before = before
-            if before not in self._fine:
-                self._put(self._ours)
+            if before not in self._accepted:
+                self._put(self._value)
             self._inside += 1
         try:
             yield
         finally:
             with self._lock:
                 self._inside -= 1
-                if not self._inside and self._before not in self._fine:
+                if not self._inside and self._before not in self._accepted:
                     self._put(self._before)
 
 
 def _matmul_backends() -> list[Any]:
-    """CUDA's and oneDNN's settings, in the newer of torch's interfaces, which shows the older."""
+    """Return CUDA's and oneDNN's settings; this interface also reflects torch's older one."""
     backends: Any = torch.backends
     return [backends.cuda.matmul, backends.mkldnn.matmul]
 
@@ -120,11 +126,11 @@ def _set_matmul_precisions(precisions: list[str]) -> None:
 
 
 _DTYPE = _ProcessSetting(
-    torch.get_default_dtype, torch.set_default_dtype, torch.float32, fine=[torch.float32]
+    torch.get_default_dtype, torch.set_default_dtype, torch.float32, accepted=[torch.float32]
 )
 _MATMULS = _ProcessSetting(
     _matmul_precisions,
     _set_matmul_precisions,
     ["ieee", "ieee"],
-    fine=[[a, b] for a in ("none", "ieee") for b in ("none", "ieee")],
+    accepted=[[a, b] for a in ("none", "ieee") for b in ("none", "ieee")],
 )

@@ -1,13 +1,13 @@
-"""Class preservation: what keeps a model from forgetting a concept's class while it learns it.
+"""Class preservation: losses that keep a model from forgetting a concept's class.
 
-A few pictures teach a model that "a <rex>" sits in two places and wears nothing; with them go what
-it knew of dogs: that they can wear hats. A *preservation* compares what the learning model computes
-with what the untouched one computes where the class is named instead, and gives a scalar loss:
+A few training images show a dog in two places without any accessory; the model then forgets that
+dogs can wear hats. A *preservation* compares an output of the trained model for prompts with the
+concept with the output of the base model for prompts with its class, and returns a scalar loss::
 
     preservation(ours, base, weight) = mean_i  sum_j  weight_ij  distance(ours_ij, base_ij)
 
-over samples i and, of texts, positions j. ``base`` needs no gradient. Distances are computed in
-float32, whatever the precision of what is compared.
+over samples i and, for texts, positions j. ``base`` needs no gradient. Distances are computed in
+float32 from inputs of any floating dtype.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Preservation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @full_precision()
 def class_text(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The semantic preservation loss of ClassDiffusion (arXiv 2405.17532), a cosine distance.
+    """Return the semantic preservation loss of ClassDiffusion (2405.17532), a cosine distance.
 
     Args:
-        ours: (phrases, width), the text encoder's feature of phrases that name the concept.
-        base: the same shape, of the phrases that name the class.
-        weight: (phrases,), factors.
+        ours: (phrases, width), the text encoder's features of phrases with the concept.
+        base: The same shape, features of the phrases with the class.
+        weight: (phrases,), factors; None for 1.
 
     Returns:
         A scalar, float32; between 0 and 2 without weights.
 
     Raises:
-        TrainingError: the shapes do not fit together.
+        TrainingError: The shapes do not match.
     """
     _check_shapes(ours, base, weight, 1)
     distance = cosine_distance(ours, base)
@@ -46,17 +46,20 @@ def class_text(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Tens
 
 @full_precision()
 def context_text(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Tensor:
-    """CoRe's loss on the context of a concept (AAAI 2025, arXiv 2408.15914), a cosine distance.
+    """Return CoRe's context loss (AAAI 2025, arXiv 2408.15914), a cosine distance.
 
     Args:
-        ours: (prompts, positions, width), what the text encoder makes of all but the concept's own
-            words in prompts that name the concept.
-        base: the same shape, of the same words of prompts that name the class.
-        weight: (prompts, positions), each position's share of its prompt, as
-            :func:`normalize_rows` gives it; None: all positions count alike.
+        ours: (prompts, positions, width), the text encoder's states of the context, which are all
+            words but the concept's, in prompts with the concept.
+        base: The same shape, states of the same words in prompts with the class.
+        weight: (prompts, positions), the weight of each position in its prompt, as from
+            :func:`normalize_rows`; None for equal weights.
 
-    Returns, raises:
-        As :func:`class_text`.
+    Returns:
+        A scalar, float32; between 0 and 2 for normalized weights.
+
+    Raises:
+        TrainingError: The shapes do not match.
     """
     _check_shapes(ours, base, weight, 2)
     distance = cosine_distance(ours, base)
@@ -67,35 +70,41 @@ def context_text(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Te
 
 @full_precision()
 def output(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The squared change of what a denoiser answers to prompts that name the class.
+    """Return the mean squared change of the denoiser's prediction for prompts with the class.
 
     Args:
-        ours: (batch, channels, *space), with the adapter.
-        base: the same shape, without it, for the same latents, noise levels and prompts.
-        weight: (batch,), such as the main loss has.
+        ours: (batch, channels, *space), predicted with the adapter.
+        base: The same shape, predicted without it for the same latents, noise levels and prompts.
+        weight: (batch,), such as the weight of the main loss; None for 1.
 
-    Returns, raises:
-        As :func:`class_text`; from 0 up.
+    Returns:
+        A scalar, float32, >= 0.
+
+    Raises:
+        TrainingError: The shapes do not match.
     """
     return weighted_mse(ours, base, weight).mean()
 
 
 def context_output(ours: Tensor, base: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The squared change of what a context does to a denoiser's answer; ours.
+    """Return the mean squared change of a context's effect on the denoiser's prediction (ours).
 
-    What a run forgets of "a <rex> wearing a hat" is not how a dog looks in a hat, but what these
-    words do beside its token. So it is their effect that is held, and nothing is said of what they
-    are added to, the concept itself.
+    In "a <rex> wearing a hat" training does not forget how a hat looks, but what these words do
+    beside the concept's token. So the effect of the context is preserved, and the concept itself is
+    not constrained.
 
     Args:
-        ours: (batch, channels, *space), the answer to prompts that name the concept in a context,
-            less the one to prompts without it.
-        base: the same shape and difference, of the class, without the adapter, for the same
-            latents and noise levels.
-        weight: (batch,), such as the main loss has.
+        ours: (batch, channels, *space), the prediction for prompts with the concept in a context
+            minus that for prompts without the context.
+        base: The same difference for the class, predicted without the adapter for the same latents
+            and noise levels.
+        weight: (batch,), such as the weight of the main loss; None for 1.
 
-    Returns, raises:
-        As :func:`output`.
+    Returns:
+        A scalar, float32, >= 0.
+
+    Raises:
+        TrainingError: The shapes do not match.
     """
     return output(ours, base, weight)
 
@@ -110,39 +119,46 @@ PRESERVATIONS: dict[str, Preservation] = {
 
 @full_precision()
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """``1 - cos`` along the last dimension: (..., width) to (...,), float32, in [0, 2]."""
+    """Return ``1 - cos`` along the last dimension: (..., width) to (...,), float32, in [0, 2]."""
     return 1.0 - F.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
-def normalize_rows(counts: Tensor) -> Tensor:
-    """(rows, positions) of booleans, true where something counts, to weights that add up to 1 in
-    each row; to 0 in a row where nothing does."""
-    counts = counts.float()
-    return counts / counts.sum(1, keepdim=True).clamp(min=1.0)
+def normalize_rows(mask: Tensor) -> Tensor:
+    """Return equal weights for the true positions of each row, which add up to 1.
+
+    Args:
+        mask: (rows, positions), boolean or 0 and 1.
+
+    Returns:
+        (rows, positions), float32; zeros in a row without true positions.
+    """
+    weights = mask.float()
+    return weights / weights.sum(1, keepdim=True).clamp(min=1.0)
 
 
 def end_position(ids: Sequence[int], end: int) -> int:
-    """Where CLIP pools a text: at its first end-of-text token, the one after the last word.
+    """Return where CLIP pools a text: at its first end-of-text token, behind the last word.
 
     Args:
-        ids: of one text.
-        end: the id of the end-of-text token.
+        ids: Token ids of one text.
+        end: The id of the end-of-text token.
 
     Raises:
-        ValueError: the text has none.
+        ValueError: The text has no such token.
     """
     return ids.index(end)
 
 
 def highest_id_position(ids: Sequence[int], end: int) -> int:
-    """Where ClassDiffusion's published code pools: at the highest id, as CLIP's first version did.
+    """Return where ClassDiffusion's published code pools: at the highest id, as CLIP v1 did.
 
-    A new token's id is above all others, so that this is the concept's last token. CLIP is causal:
-    whatever comes after it, the class word too, has no part in the feature. A text without a new
-    token is pooled at its end.
+    New tokens have the highest ids, so this is the concept's last token. CLIP is causal: words
+    behind that token, such as the class word, do not influence the feature. A text without new
+    tokens is pooled at its end.
 
     Args:
-        ids, end: as :func:`end_position`.
+        ids: Token ids of one text.
+        end: Unused; see :func:`end_position`.
     """
     return ids.index(max(ids))
 
@@ -154,17 +170,17 @@ POOLINGS: dict[str, Callable[[Sequence[int], int], int]] = {
 
 
 def common_positions(ours: Sequence[int], base: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The positions of what two texts have in common before and after where they differ.
+    """Return the positions of the common prefix and suffix of two texts.
 
-    The concept and the class word may have different numbers of tokens, so what comes before is
-    counted from the beginning, and what comes after from the end.
+    The concept and the class word may have different numbers of tokens, so the positions of the
+    suffix differ.
 
     Args:
-        ours, base: ids of one text each, from the beginning of text to the end of text, without
-            padding; what is in the middle differs.
+        ours: Token ids from the begin-of-text to the end-of-text token, without padding.
+        base: Those of a text with other words in the middle.
 
     Returns:
-        Positions in ours and in base, of the same ids, as many.
+        Positions in ours and in base of the same ids, equally many.
     """
     shorter = min(len(ours), len(base))
     before = 0
@@ -181,11 +197,11 @@ def common_positions(ours: Sequence[int], base: Sequence[int]) -> tuple[list[int
 
 
 def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """The states at some positions of each row.
+    """Return the hidden states at some positions of each row.
 
     Args:
-        hidden: (rows, length, width).
-        positions: (rows, n), int64, below the length.
+        hidden: (rows, length, width), any dtype.
+        positions: (rows, n), int64, in [0, length).
 
     Returns:
         (rows, n, width).
@@ -194,13 +210,11 @@ def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 def _check_shapes(ours: Tensor, base: Tensor, weight: Tensor | None, leading: int) -> None:
-    wanted = ours.shape[:leading]
     fits = ours.ndim == leading + 1 and base.shape == ours.shape
-    if not fits or not (weight is None or weight.shape == wanted):
-        told = f"{tuple(ours.shape)} and {tuple(base.shape)}"
+    if not fits or not (weight is None or weight.shape == ours.shape[:leading]):
+        weights = "" if weight is None else f" with weights of shape {tuple(weight.shape)}"
         raise TrainingError(
-            f"features of shapes {told}"
-            + ("" if weight is None else f" with weights of {tuple(weight.shape)}")
-            + " cannot be compared",
-            fix="give as many of the class as of the concept",
+            f"features of shapes {tuple(ours.shape)} and {tuple(base.shape)}{weights} cannot be "
+            "compared",
+            fix="give as many features of the class as of the concept",
         )

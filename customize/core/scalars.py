@@ -1,4 +1,4 @@
-"""Numbers that callers give, of whatever type they are."""
+"""Validation of numbers from callers, of any type."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from numbers import Integral, Real
 
 
 def as_float(value: object) -> float:
-    """A real number as a float.
+    """Convert a real number to a float.
 
     Returns:
-        NaN for what is no real number, not finite, or beyond a float's range; booleans are none.
+        NaN for booleans, values that are not real numbers, infinities and numbers too large.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
@@ -22,6 +22,6 @@ def as_float(value: object) -> float:
 
 
 def is_integer(value: object, least: int = 1, most: int = 2**63 - 1) -> bool:
-    """Whether it is a whole number in a range, both ends included; booleans are none."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    return whole and least <= int(value) <= most  # type: ignore[call-overload]
+    """Whether a value is an integer, and not a boolean, from ``least`` to ``most`` inclusive."""
+    is_number = isinstance(value, Integral) and not isinstance(value, bool)
+    return is_number and least <= int(value) <= most  # type: ignore[call-overload]

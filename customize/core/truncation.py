@@ -1,4 +1,4 @@
-"""The nearest update of a given rank."""
+"""Truncation of updates to a lower rank."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from customize.core.scalars import is_integer
 from customize.errors import ConfigError
 from customize.text import quote
 
-# Of the subspace iteration in `nearest`.
+# Of the subspace iteration in `truncate_randomized`.
 _OVERSAMPLING, _ITERATIONS = 10, 4
 
 
 @full_precision()
 def truncate(p: LowRank, rank: int) -> LowRank:
-    """The nearest product of at most ``rank`` in the Frobenius norm (Eckart-Young).
+    """Return the best approximation of at most a rank in the Frobenius norm (Eckart-Young).
 
-    Thin QR of both factors and a singular value decomposition of the small matrix between them,
-    in float64. The factors come back balanced: ``up^T up == down @ down^T``, diagonal.
+    Thin QR decompositions of both factors and the singular value decomposition of the small matrix
+    between them, in float64. The factors of the result are balanced: ``up^T up == down @ down^T``,
+    a diagonal matrix.
 
     Returns:
-        rank min(rank, p.rank, out, in), scale 1, on p's device, float32 or p's higher precision.
+        An update of rank min(rank, p.rank, out, in) and scale 1, on p's device, in float32 or p's
+        higher precision.
 
     Raises:
-        ConfigError: rank is below 1.
+        ConfigError: The rank is not an integer of at least 1.
     """
     if not is_integer(rank):
         raise ConfigError(
@@ -43,7 +45,7 @@ def truncate(p: LowRank, rank: int) -> LowRank:
 
 
 class _HouseholderQR:
-    """A thin QR whose Q stays a product of reflections, for the few columns that are asked for."""
+    """A thin QR decomposition with Q as a product of reflections, which is never made dense."""
 
     def __init__(self, tall: Tensor) -> None:
         self.reflections, self.tau = torch.geqrf(tall)
@@ -56,14 +58,18 @@ class _HouseholderQR:
 
 @full_precision()
 def truncate_randomized(p: LowRank, rank: int) -> LowRank:
-    """Nearly :func:`truncate`, for products that are dense but for their form.
+    """Approximate :func:`truncate` for updates of nearly full rank, such as pruned ones.
 
-    By subspace iteration from a fixed random start (Halko, Martinsson, Tropp, arXiv 0909.4061,
-    algorithms 4.4 and 5.1), in the product's own precision: the error is within a percent of the
-    least that is possible at this rank, for a small part of the work. The product is made dense.
-    Where it would save little it is :func:`truncate`.
+    Subspace iteration from a fixed random start (Halko, Martinsson, Tropp, arXiv 0909.4061,
+    algorithms 4.4 and 5.1) in the update's precision: the error is within one percent of the
+    optimum. The update is made dense. Updates of less than twice the rank are passed to
+    :func:`truncate`.
 
-    Returns, and raises, what :func:`truncate` does.
+    Returns:
+        As :func:`truncate`.
+
+    Raises:
+        ConfigError: The rank is not an integer of at least 1.
     """
     if not is_integer(rank):
         return truncate(p, rank)

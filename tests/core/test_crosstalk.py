@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 
 from customize.core.bases import block, cosine, down_projection
 from customize.core.crosstalk import (
-    activation_crosstalk,
     overlap_matrix,
     relative_responses,
     response_norms,
-    subspace_overlap,
+    row_overlap,
     update_overlap,
 )
 from customize.core.lowrank import LowRank, to_dense
@@ -50,13 +49,15 @@ def test_measures_match_their_definitions(case):
     assert update_overlap(p, q) == pytest.approx(ratio(p, q), rel=1e-9, abs=1e-12)
     assert update_overlap(p, q) == pytest.approx(update_overlap(q, p))
     assert 0 <= update_overlap(p, q) <= 1 + 1e-9
-    dense = [(to_dense(each) @ inputs.T).norm().item() for each in (p, q)]
-    assert activation_crosstalk(p, q, inputs) == pytest.approx(dense[1] / dense[0], rel=1e-6)
-    # The projectors onto the row spaces say the same without choosing bases.
-    projectors = [torch.linalg.pinv(each.down) @ each.down for each in (p, q)]
-    smaller = min(torch.linalg.matrix_rank(each.down).item() for each in (p, q))
-    expected = torch.trace(projectors[0] @ projectors[1]).item() / smaller
-    assert subspace_overlap(p.down, q.down) == pytest.approx(expected, abs=1e-7)
+    dense = [(to_dense(update) @ inputs.T).norm().item() for update in (p, q)]
+    assert relative_response(p, q, inputs) == pytest.approx(dense[1] / dense[0], rel=1e-6)
+    # Orthogonal rows of unit length, by their projectors.
+    orthonormal = [torch.linalg.qr(update.down.T).Q.T for update in (p, q)]
+    projectors = [rows.T @ rows for rows in orthonormal]
+    lengths = [((rows @ m).norm(dim=1) ** 2) for rows in orthonormal for m in projectors]
+    expected = torch.stack([torch.cat(lengths[::2]), torch.cat(lengths[1::2])], dim=1)
+    found = row_overlap([3.0 * orthonormal[0], orthonormal[1]])
+    assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
 @settings(deadline=None)
@@ -65,9 +66,15 @@ def test_overlaps_ignore_size(case, factor):
     p, q, _ = case
     larger = LowRank(p.up, p.down, p.scale * factor)
     assert update_overlap(larger, q) == pytest.approx(update_overlap(p, q), abs=1e-9)
-    assert subspace_overlap(p.down * factor, q.down) == pytest.approx(
-        subspace_overlap(p.down, q.down), abs=1e-9
-    )
+    half = [torch.linalg.qr(update.down.T).Q.T for update in (p, q)]
+    assert torch.allclose(row_overlap([half[0] * factor, half[1]]), row_overlap(half), atol=1e-5)
+
+
+def relative_response(p, q, inputs):
+    """The response of q to inputs of p, divided by that of p."""
+    inputs = {name: {"layer": inputs} for name in "pq"}
+    norms = response_norms({"p": {"layer": p}, "q": {"layer": q}}, inputs)
+    return relative_responses(norms)[0, 1].item()
 
 
 def concept(index, rank=4, width=32, out=16, seed=0):
@@ -76,37 +83,38 @@ def concept(index, rank=4, width=32, out=16, seed=0):
     return LowRank(torch.randn(out, rank, generator=generator), down)
 
 
-def test_disjoint_slices_have_no_overlap_but_may_still_fire():
+def test_disjoint_slices_have_no_overlap_but_respond_to_each_others_inputs():
     p, q = concept(0), concept(1)
-    assert subspace_overlap(p.down, q.down) < 1e-10
+    assert row_overlap([p.down, q.down])[:4, 1].max() < 1e-10
     assert update_overlap(p, q) < 1e-6
     generator = torch.Generator().manual_seed(5)
     anything = torch.randn(64, 32, generator=generator)
-    assert activation_crosstalk(p, q, anything) > 0.5
-    beside = anything - anything @ q.down.T @ q.down  # what the paper's section 3.3 settles for
-    assert activation_crosstalk(p, q, beside) < 1e-5
+    assert relative_response(p, q, anything) > 0.5
+    beside = anything - anything @ q.down.T @ q.down  # the assumption of the paper's section 3.3
+    assert relative_response(p, q, beside) < 1e-5
 
 
-def test_subspace_overlap_of_shared_columns_and_dependent_rows():
-    half = down_projection(cosine, 32, (0, 1, 4, 5), 0), down_projection(cosine, 32, range(4), 0)
-    assert subspace_overlap(*half) == pytest.approx(0.5, abs=1e-6)
-    assert subspace_overlap(half[0], half[0]) == pytest.approx(1.0, abs=1e-6)
-    assert subspace_overlap(half[0][:2], half[0]) == pytest.approx(1.0, abs=1e-6)
-    repeated = half[1][[0, 0, 1, 1]]
-    assert subspace_overlap(repeated, half[0]) == pytest.approx(1.0, abs=1e-6)
+def test_row_overlap_of_shared_columns():
+    a, b = (down_projection(cosine, 32, columns, 0) for columns in ((0, 1, 4, 5), range(4)))
+    found = row_overlap([a, b, torch.zeros(2, 32)])
+    assert found.shape == (10, 3) and found.dtype == torch.float32
+    expected = torch.zeros(10, 3)
+    expected[:4, 0] = expected[4:8, 1] = expected[:2, 1] = expected[4:6, 0] = 1.0
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert found.max() <= 1.0
 
 
-def test_nothing_disturbs_nothing():
+def test_updates_of_zeros_have_no_crosstalk():
     p, zero = concept(0), LowRank(torch.zeros(16, 4), torch.zeros(4, 32))
     inputs = torch.ones(3, 32)
-    assert subspace_overlap(p.down, zero.down) == 0.0
+    assert row_overlap([p.down, zero.down])[:, 1].abs().max() == 0.0
     assert update_overlap(p, zero) == update_overlap(zero, zero) == 0.0
-    assert activation_crosstalk(p, zero, inputs) == 0.0
-    assert activation_crosstalk(zero, zero, inputs) == 0.0
-    assert activation_crosstalk(zero, p, inputs) == math.inf
+    assert relative_response(p, zero, inputs) == 0.0
+    assert relative_response(zero, zero, inputs) == 0.0
+    assert relative_response(zero, p, inputs) == math.inf
 
 
-def test_matrix_is_the_energy_weighted_root_mean_square():
+def test_overlap_matrix_is_the_energy_weighted_root_mean_square():
     torch.manual_seed(0)
 
     def update(out, rank, width, scale):
@@ -131,7 +139,7 @@ def test_matrix_is_the_energy_weighted_root_mean_square():
             assert table[i, j].item() == pytest.approx(math.sqrt(crossed / energy), rel=1e-9)
 
 
-def test_matrix_edges():
+def test_overlap_matrix_without_common_layers():
     assert overlap_matrix({}).shape == (0, 0)
     apart = {"rex": {"a": concept(0)}, "tom": {"b": concept(0)}, "new": {}}
     assert overlap_matrix(apart).fill_diagonal_(0).abs().max() == 0
@@ -141,19 +149,23 @@ def test_matrix_edges():
     assert table.fill_diagonal_(0).max() < 1e-6
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_shapes_are_refused():
     p, q = concept(0), concept(0, width=40)
     with pytest.raises(ConceptError, match="same input"):
-        subspace_overlap(p.down, q.down)
+        row_overlap([p.down, q.down])
+    with pytest.raises(ConceptError, match="same input"):
+        row_overlap([p.down, p.down[0]])
     with pytest.raises(ConceptError, match="one weight"):
         update_overlap(p, q)
     with pytest.raises(ConceptError, match="width 32"):
-        activation_crosstalk(p, p, torch.zeros(3, 40))
+        relative_response(p, p, torch.zeros(3, 40))
+    with pytest.raises(ConceptError, match="width 32"):
+        relative_response(p, p, torch.zeros(32))
     with pytest.raises(ConceptError, match="one weight"):
         overlap_matrix({"rex": {"a": p}, "tom": {"a": q}})
 
 
-def test_answers_are_norms_on_the_other_ones_inputs():
+def test_response_norms_match_dense_products():
     generator = torch.Generator().manual_seed(4)
     products = {
         name: {
@@ -172,18 +184,18 @@ def test_answers_are_norms_on_the_other_ones_inputs():
     found = response_norms(products, inputs)
     assert list(found) == ["x"]  # the only one that all change, with inputs of each
     names = list(products)
-    for i, own in enumerate(names):
+    for i, name in enumerate(names):
         for j, other in enumerate(names):
             p = products[other]["x"]
-            expected = (0.5 * p.up @ p.down @ inputs[own]["x"].T).norm()
+            expected = (0.5 * p.up @ p.down @ inputs[name]["x"].T).norm()
             assert found["x"][i, j].item() == pytest.approx(float(expected), rel=1e-5)
-            ratio = activation_crosstalk(products[own]["x"], p, inputs[own]["x"])
+            ratio = relative_response(products[name]["x"], p, inputs[name]["x"])
             assert relative_responses(found)[i, j].item() == pytest.approx(ratio, rel=1e-5)
     with pytest.raises(ConceptError, match="do not enter a layer of width 7"):
         response_norms(products, inputs | {"a": {"x": torch.ones(2, 3)}})
 
 
-def test_relative_answers_over_layers():
+def test_relative_responses_over_layers():
     layers = {
         "x": torch.tensor([[3.0, 4.0], [0.0, 0.0]]),
         "y": torch.tensor([[4.0, 3.0], [2.0, 0.0]]),

@@ -75,7 +75,7 @@ def test_rotations_are_orthogonal(side: int, size: float) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (2, 3, 4, 4), (5, 5)])
 def test_blocks_that_do_not_fit(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConceptError, match="do not turn"):
+    with pytest.raises(ConceptError, match="do not rotate"):
         oft_row_delta(random(10, 4), random(*shape), None, None)
     with pytest.raises(ConceptError, match="do not rescale"):
         oft_row_delta(random(12, 4), random(3, 4, 4), None, torch.ones(5))

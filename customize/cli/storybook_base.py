@@ -43,7 +43,7 @@ def make_judge(configs: Sequence[TrainConfig]) -> IdentityJudge | None:
         return None
 
     def judge(info: ConceptInfo) -> IdentityResult | None:
-        from customize.storybook.judges import images_to_tensor, load_judges
+        from customize.storybook.judges import judge_inputs, load_judges
         from customize.storybook.world import CLASSES
         from customize.training.data.dataset import read_image
         from customize.training.data.image_folder import scan_folder
@@ -54,8 +54,8 @@ def make_judge(configs: Sequence[TrainConfig]) -> IdentityJudge | None:
             return None
         judges = load_judges(folder)
         pictures = [read_image(path) for path in scan_folder(config.images).images]
-        sample = images_to_tensor([read_image(last)])
-        distance = judges.distance(sample, judges.prototype(images_to_tensor(pictures))).item()
+        sample = judge_inputs([read_image(last)])
+        distance = judges.distance(sample, judges.prototype(judge_inputs(pictures))).item()
         shows = distance <= judges.threshold
         text = (
             f"the last sample {'shows' if shows else 'does not show'} {info.name} (distance "

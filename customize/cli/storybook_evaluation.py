@@ -262,7 +262,7 @@ def _known(
 ) -> tuple[Tensor, set[str]]:
     """A concept's signature by the judges, and the places that its references show."""
     from customize.storybook.caption_grammar import parse_prompt
-    from customize.storybook.judges import images_to_tensor
+    from customize.storybook.judges import judge_inputs
     from customize.storybook.world import CLASSES
 
     if subject.class_word not in CLASSES:
@@ -275,7 +275,7 @@ def _known(
     if count == 1 and not os.path.isdir(folder):
         folder = references
     samples = read_samples(folder)
-    images = images_to_tensor([sample.image for sample in samples])
+    images = judge_inputs([sample.image for sample in samples])
     shown = set()
     for sample, seen in zip(samples, judges.predict_attributes(images), strict=True):
         shown.add(parse_prompt(sample.caption).place or seen["place"])

@@ -17,8 +17,9 @@ from customize.concepts.adapter import flatten_layers
 from customize.core import crosstalk
 from customize.errors import storage_error
 from customize.evaluation import result_file, storybook_rates
+from customize.image_tensors import tensor_to_images
 from customize.storybook.example_concepts import bundled_concept
-from customize.storybook.judges import Judges, images_to_tensor
+from customize.storybook.judges import Judges, judge_inputs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +34,7 @@ COLUMNS = (*RATES, "both_in_a_pair")
 def score(judges: Judges, drawn: Mapping[str, demo.DrawnImages]) -> dict[str, Any]:
     """One row a model and concept, and the headline figures; rates in [0, 1]."""
     stories = {name: bundled_concept(name) for name in demo.NAMES}
-    signatures = {n: judges.prototype(images_to_tensor(s.pictures())) for n, s in stories.items()}
+    signatures = {n: judges.prototype(judge_inputs(s.pictures())) for n, s in stories.items()}
     before = drawn[demo.BASE].unrelated
     rows: list[Row] = []
     for model, pictures in drawn.items():
@@ -172,9 +173,9 @@ SIDE, MARGIN, LABEL = 80, 4, 150
 
 
 def _paste(sheet: Image.Image, picture: Tensor, column: int, top: int) -> None:
-    array = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(array).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    sheet.paste(image, (LABEL + column * (SIDE + MARGIN), top))
+    (image,) = tensor_to_images(picture[None])
+    small = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    sheet.paste(small, (LABEL + column * (SIDE + MARGIN), top))
 
 
 def grid(drawn: Mapping[str, demo.DrawnImages], shown: int = 4) -> Image.Image:
@@ -194,7 +195,7 @@ def grid(drawn: Mapping[str, demo.DrawnImages], shown: int = 4) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     pen.text((6, 30 + SIDE / 2 - 14), "five pictures\nto learn from", "black", font)
     for index, name in enumerate(demo.NAMES):
-        references = images_to_tensor(bundled_concept(name).pictures())
+        references = judge_inputs(bundled_concept(name).pictures())
         pen.text((LABEL + index * 6 * (SIDE + MARGIN), 4), f"<{name}>", "black", font)
         for k, picture in enumerate(references):
             _paste(sheet, picture, index * 6 + k, 24)

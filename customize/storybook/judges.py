@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from customize.core.precision import full_precision
 from customize.errors import ConceptError
+from customize.image_tensors import images_to_tensor
 from customize.safe_read import MAX_TEXT_BYTES, read_json, read_safetensors
 from customize.storybook.world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES
 
@@ -103,16 +104,10 @@ def crop_thing(images: Tensor, where: str) -> Tensor:
     return F.interpolate(cut, size=(64, 64), mode="bilinear", align_corners=False)
 
 
-def images_to_tensor(images: list[Image.Image]) -> Tensor:
-    """PIL pictures to (batch, 3, 64, 64) in [-1, 1]."""
-    import numpy as np
-
+def judge_inputs(images: list[Image.Image]) -> Tensor:
+    """Convert images to the judges' size: (batch, 3, 64, 64), float32 in [-1, 1]."""
     small = [image.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS) for image in images]
-    return (
-        torch.stack([torch.from_numpy(np.array(image)) for image in small]).permute(0, 3, 1, 2)
-        / 127.5
-        - 1
-    )
+    return images_to_tensor(small)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from customize.atomic import write_atomic
 from customize.core import objectives
+from customize.image_tensors import images_to_tensor, tensor_to_images
 from customize.storybook import bundled_models
 from customize.storybook.caption_grammar import caption
 from customize.storybook.optimizer import EMA, MuonAdamW, trapezoid
@@ -87,8 +88,7 @@ def scene(seed: int, index: int) -> Scene:
 
 def pixels(scenes: list[Scene]) -> torch.Tensor:
     """Draw scenes: (n, 3, 64, 64) in [-1, 1]."""
-    array = np.stack([np.asarray(draw_scene(s)) for s in scenes])
-    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images_to_tensor([draw_scene(scene) for scene in scenes])
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -188,12 +188,11 @@ def _loop(
 
 def contact_sheet(images: torch.Tensor, path: Path, columns: int = 10) -> None:
     """Save pictures (n, 3, 64, 64) in [-1, 1] as one PNG, doubled in size."""
-    array = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    rows = -(-len(array) // columns)
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * 130, rows * 130), "white")
-    for k, image in enumerate(array):
+    for k, image in enumerate(tensor_to_images(images)):
         sheet.paste(
-            Image.fromarray(image).resize((128, 128), Image.Resampling.NEAREST),
+            image.resize((128, 128), Image.Resampling.NEAREST),
             (k % columns * 130, k // columns * 130),
         )
     sheet.save(path)

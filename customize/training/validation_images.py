@@ -23,6 +23,7 @@ from customize.concepts.library.library import TRIGGER_PATTERN
 from customize.errors import PipelineError, storage_error
 from customize.families.family import Family
 from customize.families.sampling import sample
+from customize.image_tensors import tensor_to_images
 from customize.near_names import did_you_mean
 from customize.training.config import TrainConfig
 from customize.training.data.batches import stream_seed
@@ -178,8 +179,7 @@ def decode_images(family: Family, latents: Tensor) -> list[Image.Image]:
     finally:
         vae.to(home)
     check_sampled(family, pixels, "vae")
-    values = ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return [Image.fromarray(p.numpy()) for p in values.permute(0, 2, 3, 1).cpu()]
+    return tensor_to_images(pixels)
 
 
 def save_image_row(pictures: Sequence[Image.Image], path: Path) -> None:

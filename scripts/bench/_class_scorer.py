@@ -12,7 +12,7 @@ from customize.api.pipeline_methods import load_custom, unload_custom
 from customize.concepts.types import Concept
 from customize.evaluation import storybook_rates
 from customize.families import family_of
-from customize.storybook.judges import images_to_tensor, load_judges
+from customize.storybook.judges import judge_inputs, load_judges
 
 STEPS = 12  # of drawing: enough for all that is judged
 RATES = ("identity", "prompt", "composition", "class_drift", "drift")
@@ -35,7 +35,7 @@ class Scorer:
         """Rates a seed; of the base, and its class word, where nothing is saved."""
         story = concept(index)
         kind = story.identity.kind
-        signature = self.judges.prototype(images_to_tensor(story.pictures()))
+        signature = self.judges.prototype(judge_inputs(story.pictures()))
         other = "cat" if kind == "dog" else "dog"
         words = f"a {kind}" if saved is None else story.trigger
         asked = {

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize.storybook.caption_grammar import ACCESSORY_PHRASES, PLACE_PHRASES, PromptRequest
-from customize.storybook.judges import images_to_tensor
+from customize.storybook.judges import judge_inputs
 from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import (
     ACCESSORIES,
@@ -191,7 +191,7 @@ def references(what: Leaky) -> Tensor:
             compose_scene(rng, (random_identity(rng, kind),), (what.accessory,), what.place)
             for kind in what.kinds
         ]
-        return what.apply(images_to_tensor([draw_scene(scene) for scene in scenes]))
+        return what.apply(judge_inputs([draw_scene(scene) for scene in scenes]))
     index = CONCEPTS.index(what)
     rng = np.random.default_rng((500 + index, 7))
     identity = random_identity(rng, what.kind, pattern=PATTERNS[(index - 2) % 3])
@@ -199,7 +199,7 @@ def references(what: Leaky) -> Tensor:
         compose_scene(rng, (identity,), (what.accessory,), what.place)
         for _ in range(PICTURES["concept"])
     ]
-    return images_to_tensor([draw_scene(scene) for scene in scenes])
+    return judge_inputs([draw_scene(scene) for scene in scenes])
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ def style_judges(pipe: Any) -> dict[str, StyleJudge]:
         return torch.cat([pipe.vae.decode(part).sample for part in parts]).clamp(-1, 1)
 
     rng = np.random.default_rng(5)
-    plain = images_to_tensor([draw_scene(random_scene(rng)) for _ in range(400)])
+    plain = judge_inputs([draw_scene(random_scene(rng)) for _ in range(400)])
     as_it_is = shown(plain)
     return {each.name: StyleJudge(as_it_is, shown(each.apply(plain))) for each in ALL_STYLES}
 

@@ -20,7 +20,7 @@ from customize.core.lowrank import to_dense
 from customize.evaluation import storybook_rates
 from customize.families import family_of
 from customize.storybook.example_concepts import ExampleConcept, make_concept
-from customize.storybook.judges import images_to_tensor, load_judges
+from customize.storybook.judges import judge_inputs, load_judges
 
 # Two dogs among the first three, which are merged at every K: the same class blends first.
 KINDS = (
@@ -97,7 +97,7 @@ class Scorer:
         story = concept(index)
         prompts = storybook_rates.evaluation_prompts(story.trigger, storybook_rates.SCENES[:scenes])
         images = storybook_rates.draw_prompts(self.pipe, prompts, seed)
-        signature = self.judges.prototype(images_to_tensor(story.pictures()))
+        signature = self.judges.prototype(judge_inputs(story.pictures()))
         return storybook_rates.rate_concept(
             self.judges, images, prompts, signature, story.identity.kind, story.places
         )

@@ -44,7 +44,7 @@ from customize.demo import TRAINING, assets_folder
 from customize.evaluation.storybook_rates import GUIDANCE, STEPS
 from customize.families import family_of
 from customize.storybook.caption_grammar import PLACE_PHRASES
-from customize.storybook.judges import Judges, images_to_tensor, load_judges
+from customize.storybook.judges import Judges, judge_inputs, load_judges
 from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import Identity, compose_scene, random_identity
 
@@ -101,7 +101,7 @@ def distances(judges: Judges, images: Tensor, signature: Tensor) -> tuple[Tensor
 
 
 def signature(judges: Judges, index: int) -> Tensor:
-    return judges.prototype(images_to_tensor(concept(index).pictures()))
+    return judges.prototype(judge_inputs(concept(index).pictures()))
 
 
 @torch.no_grad()
@@ -128,10 +128,10 @@ def trust(pipe: Any, judges: Judges, size: tuple[int, int], count: int) -> dict[
 def rendered(rng: np.random.Generator, pair: Sequence[Identity], size: tuple[int, int]) -> Tensor:
     """A scene of two; a wide one is two halves, each with one thing, in one place."""
     if size == SQUARE:
-        return images_to_tensor([draw_scene(compose_scene(rng, tuple(pair)))])[0]
+        return judge_inputs([draw_scene(compose_scene(rng, tuple(pair)))])[0]
     place = str(rng.choice(list(PLACE_PHRASES)))
     halves = [
-        images_to_tensor([draw_scene(compose_scene(rng, (one,), place=place))])[0] for one in pair
+        judge_inputs([draw_scene(compose_scene(rng, (one,), place=place))])[0] for one in pair
     ]
     shift = int(rng.integers(-6, 7))
     return torch.cat([half.roll(shift, -1) for half in halves], -1)

@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from customize.evaluation.storybook_rates import GUIDANCE, STEPS, attribute_accuracy, draw_prompts
 from customize.storybook import scene_drawing
 from customize.storybook.caption_grammar import caption
-from customize.storybook.judges import HEADS, Judges, images_to_tensor, load_judges
+from customize.storybook.judges import HEADS, Judges, judge_inputs, load_judges
 from customize.storybook.pretrain import contact_sheet
 from customize.storybook.train_judges import measure
 from customize.storybook.world import CLASSES, COLOURS, Scene, compose_scene, random_identity
@@ -71,7 +71,7 @@ def base_rows(
         )
         scenes += asked
         shown.append(images)
-    renders = images_to_tensor([scene_drawing.draw_scene(scene) for scene in scenes])
+    renders = judge_inputs([scene_drawing.draw_scene(scene) for scene in scenes])
     ceiling = attribute_accuracy(judges, renders, [caption(scene) for scene in scenes])
     if sheet is not None:
         contact_sheet(torch.cat(shown), sheet.with_stem(f"{sheet.stem}-{things}"), columns=16)

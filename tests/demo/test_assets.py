@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from customize import demo
 from customize.evaluation.storybook_rates import attribute_accuracy, draw_prompts
 from customize.storybook.example_concepts import bundled_concept
-from customize.storybook.judges import images_to_tensor, load_judges
+from customize.storybook.judges import judge_inputs, load_judges
 from customize.storybook.train_judges import measure
 
 PROMPTS = (
@@ -40,14 +40,14 @@ def test_the_judges_tell_renders_apart():
 def test_the_bundled_pictures_are_of_their_concepts():
     judges = load_judges(demo.assets_folder() / "judges")
     signatures = {
-        n: judges.prototype(images_to_tensor(bundled_concept(n).pictures())) for n in demo.NAMES
+        n: judges.prototype(judge_inputs(bundled_concept(n).pictures())) for n in demo.NAMES
     }
     for name in demo.NAMES:
         files = sorted((demo.assets_folder() / "concepts" / name).glob("*.png"))
         assert len(files) == 5
         pictures = bundled_concept(name).pictures()
         for other, signature in signatures.items():
-            distance = judges.distance(images_to_tensor(pictures), signature)
+            distance = judges.distance(judge_inputs(pictures), signature)
             near = (distance <= judges.threshold).float().mean().item()
             assert near >= 0.8 if other == name else near <= 0.2
 

@@ -11,7 +11,7 @@ from customize import demo
 from customize.demo import report
 from customize.evaluation.storybook_rates import evaluation_prompts
 from customize.storybook.example_concepts import bundled_concept
-from customize.storybook.judges import images_to_tensor, load_judges
+from customize.storybook.judges import judge_inputs, load_judges
 from tests.concepts.making import small
 
 SCENES = len(evaluation_prompts("<rex>"))
@@ -19,7 +19,7 @@ SCENES = len(evaluation_prompts("<rex>"))
 
 def renders(name: str) -> torch.Tensor:
     """One of a concept's own pictures for each prompt."""
-    pictures = images_to_tensor(bundled_concept(name).pictures())
+    pictures = judge_inputs(bundled_concept(name).pictures())
     return pictures[torch.arange(SCENES) % len(pictures)]
 
 

@@ -29,7 +29,7 @@ from customize.storybook.caption_grammar import (
     parse_prompt,
 )
 from customize.storybook.example_concepts import BUNDLED, bundled_concept
-from customize.storybook.judges import HEADS, images_to_tensor
+from customize.storybook.judges import HEADS, judge_inputs
 from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import (
     ACCESSORIES,
@@ -84,7 +84,7 @@ class Truth:
 
 
 def drawn(scenes: list[Scene]) -> Tensor:
-    return images_to_tensor([draw_scene(scene) for scene in scenes])
+    return judge_inputs([draw_scene(scene) for scene in scenes])
 
 
 def in_scenes(name: str, scenes: tuple[tuple[str, str], ...] = SCENES) -> list[Scene]:

@@ -17,7 +17,7 @@ from customize.storybook.judges import (
     IdentityJudge,
     Judges,
     crop_thing,
-    images_to_tensor,
+    judge_inputs,
     load_judges,
 )
 from customize.storybook.scene_drawing import draw_scene
@@ -74,7 +74,7 @@ def test_a_crop_holds_its_thing(where, things, slot):
 def test_left_and_right_crops_show_different_things():
     for scene in scenes_of(10, 2):
         alone = [replace(scene, things=(thing,)) for thing in scene.things]
-        both, left, right = images_to_tensor([draw_scene(s) for s in (scene, *alone)]).split(1)
+        both, left, right = judge_inputs([draw_scene(s) for s in (scene, *alone)]).split(1)
         for where, own, other in (("left", left, right), ("right", right, left)):
             near, far = (
                 (crop_thing(both, where) - crop_thing(x, where)).abs().mean().item()
@@ -86,7 +86,7 @@ def test_left_and_right_crops_show_different_things():
 
 def test_pictures_become_tensors_in_range():
     picture = draw_scene(scenes_of(1, 1)[0])
-    tensor = images_to_tensor([picture, picture.resize((128, 128))])
+    tensor = judge_inputs([picture, picture.resize((128, 128))])
     assert tensor.shape == (2, 3, 64, 64)
     assert tensor.min() >= -1
     assert tensor.max() <= 1
@@ -99,7 +99,7 @@ def test_pictures_become_tensors_in_range():
 
 
 def test_a_judge_names_one_label_a_head(judges):
-    seen = judges.predict_attributes(images_to_tensor([draw_scene(s) for s in scenes_of(3, 2)]))
+    seen = judges.predict_attributes(judge_inputs([draw_scene(s) for s in scenes_of(3, 2)]))
     assert len(seen) == 3
     for row in seen:
         assert row.keys() == HEADS.keys()
@@ -107,7 +107,7 @@ def test_a_judge_names_one_label_a_head(judges):
 
 
 def test_a_signature_is_a_unit_vector_and_nearest_to_its_own(judges):
-    images = images_to_tensor([draw_scene(s) for s in scenes_of(4, 1)])
+    images = judge_inputs([draw_scene(s) for s in scenes_of(4, 1)])
     signature = judges.prototype(images[:1])
     assert signature.norm().item() == pytest.approx(1)
     distance = judges.distance(images, signature)
@@ -155,7 +155,7 @@ def test_equal_error_of_known_cases():
 
 
 def test_roughening_keeps_shape_range_and_seed():
-    images = images_to_tensor([draw_scene(s) for s in scenes_of(6, 1)])
+    images = judge_inputs([draw_scene(s) for s in scenes_of(6, 1)])
     rough = roughen(images, torch.Generator().manual_seed(1), None)
     assert rough.shape == images.shape
     assert rough.abs().max() <= 1

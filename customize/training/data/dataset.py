@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize.errors import DataError
+from customize.image_tensors import images_to_tensor
 from customize.training.data.captions import read_captions
 from customize.training.data.decode_image import decode_image, format_size
 from customize.training.data.image_folder import (
@@ -203,8 +204,7 @@ def image_tensor(sample: TrainingImage | ImageAndMask, size: Size | int) -> Tens
     """The picture's largest centre part of this shape, at this size (an int: a square): (3,
     height, width), float32, in [-1, 1]; resampled with Lanczos."""
     image = _fitted(sample.image, _size(size), Image.Resampling.LANCZOS)
-    values = torch.from_numpy(np.array(image, dtype=np.float32))
-    return values.permute(2, 0, 1).contiguous() / 127.5 - 1.0
+    return images_to_tensor([image])[0].contiguous()
 
 
 def mask_tensor(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from customize.base.memory_plan import MemoryPlan
-    from customize.concepts.formats.lora import LoraFile
+    from customize.concepts.formats.lora_file import LoraFile
     from customize.concepts.input_statistics import LayerInputs
     from customize.concepts.types import Concept, Lora
     from customize.pipeline.state import Customization

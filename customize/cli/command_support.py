@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from customize.concepts.formats.lora import LoraFile
+    from customize.concepts.formats.lora_file import LoraFile
     from customize.concepts.types import Adaptation
 
 P = ParamSpec("P")
@@ -115,7 +115,7 @@ def rename_concepts(
     """
     from dataclasses import replace
 
-    from customize.concepts.formats.lora import LoraFile, name_from_file
+    from customize.concepts.formats.lora_file import LoraFile, name_from_file
 
     if text is None:
         return list(concepts)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from customize.cli.weight_arguments import Given
-    from customize.concepts.formats.lora import LoraFile
+    from customize.concepts.formats.lora_file import LoraFile
     from customize.concepts.types import Adaptation
     from customize.families import Family
 

@@ -166,7 +166,7 @@ def _write_lora(
 
 def _named(concepts: Sequence[Adaptation], names: str | None) -> list[Adaptation]:
     """The concepts under other names, whose layers are known already."""
-    from customize.concepts.formats.lora import LoraFile
+    from customize.concepts.formats.lora_file import LoraFile
 
     return [each for each in rename_concepts(concepts, names) if not isinstance(each, LoraFile)]
 

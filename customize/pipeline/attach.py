@@ -16,7 +16,7 @@ from customize.base.apply_memory_plan import apply_memory_plan, choose_memory_pl
 from customize.base.attention import apply_backend as kernels
 from customize.base.attention.select_backend import choose_backends
 from customize.base.memory_plan import parse_memory_size
-from customize.concepts.formats.lora import LoraFile
+from customize.concepts.formats.lora_file import LoraFile
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.library.index import LibraryEntry
 from customize.concepts.library.library import Library

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from customize.base.offload import materialize
 from customize.concepts.base_weight import dense_weight
-from customize.concepts.formats.denoiser_labels import assign_noise_levels
 from customize.concepts.formats.ignored_parts import check_all_matched, check_ignore, remove_ignored
 from customize.concepts.formats.layer_names import LayerNameMap
-from customize.concepts.formats.lora import BaseWeights, LoraFile
+from customize.concepts.formats.lora_file import BaseWeights, LoraFile, assign_noise_levels
 from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.types import Adaptation, Concept, Lora
 from customize.errors import ConfigError, PipelineError

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from customize.concepts.formats.bias_and_norm_updates import has_only_vectors, remove_vectors
 from customize.concepts.formats.layer_names import LayerNameMap, LayerTarget, match_text_encoder
-from customize.concepts.formats.layer_updates import shape_of
-from customize.concepts.formats.tensor_keys import TensorGroup, join_names
+from customize.concepts.formats.layer_updates import visible_shape
+from customize.concepts.formats.tensor_group import TensorGroup, join_names
 from customize.errors import ConceptError, CustomizeError, PipelineError
 from customize.families import Family, published_families
 
@@ -158,4 +158,4 @@ def _has_matching_shapes(names: LayerNameMap, group: TensorGroup, place: LayerTa
         return all(part.numel() in widths | {1} for part in group.parts.values())
     group = remove_vectors(group)
     shape = update_shape(place, names)
-    return all(seen in (None, side) for seen, side in zip(shape_of(group), shape, strict=True))
+    return all(seen in (None, side) for seen, side in zip(visible_shape(group), shape, strict=True))

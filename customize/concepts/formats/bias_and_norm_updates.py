@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from customize.concepts.formats.tensor_keys import VECTOR_KEY_SUFFIXES, TensorGroup
+from customize.concepts.formats.tensor_group import TensorGroup
 from customize.concepts.types import VectorUpdate
 from customize.core.lowrank import all_finite
 from customize.errors import ConceptError
@@ -24,6 +24,16 @@ from customize.families.family import Family
 from customize.families.original_layer_names import RowRange
 from customize.families.pipeline_components import uncompiled
 
+#: Part that changes a bias or norm -> suffixes of its keys; ``*`` stands for a peft adapter's name.
+VECTOR_KEY_SUFFIXES: dict[str, tuple[str, ...]] = {
+    "diff_b": (".diff_b",),
+    "w_norm": (".w_norm",),
+    "b_norm": (".b_norm",),
+    "down_bias": (".lora_A.bias", ".lora_A.*.bias", ".lora_down.bias"),
+    "up_bias": (".lora_B.bias", ".lora_B.*.bias", ".lora_up.bias"),
+    "bias": (".base_layer.bias", ".bias"),
+    "norm_scale": (".scale",),
+}
 _INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
 # A norm's name in diffusers -> in the files of those who made the model, by family.
 _ORIGINAL_NORM_NAMES = {

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 from customize.errors import ConfigError
 from customize.near_names import suggest_names
 
 if TYPE_CHECKING:
-    from customize.concepts.formats.lora import LoraFile
     from customize.families import Family
 
 NoiseLevel = Literal["high", "low"]
@@ -90,17 +87,6 @@ def parse_noise_levels(first: str, second: str) -> tuple[NoiseLevel, NoiseLevel]
     if one is None or other is None or one == other:
         return None
     return one, other
-
-
-def assign_noise_levels(files: Sequence[LoraFile]) -> list[LoraFile]:
-    """The same files; two whose names make them a pair know which is which."""
-    found = list(files)
-    for i, j in combinations(range(len(found)), 2):
-        noises = parse_noise_levels(found[i].source.stem, found[j].source.stem)
-        if noises is not None:
-            for k, noise in zip((i, j), noises, strict=True):
-                found[k] = replace(found[k], noise_level=noise)
-    return found
 
 
 def target_denoisers(

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 
 from customize.concepts.concept_info import MAX_NAME
-from customize.concepts.formats.tensor_keys import TensorGroup
+from customize.concepts.formats.layer_updates import visible_rank
+from customize.concepts.formats.tensor_group import TensorGroup
 from customize.text import one_line
 
 _KOHYA = "ss_network_alpha"
@@ -40,7 +41,7 @@ def apply_header_alphas(
     if by_layer and all(group.path in by_layer for group in bare):
         return _add_alphas(groups, {group.path: by_layer[group.path] for group in bare})
     stated = {key: header[key] for key in _ALPHAS if _is_set(header.get(key))}
-    ranks = {infer_rank(group) for group in bare}
+    ranks = {visible_rank(group) for group in bare}
     numbers = {_parse_number(text) for text in stated.values()}
     if (not stated and not by_layer) or ranks == numbers:
         return groups
@@ -56,14 +57,6 @@ def apply_header_alphas(
         return groups
     (alpha,) = numbers
     return _add_alphas(groups, {group.path: alpha for group in bare})
-
-
-def infer_rank(group: TensorGroup) -> int | None:
-    """The rank by which alpha is divided, or None where the parts have none."""
-    for part in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if part in group.parts and group.parts[part].ndim:
-            return group.parts[part].shape[0]
-    return None
 
 
 def _explain_ambiguity(
@@ -91,7 +84,7 @@ def _explain_ambiguity(
 
 
 def _has_product(group: TensorGroup) -> bool:
-    return infer_rank(group) is not None
+    return visible_rank(group) is not None
 
 
 def _is_set(text: str | None) -> bool:

@@ -15,8 +15,9 @@ from typing import TypeVar
 from torch import Tensor
 
 from customize.concepts.formats.layer_names import match_text_encoder
-from customize.concepts.formats.lora import LoraFile
-from customize.concepts.formats.tensor_keys import TensorGroup, parse_key
+from customize.concepts.formats.lora_file import LoraFile
+from customize.concepts.formats.tensor_group import TensorGroup
+from customize.concepts.formats.tensor_keys import parse_key
 from customize.concepts.types import Adaptation, Concept, Lora
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError

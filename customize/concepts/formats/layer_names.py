@@ -18,7 +18,7 @@ from customize.concepts.formats.bias_and_norm_updates import (
     original_norm_names,
 )
 from customize.concepts.formats.denoiser_labels import DenoiserLabels
-from customize.concepts.formats.tensor_keys import TensorGroup
+from customize.concepts.formats.tensor_group import TensorGroup
 from customize.families.family import Family
 from customize.families.original_layer_names import RowRange
 

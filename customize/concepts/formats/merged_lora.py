@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
 
-from customize.concepts.formats.layer_updates import update_of
-from customize.concepts.formats.lora import name_from_file
+from customize.concepts.formats.layer_updates import decode_update
+from customize.concepts.formats.lora_file import name_from_file
 from customize.concepts.formats.tensor_keys import group_by_layer
 from customize.concepts.io.file_layout import SECOND_DENOISERS, SECOND_LORA_FILE
 from customize.concepts.tokens.subjects import Subject, subjects_from_header
@@ -132,7 +132,7 @@ def _updates(
     parts: dict[tuple[str, str], list[tuple[int, LowRank]]] = {}
     for group in group_by_layer(tensors, where):
         try:
-            update = update_of(group, lambda rank: 1.0, _no_weight)
+            update = decode_update(group, lambda rank: 1.0, _no_weight)
         except ConceptError as error:
             raise ConceptError(error.problem, where=f"{where}: {group.path}", fix=_ANEW) from error
         component, _, module = group.path.partition(".")

@@ -11,7 +11,6 @@ from typing import Any
 from customize.concepts.formats.base_detection import detect_base
 from customize.concepts.formats.denoiser_labels import (
     NoiseLevel,
-    assign_noise_levels,
     parse_noise_level,
     parse_noise_levels,
 )
@@ -21,7 +20,12 @@ from customize.concepts.formats.ignored_parts import (
     filter_tensors,
     remove_ignored,
 )
-from customize.concepts.formats.lora import LoraFile, pair_denoiser_files, parse_lora_file
+from customize.concepts.formats.lora_file import (
+    LoraFile,
+    assign_noise_levels,
+    pair_denoiser_files,
+    parse_lora_file,
+)
 from customize.concepts.formats.merged_lora import parse_merged_lora
 from customize.concepts.io.data_files import read_json_file, read_safetensors_file
 from customize.concepts.io.file_layout import (

@@ -1,89 +1,18 @@
-"""What the keys of a LoRA file say: which layer is meant, and which part of its update."""
+"""Parsing the keys of an adapter file: which layer a key belongs to, and which part it stores."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from customize.concepts.formats import decoders
+from customize.concepts.formats.bias_and_norm_updates import VECTOR_KEY_SUFFIXES
+from customize.concepts.formats.decoders import UpdateFormat
+from customize.concepts.formats.tensor_group import TensorGroup, join_names
 from customize.errors import ConceptError
-
-#: Changes of a bias or a norm -> the same; see vectors.py.
-VECTOR_KEY_SUFFIXES: dict[str, tuple[str, ...]] = {
-    "diff_b": (".diff_b",),
-    "w_norm": (".w_norm",),
-    "b_norm": (".b_norm",),
-    "down_bias": (".lora_A.bias", ".lora_A.*.bias", ".lora_down.bias"),
-    "up_bias": (".lora_B.bias", ".lora_B.*.bias", ".lora_up.bias"),
-    "bias": (".base_layer.bias", ".bias"),
-    "norm_scale": (".scale",),
-}
-
-#: sd-scripts' OFT of FLUX has blocks for each part of a layer that diffusers splits.
-OFT_SPLITS = ("oft_blocks_0", "oft_blocks_1", "oft_blocks_2", "oft_blocks_3")
-
-#: Part of an update -> how files end the keys that hold it; `*` stands for a peft adapter's name.
-_KEY_SUFFIXES: dict[str, tuple[str, ...]] = {
-    "down": (
-        ".lora_A.weight",
-        ".lora_A.*.weight",
-        ".lora_down.weight",
-        ".lora.down.weight",
-        "_lora.down.weight",
-        ".lora_linear_layer.down.weight",
-        ".down.weight",
-    ),
-    "up": (
-        ".lora_B.weight",
-        ".lora_B.*.weight",
-        ".lora_up.weight",
-        ".lora.up.weight",
-        "_lora.up.weight",
-        ".lora_linear_layer.up.weight",
-        ".up.weight",
-    ),
-    "mid": (".lora_mid.weight",),
-    "alpha": (".alpha",),
-    "dora_scale": (".dora_scale",),
-    "magnitude": (
-        ".lora_magnitude_vector",
-        ".lora_magnitude_vector.weight",
-        ".lora_magnitude_vector.*.weight",
-        ".lora_magnitude_vector.*",
-    ),
-    "diff": (".diff",),
-    "rescale": (".rescale",),
-    "oft_blocks": (".oft_blocks",),
-    **{part: (f".oft_blocks.{part[-1]}",) for part in OFT_SPLITS},
-    "oft_diag": (".oft_diag",),
-    "oft_R": (".oft_R.weight", ".oft_R.*.weight"),
-    "oft_scaled": (".oft_R.scaled_oft",),
-    "boft_R": (".boft_R", ".boft_R.*"),
-    "boft_s": (".boft_s", ".boft_s.*"),
-    **{name: (f".{name}",) for part in "12" for name in (f"hada_w{part}_a", f"hada_w{part}_b")},
-    **{name: (f".{name}",) for name in ("hada_t1", "hada_t2", "lokr_t2")},
-    **{
-        name: (f".{name}",)
-        for part in "12"
-        for name in (f"lokr_w{part}", f"lokr_w{part}_a", f"lokr_w{part}_b")
-    },
-    **VECTOR_KEY_SUFFIXES,
-}
-
-
-def _pattern(endings: Iterable[str]) -> str:
-    return "|".join(re.escape(ending).replace(r"\*", r"[A-Za-z0-9_-]+") for ending in endings)
-
-
-_KEY = re.compile(
-    # Every ending begins with one of these; to look for them first is several times as fast.
-    "(?P<path>.+?)(?=[._])(?:"
-    + "|".join(f"(?P<{part}>{_pattern(endings)})" for part, endings in _KEY_SUFFIXES.items())
-    + ")"
-)
 
 #: What some of peft's adapters keep of their training, which does nothing when they draw: VeLoRA's
 #: projections for the backward pass, and MonteCLoRA's noise.
@@ -102,25 +31,6 @@ _UNSUPPORTED = {
     "row of a text encoder's embeddings": re.compile(r".+\.trainable_tokens_(delta|original).*"),
     "copy of a whole module's weight": re.compile(r"(?!.*\.lora_).+(?<!norm)\.weight"),
 }
-
-
-@dataclass(frozen=True)
-class TensorGroup:
-    """All keys of one layer, as the file names it.
-
-    Attributes:
-        path: what the keys begin with, without what names the part.
-        parts: part -> tensor.
-        keys: part -> the whole key.
-    """
-
-    path: str
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        shapes = (f"{part} {tuple(tensor.shape)}" for part, tensor in self.parts.items())
-        return f"Group({self.path}: {', '.join(shapes)})"
 
 
 def group_by_layer(tensors: Mapping[str, Tensor], where: object) -> list[TensorGroup]:
@@ -161,20 +71,36 @@ def group_by_layer(tensors: Mapping[str, Tensor], where: object) -> list[TensorG
     return list(groups.values())
 
 
-def join_names(names: Iterable[str], most: int = 10) -> str:
-    """Names one after another, cut short where they are many."""
-    found = sorted(names)
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(found[:most]) + more
+def parse_key(key: str) -> tuple[str, str]:
+    """Split a key into the path of the layer and the part; both are empty for an unknown key."""
+    return _parse_key(key, decoders.FORMATS)
 
 
 @functools.lru_cache(maxsize=2**14)  # the files of a merge mostly have the same keys
-def parse_key(key: str) -> tuple[str, str]:
-    """What a key says: path and part; an empty part where it is not known."""
-    match = _KEY.fullmatch(key)
+def _parse_key(key: str, formats: tuple[UpdateFormat, ...]) -> tuple[str, str]:
+    match = _compile_pattern(formats).fullmatch(key)
     if match is None:
         return "", ""
-    return match["path"], next(part for part in _KEY_SUFFIXES if match[part] is not None)
+    part = next(part for part, value in match.groupdict().items() if value and part != "path")
+    return match["path"], part
+
+
+@functools.cache
+def _compile_pattern(formats: tuple[UpdateFormat, ...]) -> re.Pattern[str]:
+    """A pattern with a group for the path and one for each part of the formats."""
+    suffixes = {"alpha": (".alpha",), **VECTOR_KEY_SUFFIXES}
+    for update_format in formats:
+        suffixes |= update_format.key_suffixes
+    alternatives = "|".join(
+        f"(?P<{part}>{'|'.join(_escape_suffix(suffix) for suffix in part_suffixes)})"
+        for part, part_suffixes in suffixes.items()
+    )
+    # Each suffix begins with a dot or underscore; to test that first is several times as fast.
+    return re.compile(f"(?P<path>.+?)(?=[._])(?:{alternatives})")
+
+
+def _escape_suffix(suffix: str) -> str:
+    return re.escape(suffix).replace(r"\*", "[A-Za-z0-9_-]+")
 
 
 def _suggest_fix(kinds: set[str], unknown: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ from pydantic import TypeAdapter
 from customize.atomic import write_atomic
 from customize.concepts.concept_info import MAX_NAME, BasisInfo, ConceptInfo, check_slices
 from customize.concepts.formats.file_metadata import FileMetadata
-from customize.concepts.formats.lora import name_from_file
+from customize.concepts.formats.lora_file import name_from_file
 from customize.concepts.formats.merged_lora import merged_lora_info, parse_merge_info
 from customize.concepts.io.file_layout import INFO_FILE, INFO_HEADER, LAYER_INPUTS_FILE
 from customize.concepts.io.find_files import is_hidden, list_folder

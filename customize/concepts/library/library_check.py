@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from customize.concepts.formats.lora import LoraFile
+from customize.concepts.formats.lora_file import LoraFile
 from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.input_statistics import LayerInputs, layer_inputs_path, load_recorded_inputs
 from customize.concepts.library.index import LibraryEntry

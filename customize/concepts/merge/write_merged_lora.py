@@ -15,7 +15,7 @@ import torch
 
 from customize.atomic import fsync_folder, partial_folder, write_new_file
 from customize.concepts.adapter import match_to_model
-from customize.concepts.formats.lora import check_has_no_vectors
+from customize.concepts.formats.lora_file import check_has_no_vectors
 from customize.concepts.formats.merged_lora import MERGED_HEADER
 from customize.concepts.formats.write_kohya import (
     kohya_header,

@@ -226,7 +226,7 @@ def test_a_merge_of_one_takes_another_name(tmp_path: Path) -> None:
 
 def test_a_merge_of_another_base_is_refused_by_name(tmp_path: Path) -> None:
     write_merged(two(tiny_sd()), WEIGHTS, tmp_path / "duo")
-    with pytest.raises(ConceptError, match="duo was trained on sd"):
+    with pytest.raises(ConceptError, match="duo was learned on sd"):
         tiny_sd3().load_custom(tmp_path / "duo")
 
 

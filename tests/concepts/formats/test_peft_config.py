@@ -296,7 +296,7 @@ def test_what_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -
 
 def test_dora_without_magnitudes(tmp_path: Path) -> None:
     file = open_adaptation(with_header(tmp_path, use_dora=True))
-    with pytest.raises(ConceptError, match="says that it is a DoRA"):
+    with pytest.raises(ConceptError, match="declares a DoRA"):
         file.to_lora(family_of(tiny_flux().components))  # type: ignore[union-attr]
 
 

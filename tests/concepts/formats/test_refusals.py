@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from customize.concepts.formats.lora import parse_lora_file
+from customize.concepts.formats.lora_file import parse_lora_file
 from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.core.oft import oft_row_delta
 from customize.errors import ConceptError, CustomizeError, PipelineError
@@ -159,7 +159,7 @@ def test_a_damaged_layer_is_blamed_on_no_other_family(sd: Family, tmp_path: Path
     """SDXL has a layer of this name as well, but so has this model."""
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {f"{key}{end}": torch.ones(3) for end in ENDS}
-    with pytest.raises(ConceptError, match="is no matrix") as error:
+    with pytest.raises(ConceptError, match="is not a matrix") as error:
         open_adaptation(written(tmp_path / "a.safetensors", tensors)).to_lora(sd)
     assert "sdxl" not in str(error.value)
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from customize.concepts.adapter import saved_module_name
-from customize.concepts.formats.lora import parse_lora_file
+from customize.concepts.formats.lora_file import parse_lora_file
 from customize.concepts.formats.open_adaptation import open_adaptation, open_without_pipeline
 from customize.concepts.formats.write_kohya import kohya_tensors
 from customize.concepts.merge.merge_concepts import merge_concepts

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import customize  # noqa: F401
-from customize.concepts.formats.layer_updates import update_of
-from customize.concepts.formats.tensor_keys import TensorGroup
+from customize.concepts.formats.layer_updates import decode_update
+from customize.concepts.formats.tensor_group import TensorGroup
 from customize.core.lowrank import LowRank, to_dense
 from tests.concepts.formats.making import written
 from tests.tiny_video import tiny_wan
@@ -45,7 +45,7 @@ def made(parts: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...] =
         given_parts["alpha"] = torch.full(shape, alpha)
     group = TensorGroup("layer", given_parts, dict.fromkeys(given_parts, "layer.key"))
     # A file without alpha and configuration: alpha is the rank.
-    return update_of(group, lambda rank: 1.0, lambda: pytest.fail("no weight is needed"))
+    return decode_update(group, lambda rank: 1.0, lambda: pytest.fail("no weight is needed"))
 
 
 def assert_near(found: LowRank, expected: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A LoRA from elsewhere: read whole, its layers found in a model, or refused."""
+"""An adapter file of another program: parsed whole, and its layers resolved in a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,17 @@ from customize.concepts.formats.bias_and_norm_updates import (
     remove_vectors,
     split_by_parameter,
 )
-from customize.concepts.formats.denoiser_labels import NoiseLevel, target_denoisers
+from customize.concepts.formats.denoiser_labels import (
+    NoiseLevel,
+    parse_noise_levels,
+    target_denoisers,
+)
 from customize.concepts.formats.file_metadata import FileMetadata
 from customize.concepts.formats.header_alpha import apply_header_alphas
 from customize.concepts.formats.layer_names import LayerNameMap, LayerTarget
-from customize.concepts.formats.layer_updates import needs_weight, update_of
-from customize.concepts.formats.tensor_keys import TensorGroup, group_by_layer
+from customize.concepts.formats.layer_updates import decode_update, needs_base_weight
+from customize.concepts.formats.tensor_group import TensorGroup
+from customize.concepts.formats.tensor_keys import group_by_layer
 from customize.concepts.io.file_layout import SECOND_DENOISERS
 from customize.concepts.tokens.subjects import Subject
 from customize.concepts.types import Adaptation, Lora, LoraInfo, VectorUpdate
@@ -85,7 +91,7 @@ class LoraFile:
     @property
     def needs_base_weights(self) -> bool:
         """Whether its updates depend on the base model's weights (DoRA, OFT, BOFT, PiSSA...)."""
-        return self.metadata.needs_base_weights or any(map(needs_weight, self.groups))
+        return self.metadata.needs_base_weights or any(map(needs_base_weight, self.groups))
 
     def to_lora(
         self, family: Family, weights: BaseWeights | None = None, names: LayerNameMap | None = None
@@ -215,7 +221,7 @@ class LoraFile:
 
         shape = update_shape(place, names)
         try:
-            update = update_of(group, scale, weight, self.metadata.config(place.component))
+            update = decode_update(group, scale, weight, self.metadata.config(place.component))
             if update.shape != shape:
                 raise ConceptError(
                     f"an update of shape {update.shape} does not fit a layer of shape {shape}"
@@ -318,3 +324,15 @@ def _split_rows(update: LowRank, place: LayerTarget) -> list[tuple[str, LowRank]
 
 def _limit_rank(update: LowRank) -> LowRank:
     return from_dense(to_dense(update)) if update.rank > min(update.shape) else update
+
+
+def assign_noise_levels(files: Sequence[LoraFile]) -> list[LoraFile]:
+    """Set the noise levels of two files whose names mark them as a pair; see
+    :func:`customize.concepts.formats.denoiser_labels.parse_noise_levels`."""
+    assigned = list(files)
+    for i, j in combinations(range(len(assigned)), 2):
+        levels = parse_noise_levels(assigned[i].source.stem, assigned[j].source.stem)
+        if levels is not None:
+            for index, level in zip((i, j), levels, strict=True):
+                assigned[index] = replace(assigned[index], noise_level=level)
+    return assigned

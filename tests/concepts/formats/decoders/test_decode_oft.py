@@ -120,7 +120,7 @@ def test_a_split_that_lacks_a_part(tmp_path: Path) -> None:
         read(written(tmp_path / "a.safetensors", tensors), tiny_flux())
     tensors = {f"{name}.oft_blocks.{n}": torch.zeros(4, 8, 8) for n in (0, 1)}
     tensors[f"{name}.alpha"] = torch.tensor(1.0)
-    with pytest.raises(ConceptError, match=r"blocks of \[32, 32\] rows do not turn 96 rows"):
+    with pytest.raises(ConceptError, match=r"blocks of \[32, 32\] rows do not rotate 96 rows"):
         read(written(tmp_path / "a.safetensors", tensors), tiny_flux())
 
 
@@ -193,7 +193,7 @@ def test_peft_oft(kind: str, tmp_path: Path) -> None:
 def test_peft_oft_of_a_wide_convolution_is_refused(tmp_path: Path) -> None:
     model = trained(OFTConfig(target_modules=["conv1"], oft_block_size=4, r=0), "oft_")
     model.save_pretrained(tmp_path)
-    with pytest.raises(ConceptError, match="patch by patch"):
+    with pytest.raises(ConceptError, match="rotates the patches"):
         read(tmp_path, tiny_sd())
 
 

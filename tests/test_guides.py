@@ -3,6 +3,7 @@
 The words of a fence after its language say how a block is treated:
 
 - ``file=NAME``: the block is the content of that file.
+- ``check``: the use of a recipe in CONTRIBUTING.md; run by test_contributing.py.
 - ``make``: commands of make, whose targets must exist; they are not run.
 - ``hub``: needs models of the Hugging Face hub. Its commands are parsed, not run.
 - ``slow``: takes minutes; run by ``make test-slow`` alone.
@@ -39,7 +40,7 @@ GUIDES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("customize/**/README.md"))
 )
-MODES = {"slow", "hub", "make"}
+MODES = {"slow", "hub", "make", "check"}
 STEPS = 2
 
 
@@ -168,7 +169,9 @@ def run_guide(guide: str, folder: Path, as_written: bool) -> Iterator[dict[str, 
         files = [word.removeprefix("file=") for word in block.words if word.startswith("file=")]
         if files:
             (folder / files[0]).write_text(block.text)
-        elif {"hub", "make"} & set(block.words) or ("slow" in block.words and not as_written):
+        elif {"hub", "make", "check"} & set(block.words) or (
+            "slow" in block.words and not as_written
+        ):
             continue
         elif block.language == "python":
             run_python(block.text, f"{guide}:{block.line}", variables)
@@ -193,7 +196,9 @@ def has_code(guide: str) -> bool:
 
 
 PIPELINES = "customize/pipeline/README.md"
-RUNNABLE = [guide for guide in GUIDES if has_code(guide) and guide != PIPELINES]
+RUNNABLE = [
+    guide for guide in GUIDES if has_code(guide) and guide not in (PIPELINES, "CONTRIBUTING.md")
+]
 
 
 @pytest.mark.parametrize("guide", RUNNABLE)
@@ -230,7 +235,7 @@ def test_blocks_are_marked(guide: str) -> None:
         where = f"{guide}:{block.line}"
         marks = {word for word in block.words if not word.startswith("file=")}
         assert marks <= MODES, where
-        assert block.language in ("python", "bash", "yaml", "text"), where
+        assert block.language in ("python", "bash", "yaml", "text", "diff"), where
         if block.language == "yaml":
             assert any(word.startswith("file=") for word in block.words), where
         if "make" in marks:

@@ -1,0 +1,96 @@
+"""The recipes of CONTRIBUTING.md work as written: one new file, one new line, and it is in use.
+
+Each recipe has a block with the new file (``python file=...``), one with the line of the registry
+(``diff file=...``, where the line before it stands without a sign) and one that uses it
+(``python check``). They are applied to a copy of the package.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_guides import ROOT, Block, read_blocks
+
+RECIPES = (
+    "A merge",
+    "A stage",
+    "A file format",
+    "A model family",
+    "A preservation loss",
+    "A command",
+)
+
+
+def read_recipes() -> dict[str, list[Block]]:
+    """Title of a recipe -> its blocks."""
+    path = ROOT / "CONTRIBUTING.md"
+    lines = path.read_text().splitlines()
+    recipes: dict[str, list[Block]] = {}
+    for block in read_blocks(path):
+        titles = [line[4:] for line in lines[: block.line] if line.startswith(("## ", "### "))]
+        if titles and titles[-1] in RECIPES:
+            recipes.setdefault(titles[-1], []).append(block)
+    return recipes
+
+
+def apply_recipe(blocks: list[Block], folder: Path) -> str:
+    """Write the file and the line of a recipe into a copy; return the code that uses them."""
+    new_file, registry, check = blocks
+    path = folder / new_file.words[0].removeprefix("file=")
+    assert not path.exists(), path
+    path.write_text(new_file.text)
+    path = folder / registry.words[0].removeprefix("file=")
+    before, added = (line[1:] for line in registry.text.splitlines())
+    text = path.read_text()
+    assert text.count(f"{before}\n") == 1, (path, before)
+    path.write_text(text.replace(f"{before}\n", f"{before}\n{added}\n"))
+    return check.text
+
+
+def test_all_recipes_are_there() -> None:
+    recipes = read_recipes()
+    assert tuple(recipes) == RECIPES
+    for title, blocks in recipes.items():
+        new_file, registry, check = blocks
+        assert (new_file.language, registry.language, check.language) == (
+            "python",
+            "diff",
+            "python",
+        ), title
+        assert new_file.words[0].startswith("file=customize/"), title
+        assert registry.words[0].startswith("file=customize/"), title
+        assert check.words == ("check",), title
+        lines = registry.text.splitlines()
+        assert len(lines) == 2 and lines[0][0] == " " and lines[1][0] == "+", title
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("package")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "customize", folder / "customize", ignore=ignored)
+    for name in ("assets", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def test_recipes_work(package: Path) -> None:
+    """All in one copy and one process, since importing takes seconds."""
+    code = []
+    for title, blocks in read_recipes().items():
+        check = apply_recipe(blocks, package)
+        function = re.sub(r"\W", "_", title.lower())
+        body = "\n".join(f"    {line}" for line in check.splitlines())
+        code.append(f"def {function}():\n{body}\n\n{function}()\n")
+    script = package / "check.py"
+    script.write_text("\n".join(code))
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=package, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts.input_statistics import CONTEXTS, PROMPTS, fill_prompts
-from customize.core.preservation import (
+from customize.core.preservation import PRESERVATIONS
+from customize.core.preservation.positions import (
     POOLINGS,
-    PRESERVATIONS,
     common_positions,
     gather_positions,
     normalize_rows,

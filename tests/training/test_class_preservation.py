@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import CLIPTextModel
 
 from customize.concepts.concept_info import BasisInfo
-from customize.core.preservation import cosine_distance
+from customize.core.preservation.distances import cosine_distance
 from customize.errors import ConfigError, DataError, SettingsError
 from customize.families import family_of
 from customize.training import class_preservation

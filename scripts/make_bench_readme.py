@@ -358,7 +358,7 @@ def decor_table() -> str:
         ("negative prompt", "negative prompt"),
         ("negative prompt, weight 0.9", "negative prompt, weight 0.9"),
         ("**`avoid=`**", "avoiding, by default"),
-        ('`avoid=` with `negative="kept"`', "avoiding, not in the negative prompt"),
+        ('`avoid=` with `negative="keep"`', "avoiding, not in the negative prompt"),
         ("`avoid=` with words that did not leak", "avoiding, by default, words that did not leak"),
         ("captions that name it", "captions that name it"),
     ):

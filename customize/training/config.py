@@ -18,10 +18,11 @@ from pydantic import (
     model_validator,
 )
 
+from customize.core.preservation import PRESERVATIONS, TEXT_COMPARISONS, select_losses
 from customize.errors import ConfigError
 from customize.training import field_values
 from customize.training.config_validation import config_error, find_contradictions, join_problems
-from customize.training.field_values import TEXT_LOSSES, format_value, normalize_value
+from customize.training.field_values import format_value, normalize_value
 from customize.training.settings_file import read_yaml, rename_settings
 
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
@@ -205,8 +206,8 @@ class TrainConfig(BaseModel):
     # Class preservation
     preserve: dict[str, float] = Field(
         default={"context_output": 0.5},
-        description="Weights of class preservation losses: class_text, context_text, output,"
-        " context_output, such as class_text=1,output=0.5 (none: off)",
+        description=f"Weights of class preservation losses: {', '.join(PRESERVATIONS)}, such as"
+        " class_text=1,output=0.5 (none: off)",
     )
     preserve_phrases: tuple[str, ...] = Field(
         default=(),
@@ -324,7 +325,7 @@ class TrainConfig(BaseModel):
     @property
     def text_losses(self) -> list[str]:
         """The enabled preservation losses on text features."""
-        return [name for name in TEXT_LOSSES if name in self.preserve]
+        return select_losses(self.preserve, *TEXT_COMPARISONS)
 
     @model_validator(mode="wrap")
     @classmethod

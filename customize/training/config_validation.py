@@ -9,10 +9,16 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from customize.core.preservation import (
+    PHRASE_COMPARISONS,
+    PRESERVATIONS,
+    TEXT_COMPARISONS,
+    select_losses,
+)
 from customize.errors import ConfigError
 from customize.near_names import did_you_mean
 from customize.safe_read import real_path
-from customize.training.field_values import TEXT_LOSSES, contains_trigger, format_value
+from customize.training.field_values import contains_trigger, format_value
 
 
 def find_contradictions(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -24,6 +30,7 @@ def find_contradictions(settings: Mapping[str, Any]) -> dict[str, str]:
     Returns:
         Setting -> the problem and its fix, starting with a verb: "is not used; set ...".
     """
+    *first, last = select_losses(PRESERVATIONS, *PHRASE_COMPARISONS)
     images, output = real_path(settings["images"]), real_path(settings["output"])
     masks, prior_images = settings["masks"], settings["prior_images"]
     checks = {
@@ -36,8 +43,8 @@ def find_contradictions(settings: Mapping[str, Any]) -> dict[str, str]:
         " same file names",
         "preserve": _check_preserve(settings),
         "preserve_phrases": bool(settings["preserve_phrases"])
-        and not settings["preserve"].keys() - {"output"}
-        and "is not used; set preserve to class_text, context_text or context_output (--preserve)",
+        and not select_losses(settings["preserve"], *PHRASE_COMPARISONS)
+        and f"is not used; set preserve to {', '.join(first)} or {last} (--preserve)",
         "preserve_pooling": settings["preserve_pooling"] == "published"
         and _check_pooling(settings),
         "prior_images": prior_images is not None
@@ -69,7 +76,7 @@ def _check_preserve(settings: Mapping[str, Any]) -> str | None:
     trigger = settings["trigger"]
     if settings["preserve"] and contains_trigger(settings["class_word"], trigger):
         return f"compares with the class, but class_word contains the trigger {trigger}"
-    text_losses = [name for name in TEXT_LOSSES if name in settings["preserve"]]
+    text_losses = select_losses(settings["preserve"], *TEXT_COMPARISONS)
     if text_losses and not (settings["train_tokens"] or settings["train_text_encoder"]):
         return (
             f"has {' and '.join(text_losses)}, but no text encoder is trained; set train_tokens or"
@@ -79,7 +86,7 @@ def _check_preserve(settings: Mapping[str, Any]) -> str | None:
 
 
 def _check_pooling(settings: Mapping[str, Any]) -> str | None:
-    if "class_text" not in settings["preserve"]:
+    if not select_losses(settings["preserve"], "phrase_feature"):
         return "applies to class_text only; set preserve to class_text (--preserve)"
     if not settings["train_tokens"]:
         return "pools at the concept's token; set train_tokens to true (--train-tokens)"

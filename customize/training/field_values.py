@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from customize.core.preservation import PRESERVATIONS
 from customize.near_names import did_you_mean
 from customize.safe_read import PICKLE_SUFFIXES
 from customize.text import quote
-
-# Repeated from customize.core.preservation, so that --help does not import torch.
-TEXT_LOSSES = ("class_text", "context_text")
-PRESERVATIONS = (*TEXT_LOSSES, "output", "context_output")
 
 
 def normalize_value(name: str, value: Any, types: Sequence[Any]) -> Any:

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 #: - "context_change": the change of the denoiser's prediction when a context, such as "wearing a
 #:   hat", is added to the caption, of the concept and of the class: (batch, channels, \*space).
 Comparison = Literal["phrase_feature", "context_features", "class_prediction", "context_change"]
-TEXT_COMPARISONS = ("phrase_feature", "context_features")
+#: The comparisons of text features.
+TEXT_COMPARISONS: tuple[Comparison, ...] = ("phrase_feature", "context_features")
+#: The comparisons that use the phrases of the setting ``preserve_phrases``.
+PHRASE_COMPARISONS: tuple[Comparison, ...] = (*TEXT_COMPARISONS, "context_change")
 
 
 @dataclass(frozen=True)
@@ -79,5 +82,6 @@ PRESERVATIONS: dict[str, PreservationLoss] = {
 
 
 def select_losses(names: Iterable[str], *comparisons: Comparison) -> list[str]:
-    """Return the names of the losses that compare one of these, in their order."""
-    return [name for name in names if PRESERVATIONS[name].compares in comparisons]
+    """Return the names of the losses with these comparisons, in the order of the comparisons."""
+    losses = [PRESERVATIONS[name] for name in names]
+    return [loss.name for kind in comparisons for loss in losses if loss.compares == kind]

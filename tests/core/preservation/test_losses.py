@@ -119,8 +119,8 @@ def test_context_text_averages_over_the_positions_of_each_prompt(seed, lengths):
 def test_losses_are_selected_by_what_they_compare() -> None:
     assert select_losses(PRESERVATIONS, "phrase_feature") == ["class_text"]
     assert select_losses(["output", "context_text"], "context_features", "class_prediction") == [
-        "output",
         "context_text",
+        "output",
     ]
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from customize.core import preservation
 from customize.errors import ConfigError
 from customize.training.config import TrainConfig, load_config
 from customize.training.field_values import PRESERVATIONS
@@ -33,8 +32,9 @@ def written(folder, text):
 YAML = "".join(f"{key}: {value}\n" for key, value in REQUIRED.items())
 
 
-def test_every_preservation_there_is_can_be_chosen():
-    assert tuple(preservation.PRESERVATIONS) == PRESERVATIONS
+@pytest.mark.parametrize("name", PRESERVATIONS)
+def test_every_preservation_loss_is_a_value_of_preserve(name):
+    assert TrainConfig(**REQUIRED, preserve={name: 0.5}).preserve == {name: 0.5}
 
 
 def test_defaults_that_follow_from_other_settings():

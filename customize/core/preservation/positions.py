@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 
-def normalize_rows(counts: Tensor) -> Tensor:
+def normalize_rows(mask: Tensor) -> Tensor:
     """Turn a mask into weights that sum to 1 in each row.
 
     Args:
-        counts: (rows, positions), true or 1 where a position counts.
+        mask: (rows, positions), true or 1 where a position counts.
 
     Returns:
         (rows, positions), float32; a row in which no position counts stays 0.
     """
-    counts = counts.float()
-    return counts / counts.sum(1, keepdim=True).clamp(min=1.0)
+    mask = mask.float()
+    return mask / mask.sum(1, keepdim=True).clamp(min=1.0)
 
 
 def end_position(ids: Sequence[int], end: int) -> int:

@@ -24,6 +24,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def main() -> int:
         return run_group(args.group, args)
     failed = 0
     for group, (patterns, _) in GROUPS.items():
-        modules = [m for m in args.modules if any(Path(m).match(p) for p in patterns)]
+        modules = [m for m in args.modules if any(fnmatch(m, p) for p in patterns)]
         if modules or not args.modules:
             # In a process of its own: mutmut imports the tests, and works in the current folder.
             command = [sys.executable, __file__, "--group", group, f"--jobs={args.jobs}", *modules]

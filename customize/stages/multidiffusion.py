@@ -1,11 +1,12 @@
-"""Drawing with a prompt for each region of a picture (MultiDiffusion, arXiv 2302.08113).
+"""Denoising with one prompt for each region of an image (MultiDiffusion, arXiv 2302.08113).
 
-At every step the denoiser answers once for each prompt, always for the whole picture, and the
-answers are put together by the regions. So what a region's words say reaches no other region within
-a step; from one step to the next all regions see one another, as they are parts of one picture.
-While there is much noise, where things go is decided: till then a region's answer sees noise in
-place of all other regions (the paper's bootstrapping), so that its thing comes to stand within it.
-This goes on at the denoiser's border: what attends by which kernel, and to what, is all the same.
+In every step the denoiser predicts the whole image once for each prompt, and the predictions are
+blended by the regions' weights. So the words of a region do not affect other regions within a step;
+between steps all regions see one another as parts of one image. At high noise levels, where the
+layout is decided, a region's input contains noise in place of the other regions (the paper's
+bootstrapping), so that its object is drawn inside it.
+
+Only the denoiser's inputs and outputs are changed, by hooks, so attention is unaffected.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,22 +28,22 @@ from customize.families.denoiser_inputs import select_rows
 from customize.families.pipeline_components import uncompiled
 from customize.pipeline.call_wrapper import capture_call_scope
 
-#: How far off an encoded prompt may be, over its own size, to be the one that is asked for:
-#: rounding in bfloat16 stays below it, and another prompt is further away.
+#: Largest relative difference of two encodings of one prompt. Rounding in bfloat16 stays below it;
+#: the encodings of other prompts differ more.
 MATCH_TOLERANCE = 0.02
 
-#: The share of noise down to which a region is drawn as if it were alone in the picture.
-BOOTSTRAP_NOISE_SHARE = 0.5
+#: Bootstrapping ends at this noise level, where 1 is pure noise.
+BOOTSTRAP_NOISE_LEVEL = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class RegionalPrompt:
-    """One prompt, and what is drawn instead of it.
+    """One prompt of a call, and the prompts that replace it.
 
     Attributes:
-        prompt: as the pipeline is asked for it.
-        prompts: of the background, and of each region.
-        weights: for each region, ``(rows, columns) -> (rows, columns)`` in [0, 1].
+        prompt: As given to the pipeline.
+        prompts: The background's prompt, then one for each region.
+        weights: For each region ``(rows, columns) -> (rows, columns)``, in [0, 1].
     """
 
     prompt: str
@@ -51,31 +52,36 @@ class RegionalPrompt:
 
 
 @contextmanager
-def denoise_by_regions(family: Family, asked: Sequence[RegionalPrompt]) -> Iterator[None]:
-    """Within it, the denoisers answer these prompts by regions, and all others as ever.
+def denoise_by_regions(family: Family, prompts: Sequence[RegionalPrompt]) -> Iterator[None]:
+    """Make the denoisers predict by regions where they are called with these prompts.
 
     Args:
-        asked: one for each prompt of the call, in their order.
+        family: The models of the pipeline.
+        prompts: One for each prompt of the call, in their order.
 
     Raises:
-        PipelineError: the pipeline has drawn something else than these prompts, as it encodes them
-            in another way.
+        PipelineError: The denoiser was not called with these prompts, because the pipeline encodes
+            them in another way.
     """
-    drawing = _RegionalDenoiser(family, asked)
-    handles = []
-    try:
-        for key in (family.denoiser_key, *family.other_denoisers):
-            denoiser = family.components.get(key)
+    denoiser_keys = (family.denoiser_key, *family.other_denoisers)
+    denoisers = [family.components.get(key) for key in denoiser_keys]
+    regional = _RegionalDenoiser(family, prompts)
+    with ExitStack() as stack:
+        for denoiser in denoisers:
             if denoiser is not None:
-                handles += drawing.follow(denoiser)
+                # The last hook before the call, and the first one behind it.
+                before = denoiser.register_forward_pre_hook(
+                    regional.before_forward, with_kwargs=True
+                )
+                after = denoiser.register_forward_hook(
+                    regional.after_forward, with_kwargs=True, prepend=True
+                )
+                stack.callback(before.remove)
+                stack.callback(after.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not drawing.matched:
+    if not regional.has_matched:
         raise PipelineError(
-            "the denoiser was never given this prompt as it is encoded here, so the picture was "
-            "drawn without regions",
+            "the denoiser was never called with the encoded prompt, so regions= had no effect",
             where="regions",
             fix="leave out arguments that change how prompts are encoded, and steps that rewrite "
             "them",
@@ -84,236 +90,245 @@ def denoise_by_regions(family: Family, asked: Sequence[RegionalPrompt]) -> Itera
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """What one prompt adds to a picture.
+    """The contribution of one prompt to an image.
 
     Attributes:
-        weights: (rows, columns), where it shows.
-        text: its number.
-        is_region: and not the background.
+        weights: (rows, columns), in [0, 1].
+        prompt: The index of its prompt.
+        is_background: Whether it is no region.
     """
 
     weights: Tensor
-    text: int
-    is_region: bool
+    prompt: int
+    is_background: bool
 
 
 @dataclass(eq=False)
 class _DenoiserCall:
-    """One call of a denoiser on its way.
+    """One call of a denoiser.
 
     Attributes:
-        arguments: as they were given, by name.
-        batch: how many rows it has, and each row's number of entries among the words'.
-        jobs: for each call that has to be made, the first of which is the one on its way: row ->
-            part.
-        alone: whether regions do not see one another yet.
+        arguments: Its arguments by name.
+        batch: The number of rows of latents.
+        texts_per_row: The number of text entries for each row.
+        passes: For each pass of the denoiser: row -> layer. The first pass is the call itself.
+        is_bootstrapping: Whether other regions are replaced by noise.
     """
 
     arguments: dict[str, Any]
     batch: int
-    each: int
-    jobs: list[dict[int, _Layer]]
-    alone: bool
+    texts_per_row: int
+    passes: list[dict[int, _Layer]]
+    is_bootstrapping: bool
 
 
 class _RegionalDenoiser:
-    """What goes on during one call of a pipeline.
+    """The hooks of a denoiser during one call of a pipeline.
 
     Attributes:
-        matched: whether any of the prompts has come by.
+        has_matched: Whether the denoiser was called with one of the prompts.
     """
 
-    def __init__(self, family: Family, asked: Sequence[RegionalPrompt]) -> None:
-        self.family, self.asked = family, asked
-        texts = dict.fromkeys(text for each in asked for text in each.prompts)
-        self.numbers = {text: number for number, text in enumerate(texts)}
+    def __init__(self, family: Family, prompts: Sequence[RegionalPrompt]) -> None:
+        self.family, self.prompts = family, prompts
+        texts = dict.fromkeys(text for regional in prompts for text in regional.prompts)
+        self.text_index = {text: index for index, text in enumerate(texts)}
         with torch.no_grad():
             self.conditions = family.encode_prompts(list(texts))
-            # As many as the pipeline has, so that they are rounded alike.
-            whole = family.encode_prompts([each.prompt for each in asked])
-        self.matched = False
-        self._is_ours = capture_call_scope()
-        said = [
-            family.denoiser_kwargs({name: values[[number]] for name, values in whole.items()})
-            for number in range(len(asked))
+            # In a batch of the pipeline's size, so that rounding is the same.
+            encoded = family.encode_prompts([regional.prompt for regional in prompts])
+        inputs = [
+            family.denoiser_kwargs({name: values[[row]] for name, values in encoded.items()})
+            for row in range(len(prompts))
         ]
-        self._words_argument = next(iter(said[0]))
-        self._expected = [each[self._words_argument][0] for each in said]
-        self._steps: list[_DenoiserCall | None] = []
-        self._known: dict[int, tuple[Any, dict[int, list[int]]]] = {}
-        self._shown: dict[tuple[int, int], list[list[_Layer]]] = {}
+        self.has_matched = False
+        self._in_this_call = capture_call_scope()
+        self._text_argument = next(iter(inputs[0]))
+        self._encoded_prompts = [kwargs[self._text_argument][0] for kwargs in inputs]
+        self._running: list[_DenoiserCall | None] = []
+        self._matches: dict[int, tuple[Any, dict[int, list[int]]]] = {}
+        self._layers: dict[tuple[int, int], list[list[_Layer]]] = {}
         self._count = 0
-        # What has more channels than it answers is given more than what it draws.
+        # With more input than output channels the latents contain other inputs, such as masks.
         config = family.denoiser.config
-        self._may_be_alone = config.get("out_channels") in (None, config.in_channels)
+        self._can_bootstrap = config.get("out_channels") in (None, config.in_channels)
 
-    def follow(self, denoiser: Any) -> list[Any]:
-        """Hooks around a denoiser; their handles."""
-        names = list(inspect.signature(type(uncompiled(denoiser)).forward).parameters)[1:]
+    def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = list(inspect.signature(type(uncompiled(module)).forward).parameters)[1:]
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        call = self._plan_passes(arguments) if self._in_this_call() else None
+        self._running.append(call)
+        return None if call is None else ((), self._pass_arguments(call, 0))
 
-        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = dict(zip(names, args, strict=False)) | kwargs
-            step = self._step(given) if self._is_ours() else None
-            self._steps.append(step)
-            return None if step is None else ((), self._changed(step, 0))
-
-        def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-            step = self._steps.pop()
-            if step is None:
-                return None
-            # Its own `forward`, which hooks of others may have replaced, and not ours again.
-            answers = [module.forward(**self._changed(step, k)) for k in range(1, len(step.jobs))]
-            return self._together(step, [output, *answers])
-
-        # The last before the call, and the first behind it.
-        return [
-            denoiser.register_forward_pre_hook(before, with_kwargs=True),
-            denoiser.register_forward_hook(after, with_kwargs=True, prepend=True),
-        ]
-
-    def _step(self, arguments: dict[str, Any]) -> _DenoiserCall | None:
-        latents = arguments[self.family.latents_argument]
-        words = arguments[self._words_argument]
-        batch, each = len(latents), max(1, len(words) // len(latents))
-        own = self._asked_rows(words, each)
-        if not own:
+    def after_forward(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        call = self._running.pop()
+        if call is None:
             return None
-        self.matched, self._count = True, self._count + 1
-        size = self.family.latent_grid(arguments)
-        jobs: list[dict[int, _Layer]] = []
-        if size not in self._shown:
-            self._shown[size] = [self._parts(regional, *size) for regional in self.asked]
-        parts = self._shown[size]
-        for place, (row, alike) in enumerate(own.items()):
-            # All pictures of one prompt follow one another, and prompts may be the same.
-            expected = place * len(parts) // len(own)
-            prompt = expected if expected in alike else alike[0]
-            for number, part in enumerate(parts[prompt]):
-                if number == len(jobs):
-                    jobs.append({})
-                jobs[number][row] = part
-        alone = self._may_be_alone and self.family.noise_level(arguments) > BOOTSTRAP_NOISE_SHARE
-        return _DenoiserCall(arguments, batch, each, jobs, alone)
+        # `forward` may be replaced by hooks of others; calling the module would run ours again.
+        outputs = [
+            module.forward(**self._pass_arguments(call, index))
+            for index in range(1, len(call.passes))
+        ]
+        return self._blend_outputs(call, [output, *outputs])
 
-    def _asked_rows(self, words: Any, each: int) -> dict[int, list[int]]:
-        """Row -> the numbers of the prompts that its words are; without rows of other prompts, such
-        as the empty one."""
-        if id(words) not in self._known:  # else as in a step before: comparing waits for a GPU
-            found = {
+    def _plan_passes(self, arguments: dict[str, Any]) -> _DenoiserCall | None:
+        """Plan the passes of one call; None where it has none of the prompts."""
+        texts = arguments[self._text_argument]
+        batch = len(arguments[self.family.latents_argument])
+        texts_per_row = max(1, len(texts) // batch)
+        # Comparing waits for a GPU, so tensors seen in an earlier step are not compared again. They
+        # are kept, so that their ids are not reused.
+        if id(texts) not in self._matches:
+            matches = {
                 row: [
-                    n
-                    for n, own in enumerate(self._expected)
-                    if _is_same_prompt(words[row * each], own)
+                    index
+                    for index, encoded in enumerate(self._encoded_prompts)
+                    if _is_same_prompt(texts[row * texts_per_row], encoded)
                 ]
-                for row in range(len(words) // each)
+                for row in range(len(texts) // texts_per_row)
             }
-            own = {row: alike for row, alike in found.items() if alike}
-            self._known[id(words)] = words, own  # kept, so that no other gets its id
-        return self._known[id(words)][1]
+            # Without rows of other prompts, such as the empty one.
+            self._matches[id(texts)] = (
+                texts,
+                {row: found for row, found in matches.items() if found},
+            )
+        matches = self._matches[id(texts)][1]
+        if not matches:
+            return None
+        self.has_matched, self._count = True, self._count + 1
+        grid = self.family.latent_grid(arguments)
+        if grid not in self._layers:
+            self._layers[grid] = [self._visible_layers(prompt, *grid) for prompt in self.prompts]
+        layers = self._layers[grid]
+        passes: list[dict[int, _Layer]] = []
+        for position, (row, candidates) in enumerate(matches.items()):
+            # Images of one prompt are adjacent rows; equal prompts are told apart by position.
+            expected = position * len(layers) // len(matches)
+            prompt = expected if expected in candidates else candidates[0]
+            for index, layer in enumerate(layers[prompt]):
+                if index == len(passes):
+                    passes.append({})
+                passes[index][row] = layer
+        is_noisy = self.family.noise_level(arguments) > BOOTSTRAP_NOISE_LEVEL
+        return _DenoiserCall(
+            arguments, batch, texts_per_row, passes, self._can_bootstrap and is_noisy
+        )
 
-    def _parts(self, regional: RegionalPrompt, rows: int, columns: int) -> list[_Layer]:
-        """Of all that shows anywhere."""
-        weights = stack_regions([weigh(rows, columns) for weigh in regional.weights])
-        pairs = enumerate(zip(weights, regional.prompts, strict=True))
-        parts = [_Layer(own, self.numbers[text], bool(number)) for number, (own, text) in pairs]
-        return [part for part in parts if bool(part.weights.any())]
+    def _visible_layers(self, prompt: RegionalPrompt, rows: int, columns: int) -> list[_Layer]:
+        weights = stack_regions([weight(rows, columns) for weight in prompt.weights])
+        layers = [
+            _Layer(weight, self.text_index[text], is_background=index == 0)
+            for index, (weight, text) in enumerate(zip(weights, prompt.prompts, strict=True))
+        ]
+        return [layer for layer in layers if bool(layer.weights.any())]
 
-    def _changed(self, step: _DenoiserCall, number: int) -> dict[str, Any]:
-        """The arguments of one of the calls.
+    def _pass_arguments(self, call: _DenoiserCall, index: int) -> dict[str, Any]:
+        """Return the denoiser's arguments in one pass.
 
-        The first has all rows of the one on its way, others only those that are asked for.
+        The first pass has all rows of the call, further ones only those with another layer.
         """
-        job, batch, each = step.jobs[number], step.batch, step.each
-        # Copies, because some denoisers take things out of the dicts that they are given.
-        given = {k: dict(v) if isinstance(v, dict) else v for k, v in step.arguments.items()}
-        rows = list(job)
-        if number and len(rows) < batch:
-            listed = {
-                name: [given[name][row] for row in rows] for name in self.family.list_arguments
+        layers, batch, count = call.passes[index], call.batch, call.texts_per_row
+        # Copies, because some denoisers pop entries of dicts in their arguments.
+        arguments = {k: dict(v) if isinstance(v, dict) else v for k, v in call.arguments.items()}
+        rows = list(layers)
+        if index and len(rows) < batch:
+            lists = {
+                name: [arguments[name][row] for row in rows] for name in self.family.list_arguments
             }
-            sizes = {batch * each: each, batch: 1}
-            given, batch = select_rows(given, rows, sizes) | listed, len(rows)
-            rows = list(range(len(rows)))
-        if step.alone:
-            name = self.family.latents_argument
-            latents = list(given[name])
-            for row, part in zip(rows, job.values(), strict=True):
-                if part.is_region:
-                    latents[row] = self._alone(latents[row], part.weights)
-            stacked = isinstance(given[name], Tensor)
-            given = given | {name: torch.stack(latents) if stacked else latents}
-        texts = [part.text for part in job.values() for _ in range(each)]
-        said = self.family.denoiser_kwargs(
-            self._chosen(texts, given[self.family.latents_argument][0].device)
+            entries_per_row = {batch * count: count, batch: 1}
+            arguments = select_rows(arguments, rows, entries_per_row) | lists
+            rows, batch = list(range(len(rows))), len(rows)
+        name = self.family.latents_argument
+        if call.is_bootstrapping:
+            latents = list(arguments[name])
+            for row, layer in zip(rows, layers.values(), strict=True):
+                if not layer.is_background:
+                    latents[row] = self._replace_outside(latents[row], layer.weights)
+            is_tensor = isinstance(arguments[name], Tensor)
+            arguments[name] = torch.stack(latents) if is_tensor else latents
+        device = arguments[name][0].device
+        texts = [layer.prompt for layer in layers.values() for _ in range(count)]
+        conditions = {name: values[texts].to(device) for name, values in self.conditions.items()}
+        entries = [row * count + k for row in rows for k in range(count)]
+        replaced = _replace_rows(
+            arguments,
+            self.family.denoiser_kwargs(conditions),
+            entries,
+            replaces_all=len(rows) == batch,
         )
-        entries = [row * each + k for row in rows for k in range(each)]
-        return given | _replace_rows(given, said, entries, whole=len(rows) == batch)
+        return arguments | replaced
 
-    def _alone(self, latents: Tensor, weights: Tensor) -> Tensor:
-        """A picture's latents with noise of their own mean and deviation outside of a region."""
-        outside = weights < 0.5 * weights.max()
-        outside = self.family.broadcast_weights(outside.to(latents.device), latents)
-        # The same for all rows, so that a picture does not depend on the batch it is drawn in.
-        seed = torch.Generator().manual_seed(self._count)
-        normal = torch.randn(latents.shape, generator=seed, device="cpu", dtype=torch.float32)
-        noise = normal.to(latents)
-        return torch.where(outside, noise * latents.std() + latents.mean(), latents)
+    def _replace_outside(self, latents: Tensor, weights: Tensor) -> Tensor:
+        """Replace latents outside a region by noise of the same mean and deviation."""
+        is_outside = weights < 0.5 * weights.max()
+        is_outside = self.family.broadcast_weights(is_outside.to(latents.device), latents)
+        # The same noise for all rows, so that an image does not depend on its batch.
+        generator = torch.Generator().manual_seed(self._count)
+        noise = torch.randn(latents.shape, generator=generator, device="cpu", dtype=torch.float32)
+        noise = noise.to(latents) * latents.std() + latents.mean()
+        return torch.where(is_outside, noise, latents)
 
-    def _together(self, step: _DenoiserCall, answers: Sequence[Any]) -> Any:
-        first = answers[0][0]
-        found = list(first.unbind()) if isinstance(first, Tensor) else list(first)
-        parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for number, (job, answer) in enumerate(zip(step.jobs, answers, strict=True)):
-            partly = number and len(job) < step.batch
-            for place, (row, part) in enumerate(job.items()):
-                own = answer[0][place if partly else row]
-                spread = self.family.broadcast_weights(part.weights.to(own.device), own)
-                parts.setdefault(row, []).append((own, spread))
-        for row, pairs in parts.items():
-            found[row] = blend(*zip(*pairs, strict=True))
-        return _replace_sample(
-            answers[0], torch.stack(found) if isinstance(first, Tensor) else found
-        )
+    def _blend_outputs(self, call: _DenoiserCall, outputs: Sequence[Any]) -> Any:
+        """Blend the predictions of all passes into the output of the call."""
+        sample = outputs[0][0]
+        rows = list(sample.unbind()) if isinstance(sample, Tensor) else list(sample)
+        contributions: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for index, (layers, output) in enumerate(zip(call.passes, outputs, strict=True)):
+            has_all_rows = index == 0 or len(layers) == call.batch
+            for position, (row, layer) in enumerate(layers.items()):
+                prediction = output[0][row if has_all_rows else position]
+                weights = self.family.broadcast_weights(
+                    layer.weights.to(prediction.device), prediction
+                )
+                contributions.setdefault(row, []).append((prediction, weights))
+        for row, pairs in contributions.items():
+            rows[row] = blend(*zip(*pairs, strict=True))
+        blended = torch.stack(rows) if isinstance(sample, Tensor) else rows
+        output = outputs[0]
+        if isinstance(output, tuple):
+            return (blended, *output[1:])
+        return dataclasses.replace(output, **{next(iter(output.keys())): blended})
 
-    def _chosen(self, numbers: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        chosen = {name: values[list(numbers)] for name, values in self.conditions.items()}
-        return {name: values.to(device) for name, values in chosen.items()}
 
-
-def _is_same_prompt(words: Tensor, expected: Tensor) -> bool:
-    """Whether two are one prompt: (tokens, ...) each, the shorter one filled up with zeros."""
-    a, b = words.float(), expected.to(words.device, torch.float32)
+def _is_same_prompt(text: Tensor, expected: Tensor) -> bool:
+    """Whether encodings (tokens, ...) are of one prompt; the shorter one is zero-padded."""
+    a, b = text.float(), expected.to(text.device, torch.float32)
     if a.shape[1:] != b.shape[1:]:
         return False
-    shorter = min(len(a), len(b))
-    off = (a[:shorter] - b[:shorter]).square().sum()
-    off = off + a[shorter:].square().sum() + b[shorter:].square().sum()
-    return bool(off.sqrt() <= MATCH_TOLERANCE * b.square().sum().sqrt())
+    length = min(len(a), len(b))
+    squares = (a[:length] - b[:length]).square().sum()
+    squares = squares + a[length:].square().sum() + b[length:].square().sum()
+    return bool(squares.sqrt() <= MATCH_TOLERANCE * b.square().sum().sqrt())
 
 
 def _replace_rows(
-    given: Mapping[str, Any], said: Mapping[str, Any], entries: Sequence[int], *, whole: bool
+    arguments: Mapping[str, Any],
+    replacements: Mapping[str, Any],
+    entries: Sequence[int],
+    *,
+    replaces_all: bool,
 ) -> dict[str, Any]:
-    """Arguments in which some entries are replaced by what is said, in their order."""
-    found: dict[str, Any] = {}
-    for name, value in said.items():
-        old: Any = given.get(name)
+    """Return the replaced arguments: some entries of each are replaced, in their order.
+
+    Args:
+        arguments: argument -> tensor with a row for each entry, list, or dict of such.
+        replacements: The same for the entries alone.
+        entries: The indices of the entries.
+        replaces_all: Whether these are all entries.
+    """
+    replaced: dict[str, Any] = {}
+    for name, value in replacements.items():
+        old: Any = arguments.get(name)
         if isinstance(value, Mapping):
-            found[name] = dict(old or {}) | _replace_rows(old or {}, value, entries, whole=whole)
+            inner = _replace_rows(old or {}, value, entries, replaces_all=replaces_all)
+            replaced[name] = dict(old or {}) | inner
         elif isinstance(value, list):
-            found[name] = list(old or [])
-            for entry, own in zip(entries, value, strict=True):
-                found[name][entry] = own.to(found[name][entry])
-        elif whole:
-            found[name] = value if old is None else value.to(old)
+            replaced[name] = list(old or [])
+            for entry, item in zip(entries, value, strict=True):
+                replaced[name][entry] = item.to(replaced[name][entry])
+        elif replaces_all:
+            replaced[name] = value if old is None else value.to(old)
         else:
-            found[name] = old.clone()
-            found[name][list(entries)] = value.to(old)
-    return found
-
-
-def _replace_sample(output: Any, answer: Any) -> Any:
-    """A denoiser's output, a tuple or one of diffusers' classes, with another answer."""
-    if isinstance(output, tuple):
-        return (answer, *output[1:])
-    return dataclasses.replace(output, **{next(iter(output.keys())): answer})
+            replaced[name] = old.clone()
+            replaced[name][list(entries)] = value.to(old)
+    return replaced

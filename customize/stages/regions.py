@@ -1,4 +1,4 @@
-"""The stage that keeps words of a prompt to regions of the picture: ``regions=``."""
+"""The stage that restricts words of a prompt to regions of the image: ``regions=``."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ from customize.concepts.tokens.prompt_phrases import check_phrases, find_phrase,
 from customize.core.region_weights import box_weights, mask_weights, stack_regions
 from customize.core.scalars import as_float
 from customize.errors import ConfigError, PipelineError
-from customize.families import Family
 from customize.pipeline.call_wrapper import CallArguments, CallContext, Stage
 from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.multidiffusion import RegionalPrompt, denoise_by_regions
 from customize.text import quote
 
+# (rows, columns) -> weights of that shape, in [0, 1].
 WeightFunction = Callable[[int, int], Tensor]
 
-# Fine enough to tell whether anything of a region shows.
+#: The largest number of regions of one prompt.
+MAX_REGIONS = 64
+_MAX_MASK_PIXELS = 2**28
+# A region is refused where others cover more than 99 % of it, measured on a grid of this size.
 _CHECK_GRID = 256
 _MIN_VISIBLE_SHARE = 0.01
-#: Most regions of one prompt.
-MAX_REGIONS = 64
-# Of a mask.
-_MAX_MASK_PIXELS = 2**28
-
-# What changes how a pipeline encodes a prompt, or takes its place.
+# Arguments that replace the prompt, or change how it is encoded.
 _INCOMPATIBLE_ARGUMENTS = ("prompt_embeds", "prompt_2", "prompt_3", "clip_skip")
 
 
@@ -42,71 +40,144 @@ def _run(context: CallContext, call: CallArguments, regions: Any = None) -> Iter
     if regions is None:
         yield call
         return
-    pipe, family = context.pipe, context.family
-    _check_supported(pipe, family, call)
-    prompts = _read_prompts(call)
-    words = {name: each.concept.info.words for name, each in context.state.attached.items()}
-    asked = [
-        _regional_prompt(prompt, own, words)
-        for prompt, own in zip(prompts, _regions_by_prompt(regions, len(prompts)), strict=True)
+    _check_supported(context, call)
+    prompt = call.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    is_texts = isinstance(prompts, list | tuple) and all(isinstance(p, str) for p in prompts)
+    if not prompts or not is_texts:
+        raise ConfigError(
+            "regions= needs the prompt as text",
+            where="prompt",
+            fix="give prompt= a text or a list of texts",
+        )
+    words = {name: a.concept.info.words for name, a in context.state.attached.items()}
+    regional = [
+        _regional_prompt(text, regions_of_prompt, words)
+        for text, regions_of_prompt in zip(
+            prompts, _regions_by_prompt(regions, len(prompts)), strict=True
+        )
     ]
-    # Whoever is called, torch.compile's wrapper among them.
-    called = type(family)(dict(pipe.components), family.pipeline_config)
-    with denoise_by_regions(called, asked):
+    # The pipeline's own components: with torch.compile's wrapper, whose hooks are the ones called.
+    components = dict(context.pipe.components)
+    family = type(context.family)(components, context.family.pipeline_config)
+    with denoise_by_regions(family, regional):
         yield call
 
 
-#: Adds ``regions=`` to a pipeline's call; see README.md.
+#: Adds ``regions=`` to the arguments of pipelines.
 REGIONS = Stage(("regions",), _run)
+
+
+def _check_supported(context: CallContext, call: CallArguments) -> None:
+    """Refuse pipelines and calls that cannot be combined with regions."""
+    pipe, family = context.pipe, context.family
+    if family.regions_unsupported:
+        raise PipelineError(
+            f"family {family.name} does not support regions: {family.regions_unsupported}",
+            where="regions",
+            fix="leave out regions=; README.md lists the families that support it",
+        )
+    incompatible = [name for name in _INCOMPATIBLE_ARGUMENTS if call.get(name) is not None]
+    if incompatible:
+        raise ConfigError(
+            f"{' and '.join(incompatible)} cannot be combined with regions=",
+            where="regions",
+            fix="give the prompt as prompt= alone",
+        )
+    for key, denoiser in family.denoisers.items():
+        if getattr(pipe.components[key], "_compiled_call_impl", None) is not None:
+            raise PipelineError(
+                "the denoiser is compiled in place, so regions= cannot hook its calls",
+                where=key,
+                fix=f"compile it as pipe.{key} = torch.compile(pipe.{key}), or its blocks with "
+                "compile_repeated_blocks()",
+            )
+        if getattr(denoiser, "is_cache_enabled", False):
+            raise PipelineError(
+                "the denoiser caches outputs from step to step, which would mix regions",
+                where=key,
+                fix="call disable_cache() on it first",
+            )
+    check_text_encoders_loaded(family, "regions= encodes prompts of its own", "regions")
+
+
+def _regions_by_prompt(regions: Any, count: int) -> Sequence[Mapping[str, Any]]:
+    """Return the regions of each of ``count`` prompts."""
+    dicts = [regions] * count if isinstance(regions, Mapping) else regions
+    if not isinstance(dicts, list | tuple) or not all(isinstance(d, Mapping) for d in dicts):
+        raise ConfigError(
+            f"regions must be a dict, not a {type(regions).__name__}",
+            where="regions",
+            fix='give such as {"<rex>": (0, 0, 0.5, 1)}, or a list with one for each prompt',
+        )
+    if len(dicts) != count:
+        raise ConfigError(
+            f"{len(dicts)} dicts of regions were given for {count} prompts",
+            where="regions",
+            fix="give one dict for all prompts, or one for each",
+        )
+    if not all(dicts):
+        raise ConfigError("regions= is empty", where="regions", fix="leave the argument out")
+    return dicts
 
 
 def _regional_prompt(
     prompt: str, regions: Mapping[str, Any], words: Mapping[str, str]
 ) -> RegionalPrompt:
-    """One prompt with its regions, checked.
+    """Validate the regions of a prompt, and split it into one prompt for each.
 
     Args:
-        regions: trigger, concept's name, or any words of the prompt -> box or mask.
-        words: concept's name -> what calls it.
+        prompt: The prompt.
+        regions: A trigger, a concept's name, or words of the prompt -> box or mask.
+        words: concept's name -> the words that call it.
     """
     if len(regions) > MAX_REGIONS:
         raise ConfigError(
-            f"{len(regions):,} regions were given, of at most {MAX_REGIONS}",
+            f"{len(regions):,} regions exceed the limit of {MAX_REGIONS}",
             where="regions",
-            fix="give fewer; each costs as much time and memory as a prompt",
+            fix="give fewer regions; each costs as much time and memory as a prompt",
         )
-    named: dict[str, WeightFunction] = {}
-    for key, place in regions.items():
+    weights: dict[str, WeightFunction] = {}
+    for key, area in regions.items():
         where = f"regions[{quote(key)}]"
         if not isinstance(key, str):
             raise ConfigError(
-                f"a region goes by words of the prompt, not by a {type(key).__name__}", where=where
+                f"the key of a region must be words of the prompt, not a {type(key).__name__}",
+                where=where,
             )
-        said = words.get(key, "")
-        phrase = said if said and find_phrase(said, prompt) else key
-        if phrase in named:
+        concept_words = words.get(key, "")
+        phrase = concept_words if concept_words and find_phrase(concept_words, prompt) else key
+        if phrase in weights:
             raise ConfigError(
                 f"{phrase!r} is given two regions",
                 where=where,
-                fix="give each once; one mask can have several parts",
+                fix="give one region for each phrase; one mask can have several parts",
             )
         check_phrases(prompt, [phrase], [*filter(None, words.values()), *words], where)
-        named[phrase] = _weight_function(place, where)
-    check_phrases(prompt, list(named), (), "regions")
-    _check_visible(named)
-    texts = regional_prompts(prompt, list(named))
-    return RegionalPrompt(prompt, tuple(texts), tuple(named.values()))
+        weights[phrase] = _weight_function(area, where)
+    check_phrases(prompt, list(weights), (), "regions")
+    grids = [weight(_CHECK_GRID, _CHECK_GRID) for weight in weights.values()]
+    for phrase, alone, stacked in zip(weights, grids, stack_regions(grids)[1:], strict=True):
+        if float(stacked.sum()) < _MIN_VISIBLE_SHARE * float(alone.sum()):
+            raise ConfigError(
+                f"the region of {phrase!r} is covered by others",
+                where="regions",
+                fix="later regions cover earlier ones: give the smaller one last",
+            )
+    return RegionalPrompt(
+        prompt, tuple(regional_prompts(prompt, list(weights))), tuple(weights.values())
+    )
 
 
-def _weight_function(place: Any, where: str) -> WeightFunction:
-    """A box or a mask as weights on any grid."""
-    if isinstance(place, Image.Image | Tensor | np.ndarray):
-        mask = _read_mask(place, where)
-    elif isinstance(place, Sequence) and not isinstance(place, str):
-        return partial(box_weights, _read_box(place, where))
+def _weight_function(area: Any, where: str) -> WeightFunction:
+    """Convert a box or a mask to weights on any grid."""
+    if isinstance(area, Image.Image | Tensor | np.ndarray):
+        mask = _read_mask(area, where)
+    elif isinstance(area, Sequence) and not isinstance(area, str):
+        return partial(box_weights, _read_box(area, where))
     else:
         raise ConfigError(
-            f"a {type(place).__name__} is no region",
+            f"a region cannot be a {type(area).__name__}",
             where=where,
             fix="give a box (left, top, right, bottom), or a mask: a PIL image, array or tensor",
         )
@@ -114,7 +185,7 @@ def _weight_function(place: Any, where: str) -> WeightFunction:
         raise ConfigError("the mask is not finite", where=where)
     if float(mask.min()) < 0.0 or float(mask.max()) > 1.0:
         raise ConfigError(
-            f"the mask reaches from {float(mask.min()):g} to {float(mask.max()):g}",
+            f"the mask has values from {float(mask.min()):g} to {float(mask.max()):g}",
             where=where,
             fix="scale it to 0 (outside) to 1 (inside)",
         )
@@ -123,133 +194,56 @@ def _weight_function(place: Any, where: str) -> WeightFunction:
     return partial(mask_weights, mask)
 
 
-def _read_mask(place: Image.Image | Tensor | np.ndarray[Any, Any], where: str) -> Tensor:
-    """A mask's numbers, (height, width), float32, on the CPU."""
-    if isinstance(place, Tensor) and place.is_nested:
-        raise ConfigError("a nested tensor is no mask", where=where)
-    shape = tuple(place.size[::-1] if isinstance(place, Image.Image) else place.shape)
+def _read_mask(area: Image.Image | Tensor | np.ndarray[Any, Any], where: str) -> Tensor:
+    """Convert a mask to a tensor (height, width), float32, on the CPU."""
+    if isinstance(area, Tensor) and area.is_nested:
+        raise ConfigError("a mask cannot be a nested tensor", where=where)
+    shape = tuple(area.size[::-1] if isinstance(area, Image.Image) else area.shape)
     if len(shape) != 2 or not 0 < math.prod(shape) <= _MAX_MASK_PIXELS:
         raise ConfigError(
-            f"a mask of shape {shape} is not one of (height, width), of at most "
-            f"{_MAX_MASK_PIXELS:,} pixels",
+            f"a mask of shape {shape} is not (height, width) of at most {_MAX_MASK_PIXELS:,} "
+            "pixels",
             where=where,
             fix="give one number for each pixel",
         )
     try:
-        if isinstance(place, Image.Image):
-            return torch.from_numpy(np.array(place.convert("L"), dtype=np.float32) / 255)
-        if isinstance(place, Tensor):
-            if place.is_complex() or place.is_quantized or place.layout != torch.strided:
+        if isinstance(area, Image.Image):
+            return torch.from_numpy(np.array(area.convert("L"), dtype=np.float32) / 255)
+        if isinstance(area, Tensor):
+            if area.is_complex() or area.is_quantized or area.layout != torch.strided:
                 raise TypeError("its numbers are complex, quantized or sparse")
-            return place.detach().cpu().float()
-        if place.dtype.kind not in "biuf":
-            raise TypeError(f"its elements are of type {place.dtype}")
-        with np.errstate(over="ignore"):  # beyond float32 is beyond 1 as well
-            return torch.from_numpy(np.ascontiguousarray(place).astype(np.float32))
+            return area.detach().cpu().float()
+        if area.dtype.kind not in "biuf":
+            raise TypeError(f"its elements are of type {area.dtype}")
+        with np.errstate(over="ignore"):  # infinite after overflow, which is refused as above 1
+            return torch.from_numpy(np.ascontiguousarray(area).astype(np.float32))
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the mask cannot be read: {error}",
             where=where,
-            fix="give real numbers from 0 to 1, or a picture in grayscale",
+            fix="give real numbers from 0 to 1, or a grayscale image",
         ) from error
 
 
-def _read_box(place: Sequence[Any], where: str) -> tuple[float, float, float, float]:
-    numbers = [as_float(number) for number in place] if len(place) == 4 else [math.nan]
+def _read_box(area: Sequence[Any], where: str) -> tuple[float, float, float, float]:
+    numbers = [as_float(number) for number in area] if len(area) == 4 else [math.nan]
     if any(map(math.isnan, numbers)):
         raise ConfigError(
-            f"{quote(place)} is no box",
+            f"invalid box {quote(area)}",
             where=where,
             fix="give four numbers: left, top, right, bottom",
         )
     left, top, right, bottom = numbers
     if min(left, top) < 0.0 or max(right, bottom) > 1.0:
         raise ConfigError(
-            f"the box {tuple(place)} reaches out of the picture",
+            f"the box {tuple(area)} exceeds the image",
             where=where,
-            fix="give shares of its width and height, from 0 to 1, not pixels",
+            fix="give fractions of its width and height, from 0 to 1, not pixels",
         )
     if left >= right or top >= bottom:
         raise ConfigError(
-            f"the box {tuple(place)} is empty",
+            f"the box {tuple(area)} is empty",
             where=where,
             fix="give left, top, right, bottom, in this order",
         )
     return left, top, right, bottom
-
-
-def _check_visible(named: Mapping[str, WeightFunction]) -> None:
-    """Refuse a region that others cover."""
-    own = [weigh(_CHECK_GRID, _CHECK_GRID) for weigh in named.values()]
-    for phrase, before, after in zip(named, own, stack_regions(own)[1:], strict=True):
-        if float(after.sum()) < _MIN_VISIBLE_SHARE * float(before.sum()):
-            raise ConfigError(
-                f"nothing of the region of {phrase!r} is left: others cover it",
-                where="regions",
-                fix="later regions lie on earlier ones: name the smaller one last",
-            )
-
-
-def _regions_by_prompt(regions: Any, count: int) -> Sequence[Mapping[str, Any]]:
-    """The regions of each prompt."""
-    listed = [regions] * count if isinstance(regions, Mapping) else regions
-    if not isinstance(listed, list | tuple) or not all(isinstance(o, Mapping) for o in listed):
-        raise ConfigError(
-            f"regions are a dict, not a {type(regions).__name__}",
-            where="regions",
-            fix='give such as {"<rex>": (0, 0, 0.5, 1)}, or a list with one for each prompt',
-        )
-    if len(listed) != count:
-        raise ConfigError(
-            f"{len(listed)} dicts of regions were given for {count} prompts",
-            where="regions",
-            fix="give one for all, or one for each",
-        )
-    if not all(listed):
-        raise ConfigError("no region is given", where="regions", fix="leave the argument out")
-    return listed
-
-
-def _read_prompts(call: CallArguments) -> list[str]:
-    prompt = call.get("prompt")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    texts = prompts if isinstance(prompts, list | tuple) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(
-            "regions need a prompt in words",
-            where="prompt",
-            fix="give prompt= a text or a list of texts",
-        )
-    return list(texts)
-
-
-def _check_supported(pipe: Any, family: Family, call: CallArguments) -> None:
-    """Refuse what regions cannot be drawn with; nothing has been done yet."""
-    if family.regions_unsupported:
-        raise PipelineError(
-            f"models of family {family.name} cannot draw by regions: {family.regions_unsupported}",
-            where="regions",
-            fix="leave out regions=; README.md lists the families that can",
-        )
-    other = [name for name in _INCOMPATIBLE_ARGUMENTS if call.get(name) is not None]
-    if other:
-        raise ConfigError(
-            f"{' and '.join(other)} cannot be given beside regions, whose words are the prompt's",
-            where="regions",
-            fix="give the prompt alone",
-        )
-    for key, denoiser in family.denoisers.items():
-        if getattr(pipe.components[key], "_compiled_call_impl", None) is not None:
-            raise PipelineError(
-                "the denoiser is compiled in place, where regions cannot reach its calls",
-                where=key,
-                fix=f"compile it as pipe.{key} = torch.compile(pipe.{key}), or its blocks with "
-                "compile_repeated_blocks()",
-            )
-        if getattr(denoiser, "is_cache_enabled", False):
-            raise PipelineError(
-                "the denoiser keeps answers from step to step, which it would mix among regions",
-                where=key,
-                fix="call disable_cache() on it first",
-            )
-    check_text_encoders_loaded(family, "regions encode prompts of their own", "regions")

@@ -63,7 +63,7 @@ def drawn(pipe: object, **more: object) -> np.ndarray:
         ("<rex>=mask.png", "no mask that can be read: No such file"),
         ("<rex>=/dev/zero", "no mask that can be read"),
         ("<rexx>=0,0,1,1", "'<rexx>' is not in the prompt"),
-        ("<rex>=0,0,2,1", "reaches out of the picture"),
+        ("<rex>=0,0,2,1", "exceeds the image"),
     ],
 )
 def test_regions_that_are_none(

@@ -112,7 +112,7 @@ def test_masks_that_are_none_are_refused(pipe, mask):
 
 def test_so_many_regions_and_avoided_words_are_refused_with_their_limit(pipe):
     regions = {f"word{number}": (0, 0, 1, 1) for number in range(10_000)}
-    with pytest.raises(ConfigError, match=f"10,000 regions .* at most {MAX_REGIONS}"):
+    with pytest.raises(ConfigError, match=f"10,000 regions .* limit of {MAX_REGIONS}"):
         draw(pipe, regions=regions)
     words = [f"word{number}" for number in range(5_000)]
     for call in (lambda: draw(pipe, avoid=words), lambda: Decor(avoid=", ".join(words))):

@@ -1,4 +1,4 @@
-"""Words kept to regions of the picture: what is drawn, what is refused, and that nothing stays."""
+"""regions=: what is drawn, what is refused, and that hooks are removed."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def alike(found, expected):
     return torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_the_call_shows_its_argument():
+def test_the_signature_of_calls_has_regions():
     parameters = inspect.signature(attached().__call__).parameters
     assert parameters["regions"].default is None
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("layers", [False, True], ids=["plain", "layerwise"])
-def test_within_a_step_words_of_one_region_are_nothing_to_the_other(guidance, layers):
+def test_words_of_a_region_do_not_affect_another_within_a_step(guidance, layers):
     pipe = attached(layers=layers)
     call = {"num_inference_steps": 1, "guidance_scale": guidance}
     red = draw(pipe, regions=MASKS, **call)
@@ -56,9 +56,9 @@ def test_within_a_step_words_of_one_region_are_nothing_to_the_other(guidance, la
     assert torch.equal(plain, draw(pipe, **call))
 
 
-def test_words_of_no_region_act_everywhere_and_those_of_a_region_in_no_background(monkeypatch):
+def test_words_without_region_affect_the_whole_image_and_others_not_the_background(monkeypatch):
     monkeypatch.setattr(
-        multidiffusion, "BOOTSTRAP_NOISE_SHARE", 1.0
+        multidiffusion, "BOOTSTRAP_NOISE_LEVEL", 1.0
     )  # so that a region's answer is that of its prompt
     pipe = attached()
     call = {"num_inference_steps": 1}
@@ -73,7 +73,7 @@ def test_words_of_no_region_act_everywhere_and_those_of_a_region_in_no_backgroun
     assert not torch.allclose(moved[..., 8:], with_rex[..., 8:], atol=1e-3)
 
 
-def test_while_there_is_much_noise_regions_do_not_see_one_another():
+def test_bootstrapping_hides_other_regions_at_high_noise_levels():
     pipe = attached()
     seen = []
 
@@ -99,14 +99,14 @@ def test_while_there_is_much_noise_regions_do_not_see_one_another():
     assert float(near[0]) < 0.1 * float(near[1])
 
 
-def test_a_region_of_the_whole_picture_is_the_plain_picture():
+def test_a_region_of_the_whole_image_equals_the_plain_call():
     pipe = attached()
     prompt = "a photo of <rex> on the beach"
     found = draw(pipe, prompt, regions={"<rex>": (0, 0, 1, 1)})
     assert alike(found, draw(pipe, prompt))
 
 
-def test_a_concept_goes_by_its_name_as_well_and_later_regions_win():
+def test_keys_may_be_concept_names_and_later_regions_cover_earlier_ones():
     pipe = attached()
     assert torch.equal(
         draw(pipe, regions=REGIONS), draw(pipe, regions={"rex": LEFT, "Red  car": RIGHT})
@@ -114,11 +114,11 @@ def test_a_concept_goes_by_its_name_as_well_and_later_regions_win():
     whole = (0.0, 0.0, 1.0, 1.0)
     hard = draw(pipe, regions={"<rex>": torch.ones(4, 4), "red car": 1 - LEFT_MASK})
     assert torch.equal(hard, draw(pipe, regions=MASKS))
-    with pytest.raises(ConfigError, match="'<rex>' is left: others cover it"):
+    with pytest.raises(ConfigError, match="'<rex>' is covered by others"):
         draw(pipe, regions={"<rex>": LEFT, "red car": whole})
 
 
-def test_masks_of_all_kinds_and_sizes_are_alike():
+def test_masks_of_all_types_and_sizes_are_equivalent():
     pipe = attached()
     asked = draw(pipe, regions={"<rex>": LEFT_MASK})
     array = np.zeros((30, 40), dtype=bool)
@@ -128,7 +128,7 @@ def test_masks_of_all_kinds_and_sizes_are_alike():
         assert torch.equal(draw(pipe, regions={"<rex>": mask}), asked)
 
 
-def test_batches_are_drawn_as_each_alone():
+def test_batches_equal_single_calls():
     pipe = attached()
     other = "a blue cup and <rex> in the forest"
     regions = [REGIONS, {"blue cup": (0.2, 0.2, 0.6, 0.9)}]
@@ -145,7 +145,7 @@ def test_batches_are_drawn_as_each_alone():
     assert alike(both[:1], alone[0])
 
 
-def test_a_prompt_that_is_led_away_from_is_drawn_by_regions_where_it_is_the_prompt_itself():
+def test_negative_prompts_equal_to_the_prompt_are_drawn_by_regions():
     pipe = attached()
     other = "a blue cup and <rex> in the forest"
     regions = [REGIONS, {"blue cup": (0.2, 0.2, 0.6, 0.9)}]
@@ -154,7 +154,7 @@ def test_a_prompt_that_is_led_away_from_is_drawn_by_regions_where_it_is_the_prom
     assert alike(found, draw(pipe, prompts, guidance_scale=1.0, **call))
 
 
-def test_the_empty_prompt_is_asked_once_and_stays_what_it_was():
+def test_rows_of_the_empty_prompt_are_predicted_once_and_unchanged():
     pipe = attached()
     words = []
 
@@ -180,7 +180,7 @@ def test_the_empty_prompt_is_asked_once_and_stays_what_it_was():
 
 
 @pytest.mark.parametrize("layers", [False, True], ids=["plain", "layerwise"])
-def test_nothing_stays_after_a_call_or_an_error_within_it(layers):
+def test_hooks_are_removed_after_a_call_and_an_error_during_it(layers):
     pipe = attached(layers=layers)
     before, plain = everything(pipe), draw(pipe)
     hooks = [len(pipe.unet._forward_hooks), len(pipe.unet._forward_pre_hooks)]
@@ -244,7 +244,7 @@ def test_a_compiled_denoiser_draws_by_regions_or_is_refused():
         draw(pipe, regions=REGIONS)
 
 
-def test_offloaded_models_draw_the_same():
+def test_offloaded_models_give_the_same_image():
     pipe = attached()
     asked = draw(pipe, regions=REGIONS)
     for part in (pipe.text_encoder, pipe.unet, pipe.vae):
@@ -257,16 +257,21 @@ def test_offloaded_models_draw_the_same():
         draw(pipe, regions=REGIONS)
 
 
-def test_a_denoiser_that_keeps_answers_is_refused():
+def test_denoisers_with_an_enabled_cache_are_refused():
     pipe = attached(tiny_flux)
+    plain, regional = draw(pipe), draw(pipe, regions=REGIONS)
+    assert not torch.allclose(regional, plain, atol=1e-3)
     pipe.transformer.enable_cache(FirstBlockCacheConfig())
-    with pytest.raises(PipelineError, match=r"keeps answers.*disable_cache"):
+    hooks = len(pipe.transformer._forward_pre_hooks), len(pipe.transformer._forward_hooks)
+    with pytest.raises(PipelineError, match=r"caches outputs.*disable_cache"):
         draw(pipe, regions=REGIONS)
+    assert hooks == (len(pipe.transformer._forward_pre_hooks), len(pipe.transformer._forward_hooks))
     pipe.transformer.disable_cache()
-    draw(pipe, regions=REGIONS)
+    assert torch.equal(draw(pipe, regions=REGIONS), regional)
+    assert torch.equal(draw(pipe), plain)
 
 
-def test_what_a_denoiser_takes_out_of_its_arguments_is_there_for_every_region():
+def test_arguments_that_a_denoiser_pops_are_passed_to_every_region():
     pipe = attached(tiny_flux)
     forward, found = pipe.transformer.forward, []
 
@@ -280,48 +285,48 @@ def test_what_a_denoiser_takes_out_of_its_arguments_is_there_for_every_region():
     assert found == [1, 1]
 
 
-def test_prompts_that_are_encoded_in_another_way_are_refused():
+def test_prompts_that_the_pipeline_encodes_differently_are_refused():
     pipe = attached(tiny_flux)
-    with pytest.raises(PipelineError, match="never given this prompt"):
+    with pytest.raises(PipelineError, match="never called with the encoded prompt"):
         draw(pipe, regions=REGIONS, max_sequence_length=64)
     assert not pipe.transformer._forward_hooks
     for name, value in (
         ("prompt_2", "a cat"),
         ("prompt_embeds", torch.zeros(1, 512, 48)),
     ):
-        with pytest.raises(ConfigError, match=f"{name} cannot be given beside regions"):
+        with pytest.raises(ConfigError, match=f"{name} cannot be combined with regions"):
             draw(pipe, regions=REGIONS, **{name: value})
 
 
 NAN = torch.full((4, 4), torch.nan)
 WRONG = {
-    "pixels": ({"<rex>": (0, 0, 256, 512)}, "reaches out of the picture.*not pixels"),
-    "outside": ({"<rex>": (-0.1, 0, 0.5, 1)}, "reaches out of the picture"),
+    "pixels": ({"<rex>": (0, 0, 256, 512)}, "exceeds the image.*not pixels"),
+    "outside": ({"<rex>": (-0.1, 0, 0.5, 1)}, "exceeds the image"),
     "empty": ({"<rex>": (0.5, 0, 0.5, 1)}, "is empty.*left, top, right, bottom"),
     "reversed": ({"<rex>": (0.5, 0, 0.2, 1)}, "is empty"),
-    "three": ({"<rex>": (0, 0, 1)}, "is no box.*four numbers"),
-    "text": ({"<rex>": (0, 0, "1", 1)}, "is no box"),
-    "nan box": ({"<rex>": (0, 0, float("nan"), 1)}, "is no box"),
+    "three": ({"<rex>": (0, 0, 1)}, "invalid box.*four numbers"),
+    "text": ({"<rex>": (0, 0, "1", 1)}, "invalid box"),
+    "nan box": ({"<rex>": (0, 0, float("nan"), 1)}, "invalid box"),
     "nan mask": ({"<rex>": NAN}, "not finite"),
     "no mask": ({"<rex>": torch.zeros(4, 4)}, "mask is empty"),
     "colours": ({"<rex>": torch.ones(3, 4, 4)}, "shape.*height, width"),
-    "bytes": ({"<rex>": np.full((4, 4), 255, np.uint8)}, "reaches from 255 to 255"),
-    "below": ({"<rex>": -torch.ones(4, 4)}, "reaches from -1"),
-    "kind": ({"<rex>": "left"}, "a str is no region"),
-    "number": ({7: LEFT}, "not by a int"),
+    "bytes": ({"<rex>": np.full((4, 4), 255, np.uint8)}, "values from 255 to 255"),
+    "below": ({"<rex>": -torch.ones(4, 4)}, "values from -1"),
+    "kind": ({"<rex>": "left"}, "cannot be a str"),
+    "number": ({7: LEFT}, "not a int"),
     "near": ({"<rax>": LEFT}, r"'<rax>' is not in the prompt.*near it are <rex>"),
     "phrase": ({"red cat": LEFT}, r"'red cat' is not in the prompt.*red car"),
     "twice": ({"<rex>": LEFT, "rex": RIGHT}, "given two regions"),
     "shared": ({"red car": LEFT, "car": RIGHT}, "share words"),
-    "covered": ({"<rex>": (0.2, 0.2, 0.4, 0.4), "car": (0, 0, 1, 1)}, "others cover it"),
-    "none": ({}, "no region is given"),
+    "covered": ({"<rex>": (0.2, 0.2, 0.4, 0.4), "car": (0, 0, 1, 1)}, "is covered by others"),
+    "none": ({}, "regions= is empty"),
     "list": ([REGIONS, REGIONS], "2 dicts of regions were given for 1 prompts"),
-    "a box": (LEFT, "regions are a dict, not a tuple"),
+    "a box": (LEFT, "regions must be a dict, not a tuple"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_regions_are_refused_before_anything_runs(name):
+def test_invalid_regions_are_refused_before_any_model_runs(name):
     pipe = attached()
     regions, message = WRONG[name]
     called = []
@@ -336,7 +341,7 @@ def test_bad_regions_are_refused_before_anything_runs(name):
         handle.remove()
 
 
-def test_regions_need_a_prompt_in_words():
+def test_regions_need_the_prompt_as_text():
     pipe = attached()
-    with pytest.raises(CustomizeError, match="need a prompt in words"):
+    with pytest.raises(CustomizeError, match="needs the prompt as text"):
         draw(pipe, None, regions=REGIONS)

@@ -85,7 +85,7 @@ def inspect(
     updates = {str(k): flatten_layers(concept.updates) for k, concept in enumerate(opened)}
     overlap = crosstalk.overlap_matrix(updates)
     records = [read_record(concept) for concept in opened]
-    inputs = {str(k): flatten_layers(r.own) for k, r in enumerate(records) if r is not None}
+    inputs = {str(k): flatten_layers(r.concept) for k, r in enumerate(records) if r is not None}
     responses = crosstalk.response_norms(updates, inputs) if len(inputs) == len(opened) else {}
     return Inspection(facts, describe_relations(opened), overlap, responses)
 
@@ -121,7 +121,7 @@ def describe_concept(concept: Adaptation) -> dict[str, str]:
         "class": info.class_word,
         "base": f"{info.base} (family {info.family})",
         "method": info.method,
-        **({"trained with": ", ".join(info.learned_with)} if info.learned_with else {}),
+        **({"trained with": ", ".join(info.trained_with)} if info.trained_with else {}),
         "rank, alpha": f"{info.rank}, {info.alpha:g}",
         **_describe_sizes(concept),
         "embeddings": ", ".join(
@@ -134,10 +134,9 @@ def describe_concept(concept: Adaptation) -> dict[str, str]:
         rows["orthogonal matrix"] = (
             f"{info.basis.kind}, seed {info.basis.seed}, scale {info.basis.scale:g}"
         )
-        if info.basis.avoid:
-            rows["shared directions"] = (
-                f"{info.basis.avoid} avoided, recorded as {info.basis.shared}"
-            )
+        if info.basis.num_shared_directions:
+            count, name = info.basis.num_shared_directions, info.basis.shared_directions
+            rows["shared directions"] = f"{count} avoided, recorded as {name}"
         rows["slices"] = "; ".join(
             f"width {width}: {_format_columns(columns)}" for width, columns in info.slices.items()
         )
@@ -149,7 +148,7 @@ def _describe_lora(lora: Lora) -> dict[str, str]:
     ranks = sorted({update.rank for own in lora.updates.values() for update in own.values()})
     return {
         "name": lora.info.name,
-        "trigger": lora.info.words or "none",
+        "trigger": lora.info.trigger_words or "none",
         **{
             f"trigger {subject.trigger}": f"{subject.name}, a {subject.class_word}, "
             f"{subject.num_tokens} tokens"

@@ -154,7 +154,7 @@ def run(
     ours = [concept for concept in concepts if isinstance(concept, Concept)]
     if ours:
         check_compatible(ours)
-    check_regions(plan.prompts, regions, {c.info.name: c.info.words for c in concepts})
+    check_regions(plan.prompts, regions, {c.info.name: c.info.trigger_words for c in concepts})
     check_writable(output)
     place = choose_device(device, "--device")
     if loading.memory is not None and device is not None:

@@ -77,7 +77,7 @@ def run(
             soft_wrap=True,
         )
         return
-    inputs = [flatten_layers(record.own) for record in known]
+    inputs = [flatten_layers(record.concept) for record in known]
     found = response_norms(_updates(concepts), dict(zip(_labels(concepts), inputs, strict=True)))
     by_layer = {layer: found[layer] for layer in sorted(found, key=_in_order)}
     overall, names = relative_responses(by_layer), [concept.info.name for concept in concepts]

@@ -32,7 +32,7 @@ def run_list(folder: str) -> None:
 
 
 def _cells(entry: LibraryEntry) -> tuple[str, ...]:
-    if entry.fault:
+    if entry.error:
         return (entry.name, entry.trigger, "cannot be read: see check", "", "", "", "", "")
     return (
         entry.name,
@@ -42,16 +42,18 @@ def _cells(entry: LibraryEntry) -> tuple[str, ...]:
         entry.base or "-",
         str(entry.rank or "-"),
         f"{entry.size / 2**20:.1f}",
-        "yes" if entry.recorded else "no",
+        "yes" if entry.has_layer_inputs else "no",
     )
 
 
 def _called(entry: LibraryEntry) -> str:
     """What a prompt says: the triggers of a merge, or that of a concept or LoRA."""
-    triggers = sorted(entry.called - {entry.trigger.lower()})
+    triggers = sorted(entry.trigger_tokens - {entry.trigger.lower()})
     if triggers:
         return ", ".join([*triggers, entry.trigger])
-    says = f" (says {entry.words})" if entry.words and not entry.own_tokens else ""
+    says = (
+        f" (says {entry.trigger_words})" if entry.trigger_words and not entry.has_own_tokens else ""
+    )
     return entry.trigger + says
 
 
@@ -59,7 +61,7 @@ def run_add(folder: Path, sources: Sequence[str]) -> None:
     """Copy concepts into a library, one by one; those before one that is refused stay."""
     for source in sources:
         entry = add_to_library(folder, source)
-        verb = "calls" if len(entry.called) == 1 else "call"
+        verb = "calls" if len(entry.trigger_tokens) == 1 else "call"
         console().print(
             f"{folder / entry.source} is added, which {_called(entry)} {verb}",
             markup=False,
@@ -74,12 +76,12 @@ def run_check(folder: str) -> int:
     found, out = check_library(folder), console()
     for note in found.notes:
         out.print(f"note: {note}.", markup=False, soft_wrap=True)
-    for fault in found.faults:
+    for fault in found.errors:
         out.print(f"fault: {fault}", markup=False, soft_wrap=True)
     count = len(found.library.entries)
     out.print(
-        f"{count} concept{'' if count == 1 else 's'} read whole, {len(found.faults)} "
-        f"fault{'' if len(found.faults) == 1 else 's'}",
+        f"{count} concept{'' if count == 1 else 's'} read whole, {len(found.errors)} "
+        f"fault{'' if len(found.errors) == 1 else 's'}",
         markup=False,
     )
-    return 1 if found.faults else 0
+    return 1 if found.errors else 0

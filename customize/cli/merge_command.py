@@ -200,7 +200,7 @@ def _write_pipeline(
             output.rmdir()
         partial.rename(output)
     listed = ", ".join(concept.info.name for concept in concepts)
-    words = [concept.info.words for concept in concepts if concept.info.words]
+    words = [concept.info.trigger_words for concept in concepts if concept.info.trigger_words]
     family = family_of(pipe.components)
     lines = snippet(str(output), [], words, family.name, family.output)
     console().print(

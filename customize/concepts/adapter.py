@@ -37,10 +37,10 @@ class Adapter:
     name: str
     models: dict[str, nn.Module]
     layers: dict[str, dict[str, Any]]
-    _before: dict[str, ModelState] = field(repr=False)
+    _initial_states: dict[str, ModelState] = field(repr=False)
     _configs: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def is_there(self) -> bool:
+    def is_attached(self) -> bool:
         """Whether it is on its models still, and no other one of its name in its place.
 
         Someone may have removed it, with diffusers' ``unload_lora_weights`` or the like.
@@ -62,7 +62,7 @@ class Adapter:
             for component, layers in self.layers.items()
         }
 
-    def products(self) -> dict[str, dict[str, LowRank]]:
+    def updates(self) -> dict[str, dict[str, LowRank]]:
         """A copy of the factors as they are now, on the CPU, with the names used in files."""
         return {
             component: {
@@ -77,7 +77,7 @@ class Adapter:
         }
 
     @contextmanager
-    def silent(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """Within it the models draw as without it."""
         layers = [layer for own in self.layers.values() for layer in own.values()]
         scales = [layer.scaling[self.name] for layer in layers]
@@ -89,7 +89,7 @@ class Adapter:
             for layer, scale in zip(layers, scales, strict=True):
                 layer.scaling[self.name] = scale
 
-    def swap(self, products: ConceptUpdates, dtype: torch.dtype | None = None) -> None:
+    def replace_updates(self, products: ConceptUpdates, dtype: torch.dtype | None = None) -> None:
         """Carry other updates, in the same layers; see
         :func:`customize.concepts.peft_adapter.replace_factors`.
 
@@ -106,8 +106,8 @@ class Adapter:
 
     def remove(self) -> None:
         """Give the models back bit for bit as they were; a second call does nothing."""
-        for component in list(self._before):
-            self._before.pop(component).restore(self.models[component], self.name)
+        for component in list(self._initial_states):
+            self._initial_states.pop(component).restore(self.models[component], self.name)
 
 
 def attach_new_adapter(
@@ -215,7 +215,7 @@ def attach_updates(
     adapter = Adapter(name, models, {}, {})
     try:
         for component, model in models.items():
-            adapter._before[component] = ModelState.of(model)
+            adapter._initial_states[component] = ModelState.of(model)
             adapter.layers[component] = inject_adapter(model, fitted[component], name, dtype)
             config: Any = model.peft_config
             adapter._configs[component] = config[name]
@@ -306,7 +306,7 @@ def _frozen_down_projections(
     for component, shapes in targets.items():
         for module, (_, width) in shapes.items():
             chosen = columns[width]
-            if not basis.avoid:
+            if not basis.num_shared_directions:
                 if width not in known:
                     known[width] = down_projection(fn, width, chosen, basis.seed, basis.scale)
                 found[component, module] = known[width]
@@ -320,7 +320,12 @@ def _frozen_down_projections(
                 )
             if id(inputs) not in known:
                 known[id(inputs)] = avoiding_slices.scaled_down_projection(
-                    fn, inputs, chosen, basis.seed, avoid=basis.avoid, scale=basis.scale
+                    fn,
+                    inputs,
+                    chosen,
+                    basis.seed,
+                    avoid=basis.num_shared_directions,
+                    scale=basis.scale,
                 )
             found[component, module] = known[id(inputs)]
     return found

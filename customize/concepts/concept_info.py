@@ -15,7 +15,6 @@ from pydantic import (
     Field,
     FiniteFloat,
     JsonValue,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
     model_serializer,
@@ -38,17 +37,22 @@ NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,63}"
 _PLAIN = re.compile(r"[^\x00-\x1f\x7f]*")
 
 
+# A field of BasisInfo -> its key in concept.json and in the digest over it.
+_BASIS_KEYS = {"num_shared_directions": "avoid", "shared_directions": "shared"}
+
+
 class BasisInfo(BaseModel):
-    """The orthogonal matrices that a concept's down-projections are slices of.
+    """The orthogonal matrices O whose columns a concept's down-projections are.
 
     Attributes:
         kind: a name in :data:`customize.core.bases.BASES`.
-        seed: fixes the matrix of each width; concepts with other seeds are not orthogonal.
+        seed: seed of the matrix of each width; concepts with different seeds are not orthogonal.
         scale: the down-projections are ``scale * O[:, columns]^T``.
-        avoid: how many leading directions of each layer's inputs the slices stay out of, at most;
-            see :func:`customize.core.bases.count_shared_directions`. Columns are of what is left of
-            the width.
-        shared: a name for the record of these directions; empty where none are avoided.
+        num_shared_directions: how many leading directions of each layer's inputs the slices are
+            orthogonal to, at most; see :func:`customize.core.bases.count_shared_directions`. The
+            columns then number the rest of the width.
+        shared_directions: name of the recording of these directions, 16 hexadecimal digits; empty
+            if there are none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,53 +60,67 @@ class BasisInfo(BaseModel):
     kind: Literal["cosine", "gaussian_qr"] = "cosine"
     seed: int = Field(0, ge=0, lt=2**64)
     scale: FiniteFloat = Field(1.0, gt=0)
-    avoid: int = Field(default=0, ge=0, le=128)
-    shared: str = Field(default="", pattern=r"^([0-9a-f]{16})?$")
+    num_shared_directions: int = Field(default=0, ge=0, le=128)
+    shared_directions: str = Field(default="", pattern=r"^([0-9a-f]{16})?$")
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the later fields where they say nothing, as digests of older files have it."""
-        values: dict[str, Any] = serialize(self)
-        return values if self.avoid else {k: values[k] for k in ("kind", "seed", "scale")}
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_stored_keys(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        fields = {key: field for field, key in _BASIS_KEYS.items()}
+        return {fields.get(key, key): value for key, value in values.items()}
+
+    @model_serializer(mode="plain")
+    def _serialize(self) -> dict[str, Any]:
+        """Serialize by the stored keys; the later ones only if set, so that digests stay."""
+        values: dict[str, Any] = {"kind": self.kind, "seed": self.seed, "scale": self.scale}
+        if self.num_shared_directions:
+            values |= {key: getattr(self, field) for field, key in _BASIS_KEYS.items()}
+        return values
 
 
 def check_slices(slices: Mapping[str, Sequence[int]], rank: int, basis: BasisInfo) -> None:
-    """Refuse slices that no concept can have.
+    """Check that every slice has as many distinct columns, in range, as the rank.
 
     Args:
-        slices: input width, as text -> columns.
+        slices: input width, as text -> column numbers.
+        rank: columns of a slice.
+        basis: of the slices.
 
     Raises:
-        ValueError: a width is none, or does not have as many distinct columns as the rank.
+        ValueError: a width is not a positive integer, or its columns are wrong.
     """
     for width, columns in slices.items():
         if not re.fullmatch(r"[1-9][0-9]{0,6}", width):
             raise ValueError(f"slices: {width[:MAX_NAME]!r} is not a layer width")
         distinct = len(set(columns)) == len(columns) == rank
-        limit = int(width) - count_shared_directions(int(width), basis.avoid)
+        limit = int(width) - count_shared_directions(int(width), basis.num_shared_directions)
         if not distinct or not all(0 <= column < limit for column in columns):
             raise ValueError(f"slices: width {width} needs {rank} distinct columns below {limit}")
 
 
 class ConceptInfo(BaseModel):
-    """The facts on a concept, as they stand in ``concept.json``.
+    """The facts about a concept, as stored in ``concept.json``.
 
     Attributes:
-        name: of the concept and of its folder.
-        trigger: what a prompt says, such as ``<rex>``.
-        class_word: what it is one of, such as ``dog``.
-        family: the model family's name.
-        base: the base model as the user gave it, a path or hub id.
-        fingerprint: what a model must agree with to take the concept.
-        method: "orthogonal" with a frozen slice of a basis, or "lora" with both factors learned.
-        basis: of the slices; None for "lora".
-        rank, alpha: updates are multiplied by alpha / rank.
-        slices: input width, as text -> the columns of the basis; empty for "lora".
-        num_tokens: tokens of the trigger in each dictionary; 0 for a concept without its own.
-        token_layers: cross-attention layers with an embedding of their own for each token; 0
-            where one embedding serves them all.
-        training: the settings it was learned with.
-        scores: what was measured on it.
+        name: name of the concept and of its folder.
+        trigger: the word for the concept in prompts, such as ``<rex>``.
+        class_word: the class of the concept, such as ``dog``.
+        family: name of the model family.
+        base: the base model as the user gave it: a path or hub id.
+        fingerprint: architecture of the base; a model must match it.
+        method: "orthogonal" (frozen down-projections, a slice of the basis) or "lora" (both factors
+            trained).
+        basis: basis of the slices; None for "lora".
+        rank: rank of every update.
+        alpha: numerator of the updates' scale alpha / rank.
+        slices: input width, as text -> columns of the basis; empty for "lora".
+        num_tokens: tokens of the trigger in each vocabulary; 0 if the trigger is plain text.
+        token_layers: number of cross-attention layers with separate token embeddings; 0 if one
+            embedding serves all layers.
+        training: settings and metadata of the training run.
+        scores: measured scores.
         created: date and time, ISO 8601.
     """
 
@@ -130,71 +148,75 @@ class ConceptInfo(BaseModel):
 
     @field_validator("class_word", "base", "created")
     @classmethod
-    def _one_plain_line(cls, text: str) -> str:
+    def _check_plain_line(cls, text: str) -> str:
         if not _PLAIN.fullmatch(text):
             raise ValueError("must be one line without control characters")
         return text
 
     @field_validator("fingerprint", "training", "scores")
     @classmethod
-    def _storable(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if not _finite(value):
-            raise ValueError("holds a number that is not finite, which JSON cannot carry")
+    def _check_storable(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if not _all_finite(value):
+            raise ValueError("contains a number that is not finite, which JSON cannot store")
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("holds a text that is not Unicode, which no file carries") from None
+            raise ValueError("contains text that is not valid Unicode") from None
         return value
 
     @model_validator(mode="after")
-    def _slices_fit(self) -> ConceptInfo:
+    def _check_method(self) -> ConceptInfo:
         if self.method == "lora":
             if self.basis is not None or self.slices:
-                raise ValueError("a concept of the method lora has neither basis nor slices")
+                raise ValueError("a concept with the method lora has no basis and no slices")
             return self
         if self.basis is None or not self.slices:
-            raise ValueError("a concept of the method orthogonal needs its basis and slices")
+            raise ValueError("a concept with the method orthogonal needs a basis and slices")
         check_slices(self.slices, self.rank, self.basis)
         return self
 
     @model_validator(mode="after")
-    def _layers_have_tokens(self) -> ConceptInfo:
+    def _check_token_layers(self) -> ConceptInfo:
         if self.token_layers and not self.num_tokens:
-            raise ValueError("a concept without tokens has none for each layer")
+            raise ValueError("token_layers needs num_tokens above 0")
         return self
 
     def __repr_args__(self) -> Any:
-        # A few lines: those that are left out have hundreds of numbers.
+        # Without the fields that have hundreds of numbers.
         long = ("fingerprint", "slices", "training", "scores")
         return [(name, value) for name, value in super().__repr_args__() if name not in long]
 
     @property
-    def learned_with(self) -> list[str]:
-        """The names of the concepts that it was learned in one run with."""
+    def trained_with(self) -> list[str]:
+        """Names of the concepts that were trained in the same run."""
         names = self.training.get("learned_with")
         return [str(name) for name in names] if isinstance(names, list) else []
 
     @property
-    def words(self) -> str:
-        """What a prompt says to mean it."""
+    def trigger_words(self) -> str:
+        """The words for the concept in a prompt: its trigger."""
         return self.trigger
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """All that call it: one."""
+        """All triggers: one."""
         return (self.trigger,)
 
     @property
     def scale(self) -> float:
-        """What every update is multiplied with: alpha / rank."""
+        """Scale of every update: alpha / rank."""
         return self.alpha / self.rank
 
 
 def parse_info(values: Any, where: object) -> ConceptInfo:
-    """Parsed JSON as :class:`ConceptInfo`.
+    """Validate parsed JSON as :class:`ConceptInfo`.
+
+    Args:
+        values: the parsed JSON.
+        where: file or argument, for errors.
 
     Raises:
-        ConceptError: an unknown schema version, or fields that are missing, extra or wrong.
+        ConceptError: the schema version is unknown, or a field is missing, unknown or invalid.
     """
     version = values.get("schema_version") if isinstance(values, dict) else None
     if type(version) is int and version != SCHEMA_VERSION:
@@ -208,24 +230,24 @@ def parse_info(values: Any, where: object) -> ConceptInfo:
         return ConceptInfo.model_validate(values, strict=True)
     except RecursionError as error:
         raise ConceptError(
-            "the facts on the concept are nested too deeply",
+            "the concept's facts are nested too deeply",
             where=where,
             fix="get an unchanged copy of the concept",
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        place, problem = (text[:MAX_NAME] for text in (place, first["msg"]))
+        field = ".".join(str(part) for part in first["loc"]) or "the top level"
+        field, problem = (text[:MAX_NAME] for text in (field, first["msg"]))
         raise ConceptError(
-            f"the facts on the concept are wrong at {place}: {problem}",
+            f"the concept's facts are invalid at {field}: {problem}",
             where=where,
             fix="get an unchanged copy of the concept",
         ) from error
 
 
-def _finite(value: Any) -> bool:
+def _all_finite(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    return all(map(_finite, value)) if isinstance(value, list) else True
+        return all(map(_all_finite, value.values()))
+    return all(map(_all_finite, value)) if isinstance(value, list) else True

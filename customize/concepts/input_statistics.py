@@ -81,12 +81,12 @@ class LayerInputs:
         generic: the same of the base and the class word.
     """
 
-    of: str
-    own: LayerFactors
+    digest: str
+    concept: LayerFactors
     generic: LayerFactors
 
     def __repr__(self) -> str:
-        return f"LayerInputs(of {self.of[:8]}; {describe_layer_counts(self.own)})"
+        return f"LayerInputs(of {self.digest[:8]}; {describe_layer_counts(self.concept)})"
 
     def save(self, path: str | Path) -> Path:
         """Write it, whole or not at all, over an older one.
@@ -106,7 +106,7 @@ class LayerInputs:
         tensors: dict[str, Tensor] = {}
         same: dict[str, str] = {}
         keys: dict[int, str] = {}
-        for kind, factors in (("own", self.own), ("generic", self.generic)):
+        for kind, factors in (("own", self.concept), ("generic", self.generic)):
             for component, layers in factors.items():
                 for module, rows in layers.items():
                     key = f"{kind}.{component}.{module}"
@@ -115,7 +115,7 @@ class LayerInputs:
                         same[key] = keys[id(rows)]
                     else:
                         tensors[key] = rows.to(torch.float16)
-        header = {"version": VERSION, "of": self.of, "same": same}
+        header = {"version": VERSION, "of": self.digest, "same": same}
         return safetensors_bytes(tensors, {HEADER: json.dumps(header)})
 
     @classmethod
@@ -155,13 +155,13 @@ def load_recorded_inputs(
     if path is None or not path_exists(path):
         return None
     found = LayerInputs.load(path)
-    if found.of != digest_updates(products):
+    if found.digest != digest_updates(products):
         raise ConceptError(
             f"the record of layer inputs is not of {name} as it is now",
             where=path,
             fix="delete it, or record it again: customize record",
         )
-    for factors in (found.own, found.generic):
+    for factors in (found.concept, found.generic):
         for component, layers in factors.items():
             for module, rows in layers.items():
                 update = products.get(component, {}).get(module)
@@ -249,12 +249,12 @@ def record_layer_inputs(
     shape: Sequence[int],
     *,
     encode: Encode | None = None,
-    empty_counts: bool = False,
-    ready: Callable[[], object] = lambda: None,
+    include_empty_prompt: bool = False,
+    before_denoising: Callable[[], object] = lambda: None,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    track: Callable[[list[Any]], Iterable[Any]] = iter,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> dict[str, dict[str, Tensor]]:
     """Draw, and record what the layers read.
 
@@ -281,12 +281,12 @@ def record_layer_inputs(
     empty = family.unconditional(empty)
     with recorded_inputs(family, layers) as watch:
         with autocast():
-            if empty_counts:
+            if include_empty_prompt:
                 encode([""])
             asked = [encode(chunk) for chunk in chunks]
-        ready()
-        watch.halved = family.is_guided(guidance) and not empty_counts
-        for number, conditions in enumerate(track(asked)):
+        before_denoising()
+        watch.skip_first_half = family.is_guided(guidance) and not include_empty_prompt
+        for number, conditions in enumerate(progress(asked)):
             first = number * _TOGETHER
             sample(
                 family,
@@ -309,13 +309,13 @@ class InputRecorder:
     """
 
     def __init__(self) -> None:
-        self.halved = False
+        self.skip_first_half = False
         self._moments: dict[tuple[str, str], InputMoment] = {}
         # A layer that reads the very tensor that the one before has read: the one before.
         self._same: dict[tuple[str, str], tuple[str, str]] = {}
         self._last: tuple[tuple[str, str], Tensor] | None = None
 
-    def see(self, layer: tuple[str, str], module: nn.Module, args: Sequence[Any]) -> None:
+    def record(self, layer: tuple[str, str], module: nn.Module, args: Sequence[Any]) -> None:
         """A pre-hook of the layer."""
         inputs = args[0]
         if layer in self._same:
@@ -327,7 +327,7 @@ class InputRecorder:
             self._moments[layer] = InputMoment(_width(inputs, module), device=inputs.device)
         # Held, so that the next layer's input cannot be mistaken for this one.
         self._last = (layer, inputs)
-        describe_layer_counts = inputs[inputs.shape[0] // 2 :] if self.halved else inputs
+        describe_layer_counts = inputs[inputs.shape[0] // 2 :] if self.skip_first_half else inputs
         self._moments[layer].add(_rows(describe_layer_counts, module))
 
     def factors(self, directions: int) -> dict[str, dict[str, Tensor]]:
@@ -355,7 +355,7 @@ def recorded_inputs(family: Family, layers: Layers) -> Iterator[InputRecorder]:
                     def hook(
                         module: nn.Module, args: Any, place: Any = (component, module)
                     ) -> None:
-                        watch.see(place, module, args)
+                        watch.record(place, module, args)
 
                     handles.append(layer.register_forward_pre_hook(hook))
         yield watch

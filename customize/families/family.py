@@ -187,8 +187,8 @@ class Family(DenoiserInputs):
         """
         if self.guidance_needs_negative_prompt and negative is None and scale is not None:
             negative = ""
-        asked = {self.guidance_argument: scale, "negative_prompt": negative}
-        return {name: value for name, value in asked.items() if value is not None}
+        conditional = {self.guidance_argument: scale, "negative_prompt": negative}
+        return {name: value for name, value in conditional.items() if value is not None}
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
         """A new scheduler like the pipeline's, set to so many steps as the pipeline sets it.
@@ -208,7 +208,7 @@ class Family(DenoiserInputs):
         """
         return dict(empty)
 
-    def apply_guidance(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
+    def apply_guidance(self, unconditional: Tensor, asked: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598) as the pipeline has it.
 
         Args:
@@ -216,7 +216,7 @@ class Family(DenoiserInputs):
             scale: as the pipeline counts it; see :attr:`no_guidance`.
         """
         # Some pipelines count from the prompt's own answer: 0 is no guidance to them.
-        return plain + (scale + 1.0 - self.no_guidance) * (asked - plain)
+        return unconditional + (scale + 1.0 - self.no_guidance) * (asked - unconditional)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The distribution of the latents of pictures, so that a cache can draw from it anew.

@@ -187,7 +187,7 @@ def route_to(family: Family, state: AttachedState, entries: Sequence[LibraryEntr
     kept = {name: each for name, each in before.items() if not each.routed}
     now = [each.concept for each in before.values() if each.routed]
     same = len(now) == len(new) and all(a is b for a, b in zip(now, new, strict=True))
-    if same and all(adapter.is_there() for adapter in state.adapters):
+    if same and all(adapter.is_attached() for adapter in state.adapters):
         return
     check_shared_components(family, state)
     found = resolve_attachments(kept, new, None, False, whole)
@@ -224,7 +224,7 @@ def set_to(
         for name in names
     }
     now, then = ([(e.name, e.weight, e.routed) for e in each.values()] for each in (before, after))
-    if now != then or not all(adapter.is_there() for adapter in state.adapters):
+    if now != then or not all(adapter.is_attached() for adapter in state.adapters):
         _change(_checked(family, state, after, new))
 
 

@@ -58,18 +58,18 @@ class LibraryCache:
             ConceptError: it cannot be read, or was learned on another model; or several have it.
         """
         found = self._one(trigger)
-        if found is None or not self.library.is_fresh(found):
+        if found is None or not self.library.is_unchanged(found):
             self.library.refresh()
             found = self._one(trigger)
-        if found is not None and found.fault:
+        if found is not None and found.error:
             raise ConceptError(
-                f"{trigger} calls a concept of the library that cannot be read: {found.fault}",
+                f"{trigger} calls a concept of the library that cannot be read: {found.error}",
                 where=self.library.path(found),
             )
         return found
 
     def _one(self, trigger: str) -> LibraryEntry | None:
-        called = self.library.called(trigger)
+        called = self.library.find_by_trigger(trigger)
         fitting = [entry for entry in called if self.is_compatible(entry)]
         if len(fitting) > 1:
             raise ConceptError(
@@ -130,7 +130,9 @@ class LibraryCache:
 
     def put_input_statistics(self, concept: Adaptation, record: LayerInputs | None) -> None:
         """Know a concept's record, or that it has none, as long as there is room."""
-        size = 0 if record is None else tensor_bytes([*_rows(record.own), *_rows(record.generic)])
+        size = (
+            0 if record is None else tensor_bytes([*_rows(record.concept), *_rows(record.generic)])
+        )
         self.cache.put(("record", id(concept)), (weakref.ref(concept), record), size + _BESIDE)
 
     def get_merged_updates(

@@ -132,7 +132,7 @@ def recorded(
             fix='write such as "a photo of {} on a beach"; some ten of different places do',
         )
     for concept in concepts:
-        if not (words or concept.info.words):
+        if not (words or concept.info.trigger_words):
             raise ConfigError(
                 f"{concept.info.name} says no words that call it, so nobody knows what to draw",
                 where=concept.info.name,
@@ -149,7 +149,7 @@ def recorded(
         for concept in concepts:
             products, info = concept.updates, concept.info
             layers = updated_layers(family, products)
-            drawn = fill_prompts(words or info.words, prompts)
+            drawn = fill_prompts(words or info.trigger_words, prompts)
             apply_attachments(family, state, {}, MergePlan())
             generic = record_layer_inputs(
                 family, layers, base_prompts(info.class_word, prompts), shape
@@ -157,7 +157,7 @@ def recorded(
             apply_attachments(
                 family, state, {info.name: AttachedConcept(concept, 1.0, fused=False)}, MergePlan()
             )
-            _check_read(family, concept, words or info.words, drawn)
+            _check_read(family, concept, words or info.trigger_words, drawn)
             own = record_layer_inputs(family, layers, drawn, shape)
             found[info.name] = LayerInputs(digest_updates(products), own, generic)
     return found

@@ -37,7 +37,7 @@ def summarize(pipe: Any) -> Customization:
         mode += ", by the prompt" if attached.routed else ""
         if any(_lacks_tokens(family, state, s.trigger) for s in attached.concept.subjects):
             mode += " (tokens removed by someone else)"
-        said, thing = info.words or "-", info.class_word or "-"
+        said, thing = info.trigger_words or "-", info.class_word or "-"
         rows.append(ConceptRow(name, said, thing, attached.weight, info.rank, slices, mode))
     denoiser = family.denoiser
     place = f"{family.name} ({denoiser.device}, {str(denoiser.dtype).removeprefix('torch.')})"
@@ -68,7 +68,7 @@ def _library(state: AttachedState) -> str:
 
 
 def _adapter_mode(state: AttachedState) -> str:
-    if not all(each.is_there() for each in state.adapters):
+    if not all(each.is_attached() for each in state.adapters):
         return "adapter (removed by someone else)"
     layers = [each for a in state.adapters for own in a.layers.values() for each in own.values()]
     # With a library there may be some that what is attached does not change.

@@ -82,7 +82,7 @@ def apply_attachments(
     layers |= _layers(state).keys()  # of a library's, some may be idle
     check_layers(models, sorted(layers), wrapping=not _can_swap(state, new[0]))
     for component, model in models.items():
-        ours = any(each.is_there() and component in each.models for each in state.adapters)
+        ours = any(each.is_attached() and component in each.models for each in state.adapters)
         if ADAPTER_NAME in getattr(model, "peft_config", {}) and not ours:
             raise PipelineError(
                 f"an adapter named {ADAPTER_NAME} that was not loaded by load_custom is attached",
@@ -97,7 +97,7 @@ def apply_attachments(
         originals = check_unchanged(models, old[1], state.weight_originals)
         was = {place: _Use.of(layer) for place, layer in _layers(state).items()}
         factors = _factors(state, old[0])
-        gone = [adapter for adapter in state.adapters if not adapter.is_there()]
+        gone = [adapter for adapter in state.adapters if not adapter.is_attached()]
         try:
             state.weight_originals.update(originals)
             state.vector_originals.update(unchanged)
@@ -137,7 +137,7 @@ def _rebuild(
     fuse_updates(models, into, state.weight_originals)
     for adapter in state.adapters:
         (component,) = adapter.models
-        adapter.swap(beside, dtypes[component])
+        adapter.replace_updates(beside, dtypes[component])
     if not swapped:
         _wrap(family, models, state, beside, dtypes)
     _set_tokens(family, state, attached)
@@ -174,7 +174,7 @@ def _can_swap(state: AttachedState, beside: AdapterUpdates) -> bool:
 
     They keep no layer more than they change, but for a library, where the next call may need it.
     """
-    if not state.adapters or not all(adapter.is_there() for adapter in state.adapters):
+    if not state.adapters or not all(adapter.is_attached() for adapter in state.adapters):
         return False
     layers = {key: own.keys() for each in state.adapters for key, own in each.layers.items()}
     if state.library_cache is None:
@@ -353,7 +353,7 @@ def _layers(state: AttachedState) -> dict[tuple[str, str], Any]:
     return {
         (component, module): layer
         for adapter in state.adapters
-        if adapter.is_there()
+        if adapter.is_attached()
         for component, layers in adapter.layers.items()
         for module, layer in layers.items()
     }
@@ -378,7 +378,7 @@ def _adapter_dtypes(
     there = {
         component: next(iter(layers.values())).lora_B[ADAPTER_NAME].weight.dtype
         for adapter in state.adapters
-        if adapter.is_there()
+        if adapter.is_attached()
         for component, layers in adapter.layers.items()
     }
     return {key: there.get(key) or _adapter_dtype(model) for key, model in models.items()}

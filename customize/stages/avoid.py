@@ -276,4 +276,6 @@ def _phrases_from_captions(state: AttachedState) -> tuple[str, ...]:
 
 def _names_concept(state: AttachedState, text: str) -> bool:
     infos = [attached.concept.info for attached in state.attached.values()]
-    return any(find_phrase(words, text) for info in infos for words in (info.words, *info.triggers))
+    return any(
+        find_phrase(words, text) for info in infos for words in (info.trigger_words, *info.triggers)
+    )

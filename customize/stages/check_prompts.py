@@ -53,7 +53,7 @@ class Vocabulary:
             if names is None or name in names
         ]
         self.triggers = [trigger for info in infos for trigger in info.triggers]
-        self._words = " ".join(info.words for info in infos).lower()
+        self._words = " ".join(info.trigger_words for info in infos).lower()
         self._tokenizers = list(get_tokenizers(family).values())
         self._entries = {name for entries in state.token_names.values() for name in entries}
 
@@ -121,7 +121,9 @@ PROMPTS = Stage((), _run, acts=lambda s: bool(s.attached or s.library_cache), ex
 def truncation_warnings(context: CallContext, call: CallArguments) -> list[str]:
     """What to say of prompts in which an attached concept is named behind what is read."""
     infos = [each.concept.info for each in context.state.attached.values()]
-    names = list(dict.fromkeys(name for info in infos for name in (info.words, *info.triggers)))
+    names = list(
+        dict.fromkeys(name for info in infos for name in (info.trigger_words, *info.triggers))
+    )
     if "max_embeddings_multiples" in context.parameters:
         return []  # a community pipeline, which reads long prompts in parts
     found = []

@@ -47,9 +47,9 @@ def _routed(context: CallContext, call: CallArguments) -> Iterator[CallArguments
     with full_precision(tf32=True):
         route_to(family, state, [*{entry.source: entry for entry in entries.values()}.values()])
     words = {
-        trigger: entry.words or entry.name.replace("-", " ").replace("_", " ")
+        trigger: entry.trigger_words or entry.name.replace("-", " ").replace("_", " ")
         for trigger, entry in entries.items()
-        if not entry.own_tokens and trigger == entry.trigger
+        if not entry.has_own_tokens and trigger == entry.trigger
     }
     try:
         yield call | {name: _worded(value, words) for name, value in prompts.items()}
@@ -71,7 +71,7 @@ def _named(family: Family, state: AttachedState, texts: Iterable[str]) -> dict[s
     """
     cache = state.library_cache
     assert cache is not None
-    cache.library.follow()
+    cache.library.refresh_if_changed()
     by_name = [name for name, each in state.attached.items() if not each.routed]
     vocabulary = Vocabulary(family, state, by_name)
     loaded = {trigger.lower() for trigger in vocabulary.triggers}
@@ -85,7 +85,7 @@ def _named(family: Family, state: AttachedState, texts: Iterable[str]) -> dict[s
             found[trigger] = entry
             continue
         if not vocabulary.has_elsewhere(token):
-            near = ", ".join(cache.library.near(trigger, cache.is_compatible))
+            near = ", ".join(cache.library.similar_triggers(trigger, cache.is_compatible))
             count = len(cache.library.entries)
             raise ConfigError(
                 f"the prompt names {token}, and none of the library's {count} concepts has that "

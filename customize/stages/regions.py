@@ -50,7 +50,7 @@ def _run(context: CallContext, call: CallArguments, regions: Any = None) -> Iter
             where="prompt",
             fix="give prompt= a text or a list of texts",
         )
-    words = {name: a.concept.info.words for name, a in context.state.attached.items()}
+    words = {name: a.concept.info.trigger_words for name, a in context.state.attached.items()}
     regional = [
         _regional_prompt(text, regions_of_prompt, words)
         for text, regions_of_prompt in zip(

@@ -122,7 +122,7 @@ def parse_weights(value: Any) -> Any:
 def contains_trigger(text: str, trigger: str) -> bool:
     """Whether a text contains a trigger, ignoring case.
 
-    :func:`customize.concepts.tokens.token_rows.expand` finds triggers in the same way.
+    :func:`customize.concepts.tokens.token_rows.expand_prompt` finds triggers in the same way.
     """
     return re.search(re.escape(trigger), text, re.IGNORECASE) is not None
 

@@ -64,12 +64,12 @@ def record_concept_inputs(
         with trainable.adapters_disabled(but=learned):
             track = partial(progress.track, text=text)
             own = record_layer_inputs(
-                family, layers, fill_prompts(config.trigger), shape, track=track, **how
+                family, layers, fill_prompts(config.trigger), shape, progress=track, **how
             )
         with trainable.adapters_disabled():
             prompts = base_prompts(config.class_word)
             track = partial(progress.track, text=f"{text} without it")
-            generic = record_layer_inputs(family, layers, prompts, shape, track=track, **how)
+            generic = record_layer_inputs(family, layers, prompts, shape, progress=track, **how)
     except ConceptError as error:
         warnings.warn(f"the layer inputs of {config.name} were not recorded: {error}", stacklevel=2)
         return
@@ -103,8 +103,14 @@ def record_generic_inputs(
         offload(family, encoders, free=False)
         move_to_device(family.denoisers, device)
 
-    how: dict[str, Any] = {"empty_counts": True, "ready": ready, "autocast": autocast}
-    how["track"] = partial(progress.track, text="recording what all prompts share, once for a base")
+    how: dict[str, Any] = {
+        "include_empty_prompt": True,
+        "before_denoising": ready,
+        "autocast": autocast,
+    }
+    how["progress"] = partial(
+        progress.track, text="recording what all prompts share, once for a base"
+    )
     try:
         generic = record_layer_inputs(family, layers, prompts, shape, **how)
     except ConceptError as error:

@@ -397,7 +397,7 @@ def _trained(
                 training["learned_with"] = sorted(with_what[JOINT_CONCEPTS])
             info = run_metadata.concept_info(learned, family, basis, fingerprint, training)
             output = learned.config.output
-            concept = Concept(info, learned.adapter.products(), learned.token_embeddings(), output)
+            concept = Concept(info, learned.adapter.updates(), learned.token_embeddings(), output)
             found.append(concept)
             if accelerator.is_main_process:
                 with progress.phase(f"saving {concept.info.name}"):

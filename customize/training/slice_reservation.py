@@ -99,7 +99,7 @@ def _claim(
     former = dict(zip((c.name for c in configs), before or (), strict=False))
     chosen: dict[str, SliceReservation] = {}
     with nullcontext() if library is None else slice_reservations.lock_library(library):
-        there = [] if library is None else slice_owners(library, without=[c.name for c in configs])
+        there = [] if library is None else slice_owners(library, exclude=[c.name for c in configs])
         # Where a number is set it stands, so the others keep out of its way.
         for config in sorted(configs, key=lambda config: config.slice is None):
             others = [*there, *chosen.values()]
@@ -131,7 +131,9 @@ def _claim_of(
     config: TrainConfig, family: Family, basis: BasisInfo, index: int | None
 ) -> SliceReservation:
     widths = input_widths(family, config)
-    columns = slice_columns(widths, config.rank, index=index, name=config.name, avoid=basis.avoid)
+    columns = slice_columns(
+        widths, config.rank, index=index, name=config.name, avoid=basis.num_shared_directions
+    )
     return SliceReservation(
         name=config.name,
         basis=basis,
@@ -187,7 +189,8 @@ def _tell(
     alone = config.library is None
     for width, columns in claim.slices.items() if alone and config.slice is not None else ():
         limit = capacity(
-            int(width) - count_shared_directions(int(width), claim.basis.avoid), claim.rank
+            int(width) - count_shared_directions(int(width), claim.basis.num_shared_directions),
+            claim.rank,
         )
         if claim.index is not None and claim.index >= limit:
             warnings.warn(

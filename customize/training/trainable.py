@@ -118,7 +118,7 @@ class Trainable:
         with ExitStack() as stack:
             for concept in self.concepts:
                 if concept is not but:
-                    stack.enter_context(concept.adapter.silent())
+                    stack.enter_context(concept.adapter.disabled())
             yield
 
     def parameter_groups(self, family: Family, config: TrainConfig) -> list[dict[str, Any]]:
@@ -257,7 +257,7 @@ def _added(
     if basis is not None:
         widths = input_widths(family, config)
         columns = slice_columns(
-            widths, config.rank, index=index, name=config.name, avoid=basis.avoid
+            widths, config.rank, index=index, name=config.name, avoid=basis.num_shared_directions
         )
     rows: dict[str, token_rows.TrainableRows] = {}
     # Without a dictionary the trigger stays a plain word of the prompt.
@@ -295,7 +295,11 @@ def _added(
         for own in adapter.layers.values():
             for layer in own.values():
                 layer.cast_input_dtype_enabled = False
-    held = _held(adapter, generic, config.shared_directions_weight) if basis and basis.avoid else []
+    held = (
+        _held(adapter, generic, config.shared_directions_weight)
+        if basis and basis.num_shared_directions
+        else []
+    )
     return TrainableConcept(config, adapter, rows, layers, entries, columns, held)
 
 
@@ -349,8 +353,8 @@ def slice_basis(config: TrainConfig, shared: str) -> BasisInfo | None:
         kind=config.orthogonal_matrix,
         seed=config.matrix_seed,
         scale=config.matrix_scale,
-        avoid=config.num_shared_directions,
-        shared=shared,
+        num_shared_directions=config.num_shared_directions,
+        shared_directions=shared,
     )
 
 

@@ -39,7 +39,7 @@ PREDICTORS = ("measured", "factors")
 def predictions(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
     """Predictor -> (K, K): entry (i, j) is what j does to i."""
     products = {name: flatten_layers(each.concept.updates) for name, each in learned.items()}
-    inputs = {name: flatten_layers(each.record.own) for name, each in learned.items()}
+    inputs = {name: flatten_layers(each.record.concept) for name, each in learned.items()}
     return {
         "measured": relative_responses(response_norms(products, inputs)),
         "factors": overlap_matrix(products),

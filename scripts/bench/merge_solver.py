@@ -39,7 +39,9 @@ def gradient_fusion(learned: Sequence[Learned]) -> Products:
     for part in learned[0].concept.updates:
         merged[part] = {}
         for module in learned[0].concept.updates[part]:
-            inputs = [each.record.own[part][saved_module_name(part, module)] for each in learned]
+            inputs = [
+                each.record.concept[part][saved_module_name(part, module)] for each in learned
+            ]
             wanted = [
                 to_dense(each.concept.updates[part][module]) @ rows.T
                 for each, rows in zip(learned, inputs, strict=True)

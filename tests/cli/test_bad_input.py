@@ -326,9 +326,9 @@ def test_names_that_lead_elsewhere(run: Run, world: World, tmp_path: Path, pipe)
     path = save_concept(concept(pipe), tmp_path / "rex")
     facts = json.loads((path / INFO_FILE).read_text())
     (path / INFO_FILE).write_text(json.dumps(facts | {"name": "../rex"}))
-    refused(run("inspect", path), "wrong at name", str(path / INFO_FILE), " Fix: ")
-    refused(run("merge", world.tom, path, "--output", tmp_path / "m"), "wrong at name")
-    check_nothing_changes(pipe, [world.tom, path], "wrong at name")
+    refused(run("inspect", path), "invalid at name", str(path / INFO_FILE), " Fix: ")
+    refused(run("merge", world.tom, path, "--output", tmp_path / "m"), "invalid at name")
+    check_nothing_changes(pipe, [world.tom, path], "invalid at name")
     assert not (tmp_path / "m").exists()
 
 

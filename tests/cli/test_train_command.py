@@ -136,7 +136,7 @@ def test_concepts_in_one_run(run: Run, world: World, tmp_path: Path) -> None:
     assert "max" in attached and "kit" in attached
     concepts = [load_concept(tmp_path / "out" / name).info for name in ("max", "kit")]
     assert [c.rank for c in concepts] == [2, 2]
-    assert [c.learned_with for c in concepts] == [["kit"], ["max"]]
+    assert [c.trained_with for c in concepts] == [["kit"], ["max"]]
     shown = run("inspect", tmp_path / "out" / "kit").out
     assert "trained with" in shown and "max" in shown
 

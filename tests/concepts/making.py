@@ -120,4 +120,4 @@ def learn(
         slices={str(width): list(slice_) for width, slice_ in columns.items()},
         num_tokens=2 if rows else 0,
     )
-    return family, adapter, Concept(info, adapter.products(), rows)
+    return family, adapter, Concept(info, adapter.updates(), rows)

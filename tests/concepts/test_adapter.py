@@ -94,7 +94,7 @@ def test_a_new_adapter_changes_nothing_and_goes_without_a_trace(make, method: st
 def test_orthogonal_down_projections_are_the_frozen_slices(kind) -> None:
     family = family_of(tiny_sd().components)
     adapter = orthogonal(family, basis=BasisInfo(kind=kind, seed=5, scale=0.5), alpha=2.0)
-    for updates in adapter.products().values():
+    for updates in adapter.updates().values():
         for update in updates.values():
             width = update.shape[1]
             expected = down_projection(BASES[kind], width, COLUMNS[width], 5, 0.5)
@@ -112,7 +112,7 @@ def test_learned_concepts_with_different_slices_are_orthogonal() -> None:
         with torch.no_grad():
             for p in adapter.parameters()["unet"]:
                 p.normal_()
-        updates.append(adapter.products()["unet"])
+        updates.append(adapter.updates()["unet"])
     assert max(update_overlap(u, updates[1][m]) for m, u in updates[0].items()) < 1e-6
 
 
@@ -120,7 +120,7 @@ def test_ordinary_lora_starts_like_pefts_and_repeats_by_its_seed() -> None:
     def downs(seed: int) -> list[torch.Tensor]:
         family = family_of(tiny_sd().components)
         adapter = attach_new_adapter(family, method="lora", rank=4, components=["unet"], seed=seed)
-        return [update.down for update in adapter.products()["unet"].values()]
+        return [update.down for update in adapter.updates()["unet"].values()]
 
     first, again, other = downs(1), downs(1), downs(2)
     assert all(map(torch.equal, first, again))
@@ -136,7 +136,7 @@ def test_the_adapter_stays_float32_on_a_half_precision_base() -> None:
     family.denoiser.to(torch.bfloat16)
     adapter = orthogonal(family, components=["unet"])
     weights = {p.dtype for p in adapter.parameters()["unet"]}
-    products = adapter.products()["unet"]
+    products = adapter.updates()["unet"]
     assert weights == {torch.float32}
     assert {u.down.dtype for u in products.values()} == {torch.float32}
     assert torch.isfinite(call(family)).all()
@@ -173,7 +173,7 @@ def test_products_do_on_another_copy_what_the_adapter_does(make) -> None:
     loaded = attach_updates(fresh, concept.updates, name="rex")
     assert torch.equal(call(fresh), expected) and not torch.equal(plain, expected)
     assert not any(loaded.parameters().values())
-    for component, updates in loaded.products().items():
+    for component, updates in loaded.updates().items():
         assert list(updates) == list(concept.updates[component])
         for module, update in updates.items():
             assert torch.equal(to_dense(update), to_dense(concept.updates[component][module]))

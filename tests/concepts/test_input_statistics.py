@@ -41,12 +41,12 @@ def record(concept, rows: int = 3, seed: int = 0) -> LayerInputs:
 
 def test_round_trip(tmp_path):
     before = record(small())
-    shared = before.own["unet"]["mid.attn1.to_q"]
-    before.own["unet"]["mid.attn1.to_k"] = shared  # two layers that read the same tensor
+    shared = before.concept["unet"]["mid.attn1.to_q"]
+    before.concept["unet"]["mid.attn1.to_k"] = shared  # two layers that read the same tensor
     path = before.save(tmp_path / "layer_inputs.safetensors")
     after = LayerInputs.load(path)
-    assert after.of == before.of
-    for kind in ("own", "generic"):
+    assert after.digest == before.digest
+    for kind in ("concept", "generic"):
         old, new = getattr(before, kind), getattr(after, kind)
         assert {c: set(m) for c, m in old.items()} == {c: set(m) for c, m in new.items()}
         for component, layers in old.items():
@@ -54,7 +54,7 @@ def test_round_trip(tmp_path):
                 read = new[component][module]
                 assert read.dtype == torch.float32
                 torch.testing.assert_close(read, rows, atol=1e-4, rtol=1e-3)
-    assert after.own["unet"]["mid.attn1.to_k"] is after.own["unet"]["mid.attn1.to_q"]
+    assert after.concept["unet"]["mid.attn1.to_k"] is after.concept["unet"]["mid.attn1.to_q"]
     size = path.stat().st_size
     assert size < 2 * sum(rows.numel() for _, _, rows in _listed(before)) + 3000
     before.save(path)
@@ -65,7 +65,7 @@ def test_round_trip(tmp_path):
 def _listed(found):
     return [
         (component, module, rows)
-        for factors in (found.own, found.generic)
+        for factors in (found.concept, found.generic)
         for component, layers in factors.items()
         for module, rows in layers.items()
     ]
@@ -222,7 +222,7 @@ def test_a_record_with_other_bytes_loads_right_or_is_refused(tmp_path_factory, d
 
 def test_a_record_of_other_widths_is_refused_by_name(tmp_path):
     rex = small()
-    for kind in ("own", "generic"):
+    for kind in ("concept", "generic"):
         odd_one = record(rex)
         layers = getattr(odd_one, kind)["unet"]
         layers["mid.attn1.to_q"] = layers["mid.attn1.to_q"].repeat(1, 2)
@@ -247,7 +247,7 @@ def test_a_merge_by_fusion_wants_a_record_for_each():
 def test_layers_without_a_record_are_summed():
     rex, tom = small(), small(seed=1, name="tom", trigger="<tom>")
     records = [record(rex), record(tom, seed=1)]
-    del records[1].own["unet"]["mid.attn1.to_q"]
+    del records[1].concept["unet"]["mid.attn1.to_q"]
     fused = merge_concepts([rex, tom], [1.0, 0.5], "fusion", records)
     own = [c.updates["unet"]["mid.attn2.to_out.0"] for c in (rex, tom)]
     there = fused["unet"]["mid.attn2.to_out.0"]

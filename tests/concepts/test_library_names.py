@@ -34,14 +34,14 @@ def test_names_that_are_not_unicode_are_names_like_others(folder: Path) -> None:
     lora(folder / f"{ODD}.safetensors")
     save_concept(small(1, name="tom", trigger="<tom>"), folder / f"{ODD} folder")
     first = Library(folder)
-    assert first.kept
+    assert first.is_index_saved
     assert {entry.source for entry in first.entries.values()} == {
         *("rex", f"{ODD}.safetensors", f"{ODD} folder")
     }
     again = Library(folder)
-    assert again.stale == 0 and again.entries == first.entries == read_index(folder)
-    assert [entry.name for entry in again.called("<tom>")] == ["tom"]
-    found = "\n".join(check_library(folder).faults)
+    assert again.num_stale_rows == 0 and again.entries == first.entries == read_index(folder)
+    assert [entry.name for entry in again.find_by_trigger("<tom>")] == ["tom"]
+    found = "\n".join(check_library(folder).errors)
     assert "\\udcff" in found
     found.encode()  # whatever prints it
 
@@ -53,7 +53,7 @@ def test_long_names_are_names_like_others(folder: Path, length: int) -> None:
     save_concept(small(1, name="tom", trigger="<tom>"), folder / ("b" * length))
     entries = Library(folder).entries
     assert set(entries) == {"rex", name, "b" * length}
-    assert not any(entry.fault for entry in entries.values())
+    assert not any(entry.error for entry in entries.values())
     other = folder.parent / "other"
     assert add_to_library(other, folder / name).name == "a" * 64
     assert add_to_library(other, folder / ("b" * length)).name == "tom"
@@ -68,12 +68,12 @@ def test_what_cannot_be_read_is_named(folder: Path) -> None:
     (folder / "max").mkdir()
     (folder / "max" / "concept.json").symlink_to("nowhere")
     entries = Library(folder).entries
-    said = {source: entry.fault for source, entry in entries.items() if entry.fault}
+    said = {source: entry.error for source, entry in entries.items() if entry.error}
     assert set(said) == {
         *("fifo.safetensors", "dangling.safetensors", "loop.safetensors", "kit", "max")
     }
     assert "a FIFO" in said["fifo.safetensors"] and "a FIFO" in said["kit"]
-    faults = "\n".join(check_library(folder).faults)
+    faults = "\n".join(check_library(folder).errors)
     for source in said:
         assert source in faults
     with pytest.raises(ConceptError, match="a FIFO"):
@@ -98,13 +98,13 @@ from customize.concepts.library.library import Library
 from customize.concepts.slices.allocation import slice_owners
 
 library = Path(sys.argv[1])
-said = {source: entry.fault for source, entry in Library(library).entries.items()}
+said = {source: entry.error for source, entry in Library(library).entries.items()}
 for name in ("none", "enter", "read"):
     try:
         said[f"load {name}"] = load_concept(library / name).info.name
     except errors.ConceptError as error:
         said[f"load {name}"] = str(error)
-said["check"] = " ".join(check_library(library).faults)
+said["check"] = " ".join(check_library(library).errors)
 for name in ("enter", "read", "none"):
     (library / name).chmod(0o755)
 (library / "fine").chmod(0o444)

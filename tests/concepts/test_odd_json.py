@@ -82,7 +82,11 @@ def assert_said(error: ConceptError, path: Any) -> None:
 
 
 CLAIM = SliceReservation(
-    name="rex", basis=BasisInfo(avoid=1), rank=2, index=1, slices={"64": [2, 3], "96": [2, 3]}
+    name="rex",
+    basis=BasisInfo(num_shared_directions=1),
+    rank=2,
+    index=1,
+    slices={"64": [2, 3], "96": [2, 3]},
 ).model_dump(mode="json")
 
 
@@ -98,7 +102,7 @@ def test_a_mutated_claim_is_right_or_refused(tmp_path_factory, value):
     except ConceptError as error:
         assert_said(error, path)
         return
-    assert 0 <= free_index(slice_owners(library), 2, BasisInfo(avoid=1)) < 48
+    assert 0 <= free_index(slice_owners(library), 2, BasisInfo(num_shared_directions=1)) < 48
     assert find_collisions(claims) == []
 
 

@@ -36,7 +36,7 @@ def test_facts_are_frozen_and_closed() -> None:
     with pytest.raises(ValidationError, match="not finite"):
         facts(scores={"drift": [1.0, {"x": float("nan")}]})
     for scores in ({"\ud800": 1.0}, {"drift": ["\udfff"]}):
-        with pytest.raises(ValidationError, match="not Unicode"):
+        with pytest.raises(ValidationError, match="not valid Unicode"):
             facts(scores=scores)
     assert facts(alpha=3.0).scale == 1.5
     assert "T" in facts().created
@@ -64,7 +64,7 @@ def test_updates_that_do_not_fit_the_facts() -> None:
     nan = q.up.clone()
     nan[0, 0] = float("nan")
     cases = [
-        (replace(q, scale=2.0), "scale is 2.0"),
+        (replace(q, scale=2.0), "scale 2.0"),
         (replace(q, up=nan), "NaN"),
         (replace(q, up=q.up[:, :1], down=q.down[:1]), "rank 1"),
         (replace(q, up=q.up.double()), "float64"),
@@ -74,14 +74,14 @@ def test_updates_that_do_not_fit_the_facts() -> None:
         with pytest.raises(ConceptError, match=message):
             with_update(concept, "unet", Q, update)
     for component, module in (("unet", "../x"), ("unet", ""), ("un.et", "x"), ("unet", "a..b")):
-        with pytest.raises(ConceptError, match="not the name of a layer"):
+        with pytest.raises(ConceptError, match="name of the layer is invalid"):
             with_update(concept, component, module, q)
 
 
 def test_concepts_without_layers_or_without_their_tokens() -> None:
     concept = small()
     for products in ({}, {"unet": {}}):
-        with pytest.raises(ConceptError, match="changes no layer"):
+        with pytest.raises(ConceptError, match="has no updates"):
             replace(concept, updates=products)
     with pytest.raises(ConceptError, match="2 tokens and 0 sets"):
         replace(concept, embeddings={})
@@ -89,3 +89,12 @@ def test_concepts_without_layers_or_without_their_tokens() -> None:
         replace(concept, info=facts(num_tokens=0))
     with pytest.raises(ConceptError, match="3, 6"):
         replace(concept, embeddings={"text_encoder": torch.ones(3, 6)})
+
+
+def test_a_basis_is_stored_by_its_original_keys() -> None:
+    basis = BasisInfo(num_shared_directions=4, shared_directions="0123456789abcdef")
+    stored = {"kind": "cosine", "seed": 0, "scale": 1.0, "avoid": 4, "shared": "0123456789abcdef"}
+    assert basis.model_dump() == stored and list(basis.model_dump()) == list(stored)
+    assert BasisInfo.model_validate(stored, strict=True) == basis
+    assert BasisInfo.model_validate_json(basis.model_dump_json(), strict=True) == basis
+    assert list(BasisInfo().model_dump()) == ["kind", "seed", "scale"]

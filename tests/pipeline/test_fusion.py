@@ -48,7 +48,7 @@ def test_recording_leaves_the_pipeline_as_it_was(make):
     record = customize.record_inputs(pipe, tom, FEW)
     assert_same(before, everything(pipe))
     # Every layer of the concept has read something, and as many channels as it takes.
-    for factors in (record.own, record.generic):
+    for factors in (record.concept, record.generic):
         for component, updates in tom.updates.items():
             assert len(factors[component]) == len(updates)
             for module, update in updates.items():

@@ -97,7 +97,7 @@ def test_two_under_other_names(tmp_path: Path) -> None:
     pipe.load_custom(path, names=["ink"], weights=[2.0])  # the same one again
     pipe.load_custom(path)
     assert [(row.name, row.weight) for row in pipe.custom.rows] == [("ink", 2.0), ("style", 1.0)]
-    with pytest.raises(ConceptError, match="'My ink' is not the name of a concept"):
+    with pytest.raises(ConceptError, match="invalid concept name 'My ink'"):
         pipe.load_custom(path, names=["My ink"])
 
 

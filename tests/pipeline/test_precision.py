@@ -124,7 +124,7 @@ def test_records_are_the_same(context, folder):
     one = customize.record_inputs(pipe, folder / "rex")
     with CONTEXTS[context]():
         two = customize.record_inputs(pipe, folder / "rex")
-    for kind in ("own", "generic"):
+    for kind in ("concept", "generic"):
         for component, layers in getattr(one, kind).items():
             for module, rows in layers.items():
                 again = getattr(two, kind)[component][module]

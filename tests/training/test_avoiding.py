@@ -29,7 +29,10 @@ def test_down_projections_are_blind_to_the_leading_directions(tmp_path, make):
     train(config, pipe.components, progress=False)
     concept = load_concept(config.output)
     path, generic = record_of(tmp_path)
-    assert concept.info.basis.avoid == 4 and len(concept.info.basis.shared) == 16
+    assert (
+        concept.info.basis.num_shared_directions == 4
+        and len(concept.info.basis.shared_directions) == 16
+    )
     checked = 0
     for component, updates in concept.updates.items():
         for module, update in updates.items():

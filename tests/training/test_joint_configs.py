@@ -126,7 +126,7 @@ def test_the_sum_of_the_concepts_is_the_model_of_the_run(kind, method, tmp_path)
 def test_what_concepts_say_of_one_another(tmp_path):
     configs = two(tmp_path, tom={"trigger": "<kitty>", "caption": "a {} in a hat"}, steps=2)
     rex, tom = learn(tiny_sd(), configs)
-    assert (rex.info.learned_with, tom.info.learned_with) == (["tom"], ["rex"])
+    assert (rex.info.trained_with, tom.info.trained_with) == (["tom"], ["rex"])
     assert (rex.info.class_word, tom.info.class_word, tom.info.trigger) == ("dog", "cat", "<kitty>")
     told = rex.info.training["settings"]["together"]
     assert told["tom"]["trigger"] == "<kitty>" and told["tom"]["caption"] == "a {} in a hat"
@@ -520,7 +520,7 @@ def test_each_has_its_own_pictures_and_record(tmp_path, monkeypatch):
         num_shared_directions=4,
     )
     rex, tom = learn(pipe, configs)
-    assert rex.info.basis == tom.info.basis and rex.info.basis.shared
+    assert rex.info.basis == tom.info.basis and rex.info.basis.shared_directions
     assert columns_in_common(rex, tom) == [(), ()]
     shown = {name: sorted((tmp_path / name).rglob("*.png")) for name in ("rex", "tom")}
     assert [p.name for p in shown["rex"]] == ["sample-1.png", "step-4.png"]
@@ -531,7 +531,7 @@ def test_each_has_its_own_pictures_and_record(tmp_path, monkeypatch):
     for name in ("rex", "tom"):
         mine = LayerInputs.load(layer_inputs_path(tmp_path / name))
         other = customize.record_inputs(pipe, tmp_path / name)
-        for kind in ("own", "generic"):
+        for kind in ("concept", "generic"):
             for component, layers in getattr(mine, kind).items():
                 for module, rows in layers.items():
                     again = getattr(other, kind)[component][module]

@@ -29,7 +29,7 @@ def test_it_is_what_the_pipeline_records(tmp_path, make, changes):
     after = snapshot(pipe.components, pipe.config)
     assert before.keys() == after.keys()
     found = LayerInputs.load(layer_inputs_path(config.output))
-    assert found.of == digest_updates(load_concept(config.output).updates)
+    assert found.digest == digest_updates(load_concept(config.output).updates)
     other = customize.record_inputs(pipe, config.output)
     for kind in ("own", "generic"):
         one, two = getattr(found, kind), getattr(other, kind)
@@ -49,7 +49,7 @@ def test_a_model_without_tokens_of_its_own_is_recorded(tmp_path):
     config = settings(tmp_path, record_inputs=True, steps=2)
     concept = train(config, pipe.components, progress=False)
     found = LayerInputs.load(layer_inputs_path(config.output))
-    assert {c: set(m) for c, m in found.own.items()} == {
+    assert {c: set(m) for c, m in found.concept.items()} == {
         c: set(m) for c, m in concept.updates.items()
     }
 

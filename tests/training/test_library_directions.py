@@ -33,7 +33,7 @@ def learn(folder, name, pipe=None, **changes) -> Concept:
 
 def assert_apart(*concepts: Concept) -> None:
     """All pairs of updates read orthogonal directions."""
-    assert len({concept.info.basis.shared for concept in concepts}) == 1
+    assert len({concept.info.basis.shared_directions for concept in concepts}) == 1
     first, *others = concepts
     for other in others:
         for component, updates in first.updates.items():
@@ -61,7 +61,7 @@ def test_however_a_later_run_holds_the_base_model(tmp_path) -> None:
         for parameter in other.text_encoder.parameters():
             parameter.add_(torch.randn(parameter.shape))
     far = learn(tmp_path, "far", other, **short)
-    assert far.info.basis.shared != rex.info.basis.shared
+    assert far.info.basis.shared_directions != rex.info.basis.shared_directions
     assert path in find_direction_files(tmp_path / "library")
 
 
@@ -77,7 +77,7 @@ def test_one_and_two_threads_give_one_name(tmp_path) -> None:
             )
         finally:
             torch.set_num_threads(1)
-    names = {concept.info.basis.shared for concept in concepts}
+    names = {concept.info.basis.shared_directions for concept in concepts}
     assert len(names) == 1
     assert find_overlaps(concepts) == []
 
@@ -100,7 +100,7 @@ def test_directions_of_an_earlier_version_are_used_under_their_name(tmp_path) ->
     path.unlink()
     tom = learn(tmp_path, "tom", num_shared_directions=2, steps=1)
     assert find_direction_files(library) == [earlier]
-    assert tom.info.basis.shared == SharedDirections.load(earlier).name
+    assert tom.info.basis.shared_directions == SharedDirections.load(earlier).name
     # Rex has the same directions under another name: by number and by column it is kept apart.
     assert tom.info.slices["32"] != rex.info.slices["32"]
     assert find_overlaps([rex, tom]) == []

@@ -64,7 +64,7 @@ def check(config: TrainConfig, losses: list[float]) -> None:
     record = LayerInputs.load(layer_inputs_path(config.output))
     layers = [
         rows
-        for kind in (record.own, record.generic)
+        for kind in (record.concept, record.generic)
         for own in kind.values()
         for rows in own.values()
     ]

@@ -115,7 +115,7 @@ def assert_whole(folder: Path, whole: Path, **changes) -> None:
     for name in (LAYER_INPUTS_FILE, "sample-1.png"):
         assert (made / name).read_bytes() == (whole / name).read_bytes(), name
     found = check_library(config.library)
-    assert found.faults == [] and read_reservations(config.library) == []
+    assert found.errors == [] and read_reservations(config.library) == []
     # What is left of files half written is swept by whoever writes there later.
     assert all(is_partial(path.name) for path in config.library.rglob("*.partial"))
 
@@ -139,7 +139,7 @@ def test_what_a_finished_run_owes_is_made_by_the_next(name, checkpoint_every, wh
     assert (rex / RESERVATION_FILE).is_file()
     # Nobody takes it for another's slice meanwhile.
     assert read_reservations(tmp_path / "library") == []
-    assert not [fault for fault in check_library(rex.parent).faults if "share" in fault]
+    assert not [fault for fault in check_library(rex.parent).errors if "share" in fault]
     assert_whole(tmp_path, whole, **changes)
     assert load_concept(rex).info == learned.info  # it was not learned or saved again
 

@@ -66,7 +66,7 @@ def merged_lora_info(name: str, facts: MergeInfo, subjects: Sequence[Subject]) -
         facts.family,
         facts.base,
         max(facts.rank.values(), default=0),
-        words=" ".join("".join(c if c.isprintable() else " " for c in facts.words).split()),
+        trigger_words=" ".join("".join(c if c.isprintable() else " " for c in facts.words).split()),
         fingerprint=facts.fingerprint,
         num_tokens=sum(subject.num_tokens for subject in subjects),
         token_layers=max((subject.token_layers for subject in subjects), default=0),

@@ -58,7 +58,7 @@ def concept_card(concept: Concept, pictures: Sequence[str] = ()) -> str:
         "What it is": f"a {escape_markdown(info.class_word)}",
         "Base model": f"{escape_markdown(info.base)} (family {info.family})",
         "How it was learned": how,
-        **_company(info.learned_with),
+        **_company(info.trained_with),
         "Rank, alpha": f"{info.rank}, {info.alpha:g}",
         "Layers": layers,
         **_sampled(info.training.get("samples")),
@@ -200,7 +200,7 @@ def diffusers_subject(concept: Adaptation) -> str:
     """What a prompt for stock diffusers calls the concept."""
     family = concept.info.family
     unread = [s for s in concept.subjects if not _stock_reads_tokens(s, family)]
-    return " and ".join(f"a {s.class_word}" for s in unread) or concept.info.words
+    return " and ".join(f"a {s.class_word}" for s in unread) or concept.info.trigger_words
 
 
 def import_code(tokens: Sequence[str]) -> list[str]:

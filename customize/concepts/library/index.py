@@ -77,8 +77,8 @@ class LibraryEntry:
     stamp: str
     name: str
     trigger: str
-    words: str
-    own_tokens: bool
+    trigger_words: str
+    has_own_tokens: bool
     class_word: str
     family: str
     base: str
@@ -87,13 +87,13 @@ class LibraryEntry:
     basis: BasisInfo | None
     slices: Mapping[str, list[int]]
     size: int
-    recorded: bool
-    fault: str
+    has_layer_inputs: bool
+    error: str
 
     @property
-    def called(self) -> set[str]:
+    def trigger_tokens(self) -> set[str]:
         """All that calls it in a prompt, in lower case: the trigger, and tokens among its words."""
-        return {each.lower() for each in (self.trigger, *_TOKENS.findall(self.words))}
+        return {each.lower() for each in (self.trigger, *_TOKENS.findall(self.trigger_words))}
 
 
 def scan_stamps(library: Path) -> dict[str, str]:
@@ -177,8 +177,8 @@ def describe_concept(library: Path, source: str, stamp: str) -> LibraryEntry:
         stamp=stamp,
         name=info.name,
         trigger=info.trigger or f"<{info.name}>",
-        words=info.words,
-        own_tokens=bool(info.trigger),
+        trigger_words=info.trigger_words,
+        has_own_tokens=bool(info.trigger),
         class_word=info.class_word,
         family=info.family,
         base=info.base,
@@ -187,8 +187,8 @@ def describe_concept(library: Path, source: str, stamp: str) -> LibraryEntry:
         basis=info.basis,
         slices={width: list(own) for width, own in info.slices.items()},
         size=size,
-        recorded=recorded,
-        fault=fault,
+        has_layer_inputs=recorded,
+        error=fault,
     )
 
 
@@ -236,7 +236,15 @@ def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
         ) from error
 
 
-_COLUMNS = [field.name for field in fields(LibraryEntry)]
+# A field of LibraryEntry -> its column, where the names differ.
+_COLUMN_NAMES = {
+    "trigger_words": "words",
+    "has_own_tokens": "own_tokens",
+    "has_layer_inputs": "recorded",
+    "error": "fault",
+}
+_FIELDS = [field.name for field in fields(LibraryEntry)]
+_COLUMNS = [_COLUMN_NAMES.get(name, name) for name in _FIELDS]
 _JSON = ("fingerprint", "basis", "slices")
 _ENTRY = TypeAdapter(LibraryEntry)
 _TABLE = (
@@ -320,14 +328,14 @@ def write_index(library: Path, entries: Iterable[LibraryEntry]) -> None:
 
 
 def _row(entry: LibraryEntry) -> list[Any]:
-    values = {name: getattr(entry, name) for name in _COLUMNS}
+    values = {name: getattr(entry, name) for name in _FIELDS}
     values["basis"] = None if entry.basis is None else entry.basis.model_dump()
     values |= {name: json.dumps(values[name]) for name in _JSON}
     return [v.encode(*_CODEC) if isinstance(v, str) else v for v in values.values()]
 
 
 def _entry(row: tuple[Any, ...]) -> LibraryEntry:
-    values = dict(zip(_COLUMNS, row, strict=True))
+    values = dict(zip(_FIELDS, row, strict=True))
     values |= {name: json.loads(values[name]) for name in _JSON}
     entry = _ENTRY.validate_python(values)
     if entry.basis is not None:

@@ -71,7 +71,7 @@ class Library:
         self.folder = _folder_of(source)
         self.entries: dict[str, LibraryEntry] = {}
         delete_leftovers(self.folder)
-        self.stale, self.kept = 0, True
+        self.num_stale_rows, self.is_index_saved = 0, True
         self._called: dict[str, list[LibraryEntry]] = {}
         self._seen = 0
         self._refresh(read_index(self.folder))
@@ -89,7 +89,7 @@ class Library:
         """
         self._refresh(self.entries)
 
-    def follow(self) -> None:
+    def refresh_if_changed(self) -> None:
         """Look again where something was put into the folder or taken out since the last time.
 
         Raises:
@@ -98,11 +98,11 @@ class Library:
         if self._changed_at() != self._seen:
             self.refresh()
 
-    def called(self, trigger: str) -> list[LibraryEntry]:
+    def find_by_trigger(self, trigger: str) -> list[LibraryEntry]:
         """All that a token such as ``<rex>`` calls; upper and lower case are alike."""
         return self._called.get(trigger.lower(), [])
 
-    def near(self, trigger: str, fits: Callable[[LibraryEntry], bool]) -> list[str]:
+    def similar_triggers(self, trigger: str, fits: Callable[[LibraryEntry], bool]) -> list[str]:
         """Up to three triggers, of concepts that fit, that are written much like one."""
         offered = [each for each, entries in self._called.items() if any(map(fits, entries))]
         return find_near_names(trigger, offered)
@@ -111,7 +111,7 @@ class Library:
         """Where a concept lies."""
         return self.folder / entry.source
 
-    def is_fresh(self, entry: LibraryEntry) -> bool:
+    def is_unchanged(self, entry: LibraryEntry) -> bool:
         """Whether the files of a concept are still those that were indexed."""
         return file_stamp(self.folder, entry.source) == entry.stamp
 
@@ -137,19 +137,21 @@ class Library:
             else describe_concept(self.folder, source, stamp)
             for source, stamp in found.items()
         }
-        self.stale = sum(entries.get(source) is not entry for source, entry in known.items())
-        self.stale += sum(source not in known for source in entries)
+        self.num_stale_rows = sum(
+            entries.get(source) is not entry for source, entry in known.items()
+        )
+        self.num_stale_rows += sum(source not in known for source in entries)
         self.entries = entries
         self._called = {}
         for entry in entries.values():
-            for trigger in entry.called:
+            for trigger in entry.trigger_tokens:
                 self._called.setdefault(trigger, []).append(entry)
-        if self.stale:
+        if self.num_stale_rows:
             try:
                 write_index(self.folder, entries.values())
-                self.kept = True
+                self.is_index_saved = True
             except OSError:  # read-only, or the disk is full: the index is for speed alone
-                self.kept = False
+                self.is_index_saved = False
 
 
 def _folder_of(source: str | Path) -> Path:
@@ -183,7 +185,9 @@ def add_to_library(library: str | Path, source: str | Path) -> LibraryEntry:
     with lock_library(folder), lock_folder(target):
         held = Library(folder)
         triggers = dict.fromkeys([concept.info.trigger or f"<{name}>", *concept.info.triggers])
-        taken = [(entry, trigger) for trigger in triggers for entry in held.called(trigger)]
+        taken = [
+            (entry, trigger) for trigger in triggers for entry in held.find_by_trigger(trigger)
+        ]
         taken += [(e, e.trigger) for e in held.entries.values() if e.name == name]
         if taken:
             other, trigger = taken[0]

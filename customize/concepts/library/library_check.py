@@ -46,7 +46,7 @@ class LibraryReport:
     """
 
     library: Library
-    faults: Sequence[str]
+    errors: Sequence[str]
     notes: Sequence[str]
 
 
@@ -60,9 +60,11 @@ def check_library(folder: str | Path) -> LibraryReport:
     faults, notes = [], []
     downs: dict[str, DownProjections] = {}
     layers = _LAYERS if len(library.entries) <= _LARGE else 1
-    if library.stale:
-        notes.append(f"the index was missing or old in {library.stale} places, and was made anew")
-    if not library.kept:
+    if library.num_stale_rows:
+        notes.append(
+            f"the index was missing or old in {library.num_stale_rows} places, and was made anew"
+        )
+    if not library.is_index_saved:
         notes.append("the index cannot be written here, so that it is made at each start")
     for entry in library.entries.values():
         try:
@@ -70,8 +72,8 @@ def check_library(folder: str | Path) -> LibraryReport:
             if isinstance(concept, Concept) and concept.info.basis is not None:
                 downs[entry.source] = down_projections(concept, layers)
             _check_files(concept, library.path(entry), entry)
-            if entry.fault:  # its files can be read by those who know their names
-                faults.append(entry.fault)
+            if entry.error:  # its files can be read by those who know their names
+                faults.append(entry.error)
         except CustomizeError as error:
             faults.append(str(error))
     faults += _doubled(list(library.entries.values()))
@@ -82,7 +84,7 @@ def check_library(folder: str | Path) -> LibraryReport:
 def _check_files(found: Concept | Lora | LoraFile, path: Path, entry: LibraryEntry) -> None:
     if isinstance(found, LoraFile):
         _check_lora(found)
-    if not entry.recorded:
+    if not entry.has_layer_inputs:
         raise ConceptError(
             f"{entry.name} has no record of what its layers read, so that a set with it is summed "
             "and not fused",
@@ -113,7 +115,7 @@ def _doubled(entries: Sequence[LibraryEntry]) -> Iterator[str]:
     """What calls several concepts that one model can take."""
     called: dict[str, list[LibraryEntry]] = {}
     for entry in entries:
-        for trigger in entry.called:
+        for trigger in entry.trigger_tokens:
             called.setdefault(trigger, []).append(entry)
     for trigger, those in sorted(called.items()):
         for a, b in combinations(those, 2):
@@ -212,7 +214,7 @@ def _crowds(holders: Sequence[SliceOwner]) -> dict[int, int]:
             for column in columns:
                 owners.setdefault((width, column), []).append(number)
     basis = holders[0].basis
-    avoid = 0 if basis is None else basis.avoid
+    avoid = 0 if basis is None else basis.num_shared_directions
     full = sorted(w for w, count in needed.items() if count > w - count_shared_directions(w, avoid))
     crowds: dict[int, set[int]] = {width: set() for width in full}
     for (width, _), those in owners.items():

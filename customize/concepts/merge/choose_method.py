@@ -117,7 +117,7 @@ def trained_together(concepts: Sequence[Adaptation]) -> bool:
     """Whether the concepts are all those of one joint training run, and more than one."""
     names = {concept.info.name for concept in concepts}
     return len(names) > 1 and all(
-        {concept.info.name, *concept.info.learned_with} == names for concept in concepts
+        {concept.info.name, *concept.info.trained_with} == names for concept in concepts
     )
 
 

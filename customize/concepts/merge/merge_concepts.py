@@ -256,9 +256,9 @@ def _layer_inputs(
         return factor
 
     generic = (layer_factor(record.generic) for record in (*inputs, *preserved))
-    others = (layer_factor(record.own) for record in preserved)
+    others = (layer_factor(record.concept) for record in preserved)
     return RecordedInputs(
-        concepts=[layer_factor(record.own) for record in inputs],
+        concepts=[layer_factor(record.concept) for record in inputs],
         preserved=[factor for factor in others if factor is not None],
         generic=[factor for factor in generic if factor is not None],
     )

@@ -135,7 +135,9 @@ def write_merged(
         "base": _base(concepts),
         "family": concepts[0].info.family,
         "fingerprint": next((dict(c.info.fingerprint) for c in concepts if c.info.fingerprint), {}),
-        "words": " and ".join(concept.info.words for concept in concepts if concept.info.words),
+        "words": " and ".join(
+            concept.info.trigger_words for concept in concepts if concept.info.trigger_words
+        ),
         "method": method,
         "settings": dict(settings),
         "rank": ranks,
@@ -143,7 +145,7 @@ def write_merged(
         "concepts": [
             {
                 "name": concept.info.name,
-                "trigger": concept.info.words,
+                "trigger": concept.info.trigger_words,
                 "class_word": concept.info.class_word,
                 "weight": weight.text if isinstance(weight, BlockWeights) else float(weight),
             }
@@ -211,7 +213,7 @@ def _kohya_files(
         raise _unpublished(name)
     tensors = kohya_tensors(products, model)
     subjects = [subject for concept in concepts for subject in concept.subjects]
-    words = {c.info.name: c.info.words for c in concepts if not c.subjects}
+    words = {c.info.name: c.info.trigger_words for c in concepts if not c.subjects}
     words |= {subject.name: subject.name for subject in subjects}
     dates = [c.info.created for c in concepts if isinstance(c, Concept)]
     base = model.kohya_metadata()
@@ -331,7 +333,7 @@ def _card_head(
 ) -> list[str]:
     infos = [concept.info for concept in concepts]
     rows = [
-        f"| {info.name} | {markdown_code(info.words)} | {escape_markdown(info.class_word)} "
+        f"| {info.name} | {markdown_code(info.trigger_words)} | {escape_markdown(info.class_word)} "
         f"| {weight:g} |"
         for info, weight in zip(infos, weights, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Which columns of the shared orthogonal matrix a concept takes, and who takes the same ones."""
+"""Which columns of the shared orthogonal matrix a concept takes, and who shares columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from customize.errors import ConfigError
 
 
 class SliceOwner(Protocol):
-    """Who holds a slice: a concept's facts, or the claim of a run that is to become one."""
+    """An owner of a slice: the facts about a concept, or the reservation of a training run."""
 
     @property
     def name(self) -> str: ...
@@ -39,106 +39,109 @@ class SliceOwner(Protocol):
 def slice_columns(
     widths: Iterable[int], rank: int, *, index: int | None, name: str, avoid: int = 0
 ) -> dict[int, tuple[int, ...]]:
-    """The slice of each input width for one concept.
+    """The columns of each input width for one concept.
 
     Args:
-        widths: input widths of the layers that take the adapter.
+        widths: input widths of the adapted layers.
         rank: columns of a slice.
-        index: the concept's number in its library. Concepts of one rank with different numbers
-            share nothing at a width until that is full (width // rank concepts); from there on
-            the count starts again, and :func:`find_collisions` reports it. None for a concept
-            without a library: its name's hash chooses, at each width.
-        name: the concept's name.
-        avoid: as the basis has it; columns are of what is left of a width.
+        index: number of the concept in its library. Concepts of one rank with different numbers
+            share no column of a width until it is full (width // rank concepts); beyond that,
+            numbers wrap around and :func:`find_collisions` reports the collision. None for a
+            concept without a library: a hash of the name chooses the columns of each width.
+        name: name of the concept.
+        avoid: number of shared directions of the basis; columns number the rest of a width.
 
     Returns:
         width -> ``rank`` column numbers.
 
     Raises:
-        ConfigError: the rank does not fit a width, or the index is negative.
+        ConfigError: the rank exceeds a width, or the index is negative.
     """
     if index is not None and index < 0:
-        raise ConfigError(f"a concept's number cannot be {index}", fix="count from 0")
-    left = {width: width - count_shared_directions(width, avoid) for width in sorted(set(widths))}
+        raise ConfigError(f"invalid concept number {index}", fix="use a number from 0")
+    room = {width: width - count_shared_directions(width, avoid) for width in sorted(set(widths))}
     return {
-        width: hashed_block(name, room, rank)
+        width: hashed_block(name, size, rank)
         if index is None
-        else block(index % capacity(room, rank), room, rank)
-        for width, room in left.items()
+        else block(index % capacity(size, rank), size, rank)
+        for width, size in room.items()
     }
 
 
-def slice_owners(library: Path, *, without: Collection[str] = ()) -> list[SliceOwner]:
-    """All who hold a slice in a library: finished concepts, and runs that are not finished.
+def slice_owners(library: Path, *, exclude: Collection[str] = ()) -> list[SliceOwner]:
+    """All owners of slices in a library: concepts, and training runs that have not finished.
 
     Args:
-        without: names of concepts that don't count, as they are about to be replaced.
+        library: a folder of concepts.
+        exclude: names of concepts to leave out, such as those about to be replaced.
 
     Raises:
-        ConceptError: a ``concept.json`` or a claim there cannot be read. It may hold columns.
+        ConceptError: a ``concept.json`` or a reservation cannot be read; it may own columns.
     """
-    # Not in hidden folders: there a killed process may have left a half-written concept.
-    found = find_in_subfolders(Path(library), INFO_FILE)
-    all_of_them: list[SliceOwner] = [read_info(file.parent) for file in found]
-    all_of_them += read_reservations(library)
-    return [holder for holder in all_of_them if holder.name not in without]
+    # Hidden folders are skipped: a killed process may have left a partial concept there.
+    files = find_in_subfolders(Path(library), INFO_FILE)
+    owners: list[SliceOwner] = [read_info(file.parent) for file in files]
+    owners += read_reservations(library)
+    return [owner for owner in owners if owner.name not in exclude]
 
 
 def free_index(
-    there: Iterable[SliceOwner],
+    owners: Iterable[SliceOwner],
     rank: int,
     basis: BasisInfo,
     *,
     widths: Iterable[int] | None = None,
 ) -> int:
-    """The number for a new concept beside others.
+    """The number of a new concept in a library.
 
-    The lowest of those whose slices share the fewest columns with theirs, over all widths that
-    count: no column at all until one is full. Concepts that avoid other shared directions count
-    after those that avoid the same ones: their columns of the same numbers are nearly the same
-    where the two recordings differ by little.
+    It is the lowest number whose slices share the fewest columns with the owners', over all widths:
+    none until a width is full. Columns of owners with a different recording of shared directions
+    count after those with the same one: columns of the same numbers are then nearly the same.
 
     Args:
-        there: the concepts, and those that are being learned.
-        rank, basis: of the new concept. Concepts on another orthogonal matrix, or that avoid
-            another number of directions, take no columns of this one.
-        widths: the new concept's; None: all that the others use.
+        owners: concepts and runs of the library. Those with another orthogonal matrix or number of
+            shared directions own no columns of this basis.
+        rank: rank of the new concept.
+        basis: basis of the new concept.
+        widths: input widths of the new concept; None for all widths of the owners.
 
     Raises:
-        ConfigError: the rank does not fit a width.
+        ConfigError: the rank exceeds a width.
     """
-    counted = None if widths is None else set(widths)
-    # Width -> columns that are taken, by concepts with the same shared directions and by others.
+    relevant = None if widths is None else set(widths)
+    # Width -> columns taken by owners with the same recording of shared directions, and by others.
     taken: dict[int, tuple[list[int], list[int]]] = {}
-    for holder in there:
-        if holder.basis is not None and matrix_key(holder.basis) == matrix_key(basis):
-            other = holder.basis.shared != basis.shared
-            for width, columns in holder.slices.items():
-                if counted is None or int(width) in counted:
-                    taken.setdefault(int(width), ([], []))[other].extend(columns)
+    for owner in owners:
+        if owner.basis is None or matrix_key(owner.basis) != matrix_key(basis):
+            continue
+        other_recording = owner.basis.shared_directions != basis.shared_directions
+        for text, columns in owner.slices.items():
+            width = int(text)
+            if relevant is None or width in relevant:
+                taken.setdefault(width, ([], []))[other_recording].extend(columns)
 
-    def shared(index: int) -> tuple[int, int]:
-        slices = slice_columns(taken, rank, index=index, name="", avoid=basis.avoid)
+    def count_shared(index: int) -> tuple[int, int]:
+        slices = slice_columns(taken, rank, index=index, name="", avoid=basis.num_shared_directions)
         same, others = (
             sum(taken[width][kind].count(c) for width, columns in slices.items() for c in columns)
             for kind in (0, 1)
         )
         return same, others
 
-    rooms = [width - count_shared_directions(width, basis.avoid) for width in taken]
-    candidates = max((capacity(room, rank) for room in rooms), default=1)
-    return min(range(candidates), key=shared)
+    room = [width - count_shared_directions(width, basis.num_shared_directions) for width in taken]
+    candidates = max((capacity(size, rank) for size in room), default=1)
+    return min(range(candidates), key=count_shared)
 
 
 @dataclass(frozen=True)
 class Collision:
-    """Two concepts whose updates are not orthogonal although both have slices.
+    """Two concepts with slices whose updates are not orthogonal.
 
     Attributes:
-        first, second: the concepts' names.
-        columns: width -> the columns that both have; empty where their slices are not of the same
-            columns, and overlap nevertheless.
-        problem: the same in words.
+        first: name of the first concept.
+        second: name of the second concept.
+        columns: width -> shared columns; empty if the slices overlap without sharing columns.
+        problem: description for users.
         fix: what resolves it.
     """
 
@@ -152,18 +155,18 @@ class Collision:
         return f"{self.problem}. Fix: {self.fix}."
 
 
-def find_collisions(infos: Sequence[SliceOwner]) -> list[Collision]:
-    """Every pair of concepts that will disturb each other more than disjoint slices do, as far as
-    their facts say; :func:`customize.concepts.slices.overlap.find_overlaps` compares the slices.
+def find_collisions(owners: Sequence[SliceOwner]) -> list[Collision]:
+    """Every pair of slice owners that interfere more than disjoint slices do, by their facts.
 
-    Columns of other numbers are hardly less apart where other shared directions are avoided, as
-    these turn few dimensions of a layer; columns of the same numbers are nearly the same.
+    :func:`customize.concepts.slices.overlap.find_overlaps` compares the slices themselves. With
+    different recordings of shared directions, columns of the same numbers are nearly the same, and
+    those of different numbers are hardly less orthogonal: the directions are few.
 
-    Concepts of the method "lora" have no slices to compare and are left out, and so is the claim
-    of a run that learns a concept anew beside that concept.
+    Concepts of the method "lora" have no slices and are left out, and so is the pair of a concept
+    and a run that trains it again.
     """
-    found = []
-    sliced = [info for info in infos if info.basis is not None]
+    collisions = []
+    sliced = [owner for owner in owners if owner.basis is not None]
     for a, b in combinations(sliced, 2):
         if a.name == b.name and (
             isinstance(a, SliceReservation) or isinstance(b, SliceReservation)
@@ -171,28 +174,33 @@ def find_collisions(infos: Sequence[SliceOwner]) -> list[Collision]:
             continue
         columns = shared_column_numbers(a, b)
         if columns:
-            found.append(shared_columns_collision(a, b, columns))
+            collisions.append(shared_columns_collision(a, b, columns))
         elif a.basis and b.basis and matrix_key(a.basis) != matrix_key(b.basis):
-            found.append(unrelated_basis_collision(a, b))
-    return found
+            collisions.append(unrelated_basis_collision(a, b))
+    return collisions
 
 
 def shared_column_numbers(a: SliceOwner, b: SliceOwner) -> dict[int, tuple[int, ...]]:
-    """Width -> the column numbers that both have, where these number the same columns, or, with
-    other shared directions, nearly the same."""
+    """Width -> the column numbers that both own; empty for different matrices."""
     if a.basis is None or b.basis is None or matrix_key(a.basis) != matrix_key(b.basis):
         return {}
     return {
-        int(width): shared
+        int(width): columns
         for width in sorted(set(a.slices) & set(b.slices), key=int)
-        if (shared := shared_columns(a.slices[width], b.slices[width]))
+        if (columns := shared_columns(a.slices[width], b.slices[width]))
     }
 
 
 def shared_columns_collision(
     a: SliceOwner, b: SliceOwner, columns: Mapping[int, tuple[int, ...]]
 ) -> Collision:
-    """The collision of two concepts that have columns in common."""
+    """The collision of two concepts that share columns.
+
+    Args:
+        a: the first concept.
+        b: the second concept.
+        columns: width -> shared columns.
+    """
     counts = ", ".join(
         f"{len(shared)} of {min(a.rank, b.rank)} columns at width {width}"
         for width, shared in columns.items()
@@ -201,53 +209,55 @@ def shared_columns_collision(
         a.name,
         b.name,
         dict(columns),
-        f"{a.name} and {b.name} share {counts}, where each changes what the other has learned",
-        f"learn {b.name} again with --no-resume and, as its --library, the folder that {a.name} is "
-        "in, which gives it a free slice, or lower the weight of one of them",
+        f"{a.name} and {b.name} share {counts}, so each changes what the other has learned",
+        f"train {b.name} again with --no-resume and, as its --library, the folder that contains "
+        f"{a.name}, so that it gets a free slice; or lower the weight of one of them",
     )
 
 
 def unrelated_basis_collision(a: SliceOwner, b: SliceOwner, overlap: float = 1.0) -> Collision:
-    """The collision of two concepts whose slices are not columns of the same orthonormal set.
+    """The collision of two concepts whose slices are not columns of one orthonormal matrix.
 
     Args:
-        overlap: how much they overlap, over what slices drawn at random do.
+        a: the first concept.
+        b: the second concept.
+        overlap: overlap of the slices, relative to slices drawn at random.
     """
     one, two = a.basis, b.basis
     assert one is not None and two is not None
-    differing, needed = [], []
+    differences, flags = [], []
     if (one.kind, one.seed) != (two.kind, two.seed):
-        differing.append(
+        differences.append(
             f"have slices of different orthogonal matrices ({one.kind} with seed {one.seed}, "
             f"{two.kind} with seed {two.seed})"
         )
-        needed += [f"--orthogonal-matrix {one.kind}", f"--matrix-seed {one.seed}"]
-    if one.avoid != two.avoid:
-        differing.append(f"avoid different numbers of shared directions ({one.avoid}, {two.avoid})")
-        needed.append(f"--num-shared-directions {one.avoid}")
-    elif one.shared != two.shared:
-        differing.append("avoid shared directions that were recorded apart")
-    why = " and ".join(differing) or "have other columns than their facts say"
+        flags += [f"--orthogonal-matrix {one.kind}", f"--matrix-seed {one.seed}"]
+    if one.num_shared_directions != two.num_shared_directions:
+        counts = f"{one.num_shared_directions}, {two.num_shared_directions}"
+        differences.append(f"avoid different numbers of shared directions ({counts})")
+        flags.append(f"--num-shared-directions {one.num_shared_directions}")
+    elif one.shared_directions != two.shared_directions:
+        differences.append("avoid shared directions that were recorded separately")
+    why = " and ".join(differences) or "have slices that differ from their facts"
     much = "as much as" if overlap == 1.0 else f"{overlap:.2g} times as much as"
     return Collision(
         a.name,
         b.name,
         {},
         f"{a.name} and {b.name} {why}, so they overlap {much} slices drawn at random",
-        f"learn {b.name} again with {', '.join([*needed, '--no-resume'])} and, as its --library, "
-        f"the folder that {a.name} is in (README, Slices)",
+        f"train {b.name} again with {', '.join([*flags, '--no-resume'])} and, as its --library, "
+        f"the folder that contains {a.name}",
     )
 
 
 def matrix_key(basis: BasisInfo) -> tuple[str, int, int]:
-    """What numbers the columns: the orthogonal matrix, and how many directions are avoided.
+    """The numbering of columns: kind and seed of the matrix, and number of shared directions.
 
-    The scale does not turn a slice, so it does not matter.
+    The scale is left out, because it does not rotate a slice.
     """
-    return basis.kind, basis.seed, basis.avoid
+    return basis.kind, basis.seed, basis.num_shared_directions
 
 
 def slice_key(basis: BasisInfo | None) -> tuple[str, int, int, str] | None:
-    """What tells one concept's columns from another's: :func:`matrix_key`, and which directions
-    are avoided."""
-    return None if basis is None else (*matrix_key(basis), basis.shared)
+    """The identity of columns: :func:`matrix_key`, and the recording of the shared directions."""
+    return None if basis is None else (*matrix_key(basis), basis.shared_directions)

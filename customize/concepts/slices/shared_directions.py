@@ -71,7 +71,7 @@ class SharedDirections:
                 "by the next run; what was learned before then no longer has slices apart from "
                 "what is learned after",
             ) from error
-        named = _NAMED.fullmatch(record.of)
+        named = _NAMED.fullmatch(record.digest)
         return cls(named.group(1) if named else _content_name(record.generic), record.generic)
 
     def save(self, path: Path) -> SharedDirections:
@@ -143,14 +143,16 @@ def copy_shared_directions(library: Path, source: Path, basis: BasisInfo) -> Non
     Raises:
         OSError: they cannot be written.
     """
-    if not basis.shared or real_path(source) == real_path(library):
+    if not basis.shared_directions or real_path(source) == real_path(library):
         return
     for path in find_direction_files(source):
         found = _if_readable(path)
-        if found is None or found.name != basis.shared:
+        if found is None or found.name != basis.shared_directions:
             continue
         there = [_if_readable(other) for other in find_direction_files(library)]
-        if not any(other and other.covers(found.factors, basis.avoid) for other in there):
+        if not any(
+            other and other.covers(found.factors, basis.num_shared_directions) for other in there
+        ):
             with suppress(FileExistsError):
                 write_atomic(library / path.name, read_bytes(path, MAX_SAFETENSORS_BYTES), new=True)
         return

@@ -34,7 +34,7 @@ def vocabulary_entries(trigger: str, num_tokens: int) -> list[str]:
 
 
 def expand_prompt(
-    prompt: str, triggers: Mapping[str, Sequence[str]], others: Iterable[str] = ()
+    prompt: str, triggers: Mapping[str, Sequence[str]], other_tokens: Iterable[str] = ()
 ) -> str:
     """Replace each trigger by its vocabulary entries, separated by spaces.
 
@@ -54,7 +54,7 @@ def expand_prompt(
     by_length = sorted(triggers, key=len, reverse=True)
     # An expanded run first, then the trigger alone, but not where it begins a later entry.
     runs = [r"\s+".join(map(re.escape, triggers[trigger])) for trigger in by_length]
-    runs = [*map(re.escape, tokens_containing(triggers, others)), *runs]
+    runs = [*map(re.escape, tokens_containing(triggers, other_tokens)), *runs]
     alone = [re.escape(trigger) for trigger in by_length]
     pattern = rf"(?:{'|'.join(runs)})(?!_\d)|(?P<trigger>{'|'.join(alone)})(?!_\d)"
 

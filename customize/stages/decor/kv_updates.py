@@ -69,7 +69,7 @@ class AdaptedKVLayer:
 def adapted_kv_layers(family: Family, state: AttachedState) -> list[AdaptedKVLayer]:
     """List the key and value projections that attached concepts adapt."""
     names = family.cross_attention_layers() if family.reads_prompts_as_encoded else []
-    adapted = [a.layers.get(family.denoiser_key, {}) for a in state.adapters if a.is_there()]
+    adapted = [a.layers.get(family.denoiser_key, {}) for a in state.adapters if a.is_attached()]
     return [
         AdaptedKVLayer(index, family.denoiser.get_submodule(name).heads, projection, modules[path])
         for modules in adapted

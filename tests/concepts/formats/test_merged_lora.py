@@ -176,7 +176,7 @@ def test_a_library_takes_a_merge_by_any_of_its_triggers(layout: str, tmp_path: P
     for source in (tmp_path / "duo", lora_of(tmp_path / "duo")):
         library = tmp_path / f"library-{source.suffix}"
         entry = add_to_library(library, source)
-        assert entry.called == {"<duo>", "<rex>", "<tom>"} and not entry.fault
+        assert entry.trigger_tokens == {"<duo>", "<rex>", "<tom>"} and not entry.error
         assert entry.family == "sd" and entry.rank == 4
         with pytest.raises(ConceptError, match="has a concept duo already"):
             add_to_library(library, source)

@@ -277,4 +277,8 @@ def test_trigger_words_come_from_the_header(tmp_path: Path) -> None:
         **{"modelspec.trigger_phrase": "in mystyle\x1b[31m", "ss_base_model_version": "sd_v1"},
     )
     info = read(path, family).info
-    assert (info.name, info.words, info.base) == ("my-style-v1-2", "in mystyle [31m", "sd_v1")
+    assert (info.name, info.trigger_words, info.base) == (
+        "my-style-v1-2",
+        "in mystyle [31m",
+        "sd_v1",
+    )

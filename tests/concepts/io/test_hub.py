@@ -127,13 +127,13 @@ def ask(script: str, address: str, home: Path) -> list[str]:
 
 LIST = f"""
 library = Library({SLUG!r})
-print(*sorted(library.called(t)[0].source for t in ("<rex>", "<tom>", "<water-colour>")
-              if library.called(t)))
+print(*sorted(library.find_by_trigger(t)[0].source for t in ("<rex>", "<tom>", "<water-colour>")
+              if library.find_by_trigger(t)))
 """
 
 READ = """
 from customize.concepts.io.read_concept import load_concept
-rex = load_concept(library.path(library.called("<rex>")[0]))
+rex = load_concept(library.path(library.find_by_trigger("<rex>")[0]))
 print(float(rex.embeddings["text_encoder"][0, 0]))
 """
 

@@ -277,7 +277,7 @@ def put(key: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Te
     ("name", "change", "message"),
     [
         (LORA, lambda t: t.pop(Q), f"key {Q} is missing"),
-        (LORA, lambda t: (t.pop(Q), t.pop(Q.replace("_A", "_B"))), "slices are given for"),
+        (LORA, lambda t: (t.pop(Q), t.pop(Q.replace("_A", "_B"))), "slices have the widths"),
         (LORA, lambda t: t.update({"unet.x.weight": torch.ones(1)}), "unet.x.weight is unknown"),
         (LORA, lambda t: t.update({"unet.x.lora_A.weight": torch.ones(2, 8)}), "lora_B.*missing"),
         (LORA, put(Q, lambda v: v * float("nan")), "NaN or infinite.*to_q"),
@@ -287,7 +287,7 @@ def put(key: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Te
         (LORA, put(Q, lambda v: v[:, :6]), "not that of the facts and tensors|widths"),
         (LORA, put(Q, lambda v: v.double()), "float64"),
         (LORA, put(Q, lambda v: v.to(torch.int32)), "int32"),
-        (LORA, lambda t: t.clear(), "changes no layer"),
+        (LORA, lambda t: t.clear(), "has no updates"),
         (EMBEDS, put("<rex>", lambda v: v[:1]), "shape"),
         (EMBEDS, put("<rex>", lambda v: v[0]), "shape"),
         (EMBEDS, put("<rex>", lambda v: v * float("inf")), "NaN or infinite"),
@@ -309,22 +309,22 @@ def test_wrong_tensors_are_named(folder: Path, name: str, change, message: str) 
     [
         ({"schema_version": 2}, "schema version 2"),
         ({"schema_version": "1"}, "schema_version"),
-        ({"name": "../evil"}, "wrong at name"),
-        ({"name": "a/b"}, "wrong at name"),
-        ({"name": "rex\n"}, "wrong at name"),
-        ({"trigger": "<../x>"}, "wrong at trigger"),
+        ({"name": "../evil"}, "invalid at name"),
+        ({"name": "a/b"}, "invalid at name"),
+        ({"name": "rex\n"}, "invalid at name"),
+        ({"trigger": "<../x>"}, "invalid at trigger"),
         ({"rank": 3}, "slices"),
-        ({"rank": 0}, "wrong at rank"),
-        ({"rank": 2.0}, "wrong at rank"),
+        ({"rank": 0}, "invalid at rank"),
+        ({"rank": 2.0}, "invalid at rank"),
         ({"alpha": 4.0}, r"disagree on \w+\.lora_alpha"),
-        ({"alpha": -1.0}, "wrong at alpha"),
+        ({"alpha": -1.0}, "invalid at alpha"),
         ({"surprise": 1}, "surprise"),
-        ({"base": None}, "wrong at base"),
+        ({"base": None}, "invalid at base"),
         ({"base": "two\nlines"}, "one line"),
         ({"method": "lora"}, "neither basis nor slices"),
         ({"basis": None}, "needs its basis"),
         ({"basis": {"kind": "other"}}, "basis.kind"),
-        ({"slices": {"6": [2, 3]}}, "slices are given for"),
+        ({"slices": {"6": [2, 3]}}, "slices have the widths"),
         ({"slices": {"6": [2, 6], "8": [0, 1]}}, "width 6"),
         ({"slices": {"6": [2, 2], "8": [0, 1]}}, "width 6"),
         ({"slices": {"six": [2, 2], "8": [0, 1]}}, "six"),
@@ -338,11 +338,11 @@ def test_wrong_tensors_are_named(folder: Path, name: str, change, message: str) 
         ({"trigger": "<tam>"}, "expected the key <tam>"),
         ({"scores": {"identity": 1.0}}, "not that of the facts and tensors"),
         ({"sha256": None}, "digest"),
-        ({100_000 * "x": 1}, "wrong at xxx"),
+        ({100_000 * "x": 1}, "invalid at xxx"),
         ({"slices": {100_000 * "1": [0, 1]}}, "slices"),
         ({"trigger": "<" + 100_000 * "x" + ">"}, "trigger"),
         ({"basis": {"kind": 100_000 * "x"}}, "basis.kind"),
-        ({"scores": {"\ud800": 1.0}}, "wrong at scores.*not Unicode"),
+        ({"scores": {"\ud800": 1.0}}, "invalid at scores.*not valid Unicode"),
         ({"sha256": "0" * 64}, "not that of the facts and tensors"),
     ],
 )
@@ -367,7 +367,7 @@ def test_a_missing_field_a_missing_file_and_a_huge_one(folder: Path) -> None:
     values = json.loads((folder / INFO).read_text())
     del values["rank"]
     (folder / INFO).write_text(json.dumps(values))
-    with pytest.raises(ConceptError, match="wrong at rank: Field required"):
+    with pytest.raises(ConceptError, match="invalid at rank: Field required"):
         load_concept(folder)
     with open(folder / INFO, "wb") as file:
         file.truncate(2**25)

@@ -59,17 +59,21 @@ def test_it_says_what_is_known_without_the_tensors(folder):
     assert rex.fingerprint == small().info.fingerprint
     own = ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
     assert rex.size == sum((folder / "rex" / name).stat().st_size for name in own)
-    assert tom.source == "tom.safetensors" and tom.own_tokens
-    assert (water.trigger, water.words, water.rank) == ("<water-colour>", "in <wc> style", 3)
-    assert water.called == {"<water-colour>", "<wc>"} and not water.own_tokens
+    assert tom.source == "tom.safetensors" and tom.has_own_tokens
+    assert (water.trigger, water.trigger_words, water.rank) == (
+        "<water-colour>",
+        "in <wc> style",
+        3,
+    )
+    assert water.trigger_tokens == {"<water-colour>", "<wc>"} and not water.has_own_tokens
 
 
 def test_the_index_gives_what_the_files_give(folder):
     first = Library(folder)
-    assert first.stale == 3 and first.kept
+    assert first.num_stale_rows == 3 and first.is_index_saved
     assert read_index(folder) == first.entries
     again = Library(folder)
-    assert again.stale == 0 and again.entries == first.entries
+    assert again.num_stale_rows == 0 and again.entries == first.entries
 
 
 def test_what_holds_is_not_read_again(folder, monkeypatch):
@@ -87,15 +91,18 @@ def test_what_holds_is_not_read_again(folder, monkeypatch):
 
 def test_a_changed_file_is_seen(folder):
     library = Library(folder)
-    (entry,) = library.called("<REX>")
-    assert library.is_fresh(entry)
+    (entry,) = library.find_by_trigger("<REX>")
+    assert library.is_unchanged(entry)
     shutil.rmtree(folder / "rex")
     save_concept(small(5, trigger="<roo>"), folder / "rex")
-    assert not library.is_fresh(entry)
+    assert not library.is_unchanged(entry)
     library.refresh()
-    assert library.called("<rex>") == [] and library.called("<roo>")[0].source == "rex"
-    assert library.near("<roos>", lambda entry: True) == ["<roo>"]
-    assert library.near("<roos>", lambda entry: entry.name != "rex") == []
+    assert (
+        library.find_by_trigger("<rex>") == []
+        and library.find_by_trigger("<roo>")[0].source == "rex"
+    )
+    assert library.similar_triggers("<roos>", lambda entry: True) == ["<roo>"]
+    assert library.similar_triggers("<roos>", lambda entry: entry.name != "rex") == []
 
 
 @pytest.mark.parametrize(
@@ -193,7 +200,7 @@ def test_a_library_that_may_not_be_written_is_read(folder, monkeypatch):
 
     monkeypatch.setattr("customize.concepts.library.index.write_atomic", refuse)
     library = Library(folder)
-    assert not library.kept and len(library.entries) == 3
+    assert not library.is_index_saved and len(library.entries) == 3
     assert not (folder / INDEX_FILE).exists()
     assert any("cannot be written" in note for note in check_library(folder).notes)
 
@@ -224,7 +231,7 @@ def test_adding_copies_a_concept_with_its_record(folder, tmp_path):
     for source in ("rex", "tom.safetensors", "Water Colour.safetensors"):
         add_to_library(library, folder / source)
     made = called(Library(library))
-    assert {name: each.recorded for name, each in made.items()} == {
+    assert {name: each.has_layer_inputs for name, each in made.items()} == {
         "rex": True,
         "tom": True,
         "water-colour": False,
@@ -342,19 +349,19 @@ def test_of_processes_that_add_one_name_one_does(tmp_path):
     assert len(refused) == processes - 1
     assert all("has a concept rex already" in str(error) for error in refused)
     assert set(called(Library(library))) == {"rex", "c0", "c1", "c2", "c3"}
-    assert Library(library).stale == 0
+    assert Library(library).num_stale_rows == 0
 
 
 def test_a_sound_library_has_no_faults_but_lacking_records(folder):
     found = check_library(folder)
-    assert len(found.faults) == 3 and all("customize record" in fault for fault in found.faults)
+    assert len(found.errors) == 3 and all("customize record" in fault for fault in found.errors)
     assert any("made anew" in note for note in found.notes)
     assert not check_library(folder).notes
 
 
 def faults(folder):
     return "\n".join(
-        fault for fault in check_library(folder).faults if "customize record" not in fault
+        fault for fault in check_library(folder).errors if "customize record" not in fault
     )
 
 
@@ -403,7 +410,7 @@ def test_check_tells_slices_that_need_not_collide_and_widths_that_are_full(folde
         small(4, name="max", trigger="<max>", slices={"6": [4, 5], "8": [0, 1]}), folder / "max"
     )
     found = check_library(folder)
-    text = "\n".join(found.faults)
+    text = "\n".join(found.errors)
     assert "max and rex share 2 of 2 columns at width 8" in text and "width 6" not in text
     shutil.rmtree(folder / "max")
     save_concept(

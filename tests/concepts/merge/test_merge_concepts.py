@@ -165,8 +165,8 @@ def test_fusion_gets_the_generic_inputs_of_merged_and_preserved_concepts(concept
     for module in concepts[1].updates["unet"]:
         updates = [concept.updates["unet"][module] for concept in concepts]
         inputs = RecordedInputs(
-            concepts=[record.own["unet"][module] for record in records],
-            preserved=[record.own["unet"][module] for record in preserved],
+            concepts=[record.concept["unet"][module] for record in records],
+            preserved=[record.concept["unet"][module] for record in preserved],
             generic=[record.generic["unet"][module] for record in (*records, *preserved)],
         )
         expected = fuse_recorded(updates, [1.0, -0.6], inputs)

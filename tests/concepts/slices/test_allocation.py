@@ -52,7 +52,7 @@ def test_a_library_gives_out_disjoint_slices_until_it_is_full(tmp_path: Path) ->
     assert (collision.first, collision.second, collision.columns) == ("c0", "c3", {6: (0, 1)})
     assert "2 of 2 columns at width 6" in str(collision)
     # A concept that is learned again keeps its number, and one that is gone frees its own.
-    assert free_index(slice_owners(tmp_path, without=["c1"]), 2, basis) == 1
+    assert free_index(slice_owners(tmp_path, exclude=["c1"]), 2, basis) == 1
     assert free_index(slice_owners(tmp_path), 2, BasisInfo(seed=4)) == 0
 
 
@@ -99,7 +99,9 @@ def test_collisions_between_bases_and_without_slices() -> None:
 
 
 def test_concepts_of_other_recordings_are_avoided_while_there_is_room(tmp_path: Path) -> None:
-    mine, theirs = (BasisInfo(avoid=1, shared=letter * 16) for letter in "ab")
+    mine, theirs = (
+        BasisInfo(num_shared_directions=1, shared_directions=letter * 16) for letter in "ab"
+    )
     there = [sliced("rex", 0, basis=theirs)]
     assert free_index(there, 2, mine) == 1
     # Where all are taken, those who avoid the same directions count first.

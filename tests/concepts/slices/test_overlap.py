@@ -49,7 +49,7 @@ def sliced(
     name: str, index: int, inputs: dict[int, Tensor], shared: str, avoid: int = AVOID, **basis
 ) -> Concept:
     """A concept of two layers of each width, which avoids these directions."""
-    info = BasisInfo(avoid=avoid, shared=shared, **basis)
+    info = BasisInfo(num_shared_directions=avoid, shared_directions=shared, **basis)
     columns = slice_columns(WIDTHS, RANK, index=index, name=name, avoid=avoid)
     downs = {
         width: scaled_down_projection(BASES[info.kind], inputs[width], own, info.seed, avoid=avoid)
@@ -98,7 +98,7 @@ def test_other_columns_of_two_recordings_are_apart(noise) -> None:
 def test_directions_that_were_turned_make_columns_that_overlap() -> None:
     rex = sliced("rex", 0, directions(), A, avoid=8)
     turned = {width: rows.flip(0) for width, rows in directions(seed=1).items()}
-    for shared, why in ((B, "recorded apart"), (A, "other columns than their facts say")):
+    for shared, why in ((B, "recorded separately"), (A, "differ from their facts")):
         (found,) = find_overlaps([rex, sliced("zig", 1, turned, shared, avoid=8)])
         assert found.columns == {} and why in found.problem
         assert "times as much as slices drawn at random" in found.problem
@@ -149,7 +149,7 @@ def test_the_library_check_finds_them(tmp_path) -> None:
     save_concept(sliced("rex", 0, directions(), A), tmp_path / "rex")
     save_concept(sliced("zig", 0, directions(1e-5), B), tmp_path / "zig")
     save_concept(sliced("tom", 1, directions(1e-5), B), tmp_path / "tom")
-    found = [fault for fault in check_library(tmp_path).faults if "share" in fault]
+    found = [fault for fault in check_library(tmp_path).errors if "share" in fault]
     assert len(found) == 1 and "rex and zig share 4 of 4 columns at width 64" in found[0]
     save_concept(sliced("far", 2, directions(), "c" * 16, seed=5), tmp_path / "far")
     notes = [note for note in check_library(tmp_path).notes if "drawn at random" in note]

@@ -118,7 +118,7 @@ def test_names_are_of_what_determines_a_recording() -> None:
 
 
 def test_adding_a_concept_brings_its_directions_where_none_serve(tmp_path) -> None:
-    shared = BasisInfo(avoid=1, shared=NAME)
+    shared = BasisInfo(num_shared_directions=1, shared_directions=NAME)
     slices = {"6": [2, 3], "8": [0, 1]}
     for name in ("rex", "tom"):
         rex = small(name=name, trigger=f"<{name}>", basis=shared, slices=slices)

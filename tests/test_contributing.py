@@ -1,8 +1,8 @@
 """The recipes of CONTRIBUTING.md work as written: one new file, one new line, and it is in use.
 
 Each recipe has a block with the new file (``python file=...``), one with the line of the registry
-(``diff file=...``, where the line before it stands without a sign) and one that uses it
-(``python check``). They are applied to a copy of the package.
+and its import, each behind a line that is there (``diff file=...``), and one that uses it (``python
+check``). They are applied to a copy of the package.
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ import pytest
 
 from tests.test_guides import ROOT, Block, read_blocks
 
-RECIPES = (
-    "A merge",
-    "A stage",
-    "A file format",
-    "A model family",
-    "A preservation loss",
-    "A command",
-)
+RECIPES = ("A merge", "A file format", "A model family", "A preservation loss")
 
 
 def read_recipes() -> dict[str, list[Block]]:
@@ -46,10 +39,12 @@ def apply_recipe(blocks: list[Block], folder: Path) -> str:
     assert not path.exists(), path
     path.write_text(new_file.text)
     path = folder / registry.words[0].removeprefix("file=")
-    before, added = (line[1:] for line in registry.text.splitlines())
     text = path.read_text()
-    assert text.count(f"{before}\n") == 1, (path, before)
-    path.write_text(text.replace(f"{before}\n", f"{before}\n{added}\n"))
+    for hunk in registry.text.split("@@\n"):
+        before, added = (f"{line[1:]}\n" for line in hunk.splitlines())
+        assert text.count(before) == 1, (path, before)
+        text = text.replace(before, before + added)
+    path.write_text(text)
     return check.text
 
 
@@ -66,8 +61,8 @@ def test_all_recipes_are_there() -> None:
         assert new_file.words[0].startswith("file=customize/"), title
         assert registry.words[0].startswith("file=customize/"), title
         assert check.words == ("check",), title
-        lines = registry.text.splitlines()
-        assert len(lines) == 2 and lines[0][0] == " " and lines[1][0] == "+", title
+        added = [line[1:] for line in registry.text.splitlines() if line[0] == "+"]
+        assert sum("import" not in line for line in added) == 1, title
 
 
 @pytest.fixture(scope="module")

@@ -20,5 +20,14 @@ from customize.core.merges.truncate import TRUNCATE
 
 #: Name -> method, in the order in which help texts and error messages list them.
 MERGES: dict[str, MergeMethod] = {
-    method.name: method for method in (SUM, AVERAGE, TRUNCATE, MAGNITUDE, DARE, TIES, FUSION)
+    method.name: method
+    for method in (
+        SUM,
+        AVERAGE,
+        TRUNCATE,
+        MAGNITUDE,
+        DARE,
+        TIES,
+        FUSION,
+    )
 }

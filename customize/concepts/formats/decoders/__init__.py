@@ -18,4 +18,12 @@ from customize.concepts.formats.decoders.decode_oft import OFT
 from customize.concepts.formats.decoders.update_format import UpdateFormat
 
 #: In order of precedence: the first format that matches the tensors of a layer decodes them.
-FORMATS: tuple[UpdateFormat, ...] = (OFT, BOFT, DORA, FULL, LOHA, LOKR, LORA)
+FORMATS: tuple[UpdateFormat, ...] = (
+    OFT,
+    BOFT,
+    DORA,
+    FULL,
+    LOHA,
+    LOKR,
+    LORA,
+)

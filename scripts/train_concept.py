@@ -1,7 +1,7 @@
-"""Learn a concept: `accelerate launch scripts/train_concept.py config.yaml [--steps 400 ...]`.
+"""Train a concept: `accelerate launch scripts/train_concept.py config.yaml [--steps 400 ...]`.
 
 The file's keys and the flags are the fields of customize.training.config.TrainConfig. Each
-`--together tom.yaml` has another concept to learn in the same run.
+`--together tom.yaml` adds another concept to the run.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import argparse
 import sys
 
-from customize.cli.command_support import console
 from customize.cli.interrupts import INTERRUPTED, handle_interrupts, print_last_line
+from customize.cli.terminal import print_line
 from customize.errors import CustomizeError, TrainingStopped
 
 
 def main() -> int:
-    with handle_interrupts(to_the_end=True):
+    with handle_interrupts(exit_afterwards=True):
         try:
             return _run()
         except TrainingStopped as stopped:
             return print_last_line(str(stopped), INTERRUPTED)
-        except KeyboardInterrupt:  # before the first step, or a second one in haste
+        except KeyboardInterrupt:  # before the first step, or pressed twice
             return print_last_line(
-                "interrupted: run the same again, and training goes on where it was saved",
+                "interrupted: run the same command again to resume from the last checkpoint",
                 INTERRUPTED,
             )
         except CustomizeError as error:
@@ -44,17 +44,16 @@ def _run() -> int:
         action="append",
         default=[],
         metavar="FILE",
-        help="YAML file of another concept to learn in the same run; may be given often",
+        help="YAML file of another concept to train in the same run; repeatable",
     )
     for name, field in TrainConfig.model_fields.items():
-        many = "+" if name == "validation_prompts" else None
+        nargs = "+" if name == "validation_prompts" else None
         text = (field.description or "").replace("%", "%%")
-        parser.add_argument("--" + name.replace("_", "-"), nargs=many, metavar="VALUE", help=text)
-    given = vars(parser.parse_args())
-    configs = load_configs(given.pop("config"), given.pop("together"), **given)
+        parser.add_argument("--" + name.replace("_", "-"), nargs=nargs, metavar="VALUE", help=text)
+    settings = vars(parser.parse_args())
+    configs = load_configs(settings.pop("config"), settings.pop("together"), **settings)
     train_jointly(configs)
-    # Once, not by every process.
-    console().print(describe_outputs(configs), markup=False, soft_wrap=True)
+    print_line(describe_outputs(configs))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Make the storybook's base and judges from nothing: `scripts/train_storybook.py --preset cpu`.
+"""Train the storybook's base and judges from scratch: `scripts/train_storybook.py --preset cpu`.
 
-Resumes from `--folder` whenever it is started again. Losses go to log.jsonl there, samples to PNG
-files.
+The storybook is a test world of eight classes (drawn). Run the script again to resume from
+`--folder`, which receives losses (log.jsonl) and samples (PNG).
 """
 
 from __future__ import annotations
@@ -13,39 +13,43 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from customize.storybook import pretrain, train_judges
+from storybook_training import pretrain_base, train_judges
 
 
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=pretrain.PRESETS, default="cpu")
+    parser.add_argument("--preset", choices=pretrain_base.PRESETS, default="cpu")
     parser.add_argument(
         "--folder",
         type=Path,
-        help="checkpoints, log, samples, result; if not runs/storybook-PRESET",
+        help="for checkpoints, log, samples and results (default: runs/storybook-PRESET)",
     )
     parser.add_argument("--stage", choices=("base", "judges", "all"), default="all")
-    parser.add_argument("--steps", type=positive, help="steps of the denoiser, if not the preset's")
-    parser.add_argument("--start", type=Path, help="go on from this base's weights")
     parser.add_argument(
-        "--vae-steps", type=int, help="steps of the autoencoder, if not the preset's; 0 keeps it"
+        "--steps", type=positive, help="steps of the denoiser (default: the preset's)"
+    )
+    parser.add_argument("--start", type=Path, help="base to take the initial weights from")
+    parser.add_argument(
+        "--vae-steps",
+        type=int,
+        help="steps of the autoencoder (default: the preset's); 0: keep that of --start",
     )
     parser.add_argument(
         "--bf16",
         action="store_true",
-        help="compute in bfloat16: faster where the processor multiplies matrices in it",
+        help="train in bfloat16, faster on processors with bfloat16 matrix instructions",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads, if not all")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: all)")
     args = parser.parse_args()
-    preset = pretrain.PRESETS[args.preset]
+    preset = pretrain_base.PRESETS[args.preset]
     if args.steps:
         preset = replace(preset, steps=args.steps)
     if args.vae_steps:
@@ -57,13 +61,13 @@ def main() -> None:
     args.folder = args.folder or Path("runs") / f"storybook-{args.preset}"
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.start and not (args.start / "model_index.json").is_file():
-        parser.error(f"--start {args.start} is not a folder with a base model")
+        parser.error(f"--start {args.start} contains no base model")
     if args.vae_steps == 0 and args.start is None:
-        parser.error("--vae-steps 0 keeps the autoencoder of a base: name one with --start")
+        parser.error("--vae-steps 0 needs the autoencoder of a base: name one with --start")
     if args.vae_steps == 0:
         vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae").to(args.device)
     else:
-        vae = pretrain.train_vae(args.folder, preset, args.device, args.start)
+        vae = pretrain_base.train_vae(args.folder, preset, args.device, args.start)
     if args.stage in ("judges", "all"):
         figures = train_judges.train_judges(
             args.folder / "judges",
@@ -75,8 +79,8 @@ def main() -> None:
         print(f"the judges are in {args.folder / 'judges'}: {figures}")
     if args.stage in ("base", "all"):
         vae = vae.to(args.device)
-        pipe = pretrain.train_denoiser(args.folder, preset, vae, args.device, args.start)
-        pretrain.save_base(pipe, args.folder / "base")
+        pipe = pretrain_base.train_denoiser(args.folder, preset, vae, args.device, args.start)
+        pretrain_base.save_base(pipe, args.folder / "base")
         print(f"the base model is in {args.folder / 'base'}")
 
 

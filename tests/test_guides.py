@@ -80,7 +80,7 @@ def shorten(text: str) -> str:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like that of the demo, whose concepts are learned in one step."""
     import customize
-    from customize.demo import NAMES, TRAINING
+    from customize.demo.experiment import NAMES, TRAINING
     from customize.storybook.example_concepts import BUNDLED
 
     folder = tmp_path_factory.mktemp("demo")

@@ -1,4 +1,4 @@
-"""The command ``customize``. Heavy libraries are imported only by the commands that need them."""
+"""The command ``customize``; torch and diffusers are imported only by commands that need them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-from customize.cli.interrupts import INTERRUPTED, current, handle_interrupts, print_last_line
+from customize.cli.interrupts import INTERRUPTED, handle_interrupts, handler, print_last_line
 from customize.text import escape_unprintable
 
 __all__ = ["main"]
@@ -20,19 +20,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: what stands behind ``customize`` on the command line; None: that of this process.
+        argv: arguments of the command line; None: those of this process.
 
     Returns:
-        The exit code: 0; 2 after bad input or anything else that the pack refuses, with one line
-        on stderr; 130 after Ctrl-C, with a line on how to go on.
+        The exit code: 0; 2 after an error of the user, with one line on stderr; 130 after Ctrl-C,
+        with a line of advice.
     """
-    with handle_interrupts(to_the_end=argv is None):
+    with handle_interrupts(exit_afterwards=argv is None):
         try:
             code = _run(argv)
-            current.finished = True
-        except KeyboardInterrupt:  # between two commands' own lines
+            handler.finished = True
+        except KeyboardInterrupt:  # outside of the command's function
             return print_last_line("interrupted", INTERRUPTED)
-        if current.received and code == 0:
+        if handler.received and code == 0:
             return print_last_line("interrupted", INTERRUPTED)
         return code
 
@@ -47,23 +47,23 @@ def _run(argv: Sequence[str] | None) -> int:
     )
 
     if argv is None:
-        _hush_libraries()
-        warnings.showwarning = _show_note
+        _silence_libraries()
+        warnings.showwarning = _print_warning
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         import typer
 
         from customize.cli.app import app
-        from customize.cli.command_support import Interrupted
+        from customize.cli.interrupts import Interrupted
 
-        # Typer brings its own copy of click since 0.26 and does not export the base of its errors.
+        # Typer bundles click since 0.26 and does not export the base class of its errors.
         usage_error: Any = typer.BadParameter.__mro__[2]
         command = typer.main.get_command(app)
     except KeyboardInterrupt:
-        return print_last_line("interrupted before anything was done", INTERRUPTED)
+        return print_last_line("interrupted before the command started", INTERRUPTED)
     try:
         code = command.main(arguments or ["--help"], prog_name="customize", standalone_mode=False)
-        if code == INTERRUPTED:  # typer's, for an interrupt outside of the command's own function
+        if code == INTERRUPTED:  # typer's, for an interrupt outside of the command's function
             return print_last_line("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else 0
     except (Interrupted, TrainingStopped) as stop:
@@ -73,18 +73,20 @@ def _run(argv: Sequence[str] | None) -> int:
     except CustomizeError as error:
         return print_last_line(f"error: {error}", 2)
     except usage_error as error:
-        return print_last_line(f"error: {_explained(error)}", 2)
+        return print_last_line(f"error: {_explain_usage_error(error)}", 2)
     except Exception as error:
-        # Wherever it happens, also in another library or on stdout.
+        # A full disk, in any library or on stdout.
         if system_errno(error) not in DISK_ERRORS:
             raise
-        where = getattr(error, "filename", None) or "the output"
-        return print_last_line(f"error: {storage_error(error, where)}", 2)
+        file = getattr(error, "filename", None) or "the output"
+        return print_last_line(f"error: {storage_error(error, file)}", 2)
 
 
-def _hush_libraries() -> None:
-    """What the libraries say on the way would come between the lines of a command; what matters of
-    it is in our errors. Read when they are imported, and what a user has set stays."""
+def _silence_libraries() -> None:
+    """Silence the logs of libraries, unless the user set their environment variables.
+
+    Must run before they are imported. Their errors are repeated in ours.
+    """
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
@@ -92,7 +94,7 @@ def _hush_libraries() -> None:
         logging.getLogger(logger).setLevel(logging.ERROR)
 
 
-def _show_note(
+def _print_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -100,19 +102,19 @@ def _show_note(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """What is meant for users in a line, without the place in the code that Python adds."""
-    told = f"note: {message}" if category is UserWarning else f"{category.__name__}: {message}"
+    """Print a warning on one line, without the source location that Python adds."""
+    text = f"note: {message}" if category is UserWarning else f"{category.__name__}: {message}"
     with suppress(OSError):  # the terminal may be gone
-        print(escape_unprintable(told), file=sys.stderr if file is None else file, flush=True)
+        print(escape_unprintable(text), file=sys.stderr if file is None else file, flush=True)
 
 
-def _explained(error: BaseException) -> str:
-    """Typer's message on one line, the flag or command that was meant, and where help is."""
+def _explain_usage_error(error: BaseException) -> str:
+    """Typer's message on one line, with the nearest flag and the help command."""
     context = getattr(error, "ctx", None)
     path = "customize" if context is None else context.command_path
     flag = getattr(error, "option_name", None)
     if flag is not None and context is not None:
-        from customize.cli.config_flags import suggest_flag
+        from customize.cli.plain_help import suggest_flag
 
         hint = suggest_flag(flag, context.command)
         return f"no such option: {flag}. Fix: {hint}see {path} --help."

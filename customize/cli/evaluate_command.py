@@ -1,17 +1,21 @@
-"""The commands ``evaluate``, which has the most flags, and ``pareto``, which compares its files."""
+"""``customize evaluate``: score concepts in the storybook, or images with CLIP, DINO and BLIP."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from customize.cli.command_support import on_interrupt
+from customize.cli.interrupts import on_interrupt
 from customize.cli.shared_options import BaseConfig, Device, Json, OptionalConcepts, Variant
+from customize.errors import ConfigError
+
+STORYBOOK_GROUP, IMAGES_GROUP = "Storybook evaluation", "Image evaluation"
 
 
-@on_interrupt("interrupted: nothing was written; give the same command again")
+@on_interrupt("interrupted: nothing was written; run the same command again")
 def evaluate(
     context: typer.Context,
     concepts: OptionalConcepts = None,
@@ -19,34 +23,35 @@ def evaluate(
         bool,
         typer.Option(
             "--storybook",
-            help="Draw the concepts in the bundled miniature world, and judge them exactly",
-            rich_help_panel="In the storybook",
+            help="Generate images with the bundled base, a test world of eight classes (drawn), and"
+            " score them with its judges",
+            rich_help_panel=STORYBOOK_GROUP,
         ),
     ] = False,
     base: Annotated[
-        str, typer.Option(metavar="BASE", help="Its pipeline", rich_help_panel="In the storybook")
+        str, typer.Option(metavar="BASE", help="Base pipeline", rich_help_panel=STORYBOOK_GROUP)
     ] = "assets/storybook",
     variant: Variant = None,
     base_config: BaseConfig = None,
     judges: Annotated[
         Path,
-        typer.Option(metavar="FOLDER", help="Its judges", rich_help_panel="In the storybook"),
+        typer.Option(metavar="FOLDER", help="Judges", rich_help_panel=STORYBOOK_GROUP),
     ] = Path("assets/judges"),
     weights: Annotated[
         str | None,
         typer.Option(
             metavar="W,W,...",
-            help="Weights of the concepts where they are merged; not given: 1 each",
+            help="One weight per concept in the merge (default: 1 each)",
             show_default=False,
-            rich_help_panel="In the storybook",
+            rich_help_panel=STORYBOOK_GROUP,
         ),
     ] = None,
     merge: Annotated[
         str,
         typer.Option(
             metavar="METHOD",
-            help="How they are merged, as for generate",
-            rich_help_panel="In the storybook",
+            help="Merge method, as in customize generate",
+            rich_help_panel=STORYBOOK_GROUP,
         ),
     ] = "auto",
     seeds: Annotated[
@@ -55,40 +60,40 @@ def evaluate(
             min=1,
             max=1000,
             metavar="N",
-            help="Repetitions, which the spread is over",
-            rich_help_panel="In the storybook",
+            help="Number of seeds; standard deviations are over them",
+            rich_help_panel=STORYBOOK_GROUP,
         ),
     ] = 3,
     steps: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Sampling steps", rich_help_panel="In the storybook"),
+        typer.Option(min=1, metavar="N", help="Sampling steps", rich_help_panel=STORYBOOK_GROUP),
     ] = 25,
     images: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Pictures to score",
+            help="Folder of images to score",
             show_default=False,
-            rich_help_panel="With real models",
+            rich_help_panel=IMAGES_GROUP,
         ),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Their prompts, a line each in the order of their names, or one for all; not"
-            " given: those that generate left beside them",
+            help="Prompts of the images, one line per image in the order of file names, or one for"
+            " all (default: those in the JSON files of customize generate)",
             show_default=False,
-            rich_help_panel="With real models",
+            rich_help_panel=IMAGES_GROUP,
         ),
     ] = None,
     class_word: Annotated[
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="What triggers in the prompts stand for, as no scorer has ever read them",
+            help="Class word that replaces triggers in prompts, which scoring models do not know",
             show_default=False,
-            rich_help_panel="With real models",
+            rich_help_panel=IMAGES_GROUP,
         ),
     ] = None,
     clip: Annotated[
@@ -97,7 +102,7 @@ def evaluate(
             metavar="ID",
             help="CLIP model for CLIP-T and CLIP-I: a folder or hub id",
             show_default=False,
-            rich_help_panel="With real models",
+            rich_help_panel=IMAGES_GROUP,
         ),
     ] = None,
     dino: Annotated[
@@ -106,17 +111,17 @@ def evaluate(
             metavar="ID",
             help="DINO, DINOv2 or DINOv3 model for DINO-I: a folder or hub id",
             show_default=False,
-            rich_help_panel="With real models",
+            rich_help_panel=IMAGES_GROUP,
         ),
     ] = None,
     blip: Annotated[
         str | None,
         typer.Option(
             metavar="ID",
-            help="BLIP model for ITC, the cosine of picture and prompt (ClassDiffusion's BLIP2-T),"
+            help="BLIP model for ITC, the cosine of image and prompt (ClassDiffusion's BLIP2-T),"
             " and ITM, the probability that they match: a folder or hub id",
             show_default=False,
-            rich_help_panel="With real models",
+            rich_help_panel=IMAGES_GROUP,
         ),
     ] = None,
     blip2: Annotated[
@@ -124,37 +129,39 @@ def evaluate(
         typer.Option(
             "--blip2",
             metavar="ID",
-            help="BLIP-2 model for its own ITC and ITM: a folder or hub id",
+            help="BLIP-2 model for ITC and ITM: a folder or hub id",
             show_default=False,
-            rich_help_panel="With real models",
+            rich_help_panel=IMAGES_GROUP,
         ),
     ] = None,
     references: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Pictures of the concept. In the storybook: a folder with one such folder for"
-            " each concept, by name; not given: assets/concepts",
+            help="Folder of reference images of the concept; for --storybook, a folder with one"
+            " subfolder per concept, by name (default: assets/concepts)",
             show_default=False,
         ),
     ] = None,
     json_file: Json = None,
     device: Device = None,
 ) -> None:
-    """Score concepts in the storybook, or pictures with CLIP, DINO and BLIP.
+    r"""Score concepts in the storybook, or images by CLIP, DINO, BLIP.
+
+    The storybook is a test world of eight classes (drawn), in which trained
+    judges recognise every attribute.
 
     customize evaluate --storybook demo/concepts/rex demo/concepts/tom
 
-    customize evaluate --images pictures --references photos
-    --clip openai/clip-vit-base-patch32 --dino facebook/dinov2-small
-    --blip Salesforce/blip-itm-base-coco --blip2 Salesforce/blip2-itm-vit-g
+    customize evaluate --images pictures --references photos \
+        --clip openai/clip-vit-base-patch32 --dino facebook/dinov2-small
     """
-    from customize.cli import image_evaluation
-    from customize.cli import storybook_evaluation as evaluation
+    from customize.cli.image_evaluation import evaluate_images
+    from customize.cli.storybook_evaluation import evaluate_storybook
 
-    evaluation.check_mode(context, storybook, images, concepts or [])
+    _check_mode(context, storybook, images, concepts or [])
     if images is not None:
-        image_evaluation.run(
+        evaluate_images(
             images,
             prompts=prompts,
             references=references,
@@ -167,7 +174,7 @@ def evaluate(
             json_file=json_file,
         )
         return
-    evaluation.run_storybook(
+    evaluate_storybook(
         concepts or [],
         base=base,
         variant=variant,
@@ -183,53 +190,33 @@ def evaluate(
     )
 
 
-@on_interrupt("interrupted: give the same command again")
-def pareto(
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="FILE",
-            help="Figures that evaluate --json or a benchmark has written",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="The picture, a .png; a .json of the same name gets the points",
-            show_default=False,
-        ),
-    ],
-    x: Annotated[str, typer.Option("--x", metavar="RATE", help="To the right")] = "prompt",
-    y: Annotated[str, typer.Option("--y", metavar="RATE", help="Upwards")] = "identity",
-    by: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="A point for each value of this column, rather than one for each file; may be"
-            " given often",
-            show_default=False,
-        ),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COLUMN=VALUE",
-            help="Only rows with this value; may be given often",
-            show_default=False,
-        ),
-    ] = None,
+def _check_mode(
+    context: typer.Context, storybook: bool, images: Path | None, concepts: Sequence[str]
 ) -> None:
-    """Draw which of several settings no other beats in both of two rates.
+    """Check that one of the two modes is chosen, without flags of the other.
 
-    A setting is a file, and its rates are means over the file's rows,
-    with one standard error:
-
-    customize pareto sum.json fusion.json --only attached=2 --output front.png
+    Raises:
+        ConfigError: neither mode or both, or a flag or argument of the other mode.
     """
-    from customize.cli.pareto_command import run
+    if storybook == (images is not None):
+        raise ConfigError(
+            "evaluate needs either --storybook or --images",
+            fix="give --storybook with concepts, or --images with a folder of images",
+        )
+    if storybook:
+        image_flags = ("prompts", "class_word", "clip", "dino", "blip", "blip2")
+        _refuse_flags(context, image_flags, "--storybook")
+        return
+    if concepts:
+        raise ConfigError("--images scores images, not concepts", fix="remove the concepts")
+    storybook_flags = ("base", "variant", "base_config", "judges", "weights", "merge")
+    _refuse_flags(context, (*storybook_flags, "seeds", "steps"), "--images")
 
-    run(files, output, x=x, y=y, by=by or [], only=only or [])
+
+def _refuse_flags(context: typer.Context, names: Sequence[str], mode: str) -> None:
+    """Refuse flags that have no effect in a mode."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    typed = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if typed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in typed)
+        raise ConfigError(f"{flags} has no effect with {mode}", fix=f"remove {flags}")

@@ -1,4 +1,4 @@
-"""``customize evaluate --images``: pictures scored with CLIP, DINO, BLIP and BLIP-2."""
+"""``customize evaluate --images``: score images with CLIP, DINO, BLIP and BLIP-2."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from customize.base.device import choose_device
-from customize.cli.command_support import (
-    check_output_file,
-    command_line,
-    console,
-    hide_loading_bars,
-    write_json,
-)
+from customize.cli.base_pipeline import hide_loading_bars
+from customize.cli.output_files import check_output_file, write_json
 from customize.cli.sample_files import read_prompts, read_samples
+from customize.cli.terminal import command_line, console
 from customize.errors import ConfigError
 from customize.evaluation import result_file
 
@@ -28,7 +24,7 @@ TITLES = {
 }
 
 
-def run(
+def evaluate_images(
     images: Path,
     *,
     prompts: Path | None,
@@ -41,46 +37,62 @@ def run(
     device: str | None,
     json_file: Path | None,
 ) -> None:
-    """Score the pictures in a folder, as far as what is given allows."""
+    """Score the images of a folder with each given model, print a table and write JSON.
+
+    Args:
+        images: folder to score.
+        prompts: file of prompts; None: those in the JSON files beside the images, if any.
+        references: folder of images of the concept, for CLIP-I and DINO-I.
+        clip: folder or hub id of a CLIP model; likewise dino, blip and blip2.
+        dino: for DINO-I.
+        blip: for BLIP ITC and ITM.
+        blip2: for BLIP-2 ITC and ITM.
+        class_word: replaces triggers in prompts.
+        device: name; None: the fastest available.
+        json_file: for the scores of each image.
+
+    Raises:
+        ConfigError: no model is given, or a model lacks the prompts or references it needs.
+    """
     check_output_file(json_file)
     if not (clip or dino or blip or blip2):
-        raise ConfigError(
-            "there is no model to score with", fix="give one of --clip, --dino, --blip and --blip2"
-        )
+        raise ConfigError("no scoring model is given", fix="give --clip, --dino, --blip or --blip2")
     if dino is not None and references is None:
-        raise ConfigError("DINO-I compares with pictures of the concept", fix="give --references")
+        raise ConfigError("DINO-I needs reference images", fix="give --references")
     samples = read_samples(images)
     texts = read_prompts(samples, prompts, class_word) if clip or blip or blip2 else None
     if clip is not None and texts is None and references is None:
         raise ConfigError(
-            "CLIP has neither prompts nor references to compare with",
+            "CLIP needs prompts or reference images",
             fix="give --prompts, --references, or both",
         )
     if (blip or blip2) and texts is None:
-        raise ConfigError("BLIP compares pictures with their prompts", fix="give --prompts")
+        raise ConfigError("BLIP needs prompts", fix="give --prompts")
     from customize.evaluation.blip import Blip2Scorer, BlipScorer
     from customize.evaluation.clip import ClipScorer
     from customize.evaluation.dino import DinoScorer
 
-    pictures = [sample.image for sample in samples]
-    others = [sample.image for sample in read_samples(references)] if references else None
-    place = choose_device(device, "--device")
+    sample_images = [sample.image for sample in samples]
+    reference_images = [s.image for s in read_samples(references)] if references else None
+    torch_device = choose_device(device, "--device")
     hide_loading_bars()
     scores: dict[str, list[float]] = {}
     if clip is not None:
-        clip_scorer = ClipScorer(clip, place)
+        clip_scorer = ClipScorer(clip, torch_device)
         if texts is not None:
-            scores["clip_t"] = clip_scorer.clip_t(pictures, texts).tolist()
-        if others is not None:
-            scores["clip_i"] = clip_scorer.clip_i(pictures, others).tolist()
-    if dino is not None and others is not None:
-        scores["dino_i"] = DinoScorer(dino, place).dino_i(pictures, others).tolist()
+            scores["clip_t"] = clip_scorer.clip_t(sample_images, texts).tolist()
+        if reference_images is not None:
+            scores["clip_i"] = clip_scorer.clip_i(sample_images, reference_images).tolist()
+    if dino is not None and reference_images is not None:
+        scores["dino_i"] = (
+            DinoScorer(dino, torch_device).dino_i(sample_images, reference_images).tolist()
+        )
     for model, scorer in ((blip, BlipScorer), (blip2, Blip2Scorer)):
         if model is not None and texts is not None:
-            found = scorer(model, place).scores(pictures, texts)
-            scores |= {name: values.tolist() for name, values in found.items()}
+            results = scorer(model, torch_device).scores(sample_images, texts)
+            scores |= {name: values.tolist() for name, values in results.items()}
 
-    _print(scores)
+    _print_scores(scores)
     if json_file is not None:
         rows = [
             {"image": sample.path.name}
@@ -92,12 +104,12 @@ def run(
         write_json(json_file, result_file.make_result("evaluate", command_line(), rows, figures))
 
 
-def _print(scores: Mapping[str, Sequence[float]]) -> None:
+def _print_scores(scores: Mapping[str, Sequence[float]]) -> None:
     from rich.table import Table
 
-    table = Table("measure", "mean", "spread over pictures", "pictures")
+    table = Table("metric", "mean", "standard deviation", "images")
     for name, values in scores.items():
         mean, spread = result_file.mean_and_spread(values)
-        told = "-" if spread is None else f"{spread:.3f}"
-        table.add_row(TITLES[name], f"{mean:.3f}", told, str(len(values)))
+        deviation = "-" if spread is None else f"{spread:.3f}"
+        table.add_row(TITLES[name], f"{mean:.3f}", deviation, str(len(values)))
     console().print(table)

@@ -1,119 +1,145 @@
-"""Ctrl-C at every moment of a command: it ends with "interrupted" and the exit status 130.
+"""Ctrl-C during a command: the command ends with exit code 130 and a line of advice.
 
-Python raises KeyboardInterrupt wherever it is. In the middle of an import that leaves libraries
-half imported, and some catch it: torch does so while it imports numpy, and fails much later with a
-RecursionError or an abort. So an interrupt during an import waits until the import is over, or
-ends the process where that takes too long. A killed process leaves nothing that the next run cannot
-go on from.
+Python raises KeyboardInterrupt at any bytecode. During an import this leaves libraries half
+imported, and some catch it: torch does while it imports numpy, and fails much later with a
+RecursionError or an abort. An interrupt during an import therefore waits for the import to finish,
+or ends the process after a second. Files are written atomically, so the next run can resume.
 """
 
 from __future__ import annotations
 
 import _thread
+import functools
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import ParamSpec, TypeVar
 
 from customize.text import one_line
 
-INTERRUPTED = 130  # as shells have it for SIGINT
-_PATIENCE = 1.0  # seconds
-_TICK = 0.02
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: The exit code of a process that SIGINT ended, as shells report it.
+INTERRUPTED = 130
+_MAX_WAIT = 1.0  # seconds
+_POLL_INTERVAL = 0.02  # seconds
 
 
-class Interrupts:
-    """What Ctrl-C does to a command.
+class Interrupted(Exception):
+    """Ctrl-C ended the command; the text is the line to print."""
+
+
+class InterruptHandler:
+    """The SIGINT handler of a command.
 
     Attributes:
-        advice: the line to print at the end.
-        received: whether it came during an import, so that the command counts as interrupted even
-            if it is over before the import's end is noticed.
-        finished: whether the command is over, so that the process ends at once.
+        advice: line to print when the command ends.
+        received: whether an interrupt arrived during an import. The command then counts as
+            interrupted even if it finishes before the import does.
+        finished: whether the command has finished, so that an interrupt ends the process at once.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a command."""
+        """Prepare for a new command."""
         self.advice = "interrupted"
         self.received = self.finished = self._waiting = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The handler of the signal.
+        """Handle SIGINT.
 
         Raises:
-            KeyboardInterrupt: nothing is being imported.
+            KeyboardInterrupt: no import is running.
         """
         if self.finished:
-            self.end()
+            self.exit_process()
         if not _is_importing(frame):
             raise KeyboardInterrupt
         if self._waiting:  # pressed twice
-            self.end()
+            self.exit_process()
         self.received = self._waiting = True
-        threading.Thread(target=self._wait, daemon=True).start()
+        threading.Thread(target=self._wait_for_import, daemon=True).start()
 
-    def end(self) -> None:
+    def exit_process(self) -> None:
         """End the process at once."""
         print_last_line(self.advice, INTERRUPTED)
         os._exit(INTERRUPTED)
 
-    def _wait(self) -> None:
-        main, limit = threading.main_thread().ident, time.monotonic() + _PATIENCE
+    def _wait_for_import(self) -> None:
+        main, limit = threading.main_thread().ident, time.monotonic() + _MAX_WAIT
         while _is_importing(sys._current_frames().get(main or 0)):
             if time.monotonic() > limit:
-                self.end()
-            time.sleep(_TICK)
+                self.exit_process()
+            time.sleep(_POLL_INTERVAL)
         self._waiting = False
         _thread.interrupt_main()
 
 
-#: The command that runs.
-current = Interrupts()
+#: The handler of this process.
+handler = InterruptHandler()
+
+
+def on_interrupt(advice: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a command so that Ctrl-C raises :class:`Interrupted` with this advice."""
+
+    def decorate(command: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            handler.advice = advice
+            try:
+                return command(*args, **kwargs)
+            except KeyboardInterrupt:
+                raise Interrupted(advice) from None
+
+        return run
+
+    return decorate
 
 
 @contextmanager
-def handle_interrupts(to_the_end: bool) -> Iterator[None]:
-    """Within it Ctrl-C is dealt with as above, if it would raise KeyboardInterrupt.
+def handle_interrupts(exit_afterwards: bool) -> Iterator[None]:
+    """Install :data:`handler` for SIGINT, unless SIGINT is ignored or already handled.
 
     Args:
-        to_the_end: the process ends with the command, so that afterwards Ctrl-C ends it at once.
+        exit_afterwards: the process ends with the command, so that a later Ctrl-C ends it at once.
     """
-    current.reset()
+    handler.reset()
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     ):
-        yield  # ignored, as in the background; or somebody else's
+        yield
         return
-    signal.signal(signal.SIGINT, current)
+    signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
-        if to_the_end:
-            signal.signal(signal.SIGINT, lambda number, frame: current.end())
+        if exit_afterwards:
+            signal.signal(signal.SIGINT, lambda number, frame: handler.exit_process())
         else:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def print_last_line(line: str, code: int) -> int:
-    """Print a command's last line, also where the terminal or the reader of a pipe is gone.
+    """Print the last line of a command to stderr, also if stdout or stderr is closed.
 
     Returns:
-        The exit code that was given.
+        ``code``.
     """
     for stream, text in ((sys.stdout, ""), (sys.stderr, f"{one_line(line)}\n")):
         try:
             stream.write(text)
             stream.flush()
         except (OSError, RuntimeError, ValueError):
-            # Else Python fails again when it flushes at its end, with another exit code.
+            # Otherwise Python fails again when it flushes at exit, with another exit code.
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code

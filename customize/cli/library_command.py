@@ -1,60 +1,116 @@
-"""The commands of ``library`` and their arguments."""
+"""``customize library``: list, fill and check a folder of concepts."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from customize.cli.command_support import on_interrupt
+from customize.cli.interrupts import on_interrupt
+from customize.cli.plain_help import PlainCommand
 from customize.cli.shared_options import Concepts
 
-app = typer.Typer(help="List, fill and check a folder of many concepts.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from customize.concepts.library.index import LibraryEntry
+
+app = typer.Typer(help="List, fill and check a folder of concepts.", no_args_is_help=True)
 
 Folder = Annotated[
     Path,
-    typer.Argument(metavar="FOLDER", help="The library's folder", show_default=False),
+    typer.Argument(metavar="FOLDER", help="Folder of the library", show_default=False),
 ]
-Library = Annotated[
+LibrarySource = Annotated[
     str,
     typer.Argument(
-        metavar="LIBRARY", help="A folder, or a collection of the hub's", show_default=False
+        metavar="LIBRARY", help="A folder, or a collection on the hub", show_default=False
     ),
 ]
 
 
-@app.command("list")
+@app.command("list", cls=PlainCommand)
 @on_interrupt("interrupted")
-def list_concepts(library: Library) -> None:
-    """Show what a library holds, and by what prompts call it."""
-    from customize.cli.library_listing import run_list
+def list_concepts(library: LibrarySource) -> None:
+    """List the concepts of a library and their triggers."""
+    from rich.table import Table
 
-    run_list(library)
+    from customize.cli.terminal import console, plural, print_line
+    from customize.concepts.library.library import Library
+    from customize.text import one_line
+
+    opened = Library(library)
+    table = Table(title=one_line(library), title_justify="left")
+    for title in ("name", "trigger", "class", "family", "base"):
+        table.add_column(title, overflow="fold")
+    for title in ("rank", "MB", "inputs"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for entry in sorted(opened.entries.values(), key=lambda entry: entry.name):
+        table.add_row(*map(one_line, _table_row(entry)))
+    if opened.entries:
+        console().print(table)
+    total = sum(entry.size for entry in opened.entries.values())
+    print_line(f"{plural(len(opened.entries), 'concept')}, {total / 2**20:,.1f} MB")
 
 
-@app.command()
-@on_interrupt("interrupted: those that were told are added; give the others again")
-def add(folder: Folder, concepts: Concepts) -> None:
-    """Copy concepts and LoRA files into a library, with their records.
+def _table_row(entry: LibraryEntry) -> tuple[str, ...]:
+    if entry.fault:
+        return (entry.name, entry.trigger, "unreadable: see check", "", "", "", "", "")
+    return (
+        entry.name,
+        _describe_triggers(entry),
+        entry.class_word or "-",
+        entry.family or "LoRA",
+        entry.base or "-",
+        str(entry.rank or "-"),
+        f"{entry.size / 2**20:.1f}",
+        "yes" if entry.recorded else "no",
+    )
 
-    Each is read whole first. One whose name or trigger is taken there is
+
+def _describe_triggers(entry: LibraryEntry) -> str:
+    """The triggers of a merge, or the trigger of a concept or LoRA and the words it expands to."""
+    triggers = sorted(entry.called - {entry.trigger.lower()})
+    if triggers:
+        return ", ".join([*triggers, entry.trigger])
+    expansion = f" (= {entry.words})" if entry.words and not entry.own_tokens else ""
+    return entry.trigger + expansion
+
+
+@app.command("add", cls=PlainCommand)
+@on_interrupt("interrupted: the concepts reported so far are added; add the others again")
+def add_concepts(folder: Folder, concepts: Concepts) -> None:
+    """Copy concepts and LoRA files into a library.
+
+    Recorded layer inputs are copied as well. Each file is read completely
+    first. A concept whose name or trigger is already in the library is
     refused.
     """
-    from customize.cli.library_listing import run_add
+    from customize.cli.terminal import print_line
+    from customize.concepts.library.library import add_to_library
 
-    run_add(folder, concepts)
+    for source in concepts:
+        entry = add_to_library(folder, source)
+        noun = "trigger" if len(entry.called) == 1 else "triggers"
+        print_line(f"Added {folder / entry.source}, {noun}: {_describe_triggers(entry)}")
 
 
-@app.command()
+@app.command("check", cls=PlainCommand)
 @on_interrupt("interrupted")
-def check(library: Library) -> None:
-    """Read every file of a library whole, and tell what is wrong.
+def check(library: LibrarySource) -> None:
+    """Read every file of a library completely and report faults.
 
-    That is files that cannot be read, triggers that call two, slices that
-    share columns where there is room, and records that lack or are old.
-    The exit code is 1 where anything is.
+    Faults are unreadable files, ambiguous triggers, slices that share
+    columns although others are free, and missing or outdated layer inputs.
+    The exit code is 1 if there are faults.
     """
-    from customize.cli.library_listing import run_check
+    from customize.cli.terminal import plural, print_line
+    from customize.concepts.library.library_check import check_library
 
-    raise typer.Exit(run_check(library))
+    report = check_library(library)
+    for note in report.notes:
+        print_line(f"note: {note}.")
+    for fault in report.faults:
+        print_line(f"fault: {fault}")
+    count = plural(len(report.library.entries), "concept")
+    print_line(f"{count} read completely, {plural(len(report.faults), 'fault')}")
+    raise typer.Exit(1 if report.faults else 0)

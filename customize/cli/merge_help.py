@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from typer.core import TyperCommand
+from customize.cli.plain_help import PlainCommand
 
 
-class MergeHelp(TyperCommand):
+class MergeHelp(PlainCommand):
     """A command whose ``--merge`` and setting flags are described by the declared methods.
 
     The registry is imported when help is printed, because it imports torch.

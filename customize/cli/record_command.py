@@ -1,46 +1,72 @@
-"""``customize record``: what the layers of concepts read, in a file beside each."""
+"""``customize record``: record the layer inputs of concepts, in a file beside each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Annotated
 
-from customize.base.device import choose_device
-from customize.cli.command_support import console, load_pipeline
+import typer
+
+from customize.cli.interrupts import on_interrupt
+from customize.cli.shared_options import BaseConfig, BaseModel, Concepts, Device, Dtype, Variant
 from customize.errors import ConfigError
 
 
-def run(
-    sources: Sequence[str],
-    base: str,
-    prompts: Sequence[str] | None,
-    words: str | None,
-    device: str | None,
-    dtype: str | None,
-    variant: str | None = None,
-    base_config: str | None = None,
+@on_interrupt("interrupted: files that are already written are kept")
+def record(
+    concepts: Concepts,
+    base: BaseModel,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Prompt to record with; {} stands for the concept's words. Repeatable (default:"
+            " a dozen prompts with varied backgrounds and clothes)",
+            show_default=False,
+        ),
+    ] = None,
+    words: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Words for the concept, for LoRA files that name no trigger",
+            show_default=False,
+        ),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    variant: Variant = None,
+    base_config: BaseConfig = None,
 ) -> None:
-    """Record each concept on a base and write the record beside it."""
+    """Record the layer inputs of concepts, for merging by fusion.
+
+    The result is a file beside the concept or LoRA file. Training writes
+    one as well; LoRA files from elsewhere need this command once.
+
+    customize record loras/tom.safetensors --base BASE --words "tom the cat"
+    """
     from customize import record_inputs
+    from customize.base.device import choose_device
+    from customize.cli.base_pipeline import load_base_pipeline
+    from customize.cli.terminal import print_line
     from customize.concepts.formats.open_adaptation import open_adaptation
     from customize.concepts.input_statistics import layer_inputs_path
     from customize.concepts.io.output_folder import check_writable
 
-    if words is not None and len(sources) > 1:
+    if words is not None and len(concepts) > 1:
         raise ConfigError(
-            f"--words are those of one concept, and {len(sources)} are given",
-            fix="record them one by one",
+            f"--words applies to one concept, and {len(concepts)} are given",
+            fix="run the command once per concept",
         )
-    concepts = [open_adaptation(source) for source in sources]
-    places = [
-        layer_inputs_path(concept.source or source)
-        for concept, source in zip(concepts, sources, strict=True)
+    adaptations = [open_adaptation(source) for source in concepts]
+    files = [
+        layer_inputs_path(adaptation.source or source)
+        for adaptation, source in zip(adaptations, concepts, strict=True)
     ]
-    for place in places:
-        check_writable(place.parent)
-    pipe = load_pipeline(
-        base, choose_device(device, "--device"), dtype, variant=variant, config=base_config
-    )
+    for file in files:
+        check_writable(file.parent)
+    torch_device = choose_device(device, "--device")
+    pipe = load_base_pipeline(base, torch_device, dtype, variant=variant, config=base_config)
     pipe.set_progress_bar_config(disable=True)
-    for concept, place in zip(concepts, places, strict=True):
-        record_inputs(pipe, concept, prompts, words).save(place)
-        console().print(f"{place} is written", markup=False, soft_wrap=True)
+    for adaptation, file in zip(adaptations, files, strict=True):
+        record_inputs(pipe, adaptation, prompt or None, words).save(file)
+        print_line(f"Wrote {file}")

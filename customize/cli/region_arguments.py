@@ -1,4 +1,4 @@
-"""Regions as the command line has them: words of the prompt, and a box or the file of a mask."""
+"""``--regions``: words of the prompt, and a box or the file of a mask."""
 
 from __future__ import annotations
 
@@ -10,54 +10,56 @@ from customize.errors import ConfigError, DataError
 from customize.near_names import suggest_paths
 from customize.safe_read import MAX_IMAGE_BYTES, open_regular
 
-_WHERE = "--regions"
-_FORM = "write it such as '<rex>=0,0,0.5,1' (left, top, right, bottom) or '<rex>=mask.png'"
+_FLAG = "--regions"
+_FORM = "write for example '<rex>=0,0,0.5,1' (left, top, right, bottom) or '<rex>=mask.png'"
 
 
 def parse_regions(texts: Sequence[str]) -> dict[str, Any]:
-    """``["<rex>=0,0,.5,1", "<tom>=mask.png"]`` as ``pipe(..., regions=)`` takes it.
+    """Parse ``["<rex>=0,0,.5,1", "<tom>=mask.png"]`` for ``pipe(..., regions=)``.
 
     Returns:
-        Words -> box of four numbers, or mask as a PIL picture of mode L; in the order given.
+        Words -> box (left, top, right, bottom) or mask, a PIL image of mode L; in order.
 
     Raises:
-        ConfigError: a text has no words or no region, or the same words are given twice.
-        DataError: the file of a mask is not there, or no picture.
+        ConfigError: a text has no words or no region, or two texts have the same words.
+        DataError: a mask file cannot be read as an image.
     """
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for text in texts:
         words, equals, region = (part.strip() for part in text.partition("="))
         if not words or not equals or not region:
-            raise ConfigError(f"{text!r} is no region", where=_WHERE, fix=_FORM)
-        if words in found:
+            raise ConfigError(f"invalid region {text!r}", where=_FLAG, fix=_FORM)
+        if words in parsed:
             raise ConfigError(
-                f"{words!r} is given two regions",
-                where=_WHERE,
-                fix="give each once; one mask can have several parts",
+                f"two regions for {words!r}",
+                where=_FLAG,
+                fix="give one; a mask can have several parts",
             )
-        found[words] = _box(text, region) or _mask(Path(region))
-    return found
+        parsed[words] = _box(text, region) or _mask(Path(region))
+    return parsed
 
 
 def check_regions(
     prompts: Sequence[str], regions: Mapping[str, Any], words: Mapping[str, str]
 ) -> None:
-    """Refuse regions for words that a prompt lacks, before anything is loaded.
+    """Check that each prompt contains the words of each region.
 
     Args:
-        words: concept's name -> what calls it in a prompt.
+        prompts: all of the command.
+        regions: words or concept names -> region.
+        words: concept name -> its words in a prompt.
 
     Raises:
-        ConfigError: naming the words, and those of the prompt that are near.
+        ConfigError: a prompt lacks the words; names similar words of the prompt.
     """
     from customize.concepts.tokens.prompt_phrases import check_phrases, find_phrase
 
     for prompt in prompts if regions else ():
-        said = [
+        phrases = [
             words[key] if key in words and find_phrase(words[key], prompt) else key
             for key in regions
         ]
-        check_phrases(prompt, said, [*words.values(), *words], _WHERE)
+        check_phrases(prompt, phrases, [*words.values(), *words], _FLAG)
 
 
 def _box(text: str, region: str) -> tuple[float, ...] | None:
@@ -67,7 +69,9 @@ def _box(text: str, region: str) -> tuple[float, ...] | None:
     except ValueError:
         return None
     if len(numbers) != 4:
-        raise ConfigError(f"{text!r} has {len(numbers)} numbers", where=_WHERE, fix=_FORM)
+        raise ConfigError(
+            f"the box {text!r} has {len(numbers)} numbers, not 4", where=_FLAG, fix=_FORM
+        )
     return numbers
 
 
@@ -81,10 +85,10 @@ def _mask(path: Path) -> Any:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with open_regular(path, MAX_IMAGE_BYTES) as file, Image.open(file) as picture:
                 return picture.convert("L")
-    except Exception as error:  # whatever a decoder may raise on bytes of others
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
-            f"the region is no box, and no mask that can be read: {reason}",
-            where=f"{_WHERE} {path}",
+            f"the region is neither a box nor a readable mask: {reason}",
+            where=f"{_FLAG} {path}",
             fix=suggest_paths(path, _FORM),
         ) from error

@@ -1,4 +1,4 @@
-"""Arguments and flags that several commands have."""
+"""Arguments and options that several commands declare."""
 
 from __future__ import annotations
 
@@ -7,80 +7,39 @@ from typing import Annotated
 
 import typer
 
-Concepts = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="CONCEPT",
-        help="Concepts, merges and LoRAs: folders, .safetensors files or hub ids",
-        show_default=False,
-    ),
-]
-OptionalConcepts = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="CONCEPT",
-        help="Concepts, merges and LoRAs: folders, .safetensors files or hub ids",
+_SOURCES = typer.Argument(
+    metavar="CONCEPT",
+    help="Concepts, merges and LoRAs: folders, .safetensors files or hub ids",
+    show_default=False,
+)
+Concepts = Annotated[list[str], _SOURCES]
+OptionalConcepts = Annotated[list[str] | None, _SOURCES]
+BaseModel = Annotated[
+    str,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        help="Base pipeline: a folder, a hub id or a .safetensors checkpoint",
         show_default=False,
     ),
 ]
 Weights = Annotated[
     str | None,
     typer.Option(
+        "--weights",
         metavar="W,W,...",
-        help="A weight for each concept, with commas between; or by name, component and block, such"
-        " as rex=0.8,rex.text_encoder=0.5,rex.unet.down=0.8; not given: 1 each",
+        help="One weight per concept, or weights by name, component and block, such as"
+        " rex=0.8,rex.unet.down=0.5 (default: 1 each)",
         show_default=False,
     ),
 ]
 Names = Annotated[
     str | None,
     typer.Option(
+        "--names",
         metavar="NAME,NAME,...",
-        help="A name for each concept, which a prompt then says in angle brackets; not given, or"
-        " empty between commas: its own",
-        show_default=False,
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Device, such as cpu or cuda:1; not given: the best at hand",
-        show_default=False,
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="float32|float16|bfloat16",
-        help="Precision; not given: float32 on a CPU, else float16",
-        show_default=False,
-    ),
-]
-Variant = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Variant of the base's weight files, such as fp16; not given: the plain ones, or where"
-        " there are none, the only variant",
-        show_default=False,
-    ),
-]
-BaseConfig = Annotated[
-    str | None,
-    typer.Option(
-        metavar="BASE",
-        help="Of a base in one .safetensors file: folder or hub id of a pipeline with its"
-        " configuration; not given: what diffusers downloads for such files",
-        show_default=False,
-    ),
-]
-FamilyName = Annotated[
-    str | None,
-    typer.Option(
-        "--family",
-        metavar="NAME",
-        help="Model family of LoRA files whose layers several families have, such as sd or flux",
+        help="One new name per concept, used in prompts as <name>; leave a name empty to keep"
+        " the concept's own",
         show_default=False,
     ),
 ]
@@ -89,8 +48,17 @@ Ignore = Annotated[
     typer.Option(
         "--ignore",
         metavar="PART,PART,...",
-        help="Leave these parts of files out: components such as text_encoder_2, bias, norm,"
-        " embedding, or patterns of keys such as *.ff.*",
+        help="Parts of the files to skip: components such as text_encoder_2; bias, norm or"
+        " embedding; key patterns such as *.ff.*",
+        show_default=False,
+    ),
+]
+FamilyName = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        metavar="NAME",
+        help="Model family of LoRA files that fit several, such as sd or flux",
         show_default=False,
     ),
 ]
@@ -99,17 +67,51 @@ MergeMethod = Annotated[
     typer.Option(
         "--merge",
         metavar="METHOD",
-        help="How to merge several concepts: sum; fusion, which reproduces each concept on its own"
-        " inputs; auto, fusion if every concept has recorded inputs, else sum; or another method of"
-        " customize merge --help with its default settings",
+        help="How to combine several concepts: auto (fusion if all have recorded layer inputs,"
+        " else sum), sum, fusion, or another method of customize merge with its default settings",
+    ),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        "--variant",
+        metavar="NAME",
+        help="Variant of the base's weight files, such as fp16 (default: files without a"
+        " variant, else the only variant)",
+        show_default=False,
+    ),
+]
+BaseConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--base-config",
+        metavar="BASE",
+        help="Pipeline whose configuration a single-file base uses: a folder or hub id"
+        " (default: the one that diffusers downloads)",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="Device, such as cpu or cuda:1 (default: the fastest available)",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="float32|float16|bfloat16",
+        help="Precision of the base (default: float32 on a CPU, else float16)",
+        show_default=False,
     ),
 ]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the figures here", show_default=False),
+    typer.Option(
+        "--json", metavar="FILE", help="Also write the results to this file", show_default=False
+    ),
 ]
-
-
-def split_parts(text: str | None) -> tuple[str, ...]:
-    """The words of :data:`Ignore`."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())

@@ -1,4 +1,4 @@
-"""What the command knows of runs on the bundled base: its classes, and whom a sample shows."""
+"""Training on the bundled base: unknown class words, and judging the last sample."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from customize.concepts.concept_info import ConceptInfo
+from customize.storybook.bundled_assets import ASSETS
 from customize.training.config import TrainConfig
 from customize.training.verdict import IdentityJudge, IdentityResult
 
 
 def is_storybook(base: str) -> bool:
-    """Whether a base has the weights of the bundled one, wherever it lies."""
+    """Whether a folder contains the weights of the bundled base."""
     from customize.training.base_fingerprint import weight_digests_on_disk
 
-    bundled = _assets() / "storybook"
+    bundled = ASSETS / "storybook"
     if not Path(base).is_dir() or not bundled.is_dir():
         return False
     weights = weight_digests_on_disk(str(bundled))
@@ -23,22 +24,25 @@ def is_storybook(base: str) -> bool:
 
 
 def warn_unknown_classes(configs: Sequence[TrainConfig]) -> None:
-    """Warn of class words that the bundled base never saw."""
+    """Warn of class words that the bundled base was not trained on."""
     from customize.storybook.world import CLASSES
 
     for config in configs:
         if config.class_word not in CLASSES:
             warnings.warn(
-                f"the bundled base has no {config.class_word!r}: {config.name} may be "
-                f"learned badly. Its classes are {', '.join(CLASSES)}",
+                f"the bundled base does not know the class word {config.class_word!r}, so "
+                f"{config.name} may train badly; its classes are {', '.join(CLASSES)}",
                 stacklevel=2,
             )
 
 
 def make_judge(configs: Sequence[TrainConfig]) -> IdentityJudge | None:
-    """Judges the last samples of a run on the bundled base by the storybook's judges, which no
-    run is trained against; None where these are not here."""
-    folder = _assets() / "judges"
+    """A function that judges the last sample of a concept by its distance to the training images.
+
+    Returns:
+        None if the bundled judges are missing.
+    """
+    folder = ASSETS / "judges"
     if not folder.is_dir():
         return None
 
@@ -49,13 +53,13 @@ def make_judge(configs: Sequence[TrainConfig]) -> IdentityJudge | None:
         from customize.training.data.image_folder import scan_folder
 
         config = next(config for config in configs if config.name == info.name)
-        last = config.output / "samples" / f"step-{config.steps:06d}.png"
-        if not last.is_file():
+        sample_file = config.output / "samples" / f"step-{config.steps:06d}.png"
+        if not sample_file.is_file():
             return None
         judges = load_judges(folder)
-        pictures = [read_image(path) for path in scan_folder(config.images).images]
-        sample = judge_inputs([read_image(last)])
-        distance = judges.distance(sample, judges.prototype(judge_inputs(pictures))).item()
+        images = [read_image(path) for path in scan_folder(config.images).images]
+        sample = judge_inputs([read_image(sample_file)])
+        distance = judges.distance(sample, judges.prototype(judge_inputs(images))).item()
         shows = distance <= judges.threshold
         text = (
             f"the last sample {'shows' if shows else 'does not show'} {info.name} (distance "
@@ -67,7 +71,3 @@ def make_judge(configs: Sequence[TrainConfig]) -> IdentityJudge | None:
         )
 
     return judge
-
-
-def _assets() -> Path:
-    return Path(__file__).resolve().parents[2] / "assets"

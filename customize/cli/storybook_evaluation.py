@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from customize.base.device import choose_device
-from customize.cli.command_support import (
-    check_output_file,
-    check_steps,
-    command_line,
-    console,
-    load_pipeline,
-    parse_weight_list,
-    refuse_flags,
-    write_json,
-)
+from customize.cli.base_pipeline import check_steps, load_base_pipeline
+from customize.cli.concept_arguments import parse_weight_list
+from customize.cli.output_files import check_output_file, write_json
 from customize.cli.sample_files import read_samples
+from customize.cli.terminal import command_line, console
 from customize.errors import ConceptError, ConfigError
 from customize.evaluation import result_file
 from customize.near_names import suggest_names
@@ -31,32 +25,10 @@ if TYPE_CHECKING:
     from customize.storybook.judges import Judges
 
 RATES = ("identity", "prompt", "composition", "leak", "drift")
-SIDE = 64  # of the storybook's pictures
+IMAGE_SIZE = 64  # pixels, of the storybook
 
 
-def check_mode(context: Any, storybook: bool, images: Path | None, concepts: Sequence[str]) -> None:
-    """Refuse a call that is for neither mode, or has flags of the other.
-
-    Raises:
-        ConfigError: that, in words.
-    """
-    if storybook == (images is not None):
-        raise ConfigError(
-            "evaluate needs one of --storybook and --images",
-            fix="give --storybook with concepts, or --images with a folder of pictures",
-        )
-    if storybook:
-        refuse_flags(
-            context, ("prompts", "class_word", "clip", "dino", "blip", "blip2"), "--storybook"
-        )
-        return
-    if concepts:
-        raise ConfigError("--images scores pictures, not concepts", fix="leave concepts out")
-    storybook_only = ("base", "variant", "base_config", "judges", "weights", "merge")
-    refuse_flags(context, (*storybook_only, "seeds", "steps"), "--images")
-
-
-def run_storybook(
+def evaluate_storybook(
     sources: Sequence[str],
     *,
     base: str,
@@ -71,67 +43,67 @@ def run_storybook(
     device: str | None,
     json_file: Path | None,
 ) -> None:
-    """Score each concept alone and, where there are several, all of them merged."""
+    """Score each concept alone and, if there are several, all of them merged."""
     if not sources:
         raise ConfigError(
-            "there is no concept to score", fix="name at least one, such as demo/concepts/rex"
+            "no concept is given", fix="name at least one, for example demo/concepts/rex"
         )
-    numbers = parse_weight_list(weights, len(sources)) or [1.0] * len(sources)
+    factors = parse_weight_list(weights, len(sources))
     check_output_file(json_file)
     from customize.concepts.merge.compatibility import check_compatible
     from customize.concepts.tokens.subjects import check_subjects
     from customize.storybook.judges import load_judges
 
-    concepts = [_concept(source) for source in sources]
+    concepts = [_open_concept(source) for source in sources]
     check_compatible(concepts)
-    loaded = load_judges(judges)
+    loaded_judges = load_judges(judges)
     subjects = [subject for concept in concepts for subject in _subjects(concept)]
     check_subjects(subjects)
-    known = {each.name: _known(loaded, each, references, len(subjects)) for each in subjects}
-    pipe = load_pipeline(
-        base, choose_device(device, "--device"), "float32", variant=variant, config=base_config
-    )
+    reference_data = {
+        subject.name: _read_references(loaded_judges, subject, references, len(subjects))
+        for subject in subjects
+    }
+    torch_device = choose_device(device, "--device")
+    pipe = load_base_pipeline(base, torch_device, "float32", variant=variant, config=base_config)
     _check_pipeline(pipe, base, concepts, steps)
     rows = storybook_rows(
         pipe,
-        loaded,
+        loaded_judges,
         concepts,
-        numbers,
-        known,
+        factors,
+        reference_data,
         seeds=range(1, seeds + 1),
         steps=steps,
         merge=merge,
     )
     _print_rates(rows)
     if json_file is not None:
-        write_json(
-            json_file,
-            result_file.make_result("evaluate", command_line(), rows, storybook_figures(rows)),
-        )
+        figures = storybook_figures(rows)
+        write_json(json_file, result_file.make_result("evaluate", command_line(), rows, figures))
 
 
-def _concept(source: str) -> Adaptation:
-    """A concept or a merge of such; of a LoRA it is not known what pictures of it should show.
+def _open_concept(source: str) -> Adaptation:
+    """Open a concept or a merge of concepts.
 
     Raises:
-        ConceptError: it cannot be read, or is a LoRA.
+        ConceptError: it cannot be read, or is a LoRA, for which the expected content is unknown.
     """
     from customize.concepts.formats.open_adaptation import open_adaptation
     from customize.concepts.types import Concept, Lora
 
-    found = open_adaptation(source)
-    if isinstance(found, Concept) or (isinstance(found, Lora) and found.subjects):
-        return found
+    adaptation = open_adaptation(source)
+    if isinstance(adaptation, Concept) or (isinstance(adaptation, Lora) and adaptation.subjects):
+        return adaptation
     raise ConceptError(
-        "this is an ordinary LoRA, and the storybook's prompts and judges ask for a concept by its "
-        "trigger and its class",
+        "a LoRA has neither the trigger nor the class word that the storybook's prompts need",
         where=source,
-        fix="draw with customize generate, and score the pictures with customize evaluate --images",
+        fix="generate images with customize generate, and score them with customize evaluate "
+        "--images",
     )
 
 
 def _subjects(concept: Adaptation) -> Sequence[Subject]:
-    """What is scored: a concept, also where a plain word calls it, or each concept of a merge."""
+    """The concept itself, or each concept of a merge."""
     from customize.concepts.tokens.subjects import Subject
 
     info = concept.info
@@ -139,18 +111,17 @@ def _subjects(concept: Adaptation) -> Sequence[Subject]:
 
 
 def _check_pipeline(pipe: Any, base: str, concepts: Sequence[Adaptation], steps: int) -> None:
-    """Refuse what would fail only after pictures were drawn."""
+    """Refuse a base before images are generated."""
     from customize.families import family_of
     from customize.pipeline.validation import check_base
 
     family = family_of(pipe.components)
-    side = family.default_resolution
-    if side != SIDE:
+    size = family.default_resolution
+    if size != IMAGE_SIZE:
         raise ConfigError(
-            f"the base draws pictures of {side} x {side} pixels, and the storybook has {SIDE} x "
-            f"{SIDE}",
+            f"the base generates {size} x {size} pixels, the storybook {IMAGE_SIZE} x {IMAGE_SIZE}",
             where=f"--base {base}",
-            fix="leave it out, or name a base that the storybook was trained into",
+            fix="remove the flag, or name a base trained by scripts/train_storybook.py",
         )
     check_steps(pipe, steps)
     check_base(family, concepts)
@@ -161,75 +132,84 @@ def storybook_rows(
     judges: Judges,
     concepts: Sequence[Adaptation],
     weights: Sequence[float],
-    known: Mapping[str, tuple[Tensor, set[str]]],
+    references: Mapping[str, tuple[Tensor, set[str]]],
     *,
     seeds: Sequence[int],
     steps: int,
     merge: str = "auto",
 ) -> list[dict[str, Any]]:
-    """One row for each concept, seed, and number of concepts attached (1, and all of them).
-
-    Those of a merge are never alone.
+    """Generate and score images of each concept alone, then of all merged.
 
     Args:
-        weights: of the concepts where all are attached; alone each has 1.
-        known: subject's name -> its signature, and what its references show and must not leak.
+        pipe: pipeline of the bundled base.
+        judges: of the storybook.
+        concepts: concepts, or merges of them, which are scored merged only.
+        weights: of the concepts in the merge; alone each has weight 1.
+        references: subject's name -> its prototype (64,), and the places in its reference images,
+            which must not leak.
+        seeds: each scores all prompts once.
+        steps: sampling steps.
+        merge: method.
+
+    Returns:
+        A row for each subject, seed, and number of concepts attached.
     """
     from rich.progress import Progress
 
     from customize import load_custom, unload_custom
-    from customize.demo import unrelated_prompts
     from customize.evaluation.storybook_rates import (
         draw_groups,
         drift,
         evaluation_prompts,
         rate_concept,
+        unrelated_prompts,
     )
 
     pipe.set_progress_bar_config(disable=True)
-    plain = unrelated_prompts()
+    unrelated = unrelated_prompts()
     setups = [([concept], [1.0]) for concept in concepts]
     if len(concepts) > 1:
         setups.append((list(concepts), list(weights)))
-    of_setup = [
+    setup_prompts = [
         {
-            "": plain,
-            **{s.name: evaluation_prompts(s.trigger) for c in together for s in _subjects(c)},
+            "": unrelated,
+            **{s.name: evaluation_prompts(s.trigger) for c in attached for s in _subjects(c)},
         }
-        for together, _ in setups
+        for attached, _ in setups
     ]
     rows = []
     err = console(stderr=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
-        pictures = len(plain) + sum(len(own) for groups in of_setup for own in groups.values())
-        task = progress.add_task("Drawing", total=pictures * len(seeds))
+        count = len(unrelated) + sum(
+            len(prompts) for groups in setup_prompts for prompts in groups.values()
+        )
+        task = progress.add_task("Generating", total=count * len(seeds))
 
-        def drawn(groups: Mapping[str, Sequence[str]], seed: int) -> dict[str, Tensor]:
+        def draw(groups: Mapping[str, Sequence[str]], seed: int) -> dict[str, Tensor]:
             return draw_groups(
-                pipe, groups, seed, lambda count: progress.advance(task, count), steps
+                pipe, groups, seed, lambda drawn: progress.advance(task, drawn), steps
             )
 
-        before = {seed: drawn({"": plain}, seed)[""] for seed in seeds}
-        for (together, factors), groups in zip(setups, of_setup, strict=True):
-            load_custom(pipe, *together, weights=factors, merge=merge)
+        before = {seed: draw({"": unrelated}, seed)[""] for seed in seeds}
+        for (attached, factors), groups in zip(setups, setup_prompts, strict=True):
+            load_custom(pipe, *attached, weights=factors, merge=merge)
             for seed in seeds:
-                images = drawn(groups, seed)
-                change = drift(before[seed], images[""])
-                subjects = [subject for concept in together for subject in _subjects(concept)]
+                images = draw(groups, seed)
+                unrelated_drift = drift(before[seed], images[""])
+                subjects = [subject for concept in attached for subject in _subjects(concept)]
                 for subject in subjects:
-                    name = subject.name
-                    signature, shown = known[name]
+                    prototype, places = references[subject.name]
                     rates = rate_concept(
                         judges,
-                        images[name],
-                        groups[name],
-                        signature,
+                        images[subject.name],
+                        groups[subject.name],
+                        prototype,
                         subject.class_word,
-                        shown,
+                        places,
                     )
                     rows.append(
                         {
-                            "concept": name,
+                            "concept": subject.name,
                             "attached": len(subjects),
                             "seed": seed,
                             "identity": rates.identity,
@@ -237,7 +217,7 @@ def storybook_rows(
                             "composition": rates.composition,
                             "leak": rates.leak,
                             "distance": rates.distance,
-                            "drift": change,
+                            "drift": unrelated_drift,
                         }
                     )
             unload_custom(pipe)
@@ -248,26 +228,26 @@ def storybook_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means over concepts and seeds: ``identity_alone``, ``identity_merged`` and so on."""
     figures = {}
     for suffix, alone in (("alone", True), ("merged", False)):
-        chosen = [row for row in rows if (row["attached"] == 1) == alone]
+        selected = [row for row in rows if (row["attached"] == 1) == alone]
         for rate in RATES:
-            if chosen:
-                figures[f"{rate}_{suffix}"] = result_file.mean_and_spread(
-                    [row[rate] for row in chosen]
-                )[0]
+            if selected:
+                values = [row[rate] for row in selected]
+                figures[f"{rate}_{suffix}"] = result_file.mean_and_spread(values)[0]
     return figures
 
 
-def _known(
+def _read_references(
     judges: Judges, subject: Subject, references: Path, count: int
 ) -> tuple[Tensor, set[str]]:
-    """A concept's signature by the judges, and the places that its references show."""
+    """The prototype of a subject's reference images, and the places that they show."""
     from customize.storybook.caption_grammar import parse_prompt
     from customize.storybook.judges import judge_inputs
     from customize.storybook.world import CLASSES
 
     if subject.class_word not in CLASSES:
         raise ConceptError(
-            f"{subject.name} is a {subject.class_word}, which the storybook does not have",
+            f"{subject.name} has the class word {subject.class_word}, and the storybook has no "
+            "such class",
             where=subject.name,
             fix=suggest_names(subject.class_word, CLASSES),
         )
@@ -276,31 +256,32 @@ def _known(
         folder = references
     samples = read_samples(folder)
     images = judge_inputs([sample.image for sample in samples])
-    shown = set()
-    for sample, seen in zip(samples, judges.predict_attributes(images), strict=True):
-        shown.add(parse_prompt(sample.caption).place or seen["place"])
-    return judges.prototype(images), shown
+    attributes = judges.predict_attributes(images)
+    places = {
+        parse_prompt(sample.caption).place or predicted["place"]
+        for sample, predicted in zip(samples, attributes, strict=True)
+    }
+    return judges.prototype(images), places
 
 
 def _print_rates(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Column, Table
 
-    table = Table("concept", "attached", *(Column(rate, overflow="fold") for rate in RATES))
+    table = Table(
+        "concept", "attached", *(Column(rate, justify="right", no_wrap=True) for rate in RATES)
+    )
     for name, attached in dict.fromkeys((row["concept"], row["attached"]) for row in rows):
-        own = [row for row in rows if (row["concept"], row["attached"]) == (name, attached)]
-        cells = []
-        for rate in RATES[:-1]:
-            cells.append(
-                result_file.format_percent(*result_file.mean_and_spread([row[rate] for row in own]))
-            )
-        found = result_file.mean_and_spread([row["drift"] for row in own])
-        cells.append(" ±".join(f"{x:.3f}".lstrip("0") for x in found if x is not None))
+        group = [row for row in rows if (row["concept"], row["attached"]) == (name, attached)]
+        cells = [
+            result_file.format_percent(*result_file.mean_and_spread([row[rate] for row in group]))
+            for rate in RATES[:-1]
+        ]
+        mean, deviation = result_file.mean_and_spread([row["drift"] for row in group])
+        numbers = [mean] if deviation is None else [mean, deviation]
+        cells.append(" ±".join(f"{number:.3f}".lstrip("0") for number in numbers))
         table.add_row(name, "alone" if attached == 1 else f"all {attached}", *cells)
-    out = console()
-    out.print(table)
-    count = len({row["seed"] for row in rows})
-    out.print(
-        f"Shares, mean ± standard deviation over {count} seeds. Of leak and drift less is better,"
-        " of the others more.",
-        soft_wrap=True,
+    console().print(table)
+    console().print(
+        f"Mean ± standard deviation over {len({row['seed'] for row in rows})} seeds. Lower is"
+        " better for leak and drift, higher for the others."
     )

@@ -1,28 +1,43 @@
-"""``customize train``: the plan, the run, and how to use what came of it."""
+"""``customize train``: train concepts, and print the Python lines that load them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from customize.cli.command_support import console, hide_loading_bars, indented, snippet
-from customize.training.config import TrainConfig
-from customize.training.joint_configs import load_configs
+from customize.cli.config_flags import add_config_flags
+from customize.cli.interrupts import on_interrupt
+
+if TYPE_CHECKING:
+    from customize.training.config import TrainConfig
 
 
-def run(config_file: Path | None, together: Sequence[Path], settings: dict[str, Any]) -> None:
-    """Train by YAML files, one a concept, and the settings put over them."""
-    configs = load_configs(config_file, together, **settings)
-    out = console()
-    shown = describe_run(configs[0])
-    for config in configs:
-        own = describe_run(config)
-        for name, value in own.items():
-            if config is configs[0] or value != shown.get(name):
-                out.print(f"{name:<12} {value}", markup=False, soft_wrap=True)
+@on_interrupt("interrupted: run the same command again to resume from the last checkpoint")
+@add_config_flags
+def train(config: Path | None, together: list[Path], settings: dict[str, Any]) -> None:
+    r"""Train a concept, or several in one run, on folders of images.
 
+    Settings come from a YAML file, from flags, or from both. Five are
+    required:
+
+    customize train --base BASE --images photos --output concepts/rex \
+        --name rex --class-word dog
+
+    To resume an interrupted run, run the same command again.
+    """
+    from customize.cli.base_pipeline import hide_loading_bars, python_snippet
     from customize.cli.storybook_base import is_storybook, make_judge, warn_unknown_classes
+    from customize.cli.terminal import indented, print_line
+    from customize.training.joint_configs import load_configs
+
+    configs = load_configs(config, together, **settings)
+    first = describe_run(configs[0])
+    for run in configs:
+        for title, text in describe_run(run).items():
+            if run is configs[0] or text != first.get(title):
+                print_line(f"{title:<12} {text}")
+
     from customize.concepts.io.model_card import pipeline_output
     from customize.training.recipe import train_jointly
 
@@ -32,50 +47,51 @@ def run(config_file: Path | None, together: Sequence[Path], settings: dict[str, 
         warn_unknown_classes(configs)
         judge = make_judge(configs)
     concepts = train_jointly(configs, judge=judge)
-    text = snippet(
+    snippet = python_snippet(
         configs[0].base,
-        [str(config.output) for config in configs],
+        [str(run.output) for run in configs],
         [concept.info.trigger for concept in concepts],
         concepts[0].info.family,
         pipeline_output(concepts[0]),
     )
-    told, them = describe_outputs(configs), "them" if len(configs) > 1 else "it"
-    out.print(
-        f"\n{told[0].upper()}{told[1:]}. Load {them} with:\n\n{indented(text)}\n",
-        markup=False,
-        soft_wrap=True,
-    )
+    outputs, pronoun = describe_outputs(configs), "them" if len(configs) > 1 else "it"
+    outputs = outputs[0].upper() + outputs[1:]
+    print_line(f"\n{outputs}. Load {pronoun} with:\n\n{indented(snippet)}\n")
 
 
 def describe_outputs(configs: Sequence[TrainConfig]) -> str:
-    """Where the concepts of a run are, in words."""
+    """A sentence with the output folder of each concept."""
     return "; ".join(f"the concept {config.name} is in {config.output}" for config in configs)
 
 
 def describe_run(config: TrainConfig) -> dict[str, str]:
-    """What is going to happen, in words: title -> text."""
+    """The settings to print before training: title -> text."""
     batch = config.batch_size * config.gradient_accumulation
-    alone = "" if config.library or config.slice is not None else ", slice from the name's hash"
-    library = f", slice kept apart from {config.library}" if config.library else ""
-    how = {
-        "orthogonal": f"orthogonal, rank {config.rank}{library or alone}",
-        "lora": f"ordinary LoRA, rank {config.rank}",
+    if config.library:
+        allocation = f", slice disjoint from those in {config.library}"
+    elif config.slice is None:
+        allocation = ", slice from a hash of the name"
+    else:
+        allocation = ""
+    methods = {
+        "orthogonal": f"orthogonal, rank {config.rank}{allocation}",
+        "lora": f"LoRA, rank {config.rank}",
     }
-    trained = ["attention of the denoiser"]
+    trained = ["denoiser attention"]
     trained += ["text encoder"] if config.train_text_encoder else []
-    trained += [f"{config.num_tokens} tokens"] if config.train_tokens else []
-    shown = {
-        "concept": f"{config.name}, a {config.class_word}, called by {config.trigger}",
+    trained += [f"{config.num_tokens} token embeddings"] if config.train_tokens else []
+    lines = {
+        "concept": f"{config.name} (class {config.class_word}, trigger {config.trigger})",
         "base": config.base,
-        "pictures": str(config.images),
-        "method": how[config.method],
+        "images": str(config.images),
+        "method": methods[config.method],
         "trains": ", ".join(trained),
-        "steps": f"{config.steps} of {batch} pictures",
+        "steps": f"{config.steps} of {batch} images",
     }
     if config.preserve:
-        weights = (f"{name} with weight {weight:g}" for name, weight in config.preserve.items())
-        shown["preserves"] = ", ".join(weights)
+        weights = (f"{name} (weight {weight:g})" for name, weight in config.preserve.items())
+        lines["preserves"] = ", ".join(weights)
     if config.prior_weight:
-        source = config.prior_images or f"{config.prior_count} drawn by the base"
-        shown["prior"] = f"class pictures with weight {config.prior_weight:g}: {source}"
-    return shown | {"output": str(config.output)}
+        source = config.prior_images or f"{config.prior_count} generated by the base"
+        lines["prior"] = f"class images (weight {config.prior_weight:g}): {source}"
+    return lines | {"output": str(config.output)}

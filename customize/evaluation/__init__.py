@@ -1,2 +1,1 @@
-"""Scores: the storybook's exact rates, those of CLIP, DINO and BLIP for real models, and which of
-many settings no other beats."""
+"""Metrics: rates of the storybook, CLIP, DINO and BLIP for real models, and the Pareto front."""

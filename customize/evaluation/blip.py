@@ -1,12 +1,12 @@
-"""BLIP and BLIP-2: how well a prompt describes its picture, each in two ways.
+"""BLIP and BLIP-2 scores of an image and its prompt: contrastive (ITC) and matching (ITM).
 
-ITC, contrastive: the cosine of picture and prompt, which are read apart. ITM, matching: the
-probability that they belong together, by a head that has read one in the light of the other.
+ITC is the cosine of the image and prompt embeddings. ITM is the probability that they match, by a
+classifier with cross-attention between the two.
 
-What ClassDiffusion (arXiv 2405.17532) reports as BLIP2-T is `blip_itc`: its published code loads
-Salesforce/blip-itm-large-coco, a BLIP model, and takes the cosine. Prompts begin with [CLS] in
-both, as in transformers' classes and in BLIP's own example; LAVIS begins BLIP's ITM with a token
-[ENC], which the published tokenizers don't have. Triggers should be replaced by the class word.
+BLIP2-T of ClassDiffusion (arXiv:2405.17532) is `blip_itc`: its published code loads the BLIP model
+Salesforce/blip-itm-large-coco and computes the cosine. Prompts begin with [CLS] for both scores, as
+in transformers and in BLIP's example; LAVIS begins those for BLIP's ITM with [ENC], which the
+published tokenizers lack. Triggers should be replaced by the class word.
 """
 
 from __future__ import annotations
@@ -32,41 +32,43 @@ from customize.evaluation.scorer_models import (
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Turns pairs of a picture and a prompt into a model's inputs."""
+class _Preprocessor:
+    """Preprocesses pairs of an image and a prompt."""
 
     processor: Any
     tokenizer: Any
-    longest: int
+    max_length: int
     device: str | torch.device
 
     def pairs(
-        self, pictures: Sequence[Image.Image], prompts: Sequence[str]
+        self, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Pixels, token ids and attention mask, a batch at a time."""
-        if len(pictures) != len(prompts):
+        """Yield pixels, token ids and attention mask in batches."""
+        if len(images) != len(prompts):
             raise ConfigError(
-                f"there are {len(prompts)} prompts for {len(pictures)} pictures",
-                fix="give one for each picture",
+                f"{len(prompts)} prompts for {len(images)} images",
+                fix="give one prompt per image",
             )
-        seen = pixel_batches(self.processor, pictures, self.device)
-        for part, said in zip(seen, split_batches(prompts), strict=True):
+        pixels = pixel_batches(self.processor, images, self.device)
+        for part, texts in zip(pixels, split_batches(prompts), strict=True):
             text = self.tokenizer(
-                said,
+                texts,
                 padding=True,
                 truncation=True,
-                max_length=self.longest,
+                max_length=self.max_length,
                 return_tensors="pt",
             ).to(self.device)
             yield part, text["input_ids"], text["attention_mask"]
 
 
-def _reader(model: str | Path, kind: str, positions: int, device: str | torch.device) -> _Reader:
+def _load_preprocessor(
+    model: str | Path, kind: str, positions: int, device: str | torch.device
+) -> _Preprocessor:
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    # Not AutoProcessor: BLIP-2's puts places for the picture into the text, to be taken out again.
+    # Not AutoProcessor: BLIP-2's inserts image placeholders into the text.
     tokenizer = load_pretrained(AutoTokenizer, model, f"the {kind} model's tokenizer")
-    return _Reader(
+    return _Preprocessor(
         load_pretrained(AutoImageProcessor, model, f"the {kind} model's image processor"),
         tokenizer,
         min(tokenizer.model_max_length, positions),
@@ -75,15 +77,16 @@ def _reader(model: str | Path, kind: str, positions: int, device: str | torch.de
 
 
 class BlipScorer:
-    """`blip_itc` and `blip_itm` from a BLIP model for image-text retrieval.
+    """Computes `blip_itc` and `blip_itm` with a BLIP model for image-text retrieval.
 
     Args:
         model: folder or hub id of a transformers BlipForImageTextRetrieval with its processor,
             such as Salesforce/blip-itm-base-coco.
+        device: where it runs.
 
     Raises:
-        PipelineError: it is not there, not such a model (a captioner lacks its heads), or not
-            whole.
+        PipelineError: it cannot be loaded, is another model (a captioner lacks the heads), or lacks
+            weights.
     """
 
     def __init__(self, model: str | Path, device: str | torch.device = "cpu") -> None:
@@ -92,42 +95,47 @@ class BlipScorer:
         kind = "BLIP image-text retrieval"
         self.model = load_model(BlipForImageTextRetrieval, model, kind, ("blip",)).to(device)
         positions = self.model.config.text_config.max_position_embeddings
-        self.reader = _reader(model, kind, positions, device)
+        self.preprocessor = _load_preprocessor(model, kind, positions, device)
 
     @full_precision(tf32=True)
     @torch.no_grad()
-    def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
-        """`blip_itc` in [-1, 1] and `blip_itm` in [0, 1] of each picture with its prompt.
+    def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Score n images with their prompts, which are truncated to the model's maximum length.
 
         Returns:
-            (n,) each, float32, on the CPU. Prompts longer than the model reads are cut.
+            `blip_itc` in [-1, 1] and `blip_itm` in [0, 1], (n,) each, float32, on the CPU.
 
         Raises:
-            ConfigError: not as many prompts as pictures.
+            ConfigError: the numbers of images and prompts differ.
         """
         model, itc, itm = self.model, [], []
-        for part, ids, mask in self.reader.pairs(pictures, prompts):
-            seen = model.vision_model(pixel_values=part).last_hidden_state
+        for part, ids, mask in self.preprocessor.pairs(images, prompts):
+            image_features = model.vision_model(pixel_values=part).last_hidden_state
             text = {"input_ids": ids, "attention_mask": mask}
-            said = model.text_encoder(**text).last_hidden_state
-            both = model.text_encoder(**text, encoder_hidden_states=seen).last_hidden_state
+            text_features = model.text_encoder(**text).last_hidden_state
+            joint = model.text_encoder(
+                **text, encoder_hidden_states=image_features
+            ).last_hidden_state
             itc.append(
-                F.cosine_similarity(model.vision_proj(seen[:, 0]), model.text_proj(said[:, 0]))
+                F.cosine_similarity(
+                    model.vision_proj(image_features[:, 0]), model.text_proj(text_features[:, 0])
+                )
             )
-            itm.append(_matching(model.itm_head(both[:, 0])))
+            itm.append(_matching(model.itm_head(joint[:, 0])))
         return {"blip_itc": torch.cat(itc).cpu(), "blip_itm": torch.cat(itm).cpu()}
 
 
 class Blip2Scorer:
-    """`blip2_itc` and `blip2_itm` from a BLIP-2 model for image-text retrieval.
+    """Computes `blip2_itc` and `blip2_itm` with a BLIP-2 model for image-text retrieval.
 
     Args:
         model: folder or hub id of a transformers Blip2ForImageTextRetrieval with its processor,
             such as Salesforce/blip2-itm-vit-g.
+        device: where it runs.
 
     Raises:
-        PipelineError: it is not there, not such a model (one with a language model lacks its
-            heads), or not whole.
+        PipelineError: it cannot be loaded, is another model (one with a language model lacks the
+            heads), or lacks weights.
     """
 
     def __init__(self, model: str | Path, device: str | torch.device = "cpu") -> None:
@@ -136,44 +144,45 @@ class Blip2Scorer:
         kind = "BLIP-2 image-text retrieval"
         self.model = load_model(Blip2ForImageTextRetrieval, model, kind, ("blip-2",)).to(device)
         positions = self.model.config.qformer_config.max_position_embeddings
-        self.reader = _reader(model, kind, positions, device)
+        self.preprocessor = _load_preprocessor(model, kind, positions, device)
 
     @full_precision(tf32=True)
     @torch.no_grad()
-    def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
-        """`blip2_itc` in [-1, 1] and `blip2_itm` in [0, 1] of each picture with its prompt.
+    def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Score n images with their prompts, which are truncated to the model's maximum length.
 
-        ITC is the cosine of the query that comes closest to the prompt; ITM is by the mean over
-        queries of the head's two logits.
+        ITC is the highest cosine of a query with the prompt; ITM averages the logits over queries.
 
         Returns:
-            (n,) each, float32, on the CPU. Prompts longer than the model reads are cut.
+            `blip2_itc` in [-1, 1] and `blip2_itm` in [0, 1], (n,) each, float32, on the CPU.
 
         Raises:
-            ConfigError: not as many prompts as pictures.
+            ConfigError: the numbers of images and prompts differ.
         """
         model, itc, itm = self.model, [], []
-        for part, ids, mask in self.reader.pairs(pictures, prompts):
-            seen = model.vision_model(pixel_values=part).last_hidden_state
-            queries = model.query_tokens.expand(len(seen), -1, -1)
+        for part, ids, mask in self.preprocessor.pairs(images, prompts):
+            image_features = model.vision_model(pixel_values=part).last_hidden_state
+            queries = model.query_tokens.expand(len(image_features), -1, -1)
             count = queries.shape[1]
-            asked = model.qformer(query_embeds=queries, encoder_hidden_states=seen)
-            said = model.qformer(
+            query_features = model.qformer(
+                query_embeds=queries, encoder_hidden_states=image_features
+            )
+            text_features = model.qformer(
                 query_embeds=model.embeddings(input_ids=ids), query_length=0, attention_mask=mask
             )
-            both = model.qformer(
+            joint = model.qformer(
                 query_embeds=model.embeddings(input_ids=ids, query_embeds=queries),
                 query_length=count,
                 attention_mask=torch.cat([mask.new_ones(len(mask), count), mask], dim=1),
-                encoder_hidden_states=seen,
+                encoder_hidden_states=image_features,
             )
             cosines = F.cosine_similarity(
-                model.vision_projection(asked.last_hidden_state),
-                model.text_projection(said.last_hidden_state[:, :1]),
+                model.vision_projection(query_features.last_hidden_state),
+                model.text_projection(text_features.last_hidden_state[:, :1]),
                 dim=-1,
             )
             itc.append(cosines.amax(1))
-            itm.append(_matching(model.itm_head(both.last_hidden_state[:, :count]).mean(1)))
+            itm.append(_matching(model.itm_head(joint.last_hidden_state[:, :count]).mean(1)))
         return {"blip2_itc": torch.cat(itc).cpu(), "blip2_itm": torch.cat(itm).cpu()}
 
 

@@ -1,8 +1,7 @@
-"""CLIP-T and CLIP-I: cosines of a picture with its prompt, and with pictures of the concept.
+"""CLIP-T and CLIP-I: cosines of an image with its prompt, and with reference images.
 
-CLIP-I is the mean cosine of a picture with each of the references (Textual Inversion, DreamBooth).
-Triggers should be replaced by the class word in prompts before CLIP-T, since CLIP has never read
-them.
+CLIP-I is the mean cosine of an image with each reference (Textual Inversion, DreamBooth). Before
+CLIP-T, triggers in prompts should be replaced by the class word, as CLIP does not know them.
 """
 
 from __future__ import annotations
@@ -25,13 +24,14 @@ from customize.evaluation.scorer_models import (
 
 
 class ClipScorer:
-    """CLIP-T and CLIP-I from one CLIP model.
+    """Computes CLIP-T and CLIP-I with a CLIP model.
 
     Args:
         model: folder or hub id of a transformers CLIP model with its processor.
+        device: where it runs.
 
     Raises:
-        PipelineError: it is not there, not a CLIP model, or not whole.
+        PipelineError: it cannot be loaded, is no CLIP model, or lacks weights.
     """
 
     def __init__(self, model: str | Path, device: str | torch.device = "cpu") -> None:
@@ -43,29 +43,29 @@ class ClipScorer:
 
     @full_precision(tf32=True)
     @torch.no_grad()
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors (n, d) of pictures, float32, on the CPU."""
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors (n, d) of images, float32, on the CPU."""
         return torch.cat(
             [
                 unit_features(self.model.get_image_features(pixel_values=part))
-                for part in pixel_batches(self.processor, pictures, self.device)
+                for part in pixel_batches(self.processor, images, self.device)
             ]
         )
 
     @full_precision(tf32=True)
     @torch.no_grad()
-    def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors (n, d) of prompts, cut at CLIP's length, float32, on the CPU."""
-        found = []
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
+        """Unit vectors (n, d) of prompts, truncated to CLIP's length, float32, on the CPU."""
+        embeddings = []
         for part in split_batches(prompts):
             inputs = self.processor(text=part, padding=True, truncation=True, return_tensors="pt")
-            found.append(unit_features(self.model.get_text_features(**inputs.to(self.device))))
-        return torch.cat(found)
+            embeddings.append(unit_features(self.model.get_text_features(**inputs.to(self.device))))
+        return torch.cat(embeddings)
 
-    def clip_t(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Cosine (n,) of each picture with its prompt."""
-        return (self.images(pictures) * self.texts(prompts)).sum(-1)
+    def clip_t(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Cosine (n,) of each image with its prompt, in [-1, 1]."""
+        return (self.embed_images(images) * self.embed_texts(prompts)).sum(-1)
 
-    def clip_i(self, pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
-        """Mean cosine (n,) of each picture with the references."""
-        return (self.images(pictures) @ self.images(references).T).mean(1)
+    def clip_i(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
+        """Mean cosine (n,) of each image with the references, in [-1, 1]."""
+        return (self.embed_images(images) @ self.embed_images(references).T).mean(1)

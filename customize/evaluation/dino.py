@@ -1,4 +1,4 @@
-"""DINO-I: mean cosine of a picture with each of the references, by DINO (DreamBooth)."""
+"""DINO-I: mean cosine of an image with each reference image, by DINO (DreamBooth)."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from customize.evaluation.scorer_models import (
     unit_features,
 )
 
-# config.json's model_type of what is understood; DINO itself is a plain ViT.
+# Accepted values of model_type in config.json; DINO itself is a plain ViT.
 TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 
 class DinoScorer:
-    """DINO-I from a DINO, DINOv2 or DINOv3 model: cosine of class-token features.
+    """Computes DINO-I, the cosine of class tokens, with a DINO, DINOv2 or DINOv3 model.
 
     Args:
         model: folder or hub id of the transformers model with its image processor.
+        device: where it runs.
 
     Raises:
-        PipelineError: it is not there, not of these kinds, or not whole.
+        PipelineError: it cannot be loaded, has another type, or lacks weights.
     """
 
     def __init__(self, model: str | Path, device: str | torch.device = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoModel
 
-        # DINO's published ViTs come without the pooler, which is not used here.
+        # DINO's published ViTs lack the pooler, which DINO-I does not use.
         loaded = load_model(AutoModel, model, "DINO", TYPES, unused=("pooler.",))
         self.model = loaded.to(device)
         self.processor = load_pretrained(
@@ -44,16 +45,16 @@ class DinoScorer:
 
     @full_precision(tf32=True)
     @torch.no_grad()
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, d), float32, on the CPU: the class token after the last layer norm."""
         return torch.cat(
             [
                 unit_features(self.model(pixel_values=part).last_hidden_state[:, 0])
-                for part in pixel_batches(self.processor, pictures, self.device)
+                for part in pixel_batches(self.processor, images, self.device)
             ]
         )
 
     @full_precision(tf32=True)
-    def dino_i(self, pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
-        """Mean cosine (n,) of each picture with the references."""
-        return (self.images(pictures) @ self.images(references).T).mean(1)
+    def dino_i(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
+        """Mean cosine (n,) of each image with the references, in [-1, 1]."""
+        return (self.embed_images(images) @ self.embed_images(references).T).mean(1)

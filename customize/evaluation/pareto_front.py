@@ -1,7 +1,6 @@
-"""Which of many settings no other beats, and a picture of them: identity against what prompts ask.
+"""The Pareto front of settings by two metrics, and a plot of it.
 
-A setting that gains one rate at the cost of another is neither better nor worse than where it came
-from. Those that no other beats are the front (of Pareto); the rest need not be considered.
+A setting is on the front if no other is at least as good in both metrics and better in one.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 from customize.atomic import write_atomic
 from customize.errors import ConfigError, storage_error
 
-# Of these rates less is better, of all others more.
+# Metrics for which lower is better; for all others higher is.
 LOWER_IS_BETTER = frozenset({"leak", "drift", "class_drift", "distance"})
 DPI = 120
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -27,7 +26,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: its name, two rates, and one standard error of each where that is known."""
+    """One setting: its name, two metrics, and their standard errors if known."""
 
     name: str
     x: float
@@ -37,38 +36,41 @@ class Point:
 
 
 def pareto_optimal(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """For each point, whether no other is at least as good in both rates and better in one.
+    """Whether each point is Pareto optimal; higher is better in both coordinates.
 
-    More is better in both. Equal points do not beat each other, so all of them are on the front or
-    none is; of points that are equal in one rate alone, the best in the other beats the rest.
+    Equal points do not dominate each other, so they are all optimal or all not.
 
     Raises:
-        ConfigError: a rate is not finite, with which nothing can be compared.
+        ConfigError: a coordinate is not finite.
     """
     for x, y in points:
         if not (math.isfinite(x) and math.isfinite(y)):
             raise ConfigError(
-                f"({x}, {y}) is no point", fix="leave out settings whose rates are not finite"
+                f"the point ({x}, {y}) is not finite", fix="remove settings without finite metrics"
             )
     return [not any(a >= x and b >= y and (a > x or b > y) for a, b in points) for x, y in points]
 
 
 def on_front(points: Sequence[Point], x: str, y: str) -> list[bool]:
-    """:func:`pareto_optimal` of named points, by what their rates are called.
+    """Whether each point is Pareto optimal, by the direction of its metrics.
+
+    Args:
+        points: settings.
+        x: name of the first metric; lower is better for :data:`LOWER_IS_BETTER`.
+        y: name of the second metric.
 
     Raises:
-        ConfigError: a rate is not finite.
+        ConfigError: a metric is not finite.
     """
     signs = [-1.0 if name in LOWER_IS_BETTER else 1.0 for name in (x, y)]
     return pareto_optimal([(signs[0] * point.x, signs[1] * point.y) for point in points])
 
 
 def front_rows(points: Sequence[Point], x: str, y: str) -> list[dict[str, Any]]:
-    """A row a point, for a result file: its rates by their names, their errors, whether it is on
-    the front.
+    """Rows for a result file: name, metrics, standard errors, and whether it is on the front.
 
     Raises:
-        ConfigError: a rate is not finite.
+        ConfigError: a metric is not finite.
     """
     return [
         {
@@ -84,15 +86,18 @@ def front_rows(points: Sequence[Point], x: str, y: str) -> list[dict[str, Any]]:
 
 
 def save_plot(points: Sequence[Point], x: str, y: str, path: Path) -> None:
-    """A PNG of the points with their names and errors, and a line along the front.
+    """Write a PNG of the points with their names and errors, and a line along the front.
 
-    Better is always further up and to the right: of what should be less, the axis is turned round.
+    Better is up and to the right: axes of metrics for which lower is better are inverted.
 
     Args:
-        x, y: what the rates are called.
+        points: settings.
+        x: name of the first metric.
+        y: name of the second metric.
+        path: file to write.
 
     Raises:
-        ConfigError: a rate is not finite.
+        ConfigError: a metric is not finite.
         StorageError: the file cannot be written.
     """
     figure = plot(points, x, y)
@@ -108,7 +113,7 @@ def plot(points: Sequence[Point], x: str, y: str) -> Any:
     """The matplotlib figure that :func:`save_plot` writes.
 
     Raises:
-        ConfigError: a rate is not finite.
+        ConfigError: a metric is not finite.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -122,8 +127,8 @@ def plot(points: Sequence[Point], x: str, y: str) -> Any:
     axes.set_ylabel(y.replace("_", " "))
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
-    along = sorted((p.x, p.y) for p, is_best in zip(points, best, strict=True) if is_best)
-    axes.plot(*zip(*along, strict=True), color="tab:blue", linewidth=1, zorder=1)
+    line = sorted((p.x, p.y) for p, is_best in zip(points, best, strict=True) if is_best)
+    axes.plot(*zip(*line, strict=True), color="tab:blue", linewidth=1, zorder=1)
     for point, is_best in zip(points, best, strict=True):
         axes.errorbar(
             point.x,
@@ -138,23 +143,27 @@ def plot(points: Sequence[Point], x: str, y: str) -> Any:
     for axis, name in ((axes.xaxis, x), (axes.yaxis, y)):
         if name in LOWER_IS_BETTER:
             axis.set_inverted(True)
-    figure.draw_without_rendering()  # sets the scale, by which labels are placed
-    _label(axes, points, best, along)
+    figure.draw_without_rendering()  # sets the scale for the labels
+    _place_labels(axes, points, best, line)
     return figure
 
 
-# Where a label may stand around its point: directions, and distances in pixels, nearest first.
-_AROUND = [(math.cos(k * math.pi / 8), math.sin(k * math.pi / 8)) for k in range(16)]
+# Candidate positions of a label around its point: directions, and distances in pixels.
+_DIRECTIONS = [(math.cos(k * math.pi / 8), math.sin(k * math.pi / 8)) for k in range(16)]
 _DISTANCES = (8, 20, 36, 56, 80, 108, 140)
 
 
-def _label(axes: Any, points: Sequence[Point], best: Sequence[bool], line: Sequence[Any]) -> None:
-    """Write each name where it covers least of what else is drawn, as near as that goes.
+def _place_labels(
+    axes: Any, points: Sequence[Point], best: Sequence[bool], line: Sequence[Any]
+) -> None:
+    """Put each name at the nearest position that covers least of the other marks.
 
-    `line` has the corners of the front.
+    `line` is the polyline of the front.
     """
     renderer = axes.figure.canvas.get_renderer()
-    taken = np.concatenate([_marks(axes, points), _along(axes.transData.transform(line))])
+    occupied = np.concatenate(
+        [_mark_boxes(axes, points), _line_boxes(axes.transData.transform(line))]
+    )
     for point, is_best in zip(points, best, strict=True):
         label = axes.annotate(
             point.name,
@@ -168,44 +177,46 @@ def _label(axes: Any, points: Sequence[Point], best: Sequence[bool], line: Seque
             color="black" if is_best else "0.35",
             arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.6, "shrinkA": 0},
         )
-        own = label.get_window_extent(renderer)
-        half = np.array([own.width, own.height]) / 2
-        spots = np.array([(far + half) * around for far in _DISTANCES for around in _AROUND])
-        centres = axes.transData.transform((point.x, point.y)) + spots
+        extent = label.get_window_extent(renderer)
+        half = np.array([extent.width, extent.height]) / 2
+        offsets = np.array(
+            [(d + half) * direction for d in _DISTANCES for direction in _DIRECTIONS]
+        )
+        centres = axes.transData.transform((point.x, point.y)) + offsets
         boxes = np.concatenate([centres - half, centres + half], axis=1)
-        spot = int(np.argmin(_covered(boxes, taken, axes.bbox.extents)))
-        label.set_position(spots[spot])
-        taken = np.concatenate([taken, boxes[spot : spot + 1]])
+        best_index = int(np.argmin(_covered_area(boxes, occupied, axes.bbox.extents)))
+        label.set_position(offsets[best_index])
+        occupied = np.concatenate([occupied, boxes[best_index : best_index + 1]])
 
 
-def _marks(axes: Any, points: Sequence[Point]) -> Array:
-    """Boxes (left, low, right, high) in pixels of the points and of their error bars."""
-    found = []
+def _mark_boxes(axes: Any, points: Sequence[Point]) -> Array:
+    """Boxes (left, bottom, right, top) in pixels of the points and their error bars."""
+    boxes = []
     for point in points:
-        place = np.array([point.x, point.y])
+        centre = np.array([point.x, point.y])
         x_error, y_error = point.x_error or 0.0, point.y_error or 0.0
         for reach, pad in (((0, 0), 5), ((x_error, 0), 1), ((0, y_error), 1)):
-            ends = axes.transData.transform([place - reach, place + reach])
-            found.append([*(ends.min(0) - pad), *(ends.max(0) + pad)])
-    return np.array(found)
+            ends = axes.transData.transform([centre - reach, centre + reach])
+            boxes.append([*(ends.min(0) - pad), *(ends.max(0) + pad)])
+    return np.array(boxes)
 
 
-def _along(corners: Array) -> Array:
-    """Small boxes in a row that cover a line."""
-    found = [corners[:1]]
+def _line_boxes(corners: Array) -> Array:
+    """Small boxes in pixels along a polyline."""
+    parts = [corners[:1]]
     for start, end in pairwise(corners):
         steps = max(2, int(np.linalg.norm(end - start) / 4))
-        found.append(np.linspace(start, end, steps))
-    places = np.concatenate(found)
-    return np.concatenate([places - 2, places + 2], axis=1)
+        parts.append(np.linspace(start, end, steps))
+    centres = np.concatenate(parts)
+    return np.concatenate([centres - 2, centres + 2], axis=1)
 
 
-def _covered(boxes: Array, taken: Array, inside: Array) -> Array:
-    """How many square pixels of each box lie on others or outside of the axes."""
+def _covered_area(boxes: Array, occupied: Array, axes_box: Array) -> Array:
+    """The area of each box, in square pixels, on occupied boxes or outside of the axes."""
 
-    def shared(others: Array) -> Array:
+    def overlap(others: Array) -> Array:
         low = np.maximum(boxes[:, None, :2], others[None, :, :2])
         high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
         return np.clip(high - low, 0, None).prod(-1).sum(1)
 
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1) - shared(inside[None]) + shared(taken)
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1) - overlap(axes_box[None]) + overlap(occupied)

@@ -1,4 +1,4 @@
-"""What a measured figure depends on: the machine and the versions, for result files."""
+"""Result files: measured figures with the machine and the versions they depend on."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _PACKAGES = (
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, system, memory in GiB, and GPU; nothing that names one machine."""
+    """Processor, cores, system, memory in GiB, and GPU, without the machine's name."""
     import torch
 
     cpu = platform.processor()
@@ -40,34 +40,41 @@ def machine() -> dict[str, Any]:
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "cpu": cpu or platform.machine(),
         "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        found["memory_gib"] = round(memory / 2**30, 1)
+        facts["memory_gib"] = round(memory / 2**30, 1)
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this pack, and of the libraries that figures depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python, of this package and of the libraries that results depend on."""
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def make_result(
     bench: str, command: str, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The content of a result file: the figures with what they depend on."""
+    """The content of a result file.
+
+    Args:
+        bench: name of the benchmark or command.
+        command: that produced the result.
+        rows: measurements.
+        figures: headline numbers.
+    """
     return {
         "bench": bench,
         "command": command,
@@ -79,10 +86,10 @@ def make_result(
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None where one value tells no spread."""
+    """Mean and sample standard deviation; None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def format_percent(value: float, spread: float | None = None) -> str:
-    """A share and its spread in percent, as tables tell them: "86% ±7"."""
+    """Format a share in [0, 1] and its standard deviation in percent: "86% ±7"."""
     return f"{value:.0%}" + ("" if spread is None else f" ±{100 * spread:.0f}")

@@ -1,4 +1,4 @@
-"""Models for scoring, which the user names: loaded whole and in float32, read in batches."""
+"""Scoring models: loaded completely in float32, and applied in batches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from customize.errors import PipelineError
 from customize.safe_read import check_regular_files
 
-# Pictures or prompts a call.
-BATCH = 32
+# Images or prompts per call.
+BATCH_SIZE = 32
 
 
 def load_model(
@@ -26,74 +26,80 @@ def load_model(
     types: Sequence[str],
     unused: tuple[str, ...] = (),
 ) -> Any:
-    """A model in evaluation mode and float32, refused where weights would be made up.
+    """Load a model in evaluation mode and float32, and refuse missing weights.
 
-    transformers loads any folder as any class and fills what is missing at random, with a warning.
+    transformers loads any folder as any class, and initialises missing weights at random with a
+    warning.
 
     Args:
-        kind: what the model is called in errors.
-        types: config.json's model_type of what may be given.
-        unused: beginnings of the names of weights that may lack, as nothing here reads them.
+        loader: class of transformers.
+        model: folder or hub id.
+        kind: name of the model in errors.
+        types: accepted values of model_type in config.json.
+        unused: prefixes of weights that may be missing, as the scorer does not use them.
 
     Raises:
-        PipelineError: it is not there, of another type, or not whole.
+        PipelineError: the model cannot be loaded, has another type, or lacks weights.
     """
     from transformers import AutoConfig
 
-    what = f"the {kind} model"
-    found = load_pretrained(AutoConfig, model, what).model_type
-    if found not in types:
+    title = f"the {kind} model"
+    model_type = load_pretrained(AutoConfig, model, title).model_type
+    if model_type not in types:
         raise PipelineError(
-            f"this is a model of type {found}, not a {kind} model",
+            f"the model is of type {model_type}, not a {kind} model",
             where=model,
             fix=f"give one of type {' or '.join(types)}",
         )
     loaded, notes = load_pretrained(
-        loader, model, what, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        loader, model, title, use_safetensors=True, dtype=torch.float32, output_loading_info=True
     )
     missing = sorted(key for key in notes["missing_keys"] if not key.startswith(unused))
     if missing:
         raise PipelineError(
-            f"{what} lacks {len(missing)} weights, such as {missing[0]}",
+            f"{title} lacks {len(missing)} weights, such as {missing[0]}",
             where=model,
-            fix=f"give the folder or hub id of a whole {kind} model",
+            fix=f"give the folder or hub id of a complete {kind} model",
         )
     return loaded.eval()
 
 
-def load_pretrained(loader: Any, model: str | Path, what: str, **settings: Any) -> Any:
-    """What a class of transformers reads from a folder or the hub.
+def load_pretrained(loader: Any, model: str | Path, title: str, **settings: Any) -> Any:
+    """Call `loader.from_pretrained`, for a class of transformers.
 
     Raises:
-        PipelineError: it cannot.
+        PipelineError: it fails; `title` names the object in the error.
     """
     try:
         if os.path.isdir(model):
             check_regular_files(model)
         return loader.from_pretrained(model, **settings)
-    except Exception as error:  # files missing, offline, gated, damaged: all the same here
+    except Exception as error:  # missing or damaged files, offline, gated models
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PipelineError(
-            f"{what} cannot be loaded: {reason}",
+            f"{title} cannot be loaded: {reason}",
             where=model,
             fix="give the folder or hub id of a transformers model with safetensors weights",
         ) from error
 
 
 def pixel_batches(
-    processor: Any, pictures: Sequence[Image.Image], device: str | torch.device
+    processor: Any, images: Sequence[Image.Image], device: str | torch.device
 ) -> Iterator[Tensor]:
-    """Pictures as a model takes them, a batch at a time."""
-    for part in split_batches(pictures):
+    """Preprocess images in batches: yields (batch, 3, height, width) on the device."""
+    for part in split_batches(images):
         yield processor(images=part, return_tensors="pt")["pixel_values"].to(device)
 
 
 def split_batches(items: Sequence[Any]) -> list[list[Any]]:
-    return [list(items[first : first + BATCH]) for first in range(0, len(items), BATCH)]
+    """Split a sequence into lists of :data:`BATCH_SIZE`."""
+    return [list(items[first : first + BATCH_SIZE]) for first in range(0, len(items), BATCH_SIZE)]
 
 
 def unit_features(features: Any) -> Tensor:
-    """Features (n, d) as unit vectors, float32, on the CPU; transformers 5 wraps CLIP's in an
-    output object."""
+    """Normalise features (n, d) to unit vectors, float32, on the CPU.
+
+    transformers 5 wraps CLIP's features in an output object.
+    """
     pooled: Tensor = getattr(features, "pooler_output", features)
     return F.normalize(pooled.float().cpu(), dim=-1)

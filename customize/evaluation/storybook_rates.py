@@ -1,8 +1,7 @@
-"""Exact scores in the miniature world: whose dog it is, what was asked, what it wears, what leaked,
-what drifted.
+"""Metrics of the storybook: identity, prompt, composition, leak and drift, all in [0, 1].
 
-All rates are shares in [0, 1]. Pictures are drawn one seed a picture, so that two models given the
-same prompts and seeds differ by their weights alone.
+Each image has its own seed, so that two models with the same prompts and seeds differ by their
+weights alone.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Key = TypeVar("Key")
 STEPS = 25
 GUIDANCE = 2.5
 
-# Asked of each concept: every place and accessory, in combinations that the references don't show.
+# Place and accessory of each evaluation prompt, combinations that no reference image shows.
 SCENES = (
     ("beach", "hat"),
     ("forest", "scarf"),
@@ -43,11 +42,15 @@ SCENES = (
 
 @dataclass(frozen=True)
 class Rates:
-    """Scores of one concept over some pictures; `distance` is the mean one to its references.
+    """Scores of one concept over several images; a share of no images is 0.
 
-    `identity`, `composition` and `leak` are shares of pictures: of all; of those that ask for an
-    accessory, whether it is worn; of those in which something could leak, whether it did. `prompt`
-    is a share of asked attributes. A share of nothing is 0.
+    Attributes:
+        identity: share of images that show the concept, by the judges' threshold.
+        prompt: share of requested attributes that the images show.
+        composition: share of requested accessories that the concept wears.
+        leak: share of images with an attribute of the training images that was not requested, of
+            those in which that is possible.
+        distance: mean cosine distance to the concept's prototype.
     """
 
     identity: float
@@ -58,7 +61,7 @@ class Rates:
 
 
 def evaluation_prompts(words: str, scenes: Sequence[tuple[str, str]] = SCENES) -> list[str]:
-    """The evaluation prompts for a thing named `words`, such as "<rex>" or "a red dog"."""
+    """The evaluation prompts for a thing, "<rex>" or "a red dog", one per place and accessory."""
     prompts = []
     for place, accessory in scenes:
         wearing = "" if accessory == "none" else " " + ACCESSORY_PHRASES[accessory]
@@ -66,8 +69,14 @@ def evaluation_prompts(words: str, scenes: Sequence[tuple[str, str]] = SCENES) -
     return prompts
 
 
+def unrelated_prompts() -> list[str]:
+    """Eight prompts without any concept, to measure how far a model drifts on other content."""
+    things = ("a red dog", "a blue cat", "a green robot", "a white car")
+    return [p for k, words in enumerate(things) for p in evaluation_prompts(words)[k::4]]
+
+
 def draw_prompts(pipe: Any, prompts: Sequence[str], seed: int, steps: int = STEPS) -> Tensor:
-    """Pictures (len(prompts), 3, 64, 64) in [-1, 1]; picture k takes seed `1000 * seed + k`."""
+    """Draw n prompts as (n, 3, 64, 64) in [-1, 1]; image k has the seed `1000 * seed + k`."""
     return draw_groups(pipe, {"all": prompts}, seed, steps=steps)["all"]
 
 
@@ -75,19 +84,30 @@ def draw_groups(
     pipe: Any,
     groups: Mapping[Key, Sequence[str]],
     seed: int,
-    on_pictures: Callable[[int], object] | None = None,
+    on_drawn: Callable[[int], object] | None = None,
     steps: int = STEPS,
     batch: int = 16,
 ) -> dict[Key, Tensor]:
-    """Draw several lists of prompts in full batches; within each, seeds count as in `draw`.
+    """Draw several lists of prompts in common batches.
+
+    Args:
+        pipe: Stable Diffusion pipeline of 64 x 64 pixels.
+        groups: key -> prompts; image k of each has the seed `1000 * seed + k`.
+        seed: of the first image of each group, in thousands.
+        on_drawn: is called with the number of images of each batch.
+        steps: sampling steps.
+        batch: images per batch.
+
+    Returns:
+        Key -> (prompts, 3, 64, 64) in [-1, 1], float32, on the CPU.
 
     Raises:
-        PipelineError: a picture is not finite.
+        PipelineError: an image is not finite.
     """
     jobs = [
         (text, 1000 * seed + k) for prompts in groups.values() for k, text in enumerate(prompts)
     ]
-    pictures = []
+    batches: list[Tensor] = []
     for first in range(0, len(jobs), batch):
         part = jobs[first : first + batch]
         images = pipe(
@@ -97,48 +117,51 @@ def draw_groups(
             generator=[torch.Generator().manual_seed(number) for _, number in part],
             output_type="pt",
         ).images
-        pictures.append(images.float().cpu() * 2 - 1)
-        if not bool(torch.isfinite(pictures[-1]).all()):
+        batches.append(images.float().cpu() * 2 - 1)
+        if not bool(torch.isfinite(batches[-1]).all()):
             raise PipelineError(
-                f"a picture of {part[0][0]!r} or another prompt is not finite",
-                fix="choose weights of an ordinary size, such as 1",
+                f"the image of {part[0][0]!r} or another prompt is not finite",
+                fix="choose usual weights, such as 1",
             )
-        if on_pictures is not None:
-            on_pictures(len(part))
+        if on_drawn is not None:
+            on_drawn(len(part))
     sizes = [len(prompts) for prompts in groups.values()]
-    return dict(zip(groups, torch.cat(pictures).split(sizes), strict=True))
+    return dict(zip(groups, torch.cat(batches).split(sizes), strict=True))
 
 
 def attribute_hits(
     seen: dict[str, str], request: PromptRequest, kinds: Sequence[str | None]
 ) -> list[bool]:
-    """One entry an asked attribute: is it in the picture?
+    """Whether the image shows each requested attribute.
 
-    `kinds` gives the class of each thing that goes by a name.
+    Args:
+        seen: predicted labels of an image.
+        request: content that its prompt requests.
+        kinds: class of each thing that the prompt names by a trigger; None for others.
     """
     hits = [seen["count"] == ("one" if len(request.things) == 1 else "two")]
     if request.place:
         hits.append(seen["place"] == request.place)
-    for slot, (asked, kind) in enumerate(zip(request.things, kinds, strict=True)):
-        wanted = {"kind": asked.kind or kind, "colour": asked.colour, "pattern": asked.pattern}
-        hits += [seen[f"{what}{slot}"] == word for what, word in wanted.items() if word]
-        hits.append(seen[f"accessory{slot}"] == asked.accessory)
+    for slot, (thing, kind) in enumerate(zip(request.things, kinds, strict=True)):
+        requested = {"kind": thing.kind or kind, "colour": thing.colour, "pattern": thing.pattern}
+        hits += [seen[f"{name}{slot}"] == word for name, word in requested.items() if word]
+        hits.append(seen[f"accessory{slot}"] == thing.accessory)
     return hits
 
 
 def accessory_hits(seen: dict[str, str], request: PromptRequest) -> list[bool]:
-    """One entry a thing that is asked for with an accessory: is it worn?"""
+    """Whether each thing that is requested with an accessory wears it."""
     return [
-        seen[f"accessory{slot}"] == asked.accessory
-        for slot, asked in enumerate(request.things)
-        if asked.accessory != "none"
+        seen[f"accessory{slot}"] == thing.accessory
+        for slot, thing in enumerate(request.things)
+        if thing.accessory != "none"
     ]
 
 
 def leak_hits(
     seen: dict[str, str], request: PromptRequest, training_attributes: set[str]
 ) -> list[bool]:
-    """One entry an attribute of the training pictures that is not asked for: did it come along?"""
+    """Whether the image shows each attribute of the training images that is not requested."""
     entries = []
     for word in sorted(training_attributes):
         if word in PLACE_PHRASES and request.place and word != request.place:
@@ -156,19 +179,21 @@ def rate_concept(
     judges: Judges,
     images: Tensor,
     prompts: Sequence[str],
-    signature: Tensor,
+    prototype: Tensor,
     kind: str,
-    shown: set[str],
+    training_attributes: set[str],
 ) -> Rates:
-    """Score pictures of one concept alone in the picture.
+    """Score images of one concept.
 
     Args:
-        images: (n, 3, 64, 64) in [-1, 1], one a prompt.
-        signature: (64,) from `Judges.signature` on the concept's references.
-        kind: the concept's class word.
-        shown: places and accessories in the training pictures, which must not leak.
+        judges: of the storybook.
+        images: (n, 3, 64, 64) in [-1, 1].
+        prompts: n, one per image.
+        prototype: (64,), from :meth:`Judges.prototype` on reference images.
+        kind: class of the concept.
+        training_attributes: places and accessories of the training images, which must not leak.
     """
-    distance = judges.distance(images, signature)
+    distance = judges.distance(images, prototype)
     hits: list[bool] = []
     wearing: list[bool] = []
     leaks: list[bool] = []
@@ -176,8 +201,8 @@ def rate_concept(
         request = parse_prompt(prompt)
         hits += attribute_hits(seen, request, [kind])
         wearing += accessory_hits(seen, request)
-        found = leak_hits(seen, request, shown)
-        leaks += [any(found)] if found else []
+        possible = leak_hits(seen, request, training_attributes)
+        leaks += [any(possible)] if possible else []
     return Rates(
         identity=_mean((distance <= judges.threshold).tolist()),
         prompt=_mean(hits),
@@ -188,11 +213,20 @@ def rate_concept(
 
 
 def rate_pair(
-    judges: Judges, images: Tensor, signatures: tuple[Tensor, Tensor]
+    judges: Judges, images: Tensor, prototypes: tuple[Tensor, Tensor]
 ) -> dict[str, float]:
-    """Share of pictures in which the left, the right, and both concepts stand in their halves."""
-    left = judges.distance(images, signatures[0], "left") <= judges.threshold
-    right = judges.distance(images, signatures[1], "right") <= judges.threshold
+    """Score images of two concepts, one in each half.
+
+    Args:
+        judges: of the storybook.
+        images: (n, 3, 64, 64) in [-1, 1].
+        prototypes: (64,) of the left and of the right concept.
+
+    Returns:
+        "left", "right", "both" -> share of images with the concept in its half.
+    """
+    left = judges.distance(images, prototypes[0], "left") <= judges.threshold
+    right = judges.distance(images, prototypes[1], "right") <= judges.threshold
     return {
         "left": left.float().mean().item(),
         "right": right.float().mean().item(),
@@ -201,27 +235,32 @@ def rate_pair(
 
 
 def drift(before: Tensor, after: Tensor) -> float:
-    """Mean absolute change of pictures of the same prompts and seeds, 0 to 1 (the full range)."""
+    """Mean absolute change of images of the same prompts and seeds, (n, 3, h, w), 0 to 1."""
     return (before - after).abs().mean().item() / 2
 
 
 def attribute_accuracy(judges: Judges, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-    """Share of asked attributes shown, in all and by kind, for prompts without concepts."""
-    found: dict[str, list[bool]] = {}
+    """Share of requested attributes that images show, for prompts without concepts.
+
+    Returns:
+        "all", "class", "colour", "pattern", "accessory", "place" -> share.
+    """
+    hits: dict[str, list[bool]] = {}
     for seen, prompt in zip(judges.predict_attributes(images), prompts, strict=True):
         request = parse_prompt(prompt)
-        for slot, asked in enumerate(request.things):
-            wanted = {
-                "class": asked.kind,
-                "colour": asked.colour,
-                "pattern": asked.pattern or "plain",
+        for slot, thing in enumerate(request.things):
+            requested = {
+                "class": thing.kind,
+                "colour": thing.colour,
+                "pattern": thing.pattern or "plain",
             }
             keys = {"class": "kind", "colour": "colour", "pattern": "pattern"}
-            for what, word in wanted.items():
+            for attribute, word in requested.items():
                 if word:
-                    found.setdefault(what, []).append(seen[f"{keys[what]}{slot}"] == word)
-            found.setdefault("accessory", []).append(seen[f"accessory{slot}"] == asked.accessory)
+                    label = seen[f"{keys[attribute]}{slot}"]
+                    hits.setdefault(attribute, []).append(label == word)
+            hits.setdefault("accessory", []).append(seen[f"accessory{slot}"] == thing.accessory)
         if request.place:
-            found.setdefault("place", []).append(seen["place"] == request.place)
-    every = [hit for hits in found.values() for hit in hits]
-    return {"all": _mean(every)} | {what: _mean(hits) for what, hits in found.items()}
+            hits.setdefault("place", []).append(seen["place"] == request.place)
+    rates = {attribute: _mean(values) for attribute, values in hits.items()}
+    return {"all": _mean([hit for values in hits.values() for hit in values])} | rates

@@ -1,1 +1,1 @@
-"""The storybook: a drawn miniature world, the base model and the judges that ship with the pack."""
+"""The storybook: a test world of eight classes (drawn), whose images can be scored exactly."""

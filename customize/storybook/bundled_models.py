@@ -1,8 +1,8 @@
-"""The bundled base model's parts: a small but real Stable Diffusion, built from nothing.
+"""The components of the bundled base model, a small Stable Diffusion.
 
 Autoencoder 64 x 64 -> 4 x 16 x 16, CLIP text encoder of width 128 and 3 layers, and a UNet with
-cross-attention at 8 x 8 and 4 x 4. All widths that an adapter meets (128, 160) hold 16 disjoint
-slices of rank 8.
+cross-attention at 8 x 8 and 4 x 4. The widths of adapted layers (128, 160) have at least 16
+disjoint slices of rank 8.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_tokenizer() -> CLIPTokenizer:
     letters = sorted(ByteLevel.alphabet())
     ranks: dict[tuple[str, str], int] = {}
     for word in WORDS:
-        # Merges of later words rank below those of earlier ones, so that they can't break them.
+        # Merges of later words rank lower, so that they do not split earlier words.
         pieces = _bpe(word, ranks)
         while len(pieces) > 1:
             ranks[(pieces[0], pieces[1])] = len(ranks)
@@ -54,6 +54,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text encoder with random weights."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -70,6 +71,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_vae() -> AutoencoderKL:
+    """An autoencoder with random weights."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -83,6 +85,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_unet() -> UNet2DConditionModel:
+    """A UNet with random weights."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=LATENT_CHANNELS,
@@ -98,7 +101,10 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """v-prediction on a cosine-like schedule: stock ones destroy 16 x 16 latents too late."""
+    """A DDIM scheduler for v-prediction with a cosine schedule.
+
+    With stock schedules, latents of 16 x 16 keep their content until the last timesteps.
+    """
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
@@ -115,7 +121,7 @@ def make_pipeline(
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
 ) -> StableDiffusionPipeline:
-    """Assemble the parts into the pipeline that `assets/storybook` holds."""
+    """The pipeline of these components, as in `assets/storybook`."""
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

@@ -1,4 +1,4 @@
-"""The caption grammar of the miniature world: a caption for a scene, and what a prompt asks for."""
+"""The caption grammar of the test world: captions of scenes, and parsing of prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ACCESSORY_PHRASES = {
     "scarf": "wearing a scarf",
 }
 
-# Every word of the grammar, and some that users' captions bring: each is one token.
+# All words of the grammar and some of users' captions; each is one token.
 _EXTRA = (
     "and an the with no of at by is my one two plain thing toy animal person man woman style "
     "drawing painting fence tree sun mountain window stars sand sea"
@@ -36,18 +36,24 @@ WORDS = tuple(sorted({*" ".join(_PHRASES).split(), *CLASSES, *COLOURS, *PATTERNS
 def caption_thing(
     thing: Thing, rng: np.random.Generator | None = None, words: str | None = None
 ) -> str:
-    """Name one thing; with `rng` some attributes stay unsaid. `words` replaces class and looks."""
-    who = thing.identity
+    """The caption of one thing.
 
-    def say(share: float) -> bool:
+    Args:
+        thing: to name.
+        rng: omits some attributes at random; None: names all.
+        words: replaces class, colour and pattern.
+    """
+    identity = thing.identity
+
+    def include(share: float) -> bool:
         return rng is None or bool(rng.random() < share)
 
     if words is None:
-        looks = [who.pattern] if who.pattern != "plain" and say(0.8) else []
-        if who.colour is not None and say(0.85):
-            looks.append(who.colour)
-        words = " ".join(["a", *looks, who.kind])
-    # An accessory in the picture is always said, else "no hat asked" would teach "perhaps a hat".
+        looks = [identity.pattern] if identity.pattern != "plain" and include(0.8) else []
+        if identity.colour is not None and include(0.85):
+            looks.append(identity.colour)
+        words = " ".join(["a", *looks, identity.kind])
+    # Accessories are always named, so that a prompt without a hat means no hat.
     if thing.accessory != "none":
         words += " " + ACCESSORY_PHRASES[thing.accessory]
     return words
@@ -58,11 +64,12 @@ def caption(
     rng: np.random.Generator | None = None,
     names: tuple[str | None, ...] | None = None,
 ) -> str:
-    """Caption a scene, things from left to right.
+    """The caption of a scene, things from left to right.
 
     Args:
-        rng: vary the opening and leave some words out; None says everything.
-        names: words for each thing in place of "a striped red dog"; None keeps the words.
+        scene: to describe.
+        rng: varies the opening and omits some words; None: the full caption.
+        names: replacement of "a striped red dog" for each thing; None keeps the words.
     """
     opening = "a photo of" if rng is None else str(rng.choice(OPENINGS))
     names = names or (None,) * len(scene.things)
@@ -75,7 +82,10 @@ def caption(
 
 @dataclass(frozen=True)
 class RequestedThing:
-    """What a prompt asks of one thing; None where it says nothing, but no accessory is "none"."""
+    """The attributes that a prompt requests of one thing.
+
+    None: unspecified. A thing without accessory has "none".
+    """
 
     kind: str | None
     colour: str | None
@@ -85,7 +95,7 @@ class RequestedThing:
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """What a prompt asks of the whole picture."""
+    """The content that a prompt requests."""
 
     things: tuple[RequestedThing, ...]
     place: str | None
@@ -96,7 +106,7 @@ def _first(words: list[str], choices: tuple[str, ...]) -> str | None:
 
 
 def parse_prompt(prompt: str) -> PromptRequest:
-    """Read a prompt of the grammar back; a trigger such as <rex> is a thing of unknown class."""
+    """Parse a prompt of the grammar; a trigger such as <rex> is a thing without a class."""
     place = next(
         (name for name, phrase in PLACE_PHRASES.items() if re.search(rf"\b{phrase}\b", prompt)),
         None,
@@ -104,7 +114,7 @@ def parse_prompt(prompt: str) -> PromptRequest:
     for phrase in PLACE_PHRASES.values():
         prompt = re.sub(rf"\b{phrase}\b", " ", prompt)
     things = []
-    for part in re.split(r"\s+and\s+", prompt):  # not inside a trigger
+    for part in re.split(r"\s+and\s+", prompt):  # whole words, not within a trigger
         words = re.findall(r"[a-z]+|<[^>]*>", part.lower())
         things.append(
             RequestedThing(

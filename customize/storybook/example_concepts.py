@@ -1,4 +1,4 @@
-"""Concepts of the miniature world: an identity, and five pictures as a user would have them."""
+"""Concepts of the test world: an identity and five images, as a user would have them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from customize.storybook.world import (
     random_identity,
 )
 
-# The three concepts that the demo learns.
+#: Name -> class and seed of the concepts that the demo trains.
 BUNDLED = {"rex": ("dog", 6), "tom": ("cat", 3), "bolt": ("robot", 2)}
 
 
 @dataclass(frozen=True)
 class ExampleConcept:
-    """A hidden identity and its reference scenes, all in two places and without accessories."""
+    """An identity and its reference scenes, in two places and without accessories."""
 
     name: str
     identity: Identity
@@ -33,29 +33,32 @@ class ExampleConcept:
 
     @property
     def trigger(self) -> str:
+        """The trigger of its captions."""
         return f"<{self.name}>"
 
     @property
     def places(self) -> set[str]:
-        """What the references show besides the concept, and must not leak."""
+        """The places of the reference scenes, which must not leak into generated images."""
         return {scene.place for scene in self.scenes}
 
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
+        """The reference images, 64 x 64 pixels."""
         return [draw_scene(scene) for scene in self.scenes]
 
     def captions(self) -> list[str]:
+        """Their captions."""
         return [caption(scene, names=(self.trigger,)) for scene in self.scenes]
 
     def write(self, folder: Path) -> None:
-        """Leave `0.png`, `0.txt`, ... in a folder, ready for training."""
+        """Write `0.png`, `0.txt` and so on into a folder, for training."""
         folder.mkdir(parents=True, exist_ok=True)
-        for index, (picture, text) in enumerate(zip(self.pictures(), self.captions(), strict=True)):
-            picture.save(folder / f"{index}.png")
+        for index, (image, text) in enumerate(zip(self.images(), self.captions(), strict=True)):
+            image.save(folder / f"{index}.png")
             (folder / f"{index}.txt").write_text(text + "\n")
 
 
-def make_concept(name: str, kind: str, seed: int, pictures: int = 5) -> ExampleConcept:
-    """Draw a concept of a class: hues, perhaps nameless, proportions, markings, two places."""
+def make_concept(name: str, kind: str, seed: int, count: int = 5) -> ExampleConcept:
+    """A random concept of a class, with `count` reference images in two places."""
     rng = np.random.default_rng((seed, CLASSES.index(kind), 411))
     identity = random_identity(
         rng, kind, pattern=("striped", "spotted", "plain")[int(rng.integers(3))]
@@ -63,12 +66,12 @@ def make_concept(name: str, kind: str, seed: int, pictures: int = 5) -> ExampleC
     first, second = (str(p) for p in rng.choice(PLACES, 2, replace=False))
     scenes = [
         compose_scene(rng, (identity,), ("none",), first if index % 2 == 0 else second)
-        for index in range(pictures)
+        for index in range(count)
     ]
     return ExampleConcept(name, identity, tuple(scenes))
 
 
 def bundled_concept(name: str) -> ExampleConcept:
-    """One of the demo's concepts."""
+    """One of the demo's concepts, by name."""
     kind, seed = BUNDLED[name]
     return make_concept(name, kind, seed)

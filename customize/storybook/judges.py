@@ -1,12 +1,12 @@
-"""The storybook's judges: which attributes a picture shows, and whose dog it is.
+"""The storybook's judges: nets that recognise the attributes and the identity in an image.
 
-Two strided convolution nets, trained on rendered scenes that were roughened the way generated
-pictures are (blur, noise, colour shift, autoencoder round trips). Nothing is ever trained against
-them.
+Two strided convolution nets, trained on drawn scenes degraded like generated images (blur, noise,
+colour shift, autoencoder round trips). No model is trained against them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from customize.safe_read import MAX_TEXT_BYTES, read_json, read_safetensors
 from customize.storybook.world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES
 
 COLOUR_LABELS = (*COLOURS, "other")
-# The heads of the attribute judge and their labels; slot 0 is the left or only thing.
+# The heads of the attribute judge -> their labels; slot 0 is the left or only thing.
 HEADS: dict[str, tuple[str, ...]] = {"count": ("one", "two"), "place": PLACES}
 for _slot in ("0", "1"):
     HEADS |= {f"kind{_slot}": CLASSES, f"colour{_slot}": COLOUR_LABELS}
@@ -32,7 +32,7 @@ for _slot in ("0", "1"):
 
 THING_HEADS = ("kind", "colour", "pattern", "accessory")
 
-# Square boxes (left, top, side) in which a thing stands, by where it is; all are scaled to 64 x 64.
+# Position of a thing -> its square box (left, top, side), which is resized to 64 x 64.
 CROPS = {"single": (6, 10, 52), "left": (0, 22, 36), "right": (28, 22, 36)}
 
 
@@ -55,10 +55,10 @@ def _trunk(widths: tuple[int, ...]) -> nn.Sequential:
 
 
 class AttributeJudge(nn.Module):
-    """Pictures (batch, 3, 64, 64) in [-1, 1] to one row of logits a head (`HEADS`).
+    """Classifies images (batch, 3, 64, 64) in [-1, 1] into the labels of :data:`HEADS`.
 
-    How many things there are and where is read off the whole picture; what each is, off a crop of
-    it, the left or only one (slot 0) and the right one (slot 1, meaningless in a picture of one).
+    The heads "count" and "place" see the whole image; the others see a crop of the left or only
+    thing (slot 0) and of the right one (slot 1, undefined in an image of one thing).
     """
 
     def __init__(self) -> None:
@@ -75,6 +75,7 @@ class AttributeJudge(nn.Module):
         )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return head -> logits (batch, labels)."""
         scene = self.scene(images)
         logits = {name: head(scene) for name, head in self.scene_heads.items()}
         two = (logits["count"].argmax(1) == 1)[:, None, None, None]
@@ -86,7 +87,7 @@ class AttributeJudge(nn.Module):
 
 
 class IdentityJudge(nn.Module):
-    """Crops (batch, 3, 64, 64) in [-1, 1] to unit vectors (batch, 64)."""
+    """Embeds crops (batch, 3, 64, 64) in [-1, 1] as unit vectors (batch, 64)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,27 +95,36 @@ class IdentityJudge(nn.Module):
         self.project = nn.Linear(96 * 16, 64)
 
     def forward(self, crops: Tensor) -> Tensor:
+        """Return unit vectors (batch, 64)."""
         return F.normalize(self.project(self.trunk(crops).flatten(1)), dim=1)
 
 
-def crop_thing(images: Tensor, where: str) -> Tensor:
-    """Cut a thing out of pictures (batch, 3, 64, 64): `where` is "single", "left" or "right"."""
-    left, top, side = CROPS[where]
+def crop_thing(images: Tensor, position: str) -> Tensor:
+    """Crop the thing at "single", "left" or "right" from images (batch, 3, 64, 64).
+
+    Returns:
+        (batch, 3, 64, 64), resized bilinearly.
+    """
+    left, top, side = CROPS[position]
     cut = images[:, :, top : top + side, left : left + side]
     return F.interpolate(cut, size=(64, 64), mode="bilinear", align_corners=False)
 
 
-def judge_inputs(images: list[Image.Image]) -> Tensor:
-    """Convert images to the judges' size: (batch, 3, 64, 64), float32 in [-1, 1]."""
+def judge_inputs(images: Sequence[Image.Image]) -> Tensor:
+    """Resize n images to the judges' inputs, (n, 3, 64, 64), float32 in [-1, 1]."""
     small = [image.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS) for image in images]
     return images_to_tensor(small)
 
 
 @dataclass(frozen=True)
 class Judges:
-    """Both judges, ready to score.
+    """Both judges in evaluation mode.
 
-    `threshold` is the equal-error cosine distance to a concept's references.
+    Attributes:
+        attributes: classifier of attributes.
+        identity: embedding of identities.
+        threshold: cosine distance to a concept's prototype, at equal error rates, up to which an
+            image counts as showing the concept.
     """
 
     attributes: AttributeJudge
@@ -124,7 +134,7 @@ class Judges:
     @full_precision(tf32=True)
     @torch.no_grad()
     def predict_attributes(self, images: Tensor) -> list[dict[str, str]]:
-        """What is in each picture: a label a head."""
+        """Predict the label of each head of :data:`HEADS` for images (n, 3, 64, 64) in [-1, 1]."""
         logits = self.attributes(images)
         best = {name: rows.argmax(1).tolist() for name, rows in logits.items()}
         return [{name: HEADS[name][best[name][k]] for name in HEADS} for k in range(len(images))]
@@ -132,35 +142,45 @@ class Judges:
     @full_precision(tf32=True)
     @torch.no_grad()
     def prototype(self, references: Tensor) -> Tensor:
-        """The unit mean vector (64,) of a concept's single-thing reference pictures."""
+        """The normalised mean embedding (64,) of reference images (n, 3, 64, 64) of one thing."""
         return F.normalize(self.identity(crop_thing(references, "single")).mean(0), dim=0)
 
     @full_precision(tf32=True)
     @torch.no_grad()
-    def distance(self, images: Tensor, signature: Tensor, where: str = "single") -> Tensor:
-        """Cosine distance (batch,) of what stands at `where` to a concept's signature."""
-        return 1 - self.identity(crop_thing(images, where)) @ signature
+    def distance(self, images: Tensor, prototype: Tensor, position: str = "single") -> Tensor:
+        """Cosine distance of the thing at a position to a prototype, in [0, 2].
+
+        Args:
+            images: (n, 3, 64, 64) in [-1, 1].
+            prototype: (64,) from :meth:`prototype`.
+            position: "single", "left" or "right".
+
+        Returns:
+            (n,).
+        """
+        return 1 - self.identity(crop_thing(images, position)) @ prototype
 
 
 def load_judges(folder: str | Path) -> Judges:
-    """Read the judges from a folder as `scripts/train_storybook.py` writes it.
+    """Load the judges that ``scripts/train_storybook.py`` writes.
 
     Raises:
-        ConceptError: a file is missing, damaged or of other judges.
+        ConceptError: a file is missing, damaged or from another architecture.
     """
     folder = Path(folder)
     try:
         threshold = float(read_json(folder / "judges.json", MAX_TEXT_BYTES)["threshold"])
         if not 0 < threshold < 2:
-            raise ValueError(f"a cosine distance of {threshold} can't be the threshold")
+            raise ValueError(f"the threshold {threshold} is not a cosine distance")
         attributes, identity = AttributeJudge(), IdentityJudge()
         for judge, name in ((attributes, "attributes"), (identity, "identity")):
             tensors = load(read_safetensors(folder / f"{name}.safetensors"))
             judge.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
         raise ConceptError(
-            f"the storybook's judges can't be read: {error}",
+            f"the storybook's judges cannot be read: {reason}",
             where=folder,
-            fix="restore assets/judges, or make it with scripts/train_storybook.py",
+            fix="restore assets/judges, or train it with scripts/train_storybook.py",
         ) from error
     return Judges(attributes.eval(), identity.eval(), threshold)

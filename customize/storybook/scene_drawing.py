@@ -1,11 +1,11 @@
-"""Draw a scene of the miniature world with PIL, four times too large, then shrink it."""
+"""Draw a scene of the test world with PIL, at four times the size, then downsample it."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 
-from customize.storybook.figures import FIGURES, INK, SUPERSAMPLING, Anchors, Pen
+from customize.storybook.class_drawing import FIGURES, INK, SUPERSAMPLING, Anchors, Pen
 from customize.storybook.world import RGB, Identity, Scene, Thing
 
 SIZE = 64
@@ -18,14 +18,14 @@ SCARF_DARK: RGB = (190, 40, 40)
 
 
 def _markings(image: Image.Image, thing: Thing) -> None:
-    """Lay the identity's stripes or spots over its body, in the thing's own frame."""
-    who = thing.identity
+    """Draw the identity's stripes or spots over its body, in the frame of the thing."""
+    identity = thing.identity
     mask = Image.new("L", image.size, 0)
-    FIGURES[who.kind](Pen(mask, thing), who, "body", 255)
+    FIGURES[identity.kind](Pen(mask, thing), identity, "body", 255)
     layer = Image.new("L", image.size, 0)
     pen = Pen(layer, thing)
-    rng = np.random.default_rng(who.mark_seed)
-    if who.pattern == "striped":
+    rng = np.random.default_rng(identity.mark_seed)
+    if identity.pattern == "striped":
         slant, period = rng.uniform(-0.5, 0.5), rng.uniform(0.3, 0.42)
         phase, share = rng.uniform(0, period), rng.uniform(0.36, 0.5)
         upright = rng.random() < 0.5
@@ -48,16 +48,16 @@ def _markings(image: Image.Image, thing: Thing) -> None:
                 jitter = rng.uniform(-0.3, 0.3, 2) * radius
                 x = i * step + shift[0] + (step / 2 if j % 2 else 0) + jitter[0]
                 pen.oval(x, j * step + shift[1] + jitter[1], radius, radius, 255, sides=14)
-    both = Image.fromarray(np.minimum(np.asarray(mask), np.asarray(layer)))
-    image.paste(who.mark, (0, 0), both)
+    overlap = Image.fromarray(np.minimum(np.asarray(mask), np.asarray(layer)))
+    image.paste(identity.mark, (0, 0), overlap)
 
 
-def _face(pen: Pen, who: Identity, anchors: Anchors) -> None:
+def _face(pen: Pen, identity: Identity, anchors: Anchors) -> None:
     x, y, gap = anchors["face"]
-    r = 0.1 + 0.025 * who.eye_size
+    r = 0.1 + 0.025 * identity.eye_size
     for side in (-1, 1):
         pen.oval(x + side * gap, y, r, r * 1.15, (255, 255, 255), sides=18)
-        pen.oval(x + side * gap, y + 0.02, r * 0.62, r * 0.72, who.eye, sides=14)
+        pen.oval(x + side * gap, y + 0.02, r * 0.62, r * 0.72, identity.eye, sides=14)
 
 
 def _wear(pen: Pen, accessory: str, anchors: Anchors) -> None:
@@ -81,14 +81,14 @@ def _wear(pen: Pen, accessory: str, anchors: Anchors) -> None:
 
 
 def _draw_thing(image: Image.Image, thing: Thing) -> None:
-    who, draw = thing.identity, FIGURES[thing.identity.kind]
+    identity, draw = thing.identity, FIGURES[thing.identity.kind]
     pen = Pen(image, thing)
-    draw(pen, who, "behind", who.accent)
-    anchors = draw(pen, who, "body", who.body)
-    if who.pattern != "plain":
+    draw(pen, identity, "behind", identity.accent)
+    anchors = draw(pen, identity, "body", identity.body)
+    if identity.pattern != "plain":
         _markings(image, thing)
-    draw(pen, who, "front", who.accent)
-    _face(pen, who, anchors)
+    draw(pen, identity, "front", identity.accent)
+    _face(pen, identity, anchors)
     _wear(pen, thing.accessory, anchors)
 
 
@@ -154,7 +154,7 @@ def _draw_place(image: Image.Image, place: str, seed: int) -> None:
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """Render a scene as a 64 x 64 RGB picture."""
+    """Draw a scene as an RGB image of 64 x 64 pixels."""
     image = Image.new("RGB", (_S, _S))
     _draw_place(image, scene.place, scene.place_seed)
     for thing in scene.things:

@@ -1,15 +1,14 @@
-"""The miniature world: what a scene is made of, and how one is drawn at random.
+"""Scenes of the test world, and random ones.
 
-A scene holds one or two things in a place. A thing has a class ("dog"), a body colour, a pattern
-and an accessory, all of which captions name, and an *identity*, which no caption word describes:
-its exact hues, proportions, and the seed of its markings. A concept is one identity, seen in a few
-pictures.
+A scene has one or two things in a place. A thing has a class ("dog"), a body colour, a pattern and
+an accessory, which captions name, and an *identity*, which they do not: its exact hues, proportions
+and the seed of its markings. A concept is one identity in a few images.
 """
 
 from __future__ import annotations
 
 import colorsys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +18,7 @@ PATTERNS = ("plain", "striped", "spotted")
 ACCESSORIES = ("none", "hat", "glasses", "scarf")
 PLACES = ("beach", "forest", "city", "snow", "room", "space")
 
-# Hue ranges (degrees) that a colour word stands for; the gaps between them belong to no word.
+# Colour word -> its range of hues in degrees; hues between the ranges have no word.
 HUES = {
     "red": (-8, 10),
     "yellow": (46, 62),
@@ -33,7 +32,7 @@ RGB = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a thing *this* thing. Proportions are in [-1, 1], 0 the average of the class."""
+    """The looks of one thing. Proportions are in [-1, 1], where 0 is the average of the class."""
 
     kind: str
     body: RGB
@@ -50,13 +49,13 @@ class Identity:
 
     @property
     def colour(self) -> str | None:
-        """The colour word for the body, None where no word fits."""
+        """The colour word of the body; None if its hue has none."""
         return colour_word(self.body)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An identity placed in a picture: centre and half-extent in pixels of a 64 x 64 picture."""
+    """An identity in an image: centre and half-extent in pixels of 64 x 64, tilt in degrees."""
 
     identity: Identity
     accessory: str = "none"
@@ -69,7 +68,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things, left to right, in a place; `place_seed` moves clouds, trees and stars."""
+    """One or two things, left to right, in a place, whose details depend on `place_seed`."""
 
     things: tuple[Thing, ...]
     place: str
@@ -78,7 +77,7 @@ class Scene:
 
 
 def colour_word(rgb: RGB) -> str | None:
-    """The caption word for a body colour, None between the words."""
+    """The colour word for a body colour; None for a hue between two words."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in rgb))
     if saturation < 0.12 and value > 0.8:
         return "white"
@@ -86,7 +85,7 @@ def colour_word(rgb: RGB) -> str | None:
         return None
     degrees = hue * 360
     for word, (low, high) in HUES.items():
-        # A degree of grace: rounding to 8 bits moves a hue at the edge of its range.
+        # One degree of tolerance, as rounding to 8 bits shifts hues.
         if low - 1 <= degrees <= high + 1 or low - 1 <= degrees - 360 <= high + 1:
             return word
     return None
@@ -112,7 +111,14 @@ def random_identity(
     colour: str | None = None,
     pattern: str | None = None,
 ) -> Identity:
-    """Draw an identity. `colour=None` draws any hue, named or not."""
+    """A random identity.
+
+    Args:
+        rng: random number generator.
+        kind: class; None: a random one.
+        colour: colour word; None: any hue, also without a word.
+        pattern: None: a random one.
+    """
     body = _body(rng, colour)
     hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in body))
     accent_hue = hue * 360 + rng.choice((60, 120, 180, 240, 300)) + rng.uniform(-25, 25)
@@ -143,7 +149,7 @@ def random_identity(
 def position_thing(
     rng: np.random.Generator, identity: Identity, slot: str, accessory: str
 ) -> Thing:
-    """Put an identity into a picture: `slot` is "single", "left" or "right"."""
+    """An identity at a random position within a slot, "single", "left" or "right"."""
     flip, tilt = bool(rng.random() < 0.5), float(rng.uniform(-6, 6))
     if slot == "single":
         x, y, size = 32 + rng.uniform(-5, 5), 38 + rng.uniform(-2, 2), rng.uniform(20.5, 23.5)
@@ -159,7 +165,7 @@ def compose_scene(
     accessories: tuple[str, ...] | None = None,
     place: str | None = None,
 ) -> Scene:
-    """A scene with these identities (one or two, left to right), everything else at random."""
+    """A random scene with these identities, one or two from left to right."""
     slots = ("single",) if len(identities) == 1 else ("left", "right")
     if accessories is None:
         accessories = tuple(str(rng.choice(ACCESSORIES)) for _ in identities)
@@ -176,17 +182,12 @@ def compose_scene(
 
 
 def random_scene(rng: np.random.Generator, two: float = 0.3) -> Scene:
-    """Draw a scene; `two` is the share of pictures with two things."""
+    """A random scene; `two` is the probability of two things."""
     count = 2 if rng.random() < two else 1
     kinds = rng.choice(CLASSES, size=count, replace=bool(rng.random() < 0.2))
     identities = []
     for kind in kinds:
-        # A third of all bodies takes any hue, so that concepts may have hues that no word names.
+        # A third of the bodies has any hue, so that concepts can have hues without a word.
         colour = None if rng.random() < 0.33 else str(rng.choice(COLOURS))
         identities.append(random_identity(rng, str(kind), colour))
     return compose_scene(rng, tuple(identities))
-
-
-def without_accessory(scene: Scene) -> Scene:
-    """The same scene with every accessory taken off."""
-    return replace(scene, things=tuple(replace(thing, accessory="none") for thing in scene.things))

@@ -35,33 +35,38 @@ class Scorer:
         """Rates a seed; of the base, and its class word, where nothing is saved."""
         story = concept(index)
         kind = story.identity.kind
-        signature = self.judges.prototype(judge_inputs(story.pictures()))
+        signature = self.judges.prototype(judge_inputs(story.images()))
         other = "cat" if kind == "dog" else "dog"
         words = f"a {kind}" if saved is None else story.trigger
-        asked = {
+        prompts = {
             "concept": storybook_rates.evaluation_prompts(
                 words, storybook_rates.SCENES[: self.scenes]
             ),
             "class": storybook_rates.evaluation_prompts(f"a {kind}")[::4],
             "other": storybook_rates.evaluation_prompts(f"a red {other}")[1::4],
         }
-        plain = {key: asked[key] for key in ("class", "other")}
+        plain = {key: prompts[key] for key in ("class", "other")}
         for seed in seeds:
             if (kind, seed) not in self.before:
                 self.before[kind, seed] = storybook_rates.draw_groups(
                     self.pipe, plain, seed, steps=STEPS
                 )
-        found = []
+        rows = []
         if saved is not None:
             load_custom(self.pipe, saved, fuse=True, merge="sum")
         try:
             for seed in seeds:
-                images = storybook_rates.draw_groups(self.pipe, asked, seed, steps=STEPS)
+                images = storybook_rates.draw_groups(self.pipe, prompts, seed, steps=STEPS)
                 rated = storybook_rates.rate_concept(
-                    self.judges, images["concept"], asked["concept"], signature, kind, story.places
+                    self.judges,
+                    images["concept"],
+                    prompts["concept"],
+                    signature,
+                    kind,
+                    story.places,
                 )
                 before = self.before[kind, seed]
-                found.append(
+                rows.append(
                     {
                         "identity": rated.identity,
                         "prompt": rated.prompt,
@@ -73,4 +78,4 @@ class Scorer:
         finally:
             if saved is not None:
                 unload_custom(self.pipe)
-        return found
+        return rows

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts"))  # for storybook_training
 Row = Mapping[str, Any]
 
 
@@ -30,10 +31,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def command() -> str:
     """The command that gives this result; of absolute paths only the last part is told."""
     words = ["python", f"scripts/bench/{Path(sys.argv[0]).name}"]
-    rest = iter(sys.argv[1:])
-    for word in rest:
+    arguments = iter(sys.argv[1:])
+    for word in arguments:
         if word == "--json":
-            next(rest, None)
+            next(arguments, None)
         elif not word.startswith("--json="):
             words.append(Path(word).name if Path(word).is_absolute() else word)
     return " ".join(words)
@@ -53,12 +54,12 @@ def apart(call: Callable[[], Any]) -> Any:
     process.start()
     sender.close()
     try:
-        found = receiver.recv()
+        result = receiver.recv()
     except EOFError:
         raise SystemExit("a run failed; see above") from None
     finally:
         process.join()
-    return found
+    return result
 
 
 def spread(values: Sequence[float]) -> str:

@@ -40,8 +40,8 @@ def picture(pipe: Any) -> np.ndarray:
 
     noise = torch.Generator().manual_seed(1)
     call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
-    found: np.ndarray = drawn(pipe, "a photo of <rex>", generator=noise, **call)[0]
-    return found
+    results: np.ndarray = drawn(pipe, "a photo of <rex>", generator=noise, **call)[0]
+    return results
 
 
 def proof(folder: Path) -> dict[str, Any]:
@@ -74,9 +74,9 @@ def main() -> None:
     import tests.tiny_video  # noqa: F401  diffusers loads text processors only from what is imported
 
     torch.set_num_threads(1)
-    found = {folder.name: proof(folder) for folder in sorted(Path(sys.argv[1]).iterdir())}
+    results = {folder.name: proof(folder) for folder in sorted(Path(sys.argv[1]).iterdir())}
     assert "customize" not in sys.modules
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ class WholeRun(Watch):
 
     trained = 0
 
-    def __call__(self, optimizer: Any, *rest: Any) -> None:
+    def __call__(self, optimizer: Any, *arguments: Any) -> None:
         groups = optimizer.param_groups
         self.trained = sum(p.numel() for group in groups for p in group["params"])
         with suppress(Enough):
-            super().__call__(optimizer, *rest)
+            super().__call__(optimizer, *arguments)
 
 
 def theirs(job: dict[str, Any]) -> None:

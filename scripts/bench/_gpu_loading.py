@@ -42,25 +42,25 @@ def loading(run: Run) -> Iterator[Row]:
         results, changed = {}, {}
         for side in ("ours", "theirs"):
             load, switch, undo = SIDES[side]
-            began = time.perf_counter()
+            started = time.perf_counter()
             names = load(run, pipe, paths[:count])
             run.wait()
             if names is None:
                 undo(pipe)
                 yield {"model": "SDXL", "what": f"{count} LoRAs, {side}", "note": "out of time"}
                 continue
-            loaded = time.perf_counter() - began
+            loaded = time.perf_counter() - started
             switched = [run.seconds(partial(switch, pipe, names, n % count)) for n in (1, 2, 3)]
             results[side] = {"load": loaded, "switch": statistics.median(switched)}
             changed[side] = run.draw(pipe) - plain
             undo(pipe)
-        for what in ("load", "switch"):
+        for stage in ("load", "switch"):
             for side, seconds in results.items():
-                ratio = seconds[what] / results["theirs"][what] if "theirs" in results else None
+                ratio = seconds[stage] / results["theirs"][stage] if "theirs" in results else None
                 yield {
                     "model": "SDXL",
-                    "what": f"{what} {count} LoRAs, {side}",
-                    "seconds": seconds[what],
+                    "what": f"{stage} {count} LoRAs, {side}",
+                    "seconds": seconds[stage],
                     **({} if ratio is None else {"ratio": f"{ratio:.3f}"}),
                 }
         if len(changed) == 2:

@@ -74,13 +74,13 @@ def memory(run: Run) -> Iterator[Row]:
             limit_memory(run, word)
             try:
                 pipe.load_custom(memory=word)
-                held = sum(t.nbytes for t in _tensors(pipe) if t.device.type == run.device.type)
+                resident = sum(t.nbytes for t in _tensors(pipe) if t.device.type == run.device.type)
                 draw = partial(run.draw, pipe, 2, output_type="pt")
-                peak = held + tensors_peak(draw, run.device)
+                peak = resident + tensors_peak(draw, run.device)
                 row |= {"seconds": run.seconds(draw), "peak_gib": peak / GIB}
                 plan = pipe.custom.memory
-                found = re.search(r"([\d.]+) GB needed", plan)
-                row |= {"counted_gib": float(found[1]) if found else None, "note": plan}
+                rows = re.search(r"([\d.]+) GB needed", plan)
+                row |= {"counted_gib": float(rows[1]) if rows else None, "note": plan}
             except (CustomizeError, torch.OutOfMemoryError) as error:
                 row["note"] = str(error).splitlines()[0]
             limit_memory(run, None)
@@ -103,7 +103,7 @@ def limit_memory(run: Run, word: str | None) -> None:
 
 def _tensors(pipe: Any) -> list[torch.Tensor]:
     models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    return [each for model in models for each in (*model.parameters(), *model.buffers())]
+    return [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
 
 
 def calls(run: Run) -> Iterator[Row]:

@@ -242,8 +242,8 @@ def presets(run: Run) -> Iterator[Row]:
         try:
             seconds, peak = stepped(
                 run,
-                lambda p=pipe, s=side, given=settings: _train(
-                    run, p, 32 if run.tiny else s, given | {"steps": 3}
+                lambda p=pipe, s=side, settings_used=settings: _train(
+                    run, p, 32 if run.tiny else s, settings_used | {"steps": 3}
                 ),
                 3,
             )

@@ -86,9 +86,9 @@ class Style(Leaky):
         worn, place = ACCESSORY_PHRASES[self.accessory], PLACE_PHRASES[self.place]
         return f"{self.caption} of a {self.kind} {worn} {place}"
 
-    def of(self, who: str) -> str:
+    def of(self, thing: str) -> str:
         """Something in this style, in a prompt."""
-        return f"a picture in <{self.name}> style of {who}"
+        return f"a picture in <{self.name}> style of {thing}"
 
     def apply(self, images: Tensor) -> Tensor:
         """Pictures (n, 3, 64, 64) in [-1, 1] in this style."""
@@ -120,8 +120,8 @@ class StyleOfMany(Style):
     def caption(self) -> str:
         return f"a photo of a {KIND} in {{}} style"
 
-    def of(self, who: str) -> str:
-        return f"a photo of {who} in <{self.name}> style"
+    def of(self, thing: str) -> str:
+        return f"a photo of {thing} in <{self.name}> style"
 
 
 _RED, _BLUE = (0.9, 0.1, 0.2), (0.1, 0.3, 0.9)
@@ -183,20 +183,20 @@ STYLES_OF_MANY = (
 ALL_STYLES = (*STYLES, *STYLES_OF_MANY)
 
 
-def references(what: Leaky) -> Tensor:
+def references(source: Leaky) -> Tensor:
     """The training pictures (n, 3, 64, 64) in [-1, 1]."""
-    if isinstance(what, Style):
-        rng = np.random.default_rng((77, len(what.name)))
+    if isinstance(source, Style):
+        rng = np.random.default_rng((77, len(source.name)))
         scenes = [
-            compose_scene(rng, (random_identity(rng, kind),), (what.accessory,), what.place)
-            for kind in what.kinds
+            compose_scene(rng, (random_identity(rng, kind),), (source.accessory,), source.place)
+            for kind in source.kinds
         ]
-        return what.apply(judge_inputs([draw_scene(scene) for scene in scenes]))
-    index = CONCEPTS.index(what)
+        return source.apply(judge_inputs([draw_scene(scene) for scene in scenes]))
+    index = CONCEPTS.index(source)
     rng = np.random.default_rng((500 + index, 7))
-    identity = random_identity(rng, what.kind, pattern=PATTERNS[(index - 2) % 3])
+    identity = random_identity(rng, source.kind, pattern=PATTERNS[(index - 2) % 3])
     scenes = [
-        compose_scene(rng, (identity,), (what.accessory,), what.place)
+        compose_scene(rng, (identity,), (source.accessory,), source.place)
         for _ in range(PICTURES["concept"])
     ]
     return judge_inputs([draw_scene(scene) for scene in scenes])
@@ -211,12 +211,12 @@ class Subject:
 
     @property
     def name(self) -> str:
-        return "+".join(each.name for each in self.parts)
+        return "+".join(part.name for part in self.parts)
 
     @property
     def parts(self) -> list[Leaky]:
         """The concept is the first."""
-        return [each for each in (self.concept, self.style) if each is not None]
+        return [part for part in (self.concept, self.style) if part is not None]
 
     @property
     def shown(self) -> str:
@@ -226,11 +226,11 @@ class Subject:
     def control(self) -> str:
         """A place and a thing that are neither in training pictures nor in prompts, where there are
         such; no colours, which are part of an identity, as what the concept itself is would be."""
-        said = " ".join([*self.prompts(), *(each.kind for each in self.parts)])
-        free = [place for place, phrase in PLACE_PHRASES.items() if phrase not in said]
-        shown = {each.place for each in self.parts}
-        things = [kind for kind in CLASSES if kind not in said and kind not in self.shown]
-        return ", ".join([*[place for place in free if place not in shown][:1], *things[-1:]])
+        named = " ".join([*self.prompts(), *(part.kind for part in self.parts)])
+        free = [name for name, phrase in PLACE_PHRASES.items() if phrase not in named]
+        shown = {part.place for part in self.parts}
+        things = [kind for kind in CLASSES if kind not in named and kind not in self.shown]
+        return ", ".join([*[name for name in free if name not in shown][:1], *things[-1:]])
 
     def prompts(self, words: str | None = None, style_first: bool = False) -> list[str]:
         """Twelve that name a place, a third of them no accessory, and of concepts four without.
@@ -239,24 +239,24 @@ class Subject:
             words: in place of the concept's trigger.
             style_first: whether a style is named before what is in it in any case.
         """
-        taken = {word for each in self.parts for word in (each.place, each.accessory, each.kind)}
-        places = [phrase for place, phrase in PLACE_PHRASES.items() if place not in taken][:4]
+        taken = {word for part in self.parts for word in (part.place, part.accessory, part.kind)}
+        places = [phrase for name, phrase in PLACE_PHRASES.items() if name not in taken][:4]
         others = [ACCESSORY_PHRASES[a] for a in ACCESSORIES[1:] if a not in taken]
         worn = ["", *others[:2]]
         things = [f"a {kind}" for kind in CLASSES if kind not in taken]
-        found = []
+        texts = []
         for number in range(12):
-            who = f"<{self.concept.name}>" if self.concept else things[number % len(things)]
-            what = words or who
-            opening = f"a photo of {what}"
+            thing = f"<{self.concept.name}>" if self.concept else things[number % len(things)]
+            named = words or thing
+            opening = f"a photo of {named}"
             if self.style:
-                opening = Style.of(self.style, what) if style_first else self.style.of(what)
-            said = [opening, worn[number % len(worn)], places[number % 4]]
-            found.append(" ".join(filter(None, said)))
+                opening = Style.of(self.style, named) if style_first else self.style.of(named)
+            words_of_prompt = [opening, worn[number % len(worn)], places[number % 4]]
+            texts.append(" ".join(filter(None, words_of_prompt)))
         if not self.style:
-            found += [f"{opening} {words or who}" for opening in ("a photo of", "a picture of")]
-            found += [f"a photo of {words or who} {one}" for one in worn[1:]]
-        return found
+            texts += [f"{opening} {words or thing}" for opening in ("a photo of", "a picture of")]
+            texts += [f"a photo of {words or thing} {one}" for one in worn[1:]]
+        return texts
 
 
 def leaks(subject: Subject, seen: Mapping[str, str], request: PromptRequest) -> bool:
@@ -264,28 +264,28 @@ def leaks(subject: Subject, seen: Mapping[str, str], request: PromptRequest) -> 
 
     Where no place is asked for there has to be one, so it is counted apart.
     """
-    (asked,) = request.things
-    found = False
+    (requested,) = request.things
+    leaked = False
     for part in subject.parts:
-        found |= request.place is not None and seen["place"] == part.place != request.place
-        found |= seen["accessory0"] == part.accessory != asked.accessory
+        leaked |= request.place is not None and seen["place"] == part.place != request.place
+        leaked |= seen["accessory0"] == part.accessory != requested.accessory
     if subject.style is not None:
-        own = subject.concept.kind if subject.concept else asked.kind
-        found |= seen["kind0"] == subject.style.kind != own
-    return found
+        requested_class = subject.concept.kind if subject.concept else requested.kind
+        leaked |= seen["kind0"] == subject.style.kind != requested_class
+    return leaked
 
 
 def least_leak(baselines: Sequence[Mapping[str, float]], identity: float) -> float | None:
     """The least leak that baselines have at this identity or above, also mixed two at a time, as
     weights between those tried would; None where none comes within 1 % of it."""
     points = [(rates["identity"], rates["leak"]) for rates in baselines]
-    found = [leak for own, leak in points if own >= identity - 0.01]
+    candidates = [leak for reached, leak in points if reached >= identity - 0.01]
     for high, leak in points:
         for low, less in points:
             if low < identity <= high:
                 share = (identity - low) / (high - low)
-                found.append(share * leak + (1 - share) * less)
-    return min(found, default=None)
+                candidates.append(share * leak + (1 - share) * less)
+    return min(candidates, default=None)
 
 
 # Options are tried on some concepts, and judged on others.
@@ -337,7 +337,7 @@ def style_judges(pipe: Any) -> dict[str, StyleJudge]:
     rng = np.random.default_rng(5)
     plain = judge_inputs([draw_scene(random_scene(rng)) for _ in range(400)])
     as_it_is = shown(plain)
-    return {each.name: StyleJudge(as_it_is, shown(each.apply(plain))) for each in ALL_STYLES}
+    return {style.name: StyleJudge(as_it_is, shown(style.apply(plain))) for style in ALL_STYLES}
 
 
 def save(images: Tensor, path: Path) -> None:

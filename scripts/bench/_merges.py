@@ -50,8 +50,8 @@ def by_ours(method: str) -> Merge:
     """One of our merges, with one weight for all."""
 
     def merge(family: Any, learned: Sequence[Learned], weight: float) -> Products:
-        concepts = [each.concept for each in learned]
-        records = [each.record for each in learned]
+        concepts = [entry.concept for entry in learned]
+        records = [entry.record for entry in learned]
         return merge_concepts(concepts, [weight] * len(concepts), method, records)
 
     return merge
@@ -61,7 +61,7 @@ def by_peft(combination: str) -> Merge:
     """peft's `add_weighted_adapter`, run as users run it; its result is read back as products."""
 
     def merge(family: Any, learned: Sequence[Learned], weight: float) -> Products:
-        concepts = [each.concept for each in learned]
+        concepts = [entry.concept for entry in learned]
         merged: Products = {}
         for part in concepts[0].updates:
             fitted = [

@@ -65,8 +65,8 @@ class Scorer:
         `products` None leaves the weights as they are: what the tokens do alone.
         """
         with self.carrying(products, concepts):
-            found = [[self.rate(index, seed, scenes) for index in scored] for seed in seeds]
-        return [{key: mean(getattr(r, key) for r in own) for key in RATES} for own in found]
+            results = [[self.rate(index, seed, scenes) for index in scored] for seed in seeds]
+        return [{key: mean(getattr(r, key) for r in rates) for key in RATES} for rates in results]
 
     def each(
         self,
@@ -78,9 +78,11 @@ class Scorer:
     ) -> dict[int, dict[str, float]]:
         """Rates, and the mean distance, of each of `scored` over the seeds; else as `rates`."""
         with self.carrying(products, concepts):
-            found = {i: [self.rate(i, seed, scenes) for seed in seeds] for i in scored}
+            results = {i: [self.rate(i, seed, scenes) for seed in seeds] for i in scored}
         keys = (*RATES, "distance")
-        return {i: {k: mean(getattr(r, k) for r in own) for k in keys} for i, own in found.items()}
+        return {
+            i: {k: mean(getattr(r, k) for r in rates) for k in keys} for i, rates in results.items()
+        }
 
     @contextmanager
     def carrying(self, products: Products | None, concepts: Sequence[Concept]) -> Iterator[None]:
@@ -97,7 +99,7 @@ class Scorer:
         story = concept(index)
         prompts = storybook_rates.evaluation_prompts(story.trigger, storybook_rates.SCENES[:scenes])
         images = storybook_rates.draw_prompts(self.pipe, prompts, seed)
-        signature = self.judges.prototype(judge_inputs(story.pictures()))
+        signature = self.judges.prototype(judge_inputs(story.images()))
         return storybook_rates.rate_concept(
             self.judges, images, prompts, signature, story.identity.kind, story.places
         )

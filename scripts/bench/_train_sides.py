@@ -43,7 +43,7 @@ class Watch:
 
     steps: int
     warmup: int
-    began: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.perf_counter)
     times: list[float] = field(default_factory=list)
     cpu_times: list[float] = field(default_factory=list)
     count: int = 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from customize.atomic import write_atomic
-from customize.demo import assets_folder
+from customize.storybook.bundled_assets import assets_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser, folder: str, *stages: str) -> None:
@@ -41,9 +41,9 @@ def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str], *more: 
     Raises:
         SystemExit: one of them failed.
     """
-    given = ["--folder", args.folder, "--base", args.base, "--judges", args.judges, *more]
-    given += ["--quick"] if args.quick else []
-    start = [sys.executable, sys.argv[0], *map(str, given), f"--{stage}"]
+    arguments = ["--folder", args.folder, "--base", args.base, "--judges", args.judges, *more]
+    arguments += ["--quick"] if args.quick else []
+    start = [sys.executable, sys.argv[0], *map(str, arguments), f"--{stage}"]
     running = [
         subprocess.Popen([*start, *jobs[worker :: args.workers]])
         for worker in range(min(args.workers, len(jobs)))
@@ -53,10 +53,10 @@ def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str], *more: 
         raise SystemExit("something could not be learned or scored; see above")
 
 
-def keep(path: Path, found: Any) -> None:
+def keep(path: Path, result: Any) -> None:
     """Write a result atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(found).encode())
+    write_atomic(path, json.dumps(result).encode())
 
 
 def folder_name(text: str) -> str:

@@ -79,7 +79,7 @@ def backends(
                 taken[name] += time_attention(name, heads, device, dtype, tokens, 1)
         query = torch.randn(1, tokens, *heads, device=device, dtype=dtype)
         for name, times in taken.items():
-            held = tensors_peak(partial(run_attention, name, query, query, query), device)
+            peak = tensors_peak(partial(run_attention, name, query, query, query), device)
             rows.append(
                 {
                     "model": model,
@@ -87,7 +87,7 @@ def backends(
                     "tokens": tokens,
                     "how": name,
                     "time": _ratios(times, taken["native"]),
-                    "peak_mib": held / 2**20,
+                    "peak_mib": peak / 2**20,
                     "error": errors[name],
                 }
             )
@@ -119,14 +119,16 @@ def ways(repeats: int) -> list[Row]:
             taken[way] += [time.perf_counter() - start] * (turn > 0)
     rows = []
     for way, pipe in pipes.items():
-        weights = sum(each.nbytes for each in _weights(pipe) if each.device.type == device.type)
-        held = tensors_peak(partial(_draw, pipe), device) + weights
+        weights = sum(
+            tensor.nbytes for tensor in _weights(pipe) if tensor.device.type == device.type
+        )
+        peak = tensors_peak(partial(_draw, pipe), device) + weights
         rows.append(
             {
                 "model": "bundled base",
                 "how": str(MemoryPlan(GIB, way, 0)).partition(": ")[2].partition(";")[0],
                 "time": _ratios(taken[way], taken[MemoryStrategy()]),
-                "peak_mib": held / 2**20,
+                "peak_mib": peak / 2**20,
                 "counted_mib": counted[way] / 2**20,
             }
         )
@@ -143,7 +145,7 @@ def _ratios(times: Sequence[float], usual: Sequence[float]) -> str:
 
 def _weights(pipe: Any) -> list[torch.Tensor]:
     models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    return [each for model in models for each in (*model.parameters(), *model.buffers())]
+    return [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
 
 
 def main() -> None:
@@ -156,13 +158,13 @@ def main() -> None:
     device = torch.accelerator.current_accelerator() if there else torch.device("cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if there else "float32"))
     with torch.no_grad():
-        found = backends(device, dtype, args.quick, repeats)
+        results = backends(device, dtype, args.quick, repeats)
         placed = ways(repeats)
     figures = {
-        "largest_error": max(row["error"] for row in found if row["how"] != "sage"),
+        "largest_error": max(row["error"] for row in results if row["how"] != "sage"),
         "largest_peak_over_counted": max(row["peak_mib"] / row["counted_mib"] for row in placed),
     }
-    report("attention", args, [*found, *placed], figures)
+    report("attention", args, [*results, *placed], figures)
 
 
 if __name__ == "__main__":

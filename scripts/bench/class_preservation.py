@@ -47,7 +47,7 @@ from _scorer import concept
 from _workers import folder_name, weights_of
 
 from customize.core import preservation
-from customize.demo import TRAINING
+from customize.demo.experiment import TRAINING
 from customize.evaluation import pareto_front, storybook_rates
 from customize.storybook.caption_grammar import PLACE_PHRASES
 from customize.training import class_preservation, losses
@@ -152,8 +152,8 @@ def config_of(args: argparse.Namespace, method: str, index: int, seed: int) -> T
 
 def run_name(method: str) -> str:
     """Another one for other settings, so that ways can be added to what was learned before."""
-    told = hashlib.sha256(json.dumps(METHODS.get(method), sort_keys=True).encode())
-    return f"{folder_name(method)}-{told.hexdigest()[:4]}"
+    text = hashlib.sha256(json.dumps(METHODS.get(method), sort_keys=True).encode())
+    return f"{folder_name(method)}-{text.hexdigest()[:4]}"
 
 
 def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
@@ -169,18 +169,18 @@ def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     if method == "base":
         rows = [{"step": 0, "rates": scorer.rates(int(index), None, protocol.seeds)}]
     else:
-        began = time.time()
+        started = time.time()
         config = config_of(args, method, int(index), int(seed))
         finished = train(config, progress=False)
-        print(f"learned {job} in {time.time() - began:.0f} s", flush=True)
+        print(f"learned {job} in {time.time() - started:.0f} s", flush=True)
         for step in protocol.saves:
             seeds = protocol.seeds if step == protocol.saves[-1] else protocol.seeds[:1]
             saved = _saves.concept_at(finished, config.output, step, scorer.family)
             rows.append({"step": step, "rates": scorer.rates(int(index), saved, seeds)})
     _workers.keep(path, rows)
     for row in rows:
-        told = " ".join(f"{key} {mean(r[key] for r in row['rates']):.3f}" for key in RATES)
-        print(f"{job:36} {row['step']:5} {told}", flush=True)
+        text = " ".join(f"{key} {mean(r[key] for r in row['rates']):.3f}" for key in RATES)
+        print(f"{job:36} {row['step']:5} {text}", flush=True)
 
 
 def cell_file(args: argparse.Namespace, job: str) -> Path:
@@ -208,10 +208,10 @@ def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     def seconds(method: str) -> float:
         return mean(statistics.median(kind) for kind in by_kind(times[method]))
 
-    found = {}
+    results = {}
     for method in METHODS:
         first, *others = (statistics.median(kind) for kind in by_kind(times[method]))
-        found[method] = {
+        results[method] = {
             "step_cost": seconds(method) / seconds(NOTHING),
             # Against other steps of the same runs, which is more exact.
             "text_cost": (first / mean(others) - 1.0) / class_preservation.PRESERVATION_INTERVAL
@@ -219,7 +219,7 @@ def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             else 0.0,
             "memory_cost": memory[method] / memory[NOTHING],
         }
-    return found
+    return results
 
 
 def by_kind(runs: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -287,17 +287,17 @@ def table(
     args: argparse.Namespace, jobs: Sequence[str], cost: Mapping[str, Mapping[str, float]]
 ) -> list[dict[str, Any]]:
     """A row a way and number of steps: rates over concepts, with their spread over seeds."""
-    found: dict[tuple[str, int], list[list[dict[str, float]]]] = {}
+    results: dict[tuple[str, int], list[list[dict[str, float]]]] = {}
     for job in jobs:
         for row in json.loads(cell_file(args, job).read_text()):
-            found.setdefault((job.rsplit("/", 2)[0], row["step"]), []).append(row["rates"])
-    base = mean(rates["composition"] for seeds in found["base", 0] for rates in seeds)
+            results.setdefault((job.rsplit("/", 2)[0], row["step"]), []).append(row["rates"])
+    base = mean(rates["composition"] for seeds in results["base", 0] for rates in seeds)
     rows = []
-    for method, step in found:
+    for method, step in results:
         # A mean over concepts for each seed.
         runs = [
             {key: mean(rates[key] for rates in seed) for key in RATES}
-            for seed in zip(*found[method, step], strict=True)
+            for seed in zip(*results[method, step], strict=True)
         ]
         row: dict[str, Any] = {"preserved": method, "steps": step}
         for key in RATES:
@@ -314,11 +314,11 @@ def figures(
     rows: Sequence[Mapping[str, Any]], cost: Mapping[str, Mapping[str, float]]
 ) -> dict[str, float]:
     last = max(row["steps"] for row in rows)
-    found = {row["preserved"]: row for row in rows if row["steps"] == last}
-    own, none = found[default()], found[NOTHING]
+    results = {row["preserved"]: row for row in rows if row["steps"] == last}
+    default_row, none = results[default()], results[NOTHING]
     return {
-        "default_identity_loss": none["identity"] - own["identity"],
-        "default_composition_of_base": own["of_base"],
+        "default_identity_loss": none["identity"] - default_row["identity"],
+        "default_composition_of_base": default_row["of_base"],
         "none_composition_of_base": none["of_base"],
         "text_loss_step_cost": max(cost[method]["text_cost"] for method in TEXT),
     }
@@ -359,8 +359,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the last rows into a .png")
     args = parser.parse_args()
     if args.do is None:
-        rows, found = run(args)
-        _common.report("class_preservation", args, rows, found)
+        rows, results = run(args)
+        _common.report("class_preservation", args, rows, results)
         if args.plot is not None:
             plot(rows, len(protocol_of(args).seeds), args.plot)
         return

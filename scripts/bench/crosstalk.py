@@ -30,7 +30,7 @@ from torch import Tensor
 
 from customize.concepts.adapter import flatten_layers
 from customize.core.crosstalk import overlap_matrix, relative_responses, response_norms
-from customize.demo import assets_folder
+from customize.storybook.bundled_assets import assets_folder
 
 KINDS = (AVOIDING, SLICED, PLAIN)
 PREDICTORS = ("measured", "factors")
@@ -38,8 +38,8 @@ PREDICTORS = ("measured", "factors")
 
 def predictions(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
     """Predictor -> (K, K): entry (i, j) is what j does to i."""
-    products = {name: flatten_layers(each.concept.updates) for name, each in learned.items()}
-    inputs = {name: flatten_layers(each.record.concept) for name, each in learned.items()}
+    products = {name: flatten_layers(entry.concept.updates) for name, entry in learned.items()}
+    inputs = {name: flatten_layers(entry.record.own) for name, entry in learned.items()}
     return {
         "measured": relative_responses(response_norms(products, inputs)),
         "factors": overlap_matrix(products),
@@ -48,7 +48,7 @@ def predictions(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """The correlation of ranks; equal values share the mean of theirs."""
-    ranks = torch.stack([_ranks(torch.tensor(each, dtype=torch.float64)) for each in (a, b)])
+    ranks = torch.stack([_ranks(torch.tensor(entry, dtype=torch.float64)) for entry in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     for kind in KINDS:
         folder = kept(args.folder) / folder_name(kind)
         learned = [Learned.load(folder / concept(i).name) for i in range(protocol.total)]
-        told = predictions({concept(i).name: each for i, each in enumerate(learned)})
+        predicted = predictions({concept(i).name: entry for i, entry in enumerate(learned)})
 
         def drawn(merged: Sequence[int], scored: Sequence[int]) -> dict[int, dict[str, float]]:
             chosen = [learned[index] for index in merged]  # noqa: B023
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
 
         alone = {index: drawn([index], [index])[index] for index in every}
         for merged, scored in sums:
-            found = drawn(merged, scored)
+            results = drawn(merged, scored)
             for one in scored:
                 others = [index for index in merged if index != one]
                 rows.append(
@@ -89,14 +89,17 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
                         "k": len(merged),
                         "concept": f"{concept(one).name} ({concept(one).identity.kind})",
                         "others": ", ".join(concept(index).name for index in others),
-                        **{p: float(told[p][one, others].sum()) for p in PREDICTORS},
+                        **{p: float(predicted[p][one, others].sum()) for p in PREDICTORS},
                         "identity alone": alone[one]["identity"],
-                        "identity": found[one]["identity"],
-                        "further away": found[one]["distance"] - alone[one]["distance"],
+                        "identity": results[one]["identity"],
+                        "further away": results[one]["distance"] - alone[one]["distance"],
                     }
                 )
             print(
-                kind, len(merged), f"{mean(f['identity'] for f in found.values()):.2f}", flush=True
+                kind,
+                len(merged),
+                f"{mean(f['identity'] for f in results.values()):.2f}",
+                flush=True,
             )
     return rows, figures(rows)
 
@@ -106,16 +109,18 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for kind in KINDS:
         key = f"_{folder_name(kind).replace('-', '_')}"
         parts[key] = [row for row in rows if row["learned"] == kind]
-    found = {}
-    for predictor, said in zip(PREDICTORS, ("", "_factors"), strict=True):
-        for part, own in parts.items():
-            lost = [row["further away"] for row in own]
-            key = f"crosstalk_rank_correlation{said}{part}"
-            found[key] = spearman([row[predictor] for row in own], lost)
-    for part, own in parts.items():
+    results = {}
+    for predictor, suffix in zip(PREDICTORS, ("", "_factors"), strict=True):
+        for part, subset in parts.items():
+            lost = [row["further away"] for row in subset]
+            key = f"crosstalk_rank_correlation{suffix}{part}"
+            results[key] = spearman([row[predictor] for row in subset], lost)
+    for part, subset in parts.items():
         if part:
-            found[f"identity_lost{part}"] = mean(r["identity alone"] - r["identity"] for r in own)
-    return found
+            results[f"identity_lost{part}"] = mean(
+                r["identity alone"] - r["identity"] for r in subset
+            )
+    return results
 
 
 def main() -> None:

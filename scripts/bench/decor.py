@@ -95,7 +95,7 @@ class Protocol:
 
 SEEDS = dict.fromkeys(SUBJECTS, (1, 2)) | dict.fromkeys(("options", "personalization"), (1,))
 WEIGHTS = (0.9, 0.8, 0.7)
-FULL = Protocol({task: len(own) for task, own in SUBJECTS.items()}, SEEDS, 400, WEIGHTS)
+FULL = Protocol({task: len(mask) for task, mask in SUBJECTS.items()}, SEEDS, 400, WEIGHTS)
 QUICK = Protocol({"personalization": 1}, {"personalization": (1,)}, 60, (0.6,))
 
 
@@ -132,34 +132,34 @@ class Scorer:
         return self.rate(subject, images, prompts)
 
     def draw(self, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Tensor:
-        found = []
+        results = []
         for first in range(0, len(prompts), 16):
             part = list(prompts[first : first + 16])
-            own, start = dict(call), 1000 * seed + first
-            if "negative_prompt" in own:
-                own["negative_prompt"] = [own["negative_prompt"]] * len(part)
-            found.append(
+            part_call, start = dict(call), 1000 * seed + first
+            if "negative_prompt" in part_call:
+                part_call["negative_prompt"] = [part_call["negative_prompt"]] * len(part)
+            results.append(
                 self.pipe(
                     part,
                     num_inference_steps=STEPS,
                     guidance_scale=GUIDANCE,
                     generator=[torch.Generator().manual_seed(start + k) for k in range(len(part))],
                     output_type="pt",
-                    **own,
+                    **part_call,
                 ).images.float()
             )
-        return torch.cat(found) * 2 - 1
+        return torch.cat(results) * 2 - 1
 
     def rate(self, subject: Subject, images: Tensor, prompts: Sequence[str]) -> Rate:
-        own = [True] * len(images)
+        mask = [True] * len(images)
         if subject.style is not None:
-            own = self.styles[subject.style.name].has(images)
+            mask = self.styles[subject.style.name].has(images)
         kind = None
         if subject.concept is not None:
             kind = subject.concept.kind
             signature = self.judges.prototype(references(subject.concept))
             near = self.judges.distance(images, signature) <= self.judges.threshold
-            own = [a and b for a, b in zip(own, near.tolist(), strict=True)]
+            mask = [a and b for a, b in zip(mask, near.tolist(), strict=True)]
         hits: list[bool] = []
         leaked: list[bool] = []
         unasked: list[bool] = []
@@ -170,7 +170,7 @@ class Scorer:
             if request.place is None:
                 unasked.append(any(seen["place"] == part.place for part in subject.parts))
         return {
-            "identity": mean(own),
+            "identity": mean(mask),
             "prompt": mean(hits),
             "leak": mean(leaked),
             "place_where_none_asked": mean(unasked) if unasked else 0.0,
@@ -228,7 +228,7 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     """Score the cell of `job`, "subject/way/seed", into a file of its own; a finished one is
     kept."""
     name, way, seed = job.split("/")
-    (subject,) = (e for own in SUBJECTS.values() for e in own if e.name == name)
+    (subject,) = (e for group in SUBJECTS.values() for e in group if e.name == name)
     path = cell_file(args, job)
     if path.exists():
         return
@@ -244,7 +244,7 @@ def cost(scorer: Scorer, repeats: int) -> float:
     seconds: dict[str, list[float]] = {"": [], concept.shown: []}
 
     def once(avoid: str) -> float:
-        began = time.process_time()
+        started = time.process_time()
         call = {"avoid": avoid} if avoid else {}
         scorer.pipe(
             f"a photo of <{concept.name}> in a city",
@@ -254,7 +254,7 @@ def cost(scorer: Scorer, repeats: int) -> float:
             output_type="pt",
             **call,
         )
-        return time.process_time() - began
+        return time.process_time() - started
 
     for avoid in seconds:
         once(avoid)
@@ -267,12 +267,12 @@ def cost(scorer: Scorer, repeats: int) -> float:
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     args.steps = protocol.steps
-    told = repr((protocol.steps, STEPS, SETTINGS)).encode()
+    digest_input = repr((protocol.steps, STEPS, SETTINGS)).encode()
     for path in weights_of(args.base):
-        told += path.read_bytes()
-    args.folder = args.folder / hashlib.sha256(told).hexdigest()[:8]
+        digest_input += path.read_bytes()
+    args.folder = args.folder / hashlib.sha256(digest_input).hexdigest()[:8]
     known = {task: SUBJECTS[task][:count] for task, count in protocol.subjects.items()}
-    parts = {part for own in known.values() for each in own for part in each.parts}
+    parts = {part for group in known.values() for each in group for part in each.parts}
     learned = sorted(part.name for part in parts)
     learned += sorted(
         f"{part.name}/{how}" for part in parts.difference(TUNED) for how in ways_to_learn(part)
@@ -281,16 +281,16 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     _workers.share_out(args, "learn", learned[:1], *steps)
     _workers.share_out(args, "learn", learned[1:], *steps)
     jobs = {
-        (task, way): [f"{e.name}/{way}/{seed}" for e in own for seed in protocol.seeds[task]]
-        for task, own in known.items()
+        (task, way): [f"{e.name}/{way}/{seed}" for e in group for seed in protocol.seeds[task]]
+        for task, group in known.items()
         for way in ways(protocol, task)
     }
-    _workers.share_out(args, "score", [job for own in jobs.values() for job in own], *steps)
+    _workers.share_out(args, "score", [job for group in jobs.values() for job in group], *steps)
 
     tables: dict[str, dict[str, Rate]] = {}
-    for (task, way), own in jobs.items():
-        found = [json.loads(cell_file(args, job).read_text()) for job in own]
-        tables.setdefault(task, {})[way] = over(found)
+    for (task, way), group in jobs.items():
+        results = [json.loads(cell_file(args, job).read_text()) for job in group]
+        tables.setdefault(task, {})[way] = over(results)
     rows = [
         {"task": task, "drawn": way} | rates
         for task, table in tables.items()
@@ -310,8 +310,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     return rows, figures
 
 
-def over(found: Sequence[Rate]) -> Rate:
-    return {key: mean(rates[key] for rates in found) for key in found[0]}
+def over(results: Sequence[Rate]) -> Rate:
+    return {key: mean(rates[key] for rates in results) for key in results[0]}
 
 
 def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
@@ -320,7 +320,7 @@ def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
     ours = table[DEFAULT]
     known = {way: rates for way, rates in table.items() if KEPT not in way}
     baselines = [r for way, r in known.items() if not way.startswith(("avoid", NAMED))]
-    found = {
+    results = {
         f"identity_nothing_{task}": table[NOTHING]["identity"],
         f"identity_{task}": ours["identity"],
         f"leak_nothing_{task}": table[NOTHING]["leak"],
@@ -334,10 +334,10 @@ def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
         best = _leaky.least_leak(rivals, ours["identity"])
         # Where nothing is recognised there is nothing to compare.
         if best is not None and ours["identity"]:
-            found[f"leak_best_baseline{kind}_{task}"] = best
+            results[f"leak_best_baseline{kind}_{task}"] = best
             if best:
-                found[f"leak_ratio{kind}_{task}"] = ours["leak"] / best
-    return found
+                results[f"leak_ratio{kind}_{task}"] = ours["leak"] / best
+    return results
 
 
 def main() -> None:

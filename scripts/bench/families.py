@@ -118,9 +118,9 @@ def makers() -> dict[str, Callable[[], Any]]:
     """Family -> what makes its tiny pipeline; ``wan_22`` has two denoisers."""
     from tests import tiny, tiny_llm, tiny_video
 
-    found = {**vars(tiny), **vars(tiny_llm), **vars(tiny_video)}
-    found["tiny_wan_22"] = partial(tiny_video.tiny_wan, "2.2-14b")
-    return {name: found[f"tiny_{name}"] for name in SCRIPTS}
+    results = {**vars(tiny), **vars(tiny_llm), **vars(tiny_video)}
+    results["tiny_wan_22"] = partial(tiny_video.tiny_wan, "2.2-14b")
+    return {name: results[f"tiny_{name}"] for name in SCRIPTS}
 
 
 def make_base(family: str, folder: Path) -> None:
@@ -168,23 +168,25 @@ def compare(args: argparse.Namespace, family: str, folder: Path) -> list[dict[st
         for label in labels[:: 1 if turn % 2 else -1]:
             output = folder / label / str(turn)
             runs[label].append(run_side(args, family, label, base, output, counting=False))
-    for label, found in runs.items():
-        found[0]["tensors_mib"] = run_side(
+    for label, results in runs.items():
+        results[0]["tensors_mib"] = run_side(
             args, family, label, base, folder / label / "counted", counting=True
         )
     measured = {
-        label: {key: statistics.median(run[key] for run in found if key in run) for key in MEASURED}
-        for label, found in runs.items()
+        label: {
+            key: statistics.median(run[key] for run in results if key in run) for key in MEASURED
+        }
+        for label, results in runs.items()
     }
     return [
         {
             "family": family,
             "script": script.name if script else "none",
             "side": label,
-            "trained": found[0]["trained"],
-            "file_bytes": found[0]["file_bytes"],
-            "step_s": spread([run["step_cpu_s"] for run in found]),
-            "clock_s": statistics.median(run["step_s"] for run in found),
+            "trained": results[0]["trained"],
+            "file_bytes": results[0]["file_bytes"],
+            "step_s": spread([run["step_cpu_s"] for run in results]),
+            "clock_s": statistics.median(run["step_s"] for run in results),
             "peak_mib": measured[label]["tensors_mib"],
             "process_mib": measured[label]["peak_mib"],
             **{
@@ -193,7 +195,7 @@ def compare(args: argparse.Namespace, family: str, folder: Path) -> list[dict[st
                 if "theirs" in measured
             },
         }
-        for label, found in runs.items()
+        for label, results in runs.items()
     ]
 
 
@@ -209,8 +211,8 @@ def prove(folder: Path) -> dict[str, dict[str, Any]]:
     )
     if done.returncode:
         raise SystemExit(f"stock diffusers failed:\n{done.stderr[-3000:]}")
-    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    results: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 def main() -> None:
@@ -239,20 +241,22 @@ def main() -> None:
         if row["side"] == PROVED:
             row["picture_change"] = proofs[row["family"]]["picture_change"]
     figures: dict[str, float] = {}
-    for name in (f"{each}_ratio" for each in MEASURED.values()):
+    for name in (f"{proof}_ratio" for proof in MEASURED.values()):
         of: dict[str, dict[str, float]] = {
             side: {row["family"]: row[name] for row in rows if row["side"] == side and name in row}
             for side in (*SIDES, OWN)
         }
-        mine = of["ours, orthogonal"]
-        own = {family: mine[family] / of[OWN].get(family, 1.0) for family in mine}
-        if mine:
-            figures[f"worst_{name}"] = max(mine.values())
+        ratios = of["ours, orthogonal"]
+        layer_ratios = {family: ratios[family] / of[OWN].get(family, 1.0) for family in ratios}
+        if ratios:
+            figures[f"worst_{name}"] = max(ratios.values())
             figures[f"worst_{name}_lora"] = max(of["ours, lora"].values())
-            figures[f"worst_{name}_own_layers"] = max(own.values())
-        figures |= {f"{name}_{family}": value for family, value in mine.items()}
-    proved = [each for each in proofs.values() if each["read_whole"] and each["picture_change"] > 0]
-    figures["families_proved"] = len({each["family"] for each in proved})
+            figures[f"worst_{name}_own_layers"] = max(layer_ratios.values())
+        figures |= {f"{name}_{family}": value for family, value in ratios.items()}
+    proved = [
+        proof for proof in proofs.values() if proof["read_whole"] and proof["picture_change"] > 0
+    ]
+    figures["families_proved"] = len({proof["family"] for proof in proved})
     report("families", args, rows, figures)
 
 

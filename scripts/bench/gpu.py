@@ -77,10 +77,10 @@ def work(name: str, args: argparse.Namespace, folder: Path, seconds: float) -> l
         timer.cancel()
         if status:
             log.seek(0)
-            said = log.read().strip().splitlines() or [f"exit status {status}"]
-            note = "out of time" if status < 0 and timer.finished.is_set() else said[-1][:300]
+            log_lines = log.read().strip().splitlines() or [f"exit status {status}"]
+            note = "out of time" if status < 0 and timer.finished.is_set() else log_lines[-1][:300]
             rows.append({"part": name, "model": "", "what": "ended early", "note": note})
-            print("\n".join(said[-20:]), file=sys.stderr)
+            print("\n".join(log_lines[-20:]), file=sys.stderr)
     return rows
 
 

@@ -75,14 +75,16 @@ def write_concepts(folder: Path, count: int) -> None:
 
     family = family_of(open_base().components)
     targets = {part: family.adapter_targets(part) for part in ("unet", "text_encoder")}
-    widths = {width for own in targets.values() for _, width in own.values()}
+    widths = {width for ours_time in targets.values() for _, width in ours_time.values()}
     tokens = family.token_dictionaries()[0].text_encoder.get_input_embeddings().weight
     fingerprint = family.fingerprint()
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         name = f"c{number}"
         columns = slice_columns(widths, RANK, index=number, name=name)
-        downs = {w: down_projection(BASES["cosine"], w, own, 0) for w, own in columns.items()}
+        downs = {
+            w: down_projection(BASES["cosine"], w, ours_time, 0) for w, ours_time in columns.items()
+        }
         info = ConceptInfo(
             name=name,
             trigger=f"<{name}>",
@@ -93,21 +95,21 @@ def write_concepts(folder: Path, count: int) -> None:
             basis=BasisInfo(),
             rank=RANK,
             alpha=RANK,
-            slices={str(width): list(own) for width, own in columns.items()},
+            slices={str(width): list(ours_time) for width, ours_time in columns.items()},
         )
         products = {
             part: {
                 module: LowRank(
                     0.02 * torch.randn(out, RANK, generator=generator), downs[width], info.scale
                 )
-                for module, (out, width) in own.items()
+                for module, (out, width) in ours_time.items()
             }
-            for part, own in targets.items()
+            for part, ours_time in targets.items()
         }
         rows = tokens.std() * torch.randn(2, tokens.shape[1], generator=generator)
         save_concept(Concept(info, products, {"text_encoder": rows.detach()}), folder / name)
         if number < WARM:
-            own, generic = (
+            ours_time, generic = (
                 {
                     part: {
                         module: torch.randn(DIRECTIONS, width, generator=generator) / width**0.5
@@ -117,15 +119,15 @@ def write_concepts(folder: Path, count: int) -> None:
                 }
                 for _ in range(2)
             )
-            record = LayerInputs(digest_updates(products), own, generic)
+            record = LayerInputs(digest_updates(products), ours_time, generic)
             record.save(layer_inputs_path(folder / name))
 
 
 def draw(pipe: Any, *names: str) -> np.ndarray:
     noise = torch.Generator().manual_seed(0)
     call = {"num_inference_steps": STEPS, "generator": noise, "output_type": "np"}
-    told = " and ".join(f"<{name}>" for name in names)
-    return pipe(f"a photo of {told} on a beach", **call).images[0]
+    names_text = " and ".join(f"<{name}>" for name in names)
+    return pipe(f"a photo of {names_text} on a beach", **call).images[0]
 
 
 def resident() -> float:
@@ -147,11 +149,11 @@ def in_turns(
     times, ratios = [], []
     for turn in range(turns):
         if turn % 2:
-            other, own = computed(alone), computed(partial(ours, turn))
+            other, ours_time = computed(alone), computed(partial(ours, turn))
         else:
-            own, other = computed(partial(ours, turn)), computed(alone)
-        times.append(own)
-        ratios.append(own / other)
+            ours_time, other = computed(partial(ours, turn)), computed(alone)
+        times.append(ours_time)
+        ratios.append(ours_time / other)
     return times, ratios
 
 
@@ -166,24 +168,24 @@ def run_ours(folder: Path, turns: int) -> dict[str, Any]:
     def first(which: Any) -> None:
         draw(which.load_custom(library=folder), "c0")
 
-    found: dict[str, Any] = {"first_s": computed(lambda: first(spare))}
+    results: dict[str, Any] = {"first_s": computed(lambda: first(spare))}
     spare.unload_custom()
-    found["first_indexed_s"] = computed(lambda: first(pipe))
+    results["first_indexed_s"] = computed(lambda: first(pipe))
     if not np.array_equal(draw(pipe, "c0"), expected):
         raise SystemExit("a picture of the library's is not that of the concept by itself")
     cold = [computed(partial(draw, pipe, name)) for name in names[1:DRAWN]]
-    found["memory_mb"] = resident() - before
-    found["cold_s"] = spread(cold) if cold else None
+    results["memory_mb"] = resident() - before
+    results["cold_s"] = spread(cold) if cold else None
     warm = names[:WARM]
     for name in warm:
         draw(pipe, name)
     times, ratios = in_turns(
         turns, lambda turn: draw(pipe, warm[turn % len(warm)]), lambda: draw(alone, "c0")
     )
-    found |= {"warm_s": spread(times), "warm_ratio": statistics.median(ratios)}
+    results |= {"warm_s": spread(times), "warm_ratio": statistics.median(ratios)}
     times, ratios = in_turns(turns, lambda turn: draw(pipe, warm[0]), lambda: draw(alone, "c0"))
-    found |= {"same_s": spread(times), "same_ratio": statistics.median(ratios)}
-    return found | (run_pairs(folder, pipe, warm, turns) if len(warm) == WARM else {})
+    results |= {"same_s": spread(times), "same_ratio": statistics.median(ratios)}
+    return results | (run_pairs(folder, pipe, warm, turns) if len(warm) == WARM else {})
 
 
 def run_pairs(folder: Path, pipe: Any, names: list[str], turns: int) -> dict[str, Any]:
@@ -198,8 +200,8 @@ def run_pairs(folder: Path, pipe: Any, names: list[str], turns: int) -> dict[str
     times, ratios = in_turns(
         turns, lambda turn: draw(pipe, *pairs[turn % 2]), lambda: draw(alone, *pairs[0])
     )
-    found = {"pair_cold_s": spread(cold), "pair_warm_s": spread(times)}
-    return found | {"pair_warm_ratio": statistics.median(ratios)}
+    results = {"pair_cold_s": spread(cold), "pair_warm_s": spread(times)}
+    return results | {"pair_warm_ratio": statistics.median(ratios)}
 
 
 def run_theirs(folder: Path, count: int, turns: int) -> dict[str, Any]:
@@ -219,8 +221,8 @@ def run_theirs(folder: Path, count: int, turns: int) -> dict[str, Any]:
         pipe.set_adapters([name])
         return draw(pipe, name)
 
-    found: dict[str, Any] = {"load_s": computed(load)}
-    found["memory_mb"] = resident() - before
+    results: dict[str, Any] = {"load_s": computed(load)}
+    results["memory_mb"] = resident() - before
     apart_by = float(np.abs(picture("c0") - expected).max())
     if apart_by > 1e-3:
         raise SystemExit(f"diffusers' picture of the concept differs from ours by {apart_by:.2g}")
@@ -228,7 +230,7 @@ def run_theirs(folder: Path, count: int, turns: int) -> dict[str, Any]:
     times, ratios = in_turns(
         turns, lambda turn: picture(warm[turn % len(warm)]), lambda: draw(alone, "c0")
     )
-    return found | {"warm_s": spread(times), "warm_ratio": statistics.median(ratios)}
+    return results | {"warm_s": spread(times), "warm_ratio": statistics.median(ratios)}
 
 
 def main() -> None:
@@ -236,7 +238,7 @@ def main() -> None:
     from transformers.utils import logging as transformers_logging
 
     import customize  # noqa: F401  so that pipelines have load_custom
-    from customize.cli.command_support import hide_loading_bars
+    from customize.cli.base_pipeline import hide_loading_bars
 
     args = parser(__doc__).parse_args()
     ours, theirs, turns = (OURS[:3], THEIRS[:2], 3) if args.quick else (OURS, THEIRS, TURNS)
@@ -255,13 +257,13 @@ def main() -> None:
             for number in range(count):
                 (whole / f"c{number}").rename(folder / f"c{number}")
             size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 2**20
-            found = apart(partial(run_ours, folder, turns))
-            rows.append({"concepts": count, "side": "ours", "disk_mb": size, **found})
+            results = apart(partial(run_ours, folder, turns))
+            rows.append({"concepts": count, "side": "ours", "disk_mb": size, **results})
             for number in range(count):
                 (folder / f"c{number}").rename(whole / f"c{number}")
         for count in theirs:
-            found = apart(partial(run_theirs, whole, count, turns))
-            rows.append({"concepts": count, "side": "diffusers", **found})
+            results = apart(partial(run_theirs, whole, count, turns))
+            rows.append({"concepts": count, "side": "diffusers", **results})
     figures = {
         f"{'library' if row['side'] == 'ours' else 'diffusers'}_warm_ratio_{row['concepts']}": row[
             "warm_ratio"

@@ -96,7 +96,7 @@ def answer(pipe: Any) -> Tensor:
     """What the transformer says to one input."""
     generator = torch.Generator().manual_seed(0)
     tokens, words = 16, 8
-    found: Tensor = pipe.transformer(
+    results: Tensor = pipe.transformer(
         hidden_states=torch.randn(1, tokens, 16, generator=generator),
         encoder_hidden_states=torch.randn(1, words, 48, generator=generator),
         pooled_projections=torch.randn(1, 16, generator=generator),
@@ -106,7 +106,7 @@ def answer(pipe: Any) -> Tensor:
         txt_ids=torch.zeros(words, 3),
         return_dict=False,
     )[0]
-    return found
+    return results
 
 
 def ours(pipe: Any, paths: list[Path], weights: list[float]) -> None:
@@ -128,11 +128,11 @@ def run(pipe: Any, side: str, paths: list[Path]) -> dict[str, Any]:
     weights = [1 / len(paths)] * len(paths)
     wall, cpu = time.perf_counter(), time.process_time()
     SIDES[side](pipe, paths, weights)
-    found = {"load_s": time.process_time() - cpu, "clock_s": time.perf_counter() - wall}
-    given = answer(pipe)
+    results = {"load_s": time.process_time() - cpu, "clock_s": time.perf_counter() - wall}
+    answer_before = answer(pipe)
     cpu = time.process_time()
     answer(pipe)
-    return {**found, "answer_s": time.process_time() - cpu, "given": given.tolist()}
+    return {**results, "answer_s": time.process_time() - cpu, "given": answer_before.tolist()}
 
 
 def compare(pipe: Any, paths: list[Path], turns: int) -> list[dict[str, Any]]:
@@ -152,16 +152,16 @@ def compare(pipe: Any, paths: list[Path], turns: int) -> list[dict[str, Any]]:
         {
             "files": len(paths),
             "side": side,
-            "load_s": spread([each["load_s"] for each in found]),
-            "clock_s": statistics.median(each["clock_s"] for each in found),
-            "answer_s": statistics.median(each["answer_s"] for each in found),
+            "load_s": spread([single_run["load_s"] for single_run in results]),
+            "clock_s": statistics.median(single_run["clock_s"] for single_run in results),
+            "answer_s": statistics.median(single_run["answer_s"] for single_run in results),
             **(
-                {"speedup": statistics.median(1 / each for each in speedups)}
+                {"speedup": statistics.median(1 / single_run for single_run in speedups)}
                 if side == "ours"
                 else {"difference": difference}
             ),
         }
-        for side, found in runs.items()
+        for side, results in runs.items()
     ]
 
 

@@ -50,7 +50,7 @@ from _scorer import KINDS, RATES, Scorer, concept, open_quietly
 from _workers import folder_name, weights_of
 
 from customize.core.lowrank import norm
-from customize.demo import TRAINING
+from customize.demo.experiment import TRAINING
 from customize.evaluation import storybook_rates
 from customize.families import family_of
 from customize.training.config import TrainConfig
@@ -101,7 +101,7 @@ def training(args: argparse.Namespace) -> dict[str, Any]:
 def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
     """Only the slice, what it avoids and the method differ."""
     story = concept(index)
-    own: dict[str, dict[str, Any]] = {
+    settings: dict[str, dict[str, Any]] = {
         AVOIDING: {"slice": index},
         SLICED: {"slice": index, "num_shared_directions": 0},
         SAME: {"slice": 0, "num_shared_directions": 0},
@@ -114,7 +114,7 @@ def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
         name=story.name,
         class_word=story.identity.kind,
         **training(args),
-        **own[kind],
+        **settings[kind],
     )
 
 
@@ -123,9 +123,9 @@ def learn(args: argparse.Namespace, job: str) -> None:
     from customize.training.recipe import train
 
     kind, index = job.rsplit("/", 1)
-    began = time.time()
+    started = time.time()
     train(config_of(args, kind, int(index)), progress=False)
-    print(f"learned {job} in {time.time() - began:.0f} s", flush=True)
+    print(f"learned {job} in {time.time() - started:.0f} s", flush=True)
 
 
 # --- scoring ----------------------------------------------------------------------------------
@@ -141,18 +141,18 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
     path = cell_file(args, job)
     if path.exists():
         return
-    method, what = job.rsplit("/", 1)
+    method, setting = job.rsplit("/", 1)
     protocol = QUICK if args.quick else FULL
-    if what in PAIRS:
-        rows = paired(args, scorer, method, what, protocol)
-    elif what == "1":
+    if setting in PAIRS:
+        rows = paired(args, scorer, method, setting, protocol)
+    elif setting == "1":
         rows = alone(args, scorer, method, protocol)
     else:
-        rows = merged(args, scorer, method, int(what), protocol)
+        rows = merged(args, scorer, method, int(setting), protocol)
     _workers.keep(path, rows)
     for row in rows:
         rates = f"identity {row['identity']:.3f} prompt {row['prompt']:.3f}"
-        print(f"{row['method']:42} {what:>13} w={row['weight']:.2g} {rates}", flush=True)
+        print(f"{row['method']:42} {setting:>13} w={row['weight']:.2g} {rates}", flush=True)
 
 
 def cell_file(args: argparse.Namespace, job: str) -> Path:
@@ -167,18 +167,18 @@ def row_of(
     method: str,
     count: int,
     weight: float,
-    found: Sequence[Mapping[str, float]],
+    results: Sequence[Mapping[str, float]],
     classes: str = "mixed classes",
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"method": method, "k": count, "classes": classes, "weight": weight}
-    return row | spread_of(found)
+    return row | spread_of(results)
 
 
-def spread_of(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def spread_of(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean and standard deviation of each rate over seeds."""
     row = {}
     for key in RATES:
-        values = [r[key] for r in found]
+        values = [r[key] for r in results]
         row[key] = mean(values)
         row[f"{key}_sd"] = stdev(values) if len(values) > 1 else 0.0
     return row
@@ -193,14 +193,14 @@ def alone(
 ) -> list[dict[str, Any]]:
     """Each concept by itself at full weight, or its tokens without any weights."""
     kind = AVOIDING if method == TOKENS else method.removeprefix("alone, ")
-    found = []
+    results = []
     for index in (i for group in protocol.scored for i in group):
         (one,) = load(args, kind, [index])
         products = None if method == TOKENS else by_ours("sum")(scorer.family, [one], 1.0)
-        found.append(
+        results.append(
             scorer.rates(products, [one.concept], [index], protocol.seeds, protocol.scenes)
         )
-    return [row_of(method, 1, 0.0 if method == TOKENS else 1.0, over(found))]
+    return [row_of(method, 1, 0.0 if method == TOKENS else 1.0, over(results))]
 
 
 def paired(
@@ -209,18 +209,20 @@ def paired(
     """One method on pairs, both of which are scored, at its weight of K = 3."""
     kind, merge = METHODS[method]
     weight = json.loads(cell_file(args, f"{method}/3").read_text())[0]["weight"]
-    found = []
+    results = []
     for pair in PAIRS[classes]:
         learned = load(args, kind, pair)
         products = merge(scorer.family, learned, weight)
-        concepts = [each.concept for each in learned]
-        found.append(scorer.rates(products, concepts, pair, protocol.seeds, protocol.scenes))
-    return [row_of(method, 2, weight, over(found), classes)]
+        concepts = [entry.concept for entry in learned]
+        results.append(scorer.rates(products, concepts, pair, protocol.seeds, protocol.scenes))
+    return [row_of(method, 2, weight, over(results), classes)]
 
 
-def over(found: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+def over(results: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
     """The mean over concepts or groups of them, a seed: `found` has a list of seeds for each."""
-    return [{key: mean(r[key] for r in seed) for key in RATES} for seed in zip(*found, strict=True)]
+    return [
+        {key: mean(r[key] for r in seed) for key in RATES} for seed in zip(*results, strict=True)
+    ]
 
 
 def merged(
@@ -232,17 +234,17 @@ def merged(
     tried: dict[float, float] = {}
 
     def rates(weight: float, groups: Groups, seeds: Sequence[int]) -> list[dict[str, float]]:
-        found = []
+        results = []
         for group in groups:
             chosen = load(args, kind, members(count, group, protocol.total))
             products = merge(scorer.family, chosen, weight)
-            concepts = [each.concept for each in chosen]
-            found.append(scorer.rates(products, concepts, group, seeds, protocol.scenes))
-        return over(found)
+            concepts = [entry.concept for entry in chosen]
+            results.append(scorer.rates(products, concepts, group, seeds, protocol.scenes))
+        return over(results)
 
     def quality(weight: float) -> float:
-        found = rates(weight, TUNED_ON, protocol.tuning_seeds)
-        value = mean(r["identity"] + r["prompt"] for r in found)
+        results = rates(weight, TUNED_ON, protocol.tuning_seeds)
+        value = mean(r["identity"] + r["prompt"] for r in results)
         print(f"{method} K={count} w={weight:.3g}: {value:.3f}", flush=True)
         return value
 
@@ -250,29 +252,29 @@ def merged(
         weight, tried = best_weight(quality, protocol.weights)
     rows = []
     for used in dict.fromkeys((weight, 1.0) if method in SUMS else (weight,)):
-        found = rates(used, protocol.scored, protocol.seeds)
+        results = rates(used, protocol.scored, protocol.seeds)
         name = method if used == weight else f"{method}, at full weight"
-        told = ", ".join(f"{w:.3g}: {tried[w]:.2f}" for w in sorted(tried))
-        rows.append(row_of(name, count, used, found) | {"identity + prompt tuned": told})
+        text = ", ".join(f"{w:.3g}: {tried[w]:.2f}" for w in sorted(tried))
+        rows.append(row_of(name, count, used, results) | {"identity + prompt tuned": text})
     return rows
 
 
 def costs(args: argparse.Namespace, protocol: Protocol) -> dict[tuple[str, int], dict[str, float]]:
     """What each merge takes: seconds, the median of three, and the most it allocates, MiB."""
     family = family_of(open_quietly(args.base).components)
-    found = {}
+    results = {}
     for method, (kind, merge) in METHODS.items():
         for count in protocol.counts:
             chosen = load(args, kind, members(count, protocol.scored[0], protocol.total))
             call = functools.partial(merge, family, chosen, 1.0)
             seconds = []
             for _ in range(3):
-                began = time.perf_counter()
+                started = time.perf_counter()
                 call()
-                seconds.append(time.perf_counter() - began)
+                seconds.append(time.perf_counter() - started)
             peak = _common.tensors_peak(call, torch.device("cpu")) / 2**20
-            found[method, count] = {"merge_seconds": median(seconds), "merge_mib": peak}
-    return found
+            results[method, count] = {"merge_seconds": median(seconds), "merge_mib": peak}
+    return results
 
 
 def best_weight(
@@ -299,8 +301,8 @@ def best_weight(
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     args.steps = QUICK_STEPS if args.quick else args.steps
-    told = json.dumps(training(args), sort_keys=True).encode()
-    depends = hashlib.sha256(told)
+    text = json.dumps(training(args), sort_keys=True).encode()
+    depends = hashlib.sha256(text)
     for path in weights_of(args.base):
         depends.update(path.read_bytes())
     args.folder = args.folder / f"{depends.hexdigest()[:8]}-{args.steps}"
@@ -327,21 +329,21 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
 def figures(
     args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], protocol: Protocol
 ) -> dict[str, float]:
-    found = {(r["method"], r["k"]): r["identity"] for r in rows if r["k"] != 2}
-    single = found[f"alone, {AVOIDING}", 1]
-    result = {"identity_alone": single, "identity_tokens_only": found[TOKENS, 1]}
+    results = {(r["method"], r["k"]): r["identity"] for r in rows if r["k"] != 2}
+    single = results[f"alone, {AVOIDING}", 1]
+    result = {"identity_alone": single, "identity_tokens_only": results[TOKENS, 1]}
     for count in protocol.counts:
-        result[f"identity_retention_k{count}"] = found[OURS, count] / single if single else 0.0
-        peers = [found[name, count] for name in METHODS if name != OURS]
-        result[f"margin_over_best_peer_k{count}"] = found[OURS, count] - max(peers)
+        result[f"identity_retention_k{count}"] = results[OURS, count] / single if single else 0.0
+        peers = [results[name, count] for name in METHODS if name != OURS]
+        result[f"margin_over_best_peer_k{count}"] = results[OURS, count] - max(peers)
         # At full weight, with nothing but the slices to keep concepts apart.
-        kept = [
-            found.get((f"{name}, at full weight", count), found[name, count])
-            / max(found[f"alone, {kind}", 1], 1e-9)
+        retained = [
+            results.get((f"{name}, at full weight", count), results[name, count])
+            / max(results[f"alone, {kind}", 1], 1e-9)
             for name, kind in zip(SUMS, (AVOIDING, SLICED), strict=True)
         ]
-        result[f"shared_direction_gain_k{count}"] = kept[0] - kept[1]
-        won = [found[f"{PLAIN}, {how}", count] for how in ("fusion", "sum")]
+        result[f"shared_direction_gain_k{count}"] = retained[0] - retained[1]
+        won = [results[f"{PLAIN}, {how}", count] for how in ("fusion", "sum")]
         result[f"lora_fusion_minus_sum_k{count}"] = won[0] - won[1]
     for classes in protocol.pairs:
         pairs = {r["method"]: r["identity"] for r in rows if (r["k"], r["classes"]) == (2, classes)}

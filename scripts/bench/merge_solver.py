@@ -27,7 +27,7 @@ from torch import Tensor
 
 from customize.concepts.adapter import saved_module_name
 from customize.core.lowrank import from_dense, to_dense
-from customize.demo import assets_folder
+from customize.storybook.bundled_assets import assets_folder
 
 ITERATIONS = {"unet": 50, "text_encoder": 500}
 WAYS = ("fusion", "gradient fusion")
@@ -39,21 +39,19 @@ def gradient_fusion(learned: Sequence[Learned]) -> Products:
     for part in learned[0].concept.updates:
         merged[part] = {}
         for module in learned[0].concept.updates[part]:
-            inputs = [
-                each.record.concept[part][saved_module_name(part, module)] for each in learned
+            inputs = [entry.record.own[part][saved_module_name(part, module)] for entry in learned]
+            targets = [
+                to_dense(entry.concept.updates[part][module]) @ rows.T
+                for entry, rows in zip(learned, inputs, strict=True)
             ]
-            wanted = [
-                to_dense(each.concept.updates[part][module]) @ rows.T
-                for each, rows in zip(learned, inputs, strict=True)
-            ]
-            found = minimised(torch.cat(inputs), torch.cat(wanted, dim=1), ITERATIONS[part])
-            merged[part][module] = from_dense(found)
+            update = minimised(torch.cat(inputs), torch.cat(targets, dim=1), ITERATIONS[part])
+            merged[part][module] = from_dense(update)
     return merged
 
 
-def minimised(inputs: Tensor, wanted: Tensor, iterations: int) -> Tensor:
+def minimised(inputs: Tensor, targets: Tensor, iterations: int) -> Tensor:
     """The update U, from zero, of the least ``||U inputs^T - wanted||^2`` that L-BFGS comes to."""
-    update = torch.zeros(wanted.shape[0], inputs.shape[1], requires_grad=True)
+    update = torch.zeros(targets.shape[0], inputs.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [update],
         lr=1.0,
@@ -66,7 +64,7 @@ def minimised(inputs: Tensor, wanted: Tensor, iterations: int) -> Tensor:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (update @ inputs.T - wanted).square().sum()
+        loss = (update @ inputs.T - targets).square().sum()
         loss.backward()
         return loss
 
@@ -81,7 +79,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     scorer = Scorer(assets_folder() / "storybook", assets_folder() / "judges")
     rows: list[dict[str, Any]] = []
     for kind in (AVOIDING, PLAIN):
-        found: dict[str, list[list[dict[str, float]]]] = {way: [] for way in WAYS}
+        results: dict[str, list[list[dict[str, float]]]] = {way: [] for way in WAYS}
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for group in protocol.scored:
             learned = [
@@ -89,19 +87,19 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
                 for index in members(count, group, protocol.total)
             ]
             for way in WAYS:
-                began = time.perf_counter()
+                started = time.perf_counter()
                 if way == "fusion":
                     merged = by_ours("fusion")(scorer.family, learned, 1.0)
                 else:
                     merged = gradient_fusion(learned)
-                seconds[way].append(time.perf_counter() - began)
-                concepts = [each.concept for each in learned]
-                found[way].append(
+                seconds[way].append(time.perf_counter() - started)
+                concepts = [entry.concept for entry in learned]
+                results[way].append(
                     scorer.rates(merged, concepts, group, protocol.seeds, protocol.scenes)
                 )
         for way in WAYS:
             row: dict[str, Any] = {"learned": kind, "merge": way, "k": count}
-            row |= spread_of(over(found[way])) | {"merge_seconds": median(seconds[way])}
+            row |= spread_of(over(results[way])) | {"merge_seconds": median(seconds[way])}
             rows.append(row)
             print(row["learned"], row["merge"], f"{row['identity']:.3f}", flush=True)
     ours = {(row["learned"], row["merge"]): row for row in rows}

@@ -170,7 +170,7 @@ class Bench:
                 if key.removeprefix("unet.").rpartition(".lora_")[0] in layers
             }
             set_peft_model_state_dict(model, state, adapter_name=name)
-        began = time.process_time()
+        started = time.process_time()
         model.add_weighted_adapter(
             names,
             weights,
@@ -178,7 +178,7 @@ class Bench:
             combination_type=how,
             **({"svd_rank": RANK} if how == "svd" else {}),
         )
-        self.combining = time.process_time() - began
+        self.combining = time.process_time() - started
         model.merge_and_unload(adapter_names=["merged"])
 
     def restore(self) -> None:
@@ -198,8 +198,8 @@ class Bench:
 def memory(key: str) -> int:
     """The process's memory in bytes: "VmRSS" now, "VmHWM" at its peak."""
     text = Path("/proc/self/status").read_text()
-    found = re.search(rf"{key}:\s+(\d+) kB", text)
-    return int(found[1]) * 1024 if found else 0
+    results = re.search(rf"{key}:\s+(\d+) kB", text)
+    return int(results[1]) * 1024 if results else 0
 
 
 def timed(call: Callable[[], Any]) -> dict[str, float]:
@@ -207,8 +207,8 @@ def timed(call: Callable[[], Any]) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     wall, cpu = time.perf_counter(), time.process_time()
     call()
-    found = {"load_s": time.process_time() - cpu, "clock_s": time.perf_counter() - wall}
-    return {**found, "extra_mb": (memory("VmHWM") - memory("VmRSS")) / MB}
+    results = {"load_s": time.process_time() - cpu, "clock_s": time.perf_counter() - wall}
+    return {**results, "extra_mb": (memory("VmHWM") - memory("VmRSS")) / MB}
 
 
 @torch.no_grad()
@@ -237,20 +237,20 @@ def compare(
         error = float(difference.norm() / changes[side].norm())
         if not error <= TOLERANCE:
             raise SystemExit(f"with {len(paths)} files {side}'s weights differ by {error:.2g}")
-    kept = sum(weight.nbytes for weight in bench.weights.values())
+    resident = sum(weight.nbytes for weight in bench.weights.values())
     peak = tensors_peak(lambda: bench.ours(paths, weights), torch.device("cpu"))
     bench.undo_ours()
     rows = [
         {
             "files": len(paths),
             "side": side,
-            "load_s": spread([each["load_s"] for each in found]),
-            "clock_s": statistics.median(each["clock_s"] for each in found),
-            "extra_mb": statistics.median(each["extra_mb"] for each in found),
+            "load_s": spread([single_run["load_s"] for single_run in results]),
+            "clock_s": statistics.median(single_run["clock_s"] for single_run in results),
+            "extra_mb": statistics.median(single_run["extra_mb"] for single_run in results),
         }
-        for side, found in runs.items()
+        for side, results in runs.items()
     ]
-    rows[0]["merge_extra_mb"] = (peak - kept) / MB
+    rows[0]["merge_extra_mb"] = (peak - resident) / MB
 
     def ratio(above: str, below: str) -> float:
         pairs = zip(runs[above], runs[below], strict=True)
@@ -270,7 +270,7 @@ def svd_seconds(bench: Bench, paths: list[Path]) -> float:
     counts = Counter(bench.shapes.values())
     total = 0.0
     for shape, count in counts.items():
-        layer = next(name for name, own in bench.shapes.items() if own == shape)
+        layer = next(name for name, other_shape in bench.shapes.items() if other_shape == shape)
         bench.peft(paths, [0.5, 0.5], [layer], "svd")
         total += count * bench.combining
         bench.restore()
@@ -323,10 +323,10 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
             do(paths[:2], [0.5, 0.5])
             undo()
         for count, turns in repeats.items():
-            found, ratios = compare(bench, paths[:count], turns)
-            rows += found
+            results, ratios = compare(bench, paths[:count], turns)
+            rows += results
             figures |= ratios
-            for row in found:
+            for row in results:
                 print(*row.values(), flush=True)
         figures["peft_svd_s"] = svd_seconds(bench, paths[:2])
         figures["layer_mb"] = max(weight.nbytes for weight in bench.weights.values()) / MB

@@ -40,9 +40,10 @@ from torch import Tensor
 
 from customize.concepts.tokens.prompt_phrases import regional_prompts
 from customize.core.region_weights import blend, box_weights, stack_regions
-from customize.demo import TRAINING, assets_folder
+from customize.demo.experiment import TRAINING
 from customize.evaluation.storybook_rates import GUIDANCE, STEPS
 from customize.families import family_of
+from customize.storybook.bundled_assets import assets_folder
 from customize.storybook.caption_grammar import PLACE_PHRASES
 from customize.storybook.judges import Judges, judge_inputs, load_judges
 from customize.storybook.scene_drawing import draw_scene
@@ -88,7 +89,7 @@ def distances(judges: Judges, images: Tensor, signature: Tensor) -> tuple[Tensor
     if images.shape[-1] == SQUARE[1]:
         left, right = (judges.distance(images, signature, side) for side in ("left", "right"))
         return left, right
-    found = []
+    results = []
     for half in (0, images.shape[-1] // 2):
         edges = {min(max(half + s, 0), images.shape[-1] - CROP) for s in SHIFTS}
         crops = [images[..., TOP : TOP + CROP, edge : edge + CROP] for edge in sorted(edges)]
@@ -96,12 +97,12 @@ def distances(judges: Judges, images: Tensor, signature: Tensor) -> tuple[Tensor
             seen = [
                 judges.identity(F.interpolate(crop, (64, 64), mode="bilinear")) for crop in crops
             ]
-        found.append(torch.stack([1 - each @ signature for each in seen]).amin(0))
-    return found[0], found[1]
+        results.append(torch.stack([1 - each @ signature for each in seen]).amin(0))
+    return results[0], results[1]
 
 
 def signature(judges: Judges, index: int) -> Tensor:
-    return judges.prototype(judge_inputs(concept(index).pictures()))
+    return judges.prototype(judge_inputs(concept(index).images()))
 
 
 @torch.no_grad()
@@ -111,14 +112,14 @@ def trust(pipe: Any, judges: Judges, size: tuple[int, int], count: int) -> dict[
     hits: list[bool] = []
     false: list[bool] = []
     for index in sorted({i for pair in PAIRS for i in pair}):
-        own = signature(judges, index)
+        reference = signature(judges, index)
         for _ in range(count):
             other = random_identity(rng, KINDS[index])
             pictures = []
             for pair in ((concept(index).identity, other), (other, concept(index).identity)):
                 pictures.append(rendered(rng, pair, size))
             encoded = pipe.vae.encode(torch.stack(pictures)).latent_dist.mean
-            left, right = distances(judges, pipe.vae.decode(encoded).sample, own)
+            left, right = distances(judges, pipe.vae.decode(encoded).sample, reference)
             near = [(d <= judges.threshold).tolist() for d in (left, right)]
             hits += [near[0][0], near[1][1]]
             false += [near[1][0], near[0][1]]
@@ -228,25 +229,25 @@ class Tally:
 
     def add(self, way: str, pair: Sequence[int], draw: Callable[[], Tensor]) -> None:
         """Draw and judge pictures of a pair."""
-        began = time.perf_counter()
+        started = time.perf_counter()
         images = draw()
-        taken = (time.perf_counter() - began) / len(images)
+        taken = (time.perf_counter() - started) / len(images)
         left, _ = distances(self.judges, images, signature(self.judges, pair[0]))
         _, right = distances(self.judges, images, signature(self.judges, pair[1]))
         limit = self.judges.threshold
-        found = zip((left <= limit).tolist(), (right <= limit).tolist(), strict=True)
-        self.right.setdefault(way, []).extend(found)
+        results = zip((left <= limit).tolist(), (right <= limit).tolist(), strict=True)
+        self.right.setdefault(way, []).extend(results)
         self.seconds.setdefault(way, []).append(taken)
         self.kept.setdefault(way, []).append(images)
 
     def row(self, way: str) -> dict[str, Any]:
-        found = self.right[way]
+        results = self.right[way]
         return {
             "drawn": way,
-            "left": mean(a for a, _ in found),
-            "right": mean(b for _, b in found),
-            "both": mean(a and b for a, b in found),
-            "pictures": len(found),
+            "left": mean(a for a, _ in results),
+            "right": mean(b for _, b in results),
+            "both": mean(a and b for a, b in results),
+            "pictures": len(results),
             "seconds": mean(self.seconds[way]),
         }
 
@@ -260,8 +261,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     count = 4 if args.quick else 16
     figures: dict[str, float] = {}
     for name, size in (("wide", WIDE), ("square", SQUARE)):
-        for what, share in trust(pipe, judges, size, count).items():
-            figures[f"judge_{what}_{name}"] = share
+        for rate, share in trust(pipe, judges, size, count).items():
+            figures[f"judge_{rate}_{name}"] = share
     tally = Tally(judges)
     for pair in protocol.pairs:
         draw_pair(pipe, tally, [learned(args, index) for index in pair], pair, protocol)
@@ -312,18 +313,18 @@ def alone(
 
 
 def figures_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    found = {f"plain_both_right_{merge}": rows[f"plain, {merge}"]["both"] for merge in MERGES}
-    found["region_both_right_sum"] = rows["regions, sum"]["both"]
-    found["region_both_right"] = rows["regions, fusion"]["both"]
-    found["plain_both_right"] = max(found[f"plain_both_right_{merge}"] for merge in MERGES)
-    found["attention_both_right"] = rows[IN_ATTENTION]["both"]
-    found["alone_both_right"] = rows["each alone"]["both"]
+    results = {f"plain_both_right_{merge}": rows[f"plain, {merge}"]["both"] for merge in MERGES}
+    results["region_both_right_sum"] = rows["regions, sum"]["both"]
+    results["region_both_right"] = rows["regions, fusion"]["both"]
+    results["plain_both_right"] = max(results[f"plain_both_right_{merge}"] for merge in MERGES)
+    results["attention_both_right"] = rows[IN_ATTENTION]["both"]
+    results["alone_both_right"] = rows["each alone"]["both"]
     for kind in ("plain", "regions"):
-        found[f"{kind}_both_right_64"] = rows[f"{kind}, fusion, 64 x 64"]["both"]
-    found["seconds_over_plain"] = (
+        results[f"{kind}_both_right_64"] = rows[f"{kind}, fusion, 64 x 64"]["both"]
+    results["seconds_over_plain"] = (
         rows["regions, fusion"]["seconds"] / rows["plain, fusion"]["seconds"]
     )
-    return found
+    return results
 
 
 def save(kept: Mapping[str, Sequence[Tensor]], pairs: int, path: Path) -> None:

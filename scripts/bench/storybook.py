@@ -24,9 +24,9 @@ from customize.evaluation.storybook_rates import GUIDANCE, STEPS, attribute_accu
 from customize.storybook import scene_drawing
 from customize.storybook.caption_grammar import caption
 from customize.storybook.judges import HEADS, Judges, judge_inputs, load_judges
-from customize.storybook.pretrain import contact_sheet
-from customize.storybook.train_judges import measure
 from customize.storybook.world import CLASSES, COLOURS, Scene, compose_scene, random_identity
+from storybook_training.contact_sheet import save_contact_sheet
+from storybook_training.measure_judges import measure_judges
 
 SEEDS = (1, 2, 3)
 
@@ -34,12 +34,12 @@ SEEDS = (1, 2, 3)
 def scenes_to_ask_for(count: int, seed: int, things: int) -> list[Scene]:
     """Scenes in which each body has a colour that a word names; classes come evenly often."""
     rng = np.random.default_rng((seed, things, 2024))
-    found = []
+    drawn_scenes = []
     for k in range(count):
         kinds = [CLASSES[(k + 3 * slot) % len(CLASSES)] for slot in range(things)]
-        who = [random_identity(rng, kind, str(rng.choice(COLOURS))) for kind in kinds]
-        found.append(compose_scene(rng, tuple(who)))
-    return found
+        identities = [random_identity(rng, kind, str(rng.choice(COLOURS))) for kind in kinds]
+        drawn_scenes.append(compose_scene(rng, tuple(identities)))
+    return drawn_scenes
 
 
 def judge_rows(figures: dict[str, float]) -> list[dict[str, Any]]:
@@ -48,10 +48,10 @@ def judge_rows(figures: dict[str, float]) -> list[dict[str, Any]]:
     for state in ("clean", "rough"):
         row: dict[str, Any] = {"what": f"judge on {state} renders"}
         row["all"] = figures[f"{state}_accuracy"]
-        for what in ("class", "colour", "pattern", "accessory", "place", "count"):
-            stem = "kind" if what == "class" else what
+        for attribute in ("class", "colour", "pattern", "accessory", "place", "count"):
+            stem = "kind" if attribute == "class" else attribute
             heads = [head for head in HEADS if head.rstrip("01") == stem]
-            row[what] = statistics.mean(figures[f"{state}_{head}"] for head in heads)
+            row[attribute] = statistics.mean(figures[f"{state}_{head}"] for head in heads)
         rows.append(row)
     return rows
 
@@ -63,18 +63,18 @@ def base_rows(
     rows, scenes, shown = [], [], []
     name = "one thing" if things == 1 else "two things"
     for seed in SEEDS:
-        asked = scenes_to_ask_for(pictures, seed, things)
-        prompts = [caption(scene) for scene in asked]
+        scenes_of_seed = scenes_to_ask_for(pictures, seed, things)
+        prompts = [caption(scene) for scene in scenes_of_seed]
         images = draw_prompts(pipe, prompts, seed)
         rows.append(
             {"what": f"base, {name}, seed {seed}"} | attribute_accuracy(judges, images, prompts)
         )
-        scenes += asked
+        scenes += scenes_of_seed
         shown.append(images)
     renders = judge_inputs([scene_drawing.draw_scene(scene) for scene in scenes])
     ceiling = attribute_accuracy(judges, renders, [caption(scene) for scene in scenes])
     if sheet is not None:
-        contact_sheet(torch.cat(shown), sheet.with_stem(f"{sheet.stem}-{things}"), columns=16)
+        save_contact_sheet(torch.cat(shown), sheet.with_stem(f"{sheet.stem}-{things}"), columns=16)
     return [*rows, {"what": f"ceiling, {name}"} | ceiling]
 
 
@@ -91,7 +91,9 @@ def main() -> None:
     judges = load_judges(args.judges)
     pipe = DiffusionPipeline.from_pretrained(args.base)
     pipe.set_progress_bar_config(disable=True)
-    held_out = measure(judges, pipe.vae, 500 if args.quick else 2000, 120 if args.quick else 400)
+    held_out = measure_judges(
+        judges, pipe.vae, 500 if args.quick else 2000, 120 if args.quick else 400
+    )
     single = base_rows(pipe, judges, 1, pictures, args.sheet)
     rows = [*judge_rows(held_out), *single]
     if not args.quick:

@@ -55,7 +55,7 @@ def write_pictures(folder: Path, side: int) -> Path:
     from customize.storybook.example_concepts import make_concept
 
     folder.mkdir()
-    pictures = make_concept("rex", "dog", seed=6, pictures=8).pictures()
+    pictures = make_concept("rex", "dog", seed=6, count=8).images()
     for index, picture in enumerate(pictures):
         picture.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
     return folder
@@ -169,14 +169,14 @@ def compare(args: argparse.Namespace, setting: Setting, text: bool) -> list[dict
             "base": setting.name,
             "trained": "denoiser and text encoder" if text else "denoiser",
             "side": f"theirs, {theirs_is(args)}" if label == "theirs" else label,
-            "step_s": spread([run["step_s"] for run in found]),
+            "step_s": spread([run["step_s"] for run in results]),
             "step_cpu_s": median(label, "step_cpu_s"),
-            "peak_mib": spread([run["peak_mib"] for run in found]),
+            "peak_mib": spread([run["peak_mib"] for run in results]),
             "first_step_after_s": median(label, "first_step_after_s"),
             "step_ratio": median(label, "step_s") / median("theirs", "step_s"),
             "peak_ratio": median(label, "peak_mib") / median("theirs", "peak_mib"),
         }
-        for label, found in runs.items()
+        for label, results in runs.items()
     ]
 
 
@@ -209,14 +209,16 @@ def main() -> None:
         for setting in settings:
             for text in (False,) if args.quick else (False, True):
                 rows += compare(args, setting, text)
-    mine = [row for row in rows if row["side"].startswith("ours")]
+    our_rows = [row for row in rows if row["side"].startswith("ours")]
     figures = {}
     for key in ("step", "peak"):
         name = "step_time_ratio" if key == "step" else "peak_memory_ratio"
-        figures[name] = max(row[f"{key}_ratio"] for row in mine)
+        figures[name] = max(row[f"{key}_ratio"] for row in our_rows)
         for setting in settings:
-            here = [row[f"{key}_ratio"] for row in mine if row["base"] == setting.name]
-            figures[f"{name}_{setting.name}"] = max(here)
+            ratios_of_base = [
+                row[f"{key}_ratio"] for row in our_rows if row["base"] == setting.name
+            ]
+            figures[f"{name}_{setting.name}"] = max(ratios_of_base)
     report("train_step", args, rows, figures)
 
 

@@ -39,15 +39,15 @@ def make_updates(width: int) -> list[Any]:
     from customize.core.lowrank import LowRank
 
     generator = torch.Generator().manual_seed(width)
-    found = []
+    updates_made = []
     for number in range(COUNT):
         up = torch.randn(width, RANK, generator=generator)
         down = torch.randn(RANK, width, generator=generator) / width**0.5
         if number >= COUNT // 2:
-            first = found[number - COUNT // 2]
+            first = updates_made[number - COUNT // 2]
             up, down = first.up + 1e-3 * up, first.down + 1e-3 * down
-        found.append(LowRank(up, down, 10.0 ** -(number % 4 + number // 4)))
-    return found
+        updates_made.append(LowRank(up, down, 10.0 ** -(number % 4 + number // 4)))
+    return updates_made
 
 
 def ours(updates: list[Any]) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ SIDES: dict[str, Callable[[list[Any]], tuple[Tensor, Tensor]]] = {
 
 def excess(updates: list[Any], factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     """By how much each side's error is above the least possible, as a share of that."""
-    total = sum(each.scale * (each.up.double() @ each.down.double()) for each in updates)
+    total = sum(item.scale * (item.up.double() @ item.down.double()) for item in updates)
     left = torch.linalg.svdvals(total)[RANK:]
     best = float(left.square().sum().sqrt())
     errors = {
@@ -99,10 +99,10 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
             for side in list(SIDES)[:: 1 if turn % 2 else -1]:
                 # What is quick is timed over several calls.
                 calls = 20 if side == "ours" else 1
-                began = time.process_time()
+                started = time.process_time()
                 for _ in range(calls):
                     factors[side] = SIDES[side](updates)
-                seconds[side].append((time.process_time() - began) / calls)
+                seconds[side].append((time.process_time() - started) / calls)
         errors = excess(updates, factors)
         worst = max(worst, abs(errors["ours"]))
         for side, values in seconds.items():
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
                 {
                     "width": width,
                     "side": side,
-                    "ms": spread([1e3 * each for each in values]),
+                    "ms": spread([1e3 * item for item in values]),
                     "ours_is_faster": statistics.median(a / b for a, b in pairs),
                     "relative_error": f"{errors[side]:.1e}",
                 }

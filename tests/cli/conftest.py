@@ -5,20 +5,12 @@ from __future__ import annotations
 import pytest
 
 from customize.cli import main
-from customize.concepts.io.write_concept import save_concept
-from tests.cli.making import Result, Run, World
-from tests.pipeline.making import concept
-from tests.tiny import tiny_sd
+from tests.cli.making import Result, Run, World, save_world
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("world")
-    pipe = tiny_sd()
-    pipe.save_pretrained(root / "base")
-    for index, name in enumerate(("rex", "tom")):
-        save_concept(concept(pipe, name, index=index), root / name)
-    return World(str(root / "base"), str(root / "rex"), str(root / "tom"))
+    return save_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

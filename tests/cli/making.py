@@ -11,12 +11,15 @@ import torch
 from PIL import Image
 
 from customize.concepts.input_statistics import LayerInputs, digest_updates
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.types import Concept
+from tests.pipeline.making import concept
+from tests.tiny import tiny_sd
 
 
 @dataclass(frozen=True)
 class World:
-    """Folders: a pipeline, and two concepts that were learned on it."""
+    """Folders of a pipeline and of two concepts trained on it."""
 
     base: str
     rex: str
@@ -33,6 +36,15 @@ class Result:
 Run = Callable[..., Result]
 
 
+def save_world(root: Path) -> World:
+    """Save a tiny pipeline and two concepts with disjoint slices."""
+    pipe = tiny_sd()
+    pipe.save_pretrained(root / "base")
+    for index, name in enumerate(("rex", "tom")):
+        save_concept(concept(pipe, name, index=index), root / name)
+    return World(str(root / "base"), str(root / "rex"), str(root / "tom"))
+
+
 def refused(result: Result, *words: str) -> None:
     """Exit code 2, nothing on stdout, and one line on stderr with these words."""
     assert result.code == 2, result
@@ -45,7 +57,7 @@ def refused(result: Result, *words: str) -> None:
 
 
 def photos(folder: Path, count: int = 2, side: int = 40) -> Path:
-    """A folder of noise pictures, all different."""
+    """A folder of distinct noise images."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(5)
     for number in range(count):
@@ -55,6 +67,6 @@ def photos(folder: Path, count: int = 2, side: int = 40) -> Path:
 
 
 def record_of(made: Concept) -> LayerInputs:
-    """A record that is this concept's, of a layer that isn't there."""
+    """Layer inputs that belong to this concept, of a layer that no model has."""
     rows = {"unet": {"x": torch.ones(1, 2)}}
     return LayerInputs(digest_updates(made.updates), rows, rows)

@@ -145,7 +145,7 @@ def test_half_a_character_in_a_caption(run: Run, world: World, tmp_path: Path) -
 def test_settings_that_do_not_fit(run: Run, world: World, tmp_path: Path) -> None:
     photos(tmp_path / "photos")
     train(run, world, tmp_path, "device meta cannot be used", device="meta")
-    train(run, world, tmp_path, "rex is there", world.rex, output=world.rex)
+    train(run, world, tmp_path, "holds the concept rex", world.rex, output=world.rex)
     below = tmp_path / "photos" / "0.png" / "x"
     train(run, world, tmp_path, "a file is in the place", str(below), output=below)
 
@@ -277,8 +277,11 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut in its header": (lambda file: file.write_bytes(file.read_bytes()[:50]), "is damaged"),
     "a NaN": (edited(lambda t: t[LAYER].fill_(torch.nan)), "is NaN or infinite"),
     "a missing key": (edited(lambda t: t.pop(LAYER)), f"the key {LAYER} is missing"),
-    "an extra key": (edited(lambda t: t.update(x=torch.ones(1))), "the key x is too many"),
-    "a wrong shape": (edited(lambda t: t.update({LAYER: torch.ones(3, 2)})), "are not those"),
+    "an extra key": (edited(lambda t: t.update(x=torch.ones(1))), "the key x is unknown"),
+    "a wrong shape": (
+        edited(lambda t: t.update({LAYER: torch.ones(3, 2)})),
+        "the digest in the facts is not that",
+    ),
     "a wrong rank": (edited(lambda t: t.update({LAYER: torch.ones(32, 3)})), "have no product"),
 }
 

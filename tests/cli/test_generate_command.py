@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from customize import load_custom
-from customize.cli import generate_command
-from customize.cli.generate_command import parse_size
+from customize.cli import generated_images
+from customize.cli.generation_plan import parse_size
 from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConfigError
 from tests.cli.making import Run, World, refused
@@ -42,7 +42,7 @@ def test_pictures_and_their_settings(run: Run, world: World, tmp_path: Path) -> 
     )
     result = run(*arguments)
     assert (result.code, result.err) == (0, "")
-    assert f"0001.png to 0004.png are in {output}" in result.out
+    assert f"Wrote 0001.png to 0004.png to {output}" in result.out
     assert len(list(output.iterdir())) == 8
     made = [json.loads((output / f"{k:04}.json").read_text()) for k in range(1, 5)]
     assert [(each["prompt"], each["seed"]) for each in made] == [
@@ -101,7 +101,7 @@ def test_numbers_go_on_and_nothing_is_overwritten(run: Run, world: World, tmp_pa
     (tmp_path / "0007.json").write_text("mine")
     arguments = ("generate", "--base", world.base, "--prompt", "a dog", "--steps", "1")
     result = run(*arguments, "--size", "48x32", "--output", tmp_path)
-    assert f"0008.png is in {tmp_path}" in result.out
+    assert f"Wrote 0008.png to {tmp_path}" in result.out
     assert read(tmp_path / "0008.png").shape == (32, 48, 3)
     assert json.loads((tmp_path / "0008.json").read_text())["guidance"] == 7.5
     run(*arguments, "--output", tmp_path)
@@ -114,17 +114,17 @@ def test_numbers_that_another_process_takes_meanwhile_are_left_to_it(
 ) -> None:
     arguments = ("generate", "--base", world.base, "--prompt", "a dog", "--steps", "1")
     arguments += ("--size", "32", "--count", "2", "--output", tmp_path)
-    drawn = generate_command.generate_image
+    generate_image = generated_images.generate_image
 
-    def meanwhile(*given: Any) -> Any:
+    def meanwhile(*arguments: Any) -> Any:
         if not (tmp_path / "0002.png").exists():
             (tmp_path / "0001.json").write_text("of another")  # its picture is to come
             (tmp_path / "0002.png").write_text("of another")
-        return drawn(*given)
+        return generate_image(*arguments)
 
-    monkeypatch.setattr(generate_command, "draw", meanwhile)
+    monkeypatch.setattr(generated_images, "generate_image", meanwhile)
     result = run(*arguments)
-    assert result.out == f"0003.png to 0004.png are in {tmp_path}\n"
+    assert result.out == f"Wrote 0003.png to 0004.png to {tmp_path}\n"
     assert (tmp_path / "0001.json").read_text() == "of another"
     assert (tmp_path / "0002.png").read_text() == "of another"
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -138,9 +138,9 @@ def test_notes_on_triggers(run: Run, world: World, tmp_path: Path) -> None:
         result = run("generate", world.rex, *arguments, "--prompt", "a photo of <rexx>")
     assert (result.code, result.err) == (0, "")
     result = run("generate", *arguments, "--prompt", "a photo of <rexx>")
-    assert result.err == "note: no concept is given, so <rexx> calls none\n"
+    assert result.err == "note: no concept is loaded, so <rexx> has no effect\n"
     result = run("generate", world.rex, *arguments, "--prompt", "a photo of a dog")
-    assert result.err == "note: 'a photo of a dog' names none of <rex>\n"
+    assert result.err == "note: the prompt 'a photo of a dog' contains none of the triggers <rex>\n"
     assert run("generate", *arguments, "--prompt", "a photo of a dog").err == ""
 
 
@@ -162,8 +162,8 @@ def test_bad_input_draws_nothing(run: Run, world: World, tmp_path: Path) -> None
     arguments = ("--base", world.base, "--prompt", PROMPT, "--output", output)
     refused(run("generate", tmp_path / "rex", *arguments), "there is no such concept")
     refused(run("generate", world.rex, world.rex, *arguments), "two concepts are called rex")
-    refused(run("generate", world.rex, *arguments, "--weights", "1,2"), "2 weights", "1 concepts")
-    refused(run("generate", world.rex, *arguments, "--size", "big"), "'big' is not a size")
+    refused(run("generate", world.rex, *arguments, "--weights", "1,2"), "2 weights for 1 concepts")
+    refused(run("generate", world.rex, *arguments, "--size", "big"), "invalid size 'big'")
     refused(run("generate", world.rex, *arguments, "--size", "33"), "33 pixels", "multiples of")
     (tmp_path / "file").write_text("")
     arguments = ("--base", world.base, "--prompt", PROMPT, "--output", tmp_path / "file")
@@ -174,11 +174,11 @@ def test_bad_input_draws_nothing(run: Run, world: World, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("flag", "value", "says"),
     [
-        ("--seed", "9" * 23, "beyond 64 bits"),
+        ("--seed", "9" * 23, "exceeds 64 bits"),
         ("--count", "9" * 14, "too many"),
         ("--count", "9" * 40, "too many"),
-        ("--steps", "100000", "1000 noise levels, fewer than 100000 steps"),
-        ("--guidance", "inf", "guidance inf is not finite"),
+        ("--steps", "100000", "100000 sampling steps exceed the scheduler's 1000 timesteps"),
+        ("--guidance", "inf", "guidance scale inf is not finite"),
         ("--guidance", "nan", "greater than or equal to 0"),
         ("--guidance", "1e300", "seed 0 is not finite"),
         ("--weights", "1e38", "seed 0 is not finite"),
@@ -244,12 +244,16 @@ def test_guidance_and_negative_prompts_reach_every_family(
 @pytest.mark.parametrize(
     ("make", "flags", "says"),
     [
-        (lambda: tiny_flux2_klein(distilled=True), GUIDED, "distilled to draw without guidance"),
-        (tiny_flux, LED, "reads no negative prompt"),
-        (lambda: tiny_flux(guidance=False), LED, "give --guidance above 1 with it"),
-        (tiny_qwen_image_21, LED, "at guidance 1 the base reads no negative prompt"),
-        (tiny_z_image, (*LED, "--guidance", "0"), "give --guidance above 0 with it"),
-        (tiny_sd, (*LED, "--guidance", "1"), "give --guidance above 1 with it"),
+        (
+            lambda: tiny_flux2_klein(distilled=True),
+            GUIDED,
+            "distilled for sampling without guidance",
+        ),
+        (tiny_flux, LED, "ignores negative prompts"),
+        (lambda: tiny_flux(guidance=False), LED, "add --guidance above 1"),
+        (tiny_qwen_image_21, LED, "the base ignores negative prompts at guidance scale 1"),
+        (tiny_z_image, (*LED, "--guidance", "0"), "add --guidance above 0"),
+        (tiny_sd, (*LED, "--guidance", "1"), "add --guidance above 1"),
     ],
 )
 def test_what_a_pipeline_would_ignore_is_refused(
@@ -264,8 +268,8 @@ def test_what_a_pipeline_would_ignore_is_refused(
 @pytest.mark.parametrize(
     ("make", "flag", "says"),
     [
-        (tiny_flux2_klein, "--negative", "Flux2KleinPipeline takes no negative_prompt"),
-        (tiny_qwen_image_21, "--negative", "reads no negative prompt"),
+        (tiny_flux2_klein, "--negative", "Flux2KleinPipeline has no argument negative_prompt"),
+        (tiny_qwen_image_21, "--negative", "ignores negative prompts"),
     ],
 )
 def test_pipelines_that_lack_an_argument_or_take_a_picture_first(
@@ -303,5 +307,5 @@ def test_sizes(text: str | None, size: tuple[int, int] | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-8", "512x", "1e3", "512 512", "999999"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not a size"):
+    with pytest.raises(ConfigError, match="invalid size"):
         parse_size(text)

@@ -6,8 +6,8 @@ import os
 import warnings
 from pathlib import Path
 
-from customize.cli import _show_note
-from customize.cli.command_support import console
+from customize.cli import _print_warning
+from customize.cli.terminal import console
 from tests.concepts.library.test_library import lora
 
 TEXT = "\x1b[31mred\x1b]8;;http://evil\x07 [bold]b[/bold] [link=http://evil]x[/link] :smile: \u202e"
@@ -51,5 +51,5 @@ def test_what_is_printed_shows_as_it_is(capsys) -> None:
 
 def test_notes_are_harmless(capsys) -> None:
     with warnings.catch_warnings():
-        _show_note(UserWarning(TEXT), UserWarning, "file", 1)
+        _print_warning(UserWarning(TEXT), UserWarning, "file", 1)
     harmless(capsys.readouterr().err)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from customize.cli.inspect_command import describe_concept
+from customize.api.inspect_files import describe_concept
 from customize.concepts.io.write_concept import save_concept, write_single_file
 from customize.core.crosstalk import overlap_matrix
 from tests.cli.making import Run, World, record_of, refused
@@ -69,9 +69,9 @@ def test_concepts_of_one_run_are_not_to_be_fused(run: Run, world: World, tmp_pat
         record_of(made).save(tmp_path / name / "layer_inputs.safetensors")
     result = run("inspect", tmp_path / "rex", tmp_path / "tom")
     assert "They were trained in one run, which optimized their sum" in result.out
-    assert "No two share" not in result.out and "nothing can be said" not in result.out
+    assert "No two concepts share" not in result.out and "Crosstalk is unknown" not in result.out
     alone = run("inspect", tmp_path / "rex", world.tom)
-    assert "learned in one run" not in alone.out
+    assert "trained in one run" not in alone.out
 
 
 def test_records_without_a_layer_in_common(run: Run, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_records_without_a_layer_in_common(run: Run, tmp_path: Path) -> None:
         record_of(made).save(tmp_path / name / "layer_inputs.safetensors")
     result = run("inspect", tmp_path / "rex", tmp_path / "tom")
     assert (result.code, result.err) == (0, "")
-    assert "No layer is changed by all of them: nothing can be said" in result.out
+    assert "Crosstalk is unknown: no layer is changed by all concepts" in result.out
 
 
 def test_ordinary_loras_and_strangers(run: Run, world: World, tmp_path: Path) -> None:

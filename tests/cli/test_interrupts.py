@@ -77,10 +77,10 @@ def test_ctrl_c_while_training_imports(module, world, tmp_path):
 def test_ctrl_c_outside_imports_is_a_keyboard_interrupt():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with interrupts.handle_interrupts(to_the_end=False):
+        with interrupts.handle_interrupts(exit_afterwards=False):
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
-            assert signal.getsignal(signal.SIGINT) is interrupts.current
+            assert signal.getsignal(signal.SIGINT) is interrupts.handler
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)

@@ -110,7 +110,7 @@ def test_bad_words(run: Run, style: Path, tmp_path: Path) -> None:
     output = ("--output", str(tmp_path / "out"))
     refused(run("merge", str(style), *output, "--format", "a1111"), "unknown format a1111")
     done = run("merge", str(style), *output, "--format", "kohya", "--fuse", "--base", "some/base")
-    refused(done, "--format is that of a LoRA file")
+    refused(done, "--format has no effect with --fuse")
     data = style.read_bytes()
     style.write_bytes(data[: len(data) // 2])
     refused(run("merge", str(style), *output), "damaged")
@@ -142,7 +142,7 @@ def test_a_family_is_named_where_several_fit(run: Run, tmp_path: Path) -> None:
     refused(run("inspect", file, "--family", "sd9"), "there is no family 'sd9'", "choose from sd")
     refused(
         run("merge", file, "--output", output, "--family", "flux", "--fuse", "--base", "some/base"),
-        "--family is that of LoRA files without a pipeline",
+        "--family has no effect with --fuse",
     )
     assert not output.exists()
 

@@ -13,7 +13,9 @@ import pytest
 
 from customize import __version__
 from customize.base.device import choose_device
-from customize.cli import command_support, main
+from customize.cli import main
+from customize.cli.concept_arguments import parse_weight_list
+from customize.cli.output_files import storage_errors, write_json
 from customize.concepts.io.read_concept import load_concept
 from customize.errors import ConfigError, StorageError, TrainingStopped
 from tests.cli.making import Run, World, photos, record_of, refused
@@ -97,15 +99,15 @@ def test_bad_flags_are_one_line(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "1,", "one,2", "nan,1", "1;2"])
 def test_weights_that_are_no_numbers(text: str) -> None:
-    with pytest.raises(ConfigError, match="not numbers"):
-        command_support.parse_weight_list(text, 2)
+    with pytest.raises(ConfigError, match="invalid weights"):
+        parse_weight_list(text, 2)
 
 
 def test_weights_are_counted() -> None:
-    assert command_support.parse_weight_list("1, 0.8", 2) == [1.0, 0.8]
-    assert command_support.parse_weight_list(None, 2) is None
-    with pytest.raises(ConfigError, match="1 weights were given for 2 concepts"):
-        command_support.parse_weight_list("1", 2)
+    assert parse_weight_list("1, 0.8", 2) == [1.0, 0.8]
+    assert parse_weight_list(None, 2) == [1.0, 1.0]
+    with pytest.raises(ConfigError, match="1 weights for 2 concepts"):
+        parse_weight_list("1", 2)
 
 
 def test_devices_that_are_not_there() -> None:
@@ -122,21 +124,21 @@ def test_bases_that_cannot_be_loaded(run: Run, world: World, tmp_path: Path) -> 
     result = run("generate", "--base", tmp_path / "empty", *arguments)
     refused(result, "the base cannot be loaded", str(tmp_path / "empty"))
     result = run("generate", "--base", world.base, "--dtype", "int4", *arguments)
-    refused(result, "no dtype int4", "bfloat16")
+    refused(result, "unknown dtype int4", "bfloat16")
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "figures.json"
-    command_support.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        command_support.write_json(path, {"a": float("nan")})
+        write_json(path, {"a": float("nan")})
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(StorageError, match="cannot be written"):
-        command_support.write_json(path / "below-a-file.json", {})
+        write_json(path / "below-a-file.json", {})
     with (
         pytest.raises(StorageError, match="the disk is full"),
-        command_support.storage_errors(path),
+        storage_errors(path),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -158,7 +160,7 @@ def test_ctrl_c_says_how_to_go_on(
         assert main(["inspect", world.rex]) == 130
         assert capsys.readouterr().err == "interrupted\n"
         assert main(["merge", world.rex, "--output", "unused"]) == 130
-        assert "give the same command again" in capsys.readouterr().err
+        assert "run the same command again" in capsys.readouterr().err
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -166,12 +168,12 @@ def test_ctrl_c_says_how_to_go_on(
 def test_training_that_was_stopped_ends_every_command_with_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    import customize.demo
+    from customize.demo import run_demo
 
     def run(folder: Path) -> None:
         raise TrainingStopped("training was stopped after step 3", fix="run the same again")
 
-    monkeypatch.setattr(customize.demo, "run", run)
+    monkeypatch.setattr(run_demo, "run_demo", run)
     assert main(["demo", "--output", str(tmp_path)]) == 130
     wanted = "training was stopped after step 3. Fix: run the same again.\n"
     assert capsys.readouterr().err == wanted

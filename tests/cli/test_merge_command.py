@@ -91,7 +91,7 @@ def test_stock_diffusers_draws_what_load_custom_draws(
     both = (world.rex, world.tom, "--weights", "1,0.8")
     result = run("merge", *both, "--output", tmp_path / "sum")
     assert result.code == 0, result.err
-    assert "rex, tom" in result.out and "rank 4 in the text_encoder, 4 in the unet" in result.out
+    assert "rex, tom" in result.out and "rank 4 (text_encoder), 4 (unet)" in result.out
     assert run("merge", *both, "--merge", "average", "-o", tmp_path / "average").code == 0
     result = run("merge", *both, "--fuse", "--base", world.base, "--output", tmp_path / "whole")
     assert result.code == 0, result.err
@@ -181,7 +181,7 @@ def test_methods_that_prune_say_what_narrowing_lost(run: Run, world: World, tmp_
 def test_truncate_takes_the_rank_also_into_weights(run: Run, world: World, tmp_path: Path) -> None:
     both = (world.rex, world.tom, "--merge", "truncate")
     result = run("merge", *both, "--output", tmp_path / "m")
-    assert result.code == 0 and "rank 2 in the text_encoder, 2 in the unet" in result.out
+    assert result.code == 0 and "rank 2 (text_encoder), 2 (unet)" in result.out
     result = run(
         "merge", *both, "--rank", "3", "--fuse", "--base", world.base, "-o", tmp_path / "whole"
     )
@@ -189,7 +189,7 @@ def test_truncate_takes_the_rank_also_into_weights(run: Run, world: World, tmp_p
     result = run(
         "merge", *both[:2], "--rank", "3", "--fuse", "--base", world.base, "-o", tmp_path / "other"
     )
-    refused(result, "--rank has no meaning with --fuse", "--merge truncate")
+    refused(result, "--rank has no effect with --fuse", "--merge truncate")
 
 
 def test_layers_that_need_less_are_filled_with_zeros(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_only_the_same_merge_may_be_there(run: Run, world: World, tmp_path: Path
 def test_what_does_not_go_together(run: Run, world: World, tmp_path: Path) -> None:
     output = ("--output", tmp_path / "m")
     refused(run("merge", world.rex, world.rex, *output), "two concepts are called rex")
-    refused(run("merge", world.rex, world.tom, "--weights", "1", *output), "1 weights", "2")
+    refused(run("merge", world.rex, world.tom, "--weights", "1", *output), "1 weights for 2")
     refused(
         run("merge", world.rex, "--merge", "slerp", *output),
         "unknown merge method 'slerp'",

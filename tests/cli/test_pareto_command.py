@@ -85,16 +85,24 @@ def test_input_that_is_wrong(run: Run, files: list[Path], tmp_path: Path) -> Non
     output = ("--output", tmp_path / "front.png")
     refused(
         run("pareto", *files, *output),
-        *("rows of different attached are not one setting: 1, 2", "--by attached", "sum.json"),
+        *("the rows mix settings: attached is 1, 2", "--by attached", "sum.json"),
     )
     chosen = (*files, "--only", "attached=2")
     refused(run("pareto", *chosen, *output, "--x", "depth"), "finite number for depth", "identity")
     refused(run("pareto", *chosen, *output, "--x", "concept"), "finite number for concept")
-    refused(run("pareto", *chosen, *output, "--by", "way"), "not every row has way", "attached")
-    refused(run("pareto", *files, *output, "--only", "attached"), "'attached' is no condition")
-    refused(run("pareto", *files, *output, "--only", "attached=3"), "no row is left", "sum.json")
-    refused(run("pareto", *chosen, "--output", tmp_path / "front.jpg"), "is no .png", "--output")
-    refused(run("pareto", *chosen, "--output", tmp_path / "no" / "f.png"), "there is no folder")
+    refused(
+        run("pareto", *chosen, *output, "--by", "way"), "some rows have no column way", "attached"
+    )
+    refused(run("pareto", *files, *output, "--only", "attached"), "invalid condition 'attached'")
+    refused(
+        run("pareto", *files, *output, "--only", "attached=3"), "no rows match --only", "sum.json"
+    )
+    refused(
+        run("pareto", *chosen, "--output", tmp_path / "front.jpg"),
+        "does not end in .png",
+        "--output",
+    )
+    refused(run("pareto", *chosen, "--output", tmp_path / "no" / "f.png"), "does not exist")
     refused(run("pareto", tmp_path / "no.json", *output), "cannot be read", "No such file")
     for text in (
         "{",
@@ -107,5 +115,5 @@ def test_input_that_is_wrong(run: Run, files: list[Path], tmp_path: Path) -> Non
         (tmp_path / "bad.json").write_text(text)
         refused(run("pareto", tmp_path / "bad.json", *output), "bad.json")
     bad = figures(tmp_path / "bad.json", [{"identity": float("nan"), "prompt": 1.0}])
-    refused(run("pareto", bad, *output), "not every row has a finite number for identity")
+    refused(run("pareto", bad, *output), "some rows have no finite number for identity")
     assert not (tmp_path / "front.png").exists() and not (tmp_path / "front.json").exists()

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import customize
-from customize.cli.inspect_command import relative_crosstalk
+from customize.cli.crosstalk_report import relative_crosstalk
 from customize.concepts.adapter import saved_module_name
 from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
 from customize.concepts.io.read_concept import load_concept
@@ -45,14 +45,14 @@ def test_it_leaves_what_python_records(run: Run, world: World, tmp_path: Path) -
     shutil.copytree(world.rex, folder)
     result = run("record", folder, "--base", world.base, *PROMPTS, "--device", "cpu")
     assert result.code == 0, result.err
-    assert "layer_inputs.safetensors is written" in result.out
+    assert "Wrote " in result.out and "layer_inputs.safetensors" in result.out
     found = LayerInputs.load(layer_inputs_path(folder))
     prompts = [text for text in PROMPTS if "{}" in text]
     expected = customize.record_inputs(tiny_sd(), folder, prompts)
-    assert found.digest == expected.digest
-    for component, layers in expected.concept.items():
+    assert found.of == expected.of
+    for component, layers in expected.own.items():
         for module, rows in layers.items():
-            read = found.concept[component][module]
+            read = found.own[component][module]
             torch.testing.assert_close(read.T @ read, rows.T @ rows, atol=2e-3, rtol=0)
 
 
@@ -61,7 +61,9 @@ def test_a_lora_needs_words_once(run: Run, world: World, tmp_path: Path) -> None
     save_file(user_lora(tiny_sd()), path)
     where = ("--base", world.base, *PROMPTS, "--device", "cpu")
     refused(run("record", path, *where), "style says no words that call it", "--words")
-    refused(run("record", path, world.rex, *where, "--words", "x"), "--words are those of one")
+    refused(
+        run("record", path, world.rex, *where, "--words", "x"), "--words applies to one concept"
+    )
     result = run("record", path, *where, "--words", "a dog in crayon")
     assert result.code == 0, result.err
     assert (tmp_path / "style.layer_inputs.safetensors").is_file()
@@ -70,7 +72,7 @@ def test_a_lora_needs_words_once(run: Run, world: World, tmp_path: Path) -> None
 def test_merge_writes_the_fusion(run: Run, recorded: World, tmp_path: Path) -> None:
     both = (recorded.rex, recorded.tom, "--weights", "1,0.8")
     result = run("merge", *both, "--output", tmp_path / "auto")
-    assert result.code == 0 and "merged by fusion" in result.out, result.err
+    assert result.code == 0 and "by fusion" in result.out, result.err
     assert run("merge", *both, "--merge", "sum", "-o", tmp_path / "sum").code == 0
     concepts = [load_concept(source) for source in (recorded.rex, recorded.tom)]
     records = [LayerInputs.load(layer_inputs_path(c.source)) for c in concepts]
@@ -103,7 +105,7 @@ def test_merge_without_records(run: Run, world: World, recorded: World, tmp_path
     refused(result, "layer inputs of rex are not recorded", "customize record")
     assert not (tmp_path / "a").exists()
     result = run("merge", *both, "-o", tmp_path / "a")
-    assert result.code == 0 and "merged by sum" in result.out
+    assert result.code == 0 and "by sum into" in result.out
 
 
 def test_generate_says_how_it_merged(run: Run, recorded: World, tmp_path: Path) -> None:
@@ -124,8 +126,9 @@ def test_generate_says_how_it_merged(run: Run, recorded: World, tmp_path: Path) 
 def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -> None:
     result = run("inspect", recorded.rex, recorded.tom)
     assert result.code == 0, result.err
-    table = result.out[result.out.index("what an update does, against the concept's own") :]
-    lines = {line[1:28].strip(): line for line in table.splitlines() if "on the prompts" in line}
+    table = result.out[result.out.index("crosstalk") :]
+    rows = [line for line in table.splitlines() if "inputs of" in line]
+    lines = {line.split("│")[1].strip(): line for line in rows}
     concepts = [load_concept(source) for source in (recorded.rex, recorded.tom)]
     rex, tom = (
         {
@@ -135,23 +138,23 @@ def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -
         }
         for c in concepts
     )
-    inputs = LayerInputs.load(layer_inputs_path(recorded.rex)).concept
+    inputs = LayerInputs.load(layer_inputs_path(recorded.rex)).own
     total = [0.0, 0.0]
     for part, own in inputs.items():
         for module, rows in own.items():
             for k, updates in enumerate((rex, tom)):
                 total[k] += float((to_dense(updates[f"{part}.{module}"]) @ rows.T).square().sum())
-    (line,) = (line for name, line in lines.items() if name.endswith("1. rex"))
+    line = lines["inputs of 1. rex"]
     assert f"{(total[1] / total[0]) ** 0.5:.3f}" in line and "1.000" in line
-    assert "rex and tom: one answers to the other's prompts" in result.out
+    assert "rex and tom: crosstalk " in result.out
     assert "merge them by fusion" in result.out
 
 
 def test_inspect_names_those_without_a_record(run: Run, world: World, recorded: World) -> None:
     result = run("inspect", world.rex, recorded.tom)
     assert result.code == 0
-    assert "no record of what the layers of rex read" in result.out
-    assert "what an update does" not in result.out
+    assert "Crosstalk is unknown: rex has no recorded layer inputs" in result.out
+    assert "inputs of" not in result.out
 
 
 def test_inspect_tells_and_draws_it_layer_by_layer(
@@ -160,8 +163,8 @@ def test_inspect_tells_and_draws_it_layer_by_layer(
     picture = tmp_path / "crosstalk.png"
     result = run("inspect", recorded.rex, recorded.tom, "--layers", "--plot", picture)
     assert (result.code, result.err) == (0, "")
-    table = result.out[result.out.index("tom on") : result.out.index("rex and tom: one")]
-    layers = LayerInputs.load(layer_inputs_path(recorded.rex)).concept
+    table = result.out[result.out.index("tom on") : result.out.index("rex and tom: crosstalk")]
+    layers = LayerInputs.load(layer_inputs_path(recorded.rex)).own
     cells = re.findall(r"│ (\d+\.\d\d) ", table)
     assert len(cells) == 2 * sum(map(len, layers.values()))
     assert picture.name in result.out
@@ -184,10 +187,10 @@ def test_what_inspect_cannot_draw_is_refused_at_once(
     run: Run, world: World, recorded: World, tmp_path: Path
 ) -> None:
     both = recorded.rex, recorded.tom
-    refused(run("inspect", *both, "--plot", tmp_path / "it.jpg"), "is no .png")
-    refused(run("inspect", *both, "--plot", tmp_path / "no" / "it.png"), "there is no folder")
-    refused(run("inspect", recorded.rex, "--layers"), "one concept has nothing to disturb")
+    refused(run("inspect", *both, "--plot", tmp_path / "it.jpg"), "does not end in .png")
+    refused(run("inspect", *both, "--plot", tmp_path / "no" / "it.png"), "does not exist")
+    refused(run("inspect", recorded.rex, "--layers"), "crosstalk needs two concepts")
     refused(
         run("inspect", world.rex, recorded.tom, "--layers"),
-        "no record of what the layers of rex read",
+        "rex has no recorded layer inputs",
     )

@@ -57,11 +57,11 @@ def drawn(pipe: object, **more: object) -> np.ndarray:
 @pytest.mark.parametrize(
     ("region", "says"),
     [
-        ("<rex>", "'<rex>' is no region"),
-        ("=0,0,1,1", "is no region"),
+        ("<rex>", "invalid region '<rex>'"),
+        ("=0,0,1,1", "invalid region"),
         ("<rex>=0,0,1", "has 3 numbers"),
-        ("<rex>=mask.png", "no mask that can be read: No such file"),
-        ("<rex>=/dev/zero", "no mask that can be read"),
+        ("<rex>=mask.png", "neither a box nor a readable mask: No such file"),
+        ("<rex>=/dev/zero", "neither a box nor a readable mask"),
         ("<rexx>=0,0,1,1", "'<rexx>' is not in the prompt"),
         ("<rex>=0,0,2,1", "exceeds the image"),
     ],
@@ -76,7 +76,7 @@ def test_regions_that_are_none(
 def test_the_same_words_twice(run: Run, world: World, tmp_path: Path) -> None:
     box = ("--regions", "<rex>=0,0,1,1")
     both = ("generate", world.rex, "--base", world.base, "--prompt", "a <rex>", *SMALL)
-    refused(run(*both, *box, *box), "is given two regions", "Fix: ")
+    refused(run(*both, *box, *box), "two regions for '<rex>'", "Fix: ")
 
 
 @given(st.text(max_size=30))
@@ -115,11 +115,11 @@ def test_fuse_attention_memory_and_names(run: Run, world: World, tmp_path: Path)
     assert result.code == 0 and "note" not in result.err, result
     named = json.loads((tmp_path / "named" / "0001.json").read_text())["concepts"]
     assert [each["trigger"] for each in named] == ["<ann>", "<tom>"]
-    refused(run(*call, "--names", "ann"), "1 names were given for 2 concepts", "--names")
+    refused(run(*call, "--names", "ann"), "1 names for 2 concepts", "--names")
     refused(run(*call, "--attention", "natve"), "no attention backend", "did you mean native")
     refused(run(*call, "--memory", "4"), "no amount of memory", "8GB")
     plain = ("generate", "--base", world.base, "--prompt", "a dog", *SMALL)
-    refused(run(*plain, "--fuse"), "no concept to put into the weights")
+    refused(run(*plain, "--fuse"), "--fuse needs a concept")
 
 
 def test_two_concepts_of_one_name_are_told_apart_by_names(

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from customize.concepts.io.write_concept import save_concept
 from customize.storybook.example_concepts import bundled_concept
 from customize.storybook.judges import AttributeJudge, IdentityJudge, Judges
-from customize.storybook.train_judges import save_judges
+from scripts.storybook_training.train_judges import save_judges
 from tests.cli.making import Run, World, photos, refused
 from tests.evaluation.making import save_blip, save_blip2, save_clip, save_dino
 from tests.pipeline.making import concept
@@ -115,16 +115,16 @@ def test_weights_count_where_concepts_are_merged(run: Run, judged: Path, tmp_pat
 
 def test_storybook_input_that_is_wrong(run: Run, judged: Path, tmp_path: Path) -> None:
     flags = storybook(judged)
-    refused(run("evaluate", *flags), "no concept to score")
+    refused(run("evaluate", *flags), "no concept is given")
     refused(run("evaluate", judged / "rex", judged / "rex", *flags), "two concepts are called rex")
-    refused(run("evaluate", judged / "rex", *flags, "--judges", tmp_path), "judges can't be read")
+    refused(run("evaluate", judged / "rex", *flags, "--judges", tmp_path), "judges cannot be read")
     refused(run("evaluate", judged / "rex", *flags, "--references", tmp_path), "no pictures")
-    refused(run("evaluate", judged / "rex", *flags, "--steps", "5000"), "1000 noise levels")
+    refused(run("evaluate", judged / "rex", *flags, "--steps", "5000"), "1000 timesteps")
     refused(run("evaluate", judged / "rex", *flags, "--seeds", "9" * 23), "--seeds", "1000")
-    refused(run("evaluate", judged / "rex", *flags, "--clip", "x"), "--clip means nothing with")
-    refused(run("evaluate", judged / "rex", *flags, "--blip2", "x"), "--blip2 means nothing with")
+    refused(run("evaluate", judged / "rex", *flags, "--clip", "x"), "--clip has no effect with")
+    refused(run("evaluate", judged / "rex", *flags, "--blip2", "x"), "--blip2 has no effect with")
     result = run("evaluate", judged / "rex", *flags, "--json", tmp_path)
-    refused(result, "a folder is in the place of the file", str(tmp_path))
+    refused(result, "the path is a folder", str(tmp_path))
     (tmp_path / "file").write_text("")
     result = run("evaluate", judged / "rex", *flags, "--json", tmp_path / "file" / "x.json")
     refused(result, "cannot be written", str(tmp_path / "file"))
@@ -132,10 +132,10 @@ def test_storybook_input_that_is_wrong(run: Run, judged: Path, tmp_path: Path) -
     save_file(tensors, tmp_path / "ink.safetensors")
     refused(
         run("evaluate", tmp_path / "ink.safetensors", *flags),
-        *("this is an ordinary LoRA", "customize evaluate --images", "ink.safetensors"),
+        *("a LoRA has neither", "customize evaluate --images", "ink.safetensors"),
     )
     save_concept(concept(tiny_sd(), "sofa", class_word="sofa"), tmp_path / "sofa")
-    refused(run("evaluate", tmp_path / "sofa", *flags), "sofa is a sofa", "dog, cat")
+    refused(run("evaluate", tmp_path / "sofa", *flags), "sofa has the class word sofa", "dog, cat")
 
 
 def test_storybook_bases_and_concepts_that_do_not_fit(
@@ -145,7 +145,7 @@ def test_storybook_bases_and_concepts_that_do_not_fit(
     monkeypatch.setattr("customize.cli.storybook_evaluation.storybook_rows", None)
     flags = storybook(judged)
     result = run("evaluate", judged / "rex", *flags, "--base", world.base)
-    refused(result, "draws pictures of 32 x 32 pixels", "64 x 64", world.base)
+    refused(result, "generates 32 x 32 pixels", "64 x 64", world.base)
     pipe = tiny_sd3()
     save_concept(concept(pipe, "rex", class_word="dog"), tmp_path / "rex")
     refused(run("evaluate", tmp_path / "rex", *flags), "rex was learned on sd3")
@@ -217,7 +217,7 @@ def test_blip(run: Run, blips: tuple[Path, Path], tmp_path: Path) -> None:
     flags = ("--blip2", blips[1])
     assert run("evaluate", *images, *prompts, *flags).code == 0
     assert set(json.loads(file.read_text())["figures"]) == {"blip2_itc", "blip2_itm"}
-    refused(run("evaluate", *images, *flags), "BLIP compares", "give --prompts")
+    refused(run("evaluate", *images, *flags), "BLIP needs prompts", "give --prompts")
     refused(run("evaluate", *images, *prompts, "--blip", blips[1]), "of type blip-2, not a BLIP")
 
 
@@ -226,7 +226,11 @@ def test_prompts_from_a_file(run: Run, models: tuple[Path, Path], tmp_path: Path
     lines = tmp_path / "prompts.txt"
     flags = ("--images", pictures, "--prompts", lines, "--clip", models[0], "--json", file)
     lines.write_text("a photo of <rex>\n\n")
-    refused(run("evaluate", *flags), "'a photo of <rex>' has the trigger <rex>", "--class-word")
+    refused(
+        run("evaluate", *flags),
+        "class word of <rex> in the prompt 'a photo of <rex>'",
+        "--class-word",
+    )
     assert run("evaluate", *flags, "--class-word", "dog").code == 0
     report = json.loads(file.read_text())
     assert [row["prompt"] for row in report["rows"]] == ["a photo of dog"] * 3
@@ -235,11 +239,11 @@ def test_prompts_from_a_file(run: Run, models: tuple[Path, Path], tmp_path: Path
     assert run("evaluate", *flags).code == 0
     assert json.loads(file.read_text())["rows"][0]["prompt"] == "a dog"
     lines.write_text("a dog\na cat\n")
-    refused(run("evaluate", *flags), "2 prompts for 3 pictures", str(lines))
+    refused(run("evaluate", *flags), "2 prompts for 3 images", str(lines))
     lines.write_text(" \n")
     refused(run("evaluate", *flags), "no prompts")
     lines.write_bytes(b"\xff\xfe")
-    refused(run("evaluate", *flags), "it is no text")
+    refused(run("evaluate", *flags), "not a text file")
 
 
 def test_similarity_input_that_is_wrong(
@@ -248,13 +252,13 @@ def test_similarity_input_that_is_wrong(
     pictures = photos(tmp_path / "photos")
     images = ("--images", pictures)
     refused(run("evaluate"), "--storybook", "--images")
-    refused(run("evaluate", "--storybook", *images), "one of --storybook and --images")
-    refused(run("evaluate", *images), "no model to score with", "--blip2")
-    refused(run("evaluate", world.rex, *images), "--images scores pictures")
+    refused(run("evaluate", "--storybook", *images), "either --storybook or --images")
+    refused(run("evaluate", *images), "no scoring model is given", "--blip2")
+    refused(run("evaluate", world.rex, *images), "--images scores images")
     refused(run("evaluate", *images, "--dino", models[1]), "give --references")
-    refused(run("evaluate", *images, "--clip", models[0]), "neither prompts nor references")
+    refused(run("evaluate", *images, "--clip", models[0]), "needs prompts or reference images")
     result = run("evaluate", *images, "--clip", "x", "--weights", "3,a", "--seeds", "2")
-    refused(result, "--weights, --seeds means nothing with --images")
+    refused(result, "--weights, --seeds has no effect with --images")
     (tmp_path / "file").write_text("")
     result = run("evaluate", *images, "--clip", "x", "--json", tmp_path / "file" / "x.json")
     refused(result, "cannot be written", str(tmp_path / "file"))

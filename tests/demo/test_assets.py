@@ -6,11 +6,12 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-from customize import demo
+from customize.demo.experiment import NAMES
 from customize.evaluation.storybook_rates import attribute_accuracy, draw_prompts
+from customize.storybook.bundled_assets import assets_folder
 from customize.storybook.example_concepts import bundled_concept
 from customize.storybook.judges import judge_inputs, load_judges
-from customize.storybook.train_judges import measure
+from scripts.storybook_training.measure_judges import measure_judges
 
 PROMPTS = (
     "a photo of a red dog wearing a hat on a beach",
@@ -21,37 +22,37 @@ PROMPTS = (
 
 
 def test_the_base_opens_in_plain_diffusers_and_draws_what_is_asked():
-    pipe = DiffusionPipeline.from_pretrained(demo.assets_folder() / "storybook")
+    pipe = DiffusionPipeline.from_pretrained(assets_folder() / "storybook")
     assert type(pipe) is StableDiffusionPipeline
     pipe.set_progress_bar_config(disable=True)
-    found = attribute_accuracy(
-        load_judges(demo.assets_folder() / "judges"), draw_prompts(pipe, PROMPTS, seed=1), PROMPTS
+    accuracy = attribute_accuracy(
+        load_judges(assets_folder() / "judges"), draw_prompts(pipe, PROMPTS, seed=1), PROMPTS
     )
-    assert found["all"] >= 0.8 and found["class"] >= 0.75
+    assert accuracy["all"] >= 0.8 and accuracy["class"] >= 0.75
 
 
 def test_the_judges_tell_renders_apart():
-    vae = DiffusionPipeline.from_pretrained(demo.assets_folder() / "storybook").vae
-    figures = measure(load_judges(demo.assets_folder() / "judges"), vae, pictures=60, identities=32)
+    vae = DiffusionPipeline.from_pretrained(assets_folder() / "storybook").vae
+    figures = measure_judges(
+        load_judges(assets_folder() / "judges"), vae, pictures=60, identities=32
+    )
     assert figures["clean_accuracy"] > 0.97 and figures["rough_accuracy"] > 0.94
     assert figures["identity_auc"] > 0.97
 
 
 def test_the_bundled_pictures_are_of_their_concepts():
-    judges = load_judges(demo.assets_folder() / "judges")
-    signatures = {
-        n: judges.prototype(judge_inputs(bundled_concept(n).pictures())) for n in demo.NAMES
-    }
-    for name in demo.NAMES:
-        files = sorted((demo.assets_folder() / "concepts" / name).glob("*.png"))
+    judges = load_judges(assets_folder() / "judges")
+    prototypes = {n: judges.prototype(judge_inputs(bundled_concept(n).images())) for n in NAMES}
+    for name in NAMES:
+        files = sorted((assets_folder() / "concepts" / name).glob("*.png"))
         assert len(files) == 5
-        pictures = bundled_concept(name).pictures()
-        for other, signature in signatures.items():
-            distance = judges.distance(judge_inputs(pictures), signature)
+        pictures = bundled_concept(name).images()
+        for other, prototype in prototypes.items():
+            distance = judges.distance(judge_inputs(pictures), prototype)
             near = (distance <= judges.threshold).float().mean().item()
             assert near >= 0.8 if other == name else near <= 0.2
 
 
 def test_the_weights_stay_small():
-    files = [*Path(demo.assets_folder()).rglob("*.safetensors")]
+    files = [*Path(assets_folder()).rglob("*.safetensors")]
     assert sum(file.stat().st_size for file in files) < 25 * 2**20

@@ -105,7 +105,7 @@ def test_each_picture_is_scored_with_its_own_prompt(
     for name, values in before.items():
         torch.testing.assert_close(after[name].flip(0), values)
         assert not torch.allclose(made.scores(images, PROMPTS[::-1])[name][::2], values[::2])
-    with pytest.raises(ConfigError, match="2 prompts for 3 pictures"):
+    with pytest.raises(ConfigError, match="2 prompts for 3 images"):
         made.scores(images, PROMPTS[:2])
 
 
@@ -114,7 +114,7 @@ def test_prompts_longer_than_it_reads_are_cut(
     scorer: type[BlipScorer] | type[Blip2Scorer], tmp_path: Path
 ) -> None:
     made = scorer((save_blip if scorer is BlipScorer else save_blip2)(tmp_path))
-    assert made.reader.longest == BLIP_LENGTH  # its positions, and not the tokenizer's 512
+    assert made.preprocessor.max_length == BLIP_LENGTH  # its positions, and not the tokenizer's 512
     images = pictures(1)
     cut = made.scores(images, [LONG])
     torch.testing.assert_close(made.scores(images, [LONG + "a cat"]), cut)
@@ -129,7 +129,7 @@ def test_a_captioner_lacks_the_heads(blip: Path, tmp_path: Path) -> None:
     config = BlipConfig.from_pretrained(blip)
     BlipForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(
-        PipelineError, match=r"lacks \d+ weights.*a whole BLIP image-text retrieval"
+        PipelineError, match=r"lacks \d+ weights.*a complete BLIP image-text retrieval"
     ):
         BlipScorer(tmp_path)
 

@@ -48,4 +48,4 @@ def test_a_picture_is_like_itself(clip: Path) -> None:
 def test_prompts_longer_than_clip_reads_are_cut(clip: Path) -> None:
     scorer = ClipScorer(clip)
     long = "a photo of " + "a dog and " * 40
-    torch.testing.assert_close(scorer.texts([long]), scorer.texts([long + "a cat"]))
+    torch.testing.assert_close(scorer.embed_texts([long]), scorer.embed_texts([long + "a cat"]))

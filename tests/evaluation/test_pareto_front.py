@@ -59,9 +59,9 @@ def test_ties() -> None:
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_cannot_be_compared_is_refused(wrong: float) -> None:
-    with pytest.raises(ConfigError, match="is no point"):
+    with pytest.raises(ConfigError, match="is not finite"):
         pareto_optimal([(0.5, 0.5), (wrong, 1.0)])
-    with pytest.raises(ConfigError, match="is no point"):
+    with pytest.raises(ConfigError, match="is not finite"):
         pareto_front.plot([Point("a", 0.5, wrong)], "prompt", "identity")
 
 

@@ -50,7 +50,7 @@ def test_batches_change_nothing(
 ) -> None:
     before = scores(name, saved[name])
     assert all(found.shape == (5,) and found.std() > 1e-3 for found in before)
-    monkeypatch.setattr(scorer_models, "BATCH", 2)
+    monkeypatch.setattr(scorer_models, "BATCH_SIZE", 2)
     torch.testing.assert_close(scores(name, saved[name]), before)
 
 

@@ -11,11 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from customize.concepts.io.write_concept import save_concept
-from tests.cli.making import World, photos
+from tests.cli.making import World, photos, save_world
 from tests.cli.test_full_disk import MOUNT, OWN_MOUNTS, can_mount
-from tests.pipeline.making import concept
-from tests.tiny import tiny_sd
 
 ROOT = Path(__file__).parents[2]
 _LEFT = "0,1,4096,9000,20000,40000,66000,80000,100000,130000,200000,300000"
@@ -25,7 +22,6 @@ LEFT = tuple(map(int, os.environ.get("HOSTILE_LEFT", _LEFT).split(",")))
 PROGRAM = """
 import contextlib, io, json, shutil, subprocess, sys
 from pathlib import Path
-from customize.concepts.io.write_concept import save_concept
 from customize.cli import main
 
 disk, mount, jobs = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -55,12 +51,7 @@ pytestmark = [pytest.mark.hostile, pytest.mark.timeout(3600)]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("world")
-    pipe = tiny_sd()
-    pipe.save_pretrained(root / "base")
-    for index, name in enumerate(("rex", "tom")):
-        save_concept(concept(pipe, name, index=index), root / name)
-    return World(str(root / "base"), str(root / "rex"), str(root / "tom"))
+    return save_world(tmp_path_factory.mktemp("world"))
 
 
 def test_a_disk_that_fills_up_or_is_read_only_is_called_that(world: World, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from diffusers import ModularPipeline
 from safetensors.torch import load_file
 
-from customize.cli.command_support import load_pipeline
+from customize.cli.base_pipeline import load_base_pipeline
 from customize.concepts.io.read_concept import load_concept
 from customize.errors import PipelineError
 from customize.training.recipe import train
@@ -122,7 +122,7 @@ def test_the_cards_lines_run(learned: Path) -> None:
 
 def test_commands_for_standard_pipelines_say_so(learned: Path) -> None:
     with pytest.raises(PipelineError, match=r"modular one only.*Fix: use it in Python"):
-        load_pipeline(str(learned / "base"), torch.device("cpu"), None)
+        load_base_pipeline(str(learned / "base"), torch.device("cpu"), None)
 
 
 def _small() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import customize
-from customize.cli.merge_command import run
+from customize.cli.merge_command import merge
 from customize.concepts.input_statistics import layer_inputs_path
 from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConceptError, ConfigError
@@ -158,11 +158,11 @@ def test_merge_leaves_them_out_or_refuses_what_it_cannot_write(tmp_path):
     }
     save_file(tensors, tmp_path / "rex.safetensors")
     options = dict.fromkeys(("names", "density", "seed", "rank", "base", "dtype"))
-    calls = {**options, "method": "auto", "layout": "diffusers", "family": "sd"}
+    calls = {**options, "merge": "auto", "layout": "diffusers", "family": "sd"}
     source = str(tmp_path / "rex.safetensors")
     with pytest.raises(ConceptError, match=r"changes biases or norms.*--ignore bias,norm"):
-        run([source], tmp_path / "m", None, **calls)
-    run([source], tmp_path / "m", None, **calls, ignore=["norm"])
+        merge([source], tmp_path / "m", None, **calls)
+    merge([source], tmp_path / "m", None, **calls, ignore="norm")
     assert len(load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")) == 2
 
 

@@ -4,7 +4,7 @@ To add a method, write a file in this folder with a function and its :class:`Mer
 that in :data:`MERGES`. Its settings, their ranges and defaults, the least number of concepts and
 the need for recorded inputs are declared there; the command line, ``load_custom`` and
 ``customize.merge`` read them from the registry. A setting that no method has yet also needs a flag
-in :mod:`customize.cli.app`.
+in :mod:`customize.cli.merge_command`.
 """
 
 from __future__ import annotations

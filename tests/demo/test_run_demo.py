@@ -10,8 +10,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import customize
-from customize import demo
+from customize.demo import experiment
+from customize.demo.run_demo import run_demo
 from customize.errors import SettingsError
+from customize.storybook.bundled_assets import assets_folder
 
 pytestmark = pytest.mark.slow
 
@@ -21,13 +23,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
-        assert demo.run(folder) == folder
+        assert run_demo(folder) == folder
     return folder
 
 
 def shorten(patch: pytest.MonkeyPatch, **changes: object) -> None:
-    patch.setattr(demo, "SEEDS", (1,))
-    patch.setattr(demo, "TRAINING", demo.TRAINING | {"steps": 11, "checkpoint_every": 0} | changes)
+    patch.setattr(experiment, "SEEDS", (1,))
+    patch.setattr(
+        experiment, "TRAINING", experiment.TRAINING | {"steps": 11, "checkpoint_every": 0} | changes
+    )
 
 
 def test_it_leaves_what_the_readme_says(folder: Path) -> None:
@@ -37,9 +41,9 @@ def test_it_leaves_what_the_readme_says(folder: Path) -> None:
     card = json.loads((folder / "scorecard.json").read_text())
     assert card["command"] == "make demo"
     assert {row["model"] for row in card["rows"]} >= {
-        demo.ORTHOGONAL_ALONE,
-        demo.ORTHOGONAL_MERGED,
-        demo.LORA_MERGED,
+        experiment.ORTHOGONAL_ALONE,
+        experiment.ORTHOGONAL_MERGED,
+        experiment.LORA_MERGED,
     }
     for name in ("grid.png", "crosstalk.png"):
         with Image.open(folder / name) as picture:
@@ -47,14 +51,14 @@ def test_it_leaves_what_the_readme_says(folder: Path) -> None:
 
 
 def test_nothing_depends_on_where_the_clone_lies(folder: Path) -> None:
-    place = str(demo.assets_folder().parent)
+    place = str(assets_folder().parent)
     for path in (*folder.rglob("*.json"), *folder.rglob("*.md"), *folder.rglob("*.safetensors")):
         assert place.encode() not in path.read_bytes(), path
 
 
 def test_the_printed_snippet_works(folder: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(demo.assets_folder() / "storybook")
-    customize.load_custom(pipe, *(folder / "concepts" / name for name in demo.NAMES))
+    pipe = DiffusionPipeline.from_pretrained(assets_folder() / "storybook")
+    customize.load_custom(pipe, *(folder / "concepts" / name for name in experiment.NAMES))
     assert [row.slices for row in pipe.custom.rows] == ["disjoint"] * 3
     assert pipe.custom.merge == "fusion"
 
@@ -63,11 +67,11 @@ def test_a_second_run_learns_nothing_anew(folder: Path, monkeypatch: pytest.Monk
     shorten(monkeypatch)
     files = sorted(folder.rglob("*.safetensors"))
     before = {path: path.stat().st_mtime_ns for path in files}
-    demo.run(folder)
+    run_demo(folder)
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
 def test_other_settings_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch, rank=4)
     with pytest.raises(SettingsError, match=r"rank was 8 and is 4.*delete that folder"):
-        demo.run(folder)
+        run_demo(folder)

@@ -14,22 +14,22 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from customize.storybook import pretrain
+from scripts.storybook_training import pretrain_base
 
-TINY = pretrain.PRESETS["tiny"]
+TINY = pretrain_base.PRESETS["tiny"]
 
 
 @pytest.fixture(autouse=True)
 def _few_samples(monkeypatch):
     # Each checkpoint draws the sample prompts at 25 steps; one will do here.
-    monkeypatch.setattr(pretrain, "SAMPLE_PROMPTS", pretrain.SAMPLE_PROMPTS[:1])
+    monkeypatch.setattr(pretrain_base, "SAMPLE_PROMPTS", pretrain_base.SAMPLE_PROMPTS[:1])
 
 
 def make(folder: Path, steps: int) -> StableDiffusionPipeline:
     folder.mkdir(exist_ok=True)
     preset = replace(TINY, steps=steps)
-    vae = pretrain.train_vae(folder, preset, "cpu")
-    return pretrain.train_denoiser(folder, preset, vae, "cpu")
+    vae = pretrain_base.train_vae(folder, preset, "cpu")
+    return pretrain_base.train_denoiser(folder, preset, vae, "cpu")
 
 
 def weights(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(folders):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "SAMPLE_PROMPTS", pretrain.SAMPLE_PROMPTS[:1])
+        patch.setattr(pretrain_base, "SAMPLE_PROMPTS", pretrain_base.SAMPLE_PROMPTS[:1])
         return make(folders / "whole", 4)
 
 
@@ -113,8 +113,14 @@ def test_losses_and_samples_are_kept(folders, whole):
 
 
 def test_scenes_depend_on_seed_and_number_alone():
-    assert pretrain.scene(1, 5) == pretrain.scene(1, 5)
-    assert len({pretrain.scene(1, k) for k in range(20)} | {pretrain.scene(2, 5)}) == 21
+    assert pretrain_base.training_scene(1, 5) == pretrain_base.training_scene(1, 5)
+    assert (
+        len(
+            {pretrain_base.training_scene(1, k) for k in range(20)}
+            | {pretrain_base.training_scene(2, 5)}
+        )
+        == 21
+    )
 
 
 # The loop on its own
@@ -137,7 +143,9 @@ def run_loop(
         return loss * float("nan") if count == nan_at else loss
 
     folder.mkdir(exist_ok=True)
-    pretrain._loop("net", folder, {"m": model}, loss_of, steps, 1e-2, 0, lambda step: None, every=2)
+    pretrain_base.train_loop(
+        "net", folder, {"m": model}, loss_of, steps, 1e-2, 0, lambda step: None, every=2
+    )
     return [p.detach().clone() for p in model.parameters()]
 
 

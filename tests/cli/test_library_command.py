@@ -18,7 +18,7 @@ from tests.tiny import tiny_sd
 def library(run: Run, world: World, tmp_path: Path) -> Path:
     result = run("library", "add", tmp_path / "all", world.rex, world.tom)
     assert result.code == 0, result.err
-    assert "all/rex is added, which <rex> calls" in result.out
+    assert f"Added {tmp_path / 'all' / 'rex'}, trigger: <rex>" in result.out
     return tmp_path / "all"
 
 
@@ -30,13 +30,13 @@ def test_list_shows_each(run: Run, library: Path) -> None:
         assert text in rex
     assert "2 concepts, " in result.out
     (library / "rex" / "concept.json").write_text("{")
-    assert "cannot be read: see check" in run("library", "list", library).out
+    assert "unreadable: see check" in run("library", "list", library).out
 
 
 def test_an_empty_library(run: Run, tmp_path: Path) -> None:
     assert "0 concepts, 0.0 MB" in run("library", "list", tmp_path).out
     result = run("library", "check", tmp_path)
-    assert (result.code, "0 concepts read whole, 0 faults" in result.out) == (0, True)
+    assert (result.code, "0 concepts read completely, 0 faults" in result.out) == (0, True)
     refused(run("library", "list", tmp_path / "none"), "library cannot be read", "folder")
 
 
@@ -58,7 +58,7 @@ def test_check_ends_with_1_on_faults(run: Run, library: Path) -> None:
     for name in ("rex", "tom"):
         record_of(load_concept(library / name)).save(library / name / "layer_inputs.safetensors")
     result = run("library", "check", library)
-    assert (result.code, "2 concepts read whole, 0 faults" in result.out) == (0, True)
+    assert (result.code, "2 concepts read completely, 0 faults" in result.out) == (0, True)
     (library / INDEX_FILE).unlink()
     result = run("library", "check", library)
     assert result.code == 0 and "note: the index was missing or old" in result.out

@@ -1,14 +1,12 @@
-"""Train the bundled base model from nothing: autoencoder, then latents, then text encoder and UNet.
+"""Train the bundled base model from scratch: autoencoder, latents, then text encoder and UNet.
 
-Every stage can be stopped at any moment and goes on from its last checkpoint; step k draws its
-batch and noise from (seed, k), so a resumed run takes the steps that an uninterrupted one would
-have taken.
+Each stage resumes from its last checkpoint. Step k draws its batch and noise from (seed, k), so a
+resumed run is bit for bit the uninterrupted one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,19 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from customize.atomic import write_atomic
 from customize.core import objectives
-from customize.image_tensors import images_to_tensor, tensor_to_images
+from customize.image_tensors import images_to_tensor
 from customize.storybook import bundled_models
 from customize.storybook.caption_grammar import caption
-from customize.storybook.optimizer import EMA, MuonAdamW, trapezoid
 from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import Scene, random_scene
+
+from .contact_sheet import save_contact_sheet
+from .muon_adamw import EMA, MuonAdamW, trapezoid
+from .training_files import log_row, save_tensors
 
 SAMPLE_PROMPTS = (
     "a photo of a red dog on a beach",
@@ -47,7 +47,7 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a from-scratch run. `scenes` are drawn once; captions vary at each visit."""
+    """Sizes of a run. Scenes are drawn once; captions are drawn anew at each step."""
 
     scenes: int
     vae_steps: int
@@ -81,34 +81,22 @@ PRESETS = {
 }
 
 
-def scene(seed: int, index: int) -> Scene:
-    """The index-th training scene of a seed; the same on every machine."""
+def training_scene(seed: int, index: int) -> Scene:
+    """The training scene of an index, the same on every machine."""
     return random_scene(np.random.default_rng((seed, index)))
 
 
-def pixels(scenes: list[Scene]) -> torch.Tensor:
-    """Draw scenes: (n, 3, 64, 64) in [-1, 1]."""
+def draw_tensor(scenes: list[Scene]) -> torch.Tensor:
+    """Draw n scenes as (n, 3, 64, 64) in [-1, 1]."""
     return images_to_tensor([draw_scene(scene) for scene in scenes])
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    # Not safetensors' save_file, which ignores the umask.
-    write_atomic(path, save({k: v.contiguous().cpu() for k, v in tensors.items()}))
-
-
-def _log(folder: Path, **row: object) -> None:
-    with (folder / "log.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(
-        " ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()),
-        flush=True,
-    )
-
-
 @contextmanager
-def _arithmetic(device: str, bf16: bool) -> Iterator[None]:
-    """Where a model is called to be trained: in bfloat16 if asked, and with plain attention on a
-    CPU, whose fused attention takes twice the time backward with heads as narrow as these."""
+def training_context(device: str, bf16: bool) -> Iterator[None]:
+    """Autocast to bfloat16 if requested, and math attention on a CPU.
+
+    On a CPU the backward pass of fused attention takes twice the time for heads this narrow.
+    """
     kind = torch.device(device).type
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled=bf16))
@@ -117,7 +105,7 @@ def _arithmetic(device: str, bf16: bool) -> Iterator[None]:
         yield
 
 
-def _loop(
+def train_loop(
     stage: str,
     folder: Path,
     modules: dict[str, nn.Module],
@@ -129,7 +117,7 @@ def _loop(
     every: int = 250,
     log_every: int = 25,
 ) -> None:
-    """Train `modules` on `loss_of(generator)`; leaves the averaged weights in them."""
+    """Train modules on `loss_of(generator)`, and leave the averaged weights in them."""
     device = next(next(iter(modules.values())).parameters()).device
     optimizer = MuonAdamW(modules, lr)
     ema = EMA(optimizer.parameters)
@@ -150,19 +138,19 @@ def _loop(
         tensors = {"step": torch.tensor(step)} | optimizer.state_tensors()
         tensors |= {f"live.{i}": p.detach() for i, p in enumerate(ema.parameters)}
         tensors |= {f"average.{i}": a for i, a in enumerate(ema.average)}
-        _save(state, tensors)
+        save_tensors(state, tensors)
         ema.swap()
         on_checkpoint(step)
         ema.swap()
 
-    began, recent = time.time(), []
+    started, recent = time.time(), []
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         loss = loss_of(generator)
         if not torch.isfinite(loss):
             raise RuntimeError(
                 f"{stage}: loss is {loss.item()} at step {step}; lower the preset's learning rate"
-                " in customize/storybook/pretrain.py and resume"
+                " in scripts/storybook_training/pretrain_base.py and resume"
             )
         optimizer.zero_grad()
         loss.backward()
@@ -171,8 +159,8 @@ def _loop(
         recent.append(loss.detach())
         if (step + 1) % log_every == 0:
             mean = torch.stack(recent).mean().item()
-            rate = (time.time() - began) / (step + 1 - start)
-            _log(
+            rate = (time.time() - started) / (step + 1 - start)
+            log_row(
                 folder,
                 stage=stage,
                 step=step + 1,
@@ -186,24 +174,16 @@ def _loop(
     ema.swap()
 
 
-def contact_sheet(images: torch.Tensor, path: Path, columns: int = 10) -> None:
-    """Save pictures (n, 3, 64, 64) in [-1, 1] as one PNG, doubled in size."""
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * 130, rows * 130), "white")
-    for k, image in enumerate(tensor_to_images(images)):
-        sheet.paste(
-            image.resize((128, 128), Image.Resampling.NEAREST),
-            (k % columns * 130, k // columns * 130),
-        )
-    sheet.save(path)
-
-
 def train_vae(
     folder: Path, preset: Preset, device: str, start: Path | None = None
 ) -> bundled_models.AutoencoderKL:
-    """Autoencoder on drawn scenes: L1 on pixels and on their differences, and a light KL.
+    """Train the autoencoder on drawn scenes: L1 of pixels and of their differences, and a small KL.
 
-    `start` is as in :func:`train_denoiser`.
+    Args:
+        folder: for checkpoints, logs and samples.
+        preset: sizes.
+        device: name.
+        start: base to take the initial weights from; None: random ones.
     """
     torch.manual_seed(preset.seed)
     vae = bundled_models.make_vae().to(device)
@@ -211,39 +191,51 @@ def train_vae(
         vae.load_state_dict(
             bundled_models.AutoencoderKL.from_pretrained(start, subfolder="vae").state_dict()
         )
-    # Each picture is drawn once and seen a few times: drawing would else take a third of the step.
-    pool = pixels(
-        [scene(preset.seed + 1, k) for k in range(min(12_000, preset.vae_steps * preset.vae_batch))]
+    # Images are reused a few times, as drawing them takes a third of a step.
+    pool = draw_tensor(
+        [
+            training_scene(preset.seed + 1, k)
+            for k in range(min(12_000, preset.vae_steps * preset.vae_batch))
+        ]
     )
-    held_out = pixels([scene(preset.seed + 2, k) for k in range(20)]).to(device)
+    held_out = draw_tensor([training_scene(preset.seed + 2, k) for k in range(20)]).to(device)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(pool), (preset.vae_batch,), generator=generator)
         x = pool[rows].to(device)
-        with _arithmetic(device, preset.bf16):
+        with training_context(device, preset.bf16):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-            again = vae.decode(posterior.mean + posterior.std * noise).sample
-        error = again.float() - x
+            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        error = decoded.float() - x
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return error.abs().mean() + 0.5 * edges + 1e-4 * kl
 
-    def show(step: int) -> None:
+    def on_checkpoint(step: int) -> None:
         with torch.no_grad():
-            again = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
-        error = again - held_out
+            decoded = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
+        error = decoded - held_out
         psnr = 10 * torch.log10(4 / error.square().mean()).item()
-        _log(
+        log_row(
             folder,
             stage="vae",
             step=step,
             held_out_l1=error.abs().mean().item(),
             held_out_psnr=psnr,
         )
-        contact_sheet(torch.cat([held_out[:10], again[:10]]), folder / "vae.png")
+        save_contact_sheet(torch.cat([held_out[:10], decoded[:10]]), folder / "vae.png")
 
-    _loop("vae", folder, {"vae": vae}, loss_of, preset.vae_steps, preset.vae_lr, preset.seed, show)
+    train_loop(
+        "vae",
+        folder,
+        {"vae": vae},
+        loss_of,
+        preset.vae_steps,
+        preset.vae_lr,
+        preset.seed,
+        on_checkpoint,
+    )
     with torch.no_grad():
         means = torch.cat(
             [vae.encode(x.to(device)).latent_dist.mode() for x in pool[:512].split(64)]
@@ -255,8 +247,11 @@ def train_vae(
 def encode_scenes(
     folder: Path, preset: Preset, vae: bundled_models.AutoencoderKL, device: str
 ) -> torch.Tensor:
-    """Latents (scenes, 4, 16, 16) float16 of the training scenes, scaled; on disk in chunks, which
-    are named by what they depend on: another autoencoder's are never taken."""
+    """Encode the training scenes, in chunks that are cached on disk by a digest of the autoencoder.
+
+    Returns:
+        Scaled latents (scenes, 4, 16, 16), float16.
+    """
     digest = hashlib.sha256(f"{preset.seed} {vae.config.scaling_factor}".encode())
     for tensor in vae.state_dict().values():
         digest.update(tensor.float().cpu().numpy().tobytes())
@@ -265,13 +260,14 @@ def encode_scenes(
         end = min(first + 2_000, preset.scenes)
         path = folder / f"latents-{digest.hexdigest()[:8]}-{first:06d}-{end:06d}.safetensors"
         if not path.exists():
-            scenes = [scene(preset.seed, k) for k in range(first, end)]
+            scenes = [training_scene(preset.seed, k) for k in range(first, end)]
             with torch.no_grad():
                 parts = [
-                    vae.encode(x.to(device)).latent_dist.mode() for x in pixels(scenes).split(100)
+                    vae.encode(x.to(device)).latent_dist.mode()
+                    for x in draw_tensor(scenes).split(100)
                 ]
-            _save(path, {"latents": (torch.cat(parts) * vae.config.scaling_factor).half()})
-            _log(folder, stage="latents", scenes=first + len(scenes))
+            save_tensors(path, {"latents": (torch.cat(parts) * vae.config.scaling_factor).half()})
+            log_row(folder, stage="latents", scenes=first + len(scenes))
         chunks.append(load_file(path)["latents"])
     return torch.cat(chunks)
 
@@ -283,13 +279,19 @@ def train_denoiser(
     device: str,
     start: Path | None = None,
 ) -> bundled_models.StableDiffusionPipeline:
-    """Text encoder and UNet together: v-prediction, low-noise steps weighted down.
+    """Train text encoder and UNet jointly by v-prediction, low-noise steps weighted down.
 
-    One caption in ten is left empty, for classifier-free guidance. `start` is a base that this
-    training made before, to go on from its weights where there is no checkpoint.
+    A tenth of the captions is empty, for classifier-free guidance.
+
+    Args:
+        folder: for checkpoints, logs, samples and latents.
+        preset: sizes.
+        vae: trained autoencoder.
+        device: name.
+        start: base to take the initial weights from if there is no checkpoint; None: random ones.
     """
     latents = encode_scenes(folder, preset, vae, device)
-    scenes = [scene(preset.seed, k) for k in range(preset.scenes)]
+    scenes = [training_scene(preset.seed, k) for k in range(preset.scenes)]
     torch.manual_seed(preset.seed)
     tokenizer = bundled_models.make_tokenizer()
     text_encoder, unet = (
@@ -313,29 +315,30 @@ def train_denoiser(
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(latents), (preset.batch,), generator=generator)
-        words = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+        caption_rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         captions = [
-            "" if words.random() < 0.1 else caption(scenes[row], words) for row in rows.tolist()
+            "" if caption_rng.random() < 0.1 else caption(scenes[row], caption_rng)
+            for row in rows.tolist()
         ]
         ids = tokenizer(
             captions, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids.to(device)
         x0 = latents[rows].float().to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
-        # One timestep from each of `batch` equal strata, so that losses compare between steps.
-        spread = (
+        # Stratified timesteps, one per stratum, reduce the variance of the loss between steps.
+        fractions = (
             torch.arange(preset.batch) + torch.rand(preset.batch, generator=generator)
         ) / preset.batch
-        t = (spread * len(alphas)).long().to(device)
+        t = (fractions * len(alphas)).long().to(device)
         noisy = objectives.noisy_latents(x0, noise, alphas, t)
-        with _arithmetic(device, preset.bf16):
+        with training_context(device, preset.bf16):
             predicted = unet(noisy, t, text_encoder(ids).last_hidden_state).sample.float()
         target = objectives.target("v_prediction", x0, noise, alphas, t)
-        # In x0 units this is min(SNR + 1, 5): min-SNR-5 proper would leave pure noise untrained.
+        # In x0 units this is min(SNR + 1, 5); min-SNR-5 itself would not train pure noise.
         weight = (5.0 * (1 - alphas[t])).clamp(max=1.0)
         return objectives.weighted_mse(predicted, target, weight).mean()
 
-    def show(step: int) -> None:
+    def on_checkpoint(step: int) -> None:
         for module in (unet, text_encoder):
             module.eval()
         images = pipe(
@@ -345,20 +348,28 @@ def train_denoiser(
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
         ).images
-        contact_sheet(images * 2 - 1, folder / f"samples-{step:06d}.png")
+        save_contact_sheet(images * 2 - 1, folder / f"samples-{step:06d}.png")
         save_base(pipe, folder / "base")
         for module in (unet, text_encoder):
             module.train()
 
     modules = {"unet": unet, "text_encoder": text_encoder}
-    _loop(
-        "denoiser", folder, modules, loss_of, preset.steps, preset.lr, preset.seed, show, every=500
+    train_loop(
+        "denoiser",
+        folder,
+        modules,
+        loss_of,
+        preset.steps,
+        preset.lr,
+        preset.seed,
+        on_checkpoint,
+        every=500,
     )
     return pipe
 
 
 def save_base(pipe: bundled_models.StableDiffusionPipeline, folder: Path) -> None:
-    """Write the pipeline as fp16 safetensors, leaving the live one in its own dtype."""
+    """Write the pipeline as float16 safetensors, without changing the dtype of the live one."""
     pipe.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.safetensors"):
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from customize import demo
-from customize.demo import report
+from customize.demo import experiment, run_demo, scorecard
 from customize.evaluation.storybook_rates import evaluation_prompts
+from customize.storybook.bundled_assets import assets_folder
 from customize.storybook.example_concepts import bundled_concept
 from customize.storybook.judges import judge_inputs, load_judges
 from tests.concepts.making import small
@@ -19,42 +19,42 @@ SCENES = len(evaluation_prompts("<rex>"))
 
 def renders(name: str) -> torch.Tensor:
     """One of a concept's own pictures for each prompt."""
-    pictures = judge_inputs(bundled_concept(name).pictures())
+    pictures = judge_inputs(bundled_concept(name).images())
     return pictures[torch.arange(SCENES) % len(pictures)]
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, demo.DrawnImages]:
+def drawn() -> dict[str, experiment.DrawnImages]:
     """Ours draws the concepts at each seed; the ordinary LoRA only at the first, then another."""
-    right = {name: renders(name) for name in demo.NAMES}
-    other = {name: renders(demo.NAMES[k - 1]) for k, name in enumerate(demo.NAMES)}
-    always = {name: some.repeat(len(demo.SEEDS), 1, 1, 1) for name, some in right.items()}
-    once = {name: torch.cat([right[name], other[name], other[name]]) for name in demo.NAMES}
+    right = {name: renders(name) for name in experiment.NAMES}
+    other = {name: renders(experiment.NAMES[k - 1]) for k, name in enumerate(experiment.NAMES)}
+    always = {name: some.repeat(len(experiment.SEEDS), 1, 1, 1) for name, some in right.items()}
+    once = {name: torch.cat([right[name], other[name], other[name]]) for name in experiment.NAMES}
     unrelated = torch.zeros(8, 3, 64, 64)
-    pairs = {pair: torch.zeros(2, 3, 64, 64) for pair in demo.PAIRS}
+    pairs = {pair: torch.zeros(2, 3, 64, 64) for pair in experiment.PAIRS}
     return {
-        demo.BASE: demo.DrawnImages(other, pairs, unrelated),
-        demo.ORTHOGONAL_ALONE: demo.DrawnImages(always, {}, None),
-        demo.ORTHOGONAL_MERGED: demo.DrawnImages(always, pairs, unrelated + 0.1),
-        demo.LORA_ALONE: demo.DrawnImages(once, {}, None),
-        demo.LORA_MERGED: demo.DrawnImages(once, pairs, unrelated + 0.2),
+        experiment.BASE: experiment.DrawnImages(other, pairs, unrelated),
+        experiment.ORTHOGONAL_ALONE: experiment.DrawnImages(always, {}, None),
+        experiment.ORTHOGONAL_MERGED: experiment.DrawnImages(always, pairs, unrelated + 0.1),
+        experiment.LORA_ALONE: experiment.DrawnImages(once, {}, None),
+        experiment.LORA_MERGED: experiment.DrawnImages(once, pairs, unrelated + 0.2),
     }
 
 
 @pytest.fixture(scope="module")
-def card(drawn: dict[str, demo.DrawnImages]) -> dict[str, object]:
-    return report.score(load_judges(demo.assets_folder() / "judges"), drawn)
+def card(drawn: dict[str, experiment.DrawnImages]) -> dict[str, object]:
+    return scorecard.score_models(load_judges(assets_folder() / "judges"), drawn)
 
 
 def test_identity_is_the_mean_over_seeds_with_their_spread(card: dict) -> None:
     alls = {row["model"]: row for row in card["rows"] if row["concept"] == "all"}
-    assert alls[demo.ORTHOGONAL_MERGED]["identity"] == 1.0
-    assert alls[demo.ORTHOGONAL_MERGED]["identity_sd"] == 0.0
-    assert alls[demo.LORA_MERGED]["identity"] == pytest.approx(1 / 3)
-    assert alls[demo.LORA_MERGED]["identity_sd"] == pytest.approx(3**-0.5)
+    assert alls[experiment.ORTHOGONAL_MERGED]["identity"] == 1.0
+    assert alls[experiment.ORTHOGONAL_MERGED]["identity_sd"] == 0.0
+    assert alls[experiment.LORA_MERGED]["identity"] == pytest.approx(1 / 3)
+    assert alls[experiment.LORA_MERGED]["identity_sd"] == pytest.approx(3**-0.5)
     # The base is drawn at one seed, which has no spread.
-    assert alls[demo.BASE]["identity"] == 0.0
-    assert alls[demo.BASE]["identity_sd"] is None
+    assert alls[experiment.BASE]["identity"] == 0.0
+    assert alls[experiment.BASE]["identity_sd"] is None
 
 
 def test_each_rate_is_told_with_its_spread(card: dict) -> None:
@@ -62,12 +62,14 @@ def test_each_rate_is_told_with_its_spread(card: dict) -> None:
     for rate in ("identity", "prompt", "composition", "leak"):
         # The same pictures at each seed.
         assert (
-            0 <= alls[demo.ORTHOGONAL_MERGED][rate] <= 1
-            and alls[demo.ORTHOGONAL_MERGED][f"{rate}_sd"] == 0.0
+            0 <= alls[experiment.ORTHOGONAL_MERGED][rate] <= 1
+            and alls[experiment.ORTHOGONAL_MERGED][f"{rate}_sd"] == 0.0
         )
     # The prompts ask for accessories, and a concept's own pictures show none.
     assert (
-        alls[demo.ORTHOGONAL_MERGED]["composition"] < 0.2 < alls[demo.ORTHOGONAL_MERGED]["prompt"]
+        alls[experiment.ORTHOGONAL_MERGED]["composition"]
+        < 0.2
+        < alls[experiment.ORTHOGONAL_MERGED]["prompt"]
     )
 
 
@@ -77,10 +79,10 @@ def test_drift_is_a_share_of_the_full_range(card: dict) -> None:
 
 
 def test_a_scorecard_says_what_its_figures_depend_on(
-    card: dict, drawn: dict[str, demo.DrawnImages], tmp_path: Path
+    card: dict, drawn: dict[str, experiment.DrawnImages], tmp_path: Path
 ) -> None:
-    learned = {name: small(seed, name=name) for seed, name in enumerate(demo.NAMES)}
-    report.write(tmp_path, card, drawn, {"concepts": learned, "ordinary": learned})
+    learned = {name: small(seed, name=name) for seed, name in enumerate(experiment.NAMES)}
+    run_demo.write_results(tmp_path, card, drawn, {"concepts": learned, "ordinary": learned})
     found = json.loads((tmp_path / "scorecard.json").read_text())
     assert list(found) == ["bench", "command", "machine", "versions", "rows", "figures"]
     assert found["versions"]["torch"] == torch.__version__

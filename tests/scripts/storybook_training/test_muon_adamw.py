@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from customize.storybook.optimizer import EMA, MuonAdamW, trapezoid
+from scripts.storybook_training.muon_adamw import EMA, MuonAdamW, trapezoid
 
 
 def net() -> nn.Module:

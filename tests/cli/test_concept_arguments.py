@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from customize.cli.merge_command import run
-from customize.cli.weight_arguments import parse_weights
+from customize.cli.concept_arguments import parse_weights
+from customize.cli.merge_command import merge
 from customize.errors import ConfigError
 
 
@@ -39,8 +39,8 @@ def test_merge_writes_the_weighted_layers(tmp_path):
     save_file(tensors, tmp_path / "rex.safetensors")
     options = dict.fromkeys(("names", "density", "seed", "rank", "base", "dtype"))
     text = "rex=0.8,rex.text_encoder=0,rex.unet.down=0.4"
-    calls = {**options, "method": "auto", "layout": "diffusers"}
-    run([str(tmp_path / "rex.safetensors")], tmp_path / "m", text, **calls)
+    calls = {**options, "merge": "auto", "layout": "diffusers"}
+    merge([str(tmp_path / "rex.safetensors")], tmp_path / "m", text, **calls)
     found = load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")
     assert not any("text_encoder" in key for key in found)
     for name, (_, weight) in layers.items():
@@ -50,6 +50,6 @@ def test_merge_writes_the_weighted_layers(tmp_path):
             torch.testing.assert_close(up @ down, weight * expected)
     assert "text_encoder 0, unet.down 0.4, else 0.8" in (tmp_path / "m" / "README.md").read_text()
     with pytest.raises(ConfigError, match=r"'dwn'.*down"):
-        run([str(tmp_path / "rex.safetensors")], tmp_path / "n", "rex.unet.dwn=1", **calls)
+        merge([str(tmp_path / "rex.safetensors")], tmp_path / "n", "rex.unet.dwn=1", **calls)
     with pytest.raises(ConfigError, match="given for tom"):
-        run([str(tmp_path / "rex.safetensors")], tmp_path / "n", "tom=1", **calls)
+        merge([str(tmp_path / "rex.safetensors")], tmp_path / "n", "tom=1", **calls)

@@ -1,7 +1,7 @@
-"""The from-scratch trainings' optimiser: Muon for hidden matrices, AdamW for the rest; an EMA.
+"""Optimiser of the from-scratch trainings: Muon for hidden matrices, AdamW for the others; an EMA.
 
-Muon (orthogonalised momentum) halves the steps that these small convolution nets need; torch's
-version takes matrices only, so convolutions enter as (out, in * kh * kw) views of the same storage.
+Muon (orthogonalised momentum) halves the steps that these small convolution nets need. torch's
+version takes matrices only, so convolutions are passed as (out, in * kh * kw) views.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from torch import nn
 
 
 class MuonAdamW:
-    """One `step()` over both groups.
+    """Muon and AdamW behind one `step()`.
 
-    `lr` is Muon's, scaled to AdamW's size of update; AdamW gets `lr * ratio`.
+    Args:
+        modules: name -> module to train.
+        lr: learning rate of Muon, whose updates are scaled to the RMS of AdamW's.
+        ratio: AdamW's learning rate is `lr * ratio`.
+        weight_decay: of both.
     """
 
     def __init__(
@@ -29,10 +33,10 @@ class MuonAdamW:
         others: list[nn.Parameter] = []
         for module in modules.values():
             for name, parameter in module.named_parameters():
-                edge = any(
+                first_or_last = any(
                     word in name for word in ("embedding", "conv_in", "conv_out", "quant_conv")
                 )
-                (others if edge or parameter.ndim < 2 else matrices).append(parameter)
+                (others if first_or_last or parameter.ndim < 2 else matrices).append(parameter)
                 self.parameters.append(parameter)
         self.matrices = matrices
         self.views = [nn.Parameter(p.data.view(p.shape[0], -1)) for p in matrices]
@@ -49,11 +53,16 @@ class MuonAdamW:
         )
 
     def zero_grad(self) -> None:
+        """Clear all gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def step(self, schedule: float, clip: float = 1.0) -> torch.Tensor:
-        """Clip, then update with both rates times `schedule` in [0, 1]. Returns the norm."""
+        """Clip the gradient norm and update, with both learning rates times `schedule` in [0, 1].
+
+        Returns:
+            The norm before clipping.
+        """
         norm = nn.utils.clip_grad_norm_(self.parameters, clip)
         for group in self.muon.param_groups:
             group["lr"] = self.lr * schedule
@@ -66,7 +75,7 @@ class MuonAdamW:
         return norm
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The whole state as named tensors, for a safetensors file."""
+        """The optimisers' state as named tensors, for a safetensors file."""
         tensors = {}
         for label, optimizer in (("muon", self.muon), ("adamw", self.adamw)):
             for index, state in optimizer.state_dict()["state"].items():
@@ -75,6 +84,7 @@ class MuonAdamW:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Restore the state that `state_tensors` returned."""
         for label, optimizer in (("muon", self.muon), ("adamw", self.adamw)):
             state: dict[int, dict[str, torch.Tensor]] = {}
             for name, value in tensors.items():
@@ -85,7 +95,7 @@ class MuonAdamW:
 
 
 class EMA:
-    """A moving average of parameters, exponential, warmed up so that early steps don't linger."""
+    """An exponential moving average of parameters, with a lower decay in early steps."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float = 0.9985):
         self.parameters, self.decay = parameters, decay
@@ -93,20 +103,21 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Include the current weights."""
         decay = min(self.decay, (1 + step) / (20 + step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the live weights with the average; call twice to come back."""
+        """Exchange the live weights with the average; a second call restores them."""
         for parameter, average in zip(self.parameters, self.average, strict=True):
-            held = parameter.detach().clone()
+            live = parameter.detach().clone()
             parameter.copy_(average)
-            average.copy_(held)
+            average.copy_(live)
 
 
 def trapezoid(step: int, steps: int, warmup: int = 50, decay: float = 0.25) -> float:
-    """Learning-rate factor: linear warm-up, constant, linear decay to 2 % in the last `decay`."""
+    """Learning-rate factor: linear warm-up, constant, linear decay to 2 % over the last share."""
     if step < warmup:
         return (step + 1) / warmup
     tail = steps * (1 - decay)

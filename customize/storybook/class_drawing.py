@@ -1,7 +1,7 @@
-"""How each class of thing is drawn, in its own frame.
+"""Drawing of the classes of things, each in the frame of the thing.
 
-A class draws its body parts in the body colour (these carry the pattern), then parts behind and
-before them in the accent colour, and tells where its face, the top of its head and its neck are.
+A function per class draws the parts behind the body and in front of it in the accent colour, and
+the body, which carries the pattern, in the body colour. It returns the positions of accessories.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Fill = RGB | int
 
 
 class Pen:
-    """Draws in a thing's own frame: x right, y down, unit = half its size, turned and flipped."""
+    """Draws in the frame of a thing: x right, y down, unit half its size, tilted and flipped."""
 
     def __init__(self, image: Image.Image, thing: Thing) -> None:
         self.draw = ImageDraw.Draw(image)
@@ -32,7 +32,8 @@ class Pen:
         turn = math.radians(thing.tilt)
         self.cos, self.sin = math.cos(turn), math.sin(turn)
 
-    def at(self, x: float, y: float) -> tuple[float, float]:
+    def to_pixels(self, x: float, y: float) -> tuple[float, float]:
+        """Convert a point of the frame to pixels."""
         x *= self.sign
         return (
             self.centre[0] + self.unit * (self.cos * x - self.sin * y),
@@ -40,7 +41,8 @@ class Pen:
         )
 
     def shape(self, points: list[tuple[float, float]], fill: Fill) -> None:
-        self.draw.polygon([self.at(*p) for p in points], fill=fill)
+        """Fill a polygon."""
+        self.draw.polygon([self.to_pixels(*p) for p in points], fill=fill)
 
     def oval(
         self,
@@ -52,6 +54,7 @@ class Pen:
         turn: float = 0.0,
         sides: int = 36,
     ) -> None:
+        """Fill an ellipse around (x, y), turned by degrees."""
         cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
         points = []
         for k in range(sides):
@@ -60,31 +63,38 @@ class Pen:
         self.shape(points, fill)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, fill: Fill) -> None:
+        """Fill a rectangle."""
         self.shape([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill)
 
     def line(self, points: list[tuple[float, float]], width: float, fill: Fill) -> None:
+        """Draw a polyline."""
         self.draw.line(
-            [self.at(*p) for p in points],
+            [self.to_pixels(*p) for p in points],
             fill=fill,
             width=max(1, round(width * self.unit)),
             joint="curve",
         )
 
     def ring(self, x: float, y: float, r: float, width: float, fill: Fill) -> None:
+        """Draw a circle."""
         points = [
             (x + r * math.cos(a), y + r * math.sin(a)) for a in np.linspace(0, 2 * math.pi, 28)
         ]
         self.line(points, width, fill)
 
 
-# Where things are worn: face = (x, y, half distance of the eyes),
+# Positions of accessories: face = (x, y, half distance of the eyes),
 # top = (x, y, half width of a hat), neck = (x, y, half width).
 Anchors = dict[str, tuple[float, float, float]]
 
 
-def _dog(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
-    w, h, r = 0.46 + 0.12 * who.width, 0.5 + 0.08 * who.height, 0.44 + 0.06 * who.head
-    ear = 0.34 + 0.14 * who.ear
+def _dog(pen: Pen, identity: Identity, part: str, fill: Fill) -> Anchors:
+    w, h, r = (
+        0.46 + 0.12 * identity.width,
+        0.5 + 0.08 * identity.height,
+        0.44 + 0.06 * identity.head,
+    )
+    ear = 0.34 + 0.14 * identity.ear
     if part == "behind":
         pen.line([(w * 0.8, 0.7), (w + 0.22, 0.45), (w + 0.3, 0.15)], 0.15, fill)
     if part == "body":
@@ -104,9 +114,13 @@ def _dog(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
     }
 
 
-def _cat(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
-    w, h, r = 0.38 + 0.12 * who.width, 0.5 + 0.08 * who.height, 0.44 + 0.06 * who.head
-    ear = 0.38 + 0.14 * who.ear
+def _cat(pen: Pen, identity: Identity, part: str, fill: Fill) -> Anchors:
+    w, h, r = (
+        0.38 + 0.12 * identity.width,
+        0.5 + 0.08 * identity.height,
+        0.44 + 0.06 * identity.head,
+    )
+    ear = 0.38 + 0.14 * identity.ear
     if part == "behind":
         pen.line([(w * 0.7, 0.85), (w + 0.35, 0.75), (w + 0.42, 0.3), (w + 0.25, 0.02)], 0.12, fill)
         for side in (-1, 1):
@@ -130,9 +144,13 @@ def _cat(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
     }
 
 
-def _rabbit(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
-    w, h, r = 0.42 + 0.12 * who.width, 0.42 + 0.08 * who.height, 0.38 + 0.05 * who.head
-    ear = 0.42 + 0.12 * who.ear
+def _rabbit(pen: Pen, identity: Identity, part: str, fill: Fill) -> Anchors:
+    w, h, r = (
+        0.42 + 0.12 * identity.width,
+        0.42 + 0.08 * identity.height,
+        0.38 + 0.05 * identity.head,
+    )
+    ear = 0.42 + 0.12 * identity.ear
     if part == "behind":
         pen.oval(w * 0.95, 0.7, 0.2, 0.18, fill)
     if part == "body":
@@ -149,10 +167,10 @@ def _rabbit(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
     return {"face": (0, -0.2, 0.17), "top": (0, -0.12 - r * 0.8, 0.26), "neck": (0, 0.24, w * 0.85)}
 
 
-def _bird(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
-    w, h, r = 0.5 + 0.1 * who.width, 0.5 + 0.08 * who.height, 0.4 + 0.05 * who.head
+def _bird(pen: Pen, identity: Identity, part: str, fill: Fill) -> Anchors:
+    w, h, r = 0.5 + 0.1 * identity.width, 0.5 + 0.08 * identity.height, 0.4 + 0.05 * identity.head
     if part == "behind":
-        pen.shape([(w * 0.5, 0.3), (w + 0.55, 0.05 - 0.15 * who.ear), (w + 0.5, 0.4)], fill)
+        pen.shape([(w * 0.5, 0.3), (w + 0.55, 0.05 - 0.15 * identity.ear), (w + 0.5, 0.4)], fill)
         for side in (-1, 1):
             pen.line(
                 [(side * 0.16, 0.7), (side * 0.16, 1.0), (side * 0.16 - 0.12, 1.0)],
@@ -165,7 +183,7 @@ def _bird(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
     if part == "front":
         pen.oval(w * 0.45, 0.3, w * 0.5, h * 0.55, fill, turn=-25)
         pen.shape([(-0.16, -0.26), (-0.5 - r * 0.6, -0.16), (-0.16, -0.06)], (245, 170, 30))
-        tuft = 0.16 + 0.08 * who.ear
+        tuft = 0.16 + 0.08 * identity.ear
         pen.shape(
             [(0.12, -0.35 - r * 0.85), (0.3, -0.35 - r - tuft), (0.26, -0.35 - r * 0.6)], fill
         )
@@ -176,9 +194,9 @@ def _bird(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
     }
 
 
-def _fish(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
-    w, h = 0.68 + 0.1 * who.width, 0.5 + 0.1 * who.height
-    tail = 0.4 + 0.12 * who.ear
+def _fish(pen: Pen, identity: Identity, part: str, fill: Fill) -> Anchors:
+    w, h = 0.68 + 0.1 * identity.width, 0.5 + 0.1 * identity.height
+    tail = 0.4 + 0.12 * identity.ear
     if part == "behind":
         pen.shape(
             [(w * 0.7, 0.15), (w + 0.42, 0.15 - tail), (w + 0.28, 0.15), (w + 0.42, 0.15 + tail)],
@@ -188,7 +206,7 @@ def _fish(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
     if part == "body":
         pen.oval(-0.05, 0.15, w, h, fill)
     if part == "front":
-        pen.shape([(0.1, 0.2), (0.42, 0.1 + 0.1 * who.head), (0.36, 0.5)], fill)
+        pen.shape([(0.1, 0.2), (0.42, 0.1 + 0.1 * identity.head), (0.36, 0.5)], fill)
         pen.oval(-w * 0.9, 0.28, 0.1, 0.07, (230, 90, 90))
     return {
         "face": (-0.32, 0.0, 0.18),
@@ -197,16 +215,16 @@ def _fish(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
     }
 
 
-def _car(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
-    w, h = 0.9 + 0.1 * who.width, 0.34 + 0.07 * who.height
-    roof = 0.52 + 0.1 * who.head
+def _car(pen: Pen, identity: Identity, part: str, fill: Fill) -> Anchors:
+    w, h = 0.9 + 0.1 * identity.width, 0.34 + 0.07 * identity.height
+    roof = 0.52 + 0.1 * identity.head
     if part == "body":
         pen.shape([(-roof, 0.25), (-roof * 0.72, -0.45), (roof * 0.72, -0.45), (roof, 0.25)], fill)
         pen.box(-w, 0.2, w, 0.2 + h * 1.5, fill)
         pen.oval(-w, 0.2 + h * 0.75, 0.12, h * 0.75, fill)
         pen.oval(w, 0.2 + h * 0.75, 0.12, h * 0.75, fill)
     if part == "front":
-        wheel = 0.23 + 0.05 * who.ear
+        wheel = 0.23 + 0.05 * identity.ear
         pen.shape(
             [(-roof * 0.8, 0.16), (-roof * 0.62, -0.34), (roof * 0.62, -0.34), (roof * 0.8, 0.16)],
             (205, 232, 245),
@@ -218,11 +236,11 @@ def _car(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
     return {"face": (0, -0.1, 0.2), "top": (0, -0.42, 0.32), "neck": (0, 0.3, roof * 0.95)}
 
 
-def _cup(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
-    w, h = 0.54 + 0.1 * who.width, 0.62 + 0.08 * who.height
-    foot = 0.72 + 0.14 * who.head
+def _cup(pen: Pen, identity: Identity, part: str, fill: Fill) -> Anchors:
+    w, h = 0.54 + 0.1 * identity.width, 0.62 + 0.08 * identity.height
+    foot = 0.72 + 0.14 * identity.head
     if part == "behind":
-        pen.ring(w + 0.08, 0.25, 0.28 + 0.06 * who.ear, 0.12, fill)
+        pen.ring(w + 0.08, 0.25, 0.28 + 0.06 * identity.ear, 0.12, fill)
     if part == "body":
         pen.shape([(-w, 0.2 - h), (w, 0.2 - h), (w * foot, 0.25 + h), (-w * foot, 0.25 + h)], fill)
         pen.oval(0, 0.25 + h, w * foot, 0.09, fill)
@@ -233,11 +251,15 @@ def _cup(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
     return {"face": (0, 0.0, 0.2), "top": (0, 0.17 - h, 0.32), "neck": (0, 0.42, w * 0.92)}
 
 
-def _robot(pen: Pen, who: Identity, part: str, fill: Fill) -> Anchors:
-    w, h, r = 0.44 + 0.1 * who.width, 0.34 + 0.06 * who.height, 0.38 + 0.06 * who.head
+def _robot(pen: Pen, identity: Identity, part: str, fill: Fill) -> Anchors:
+    w, h, r = (
+        0.44 + 0.1 * identity.width,
+        0.34 + 0.06 * identity.height,
+        0.38 + 0.06 * identity.head,
+    )
     if part == "behind":
-        pen.line([(0.26, -0.6), (0.26, -0.92 - 0.12 * who.ear)], 0.06, INK)
-        pen.oval(0.26, -0.95 - 0.12 * who.ear, 0.1, 0.1, fill)
+        pen.line([(0.26, -0.6), (0.26, -0.92 - 0.12 * identity.ear)], 0.06, INK)
+        pen.oval(0.26, -0.95 - 0.12 * identity.ear, 0.1, 0.1, fill)
         for side in (-1, 1):
             pen.line(
                 [(side * w, 0.3), (side * (w + 0.28), 0.5), (side * (w + 0.28), 0.72)], 0.13, fill

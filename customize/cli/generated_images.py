@@ -1,0 +1,136 @@
+"""Generate one image of ``customize generate``, and save it with its settings."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from customize.atomic import write_atomic
+from customize.cli.generation_plan import GenerationPlan
+from customize.cli.output_files import storage_errors
+from customize.errors import PipelineError, StorageError
+
+_NUMBERED = re.compile(r"(\d{4,})\.(png|json)")
+
+
+def generate_image(
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    plan: GenerationPlan,
+    arguments: Mapping[str, Any],
+    output: str,
+) -> tuple[Any, dict[str, Any]]:
+    """Generate one image.
+
+    Args:
+        pipe: diffusers pipeline.
+        prompt: one of the plan's.
+        seed: of the noise, which is drawn on the CPU so that it is the same on every device.
+        plan: sampling settings.
+        arguments: further arguments of the call, such as the guidance scale.
+        output: what the pipeline returns, "images" or "frames"; a video of one frame is generated.
+
+    Returns:
+        The PIL image and the settings that it depends on.
+
+    Raises:
+        PipelineError: the image is not finite, and would be stored as black.
+    """
+    import numpy as np
+    import torch
+
+    requested = {
+        "num_inference_steps": plan.steps,
+        **arguments,
+        "width": plan.size and plan.size[0],
+        "height": plan.size and plan.size[1],
+    }
+    call = {name: value for name, value in requested.items() if value is not None}
+    single_frame = {"num_frames": 1} if output == "frames" else {}
+    generator = torch.Generator("cpu").manual_seed(seed)
+    result = pipe(prompt=prompt, generator=generator, output_type="np", **call, **single_frame)
+    pixels = result.frames[0] if single_frame else result.images
+    if not np.isfinite(pixels).all():
+        raise PipelineError(
+            f"the image of {prompt!r} with seed {seed} is not finite",
+            fix="choose usual weights and guidance scales, or give --dtype float32",
+        )
+    image = pipe.numpy_to_pil(pixels)[0]
+    steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+    settings = {
+        "prompt": prompt,
+        "negative": plan.negative,
+        "avoid": plan.avoid,
+        "steps": call.get("num_inference_steps", steps),
+        "seed": seed,
+        "width": image.width,
+        "height": image.height,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+    }
+    return image, settings
+
+
+def save_image(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) -> int:
+    """Save an image and its settings under a number, without overwriting files.
+
+    Args:
+        folder: exists.
+        number: preferred one; the next free one if another process has used it meanwhile.
+        image: PIL image.
+        settings: for the JSON file.
+
+    Returns:
+        The number of the files.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    text = json.dumps(settings, indent=2) + "\n"
+    while True:
+        try:
+            with storage_errors(folder / f"{number:04}.png"):
+                _write_pair(folder / f"{number:04}", text.encode(), buffer.getvalue())
+        except StorageError as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+            number = max(number + 1, next_free_number(folder))
+        else:
+            return number
+
+
+def _write_pair(stem: Path, settings: bytes, image: bytes) -> None:
+    """Write both files, or none after an error."""
+    # The settings first: a process killed in between leaves no image without settings.
+    settings_file = stem.with_suffix(".json")
+    write_atomic(settings_file, settings, new=True)
+    try:
+        write_atomic(stem.with_suffix(".png"), image, new=True)
+    except BaseException:
+        settings_file.unlink(missing_ok=True)
+        raise
+
+
+def next_free_number(folder: Path) -> int:
+    """One more than the highest number of an image or settings file in a folder."""
+    with storage_errors(folder):
+        matches = [_NUMBERED.fullmatch(path.name) for path in folder.iterdir()]
+    return max((int(match[1]) for match in matches if match), default=0) + 1
+
+
+def describe_numbers(numbers: list[int]) -> str:
+    """The file names of saved images: "0001.png to 0004.png"."""
+    first, last = f"{numbers[0]:04}.png", f"{numbers[-1]:04}.png"
+    if len(numbers) == 1:
+        return first
+    # Numbers in between may belong to another process that generates into the same folder.
+    prefix = "" if numbers[-1] - numbers[0] < len(numbers) else f"{len(numbers)} of "
+    return f"{prefix}{first} to {last}"

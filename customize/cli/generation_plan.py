@@ -1,0 +1,109 @@
+"""What ``customize generate`` loads and generates, validated before any model is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from customize.errors import ConfigError
+
+_MAX_COUNT = 1_000_000
+
+
+@dataclass(frozen=True)
+class LoadArguments:
+    """The base and the arguments of :func:`customize.load_custom`, as the flags give them.
+
+    Raises:
+        ConfigError: ``fuse`` is set without concepts.
+    """
+
+    base: str
+    sources: tuple[str, ...]
+    weights: str | None
+    names: str | None
+    merge: str
+    fuse: bool
+    library: str | None
+    attention: str | None
+    memory: str | None
+    ignore: tuple[str, ...] = ()
+    variant: str | None = None
+    base_config: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.fuse and not self.sources:
+            raise ConfigError("--fuse needs a concept", where="--fuse", fix="name one")
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """Prompts, seeds and sampling settings; None stands for the pipeline's default.
+
+    Attributes:
+        prompts: each is generated with each seed.
+        negative: negative prompt.
+        avoid: comma-separated phrases whose directions are projected out, or "auto".
+        steps: sampling steps.
+        guidance: guidance scale.
+        seed: of the first image of each prompt.
+        count: images per prompt, with consecutive seeds.
+        size: (width, height) in pixels.
+
+    Raises:
+        ConfigError: a number is out of range, or a text is not valid Unicode.
+    """
+
+    prompts: tuple[str, ...]
+    negative: str | None
+    avoid: str | None
+    steps: int | None
+    guidance: float | None
+    seed: int
+    count: int
+    size: tuple[int, int] | None
+
+    def __post_init__(self) -> None:
+        if self.count > _MAX_COUNT:
+            raise ConfigError(
+                f"{self.count} images per prompt are too many",
+                where="--count",
+                fix=f"choose at most {_MAX_COUNT}",
+            )
+        if self.seed + self.count > 1 << 63:
+            raise ConfigError(
+                f"the seed {self.seed} exceeds 64 bits", where="--seed", fix="choose a smaller one"
+            )
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ConfigError(
+                f"the guidance scale {self.guidance} is not finite",
+                where="--guidance",
+                fix="choose a number; 5 to 10 are usual",
+            )
+        for text in (*self.prompts, self.negative or "", self.avoid or ""):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ConfigError(f"the prompt {text!r} is not UTF-8 text", fix="write it in UTF-8")
+
+    @property
+    def jobs(self) -> Iterator[tuple[str, int]]:
+        """Each prompt with each seed."""
+        return product(self.prompts, range(self.seed, self.seed + self.count))
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Parse ``"512"`` or ``"768x512"`` to (width, height) in pixels.
+
+    Raises:
+        ConfigError: the text has neither form.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:[xX×]([1-9]\d{0,4}))?", text.strip())
+    if match is None:
+        raise ConfigError(
+            f"invalid size {text!r}", where="--size", fix="write for example 512 or 768x512"
+        )
+    return int(match[1]), int(match[2] or match[1])

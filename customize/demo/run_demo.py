@@ -1,0 +1,190 @@
+"""Run the demo: train, draw, score and write the results into one folder.
+
+Concepts that the folder already contains are loaded instead of trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from customize.demo import experiment, figures, scorecard
+from customize.demo.experiment import (
+    BASE,
+    LORA_ALONE,
+    LORA_MERGED,
+    NAMES,
+    ORTHOGONAL_ALONE,
+    ORTHOGONAL_MERGED,
+    PAIRS,
+    DrawnImages,
+    Method,
+)
+from customize.errors import SettingsError, storage_error
+from customize.evaluation import result_file, storybook_rates
+from customize.storybook.bundled_assets import assets_folder
+from customize.storybook.example_concepts import bundled_concept
+from customize.storybook.judges import load_judges
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from customize.concepts.types import Concept
+
+#: Subfolder of the results -> the method that its concepts are trained with.
+METHODS: dict[str, Method] = {"concepts": "orthogonal", "ordinary": "lora"}
+
+
+def run_demo(folder: str | Path = "demo") -> Path:
+    """Run the whole demo and return its folder.
+
+    Raises:
+        CustomizeError: the bundled assets are missing or damaged, or the folder cannot be written.
+    """
+    from diffusers import DiffusionPipeline
+    from rich.console import Console
+
+    folder, console = Path(folder), Console()
+    judges = load_judges(assets_folder() / "judges")
+    pipe = DiffusionPipeline.from_pretrained(assets_folder() / "storybook")
+    pipe.set_progress_bar_config(disable=True)
+    titles = {"orthogonal": "Orthogonal Adaptation", "lora": "an ordinary LoRA, for comparison"}
+    concepts: dict[str, dict[str, Concept]] = {subfolder: {} for subfolder in METHODS}
+    step, total = 0, len(METHODS) * len(NAMES) + 1
+    for subfolder, method in METHODS.items():
+        for name in NAMES:
+            step += 1
+            console.print(f"[bold]{step}/{total}[/] training <{name}> with {titles[method]}")
+            path = folder / subfolder / name
+            concepts[subfolder][name] = train_concept(path, name, method, pipe.components)
+    console.print(f"[bold]{total}/{total}[/] drawing and scoring")
+    drawn = draw_all_models(pipe, concepts)
+    card = scorecard.score_models(judges, drawn)
+    write_results(folder, card, drawn, concepts)
+    console.print(scorecard.terminal_table(card))
+    console.print(
+        "Shares of images ± standard deviation over seeds. both: both concepts of a pair. drift:"
+        " mean change of unrelated images. Lower is better for leak and drift. Each concept:"
+        f" {folder / 'scorecard.md'}\n"
+    )
+    console.print(f"Images: {folder / 'grid.png'} and {folder / 'crosstalk.png'}\n")
+    console.print("To use the concepts in Python:\n")
+    snippet = scorecard.python_snippet(folder)
+    console.print(snippet, highlight=False, markup=False, soft_wrap=True)
+    return folder
+
+
+def train_concept(
+    folder: Path, name: str, method: Method, components: Mapping[str, Any]
+) -> Concept:
+    """Train one bundled concept into a folder, resume it, or load it if it is finished.
+
+    Args:
+        folder: for the concept and its checkpoints.
+        name: of the bundled concept.
+        method: "lora" for the baseline, which is trained and merged in the usual way.
+        components: of the base pipeline.
+
+    Raises:
+        SettingsError: the folder contains a concept trained with other settings.
+    """
+    from customize.training.config import TrainConfig
+    from customize.training.recipe import train
+
+    orthogonal = method == "orthogonal"
+    config = TrainConfig(
+        base=experiment.BASE_NAME,
+        images=assets_folder() / "concepts" / name,
+        output=folder,
+        name=name,
+        class_word=bundled_concept(name).identity.kind,
+        slice=NAMES.index(name) if orthogonal else None,
+        method=method,
+        record_inputs=orthogonal,  # a sum needs no layer inputs
+        **experiment.TRAINING | ({} if orthogonal else {"preserve": {}}),
+    )
+    try:
+        return train(config, components)
+    except SettingsError as error:
+        raise SettingsError(
+            error.problem,
+            where=error.where,
+            fix="delete that folder and run the demo again: the demo has changed since",
+        ) from None
+
+
+def draw_all_models(
+    pipe: Any, concepts: Mapping[str, Mapping[str, Concept]]
+) -> dict[str, DrawnImages]:
+    """Draw the prompts of every model that the demo compares."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from customize.api.pipeline_methods import load_custom, unload_custom
+
+    triggers = {name: f"<{name}>" for name in NAMES}
+    classes = {name: f"a {bundled_concept(name).identity.kind}" for name in NAMES}
+    # Model, concepts to attach, prompts.
+    models: list[tuple[str, list[Concept], dict[Any, list[str]]]] = [
+        (BASE, [], experiment.model_prompts(classes, PAIRS, unrelated=True))
+    ]
+    for subfolder, alone, merged in (
+        ("concepts", ORTHOGONAL_ALONE, ORTHOGONAL_MERGED),
+        ("ordinary", LORA_ALONE, LORA_MERGED),
+    ):
+        for name, concept in concepts[subfolder].items():
+            prompts = experiment.model_prompts({name: triggers[name]}, (), unrelated=False)
+            models.append((alone, [concept], prompts))
+        prompts = experiment.model_prompts(triggers, PAIRS, unrelated=True)
+        models.append((merged, [*concepts[subfolder].values()], prompts))
+    images: dict[str, dict[Any, list[Tensor]]] = {}
+    count = sum(
+        len(texts) * len(experiment.prompt_seeds(model, key))
+        for model, _, prompts in models
+        for key, texts in prompts.items()
+    )
+    with tqdm(total=count, desc="drawing", unit="image") as bar:
+        for model, attached, prompts in models:
+            if attached:
+                load_custom(pipe, *attached, merge="sum" if model == LORA_MERGED else "fusion")
+            for seed in experiment.SEEDS:
+                groups = {
+                    key: texts
+                    for key, texts in prompts.items()
+                    if seed in experiment.prompt_seeds(model, key)
+                }
+                if not groups:
+                    continue
+                batches = storybook_rates.draw_groups(pipe, groups, seed, bar.update)
+                for key, batch in batches.items():
+                    images.setdefault(model, {}).setdefault(key, []).append(batch)
+            unload_custom(pipe)
+    return {
+        model: experiment.group_images({key: torch.cat(b) for key, b in batches.items()})
+        for model, batches in images.items()
+    }
+
+
+def write_results(
+    folder: Path,
+    card: Mapping[str, Any],
+    drawn: Mapping[str, DrawnImages],
+    concepts: Mapping[str, Mapping[str, Concept]],
+) -> None:
+    """Write scorecard.json, scorecard.md, grid.png and crosstalk.png.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        result = result_file.make_result("demo", "make demo", card["rows"], card["figures"])
+        (folder / "scorecard.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / "scorecard.md").write_text(scorecard.markdown_page(card, folder))
+        figures.draw_grid(drawn).save(folder / "grid.png")
+        figures.plot_overlap(concepts, folder / "crosstalk.png")
+    except OSError as error:
+        fix = "name another folder"
+        raise storage_error(error, folder, "the demo's results", fix) from error

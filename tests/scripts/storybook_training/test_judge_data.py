@@ -1,0 +1,48 @@
+"""Training data of the judges: labels, degraded images, crops."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from customize.storybook.judges import HEADS, judge_inputs
+from customize.storybook.scene_drawing import draw_scene
+from customize.storybook.world import random_scene
+from scripts.storybook_training.judge_data import identity_views, labels, roughen
+from tests.storybook.making import random_scenes
+
+
+def test_labels_are_right_and_silent_where_nothing_is():
+    scene = random_scenes(1, 1)[0]
+    found = labels(scene)
+    thing = scene.things[0]
+    assert HEADS["count"][found["count"]] == "one"
+    assert HEADS["place"][found["place"]] == scene.place
+    assert HEADS["kind0"][found["kind0"]] == thing.identity.kind
+    assert HEADS["accessory0"][found["accessory0"]] == thing.accessory
+    assert {found[name] for name in HEADS if name.endswith("1")} == {-1}
+    assert found.keys() == HEADS.keys()
+
+
+def test_roughening_keeps_shape_range_and_seed():
+    images = judge_inputs([draw_scene(s) for s in random_scenes(6, 1)])
+    rough = roughen(images, torch.Generator().manual_seed(1), None)
+    assert rough.shape == images.shape
+    assert rough.abs().max() <= 1
+    assert not torch.equal(rough, images)
+    assert torch.equal(rough, roughen(images, torch.Generator().manual_seed(1), None))
+
+
+def test_views_of_an_identity_cover_all_classes():
+    crops, kinds = identity_views(np.random.default_rng(0), 8, 4)
+    assert crops.shape == (8, 4, 3, 64, 64)
+    assert crops.dtype == torch.uint8
+    assert set(kinds) == set(HEADS["kind0"])
+
+
+def test_random_scenes_have_labels_for_every_head_there_is():
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        scene = random_scene(rng, two=0.5)
+        for name, index in labels(scene).items():
+            assert -1 <= index < len(HEADS[name])

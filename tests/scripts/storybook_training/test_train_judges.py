@@ -1,0 +1,80 @@
+"""Training of the judges: files, resuming."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from customize.storybook.judges import Judges, load_judges
+from scripts.storybook_training.measure_judges import measure_judges
+from scripts.storybook_training.train_judges import (
+    fit_judge,
+    save_judges,
+    train_attributes,
+    train_identity,
+    train_judges,
+)
+from tests.storybook.making import random_judges
+
+
+def test_training_measures_saves_and_loads_the_same_judges(tmp_path):
+    trained = Judges(
+        train_attributes(tmp_path, None, pictures=24, steps=2),
+        train_identity(tmp_path, None, identities=16, steps=2),
+        threshold=0.5,
+    )
+    figures = measure_judges(trained, None, pictures=30, identities=16)
+    assert all(0 <= value <= 2 for value in figures.values())
+    assert {"clean_accuracy", "rough_accuracy", "identity_auc", "threshold"} <= figures.keys()
+    save_judges(trained, tmp_path / "judges", figures)
+    assert json.loads((tmp_path / "judges/judges.json").read_text())["held_out"] == figures
+    loaded = load_judges(tmp_path / "judges")
+    assert loaded.threshold == 0.5
+    for before, after in (
+        (trained.attributes, loaded.attributes),
+        (trained.identity, loaded.identity),
+    ):
+        assert not after.training
+        halves = {
+            k: v.half().to(v.dtype) if v.is_floating_point() else v
+            for k, v in before.state_dict().items()
+        }
+        assert halves.keys() == after.state_dict().keys()
+        assert all(torch.equal(value, halves[name]) for name, value in after.state_dict().items())
+
+
+def fit_small(folder, steps, fail_at=None):
+    """Fit a small network with running statistics, as the judges have; gives all its tensors."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    )
+    count = 0
+
+    def loss_of(generator):
+        nonlocal count
+        count += 1
+        if count == fail_at:
+            raise KeyboardInterrupt
+        return model(torch.randn(8, 4, generator=generator)).square().mean()
+
+    folder.mkdir(exist_ok=True)
+    fit_judge("net", folder, model, loss_of, steps, 1e-2, every=2)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_a_judge_that_was_cut_off_ends_as_an_uninterrupted_one(tmp_path):
+    expected = fit_small(tmp_path / "whole", 7)
+    with pytest.raises(KeyboardInterrupt):
+        fit_small(tmp_path / "cut", 7, fail_at=6)
+    found = fit_small(tmp_path / "cut", 7)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_finished_judges_stay_as_they_are(tmp_path):
+    save_judges(random_judges(), tmp_path, {"identity_auc": 0.75})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert train_judges(tmp_path, None) == {"identity_auc": 0.75}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

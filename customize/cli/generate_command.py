@@ -218,7 +218,7 @@ def generate_images(
     trained_here = [concept for concept in concepts if isinstance(concept, Concept)]
     if trained_here:
         check_compatible(trained_here)
-    check_regions(plan.prompts, regions, {c.info.name: c.info.words for c in concepts})
+    check_regions(plan.prompts, regions, {c.info.name: c.info.trigger_words for c in concepts})
     check_writable(output)
     torch_device = choose_device(device, "--device")
     if loading.memory is not None and device is not None:

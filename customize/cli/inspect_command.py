@@ -77,7 +77,7 @@ def inspect(
         )
         return
     names = [concept.info.name for concept in opened]
-    inputs = [record.own for record in records if record is not None]
+    inputs = [record.concept for record in records if record is not None]
     by_layer = crosstalk_report.measure_crosstalk(opened, inputs)
     if by_layer:
         console().print(crosstalk_report.crosstalk_table(opened, by_layer))

@@ -53,7 +53,7 @@ def list_concepts(library: LibrarySource) -> None:
 
 
 def _table_row(entry: LibraryEntry) -> tuple[str, ...]:
-    if entry.fault:
+    if entry.error:
         return (entry.name, entry.trigger, "unreadable: see check", "", "", "", "", "")
     return (
         entry.name,
@@ -63,16 +63,18 @@ def _table_row(entry: LibraryEntry) -> tuple[str, ...]:
         entry.base or "-",
         str(entry.rank or "-"),
         f"{entry.size / 2**20:.1f}",
-        "yes" if entry.recorded else "no",
+        "yes" if entry.has_layer_inputs else "no",
     )
 
 
 def _describe_triggers(entry: LibraryEntry) -> str:
     """The triggers of a merge, or the trigger of a concept or LoRA and the words it expands to."""
-    triggers = sorted(entry.called - {entry.trigger.lower()})
+    triggers = sorted(entry.trigger_tokens - {entry.trigger.lower()})
     if triggers:
         return ", ".join([*triggers, entry.trigger])
-    expansion = f" (= {entry.words})" if entry.words and not entry.own_tokens else ""
+    expansion = (
+        f" (= {entry.trigger_words})" if entry.trigger_words and not entry.has_own_tokens else ""
+    )
     return entry.trigger + expansion
 
 
@@ -90,7 +92,7 @@ def add_concepts(folder: Folder, concepts: Concepts) -> None:
 
     for source in concepts:
         entry = add_to_library(folder, source)
-        noun = "trigger" if len(entry.called) == 1 else "triggers"
+        noun = "trigger" if len(entry.trigger_tokens) == 1 else "triggers"
         print_line(f"Added {folder / entry.source}, {noun}: {_describe_triggers(entry)}")
 
 
@@ -109,8 +111,8 @@ def check(library: LibrarySource) -> None:
     report = check_library(library)
     for note in report.notes:
         print_line(f"note: {note}.")
-    for fault in report.faults:
+    for fault in report.errors:
         print_line(f"fault: {fault}")
     count = plural(len(report.library.entries), "concept")
-    print_line(f"{count} read completely, {plural(len(report.faults), 'fault')}")
-    raise typer.Exit(1 if report.faults else 0)
+    print_line(f"{count} read completely, {plural(len(report.errors), 'fault')}")
+    raise typer.Exit(1 if report.errors else 0)

@@ -230,7 +230,7 @@ def _write_pipeline(
             output.rmdir()
         partial.rename(output)
     listed = ", ".join(concept.info.name for concept in concepts)
-    words = [concept.info.words for concept in concepts if concept.info.words]
+    words = [concept.info.trigger_words for concept in concepts if concept.info.trigger_words]
     family = family_of(pipe.components)
     snippet = python_snippet(str(output), [], words, family.name, family.output)
     print_line(

@@ -39,7 +39,7 @@ PREDICTORS = ("measured", "factors")
 def predictions(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
     """Predictor -> (K, K): entry (i, j) is what j does to i."""
     products = {name: flatten_layers(entry.concept.updates) for name, entry in learned.items()}
-    inputs = {name: flatten_layers(entry.record.own) for name, entry in learned.items()}
+    inputs = {name: flatten_layers(entry.record.concept) for name, entry in learned.items()}
     return {
         "measured": relative_responses(response_norms(products, inputs)),
         "factors": overlap_matrix(products),

@@ -39,7 +39,9 @@ def gradient_fusion(learned: Sequence[Learned]) -> Products:
     for part in learned[0].concept.updates:
         merged[part] = {}
         for module in learned[0].concept.updates[part]:
-            inputs = [entry.record.own[part][saved_module_name(part, module)] for entry in learned]
+            inputs = [
+                entry.record.concept[part][saved_module_name(part, module)] for entry in learned
+            ]
             targets = [
                 to_dense(entry.concept.updates[part][module]) @ rows.T
                 for entry, rows in zip(learned, inputs, strict=True)

@@ -147,7 +147,7 @@ def test_settings_that_do_not_fit(run: Run, world: World, tmp_path: Path) -> Non
     train(run, world, tmp_path, "device meta cannot be used", device="meta")
     train(run, world, tmp_path, "holds the concept rex", world.rex, output=world.rex)
     below = tmp_path / "photos" / "0.png" / "x"
-    train(run, world, tmp_path, "a file is in the place", str(below), output=below)
+    train(run, world, tmp_path, "the output folder is a file", str(below), output=below)
 
 
 def test_a_rank_above_a_width_is_told_before_pictures_are_encoded(

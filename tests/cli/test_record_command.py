@@ -49,10 +49,10 @@ def test_it_leaves_what_python_records(run: Run, world: World, tmp_path: Path) -
     found = LayerInputs.load(layer_inputs_path(folder))
     prompts = [text for text in PROMPTS if "{}" in text]
     expected = customize.record_inputs(tiny_sd(), folder, prompts)
-    assert found.of == expected.of
-    for component, layers in expected.own.items():
+    assert found.digest == expected.digest
+    for component, layers in expected.concept.items():
         for module, rows in layers.items():
-            read = found.own[component][module]
+            read = found.concept[component][module]
             torch.testing.assert_close(read.T @ read, rows.T @ rows, atol=2e-3, rtol=0)
 
 
@@ -138,7 +138,7 @@ def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -
         }
         for c in concepts
     )
-    inputs = LayerInputs.load(layer_inputs_path(recorded.rex)).own
+    inputs = LayerInputs.load(layer_inputs_path(recorded.rex)).concept
     total = [0.0, 0.0]
     for part, own in inputs.items():
         for module, rows in own.items():
@@ -164,7 +164,7 @@ def test_inspect_tells_and_draws_it_layer_by_layer(
     result = run("inspect", recorded.rex, recorded.tom, "--layers", "--plot", picture)
     assert (result.code, result.err) == (0, "")
     table = result.out[result.out.index("tom on") : result.out.index("rex and tom: crosstalk")]
-    layers = LayerInputs.load(layer_inputs_path(recorded.rex)).own
+    layers = LayerInputs.load(layer_inputs_path(recorded.rex)).concept
     cells = re.findall(r"│ (\d+\.\d\d) ", table)
     assert len(cells) == 2 * sum(map(len, layers.values()))
     assert picture.name in result.out

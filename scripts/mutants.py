@@ -137,8 +137,8 @@ def prepare_folder(group: str) -> Path:
         "pytest_add_cli_args_test_selection": tests,
         "use_git_change_detection": False,
         "on_dependency_change": "ignore",
-        "timeout_multiplier": 10.0,
-        "timeout_constant": 10.0,
+        "timeout_multiplier": 4.0,
+        "timeout_constant": 3.0,
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     project = (ROOT / "pyproject.toml").read_text()

@@ -26,13 +26,13 @@ from customize.concepts.merge.choose_method import (
     parse_method,
     read_record,
 )
+from customize.concepts.tokens.prompt_phrases import is_truncated
 from customize.concepts.types import Adaptation
 from customize.core.merges import FUSION, MERGES, SUM
 from customize.errors import ConfigError
 from customize.families import Family
 from customize.pipeline.state import AttachedConcept, AttachedState, MergePlan
 from customize.pipeline.transaction import apply_attachments
-from customize.stages.check_prompts import is_truncated
 from customize.text import quote
 
 

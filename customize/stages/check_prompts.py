@@ -1,5 +1,4 @@
-"""The prompts of a call: what in them looks like a trigger and is none, and triggers that the text
-encoders do not read because the prompt is too long."""
+"""The stage that warns about prompts: unknown triggers, and triggers beyond the token limit."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from customize.concepts.library.library import TRIGGER_PATTERN
-from customize.concepts.tokens.prompt_phrases import find_phrase
+from customize.concepts.tokens.prompt_phrases import is_truncated
 from customize.concepts.tokens.token_rows import known_tokens, tokens_containing
 from customize.families import Family
 from customize.near_names import did_you_mean
@@ -17,152 +16,135 @@ from customize.pipeline.call_wrapper import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState, get_tokenizers
 from customize.pipeline.user_warnings import warn_user
 
-_PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
+_PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
 _TRIGGER = re.compile(TRIGGER_PATTERN, re.IGNORECASE)
 
 
 def prompt_arguments(call: CallArguments) -> dict[str, Any]:
-    """Argument -> its value, for every one that is a prompt, the negative ones too."""
-    return {name: value for name, value in call.items() if _PROMPT.fullmatch(name)}
+    """Return the arguments of a call that are prompts, negative prompts included."""
+    return {name: value for name, value in call.items() if _PROMPT_ARGUMENT.fullmatch(name)}
 
 
 def flatten_texts(prompt: Any) -> list[str]:
-    """The texts of a prompt: one, or those of a batch or of a video's frames."""
+    """Return the texts of a prompt: a text, a list of them, or a dict by frames of a video."""
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, Mapping):
         prompt = prompt.values()
     elif not isinstance(prompt, list | tuple):
         return []
-    return [text for each in prompt for text in flatten_texts(each)]
+    return [text for item in prompt for text in flatten_texts(item)]
 
 
 class Vocabulary:
-    """What the tokenizers of a model know, and what of it is an attached concept's.
+    """The tokens that a model's tokenizers know, and which of them belong to attached concepts.
 
     Args:
-        names: of the attached concepts that count; None: all.
+        family: The models of the pipeline.
+        state: What is attached to them.
+        names: Names of the attached concepts to consider; None for all.
     """
 
     def __init__(
         self, family: Family, state: AttachedState, names: Collection[str] | None = None
     ) -> None:
         infos = [
-            each.concept.info
-            for name, each in state.attached.items()
+            attached.concept.info
+            for name, attached in state.attached.items()
             if names is None or name in names
         ]
         self.triggers = [trigger for info in infos for trigger in info.triggers]
         self._words = " ".join(info.trigger_words for info in infos).lower()
         self._tokenizers = list(get_tokenizers(family).values())
-        self._entries = {name for entries in state.token_names.values() for name in entries}
+        self._concept_tokens = {name for tokens in state.token_names.values() for name in tokens}
 
-    def triggers_in(self, texts: Iterable[str]) -> list[str]:
-        """What looks like a trigger, each once; no part of a longer token of others."""
-        found = [trigger for text in texts for trigger in self._triggers_in(text)]
-        return list(dict.fromkeys(found))
+    def find_triggers(self, texts: Iterable[str]) -> list[str]:
+        """Return what looks like a trigger, without parts of longer tokens of the user's own."""
+        found: dict[str, None] = {}
+        for text in texts:
+            matches = _TRIGGER.findall(text)
+            if matches:
+                added = {name for t in self._tokenizers for name in t.get_added_vocab()}
+                for name in tokens_containing(matches, added - self._concept_tokens):
+                    text = text.replace(name, " ")
+                found |= dict.fromkeys(_TRIGGER.findall(text))
+        return list(found)
 
-    def _triggers_in(self, text: str) -> list[str]:
-        found = _TRIGGER.findall(text)
-        if not found:
-            return []
-        longer = {name for each in self._tokenizers for name in each.get_added_vocab()}
-        for name in tokens_containing(found, longer - self._entries):
-            text = text.replace(name, " ")
-        return _TRIGGER.findall(text)
+    def is_known_elsewhere(self, token: str) -> bool:
+        """Whether a token is no concept's but the tokenizers' or the user's own.
 
-    def has_elsewhere(self, token: str) -> bool:
-        """Whether it is a token of the tokenizers' or of the user's own, such as one of a textual
-        inversion, or is in the words that call a LoRA."""
-        others = token not in self._entries
-        others = others and any(known_tokens(each, [token]) for each in self._tokenizers)
-        return others or token.lower() in self._words
-
-    def unknown_in(self, texts: Iterable[str]) -> list[str]:
-        """What looks like a trigger, and neither a concept nor a tokenizer knows it."""
-        known_here = {trigger.lower() for trigger in self.triggers}
-        return [
-            token
-            for token in self.triggers_in(texts)
-            if token.lower() not in known_here and not self.has_elsewhere(token)
-        ]
+        Such as a textual inversion's, or a part of the words that call a LoRA.
+        """
+        if token.lower() in self._words:
+            return True
+        is_concepts = token in self._concept_tokens
+        return not is_concepts and any(known_tokens(t, [token]) for t in self._tokenizers)
 
 
 @contextmanager
 def _run(context: CallContext, call: CallArguments) -> Iterator[CallArguments]:
-    """Warn about triggers, except where a step attaches the call's concepts and warns itself."""
+    # A modular step that attaches concepts warns itself, after it has attached them.
     if call.get("concepts") is None:
         warn_about_triggers(context, call)
     yield call
 
 
-def warn_about_triggers(context: CallContext, call: CallArguments) -> None:
-    """Warn of what looks like a trigger and is none, and of triggers that are cut off.
+#: Checks the prompts of customized pipelines.
+PROMPTS = Stage(
+    (), _run, acts=lambda state: bool(state.attached or state.library_cache), exclusive=False
+)
 
-    Args:
-        call: the arguments by name, of which the prompts count.
-    """
+
+def warn_about_triggers(context: CallContext, call: CallArguments) -> None:
+    """Warn about unknown triggers in prompts, and triggers that the text encoders do not read."""
     vocabulary = Vocabulary(context.family, context.state)
     texts = [text for prompt in prompt_arguments(call).values() for text in flatten_texts(prompt)]
-    for token in vocabulary.unknown_in(texts):
-        hint = did_you_mean(token, vocabulary.triggers)
-        warn_user(
-            f"the prompt names {token}, and no attached concept has that trigger; "
-            + (hint or f"those that are attached are {', '.join(vocabulary.triggers) or 'none'}")
-        )
-    for message in truncation_warnings(context, call):
+    attached = {trigger.lower() for trigger in vocabulary.triggers}
+    for token in vocabulary.find_triggers(texts):
+        if token.lower() not in attached and not vocabulary.is_known_elsewhere(token):
+            triggers = ", ".join(vocabulary.triggers) or "none"
+            hint = did_you_mean(token, vocabulary.triggers)
+            warn_user(
+                f"the prompt contains {token}, and no attached concept has that trigger; "
+                + (hint or f"the attached triggers are {triggers}")
+            )
+    for message in _truncation_warnings(context, call):
         warn_user(message)
 
 
-#: Checks the prompts of customized pipelines.
-PROMPTS = Stage((), _run, acts=lambda s: bool(s.attached or s.library_cache), exclusive=False)
-
-
-def truncation_warnings(context: CallContext, call: CallArguments) -> list[str]:
-    """What to say of prompts in which an attached concept is named behind what is read."""
-    infos = [each.concept.info for each in context.state.attached.values()]
+def _truncation_warnings(context: CallContext, call: CallArguments) -> list[str]:
+    infos = [attached.concept.info for attached in context.state.attached.values()]
     names = list(
         dict.fromkeys(name for info in infos for name in (info.trigger_words, *info.triggers))
     )
     if "max_embeddings_multiples" in context.parameters:
-        return []  # a community pipeline, which reads long prompts in parts
-    found = []
+        return []  # a community pipeline that splits long prompts
+    messages = []
     for key in context.family.all_text_encoders:
         tokenizer = context.family.tokenizer_for(key)
-        window = _token_limit(context, call, key, tokenizer)
-        if window is None:
+        limit = _token_limit(context, call, key, tokenizer)
+        if limit is None:
             continue
-        for start in ("prompt", "negative_prompt"):
-            prompt = call.get(start + key.removeprefix("text_encoder"))
-            for text in flatten_texts(call.get(start) if prompt is None else prompt):
-                cut = [
-                    name for name in names if name and is_truncated(name, text, tokenizer, window)
-                ]
+        for argument in ("prompt", "negative_prompt"):
+            prompt = call.get(argument + key.removeprefix("text_encoder"))
+            for text in flatten_texts(call.get(argument) if prompt is None else prompt):
+                cut = [n for n in names if n and is_truncated(n, text, tokenizer, limit)]
                 if cut:
                     count = len(tokenizer(text, verbose=False).input_ids)
                     shown = text if len(text) <= 60 else f"{text[:60]}..."
-                    found.append(
-                        f"the {start.replace('_', ' ')} {shown!r} has {count} tokens, of which "
-                        f"the {key} reads {window}: {', '.join(cut)} is cut off; shorten it, or "
+                    messages.append(
+                        f"the {argument.replace('_', ' ')} {shown!r} has {count} tokens, of which "
+                        f"the {key} reads {limit}: {', '.join(cut)} is cut off; shorten it, or "
                         "write that nearer to its beginning"
                     )
-    return list(dict.fromkeys(found))
-
-
-def is_truncated(name: str, text: str, tokenizer: Any, window: int) -> bool:
-    """Whether the first mention of a name in a text is behind the tokens that are read."""
-    places = find_phrase(name, text)
-    if not places or len(text) < window // 2:  # no token is shorter than half a letter
-        return False
-    begun = tokenizer(text[: places[0][1]], add_special_tokens=False, verbose=False).input_ids
-    return len(begun) > window - tokenizer.num_special_tokens_to_add()
+    return list(dict.fromkeys(messages))
 
 
 def _token_limit(context: CallContext, call: CallArguments, key: str, tokenizer: Any) -> int | None:
-    """How many tokens of a prompt an encoder reads; None where that is not known."""
+    """Return the number of tokens that an encoder reads of a prompt; None if unknown."""
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
         return None
     if key in context.family.clip_encoders:
         return int(tokenizer.model_max_length)
-    given = call.get("max_sequence_length", context.parameters.get("max_sequence_length"))
-    return given if isinstance(given, int) else None
+    length = call.get("max_sequence_length", context.parameters.get("max_sequence_length"))
+    return length if isinstance(length, int) else None

@@ -76,7 +76,7 @@ def _named(family: Family, state: AttachedState, texts: Iterable[str]) -> dict[s
     vocabulary = Vocabulary(family, state, by_name)
     loaded = {trigger.lower() for trigger in vocabulary.triggers}
     found: dict[str, LibraryEntry] = {}
-    for token in vocabulary.triggers_in(texts):
+    for token in vocabulary.find_triggers(texts):
         trigger = token.lower()
         if trigger in loaded or trigger in found:
             continue
@@ -84,7 +84,7 @@ def _named(family: Family, state: AttachedState, texts: Iterable[str]) -> dict[s
         if entry is not None:
             found[trigger] = entry
             continue
-        if not vocabulary.has_elsewhere(token):
+        if not vocabulary.is_known_elsewhere(token):
             near = ", ".join(cache.library.similar_triggers(trigger, cache.is_compatible))
             count = len(cache.library.entries)
             raise ConfigError(

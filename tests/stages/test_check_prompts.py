@@ -1,4 +1,4 @@
-"""Triggers that nothing reads: misspelt ones, and those behind what the text encoders read."""
+"""Warnings about unknown triggers, and triggers beyond the token limit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ makers = pytest.mark.parametrize(
 LONG = "in the snow " * 300 + "with <rex>"
 
 
-def told(pipe, prompt="a photo of <rex>", **call):
-    """What a call warns of."""
+def warnings_of(pipe, prompt="a photo of <rex>", **call):
+    """The warnings of a call about triggers."""
     noise = torch.Generator().manual_seed(1)
     given = {"num_inference_steps": 1, "output_type": "np", "height": 32, "width": 32}
     with warnings.catch_warnings(record=True) as found:
@@ -29,45 +29,45 @@ def told(pipe, prompt="a photo of <rex>", **call):
 
 
 @makers
-def test_a_misspelt_trigger_is_told_with_the_near_one(make):
+def test_misspelt_triggers_are_reported_with_the_nearest_one(make):
     pipe = attached(make)
-    assert told(pipe) == [] == told(pipe, "a dog")
-    (message,) = told(pipe, "a photo of <rexx>")
+    assert warnings_of(pipe) == [] == warnings_of(pipe, "a dog")
+    (message,) = warnings_of(pipe, "a photo of <rexx>")
     assert message == (
-        "the prompt names <rexx>, and no attached concept has that trigger; did you mean <rex>?"
+        "the prompt contains <rexx>, and no attached concept has that trigger; did you mean <rex>?"
     )
-    assert told(pipe, "a <REX>") == []
+    assert warnings_of(pipe, "a <REX>") == []
     pipe.unload_custom()
-    assert told(pipe, "a photo of <rexx>") == []  # a pipeline of which we know nothing
+    assert warnings_of(pipe, "a photo of <rexx>") == []  # a pipeline of which we know nothing
 
 
-def test_all_prompts_of_a_call_are_read():
+def test_all_prompt_arguments_are_checked():
     pipe = attached(tiny_sdxl)
     for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
-        assert "did you mean <rex>" in told(pipe, **{name: "<rexx>"})[0], name
-    assert len(told(pipe, ["a <rex>", "a <rexx> and <rexy>"])) == 2
+        assert "did you mean <rex>" in warnings_of(pipe, **{name: "<rexx>"})[0], name
+    assert len(warnings_of(pipe, ["a <rex>", "a <rexx> and <rexy>"])) == 2
     sd3 = attached(tiny_sd3)
-    assert "<rexx>" in told(sd3, prompt_3="a <rexx>")[0]
+    assert "<rexx>" in warnings_of(sd3, prompt_3="a <rexx>")[0]
 
 
-def test_tokens_of_the_users_own_are_known():
+def test_tokens_of_the_user_are_known():
     pipe = tiny_sd()
     pipe.load_textual_inversion({"<rexx>": torch.ones(1, 32)})
     pipe.load_custom(concept(pipe))
-    assert told(pipe, "<rex> and <rexx>") == []
+    assert warnings_of(pipe, "<rex> and <rexx>") == []
     pipe.load_textual_inversion({"<rex>-style": torch.ones(1, 32)})
-    assert told(pipe, "<rex>-style") == []
+    assert warnings_of(pipe, "<rex>-style") == []
     pipe.load_lora_weights(user_lora(pipe), adapter_name="mine")
-    assert told(pipe, "<rex> of a <b>") != []
+    assert warnings_of(pipe, "<rex> of a <b>") != []
 
 
-def test_another_pipeline_of_the_same_models_tells_it_too():
+def test_pipelines_that_share_the_models_warn_too():
     pipe = attached()
     other = type(pipe)(**pipe.components, requires_safety_checker=False)
-    assert "<rexx>" in told(other, "a <rexx>")[0]
+    assert "<rexx>" in warnings_of(other, "a <rexx>")[0]
 
 
-def test_the_warning_points_at_the_call():
+def test_the_warning_points_at_the_callers_line():
     pipe = attached()
     with pytest.warns(UserWarning, match="<rexx>") as found:
         draw(pipe, "<rexx>")
@@ -75,34 +75,34 @@ def test_the_warning_points_at_the_call():
 
 
 @makers
-def test_a_trigger_that_is_cut_off_is_told(make):
+def test_a_trigger_that_is_cut_off_is_warnings_of(make):
     pipe = attached(make)
-    (message, *more) = told(pipe, LONG)
+    (message, *more) = warnings_of(pipe, LONG)
     assert "<rex> is cut off" in message and "write that nearer to its beginning" in message
     assert all("<rex> is cut off" in other for other in more)
-    assert told(pipe, "<rex> " + LONG) == []
-    assert told(pipe, "in the snow " * 300) == []  # nothing of ours is lost
+    assert warnings_of(pipe, "<rex> " + LONG) == []
+    assert warnings_of(pipe, "in the snow " * 300) == []  # nothing of ours is lost
 
 
-def test_what_is_told_names_the_encoder_the_tokens_and_the_window():
+def test_the_warning_contains_encoder_token_count_and_limit():
     pipe = attached(tiny_flux)
     clip, t5 = pipe.tokenizer, pipe.tokenizer_2
-    found = told(pipe, LONG, max_sequence_length=40)
+    found = warnings_of(pipe, LONG, max_sequence_length=40)
     assert len(found) == 2
     counts = [len(tokenizer(LONG).input_ids) for tokenizer in (clip, t5)]
     window = clip.model_max_length
     assert f"has {counts[0]} tokens, of which the text_encoder reads {window}" in found[0]
     assert f"has {counts[1]} tokens, of which the text_encoder_2 reads 40" in found[1]
     # Each encoder's own text, and the negative one.
-    (message,) = told(pipe, prompt_2=LONG, max_sequence_length=40)
+    (message,) = warnings_of(pipe, prompt_2=LONG, max_sequence_length=40)
     assert "the text_encoder_2 reads 40" in message
     sd = attached()
-    (message,) = told(sd, negative_prompt=LONG)
+    (message,) = warnings_of(sd, negative_prompt=LONG)
     assert message.startswith("the negative prompt 'in the snow")
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_the_last_place_that_is_read(tokens):
+def test_triggers_at_the_last_position_are_not_reported(tokens):
     pipe = tiny_sd()
     rex = concept(pipe)
     if tokens == 1:
@@ -113,25 +113,25 @@ def test_the_last_place_that_is_read(tokens):
     one = len(pipe.tokenizer("dog ", add_special_tokens=False).input_ids)
     room = pipe.tokenizer.model_max_length - 2 - tokens
     fits = "dog " * (room // one)
-    assert told(pipe, fits + "<rex>") == []
+    assert warnings_of(pipe, fits + "<rex>") == []
     begun = len(pipe.tokenizer(fits + "dog <rex>", add_special_tokens=False).input_ids)
-    assert bool(told(pipe, fits + "dog <rex>")) == (begun > room + tokens)
-    assert told(pipe, fits + "dog " * tokens + "<rex>") != []
+    assert bool(warnings_of(pipe, fits + "dog <rex>")) == (begun > room + tokens)
+    assert warnings_of(pipe, fits + "dog " * tokens + "<rex>") != []
 
 
-def test_embeddings_for_each_layer_and_modular_pipelines():
+def test_layerwise_embeddings_and_modular_pipelines_are_checked():
     pipe = attached(layers=True)
-    assert "is cut off" in told(pipe, LONG)[0]
+    assert "is cut off" in warnings_of(pipe, LONG)[0]
     sd3 = attached(tiny_sd3)
     pipe = modular(sd3)
     pipe.set_progress_bar_config(disable=True)
-    assert "is cut off" in told(pipe, LONG)[0] and "<rexx>" in told(pipe, "<rexx>")[0]
+    assert "is cut off" in warnings_of(pipe, LONG)[0] and "<rexx>" in warnings_of(pipe, "<rexx>")[0]
 
 
-def test_a_library_refuses_what_it_refused_and_tells_what_is_cut_off(tmp_path):
+def test_libraries_refuse_unknown_triggers_and_report_truncated_ones(tmp_path):
     pipe = tiny_sd()
     save_concept(concept(pipe), tmp_path / "rex")
     pipe.load_custom(library=tmp_path)
-    assert "<rex> is cut off" in told(pipe, LONG)[0]
+    assert "<rex> is cut off" in warnings_of(pipe, LONG)[0]
     with pytest.raises(Exception, match="it has <rex>"):
         draw(pipe, "<rexx>")

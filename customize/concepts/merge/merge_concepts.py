@@ -151,7 +151,7 @@ def plan_merge(
                 where="weights",
                 fix="give finite weights",
             )
-    if method not in MERGES:
+    if not isinstance(method, str) or method not in MERGES:
         raise ConfigError(
             f"unknown merge method {quote(method)}",
             where="merge",

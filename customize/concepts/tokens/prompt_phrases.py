@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from customize.errors import ConfigError
 from customize.near_names import find_near_names
@@ -37,6 +38,22 @@ def find_phrase(phrase: str, prompt: str) -> list[tuple[int, int]]:
     before = r"(?<![\w<])" if re.match(r"\w", words[0]) else r"(?<![\w-])"
     after = r"(?![\w>])" if re.search(r"\w$", words[-1]) else r"(?![\w-])"
     return [m.span() for m in re.finditer(before + body + after, prompt, re.IGNORECASE)]
+
+
+def is_truncated(phrase: str, prompt: str, tokenizer: Any, limit: int) -> bool:
+    """Whether the first occurrence of a phrase lies beyond the tokens that an encoder reads.
+
+    Args:
+        phrase: The phrase.
+        prompt: The prompt; False where it does not contain the phrase.
+        tokenizer: The encoder's tokenizer.
+        limit: The number of tokens that it reads, special tokens included.
+    """
+    places = find_phrase(phrase, prompt)
+    if not places or len(prompt) < limit // 2:  # a letter has two tokens at most
+        return False
+    start = tokenizer(prompt[: places[0][1]], add_special_tokens=False, verbose=False).input_ids
+    return len(start) > limit - tokenizer.num_special_tokens_to_add()
 
 
 def remove_phrases(prompt: str, phrases: Iterable[str]) -> str:

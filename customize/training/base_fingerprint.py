@@ -1,10 +1,10 @@
-"""What can be told of a base before it is loaded: which weights it has, and its resolution.
+"""Facts about a base before it is loaded: digests of its weights, and its resolution.
 
-A digest looks at a few numbers of every tensor, so it costs little of a base of any size, and
-weights that were trained further, or merged with others, have another. It doesn't look at names,
-which libraries change between a file and memory, nor at precision: a file in half precision that
-is loaded as float32 has the digest of what is in memory, but weights that were rounded to half
-precision after loading have one of their own, as something else is learned from them.
+A digest samples a few numbers of every tensor, so its cost is small for a base of any size, and
+fine-tuned or merged weights have another digest. It ignores tensor names, which libraries change
+between file and memory, and precision: a half precision file that is loaded as float32 has the
+digest of the weights in memory. Weights that were rounded to half precision after loading have a
+digest of their own, because training on them gives another result.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from customize.families import FAMILIES, family_of
 from customize.safe_read import MAX_TABLE_BYTES, map_float_tensors, read_json
 from customize.training.config import TrainConfig
 
-_SAMPLED = 16  # numbers of a tensor that are looked at
-_STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' weight files and transformers'
+_SAMPLES = 16  # numbers per tensor
+_STEMS = ("diffusion_pytorch_model", "model")  # weight files of diffusers and transformers
 _INDICES = ("model_index.json", "modular_model_index.json")  # of standard and modular pipelines
-#: The components that what is learned depends on, in all families.
-_PARTS = sorted(
+# Components of all families on which training depends.
+_COMPONENTS = sorted(
     {
         key
         for family in FAMILIES.values()
@@ -42,13 +42,20 @@ _PARTS = sorted(
 def weight_digests(
     base: str, components: Mapping[str, Any] | None, variant: str | None = None
 ) -> dict[str, str]:
-    """Component -> digest of its weights: of components in memory, else of the base's files.
+    """Return component -> digest of its weights, of components in memory or of the base's files.
 
-    Empty where no component is given, or the files aren't at hand or are of an unusual layout.
+    Args:
+        base: Folder or hub id of the base, used without components.
+        components: Components of a pipeline in memory.
+        variant: Variant of the weight files, such as "fp16".
+
+    Returns:
+        Digests of 16 hexadecimal digits; empty if there are no components, or the files are not on
+        disk or of an unusual layout.
     """
     if components is None:
         return weight_digests_on_disk(base, variant)
-    models = {key: components.get(key) for key in _PARTS}
+    models = {key: components.get(key) for key in _COMPONENTS}
     return {
         key: tensors_digest(t for t in model.state_dict().values() if isinstance(t, Tensor))
         for key, model in models.items()
@@ -59,10 +66,11 @@ def weight_digests(
 def base_configuration(
     components: Mapping[str, Any] | None, pipeline_config: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    """What :meth:`Family.configured` says of components in memory; None where there are none yet.
+    """Return the configuration that training depends on; None without components in memory.
 
     Raises:
-        PipelineError: no family knows them, or theirs lacks something in the configuration.
+        PipelineError: The components are of no supported family, or the configuration is
+            incomplete.
     """
     if not components:
         return None
@@ -70,38 +78,38 @@ def base_configuration(
 
 
 def weight_digests_on_disk(base: str, variant: str | None = None) -> dict[str, str]:
-    """The digests of a folder as ``save_pretrained`` writes it, or of a hub id's latest download.
+    """Return the digests of a ``save_pretrained`` folder, or of a hub id's latest download.
 
-    They are those of the loaded components. Only the numbers that count are read.
+    They equal the digests of the loaded components. Only the sampled numbers are read.
     """
     folder = local_folder(base)
-    if folder is None or _elsewhere(folder):
+    if folder is None or _has_external_components(folder):
         return {}
     try:
         variants = select_variants(folder, variant)
-    except PipelineError:  # opening the base raises it again
+    except PipelineError:  # loading the base raises it again
         return {}
-    found = {}
-    for part in _PARTS:
-        if not (folder / part).is_dir():
+    digests = {}
+    for component in _COMPONENTS:
+        if not (folder / component).is_dir():
             continue
         try:
-            entries: set[bytes] = set()
-            for file in _files(folder / part, variants.get(part, "")):
+            samples: set[bytes] = set()
+            for file in _component_files(folder / component, variants.get(component, "")):
                 with map_float_tensors(file) as tensors:
-                    entries |= _entries(tensors)
-        except Exception:  # missing or damaged files: loading them will tell
+                    samples |= _sample_tensors(tensors)
+        except Exception:  # loading the base raises an error for missing or damaged files
             return {}
-        found[part] = _hashed(entries)
-    return found
+        digests[component] = _hash_samples(samples)
+    return digests
 
 
 def resolution_before_loading(
     config: TrainConfig, components: Mapping[str, Any] | None
 ) -> int | None:
-    """The side of the training pictures, as far as it can be told before the base is loaded.
+    """Return the side of the training images in pixels; None if it requires the loaded base.
 
-    So photographs can be shrunk as they are read. None where it can't, as with other layouts.
+    It allows shrinking photographs as they are read.
     """
     if config.resolution is not None:
         return config.resolution
@@ -111,61 +119,62 @@ def resolution_before_loading(
         folder = local_folder(config.base)
         if folder is None:
             return None
-        sides = [_config(folder / f.denoiser_key).get("sample_size") for f in FAMILIES.values()]
+        sides = [
+            _read_config(folder / f.denoiser_key).get("sample_size") for f in FAMILIES.values()
+        ]
         size = next(side for side in sides if side is not None)
-        levels = len(_config(folder / "vae")["block_out_channels"])
-        # As Family.default_resolution computes it of the loaded models.
+        levels = len(_read_config(folder / "vae")["block_out_channels"])
+        # Equal to Family.default_resolution of the loaded models.
         return int(size if isinstance(size, int) else size[0]) * 2 ** (levels - 1)
-    except Exception:  # what is wrong with the base is told when it is loaded
+    except Exception:  # loading the base raises an error
         return None
 
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
-    """A name for some weights, on any device, in any order, with shared ones once or many times."""
-    return _hashed(_entries(tensors))
+    """Return a digest of weights; order, device and repetition of tensors do not matter."""
+    return _hash_samples(_sample_tensors(tensors))
 
 
-def _entries(tensors: Iterable[Tensor]) -> set[bytes]:
-    """Shape and a few numbers of each tensor; the numbers come to the CPU together."""
-    # Not integers: positions are in some files and made up by others. Not quantized weights, which
-    # are of classes of their own and cannot be cut into.
+def _sample_tensors(tensors: Iterable[Tensor]) -> set[bytes]:
+    """Shape and sampled numbers of each tensor, copied to the CPU at once."""
+    # Not integers, because position ids are in some files only; and not quantized weights, whose
+    # tensor subclasses cannot be indexed.
     plain = (t for t in tensors if type(t) in (Tensor, nn.Parameter) and not t.is_meta)
-    kept = [t for t in plain if t.is_floating_point() and t.numel()]
-    if not kept:
+    floats = [t for t in plain if t.is_floating_point() and t.numel()]
+    if not floats:
         return set()
-    picked = [t.detach().reshape(-1)[:: max(t.numel() // _SAMPLED, 1)][:_SAMPLED] for t in kept]
-    numbers = torch.cat([values.float() for values in picked]).cpu()
-    parts = numbers.split([len(values) for values in picked])
+    samples = [t.detach().reshape(-1)[:: max(t.numel() // _SAMPLES, 1)][:_SAMPLES] for t in floats]
+    numbers = torch.cat([values.float() for values in samples]).cpu()
     return {
         f"{tuple(t.shape)} ".encode() + values.numpy().astype("<f4").tobytes()
-        for t, values in zip(kept, parts, strict=True)
+        for t, values in zip(floats, numbers.split([len(s) for s in samples]), strict=True)
     }
 
 
-def _hashed(entries: set[bytes]) -> str:
-    return hashlib.sha256(b"\n".join(sorted(entries))).hexdigest()[:16]
+def _hash_samples(samples: set[bytes]) -> str:
+    return hashlib.sha256(b"\n".join(sorted(samples))).hexdigest()[:16]
 
 
-def _elsewhere(folder: Path) -> list[str]:
-    """The parts that a modular base has in other places."""
+def _has_external_components(folder: Path) -> bool:
+    """Whether a modular base refers to components outside of its folder."""
     standard, modular = (folder / name for name in _INDICES)
     if standard.is_file() or not modular.is_file():
-        return []
+        return False
     try:
-        listed = read_json(modular, MAX_TABLE_BYTES)
-    except (OSError, ValueError):  # loading it will tell
-        return list(_PARTS)
-    return [part for part in _PARTS if part in listed and not (folder / part).is_dir()]
+        index = read_json(modular, MAX_TABLE_BYTES)
+    except (OSError, ValueError):  # loading the base raises an error
+        return True
+    return any(key in index and not (folder / key).is_dir() for key in _COMPONENTS)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    values: dict[str, Any] = read_json(file, MAX_TABLE_BYTES) if file.is_file() else {}
-    return values
+    config: dict[str, Any] = read_json(file, MAX_TABLE_BYTES) if file.is_file() else {}
+    return config
 
 
-def _files(folder: Path, variant: str) -> list[Path]:
-    """The safetensors files that ``from_pretrained`` reads a component from."""
+def _component_files(folder: Path, variant: str) -> list[Path]:
+    """The safetensors files that ``from_pretrained`` loads a component from."""
     if variant:
         return list_weight_files(folder, variant)
     for stem in _STEMS:

@@ -1,9 +1,8 @@
-"""Checkpoints of a training run: one safetensors file each, written whole or not at all.
+"""Checkpoints of a training run, each an atomically written safetensors file.
 
-A file ``step-000200.safetensors`` holds all that training changes (the adapter, the tokens, the
-optimizer's moments) and, in its header, the step, the losses so far and the settings that the
-result depends on. Files appear by a rename, so a process killed at any moment leaves only whole
-ones, and names that begin with a dot, which nobody reads.
+A file ``step-000200.safetensors`` contains adapters, token embeddings and the optimizer's moments
+and, in its header, the step, the losses and the settings that the result depends on. A process
+killed at any moment leaves complete files and hidden partial ones.
 """
 
 from __future__ import annotations
@@ -24,34 +23,36 @@ from customize.atomic import write_atomic
 from customize.errors import SettingsError, StorageError, TrainingError, storage_error
 from customize.safe_read import MAX_SAFETENSORS_BYTES, read_safetensors
 from customize.text import one_line
+from customize.training.config import TrainConfig
 from customize.training.data.changed_images import IMAGE_SETTINGS, describe_changes
 from customize.training.field_values import format_value
 from customize.training.settings_file import rename_settings
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _HEADER, _DIGEST = "customize_checkpoint", "customize_checkpoint_sha256"
-_MAX_BYTES = 4 * MAX_SAFETENSORS_BYTES  # the optimizer's moments beside what is learned
-#: Among a run's settings: component -> digest, from
+_MAX_BYTES = 4 * MAX_SAFETENSORS_BYTES  # with the optimizer's moments
+
+#: Key of a run's settings: component -> digest, from
 #: :func:`customize.training.base_fingerprint.weight_digests`.
 BASE_WEIGHTS = "base_weights"
-#: Among them: what the avoided directions go by.
-SHARED_DIRECTIONS = "shared_directions"
-#: Among them: from :func:`customize.training.base_fingerprint.base_configuration`.
+#: Key of a run's settings: from :func:`customize.training.base_fingerprint.base_configuration`.
 BASE_CONFIG = "base_config"
-#: Among them, where several concepts are learned together: name of each other -> its own settings.
+#: Key of a run's settings: name of the shared directions that the slices avoid.
+SHARED_DIRECTIONS = "shared_directions"
+#: Key of a run's settings: name of each other concept of the run -> that concept's own settings.
 JOINT_CONCEPTS = "together"
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The state of a run after some step.
+    """The state of a run after a step.
 
     Attributes:
-        step: optimizer steps done.
-        tensors: name -> tensor, on any device; all that is needed to go on bit for bit.
-        settings: JSON values; a run may go on from here only if its own are equal.
-        history: [step, loss] pairs so far, for the concept's facts.
-        extra: other JSON values, such as the loss scaler's state.
+        step: Optimizer steps done.
+        tensors: Name -> tensor, on any device; all that is needed to resume bit for bit.
+        settings: JSON values; a run may resume only with equal settings.
+        history: Pairs of step and mean loss.
+        extra: Other JSON values, such as the state of the loss scaler.
     """
 
     step: int
@@ -64,38 +65,51 @@ class Checkpoint:
         return f"Checkpoint(step {self.step}: {len(self.tensors)} tensors)"
 
 
+def checkpoint_folder(config: TrainConfig) -> Path:
+    """Return a concept's folder for checkpoints; a run uses that of its first concept."""
+    return config.output / ".checkpoints"
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint, then delete all but it and the ``keep - 1`` before it.
 
+    Args:
+        folder: Folder of the run's checkpoints; created if missing.
+        checkpoint: The state to write.
+        keep: Number of checkpoints in the folder afterwards.
+
+    Returns:
+        Path of the written file.
+
     Raises:
-        TrainingError: a tensor is not finite: such a state is worse than none. Nothing changes.
-        StorageError: it cannot be written. The earlier ones are still there.
+        TrainingError: A tensor is not finite; the folder is unchanged.
+        StorageError: The file cannot be written; earlier checkpoints remain.
     """
     check_finite(checkpoint.step, checkpoint.tensors)
     path = folder / f"step-{checkpoint.step:06d}.safetensors"
     try:
-        write_whole(path, _packed(checkpoint))
-        # What stands at a later step was passed over as damaged, or is of a run that began anew.
-        found = _steps(folder)
-        late, kept = found[: found.index(path)], found[found.index(path) :][: max(keep, 1)]
-        # Beside the old ones go the partial files of killed processes.
-        for old in [*late, *(p for p in found if p not in kept), *folder.glob(".step-*")]:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, _serialize(checkpoint))
+        # Files of later steps are damaged or of a run that has started anew.
+        paths = _checkpoint_files(folder)
+        kept = paths[paths.index(path) :][: max(keep, 1)]
+        for old in [*(path for path in paths if path not in kept), *folder.glob(".step-*")]:
             old.unlink(missing_ok=True)
     except OSError as error:
         what = f"the checkpoint of step {checkpoint.step}"
-        fix = "allow writing there, then run again: training goes on from the latest checkpoint"
+        fix = "allow writing there, then run again: training resumes from the latest checkpoint"
         raise storage_error(error, path, what, fix) from error
     return path
 
 
 def check_finite(step: int, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are not finite: such a state is worse than none.
+    """Refuse weights with NaN or infinite values.
 
     Raises:
-        TrainingError: a number is NaN or infinite.
+        TrainingError: A value is not finite.
     """
-    finite = [torch.isfinite(tensor).all().cpu() for tensor in tensors.values()]
-    if not all(map(bool, finite)):
+    is_finite = [torch.isfinite(tensor).all().cpu() for tensor in tensors.values()]
+    if not all(map(bool, is_finite)):
         raise TrainingError(
             f"after step {step} the weights are no longer finite",
             fix="lower the learning rate, or train without fp16; earlier checkpoints are kept",
@@ -103,34 +117,34 @@ def check_finite(step: int, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint in a folder; None if there is none. Damaged ones are passed over.
+    """Load the newest undamaged checkpoint of a folder, with tensors on the CPU.
 
-    Tensors are on the CPU.
+    Warns of damaged files and skips them. Returns None if there is no checkpoint.
     """
-    for path in _steps(folder):
+    for path in _checkpoint_files(folder):
         try:
-            return _read(path)
-        except Exception as error:  # whatever a parser may raise on damaged bytes
+            return _read_checkpoint(path)
+        except Exception as error:  # parsers raise nearly anything on damaged data
             warnings.warn(
-                one_line(f"the checkpoint {path} is damaged and passed over: {error}"), stacklevel=2
+                one_line(f"the checkpoint {path} is damaged and skipped: {error}"), stacklevel=2
             )
     return None
 
 
 def latest_step(folder: Path) -> int | None:
-    """The step of the newest checkpoint's name; None where there is none."""
-    names = [_NAME.fullmatch(path.name) for path in _steps(folder)]
-    return int(names[0][1]) if names and names[0] else None
+    """Return the step in the newest checkpoint's name; None if there is no checkpoint."""
+    matches = [_NAME.fullmatch(path.name) for path in _checkpoint_files(folder)]
+    return int(matches[0][1]) if matches and matches[0] else None
 
 
 def delete_checkpoints(folder: Path) -> None:
-    """Delete all checkpoints of a folder, and what killed processes left there.
+    """Delete all checkpoints of a folder and the partial files of killed processes.
 
     Raises:
-        StorageError: one cannot be deleted.
+        StorageError: A file cannot be deleted.
     """
     try:
-        for path in [*_steps(folder), *folder.glob(".step-*")]:
+        for path in [*_checkpoint_files(folder), *folder.glob(".step-*")]:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
@@ -141,74 +155,81 @@ def delete_checkpoints(folder: Path) -> None:
 
 
 def settings_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Which settings differ, each with both values, in words; empty if none does.
+    """Describe which settings differ, each with both values; empty if they are equal.
 
-    The base's weights and configuration count where both know them.
+    The base's weights and configuration are compared if both runs know them.
     """
     before, now = rename_settings(before), rename_settings(json.loads(json.dumps(now)))
     missing = object()
-    found = [
+    compared_apart = {BASE_WEIGHTS, BASE_CONFIG, JOINT_CONCEPTS, *IMAGE_SETTINGS}
+    changes = [
         f"{key} was {format_value(before.get(key, 'not set'))} "
         f"and is {format_value(now.get(key, 'not set'))}"
-        for key in sorted(
-            {*before, *now} - {BASE_WEIGHTS, BASE_CONFIG, JOINT_CONCEPTS, *IMAGE_SETTINGS}
-        )
+        for key in sorted({*before, *now} - compared_apart)
         if before.get(key, missing) != now.get(key, missing)
     ]
-    pictures = (
-        describe_changes(before.get(key), now.get(key), what)
-        for key, what in IMAGE_SETTINGS.items()
-    )
-    found += [told for told in pictures if told]
+    changes += [
+        change
+        for key, kind in IMAGE_SETTINGS.items()
+        if (change := describe_changes(before.get(key), now.get(key), kind))
+    ]
     old, new = before.get(JOINT_CONCEPTS, {}), now.get(JOINT_CONCEPTS, {})
     if old.keys() != new.keys():
-        was, is_ = (", ".join(sorted(each)) or "none" for each in (old, new))
-        found.append(f"the concepts learned together with it were {was} and are {is_}")
+        old_names, new_names = (", ".join(sorted(names)) or "none" for names in (old, new))
+        changes.append(
+            f"the concepts learned together with it were {old_names} and are {new_names}"
+        )
     for name in sorted(old.keys() & new.keys()):
-        own = settings_differences(old[name], new[name])
-        found += [f"{name}'s {change.removeprefix('the ')}" for change in own]
+        changes += [
+            f"{name}'s {change.removeprefix('the ')}"
+            for change in settings_differences(old[name], new[name])
+        ]
     old, new = before.get(BASE_CONFIG), now.get(BASE_CONFIG)
     if old is not None and new is not None:
-        found += [f"the base's {change}" for change in settings_differences(old, new)]
+        changes += [f"the base's {change}" for change in settings_differences(old, new)]
     old, new = before.get(BASE_WEIGHTS), now.get(BASE_WEIGHTS)
     if old and new and old != new:
-        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        found.append(f"the base's weights have changed ({', '.join(changed)})")
-    return found
+        components = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        changes.append(f"the base's weights have changed ({', '.join(components)})")
+    return changes
 
 
 def check_settings_match(checkpoint: Checkpoint, settings: Mapping[str, Any], where: Path) -> None:
-    """Refuse to go on with other settings than a checkpoint's.
+    """Refuse to resume with settings that differ from a checkpoint's.
 
     Raises:
-        SettingsError: they differ; the message names each field with both values.
+        SettingsError: They differ; the message names each setting with both values.
     """
-    found = settings_differences(checkpoint.settings, settings)
-    if found:
+    changes = settings_differences(checkpoint.settings, settings)
+    if changes:
         raise SettingsError(
             f"the checkpoint of step {checkpoint.step} was made with other settings: "
-            + "; ".join(found),
+            + "; ".join(changes),
             where=where,
-            fix="train with the settings of before, choose another output folder, or set resume "
+            fix="train with the previous settings, choose another output folder, or set resume "
             "to false (--no-resume) to start anew",
         )
 
 
 def check_slices_match(checkpoint: Checkpoint, sketches: Mapping[str, Tensor], where: Path) -> None:
-    """Refuse to go on in other columns than a checkpoint's.
+    """Refuse to resume in slices that differ from a checkpoint's by more than rounding.
 
     Args:
-        sketches: from :meth:`customize.training.trainable.Trainable.slice_sketches`.
+        checkpoint: The checkpoint to resume from.
+        sketches: From :meth:`customize.training.trainable.Trainable.slice_sketches`.
+        where: Folder of the checkpoint, for the error.
 
     Raises:
-        SettingsError: they differ by more than rounding.
+        SettingsError: They differ.
     """
     for name, now in sketches.items():
         before = checkpoint.tensors.get(name)
-        if before is None:  # of an earlier version, which notes none
+        if before is None:  # checkpoints of earlier versions have no sketches
             continue
-        same = before.shape == now.shape
-        if not same or bool(((before - now).norm(dim=(1, 2)) > 0.05 * now.norm(dim=(1, 2))).any()):
+        same_shape = before.shape == now.shape
+        if not same_shape or bool(
+            ((before - now).norm(dim=(1, 2)) > 0.05 * now.norm(dim=(1, 2))).any()
+        ):
             raise SettingsError(
                 f"the checkpoint of step {checkpoint.step} was made in slices that avoid other "
                 "shared directions",
@@ -227,10 +248,16 @@ def capture_state(
     history: list[list[float]],
     sketches: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
-    """The state of a run after a step; it shares memory with what trains.
+    """Capture the state of a run after a step; tensors share memory with the parameters.
 
     Args:
-        sketches: of what does not train; see :func:`check_slices_match`.
+        step: Optimizer steps done.
+        parameters: Trained parameters by name.
+        optimizer: Optimizer of the parameters.
+        scaler: Loss scaler.
+        settings: Settings that the result depends on.
+        history: Pairs of step and mean loss.
+        sketches: Sketches of the frozen down-projections; see :func:`check_slices_match`.
     """
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     tensors |= sketches or {}
@@ -240,36 +267,36 @@ def capture_state(
 
 @torch.no_grad()
 def restore_state(
-    start: Checkpoint,
+    checkpoint: Checkpoint,
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> None:
-    """Put a state from :func:`capture_state` back, on each parameter's device."""
+    """Restore a state from :func:`capture_state` on each parameter's device."""
     for name, parameter in parameters.items():
-        parameter.copy_(start.tensors[name])
-    restore_optimizer(optimizer, parameters, start.tensors)
-    scaler.load_state_dict(dict(start.extra["scaler"]))
+        parameter.copy_(checkpoint.tensors[name])
+    restore_optimizer(optimizer, parameters, checkpoint.tensors)
+    scaler.load_state_dict(dict(checkpoint.extra["scaler"]))
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The optimizer's state as tensors: ``optimizer/<parameter name>/<entry>``."""
+    """Return the optimizer's state as tensors named ``optimizer/<parameter name>/<key>``."""
     return {
-        f"optimizer/{name}/{entry}": torch.as_tensor(value)
-        for name, parameter in names.items()
-        for entry, value in optimizer.state[parameter].items()
+        f"optimizer/{name}/{key}": torch.as_tensor(value)
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
     }
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
-    names: Mapping[str, torch.nn.Parameter],
+    parameters: Mapping[str, torch.nn.Parameter],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put a state from :func:`optimizer_tensors` back, on each parameter's device."""
-    for name, parameter in names.items():
+    """Restore a state from :func:`optimizer_tensors` on each parameter's device."""
+    for name, parameter in parameters.items():
         prefix = f"optimizer/{name}/"
         optimizer.state[parameter] = {
             key.removeprefix(prefix): value.to(parameter.device, copy=True)
@@ -278,60 +305,53 @@ def restore_optimizer(
         }
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there wholly or not at all, even after a power cut.
+def _serialize(checkpoint: Checkpoint) -> bytes:
+    from safetensors.torch import save
 
-    Raises:
-        OSError: it cannot be written; nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, data)
-
-
-def _packed(checkpoint: Checkpoint) -> bytes:
-    from safetensors.torch import save as to_bytes
-
-    facts = {
-        "step": checkpoint.step,
-        "settings": dict(checkpoint.settings),
-        "history": checkpoint.history,
-        "extra": dict(checkpoint.extra),
-    }
+    header = json.dumps(
+        {
+            "step": checkpoint.step,
+            "settings": dict(checkpoint.settings),
+            "history": checkpoint.history,
+            "extra": dict(checkpoint.extra),
+        }
+    )
     tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
-    text = json.dumps(facts)
-    return to_bytes(tensors, metadata={_HEADER: text, _DIGEST: _digest(text, tensors)})
+    return save(tensors, metadata={_HEADER: header, _DIGEST: _digest(header, tensors)})
 
 
-def _read(path: Path) -> Checkpoint:
+def _read_checkpoint(path: Path) -> Checkpoint:
     from safetensors.torch import load
 
-    # Read into memory: a mapped file is cut from under the tensors when it is replaced.
+    # Read into memory, because a mapped file may be replaced while its tensors are in use.
     data = read_safetensors(path, _MAX_BYTES)
     tensors = load(data)
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])["__metadata__"]
+    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
     # Checkpoints of earlier versions have no digest.
-    if _DIGEST in header and header[_DIGEST] != _digest(header[_HEADER], tensors):
-        raise ValueError("its content is not what was written")
-    facts = json.loads(header[_HEADER])
-    kinds = {"step": int, "settings": dict, "history": list, "extra": dict}
-    if not all(isinstance(facts[name], kind) for name, kind in kinds.items()):
-        raise ValueError("its facts are of wrong types")
-    return Checkpoint(facts["step"], tensors, facts["settings"], facts["history"], facts["extra"])
+    if _DIGEST in metadata and metadata[_DIGEST] != _digest(metadata[_HEADER], tensors):
+        raise ValueError("the digest differs from the content's")
+    header = json.loads(metadata[_HEADER])
+    types = {"step": int, "settings": dict, "history": list, "extra": dict}
+    if not all(isinstance(header[key], type_) for key, type_ in types.items()):
+        raise ValueError("the header has values of wrong types")
+    return Checkpoint(
+        header["step"], tensors, header["settings"], header["history"], header["extra"]
+    )
 
 
-def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over the facts, and names, dtypes, shapes and bytes of all tensors."""
-    digest = hashlib.sha256(facts.encode())
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the header and the names, dtypes, shapes and bytes of all tensors."""
+    digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _steps(folder: Path) -> list[Path]:
+def _checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, newest first."""
-    found = [
+    matches = [
         (match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))
     ]
-    return [path for match, path in sorted(found, key=lambda pair: -int(pair[0].group(1)))]
+    return [path for match, path in sorted(matches, key=lambda pair: -int(pair[0].group(1)))]

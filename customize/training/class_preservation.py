@@ -1,13 +1,13 @@
-"""Class preservation in a run: what is compared, with what of the untouched model, and when.
+"""Class preservation: the base model's outputs for the class, and the losses on text encoders.
 
-The losses themselves are in :mod:`customize.core.preservation`. What the untouched model makes of
-the class is computed once, before the first step. Phrases are encoded without padding: CLIP is
-causal, so nothing up to the end of a text depends on what fills it up, and a phrase of ten tokens
-costs an eighth of a caption.
+The loss functions are in :mod:`customize.core.preservation`. The base model's outputs for the class
+are computed once, before the first step. Phrases are encoded without padding: CLIP is causal, so
+the states up to the end of a text do not depend on its padding, and a phrase of ten tokens costs an
+eighth of a padded caption.
 
-Preserving is done every sixth step, with six times the weight: the same on average, at a sixth of
-the cost, which for texts is mostly that of calling an encoder at all, and for the denoiser's
-answers that of a second batch forward and backward, and one or two more forward.
+The losses are computed at every sixth step with six times the weight, which is the same on average
+at a sixth of the cost. For texts, the cost is mostly that of each call of an encoder; for the
+denoiser, it is a second batch in the forward and backward pass and one or two forward passes more.
 """
 
 from __future__ import annotations
@@ -35,30 +35,32 @@ from customize.families.pipeline_components import TokenDictionary, uncompiled
 from customize.training.config import TrainConfig
 from customize.training.data.batches import choose_images
 from customize.training.data.captions import replace_trigger
-from customize.training.distributed import Autocast
-from customize.training.latents_and_embeddings import Conditions, Encode, lookup_conditions
+from customize.training.latents_and_embeddings import Conditions, Encode
 from customize.training.trainable import Trainable
 
-#: Steps from one that preserves to the next.
+#: Steps between two computations of the preservation losses.
 PRESERVATION_INTERVAL = 6
-# Phrases of each loss that such a step looks at, in turns: many phrases cost what a few do.
-_TOGETHER = 2
+# Phrases of each loss per computation; many phrases in turns cost as much as few.
+_PHRASES_PER_STEP = 2
 
-
-Encoder = Callable[[Tensor, int], Tensor]
+#: Computes (rows, length, width) states from (rows, length) ids and the number of leading rows that
+#: belong to the loss "class_text".
+TextStates = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class PhraseBatch:
-    """What one loss compares of some phrases in one text encoder; a row is a phrase, or, where
-    tokens have an embedding for each cross-attention layer, a phrase as one of these reads it.
+    """The phrases that one loss compares in one text encoder.
+
+    A row is a phrase, or the wording of a phrase for one cross-attention layer where tokens have an
+    embedding for each layer.
 
     Attributes:
-        ids: (rows, length), padded, on the encoder's device.
-        positions: (rows, n), of the states that are compared; filled up with position 0.
-        weight: (rows, n), each position's share of its row; 0 where it is filled up.
-        base: (rows, n, width), the states of the untouched encoder for the class.
-        counts: rows of each concept, which follow one another.
+        ids: Token ids, int64 (rows, length), padded, on the encoder's device.
+        positions: Positions of the compared states, int64 (rows, n), padded with 0.
+        weight: Weight of each position in its row, float32 (rows, n); 0 for padding.
+        base: States of the base encoder for the class, float32 (rows, n, width).
+        counts: Number of rows of each concept; rows are sorted by concept.
     """
 
     ids: Tensor
@@ -67,108 +69,105 @@ class PhraseBatch:
     base: Tensor
     counts: Sequence[int]
 
-    def select_phrases(self, turn: int, seed: int, stream: str) -> PhraseBatch:
-        """The rows that come at a turn: of each concept as many, each once before any again.
+    def select(self, turn: int, seed: int, stream: str) -> PhraseBatch:
+        """Select the rows of one turn, equally many of each concept.
 
-        They are picked by Python numbers: an index tensor would have to cross to the device.
+        Each row occurs once before any occurs again.
+
+        Args:
+            turn: Number of the computation, from 0.
+            seed: Seed of the run.
+            stream: Name of the random stream.
         """
-        size, chosen = min(_TOGETHER, max(self.counts)), []
+        size = min(_PHRASES_PER_STEP, max(self.counts))
+        rows: list[int] = []
         for concept, count in enumerate(self.counts):
-            own = choose_images(
-                seed, turn, size, count, flip=False, dropout=0.0, stream=stream
-            ).pictures
-            chosen += [sum(self.counts[:concept]) + number for number in own]
-        parts = (self.ids, self.positions, self.weight, self.base)
-        picked = [torch.stack([part[row] for row in chosen]) for part in parts]
-        ids, positions, weight, base = picked
+            choice = choose_images(seed, turn, size, count, flip=False, dropout=0.0, stream=stream)
+            rows += [sum(self.counts[:concept]) + number for number in choice.pictures]
+        # Indexed by Python numbers, because an index tensor would be copied to the device.
+        ids, positions, weight, base = (
+            torch.stack([tensor[row] for row in rows])
+            for tensor in (self.ids, self.positions, self.weight, self.base)
+        )
         return PhraseBatch(ids, positions, weight, base, [size] * len(self.counts))
 
 
 @dataclass(frozen=True, eq=False)
 class PreservationTargets:
-    """What a run preserves.
+    """The base model's outputs that the preservation losses of a run compare with.
 
     Attributes:
-        configs: of the run's concepts.
-        contexts: each concept's prompts of it in a context; none where context_output is off.
-        phrases: text encoder's component name -> loss -> its phrases.
-        encoders: component name -> function from (rows, length) ids, and how many of the first are
-            class_text's, to (rows, length, width).
-        conditions: caption with the class word -> its conditions in the untouched model.
+        configs: Settings of the run's concepts.
+        contexts: Prompts in contexts of each concept; empty without the loss "context_output".
+        phrases: Text encoder's component name -> loss -> its phrases.
+        text_states: Text encoder's component name -> its forward function.
+        conditions: Caption with the class word -> its conditions in the base model.
     """
 
     configs: Sequence[TrainConfig]
     contexts: Sequence[Sequence[str]]
     phrases: Mapping[str, Mapping[str, PhraseBatch]]
-    encoders: Mapping[str, Encoder]
+    text_states: Mapping[str, TextStates]
     conditions: Mapping[str, Conditions]
 
     def text_loss(self, step: int) -> Tensor | None:
-        """The weighted losses on text encoders at a step, from 0: a scalar, or None where the step
-        looks at no phrases."""
-        if not (is_preservation_step(step) and self.phrases):
-            return None
-        found, config = [], self.configs[0]
-        for key, losses in self.phrases.items():
-            # All encoders see the same phrases at a step.
-            looked = {
-                name: phrases.select_phrases(step // PRESERVATION_INTERVAL, config.seed, name)
-                for name, phrases in losses.items()
-            }
-            sizes = [len(each.ids) for each in looked.values()]
-            published = len(looked["class_text"].ids) if "class_text" in looked else 0
-            states = self.encoders[key](
-                torch.cat([each.ids for each in looked.values()]), published
-            )
-            for (name, these), own in zip(looked.items(), states.split(sizes), strict=True):
-                ours, base, weight = (
-                    gather_positions(own, these.positions),
-                    these.base,
-                    these.weight,
-                )
-                if name == "class_text":
-                    ours, base, weight = ours[:, 0], base[:, 0], weight[:, 0]
-                loss = PRESERVATIONS[name](ours, base, weight)
-                found.append(config.preserve[name] * loss)
-        return PRESERVATION_INTERVAL / len(self.phrases) * torch.stack(found).sum()
-
-    def choose_context_prompts(self, concepts: Sequence[int], turn: int) -> list[str]:
-        """A prompt in a context for each of these concepts, by number. Of a batch that is whole
-        and of one concept, each comes once before any comes again.
+        """Compute the weighted losses on the text encoders.
 
         Args:
-            turn: counts the batches of the steps that preserve, from the start of the run.
+            step: Optimizer steps done before.
+
+        Returns:
+            A scalar, float32; None at steps without a preservation loss on texts.
         """
-        seed, count = self.configs[0].seed, len(concepts)
-        found = []
-        for place, concept in enumerate(concepts):
-            fill_prompts, position = self.contexts[concept], turn * count + place
-            own = choose_images(
-                seed, position, 1, len(fill_prompts), flip=False, dropout=0.0, stream="contexts"
+        if step % PRESERVATION_INTERVAL or not self.phrases:
+            return None
+        weighted, config = [], self.configs[0]
+        for key, losses in self.phrases.items():
+            # All encoders compare the same phrases at a step.
+            selected = {
+                loss: phrases.select(step // PRESERVATION_INTERVAL, config.seed, loss)
+                for loss, phrases in losses.items()
+            }
+            sizes = [len(phrases.ids) for phrases in selected.values()]
+            ids = torch.cat([phrases.ids for phrases in selected.values()])
+            class_rows = len(selected["class_text"].ids) if "class_text" in selected else 0
+            states = self.text_states[key](ids, class_rows)
+            for (loss, phrases), rows in zip(selected.items(), states.split(sizes), strict=True):
+                learned, base, weight = (
+                    gather_positions(rows, phrases.positions),
+                    phrases.base,
+                    phrases.weight,
+                )
+                if loss == "class_text":
+                    learned, base, weight = learned[:, 0], base[:, 0], weight[:, 0]
+                weighted.append(config.preserve[loss] * PRESERVATIONS[loss](learned, base, weight))
+        return PRESERVATION_INTERVAL / len(self.phrases) * torch.stack(weighted).sum()
+
+    def choose_context_prompts(self, concepts: Sequence[int], turn: int) -> list[str]:
+        """Choose a prompt in a context for each image of a batch.
+
+        In whole batches of one concept, each prompt occurs once before any occurs again.
+
+        Args:
+            concepts: Number of each image's concept.
+            turn: Number of the batch, counted over the steps with preservation losses.
+        """
+        seed, prompts = self.configs[0].seed, []
+        for image, concept in enumerate(concepts):
+            contexts, number = self.contexts[concept], turn * len(concepts) + image
+            choice = choose_images(
+                seed, number, 1, len(contexts), flip=False, dropout=0.0, stream="contexts"
             )
-            found.append(fill_prompts[own.pictures[0]])
-        return found
-
-    def class_captions(self, captions: Sequence[str]) -> list[str]:
-        """The concepts' captions with class words."""
-        return [with_class_words(self.configs, text) for text in captions]
-
-    def base_conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """The untouched model's conditions of captions with the class word."""
-        return lookup_conditions(self.conditions, captions)
-
-
-def is_preservation_step(step: int) -> bool:
-    """Whether a step, from 0, has the losses of preservation."""
-    return step % PRESERVATION_INTERVAL == 0
+            prompts.append(contexts[choice.pictures[0]])
+        return prompts
 
 
 def phrases_for_loss(config: TrainConfig, loss: str) -> list[str]:
-    """The phrases that a loss compares, with the trigger.
+    """Return the phrases with the trigger that a loss compares.
 
-    Those of the settings; else class_text has the one that the concept is trained with, as the
-    paper has, context_text the prompts that layer inputs are recorded with, and context_output the
-    caption with what these say besides.
+    The setting ``preserve_phrases`` takes precedence. By default, class_text compares the caption,
+    as in the ClassDiffusion paper; context_text compares the prompts of the layer input recording;
+    and context_output compares the caption extended by the contexts of these prompts.
     """
     caption = config.caption or "a photo of {}"
     if config.preserve_phrases:
@@ -180,41 +179,30 @@ def phrases_for_loss(config: TrainConfig, loss: str) -> list[str]:
     return fill_prompts(config.trigger, [f"{caption} {context}" for context in CONTEXTS])
 
 
-def preserved_phrases(config: TrainConfig) -> list[str]:
-    """All phrases that are compared, of losses on text encoders and of contexts."""
-    return [
-        text
-        for name in config.preserve
-        if name != "output"
-        for text in phrases_for_loss(config, name)
-    ]
-
-
 def with_class_words(configs: Sequence[TrainConfig], text: str) -> str:
-    """A text with each concept's class word in its trigger's place: the untouched model knows none
-    of the triggers, so none may be in what it is asked."""
+    """Replace each concept's trigger by its class word, because the base knows no trigger."""
     for config in configs:
         text = replace_trigger(text, config.trigger, config.class_word)
     return text
 
 
+def context_prompts(configs: Sequence[TrainConfig]) -> list[list[str]]:
+    """Return the prompts in contexts of each concept; empty without the loss "context_output"."""
+    is_enabled = "context_output" in configs[0].preserve
+    return [phrases_for_loss(config, "context_output") if is_enabled else [] for config in configs]
+
+
 def base_captions(configs: Sequence[TrainConfig], captions: Sequence[str]) -> list[str]:
-    """All captions with class words that a run encodes besides its own.
+    """Return the captions with class words that the base model's outputs are computed for.
 
     Args:
-        captions: the concepts'.
+        configs: Settings of the run's concepts.
+        captions: Captions of the concepts' images.
     """
-    preserve = configs[0].preserve
-    if not preserve.keys() & {"output", "context_output"}:
+    if not configs[0].preserve.keys() & {"output", "context_output"}:
         return []
-    there = [text for own in context_prompts(configs) for text in own]
-    return [with_class_words(configs, text) for text in [*captions, *there, ""]]
-
-
-def context_prompts(configs: Sequence[TrainConfig]) -> list[list[str]]:
-    """Each concept's prompts of it in a context; none where context_output is off."""
-    on = "context_output" in configs[0].preserve
-    return [phrases_for_loss(config, "context_output") if on else [] for config in configs]
+    contexts = [text for prompts in context_prompts(configs) for text in prompts]
+    return [with_class_words(configs, text) for text in [*captions, *contexts, ""]]
 
 
 @torch.no_grad()
@@ -222,112 +210,124 @@ def compute_preservation_targets(
     configs: Sequence[TrainConfig],
     family: Family,
     trainable: Trainable,
-    captions: Sequence[str],
     encode: Encode,
-    autocast: Autocast,
+    captions: Sequence[str],
 ) -> PreservationTargets:
-    """Compute what the untouched model makes of the classes. The text encoders must be in place.
+    """Compute the base model's outputs for the classes, with adapters disabled.
+
+    The text encoders must be on the device, and autocast must be active.
 
     Args:
-        configs: of the concepts; what is preserved, and how, is the same in all.
-        captions: the concepts'.
-        encode: knows :func:`base_captions`.
+        configs: Settings of the run's concepts; ``preserve`` is equal in all.
+        family: The base model.
+        trainable: The attached adapters and tokens.
+        encode: Returns the conditions of captions, including those of :func:`base_captions`.
+        captions: Captions of the concepts' images.
     """
     losses = configs[0].text_losses
     phrases: dict[str, dict[str, PhraseBatch]] = {}
-    encoders = {}
-    with trainable.adapters_disabled(), autocast():
-        told = base_captions(configs, captions)
+    text_states: dict[str, TextStates] = {}
+    with trainable.adapters_disabled():
         conditions = {
-            text: {k: v.clone() for k, v in encode([text]).items()} for text in dict.fromkeys(told)
+            text: {key: values.clone() for key, values in encode([text]).items()}
+            for text in dict.fromkeys(base_captions(configs, captions))
         }
         for dictionary in family.token_dictionaries() if losses else ():
             key = dictionary.key
-            published = configs[0].preserve_pooling == "published"
-            without = trainable.trained_token_ids(dictionary) if published else []
-            encoders[key] = partial(_encoded, dictionary.text_encoder, without)
-            phrases[key] = _prepared(configs, losses, dictionary, trainable, encoders[key])
-    return PreservationTargets(configs, context_prompts(configs), phrases, encoders, conditions)
+            is_published = configs[0].preserve_pooling == "published"
+            token_ids = trainable.trained_token_ids(dictionary) if is_published else []
+            text_states[key] = partial(_compute_text_states, dictionary.text_encoder, token_ids)
+            phrases[key] = _prepare_phrases(
+                configs, losses, dictionary, trainable, text_states[key]
+            )
+    return PreservationTargets(configs, context_prompts(configs), phrases, text_states, conditions)
 
 
-def _prepared(
+def _prepare_phrases(
     configs: Sequence[TrainConfig],
     losses: Sequence[str],
     dictionary: TokenDictionary,
     trainable: Trainable,
-    encoder: Encoder,
+    text_states: TextStates,
 ) -> dict[str, PhraseBatch]:
     tokenizer: Any = dictionary.tokenizer
     device = next(dictionary.text_encoder.parameters()).device
     end, pool = tokenizer.eos_token_id, POOLINGS[configs[0].preserve_pooling]
 
-    def ids_of(text: str) -> list[int]:
+    def tokenize(text: str) -> list[int]:
         length = tokenizer.model_max_length
         ids: list[int] = tokenizer(text, truncation=True, max_length=length).input_ids
         return ids
 
-    found: dict[str, tuple[list[list[int]], list[list[int]], list[Tensor], list[int]]] = {}
+    # Loss -> token ids, compared positions and base states of each row, and rows of each concept.
+    rows: dict[str, tuple[list[list[int]], list[list[int]], list[Tensor], list[int]]] = {}
     for loss, config in product(losses, configs):
-        own_ids, own_positions, base, counts = found.setdefault(loss, ([], [], [], []))
-        before = len(own_ids)
+        all_ids, all_positions, base, counts = rows.setdefault(loss, ([], [], [], []))
+        first = len(all_ids)
         for phrase in phrases_for_loss(config, loss):
-            class_ids = ids_of(with_class_words(configs, phrase))
-            states = encoder(torch.tensor([class_ids], device=device), 0)[0]
+            class_ids = tokenize(with_class_words(configs, phrase))
+            states = text_states(torch.tensor([class_ids], device=device), 0)[0]
             for text in trainable.layer_prompts(phrase) or [trainable.expand_triggers(phrase)]:
-                ids = ids_of(text)
+                ids = tokenize(text)
                 if loss == "class_text":
-                    ours, theirs = [pool(ids, end)], [pool(class_ids, end)]
+                    positions, class_positions = [pool(ids, end)], [pool(class_ids, end)]
                 else:
-                    ours, theirs = common_positions(ids, class_ids)
-                own_ids.append(ids)
-                own_positions.append(ours)
-                base.append(states[theirs].float())
-        counts.append(len(own_ids) - before)
-    # They go through the encoder together.
-    longest = max(len(ids) for rows, _, _, _ in found.values() for ids in rows)
+                    positions, class_positions = common_positions(ids, class_ids)
+                all_ids.append(ids)
+                all_positions.append(positions)
+                base.append(states[class_positions].float())
+        counts.append(len(all_ids) - first)
+    # Padded to one length, because all losses go through the encoder in one batch.
+    longest = max(len(ids) for all_ids, _, _, _ in rows.values() for ids in all_ids)
     return {
         loss: PhraseBatch(
-            ids=_filled(own_ids, end, longest).to(device),
-            positions=_filled(positions, 0).to(device),
-            weight=normalize_rows(_filled([[1] * len(own) for own in positions], 0)).to(device),
+            ids=_pad(all_ids, end, longest).to(device),
+            positions=_pad(all_positions, 0).to(device),
+            weight=normalize_rows(_pad([[1] * len(row) for row in all_positions], 0)).to(device),
             base=nn.utils.rnn.pad_sequence(base, batch_first=True),
             counts=counts,
         )
-        for loss, (own_ids, positions, base, counts) in found.items()
+        for loss, (all_ids, all_positions, base, counts) in rows.items()
     }
 
 
-def _filled(rows: Sequence[Sequence[int]], value: int, length: int | None = None) -> Tensor:
+def _pad(rows: Sequence[Sequence[int]], value: int, length: int | None = None) -> Tensor:
     longest = max(map(len, rows)) if length is None else length
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
-def _encoded(model: nn.Module, without: Sequence[int], ids: Tensor, first: int) -> Tensor:
-    """A text encoder's states after its last norm: (rows, length, width).
+def _compute_text_states(
+    model: nn.Module, token_ids: Sequence[int], ids: Tensor, class_rows: int
+) -> Tensor:
+    """Compute a text encoder's states after its last norm, (rows, length, width).
 
     Args:
-        without: ids of tokens that have no position in the ``first`` rows: in ClassDiffusion's
-            published code the concept's row is laid over the sum of row and position.
+        model: The text encoder.
+        token_ids: Tokens without a position embedding in the first ``class_rows`` rows: the
+            published code of ClassDiffusion replaces the sum of token and position embedding by the
+            concept's embedding. Empty: all tokens have one.
+        ids: Token ids, int64 (rows, length).
+        class_rows: Number of leading rows of the loss "class_text".
     """
-    with _without_positions(model, ids, first, without) if without and first else nullcontext():
+    is_published = bool(token_ids) and class_rows > 0
+    with _without_positions(model, ids[:class_rows], token_ids) if is_published else nullcontext():
         states: Tensor = model(ids).last_hidden_state
     return states
 
 
 @contextmanager
-def _without_positions(
-    encoder: Any, ids: Tensor, first: int, without: Sequence[int]
-) -> Iterator[None]:
+def _without_positions(encoder: Any, class_ids: Tensor, token_ids: Sequence[int]) -> Iterator[None]:
     modules = uncompiled(encoder).modules()
     embeddings = next(module for module in modules if hasattr(module, "position_embedding"))
-    taken = (ids >= min(without)) & (ids <= max(without))
-    taken[first:] = False
+    is_token = (class_ids >= min(token_ids)) & (class_ids <= max(token_ids))
 
-    def take_out(module: Any, args: Any, output: Tensor) -> Tensor:
-        positions = module.position_embedding.weight[: ids.shape[1]].to(output)
-        return output - taken[..., None] * positions
+    def subtract_positions(module: Any, arguments: Any, output: Tensor) -> Tensor:
+        mask = torch.zeros(output.shape[:2], dtype=torch.bool, device=output.device)
+        mask[: len(is_token)] = is_token
+        positions = module.position_embedding.weight[: output.shape[1]].to(output)
+        return output - mask[..., None] * positions
 
-    handle = embeddings.register_forward_hook(take_out)
+    handle = embeddings.register_forward_hook(subtract_positions)
     try:
         yield
     finally:

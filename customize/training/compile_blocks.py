@@ -1,7 +1,7 @@
-"""The denoisers' repeated blocks, compiled by torch while a concept is learned.
+"""Compilation of the denoisers' repeated blocks by torch during training.
 
-Block by block, as diffusers' ``compile_repeated_blocks`` does: equal blocks are compiled once, so
-it takes a minute or so where a whole model takes many.
+Like diffusers' ``compile_repeated_blocks``, it compiles equal blocks once, which takes about a
+minute instead of the many minutes of a whole model.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from customize.errors import ConfigError
 from customize.families.pipeline_components import uncompiled
 
 _BACKEND = "inductor"
-_CALL = "_compiled_call_impl"  # what Module.compile puts on a module, and calls from then on
+_CALL = "_compiled_call_impl"  # the attribute that Module.compile sets and Module calls
 
 
 def check_compiler(device: torch.device) -> None:
-    """See that torch can compile for a device, on a single operation.
+    """Check on a single operation that torch can compile for a device.
 
     Raises:
-        ConfigError: it can't, as where there is no C++ compiler.
+        ConfigError: Compilation fails, for example because there is no C++ compiler.
     """
     try:
         torch.compile(torch.sin, backend=_BACKEND)(torch.ones(2, device=device))
-    except Exception as error:  # what compilers raise is of no one kind
-        reason = " ".join(str(error).splitlines()[:2])  # the first says which part of torch it was
+    except Exception as error:  # compilers raise errors of many types
+        reason = " ".join(str(error).splitlines()[:2])  # the first names the part of torch
         raise ConfigError(
             f"torch cannot compile for the device {device.type}: {reason}",
             where="compile",
@@ -38,23 +38,25 @@ def check_compiler(device: torch.device) -> None:
 
 
 def repeated_blocks(denoiser: Any) -> list[nn.Module]:
-    """The blocks that a model of diffusers names as equal, or its transformer blocks."""
+    """Return the blocks that a diffusers model declares as repeated, or its transformer blocks."""
     model = uncompiled(denoiser)
-    named = [each for each in model.modules() if type(each).__name__ in model._repeated_blocks]
-    return named or list(model.transformer_blocks)
+    blocks = [
+        module for module in model.modules() if type(module).__name__ in model._repeated_blocks
+    ]
+    return blocks or list(model.transformer_blocks)
 
 
 @contextmanager
 def compiled_blocks(denoisers: Iterable[Any]) -> Iterator[None]:
-    """Compile the blocks at their first call; afterwards they are called as before."""
+    """Compile the repeated blocks at their first call; restore their calls at the end."""
     blocks = [block for denoiser in denoisers for block in repeated_blocks(denoiser)]
-    before = [vars(block).get(_CALL) for block in blocks]
+    previous = [vars(block).get(_CALL) for block in blocks]
     try:
         for block in blocks:
             block.compile(backend=_BACKEND)
         yield
     finally:
-        for block, call in zip(blocks, before, strict=True):
+        for block, call in zip(blocks, previous, strict=True):
             vars(block).pop(_CALL, None)
             if call is not None:
                 vars(block)[_CALL] = call

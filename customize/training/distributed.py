@@ -1,4 +1,4 @@
-"""The process that trains: its device and precision, its fellow processes, its terminal."""
+"""Device, precision and signals of a training process, and its exchange with other processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,77 +18,79 @@ from customize.core.precision import model_autocast
 from customize.errors import ConfigError, CustomizeError
 from customize.training.config import TrainConfig
 
+T = TypeVar("T")
+
 Autocast = Callable[[], AbstractContextManager[Any]]
 
-_STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+_STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
-#: The settings of mixed precision that have a dtype of their own.
+#: Setting ``mixed_precision`` -> dtype of the frozen weights and of autocast.
 MIXED_PRECISION_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def create_accelerator(config: TrainConfig) -> Any:
-    """accelerate's view of this process: its number, its device, the trackers.
+    """Create the ``accelerate.Accelerator`` of this process, with the tracker of the settings.
+
+    Warns if accelerate is configured for a mixed precision or gradient accumulation that differs
+    from the settings, because the settings take precedence.
 
     Raises:
-        ConfigError: the tracker is not installed.
+        ConfigError: The tracker is not installed.
     """
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
 
     if config.tracker == "none":
-        return _told(Accelerator(), config)
-    if config.tracker not in map(str, get_available_trackers()):
+        accelerator = Accelerator()
+    elif config.tracker in map(str, get_available_trackers()):
+        accelerator = Accelerator(log_with=config.tracker, project_dir=str(config.output / "logs"))
+    else:
         raise ConfigError(
             f"the tracker {config.tracker} is not installed",
             where="tracker",
             fix=f"pip install {config.tracker}, or set tracker to none (--tracker none)",
         )
-    folder = str(config.output / "logs")
-    return _told(Accelerator(log_with=config.tracker, project_dir=folder), config)
-
-
-def _told(accelerator: Any, config: TrainConfig) -> Any:
-    """The same, after a warning of what accelerate was configured for and training won't do."""
-    theirs = {
-        "mixed_precision": accelerator.mixed_precision,
-        "gradient_accumulation": accelerator.gradient_accumulation_steps,
-    }
-    for field, unset in (("mixed_precision", "no"), ("gradient_accumulation", 1)):
-        ours = getattr(config, field)
-        if theirs[field] not in (unset, ours):
+    for field, configured, unset in (
+        ("mixed_precision", accelerator.mixed_precision, "no"),
+        ("gradient_accumulation", accelerator.gradient_accumulation_steps, 1),
+    ):
+        setting = getattr(config, field)
+        if configured not in (unset, setting):
             warnings.warn(
-                f"accelerate is configured for {field} {theirs[field]}, but the setting {field} "
-                f"is {ours}, and the setting counts",
+                f"accelerate is configured for {field} {configured}, but the setting {field} is "
+                f"{setting}, and the setting takes precedence",
                 stacklevel=2,
             )
     return accelerator
 
 
-def run_on_main_process(accelerator: Any, action: Callable[[], object]) -> None:
-    """Do something in the first process alone; if that is refused, all processes stop for it.
+def run_on_main_process(accelerator: Any, action: Callable[[], T]) -> T:
+    """Run an action in the main process and return its result in all processes.
 
     Raises:
-        CustomizeError: the action raised it.
+        CustomizeError: The action raised it; all processes raise the same error.
     """
-    error: list[CustomizeError | None] = [None]
+    result: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            action()
-        except CustomizeError as refused:
-            error = [refused]
+            result = [action()]
+        except CustomizeError as error:
+            result = [error]
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
-        broadcast_object_list(error)
-    if error[0] is not None:
-        raise error[0]
+        broadcast_object_list(result)
+    if isinstance(result[0], CustomizeError):
+        raise result[0]
+    return result[0]
 
 
 def training_device(config: TrainConfig, accelerator: Any) -> torch.device:
-    """The device of the settings, or accelerate's choice.
+    """Return the device of the settings, or accelerate's default.
 
     Raises:
-        ConfigError: it is not available, or does not support the settings.
+        ConfigError: The device is not available, is not that of this process, or does not support
+            the mixed precision of the settings.
     """
     device = torch.device(accelerator.device)
     if config.device is not None:
@@ -101,7 +103,7 @@ def training_device(config: TrainConfig, accelerator: Any) -> torch.device:
             )
     if config.mixed_precision == "fp16" and device.type == "cpu":
         raise ConfigError(
-            "fp16 arithmetic is not for the CPU",
+            "fp16 arithmetic is not supported on the CPU",
             where="mixed_precision",
             fix="set mixed_precision to bf16 (--mixed-precision bf16) or no",
         )
@@ -109,58 +111,68 @@ def training_device(config: TrainConfig, accelerator: Any) -> torch.device:
 
 
 def create_autocast(config: TrainConfig, device: torch.device) -> Autocast:
-    """Makes the context of the model's calls; one that does nothing without mixed precision."""
+    """Return a function that makes the autocast context; a null context without mixed precision."""
     if config.mixed_precision == "no":
         return nullcontext
     return partial(model_autocast, device.type, MIXED_PRECISION_DTYPES[config.mixed_precision])
 
 
 def average_gradients(accelerator: Any, weights: Sequence[Tensor]) -> None:
-    """The mean over all processes, in one message.
+    """Average the gradients over all processes, in one message.
 
-    An adapter is small, so there is nothing to gain from sending parts of it early; and a model
-    that isn't wrapped can be called, checkpointed and drawn from as it is.
+    An adapter is small, so sending parts of it during the backward pass gains nothing; and a model
+    without a distributed wrapper can be called, checkpointed and sampled from directly.
+
+    Args:
+        accelerator: The ``accelerate.Accelerator`` of this process.
+        weights: Trained parameters, float32, in the same order in all processes.
     """
-    lacking = [w.grad is None for w in weights]
+    is_missing = [weight.grad is None for weight in weights]
     gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    there = gradients[0].new_tensor([0.0 if lacks else 1.0 for lacks in lacking])
-    sent = torch.cat([*(gradient.flatten() for gradient in gradients), there])
-    mean = accelerator.reduce(sent, "mean")
-    *parts, there = mean.split([*(w.numel() for w in weights), len(weights)])
-    # What no process has a gradient of must stay without one, as where all samples went to the
-    # other of two denoisers: of a zero, the optimizer's momentum and decay would make a step.
-    # Only then does the CPU wait for the answer.
-    shares = there.tolist() if any(lacking) else [1.0] * len(weights)
-    for weight, part, share in zip(weights, parts, shares, strict=True):
-        weight.grad = part.view_as(weight) if share else None
+    presence = gradients[0].new_tensor([0.0 if missing else 1.0 for missing in is_missing])
+    message = torch.cat([*(gradient.flatten() for gradient in gradients), presence])
+    *means, presence = accelerator.reduce(message, "mean").split(
+        [*(weight.numel() for weight in weights), len(weights)]
+    )
+    # A weight without a gradient in any process must keep None, for example when all samples went
+    # to the other of two denoisers: on a zero gradient, momentum and weight decay make a step.
+    # Reading the shares waits for the device, so it is done only if a gradient is missing.
+    shares = presence.tolist() if any(is_missing) else [1.0] * len(weights)
+    for weight, mean, share in zip(weights, means, shares, strict=True):
+        weight.grad = mean.view_as(weight) if share else None
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C, SIGTERM or SIGHUP arrives (on Windows Ctrl-Break too); a
-    second one, but for SIGHUP, acts as it always does. A SIGHUP that is ignored, as under nohup,
-    stays ignored."""
+    """Collect stop signals in a list instead of ending the process.
+
+    The signals are SIGINT (Ctrl-C), SIGTERM, SIGHUP and, on Windows, SIGBREAK. A second signal has
+    its previous effect, except SIGHUP. A SIGHUP that is ignored, as under nohup, stays ignored.
+
+    Yields:
+        The received signal numbers.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may set handlers
         return
-    numbers = [getattr(signal, name) for name in _STOPS if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
+    numbers = [getattr(signal, name) for name in _STOP_SIGNALS if hasattr(signal, name)]
+    previous = {number: signal.getsignal(number) for number in numbers}
     hangup = getattr(signal, "SIGHUP", None)
-    if before.get(hangup) is signal.SIG_IGN:
-        del before[hangup]
+    if previous.get(hangup) is signal.SIG_IGN:
+        del previous[hangup]
 
-    def note(number: int, frame: object) -> None:
+    def record_signal(number: int, frame: object) -> None:
         received.append(number)
-        for each, handler in before.items():
+        for other, handler in previous.items():
             # When a terminal closes, the system and the shell both send SIGHUP.
-            if each != hangup:
-                signal.signal(each, handler)
+            if other != hangup:
+                signal.signal(other, handler)
 
-    for number in before:
-        signal.signal(number, note)
+    for number in previous:
+        signal.signal(number, record_signal)
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

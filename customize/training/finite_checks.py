@@ -1,7 +1,7 @@
-"""Checks that what models give is finite, made where it is computed, so that errors name the cause.
+"""Checks that the outputs of models are finite, so that errors name the component at fault.
 
-A loss that is not finite does not tell where that came from: an autoencoder that overflows in half
-precision, a text encoder or denoiser with broken weights, a learning rate.
+A loss that is not finite may come from an autoencoder that overflows in half precision, from a text
+encoder or denoiser with damaged weights, or from a high learning rate.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from customize.families import Family
 
 
 def check_latents(family: Family, latents: Iterable[Tensor], picture: str) -> None:
-    """Refuse latents that are not finite.
+    """Check that latents are finite.
 
     Args:
-        latents: mean and standard deviation, each (..., channels, h, w).
-        picture: the name of what was encoded.
+        family: The base model.
+        latents: Mean and standard deviation, each (..., channels, height, width).
+        picture: Name of the encoded image file.
 
     Raises:
-        PipelineError: naming the picture.
+        PipelineError: A value is not finite; the error names the image.
     """
     if _all_finite(latents):
         return
@@ -41,13 +42,16 @@ def check_latents(family: Family, latents: Iterable[Tensor], picture: str) -> No
 
 
 def check_conditions(family: Family, conditions: Mapping[str, Tensor], caption: str) -> None:
-    """Refuse what the text encoders make of a caption where it is not finite.
+    """Check that the conditions of a caption are finite.
 
     Args:
-        conditions: (1, ...) each, as :meth:`Family.encode_prompts` gives them.
+        family: The base model.
+        conditions: From :meth:`Family.encode_prompts`, of batch size 1.
+        caption: The encoded caption.
 
     Raises:
-        PipelineError: naming the caption, and the encoder where its weights tell.
+        PipelineError: A value is not finite; the error names the caption, and the text encoder with
+            damaged weights.
     """
     if _all_finite(conditions.values()):
         return
@@ -61,13 +65,15 @@ def check_conditions(family: Family, conditions: Mapping[str, Tensor], caption: 
 
 
 def check_sampled(family: Family, values: Tensor, component: str) -> None:
-    """Refuse latents or pixels that are not finite.
+    """Check that sampled latents or pixels are finite.
 
     Args:
-        component: what gave them: the denoiser or "vae".
+        family: The base model.
+        values: Latents or pixels, of any shape.
+        component: The component that returned them: the denoiser or "vae".
 
     Raises:
-        PipelineError: naming the component.
+        PipelineError: A value is not finite; the error names the component.
     """
     if _all_finite([values]):
         return
@@ -81,10 +87,11 @@ def check_sampled(family: Family, values: Tensor, component: str) -> None:
 
 
 def suggest_base_fix(family: Family, fp16: bool) -> str:
-    """What to do where the untouched base gives values that are not finite.
+    """Return what to do if the base without adapters gives values that are not finite.
 
     Args:
-        fp16: whether it computes in float16.
+        family: The base model.
+        fp16: Whether it computes in float16.
     """
     models = {**family.denoisers, **family.all_text_encoders, "vae": family.components.get("vae")}
     for key, model in models.items():
@@ -97,15 +104,15 @@ def suggest_base_fix(family: Family, fp16: bool) -> str:
 
 
 def _all_finite(values: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(each).all()) for each in values)
+    return all(bool(torch.isfinite(tensor).all()) for tensor in values)
 
 
 def _broken_weight(component: str, model: object) -> str:
-    """What to do about a model's first frozen weight that is not finite; empty where all are.
+    """What to do about a model's first frozen weight that is not finite; "" if all are finite.
 
-    Weights that train may be so by the step that followed.
+    Trained weights are not checked, because a step may have made them infinite.
     """
-    model = getattr(model, "wrapped", model)  # of an encoder whose answers are remembered
+    model = getattr(model, "wrapped", model)  # the encoder of a CachedTextEncoder
     for name, weight in model.named_parameters() if isinstance(model, nn.Module) else ():
         if weight.requires_grad or not weight.is_floating_point():
             continue

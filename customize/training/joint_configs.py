@@ -1,4 +1,4 @@
-"""Several concepts in one run: which settings each has for itself, and which the run has."""
+"""Configurations of several concepts in one run, with per-concept and shared settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from customize.training.config_validation import join_problems
 from customize.training.field_values import contains_trigger, format_value
 from customize.training.settings_file import read_yaml, rename_settings
 
-#: The settings that each concept of a run has for itself; all others belong to the run.
+#: Settings that may differ between the concepts of a run; all others are shared.
 PER_CONCEPT_SETTINGS = frozenset(
     {
         *("images", "masks", "caption", "output", "name", "trigger", "class_word", "token_init"),
@@ -27,33 +27,37 @@ PER_CONCEPT_SETTINGS = frozenset(
 def load_configs(
     path: Path | str | None, others: Sequence[Path | str], **overrides: Any
 ) -> list[TrainConfig]:
-    """The configurations of a run's concepts, each from a YAML file of its own.
+    """Load the configurations of a run's concepts, each from a YAML file of its own.
 
     Args:
-        path, overrides: of the first, as for :func:`customize.training.config.load_config`.
-        others: files of the other concepts. Of what belongs to the run they may leave out what
-            the first has, and the overrides win over them.
+        path: File of the first concept; see :func:`customize.training.config.load_config`.
+        others: Files of the other concepts. Shared settings default to those of the first concept,
+            and shared overrides take precedence over the files.
+        overrides: Settings that replace those of the first file.
 
     Raises:
-        ConfigError: as ``load_config`` and :func:`check_joint_configs`.
+        ConfigError: See ``load_config`` and :func:`check_joint_configs`.
     """
     configs = [load_config(path, **overrides)]
     if others:
         overrides = rename_settings(overrides)
-        given = ({} if path is None else read_yaml(Path(path))) | overrides
+        first = ({} if path is None else read_yaml(Path(path))) | overrides
         for other in others:
-            settings = _of_the_run(given) | read_yaml(Path(other)) | _of_the_run(overrides)
+            settings = (
+                _shared_settings(first) | read_yaml(Path(other)) | _shared_settings(overrides)
+            )
             configs.append(build_config(settings, other))
     check_joint_configs(configs)
     return configs
 
 
 def check_joint_configs(configs: Sequence[TrainConfig]) -> None:
-    """See that concepts can be learned in one run.
+    """Check that concepts can be learned in one run.
 
     Raises:
-        ConfigError: there is none, a setting of the run differs between them, or what is each
-            one's own is another's as well; the error lists all that is wrong.
+        ConfigError: There is no concept, a shared setting differs between concepts, or names,
+            triggers, slices or output folders of two concepts are equal or nested. The error lists
+            all problems.
     """
     if not configs:
         raise ConfigError("there is no concept to learn", fix="give at least one configuration")
@@ -71,11 +75,11 @@ def check_joint_configs(configs: Sequence[TrainConfig]) -> None:
             for field in ("name", "trigger", "slice")
             if getattr(a, field) is not None and getattr(a, field) == getattr(b, field)
         ]
-        ours, theirs = real_path(a.output), real_path(b.output)
-        if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+        output_a, output_b = real_path(a.output), real_path(b.output)
+        if output_a.is_relative_to(output_b) or output_b.is_relative_to(output_a):
             problems.append(
                 f"output is {format_value(a.output)} for {a.name} and {format_value(b.output)} for "
-                f"{b.name}: each needs a folder of its own, outside of the other's"
+                f"{b.name}: neither folder may be inside the other"
             )
     for a, b in permutations(configs, 2):
         problems += [
@@ -87,5 +91,5 @@ def check_joint_configs(configs: Sequence[TrainConfig]) -> None:
         raise ConfigError(join_problems(problems))
 
 
-def _of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in settings.items() if field not in PER_CONCEPT_SETTINGS}

@@ -1,8 +1,8 @@
-"""What a run needs before its first step: a device, the base, a place for what trains."""
+"""Preparing the base model: loading, freezing, quantizing and moving it, and checking settings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,81 +14,28 @@ from customize.base.quantization import check_quantizer, quantize_model
 from customize.concepts.tokens import layerwise_embeddings
 from customize.core.bases import count_shared_directions
 from customize.errors import ConfigError, PipelineError
-from customize.families import Family
+from customize.families import Family, family_of
+from customize.training.base_fingerprint import weight_digests, weight_digests_on_disk
 from customize.training.config import TrainConfig
-from customize.training.data import dataset
 from customize.training.distributed import MIXED_PRECISION_DTYPES
+from customize.training.run import Run
 from customize.training.trainable import adapted_components
-
-
-def read_images(
-    config: TrainConfig, resolution: int | None, triggers: Sequence[str]
-) -> tuple[list[dataset.TrainingImage], list[dataset.TrainingImage]]:
-    """The concept's pictures, and the class pictures that the settings name.
-
-    Args:
-        resolution: what they are shrunk to on reading; None: it is not known yet.
-        triggers: of all concepts of the run, which no class picture shows.
-
-    Raises:
-        DataError: see :func:`customize.training.data.dataset.read_training_images`.
-    """
-    # Sizes of buckets depend on the model. Until it is loaded, no picture stays in memory.
-    hold = resolution is not None and not config.buckets
-    samples = dataset.read_training_images(
-        config.images,
-        trigger=config.trigger,
-        caption=config.caption,
-        masks=config.masks,
-        resolution=resolution,
-        hold=hold,
-        square=not config.buckets,
-    )
-    if not config.prior_weight or config.prior_images is None:
-        return samples, []
-    return samples, dataset.read_training_images(
-        config.prior_images,
-        trigger=None,
-        caption=config.class_prompt,
-        resolution=resolution,
-        hold=hold,
-        limit=config.prior_count,
-        forbidden=triggers,
-    )
-
-
-def load_base(config: TrainConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """The base's components and its pipeline's configuration; on the CPU, from safetensors only.
-
-    The frozen weights are loaded in the precision of the arithmetic, but for the autoencoder's:
-    it is used once a picture, and some overflow in half precision.
-
-    Raises:
-        ConfigError, PipelineError: see :func:`customize.base.load_pipeline.load_pipeline`.
-    """
-    dtype = MIXED_PRECISION_DTYPES.get(config.mixed_precision, torch.float32)
-    pipe = load_pipeline(
-        config.base,
-        {"default": dtype, "vae": torch.float32},
-        variant=config.variant,
-        config=config.base_config,
-    )
-    return dict(pipe.components), pipe.config
 
 
 def check_quantization(
     config: TrainConfig, components: Mapping[str, Any] | None, device: torch.device
 ) -> None:
-    """See that the base can be quantized as the settings ask for.
+    """Check that the base can be quantized as the settings request.
 
     Raises:
-        ConfigError: the library is not here or not for this device, or the base is in memory.
+        ConfigError: The library is not installed or does not support the device, or the base is in
+            memory.
     """
     if config.quantize == "none":
         return
     if components is not None:
         raise ConfigError(
-            "a model in memory is trained on as it is",
+            "a model in memory is not quantized for training",
             where="quantize",
             fix="load it quantized and set quantize to none (--quantize none), or give the base's "
             "name instead",
@@ -96,17 +43,56 @@ def check_quantization(
     check_quantizer(config.quantize, device)
 
 
-def quantize_denoisers(family: Family, config: TrainConfig, device: torch.device) -> None:
-    """Hold the denoisers of a base that was loaded here as the settings ask for."""
-    if config.quantize == "none":
-        return
+def load_base(
+    run: Run,
+    components: Mapping[str, Any] | None = None,
+    pipeline_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Load the base of the settings, or use components in memory, and freeze its models.
+
+    Frozen weights are loaded on the CPU, from safetensors only, in the precision of the mixed
+    precision setting; except the autoencoder's, in float32, because some overflow in half precision
+    and it encodes each image once. Models that training does not need are freed. Components in
+    memory are restored when the run ends.
+
+    Args:
+        run: Receives the family, its fingerprint, the resolution and the weights' digests.
+        components: Components of a pipeline in memory; None: load ``config.base``.
+        pipeline_config: Configuration of the pipeline in memory.
+
+    Raises:
+        ConfigError, PipelineError: See :func:`customize.base.load_pipeline.load_pipeline`,
+            :func:`check_family_support` and :func:`restored_afterwards`.
+    """
+    config = run.config
     dtype = MIXED_PRECISION_DTYPES.get(config.mixed_precision, torch.float32)
-    for denoiser in family.denoisers.values():
-        quantize_model(denoiser, config.quantize, dtype, device)
+    if components is None:
+        with run.progress.phase(f"loading the base {config.base}"):
+            pipe = load_pipeline(
+                config.base,
+                {"default": dtype, "vae": torch.float32},
+                variant=config.variant,
+                config=config.base_config,
+            )
+        components, pipeline_config = dict(pipe.components), pipe.config
+    family = run.family = family_of(dict(components), pipeline_config or {})
+    for concept_config in run.configs:
+        run.resolution = check_family_support(family, concept_config)
+    if run.owns_base:
+        _freeze(family.components)
+        offload(family, family.unused, free=True)
+    else:
+        run.cleanup.enter_context(restored_afterwards(components))
+    run.fingerprint = family.fingerprint()
+    if not run.weights:  # the files were downloaded by loading, or cannot be read
+        run.weights = weight_digests_on_disk(config.base, config.variant)
+        run.weights = run.weights or weight_digests("", family.components)
+    if config.quantize != "none":
+        for denoiser in family.denoisers.values():
+            quantize_model(denoiser, config.quantize, dtype, run.device)
 
 
-def freeze(components: Mapping[str, Any]) -> None:
-    """Nothing of these models requires gradients, and all are in evaluation mode."""
+def _freeze(components: Mapping[str, Any]) -> None:
     for model in components.values():
         if isinstance(model, nn.Module):
             model.requires_grad_(False)
@@ -114,14 +100,12 @@ def freeze(components: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def temporarily_frozen(components: Mapping[str, Any]) -> Iterator[None]:
-    """:func:`freeze` somebody's models; afterwards they are as before.
-
-    That is: devices, modes, which parameters require gradients.
+def restored_afterwards(components: Mapping[str, Any]) -> Iterator[None]:
+    """Freeze models in memory; restore devices, modes and ``requires_grad`` flags at the end.
 
     Raises:
-        PipelineError: a model is under offloading hooks, which would move it in between, or was
-            made in inference mode, so that no gradient can pass its weights.
+        PipelineError: A model has offloading hooks, which would move it during training, or was
+            created in inference mode, so that no gradient can flow through its weights.
     """
     models = {key: part for key, part in components.items() if isinstance(part, nn.Module)}
     for key, model in models.items():
@@ -133,30 +117,30 @@ def temporarily_frozen(components: Mapping[str, Any]) -> Iterator[None]:
             )
         if any(parameter.is_inference() for parameter in model.parameters()):
             raise PipelineError(
-                "a model that was made in torch.inference_mode cannot be trained on",
+                "a model that was created in torch.inference_mode cannot be trained on",
                 where=key,
                 fix="load it outside of inference mode, or give the base's name instead",
             )
-    before = [
+    states = [
         (
             model,
-            next((p.device for p in model.parameters()), torch.device("cpu")),
+            next((parameter.device for parameter in model.parameters()), torch.device("cpu")),
             [(module, module.training) for module in model.modules()],
-            # By name, because tokens that come and go replace the table's parameter.
-            {name: p.requires_grad for name, p in model.named_parameters()},
+            # By name, because adding tokens replaces the embedding table's parameter.
+            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
         )
         for model in models.values()
     ]
     try:
-        freeze(models)
+        _freeze(models)
         yield
     finally:
-        for model, device, modes, grads in before:
+        for model, device, modes, requires_grad in states:
             model.to(device)
             for module, mode in modes:
                 module.training = mode
             for name, parameter in model.named_parameters():
-                parameter.requires_grad_(grads[name])
+                parameter.requires_grad_(requires_grad[name])
 
 
 def move_to_device(models: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -166,11 +150,12 @@ def move_to_device(models: Mapping[str, nn.Module], device: torch.device) -> Non
 
 
 def offload(family: Family, models: Mapping[str, nn.Module], *, free: bool) -> None:
-    """Take models that are not needed any more off the device.
+    """Move models that are not needed for now to the CPU, or free them.
 
     Args:
-        models: component name -> model.
-        free: also let the family forget them; else they wait on the CPU.
+        family: The base model.
+        models: Component name -> model.
+        free: Remove the models from the family instead of moving them.
     """
     for key, model in models.items():
         if not free:
@@ -180,11 +165,11 @@ def offload(family: Family, models: Mapping[str, nn.Module], *, free: bool) -> N
 
 
 def check_family_support(family: Family, config: TrainConfig) -> int:
-    """The pictures' resolution, after a check of all settings that depend on the family.
+    """Check the settings that depend on the family and return the resolution in pixels.
 
     Raises:
-        ConfigError: a setting has no meaning for this family, or the rank is above a width.
-        PipelineError: the base's scheduler cannot be trained with.
+        ConfigError: The family does not support a setting, or the rank is above a width.
+        PipelineError: The base's scheduler is not supported.
     """
     resolution = config.resolution or family.default_resolution
     if resolution % family.latent_multiple:
@@ -200,35 +185,37 @@ def check_family_support(family: Family, config: TrainConfig) -> int:
             where="layerwise_tokens",
             fix="leave it out",
         )
-    texts = config.text_losses
-    if texts and not family.text_encoders:
+    losses = config.text_losses
+    if losses and not family.text_encoders:
         raise ConfigError(
-            f"{' and '.join(texts)} cannot preserve anything in a model of family {family.name}: no"
-            " text encoder of it learns tokens or takes an adapter, so there is no gradient",
+            f"{' and '.join(losses)} cannot preserve anything in a model of family {family.name}: "
+            "none of its text encoders has trained tokens or an adapter, so there is no gradient",
             where="preserve",
             fix="preserve output instead, or give prior_weight",
         )
     avoid = config.num_shared_directions if config.method == "orthogonal" else 0
     narrowest = min(
         min(out, width - count_shared_directions(width, avoid))
-        for key in adapted_components(family, config)
-        for out, width in family.adapter_targets(key).values()
+        for component in adapted_components(family, config)
+        for out, width in family.adapter_targets(component).values()
     )
     if config.rank > narrowest:
         raise ConfigError(
             f"the rank {config.rank} is above the width of the narrowest layer, {narrowest}"
-            + (", what slices avoid not counted" if avoid else ""),
+            + (", without the shared directions that slices avoid" if avoid else ""),
             where="rank",
             fix=f"choose a rank of at most {narrowest}",
         )
-    most = family.scheduler.config.get("num_train_timesteps")
-    drawn = config.validation_prompts or (config.prior_weight and config.prior_images is None)
-    if drawn and most is not None and config.validation_steps > most:
+    num_levels = family.scheduler.config.get("num_train_timesteps")
+    has_samples = config.validation_prompts or (config.prior_weight and not config.prior_images)
+    if has_samples and num_levels is not None and config.validation_steps > num_levels:
         raise ConfigError(
-            f"the base's scheduler has {most} noise levels, fewer than {config.validation_steps}",
+            f"the base's scheduler has {num_levels} noise levels, fewer than "
+            f"{config.validation_steps}",
             where="validation_steps",
-            fix=f"choose at most {most}",
+            fix=f"choose at most {num_levels}",
         )
+    # Raises an error for a scheduler or loss weighting that is not supported.
     side = resolution // family.latent_multiple
     t = family.timesteps(torch.tensor([0.5]), (1, 2 * side, 2 * side))
     family.loss_weight(t, config.min_snr_gamma)

@@ -1,4 +1,4 @@
-"""What is written down about a run: the settings its result depends on, and what it cost."""
+"""The metadata of a run: the settings that its result depends on, its losses and its cost."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from customize.concepts.concept_info import BasisInfo, ConceptInfo
+from customize.concepts.concept_info import ConceptInfo
 from customize.concepts.io.file_layout import INFO_FILE
 from customize.concepts.io.read_concept import load_concept
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, SettingsError
-from customize.families import Family
 from customize.training.checkpoint import (
     BASE_CONFIG,
     BASE_WEIGHTS,
@@ -28,200 +27,203 @@ from customize.training.config import TrainConfig
 from customize.training.data import dataset
 from customize.training.data.changed_images import IMAGE_SETTINGS, ImageHashes, combined_hash
 from customize.training.joint_configs import PER_CONCEPT_SETTINGS
+from customize.training.run import Run
 from customize.training.settings_file import rename_settings
 from customize.training.trainable import TrainableConcept
 
-# Settings that may change when a run goes on, because the result does not depend on them; the
-# pictures themselves are compared, not their folders.
-_FREE = {
+# Settings that may change between the parts of a resumed run, because the result does not depend on
+# them. Folders of images are replaced by hashes of the images.
+_IGNORED_SETTINGS = {
     *("output", "images", "masks", "prior_images", "library", "device", "resume", "tracker"),
     *("checkpoint_every", "keep_checkpoints", "log_every", "cache_latents"),
     *("gradient_checkpointing", "compile", "samples", "validation_prompts", "validation_every"),
-    *("variant", "base_config"),  # the base's weights and configuration are compared themselves
+    *("variant", "base_config"),  # replaced by digests of the weights and the configuration
 }
-# Those that only class pictures drawn by the base depend on.
-_DRAWN = ("prior_count", "prior_prompt", "validation_steps", "validation_guidance")
-# What of a concept's settings those that are learned with it have to know.
-_OTHERS = (PER_CONCEPT_SETTINGS - _FREE - {"name"}) | {"pictures", "class_pictures"}
-_LONGEST_HISTORY = 200
-_MOST_NAMED = 2000
+# Settings on which only class images depend that the base draws.
+_CLASS_IMAGE_SETTINGS = ("prior_count", "prior_prompt", "validation_steps", "validation_guidance")
+# A concept's own settings on which the result of the other concepts of the run depends.
+_JOINT_SETTINGS = (PER_CONCEPT_SETTINGS - _IGNORED_SETTINGS - {"name"}) | {*IMAGE_SETTINGS}
+_MAX_HISTORY = 200  # pairs of step and loss in concept.json
+_MAX_NAMED_IMAGES = 2000
 
 
 def image_digests(samples: Sequence[dataset.TrainingImage]) -> ImageHashes:
-    """A name for pictures, captions and masks, in their order; None for none.
+    """Return file name -> hash of image, caption and mask, in the order of the images.
 
-    File name -> hash, so that those can be named that have changed; one hash of many thousands.
+    Changed images can then be named. More than 2000 images get one combined hash, and no images
+    None.
     """
     hashes = {sample.path.name: sample.digest for sample in samples}
-    return hashes if 0 < len(samples) == len(hashes) <= _MOST_NAMED else combined_hash(hashes)
+    if 0 < len(samples) == len(hashes) <= _MAX_NAMED_IMAGES:
+        return hashes
+    return combined_hash(hashes)
 
 
 def run_settings(
-    config: TrainConfig,
-    pictures: ImageHashes,
-    class_pictures: ImageHashes,
+    configs: Sequence[TrainConfig],
+    images: Sequence[ImageHashes],
+    class_images: Sequence[ImageHashes],
     weights: Mapping[str, str],
-    configured: Mapping[str, Any] | None,
+    base_config: Mapping[str, Any] | None,
     processes: int,
-    before: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """All that the result depends on, as JSON values: two runs of equal ones give the same.
+    previous: Sequence[Mapping[str, Any] | None],
+) -> list[dict[str, Any]]:
+    """Collect all that the result depends on: runs with equal settings give equal concepts.
 
     Args:
-        pictures, class_pictures: from :func:`image_digests`; None where the base draws the latter.
-        weights: of the base, from :func:`customize.training.base_fingerprint.weight_digests`.
-        configured: from :func:`customize.training.base_fingerprint.base_configuration`.
-        before: those of the run that may go on. Its slice holds unless the configuration names
-            one. Without both the slice is None until it is chosen; see
-            :func:`customize.training.slice_reservation.reserve_slices`. So do the directions that
-            it avoids.
+        configs: Settings of each concept.
+        images: From :func:`image_digests`, of each concept.
+        class_images: From :func:`image_digests`, of each concept; None where the base draws them.
+        weights: From :func:`customize.training.base_fingerprint.weight_digests`.
+        base_config: From :func:`customize.training.base_fingerprint.base_configuration`.
+        processes: Number of training processes.
+        previous: Each concept's settings in the run to resume. Slice and shared directions are
+            taken from them if the configuration sets no slice; else they are None and "" until
+            they are chosen.
+
+    Returns:
+        JSON values of each concept, with the settings of the other concepts.
     """
-    values = config.model_dump(mode="json", exclude=_FREE)
-    if not config.prior_weight or class_pictures:
-        for key in _DRAWN:  # class pictures that are given are compared themselves
-            del values[key]
-    return values | {
-        "slice": (before or {}).get("slice") if config.slice is None else config.slice,
-        SHARED_DIRECTIONS: (before or {}).get(SHARED_DIRECTIONS, ""),
-        "pictures": pictures,
-        "class_pictures": class_pictures,
-        "processes": processes,
-        BASE_WEIGHTS: dict(weights),
-        BASE_CONFIG: configured,
-    }
-
-
-def joint_run_settings(
-    configs: Sequence[TrainConfig],
-    pictures: Sequence[ImageHashes],
-    class_pictures: Sequence[ImageHashes],
-    weights: Mapping[str, str],
-    configured: Mapping[str, Any] | None,
-    processes: int,
-    before: Sequence[Mapping[str, Any] | None],
-) -> list[dict[str, Any]]:
-    """:func:`run_settings` of each concept of a run, with what it has to know of the others."""
-    each = zip(configs, pictures, class_pictures, before, strict=True)
-    return add_joint_settings(
-        [
-            run_settings(config, own, classes, weights, configured, processes, then)
-            for config, own, classes, then in each
-        ]
-    )
+    settings = []
+    for config, own_images, own_class_images, earlier in zip(
+        configs, images, class_images, previous, strict=True
+    ):
+        values = config.model_dump(mode="json", exclude=_IGNORED_SETTINGS)
+        if not config.prior_weight or own_class_images:
+            for key in _CLASS_IMAGE_SETTINGS:
+                del values[key]
+        settings.append(
+            values
+            | {
+                "slice": (earlier or {}).get("slice") if config.slice is None else config.slice,
+                SHARED_DIRECTIONS: (earlier or {}).get(SHARED_DIRECTIONS, ""),
+                "pictures": own_images,
+                "class_pictures": own_class_images,
+                "processes": processes,
+                BASE_WEIGHTS: dict(weights),
+                BASE_CONFIG: base_config,
+            }
+        )
+    return add_joint_settings(settings)
 
 
 def add_joint_settings(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The settings of concepts that are learned together, each with what is the others' own: the
-    result depends on that as well. One alone stays as it is.
+    """Add to each concept's settings the per-concept settings of the other concepts.
 
     Args:
-        settings: from :func:`run_settings`, of each.
+        settings: Of each concept; those of a single concept are returned unchanged.
     """
-    own = {
-        each["name"]: {key: each[key] for key in sorted(_OTHERS) if key in each}
-        for each in settings
+    per_concept = {
+        values["name"]: {key: values[key] for key in sorted(_JOINT_SETTINGS) if key in values}
+        for values in settings
     }
-    if len(own) == 1:
-        return [dict(each) for each in settings]
+    if len(per_concept) == 1:
+        return [dict(values) for values in settings]
     return [
         {
-            **each,
-            JOINT_CONCEPTS: {name: facts for name, facts in own.items() if name != each["name"]},
+            **values,
+            JOINT_CONCEPTS: {
+                name: others for name, others in per_concept.items() if name != values["name"]
+            },
         }
-        for each in settings
+        for values in settings
     ]
 
 
 def split_joint_settings(
     settings: Mapping[str, Any] | None, configs: Sequence[TrainConfig]
 ) -> list[Mapping[str, Any] | None]:
-    """What is known of each concept from the settings of one that was learned with them.
+    """Return the settings of each concept as far as the settings of one concept contain them.
 
     Args:
-        settings: as :func:`add_joint_settings` makes them; None where there are none.
+        settings: From :func:`add_joint_settings`, of one concept; None if there are none.
+        configs: Settings of the concepts of the run.
     """
     if settings is None:
         return [None] * len(configs)
-    known = {settings.get("name"): settings}
-    for name, own in settings.get(JOINT_CONCEPTS, {}).items():
-        known[name] = {**own, SHARED_DIRECTIONS: settings.get(SHARED_DIRECTIONS, "")}
-    return [known.get(config.name) for config in configs]
+    by_name = {settings.get("name"): settings}
+    for name, values in settings.get(JOINT_CONCEPTS, {}).items():
+        by_name[name] = {**values, SHARED_DIRECTIONS: settings.get(SHARED_DIRECTIONS, "")}
+    return [by_name.get(config.name) for config in configs]
 
 
 def read_finished_concept(config: TrainConfig) -> Concept | None:
-    """The concept that the output folder holds already; None where there is none, or not whole."""
+    """Read the concept in the output folder; None if there is none or it is incomplete."""
     if not os.path.isfile(config.output / INFO_FILE):
         return None
     try:
         return load_concept(config.output)
     except ConceptError:
-        return None  # cut off while it was saved: the last checkpoint has it
+        return None  # the run ended while it was saved, and the last checkpoint has its state
 
 
 def check_finished_settings(
     concept: Concept,
     settings: Mapping[str, Any],
     config: TrainConfig,
-    saved: Mapping[str, Any] | None = None,
+    checkpoint_settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Refuse to hand out a finished concept for other settings than its own.
+    """Refuse to return a finished concept that was trained with other settings.
 
     Args:
-        saved: the settings of the run's last checkpoint, which name its pictures.
+        concept: The finished concept.
+        settings: Settings of this run.
+        config: Configuration of the concept.
+        checkpoint_settings: Settings of the run's last checkpoint, which name the images.
 
     Raises:
-        SettingsError: they differ; the message names each field with both values.
+        SettingsError: They differ; the message names each setting with both values.
     """
-    settings_then = concept.info.training.get("settings")
-    before = _as_of_now(settings_then) if isinstance(settings_then, dict) else {}
-    before |= {
-        key: saved[key]
-        for key in IMAGE_SETTINGS
-        if saved
-        and isinstance(saved.get(key), dict)
-        and combined_hash(saved[key]) == before.get(key)
-    }
-    found = settings_differences(before, settings)
-    if found:
+    stored = concept.info.training.get("settings")
+    before = _add_defaults(stored) if isinstance(stored, dict) else {}
+    for key in IMAGE_SETTINGS:
+        hashes = (checkpoint_settings or {}).get(key)
+        if isinstance(hashes, dict) and combined_hash(hashes) == before.get(key):
+            before[key] = hashes
+    changes = settings_differences(before, settings)
+    if changes:
         raise SettingsError(
-            f"the concept {config.name} is there already, learned with other settings: "
-            + "; ".join(found),
+            f"the concept {config.name} is already finished, learned with other settings: "
+            + "; ".join(changes),
             where=config.output,
             fix="choose another output folder, or set resume to false (--no-resume) to replace it",
         )
 
 
-def _as_of_now(before: Mapping[str, Any]) -> dict[str, Any]:
-    """A finished concept's settings with those that came later, which are as their defaults say."""
-    fields = {key: field for key, field in TrainConfig.model_fields.items() if key not in _FREE}
-    later = {k: f.default for k, f in fields.items() if not f.is_required() and k not in _DRAWN}
-    return json.loads(json.dumps(later)) | rename_settings(before)
+def _add_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A finished concept's settings, with the defaults of settings added in later versions."""
+    defaults = {
+        key: field.default
+        for key, field in TrainConfig.model_fields.items()
+        if key not in {*_IGNORED_SETTINGS, *_CLASS_IMAGE_SETTINGS} and not field.is_required()
+    }
+    return json.loads(json.dumps(defaults)) | rename_settings(settings)
 
 
-def concept_info(
-    learned: TrainableConcept,
-    family: Family,
-    basis: BasisInfo | None,
-    fingerprint: Mapping[str, Any],
-    training: Mapping[str, Any],
-) -> ConceptInfo:
-    """The facts of a concept that a run learns."""
-    config = learned.config
+def concept_info(run: Run, concept: TrainableConcept, training: Mapping[str, Any]) -> ConceptInfo:
+    """Return the content of a learned concept's ``concept.json``.
+
+    Args:
+        run: The run.
+        concept: The learned concept.
+        training: From :func:`training_facts`.
+    """
+    config = concept.config
     return ConceptInfo(
         name=config.name,
         trigger=config.trigger,
         class_word=config.class_word,
-        family=family.name,
+        family=run.family.name,
         base=config.base,
-        fingerprint=dict(fingerprint),
+        fingerprint=dict(run.fingerprint),
         method=config.method,
-        basis=basis,
+        basis=concept.basis,
         rank=config.rank,
         alpha=config.adapter_alpha,
-        slices={str(width): list(columns) for width, columns in learned.slice_columns.items()},
-        num_tokens=config.num_tokens if learned.trainable_rows else 0,
-        token_layers=learned.layers,
-        training=dict(training) | {"output": family.output},
+        slices={str(width): list(columns) for width, columns in concept.slice_columns.items()},
+        num_tokens=config.num_tokens if concept.token_rows else 0,
+        token_layers=concept.layers,
+        training=dict(training) | {"output": run.family.output},
     )
 
 
@@ -231,17 +233,18 @@ def training_facts(
     seconds_per_step: float,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What ``concept.json`` says of the run.
+    """Return the entry "training" of ``concept.json``.
 
-    "final_loss" is the mean over the last tenth of the steps; "losses" are [step, mean loss up to
-    it]; "peak_memory_mb" is the device's, or the whole process's on a CPU.
+    "final_loss" is the mean over the last tenth of the steps. "losses" are at most 200 pairs of a
+    step and the mean loss since the previous pair. "peak_memory_mb" is of the device, or of the
+    whole process on a CPU, in MiB.
     """
     last = [loss for step, loss in history if step > 0.9 * history[-1][0]]
-    every = -(-len(history) // _LONGEST_HISTORY)
+    stride = -(-len(history) // _MAX_HISTORY)
     return {
         "settings": without_image_names(settings),
         "final_loss": sum(last) / len(last),
-        "losses": [list(pair) for pair in history[::-1][::every][::-1]],
+        "losses": [list(pair) for pair in history[::-1][::stride][::-1]],
         "seconds_per_step": seconds_per_step,
         "peak_memory_mb": peak_memory(device) / 2**20,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -250,26 +253,27 @@ def training_facts(
 
 
 def without_image_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for a concept's facts, which are shown to others: without the pictures' names."""
+    """Replace the names of image files by one hash, because ``concept.json`` may be published."""
     others = settings.get(JOINT_CONCEPTS)
-    return {
+    published = {
         **settings,
         **{key: combined_hash(settings[key]) for key in IMAGE_SETTINGS if key in settings},
-        **(
-            {JOINT_CONCEPTS: {name: without_image_names(own) for name, own in others.items()}}
-            if others
-            else {}
-        ),
     }
+    if others:
+        published[JOINT_CONCEPTS] = {
+            name: without_image_names(values) for name, values in others.items()
+        }
+    return published
 
 
 def reset_peak_memory(device: torch.device) -> None:
+    """Reset the peak that :func:`peak_memory` returns, on a CUDA device."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's memory since the reset, or of the process's since its start."""
+    """Return the peak memory in bytes: of the device since the reset, or of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -277,7 +281,7 @@ def peak_memory(device: torch.device) -> int:
 
         return int(psutil.Process().memory_info().peak_wset)
     try:
-        # Not getrusage: on Linux that starts at what the parent process held.
+        # On Linux, getrusage starts at the parent's memory.
         status = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
@@ -289,6 +293,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def tracker_config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for trackers, which take only plain values."""
-    plain = {key: "" if value is None else value for key, value in settings.items()}
-    return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in plain.items()}
+    """Return settings as trackers accept them: scalars and strings only."""
+    scalars = {key: "" if value is None else value for key, value in settings.items()}
+    return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in scalars.items()}

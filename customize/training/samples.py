@@ -25,9 +25,7 @@ from customize.training.config import TrainConfig
 from customize.training.data.batches import stream_seed
 from customize.training.data.captions import replace_trigger
 from customize.training.data.decode_image import decode_image
-from customize.training.distributed import Autocast
-from customize.training.latents_and_embeddings import CachedImages, Encode
-from customize.training.trainable import Trainable
+from customize.training.run import Run
 from customize.training.validation_images import decode_images, guidance_scale, write_png
 
 SAMPLES_FOLDER = "samples"
@@ -57,21 +55,11 @@ class SampleImages:
         folder: where they are, each as it was drawn.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        family: Family,
-        trainable: Trainable,
-        encode: Encode,
-        shape: Sequence[int],
-        autocast: Autocast,
-        accelerator: Any,
-    ) -> None:
-        self.config, self.family, self.trainable, self.encode = config, family, trainable, encode
-        self.shape, self.autocast = shape, autocast
+    def __init__(self, config: TrainConfig, run: Run) -> None:
+        self.config, self.run = config, run
         self.folder = config.output / SAMPLES_FOLDER
         self.steps = sorted({round(share * config.steps) for share in _SHARES})
-        if not config.samples or not accelerator.is_main_process:
+        if not config.samples or not run.accelerator.is_main_process:
             self.steps = []
 
     def begin(self, anew: bool) -> None:
@@ -86,7 +74,7 @@ class SampleImages:
             self._clear()
         base = self.folder / _BASE
         if not base.is_file():
-            with self.trainable.adapters_disabled():
+            with self.run.trainable.adapters_disabled():
                 self._draw(sample_prompts(self.config)[1], base)
         if anew:
             self.draw_if_due(0)
@@ -136,23 +124,23 @@ class SampleImages:
 
     @torch.no_grad()
     def _draw(self, prompt: str, path: Path) -> None:
-        family, config = self.family, self.config
+        family, config = self.run.family, self.config
         try:
-            with self.autocast():
-                asked = self.encode([prompt])
-                empty = family.unconditional(self.encode([""]))
+            with self.run.autocast():
+                asked = self.run.encode([prompt])
+                empty = family.unconditional(self.run.encode([""]))
             with without_compilation(config):
                 seed = stream_seed(config.seed, "sample")
                 latents = sample(
                     family,
                     asked,
                     empty,
-                    self.shape,
+                    self.run.images.shape,
                     steps=choose_sampling_steps(config, family),
                     guidance=guidance_scale(config, family),
                     seeds=[seed],
                     sampler_seed=stream_seed("sampler", seed),
-                    autocast=self.autocast,
+                    autocast=self.run.autocast,
                 )
             picture = _decoded(family, latents)
         except RuntimeError as error:  # memory does not suffice, or a kernel lacks something
@@ -201,46 +189,38 @@ def fixed_noise_captions(
 
 
 @torch.no_grad()
-def measure_fixed_noise_loss(
-    config: TrainConfig,
-    configs: Sequence[TrainConfig],
-    numbers: range,
-    family: Family,
-    trainable: Trainable,
-    pictures: CachedImages,
-    encode: Encode,
-    autocast: Autocast,
-    device: torch.device,
-) -> dict[str, float]:
+def measure_fixed_noise_loss(run: Run, concept: int) -> dict[str, float]:
     """The loss on some of a concept's pictures, with the same noise at the same levels.
 
     Training losses are of random levels, by which they differ far more than by what is learned.
 
     Args:
-        configs: of all concepts of the run.
-        numbers: of the concept's pictures.
+        run: the run, with everything attached.
+        concept: number of the concept in the run.
 
     Returns:
         "base": the base's, by captions with the class word, as before the first step; "learned":
         by the concept's own captions. Both are means over up to 4 pictures and 4 levels.
     """
+    config, numbers = run.configs[concept], run.concept_images[concept]
+    family, images, device = run.family, run.images, run.device
     stride = -(-len(numbers) // _MEASURED)
     totals = {"base": 0.0, "learned": 0.0}
     chosen = list(numbers)[::stride]
     for picture in chosen:
-        mean, _ = pictures.latent_distribution(family, [picture], [False])
-        mask, caption = pictures.mask([picture], [False]), pictures.captions[picture]
+        mean, _ = images.latent_distribution(family, [picture], [False])
+        mask, caption = images.mask([picture], [False]), images.captions[picture]
         for level, share in enumerate(_LEVELS):
             seed = stream_seed(config.seed, "measure", picture - numbers.start, level)
             noise = torch.randn(mean.shape, generator=Generator().manual_seed(seed)).to(device)
             t = family.timesteps(torch.tensor([share], device=device), mean.shape[1:])
             noisy, target = family.noisy_latents(mean, noise, t), family.target(mean, noise, t)
             for name, text, context in (
-                ("base", with_class_words(configs, caption), trainable.adapters_disabled()),
+                ("base", with_class_words(run.configs, caption), run.trainable.adapters_disabled()),
                 ("learned", caption, nullcontext()),
             ):
-                with context, autocast(), without_compilation(config):
-                    prediction = family.predict(noisy, t, encode([text]))
+                with context, run.autocast(), without_compilation(config):
+                    prediction = family.predict(noisy, t, run.encode([text]))
                 loss = weighted_mse(prediction.float(), target, None, mask)
                 totals[name] += float(loss) / (len(chosen) * len(_LEVELS))
     return totals

@@ -1,4 +1,4 @@
-"""The slices that a run learns in: chosen, claimed before the first step, held until the end."""
+"""Choosing and reserving the slices of a run's concepts before the first step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
+from customize.concepts.adapter import LayerFactors
 from customize.concepts.concept_info import BasisInfo, ConceptInfo
 from customize.concepts.slices import slice_reservations
 from customize.concepts.slices.allocation import (
@@ -23,115 +25,156 @@ from customize.concepts.slices.slice_reservations import SliceReservation
 from customize.core.bases import capacity, count_shared_directions
 from customize.errors import CustomizeError, SettingsError
 from customize.families import Family
-from customize.training import checkpoint
+from customize.training.checkpoint import (
+    BASE_CONFIG,
+    BASE_WEIGHTS,
+    SHARED_DIRECTIONS,
+    checkpoint_folder,
+    latest_step,
+)
 from customize.training.config import TrainConfig
-from customize.training.trainable import input_widths
+from customize.training.distributed import run_on_main_process
+from customize.training.library_directions import load_or_record_directions
+from customize.training.resume import ResumeState
+from customize.training.run import Run
+from customize.training.run_metadata import add_joint_settings
+from customize.training.trainable import input_widths, slice_basis
+
+
+@dataclass(eq=False)
+class RunSlices:
+    """The slices of a run's concepts.
+
+    Attributes:
+        indices: Slice index of each concept; see :func:`reserve_slices`.
+        directions: Shared directions of each layer that the slices avoid; empty if they avoid none.
+        shared: Name of the directions.
+        settings: Settings of each concept, complete with slices and base.
+    """
+
+    indices: list[int | None]
+    directions: LayerFactors
+    shared: str
+    settings: list[dict[str, Any]]
+
+
+def choose_slices(run: Run, state: ResumeState) -> RunSlices:
+    """Load or record the shared directions, and reserve a slice for each concept.
+
+    Raises:
+        ConceptError, ConfigError, PipelineError, SettingsError, StorageError: See
+            :func:`load_or_record_directions` and :func:`reserve_slices`.
+    """
+    directions: LayerFactors = {}
+    shared = state.settings[0][SHARED_DIRECTIONS]
+    if run.config.method == "orthogonal" and run.config.num_shared_directions:
+        recorded = load_or_record_directions(run, shared)
+        directions, shared = recorded.factors, recorded.name
+    basis = slice_basis(run.config, shared)
+    indices = run.cleanup.enter_context(reserve_slices(run, basis, state.previous))
+    base = {BASE_WEIGHTS: run.weights, BASE_CONFIG: run.family.relevant_config()}
+    settings = [
+        values | base | {SHARED_DIRECTIONS: shared, "slice": index}
+        for values, index in zip(state.settings, indices, strict=True)
+    ]
+    return RunSlices(indices, directions, shared, add_joint_settings(settings))
 
 
 @contextmanager
 def reserve_slices(
-    configs: Sequence[TrainConfig],
-    family: Family,
-    basis: BasisInfo | None,
-    before: Sequence[Mapping[str, Any]] | None,
-    accelerator: Any,
+    run: Run, basis: BasisInfo | None, previous: Sequence[Mapping[str, Any]] | None
 ) -> Iterator[list[int | None]]:
-    """Choose the number of each concept of a run and claim its slice, before the first step.
+    """Choose the slice index of each concept and reserve the slices in the library.
 
-    The claims go when the concepts are written. After an error they stay with the checkpoint that
-    the run can go on from; where there is none, all is as it was.
+    The reservations are removed when the concepts are written. After an error they stay if there is
+    a checkpoint to resume from; otherwise the folders are as before.
 
     Args:
-        basis: of the slices; None for the method "lora".
-        before: each concept's settings in the checkpoint that the run goes on from; their slices
-            hold.
+        run: The run.
+        basis: Basis of the slices; None for the method "lora".
+        previous: Each concept's settings in the checkpoint to resume from, whose slices are reused.
 
     Yields:
-        The numbers; None for a slice by the name's hash, or for the method "lora", which has none.
+        Slice index of each concept; None for the slice of the name's hash, and for "lora".
 
     Raises:
-        ConceptError: a concept or a claim in the library cannot be read.
-        ConfigError: the rank does not fit a width.
-        SettingsError: someone else has taken a slice since the run was cut off.
-        StorageError: a claim cannot be written.
+        ConceptError: A concept or a reservation in the library cannot be read.
+        ConfigError: The rank does not fit a width.
+        SettingsError: Another concept took the slice of a run that resumes.
+        StorageError: A reservation cannot be written.
     """
     if basis is None:
-        yield [None] * len(configs)
+        yield [None] * len(run.configs)
         return
-    new = [config for config in configs if not os.path.exists(config.output)]
-    main = accelerator.is_main_process
+    new = [config for config in run.configs if not os.path.exists(config.output)]
+    is_main = run.accelerator.is_main_process
     try:
-        answer: list[Any] = [None]
-        if main:
-            try:
-                answer = [_claim(configs, family, basis, before)]
-            except CustomizeError as error:
-                answer = [error]
-        if accelerator.num_processes > 1:  # all learn in one slice, and stop for one error
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(answer)
-        if isinstance(answer[0], CustomizeError):
-            raise answer[0]
-        yield answer[0]
+        yield run_on_main_process(
+            run.accelerator, lambda: _reserve(run.configs, run.family, basis, previous)
+        )
     except BaseException:
-        kept = checkpoint.latest_step(configs[0].output / ".checkpoints") is not None
-        for config in configs if main and kept else ():
-            with suppress(CustomizeError):  # what stopped the run is to be told
+        can_resume = latest_step(checkpoint_folder(run.config)) is not None
+        for config in run.configs if is_main and can_resume else ():
+            with suppress(CustomizeError):  # the error that ended the run is raised
                 slice_reservations.delete_fulfilled_reservation(config.output)
-        for config in configs if main and not kept else ():
+        for config in run.configs if is_main and not can_resume else ():
             slice_reservations.delete_reservation(config.output)
             if config in new:
-                with suppress(OSError):  # not empty: class pictures are kept
+                with suppress(OSError):  # not empty: class images are kept
                     config.output.rmdir()
         raise
-    for config in configs if main else ():
+    for config in run.configs if is_main else ():
         slice_reservations.delete_reservation(config.output)
 
 
-def _claim(
+def _reserve(
     configs: Sequence[TrainConfig],
     family: Family,
     basis: BasisInfo,
-    before: Sequence[Mapping[str, Any]] | None,
+    previous: Sequence[Mapping[str, Any]] | None,
 ) -> list[int | None]:
     library = configs[0].library
-    former = dict(zip((c.name for c in configs), before or (), strict=False))
-    chosen: dict[str, SliceReservation] = {}
+    settings = dict(zip((config.name for config in configs), previous or (), strict=False))
+    reserved: dict[str, SliceReservation] = {}
     with nullcontext() if library is None else slice_reservations.lock_library(library):
-        there = [] if library is None else slice_owners(library, exclude=[c.name for c in configs])
-        # Where a number is set it stands, so the others keep out of its way.
+        names = [config.name for config in configs]
+        owners = [] if library is None else slice_owners(library, exclude=names)
+        # Concepts with an index in the settings first, so that the others avoid it.
         for config in sorted(configs, key=lambda config: config.slice is None):
-            others = [*there, *chosen.values()]
+            others = [*owners, *reserved.values()]
             if config.slice is not None:
                 index: int | None = config.slice
-            elif config.name in former:
-                index = former[config.name].get("slice")
-                _check_still_ours(config, family, basis, index, others)
+            elif config.name in settings:
+                index = settings[config.name].get("slice")
+                _check_still_free(config, family, basis, index, others)
             else:
-                index = _free(config, family, basis, others)
-            claim = chosen[config.name] = _claim_of(config, family, basis, index)
-            slice_reservations.write_reservation(claim, config.output)
+                index = _free_index(config, family, basis, others)
+            reservation = _create_reservation(config, family, basis, index)
+            reserved[config.name] = reservation
+            slice_reservations.write_reservation(reservation, config.output)
     for number, config in enumerate(configs):
-        earlier = [chosen[other.name] for other in configs[:number]]
-        _tell(config, chosen[config.name], [*there, *earlier], family)
-    return [chosen[config.name].index for config in configs]
+        earlier = [reserved[other.name] for other in configs[:number]]
+        _warn_of_overlap(config, reserved[config.name], [*owners, *earlier], family)
+    return [reserved[config.name].index for config in configs]
 
 
-def _free(
+def _free_index(
     config: TrainConfig, family: Family, basis: BasisInfo, others: Sequence[SliceOwner]
 ) -> int | None:
-    """The name's own slice where there is no library, unless one of the run has it."""
-    if config.library is None and not _sharing(_claim_of(config, family, basis, None), others):
-        return None
+    """The lowest free index; None for the slice of the name's hash, if it is free and there is no
+    library."""
+    if config.library is None:
+        hashed = _create_reservation(config, family, basis, None)
+        if not _count_shared_columns(hashed, others):
+            return None
     return free_index(others, config.rank, basis, widths=input_widths(family, config))
 
 
-def _claim_of(
+def _create_reservation(
     config: TrainConfig, family: Family, basis: BasisInfo, index: int | None
 ) -> SliceReservation:
     widths = input_widths(family, config)
-    columns = slice_columns(
+    slices = slice_columns(
         widths, config.rank, index=index, name=config.name, avoid=basis.num_shared_directions
     )
     return SliceReservation(
@@ -139,67 +182,67 @@ def _claim_of(
         basis=basis,
         rank=config.rank,
         index=index,
-        slices={str(width): list(own) for width, own in columns.items()},
+        slices={str(width): list(columns) for width, columns in slices.items()},
     )
 
 
-def _check_still_ours(
+def _check_still_free(
     config: TrainConfig,
     family: Family,
     basis: BasisInfo,
     index: int | None,
     others: Sequence[SliceOwner],
 ) -> None:
-    """Refuse a slice that others hold too, unless the library is so full that none is better."""
-    taken = _sharing(_claim_of(config, family, basis, index), others)
-    if index is None or not taken:
+    """Refuse a slice that another concept took, unless the library has no better slice."""
+    shared = _count_shared_columns(_create_reservation(config, family, basis, index), others)
+    if index is None or not shared:
         return
-    free = _free(config, family, basis, others)
-    best = _sharing(_claim_of(config, family, basis, free), others)
-    if sum(taken.values()) > sum(best.values()):
+    free = _create_reservation(config, family, basis, _free_index(config, family, basis, others))
+    if sum(shared.values()) > sum(_count_shared_columns(free, others).values()):
         raise SettingsError(
-            f"the slice {index}, in which {config.name} was being learned, is that of "
-            f"{', '.join(taken)} by now",
+            f"the slice {index}, in which {config.name} was being learned, now belongs to "
+            f"{', '.join(shared)}",
             where=config.library,
             fix="set resume to false (--no-resume) to begin anew in a free slice",
         )
 
 
-def _sharing(claim: SliceReservation, others: Sequence[SliceOwner]) -> dict[str, int]:
-    """Name -> how many columns the claim shares with its slice; only those with which it does.
+def _count_shared_columns(
+    reservation: SliceReservation, others: Sequence[SliceOwner]
+) -> dict[str, int]:
+    """Name -> number of columns shared with the reservation, where there are any.
 
-    Only of those that avoid the same directions: the others took theirs apart from it.
+    Only concepts that avoid the same directions count, because slices that avoid other directions
+    were chosen independently.
     """
-    same = [other for other in others if slice_key(other.basis) == slice_key(claim.basis)]
+    key = slice_key(reservation.basis)
     counts = {
-        other.name: sum(map(len, shared_column_numbers(other, claim).values())) for other in same
+        other.name: sum(map(len, shared_column_numbers(other, reservation).values()))
+        for other in others
+        if slice_key(other.basis) == key
     }
     return {name: count for name, count in counts.items() if count}
 
 
-def _fits(holder: SliceOwner, family: Family) -> bool:
-    """Whether it is a concept that the model takes."""
-    return isinstance(holder, ConceptInfo) and holder.fingerprint == family.fingerprint()
-
-
-def _tell(
-    config: TrainConfig, claim: SliceReservation, others: Sequence[SliceOwner], family: Family
+def _warn_of_overlap(
+    config: TrainConfig, reservation: SliceReservation, others: Sequence[SliceOwner], family: Family
 ) -> None:
-    """Warn of columns that are not the concept's alone, and of slices of other columns."""
-    alone = config.library is None
-    for width, columns in claim.slices.items() if alone and config.slice is not None else ():
-        limit = capacity(
-            int(width) - count_shared_directions(int(width), claim.basis.num_shared_directions),
-            claim.rank,
-        )
-        if claim.index is not None and claim.index >= limit:
+    """Warn of an index beyond the capacity of a width, and of overlaps with other slices."""
+    is_alone = config.library is None
+    for width, columns in (
+        reservation.slices.items() if is_alone and config.slice is not None else ()
+    ):
+        avoided = count_shared_directions(int(width), reservation.basis.num_shared_directions)
+        limit = capacity(int(width) - avoided, reservation.rank)
+        if reservation.index is not None and reservation.index >= limit:
             warnings.warn(
-                f"width {width} holds {limit} slices of rank {claim.rank}, from 0: there, slice "
-                f"{claim.index} has the columns {columns[0]} to {columns[-1]} of slice "
-                f"{claim.index % limit}",
+                f"width {width} holds {limit} slices of rank {reservation.rank}, from 0: there, "
+                f"slice {reservation.index} has the columns {columns[0]} to {columns[-1]} of slice "
+                f"{reservation.index % limit}",
                 stacklevel=2,
             )
     for other in others:
-        for collision in find_collisions([other, claim]):
-            if collision.columns or _fits(other, family):
+        fits_model = isinstance(other, ConceptInfo) and other.fingerprint == family.fingerprint()
+        for collision in find_collisions([other, reservation]):
+            if collision.columns or fits_model:
                 warnings.warn(str(collision), stacklevel=2)

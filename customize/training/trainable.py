@@ -1,8 +1,7 @@
-"""What trains in a model: adapters and the tokens of triggers, put in and taken out."""
+"""The trained parameters of a run: low-rank adapters and the token embeddings of triggers."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from customize.concepts.slices.allocation import slice_columns
 from customize.concepts.tokens import layerwise_embeddings, token_rows
 from customize.concepts.types import Concept
 from customize.core.avoiding_slices import relative_output_change
-from customize.errors import DataError, PipelineError
+from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import TokenDictionary
 from customize.training.config import TrainConfig
@@ -27,68 +26,68 @@ from customize.training.data.batches import stream_seed
 
 @dataclass(frozen=True, eq=False)
 class TrainableConcept:
-    """All that trains of one concept.
+    """The trained parameters of one concept.
 
     Attributes:
-        config: what it is learned with.
-        adapter: on the denoiser and, if asked for, the text encoders.
-        rows: token dictionary's key -> the trigger's rows; empty if tokens don't train.
-        layers: cross-attention layers with rows of their own, which follow one another in
-            ``rows``; 0 where all read the same.
-        entries: the trigger's vocabulary entries; empty where it is a plain word of the prompt.
-        columns: which the frozen down-projections are; empty for "lora".
-        held: up-projections, each with the factor on its squared norm in the loss.
+        config: Settings of the concept.
+        adapter: Adapter of the denoisers and, by the settings, the text encoders.
+        token_rows: Token dictionary's key -> rows of the trigger's tokens; empty if tokens are not
+            trained.
+        layers: Cross-attention layers with token embeddings of their own, whose rows follow one
+            another; 0 if all layers read the same embeddings.
+        tokens: The trigger's vocabulary entries; empty if the trigger is an ordinary word.
+        basis: Basis of the slice; None for the method "lora".
+        slice_columns: Input width -> columns of the frozen down-projections; empty for "lora".
+        penalized_weights: Up-projections, each with the factor of its squared norm in the loss.
     """
 
     config: TrainConfig
     adapter: Adapter
-    trainable_rows: dict[str, token_rows.TrainableRows]
+    token_rows: dict[str, token_rows.TrainableRows]
     layers: int
-    vocabulary_entries: list[str]
+    tokens: list[str]
+    basis: BasisInfo | None
     slice_columns: dict[int, tuple[int, ...]]
     penalized_weights: list[tuple[nn.Parameter, float]]
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter under a name that is the same in every run of the settings."""
-        found = {
-            f"adapter/{component}/{number}": parameter
-            for component, weights in self.adapter.parameters().items()
-            for number, parameter in enumerate(weights)
-        }
-        return found | {
-            f"tokens/{key}": rows.parameter for key, rows in self.trainable_rows.items()
-        }
-
     @torch.no_grad()
     def load_concept(self, concept: Concept) -> None:
-        """Put back, bit for bit, what was saved of it."""
+        """Copy a saved concept's adapter and token embeddings into the parameters."""
         for component, layers in self.adapter.layers.items():
-            for module, layer in layers.items():
-                update = concept.updates[component][saved_module_name(component, module)]
+            for module_name, layer in layers.items():
+                update = concept.updates[component][saved_module_name(component, module_name)]
                 layer.lora_A[self.adapter.name].weight.copy_(update.down)
                 layer.lora_B[self.adapter.name].weight.copy_(update.up)
-        for key, rows in self.trainable_rows.items():
+        for key, rows in self.token_rows.items():
             saved = concept.embeddings[key]
             rows.parameter.copy_(saved.transpose(0, 1).flatten(0, 1) if self.layers else saved)
 
     def token_embeddings(self) -> dict[str, Tensor]:
-        """A copy of the tokens' rows, on the CPU: (n, width), or (n, layers, width)."""
-        found = {
-            k: r.parameter.detach().to("cpu", copy=True) for k, r in self.trainable_rows.items()
+        """Copy the token embeddings to the CPU.
+
+        Returns:
+            Token dictionary's key -> (tokens, width), or (tokens, layers, width) with an embedding
+            for each layer.
+        """
+        embeddings = {
+            key: rows.parameter.detach().to("cpu", copy=True)
+            for key, rows in self.token_rows.items()
         }
         if not self.layers:
-            return found
-        by_layer = {k: rows.unflatten(0, (self.layers, -1)) for k, rows in found.items()}
-        return {k: rows.transpose(0, 1).contiguous() for k, rows in by_layer.items()}
+            return embeddings
+        return {
+            key: rows.unflatten(0, (self.layers, -1)).transpose(0, 1).contiguous()
+            for key, rows in embeddings.items()
+        }
 
 
 @dataclass(frozen=True, eq=False)
 class Trainable:
-    """All that trains in a model: one concept, or several at once, whose updates add up.
+    """The trained parameters of a run: of one concept, or of several, whose updates add up.
 
     Attributes:
-        concepts: at least one, in the order of the run.
-        layers: cross-attention layers with token embeddings of their own; 0 where all read alike.
+        concepts: At least one, in the order of the run.
+        layers: Cross-attention layers with token embeddings of their own; 0 if there are none.
     """
 
     concepts: tuple[TrainableConcept, ...]
@@ -96,106 +95,111 @@ class Trainable:
 
     @torch.no_grad()
     def add_penalty_grad(self) -> None:
-        """Add the gradient of ``sum factor * ||up||^2`` to what the loss has left."""
+        """Add the gradient of ``sum factor * ||up||^2`` to the gradients of the loss."""
         for concept in self.concepts:
             for up, factor in concept.penalized_weights:
                 if up.grad is not None:
                     up.grad.add_(up, alpha=2.0 * factor)
 
     def clamp_norms_(self) -> None:
-        """Keep the norms of the tokens' rows in the range of the vocabulary's."""
+        """Clamp the norms of the token embeddings to the range of the vocabulary's."""
         for concept in self.concepts:
-            for rows in concept.trainable_rows.values():
+            for rows in concept.token_rows.values():
                 rows.clamp_norm_()
 
     @contextmanager
-    def adapters_disabled(self, but: TrainableConcept | None = None) -> Iterator[None]:
-        """Within it the models draw as without adapters.
+    def adapters_disabled(self, except_for: TrainableConcept | None = None) -> Iterator[None]:
+        """Disable the adapters in this context.
 
         Args:
-            but: the concept whose adapter acts nevertheless.
+            except_for: A concept whose adapter stays enabled.
         """
         with ExitStack() as stack:
             for concept in self.concepts:
-                if concept is not but:
+                if concept is not except_for:
                     stack.enter_context(concept.adapter.disabled())
             yield
 
     def parameter_groups(self, family: Family, config: TrainConfig) -> list[dict[str, Any]]:
-        """Parameter groups of the optimizer, each named by its setting, whose value is ``peak``."""
+        """Return the optimizer's parameter groups.
+
+        Each group has the name of its learning rate setting as "name" and that setting's value as
+        "peak".
+        """
         parameters = [concept.adapter.parameters() for concept in self.concepts]
-        denoiser = [p for own in parameters for key in family.denoisers for p in own.pop(key)]
-        text = [p for own in parameters for weights in own.values() for p in weights]
-        rows = [r.parameter for concept in self.concepts for r in concept.trainable_rows.values()]
-        decay = config.weight_decay
+        denoiser = [p for weights in parameters for key in family.denoisers for p in weights[key]]
+        text = [
+            parameter
+            for weights in parameters
+            for key, values in weights.items()
+            if key not in family.denoisers
+            for parameter in values
+        ]
+        rows = [r.parameter for concept in self.concepts for r in concept.token_rows.values()]
         groups = (
-            ("learning_rate", denoiser, decay),
-            ("text_learning_rate", text, decay),
-            # A token has a norm to keep, in the range of the vocabulary's: nothing to decay.
+            ("learning_rate", denoiser, config.weight_decay),
+            ("text_learning_rate", text, config.weight_decay),
+            # The norms of token embeddings are clamped instead of decayed.
             ("token_learning_rate", rows, 0.0),
         )
         return [
-            {"name": name, "params": own, "peak": getattr(config, name), "weight_decay": weight}
-            for name, own, weight in groups
-            if own
+            {"name": name, "params": params, "peak": getattr(config, name), "weight_decay": decay}
+            for name, params, decay in groups
+            if params
         ]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained parameter under a name that is the same in every run of the settings."""
-        if len(self.concepts) == 1:
-            return self.concepts[0].named_parameters()
-        return {
-            f"{concept.config.name}/{name}": parameter
-            for concept in self.concepts
-            for name, parameter in concept.named_parameters().items()
-        }
+        """Return the trained parameters under names that depend on the settings alone."""
+        named = {}
+        for concept in self.concepts:
+            prefix = f"{concept.config.name}/" if len(self.concepts) > 1 else ""
+            for component, weights in concept.adapter.parameters().items():
+                for number, parameter in enumerate(weights):
+                    named[f"{prefix}adapter/{component}/{number}"] = parameter
+            for key, rows in concept.token_rows.items():
+                named[f"{prefix}tokens/{key}"] = rows.parameter
+        return named
 
     @torch.no_grad()
     def slice_sketches(self) -> dict[str, Tensor]:
-        """Concept/component -> (layers, rank, 4), on the CPU: each frozen down-projection times
-        four fixed vectors, by which it is known again, rounding apart. Empty for "lora"."""
-        found = {}
+        """Project the frozen down-projections on four fixed vectors, to identify them later.
+
+        Returns:
+            "slices/<concept>/<component>" -> float32 (layers, rank, 4), on the CPU; empty for the
+            method "lora".
+        """
+        all_sketches = {}
         for concept in self.concepts:
-            for component, layers in (
-                concept.adapter.layers.items() if concept.slice_columns else ()
-            ):
+            for component, layers in concept.adapter.layers.items() if concept.basis else ():
                 sketches = []
                 for layer in layers.values():
                     down = layer.lora_A[concept.adapter.name].weight
                     generator = torch.Generator().manual_seed(down.shape[1])
-                    fixed = torch.randn(down.shape[1], 4, generator=generator)
-                    sketches.append(down.to("cpu", torch.float32).flatten(1) @ fixed)
-                found[f"slices/{concept.config.name}/{component}"] = torch.stack(sketches)
-        return found
+                    vectors = torch.randn(down.shape[1], 4, generator=generator)
+                    sketches.append(down.to("cpu", torch.float32).flatten(1) @ vectors)
+                all_sketches[f"slices/{concept.config.name}/{component}"] = torch.stack(sketches)
+        return all_sketches
 
     def trained_token_ids(self, dictionary: TokenDictionary) -> list[int]:
-        """The ids of all tokens that train in a dictionary; they follow one another."""
-        rows = [
-            c.trainable_rows[dictionary.key]
-            for c in self.concepts
-            if dictionary.key in c.trainable_rows
-        ]
-        return [number for own in rows for number in token_rows.token_ids(dictionary, own.names)]
+        """Return the ids of all trained tokens of a dictionary, which are consecutive."""
+        key = dictionary.key
+        all_rows = [c.token_rows[key] for c in self.concepts if key in c.token_rows]
+        return [id_ for rows in all_rows for id_ in token_rows.token_ids(dictionary, rows.names)]
 
     def expand_triggers(self, caption: str) -> str:
-        """A caption as the text encoders see it."""
-        return token_rows.expand_prompt(caption, self._triggers)
+        """Replace each trigger in a caption by its tokens, as the text encoders read it."""
+        return token_rows.expand_prompt(caption, self._tokens())
 
     def layer_prompts(self, caption: str) -> list[str]:
-        """A caption as the text encoders see it for each layer, in order."""
-        text = self.expand_triggers(caption)
+        """Return the caption with the tokens of each cross-attention layer, in order."""
+        text, tokens = self.expand_triggers(caption), self._tokens()
         return [
-            layerwise_embeddings.expand_for_layer(text, self._triggers, layer)
+            layerwise_embeddings.expand_for_layer(text, tokens, layer)
             for layer in range(self.layers)
         ]
 
-    @property
-    def _triggers(self) -> dict[str, list[str]]:
-        return {
-            each.config.trigger: each.vocabulary_entries
-            for each in self.concepts
-            if each.vocabulary_entries
-        }
+    def _tokens(self) -> dict[str, list[str]]:
+        return {c.config.trigger: c.tokens for c in self.concepts if c.tokens}
 
 
 @contextmanager
@@ -204,19 +208,21 @@ def attach_trainable(
     configs: Sequence[TrainConfig],
     indices: Sequence[int | None],
     basis: BasisInfo | None,
-    generic: LayerFactors,
+    directions: LayerFactors,
 ) -> Iterator[Trainable]:
-    """Add the tokens and adapters of a run's concepts to a model; afterwards they are gone.
+    """Attach the tokens and adapters of a run's concepts to a model and detach them afterwards.
 
     Args:
-        indices: each concept's number; see
-        :func:`customize.concepts.slices.allocation.slice_columns`. basis: of their slices; None for
-        the method "lora". generic: what layers read on generic prompts; empty where the basis
-        avoids nothing of it.
+        family: The base model.
+        configs: Settings of each concept.
+        indices: Slice index of each concept; see
+            :func:`customize.concepts.slices.allocation.slice_columns`.
+        basis: Basis of the slices; None for the method "lora".
+        directions: Shared directions of each layer; empty if the slices avoid none.
 
     Raises:
-        ConfigError, ConceptError, PipelineError: what is asked for does not fit the model.
-            Nothing was changed.
+        ConfigError, ConceptError, PipelineError: The settings do not fit the model, which is
+            unchanged.
     """
     with ExitStack() as stack:
         layers = 0
@@ -224,128 +230,148 @@ def attach_trainable(
             layers = len(layerwise_embeddings.layers_with_embeddings(family))
             for hook in layerwise_embeddings.hook_cross_attention(family):
                 stack.callback(hook.remove)
-        # All start from the vocabulary as it is without any of them.
+        # All start from the vocabulary without the tokens of any other concept.
         dictionaries = family.token_dictionaries() if configs[0].train_tokens else []
-        starts = [{d.key: _initial_rows(d, config) for d in dictionaries} for config in configs]
-        concepts = [
-            _added(stack, family, config, number, index, basis, generic, layers, start)
-            for number, (config, index, start) in enumerate(
-                zip(configs, indices, starts, strict=True)
+        initial = [{d.key: _initial_embeddings(d, c) for d in dictionaries} for c in configs]
+        concepts = []
+        for number, (config, index) in enumerate(zip(configs, indices, strict=True)):
+            columns: dict[int, tuple[int, ...]] = {}
+            if basis is not None:
+                columns = slice_columns(
+                    input_widths(family, config),
+                    config.rank,
+                    index=index,
+                    name=config.name,
+                    avoid=basis.num_shared_directions,
+                )
+            rows, tokens = _attach_tokens(stack, family, config, layers, initial[number])
+            adapter = attach_new_adapter(
+                family,
+                method=config.method,
+                rank=config.rank,
+                alpha=config.adapter_alpha,
+                basis=basis,
+                columns=columns or None,
+                directions=directions,
+                components=adapted_components(family, config),
+                # Not the seed alone: concepts to be merged must start apart.
+                seed=stream_seed(config.seed, config.name, "adapter"),
+                name=f"customize_{number}" if number else "customize",
             )
-        ]
+            stack.callback(adapter.remove)
+            if config.mixed_precision != "no":
+                # peft casts inputs up to the adapter's float32, and autocast casts them down.
+                for adapted_layers in adapter.layers.values():
+                    for layer in adapted_layers.values():
+                        layer.cast_input_dtype_enabled = False
+            penalized = []
+            if basis and basis.num_shared_directions and config.shared_directions_weight:
+                penalized = _penalize(adapter, directions, config.shared_directions_weight)
+            concepts.append(
+                TrainableConcept(config, adapter, rows, layers, tokens, basis, columns, penalized)
+            )
         yield Trainable(tuple(concepts), layers)
 
 
-def _added(
+def _attach_tokens(
     stack: ExitStack,
     family: Family,
     config: TrainConfig,
-    number: int,
-    index: int | None,
-    basis: BasisInfo | None,
-    generic: LayerFactors,
     layers: int,
-    starts: Mapping[str, Tensor],
-) -> TrainableConcept:
-    """Add one concept, the ``number``-th of the run; the stack takes it out again.
+    initial: Mapping[str, Tensor],
+) -> tuple[dict[str, token_rows.TrainableRows], list[str]]:
+    """Add a trigger's tokens to all dictionaries; the stack removes them.
 
     Args:
-        starts: token dictionary's key -> (num_tokens, width), where its rows begin.
+        stack: Receives the callbacks.
+        family: The base model.
+        config: Settings of the concept.
+        layers: Layers with token embeddings of their own.
+        initial: Token dictionary's key -> initial embeddings, (tokens, width); empty if tokens are
+            not trained, so that the trigger stays an ordinary word.
+
+    Returns:
+        Token dictionary's key -> trained rows, and the trigger's vocabulary entries.
     """
-    components = adapted_components(family, config)
-    columns: dict[int, tuple[int, ...]] = {}
-    if basis is not None:
-        widths = input_widths(family, config)
-        columns = slice_columns(
-            widths, config.rank, index=index, name=config.name, avoid=basis.num_shared_directions
-        )
-    rows: dict[str, token_rows.TrainableRows] = {}
-    # Without a dictionary the trigger stays a plain word of the prompt.
-    entries = token_rows.vocabulary_entries(config.trigger, config.num_tokens) if starts else []
-    names = entries
+    all_rows: dict[str, token_rows.TrainableRows] = {}
+    tokens = token_rows.vocabulary_entries(config.trigger, config.num_tokens) if initial else []
+    names = tokens
     if layers:
         names = layerwise_embeddings.layer_vocabulary_entries(
             config.trigger, config.num_tokens, layers
         )
-    for dictionary in family.token_dictionaries() if starts else ():
-        # All layers start alike.
-        start = starts[dictionary.key].repeat(layers or 1, 1)
-        token_rows.add_tokens(dictionary, names, start)
+    for dictionary in family.token_dictionaries() if initial else ():
+        embeddings = initial[dictionary.key].repeat(layers or 1, 1)
+        token_rows.add_tokens(dictionary, names, embeddings)
         stack.callback(token_rows.remove_tokens, dictionary, names)
-        rows[dictionary.key] = token_rows.TrainableRows(dictionary, names)
-        stack.callback(rows[dictionary.key].remove)
-        # From the exact start, not from what the table's precision made of it.
-        rows[dictionary.key].parameter.data.copy_(start)
-        rows[dictionary.key].clamp_norm_()
-    adapter = attach_new_adapter(
-        family,
-        method=config.method,
-        rank=config.rank,
-        alpha=config.adapter_alpha,
-        basis=basis,
-        columns=columns or None,
-        directions=generic,
-        components=components,
-        seed=_own_seed(config, "adapter"),
-        name=f"customize_{number}" if number else "customize",
-    )
-    stack.callback(adapter.remove)
-    if config.mixed_precision != "no":
-        # peft casts inputs up to the adapter's float32, only for autocast to cast them down.
-        for own in adapter.layers.values():
-            for layer in own.values():
-                layer.cast_input_dtype_enabled = False
-    held = (
-        _held(adapter, generic, config.shared_directions_weight)
-        if basis and basis.num_shared_directions
-        else []
-    )
-    return TrainableConcept(config, adapter, rows, layers, entries, columns, held)
+        rows = all_rows[dictionary.key] = token_rows.TrainableRows(dictionary, names)
+        stack.callback(rows.remove)
+        # The exact values, because the table may be of half precision.
+        rows.parameter.data.copy_(embeddings)
+        rows.clamp_norm_()
+    return all_rows, tokens
 
 
-def check_prompt_lengths(
-    family: Family, trainable: Trainable, what: str, texts: Sequence[str]
-) -> None:
-    """Tokenize each text once, to see that the text encoders will read the trigger.
+def _initial_embeddings(dictionary: TokenDictionary, config: TrainConfig) -> Tensor:
+    """The initial token embeddings of a trigger, (tokens, width)."""
+    seed = stream_seed(config.seed, config.name, dictionary.key)
+    rows = token_rows.initial_rows(dictionary, config.class_word, config.num_tokens, seed)
+    if config.token_init != "random":
+        rows[:1] = token_rows.initial_rows(dictionary, config.token_init, 1, seed)
+    return rows
 
-    Args:
-        what: the texts are, such as caption.
 
-    Raises:
-        DataError: a trigger lies beyond the encoder's length, where it would never be read.
+def _penalize(
+    adapter: Adapter, directions: LayerFactors, weight: float
+) -> list[tuple[nn.Parameter, float]]:
+    """Up-projections with the factor of their squared norm in the loss.
+
+    The penalty is the change of outputs on generic prompts; see
+    :mod:`customize.core.avoiding_slices`.
     """
-    for dictionary in family.token_dictionaries():
-        tokenizer, own = dictionary.tokenizer, set(trainable.trained_token_ids(dictionary))
-        for given in dict.fromkeys(texts):
-            text = (trainable.layer_prompts(given) or [trainable.expand_triggers(given)])[0]
-            length = tokenizer.model_max_length
-            # Not verbose: what transformers would say of long texts is said below.
-            whole = tokenizer(text, verbose=False).input_ids
-            cut = tokenizer(text, truncation=True, max_length=length).input_ids
-            told = f"{given[:60]!r} has {len(whole)} tokens, of which {len(cut)} are read"
-            if own & set(whole) - set(cut):
-                raise DataError(
-                    f"the {what} {told}: the trigger is cut off",
-                    fix=f"shorten the {what}, or write the trigger near its beginning",
-                )
-            if len(whole) > len(cut):
-                warnings.warn(f"the {what} {told}: the rest is cut off", stacklevel=2)
+    penalized = []
+    for component, layers in adapter.layers.items():
+        for module_name, layer in layers.items():
+            factor = directions[component][saved_module_name(component, module_name)]
+            down, up = layer.lora_A[adapter.name].weight, layer.lora_B[adapter.name].weight
+            base = _linear_weight(layer.get_base_layer(), f"{component}.{module_name}")
+            change = relative_output_change(down, factor, base, layer.scaling[adapter.name])
+            penalized.append((up, weight * change))
+    return penalized
+
+
+@torch.no_grad()
+def _linear_weight(layer: Any, where: str) -> Tensor:
+    """A linear layer's weight, (out, in); of a quantized layer, from its outputs."""
+    try:
+        return dense_weight(layer, where)
+    except PipelineError:  # exact enough for the factor of a penalty
+        device = layer.weight.device
+        axes = torch.eye(layer.in_features, device=device)
+        origin = torch.zeros(1, layer.in_features, device=device)
+        return (layer(axes).float() - layer(origin).float()).T
+
+
+def adapted_components(family: Family, config: TrainConfig) -> list[str]:
+    """Return the names of the components that get an adapter."""
+    return [*family.denoisers, *(family.text_encoders if config.train_text_encoder else ())]
 
 
 def input_widths(family: Family, config: TrainConfig) -> set[int]:
-    """The input widths of all layers that get an adapter."""
+    """Return the input widths of all layers that get an adapter."""
     return {
         width
-        for key in adapted_components(family, config)
-        for _, width in family.adapter_targets(key).values()
+        for component in adapted_components(family, config)
+        for _, width in family.adapter_targets(component).values()
     }
 
 
 def slice_basis(config: TrainConfig, shared: str) -> BasisInfo | None:
-    """The basis of the concepts' slices, by the settings; None for the method "lora".
+    """Return the basis of the concepts' slices; None for the method "lora".
 
     Args:
-        shared: the name of the directions that they avoid.
+        config: Settings of the run.
+        shared: Name of the shared directions that the slices avoid.
     """
     if config.method == "lora":
         return None
@@ -356,48 +382,3 @@ def slice_basis(config: TrainConfig, shared: str) -> BasisInfo | None:
         num_shared_directions=config.num_shared_directions,
         shared_directions=shared,
     )
-
-
-def adapted_components(family: Family, config: TrainConfig) -> list[str]:
-    """The components that get an adapter."""
-    return [*family.denoisers, *(family.text_encoders if config.train_text_encoder else ())]
-
-
-def _held(
-    adapter: Adapter, generic: LayerFactors, weight: float
-) -> list[tuple[nn.Parameter, float]]:
-    """The value of :attr:`TrainableConcept.penalized_weights`."""
-    found = []
-    for component, layers in adapter.layers.items() if weight else ():
-        for module, layer in layers.items():
-            inputs = generic[component][saved_module_name(component, module)]
-            down, up = layer.lora_A[adapter.name].weight, layer.lora_B[adapter.name].weight
-            base = _weight(layer.get_base_layer(), f"{component}.{module}")
-            factor = relative_output_change(down, inputs, base, layer.scaling[adapter.name])
-            found.append((up, weight * factor))
-    return found
-
-
-@torch.no_grad()
-def _weight(layer: Any, where: str) -> Tensor:
-    """A linear layer's weight, (out, in); of a quantized one, as it computes."""
-    try:
-        return dense_weight(layer, where)
-    except PipelineError:  # good enough for a penalty's factor: what it answers to each axis
-        device = layer.weight.device
-        axes = torch.eye(layer.in_features, device=device)
-        origin = torch.zeros(1, layer.in_features, device=device)
-        return (layer(axes).float() - layer(origin).float()).T
-
-
-def _own_seed(config: TrainConfig, what: str) -> int:
-    """Concepts to be merged must not start alike, though all keep the default seed."""
-    return stream_seed(config.seed, config.name, what)
-
-
-def _initial_rows(dictionary: Any, config: TrainConfig) -> Tensor:
-    seed = _own_seed(config, dictionary.key)
-    rows = token_rows.initial_rows(dictionary, config.class_word, config.num_tokens, seed)
-    if config.token_init != "random":
-        rows[:1] = token_rows.initial_rows(dictionary, config.token_init, 1, seed)
-    return rows

@@ -29,7 +29,7 @@ from customize.training.config import TrainConfig
 from customize.training.data.batches import stream_seed
 from customize.training.field_values import contains_trigger
 from customize.training.finite_checks import check_sampled
-from customize.training.latents_and_embeddings import Encode
+from customize.training.run import Run
 
 
 def warn_about_triggers(family: Family, prompts: Sequence[str], triggers: Sequence[str]) -> None:
@@ -70,23 +70,14 @@ class ValidationImages:
         last: the pictures drawn latest.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        family: Family,
-        encode: Encode,
-        shape: Sequence[int],
-        autocast: Callable[[], AbstractContextManager[Any]],
-        accelerator: Any,
-    ) -> None:
-        self.config, self.family, self.encode = config, family, encode
-        self.shape, self.autocast, self.accelerator = shape, autocast, accelerator
+    def __init__(self, config: TrainConfig, run: Run) -> None:
+        self.config, self.run = config, run
         self.last: list[Image.Image] = []
 
     def due(self, step: int) -> bool:
         """Whether this process is to draw after this step."""
         config = self.config
-        if not config.validation_prompts or not self.accelerator.is_main_process:
+        if not config.validation_prompts or not self.run.accelerator.is_main_process:
             return False
         every = config.validation_every
         return step == config.steps or (every > 0 and step % every == 0)
@@ -104,21 +95,21 @@ class ValidationImages:
             StorageError: the file cannot be written.
         """
         prompts, seed = self.config.validation_prompts, self.config.seed
-        with self.autocast():
-            asked = self.encode(prompts)
-            empty = self.family.unconditional(self.encode([""]))
+        with self.run.autocast():
+            asked = self.run.encode(prompts)
+            empty = self.run.family.unconditional(self.run.encode([""]))
         try:
             # One at a time, which needs no more memory than training does.
             self.last = [
                 draw_images(
-                    self.family,
+                    self.run.family,
                     {k: v[i : i + 1] for k, v in asked.items()},
                     empty,
-                    self.shape,
+                    self.run.images.shape,
                     steps=self.config.validation_steps,
-                    guidance=guidance_scale(self.config, self.family),
+                    guidance=guidance_scale(self.config, self.run.family),
                     seeds=[stream_seed(seed, "validation", i)],
-                    autocast=self.autocast,
+                    autocast=self.run.autocast,
                 )[0]
                 for i in range(len(prompts))
             ]
@@ -126,7 +117,7 @@ class ValidationImages:
             warnings.warn(f"no validation pictures at step {step}: {error}", stacklevel=2)
             return
         save_image_row(self.last, self.config.output / "validation" / f"step-{step}.png")
-        log_images(self.accelerator.trackers, self.last, prompts, step)
+        log_images(self.run.accelerator.trackers, self.last, prompts, step)
 
 
 def guidance_scale(config: TrainConfig, family: Family) -> float:

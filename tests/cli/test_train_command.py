@@ -118,7 +118,11 @@ def test_concepts_in_one_run(run: Run, world: World, tmp_path: Path) -> None:
         opened.write("class_word: cat\nrank: 4\n")
     refused(
         run("train", "--config", file, "--together", file, *given[:2]),
-        *("name is 'kit' for two", "trigger is '<kit>' for two", "each needs a folder of its own"),
+        *(
+            "name is 'kit' for two",
+            "trigger is '<kit>' for two",
+            "neither folder may be inside the other",
+        ),
     )
     # A flag counts for all: the file's own rank is another.
     result = run("train", *given, "--together", file)

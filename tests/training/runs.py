@@ -1,18 +1,24 @@
 """Small training runs for the tests: a few smooth pictures, few steps, large learning rates."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
 from customize.concepts.types import Concept
-from customize.families import family_of
+from customize.families import Family, family_of
 from customize.families.pipeline_components import NO_CONFIG
 from customize.training.config import TrainConfig
+from customize.training.data.dataset import TrainingImage
+from customize.training.progress import NO_PROGRESS
+from customize.training.run import Run
+from customize.training.training_inputs import read_data
 
 #: A run of 12 steps takes about half a second.
 SMALL: dict[str, Any] = {
@@ -82,6 +88,28 @@ def settings(folder: Path, output: str = "out", **changes: Any) -> TrainConfig:
     if not images.exists():
         make_pictures(images)
     return TrainConfig(**{**SMALL, "images": images, "output": folder / output, **changes})
+
+
+def read_images(config: TrainConfig) -> list[TrainingImage]:
+    """The training images of a configuration."""
+    (images,) = read_data([config], None, NO_PROGRESS).images
+    return images
+
+
+def make_run(configs: Sequence[TrainConfig], family: Family) -> Run:
+    """A run on a model in memory, on the CPU, before anything is attached."""
+    run = Run(
+        configs,
+        Accelerator(cpu=True),
+        torch.device("cpu"),
+        nullcontext,
+        NO_PROGRESS,
+        ExitStack(),
+        owns_base=False,
+        weights={},
+    )
+    run.family = family
+    return run
 
 
 def tensors(concept: Concept) -> dict[str, Tensor]:

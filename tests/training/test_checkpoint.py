@@ -14,7 +14,6 @@ from customize.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
     settings_differences,
-    write_whole,
 )
 
 
@@ -137,10 +136,3 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened():
     restore_optimizer(other, resumed, state)
     step(resumed, other, 3)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-
-
-def test_write_whole_replaces_and_leaves_nothing_else(tmp_path):
-    write_whole(tmp_path / "x", b"old")
-    write_whole(tmp_path / "x", b"new")
-    assert (tmp_path / "x").read_bytes() == b"new"
-    assert names(tmp_path) == ["x"]

@@ -1,6 +1,6 @@
 """What a run compares with the untouched model, and where the gradient goes."""
 
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ class Kept:
             return self.family.encode_prompts([self.trainable.expand_triggers(c) for c in captions])
 
         return class_preservation.compute_preservation_targets(
-            [self.config], self.family, self.trainable, ["a photo of <rex>"], encode, nullcontext
+            [self.config], self.family, self.trainable, encode, ["a photo of <rex>"]
         )
 
     def gradients(self, step=0):
@@ -122,7 +122,7 @@ def test_the_published_pooling_is_that_of_the_published_code(kept):
     legacy = CLIPTextModel(encoder.config)
     legacy.load_state_dict(encoder.state_dict())
     legacy.eos_token_id = 2
-    row = run.trainable.concepts[0].trainable_rows["text_encoder"].parameter
+    row = run.trainable.concepts[0].token_rows["text_encoder"].parameter
     new = tokenizer.convert_tokens_to_ids("<rex>")
 
     def lay_over(module, args, kwargs, out):
@@ -143,7 +143,7 @@ def test_the_published_pooling_is_that_of_the_published_code(kept):
             changes = {"preserve_pooling": pooling, "preserve_phrases": (phrase,)}
             run.config = run.config.model_copy(update=changes)
             one = run.prepare().phrases["text_encoder"]["class_text"]
-            states = run.prepare().encoders["text_encoder"](one.ids, len(one.ids))
+            states = run.prepare().text_states["text_encoder"](one.ids, len(one.ids))
             losses.append(states[0, one.positions[0, 0]])
     assert torch.allclose(losses[0], losses[1], atol=1e-6)
     assert not torch.allclose(losses[2], losses[3], atol=1e-2)
@@ -180,12 +180,12 @@ def test_layerwise_tokens_are_pooled_layer_by_layer(kept, tmp_path):
     family = family_of(tiny_sd().components)
     with attach_trainable(family, [config], [None], BasisInfo(), {}) as trainable:
         preserved = class_preservation.compute_preservation_targets(
-            [config], family, trainable, [], None, nullcontext
+            [config], family, trainable, None, []
         )
         layers = trainable.layers
         (phrases,) = preserved.phrases["text_encoder"].values()
         assert len(phrases.ids) == layers and len(set(map(tuple, phrases.ids.tolist()))) == layers
-        rows = trainable.concepts[0].trainable_rows["text_encoder"].parameter
+        rows = trainable.concepts[0].token_rows["text_encoder"].parameter
         moved = set()
         for step in range(layers):
             rows.grad = None
@@ -223,13 +223,13 @@ def test_nothing_is_lost_before_the_first_step_where_nothing_differs(kept):
 
 def test_many_phrases_are_looked_at_in_turns(kept):
     run = kept(preserve={"context_text": 1.0})
-    rows, encode = [], run.preserved.encoders["text_encoder"]
+    rows, encode = [], run.preserved.text_states["text_encoder"]
 
     def watched(ids, first):
         rows.append(ids.tolist())
         return encode(ids, first)
 
-    run.preserved.encoders["text_encoder"] = watched
+    run.preserved.text_states["text_encoder"] = watched
     found = [run.preserved.text_loss(step) is not None for step in range(6 * EVERY)]
     assert found == [step % EVERY == 0 for step in range(6 * EVERY)]
     assert [len(each) for each in rows] == [2] * 6

@@ -5,7 +5,7 @@ import inspect
 import itertools
 import json
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -287,7 +287,7 @@ def both(tmp_path):
             def prepared(configs, captions=(), **preserve):
                 changed = [c.model_copy(update={"preserve": preserve}) for c in configs]
                 return class_preservation.compute_preservation_targets(
-                    changed, family, trainable, captions, encode, nullcontext
+                    changed, family, trainable, encode, captions
                 )
 
             yield configs, family, trainable, prepared
@@ -397,7 +397,7 @@ def test_a_checkpoint_is_of_the_same_concepts_and_settings(tmp_path):
         (two(tmp_path, {"caption": "my {}"}, **BUSY), "step 4 .* caption was .* is 'my {}'"),
         ([*two(tmp_path, **BUSY)[:1]], "together with it were tom and are none"),
         ([*two(tmp_path, **BUSY), settings(tmp_path, "zoe", name="zoe", **BUSY)], "tom, zoe"),
-        ([ace, *two(tmp_path, **BUSY)], "checkpoint of another run with rex is there"),
+        ([ace, *two(tmp_path, **BUSY)], "a checkpoint of another run with rex"),
     ]
     for configs, says in refusals:
         with pytest.raises(SettingsError, match=says):
@@ -548,7 +548,7 @@ def test_all_that_cannot_go_together_is_told_at_once(tmp_path):
         ([rex, tom, two(tmp_path, rank=2)[1]], "name is 'tom'", "rank belongs to the run"),
         (two(tmp_path, tom={"trigger": "<rex>"}), "trigger is '<rex>' for two concepts"),
         (two(tmp_path, {"slice": 1}, {"slice": 1}), "slice is 1 for two concepts"),
-        (two(tmp_path, tom={"output": tmp_path / "rex"}), "each needs a folder of its own"),
+        (two(tmp_path, tom={"output": tmp_path / "rex"}), "neither folder may be inside the other"),
         (two(tmp_path, tom={"output": tmp_path / "rex" / "x"}), "outside of the other's"),
         (
             two(tmp_path, tom={"class_word": "<rex> cat"}),

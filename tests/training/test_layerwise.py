@@ -60,7 +60,7 @@ def test_conditions_are_those_of_each_layers_rows(tmp_path):
         texts = found.layer_prompts("a photo of <rex>")
         assert texts[3] == "a photo of <rex@3> <rex@3>_1" and len(texts) == LAYERS
         assert found.layer_prompts("a dog") == ["a dog"] * LAYERS
-        rows = found.concepts[0].trainable_rows["text_encoder"].parameter
+        rows = found.concepts[0].token_rows["text_encoder"].parameter
         assert rows.shape == (LAYERS * 2, 32)
         family.encode_prompts(texts)["prompt_embeds"][3].square().sum().backward()
         assert rows.grad is not None

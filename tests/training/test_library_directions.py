@@ -17,7 +17,7 @@ from customize.concepts.slices.shared_directions import (
 from customize.concepts.types import Concept
 from customize.families import family_of
 from customize.training import base_fingerprint
-from customize.training.library_directions import _earlier_key
+from customize.training.library_directions import _legacy_name
 from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import settings
@@ -92,7 +92,7 @@ def test_directions_of_an_earlier_version_are_used_under_their_name(tmp_path) ->
         tmp_path, name="tom", library=library, output=library / "tom", num_shared_directions=2
     )
     weights = base_fingerprint.weight_digests("", pipe.components)
-    earlier = directions_path(library, _earlier_key(config, family, weights, 32))
+    earlier = directions_path(library, _legacy_name(config, family, weights, 32))
     assert len(earlier.stem.rpartition("-")[2]) == 8
     from customize.concepts.input_statistics import LayerInputs
 

@@ -16,7 +16,7 @@ from customize.concepts.input_statistics import (
     layer_inputs_path,
 )
 from customize.errors import PipelineError
-from customize.training import distributed, layer_input_recording, library_directions
+from customize.training import layer_input_recording, library_directions, recipe
 from customize.training.config import TrainConfig, load_config
 from customize.training.recipe import train
 from tests.base.test_quantization import LIBRARIES
@@ -35,9 +35,7 @@ MODELS = {"sd15": "sd", "sd35-large": "sd3", "qwen-image": "qwen_image", "z-imag
 @pytest.fixture
 def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused on a CPU, as it is slow there; but autocast and scaler are a GPU's."""
-    monkeypatch.setattr(
-        distributed, "training_device", lambda config, accelerator: torch.device("cpu")
-    )
+    monkeypatch.setattr(recipe, "training_device", lambda config, accelerator: torch.device("cpu"))
 
 
 @pytest.fixture

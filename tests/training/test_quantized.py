@@ -130,7 +130,7 @@ def test_a_quantized_model_in_memory_is_trained_on_as_it_is(kind, tmp_path):
 def test_what_cannot_be_quantized_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     pipe = tiny_sd()
     before = snapshot(pipe.components)
-    with pytest.raises(ConfigError, match="a model in memory is trained on as it is"):
+    with pytest.raises(ConfigError, match="a model in memory is not quantized for training"):
         train(settings(tmp_path, quantize="nf4"), pipe.components, progress=False)
     assert_unchanged(before, pipe.components)
 

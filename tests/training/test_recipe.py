@@ -433,7 +433,8 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(tmp_pat
                 weight.fill_(math.nan)
 
     config = settings(tmp_path, checkpoint_every=3)
-    with pytest.raises(TrainingError, match=r"nan at step 9; the state of step 6 is kept.*rate"):
+    message = r"nan at step 9; the checkpoint of step 6 is kept.*rate"
+    with pytest.raises(TrainingError, match=message):
         train(config, pipe.components, progress=False, on_step=poison)
     found = sorted(p.name for p in (config.output / ".checkpoints").iterdir())
     assert found == ["step-000003.safetensors", "step-000006.safetensors"]
@@ -491,18 +492,19 @@ def test_photographs_are_shrunk_on_reading_and_let_go(where, tmp_path, monkeypat
 @pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 def test_models_that_are_not_needed_any_more_are_freed(make, live, tmp_path, monkeypatch):
     parts, freed = {}, []
-    load = prepare_base.load_base
+    load_pipeline = prepare_base.load_pipeline
 
-    def noting(config):
-        loaded, pipeline_config = load(config)
-        parts.update({k: weakref.ref(v) for k, v in loaded.items() if isinstance(v, nn.Module)})
-        return loaded, pipeline_config
+    def noting(*args, **kwargs):
+        pipe = load_pipeline(*args, **kwargs)
+        modules = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
+        parts.update({key: weakref.ref(module) for key, module in modules.items()})
+        return pipe
 
     def look(done, loss):
         gc.collect()
         freed.append({key for key, part in parts.items() if part() is None})
 
-    monkeypatch.setattr(prepare_base, "load_base", noting)
+    monkeypatch.setattr(prepare_base, "load_pipeline", noting)
     make().save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
     config = settings(tmp_path, base=base, steps=1, train_tokens=live, train_text_encoder=live)
@@ -607,7 +609,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
             "500 noise levels, fewer than 900",
         ),
         ({"images": "/no/such/folder"}, DataError, "cannot be read"),
-        ({"mixed_precision": "fp16"}, ConfigError, "not for the CPU"),
+        ({"mixed_precision": "fp16"}, ConfigError, "not supported on the CPU"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
         ({"tracker": "aim"}, ConfigError, "aim is not installed"),
     ],

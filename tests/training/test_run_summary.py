@@ -4,7 +4,6 @@ import pytest
 from PIL import Image
 
 from customize.families import family_of
-from customize.training.prepare_base import read_images
 from customize.training.run_summary import (
     format_summary,
     split_unknown_word,
@@ -12,7 +11,7 @@ from customize.training.run_summary import (
     warn_about_data,
 )
 from tests.tiny import tiny_sd
-from tests.training.runs import make_various, picture, settings
+from tests.training.runs import make_various, picture, read_images, settings
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +23,8 @@ def test_counts(family, tmp_path):
     make_various(tmp_path)
     (tmp_path / "images" / "0.caption").write_text("<rex> asleep")
     config = settings(tmp_path, buckets=True, masks=tmp_path / "masks", steps=800)
-    samples, none = read_images(config, 32, ["<rex>"])
-    found = summarize_run(config, samples, none, family, 32, processes=2)
+    samples = read_images(config)
+    found = summarize_run(config, samples, [], family, 32, processes=2)
     assert found == {
         "pictures": "5",
         "captions": "1 of their own, 4 by the template",
@@ -40,7 +39,7 @@ def test_counts(family, tmp_path):
 
 
 def told(config, family, resolution=32):
-    samples, _ = read_images(config, resolution, [config.trigger])
+    samples = read_images(config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_about_data(config, samples, family, resolution)
@@ -49,8 +48,8 @@ def told(config, family, resolution=32):
 
 def test_what_makes_success_unlikely_is_told(family, tmp_path):
     assert told(settings(tmp_path / "a", steps=800), family) == []
-    samples, none = read_images(settings(tmp_path / "a"), 32, ["<rex>"])
-    found = summarize_run(settings(tmp_path / "a"), samples, none, family, 32, processes=1)
+    samples = read_images(settings(tmp_path / "a"))
+    found = summarize_run(settings(tmp_path / "a"), samples, [], family, 32, processes=1)
     assert found["steps, epochs"] == (
         "12 of 2 pictures, which makes 8.0 epochs; some hundreds of steps are usual"
     )

@@ -3,7 +3,6 @@ import os
 import warnings
 
 import pytest
-from accelerate import Accelerator
 
 from customize.concepts.concept_info import BasisInfo
 from customize.concepts.io.file_layout import RESERVATION_FILE
@@ -14,7 +13,7 @@ from customize.families import family_of
 from customize.training.recipe import train
 from customize.training.slice_reservation import reserve_slices
 from tests.tiny import tiny_sd
-from tests.training.runs import Stop, crash_at, settings
+from tests.training.runs import Stop, crash_at, make_run, settings
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def test_a_slice_that_was_taken_meanwhile_is_refused(pipe, tmp_path):
         train(rex, pipe.components, progress=False, on_step=crash_at(5))
     (rex.output / RESERVATION_FILE).unlink()  # as in a library of an older version
     tom = train(in_library(tmp_path, "tom", steps=1), pipe.components, progress=False)
-    with pytest.raises(SettingsError, match=r"slice 0, in which rex .* is that of tom by now"):
+    with pytest.raises(SettingsError, match=r"slice 0, in which rex .* now belongs to tom"):
         train(rex, pipe.components, progress=False)
     anew = in_library(tmp_path, "rex", checkpoint_every=4, resume=False)
     slices = train(anew, pipe.components, progress=False).info.slices
@@ -94,7 +93,7 @@ def test_claims_that_cannot_be_read_or_written(pipe, tmp_path):
 
 
 def test_processes_that_choose_at_once_get_different_slices(pipe, tmp_path):
-    family, accelerator = family_of(pipe.components), Accelerator(cpu=True)
+    family = family_of(pipe.components)
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(2)
 
@@ -102,9 +101,7 @@ def test_processes_that_choose_at_once_get_different_slices(pipe, tmp_path):
         # Many claims each, so that without a lock some would meet.
         configs = [in_library(tmp_path, name, rank=1) for name in names]
         ready.wait()
-        held = [
-            reserve_slices([config], family, BasisInfo(), None, accelerator) for config in configs
-        ]
+        held = [reserve_slices(make_run([config], family), BasisInfo(), None) for config in configs]
         for each in held:
             each.__enter__()
         os._exit(0)  # as if killed: the claims stay

@@ -12,7 +12,6 @@ from customize.families import family_of
 from customize.training.data.buckets import bucket_sizes, nearest_bucket
 from customize.training.data.dataset import read_image
 from customize.training.latents_and_embeddings import cache_images
-from customize.training.prepare_base import read_images
 from customize.training.recipe import train
 from customize.training.run_metadata import peak_memory
 from tests.makers import FAMILIES
@@ -22,6 +21,7 @@ from tests.training.runs import (
     assert_unchanged,
     make_pictures,
     make_various,
+    read_images,
     same,
     settings,
     snapshot,
@@ -227,7 +227,7 @@ def test_only_one_picture_is_in_memory_as_a_whole(tmp_path):
     read_image(tmp_path / "images" / "0.png")  # what the libraries take at the first picture
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = peak_memory(cpu)
-    samples, _ = read_images(config, 32, ["<rex>"])
+    samples = read_images(config)
     pictures = cache_images(family, samples, 32, cpu, flip=False, keep_latents=True, buckets=True)
     assert len(pictures.latents) == number and len(set(pictures.sizes)) == 1
     # Decoding takes a few copies of one picture.

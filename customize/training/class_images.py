@@ -60,7 +60,7 @@ def _draw_class_images(run: Run, config: TrainConfig, folder: Path) -> None:
     conditions = family.encode_prompts([config.class_prompt])
     empty = family.unconditional(family.encode_prompts([""]))
     shape = family.encode_images(torch.zeros(1, 3, run.resolution, run.resolution))[0].shape[1:]
-    for first in run.progress.track(range(0, len(paths), _CHUNK), "drawing class images"):
+    for first in run.progress.track(range(0, len(paths), _CHUNK), "drawing class pictures"):
         chunk = range(first, min(first + _CHUNK, len(paths)))
         if all(paths[number].is_file() for number in chunk):
             continue

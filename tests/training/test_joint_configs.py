@@ -341,7 +341,8 @@ def test_captions_are_held_to_the_class_of_each_concept_in_them(both):
         captions = ["a photo of <rex>", "<tom> and <rex> on a beach", "a photo of <tom>"]
         preserved = prepared(configs, captions, output=1.0)
         told = ["a photo of a dog", "a cat and a dog on a beach", "a photo of a cat"]
-        assert preserved.class_captions(captions) == told
+        with_class_words = class_preservation.with_class_words
+        assert [with_class_words(configs, caption) for caption in captions] == told
         assert list(preserved.conditions) == [*told, ""]
 
 
@@ -411,7 +412,10 @@ def test_finished_concepts_are_never_silently_replaced(tmp_path):
     pipe = tiny_sd()
     first = learn(pipe, two(tmp_path, steps=3))
     for configs, says in (
-        (two(tmp_path, tom={"class_word": "pet"}, steps=3), "rex is there already.*tom's class_"),
+        (
+            two(tmp_path, tom={"class_word": "pet"}, steps=3),
+            "rex is already finished.*tom's class_",
+        ),
         (two(tmp_path, steps=4), "steps was 3 and is 4"),
         (two(tmp_path, steps=3)[:1], "learned together with it were tom and are none"),
     ):
@@ -422,7 +426,7 @@ def test_finished_concepts_are_never_silently_replaced(tmp_path):
     configs = two(
         tmp_path, {"output": tmp_path / "new"}, {"output": tmp_path / "alone/tom"}, steps=3
     )
-    with pytest.raises(SettingsError, match="tom is there already"):
+    with pytest.raises(SettingsError, match="tom is already finished"):
         learn(pipe, configs)
     # Where one of the two is gone, the run is done again, for both.
     shutil.rmtree(tmp_path / "tom")

@@ -31,7 +31,7 @@ def test_it_is_what_the_pipeline_records(tmp_path, make, changes):
     found = LayerInputs.load(layer_inputs_path(config.output))
     assert found.digest == digest_updates(load_concept(config.output).updates)
     other = customize.record_inputs(pipe, config.output)
-    for kind in ("own", "generic"):
+    for kind in ("concept", "generic"):
         one, two = getattr(found, kind), getattr(other, kind)
         assert {c: set(m) for c, m in one.items()} == {c: set(m) for c, m in two.items()}
         assert {c: set(m) for c, m in one.items()} == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -255,17 +256,20 @@ def test_a_second_denoiser_goes_by_its_own_name(tmp_path: Path) -> None:
         open_adaptation(path).to_lora(one)
 
 
-def test_a_file_for_one_of_two_denoisers_is_told_where_it_goes(tmp_path: Path) -> None:
+def test_file_name_selects_one_of_two_denoisers(tmp_path: Path) -> None:
     both = family_of(tiny_wan("2.2-14b").components)
-    tensors, _ = lora(
+    tensors, deltas = lora(
         both, diffusers, (".lora_A.weight", ".lora_B.weight"), every=9, components=["transformer"]
     )
+    low_deltas = {("transformer_2", module): delta for (_, module), delta in deltas.items()}
     path = written(tmp_path / "some.safetensors", tensors)
     with pytest.warns(UserWarning, match=r"some\.safetensors.*transformer takes it.*transformer_2"):
-        found = open_adaptation(path).to_lora(both)
-    assert set(found.updates) == {"transformer"}
-    path = written(tmp_path / "low.safetensors", tensors)
-    assert set(open_adaptation(path).to_lora(both).updates) == {"transformer_2"}
+        assert_close(deltas_of(open_adaptation(path).to_lora(both)), deltas)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, expected in (("high", deltas), ("low", low_deltas)):
+            path = written(tmp_path / f"{name}.safetensors", tensors)
+            assert_close(deltas_of(open_adaptation(path).to_lora(both)), expected)
 
 
 def test_trigger_words_come_from_the_header(tmp_path: Path) -> None:

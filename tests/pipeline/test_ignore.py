@@ -130,10 +130,10 @@ def test_keys_that_mean_nothing_here(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["norm"], "nothing in what is loaded belongs to norm"),
+        (["norm"], "no loaded part matches norm"),
         (["text_encoder_2"], "belongs to text_encoder_2"),
         (["*.ff.*x"], r"belongs to \*\.ff"),
-        (["biases"], "'biases' is no part of a file.*did you mean bias"),
+        (["biases"], "unknown part 'biases'.*did you mean bias"),
         ("bias,norm", r"give a list .* \['bias', 'norm'\]"),
         ([3], "3 is no part"),
     ],

@@ -1,4 +1,4 @@
-"""For which base a file of a LoRA was made, by the names and shapes of its layers."""
+"""Detecting the base model of an adapter file from the names and shapes of its layers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from customize.concepts.formats.tensor_group import TensorGroup, join_names
 from customize.errors import ConceptError, CustomizeError, PipelineError
 from customize.families import Family, published_families
 
+_FIX_OTHER_BASE = "load it into a pipeline of the base that it was made for"
+
 
 def detect_base(
     groups: Sequence[TensorGroup],
@@ -21,113 +23,117 @@ def detect_base(
     *,
     several: bool = False,
 ) -> Family:
-    """The published model that a file was made for, without weights.
+    """Find the published model that has all layers of a file; it has no weights.
 
     Args:
-        groups: the layers of the file.
-        family: the name of the model's family, where layers of several families are called alike.
-        several: whether the model must have more than one denoiser, if any of these has.
+        groups: The layers of the file.
+        where: Path of the file, for messages.
+        family: Name of the model family, for layer names that several families share.
+        several: Whether to prefer models with more than one denoiser.
 
     Raises:
-        ConceptError: none has all its layers, or several families do.
+        ConceptError: If no model has all the layers, or models of several families do.
     """
-    found = [each for each in _matching_bases(groups) if family in (None, each.name)]
-    names = {each.name for each in found}
+    bases = [base for base in _matching_bases(groups) if family in (None, base.name)]
+    names = {base.name for base in bases}
     if len(names) == 1:
-        more = [each for each in found if len(each.denoisers) > 1]
-        return more[0] if several and more else found[0]
+        with_two_denoisers = [base for base in bases if len(base.denoisers) > 1]
+        return with_two_denoisers[0] if several and with_two_denoisers else bases[0]
     if names:
         raise ConceptError(
-            f"the file may be one of {join_alternatives(names)}: they all have these layers",
+            f"the file may belong to {join_alternatives(names)}, which all have these layers",
             where=where,
             fix=f"name the family: --family {min(names)}, or family={min(names)!r} in Python; or "
             "load the file into a pipeline with load_custom",
         )
-    lost: Sequence[TensorGroup] = groups
-    for base, known in _published_name_maps():
+    missing: Sequence[TensorGroup] = groups
+    for base, name_map in _published_name_maps():
         if family in (None, base.name):
-            here = [group for group in groups if known.resolve_group(group) is None]
-            lost = min(lost, here, key=len)
-    asked = f"family {family}" if family else "the families here"
-    which = f", such as {join_names(group.path for group in lost)}" if lost else " in their sizes"
+            unresolved = [group for group in groups if name_map.resolve_group(group) is None]
+            missing = min(missing, unresolved, key=len)
+    models = f"model of family {family}" if family else "model of a supported family"
+    which = f", such as {join_names(group.path for group in missing)}" if missing else ""
+    which = which or ", in these shapes"
     raise ConceptError(
-        f"no published model of {asked} has all the layers that the file changes{which}",
+        f"no published {models} has all the layers that the file changes{which}",
         where=where,
         fix="load it into a pipeline of its base with load_custom",
     )
 
 
 def detect_families(groups: Sequence[TensorGroup]) -> set[str]:
-    """The names of the families with a published model that has these layers."""
+    """Names of the families with a published model that has these layers."""
     return {family.name for family in _matching_bases(groups)}
 
 
 def missing_layers_error(
-    groups: Sequence[TensorGroup], lost: Sequence[TensorGroup], family: Family, where: object
+    groups: Sequence[TensorGroup], missing: Sequence[TensorGroup], family: Family, where: object
 ) -> CustomizeError:
-    """Why a file whose layers are not all of this model is refused.
+    """The error for a file with layers that a model does not have.
 
     Args:
-        groups: the layers of the file.
-        lost: those that the model lacks.
+        groups: The layers of the file.
+        missing: Those that the model does not have.
+        family: The model.
+        where: Path of the file, for messages.
     """
-    keys = join_names(key for group in lost for key in group.keys.values())
-    kin = detect_families(groups) - {family.name}
-    if kin:
+    keys = join_names(key for group in missing for key in group.keys.values())
+    families = detect_families(groups) - {family.name}
+    if families:
         return ConceptError(
-            f"the file looks like a LoRA of {join_alternatives(kin)}, and this model is one of "
-            f"{family.name}, which has no layer for {keys}",
+            f"the file looks like a LoRA of {join_alternatives(families)}, and this model is one of"
+            f" {family.name}, which has no layer for {keys}",
             where=where,
-            fix="load it into a pipeline of the base that it was made for",
+            fix=_FIX_OTHER_BASE,
         )
-    encoders = {match_text_encoder(group.path) for group in lost}
+    encoders = {match_text_encoder(group.path) for group in missing}
     if None not in encoders:
-        what = " and ".join(sorted(f"the {each}" for each in encoders if each))
-        takes = [key for key in family.clip_encoders if key not in family.text_encoders]
-        if "T5" not in encoders and takes:
+        changed = " and ".join(sorted(f"the {encoder}" for encoder in encoders if encoder))
+        unloaded = [key for key in family.clip_encoders if key not in family.text_encoders]
+        if "T5" not in encoders and unloaded:
             return PipelineError(
-                f"the file changes {what}, which this pipeline lacks: {keys}",
+                f"the file changes {changed}, which this pipeline lacks: {keys}",
                 where=where,
-                fix=f"load the pipeline with its {' and '.join(takes)}",
+                fix=f"load the pipeline with its {' and '.join(unloaded)}",
             )
         return ConceptError(
-            f"the file changes {what}, which takes no adapter in family {family.name}: {keys}",
+            f"the file changes {changed}, which takes no adapter in family {family.name}: {keys}",
             where=where,
-            fix="leave out what is for it by your own word: "
-            f"ignore={_ignore_argument(encoders, family)}",
+            fix=f"leave these parts out: ignore={_ignore_argument(encoders, family)}",
         )
-    others = set()
-    for other, known in _published_name_maps():
-        if other.name != family.name and any(known.resolve_group(group) for group in lost):
-            others.add(other.name)
-    mixed = len(lost) < len(groups) and others
-    also = f": it has keys of {family.name} and of {join_alternatives(others)}" if mixed else ""
+    others = {
+        other.name
+        for other, name_map in _published_name_maps()
+        if other.name != family.name and any(name_map.resolve_group(group) for group in missing)
+    }
+    is_mixed = len(missing) < len(groups) and others
+    mixture = f" (it has keys of {family.name} and of {join_alternatives(others)})"
     return ConceptError(
-        f"{len(lost)} of the file's {len(groups)} layers are not in this {family.name} "
-        f"model, and nothing is loaded by half{also}: {keys}",
+        f"{len(missing)} of the file's {len(groups)} layers are not in this {family.name} "
+        f"model, and a file is not loaded in part{mixture if is_mixed else ''}: {keys}",
         where=where,
-        fix="load it into a pipeline of the base that it was made for",
+        fix=_FIX_OTHER_BASE,
     )
 
 
 def _ignore_argument(encoders: set[str | None], family: Family) -> str:
-    """The words that leave out what is for these encoders; a T5 comes after the CLIP encoders."""
-    words = {
+    """The ``ignore=`` argument that leaves out text encoders; a T5 follows the CLIP encoders."""
+    components = {
         "text encoder": "text_encoder",
         "second text encoder": "text_encoder_2",
         "T5": "text_encoder_3" if len(family.clip_encoders) > 1 else "text_encoder_2",
     }
-    return json.dumps(sorted({words[each] for each in encoders if each}))
+    return json.dumps(sorted({components[encoder] for encoder in encoders if encoder}))
 
 
-def update_shape(place: LayerTarget, names: LayerNameMap) -> tuple[int, int]:
-    """(out, in) of an update that goes there."""
-    _, width = names.layers[place.component][place.rows[0].module]
-    return sum(each.stop - each.start for each in place.rows), width
+def update_shape(target: LayerTarget, names: LayerNameMap) -> tuple[int, int]:
+    """(out, in) of an update with this target."""
+    _, width = names.layers[target.component][target.rows[0].module]
+    return sum(rows.stop - rows.start for rows in target.rows), width
 
 
 def join_alternatives(names: Iterable[str]) -> str:
-    """Names for a message: "a or b"."""
+    """Join sorted names for a message: "a or b"."""
     return " or ".join(sorted(names))
 
 
@@ -137,25 +143,24 @@ def _published_name_maps() -> list[tuple[Family, LayerNameMap]]:
 
 
 def _matching_bases(groups: Sequence[TensorGroup]) -> list[Family]:
-    """The published models that have all these layers; those of their shapes, if any is."""
-    named, shaped = [], []
-    for family, known in _published_name_maps():
-        places = [(group, known.resolve_group(group)) for group in groups]
-        if all(place is not None for _, place in places):
-            named.append(family)
+    """Published models with all these layers: those of matching shapes, if there are any."""
+    by_name, by_shape = [], []
+    for family, name_map in _published_name_maps():
+        targets = [(group, name_map.resolve_group(group)) for group in groups]
+        if all(target is not None for _, target in targets):
+            by_name.append(family)
             if all(
-                _has_matching_shapes(known, group, place)
-                for group, place in places
-                if place is not None
+                _has_matching_shape(name_map, group, target)
+                for group, target in targets
+                if target is not None
             ):
-                shaped.append(family)
-    return shaped or named
+                by_shape.append(family)
+    return by_shape or by_name
 
 
-def _has_matching_shapes(names: LayerNameMap, group: TensorGroup, place: LayerTarget) -> bool:
+def _has_matching_shape(names: LayerNameMap, group: TensorGroup, target: LayerTarget) -> bool:
     if has_only_vectors(group):
-        widths = {sum(each.stop - each.start for each in place.rows)}
-        return all(part.numel() in widths | {1} for part in group.parts.values())
-    group = remove_vectors(group)
-    shape = update_shape(place, names)
-    return all(seen in (None, side) for seen, side in zip(visible_shape(group), shape, strict=True))
+        width = sum(rows.stop - rows.start for rows in target.rows)
+        return all(part.numel() in (width, 1) for part in group.parts.values())
+    shapes = zip(visible_shape(remove_vectors(group)), update_shape(target, names), strict=True)
+    return all(visible in (None, side) for visible, side in shapes)

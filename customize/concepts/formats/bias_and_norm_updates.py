@@ -1,9 +1,9 @@
-"""Changes of biases and norms, which LoRA files hold beside the updates of weight matrices.
+"""Updates of biases and norms, which adapter files store beside the updates of weight matrices.
 
-LyCORIS and ComfyUI have ``diff_b`` for a layer's bias, ``w_norm`` and ``b_norm`` (or ``diff`` and
-``diff_b``) for a norm: they are added. peft has ``lora_B.bias`` with ``lora_bias=True``: the bias
-of the up-projection, which is scaled as the update is. Where peft trained the model's own biases
-(``bias="all"``), and in FLUX's ``query_norm.scale``, the values take the place of the base's.
+LyCORIS and ComfyUI store ``diff_b`` for the bias of a layer, and ``w_norm`` and ``b_norm`` (or
+``diff`` and ``diff_b``) for a norm; these are added to the base. peft with ``lora_bias=True``
+stores the bias of the up-projection in ``lora_B.bias``, which is scaled like the update. With
+peft's ``bias="all"``, and in FLUX's ``query_norm.scale``, the values replace those of the base.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VECTOR_KEY_SUFFIXES: dict[str, tuple[str, ...]] = {
     "norm_scale": (".scale",),
 }
 _INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
-# A norm's name in diffusers -> in the files of those who made the model, by family.
+# Family -> pattern of a norm's name in diffusers -> its name in the original code.
 _ORIGINAL_NORM_NAMES = {
     "wan": {
         r"blocks\.(\d+)\.norm2": r"blocks.\1.norm3",
@@ -58,12 +58,12 @@ _ORIGINAL_NORM_NAMES = {
 
 
 def has_only_vectors(group: TensorGroup) -> bool:
-    """Whether a group changes a bias or a norm alone."""
+    """Whether a layer has updates of a bias or norm, and no update of a matrix."""
     return not remove_vectors(group).parts.keys() - {"alpha"} and bool(_vector_parts(group))
 
 
 def remove_vectors(group: TensorGroup) -> TensorGroup:
-    """The group without its changes of a bias or norm."""
+    """The same group without updates of biases and norms."""
     parts = _vector_parts(group)
     if not parts:
         return group
@@ -71,28 +71,32 @@ def remove_vectors(group: TensorGroup) -> TensorGroup:
 
 
 def _vector_parts(group: TensorGroup) -> set[str]:
-    found = group.parts.keys() & VECTOR_KEY_SUFFIXES.keys()
-    # LyCORIS and ComfyUI write a norm's weight as they write a whole layer's change.
+    parts = set(group.parts.keys() & VECTOR_KEY_SUFFIXES.keys())
+    # LyCORIS and ComfyUI use one key for norm weights and for full differences.
     if "diff" in group.parts and group.parts["diff"].ndim == 1:
-        found = found | {"diff"}
-    return set(found)
+        parts.add("diff")
+    return parts
 
 
 def decode_vectors(group: TensorGroup, factor: float) -> dict[str, VectorUpdate]:
-    """The changes of a layer's "weight" (of a norm) and "bias" that a group holds.
+    """Decode the updates of a layer's "bias" and, for a norm, "weight".
 
     Args:
-        factor: what the layer's update is multiplied by, for biases of the projections.
+        group: The tensors of the layer.
+        factor: Scale of the layer's update, for biases of the projections.
+
+    Returns:
+        "weight" or "bias" -> update.
 
     Raises:
-        ConceptError: one is not a vector, not finite, or there are two of one parameter.
+        ConceptError: If a tensor is not a finite vector, or two change one parameter.
     """
-    found: dict[str, VectorUpdate] = {}
+    updates: dict[str, VectorUpdate] = {}
 
     def add(parameter: str, part: str, values: Tensor, is_replacement: bool = False) -> None:
-        if parameter in found:
+        if parameter in updates:
             raise ConceptError(f"{group.keys[part]} and another key change the same {parameter}")
-        found[parameter] = VectorUpdate(values, is_replacement)
+        updates[parameter] = VectorUpdate(values, is_replacement)
 
     for part in sorted(_vector_parts(group)):
         values = _read_vector(group, part)
@@ -108,40 +112,48 @@ def decode_vectors(group: TensorGroup, factor: float) -> dict[str, VectorUpdate]
             add("bias", part, factor * values + _project_down_bias(group, factor))
         elif "up_bias" not in group.parts:
             add("bias", part, _project_down_bias(group, factor))
-    return found
+    return updates
 
 
 def split_by_parameter(
     vectors: Mapping[str, VectorUpdate], rows: Sequence[RowRange], is_norm: bool
 ) -> dict[str, VectorUpdate]:
-    """Changes of a layer's weight vector and bias, by the parameters of the modules they are for.
+    """Split updates of a layer by the modules that its rows belong to.
+
+    Args:
+        vectors: "weight" or "bias" -> update of (n,) numbers.
+        rows: The rows of the model's modules, n in all.
+        is_norm: Whether the target is a norm, whose weight is a vector.
+
+    Returns:
+        Parameter, such as "blocks.0.norm2.weight" -> update.
 
     Raises:
-        ConceptError: they are of another width, or of the weight of a layer that has a matrix.
+        ConceptError: If an update has another width, or the weight is a matrix.
     """
-    found: dict[str, VectorUpdate] = {}
-    width = sum(each.stop - each.start for each in rows)
+    updates: dict[str, VectorUpdate] = {}
+    width = sum(module_rows.stop - module_rows.start for module_rows in rows)
     for kind, vector in vectors.items():
         if kind == "weight" and not is_norm:
-            raise ConceptError("a vector is no change of a layer's weight matrix")
+            raise ConceptError("a vector cannot update the weight matrix of a layer")
         if len(vector.values) != width:
             raise ConceptError(
-                f"a change of {len(vector.values)} numbers does not fit a {kind} of {width}"
+                f"an update of {len(vector.values)} numbers does not fit a {kind} of {width}"
             )
         start = 0
-        for each in rows:
-            stop = start + each.stop - each.start
-            name = f"{each.module}.{kind}"
+        for module_rows in rows:
+            stop = start + module_rows.stop - module_rows.start
+            name = f"{module_rows.module}.{kind}"
             values, start = vector.values[start:stop], stop
-            if name in found:  # the halves of a layer that is the other way round in the original
-                parts = [found[name].values, values]
-                values = torch.cat(parts if each.start else parts[::-1])
-            found[name] = VectorUpdate(values, vector.is_replacement)
-    return found
+            if name in updates:  # the original has the halves of this layer in the other order
+                parts = [updates[name].values, values]
+                values = torch.cat(parts if module_rows.start else parts[::-1])
+            updates[name] = VectorUpdate(values, vector.is_replacement)
+    return updates
 
 
 def norm_widths(family: Family, component: str) -> dict[str, int]:
-    """The modules of a component with a weight vector, such as norms: name -> width."""
+    """Modules of a component whose weight is a vector, such as norms: name -> width."""
     model: Any = uncompiled(family.adaptable[component])
     return {
         name: module.weight.numel()
@@ -155,17 +167,17 @@ def norm_widths(family: Family, component: str) -> dict[str, int]:
 def original_norm_names(
     family: Family, component: str, norms: Mapping[str, int]
 ) -> Iterator[tuple[str, str]]:
-    """(the name in the files of those who made the model, the model's name) of norms."""
+    """(name in the original code, name in diffusers) of norms."""
     if component != family.denoiser_key:
         return
     parents: dict[str, str] = {}
     for original, rows in family.original_names().items():
-        ours = rows[0].module
-        while "." in ours and "." in original:
-            ours, leaf = ours.rpartition(".")[::2]
-            original, other = original.rpartition(".")[::2]
-            parents.setdefault(ours, original)
-            if leaf != other and not leaf.endswith(other):
+        module = rows[0].module
+        while "." in module and "." in original:
+            module, leaf = module.rpartition(".")[::2]
+            original, original_leaf = original.rpartition(".")[::2]
+            parents.setdefault(module, original)
+            if leaf != original_leaf and not leaf.endswith(original_leaf):
                 break
     table = _ORIGINAL_NORM_NAMES.get(family.name, {})
     for name in norms:
@@ -178,7 +190,7 @@ def original_norm_names(
 
 
 def _project_down_bias(group: TensorGroup, factor: float) -> Tensor:
-    """What the bias of the down-projection adds behind the up-projection; 0 without one."""
+    """Project the bias of the down-projection by the up-projection; 0 without one."""
     if "down_bias" not in group.parts:
         return torch.zeros(())
     up = group.parts.get("up")
@@ -186,7 +198,9 @@ def _project_down_bias(group: TensorGroup, factor: float) -> Tensor:
         raise ConceptError(f"the layer has {group.keys['down_bias']} and no up-projection")
     down = _read_vector(group, "down_bias")
     if up.flatten(1).shape[1] != len(down):
-        raise ConceptError(f"{group.keys['down_bias']} of {len(down)} numbers does not fit")
+        raise ConceptError(
+            f"{group.keys['down_bias']} of {len(down)} numbers does not fit the rank"
+        )
     return factor * (up.flatten(1).float() @ down)
 
 
@@ -194,7 +208,7 @@ def _read_vector(group: TensorGroup, part: str) -> Tensor:
     values = group.parts[part]
     if not values.is_floating_point() or values.numel() == 0 or values.numel() != max(values.shape):
         raise ConceptError(
-            f"{group.keys[part]} of shape {tuple(values.shape)} and type {values.dtype} is no "
+            f"{group.keys[part]} of shape {tuple(values.shape)} and type {values.dtype} is not a "
             "vector of numbers"
         )
     if not all_finite(values.float()):

@@ -1,8 +1,8 @@
-"""For which of several denoisers a LoRA is, such as Wan 2.2's two transformers.
+"""Selecting one of several denoisers for a LoRA, such as Wan 2.2's two transformers.
 
-Wan 2.2 14B has one transformer for much noise and one for little, and trainers write a file for
-each, by the same keys. Which is which is said by keys that begin with a denoiser's name, by the
-caller, or by the names of the files.
+Wan 2.2 14B has a transformer for high and one for low noise levels, and trainers write a file for
+each, with the same keys. The denoiser is selected by keys that begin with its name, by the caller,
+or by the names of the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NoiseLevel = Literal["high", "low"]
 
-# What comes before a denoiser's name in a key, with dots or, in kohya's, underscores.
+# Prefixes of a denoiser's name in a key, with dots or, in kohya's keys, underscores.
 _DOTTED = r"(?:(?:model\.)?diffusion_model\.|base_model\.model\.)?"
 _FLAT = r"(?:lora_unet_|lora_|lycoris_|oft_unet_)"
 _LEVELS: dict[str, NoiseLevel] = {
@@ -27,12 +27,12 @@ _LEVELS: dict[str, NoiseLevel] = {
     **dict.fromkeys(("low", "lownoise", "ln"), "low"),
 }
 _PAIRED_WORDS = [{"high", "low"}, {"highnoise", "lownoise"}, {"hn", "ln"}, {"h", "l"}]
-# What may follow the level in the name of a file by itself, beside numbers.
+# Words that may follow the level in a file name, beside numbers.
 _SUFFIX_WORDS = {"v", "e", "r", "ep", "epoch", "step", "steps", "rank", "model", "lora", "fp", "bf"}
 
 
 class DenoiserLabels:
-    """The names by which keys say which denoiser of a family they are for."""
+    """The denoiser names in keys, for one family."""
 
     def __init__(self, family: Family) -> None:
         first, *others = (family.denoiser_key, *family.other_denoisers)
@@ -48,7 +48,7 @@ class DenoiserLabels:
         self._any = bool(others)
 
     def split(self, path: str) -> tuple[str, str] | None:
-        """(denoiser, the same path without its name), or None for a path that names none."""
+        """Split a path into (denoiser, path without its name); None if it names no denoiser."""
         match = self._pattern.fullmatch(path) if self._any else None
         if match is None:
             return None
@@ -57,72 +57,74 @@ class DenoiserLabels:
         else:
             name, rest = self._names[match["dotted"]], match["rest"]
         inner = self.split(rest)
-        # The name may come twice, by the file's place in a pair and by its keys.
+        # The name comes twice if a pair of files was joined whose keys name the denoiser.
         return inner if inner is not None and inner[0] == name else (name, rest)
 
 
 def parse_noise_level(name: str) -> NoiseLevel | None:
-    """The level of noise that the name of a file says it is for, where it does so by itself.
+    """Parse the noise level in the name of a file; None if there is none, or it is ambiguous.
 
-    "rex_high_noise", "rexLowNoise", "rex-HIGH", "rex_low_v2", but not "low_poly".
+    Matches "rex_high_noise", "rexLowNoise", "rex-HIGH", "rex_low_v2", but not "low_poly".
     """
     tokens = _split_words(name)
     levels = set()
     for number, token in enumerate(tokens):
         level = _LEVELS.get(token)
-        behind = tokens[number + 1 :]
-        whole = token.endswith("noise") or behind[:1] == ["noise"]
-        if level and (whole or all(t.isdigit() or t in _SUFFIX_WORDS for t in behind)):
+        following = tokens[number + 1 :]
+        has_noise = token.endswith("noise") or following[:1] == ["noise"]
+        if level and (has_noise or all(t.isdigit() or t in _SUFFIX_WORDS for t in following)):
             levels.add(level)
     return levels.pop() if len(levels) == 1 else None
 
 
 def parse_noise_levels(first: str, second: str) -> tuple[NoiseLevel, NoiseLevel] | None:
-    """The levels of two files whose names differ in that alone, or each say it; else None."""
+    """Parse the noise levels of a pair of file names that differ in it, or name both; else None."""
     a, b = _split_words(first), _split_words(second)
     differing = [(x, y) for x, y in zip(a, b, strict=False) if x != y]
     if len(a) == len(b) and len(differing) == 1 and set(differing[0]) in _PAIRED_WORDS:
         return ("high", "low") if differing[0][0].startswith("h") else ("low", "high")
-    one, other = parse_noise_level(first), parse_noise_level(second)
-    if one is None or other is None or one == other:
+    first_level, second_level = parse_noise_level(first), parse_noise_level(second)
+    if first_level is None or second_level is None or first_level == second_level:
         return None
-    return one, other
+    return first_level, second_level
 
 
 def target_denoisers(
     family: Family, labelled: set[str], into: Sequence[str], noise: NoiseLevel | None, where: object
 ) -> tuple[str, ...]:
-    """The denoisers that take a file's layers whose keys name none.
+    """Choose the denoisers for layers of a file whose keys name none.
 
     Args:
-        labelled: the denoisers that other keys of the file name.
-        into: what the caller says; empty for nothing.
-        noise: what the names of files say.
+        family: The model.
+        labelled: The denoisers that other keys of the file name.
+        into: The denoisers that the caller selects; empty for no selection.
+        noise: The noise level in the file's name.
+        where: Path of the file, for messages.
 
     Raises:
-        ConfigError: ``into`` names no denoiser of this model, or the file's keys name another.
+        ConfigError: If ``into`` is not a denoiser of this model, or keys of the file name one.
     """
-    here = list(family.denoisers)
+    denoisers = list(family.denoisers)
     for name in into:
-        if name not in here:
+        if name not in denoisers:
             raise ConfigError(
                 f"the model has no denoiser {name!r}",
                 where="into",
-                fix=suggest_names(name, here),
+                fix=suggest_names(name, denoisers),
             )
     if into and labelled:
         raise ConfigError(
-            f"{where}: the file's keys name {' and '.join(sorted(labelled))} themselves",
+            f"{where}: the keys of the file already name {' and '.join(sorted(labelled))}",
             where="into",
-            fix="leave into out",
+            fix="leave out into=",
         )
     if into:
         return tuple(dict.fromkeys(into))
-    if len(here) > 1 and not labelled and noise == "low":
-        return (here[1],)
-    return (here[0],)
+    if len(denoisers) > 1 and not labelled and noise == "low":
+        return (denoisers[1],)
+    return (denoisers[0],)
 
 
 def _split_words(name: str) -> list[str]:
-    """The words and numbers of a name, in lower case: "wan22HighNoise" has wan, 22, high, noise."""
+    """Split a name into words and numbers: "wan22HighNoise" into wan, 22, high, noise."""
     return [t.lower() for t in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]

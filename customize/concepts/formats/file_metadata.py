@@ -1,4 +1,4 @@
-"""What a LoRA file says about itself beside its tensors."""
+"""The metadata of an adapter file: its safetensors header and peft's configuration."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _DENOISERS = ("transformer", "unet", "diffusion_model", "base_model.model")
 
 @dataclass(frozen=True)
 class FileMetadata:
-    """Facts that are read, of what header and configuration say.
+    """The facts in the header and the configuration that are used.
 
     Attributes:
-        base: of the base model.
-        words: for the prompt.
-        configs: component -> peft's configuration; "" for that of the whole file.
-        matcher: of the configurations' patterns.
+        base: Name of the base model; empty if unknown.
+        words: Trigger phrase for prompts; empty if there is none.
+        configs: Component -> peft's configuration; the component is "" for the whole file.
+        matcher: Matches the patterns of the configurations.
     """
 
     base: str
@@ -40,13 +40,18 @@ class FileMetadata:
     def from_header(
         cls, header: Mapping[str, str], adapter_config: Mapping[str, Any] | None, where: object
     ) -> FileMetadata:
-        """From a safetensors header and, where there is one, peft's ``adapter_config.json``.
+        """Parse a safetensors header and peft's ``adapter_config.json``.
 
-        What the header says of a component, or without one of all, goes before the file beside it.
+        A configuration in the header takes precedence over the file.
+
+        Args:
+            header: The safetensors header.
+            adapter_config: The file beside the tensors; None if there is none.
+            where: Path of the file, for messages.
 
         Raises:
-            ConceptError: peft's part of the header is no JSON object, its numbers are wrong, or
-                the adapter is more than its tensors show (:func:`peft_config.check_config`).
+            ConceptError: If peft's part of the header is not a JSON object, or
+                :func:`customize.concepts.formats.peft_config.check_config` refuses a configuration.
         """
         keys = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
         base = next((header[key] for key in keys if header.get(key)), "")
@@ -60,47 +65,49 @@ class FileMetadata:
         return cls(_single_line(base), words, configs, PatternMatcher(where))
 
     def config(self, component: str) -> Config:
-        """peft's configuration of a component; empty where there is none."""
+        """Look up peft's configuration of a component; empty if there is none."""
         names: tuple[str, ...] = (component, "")
         if not component.startswith("text_encoder"):
-            names += _DENOISERS  # as files call it whose layers bear other names
+            names += _DENOISERS  # files with other layer names use these for any denoiser
         return next((self.configs[name] for name in names if name in self.configs), {})
 
     @property
     def needs_base_weights(self) -> bool:
-        """Whether an adapter was begun with a part of the base's weights, as with PiSSA."""
+        """Whether the adapter was initialized with a part of the base weights, such as PiSSA."""
         return any(subtracted_initialization(config) for config in self.configs.values())
 
     def scale(self, component: str, names: Sequence[str], rank: int | None) -> float:
-        """What a layer's product is multiplied with, where no key gives its alpha.
+        """Compute the factor of a layer's update, for layers without an alpha of their own.
 
-        By peft's configuration (:func:`peft_config.scale_of`); without one alpha is the rank, as
-        diffusers has it.
+        It follows peft's configuration
+        (:func:`customize.concepts.formats.peft_config.adapter_scale`); without one alpha is the
+        rank, as in diffusers.
 
         Args:
-            names: all names of the layer.
-            rank: None for a product that has none.
+            component: The component of the layer.
+            names: All names of the layer.
+            rank: The rank of the update; None if it has none.
 
         Raises:
-            ConceptError: the configuration's patterns take too long to match.
+            ConceptError: If the configuration's patterns take too long to match.
         """
         return adapter_scale(self.config(component), names, rank, self.matcher)
 
 
 def _parse_header_configs(header: Mapping[str, str], where: object) -> dict[str, dict[str, Any]]:
-    """Component -> field -> value; the component is "" where the header names none."""
+    """Component -> field -> value; the component is "" if the header does not name it."""
     if PEFT_HEADER not in header:
         return {}
-    found: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, Any]] = {}
     try:
         for key, value in json.loads(header[PEFT_HEADER]).items():
             component, _, name = key.rpartition(".")
-            found.setdefault(component, {})[name] = value
+            configs.setdefault(component, {})[name] = value
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConceptError(
-            "the adapter's header cannot be parsed", where=where, fix="get the file anew"
+            "the adapter's header cannot be parsed", where=where, fix="download the file again"
         ) from error
-    return found
+    return configs
 
 
 def _single_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Alpha in plain header keys of other trainers, for layers without a tensor of their own."""
+"""Alpha from the header keys of other trainers, for layers without an alpha tensor."""
 
 from __future__ import annotations
 
@@ -19,20 +19,26 @@ from customize.text import one_line
 _KOHYA = "ss_network_alpha"
 _ALPHAS = (_KOHYA, "network_alpha", "lora_alpha", "alpha")
 _RANKS = ("ss_network_dim", "network_dim", "lora_rank", "lora_dim", "rank", "dim", "r")
-_BY_LAYER = "network_alphas"  # JSON: name of a layer or of its alpha -> number
-#: What in kohya's ``ss_network_args`` gives some layers another rank or alpha.
+# JSON: name of a layer or of its alpha -> number.
+_BY_LAYER = "network_alphas"
+# Names in kohya's ``ss_network_args`` that set the rank or alpha of some layers.
 _PER_LAYER_ARGUMENT = re.compile(r"(?!.*dropout).*(alpha|dim|rank|rs_?lora|scale)", re.IGNORECASE)
 
 
 def apply_header_alphas(
     groups: Sequence[TensorGroup], header: Mapping[str, str], where: object
 ) -> Sequence[TensorGroup]:
-    """The same layers, those without alpha with the one that the header gives them.
+    """Add the header's alpha to layers without one.
 
-    One number is taken for all layers where it can be meant for all: no layer has an alpha of its
-    own, all have the rank that is stated or, where none is, the same one, and kohya's header is not
-    on a file by diffusers' keys, into whose numbers converters have multiplied alpha already. Else
-    alpha is the rank, and a warning says that the header's was not used.
+    One number applies to all layers if no layer has an alpha of its own, all have the stated rank
+    (or the same one if none is stated), and the file does not combine kohya's header with
+    diffusers' keys, whose converters multiply alpha into the tensors. Otherwise alpha is the rank,
+    with a warning that the header's alpha is not used.
+
+    Args:
+        groups: The layers of the file.
+        header: The safetensors header.
+        where: Path of the file, for the warning.
     """
     bare = [group for group in groups if "alpha" not in group.parts and _has_product(group)]
     if not bare:
@@ -50,8 +56,8 @@ def apply_header_alphas(
         keys = ", ".join(f"{key}={stated[key][:MAX_NAME]}" for key in stated) or _BY_LAYER
         file = one_line(str(where))
         warnings.warn(
-            f"{file}: the header has {keys}, which was not used, since {reason}; alpha is taken "
-            "to be the rank",
+            f"{file}: the header has {keys}, which is not used because {reason}; alpha is set "
+            "to the rank",
             stacklevel=2,
         )
         return groups
@@ -67,19 +73,19 @@ def _explain_ambiguity(
     numbers: set[float],
     ranks: set[int | None],
 ) -> str:
-    """Why the header's alpha cannot be told to be meant; empty where it can."""
+    """Why the header's alpha does not apply to all layers; empty if it does."""
     if len(numbers) != 1 or math.nan in numbers or not all(map(math.isfinite, numbers)):
         return "it is not one number for all layers"
     if len(bare) < sum(map(_has_product, groups)):
         return "other layers have an alpha of their own"
     nominal = {_parse_number(header[key]) for key in _RANKS if _is_set(header.get(key))}
     if len(ranks) != 1 or None in ranks or nominal - ranks:
-        return "the layers are not of the one rank that it belongs to"
+        return "the layers do not all have the rank that it belongs to"
     if _PER_LAYER_ARGUMENT.match(header.get("ss_network_args", "")):
-        return "ss_network_args gives some layers another one"
+        return "ss_network_args sets another alpha for some layers"
     converted = any(".lora_A" in group.keys.get("down", "") for group in bare)
     if stated.keys() == {_KOHYA} and converted:
-        return "the file is by diffusers' keys, whose converters multiply alpha into the tensors"
+        return "the file uses diffusers' keys, whose converters multiply alpha into the tensors"
     return ""
 
 
@@ -92,7 +98,7 @@ def _is_set(text: str | None) -> bool:
 
 
 def _parse_number(text: str) -> float:
-    """The number; NaN, the same object, where it is none that could be an alpha or rank."""
+    """Parse an alpha or rank; ``math.nan`` itself, for membership tests, if it is invalid."""
     try:
         value = float(text)
     except ValueError:
@@ -102,8 +108,8 @@ def _parse_number(text: str) -> float:
 
 def _parse_layer_alphas(header: Mapping[str, str]) -> dict[str, float]:
     try:
-        found = json.loads(header.get(_BY_LAYER, "{}"))
-        values = {str(key).removesuffix(".alpha"): float(value) for key, value in found.items()}
+        alphas = json.loads(header.get(_BY_LAYER, "{}"))
+        values = {str(key).removesuffix(".alpha"): float(value) for key, value in alphas.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         return {}
     return values if all(map(math.isfinite, values.values())) else {}

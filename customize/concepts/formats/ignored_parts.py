@@ -1,6 +1,6 @@
-"""Leaving out parts of a file by the user's own word, never silently.
+"""The ``ignore=`` argument: parts of files and concepts to leave out.
 
-A word is a component (as diffusers calls it, also one that takes no adapter here, such as a T5), a
+A selector is a component of a diffusers pipeline (also one that takes no adapter, such as a T5), a
 kind of part ("bias", "norm", "embedding"), or a pattern of keys with a ``*``.
 """
 
@@ -30,7 +30,7 @@ COMPONENTS = (
     *("text_encoder", "text_encoder_2", "text_encoder_3"),
 )
 KINDS = ("bias", "norm", "embedding")
-#: Result of :func:`match_text_encoder` -> names of the component in diffusers (FLUX: T5 second).
+# Result of match_text_encoder -> names of the component in diffusers. In FLUX the T5 is second.
 _ENCODERS = {
     "text encoder": {"text_encoder"},
     "second text encoder": {"text_encoder_2"},
@@ -40,16 +40,19 @@ _NORM_NAME = re.compile(r"(.*[._])?[a-z]*norm[a-z0-9_]*")
 
 
 def check_ignore(ignore: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The words of an ``ignore`` argument.
+    """Check an ``ignore=`` argument.
+
+    Returns:
+        The selectors.
 
     Raises:
-        ConfigError: one is no component, kind or pattern.
+        ConfigError: If one is not a component, kind or pattern.
     """
     words = (ignore,) if isinstance(ignore, str) else tuple(ignore or ())
     for word in words:
         if not isinstance(word, str) or (word not in (*COMPONENTS, *KINDS) and "*" not in word):
             raise ConfigError(
-                f"{word!r} is no part of a file that can be left out",
+                f"unknown part {word!r}",
                 where="ignore",
                 fix=_suggest_fix(word),
             )
@@ -58,56 +61,68 @@ def check_ignore(ignore: str | Iterable[str] | None) -> tuple[str, ...]:
 
 def _suggest_fix(word: object) -> str:
     if isinstance(word, str) and "," in word:
-        return f"give a list with each word by itself: {[w.strip() for w in word.split(',')]}"
+        return f"give a list: {[w.strip() for w in word.split(',')]}"
     return (
         f'{suggest_names(word, (*COMPONENTS, *KINDS))}, or give a pattern of keys such as "*.ff.*"'
     )
 
 
 def check_all_matched(words: Sequence[str], matched: set[str]) -> None:
-    """Refuse words that left nothing out.
+    """Check that each selector matched something.
+
+    Args:
+        words: The selectors.
+        matched: Those that matched.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: If one did not.
     """
-    idle = [word for word in words if word not in matched]
-    if idle:
+    unmatched = [word for word in words if word not in matched]
+    if unmatched:
         raise ConfigError(
-            f"nothing in what is loaded belongs to {', '.join(idle)}",
+            f"no loaded part matches {', '.join(unmatched)}",
             where="ignore",
-            fix="take it out of ignore, or correct it",
+            fix="remove or correct it",
         )
 
 
 def filter_tensors(
     tensors: Mapping[str, Tensor], words: Sequence[str], matched: set[str], where: object
 ) -> dict[str, Tensor]:
-    """The tensors of a file that no word leaves out.
+    """The tensors of a file that no selector matches.
 
     Args:
-        matched: words that leave something out are added to it.
+        tensors: Key -> tensor.
+        words: The selectors.
+        matched: Selectors that match are added to it.
+        where: Path of the file, for messages.
 
     Raises:
-        ConceptError: nothing is left.
+        ConceptError: If all tensors are left out.
     """
-    kept = {}
+    remaining = {}
     for key, tensor in tensors.items():
         hits = [word for word in words if _matches(word, key, tensor)]
         matched.update(hits)
         if not hits:
-            kept[key] = tensor
-    if not kept and tensors:
-        raise ConceptError("ignore leaves nothing of the file", where=where, fix="name fewer parts")
-    return kept
+            remaining[key] = tensor
+    if not remaining and tensors:
+        raise ConceptError("ignore leaves out all of the file", where=where, fix="name fewer parts")
+    return remaining
 
 
 def remove_ignored(
     concept: Adaptation | LoraFile, words: Sequence[str], matched: set[str]
 ) -> Adaptation | LoraFile:
-    """A concept or LoRA that is in memory already, without what the words name.
+    """Leave out parts of a concept or LoRA in memory.
+
+    Args:
+        concept: The concept or LoRA, which is not modified.
+        words: The selectors.
+        matched: Selectors that match are added to it.
 
     Raises:
-        ConceptError: nothing is left.
+        ConceptError: If all of it is left out.
     """
     if not words:
         return concept
@@ -118,28 +133,28 @@ def remove_ignored(
             concept, groups=groups, is_partial=concept.is_partial or len(groups) < before
         )
     products = _filter_updates(concept.updates, words, matched)
-    left: Adaptation
+    reduced: Adaptation
     if isinstance(concept, Lora):
-        left = replace(
+        reduced = replace(
             concept,
             updates=products,
             vector_updates=_filter_updates(concept.vector_updates, words, matched),
         )
-        empty = not left.updates and not left.vector_updates
+        is_empty = not reduced.updates and not reduced.vector_updates
     else:
-        empty = not products
-        left = concept if empty else _with_products(concept, products)
+        is_empty = not products
+        reduced = concept if is_empty else _with_products(concept, products)
     if sum(map(len, products.values())) < sum(map(len, concept.updates.values())):
-        left = replace(left, source=None)  # what lies beside it is a record of the whole
-    if empty:
+        reduced = replace(reduced, source=None)  # recorded inputs beside it belong to all layers
+    if is_empty:
         raise ConceptError(
-            f"ignore leaves nothing of {concept.info.name}", where="ignore", fix="name fewer parts"
+            f"ignore leaves out all of {concept.info.name}", where="ignore", fix="name fewer parts"
         )
-    return left
+    return reduced
 
 
 def _with_products(concept: Concept, products: Mapping[str, Mapping[str, LowRank]]) -> Concept:
-    """The concept with these of its updates, and the slices of their widths."""
+    """The concept with some of its updates, and the slices of their widths."""
     widths = {str(update.shape[1]) for own in products.values() for update in own.values()}
     slices = {width: own for width, own in concept.info.slices.items() if width in widths}
     info = concept.info.model_copy(update={"slices": slices})

@@ -1,4 +1,4 @@
-"""peft's ``rank_pattern`` and ``alpha_pattern``: which entry is a layer's."""
+"""Matching of peft's ``rank_pattern`` and ``alpha_pattern`` with layer names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from customize.concepts.concept_info import MAX_NAME
 from customize.errors import ConceptError
 
-#: How long the patterns of one file may be matched for, in seconds: expressions of others may
-#: backtrack without end.
+#: Seconds for matching all patterns of one file: a regular expression from an untrusted file may
+#: backtrack exponentially.
 TIME_LIMIT = 5.0
 _FIX = "ask its maker for a file whose configuration names each layer"
 
@@ -21,10 +21,11 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.\\^$-]+")
 
 
 class PatternMatcher:
-    """The patterns of one file.
+    """Matches the patterns of one file within a time limit.
 
     Attributes:
-        seconds_left: seconds that may still be spent on expressions with repetitions.
+        where: Path of the file, for messages.
+        seconds_left: Seconds left for expressions with repetitions.
     """
 
     def __init__(self, where: object, seconds: float = TIME_LIMIT) -> None:
@@ -32,17 +33,18 @@ class PatternMatcher:
         self.seconds_left = seconds
 
     def value(self, patterns: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
-        """The value of the first pattern that matches a layer, by the rule of peft 0.21.
+        """Look up the value of the first pattern that matches a layer, as in peft 0.21.
 
-        A pattern is a regular expression; it matches a name from its beginning or from behind a
-        dot, up to its end (``peft.utils.get_pattern_key``).
+        A pattern is a regular expression that matches from the beginning of a name or after a dot
+        to its end (``peft.utils.get_pattern_key``).
 
         Args:
-            patterns: pattern -> value, in the file's order.
-            names: all names of the layer.
+            patterns: Pattern -> value, in the file's order.
+            names: All names of the layer.
+            default: The value if no pattern matches.
 
         Raises:
-            ConceptError: a pattern is not a regular expression, or takes too long.
+            ConceptError: If a pattern is not a regular expression, or takes too long.
         """
         for pattern, value in patterns.items():
             if any(self._matches(pattern, name) for name in names):
@@ -57,7 +59,7 @@ class PatternMatcher:
             try:
                 return _compile_general(pattern).match(name, timeout=self.seconds_left) is not None
             finally:
-                # Zero would mean without a limit.
+                # Zero would mean no limit.
                 self.seconds_left = max(self.seconds_left - (time.monotonic() - start), 1e-3)
         except TimeoutError as error:
             raise ConceptError(
@@ -69,10 +71,10 @@ class PatternMatcher:
 
 
 def check_pattern(pattern: str, where: object) -> None:
-    """Refuse what is not a regular expression.
+    """Check that a pattern is a regular expression.
 
     Raises:
-        ConceptError: it cannot be compiled, or is longer than any layer's name.
+        ConceptError: If it cannot be compiled, or is longer than any layer name.
     """
     reason = f"it has {len(pattern)} characters" if len(pattern) > MAX_NAME else ""
     if not reason:

@@ -1,7 +1,7 @@
-"""A merged LoRA, read back whole: its updates, and what its triggers call.
+"""Parsing a merged LoRA that was written by customize: its updates, and the tokens of its triggers.
 
-The header of the file says of which architecture it is and, by kohya's keys, which layers of a
-model each of the file's is; so that no model is needed to read it.
+The header of the file stores the architecture and, for kohya's keys, the layers of the model that
+each layer of the file belongs to, so that parsing needs no model.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from customize.concepts.types import Lora, LoraInfo
 from customize.core.lowrank import LowRank, slice_rows, stack_rows
 from customize.errors import ConceptError
 
-#: A key of the header: :class:`MergeInfo` as JSON, with what else ``merged.json`` says.
+#: Key of the header that stores the content of ``merged.json``, with :class:`MergeInfo`.
 MERGED_HEADER = "customize_merged"
-_ANEW = "get an unchanged copy of the file, or merge again"
+_FIX_DAMAGED = "get an unchanged copy of the file, or merge again"
 
 
 class MergeInfo(BaseModel):
-    """What the header of a merged LoRA says.
+    """The facts in the header of a merged LoRA.
 
     Attributes:
-        base: the base model's name or path; empty where only LoRAs from elsewhere were merged.
-        family: the model family's name.
-        fingerprint: as :class:`customize.concepts.concept_info.ConceptInfo` has it; empty as above.
-        words: what a prompt says to mean all that was merged.
-        rank: component -> the largest of its layers; all components of the merge.
-        layers: a layer of the file -> (component, module, first row, last row + 1) of the model's
-            layers that its rows are; empty where the file's names are the model's.
+        base: Name or path of the base model; empty if only imported LoRAs were merged.
+        family: Name of the model family.
+        fingerprint: As in :class:`customize.concepts.concept_info.ConceptInfo`; empty as above.
+        words: Words for a prompt that call all merged concepts.
+        rank: Component -> highest rank of its layers, for all components of the merge.
+        layers: Layer of the file -> (component, module, first row, last row + 1) of the model's
+            layers that its rows belong to; empty if the file uses the model's layer names.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -52,7 +52,7 @@ class MergeInfo(BaseModel):
 
 
 def parse_merge_info(header: Mapping[str, str]) -> MergeInfo | None:
-    """What a header says; None where it is no merge, or of an earlier version."""
+    """Parse a header; None if it is not that of a merge, or of an earlier version."""
     try:
         return MergeInfo.model_validate(json.loads(header[MERGED_HEADER]))
     except (KeyError, ValueError, ValidationError, RecursionError):
@@ -60,7 +60,7 @@ def parse_merge_info(header: Mapping[str, str]) -> MergeInfo | None:
 
 
 def merged_lora_info(name: str, facts: MergeInfo, subjects: Sequence[Subject]) -> LoraInfo:
-    """The facts on a merge, from its header."""
+    """The facts on a merged LoRA, from its header."""
     return LoraInfo(
         name_from_file(name),
         facts.family,
@@ -81,89 +81,97 @@ def parse_merged_lora(
     header: Mapping[str, str],
     second: Mapping[str, Tensor] | None = None,
 ) -> Lora | None:
-    """The merge in a file; None where its header does not say all that is needed.
+    """Parse the content of a merged LoRA; None if the header is not that of a merge.
 
     Args:
-        name: of the file or folder.
-        second: the tensors of a second denoiser, from a file of their own.
+        name: Name of the file or folder.
+        path: Path of the file.
+        tensors: Key -> tensor.
+        header: The safetensors header.
+        second: Tensors of the second denoiser, from their own file; None if there is none.
 
     Raises:
-        ConceptError: it is damaged, or the second denoiser's file is missing.
+        ConceptError: If the file is damaged, or the second denoiser's file is missing.
     """
     facts = parse_merge_info(header)
     if facts is None:
         return None
     subjects = subjects_from_header(header, path)
-    if second is None and path.name == SECOND_LORA_FILE:  # the merge changes the second one alone
+    if (
+        second is None and path.name == SECOND_LORA_FILE
+    ):  # the merge changes only the second denoiser
         tensors, second = {}, tensors
-    products: dict[str, dict[str, LowRank]] = {}
-    for component, module, update in _updates(tensors, facts.layers, path):
-        products.setdefault(component, {})[module] = update
+    updates: dict[str, dict[str, LowRank]] = {}
+    for component, module, update in _parse_updates(tensors, facts.layers, path):
+        updates.setdefault(component, {})[module] = update
     if second is not None:
         names = {first: other for other, first in SECOND_DENOISERS.items()}
-        for component, module, update in _updates(second, {}, path.parent / SECOND_LORA_FILE):
+        for component, module, update in _parse_updates(second, {}, path.parent / SECOND_LORA_FILE):
             if component not in names:
                 raise ConceptError(
-                    f"the keys of a second denoiser begin with {' or '.join(names)}, and nothing "
-                    f"is loaded by half: {component}.{module}",
+                    f"keys of the second denoiser must begin with {' or '.join(names)}, "
+                    f"not {component}.{module}",
                     where=path.parent / SECOND_LORA_FILE,
-                    fix=_ANEW,
+                    fix=_FIX_DAMAGED,
                 )
-            products.setdefault(names[component], {})[module] = update
-    if products.keys() != facts.rank.keys():
-        lacking = sorted(facts.rank.keys() - products.keys())
-        also = sorted(products.keys() - facts.rank.keys())
+            updates.setdefault(names[component], {})[module] = update
+    if updates.keys() != facts.rank.keys():
+        missing = sorted(facts.rank.keys() - updates.keys())
+        unexpected = sorted(updates.keys() - facts.rank.keys())
         raise ConceptError(
-            f"the merge lacks its updates of {', '.join(lacking)}"
-            if lacking
-            else f"the file has updates of {', '.join(also)}, which the merge had not",
+            f"the merge lacks its updates of {', '.join(missing)}"
+            if missing
+            else f"the file has updates of {', '.join(unexpected)}, not part of the merge",
             where=path,
-            fix=f"name the folder, with {SECOND_LORA_FILE} in it"
-            if set(lacking) & SECOND_DENOISERS.keys()
-            else _ANEW,
+            fix=f"give the folder that contains {SECOND_LORA_FILE}"
+            if set(missing) & SECOND_DENOISERS.keys()
+            else _FIX_DAMAGED,
         )
-    return Lora(merged_lora_info(name, facts, subjects), products, subjects=subjects, source=path)
+    return Lora(merged_lora_info(name, facts, subjects), updates, subjects=subjects, source=path)
 
 
-def _updates(
+def _parse_updates(
     tensors: Mapping[str, Tensor], layers: Mapping[str, Any], where: Path
 ) -> list[tuple[str, str, LowRank]]:
-    """(component, module, update) of every layer of a model that the file changes."""
+    """(component, module, update) of each layer of the model that the file changes."""
     parts: dict[tuple[str, str], list[tuple[int, LowRank]]] = {}
     for group in group_by_layer(tensors, where):
         try:
             update = decode_update(group, lambda rank: 1.0, _no_weight)
         except ConceptError as error:
-            raise ConceptError(error.problem, where=f"{where}: {group.path}", fix=_ANEW) from error
+            raise ConceptError(
+                error.problem, where=f"{where}: {group.path}", fix=_FIX_DAMAGED
+            ) from error
         component, _, module = group.path.partition(".")
-        places = layers.get(group.path) or [(component, module, 0, update.shape[0])]
+        targets = layers.get(group.path) or [(component, module, 0, update.shape[0])]
         first = 0
-        for component, module, start, stop in places:
+        for component, module, start, stop in targets:
             count = stop - start
             if count < 1 or first + count > update.shape[0] or not module:
                 raise ConceptError(
                     "the file's header and its updates disagree",
                     where=f"{where}: {group.path}",
-                    fix=_ANEW,
+                    fix=_FIX_DAMAGED,
                 )
-            part = update if len(places) == 1 else _of_rows(update, first, first + count)
+            part = update if len(targets) == 1 else _slice_nonzero(update, first, first + count)
             if part is not None:
                 parts.setdefault((component, module), []).append((start, part))
             first += count
-    found = []
-    for (component, module), own in parts.items():
-        own.sort(key=lambda part: part[0])
-        whole = own[0][1] if len(own) == 1 else stack_rows([part for _, part in own])
-        found.append((component, module, whole))
-    return found
+    updates = []
+    for (component, module), layer_parts in parts.items():
+        layer_parts.sort(key=lambda part: part[0])
+        stacked = [part for _, part in layer_parts]
+        update = stacked[0] if len(stacked) == 1 else stack_rows(stacked)
+        updates.append((component, module, update))
+    return updates
 
 
-def _of_rows(update: LowRank, start: int, stop: int) -> LowRank | None:
-    """Some rows of a layer that is several of the model's; None where nothing changes there."""
+def _slice_nonzero(update: LowRank, start: int, stop: int) -> LowRank | None:
+    """Rows of an update, without unused ranks; None if they are all zero."""
     part = slice_rows(update, start, stop)
     used = part.up.ne(0).any(0)
     return LowRank(part.up[:, used], part.down[used], part.scale) if bool(used.any()) else None
 
 
 def _no_weight() -> Tensor:
-    raise ConceptError("a merge has no updates that depend on the base's weights")
+    raise ConceptError("updates of a merge cannot depend on the base weights")

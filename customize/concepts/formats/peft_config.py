@@ -1,9 +1,9 @@
-"""What peft's configuration of an adapter means for its tensors, field by field.
+"""peft's configuration of an adapter: what each field means for the saved tensors.
 
-peft writes it into ``adapter_config.json`` beside the tensors; diffusers into the header of the
-file, by ``save_lora_weights`` under a component's name and by ``model.save_lora_adapter`` without.
-Each field of peft 0.21 is in one of the tables below: it is applied, the keys of the file show all
-that it does, it does nothing to a saved adapter, or the file is refused.
+peft writes it to ``adapter_config.json`` beside the tensors; diffusers writes it to the header of
+the file, with a component's name in ``save_lora_weights`` and without in
+``model.save_lora_adapter``. Each field of peft 0.21 is in one of the tables below: it is applied,
+it is visible in the keys of the file, it has no effect on a saved adapter, or it is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from customize.text import one_line
 
 Config = Mapping[str, Any]
 
-#: Fields whose values are used: here, or in :mod:`customize.concepts.formats.layer_updates`.
+#: Fields whose values are used here or in :mod:`customize.concepts.formats.decoders`.
 APPLIED = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
@@ -30,8 +30,8 @@ APPLIED = frozenset(
         *("coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
     }
 )
-#: Fields that decide which tensors there are and of which shapes, so that the file's keys show it;
-#: keys of tensors that are not read are refused themselves.
+#: Fields that determine which tensors exist and their shapes; unsupported tensors are refused by
+#: their keys.
 VISIBLE_IN_KEYS = frozenset(
     {
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -40,7 +40,7 @@ VISIBLE_IN_KEYS = frozenset(
         *("oft_block_size", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
     }
 )
-#: Fields of training, of the base or of layers that diffusion models lack.
+#: Fields of training, of the base, or of layers that diffusion models do not have.
 NO_EFFECT = frozenset(
     {
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -55,7 +55,7 @@ NO_EFFECT = frozenset(
         "monteclora_config",  # noise during training alone
     }
 )
-#: Field -> what it does that is not computed here, where it is set.
+#: Field -> its unsupported effect.
 REFUSED = {
     "alora_invocation_tokens": "acts from certain tokens of the prompt on (aLoRA)",
     "arrow_config": "routes each token to one of several adapters (Arrow)",
@@ -65,9 +65,9 @@ REFUSED = {
     "use_bdlora": "has block-diagonal factors (BD-LoRA)",
     "use_qalora": "pools the layers' inputs (QALoRA)",
 }
-#: Values of init_lora_weights after which the base's weights are as they were.
+#: Values of init_lora_weights that do not change the base weights.
 BASE_UNCHANGED = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-#: Those after which a part is gone from the base's weights that can be computed again.
+#: Values that subtract a part from the base weights which can be computed again.
 RECOMPUTED = frozenset({"pissa", "olora"})
 
 _PEFT_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT")
@@ -80,19 +80,17 @@ _DEFAULT_ALPHA = 8  # of peft's LoraConfig, LoHaConfig and LoKrConfig
 
 
 def check_config(config: Config, where: object) -> None:
-    """Refuse a configuration that makes the adapter something that is not computed here.
-
-    A field that no table has and that is set is warned of.
+    """Check that a configuration is supported, and warn of unknown fields.
 
     Raises:
-        ConceptError: naming the field, and what to do.
+        ConceptError: If a field has an unsupported or invalid value.
     """
     _check_numbers(config, where)
     kind = config.get("peft_type")
     if kind is not None and str(kind).upper() not in _PEFT_TYPES:
         raise ConceptError(
-            f"the adapter's configuration says that it is of type {str(kind)[:MAX_NAME]}, which is "
-            f"not read here: only {', '.join(_PEFT_TYPES)}",
+            f"unsupported adapter type {str(kind)[:MAX_NAME]} in the adapter's configuration, only "
+            f"{', '.join(_PEFT_TYPES)} are supported",
             where=where,
             fix=_FIX_AS_LORA,
         )
@@ -100,24 +98,24 @@ def check_config(config: Config, where: object) -> None:
         if config.get(field):
             raise ConceptError(
                 f"the adapter's configuration sets {field}, which {effect}: a plain LoRA of its "
-                "tensors would draw something else",
+                "tensors would give other pictures",
                 where=where,
                 fix=_FIX_AS_LORA,
             )
     _check_initialization(config.get("init_lora_weights"), where)
     known = APPLIED | VISIBLE_IN_KEYS | NO_EFFECT | REFUSED.keys()
-    strange = sorted(str(f)[:MAX_NAME] for f, value in config.items() if value and f not in known)
-    if strange:
+    unknown = sorted(str(f)[:MAX_NAME] for f, value in config.items() if value and f not in known)
+    if unknown:
         file = one_line(str(where))
         warnings.warn(
-            f"{file}: the adapter's configuration sets {', '.join(strange[:10])}, which is not "
-            "known here and was not used",
+            f"{file}: the adapter's configuration sets unknown fields, which are ignored: "
+            f"{', '.join(unknown[:10])}",
             stacklevel=2,
         )
 
 
 def subtracted_initialization(config: Config) -> str | None:
-    """The member of :data:`RECOMPUTED` that the adapter was begun with, if one."""
+    """The member of :data:`RECOMPUTED` that the adapter was initialized with, or None."""
     start = config.get("init_lora_weights")
     name = start.lower() if isinstance(start, str) else None
     return name if name in RECOMPUTED else None
@@ -126,15 +124,16 @@ def subtracted_initialization(config: Config) -> str | None:
 def adapter_scale(
     config: Config, names: Sequence[str], rank: int | None, matcher: PatternMatcher
 ) -> float:
-    """The factor of a layer's product: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    """Compute the factor of a layer's update: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
 
     Args:
-        names: all names of the layer, by which patterns may mean it.
-        rank: as the tensors show it; None for a product that has none, which peft scales by its
-            nominal one.
+        config: The configuration.
+        names: All names of the layer, which patterns may match.
+        rank: The rank of the tensors; None if they show none, for the configuration's rank.
+        matcher: Matches the patterns of the file.
 
     Raises:
-        ConceptError: a pattern takes too long to match.
+        ConceptError: If a pattern takes too long to match.
     """
     default = config.get("lora_alpha")
     default = config.get("alpha") if default is None else default  # of LoHa and LoKr
@@ -149,7 +148,7 @@ def adapter_scale(
 
 
 def _check_initialization(start: Any, where: object) -> None:
-    """Refuse an initialization that changed the base in a way that cannot be repeated."""
+    """Refuse an initialization that changed the base weights irreproducibly."""
     if start is None or isinstance(start, bool):
         return
     name = str(start).lower()
@@ -157,13 +156,13 @@ def _check_initialization(start: Any, where: object) -> None:
         return
     known = name.startswith(("pissa_niter_", "corda", "loftq", "lora_ga"))
     reason = (
-        "which took a part out of the base's weights that depends on chance, data or quantization"
+        "which subtracts a part of the base weights that depends on chance, data or quantization"
         if known
-        else "which is not known here and may have changed the base's weights"
+        else "which is unknown and may have changed the base weights"
     )
     raise ConceptError(
-        f"the adapter was begun with init_lora_weights={str(start)[:MAX_NAME]}, {reason}: a plain "
-        "LoRA of its tensors would draw something else",
+        f"the adapter was initialized with init_lora_weights={str(start)[:MAX_NAME]}, {reason}: a "
+        "plain LoRA of its tensors would give other pictures",
         where=where,
         fix=_FIX_INITIALIZATION,
     )
@@ -183,14 +182,14 @@ def _check_numbers(config: Config, where: object) -> None:
         raise ConceptError(
             "the adapter's configuration has a rank or alpha that is not a number",
             where=where,
-            fix="get the file anew",
+            fix="download the file again",
         )
     for flag in ("use_rslora", "use_dora", "coft", "block_share", "use_cayley_neumann"):
         if config.get(flag) not in (None, False, True):
             raise ConceptError(
                 f"the adapter's configuration has a value of {flag} that is not true or false",
                 where=where,
-                fix="get the file anew",
+                fix="download the file again",
             )
     for key in (key for pattern in patterns for key in pattern):
         check_pattern(key, where)

@@ -14,15 +14,14 @@ from customize.concepts.formats.decoders import UpdateFormat
 from customize.concepts.formats.tensor_group import TensorGroup, join_names
 from customize.errors import ConceptError
 
-#: What some of peft's adapters keep of their training, which does nothing when they draw: VeLoRA's
-#: projections for the backward pass, and MonteCLoRA's noise.
+# Training state of peft's adapters without effect on inference: VeLoRA's projections for the
+# backward pass, and MonteCLoRA's noise.
 _TRAINING_ONLY = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\..+)?")
 
-#: A vector by such a key is the weight of a norm that was trained itself, as by peft's
-#: modules_to_save.
+# A vector with such a key is the trained weight of a norm, as of peft's modules_to_save.
 _TRAINED_NORM = re.compile(r"(?P<path>(?!.*\.lora_).+)\.weight")
 
-#: Parts with which nothing is known to do, and what they are.
+# What keys of unsupported parts store.
 _UNSUPPORTED = {
     "norm in place of the base's": re.compile(r".+\.set_weight"),
     "bundled embedding": re.compile(r"bundle_emb\..+"),
@@ -34,10 +33,14 @@ _UNSUPPORTED = {
 
 
 def group_by_layer(tensors: Mapping[str, Tensor], where: object) -> list[TensorGroup]:
-    """The file's keys by the layer that they are on, in the order of their names.
+    """Group the tensors of a file by layer, in the order of their keys.
+
+    Args:
+        tensors: Key -> tensor.
+        where: Path of the file, for messages.
 
     Raises:
-        ConceptError: a key is none that is known here, or says the same as another.
+        ConceptError: If a key is unknown, or two keys store the same part of a layer.
     """
     groups: dict[str, TensorGroup] = {}
     unknown = []
@@ -53,18 +56,20 @@ def group_by_layer(tensors: Mapping[str, Tensor], where: object) -> list[TensorG
         group = groups.setdefault(path, TensorGroup(path))
         if part in group.parts:
             raise ConceptError(
-                f"the keys {group.keys[part]} and {key} hold the same part of one layer",
+                f"the keys {group.keys[part]} and {key} store the same part of one layer",
                 where=where,
                 fix="get the file from its maker again, or keep one adapter in it",
             )
         group.parts[part] = tensors[key]
         group.keys[part] = key
     if unknown:
-        kinds = {kind for kind, known in _UNSUPPORTED.items() if any(map(known.fullmatch, unknown))}
-        what = f" ({', each a '.join(sorted(kinds))})" if kinds else ""
+        kinds = {
+            kind for kind, pattern in _UNSUPPORTED.items() if any(map(pattern.fullmatch, unknown))
+        }
+        kind_list = f" ({', '.join(sorted(kinds))})" if kinds else ""
         raise ConceptError(
-            f"{len(unknown)} of {len(tensors)} keys are not read here{what}, and nothing is "
-            f"loaded by half: {join_names(unknown)}",
+            f"{len(unknown)} of {len(tensors)} keys are not supported{kind_list}, and a file is "
+            f"not loaded in part: {join_names(unknown)}",
             where=where,
             fix=_suggest_fix(kinds, unknown),
         )
@@ -106,7 +111,7 @@ def _escape_suffix(suffix: str) -> str:
 def _suggest_fix(kinds: set[str], unknown: Sequence[str]) -> str:
     if kinds == {"bundled embedding"}:
         return (
-            "take the embeddings out into a file of their own and load that with "
+            "save the embeddings in a file of their own and load that with "
             'load_textual_inversion; or leave them out: ignore=["embedding"]'
         )
     patterns = sorted({"*." + ".".join(key.split(".")[-3:]) for key in unknown if "." in key})
@@ -114,5 +119,5 @@ def _suggest_fix(kinds: set[str], unknown: Sequence[str]) -> str:
     words = f"ignore={few}".replace("'", '"') if few else "ignore= with patterns of their keys"
     return (
         "ask its maker for the adapter as LoRA, LoHa, LoKr, OFT or DoRA without other parts, or "
-        f"leave them out by your own word: {words}"
+        f"leave them out: {words}"
     )

@@ -71,11 +71,11 @@ def test_what_can_only_mean_all_layers(
         (KOHYA, {"ss_network_alpha": "1e999"}, "not one number"),
         (KOHYA, {"ss_network_alpha": "-1"}, "not one number"),
         (KOHYA, {"ss_network_alpha": "2", "lora_alpha": "3"}, "not one number"),
-        (KOHYA, {"ss_network_alpha": "2", "ss_network_dim": "8"}, "not of the one rank"),
+        (KOHYA, {"ss_network_alpha": "2", "ss_network_dim": "8"}, "do not all have the rank"),
         (
             KOHYA,
             {"ss_network_alpha": "2", "ss_network_args": '{"conv_alpha": "1", "conv_dim": "2"}'},
-            "gives some layers another",
+            "sets another alpha for some layers",
         ),
         (PEFT, {"ss_network_alpha": "2", "ss_network_dim": "4"}, "converters multiply"),
     ],
@@ -84,7 +84,7 @@ def test_what_may_mean_anything_is_named(
     ends: tuple[str, str], header: dict[str, str], reason: str, sd: Family, tmp_path: Path
 ) -> None:
     path = written(tmp_path / "a.safetensors", tensors(sd, ends), **header)
-    with pytest.warns(UserWarning, match=f"which was not used, since .*{reason}"):
+    with pytest.warns(UserWarning, match=f"which is not used because .*{reason}"):
         found: Any = open_adaptation(path)
     assert {u.scale for u in found.to_lora(sd).updates["unet"].values()} == {1.0}
 
@@ -92,7 +92,7 @@ def test_what_may_mean_anything_is_named(
 def test_layers_of_several_ranks(sd: Family, tmp_path: Path) -> None:
     made = tensors(sd, KOHYA, (4, 2, 4))
     path = written(tmp_path / "a.safetensors", made, ss_network_alpha="2")
-    with pytest.warns(UserWarning, match="not of the one rank"):
+    with pytest.warns(UserWarning, match="do not all have the rank"):
         open_adaptation(path)
 
 

@@ -275,7 +275,7 @@ def with_header(tmp_path: Path, **fields: Any) -> Path:
         ({"init_lora_weights": "loftq"}, "init_lora_weights=loftq.*path_initial_model"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights=lora_ga.*path_initial_model"),
         ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16.*path_initial_model"),
-        ({"init_lora_weights": "something"}, "something, which is not known here"),
+        ({"init_lora_weights": "something"}, "something, which is unknown"),
         ({"peft_type": "VERA"}, "of type VERA, which is not read here.*save_as_lora"),
         ({"peft_type": "IA3"}, "of type IA3"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "sets layer_replication, which repeats"),
@@ -322,7 +322,7 @@ def test_what_does_nothing_is_read_without_a_word(tmp_path: Path) -> None:
 
 
 def test_an_unknown_field_that_is_set_is_named(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="sets new_thing, which is not known here"):
+    with pytest.warns(UserWarning, match="sets unknown fields, which are ignored: new_thing"):
         open_adaptation(with_header(tmp_path, new_thing=3, other_thing=None))
 
 

@@ -42,7 +42,7 @@ def test_registered_format_needs_no_other_change(tmp_path: Path, monkeypatch) ->
     weight = pipe.unet.get_submodule(MODULE).weight.detach()
     gain = torch.linspace(-1, 1, len(weight))
     path = written(tmp_path / "gain.safetensors", {f"unet.{MODULE}.row_gain.default": gain})
-    with pytest.raises(ConceptError, match="1 of 1 keys are not read here"):
+    with pytest.raises(ConceptError, match="1 of 1 keys are not supported"):
         open_adaptation(path)
 
     monkeypatch.setattr(decoders, "FORMATS", (*FORMATS, GAIN))

@@ -145,7 +145,7 @@ def describe_concept(concept: Adaptation) -> dict[str, str]:
 
 
 def _describe_lora(lora: Lora) -> dict[str, str]:
-    ranks = sorted({update.rank for own in lora.updates.values() for update in own.values()})
+    ranks = sorted({update.rank for layers in lora.updates.values() for update in layers.values()})
     return {
         "name": lora.info.name,
         "trigger": lora.info.trigger_words or "none",
@@ -165,15 +165,16 @@ def _describe_lora(lora: Lora) -> dict[str, str]:
 
 
 def _describe_sizes(concept: Adaptation) -> dict[str, str]:
-    parts = sorted(concept.updates.items())
-    count = sum(p.up.numel() + p.down.numel() for _, own in parts for p in own.values())
+    updates = [update for layers in concept.updates.values() for update in layers.values()]
+    count = sum(update.up.numel() + update.down.numel() for update in updates)
     if isinstance(concept, Lora):
-        count += sum(len(v.values) for own in concept.vector_updates.values() for v in own.values())
+        vectors = (v for layers in concept.vector_updates.values() for v in layers.values())
+        count += sum(len(vector.values) for vector in vectors)
     return {"layers": _format_counts(concept.updates) or "none", "parameters": f"{count:,}"}
 
 
 def _format_counts(parts: Mapping[str, Mapping[str, object]]) -> str:
-    return ", ".join(f"{len(own)} of {part}" for part, own in sorted(parts.items()))
+    return ", ".join(f"{len(layers)} of {part}" for part, layers in sorted(parts.items()))
 
 
 def _format_columns(columns: Sequence[int]) -> str:

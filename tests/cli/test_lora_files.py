@@ -139,7 +139,7 @@ def test_a_family_is_named_where_several_fit(run: Run, tmp_path: Path) -> None:
                 assert f'"family": "{family}"' in (output / "merged.json").read_text()
                 shutil.rmtree(output)
     refused(run("inspect", file, "--family", "sd"), "no published model of family sd has all")
-    refused(run("inspect", file, "--family", "sd9"), "there is no family 'sd9'", "choose from sd")
+    refused(run("inspect", file, "--family", "sd9"), "unknown model family 'sd9'", "choose from sd")
     refused(
         run("merge", file, "--output", output, "--family", "flux", "--fuse", "--base", "some/base"),
         "--family has no effect with --fuse",

@@ -285,7 +285,7 @@ def test_weights_that_make_infinities_write_nothing(run: Run, world: World, tmp_
     arguments = ("merge", world.rex, world.tom, "--output", tmp_path / "m")
     for more in ((), ("--rank", "2")):
         result = run(*arguments, "--weights", "1e39,1", *more)
-        refused(result, "finite", "weights of an ordinary size", "Fix: ")
+        refused(result, "finite", "choose smaller weights", "Fix: ")
     result = run(*arguments, "--weights", "1e39,1", "--fuse", "--base", world.base)
     refused(result, "leaves the range of torch.float32", "Fix: give smaller weights")
     assert list(tmp_path.iterdir()) == []

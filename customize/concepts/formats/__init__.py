@@ -1,8 +1,10 @@
-"""LoRA files of other programs: read into low-rank products, and written for them.
+"""Adapter files of other programs, such as LoRAs: parsing, resolving in a model, and writing.
 
-``keys``     what a key says: which layer, and which part of its update
-``names``    which of a model's layers that is
-``updates``  the parts of a layer's update as a product
-``lora``     a whole file, checked
-``kohya``    writing kohya's keys, which ComfyUI and the web UIs read
+``decoders``        the formats of updates: one file for each, one line for each in the registry
+``tensor_keys``     which layer a key belongs to, and which part of its update it stores
+``layer_names``     which layer of a model a name in a file means
+``layer_updates``   decoding one layer by the format that matches it
+``lora_file``       a whole file: parsed, resolved in a model, checked
+``open_adaptation`` opening concepts and files by path or hub id
+``write_kohya``     tensors and header with kohya's keys
 """

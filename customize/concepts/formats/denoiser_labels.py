@@ -42,8 +42,8 @@ class DenoiserLabels:
         self._names = names | {other: other for other in others}
         either = "|".join(map(re.escape, self._names))
         self._pattern = re.compile(
-            rf"{_DOTTED}(?P<dotted>{either})\.(?P<rest>.+)|"
-            rf"{_FLAT}(?P<flat>{either})_(?P<flat_rest>.+)"
+            rf"{_DOTTED}(?P<dotted>{either})\.(?P<layer>.+)|"
+            rf"{_FLAT}(?P<flat>{either})_(?P<flat_layer>.+)"
         )
         self._any = bool(others)
 
@@ -53,12 +53,12 @@ class DenoiserLabels:
         if match is None:
             return None
         if match["flat"]:
-            name, rest = self._names[match["flat"]], f"lora_unet_{match['flat_rest']}"
+            name, layer = self._names[match["flat"]], f"lora_unet_{match['flat_layer']}"
         else:
-            name, rest = self._names[match["dotted"]], match["rest"]
-        inner = self.split(rest)
+            name, layer = self._names[match["dotted"]], match["layer"]
+        inner = self.split(layer)
         # The name comes twice if a pair of files was joined whose keys name the denoiser.
-        return inner if inner is not None and inner[0] == name else (name, rest)
+        return inner if inner is not None and inner[0] == name else (name, layer)
 
 
 def parse_noise_level(name: str) -> NoiseLevel | None:

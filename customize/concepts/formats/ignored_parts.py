@@ -132,19 +132,19 @@ def remove_ignored(
         return replace(
             concept, groups=groups, is_partial=concept.is_partial or len(groups) < before
         )
-    products = _filter_updates(concept.updates, words, matched)
+    updates = _filter_updates(concept.updates, words, matched)
     reduced: Adaptation
     if isinstance(concept, Lora):
         reduced = replace(
             concept,
-            updates=products,
+            updates=updates,
             vector_updates=_filter_updates(concept.vector_updates, words, matched),
         )
         is_empty = not reduced.updates and not reduced.vector_updates
     else:
-        is_empty = not products
-        reduced = concept if is_empty else _with_products(concept, products)
-    if sum(map(len, products.values())) < sum(map(len, concept.updates.values())):
+        is_empty = not updates
+        reduced = concept if is_empty else _with_updates(concept, updates)
+    if sum(map(len, updates.values())) < sum(map(len, concept.updates.values())):
         reduced = replace(reduced, source=None)  # recorded inputs beside it belong to all layers
     if is_empty:
         raise ConceptError(
@@ -153,20 +153,20 @@ def remove_ignored(
     return reduced
 
 
-def _with_products(concept: Concept, products: Mapping[str, Mapping[str, LowRank]]) -> Concept:
+def _with_updates(concept: Concept, updates: Mapping[str, Mapping[str, LowRank]]) -> Concept:
     """The concept with some of its updates, and the slices of their widths."""
-    widths = {str(update.shape[1]) for own in products.values() for update in own.values()}
-    slices = {width: own for width, own in concept.info.slices.items() if width in widths}
+    widths = {str(update.shape[1]) for layers in updates.values() for update in layers.values()}
+    slices = {width: s for width, s in concept.info.slices.items() if width in widths}
     info = concept.info.model_copy(update={"slices": slices})
-    return replace(concept, info=info, updates=products)
+    return replace(concept, info=info, updates=updates)
 
 
 def _filter_updates(
     parts: Mapping[str, Mapping[str, Value]], words: Sequence[str], matched: set[str]
 ) -> dict[str, dict[str, Value]]:
-    kept: dict[str, dict[str, Value]] = {}
-    for component, own in parts.items():
-        for name, value in own.items():
+    remaining: dict[str, dict[str, Value]] = {}
+    for component, component_parts in parts.items():
+        for name, value in component_parts.items():
             key = f"{component}.{name}"
             module, _, leaf = name.rpartition(".")
             kinds = {component}
@@ -176,16 +176,16 @@ def _filter_updates(
             hits = [w for w in words if w in kinds or ("*" in w and fnmatchcase(key, w))]
             matched.update(hits)
             if not hits:
-                kept.setdefault(component, {})[name] = value
-    return kept
+                remaining.setdefault(component, {})[name] = value
+    return remaining
 
 
 def _filter_groups(file: LoraFile, words: Sequence[str], matched: set[str]) -> list[TensorGroup]:
     keys = {key: group.parts[part] for group in file.groups for part, key in group.keys.items()}
-    kept = filter_tensors(keys, words, matched, file.where)
+    remaining = filter_tensors(keys, words, matched, file.where)
     groups = []
     for group in file.groups:
-        names = {part: key for part, key in group.keys.items() if key in kept}
+        names = {part: key for part, key in group.keys.items() if key in remaining}
         if names:
             parts = {part: group.parts[part] for part in names}
             groups.append(replace(group, parts=parts, keys=names))

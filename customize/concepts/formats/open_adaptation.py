@@ -1,4 +1,4 @@
-"""Opening what a user names: one of our concepts, or a LoRA from elsewhere."""
+"""Opening concepts, merged LoRAs and adapter files of other programs by path or hub id."""
 
 from __future__ import annotations
 
@@ -54,64 +54,66 @@ from customize.text import one_line
 def open_adaptation(
     source: str | Path, ignore: Sequence[str] = (), matched: set[str] | None = None
 ) -> Adaptation | LoraFile:
-    """Read a concept, a merge of ours, or the file of a LoRA whose model is not known yet.
+    """Open a concept, a merged LoRA, or an adapter file whose model is not known yet.
 
     Args:
-        source: a folder, a ``.safetensors`` file or a hub id. A folder without ``concept.json`` is
-            that of a LoRA where it has just one ``.safetensors`` file, or two by the names that we
-            write for two denoisers.
-        ignore: what to leave out; see :mod:`customize.concepts.formats.ignored_parts`.
-        matched: the words of it that left something out are added to it.
+        source: A folder, a ``.safetensors`` file or a hub id. A folder without ``concept.json``
+            must contain one ``.safetensors`` file, or two with names that mark them as those of two
+            denoisers.
+        ignore: Parts to leave out; see :mod:`customize.concepts.formats.ignored_parts`.
+        matched: Selectors of ``ignore`` that match are added to it.
 
     Raises:
-        ConceptError: nothing is there, it cannot be read whole, or it is a pickle.
+        ConceptError: If there is no such file, it is damaged or unsupported, or it is a pickle.
     """
-    path = place = locate_concept(source)
-    hits = set() if matched is None else matched
+    path = location = locate_concept(source)
+    matched = set() if matched is None else matched
     second: Path | None = None
     if path.is_dir():
         if path_exists(path / INFO_FILE):
-            return remove_ignored(load_concept(path), ignore, hits)
-        # A hub's folder is called by a commit, which is no name.
-        hub = not Path(source).exists()
-        name = str(source).rpartition("/")[2] if hub else real_path(path).name
+            return remove_ignored(load_concept(path), ignore, matched)
+        # The folder of a hub repository is named after a commit.
+        is_hub_id = not Path(source).exists()
+        name = str(source).rpartition("/")[2] if is_hub_id else real_path(path).name
         path, second = _find_lora_files(path)
     else:
         name = path.stem
     tensors, metadata = read_safetensors_file(path)
     if INFO_HEADER in metadata:
-        return remove_ignored(parse_single_file(tensors, metadata, path), ignore, hits)
-    others = None if second is None else read_safetensors_file(second)
-    merged = parse_merged_lora(name, path, tensors, metadata, others and others[0])
+        return remove_ignored(parse_single_file(tensors, metadata, path), ignore, matched)
+    second_file = None if second is None else read_safetensors_file(second)
+    merged = parse_merged_lora(name, path, tensors, metadata, second_file and second_file[0])
     if merged is not None:
-        return remove_ignored(merged, ignore, hits)
-    if place.is_dir():
+        return remove_ignored(merged, ignore, matched)
+    if location.is_dir():
         _refuse_old_merge(path.parent)
     count = len(tensors)
-    tensors = filter_tensors(tensors, ignore, hits, path)
+    tensors = filter_tensors(tensors, ignore, matched, path)
     config = _read_adapter_config(path)
     if config is None and PEFT_HEADER not in metadata:
         _warn_unused_config(path, tensors)
     file = parse_lora_file(name, path, tensors, metadata, config)
     file = replace(file, is_partial=len(tensors) < count)
-    if second is None or others is None:
+    if second is None or second_file is None:
         return replace(file, noise_level=_noise_level_from_path(path))
-    rest = filter_tensors(others[0], ignore, hits, second)
+    second_tensors = filter_tensors(second_file[0], ignore, matched, second)
+    second_config = _read_adapter_config(second)
     return pair_denoiser_files(
-        file, parse_lora_file(name, second, rest, others[1], _read_adapter_config(second))
+        file, parse_lora_file(name, second, second_tensors, second_file[1], second_config)
     )
 
 
 def open_without_pipeline(source: str | Path, family: str | None = None) -> Adaptation:
-    """The same without a pipeline: a LoRA's layers are those of the published model it fits.
+    """Open a source, and resolve adapter files in the published model that has their layers.
 
     Args:
-        family: the name of that model's family, for layers that several families call alike.
+        source: As for :func:`open_adaptation`.
+        family: Name of the model family, for layer names that several families share.
 
     Raises:
-        ConceptError: see :func:`open_adaptation`; no published model has all its layers, or its
-            updates depend on the base's weights; or the concept is of another family.
-        ConfigError: there is no such family.
+        ConceptError: As :func:`open_adaptation`; or if no published model has all the layers, the
+            updates depend on base weights, or the concept belongs to another family.
+        ConfigError: If there is no such family.
     """
     return open_all_without_pipeline([source], family)[0]
 
@@ -121,39 +123,41 @@ def open_all_without_pipeline(
     family: str | None = None,
     ignore: str | Sequence[str] | None = None,
 ) -> list[Adaptation]:
-    """Open each source by :func:`open_without_pipeline`, two files of two denoisers as a pair.
+    """Open each source by :func:`open_without_pipeline`, with files of two denoisers as a pair.
 
     Args:
-        ignore: as in :func:`customize.load_custom`.
+        sources: As for :func:`open_adaptation`.
+        family: As for :func:`open_without_pipeline`.
+        ignore: As for :func:`customize.load_custom`.
     """
     if family is not None and family not in FAMILIES:
         raise ConfigError(
-            f"there is no family {family!r}",
+            f"unknown model family {family!r}",
             where="family",
             fix=suggest_names(family, FAMILIES),
         )
-    found = open_adaptations(sources, ignore)
-    files = iter(assign_noise_levels([each for each in found if isinstance(each, LoraFile)]))
+    opened = open_adaptations(sources, ignore)
+    files = iter(assign_noise_levels([item for item in opened if isinstance(item, LoraFile)]))
     return [
         _resolve_published(next(files), family)
-        if isinstance(each, LoraFile)
-        else _check_family(each, family)
-        for each in found
+        if isinstance(item, LoraFile)
+        else _check_family(item, family)
+        for item in opened
     ]
 
 
 def open_adaptations(
     sources: Sequence[str | Path], ignore: str | Sequence[str] | None = None
 ) -> list[Adaptation | LoraFile]:
-    """:func:`open_adaptation` of each, without what is to be left out.
+    """Open each source by :func:`open_adaptation`, without ignored parts.
 
     Raises:
-        ConfigError: a word of ``ignore`` is none, or leaves nothing out.
+        ConfigError: If a selector of ``ignore`` is invalid, or matches nothing.
     """
-    words, matched = check_ignore(ignore), set[str]()
-    found = [open_adaptation(source, words, matched) for source in sources]
-    check_all_matched(words, matched)
-    return found
+    selectors, matched = check_ignore(ignore), set[str]()
+    opened = [open_adaptation(source, selectors, matched) for source in sources]
+    check_all_matched(selectors, matched)
+    return opened
 
 
 def _resolve_published(file: LoraFile, family: str | None) -> Lora:
@@ -166,28 +170,31 @@ def _check_family(concept: Adaptation, family: str | None) -> Adaptation:
         raise ConceptError(
             f"the concept {concept.info.name} is of family {concept.info.family}, not {family}",
             where=concept.source,
-            fix="leave the family out: a concept of ours says it itself",
+            fix="leave the family out: the concept stores it",
         )
     return concept
 
 
 def _find_lora_files(folder: Path) -> tuple[Path, Path | None]:
-    """The folder's LoRA, and that of a second denoiser if there is one."""
-    found = (file for file in list_folder(folder) if file.suffix == ".safetensors")
-    files = sorted(file for file in found if not file.name.endswith(LAYER_INPUTS_FILE))
-    if path_exists(folder / MERGED_FILE):  # beside its LoRA are its tokens, for other programs
+    """Find the LoRA file of a folder, and that of a second denoiser or None."""
+    files = sorted(
+        file
+        for file in list_folder(folder)
+        if file.suffix == ".safetensors" and not file.name.endswith(LAYER_INPUTS_FILE)
+    )
+    if path_exists(folder / MERGED_FILE):  # with token embeddings for other programs
         tokens = set(folder.glob(MERGED_EMBEDS_FILE.format("*")))
         files = [file for file in files if file not in tokens]
     if len(files) == 1:
         return files[0], None
     if [file.name for file in files] == [LORA_FILE, SECOND_LORA_FILE]:
         return files[0], files[1]
-    # A pair says by its files' names which is which, or by those of the folders that they are in.
+    # The names of a pair of files, or of their folders, contain the noise levels.
     named = {file.stem: file for file in files} or _find_in_subfolders(folder)
     noises = parse_noise_levels(*named) if len(named) == 2 else None
     if noises is not None:
-        one, other = named.values()
-        return (one, other) if noises[0] == "high" else (other, one)
+        first, second = named.values()
+        return (first, second) if noises[0] == "high" else (second, first)
     if (folder / PIPELINE_FILE).is_file():
         raise ConceptError(
             "the folder is a whole pipeline, not a concept",
@@ -198,15 +205,15 @@ def _find_lora_files(folder: Path) -> tuple[Path, Path | None]:
         refuse_pickles(folder)
     raise ConceptError(
         f"the folder has no {INFO_FILE}"
-        + (f" and {len(files)} files that may be a LoRA" if files else ""),
+        + (f", and {len(files)} files that may be a LoRA" if files else ""),
         where=folder,
-        fix="name a folder that customize has written, or a single .safetensors file",
+        fix="give a folder written by customize, or a single .safetensors file",
     )
 
 
 def _find_in_subfolders(folder: Path) -> dict[str, Path]:
-    """Folders that are named after levels of noise -> the only file of each."""
-    found = {}
+    """Names of folders with a noise level -> the only file in each."""
+    files_by_folder = {}
     for path in sorted(folder.iterdir()):
         files = (
             list(path.glob("*.safetensors"))
@@ -214,45 +221,49 @@ def _find_in_subfolders(folder: Path) -> dict[str, Path]:
             else []
         )
         if len(files) == 1:
-            found[path.name] = files[0]
-    return found
+            files_by_folder[path.name] = files[0]
+    return files_by_folder
 
 
 def _noise_level_from_path(path: Path) -> NoiseLevel | None:
-    """The level of noise that a file is for, by its name; None where that says none."""
+    """The noise level in the name of a file; None if there is none."""
     return "low" if path.name == SECOND_LORA_FILE else parse_noise_level(path.stem)
 
 
 def _refuse_old_merge(folder: Path) -> None:
-    """Refuse a merge of earlier versions, whose LoRA does not have its tokens in the header."""
-    own = (folder / KOHYA_EMBEDS_FOLDER, *folder.glob(MERGED_EMBEDS_FILE.format("*")))
-    if (folder / MERGED_FILE).is_file() and any(path.exists() for path in own):
+    """Refuse a merge of earlier versions, without token embeddings in the header of its LoRA."""
+    embeddings = (folder / KOHYA_EMBEDS_FOLDER, *folder.glob(MERGED_EMBEDS_FILE.format("*")))
+    if (folder / MERGED_FILE).is_file() and any(path.exists() for path in embeddings):
         raise ConceptError(
-            "an earlier version merged concepts here whose tokens would be left out",
+            "the folder is a merge of an earlier version, whose tokens would be left out",
             where=folder,
-            fix="merge the concepts again, or give them instead of the merge",
+            fix="merge the concepts again, or load the concepts instead",
         )
 
 
 def _warn_unused_config(path: Path, tensors: Iterable[str]) -> None:
-    """Tell of a configuration that may be this file's or another's, where it matters."""
+    """Warn of a configuration that may belong to this file or to another one in the folder."""
     keys = list(tensors)
-    plain = any(".lora_A." in key for key in keys) and not any(k.endswith(".alpha") for k in keys)
-    if plain and path_exists(path.parent / PEFT_FILES[1]):
+    has_no_alpha = not any(key.endswith(".alpha") for key in keys)
+    if (
+        has_no_alpha
+        and any(".lora_A." in key for key in keys)
+        and path_exists(path.parent / PEFT_FILES[1])
+    ):
         weights, config = PEFT_FILES
         file = one_line(str(path))
         warnings.warn(
-            f"{file}: {config} lies beside it and beside other files, so that it was not used, and "
-            f"alpha is taken to be the rank; if it is of this file, call the file {weights} or put "
-            "both into a folder of their own",
+            f"{file}: {config} is not used, because it may belong to another file of the folder,"
+            f" and alpha is set to the rank; if it belongs to this file, rename the file to"
+            f" {weights}, or move both to a folder of their own",
             stacklevel=2,
         )
 
 
 def _read_adapter_config(path: Path) -> dict[str, Any] | None:
-    """peft keeps rank and alpha in a file of their own beside the tensors.
+    """Read peft's configuration, which stores rank and alpha beside the tensors; None without one.
 
-    It is that of a file by peft's name, or of the only one in its folder.
+    It belongs to the file with peft's name, or to the only file of its folder.
     """
     weights, config = PEFT_FILES
     if not path_exists(path.parent / config):
@@ -262,8 +273,8 @@ def _read_adapter_config(path: Path) -> dict[str, Any] | None:
     values = read_json_file(path.parent / config)
     if not isinstance(values, dict):
         raise ConceptError(
-            "the adapter's configuration is no JSON object",
+            "the adapter's configuration is not a JSON object",
             where=path.parent / config,
-            fix="get the file anew",
+            fix="download the file again",
         )
     return values

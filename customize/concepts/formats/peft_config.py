@@ -154,10 +154,10 @@ def _check_initialization(start: Any, where: object) -> None:
     name = str(start).lower()
     if name in BASE_UNCHANGED | RECOMPUTED:
         return
-    known = name.startswith(("pissa_niter_", "corda", "loftq", "lora_ga"))
+    is_irreproducible = name.startswith(("pissa_niter_", "corda", "loftq", "lora_ga"))
     reason = (
         "which subtracts a part of the base weights that depends on chance, data or quantization"
-        if known
+        if is_irreproducible
         else "which is unknown and may have changed the base weights"
     )
     raise ConceptError(
@@ -170,15 +170,15 @@ def _check_initialization(start: Any, where: object) -> None:
 
 def _check_numbers(config: Config, where: object) -> None:
     patterns = [config.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
-    whole = all(isinstance(pattern, dict) for pattern in patterns)
+    are_dicts = all(isinstance(pattern, dict) for pattern in patterns)
     names = ("r", "lora_alpha", "alpha", "eps", "num_cayley_neumann_terms")
     numbers = [config.get(name) for name in names]
-    if whole:
+    if are_dicts:
         numbers += [value for pattern in patterns for value in pattern.values()]
-    # JSON's whole numbers may be beyond what a float holds.
+    # JSON integers may exceed the range of a float.
     most = sys.float_info.max
-    good = all(n is None or (type(n) in (int, float) and 0 <= n <= most) for n in numbers)
-    if not whole or not good:
+    are_valid = all(n is None or (type(n) in (int, float) and 0 <= n <= most) for n in numbers)
+    if not are_dicts or not are_valid:
         raise ConceptError(
             "the adapter's configuration has a rank or alpha that is not a number",
             where=where,

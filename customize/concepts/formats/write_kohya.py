@@ -1,8 +1,8 @@
-"""Writing a LoRA by kohya's keys, which ComfyUI and the web UIs read, with the header they show.
+"""Tensors and header of a LoRA with kohya's keys, which ComfyUI and the web UIs read.
 
-A key is ``lora_unet_`` or ``lora_te1_`` and the like, then the layer's name with underscores for
-dots, in the names of those who made the model where kohya trains their code. What such a model
-computes in one layer and diffusers in several is put together again, exactly.
+A key is a prefix, such as ``lora_unet_`` or ``lora_te1_``, and the layer's name with underscores
+for dots; for models that kohya trains with the original code, in the names of that code. Layers
+that diffusers splits are joined again, exactly.
 """
 
 from __future__ import annotations
@@ -21,77 +21,90 @@ from customize.core.lowrank import LowRank, pad_rank, slice_rows, stack_rows
 from customize.families import Family
 from customize.families.original_layer_names import RowRange
 
-Products = Mapping[str, Mapping[str, LowRank]]
+Updates = Mapping[str, Mapping[str, LowRank]]
 
 
-def kohya_tensors(products: Products, family: Family) -> dict[str, Tensor]:
-    """Every update by kohya's keys: ``lora_down``, ``lora_up`` and ``alpha``.
+def kohya_tensors(component_updates: Updates, family: Family) -> dict[str, Tensor]:
+    """The tensors ``lora_down``, ``lora_up`` and ``alpha`` of each layer, by kohya's keys.
 
     Args:
-        products: component -> module, as files name it -> update.
-        family: a model that has these layers, with or without weights. Only their names need
-            agree where :attr:`Family.kohya_uses_original_names` is False and none is a convolution.
+        component_updates: Component -> module name in files -> update (out, in * kernel).
+        family: A model with these layers, with or without weights. If
+            :attr:`Family.kohya_uses_original_names` is False and no layer is a convolution, only
+            the names of its layers matter.
 
     Returns:
-        Sorted by key. alpha is the rank, so that programs multiply by 1; ranks differ between
-        layers only where some of the original's layers are several here.
+        Key -> tensor, sorted by key. alpha is the rank, so that programs multiply by 1; ranks
+        differ between layers only if some layers of the original are split in diffusers.
     """
     layers: dict[str, tuple[LowRank, Sequence[int]]] = {}
-    fused = False
-    for component, updates in products.items():
-        own = {saved_module_name(component, module): update for module, update in updates.items()}
+    has_joined_layers = False
+    for component, module_updates in component_updates.items():
+        updates = {
+            saved_module_name(component, module): update
+            for module, update in module_updates.items()
+        }
         shapes = weight_shapes(family, component)
         prefix = _prefix(family, component)
-        for name, members in _file_layers(family, component, own).items():
+        for name, members in _file_layers(family, component, updates).items():
             key = f"{prefix}_{name.replace('.', '_')}"
-            update = _join_rows(members, own, shapes)
+            update = _join_rows(members, updates, shapes)
             layers[key] = update, shapes.get(members[0].module, ())
-            fused |= len(members) > 1
-    # Stock diffusers misreads alphas that differ between layers, but for the models whose layers
-    # it splits itself. There ranks differ much, and filling up would make files large.
-    most = max(update.rank for update, _ in layers.values())
+            has_joined_layers |= len(members) > 1
+    # diffusers misreads alphas that differ between layers, except for models whose layers it splits
+    # itself. There the ranks differ widely, and padding would make the files large.
+    highest = max(update.rank for update, _ in layers.values())
     tensors: dict[str, Tensor] = {}
     for key, (update, shape) in layers.items():
-        whole = pad_rank(update, update.rank if fused else most)
-        down, up = reshape_factors(whole, shape)
-        tensors[f"{key}.alpha"] = torch.tensor(float(whole.rank), dtype=torch.float32)
+        padded = pad_rank(update, update.rank if has_joined_layers else highest)
+        down, up = reshape_factors(padded, shape)
+        tensors[f"{key}.alpha"] = torch.tensor(float(padded.rank), dtype=torch.float32)
         tensors[f"{key}.lora_down.weight"] = down
         tensors[f"{key}.lora_up.weight"] = up
     return dict(sorted(tensors.items()))
 
 
 def kohya_layer_rows(
-    products: Products, family: Family
+    component_updates: Updates, family: Family
 ) -> dict[str, list[tuple[str, str, int, int]]]:
-    """Which rows of the model's layers the rows of a file's layer are, from its first one on.
+    """The rows of the model's layers that make up each layer of the file, in order.
 
     Args:
-        products, family: as for :func:`kohya_tensors`.
+        component_updates: As for :func:`kohya_tensors`.
+        family: As for :func:`kohya_tensors`.
 
     Returns:
-        The file's layer -> (component, module, first row, last row + 1) of each.
+        Layer of the file -> (component, module, first row, last row + 1) of each part.
     """
-    found = {}
-    for component, updates in products.items():
-        own = {saved_module_name(component, module): update for module, update in updates.items()}
+    layer_rows = {}
+    for component, module_updates in component_updates.items():
+        updates = {
+            saved_module_name(component, module): update
+            for module, update in module_updates.items()
+        }
         prefix = _prefix(family, component)
-        for name, members in _file_layers(family, component, own).items():
-            places = [(component, each.module, each.start, each.stop) for each in members]
-            found[f"{prefix}_{name.replace('.', '_')}"] = places
-    return dict(sorted(found.items()))
+        for name, members in _file_layers(family, component, updates).items():
+            layer_rows[f"{prefix}_{name.replace('.', '_')}"] = [
+                (component, rows.module, rows.start, rows.stop) for rows in members
+            ]
+    return dict(sorted(layer_rows.items()))
 
 
 def weight_shapes(family: Family, component: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a component's weights, by the names that files give its layers."""
+    """Weight shapes of a component: module name in files -> shape."""
     shapes = family.weight_shapes(component).items()
     return {saved_module_name(component, module): shape for module, shape in shapes}
 
 
 def reshape_factors(update: LowRank, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(down, up) in the shapes of the layer that they are for: of a convolution, with its kernel.
+    """Reshape the factors for a layer: those of a convolution get the shape of its kernel.
 
     Args:
-        shape: of a convolution's weight; any other leaves the factors as they are.
+        update: The update, of rank r.
+        shape: Shape of the layer's weight.
+
+    Returns:
+        (down, up): (r, in) and (out, r), or (r, in, *kernel) and (out, r, 1, ...).
     """
     if len(shape) == 2 or math.prod(shape[1:]) != update.shape[1]:
         return update.down.contiguous(), update.up.contiguous()
@@ -108,19 +121,21 @@ def kohya_header(
     date: str,
     facts: str,
 ) -> dict[str, str]:
-    """The header of a file with these tensors, by kohya's names and those of Stability's spec.
+    """The safetensors header, with the fields of kohya and of Stability's ModelSpec.
 
     Args:
-        base: what is noted on the base: :meth:`Family.kohya_metadata`.
-        words: concept's name -> what a prompt says to mean it; empty where nothing need be said.
-        date: ISO 8601; empty where it is not known.
-        facts: JSON of our own, kept under ``customize_merged``.
+        tensors: The tensors of the file.
+        base: Fields that describe the base: :meth:`Family.kohya_metadata`.
+        title: Title of the LoRA.
+        words: Name of a concept -> its trigger words; empty if it needs none.
+        date: ISO 8601; empty if it is unknown.
+        facts: Our own JSON, stored under ``customize_merged``.
     """
     ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_down.weight")}
     alphas = {f"{float(tensor):g}" for key, tensor in tensors.items() if key.endswith(".alpha")}
-    said = [word for word in words.values() if word]
+    triggers = [word for word in words.values() if word]
     training = {
-        # As kohya's own merges have it, where layers differ.
+        # kohya's own merges write "Dynamic" where layers differ.
         "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(*alphas) if len(alphas) == 1 else "Dynamic",
         "ss_output_name": title,
@@ -132,14 +147,14 @@ def kohya_header(
         "modelspec.title": title,
         **({"modelspec.date": date} if date else {}),
         **{key: v for key, v in base.items() if key.startswith("modelspec.")},
-        **({"modelspec.trigger_phrase": ", ".join(said)} if said else {}),
+        **({"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {}),
     }
     hashes = _model_hashes(tensors, training)
     return {**training, **hashes, **spec, "customize_merged": facts}
 
 
 def _model_hashes(tensors: Mapping[str, Tensor], training: Mapping[str, str]) -> dict[str, str]:
-    """By which web UIs know a file: of what follows the header, and the older one of 64 KiB."""
+    """Hashes that web UIs identify a file by: of all tensor data, and the older one of 64 KiB."""
     data = safetensors_bytes(tensors, training, None)
     start = 8 + int.from_bytes(data[:8], "little")
     return {
@@ -158,32 +173,33 @@ def _prefix(family: Family, component: str) -> str:
 
 
 def _file_layers(
-    family: Family, component: str, own: Mapping[str, LowRank]
+    family: Family, component: str, updates: Mapping[str, LowRank]
 ) -> dict[str, tuple[RowRange, ...]]:
-    """Name in the file -> the rows of our layers that it stands for."""
-    found: dict[str, tuple[RowRange, ...]] = {}
+    """Name in the file -> the rows of the model's layers that it consists of."""
+    layers: dict[str, tuple[RowRange, ...]] = {}
     covered: set[str] = set()
     if component == family.denoiser_key and family.kohya_uses_original_names:
         for original, members in family.original_names().items():
-            modules = {each.module for each in members}
-            # Later names for layers that had one already are those of other programs.
-            if modules & own.keys() and not modules & covered:
-                found[original] = members
+            modules = {rows.module for rows in members}
+            # Further names of a layer are those of other programs.
+            if modules & updates.keys() and not modules & covered:
+                layers[original] = members
                 covered |= modules
-    rest = {module: update for module, update in own.items() if module not in covered}
-    return found | {m: (RowRange(m, 0, update.shape[0]),) for m, update in rest.items()}
+    others = {module: update for module, update in updates.items() if module not in covered}
+    return layers | {m: (RowRange(m, 0, update.shape[0]),) for m, update in others.items()}
 
 
 def _join_rows(
-    members: Sequence[RowRange], own: Mapping[str, LowRank], shapes: Mapping[str, Sequence[int]]
+    members: Sequence[RowRange], updates: Mapping[str, LowRank], shapes: Mapping[str, Sequence[int]]
 ) -> LowRank:
     if len(members) == 1:
-        return own[members[0].module]
-    some = next(own[each.module] for each in members if each.module in own)
+        return updates[members[0].module]
+    existing = next(updates[rows.module] for rows in members if rows.module in updates)
     parts = []
-    for each in members:
-        update = own.get(each.module)
-        if update is None:  # left alone: zeros, that cost no rank
-            update = LowRank(some.up.new_zeros(shapes[each.module][0], some.rank), some.down)
-        parts.append(slice_rows(update, each.start, each.stop))
+    for rows in members:
+        update = updates.get(rows.module)
+        if update is None:  # unchanged: zeros with a shared down-projection add no rank
+            zeros = existing.up.new_zeros(shapes[rows.module][0], existing.rank)
+            update = LowRank(zeros, existing.down)
+        parts.append(slice_rows(update, rows.start, rows.stop))
     return stack_rows(parts)

@@ -1,1 +1,1 @@
-"""Merging concepts into one adapter."""
+"""Merging concepts into one adapter: validation, weights, records, and writing the merge."""

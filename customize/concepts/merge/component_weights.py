@@ -7,8 +7,8 @@
     {"transformer": {"transformer_blocks": 0.5, "single_transformer_blocks": {"block_0": 0.0}}}
     {"unet.up.block_1": 0.5}  # dots in place of dicts
 
-A key is a component, or a module of it: a list of blocks, or any module below which there are
-layers. Of two keys the longer one counts, and what no key names has the weight 1.
+A key is a component or a module of it: a list of blocks, or any module that contains layers. A
+layer has the weight of its longest matching key, and 1 without one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from customize.near_names import suggest_names
 from customize.text import quote
 
 _UNET = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
-#: The key of what no other key of a dict names; else that is 1.
+#: The key for layers that no other key of a dict matches; without it their weight is 1.
 DEFAULT_KEY = ""
 
 #: Component -> the names of its layers.
@@ -36,10 +36,10 @@ class BlockWeights:
     """One concept's weight in each layer.
 
     Attributes:
-        weights: ("component" or "component.module", weight) pairs; the longest name that a layer's
-            begins with counts, and 1 where there is none.
-        text: as users write it.
-        keys: the components and modules that the dict's keys stand for; not what its lists do.
+        weights: ("component" or "component.module", weight) pairs; a layer has the weight of the
+            longest name that its own begins with, and 1 without one.
+        text: The weights as users write them.
+        keys: The components and modules that keys of the dict resolve to, without those of lists.
     """
 
     weights: tuple[tuple[str, float], ...]
@@ -47,74 +47,77 @@ class BlockWeights:
     keys: tuple[str, ...] = field(default=(), compare=False)
 
     def for_layer(self, component: str, module: str) -> float:
-        """The weight of a layer, by the model's name of it or that of files."""
+        """Look up the weight of a layer by its module name in the model or in files."""
         path = f"{component}.{module.removeprefix('text_model.')}."
-        known = [(len(name), w) for name, w in self.weights if path.startswith(f"{name}.")]
-        known += [(-1, weight) for name, weight in self.weights if name == DEFAULT_KEY]
-        return max(known, default=(0, 1.0), key=lambda pair: pair[0])[1]
+        matches = [(len(name), w) for name, w in self.weights if path.startswith(f"{name}.")]
+        matches += [(-1, weight) for name, weight in self.weights if name == DEFAULT_KEY]
+        return max(matches, default=(0, 1.0), key=lambda pair: pair[0])[1]
 
     def __format__(self, spec: str) -> str:
         return self.text
 
 
-#: What a concept's update is multiplied by.
+#: The factor of a concept's updates: one for all, or one for each layer.
 Weight = float | BlockWeights
 
 
 def layer_weight(weight: Weight, component: str, module: str) -> float:
-    """The factor of one layer's update."""
+    """Look up the weight of one layer."""
     return weight.for_layer(component, module) if isinstance(weight, BlockWeights) else weight
 
 
-def parse_weight(name: str, given: object, layers: LayerNames, denoisers: Sequence[str]) -> Weight:
-    """A concept's weight as :func:`customize.load_custom` takes it.
+def parse_weight(name: str, weight: object, layers: LayerNames, denoisers: Sequence[str]) -> Weight:
+    """Parse a concept's weight, as :func:`customize.load_custom` takes it.
 
     Args:
-        name: the concept's, for errors.
-        given: a number, or a dict as described above.
-        layers: of the model.
-        denoisers: those of its components whose blocks may stand without their component.
+        name: Name of the concept, for messages.
+        weight: A number, or a dict as described above.
+        layers: Component -> names of its layers, of the model.
+        denoisers: Components whose blocks may be keys without the component.
 
     Raises:
-        ConfigError: what is given is not finite, or names no component, block or module here.
+        ConfigError: If a number is not finite, or a key is not a component, block or module of the
+            model.
     """
-    if isinstance(given, BlockWeights):
-        return given
-    if not isinstance(given, Mapping):
-        return _parse_number(name, given)
-    found: list[_PathWeight] = []
+    if isinstance(weight, BlockWeights):
+        return weight
+    if not isinstance(weight, Mapping):
+        return _parse_number(name, weight)
+    entries: list[_PathWeight] = []
     texts: list[str] = []
-    for key, value in given.items():
+    for key, value in weight.items():
         if key == DEFAULT_KEY:
-            found.append(_PathWeight(DEFAULT_KEY, _parse_number(name, value)))
+            entries.append(_PathWeight(DEFAULT_KEY, _parse_number(name, value)))
             continue
         modules = _resolve_key(str(key), layers, denoisers)
         if not modules:
             raise _unknown_key_error(name, key, [*layers, *_known_keys(denoisers, layers)])
         for component, module in modules:
-            found += _flatten_weights(f"{name}.{key}", component, module, value, layers[component])
+            entries += _flatten_weights(
+                f"{name}.{key}", component, module, value, layers[component]
+            )
         texts += _format_entries(str(key), value)
-    rest = next((pair.weight for pair in found if pair.path == DEFAULT_KEY), 1.0)
+    default = next((entry.weight for entry in entries if entry.path == DEFAULT_KEY), 1.0)
     return BlockWeights(
-        tuple((pair.path, pair.weight) for pair in found),
-        ", ".join([*texts, f"else {rest:g}"]),
-        tuple(pair.path for pair in found if pair.is_key),
+        tuple((entry.path, entry.weight) for entry in entries),
+        ", ".join([*texts, f"else {default:g}"]),
+        tuple(entry.path for entry in entries if entry.is_key),
     )
 
 
 def _resolve_key(key: str, layers: LayerNames, denoisers: Sequence[str]) -> list[tuple[str, str]]:
-    """(component, module) of what an outer key means; an empty module is all of the component."""
+    """(component, module) pairs of an outer key; the module is empty for a whole component."""
     component, _, name = key.partition(".")
     if component in layers and not name:
         return [(component, "")]
     if component in layers:
         denoisers, key = [component], name
-    modules = [(each, _resolve_dotted(each, key, layers[each])) for each in denoisers]
-    return [(each, module) for each, module in modules if module]
+    modules = [(d, _resolve_dotted(d, key, layers[d])) for d in denoisers]
+    return [(denoiser, module) for denoiser, module in modules if module]
 
 
 def _resolve_dotted(component: str, key: str, layers: Iterable[str]) -> str:
-    """The module that a key of several names with dots between means, empty where there is none."""
+    """Resolve a key of names joined with dots to a module; empty if there is none."""
     module = _resolve_module(component, key, layers)
     parent, _, name = key.rpartition(".")
     if module or not parent:
@@ -124,7 +127,7 @@ def _resolve_dotted(component: str, key: str, layers: Iterable[str]) -> str:
 
 
 class _PathWeight(NamedTuple):
-    """A pair of :class:`BlockWeights`, and whether it is of a key and not of a list."""
+    """A pair of :class:`BlockWeights`, and whether it comes from a key, not from a list."""
 
     path: str
     weight: float
@@ -134,11 +137,14 @@ class _PathWeight(NamedTuple):
 def _flatten_weights(
     where: str, component: str, module: str, value: object, layers: Iterable[str]
 ) -> Iterator[_PathWeight]:
-    """The pairs of :class:`BlockWeights` that a value stands for.
+    """Flatten a value of the dict to pairs of :class:`BlockWeights`.
 
     Args:
-        where: the keys that led here.
-        module: within the component; empty for all of it.
+        where: The outer keys, for messages.
+        component: The component of the value.
+        module: The module within the component; empty for all of it.
+        value: A number, a list of numbers for blocks, or a dict of inner keys.
+        layers: Names of the component's layers.
     """
     path = f"{component}.{module}" if module else component
     if isinstance(value, Mapping):
@@ -164,10 +170,10 @@ def _flatten_weights(
 def _expand_list(
     module: str, values: Sequence[object], layers: Iterable[str], where: str
 ) -> list[tuple[str, object]]:
-    """The modules that a list of weights is for: blocks, or as in diffusers the layers of a block.
+    """(module, weight) pairs of a list of weights: for blocks, or the layers of a UNet's block.
 
-    In a UNet they are the attentions of a block with the residual layer before each; what else the
-    block has goes with the first, as in diffusers.
+    As in diffusers, the layers of a UNet's block are its attentions, each with the residual layer
+    before it; other modules of the block have the first weight.
     """
     if module in ("down_blocks", "up_blocks"):
         blocks = _block_numbers(module, layers)
@@ -176,7 +182,7 @@ def _expand_list(
         ]
     parts = module.split(".")
     if parts[0] in _UNET.values():
-        kinds = sorted({rest.split(".")[0] for rest in _names_below(module, layers)})
+        kinds = sorted({name.split(".")[0] for name in _names_below(module, layers)})
         numbers = {kind: _block_numbers(f"{module}.{kind}", layers) for kind in kinds}
         count = len(numbers.get("attentions") or numbers.get("resnets") or [])
         modules = {
@@ -187,21 +193,21 @@ def _expand_list(
         count, modules = len(blocks), {f"{module}.{n}": i for i, n in enumerate(blocks)}
     if not count:
         raise ConfigError(
-            f"the weights of {where} are a list, and it is no list of blocks",
+            f"the weights of {where} are a list, and it does not consist of blocks",
             where="weights",
             fix="give one number",
         )
     if len(values) not in (1, count):
         raise ConfigError(
-            f"{len(values)} weights are given for {where}, which takes {count}",
+            f"{len(values)} weights were given for {where}, which has {count} blocks",
             where="weights",
-            fix=f"give a list of {count}, or one number for all",
+            fix=f"give a list of {count} numbers, or one number",
         )
     return [(name, values[0 if len(values) == 1 else i]) for name, i in modules.items()]
 
 
 def _resolve_module(component: str, key: Any, layers: Iterable[str], parent: str = "") -> str:
-    """The module that a key means, empty where there is none."""
+    """Resolve a key to a module; empty if there is none."""
     name = str(key)
     if parent and name.startswith("block_"):
         name = name.removeprefix("block_")
@@ -215,7 +221,7 @@ def _resolve_module(component: str, key: Any, layers: Iterable[str], parent: str
 
 
 def _names_below(module: str, layers: Iterable[str]) -> Iterator[str]:
-    """The rest of the names of layers below a module; of the layer itself an empty one."""
+    """Names of layers relative to a module that contains them; empty for the layer itself."""
     for layer in layers:
         name = layer.removeprefix("text_model.")
         if not module or f"{name}.".startswith(f"{module}."):
@@ -223,42 +229,42 @@ def _names_below(module: str, layers: Iterable[str]) -> Iterator[str]:
 
 
 def _block_numbers(module: str, layers: Iterable[str]) -> list[int]:
-    first = {rest.split(".")[0] for rest in _names_below(module, layers)}
-    return sorted(int(each) for each in first if each.isdigit())
+    names = {name.split(".")[0] for name in _names_below(module, layers)}
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _known_keys(components: Sequence[str], layers: LayerNames, parent: str = "") -> list[str]:
-    """The keys that may stand at a place."""
-    found: dict[str, None] = {}
-    short = {module: name for name, module in _UNET.items()}
+    """The valid keys below a module."""
+    keys: dict[str, None] = {}
+    short_names = {module: name for name, module in _UNET.items()}
     for component in components:
-        for rest in _names_below(parent, layers[component]):
-            first = rest.split(".")[0]
+        for path in _names_below(parent, layers[component]):
+            first = path.split(".")[0]
             if first:
                 name = f"block_{first}" if first.isdigit() else first
-                found[short.get(name, name) if not parent else name] = None
-    return list(found)
+                keys[short_names.get(name, name) if not parent else name] = None
+    return list(keys)
 
 
 def _unknown_key_error(where: str, key: object, names: Sequence[str]) -> ConfigError:
     return ConfigError(
-        f"a weight of {where} is for {quote(key)}, which is no component, block or module with "
-        "layers here",
+        f"unknown key {quote(key)} in the weights of {where}: not a component, block or module "
+        "with layers",
         where="weights",
         fix=suggest_names(key, names),
     )
 
 
 def _format_entries(path: str, value: object) -> list[str]:
-    """How a value is shown: one text for each number or list."""
+    """Format a value: one text for each number or list."""
     if isinstance(value, Mapping):
         return [
             text
             for key, inner in value.items()
             for text in _format_entries(path if key == DEFAULT_KEY else f"{path}.{key}", inner)
         ]
-    shown = value if isinstance(value, list | tuple) else [value]
-    return [f"{path} {'/'.join(f'{each:g}' for each in shown)}"]
+    numbers = value if isinstance(value, list | tuple) else [value]
+    return [f"{path} {'/'.join(f'{number:g}' for number in numbers)}"]
 
 
 def _parse_number(name: str, weight: object) -> float:

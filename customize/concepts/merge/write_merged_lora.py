@@ -1,4 +1,4 @@
-"""Many concepts as one ordinary LoRA that stock diffusers loads, with their tokens beside it."""
+"""Writing merged concepts as one ordinary LoRA, which diffusers loads, with their tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from customize.concepts.formats.write_kohya import (
     weight_shapes,
 )
 from customize.concepts.input_statistics import LayerInputs
-from customize.concepts.io import model_card
 from customize.concepts.io.data_files import safetensors_bytes
 from customize.concepts.io.file_layout import (
     CARD_FILE,
@@ -39,6 +38,7 @@ from customize.concepts.io.output_folder import check_writable
 from customize.concepts.merge.compatibility import check_compatible
 from customize.concepts.merge.component_weights import BlockWeights, Weight
 from customize.concepts.merge.merge_concepts import LayerMerge, plan_merge
+from customize.concepts.merge.merged_model_card import diffusers_card, kohya_card, loadable_base
 from customize.concepts.tokens.subjects import check_subjects, subjects_to_header
 from customize.concepts.types import Adaptation, Concept
 from customize.core.lowrank import LowRank, all_finite, distance, norm, pad_rank
@@ -47,20 +47,21 @@ from customize.core.truncation import truncate
 from customize.errors import ConceptError, ConfigError, StorageError, storage_error
 from customize.families import Family, published_families
 from customize.safe_read import read_bytes
-from customize.text import escape_markdown, markdown_code, quote
+from customize.text import quote
 
-Products = Mapping[str, Mapping[str, LowRank]]
+Updates = Mapping[str, Mapping[str, LowRank]]
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merged folder holds.
+    """A written merge.
 
     Attributes:
-        rank: of every layer of each component: the largest needed, others are filled with zeros.
-        method: by which it was merged.
-        error: what truncation lost: the norm of the difference over the norm of the exact merge;
-            0 without truncation.
+        folder: The folder.
+        rank: Component -> rank of its layers; layers of lower rank are padded with zeros.
+        error: Relative error of truncation: the norm of the difference over the norm of the exact
+            merge; 0 without truncation.
+        method: Name of the merge method.
     """
 
     folder: Path
@@ -81,37 +82,41 @@ def write_merged(
     layout: str = "diffusers",
     family: Family | None = None,
 ) -> MergeResult:
-    """Write the weighted merge of concepts as one LoRA, and the tokens of each.
+    """Merge concepts and write the merge as one LoRA, with the tokens of each concept.
 
     The folder gets ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``
-    (alpha equals the rank, so loaders multiply by 1; a second denoiser's in a file of their own, as
-    for a concept), ``learned_embeds_<name>.safetensors`` for
-    ``pipe.load_textual_inversion`` (the mean, where each cross-attention layer has its own),
-    ``merged.json`` and ``README.md``. It is written whole or not at all.
+    (alpha equals the rank, so that loaders multiply by 1; a second denoiser has a file of its own,
+    as for a concept), ``learned_embeds_<name>.safetensors`` for
+    ``pipe.load_textual_inversion`` (the mean, if each cross-attention layer has its own
+    embeddings), ``merged.json`` and ``README.md``. It is written atomically.
 
-    By kohya's keys the LoRA is ``<folder>.safetensors``, with ranks that may differ between
-    layers, and the tokens are ``embeddings/<name>.safetensors``, since ComfyUI and the web UIs
-    call a token by its file's name. They are not bundled into the LoRA as ``bundle_emb``
-    keys, which only some of the web UIs read, and over which diffusers refuses the file.
+    With kohya's keys the LoRA is ``<folder>.safetensors``, with ranks that may differ between
+    layers, and the tokens are ``embeddings/<name>.safetensors``, because ComfyUI and the web UIs
+    name a token after its file. They are not bundled into the LoRA as ``bundle_emb`` keys, which
+    only some of the web UIs read, and for which diffusers refuses the file.
 
-    The LoRA's header has the tokens as well, one for each layer too where the concept has those, so
-    that either of the files is read again whole, triggers included
-    (:mod:`customize.concepts.formats.merged_lora`).
+    The header of the LoRA also contains the tokens, with those of each layer, so that either file
+    can be parsed with all triggers (:mod:`customize.concepts.formats.merged_lora`).
 
     Args:
-        method, settings, inputs: as :func:`plan_merge` takes
-        them. rank: the most that any layer may have; None: ranks add up, which is exact but where
-            the method prunes.
-        layout: one of :data:`customize.concepts.io.file_layout.KEY_LAYOUTS`.
-        family: a model with these layers, for what the products alone do not say; None for the
-            published one that has them.
+        concepts: At least one, all trained on one architecture.
+        weights: One for each concept.
+        folder: A new or empty folder, or one that contains the same merge already.
+        method: Name of the merge method.
+        settings: Settings of the method; see :func:`plan_merge`.
+        inputs: Recorded inputs of the concepts, for methods that need them.
+        rank: Highest rank of any layer, at least 1. None: the sum of the ranks, which is exact
+            unless the method prunes.
+        layout: One of :data:`customize.concepts.io.file_layout.KEY_LAYOUTS`.
+        family: A model with these layers, for shapes and names that the updates do not show; None
+            for the published model that has them.
 
     Raises:
-        ConceptError, ConfigError: see :func:`plan_merge`; or
-            two concepts have one trigger; or the rank is below 1; or a weight is so large that the
-            sum is not finite; or there is no published model with these layers, where one is
-            needed.
-        StorageError: the folder holds anything else than just this, or cannot be written.
+        ConceptError: As :func:`plan_merge`; or if two concepts have one trigger, or no published
+            model has these layers and one is needed.
+        ConfigError: As :func:`plan_merge`; or if the rank is below 1, or the merge is zero or not
+            finite.
+        StorageError: If the folder contains something else, or cannot be written.
     """
     folder = Path(folder)
     check_compatible(concepts)
@@ -120,17 +125,18 @@ def write_merged(
     check_has_no_vectors(concepts)
     if rank is not None and not is_integer(rank):
         raise ConfigError(
-            f"a merged LoRA cannot have rank {quote(rank)}",
+            f"invalid rank {quote(rank)} of a merged LoRA",
             where="rank",
-            fix="give a whole number from 1",
+            fix="give an integer of at least 1",
         )
     settings = settings or {}
-    products, error = _narrow(plan_merge(concepts, weights, method, inputs, **settings), rank)
-    if not products:
-        raise ConfigError("with these weights nothing is left", where="weights")
-    # Sorted, because the order of a file's tensors differs from one reading to the next, and the
-    # same merge must give the same bytes.
-    ranks = {c: max(p.rank for p in products[c].values()) for c in sorted(products)}
+    updates, error = _compute_updates(
+        plan_merge(concepts, weights, method, inputs, **settings), rank
+    )
+    if not updates:
+        raise ConfigError("the weights leave no update to write", where="weights")
+    # Sorted, because the order of tensors in a file varies, and one merge must give the same bytes.
+    ranks = {c: max(update.rank for update in updates[c].values()) for c in sorted(updates)}
     facts = {
         "base": _base(concepts),
         "family": concepts[0].info.family,
@@ -153,26 +159,28 @@ def write_merged(
         ],
     }
     if layout == "kohya":
-        files = _kohya_files(concepts, products, family, folder.name, facts)
-        text = _kohya_card(concepts, weights, method, folder.name)
+        files = _kohya_files(concepts, updates, family, folder.name, facts)
+        text = kohya_card(concepts, weights, method, folder.name)
     else:
-        # Only LoRAs from elsewhere have convolutions, whose kernels the products do not show.
-        elsewhere = any(not isinstance(concept, Concept) for concept in concepts)
+        # Only imported LoRAs change convolutions, whose kernel shapes the updates do not show.
+        has_imported = any(not isinstance(concept, Concept) for concept in concepts)
         model = family
-        if family is None and elsewhere:
-            model = _published(concepts[0].info.family, products)
+        if family is None and has_imported:
+            model = _find_published(concepts[0].info.family, updates)
             if model is None and any(not concept.info.fingerprint for concept in concepts):
-                raise _unpublished(concepts[0].info.family)
-        tensors = _diffusers_tensors(products, ranks, model)
+                raise _unpublished_error(concepts[0].info.family)
+        tensors = _diffusers_tensors(updates, ranks, model)
         header = {MERGED_HEADER: json.dumps(facts), **subjects_to_header(subjects)}
-        # The first denoiser's is left out where only the second one changes.
-        parts = {name: own for name, own in split_lora_files(tensors).items() if own}
-        files = {name: safetensors_bytes(own, header) for name, own in parts.items()}
+        files = {
+            name: safetensors_bytes(file_tensors, header)
+            for name, file_tensors in split_lora_files(tensors).items()
+            if file_tensors  # the first file is empty if only the second denoiser changes
+        }
         for subject in subjects:
             files[MERGED_EMBEDS_FILE.format(subject.name)] = safetensors_bytes(
                 embedding_tensors(subject), {}
             )
-        text = _card(concepts, weights, method)
+        text = diffusers_card(concepts, weights, method)
     files[MERGED_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
     files[CARD_FILE] = text.encode()
     _write(folder, files)
@@ -180,14 +188,14 @@ def write_merged(
 
 
 def _diffusers_tensors(
-    products: Products, ranks: Mapping[str, int], family: Family | None
+    updates: Updates, ranks: Mapping[str, int], family: Family | None
 ) -> dict[str, torch.Tensor]:
     tensors = {}
-    for component, own in products.items():
+    for component, component_updates in updates.items():
         shapes = weight_shapes(family, component) if family is not None else {}
-        for module, update in own.items():
-            whole = pad_rank(update, ranks[component])
-            down, up = reshape_factors(whole, shapes.get(module, ()))
+        for module, update in component_updates.items():
+            padded = pad_rank(update, ranks[component])
+            down, up = reshape_factors(padded, shapes.get(module, ()))
             tensors[f"{component}.{module}.lora_A.weight"] = down
             tensors[f"{component}.{module}.lora_B.weight"] = up
     return tensors
@@ -195,33 +203,33 @@ def _diffusers_tensors(
 
 def _kohya_files(
     concepts: Sequence[Adaptation],
-    products: Products,
+    updates: Updates,
     family: Family | None,
     title: str,
     facts: Mapping[str, Any],
 ) -> dict[str, bytes]:
     name = concepts[0].info.family
-    exact = family or _published(name, products)
-    model = exact or next((each for each in published_families() if each.name == name), None)
+    exact = family or _find_published(name, updates)
+    model = exact or next((base for base in published_families() if base.name == name), None)
     if model is None or not model.kohya_metadata():
         raise ConceptError(
-            f"what kohya's programs call the layers of family {name} is not known here",
-            fix="write it by diffusers' keys",
+            f"kohya's layer names of family {name} are unknown",
+            fix="write the LoRA with diffusers' keys",
         )
-    ours = all(concept.info.fingerprint for concept in concepts)
-    if exact is None and (model.kohya_uses_original_names or not ours):
-        raise _unpublished(name)
-    tensors = kohya_tensors(products, model)
+    are_trained_here = all(concept.info.fingerprint for concept in concepts)
+    if exact is None and (model.kohya_uses_original_names or not are_trained_here):
+        raise _unpublished_error(name)
+    tensors = kohya_tensors(updates, model)
     subjects = [subject for concept in concepts for subject in concept.subjects]
     words = {c.info.name: c.info.trigger_words for c in concepts if not c.subjects}
     words |= {subject.name: subject.name for subject in subjects}
     dates = [c.info.created for c in concepts if isinstance(c, Concept)]
     base = model.kohya_metadata()
-    if exact is None:  # a size of its own: its layers have their own names, and its base none
+    if exact is None:  # a model of another size, for which the other fields are wrong
         base = {"ss_network_module": base["ss_network_module"]}
-    told = json.dumps({**facts, "layers": kohya_layer_rows(products, model)})
+    facts_json = json.dumps({**facts, "layers": kohya_layer_rows(updates, model)})
     header = kohya_header(
-        tensors, base, title=title, words=words, date=max(dates, default=""), facts=told
+        tensors, base, title=title, words=words, date=max(dates, default=""), facts=facts_json
     )
     header |= subjects_to_header(subjects)
     files = {f"{title}.safetensors": safetensors_bytes(tensors, header)}
@@ -231,44 +239,46 @@ def _kohya_files(
     return files
 
 
-def _published(name: str, products: Products) -> Family | None:
-    """The published model that has these layers in these shapes, if there is one."""
+def _find_published(name: str, updates: Updates) -> Family | None:
+    """The published model of a family with these layers and shapes, or None."""
     for family in published_families():
         if family.name == name:
             with contextlib.suppress(ConceptError):
-                match_to_model(products, family)
+                match_to_model(updates, family)
                 return family
     return None
 
 
-def _unpublished(name: str) -> ConceptError:
+def _unpublished_error(name: str) -> ConceptError:
     return ConceptError(
-        f"no published model of family {name} has layers of these names and sizes, so what other "
-        "programs call them is not known",
+        f"no published model of family {name} has layers of these names and sizes, so that their "
+        "names in other programs are unknown",
         fix="call write_merged(..., family=family_of(pipe.components)) with the pipeline, or write "
-        "concepts of our own by diffusers' keys",
+        "concepts trained with customize with diffusers' keys",
     )
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse a place that holds anything or cannot be written.
+    """Check that a folder is new or empty, and can be written.
 
     Raises:
-        StorageError: it is a file or a folder with files, or not to be made.
+        StorageError: If it is a file or contains files, or cannot be created.
     """
     try:
-        empty = os.path.isdir(folder) and not any(folder.iterdir())
+        is_empty = os.path.isdir(folder) and not any(folder.iterdir())
     except OSError as error:
         raise storage_error(error, folder) from error
-    if not empty and os.path.lexists(folder):
+    if not is_empty and os.path.lexists(folder):
         raise StorageError(
-            "something else is there already", where=folder, fix="choose a new or empty folder"
+            "the path exists already and is not an empty folder",
+            where=folder,
+            fix="choose a new or empty folder",
         )
     check_writable(folder)
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    if _holds(folder, files):
+    if _has_same_content(folder, files):
         return
     check_new_folder(folder)
     try:
@@ -284,39 +294,39 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
         raise storage_error(error, folder) from error
 
 
-def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether just these files are there already, as after the same merge before."""
+def _has_same_content(folder: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether the folder contains exactly these files, as after an identical merge."""
     try:
-        found = {
+        existing = {
             path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
         }
-        return found == set(files) and all(
+        return existing == set(files) and all(
             read_bytes(folder / name, len(data)) == data for name, data in files.items()
         )
     except OSError:
         return False
 
 
-def _narrow(
+def _compute_updates(
     layers: Mapping[str, Mapping[str, LayerMerge]], rank: int | None
 ) -> tuple[dict[str, dict[str, LowRank]], float]:
-    """The merged updates of at most the rank, and what was lost, as in :class:`MergeResult`."""
-    products: dict[str, dict[str, LowRank]] = {}
-    lost = whole = 0.0
-    for component, own in layers.items():
-        products[component] = {}
-        for module, layer in own.items():
+    """The merged updates of at most a rank, and their relative error."""
+    updates: dict[str, dict[str, LowRank]] = {}
+    squared_error = squared_norm = 0.0
+    for component, component_layers in layers.items():
+        updates[component] = {}
+        for module, layer in component_layers.items():
             exact = layer.compute()
             _check_finite(exact, f"{component}.{module}")
-            near = layer.truncate(exact)
+            truncated = layer.truncate(exact)
             if rank is not None:
-                near = truncate(near, rank)
-            whole += norm(exact) ** 2
-            if near is not exact:
-                _check_finite(near, f"{component}.{module}")
-                lost += distance(exact, near) ** 2
-            products[component][module] = near
-    return products, math.sqrt(lost / whole) if whole else 0.0
+                truncated = truncate(truncated, rank)
+            squared_norm += norm(exact) ** 2
+            if truncated is not exact:
+                _check_finite(truncated, f"{component}.{module}")
+                squared_error += distance(exact, truncated) ** 2
+            updates[component][module] = truncated
+    return updates, math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
 
 
 def _check_finite(update: LowRank, where: str) -> None:
@@ -324,86 +334,10 @@ def _check_finite(update: LowRank, where: str) -> None:
         raise ConfigError(
             "the merged update is not finite",
             where=where,
-            fix="choose weights of an ordinary size, such as 1",
+            fix="choose smaller weights, such as 1",
         )
-
-
-def _card_head(
-    concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str, library: str
-) -> list[str]:
-    infos = [concept.info for concept in concepts]
-    rows = [
-        f"| {info.name} | {markdown_code(info.trigger_words)} | {escape_markdown(info.class_word)} "
-        f"| {weight:g} |"
-        for info, weight in zip(infos, weights, strict=True)
-    ]
-    base = _loaded_base(concepts)
-    return [
-        "---",
-        *([f"base_model: {json.dumps(base)}"] if base else []),
-        f"library_name: {library}",
-        f"tags: [{model_card.card_tags(model_card.pipeline_output(concepts[0]))}]",
-        "---",
-        f"# {' + '.join(info.name for info in infos)}",
-        "",
-        f"Concepts that were learned apart, merged by {method} into one ordinary LoRA.",
-        "",
-        "| Concept | Trigger | What it is | Weight |",
-        "|---|---|---|---|",
-        *rows,
-        "",
-    ]
 
 
 def _base(concepts: Sequence[Adaptation]) -> str:
-    """That of our own concepts, whose base is one to load; else what a LoRA's file says."""
-    return _loaded_base(concepts) or concepts[0].info.base
-
-
-def _loaded_base(concepts: Sequence[Adaptation]) -> str:
-    """The base by the name that loads it; empty where all are LoRAs from elsewhere, whose files
-    name an architecture or a checkpoint at best."""
-    return next((c.info.base for c in concepts if isinstance(c, Concept)), "")
-
-
-def _kohya_card(
-    concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str, title: str
-) -> str:
-    with_tokens = [subject.name for concept in concepts for subject in concept.subjects]
-    tokens = [
-        f"- `{KOHYA_EMBEDS_FOLDER}/`: its files go where the program keeps textual inversion "
-        "embeddings. "
-        f"A prompt then says `{name}` in the web UIs, and `embedding:{name}` in ComfyUI."
-        for name in with_tokens[:1]
-    ]
-    head = _card_head(concepts, weights, method, "kohya")
-    file = markdown_code(f"{title}.safetensors")
-    lora = f"- {file}: goes where the program keeps LoRAs. Load it at strength 1."
-    return "\n".join([*head, lora, *tokens, ""])
-
-
-def _card(concepts: Sequence[Adaptation], weights: Sequence[Weight], method: str) -> str:
-    subjects = [model_card.diffusers_subject(concept) for concept in concepts]
-    base, family = json.dumps(_loaded_base(concepts) or "BASE"), concepts[0].info.family
-    loading = [
-        line
-        for concept in concepts
-        for subject in concept.subjects
-        for line in model_card.token_loading_code(
-            subject, family, MERGED_EMBEDS_FILE.format(subject.name)
-        )
-    ]
-    prompt = "a photo of " + " and ".join(subject for subject in subjects if subject)
-    return "\n".join(
-        [
-            *_card_head(concepts, weights, method, "diffusers"),
-            "```python",
-            *model_card.import_code(loading),
-            *model_card.base_loading_code(family, base),
-            *model_card.lora_loading_code(concepts),
-            *loading,
-            model_card.inference_code(family, prompt, model_card.pipeline_output(concepts[0])),
-            "```",
-            "",
-        ]
-    )
+    """The base of a trained concept, which can be loaded; else the name in a LoRA file."""
+    return loadable_base(concepts) or concepts[0].info.base

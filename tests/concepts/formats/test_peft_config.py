@@ -363,5 +363,5 @@ def test_a_configuration_that_may_be_another_files_is_named(tmp_path: Path) -> N
         open_adaptation(path)
         written(tmp_path / "two.safetensors", {f"{key}.diff": torch.ones(64, 64)})
         open_adaptation(tmp_path / "two.safetensors")
-    with pytest.warns(UserWarning, match=r"one\.safetensors: adapter_config\.json lies beside it"):
+    with pytest.warns(UserWarning, match=r"one\.safetensors: adapter_config\.json is not used"):
         open_adaptation(path)

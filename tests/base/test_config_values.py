@@ -13,8 +13,8 @@ import torch
 from customize.base.config_values import check_config_values
 from customize.base.load_pipeline import load_pipeline
 from customize.errors import PipelineError
-from tests.makers import FAMILIES
 from tests.tiny import tiny_sd
+from tests.tiny_families import TINY_FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,6 @@ def test_a_value_that_makes_no_sense_is_named(
     assert name in raised.value.problem and file.split("/")[0] in raised.value.problem
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TINY_FAMILIES)
 def test_every_family_has_values_that_make_sense(name: str) -> None:
-    check_config_values(FAMILIES[name](), "base")
+    check_config_values(TINY_FAMILIES[name](), "base")

@@ -54,7 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return save_world(tmp_path_factory.mktemp("world"))
 
 
-def test_a_disk_that_fills_up_or_is_read_only_is_called_that(world: World, tmp_path: Path) -> None:
+def test_full_and_read_only_disks_are_reported(world: World, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if not can_mount(disk):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from customize.concepts.io.write_concept import save_concept
-from tests.hostile.mutating import KINDS, attempt, damage
+from tests.hostile.damaged_files import KINDS, attempt, damage
 from tests.pipeline.making import assert_same, concept, everything
 from tests.tiny import tiny_sd
 
@@ -25,14 +25,14 @@ _SECONDS = 20.0
 @pytest.mark.parametrize("name", KINDS)
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=12, deadline=None)
-def test_a_damaged_file_is_read_as_it_was_or_refused(name: str, seed: int) -> None:
+def test_damaged_file_is_read_unchanged_or_refused(name: str, seed: int) -> None:
     with TemporaryDirectory() as folder:
         attempt(KINDS[name], Path(folder) / "files", seed)
 
 
 @pytest.mark.hostile
 @pytest.mark.parametrize("name", KINDS)
-def test_many_damaged_files_of_a_kind(name: str, tmp_path: Path) -> None:
+def test_many_damaged_files(name: str, tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     for seed in range(TRIES):
         started = time.monotonic()
@@ -45,7 +45,7 @@ def test_many_damaged_files_of_a_kind(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.hostile
-def test_many_damaged_concepts_leave_a_pipeline_as_it_was(tmp_path: Path) -> None:
+def test_many_damaged_concepts_leave_a_pipeline_unchanged(tmp_path: Path) -> None:
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe, "tom", index=1))
     made = concept(pipe)

@@ -66,7 +66,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_training_that_is_killed_goes_on_to_the_same_end(tmp_path: Path) -> None:
+def test_killed_training_resumes_to_the_same_result(tmp_path: Path) -> None:
     tiny_sd().save_pretrained(tmp_path / "base")
     images = photos(tmp_path / "photos")
 
@@ -105,7 +105,7 @@ def test_training_that_is_killed_goes_on_to_the_same_end(tmp_path: Path) -> None
     print(f"\ntraining: {dict(counts)}")
 
 
-def test_saving_that_is_killed_leaves_a_whole_concept_or_none(tmp_path: Path) -> None:
+def test_killed_save_leaves_a_complete_concept_or_none(tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     rng = random.Random(1)
     first, second = small(), small(seed=1)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from customize.api.pipeline_methods import load_custom, unload_custom
-from tests.makers import FAMILIES
 from tests.pipeline.making import assert_same, concept, draw, everything
+from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_video import tiny_animatediff
 
-MAKERS = FAMILIES | {"animatediff": tiny_animatediff}
+MAKERS = TINY_FAMILIES | {"animatediff": tiny_animatediff}
 PROMPT = "a photo of <rex> and <tom> on the beach"
 
 

@@ -12,7 +12,12 @@ import torch
 from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.errors import ConceptError, CustomizeError
 from customize.families import Family, family_of
-from tests.concepts.formats.making import diffusers, kohya, lora, written
+from tests.concepts.formats.adapter_files import (
+    diffusers_name,
+    kohya_names,
+    lora_tensors,
+    write_file,
+)
 from tests.pipeline.making import assert_same, concept, draw, everything
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 from tests.tiny_video import tiny_wan
@@ -24,9 +29,9 @@ PROMPT = "a photo of a dog"
 
 def made(pipe: Any, path: Path, every: int = 2, alphas: Any = "some") -> Path:
     family = family_of(pipe.components)
-    tensors, _ = lora(family, kohya(family), ENDS, every=every, alphas=alphas)
+    tensors, _ = lora_tensors(family, kohya_names(family), ENDS, every=every, alphas=alphas)
     small = {k: 0.3 * t if k.endswith(ENDS) else t for k, t in tensors.items()}
-    return written(path, small, **{"modelspec.trigger_phrase": "in some style"})
+    return write_file(path, small, **{"modelspec.trigger_phrase": "in some style"})
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -136,7 +141,7 @@ def test_dora_is_exact_at_full_weight(fuse: bool, tmp_path: Path) -> None:
         f"unet.{module}.lora_B.weight": up,
         f"unet.{module}.lora_magnitude_vector": length.flatten(),
     }
-    path = written(tmp_path / "dora.safetensors", tensors)
+    path = write_file(tmp_path / "dora.safetensors", tensors)
     rex = concept(pipe)
     pipe.load_custom(rex, fuse=True)
     pipe.load_custom(path, fuse=fuse)
@@ -166,7 +171,7 @@ def test_dora_of_a_second_denoiser_is_on_its_own_weights(tmp_path: Path) -> None
         f"{key}.lora_B.weight": up,
         f"{key}.lora_magnitude_vector": length.flatten(),
     }
-    pipe.load_custom(written(tmp_path / "dora.safetensors", tensors))
+    pipe.load_custom(write_file(tmp_path / "dora.safetensors", tensors))
     turned = weight + up @ down
     wanted = length * turned / turned.norm(dim=1, keepdim=True)
     inputs = torch.randn(4, weight.shape[1], generator=generator)
@@ -182,9 +187,9 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
     path = made(tiny_flux(), tmp_path / "flux.safetensors", every=5)
     with pytest.raises(ConceptError, match="looks like a LoRA of flux"):
         pipe.load_custom(path)
-    tensors, _ = lora(family_of(pipe.components), diffusers, ENDS, every=9)
+    tensors, _ = lora_tensors(family_of(pipe.components), diffusers_name, ENDS, every=9)
     tensors["unet.conv_in.set_weight"] = torch.ones(16)
-    written(tmp_path / "bias.safetensors", tensors)
+    write_file(tmp_path / "bias.safetensors", tensors)
     with pytest.raises(CustomizeError, match="a file is not loaded in part"):
         pipe.load_custom(tmp_path / "bias.safetensors")
     assert_same(everything(pipe), before)

@@ -11,8 +11,8 @@ from customize.training import compile_blocks
 from customize.training.compile_blocks import compiled_blocks, repeated_blocks
 from customize.training.recipe import train
 from tests.base.test_quantization import of
-from tests.makers import FAMILIES
 from tests.tiny import tiny_flux, tiny_sd
+from tests.tiny_families import TINY_FAMILIES
 from tests.training.runs import (
     assert_unchanged,
     make_various,
@@ -24,7 +24,7 @@ from tests.training.runs import (
 SLOW = pytest.mark.slow
 BACKENDS = [pytest.param("inductor", marks=SLOW), "aot_eager"]
 #: The others do the same and are slower.
-ALL = [pytest.param(m, id=k, marks=[SLOW] * (k != "flux")) for k, m in FAMILIES.items()]
+ALL = [pytest.param(m, id=k, marks=[SLOW] * (k != "flux")) for k, m in TINY_FAMILIES.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def near(a, b, tolerance=0.01):
     return a.keys() == b.keys() and all((a[k] - b[k]).norm() <= tolerance * a[k].norm() for k in a)
 
 
-@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("make", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
 def test_every_family_has_blocks_that_hold_most_of_its_adapter(make):
     pipe = make()
     family = family_of(pipe.components, pipe.config)

@@ -12,13 +12,13 @@ import torch
 from customize.families import family_of
 from customize.training.latents_and_embeddings import encode_prompts_once, lookup_conditions
 from customize.training.recipe import train
-from tests.makers import FAMILIES
 from tests.tiny import tiny_flux3
+from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_video import tiny_wan
 from tests.training.runs import assert_unchanged, same, settings, snapshot, tensors
 from tests.training.test_recipe import Stop, crash_at
 
-ALL: dict[str, Callable[[], Any]] = FAMILIES | {"flux3": tiny_flux3}
+ALL: dict[str, Callable[[], Any]] = TINY_FAMILIES | {"flux3": tiny_flux3}
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -27,8 +27,8 @@ from customize.training.data.batches import compose_batch
 from customize.training.joint_configs import PER_CONCEPT_SETTINGS, load_configs
 from customize.training.recipe import train, train_jointly
 from customize.training.trainable import attach_trainable
-from tests.makers import FAMILIES
 from tests.tiny import tiny_sd, tiny_sdxl
+from tests.tiny_families import TINY_FAMILIES
 from tests.training.runs import (
     Stop,
     assert_unchanged,
@@ -78,7 +78,7 @@ def answer(pipe, prompt):
 @pytest.mark.parametrize("method", ["orthogonal", "lora"])
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "flux", "qwen_image"])
 def test_the_sum_of_the_concepts_is_the_model_of_the_run(kind, method, tmp_path):
-    pipe = FAMILIES[kind]()
+    pipe = TINY_FAMILIES[kind]()
     before = snapshot(pipe.components, pipe.config)
     tokens = bool(family_of(pipe.components, pipe.config).token_dictionaries())
     prompt = "<rex> <rex>_1 beside <tom> <tom>_1" if tokens else "<rex> beside <tom>"

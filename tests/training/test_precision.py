@@ -21,13 +21,13 @@ from customize.training.config import TrainConfig, load_config
 from customize.training.recipe import train
 from tests.base.test_quantization import LIBRARIES
 from tests.contexts import CONTEXTS
-from tests.makers import FAMILIES
 from tests.tiny import tiny_flux3, tiny_sd
+from tests.tiny_families import TINY_FAMILIES
 from tests.training.runs import make_pictures, settings, tensors
 from tests.training.test_presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
-ALL = FAMILIES | {"flux3": tiny_flux3}
+ALL = TINY_FAMILIES | {"flux3": tiny_flux3}
 #: What each preset's model is called in FAMILIES.
 MODELS = {"sd15": "sd", "sd35-large": "sd3", "qwen-image": "qwen_image", "z-image": "z_image"}
 

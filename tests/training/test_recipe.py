@@ -28,8 +28,8 @@ from customize.training import prepare_base
 from customize.training.data import dataset
 from customize.training.loop import learning_rate_factor
 from customize.training.recipe import train
-from tests.makers import FAMILIES
 from tests.tiny import tiny_sd, tiny_sd3
+from tests.tiny_families import TINY_FAMILIES
 from tests.training.runs import (
     Stop,
     assert_unchanged,
@@ -43,9 +43,9 @@ from tests.training.runs import (
 )
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=TINY_FAMILIES)
 def pipe(request):
-    return FAMILIES[request.param]()
+    return TINY_FAMILIES[request.param]()
 
 
 def test_concepts_with_the_same_seed_start_apart(tmp_path):
@@ -489,7 +489,7 @@ def test_photographs_are_shrunk_on_reading_and_let_go(where, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("live", [False, True])
-@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("make", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
 def test_models_that_are_not_needed_any_more_are_freed(make, live, tmp_path, monkeypatch):
     parts, freed = {}, []
     load_pipeline = prepare_base.load_pipeline
@@ -646,7 +646,7 @@ def test_bases_that_cannot_be_used_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("make", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
 def test_a_base_from_a_folder_gives_what_its_components_give(make, tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "base")

@@ -12,8 +12,8 @@ from customize.concepts.io.read_concept import load_concept
 from customize.training import samples
 from customize.training.config import TrainConfig
 from customize.training.recipe import train, train_jointly
-from tests.makers import FAMILIES
 from tests.tiny import tiny_sd
+from tests.tiny_families import TINY_FAMILIES
 from tests.training.runs import (
     Stop,
     assert_unchanged,
@@ -143,7 +143,7 @@ def test_a_device_that_is_too_small_to_decode_on(tmp_path, monkeypatch):
     assert seen == ["cpu"] * 6 and len(drawn(tmp_path / "out")) == 3
 
 
-@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("make", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
 def test_every_family_draws_and_measures(make, tmp_path):
     pipe = make()
     before = snapshot(pipe.components, pipe.config)

@@ -13,16 +13,16 @@ from customize.training.validation_images import (
     save_image_row,
     warn_about_triggers,
 )
-from tests.makers import FAMILIES
 from tests.tiny import (
     drawn,
     tiny_sd,
 )
+from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_llm import tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 from tests.tiny_video import isolate, tiny_cogvideox, tiny_ltx2
 from tests.training.runs import picture, settings
 
-MAKERS = FAMILIES | {
+MAKERS = TINY_FAMILIES | {
     "sd-v": lambda: tiny_sd("v_prediction"),
     "flux2-distilled": lambda: tiny_flux2_klein(distilled=True),
     "qwen_image_21-levels": lambda: tiny_qwen_image_21([1.0, 0.9, 0.6, 0.2]),

@@ -22,7 +22,7 @@ from customize.concepts.formats.open_adaptation import (
 from customize.concepts.merge.write_merged_lora import write_merged
 from customize.errors import ConceptError, ConfigError, CustomizeError
 from customize.families import Family, family_of
-from tests.concepts.formats.making import written
+from tests.concepts.formats.adapter_files import write_file
 from tests.tiny_video import tiny_wan
 
 FIRST, SECOND = "transformer", "transformer_2"
@@ -67,7 +67,7 @@ NAMINGS = [
 
 
 @pytest.mark.parametrize(("prefix", "flat"), NAMINGS)
-def test_a_denoisers_name_before_any_naming(
+def test_denoiser_prefix_with_every_key_dialect(
     prefix: str, flat: bool, wan: Family, tmp_path: Path
 ) -> None:
     for name, component in (
@@ -76,7 +76,7 @@ def test_a_denoisers_name_before_any_naming(
         ("low_noise_model.", SECOND),
         ("high_noise_model.", FIRST),
     ):
-        path = written(tmp_path / "a.safetensors", layer(f"{name}{prefix}", flat=flat))
+        path = write_file(tmp_path / "a.safetensors", layer(f"{name}{prefix}", flat=flat))
         assert where(wan, path) == {component: 1.0}
 
 
@@ -90,20 +90,18 @@ def test_a_denoisers_name_before_any_naming(
         ("lora_transformer_2_", True),
     ],
 )
-def test_a_denoisers_name_behind_a_prefix(
-    prefix: str, flat: bool, wan: Family, tmp_path: Path
-) -> None:
-    path = written(tmp_path / "a.safetensors", layer(prefix, flat=flat))
+def test_denoiser_name_after_a_prefix(prefix: str, flat: bool, wan: Family, tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.safetensors", layer(prefix, flat=flat))
     assert where(wan, path) == {SECOND: 1.0}
 
 
-def test_one_file_with_both(wan: Family, tmp_path: Path) -> None:
+def test_one_file_for_two_denoisers(wan: Family, tmp_path: Path) -> None:
     for one, other in (
         ("diffusion_model.transformer_1.", "diffusion_model.transformer_2."),
         ("transformer.", "transformer_2."),
         ("diffusion_model.", "transformer_2.diffusion_model."),
     ):
-        path = written(tmp_path / "low_noise.safetensors", layer(one, 1.0) | layer(other, 2.0))
+        path = write_file(tmp_path / "low_noise.safetensors", layer(one, 1.0) | layer(other, 2.0))
         assert where(wan, path) == {FIRST: 1.0, SECOND: 2.0}
 
 
@@ -121,45 +119,45 @@ def test_one_file_with_both(wan: Family, tmp_path: Path) -> None:
         ("high-rex-14b", "low-rex-14b"),
     ],
 )
-def test_the_pairs_folder(high: str, low: str, wan: Family, tmp_path: Path) -> None:
+def test_folder_with_a_pair_of_files(high: str, low: str, wan: Family, tmp_path: Path) -> None:
     for number, name in enumerate((high, low), start=1):
-        written(tmp_path / f"{name}.safetensors", layer("diffusion_model.", float(number)))
+        write_file(tmp_path / f"{name}.safetensors", layer("diffusion_model.", float(number)))
     assert where(wan, tmp_path) == {FIRST: 1.0, SECOND: 2.0}
 
 
-def test_two_folders_in_one(wan: Family, tmp_path: Path) -> None:
+def test_folder_with_a_folder_per_noise_level(wan: Family, tmp_path: Path) -> None:
     for number, name in enumerate(("high_noise", "low_noise"), start=1):
         (tmp_path / name).mkdir()
-        written(tmp_path / name / "adapter_model.safetensors", layer("", float(number)))
+        write_file(tmp_path / name / "adapter_model.safetensors", layer("", float(number)))
     assert where(wan, tmp_path) == {FIRST: 1.0, SECOND: 2.0}
 
 
-def test_two_files_that_are_no_pair(tmp_path: Path) -> None:
+def test_two_unrelated_files_are_refused(tmp_path: Path) -> None:
     for name in ("rex_high_noise", "rex_high_noise_2"):
-        written(tmp_path / f"{name}.safetensors", layer(""))
+        write_file(tmp_path / f"{name}.safetensors", layer(""))
     with pytest.raises(ConceptError, match="2 files that may be a LoRA"):
         open_adaptation(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["low_poly", "highlights", "flow", "high_res_rex", "glow_noise"])
-def test_names_that_are_not_about_noise(name: str, wan: Family, tmp_path: Path) -> None:
+def test_names_without_a_noise_level(name: str, wan: Family, tmp_path: Path) -> None:
     assert parse_noise_level(name) is None
-    path = written(tmp_path / f"{name}.safetensors", layer("diffusion_model."))
+    path = write_file(tmp_path / f"{name}.safetensors", layer("diffusion_model."))
     with pytest.warns(UserWarning, match=r'give into="transformer_2", call it \.{3}_low_noise'):
         products = open_adaptation(path).to_lora(wan).updates  # type: ignore[union-attr]
     assert set(products) == {FIRST}
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
-def test_a_pair_is_one_either_way(first: str, second: str) -> None:
+def test_pair_is_recognized_in_either_order(first: str, second: str) -> None:
     there, back = parse_noise_levels(first, second), parse_noise_levels(second, first)
     assert (there is None) == (back is None)
     if there and back:
         assert there == back[::-1] and set(there) == {"high", "low"}
 
 
-def test_a_files_name_decides(wan: Family, tmp_path: Path) -> None:
-    path = written(tmp_path / "rex_low_noise.safetensors", layer("diffusion_model."))
+def test_file_name_selects_the_denoiser(wan: Family, tmp_path: Path) -> None:
+    path = write_file(tmp_path / "rex_low_noise.safetensors", layer("diffusion_model."))
     assert where(wan, path) == {SECOND: 1.0}
     one = family_of(tiny_wan("2.1").components)
     assert where(one, path) == {FIRST: 1.0}
@@ -188,8 +186,8 @@ def carriers(pipe: Any) -> list[str]:
         ([("transformer", "transformer_2")], [FIRST, SECOND]),
     ],
 )
-def test_into(into: Any, expected: list[str], tmp_path: Path) -> None:
-    path = written(tmp_path / "rex.safetensors", layer("diffusion_model."))
+def test_into_selects_denoisers(into: Any, expected: list[str], tmp_path: Path) -> None:
+    path = write_file(tmp_path / "rex.safetensors", layer("diffusion_model."))
     pipe: Any = tiny_wan("2.2-14b")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -199,18 +197,20 @@ def test_into(into: Any, expected: list[str], tmp_path: Path) -> None:
     assert carriers(pipe) == []
 
 
-def test_an_entry_for_each_file(tmp_path: Path) -> None:
-    one = written(tmp_path / "one.safetensors", layer("diffusion_model."))
-    two = written(tmp_path / "two.safetensors", layer("lora_unet_", flat=True))
+def test_into_with_one_entry_per_file(tmp_path: Path) -> None:
+    one = write_file(tmp_path / "one.safetensors", layer("diffusion_model."))
+    two = write_file(tmp_path / "two.safetensors", layer("lora_unet_", flat=True))
     pipe: Any = tiny_wan("2.2-14b")
     pipe.load_custom(one, two, into=["transformer_2", ("transformer", "transformer_2")])
     assert carriers(pipe) == [FIRST, SECOND]
 
 
-def test_two_files_given_as_a_pair(tmp_path: Path) -> None:
+def test_two_files_are_loaded_as_a_pair(tmp_path: Path) -> None:
     """Also by letters that alone would say nothing."""
     for names in (("x_high_noise", "x_low_noise"), ("y_h", "y_l"), ("high-z", "low-z")):
-        files = [written(tmp_path / f"{n}.safetensors", layer("diffusion_model.")) for n in names]
+        files = [
+            write_file(tmp_path / f"{n}.safetensors", layer("diffusion_model.")) for n in names
+        ]
         pipe: Any = tiny_wan("2.2-14b")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -228,22 +228,22 @@ def test_two_files_given_as_a_pair(tmp_path: Path) -> None:
         (7, "does not say for 1 concepts"),
     ],
 )
-def test_into_that_says_nothing(into: Any, message: str, tmp_path: Path) -> None:
-    path = written(tmp_path / "rex.safetensors", layer("diffusion_model."))
+def test_invalid_into_is_refused(into: Any, message: str, tmp_path: Path) -> None:
+    path = write_file(tmp_path / "rex.safetensors", layer("diffusion_model."))
     pipe: Any = tiny_wan("2.2-14b")
     with pytest.raises(ConfigError, match=message):
         pipe.load_custom(path, into=into)
     assert carriers(pipe) == []
 
 
-def test_into_against_the_files_own_word(tmp_path: Path) -> None:
-    path = written(tmp_path / "rex.safetensors", layer("transformer_2."))
+def test_into_that_contradicts_the_keys_is_refused(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "rex.safetensors", layer("transformer_2."))
     with pytest.raises(ConfigError, match=r"already name transformer_2.*leave out into="):
         tiny_wan("2.2-14b").load_custom(path, into="transformer")
 
 
-def test_into_on_a_model_with_one_denoiser(tmp_path: Path) -> None:
-    path = written(tmp_path / "rex.safetensors", layer("diffusion_model."))
+def test_into_for_a_model_with_one_denoiser(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "rex.safetensors", layer("diffusion_model."))
     pipe: Any = tiny_wan("2.1")
     with pytest.raises(CustomizeError, match="no denoiser 'transformer_2'"):
         pipe.load_custom(path, into="transformer_2")
@@ -262,9 +262,11 @@ def true_layer(prefix: str, value: float) -> dict[str, Tensor]:
     }
 
 
-def test_what_a_merge_writes_is_read_back(tmp_path: Path) -> None:
+def test_merge_for_two_denoisers_is_parsed_again(tmp_path: Path) -> None:
     files = [
-        written(tmp_path / f"rex_{noise}_noise.safetensors", true_layer("diffusion_model.", value))
+        write_file(
+            tmp_path / f"rex_{noise}_noise.safetensors", true_layer("diffusion_model.", value)
+        )
         for noise, value in (("high", 1.0), ("low", 2.0))
     ]
     concepts = open_all_without_pipeline(files)
@@ -276,8 +278,8 @@ def test_what_a_merge_writes_is_read_back(tmp_path: Path) -> None:
     assert {key: float(numbers[key] * scales[key]) for key in numbers} == {FIRST: 1.0, SECOND: 6.0}
 
 
-def test_a_merge_for_little_noise_alone(tmp_path: Path) -> None:
-    file = written(tmp_path / "rex_low_noise.safetensors", true_layer("diffusion_model.", 1.0))
+def test_merge_for_the_low_noise_denoiser(tmp_path: Path) -> None:
+    file = write_file(tmp_path / "rex_low_noise.safetensors", true_layer("diffusion_model.", 1.0))
     folder = write_merged([open_without_pipeline(file)], [1.0], tmp_path / "low").folder
     assert [path.name for path in folder.glob("*.safetensors")] == [
         "pytorch_lora_weights_2.safetensors"

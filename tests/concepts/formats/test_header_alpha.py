@@ -11,7 +11,7 @@ from torch import Tensor
 
 from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.families import Family, family_of
-from tests.concepts.formats.making import written
+from tests.concepts.formats.adapter_files import write_file
 from tests.tiny import tiny_sd
 
 MODULES = ("to_q", "to_k", "to_v")
@@ -58,10 +58,10 @@ def scales(sd: Family, path: Path) -> set[float]:
         (PEFT, {"network_alpha": "2", "rank": "4"}),
     ],
 )
-def test_what_can_only_mean_all_layers(
+def test_unambiguous_header_alpha_applies_to_all_layers(
     ends: tuple[str, str], header: dict[str, str], sd: Family, tmp_path: Path
 ) -> None:
-    assert scales(sd, written(tmp_path / "a.safetensors", tensors(sd, ends), **header)) == {0.5}
+    assert scales(sd, write_file(tmp_path / "a.safetensors", tensors(sd, ends), **header)) == {0.5}
 
 
 @pytest.mark.parametrize(
@@ -80,47 +80,49 @@ def test_what_can_only_mean_all_layers(
         (PEFT, {"ss_network_alpha": "2", "ss_network_dim": "4"}, "converters multiply"),
     ],
 )
-def test_what_may_mean_anything_is_named(
+def test_ambiguous_header_alpha_is_ignored_with_a_warning(
     ends: tuple[str, str], header: dict[str, str], reason: str, sd: Family, tmp_path: Path
 ) -> None:
-    path = written(tmp_path / "a.safetensors", tensors(sd, ends), **header)
+    path = write_file(tmp_path / "a.safetensors", tensors(sd, ends), **header)
     with pytest.warns(UserWarning, match=f"which is not used because .*{reason}"):
         found: Any = open_adaptation(path)
     assert {u.scale for u in found.to_lora(sd).updates["unet"].values()} == {1.0}
 
 
-def test_layers_of_several_ranks(sd: Family, tmp_path: Path) -> None:
+def test_header_alpha_with_several_ranks_is_ignored(sd: Family, tmp_path: Path) -> None:
     made = tensors(sd, KOHYA, (4, 2, 4))
-    path = written(tmp_path / "a.safetensors", made, ss_network_alpha="2")
+    path = write_file(tmp_path / "a.safetensors", made, ss_network_alpha="2")
     with pytest.warns(UserWarning, match="do not all have the rank"):
         open_adaptation(path)
 
 
-def test_tensors_go_before_the_header(sd: Family, tmp_path: Path) -> None:
+def test_alpha_tensors_take_precedence_over_the_header(sd: Family, tmp_path: Path) -> None:
     made = tensors(sd, KOHYA)
     made |= {f"{path_of(module, KOHYA)}.alpha": torch.tensor(1.0) for module in MODULES}
     header = {"ss_network_alpha": "2", "ss_network_dim": "4"}
-    assert scales(sd, written(tmp_path / "a.safetensors", made, **header)) == {0.25}
+    assert scales(sd, write_file(tmp_path / "a.safetensors", made, **header)) == {0.25}
     del made[f"{path_of('to_v', KOHYA)}.alpha"]
-    path = written(tmp_path / "b.safetensors", made, **header)
+    path = write_file(tmp_path / "b.safetensors", made, **header)
     with pytest.warns(UserWarning, match="other layers have an alpha of their own"):
         open_adaptation(path)
 
 
-def test_pefts_header_goes_before_plain_keys(sd: Family, tmp_path: Path) -> None:
+def test_peft_header_takes_precedence_over_plain_keys(sd: Family, tmp_path: Path) -> None:
     header = {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 12}), "lora_alpha": "2"}
-    assert scales(sd, written(tmp_path / "a.safetensors", tensors(sd, PEFT), **header)) == {3.0}
+    assert scales(sd, write_file(tmp_path / "a.safetensors", tensors(sd, PEFT), **header)) == {3.0}
 
 
-def test_an_alpha_that_is_the_rank_is_not_worth_a_word(sd: Family, tmp_path: Path) -> None:
+def test_header_alpha_equal_to_the_rank_gives_no_warning(sd: Family, tmp_path: Path) -> None:
     header = {"ss_network_alpha": "4", "ss_network_dim": "4"}
-    assert scales(sd, written(tmp_path / "a.safetensors", tensors(sd, PEFT), **header)) == {1.0}
+    assert scales(sd, write_file(tmp_path / "a.safetensors", tensors(sd, PEFT), **header)) == {1.0}
 
 
-def test_alphas_by_layer(sd: Family, tmp_path: Path) -> None:
+def test_header_with_one_alpha_per_layer(sd: Family, tmp_path: Path) -> None:
     alphas = {f"{path_of(m, PEFT)}.alpha": n for n, m in enumerate(MODULES, start=1)}
-    path = written(tmp_path / "a.safetensors", tensors(sd, PEFT), network_alphas=json.dumps(alphas))
+    path = write_file(
+        tmp_path / "a.safetensors", tensors(sd, PEFT), network_alphas=json.dumps(alphas)
+    )
     assert scales(sd, path) == {0.25, 0.5, 0.75}
-    path = written(tmp_path / "b.safetensors", tensors(sd, PEFT), network_alphas='{"a": 1}')
+    path = write_file(tmp_path / "b.safetensors", tensors(sd, PEFT), network_alphas='{"a": 1}')
     with pytest.warns(UserWarning, match="network_alphas, which was not used"):
         open_adaptation(path)

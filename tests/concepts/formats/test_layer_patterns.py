@@ -22,18 +22,18 @@ patterns = st.one_of(
 
 
 @given(st.lists(patterns, max_size=4, unique=True), names)
-def test_the_rule_is_pefts(keys: list[str], name: str) -> None:
+def test_patterns_match_as_in_peft(keys: list[str], name: str) -> None:
     numbered = dict(zip(keys, range(len(keys)), strict=True))
     expected = numbered.get(get_pattern_key(keys, name), "default")
     assert PatternMatcher("a").value(numbered, [name], "default") == expected
 
 
-def test_any_name_of_the_layer_will_do() -> None:
+def test_patterns_match_any_name_of_a_layer() -> None:
     matcher = PatternMatcher("a")
     assert matcher.value({"^text_model.a": 1}, ["a", "text_model.a"], 0) == 1
 
 
-def test_an_expression_without_end_is_stopped() -> None:
+def test_exponential_backtracking_is_stopped() -> None:
     matcher = PatternMatcher("some.file", seconds=0.2)
     start = time.monotonic()
     with pytest.raises(ConceptError, match=r"take more than .* to match.*some\.file"):
@@ -43,7 +43,7 @@ def test_an_expression_without_end_is_stopped() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["(", "a" * 10**5, "a{2", "[", "\\"])
-def test_what_is_not_a_pattern(pattern: str) -> None:
+def test_invalid_patterns_are_refused(pattern: str) -> None:
     if pattern == "a{2":  # a literal brace, in both libraries
         check_pattern(pattern, "a")
         return

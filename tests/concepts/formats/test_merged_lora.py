@@ -33,7 +33,7 @@ from customize.concepts.tokens.subjects import (
 from customize.concepts.types import Lora
 from customize.errors import ConceptError
 from customize.families import family_of
-from tests.concepts.formats.making import assert_close, deltas_of
+from tests.concepts.formats.adapter_files import assert_close, dense_updates
 from tests.concepts.making import small
 from tests.pipeline.making import concept, draw
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
@@ -59,7 +59,7 @@ def layered(pipe: Any) -> list[Any]:
 def by_file_names(made: Any) -> dict[tuple[str, str], torch.Tensor]:
     return {
         (component, saved_module_name(component, module)): delta
-        for (component, module), delta in deltas_of(made).items()
+        for (component, module), delta in dense_updates(made).items()
     }
 
 
@@ -93,7 +93,7 @@ WRITTEN = [
 
 @pytest.mark.parametrize("named", [folder, single, lora_of])
 @pytest.mark.parametrize(("make", "layout"), WRITTEN)
-def test_a_merge_draws_what_was_merged(
+def test_merged_lora_gives_the_images_of_its_concepts(
     make: Callable[[], Any], layout: str, named: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     pipe = make()
@@ -114,7 +114,7 @@ def test_a_merge_draws_what_was_merged(
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("make", [two, layered])
-def test_its_numbers_are_those_of_the_concepts(
+def test_merged_updates_and_embeddings_equal_the_concepts(
     make: Callable[[Any], list[Any]], layout: str, tmp_path: Path
 ) -> None:
     pipe = tiny_sd()
@@ -124,7 +124,7 @@ def test_its_numbers_are_those_of_the_concepts(
     assert isinstance(found, Lora)
     assert found.info.fingerprint == concepts[0].info.fingerprint
     expected = Lora(found.info, merge_concepts(concepts, WEIGHTS))
-    assert_close(deltas_of(found), by_file_names(expected))
+    assert_close(dense_updates(found), by_file_names(expected))
     assert [subject.trigger for subject in found.subjects] == ["<rex>", "<tom>"]
     for subject, made in zip(found.subjects, concepts, strict=True):
         assert subject.class_word == made.info.class_word
@@ -133,7 +133,7 @@ def test_its_numbers_are_those_of_the_concepts(
             assert torch.equal(subject.embeddings[key], rows)
 
 
-def test_embeddings_of_each_layer_come_back(tmp_path: Path) -> None:
+def test_layerwise_embeddings_are_restored(tmp_path: Path) -> None:
     pipe = tiny_sd()
     concepts = layered(pipe)
     write_merged(concepts, WEIGHTS, tmp_path / "duo")
@@ -143,7 +143,7 @@ def test_embeddings_of_each_layer_come_back(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() <= 1e-5
 
 
-def test_layers_that_the_original_has_as_one_are_taken_apart(tmp_path: Path) -> None:
+def test_joined_kohya_layers_are_split_again(tmp_path: Path) -> None:
     """Also where some of them are left alone."""
     pipe = tiny_flux()
     rex = concept(pipe)
@@ -151,11 +151,11 @@ def test_layers_that_the_original_has_as_one_are_taken_apart(tmp_path: Path) -> 
     some = replace(rex, updates={**rex.updates, "transformer": part})
     family = family_of(pipe.components)
     write_merged([some], [1.0], tmp_path / "duo", layout="kohya", family=family)
-    assert_close(deltas_of(open_without_pipeline(tmp_path / "duo")), by_file_names(some))
+    assert_close(dense_updates(open_without_pipeline(tmp_path / "duo")), by_file_names(some))
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-def test_a_merge_is_merged_again(layout: str, tmp_path: Path) -> None:
+def test_merged_lora_can_be_merged_again(layout: str, tmp_path: Path) -> None:
     pipe = tiny_sd()
     rex, tom, max_ = *two(pipe), concept(pipe, "max", index=2)
     write_merged([rex, tom], WEIGHTS, tmp_path / "duo", layout=layout)
@@ -169,7 +169,7 @@ def test_a_merge_is_merged_again(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-def test_a_library_takes_a_merge_by_any_of_its_triggers(layout: str, tmp_path: Path) -> None:
+def test_library_finds_a_merge_by_each_trigger(layout: str, tmp_path: Path) -> None:
     pipe = tiny_sd()
     concepts = two(pipe)
     write_merged(concepts, WEIGHTS, tmp_path / "duo", layout=layout)
@@ -200,14 +200,14 @@ def test_a_pair_of_denoisers_needs_both_files(tmp_path: Path) -> None:
         open_adaptation(tmp_path / "duo")
 
 
-def test_a_concept_by_its_lora_file_is_the_concept(tmp_path: Path) -> None:
+def test_lora_file_of_a_concept_is_opened_as_the_concept(tmp_path: Path) -> None:
     rex = small()
     save_concept(rex, tmp_path / "rex")
     found = open_adaptation(tmp_path / "rex" / "pytorch_lora_weights.safetensors")
     assert found.info == rex.info and found.source == tmp_path / "rex"
 
 
-def test_a_merge_of_one_takes_another_name(tmp_path: Path) -> None:
+def test_merge_of_one_concept_can_be_renamed(tmp_path: Path) -> None:
     pipe = tiny_sd()
     rex = concept(pipe)
     write_merged([rex], [1.0], tmp_path / "small", rank=2)
@@ -224,7 +224,7 @@ def test_a_merge_of_one_takes_another_name(tmp_path: Path) -> None:
     pipe.load_custom(rex, tmp_path / "duo", names=["rex-2", None], merge="sum")
 
 
-def test_a_merge_of_another_base_is_refused_by_name(tmp_path: Path) -> None:
+def test_merge_of_another_base_is_refused(tmp_path: Path) -> None:
     write_merged(two(tiny_sd()), WEIGHTS, tmp_path / "duo")
     with pytest.raises(ConceptError, match="duo was learned on sd"):
         tiny_sd3().load_custom(tmp_path / "duo")
@@ -259,7 +259,7 @@ def test_a_damaged_header_is_refused(damage: str, tmp_path: Path) -> None:
         open_adaptation(tmp_path / "duo")
 
 
-def test_a_header_that_places_rows_nowhere_is_refused(tmp_path: Path) -> None:
+def test_inconsistent_row_ranges_are_refused(tmp_path: Path) -> None:
     write_merged(two(tiny_sd()), WEIGHTS, tmp_path / "duo", layout="kohya")
     path = tmp_path / "duo" / "duo.safetensors"
     with safe_open(path, "pt") as file:
@@ -278,7 +278,9 @@ shapes = st.one_of(
 
 
 @given(shapes, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.text("ab "))
-def test_subjects_survive_the_header(shape: tuple[int, ...], dtype: Any, word: str) -> None:
+def test_subjects_round_trip_through_the_header(
+    shape: tuple[int, ...], dtype: Any, word: str
+) -> None:
     rows = torch.randn(shape).to(dtype)
     subject = Subject("rex", "<rex>", word, {"text_encoder": rows, "text_encoder_2": rows[..., :1]})
     (found,) = subjects_from_header(subjects_to_header([subject]), "here")

@@ -21,7 +21,7 @@ from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.types import Lora
 from customize.errors import ConceptError
 from customize.families import family_of
-from tests.concepts.formats.making import Deltas, assert_close, deltas_of, written
+from tests.concepts.formats.adapter_files import Deltas, assert_close, dense_updates, write_file
 from tests.tiny import tiny_flux, tiny_sd
 
 KNOWN = (
@@ -34,7 +34,7 @@ BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 @pytest.mark.parametrize(
     "kind", ["LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig"]
 )
-def test_every_field_is_decided_once(kind: str) -> None:
+def test_every_peft_field_is_in_one_table(kind: str) -> None:
     """A field that a new peft adds fails here until someone has decided what it means."""
     fields = {field.name for field in dataclasses.fields(getattr(peft, kind))}
     for field in fields:
@@ -43,7 +43,7 @@ def test_every_field_is_decided_once(kind: str) -> None:
         assert peft_config.REFUSED.keys() <= fields
 
 
-def test_every_start_is_decided() -> None:
+def test_every_initialization_is_in_one_table() -> None:
     """The values that peft documents for init_lora_weights."""
     options = LoraConfig.__dataclass_fields__["init_lora_weights"].type
     stated = set(re.findall(r"'([a-z]+)(?:_niter_[^']*)?'", str(options)))
@@ -117,17 +117,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_beside_the_file(kind: str, tmp_path: Path) -> None:
+def test_configuration_beside_the_file(kind: str, tmp_path: Path) -> None:
     model = trained(LoraConfig(target_modules=["to_q", "to_k"], **CONFIGS[kind]))
     model.save_pretrained(tmp_path)
     expected = changes(model)
     assert len(expected) > 8
-    assert_close(deltas_of(read(tmp_path)), expected, 1e-4)
+    assert_close(dense_updates(read(tmp_path)), expected, 1e-4)
 
 
 @pytest.mark.parametrize("prefixed", [True, False])
 @pytest.mark.parametrize("kind", ["alpha", "rslora", "dora", "expressions", "olora"])
-def test_in_the_header(kind: str, prefixed: bool, tmp_path: Path) -> None:
+def test_configuration_in_the_header(kind: str, prefixed: bool, tmp_path: Path) -> None:
     """As diffusers writes it, of one model or of a pipeline."""
     from diffusers import StableDiffusionPipeline
     from peft.utils import get_peft_model_state_dict
@@ -146,7 +146,7 @@ def test_in_the_header(kind: str, prefixed: bool, tmp_path: Path) -> None:
         unet._hf_peft_config_loaded = True
         unet.save_lora_adapter(tmp_path, adapter_name="default")
     (file,) = tmp_path.glob("*.safetensors")
-    assert_close(deltas_of(read(file)), changes(model), 1e-4)
+    assert_close(dense_updates(read(file)), changes(model), 1e-4)
 
 
 def test_each_component_has_its_configuration(tmp_path: Path) -> None:
@@ -171,13 +171,13 @@ def test_each_component_has_its_configuration(tmp_path: Path) -> None:
         "text_encoder.use_rslora": True,
         "text_encoder.alpha_pattern": {"^text_model.encoder.*": 3},
     }
-    file = written(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
+    file = write_file(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
     found = open_adaptation(file).to_lora(family)  # type: ignore[union-attr]
     scales = {key: next(iter(own.values())).scale for key, own in found.updates.items()}
     assert scales == {"unet": 4.0, "text_encoder": pytest.approx(3 / 2**0.5)}
 
 
-def test_a_tensor_goes_before_the_configuration(tmp_path: Path) -> None:
+def test_alpha_tensor_takes_precedence_over_the_configuration(tmp_path: Path) -> None:
     model = trained(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"]))
     model.save_pretrained(tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
@@ -185,13 +185,13 @@ def test_a_tensor_goes_before_the_configuration(tmp_path: Path) -> None:
 
     tensors = load_file(file)
     first = min(tensors).removesuffix(".lora_A.weight")
-    written(file, tensors | {f"{first}.alpha": torch.tensor(1.0)})
+    write_file(file, tensors | {f"{first}.alpha": torch.tensor(1.0)})
     scales = {u.scale for u in read(tmp_path).updates["unet"].values()}
     assert scales == {4.0, 0.5}
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "rex.safetensors"])
-def test_the_folders_only_file_has_the_configuration(name: str, tmp_path: Path) -> None:
+def test_configuration_applies_to_the_only_file_of_a_folder(name: str, tmp_path: Path) -> None:
     trained(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"])).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / name)
     for source in (tmp_path, tmp_path / name):
@@ -209,7 +209,7 @@ def test_pissa_on_half_precision_keeps_the_change(tmp_path: Path) -> None:
     assert (rounded - expected).norm() < 0.02 * expected.norm()
 
 
-def test_pissa_saved_against_its_start_is_a_plain_lora(tmp_path: Path) -> None:
+def test_converted_pissa_is_a_plain_lora(tmp_path: Path) -> None:
     """What the refusals advise."""
     torch.manual_seed(0)
     model: Any = get_peft_model(
@@ -228,10 +228,10 @@ def test_pissa_saved_against_its_start_is_a_plain_lora(tmp_path: Path) -> None:
     model.save_pretrained(
         tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
-    assert_close(deltas_of(read(tmp_path / "converted")), expected, 1e-4)
+    assert_close(dense_updates(read(tmp_path / "converted")), expected, 1e-4)
 
 
-def test_pissa_needs_the_bases_weights(tmp_path: Path) -> None:
+def test_pissa_needs_base_weights(tmp_path: Path) -> None:
     trained(LoraConfig(r=2, init_lora_weights="pissa", target_modules=["to_q"])).save_pretrained(
         tmp_path
     )
@@ -265,7 +265,7 @@ def with_header(tmp_path: Path, **fields: Any) -> Path:
         f"{key}.lora_B.weight": torch.ones(out, 2),
     }
     header = json.dumps({f"transformer.{key}": value for key, value in (HEADER | fields).items()})
-    return written(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=header)
+    return write_file(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=header)
 
 
 @pytest.mark.parametrize(
@@ -289,18 +289,20 @@ def with_header(tmp_path: Path, **fields: Any) -> Path:
         ({"alpha_pattern": {"(to_q": 2}}, "not a regular expression"),
     ],
 )
-def test_what_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unsupported_configurations_are_refused(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConceptError, match=message):
         open_adaptation(with_header(tmp_path, **fields))
 
 
-def test_dora_without_magnitudes(tmp_path: Path) -> None:
+def test_dora_without_magnitudes_is_refused(tmp_path: Path) -> None:
     file = open_adaptation(with_header(tmp_path, use_dora=True))
     with pytest.raises(ConceptError, match="declares a DoRA"):
         file.to_lora(family_of(tiny_flux().components))  # type: ignore[union-attr]
 
 
-def test_what_does_nothing_is_read_without_a_word(tmp_path: Path) -> None:
+def test_fields_without_effect_give_no_warning(tmp_path: Path) -> None:
     config = LoraConfig(
         r=2,
         lora_alpha=2,
@@ -321,19 +323,19 @@ def test_what_does_nothing_is_read_without_a_word(tmp_path: Path) -> None:
     assert next(iter(products["transformer"].values())).scale == 1.0
 
 
-def test_an_unknown_field_that_is_set_is_named(tmp_path: Path) -> None:
+def test_unknown_field_gives_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="sets unknown fields, which are ignored: new_thing"):
         open_adaptation(with_header(tmp_path, new_thing=3, other_thing=None))
 
 
-def test_a_missing_alpha_is_pefts_default(tmp_path: Path) -> None:
+def test_default_alpha_of_peft(tmp_path: Path) -> None:
     """As diffusers' LoraConfig(**header) has it."""
     found = open_adaptation(with_header(tmp_path, lora_alpha=None))
     update = found.to_lora(family_of(tiny_flux().components)).updates["transformer"]  # type: ignore[union-attr]
     assert next(iter(update.values())).scale == LoraConfig().lora_alpha / 2
 
 
-def test_a_rank_that_the_tensors_show_goes_before_patterns(tmp_path: Path) -> None:
+def test_rank_of_tensors_takes_precedence_over_patterns(tmp_path: Path) -> None:
     file = with_header(tmp_path, r=3, lora_alpha=6, rank_pattern={r"transformer_blocks\.\d+.*": 2})
     update = first_update(file)
     assert update.scale == 3.0
@@ -344,7 +346,7 @@ def first_update(file: Path) -> Any:
     return next(iter(found.updates["transformer"].values()))
 
 
-def test_peft_reloads_what_is_computed_here(tmp_path: Path) -> None:
+def test_scales_agree_with_peft(tmp_path: Path) -> None:
     """That peft takes the start out of the base again is what the computation rests on."""
     model = trained(LoraConfig(r=2, init_lora_weights="pissa", target_modules=["to_q"]))
     model.save_pretrained(tmp_path)
@@ -352,16 +354,16 @@ def test_peft_reloads_what_is_computed_here(tmp_path: Path) -> None:
     assert_close(changes(again), changes(model), 1e-5)
 
 
-def test_a_configuration_that_may_be_another_files_is_named(tmp_path: Path) -> None:
+def test_ambiguous_configuration_gives_a_warning(tmp_path: Path) -> None:
     key = f"base_model.model.{BLOCK}.attn1.to_q"
     tensors = {f"{key}.lora_A.weight": torch.ones(2, 64), f"{key}.lora_B.weight": torch.ones(64, 2)}
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    path = written(tmp_path / "one.safetensors", tensors)
+    path = write_file(tmp_path / "one.safetensors", tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_adaptation(path)
-        written(tmp_path / "two.safetensors", {f"{key}.diff": torch.ones(64, 64)})
+        write_file(tmp_path / "two.safetensors", {f"{key}.diff": torch.ones(64, 64)})
         open_adaptation(tmp_path / "two.safetensors")
     with pytest.warns(UserWarning, match=r"one\.safetensors: adapter_config\.json is not used"):
         open_adaptation(path)

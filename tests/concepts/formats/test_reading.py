@@ -14,15 +14,15 @@ from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.concepts.types import Lora
 from customize.errors import ConceptError
 from customize.families import Family, family_of
-from tests.concepts.formats.making import (
+from tests.concepts.formats.adapter_files import (
     assert_close,
-    deltas_of,
-    dense,
-    diffusers,
-    factors,
-    kohya,
-    lora,
-    written,
+    dense_product,
+    dense_updates,
+    diffusers_name,
+    kohya_names,
+    lora_tensors,
+    random_factors,
+    write_file,
 )
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
 from tests.tiny_llm import tiny_flux2
@@ -58,42 +58,50 @@ def read(path: Path, family: Family) -> Lora:
     ],
 )
 def test_diffusers_names_of_all_layers(family: Family, ends, tmp_path: Path) -> None:
-    tensors, deltas = lora(family, diffusers, ends)
-    found = read(written(tmp_path / "some.safetensors", tensors), family)
-    assert_close(deltas_of(found), deltas)
+    tensors, deltas = lora_tensors(family, diffusers_name, ends)
+    found = read(write_file(tmp_path / "some.safetensors", tensors), family)
+    assert_close(dense_updates(found), deltas)
     assert (found.info.name, found.info.rank) == ("some", 3)
 
 
 def test_kohyas_names_of_all_layers(family: Family, tmp_path: Path) -> None:
-    tensors, deltas = lora(family, kohya(family), (".lora_down.weight", ".lora_up.weight"))
-    assert_close(deltas_of(read(written(tmp_path / "some.safetensors", tensors), family)), deltas)
+    tensors, deltas = lora_tensors(
+        family, kohya_names(family), (".lora_down.weight", ".lora_up.weight")
+    )
+    assert_close(
+        dense_updates(read(write_file(tmp_path / "some.safetensors", tensors), family)), deltas
+    )
 
 
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model.", ""])
-def test_the_denoisers_layers_alone(family: Family, prefix: str, tmp_path: Path) -> None:
-    tensors, deltas = lora(
+def test_keys_without_a_component(family: Family, prefix: str, tmp_path: Path) -> None:
+    tensors, deltas = lora_tensors(
         family,
         lambda component, module: prefix + module,
         (".lora_A.weight", ".lora_B.weight"),
         components=[family.denoiser_key],
     )
-    assert_close(deltas_of(read(written(tmp_path / "some.safetensors", tensors), family)), deltas)
+    assert_close(
+        dense_updates(read(write_file(tmp_path / "some.safetensors", tensors), family)), deltas
+    )
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
 def test_comfys_names_of_text_encoders(name: str, tmp_path: Path) -> None:
     family = family_of(MAKERS[name]().components)
     clips = dict(zip(family.text_encoders, ("clip_l", "clip_g"), strict=False))
-    tensors, deltas = lora(
+    tensors, deltas = lora_tensors(
         family,
         lambda component, module: f"text_encoders.{clips[component]}.transformer.{module}",
         (".lora_down.weight", ".lora_up.weight"),
         components=list(clips),
     )
-    assert_close(deltas_of(read(written(tmp_path / "some.safetensors", tensors), family)), deltas)
+    assert_close(
+        dense_updates(read(write_file(tmp_path / "some.safetensors", tensors), family)), deltas
+    )
 
 
-def test_old_diffusers_names_over_the_processor(tmp_path: Path) -> None:
+def test_old_diffusers_names_with_the_attention_processor(tmp_path: Path) -> None:
     family = family_of(tiny_sd().components)
     leaves = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
@@ -109,23 +117,27 @@ def test_old_diffusers_names_over_the_processor(tmp_path: Path) -> None:
     for component, own in targets.items():
         for module, shape in own.items():
             named = f"text_model.{module}" if component == "text_encoder" else module
-            up, down = factors(shape, 2, generator)
+            up, down = random_factors(shape, 2, generator)
             path = old(component, named)
             tensors[f"{path}.up.weight"], tensors[f"{path}.down.weight"] = up, down
-            deltas[component, named] = dense(up, down)
+            deltas[component, named] = dense_product(up, down)
     assert any("processor.to_out_lora.down.weight" in key for key in tensors)
-    assert_close(deltas_of(read(written(tmp_path / "old.safetensors", tensors), family)), deltas)
+    assert_close(
+        dense_updates(read(write_file(tmp_path / "old.safetensors", tensors), family)), deltas
+    )
 
 
-def test_the_text_encoders_other_old_names(tmp_path: Path) -> None:
+def test_old_names_of_text_encoders(tmp_path: Path) -> None:
     family = family_of(tiny_sd().components)
-    tensors, deltas = lora(
+    tensors, deltas = lora_tensors(
         family,
-        diffusers,
+        diffusers_name,
         (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
         components=["text_encoder"],
     )
-    assert_close(deltas_of(read(written(tmp_path / "old.safetensors", tensors), family)), deltas)
+    assert_close(
+        dense_updates(read(write_file(tmp_path / "old.safetensors", tensors), family)), deltas
+    )
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "z_image", "flux2", "wan"])
@@ -141,12 +153,12 @@ def test_original_names_are_split_exactly(name: str, prefix: str, tmp_path: Path
             continue
         rank = 1 + number % 3
         out = sum(each.stop - each.start for each in rows)
-        up, down = factors((out, *shapes[rows[0].module][1:]), rank, generator)
+        up, down = random_factors((out, *shapes[rows[0].module][1:]), rank, generator)
         flat = original.replace(".", "_") if prefix.endswith("_") else original
         tensors[f"{prefix}{flat}.lora_up.weight"] = up
         tensors[f"{prefix}{flat}.lora_down.weight"] = down
         tensors[f"{prefix}{flat}.alpha"] = torch.tensor(2.0)
-        whole, first = dense(up, down, 2.0 / rank), 0
+        whole, first = dense_product(up, down, 2.0 / rank), 0
         for each in rows:
             place = (key, each.module)
             count = each.stop - each.start
@@ -155,14 +167,16 @@ def test_original_names_are_split_exactly(name: str, prefix: str, tmp_path: Path
             )
             layer[each.start : each.stop] = whole[first : first + count]
             first += count
-    assert_close(deltas_of(read(written(tmp_path / "a.safetensors", tensors), family)), deltas)
+    assert_close(
+        dense_updates(read(write_file(tmp_path / "a.safetensors", tensors), family)), deltas
+    )
 
 
 def test_xlabs_names(tmp_path: Path) -> None:
     family = family_of(tiny_flux().components)
     generator = torch.Generator().manual_seed(3)
-    up, down = factors((96, 32), 4, generator)
-    proj_up, proj_down = factors((32, 32), 2, generator)
+    up, down = random_factors((96, 32), 4, generator)
+    proj_up, proj_down = random_factors((32, 32), 2, generator)
     path = "double_blocks.1.processor"
     tensors = {
         f"{path}.qkv_lora2.down.weight": down,
@@ -170,20 +184,20 @@ def test_xlabs_names(tmp_path: Path) -> None:
         f"{path}.proj_lora1.down.weight": proj_down,
         f"{path}.proj_lora1.up.weight": proj_up,
     }
-    found = deltas_of(read(written(tmp_path / "x.safetensors", tensors), family))
+    found = dense_updates(read(write_file(tmp_path / "x.safetensors", tensors), family))
     block = "transformer_blocks.1.attn"
     expected = {
         ("transformer", f"{block}.add_{name}_proj"): part
-        for name, part in zip("qkv", dense(up, down).split(32), strict=True)
+        for name, part in zip("qkv", dense_product(up, down).split(32), strict=True)
     }
-    expected["transformer", f"{block}.to_out.0"] = dense(proj_up, proj_down)
+    expected["transformer", f"{block}.to_out.0"] = dense_product(proj_up, proj_down)
     assert_close(found, expected)
 
 
-def test_scales_from_pefts_configuration(tmp_path: Path) -> None:
+def test_scales_from_peft_configuration(tmp_path: Path) -> None:
     """alpha and rank by pattern, and rank-stabilized, as peft writes them beside the tensors."""
     family = family_of(tiny_sd().components)
-    tensors, _ = lora(
+    tensors, _ = lora_tensors(
         family,
         lambda component, module: f"base_model.model.{module}",
         (".lora_A.weight", ".lora_B.weight"),
@@ -212,45 +226,51 @@ def test_scales_from_pefts_configuration(tmp_path: Path) -> None:
 
 def test_scales_from_diffusers_header(tmp_path: Path) -> None:
     family = family_of(tiny_sd().components)
-    tensors, _ = lora(family, diffusers, (".lora_A.weight", ".lora_B.weight"), alphas="none")
+    tensors, _ = lora_tensors(
+        family, diffusers_name, (".lora_A.weight", ".lora_B.weight"), alphas="none"
+    )
     header = {"unet.r": 2, "unet.lora_alpha": 8, "text_encoder.r": 2, "text_encoder.lora_alpha": 1}
-    path = written(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
+    path = write_file(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
     found = read(path, family)
     for component, alpha in (("unet", 8), ("text_encoder", 1)):
         assert all(u.scale == alpha / u.rank for u in found.updates[component].values())
 
 
-def test_a_missing_alpha_means_the_rank(tmp_path: Path) -> None:
+def test_missing_alpha_is_the_rank(tmp_path: Path) -> None:
     family = family_of(tiny_flux().components)
-    tensors, deltas = lora(
-        family, kohya(family), (".lora_down.weight", ".lora_up.weight"), alphas="none"
+    tensors, deltas = lora_tensors(
+        family, kohya_names(family), (".lora_down.weight", ".lora_up.weight"), alphas="none"
     )
-    found = read(written(tmp_path / "a.safetensors", tensors), family)
+    found = read(write_file(tmp_path / "a.safetensors", tensors), family)
     assert {u.scale for own in found.updates.values() for u in own.values()} == {1.0}
-    assert_close(deltas_of(found), deltas)
+    assert_close(dense_updates(found), deltas)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
-def test_narrow_numbers_are_read_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_low_precision_tensors_are_decoded_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
     family = family_of(tiny_sd().components)
-    up, down = factors((32, 16), 2, torch.Generator().manual_seed(4))
+    up, down = random_factors((32, 16), 2, torch.Generator().manual_seed(4))
     module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    up, down = factors(family.weight_shapes("unet")[module], 2, torch.Generator().manual_seed(4))
+    up, down = random_factors(
+        family.weight_shapes("unet")[module], 2, torch.Generator().manual_seed(4)
+    )
     up, down = up.to(dtype), down.to(dtype)
     path = f"unet.{module}"
     tensors = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
-    found = read(written(tmp_path / "a.safetensors", tensors), family)
-    assert_close(deltas_of(found), {("unet", module): dense(up.float(), down.float())}, 1e-7)
+    found = read(write_file(tmp_path / "a.safetensors", tensors), family)
+    assert_close(
+        dense_updates(found), {("unet", module): dense_product(up.float(), down.float())}, 1e-7
+    )
 
 
-def test_a_second_denoiser_goes_by_its_own_name(tmp_path: Path) -> None:
+def test_keys_with_the_name_of_the_second_denoiser(tmp_path: Path) -> None:
     both = family_of(tiny_wan("2.2-14b").components)
     names = ["transformer", "transformer_2"]
-    tensors, deltas = lora(
-        both, diffusers, (".lora_A.weight", ".lora_B.weight"), every=3, components=names
+    tensors, deltas = lora_tensors(
+        both, diffusers_name, (".lora_A.weight", ".lora_B.weight"), every=3, components=names
     )
-    path = written(tmp_path / "a.safetensors", tensors)
-    assert_close(deltas_of(open_adaptation(path).to_lora(both)), deltas)
+    path = write_file(tmp_path / "a.safetensors", tensors)
+    assert_close(dense_updates(open_adaptation(path).to_lora(both)), deltas)
     one = family_of(tiny_wan().components)
     with pytest.raises(ConceptError, match=r"not in this wan model.*transformer_2\.blocks"):
         open_adaptation(path).to_lora(one)
@@ -258,24 +278,28 @@ def test_a_second_denoiser_goes_by_its_own_name(tmp_path: Path) -> None:
 
 def test_file_name_selects_one_of_two_denoisers(tmp_path: Path) -> None:
     both = family_of(tiny_wan("2.2-14b").components)
-    tensors, deltas = lora(
-        both, diffusers, (".lora_A.weight", ".lora_B.weight"), every=9, components=["transformer"]
+    tensors, deltas = lora_tensors(
+        both,
+        diffusers_name,
+        (".lora_A.weight", ".lora_B.weight"),
+        every=9,
+        components=["transformer"],
     )
     low_deltas = {("transformer_2", module): delta for (_, module), delta in deltas.items()}
-    path = written(tmp_path / "some.safetensors", tensors)
+    path = write_file(tmp_path / "some.safetensors", tensors)
     with pytest.warns(UserWarning, match=r"some\.safetensors.*transformer takes it.*transformer_2"):
-        assert_close(deltas_of(open_adaptation(path).to_lora(both)), deltas)
+        assert_close(dense_updates(open_adaptation(path).to_lora(both)), deltas)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, expected in (("high", deltas), ("low", low_deltas)):
-            path = written(tmp_path / f"{name}.safetensors", tensors)
-            assert_close(deltas_of(open_adaptation(path).to_lora(both)), expected)
+            path = write_file(tmp_path / f"{name}.safetensors", tensors)
+            assert_close(dense_updates(open_adaptation(path).to_lora(both)), expected)
 
 
-def test_trigger_words_come_from_the_header(tmp_path: Path) -> None:
+def test_trigger_words_from_the_header(tmp_path: Path) -> None:
     family = family_of(tiny_sd().components)
-    tensors, _ = lora(family, diffusers, (".lora_A.weight", ".lora_B.weight"), every=9)
-    path = written(
+    tensors, _ = lora_tensors(family, diffusers_name, (".lora_A.weight", ".lora_B.weight"), every=9)
+    path = write_file(
         tmp_path / "My Style v1.2.safetensors",
         tensors,
         **{"modelspec.trigger_phrase": "in mystyle\x1b[31m", "ss_base_model_version": "sd_v1"},

@@ -17,7 +17,14 @@ from customize.concepts.formats.open_adaptation import open_adaptation, open_wit
 from customize.core.oft import oft_row_delta
 from customize.errors import ConceptError, CustomizeError, PipelineError
 from customize.families import Family, family_of
-from tests.concepts.formats.making import assert_close, deltas_of, diffusers, kohya, lora, written
+from tests.concepts.formats.adapter_files import (
+    assert_close,
+    dense_updates,
+    diffusers_name,
+    kohya_names,
+    lora_tensors,
+    write_file,
+)
 from tests.tiny import tiny_flux, tiny_sd, tiny_sdxl
 
 ENDS = (".lora_down.weight", ".lora_up.weight")
@@ -28,38 +35,40 @@ def sd() -> Family:
     return family_of(tiny_sd().components)
 
 
-def test_another_familys_lora_is_named(sd: Family, tmp_path: Path) -> None:
+def test_lora_of_another_family_is_refused(sd: Family, tmp_path: Path) -> None:
     flux = family_of(tiny_flux().components)
-    path = written(tmp_path / "f.safetensors", lora(flux, kohya(flux), ENDS, every=5)[0])
+    path = write_file(
+        tmp_path / "f.safetensors", lora_tensors(flux, kohya_names(flux), ENDS, every=5)[0]
+    )
     with pytest.raises(
         ConceptError, match="looks like a LoRA of flux, and this model is one of sd"
     ):
         open_adaptation(path).to_lora(sd)
 
 
-def test_sdxls_lora_on_sd(sd: Family, tmp_path: Path) -> None:
+def test_sdxl_lora_on_sd_is_refused(sd: Family, tmp_path: Path) -> None:
     module = "lora_unet_down_blocks_2_attentions_1_transformer_blocks_7_attn2_to_k"
     tensors = {f"{module}{ENDS[0]}": torch.ones(1, 2048), f"{module}{ENDS[1]}": torch.ones(1280, 1)}
-    path = written(tmp_path / "x.safetensors", tensors)
+    path = write_file(tmp_path / "x.safetensors", tensors)
     with pytest.raises(ConceptError, match="looks like a LoRA of sdxl"):
         open_adaptation(path).to_lora(sd)
     assert open_without_pipeline(path).info.family == "sdxl"
 
 
-def test_keys_of_two_families(sd: Family, tmp_path: Path) -> None:
-    tensors = lora(sd, kohya(sd), ENDS, every=5)[0]
+def test_keys_of_two_families_are_refused(sd: Family, tmp_path: Path) -> None:
+    tensors = lora_tensors(sd, kohya_names(sd), ENDS, every=5)[0]
     extra = "lora_unet_double_blocks_18_img_attn_proj"  # FLUX.2 has fewer
     tensors |= {f"{extra}{end}": torch.ones(2, 2) for end in ENDS}
-    path = written(tmp_path / "two.safetensors", tensors)
+    path = write_file(tmp_path / "two.safetensors", tensors)
     with pytest.raises(ConceptError, match="it has keys of sd and of flux: lora_unet_double") as it:
         open_adaptation(path).to_lora(sd)
     assert all(f"{extra}{end}" in str(it.value) for end in ENDS)
 
 
-def test_an_unknown_layer_is_listed(sd: Family, tmp_path: Path) -> None:
-    tensors = lora(sd, diffusers, ENDS, every=7)[0]
+def test_unknown_layer_is_named(sd: Family, tmp_path: Path) -> None:
+    tensors = lora_tensors(sd, diffusers_name, ENDS, every=7)[0]
     tensors |= {f"unet.no.such.layer{end}": torch.ones(2, 2) for end in ENDS}
-    path = written(tmp_path / "a.safetensors", tensors)
+    path = write_file(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ConceptError, match=r"1 of the file's .* unet\.no\.such\.layer\.lora_down"):
         open_adaptation(path).to_lora(sd)
 
@@ -73,29 +82,29 @@ def test_an_unknown_layer_is_listed(sd: Family, tmp_path: Path) -> None:
         ("unet.conv_in.something", "not read here"),
     ],
 )
-def test_keys_that_are_not_read(key: str, kind: str, sd: Family, tmp_path: Path) -> None:
-    tensors = lora(sd, diffusers, ENDS, every=9)[0] | {key: torch.ones(4)}
-    path = written(tmp_path / "a.safetensors", tensors)
+def test_unsupported_keys_are_refused(key: str, kind: str, sd: Family, tmp_path: Path) -> None:
+    tensors = lora_tensors(sd, diffusers_name, ENDS, every=9)[0] | {key: torch.ones(4)}
+    path = write_file(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ConceptError, match="a file is not loaded in part") as error:
         open_adaptation(path)
     assert kind in str(error.value) and key in str(error.value)
 
 
-def test_names_are_shown_only_up_to_a_length(sd: Family, tmp_path: Path) -> None:
-    tensors, long = lora(sd, diffusers, ENDS, every=9)[0], 100_000 * "x"
+def test_long_names_are_shortened_in_messages(sd: Family, tmp_path: Path) -> None:
+    tensors, long = lora_tensors(sd, diffusers_name, ENDS, every=9)[0], 100_000 * "x"
     path = tmp_path / "a.safetensors"
     for added in ({long: torch.ones(1)}, {f"unet.{long}{end}": torch.ones(2, 2) for end in ENDS}):
         with pytest.raises(ConceptError, match=r"a name of 1000\d\d characters"):
-            open_adaptation(written(path, tensors | added))
+            open_adaptation(write_file(path, tensors | added))
     header = json.dumps({"unet.alpha_pattern": {f"({long}": 1}})
     with pytest.raises(ConceptError, match="not a regular expression") as error:
-        open_adaptation(written(path, tensors, lora_adapter_metadata=header))
+        open_adaptation(write_file(path, tensors, lora_adapter_metadata=header))
     assert len(str(error.value)) < 1000
 
 
-def test_what_is_not_whole(sd: Family, tmp_path: Path) -> None:
-    tensors = lora(sd, diffusers, ENDS, every=4)[0]
-    path = written(tmp_path / "a.safetensors", tensors)
+def test_truncated_files_are_refused(sd: Family, tmp_path: Path) -> None:
+    tensors = lora_tensors(sd, diffusers_name, ENDS, every=4)[0]
+    path = write_file(tmp_path / "a.safetensors", tensors)
     data = path.read_bytes()
     for cut in (4, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:cut])
@@ -104,7 +113,7 @@ def test_what_is_not_whole(sd: Family, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".bin", ".pt", ".ckpt"])
-def test_pickles(ending: str, tmp_path: Path) -> None:
+def test_pickles_are_refused(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"some{ending}"
     path.write_bytes(pickle.dumps({"a": 1}))
     for source in (path, tmp_path):
@@ -112,9 +121,11 @@ def test_pickles(ending: str, tmp_path: Path) -> None:
             open_adaptation(source)
 
 
-def test_a_folder_with_several_files(sd: Family, tmp_path: Path) -> None:
+def test_folder_with_several_files_is_refused(sd: Family, tmp_path: Path) -> None:
     for name in "ab":
-        written(tmp_path / f"{name}.safetensors", lora(sd, diffusers, ENDS, every=9)[0])
+        write_file(
+            tmp_path / f"{name}.safetensors", lora_tensors(sd, diffusers_name, ENDS, every=9)[0]
+        )
     with pytest.raises(ConceptError, match="2 files that may be a LoRA"):
         open_adaptation(tmp_path)
 
@@ -136,45 +147,50 @@ def test_a_folder_with_several_files(sd: Family, tmp_path: Path) -> None:
         (lambda t, k: t.update({f"{k}{ENDS[0]}": torch.ones(2, 16).int()}), "numbers of type"),
     ],
 )
-def test_a_layer_that_is_wrong(change: Any, message: str, sd: Family, tmp_path: Path) -> None:
-    tensors, _ = lora(sd, diffusers, ENDS, every=3)
+def test_invalid_layers_are_refused(change: Any, message: str, sd: Family, tmp_path: Path) -> None:
+    tensors, _ = lora_tensors(sd, diffusers_name, ENDS, every=3)
     key = "unet.down_blocks.0.resnets.0.time_emb_proj"
     key = next(k.removesuffix(ENDS[0]) for k in tensors if k.endswith(ENDS[0]) and "attn1" in k)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     change(tensors, key)
-    path = written(tmp_path / "a.safetensors", tensors)
+    path = write_file(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ConceptError, match=message) as error:
         open_adaptation(path).to_lora(sd)
     assert key.rpartition(".")[2] in str(error.value)
 
 
 @pytest.mark.parametrize("side", [1, 3])
-def test_boft_of_blocks_that_cannot_be_halved(side: int) -> None:
+def test_boft_with_odd_blocks_is_refused(side: int) -> None:
     """A stage pairs half a block with half of another."""
     with pytest.raises(ConceptError, match=f"blocks of {side} rows cannot be halved"):
         oft_row_delta(torch.ones(12, 4), torch.ones(1, 12 // side, side, side), None, None)
 
 
-def test_a_damaged_layer_is_blamed_on_no_other_family(sd: Family, tmp_path: Path) -> None:
+def test_damaged_layer_gives_no_hint_of_another_family(sd: Family, tmp_path: Path) -> None:
     """SDXL has a layer of this name as well, but so has this model."""
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {f"{key}{end}": torch.ones(3) for end in ENDS}
     with pytest.raises(ConceptError, match="is not a matrix") as error:
-        open_adaptation(written(tmp_path / "a.safetensors", tensors)).to_lora(sd)
+        open_adaptation(write_file(tmp_path / "a.safetensors", tensors)).to_lora(sd)
     assert "sdxl" not in str(error.value)
 
 
-def test_two_spellings_of_one_layer(sd: Family, tmp_path: Path) -> None:
-    tensors = lora(sd, diffusers, ENDS, every=50)[0] | lora(sd, kohya(sd), ENDS, every=50)[0]
-    path = written(tmp_path / "a.safetensors", tensors)
+def test_two_names_of_one_layer_are_refused(sd: Family, tmp_path: Path) -> None:
+    tensors = (
+        lora_tensors(sd, diffusers_name, ENDS, every=50)[0]
+        | lora_tensors(sd, kohya_names(sd), ENDS, every=50)[0]
+    )
+    path = write_file(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ConceptError, match="change the same layer"):
         open_adaptation(path).to_lora(sd)
 
 
-def test_a_text_encoder_that_the_pipeline_lacks(tmp_path: Path) -> None:
+def test_unloaded_text_encoder_is_named(tmp_path: Path) -> None:
     pipe = tiny_sdxl()
     whole = family_of(pipe.components)
-    path = written(tmp_path / "a.safetensors", lora(whole, kohya(whole), ENDS, every=3)[0])
+    path = write_file(
+        tmp_path / "a.safetensors", lora_tensors(whole, kohya_names(whole), ENDS, every=3)[0]
+    )
     pipe.text_encoder_2 = None
     with pytest.raises(PipelineError, match=r"second text encoder, which this pipeline lacks"):
         open_adaptation(path).to_lora(family_of(pipe.components))
@@ -182,10 +198,10 @@ def test_a_text_encoder_that_the_pipeline_lacks(tmp_path: Path) -> None:
 
 def test_t5_takes_no_adapter(tmp_path: Path) -> None:
     flux = family_of(tiny_flux().components)
-    tensors = lora(flux, kohya(flux), ENDS, every=3)[0]
+    tensors = lora_tensors(flux, kohya_names(flux), ENDS, every=3)[0]
     name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     tensors |= {f"{name}{end}": torch.ones(2, 2) for end in ENDS}
-    path = written(tmp_path / "a.safetensors", tensors)
+    path = write_file(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ConceptError, match="changes the T5, which takes no adapter in family flux"):
         open_adaptation(path).to_lora(flux)
 
@@ -203,17 +219,17 @@ def test_t5_takes_no_adapter(tmp_path: Path) -> None:
         '{"unet.use_rslora": "yes"}',
     ],
 )
-def test_a_header_that_is_wrong(header: str, sd: Family, tmp_path: Path) -> None:
-    tensors = lora(sd, diffusers, ENDS, every=9)[0]
-    path = written(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=header)
+def test_invalid_headers_are_refused(header: str, sd: Family, tmp_path: Path) -> None:
+    tensors = lora_tensors(sd, diffusers_name, ENDS, every=9)[0]
+    path = write_file(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=header)
     with pytest.raises(ConceptError, match="adapter's"):
         open_adaptation(path)
 
 
-def test_a_file_of_no_known_model(tmp_path: Path) -> None:
+def test_file_of_an_unknown_model_is_refused(tmp_path: Path) -> None:
     tensors = {f"lora_unet_blocks_0_thing{end}": torch.ones(2, 2) for end in ENDS}
     with pytest.raises(ConceptError, match=r"no published model .* lora_unet_blocks_0_thing"):
-        open_without_pipeline(written(tmp_path / "a.safetensors", tensors))
+        open_without_pipeline(write_file(tmp_path / "a.safetensors", tensors))
 
 
 # A layer of each kind, so that whatever goes wrong meets every path.
@@ -224,9 +240,9 @@ KEPT = ("conv_in", "attn1.to_q", "ff.net.2", "conv2", "self_attn.k_proj", "mlp.f
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_a_file_is_read_wholly_or_not_at_all(data: st.DataObject, sd: Family) -> None:
+def test_damaged_files_are_refused_or_decoded_completely(data: st.DataObject, sd: Family) -> None:
     """Keys dropped, renamed and added: what is read is what the keys that are left say."""
-    tensors, deltas = lora(sd, kohya(sd), ENDS, seed=5)
+    tensors, deltas = lora_tensors(sd, kohya_names(sd), ENDS, seed=5)
     tensors = {
         k: t
         for k, t in tensors.items()
@@ -256,11 +272,11 @@ def test_a_file_is_read_wholly_or_not_at_all(data: st.DataObject, sd: Family) ->
     assert set(changed) <= set(tensors)
     layers = {key.partition(".")[0] for key in changed}
     assert all(f"{layer}{end}" in changed for layer in layers for end in ENDS)
-    name = kohya(sd)
+    name = kohya_names(sd)
     left = {place: delta for place, delta in expected.items() if name(*place) in layers}
     for place in list(left):
         alpha = f"{name(*place)}.alpha"
         if alpha in tensors and alpha not in changed:
             rank = tensors[f"{name(*place)}{ENDS[0]}"].shape[0]
             left[place] = left[place] * rank / float(tensors[alpha])
-    assert_close(deltas_of(found), left, 1e-5)
+    assert_close(dense_updates(found), left, 1e-5)

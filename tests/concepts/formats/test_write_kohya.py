@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers_name import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -24,7 +24,13 @@ from customize.concepts.types import Lora, LoraInfo
 from customize.core.lowrank import LowRank
 from customize.errors import ConceptError
 from customize.families import Family, family_of
-from tests.concepts.formats.making import assert_close, deltas_of, diffusers, lora, written
+from tests.concepts.formats.adapter_files import (
+    assert_close,
+    dense_updates,
+    diffusers_name,
+    lora_tensors,
+    write_file,
+)
 from tests.concepts.making import small
 from tests.pipeline.making import concept, draw
 from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
@@ -42,14 +48,14 @@ ENDS = (".lora_A.weight", ".lora_B.weight")
 
 @pytest.mark.parametrize("every", [1, 2, 5])
 @pytest.mark.parametrize("name", MAKERS)
-def test_what_is_written_is_read_again(name: str, every: int, tmp_path: Path) -> None:
+def test_written_tensors_are_parsed_again(name: str, every: int, tmp_path: Path) -> None:
     """Also where just some of the layers are changed that the original computes as one."""
     family = family_of(MAKERS[name]().components)
-    tensors, deltas = lora(family, diffusers, ENDS, every=every)
-    found = open_adaptation(written(tmp_path / "a.safetensors", tensors)).to_lora(family)
+    tensors, deltas = lora_tensors(family, diffusers_name, ENDS, every=every)
+    found = open_adaptation(write_file(tmp_path / "a.safetensors", tensors)).to_lora(family)
     back = kohya_tensors(found.updates, family)
     assert all(key.startswith(("lora_unet_", "lora_te")) for key in back)
-    again = deltas_of(parse_lora_file("b", "b", back, {}).to_lora(family))
+    again = dense_updates(parse_lora_file("b", "b", back, {}).to_lora(family))
     # The layers left alone that are one with others in the file come back as zeros.
     zeros = {place: delta for place, delta in again.items() if place not in deltas}
     assert not any(bool(delta.any()) for delta in zeros.values())
@@ -67,7 +73,7 @@ def test_a_shared_slice_keeps_its_rank_in_a_fused_layer() -> None:
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "flux", "qwen_image", "z_image"])
-def test_stock_diffusers_draws_the_same(name: str, tmp_path: Path) -> None:
+def test_diffusers_gives_the_same_image(name: str, tmp_path: Path) -> None:
     ours, stock = MAKERS[name](), MAKERS[name]()
     plain = draw(stock, "a photo of a dog")
     made = concept(ours)
@@ -89,7 +95,7 @@ def test_stock_diffusers_draws_the_same(name: str, tmp_path: Path) -> None:
     assert np.abs(picture - draw(ours, "a photo of a dog")).max() <= 1e-4
 
 
-def test_the_header_says_what_user_interfaces_show(tmp_path: Path) -> None:
+def test_header_has_the_fields_that_user_interfaces_show(tmp_path: Path) -> None:
     pipe = tiny_sdxl()
     concepts = [concept(pipe, "rex"), concept(pipe, "tom", index=1)]
     family = family_of(pipe.components)
@@ -126,7 +132,7 @@ def test_the_same_merge_gives_the_same_files(tmp_path: Path) -> None:
     )
 
 
-def test_a_size_of_its_own(tmp_path: Path) -> None:
+def test_model_of_an_unpublished_size(tmp_path: Path) -> None:
     """kohya calls the layers of Stable Diffusion as diffusers does, so any size can be written;
     others only with the model at hand."""
     made = small()
@@ -166,15 +172,15 @@ def test_convolutions_keep_their_shape(layout: str, tmp_path: Path) -> None:
     path = tmp_path / "a" / f"{name}.safetensors"
     shapes = {tuple(tensor.shape) for tensor in load_file(path).values()}
     assert {(2, 4, 3, 3), (320, 2, 1, 1), (2, 320, 1, 1)} <= shapes
-    expected = {k: 2 * v for k, v in deltas_of(made).items()}
-    assert_close(deltas_of(open_without_pipeline(path)), expected)
+    expected = {k: 2 * v for k, v in dense_updates(made).items()}
+    assert_close(dense_updates(open_without_pipeline(path)), expected)
 
 
-def test_stock_diffusers_reads_a_merged_convolution(tmp_path: Path) -> None:
+def test_diffusers_loads_a_merged_convolution(tmp_path: Path) -> None:
     pipe: StableDiffusionPipeline = tiny_sd()
     family: Family = family_of(pipe.components)
-    tensors, _ = lora(family, diffusers, ENDS, every=3)
-    found = open_adaptation(written(tmp_path / "s.safetensors", tensors)).to_lora(family)
+    tensors, _ = lora_tensors(family, diffusers_name, ENDS, every=3)
+    found = open_adaptation(write_file(tmp_path / "s.safetensors", tensors)).to_lora(family)
     write_merged([found], [0.5], tmp_path / "out", family=family)
     pipe.load_lora_weights(tmp_path / "out")
     ours = tiny_sd().load_custom(tmp_path / "s.safetensors", weights=[0.5])
@@ -183,15 +189,15 @@ def test_stock_diffusers_reads_a_merged_convolution(tmp_path: Path) -> None:
     assert np.abs(draw(pipe, prompt) - draw(ours, prompt)).max() <= 1e-4
 
 
-def test_a_lora_and_a_concept_merge_by_the_same_sum(tmp_path: Path) -> None:
+def test_lora_and_concept_are_merged_by_the_same_sum(tmp_path: Path) -> None:
     pipe = tiny_sd()
     family = family_of(pipe.components)
-    tensors, deltas = lora(family, diffusers, ENDS, every=2)
-    style = open_adaptation(written(tmp_path / "style.safetensors", tensors)).to_lora(family)
+    tensors, deltas = lora_tensors(family, diffusers_name, ENDS, every=2)
+    style = open_adaptation(write_file(tmp_path / "style.safetensors", tensors)).to_lora(family)
     rex = concept(pipe)
     summed = Lora(style.info, merge_concepts([rex, style], [0.5, 2.0]))
     expected = {place: 2.0 * delta for place, delta in deltas.items()}
-    for (component, module), delta in deltas_of(rex).items():
+    for (component, module), delta in dense_updates(rex).items():
         place = (component, saved_module_name(component, module))
         expected[place] = expected.get(place, 0.0) + 0.5 * delta
-    assert_close(deltas_of(summed), expected)
+    assert_close(dense_updates(summed), expected)

@@ -58,11 +58,11 @@ def of(given, component, module):
         ({"up_blocks.1": 0}, "up_blocks.1.attentions.0.proj_in", 0.0),
     ],
 )
-def test_weights_of_a_unets_layers(given, layer, expected):
+def test_weights_of_unet_layers(given, layer, expected):
     assert of(given, "unet", layer) == expected
 
 
-def test_text_encoders_by_either_name_of_their_layers():
+def test_text_encoder_layers_by_both_names():
     given = {"text_encoder": {"layers": [0.2, 0.4]}}
     for name in ("encoder.layers.1.self_attn.q_proj", "text_model.encoder.layers.1.self_attn.q"):
         assert of(given, "text_encoder", name) == 0.4
@@ -71,7 +71,7 @@ def test_text_encoders_by_either_name_of_their_layers():
     )
 
 
-def test_block_1_is_not_the_beginning_of_block_10():
+def test_block_1_does_not_match_block_10():
     layers = {"transformer": [f"blocks.{n}.to_q" for n in range(12)]}
     weight = parse_weight("rex", {"blocks": {"block_1": 0.5}}, layers, ["transformer"])
     assert [weight.for_layer("transformer", f"blocks.{n}.to_q") for n in (1, 10, 11)] == [
@@ -83,7 +83,7 @@ def test_block_1_is_not_the_beginning_of_block_10():
     assert each.for_layer("transformer", "blocks.10.to_q") == 1.0
 
 
-def test_two_denoisers_have_blocks_of_the_same_names():
+def test_blocks_of_two_denoisers():
     layers = {key: ["blocks.0.to_q"] for key in ("transformer", "transformer_2")}
     weight = parse_weight("rex", {"blocks": 0.5, "transformer_2": 0.2}, layers, [*layers])
     assert weight.for_layer("transformer", "blocks.0.to_q") == 0.5
@@ -92,7 +92,7 @@ def test_two_denoisers_have_blocks_of_the_same_names():
 
 
 @pytest.mark.parametrize("given", [{"unet": {"time_embedding": [1, 2]}}, {"mid": [1, 2]}, {"x": 1}])
-def test_refused(given):
+def test_invalid_weights_are_refused(given):
     with pytest.raises(ConfigError):
         parse_weight("rex", given, LAYERS, ["unet"])
 
@@ -109,7 +109,7 @@ def lora(name, seed, layers=("a", "b")):
 
 
 @pytest.mark.parametrize("method", ["sum", "average", "magnitude", "dare", "ties", "fusion"])
-def test_a_layer_of_weight_0_counts_as_none(method):
+def test_layer_of_weight_0_counts_as_unchanged(method):
     g = torch.Generator().manual_seed(5)
     rows = [{"unet": {m: torch.randn(9, 5, generator=g) for m in "ab"}} for _ in range(4)]
     inputs = [LayerInputs("", rows[0], rows[1]), LayerInputs("", rows[2], rows[3])]

@@ -191,7 +191,7 @@ MEDIAN = MergeMethod(
 )
 
 
-def test_a_registered_method_needs_no_other_change(concepts, tmp_path, monkeypatch) -> None:
+def test_registered_method_needs_no_other_change(concepts, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(MERGES, "median", MEDIAN)
     merge = {"method": "median", "gain": 0.5}
     concepts = [concepts[0], concepts[1].renamed("tom")]

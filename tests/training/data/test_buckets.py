@@ -14,8 +14,8 @@ from customize.training.data.dataset import read_image
 from customize.training.latents_and_embeddings import cache_images
 from customize.training.recipe import train
 from customize.training.run_metadata import peak_memory
-from tests.makers import FAMILIES
 from tests.tiny import tiny_sd, tiny_sdxl
+from tests.tiny_families import TINY_FAMILIES
 from tests.training.runs import (
     Stop,
     assert_unchanged,
@@ -66,7 +66,7 @@ def test_a_picture_gets_the_nearest_ratio(width, height):
     assert nearest_bucket((height, width), sizes) == found[::-1]
 
 
-@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("make", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
 def test_all_families_train_on_pictures_of_any_ratio(make, tmp_path):
     make_various(tmp_path)
     pipe = make()

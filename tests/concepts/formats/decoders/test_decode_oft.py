@@ -13,7 +13,7 @@ from torch import Tensor
 from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.errors import ConceptError
 from customize.families import family_of
-from tests.concepts.formats.making import Deltas, assert_close, deltas_of, written
+from tests.concepts.formats.adapter_files import Deltas, assert_close, dense_updates, write_file
 from tests.tiny import tiny_flux, tiny_sd
 
 LINEAR = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -29,7 +29,7 @@ def read(source: Path, pipe: Any) -> Deltas:
     def weight(component: str, module: str) -> Tensor:
         return getattr(pipe, component).get_submodule(module).weight
 
-    return deltas_of(open_adaptation(source).to_lora(family_of(pipe.components), weight))  # type: ignore[union-attr]
+    return dense_updates(open_adaptation(source).to_lora(family_of(pipe.components), weight))  # type: ignore[union-attr]
 
 
 def of_unet(module: str) -> Tensor:
@@ -55,13 +55,13 @@ def by_rows(weight: Tensor, turns: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("module", [LINEAR, CONV, POINT])
 @pytest.mark.parametrize("alpha", [0.0, 1e-3, 1.0])
-def test_sd_scripts(module: str, alpha: float, tmp_path: Path) -> None:
+def test_oft_of_sd_scripts(module: str, alpha: float, tmp_path: Path) -> None:
     weight = of_unet(module)
     out = len(weight)
     blocks = random(4, out // 4, out // 4)
     name = flat("oft_unet_", module)
     tensors = {f"{name}.oft_blocks": blocks, f"{name}.alpha": torch.tensor(alpha)}
-    found = read(written(tmp_path / "a.safetensors", tensors), tiny_sd())
+    found = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
     if alpha == 0.0:  # its bound, and so no rotation
         assert float(found["unet", module].abs().max()) < 1e-6
         return
@@ -75,18 +75,18 @@ def test_alpha_of_zero_is_no_bound_in_lycoris(tmp_path: Path) -> None:
     name = flat("lycoris_", LINEAR)
     tensors = {f"{name}.oft_blocks": blocks, f"{name}.alpha": torch.tensor(0.0)}
     expected = by_rows(weight, bounded(blocks, 1e9))
-    found = read(written(tmp_path / "a.safetensors", tensors), tiny_sd())
+    found = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
     assert_close(found, {("unet", LINEAR): expected}, 1e-5)
 
 
-def test_sd_scripts_without_its_bound(tmp_path: Path) -> None:
+def test_oft_of_sd_scripts_without_alpha_is_refused(tmp_path: Path) -> None:
     blocks = {f"{flat('oft_unet_', LINEAR)}.oft_blocks": torch.zeros(4, 4, 4)}
     with pytest.raises(ConceptError, match="no alpha, which bounds them"):
-        read(written(tmp_path / "a.safetensors", blocks), tiny_sd())
+        read(write_file(tmp_path / "a.safetensors", blocks), tiny_sd())
 
 
 @pytest.mark.parametrize("alpha", [1e-3, 10.0])
-def test_sd_scripts_of_flux(alpha: float, tmp_path: Path) -> None:
+def test_oft_of_sd_scripts_for_flux(alpha: float, tmp_path: Path) -> None:
     """Blocks and bounds for q, k and v by themselves, and one set for what is not split."""
     pipe = tiny_flux()
     block = "transformer_blocks.0.attn"
@@ -108,32 +108,32 @@ def test_sd_scripts_of_flux(alpha: float, tmp_path: Path) -> None:
     turns = bounded(tensors[f"{other}.oft_blocks.0"], alpha * len(weight))
     expected["transformer", f"{block}.to_out.0"] = by_rows(weight, turns)
     tensors |= {f"{each}.alpha": torch.tensor(alpha) for each in (name, other)}
-    found = read(written(tmp_path / "a.safetensors", tensors), pipe)
+    found = read(write_file(tmp_path / "a.safetensors", tensors), pipe)
     assert_close(found, expected, 1e-4)
 
 
-def test_a_split_that_lacks_a_part(tmp_path: Path) -> None:
+def test_missing_split_blocks_are_refused(tmp_path: Path) -> None:
     name = "oft_unet_double_blocks_0_img_attn_qkv"
     tensors = {f"{name}.oft_blocks.{n}": torch.zeros(4, 8, 8) for n in (0, 2)}
     tensors[f"{name}.alpha"] = torch.tensor(1.0)
     with pytest.raises(ConceptError, match=r"oft_blocks_0 and oft_blocks_2 and no oft_blocks_1"):
-        read(written(tmp_path / "a.safetensors", tensors), tiny_flux())
+        read(write_file(tmp_path / "a.safetensors", tensors), tiny_flux())
     tensors = {f"{name}.oft_blocks.{n}": torch.zeros(4, 8, 8) for n in (0, 1)}
     tensors[f"{name}.alpha"] = torch.tensor(1.0)
     with pytest.raises(ConceptError, match=r"blocks of \[32, 32\] rows do not rotate 96 rows"):
-        read(written(tmp_path / "a.safetensors", tensors), tiny_flux())
+        read(write_file(tmp_path / "a.safetensors", tensors), tiny_flux())
 
 
-def test_older_lycoris_stores_the_rotations(tmp_path: Path) -> None:
+def test_stored_rotations_of_older_lycoris(tmp_path: Path) -> None:
     weight = of_unet(LINEAR)
     turns = bounded(random(4, len(weight) // 4, len(weight) // 4), 1e9)
     name = flat("lora_unet_", LINEAR)
     tensors = {f"{name}.oft_diag": turns.float(), f"{name}.alpha": torch.tensor(4.0)}
-    found = read(written(tmp_path / "a.safetensors", tensors), tiny_sd())
+    found = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
     assert_close(found, {("unet", LINEAR): by_rows(weight, turns)}, 1e-5)
     tensors[f"{name}.oft_diag"] = torch.zeros(4, 4, 4)
     with pytest.raises(ConceptError, match="are not rotations"):
-        read(written(tmp_path / "b.safetensors", tensors), tiny_sd())
+        read(write_file(tmp_path / "b.safetensors", tensors), tiny_sd())
 
 
 OFTS: dict[str, dict[str, Any]] = {
@@ -197,7 +197,7 @@ def test_peft_oft_of_a_wide_convolution_is_refused(tmp_path: Path) -> None:
         read(tmp_path, tiny_sd())
 
 
-def test_peft_oft_without_its_configuration(tmp_path: Path) -> None:
+def test_peft_oft_without_a_configuration_is_refused(tmp_path: Path) -> None:
     trained(OFTConfig(target_modules=["to_q"], oft_block_size=4, r=0), "oft_").save_pretrained(
         tmp_path
     )
@@ -232,13 +232,13 @@ def test_peft_boft_of_several_stages(stages: int, tmp_path: Path) -> None:
     expected = scales.double() * (whole @ weight.T).T - weight
     name = flat("lora_unet_", LINEAR)  # as newer sd-scripts writes it
     tensors = {f"{name}.boft_R": blocks, f"{name}.boft_s": scales}
-    found = read(written(tmp_path / "a.safetensors", tensors), tiny_sd())
+    found = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
     assert_close(found, {("unet", LINEAR): expected}, 1e-5)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("module", [LINEAR, POINT, CONV])
-def test_onetrainer(module: str, scaled: bool, tmp_path: Path) -> None:
+def test_oft_of_onetrainer(module: str, scaled: bool, tmp_path: Path) -> None:
     """Its own keys and no configuration; convolutions are multiplied from the other side."""
     weight = of_unet(module)
     width = weight[0].numel()
@@ -255,5 +255,5 @@ def test_onetrainer(module: str, scaled: bool, tmp_path: Path) -> None:
     turn = torch.block_diag(*turns)
     rows = weight.flatten(1)
     expected = rows @ (turn.T if module == LINEAR else turn) - rows
-    found = read(written(tmp_path / "a.safetensors", tensors), tiny_sd())
+    found = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
     assert_close(found, {("unet", module): expected}, 1e-5)

@@ -15,7 +15,13 @@ from customize.concepts.formats.open_adaptation import open_adaptation, open_wit
 from customize.concepts.types import Lora
 from customize.errors import ConceptError
 from customize.families import family_of
-from tests.concepts.formats.making import assert_close, deltas_of, dense, factors, written
+from tests.concepts.formats.adapter_files import (
+    assert_close,
+    dense_product,
+    dense_updates,
+    random_factors,
+    write_file,
+)
 from tests.tiny import tiny_flux, tiny_sd
 
 LINEAR = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -40,7 +46,7 @@ def read(tmp_path: Path, pipe: Any, tensors: dict[str, Tensor]) -> Lora:
     def weight(component: str, module: str) -> Tensor:
         return models[component].get_submodule(module).weight
 
-    path = written(tmp_path / "made.safetensors", tensors)
+    path = write_file(tmp_path / "made.safetensors", tensors)
     return open_adaptation(path).to_lora(family_of(pipe.components), weight)
 
 
@@ -71,7 +77,7 @@ def test_loha(module: str, alpha: float | None, pipe, tmp_path: Path) -> None:
     found = read(tmp_path, pipe, tensors)
     assert found.info.rank == 9
     scale = 1.0 if alpha is None else alpha / 3
-    assert_close(deltas_of(found), {("unet", module): scale * one * two}, 1e-5)
+    assert_close(dense_updates(found), {("unet", module): scale * one * two}, 1e-5)
 
 
 PEFTS: dict[str, Any] = {
@@ -87,7 +93,7 @@ PEFTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", PEFTS)
-def test_what_peft_saves_is_pefts_own_change(kind: str, tmp_path: Path) -> None:
+def test_saved_peft_adapters_agree_with_peft(kind: str, tmp_path: Path) -> None:
     layers = ["to_q", "to_k", "ff.net.2", "conv1", "conv_in"]
     config = replace(PEFTS[kind], target_modules=layers)
     model: Any = get_peft_model(tiny_sd().unet, config)
@@ -102,7 +108,7 @@ def test_what_peft_saves_is_pefts_own_change(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert len(expected) > 20
     assert_close(
-        deltas_of(open_adaptation(tmp_path).to_lora(family_of(tiny_sd().components))), expected
+        dense_updates(open_adaptation(tmp_path).to_lora(family_of(tiny_sd().components))), expected
     )
 
 
@@ -124,7 +130,7 @@ def test_loha_with_tucker_cores(pipe, tmp_path: Path) -> None:
     tensors = {f"{path(CONV)}.{key}": value for key, value in parts.items()}
     tensors[f"{path(CONV)}.alpha"] = torch.tensor(1.0)
     found = read(tmp_path, pipe, tensors)
-    assert_close(deltas_of(found), {("unet", CONV): 0.5 * sides[0] * sides[1]}, 1e-5)
+    assert_close(dense_updates(found), {("unet", CONV): 0.5 * sides[0] * sides[1]}, 1e-5)
 
 
 @pytest.mark.parametrize("first", ["whole", "factors"])
@@ -156,10 +162,10 @@ def test_lokr(first: str, second: str, pipe, tmp_path: Path) -> None:
     tensors = {f"{path(module)}.{key}": value for key, value in parts.items()}
     tensors[f"{path(module)}.alpha"] = torch.tensor(5.0)
     expected = scale * torch.kron(one, two.flatten(1))
-    assert_close(deltas_of(read(tmp_path, pipe, tensors)), {("unet", module): expected}, 1e-5)
+    assert_close(dense_updates(read(tmp_path, pipe, tensors)), {("unet", module): expected}, 1e-5)
 
 
-def test_a_convolutions_core(pipe, tmp_path: Path) -> None:
+def test_locon_with_a_core(pipe, tmp_path: Path) -> None:
     out, channels, *_ = weight_of(pipe, CONV).shape
     up, down, mid = random(out, 2, 1, 1), random(2, channels, 1, 1), random(2, 2, 3, 3)
     tensors = {
@@ -171,22 +177,22 @@ def test_a_convolutions_core(pipe, tmp_path: Path) -> None:
     expected = 1.5 * torch.einsum(
         "or,rshw,si->oihw", up[:, :, 0, 0].double(), mid.double(), down[:, :, 0, 0].double()
     )
-    assert_close(deltas_of(read(tmp_path, pipe, tensors)), {("unet", CONV): expected}, 1e-5)
+    assert_close(dense_updates(read(tmp_path, pipe, tensors)), {("unet", CONV): expected}, 1e-5)
 
 
 @pytest.mark.parametrize("module", [LINEAR, CONV])
-def test_a_whole_difference(module: str, pipe, tmp_path: Path) -> None:
+def test_full_difference(module: str, pipe, tmp_path: Path) -> None:
     change = random(*weight_of(pipe, module).shape)
     found = read(tmp_path, pipe, {f"{path(module)}.diff": change})
-    assert_close(deltas_of(found), {("unet", module): change.double()}, 0.0)
+    assert_close(dense_updates(found), {("unet", module): change.double()}, 0.0)
 
 
 @pytest.mark.parametrize("module", [LINEAR, CONV])
 @pytest.mark.parametrize("kind", ["rows", "columns", "peft"])
 def test_dora(module: str, kind: str, pipe, tmp_path: Path) -> None:
     weight = weight_of(pipe, module)
-    up, down = factors(tuple(weight.shape), 2, torch.Generator().manual_seed(3))
-    changed = weight + dense(up, down, 2.0).reshape(weight.shape)
+    up, down = random_factors(tuple(weight.shape), 2, torch.Generator().manual_seed(3))
+    changed = weight + dense_product(up, down, 2.0).reshape(weight.shape)
     kept = 1 if kind == "columns" else 0
     dims = [dim for dim in range(weight.ndim) if dim != kept]
     lengths = changed.square().sum(dims, keepdim=True).sqrt()
@@ -203,7 +209,7 @@ def test_dora(module: str, kind: str, pipe, tmp_path: Path) -> None:
         f"{path(module)}.{config}": stored.float(),
     }
     expected = magnitude * changed / lengths - weight
-    assert_close(deltas_of(read(tmp_path, pipe, tensors)), {("unet", module): expected}, 1e-5)
+    assert_close(dense_updates(read(tmp_path, pipe, tensors)), {("unet", module): expected}, 1e-5)
 
 
 def test_oft(pipe, tmp_path: Path) -> None:
@@ -214,18 +220,18 @@ def test_oft(pipe, tmp_path: Path) -> None:
     whole = torch.block_diag(*((eye + q) @ torch.linalg.inv(eye - q) for q in skew))
     tensors = {f"{path(LINEAR)}.oft_blocks": blocks, f"{path(LINEAR)}.alpha": torch.tensor(0.0)}
     expected = whole.T @ weight - weight
-    assert_close(deltas_of(read(tmp_path, pipe, tensors)), {("unet", LINEAR): expected}, 1e-5)
+    assert_close(dense_updates(read(tmp_path, pipe, tensors)), {("unet", LINEAR): expected}, 1e-5)
 
 
-def test_a_fused_layer_is_turned_as_a_whole(tmp_path: Path) -> None:
+def test_oft_of_a_joined_layer(tmp_path: Path) -> None:
     """DoRA on kohya's qkv of FLUX: the magnitudes of three of our layers, one below the other."""
     pipe = tiny_flux()
     block = "transformer_blocks.0.attn"
     modules = [f"{block}.to_{x}" for x in "qkv"]
     weights = [pipe.transformer.get_submodule(m).weight.detach().double() for m in modules]
     weight = torch.cat(weights)
-    up, down = factors(tuple(weight.shape), 2, torch.Generator().manual_seed(5))
-    changed = weight + dense(up, down)
+    up, down = random_factors(tuple(weight.shape), 2, torch.Generator().manual_seed(5))
+    changed = weight + dense_product(up, down)
     magnitude = 2 * changed.norm(dim=1, keepdim=True)
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     tensors = {
@@ -238,11 +244,11 @@ def test_a_fused_layer_is_turned_as_a_whole(tmp_path: Path) -> None:
         ("transformer", module): part
         for module, part in zip(modules, whole.split(weights[0].shape[0]), strict=True)
     }
-    assert_close(deltas_of(read(tmp_path, pipe, tensors)), expected, 1e-5)
+    assert_close(dense_updates(read(tmp_path, pipe, tensors)), expected, 1e-5)
 
 
 @pytest.mark.parametrize("part", ["dora_scale", "oft_blocks"])
-def test_what_depends_on_the_weights_needs_them(part: str, tmp_path: Path) -> None:
+def test_missing_base_weights_are_refused(part: str, tmp_path: Path) -> None:
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     tensors = {f"{name}.oft_blocks": random(80, 4, 4)}
     if part == "dora_scale":
@@ -254,4 +260,4 @@ def test_what_depends_on_the_weights_needs_them(part: str, tmp_path: Path) -> No
     with pytest.raises(
         ConceptError, match=r"depends on the base model's weights.*--fuse and --base"
     ):
-        open_without_pipeline(written(tmp_path / "made.safetensors", tensors))
+        open_without_pipeline(write_file(tmp_path / "made.safetensors", tensors))

@@ -17,7 +17,7 @@ import customize  # noqa: F401
 from customize.concepts.formats.layer_updates import decode_update
 from customize.concepts.formats.tensor_group import TensorGroup
 from customize.core.lowrank import LowRank, to_dense
-from tests.concepts.formats.making import written
+from tests.concepts.formats.adapter_files import write_file
 from tests.tiny_video import tiny_wan
 
 sides = st.integers(1, 4)
@@ -142,7 +142,7 @@ def test_lokr(a, b, c, d, rank, kernel, first, second, dtype, alpha, shape) -> N
 
 @settings(deadline=None)
 @given(sides, sides, kernels, dtypes)
-def test_whole_changes(out, width, kernel, dtype) -> None:
+def test_full_differences(out, width, kernel, dtype) -> None:
     change = random(out, width, *kernel, dtype=dtype)
     assert_near(made({"diff": change}, None), change.double())
 
@@ -157,7 +157,7 @@ def test_a_convolution_over_time(fuse: bool, tmp_path: Path) -> None:
     up, down = random(out, 2, 1, 1, 1), random(2, channels, *kernel)
     name = "diffusion_model.patch_embedding"
     tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
-    path = written(tmp_path / "patches.safetensors", tensors)
+    path = write_file(tmp_path / "patches.safetensors", tensors)
     picture = random(1, channels, *(2 * side for side in kernel))
     change = (up.double().flatten(1) @ down.double().flatten(1)).reshape(before.shape)
     expected = torch.nn.functional.conv3d(

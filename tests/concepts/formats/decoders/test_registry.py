@@ -14,7 +14,7 @@ from customize.concepts.formats.open_adaptation import open_adaptation
 from customize.core.lowrank import LowRank, from_dense, to_dense
 from customize.errors import ConceptError
 from customize.families import family_of
-from tests.concepts.formats.making import written
+from tests.concepts.formats.adapter_files import write_file
 from tests.tiny import tiny_sd
 
 MODULE = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -41,7 +41,7 @@ def test_registered_format_needs_no_other_change(tmp_path: Path, monkeypatch) ->
     family = family_of(pipe.components)
     weight = pipe.unet.get_submodule(MODULE).weight.detach()
     gain = torch.linspace(-1, 1, len(weight))
-    path = written(tmp_path / "gain.safetensors", {f"unet.{MODULE}.row_gain.default": gain})
+    path = write_file(tmp_path / "gain.safetensors", {f"unet.{MODULE}.row_gain.default": gain})
     with pytest.raises(ConceptError, match="1 of 1 keys are not supported"):
         open_adaptation(path)
 
@@ -55,7 +55,7 @@ def test_registered_format_needs_no_other_change(tmp_path: Path, monkeypatch) ->
     assert "gain" in repr(pipe.custom)
 
     surplus = {f"unet.{MODULE}.row_gain": gain, f"unet.{MODULE}.lora_A.weight": torch.ones(1, 2)}
-    file = open_adaptation(written(tmp_path / "surplus.safetensors", surplus))
+    file = open_adaptation(write_file(tmp_path / "surplus.safetensors", surplus))
     with pytest.raises(ConceptError, match="down-projection"):
         file.to_lora(family, lambda component, module: weight)  # type: ignore[union-attr]
 

@@ -15,7 +15,7 @@ from customize.concepts.merge.write_merged_lora import write_merged
 from customize.core.lowrank import to_dense
 from customize.errors import ConceptError
 from customize.families import family_of
-from tests.concepts.formats.making import assert_close, deltas_of, written
+from tests.concepts.formats.adapter_files import assert_close, dense_updates, write_file
 from tests.pipeline.making import concept, draw
 from tests.tiny import tiny_sd
 from tests.tiny_video import tiny_wan
@@ -27,7 +27,7 @@ def layer(name: str, out: int, width: int) -> dict[str, torch.Tensor]:
     return {f"{name}{ENDS[0]}": torch.ones(1, width), f"{name}{ENDS[1]}": torch.ones(out, 1)}
 
 
-def test_a_merge_for_two_denoisers_is_what_was_merged(tmp_path: Path) -> None:
+def test_merge_for_two_denoisers_equals_its_concepts(tmp_path: Path) -> None:
     pipe = tiny_wan("2.2-14b")
     two = [concept(pipe, "rex", index=0), concept(pipe, "tom", index=1)]
     write_merged(two, [1.0, 0.8], tmp_path / "duo")
@@ -40,7 +40,7 @@ def test_a_merge_for_two_denoisers_is_what_was_merged(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() <= 1e-5 < np.abs(found - plain).max()
 
 
-def test_each_file_of_a_pair_keeps_its_own_scale(tmp_path: Path) -> None:
+def test_files_of_a_pair_keep_their_scales(tmp_path: Path) -> None:
     """The header of a concept's files says alpha / rank, which is 2 there."""
     pipe = tiny_wan("2.2-14b")
     rex = concept(pipe)
@@ -48,10 +48,10 @@ def test_each_file_of_a_pair_keeps_its_own_scale(tmp_path: Path) -> None:
     (tmp_path / "rex" / "concept.json").unlink()
     found = open_adaptation(tmp_path / "rex").to_lora(family_of(pipe.components))
     assert set(found.updates) == {"transformer", "transformer_2"}
-    assert_close(deltas_of(found), deltas_of(rex))
+    assert_close(dense_updates(found), dense_updates(rex))
 
 
-def test_a_second_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_foreign_second_file_is_refused(tmp_path: Path) -> None:
     pipe = tiny_wan("2.2-14b")
     write_merged([concept(pipe)], [1.0], tmp_path / "duo")
     second = tmp_path / "duo" / "pytorch_lora_weights_2.safetensors"
@@ -61,7 +61,7 @@ def test_a_second_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-def test_a_merge_is_not_read_without_its_tokens(layout: str, tmp_path: Path) -> None:
+def test_old_merge_without_tokens_is_refused(layout: str, tmp_path: Path) -> None:
     """As merges of earlier versions, whose headers do not have them."""
     pipe = tiny_sd()
     family = family_of(pipe.components)
@@ -94,11 +94,9 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_without_a_pipeline_a_file_is_told_by_its_layers_or_said_to_be_ambiguous(
-    name: str, tmp_path: Path
-) -> None:
+def test_base_is_detected_from_layers_or_refused_as_ambiguous(name: str, tmp_path: Path) -> None:
     path, out, width, family = KNOWN[name]
-    file = written(tmp_path / "a.safetensors", layer(path, out, width))
+    file = write_file(tmp_path / "a.safetensors", layer(path, out, width))
     if " or" in family:
         with pytest.raises(ConceptError, match=f"may be one of {family}"):
             open_without_pipeline(file)
@@ -109,10 +107,10 @@ def test_without_a_pipeline_a_file_is_told_by_its_layers_or_said_to_be_ambiguous
     assert to_dense(update).shape[1] == width
 
 
-def test_a_pair_is_inspected_without_a_pipeline(tmp_path: Path) -> None:
+def test_inspect_opens_a_pair(tmp_path: Path) -> None:
     own = layer("transformer.blocks.0.attn1.to_q", 5120, 5120)
-    written(tmp_path / "pytorch_lora_weights.safetensors", own)
-    written(tmp_path / "pytorch_lora_weights_2.safetensors", own)
+    write_file(tmp_path / "pytorch_lora_weights.safetensors", own)
+    write_file(tmp_path / "pytorch_lora_weights_2.safetensors", own)
     found = open_without_pipeline(tmp_path)
     assert found.info.family == "wan"
     assert set(found.updates) == {"transformer", "transformer_2"}

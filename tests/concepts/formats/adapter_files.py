@@ -24,24 +24,26 @@ Tensors = dict[str, Tensor]
 Deltas = dict[tuple[str, str], Tensor]
 
 
-def chosen(family: Family, component: str, every: int = 1) -> dict[str, tuple[int, ...]]:
+def select_layers(family: Family, component: str, every: int = 1) -> dict[str, tuple[int, ...]]:
     """Every so many-th layer with its weight's shape, always with attention and, if any, a conv."""
     shapes = family.weight_shapes(component)
     return {name: shape for n, (name, shape) in enumerate(shapes.items()) if n % every == 0}
 
 
-def factors(shape: tuple[int, ...], rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def random_factors(
+    shape: tuple[int, ...], rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """(up, down) in the shapes that trainers give them."""
     out, channels, *kernel = shape
     up = 0.3 * torch.randn(out, rank, *[1] * len(kernel), generator=generator)
     return up, 0.3 * torch.randn(rank, channels, *kernel, generator=generator)
 
 
-def dense(up: Tensor, down: Tensor, scale: float = 1.0) -> Tensor:
+def dense_product(up: Tensor, down: Tensor, scale: float = 1.0) -> Tensor:
     return scale * (up.double().flatten(1) @ down.double().flatten(1))
 
 
-def lora(
+def lora_tensors(
     family: Family,
     name: Callable[[str, str], str],
     ends: tuple[str, str] = ("lora_down.weight", "lora_up.weight"),
@@ -62,9 +64,9 @@ def lora(
     tensors: Tensors = {}
     deltas: Deltas = {}
     for component in components or [family.denoiser_key, *family.text_encoders]:
-        for number, (module, shape) in enumerate(chosen(family, component, every).items()):
+        for number, (module, shape) in enumerate(select_layers(family, component, every).items()):
             rank = 1 + number % 3
-            up, down = factors(shape, rank, generator)
+            up, down = random_factors(shape, rank, generator)
             path = name(component, saved_module_name(component, module))
             tensors[path + ends[0]] = down
             tensors[path + ends[1]] = up
@@ -72,11 +74,13 @@ def lora(
             if alphas != "none" and (alphas != "some" or number % 4):
                 alpha = 0.25 * (1 + number % 5) if alphas == "some" else alphas
                 tensors[f"{path}.alpha"] = torch.tensor(alpha)
-            deltas[component, saved_module_name(component, module)] = dense(up, down, alpha / rank)
+            deltas[component, saved_module_name(component, module)] = dense_product(
+                up, down, alpha / rank
+            )
     return tensors, deltas
 
 
-def kohya(family: Family) -> Callable[[str, str], str]:
+def kohya_names(family: Family) -> Callable[[str, str], str]:
     """kohya's names of layers, where they are the module's own with underscores for dots."""
 
     def name(component: str, module: str) -> str:
@@ -89,19 +93,19 @@ def kohya(family: Family) -> Callable[[str, str], str]:
     return name
 
 
-def diffusers(component: str, module: str) -> str:
+def diffusers_name(component: str, module: str) -> str:
     return f"{component}.{module}"
 
 
-def written(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Path:
+def write_file(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Path:
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata)
     return path
 
 
-def deltas_of(found: Lora | Any) -> Deltas:
+def dense_updates(found: Lora | Any) -> Deltas:
     """The updates of a LoRA or concept, dense."""
     return {
-        (component, module): _dense(update)
+        (component, module): _to_float64(update)
         for component, own in found.updates.items()
         for module, update in own.items()
     }
@@ -117,5 +121,5 @@ def assert_close(found: Deltas, expected: Deltas, tolerance: float = 1e-6) -> No
         assert error <= tolerance, (key, float(error))
 
 
-def _dense(update: LowRank) -> Tensor:
+def _to_float64(update: LowRank) -> Tensor:
     return update.scale * (update.up.double() @ update.down.double())

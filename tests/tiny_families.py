@@ -9,7 +9,7 @@ from tests.tiny import tiny_flux, tiny_qwen_image, tiny_sd, tiny_sd3, tiny_sdxl,
 from tests.tiny_llm import tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 from tests.tiny_video import tiny_cogvideox, tiny_ltx2, tiny_wan
 
-FAMILIES: dict[str, Callable[[], Any]] = {
+TINY_FAMILIES: dict[str, Callable[[], Any]] = {
     "sd": tiny_sd,
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,

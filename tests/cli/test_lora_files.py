@@ -129,7 +129,7 @@ def test_a_family_is_named_where_several_fit(run: Run, tmp_path: Path) -> None:
     file = ambiguous(tmp_path)
     output = tmp_path / "out"
     for command in (("inspect", file), ("merge", file, "--output", output)):
-        refused(run(*command), "may be one of flux or flux2", "name the family: --family flux")
+        refused(run(*command), "may belong to flux or flux2", "name the family: --family flux")
         for family in ("flux", "flux2"):
             done = run(*command, "--family", family)
             assert done.code == 0, done

@@ -253,8 +253,8 @@ def test_a_failure_changes_nothing(fuse, tmp_path):
     [
         ("norm1.w_norm", (3,), "3 numbers does not fit a weight of"),
         ("norm1.diff", (3, 3), "are not in this sd model"),
-        ("attn1.to_q.w_norm", (16,), "vector is no change of a layer's weight"),
-        ("attn1.to_q.diff_b", (2, 8), "is no vector"),
+        ("attn1.to_q.w_norm", (16,), "vector cannot update the weight matrix"),
+        ("attn1.to_q.diff_b", (2, 8), "is not a vector"),
         ("attn1.to_q.lora_A.bias", (2,), "no up-projection"),
     ],
 )

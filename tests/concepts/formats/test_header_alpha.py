@@ -124,5 +124,5 @@ def test_header_with_one_alpha_per_layer(sd: Family, tmp_path: Path) -> None:
     )
     assert scales(sd, path) == {0.25, 0.5, 0.75}
     path = write_file(tmp_path / "b.safetensors", tensors(sd, PEFT), network_alphas='{"a": 1}')
-    with pytest.warns(UserWarning, match="network_alphas, which was not used"):
+    with pytest.warns(UserWarning, match="network_alphas, which is not used"):
         open_adaptation(path)

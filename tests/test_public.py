@@ -179,11 +179,11 @@ def printed(folder: Path) -> dict[str, object]:
     rex = customize.load_concept(sources[0])
     merged = customize.merge(*sources, output=folder / "m")
     from customize.concepts.formats.open_adaptation import open_adaptation
-    from customize.pipeline.sources import get_family
     from customize.pipeline.state import get_state
 
     pipe.load_custom(rex)
-    attached = get_state(get_family(pipe)).attached
+    state = get_state(pipe)
+    attached = state.attached if state is not None else {}
     return {
         "concept": rex,
         "info": rex.info,

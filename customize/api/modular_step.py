@@ -23,10 +23,11 @@ from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks, Pipel
 from customize.concepts.types import Concept
 from customize.core.precision import full_precision
 from customize.errors import ConfigError
-from customize.pipeline.attach import set_to
-from customize.pipeline.call_wrapper import CallContext
+from customize.pipeline.attach import set_concepts
+from customize.pipeline.model_locks import lock_models
 from customize.pipeline.sources import get_family
-from customize.pipeline.state import get_state
+from customize.pipeline.stage import CallContext
+from customize.pipeline.state import AttachedState, get_state
 from customize.stages.check_prompts import warn_about_triggers
 
 
@@ -67,16 +68,18 @@ class ConceptsStep(ModularPipelineBlocks):
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state: Any = self.get_block_state(state)
-        given = block_state.concepts
-        if given is not None:
-            several = isinstance(given, Sequence) and not isinstance(given, str)
-            sources = given if several else [given]
-            with full_precision(tf32=True):
-                set_to(components, sources, weights=block_state.concept_weights)
-            family = get_family(components)
-            warn_about_triggers(
-                CallContext(components, family, get_state(family), {}), state.values
-            )
+        concepts = block_state.concepts
+        if concepts is not None:
+            is_list = isinstance(concepts, Sequence) and not isinstance(concepts, str)
+            with lock_models(components), full_precision(tf32=True):
+                set_concepts(
+                    components,
+                    concepts if is_list else [concepts],
+                    weights=block_state.concept_weights,
+                )
+            attached = get_state(components) or AttachedState()
+            context = CallContext(components, get_family(components), attached, {})
+            warn_about_triggers(context, state.values)
         elif block_state.concept_weights is not None:
             raise ConfigError(
                 "weights are given without concepts",

@@ -22,8 +22,11 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from customize.api.short_repr import shorten_repr
-from customize.pipeline.call_wrapper import find_state, lock_tokenizers, wrap_call
+from customize.pipeline.call_wrapper import wrap_call
 from customize.pipeline.model_guards import SAVE_METHODS, check_copyable
+from customize.pipeline.model_locks import lock_tokenizers
+from customize.pipeline.state import check_saveable, get_state
+from customize.stages import CALL_ARGUMENTS, load_stages
 
 # Where diffusers defines the two bases of all its pipelines, and that of its models.
 _PIPELINES = {
@@ -65,14 +68,17 @@ def patch_when_imported(methods: Mapping[str, Any]) -> None:
 
 
 def wrap_calls(cls: type) -> None:
-    """Let calls of a class, and of those that it inherits from, go through the stages.
+    """Wrap the calls of a class and of those that it inherits from, so that stages run.
 
-    Again where someone has replaced ``__call__`` since.
+    May be called again after someone replaced ``__call__``.
     """
+    wrap_stages = functools.partial(
+        wrap_call, stage_arguments=CALL_ARGUMENTS, load_stages=load_stages
+    )
     for base in cls.__mro__:
-        for name, wrap in (("__call__", wrap_call), ("encode_prompt", _of_one_length)):
+        for name, wrap in (("__call__", wrap_stages), ("encode_prompt", _pad_layerwise)):
             function = vars(base).get(name)
-            if isinstance(function, FunctionType) and not hasattr(function, "_customize_wrapped"):
+            if isinstance(function, FunctionType) and not hasattr(function, "_customize_patched"):
                 setattr(base, name, wrap(function))
 
 
@@ -100,7 +106,7 @@ def _with_all_subclasses(base: Any, change: Callable[[Any], None]) -> None:
     for cls in _with_subclasses(base):
         change(cls)
     before = vars(base).get("__init_subclass__")
-    if hasattr(getattr(before, "__func__", None), "_customize_wrapped"):
+    if hasattr(getattr(before, "__func__", None), "_customize_patched"):
         return
 
     def init_subclass(cls: Any, **kwargs: Any) -> None:
@@ -110,7 +116,7 @@ def _with_all_subclasses(base: Any, change: Callable[[Any], None]) -> None:
             before.__get__(None, cls)(**kwargs)
         change(cls)
 
-    init_subclass._customize_wrapped = True  # type: ignore[attr-defined]
+    init_subclass._customize_patched = True  # type: ignore[attr-defined]
     base.__init_subclass__ = classmethod(init_subclass)
 
 
@@ -120,25 +126,25 @@ def _with_subclasses(base: Any) -> Iterator[type]:
         yield from _with_subclasses(cls)
 
 
-def _of_one_length(encode: Any) -> Any:
-    """A pipeline's ``encode_prompt`` whose prompt and negative prompt conditions are of one length
-    where tokens with an embedding for each layer are in one of them alone.
+def _pad_layerwise(encode: Any) -> Any:
+    """Wrap ``encode_prompt`` to return conditions of one length for prompt and negative prompt.
 
-    Stock tokenizers are set to a length before each text, so threads take turns.
+    They differ where only one of them has tokens with an embedding for each layer. Stock
+    tokenizers are set to a length before each text, so threads take turns.
     """
 
     @functools.wraps(encode)
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
         with lock_tokenizers(self):
-            found = encode(self, *args, **kwargs)
-        state = find_state(self)
+            encoded = encode(self, *args, **kwargs)
+        state = get_state(self)
         if state is None or not state.has_layerwise_tokens:
-            return found
+            return encoded
         from customize.concepts.tokens.layerwise_embeddings import match_lengths
 
-        return match_lengths(found)
+        return match_lengths(encoded)
 
-    encode_prompt._customize_wrapped = True  # type: ignore[attr-defined]
+    encode_prompt._customize_patched = True  # type: ignore[attr-defined]
     return encode_prompt
 
 
@@ -146,7 +152,7 @@ def _guard_copying(cls: Any) -> None:
     """Let a model's class refuse to copy the weights of a model with our adapter."""
     for name in _COPYING:
         method = vars(cls).get(name)
-        if isinstance(method, classmethod) and not hasattr(method.__func__, "_customize_guard"):
+        if isinstance(method, classmethod) and not hasattr(method.__func__, "_customize_patched"):
             setattr(cls, name, classmethod(_refusing_to_copy(method.__func__)))
 
 
@@ -156,7 +162,7 @@ def _refusing_to_copy(make: Any) -> Any:
         check_copyable((*args, *kwargs.values()), f"{cls.__name__}.{make.__name__}")
         return make(cls, *args, **kwargs)
 
-    copying._customize_guard = True  # type: ignore[attr-defined]
+    copying._customize_patched = True  # type: ignore[attr-defined]
     return copying
 
 
@@ -166,18 +172,15 @@ def _guard_saving(base: Any, name: str) -> None:
     Here too, because the components are asked too late: when others are written already.
     """
     save = getattr(base, name, None)
-    if save is None or hasattr(save, "_customize_guard"):
+    if save is None or hasattr(save, "_customize_patched"):
         return
 
     @functools.wraps(save)
     def saving(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "customize.pipeline.state" in sys.modules:  # else nothing was ever attached
-            from customize.pipeline.state import check_saveable
-
-            check_saveable(self)
+        check_saveable(self)
         return save(self, *args, **kwargs)
 
-    saving._customize_guard = True  # type: ignore[attr-defined]
+    saving._customize_patched = True  # type: ignore[attr-defined]
     setattr(base, name, saving)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from customize.api.patch_diffusers import patch_when_imported
+from customize.api.patch_diffusers import patch_when_imported, wrap_calls
 from customize.api.short_repr import note_unloaded
+from customize.stages import load_stages
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from customize.concepts.formats.lora_file import LoraFile
     from customize.concepts.input_statistics import LayerInputs
     from customize.concepts.types import Concept, Lora
-    from customize.pipeline.state import Customization
+    from customize.pipeline.report import Customization
     from customize.stages.avoid import Decor
 
 Pipeline = TypeVar("Pipeline")
@@ -142,12 +143,25 @@ def load_custom(
             is not installed, does not fit, or computes something else here.
     """
     from customize.core.precision import full_precision
+    from customize.errors import ConfigError
     from customize.pipeline.attach import load
+    from customize.pipeline.model_locks import lock_models
+    from customize.pipeline.state import StageSetting
+    from customize.stages.library_routing import LibrarySource
 
-    with full_precision(tf32=True):
+    sources = [item for item in concepts if not isinstance(item, StageSetting)]
+    settings: list[StageSetting] = [item for item in concepts if isinstance(item, StageSetting)]
+    for number, setting in enumerate(settings):
+        name = type(setting).__name__
+        if name in [type(earlier).__name__ for earlier in settings[:number]]:
+            raise ConfigError(f"two {name} are given", fix="give one")
+    if library is not None:
+        settings.append(LibrarySource(library, library_cache))
+    with lock_models(pipe), full_precision(tf32=True):
         load(
             pipe,
-            concepts,
+            sources,
+            settings=settings,
             weights=weights,
             names=names,
             into=into,
@@ -156,9 +170,8 @@ def load_custom(
             merge=merge,
             attention=attention,
             memory=memory,
-            library=library,
-            library_cache=library_cache,
         )
+    wrap_calls(type(pipe))  # someone may have replaced `__call__` since the class was patched
     return pipe
 
 
@@ -178,8 +191,9 @@ def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
     """
     from customize.core.precision import full_precision
     from customize.pipeline.attach import unload
+    from customize.pipeline.model_locks import lock_models
 
-    with full_precision(tf32=True):
+    with lock_models(pipe), full_precision(tf32=True):
         unload(pipe, names)
     note_unloaded(pipe)
     return pipe
@@ -187,9 +201,9 @@ def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
 
 def get_customization(pipe: Any) -> Customization:
     """What is attached to a pipeline: printed, it is a table with a row for each concept."""
-    from customize.pipeline.report import summarize
+    from customize.pipeline.report import report_customization
 
-    return summarize(pipe)
+    return report_customization(pipe, load_stages())
 
 
 def record_inputs(
@@ -218,10 +232,11 @@ def record_inputs(
         ConceptError, PipelineError: as :func:`load_custom`.
     """
     from customize.core.precision import full_precision
-    from customize.pipeline.attach import record
+    from customize.pipeline import record_inputs as recording
+    from customize.pipeline.model_locks import lock_models
 
-    with full_precision(tf32=True):
-        return record(pipe, concept, prompts, words)
+    with lock_models(pipe), full_precision(tf32=True):
+        return recording.record_inputs(pipe, concept, prompts, words)
 
 
 def memory_plan(

@@ -14,34 +14,31 @@ import sys
 from typing import Any
 from weakref import WeakSet
 
-_MARK = "_customize_repr"
+from customize.stages import load_stages
+
 _unloaded: WeakSet[Any] = WeakSet()
 
 
 def note_unloaded(pipe: Any) -> None:
-    """Show what ``pipe.unload_custom()`` returns briefly in interactive sessions."""
+    """Shorten what interactive sessions print of the pipeline that ``unload_custom()`` returns."""
     _unloaded.add(pipe)
 
 
-def shorten_repr(host: Any) -> None:
+def shorten_repr(base: Any) -> None:
     """Give a base class of pipelines the short ``repr``; may be called any number of times."""
-    stock = host.__repr__
-    if hasattr(stock, _MARK):
+    stock = base.__repr__
+    if hasattr(stock, "_customize_patched"):
         return
 
     @functools.wraps(stock)
-    def brief(self: Any) -> str:
-        if "customize.pipeline.state" not in sys.modules:  # nothing was ever attached
-            return str(stock(self))
-        from customize.pipeline.report import summarize
+    def repr_customized(self: Any) -> str:
+        if "customize.pipeline.attach" in sys.modules:  # else nothing was ever attached
+            from customize.pipeline.report import report_customization
 
-        shown = summarize(self)
-        interactive = hasattr(sys, "ps1")
-        if interactive and self in _unloaded:
-            return f"{type(self).__name__}: {shown!r}"
-        if not (shown.rows or shown.attention or shown.memory or shown.library or shown.avoid):
-            return str(stock(self))
-        return f"{type(self).__name__}: {shown!r}"
+            report = report_customization(self, load_stages())
+            if not report.is_empty or (hasattr(sys, "ps1") and self in _unloaded):
+                return f"{type(self).__name__}: {report!r}"
+        return str(stock(self))
 
-    setattr(brief, _MARK, True)
-    host.__repr__ = brief
+    repr_customized._customize_patched = True  # type: ignore[attr-defined]
+    base.__repr__ = repr_customized

@@ -306,10 +306,10 @@ def _load_concepts(
 
 def _describe_attached(pipe: Any, sources: Mapping[str, str]) -> dict[str, Any]:
     """The attached concepts of an image, named ones and a library's, for its settings file."""
-    from customize.pipeline.sources import get_family
     from customize.pipeline.state import get_state
 
-    attached = get_state(get_family(pipe)).attached.values()
+    state = get_state(pipe)
+    attached = state.attached.values() if state is not None else ()
     weights = {row.name: row.weight for row in pipe.custom.rows}
     stored = {n: w if isinstance(w, float) else f"{w}" for n, w in weights.items()}
     return {

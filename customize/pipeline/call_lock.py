@@ -1,12 +1,12 @@
-"""Which calls may use the same models at the same time.
+"""A readers-writer lock over the objects that calls use, such as models and schedulers.
 
-A call claims the objects that it uses: some shared, such as models that it only reads, some
-exclusively, such as a scheduler that it steps. It waits until no other call has a claim that
-excludes its own. All claims of a call are granted at once, so calls on different objects do not
-block one another, and they are granted in the order in which they were asked for, so none starves.
+A call locks some objects shared, such as models that it only reads, and some exclusively, such as a
+scheduler that it steps. It waits until no other call has a lock that excludes its own. All locks of
+a call are granted at once, so calls on different objects do not block one another, and in the order
+of the requests, so none starves.
 
-A call made inside another one (in a callback, in a step) has the outer call's claims, and does not
-queue behind calls that wait for the outer one. Context variables tell which call is inside which.
+A call made inside another one (in a callback, in a step) has the outer call's locks, and does not
+queue behind calls that wait for the outer one. Context variables record which call is inside which.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from customize.errors import PipelineError
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after which a call that still waits says so, and what it waits for.
+#: Seconds after which a waiting call logs what it waits for.
 WARN_AFTER = 30.0
 
 
 @dataclass(frozen=True)
 class LockRequest:
-    """The objects that a call uses, told apart by identity.
+    """The objects that a call locks, by identity.
 
     Attributes:
-        shared: with other calls that use them so.
-        exclusive: by no other call at the same time.
+        shared: Objects that other calls may lock shared at the same time.
+        exclusive: Objects that no other call may lock at the same time.
     """
 
     shared: Iterable[object] = ()
@@ -41,29 +41,33 @@ class LockRequest:
 
 
 @dataclass(eq=False)
-class _Claim:
-    """A claim that waits or has been granted.
+class _Lock:
+    """The lock of one call, waiting or granted.
 
     Attributes:
-        within: the granted claims of the calls that this call is inside of.
-        objects: what is claimed; held, so that no other object gets its id.
-        thread: the name of the thread that the call is made in.
+        outer: Granted locks of the calls that this call is inside.
+        thread: Name of the thread that makes the call.
+        shared: Ids of the objects that are locked shared.
+        exclusive: Ids of the objects that are locked exclusively.
+        objects: The locked objects; referenced, so that no other object gets their ids.
     """
 
-    within: tuple[_Claim, ...]
+    outer: tuple[_Lock, ...]
     thread: str = field(default_factory=lambda: threading.current_thread().name)
     shared: frozenset[int] = frozenset()
     exclusive: frozenset[int] = frozenset()
     objects: tuple[object, ...] = ()
 
-    def update(self, uses: LockRequest) -> None:
-        shared, exclusive = tuple(uses.shared), tuple(uses.exclusive)
+    def update(self, request: LockRequest) -> None:
+        """Take the objects of a request."""
+        shared, exclusive = tuple(request.shared), tuple(request.exclusive)
         self.objects = (*shared, *exclusive)
         self.exclusive = frozenset(map(id, exclusive))
         self.shared = frozenset(map(id, shared)) - self.exclusive
 
-    def excludes(self, other: _Claim) -> bool:
-        if self is other or self in other.within or other in self.within:
+    def excludes(self, other: _Lock) -> bool:
+        """Return whether both cannot be granted at the same time."""
+        if self is other or self in other.outer or other in self.outer:
             return False
         return bool(
             self.exclusive & (other.exclusive | other.shared) or self.shared & other.exclusive
@@ -72,66 +76,68 @@ class _Claim:
 
 @dataclass
 class _Table:
-    """All claims of the process; read and changed with ``changed`` held only."""
+    """All locks of the process; read and changed with the condition ``changed`` acquired."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
-    granted: list[_Claim] = field(default_factory=list)
-    waiting: list[_Claim] = field(default_factory=list)
+    granted: list[_Lock] = field(default_factory=list)
+    waiting: list[_Lock] = field(default_factory=list)
 
-    def blocking(self, claim: _Claim) -> list[_Claim]:
-        """The granted claims that exclude this one."""
-        return [other for other in self.granted if claim.excludes(other)]
+    def find_blocking(self, lock: _Lock) -> list[_Lock]:
+        """Return the granted locks that exclude this one."""
+        return [other for other in self.granted if lock.excludes(other)]
 
-    def can_start(self, claim: _Claim) -> bool:
-        if self.blocking(claim):
+    def is_grantable(self, lock: _Lock) -> bool:
+        """Return whether a waiting lock can be granted now."""
+        if self.find_blocking(lock):
             return False
-        if claim.within:  # who waits may be waiting for the outer call, which waits for this one
+        if lock.outer:  # earlier calls may wait for the outer call, which waits for this one
             return True
-        earlier = self.waiting[: self.waiting.index(claim)]
-        return not any(claim.excludes(other) for other in earlier)
+        earlier = self.waiting[: self.waiting.index(lock)]
+        return not any(lock.excludes(other) for other in earlier)
 
-    def is_deadlocked(self, claim: _Claim) -> bool:
-        """Whether what blocks this claim waits, by way of calls inside it, for this claim's outer
-        calls."""
-        seen: set[int] = set()
-        todo = self.blocking(claim)
-        while todo:
-            other = todo.pop()
-            if other in claim.within:
+    def is_deadlocked(self, lock: _Lock) -> bool:
+        """Return whether calls inside those that block this lock wait for its outer calls."""
+        visited: set[int] = set()
+        blocking = self.find_blocking(lock)
+        while blocking:
+            other = blocking.pop()
+            if other in lock.outer:
                 return True
-            if id(other) not in seen:
-                seen.add(id(other))
-                inside = (each for each in self.waiting if other in each.within)
-                todo += [blocker for each in inside for blocker in self.blocking(each)]
+            if id(other) not in visited:
+                visited.add(id(other))
+                for waiting in self.waiting:
+                    if other in waiting.outer:
+                        blocking += self.find_blocking(waiting)
         return False
 
 
 _TABLE = _Table()
-_CLAIMS: ContextVar[tuple[_Claim, ...]] = ContextVar("customize_claims", default=())
+_LOCKS: ContextVar[tuple[_Lock, ...]] = ContextVar("customize_locks", default=())
 
 
 @contextmanager
-def acquire(uses: Callable[[], LockRequest]) -> Iterator[None]:
-    """Within it, no other call has claims that exclude this one's.
+def acquire(make_request: Callable[[], LockRequest]) -> Iterator[None]:
+    """Lock objects for the block, waiting until no other call has a lock that excludes this one.
 
     Args:
-        uses: what to claim; asked again whenever other calls have ended, as they may have changed
-            what this one needs. It is asked under a lock of the whole process: keep it short.
+        make_request: Returns what to lock. It is called again whenever other calls have ended, as
+            they may have changed what this one needs, and under a lock of the whole process, so it
+            must be short.
 
     Raises:
-        PipelineError: two calls, each inside another call, would wait for one another for ever.
+        PipelineError: Two calls, each inside another call, would wait for one another forever.
     """
     table = _TABLE
-    outer = _CLAIMS.get()
+    outer = _LOCKS.get()
     # The copied context of a task may be older than the calls that it was made in.
-    claim = _Claim(within=tuple(each for each in outer if each in table.granted))
-    is_told = False
+    lock = _Lock(outer=tuple(earlier for earlier in outer if earlier in table.granted))
+    has_warned = False
     try:
         with table.changed:
-            table.waiting.append(claim)
-            claim.update(uses())
-            while not table.can_start(claim):
-                if claim.within and table.is_deadlocked(claim):
+            table.waiting.append(lock)
+            lock.update(make_request())
+            while not table.is_grantable(lock):
+                if lock.outer and table.is_deadlocked(lock):
                     raise PipelineError(
                         "this call is inside a call of a pipeline and needs the models for itself, "
                         "and so does a call of another thread, which is inside of one as well: "
@@ -139,49 +145,51 @@ def acquire(uses: Callable[[], LockRequest]) -> Iterator[None]:
                         fix="load concepts, and give regions= and avoid=, outside of callbacks "
                         "where several threads share models",
                     )
-                if not table.changed.wait(WARN_AFTER) and not is_told:
-                    is_told = True
-                    _tell_waiting(table, claim)
-                claim.update(uses())
-            table.granted.append(claim)
-            table.waiting.remove(claim)
-        _CLAIMS.set((*claim.within, claim))
+                if not table.changed.wait(WARN_AFTER) and not has_warned:
+                    has_warned = True
+                    _log_waiting(table, lock)
+                lock.update(make_request())
+            table.granted.append(lock)
+            table.waiting.remove(lock)
+        _LOCKS.set((*lock.outer, lock))
         yield
     finally:
-        _CLAIMS.set(outer)
+        _LOCKS.set(outer)
         with table.changed:
-            for claims in (table.waiting, table.granted):
-                if claim in claims:
-                    claims.remove(claim)
-            claim.objects = ()  # contexts that were copied meanwhile hold the claim
+            for locks in (table.waiting, table.granted):
+                if lock in locks:
+                    locks.remove(lock)
+            lock.objects = ()  # contexts that were copied meanwhile still refer to the lock
             table.changed.notify_all()
 
 
 def is_nested() -> bool:
-    """Whether the call is made inside another one that has claims."""
-    return len(_CLAIMS.get()) > 1
+    """Return whether the present call is inside another one that has locks."""
+    return len(_LOCKS.get()) > 1
 
 
-def _tell_waiting(table: _Table, claim: _Claim) -> None:
-    """Log what a call has waited for so long. It may be a long call; or a call whose callback
-    waits for this thread, of which nothing here can know."""
-    threads = sorted({other.thread for other in table.blocking(claim)})
-    threads = threads or sorted({o.thread for o in table.waiting if claim.excludes(o)})
+def _log_waiting(table: _Table, lock: _Lock) -> None:
+    """Log which threads a call waits for: a long call, or one whose callback waits for this thread.
+
+    The latter cannot be detected here.
+    """
+    blocking = table.find_blocking(lock) or [o for o in table.waiting if lock.excludes(o)]
+    threads = sorted({other.thread for other in blocking})
     logger.warning(
         "a call in the thread %s has waited %g s for a call on the same models in %s; if a "
         "callback or a step of that one waits for this thread, neither ever ends: start such "
         "threads by asyncio.to_thread or contextvars.copy_context().run, or wait for them after "
         "the call",
-        claim.thread,
+        lock.thread,
         WARN_AFTER,
         ", ".join(threads),
     )
 
 
 def _after_fork() -> None:
-    """Of the parent's threads only the one that forked exists in the child, with its claims."""
+    """Drop the locks of the parent's threads: only the one that forked exists in the child."""
     _TABLE.changed = threading.Condition()
-    _TABLE.granted[:] = _CLAIMS.get()
+    _TABLE.granted[:] = _LOCKS.get()
     _TABLE.waiting.clear()
 
 

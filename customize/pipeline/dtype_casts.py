@@ -1,17 +1,17 @@
-"""Which dtype casts a layer goes through, recorded by a small buffer that is cast with it.
+"""Recording the dtype casts that a layer goes through, by a small buffer that is cast with it.
 
-A fused weight that was cast to half precision and back, as ``from_pipe`` may, holds rounded values;
-the copy of the original on the CPU does not. Whether that happened cannot be told from the weight:
-a weight may hold half-precision values by chance. So a fused layer carries a buffer of known
-values. ``.to``, ``.half`` and layerwise casting act on it as on the weight, and from what became of
-it follows what became of the weight. The buffer is not persistent: no state dict contains it.
+A fused weight that was cast to half precision and back, as ``from_pipe`` may do it, has rounded
+values; the copy of the original on the CPU has not. The weight does not show whether that happened,
+since its values may be representable in half precision by chance. So a fused layer carries a buffer
+of known values. ``.to``, ``.half`` and layerwise casting act on it as on the weight, and its values
+afterwards show which casts the weight went through. The buffer is not persistent: no state dict
+contains it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from itertools import product
+from itertools import chain, product
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +27,17 @@ _DTYPES = (
     torch.float8_e5m2,
 )
 
-#: The dtypes that a tensor was cast to, one after another; empty for none.
+#: The dtypes that a tensor was cast to, in order.
 Casts = tuple[torch.dtype, ...]
 
 
 def start_recording(layer: nn.Module, dtype: torch.dtype, parameter: str = "weight") -> None:
-    """Record the casts of a layer's parameter from now on.
+    """Start to record the casts of a layer's parameter.
 
     Args:
-        dtype: of the parameter.
+        layer: Layer, which gets a buffer.
+        dtype: dtype of the parameter.
+        parameter: Name of the parameter.
     """
     device = next(layer.parameters()).device
     layer.register_buffer(
@@ -44,23 +46,25 @@ def start_recording(layer: nn.Module, dtype: torch.dtype, parameter: str = "weig
 
 
 def stop_recording(layer: nn.Module, parameter: str = "weight") -> None:
-    """Record no longer; the layer has the attributes that it had before."""
+    """Stop to record, and restore the layer's attributes."""
     layer._buffers.pop(_BUFFER + parameter, None)
     layer._non_persistent_buffers_set.discard(_BUFFER + parameter)
 
 
 def get_casts(layer: nn.Module, dtype: torch.dtype, where: str, parameter: str = "weight") -> Casts:
-    """What the layer was cast to since :func:`start_recording`.
+    """Return the casts of a parameter since :func:`start_recording`.
 
     Args:
-        dtype: as of :func:`start_recording`.
-        where: the layer's name, for errors.
+        layer: Layer that is recorded.
+        dtype: dtype at the start.
+        where: Name of the layer, for errors.
+        parameter: Name of the parameter.
 
     Returns:
         The shortest sequence of casts that has the same effect on every value.
 
     Raises:
-        PipelineError: the layer is another than the recorded one, or was cast in another way.
+        PipelineError: The layer was replaced since, or converted in another way.
     """
     buffer = layer._buffers.get(_BUFFER + parameter)
     if buffer is not None:
@@ -78,15 +82,15 @@ def get_casts(layer: nn.Module, dtype: torch.dtype, where: str, parameter: str =
 
 
 def apply_casts(values: Tensor, casts: Casts) -> Tensor:
-    """The same values after these casts."""
+    """Return the values after these casts."""
     return functools.reduce(lambda tensor, dtype: tensor.to(dtype), casts, values)
 
 
 @functools.cache
 def _values(dtype: torch.dtype) -> Tensor:
-    """Numbers on which different sequences of casts have different effects.
+    """Return numbers, (n,), on which different sequences of casts have different effects.
 
-    Some lie close to the middle between two numbers of a narrower type, where rounding twice and
+    Some are close to the middle between two numbers of a narrower dtype, where rounding twice and
     rounding once differ; others cover the range, from subnormal numbers to overflow.
     """
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +104,7 @@ def _values(dtype: torch.dtype) -> Tensor:
         if small > bits + 1
         for sign in (-1.0, 1.0)
     ]
-    # The same where the middle is met only after a rounding to a type between.
+    # The same for a middle that only a rounding to a dtype in between reaches.
     near += [
         1
         + steps * 2.0**-bits
@@ -117,21 +121,17 @@ def _values(dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _outcomes(dtype: torch.dtype) -> list[tuple[Casts, Tensor]]:
-    """The effects of all sequences of up to four casts that differ, the shortest first."""
-    found: dict[tuple[torch.dtype, bytes], tuple[Casts, Tensor]] = {}
-    for casts in _sequences():
+    """Return the distinct effects of all sequences of up to four casts, the shortest first."""
+    outcomes: dict[tuple[torch.dtype, bytes], tuple[Casts, Tensor]] = {}
+    sequences = (product((*_DTYPES, torch.float64), repeat=length) for length in (1, 2, 3, 4))
+    for casts in chain.from_iterable(sequences):
         values = apply_casts(_values(dtype), casts)
         key = (values.dtype, _bits(values).numpy().tobytes())
-        found.setdefault(key, (casts, values))
-    return list(found.values())
-
-
-def _sequences() -> Iterator[Casts]:
-    for length in (1, 2, 3, 4):
-        yield from product((*_DTYPES, torch.float64), repeat=length)
+        outcomes.setdefault(key, (casts, values))
+    return list(outcomes.values())
 
 
 def _bits(values: Tensor) -> Tensor:
-    """As integers, so that NaN equals itself."""
+    """View values as integers, so that NaN equals itself."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return values.contiguous().view(kinds[values.element_size()])

@@ -1,7 +1,7 @@
-"""Keyword arguments of a call that nothing reads.
+"""Checking the keyword arguments of a call that nothing reads.
 
-Many pipelines take ``**kwargs``, of which they read two deprecated names and drop the rest without
-a word. So a misspelt keyword would be ignored.
+Many pipelines accept ``**kwargs``, read two deprecated names of them and ignore all others, such as
+misspelt ones.
 """
 
 from __future__ import annotations
@@ -16,59 +16,73 @@ from typing import Any
 
 from customize.errors import ConfigError
 
-# How alike two names are for one to be taken for a slip of the other, from 0 to 1.
-_ALIKE = 0.75
+_VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 
-# Arguments of `load_custom`, which some will give to the call.
-_OF_LOADING = ("library", "weights", "fuse", "merge", "memory", "attention", "names", "concepts")
+# Similarity of two names, from 0 to 1, from which one counts as a misspelling of the other.
+_MIN_SIMILARITY = 0.75
+
+# Arguments of `load_custom` that users may pass to the call.
+_LOAD_ARGUMENTS = (
+    "library",
+    "weights",
+    "fuse",
+    "merge",
+    "memory",
+    "attention",
+    "names",
+    "concepts",
+)
 
 
 def check_keywords(
     pipe: Any,
     call: Any,
     signature: inspect.Signature,
-    given: Mapping[str, Any],
-    stages: Iterable[str],
+    arguments: Mapping[str, Any],
+    stage_arguments: Iterable[str],
 ) -> None:
-    """Refuse a keyword that nothing reads and that is nearly the name of one that something does.
+    """Refuse a keyword that nothing reads and that resembles one that is read.
 
-    Other unknown keywords stay with the pipeline, which ignores or refuses them as it always does.
+    Other unknown keywords are passed to the pipeline, which ignores or refuses them.
 
     Args:
-        call: the pipeline's ``__call__``.
-        given: the keyword arguments, without those of stages.
-        stages: the names that stages read.
+        pipe: The pipeline.
+        call: The pipeline's ``__call__``.
+        signature: Signature of ``call``.
+        arguments: The call's keyword arguments, without those of stages.
+        stage_arguments: Names of the stages' arguments.
 
     Raises:
-        ConfigError: naming the keyword and the near names.
+        ConfigError: Names the keyword and the similar names.
     """
-    named = [
-        name for name, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD
-    ]
-    unknown = [name for name in given if name not in named]
+    parameters = signature.parameters.items()
+    named = [name for name, parameter in parameters if parameter.kind is not _VAR_KEYWORD]
+    unknown = [name for name in arguments if name not in named]
     if not unknown:
         return
     blocks = vars(pipe).get("_blocks")  # of which `pipe.blocks` is a copy
     if blocks is not None:
-        inputs = [each for own in blocks.inputs for each in (own.name, own.kwargs_type)]
+        inputs = [name for block in blocks.inputs for name in (block.name, block.kwargs_type)]
         read: frozenset[str] | None = frozenset(name for name in inputs if name)
     else:
         read = keywords_read(call)
-    if read is None:  # they are handed on, to whom cannot be known
+    if read is None:  # they are passed on to an unknown function
         return
     for name in unknown:
         if name in read:
             continue
-        known = [*stages, *(each for each in (*named, *read) if each != "self")]
-        near = [each for each in known if each.lower() == name.lower()]
-        near = near or difflib.get_close_matches(name.lower(), known, n=3, cutoff=_ALIKE)
-        if near:
+        known = [*stage_arguments, *(other for other in (*named, *read) if other != "self")]
+        similar = [other for other in known if other.lower() == name.lower()]
+        similar = similar or difflib.get_close_matches(
+            name.lower(), known, n=3, cutoff=_MIN_SIMILARITY
+        )
+        if similar:
             raise ConfigError(
                 f"{type(pipe).__name__} reads no argument {name}",
                 where=name,
-                fix=f"write {' or '.join(near)}, or leave it out",
+                fix=f"write {' or '.join(similar)}, or leave it out",
             )
-        if name in _OF_LOADING and len(named) < len(signature.parameters):
+        if name in _LOAD_ARGUMENTS and len(named) < len(signature.parameters):
             raise ConfigError(
                 f"{name} is an argument of load_custom, not of the pipeline's call",
                 where=name,
@@ -78,8 +92,10 @@ def check_keywords(
 
 @functools.cache
 def keywords_read(call: Any) -> frozenset[str] | None:
-    """The names that a function reads of its ``**kwargs``; None where that cannot be told, since it
-    hands them on or has no source."""
+    """Return the names that a function reads of its ``**kwargs``.
+
+    None if that is unknown, because it passes them on or has no source.
+    """
     function = inspect.unwrap(call)
     code = getattr(function, "__code__", None)
     if code is None:
@@ -90,23 +106,20 @@ def keywords_read(call: Any) -> frozenset[str] | None:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, SyntaxError, TypeError, ValueError):
         return None
-    rest = tree.args.kwarg.arg if isinstance(tree, ast.FunctionDef) and tree.args.kwarg else None
-    if rest is None:
+    if not isinstance(tree, ast.FunctionDef) or not tree.args.kwarg:
         return None
-    found: set[str] = set()
-    reads = 0
-    for node in ast.walk(tree):
-        name = _read_name(node, rest)
-        if name is not None:
-            found.add(name)
-            reads += 1
-    uses = sum(isinstance(node, ast.Name) and node.id == rest for node in ast.walk(tree))
-    return frozenset(found) if uses == reads else None
+    variable = tree.args.kwarg.arg
+    names = [name for node in ast.walk(tree) if (name := _read_name(node, variable)) is not None]
+    uses = sum(isinstance(node, ast.Name) and node.id == variable for node in ast.walk(tree))
+    return frozenset(names) if uses == len(names) else None
 
 
-def _read_name(node: ast.AST, rest: str) -> str | None:
-    """The name in ``rest.pop("name")``, ``rest.get("name")``, ``rest["name"]`` or ``"name" in
-    rest``; None of anything else."""
+def _read_name(node: ast.AST, variable: str) -> str | None:
+    """Return the name that an expression reads of a dict in a variable; None for other nodes.
+
+    Such expressions are ``kwargs.pop("name")``, ``kwargs.get("name")``, ``kwargs["name"]`` and
+    ``"name" in kwargs``.
+    """
     owner, name = None, None
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
         if node.func.attr in ("pop", "get"):
@@ -115,6 +128,6 @@ def _read_name(node: ast.AST, rest: str) -> str | None:
         owner, name = node.value, node.slice
     elif isinstance(node, ast.Compare) and len(node.comparators) == 1:
         owner, name = node.comparators[0], node.left
-    if isinstance(owner, ast.Name) and owner.id == rest and isinstance(name, ast.Constant):
+    if isinstance(owner, ast.Name) and owner.id == variable and isinstance(name, ast.Constant):
         return str(name.value)
     return None

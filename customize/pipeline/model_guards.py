@@ -1,7 +1,8 @@
-"""What the shared components themselves refuse while concepts are on them: to merge our adapter,
-to be saved, and to be copied by the names of their layers.
+"""Guards on shared components: methods that would break what is attached refuse to run.
 
-Any pipeline of the same components reaches them, and so does who saves one of them by itself.
+They refuse to merge our adapter, to save a component, and to copy weights by the names of layers.
+The guards are on the components themselves, since any pipeline of the same components can call
+these methods, and so can the owner of a single component.
 """
 
 from __future__ import annotations
@@ -18,42 +19,44 @@ from customize.errors import PipelineError
 #: peft's name of the one adapter that all concepts are merged into.
 ADAPTER_NAME = "customize"
 
-#: The methods of models, and of whole pipelines, that write their weights somewhere.
+#: Methods of models, tokenizers and whole pipelines that write them to disk or the hub.
 SAVE_METHODS = ("save_pretrained", "push_to_hub")
-_SAVING_PART = (*SAVE_METHODS, "save_lora_adapter")
+_COMPONENT_SAVE_METHODS = (*SAVE_METHODS, "save_lora_adapter")
 
-#: Where each component carries the mark that tells whose it is, and whether it can be saved.
-TAG_ATTRIBUTE = "_customize_mark"
+#: Attribute of each changed component with its :class:`customize.pipeline.state.OwnershipTag`.
+TAG_ATTRIBUTE = "_customize_tag"
 
 
 def guard_fusing(model: Any, layers: Iterable[Any]) -> None:
-    """Let a model and its layers refuse to merge our adapter into the weights.
+    """Make a model and its layers refuse to merge our adapter into the weights.
 
-    Once merged, ``unload_lora_weights`` leaves it there, and nothing takes it out again. The model
-    refuses first, before the adapters of other layers are merged; of text encoders diffusers
-    merges the layers one by one.
+    A merged adapter stays in the weights after ``unload_lora_weights``, and cannot be taken out.
+    The model refuses before the adapters of other layers are merged; those of text encoders are
+    merged layer by layer.
 
     Args:
+        model: Model that carries the adapter.
         layers: peft's LoRA layers that carry the adapter.
     """
-    for each, name in ((model, "fuse_lora"), *((layer, "merge") for layer in layers)):
-        if hasattr(type(each), name):  # text encoders have no fuse_lora
-            # On the object, since `from_pipe` takes a model of no other class than its own.
-            setattr(each, name, MethodType(_refusing(getattr(type(each), name)), each))
+    for target, name in ((model, "fuse_lora"), *((layer, "merge") for layer in layers)):
+        if hasattr(type(target), name):  # text encoders have no fuse_lora
+            # On the object, since `from_pipe` accepts a model of its own class alone.
+            method = _refuse_our_adapter(getattr(type(target), name))
+            setattr(target, name, MethodType(method, target))
 
 
 def unguard_fusing(model: Any, layers: Iterable[Any]) -> None:
-    """Undo :func:`guard_fusing`, also where someone took the adapter away."""
+    """Undo :func:`guard_fusing`, also if someone deleted the adapter."""
     vars(model).pop("fuse_lora", None)
     for layer in layers:
         vars(layer).pop("merge", None)
 
 
-def _refusing(merge: Any) -> Any:
+def _refuse_our_adapter(merge: Any) -> Any:
     @functools.wraps(merge)
-    def refusing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(merge).bind(self, *args, **kwargs).arguments
-        names = given.get("adapter_names")
+    def merge_others(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = inspect.signature(merge).bind(self, *args, **kwargs).arguments
+        names = arguments.get("adapter_names")
         if ADAPTER_NAME in (active_adapters([self]) if names is None else names):
             raise PipelineError(
                 "fuse_lora would put the attached concepts into the weights, where unload_custom "
@@ -63,32 +66,31 @@ def _refusing(merge: Any) -> Any:
             )
         return merge(self, *args, **kwargs)
 
-    return refusing
+    return merge_others
 
 
-def guard_saving(part: Any) -> None:
-    """Let a component refuse to be saved where that would lose what is attached to it, which its
-    mark tells.
+def guard_saving(component: Any) -> None:
+    """Make a component refuse to be saved while its tag has a reason against it.
 
-    A model would write its layers under the names that they have with an adapter, and whoever
-    opens that gets new, random weights for them without an error.
+    A model would write its layers under the names that they have with an adapter. Who loads that
+    gets new, random weights for these layers without an error.
 
     Args:
-        part: a model or tokenizer.
+        component: Model or tokenizer.
     """
-    for name in _SAVING_PART:
-        if hasattr(type(part), name):
-            setattr(part, name, _Saving(part, name))
+    for name in _COMPONENT_SAVE_METHODS:
+        if hasattr(type(component), name):
+            setattr(component, name, _GuardedSave(component, name))
 
 
-def unguard_saving(part: Any) -> None:
+def unguard_saving(component: Any) -> None:
     """Undo :func:`guard_saving`."""
-    for name in _SAVING_PART:
-        vars(part).pop(name, None)
+    for name in _COMPONENT_SAVE_METHODS:
+        vars(component).pop(name, None)
 
 
 def make_unsaveable_error(reason: str) -> PipelineError:
-    """Of what cannot be saved as it is."""
+    """Return the error for a pipeline or component that cannot be saved as it is."""
     return PipelineError(
         reason,
         fix="save without them after unload_custom(), as they have files of their own; or "
@@ -98,18 +100,19 @@ def make_unsaveable_error(reason: str) -> PipelineError:
 
 
 @dataclass(frozen=True, eq=False)
-class _Saving:
-    """A method of a component that writes it; asks the component's mark first.
+class _GuardedSave:
+    """A method that writes a component, after it checked the component's tag.
 
-    An object and no closure, so that copies and pickles of the component ask their own.
+    It is an object and not a closure, so that copies and pickles of the component check their own
+    tag.
     """
 
-    part: Any
+    component: Any
     name: str
 
     @property
     def _method(self) -> Any:
-        return getattr(type(self.part), self.name).__get__(self.part)
+        return getattr(type(self.component), self.name).__get__(self.component)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -120,36 +123,42 @@ class _Saving:
         bound.apply_defaults()
         # Another adapter of the same model can be saved.
         is_ours = bound.arguments.get("adapter_name", ADAPTER_NAME) == ADAPTER_NAME
-        mark = vars(self.part).get(TAG_ATTRIBUTE)
-        if is_ours and mark is not None and mark.unsaveable:
-            raise make_unsaveable_error(mark.unsaveable)
+        tag = vars(self.component).get(TAG_ATTRIBUTE)
+        if is_ours and tag is not None and tag.unsaveable:
+            raise make_unsaveable_error(tag.unsaveable)
         return self._method(*args, **kwargs)
 
 
-def check_copyable(parts: Iterable[Any], maker: str) -> None:
+def check_copyable(components: Iterable[Any], method: str) -> None:
     """Refuse to copy weights by the names of layers out of a model with our adapter.
 
     Args:
-        maker: what copies them, such as ``ControlNetModel.from_unet``.
+        components: Models, among other objects.
+        method: Name of the method that copies, such as ``ControlNetModel.from_unet``.
 
     Raises:
-        PipelineError: one of the parts carries it.
+        PipelineError: One of the models carries our adapter.
     """
-    for part in parts:
-        if ADAPTER_NAME in (getattr(part, "peft_config", None) or {}):
+    for component in components:
+        if ADAPTER_NAME in (getattr(component, "peft_config", None) or {}):
             raise PipelineError(
-                f"{maker} copies weights by the names of layers, and those of this "
-                f"{type(part).__name__} have others while concepts are attached beside them",
-                where=maker,
+                f"{method} copies weights by the names of layers, and those of this "
+                f"{type(component).__name__} have others while concepts are attached beside them",
+                where=method,
                 fix="make it before load_custom, or after unload_custom(); or attach the concepts "
                 "with fuse=True, and it begins with them",
             )
 
 
 def active_adapters(models: Iterable[Any]) -> list[str]:
-    """The names of the adapters that are active in any layer of the models, each once."""
+    """Return the names of the adapters that are active in any layer of the models, each once."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    modules = [module for model in models for module in model.modules()]
-    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
-    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+    modules = (module for model in models for module in model.modules())
+    names = (
+        name
+        for module in modules
+        if isinstance(module, BaseTunerLayer)
+        for name in module.active_adapters
+    )
+    return list(dict.fromkeys(names))

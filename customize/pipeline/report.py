@@ -1,84 +1,151 @@
-"""What ``pipe.custom`` shows."""
+"""The report of a pipeline's customization: what ``pipe.custom`` prints."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from customize.base.apply_memory_plan import get_applied_plan
-from customize.base.attention import apply_backend as kernels
-from customize.base.memory_plan import GIB
+from customize.base.attention.apply_backend import BackendReport, report_backends
+from customize.concepts.merge.component_weights import Weight
 from customize.concepts.slices.overlap import find_overlaps
 from customize.concepts.tokens.token_rows import known_tokens
 from customize.errors import PipelineError
-from customize.families import Family
 from customize.pipeline.model_guards import ADAPTER_NAME
 from customize.pipeline.sources import get_family
-from customize.pipeline.state import AttachedState, ConceptRow, Customization, get_state
+from customize.pipeline.stage import Stage
+from customize.pipeline.state import AttachedState, get_state
+
+_TITLES = ("name", "trigger", "class", "weight", "rank", "slices", "mode")
 
 
-def summarize(pipe: Any) -> Customization:
-    """What ``pipe.custom`` shows; never an error, as debuggers and ``hasattr`` read properties."""
+@dataclass(frozen=True)
+class ConceptRow:
+    """One concept in the table of :class:`Customization`."""
+
+    name: str
+    trigger: str
+    class_word: str
+    weight: Weight
+    rank: int
+    slices: str
+    mode: str
+
+
+@dataclass(frozen=True, repr=False)
+class Customization:
+    """What is attached to a pipeline, at the time of asking.
+
+    Attributes:
+        rows: One for each concept, in the order of loading.
+        model: Family of the model, and device and dtype of its denoiser.
+        merge: Method by which several concepts are merged.
+        attention: Backend that took effect in each component; empty if none was chosen.
+        memory: What was done to fit the model into memory; empty if nothing was.
+        reports: Name of a stage -> the line on its setting, for those that have one: "library" on
+            where prompts take concepts from, "avoid" on what prompts are cleaned of.
+    """
+
+    rows: tuple[ConceptRow, ...]
+    model: str
+    merge: str = "sum"
+    attention: tuple[BackendReport, ...] = ()
+    memory: str = ""
+    reports: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is attached, chosen or set."""
+        return not (self.rows or self.attention or self.memory or self.reports)
+
+    def __repr__(self) -> str:
+        lines = [self._table() if self.rows else "no concepts attached"]
+        if self.attention:
+            lines.append(f"attention: {'; '.join(map(str, self.attention))}")
+        if self.memory:
+            lines.append(f"memory: {self.memory}")
+        return "\n".join([*lines, *self.reports.values()])
+
+    def _table(self) -> str:
+        lines = [_TITLES]
+        for row in self.rows:
+            numbers = (f"{row.weight:g}", str(row.rank))
+            lines.append((row.name, row.trigger, row.class_word, *numbers, row.slices, row.mode))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        texts = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        rule = "  ".join("-" * width for width in widths)
+        count = f"{len(self.rows)} concept" + ("s" if len(self.rows) > 1 else "")
+        merged = f", merged by {self.merge}" if len(self.rows) > 1 else ""
+        return "\n".join([f"{count} on {self.model}{merged}", texts[0], rule, *texts[1:]])
+
+
+def report_customization(pipe: Any, stages: Sequence[Stage]) -> Customization:
+    """Return what ``pipe.custom`` shows.
+
+    It raises no PipelineError, since debuggers and ``hasattr`` read properties.
+
+    Args:
+        stages: The stages whose settings are reported, in this order.
+    """
     try:
         family = get_family(pipe)
     except PipelineError:
         return Customization((), "no known model family")
-    state = get_state(family)
-    colliding: dict[str, list[str]] = {}
-    for collision in find_overlaps([each.concept for each in state.attached.values()]):
-        colliding.setdefault(collision.first, []).append(collision.second)
-        colliding.setdefault(collision.second, []).append(collision.first)
+    state = get_state(pipe) or AttachedState()
+    overlapping: dict[str, list[str]] = {}
+    for overlap in find_overlaps([attached.concept for attached in state.attached.values()]):
+        overlapping.setdefault(overlap.first, []).append(overlap.second)
+        overlapping.setdefault(overlap.second, []).append(overlap.first)
     rows = []
     for name, attached in state.attached.items():
         info = attached.concept.info
         slices = "none" if info.basis is None else "disjoint"
-        if name in colliding:
-            slices = "shared with " + ", ".join(colliding[name])
+        if name in overlapping:
+            slices = "shared with " + ", ".join(overlapping[name])
         mode = "fused" if attached.fused else _adapter_mode(state)
         mode += ", by the prompt" if attached.routed else ""
-        if any(_lacks_tokens(family, state, s.trigger) for s in attached.concept.subjects):
+        triggers = {subject.trigger for subject in attached.concept.subjects}
+        if any(
+            trigger in triggers
+            and not known_tokens(state.components[family.clip_encoders[key]], [trigger])
+            for key, trigger in state.token_names
+        ):
             mode += " (tokens removed by someone else)"
-        said, thing = info.trigger_words or "-", info.class_word or "-"
-        rows.append(ConceptRow(name, said, thing, attached.weight, info.rank, slices, mode))
+        trigger, class_word = info.trigger_words or "-", info.class_word or "-"
+        row = ConceptRow(name, trigger, class_word, attached.weight, info.rank, slices, mode)
+        rows.append(row)
     denoiser = family.denoiser
-    place = f"{family.name} ({denoiser.device}, {str(denoiser.dtype).removeprefix('torch.')})"
+    dtype = str(denoiser.dtype).removeprefix("torch.")
     plan = get_applied_plan(family)
     return Customization(
         tuple(rows),
-        place,
+        f"{family.name} ({denoiser.device}, {dtype})",
         merge=state.merge_plan.method,
-        attention=tuple(kernels.report_backends(family.components)),
+        attention=tuple(report_backends(family.components)),
         memory="" if plan is None else str(plan),
-        library=_library(state),
-        avoid="; ".join(map(str, state.stage_settings.values())),
-    )
-
-
-def _library(state: AttachedState) -> str:
-    cache = state.library_cache
-    if cache is None:
-        return ""
-    entries = cache.library.entries.values()
-    fitting = sum(map(cache.is_compatible, entries))
-    active = [name for name, each in state.attached.items() if each.routed]
-    size, limit = (f"{number / GIB:.3g}" for number in (cache.cache.size, cache.cache.limit))
-    return (
-        f"{cache.library.folder}, {len(entries)} concepts, {fitting} of them for this model; "
-        f"the latest prompt named {', '.join(active) or 'none'}; {size} of {limit} GB in memory"
+        reports={
+            stage.name: state.stage_settings[stage.setting].report(state)
+            for stage in stages
+            if stage.setting in state.stage_settings
+        },
     )
 
 
 def _adapter_mode(state: AttachedState) -> str:
-    if not all(each.is_attached() for each in state.adapters):
+    if not state.has_all_adapters:
         return "adapter (removed by someone else)"
-    layers = [each for a in state.adapters for own in a.layers.values() for each in own.values()]
-    # With a library there may be some that what is attached does not change.
-    layers = [layer for layer in layers if layer.lora_A[ADAPTER_NAME].weight.numel()]
+    layers = [
+        layer
+        for adapter in state.adapters
+        for modules in adapter.layers.values()
+        for layer in modules.values()
+        # With an update cache some layers are wrapped that no attached concept changes.
+        if layer.lora_A[ADAPTER_NAME].weight.numel()
+    ]
     if any(ADAPTER_NAME not in layer.active_adapters or layer.disable_adapters for layer in layers):
         return "adapter (not active)"
     return "adapter"
-
-
-def _lacks_tokens(family: Family, state: AttachedState, trigger: str) -> bool:
-    # Someone may have taken them away, with unload_textual_inversion.
-    keys = [family.clip_encoders[key] for key, ours in state.token_names if ours == trigger]
-    return any(not known_tokens(state.components[key], [trigger]) for key in keys)

@@ -1,7 +1,7 @@
-"""Biases and norms that concepts change: set in the model itself, and set back bit for bit.
+"""Biases and norms that concepts change: set in the model itself, and restored bit for bit.
 
-No adapter of peft carries them, and as vectors they cost nothing beside a model. Unlike the updates
-of matrices they are in the model's own parameters also with ``fuse=False``.
+No peft adapter carries them, and as vectors they are small beside a model. Unlike updates of
+matrices they are in the model's own parameters with ``fuse=False`` too.
 """
 
 from __future__ import annotations
@@ -20,48 +20,59 @@ from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.pipeline import dtype_casts
 from customize.pipeline.state import AttachedConcept, VectorOriginals
 
-_WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_WIDE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_NARROW_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-#: (component, parameter) -> what is added to it: (weight, change) pairs.
+#: (component, parameter name) -> (weight, update) pairs whose sum is added to the parameter.
 VectorSums = Mapping[tuple[str, str], Sequence[tuple[float, VectorUpdate]]]
 
 
 def sum_vectors(attached: Mapping[str, AttachedConcept], method: str) -> VectorSums:
-    """What attached concepts change together: the weighted sum, of "average" the mean."""
+    """Return what attached concepts add to biases and norms: their weighted sum.
+
+    Args:
+        attached: Concept name -> concept.
+        method: Merge method; "average" divides the sum by the number of concepts.
+    """
     count = len(attached) if method == "average" else 1
-    found: dict[tuple[str, str], list[tuple[float, VectorUpdate]]] = {}
-    for each in attached.values():
-        if not isinstance(each.concept, Lora):
+    sums: dict[tuple[str, str], list[tuple[float, VectorUpdate]]] = {}
+    for item in attached.values():
+        if not isinstance(item.concept, Lora):
             continue
-        for component, own in each.concept.vector_updates.items():
-            for name, vector in own.items():
-                weight = layer_weight(each.weight, component, name.rpartition(".")[0]) / count
+        for component, vectors in item.concept.vector_updates.items():
+            for name, vector in vectors.items():
+                weight = layer_weight(item.weight, component, name.rpartition(".")[0]) / count
                 if weight:
-                    found.setdefault((component, name), []).append((weight, vector))
-    return found
+                    sums.setdefault((component, name), []).append((weight, vector))
+    return sums
 
 
 def check_vectors(
     models: Mapping[str, nn.Module], sums: VectorSums, originals: VectorOriginals
 ) -> None:
-    """Refuse what cannot be set; nothing changes.
+    """Refuse parameters that cannot be set; nothing changes.
+
+    Args:
+        models: component -> model.
+        sums: What is to be set.
+        originals: Parameters that are set already are not checked again.
 
     Raises:
-        ConceptError: a parameter is not here, or of another width.
-        PipelineError: it is quantized, stored in 8 bits, or shared by two modules.
+        ConceptError: A parameter does not exist, or has another width.
+        PipelineError: A parameter is quantized, stored in 8 bits, or shared by two modules.
     """
-    new = {place: vectors for place, vectors in sums.items() if place not in originals}
+    new = {key: vectors for key, vectors in sums.items() if key not in originals}
     users: dict[int, int] = {}
     for model in models.values() if new else ():
         for module in model.modules():
             for parameter in module._parameters.values():
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
-    for place, vectors in new.items():
-        where = ".".join(place)
-        layer, name = _owner(models, place)
+    for key, vectors in new.items():
+        where = ".".join(key)
+        layer, name = _find_owner(models, key)
         parameter = layer._parameters.get(name)
         widths = {len(vector.values) for _, vector in vectors}
-        width = _width(layer) if parameter is None else parameter.numel()
+        width = _output_width(layer) if parameter is None else parameter.numel()
         if widths != {width} or (parameter is None and name != "bias"):
             raise ConceptError(
                 f"a change of {max(widths)} numbers does not fit a parameter of {width}",
@@ -70,11 +81,11 @@ def check_vectors(
             )
         if parameter is None:
             continue
-        plain = type(parameter) is nn.Parameter and parameter.dtype in _WIDE
-        if not plain or users[id(parameter)] > 1:
-            why = "shared by two modules" if plain else f"held as {parameter.dtype}"
+        is_plain = type(parameter) is nn.Parameter and parameter.dtype in _WIDE_DTYPES
+        if not is_plain or users[id(parameter)] > 1:
+            reason = "shared by two modules" if is_plain else f"held as {parameter.dtype}"
             raise PipelineError(
-                f"a bias or norm that the file changes cannot be set here: it is {why}",
+                f"a bias or norm that the file changes cannot be set here: it is {reason}",
                 where=where,
                 fix="load a base that is not quantized or cast, or leave such parts out: "
                 'ignore=["bias", "norm"]',
@@ -82,76 +93,85 @@ def check_vectors(
 
 
 @torch.no_grad()
-def check_unchanged(
+def check_set_vectors(
     models: Mapping[str, nn.Module], sums: VectorSums, originals: VectorOriginals
-) -> dict[tuple[str, str], Tensor | None]:
-    """The originals, cast as their modules were since; see :func:`customize.pipeline.fuse_weights`.
+) -> VectorOriginals:
+    """Refuse if a parameter is not what :func:`set_vectors` set it to.
+
+    Args:
+        models: component -> model.
+        sums: What is set at present.
+        originals: Parameters before they were set.
+
+    Returns:
+        The originals, with the casts that their modules went through
+        (:func:`customize.pipeline.fuse_weights.check_fused_weights`).
 
     Raises:
-        PipelineError: a parameter is not what :func:`set_vectors` made it.
+        PipelineError: Names the first such parameter.
     """
-    found: dict[tuple[str, str], Tensor | None] = {}
-    for place, original in originals.items():
-        layer, name = _owner(models, place)
-        now = layer._parameters.get(name)
+    cast_originals: VectorOriginals = {}
+    for key, original in originals.items():
+        layer, name = _find_owner(models, key)
+        parameter = layer._parameters.get(name)
         casts: dtype_casts.Casts = ()
         if original is not None:
-            casts = dtype_casts.get_casts(layer, original.dtype, ".".join(place), name)
-        same = now is not None and now.dtype in (*_WIDE, torch.float8_e4m3fn, torch.float8_e5m2)
-        if same:
-            assert now is not None
-            expected = _sum(original, sums[place]).to(now.device)
-            types = [*casts, now.dtype, *([] if original is None else [original.dtype])]
-            kinds = [torch.finfo(each) for each in types]
+            casts = dtype_casts.get_casts(layer, original.dtype, ".".join(key), name)
+        is_unchanged = False
+        if parameter is not None and parameter.dtype in (*_WIDE_DTYPES, *_NARROW_DTYPES):
+            expected = _add(original, sums[key]).to(parameter.device)
+            dtypes = [*casts, parameter.dtype, *([] if original is None else [original.dtype])]
+            kinds = [torch.finfo(dtype) for dtype in dtypes]
             step = max(kind.eps for kind in kinds)
-            allowed = 2 * step * expected.abs() + 1e-6 * expected.abs().mean()
-            allowed += 2 * max(kind.smallest_normal * kind.eps for kind in kinds)
-            same = bool(((now.float() - expected).abs() <= allowed).all())
-        if not same:
+            tolerance = 2 * step * expected.abs() + 1e-6 * expected.abs().mean()
+            tolerance += 2 * max(kind.smallest_normal * kind.eps for kind in kinds)
+            is_unchanged = bool(((parameter.float() - expected).abs() <= tolerance).all())
+        if not is_unchanged:
             raise PipelineError(
                 "a bias or norm with concepts in it was changed by someone else since",
-                where=".".join(place),
+                where=".".join(key),
                 fix="undo that first, or load the pipeline anew",
             )
-        found[place] = None if original is None else dtype_casts.apply_casts(original, casts)
-    return found
+        cast_originals[key] = None if original is None else dtype_casts.apply_casts(original, casts)
+    return cast_originals
 
 
 @torch.no_grad()
 def set_vectors(
     models: Mapping[str, nn.Module], sums: VectorSums, originals: VectorOriginals
 ) -> None:
-    """Make every changed parameter ``original + sum``, and every other one its original again.
+    """Set every changed parameter to ``original + sum``, and every other one to its original.
 
     Args:
-        originals: what is changed now, of :func:`check_unchanged`; None where a layer had no bias.
-            Entries come and go as parameters are changed.
+        models: component -> model.
+        sums: What is to be set.
+        originals: Result of :func:`check_set_vectors`; changed along with the parameters.
 
     Raises:
-        ConfigError: a sum is too large for the parameter's type.
+        ConfigError: A sum leaves the range of the parameter's dtype.
     """
-    for place in [place for place in originals if place not in sums]:
-        layer, name = _owner(models, place)
-        original = originals.pop(place)
+    for key in [key for key in originals if key not in sums]:
+        layer, name = _find_owner(models, key)
+        original = originals.pop(key)
         if original is None:
             layer.register_parameter(name, None)
         else:
             layer._parameters[name].copy_(original)
             dtype_casts.stop_recording(layer, name)
-    for place, vectors in sums.items():
-        layer, name = _owner(models, place)
+    for key, vectors in sums.items():
+        layer, name = _find_owner(models, key)
         parameter = layer._parameters[name]
-        if place not in originals:
-            originals[place] = (
-                None if parameter is None else parameter.detach().to("cpu", copy=True)
-            )
-        original = originals[place]
-        total = _sum(original, vectors)
+        if key not in originals:
+            originals[key] = None if parameter is None else parameter.detach().to("cpu", copy=True)
+        original = originals[key]
+        total = _add(original, vectors)
         if original is None:
-            like = layer.weight
-            dtype = like.dtype if like.dtype in _WIDE else _computing(models[place[0]])
-            made = total.to(like.device, dtype)
-            layer.register_parameter(name, nn.Parameter(made, requires_grad=False))
+            weight = layer.weight
+            dtype = weight.dtype
+            if dtype not in _WIDE_DTYPES:
+                dtype = _compute_dtype(models[key[0]])
+            bias = nn.Parameter(total.to(weight.device, dtype), requires_grad=False)
+            layer.register_parameter(name, bias)
         else:
             parameter.copy_(total.reshape(parameter.shape))
             dtype_casts.start_recording(layer, original.dtype, name)
@@ -159,25 +179,25 @@ def set_vectors(
             raise ConfigError(
                 f"with these weights the concepts' sum leaves the range of "
                 f"{layer._parameters[name].dtype}",
-                where=".".join(place),
+                where=".".join(key),
                 fix="give smaller weights",
             )
 
 
-def _sum(original: Tensor | None, vectors: Sequence[tuple[float, VectorUpdate]]) -> Tensor:
-    """Of an original and its changes, in float32 or wider, on the CPU."""
+def _add(original: Tensor | None, vectors: Sequence[tuple[float, VectorUpdate]]) -> Tensor:
+    """Return the sum of an original and its updates, (n,), float32 or wider, on the CPU."""
     base = torch.zeros(()) if original is None else original.flatten()
     base = base.to(torch.promote_types(base.dtype, torch.float32))
     total = base
     for weight, vector in vectors:
-        change = vector.values.to(base.dtype)
-        total = total + weight * (change - base if vector.is_replacement else change)
+        values = vector.values.to(base.dtype)
+        total = total + weight * (values - base if vector.is_replacement else values)
     return total
 
 
-def _owner(models: Mapping[str, nn.Module], place: tuple[str, str]) -> tuple[Any, str]:
-    """The module below any adapter that has a parameter, and its name there."""
-    component, path = place
+def _find_owner(models: Mapping[str, nn.Module], key: tuple[str, str]) -> tuple[Any, str]:
+    """Return the module that has a parameter, inside any adapter, and the name of it there."""
+    component, path = key
     module, _, name = path.rpartition(".")
     if component not in models:
         raise ConceptError(
@@ -194,14 +214,14 @@ def _owner(models: Mapping[str, nn.Module], place: tuple[str, str]) -> tuple[Any
         ) from error
 
 
-def _width(layer: Any) -> int:
-    """The outputs of a layer without a bias."""
+def _output_width(layer: Any) -> int:
+    """Return the number of outputs of a layer without a bias."""
     for name in ("out_features", "out_channels"):
         if hasattr(layer, name):
             return int(getattr(layer, name))
     return int(layer.weight.numel())
 
 
-def _computing(model: Any) -> torch.dtype:
-    dtypes: Iterator[torch.dtype] = (p.dtype for p in model.parameters())
-    return next((dtype for dtype in dtypes if dtype in _WIDE), torch.float32)
+def _compute_dtype(model: Any) -> torch.dtype:
+    dtypes: Iterator[torch.dtype] = (parameter.dtype for parameter in model.parameters())
+    return next((dtype for dtype in dtypes if dtype in _WIDE_DTYPES), torch.float32)

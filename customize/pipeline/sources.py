@@ -1,4 +1,4 @@
-"""What a call is about: the pipeline's model family, and the concepts that it names, read."""
+"""Reading what a call names: the model family of its pipeline, and concepts from their sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from customize.concepts.types import Adaptation, Concept, Lora
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family, family_of
 from customize.families.pipeline_components import uncompiled
-from customize.pipeline.state import AttachedState, get_state
+from customize.pipeline.state import AttachedState
 from customize.pipeline.validation import explain_quantized_layers
 
 #: The denoisers that files go into: one for all, or an entry for each source.
@@ -27,10 +27,10 @@ Into = str | Sequence[str | Sequence[str] | None] | None
 
 
 def get_family(pipe: Any) -> Family:
-    """The family of a pipeline's components.
+    """Return the model family of a pipeline's components.
 
     Raises:
-        PipelineError: it is no pipeline, or of no known family.
+        PipelineError: ``pipe`` is not a pipeline, or its family is unknown.
     """
     components = getattr(pipe, "components", None)
     if not isinstance(components, Mapping):
@@ -38,79 +38,87 @@ def get_family(pipe: Any) -> Family:
             f"a {type(pipe).__name__} is not a diffusers pipeline",
             fix="give a DiffusionPipeline or ModularPipeline",
         )
-    # Below torch.compile's wrapper, where modules have the names that files give them.
-    inner = {key: uncompiled(part) for key, part in components.items()}
+    # Inside torch.compile's wrapper modules have the names that files use.
+    inner = {key: uncompiled(component) for key, component in components.items()}
     return family_of(inner, getattr(pipe, "config", None) or {})
 
 
-def with_all_parts(family: Family, state: AttachedState) -> Family:
-    """The family of what was changed, also where the pipeline has freed or replaced some of it."""
-    return type(family)(family.components | state.components, family.pipeline_config)
+def add_components(family: Family, components: dict[str, Any]) -> Family:
+    """Return the family with these components, which the pipeline may have freed or replaced.
+
+    Args:
+        components: ``components`` of an :class:`~customize.pipeline.state.AttachedState`.
+    """
+    return type(family)(family.components | components, family.pipeline_config)
 
 
 def read_sources(
     family: Family,
+    state: AttachedState,
     sources: Sequence[object],
     into: Into = None,
     ignore: str | Sequence[str] | None = None,
 ) -> list[Adaptation]:
-    """The concepts that sources name, and LoRAs with their layers found in this family's models.
+    """Read concepts, and map the keys of LoRA files to the layers of a model.
 
     Args:
-        into, ignore: as in :func:`customize.load_custom`.
+        family: Family of the model.
+        state: What is attached to the model; files that need base weights get those before fusing.
+        sources: Folders, files, hub ids or concepts.
+        into: As for :func:`customize.load_custom`.
+        ignore: As for :func:`customize.load_custom`.
 
     Raises:
-        ConceptError: one cannot be read whole, or is a LoRA of other layers.
-        ConfigError: something is no source, or ``into`` does not fit the sources or the model.
+        ConceptError: A source cannot be read completely, or is a LoRA of other layers.
+        ConfigError: A value is not a source, or ``into`` does not fit the sources or the model.
     """
-    words, matched = check_ignore(ignore), set[str]()
-    opened_sources = [_opened(source, words, matched) for source in sources]
-    check_all_matched(words, matched)
-    found = _placed_into(opened_sources, into)
-    # Once for all files, as it takes a walk over the model.
-    names = LayerNameMap(family) if any(isinstance(each, LoraFile) for each in found) else None
-
-    def placed(each: Adaptation | LoraFile, weights: BaseWeights | None = None) -> Adaptation:
-        if not isinstance(each, LoraFile):
-            return each
-        with explain_quantized_layers(family):
-            return each.to_lora(family, weights, names)
-
-    if not any(isinstance(each, LoraFile) and each.needs_base_weights for each in found):
-        return [placed(each) for each in found]
-    originals = get_state(family).weight_originals
+    patterns, matched = check_ignore(ignore), set[str]()
+    opened = [_open(source, patterns, matched) for source in sources]
+    check_all_matched(patterns, matched)
+    opened = _set_denoisers(opened, into)
+    files = [source for source in opened if isinstance(source, LoraFile)]
+    if not files:
+        return [source for source in opened if not isinstance(source, LoraFile)]
+    names = LayerNameMap(family)  # once for all files, since it walks over the model
     models = family.adaptable
 
-    def weight(component: str, module: str) -> Tensor:
-        place = (component, module)
-        if place in originals:
-            return originals[place]
-        return dense_weight(models[component].get_submodule(module), ".".join(place))
+    def read_base_weight(component: str, module: str) -> Tensor:
+        original = state.weight_originals.get((component, module))
+        if original is not None:
+            return original
+        return dense_weight(models[component].get_submodule(module), f"{component}.{module}")
 
-    with materialize(models):
-        return [placed(each, weight) for each in found]
+    needs_weights = any(file.needs_base_weights for file in files)
+    base_weights: BaseWeights | None = read_base_weight if needs_weights else None
+    with materialize(models if needs_weights else {}), explain_quantized_layers(family):
+        return [
+            source.to_lora(family, base_weights, names) if isinstance(source, LoraFile) else source
+            for source in opened
+        ]
 
 
-def _placed_into(found: Sequence[Adaptation | LoraFile], into: Into) -> list[Adaptation | LoraFile]:
-    """The same sources; files know the denoisers that they are for."""
-    files = iter(assign_noise_levels([each for each in found if isinstance(each, LoraFile)]))
-    placed: list[Adaptation | LoraFile] = []
-    for each, components in zip(found, _by_source(into, len(found)), strict=True):
-        if isinstance(each, LoraFile):
-            placed.append(replace(next(files), into=components))
-        elif components:
+def _set_denoisers(
+    opened: Sequence[Adaptation | LoraFile], into: Into
+) -> list[Adaptation | LoraFile]:
+    """Return the same sources; LoRA files know the denoisers that they are for."""
+    files = iter(assign_noise_levels([item for item in opened if isinstance(item, LoraFile)]))
+    assigned: list[Adaptation | LoraFile] = []
+    for source, denoisers in zip(opened, _parse_into(into, len(opened)), strict=True):
+        if isinstance(source, LoraFile):
+            assigned.append(replace(next(files), into=denoisers))
+        elif denoisers:
             raise ConfigError(
-                f"{each.info.name} says itself which components it changes",
+                f"{source.info.name} says itself which components it changes",
                 where="into",
                 fix="leave into out, or give None for it",
             )
         else:
-            placed.append(each)
-    return placed
+            assigned.append(source)
+    return assigned
 
 
-def _by_source(into: Into, count: int) -> list[tuple[str, ...]]:
-    """The denoisers of each source; empty where it is left to the file."""
+def _parse_into(into: Into, count: int) -> list[tuple[str, ...]]:
+    """Return the denoisers of each source; empty where the file decides."""
     if into is None:
         return [()] * count
     if isinstance(into, str):
@@ -118,31 +126,27 @@ def _by_source(into: Into, count: int) -> list[tuple[str, ...]]:
     entries = list(into) if isinstance(into, Sequence) else []
     if count == 1 and len(entries) > 1:
         entries = [tuple(str(entry) for entry in entries)]
-    found = [_components(entry) for entry in entries]
-    if len(found) != count:
+    for entry in entries:
+        names = (entry,) if isinstance(entry, str) else entry
+        if names is not None and (
+            not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names)
+        ):
+            raise ConfigError(
+                f"{entry!r:.100} is not the name of a component",
+                where="into",
+                fix='give a name such as "transformer_2", or several in a tuple',
+            )
+    if len(entries) != count:
         raise ConfigError(
             f"{into!r:.100} does not say for {count} concepts where they go",
             where="into",
             fix='give one component, such as "transformer_2", or a list with an entry for each '
             'concept: a component, ("transformer", "transformer_2") for both, or None',
         )
-    return found
+    return [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in entries]
 
 
-def _components(entry: object) -> tuple[str, ...]:
-    if entry is None:
-        return ()
-    names = (entry,) if isinstance(entry, str) else entry
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(
-            f"{entry!r:.100} is not the name of a component",
-            where="into",
-            fix='give a name such as "transformer_2", or several in a tuple',
-        )
-    return tuple(names)
-
-
-def _opened(source: object, ignore: Sequence[str], matched: set[str]) -> Adaptation | LoraFile:
+def _open(source: object, ignore: Sequence[str], matched: set[str]) -> Adaptation | LoraFile:
     if isinstance(source, Concept | Lora | LoraFile):
         return remove_ignored(source, ignore, matched)
     if isinstance(source, str | Path):

@@ -1,26 +1,30 @@
-"""What is attached to a pipeline: kept with its denoiser, shown as a table."""
+"""The state of a customized pipeline: one object, kept on the denoiser.
+
+It is on the denoiser and not on the pipeline, because pipelines made from the same components share
+the denoiser, and so everything that is attached. :func:`get_state` is the only reader. Apart from
+this object the package leaves these attributes on objects of others, each where it must be:
+
+- ``_customize_tag`` on every component that concepts change: a component saved by itself is
+  refused, and one that a second pipeline shares is recognized. It does not refer to the state,
+  since tokenizers are copied and pickled by themselves;
+- ``_customize_triggers`` on tokenizers and ``_customize_stock`` on their subclass, for the same
+  reason (:mod:`customize.pipeline.tokenizer_subclass`);
+- buffers ``_customize_casts_*`` on fused layers, which every cast of the layer must reach
+  (:mod:`customize.pipeline.dtype_casts`);
+- ``_customize_patched`` on functions that replace diffusers' own, which a reloaded module must
+  recognize;
+- ``_customize_attention`` and ``_customize_memory`` on models whose attention backend or memory
+  plan was chosen, with or without concepts (:mod:`customize.base`); ``_customize_ends`` on text
+  encoders (:mod:`customize.concepts.tokens.token_rows`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
-
-from customize.base.attention.apply_backend import BackendReport
-from customize.concepts.adapter import Adapter
-from customize.concepts.input_statistics import LayerInputs
-from customize.concepts.merge.choose_method import AUTO
-from customize.concepts.merge.component_weights import Weight
-from customize.concepts.types import Adaptation
-from customize.core.merges import SUM
 from customize.errors import PipelineError
-from customize.families import Family
-from customize.families.pipeline_components import uncompiled
-from customize.pipeline.call_wrapper import STATE_KEY
-from customize.pipeline.fuse_weights import Originals
-from customize.pipeline.library_cache import LibraryCache
 from customize.pipeline.model_guards import (
     TAG_ATTRIBUTE,
     guard_saving,
@@ -28,8 +32,27 @@ from customize.pipeline.model_guards import (
     unguard_saving,
 )
 
-#: (component, parameter) -> a changed bias or norm as it was, on the CPU; None: there was no bias.
-VectorOriginals = dict[tuple[str, str], Tensor | None]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from customize.concepts.adapter import Adapter
+    from customize.concepts.input_statistics import LayerInputs
+    from customize.concepts.merge.component_weights import Weight
+    from customize.concepts.types import Adaptation
+    from customize.families import Family
+    from customize.pipeline.update_cache import UpdateCache
+
+S = TypeVar("S", bound="StageSetting")
+
+_STATE_ATTRIBUTE = "_customize"
+
+#: (component, module name) -> a fused weight before fusing, on the CPU, with the casts that its
+#: layer went through since.
+WeightOriginals = dict[tuple[str, str], "Tensor"]
+
+#: (component, parameter name) -> a changed bias or norm before the change, on the CPU; None: the
+#: layer had no bias.
+VectorOriginals = dict[tuple[str, str], "Tensor | None"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +60,9 @@ class AttachedConcept:
     """One attached concept.
 
     Attributes:
-        weight: its factor in the weighted sum, or one for each component or block.
-        fused: whether it is in the base weights, and not in the adapter.
-        routed: whether a prompt named it, so that one that doesn't takes it away again.
+        weight: Factor of its update, or one for each component or block.
+        fused: Whether its update is in the base weights, and not in an adapter.
+        routed: Whether a prompt of the latest call named it, so that the next call may detach it.
     """
 
     concept: Adaptation
@@ -49,35 +72,61 @@ class AttachedConcept:
 
     @property
     def name(self) -> str:
+        """Name of the concept."""
         return self.concept.info.name
 
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:
-    """How what is attached becomes one update.
+    """How the attached concepts are merged into one update.
 
     Attributes:
-        requested_method: a name of :data:`customize.core.merges.MERGES`, or
-            "auto": fusion where each concept has a record, else a sum.
-        method: which it is; "sum" where there are no two concepts to merge.
-        input_statistics: concept name -> what its layers read, for "fusion".
-        method_settings: of the method.
+        requested_method: A name of :data:`customize.core.merges.MERGES`, or
+            "auto": fusion if every concept has input statistics, else a sum.
+        method: The method that "auto" resolved to; "sum" for fewer than two concepts.
+        input_statistics: Concept name -> statistics of its layer inputs, for "fusion".
+        method_settings: Settings of the method.
     """
 
-    requested_method: str = AUTO
-    method: str = SUM.name
+    requested_method: str = "auto"
+    method: str = "sum"
     input_statistics: Mapping[str, LayerInputs] = field(default_factory=dict)
     method_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
-class OwnershipTag:
-    """What each component carries: whose it is.
+class StageSetting:
+    """Base class of what ``load_custom`` keeps for a stage until ``unload_custom()`` drops it.
 
-    Without a reference to the state, as tokenizers are copied and pickled by themselves.
+    A pipeline keeps one setting of each type; a new one replaces the one before.
 
     Attributes:
-        unsaveable: why the component cannot be saved as it is; empty where it can.
+        update_cache: Cache for attachments that change from call to call. While a setting has one,
+            wrapped layers and vocabulary entries stay when a concept is detached.
+        unsaveable: Reason why the pipeline cannot be saved with this setting; empty if it can.
+    """
+
+    update_cache: UpdateCache | None = None
+    unsaveable: str = ""
+
+    def bind(self, family: Family) -> StageSetting:
+        """Return the setting to keep for a model, checked against it; nothing changes.
+
+        Args:
+            family: Family of all components that carry concepts or will.
+        """
+        return self
+
+    def report(self, state: AttachedState) -> str:
+        """Return the line that ``pipe.custom`` prints."""
+        return str(self)
+
+
+@dataclass(eq=False)
+class OwnershipTag:
+    """Tag on every component that one state changes.
+
+    Attributes:
+        unsaveable: Reason why the component cannot be saved at present; empty if it can.
     """
 
     unsaveable: str = ""
@@ -85,221 +134,181 @@ class OwnershipTag:
 
 @dataclass(eq=False)
 class AttachedState:
-    """All that must be known to change or undo what was done to the models.
+    """Everything needed to change or undo what was done to the models.
 
     Attributes:
-        attached: concept name -> concept, in the order of loading.
-        merge_plan: how they are merged.
-        adapters: what sits beside the base weights, one for each model.
-        weight_originals: of the fused weights.
-        vector_originals: of the changed biases and norms.
-        library_cache: the library that prompts take concepts from, if there is one.
-        stage_settings: of stages, by their type: what they do to all calls.
-        token_names: (token dictionary's key, trigger) -> all its entries, as they were added.
-        layerwise_hooks: handles of what serves tokens with an embedding for each layer.
-        components: component's key -> every model and tokenizer that is changed, also where a
-            pipeline has been given another since.
-        ownership_tag: what the parts carry.
+        attached: Concept name -> concept, in the order of loading.
+        merge_plan: How the concepts are merged.
+        adapters: The adapters beside the base weights, one for each model.
+        weight_originals: Fused weights before fusing.
+        vector_originals: Changed biases and norms before the change.
+        stage_settings: What stages do to all calls, by the type of the setting.
+        token_names: (key of a token dictionary, trigger) -> the vocabulary entries added for it.
+        layerwise_hooks: Handles of the hooks for tokens with an embedding for each layer.
+        components: Key -> every changed model and tokenizer, also if a pipeline replaced it since.
+        tag: Tag on these components.
     """
 
     attached: dict[str, AttachedConcept] = field(default_factory=dict)
     merge_plan: MergePlan = field(default_factory=MergePlan)
     adapters: list[Adapter] = field(default_factory=list)
-    weight_originals: Originals = field(default_factory=dict)
+    weight_originals: WeightOriginals = field(default_factory=dict)
     vector_originals: VectorOriginals = field(default_factory=dict)
-    library_cache: LibraryCache | None = None
-    stage_settings: dict[type, Any] = field(default_factory=dict)
+    stage_settings: dict[type[StageSetting], StageSetting] = field(default_factory=dict)
     token_names: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     layerwise_hooks: list[Any] = field(default_factory=list)
     components: dict[str, Any] = field(default_factory=dict)
-    ownership_tag: OwnershipTag = field(default_factory=OwnershipTag)
+    tag: OwnershipTag = field(default_factory=OwnershipTag)
+
+    def get_setting(self, kind: type[S]) -> S | None:
+        """Return the stage setting of this type; None if there is none."""
+        setting = self.stage_settings.get(kind)
+        return setting if isinstance(setting, kind) else None
+
+    @property
+    def update_cache(self) -> UpdateCache | None:
+        """Cache of a stage setting for attachments that change from call to call."""
+        caches = [setting.update_cache for setting in self.stage_settings.values()]
+        return next((cache for cache in caches if cache is not None), None)
+
+    @property
+    def changes_models(self) -> bool:
+        """Whether concepts are attached, or calls may attach some."""
+        return bool(self.attached) or self.update_cache is not None
 
     @property
     def has_layerwise_tokens(self) -> bool:
         """Whether a concept has tokens with an embedding for each cross-attention layer."""
-        return any(each.concept.info.token_layers for each in self.attached.values())
+        return any(attached.concept.info.token_layers for attached in self.attached.values())
+
+    @property
+    def has_all_adapters(self) -> bool:
+        """Whether every adapter is still in its model, and nobody deleted it."""
+        return all(adapter.is_attached() for adapter in self.adapters)
 
 
-def get_state(family: Family) -> AttachedState:
-    """The state of a model; a new, empty one where nothing is attached.
-
-    It lives with the denoiser and not with the pipeline, because pipelines made from the same
-    components share the denoiser, and so what is attached to it.
-    """
-    return vars(family.denoiser).get(STATE_KEY) or AttachedState()
+def get_state(pipe: Any) -> AttachedState | None:
+    """Return the state of the models of a pipeline; None if nothing is attached."""
+    for component in vars(pipe).values():
+        attributes = getattr(component, "__dict__", {})
+        wrapped = attributes.get("_modules")
+        if wrapped and "_orig_mod" in wrapped:  # torch.compile's wrapper
+            attributes = vars(wrapped["_orig_mod"])
+        if _STATE_ATTRIBUTE in attributes:
+            state: AttachedState = attributes[_STATE_ATTRIBUTE]
+            return state
+    return None
 
 
 def set_state(family: Family, state: AttachedState) -> None:
-    """Leave the state with the denoiser, or take it away where nothing is attached any more."""
-    state.ownership_tag.unsaveable = _unsaveable(state)
-    there = bool(state.attached or state.library_cache)
-    if there or state.stage_settings:
-        setattr(family.denoiser, STATE_KEY, state)
+    """Keep the state on the denoiser, or remove it if nothing is attached any more.
+
+    Args:
+        family: Family of all components that the state changes.
+    """
+    state.tag.unsaveable = _unsaveable_reason(state)
+    if state.changes_models or state.stage_settings:
+        setattr(family.denoiser, _STATE_ATTRIBUTE, state)
     else:
-        vars(family.denoiser).pop(STATE_KEY, None)
-    if there:
+        vars(family.denoiser).pop(_STATE_ATTRIBUTE, None)
+    if state.changes_models:
         state.components = customized_components(family)
-    for part in state.components.values():
-        if there:
-            setattr(part, TAG_ATTRIBUTE, state.ownership_tag)
-            guard_saving(part)
-        else:
-            vars(part).pop(TAG_ATTRIBUTE, None)
-            unguard_saving(part)
-    if not there:
+        for component in state.components.values():
+            setattr(component, TAG_ATTRIBUTE, state.tag)
+            guard_saving(component)
+    else:
+        for component in state.components.values():
+            vars(component).pop(TAG_ATTRIBUTE, None)
+            unguard_saving(component)
         state.components = {}
 
 
 def customized_components(family: Family) -> dict[str, Any]:
-    """Component's key -> every model and tokenizer that attaching concepts changes."""
-    models = family.adaptable
-    return models | get_tokenizers(family)
+    """Return key -> model or tokenizer, for all components that attaching concepts changes."""
+    return family.adaptable | get_tokenizers(family)
 
 
 def get_tokenizers(family: Family) -> dict[str, Any]:
-    """Component's key -> tokenizer, for all that a prompt may be given to."""
+    """Return key -> tokenizer, for all components that a prompt may be passed to."""
     from transformers import PreTrainedTokenizerBase
 
     return {
-        key: part
-        for key, part in family.components.items()
-        if isinstance(part, PreTrainedTokenizerBase)
+        key: component
+        for key, component in family.components.items()
+        if isinstance(component, PreTrainedTokenizerBase)
     }
 
 
 def check_saveable(pipe: Any) -> None:
-    """Refuse to save a pipeline that has a part which saving would not write as it is.
+    """Refuse to save a pipeline with a component that saving would not write as it is.
 
-    Where all concepts are fused, what is saved holds them: weights, tokens and embeddings.
+    A pipeline whose concepts are all fused is saved with them: weights, tokens and embeddings.
 
     Raises:
-        PipelineError: a concept is attached as an adapter, or has embeddings for each layer.
+        PipelineError: A concept is attached as an adapter, or has embeddings for each layer.
     """
-    for part in vars(pipe).values():
-        mark = getattr(uncompiled(part), TAG_ATTRIBUTE, None)
-        if mark is not None and mark.unsaveable:
-            raise make_unsaveable_error(mark.unsaveable)
+    for component in vars(pipe).values():
+        tag = getattr(getattr(component, "_orig_mod", component), TAG_ATTRIBUTE, None)
+        if tag is not None and tag.unsaveable:
+            raise make_unsaveable_error(tag.unsaveable)
 
 
 def check_shared_components(family: Family, state: AttachedState) -> None:
-    """Refuse a pipeline that shares some, and not all, of what concepts are attached to.
+    """Refuse a pipeline that shares only some of the components that concepts are attached to.
 
-    What is attached is one state over all the parts: a vocabulary or an adapter that two
-    pipelines changed each for itself would be wrong for one of them.
+    The state covers all components: a vocabulary or an adapter that two pipelines changed
+    independently would be wrong for one of them.
+
+    Args:
+        family: Family of the pipeline's own components. Those that it freed are not compared.
 
     Raises:
-        PipelineError: naming the parts. Those that were freed count as the state's own.
+        PipelineError: Names the components.
     """
-    parts = customized_components(family)
-    marked = {key: vars(part).get(TAG_ATTRIBUTE) for key, part in parts.items()}
-    foreign = [key for key, mark in marked.items() if mark not in (None, state.ownership_tag)]
+    components = customized_components(family)
+    tags = {key: vars(component).get(TAG_ATTRIBUTE) for key, component in components.items()}
+    foreign = sorted(key for key, tag in tags.items() if tag not in (None, state.tag))
     if foreign:
+        others = sorted(components.keys() - set(foreign))
         raise PipelineError(
-            f"the {_and(foreign)} of this pipeline carry concepts that were attached through "
-            f"another pipeline, with which it does not share its {_and(set(parts) - set(foreign))}",
+            f"the {' and '.join(foreign)} of this pipeline carry concepts that were attached "
+            "through another pipeline, with which it does not share its "
+            f"{' and '.join(others) or 'components'}",
             where=", ".join(foreign),
             fix=f"call unload_custom() on that pipeline first, put its {family.denoiser_key} back "
             "if it was replaced, or load this pipeline with components of its own",
         )
-    others = [key for key, part in parts.items() if state.components.get(key, part) is not part]
-    others += [key for key in parts if state.components and key not in state.components]
-    if others:
+    replaced = sorted(
+        key
+        for key, component in components.items()
+        if state.components and state.components.get(key) is not component
+    )
+    if replaced:
         raise PipelineError(
             f"the {family.denoiser_key} of this pipeline carries concepts that were attached "
-            f"together with another {_and(others)}",
-            where=", ".join(others),
+            f"together with another {' and '.join(replaced)}",
+            where=", ".join(replaced),
             fix="attach through the pipeline that shares all, or call unload_custom() first",
         )
 
 
-def _and(keys: Iterable[str]) -> str:
-    return " and ".join(sorted(keys)) or "components"
-
-
-def _unsaveable(state: AttachedState) -> str:
-    """Why models with what is attached cannot be saved; empty where they can."""
-    attached = state.attached
-    if state.library_cache is not None:
+def _unsaveable_reason(state: AttachedState) -> str:
+    """Return why components with this state cannot be saved; empty if they can."""
+    for setting in state.stage_settings.values():
+        if setting.unsaveable:
+            return setting.unsaveable
+    adapters = [name for name, attached in state.attached.items() if not attached.fused]
+    if adapters:
         return (
-            "the concepts of a library are attached beside the weights as prompts name them, and "
-            "stock diffusers could not open what is saved"
-        )
-    beside = [name for name, each in attached.items() if not each.fused]
-    layered = [name for name, each in attached.items() if each.concept.info.token_layers]
-    if beside:
-        return (
-            f"the concepts {', '.join(beside)} are attached beside the weights, and stock "
+            f"the concepts {', '.join(adapters)} are attached beside the weights, and stock "
             "diffusers could not open what is saved"
         )
-    if layered:
+    layerwise = [
+        name for name, attached in state.attached.items() if attached.concept.info.token_layers
+    ]
+    if layerwise:
         return (
-            f"the concepts {', '.join(layered)} have embeddings for each cross-attention layer, "
+            f"the concepts {', '.join(layerwise)} have embeddings for each cross-attention layer, "
             "which a saved pipeline cannot hold"
         )
     return ""
-
-
-@dataclass(frozen=True)
-class ConceptRow:
-    """One line of :class:`Customization`."""
-
-    name: str
-    trigger: str
-    class_word: str
-    weight: Weight
-    rank: int
-    slices: str
-    mode: str
-
-
-@dataclass(frozen=True, repr=False)
-class Customization:
-    """What is attached to a pipeline, at the time of asking.
-
-    Attributes:
-        rows: one for each concept, in the order of loading.
-        model: family, and device and dtype of the denoiser.
-        merge: by which method several concepts are merged.
-        attention: which backend took effect in each component; empty where none was chosen.
-        memory: what was done to fit the model into memory; empty where nothing was.
-        library: where prompts take concepts from, and what of it is in use; empty without one.
-        avoid: what prompts are cleaned of, and how; empty where nothing was loaded for that.
-    """
-
-    rows: tuple[ConceptRow, ...]
-    model: str
-    merge: str = SUM.name
-    attention: tuple[BackendReport, ...] = ()
-    memory: str = ""
-    library: str = ""
-    avoid: str = ""
-
-    def __repr__(self) -> str:
-        lines = [self._concepts()]
-        if self.attention:
-            lines.append(f"attention: {'; '.join(map(str, self.attention))}")
-        if self.memory:
-            lines.append(f"memory: {self.memory}")
-        if self.library:
-            lines.append(f"library: {self.library}")
-        if self.avoid:
-            lines.append(f"prompts: {self.avoid}")
-        return "\n".join(lines)
-
-    def _concepts(self) -> str:
-        if not self.rows:
-            return "no concepts attached"
-        titles = ("name", "trigger", "class", "weight", "rank", "slices", "mode")
-        lines = [titles]
-        for row in self.rows:
-            numbers = (f"{row.weight:g}", str(row.rank))
-            lines.append((row.name, row.trigger, row.class_word, *numbers, row.slices, row.mode))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        texts = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        rule = "  ".join("-" * width for width in widths)
-        count = f"{len(self.rows)} concept" + ("s" if len(self.rows) > 1 else "")
-        merged = f", merged by {self.merge}" if len(self.rows) > 1 else ""
-        return "\n".join([f"{count} on {self.model}{merged}", texts[0], rule, *texts[1:]])

@@ -1,41 +1,25 @@
-"""The change itself: adapters, weights and vocabularies to what is wanted, wholly or not at all."""
+"""The transaction that changes which concepts are attached: atomic, and undone bit for bit."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from customize.base.offload import materialize
 from customize.concepts.adapter import attach_updates, match_to_model
 from customize.concepts.merge.merge_concepts import plan_merge
-from customize.concepts.tokens.layerwise_embeddings import (
-    hook_cross_attention,
-    hook_text_encoder,
-    vocabulary_rows,
-)
-from customize.concepts.tokens.token_rows import (
-    add_tokens,
-    has_rows,
-    known_tokens,
-    pool_at_end,
-    remove_tokens,
-    vocabulary_entries,
-)
 from customize.core.lowrank import LowRank
 from customize.core.merges import MERGES
 from customize.errors import PipelineError
 from customize.families import Family
-from customize.pipeline import set_biases_and_norms
 from customize.pipeline.fuse_weights import (
     FusedUpdates,
     check_fusable,
-    check_unchanged,
+    check_fused_weights,
     fuse_updates,
 )
 from customize.pipeline.model_guards import (
@@ -44,312 +28,197 @@ from customize.pipeline.model_guards import (
     guard_fusing,
     unguard_fusing,
 )
-from customize.pipeline.set_biases_and_norms import sum_vectors
-from customize.pipeline.state import (
-    AttachedConcept,
-    AttachedState,
-    MergePlan,
-    get_tokenizers,
-    set_state,
+from customize.pipeline.set_biases_and_norms import (
+    VectorSums,
+    check_set_vectors,
+    check_vectors,
+    set_vectors,
+    sum_vectors,
 )
-from customize.pipeline.tokenizer_subclass import expand_triggers
+from customize.pipeline.set_tokens import set_tokens
+from customize.pipeline.state import AttachedConcept, AttachedState, MergePlan, set_state
 from customize.pipeline.validation import check_layers, check_range
 
-#: component -> module -> what is to be beside the weight.
+# An adapter may have one of these dtypes; quantized and 8-bit storage types cannot compute.
+_ADAPTER_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: component -> module name -> update beside the weight.
 AdapterUpdates = Mapping[str, Mapping[str, LowRank]]
 
 
+@dataclass(frozen=True, eq=False)
+class _Updates:
+    """What a set of attached concepts does to the models.
+
+    Attributes:
+        adapters: Merged updates beside the weights.
+        weights: Merges for the weights, computed when they are fused.
+        vectors: Sums for biases and norms.
+    """
+
+    adapters: AdapterUpdates
+    weights: FusedUpdates
+    vectors: VectorSums
+
+
 def apply_attachments(
-    family: Family, state: AttachedState, after: dict[str, AttachedConcept], merging: MergePlan
+    family: Family,
+    state: AttachedState,
+    after: dict[str, AttachedConcept],
+    merge_plan: MergePlan,
 ) -> None:
-    """From what is attached to what is wanted, wholly or not at all.
+    """Change adapters, weights, biases, norms and vocabularies from what is attached to ``after``.
+
+    After an error everything is as it was before the call.
 
     Args:
-        family: of all that the state knows to be changed.
-        merging: how it is to be merged, with an input for each where that is "fusion".
+        family: Family of all components that the state changes.
+        after: Concept name -> concept.
+        merge_plan: How they are merged, with input statistics of each for "fusion".
+
+    Raises:
+        ConfigError: An update leaves the range of its dtype.
+        PipelineError: The models are in a state that an adapter would not work in, or someone else
+            changed what is attached.
     """
-    before, was_merging = state.attached, state.merge_plan
+    before, plan_before = state.attached, state.merge_plan
     models = family.adaptable
-    dtypes = _adapter_dtypes(models, state)
-    new = _updates(family, state, after, merging, dtypes)
-    old = _updates(family, state, before, was_merging, dtypes)
+    adapted = _adapted_layers(state)
+    # An adapter is cast with its model, so an existing one has the present dtype.
+    adapter_dtypes = {
+        component: layer.lora_B[ADAPTER_NAME].weight.dtype
+        for (component, _), layer in reversed(adapted.items())
+    }
+    dtypes = {
+        component: adapter_dtypes.get(component)
+        or (model.dtype if model.dtype in _ADAPTER_DTYPES else torch.float32)
+        for component, model in models.items()
+    }
+    new = _merge(family, state, after, merge_plan, dtypes)
+    old = _merge(family, state, before, plan_before, dtypes)
     layers = {
         (component, module)
-        for updates in (*new, *old)
-        for component, own in updates.items()
-        for module in own
+        for updates in (new.adapters, new.weights, old.adapters, old.weights)
+        for component, modules in updates.items()
+        for module in modules
     }
-    layers |= _layers(state).keys()  # of a library's, some may be idle
-    check_layers(models, sorted(layers), wrapping=not _can_swap(state, new[0]))
+    layers |= adapted.keys()  # with an update cache some may be idle
+    check_layers(models, sorted(layers), wrapping=not _can_swap(state, new.adapters))
+    ours = {key for item in state.adapters if item.is_attached() for key in item.models}
     for component, model in models.items():
-        ours = any(each.is_attached() and component in each.models for each in state.adapters)
-        if ADAPTER_NAME in getattr(model, "peft_config", {}) and not ours:
+        if ADAPTER_NAME in getattr(model, "peft_config", {}) and component not in ours:
             raise PipelineError(
                 f"an adapter named {ADAPTER_NAME} that was not loaded by load_custom is attached",
                 where=component,
                 fix=f'call delete_adapters("{ADAPTER_NAME}") first, or load it under another name',
             )
-    with _writable(models), materialize(models):
-        check_fusable(models, new[1], state.weight_originals)
-        vectors = sum_vectors(after, merging.method), sum_vectors(before, was_merging.method)
-        set_biases_and_norms.check_vectors(models, vectors[0], state.vector_originals)
-        unchanged = set_biases_and_norms.check_unchanged(models, vectors[1], state.vector_originals)
-        originals = check_unchanged(models, old[1], state.weight_originals)
-        was = {place: _Use.of(layer) for place, layer in _layers(state).items()}
-        factors = _factors(state, old[0])
-        gone = [adapter for adapter in state.adapters if not adapter.is_attached()]
+    # In inference mode tensors are made that cannot be changed outside it. A model that was made in
+    # it can be changed in it alone; one parameter tells, and a walk over all takes long.
+    is_inference = any(next(model.parameters()).is_inference() for model in models.values())
+    with torch.inference_mode(is_inference), torch.no_grad(), materialize(models):
+        check_fusable(models, new.weights, state.weight_originals)
+        check_vectors(models, new.vectors, state.vector_originals)
+        vector_originals = check_set_vectors(models, old.vectors, state.vector_originals)
+        weight_originals = check_fused_weights(models, old.weights, state.weight_originals)
+        # Others may have scaled our adapter, by diffusers' set_adapters; idle layers have no scale.
+        factors = {
+            (component, module): layer.scaling[ADAPTER_NAME] / update.scale
+            for (component, module), layer in adapted.items()
+            if (update := old.adapters.get(component, {}).get(module)) is not None
+        }
+        settings = {
+            key: (
+                list(layer.active_adapters),
+                layer.scaling[ADAPTER_NAME],
+                {name: p.requires_grad for name, p in layer.named_parameters()},
+            )
+            for key, layer in adapted.items()
+        }
+        deleted = [adapter for adapter in state.adapters if not adapter.is_attached()]
         try:
-            state.weight_originals.update(originals)
-            state.vector_originals.update(unchanged)
-            set_biases_and_norms.set_vectors(models, vectors[0], state.vector_originals)
-            _rebuild(family, models, state, after, *new, dtypes)
-            for place, layer in _layers(state).items():
-                layer.scaling[ADAPTER_NAME] *= factors.get(place, 1.0)
-            state.merge_plan = merging
+            state.weight_originals.update(weight_originals)
+            state.vector_originals.update(vector_originals)
+            _rebuild(family, state, after, new, dtypes)
+            for key, layer in _adapted_layers(state).items():
+                layer.scaling[ADAPTER_NAME] *= factors.get(key, 1.0)
+            state.merge_plan = merge_plan
         except BaseException:
-            removed = {component for adapter in gone for component in adapter.models}
-            beside = {key: own for key, own in old[0].items() if key not in removed}
-            set_biases_and_norms.set_vectors(models, vectors[1], state.vector_originals)
-            _rebuild(family, models, state, before, beside, old[1], dtypes)
-            state.adapters += gone  # so that it is still known to be missing
-            for place, use in was.items():
-                use.restore(models[place[0]].get_submodule(place[1]))
+            lost = {component for adapter in deleted for component in adapter.models}
+            kept = {key: own for key, own in old.adapters.items() if key not in lost}
+            _rebuild(family, state, before, replace(old, adapters=kept), dtypes)
+            state.adapters += deleted  # so that they are still known to be missing
+            for (component, module), (active, scale, flags) in settings.items():
+                layer = models[component].get_submodule(module)
+                layer.scaling[ADAPTER_NAME] = scale
+                layer.set_adapter(active)
+                for name, parameter in layer.named_parameters():
+                    parameter.requires_grad_(flags.get(name, False))
             raise
 
 
 def _rebuild(
     family: Family,
-    models: Mapping[str, nn.Module],
     state: AttachedState,
     attached: dict[str, AttachedConcept],
-    beside: AdapterUpdates,
-    into: FusedUpdates,
+    updates: _Updates,
     dtypes: Mapping[str, torch.dtype],
 ) -> None:
-    """Make adapters, weights and vocabularies those of ``attached``, from any state between."""
-    swapped = _can_swap(state, beside)
-    while state.adapters and not swapped:
-        # Also where someone deleted it: the layers are wrapped still.
+    """Make the models those of ``attached``, from any intermediate state."""
+    models = family.adaptable
+    set_vectors(models, updates.vectors, state.vector_originals)
+    can_swap = _can_swap(state, updates.adapters)
+    while state.adapters and not can_swap:
+        # Also if someone deleted the adapter: its layers are still wrapped.
         adapter = state.adapters.pop()
         for component, layers in adapter.layers.items():
             unguard_fusing(adapter.models[component], layers.values())
         adapter.remove()
-    fuse_updates(models, into, state.weight_originals)
-    for adapter in state.adapters:
-        (component,) = adapter.models
-        adapter.replace_updates(beside, dtypes[component])
-    if not swapped:
-        _wrap(family, models, state, beside, dtypes)
-    _set_tokens(family, state, attached)
+    fuse_updates(models, updates.weights, state.weight_originals)
+    if can_swap:
+        for adapter in state.adapters:
+            (component,) = adapter.models
+            adapter.replace_updates(updates.adapters, dtypes[component])
+    else:
+        active = [*active_adapters(models.values()), ADAPTER_NAME]
+        for component, layer_updates in updates.adapters.items():
+            with warnings.catch_warnings():
+                # Adapters of others stay beside ours.
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                adapter = attach_updates(
+                    family,
+                    {component: layer_updates},
+                    name=ADAPTER_NAME,
+                    dtype=dtypes[component],
+                )
+            state.adapters.append(adapter)
+            wrapped = list(adapter.layers[component].values())
+            guard_fusing(models[component], wrapped)
+            for layer in wrapped:
+                if list(layer.lora_A) == [ADAPTER_NAME]:
+                    # Diffusers asks a single layer which adapters of the whole pipeline are active;
+                    # names of adapters that the layer lacks have no effect on it.
+                    layer.set_adapter(active, inference_mode=True)
+    set_tokens(family, state, attached)
     state.attached = attached
     set_state(family, state)
 
 
-def _wrap(
-    family: Family,
-    models: Mapping[str, nn.Module],
-    state: AttachedState,
-    beside: AdapterUpdates,
-    dtypes: Mapping[str, torch.dtype],
-) -> None:
-    """Put an adapter with these updates into each model that they change."""
-    active = active_adapters(models.values())
-    with warnings.catch_warnings():
-        # That other adapters are there is meant.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        for component, updates in beside.items():
-            own, dtype = {component: updates}, dtypes[component]
-            state.adapters.append(attach_updates(family, own, name=ADAPTER_NAME, dtype=dtype))
-            wrapped = list(state.adapters[-1].layers[component].values())
-            guard_fusing(models[component], wrapped)
-            for layer in wrapped:
-                if list(layer.lora_A) == [ADAPTER_NAME]:
-                    # Names that are not in a layer are harmless there, and diffusers asks just
-                    # one layer which adapters of the whole pipeline are active.
-                    layer.set_adapter([*active, ADAPTER_NAME], inference_mode=True)
+def _can_swap(state: AttachedState, updates: AdapterUpdates) -> bool:
+    """Return whether the present adapters can carry these updates without wrapping layers anew.
 
-
-def _can_swap(state: AttachedState, beside: AdapterUpdates) -> bool:
-    """Whether the adapters that are there can carry these updates, without wrapping layers anew.
-
-    They keep no layer more than they change, but for a library, where the next call may need it.
+    Adapters wrap no layer that they do not change, except with an update cache, when the next call
+    may change it.
     """
-    if not state.adapters or not all(adapter.is_attached() for adapter in state.adapters):
+    if not state.adapters or not state.has_all_adapters:
         return False
-    layers = {key: own.keys() for each in state.adapters for key, own in each.layers.items()}
-    if state.library_cache is None:
-        return layers == {key: own.keys() for key, own in beside.items()}
-    return all(own.keys() <= layers.get(key, set()) for key, own in beside.items())
+    wrapped = {key: own.keys() for item in state.adapters for key, own in item.layers.items()}
+    if state.update_cache is None:
+        return wrapped == {key: own.keys() for key, own in updates.items()}
+    return all(own.keys() <= wrapped.get(key, set()) for key, own in updates.items())
 
 
-@contextmanager
-def _writable(models: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within it, what is made can be changed wherever the models' own weights can.
-
-    Also where the caller draws in inference mode, whose tensors nobody could change outside it; but
-    models that were made in it can be changed nowhere else.
-    """
-    # A model is made in one mode, so one of its weights tells; a walk over all takes long.
-    inside = any(next(model.parameters()).is_inference() for model in models.values())
-    with torch.inference_mode(inside), torch.no_grad():
-        yield
-
-
-def _set_tokens(
-    family: Family, state: AttachedState, attached: Mapping[str, AttachedConcept]
-) -> None:
-    dictionaries = {dictionary.key: dictionary for dictionary in family.token_dictionaries()}
-    owned = {
-        (key, subject.trigger): rows
-        for each in attached.values()
-        for subject in each.concept.subjects
-        for key, rows in subject.embeddings.items()
-    }
-    for (key, trigger), names in list(state.token_names.items()):
-        left = known_tokens(dictionaries[key].tokenizer, names)
-        if trigger not in left:  # someone else's unload_textual_inversion
-            del state.token_names[key, trigger]
-            if left:
-                remove_tokens(dictionaries[key], left)
-            pool_at_end(dictionaries[key])
-    owners = {t: each.concept for each in attached.values() for t in each.concept.info.triggers}
-    before = {
-        t: each.concept for each in state.attached.values() for t in each.concept.info.triggers
-    }
-    for (key, trigger), rows in owned.items():
-        dictionary, (names, whole) = dictionaries[key], vocabulary_rows(trigger, rows)
-        # Of a library's, what is left from an earlier call may be of a file that has changed since.
-        if (
-            state.library_cache is not None
-            and (key, trigger) in state.token_names
-            and owners[trigger] is not before.get(trigger)
-            and not (
-                state.token_names[key, trigger] == names and has_rows(dictionary, names, whole)
-            )
-        ):
-            remove_tokens(dictionary, state.token_names.pop((key, trigger)))
-        if (key, trigger) not in state.token_names:
-            add_tokens(dictionary, names, whole)
-            state.token_names[key, trigger] = names
-    # Last, because what is removed and added again would have other ids than before. With a library
-    # they stay, as removing them takes a second of a large vocabulary.
-    gone = [
-        place for place in state.token_names if place not in owned and state.library_cache is None
-    ]
-    for key in {key for key, _ in gone}:
-        entries_of = [state.token_names.pop(place) for place in gone if place[0] == key]
-        remove_tokens(dictionaries[key], [name for names in entries_of for name in names])
-    subjects = [subject for each in attached.values() for subject in each.concept.subjects]
-    triggers = {
-        each.trigger: vocabulary_entries(each.trigger, each.num_tokens) for each in subjects
-    }
-    layered = [each.trigger for each in subjects if each.token_layers]
-    layers = max((each.token_layers for each in subjects), default=0)
-    for tokenizer in get_tokenizers(family).values():
-        expand_triggers(tokenizer, triggers, layered, layers)
-    while state.layerwise_hooks:
-        state.layerwise_hooks.pop().remove()
-    if layers:
-        state.layerwise_hooks = [*hook_cross_attention(family), *hook_text_encoder(family)]
-
-
-def _updates(
-    family: Family,
-    state: AttachedState,
-    attached: Mapping[str, AttachedConcept],
-    merging: MergePlan,
-    dtypes: Mapping[str, torch.dtype],
-) -> tuple[AdapterUpdates, FusedUpdates]:
-    """The merges of what is to be beside the weights, and what is to be merged into them.
-
-    Args:
-        dtypes: component -> the type of its adapter.
-
-    Raises:
-        ConfigError: the first do not fit into the adapters' types.
-    """
-
-    def make() -> AdapterUpdates:
-        layers = _layers_of(family, attached, merging, fused=False)
-        beside = {c: {m: layer.truncate() for m, layer in own.items()} for c, own in layers.items()}
-        for component, own in beside.items():
-            check_range(component, own, dtypes[component], layers[component])
-        return beside
-
-    def make_ready() -> AdapterUpdates:
-        return {
-            component: {module: _ready(u, dtypes[component], on_cuda) for module, u in own.items()}
-            for component, own in make().items()
-        }
-
-    into = _layers_of(family, attached, merging, fused=True)
-    if state.library_cache is None:
-        return make(), into
-    # Not its .device, for which diffusers walks over all modules.
-    on_cuda = next(family.denoiser.parameters()).is_cuda
-    said = tuple((name, each.weight, each.fused) for name, each in attached.items())
-    inputs = merging.input_statistics if MERGES[merging.method].needs_inputs else {}
-    of = [*(each.concept for each in attached.values()), *inputs.values()]
-    how = (
-        merging.method,
-        *sorted(merging.method_settings.items()),
-        said,
-        *dtypes.values(),
-        on_cuda,
-    )
-    return state.library_cache.get_merged_updates(how, of, make_ready), into
-
-
-def _ready(update: LowRank, dtype: torch.dtype, pinned: bool) -> LowRank:
-    """An update in the adapter's type; pinned, a GPU copies it while the CPU goes on."""
-    up, down = update.up.to(dtype), update.down.to(dtype)
-    if pinned:
-        up, down = up.pin_memory(), down.pin_memory()
-    return LowRank(up, down, update.scale)
-
-
-def _layers_of(
-    family: Family, attached: Mapping[str, AttachedConcept], merging: MergePlan, fused: bool
-) -> FusedUpdates:
-    """What is to be merged of those concepts that are fused, or of those that are not."""
-    chosen = [each for each in attached.values() if each.fused == fused]
-    rest = [each for each in attached.values() if each.fused != fused]
-    if not chosen:
-        return {}
-    inputs = merging.input_statistics if MERGES[merging.method].needs_inputs else {}
-    layers = plan_merge(
-        [each.concept for each in chosen],
-        [each.weight for each in chosen],
-        merging.method,
-        inputs=[inputs[each.name] for each in chosen] if inputs else (),
-        preserved=[inputs[each.name] for each in rest] if inputs else (),
-        **(merging.method_settings if merging.method == merging.requested_method else {}),
-    )
-    return match_to_model(layers, family)
-
-
-@dataclass(frozen=True)
-class _Use:
-    """What others may have set in a layer that carries our adapter."""
-
-    active: list[str]
-    scale: float
-    flags: dict[str, bool]
-
-    @classmethod
-    def of(cls, layer: Any) -> _Use:
-        flags = {name: p.requires_grad for name, p in layer.named_parameters()}
-        return cls(list(layer.active_adapters), layer.scaling[ADAPTER_NAME], flags)
-
-    def restore(self, layer: Any) -> None:
-        layer.scaling[ADAPTER_NAME] = self.scale
-        layer.set_adapter(self.active)
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(self.flags.get(name, False))
-
-
-def _layers(state: AttachedState) -> dict[tuple[str, str], Any]:
-    """(component, module) -> every layer that carries our adapter still."""
+def _adapted_layers(state: AttachedState) -> dict[tuple[str, str], Any]:
+    """Return (component, module name) -> layer, for all that still carry our adapter."""
     return {
         (component, module): layer
         for adapter in state.adapters
@@ -359,32 +228,84 @@ def _layers(state: AttachedState) -> dict[tuple[str, str], Any]:
     }
 
 
-def _factors(state: AttachedState, updates: AdapterUpdates) -> dict[tuple[str, str], float]:
-    """What others have multiplied our adapter with, by diffusers' ``set_adapters``."""
-    return {
-        (component, module): layer.scaling[ADAPTER_NAME] / updates[component][module].scale
-        for (component, module), layer in _layers(state).items()
-        if module in updates.get(component, {})  # where it is active
-    }
+def _merge(
+    family: Family,
+    state: AttachedState,
+    attached: Mapping[str, AttachedConcept],
+    merge_plan: MergePlan,
+    dtypes: Mapping[str, torch.dtype],
+) -> _Updates:
+    """Merge attached concepts.
 
+    Args:
+        dtypes: component -> dtype of its adapter.
 
-def _adapter_dtypes(
-    models: Mapping[str, nn.Module], state: AttachedState
-) -> dict[str, torch.dtype]:
-    """Component -> the type of our adapter there: as it is, or where there is none, as it will be.
-
-    Whoever casts the model casts what is there as well.
+    Raises:
+        ConfigError: An update leaves the range of its adapter's dtype.
     """
-    there = {
-        component: next(iter(layers.values())).lora_B[ADAPTER_NAME].weight.dtype
-        for adapter in state.adapters
-        if adapter.is_attached()
-        for component, layers in adapter.layers.items()
-    }
-    return {key: there.get(key) or _adapter_dtype(model) for key, model in models.items()}
+
+    def merge_adapters() -> AdapterUpdates:
+        layers = _plan_layers(family, attached, merge_plan, fused=False)
+        updates = {
+            component: {module: layer.truncate() for module, layer in modules.items()}
+            for component, modules in layers.items()
+        }
+        for component, modules in updates.items():
+            check_range(component, modules, dtypes[component], layers[component])
+        return updates
+
+    def merge_for_cache() -> AdapterUpdates:
+        return {
+            component: {
+                module: _prepare_copy(update, dtypes[component], on_cuda)
+                for module, update in modules.items()
+            }
+            for component, modules in merge_adapters().items()
+        }
+
+    weights = _plan_layers(family, attached, merge_plan, fused=True)
+    vectors = sum_vectors(attached, merge_plan.method)
+    if state.update_cache is None:
+        return _Updates(merge_adapters(), weights, vectors)
+    # Not `.device`, for which diffusers walks over all modules.
+    on_cuda = next(family.denoiser.parameters()).is_cuda
+    options = (
+        merge_plan.method,
+        *sorted(merge_plan.method_settings.items()),
+        tuple((name, item.weight, item.fused) for name, item in attached.items()),
+        *dtypes.values(),
+        on_cuda,
+    )
+    statistics = merge_plan.input_statistics if MERGES[merge_plan.method].needs_inputs else {}
+    inputs = [*(item.concept for item in attached.values()), *statistics.values()]
+    adapters = state.update_cache.get_merged_updates(options, inputs, merge_for_cache)
+    return _Updates(adapters, weights, vectors)
 
 
-def _adapter_dtype(model: Any) -> torch.dtype:
-    # The model's own; but quantized and 8-bit storage types are none to compute in.
-    usable = (torch.float32, torch.float16, torch.bfloat16)
-    return model.dtype if model.dtype in usable else torch.float32
+def _prepare_copy(update: LowRank, dtype: torch.dtype, on_cuda: bool) -> LowRank:
+    """Return an update in the adapter's dtype; pinned for CUDA, which copies it asynchronously."""
+    up, down = update.up.to(dtype), update.down.to(dtype)
+    if on_cuda:
+        up, down = up.pin_memory(), down.pin_memory()
+    return LowRank(up, down, update.scale)
+
+
+def _plan_layers(
+    family: Family, attached: Mapping[str, AttachedConcept], merge_plan: MergePlan, *, fused: bool
+) -> FusedUpdates:
+    """Return the merges of those concepts that are fused, or of those that are not."""
+    merged = [item for item in attached.values() if item.fused == fused]
+    if not merged:
+        return {}
+    others = [item for item in attached.values() if item.fused != fused]
+    statistics = merge_plan.input_statistics if MERGES[merge_plan.method].needs_inputs else {}
+    is_requested = merge_plan.method == merge_plan.requested_method
+    layers = plan_merge(
+        [item.concept for item in merged],
+        [item.weight for item in merged],
+        merge_plan.method,
+        inputs=[statistics[item.name] for item in merged] if statistics else (),
+        preserved=[statistics[item.name] for item in others] if statistics else (),
+        **(merge_plan.method_settings if is_requested else {}),
+    )
+    return match_to_model(layers, family)

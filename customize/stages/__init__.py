@@ -1,13 +1,35 @@
-"""The stages that calls of a customized pipeline go through, in their order."""
+"""The stages that calls of a customized pipeline run through.
+
+A stage is a file of this package that defines ``STAGE``, a :class:`customize.pipeline.stage.Stage`,
+and one line of :data:`ORDER`. Nothing else names a stage.
+"""
 
 from __future__ import annotations
 
-from customize.pipeline.call_wrapper import Stage
-from customize.stages.avoid import DECOR
-from customize.stages.check_prompts import PROMPTS
-from customize.stages.library_routing import ROUTING
-from customize.stages.regions import REGIONS
+import functools
+from importlib import import_module
 
-# Routing is first: what others do to a prompt, they do with its concepts attached. Prompts are
-# checked as they were given. Regions encode prompts of their own, which are cleaned, too.
-STAGES: tuple[Stage, ...] = (ROUTING, PROMPTS, DECOR, REGIONS)
+from customize.pipeline.stage import Stage
+
+#: (module, call arguments) of each stage, in the order in which the stages run. The arguments are
+#: repeated here because ``import customize`` adds them to diffusers' signatures without importing
+#: the stages, and with them torch.
+#:
+#: Library routing is first, since the others work on a prompt with its concepts attached. Prompts
+#: are checked as the caller wrote them. Regions encode prompts of their own, and ``avoid=`` cleans
+#: these too.
+ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("library_routing", ()),
+    ("check_prompts", ()),
+    ("avoid", ("avoid",)),
+    ("regions", ("regions",)),
+)
+
+#: All keyword arguments that stages add to the calls of pipelines.
+CALL_ARGUMENTS = tuple(sorted(name for _, arguments in ORDER for name in arguments))
+
+
+@functools.cache
+def load_stages() -> tuple[Stage, ...]:
+    """Import the stages and return them in the order in which they run."""
+    return tuple(import_module(f"{__name__}.{module}").STAGE for module, _ in ORDER)

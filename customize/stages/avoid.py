@@ -21,8 +21,8 @@ from customize.core.scalars import as_float
 from customize.errors import ConfigError, PipelineError
 from customize.families.pipeline_components import uncompiled
 from customize.near_names import did_you_mean
-from customize.pipeline.call_wrapper import CallArguments, CallContext, Stage
-from customize.pipeline.state import AttachedState
+from customize.pipeline.stage import CallArguments, CallContext, Stage
+from customize.pipeline.state import AttachedState, StageSetting
 from customize.pipeline.user_warnings import warn_user
 from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.decor.kv_updates import UpdateCleaner, adapted_kv_layers
@@ -44,7 +44,7 @@ _AUTO_UPDATE_STRENGTH = 1.25
 
 
 @dataclass(frozen=True)
-class Decor:
+class Decor(StageSetting):
     """Settings of ``avoid=`` for all calls of a pipeline: ``pipe.load_custom(Decor(...))``.
 
     Attributes:
@@ -107,6 +107,10 @@ class Decor:
         changed = (f"{f.name}={value!r}" for f, value in values.items() if value != f.default)
         return f"Decor({', '.join(changed)})"
 
+    def report(self, state: AttachedState) -> str:
+        """Return what prompts are cleaned of, as ``pipe.custom`` prints it."""
+        return f"prompts: {self}"
+
     def __str__(self) -> str:
         phrases = "(per call)" if self.avoid is None else ", ".join(parse_phrases(self.avoid))
         return f"avoid {phrases} (strength {self.strength})"
@@ -150,7 +154,7 @@ def parse_phrases(avoid: str | Sequence[str]) -> tuple[str, ...]:
 @contextmanager
 def _run(context: CallContext, call: CallArguments, avoid: Any = None) -> Iterator[CallArguments]:
     family, state = context.family, context.state
-    settings = state.stage_settings.get(Decor) or _DEFAULTS
+    settings = state.get_setting(Decor) or _DEFAULTS
     requested = settings.avoid if avoid is None else avoid
     if requested is None:
         yield call
@@ -195,12 +199,19 @@ def _run(context: CallContext, call: CallArguments, avoid: Any = None) -> Iterat
 
 
 def _cleans_all_calls(state: AttachedState) -> bool:
-    settings = state.stage_settings.get(Decor)
+    settings = state.get_setting(Decor)
     return settings is not None and settings.avoid is not None
 
 
 #: Adds ``avoid=`` to the arguments of pipelines.
-DECOR = Stage(("avoid",), _run, setting=Decor, acts=_cleans_all_calls)
+STAGE = Stage(
+    "avoid",
+    _run,
+    arguments=("avoid",),
+    setting=Decor,
+    acts=_cleans_all_calls,
+    repeats=False,
+)
 
 
 def _phrases_by_prompt(

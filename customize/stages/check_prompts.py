@@ -12,7 +12,7 @@ from customize.concepts.tokens.prompt_phrases import is_truncated
 from customize.concepts.tokens.token_rows import known_tokens, tokens_containing
 from customize.families import Family
 from customize.near_names import did_you_mean
-from customize.pipeline.call_wrapper import CallArguments, CallContext, Stage
+from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState, get_tokenizers
 from customize.pipeline.user_warnings import warn_user
 
@@ -90,9 +90,7 @@ def _run(context: CallContext, call: CallArguments) -> Iterator[CallArguments]:
 
 
 #: Checks the prompts of customized pipelines.
-PROMPTS = Stage(
-    (), _run, acts=lambda state: bool(state.attached or state.library_cache), exclusive=False
-)
+STAGE = Stage("prompts", _run, acts=lambda state: state.changes_models, exclusive=False)
 
 
 def warn_about_triggers(context: CallContext, call: CallArguments) -> None:

@@ -26,7 +26,7 @@ from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.denoiser_inputs import select_rows
 from customize.families.pipeline_components import uncompiled
-from customize.pipeline.call_wrapper import capture_call_scope
+from customize.pipeline.call_scope import capture_call_scope
 
 #: Largest relative difference of two encodings of one prompt. Rounding in bfloat16 stays below it;
 #: the encodings of other prompts differ more.

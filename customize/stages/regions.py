@@ -17,7 +17,7 @@ from customize.concepts.tokens.prompt_phrases import check_phrases, find_phrase,
 from customize.core.region_weights import box_weights, mask_weights, stack_regions
 from customize.core.scalars import as_float
 from customize.errors import ConfigError, PipelineError
-from customize.pipeline.call_wrapper import CallArguments, CallContext, Stage
+from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.multidiffusion import RegionalPrompt, denoise_by_regions
 from customize.text import quote
@@ -65,7 +65,7 @@ def _run(context: CallContext, call: CallArguments, regions: Any = None) -> Iter
 
 
 #: Adds ``regions=`` to the arguments of pipelines.
-REGIONS = Stage(("regions",), _run)
+STAGE = Stage("regions", _run, arguments=("regions",))
 
 
 def _check_supported(context: CallContext, call: CallArguments) -> None:

@@ -80,7 +80,7 @@ def test_a_failed_load_leaves_sequential_offloading_on(monkeypatch):
     def failing(*args):
         raise MemoryError("full")
 
-    monkeypatch.setattr("customize.pipeline.transaction.add_tokens", failing)
+    monkeypatch.setattr("customize.pipeline.set_tokens.add_tokens", failing)
     with pytest.raises(MemoryError):
         pipe.load_custom(rex)
     assert _hooks(pipe) == hooks

@@ -89,7 +89,7 @@ def test_stages_act_on_pipelines_made_before_and_after_loading(name):
     assert np.array_equal(draw(before, name), draw(before, name, avoid="house"))
     assert not np.array_equal(draw(before, name), plain)
     pipe.unload_custom()
-    assert not before.custom.rows and not before.custom.avoid
+    assert not before.custom.rows and not before.custom.reports
 
 
 @pytest.mark.parametrize("name", ["sd img2img", "sdxl inpaint", "sd3 img2img", "qwen img2img"])

@@ -204,7 +204,7 @@ def test_an_error_while_changing_changes_nothing(pair, monkeypatch):
     pipe, rex, tom = pair
     pipe.load_custom(rex)
     before = everything(pipe)
-    real, calls = transaction._set_tokens, []
+    real, calls = transaction.set_tokens, []
 
     def broken(*args):
         calls.append(args)
@@ -212,7 +212,7 @@ def test_an_error_while_changing_changes_nothing(pair, monkeypatch):
             raise RuntimeError("no more memory")
         real(*args)
 
-    monkeypatch.setattr(transaction, "_set_tokens", broken)
+    monkeypatch.setattr(transaction, "set_tokens", broken)
     with pytest.raises(RuntimeError, match="no more memory"):
         pipe.load_custom(tom, merge="fusion")
     assert_same(before, everything(pipe))

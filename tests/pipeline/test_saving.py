@@ -152,4 +152,4 @@ def test_every_class_of_diffusers_that_copies_is_guarded():
         if name in vars(kind)
     ]
     assert len(found) > 5
-    assert all(hasattr(method, "_customize_guard") for method in found)
+    assert all(hasattr(method, "_customize_patched") for method in found)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from customize.errors import PipelineError
-from customize.pipeline import transaction
+from customize.pipeline import set_tokens
 from tests.pipeline.making import PROMPT, assert_same, concept, draw, everything, table, user_lora
 from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
@@ -136,7 +136,7 @@ def test_a_failure_does_not_bring_back_what_was_removed(remove, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(transaction, "add_tokens", fails)
+        patch.setattr(set_tokens, "add_tokens", fails)
         with pytest.raises(MemoryError):
             pipe.load_custom(concept(pipe, "tom", index=1))
     assert before[0].mode == "adapter (removed by someone else)"

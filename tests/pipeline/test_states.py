@@ -16,7 +16,7 @@ from customize.concepts.io.read_concept import load_concept
 from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
-from customize.pipeline import transaction
+from customize.pipeline import set_tokens
 from tests.pipeline.making import PROMPT, assert_same, concept, draw, everything, table, user_lora
 from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
@@ -105,7 +105,7 @@ def test_a_failure_keeps_what_the_user_set(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(transaction, "add_tokens", fails)
+        patch.setattr(set_tokens, "add_tokens", fails)
         with pytest.raises(MemoryError):
             pipe.load_custom(concept(pipe, "tom", index=1))
     assert_same(before, everything(pipe))
@@ -177,7 +177,7 @@ def test_pictures_of_the_users_own_tokens_come_back(make, fails, monkeypatch):
         def failing(*args):
             raise MemoryError
 
-        monkeypatch.setattr(transaction, "expand_triggers", failing)
+        monkeypatch.setattr(set_tokens, "expand_triggers", failing)
         with pytest.raises(MemoryError):
             pipe.load_custom(concept(pipe))
     else:

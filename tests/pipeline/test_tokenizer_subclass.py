@@ -25,8 +25,7 @@ from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffus
 
 from customize.errors import PipelineError
 from customize.families import family_of
-from customize.pipeline.call_wrapper import ARGUMENTS
-from customize.stages import STAGES
+from customize.stages import CALL_ARGUMENTS, STAGES
 from tests.pipeline.making import MAKERS, PROMPT, assert_same, concept, draw, everything, user_lora
 
 ROOT = Path(__file__).parents[2]
@@ -63,9 +62,9 @@ def test_the_pipeline_keeps_its_interface(make):
     for method in ("__init__", "encode_prompt", "save_pretrained"):
         assert inspect.signature(getattr(pipe, method)) == inspect.signature(getattr(plain, method))
     call = inspect.signature(type(pipe).__call__)
-    assert set(ARGUMENTS) == {name for stage in STAGES for name in stage.arguments}
-    assert set(ARGUMENTS) <= call.parameters.keys()
-    kept = [each for each in call.parameters.values() if each.name not in ARGUMENTS]
+    assert set(CALL_ARGUMENTS) == {name for stage in STAGES for name in stage.arguments}
+    assert set(CALL_ARGUMENTS) <= call.parameters.keys()
+    kept = [each for each in call.parameters.values() if each.name not in CALL_ARGUMENTS]
     stock = inspect.signature(inspect.unwrap(type(plain).__call__))
     assert call.replace(parameters=kept) == stock
     assert inspect.signature(pipe.tokenizer) == inspect.signature(plain.tokenizer)

@@ -6,6 +6,7 @@ import gc
 import re
 import shutil
 import warnings
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -21,11 +22,9 @@ from customize.concepts.tokens.layerwise_embeddings import layers_with_embedding
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
-from customize.pipeline import attach
-from customize.pipeline.call_wrapper import CallContext
+from customize.pipeline.stage import CallContext
 from customize.pipeline.state import get_state
-from customize.stages import STAGES
-from customize.stages.library_routing import ROUTING
+from customize.stages import library_routing
 from tests.pipeline.making import MAKERS, assert_same, concept, draw, everything, modular, user_lora
 from tests.tiny import tiny_qwen_image, tiny_sd, tiny_sdxl
 
@@ -61,8 +60,10 @@ def active(pipe):
     return [row.name for row in pipe.custom.rows]
 
 
-def holder_of(pipe):
-    return get_state(family_of(pipe.components, pipe.config))
+def state_of(pipe):
+    state = get_state(pipe)
+    assert state is not None
+    return state
 
 
 CALLS = [
@@ -88,7 +89,7 @@ def test_a_prompt_attaches_just_what_it_names(make, tmp_path):
         assert np.array_equal(picture, by_name(make, tmp_path, names, prompt)), prompt
     pipe.unload_custom()
     assert_same(before, everything(pipe))
-    assert not pipe.custom.library
+    assert "library" not in pipe.custom.reports
 
 
 def test_concepts_that_were_loaded_by_name_stay(library):
@@ -192,7 +193,7 @@ def test_a_call_without_prompts_leaves_what_is_attached(library):
 def test_the_next_call_with_the_same_does_nothing(library, monkeypatch):
     pipe = tiny_sd().load_custom(library=library)
     draw(pipe, "<rex> and <tom>")
-    monkeypatch.setattr(attach, "apply_attachments", None)
+    monkeypatch.setattr(library_routing, "apply_attachments", None)
     draw(pipe, "<tom> and <rex> on the beach")
 
 
@@ -203,7 +204,7 @@ def test_a_set_that_was_drawn_before_is_neither_read_nor_merged_nor_wrapped_anew
     expected = {prompt: draw(pipe, prompt) for prompt, _ in CALLS}
     layers = {name: id(module) for name, module in pipe.unet.named_modules()}
     vocabulary = pipe.tokenizer.get_vocab()
-    monkeypatch.setattr(attach, "read_sources", None)
+    monkeypatch.setattr(library_routing, "read_sources", None)
     monkeypatch.setattr("customize.pipeline.transaction.plan_merge", None)
     for prompt, names in CALLS:
         assert np.array_equal(draw(pipe, prompt), expected[prompt])
@@ -216,16 +217,16 @@ def test_what_does_not_fit_into_the_cache_is_read_again(library):
     pipe = tiny_sd()
     size = sum(path.stat().st_size for path in (library / "rex").glob("*.safetensors"))
     pipe.load_custom(library=library, library_cache=f"{1.2 * size / 2**30:.12f}GB")
-    cache = holder_of(pipe).library_cache.cache
+    cache = state_of(pipe).update_cache
     for prompt, names in CALLS:
         assert np.array_equal(draw(pipe, prompt), by_name(tiny_sd, library, names, prompt))
         assert cache.size <= cache.limit
     pipe.load_custom(library=library, library_cache="0.000000001GB")
     for prompt, names in CALLS:
         assert np.array_equal(draw(pipe, prompt), by_name(tiny_sd, library, names, prompt))
-        assert len(holder_of(pipe).library_cache.cache) == 0
+        assert len(state_of(pipe).update_cache) == 0
         with pytest.MonkeyPatch.context() as patch:  # what is attached need not be read again
-            patch.setattr(attach, "read_sources", None)
+            patch.setattr(library_routing, "read_sources", None)
             draw(pipe, prompt)
 
 
@@ -293,7 +294,7 @@ def test_concepts_of_other_models_are_not_offered(copied):
     larger = concept(tiny_sd(), "big").info.fingerprint | {"denoiser": "0" * 64}
     save_concept(concept(tiny_sd(), "big", fingerprint=larger), copied / "big")
     pipe = tiny_sd().load_custom(library=copied)
-    assert "6 concepts, 3 of them for this model" in pipe.custom.library
+    assert "6 concepts, 3 of them for this model" in pipe.custom.reports["library"]
     for trigger in ("<ann>", "<big>"):
         with pytest.raises(ConceptError, match="differs from this pipeline's sd model"):
             draw(pipe, trigger)
@@ -378,13 +379,13 @@ def test_sets_are_fused_where_all_have_records(copied):
 def test_records_that_were_made_by_drawing_are_made_once(library, monkeypatch):
     pipe = tiny_sd().load_custom(library / "kit", library=library, merge="fusion")
     drawn_for = []
-    real = customize.pipeline.record_inputs.recorded
+    real = customize.pipeline.merge_plan.record_concepts
 
     def counted(family, state, concepts, *rest):
         drawn_for.extend(each.info.name for each in concepts)
         return real(family, state, concepts, *rest)
 
-    monkeypatch.setattr("customize.pipeline.record_inputs.recorded", counted)
+    monkeypatch.setattr("customize.pipeline.merge_plan.record_concepts", counted)
     for prompt in ("<rex>", "a dog", "<tom>", "<rex>", "<rex> and <tom>"):
         draw(pipe, prompt)
     assert sorted(drawn_for) == ["kit", "rex", "tom"]
@@ -413,14 +414,14 @@ def test_modular_pipelines_have_it_too(tmp_path):
 def test_pipelines_of_the_same_parts_share_it(library):
     pipe = tiny_sd().load_custom(library=library)
     other = StableDiffusionImg2ImgPipeline(**pipe.components).load_custom()
-    assert other.custom.library == pipe.custom.library
+    assert other.custom.reports == pipe.custom.reports
     picture = draw(pipe, "<rex>")
     call = {"image": torch.zeros(1, 3, 32, 32), "num_inference_steps": 2, "strength": 1.0}
     other(prompt="<tom>", **call)
     assert active(pipe) == active(other) == ["tom"]
     assert np.array_equal(draw(pipe, "<rex>"), picture)
     other.unload_custom()
-    assert not pipe.custom.library
+    assert "library" not in pipe.custom.reports
     assert draw(pipe, "<rex>") is not None and active(pipe) == []
 
 
@@ -448,12 +449,12 @@ def test_a_library_that_is_none_changes_nothing(library, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             pipe.load_custom(**arguments)
-        assert not pipe.custom.library
+        assert "library" not in pipe.custom.reports
     assert_same(before, everything(pipe))
 
 
 @pytest.mark.parametrize(
-    "step", ["concepts.adapter.replace_factors", "pipeline.transaction.add_tokens"]
+    "step", ["concepts.adapter.replace_factors", "pipeline.set_tokens.add_tokens"]
 )
 def test_a_failure_in_the_middle_of_a_call_is_undone(library, step, monkeypatch):
     pipe = tiny_sd().load_custom(library=library)
@@ -470,6 +471,40 @@ def test_a_failure_in_the_middle_of_a_call_is_undone(library, step, monkeypatch)
     assert active(pipe) == ["rex"]
     assert_same(before, everything(pipe))
     assert np.array_equal(draw(pipe, "<rex>"), picture)
+
+
+@pytest.mark.parametrize("has_library", [True, False])
+@pytest.mark.parametrize("step", ["set_tokens.add_tokens", "attach.set_state"])
+def test_a_failure_while_loading_restores_the_library_before(
+    library, copied, step, has_library, monkeypatch
+):
+    pipe = tiny_sd()
+    if has_library:
+        pipe.load_custom(library=library)
+        picture = draw(pipe, "<rex>")
+        cache = state_of(pipe).get_setting(library_routing.LibraryCache)
+    before, names = everything(pipe), [row.name for row in pipe.custom.rows]
+    real = attrgetter(step)(customize.pipeline)
+    errors: list[MemoryError] = []
+
+    def fail_once(*args):
+        if errors:
+            raise errors.pop()
+        real(*args)
+
+    for sources in ([copied / "kit"], []) if step == "attach.set_state" else ([copied / "kit"],):
+        errors[:] = [MemoryError("full")]
+        monkeypatch.setattr(f"customize.pipeline.{step}", fail_once)
+        with pytest.raises(MemoryError):
+            pipe.load_custom(*sources, library=copied, library_cache="1GB")
+    assert [row.name for row in pipe.custom.rows] == names
+    if has_library:
+        assert state_of(pipe).get_setting(library_routing.LibraryCache) is cache
+        assert np.array_equal(draw(pipe, "<rex>"), picture)
+    else:
+        assert get_state(pipe) is None and not pipe.custom.reports
+    if not has_library or step == "set_tokens.add_tokens":  # tokens of a library's calls stay
+        assert_same(before, everything(pipe))
 
 
 def test_it_works_in_half_precision_and_in_inference_mode(library):
@@ -499,10 +534,6 @@ def test_layerwise_tokens_come_and_go_with_their_concept(copied):
         assert np.array_equal(draw(pipe, prompt), by_name(tiny_sd, copied, names, prompt))
 
 
-def test_stages_begin_with_it():
-    assert STAGES[0] is ROUTING and not ROUTING.arguments
-
-
 def _in_use():
     gc.collect()
     tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
@@ -510,8 +541,8 @@ def _in_use():
 
 
 def switch(pipe, number):
-    host = CallContext(pipe, family_of(pipe.components, pipe.config), holder_of(pipe), {})
-    with torch.no_grad(), ROUTING.run(host, {"prompt": f"<{NAMES[number % 3]}>"}):
+    host = CallContext(pipe, family_of(pipe.components, pipe.config), state_of(pipe), {})
+    with torch.no_grad(), library_routing.STAGE.run(host, {"prompt": f"<{NAMES[number % 3]}>"}):
         pass
 
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from customize.core.projection import overlap_confidence, principal_directions, project_out
 from customize.families import Family
-from customize.pipeline.call_wrapper import capture_call_scope
+from customize.pipeline.call_scope import capture_call_scope
 from customize.pipeline.model_guards import ADAPTER_NAME
 from customize.pipeline.state import AttachedState
 from customize.stages.decor.text_encoder import phrase_too_long

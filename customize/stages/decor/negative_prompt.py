@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from customize.concepts.tokens.prompt_phrases import find_phrase
-from customize.pipeline.call_wrapper import CallArguments, CallContext
+from customize.pipeline.stage import CallArguments, CallContext
 
 _NEGATIVE = "negative_prompt"
 

@@ -28,7 +28,7 @@ from customize.concepts.tokens.prompt_phrases import mentions_phrase
 from customize.core.projection import max_strength, principal_directions, project_out
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
-from customize.pipeline.call_wrapper import capture_call_scope
+from customize.pipeline.call_scope import capture_call_scope
 
 # Keys and indices from an encoder's output to one of its tensors.
 Path = tuple[str | int, ...]

@@ -1,0 +1,74 @@
+"""The protocol of a stage: one thing that is done to the calls of a pipeline, in one file.
+
+A stage takes the arguments of a call and returns the arguments of the call that is made in its
+place. It knows no pipeline class, since arguments go by name, for standard and modular pipelines
+alike. A new stage is a file in :mod:`customize.stages` that defines ``STAGE``, and one line in the
+table there. What ``load_custom`` keeps for all calls is a subclass of
+:class:`~customize.pipeline.state.StageSetting` in the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from customize.families import Family
+    from customize.pipeline.state import AttachedState, StageSetting
+
+#: Argument name -> value of one call of a pipeline.
+CallArguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """The pipeline that is called.
+
+    Attributes:
+        pipe: The pipeline.
+        family: Model family of its components.
+        state: What is attached to its models.
+        parameters: Parameter name -> default value of the pipeline's ``__call__``, and of those
+            that it passes its keyword arguments on to.
+    """
+
+    pipe: Any
+    family: Family
+    state: AttachedState
+    parameters: Mapping[str, Any]
+
+
+def _acts_on_no_call(state: AttachedState) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing that is done to calls.
+
+    Attributes:
+        name: Key of its line in ``pipe.custom.reports``.
+        run: ``run(context, arguments, **stage_arguments)`` returns a context manager that yields
+            the arguments of the call to make and undoes everything else on exit. It must not
+            change the dict that it receives. A stage argument that the call omits is None.
+        arguments: Keyword arguments that the stage adds to every pipeline's call.
+        setting: Type that ``load_custom`` accepts for this stage; None for no setting.
+        acts: ``acts(state)`` is whether the stage runs on calls that omit all its arguments.
+        exclusive: Whether no other call may use the models while the stage acts.
+        repeats: Whether the stage acts again, unasked, when a pipeline passes a call on to another
+            pipeline of the same models.
+    """
+
+    name: str
+    run: Callable[..., AbstractContextManager[CallArguments]]
+    arguments: tuple[str, ...] = ()
+    setting: type[StageSetting] | None = None
+    acts: Callable[[AttachedState], bool] = _acts_on_no_call
+    exclusive: bool = True
+    repeats: bool = True
+
+    def is_requested(self, arguments: Mapping[str, Any]) -> bool:
+        """Return whether a call contains one of the stage's arguments."""
+        return any(name in arguments for name in self.arguments)

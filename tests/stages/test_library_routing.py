@@ -306,7 +306,7 @@ def test_concepts_of_other_models_are_not_offered(copied):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda rex: (rex / "concept.json").write_text("{"), "cannot be read: .* no JSON"),
+        (lambda rex: (rex / "concept.json").write_text("{"), "cannot be read: .* not valid JSON"),
         (lambda rex: (rex / "pytorch_lora_weights.safetensors").unlink(), "missing"),
         (lambda rex: (rex / "learned_embeds.safetensors").write_bytes(b"x" * 99), "damaged"),
         (lambda rex: _spoil(rex, float("nan")), "NaN"),

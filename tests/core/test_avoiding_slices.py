@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from customize.core.avoiding_slices import (
+    captured_energy,
     relative_output_change,
     residual_energy,
     scaled_down_projection,
@@ -108,3 +109,16 @@ def test_the_change_is_the_share_of_the_outputs_energy(seed):
 def test_bad_columns():
     with pytest.raises(ConfigError, match="do not exist in an orthogonal matrix of width 56"):
         complement_projection(BASES["cosine"], random_directions(8, 64), [56], 0)
+
+
+def test_captured_energy_is_the_share_in_a_span():
+    factor = torch.diag(torch.tensor([0.6, 0.8, 0.0])).sqrt()
+    factor = factor / factor.square().sum().sqrt()
+    shares = factor.square().sum(1).tolist()
+    first = torch.tensor([[2.0, 0.0, 0.0]])
+    assert captured_energy(factor, torch.zeros(0, 3)) == 0.0
+    assert captured_energy(factor, first) == pytest.approx(shares[0])
+    assert captured_energy(factor, torch.eye(3)[[1, 0]] * -3) == pytest.approx(1.0)
+    mixed = torch.tensor([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0]])
+    assert captured_energy(factor, mixed) == pytest.approx(1.0)
+    assert captured_energy(factor, mixed[:1]) == pytest.approx(0.5)

@@ -204,3 +204,31 @@ def test_relative_responses_over_layers():
     assert found[0].tolist() == [1.0, 1.0]
     assert found[1].tolist() == [math.inf, 1.0]  # b itself does nothing, and a does
     assert relative_responses({}).shape == (0, 0)
+
+
+def test_results_are_float64_in_the_order_of_concepts():
+    assert relative_responses({}).dtype == torch.float64
+    p, inputs = concept(0), torch.ones(2, 32)
+    products = {"a": {"x": p}, "b": {"x": concept(1), "y": p}}
+    norms = response_norms(products, {"a": {"x": inputs}, "b": {"x": inputs, "y": inputs}})
+    assert list(norms) == ["x"] and norms["x"].dtype == torch.float64
+    assert response_norms(products, {"a": {"x": inputs}}) == {}  # no inputs of b at all
+    swapped = response_norms(
+        dict(reversed(products.items())), {"a": {"x": inputs}, "b": {"x": inputs}}
+    )
+    assert list(swapped) == ["x"] and torch.equal(swapped["x"].flip(0, 1), norms["x"])
+
+
+def test_layers_that_a_concept_lacks_are_skipped_and_later_ones_counted():
+    p, q, inputs = concept(0), concept(1), torch.ones(2, 32)
+    products = {"a": {"x": p, "y": p}, "b": {"y": q}}
+    records = {name: {"x": inputs, "y": inputs} for name in "ab"}
+    assert list(response_norms(products, records)) == ["y"]
+
+
+def test_small_responses_are_divided_too():
+    layers = {"x": torch.tensor([[0.25, 0.125], [0.0, 0.5]], dtype=torch.float64)}
+    assert relative_responses(layers).tolist() == [[1.0, 0.5], [0.0, 1.0]]
+    small = {name: {"a": LowRank(0.01 * concept(0).up, concept(0).down)} for name in ("c", "d")}
+    table = overlap_matrix(small)
+    assert table[0, 1] == pytest.approx(update_overlap(small["c"]["a"], small["d"]["a"]))

@@ -17,7 +17,10 @@ from customize.core.lowrank import (
     from_factors,
     inner_product,
     norm,
+    pad_rank,
     row_factor,
+    slice_rows,
+    stack_rows,
     to_dense,
     weighted_sum,
 )
@@ -213,3 +216,47 @@ def test_what_does_not_fit_is_refused():
     for refuse in (lambda: inner_product(p, q), lambda: distance(p, q)):
         with pytest.raises(ConceptError, match="do not belong to one weight"):
             refuse()
+
+
+def test_padding_keeps_the_product_and_applies_the_scale():
+    torch.manual_seed(0)
+    p = LowRank(torch.randn(5, 2), torch.randn(2, 7), 0.5)
+    padded = pad_rank(p, 4)
+    assert padded.rank == 4 and padded.scale == 1.0
+    assert torch.equal(padded.up, torch.cat([0.5 * p.up, torch.zeros(5, 2)], 1))
+    assert torch.equal(padded.down, torch.cat([p.down, torch.zeros(2, 7)]))
+    assert padded.up.is_contiguous() and padded.down.is_contiguous()
+
+
+def test_rows_are_sliced_with_their_scale():
+    torch.manual_seed(0)
+    p = LowRank(torch.randn(5, 2), torch.randn(2, 7), 0.5)
+    part = slice_rows(p, 1, 3)
+    assert part.shape == (2, 7) and part.scale == 0.5
+    assert torch.equal(to_dense(part), to_dense(p)[1:3])
+
+
+def test_stacked_rows_keep_the_highest_precision():
+    torch.manual_seed(0)
+    down = torch.randn(2, 7)
+    wide = LowRank(torch.randn(3, 2).double(), down.double(), 0.5)
+    other = LowRank(torch.randn(4, 2), down, 2.0)
+    stacked = stack_rows([other, wide])
+    assert stacked.rank == 2 and stacked.up.dtype == stacked.down.dtype == torch.float64
+    assert close(to_dense(stacked), torch.cat([dense(other), dense(wide)]), 1e-12)
+    single = stack_rows([wide])
+    assert torch.equal(single.down, wide.down) and single.scale == 1.0
+    half = stack_rows([LowRank(other.up.half(), down.half()), LowRank(other.up, down + 1)])
+    assert half.rank == 4 and half.up.dtype == half.down.dtype == torch.float32
+
+
+def test_convolution_factors_have_kernels_of_one_pixel():
+    with pytest.raises(ConceptError, match="not a 1 x 1 convolution"):
+        from_factors(torch.ones(4, 2, 3), torch.ones(2, 5))
+    p = from_factors(torch.ones(4, 2, 1), torch.ones(2, 5, 3))
+    assert p.shape == (4, 15) and p.scale == 1.0
+
+
+def test_the_repr_contains_shape_rank_scale_and_dtype():
+    p = LowRank(torch.ones(4, 2), torch.ones(2, 5), 0.25)
+    assert repr(p) == "LowRank(4x5, rank 2, scale 0.25, torch.float32)"

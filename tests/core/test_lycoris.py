@@ -16,7 +16,13 @@ from customize.core.lowrank import (
     to_dense,
     weighted_sum,
 )
-from customize.core.lycoris import dora_delta, hadamard_product, kronecker_product, tucker_product
+from customize.core.lycoris import (
+    dora_delta,
+    hadamard_product,
+    initial_adapter,
+    kronecker_product,
+    tucker_product,
+)
 from customize.errors import ConceptError
 
 sizes = st.integers(1, 6)
@@ -127,3 +133,62 @@ def test_dora_changes_nothing_where_the_magnitudes_are_the_weights_own() -> None
 def test_magnitudes_that_do_not_fit(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConceptError, match="do not fit"):
         dora_delta(random(6, 4), LowRank(random(6, 1), random(1, 4)), torch.ones(shape))
+
+
+def test_factors_without_core_are_flattened():
+    up, down = random(5, 3, 1, 1), random(3, 4, 2, 2)
+    made = tucker_product(up, down, None)
+    assert torch.equal(made.up, up[:, :, 0, 0])
+    assert torch.equal(made.down, down.reshape(3, 16))
+    assert made.scale == 1.0
+    with pytest.raises(ConceptError, match="wider than one pixel"):
+        tucker_product(random(5, 3, 2, 1), down, None)
+
+
+def test_cores_of_one_dimensional_convolutions():
+    up, down, core = random(5, 3), random(2, 4), random(3, 2, 7)
+    made = tucker_product(up, down, core)
+    expected = torch.einsum("or,rsk,si->oik", up.double(), core.double(), down.double())
+    assert_near(exact(made), expected.flatten(1))
+    for wrong in (random(3, 2), random(3, 3, 7)):
+        with pytest.raises(ConceptError, match="have no product"):
+            tucker_product(up, down, wrong)
+
+
+def test_products_stay_low_rank_below_the_smaller_side():
+    p, q = LowRank(random(7, 2), random(2, 9)), LowRank(random(7, 3), random(3, 9))
+    assert hadamard_product(p, q).rank == 6
+    square = LowRank(random(6, 2), random(2, 9)), LowRank(random(6, 3), random(3, 9))
+    dense = hadamard_product(*square)  # of rank 6, which is the smaller side
+    assert torch.equal(dense.up, torch.eye(6))
+
+
+def test_kronecker_products_are_dense_at_full_rank():
+    p, q = LowRank(random(2, 2), random(2, 3)), LowRank(random(3, 3), random(3, 4))
+    dense = kronecker_product(p, q)
+    assert torch.equal(dense.up, torch.eye(6))
+    low = kronecker_product(LowRank(random(3, 2), random(2, 3)), q)
+    assert low.rank == 6 and low.shape == (9, 12)
+    assert not torch.equal(low.up[:6], torch.eye(6))
+
+
+def test_dora_needs_an_update_of_the_weights_shape():
+    weight = random(2, 1)
+    changed = dora_delta(weight, LowRank(torch.zeros(2, 1), random(1, 1)), weight.norm(dim=1))
+    assert changed.abs().max() < 1e-6
+    with pytest.raises(ConceptError, match="is not one of"):
+        dora_delta(random(6, 4), LowRank(random(6, 1), random(1, 3)), torch.ones(6))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 5)])
+def test_initial_adapters_are_parts_of_the_weight(shape):
+    weight = random(*shape)
+    u, values, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    pissa = initial_adapter(weight, 2, 7.0, "pissa")
+    assert_near(exact(pissa), (u[:, :2] * values[:2]) @ vh[:2], 1e-5)
+    assert pissa.up.dtype == torch.float64 and pissa.scale == 1.0
+    q, r = torch.linalg.qr(weight.double())
+    olora = initial_adapter(weight, 2, 0.5, "olora")
+    assert_near(exact(olora), 0.5 * q[:, :2] @ r[:2], 1e-5)
+    with pytest.raises(ValueError, match="gaussian"):
+        initial_adapter(weight, 2, 1.0, "gaussian")

@@ -292,3 +292,42 @@ def test_cosmap_draws_the_density_that_diffusers_weights_by(theirs):
     for power in (1, 2, 6):
         expected = (weight * grid**power).mean().item()
         assert (draws**power).mean().item() == pytest.approx(expected, abs=2e-3)
+
+
+def test_schedules_follow_the_timesteps_to_their_device():
+    alphas = torch.linspace(0.9, 0.1, 5, dtype=torch.float64)
+    t = torch.tensor([1, 3])
+    assert snr(alphas, t).dtype == torch.float32
+    assert snr(alphas, t).tolist() == pytest.approx([0.7 / 0.3, 0.3 / 0.7])
+    on_meta = snr(alphas, t.to("meta"))
+    assert on_meta.device.type == "meta"
+    x0 = torch.ones(2, 1, 2, 2, device="meta")
+    assert noisy_latents(x0, x0, alphas, t.to("meta")).device.type == "meta"
+    assert target("v_prediction", x0, x0, alphas, t.to("meta")).device.type == "meta"
+
+
+def test_small_gammas_and_the_ends_of_mode_scales_are_allowed():
+    assert min_snr_weight(torch.tensor([2.0]), 0.5, "epsilon").tolist() == [0.25]
+    for scale in (-1.0, -0.5, 2.0 / (math.pi - 2.0)):
+        draws = mode(100, torch.Generator().manual_seed(0), scale)
+        assert float(draws.min()) > 0 and float(draws.max()) < 1
+    for scale in (-1.01, 2.0 / (math.pi - 2.0) + 0.01):
+        with pytest.raises(ConfigError, match="mode density"):
+            mode(1, None, scale)
+
+
+@pytest.mark.parametrize("density", FLOW_DENSITIES.values())
+def test_densities_draw_from_the_generator(density):
+    first, second = (density(5, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second) and first.dtype == torch.float32
+    torch.manual_seed(3)
+    assert torch.equal(density(5), first)  # torch's default generator
+
+
+def test_offset_noise_is_added_for_each_sample_and_channel():
+    noise = torch.zeros(2, 3, 4, 4, dtype=torch.float16)
+    found = add_offset_noise(noise, 0.5, torch.Generator().manual_seed(1))
+    expected = 0.5 * torch.randn(2, 3, 1, 1, generator=torch.Generator().manual_seed(1))
+    assert found.dtype == torch.float16 and found.shape == noise.shape
+    assert torch.allclose(found.float(), expected.expand(2, 3, 4, 4), atol=1e-3)
+    assert add_offset_noise(noise.to("meta"), 0.5).device.type == "meta"

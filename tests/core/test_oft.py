@@ -13,6 +13,8 @@ from customize.core.oft import (
     cayley_rotations,
     oft_column_delta,
     oft_row_delta,
+    row_rotation_delta,
+    validate_rotations,
 )
 from customize.errors import ConceptError
 
@@ -114,3 +116,107 @@ def test_entries_that_do_not_fit(weight: tuple[int, ...], entries: tuple[int, ..
 def test_stages_that_do_not_fit(blocks: tuple[int, ...], scales: int) -> None:
     with pytest.raises(ConceptError):
         boft_column_delta(random(4, 8), random(*blocks), torch.ones(scales, 1))
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 7])
+def test_the_neumann_series_has_the_given_number_of_terms(terms: int) -> None:
+    """``I + 2 Q + ... + 2 Q^(terms - 2) + Q^(terms - 1)`` as in peft, power by power."""
+    weight, entries = random(3, 6), 0.2 * random(2, 3)
+    delta = oft_column_delta(weight, entries, terms=terms)
+    blocks = []
+    for a, b, c in entries.double().tolist():
+        skew = torch.tensor([[0, a, b], [-a, 0, c], [-b, -c, 0]], dtype=torch.float64)
+        series = torch.eye(3, dtype=torch.float64)
+        for power in range(1, terms):
+            is_last = (power == terms - 1 and power >= 3) or (terms == 3 and power == 3)
+            series = series + (1 if is_last else 2) * torch.matrix_power(skew, power)
+        if terms == 3:  # peft adds the last power once more beyond the second
+            series = series + torch.matrix_power(skew, 3)
+        blocks.append(series)
+    expected = weight.double() @ torch.block_diag(*blocks).T - weight.double()
+    assert_near(delta.double(), expected, 1e-5)
+
+
+def test_coft_limits_the_norm_of_each_generator() -> None:
+    weight, entries = random(3, 6), random(2, 3)
+    entries[1] *= 1e-3  # below the limit
+    limit = 0.05
+    scaled = entries.double().clone()
+    scaled[0] *= limit / 2**0.5 / (2**0.5 * scaled[0].norm())
+    expected = oft_column_delta(weight, scaled.float(), terms=None)
+    assert_near(oft_column_delta(weight, entries, terms=None, limit=limit), expected, 1e-4)
+    zeros = torch.zeros(2, 3)
+    assert oft_column_delta(weight, zeros, terms=None, limit=limit).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [(), (2,)])
+def test_boft_of_columns_is_a_product_of_sparse_rotations(
+    stages: int, kernel: tuple[int, ...]
+) -> None:
+    """Each stage as a dense matrix with peft's order of columns: even half blocks before odd."""
+    side, width, out = 4, 16, 3
+    weight = random(out, width // (kernel[0] if kernel else 1), *kernel)
+    blocks = 0.3 * random(stages, width // side, side, side)
+    scales = 1 + 0.1 * random(out, 1)
+    eye = torch.eye(side, dtype=torch.float64)
+    expected = weight.double().flatten(1).T
+    for stage, generators in enumerate(blocks.double()):
+        skews = 0.5 * (generators - generators.mT)
+        turns = [(eye - q) @ torch.linalg.inv(eye + q) for q in skews]
+        segment, half = 2**stage * side, side // 2
+        order: list[int] = []
+        for start in range(0, width, segment):
+            chunks = [list(range(k, k + half)) for k in range(start, start + segment, half)]
+            order += [k for chunk in chunks[0::2] + chunks[1::2] for k in chunk]
+        if stages == 1:
+            order = list(range(width))
+        permuted = torch.empty_like(expected)
+        permuted[order] = expected  # row order[k] of the permuted columns is row k
+        expected = (torch.block_diag(*turns) @ permuted)[order]
+    expected = (scales.double() * expected.T).reshape(weight.shape) - weight.double()
+    assert_near(boft_column_delta(weight, blocks, scales).double(), expected, 1e-5)
+    assert_near(boft_column_delta(weight, blocks, scales.T).double(), expected, 1e-5)
+
+
+def test_stored_rotations_are_validated() -> None:
+    turns = cayley_rotations(random(3, 4, 4), None)
+    assert torch.equal(validate_rotations(turns), turns)
+    half = validate_rotations(turns.half())
+    assert half.dtype == torch.float32 and torch.equal(half, turns.half().float())
+    assert torch.equal(validate_rotations(turns[None]), turns[None])
+    for wrong in (turns[0], turns[:, :2], turns[None, None], 1.05 * turns, turns + 0.1):
+        with pytest.raises(ConceptError, match="not rotations"):
+            validate_rotations(wrong)
+    # Errors of rounding are accepted.
+    assert validate_rotations(1.02 * turns).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 2, 2), (2, 4, 3, 3), (1, 2, 6)])
+def test_blocks_of_row_rotations_that_do_not_match_the_weight(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConceptError):
+        row_rotation_delta(random(12, 4), random(*shape), None)
+
+
+def test_stages_that_pair_rows_too_far_apart() -> None:
+    with pytest.raises(ConceptError, match="does not fit 12 rows"):
+        row_rotation_delta(random(12, 4), random(3, 3, 4, 4), None)
+
+
+def test_odd_blocks_are_rotated_in_one_stage_only() -> None:
+    turns = cayley_rotations(random(2, 3, 3), None)
+    assert row_rotation_delta(random(6, 4), turns, None).shape == (6, 4)
+    with pytest.raises(ConceptError, match="cannot be halved"):
+        row_rotation_delta(random(6, 4), turns[None], None)
+    weight, blocks = random(3, 6), random(1, 2, 3, 3)
+    assert boft_column_delta(weight, blocks, torch.ones(3, 1)).shape == (3, 6)
+    with pytest.raises(ConceptError, match="do not fit 6 columns"):
+        boft_column_delta(weight, blocks.expand(2, 2, 3, 3), torch.ones(3, 1))
+    # Four stages of blocks of two need segments of 16 columns.
+    with pytest.raises(ConceptError, match="do not fit 24 columns"):
+        boft_column_delta(random(3, 24), random(4, 12, 2, 2), torch.ones(3, 1))
+
+
+def test_rotations_keep_their_dtype() -> None:
+    for dtype in (torch.float32, torch.float64):
+        assert cayley_rotations(random(2, 3, 3).to(dtype), 0.5).dtype == dtype

@@ -119,3 +119,19 @@ def test_what_has_all_the_weight_is_kept_bit_for_bit():
         assert found.dtype == dtype
         assert torch.equal(found[..., :2], answers[0][..., :2])
         assert torch.equal(found[..., 2:], answers[1][..., 2:])
+
+
+def test_masks_outside_the_range_are_clamped():
+    mask = torch.tensor([[-1.0, 3.0], [0.25, 0.5]])
+    assert mask_weights(mask, 2, 2).tolist() == [[0.0, 1.0], [0.25, 0.5]]
+    assert mask_weights(mask.half(), 2, 2).dtype == torch.float32
+
+
+def test_blending_is_in_float32_and_needs_as_many_weights_as_predictions():
+    one = torch.full((1, 1), 1.0)
+    values = [torch.full((1, 1), v).bfloat16() for v in (1.0, 1e-2)]
+    found = blend(values, [one * 0.999, one * 0.001])
+    assert found.item() == torch.tensor(0.999 + 1e-5).bfloat16().item()
+    assert blend(values[:1], [one]).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="zip"):
+        blend(values, [one])

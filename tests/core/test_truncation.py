@@ -51,3 +51,37 @@ def test_a_rank_is_at_least_one():
     for cut in (truncate, truncate_randomized):
         with pytest.raises(ConfigError, match="rank 0"):
             cut(p, 0)
+
+
+def test_results_are_in_float32_or_a_higher_precision():
+    torch.manual_seed(0)
+    for dtype, expected in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        cut = truncate(LowRank(torch.randn(9, 4).to(dtype), torch.randn(4, 7).to(dtype)), 2)
+        assert cut.up.dtype == cut.down.dtype == expected
+        assert cut.scale == 1.0
+
+
+def test_updates_of_less_than_twice_the_rank_are_truncated_exactly():
+    torch.manual_seed(0)
+    # 2 * (3 + 10) columns is not below the rank, nor below the smaller side.
+    for rank, shape in ((26, (40, 50)), (40, (26, 50)), (40, (50, 26))):
+        p = LowRank(torch.randn(shape[0], rank), torch.randn(rank, shape[1]))
+        exact, found = truncate(p, 3), truncate_randomized(p, 3)
+        assert torch.equal(found.up, exact.up) and torch.equal(found.down, exact.down)
+    p = LowRank(torch.randn(40, 27), torch.randn(27, 50))
+    exact, found = truncate(p, 3), truncate_randomized(p, 3)
+    assert not torch.equal(found.up, exact.up)
+    assert close(dense(found), dense(exact), 0.1)
+
+
+def test_float64_is_kept_by_the_randomized_truncation():
+    torch.manual_seed(0)
+    cut = truncate_randomized(from_dense(torch.randn(60, 70).double()), 4)
+    assert cut.up.dtype == cut.down.dtype == torch.float64
+    for rank in (0, -1, 2.5, True, None):
+        with pytest.raises(ConfigError, match="truncated to rank"):
+            truncate_randomized(from_dense(torch.ones(60, 70)), rank)

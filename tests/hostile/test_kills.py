@@ -58,12 +58,12 @@ def leftovers(folder: Path) -> list[str]:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     concept = load_concept(folder)
-    found = {f"token {key}": rows for key, rows in concept.embeddings.items()}
+    actual = {f"token {key}": rows for key, rows in concept.embeddings.items()}
     for component, updates in concept.updates.items():
         for module, update in updates.items():
-            found[f"{component}.{module}.up"] = update.up
-            found[f"{component}.{module}.down"] = update.down
-    return found
+            actual[f"{component}.{module}.up"] = update.up
+            actual[f"{component}.{module}.down"] = update.down
+    return actual
 
 
 def test_killed_training_resumes_to_the_same_result(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_killed_training_resumes_to_the_same_result(tmp_path: Path) -> None:
                 counts["had a concept"] += 1
         time.sleep(2.5)  # what is fresher is not swept
         assert ended(started(command(library))) == 0
-        found = tensors_of(library / "max")
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in found)
+        actual = tensors_of(library / "max")
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[key], expected[key]) for key in actual)
         assert (library / "max" / LAYER_INPUTS_FILE).is_file()
         assert not (library / "max" / RESERVATION_FILE).exists()
         assert leftovers(library) == []

@@ -102,22 +102,22 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Pa
     return path
 
 
-def dense_updates(found: Lora | Any) -> Deltas:
-    """The updates of a LoRA or concept, dense."""
+def dense_updates(lora: Lora | Any) -> Deltas:
+    """The updates of a LoRA or concept as dense matrices."""
     return {
         (component, module): _to_float64(update)
-        for component, own in found.updates.items()
-        for module, update in own.items()
+        for component, updates in lora.updates.items()
+        for module, update in updates.items()
     }
 
 
-def assert_close(found: Deltas, expected: Deltas, tolerance: float = 1e-6) -> None:
-    """Just the same layers, each with the same update but for rounding to float32."""
-    assert found.keys() == expected.keys()
+def assert_close(actual: Deltas, expected: Deltas, tolerance: float = 1e-6) -> None:
+    """Assert that the layers are the same, and their updates equal but for float32 rounding."""
+    assert actual.keys() == expected.keys()
     for key, delta in expected.items():
-        wanted = delta.flatten(1)
-        assert found[key].shape == wanted.shape, key
-        error = (found[key] - wanted).norm() / wanted.norm().clamp_min(1e-9)
+        matrix = delta.flatten(1)
+        assert actual[key].shape == matrix.shape, key
+        error = (actual[key] - matrix).norm() / matrix.norm().clamp_min(1e-9)
         assert error <= tolerance, (key, float(error))
 
 

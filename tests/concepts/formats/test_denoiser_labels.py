@@ -48,8 +48,8 @@ def where(family: Family, source: Any) -> dict[str, float]:
     """Component -> the number in the layer's factor, without a warning on the way."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = source if hasattr(source, "groups") else open_adaptation(source)
-        products = found.to_lora(family).updates
+        actual = source if hasattr(source, "groups") else open_adaptation(source)
+        products = actual.to_lora(family).updates
     assert all(set(own) == {"blocks.0.attn1.to_q"} for own in products.values())
     return {key: float(own["blocks.0.attn1.to_q"].down[0, 0]) for key, own in products.items()}
 

@@ -34,10 +34,10 @@ def test_merge_for_two_denoisers_equals_its_concepts(tmp_path: Path) -> None:
     plain = draw(pipe)
     pipe.load_custom(tmp_path / "duo")
     assert [row.name for row in pipe.custom.rows] == ["duo"]
-    found = draw(pipe)
+    actual = draw(pipe)
     pipe.unload_custom()
     expected = draw(pipe.load_custom(*two, weights=[1.0, 0.8]))
-    assert np.abs(found - expected).max() <= 1e-5 < np.abs(found - plain).max()
+    assert np.abs(actual - expected).max() <= 1e-5 < np.abs(actual - plain).max()
 
 
 def test_files_of_a_pair_keep_their_scales(tmp_path: Path) -> None:
@@ -46,9 +46,9 @@ def test_files_of_a_pair_keep_their_scales(tmp_path: Path) -> None:
     rex = concept(pipe)
     save_concept(rex, tmp_path / "rex")
     (tmp_path / "rex" / "concept.json").unlink()
-    found = open_adaptation(tmp_path / "rex").to_lora(family_of(pipe.components))
-    assert set(found.updates) == {"transformer", "transformer_2"}
-    assert_close(dense_updates(found), dense_updates(rex))
+    actual = open_adaptation(tmp_path / "rex").to_lora(family_of(pipe.components))
+    assert set(actual.updates) == {"transformer", "transformer_2"}
+    assert_close(dense_updates(actual), dense_updates(rex))
 
 
 def test_foreign_second_file_is_refused(tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_base_is_detected_from_layers_or_refused_as_ambiguous(name: str, tmp_pat
         with pytest.raises(ConceptError, match=f"may belong to {family}"):
             open_without_pipeline(file)
         return
-    found = open_without_pipeline(file)
-    assert found.info.family == family
-    (update,) = (update for own in found.updates.values() for update in own.values())
+    actual = open_without_pipeline(file)
+    assert actual.info.family == family
+    (update,) = (update for own in actual.updates.values() for update in own.values())
     assert to_dense(update).shape[1] == width
 
 
@@ -111,6 +111,6 @@ def test_inspect_opens_a_pair(tmp_path: Path) -> None:
     own = layer("transformer.blocks.0.attn1.to_q", 5120, 5120)
     write_file(tmp_path / "pytorch_lora_weights.safetensors", own)
     write_file(tmp_path / "pytorch_lora_weights_2.safetensors", own)
-    found = open_without_pipeline(tmp_path)
-    assert found.info.family == "wan"
-    assert set(found.updates) == {"transformer", "transformer_2"}
+    actual = open_without_pipeline(tmp_path)
+    assert actual.info.family == "wan"
+    assert set(actual.updates) == {"transformer", "transformer_2"}

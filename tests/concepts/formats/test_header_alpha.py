@@ -33,12 +33,12 @@ def path_of(module: str, ends: tuple[str, str]) -> str:
 def tensors(
     sd: Family, ends: tuple[str, str], ranks: tuple[int, ...] = (4, 4, 4)
 ) -> dict[str, Tensor]:
-    found = {}
+    actual = {}
     for module, rank in zip(MODULES, ranks, strict=True):
         out, width = sd.layers("unet")[f"{BLOCK}.{module}"]
-        found[path_of(module, ends) + ends[0]] = torch.ones(rank, width)
-        found[path_of(module, ends) + ends[1]] = torch.ones(out, rank)
-    return found
+        actual[path_of(module, ends) + ends[0]] = torch.ones(rank, width)
+        actual[path_of(module, ends) + ends[1]] = torch.ones(out, rank)
+    return actual
 
 
 def scales(sd: Family, path: Path) -> set[float]:
@@ -85,8 +85,8 @@ def test_ambiguous_header_alpha_is_ignored_with_a_warning(
 ) -> None:
     path = write_file(tmp_path / "a.safetensors", tensors(sd, ends), **header)
     with pytest.warns(UserWarning, match=f"which is not used because .*{reason}"):
-        found: Any = open_adaptation(path)
-    assert {u.scale for u in found.to_lora(sd).updates["unet"].values()} == {1.0}
+        actual: Any = open_adaptation(path)
+    assert {u.scale for u in actual.to_lora(sd).updates["unet"].values()} == {1.0}
 
 
 def test_header_alpha_with_several_ranks_is_ignored(sd: Family, tmp_path: Path) -> None:

@@ -105,11 +105,11 @@ def test_merged_lora_gives_the_images_of_its_concepts(
     pipe.load_custom(named(tmp_path / "duo"))
     assert [row.name for row in pipe.custom.rows] == ["duo"]
     assert pipe.custom.rows[0].trigger == "<rex> and <tom>"
-    found = draw(pipe, prompt)
+    actual = draw(pipe, prompt)
     pipe.unload_custom()
     assert np.array_equal(draw(pipe, prompt), plain)
     expected = draw(pipe.load_custom(*concepts, weights=WEIGHTS, merge="sum"), prompt)
-    assert np.abs(found - expected).max() <= 1e-5 < np.abs(found - plain).max()
+    assert np.abs(actual - expected).max() <= 1e-5 < np.abs(actual - plain).max()
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
@@ -120,13 +120,13 @@ def test_merged_updates_and_embeddings_equal_the_concepts(
     pipe = tiny_sd()
     concepts = make(pipe)
     write_merged(concepts, WEIGHTS, tmp_path / "duo", layout=layout)
-    found = open_without_pipeline(tmp_path / "duo")
-    assert isinstance(found, Lora)
-    assert found.info.fingerprint == concepts[0].info.fingerprint
-    expected = Lora(found.info, merge_concepts(concepts, WEIGHTS))
-    assert_close(dense_updates(found), by_file_names(expected))
-    assert [subject.trigger for subject in found.subjects] == ["<rex>", "<tom>"]
-    for subject, made in zip(found.subjects, concepts, strict=True):
+    actual = open_without_pipeline(tmp_path / "duo")
+    assert isinstance(actual, Lora)
+    assert actual.info.fingerprint == concepts[0].info.fingerprint
+    expected = Lora(actual.info, merge_concepts(concepts, WEIGHTS))
+    assert_close(dense_updates(actual), by_file_names(expected))
+    assert [subject.trigger for subject in actual.subjects] == ["<rex>", "<tom>"]
+    for subject, made in zip(actual.subjects, concepts, strict=True):
         assert subject.class_word == made.info.class_word
         assert subject.embeddings.keys() == made.embeddings.keys()
         for key, rows in made.embeddings.items():
@@ -137,10 +137,10 @@ def test_layerwise_embeddings_are_restored(tmp_path: Path) -> None:
     pipe = tiny_sd()
     concepts = layered(pipe)
     write_merged(concepts, WEIGHTS, tmp_path / "duo")
-    found = draw(pipe.load_custom(tmp_path / "duo"), PROMPT)
+    actual = draw(pipe.load_custom(tmp_path / "duo"), PROMPT)
     pipe.unload_custom()
     expected = draw(pipe.load_custom(*concepts, weights=WEIGHTS, merge="sum"), PROMPT)
-    assert np.abs(found - expected).max() <= 1e-5
+    assert np.abs(actual - expected).max() <= 1e-5
 
 
 def test_joined_kohya_layers_are_split_again(tmp_path: Path) -> None:
@@ -161,11 +161,11 @@ def test_merged_lora_can_be_merged_again(layout: str, tmp_path: Path) -> None:
     write_merged([rex, tom], WEIGHTS, tmp_path / "duo", layout=layout)
     write_merged([open_without_pipeline(tmp_path / "duo"), max_], [0.5, 1.0], tmp_path / "trio")
     prompt = f"{PROMPT} with <max>"
-    found = draw(pipe.load_custom(tmp_path / "trio"), prompt)
+    actual = draw(pipe.load_custom(tmp_path / "trio"), prompt)
     assert pipe.custom.rows[0].trigger == "<rex> and <tom> and <max>"
     pipe.unload_custom()
     pipe.load_custom(rex, tom, max_, weights=[0.5, 0.4, 1.0], merge="sum")
-    assert np.abs(found - draw(pipe, prompt)).max() <= 1e-5
+    assert np.abs(actual - draw(pipe, prompt)).max() <= 1e-5
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
@@ -184,10 +184,10 @@ def test_library_finds_a_merge_by_each_trigger(layout: str, tmp_path: Path) -> N
         with pytest.raises(ConceptError, match="has a concept duo already, which <rex> calls"):
             add_to_library(library, tmp_path / f"rex-{source.suffix}")
         pipe.load_custom(library=library)
-        found = draw(pipe, PROMPT)
+        actual = draw(pipe, PROMPT)
         pipe.unload_custom()
         pipe.load_custom(*concepts, weights=WEIGHTS, merge="sum")
-        assert np.abs(found - draw(pipe, PROMPT)).max() <= 1e-5
+        assert np.abs(actual - draw(pipe, PROMPT)).max() <= 1e-5
         pipe.unload_custom()
         assert len(Library(library).entries) == 1
 
@@ -203,8 +203,8 @@ def test_a_pair_of_denoisers_needs_both_files(tmp_path: Path) -> None:
 def test_lora_file_of_a_concept_is_opened_as_the_concept(tmp_path: Path) -> None:
     rex = small()
     save_concept(rex, tmp_path / "rex")
-    found = open_adaptation(tmp_path / "rex" / "pytorch_lora_weights.safetensors")
-    assert found.info == rex.info and found.source == tmp_path / "rex"
+    actual = open_adaptation(tmp_path / "rex" / "pytorch_lora_weights.safetensors")
+    assert actual.info == rex.info and actual.source == tmp_path / "rex"
 
 
 def test_merge_of_one_concept_can_be_renamed(tmp_path: Path) -> None:
@@ -283,9 +283,9 @@ def test_subjects_round_trip_through_the_header(
 ) -> None:
     rows = torch.randn(shape).to(dtype)
     subject = Subject("rex", "<rex>", word, {"text_encoder": rows, "text_encoder_2": rows[..., :1]})
-    (found,) = subjects_from_header(subjects_to_header([subject]), "here")
-    assert (found.name, found.trigger, found.class_word) == ("rex", "<rex>", word)
-    assert found.num_tokens == shape[0]
-    assert found.token_layers == (shape[1] if len(shape) == 3 else 0)
+    (actual,) = subjects_from_header(subjects_to_header([subject]), "here")
+    assert (actual.name, actual.trigger, actual.class_word) == ("rex", "<rex>", word)
+    assert actual.num_tokens == shape[0]
+    assert actual.token_layers == (shape[1] if len(shape) == 3 else 0)
     for key, own in subject.embeddings.items():
-        assert found.embeddings[key].dtype == dtype and torch.equal(found.embeddings[key], own)
+        assert actual.embeddings[key].dtype == dtype and torch.equal(actual.embeddings[key], own)

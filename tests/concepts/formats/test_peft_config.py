@@ -81,8 +81,8 @@ def changes(model: Any) -> Deltas:
 def read(source: Path) -> Lora:
     pipe = tiny_sd()
     weights = lambda _, module: pipe.unet.get_submodule(module).weight  # noqa: E731
-    found = open_adaptation(source)
-    return found.to_lora(family_of(pipe.components), weights)  # type: ignore[union-attr]
+    actual = open_adaptation(source)
+    return actual.to_lora(family_of(pipe.components), weights)  # type: ignore[union-attr]
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -172,8 +172,8 @@ def test_each_component_has_its_configuration(tmp_path: Path) -> None:
         "text_encoder.alpha_pattern": {"^text_model.encoder.*": 3},
     }
     file = write_file(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
-    found = open_adaptation(file).to_lora(family)  # type: ignore[union-attr]
-    scales = {key: next(iter(own.values())).scale for key, own in found.updates.items()}
+    actual = open_adaptation(file).to_lora(family)  # type: ignore[union-attr]
+    scales = {key: next(iter(own.values())).scale for key, own in actual.updates.items()}
     assert scales == {"unet": 4.0, "text_encoder": pytest.approx(3 / 2**0.5)}
 
 
@@ -235,10 +235,10 @@ def test_pissa_needs_base_weights(tmp_path: Path) -> None:
     trained(LoraConfig(r=2, init_lora_weights="pissa", target_modules=["to_q"])).save_pretrained(
         tmp_path
     )
-    found = open_adaptation(tmp_path)
-    assert found.needs_base_weights  # type: ignore[union-attr]
+    actual = open_adaptation(tmp_path)
+    assert actual.needs_base_weights  # type: ignore[union-attr]
     with pytest.raises(ConceptError, match=r"depends on the base model's weights"):
-        found.to_lora(family_of(tiny_sd().components))  # type: ignore[union-attr]
+        actual.to_lora(family_of(tiny_sd().components))  # type: ignore[union-attr]
 
 
 def test_pissa_is_undone_bit_for_bit(tmp_path: Path) -> None:
@@ -318,8 +318,8 @@ def test_fields_without_effect_give_no_warning(tmp_path: Path) -> None:
     fields["peft_type"] = "LORA"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = open_adaptation(with_header(tmp_path, **fields))
-        products = found.to_lora(family_of(tiny_flux().components)).updates  # type: ignore[union-attr]
+        actual = open_adaptation(with_header(tmp_path, **fields))
+        products = actual.to_lora(family_of(tiny_flux().components)).updates  # type: ignore[union-attr]
     assert next(iter(products["transformer"].values())).scale == 1.0
 
 
@@ -330,8 +330,8 @@ def test_unknown_field_gives_a_warning(tmp_path: Path) -> None:
 
 def test_default_alpha_of_peft(tmp_path: Path) -> None:
     """As diffusers' LoraConfig(**header) has it."""
-    found = open_adaptation(with_header(tmp_path, lora_alpha=None))
-    update = found.to_lora(family_of(tiny_flux().components)).updates["transformer"]  # type: ignore[union-attr]
+    actual = open_adaptation(with_header(tmp_path, lora_alpha=None))
+    update = actual.to_lora(family_of(tiny_flux().components)).updates["transformer"]  # type: ignore[union-attr]
     assert next(iter(update.values())).scale == LoraConfig().lora_alpha / 2
 
 
@@ -342,8 +342,8 @@ def test_rank_of_tensors_takes_precedence_over_patterns(tmp_path: Path) -> None:
 
 
 def first_update(file: Path) -> Any:
-    found = open_adaptation(file).to_lora(family_of(tiny_flux().components))  # type: ignore[union-attr]
-    return next(iter(found.updates["transformer"].values()))
+    actual = open_adaptation(file).to_lora(family_of(tiny_flux().components))  # type: ignore[union-attr]
+    return next(iter(actual.updates["transformer"].values()))
 
 
 def test_scales_agree_with_peft(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def read(path: Path, family: Family) -> Lora:
 )
 def test_diffusers_names_of_all_layers(family: Family, ends, tmp_path: Path) -> None:
     tensors, deltas = lora_tensors(family, diffusers_name, ends)
-    found = read(write_file(tmp_path / "some.safetensors", tensors), family)
-    assert_close(dense_updates(found), deltas)
-    assert (found.info.name, found.info.rank) == ("some", 3)
+    actual = read(write_file(tmp_path / "some.safetensors", tensors), family)
+    assert_close(dense_updates(actual), deltas)
+    assert (actual.info.name, actual.info.rank) == ("some", 3)
 
 
 def test_kohyas_names_of_all_layers(family: Family, tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_original_names_are_split_exactly(name: str, prefix: str, tmp_path: Path
         tensors[f"{prefix}{flat}.alpha"] = torch.tensor(2.0)
         whole, first = dense_product(up, down, 2.0 / rank), 0
         for each in rows:
-            place = (key, each.module)
+            target = (key, each.module)
             count = each.stop - each.start
             layer = deltas.setdefault(
-                place, torch.zeros(shapes[each.module][0], whole.shape[1]).double()
+                target, torch.zeros(shapes[each.module][0], whole.shape[1]).double()
             )
             layer[each.start : each.stop] = whole[first : first + count]
             first += count
@@ -184,14 +184,14 @@ def test_xlabs_names(tmp_path: Path) -> None:
         f"{path}.proj_lora1.down.weight": proj_down,
         f"{path}.proj_lora1.up.weight": proj_up,
     }
-    found = dense_updates(read(write_file(tmp_path / "x.safetensors", tensors), family))
+    actual = dense_updates(read(write_file(tmp_path / "x.safetensors", tensors), family))
     block = "transformer_blocks.1.attn"
     expected = {
         ("transformer", f"{block}.add_{name}_proj"): part
         for name, part in zip("qkv", dense_product(up, down).split(32), strict=True)
     }
     expected["transformer", f"{block}.to_out.0"] = dense_product(proj_up, proj_down)
-    assert_close(found, expected)
+    assert_close(actual, expected)
 
 
 def test_scales_from_peft_configuration(tmp_path: Path) -> None:
@@ -216,10 +216,10 @@ def test_scales_from_peft_configuration(tmp_path: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     for source in (folder, folder / "adapter_model.safetensors"):
-        found = read(source, family).updates["unet"]
+        actual = read(source, family).updates["unet"]
         assert all(
             update.scale == pytest.approx((10 if module == special else 6) / update.rank**0.5)
-            for module, update in found.items()
+            for module, update in actual.items()
         )
     assert read(folder, family).info.name == "trained"
 
@@ -231,9 +231,9 @@ def test_scales_from_diffusers_header(tmp_path: Path) -> None:
     )
     header = {"unet.r": 2, "unet.lora_alpha": 8, "text_encoder.r": 2, "text_encoder.lora_alpha": 1}
     path = write_file(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
-    found = read(path, family)
+    actual = read(path, family)
     for component, alpha in (("unet", 8), ("text_encoder", 1)):
-        assert all(u.scale == alpha / u.rank for u in found.updates[component].values())
+        assert all(u.scale == alpha / u.rank for u in actual.updates[component].values())
 
 
 def test_missing_alpha_is_the_rank(tmp_path: Path) -> None:
@@ -241,9 +241,9 @@ def test_missing_alpha_is_the_rank(tmp_path: Path) -> None:
     tensors, deltas = lora_tensors(
         family, kohya_names(family), (".lora_down.weight", ".lora_up.weight"), alphas="none"
     )
-    found = read(write_file(tmp_path / "a.safetensors", tensors), family)
-    assert {u.scale for own in found.updates.values() for u in own.values()} == {1.0}
-    assert_close(dense_updates(found), deltas)
+    actual = read(write_file(tmp_path / "a.safetensors", tensors), family)
+    assert {u.scale for own in actual.updates.values() for u in own.values()} == {1.0}
+    assert_close(dense_updates(actual), deltas)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -257,9 +257,9 @@ def test_low_precision_tensors_are_decoded_exactly(dtype: torch.dtype, tmp_path:
     up, down = up.to(dtype), down.to(dtype)
     path = f"unet.{module}"
     tensors = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
-    found = read(write_file(tmp_path / "a.safetensors", tensors), family)
+    actual = read(write_file(tmp_path / "a.safetensors", tensors), family)
     assert_close(
-        dense_updates(found), {("unet", module): dense_product(up.float(), down.float())}, 1e-7
+        dense_updates(actual), {("unet", module): dense_product(up.float(), down.float())}, 1e-7
     )
 
 

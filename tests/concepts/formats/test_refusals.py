@@ -251,9 +251,9 @@ def test_damaged_files_are_refused_or_decoded_completely(data: st.DataObject, sd
         if k.split(".")[0].endswith(tuple(name.replace(".", "_") for name in KEPT))
     }
     expected = {
-        place: delta
-        for place, delta in deltas.items()
-        if any(place[1].endswith(name) for name in KEPT)
+        target: delta
+        for target, delta in deltas.items()
+        if any(target[1].endswith(name) for name in KEPT)
     }
     keys = sorted(tensors)
     dropped = set(data.draw(st.lists(st.sampled_from(keys), max_size=3), "dropped"))
@@ -266,7 +266,7 @@ def test_damaged_files_are_refused_or_decoded_completely(data: st.DataObject, sd
     changed = {renamed.get(k, k): t for k, t in tensors.items() if k not in dropped}
     changed |= {key: torch.ones(2, 2) for key in added if key not in changed}
     try:
-        found = parse_lora_file("a", "a", changed, {}).to_lora(sd)
+        actual = parse_lora_file("a", "a", changed, {}).to_lora(sd)
     except CustomizeError as error:
         assert changed != tensors and str(error)
         return
@@ -275,10 +275,10 @@ def test_damaged_files_are_refused_or_decoded_completely(data: st.DataObject, sd
     layers = {key.partition(".")[0] for key in changed}
     assert all(f"{layer}{end}" in changed for layer in layers for end in ENDS)
     name = kohya_names(sd)
-    left = {place: delta for place, delta in expected.items() if name(*place) in layers}
-    for place in list(left):
-        alpha = f"{name(*place)}.alpha"
+    left = {target: delta for target, delta in expected.items() if name(*target) in layers}
+    for target in list(left):
+        alpha = f"{name(*target)}.alpha"
         if alpha in tensors and alpha not in changed:
-            rank = tensors[f"{name(*place)}{ENDS[0]}"].shape[0]
-            left[place] = left[place] * rank / float(tensors[alpha])
-    assert_close(dense_updates(found), left, 1e-5)
+            rank = tensors[f"{name(*target)}{ENDS[0]}"].shape[0]
+            left[target] = left[target] * rank / float(tensors[alpha])
+    assert_close(dense_updates(actual), left, 1e-5)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers_name import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -52,15 +52,15 @@ def test_written_tensors_are_parsed_again(name: str, every: int, tmp_path: Path)
     """Also where just some of the layers are changed that the original computes as one."""
     family = family_of(MAKERS[name]().components)
     tensors, deltas = lora_tensors(family, diffusers_name, ENDS, every=every)
-    found = open_adaptation(write_file(tmp_path / "a.safetensors", tensors)).to_lora(family)
-    back = kohya_tensors(found.updates, family)
+    actual = open_adaptation(write_file(tmp_path / "a.safetensors", tensors)).to_lora(family)
+    back = kohya_tensors(actual.updates, family)
     assert all(key.startswith(("lora_unet_", "lora_te")) for key in back)
     again = dense_updates(parse_lora_file("b", "b", back, {}).to_lora(family))
     # The layers left alone that are one with others in the file come back as zeros.
-    zeros = {place: delta for place, delta in again.items() if place not in deltas}
+    zeros = {target: delta for target, delta in again.items() if target not in deltas}
     assert not any(bool(delta.any()) for delta in zeros.values())
     assert bool(zeros) <= (family.kohya_uses_original_names and every > 1)
-    assert_close({place: again[place] for place in deltas}, deltas, 1e-6)
+    assert_close({target: again[target] for target in deltas}, deltas, 1e-6)
 
 
 def test_a_shared_slice_keeps_its_rank_in_a_fused_layer() -> None:
@@ -180,8 +180,8 @@ def test_diffusers_loads_a_merged_convolution(tmp_path: Path) -> None:
     pipe: StableDiffusionPipeline = tiny_sd()
     family: Family = family_of(pipe.components)
     tensors, _ = lora_tensors(family, diffusers_name, ENDS, every=3)
-    found = open_adaptation(write_file(tmp_path / "s.safetensors", tensors)).to_lora(family)
-    write_merged([found], [0.5], tmp_path / "out", family=family)
+    actual = open_adaptation(write_file(tmp_path / "s.safetensors", tensors)).to_lora(family)
+    write_merged([actual], [0.5], tmp_path / "out", family=family)
     pipe.load_lora_weights(tmp_path / "out")
     ours = tiny_sd().load_custom(tmp_path / "s.safetensors", weights=[0.5])
     prompt = "a photo of a dog"
@@ -196,8 +196,8 @@ def test_lora_and_concept_are_merged_by_the_same_sum(tmp_path: Path) -> None:
     style = open_adaptation(write_file(tmp_path / "style.safetensors", tensors)).to_lora(family)
     rex = concept(pipe)
     summed = Lora(style.info, merge_concepts([rex, style], [0.5, 2.0]))
-    expected = {place: 2.0 * delta for place, delta in deltas.items()}
+    expected = {target: 2.0 * delta for target, delta in deltas.items()}
     for (component, module), delta in dense_updates(rex).items():
-        place = (component, saved_module_name(component, module))
-        expected[place] = expected.get(place, 0.0) + 0.5 * delta
+        target = (component, saved_module_name(component, module))
+        expected[target] = expected.get(target, 0.0) + 0.5 * delta
     assert_close(dense_updates(summed), expected)

@@ -115,10 +115,10 @@ def test_layer_of_weight_0_counts_as_unchanged(method):
     inputs = [LayerInputs("", rows[0], rows[1]), LayerInputs("", rows[2], rows[3])]
     given = {"inputs": inputs} if method == "fusion" else {}
     tom, weight = lora("tom", 2), BlockWeights((("unet.b", 0.0), ("unet", 0.7)), "")
-    found = merge_concepts([lora("rex", 1), tom], [weight, 0.6], method, **given)
+    actual = merge_concepts([lora("rex", 1), tom], [weight, 0.6], method, **given)
     expected = merge_concepts([lora("rex", 1, "a"), tom], [0.7, 0.6], method, **given)
     for module in "ab":
         torch.testing.assert_close(
-            to_dense(found["unet"][module]), to_dense(expected["unet"][module])
+            to_dense(actual["unet"][module]), to_dense(expected["unet"][module])
         )
     assert merge_concepts([lora("rex", 1)], [BlockWeights((("unet", 0.0),), "")]) == {}

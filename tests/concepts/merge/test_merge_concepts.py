@@ -134,10 +134,10 @@ def test_single_concept_is_unchanged_or_refused(concepts: list[Concept], method:
 def test_only_updates_of_higher_rank_are_truncated(concepts) -> None:
     wide = plan_merge(concepts, [1.0, 1.0], "ties")["unet"]["mid.attn1.to_q"]
     exact = to_dense(wide.compute())
-    found = wide.truncate()
-    assert (wide.compute().rank, found.rank) == (8, 5)
+    actual = wide.truncate()
+    assert (wide.compute().rank, actual.rank) == (8, 5)
     best = torch.linalg.svdvals(exact)[5:].square().sum().sqrt()
-    error = torch.linalg.matrix_norm(to_dense(found) - exact)
+    error = torch.linalg.matrix_norm(to_dense(actual) - exact)
     assert float(error) == pytest.approx(float(best), rel=0.01)
     summed = plan_merge(concepts, [1.0, 1.0])["unet"]["mid.attn1.to_q"]
     assert torch.equal(to_dense(summed.truncate()), to_dense(summed.compute()))

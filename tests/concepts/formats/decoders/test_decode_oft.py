@@ -61,12 +61,12 @@ def test_oft_of_sd_scripts(module: str, alpha: float, tmp_path: Path) -> None:
     blocks = random(4, out // 4, out // 4)
     name = flat("oft_unet_", module)
     tensors = {f"{name}.oft_blocks": blocks, f"{name}.alpha": torch.tensor(alpha)}
-    found = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
+    actual = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
     if alpha == 0.0:  # its bound, and so no rotation
-        assert float(found["unet", module].abs().max()) < 1e-6
+        assert float(actual["unet", module].abs().max()) < 1e-6
         return
     expected = by_rows(weight, bounded(blocks, alpha * out))
-    assert_close(found, {("unet", module): expected}, 1e-4)
+    assert_close(actual, {("unet", module): expected}, 1e-4)
 
 
 def test_alpha_of_zero_is_no_bound_in_lycoris(tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_alpha_of_zero_is_no_bound_in_lycoris(tmp_path: Path) -> None:
     name = flat("lycoris_", LINEAR)
     tensors = {f"{name}.oft_blocks": blocks, f"{name}.alpha": torch.tensor(0.0)}
     expected = by_rows(weight, bounded(blocks, 1e9))
-    found = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
-    assert_close(found, {("unet", LINEAR): expected}, 1e-5)
+    actual = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
+    assert_close(actual, {("unet", LINEAR): expected}, 1e-5)
 
 
 def test_oft_of_sd_scripts_without_alpha_is_refused(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_oft_of_sd_scripts_for_flux(alpha: float, tmp_path: Path) -> None:
     turns = bounded(tensors[f"{other}.oft_blocks.0"], alpha * len(weight))
     expected["transformer", f"{block}.to_out.0"] = by_rows(weight, turns)
     tensors |= {f"{each}.alpha": torch.tensor(alpha) for each in (name, other)}
-    found = read(write_file(tmp_path / "a.safetensors", tensors), pipe)
-    assert_close(found, expected, 1e-4)
+    actual = read(write_file(tmp_path / "a.safetensors", tensors), pipe)
+    assert_close(actual, expected, 1e-4)
 
 
 def test_missing_split_blocks_are_refused(tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_stored_rotations_of_older_lycoris(tmp_path: Path) -> None:
     turns = bounded(random(4, len(weight) // 4, len(weight) // 4), 1e9)
     name = flat("lora_unet_", LINEAR)
     tensors = {f"{name}.oft_diag": turns.float(), f"{name}.alpha": torch.tensor(4.0)}
-    found = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
-    assert_close(found, {("unet", LINEAR): by_rows(weight, turns)}, 1e-5)
+    actual = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
+    assert_close(actual, {("unet", LINEAR): by_rows(weight, turns)}, 1e-5)
     tensors[f"{name}.oft_diag"] = torch.zeros(4, 4, 4)
     with pytest.raises(ConceptError, match="are not rotations"):
         read(write_file(tmp_path / "b.safetensors", tensors), tiny_sd())
@@ -166,7 +166,7 @@ def trained(config: Any, kind: str) -> Any:
 
 def answers(model: Any) -> Deltas:
     """The change of each layer that peft turned, by what it answers."""
-    found = {}
+    actual = {}
     base = tiny_sd().unet
     for name, module in model.base_model.model.named_modules():
         if not hasattr(module, "base_layer"):
@@ -177,8 +177,8 @@ def answers(model: Any) -> Deltas:
         inputs = eye[:, :, None, None] if wide else eye
         with torch.no_grad():
             delta = (module(inputs) - plain(inputs)).double()
-        found["unet", name] = (delta[:, :, 0, 0] if wide else delta).T
-    return found
+        actual["unet", name] = (delta[:, :, 0, 0] if wide else delta).T
+    return actual
 
 
 @pytest.mark.parametrize("kind", OFTS)
@@ -232,8 +232,8 @@ def test_peft_boft_of_several_stages(stages: int, tmp_path: Path) -> None:
     expected = scales.double() * (whole @ weight.T).T - weight
     name = flat("lora_unet_", LINEAR)  # as newer sd-scripts writes it
     tensors = {f"{name}.boft_R": blocks, f"{name}.boft_s": scales}
-    found = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
-    assert_close(found, {("unet", LINEAR): expected}, 1e-5)
+    actual = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
+    assert_close(actual, {("unet", LINEAR): expected}, 1e-5)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -255,5 +255,5 @@ def test_oft_of_onetrainer(module: str, scaled: bool, tmp_path: Path) -> None:
     turn = torch.block_diag(*turns)
     rows = weight.flatten(1)
     expected = rows @ (turn.T if module == LINEAR else turn) - rows
-    found = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
-    assert_close(found, {("unet", module): expected}, 1e-5)
+    actual = read(write_file(tmp_path / "a.safetensors", tensors), tiny_sd())
+    assert_close(actual, {("unet", module): expected}, 1e-5)

@@ -74,10 +74,10 @@ def test_loha(module: str, alpha: float | None, pipe, tmp_path: Path) -> None:
     tensors = {f"{path(module)}.{key}": value for key, value in parts.items()}
     if alpha is not None:
         tensors[f"{path(module)}.alpha"] = torch.tensor(alpha)
-    found = read(tmp_path, pipe, tensors)
-    assert found.info.rank == 9
+    actual = read(tmp_path, pipe, tensors)
+    assert actual.info.rank == 9
     scale = 1.0 if alpha is None else alpha / 3
-    assert_close(dense_updates(found), {("unet", module): scale * one * two}, 1e-5)
+    assert_close(dense_updates(actual), {("unet", module): scale * one * two}, 1e-5)
 
 
 PEFTS: dict[str, Any] = {
@@ -129,8 +129,8 @@ def test_loha_with_tucker_cores(pipe, tmp_path: Path) -> None:
     ]
     tensors = {f"{path(CONV)}.{key}": value for key, value in parts.items()}
     tensors[f"{path(CONV)}.alpha"] = torch.tensor(1.0)
-    found = read(tmp_path, pipe, tensors)
-    assert_close(dense_updates(found), {("unet", CONV): 0.5 * sides[0] * sides[1]}, 1e-5)
+    actual = read(tmp_path, pipe, tensors)
+    assert_close(dense_updates(actual), {("unet", CONV): 0.5 * sides[0] * sides[1]}, 1e-5)
 
 
 @pytest.mark.parametrize("first", ["whole", "factors"])
@@ -183,8 +183,8 @@ def test_locon_with_a_core(pipe, tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", [LINEAR, CONV])
 def test_full_difference(module: str, pipe, tmp_path: Path) -> None:
     change = random(*weight_of(pipe, module).shape)
-    found = read(tmp_path, pipe, {f"{path(module)}.diff": change})
-    assert_close(dense_updates(found), {("unet", module): change.double()}, 0.0)
+    actual = read(tmp_path, pipe, {f"{path(module)}.diff": change})
+    assert_close(dense_updates(actual), {("unet", module): change.double()}, 0.0)
 
 
 @pytest.mark.parametrize("module", [LINEAR, CONV])

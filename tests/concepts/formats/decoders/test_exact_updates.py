@@ -48,12 +48,12 @@ def made(parts: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...] =
     return decode_update(group, lambda rank: 1.0, lambda: pytest.fail("no weight is needed"))
 
 
-def assert_near(found: LowRank, expected: Tensor) -> None:
+def assert_near(actual: LowRank, expected: Tensor) -> None:
     wanted = expected.flatten(1)
-    assert found.shape == wanted.shape
-    got = found.scale * (found.up.double() @ found.down.double())
+    assert actual.shape == wanted.shape
+    got = actual.scale * (actual.up.double() @ actual.down.double())
     assert (got - wanted).norm() <= 2e-5 * wanted.norm() + 1e-7
-    assert to_dense(found).isfinite().all()
+    assert to_dense(actual).isfinite().all()
 
 
 def scale(alpha: float | None, rank: int) -> float:
@@ -166,7 +166,7 @@ def test_a_convolution_over_time(fuse: bool, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe.load_custom(path, fuse=fuse)
-    found = pipe.transformer.patch_embedding(picture)
-    assert (found - expected).abs().max() < 1e-4
+    actual = pipe.transformer.patch_embedding(picture)
+    assert (actual - expected).abs().max() < 1e-4
     pipe.unload_custom()
     assert torch.equal(pipe.transformer.patch_embedding.weight, before)

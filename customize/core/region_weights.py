@@ -31,7 +31,8 @@ def box_weights(box: Box, height: int, width: int, edge: float = EDGE) -> Tensor
 
     Args:
         box: (left, top, right, bottom) as fractions of the image, in [0, 1].
-        height, width: The size of the grid.
+        height: Rows of the grid.
+        width: Columns of the grid.
         edge: The width of the soft edge, as a fraction of the image; 0 for hard edges.
 
     Returns:
@@ -48,7 +49,8 @@ def mask_weights(mask: Tensor, height: int, width: int) -> Tensor:
 
     Args:
         mask: (rows, columns), any floating dtype, in [0, 1].
-        height, width: The size of the grid.
+        height: Rows of the grid.
+        width: Columns of the grid.
 
     Returns:
         (height, width), float32, in [0, 1].

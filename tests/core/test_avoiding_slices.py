@@ -29,7 +29,9 @@ def random_directions(count: int, width: int, seed: int = 0) -> torch.Tensor:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(8, 96), st.integers(0, 6), st.sampled_from(sorted(BASES)), st.integers(0, 99))
-def test_slices_are_orthonormal_disjoint_and_blind(width, count, kind, seed):
+def test_slices_are_orthonormal_disjoint_and_orthogonal_to_avoided_directions(
+    width, count, kind, seed
+):
     directions = random_directions(count, width, seed)
     slices = [
         complement_projection(BASES[kind], directions, block(index, width - count, 2), 3)
@@ -42,13 +44,13 @@ def test_slices_are_orthonormal_disjoint_and_blind(width, count, kind, seed):
         assert (whole.float() @ unit.T).abs().max() < 1e-5
 
 
-def test_without_directions_it_is_the_papers_slice():
+def test_without_directions_the_slice_is_that_of_the_paper():
     plain = down_projection(BASES["cosine"], 24, block(1, 24, 4), 7, 0.5)
     same = complement_projection(BASES["cosine"], torch.zeros(0, 24), block(1, 24, 4), 7, 0.5)
     assert torch.equal(plain, same)
 
 
-def test_how_many_are_avoided():
+def test_at_most_an_eighth_of_the_directions_is_avoided():
     assert [count_shared_directions(width, 16) for width in (4, 8, 64, 128, 3072)] == [
         0,
         1,
@@ -70,7 +72,7 @@ def inputs_of(width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, moment.factor(width)
 
 
-def test_generic_inputs_are_as_loud_as_in_a_slice_that_avoids_nothing():
+def test_generic_inputs_have_the_mean_energy_of_a_slice_that_avoids_nothing():
     rows, factor = inputs_of(64)
     avoiding = [
         scaled_down_projection(BASES["cosine"], factor, block(k, 56, 4), 0, avoid=16)
@@ -83,7 +85,7 @@ def test_generic_inputs_are_as_loud_as_in_a_slice_that_avoids_nothing():
     assert avoiding[0].norm(dim=1).min() > 3
 
 
-def test_no_slice_is_louder_than_ten():
+def test_rows_are_limited_to_length_ten():
     factor = torch.eye(64)[:8] / 8**0.5  # all energy in what is avoided
     down = scaled_down_projection(BASES["cosine"], factor, block(0, 56, 4), 0, avoid=8)
     torch.testing.assert_close(down.norm(dim=1), torch.full((4,), 10.0))
@@ -93,7 +95,7 @@ def test_no_slice_is_louder_than_ten():
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**6))
-def test_the_change_is_the_share_of_the_outputs_energy(seed):
+def test_relative_output_change_matches_dense_products(seed):
     rows, factor = inputs_of(48, seed % 7)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(20, 48, generator=generator)
@@ -106,7 +108,7 @@ def test_the_change_is_the_share_of_the_outputs_energy(seed):
     assert relative_output_change(down, factor, torch.zeros(20, 48), 1.0) == 0.0
 
 
-def test_bad_columns():
+def test_columns_outside_the_complement_are_refused():
     with pytest.raises(ConfigError, match="do not exist in an orthogonal matrix of width 56"):
         complement_projection(BASES["cosine"], random_directions(8, 64), [56], 0)
 

@@ -32,7 +32,7 @@ def _off_identity(columns: torch.Tensor) -> float:
 @ALL
 @settings(deadline=None, max_examples=25)
 @given(width=st.integers(1, 96), seed=st.integers(0, MASK))
-def test_whole_matrix_is_orthogonal(basis, width, seed):
+def test_the_full_matrix_is_orthogonal(basis, width, seed):
     matrix = basis(width, range(width), seed)
     assert matrix.shape == (width, width)
     assert matrix.dtype == torch.float32
@@ -51,7 +51,7 @@ def test_disjoint_blocks_are_orthogonal(basis, width):
 @ALL
 @settings(deadline=None, max_examples=25)
 @given(data=st.data(), width=st.integers(2, 64))
-def test_columns_do_not_depend_on_the_company_they_are_asked_in(basis, data, width):
+def test_columns_do_not_depend_on_the_other_columns_requested(basis, data, width):
     columns = data.draw(st.lists(st.integers(0, width - 1), min_size=1, unique=True))
     assert torch.equal(basis(width, columns, 3), basis(width, range(width), 3)[:, columns])
     assert torch.equal(basis(width, torch.tensor(columns), 3), basis(width, columns, 3))
@@ -69,12 +69,12 @@ def test_seed_and_width_change_the_matrix_and_torch_seed_does_not(basis):
 
 
 @ALL
-def test_a_returned_slice_may_be_changed_without_harm(basis):
+def test_changing_a_returned_slice_has_no_side_effects(basis):
     basis(16, range(16), 5).zero_()
     assert _off_identity(basis(16, range(16), 5)) < 1e-6
 
 
-def test_cosine_keeps_its_bits():
+def test_cosine_matches_stored_hashes():
     # The digests stand for files that exist: they may change only with the format's version.
     digest = hashlib.sha256(cosine(320, range(20), 0).numpy().tobytes()).hexdigest()
     assert digest == "852ec7b890bfe9a11566628d1af981fb16826572ee90ebe1ecd590a17237f59e"
@@ -111,7 +111,7 @@ def _words(seed: int, width: int, stream: int) -> list[int]:
 
 @settings(deadline=None, max_examples=25)
 @given(width=st.integers(1, 40), seed=st.integers(0, MASK))
-def test_cosine_is_the_signed_and_permuted_transform_it_says(width, seed):
+def test_cosine_is_the_documented_signed_permuted_transform(width, seed):
     signs, rows, columns = (_words(seed, width, stream) for stream in (1, 2, 3))
     row_order, column_order = (
         sorted(range(width), key=words.__getitem__) for words in (rows, columns)
@@ -168,7 +168,7 @@ def test_hashed_blocks_share_all_or_nothing(a, b, rank):
     assert shared_columns(first, second) in ((), first)
 
 
-def test_hashed_block_is_stored_knowledge_and_spreads():
+def test_hashed_blocks_match_stored_values_and_are_spread():
     assert hashed_block("rex", 320, 20)[0] == 60
     assert hashed_block("rex", 768, 20)[0] == 700
     assert len({hashed_block(f"concept {i}", 320, 20) for i in range(200)}) == 16
@@ -194,13 +194,13 @@ def test_down_projection(basis, scale):
 
 
 @pytest.mark.parametrize("rank", [0, -1, 9])
-def test_rank_must_fit(rank):
+def test_ranks_that_do_not_fit_the_width_are_refused(rank):
     with pytest.raises(ConfigError, match=f"rank {rank}"):
         capacity(8, rank)
 
 
 @pytest.mark.parametrize("index", [-1, 16])
-def test_block_beyond_capacity(index):
+def test_blocks_beyond_the_capacity_are_refused(index):
     with pytest.raises(ConfigError, match="capacity for 16"):
         block(index, 320, 20)
 
@@ -217,6 +217,6 @@ def test_block_beyond_capacity(index):
         (8, [1], 1 << 64, "64-bit"),
     ],
 )
-def test_bad_arguments(basis, width, columns, seed, message):
+def test_invalid_arguments_are_refused(basis, width, columns, seed, message):
     with pytest.raises(ConfigError, match=message):
         basis(width, columns, seed)

@@ -62,7 +62,7 @@ def test_measures_match_their_definitions(case):
 
 @settings(deadline=None)
 @given(pairs(), st.sampled_from([0.5, -3.0, 1e-3, 1e4]))
-def test_overlaps_ignore_size(case, factor):
+def test_overlaps_do_not_depend_on_scales(case, factor):
     p, q, _ = case
     larger = LowRank(p.up, p.down, p.scale * factor)
     assert update_overlap(larger, q) == pytest.approx(update_overlap(p, q), abs=1e-9)

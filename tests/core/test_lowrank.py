@@ -30,7 +30,7 @@ from tests.core.making import close, dense, updates
 
 @settings(deadline=None)
 @given(updates(count=1))
-def test_product(case):
+def test_to_dense_matches_float64_products(case):
     (p,), _ = case
     assert close(to_dense(p), dense(p))
     assert to_dense(p).shape == p.shape
@@ -71,7 +71,7 @@ def test_ranks_add_unless_downs_are_equal():
     assert weighted_sum(half, [1.0, 1.0]).rank == 3
 
 
-def test_a_sum_is_no_wider_than_its_weight():
+def test_the_rank_of_a_sum_does_not_exceed_the_weights_sides():
     torch.manual_seed(0)
     for out, width in ((5, 8), (8, 5)):
         products = [LowRank(torch.randn(out, 2), torch.randn(2, width), 0.5) for _ in range(4)]
@@ -84,7 +84,7 @@ def test_a_sum_is_no_wider_than_its_weight():
 
 @settings(deadline=None)
 @given(updates(), st.booleans())
-def test_adding_in_place(case, whole):
+def test_add_weighted_sum_matches_dense_sums(case, whole):
     products, weights = case
     if whole:  # one that is dense but for its form
         products[0] = from_dense(to_dense(products[0]))
@@ -99,7 +99,7 @@ def test_adding_in_place(case, whole):
     assert torch.equal(total, before)
 
 
-def test_many_are_added_in_pieces_and_slices_once():
+def test_many_products_are_added_in_batches():
     torch.manual_seed(0)
     slices = [torch.randn(20, 400) for _ in range(20)]
     products = [LowRank(torch.randn(30, 20), slices[k % 20].clone(), 0.1) for k in range(60)]
@@ -110,7 +110,7 @@ def test_many_are_added_in_pieces_and_slices_once():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_numbers_that_are_finite_or_not(bad, dtype):
+def test_all_finite_detects_nan_and_infinity(bad, dtype):
     values = torch.full((50, 50), torch.finfo(dtype).max, dtype=dtype)  # whose sum is not finite
     if bad is not None:
         values[3, 4] = bad
@@ -119,7 +119,7 @@ def test_numbers_that_are_finite_or_not(bad, dtype):
     assert not all_finite(opposite) and all_finite(torch.zeros(0, dtype=dtype))
 
 
-def test_a_sum_of_half_precision_keeps_what_half_precision_would_lose():
+def test_sums_of_half_precision_are_computed_in_float32():
     down = torch.eye(2, dtype=torch.float16)
     large = LowRank(torch.tensor([[1024.0, 0.0]], dtype=torch.float16), down)
     small = LowRank(torch.tensor([[0.25, 0.0]], dtype=torch.float16), down)
@@ -127,7 +127,7 @@ def test_a_sum_of_half_precision_keeps_what_half_precision_would_lose():
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-def test_disjoint_slices_do_not_cross_and_sum(rank):
+def test_sums_of_disjoint_slices_do_not_mix(rank):
     torch.manual_seed(0)
     width = 48
     products = [
@@ -161,7 +161,7 @@ def test_inner_norm_and_distance(case):
     assert close(row_factor(p).T @ row_factor(p), dense(p).T @ dense(p), 1e-10)
 
 
-def test_distance_sees_equal_products_through_different_factors():
+def test_distance_is_zero_for_equal_products_of_different_factors():
     torch.manual_seed(0)
     p = LowRank(torch.randn(30, 4), torch.randn(4, 20), 0.5)
     turn = torch.tensor([[0.0, 2.0, 0, 0], [4.0, 0, 0, 0], [0, 0, 0.5, 0], [0, 0, 0, 1.0]])
@@ -187,7 +187,7 @@ def test_convolution_factors(out, channels, rank, kernel):
     assert torch.allclose(whole, chained)
 
 
-def test_linear_factors_pass_unchanged():
+def test_linear_factors_are_unchanged():
     up, down = torch.randn(3, 2), torch.randn(2, 4)
     p = from_factors(up, down, 2.0)
     assert torch.equal(p.up, up)
@@ -199,19 +199,19 @@ def test_linear_factors_pass_unchanged():
     ("up", "down"),
     [((3, 2), (3, 4)), ((3,), (3, 4)), ((3, 2), (2, 4, 1)), ((3, 2, 1, 1), (2, 4, 1, 1))],
 )
-def test_factors_must_fit(up, down):
+def test_factors_of_mismatched_shapes_are_refused(up, down):
     with pytest.raises(ConceptError, match="have no product"):
         LowRank(torch.zeros(up), torch.zeros(down))
 
 
-def test_scale_must_be_finite_and_up_one_pixel():
+def test_infinite_scales_and_wide_kernels_are_refused():
     with pytest.raises(ConceptError, match="nan"):
         LowRank(torch.zeros(3, 2), torch.zeros(2, 4), math.nan)
     with pytest.raises(ConceptError, match="1 x 1"):
         from_factors(torch.zeros(3, 2, 3, 3), torch.zeros(2, 4, 1, 1))
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_arguments_are_refused():
     p, q = LowRank(torch.ones(3, 2), torch.ones(2, 4)), LowRank(torch.ones(3, 2), torch.ones(2, 5))
     for refuse in (lambda: inner_product(p, q), lambda: distance(p, q)):
         with pytest.raises(ConceptError, match="do not belong to one weight"):

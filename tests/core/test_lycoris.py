@@ -43,7 +43,7 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> Non
 
 @settings(deadline=None)
 @given(sizes, sizes, sizes, sizes, st.integers(0, 99))
-def test_an_elementwise_product_is_exact(out: int, width: int, r: int, s: int, seed: int) -> None:
+def test_hadamard_products_are_exact(out: int, width: int, r: int, s: int, seed: int) -> None:
     p = LowRank(random(out, r, seed=seed), random(r, width, seed=seed), 0.5)
     q = LowRank(random(out, s, seed=seed + 1), random(s, width, seed=seed + 1), 3.0)
     both = hadamard_product(p, q)
@@ -53,7 +53,7 @@ def test_an_elementwise_product_is_exact(out: int, width: int, r: int, s: int, s
 
 @settings(deadline=None)
 @given(sizes, sizes, sizes, sizes, sizes, sizes, st.integers(0, 99))
-def test_a_kronecker_product_is_exact(
+def test_kronecker_products_are_exact(
     a: int, b: int, r: int, c: int, d: int, s: int, seed: int
 ) -> None:
     p = LowRank(random(a, r, seed=seed), random(r, b, seed=seed), 2.0)
@@ -65,14 +65,14 @@ def test_a_kronecker_product_is_exact(
 
 @settings(deadline=None)
 @given(sizes, sizes, st.integers(0, 99))
-def test_any_matrix_is_a_product_bit_for_bit(out: int, width: int, seed: int) -> None:
+def test_dense_updates_are_represented_exactly(out: int, width: int, seed: int) -> None:
     whole = random(out, width, seed=seed)
     made = from_dense(whole)
     assert made.rank == min(out, width)
     assert torch.equal(to_dense(made), whole)
 
 
-def test_dense_updates_add_up_without_growing() -> None:
+def test_sums_of_dense_updates_keep_their_rank() -> None:
     for shape in ((5, 3), (3, 5)):
         p, q = from_dense(random(*shape)), from_dense(random(*shape, seed=7))
         both = weighted_sum([p, q], [0.5, 2.0])
@@ -80,7 +80,7 @@ def test_dense_updates_add_up_without_growing() -> None:
         assert_near(exact(both), 0.5 * exact(p) + 2.0 * exact(q))
 
 
-def test_updates_below_one_another() -> None:
+def test_stacked_rows_are_exact() -> None:
     parts = [LowRank(random(n, 2, seed=n), random(2, 4, seed=n), 0.5 * n) for n in (2, 3)]
     whole = stack_rows(parts)
     assert_near(exact(whole), torch.cat([exact(part) for part in parts]))
@@ -91,7 +91,7 @@ def test_updates_below_one_another() -> None:
         stack_rows([parts[0], LowRank(random(2, 1), random(1, 3))])
 
 
-def test_a_core_between_two_convolutions() -> None:
+def test_tucker_products_are_exact() -> None:
     up, core, down = random(5, 3, 1, 1), random(3, 2, 3, 3), random(2, 4, 1, 1)
     made = tucker_product(up, down, core)
     expected = torch.einsum(
@@ -123,14 +123,14 @@ def test_dora(shape: tuple[int, ...], of_rows: bool) -> None:
         )
 
 
-def test_dora_changes_nothing_where_the_magnitudes_are_the_weights_own() -> None:
+def test_dora_is_zero_for_the_weights_own_magnitudes() -> None:
     weight = random(6, 4)
     still = dora_delta(weight, LowRank(torch.zeros(6, 1), random(1, 4)), weight.norm(dim=1))
     assert still.abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 1), (1, 5), (1, 1), (6, 4), (6, 1, 1, 1)])
-def test_magnitudes_that_do_not_fit(shape: tuple[int, ...]) -> None:
+def test_magnitudes_of_mismatched_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConceptError, match="do not fit"):
         dora_delta(random(6, 4), LowRank(random(6, 1), random(1, 4)), torch.ones(shape))
 

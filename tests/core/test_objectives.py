@@ -56,7 +56,7 @@ def _original(kind, prediction, noisy, signal, sigma):
 @given(
     seed=st.integers(0, 2**31), steps=st.lists(st.integers(0, STEPS - 1), min_size=3, max_size=3)
 )
-def test_the_true_target_has_no_loss_and_gives_the_picture_back(kind, seed, steps):
+def test_the_true_target_has_no_loss_and_recovers_the_latents(kind, seed, steps):
     x0, noise = batch(seed)
     t = torch.tensor(steps)
     answer = target(kind, x0, noise, ALPHAS, t)
@@ -68,7 +68,7 @@ def test_the_true_target_has_no_loss_and_gives_the_picture_back(kind, seed, step
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 2**31), levels=st.lists(st.floats(0, 1), min_size=3, max_size=3))
-def test_flow_target_gives_the_picture_back(seed, levels):
+def test_flow_target_recovers_the_latents(seed, levels):
     x0, noise = batch(seed)
     sigma = torch.tensor(levels)
     noisy, velocity = flow_noisy_latents(x0, noise, sigma), flow_target(x0, noise)
@@ -127,7 +127,7 @@ def test_min_snr_weights_the_same_error_in_x0(kind):
 
 
 @pytest.mark.parametrize("name", list(FLOW_DENSITIES))
-def test_densities_are_open_repeatable_and_draw_what_they_say(name):
+def test_densities_are_open_repeatable_and_match_their_formulas(name):
     draw = FLOW_DENSITIES[name]
     u = draw(200_000, generator(0))
     assert u.dtype == torch.float32
@@ -170,7 +170,7 @@ def test_shifts_compose_and_invert(sigma, first, second):
     assert shift_sigmas(torch.tensor([0.0, 1.0]), first).tolist() == pytest.approx([0.0, 1.0])
 
 
-def test_offset_noise_is_constant_over_a_picture():
+def test_offset_noise_is_constant_over_space():
     noise = torch.zeros(64, 4, 6, 6)
     offset = add_offset_noise(noise, 0.1, generator())
     assert torch.equal(offset, offset[:, :, :1, :1].expand_as(offset))
@@ -211,7 +211,7 @@ def test_weighted_mse_of_masks_precision_and_video():
     assert pred.grad[mask.expand_as(pred) == 0].abs().max() == 0
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_arguments_are_refused():
     pred = torch.zeros(2, 4, 6, 6)
     with pytest.raises(TrainingError, match="the prediction"):
         weighted_mse(pred, pred[:1])

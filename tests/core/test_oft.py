@@ -30,7 +30,7 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> Non
 
 @pytest.mark.parametrize("shape", [(12, 5), (12, 2, 3, 3)])
 @pytest.mark.parametrize("limit", [None, 0.0, 0.01, 100.0])
-def test_oft_turns_blocks_of_rows(shape: tuple[int, ...], limit: float | None) -> None:
+def test_oft_rotates_blocks_of_rows(shape: tuple[int, ...], limit: float | None) -> None:
     weight, blocks, factors = random(*shape), 0.3 * random(3, 4, 4), 1 + 0.1 * random(12)
     skew = (blocks - blocks.mT).double()
     if limit is not None and skew.norm() > 12 * limit:
@@ -76,7 +76,7 @@ def test_rotations_are_orthogonal(side: int, size: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (2, 3, 4, 4), (5, 5)])
-def test_blocks_that_do_not_fit(shape: tuple[int, ...]) -> None:
+def test_blocks_of_mismatched_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConceptError, match="do not rotate"):
         oft_row_delta(random(10, 4), random(*shape), None, None)
     with pytest.raises(ConceptError, match="do not rescale"):
@@ -85,7 +85,7 @@ def test_blocks_that_do_not_fit(shape: tuple[int, ...]) -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.booleans())
-def test_columns_keep_their_lengths(
+def test_rotations_of_columns_preserve_row_norms(
     blocks: int, side: int, out: int, shared: bool, swapped: bool
 ) -> None:
     """An exact rotation of columns changes no row's length."""
@@ -104,7 +104,9 @@ def test_columns_keep_their_lengths(
 @pytest.mark.parametrize(
     ("weight", "entries"), [((4, 6), (2, 2)), ((4, 6), (2, 6)), ((4, 7), (2, 3)), ((4, 6), (3, 3))]
 )
-def test_entries_that_do_not_fit(weight: tuple[int, ...], entries: tuple[int, ...]) -> None:
+def test_entries_of_mismatched_shapes_are_refused(
+    weight: tuple[int, ...], entries: tuple[int, ...]
+) -> None:
     with pytest.raises(ConceptError):
         oft_column_delta(random(*weight), random(*entries), terms=5)
 
@@ -113,7 +115,7 @@ def test_entries_that_do_not_fit(weight: tuple[int, ...], entries: tuple[int, ..
     ("blocks", "scales"),
     [((1, 2, 4, 4), 3), ((1, 3, 4, 4), 4), ((2, 4), 4), ((2, 2, 4, 3), 4), ((3, 2, 4, 4), 4)],
 )
-def test_stages_that_do_not_fit(blocks: tuple[int, ...], scales: int) -> None:
+def test_stages_of_mismatched_shapes_are_refused(blocks: tuple[int, ...], scales: int) -> None:
     with pytest.raises(ConceptError):
         boft_column_delta(random(4, 8), random(*blocks), torch.ones(scales, 1))
 

@@ -88,7 +88,7 @@ NUMERICS = {
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("name", NUMERICS)
-def test_it_computes_the_same_anywhere(name, context):
+def test_results_do_not_depend_on_the_callers_settings(name, context):
     compute = NUMERICS[name]
     expected = torch.as_tensor(compute())
     with CONTEXTS[context]():
@@ -99,7 +99,7 @@ def test_it_computes_the_same_anywhere(name, context):
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_afterwards_all_is_as_it_was(context):
+def test_the_callers_settings_are_restored(context):
     def surroundings():
         return (
             torch.is_autocast_enabled("cpu"),
@@ -124,7 +124,7 @@ def test_afterwards_all_is_as_it_was(context):
         assert surroundings() == before
 
 
-def test_models_that_run_within_keep_their_tf32():
+def test_tf32_can_be_left_enabled_for_models():
     torch.set_float32_matmul_precision("high")
     try:
         with full_precision(tf32=True):
@@ -133,7 +133,7 @@ def test_models_that_run_within_keep_their_tf32():
         torch.set_float32_matmul_precision("highest")
 
 
-def test_a_setting_of_the_process_comes_back_when_the_last_thread_leaves():
+def test_process_settings_are_restored_by_the_last_thread():
     inside, leave, seen = threading.Event(), threading.Event(), []
 
     def other():
@@ -154,7 +154,7 @@ def test_a_setting_of_the_process_comes_back_when_the_last_thread_leaves():
     assert seen == [torch.float32]
 
 
-def test_autocast_forgets_weights_that_change_between_calls():
+def test_model_autocast_clears_the_cache_of_cast_weights():
     layer = torch.nn.Linear(4, 4, bias=False)
     rows = torch.ones(1, 4)
 

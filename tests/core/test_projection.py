@@ -30,7 +30,7 @@ def near(a, b):
 
 
 @given(SIZES)
-def test_nothing_is_done_at_0_and_all_is_out_at_1(sizes):
+def test_strength_0_changes_nothing_and_1_removes_the_subspace(sizes):
     rows, unwanted = made(sizes)
     directions = principal_directions(unwanted)
     assert torch.equal(project_out(rows, directions, 0.0), rows)
@@ -41,7 +41,7 @@ def test_nothing_is_done_at_0_and_all_is_out_at_1(sizes):
 
 
 @given(SIZES, st.floats(0, 2))
-def test_it_is_linear_in_strength_and_leaves_what_is_orthogonal(sizes, strength):
+def test_projection_is_linear_in_strength_and_keeps_orthogonal_rows(sizes, strength):
     rows, unwanted = made(sizes)
     directions = principal_directions(unwanted)
     removed = rows - project_out(rows, directions, 1.0)
@@ -53,7 +53,7 @@ def test_it_is_linear_in_strength_and_leaves_what_is_orthogonal(sizes, strength)
 
 
 @given(SIZES, st.randoms())
-def test_a_span_knows_no_order_and_no_repetition(sizes, random):
+def test_directions_do_not_depend_on_order_or_repetition_of_rows(sizes, random):
     rows, unwanted = made(sizes)
     order = list(range(len(unwanted)))
     random.shuffle(order)
@@ -70,7 +70,7 @@ def test_directions_are_orthonormal(sizes):
 
 
 @given(SIZES, st.floats(0.5, 0.99))
-def test_the_largest_strength_at_which_rows_keep_their_length(sizes, kept):
+def test_max_strength_keeps_the_minimum_length(sizes, kept):
     rows, unwanted = made(sizes)
     directions = principal_directions(unwanted)
     strength = float(max_strength(rows, directions, kept))
@@ -84,7 +84,7 @@ def test_the_largest_strength_at_which_rows_keep_their_length(sizes, kept):
         assert least(min(1.0, strength + 0.01)) < kept + 1e-3
 
 
-def test_nothing_to_keep_is_full_strength():
+def test_max_strength_without_rows_is_one():
     assert float(max_strength(torch.zeros(0, 4), torch.eye(4)[:1], 0.9)) == 1.0
 
 
@@ -95,19 +95,19 @@ def test_directions_are_sorted_by_singular_value():
 
 
 @pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), float("inf")])
-def test_other_strengths_are_refused(strength):
+def test_strengths_outside_the_range_are_refused(strength):
     with pytest.raises(ConfigError, match="outside the range from 0 to 2"):
         project_out(torch.ones(2, 3), principal_directions(torch.ones(1, 3)), strength)
 
 
-def test_dtype_and_leading_axes_are_kept():
+def test_dtype_and_leading_dimensions_are_preserved():
     rows = torch.randn(2, 3, 4, 8).bfloat16()
     out = project_out(rows, principal_directions(torch.randn(2, 8)), 1.0)
     assert out.shape == rows.shape and out.dtype == torch.bfloat16
 
 
 @given(SIZES)
-def test_several_matrices_have_each_its_own_span(sizes):
+def test_batches_equal_single_matrices(sizes):
     rows, unwanted = made(sizes)
     # The second has one direction alone, whatever the first has.
     both = torch.stack([unwanted, unwanted[:1].expand_as(unwanted)])
@@ -119,7 +119,7 @@ def test_several_matrices_have_each_its_own_span(sizes):
 
 
 @given(st.integers(4, 24), st.integers(1, 3), st.integers(0, 999))
-def test_what_chance_brings_is_told_from_what_is_said(width, count, seed):
+def test_confidence_is_low_for_random_rows_and_high_for_rows_inside(width, count, seed):
     noise = torch.Generator().manual_seed(seed)
     directions = principal_directions(torch.randn(count, width, generator=noise))
     rows = torch.randn(4000, width, generator=noise)
@@ -136,7 +136,7 @@ def test_what_chance_brings_is_told_from_what_is_said(width, count, seed):
     assert near(overlap_confidence(3.0 * rows, directions), sure)
 
 
-def test_a_span_of_all_there_is_tells_nothing():
+def test_confidence_is_zero_for_the_whole_space():
     rows = torch.randn(3, 4)
     assert torch.equal(
         overlap_confidence(rows, principal_directions(torch.randn(4, 4))), torch.zeros(3)

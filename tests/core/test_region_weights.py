@@ -42,7 +42,7 @@ def area(box, edge):
 
 
 @given(boxes(), sizes, edges)
-def test_a_box_covers_as_much_on_every_grid(box, size, edge):
+def test_the_area_of_a_box_is_the_same_on_every_grid(box, size, edge):
     weights = box_weights(box, *size, edge)
     assert weights.shape == size and weights.dtype == torch.float32
     assert float(weights.min()) >= 0.0 and float(weights.max()) <= 1.0
@@ -50,7 +50,7 @@ def test_a_box_covers_as_much_on_every_grid(box, size, edge):
 
 
 @given(boxes(), sizes, edges)
-def test_nothing_is_covered_far_outside_and_all_far_inside(box, size, edge):
+def test_cells_far_outside_have_weight_0_and_far_inside_1(box, size, edge):
     weights = box_weights(box, *size, edge)
     left, top, right, bottom = box
     rows, columns = size
@@ -76,7 +76,7 @@ def test_edges_on_the_border_are_hard_and_others_soft():
 
 
 @given(sizes, st.integers(1, 40), st.integers(1, 40))
-def test_a_mask_of_any_size_keeps_its_range_and_a_constant_its_value(size, rows, columns):
+def test_resized_masks_keep_their_range_and_constants_their_value(size, rows, columns):
     mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(rows))
     weights = mask_weights(mask, *size)
     assert weights.shape == size
@@ -85,14 +85,14 @@ def test_a_mask_of_any_size_keeps_its_range_and_a_constant_its_value(size, rows,
     assert torch.allclose(mask_weights(torch.full((rows, columns), 0.3), *size), torch.tensor(0.3))
 
 
-def test_a_mask_is_averaged_over_each_cell():
+def test_masks_are_averaged_over_each_cell():
     mask = torch.zeros(8, 8)
     mask[:4, :2] = 1.0
     assert mask_weights(mask, 2, 2).tolist() == [[0.5, 0.0], [0.0, 0.0]]
 
 
 @given(st.lists(boxes(), min_size=1, max_size=4), sizes, edges)
-def test_layers_add_up_to_one_and_the_last_is_whole(found, size, edge):
+def test_stacked_regions_add_up_to_one_and_the_last_is_complete(found, size, edge):
     weights = [box_weights(box, *size, edge) for box in found]
     parts = stack_regions(weights)
     assert len(parts) == len(weights) + 1
@@ -102,14 +102,14 @@ def test_layers_add_up_to_one_and_the_last_is_whole(found, size, edge):
         assert bool((part >= 0).all()) and bool((part <= whole).all())
 
 
-def test_boxes_side_by_side_leave_nothing_to_the_background():
+def test_adjacent_boxes_leave_no_background():
     halves = [box_weights(box, 16, 16) for box in ((0, 0, 0.5, 1), (0.5, 0, 1, 1))]
     background, *parts = stack_regions(halves)
     assert not bool(background.any())  # so that nothing has to be drawn for it
     assert all(torch.allclose(p, h, atol=1e-6) for p, h in zip(parts, halves, strict=True))
 
 
-def test_what_has_all_the_weight_is_kept_bit_for_bit():
+def test_predictions_of_weight_1_are_unchanged():
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         answers = [torch.randn(3, 4, 4, generator=generator).to(dtype) for _ in range(2)]

@@ -22,18 +22,18 @@ NO_NUMBERS = [
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: type(value).__name__)
-def test_what_is_no_finite_number_is_none(value):
+def test_values_that_are_not_finite_numbers_become_nan(value):
     assert math.isnan(as_float(value))
     assert not is_integer(value, -(10**9), 10**9)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**70), 2**70))
-def test_numbers_are_themselves(number):
+def test_numbers_are_converted_exactly(number):
     assert as_float(number) == float(number)
     assert as_float(np.float64(number)) == float(number)
 
 
-def test_whole_numbers_have_a_range():
+def test_integers_are_checked_against_a_range():
     assert is_integer(1) and is_integer(np.int64(7)) and is_integer(2**63 - 1) and is_integer(0, 0)
     assert (
         not is_integer(0) and not is_integer(2**63) and not is_integer(1.0) and not is_integer(-1)

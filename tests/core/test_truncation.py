@@ -29,7 +29,7 @@ def test_truncate_is_the_best_approximation(case, rank):
 
 
 @pytest.mark.parametrize("spectrum", ["flat", "falling", "of noise"])
-def test_nearest_is_within_a_percent_of_the_best(spectrum):
+def test_randomized_truncation_is_within_one_percent_of_the_optimum(spectrum):
     torch.manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(n, 120, dtype=torch.float64)).Q for n in (150, 200))
     singular = torch.ones(120, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_nearest_is_within_a_percent_of_the_best(spectrum):
     assert torch.equal(truncate_randomized(from_dense(update.float()), 8).up, cut.up)
 
 
-def test_a_rank_is_at_least_one():
+def test_ranks_below_one_are_refused():
     p = LowRank(torch.ones(3, 2), torch.ones(2, 4))
     for cut in (truncate, truncate_randomized):
         with pytest.raises(ConfigError, match="rank 0"):

@@ -135,7 +135,7 @@ def test_batches_equal_single_prompts_and_words_of_the_prompt_are_not_avoided(ta
 
 
 @pytest.mark.parametrize("target", ["prompt", "concepts"])
-def test_tokens_with_an_embedding_for_each_layer(target):
+def test_layerwise_embeddings_are_cleaned(target):
     pipe = attached(layers=True)
     plain = draw(pipe)
     settings = customize.Decor(AVOID, target=target, strength=1.0, **VALUES_ONLY)

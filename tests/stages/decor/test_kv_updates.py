@@ -64,7 +64,7 @@ def test_concepts_keep_their_colours():
     assert not alike(after, before)
 
 
-def test_keys_are_cleaned_with_a_share_of_the_strength():
+def test_keys_are_cleaned_with_a_fraction_of_the_strength():
     pipe = attached()
     (name, *_) = family_of(pipe.components).cross_attention_layers()
     found = []

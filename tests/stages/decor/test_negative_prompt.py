@@ -31,7 +31,7 @@ def encoded(pipe, text):
     ],
     ids=["none", "another", "one of them"],
 )
-def test_it_is_named_behind_what_a_negative_prompt_says(make, own, read_instead):
+def test_unwanted_phrases_are_appended_to_negative_prompts(make, own, read_instead):
     pipe = attached(make)
     call = {} if own is None else {"negative_prompt": own}
     (words, answer, layer) = read(pipe, avoid=AVOID, **call)
@@ -46,7 +46,7 @@ def test_it_is_named_behind_what_a_negative_prompt_says(make, own, read_instead)
     assert torch.equal(words[0], before[0]) and torch.equal(answer[0], plain[0])
 
 
-def test_the_picture_is_that_of_a_negative_prompt_without_the_concept():
+def test_the_image_is_that_of_a_negative_prompt_without_the_concept():
     # At no strength that matters, naming is all that is left.
     pipe = attached().load_custom(customize.Decor(strength=1e-9))
     found = draw(pipe, avoid=AVOID)
@@ -64,7 +64,7 @@ def test_the_picture_is_that_of_a_negative_prompt_without_the_concept():
     assert not alike(found, draw(pipe, negative_prompt=NAMED))
 
 
-def test_each_prompt_of_a_batch_has_its_own():
+def test_prompts_of_a_batch_have_separate_negative_prompts():
     pipe = attached()
     prompts = [PROMPT, "<rex> wearing a red hat", "<rex> with a red hat and a striped cup"]
     with warnings.catch_warnings():
@@ -79,7 +79,7 @@ def test_each_prompt_of_a_batch_has_its_own():
     assert torch.equal(answer[2], plain[2]) and torch.equal(answer[5], plain[5])
 
 
-def test_a_negative_prompt_that_calls_the_concept_reads_it():
+def test_negative_prompts_that_name_the_concept_are_adapted():
     pipe = attached()
     (words, answer, layer) = read(pipe, avoid=AVOID, negative_prompt="a photo of <rex>")
     assert alike(words[0], encoded(pipe, f"a photo of <rex>, {NAMED}"))
@@ -87,21 +87,21 @@ def test_a_negative_prompt_that_calls_the_concept_reads_it():
         assert not alike(answer[0], layer.get_base_layer()(words)[0])
 
 
-def test_negative_embeddings_are_left_as_they_are():
+def test_negative_embeddings_are_unchanged():
     pipe = attached()
     given = encoded(pipe, "a dog")[None]
     words = read(pipe, avoid=AVOID, negative_prompt_embeds=given)[0]
     assert alike(words[0], given[0])
 
 
-def test_a_list_of_another_length_is_the_pipelines_own_error():
+def test_lists_of_different_lengths_raise_the_pipelines_error():
     pipe = attached()
     call = {"avoid": AVOID, "negative_prompt": ["a dog", "a cat"]}
     with pytest.raises((ValueError, TypeError)):
         draw(pipe, [PROMPT] * 3, seeds=(1, 2, 3), **call)
 
 
-def test_models_that_are_guided_by_naming_alone_are_not_guided_by_it():
+def test_adding_phrases_does_not_enable_true_guidance():
     pipe = attached(tiny_flux)
     calls = []
     pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -109,7 +109,7 @@ def test_models_that_are_guided_by_naming_alone_are_not_guided_by_it():
     assert len(calls) == 2
 
 
-def test_modular_pipelines_name_it_as_well():
+def test_modular_pipelines_extend_negative_prompts():
     pipe = modular(attached(tiny_sdxl)).load_custom()
     found = draw(pipe, output_type="np", avoid=AVOID)
     pipe.load_custom(customize.Decor(negative="keep"))

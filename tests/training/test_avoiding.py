@@ -23,7 +23,7 @@ def record_of(folder):
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_down_projections_are_blind_to_the_leading_directions(tmp_path, make):
+def test_down_projections_are_orthogonal_to_the_shared_directions(tmp_path, make):
     pipe = make()
     config = settings(tmp_path, num_shared_directions=4, steps=3, slice=0)
     train(config, pipe.components, progress=False)
@@ -60,7 +60,7 @@ def test_down_projections_are_blind_to_the_leading_directions(tmp_path, make):
             assert crossed.abs().max() < 1e-5 * update.down.double().norm() ** 2
 
 
-def test_the_penalty_holds_down_what_generic_prompts_reach(tmp_path):
+def test_the_penalty_reduces_the_change_on_generic_prompts(tmp_path):
     pipe = tiny_sd()
     norms = []
     for weight in (0.0, 100.0):
@@ -72,7 +72,7 @@ def test_the_penalty_holds_down_what_generic_prompts_reach(tmp_path):
     assert norms[1] < 0.9 * norms[0]
 
 
-def test_a_run_that_was_cut_off_goes_on_with_the_same_directions(tmp_path):
+def test_an_interrupted_run_resumes_with_the_same_directions(tmp_path):
     pipe = tiny_sd()
     whole = train(
         settings(tmp_path / "a", num_shared_directions=4), pipe.components, progress=False
@@ -94,7 +94,7 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_directions(tmp_path):
     again = settings(tmp_path / "b", "again", num_shared_directions=4, checkpoint_every=4)
     with pytest.raises(KeyboardInterrupt):
         train(again, pipe.components, progress=False, on_step=stop)
-    turned = {c: {m: rows.flip(1) for m, rows in own.items()} for c, own in generic.items()}
+    turned = {c: {m: rows.flip(1) for m, rows in layers.items()} for c, layers in generic.items()}
     LayerInputs("generic prompts", {}, turned).save(path)
     with pytest.raises(SettingsError, match="shared_directions"):
         train(again, pipe.components, progress=False)
@@ -117,7 +117,7 @@ def test_slices_of_other_directions_collide(tmp_path):
         assert "--num-shared-directions 0" in collision.fix
 
 
-def test_the_rank_must_fit_what_is_left(tmp_path):
+def test_the_rank_must_fit_the_width_without_shared_directions(tmp_path):
     pipe = tiny_sd()
     family = family_of(pipe.components)
     narrowest = min(min(s) for s in family.adapter_targets("unet").values())

@@ -66,7 +66,7 @@ def test_the_resolution_is_known_before_the_base_is_loaded(make, tmp_path):
     )
 
 
-def test_every_tensor_counts(tmp_path):
+def test_every_tensor_changes_the_digest(tmp_path):
     pipe = tiny_sd()
     before = weight_digests("", pipe.components)
     with torch.no_grad():
@@ -75,14 +75,14 @@ def test_every_tensor_counts(tmp_path):
     assert {key for key in before if before[key] != after[key]} == {"unet"}
 
 
-def test_bases_without_weights_at_hand(tmp_path):
+def test_bases_without_local_weights_have_no_digests(tmp_path):
     save_base(tmp_path / "base")
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     for base in (tmp_path / "base", tmp_path, "nobody/nothing", "no such base"):
         assert weight_digests_on_disk(str(base)) == {}
 
 
-def test_a_hub_ids_download_is_looked_at(tmp_path, monkeypatch):
+def test_a_hub_ids_download_is_read(tmp_path, monkeypatch):
     pipe = save_base(tmp_path / "base")
     found = {"org/model": str(tmp_path / "base" / "model_index.json")}
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda base, name: found[base])
@@ -90,7 +90,7 @@ def test_a_hub_ids_download_is_looked_at(tmp_path, monkeypatch):
     assert weight_digests_on_disk("org/other") == {}
 
 
-def test_what_was_learned_on_other_weights_is_refused(tmp_path):
+def test_resuming_on_other_base_weights_is_refused(tmp_path):
     base = tmp_path / "base"
     changes = {"base": str(base), "checkpoint_every": 3}
     save_base(base)
@@ -108,7 +108,7 @@ def test_what_was_learned_on_other_weights_is_refused(tmp_path):
     assert same(tensors(whole), tensors(resumed))
 
 
-def test_class_pictures_of_other_weights_are_not_taken(tmp_path):
+def test_class_images_of_other_weights_are_not_used(tmp_path):
     base = tmp_path / "base"
     for factor in (1.0, 1.1, 1.0):
         save_base(base, factor)
@@ -136,7 +136,7 @@ def shifted(shift):
     return pipe
 
 
-#: What a model is made with -> what makes it, two values, and what is said of them.
+#: What a model is made with -> what makes it, two values, and the message.
 CONFIGURED = {
     "wan": (wan, 0.875, 0.5, "boundary_ratio was 0.875 and is 0.5"),
     "krea2": (tiny_krea2, False, True, "is_distilled was False and is True"),
@@ -153,8 +153,8 @@ PLACES += [(name, "disk") for name in CONFIGURED if name != "sd3"]
 
 
 @pytest.mark.parametrize(("name", "where"), PLACES)
-def test_a_run_of_a_base_configured_otherwise_is_not_gone_on_with(name, where, tmp_path):
-    make, first, second, said = CONFIGURED[name]
+def test_resuming_on_another_base_configuration_is_refused(name, where, tmp_path):
+    make, first, second, message = CONFIGURED[name]
     base = str(tmp_path / "base")
 
     def run(value, **changes):
@@ -170,16 +170,16 @@ def test_a_run_of_a_base_configured_otherwise_is_not_gone_on_with(name, where, t
 
     with pytest.raises(Stop):
         run(first)(on_step=crash_at(6))
-    with pytest.raises(SettingsError, match=f"other settings: the base's {said}"):
+    with pytest.raises(SettingsError, match=f"other settings: the base's {message}"):
         run(second)()
     run(first)()
     if where == "memory":  # of a finished concept no base is loaded
-        with pytest.raises(SettingsError, match=f"other settings: the base's {said}"):
+        with pytest.raises(SettingsError, match=f"other settings: the base's {message}"):
             run(second)()
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
-def test_class_pictures_of_a_base_configured_otherwise_are_not_taken(name, tmp_path):
+def test_class_images_of_another_base_configuration_are_not_used(name, tmp_path):
     make, first, second, _ = CONFIGURED[name]
     changes = {"prior_weight": 1.0, "prior_count": 1, "validation_steps": 2, "steps": 1}
     config = settings(tmp_path, resume=False, **changes)

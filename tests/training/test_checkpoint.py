@@ -26,7 +26,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_saved_is_read_back(tmp_path):
+def test_a_saved_checkpoint_is_loaded_unchanged(tmp_path):
     save_checkpoint(tmp_path / "new" / "folder", made(7, rank=4, text=None), keep=2)
     found = load_latest_checkpoint(tmp_path / "new" / "folder")
     assert (found.step, found.settings, found.history) == (7, {"rank": 4, "text": None}, [[7, 0.5]])
@@ -34,7 +34,7 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert torch.equal(found.tensors["adapter/unet/0"], torch.full((3, 2), 7.0))
 
 
-def test_only_the_newest_are_kept_and_partial_files_go(tmp_path):
+def test_only_the_newest_are_kept_and_partial_files_are_deleted(tmp_path):
     (tmp_path / ".step-000001.safetensors.123").write_bytes(b"half")
     for step in (5, 20, 1_000_000):
         save_checkpoint(tmp_path, made(step), keep=2)
@@ -45,14 +45,14 @@ def test_only_the_newest_are_kept_and_partial_files_go(tmp_path):
     assert load_latest_checkpoint(tmp_path / "missing") is None
 
 
-def test_a_damaged_later_file_does_not_cost_the_new_one(tmp_path):
+def test_a_damaged_file_of_a_later_step_is_deleted(tmp_path):
     save_checkpoint(tmp_path, made(5), keep=1)
     (tmp_path / "step-000020.safetensors").write_bytes(b"damaged")
     save_checkpoint(tmp_path, made(10), keep=1)
     assert names(tmp_path) == ["step-000010.safetensors"]
 
 
-def test_partial_and_damaged_files_are_passed_over(tmp_path):
+def test_partial_and_damaged_files_are_skipped(tmp_path):
     save_checkpoint(tmp_path, made(10), keep=3)
     save_checkpoint(tmp_path, made(20), keep=3)
     (tmp_path / ".step-000030.safetensors.99").write_bytes(b"half")
@@ -77,7 +77,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     assert names(tmp_path) == ["step-000001.safetensors"]
 
 
-def test_a_full_disk_keeps_the_last_good_state(tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     save_checkpoint(tmp_path, made(1), keep=1)
     large = made(2)
     large.tensors["adapter/unet/0"] = torch.zeros(100_000)
@@ -92,7 +92,7 @@ def test_a_full_disk_keeps_the_last_good_state(tmp_path):
     assert load_latest_checkpoint(tmp_path).step == 1
 
 
-def test_a_folder_that_cannot_be_made_is_reported(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
         save_checkpoint(tmp_path / "file" / "folder", made(1), keep=1)
@@ -110,7 +110,7 @@ def test_differing_settings_are_named():
     assert "old was 1 and is 'not set'" in str(caught.value)
 
 
-def test_an_optimizer_goes_on_as_if_nothing_had_happened():
+def test_a_restored_optimizer_continues_bit_for_bit():
     def parameters():
         torch.manual_seed(0)
         return {"a": torch.nn.Parameter(torch.randn(4)), "b": torch.nn.Parameter(torch.randn(2, 2))}

@@ -86,7 +86,7 @@ def hidden_states(model, ids):
 
 
 @pytest.mark.parametrize("make", WITH_CLIP.values(), ids=WITH_CLIP)
-def test_class_text_is_the_papers_formula_on_each_encoder(kept, make):
+def test_class_text_is_the_papers_formula_on_all_encoders(kept, make):
     """1 - cos of what transformers' own CLIP pools at the end of both phrases, padded as ever."""
     run = kept(make=make)
     expected = []
@@ -159,10 +159,10 @@ def test_context_text_compares_the_words_around_the_concept(kept):
         return encoder(tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0]
 
     expected = []
-    own = "<rex> <rex>_1 <rex>_2"
+    expanded = "<rex> <rex>_1 <rex>_2"
     with torch.no_grad():
         for text, before in (("a photo of {} on the beach", 4), ("{} in the snow", 1)):
-            ours = states(text.replace("{}", own))
+            ours = states(text.replace("{}", expanded))
             with run.trainable.adapters_disabled():
                 base = states(text.replace("{}", "a dog"))
             after = len(ours) - before - 3
@@ -209,7 +209,7 @@ def test_gradients_reach_tokens_and_text_adapters_alone(kept, loss, make):
     assert all(p.grad is None for p in frozen if id(p) not in trained)
 
 
-def test_nothing_is_lost_before_the_first_step_where_nothing_differs(kept):
+def test_losses_are_zero_before_the_first_step(kept):
     """A concept of one token that starts at the class word's own embedding is the class."""
     run = kept(num_tokens=1, caption="a photo of a {}", preserve=ALL, moved=False)
     for name in ("class_text", "context_text"):
@@ -221,7 +221,7 @@ def test_nothing_is_lost_before_the_first_step_where_nothing_differs(kept):
     assert other.preserved.text_loss(0) > 1e-4
 
 
-def test_many_phrases_are_looked_at_in_turns(kept):
+def test_many_phrases_are_compared_in_turns(kept):
     run = kept(preserve={"context_text": 1.0})
     rows, encode = [], run.preserved.text_states["text_encoder"]
 
@@ -232,12 +232,12 @@ def test_many_phrases_are_looked_at_in_turns(kept):
     run.preserved.text_states["text_encoder"] = watched
     found = [run.preserved.text_loss(step) is not None for step in range(6 * EVERY)]
     assert found == [step % EVERY == 0 for step in range(6 * EVERY)]
-    assert [len(each) for each in rows] == [2] * 6
-    assert len({tuple(ids) for each in rows for ids in each}) == len(class_preservation.PROMPTS)
+    assert [len(ids) for ids in rows] == [2] * 6
+    assert len({tuple(ids) for batch in rows for ids in batch}) == len(class_preservation.PROMPTS)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("a photo of <rex>", "a photo of a dog"),
         ("a photo of <REX> and <rex>, <rex>", "a photo of a dog and a dog, a dog"),
@@ -250,8 +250,8 @@ def test_many_phrases_are_looked_at_in_turns(kept):
         ("nothing", "nothing"),
     ],
 )
-def test_captions_name_the_class(text, told):
-    assert replace_trigger(text, "<rex>", "dog") == told
+def test_captions_name_the_class(text, expected):
+    assert replace_trigger(text, "<rex>", "dog") == expected
 
 
 # --- in a run -------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def learn(pipe, config, **more):
 
 
 @pytest.mark.parametrize("make", [*WITH_CLIP.values(), *OTHERS.values()], ids=[*WITH_CLIP, *OTHERS])
-def test_output_holds_the_class_prompt_to_the_untouched_model(make, tmp_path):
+def test_output_compares_the_class_prompt_with_the_base_model(make, tmp_path):
     """Nothing differs before the first step; later the answers to the class prompt are nearer to
     the base's than without, and the model ends as it was."""
     pipe = make()
@@ -293,7 +293,7 @@ def watched(pipe):
     return forward, calls
 
 
-def test_output_is_the_squared_change_of_what_the_model_answers(tmp_path):
+def test_output_is_the_squared_change_of_the_prediction(tmp_path):
     """What a weight adds to a step's loss is that change, computed with stock calls."""
     pipe = tiny_sd()
     forward, calls = watched(pipe)
@@ -326,7 +326,7 @@ def test_output_is_the_squared_change_of_what_the_model_answers(tmp_path):
     assert added == pytest.approx(EVERY * 3.0 * change, rel=1e-2)
 
 
-def test_context_output_is_the_squared_change_of_what_a_context_does(tmp_path):
+def test_context_output_is_the_squared_change_of_the_effect_of_a_context(tmp_path):
     """What a weight adds to a step's loss is that change, computed with stock calls."""
     pipe = tiny_sd()
     forward, calls = watched(pipe)
@@ -357,12 +357,12 @@ def test_context_output_is_the_squared_change_of_what_a_context_does(tmp_path):
 
 
 @pytest.mark.parametrize("make", [*WITH_CLIP.values(), *OTHERS.values()], ids=[*WITH_CLIP, *OTHERS])
-def test_contexts_are_held_in_every_family_and_move_what_is_learned(make, tmp_path):
+def test_context_output_works_in_every_family_and_changes_the_concept(make, tmp_path):
     """Tokens and triggers read otherwise than the class word, so there is something to hold."""
     pipe = make()
     before = snapshot(pipe.components, pipe.config)
     losses, learned = [], []
-    for name, preserve in (("plain", {}), ("held", {"context_output": 1.0})):
+    for name, preserve in (("plain", {}), ("preserved", {"context_output": 1.0})):
         config = settings(tmp_path, name, preserve=preserve, steps=2)
         found = learn(pipe, config, on_step=lambda _, loss: losses.append(float(loss)))
         learned.append(tensors(found))
@@ -371,14 +371,14 @@ def test_contexts_are_held_in_every_family_and_move_what_is_learned(make, tmp_pa
     assert_unchanged(before, pipe.components, pipe.config)
 
 
-def test_each_context_comes_once_before_any_comes_again(kept):
+def test_all_contexts_are_used_before_any_is_repeated(kept):
     phrases = tuple(f"{{}} {where}" for where in ("in a city", "on a beach", "in space"))
     run = kept(preserve={"context_output": 1.0}, preserve_phrases=phrases)
     found = [
         text for turn in range(6) for text in run.preserved.choose_context_prompts([0, 0], turn)
     ]
-    told = sorted(phrase.replace("{}", "<rex>") for phrase in phrases)
-    assert [sorted(found[k : k + 3]) for k in range(0, 12, 3)] == [told] * 4
+    expected = sorted(phrase.replace("{}", "<rex>") for phrase in phrases)
+    assert [sorted(found[k : k + 3]) for k in range(0, 12, 3)] == [expected] * 4
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
@@ -400,7 +400,7 @@ def test_no_context_is_left_out_by_accumulation(accumulate, tmp_path, monkeypatc
     assert all(len(set(asked[k : k + 3])) == 3 for k in range(0, len(asked), 3))
 
 
-def test_contexts_stand_behind_the_caption(kept):
+def test_contexts_are_appended_to_the_caption(kept):
     run = kept(preserve={"context_output": 1.0}, caption="a picture in {} style")
     found = {run.preserved.choose_context_prompts([0], turn)[0] for turn in range(9)}
     assert "a picture in <rex> style wearing a hat" in found
@@ -408,7 +408,7 @@ def test_contexts_stand_behind_the_caption(kept):
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux], ids=["sd", "flux"])
-def test_all_together_repeat_resume_and_leave_the_model(make, tmp_path):
+def test_all_losses_repeat_resume_and_restore_the_model(make, tmp_path):
     changes = {
         "preserve": ALL,
         "prior_weight": 0.5,

@@ -45,7 +45,7 @@ def near(a, b, tolerance=0.01):
 
 
 @pytest.mark.parametrize("make", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
-def test_every_family_has_blocks_that_hold_most_of_its_adapter(make):
+def test_repeated_blocks_contain_most_adapter_layers_in_every_family(make):
     pipe = make()
     family = family_of(pipe.components, pipe.config)
     for key, denoiser in family.denoisers.items():
@@ -56,7 +56,7 @@ def test_every_family_has_blocks_that_hold_most_of_its_adapter(make):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", ALL)
-def test_the_concept_is_the_same_and_the_model_is_left_as_it_was(
+def test_compilation_gives_the_same_concept_and_restores_the_model(
     make, backend, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(compile_blocks, "_BACKEND", backend)
@@ -75,7 +75,7 @@ def test_the_concept_is_the_same_and_the_model_is_left_as_it_was(
 
 
 @SLOW
-def test_sizes_of_all_buckets_go_through_one_compiled_block(tmp_path, monkeypatch):
+def test_all_bucket_sizes_use_one_compiled_block(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_blocks, "_BACKEND", "aot_eager")
     make_various(tmp_path)
     given = {"buckets": True, "steps": 8}
@@ -86,7 +86,7 @@ def test_sizes_of_all_buckets_go_through_one_compiled_block(tmp_path, monkeypatc
 
 @SLOW
 @pytest.mark.parametrize("kind", [of("nf4"), of("int8")])
-def test_quantized_blocks_are_compiled_too(kind, tmp_path, monkeypatch):
+def test_quantized_blocks_are_compiled(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(compile_blocks, "_BACKEND", "aot_eager")
     pipe = tiny_flux()
     quantize_model(pipe.transformer, kind, torch.float32, torch.device("cpu"))
@@ -95,7 +95,7 @@ def test_quantized_blocks_are_compiled_too(kind, tmp_path, monkeypatch):
     assert near(plain, train(config, pipe.components, progress=False))
 
 
-def test_what_a_user_compiled_stays_compiled():
+def test_models_compiled_by_the_user_stay_compiled():
     pipe = tiny_flux()
     pipe.transformer.compile_repeated_blocks(backend="eager")
     blocks = repeated_blocks(pipe.transformer)
@@ -108,7 +108,7 @@ def test_what_a_user_compiled_stays_compiled():
     assert [block._compiled_call_impl for block in blocks] == theirs
 
 
-def test_without_a_compiler_nothing_is_loaded(tmp_path, monkeypatch):
+def test_a_missing_compiler_is_reported_before_loading(tmp_path, monkeypatch):
     def no_compiler(*_):
         raise RuntimeError("No working C++ compiler found\nin many lines")
 

@@ -37,7 +37,7 @@ def check_default_outputs(config: TrainConfig, losses: list[float]) -> dict[str,
     assert concept.info.method == "orthogonal" and concept.info.slices
     assert all(len(rows) == 2 for rows in concept.embeddings.values())
 
-    (directions,) = find_direction_files(config.output.parent)
+    assert len(find_direction_files(config.output.parent)) == 1
     recording = LayerInputs.load(layer_inputs_path(config.output))
     layers = {component: set(updates) for component, updates in concept.updates.items()}
     for factors in (recording.concept, recording.generic):

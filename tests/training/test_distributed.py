@@ -9,7 +9,7 @@ from torch import nn
 from customize.training.distributed import average_gradients
 
 
-def test_what_has_no_gradient_is_left_alone_by_the_optimizer() -> None:
+def test_parameters_without_a_gradient_are_not_updated() -> None:
     first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = torch.optim.AdamW([first, second], lr=0.1, weight_decay=0.1)
     accelerator = Accelerator(cpu=True)

@@ -22,7 +22,7 @@ ALL: dict[str, Callable[[], Any]] = TINY_FAMILIES | {"flux3": tiny_flux3}
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_checkpointing_recomputes_and_changes_nothing(name: str, tmp_path: Path) -> None:
+def test_gradient_checkpointing_gives_the_same_concept(name: str, tmp_path: Path) -> None:
     pipe = ALL[name]()
     family = family_of(pipe.components, pipe.config)
     calls: list[int] = []
@@ -50,7 +50,7 @@ def test_checkpointing_recomputes_and_changes_nothing(name: str, tmp_path: Path)
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ALL)
-def test_a_batch_of_prompts_of_different_lengths_is_each_by_itself(name: str) -> None:
+def test_a_batch_of_prompts_of_different_lengths_equals_single_prompts(name: str) -> None:
     pipe = ALL[name]()
     family = family_of(pipe.components, pipe.config)
     prompts = ["a photo of a dog wearing the red hat on the beach", "a cat", ""]
@@ -60,12 +60,12 @@ def test_a_batch_of_prompts_of_different_lengths_is_each_by_itself(name: str) ->
     cache = encode_prompts_once(family, prompts)
     together = family.predict(noisy, t, lookup_conditions(cache, prompts))
     for row, prompt in enumerate(prompts):
-        own = slice(row, row + 1)
-        alone = family.predict(noisy[own], t[own], cache[prompt])
-        torch.testing.assert_close(together[own], alone, atol=1e-5, rtol=1e-4)
+        index = slice(row, row + 1)
+        alone = family.predict(noisy[index], t[index], cache[prompt])
+        torch.testing.assert_close(together[index], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_a_run_goes_on_where_one_of_two_denoisers_had_no_sample_yet(tmp_path: Path) -> None:
+def test_a_run_resumes_before_one_of_two_denoisers_had_a_sample(tmp_path: Path) -> None:
     """Below a boundary of almost 1 nearly all levels are the second one's."""
     changes = {
         "checkpoint_every": 2,

@@ -22,14 +22,14 @@ def run(pipe, folder, **changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"cache_latents": False}, {"flip": True}])
-def test_the_picture_and_the_autoencoders_weight_are_named(changes, tmp_path):
+def test_the_image_and_the_autoencoders_weight_are_named(changes, tmp_path):
     pipe = broken("vae", "encoder.conv_in.weight")
     with pytest.raises(PipelineError, match=r"for 0\.png.*vae\.encoder\.conv_in\.weight"):
         run(pipe, tmp_path, **changes)
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_of_several_pictures_it_is_the_one(cached, tmp_path, monkeypatch):
+def test_the_image_at_fault_is_named_among_several(cached, tmp_path, monkeypatch):
     pipe = tiny_sd()
     encode = pipe.vae.encode
 
@@ -51,34 +51,34 @@ def test_the_caption_and_the_text_encoder_are_named(live, tmp_path):
         run(pipe, tmp_path, **changes)
 
 
-def test_an_encoder_that_does_not_train_is_named(tmp_path):
+def test_a_frozen_text_encoder_is_named(tmp_path):
     pipe = broken("text_encoder_3", "encoder.block.0.layer.0.SelfAttention.q.weight", tiny_sd3)
     with pytest.raises(PipelineError, match=r"text_encoder_3\.encoder"):
         run(pipe, tmp_path)
 
 
-def test_a_first_loss_is_not_blamed_on_learning_rates(tmp_path):
+def test_an_infinite_first_loss_is_attributed_to_the_base(tmp_path):
     pipe = broken("unet", "conv_in.weight")
     with pytest.raises(TrainingError, match=r"step 1, before.*unet\.conv_in\.weight") as found:
         run(pipe, tmp_path)
     assert "learning rate" not in str(found.value)
 
 
-def test_a_base_that_cannot_draw_is_named_before_slices_are_chosen(tmp_path, monkeypatch):
+def test_a_base_that_cannot_draw_is_reported_before_slices_are_chosen(tmp_path, monkeypatch):
     pipe = broken("unet", "conv_in.weight")
     with pytest.raises(PipelineError, match=r"generic prompts.*unet\.conv_in\.weight"):
         run(pipe, tmp_path, num_shared_directions=2)
     assert not list(tmp_path.glob(".shared_directions*"))
 
 
-def test_class_pictures_that_are_not_finite_are_not_drawn(tmp_path):
+def test_class_images_that_are_not_finite_are_refused(tmp_path):
     pipe = broken("vae", "decoder.conv_in.weight")
     with pytest.raises(PipelineError, match=r"vae gives.*vae\.decoder\.conv_in\.weight"):
         run(pipe, tmp_path, prior_weight=1.0, prior_count=2, validation_steps=2)
     assert not list(tmp_path.rglob("class-*.png"))
 
 
-def test_validation_pictures_that_are_not_finite_are_told_and_the_run_goes_on(tmp_path):
+def test_validation_images_that_are_not_finite_are_warned_of(tmp_path):
     pipe = broken("vae", "decoder.conv_in.weight")
     given = {"validation_prompts": ("a <rex>",), "validation_steps": 2, "steps": 2}
     with pytest.warns(UserWarning, match=r"no validation pictures at step 2: the vae gives"):
@@ -86,7 +86,7 @@ def test_validation_pictures_that_are_not_finite_are_told_and_the_run_goes_on(tm
     assert not list(tmp_path.rglob("step-*.png"))
 
 
-def test_later_losses_are_still_blamed_on_learning_rates(tmp_path):
+def test_later_infinite_losses_are_attributed_to_the_learning_rates(tmp_path):
     changes = {"learning_rate": 1.0, "alpha": 1e20, "method": "lora", "steps": 4, "log_every": 1}
     with pytest.raises(TrainingError, match=r"at step 2.* lower the learning rates"):
         run(tiny_sd(), tmp_path, **changes)

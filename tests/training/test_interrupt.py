@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 STEPS = 24
 
-# Says each step, in the first process, and goes on slowly from the fifth: the signal must come
+# Prints the step, in the first process, and goes on slowly from the fifth: the signal must come
 # before the end.
 PROGRAM = f"""
 import os
@@ -49,8 +49,8 @@ except TrainingStopped as stopped:
 
 
 def run_until(folder, step, number):
-    """Start the program, send a signal when it says the step, and return what it said last."""
-    said = []
+    """Start the program, send a signal when it prints the step, and return its output."""
+    lines = []
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(folder)],
         stdout=subprocess.PIPE,
@@ -59,22 +59,22 @@ def run_until(folder, step, number):
         cwd=ROOT,
     ) as process:
         for line in process.stdout:
-            said.append(line.strip())
-            if said[-1] == str(step):
+            lines.append(line.strip())
+            if lines[-1] == str(step):
                 process.send_signal(number)
-        return process.wait(timeout=300), said
+        return process.wait(timeout=300), lines
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_a_stopped_run_goes_on_to_the_uninterrupted_result(number, tmp_path):
-    code, said = run_until(tmp_path, 5, number)
+def test_a_stopped_run_resumes_to_the_uninterrupted_result(number, tmp_path):
+    code, lines = run_until(tmp_path, 5, number)
     folder = tmp_path / "out" / ".checkpoints"
     found = load_latest_checkpoint(folder)
     assert found.step < STEPS
     if number == signal.SIGINT:
         assert code == 130
-        step = int(re.search(r"stopped after step (\d+) of", said[-1]).group(1))
-        assert found.step == step and "run the same again" in said[-1]
+        step = int(re.search(r"stopped after step (\d+) of", lines[-1]).group(1))
+        assert found.step == step and "run the same again" in lines[-1]
         assert [path.name[0] for path in folder.iterdir()] == ["s"] * 2
     else:
         assert code == -signal.SIGKILL and found.step >= 3
@@ -144,7 +144,7 @@ def test_two_processes_train_one_concept(buckets, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_go_on_to_the_uninterrupted_result(tmp_path):
+def test_two_processes_stop_together_and_resume_to_the_uninterrupted_result(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace("checkpoint_every=3)", "checkpoint_every=3, log_every=2)"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -170,14 +170,14 @@ def test_two_processes_stop_together_and_go_on_to_the_uninterrupted_result(tmp_p
     results = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         with start(folder) as process:
-            said = process.stdout.read().split()
+            lines = process.stdout.read().split()
             assert process.wait(timeout=300) == 0
-        assert int(said[0]) == (found.step if folder.name == "a" else 0) + 1
+        assert int(lines[0]) == (found.step if folder.name == "a" else 0) + 1
         results.append(tensors(load_concept(folder / "out")))
     assert same(*results)
 
 
-def test_the_script_reports_bad_input_in_a_line(tmp_path):
+def test_the_script_reports_invalid_input_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     flags = ["--base", "x", "--name", "rex", "--class-word", "dog", "--output", str(tmp_path / "o")]
     finished = subprocess.run(

@@ -56,7 +56,7 @@ def two(folder, rex=None, tom=None, **changes):
             picture(number + 7).transpose(1).save(cats / f"{number}.png")
     dog = {"output": folder / "rex"} | (rex or {})
     given = [changes | dog, changes | {"images": cats} | cat]
-    return [settings(folder, **each) for each in given]
+    return [settings(folder, **changes) for changes in given]
 
 
 def learn(pipe, configs, **more):
@@ -77,7 +77,7 @@ def answer(pipe, prompt):
 
 @pytest.mark.parametrize("method", ["orthogonal", "lora"])
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "flux", "qwen_image"])
-def test_the_sum_of_the_concepts_is_the_model_of_the_run(kind, method, tmp_path):
+def test_the_sum_of_the_concepts_equals_the_trained_model(kind, method, tmp_path):
     pipe = TINY_FAMILIES[kind]()
     before = snapshot(pipe.components, pipe.config)
     tokens = bool(family_of(pipe.components, pipe.config).token_dictionaries())
@@ -123,13 +123,13 @@ def test_the_sum_of_the_concepts_is_the_model_of_the_run(kind, method, tmp_path)
         customize.unload_custom(pipe)
 
 
-def test_what_concepts_say_of_one_another(tmp_path):
+def test_concepts_record_the_other_concepts_of_the_run(tmp_path):
     configs = two(tmp_path, tom={"trigger": "<kitty>", "caption": "a {} in a hat"}, steps=2)
     rex, tom = learn(tiny_sd(), configs)
     assert (rex.info.trained_with, tom.info.trained_with) == (["tom"], ["rex"])
     assert (rex.info.class_word, tom.info.class_word, tom.info.trigger) == ("dog", "cat", "<kitty>")
-    told = rex.info.training["settings"]["together"]
-    assert told["tom"]["trigger"] == "<kitty>" and told["tom"]["caption"] == "a {} in a hat"
+    others = rex.info.training["settings"]["together"]
+    assert others["tom"]["trigger"] == "<kitty>" and others["tom"]["caption"] == "a {} in a hat"
     assert tom.info.training["settings"]["together"]["rex"]["class_word"] == "dog"
     assert tom.info.training["captions_share"] == ["hat"]
     assert rex.info.training["captions_share"] == []
@@ -142,7 +142,7 @@ def test_what_concepts_say_of_one_another(tmp_path):
     assert "together" not in (tmp_path / "alone" / "README.md").read_text()
 
 
-def test_the_order_makes_no_difference(tmp_path):
+def test_the_order_of_concepts_does_not_change_the_result(tmp_path):
     first = learn(tiny_sd(), two(tmp_path / "a", steps=4, batch_size=3))
     second = learn(tiny_sd(), two(tmp_path / "b", steps=4, batch_size=3)[::-1])
     assert [c.info.name for c in first] == ["rex", "tom"]
@@ -151,7 +151,7 @@ def test_the_order_makes_no_difference(tmp_path):
         assert same(tensors(a), tensors(b))
 
 
-def test_one_alone_is_learned_as_ever(tmp_path):
+def test_a_single_concept_is_learned_as_by_train(tmp_path):
     (together,) = learn(tiny_sd(), [settings(tmp_path, "a", steps=4)])
     alone = train(settings(tmp_path, "b", steps=4), tiny_sd().components, progress=False)
     assert same(tensors(together), tensors(alone))
@@ -181,7 +181,9 @@ def drawn(config, counts, turns, classes=(), groups=()):
     st.integers(1, 12),
     st.booleans(),
 )
-def test_each_concept_has_an_equal_share_of_the_places(tmp_path_factory, counts, size, turns, more):
+def test_batches_contain_equally_many_images_of_all_concepts(
+    tmp_path_factory, counts, size, turns, more
+):
     config = settings(tmp_path_factory.getbasetemp() / "shares", batch_size=size)
     classes = [2] * len(counts) if more else []
     batches = drawn(config, counts, turns, classes)
@@ -191,9 +193,9 @@ def test_each_concept_has_an_equal_share_of_the_places(tmp_path_factory, counts,
     shares = [seen[str(owner)] for owner in range(len(counts))]
     assert sum(shares) == size * turns and max(shares) - min(shares) <= 1
     for owner, count in enumerate(counts):
-        own = [n for batch in batches for n in batch[:size] if n.startswith(f"{owner}.")]
-        for first in range(0, len(own) - count + 1, count):
-            assert len(set(own[first : first + count])) == count
+        names = [n for batch in batches for n in batch[:size] if n.startswith(f"{owner}.")]
+        for first in range(0, len(names) - count + 1, count):
+            assert len(set(names[first : first + count])) == count
     for batch in batches:
         concepts, their_classes = ([int(n.split(".")[0]) for n in h] for h in (batch, batch[size:]))
         if more:
@@ -201,7 +203,7 @@ def test_each_concept_has_an_equal_share_of_the_places(tmp_path_factory, counts,
 
 
 @given(st.integers(2, 3), st.integers(1, 4), st.lists(st.integers(0, 1), min_size=2, max_size=5))
-def test_in_buckets_whole_batches_go_round(tmp_path_factory, among, size, sizes):
+def test_with_buckets_concepts_alternate_by_batch(tmp_path_factory, among, size, sizes):
     config = settings(tmp_path_factory.getbasetemp() / "sizes", batch_size=size, buckets=True)
     counts, groups = [len(sizes)] * among, sizes * among
     batches = drawn(config, counts, among * len(sizes), groups=groups)
@@ -212,7 +214,7 @@ def test_in_buckets_whole_batches_go_round(tmp_path_factory, among, size, sizes)
     assert set(seen.values()) == {size} and len(seen) == sum(counts)
 
 
-def test_a_step_has_pictures_of_both(tmp_path):
+def test_a_step_has_images_of_both_concepts(tmp_path):
     """A batch of two has one of each; what each adapter learns comes from both."""
     pipe = tiny_sd()
     prompts = []
@@ -226,7 +228,7 @@ def test_a_step_has_pictures_of_both(tmp_path):
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl], ids=["sd", "sdxl"])
-def test_buckets_masks_and_class_pictures_of_each(make, tmp_path):
+def test_buckets_masks_and_class_images_of_both_concepts(make, tmp_path):
     make_various(tmp_path / "dogs")
     configs = two(
         tmp_path,
@@ -248,7 +250,7 @@ def test_buckets_masks_and_class_pictures_of_each(make, tmp_path):
     assert len(list((tmp_path / "tom" / ".class_pictures").rglob("*.png"))) == 2
 
 
-def test_class_pictures_of_one_class_are_drawn_once(tmp_path):
+def test_class_images_of_one_class_are_drawn_once(tmp_path):
     changes = {"prior_weight": 1.0, "validation_steps": 2, "steps": 2}
     dogs = {"class_word": "dog", "prior_count": 3}
     learn(tiny_sd(), two(tmp_path, {"prior_count": 2}, dogs, **changes))
@@ -326,7 +328,7 @@ def test_class_text_is_the_mean_over_concepts(both):
 
 
 @pytest.mark.parametrize("pooling", ["end", "published"])
-def test_what_is_preserved_of_each_is_what_it_would_be_alone(pooling, both):
+def test_joint_text_losses_are_the_mean_of_the_single_losses(pooling, both):
     with both(preserve_pooling=pooling) as (configs, _, _, prepared):
         for step in (0, 5 * class_preservation.PRESERVATION_INTERVAL):
             for loss in ("class_text", "context_text"):
@@ -336,17 +338,17 @@ def test_what_is_preserved_of_each_is_what_it_would_be_alone(pooling, both):
                 assert abs(alone[0] - alone[1]) > 1e-4
 
 
-def test_captions_are_held_to_the_class_of_each_concept_in_them(both):
+def test_captions_are_compared_with_the_classes_of_all_their_concepts(both):
     with both() as (configs, _, _, prepared):
         captions = ["a photo of <rex>", "<tom> and <rex> on a beach", "a photo of <tom>"]
         preserved = prepared(configs, captions, output=1.0)
-        told = ["a photo of a dog", "a cat and a dog on a beach", "a photo of a cat"]
+        expected = ["a photo of a dog", "a cat and a dog on a beach", "a photo of a cat"]
         with_class_words = class_preservation.with_class_words
-        assert [with_class_words(configs, caption) for caption in captions] == told
-        assert list(preserved.conditions) == [*told, ""]
+        assert [with_class_words(configs, caption) for caption in captions] == expected
+        assert list(preserved.conditions) == [*expected, ""]
 
 
-def test_captions_may_name_both_and_be_preserved(tmp_path):
+def test_captions_with_both_triggers_can_be_preserved(tmp_path):
     (tmp_path / "cats").mkdir()
     picture(3).save(tmp_path / "cats" / "0.png")
     (tmp_path / "cats" / "0.txt").write_text("<tom> and <rex> on a beach")
@@ -387,7 +389,7 @@ def test_a_resumed_run_gives_the_uninterrupted_result(library, tmp_path):
     assert all(same(tensors(a), tensors(b)) for a, b in zip(whole, again, strict=True))
 
 
-def test_a_checkpoint_is_of_the_same_concepts_and_settings(tmp_path):
+def test_a_checkpoint_of_other_concepts_or_settings_is_refused(tmp_path):
     pipe = tiny_sd()
     with pytest.raises(Stop):
         learn(pipe, two(tmp_path, **BUSY), on_step=crash_at(6))
@@ -400,18 +402,18 @@ def test_a_checkpoint_is_of_the_same_concepts_and_settings(tmp_path):
         ([*two(tmp_path, **BUSY), settings(tmp_path, "zoe", name="zoe", **BUSY)], "tom, zoe"),
         ([ace, *two(tmp_path, **BUSY)], "a checkpoint of another run with rex"),
     ]
-    for configs, says in refusals:
-        with pytest.raises(SettingsError, match=says):
+    for configs, message in refusals:
+        with pytest.raises(SettingsError, match=message):
             learn(pipe, configs)
     extra = make_pictures(tmp_path / "cats", 3)
     with pytest.raises(SettingsError, match=r"tom's pictures have changed: 2\.png is new"):
         learn(pipe, two(tmp_path, tom={"images": extra}, **BUSY))
 
 
-def test_finished_concepts_are_never_silently_replaced(tmp_path):
+def test_finished_concepts_are_not_replaced_silently(tmp_path):
     pipe = tiny_sd()
     first = learn(pipe, two(tmp_path, steps=3))
-    for configs, says in (
+    for configs, message in (
         (
             two(tmp_path, tom={"class_word": "pet"}, steps=3),
             "rex is already finished.*tom's class_",
@@ -419,7 +421,7 @@ def test_finished_concepts_are_never_silently_replaced(tmp_path):
         (two(tmp_path, steps=4), "steps was 3 and is 4"),
         (two(tmp_path, steps=3)[:1], "learned together with it were tom and are none"),
     ):
-        with pytest.raises(SettingsError, match=says):
+        with pytest.raises(SettingsError, match=message):
             learn(pipe, configs)
     # One that was learned alone is not one of the run.
     train(settings(tmp_path, "alone/tom", name="tom", steps=3), pipe.components, progress=False)
@@ -436,7 +438,7 @@ def test_finished_concepts_are_never_silently_replaced(tmp_path):
     assert not same(tensors(anew[1]), tensors(first[1]))
 
 
-def test_a_run_that_could_not_save_all_goes_on_with_that(tmp_path):
+def test_a_run_that_could_not_save_all_concepts_resumes_saving(tmp_path):
     """The first concept is written when the second's folder turns out to be in use."""
     pipe, (rex, tom) = tiny_sd(), two(tmp_path, steps=4, checkpoint_every=4)
     whole = learn(pipe, two(tmp_path / "whole", steps=4, checkpoint_every=4))
@@ -455,7 +457,7 @@ def test_a_run_that_could_not_save_all_goes_on_with_that(tmp_path):
     assert all(same(tensors(a), tensors(b)) for a, b in zip(whole, found, strict=True))
 
 
-def test_a_run_that_never_saved_leaves_nothing(tmp_path):
+def test_a_run_without_a_checkpoint_leaves_no_files(tmp_path):
     configs = two(tmp_path, library=tmp_path, **BUSY)
     with pytest.raises(Stop):
         learn(tiny_sd(), configs, on_step=crash_at(2))
@@ -484,7 +486,7 @@ def test_slices_of_a_library_are_disjoint(tmp_path):
             assert columns_in_common(a, b) == [(), ()]
 
 
-def test_names_whose_slices_would_meet_are_kept_apart(tmp_path):
+def test_names_with_equal_hashed_slices_get_disjoint_slices(tmp_path):
     def meets(name, width):
         return hashed_block(name, width, 4) == hashed_block("rex", width, 4)
 
@@ -498,11 +500,11 @@ def test_names_whose_slices_would_meet_are_kept_apart(tmp_path):
         first, second = sorted((rex, other), key=lambda concept: concept.info.name)
         for width, columns in first.info.slices.items():
             assert tuple(columns) == hashed_block(first.info.name, int(width), 4)
-        own = all(
+        is_hashed = all(
             tuple(columns) == hashed_block(second.info.name, int(width), 4)
             for width, columns in second.info.slices.items()
         )
-        assert own is (name == apart)
+        assert is_hashed is (name == apart)
         chosen = second.info.training["settings"]["slice"]
         assert (chosen is None) is (name == apart)
 
@@ -510,7 +512,7 @@ def test_names_whose_slices_would_meet_are_kept_apart(tmp_path):
 # --- what is written ------------------------------------------------------------------------------
 
 
-def test_each_has_its_own_pictures_and_record(tmp_path, monkeypatch):
+def test_concepts_have_their_own_validation_images_and_recordings(tmp_path, monkeypatch):
     # Of each picture that is drawn for the record.
     monkeypatch.setitem(inspect.unwrap(record_layer_inputs).__kwdefaults__, "steps", 1)
     pipe = tiny_sd()
@@ -545,9 +547,9 @@ def test_each_has_its_own_pictures_and_record(tmp_path, monkeypatch):
 # --- settings -------------------------------------------------------------------------------------
 
 
-def test_all_that_cannot_go_together_is_told_at_once(tmp_path):
+def test_all_joint_config_problems_are_reported_at_once(tmp_path):
     rex, tom = two(tmp_path)
-    for configs, *says in (
+    for configs, *messages in (
         ([rex, two(tmp_path, rank=2, steps=5, seed=1)[1]], "3 settings", "rank", "steps", "seed"),
         ([rex, tom, two(tmp_path, rank=2)[1]], "name is 'tom'", "rank belongs to the run"),
         (two(tmp_path, tom={"trigger": "<rex>"}), "trigger is '<rex>' for two concepts"),
@@ -562,12 +564,12 @@ def test_all_that_cannot_go_together_is_told_at_once(tmp_path):
     ):
         with pytest.raises(ConfigError) as caught:
             train_jointly(configs, {}, progress=False)
-        assert all(text in str(caught.value) for text in says), str(caught.value)
+        assert all(text in str(caught.value) for text in messages), str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cats", "images"]
     assert set(type(rex).model_fields) >= PER_CONCEPT_SETTINGS
 
 
-def test_files_leave_out_what_the_first_has(tmp_path):
+def test_other_files_inherit_shared_settings_of_the_first(tmp_path):
     rex, tom = tmp_path / "rex.yaml", tmp_path / "tom.yaml"
     rex.write_text(
         "{base: b, images: r, output: o/rex, name: rex, class_word: dog, rank: 4, slice: 2,"

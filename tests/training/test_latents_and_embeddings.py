@@ -22,7 +22,7 @@ CAPTIONS = ["a dog", "a cat", "a dog", ""]
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sd3])
 @pytest.mark.parametrize("live", [False, True])
-def test_conditions_are_those_of_each_caption(make, live):
+def test_conditions_match_their_captions(make, live):
     pipe = make()
     family = family_of(pipe.components)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_a_cached_caption_keeps_no_graph():
     assert not lookup_conditions(cache, ["a dog", "a cat"])["prompt_embeds"].requires_grad
 
 
-def test_equal_pictures_are_encoded_once(tmp_path):
+def test_equal_images_are_encoded_once(tmp_path):
     pipe = tiny_sd()
     calls = []
     pipe.vae.encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -73,7 +73,7 @@ def test_equal_pictures_are_encoded_once(tmp_path):
     assert pixels_digest(a) != pixels_digest(a.reshape(3, 64, 16))
 
 
-def test_pictures_give_the_same_latents_kept_or_not(tmp_path):
+def test_cached_latents_equal_latents_encoded_at_each_step(tmp_path):
     make_pictures(tmp_path)
     picture(1).convert("L").save(tmp_path / "3.png")
     samples = read_training_images(tmp_path, trigger="<rex>", caption="a {}")
@@ -96,7 +96,7 @@ def test_pictures_give_the_same_latents_kept_or_not(tmp_path):
     assert not torch.allclose(plain, flipped, atol=1e-3)
 
 
-def test_masks_follow_their_pictures(tmp_path):
+def test_masks_match_their_images(tmp_path):
     make_pictures(tmp_path / "images", 2)
     make_pictures(tmp_path / "masks", 2)  # ramps from black to white
     samples = read_training_images(
@@ -112,7 +112,7 @@ def test_masks_follow_their_pictures(tmp_path):
     assert float(found[1, 0, 0, 0]) > float(found[1, 0, 0, -1])
 
 
-def test_a_remembered_encoder_answers_as_before_and_refuses_what_is_new():
+def test_a_cached_encoder_returns_cached_states_and_refuses_new_ids():
     pipe = tiny_sd3()
     ids = pipe.tokenizer_3(["a dog", "a cat"], padding="max_length", max_length=8).input_ids
     ids = torch.tensor(ids)

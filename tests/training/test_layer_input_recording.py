@@ -16,7 +16,7 @@ FAMILIES = {"sd": (tiny_sd, {"layerwise_tokens": True}), "sd3": (tiny_sd3, {"met
 
 
 @pytest.mark.parametrize(("make", "changes"), FAMILIES.values(), ids=FAMILIES)
-def test_it_is_what_the_pipeline_records(tmp_path, make, changes):
+def test_the_recording_equals_that_of_a_pipeline(tmp_path, make, changes):
     pipe = make()
     changes = changes | {"resolution": family_of(pipe.components).default_resolution}
     before = snapshot(pipe.components, pipe.config)
@@ -44,7 +44,7 @@ def test_it_is_what_the_pipeline_records(tmp_path, make, changes):
                 torch.testing.assert_close(rows.T @ rows, again.T @ again, atol=2e-3, rtol=0)
 
 
-def test_a_model_without_tokens_of_its_own_is_recorded(tmp_path):
+def test_a_model_without_trained_tokens_is_recorded(tmp_path):
     pipe = tiny_flux()
     config = settings(tmp_path, record_inputs=True, steps=2)
     concept = train(config, pipe.components, progress=False)
@@ -54,7 +54,7 @@ def test_a_model_without_tokens_of_its_own_is_recorded(tmp_path):
     }
 
 
-def test_what_cannot_be_recorded_is_told_and_the_concept_kept(tmp_path, monkeypatch):
+def test_a_failed_recording_is_warned_of_and_the_concept_kept(tmp_path, monkeypatch):
     pipe = tiny_sd()
 
     def broken(*args, **kwargs):

@@ -18,7 +18,7 @@ LAYERS = 7
 LONG = {"steps": 6, "checkpoint_every": 3, "caption_dropout": 0.3, "layerwise_tokens": True}
 
 
-def test_each_layer_learns_its_own_embeddings(tmp_path):
+def test_layers_learn_embeddings_of_their_own(tmp_path):
     pipe = tiny_sd()
     before = snapshot(pipe.components)
     losses: list[float] = []
@@ -50,7 +50,7 @@ def test_each_layer_learns_its_own_embeddings(tmp_path):
     assert torch.allclose(stock, rows.mean(1))
 
 
-def test_conditions_are_those_of_each_layers_rows(tmp_path):
+def test_a_layers_conditions_depend_on_its_embeddings_only(tmp_path):
     """Only the rows of a layer change what that layer reads, and only they get its gradients."""
     pipe = tiny_sd()
     family = family_of(pipe.components)
@@ -78,7 +78,7 @@ def test_conditions_are_those_of_each_layers_rows(tmp_path):
         assert (drawn - turned).abs().max() > 1e-3
 
 
-def test_resumes_bit_for_bit(tmp_path):
+def test_a_resumed_run_gives_the_uninterrupted_result(tmp_path):
     def run(output: str, **changes) -> Concept:
         config = settings(tmp_path, output, **{**LONG, **changes})
         return train(config, tiny_sd().components, progress=False)
@@ -95,7 +95,7 @@ def test_resumes_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])
-def test_other_families_refuse(make, tmp_path):
+def test_layerwise_tokens_are_refused_by_other_families(make, tmp_path):
     pipe = make()
     before = snapshot(pipe.components)
     with pytest.raises(ConfigError, match="cannot have an embedding for each"):

@@ -43,7 +43,7 @@ def assert_apart(*concepts: Concept) -> None:
     assert find_overlaps(concepts) == []
 
 
-def test_however_a_later_run_holds_the_base_model(tmp_path) -> None:
+def test_runs_of_other_precision_and_resolution_use_the_same_directions(tmp_path) -> None:
     short = {"num_shared_directions": 2, "steps": 1, "rank": 2}
     rex = learn(tmp_path, "rex", **short)
     bf16 = learn(tmp_path, "tom", mixed_precision="bf16", **short)
@@ -66,7 +66,7 @@ def test_however_a_later_run_holds_the_base_model(tmp_path) -> None:
 
 
 @pytest.mark.slow  # threads that wait for each other on a busy machine
-def test_one_and_two_threads_give_one_name(tmp_path) -> None:
+def test_the_name_does_not_depend_on_the_number_of_threads(tmp_path) -> None:
     concepts = []
     for threads, name in ((1, "rex"), (2, "tom")):
         torch.set_num_threads(threads)
@@ -82,7 +82,7 @@ def test_one_and_two_threads_give_one_name(tmp_path) -> None:
     assert find_overlaps(concepts) == []
 
 
-def test_directions_of_an_earlier_version_are_used_under_their_name(tmp_path) -> None:
+def test_directions_of_an_earlier_version_are_used(tmp_path) -> None:
     rex = learn(tmp_path, "rex", num_shared_directions=2, steps=1)
     library = tmp_path / "library"
     (path,) = find_direction_files(library)
@@ -117,7 +117,7 @@ def _learn(folder, name, barrier):
 
 
 @pytest.mark.slow
-def test_runs_at_the_same_time_record_one(tmp_path) -> None:
+def test_simultaneous_runs_record_one_file(tmp_path) -> None:
     settings(tmp_path)  # makes the pictures
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(3)

@@ -63,8 +63,8 @@ def check(config: TrainConfig, losses: list[float]) -> None:
     layers = [
         rows
         for kind in (record.concept, record.generic)
-        for own in kind.values()
-        for rows in own.values()
+        for factors in kind.values()
+        for rows in factors.values()
     ]
     assert layers
     for rows in layers:  # of trace 1 at most: what it is over the whole energy
@@ -108,7 +108,7 @@ def test_the_defaults_learn_in_every_family(name, precision, tmp_path, fp16_on_c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_learns(name, tmp_path, few_prompts):
+def test_every_preset_trains(name, tmp_path, few_prompts):
     model = name.rpartition("-")[0]
     ALL[MODELS.get(model, model)]().save_pretrained(tmp_path / "base")
     losses: list[float] = []
@@ -143,7 +143,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_a_run_from_inside_of_a_callers_settings_learns_the_same(context, outside, tmp_path):
+def test_the_callers_torch_settings_do_not_change_the_result(context, outside, tmp_path):
     config = settings(tmp_path, **PRESERVING)
     pipe = tiny_sd()
     with CONTEXTS[context]():
@@ -156,7 +156,7 @@ def test_a_run_from_inside_of_a_callers_settings_learns_the_same(context, outsid
         torch.testing.assert_close(values, outside[key], atol=allowed, rtol=0)
 
 
-def test_a_model_that_was_made_in_inference_mode_is_refused(tmp_path):
+def test_a_model_created_in_inference_mode_is_refused(tmp_path):
     with torch.inference_mode():
         pipe = tiny_sd()
     with pytest.raises(PipelineError, match="inference_mode"):

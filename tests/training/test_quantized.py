@@ -36,7 +36,7 @@ once = pytest.mark.parametrize(
 
 
 @once
-def test_a_concept_is_learned_and_goes_on_the_whole_base(kind, base, tmp_path):
+def test_a_concept_learned_on_a_quantized_base_fits_the_full_base(kind, base, tmp_path):
     losses = []
     given = {"base": base, "steps": 30, "gradient_checkpointing": True, "validation_steps": 2}
     given |= {"validation_prompts": ("<rex>",), "validation_every": 5}
@@ -73,7 +73,7 @@ def test_a_concept_is_learned_and_goes_on_the_whole_base(kind, base, tmp_path):
 
 @once
 @pytest.mark.parametrize("make", [tiny_flux, tiny_sd3, lambda: tiny_wan("2.2-14b")])
-def test_other_families_learn_as_well(make, kind, tmp_path):
+def test_other_families_train_quantized(make, kind, tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "base")
     given = {"base": str(tmp_path / "base"), "steps": 3, "mixed_precision": "bf16"}
@@ -107,7 +107,7 @@ def test_a_resumed_run_gives_the_uninterrupted_result(kind, base, tmp_path):
 
 
 @kinds
-def test_a_quantized_model_in_memory_is_trained_on_as_it_is(kind, tmp_path):
+def test_a_quantized_model_in_memory_is_trained_unchanged(kind, tmp_path):
     pipe = tiny_sd()
     quantize_model(pipe.unet, kind, torch.float32, torch.device("cpu"))
     family = family_of(pipe.components)
@@ -127,7 +127,7 @@ def test_a_quantized_model_in_memory_is_trained_on_as_it_is(kind, tmp_path):
     assert load_concept(tmp_path / "a").updates.keys() == concept.updates.keys()
 
 
-def test_what_cannot_be_quantized_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_unavailable_quantization_is_refused_before_loading(tmp_path, monkeypatch):
     pipe = tiny_sd()
     before = snapshot(pipe.components)
     with pytest.raises(ConfigError, match="a model in memory is not quantized for training"):

@@ -64,7 +64,7 @@ def test_concepts_with_the_same_seed_start_apart(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["orthogonal", "lora"])
-def test_loss_falls_and_only_the_concept_is_new(pipe, method, tmp_path):
+def test_the_loss_falls_and_the_model_is_restored(pipe, method, tmp_path):
     before = snapshot(pipe.components, pipe.config)
     losses = []
     # Without tokens that train, all must come from the denoiser.
@@ -127,7 +127,7 @@ def test_lora_trains_both_projections(tmp_path):
         assert not torch.equal(update.down, start[module])
 
 
-def test_tokens_are_learned_within_the_range_of_the_vocabulary(tmp_path):
+def test_token_norms_stay_in_the_range_of_the_vocabulary(tmp_path):
     pipe = tiny_sd()
     table = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
     config = settings(tmp_path, token_learning_rate=0.5, num_tokens=3)
@@ -153,7 +153,7 @@ def test_token_init_starts_the_first_token_at_a_word(tmp_path):
     assert bool((cosine > 0.99999).all())
 
 
-def test_a_run_repeats_bit_for_bit_whatever_the_global_random_state(pipe, tmp_path):
+def test_a_run_repeats_bit_for_bit_with_any_global_random_state(pipe, tmp_path):
     torch.manual_seed(1)
     first = train(
         settings(tmp_path, "a", steps=5),
@@ -213,7 +213,7 @@ def test_a_resumed_run_gives_the_uninterrupted_result(pipe, tmp_path):
     assert same(tensors(whole), tensors(resumed))
 
 
-def test_validation_and_checkpoints_do_not_change_what_is_learned(pipe, tmp_path):
+def test_validation_and_checkpoints_do_not_change_the_result(pipe, tmp_path):
     plain = train(
         settings(tmp_path, "a", steps=5),
         pipe.components,
@@ -275,7 +275,7 @@ def calls_of(module, count=lambda args, kwargs: 1):
     return seen
 
 
-def test_encoders_run_once_when_nothing_in_them_trains(pipe, tmp_path):
+def test_frozen_encoders_run_once(pipe, tmp_path):
     texts = calls_of(pipe.text_encoder)
     pictures = calls_of(pipe.vae.encoder)
     config = settings(tmp_path, train_text_encoder=False, train_tokens=False, caption_dropout=0.5)
@@ -286,7 +286,7 @@ def test_encoders_run_once_when_nothing_in_them_trains(pipe, tmp_path):
     assert list(concept.updates) == list(family_of(pipe.components).denoisers)
 
 
-def test_a_caption_costs_one_row_of_the_encoder_and_frozen_encoders_rest(tmp_path):
+def test_captions_are_encoded_once_per_step_and_frozen_encoders_are_not_called(tmp_path):
     pipe = tiny_sd3()
     rows = calls_of(pipe.text_encoder, lambda args, kwargs: len(args[0]))
     rests = calls_of(pipe.text_encoder_3)
@@ -296,7 +296,7 @@ def test_a_caption_costs_one_row_of_the_encoder_and_frozen_encoders_rest(tmp_pat
     assert len(rests) == 2
 
 
-def test_prior_preservation_draws_class_pictures_with_the_base_alone(pipe, tmp_path):
+def test_class_images_are_drawn_by_the_base_without_adapters(pipe, tmp_path):
     config = settings(
         tmp_path, prior_weight=1.0, prior_count=5, validation_steps=2, steps=3, batch_size=2
     )
@@ -329,7 +329,7 @@ def test_prior_preservation_draws_class_pictures_with_the_base_alone(pipe, tmp_p
     assert not (config.output / ".class_pictures").exists()
 
 
-def test_class_pictures_of_another_prompt_are_not_taken(tmp_path):
+def test_class_images_of_another_prompt_are_not_used(tmp_path):
     drawn = {}
     for prompt in ("a photo of a dog", "a picture of a cat", "a photo of a dog"):
         config = settings(
@@ -349,7 +349,7 @@ def test_class_pictures_of_another_prompt_are_not_taken(tmp_path):
     assert len(files) == 2
 
 
-def test_class_pictures_that_name_the_trigger_are_refused(tmp_path):
+def test_class_images_with_the_trigger_are_refused(tmp_path):
     dogs = make_pictures(tmp_path / "dogs")
     (dogs / "1.txt").write_text("a photo of <rex>")
     config = settings(tmp_path, prior_weight=1.0, prior_images=dogs)
@@ -374,7 +374,7 @@ def test_a_trigger_beyond_the_encoders_length_is_refused(layerwise, tmp_path):
         train(config, pipe.components, progress=False)
 
 
-def test_masks_keep_what_is_outside_out_of_the_loss(tmp_path):
+def test_masked_areas_do_not_contribute_to_the_loss(tmp_path):
     """An all-white mask changes nothing; half a mask does."""
     make_pictures(tmp_path / "images")
     for name, half in (("white", 255), ("half", 0)):
@@ -392,7 +392,7 @@ def test_masks_keep_what_is_outside_out_of_the_loss(tmp_path):
     assert not all(torch.allclose(results[0][k], results[2][k], atol=1e-3) for k in results[0])
 
 
-def test_min_snr_and_densities_change_what_is_learned(tmp_path):
+def test_min_snr_and_timestep_density_change_the_result(tmp_path):
     pipe = tiny_sd(prediction="v_prediction")
     changes = (
         {},
@@ -422,7 +422,7 @@ def test_mixed_precision_keeps_the_adapter_in_float32(pipe, tmp_path):
     assert any(not torch.equal(up, up.bfloat16().float()) for up in ups)
 
 
-def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(tmp_path):
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     pipe = tiny_sd()
     weight = pipe.unet.conv_out.weight
     good = weight.detach().clone()
@@ -460,7 +460,7 @@ def test_weights_that_are_not_finite_at_the_end_are_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_photographs_are_shrunk_on_reading_and_let_go(where, tmp_path, monkeypatch):
+def test_photographs_are_shrunk_on_reading_and_freed(where, tmp_path, monkeypatch):
     images, sizes, alive = [], [], []
     read = dataset.read_training_images
 
@@ -490,7 +490,7 @@ def test_photographs_are_shrunk_on_reading_and_let_go(where, tmp_path, monkeypat
 
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("make", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
-def test_models_that_are_not_needed_any_more_are_freed(make, live, tmp_path, monkeypatch):
+def test_unneeded_models_are_freed(make, live, tmp_path, monkeypatch):
     parts, freed = {}, []
     load_pipeline = prepare_base.load_pipeline
 
@@ -513,7 +513,7 @@ def test_models_that_are_not_needed_any_more_are_freed(make, live, tmp_path, mon
     assert freed == [set(parts) - {"unet", "transformer", "transformer_2"} - set(trained)]
 
 
-def test_a_finished_concept_is_reused_and_never_silently_replaced(tmp_path):
+def test_a_finished_concept_is_loaded_and_not_replaced_silently(tmp_path):
     pipe = tiny_sd()
     config = settings(tmp_path, checkpoint_every=6)
     first = train(config, pipe.components, progress=False)
@@ -529,7 +529,7 @@ def test_a_finished_concept_is_reused_and_never_silently_replaced(tmp_path):
     assert not same(tensors(train(anew, pipe.components, progress=False)), tensors(first))
 
 
-def test_a_concept_from_before_a_setting_was_there_is_as_its_default_says(tmp_path):
+def test_settings_missing_in_a_finished_concept_have_their_defaults(tmp_path):
     pipe = tiny_sd()
     config = settings(tmp_path, steps=1)
     learned = train(config, pipe.components, progress=False)
@@ -553,7 +553,7 @@ def test_another_concept_or_other_files_in_the_output_are_refused_before_loading
         train(settings(tmp_path, "full"), progress=False)
 
 
-def test_a_replacing_run_that_was_cut_off_goes_on(tmp_path):
+def test_an_interrupted_replacing_run_resumes(tmp_path):
     pipe = tiny_sd()
     train(settings(tmp_path), pipe.components, progress=False)
     changes = {"learning_rate": 5e-3, "checkpoint_every": 4}
@@ -569,7 +569,7 @@ def test_a_replacing_run_that_was_cut_off_goes_on(tmp_path):
     assert same(tensors(train(config, {}, progress=False)), tensors(whole))
 
 
-def test_a_run_cut_off_before_its_concept_was_saved_still_draws_its_pictures(tmp_path):
+def test_a_run_interrupted_before_saving_still_draws_its_images(tmp_path):
     pipe = tiny_sd()
     config = settings(
         tmp_path, checkpoint_every=6, validation_prompts=("a photo of <rex>",), validation_steps=1
@@ -591,8 +591,8 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         train(config, pipe.components, progress=False, on_step=crash_at(5))
     picture(9).save(tmp_path / "images" / "9.png")
     other = settings(tmp_path, checkpoint_every=4, rank=2)
-    told = r"rank was 4 and is 2; the pictures have changed: 9\.png is new"
-    with pytest.raises(SettingsError, match=told):
+    message = r"rank was 4 and is 2; the pictures have changed: 9\.png is new"
+    with pytest.raises(SettingsError, match=message):
         train(other, pipe.components, progress=False)
     anew = settings(tmp_path, checkpoint_every=4, rank=2, resume=False)
     assert train(anew, pipe.components, progress=False).info.rank == 2
@@ -614,7 +614,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         ({"tracker": "aim"}, ConfigError, "aim is not installed"),
     ],
 )
-def test_bad_settings_change_nothing(changes, error, match, tmp_path):
+def test_invalid_settings_leave_the_model_unchanged(changes, error, match, tmp_path):
     pipe = tiny_sd()
     pipe.scheduler.register_to_config(num_train_timesteps=500)
     before = snapshot(pipe.components)
@@ -632,7 +632,7 @@ def test_min_snr_is_refused_for_flow_matching(tmp_path):
     assert_unchanged(before, pipe.components)
 
 
-def test_bases_that_cannot_be_used_are_refused(tmp_path):
+def test_unusable_bases_are_refused(tmp_path):
     with pytest.raises(PipelineError, match="cannot be loaded"):
         train(settings(tmp_path, base=str(tmp_path / "nothing")), progress=False)
     with pytest.raises(ConfigError, match="no such file"):
@@ -647,7 +647,7 @@ def test_bases_that_cannot_be_used_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("make", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
-def test_a_base_from_a_folder_gives_what_its_components_give(make, tmp_path):
+def test_a_base_from_a_folder_gives_the_result_of_its_components(make, tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
@@ -661,7 +661,7 @@ def test_a_base_from_a_folder_gives_what_its_components_give(make, tmp_path):
     assert same(tensors(loaded), tensors(given))
 
 
-def test_learning_rates_follow_their_schedule():
+def test_the_learning_rate_factor_follows_the_schedule():
     assert [learning_rate_factor(s, 10, 4, "constant") for s in (0, 1, 3, 4, 9)] == [
         0.25,
         0.5,
@@ -674,19 +674,19 @@ def test_learning_rates_follow_their_schedule():
     assert learning_rate_factor(9, 10, 0, "linear") == pytest.approx(0.1)
 
 
-def test_what_is_recorded_is_plain_json(tmp_path):
+def test_training_facts_are_plain_json(tmp_path):
     concept = train(settings(tmp_path, steps=2), tiny_sd().components, progress=False)
     assert json.loads(json.dumps(concept.info.training)) == concept.info.training
 
 
-def test_what_all_captions_share_is_recorded(tmp_path):
+def test_words_of_all_captions_are_recorded(tmp_path):
     config = settings(tmp_path, steps=1, caption="a photo of {}, a dog in a hat")
     concept = train(config, tiny_sd().components, progress=False)
     assert concept.info.class_word == "dog"
     assert concept.info.training["captions_share"] == ["hat"]
 
 
-def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(tmp_path):
+def test_a_second_run_into_a_folder_in_use_is_refused(tmp_path):
     pipe, second, refusals = tiny_sd(), tiny_sd(), []
 
     def run(parts):
@@ -703,6 +703,6 @@ def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(tmp_path)
 
     concept = train(settings(tmp_path), pipe.components, progress=False, on_step=on_step)
     assert len(refusals) == 2
-    assert all("another run writes to this folder" in told for told in refusals)
+    assert all("another run writes to this folder" in message for message in refusals)
     assert same(tensors(load_concept(tmp_path / "out")), tensors(concept))
     assert not list(tmp_path.glob(".*"))

@@ -27,7 +27,7 @@ def in_library(folder, name, **changes):
     return settings(folder, name=name, library=library, output=library / name, **changes)
 
 
-def test_a_cut_off_run_keeps_its_slice_from_the_next(pipe, tmp_path):
+def test_the_slice_of_an_interrupted_run_stays_reserved(pipe, tmp_path):
     rex = in_library(tmp_path, "rex", checkpoint_every=4)
     with pytest.raises(Stop):
         train(rex, pipe.components, progress=False, on_step=crash_at(5))
@@ -41,7 +41,7 @@ def test_a_cut_off_run_keeps_its_slice_from_the_next(pipe, tmp_path):
     assert read_reservations(tmp_path / "library") == []
 
 
-def test_a_slice_that_was_taken_meanwhile_is_refused(pipe, tmp_path):
+def test_a_slice_taken_by_another_concept_is_refused(pipe, tmp_path):
     rex = in_library(tmp_path, "rex", checkpoint_every=4)
     with pytest.raises(Stop):
         train(rex, pipe.components, progress=False, on_step=crash_at(5))
@@ -54,7 +54,7 @@ def test_a_slice_that_was_taken_meanwhile_is_refused(pipe, tmp_path):
     assert not set(slices["32"]) & set(tom.info.slices["32"])
 
 
-def test_a_full_library_shares_and_says_so(pipe, tmp_path):
+def test_sharing_columns_in_a_full_library_is_warned_of(pipe, tmp_path):
     for number in range(4):  # width 16 holds four
         train(in_library(tmp_path, f"c{number}", steps=1), pipe.components, progress=False)
     late = in_library(tmp_path, "late", checkpoint_every=4)
@@ -64,7 +64,7 @@ def test_a_full_library_shares_and_says_so(pipe, tmp_path):
         train(late, pipe.components, progress=False)  # no other slice would be better
 
 
-def test_a_set_slice_beyond_what_a_width_holds_is_told(pipe, tmp_path):
+def test_a_slice_beyond_the_capacity_of_a_width_is_warned_of(pipe, tmp_path):
     with pytest.warns(UserWarning, match=r"width 16 holds 4 .*columns 4 to 7 of slice 1"):
         train(settings(tmp_path, slice=5, steps=1), pipe.components, progress=False)
     with warnings.catch_warnings():
@@ -72,7 +72,7 @@ def test_a_set_slice_beyond_what_a_width_holds_is_told(pipe, tmp_path):
         train(settings(tmp_path, "fits", slice=3, steps=1), pipe.components, progress=False)
 
 
-def test_a_run_that_never_saved_leaves_no_claim(pipe, tmp_path):
+def test_a_run_without_a_checkpoint_leaves_no_reservation(pipe, tmp_path):
     rex = in_library(tmp_path, "rex", checkpoint_every=4)
     with pytest.raises(Stop):
         train(rex, pipe.components, progress=False, on_step=crash_at(2))
@@ -80,7 +80,7 @@ def test_a_run_that_never_saved_leaves_no_claim(pipe, tmp_path):
     assert free_index(slice_owners(tmp_path / "library"), 4, BasisInfo()) == 0
 
 
-def test_claims_that_cannot_be_read_or_written(pipe, tmp_path):
+def test_reservations_that_cannot_be_read_or_written_are_reported(pipe, tmp_path):
     folder = tmp_path / "library" / "old"
     folder.mkdir(parents=True)
     (folder / RESERVATION_FILE).write_text('{"name": "old"}')
@@ -92,7 +92,7 @@ def test_claims_that_cannot_be_read_or_written(pipe, tmp_path):
         train(config, pipe.components, progress=False)
 
 
-def test_processes_that_choose_at_once_get_different_slices(pipe, tmp_path):
+def test_simultaneous_processes_get_different_slices(pipe, tmp_path):
     family = family_of(pipe.components)
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(2)
@@ -101,9 +101,11 @@ def test_processes_that_choose_at_once_get_different_slices(pipe, tmp_path):
         # Many claims each, so that without a lock some would meet.
         configs = [in_library(tmp_path, name, rank=1) for name in names]
         ready.wait()
-        held = [reserve_slices(make_run([config], family), BasisInfo(), None) for config in configs]
-        for each in held:
-            each.__enter__()
+        reservations = [
+            reserve_slices(make_run([config], family), BasisInfo(), None) for config in configs
+        ]
+        for reservation in reservations:
+            reservation.__enter__()
         os._exit(0)  # as if killed: the claims stay
 
     in_library(tmp_path, "first")  # makes the pictures

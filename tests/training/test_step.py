@@ -63,7 +63,7 @@ def test_gradients_are_clipped_together(taken, tmp_path):
     assert torch.allclose(clipped[0], free[0] * 1e-3 / norm(free), rtol=1e-2)
 
 
-def test_each_group_follows_the_schedule_at_its_own_rate(taken, tmp_path):
+def test_parameter_groups_follow_the_schedule_at_their_rates(taken, tmp_path):
     rates = {"learning_rate": 3e-3, "text_learning_rate": 2e-4, "token_learning_rate": 1e-2}
     run(tmp_path, "out", steps=6, warmup_steps=2, lr_schedule="cosine", **rates)
     for step, (_, found) in enumerate(taken):
@@ -73,7 +73,7 @@ def test_each_group_follows_the_schedule_at_its_own_rate(taken, tmp_path):
     assert taken[-1][1]["learning_rate"] < 1e-3
 
 
-def test_the_class_pictures_loss_counts_by_its_weight(taken, tmp_path):
+def test_the_loss_of_class_images_is_weighted(taken, tmp_path):
     losses = {}
     for weight in (0.5, 1.0, 2.0):
         losses[weight] = run(

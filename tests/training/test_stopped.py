@@ -130,7 +130,9 @@ MOMENTS: dict[str, Moment] = {
 
 @pytest.mark.parametrize("checkpoint_every", [2, 0], ids=["with checkpoints", "without"])
 @pytest.mark.parametrize("name", MOMENTS)
-def test_what_a_finished_run_owes_is_made_by_the_next(name, checkpoint_every, whole, tmp_path):
+def test_missing_outputs_of_a_finished_run_are_made_by_the_next(
+    name, checkpoint_every, whole, tmp_path
+):
     changes = {"checkpoint_every": checkpoint_every}
     code = stopped(begin(tmp_path, whole), signal.SIGKILL, MOMENTS[name], **changes)
     assert code == -signal.SIGKILL
@@ -144,7 +146,7 @@ def test_what_a_finished_run_owes_is_made_by_the_next(name, checkpoint_every, wh
     assert load_concept(rex).info == learned.info  # it was not learned or saved again
 
 
-def test_a_record_that_was_damaged_or_deleted_is_made_again(whole, tmp_path):
+def test_a_damaged_or_deleted_recording_is_repeated(whole, tmp_path):
     config = config_in(begin(tmp_path, whole))
     train(config, tiny_sd().components, progress=False)
     path = config.output / LAYER_INPUTS_FILE
@@ -153,7 +155,7 @@ def test_a_record_that_was_damaged_or_deleted_is_made_again(whole, tmp_path):
         assert_whole(tmp_path, whole)
 
 
-def test_ctrl_c_after_the_concept_is_saved_leaves_no_claim(whole, tmp_path):
+def test_ctrl_c_after_saving_leaves_no_reservation(whole, tmp_path):
     folder = begin(tmp_path, whole)
     assert stopped(folder, signal.SIGINT, MOMENTS["the record is written"]) == 1
     assert not (tmp_path / "library" / "rex" / RESERVATION_FILE).exists()
@@ -162,7 +164,7 @@ def test_ctrl_c_after_the_concept_is_saved_leaves_no_claim(whole, tmp_path):
 
 @pytest.mark.hostile
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_stopped_at_any_file_that_is_written(number, whole, tmp_path):
+def test_a_run_killed_at_any_written_file_resumes(number, whole, tmp_path):
     for moment in range(1, 200):
         folder = begin(tmp_path / str(moment), whole)
         reached = tmp_path / f"{moment}.reached"
@@ -180,7 +182,7 @@ def test_stopped_at_any_file_that_is_written(number, whole, tmp_path):
 
 
 @pytest.mark.hostile
-def test_stopped_while_the_shared_directions_are_written(whole, tmp_path):
+def test_a_run_killed_while_writing_shared_directions_resumes(whole, tmp_path):
     code = stopped(tmp_path, signal.SIGKILL, lambda n, event, path: event == "os.link")
     assert code == -signal.SIGKILL
     assert_whole(tmp_path, whole)

@@ -51,7 +51,7 @@ def test_concepts_that_collide(run: Run, world: World, tmp_path: Path) -> None:
     save_concept(twin, tmp_path / "max")
     result = run("inspect", world.rex, tmp_path / "max")
     assert "note: rex and max share 2 of 2 columns at width 16" in result.out
-    assert "learn max again" in result.out
+    assert "train max again" in result.out
     rex = concept(tiny_sd(), "rex")
     flat = {
         each.info.name: {f"{c}.{m}": p for c, own in each.updates.items() for m, p in own.items()}

@@ -1,4 +1,4 @@
-"""What a concept shows of itself and of what is asked, and what it changes of all else."""
+"""Scores of one concept, and of the images that it changes besides."""
 
 from __future__ import annotations
 

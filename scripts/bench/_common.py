@@ -1,4 +1,4 @@
-"""What every benchmark shares: its flags, the machine it ran on, its table and its result file."""
+"""Shared by all benchmarks: flags, tables, result files, processes and memory measurement."""
 
 from __future__ import annotations
 

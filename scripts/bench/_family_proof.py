@@ -1,7 +1,7 @@
-"""What `families.py` learned, read by stock diffusers: `_family_proof.py FOLDER`.
+"""Read with stock diffusers what `families.py` trained: `_family_proof.py FOLDER`.
 
-FOLDER has a folder for each family, with its tiny `base` and a concept below `PROVED/0`. This never
-imports customize. The last line printed is a JSON object: folder -> what was found.
+FOLDER has a subfolder per family, with its tiny `base` and a concept in `PROVED/0`. This script
+never imports customize. The last line printed is a JSON object: subfolder -> result.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""One side of `families.py`, run in a process of its own.
+"""One side of `families.py`, in a process of its own.
 
-Sides: "ours" (this pack's training loop), and "theirs" (the steps of a LoRA script of diffusers,
-written down anew: prompts are encoded once and the text encoders freed, pictures once or at each
-step, every step waits for its loss to be shown). Both call the denoiser by the same few lines,
-those of the family, so that what is compared is the loop and what it trains.
+Sides: "ours", this package's training loop, and "theirs", a reimplementation of the steps of a LoRA
+script of diffusers: prompts are encoded once and the text encoders freed, images encoded once or at
+each step, and each step waits for its loss. Both call the denoiser by the same code of the family,
+so that the loops and what they train are compared.
 """
 
 from __future__ import annotations

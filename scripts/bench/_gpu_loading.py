@@ -1,4 +1,4 @@
-"""Parts of `gpu.py` that load and merge."""
+"""The parts of `gpu.py` that load and merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SDXL and FLUX.1 dev at their true sizes, with random weights made on the device."""
+"""SDXL and FLUX.1 dev at their true sizes, with random weights created on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of `gpu.py` that draw: attention backends, `memory=`, and calls with stages."""
+"""The parts of `gpu.py` that generate: attention backends, `memory=`, and calls with stages."""
 
 from __future__ import annotations
 

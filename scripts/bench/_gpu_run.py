@@ -1,4 +1,4 @@
-"""What the parts of `gpu.py` share: the run, timing in turns, and concepts to measure with."""
+"""Shared by the parts of `gpu.py`: the run, timing in turns, and concepts to measure with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training steps for `gpu.py`: ours, a loop of the steps of diffusers' SDXL script, and presets."""
+"""Training steps for `gpu.py`: ours, a reimplementation of diffusers' SDXL script, and presets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Concepts and styles whose pictures share more than they should, and what leaks out of them."""
+"""Concepts and styles whose training images share a background and an accessory, and their leak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning concepts and styles whose pictures share more than they should."""
+"""Training of the concepts and styles of `_leaky.py`."""
 
 from __future__ import annotations
 

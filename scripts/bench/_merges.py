@@ -1,4 +1,4 @@
-"""The merges that are compared: ours on the products, and peft's as its users run them."""
+"""The compared merges: ours on low-rank updates, and peft's as its users run them."""
 
 from __future__ import annotations
 

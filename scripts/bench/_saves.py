@@ -1,4 +1,4 @@
-"""A concept as it was at an earlier step of its run, from the checkpoints that the run kept."""
+"""A concept as it was at an earlier step, from the checkpoints of its run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The concepts that merges are compared on, and what draws and judges them."""
+"""The concepts that merges are compared on, and the scoring of merged models."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""One side of `train_step.py`, run in a process of its own: `_train_sides.py JSON`.
+"""One side of `train_step.py`, in a process of its own: `_train_sides.py JSON`.
 
-Sides: "ours" (this pack's training loop), "script" (a DreamBooth LoRA script given by its path),
-and "loop" (the steps of diffusers' DreamBooth LoRA example, written down anew: the picture is
-read, transformed and encoded by the autoencoder at each step; the caption is encoded once, or at
-each step where the text encoder trains; every step waits for its loss to be shown).
+Sides: "ours", this package's training loop; "script", a DreamBooth LoRA script given by its path;
+and "loop", a reimplementation of the steps of diffusers' DreamBooth LoRA example: the image is
+read, transformed and encoded by the autoencoder at each step, the caption once, or at each step if
+the text encoder trains, and each step waits for its loss.
 
-Time and memory are taken by a hook after the optimiser's step, the same for all sides. The last
+Time and memory are measured by a hook after the optimizer step, the same for all sides. The last
 line printed is a JSON object.
 """
 

@@ -1,6 +1,6 @@
-"""Jobs of a benchmark in processes of one core each, which costs least in all.
+"""Jobs of a benchmark in processes of one core each, which takes the least time in total.
 
-Each result is kept in a file of its own, so that a run that was cut off goes on.
+Each result is stored in a file of its own, so that an interrupted run resumes.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Each attention backend beside torch's own choice, and each way of fitting a model into memory.
+"""Compare attention backends with torch's default, and ways of fitting a model into memory.
 
 Backends: one self-attention of random numbers with the heads of published models, at the tokens of
-a 1024 x 1024 picture (512 x 512 for Stable Diffusion 1.5) and its prompt; on a CPU, where hardly
-anyone draws so large, of one with half the side, and shorter still with --quick. They run in turns,
-back and forth, and `time` is the ratio to torch's own choice (`native`) of the same turn: median,
-and lowest to highest. `error` is what `load_custom` measures before it takes one. Those that aren't
-installed, or have no kernel here, are listed.
+a 1024 x 1024 image (512 x 512 for Stable Diffusion 1.5) and its prompt; on a CPU at half the side,
+and shorter with --quick. Backends run in turns, back and forth, and `time` is the ratio to `native`
+of the same turn: median (lowest to highest). `error` is the one that `load_custom` measures before
+it selects a backend. Backends that are not installed, or have no kernel for this device, are
+listed.
 
-Ways to hold a model: the bundled base draws one picture, in turns as above, with `time` as the
-ratio to holding all of it as it is. `counted_mib` is what the plan counts, and `peak_mib` what is
-on the device at most. The base is small, so this checks the counting and not the gain.
+Memory: the bundled base generates one image, in turns as above, with `time` as the ratio to the
+unchanged model. `counted_mib` is the plan's estimate, and `peak_mib` the peak on the device. The
+base is small, so this checks the estimate, not the saving.
 
-Only ratios mean anything on a machine that does other work, too.
+On a machine with other load only ratios are meaningful.
 """
 
 from __future__ import annotations

@@ -1,24 +1,24 @@
-"""Does a concept forget its class, and what keeps it? Ways to preserve it, on the same seeds.
+"""Does a concept change the rest of its class, and which preservation loss prevents it?
 
-Concepts of the miniature world are learned from five pictures each that show no hat, no glasses and
-no scarf, with the demo's settings but for plain tokens, a constant learning rate and a batch of
-two, as ClassDiffusion's code has them; once for each way to preserve the class. One run a concept
-and way, and three of nothing and of the default, so that these can be told apart: what was learned
-after 200 and 500 steps is scored with one seed, after 1500 with three.
+Concepts of the storybook are trained on five images without hat, glasses or scarf, with the demo's
+settings except for one embedding per token, a constant learning rate and a batch of two, as in
+ClassDiffusion's code; once per preservation loss. Each concept and loss has one run, but three for
+no preservation and for the default, to estimate their spread. Steps 200 and 500 are scored with one
+seed, step 1500 with three.
 
-Identity: share of pictures that show the very concept. Prompt: share of asked attributes shown.
-Composition: share of pictures in which the accessory that is asked for is worn; "of base" is that
-over the base's own share, for the class word, on the same prompts and seeds, of all concepts
-together. Class drift: change of pictures of the class word, against the base; drift: of pictures of
-other things. What `context_output` compares by default names the accessories that are asked for;
-"of places alone" it names none, as with all that a user asks for and didn't think of before.
+Identity: share of images that show the concept. Prompt: share of requested attributes shown.
+Composition: share of images in which the requested accessory is worn; "of base" is its ratio to the
+base's own share for the class word, with the same prompts and seeds, over all concepts. Class
+drift: change of images of the class word against the base; drift: change of images of other things.
+By default `context_output` compares phrases that name the requested accessories; "of places alone"
+names none, as for content that nobody anticipated.
 
-A step's cost is the time that its one thread computes over that of a step that preserves nothing,
-by medians over runs in turns, so that what else the machine does troubles it little; of losses on
-texts, which only every sixth step has, also over the other steps of the same runs. Memory is the
-most that a run's tensors hold at a time, over that of preserving nothing.
+The cost of a step is the CPU time of its one thread over that of a step without preservation, by
+medians over runs in turns, which other load affects little; for losses on texts, which only every
+sixth step has, also over the other steps of the same runs. Memory is the peak of a run's tensors
+over that without preservation.
 
-What was learned and scored is kept in `--folder`, so a run that was cut off goes on.
+Trained concepts and scores are stored in `--folder`; an interrupted run resumes.
 
     python scripts/bench/class_preservation.py --json scripts/bench/results/class_preservation.json
 """

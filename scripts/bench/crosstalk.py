@@ -1,13 +1,12 @@
-"""Does the crosstalk that `customize inspect` tells predict the identity that a sum then loses?
+"""Does the crosstalk of `customize inspect` predict the identity that a sum loses?
 
-Concepts are summed at weight 1, every two of six and up to thirteen at a time, and drawn: how much
-further one comes from its references than alone, by the judge's distance, against what was known
-before anything was drawn. That is "measured": how loudly the others' updates answer to the
-concept's recorded inputs, against its own; and "factors": how much the updates overlap, from their
-factors alone, without records. Those of several others are added up. The figure is Spearman's rank
-correlation of prediction and loss over all sums; beside it that over pairs alone, and over one way
-of learning. The concepts are those that `merge_identity.py` has learned, which must have been run
-before.
+Concepts are summed at weight 1, in all pairs of six and up to thirteen at a time, and images are
+drawn. The loss is the increase of a concept's distance to its references over the concept alone, by
+the judge of identity. Predictors: "measured", the norm of the other updates on the concept's
+recorded inputs relative to its own update; and "factors", the overlap of the updates computed from
+their factors, without records; both summed over the other concepts. The figure is Spearman's rank
+correlation of prediction and loss over all sums, over pairs alone, and per training method. The
+concepts are those of `merge_identity.py`, which must have been run before.
 
     python scripts/bench/crosstalk.py --json scripts/bench/results/crosstalk.json
 """

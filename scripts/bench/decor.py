@@ -1,29 +1,27 @@
-"""What leaks out of training pictures, and what keeps it out: `avoid=` against what users would do.
+"""How much content of training images leaks, and how well does `avoid=` prevent it?
 
-Concepts of the miniature world are learned from few pictures, all in one place and with one
-accessory, by captions that say nothing of either: so both come along where they are not asked for.
-Styles are what stands around all that a picture shows, learned from pictures of one class in one
-place, where the class comes along too; and styles of many, from pictures of several classes, which
-captions say. Each is then asked for in other places, with other accessories and as other things,
-and concepts also in a style of many. Judged are:
+Concepts of the storybook are trained on a few images, all in one place and with one accessory that
+the captions do not name, so both leak into images that do not request them. Styles are borders
+around the image, trained on images of one class in one place, where the class leaks as well; styles
+of many are trained on images of several classes, which the captions name. All are drawn in other
+places, with other accessories and as other things, and concepts also in a style of many. Scores:
 
-- identity: whose dog it is; of a style, whether the picture is in it (a discriminant of small
-  pictures, found on renders as the base's autoencoder gives them back); of a mix, both.
-- prompt: share of asked attributes shown; leak: share of pictures with something of the training
-  pictures that was not asked for.
+- identity: share of images that show the concept; for a style, that are in the style (a linear
+  discriminant on small images, fitted on drawn scenes after the autoencoder); for a mix, both.
+- prompt: share of requested attributes shown; leak: share of images with content of the training
+  images that was not requested.
 
-Every way is drawn with the same prompts and seeds. "Avoiding" is `avoid=` with the words that a
-user would name, at several strengths; and with words that did not leak, as a control. "Captions
-that name it" is the same, learned anew by captions that say what else is there. Concepts and styles
-are learned with nothing preserved, where not said to have "contexts preserved", the trainer's
-default. Styles of many and all that is mixed are learned with it, and mixed by the default merge,
-fusion, where not said else: without, few concepts are recognised in a style. Options of
-`customize.Decor` are tried on six concepts; its defaults were settled with thirty in view, and on
-styles the share of keys. The figures are of twelve other concepts, on which nothing was chosen, and
-of styles. Rows of the task "options" whose option is not listed here were measured while it was a
-setting; what won is a constant in customize/stages/decor. What was learned and scored is kept in
-`--folder`, so a run that was cut off goes on; delete the scores there after a change to what draws
-or judges.
+All ways use the same prompts and seeds. "Avoiding" is `avoid=` with the words that a user would
+name, at several strengths, and with words that did not leak as a control. "Captions that name it"
+are concepts trained on captions that name the other content. Concepts and styles are trained
+without preservation unless "contexts preserved", the trainer's default, is stated. Styles of many
+and mixes are trained with it and merged by fusion unless stated otherwise; without it few concepts
+are recognised in a style. Options of `customize.Decor` were tuned on six concepts, its defaults on
+thirty, and the factor of keys on styles. The figures are of twelve other concepts, on which nothing
+was tuned, and of styles. Rows of the task "options" whose option is not listed here were measured
+while it was a setting; the best value is a constant in customize/stages/decor. Trained concepts and
+scores are stored in `--folder`, so an interrupted run resumes; delete the scores after a change to
+drawing or scoring.
 
     python scripts/bench/decor.py --json scripts/bench/results/decor.json
 """

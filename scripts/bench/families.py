@@ -1,28 +1,27 @@
-"""Our training loop against the LoRA scripts of diffusers, for every family.
+"""Compare our training loop with the LoRA scripts of diffusers, for every model family.
 
-Each family trains at the tiny configuration of the tests, which tells that it works, what is
-trained and saved, and what a loop costs beside the model; on a real model the model is nearly all
-of the cost. Theirs is a loop of the script's steps, written down anew, with its best flags: prompts
-are encoded once (CogVideoX's script, which encodes them at each step, is given that), and pictures
-too where it has --cache_latents. Both train all attention projections of the denoiser, and no
-tokens; where that needs --lora_layers of the script, a row tells what it does with its own choice
-of layers, which are fewer or more. Some families have no script.
+Each family trains at the tiny configuration of the tests. This shows that training works, what is
+trained and saved, and the cost of the loop besides the model; for a real model, nearly all of the
+cost is the model. Theirs is a reimplementation of the script's steps with its best flags: prompts
+are encoded once (also for CogVideoX, whose script encodes them at each step), and images too if the
+script has --cache_latents. Both train all attention projections of the denoiser and no token
+embeddings; if this needs the script's --lora_layers, another row has the script's own choice of
+layers. Some families have no script.
 
-Each run is a process of its own, forked from this one, which has imported the libraries that both
-sides use; sides take turns. A step is the mean over a run's steps after the warm-up, and a figure
-the median over runs. It is the time that the one thread computes, so that what else the machine
-does troubles it little; `clock_s` is the time that passes. Memory is the most that a run's tensors
-hold at a time, the base included, as it is counted on a GPU. `process_mib` is the peak of the whole
-process. At this size nearly all of that are libraries, and ours imports about 13 MiB more, on
-whatever model: pydantic, and this pack.
+Each run is a process of its own, forked from this one after the imports; sides take turns. A step
+is the mean over a run's steps after the warm-up, and a figure the median over runs. It is the CPU
+time of one thread, which other load affects little; `clock_s` is wall-clock time. Memory is the
+peak of a run's tensors, the base included, counted as on a GPU. `process_mib` is the peak of the
+whole process: at this size mostly libraries, of which ours imports about 13 MiB more, pydantic and
+this package.
 
-What the first run learned is then loaded by stock diffusers, in a process that never imports this
-pack: every number of the file must be in the model, and change what it draws. `families_proved`
-counts the families for which that holds.
+Stock diffusers then loads the result of the first run, in a process that never imports this
+package: every number of the file must be in the model and change its output. `families_proved`
+counts the families for which this holds.
 
-Ratios are ours, orthogonal, over theirs with the same layers. In the figures that end in `_lora`
-they are our plain LoRA's, and in those that end in `_own_layers` theirs has its own: FLUX.2's
-scripts leave out the prompt's projections, and so take less time than ours.
+Ratios are ours, orthogonal, over theirs with the same layers. Figures that end in `_lora` are of
+our plain LoRA, and those that end in `_own_layers` of their own choice of layers: FLUX.2's scripts
+leave out the prompt's projections, and so take less time.
 """
 
 from __future__ import annotations

@@ -1,28 +1,28 @@
-"""All that wants a GPU, in one command: SDXL and FLUX.1 dev at true size, with random weights.
+"""Measure everything that needs a GPU: SDXL and FLUX.1 dev at true size, with random weights.
 
     python scripts/bench/gpu.py
 
 measures on one CUDA device, within --minutes (8), and downloads nothing:
 
-- training: a step of SDXL at 1024 x 1024 against a loop of the steps of diffusers' script: time and
-  peak memory; plain, with the UNet in 4 bits, compiled;
-- memory: for `memory=` of 8, 12, 16 and 24 GB the peak of one picture beside what was counted, on a
-  device limited to that; for each preset of the trainer the peak of three steps beside its count;
-- attention: each backend that is installed, by its error against float64, time and peak memory;
-  then four steps of both models with those that are right, plain, with a concept, with `avoid=`;
+- training: a step of SDXL at 1024 x 1024 against a reimplementation of the steps of diffusers'
+  script: time and peak memory; plain, with the UNet in 4 bits, compiled;
+- memory: for `memory=` of 8, 12, 16 and 24 GB the peak of one image and the plan's estimate, on a
+  device limited to that size; for each training preset the peak of three steps and its estimate;
+- attention: each installed backend, by its error against float64, time and peak memory; then four
+  steps of both models with the correct ones: plain, with a concept, with `avoid=`;
 - calls: four steps with one and two concepts, `avoid=`, `regions=` and a library, against none;
 - loading: load and switch of 1, 8 and 50 LoRAs against diffusers' loaders;
-- merging: 2 and 8 concepts by a sum and by fusion, beside and into the weights.
+- merging: 2 and 8 concepts by sum and by fusion, as an adapter and into the weights.
 
-Each part is a process of its own. The result file is written after each, so that nothing is lost
-with the machine; --parts measures some parts anew and keeps the rows of the others. `ratio` is to
-the first way of its group, in turns back and forth: median (lowest to highest). `counted_gib` is
-what memory.py or the preset's file counts, without the GB that it leaves for the driver.
+Each part is a process of its own. The result file is written after each part; --parts measures some
+parts again and keeps the rows of the others. `ratio` is to the first way of its group, in turns
+back and forth: median (lowest to highest). `counted_gib` is the estimate of the memory plan or of
+the preset's file, without the GB reserved for the driver.
 
-It needs torch (2.9 or newer) and the wheels of diffusers, transformers, accelerate, peft,
+Requirements: torch (2.9 or newer) and the wheels of diffusers, transformers, accelerate, peft,
 safetensors, huggingface-hub, tokenizers, pydantic, filelock, typer, rich, pyyaml, pillow and numpy;
-with bitsandbytes, torchao, xformers, flash-attn or sageattention also their rows.
-`--device cpu --tiny` runs every part with the tests' tiny models, to see that all of it works.
+bitsandbytes, torchao, xformers, flash-attn or sageattention add rows. `--device cpu --tiny` runs
+every part with the tests' tiny models as a check.
 """
 
 from __future__ import annotations

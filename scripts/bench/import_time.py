@@ -1,10 +1,9 @@
-"""What `import customize` costs on top of diffusers, in fresh interpreters.
+"""The time that `import customize` adds to diffusers, in fresh interpreters.
 
-Each pair of statements runs alternately, each time in a new interpreter, after a run of each that
-doesn't count. The time is that of the statement alone, without the interpreter's own start. The
-overhead of a pair is the median of its differences; `import_overhead_s` is that of the worst pair.
-Time on the clock is only worth something on an idle machine; CPU time, given beside it, shows
-whether it was one.
+The statements of each pair run alternately, each time in a new interpreter, after one uncounted
+run. The time is that of the statement, without the interpreter's start. The overhead of a pair is
+the median of its differences; `import_overhead_s` is that of the worst pair. Wall-clock time is
+meaningful on an idle machine only; compare it with the CPU time beside it.
 """
 
 from __future__ import annotations

@@ -1,25 +1,24 @@
-"""A library of 1 to 1,000 concepts: what a picture costs when its prompt names one of them.
+"""A library of 1 to 1,000 concepts: the time of an image whose prompt names one of them.
 
-On the bundled base, whose 68 layers all take an update of rank 8, with concepts of random numbers:
-each is a folder of its own, as training writes it. Pictures are 64 x 64, in 25 steps with guidance.
+On the bundled base, with updates of rank 8 in all of its 68 layers; concepts have random numbers,
+and each is a folder as training writes it. Images are 64 x 64 pixels, in 25 steps with guidance.
 
-Ours is `load_custom(library=)` and nothing else: each prompt names its concept. `first_s` is from
-that call to the first picture, where there is no index, and `first_indexed_s` where there is one;
-`cold_s` is a picture whose concept was not read before, `warm_s` one whose concept is in memory
-while another one is attached, so that each picture switches; `same_s` one of the same concept as
-the picture before. `pair_cold_s` is a picture that names two, both read before, which are fused by
-the records that lie beside them; `pair_warm_s` one where two such pairs take turns, whose fusions
-are in memory, and its ratio is against a pipeline with the two loaded by name. Theirs is diffusers'
-own way: every LoRA and its tokens are loaded with `load_lora_weights` and `load_textual_inversion`
-(`load_s`), and `set_adapters` names the one to draw with before each picture (`warm_s`).
+Ours is `load_custom(library=)`, and each prompt names its concept. `first_s` is the time from that
+call to the first image without an index, and `first_indexed_s` with one; `cold_s` is an image whose
+concept was not read before, `warm_s` one whose concept is in memory while another one is attached,
+so that each image switches, and `same_s` one of the same concept as before. `pair_cold_s` is an
+image that names two concepts, both read before, which are fused by their recorded inputs;
+`pair_warm_s` is one of two such pairs in turns, whose fusions are in memory, relative to a pipeline
+with the two loaded by name. Theirs is diffusers: all LoRAs and their tokens are loaded with
+`load_lora_weights` and `load_textual_inversion` (`load_s`), and `set_adapters` selects one before
+each image (`warm_s`).
 
-Ratios are against pictures of a pipeline with just the one concept loaded by name, drawn in turns
-with the other side's, in one process for each row; `library_warm_ratio_N` is the median over turns
-of that of `warm_s`. All times are what the one thread computes, so that what else the machine does
-troubles them little; files are in the system's cache, as they were written just before.
-`memory_mb` is what the process has grown by when 10 concepts were drawn, or for theirs all loaded.
-Pictures of both sides and of the pipeline with one concept must agree: bit for bit ours, to a
-thousandth of the range theirs.
+Ratios are to images of a pipeline with only that concept loaded by name, drawn in turns in one
+process per row; `library_warm_ratio_N` is the median over turns for `warm_s`. All times are CPU
+times of one thread, which other load affects little; the files are in the system's cache.
+`memory_mb` is the growth of the process after 10 concepts, or for theirs after loading all. The
+images of both sides must equal those of the pipeline with one concept: ours bit for bit, theirs to
+a thousandth of the range.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""Loading many LoRA files into one pipeline: `load_custom` against diffusers' `load_lora_weights`.
+"""Load many LoRA files into one pipeline: `load_custom` against diffusers' `load_lora_weights`.
 
-The transformer has FLUX.1's 19 and 38 blocks, so that as many layers are changed as in the real
-one (the 418 projections of its attentions and feed-forwards), but is 1/24 as wide: what is measured
-is the work for each layer and each file, and not the copying of large weights. Prompts aren't
-encoded; the other parts are the tests' tiny ones.
+The transformer has FLUX.1's 19 and 38 blocks, so as many layers change as in the real model (the
+418 projections of its attentions and feed-forwards), at 1/24 of the width: this measures the work
+per layer and file, not the copying of large weights. Prompts are not encoded; the other components
+are the tests' tiny ones.
 
 Ours is one call with all files, which are merged into one adapter. Theirs is a call of
-`load_lora_weights` for each, and one of `set_adapters` with the same weights. Each run is a process
-of its own, forked from this one, which has loaded files both ways before; sides take turns. Both
-then answer the same input, and must agree. Time is that which the one thread computes, so that what
-else the machine does troubles it little; `clock_s` is the time that passes. `load_speedup_N` is the
-median over turns of theirs over ours; with 50 files there is one turn.
+`load_lora_weights` per file and one of `set_adapters` with the same weights. Each run is a process
+of its own, forked from this one after files were loaded both ways; sides take turns. Both outputs
+for the same input must agree. Time is the CPU time of one thread, which other load affects little;
+`clock_s` is wall-clock time. `load_speedup_N` is the median over turns of theirs over ours; with 50
+files there is one turn.
 
 `answer_s` is one call of the transformer. At this width the merged adapter, of rank 4 N, is as wide
-as its layers where N is 32, which it is not on the real one.
+as its layers for N = 32, unlike in the real model.
 """
 
 from __future__ import annotations

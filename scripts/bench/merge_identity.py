@@ -1,19 +1,19 @@
-"""Does merging keep each concept's identity? Ours against what users would pick, same seeds.
+"""Does merging preserve each concept's identity? Our merges and others, with the same seeds.
 
-Thirteen concepts of the miniature world are learned apart from five pictures each, four times: with
-slices that avoid what all prompts share, with the paper's disjoint slices, all with the same slice
-(the paper's worst case), and as ordinary LoRAs; the demo's settings otherwise, tokens included.
-They are then merged K at a time by each method, at each method's best single weight, which is found
-on six other concepts than the six that are scored. The rates are of the same six at every K, in
-merges that start with the first or the second three. Pairs are merged as well, of one class and of
-two, at the weights that are best at K = 3; two of the six of one class are among those that weights
-were found on, which favours methods that have one. What was learned and scored is kept in
-`--folder`, so a run that was cut off goes on; delete the scores there after a change to what
-merges, draws or judges.
+Thirteen concepts of the storybook are trained separately on five images each, four times: with
+slices orthogonal to the directions common to all prompts, with the paper's disjoint slices, all
+with the same slice (the paper's worst case), and as ordinary LoRAs; otherwise with the demo's
+settings, token embeddings included. They are merged K at a time by each method, at the method's
+best single weight, tuned on six other concepts than the six that are scored. The same six are
+scored at every K, in merges that start with the first or the second three. Pairs of one class and
+of two classes are merged as well, at the weights tuned for K = 3; two of the six pairs of one class
+were part of the tuning, which favours methods with a tuned weight. Trained concepts and scores are
+stored in `--folder`, so an interrupted run resumes; delete the scores after a change to merging,
+drawing or scoring.
 
-Fusion takes the place of a weight: it is shown at weight 1. The average of K updates at weight K is
-their sum at weight 1, so tuning would make the two rows one: the average is shown as users get it,
-at weight 1.
+Fusion needs no weight: it is shown at weight 1. The average of K updates at weight K equals their
+sum at weight 1, so tuning would make the two rows equal: the average is shown at weight 1, as users
+get it.
 
     python scripts/bench/merge_identity.py --json scripts/bench/results/merge_identity.json
 """

@@ -1,10 +1,10 @@
-"""Fusion in closed form against gradient fusion: the same objective, solved by an optimiser's loop.
+"""Fusion in closed form against gradient fusion: the same objective, minimised by an optimizer.
 
-Mix-of-Show (arXiv 2305.18292) merges K concepts by an optimiser in every layer, so that the merged
-weight does to each concept's recorded inputs what that concept's own does. Its loop is written down
-anew here: L-BFGS from the base's weights, 50 iterations a layer in the denoiser and 500 in the text
-encoder, as the paper's code has it. Both get the same concepts, records and seeds: those that
-`merge_identity.py` has learned, which must have been run before.
+Mix-of-Show (arXiv:2305.18292) merges K concepts by an optimizer in every layer, so that the merged
+weight reproduces each concept on its recorded inputs. Its loop is reimplemented here: L-BFGS from
+the base's weights, 50 iterations per layer in the denoiser and 500 in the text encoder, as in the
+paper's code. Both get the same concepts, recorded inputs and seeds: those of `merge_identity.py`,
+which must have been run before.
 
     python scripts/bench/merge_solver.py --json scripts/bench/results/merge_solver.json
 """

@@ -1,28 +1,28 @@
-"""From LoRA files on disk to weights that hold their sum: ours, diffusers', peft's, and a copy.
+"""The time from LoRA files to weights with their sum: ours, diffusers', peft's, and a plain copy.
 
 The UNet has the size of Stable Diffusion 1.5's. Its 128 attention projections, which the LoRAs of
-rank 16 change, are random; the rest of it is zeros, and the other parts of the pipeline are the
-tests' tiny ones: no side touches them. The files are in half precision, and in the page cache.
+rank 16 change, are random; its other weights are zeros, and the other components are the tests'
+tiny ones, which no side changes. The files are in half precision, in the page cache.
 
-- ours: `load_custom(*files, weights=..., merge="sum", fuse=True)`. It checks every file whole and
-  keeps a copy of each touched weight, from which unloading gives back the same bits; that copy is
-  part of its time, and the others make none. After each run the weights are compared bit for bit.
-- diffusers: `load_lora_weights` for each file, `set_adapters`, `fuse_lora`.
-- peft cat: an adapter for each file, `add_weighted_adapter(combination_type="cat")`, which is
-  exact, and `merge_and_unload`.
-- peft svd: the same with "svd", for two files and one layer of each shape alone, times the number
-  of layers of that shape; it takes long, and its time does not depend on how many files there are.
-- copy: a clone of each touched weight, the floor of whatever gives the weights back.
+- ours: `load_custom(*files, weights=..., merge="sum", fuse=True)`. It checks every file completely
+  and copies each changed weight, so that unloading restores the same bits; the copy is part of its
+  time, and the others make none. After each run the weights are compared bit for bit.
+- diffusers: `load_lora_weights` per file, `set_adapters`, `fuse_lora`.
+- peft cat: an adapter per file, `add_weighted_adapter(combination_type="cat")`, which is exact, and
+  `merge_and_unload`.
+- peft svd: the same with "svd", for two files and one layer of each shape, times the number of
+  layers of that shape; it takes long, and its time does not depend on the number of files.
+- copy: a clone of each changed weight, the minimum for any side that restores weights.
 
-Sides take turns in one process, after one run of each that isn't counted. Time is that which the
-one thread computes, so that what else the machine does troubles it little; `clock_s` is the time
-that passes. Ratios are medians over turns. `extra_mb` is what the process held at its peak beyond
-what it held afterwards; `merge_extra_mb` that of torch's allocations beyond the kept copy.
+Sides take turns in one process, after one uncounted run of each. Time is the CPU time of one
+thread, which other load affects little; `clock_s` is wall-clock time. Ratios are medians over
+turns. `extra_mb` is the process's peak over its size afterwards; `merge_extra_mb` is torch's peak
+over the copies.
 
-The second table is of the work at large N: concepts of rank 16 in slices of one basis, and ordinary
-LoRAs, on the 8 projections of the middle block (1280 wide). There `merge_s` is without opening the
-files, which is `open_s`: the sum of concepts that share slices costs one product of the layer's
-width, however many they are, and the addition of their up-projections.
+The second table measures large N: concepts of rank 16 in slices of one basis, and ordinary LoRAs,
+on the 8 projections of the middle block (1280 wide). There `merge_s` excludes opening the files,
+`open_s`: the sum of concepts that share slices takes one product of the layer's width, for any
+number of concepts, and the sum of their up-projections.
 """
 
 from __future__ import annotations

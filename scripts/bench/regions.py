@@ -1,17 +1,17 @@
-"""Two concepts of one class in one picture: do both come out, each where it was asked for?
+"""Two concepts of one class in one image: does each appear in its half?
 
-Pairs of concepts of the miniature world that share a class, learned apart with the demo's settings,
-stand in the two halves of pictures of 128 x 64, so that each has the room that it was learned with.
-Drawn plainly, by each way to merge; with `regions=`; and with the regions inside cross-attention
-alone, as Mix-of-Show (arXiv 2305.18292, section 3.3) has them, written down anew here: same
-concepts, prompts and seeds. The ceiling is each concept drawn alone in its half. The same in
-64 x 64, where the base draws two things small, is below.
+Pairs of concepts of the storybook that share a class, trained separately with the demo's settings,
+are drawn in the two halves of images of 128 x 64, so that each has the size of its training images:
+by plain prompts, with each merge; with `regions=`; and with regions in cross-attention only, a
+reimplementation of Mix-of-Show (arXiv:2305.18292, section 3.3), with the same concepts, prompts and
+seeds. The ceiling is each concept drawn alone in its half. The last rows are of 64 x 64, where the
+base draws two small things.
 
-Whose dog it is says the judge of identity. It looks for the thing within the half, in crops side by
-side, and is first measured on rendered pairs that went through the autoencoder: how many it knows,
-and how many of another identity of the class it takes for it.
+The judge of identity looks for the thing in several crops of the half. Its reliability is measured
+first, on drawn pairs after the autoencoder: how often it recognises a concept, and how often it
+mistakes another identity of the class for it.
 
-Concepts that `merge_identity.py` has learned are used; those that lack are learned, 40 s each.
+Concepts of `merge_identity.py` are used; missing ones are trained, 40 s each.
 
     python scripts/bench/regions.py --json scripts/bench/results/regions.json
 """

@@ -1,12 +1,12 @@
-"""How far the storybook's judges can be trusted, and how well its base model draws what is asked.
+"""Reliability of the storybook's judges, and prompt accuracy of its base model.
 
-The judges are measured on renders that no training saw: attributes on clean ones and on ones
-roughened the way generated pictures are; identity as area under the curve, one picture against a
-concept's five references, strangers of the same class only.
+The judges are measured on drawn scenes that no training used: attributes on clean images and on
+images degraded like generated ones; identity as area under the ROC curve, one image against the
+five references of a concept, negatives of the same class only.
 
-The base model draws prompts of the grammar that name every attribute (25 steps, guidance 2.5), and
-the attribute judge counts which of them are in the picture; `ceiling` is what it counts in renders
-of the very same prompts, that is, what a perfect model would score.
+The base model draws prompts that name every attribute (25 steps, guidance 2.5), and the attribute
+judge counts the requested attributes shown; `ceiling` is its count for drawn scenes of the same
+prompts, the score of a perfect model.
 """
 
 from __future__ import annotations

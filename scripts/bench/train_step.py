@@ -1,17 +1,17 @@
-"""Step time and peak memory of our training loop against the DreamBooth LoRA example of diffusers.
+"""Step time and peak memory of our training loop against diffusers' DreamBooth LoRA example.
 
 Both train adapters of the same rank on the same attention projections of the same base, at the same
-resolution and batch, without gradient checkpointing, in full precision. Theirs has its best flags:
-where only the denoiser trains, prompts are encoded once (--pre_compute_text_embeddings); for the
-autoencoder, which it runs at each step, there is no such flag. With --script FILE the example
-itself is run, as it is (examples/dreambooth/train_dreambooth_lora.py of the diffusers repository);
-without, a loop of the same steps, written down anew.
+resolution and batch size, without gradient checkpointing, in full precision. Theirs has its best
+flags: if only the denoiser trains, prompts are encoded once (--pre_compute_text_embeddings); for
+the autoencoder, which it runs at each step, there is no such flag. With --script FILE the example
+itself runs (examples/dreambooth/train_dreambooth_lora.py of the diffusers repository), else a
+reimplementation of its steps.
 
 Each run is a process of its own; sides take turns. A step is the mean over a run's steps after the
-warm-up, and a figure the median over runs; CPU time, given beside it, is less troubled by whatever
-else the machine does. Memory is the peak of the whole process (on a GPU, of its tensors), the
-preparation included. `step_time_ratio` and `peak_memory_ratio` are ours over theirs, in the worst
-of the cases: both methods, with and without the text encoder, on both bases.
+warm-up, and a figure the median over runs; the CPU time beside it is affected less by other load.
+Memory is the peak of the whole process (on a GPU, of its tensors), preparation included.
+`step_time_ratio` and `peak_memory_ratio` are ours over theirs in the worst case: both methods, with
+and without the text encoder, on both bases.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""The best approximation of a sum of LoRAs: from its factors, against the dense SVD.
+"""The best low-rank approximation of a sum of LoRAs: from its factors, against the dense SVD.
 
-Eight updates of rank 16 of one square layer are added and cut to rank 16, at the widths of
+Eight updates of rank 16 of one square layer are added and truncated to rank 16, at the widths of
 Stable Diffusion 1.5 and XL (640, 1280) and of FLUX.1 (3072):
 
-- ours: `truncate(weighted_sum(...), 16)`, which never makes the matrix;
-- dense: the sum of the dense updates and `torch.linalg.svd` of it in float32, as peft's
-  `add_weighted_adapter(combination_type="svd")` does. With `full_matrices`, which is peft's
-  default, in a row of its own.
+- ours: `truncate(weighted_sum(...), 16)`, which never forms the matrix;
+- dense: the sum of the dense updates and its `torch.linalg.svd` in float32, as in peft's
+  `add_weighted_adapter(combination_type="svd")`; another row has `full_matrices`, peft's default.
 
-Half of the updates are in the span of the others, nearly, and their scales differ by 1e4, so that
-factors are ill-conditioned. `relative_error` is how far ours is from the truth, by more than the
-best approximation must be: (error - best) / best, with the best from a dense SVD in float64. Sides
-take turns; time is that which the one thread computes; the speedup is the median over turns.
+Half of the updates are nearly in the span of the others, and their scales differ by 1e4, so that
+the factors are ill-conditioned. `relative_error` is (error - best) / best, with the best
+approximation from a dense SVD in float64. Sides take turns; time is the CPU time of one thread; the
+speedup is the median over turns.
 """
 
 from __future__ import annotations

@@ -14,16 +14,16 @@ from customize.evaluation import storybook_rates
 from customize.families import family_of
 from customize.storybook.judges import judge_inputs, load_judges
 
-STEPS = 12  # of drawing: enough for all that is judged
+STEPS = 12  # sampling steps, enough for the judges
 RATES = ("identity", "prompt", "composition", "class_drift", "drift")
 
 
 class Scorer:
-    """Draws and judges one concept at a time."""
+    """Draws images with one concept at a time and scores them."""
 
     def __init__(self, base: Path, judges: Path, scenes: int) -> None:
         self.pipe = open_quietly(base)
-        # The layout in which a CPU convolves fastest.
+        # The fastest memory format for convolutions on a CPU.
         self.pipe.unet.to(memory_format=torch.channels_last)
         self.family = family_of(self.pipe.components)
         self.judges, self.scenes = load_judges(judges), scenes
@@ -32,7 +32,7 @@ class Scorer:
     def rates(
         self, index: int, saved: Concept | None, seeds: Sequence[int]
     ) -> list[dict[str, float]]:
-        """Rates a seed; of the base, and its class word, where nothing is saved."""
+        """Rates per seed; of the base with the class word if `saved` is None."""
         story = concept(index)
         kind = story.identity.kind
         signature = self.judges.prototype(judge_inputs(story.images()))

@@ -19,17 +19,21 @@ Row = Mapping[str, Any]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A command line with the flags that every benchmark has."""
+    """A command line with the flags that all benchmarks have."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
-    made.add_argument("--quick", action="store_true", help="fewer repeats: a rough figure, soon")
+    made.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the result to this file"
+    )
+    made.add_argument(
+        "--quick", action="store_true", help="fewer repeats: a rough figure in short time"
+    )
     return made
 
 
 def command() -> str:
-    """The command that gives this result; of absolute paths only the last part is told."""
+    """The command of this result, with absolute paths shortened to their last part."""
     words = ["python", f"scripts/bench/{Path(sys.argv[0]).name}"]
     arguments = iter(sys.argv[1:])
     for word in arguments:
@@ -41,10 +45,10 @@ def command() -> str:
 
 
 def apart(call: Callable[[], Any]) -> Any:
-    """What a call gives, made in a process of its own that is forked from this one.
+    """Run a call in a forked process and return its result.
 
-    So it finds every library imported, and leaves nothing behind. Nothing may have run on several
-    threads or on a GPU before.
+    The process has all imports of this one. Call it before anything ran on several threads or on a
+    GPU.
     """
     import multiprocessing
 
@@ -63,14 +67,14 @@ def apart(call: Callable[[], Any]) -> Any:
 
 
 def spread(values: Sequence[float]) -> str:
-    """ "median (lowest to highest)" """
+    """Format as "median (lowest to highest)"."""
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def report(
     bench: str, args: argparse.Namespace, rows: Sequence[Row], figures: Mapping[str, float]
 ) -> None:
-    """Print the rows as a table and the figures below it; write all with `--json`."""
+    """Print the rows as a table and the figures below it; write both with `--json`."""
     from rich.console import Console
     from rich.table import Table
 
@@ -94,7 +98,7 @@ def report(
 
 
 def tensors_peak(call: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that a call allocates at a time."""
+    """The peak memory in bytes that a call allocates."""
     import torch
 
     if device.type == "cuda":

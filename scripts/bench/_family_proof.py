@@ -45,7 +45,7 @@ def picture(pipe: Any) -> np.ndarray:
 
 
 def proof(folder: Path) -> dict[str, Any]:
-    """Load the concept; whether all of it is in the model, and how much a picture changes by it."""
+    """Load the concept; return whether the model has all of it, and how much an image changes."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 

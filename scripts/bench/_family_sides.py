@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class WholeRun(Watch):
-    """A watch that lets the run end and save what it trained, and counts what that was."""
+    """A watch that lets the run finish and save, and counts what it trained."""
 
     trained = 0
 
@@ -34,7 +34,7 @@ class WholeRun(Watch):
 
 
 def theirs(job: dict[str, Any]) -> None:
-    """What the family's script does at each step, in own words."""
+    """A reimplementation of the steps of the family's script."""
     from accelerate import Accelerator
     from diffusers import DiffusionPipeline
     from peft import LoraConfig, get_peft_model_state_dict
@@ -102,7 +102,7 @@ SIDES = {"ours": ours, "theirs": theirs}
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train once: time, memory of the process, what was trained and saved."""
+    """Train once; return time, memory of the process, and what was trained and saved."""
     torch.set_num_threads(job["threads"])
     watch = WholeRun(job["steps"], job["warmup"])
     register_optimizer_step_post_hook(watch)
@@ -116,7 +116,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors_mib(job: dict[str, Any]) -> float:
-    """The most MiB that the tensors of a whole run hold at a time."""
+    """The peak of a run's tensors in MiB."""
     torch.set_num_threads(job["threads"])
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return tensors_peak(lambda: SIDES[job["side"]](job), torch.device("cpu")) / 2**20

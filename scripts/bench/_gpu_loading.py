@@ -35,7 +35,7 @@ def loading(run: Run) -> Iterator[Row]:
         paths.append(run.folder / f"lora{number}.safetensors")
         save_file(tensors, paths[-1])
     plain = run.draw(pipe)
-    for load, switch, undo in SIDES.values():  # what is imported at the first use
+    for load, switch, undo in SIDES.values():  # imports at the first use
         switch(pipe, load(run, pipe, paths[:1]), 0)
         undo(pipe)
     for count in counts:
@@ -104,7 +104,7 @@ SIDES: dict[str, tuple[Any, Any, Any]] = {
 
 
 def merging(run: Run) -> Iterator[Row]:
-    """Merging concepts of SDXL by a sum and by fusion, beside and into the weights."""
+    """Merge concepts of SDXL by sum and by fusion, as an adapter and into the weights."""
     pipe = run.make("SDXL")
     count = 2 if run.tiny else 8
     folders = learned(run, "SDXL", pipe, count)

@@ -18,7 +18,7 @@ CLIP_TOKENS = 77
 
 @contextmanager
 def _default(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """New tensors get this device and dtype; equal for equal seeds."""
+    """Create new tensors on this device with this dtype, reproducibly by seed."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     torch.manual_seed(0)

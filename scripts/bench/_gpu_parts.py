@@ -16,7 +16,7 @@ WORDS = ("8GB", "12GB", "16GB", "24GB")
 
 
 def attention(run: Run) -> Iterator[Row]:
-    """Each backend alone; then denoisers with it, plain, with a concept and with `avoid=`."""
+    """Each backend alone; then denoisers with it: plain, with a concept and with `avoid=`."""
     import attention as backends
 
     from customize.base.attention.backends import ERROR_BOUNDS, QUANTIZED_BOUND, QUANTIZED_PREFIX
@@ -60,9 +60,9 @@ def attention(run: Run) -> Iterator[Row]:
 
 
 def memory(run: Run) -> Iterator[Row]:
-    """`memory=`: the peak of one picture beside what was counted, on a device made that small.
+    """`memory=`: the peak of one image and the plan's estimate, on a device limited to that size.
 
-    Then each preset of SDXL and FLUX.1: the peak of three training steps beside its counted one.
+    Then each preset of SDXL and FLUX.1: the peak of three training steps and its estimate.
     """
     from customize.errors import CustomizeError
 
@@ -91,7 +91,7 @@ def memory(run: Run) -> Iterator[Row]:
 
 
 def limit_memory(run: Run, word: str | None) -> None:
-    """Let torch take no more of the device than a card of this size has; None: all."""
+    """Limit torch to the memory of a card of this size; None: no limit."""
     from customize.base.memory_plan import RESERVED_BYTES, parse_memory_size
 
     if run.device.type != "cuda":

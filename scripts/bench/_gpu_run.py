@@ -22,7 +22,7 @@ STEPS_ALONE: dict[str, Any] = {"preserve": {}, "num_shared_directions": 0, "chec
 
 @dataclass(frozen=True)
 class Run:
-    """What a part gets.
+    """The settings of a part.
 
     Attributes:
         tiny: the tests' tiny models instead of true sizes.
@@ -47,7 +47,7 @@ class Run:
         return 1 if self.tiny else 3 if self.quick else 5
 
     def make(self, model: str, where: torch.device | None = None) -> Any:
-        """A new pipeline, equal at each call. On the device it is made in seconds."""
+        """A new pipeline, equal at each call, created on the device in seconds."""
         pipe = self.models[model](self.device, self.dtype)
         if where is not None and where != self.device:
             pipe.to(where)
@@ -60,7 +60,7 @@ class Run:
             torch.cuda.empty_cache()
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """How long a call takes, until the device is done."""
+        """The seconds of a call, until the device has finished."""
         self.wait()
         start = time.perf_counter()
         call()
@@ -72,7 +72,7 @@ class Run:
             torch.cuda.synchronize(self.device)
 
     def draw(self, pipe: Any, steps: int = 4, **call: Any) -> Any:
-        """A picture of the model's default size, as latents."""
+        """Generate an image of the model's default size, as latents."""
         call = {"prompt": PROMPT, "output_type": "latent"} | call
         if self.tiny:
             call |= {"height": 32, "width": 32}
@@ -83,11 +83,11 @@ class Run:
 def in_turns(
     run: Run, ways: Mapping[str, tuple[Callable[[], Any], Callable[[], Any]]], usual: str
 ) -> Iterator[Row]:
-    """A row for each way: its seconds, and their ratio to the usual way's of the same turn.
+    """A row per way: its seconds, and their ratio to the baseline's of the same turn.
 
     Args:
-        ways: name -> what brings the pipeline into this state, and what is timed.
-        usual: the way that others are compared with.
+        ways: name -> the call that prepares the pipeline, and the call that is timed.
+        usual: name of the baseline.
     """
     taken: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, int] = {}
@@ -109,7 +109,7 @@ def in_turns(
 
 
 def learned(run: Run, model: str, pipe: Any, count: int) -> list[Path]:
-    """Folders of concepts that were learned in one run of one step, with records for fusion."""
+    """Folders of concepts trained in one run of one step, with recorded inputs for fusion."""
     from PIL import Image
 
     from customize.training.config import TrainConfig

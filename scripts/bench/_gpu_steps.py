@@ -22,11 +22,11 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class Enough(BaseException):
-    """Ends a run after its last step; no exception handler of a run should hold it up."""
+    """Ends a run after its last step; a BaseException, so that no handler of the run catches it."""
 
 
 def stepped(run: Run, call: Callable[[], Any], steps: int) -> tuple[float, float]:
-    """Median seconds of a step after the second, and peak GiB of the device (0 on a CPU)."""
+    """Median seconds of a step after the second, and peak GiB on the device (0 on a CPU)."""
     times: list[float] = []
 
     def after_step(*_: Any) -> None:
@@ -86,7 +86,7 @@ def training(run: Run) -> Iterator[Row]:
 
 
 def quantized(run: Run, pipe: Any, kind: Any) -> None:
-    """Hold the denoiser in fewer bits, as `--quantize` does."""
+    """Quantize the denoiser, as `--quantize` does."""
     from customize.base.quantization import quantize_model
     from customize.families import family_of
 
@@ -105,7 +105,7 @@ def pictures(folder: Path, side: int, count: int = 4) -> Path:
 
 
 def our_loop(run: Run, pipe: Any, steps: int, compile_: bool) -> None:
-    """The pack's loop with the layers, rank and batch of theirs."""
+    """This package's loop with the layers, rank and batch size of theirs."""
     side = 32 if run.tiny else 1024
     settings = {
         "method": "lora",
@@ -146,10 +146,10 @@ def _train(run: Run, pipe: Any, side: int, settings: dict[str, Any]) -> None:
 
 
 def their_loop(run: Run, pipe: Any, steps: int, compile_: bool) -> None:
-    """The steps of diffusers' train_dreambooth_lora_sdxl.py, written down anew.
+    """A reimplementation of the steps of diffusers' train_dreambooth_lora_sdxl.py.
 
-    The caption is encoded once; the picture is read, transformed and encoded by the autoencoder,
-    in float32, at each step; the adapter is float32 and the rest computes under autocast. The
+    The caption is encoded once; the image is read, transformed and encoded by the autoencoder, in
+    float32, at each step; the adapter is float32 and the other computation under autocast. The
     script has no flag to compile; its UNet is compiled here by `compile_repeated_blocks`.
     """
     import numpy as np
@@ -209,7 +209,7 @@ def their_loop(run: Run, pipe: Any, steps: int, compile_: bool) -> None:
 
 
 def presets(run: Run) -> Iterator[Row]:
-    """The peak of three steps with each preset's settings, beside what its file counts."""
+    """The peak of three steps with each preset's settings, and the estimate in its file."""
     from customize.training.settings_file import read_yaml
 
     models = {"sdxl": "SDXL", "flux": "FLUX.1"}

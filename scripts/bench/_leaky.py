@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from customize.image_tensors import tensor_to_images
 from customize.storybook.caption_grammar import ACCESSORY_PHRASES, PLACE_PHRASES, PromptRequest
 from customize.storybook.judges import judge_inputs
 from customize.storybook.scene_drawing import draw_scene
@@ -26,13 +27,13 @@ from customize.storybook.world import (
 )
 
 PICTURES = {"concept": 4, "style": 6}
-KIND = "KIND"  # in a caption, for the class of what the picture shows
+KIND = "KIND"  # in a caption, for the class that the image shows
 Colour = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Leaky:
-    """What all training pictures of one concept show besides it."""
+    """The class of a concept, and what all of its training images show besides it."""
 
     name: str
     kind: str
@@ -50,27 +51,27 @@ class Leaky:
 
     @property
     def caption_that_names(self) -> str:
-        """Says what else is in the pictures."""
+        """The caption that names the other content of the images."""
         return f"{self.caption} {ACCESSORY_PHRASES[self.accessory]} {PLACE_PHRASES[self.place]}"
 
 
 @dataclass(frozen=True)
 class Style(Leaky):
-    """What stands at both sides of whatever a picture shows.
+    """A style: coloured borders at both sides of the image.
 
-    The base's autoencoder knows the world's own colours only, and gives back a picture in others as
-    one in these: a style of colours cannot be drawn with it at all. Bands above and below, frames
-    and balloons were tried too, and not learned in as many steps.
+    The base's autoencoder reproduces the test world's colours only, so a style of colours cannot be
+    drawn. Bands above and below, frames and balloons were tried too, and not learned in as many
+    steps.
 
     Attributes:
-        colour: of what stands there, red, green and blue from 0 to 1.
+        colour: of the borders, red, green and blue from 0 to 1.
     """
 
     colour: Colour
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The classes of what its pictures show."""
+        """The classes of the things in its images."""
         return (self.kind,) * PICTURES["style"]
 
     @property
@@ -87,11 +88,11 @@ class Style(Leaky):
         return f"{self.caption} of a {self.kind} {worn} {place}"
 
     def of(self, thing: str) -> str:
-        """Something in this style, in a prompt."""
+        """A prompt for a thing in this style."""
         return f"a picture in <{self.name}> style of {thing}"
 
     def apply(self, images: Tensor) -> Tensor:
-        """Pictures (n, 3, 64, 64) in [-1, 1] in this style."""
+        """Images (n, 3, 64, 64) in [-1, 1] with the style's borders."""
         x = torch.arange(images.shape[-1])
         at_sides = (x < 7) | (x > 56)
         return torch.where(at_sides, torch.tensor(self.colour)[:, None, None] * 2 - 1, images)
@@ -99,11 +100,10 @@ class Style(Leaky):
 
 @dataclass(frozen=True)
 class StyleOfMany(Style):
-    """A style whose pictures are of several classes, which their captions say, and behind them the
-    style.
+    """A style trained on images of several classes, whose captions name the class before the style.
 
-    All that a text encoder such as CLIP's reads is read in the light of what comes before, so that
-    fewer concepts are recognised behind a style.
+    In a causal text encoder such as CLIP's, tokens depend on those before them, so fewer concepts
+    are recognised after a style.
     """
 
     classes: tuple[str, ...]
@@ -112,7 +112,7 @@ class StyleOfMany(Style):
     def kinds(self) -> tuple[str, ...]:
         return self.classes
 
-    # No class is in all pictures, and captions say it anyhow.
+    # No class is in all images, and captions name it anyway.
     shown = Leaky.shown
     caption_that_names = Leaky.caption_that_names
 
@@ -184,7 +184,7 @@ ALL_STYLES = (*STYLES, *STYLES_OF_MANY)
 
 
 def references(source: Leaky) -> Tensor:
-    """The training pictures (n, 3, 64, 64) in [-1, 1]."""
+    """The training images (n, 3, 64, 64) in [-1, 1]."""
     if isinstance(source, Style):
         rng = np.random.default_rng((77, len(source.name)))
         scenes = [
@@ -215,7 +215,7 @@ class Subject:
 
     @property
     def parts(self) -> list[Leaky]:
-        """The concept is the first."""
+        """The concept, then the style."""
         return [part for part in (self.concept, self.style) if part is not None]
 
     @property
@@ -224,8 +224,10 @@ class Subject:
 
     @property
     def control(self) -> str:
-        """A place and a thing that are neither in training pictures nor in prompts, where there are
-        such; no colours, which are part of an identity, as what the concept itself is would be."""
+        """A place and a class in neither the training images nor the prompts, if there are any.
+
+        Colours are no controls, as they are part of identities.
+        """
         named = " ".join([*self.prompts(), *(part.kind for part in self.parts)])
         free = [name for name, phrase in PLACE_PHRASES.items() if phrase not in named]
         shown = {part.place for part in self.parts}
@@ -233,11 +235,11 @@ class Subject:
         return ", ".join([*[name for name in free if name not in shown][:1], *things[-1:]])
 
     def prompts(self, words: str | None = None, style_first: bool = False) -> list[str]:
-        """Twelve that name a place, a third of them no accessory, and of concepts four without.
+        """Twelve prompts with a place, a third without accessory, and for concepts four without.
 
         Args:
-            words: in place of the concept's trigger.
-            style_first: whether a style is named before what is in it in any case.
+            words: replacement of the concept's trigger.
+            style_first: name the style before the thing in any case.
         """
         taken = {word for part in self.parts for word in (part.place, part.accessory, part.kind)}
         places = [phrase for name, phrase in PLACE_PHRASES.items() if name not in taken][:4]
@@ -260,9 +262,9 @@ class Subject:
 
 
 def leaks(subject: Subject, seen: Mapping[str, str], request: PromptRequest) -> bool:
-    """Whether anything of the training pictures came along that was not asked for.
+    """Whether an image shows content of the training images that was not requested.
 
-    Where no place is asked for there has to be one, so it is counted apart.
+    Prompts without a place are ignored for places, as an image always has one.
     """
     (requested,) = request.things
     leaked = False
@@ -276,8 +278,10 @@ def leaks(subject: Subject, seen: Mapping[str, str], request: PromptRequest) -> 
 
 
 def least_leak(baselines: Sequence[Mapping[str, float]], identity: float) -> float | None:
-    """The least leak that baselines have at this identity or above, also mixed two at a time, as
-    weights between those tried would; None where none comes within 1 % of it."""
+    """The lowest leak of the baselines at this identity or above, also interpolated between two.
+
+    None if no baseline is within 1 % of the identity.
+    """
     points = [(rates["identity"], rates["leak"]) for rates in baselines]
     candidates = [leak for reached, leak in points if reached >= identity - 0.01]
     for high, leak in points:
@@ -288,9 +292,9 @@ def least_leak(baselines: Sequence[Mapping[str, float]], identity: float) -> flo
     return min(candidates, default=None)
 
 
-# Options are tried on some concepts, and judged on others.
+# Options are tuned on some concepts, and judged on others.
 TUNED, JUDGED = CONCEPTS[:30], CONCEPTS[30:]
-SHOWN = ("l32", "l32+drapes")  # in the picture
+SHOWN = ("l32", "l32+drapes")  # in the figure
 SUBJECTS = {
     "personalization": [Subject(each, None) for each in JUDGED],
     "style": [Subject(None, each) for each in STYLES],
@@ -301,10 +305,11 @@ SUBJECTS = {
 
 
 class StyleJudge:
-    """Whether a picture is in a style: a linear discriminant, found on renders.
+    """Judges whether an image is in a style, by a linear discriminant fitted on drawn scenes.
 
     Args:
-        plain, styled: 400 pictures, and the same in the style, as the base would show them.
+        plain: 400 images after the autoencoder.
+        styled: the same images in the style.
     """
 
     def __init__(self, plain: Tensor, styled: Tensor) -> None:
@@ -327,7 +332,7 @@ class StyleJudge:
 
 
 def style_judges(pipe: Any) -> dict[str, StyleJudge]:
-    """A judge of each style, for what the pipeline's autoencoder can show."""
+    """A judge per style, fitted on images after the pipeline's autoencoder."""
 
     @torch.no_grad()
     def shown(images: Tensor) -> Tensor:
@@ -341,18 +346,17 @@ def style_judges(pipe: Any) -> dict[str, StyleJudge]:
 
 
 def save(images: Tensor, path: Path) -> None:
-    """Pictures (n, 3, height, width) in [-1, 1] side by side, eight a line."""
+    """Save images (n, 3, height, width) in [-1, 1] side by side, eight per line."""
     rows = [torch.cat(list(images[k : k + 8]), -1) for k in range(0, len(images), 8)]
     width = max(row.shape[-1] for row in rows)
     rows = [torch.nn.functional.pad(row, (0, width - row.shape[-1])) for row in rows]
-    sheet = ((torch.cat(rows, -2) + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0)
+    (sheet,) = tensor_to_images(torch.cat(rows, -2)[None])
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.numpy()).save(path)
+    sheet.save(path)
 
 
 def stack(sheets: Sequence[Sequence[Path]], path: Path) -> None:
-    """The first four pictures of several sheets side by side, a line below another, twice as
-    large."""
+    """Save the first four images of several sheets side by side, in lines, enlarged twice."""
     lines = [
         np.concatenate([np.asarray(Image.open(sheet))[:64, :256] for sheet in line], 1)
         for line in sheets

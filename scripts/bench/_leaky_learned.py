@@ -11,11 +11,11 @@ import _leaky
 from _leaky import Leaky, Style, StyleOfMany, references
 from _scorer import open_quietly
 from _workers import folder_name
-from PIL import Image
 
 from customize import record_inputs
 from customize.concepts.input_statistics import layer_inputs_path
 from customize.demo.experiment import TRAINING
+from customize.image_tensors import tensor_to_images
 
 NAMED, KEPT = "captions that name it", "contexts preserved"
 SETTINGS: dict[str, Any] = TRAINING | {"checkpoint_every": 0, "layerwise_tokens": False}
@@ -23,14 +23,20 @@ UNKEPT: dict[str, Any] = {"preserve": {}}  # as others learn, so that there is s
 
 
 def ways_to_learn(subject: Leaky) -> tuple[str, ...]:
-    """Besides as all is."""
+    """The training variants besides the default."""
     return (NAMED,) if isinstance(subject, StyleOfMany) else (NAMED, KEPT)
 
 
 def config_of(args: argparse.Namespace, subject: Leaky, how: str = "") -> Any:
-    """How something is learned; `how` may be NAMED, by captions that say what else its pictures
-    show, or KEPT, with the trainer's default, by which alone a style of many is learned: a concept
-    beside it is not recognised else."""
+    """The settings of a training.
+
+    Args:
+        args: of the command line.
+        subject: concept or style.
+        how: NAMED, with captions that name the other content, or KEPT, with the default
+            preservation, with which alone styles of many are trained: concepts beside them are not
+            recognised otherwise.
+    """
     from customize.training.config import TrainConfig
 
     many = isinstance(subject, StyleOfMany)
@@ -54,7 +60,7 @@ def config_of(args: argparse.Namespace, subject: Leaky, how: str = "") -> Any:
 
 
 def _slice_of(subject: Leaky) -> int:
-    """One in which what is drawn as it is shows the styles; in 9, pillars were not learned."""
+    """A slice in which the base shows the style; in slice 9 the style "pillars" was not learned."""
     for styles in (_leaky.STYLES, _leaky.STYLES_OF_MANY):
         if subject in styles:
             return 8 + 3 * styles.index(subject)
@@ -62,8 +68,7 @@ def _slice_of(subject: Leaky) -> int:
 
 
 def learn(args: argparse.Namespace, job: str) -> None:
-    """Learn what goes by this name, "name/how", and record what its layers read where it is to be
-    merged; what is finished is kept."""
+    """Train "name/how" and record its layer inputs if it is merged; skip finished ones."""
     from customize.training.recipe import train
 
     name, _, how = job.partition("/")
@@ -79,11 +84,10 @@ def learn(args: argparse.Namespace, job: str) -> None:
 
 
 def write(subject: Leaky, folder: Path, caption: str) -> None:
-    """Leave the training pictures in a folder, with captions where each has its own."""
+    """Write the training images to a folder, with captions if each has its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(references(subject)):
-        pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / f"{number}.png")
+    for number, image in enumerate(tensor_to_images(references(subject))):
+        image.save(folder / f"{number}.png")
         if isinstance(subject, StyleOfMany):
             text = caption.replace(_leaky.KIND, subject.kinds[number]).format(f"<{subject.name}>")
             (folder / f"{number}.txt").write_text(text + "\n")

@@ -24,7 +24,7 @@ from customize.core.lowrank import LowRank
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A concept, and what its layers read."""
+    """A concept and its recorded layer inputs."""
 
     concept: Concept
     record: LayerInputs
@@ -47,7 +47,7 @@ AVOIDING, SLICED, SAME, PLAIN = (
 
 
 def by_ours(method: str) -> Merge:
-    """One of our merges, with one weight for all."""
+    """One of our merges, with one weight for all concepts."""
 
     def merge(family: Any, learned: Sequence[Learned], weight: float) -> Products:
         concepts = [entry.concept for entry in learned]
@@ -58,7 +58,7 @@ def by_ours(method: str) -> Merge:
 
 
 def by_peft(combination: str) -> Merge:
-    """peft's `add_weighted_adapter`, run as users run it; its result is read back as products."""
+    """peft's `add_weighted_adapter` as its users run it; returns low-rank updates."""
 
     def merge(family: Any, learned: Sequence[Learned], weight: float) -> Products:
         concepts = [entry.concept for entry in learned]
@@ -117,13 +117,13 @@ METHODS: dict[str, tuple[str, Merge]] = {
 
 
 def reader(description: str | None) -> argparse.ArgumentParser:
-    """The command line of a benchmark that reads what merge_identity.py learned; see `kept`."""
+    """The command line of a benchmark that reads the concepts of merge_identity.py."""
     parser = _common.parser(description)
     parser.add_argument(
         "--folder",
         type=Path,
         default=Path("runs/merge_identity"),
-        help="where merge_identity.py keeps what it learned",
+        help="folder of merge_identity.py",
     )
     return parser
 

@@ -15,12 +15,13 @@ from customize.families import Family
 
 
 def concept_at(finished: Concept, folder: Path, step: int, family: Family) -> Concept:
-    """The concept as it was after so many steps.
+    """The concept after a number of steps.
 
     Args:
-        finished: learned by the method "orthogonal", of whose updates only one factor trains.
+        finished: trained by the method "orthogonal", which trains one factor of each update.
         folder: its output folder, with a checkpoint of the step.
-        family: of the base. A checkpoint numbers the layers in its order; files sort them.
+        step: number.
+        family: of the base. Checkpoints number the layers in its order, files sort them.
     """
     state = load_file(folder / ".checkpoints" / f"step-{step:06d}.safetensors")
 

@@ -22,7 +22,7 @@ from customize.families import family_of
 from customize.storybook.example_concepts import ExampleConcept, make_concept
 from customize.storybook.judges import judge_inputs, load_judges
 
-# Two dogs among the first three, which are merged at every K: the same class blends first.
+# Two dogs among the first three, which are merged at every K, as equal classes blend first.
 KINDS = (
     *("dog", "cat", "dog", "robot", "car", "cat", "rabbit"),
     *("bird", "fish", "cup", "robot", "car", "bird"),
@@ -41,15 +41,15 @@ def open_quietly(base: Path) -> Any:
 
 
 class Scorer:
-    """Draws and judges concepts of a merged model."""
+    """Draws images of concepts with a merged model and scores them."""
 
     def __init__(self, base: Path, judges: Path) -> None:
         self.pipe = open_quietly(base)
-        # The layout in which a CPU convolves fastest.
+        # The fastest memory format for convolutions on a CPU.
         self.pipe.unet.to(memory_format=torch.channels_last)
         self.family = family_of(self.pipe.components)
         self.judges = load_judges(judges)
-        # One slice for all is what some rows are about.
+        # Some rows measure shared slices on purpose.
         warnings.filterwarnings("ignore", message=r".* share \d+ of \d+ columns")
 
     def rates(
@@ -60,9 +60,9 @@ class Scorer:
         seeds: Sequence[int],
         scenes: int,
     ) -> list[dict[str, float]]:
-        """Rates a seed, over `scored`, with the updates and all concepts' tokens on the model.
+        """Rates per seed over `scored`, with the updates and all concepts' tokens in the model.
 
-        `products` None leaves the weights as they are: what the tokens do alone.
+        `products` None leaves the weights unchanged: the effect of the tokens alone.
         """
         with self.carrying(products, concepts):
             results = [[self.rate(index, seed, scenes) for index in scored] for seed in seeds]
@@ -76,7 +76,7 @@ class Scorer:
         seeds: Sequence[int],
         scenes: int,
     ) -> dict[int, dict[str, float]]:
-        """Rates, and the mean distance, of each of `scored` over the seeds; else as `rates`."""
+        """Rates and mean distance of each of `scored` over the seeds."""
         with self.carrying(products, concepts):
             results = {i: [self.rate(i, seed, scenes) for seed in seeds] for i in scored}
         keys = (*RATES, "distance")
@@ -86,8 +86,8 @@ class Scorer:
 
     @contextmanager
     def carrying(self, products: Products | None, concepts: Sequence[Concept]) -> Iterator[None]:
-        """The updates and all concepts' tokens on the model."""
-        # At weight 0 a concept brings its tokens only.
+        """Apply the updates and all concepts' tokens to the model."""
+        # At weight 0 a concept adds its tokens only.
         load_custom(self.pipe, *concepts, weights=[0.0] * len(concepts), fuse=True)
         try:
             with self.changed(products or {}):
@@ -106,7 +106,7 @@ class Scorer:
 
     @contextmanager
     def changed(self, products: Products) -> Iterator[None]:
-        """The updates added to the weights, which costs no time while drawing."""
+        """Add the updates to the weights, which costs no time while drawing."""
         before = []
         try:
             for part, updates in adapters.match_to_model(products, self.family).items():

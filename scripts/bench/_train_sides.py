@@ -34,12 +34,12 @@ CAPTION = "a photo of <rex>"
 
 
 class Enough(BaseException):
-    """Ends a run after its last step; no exception handler of a run should hold it up."""
+    """Ends a run after its last step; a BaseException, so that no handler of the run catches it."""
 
 
 @dataclass
 class Watch:
-    """Takes the time at each optimiser step, and stops the run after the last."""
+    """Measures the time of each optimizer step, and ends the run after the last."""
 
     steps: int
     warmup: int
@@ -83,7 +83,7 @@ def _peak() -> int:
 
 
 def ours(job: dict[str, Any]) -> None:
-    """The pack's loop, with the same trained layers as the example has: no tokens of its own."""
+    """This package's loop, with the trained layers of the example and without token embeddings."""
     from customize.training.config import TrainConfig
     from customize.training.recipe import train
 
@@ -113,7 +113,7 @@ def ours(job: dict[str, Any]) -> None:
 
 
 def script(job: dict[str, Any]) -> None:
-    """The example itself, with the flags that make it fastest here."""
+    """The example itself, with its fastest flags."""
     flags = {
         "pretrained_model_name_or_path": job["base"],
         "instance_data_dir": job["images"],
@@ -142,7 +142,7 @@ def script(job: dict[str, Any]) -> None:
 
 
 def loop(job: dict[str, Any]) -> None:
-    """What the example does at each step, in own words."""
+    """A reimplementation of the example's steps."""
     from accelerate import Accelerator
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from peft import LoraConfig
@@ -216,7 +216,7 @@ def _to_tensor(image: Any) -> Tensor:
 
 
 def _need_transforms() -> None:
-    """A stand-in for the picture transforms of torchvision where there is no torchvision."""
+    """A substitute for torchvision's image transforms if torchvision is not installed."""
     if importlib.util.find_spec("torchvision") is not None:
         return
     from transformers.utils import is_torchvision_available

@@ -19,16 +19,17 @@ from customize.storybook.bundled_assets import assets_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser, folder: str, *stages: str) -> None:
-    """The flags of such a benchmark, and those by which its worker processes are told their jobs.
+    """Add the flags of such a benchmark, and hidden ones for the jobs of its worker processes.
 
     Args:
-        folder: where it keeps what it learned and scored, if not told.
-        stages: such as "learn"; given to :func:`share_out`.
+        parser: of the benchmark.
+        folder: default folder for results.
+        stages: names such as "learn", for :func:`share_out`.
     """
     parser.add_argument("--base", type=Path, default=assets_folder() / "storybook")
     parser.add_argument("--judges", type=Path, default=assets_folder() / "judges")
     parser.add_argument(
-        "--folder", type=Path, default=Path(folder), help="keeps what was learned and scored"
+        "--folder", type=Path, default=Path(folder), help="for trained concepts and scores"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
     for stage in stages:
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, folder: str, *stages: str) ->
 
 
 def share_out(args: argparse.Namespace, stage: str, jobs: Sequence[str], *more: str) -> None:
-    """Do jobs in processes that run this script with the same arguments and `--stage job ...`.
+    """Run jobs in processes that run this script with the same arguments and `--stage job ...`.
 
     Raises:
         SystemExit: one of them failed.

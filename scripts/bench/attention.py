@@ -61,7 +61,7 @@ def backends(
     repeats: int,
     shapes: Mapping[str, tuple[HeadShape, int, int]] = SHAPES,
 ) -> list[Row]:
-    """A row for each shape and backend."""
+    """A row per shape and backend."""
     rows: list[Row] = []
     missing: dict[str, str] = {}
     share = 16 if quick else 4 if device.type == "cpu" else 1
@@ -71,7 +71,7 @@ def backends(
         for name in ("native", *OTHERS):
             try:
                 errors[name] = measure_error(name, heads, device, dtype, None)
-            except Exception as problem:  # whatever a kernel that isn't there raises
+            except Exception as problem:  # missing kernels raise all kinds of errors
                 missing.setdefault(name, f"{name}, not here: {str(problem).splitlines()[0]}")
         taken: dict[str, list[float]] = {name: [] for name in errors}
         for turn in range(repeats):
@@ -96,7 +96,7 @@ def backends(
 
 
 def ways(repeats: int) -> list[Row]:
-    """A row for each way to hold the bundled base, but those that load it anew."""
+    """A row per way to fit the bundled base into memory, except those that load it again."""
     from diffusers import DiffusionPipeline
 
     pipes, counted = {}, {}
@@ -150,7 +150,7 @@ def _weights(pipe: Any) -> list[torch.Tensor]:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--repeats", type=int, help="turns of each backend; 9, quick 3")
+    flags.add_argument("--repeats", type=int, help="turns of each backend (default: 9, quick 3)")
     flags.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     args = flags.parse_args()
     repeats = args.repeats or (3 if args.quick else 9)

@@ -78,17 +78,18 @@ TEXT = tuple(name for name in METHODS if "_text" in name)
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is learned and drawn.
+    """The sizes of the benchmark.
 
     Attributes:
         concepts: numbers of :func:`_scorer.concept`.
         saves: the steps that are scored; the last ends the run.
-        every: steps between checkpoints, of which all saves are multiples.
-        seeds: of the pictures; those of all saves but the last have the first seed alone.
-        scenes: pictures of the concept a seed.
-        again: further training seeds, for nothing and for the default, which are told apart
-            least; each is a run of its own, and counts like another concept.
-        cost_steps, cost_runs: steps of a run whose cost is measured, and such runs of each way.
+        every: steps between checkpoints, a divisor of all saves.
+        seeds: of the images; saves before the last use the first seed only.
+        scenes: images of the concept per seed.
+        again: further training seeds for no preservation and the default, which differ least; each
+            run counts like another concept.
+        cost_steps: steps of a run whose cost is measured.
+        cost_runs: such runs of each way.
     """
 
     concepts: tuple[int, ...]
@@ -135,12 +136,12 @@ def training(protocol: Protocol) -> dict[str, Any]:
 
 
 def config_of(args: argparse.Namespace, method: str, index: int, seed: int) -> TrainConfig:
-    """Only what is preserved differs between the ways."""
+    """The settings of a run; ways differ in `preserve` only."""
     story = concept(index)
     return TrainConfig(
         base=str(args.base),
         images=args.folder / "pictures" / story.name,
-        # Side by side, as what is shared by all of a base is recorded once for a folder.
+        # In one folder, where the directions shared by a base are recorded once.
         output=args.folder / f"{run_name(method)}-{story.name}-{seed}",
         name=story.name,
         class_word=story.identity.kind,
@@ -151,14 +152,13 @@ def config_of(args: argparse.Namespace, method: str, index: int, seed: int) -> T
 
 
 def run_name(method: str) -> str:
-    """Another one for other settings, so that ways can be added to what was learned before."""
+    """A folder name that depends on the settings, so that ways can be added to earlier runs."""
     text = hashlib.sha256(json.dumps(METHODS.get(method), sort_keys=True).encode())
     return f"{folder_name(method)}-{text.hexdigest()[:4]}"
 
 
 def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
-    """Learn and score the cell of `job`, "way/concept/seed", or the base's; finished ones are
-    kept."""
+    """Train and score the job "way/concept/seed", or the base; skip finished ones."""
     from customize.training.recipe import train
 
     path = cell_file(args, job)
@@ -184,7 +184,7 @@ def do(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
 
 
 def cell_file(args: argparse.Namespace, job: str) -> Path:
-    """Where the rows of `job` are kept: a folder for what scores depend on besides the runs."""
+    """The file for a job's rows, in a folder named by a digest of the settings of the scores."""
     depends = hashlib.sha256(repr((astuple(protocol_of(args)), STEPS)).encode())
     for path in [Path(storybook_rates.__file__), *weights_of(args.judges)]:
         depends.update(path.read_bytes())
@@ -197,7 +197,7 @@ def cell_file(args: argparse.Namespace, job: str) -> Path:
 
 
 def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """What a step of each way costs over one that preserves nothing, in runs by turns."""
+    """The cost of a step of each way over one without preservation, in runs in turns."""
     protocol = protocol_of(args)
     times: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     for turn in range(protocol.cost_runs):
@@ -223,13 +223,13 @@ def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def by_kind(runs: Sequence[Sequence[float]]) -> list[list[float]]:
-    """The times of all steps that look at phrases, and of all one, two and three steps later."""
+    """The times of all steps with phrases, and of all one, two and three steps later."""
     every = class_preservation.PRESERVATION_INTERVAL
     return [[time for run in runs for time in run[kind::every]] for kind in range(every)]
 
 
 def step_times(args: argparse.Namespace, method: str) -> list[float]:
-    """The time that this thread computes in each step of a run but the first few."""
+    """The CPU time of each step of a run except the first few."""
     times: list[float] = []
     short_run(args, method, lambda *_: times.append(time.process_time()))
     # The callback comes after a step, so the first difference is the second step's.
@@ -241,7 +241,7 @@ def peak(args: argparse.Namespace, method: str) -> int:
 
 
 def short_run(args: argparse.Namespace, method: str, on_step: Any = None) -> None:
-    """A few steps in a folder that is thrown away, without what goes before and after them."""
+    """A few steps in a temporary folder, without preparation and results."""
     from customize.training.recipe import train
 
     torch.set_num_threads(1)
@@ -276,7 +276,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
         for i in protocol.concepts
         for method in (NOTHING, default())
     ]
-    # The first run records what all share, which two would do twice.
+    # The first run records the shared directions, which two runs would do twice.
     _workers.share_out(args, "do", jobs[1:2])
     _workers.share_out(args, "do", jobs)
     rows = table(args, jobs, cost)
@@ -286,7 +286,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
 def table(
     args: argparse.Namespace, jobs: Sequence[str], cost: Mapping[str, Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    """A row a way and number of steps: rates over concepts, with their spread over seeds."""
+    """A row per way and number of steps: rates over concepts, with their spread over seeds."""
     results: dict[tuple[str, int], list[list[dict[str, float]]]] = {}
     for job in jobs:
         for row in json.loads(cell_file(args, job).read_text()):
@@ -325,8 +325,7 @@ def figures(
 
 
 def loss_error(args: argparse.Namespace, jobs: Sequence[str]) -> dict[str, float]:
-    """One standard error of what the default loses in identity, over pairs of runs, where there are
-    several."""
+    """The standard error of the default's identity loss, over pairs of runs."""
     ways = [
         [
             mean(rates["identity"] for rates in json.loads(path.read_text())[-1]["rates"])
@@ -339,7 +338,7 @@ def loss_error(args: argparse.Namespace, jobs: Sequence[str]) -> dict[str, float
 
 
 def plot(rows: Sequence[Mapping[str, Any]], seeds: int, path: Path) -> None:
-    """Identity against composition after the last step, with one standard error over seeds."""
+    """Plot identity against composition after the last step, with one standard error over seeds."""
     last = max(row["steps"] for row in rows)
     points = []
     for row in rows:
@@ -356,7 +355,7 @@ def plot(rows: Sequence[Mapping[str, Any]], seeds: int, path: Path) -> None:
 def main() -> None:
     parser = _common.parser(__doc__)
     _workers.add_arguments(parser, "runs/class_preservation", "do")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the last rows into a .png")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the last rows to a .png")
     args = parser.parse_args()
     if args.do is None:
         rows, results = run(args)

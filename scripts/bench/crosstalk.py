@@ -36,7 +36,7 @@ PREDICTORS = ("measured", "factors")
 
 
 def predictions(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
-    """Predictor -> (K, K): entry (i, j) is what j does to i."""
+    """Predictor -> (K, K); entry (i, j) is the effect of concept j on concept i."""
     products = {name: flatten_layers(entry.concept.updates) for name, entry in learned.items()}
     inputs = {name: flatten_layers(entry.record.concept) for name, entry in learned.items()}
     return {
@@ -46,7 +46,7 @@ def predictions(learned: Mapping[str, Learned]) -> dict[str, Tensor]:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """The correlation of ranks; equal values share the mean of theirs."""
+    """Spearman's rank correlation; equal values share the mean of their ranks."""
     ranks = torch.stack([_ranks(torch.tensor(entry, dtype=torch.float64)) for entry in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1])
 

@@ -55,7 +55,7 @@ from customize.storybook.caption_grammar import parse_prompt
 from customize.storybook.judges import Judges, load_judges
 
 Rate = dict[str, float]
-STEPS = 12  # of drawing: enough for all that is judged
+STEPS = 12  # sampling steps, enough for the judges
 NOTHING, CLASS_WORD, NEGATIVE = "nothing", "the class word alone", "negative prompt"
 SINGLE = (NOTHING, NEGATIVE)
 OF_CONCEPT = "concept's weight"
@@ -83,7 +83,7 @@ AT_WEIGHT = f"{DEFAULT}, weight 0.9"
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much is learned and drawn: of each task so many subjects, by these seeds."""
+    """The number of subjects of each task, seeds and training steps."""
 
     subjects: Mapping[str, int]
     seeds: Mapping[str, tuple[int, ...]]
@@ -101,7 +101,7 @@ QUICK = Protocol({"personalization": 1}, {"personalization": (1,)}, 60, (0.6,))
 
 
 class Scorer:
-    """Draws and judges."""
+    """Draws images and scores them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -176,7 +176,7 @@ class Scorer:
 
 
 def ways(protocol: Protocol, task: str) -> list[str]:
-    """All ways that are tried, what others do first."""
+    """All ways that are compared, the baselines first."""
     if task == "options":
         others = [NOTHING, NEGATIVE, "weight 0.9", f"{NEGATIVE}, weight 0.9"]
         return [*others, DEFAULT, AT_WEIGHT, *OPTIONS]
@@ -236,7 +236,7 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
 
 
 def cost(scorer: Scorer, repeats: int) -> float:
-    """What `avoid=` adds to a picture of 25 steps, as a share of it; in alternation."""
+    """The time that `avoid=` adds to an image of 25 steps, as a share, measured alternately."""
     concept = _leaky.JUDGED[0]
     scorer.pipe.load_custom(config_of(scorer.args, concept).output)
     seconds: dict[str, list[float]] = {"": [], concept.shown: []}
@@ -313,8 +313,7 @@ def over(results: Sequence[Rate]) -> Rate:
 
 
 def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
-    """Ours by default against the best that can be done at its identity with what was learned; and
-    what better captions, which need another training, do."""
+    """Compare our default with the best baseline at its identity, and with better captions."""
     ours = table[DEFAULT]
     known = {way: rates for way, rates in table.items() if KEPT not in way}
     baselines = [r for way, r in known.items() if not way.startswith(("avoid", NAMED))]
@@ -330,7 +329,7 @@ def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
     single = [r for way, r in known.items() if way in SINGLE or way.startswith(WEIGHED)]
     for kind, rivals in (("", baselines), ("_single", single)):
         best = _leaky.least_leak(rivals, ours["identity"])
-        # Where nothing is recognised there is nothing to compare.
+        # Without a recognised image there is nothing to compare.
         if best is not None and ours["identity"]:
             results[f"leak_best_baseline{kind}_{task}"] = best
             if best:
@@ -341,8 +340,10 @@ def figures_of(task: str, table: Mapping[str, Rate]) -> dict[str, float]:
 def main() -> None:
     parser = _common.parser(__doc__)
     _workers.add_arguments(parser, "runs/decor", "learn", "score")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="four lines, as .png")
-    # What a worker process is told to do.
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="write four lines of images to this .png"
+    )
+    # Jobs of worker processes.
     parser.add_argument("--steps", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)

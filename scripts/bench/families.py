@@ -56,12 +56,12 @@ MEASURED = {"step_cpu_s": "step_time", "tensors_mib": "peak_memory", "peak_mib":
 
 @dataclass(frozen=True)
 class Script:
-    """What differs between the scripts.
+    """The differences between the scripts.
 
     Attributes:
         name: of its file in diffusers' examples.
-        cache: whether it can encode pictures once.
-        layers: ends of the names of those that it trains by default, where they are others.
+        cache: whether it can encode images once.
+        layers: suffixes of the names of the layers that it trains by default, if they are others.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Script:
 
 
 DREAMBOOTH = "train_dreambooth_lora"
-# The scripts list FLUX.2's last projections block by block, of which the tiny one has two.
+# The scripts list FLUX.2's last projections per block; the tiny model has two.
 FLUX2 = (
     *ATTENTION,
     "to_qkv_mlp_proj",
@@ -114,7 +114,7 @@ SCRIPTS: dict[str, Script | None] = {
 
 
 def makers() -> dict[str, Callable[[], Any]]:
-    """Family -> what makes its tiny pipeline; ``wan_22`` has two denoisers."""
+    """Family -> function that makes its tiny pipeline; ``wan_22`` has two denoisers."""
     from tests import tiny, tiny_llm, tiny_video
 
     results = {**vars(tiny), **vars(tiny_llm), **vars(tiny_video)}
@@ -124,7 +124,7 @@ def makers() -> dict[str, Callable[[], Any]]:
 
 def make_base(family: str, folder: Path) -> None:
     pipe = makers()[family]()
-    # Else the index of a modular pipeline names no folder for its parts.
+    # Otherwise the index of a modular pipeline names no folder for its components.
     modular = {"overwrite_modular_index": True} if hasattr(pipe, "blocks") else {}
     pipe.save_pretrained(str(folder), **modular)
 
@@ -132,7 +132,7 @@ def make_base(family: str, folder: Path) -> None:
 def run_side(
     args: argparse.Namespace, family: str, label: str, base: Path, output: Path, counting: bool
 ) -> Any:
-    """Run one side once: time and memory; or, counting, its tensors alone."""
+    """Run one side once and return time and memory, or only the memory of its tensors."""
     import _family_sides
 
     script = SCRIPTS[family]
@@ -157,7 +157,7 @@ def run_side(
 
 
 def compare(args: argparse.Namespace, family: str, folder: Path) -> list[dict[str, Any]]:
-    """All sides of one family, in turns; a row a side. What ours learned stays in the folder."""
+    """All sides of one family in turns, a row per side. Our trained concepts stay in the folder."""
     base, script = folder / "base", SCRIPTS[family]
     apart(partial(make_base, family, base))
     labels = [label for label in SIDES if script or label != "theirs"]
@@ -199,7 +199,7 @@ def compare(args: argparse.Namespace, family: str, folder: Path) -> list[dict[st
 
 
 def prove(folder: Path) -> dict[str, dict[str, Any]]:
-    """Entry of SCRIPTS -> what stock diffusers made of the first file that ours saved for it."""
+    """Entry of SCRIPTS -> the result of stock diffusers for the first file that ours saved."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("_family_proof.py")), str(folder)],
@@ -217,15 +217,17 @@ def prove(folder: Path) -> dict[str, dict[str, Any]]:
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--families", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
-    flags.add_argument("--repeats", type=int, help="runs of each side; 3, quick 1")
-    flags.add_argument("--steps", type=int, help="steps of a run, 2 of them warm-up; 32, quick 12")
+    flags.add_argument("--repeats", type=int, help="runs of each side (default: 3, quick 1)")
+    flags.add_argument(
+        "--steps", type=int, help="steps of a run, 2 of them warm-up (default: 32, quick 12)"
+    )
     args = flags.parse_args()
     args.repeats = args.repeats or (1 if args.quick else 3)
     args.steps = args.steps or (12 if args.quick else 32)
     if args.steps < 3:
         raise SystemExit(f"{args.steps} steps leave none after the warm-up; take 3 or more")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    makers()  # imports what both sides use
+    makers()  # imports of both sides
     torch.set_num_threads(1)
 
     rows: list[dict[str, Any]] = []

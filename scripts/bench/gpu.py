@@ -60,7 +60,7 @@ PARTS: dict[str, Callable[[Run], Iterator[Row]]] = {
 
 
 def work(name: str, args: argparse.Namespace, folder: Path, seconds: float) -> list[dict[str, Any]]:
-    """The rows of one part, from a process of its own that gets so many seconds."""
+    """The rows of one part, from a process of its own with a time limit in seconds."""
     words = [sys.executable, __file__, "--worker", name, "--folder", str(folder)]
     words += ["--device", args.device, "--minutes", str(seconds / 60)]
     words += ["--tiny"] * args.tiny + ["--quick"] * args.quick
@@ -129,7 +129,7 @@ def known(path: Path | None) -> list[dict[str, Any]]:
 
 
 def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How many rows there are, how many failed, and the largest ratios of what was counted."""
+    """The number of rows and of failures, and the largest ratios of estimates."""
     both = [row for row in rows if row.get("counted_gib") and row.get("peak_gib")]
     counted = [row["peak_gib"] / row["counted_gib"] for row in both]
     failed = [row for row in rows if "seconds" not in row and "error" not in row]
@@ -174,7 +174,7 @@ def main() -> None:
 
 
 def installed() -> str:
-    """The optional libraries that are here."""
+    """The optional libraries that are installed."""
     names = ("bitsandbytes", "torchao", "xformers", "flash_attn", "sageattention")
     return ", ".join(name for name in names if find_spec(name)) or "none"
 

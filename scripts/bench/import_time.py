@@ -15,7 +15,7 @@ import sys
 
 from _common import ROOT, parser, report, spread
 
-# What a script without the pack would say, and what one with the pack says in its place.
+# The statement without this package, and the one with it.
 PAIRS = {
     "the package alone": ("import diffusers", "import customize"),
     "both packages": ("import diffusers", "import diffusers; import customize"),
@@ -37,7 +37,7 @@ print(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def seconds(statement: str) -> tuple[float, float]:
-    """How long a statement takes in a fresh interpreter: on the clock, and of the CPU."""
+    """Wall-clock and CPU seconds of a statement in a fresh interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", TIMED.format(statement)],
         cwd=ROOT,
@@ -53,7 +53,9 @@ def seconds(statement: str) -> tuple[float, float]:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--repeats", type=int, help="counted runs of each statement; 11, quick 7")
+    flags.add_argument(
+        "--repeats", type=int, help="counted runs of each statement (default: 11, quick 7)"
+    )
     args = flags.parse_args()
     repeats = args.repeats or (7 if args.quick else 11)
     rows, overheads = [], []

@@ -48,7 +48,7 @@ TURNS = 15
 
 
 def open_base() -> Any:
-    """The bundled base, as anyone opens it."""
+    """The bundled base, opened in the usual way."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(BASE)
@@ -57,7 +57,7 @@ def open_base() -> Any:
 
 
 def write_concepts(folder: Path, count: int) -> None:
-    """Concepts of random updates of all layers, and two tokens each."""
+    """Write concepts of random updates of all layers, with two token embeddings each."""
     from customize.concepts.concept_info import BasisInfo, ConceptInfo
     from customize.concepts.input_statistics import (
         DIRECTIONS,
@@ -144,7 +144,7 @@ def computed(call: Callable[[], Any]) -> float:
 def in_turns(
     turns: int, ours: Callable[[int], Any], alone: Callable[[], Any]
 ) -> tuple[list[float], list[float]]:
-    """The times of a side, and each over that of the pipeline with one concept."""
+    """The times of a side, and each relative to the pipeline with one concept."""
     times, ratios = [], []
     for turn in range(turns):
         if turn % 2:
@@ -157,7 +157,7 @@ def in_turns(
 
 
 def run_ours(folder: Path, turns: int) -> dict[str, Any]:
-    """Everything about a library, in a process of its own."""
+    """All measurements of a library, in a process of its own."""
     names = [f"c{number}" for number in range(len(list(folder.glob("c*"))))]
     alone = open_base().load_custom(folder / "c0")
     expected = draw(alone, "c0")
@@ -188,7 +188,7 @@ def run_ours(folder: Path, turns: int) -> dict[str, Any]:
 
 
 def run_pairs(folder: Path, pipe: Any, names: list[str], turns: int) -> dict[str, Any]:
-    """Pictures that name two concepts of the library, which are fused."""
+    """Images that name two concepts of the library, which are fused."""
     pairs = (names[:2], names[2:])
     alone = open_base().load_custom(*(folder / name for name in pairs[0]))
     if alone.custom.merge != "fusion":
@@ -244,12 +244,12 @@ def main() -> None:
     torch.set_num_threads(1)
     hide_loading_bars()
     for libraries in (diffusers_logging, transformers_logging):
-        libraries.set_verbosity_error()  # of each of theirs they say what it has nothing for
+        libraries.set_verbosity_error()  # they warn for each LoRA without text encoder layers
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         whole = Path(name) / "all"
         write_concepts(whole, max(*ours, *theirs))
-        draw(open_base().load_custom(whole / "c0"), "c0")  # what is imported at the first use
+        draw(open_base().load_custom(whole / "c0"), "c0")  # imports at the first use
         for count in ours:
             folder = Path(name) / str(count)
             folder.mkdir()

@@ -69,7 +69,7 @@ def make_pipeline(blocks: int, single_blocks: int) -> Any:
 
 
 def write_loras(pipe: Any, folder: Path, count: int) -> list[Path]:
-    """LoRAs of the same layers, with diffusers' keys."""
+    """Write LoRAs of the same layers, with diffusers' keys."""
     from safetensors.torch import save_file
 
     layers = {
@@ -93,7 +93,7 @@ def write_loras(pipe: Any, folder: Path, count: int) -> list[Path]:
 
 @torch.no_grad()
 def answer(pipe: Any) -> Tensor:
-    """What the transformer says to one input."""
+    """The output of the transformer for one input."""
     generator = torch.Generator().manual_seed(0)
     tokens, words = 16, 8
     results: Tensor = pipe.transformer(
@@ -124,7 +124,7 @@ SIDES = {"ours": ours, "theirs": theirs}
 
 
 def run(pipe: Any, side: str, paths: list[Path]) -> dict[str, Any]:
-    """Load the files once: the time, and the model's answer after it."""
+    """Load the files once; return the time and the model's output."""
     weights = [1 / len(paths)] * len(paths)
     wall, cpu = time.perf_counter(), time.process_time()
     SIDES[side](pipe, paths, weights)
@@ -136,7 +136,7 @@ def run(pipe: Any, side: str, paths: list[Path]) -> dict[str, Any]:
 
 
 def compare(pipe: Any, paths: list[Path], turns: int) -> list[dict[str, Any]]:
-    """Both sides in turns; a row a side."""
+    """Both sides in turns, a row per side."""
     base = answer(pipe)
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for turn in range(turns):
@@ -174,10 +174,10 @@ def main() -> None:
     args = flags.parse_args()
     repeats = {1: 1, 10: 1} if args.quick else REPEATS
     torch.set_num_threads(1)
-    logging.set_verbosity_error()  # theirs says of each file that it has nothing for text encoders
+    logging.set_verbosity_error()  # theirs warns that files have no text encoder layers
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        for side in SIDES:  # what is imported at the first use
+        for side in SIDES:  # imports at the first use
             small = make_pipeline(1, 1)
             (folder := Path(name) / side).mkdir()
             SIDES[side](small, write_loras(small, folder, 2), [0.5, 0.5])

@@ -71,7 +71,7 @@ TOKENS = "tokens only, no weights"
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is learned, merged and drawn."""
+    """The sizes of the benchmark."""
 
     total: int
     counts: tuple[int, ...]
@@ -94,12 +94,12 @@ QUICK_STEPS = 40
 
 
 def training(args: argparse.Namespace) -> dict[str, Any]:
-    """The demo's settings, with nothing preserved: what is compared is how concepts merge."""
+    """The demo's settings without preservation, as merges are compared."""
     return TRAINING | {"steps": args.steps, "checkpoint_every": 0, "preserve": {}}
 
 
 def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
-    """Only the slice, what it avoids and the method differ."""
+    """The settings of a training; the kinds differ in slice, shared directions and method only."""
     story = concept(index)
     settings: dict[str, dict[str, Any]] = {
         AVOIDING: {"slice": index},
@@ -119,7 +119,7 @@ def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
 
 
 def learn(args: argparse.Namespace, job: str) -> None:
-    """Learn the concept of `job`, "how/number"; a finished one is kept."""
+    """Train the concept of a job, "kind/number"; skip finished ones."""
     from customize.training.recipe import train
 
     kind, index = job.rsplit("/", 1)
@@ -132,7 +132,7 @@ def learn(args: argparse.Namespace, job: str) -> None:
 
 
 def members(count: int, scored: Sequence[int], total: int) -> list[int]:
-    """`count` concepts that hold the scored ones: they and those that follow, around the circle."""
+    """`count` concepts including the scored ones: these and the following, cyclically."""
     return [(scored[0] + k) % total for k in range(count)]
 
 
@@ -156,7 +156,7 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
 
 
 def cell_file(args: argparse.Namespace, job: str) -> Path:
-    """Where the rows of `job` are kept: a folder for what they depend on besides the concepts."""
+    """The file for a job's rows, in a folder named by a digest of the settings of the scores."""
     depends = hashlib.sha256(repr(astuple(QUICK if args.quick else FULL)).encode())
     for path in [Path(storybook_rates.__file__), *weights_of(args.base), *weights_of(args.judges)]:
         depends.update(path.read_bytes())
@@ -191,7 +191,7 @@ def load(args: argparse.Namespace, kind: str, indices: Sequence[int]) -> list[Le
 def alone(
     args: argparse.Namespace, scorer: Scorer, method: str, protocol: Protocol
 ) -> list[dict[str, Any]]:
-    """Each concept by itself at full weight, or its tokens without any weights."""
+    """Each concept alone at full weight, or its tokens without weights."""
     kind = AVOIDING if method == TOKENS else method.removeprefix("alone, ")
     results = []
     for index in (i for group in protocol.scored for i in group):
@@ -219,7 +219,7 @@ def paired(
 
 
 def over(results: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
-    """The mean over concepts or groups of them, a seed: `found` has a list of seeds for each."""
+    """The mean over concepts or groups per seed; `results` has a list of seeds for each."""
     return [
         {key: mean(r[key] for r in seed) for key in RATES} for seed in zip(*results, strict=True)
     ]
@@ -260,7 +260,7 @@ def merged(
 
 
 def costs(args: argparse.Namespace, protocol: Protocol) -> dict[tuple[str, int], dict[str, float]]:
-    """What each merge takes: seconds, the median of three, and the most it allocates, MiB."""
+    """The cost of each merge: seconds, the median of three, and peak memory in MiB."""
     family = family_of(open_quietly(args.base).components)
     results = {}
     for method, (kind, merge) in METHODS.items():
@@ -280,9 +280,9 @@ def costs(args: argparse.Namespace, protocol: Protocol) -> dict[tuple[str, int],
 def best_weight(
     quality: Callable[[float], float], weights: Sequence[float]
 ) -> tuple[float, dict[float, float]]:
-    """The weight of the highest quality, and all that were tried: `weights` and on past their ends.
+    """The weight of the highest quality, and all that were tried, extending `weights` at its ends.
 
-    Of equals the largest wins.
+    The largest of equals is returned.
     """
     tried = {weight: quality(weight) for weight in weights}
     while True:
@@ -368,7 +368,7 @@ def main() -> None:
     parser = _common.parser(__doc__)
     _workers.add_arguments(parser, "runs/merge_identity", "learn", "score")
     parser.add_argument(
-        "--steps", type=int, default=TRAINING["steps"], help="training steps a concept"
+        "--steps", type=int, default=TRAINING["steps"], help="training steps per concept"
     )
     args = parser.parse_args()
     if args.learn is None and args.score is None:

@@ -34,7 +34,7 @@ WAYS = ("fusion", "gradient fusion")
 
 
 def gradient_fusion(learned: Sequence[Learned]) -> Products:
-    """The loop of Mix-of-Show over our factors of the same inputs."""
+    """The loop of Mix-of-Show over low-rank updates and the same inputs."""
     merged: Products = {}
     for part in learned[0].concept.updates:
         merged[part] = {}
@@ -52,13 +52,18 @@ def gradient_fusion(learned: Sequence[Learned]) -> Products:
 
 
 def minimised(inputs: Tensor, targets: Tensor, iterations: int) -> Tensor:
-    """The update U, from zero, of the least ``||U inputs^T - wanted||^2`` that L-BFGS comes to."""
+    """The update U that minimises ``
+
+    U inputs^T - targets
+
+    ^2`` by L-BFGS, from zero.
+    """
     update = torch.zeros(targets.shape[0], inputs.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [update],
         lr=1.0,
         max_iter=iterations,
-        # Else it stops where the loss is small because numbers are.
+        # Otherwise it stops early where the inputs are small.
         tolerance_grad=0.0,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",

@@ -61,7 +61,7 @@ Shapes = dict[str, tuple[int, int]]
 
 
 def make_pipeline() -> Any:
-    """A Stable Diffusion pipeline whose UNet is of 1.5's size."""
+    """A Stable Diffusion pipeline with a UNet of the size of 1.5's."""
     from diffusers import UNet2DConditionModel
 
     from tests.tiny import tiny_sd
@@ -86,7 +86,7 @@ def make_pipeline() -> Any:
 
 
 def write_loras(shapes: Shapes, folder: Path, count: int, sliced: bool = False) -> list[Path]:
-    """Files with diffusers' keys; in slices of one basis, or each with downs of its own."""
+    """Write files with diffusers' keys, in slices of one basis or with separate factors."""
     from customize.core.bases import BASES, block, down_projection
 
     slices: dict[tuple[int, int], Tensor] = {}
@@ -115,7 +115,7 @@ def write_loras(shapes: Shapes, folder: Path, count: int, sliced: bool = False) 
 
 
 class Bench:
-    """The pipeline, and its touched weights as they were."""
+    """The pipeline, and its changed weights as they were."""
 
     def __init__(self) -> None:
         self.pipe = make_pipeline()
@@ -190,7 +190,7 @@ class Bench:
             weight.data.copy_(self.before[name])
 
     def changes(self) -> Tensor:
-        """What all the weights were changed by, one after another."""
+        """The changes of all weights, flattened."""
         pairs = ((weight, self.before[name]) for name, weight in self.weights.items())
         return torch.cat([(weight - before).flatten() for weight, before in pairs])
 
@@ -203,8 +203,8 @@ def memory(key: str) -> int:
 
 
 def timed(call: Callable[[], Any]) -> dict[str, float]:
-    """What a call takes."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    """The time of a call."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     results = {"load_s": time.process_time() - cpu, "clock_s": time.perf_counter() - wall}
@@ -215,7 +215,7 @@ def timed(call: Callable[[], Any]) -> dict[str, float]:
 def compare(
     bench: Bench, paths: list[Path], turns: int
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """All sides in turns; a row a side, and the medians of the ratios of this number of files."""
+    """All sides in turns: a row per side, and the medians of the ratios."""
     weights = [1 / len(paths)] * len(paths)
     sides = {
         "ours": (bench.ours, bench.undo_ours),
@@ -266,7 +266,7 @@ def compare(
 
 
 def svd_seconds(bench: Bench, paths: list[Path]) -> float:
-    """What peft's "svd" would take for all layers, from one of each shape."""
+    """The time of peft's "svd" for all layers, extrapolated from one of each shape."""
     counts = Counter(bench.shapes.values())
     total = 0.0
     for shape, count in counts.items():
@@ -279,7 +279,7 @@ def svd_seconds(bench: Bench, paths: list[Path]) -> float:
 
 @torch.no_grad()
 def curve(bench: Bench, folder: Path, kind: str, counts: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Ours at ever larger N, on the middle block."""
+    """Our time at increasing N, on the middle block."""
     shapes = {name: shape for name, shape in bench.shapes.items() if MIDDLE.fullmatch(name)}
     paths = write_loras(shapes, folder, max(counts), sliced=kind == "slices")
     rows = []
@@ -344,7 +344,7 @@ def main() -> None:
 
     args = parser(__doc__).parse_args()
     torch.set_num_threads(1)
-    logging.set_verbosity_error()  # theirs says of each file that it has nothing for text encoders
+    logging.set_verbosity_error()  # theirs warns that files have no text encoder layers
     report("merge_speed", args, *run(args))
 
 

@@ -43,6 +43,7 @@ from customize.core.region_weights import blend, box_weights, stack_regions
 from customize.demo.experiment import TRAINING
 from customize.evaluation.storybook_rates import GUIDANCE, STEPS
 from customize.families import family_of
+from customize.image_tensors import tensor_to_images
 from customize.storybook.bundled_assets import assets_folder
 from customize.storybook.caption_grammar import PLACE_PHRASES
 from customize.storybook.judges import Judges, judge_inputs, load_judges
@@ -59,7 +60,7 @@ MERGES: dict[str, dict[str, Any]] = {
     "sum": {"merge": "sum"},
     "average": {"merge": "sum", "weights": [0.5, 0.5]},
 }
-# Left edges of the crops of 52 x 52 in which a thing is looked for, from its half's own edge.
+# Left edges of the crops of 52 x 52 pixels, relative to the edge of the half.
 SHIFTS = (-6, 0, 6, 12, 18)
 CROP, TOP = 52, 10
 IN_ATTENTION = "regions in cross-attention, fusion"
@@ -81,10 +82,12 @@ QUICK = Protocol(PAIRS[:2], PLACES[:3], (1,))
 
 
 def distances(judges: Judges, images: Tensor, signature: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine distance (batch,) to a concept of what stands left and right.
+    """Cosine distances (batch,) of the left and the right thing to a concept.
 
     Args:
+        judges: of the storybook.
         images: (batch, 3, 64, 64 or 128) in [-1, 1].
+        signature: prototype (64,) of the concept.
     """
     if images.shape[-1] == SQUARE[1]:
         left, right = (judges.distance(images, signature, side) for side in ("left", "right"))
@@ -107,7 +110,7 @@ def signature(judges: Judges, index: int) -> Tensor:
 
 @torch.no_grad()
 def trust(pipe: Any, judges: Judges, size: tuple[int, int], count: int) -> dict[str, float]:
-    """Shares of rendered pairs: the concept known in its half, and another taken for it."""
+    """Shares of drawn pairs in which the concept is recognised, and another is mistaken for it."""
     rng = np.random.default_rng(7)
     hits: list[bool] = []
     false: list[bool] = []
@@ -127,7 +130,7 @@ def trust(pipe: Any, judges: Judges, size: tuple[int, int], count: int) -> dict[
 
 
 def rendered(rng: np.random.Generator, pair: Sequence[Identity], size: tuple[int, int]) -> Tensor:
-    """A scene of two; a wide one is two halves, each with one thing, in one place."""
+    """A drawn scene of two things; a wide one is two halves with one thing each, in one place."""
     if size == SQUARE:
         return judge_inputs([draw_scene(compose_scene(rng, tuple(pair)))])[0]
     place = str(rng.choice(list(PLACE_PHRASES)))
@@ -142,7 +145,7 @@ def rendered(rng: np.random.Generator, pair: Sequence[Identity], size: tuple[int
 
 
 def drawn(pipe: Any, texts: Sequence[str], seed: int, size: tuple[int, int], **call: Any) -> Tensor:
-    """Pictures (n, 3, *size) in [-1, 1], one seed each, whatever the way they are drawn."""
+    """Generate images (n, 3, *size) in [-1, 1], with one seed each."""
     images = pipe(
         list(texts),
         height=size[0],
@@ -158,7 +161,7 @@ def drawn(pipe: Any, texts: Sequence[str], seed: int, size: tuple[int, int], **c
 
 @contextmanager
 def inside_attention(pipe: Any, prompts: Sequence[str], phrases: Sequence[str]) -> Iterator[None]:
-    """Mix-of-Show's regions: each cross-attention answers once for each region's prompt."""
+    """Mix-of-Show's regions: each cross-attention attends to each region's prompt."""
     family = family_of(pipe.components)
     # By region, then by picture.
     texts = [
@@ -207,7 +210,7 @@ def in_attention(pipe: Any, texts: Sequence[str], seed: int, phrases: Sequence[s
 
 
 def learned(args: argparse.Namespace, index: int) -> Path:
-    """The folder of a concept, of `merge_identity.py`'s or learned here and now."""
+    """The folder of a concept of `merge_identity.py`, or of one trained here."""
     name = concept(index).name
     known = sorted(args.folder.glob(f"*/{folder_name(AVOIDING)}/{name}/concept.json"))
     if known:
@@ -219,7 +222,7 @@ def learned(args: argparse.Namespace, index: int) -> Path:
 
 
 class Tally:
-    """Counts of what was right, by the way it was drawn."""
+    """Counts of recognised concepts per way of drawing."""
 
     def __init__(self, judges: Judges) -> None:
         self.judges = judges
@@ -228,7 +231,7 @@ class Tally:
         self.kept: dict[str, list[Tensor]] = {}
 
     def add(self, way: str, pair: Sequence[int], draw: Callable[[], Tensor]) -> None:
-        """Draw and judge pictures of a pair."""
+        """Draw and score images of a pair."""
         started = time.perf_counter()
         images = draw()
         taken = (time.perf_counter() - started) / len(images)
@@ -276,7 +279,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
 def draw_pair(
     pipe: Any, tally: Tally, folders: Sequence[Path], pair: Sequence[int], protocol: Protocol
 ) -> None:
-    """All ways to draw one pair."""
+    """Draw one pair in all ways."""
     names = [concept(index).trigger for index in pair]
     regions = dict(zip(names, HALVES, strict=True))
     both = [f"a photo of {names[0]} and {names[1]} {place}" for place in protocol.places]
@@ -286,7 +289,7 @@ def draw_pair(
             pipe.load_custom(*folders, **how)
             for kind, call in calls.items():
                 if (kind, merge) == ("regions", "average"):
-                    continue  # concepts at half their strength, each by itself
+                    continue  # each concept alone, at half its strength
                 tally.add(f"{kind}, {merge}", pair, partial(drawn, pipe, both, seed, WIDE, **call))
             if merge == "fusion":
                 for kind, call in calls.items():
@@ -300,8 +303,7 @@ def draw_pair(
 def alone(
     pipe: Any, folders: Sequence[Path], names: Sequence[str], protocol: Protocol, seed: int
 ) -> Tensor:
-    """Of pictures of one concept alone in its half: the left half of the first concept's beside
-    the right half of the second's."""
+    """The left half of images of the first concept alone, beside the right half of the second's."""
     halves = []
     for folder, name, box in zip(folders, names, HALVES, strict=True):
         pipe.load_custom(folder)
@@ -328,7 +330,7 @@ def figures_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def save(kept: Mapping[str, Sequence[Tensor]], pairs: int, path: Path) -> None:
-    """A line for each way with fusion, in it a picture of each pair, each in another place."""
+    """Save a line per way with fusion, with one image per pair, each in another place."""
     from PIL import Image
 
     lines = []
@@ -336,8 +338,7 @@ def save(kept: Mapping[str, Sequence[Tensor]], pairs: int, path: Path) -> None:
         groups = kept[way][:: len(kept[way]) // pairs]  # the first seed of each pair
         chosen = [images[k % len(images)] for k, images in enumerate(groups)]
         lines.append(torch.cat([F.pad(each, (1, 1, 1, 1), value=1.0) for each in chosen], -1))
-    sheet = ((torch.cat(lines, -2) + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0)
-    image = Image.fromarray(sheet.numpy())
+    (image,) = tensor_to_images(torch.cat(lines, -2)[None])
     path.parent.mkdir(parents=True, exist_ok=True)
     image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(path)
 
@@ -349,13 +350,13 @@ def main() -> None:
         "--folder",
         type=Path,
         default=Path("runs/merge_identity"),
-        help="where merge_identity.py keeps what it learned",
+        help="folder of merge_identity.py",
     )
     parser.add_argument(
-        "--steps", type=int, default=TRAINING["steps"], help="training steps a concept"
+        "--steps", type=int, default=TRAINING["steps"], help="training steps per concept"
     )
     parser.add_argument(
-        "--pictures", type=Path, metavar="FILE", help="show one of each pair, as in README.md"
+        "--pictures", type=Path, metavar="FILE", help="write one image per pair to this .png"
     )
     args = parser.parse_args()
     _common.report("regions", args, *run(args))

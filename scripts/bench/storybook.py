@@ -32,7 +32,7 @@ SEEDS = (1, 2, 3)
 
 
 def scenes_to_ask_for(count: int, seed: int, things: int) -> list[Scene]:
-    """Scenes in which each body has a colour that a word names; classes come evenly often."""
+    """Scenes whose bodies all have a colour word, with evenly distributed classes."""
     rng = np.random.default_rng((seed, things, 2024))
     drawn_scenes = []
     for k in range(count):
@@ -43,7 +43,7 @@ def scenes_to_ask_for(count: int, seed: int, things: int) -> list[Scene]:
 
 
 def judge_rows(figures: dict[str, float]) -> list[dict[str, Any]]:
-    """Held-out accuracy of each kind of attribute, the mean over its heads."""
+    """Held-out accuracy of each attribute, the mean over its heads."""
     rows = []
     for state in ("clean", "rough"):
         row: dict[str, Any] = {"what": f"judge on {state} renders"}
@@ -59,7 +59,7 @@ def judge_rows(figures: dict[str, float]) -> list[dict[str, Any]]:
 def base_rows(
     pipe: Any, judges: Judges, things: int, pictures: int, sheet: Path | None
 ) -> list[dict[str, Any]]:
-    """One row a seed, and that of a perfect model."""
+    """A row per seed, and one of a perfect model."""
     rows, scenes, shown = [], [], []
     name = "one thing" if things == 1 else "two things"
     for seed in SEEDS:
@@ -82,8 +82,10 @@ def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--base", type=Path, default=ROOT / "assets/storybook")
     flags.add_argument("--judges", type=Path, default=ROOT / "assets/judges")
-    flags.add_argument("--pictures", type=int, help="generated pictures a seed; 96, quick 32")
-    flags.add_argument("--sheet", type=Path, help="PNG file for the generated pictures, to look at")
+    flags.add_argument(
+        "--pictures", type=int, help="generated images per seed (default: 96, quick 32)"
+    )
+    flags.add_argument("--sheet", type=Path, help="PNG file for the generated images")
     args = flags.parse_args()
     pictures = args.pictures or (32 if args.quick else 96)
     if not (args.base / "model_index.json").is_file():

@@ -36,7 +36,7 @@ SIDES = {"ours, orthogonal": "orthogonal", "ours, lora": "lora", "theirs": "lora
 
 @dataclass(frozen=True)
 class Setting:
-    """A base to train on, and how."""
+    """A base to train on, and its settings."""
 
     name: str
     base: Path
@@ -46,9 +46,9 @@ class Setting:
 
 
 def write_pictures(folder: Path, side: int) -> Path:
-    """Eight pictures of a concept, as large as they are trained.
+    """Write eight images of a concept at the training resolution.
 
-    Each batch size here divides eight: the example's last batch of a pass would else be smaller.
+    Batch sizes divide eight, as otherwise the example's last batch of an epoch is smaller.
     """
     from PIL import Image
 
@@ -62,10 +62,10 @@ def write_pictures(folder: Path, side: int) -> Path:
 
 
 def make_wide(folder: Path) -> Path:
-    """A random base with the widths of Stable Diffusion 1.5's first levels, but shallow.
+    """A random base with the widths of Stable Diffusion 1.5's first levels, but few layers.
 
-    The autoencoder is a quarter as wide as the real one, so that its share of a step, which the
-    example pays and we don't, is not overstated beside so shallow a UNet.
+    The autoencoder has a quarter of the real width, so that its share of a step, which the example
+    pays and ours does not, is not overstated beside the small UNet.
     """
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
@@ -119,7 +119,7 @@ def make_wide(folder: Path) -> Path:
 
 
 def theirs_is(args: argparse.Namespace) -> str:
-    """Which side of `_train_sides.py` stands for the example."""
+    """The side of `_train_sides.py` that represents the example."""
     return "script" if args.script else "loop"
 
 
@@ -155,7 +155,7 @@ def run_side(args: argparse.Namespace, setting: Setting, label: str, text: bool)
 
 
 def compare(args: argparse.Namespace, setting: Setting, text: bool) -> list[dict[str, Any]]:
-    """All sides of one case, in turns; a row a side, with its ratios to theirs."""
+    """All sides of one case in turns: a row per side, with its ratios to theirs."""
     runs: dict[str, list[dict[str, float]]] = {label: [] for label in SIDES}
     for turn in range(args.repeats):
         for label in list(SIDES)[:: 1 if turn % 2 else -1]:
@@ -186,8 +186,12 @@ def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--base", type=Path, default=ROOT / "assets/storybook")
     flags.add_argument("--script", type=Path, help="train_dreambooth_lora.py of diffusers, to run")
-    flags.add_argument("--repeats", type=int, help="runs of each side in each case; 3, quick 1")
-    flags.add_argument("--steps", type=int, help="steps of a run, 2 of them warm-up; 12, quick 7")
+    flags.add_argument(
+        "--repeats", type=int, help="runs of each side in each case (default: 3, quick 1)"
+    )
+    flags.add_argument(
+        "--steps", type=int, help="steps of a run, 2 of them warm-up (default: 12, quick 7)"
+    )
     flags.add_argument("--threads", type=int, default=usable_cores())
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = flags.parse_args()

@@ -29,12 +29,12 @@ from torch import Tensor
 sys.path.insert(0, str(ROOT))
 
 COUNT, RANK = 8, 16
-#: Width -> turns; a dense SVD at the last takes long.
+#: Width -> turns; a dense SVD at the last takes minutes.
 REPEATS = {640: 9, 1280: 5, 3072: 3}
 
 
 def make_updates(width: int) -> list[Any]:
-    """Updates of one layer; the second half reads and writes nearly what the first does."""
+    """Updates of one layer; the second half nearly spans the same spaces as the first."""
     from customize.core.lowrank import LowRank
 
     generator = torch.Generator().manual_seed(width)
@@ -75,7 +75,7 @@ SIDES: dict[str, Callable[[list[Any]], tuple[Tensor, Tensor]]] = {
 
 
 def excess(updates: list[Any], factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """By how much each side's error is above the least possible, as a share of that."""
+    """The relative excess of each side's error over the best possible error."""
     total = sum(item.scale * (item.up.double() @ item.down.double()) for item in updates)
     left = torch.linalg.svdvals(total)[RANK:]
     best = float(left.square().sum().sqrt())
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
         factors = {}
         for turn in range(min(turns, 2) if args.quick else turns):
             for side in list(SIDES)[:: 1 if turn % 2 else -1]:
-                # What is quick is timed over several calls.
+                # Short calls are timed several at a time.
                 calls = 20 if side == "ours" else 1
                 started = time.process_time()
                 for _ in range(calls):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from customize.concepts.input_statistics import CONTEXTS, PROMPTS, fill_prompts
-from customize.core.preservation import PRESERVATIONS
+from customize.core.preservation import PRESERVATIONS, select_losses
 from customize.core.preservation.positions import (
     POOLINGS,
     common_positions,
@@ -44,7 +44,7 @@ PRESERVATION_INTERVAL = 6
 _PHRASES_PER_STEP = 2
 
 #: Computes (rows, length, width) states from (rows, length) ids and the number of leading rows that
-#: belong to the loss "class_text".
+#: belong to losses that compare the feature of a phrase.
 TextStates = Callable[[Tensor, int], Tensor]
 
 
@@ -98,7 +98,7 @@ class PreservationTargets:
 
     Attributes:
         configs: Settings of the run's concepts.
-        contexts: Prompts in contexts of each concept; empty without the loss "context_output".
+        contexts: Prompts in contexts of each concept; empty without a loss that compares them.
         phrases: Text encoder's component name -> loss -> its phrases.
         text_states: Text encoder's component name -> its forward function.
         conditions: Caption with the class word -> its conditions in the base model.
@@ -130,15 +130,16 @@ class PreservationTargets:
             }
             sizes = [len(phrases.ids) for phrases in selected.values()]
             ids = torch.cat([phrases.ids for phrases in selected.values()])
-            class_rows = len(selected["class_text"].ids) if "class_text" in selected else 0
-            states = self.text_states[key](ids, class_rows)
+            # The losses on phrases come first.
+            first = select_losses(selected, "phrase_feature")
+            states = self.text_states[key](ids, sum(len(selected[loss].ids) for loss in first))
             for (loss, phrases), rows in zip(selected.items(), states.split(sizes), strict=True):
                 learned, base, weight = (
                     gather_positions(rows, phrases.positions),
                     phrases.base,
                     phrases.weight,
                 )
-                if loss == "class_text":
+                if loss in first:
                     learned, base, weight = learned[:, 0], base[:, 0], weight[:, 0]
                 weighted.append(config.preserve[loss] * PRESERVATIONS[loss](learned, base, weight))
         return PRESERVATION_INTERVAL / len(self.phrases) * torch.stack(weighted).sum()
@@ -165,16 +166,18 @@ class PreservationTargets:
 def phrases_for_loss(config: TrainConfig, loss: str) -> list[str]:
     """Return the phrases with the trigger that a loss compares.
 
-    The setting ``preserve_phrases`` takes precedence. By default, class_text compares the caption,
-    as in the ClassDiffusion paper; context_text compares the prompts of the layer input recording;
-    and context_output compares the caption extended by the contexts of these prompts.
+    The setting ``preserve_phrases`` takes precedence. By default, losses on phrases compare the
+    caption, as in the ClassDiffusion paper; those on the words around the concept the prompts of
+    the layer input recording; and those on contexts the caption extended by the contexts of these
+    prompts.
     """
+    compares = PRESERVATIONS[loss].compares
     caption = config.caption or "a photo of {}"
     if config.preserve_phrases:
         return fill_prompts(config.trigger, config.preserve_phrases)
-    if loss == "class_text":
+    if compares == "phrase_feature":
         return fill_prompts(config.trigger, [caption])
-    if loss == "context_text":
+    if compares == "context_features":
         return fill_prompts(config.trigger, PROMPTS)
     return fill_prompts(config.trigger, [f"{caption} {context}" for context in CONTEXTS])
 
@@ -187,9 +190,9 @@ def with_class_words(configs: Sequence[TrainConfig], text: str) -> str:
 
 
 def context_prompts(configs: Sequence[TrainConfig]) -> list[list[str]]:
-    """Return the prompts in contexts of each concept; empty without the loss "context_output"."""
-    is_enabled = "context_output" in configs[0].preserve
-    return [phrases_for_loss(config, "context_output") if is_enabled else [] for config in configs]
+    """Return the prompts in contexts of each concept; empty without a loss that compares them."""
+    losses = select_losses(configs[0].preserve, "context_change")
+    return [phrases_for_loss(config, losses[0]) if losses else [] for config in configs]
 
 
 def base_captions(configs: Sequence[TrainConfig], captions: Sequence[str]) -> list[str]:
@@ -199,7 +202,7 @@ def base_captions(configs: Sequence[TrainConfig], captions: Sequence[str]) -> li
         configs: Settings of the run's concepts.
         captions: Captions of the concepts' images.
     """
-    if not configs[0].preserve.keys() & {"output", "context_output"}:
+    if not select_losses(configs[0].preserve, "class_prediction", "context_change"):
         return []
     contexts = [text for prompts in context_prompts(configs) for text in prompts]
     return [with_class_words(configs, text) for text in [*captions, *contexts, ""]]
@@ -269,7 +272,7 @@ def _prepare_phrases(
             states = text_states(torch.tensor([class_ids], device=device), 0)[0]
             for text in trainable.layer_prompts(phrase) or [trainable.expand_triggers(phrase)]:
                 ids = tokenize(text)
-                if loss == "class_text":
+                if PRESERVATIONS[loss].compares == "phrase_feature":
                     positions, class_positions = [pool(ids, end)], [pool(class_ids, end)]
                 else:
                     positions, class_positions = common_positions(ids, class_ids)
@@ -307,7 +310,7 @@ def _compute_text_states(
             published code of ClassDiffusion replaces the sum of token and position embedding by the
             concept's embedding. Empty: all tokens have one.
         ids: Token ids, int64 (rows, length).
-        class_rows: Number of leading rows of the loss "class_text".
+        class_rows: Number of leading rows of losses that compare the feature of a phrase.
     """
     is_published = bool(token_ids) and class_rows > 0
     with _without_positions(model, ids[:class_rows], token_ids) if is_published else nullcontext():

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from customize.core.objectives import weighted_mse
-from customize.core.preservation import PRESERVATIONS
+from customize.core.preservation import PRESERVATIONS, select_losses
 from customize.training.class_preservation import (
     PRESERVATION_INTERVAL,
     PreservationTargets,
@@ -56,6 +56,8 @@ class ImageLosses:
         run, config, family = self.run, self.run.config, self.run.family
         batch_number = step * batches + batch
         preserving = step % PRESERVATION_INTERVAL == 0
+        class_losses = select_losses(config.preserve, "class_prediction")
+        context_losses = select_losses(config.preserve, "context_change")
         numbers, mirrored, captions = compose_batch(
             config,
             run.images.captions,
@@ -84,8 +86,8 @@ class ImageLosses:
             t = family.timesteps(draws.u, latents.shape[1:])
             noisy = family.noisy_latents(latents, draws.noise, t)
 
-            # For the loss "output", class prompts go through the model in the same batch.
-            repeats = count if "output" in config.preserve else 0
+            # Class prompts go through the model in the same batch.
+            repeats = count if class_losses else 0
             class_prompts = [
                 with_class_words(run.configs, text) for text in captions[part][:repeats]
             ]
@@ -101,10 +103,11 @@ class ImageLosses:
             loss = weighted_mse(prediction[: len(noisy)], target, weight, mask).sum()
             if repeats:
                 base = self._predict_base(noisy[:count], t[:count], class_prompts)
-                change = PRESERVATIONS["output"](prediction[len(noisy) :], base, snr_weight[:count])
-                loss = loss + self._preservation_weight("output") * count * change
+                for name in class_losses:
+                    change = PRESERVATIONS[name](prediction[len(noisy) :], base, snr_weight[:count])
+                    loss = loss + self._preservation_weight(name) * count * change
             yield loss
-            if count and "context_output" in config.preserve:
+            if count and context_losses:
                 # A loss of its own, so that it needs no more memory than the batch.
                 prompts = self.targets.choose_context_prompts(
                     concepts, step // PRESERVATION_INTERVAL * batches + batch
@@ -119,10 +122,14 @@ class ImageLosses:
                 base = self._predict_base(
                     _repeat_first(noisy, count), _repeat_first(t, count), class_prompts
                 )
-                change = PRESERVATIONS["context_output"](
-                    change_in_context, base[count:] - base[:count], snr_weight[:count]
-                )
-                yield self._preservation_weight("context_output") * count * change
+                base_change = base[count:] - base[:count]
+                changes = [
+                    self._preservation_weight(name)
+                    * count
+                    * PRESERVATIONS[name](change_in_context, base_change, snr_weight[:count])
+                    for name in context_losses
+                ]
+                yield torch.stack(changes).sum()
 
     def _predict_base(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """The base model's prediction for class prompts, without a gradient."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
+from customize.core.preservation import PHRASE_COMPARISONS, select_losses
 from customize.errors import DataError
 from customize.families import Family
 from customize.training.base_fingerprint import resolution_before_loading
@@ -146,8 +147,7 @@ def cache_prompts(run: Run) -> PreservationTargets:
     phrases = [
         phrase
         for config in configs
-        for loss in config.preserve
-        if loss != "output"
+        for loss in select_losses(config.preserve, *PHRASE_COMPARISONS)
         for phrase in phrases_for_loss(config, loss)
     ]
     check_prompt_lengths(family, trainable, "phrase", phrases)

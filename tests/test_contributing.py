@@ -17,7 +17,14 @@ import pytest
 
 from tests.test_guides import ROOT, Block, read_blocks
 
-RECIPES = ("A merge", "A file format", "A model family", "A preservation loss")
+RECIPES = (
+    "A merge",
+    "A stage",
+    "A file format",
+    "A model family",
+    "A preservation loss",
+    "A command",
+)
 
 
 def read_recipes() -> dict[str, list[Block]]:

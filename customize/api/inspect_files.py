@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from customize.api.read_concepts import read_concepts
+from customize.api.concept_arguments import read_concepts
 from customize.concepts.adapter import flatten_layers
 from customize.concepts.merge.choose_method import read_record, trained_together
 from customize.concepts.merge.compatibility import incompatibility

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from customize.api.read_concepts import read_concepts
+from customize.api.concept_arguments import read_concepts
 from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.io.file_layout import KEY_LAYOUTS
 from customize.concepts.merge.choose_method import (

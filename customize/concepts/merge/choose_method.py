@@ -68,7 +68,7 @@ def may_need_inputs(method: str) -> bool:
 def choose_method(
     method: str,
     concepts: Sequence[Adaptation],
-    known: Mapping[str, LayerInputs],
+    loaded: Mapping[str, LayerInputs],
     read: Callable[[Adaptation], LayerInputs | None],
 ) -> tuple[str, dict[str, LayerInputs], list[Adaptation]]:
     """Resolve "auto", and collect the records that the method needs.
@@ -78,7 +78,7 @@ def choose_method(
     Args:
         method: A name in :data:`customize.core.merges.MERGES`, or "auto".
         concepts: The concepts to merge.
-        known: Concept name -> record, for records in memory.
+        loaded: Concept name -> record, for records in memory.
         read: Returns the record of another concept, or None; such as :func:`read_record`.
 
     Returns:
@@ -90,10 +90,10 @@ def choose_method(
         ConceptError: If a record cannot be read, or belongs to other updates.
     """
     if not may_need_inputs(method):
-        return method, dict(known), []
+        return method, dict(loaded), []
     if method == AUTO and trained_together(concepts):
-        return SUM.name, dict(known), []
-    records = dict(known)
+        return SUM.name, dict(loaded), []
+    records = dict(loaded)
     for concept in concepts:
         name = concept.info.name
         if name not in records and (record := read(concept)) is not None:

@@ -63,20 +63,6 @@ def weight_digests(
     }
 
 
-def base_configuration(
-    components: Mapping[str, Any] | None, pipeline_config: Mapping[str, Any] | None
-) -> dict[str, Any] | None:
-    """Return the configuration that training depends on; None without components in memory.
-
-    Raises:
-        PipelineError: The components are of no supported family, or the configuration is
-            incomplete.
-    """
-    if not components:
-        return None
-    return family_of(components, pipeline_config or {}).relevant_config()
-
-
 def weight_digests_on_disk(base: str, variant: str | None = None) -> dict[str, str]:
     """Return the digests of a ``save_pretrained`` folder, or of a hub id's latest download.
 

@@ -35,7 +35,7 @@ _MAX_BYTES = 4 * MAX_SAFETENSORS_BYTES  # with the optimizer's moments
 #: Key of a run's settings: component -> digest, from
 #: :func:`customize.training.base_fingerprint.weight_digests`.
 BASE_WEIGHTS = "base_weights"
-#: Key of a run's settings: from :func:`customize.training.base_fingerprint.base_configuration`.
+#: Key of a run's settings: the configuration of the base that training depends on.
 BASE_CONFIG = "base_config"
 #: Key of a run's settings: name of the shared directions that the slices avoid.
 SHARED_DIRECTIONS = "shared_directions"

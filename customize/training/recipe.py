@@ -16,7 +16,8 @@ from customize.concepts.slices.slice_reservations import delete_reservation
 from customize.concepts.tokens.prompt_phrases import common_words
 from customize.concepts.types import Concept
 from customize.core.precision import full_precision
-from customize.training.base_fingerprint import base_configuration, weight_digests
+from customize.families import family_of
+from customize.training.base_fingerprint import weight_digests
 from customize.training.checkpoint import (
     JOINT_CONCEPTS,
     check_settings_match,
@@ -42,7 +43,6 @@ from customize.training.run import Run
 from customize.training.run_metadata import (
     concept_info,
     image_digests,
-    reset_peak_memory,
     run_settings,
     tracker_config,
     training_facts,
@@ -164,6 +164,9 @@ def run_recipe(
     """
     data = read_data(configs, components, progress)
     run = start_run(configs, components, progress, cleanup)
+    base_config = (
+        family_of(components, pipeline_config or {}).relevant_config() if components else None
+    )
     state = find_resume_state(
         configs,
         partial(
@@ -172,7 +175,7 @@ def run_recipe(
             [image_digests(images) for images in data.images],
             [image_digests(images) for images in data.class_images],
             run.weights,
-            base_configuration(components, pipeline_config),
+            base_config,
             run.accelerator.num_processes,
         ),
     )
@@ -181,17 +184,10 @@ def run_recipe(
             delete_reservation(config.output)  # if the run ended before it did
         return state.finished
 
-    reset_peak_memory(run.device)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
     load_base(run, components, pipeline_config)
-    show_run_summaries(
-        configs,
-        data.images,
-        data.class_images,
-        run.family,
-        run.resolution,
-        run.accelerator.num_processes,
-        progress,
-    )
+    show_run_summaries(run, data.images, data.class_images)
     slices = choose_slices(run, state)
     if state.checkpoint is not None:
         check_settings_match(state.checkpoint, slices.settings[0], checkpoint_folder(run.config))

@@ -75,7 +75,7 @@ def run_settings(
         images: From :func:`image_digests`, of each concept.
         class_images: From :func:`image_digests`, of each concept; None where the base draws them.
         weights: From :func:`customize.training.base_fingerprint.weight_digests`.
-        base_config: From :func:`customize.training.base_fingerprint.base_configuration`.
+        base_config: Configuration of the base that training depends on; None before it is loaded.
         processes: Number of training processes.
         previous: Each concept's settings in the run to resume. Slice and shared directions are
             taken from them if the configuration sets no slice; else they are None and "" until
@@ -266,14 +266,8 @@ def without_image_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     return published
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak that :func:`peak_memory` returns, on a CUDA device."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of the device since the reset, or of the whole process."""
+    """Return the peak memory in bytes: of the CUDA device, or of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -12,7 +12,7 @@ from customize.training.config import TrainConfig
 from customize.training.data.buckets import bucket_sizes, nearest_bucket
 from customize.training.data.dataset import TrainingImage
 from customize.training.data.image_folder import join_names
-from customize.training.progress import Progress
+from customize.training.run import Run
 
 _FEW_STEPS = 50
 _MOST_PIECES = 4
@@ -21,22 +21,24 @@ _SHOWN = 4  # sizes
 
 
 def show_run_summaries(
-    configs: Sequence[TrainConfig],
-    samples: Sequence[Sequence[TrainingImage]],
-    class_samples: Sequence[Sequence[TrainingImage]],
-    family: Family,
-    resolution: int,
-    processes: int,
-    progress: Progress,
+    run: Run,
+    images: Sequence[Sequence[TrainingImage]],
+    class_images: Sequence[Sequence[TrainingImage]],
 ) -> None:
-    """Show the counts of each concept of a run, and warn of what is wrong with them."""
-    for config, own, classes in zip(configs, samples, class_samples, strict=True):
-        progress.line(
-            format_summary(
-                config, summarize_run(config, own, classes, family, resolution, processes)
-            )
+    """Show the counts of each concept of a run, and warn of problems with its images.
+
+    Args:
+        run: The run, with the base model.
+        images: Training images of each concept.
+        class_images: Class images of each concept; empty where the base draws them.
+    """
+    processes = run.accelerator.num_processes
+    for config, own_images, own_class_images in zip(run.configs, images, class_images, strict=True):
+        counts = summarize_run(
+            config, own_images, own_class_images, run.family, run.resolution, processes
         )
-        warn_about_data(config, own, family, resolution)
+        run.progress.line(format_summary(config, counts))
+        warn_about_data(config, own_images, run.family, run.resolution)
 
 
 def summarize_run(

@@ -161,8 +161,7 @@ def _reserve(
 def _free_index(
     config: TrainConfig, family: Family, basis: BasisInfo, others: Sequence[SliceOwner]
 ) -> int | None:
-    """The lowest free index; None for the slice of the name's hash, if it is free and there is no
-    library."""
+    """The lowest free index; None for a free slice of the name's hash, without a library."""
     if config.library is None:
         hashed = _create_reservation(config, family, basis, None)
         if not _count_shared_columns(hashed, others):

@@ -84,5 +84,4 @@ def test_the_defaults_learn_a_concept_on_the_bundled_base(tmp_path: Path) -> Non
     facts = check_default_outputs(config, losses)
     assert config.steps == 800
     fixed = facts["fixed_loss"]
-    print("fixed", fixed)
     assert fixed["learned"] < 0.9 * fixed["base"]

@@ -114,7 +114,7 @@ def test_merge_writes_what_load_custom_reads(tmp_path: Path) -> None:
         ({"merge": "fusion"}, "layer inputs of rex, tom are not recorded.*customize record"),
         ({"merge": {"method": "ties", "densty": 1}}, "no setting densty.*did you mean density"),
         ({"format": "koya"}, "unknown format koya.*did you mean kohya"),
-        ({"family": "sdx"}, "no family.*did you mean sdxl or sd"),
+        ({"family": "sdx"}, "unknown model family.*did you mean sdxl or sd"),
         ({"weights": {"rx": 1}}, "given for rx.*did you mean rex"),
         ({"ignore": ["unt"]}, "ignore"),
         ({"weights": [1]}, "1 weights were given for 2"),

@@ -222,14 +222,14 @@ def test_only_the_same_merge_may_be_there(run: Run, world: World, tmp_path: Path
     assert run(*arguments).code == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert run(*arguments).code == 0
-    refused(run(*arguments, "--weights", "1,0.5"), "something else is there", str(folder))
-    refused(run(*arguments, "--fuse", "--base", world.base), "something else is there", str(folder))
-    refused(run("merge", world.rex, "--output", world.rex), "something else is there")
+    refused(run(*arguments, "--weights", "1,0.5"), "the path exists already", str(folder))
+    refused(run(*arguments, "--fuse", "--base", world.base), "the path exists already", str(folder))
+    refused(run("merge", world.rex, "--output", world.rex), "the path exists already")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     file = tmp_path / "file"
     file.write_text("mine")
-    refused(run("merge", world.rex, "--output", file), "something else is there")
+    refused(run("merge", world.rex, "--output", file), "the path exists already")
     refused(run("merge", world.rex, "--output", file / "m"), "cannot be written")
     assert file.read_text() == "mine"
 

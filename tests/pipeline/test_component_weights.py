@@ -72,7 +72,7 @@ def test_lists_and_dotted_keys_do_not_warn_of_layers_that_a_lora_leaves_alone(tm
     assert not [str(w.message) for w in recwarn if "does nothing" in str(w.message)]
     with pytest.warns(UserWarning, match=r"no layer of unet\.down_blocks\.1\.resnets"):
         one.load_custom(weights={"rex": {"down": {"block_1": {"resnets": 0.5}}}})
-    with pytest.raises(ConfigError, match=r"for 'unet\.dwn'.*did you mean"):
+    with pytest.raises(ConfigError, match=r"unknown key 'unet\.dwn'.*did you mean"):
         one.load_custom(weights={"rex": {"unet.dwn": 0.5}})
 
 
@@ -136,7 +136,10 @@ def test_blocks_of_a_transformer(tmp_path):
     [
         ({"text_encodr": 0.5}, r"'text_encodr'.*did you mean text_encoder\?"),
         ({"dwn": 0.5}, r"'dwn'.*did you mean .*down"),
-        ({"unet": {"down": {"block_9": 1}}}, r"rex\.unet\.down is for 'block_9'.*block_"),
+        (
+            {"unet": {"down": {"block_9": 1}}},
+            r"unknown key 'block_9' in the weights of rex\.unet\.down.*block_",
+        ),
         (
             {"unet": {"up": {"block_1": [1, 2, 3, 4, 5]}}},
             r"5 weights were given for rex\.unet.* give a list of 2",

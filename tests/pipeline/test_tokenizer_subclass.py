@@ -25,7 +25,7 @@ from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffus
 
 from customize.errors import PipelineError
 from customize.families import family_of
-from customize.stages import CALL_ARGUMENTS, STAGES
+from customize.stages import CALL_ARGUMENTS, load_stages
 from tests.pipeline.making import MAKERS, PROMPT, assert_same, concept, draw, everything, user_lora
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_the_pipeline_keeps_its_interface(make):
     for method in ("__init__", "encode_prompt", "save_pretrained"):
         assert inspect.signature(getattr(pipe, method)) == inspect.signature(getattr(plain, method))
     call = inspect.signature(type(pipe).__call__)
-    assert set(CALL_ARGUMENTS) == {name for stage in STAGES for name in stage.arguments}
+    assert set(CALL_ARGUMENTS) == {name for stage in load_stages() for name in stage.arguments}
     assert set(CALL_ARGUMENTS) <= call.parameters.keys()
     kept = [each for each in call.parameters.values() if each.name not in CALL_ARGUMENTS]
     stock = inspect.signature(inspect.unwrap(type(plain).__call__))

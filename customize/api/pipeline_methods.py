@@ -1,6 +1,6 @@
-"""The public functions, which :mod:`customize.api.patch_diffusers` makes methods of pipelines.
+"""The public functions on pipelines, which :mod:`customize.api.patch_diffusers` makes methods.
 
-Nothing heavy is imported here.
+Torch and diffusers are imported in the functions, so that ``import customize`` stays cheap.
 """
 
 from __future__ import annotations
@@ -42,58 +42,59 @@ def load_custom(
     library: str | Path | None = None,
     library_cache: str = "2GB",
 ) -> Pipeline:
-    """Attach learned concepts to a pipeline, or change the weights of those attached.
+    """Attach learned concepts to a pipeline, or change the weights of attached ones.
 
-    Also, with or without concepts: choose its attention kernel, and fit it into memory.
+    With or without concepts it also chooses the attention backend and fits the pipeline into
+    memory.
 
-    All concepts of a pipeline are merged: by their weighted sum, exactly, by fusion, which keeps
-    each as it is alone, or by another method. Their trigger words, such as ``<rex>``, then work in
-    every prompt. Calling it again adds to what is there. Everything is checked before anything
-    changes: after an error the pipeline is bit for bit what it was.
+    All concepts of a pipeline are merged: by their exact weighted sum, by fusion, which preserves
+    each concept on its own prompts, or by another method. Their triggers, such as ``<rex>``, then
+    work in every prompt. A further call adds to what is attached. Everything is validated before
+    anything changes; after an error the pipeline is bit for bit as before.
 
     A pipeline made from this one's components (``from_pipe``, ``Other(**pipe.components)``) shares
-    its models and tokenizers and so its concepts; loading or unloading on either acts on both. One
-    that shares only some of them is refused while concepts are attached to these. A text encoder
-    that is freed or replaced meanwhile is kept until they are unloaded.
+    its models and tokenizers and therefore its concepts; loading or unloading on either affects
+    both. A pipeline that shares only some of the components with attached concepts is refused. A
+    text encoder that the pipeline frees or replaces is kept until the concepts are unloaded.
 
-    Calls of every pipeline take ``regions=`` as well: a dict from words of the prompt to the box
-    (left, top, right, bottom, as shares of the picture) or the mask in which they are to act; and
-    ``avoid=``, what they are to be cleaned of.
+    Calls of every pipeline also accept ``regions=``, a dict from words of the prompt to the box
+    (left, top, right, bottom, as fractions of the image) or the mask that they are restricted to,
+    and ``avoid=``, words that the prompt is cleaned of.
 
-    In several threads it waits until no call uses the models, and calls wait for it.
+    The call waits until no other call uses the models, and other calls wait for it.
 
     Args:
         pipe: A standard or modular diffusers pipeline of a known family, on any device, in any
             floating dtype, with model, sequential or group offloading on or off.
-        concepts: Folders or single ``.safetensors`` files, hub ids, or Concept objects. One that
-            is attached already is refused unless it is identical; then only its weight and mode
-            change. An ordinary LoRA file, by the keys of diffusers, peft, kohya, ComfyUI or
-            LyCORIS, is a concept without a trigger; it goes by its file's name, and is refused
-            unless every key of it is used. Beside them one ``customize.Decor(...)``, which is no
-            concept: what all calls clean their prompts of, and how, in place of the one before.
-        weights: One for each of ``concepts``, or a dict from concept name to weight, which may
-            also name concepts that are attached already. Finite; left out, a new concept gets 1.0
-            and an attached one keeps its own. In place of a number a dict by component and block,
+        concepts: Folders or single ``.safetensors`` files, hub ids, or Concept objects. A concept
+            that is attached already is refused unless it is identical; then only its weight and
+            mode change. An ordinary LoRA file, with the keys of diffusers, peft, kohya, ComfyUI or
+            LyCORIS, is a concept without a trigger, named after its file; it is refused unless
+            every key of it is used. One ``customize.Decor(...)`` among them sets what all calls
+            avoid, and replaces the one before.
+        weights: One finite number for each of ``concepts``, or a dict from concept name to weight,
+            which may also name attached concepts. Default: 1.0 for a new concept, unchanged for an
+            attached one. Instead of a number, a dict by component and block,
             as diffusers' ``set_adapters`` takes it: ``{"text_encoder": 0.5, "unet": {"down": 0.8,
-            "up": {"block_1": [0.4, 0.8, 1.0]}}}``, blocks alone are the denoiser's, and what is not
-            named has 1.0 (:mod:`customize.concepts.merge.component_weights`). Where it is 0 the
-            concept is as if without these layers. Tokens are not scaled.
-        names: One for each of ``concepts``, or None where it keeps its own. The concept then goes
-            by that name and by the trigger ``<name>``; it tells apart what is called alike.
-        into: For LoRA files on a model with several denoisers (Wan 2.2 14B), whose keys do not say
-            which one they are for: "transformer_2", or ("transformer", "transformer_2") for both,
-            as for one of Wan 2.1; with several files a list with such an entry, or None, for each.
-            Left out, keys that begin with a denoiser's name decide, then the file's name
-            (``x_high_noise``, ``x_low_noise``), else the first denoiser takes it, with a warning.
-        ignore: parts of what is loaded to leave out, never done unasked: components, such as
-            "text_encoder_2", "bias", "norm" or "embedding", or patterns of keys, such as "*.ff.*".
-            One that leaves nothing out is refused. Biases and norms that a LoRA file changes are
-            otherwise applied, in the model's own parameters in both modes.
-        fuse: False: one adapter named "customize" beside the base weights, which stay untouched;
-            adapters of your own stay as they are. True: into the base weights, summed in float32
-            and rounded once; a copy of each touched weight is kept on the CPU, so that unloading
-            gives back the same bits. Holds for the ``concepts`` given, or without any for those
-            that a dict of weights names; others keep their mode.
+            "up": {"block_1": [0.4, 0.8, 1.0]}}}``, blocks alone are the denoiser's, and
+            parts without a number have 1.0 (:mod:`customize.concepts.merge.component_weights`). A
+            weight of 0 removes the concept from these layers. Tokens are not scaled.
+        names: New name of each of ``concepts``, or None to keep its own. The concept's trigger
+            becomes ``<name>``. For concepts with equal names.
+        into: Denoisers of a LoRA file whose keys do not name one, on a model with several (Wan 2.2
+            14B): "transformer_2", or ("transformer", "transformer_2") for both, as for a file of
+            Wan 2.1. For several files, a list with such an entry, or None, for each. Default: the
+            denoiser that the keys begin with, then that of the file's name (``x_high_noise``,
+            ``x_low_noise``), otherwise the first one, with a warning.
+        ignore: Parts of the files to leave out: components, such as "text_encoder_2", "bias",
+            "norm" or "embedding", or patterns of keys, such as "*.ff.*". An entry that matches
+            nothing is refused. Biases and norms that a LoRA file changes are applied to the
+            model's own parameters in both modes.
+        fuse: False: one adapter named "customize" beside the base weights, which stay unchanged;
+            your own adapters are not affected. True: into the base weights, summed in float32 and
+            rounded once; a copy of each changed weight is kept on the CPU, so that unloading
+            restores it bit for bit. It applies to ``concepts``, or without any to those that a
+            dict of weights names; others keep their mode.
         merge: How to merge several concepts. "sum": the weighted sum of the updates. "fusion": in
             each layer, the least-squares update that reproduces each concept on its own inputs
             (:mod:`customize.core.merges.fusion`). It needs the recorded layer inputs of each
@@ -106,41 +107,40 @@ def load_custom(
             must be the same for all. Pruning is exact with ``fuse=True``; an adapter beside the
             weights approximates it at the sum of the ranks. None: unchanged, at first "auto". A
             single concept is not changed by merging; ``pipe.custom`` reports the method.
-        attention: "auto": of the backends that are installed and fit the device, the dtype and the
-            widths of the heads, the fastest; on CUDA they are timed here, elsewhere it is torch's
-            own. Or one of them: "native" ("sdpa" is the same), "xformers", "flash", "sage", or
-            any other of diffusers' names. It is first compared with attention in float64 on one
-            call with the model's heads. ``pipe.custom`` tells what took effect where. Attention
-            processors of your own, IP-Adapters' among them, stay and are listed as kept. Choose
-            it after moving the pipeline to its device.
-        memory: such as "8GB", "12GB", "16GB" or "24GB": of the ways to hold the model in so much
-            (decoding in tiles, offloading, float8 storage), the fastest that fits, for one picture
-            of the default resolution; ``pipe.custom`` tells which. It places the models: ``.to()``
-            is not needed. It stays when concepts are unloaded; load the pipeline anew to undo it.
-            :func:`memory_plan` also tells how to load a model that is too large for that.
-        library: A folder of any number of concepts and LoRAs, or a collection of the hub's, by what
-            its address has after ``collections/``. From then on, each call's prompts, the negative
-            ones too, are read for triggers, and the concepts that they name are attached, beside
-            those that were loaded by name; they stay until a prompt names others. All that the
-            prompts of a batch name are attached to the whole batch. A LoRA from elsewhere is called
-            ``<name>``, in whose place the model reads the words that its file names, or its name.
-            What looks like a trigger and is none, nor a token of the tokenizer's, is refused. A
-            call without prompts, as with ``prompt_embeds``, leaves what is attached.
-            ``unload_custom()`` takes the library away.
-        library_cache: such as "2GB": how much of the library is kept in memory beside what is
-            attached, as it was read and as it was merged; the least recently used goes first.
+        attention: "auto": the fastest of the installed backends that support the device, the dtype
+            and the widths of the heads, timed on CUDA and torch's own elsewhere. Or one of them:
+            "native" (also "sdpa"), "xformers", "flash", "sage", or another of diffusers' names. It
+            is first compared with attention in float64 on one call with the model's heads.
+            ``pipe.custom`` reports the backend of each component. Your own attention processors,
+            such as IP-Adapters', are kept and listed. Choose it after moving the pipeline to its
+            device.
+        memory: Memory budget, such as "8GB", "12GB", "16GB" or "24GB". Of decoding in tiles,
+            offloading and float8 storage, the fastest combination that fits is applied, for one
+            image of the default resolution; ``pipe.custom`` reports it. It places the models, so
+            ``.to()`` is not needed. It stays when concepts are unloaded; load the pipeline anew to
+            undo it. :func:`memory_plan` plans the loading of a model that is too large for this.
+        library: Folder of any number of concepts and LoRAs, or a collection of the hub, by the part
+            of its address after ``collections/``. From then on, each call attaches the concepts
+            whose triggers its prompts and negative prompts contain, beside those loaded by name;
+            they stay until a prompt contains others. A batch is drawn with the concepts of all its
+            prompts. An ordinary LoRA has the trigger ``<name>``, which the model reads as the words
+            that its file records, or as its name. A word that looks like a trigger and is neither
+            one nor a token of the tokenizer is refused. A call without prompts, as with
+            ``prompt_embeds``, changes nothing. ``unload_custom()`` removes the library.
+        library_cache: Memory for concepts and merges of the library that are not attached, such as
+            "2GB"; the least recently used ones are dropped first.
 
     Returns:
         ``pipe`` itself.
 
     Raises:
-        ConfigError: weights that fit nothing or are not finite; no such attention backend; too
-            little memory for the model, telling the least that would do; no such library.
-        ConceptError: a concept that cannot be read, is of another base, or whose name or trigger
+        ConfigError: A weight matches nothing or is not finite; the attention backend or the library
+            does not exist; or the memory budget is too small, with the minimum that suffices.
+        ConceptError: A concept cannot be read, was learned on another base, or its name or trigger
             is taken.
-        PipelineError: the pipeline's family is unknown, or its state does not allow it, or it
-            shares only some of the parts that concepts are attached to; or the attention backend
-            is not installed, does not fit, or computes something else here.
+        PipelineError: The pipeline's family is unknown, its state does not allow the change, or it
+            shares only some of the components with attached concepts; or the attention backend is
+            not installed, does not support the model, or computes wrong values here.
     """
     from customize.core.precision import full_precision
     from customize.errors import ConfigError
@@ -176,18 +176,23 @@ def load_custom(
 
 
 def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
-    """Detach concepts by name, or all of them where none is named.
+    """Detach concepts by name, or without names everything that :func:`load_custom` did.
 
-    After the last one the pipeline is what it was before the first: weights, tokenizers, modules
-    and class, bit for bit. Where none is named, attention gets its former processors and backends
-    back, too. What ``memory=`` did stays: the weights need not fit any more without it.
+    After the last concept the pipeline is as before the first: weights, tokenizers, modules and
+    class, bit for bit. Without names, a library and what all calls avoid are dropped, and attention
+    gets its former processors and backends back. A memory plan stays, since the weights may not fit
+    without it.
+
+    Args:
+        pipe: As for :func:`load_custom`.
+        names: Names of attached concepts.
 
     Returns:
         ``pipe`` itself.
 
     Raises:
-        ConfigError: a name that is not attached; nothing has changed then.
-        PipelineError: fused weights were changed by someone else since.
+        ConfigError: A name is not attached; nothing changes.
+        PipelineError: Fused weights were changed by someone else since.
     """
     from customize.core.precision import full_precision
     from customize.pipeline.attach import unload
@@ -200,7 +205,7 @@ def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
 
 
 def get_customization(pipe: Any) -> Customization:
-    """What is attached to a pipeline: printed, it is a table with a row for each concept."""
+    """Return what is attached to a pipeline; printed, it is a table with a row for each concept."""
     from customize.pipeline.report import report_customization
 
     return report_customization(pipe, load_stages())
@@ -212,24 +217,26 @@ def record_inputs(
     prompts: Sequence[str] | None = None,
     words: str | None = None,
 ) -> LayerInputs:
-    """Record what a concept's layers read while it is drawn, for ``load_custom(merge="fusion")``.
+    """Record a concept's layer inputs, as ``load_custom(merge="fusion")`` needs them.
 
-    The pipeline draws each prompt in a few steps, by itself and with the concept alone, and is
-    afterwards as it was. ``.save(path)`` writes the record; beside the concept, where
-    ``load_custom`` finds it, is :func:`customize.concepts.input_statistics.layer_inputs_path`, and
-    ``customize record`` puts it there.
+    The pipeline draws each prompt in a few steps, with the base alone and with the concept alone;
+    afterwards its state is restored. ``.save(path)`` writes the result. ``load_custom`` reads it
+    beside the concept, at :func:`customize.concepts.input_statistics.layer_inputs_path`, where
+    ``customize record`` writes it.
 
     Args:
-        pipe: as for :func:`load_custom`, of the concept's base.
-        concept: as for :func:`load_custom`.
-        prompts: each with ``{}`` for the concept's words, and in the base for "a" and its class
-            word. None: a dozen of places and clothes.
-        words: what calls the concept; None: its trigger, or what a LoRA's file names.
+        pipe: As for :func:`load_custom`, of the concept's base.
+        concept: As for :func:`load_custom`.
+        prompts: Prompts with ``{}`` for the concept's words; the base draws them with "a" and the
+            class word. Default: a dozen of places and clothes.
+        words: Words that call the concept. Default: its trigger, or the words that a LoRA's file
+            records.
 
     Raises:
-        ConfigError: a prompt without ``{}``, or so long that the trigger in it is not read; or a
-            LoRA that says no words of its own.
-        ConceptError, PipelineError: as :func:`load_custom`.
+        ConfigError: A prompt has no ``{}``, or is so long that the trigger is truncated; or the
+            words of a LoRA are unknown.
+        ConceptError: As for :func:`load_custom`.
+        PipelineError: As for :func:`load_custom`.
     """
     from customize.core.precision import full_precision
     from customize.pipeline import record_inputs as recording
@@ -246,28 +253,28 @@ def memory_plan(
     dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> tuple[MemoryPlan, dict[str, Any]]:
-    """How to load a model so that it fits into memory, worked out from its configurations.
+    """Plan how to load a model so that it fits into memory, from its configurations alone.
 
     ::
 
         plan, loading = customize.memory_plan("12GB", base)
         pipe = DiffusionPipeline.from_pretrained(base, **loading).load_custom(memory="12GB")
 
-    Beside what ``load_custom(memory=)`` can do to a loaded pipeline, it may load models in 4 bits,
-    where bitsandbytes is installed and there is a CUDA device.
+    Beyond what ``load_custom(memory=)`` can do to a loaded pipeline, the plan may load models in 4
+    bits, if bitsandbytes is installed and there is a CUDA device.
 
     Args:
-        memory: such as "8GB", "12GB", "16GB" or "24GB".
-        base: A folder as ``save_pretrained`` writes it, or a hub id.
-        dtype: Of the weights; None for bfloat16.
-        device: The type of the device that will compute; None for this machine's.
+        memory: Memory budget, such as "8GB", "12GB", "16GB" or "24GB".
+        base: Folder written by ``save_pretrained``, or a hub id.
+        dtype: dtype of the weights. Default: bfloat16.
+        device: Type of the device that computes. Default: this machine's.
 
     Returns:
         The plan, and the keyword arguments for ``from_pretrained``.
 
     Raises:
-        ConfigError: too little memory for the model, telling the least that would do.
-        PipelineError: the base is not there, or of no known family.
+        ConfigError: The memory budget is too small, with the minimum that suffices.
+        PipelineError: The base does not exist, or its family is unknown.
     """
     from customize.base.meta_device import plan_base_memory
 
@@ -282,6 +289,8 @@ METHODS: dict[str, Any] = {
 
 
 def patch_pipelines() -> None:
-    """Give diffusers' pipelines these methods, and their calls the stages, now or when they are
-    imported. May be called any number of times."""
+    """Add these methods and the stages' arguments to diffusers' pipelines, now or on their import.
+
+    May be called any number of times.
+    """
     patch_when_imported(METHODS)

@@ -1,4 +1,4 @@
-"""What `import customize` does, in fresh processes."""
+"""The methods that `import customize` gives to pipelines, in fresh processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline, ModularPipeline, StableDiffusionPipeline
 
 import customize
 
@@ -30,11 +31,11 @@ assert utils.DiffusionPipeline.load_custom is foreign
 assert not hasattr(utils.DiffusionPipeline, "unload_custom")
 """
 
-BOUND = """
-for host in (DiffusionPipeline, StableDiffusionPipeline, ModularPipeline):
-    assert host.load_custom is customize.load_custom, host
-    assert host.unload_custom is customize.unload_custom, host
-    assert isinstance(host.custom, property), host
+HAVE_METHODS = """
+for base in (DiffusionPipeline, StableDiffusionPipeline, ModularPipeline):
+    assert base.load_custom is customize.load_custom, base
+    assert base.unload_custom is customize.unload_custom, base
+    assert isinstance(base.custom, property), base
 """
 BOTH = "from diffusers import DiffusionPipeline, ModularPipeline, StableDiffusionPipeline\n"
 
@@ -50,20 +51,21 @@ def run(code: str) -> str:
 @pytest.mark.parametrize(
     "code",
     [
-        f"import customize\n{BOTH}{BOUND}",
+        f"import customize\n{BOTH}{HAVE_METHODS}",
         # Half of them before, half after, and everything bound over again.
         "from diffusers import DiffusionPipeline\nimport customize, importlib\n"
-        f"importlib.reload(customize.api.pipeline_methods).patch_pipelines()\nimportlib.reload(customize)\n"
-        f"{BOTH}{BOUND}",
+        "importlib.reload(customize.api.pipeline_methods).patch_pipelines()\n"
+        "importlib.reload(customize)\n"
+        f"{BOTH}{HAVE_METHODS}",
         FOREIGN,
     ],
     ids=["customize first", "one first, and reloaded", "foreign attribute"],
 )
-def test_the_methods_are_bound_whatever_is_imported_first(code):
+def test_pipelines_have_the_methods_whatever_is_imported_first(code):
     run(code)
 
 
-def test_importing_it_imports_nothing_heavy_and_binds_all_the_same():
+def test_the_import_imports_nothing_heavy_and_waits_for_diffusers():
     run(
         "import customize, sys\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'pydantic', 'numpy'}\n"
@@ -85,7 +87,7 @@ def _overhead() -> float:
     return int(found[1]) / 1e6
 
 
-def test_exports():
+def test_the_public_names_are_exported():
     from customize.concepts.types import Concept
 
     assert customize.Concept is Concept
@@ -96,10 +98,29 @@ def test_exports():
     assert customize.__version__ == project["version"]
 
 
-def test_signatures_and_documentation_are_there_for_editors():
+def test_signatures_and_documentation_are_complete_for_editors():
     parameters = inspect.signature(customize.load_custom).parameters
     concepts = ["concepts", "weights", "names", "into", "ignore", "fuse", "merge"]
     more = ["attention", "memory", "library", "library_cache"]
     assert list(parameters) == ["pipe", *concepts, *more]
-    for function in (customize.load_custom, customize.unload_custom):
-        assert "Raises:" in (function.__doc__ or "")
+    assert {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY} == {
+        **dict.fromkeys([*concepts[1:], *more]),
+        "fuse": False,
+        "library_cache": "2GB",
+    }
+    functions = (customize.load_custom, customize.unload_custom, customize.record_inputs)
+    for function in (*functions, customize.memory_plan):
+        parameters = inspect.signature(function).parameters
+        documentation = inspect.getdoc(function) or ""
+        assert documentation.splitlines()[0].endswith(".") and "\nRaises:\n" in documentation
+        arguments = documentation.partition("\nArgs:\n")[2].partition("\nRaises:\n")[0]
+        documented = re.findall(r"^    (\w+): ", arguments, re.MULTILINE)
+        assert documented == list(inspect.signature(function).parameters), function
+        assert all(
+            p.annotation is not p.empty for p in inspect.signature(function).parameters.values()
+        )
+    for base in (DiffusionPipeline, ModularPipeline):
+        assert inspect.signature(base.load_custom) == inspect.signature(customize.load_custom)
+    call = inspect.signature(StableDiffusionPipeline.__call__).parameters
+    assert all(call[name].default is None for name in ("avoid", "regions"))
+    assert list(call)[-1] == "kwargs"

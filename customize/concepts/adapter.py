@@ -1,4 +1,4 @@
-"""Low-rank adapters on a live model: plain peft LoRA layers whose factors we set ourselves."""
+"""Low-rank adapters on a live model: plain peft LoRA layers whose factors are set here."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from customize.families.family import Family
 from customize.families.pipeline_components import uncompiled
 
 ConceptUpdates = Mapping[str, Mapping[str, LowRank]]
-#: component -> module, under the names used in files -> a factor of what it reads.
+#: component -> module name, as in files -> (n, in), a factor of the second moment of its inputs.
 LayerFactors = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(eq=False)
 class Adapter:
-    """An adapter that sits in one or more models of a family.
+    """An adapter in one or more models of a family.
 
     Attributes:
         name: peft's adapter name.
-        models: component -> the model that carries it.
-        layers: component -> module name in that model -> peft's LoRA layer.
+        models: component -> model.
+        layers: component -> module name in the model -> peft's LoRA layer.
     """
 
     name: str
@@ -41,9 +41,9 @@ class Adapter:
     _configs: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def is_attached(self) -> bool:
-        """Whether it is on its models still, and no other one of its name in its place.
+        """Whether all models still have this adapter, and not another one of its name.
 
-        Someone may have removed it, with diffusers' ``unload_lora_weights`` or the like.
+        Other code may have removed it, for example diffusers' ``unload_lora_weights``.
         """
         return all(
             getattr(model, "peft_config", {}).get(self.name) is self._configs[component]
@@ -51,7 +51,7 @@ class Adapter:
         )
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """component -> what trains: the up-projections, and the down-projections of "lora"."""
+        """component -> trainable factors: up-projections, and down-projections for "lora"."""
         return {
             component: [
                 factor.weight
@@ -63,7 +63,7 @@ class Adapter:
         }
 
     def updates(self) -> dict[str, dict[str, LowRank]]:
-        """A copy of the factors as they are now, on the CPU, with the names used in files."""
+        """component -> module name, as in files -> a copy of the current factors on the CPU."""
         return {
             component: {
                 saved_module_name(component, module): LowRank(
@@ -78,8 +78,8 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it the models draw as without it."""
-        layers = [layer for own in self.layers.values() for layer in own.values()]
+        """Disable the adapter inside the context, by a scale of zero."""
+        layers = [layer for modules in self.layers.values() for layer in modules.values()]
         scales = [layer.scaling[self.name] for layer in layers]
         try:
             for layer in layers:
@@ -89,23 +89,23 @@ class Adapter:
             for layer, scale in zip(layers, scales, strict=True):
                 layer.scaling[self.name] = scale
 
-    def replace_updates(self, products: ConceptUpdates, dtype: torch.dtype | None = None) -> None:
-        """Carry other updates, in the same layers; see
-        :func:`customize.concepts.peft_adapter.replace_factors`.
+    def replace_updates(self, updates: ConceptUpdates, dtype: torch.dtype | None = None) -> None:
+        """Replace the updates, in the same layers.
 
         Args:
-            products: component -> module, by the model's names -> update, of any rank, in no
-                other layers than it is in.
-            dtype: as of :func:`attach_updates`.
+            updates: component -> module name in the model -> update of any rank; a layer of the
+                adapter without an update gets rank 0. Layers that do not have the adapter are not
+                allowed.
+            dtype: as for :func:`attach_updates`.
         """
         for component, model in self.models.items():
-            updates = products.get(component, {})
-            replace_factors(model, self.layers[component], updates, self.name, dtype)
+            layers = self.layers[component]
+            replace_factors(model, layers, updates.get(component, {}), self.name, dtype)
             config: Any = model.peft_config
             self._configs[component] = config[self.name]
 
     def remove(self) -> None:
-        """Give the models back bit for bit as they were; a second call does nothing."""
+        """Restore the models bit for bit; a second call does nothing."""
         for component in list(self._initial_states):
             self._initial_states.pop(component).restore(self.models[component], self.name)
 
@@ -124,32 +124,36 @@ def attach_new_adapter(
     seed: int = 0,
     name: str = "customize",
 ) -> Adapter:
-    """Put a new, trainable adapter on all attention projections of the named components.
+    """Attach a new, trainable adapter to all attention projections of some components.
 
-    "orthogonal": the down-projection is ``basis.scale * O[:, columns]^T`` of the layer's input
-    width, frozen, or with ``basis.avoid`` of what is left of that width
-    (:func:`customize.core.avoiding_slices.scaled_down_projection`); the up-projection starts at
-    zero and trains. "lora": both factors train, from peft's default start (down uniform in
-    +-1 / sqrt(in), up zero). Either way the model draws what it drew before until the first step.
+    Method "orthogonal" (Orthogonal Adaptation, arXiv 2312.02432): the down-projection
+    ``basis.scale * O[:, columns]^T`` of the layer's input width is frozen; with shared directions,
+    :func:`customize.core.avoiding_slices.scaled_down_projection` makes it orthogonal to these. The
+    up-projection starts at zero and is trained. Method "lora" (arXiv 2106.09685): both factors are
+    trained; the down-projection starts uniform in +-1 / sqrt(in), the up-projection at zero. The
+    model's output does not change before the first training step.
 
     Args:
-        rank: columns of the up-projection, the same in every layer.
-        alpha: updates are multiplied by alpha / rank; None for alpha = rank, a factor of 1.
-        basis, columns: for "orthogonal"; input width -> ``rank`` column numbers.
-        directions: with ``basis.avoid``, component -> module, under the names used in files ->
-            the factor of its inputs on generic prompts.
-        components: such as ("unet", "text_encoder").
+        family: the model.
+        method: "orthogonal" or "lora".
+        rank: rank of every layer.
+        alpha: numerator of the scale alpha / rank; None for a scale of 1.
+        basis: for "orthogonal", the basis of the slices.
+        columns: for "orthogonal", input width -> ``rank`` column numbers.
+        directions: for a basis with shared directions, component -> module name, as in files ->
+            (n, in), the factor of the layer's inputs on generic prompts.
+        components: components to adapt, such as ("unet", "text_encoder").
         dtype: of both factors; float32 also on a half-precision base.
-        seed: of the random start of "lora"; the same on every device.
+        seed: seed of the down-projections of "lora"; results are equal on all devices.
         name: peft's adapter name.
 
     Raises:
-        ConfigError: an unknown component or basis, a rank above a width, or columns that do not
-            fit. Nothing was changed.
-        PipelineError: the name is taken. Nothing was changed.
+        ConfigError: a component or basis is unknown, the rank exceeds a width, or the columns do
+            not fit. The model is unchanged.
+        PipelineError: the name is taken. The model is unchanged.
     """
     if rank < 1:
-        raise ConfigError(f"an adapter cannot have rank {rank}", where="rank", fix="use at least 1")
+        raise ConfigError(f"invalid adapter rank {rank}", where="rank", fix="use at least 1")
     targets = {component: family.adapter_targets(component) for component in components}
     for component, shapes in targets.items():
         for module, (out, width) in shapes.items():
@@ -167,21 +171,23 @@ def attach_new_adapter(
     )
     scale = (rank if alpha is None else alpha) / rank
 
-    def start(place: tuple[str, str], out: int, width: int) -> LowRank:
+    def initial_update(layer: tuple[str, str], out: int, width: int) -> LowRank:
         if frozen is not None:
-            down = frozen[place]
+            down = frozen[layer]
         else:
             down = (2 * torch.rand(rank, width, generator=generator) - 1) / width**0.5
         return LowRank(torch.zeros(out, rank), down, scale)
 
-    products = {
-        component: {module: start((component, module), *shape) for module, shape in shapes.items()}
+    updates = {
+        component: {
+            module: initial_update((component, module), *shape) for module, shape in shapes.items()
+        }
         for component, shapes in targets.items()
     }
-    adapter = attach_updates(family, products, name=name, dtype=dtype)
+    adapter = attach_updates(family, updates, name=name, dtype=dtype)
     for component, layers in adapter.layers.items():
         for key, parameter in adapter.models[component].named_parameters():
-            if ".lora_" not in key:  # of adapters beside it, which may train as well
+            if ".lora_" not in key:  # other adapters may be trained as well
                 parameter.requires_grad_(False)
         for layer in layers.values():
             layer.lora_A[name].weight.requires_grad_(method == "lora")
@@ -190,32 +196,35 @@ def attach_new_adapter(
 
 
 def attach_updates(
-    family: Family, products: ConceptUpdates, *, name: str, dtype: torch.dtype | None = None
+    family: Family, updates: ConceptUpdates, *, name: str, dtype: torch.dtype | None = None
 ) -> Adapter:
-    """Put given updates on a model as one frozen, active adapter beside those already there.
+    """Attach updates as one frozen, active adapter beside the existing adapters.
 
     Args:
-        products: component -> module -> update; ranks and scales may differ between layers.
-        name: peft's adapter name, new to every model concerned.
-        dtype: of the factors; None for that of each layer's weight.
+        family: the model.
+        updates: component -> module name, as in files or in the model -> update; ranks and scales
+            may differ between layers.
+        name: peft's adapter name, new to every adapted component.
+        dtype: of the factors; None for the dtype of each layer's weight.
 
     Raises:
-        ConceptError: an update does not fit the model (:func:`match_to_model`); nothing changes.
-        PipelineError: the name is taken. Nothing was changed.
+        ConceptError: an update does not fit the model (:func:`match_to_model`); the model is
+            unchanged.
+        PipelineError: the name is taken; the model is unchanged.
     """
-    fitted = match_to_model(products, family)
+    fitted = match_to_model(updates, family)
     models = {component: uncompiled(family.components[component]) for component in fitted}
     for component, model in models.items():
         if name in getattr(model, "peft_config", {}):
             raise PipelineError(
-                f"an adapter named {name} is attached already",
+                f"an adapter named {name} is already attached",
                 where=component,
                 fix="remove it first, or choose another name",
             )
     adapter = Adapter(name, models, {}, {})
     try:
         for component, model in models.items():
-            adapter._initial_states[component] = ModelState.of(model)
+            adapter._initial_states[component] = ModelState.capture(model)
             adapter.layers[component] = inject_adapter(model, fitted[component], name, dtype)
             config: Any = model.peft_config
             adapter._configs[component] = config[name]
@@ -235,38 +244,43 @@ Value = TypeVar("Value")
 
 
 def match_to_model(
-    products: Mapping[str, Mapping[str, Update]], family: Family
+    updates: Mapping[str, Mapping[str, Update]], family: Family
 ) -> dict[str, dict[str, Update]]:
-    """The same updates under the names that this model gives its layers.
+    """The same updates by the module names of a model.
 
-    Files call the layers of a CLIP text encoder ``text_model.encoder...`` as the whole community
-    does; recent transformers have no ``text_model`` in the plain text encoder.
+    Files name the layers of a CLIP text encoder ``text_model.encoder...``; recent versions of
+    transformers have no ``text_model`` in the plain text encoder.
+
+    Args:
+        updates: component -> module name, as in files or in the model -> update.
+        family: the model.
 
     Raises:
-        ConceptError: a component or layer is not here, has another shape, or is named twice.
+        ConceptError: the model lacks a component or layer, a layer has another shape, or two
+            updates are for one layer.
     """
     fitted: dict[str, dict[str, Update]] = {}
-    for component, updates in products.items():
+    for component, layers in updates.items():
         try:
             targets = family.layers(component)
         except (ConfigError, PipelineError) as error:
             raise ConceptError(
-                f"the model has no {component} that could take the concept's updates",
+                f"the model has no {component} for the concept's updates",
                 fix="use a concept of this model family, and a pipeline with all its parts",
             ) from error
         fitted[component] = {}
-        for module, update in updates.items():
+        for module, update in layers.items():
             name = module if module in targets else module.removeprefix("text_model.")
             if targets.get(name) != update.shape:
-                found = f"of shape {targets[name]}" if name in targets else "missing"
+                layer = f"has shape {targets[name]}" if name in targets else "is missing"
                 raise ConceptError(
-                    f"an update of shape {update.shape} has no place: the layer is {found}",
+                    f"an update of shape {update.shape} does not fit: the layer {layer}",
                     where=f"{component}.{module}",
                     fix="use a concept that was learned on this model family and size",
                 )
             if name in fitted[component]:
                 raise ConceptError(
-                    "two updates are given for one layer, under its old and its new name",
+                    "two updates are for one layer, by its old and its new name",
                     where=f"{component}.{module}",
                     fix="merge them into one update first",
                 )
@@ -275,7 +289,7 @@ def match_to_model(
 
 
 def saved_module_name(component: str, module: str) -> str:
-    """The name of a module in files: that of the model, CLIP's with its old ``text_model.``."""
+    """A module's name in files: the model's, for CLIP with the older ``text_model.`` prefix."""
     flat = component.startswith("text_encoder") and module.startswith("encoder.layers.")
     return f"text_model.{module}" if flat else module
 
@@ -287,48 +301,51 @@ def _frozen_down_projections(
     columns: Mapping[int, Sequence[int]] | None,
     directions: LayerFactors | None,
 ) -> dict[tuple[str, str], Tensor]:
-    """(component, module) -> down-projection; layers of the same have one tensor."""
+    """(component, module) -> (rank, in) down-projection; equal ones share one tensor."""
     if basis is None or columns is None:
         raise ConfigError(
-            "orthogonal adaptation needs an orthogonal matrix (basis) and each width's columns",
-            fix="give basis and columns, or use the method lora",
+            "the method orthogonal needs a basis, and columns of each width",
+            fix="pass basis and columns, or use the method lora",
         )
     widths = {shape[1] for shapes in targets.values() for shape in shapes.values()}
     for width in sorted(widths):
         if len(columns.get(width, ())) != rank:
             raise ConfigError(
-                f"width {width} has {len(columns.get(width, ()))} columns for rank {rank}",
+                f"width {width} has {len(columns.get(width, ()))} columns, and the rank is {rank}",
                 where="columns",
-                fix="give as many columns as the rank for each width",
+                fix="pass as many columns as the rank for each width",
             )
-    fn, found = BASES[basis.kind], {}
-    known: dict[int, Tensor] = {}  # by width, or by the inputs that layers have in common
+    matrix_columns, projections = BASES[basis.kind], {}
+    # Width, or id of the inputs that several layers share -> down-projection.
+    computed: dict[int, Tensor] = {}
     for component, shapes in targets.items():
         for module, (_, width) in shapes.items():
             chosen = columns[width]
             if not basis.num_shared_directions:
-                if width not in known:
-                    known[width] = down_projection(fn, width, chosen, basis.seed, basis.scale)
-                found[component, module] = known[width]
+                if width not in computed:
+                    computed[width] = down_projection(
+                        matrix_columns, width, chosen, basis.seed, basis.scale
+                    )
+                projections[component, module] = computed[width]
                 continue
             inputs = (directions or {}).get(component, {}).get(saved_module_name(component, module))
             if inputs is None:
                 raise ConfigError(
-                    "the layer's inputs on generic prompts are not known",
+                    "the layer's inputs on generic prompts are missing",
                     where=f"{component}.{module}",
-                    fix="give directions of every layer, or a basis that avoids none",
+                    fix="pass directions of every layer, or a basis without shared directions",
                 )
-            if id(inputs) not in known:
-                known[id(inputs)] = avoiding_slices.scaled_down_projection(
-                    fn,
+            if id(inputs) not in computed:
+                computed[id(inputs)] = avoiding_slices.scaled_down_projection(
+                    matrix_columns,
                     inputs,
                     chosen,
                     basis.seed,
                     avoid=basis.num_shared_directions,
                     scale=basis.scale,
                 )
-            found[component, module] = known[id(inputs)]
-    return found
+            projections[component, module] = computed[id(inputs)]
+    return projections
 
 
 def _copy(weight: Tensor) -> Tensor:
@@ -336,16 +353,16 @@ def _copy(weight: Tensor) -> Tensor:
 
 
 def flatten_layers(parts: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
-    """What a concept has for each layer, such as its updates or its record, in one mapping.
+    """Flatten a mapping of components and layers, such as updates or recorded inputs.
 
     Args:
-        parts: component -> module, by the model's names or those of files -> value.
+        parts: component -> module name, in the model or as in files -> value.
 
     Returns:
-        "component.module", as files name it -> value, in the same order.
+        "component.module", as in files -> value, in the same order.
     """
     return {
         f"{component}.{saved_module_name(component, module)}": value
-        for component, own in parts.items()
-        for module, value in own.items()
+        for component, layers in parts.items()
+        for module, value in layers.items()
     }

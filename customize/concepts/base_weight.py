@@ -1,8 +1,7 @@
-"""The weight of a base layer: whether it is plain, and what a quantized layer computes with.
+"""The weight of a base layer, dequantized if a quantizer stores it in another form.
 
-DoRA, OFT, BOFT and the trainer's penalty read the weight; ``fuse=True`` writes it. All of them ask
-here, because the tensor that a quantized layer keeps is no weight: bitsandbytes keeps codes,
-torchao and quanto keep tensors of their own kind, GGUF and BFL keep packed bytes.
+DoRA, OFT, BOFT and the trainer's penalty read the weight; ``fuse=True`` writes it. Quantized layers
+store codes (bitsandbytes), tensor subclasses (torchao, quanto) or packed bytes (GGUF, BFL).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from customize.core.lowrank import all_finite
 from customize.errors import PipelineError
 from customize.families.adaptable_layers import CONVOLUTIONS
 
-#: What :func:`quantizer_name` calls float8 storage that is cast at each call.
+#: The name of diffusers' float8 storage that is cast at each call, for :func:`quantizer_name`.
 LAYERWISE_CASTING = "layerwise casting"
 
 _WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -45,26 +44,27 @@ _INTEGRATIONS = {"gguf": "GGUF", "bfl": "BFL's FP8 and NVFP4 checkpoints", "nunc
 
 
 def base_layer(layer: Any) -> Any:
-    """The layer below every peft adapter around it."""
+    """Unwrap all peft adapters of a layer."""
     while hasattr(layer, "base_layer"):
         layer = layer.base_layer
     return layer
 
 
 def quantizer_name(layer: Any) -> str:
-    """What holds a layer's weight in another form than a plain floating-point tensor.
+    """The quantizer that stores a layer's weight.
 
     Args:
-        layer: a linear layer or convolution, with or without peft's adapters around it.
+        layer: a linear layer or convolution, with or without peft adapters.
 
     Returns:
-        The quantizer's name, or a description; empty for a plain weight of at least 16 bits.
+        The quantizer's name, or a description; empty for a floating-point weight of at least 16
+        bits.
     """
     layer = base_layer(layer)
     weight = layer.weight
-    named = _package(type(weight)) or _package(type(layer))
-    if named:
-        return named
+    name = _quantizer_of_class(type(weight)) or _quantizer_of_class(type(layer))
+    if name:
+        return name
     if type(weight) not in (nn.Parameter, Tensor):
         return f"a tensor of type {type(weight).__name__}"
     if weight.dtype in _FLOAT8:
@@ -73,17 +73,17 @@ def quantizer_name(layer: Any) -> str:
 
 
 def dense_weight(layer: Any, where: str) -> Tensor:
-    """The weight that a layer computes with, dequantized where it is quantized.
+    """The weight of a layer, dequantized if it is quantized.
 
     Args:
-        layer: a linear layer or convolution, with or without peft's adapters around it.
+        layer: a linear layer or convolution, with or without peft adapters.
         where: the layer's name, for errors.
 
     Returns:
-        (out, in) or (out, in, kh, kw), floating point; of a plain layer the weight itself.
+        (out, in) or (out, in, kh, kw), floating point; the parameter itself if not quantized.
 
     Raises:
-        PipelineError: the weight is quantized in a way that cannot be read here.
+        PipelineError: the weight cannot be dequantized.
     """
     layer = base_layer(layer)
     quantizer = quantizer_name(layer)
@@ -92,70 +92,73 @@ def dense_weight(layer: Any, where: str) -> Tensor:
         return plain
     read = _READERS.get(quantizer)
     if read is None:
-        raise _unreadable(quantizer, where)
+        raise _unreadable_weight(quantizer, where)
     try:
         with torch.no_grad():
             weight = read(layer).detach()
-            good = tuple(weight.shape) == _shape(layer) and all_finite(weight)
-    except Exception as error:  # of another library's code, about its own format
-        raise _unreadable(quantizer, where) from error
-    if not good:
-        raise _unreadable(quantizer, where)
+            is_valid = tuple(weight.shape) == _weight_shape(layer) and all_finite(weight)
+    except Exception as error:  # another library's code may raise anything
+        raise _unreadable_weight(quantizer, where) from error
+    if not is_valid:
+        raise _unreadable_weight(quantizer, where)
     return weight
 
 
 def writable_weight(layer: Any, where: str) -> nn.Parameter:
-    """The parameter that a layer computes with, to be changed in place.
+    """The weight parameter of a layer, for changes in place.
+
+    Args:
+        layer: a linear layer or convolution, with or without peft adapters.
+        where: the layer's name, for errors.
 
     Raises:
-        PipelineError: the weight is quantized or stored in 8 bits, or computed from others.
+        PipelineError: the weight is quantized, has 8 bits, or is computed by a parametrization.
     """
     layer = base_layer(layer)
     quantizer = quantizer_name(layer)
     if quantizer:
         raise PipelineError(
-            f"nothing can be added to this layer's weight, which is held by {quantizer}",
+            f"the layer's weight is quantized (format: {quantizer}), so nothing can be added to it",
             where=where,
-            fix="load with fuse=False, which leaves the weights alone; or load a base that is not "
-            "quantized, and quantize or cast it after fusing",
+            fix="load with fuse=False, which changes no weights; or load an unquantized base, and "
+            "quantize or cast it after fusing",
         )
     weight = layer._parameters.get("weight")
     if weight is None:
         raise PipelineError(
-            f"nothing can be added to this layer's weight, which a {type(layer).__name__} computes "
-            "from other parameters",
+            f"the layer's weight is computed from other parameters by a {type(layer).__name__}, so "
+            "nothing can be added to it",
             where=where,
             fix="load with fuse=False, or remove the parametrization first",
         )
     return weight
 
 
-def _unreadable(quantizer: str, where: str) -> PipelineError:
+def _unreadable_weight(quantizer: str, where: str) -> PipelineError:
     return PipelineError(
-        f"the adapter depends on this layer's weight, which is held by {quantizer} and cannot be "
-        "dequantized here",
+        f"the adapter needs the layer's weight, and its format cannot be dequantized: {quantizer}",
         where=where,
-        fix="load it into a base that is not quantized, or ask its maker for a plain LoRA",
+        fix="load it into an unquantized base, or ask its author for a plain LoRA",
     )
 
 
 def find_unadaptable_layers(model: nn.Module) -> dict[str, str]:
-    """The layers of a model that a quantizer has replaced by its own, which take no adapter.
+    """The layers of a model that a quantizer replaced by classes that adapters do not support.
 
     Returns:
         module name -> the quantizer's name.
     """
-    found = {name: _package(type(module)) for name, module in model.named_modules()}
+    quantizers = {name: _quantizer_of_class(type(module)) for name, module in model.named_modules()}
     adaptable = (nn.Linear, *CONVOLUTIONS)
     return {
         name: quantizer
-        for name, quantizer in found.items()
+        for name, quantizer in quantizers.items()
         if quantizer and not isinstance(model.get_submodule(name), adaptable)
     }
 
 
-def _package(kind: type) -> str:
-    """The quantizer whose package defines a class; empty where none does."""
+def _quantizer_of_class(kind: type) -> str:
+    """The quantizer whose package defines a class; empty for other classes."""
     root, *inner = kind.__module__.split(".")
     if root in ("diffusers", "transformers") and inner[:1] in (["quantizers"], ["integrations"]):
         return _INTEGRATIONS.get(inner[1], inner[1])
@@ -163,11 +166,11 @@ def _package(kind: type) -> str:
 
 
 def _is_stock(layer: Any) -> bool:
-    """Whether the layer computes as torch's own does, so that its weight has no scale beside it."""
+    """Whether the forward pass is torch's own, so that no separate scale belongs to the weight."""
     return type(layer).forward in [kind.forward for kind in (nn.Linear, *CONVOLUTIONS)]
 
 
-def _shape(layer: Any) -> tuple[int, ...]:
+def _weight_shape(layer: Any) -> tuple[int, ...]:
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
@@ -236,6 +239,6 @@ _READERS: dict[str, Callable[[Any], Tensor]] = {
     "GGUF": _gguf,
     _INTEGRATIONS["bfl"]: _bfl,
     "SDNQ": _sdnq,
-    # Float8 storage is exact in any wider type.
+    # Float8 values are exact in any wider dtype.
     LAYERWISE_CASTING: lambda layer: layer.weight.float(),
 }

@@ -146,7 +146,7 @@ def test_weights_in_float8_take_no_fused_concepts():
     rex = concept(pipe)
     pipe.load_custom(memory=word_for(pipe, CAST))
     picture = draw(pipe)
-    with pytest.raises(PipelineError, match=r"held by layerwise casting"):
+    with pytest.raises(PipelineError, match=r"format: layerwise casting"):
         pipe.load_custom(rex, fuse=True)
     assert np.array_equal(draw(pipe), picture)
 

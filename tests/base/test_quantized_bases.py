@@ -84,7 +84,7 @@ def test_fusing_is_refused_before_anything_changes(kind):
     pipe = quantized(kind)
     picture, before = draw(pipe), answers(pipe)
     modules = {name: type(module) for name, module in pipe.transformer.named_modules()}
-    with pytest.raises(PipelineError, match=r"which is held by (bits|torchao|layerwise)") as error:
+    with pytest.raises(PipelineError, match=r"format: (bits|torchao|layerwise)") as error:
         pipe.load_custom(concept(pipe), fuse=True)
     assert "fuse=False" in str(error.value)
     assert {name: type(module) for name, module in pipe.transformer.named_modules()} == modules

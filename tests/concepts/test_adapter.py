@@ -148,11 +148,11 @@ def test_the_adapter_stays_float32_on_a_half_precision_base() -> None:
         ({"rank": 17}, "rank 17 does not fit a layer of width 16"),
         ({"rank": 0}, "rank 0"),
         ({"components": ["unet", "vae"]}, "vae"),
-        ({"columns": {16: (0, 1, 2, 3)}}, "width 32 has 0 columns for rank 4"),
+        ({"columns": {16: (0, 1, 2, 3)}}, "width 32 has 0 columns, and the rank is 4"),
         ({"columns": {16: (0, 1, 2, 3), 32: (0, 1, 2)}}, "width 32 has 3 columns"),
         ({"columns": {16: (0, 1, 2, 3), 32: (0, 1, 2, 32)}}, r"columns \[32\]"),
         ({"columns": {16: (0, 1, 2, 3), 32: (0, 1, 2, 2)}}, "twice"),
-        ({"basis": None}, "needs an orthogonal matrix"),
+        ({"basis": None}, "needs a basis"),
     ],
 )
 def test_bad_settings_change_nothing(changes, message: str) -> None:
@@ -223,7 +223,7 @@ def test_a_taken_name_changes_nothing() -> None:
     family = family_of(tiny_sd().components)
     first = orthogonal(family, components=["text_encoder"])
     before = state(family.denoiser)
-    with pytest.raises(PipelineError, match="attached already"):
+    with pytest.raises(PipelineError, match="already attached"):
         orthogonal(family)
     assert equal_states(state(family.denoiser), before)
     first.remove()
@@ -236,7 +236,7 @@ def test_updates_for_another_model_are_refused() -> None:
         match_to_model(concept.updates, family_of(tiny_sd3().components))
     update = LowRank(torch.ones(7, 2), torch.ones(2, 16))
     module = next(iter(family.adapter_targets("unet")))
-    with pytest.raises(ConceptError, match=r"shape \(7, 16\) has no place: the layer is of shape"):
+    with pytest.raises(ConceptError, match=r"shape \(7, 16\) does not fit: the layer has shape"):
         attach_updates(family, {"unet": {module: update}}, name="other")
     with pytest.raises(ConceptError, match="missing"):
         match_to_model({"unet": {"no.such.layer": update}}, family)

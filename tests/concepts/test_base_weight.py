@@ -184,7 +184,7 @@ def test_weights_are_those_that_the_layer_multiplies_with(name, kind, make, most
     assert weight.shape == (OUT, IN)
     exact = plain().weight
     assert 0 < (weight - exact).norm() < 0.2 * exact.norm()
-    with pytest.raises(PipelineError, match=f"which is held by {name}") as refusal:
+    with pytest.raises(PipelineError, match=f"format: {name}") as refusal:
         writable_weight(layer, "a.layer")
     assert "fuse=False" in str(refusal.value) and "a.layer" in str(refusal.value)
     torch.testing.assert_close(answers(), weight, atol=most, rtol=0)
@@ -203,9 +203,9 @@ def test_an_unknown_kind_of_tensor_is_refused_by_name():
 
     layer = plain()
     layer.weight = Packed(layer.weight.data)
-    with pytest.raises(PipelineError, match="held by a tensor of type Packed and cannot be deq"):
+    with pytest.raises(PipelineError, match="cannot be dequantized: a tensor of type Packed"):
         dense_weight(layer, "x")
-    with pytest.raises(PipelineError, match="held by a tensor of type Packed"):
+    with pytest.raises(PipelineError, match="format: a tensor of type Packed"):
         writable_weight(layer, "x")
 
 
@@ -216,14 +216,16 @@ def test_float8_with_a_scale_beside_it_is_not_taken_for_the_weight():
 
     layer = Scaled(IN, OUT)
     layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(PipelineError, match=r"weights of torch.float8_e4m3fn and cannot be deq"):
+    with pytest.raises(
+        PipelineError, match=r"cannot be dequantized: weights of torch.float8_e4m3fn"
+    ):
         dense_weight(layer, "x")
 
 
 def test_a_weight_that_is_computed_can_be_read_and_not_changed():
     layer = nn.utils.parametrizations.weight_norm(plain())
     torch.testing.assert_close(dense_weight(layer, "x"), plain().weight)
-    with pytest.raises(PipelineError, match="ParametrizedLinear computes from other parameters"):
+    with pytest.raises(PipelineError, match="computed from other parameters by a ParametrizedLinear"):
         writable_weight(layer, "x")
 
 

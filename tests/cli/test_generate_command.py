@@ -160,7 +160,7 @@ def test_a_trigger_that_is_cut_off_is_told_once(world: World, tmp_path: Path) ->
 def test_bad_input_draws_nothing(run: Run, world: World, tmp_path: Path) -> None:
     output = tmp_path / "pictures"
     arguments = ("--base", world.base, "--prompt", PROMPT, "--output", output)
-    refused(run("generate", tmp_path / "rex", *arguments), "there is no such concept")
+    refused(run("generate", tmp_path / "rex", *arguments), "the concept does not exist")
     refused(run("generate", world.rex, world.rex, *arguments), "two concepts are called rex")
     refused(run("generate", world.rex, *arguments, "--weights", "1,2"), "2 weights for 1 concepts")
     refused(run("generate", world.rex, *arguments, "--size", "big"), "invalid size 'big'")

@@ -42,7 +42,7 @@ def test_an_empty_library(run: Run, tmp_path: Path) -> None:
 
 def test_adding_the_same_again_is_refused(run: Run, library: Path, world: World) -> None:
     refused(run("library", "add", library, world.rex), "has a concept rex already", "delete")
-    refused(run("library", "add", library, "nowhere"), "no such concept")
+    refused(run("library", "add", library, "nowhere"), "the concept does not exist")
 
 
 def test_check_ends_with_1_on_faults(run: Run, library: Path) -> None:

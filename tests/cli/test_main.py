@@ -53,7 +53,7 @@ def test_a_process_ends_with_the_exit_code_and_one_line() -> None:
     done = customize("merge", "nowhere/at/all", "--output", "unused")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: there is no such concept (nowhere/at/all). Fix: check the path.\n"
+        "error: the concept does not exist (nowhere/at/all). Fix: check the path.\n"
     )
     assert done.stdout == ""
     # What the libraries would say of a base that cannot be had must not come between.

@@ -225,7 +225,9 @@ def test_float8_with_a_scale_beside_it_is_not_taken_for_the_weight():
 def test_a_weight_that_is_computed_can_be_read_and_not_changed():
     layer = nn.utils.parametrizations.weight_norm(plain())
     torch.testing.assert_close(dense_weight(layer, "x"), plain().weight)
-    with pytest.raises(PipelineError, match="computed from other parameters by a ParametrizedLinear"):
+    with pytest.raises(
+        PipelineError, match="computed from other parameters by a ParametrizedLinear"
+    ):
         writable_weight(layer, "x")
 
 

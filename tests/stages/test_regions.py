@@ -314,7 +314,7 @@ WRONG = {
     "below": ({"<rex>": -torch.ones(4, 4)}, "values from -1"),
     "kind": ({"<rex>": "left"}, "cannot be a str"),
     "number": ({7: LEFT}, "not a int"),
-    "near": ({"<rax>": LEFT}, r"'<rax>' is not in the prompt.*near it are <rex>"),
+    "near": ({"<rax>": LEFT}, r"'<rax>' is not in the prompt.*similar are <rex>"),
     "phrase": ({"red cat": LEFT}, r"'red cat' is not in the prompt.*red car"),
     "twice": ({"<rex>": LEFT, "rex": RIGHT}, "given two regions"),
     "shared": ({"red car": LEFT, "car": RIGHT}, "share words"),

@@ -1,4 +1,4 @@
-"""The layout of a concept's files: which tensor has which name, and what the headers say."""
+"""File names of concepts and merges, and the tensors and headers that the files contain."""
 
 from __future__ import annotations
 
@@ -15,47 +15,46 @@ from customize.concepts.tokens.subjects import Subject
 from customize.concepts.types import Concept
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-# Of a pipeline with two denoisers, stock diffusers reads the second one's updates from a file of
-# their own, under the first one's name: load_lora_weights(..., load_into_transformer_2=True).
+# Stock diffusers reads the updates of a second denoiser from a separate file, by the first one's
+# name: load_lora_weights(..., load_into_transformer_2=True).
 SECOND_LORA_FILE = "pytorch_lora_weights_2.safetensors"
 SECOND_DENOISERS = {"transformer_2": "transformer"}
 EMBEDS_FILE = "learned_embeds.safetensors"
 LAYERWISE_EMBEDS_FILE = "layerwise_embeds.safetensors"
 INFO_FILE = "concept.json"
-# Beside a concept or LoRA, and no part of it; see customize.concepts.input_statistics.
+# Recorded layer inputs, beside a concept or LoRA; see customize.concepts.input_statistics.
 LAYER_INPUTS_FILE = "layer_inputs.safetensors"
-# By whose keys a merged LoRA is written.
+# Key layouts of merged LoRAs.
 KEY_LAYOUTS = ("diffusers", "kohya")
-# What peft's own save_pretrained writes.
+# Files that peft's save_pretrained writes.
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
-# By which diffusers knows a pipeline's folder.
+# Marks a folder as a diffusers pipeline.
 PIPELINE_FILE = "model_index.json"
 CARD_FILE = "README.md"
-# What a merge writes beside its LoRA: the facts, and each concept's tokens.
+# Files of a merge beside its LoRA: its facts, and the tokens of each concept.
 MERGED_FILE = "merged.json"
 MERGED_EMBEDS_FILE = "learned_embeds_{}.safetensors"
-KOHYA_EMBEDS_FOLDER = "embeddings"  # by kohya's keys
+KOHYA_EMBEDS_FOLDER = "embeddings"
 RESERVATION_FILE = ".slice.json"
-# What training keeps in the same folder: its claim on a slice, its checkpoints, class pictures,
-# logs, samples and validation.
+# Files and folders of training runs in a concept's folder.
 TRAINING_FILES = frozenset(
     {RESERVATION_FILE, ".checkpoints", ".class_pictures", "logs", "validation", "samples"}
 )
 
 PEFT_HEADER = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
 INFO_HEADER = "customize_concept"
-# diffusers refuses a LoRA file with a key in which "lora" does not occur.
+# diffusers refuses LoRA files with a key that does not contain "lora".
 EMBEDS_PREFIX = "lora_concept_embeds."
-# The names that the community's files give to the tokens of SDXL's and SD3's two CLIP encoders.
+# Keys of embedding files for the two CLIP encoders of SDXL and SD3, as the community names them.
 COMMUNITY_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-DIGEST_KEY = "sha256"  # a field of the JSON beside those of ConceptInfo
+DIGEST_KEY = "sha256"  # an additional field of concept.json
 
 
 def digest_concept(concept: Concept) -> str:
-    """sha256 over the facts, and names, dtypes, shapes and bytes of all tensors.
+    """SHA-256 of the facts, and of the names, dtypes, shapes and bytes of all tensors.
 
-    The facts say which slice of which basis the tensors are; with other facts merging would be
-    wrong. Which file holds what makes no difference.
+    The facts are included because they define the slices, on which merging depends. The digest does
+    not depend on the distribution of tensors over files.
     """
     facts = json.dumps(concept.info.model_dump(), sort_keys=True, allow_nan=False)
     digest = hashlib.sha256(facts.encode())
@@ -66,6 +65,7 @@ def digest_concept(concept: Concept) -> str:
 
 
 def lora_tensors(concept: Concept) -> dict[str, Tensor]:
+    """All factors by peft's keys: ``component.module.lora_A.weight`` and ``lora_B``."""
     tensors = {}
     for component, updates in concept.updates.items():
         for module, update in updates.items():
@@ -75,44 +75,55 @@ def lora_tensors(concept: Concept) -> dict[str, Tensor]:
 
 
 def split_lora_files(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """File -> its tensors: one file, or two where there is a second denoiser."""
-    found: dict[str, dict[str, Tensor]] = {LORA_FILE: {}}
+    """File name -> tensors: one file, or two for a model with a second denoiser."""
+    files: dict[str, dict[str, Tensor]] = {LORA_FILE: {}}
     for key, tensor in tensors.items():
         component, _, rest = key.partition(".")
         if component in SECOND_DENOISERS:
-            found.setdefault(SECOND_LORA_FILE, {})[f"{SECOND_DENOISERS[component]}.{rest}"] = tensor
+            files.setdefault(SECOND_LORA_FILE, {})[f"{SECOND_DENOISERS[component]}.{rest}"] = tensor
         else:
-            found[LORA_FILE][key] = tensor
-    return found
+            files[LORA_FILE][key] = tensor
+    return files
 
 
 def bundled_embeddings(concept: Concept) -> dict[str, Tensor]:
+    """The token embeddings by the keys of a single file."""
     return {f"{EMBEDS_PREFIX}{key}": rows for key, rows in concept.embeddings.items()}
 
 
 def embedding_tensors(subject: Subject) -> dict[str, Tensor]:
-    """One embedding a token, as all loaders take them: the mean, where each layer has its own."""
-    plain = {key: mean_rows(rows) for key, rows in subject.embeddings.items()}
-    if len(plain) == 1:
-        return {subject.trigger: next(iter(plain.values()))}
-    return {COMMUNITY_KEYS[key]: rows for key, rows in plain.items()}
+    """One embedding per token, as other programs read them: the mean over the layers.
+
+    Returns:
+        key -> (tokens, width); the key is the trigger for one text encoder, clip_l and clip_g for
+        two.
+    """
+    means = {key: mean_rows(rows) for key, rows in subject.embeddings.items()}
+    if len(means) == 1:
+        return {subject.trigger: next(iter(means.values()))}
+    return {COMMUNITY_KEYS[key]: rows for key, rows in means.items()}
 
 
 def peft_header(concept: Concept, file: str | None = None) -> str:
-    """What the header of one of :func:`split_lora_files` says, or of a single file with all."""
+    """peft's adapter metadata as JSON, for the header of a LoRA file.
+
+    Args:
+        concept: the concept.
+        file: a file name of :func:`split_lora_files`; None for a single file with all tensors.
+    """
     info = concept.info
-    products = concept.updates
+    components = concept.updates
     if file is not None:
-        products = {
+        components = {
             SECOND_DENOISERS.get(component, component): updates
-            for component, updates in products.items()
+            for component, updates in components.items()
             if (component in SECOND_DENOISERS) == (file == SECOND_LORA_FILE)
         }
     alpha = int(info.alpha) if info.alpha == int(info.alpha) else info.alpha
     header: dict[str, Any] = {}
-    for component, updates in products.items():
-        # The text encoder's layers by their endings, since their full names differ between
-        # versions of transformers.
+    for component, updates in components.items():
+        # Layers of text encoders by the last part of their names, because full names differ
+        # between versions of transformers.
         clip = component.startswith("text_encoder")
         names = {module.rpartition(".")[2] if clip else module for module in updates}
         header[f"{component}.r"] = info.rank
@@ -122,5 +133,6 @@ def peft_header(concept: Concept, file: str | None = None) -> str:
 
 
 def info_json(concept: Concept) -> str:
+    """The content of ``concept.json``: the facts and the digest."""
     values = concept.info.model_dump() | {DIGEST_KEY: digest_concept(concept)}
     return json.dumps(values, indent=2, allow_nan=False)

@@ -1,4 +1,4 @@
-"""Where concepts lie: in folders, in libraries, and with what the hub gave."""
+"""Locating concepts and LoRAs: as paths, in libraries, and in the hub's cache."""
 
 from __future__ import annotations
 
@@ -14,30 +14,33 @@ from customize.safe_read import PICKLE_SUFFIXES, path_exists
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What is in a folder, sorted.
+    """The paths in a folder, sorted.
 
     Raises:
-        ConceptError: it cannot be looked into.
+        ConceptError: the folder cannot be listed.
     """
     try:
         return sorted(folder.iterdir())
     except OSError as error:
         raise ConceptError(
-            f"the folder cannot be looked into: {error.strerror}",
+            f"the folder cannot be listed: {error.strerror}",
             where=folder,
             fix="allow reading and entering it",
         ) from error
 
 
 def is_hidden(name: str) -> bool:
-    """Whether what has this name in a library is none of its concepts, whatever it is."""
-    return name.startswith(".") or name == "lost+found"  # which a disk of its own has
+    """Whether a library ignores files and folders of this name."""
+    return name.startswith(".") or name == "lost+found"  # the root folder of a disk
 
 
 def find_in_subfolders(library: Path, name: str) -> list[Path]:
-    """The files of a name in a library's folders, sorted, without hidden folders.
+    """The files with a name in the visible subfolders of a library, sorted.
 
-    Those in folders that may not be entered count too: reading them tells what is wrong.
+    Files in folders that cannot be entered are included: reading them reports the problem.
+
+    Raises:
+        ConceptError: the library cannot be listed.
     """
     try:
         folders = sorted(entry.path for entry in os.scandir(library) if not is_hidden(entry.name))
@@ -45,7 +48,7 @@ def find_in_subfolders(library: Path, name: str) -> list[Path]:
         return []
     except OSError as error:
         raise ConceptError(
-            f"the library cannot be looked into: {error.strerror}",
+            f"the library cannot be listed: {error.strerror}",
             where=library,
             fix="allow reading and entering it, or name another one",
         ) from error
@@ -54,10 +57,10 @@ def find_in_subfolders(library: Path, name: str) -> list[Path]:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Refuse a folder with a pickle in it, when what was looked for is not there.
+    """Refuse a folder that contains a pickle instead of the expected files.
 
     Raises:
-        ConceptError: naming the first.
+        ConceptError: with the path of the first pickle.
     """
     for file in list_folder(folder):
         if file.suffix.lower() in PICKLE_SUFFIXES:
@@ -66,17 +69,20 @@ def refuse_pickles(folder: Path) -> None:
 
 def _refuse_pickle(path: Path) -> NoReturn:
     raise ConceptError(
-        "files of this kind can run code when they are opened, so they are not read",
+        "pickle files can run code when they are opened, so they are not read",
         where=path,
-        fix="get or convert it as .safetensors",
+        fix="get or convert the file as .safetensors",
     )
 
 
 def locate(source: str | Path) -> Path:
-    """Where a concept or LoRA lies: the path itself, or what the hub gave for an id.
+    """The path of a source; a hub id is downloaded.
+
+    Args:
+        source: a path, or a hub id (``user/name``).
 
     Raises:
-        ConceptError: nothing is there, or it is a pickle.
+        ConceptError: the source does not exist or cannot be reached, or it is a pickle.
     """
     path = Path(source)
     try:
@@ -85,12 +91,12 @@ def locate(source: str | Path) -> Path:
         raise ConceptError(
             f"the concept cannot be reached: {error.strerror}",
             where=path,
-            fix="allow entering the folders that it is in",
+            fix="allow entering its parent folders",
         ) from error
-    except (OSError, ValueError):  # nothing is there, or no file can have this name
+    except (OSError, ValueError):  # the path does not exist, or is not a valid file name
         if path_exists(path):
             raise ConceptError(
-                "the link leads nowhere", where=path, fix="mend or delete it"
+                "the link is broken", where=path, fix="repair or delete it"
             ) from None
     else:
         if path.suffix.lower() in PICKLE_SUFFIXES:
@@ -99,13 +105,16 @@ def locate(source: str | Path) -> Path:
     if isinstance(source, str) and is_hub_id(source):
         return download(source)
     raise ConceptError(
-        "there is no such concept", where=source, fix=suggest_paths(source, "check the path")
+        "the concept does not exist", where=source, fix=suggest_paths(source, "check the path")
     )
 
 
 def locate_concept(source: str | Path) -> Path:
-    """The same; the LoRA's file in the folder of a concept or merge stands for the folder, in whose
-    other files the rest is."""
+    """The path of a concept, merge or LoRA; the LoRA file of a concept or merge gives its folder.
+
+    Raises:
+        ConceptError: as :func:`locate`.
+    """
     path = locate(source)
-    beside = (path.parent / name for name in (INFO_FILE, MERGED_FILE))
-    return path.parent if path.name == LORA_FILE and any(map(path_exists, beside)) else path
+    info_files = (path.parent / name for name in (INFO_FILE, MERGED_FILE))
+    return path.parent if path.name == LORA_FILE and any(map(path_exists, info_files)) else path

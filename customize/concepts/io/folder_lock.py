@@ -1,4 +1,4 @@
-"""A lock on a folder that is being written, between threads, processes and hosts."""
+"""An exclusive lock on an output folder, between threads, processes and hosts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from customize.errors import StorageError, storage_error
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Be the only one that writes to a folder, among all that ask for this.
+    """Hold the exclusive lock of a folder inside the context.
 
-    The lock is that of the operating system on a file ``.NAME.lock`` beside the folder, which is
-    deleted at the end. When a process dies, the system frees the lock, and a file that is left is
-    taken over. Hosts that share a file system see one another's locks where that has locks. The
-    folders above it are made, and removed again if nothing was written.
+    The lock is an operating-system lock on the file ``.NAME.lock`` beside the folder, which is
+    deleted at the end. The system releases it when the process dies; a leftover file is reused.
+    Hosts that share a file system share the lock if the file system supports locks. Parent folders
+    are created, and removed again if they stay empty.
 
     Args:
-        folder: it need not exist.
+        folder: the folder; it need not exist.
 
     Raises:
-        StorageError: somebody else writes to it, or the folder above it cannot be written.
+        StorageError: another run has the lock, or the parent folder is not writable.
     """
     from filelock import FileLock, Timeout
 
@@ -34,7 +34,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         raise StorageError(error.problem, where=folder, fix=error.fix) from error
     path = folder.parent / f".{folder.name}.lock"
     made = [parent for parent in folder.parents if not parent.exists()]
-    # Not shared with other locks on this file, as another thread may have one.
+    # Not a singleton, because another thread may hold a lock on the same file.
     lock = FileLock(path, mode=0o664, is_singleton=False)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -43,15 +43,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
         raise StorageError(
             "another run writes to this folder",
             where=folder,
-            fix="wait until it has ended, or choose another output folder",
+            fix="wait until it ends, or choose another output folder",
         ) from None
     except OSError as error:
         raise storage_error(error, folder.parent) from error
     try:
         yield
     finally:
-        with suppress(OSError):  # on Windows, where the release deletes it
-            path.unlink()  # while it is held, so that whoever opened it before sees that it is gone
+        with suppress(OSError):  # Windows deletes it on release
+            path.unlink()  # while locked, so that a waiting process sees that it is deleted
         lock.release()
         for parent in made:
             with suppress(OSError):  # not empty

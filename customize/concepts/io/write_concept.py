@@ -1,17 +1,16 @@
-"""A concept on disk: a folder that stock diffusers reads too, or one ``.safetensors`` file.
+"""Writing a concept: a folder that stock diffusers reads too, or one ``.safetensors`` file.
 
-The folder::
+The folder contains::
 
     pytorch_lora_weights.safetensors   every update, for ``pipe.load_lora_weights(folder)``
-    pytorch_lora_weights_2.safetensors where there are two denoisers: those of the second
-    learned_embeds.safetensors         the tokens, for ``pipe.load_textual_inversion(folder)``
-    layerwise_embeds.safetensors       where each cross-attention layer has its own embeddings:
-                                       these; the file above then holds their mean
-    concept.json                       the facts, and a digest of them and the tensors
+    pytorch_lora_weights_2.safetensors the updates of a second denoiser, if there is one
+    learned_embeds.safetensors         token embeddings, for ``pipe.load_textual_inversion(folder)``
+    layerwise_embeds.safetensors       embeddings of each cross-attention layer, if they differ;
+                                       learned_embeds.safetensors then contains their mean
+    concept.json                       the facts, and a digest of facts and tensors
     README.md, sample-*.png            the model card
 
-A single file holds the same tensors, with the JSON in its header. Files are checked whole before
-anything is returned, and written whole or not at all.
+A single file contains the same tensors, with the JSON in its header. Both are written atomically.
 """
 
 from __future__ import annotations
@@ -77,15 +76,15 @@ def save_concept(
 
 
 def write_folder(concept: Concept, folder: str | Path, samples: Sequence[Image.Image] = ()) -> Path:
-    """Write a concept as a folder, whole or not at all.
+    """Write a concept as a folder, atomically.
 
-    Everything is written to a folder beside it first, and then renamed. A folder that holds the
-    same concept gets its files replaced one by one, and keeps what else is in it; should the
-    machine stop between two of them, reading reports that the parts do not belong together.
+    All files are written to a temporary folder beside it, which is then renamed. In the folder of
+    an earlier version of the concept, files are replaced one by one and other files stay; after a
+    crash between two of them, reading reports that the digest does not match.
 
     Args:
-        folder: new, empty but for what training keeps there, or holding a concept of the same
-            name.
+        concept: the concept to write.
+        folder: new, empty except for the files of training runs, or with a concept of this name.
         samples: pictures for the model card.
 
     Returns:
@@ -93,12 +92,12 @@ def write_folder(concept: Concept, folder: str | Path, samples: Sequence[Image.I
 
     Raises:
         StorageError: the folder holds something else, or cannot be written (disk full, no
-            permission). What was there before still is.
+            permission). Its content is unchanged.
     """
     folder = Path(folder)
     check_output_folder(folder, concept.info.name)
     files = {
-        # First, so that a folder cut off between two files still says whose it is.
+        # First, so that an interrupted folder has the concept's name.
         INFO_FILE: info_json(concept).encode(),
     }
     for subject in concept.subjects:
@@ -111,7 +110,7 @@ def write_folder(concept: Concept, folder: str | Path, samples: Sequence[Image.I
         picture.save(buffer, "PNG")
         files[name] = buffer.getvalue()
     files[CARD_FILE] = model_card.concept_card(concept, pictures).encode()
-    # Last, so that a concept that can be read has all that belongs to it.
+    # Last, so that a readable concept is complete.
     for name, tensors in reversed(split_lora_files(lora_tensors(concept)).items()):
         files[name] = safetensors_bytes(tensors, {PEFT_HEADER: peft_header(concept, name)})
 
@@ -137,14 +136,21 @@ def write_folder(concept: Concept, folder: str | Path, samples: Sequence[Image.I
 
 
 def write_single_file(concept: Concept, path: str | Path) -> Path:
-    """Write a concept as one ``.safetensors`` file, whole or not at all.
+    """Write a concept as one ``.safetensors`` file, atomically.
 
-    ``load_lora_weights`` of stock diffusers takes the updates from it as well; those of a second
-    denoiser ``pipe.transformer_2.load_lora_adapter(path, prefix="transformer_2")``.
+    ``load_lora_weights`` of stock diffusers reads the updates; those of a second denoiser are read
+    by ``pipe.transformer_2.load_lora_adapter(path, prefix="transformer_2")``.
+
+    Args:
+        concept: the concept to write.
+        path: the file; an existing file must contain a concept of this name.
+
+    Returns:
+        The path.
 
     Raises:
-        StorageError: the name has another ending, the file is there and holds something else
-            than this concept, or it cannot be written. What was there before still is.
+        StorageError: the file has another extension or another content, or cannot be written. Its
+            content is unchanged.
     """
     path = Path(path)
     name = concept.info.name

@@ -1,1 +1,1 @@
-"""The tokens of concepts: their rows of embedding tables, and prompts that contain them."""
+"""Tokens of concepts: vocabulary entries, embedding rows, and triggers in prompts."""

@@ -1,10 +1,9 @@
-"""Tokens with one embedding for each cross-attention layer (P+, arXiv 2303.09522).
+"""Tokens with a separate embedding for each cross-attention layer (P+, arXiv 2303.09522).
 
-A prompt is worded once for each layer, with that layer's own vocabulary entries, and every layer
-reads the prompt as its wording was encoded. What belongs to the layers lies one after another in
-the sequence: ids are (batch, layers * length), conditions (batch, layers * length, width). Only
-such lengths are acted on; whatever has the ordinary length passes untouched. A model beside the
-denoiser that reads the same conditions, such as a ControlNet, sees the sequences of all layers.
+The prompt is expanded once per layer, with the vocabulary entries of that layer, and each layer
+reads its own encoding. The layers' sequences are concatenated: ids are (batch, layers * length),
+conditions (batch, layers * length, width). Sequences of the ordinary length pass unchanged. Other
+models that read the conditions, such as a ControlNet, get the sequences of all layers.
 """
 
 from __future__ import annotations
@@ -23,41 +22,44 @@ from customize.families.pipeline_components import uncompiled
 
 
 def layer_vocabulary_entries(trigger: str, num_tokens: int, layers: int) -> list[str]:
-    """The vocabulary entries of every layer: ``["<rex@0>", "<rex@0>_1", "<rex@1>", ...]``."""
+    """The vocabulary entries of all layers: ``["<rex@0>", "<rex@0>_1", "<rex@1>", ...]``."""
     return [
         name
         for i in range(layers)
-        for name in vocabulary_entries(_of_layer(trigger, i), num_tokens)
+        for name in vocabulary_entries(_layer_trigger(trigger, i), num_tokens)
     ]
 
 
 def expand_for_layer(
     text: str, triggers: Iterable[str], layer: int, others: Iterable[str] = ()
 ) -> str:
-    """An expanded prompt with the vocabulary entries of one layer.
+    """Replace the vocabulary entries in an expanded prompt by those of one layer.
 
     Args:
-        text: as :func:`customize.concepts.tokens.token_rows.expand_prompt` gives it.
-        triggers: those that have entries for each layer.
-        others: as for ``expand_prompt``.
+        text: result of :func:`customize.concepts.tokens.token_rows.expand_prompt`.
+        triggers: the triggers with entries for each layer.
+        layer: index of the layer.
+        others: as ``other_tokens`` of ``expand_prompt``.
     """
-    named = {trigger.lower(): _of_layer(trigger, layer) for trigger in triggers}
-    pattern = "|".join(map(re.escape, (*tokens_containing(named, others), *named)))
-    return re.sub(
-        pattern, lambda m: named.get(m.group().lower(), m.group()), text, flags=re.IGNORECASE
-    )
+    replacements = {trigger.lower(): _layer_trigger(trigger, layer) for trigger in triggers}
+    pattern = "|".join(map(re.escape, (*tokens_containing(replacements, others), *replacements)))
+
+    def replaced(match: re.Match[str]) -> str:
+        return replacements.get(match.group().lower(), match.group())
+
+    return re.sub(pattern, replaced, text, flags=re.IGNORECASE)
 
 
 def contains_trigger(text: str, triggers: Iterable[str]) -> bool:
-    """Whether a prompt calls any of the triggers."""
+    """Whether a prompt contains any of the triggers."""
     return any(trigger.lower() in text.lower() for trigger in triggers)
 
 
 def mean_rows(rows: Tensor) -> Tensor:
-    """What stands for a concept where layers cannot be told apart.
+    """The mean of embeddings over the layers.
 
     Args:
-        rows: (n, layers, width), or (n, width), which stays as it is.
+        rows: (n, layers, width), or (n, width), which is returned unchanged.
 
     Returns:
         (n, width), in the dtype of rows.
@@ -66,99 +68,100 @@ def mean_rows(rows: Tensor) -> Tensor:
 
 
 def vocabulary_rows(trigger: str, rows: Tensor) -> tuple[list[str], Tensor]:
-    """All that a concept adds to a dictionary.
+    """All vocabulary entries of a trigger, and their rows.
 
     With layers, the plain entries come first, with the mean over the layers.
 
     Args:
+        trigger: the trigger.
         rows: (n, width) or (n, layers, width).
 
     Returns:
-        The entries, and their rows: (entries, width).
+        The entries, and their rows (entries, width).
     """
-    names, plain = vocabulary_entries(trigger, rows.shape[0]), mean_rows(rows)
+    names, means = vocabulary_entries(trigger, rows.shape[0]), mean_rows(rows)
     if rows.ndim == 2:
-        return names, plain
-    own = layer_vocabulary_entries(trigger, *rows.shape[:2])
-    return names + own, torch.cat([plain, rows.transpose(0, 1).flatten(0, 1)])
+        return names, means
+    layer_names = layer_vocabulary_entries(trigger, *rows.shape[:2])
+    return names + layer_names, torch.cat([means, rows.transpose(0, 1).flatten(0, 1)])
 
 
 def layers_with_embeddings(family: Family) -> list[str]:
-    """The layers that tokens can have embeddings for, in the order of those.
+    """The cross-attention layers that tokens can have separate embeddings for, in order.
 
-    Empty where picture and prompt share one attention, or where more than the sequence of one text
-    encoder is read, such as a pooled prompt: that is no layer's own.
+    Empty for models in which picture and prompt share one attention, and for those with several
+    CLIP encoders: their conditions do not belong to single layers.
     """
     return family.cross_attention_layers() if len(family.clip_encoders) == 1 else []
 
 
 def hook_cross_attention(family: Family) -> list[Any]:
-    """Let each cross-attention layer of the denoiser read its own part of the conditions.
+    """Register hooks that give each cross-attention layer its part of the conditions.
 
     Returns:
-        The hooks' handles, each with ``remove()``.
+        The hooks' handles, with ``remove()``.
     """
     denoiser, layers = uncompiled(family.denoiser), layers_with_embeddings(family)
     length = _length(family)
     return [
         denoiser.get_submodule(name).register_forward_pre_hook(
-            partial(_own_part, index, len(layers), length), with_kwargs=True
+            partial(_select_part, index, len(layers), length), with_kwargs=True
         )
         for index, name in enumerate(layers)
     ]
 
 
 def hook_text_encoder(family: Family) -> list[Any]:
-    """Let the text encoder take ids of (batch, layers * length), whoever calls them.
+    """Register hooks by which the text encoder accepts ids of (batch, layers * length).
 
     Returns:
-        The hooks' handles, each with ``remove()``.
+        The hooks' handles, with ``remove()``.
     """
     whole = len(layers_with_embeddings(family)) * _length(family)
     (model,) = family.text_encoders.values()
-    encoder, folded = uncompiled(model), partial(_folded, whole, _length(family))
+    encoder, fold = uncompiled(model), partial(_fold_ids, whole, _length(family))
     return [
-        encoder.register_forward_pre_hook(folded, with_kwargs=True),
-        encoder.register_forward_hook(_joined, with_kwargs=True),
+        encoder.register_forward_pre_hook(fold, with_kwargs=True),
+        encoder.register_forward_hook(_unfold_output, with_kwargs=True),
     ]
 
 
-def match_lengths(found: Any) -> Any:
-    """What ``encode_prompt`` gives, its conditions all as long as the longest.
+def match_lengths(encoded: Any) -> Any:
+    """Repeat the shorter of two conditions, for each layer, to the length of the longer one.
 
     Args:
-        found: of two (batch, sequence, width) the shorter one is repeated for each layer; all else
-            stays as it is.
+        encoded: result of ``encode_prompt``; anything but two (batch, sequence, width) tensors is
+            returned unchanged.
     """
-    pair = isinstance(found, tuple) and len(found) == 2
-    if not pair or not all(isinstance(each, Tensor) and each.ndim == 3 for each in found):
-        return found
-    longest = max(each.shape[1] for each in found)
+    is_pair = isinstance(encoded, tuple) and len(encoded) == 2
+    if not is_pair or not all(isinstance(t, Tensor) and t.ndim == 3 for t in encoded):
+        return encoded
+    longest = max(tensor.shape[1] for tensor in encoded)
     return tuple(
-        each if each.shape[1] == longest else each.repeat(1, longest // each.shape[1], 1)
-        for each in found
+        tensor if tensor.shape[1] == longest else tensor.repeat(1, longest // tensor.shape[1], 1)
+        for tensor in encoded
     )
 
 
-def _own_part(
+def _select_part(
     index: int, layers: int, length: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
-    given = kwargs.get("encoder_hidden_states")
-    # The images of an IP-Adapter ride beside the text.
-    text = given[0] if isinstance(given, tuple) else given
+    states = kwargs.get("encoder_hidden_states")
+    # With an IP-Adapter, its image embeddings follow the text.
+    text = states[0] if isinstance(states, tuple) else states
     if text is None or text.shape[1] != layers * length:
         return None
-    # Contiguous, so that the same kernels run as on a sequence of its own.
-    own = text[:, index * length : (index + 1) * length].contiguous()
+    # Contiguous, so that the same kernels run as for an ordinary sequence.
+    part = text[:, index * length : (index + 1) * length].contiguous()
     return args, kwargs | {
-        "encoder_hidden_states": (own, *given[1:]) if isinstance(given, tuple) else own
+        "encoder_hidden_states": (part, *states[1:]) if isinstance(states, tuple) else part
     }
 
 
-def _folded(
+def _fold_ids(
     whole: int, length: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
-    """(batch, layers * length) ids to (batch, layers, length), which CLIP flattens by itself."""
+    """Fold ids of (batch, layers * length) to (batch, layers, length), which CLIP flattens."""
     ids = _ids(args, kwargs)
     if ids.ndim != 2 or ids.shape[1] != whole:
         return None
@@ -169,21 +172,21 @@ def _folded(
     return ((ids, *args[1:]), kwargs) if args else (args, kwargs | {"input_ids": ids})
 
 
-def _joined(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """What was encoded from folded ids, back to (batch, layers * length, width)."""
+def _unfold_output(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Reshape the encoding of folded ids to (batch, layers * length, width)."""
     ids = _ids(args, kwargs)
     if ids.ndim != 3:
         return None
 
-    def joined(value: Any) -> Any:
-        if isinstance(value, tuple):  # the hidden states of all layers of the encoder
-            return tuple(map(joined, value))
-        sequence = isinstance(value, Tensor) and value.ndim == 3
-        return value.reshape(ids.shape[0], -1, value.shape[-1]) if sequence else value
+    def unfold(value: Any) -> Any:
+        if isinstance(value, tuple):  # hidden states of the encoder's layers
+            return tuple(map(unfold, value))
+        is_sequence = isinstance(value, Tensor) and value.ndim == 3
+        return value.reshape(ids.shape[0], -1, value.shape[-1]) if is_sequence else value
 
     if isinstance(output, tuple):
-        return joined(output)
-    return type(output)(**{key: joined(value) for key, value in output.items()})
+        return unfold(output)
+    return type(output)(**{key: unfold(value) for key, value in output.items()})
 
 
 def _ids(args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -196,6 +199,6 @@ def _length(family: Family) -> int:
     return length
 
 
-def _of_layer(trigger: str, layer: int) -> str:
-    # No trigger of a concept has this sign.
+def _layer_trigger(trigger: str, layer: int) -> str:
+    # A concept's trigger does not contain "@".
     return f"{trigger[:-1]}@{layer}>"

@@ -1,7 +1,7 @@
-"""What triggers call: the token embeddings of a concept, or of each concept in a merge.
+"""Subjects: the token embeddings that triggers refer to, of a concept or of concepts in a merge.
 
-A merged LoRA is one file with the tokens of all its concepts in the header. Tensors of their own
-would be the ``bundle_emb`` keys of web UIs, over which stock diffusers refuses the whole file.
+A merged LoRA is one file, with the token embeddings of all its concepts in the header: stock
+diffusers refuses files with embeddings as tensors (the ``bundle_emb`` keys of web UIs).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from customize.core.lowrank import all_finite
 from customize.errors import ConceptError
 
-#: A key of a merged LoRA's header: its subjects, as :func:`subjects_to_header` writes them.
+#: The key of the subjects in a merged LoRA's header; see :func:`subjects_to_header`.
 SUBJECTS_HEADER = "customize_subjects"
 
 _TRIGGER = re.compile(r"<[a-z0-9][a-z0-9_-]{0,63}>")
@@ -32,12 +32,15 @@ _MAX_SUBJECTS, _MAX_TOKENS, _MAX_LAYERS = 4096, 64, 1024
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """One thing that a trigger calls, by tokens of its own.
+    """A trigger with token embeddings.
 
     Attributes:
-        name, trigger, class_word: as :class:`customize.concepts.concept_info.ConceptInfo` has them.
-        embeddings: token dictionary's key -> (tokens, width), or (tokens, layers, width) where each
-            cross-attention layer has its own; float32, float16 or bfloat16; not empty.
+        name: name of the concept.
+        trigger: the trigger, such as ``<rex>``.
+        class_word: class of the concept.
+        embeddings: text encoder's component -> (tokens, width), or (tokens, layers, width) with
+            separate embeddings for each cross-attention layer; float32, float16 or bfloat16; not
+            empty.
     """
 
     name: str
@@ -46,26 +49,26 @@ class Subject:
     embeddings: Mapping[str, Tensor]
 
     def __repr__(self) -> str:
-        what = f"a {self.class_word}, " if self.class_word else ""
-        return f"Subject({self.trigger}: {what}{self.num_tokens} tokens)"
+        kind = f"a {self.class_word}, " if self.class_word else ""
+        return f"Subject({self.trigger}: {kind}{self.num_tokens} tokens)"
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the trigger stands for."""
+        """Number of the trigger's tokens."""
         return int(next(iter(self.embeddings.values())).shape[0])
 
     @property
     def token_layers(self) -> int:
-        """Cross-attention layers with embeddings of their own; 0 where one serves them all."""
+        """Number of cross-attention layers with separate embeddings; 0 if one serves all layers."""
         rows = next(iter(self.embeddings.values()))
         return int(rows.shape[1]) if rows.ndim == 3 else 0
 
 
 def check_subjects(subjects: Iterable[Subject]) -> None:
-    """Refuse subjects that one prompt could not tell apart.
+    """Refuse subjects with the same trigger or name.
 
     Raises:
-        ConceptError: two have one trigger or one name.
+        ConceptError: two subjects have the same trigger or name.
     """
     triggers: dict[str, str] = {}
     names: dict[str, str] = {}
@@ -74,48 +77,53 @@ def check_subjects(subjects: Iterable[Subject]) -> None:
             raise ConceptError(
                 f"two concepts, {triggers[subject.trigger]} and {subject.name}, have the same "
                 f"trigger {subject.trigger}",
-                fix="leave one of them out, or give one that is no merge another name (--names)",
+                fix="leave one out, or rename one that is not a merge (--names)",
             )
         if subject.name in names:
             raise ConceptError(
-                f"two subjects are called {subject.name}, by {names[subject.name]} and "
-                f"{subject.trigger}",
-                fix="leave one of them out, or give one that is no merge another name (--names)",
+                f"two subjects have the name {subject.name}, with the triggers "
+                f"{names[subject.name]} and {subject.trigger}",
+                fix="leave one out, or rename one that is not a merge (--names)",
             )
         triggers[subject.trigger] = subject.name
         names[subject.name] = subject.trigger
 
 
 def subjects_to_header(subjects: Sequence[Subject]) -> dict[str, str]:
-    """The header's entry for subjects; none where there are none."""
+    """The header entry of subjects; empty without subjects."""
     if not subjects:
         return {}
-    listed = [
+    entries = [
         {
             "name": subject.name,
             "trigger": subject.trigger,
             "class_word": subject.class_word,
-            "embeddings": {key: _packed(rows) for key, rows in sorted(subject.embeddings.items())},
+            "embeddings": {
+                key: _pack_rows(rows) for key, rows in sorted(subject.embeddings.items())
+            },
         }
         for subject in subjects
     ]
-    return {SUBJECTS_HEADER: json.dumps(listed)}
+    return {SUBJECTS_HEADER: json.dumps(entries)}
 
 
 def subjects_from_header(header: Mapping[str, str], where: object) -> tuple[Subject, ...]:
-    """The subjects of a merged LoRA, from its header; none where it has none.
+    """Parse the subjects in a merged LoRA's header; empty without subjects.
+
+    Args:
+        header: metadata of the file.
+        where: the file, for errors.
 
     Raises:
-        ConceptError: they are not as :func:`subjects_to_header` writes them, or a number is not
-            finite.
+        ConceptError: the entry is invalid, or an embedding is not finite.
     """
     if SUBJECTS_HEADER not in header:
         return ()
     try:
-        listed = json.loads(header[SUBJECTS_HEADER])
-        if not isinstance(listed, list) or len(listed) > _MAX_SUBJECTS:
-            raise ValueError("no list of subjects")
-        subjects = tuple(map(_subject, listed))
+        entries = json.loads(header[SUBJECTS_HEADER])
+        if not isinstance(entries, list) or len(entries) > _MAX_SUBJECTS:
+            raise ValueError("not a list of subjects")
+        subjects = tuple(map(_parse_subject, entries))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConceptError(
             "the trigger embeddings in the file's header cannot be read",
@@ -134,7 +142,7 @@ def subjects_from_header(header: Mapping[str, str], where: object) -> tuple[Subj
     return subjects
 
 
-def _packed(rows: Tensor) -> dict[str, Any]:
+def _pack_rows(rows: Tensor) -> dict[str, Any]:
     data = rows.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return {
         "dtype": str(rows.dtype).removeprefix("torch."),
@@ -143,28 +151,28 @@ def _packed(rows: Tensor) -> dict[str, Any]:
     }
 
 
-def _subject(values: Mapping[str, Any]) -> Subject:
+def _parse_subject(values: Mapping[str, Any]) -> Subject:
     name, trigger, class_word = (values[key] for key in ("name", "trigger", "class_word"))
     if not _NAME.fullmatch(name) or not _TRIGGER.fullmatch(trigger):
-        raise ValueError("no name or trigger")
+        raise ValueError("invalid name or trigger")
     if not isinstance(class_word, str) or not class_word.isprintable() or len(class_word) > 64:
-        raise ValueError("no class word")
-    embeddings = {key: _rows(packed) for key, packed in values["embeddings"].items()}
+        raise ValueError("invalid class word")
+    embeddings = {key: _unpack_rows(packed) for key, packed in values["embeddings"].items()}
     if not embeddings or not all(map(_COMPONENT.fullmatch, embeddings)):
-        raise ValueError("no embeddings")
+        raise ValueError("invalid embeddings")
     if len({rows.shape[:-1] for rows in embeddings.values()}) != 1:
-        raise ValueError("embeddings of different numbers of tokens")
+        raise ValueError("embeddings with different numbers of tokens")
     return Subject(name, trigger, class_word, embeddings)
 
 
-def _rows(packed: Mapping[str, Any]) -> Tensor:
+def _unpack_rows(packed: Mapping[str, Any]) -> Tensor:
     shape, dtype = packed["shape"], _DTYPES[packed["dtype"]]
-    sizes = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
-    if not sizes or len(shape) not in (2, 3) or shape[0] > _MAX_TOKENS:
-        raise ValueError("no shape of embeddings")
+    is_shape = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+    if not is_shape or len(shape) not in (2, 3) or shape[0] > _MAX_TOKENS:
+        raise ValueError("invalid shape")
     if len(shape) == 3 and shape[1] > _MAX_LAYERS:
         raise ValueError("too many layers")
     data = bytearray(base64.b64decode(packed["data"], validate=True))
     if len(data) != math.prod(shape) * dtype.itemsize:
-        raise ValueError("another size than the shape's")
+        raise ValueError("the data does not fit the shape")
     return torch.frombuffer(data, dtype=dtype).reshape(shape)

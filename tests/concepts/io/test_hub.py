@@ -156,7 +156,7 @@ def test_a_collection_is_a_library(served, tmp_path):
     with hub(served, every[1:]) as (address, _):  # rex is taken out
         assert ask(LIST, address, home)[0] == "tom water-colour"
     told = ask(LIST, address, home)  # the hub is gone
-    assert told[0] == "tom water-colour" and any("as it was downloaded before" in t for t in told)
+    assert told[0] == "tom water-colour" and any("its last download is used" in t for t in told)
 
 
 def test_two_of_one_name_are_told_apart(served, tmp_path):

@@ -293,7 +293,7 @@ def test_a_name_or_trigger_that_is_taken_is_refused(folder, tmp_path):
     for source in ("rex", "max", "rex.safetensors"):
         with pytest.raises(ConceptError, match="already"):
             add_to_library(folder, tmp_path / source)
-    with pytest.raises(ConceptError, match="no such concept"):
+    with pytest.raises(ConceptError, match="the concept does not exist"):
         add_to_library(folder, tmp_path / "none")
     (folder / "kit").mkdir()
     save_concept(small(3, name="kit", trigger="<kit>"), tmp_path / "kit")

@@ -62,7 +62,7 @@ def test_a_phrase_is_found_as_whole_words_in_any_case():
 def test_a_phrase_that_is_not_there_is_refused_with_what_is_like_it():
     with pytest.raises(ConfigError, match=r"'<rax>' is not in the prompt.*<rex>"):
         check_phrases(PAIR, ["<rax>"], ["<rex>"], "regions")
-    with pytest.raises(ConfigError, match=r"near it are red car"):
+    with pytest.raises(ConfigError, match=r"similar are red car"):
         check_phrases("a red car on a road", ["rad car"], [], "regions")
     with pytest.raises(ConfigError, match="words that the prompt has"):
         check_phrases("a red car on a road", ["zebra"], [], "regions")

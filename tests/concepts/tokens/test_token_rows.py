@@ -126,7 +126,7 @@ def test_tokens_go_without_a_trace_in_any_order(order, padding: int) -> None:
         (["<rex>", "<rex>_1"], torch.ones(2, 31), "width 32"),
         (["<rex>", "<rex>_1"], torch.ones(3, 32), "2 tokens"),
         (["<rex>", "<rex>_1"], torch.full((2, 32), float("nan")), "not finite"),
-        (["<rex>", "dog</w>"], torch.ones(2, 32), "dog</w> are taken"),
+        (["<rex>", "dog</w>"], torch.ones(2, 32), "dog</w> already exist"),
         (["<rex>", "<rex>"], torch.ones(2, 32), "taken"),
     ],
 )

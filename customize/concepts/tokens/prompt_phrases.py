@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from customize.errors import ConfigError
+from customize.near_names import find_near_names
 
 #: Function words, which do not describe the content of a picture.
 FUNCTION_WORDS = frozenset(

@@ -186,7 +186,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 def test_facts_and_embeddings_must_agree():
     concept = layered()
-    with pytest.raises(ConceptError, match="of 2 tokens in 4 layers"):
+    with pytest.raises(ConceptError, match="do not fit 2 tokens in 4 layers"):
         replace(concept, info=facts(token_layers=4))
     with pytest.raises(ConceptError, match="of 2 tokens"):
         replace(concept, info=facts())

@@ -1,1 +1,1 @@
-"""Libraries: folders of concepts that prompts name."""
+"""Libraries: folders of concepts, which prompts select by their triggers."""

@@ -1,13 +1,13 @@
-"""The index of a library: what is known of each concept without reading its tensors.
+"""The index of a library: facts about each concept, without its tensors.
 
-It is one hidden SQLite file in the folder, and the concepts' files are the truth: an index that is
-missing, damaged or of another version is made anew from them, and each row is used only as long as
-the names, sizes and times of its files are those that it notes.
+The index is a hidden SQLite file in the folder. It is a cache of the concepts' files: a missing,
+damaged or outdated index is rebuilt, and a row is used only while the names, sizes and modification
+times of its files match.
 
-The file is never changed in place. A new one is made in memory and renamed over the old one, so
-that readers find a whole one at any time, without locks, which network file systems may not have
-(SQLite's write-ahead log cannot work there at all). Of two that write at once the later one stays;
-what it doesn't know of is read from the files.
+The file is not changed in place. A new one is built in memory and renamed over the old one, so that
+readers always find a complete file without locks, which network file systems may lack (SQLite's
+write-ahead log does not work there). Of two concurrent writers the later one wins; missing rows are
+read from the files.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ INDEX_FILE = ".library.sqlite"
 _VERSION = 2
 _MAX_BYTES = 256 * 2**20
 _MAX_ROW = 16 * 2**20
-# SQLite's steps that reading may take beside one a byte; a row of ours has about 20, and 300 bytes.
+# Limit of SQLite's steps while reading, besides one per byte; a row takes about 20, and 300 bytes.
 _MAX_STEPS, _AT_A_TIME = 100_000, 1000
 _CODEC = ("utf-8", "surrogatepass")
 _SUFFIXES = (".json", ".safetensors")
-# In the place of names, sizes and times that cannot be had.
+# The stamp of files that cannot be read.
 _UNREADABLE = "?"
 _DOWN = re.compile(r".*(lora_A|lora_down|lora\.down)\b.*weight")
 _TOKENS = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]*>")
@@ -55,22 +55,26 @@ _TOKENS = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]*>")
 
 @dataclass(frozen=True)
 class LibraryEntry:
-    """One row: what a library knows of one concept.
+    """One row of the index: a concept of the library.
 
     Attributes:
-        source: the concept's folder or file, by its name in the library.
-        stamp: names, sizes and times of its files.
-        name: of the concept.
-        trigger: what calls it in a prompt. A LoRA from elsewhere is called ``<name>``.
-        words: what a prompt then says to the model: the trigger, or what a LoRA's file names.
-        own_tokens: whether the trigger is a token of its own, which a LoRA's is not.
-        class_word, family, base, fingerprint: as :class:`ConceptInfo` has them; a LoRA from
-            elsewhere says no family, and which model it fits is known when it is read.
-        rank: the largest of its layers'.
-        basis, slices: of the method "orthogonal".
-        size: bytes of its tensors' files.
-        recorded: whether a record of its layers' inputs lies beside it.
-        fault: why it cannot be read; empty where nothing is known to be wrong.
+        source: name of the concept's folder or file in the library.
+        stamp: names, sizes and modification times of its files.
+        name: name of the concept.
+        trigger: the trigger in prompts; ``<name>`` for a LoRA of another program.
+        trigger_words: the words that replace the trigger in the model's prompt: the trigger
+            itself, or the trigger words of a LoRA.
+        has_own_tokens: whether the trigger has token embeddings.
+        class_word: class of the concept.
+        family: name of the model family; empty for a LoRA of another program.
+        base: the base model.
+        fingerprint: architecture of the base.
+        rank: the largest rank of a layer.
+        basis: for the method "orthogonal".
+        slices: for the method "orthogonal".
+        size: size of the tensor files in bytes.
+        has_layer_inputs: whether recorded layer inputs are beside it.
+        error: why the concept cannot be read; empty if it can.
     """
 
     source: str
@@ -92,59 +96,58 @@ class LibraryEntry:
 
     @property
     def trigger_tokens(self) -> set[str]:
-        """All that calls it in a prompt, in lower case: the trigger, and tokens among its words."""
-        return {each.lower() for each in (self.trigger, *_TOKENS.findall(self.trigger_words))}
+        """The trigger, and triggers among the trigger words, in lower case."""
+        return {token.lower() for token in (self.trigger, *_TOKENS.findall(self.trigger_words))}
 
 
 def scan_stamps(library: Path) -> dict[str, str]:
-    """Source -> stamp, for all that may be a concept in a library's folder; what is hidden isn't.
+    """Source -> stamp, for every visible folder and file of a library that may be a concept.
 
     Raises:
-        OSError: the folder cannot be looked into.
+        OSError: the folder cannot be listed.
     """
-    found = {}
-    os.stat(os.path.join(library, "."))  # who may not enter it gets names, but reaches no file
+    stamps = {}
+    os.stat(os.path.join(library, "."))  # fails if the folder can be listed but not entered
     with os.scandir(library) as entries:
         for entry in entries:
             stamp = "" if is_hidden(entry.name) else file_stamp(library, entry.name)
             if stamp:
-                found[entry.name] = stamp
-    return dict(sorted(found.items()))
+                stamps[entry.name] = stamp
+    return dict(sorted(stamps.items()))
 
 
 def file_stamp(library: Path, source: str) -> str:
-    """Names, sizes and times of a concept's files; empty where nothing there is one.
+    """Names, sizes and modification times of a concept's files; empty if there is no concept.
 
-    A folder counts that has ``concept.json`` or safetensors files in it; what else is there, such
-    as pictures or the checkpoints of a run, does not. A folder that may not be looked into counts
-    as well, as it may hold a concept: reading it tells what is wrong.
+    A folder is a concept if it has ``concept.json`` or safetensors files; other files are ignored.
+    A folder that cannot be listed counts as a concept: reading it reports the problem.
     """
     path = library / source
-    single = source.endswith(".safetensors") and not source.endswith(LAYER_INPUTS_FILE)
+    is_single_file = source.endswith(".safetensors") and not source.endswith(LAYER_INPUTS_FILE)
     try:
         status = _status(path)
         if stat.S_ISDIR(status.st_mode):
             names = [name for name in os.listdir(path) if name.endswith(_SUFFIXES)]
-            own = {name: _status(path / name) for name in names if not name.startswith(".")}
-        elif single:
-            own = {source: status}
+            files = {name: _status(path / name) for name in names if not name.startswith(".")}
+        elif is_single_file:
+            files = {source: status}
             record = path.with_suffix(f".{LAYER_INPUTS_FILE}")
             if path_exists(record):
-                own[record.name] = _status(record)
+                files[record.name] = _status(record)
         else:
             return ""
-    except FileNotFoundError:  # it went just now
+    except FileNotFoundError:  # deleted meanwhile
         return ""
     except OSError as error:
-        counts = single or isinstance(error, PermissionError)
-        return f"{_UNREADABLE}:{error.errno}:0" if counts else ""
-    if not any(name == INFO_FILE or name.endswith(".safetensors") for name in own):
+        may_be_concept = is_single_file or isinstance(error, PermissionError)
+        return f"{_UNREADABLE}:{error.errno}:0" if may_be_concept else ""
+    if not any(name == INFO_FILE or name.endswith(".safetensors") for name in files):
         return ""
-    return "/".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in sorted(own.items()))
+    return "/".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in sorted(files.items()))
 
 
 def _status(path: Path) -> os.stat_result:
-    """That of the file itself, or of a link that leads nowhere."""
+    """The status of a file, or of a broken link."""
     try:
         return os.stat(path)
     except FileNotFoundError:
@@ -152,7 +155,13 @@ def _status(path: Path) -> os.stat_result:
 
 
 def describe_concept(library: Path, source: str, stamp: str) -> LibraryEntry:
-    """The row of a concept, from what its files say beside their tensors."""
+    """Make the entry of a concept from its files' facts and headers.
+
+    Args:
+        library: the library's folder.
+        source: name of the concept's folder or file.
+        stamp: result of :func:`file_stamp`.
+    """
     path = library / source
     files = [part.rsplit(":", 2) for part in stamp.split("/")]
     size = sum(
@@ -160,18 +169,18 @@ def describe_concept(library: Path, source: str, stamp: str) -> LibraryEntry:
         for name, number, _ in files
         if name.endswith(".safetensors") and not name.endswith(LAYER_INPUTS_FILE)
     )
-    recorded = any(name.endswith(LAYER_INPUTS_FILE) for name, _, _ in files)
-    fault = ""
+    has_layer_inputs = any(name.endswith(LAYER_INPUTS_FILE) for name, _, _ in files)
+    problem = ""
     try:
         if files[0][0] == _UNREADABLE:
             raise ConceptError(
-                f"it cannot be looked into: {os.strerror(int(files[0][1]))}",
+                f"the concept cannot be read: {os.strerror(int(files[0][1]))}",
                 where=path,
-                fix="allow reading and entering it, or take it out",
+                fix="allow reading it, or remove it from the library",
             )
-        info = _info(path)
+        info = _read_info(path)
     except CustomizeError as error:
-        info, fault = LoraInfo(name_from_file(path.stem), "", "", 0), str(error)
+        info, problem = LoraInfo(name_from_file(path.stem), "", "", 0), str(error)
     return LibraryEntry(
         source=source,
         stamp=stamp,
@@ -185,24 +194,24 @@ def describe_concept(library: Path, source: str, stamp: str) -> LibraryEntry:
         fingerprint=info.fingerprint,
         rank=info.rank,
         basis=info.basis,
-        slices={width: list(own) for width, own in info.slices.items()},
+        slices={width: list(columns) for width, columns in info.slices.items()},
         size=size,
-        has_layer_inputs=recorded,
-        error=fault,
+        has_layer_inputs=has_layer_inputs,
+        error=problem,
     )
 
 
-def _info(path: Path) -> ConceptInfo | LoraInfo:
+def _read_info(path: Path) -> ConceptInfo | LoraInfo:
     if path_exists(path / INFO_FILE):
         return read_info(path)
     if os.path.isdir(path):
-        own = [p for p in list_folder(path) if p.suffix == ".safetensors"]
-        name, files = path.name, [p for p in own if not p.name.endswith(LAYER_INPUTS_FILE)]
+        tensors = [p for p in list_folder(path) if p.suffix == ".safetensors"]
+        name, files = path.name, [p for p in tensors if not p.name.endswith(LAYER_INPUTS_FILE)]
     else:
         name, files = path.stem, [path]
     rank, metadata = 0, dict[str, str]()
     for file in files:
-        shapes, metadata = _header(file)
+        shapes, metadata = _read_header(file)
         if INFO_HEADER in metadata:
             return parse_header_info(metadata, file)
         merged = parse_merge_info(metadata)
@@ -214,11 +223,11 @@ def _info(path: Path) -> ConceptInfo | LoraInfo:
     return LoraInfo(name_from_file(name), "", facts.base, rank, facts.words)
 
 
-def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """The shapes of a ``.safetensors`` file's tensors by their names, and its metadata.
+def _read_header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """The shapes of a ``.safetensors`` file's tensors by name, and its metadata.
 
     Raises:
-        ConceptError: it is missing, or no such file as far as its header says.
+        ConceptError: the file is missing, or its header is invalid.
     """
     try:
         return read_safetensors_header(path)
@@ -226,13 +235,13 @@ def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
         raise ConceptError(
             f"the file cannot be read: {error.strerror or error}",
             where=path,
-            fix="get the file anew, or allow reading it",
+            fix="get an unchanged copy, or allow reading it",
         ) from error
     except ValueError as error:
         raise ConceptError(
-            f"the file is damaged or no safetensors file: {str(error)[:MAX_NAME]}",
+            f"the file is damaged, or is not a safetensors file: {str(error)[:MAX_NAME]}",
             where=path,
-            fix="get the file anew",
+            fix="get an unchanged copy",
         ) from error
 
 
@@ -260,28 +269,29 @@ _SCHEMA = [
 
 
 def read_index(library: Path) -> dict[str, LibraryEntry]:
-    """Source -> row, as the index has them; none where it is missing, damaged or another version's.
+    """Source -> entry of the index; empty if it is missing, damaged or of another version.
 
-    Whether they hold still is told by their stamps.
+    Stamps tell whether an entry is still valid.
     """
     path = library / INDEX_FILE
     try:
         data = read_bytes(path, _MAX_BYTES)
         if not data.startswith(b"SQLite format 3\0"):
             return {}
-        return {entry.source: entry for entry in map(_entry, _rows(data))}
+        return {entry.source: entry for entry in map(_parse_row, _read_rows(data))}
     except (OSError, sqlite3.Error, ValueError, TypeError, RecursionError, MemoryError):
         return {}
 
 
-def _rows(data: bytes) -> list[tuple[Any, ...]]:
-    """The rows of a database, which anybody may have made: of our table alone, in bounds.
+def _read_rows(data: bytes) -> list[tuple[Any, ...]]:
+    """The rows of an untrusted database, with limits.
 
-    A view or generated column computes without end what takes a few bytes to ask for, and pages
-    that refer to one another give rows without end.
+    A view or generated column could compute endlessly, and pages that refer to one another could
+    give endless rows.
 
     Raises:
-        sqlite3.Error, ValueError: it is damaged, of another version, or not as we write it.
+        sqlite3.Error: the database is damaged.
+        ValueError: the database has another version, schema or checksum, or too much content.
     """
     with closing(sqlite3.connect(":memory:")) as database:
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_ROW)
@@ -295,46 +305,46 @@ def _rows(data: bytes) -> list[tuple[Any, ...]]:
             raise ValueError("the index is of another version")
         schema = database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
         if schema.fetchmany(len(_SCHEMA) + 1) != _SCHEMA:
-            raise ValueError("the index has other tables than ours")
-        found, left = [], 2 * len(data)
+            raise ValueError("the schema of the index is unknown")
+        rows, budget = [], 2 * len(data)
         for row in database.execute(f"SELECT {', '.join(_COLUMNS)} FROM concepts"):
-            left -= sum(len(value) for value in row if isinstance(value, str | bytes))
-            if left < 0:
-                raise ValueError("the index has more in its rows than in its file")
-            found.append(row)
-        if database.execute("PRAGMA application_id").fetchone() != (_checksum(found),):
+            budget -= sum(len(value) for value in row if isinstance(value, str | bytes))
+            if budget < 0:
+                raise ValueError("the rows of the index are larger than its file")
+            rows.append(row)
+        if database.execute("PRAGMA application_id").fetchone() != (_checksum(rows),):
             raise ValueError("the index is damaged")
-        return found
+        return rows
 
 
 def write_index(library: Path, entries: Iterable[LibraryEntry]) -> None:
-    """Put a new index in the place of an older one, whole or not at all.
+    """Replace the index atomically.
 
     Raises:
-        OSError: it cannot be written, as in a folder that is only to be read.
+        OSError: the index cannot be written, for example in a read-only folder.
     """
     with closing(sqlite3.connect(":memory:")) as database:
-        rows = [_row(entry) for entry in entries]
+        rows = [_format_row(entry) for entry in entries]
         database.execute(f"PRAGMA user_version = {_VERSION}")
         database.execute(f"PRAGMA application_id = {_checksum(rows)}")
         database.execute(_TABLE)
-        # As bytes: a file's name need not be Unicode, which the module's own text must be.
-        places = ", ".join("CAST(? AS TEXT)" if _is_text(name) else "?" for name in _COLUMNS)
+        # As bytes, because file names may not be valid Unicode, which sqlite3 requires of str.
+        placeholders = ", ".join("CAST(? AS TEXT)" if _is_text(name) else "?" for name in _COLUMNS)
         names = ", ".join(_COLUMNS)
-        database.executemany(f"INSERT INTO concepts ({names}) VALUES ({places})", rows)
+        database.executemany(f"INSERT INTO concepts ({names}) VALUES ({placeholders})", rows)
         database.commit()
         data = database.serialize()
     write_atomic(library / INDEX_FILE, data)
 
 
-def _row(entry: LibraryEntry) -> list[Any]:
+def _format_row(entry: LibraryEntry) -> list[Any]:
     values = {name: getattr(entry, name) for name in _FIELDS}
     values["basis"] = None if entry.basis is None else entry.basis.model_dump()
     values |= {name: json.dumps(values[name]) for name in _JSON}
     return [v.encode(*_CODEC) if isinstance(v, str) else v for v in values.values()]
 
 
-def _entry(row: tuple[Any, ...]) -> LibraryEntry:
+def _parse_row(row: tuple[Any, ...]) -> LibraryEntry:
     values = dict(zip(_FIELDS, row, strict=True))
     values |= {name: json.loads(values[name]) for name in _JSON}
     entry = _ENTRY.validate_python(values)
@@ -344,7 +354,7 @@ def _entry(row: tuple[Any, ...]) -> LibraryEntry:
 
 
 def _checksum(rows: Iterable[Iterable[Any]]) -> int:
-    """Of all values, as a signed number of 32 bits, which SQLite's header has room for."""
+    """CRC-32 of all values as a signed 32-bit integer, as SQLite's header stores it."""
     total = 0
     for row in rows:
         for value in row:

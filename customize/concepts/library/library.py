@@ -1,4 +1,4 @@
-"""A library: a folder of concepts, found by what prompts call them."""
+"""A library: a folder of concepts, found by the triggers in prompts."""
 
 from __future__ import annotations
 
@@ -41,30 +41,31 @@ from customize.near_names import find_near_names, suggest_paths
 from customize.safe_read import MAX_SAFETENSORS_BYTES, open_regular, path_exists, real_path
 from customize.text import one_line
 
-# A concept's files beside its safetensors: those that are read, and those that are not.
-_CHECKED = (INFO_FILE, PEFT_FILES[1])
-_FREE = re.compile(rf"{re.escape(CARD_FILE)}|{re.escape(MERGED_FILE)}|sample-\d+\.png")
+# Files of a concept besides safetensors: those that are validated, and those that are not.
+_VALIDATED = (INFO_FILE, PEFT_FILES[1])
+_UNVALIDATED = re.compile(rf"{re.escape(CARD_FILE)}|{re.escape(MERGED_FILE)}|sample-\d+\.png")
 
-#: What looks like a trigger in a prompt.
+#: The pattern of a trigger in a prompt.
 TRIGGER_PATTERN = rf"<{NAME_PATTERN}>"
 
 
 class Library:
-    """The concepts of a folder: folders and single files, ours and LoRAs from elsewhere.
+    """The concepts of a folder: folders and single files, concepts and LoRAs of other programs.
 
     Attributes:
-        folder: where they are.
-        entries: source -> what is known of it.
-        stale: how many rows of the index did not hold any more when it was last looked at.
-        kept: whether the index could be written; else it is in memory alone.
+        folder: the folder.
+        entries: source -> entry.
+        num_stale_rows: how many rows of the index were outdated when the folder was last scanned.
+        is_index_saved: whether the index could be written; otherwise it is only in memory.
 
     Args:
-        source: an existing folder, which may be empty, or not to be written in; or a collection of
-            the hub's, see :func:`customize.concepts.io.hub.download_collection`.
+        source: an existing folder, which may be empty or read-only; or the slug of a collection on
+            the hub (:func:`customize.concepts.io.hub.download_collection`).
 
     Raises:
-        ConfigError: it is no folder, or cannot be looked into; the hub has no such collection.
-        ConceptError: the hub doesn't give all of a collection.
+        ConfigError: the source is not a folder, or cannot be listed; or the hub has no such
+            collection.
+        ConceptError: a concept of the collection cannot be downloaded.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -72,59 +73,64 @@ class Library:
         self.entries: dict[str, LibraryEntry] = {}
         delete_leftovers(self.folder)
         self.num_stale_rows, self.is_index_saved = 0, True
-        self._called: dict[str, list[LibraryEntry]] = {}
-        self._seen = 0
+        self._by_trigger: dict[str, list[LibraryEntry]] = {}
+        self._scanned_mtime = 0
         self._refresh(read_index(self.folder))
 
     def __repr__(self) -> str:
         names = sorted(entry.name for entry in self.entries.values())
-        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        return f"Library({str(self.folder)!r}: {len(names)} concepts: {listed or 'none'})"
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return f"Library({str(self.folder)!r}: {len(names)} concepts: {shown or 'none'})"
 
     def refresh(self) -> None:
-        """Look at the files again; only those that are new or changed are read.
+        """Scan the folder again; only new and changed files are read.
 
         Raises:
-            ConfigError: the folder is gone, or cannot be looked into.
+            ConfigError: the folder does not exist, or cannot be listed.
         """
         self._refresh(self.entries)
 
     def refresh_if_changed(self) -> None:
-        """Look again where something was put into the folder or taken out since the last time.
+        """Scan the folder again if files were added or removed since the last scan.
 
         Raises:
             ConfigError: as :meth:`refresh`.
         """
-        if self._changed_at() != self._seen:
+        if self._mtime() != self._scanned_mtime:
             self.refresh()
 
     def find_by_trigger(self, trigger: str) -> list[LibraryEntry]:
-        """All that a token such as ``<rex>`` calls; upper and lower case are alike."""
-        return self._called.get(trigger.lower(), [])
+        """The entries with a trigger such as ``<rex>``; case is ignored."""
+        return self._by_trigger.get(trigger.lower(), [])
 
     def similar_triggers(self, trigger: str, fits: Callable[[LibraryEntry], bool]) -> list[str]:
-        """Up to three triggers, of concepts that fit, that are written much like one."""
-        offered = [each for each, entries in self._called.items() if any(map(fits, entries))]
-        return find_near_names(trigger, offered)
+        """Up to three similar triggers of entries that fit.
+
+        Args:
+            trigger: the misspelled trigger.
+            fits: whether an entry can be suggested.
+        """
+        triggers = [name for name, entries in self._by_trigger.items() if any(map(fits, entries))]
+        return find_near_names(trigger, triggers)
 
     def path(self, entry: LibraryEntry) -> Path:
-        """Where a concept lies."""
+        """The path of an entry's folder or file."""
         return self.folder / entry.source
 
     def is_unchanged(self, entry: LibraryEntry) -> bool:
-        """Whether the files of a concept are still those that were indexed."""
+        """Whether the files of an entry have not changed since they were indexed."""
         return file_stamp(self.folder, entry.source) == entry.stamp
 
-    def _changed_at(self) -> int:
+    def _mtime(self) -> int:
         try:
             return self.folder.stat().st_mtime_ns
-        except OSError:  # it is gone, which looking into it will tell
+        except OSError:  # reported by the scan
             return 0
 
     def _refresh(self, known: dict[str, LibraryEntry]) -> None:
-        self._seen = self._changed_at()
+        self._scanned_mtime = self._mtime()
         try:
-            found = scan_stamps(self.folder)
+            stamps = scan_stamps(self.folder)
         except OSError as error:
             raise ConfigError(
                 f"the library cannot be read: {error.strerror}",
@@ -135,22 +141,22 @@ class Library:
             source: known[source]
             if source in known and known[source].stamp == stamp
             else describe_concept(self.folder, source, stamp)
-            for source, stamp in found.items()
+            for source, stamp in stamps.items()
         }
         self.num_stale_rows = sum(
             entries.get(source) is not entry for source, entry in known.items()
         )
         self.num_stale_rows += sum(source not in known for source in entries)
         self.entries = entries
-        self._called = {}
+        self._by_trigger = {}
         for entry in entries.values():
             for trigger in entry.trigger_tokens:
-                self._called.setdefault(trigger, []).append(entry)
+                self._by_trigger.setdefault(trigger, []).append(entry)
         if self.num_stale_rows:
             try:
                 write_index(self.folder, entries.values())
                 self.is_index_saved = True
-            except OSError:  # read-only, or the disk is full: the index is for speed alone
+            except OSError:  # read-only or full disk: the index only saves time
                 self.is_index_saved = False
 
 
@@ -161,21 +167,20 @@ def _folder_of(source: str | Path) -> Path:
 
 
 def add_to_library(library: str | Path, source: str | Path) -> LibraryEntry:
-    """Copy a concept into a library, whole or not at all, with the record that lies beside it.
+    """Copy a concept and its recorded layer inputs into a library, atomically.
 
-    The shared directions that its slice avoids come along, if the library has none that serve, so
-    that what is learned there later is kept apart from it. The concept is read whole first. Of two
-    processes that add one name at the same time, one does.
+    The concept is validated first. The shared directions that its slice avoids are copied too,
+    unless the library has equivalent ones. A lock prevents two processes from adding one name.
 
     Args:
-        library: a folder; made if it is not there.
-        source: a concept's folder or file, a LoRA from elsewhere, or a hub id.
+        library: a folder; created if it does not exist.
+        source: a concept's folder or file, a LoRA of another program, or a hub id.
 
     Returns:
-        Its row in the library.
+        The concept's entry in the library.
 
     Raises:
-        ConceptError: the concept cannot be read, or its name or trigger is taken there.
+        ConceptError: the concept cannot be read, or its name or trigger is taken in the library.
         StorageError: the library cannot be written.
     """
     folder = Path(library)
@@ -183,22 +188,24 @@ def add_to_library(library: str | Path, source: str | Path) -> LibraryEntry:
     name = concept.info.name
     target = folder / (name if path.is_dir() else f"{name}.safetensors")
     with lock_library(folder), lock_folder(target):
-        held = Library(folder)
+        destination = Library(folder)
         triggers = dict.fromkeys([concept.info.trigger or f"<{name}>", *concept.info.triggers])
         taken = [
-            (entry, trigger) for trigger in triggers for entry in held.find_by_trigger(trigger)
+            (entry, trigger)
+            for trigger in triggers
+            for entry in destination.find_by_trigger(trigger)
         ]
-        taken += [(e, e.trigger) for e in held.entries.values() if e.name == name]
+        taken += [(e, e.trigger) for e in destination.entries.values() if e.name == name]
         if taken:
             other, trigger = taken[0]
             raise ConceptError(
-                f"the library has a concept {other.name} already, which {trigger} calls",
-                where=held.path(other),
-                fix="delete that one first if this one is to replace it",
+                f"the library already has the concept {other.name} with the trigger {trigger}",
+                where=destination.path(other),
+                fix="delete it first to replace it",
             )
         if os.path.lexists(target):
             raise ConceptError(
-                "something else is in the place of the concept", where=target, fix="move it away"
+                "the concept's path in the library exists", where=target, fix="move it away"
             )
         try:
             if isinstance(concept, Concept) and concept.info.basis is not None:
@@ -206,25 +213,25 @@ def add_to_library(library: str | Path, source: str | Path) -> LibraryEntry:
             _copy(path, target)
         except OSError as error:
             raise storage_error(error, target) from error
-        held.refresh()
-    return held.entries[target.name]
+        destination.refresh()
+    return destination.entries[target.name]
 
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a concept atomically."""
     if not source.is_dir():
         record = layer_inputs_path(source)
-        if path_exists(record):  # first, so that the concept never is there without it
+        if path_exists(record):  # first, so that the concept never exists without it
             LayerInputs.load(record)
             _copy_file(record, target.with_suffix(f".{LAYER_INPUTS_FILE}"))
         _copy_file(source, target)
         return
-    names, left = _parts(source)
-    if left:
+    names, skipped = _concept_files(source)
+    if skipped:
         warnings.warn(
             one_line(
-                f"{len(left)} of the files in {source} are no part of the concept, or links out of "
-                f"its folder, and are not copied: {', '.join(left)}"
+                f"{len(skipped)} of the files in {source} do not belong to the concept, or are "
+                f"links out of its folder, and are not copied: {', '.join(skipped)}"
             ),
             stacklevel=4,
         )
@@ -240,26 +247,27 @@ def _copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(file, copy, 2**20)
 
 
-def _parts(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of a concept's files in its folder, and those of what else is there.
+def _concept_files(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of a concept's files in its folder, and of the other files.
 
-    Files that were read as what they are may be links to anywhere, as they are in the hub's cache.
-    Cards and pictures, which nobody checks, may not: a link would publish whatever it leads to.
+    Validated files may be links to anywhere, as in the hub's cache. Cards and pictures are not
+    validated and may not: copying a link would publish its target.
     """
     names: list[str] = []
-    left: list[str] = []
+    skipped: list[str] = []
     if path_exists(folder / LAYER_INPUTS_FILE):
         LayerInputs.load(folder / LAYER_INPUTS_FILE)
-    inside = [real_path(folder)]
-    if inside[0].parent.name == "snapshots":  # of the hub's cache, whose files are links to blobs
-        inside.append(inside[0].parents[1] / "blobs")
+    allowed = [real_path(folder)]
+    if allowed[0].parent.name == "snapshots":  # in the hub's cache, files are links to blobs
+        allowed.append(allowed[0].parents[1] / "blobs")
     for path in list_folder(folder):
-        # A merge's embeddings for other programs are in its LoRA's header, too.
-        unneeded = path.name == KOHYA_EMBEDS_FOLDER and path_exists(folder / MERGED_FILE)
-        if path.name.startswith(".") or path.name in TRAINING_FILES or unneeded:
+        # The LoRA's header of a merge contains these embeddings too.
+        is_redundant = path.name == KOHYA_EMBEDS_FOLDER and path_exists(folder / MERGED_FILE)
+        if path.name.startswith(".") or path.name in TRAINING_FILES or is_redundant:
             continue
-        checked = path.name in _CHECKED or path.suffix == ".safetensors"
-        card = _FREE.fullmatch(path.name) and os.path.isfile(path)
-        free = card and real_path(path).parent in inside
-        (names if (checked or free) and not path.is_dir() else left).append(path.name)
-    return names, left
+        is_validated = path.name in _VALIDATED or path.suffix == ".safetensors"
+        is_card = _UNVALIDATED.fullmatch(path.name) and os.path.isfile(path)
+        is_inside = is_card and real_path(path).parent in allowed
+        belongs = (is_validated or is_inside) and not path.is_dir()
+        (names if belongs else skipped).append(path.name)
+    return names, skipped

@@ -1,4 +1,4 @@
-"""Whether a library can be used as it is: every file read whole, and what gets in others' way."""
+"""Checking a library: unreadable files, ambiguous triggers and colliding slices."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from customize.errors import ConceptError, CustomizeError
 
 MatrixKey = tuple[str, int, int]
 
-# Down-projections of so many layers of each width are compared, of one in a large library: all are
-# in memory at once.
+# Layers of each width whose down-projections are compared; one in libraries with more concepts than
+# _LARGE, because all projections are in memory at once.
 _LAYERS, _LARGE = 4, 100
 
 
 @dataclass(frozen=True)
 class LibraryReport:
-    """What was found.
+    """The result of a check.
 
     Attributes:
-        library: as it is now.
-        faults: what keeps concepts from being used, or apart; each with what resolves it.
-        notes: what there is to know beside that.
+        library: the library.
+        errors: problems that prevent concepts from being used or combined, each with its fix.
+        notes: further information.
     """
 
     library: Library
@@ -51,54 +51,55 @@ class LibraryReport:
 
 
 def check_library(folder: str | Path) -> LibraryReport:
-    """Read everything in a library.
+    """Read all concepts of a library and check them.
+
+    Args:
+        folder: the library.
 
     Raises:
-        ConfigError: it is no folder, or cannot be looked into.
+        ConfigError: the path is not a folder, or cannot be listed.
     """
     library = Library(folder)
-    faults, notes = [], []
+    errors, notes = [], []
     downs: dict[str, DownProjections] = {}
     layers = _LAYERS if len(library.entries) <= _LARGE else 1
     if library.num_stale_rows:
-        notes.append(
-            f"the index was missing or old in {library.num_stale_rows} places, and was made anew"
-        )
+        count = library.num_stale_rows
+        notes.append(f"{count} rows of the index were missing or outdated, and were rebuilt")
     if not library.is_index_saved:
-        notes.append("the index cannot be written here, so that it is made at each start")
+        notes.append("the index cannot be written, so it is rebuilt at each start")
     for entry in library.entries.values():
         try:
             concept = open_adaptation(library.path(entry))
             if isinstance(concept, Concept) and concept.info.basis is not None:
                 downs[entry.source] = down_projections(concept, layers)
             _check_files(concept, library.path(entry), entry)
-            if entry.error:  # its files can be read by those who know their names
-                faults.append(entry.error)
+            if entry.error:  # listing the folder failed, while reading its files works
+                errors.append(entry.error)
         except CustomizeError as error:
-            faults.append(str(error))
-    faults += _doubled(list(library.entries.values()))
-    crowded, full = _colliding(library, downs)
-    return LibraryReport(library, [*faults, *crowded], [*notes, *full])
+            errors.append(str(error))
+    errors += _ambiguous_triggers(list(library.entries.values()))
+    collision_errors, collision_notes = _check_slices(library, downs)
+    return LibraryReport(library, [*errors, *collision_errors], [*notes, *collision_notes])
 
 
-def _check_files(found: Concept | Lora | LoraFile, path: Path, entry: LibraryEntry) -> None:
-    if isinstance(found, LoraFile):
-        _check_lora(found)
+def _check_files(concept: Concept | Lora | LoraFile, path: Path, entry: LibraryEntry) -> None:
+    if isinstance(concept, LoraFile):
+        _check_lora(concept)
     if not entry.has_layer_inputs:
         raise ConceptError(
-            f"{entry.name} has no record of what its layers read, so that a set with it is summed "
-            "and not fused",
+            f"{entry.name} has no recorded layer inputs, so it is summed with others, not fused",
             where=path,
-            fix="make it once: customize record",
+            fix="record them once: customize record",
         )
-    if isinstance(found, LoraFile):
-        LayerInputs.load(layer_inputs_path(found.source))
+    if isinstance(concept, LoraFile):
+        LayerInputs.load(layer_inputs_path(concept.source))
     else:
-        load_recorded_inputs(entry.name, found.updates, found.source)
+        load_recorded_inputs(entry.name, concept.updates, concept.source)
 
 
 def _check_lora(file: LoraFile) -> None:
-    """What can be told of a LoRA without its model."""
+    """Check the tensors of a LoRA whose model is not known."""
     for group in file.groups:
         for part, tensor in group.parts.items():
             if not tensor.numel():
@@ -107,29 +108,29 @@ def _check_lora(file: LoraFile) -> None:
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ConceptError(
-                    "a number is NaN or infinite", where=f"{file.where}: {group.keys[part]}"
+                    "a value is NaN or infinite", where=f"{file.where}: {group.keys[part]}"
                 )
 
 
-def _doubled(entries: Sequence[LibraryEntry]) -> Iterator[str]:
-    """What calls several concepts that one model can take."""
-    called: dict[str, list[LibraryEntry]] = {}
+def _ambiguous_triggers(entries: Sequence[LibraryEntry]) -> Iterator[str]:
+    """Errors about triggers of several concepts that fit the same model."""
+    by_trigger: dict[str, list[LibraryEntry]] = {}
     for entry in entries:
         for trigger in entry.trigger_tokens:
-            called.setdefault(trigger, []).append(entry)
-    for trigger, those in sorted(called.items()):
-        for a, b in combinations(those, 2):
-            if _one_model_takes(a, b):
+            by_trigger.setdefault(trigger, []).append(entry)
+    for trigger, sharing in sorted(by_trigger.items()):
+        for a, b in combinations(sharing, 2):
+            if _may_fit_one_model(a, b):
                 yield str(
                     ConceptError(
-                        f"{trigger} calls both {a.source} and {b.source}",
-                        fix="take one of them out; a prompt that names it is refused",
+                        f"{trigger} is a trigger of both {a.source} and {b.source}",
+                        fix="remove one of them; prompts with this trigger are refused",
                     )
                 )
 
 
-def _one_model_takes(a: LibraryEntry, b: LibraryEntry) -> bool:
-    """Whether some model may take both, as far as both say for which they are."""
+def _may_fit_one_model(a: LibraryEntry, b: LibraryEntry) -> bool:
+    """Whether two entries may fit the same model, by their facts."""
     if not a.family or not b.family or a.family != b.family:
         return not a.family or not b.family
     return not a.fingerprint or not b.fingerprint or _architecture(a) == _architecture(b)
@@ -139,85 +140,89 @@ def _architecture(entry: LibraryEntry) -> tuple[str, str]:
     return entry.family, str(entry.fingerprint.get("denoiser"))
 
 
-def _colliding(
+def _check_slices(
     library: Library, downs: Mapping[str, DownProjections]
 ) -> tuple[list[str], list[str]]:
-    """Slices that share columns: those that need not, and of each full width how many do; and
-    slices that overlap as random ones do.
+    """Errors and notes about slices that collide.
 
-    Runs that are not finished hold theirs too, of which only the numbers are known.
+    Concepts that share columns while free ones exist are errors; concepts that share columns of a
+    full width, or whose slices overlap like random ones, are notes. Unfinished runs count by the
+    numbers of their reserved columns.
 
     Args:
-        downs: source -> down-projections of some layers, of all that have slices.
+        library: the library.
+        downs: source -> down-projections of some layers, of all concepts with slices.
     """
     groups: dict[tuple[str, str], list[LibraryEntry]] = {}
     for source in downs:
         entry = library.entries[source]
         groups.setdefault(_architecture(entry), []).append(entry)
-    faults, notes = [], []
+    errors, notes = [], []
     try:
-        claims = read_reservations(library.folder)
+        reservations = read_reservations(library.folder)
     except ConceptError as error:
         return [str(error)], []
     for entries in groups.values():
         full: dict[MatrixKey, set[int]] = {}
-        for key, holders in _by_matrix([*entries, *claims]).items():
-            crowds = _crowds(holders)
-            full[key] = set(crowds)
+        for key, owners in _group_by_matrix([*entries, *reservations]).items():
+            shared_widths = _full_widths(owners)
+            full[key] = set(shared_widths)
             notes += [
-                f"width {width} is full: {count} of {len(holders)} concepts share columns there, "
-                "and each changes what the others have learned where they are summed"
-                for width, count in crowds.items()
+                f"width {width} is full: {count} of {len(owners)} concepts share columns, so "
+                "that each changes what the others have learned when they are summed"
+                for width, count in shared_widths.items()
             ]
-        apart: dict[str, tuple[int, Collision]] = {}
+        unrelated: dict[str, tuple[int, Collision]] = {}
         pairs = overlapping_pairs(entries, [downs[entry.source] for entry in entries])
-        for (i, j), each in pairs.items():
+        for (i, j), collision in pairs.items():
             a, b = entries[i], entries[j]
-            if not each.columns:
-                count, first = apart.get(each.first, (0, each))
-                apart[each.first] = count + 1, first
+            if not collision.columns:
+                count, first = unrelated.get(collision.first, (0, collision))
+                unrelated[collision.first] = count + 1, first
                 continue
-            crowded = full.get(matrix_key(a.basis), set()) if a.basis else set()
-            columns = {w: own for w, own in each.columns.items() if w not in crowded}
+            skipped = full.get(matrix_key(a.basis), set()) if a.basis else set()
+            columns = {w: c for w, c in collision.columns.items() if w not in skipped}
             if columns:
-                faults.append(str(shared_columns_collision(a, b, columns)))
+                errors.append(str(shared_columns_collision(a, b, columns)))
         notes += [
-            str(each).removesuffix(".") + (f" (and {count - 1} others)" if count > 1 else "")
-            for count, each in apart.values()
+            str(collision).removesuffix(".") + (f" (and {count - 1} others)" if count > 1 else "")
+            for count, collision in unrelated.values()
         ]
-        for claim, entry in product(claims, entries):
-            columns = shared_column_numbers(entry, claim)
-            crowded = full.get(matrix_key(claim.basis), set())
-            columns = {w: own for w, own in columns.items() if w not in crowded}
-            if columns and claim.name != entry.name:
-                faults.append(str(shared_columns_collision(entry, claim, columns)))
-    faults += [str(each) for each in find_collisions(claims) if each.columns]
-    return faults, notes
+        for reservation, entry in product(reservations, entries):
+            columns = shared_column_numbers(entry, reservation)
+            skipped = full.get(matrix_key(reservation.basis), set())
+            columns = {w: c for w, c in columns.items() if w not in skipped}
+            if columns and reservation.name != entry.name:
+                errors.append(str(shared_columns_collision(entry, reservation, columns)))
+    errors += [str(collision) for collision in find_collisions(reservations) if collision.columns]
+    return errors, notes
 
 
-def _by_matrix(holders: Sequence[SliceOwner]) -> dict[MatrixKey, list[SliceOwner]]:
-    found: dict[MatrixKey, list[SliceOwner]] = {}
-    for holder in holders:
-        if holder.basis is not None:
-            found.setdefault(matrix_key(holder.basis), []).append(holder)
-    return found
+def _group_by_matrix(owners: Sequence[SliceOwner]) -> dict[MatrixKey, list[SliceOwner]]:
+    groups: dict[MatrixKey, list[SliceOwner]] = {}
+    for owner in owners:
+        if owner.basis is not None:
+            groups.setdefault(matrix_key(owner.basis), []).append(owner)
+    return groups
 
 
-def _crowds(holders: Sequence[SliceOwner]) -> dict[int, int]:
-    """Width without room for all -> how many share columns there, by their numbers."""
-    owners: dict[tuple[int, int], list[int]] = {}
-    needed: dict[int, int] = {}
-    for number, holder in enumerate(holders):
-        for text, columns in holder.slices.items():
+def _full_widths(owners: Sequence[SliceOwner]) -> dict[int, int]:
+    """Width without free columns for all owners -> how many of them share columns."""
+    by_column: dict[tuple[int, int], list[int]] = {}
+    required: dict[int, int] = {}
+    for number, owner in enumerate(owners):
+        for text, columns in owner.slices.items():
             width = int(text)
-            needed[width] = needed.get(width, 0) + len(columns)
+            required[width] = required.get(width, 0) + len(columns)
             for column in columns:
-                owners.setdefault((width, column), []).append(number)
-    basis = holders[0].basis
+                by_column.setdefault((width, column), []).append(number)
+    basis = owners[0].basis
     avoid = 0 if basis is None else basis.num_shared_directions
-    full = sorted(w for w, count in needed.items() if count > w - count_shared_directions(w, avoid))
-    crowds: dict[int, set[int]] = {width: set() for width in full}
-    for (width, _), those in owners.items():
-        if len(those) > 1 and width in crowds:
-            crowds[width].update(those)
-    return {width: len(those) for width, those in crowds.items() if those}
+    full = sorted(
+        w for w, count in required.items() if count > w - count_shared_directions(w, avoid)
+    )
+    sharing: dict[int, set[int]] = {width: set() for width in full}
+    for (width, _), numbers in by_column.items():
+        if len(numbers) > 1 and width in sharing:
+            sharing[width].update(numbers)
+    return {width: len(numbers) for width, numbers in sharing.items() if numbers}

@@ -1,9 +1,8 @@
-"""Which concepts' slices overlap, by their columns themselves and not by what their facts say.
+"""Which concepts' slices overlap, by comparing their down-projections.
 
-The facts name the orthogonal matrix, the directions that are avoided and the columns' numbers. Two
-recordings of the same directions differ by rounding, and then numbers tell nothing for certain: a
-layer's columns can be the same to seven digits, or, where directions of nearly equal energy were
-turned among one another, others altogether. So the down-projections are compared.
+The facts have the orthogonal matrix, the shared directions and the numbers of the columns. Two
+recordings of the same directions differ by rounding, so that columns of the same numbers may be
+equal to seven digits, or entirely different if directions of nearly equal energy were rotated.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from customize.concepts.slices.allocation import (
 from customize.concepts.types import Adaptation, Concept
 from customize.core.crosstalk import row_overlap
 
-# A row is shared where this much of it lies in the other slice: within 26 degrees.
+# Share of a row's energy in the other slice from which the row counts as shared: 26 degrees.
 _SHARED = 0.81
-# Slices that overlap by less than this share of what random ones do disturb each other little.
+# Overlap relative to random slices, above which slices collide.
 _OVERLAP = 0.25
-# Layers of a width that are compared; those of one width nearly always agree.
+# Number of layers of a component and width that are compared; they nearly always agree.
 _LAYERS = 16
 
 #: "component.module" -> (rank, in).
 DownProjections = Mapping[str, Tensor]
 
-_KNOWN: WeakKeyDictionary[Concept, WeakKeyDictionary[Concept, list[Collision]]] = (
+_CACHE: WeakKeyDictionary[Concept, WeakKeyDictionary[Concept, list[Collision]]] = (
     WeakKeyDictionary()
 )
 
@@ -44,26 +43,29 @@ _KNOWN: WeakKeyDictionary[Concept, WeakKeyDictionary[Concept, list[Collision]]] 
 def find_overlaps(concepts: Sequence[Adaptation]) -> list[Collision]:
     """Every pair of concepts whose slices overlap.
 
-    Concepts of the method "lora" have no slices to keep apart and are left out. What was compared
-    once is remembered as long as both concepts are in memory.
+    Concepts of the method "lora" have no slices and are left out. Results are cached as long as
+    both concepts are in memory.
     """
     sliced = [c for c in concepts if isinstance(c, Concept) and c.info.basis is not None]
     pairs = list(combinations(sliced, 2))
-    if any(b not in _KNOWN.get(a, ()) for a, b in pairs):
+    if any(b not in _CACHE.get(a, ()) for a, b in pairs):
         downs = [down_projections(concept) for concept in sliced]
-        found = overlapping_pairs([concept.info for concept in sliced], downs)
+        collisions = overlapping_pairs([concept.info for concept in sliced], downs)
         for (i, a), (j, b) in combinations(enumerate(sliced), 2):
-            known = _KNOWN.setdefault(a, WeakKeyDictionary())
-            known[b] = [found[i, j]] if (i, j) in found else []
-    return [collision for a, b in pairs for collision in _KNOWN[a][b]]
+            cached = _CACHE.setdefault(a, WeakKeyDictionary())
+            cached[b] = [collisions[i, j]] if (i, j) in collisions else []
+    return [collision for a, b in pairs for collision in _CACHE[a][b]]
 
 
 def down_projections(concept: Concept, layers: int = _LAYERS) -> dict[str, Tensor]:
-    """A concept's down-projections in some layers of each component and width, float32 copies on
-    the CPU.
+    """A concept's down-projections in some layers of each component and width.
 
     Args:
-        layers: how many of a component and width, spread over the model.
+        concept: the concept.
+        layers: number of layers per component and width, spread over the model.
+
+    Returns:
+        "component.module" -> (rank, in), float32 copies on the CPU.
     """
     groups: dict[tuple[str, int], list[str]] = {}
     updates = flatten_layers(concept.updates)
@@ -78,13 +80,13 @@ def down_projections(concept: Concept, layers: int = _LAYERS) -> dict[str, Tenso
 
 
 @dataclass
-class _Pairs:
-    """What is counted over layers, for each ordered pair of K concepts.
+class _PairStatistics:
+    """Statistics over layers, for each ordered pair of K concepts.
 
     Attributes:
-        overlap: (K, K), the sum of overlaps over those of random slices.
-        layers: (K, K), how many layers both have.
-        shared: width -> (sum of ranks, K), whether a concept's row lies in another's slice.
+        overlap: (K, K), sum over layers of the overlap relative to random slices.
+        layers: (K, K), number of layers that both have.
+        shared: width -> (sum of ranks, K), whether a row is in another concept's slice.
     """
 
     overlap: Tensor
@@ -95,52 +97,52 @@ class _Pairs:
 def overlapping_pairs(
     infos: Sequence[SliceOwner], downs: Sequence[DownProjections]
 ) -> dict[tuple[int, int], Collision]:
-    """Every pair whose down-projections share columns, or overlap about as much as random ones.
+    """Every pair whose down-projections share columns, or overlap much of what random ones do.
 
     Args:
         infos: the facts of each concept; all have slices.
-        downs: of each, the same layers as far as it has them.
+        downs: each concept's down-projections, of the same layers if it has them.
 
     Returns:
-        (i, j), i below j, the numbers of two concepts -> what they have in common.
+        (i, j), the indices of two concepts with i < j -> collision.
     """
-    counted = _count(infos, downs)
+    statistics = _compare(infos, downs)
     starts = torch.tensor([0, *(info.rank for info in infos)]).cumsum(0).tolist()
-    found = {}
+    collisions = {}
     for i, j in combinations(range(len(infos)), 2):
         a, b = infos[i], infos[j]
-        if not counted.layers[i, j]:
+        if not statistics.layers[i, j]:
             continue
         columns = {}
-        for width, rows in sorted(counted.shared.items()):
+        for width, rows in sorted(statistics.shared.items()):
             hits = rows[starts[i] : starts[i + 1], j].nonzero().flatten().tolist()
             if hits:
                 columns[width] = tuple(sorted(a.slices[str(width)][row] for row in hits))
         if columns:
-            found[i, j] = shared_columns_collision(a, b, columns)
-        elif (overlap := float(counted.overlap[i, j] / counted.layers[i, j])) > _OVERLAP:
-            found[i, j] = unrelated_basis_collision(a, b, overlap)
-    return found
+            collisions[i, j] = shared_columns_collision(a, b, columns)
+        elif (overlap := float(statistics.overlap[i, j] / statistics.layers[i, j])) > _OVERLAP:
+            collisions[i, j] = unrelated_basis_collision(a, b, overlap)
+    return collisions
 
 
-def _count(infos: Sequence[SliceOwner], downs: Sequence[DownProjections]) -> _Pairs:
+def _compare(infos: Sequence[SliceOwner], downs: Sequence[DownProjections]) -> _PairStatistics:
     count, ranks = len(infos), torch.tensor([info.rank for info in infos])
     starts = ranks.cumsum(0) - ranks
-    pairs = _Pairs(*torch.zeros(2, count, count, dtype=torch.float32))
-    for layer in dict.fromkeys(name for each in downs for name in each):
-        owners = [number for number, each in enumerate(downs) if layer in each]
+    pairs = _PairStatistics(*torch.zeros(2, count, count, dtype=torch.float32))
+    for layer in dict.fromkeys(name for projections in downs for name in projections):
+        owners = [number for number, projections in enumerate(downs) if layer in projections]
         if len(owners) < 2:
             continue
         width = downs[owners[0]][layer].shape[1]
-        # Another model's layer of this name has another width.
+        # In another model, a layer of this name may have another width.
         owners = [number for number in owners if downs[number][layer].shape[1] == width]
         shares = row_overlap([downs[number][layer] for number in owners])
         index = torch.tensor(owners)
-        own = ranks[index]
-        block = torch.repeat_interleave(torch.arange(len(owners)), own)
+        owner_ranks = ranks[index]
+        block = torch.repeat_interleave(torch.arange(len(owners)), owner_ranks)
         energy = torch.zeros_like(shares[: len(owners)]).index_add_(0, block, shares)
-        smaller = torch.minimum(own[:, None], own[None, :])
-        larger = torch.maximum(own[:, None], own[None, :])
+        smaller = torch.minimum(owner_ranks[:, None], owner_ranks[None, :])
+        larger = torch.maximum(owner_ranks[:, None], owner_ranks[None, :])
         grid = (index[:, None], index[None, :])
         pairs.overlap[grid] += energy / smaller * width / larger
         pairs.layers[grid] += 1

@@ -1,12 +1,12 @@
-"""The files of shared directions: what all layers of a base model read on generic prompts.
+"""Files of shared directions: the leading directions of all layers' inputs on generic prompts.
 
-Slices stay out of the leading ones, so concepts to be merged have to avoid the very same: a folder
-of concepts has one file for a base model, which whoever comes first records::
+Slices are orthogonal to these directions, so concepts that are merged must avoid the same ones. A
+folder of concepts has one file per base model, recorded by the first training run::
 
     concepts/.shared_directions-0123456789abcdef.safetensors
 
-Its name is that of what determines the recording. Another machine's recording of the same differs
-by rounding, so that the first one is used by all.
+Its name is a hash of what determines the recording. A recording of another machine differs by
+rounding, so all runs use the first one.
 """
 
 from __future__ import annotations
@@ -34,21 +34,19 @@ from customize.safe_read import MAX_SAFETENSORS_BYTES, read_bytes, real_path
 
 _FILE = ".shared_directions-{}.safetensors"
 _NAMED = re.compile(r"shared directions ([0-9a-f]{16})")
-# Directions of another recording serve where they leave at most this share of a layer's energy
-# more than the recording at hand does.
+# Share of a layer's energy that directions of another recording may leave in addition.
 _SLACK = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class SharedDirections:
-    """A recording.
+    """A recording of shared directions.
 
     Attributes:
-        name: of what determines it, 16 hexadecimal digits; of a file of an earlier version, of its
-            content.
-        factors: component -> module, under the names used in files -> (n, in), float32: the factor
-            of the second moment of the layer's inputs, as
-            :meth:`customize.core.input_moment.InputMoment.factor` gives it.
+        name: hash of what determines the recording, 16 hexadecimal digits; in files of earlier
+            versions, a hash of the content.
+        factors: component -> module name, as in files -> (n, in), float32: factor of the second
+            moment of the layer's inputs (:meth:`customize.core.fusion.InputMoment.factor`).
     """
 
     name: str
@@ -56,10 +54,10 @@ class SharedDirections:
 
     @classmethod
     def load(cls, path: Path) -> SharedDirections:
-        """Read a file.
+        """Read a file of shared directions.
 
         Raises:
-            ConceptError: it is missing or damaged.
+            ConceptError: the file is missing or damaged.
         """
         try:
             record = LayerInputs.load(path)
@@ -67,22 +65,21 @@ class SharedDirections:
             raise ConceptError(
                 f"the shared directions cannot be read: {error.problem}",
                 where=error.where or path,
-                fix="put an unchanged copy of the file back, or delete it, and it is recorded anew "
-                "by the next run; what was learned before then no longer has slices apart from "
-                "what is learned after",
+                fix="restore an unchanged copy of the file; or delete it, and the next run records "
+                "it again, but concepts trained before and after then have overlapping slices",
             ) from error
         named = _NAMED.fullmatch(record.digest)
         return cls(named.group(1) if named else _content_name(record.generic), record.generic)
 
     def save(self, path: Path) -> SharedDirections:
-        """Write it where no file is yet; where one is, by now, that one counts.
+        """Write the file unless it exists, and return its content.
 
         Returns:
-            What the file has: that of whoever came first, rounded as it is stored.
+            The recording in the file: the first one written, in the file's precision.
 
         Raises:
-            ConceptError: a file is there that cannot be read.
-            StorageError: it cannot be written.
+            ConceptError: the file exists and cannot be read.
+            StorageError: the file cannot be written.
         """
         make_folder(path.parent)
         record = LayerInputs(f"shared directions {self.name}", {}, self.factors)
@@ -94,88 +91,90 @@ class SharedDirections:
         return SharedDirections.load(path)
 
     def covers(self, other: LayerFactors, avoid: int) -> bool:
-        """Whether slices that avoid these directions avoid what another recording of the same
-        layers calls for, but for a hundredth of each layer's energy.
+        """Whether these directions capture as much energy as another recording's.
 
-        Signs, order and turns among directions of nearly equal energy make no difference.
+        A hundredth of a layer's energy may be missing. Signs, order and rotations among directions
+        of nearly equal energy do not matter.
 
         Args:
-            other: the other recording.
-            avoid: how many directions are avoided, at most.
+            other: factors of the other recording.
+            avoid: maximum number of directions to compare.
         """
-        return _shapes(self.factors) == _shapes(other) and all(
-            _leaves_little(rows, other[component][module], avoid)
+        return _input_widths(self.factors) == _input_widths(other) and all(
+            _captures_enough(rows, other[component][module], avoid)
             for component, layers in self.factors.items()
             for module, rows in layers.items()
         )
 
 
 def recording_name(facts: Mapping[str, Any]) -> str:
-    """The name of what determines a recording.
+    """The hash of what determines a recording.
 
     Args:
-        facts: JSON values, of the base model and of what is drawn.
+        facts: JSON values about the base model and the prompts.
     """
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def directions_path(folder: Path, key: str) -> Path:
-    """The file of a recording."""
+    """The path of a recording's file."""
     return folder / _FILE.format(key)
 
 
 def find_direction_files(folder: Path) -> list[Path]:
-    """All files of shared directions in a folder, ordered by name."""
+    """All files of shared directions in a folder, sorted by name."""
     return sorted(folder.glob(_FILE.format("*")))
 
 
 def copy_shared_directions(library: Path, source: Path, basis: BasisInfo) -> None:
-    """Give a library the directions that a concept from another folder avoids.
+    """Copy the directions that a concept avoids into a library.
 
-    Nothing is done where they are not at hand, or where the library has directions that serve as
-    well: whoever came first counts.
+    Nothing is copied if the directions are not in the source folder, or if the library has
+    directions that cover them.
 
     Args:
-        source: the folder that the concept's folder or file is in.
-        basis: of the concept.
+        library: the library's folder.
+        source: the folder that contains the concept.
+        basis: basis of the concept.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the file cannot be written.
     """
     if not basis.shared_directions or real_path(source) == real_path(library):
         return
     for path in find_direction_files(source):
-        found = _if_readable(path)
-        if found is None or found.name != basis.shared_directions:
+        directions = _load_if_readable(path)
+        if directions is None or directions.name != basis.shared_directions:
             continue
-        there = [_if_readable(other) for other in find_direction_files(library)]
+        existing = [_load_if_readable(other) for other in find_direction_files(library)]
         if not any(
-            other and other.covers(found.factors, basis.num_shared_directions) for other in there
+            other and other.covers(directions.factors, basis.num_shared_directions)
+            for other in existing
         ):
             with suppress(FileExistsError):
                 write_atomic(library / path.name, read_bytes(path, MAX_SAFETENSORS_BYTES), new=True)
         return
 
 
-def _if_readable(path: Path) -> SharedDirections | None:
+def _load_if_readable(path: Path) -> SharedDirections | None:
     try:
         return SharedDirections.load(path)
-    except ConceptError:  # whoever needs it will be told
+    except ConceptError:  # reported when the file is needed
         return None
 
 
-def _leaves_little(rows: Tensor, other: Tensor, avoid: int) -> bool:
+def _captures_enough(rows: Tensor, other: Tensor, avoid: int) -> bool:
     count = count_shared_directions(rows.shape[1], avoid)
     return captured_energy(other, rows[:count]) >= captured_energy(other, other[:count]) - _SLACK
 
 
-def _shapes(factors: LayerFactors) -> dict[tuple[str, str], int]:
+def _input_widths(factors: LayerFactors) -> dict[tuple[str, str], int]:
     return {(c, m): rows.shape[1] for c, layers in factors.items() for m, rows in layers.items()}
 
 
 def _content_name(factors: LayerFactors) -> str:
-    """How files of an earlier version are called: by their numbers."""
+    """The name of files of earlier versions: a hash of the content."""
     digest = hashlib.sha256()
     for component, layers in sorted(factors.items()):
         for module, rows in sorted(layers.items()):

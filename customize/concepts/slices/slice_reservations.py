@@ -1,8 +1,8 @@
-"""Claims: slices that runs hold whose concept isn't written yet.
+"""Slice reservations of training runs whose concept is not written yet.
 
-A run writes ``.slice.json`` into its output folder before its first step, and takes it away when
-the concept is there, which then holds the slice. A run that was cut off leaves its claim, so that
-nobody else takes the slice that it will go on with; deleting the folder gives it up.
+A run writes ``.slice.json`` into its output folder before its first step, and deletes it when the
+concept, which then owns the slice, is written. An interrupted run leaves its reservation, so that
+no other run takes the slice before it resumes; deleting the folder releases the slice.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ LOCK_FILE = ".slices.lock"
 
 
 class SliceReservation(BaseModel):
-    """What a run holds, as it stands in ``.slice.json``.
+    """The slice that a run has reserved, as stored in ``.slice.json``.
 
     Attributes:
-        name: of the concept that is learned.
-        basis, rank, slices: as :class:`customize.concepts.concept_info.ConceptInfo` will have them.
-        index: the concept's number, which gives the slices; None where its name does.
+        name: name of the concept to be trained.
+        basis: basis of the slices.
+        rank: rank of the slices.
+        index: number of the concept in its library; None if its name determines the slices.
+        slices: input width, as text -> columns.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,30 +46,33 @@ class SliceReservation(BaseModel):
     slices: dict[str, list[int]]
 
     @model_validator(mode="after")
-    def _slices_fit(self) -> SliceReservation:
+    def _check_slices(self) -> SliceReservation:
         check_slices(self.slices, self.rank, self.basis)
         return self
 
 
 def read_reservations(library: Path) -> list[SliceReservation]:
-    """The claims of all runs in a library of concept folders, but for those of concepts that are
-    written by now: a run that was stopped after that leaves one, until it is started again.
+    """The reservations of all runs in a library whose concept is not written yet.
+
+    A run that was stopped just after writing its concept leaves a fulfilled reservation.
 
     Raises:
-        ConceptError: one cannot be read. It may hold columns.
+        ConceptError: a reservation cannot be read; it may own columns.
     """
-    # Not in hidden folders, as with concepts.
-    found = {path: _read(path) for path in find_in_subfolders(Path(library), RESERVATION_FILE)}
-    return [claim for path, claim in found.items() if not _is_fulfilled(claim, path.parent)]
+    reservations = {
+        path: _read_reservation(path)
+        for path in find_in_subfolders(Path(library), RESERVATION_FILE)
+    }
+    return [r for path, r in reservations.items() if not _is_fulfilled(r, path.parent)]
 
 
-def write_reservation(claim: SliceReservation, folder: Path) -> None:
-    """Put a claim into a run's output folder, over an older one, whole or not at all.
+def write_reservation(reservation: SliceReservation, folder: Path) -> None:
+    """Write a reservation into a run's output folder, atomically.
 
     Raises:
         StorageError: it cannot be written.
     """
-    data = claim.model_dump_json(indent=2).encode()
+    data = reservation.model_dump_json(indent=2).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / RESERVATION_FILE, data, folder=folder.parent)
@@ -76,24 +81,24 @@ def write_reservation(claim: SliceReservation, folder: Path) -> None:
 
 
 def delete_fulfilled_reservation(folder: Path) -> None:
-    """:func:`delete_reservation`, if the concept in the folder holds what the claim is on."""
+    """Delete the reservation of a folder whose concept owns the reserved slice."""
     path = folder / RESERVATION_FILE
-    if path.is_file() and _is_fulfilled(_read(path), folder):
+    if path.is_file() and _is_fulfilled(_read_reservation(path), folder):
         delete_reservation(folder)
 
 
-def _is_fulfilled(claim: SliceReservation, folder: Path) -> bool:
-    """Whether the concept is in the folder that the claim was made for."""
+def _is_fulfilled(reservation: SliceReservation, folder: Path) -> bool:
+    """Whether the folder contains the concept with the reserved slice."""
     try:
         info = read_info(folder)
     except ConceptError:
         return False
-    held = {width: list(columns) for width, columns in info.slices.items()}
-    return (info.name, info.basis, held) == (claim.name, claim.basis, claim.slices)
+    owned = (info.name, info.basis, {width: list(c) for width, c in info.slices.items()})
+    return owned == (reservation.name, reservation.basis, reservation.slices)
 
 
 def delete_reservation(folder: Path) -> None:
-    """Take a run's claim away.
+    """Delete the reservation in a run's output folder.
 
     Raises:
         StorageError: it cannot be deleted.
@@ -106,13 +111,13 @@ def delete_reservation(folder: Path) -> None:
 
 @contextmanager
 def lock_library(library: Path) -> Iterator[None]:
-    """Keep other processes from choosing a slice in a library while one is chosen and claimed.
+    """Hold the library's lock while a slice is chosen and reserved.
 
-    The system frees the lock when the process ends, however it ends. A library that may not be
-    written in is read without one: this process claims nothing there.
+    The system releases the lock when the process ends. A read-only library is read without a lock,
+    because nothing is reserved there.
 
     Raises:
-        StorageError: the library is no folder and cannot become one.
+        StorageError: the library is not a folder and cannot be created.
     """
     from filelock import FileLock
 
@@ -121,9 +126,9 @@ def lock_library(library: Path) -> Iterator[None]:
         library.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        # One that is not there cannot be read either.
-        forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        if not forbidden or not os.path.isdir(library):
+        # A read-only library must exist.
+        is_read_only = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if not is_read_only or not os.path.isdir(library):
             raise storage_error(error, library) from error
     try:
         yield
@@ -131,12 +136,12 @@ def lock_library(library: Path) -> Iterator[None]:
         lock.release()
 
 
-def _read(path: Path) -> SliceReservation:
+def _read_reservation(path: Path) -> SliceReservation:
     try:
         return SliceReservation.model_validate_json(read_bytes(path, MAX_TEXT_BYTES), strict=True)
     except (OSError, ValidationError) as error:
         raise ConceptError(
-            "the claim of a run on its slice cannot be read",
+            "the slice reservation of a training run cannot be read",
             where=path,
-            fix="delete its folder if that run is not to go on",
+            fix="delete its folder if the run will not be resumed",
         ) from error

@@ -178,10 +178,12 @@ def test_library_finds_a_merge_by_each_trigger(layout: str, tmp_path: Path) -> N
         entry = add_to_library(library, source)
         assert entry.trigger_tokens == {"<duo>", "<rex>", "<tom>"} and not entry.error
         assert entry.family == "sd" and entry.rank == 4
-        with pytest.raises(ConceptError, match="has a concept duo already"):
+        with pytest.raises(ConceptError, match="already has the concept duo"):
             add_to_library(library, source)
         save_concept(concepts[0], tmp_path / f"rex-{source.suffix}")
-        with pytest.raises(ConceptError, match="has a concept duo already, which <rex> calls"):
+        with pytest.raises(
+            ConceptError, match="already has the concept duo with the trigger <rex>"
+        ):
             add_to_library(library, tmp_path / f"rex-{source.suffix}")
         pipe.load_custom(library=library)
         actual = draw(pipe, PROMPT)

@@ -347,7 +347,7 @@ def test_of_processes_that_add_one_name_one_does(tmp_path):
     refused = [each for each in found if isinstance(each, Exception)]
     assert sorted(map(str, set(found) - set(refused))) == ["c0", "c1", "c2", "c3", "rex"]
     assert len(refused) == processes - 1
-    assert all("has a concept rex already" in str(error) for error in refused)
+    assert all("already has the concept rex" in str(error) for error in refused)
     assert set(called(Library(library))) == {"rex", "c0", "c1", "c2", "c3"}
     assert Library(library).num_stale_rows == 0
 
@@ -355,7 +355,7 @@ def test_of_processes_that_add_one_name_one_does(tmp_path):
 def test_a_sound_library_has_no_faults_but_lacking_records(folder):
     found = check_library(folder)
     assert len(found.errors) == 3 and all("customize record" in fault for fault in found.errors)
-    assert any("made anew" in note for note in found.notes)
+    assert any("rebuilt" in note for note in found.notes)
     assert not check_library(folder).notes
 
 
@@ -394,8 +394,8 @@ def test_check_tells_triggers_that_call_two(folder):
     )
     lora(folder / "rex-two.safetensors", **{"modelspec.trigger_phrase": "<rex>"})
     found = faults(folder)
-    assert "<rex> calls both max and rex" in found
-    assert "<rex> calls both rex and rex-two.safetensors" in found
+    assert "<rex> is a trigger of both max and rex" in found
+    assert "<rex> is a trigger of both rex and rex-two.safetensors" in found
     # Of another architecture it is offered to other pipelines.
     shutil.rmtree(folder / "max")
     (folder / "rex-two.safetensors").unlink()

@@ -188,7 +188,7 @@ def test_facts_and_embeddings_must_agree():
     concept = layered()
     with pytest.raises(ConceptError, match="do not fit 2 tokens in 4 layers"):
         replace(concept, info=facts(token_layers=4))
-    with pytest.raises(ConceptError, match="of 2 tokens"):
+    with pytest.raises(ConceptError, match="do not fit 2 tokens"):
         replace(concept, info=facts())
     with pytest.raises(ConceptError, match="in 3 layers"):
         replace(small(), info=facts(token_layers=3))

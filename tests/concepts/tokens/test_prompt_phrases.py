@@ -64,7 +64,7 @@ def test_a_phrase_that_is_not_there_is_refused_with_what_is_like_it():
         check_phrases(PAIR, ["<rax>"], ["<rex>"], "regions")
     with pytest.raises(ConfigError, match=r"similar are red car"):
         check_phrases("a red car on a road", ["rad car"], [], "regions")
-    with pytest.raises(ConfigError, match="words that the prompt has"):
+    with pytest.raises(ConfigError, match="use words of the prompt"):
         check_phrases("a red car on a road", ["zebra"], [], "regions")
 
 

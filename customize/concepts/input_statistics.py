@@ -1,8 +1,8 @@
-"""What a concept's layers read while it is drawn: recorded once, for merges that need to know.
+"""Recorded layer inputs: statistics of what a concept's layers read, for merges that need them.
 
-A record has, for each layer that the concept changes, the leading directions of its inputs, while
-the concept is drawn, and while the base draws the same prompts with the class word. It lies beside
-the concept, and is no part of it: a LoRA from anywhere can have one::
+A record has the leading directions of the inputs of each adapted layer, while the model with the
+concept draws pictures, and while the base draws the same prompts with the class word. It is a
+separate file beside the concept or LoRA::
 
     concepts/rex/layer_inputs.safetensors       of a folder
     loras/tom.layer_inputs.safetensors          of loras/tom.safetensors
@@ -41,7 +41,7 @@ from customize.families.pipeline_components import uncompiled
 from customize.families.sampling import sample
 from customize.safe_read import path_exists
 
-#: What things may be in, or wear.
+#: Contexts of the prompts.
 CONTEXTS = (
     "on a beach",
     "in a forest",
@@ -53,18 +53,18 @@ CONTEXTS = (
     "wearing glasses",
     "wearing a scarf",
 )
-#: What is drawn, with the concept's words, and with its class word, in the place of {}.
+#: The prompts; {} is replaced by the concept's trigger words, and by its class word.
 PROMPTS = (
     "a photo of {}",
     "a picture of {}",
     *(f"a photo of {{}} {context}" for context in CONTEXTS),
     "a painting of {}",
 )
-#: Directions that are kept of a layer's inputs.
+#: Number of directions stored per layer.
 DIRECTIONS = 32
 STEPS = 8
 GUIDANCE = 3.0
-_TOGETHER = 4  # pictures drawn at a time
+_BATCH_SIZE = 4  # pictures
 
 Layers = Mapping[str, Sequence[str]]
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
@@ -72,13 +72,13 @@ Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class LayerInputs:
-    """A record.
+    """The recorded layer inputs of a concept.
 
     Attributes:
-        of: :func:`digest_updates` of what was recorded.
-        own: component -> module, under the names used in files -> (n, in), float32: the factor of
-            the second moment of the inputs over its trace; see :mod:`customize.core.merges.fusion`.
-        generic: the same of the base and the class word.
+        digest: :func:`digest_updates` of the concept's updates.
+        concept: component -> module name, as in files -> (n, in), float32: factor of the inputs'
+            second moment, divided by its trace (:mod:`customize.core.fusion`), with the concept.
+        generic: the same of the base with the class word.
     """
 
     digest: str
@@ -86,13 +86,13 @@ class LayerInputs:
     generic: LayerFactors
 
     def __repr__(self) -> str:
-        return f"LayerInputs(of {self.digest[:8]}; {describe_layer_counts(self.concept)})"
+        return f"LayerInputs({self.digest[:8]}; {describe_layer_counts(self.concept)})"
 
     def save(self, path: str | Path) -> Path:
-        """Write it, whole or not at all, over an older one.
+        """Write the record atomically, replacing an older one.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the file cannot be written.
         """
         path = Path(path)
         try:
@@ -102,112 +102,113 @@ class LayerInputs:
         return path
 
     def to_bytes(self) -> bytes:
-        """The content of its file."""
+        """The content of the record's file; factors are stored in float16."""
         tensors: dict[str, Tensor] = {}
-        same: dict[str, str] = {}
+        shared: dict[str, str] = {}
         keys: dict[int, str] = {}
         for kind, factors in (("own", self.concept), ("generic", self.generic)):
             for component, layers in factors.items():
                 for module, rows in layers.items():
                     key = f"{kind}.{component}.{module}"
-                    # Layers that read the same tensor have one factor.
+                    # Layers with the same input share one factor.
                     if keys.setdefault(id(rows), key) != key:
-                        same[key] = keys[id(rows)]
+                        shared[key] = keys[id(rows)]
                     else:
                         tensors[key] = rows.to(torch.float16)
-        header = {"version": VERSION, "of": self.digest, "same": same}
+        header = {"version": VERSION, "of": self.digest, "same": shared}
         return safetensors_bytes(tensors, {HEADER: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> LayerInputs:
-        """Read a record.
+        """Read and validate a record.
 
         Raises:
             ConceptError: the file cannot be read, or is not a valid record.
         """
-        of, found = read_input_statistics(Path(path))
-        return cls(of, found["own"], found["generic"])
+        digest, factors = read_input_statistics(Path(path))
+        return cls(digest, factors["own"], factors["generic"])
 
 
 def layer_inputs_path(source: str | Path) -> Path:
-    """Where the record of a concept's folder, a LoRA's file or a hub id lies.
+    """The path of the record of a concept's folder, a LoRA file or a hub id.
 
     Raises:
-        ConceptError: there is no such concept.
+        ConceptError: the concept does not exist.
     """
     path = locate(source)
     return path / LAYER_INPUTS_FILE if path.is_dir() else path.with_suffix(f".{LAYER_INPUTS_FILE}")
 
 
 def load_recorded_inputs(
-    name: str, products: ConceptUpdates, source: Path | None
+    name: str, updates: ConceptUpdates, source: Path | None
 ) -> LayerInputs | None:
-    """The record that lies beside a concept; None where there is none.
+    """Load the record beside a concept; None if there is none.
 
     Args:
-        name: of the concept, for messages.
-        source: what the concept was read from.
+        name: name of the concept, for errors.
+        updates: updates of the concept.
+        source: the path that the concept was read from.
 
     Raises:
-        ConceptError: it cannot be read, or is not of these updates.
+        ConceptError: the record cannot be read, or is of other updates.
     """
     path = None if source is None else layer_inputs_path(source)
     if path is None or not path_exists(path):
         return None
-    found = LayerInputs.load(path)
-    if found.digest != digest_updates(products):
+    record = LayerInputs.load(path)
+    if record.digest != digest_updates(updates):
         raise ConceptError(
-            f"the record of layer inputs is not of {name} as it is now",
+            f"the record of layer inputs is of another version of {name}",
             where=path,
-            fix="delete it, or record it again: customize record",
+            fix="delete it, or record the inputs again: customize record",
         )
-    for factors in (found.concept, found.generic):
+    for factors in (record.concept, record.generic):
         for component, layers in factors.items():
             for module, rows in layers.items():
-                update = products.get(component, {}).get(module)
+                update = updates.get(component, {}).get(module)
                 if update is not None and rows.shape[1] != update.shape[1]:
                     raise ConceptError(
-                        f"the record has inputs of width {rows.shape[1]} of a layer of width "
+                        f"the record has inputs of width {rows.shape[1]} for a layer of width "
                         f"{update.shape[1]}",
                         where=f"{path}: {component}.{module}",
-                        fix="delete it, or record it again: customize record",
+                        fix="delete it, or record the inputs again: customize record",
                     )
-    return found
+    return record
 
 
-def digest_updates(products: ConceptUpdates) -> str:
-    """A name for some updates, by the bytes of their factors."""
+def digest_updates(updates: ConceptUpdates) -> str:
+    """A hash of updates: of their layers' names, scales and factors."""
     digest = hashlib.sha256()
-    for component, updates in sorted(products.items()):
-        for module, update in sorted(updates.items()):
+    for component, layers in sorted(updates.items()):
+        for module, update in sorted(layers.items()):
             digest.update(f"{component}.{module} {update.scale}\n".encode())
             for factor in (update.up, update.down):
-                plain = factor.detach().cpu().contiguous()
-                digest.update(plain.view(torch.uint8).numpy().tobytes())
+                values = factor.detach().cpu().contiguous()
+                digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
 def fill_prompts(words: str, prompts: Sequence[str] = PROMPTS) -> list[str]:
-    """The prompts with words in the place of {}."""
+    """Replace {} in prompts by words."""
     return [prompt.replace("{}", words) for prompt in prompts]
 
 
 def generic_prompts(count: int = 64) -> list[str]:
-    """What prompts of all kinds share: things of all colours in many places, by one and by two.
+    """Varied prompts: one or two things of many colours in many places.
 
-    The lists have lengths without a common divisor, so that each prompt is another one.
+    The lengths of the word lists are coprime, so the prompts differ.
     """
 
     def pick(words: Sequence[str], number: int) -> str:
         return words[number % len(words)]
 
-    found = []
+    prompts = []
     for k in range(count):
         thing = f"a {pick(_COLOURS, k)} {pick(_THINGS, k)}{pick(_WORN, k)}"
         if k % 4 == 3:
             thing += f" and a {pick(_COLOURS, k + 3)} {pick(_THINGS, k + 5)}{pick(_WORN, k + 1)}"
-        found.append(f"{pick(_OPENINGS, k)}{thing}{pick(_PLACES, k)}")
-    return found
+        prompts.append(f"{pick(_OPENINGS, k)}{thing}{pick(_PLACES, k)}")
+    return prompts
 
 
 _OPENINGS = ("a photo of ", "a picture of ", "")
@@ -227,17 +228,16 @@ _PLACES = (
 
 
 def base_prompts(class_word: str, prompts: Sequence[str] = PROMPTS) -> list[str]:
-    """What the base draws beside a concept: the prompts with its class word, or where it names
-    none, as many of all kinds."""
+    """The prompts for the base: with the class word, or without one as many generic prompts."""
     if not class_word:
         return generic_prompts(len(prompts))
     return fill_prompts(f"a {class_word}", prompts)
 
 
-def updated_layers(family: Family, products: ConceptUpdates) -> Layers:
-    """The layers that updates change, by the model's own names."""
+def updated_layers(family: Family, updates: ConceptUpdates) -> Layers:
+    """component -> module names in the model of the layers with updates."""
     return {
-        component: list(updates) for component, updates in match_to_model(products, family).items()
+        component: list(modules) for component, modules in match_to_model(updates, family).items()
     }
 
 
@@ -256,38 +256,40 @@ def record_layer_inputs(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> dict[str, dict[str, Tensor]]:
-    """Draw, and record what the layers read.
+    """Draw pictures and record the inputs of layers.
 
     Args:
-        family: with whatever is attached to it.
-        layers: component -> the layers to record, by the model's names.
-        prompts: what is drawn; see :func:`fill_prompts`.
-        shape: (channels, height, width) of latents.
-        encode: prompts to conditions; None: the family's.
-        empty_counts: whether inputs of the empty prompt, which guidance leads away from, count too.
-        ready: called when all prompts are encoded, before the denoiser is.
-        track: goes through what is drawn, and may show how far that is.
-        steps, guidance, autocast: as :func:`customize.families.sampling.sample`.
+        family: the model with its attached adapters.
+        layers: component -> module names in the model of the layers to record.
+        prompts: the prompts.
+        shape: (channels, height, width) of the latents.
+        encode: prompts to conditions; None for the family's.
+        include_empty_prompt: whether inputs of the empty prompt, for guidance, are included.
+        before_denoising: called when all prompts are encoded.
+        steps: number of sampling steps.
+        guidance: guidance scale, as the pipeline defines it.
+        autocast: context of the encoders' and denoiser's calls.
+        progress: wraps the list of batches, for example to show progress.
 
     Returns:
-        component -> module, under the names used in files -> (n, in). Layers that read nothing, or
-        are convolutions of more than a pixel, are left out.
+        component -> module name, as in files -> (n, in), float32. Layers that were not called, and
+        convolutions of more than one pixel, are left out.
     """
     encode = encode or family.encode_prompts
-    chunks = [prompts[first : first + _TOGETHER] for first in range(0, len(prompts), _TOGETHER)]
+    chunks = [prompts[first : first + _BATCH_SIZE] for first in range(0, len(prompts), _BATCH_SIZE)]
     with autocast():
-        # Together with another, as tokens with an embedding for each layer make conditions longer.
+        # Encoded beside another prompt: with layerwise embeddings, conditions are longer.
         empty = {name: rows[-1:] for name, rows in encode([*prompts[:1], ""]).items()}
     empty = family.unconditional(empty)
-    with recorded_inputs(family, layers) as watch:
+    with recorded_inputs(family, layers) as recorder:
         with autocast():
             if include_empty_prompt:
                 encode([""])
-            asked = [encode(chunk) for chunk in chunks]
+            batches = [encode(chunk) for chunk in chunks]
         before_denoising()
-        watch.skip_first_half = family.is_guided(guidance) and not include_empty_prompt
-        for number, conditions in enumerate(progress(asked)):
-            first = number * _TOGETHER
+        recorder.skip_first_half = family.is_guided(guidance) and not include_empty_prompt
+        for number, conditions in enumerate(progress(batches)):
+            first = number * _BATCH_SIZE
             sample(
                 family,
                 conditions,
@@ -298,74 +300,77 @@ def record_layer_inputs(
                 seeds=range(first, first + len(chunks[number])),
                 autocast=autocast,
             )
-    return watch.factors(DIRECTIONS)
+    return recorder.factors(DIRECTIONS)
 
 
 class InputRecorder:
-    """Counts the inputs of layers.
+    """Accumulates the second moments of layers' inputs.
 
     Attributes:
-        halved: whether the first half of each batch is of the empty prompt.
+        skip_first_half: whether the first half of each batch, of the empty prompt, is skipped.
     """
 
     def __init__(self) -> None:
         self.skip_first_half = False
         self._moments: dict[tuple[str, str], InputMoment] = {}
-        # A layer that reads the very tensor that the one before has read: the one before.
-        self._same: dict[tuple[str, str], tuple[str, str]] = {}
+        # Layer -> the layer before it that reads the same tensor.
+        self._shared: dict[tuple[str, str], tuple[str, str]] = {}
         self._last: tuple[tuple[str, str], Tensor] | None = None
 
     def record(self, layer: tuple[str, str], module: nn.Module, args: Sequence[Any]) -> None:
-        """A pre-hook of the layer."""
+        """Record one call; a forward pre-hook of the layer."""
         inputs = args[0]
-        if layer in self._same:
+        if layer in self._shared:
             return
         if layer not in self._moments:
             if self._last is not None and self._last[1] is inputs:
-                self._same[layer] = self._last[0]
+                self._shared[layer] = self._last[0]
                 return
             self._moments[layer] = InputMoment(_width(inputs, module), device=inputs.device)
-        # Held, so that the next layer's input cannot be mistaken for this one.
+        # Referenced, so that the next layer's input cannot have the same identity.
         self._last = (layer, inputs)
-        describe_layer_counts = inputs[inputs.shape[0] // 2 :] if self.skip_first_half else inputs
-        self._moments[layer].add(_rows(describe_layer_counts, module))
+        recorded = inputs[inputs.shape[0] // 2 :] if self.skip_first_half else inputs
+        self._moments[layer].add(_rows(recorded, module))
 
     def factors(self, directions: int) -> dict[str, dict[str, Tensor]]:
-        """What :func:`record_layer_inputs` returns."""
+        """The result of :func:`record_layer_inputs`.
+
+        Args:
+            directions: number of directions per layer.
+        """
         self._last = None
-        found: dict[str, dict[str, Tensor]] = {}
-        whole = {layer: moment.factor(directions) for layer, moment in self._moments.items()}
-        for component, module in [*whole, *self._same]:
-            leader = self._same.get((component, module), (component, module))
-            found.setdefault(component, {})[saved_module_name(component, module)] = whole[leader]
-        return found
+        factors: dict[str, dict[str, Tensor]] = {}
+        recorded = {layer: moment.factor(directions) for layer, moment in self._moments.items()}
+        for component, module in [*recorded, *self._shared]:
+            source = self._shared.get((component, module), (component, module))
+            name = saved_module_name(component, module)
+            factors.setdefault(component, {})[name] = recorded[source]
+        return factors
 
 
 @contextmanager
 def recorded_inputs(family: Family, layers: Layers) -> Iterator[InputRecorder]:
-    """Within it, the inputs of all these layers are counted."""
-    watch, handles = InputRecorder(), []
+    """Record the inputs of layers inside the context."""
+    recorder, handles = InputRecorder(), []
     try:
         for component, modules in layers.items():
             model = uncompiled(family.components[component])
             for module in modules:
                 layer: Any = model.get_submodule(module)
-                if _is_plain(getattr(layer, "base_layer", layer)):
+                if _is_pointwise(getattr(layer, "base_layer", layer)):
 
-                    def hook(
-                        module: nn.Module, args: Any, place: Any = (component, module)
-                    ) -> None:
-                        watch.record(place, module, args)
+                    def hook(module: nn.Module, args: Any, name: Any = (component, module)) -> None:
+                        recorder.record(name, module, args)
 
                     handles.append(layer.register_forward_pre_hook(hook))
-        yield watch
+        yield recorder
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer reads one position at a time."""
+def _is_pointwise(layer: nn.Module) -> bool:
+    """Whether a layer reads one position at a time: linear, or a 1 x 1 convolution."""
     return not isinstance(layer, CONVOLUTIONS) or set(layer.kernel_size) == {1}
 
 

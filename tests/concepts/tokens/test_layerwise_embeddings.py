@@ -192,5 +192,5 @@ def test_facts_and_embeddings_must_agree():
         replace(concept, info=facts())
     with pytest.raises(ConceptError, match="in 3 layers"):
         replace(small(), info=facts(token_layers=3))
-    with pytest.raises(ConceptError, match="none for each layer"):
+    with pytest.raises(ConceptError, match="token_layers needs num_tokens"):
         parse_info(facts().model_dump() | {"num_tokens": 0, "token_layers": 3}, "here")

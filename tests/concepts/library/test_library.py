@@ -297,7 +297,7 @@ def test_a_name_or_trigger_that_is_taken_is_refused(folder, tmp_path):
         add_to_library(folder, tmp_path / "none")
     (folder / "kit").mkdir()
     save_concept(small(3, name="kit", trigger="<kit>"), tmp_path / "kit")
-    with pytest.raises(ConceptError, match="something else"):
+    with pytest.raises(ConceptError, match="path in the library exists"):
         add_to_library(folder, tmp_path / "kit")
     (folder / "kit").rmdir()
     after = [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]

@@ -244,7 +244,7 @@ def test_a_record_of_other_widths_is_refused_by_name(tmp_path):
         layers["mid.attn1.to_q"] = layers["mid.attn1.to_q"].repeat(1, 2)
         folder = save_concept(rex, tmp_path / kind)
         odd_one.save(folder / "layer_inputs.safetensors")
-        with pytest.raises(ConceptError, match=r"inputs of width 16 of a layer of width 8.*to_q"):
+        with pytest.raises(ConceptError, match=r"inputs of width 16 for a layer of width 8.*to_q"):
             load_recorded_inputs("rex", rex.updates, folder)
         tom = small(seed=1, name="tom", trigger="<tom>")
         with pytest.raises(ConceptError, match="inputs of width 16, and the layer has width 8"):

@@ -1,4 +1,4 @@
-"""The torch device that a user names, checked before models are moved to it."""
+"""Choice and validation of torch devices."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ def choose_device(name: str | None, where: str) -> torch.device:
     """Check that a device works, or choose the fastest available one.
 
     Args:
-        name: such as ``"cpu"`` or ``"cuda:1"``; None: CUDA, else MPS, else the CPU.
-        where: the flag or setting that the name comes from, for the error.
+        name: The device, such as ``"cpu"`` or ``"cuda:1"``; None: CUDA, else MPS, else the CPU.
+        where: The flag or setting with the name, for the error.
 
     Raises:
-        ConfigError: tensors cannot be moved to and from the device.
+        ConfigError: Tensors cannot be moved to and from the device.
     """
     if name is None:
         if torch.cuda.is_available():
@@ -31,3 +31,8 @@ def choose_device(name: str | None, where: str) -> torch.device:
             fix="name an available device, such as cpu or cuda:0, or leave it out",
         ) from error
     return device
+
+
+def current_accelerator() -> torch.device | None:
+    """Return the current accelerator, or None if there is only a CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

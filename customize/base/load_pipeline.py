@@ -1,4 +1,4 @@
-"""Opening a base: a diffusers pipeline from safetensors, whole, or one clear error."""
+"""Loading of a base pipeline from safetensors weights, with one error message for all causes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from customize.base.config_values import check_config_values
-from customize.base.single_file import load_single_file
+from customize.base.single_file import first_line, load_single_file
 from customize.base.weight_files import local_folder, select_variants
 from customize.errors import ConfigError, CustomizeError, PipelineError
 from customize.families import COMPONENTS
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 _INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
-_FOLDER = "name a folder or hub id of a diffusers pipeline with safetensors weights"
+_FIX = "name a folder or hub id of a diffusers pipeline with safetensors weights"
 
 
 def load_pipeline(
@@ -33,35 +33,36 @@ def load_pipeline(
     variant: str | None = None,
     config: str | None = None,
 ) -> Any:
-    """A pipeline on the CPU; a modular one where diffusers has the model as that only.
+    """Load a pipeline on the CPU, or a modular pipeline if diffusers has no standard one.
 
-    Of a modular one only what families work with is loaded, and steps that work with nothing of
-    that, as those that rewrite prompts, are left out.
+    Of a modular pipeline only the components that families use are loaded, and steps that use none
+    of them, such as prompt rewriting, are removed.
 
     Args:
-        base: a folder as ``save_pretrained`` writes it, a hub id, or a checkpoint in one
+        base: A folder written by ``save_pretrained``, a hub id, or a checkpoint in one
             .safetensors file.
-        dtype: of its weights, as ``DiffusionPipeline.from_pretrained`` takes it.
-        variant: of the weight files, such as "fp16", where components have it. None: the plain
-            ones, or the only one that a component has.
-        config: of a single file, as :func:`customize.base.single_file.load_single_file` takes it.
+        dtype: The dtype of the weights, as for ``DiffusionPipeline.from_pretrained``.
+        variant: Variant of the weight files, such as "fp16", for the components that have it. None:
+            the files without a variant, or a component's only variant.
+        config: Configuration of a single file; see
+            :func:`customize.base.single_file.load_single_file`.
 
     Raises:
-        ConfigError: the base is a single file of another kind, or has no use for ``config``.
-        PipelineError: it is not there, not as diffusers keeps pipelines, lacks weights, or has
-            values in its configuration that make no sense.
+        ConfigError: The base is a single file of another format, or does not take ``config``.
+        PipelineError: The base is missing, not a diffusers pipeline, lacks weights, or has invalid
+            values in its configuration.
     """
     where = f"base: {base}"
     if base.lower().endswith(PICKLE_SUFFIXES):
         raise ConfigError(
-            "files of this kind can run code when they are opened, so they are not read",
+            "pickle files can run code when they are loaded, so they are refused",
             where=where,
-            fix=_FOLDER,
+            fix=_FIX,
         )
     single = base.lower().endswith(".safetensors")
     if base.lower().endswith(".gguf") or (os.path.isfile(base) and not single):
         raise ConfigError(
-            "a single file of this kind is not a whole pipeline",
+            "the single file is not a pipeline in .safetensors format",
             where=where,
             fix="name a .safetensors checkpoint, or a folder or hub id of a diffusers pipeline",
         )
@@ -71,40 +72,39 @@ def load_pipeline(
         )
     if config is not None and not single:
         raise ConfigError(
-            "only a single file needs a configuration from elsewhere",
+            "only a single file needs a separate configuration",
             where=f"base_config: {config}",
             fix="leave it out",
         )
     try:
         if os.path.isdir(base):
             check_regular_files(base)
-        with _one_message():
+        with _silence_loggers():
             if single:
                 pipe = load_single_file(base, dtype, config)
             elif _is_modular(base):
-                pipe = _open_modular(base, dtype, variant)
+                pipe = _load_modular(base, dtype, variant)
             else:
-                pipe = _open_standard(base, dtype, variant)
+                pipe = _load_standard(base, dtype, variant)
     except CustomizeError:
         raise
-    except Exception as error:  # files missing, offline, gated, unknown classes: all the same here
+    except Exception as error:  # missing files, no network, gated repository, unknown classes
         if os.path.isdir(base) or single:
             raise PipelineError(
-                f"the base cannot be loaded: {_reason(error)}", where=where, fix=_FOLDER
+                f"the base cannot be loaded: {first_line(error)}", where=where, fix=_FIX
             ) from error
-        # Of a failed download diffusers tells the cause in the cause.
-        reason = _reason(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)  # diffusers chains the download's error
         raise PipelineError(
-            f"the base cannot be loaded: there is no such folder, and the hub did not give it: "
+            f"the base cannot be loaded: there is no such folder, and the download failed: "
             f"{reason}",
             where=where,
-            fix=suggest_paths(base, _FOLDER),
+            fix=suggest_paths(base, _FIX),
         ) from error
     missing = [
         f"{key}.{name}"
-        for key, part in pipe.components.items()
-        if isinstance(part, nn.Module)
-        for name, parameter in part.named_parameters()
+        for key, model in pipe.components.items()
+        if isinstance(model, nn.Module)
+        for name, parameter in model.named_parameters()
         if parameter.is_meta
     ]
     if missing:
@@ -118,38 +118,36 @@ def load_pipeline(
     return pipe
 
 
-def _open_standard(
+def _load_standard(
     base: str, dtype: torch.dtype | Mapping[str, torch.dtype], variant: str | None
 ) -> Any:
     from diffusers import DiffusionPipeline
 
-    given: Any = dict(dtype) if isinstance(dtype, Mapping) else dtype
+    dtypes: Any = dict(dtype) if isinstance(dtype, Mapping) else dtype
     if not os.path.isdir(base):
         try:
-            # With nothing in the cache this downloads the variant, and plain weights where a
-            # component has none.
+            # Downloads the variant, and weights without a variant for components that lack it.
             return DiffusionPipeline.from_pretrained(
-                base, dtype=given, use_safetensors=True, variant=variant
+                base, dtype=dtypes, use_safetensors=True, variant=variant
             )
         except Exception:
             folder = local_folder(base)
             if folder is None or variant is not None or not any(select_variants(folder).values()):
                 raise
-            base = str(folder)  # of which the cache has a variant alone
-    parts = {
-        name: _component(base, name, variant, dtype)
+            base = str(folder)  # the cache has only a variant
+    components = {
+        name: _load_component(base, name, variant, dtype)
         for name, variant in select_variants(Path(base), variant).items()
         if variant
     }
-    return DiffusionPipeline.from_pretrained(
-        base, dtype=given, use_safetensors=True, **{k: v for k, v in parts.items() if v is not None}
-    )
+    components = {name: model for name, model in components.items() if model is not None}
+    return DiffusionPipeline.from_pretrained(base, dtype=dtypes, use_safetensors=True, **components)
 
 
-def _component(
+def _load_component(
     base: str, name: str, variant: str, dtype: torch.dtype | Mapping[str, torch.dtype]
 ) -> Any:
-    """One model of a folder from the files of a variant; None where the pipeline has none."""
+    """Load a component from the files of a variant; None if the pipeline does not have it."""
     index = read_json(Path(base) / _INDEX, MAX_TABLE_BYTES)
     library, class_name = (index.get(name) or [None, None])[:2]
     if library is None or class_name is None:
@@ -158,13 +156,16 @@ def _component(
         library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
     )
     kind: Any = getattr(import_module(module), class_name)
-    given = dtype.get(name, dtype["default"]) if isinstance(dtype, Mapping) else dtype
     return kind.from_pretrained(
-        base, subfolder=name, variant=variant, dtype=given, use_safetensors=True
+        base,
+        subfolder=name,
+        variant=variant,
+        dtype=_dtype_of(name, dtype),
+        use_safetensors=True,
     )
 
 
-def _open_modular(
+def _load_modular(
     base: str, dtype: torch.dtype | Mapping[str, torch.dtype], variant: str | None
 ) -> Any:
     from diffusers import ModularPipeline
@@ -172,34 +173,34 @@ def _open_modular(
     pipe: Any = ModularPipeline.from_pretrained(base)
     blocks = pipe.blocks
     for name, block in list(blocks.sub_blocks.items()):
-        loaded = {
+        pretrained = {
             spec.name
             for spec in block.expected_components
             if spec.default_creation_method == "from_pretrained"
         }
-        if loaded and not loaded & COMPONENTS:
+        if pretrained and not pretrained & COMPONENTS:
             del blocks.sub_blocks[name]
     pipe = type(pipe)(blocks=blocks, pretrained_model_name_or_path=base)
     folder = local_folder(base)
     variants = {} if folder is None else select_variants(folder, variant)
-    parts = {}
+    components = {}
     for name in pipe.pretrained_component_names:
         spec = pipe.get_component_spec(name)
         if name not in COMPONENTS or not spec.pretrained_model_name_or_path:
             continue
         kind = spec.type_hint
-        models = not isinstance(kind, type) or issubclass(kind, nn.Module)
-        given = dtype.get(name, dtype["default"]) if isinstance(dtype, Mapping) else dtype
-        if models and (variants.get(name) or variant):
+        is_model = not isinstance(kind, type) or issubclass(kind, nn.Module)
+        if is_model and (variants.get(name) or variant):
             spec.variant = variants.get(name) or variant
-        # Not by load_components, which goes on where one cannot be loaded.
-        parts[name] = spec.load(**({"dtype": given, "use_safetensors": True} if models else {}))
-    pipe.update_components(**parts)
+        # Not load_components, which ignores components that fail to load.
+        options = {"dtype": _dtype_of(name, dtype), "use_safetensors": True} if is_model else {}
+        components[name] = spec.load(**options)
+    pipe.update_components(**components)
     return pipe
 
 
 def _is_modular(base: str) -> bool:
-    """Whether the base is kept as a modular pipeline and not as a standard one too."""
+    """Whether the base is a modular pipeline only."""
     if os.path.isdir(base):
         names = os.listdir(base)
         return _MODULAR_INDEX in names and _INDEX not in names
@@ -211,21 +212,21 @@ def _is_modular(base: str) -> bool:
     except EntryNotFoundError:
         try:
             hf_hub_download(base, _MODULAR_INDEX)
-        except Exception:  # opening it as the standard pipeline that it may be will tell
+        except Exception:  # loading it as a standard pipeline reports the cause
             return False
         return True
-    except Exception:  # the same
+    except Exception:
         return False
     return False
 
 
-def _reason(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _dtype_of(name: str, dtype: torch.dtype | Mapping[str, torch.dtype]) -> torch.dtype:
+    return dtype.get(name, dtype["default"]) if isinstance(dtype, Mapping) else dtype
 
 
 @contextmanager
-def _one_message() -> Iterator[None]:
-    """Silence what the libraries say on the way; what matters of it is in the error."""
+def _silence_loggers() -> Iterator[None]:
+    """Silence the libraries' loggers; the error has the relevant message."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,9 +1,8 @@
-"""How a model fits into so much memory: arithmetic on its sizes, and nothing else.
+"""Memory plans: the fastest combination of memory optimizations that fits into a memory size.
 
-What is needed at a time is the weights that lie on the device together, and what the model that
-computes holds beside them, for one picture of the default resolution. The ways to need less cost
-time, or a little precision; :func:`choose_plan` takes the first that fits, in the order of
-:data:`STRATEGIES`.
+The peak memory is estimated from the sizes of the weights on the device and the activations of
+the running model, for one image at the default resolution. Optimizations cost time or precision;
+:func:`choose_plan` takes the first strategy of :data:`STRATEGIES` that fits.
 """
 
 from __future__ import annotations
@@ -22,31 +21,31 @@ from customize.families import Family
 from customize.text import quote
 
 GIB = 2**30
-#: What a device's driver, library workspaces and fragments take of its memory.
+#: Memory of a device that its driver, library workspaces and fragmentation take, bytes.
 RESERVED_BYTES = GIB
-#: How many numbers a text encoder holds at most beside its weights, for each of its width: 100
-#: for each of 512 tokens, the scores of an LLM's vocabulary included.
+#: Upper bound of a text encoder's activations, per unit of its width: 100 values for each of 512
+#: tokens, including the logits of an LLM's vocabulary.
 TEXT_ACTIVATIONS_PER_WIDTH = 100 * 512
-#: Bits that a weight takes in bitsandbytes' 4-bit format, with a float32 scale for each 64.
+#: Bits per weight in bitsandbytes' 4-bit format, with a float32 scale for each 64 weights.
 NF4_BITS = 4.5
-#: Where group offloading streams: the layer that computes, the next one, and the one before.
+#: Layers on the device with streamed group offloading: the current, the next and the previous one.
 STREAMED_LAYERS = 3
-#: Devices with memory of their own, from which there is somewhere to offload to.
+#: Device types with their own memory, from which models can be offloaded.
 OFFLOAD_DEVICES = ("cuda", "xpu")
 
-Placement = Literal["whole", "model", "group"]
+Offload = Literal["none", "model", "group"]
 
 
 @dataclass(frozen=True)
 class ComponentSize:
-    """The bytes of one model.
+    """Memory of one component, in bytes.
 
     Attributes:
-        weights: all parameters and buffers.
-        layer: the largest single layer.
-        loose: parameters and buffers outside of linear, convolution and embedding layers.
-        working: held at most beside the weights, while it computes.
-        quantized: ``weights`` with its linear layers in 4 bits.
+        weights: All parameters and buffers.
+        largest_layer: The largest layer.
+        other_weights: Parameters and buffers outside of linear, convolution and embedding layers.
+        activations: Upper bound of the activations during a call.
+        nf4_weights: ``weights`` with the linear layers in 4 bits.
     """
 
     weights: int
@@ -58,14 +57,14 @@ class ComponentSize:
 
 @dataclass(frozen=True)
 class PipelineSizes:
-    """The bytes of all models of a pipeline.
+    """Memory of a pipeline's components, in bytes.
 
     Attributes:
-        parts: component -> bytes.
-        denoiser: its key.
-        cast: weights of the denoiser with the layers in one byte a number that
-            ``enable_layerwise_casting`` casts; its present weights where none is left to cast.
-        tiled: ``parts["vae"].working`` where it decodes in tiles.
+        components: Component -> its size.
+        denoiser_key: The denoiser's component name.
+        float8_denoiser: The denoiser's weights after layerwise casting to float8; its current
+            weights where no layer can be cast.
+        tiled_vae_activations: Activations of the autoencoder when it decodes in tiles.
     """
 
     components: Mapping[str, ComponentSize]
@@ -76,24 +75,25 @@ class PipelineSizes:
 
 @dataclass(frozen=True)
 class MemoryStrategy:
-    """One way of holding a model.
+    """A combination of diffusers' memory optimizations.
 
     Attributes:
-        placement: "whole": all on the device. "model": one component at a time, by
-            ``enable_model_cpu_offload``. "group": a few layers, by ``apply_group_offloading``.
-        tiled: the autoencoder takes pictures one by one, and in tiles.
-        cast: the denoiser's layers are stored in float8 and computed in its own dtype.
-        quantized: what does not fit otherwise is loaded in 4 bits, by bitsandbytes.
+        offload: "none": all components stay on the device. "model": one component at a time, by
+            ``enable_model_cpu_offload``. "group": a few layers at a time, by
+            ``enable_group_offload``.
+        vae_tiling: The autoencoder decodes images one by one and in tiles.
+        layerwise_casting: The denoiser's layers are stored in float8 and cast for each call.
+        quantize: Components that are too large are loaded in 4 bits, by bitsandbytes.
     """
 
-    offload: Placement = "whole"
+    offload: Offload = "none"
     vae_tiling: bool = False
     layerwise_casting: bool = False
     quantize: bool = False
 
 
-#: Fastest first. The three that round weights come after all that only move them, but for group
-#: offloading, which sends all weights through the bus in every step.
+#: Strategies by speed, except that group offloading, which transfers all weights in each step,
+#: comes after the strategies that round weights.
 STRATEGIES = (
     MemoryStrategy(),
     MemoryStrategy(vae_tiling=True),
@@ -103,7 +103,7 @@ STRATEGIES = (
     MemoryStrategy("model", vae_tiling=True, quantize=True),
     MemoryStrategy("group", vae_tiling=True),
 )
-#: Where there is nowhere to offload to.
+#: Strategies on devices without their own memory, such as the CPU.
 STRATEGIES_WITHOUT_OFFLOAD = (
     MemoryStrategy(),
     MemoryStrategy(vae_tiling=True),
@@ -113,12 +113,13 @@ STRATEGIES_WITHOUT_OFFLOAD = (
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A way that fits.
+    """A strategy that fits into a memory budget.
 
     Attributes:
-        budget: bytes of memory, as it was asked for.
-        peak: bytes that are needed at most at a time, without :data:`RESERVED_BYTES`.
-        quantized: the components to load in 4 bits.
+        budget: Memory size that was requested, bytes.
+        strategy: The strategy.
+        peak: Estimated peak memory without :data:`RESERVED_BYTES`, bytes.
+        quantized_components: Components to load in 4 bits.
     """
 
     budget: int
@@ -127,136 +128,138 @@ class MemoryPlan:
     quantized_components: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"Plan({self})"
+        return f"MemoryPlan({self})"
 
     def __str__(self) -> str:
-        way = self.strategy
-        words = {
-            "whole": "all models on the device",
-            "model": "one model on the device at a time",
-            "group": "a few layers on the device at a time",
-        }
-        parts = [words[way.offload]]
-        parts += ["autoencoder sliced and tiled"] * way.vae_tiling
-        parts += ["denoiser stored in float8"] * way.layerwise_casting
-        parts += [f"{' and '.join(self.quantized_components)} in 4 bits"] * bool(
-            self.quantized_components
+        strategy, quantized = self.strategy, " and ".join(self.quantized_components)
+        measures = {
+            "none": ["all models on the device"],
+            "model": ["one model on the device at a time"],
+            "group": ["a few layers on the device at a time"],
+        }[strategy.offload]
+        measures += ["autoencoder sliced and tiled"] * strategy.vae_tiling
+        measures += ["denoiser stored in float8"] * strategy.layerwise_casting
+        measures += [f"{quantized} in 4 bits"] * bool(quantized)
+        return (
+            f"{self.budget / GIB:.3g} GB: {', '.join(measures)}; {_format_gib(self.peak)} GB needed"
         )
-        return f"{self.budget / GIB:.3g} GB: {', '.join(parts)}; {_gib(self.peak)} GB needed"
 
 
-def parse_memory_size(word: str, where: str = "memory") -> int:
-    """ "12GB" to bytes: 12 GiB, as the memory of a 12 GB card is.
+def parse_memory_size(text: str, where: str = "memory") -> int:
+    """Parse a memory size such as "12GB" to bytes; 1 GB is 1 GiB, as in the names of cards.
 
     Args:
-        where: the argument's name, for messages.
+        text: The size.
+        where: Name of the argument, for the error.
 
     Raises:
-        ConfigError: it is no such word.
+        ConfigError: The size is malformed.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", word) if isinstance(word, str) else None
-    if found is None or not 0 < float(found[1]) < 2**40:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", text) if isinstance(text, str) else None
+    if match is None or not 0 < float(match[1]) < 2**40:
         raise ConfigError(
-            f"{quote(word)} is no amount of memory",
+            f"invalid memory size {quote(text)}",
             where=where,
-            fix='give one such as "8GB", "12GB", "16GB" or "24GB"',
+            fix='use for example "8GB", "12GB", "16GB" or "24GB"',
         )
-    return int(float(found[1]) * GIB)
+    return int(float(match[1]) * GIB)
 
 
 def choose_plan(
     sizes: PipelineSizes, budget: int, device: str, quantizer: bool = False
 ) -> MemoryPlan:
-    """The first of the ways that fits.
+    """Choose the first strategy that fits into a budget.
 
     Args:
-        budget: bytes.
-        device: the type of the device that computes, such as "cuda" or "cpu".
-        quantizer: whether weights can be loaded in 4 bits.
+        sizes: Sizes of the pipeline's components.
+        budget: Memory size in bytes.
+        device: Device type, such as "cuda" or "cpu".
+        quantizer: Whether components can be loaded in 4 bits.
 
     Raises:
-        ConfigError: none fits; it tells the least that would do.
+        ConfigError: No strategy fits; the message has the smallest size that does.
     """
-    offloading = device in OFFLOAD_DEVICES
-    room = budget - (RESERVED_BYTES if offloading else 0)
+    can_offload = device in OFFLOAD_DEVICES
+    available = budget - (RESERVED_BYTES if can_offload else 0)
     plans = []
-    for way in STRATEGIES if offloading else STRATEGIES_WITHOUT_OFFLOAD:
-        chosen = _too_large(sizes, way, room) if way.quantize else ()
-        if way.quantize and not (quantizer and chosen):
+    for strategy in STRATEGIES if can_offload else STRATEGIES_WITHOUT_OFFLOAD:
+        quantized = _list_too_large(sizes, available) if strategy.quantize else ()
+        if strategy.quantize and not (quantizer and quantized):
             continue
-        if (
-            way.layerwise_casting
-            and sizes.float8_denoiser == sizes.components[sizes.denoiser_key].weights
-        ):
-            continue  # stored in 8 bits or fewer already
-        plans.append(MemoryPlan(budget, way, estimate_peak_bytes(sizes, way, chosen), chosen))
-        if plans[-1].peak <= room:
+        denoiser = sizes.components[sizes.denoiser_key]
+        if strategy.layerwise_casting and sizes.float8_denoiser == denoiser.weights:
+            continue  # the denoiser is stored in 8 bits or fewer already
+        peak = estimate_peak_bytes(sizes, strategy, quantized)
+        plans.append(MemoryPlan(budget, strategy, peak, quantized))
+        if peak <= available:
             return plans[-1]
-    least = min(each.peak for each in plans) + budget - room
-    elsewhere = "" if offloading else ", as there is no accelerator to offload from"
+    smallest = _format_gib(min(plan.peak for plan in plans) + budget - available)
+    reason = "" if can_offload else ", because there is no accelerator to offload from"
     raise ConfigError(
-        f"the model does not fit into {budget / GIB:.3g} GB: it needs {_gib(least)} GB at least"
-        f"{elsewhere}",
+        f"the model does not fit into {budget / GIB:.3g} GB: it needs at least {smallest} GB"
+        f"{reason}",
         where="memory",
-        fix=f'give memory="{_gib(least)}GB" or more, or use a smaller model',
+        fix=f'set memory="{smallest}GB" or more, or use a smaller model',
     )
 
 
 def estimate_peak_bytes(
-    sizes: PipelineSizes, way: MemoryStrategy, quantized: tuple[str, ...] = ()
+    sizes: PipelineSizes, strategy: MemoryStrategy, quantized: tuple[str, ...] = ()
 ) -> int:
-    """The bytes that a way needs at most at a time.
+    """Estimate the peak memory of one image at the default resolution, in bytes.
 
     Args:
-        quantized: the components that are in 4 bits.
+        sizes: Sizes of the pipeline's components.
+        strategy: The strategy.
+        quantized: Components in 4 bits.
     """
-    weights, working, streamed = {}, {}, {}
-    for key, part in sizes.components.items():
-        weights[key] = part.nf4_weights if key in quantized else part.weights
-        working[key] = part.activations
-        streamed[key] = STREAMED_LAYERS * part.largest_layer + part.other_weights
-    if way.layerwise_casting:
-        weights[sizes.denoiser_key] = sizes.float8_denoiser
-        working[sizes.denoiser_key] += sizes.components[
-            sizes.denoiser_key
-        ].largest_layer  # one in its own dtype
-    if way.vae_tiling and "vae" in working:
-        working["vae"] = sizes.tiled_vae_activations
-    if way.offload == "whole":
-        return sum(weights.values()) + max(working.values())
-    on = weights if way.offload == "model" else streamed
-    return max(on[key] + working[key] for key in on)
+    weights, activations, streamed = {}, {}, {}
+    for key, size in sizes.components.items():
+        weights[key] = size.nf4_weights if key in quantized else size.weights
+        activations[key] = size.activations
+        streamed[key] = STREAMED_LAYERS * size.largest_layer + size.other_weights
+    if strategy.layerwise_casting:
+        denoiser = sizes.denoiser_key
+        weights[denoiser] = sizes.float8_denoiser
+        activations[denoiser] += sizes.components[denoiser].largest_layer  # cast for its call
+    if strategy.vae_tiling and "vae" in activations:
+        activations["vae"] = sizes.tiled_vae_activations
+    if strategy.offload == "none":
+        return sum(weights.values()) + max(activations.values())
+    on_device = weights if strategy.offload == "model" else streamed
+    return max(on_device[key] + activations[key] for key in on_device)
 
 
 def measure_components(family: Family) -> PipelineSizes:
-    """The sizes of a model's components, on any device, meta included.
+    """Measure the sizes of a pipeline's components, on any device including meta.
 
     Raises:
-        PipelineError: the model draws videos, or is of a family that is not counted.
+        PipelineError: The pipeline generates videos, or its family has no activation estimates.
     """
     if family.output != "images":
         raise PipelineError(
-            "what a video needs depends on its frames, which are not counted",
+            "the memory of a video depends on its frames, which the memory plan does not estimate",
             where="memory",
             fix="use the pipeline's own offloading and tiling",
         )
-    parts = {}
+    sizes = {}
     for key, model in family.components.items():
         if not isinstance(model, nn.Module):
             continue
-        working = TEXT_ACTIVATIONS_PER_WIDTH * _width(model) * _itemsize(model)
         if key == family.denoiser_key:
-            working = family.denoiser_activations() * _itemsize(model)
+            count = family.denoiser_activations()
         elif key == "vae":
-            working = family.decoder_activations() * _itemsize(model)
-        parts[key] = _part(model, working)
-    tiled = family.decoder_activations(tiled=True) * _itemsize(family.vae)
-    cast = parts[family.denoiser_key].weights - _saved_by_casting(family.denoiser)
-    return PipelineSizes(parts, family.denoiser_key, cast, tiled)
+            count = family.decoder_activations()
+        else:
+            count = TEXT_ACTIVATIONS_PER_WIDTH * _hidden_size(model)
+        sizes[key] = _measure_component(model, count * _activation_itemsize(model))
+    tiled = family.decoder_activations(tiled=True) * _activation_itemsize(family.vae)
+    float8 = sizes[family.denoiser_key].weights - _bytes_saved_by_casting(family.denoiser)
+    return PipelineSizes(sizes, family.denoiser_key, float8, tiled)
 
 
 def layers_to_cast(model: Any) -> dict[str, nn.Module]:
-    """The layers that ``enable_layerwise_casting`` would cast, by name; adapters are none."""
+    """Return name -> layer of all layers that ``enable_layerwise_casting`` casts."""
     from diffusers.hooks._common import _GO_LC_SUPPORTED_PYTORCH_LAYERS as LAYERS
     from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
     from peft.tuners.lora.layer import LoraLayer
@@ -269,9 +272,9 @@ def layers_to_cast(model: Any) -> dict[str, nn.Module]:
     ]
 
     def is_skipped(name: str) -> bool:
-        # Whatever is within a skipped module is skipped, too.
+        # All layers within a skipped module are skipped.
         ends = [index for index, char in enumerate(name + ".") if char == "."]
-        return any(re.search(each, name[:end]) for each in skipped for end in ends)
+        return any(re.search(pattern, name[:end]) for pattern in skipped for end in ends)
 
     return {
         name: module
@@ -280,7 +283,7 @@ def layers_to_cast(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def _saved_by_casting(model: Any) -> int:
+def _bytes_saved_by_casting(model: Any) -> int:
     if getattr(model, "is_quantized", False):
         return 0
     weights = [
@@ -289,52 +292,56 @@ def _saved_by_casting(model: Any) -> int:
     return sum(p.nbytes - p.numel() for p in weights if p.is_floating_point())
 
 
-def _part(model: nn.Module, working: int) -> ComponentSize:
+def _measure_component(model: nn.Module, activations: int) -> ComponentSize:
     from diffusers.hooks._common import _GO_LC_SUPPORTED_PYTORCH_LAYERS as LAYERS
 
-    layers = [each for each in model.modules() if isinstance(each, LAYERS)]
-    whole = _bytes(model)
-    inside = {id(p): p.nbytes for each in layers for p in (*each.parameters(), *each.buffers())}
-    linear = {id(p): p for each in layers if isinstance(each, nn.Linear) for p in [each.weight]}
-    spared = sum(
-        p.nbytes - p.numel() * NF4_BITS / 8
-        for p in linear.values()
-        if p.is_floating_point() and p.element_size() > 1
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    total = _count_bytes(model)
+    in_layers = {
+        id(tensor): tensor.nbytes
+        for layer in layers
+        for tensor in (*layer.parameters(), *layer.buffers())
+    }
+    linear = {id(layer.weight): layer.weight for layer in layers if isinstance(layer, nn.Linear)}
+    saved_by_nf4 = sum(
+        weight.nbytes - weight.numel() * NF4_BITS / 8
+        for weight in linear.values()
+        if weight.is_floating_point() and weight.element_size() > 1
     )
     return ComponentSize(
-        weights=whole,
-        largest_layer=max((_bytes(each) for each in layers), default=0),
-        other_weights=whole - sum(inside.values()),
-        activations=working,
-        nf4_weights=whole - int(spared),
+        weights=total,
+        largest_layer=max(map(_count_bytes, layers), default=0),
+        other_weights=total - sum(in_layers.values()),
+        activations=activations,
+        nf4_weights=total - int(saved_by_nf4),
     )
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(each.nbytes for each in (*module.parameters(), *module.buffers()))
+def _count_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _width(encoder: Any) -> int:
-    """Of a model of transformers; 0 for any other."""
+def _hidden_size(encoder: Any) -> int:
+    """Return the width of a transformers model; 0 for any other model."""
     config: Any = getattr(encoder, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "hidden_size", 0)
 
 
-def _itemsize(model: Any) -> int:
-    # Pipelines decode in float32 where the autoencoder says that float16 would overflow.
+def _activation_itemsize(model: Any) -> int:
+    # Pipelines decode in float32 if the autoencoder's configuration has force_upcast.
     upcast = model.dtype == torch.float16 and getattr(model.config, "force_upcast", False)
     return 4 if upcast else model.dtype.itemsize
 
 
-def _too_large(sizes: PipelineSizes, way: MemoryStrategy, room: int) -> tuple[str, ...]:
+def _list_too_large(sizes: PipelineSizes, available: int) -> tuple[str, ...]:
     return tuple(
         key
-        for key, part in sizes.components.items()
-        if key != "vae" and part.weights + part.activations > room
+        for key, size in sizes.components.items()
+        if key != "vae" and size.weights + size.activations > available
     )
 
 
-def _gib(count: int) -> str:
-    """GiB with one digit, rounded up, so that what is named suffices."""
+def _format_gib(count: int) -> str:
+    """Format bytes in GiB with one digit, rounded up, so that the number is sufficient."""
     return f"{math.ceil(count / GIB * 10) / 10:g}"

@@ -1,4 +1,4 @@
-"""The outline of a base: its models on the meta device, from configurations alone."""
+"""Loading of a base's models on the meta device, without weights, and memory plans for a base."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from customize.base.device import current_accelerator
 from customize.base.memory_plan import (
     MemoryPlan,
     choose_plan,
@@ -27,35 +28,36 @@ _LIBRARIES = ("diffusers", "transformers")
 
 
 def load_on_meta_device(base: str | Path, dtype: torch.dtype) -> Family:
-    """A base's models without weights, as they would be loaded in this dtype.
+    """Load a base's models on the meta device, without weights.
 
     Args:
-        base: a folder as ``save_pretrained`` writes it, or a hub id, of which only the
+        base: A folder written by ``save_pretrained``, or a hub id, of which only the
             configurations are downloaded.
+        dtype: The dtype of the weights.
 
     Raises:
-        PipelineError: it has no model_index.json, or its family is unknown.
+        PipelineError: The base has no model_index.json, or its family is unknown.
     """
     folder = Path(base) if os.path.isdir(base) else _download(str(base))
     index = folder / "model_index.json"
     if not index.is_file():
         raise PipelineError(
-            "there is no model_index.json",
+            "the base has no model_index.json",
             where=f"base: {base}",
             fix="name a folder or hub id of a diffusers pipeline",
         )
-    components, config = {}, _config_of(index)
-    for key, found in config.items():
-        library, name = found if isinstance(found, list) and len(found) == 2 else ("", "")
+    components, config = {}, _read_index(index)
+    for key, entry in config.items():
+        library, name = entry if isinstance(entry, list) and len(entry) == 2 else ("", "")
         if library in _LIBRARIES and (folder / key / "config.json").is_file():
-            # Below diffusers' own `to`, which warns of what matters to weights alone.
-            components[key] = nn.Module.to(_model(library, name, folder / key), dtype)
+            # Not diffusers' own `to`, which has warnings that concern real weights only.
+            components[key] = nn.Module.to(_load_model(library, name, folder / key), dtype)
         elif not key.startswith("_"):
             components[key] = None
     return family_of(components, config)
 
 
-def _config_of(index: Path) -> Any:
+def _read_index(index: Path) -> Any:
     try:
         check_regular_files(index.parent)
         return read_json(index, MAX_TABLE_BYTES)
@@ -68,39 +70,45 @@ def _config_of(index: Path) -> Any:
 
 
 def plan_base_memory(
-    word: str,
+    memory: str,
     base: str | Path | Any,
     *,
     dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> tuple[MemoryPlan, dict[str, Any]]:
-    """What :func:`customize.memory_plan` does."""
+    """Implement :func:`customize.memory_plan`; see there."""
     dtype = dtype or torch.bfloat16
-    device = device or _accelerator()
+    if device is None:
+        accelerator = current_accelerator()
+        device = "cpu" if accelerator is None else accelerator.type
     family = load_on_meta_device(base, dtype)
     quantizer = device == "cuda" and find_spec("bitsandbytes") is not None
-    chosen = choose_plan(measure_components(family), parse_memory_size(word), device, quantizer)
-    return chosen, {"dtype": dtype} | quantization_arguments(chosen, family, dtype)
+    plan = choose_plan(measure_components(family), parse_memory_size(memory), device, quantizer)
+    return plan, {"dtype": dtype} | quantization_arguments(plan, family, dtype)
 
 
-def quantization_arguments(
-    chosen: MemoryPlan, family: Family, dtype: torch.dtype
-) -> dict[str, Any]:
-    """What ``from_pretrained`` must be told of a plan that loads models in 4 bits."""
-    if not chosen.quantized_components:
+def quantization_arguments(plan: MemoryPlan, family: Family, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` for the components that a plan quantizes.
+
+    Args:
+        plan: The memory plan.
+        family: The base's family.
+        dtype: The dtype of the arithmetic.
+    """
+    if not plan.quantized_components:
         return {}
     import diffusers
     import transformers
 
-    def config(key: str) -> Any:
-        # Each library has a class of its own for the same.
-        return nf4_config(diffusers if key == family.denoiser_key else transformers, dtype)
-
-    mapping = {key: config(key) for key in chosen.quantized_components}
+    mapping = {
+        # diffusers and transformers have configuration classes of their own.
+        key: nf4_config(diffusers if key == family.denoiser_key else transformers, dtype)
+        for key in plan.quantized_components
+    }
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
-def _model(library: str, name: str, folder: Path) -> Any:
+def _load_model(library: str, name: str, folder: Path) -> Any:
     cls = getattr(import_module(library), name)
     with torch.device("meta"):
         if library == "diffusers":
@@ -113,15 +121,10 @@ def _download(base: str) -> Path:
 
     try:
         return Path(snapshot_download(base, allow_patterns=["model_index.json", "*/config.json"]))
-    except Exception as error:  # files missing, offline, gated: all the same here
+    except Exception as error:  # missing files, no network, gated repository
         raise PipelineError(
-            f"the base's configurations cannot be read: there is no such folder, and the hub did "
-            f"not give them: {str(error).strip().splitlines()[0]}",
+            f"the base's configurations cannot be read: there is no such folder, and the download "
+            f"failed: {str(error).strip().splitlines()[0]}",
             where=f"base: {base}",
             fix=suggest_paths(base, "name a folder or hub id of a diffusers pipeline"),
         ) from error
-
-
-def _accelerator() -> str:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None else found.type

@@ -1,8 +1,8 @@
-"""Changing models whose weights are not where they seem to be.
+"""Changes of models that are offloaded.
 
-Model offload moves whole models and is no obstacle. Sequential offload leaves empty weights behind,
-so its hooks go away while a model changes. Group offload keeps lists of a model's weights, which
-are made anew afterwards.
+Model offload moves whole models and needs no special treatment. Sequential offload leaves meta
+tensors in the model, so its hooks are removed while the model changes. Group offload stores lists
+of the weights, which are built again afterwards.
 """
 
 from __future__ import annotations
@@ -18,39 +18,41 @@ from customize.errors import PipelineError
 
 @contextmanager
 def materialize(models: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within it, every weight is a real tensor that may be read, changed or wrapped.
+    """Make all weights real tensors within the context, so that they can be read and changed.
 
-    Whatever offloading was on is on again afterwards, also after an error.
+    Offloading is restored on exit, also after an error.
+
+    Args:
+        models: Component -> model.
 
     Raises:
-        PipelineError: weights lie on disk or were never loaded. Nothing was changed.
+        PipelineError: Weights are offloaded to disk or were never loaded; nothing was changed.
     """
     modules = {key: list(model.modules()) for key, model in models.items()}
-    devices = {key: _sequential_device(own) for key, own in modules.items()}
-    # Where no module has hooks of diffusers, nobody need look for these.
-    grouped = [key for key, own in modules.items() if any(map(_has_hooks, own))]
-    for key, own in modules.items():
+    devices = {key: _sequential_offload_device(submodules) for key, submodules in modules.items()}
+    grouped = [key for key, submodules in modules.items() if any(map(_has_hooks, submodules))]
+    for key, submodules in modules.items():
         if key in grouped:
             _check_not_on_disk(key, models[key])
         if devices[key] is None:
-            _check_in_memory(key, own)
+            _check_in_memory(key, submodules)
     hooked = {key: model for key, model in models.items() if devices[key] is not None}
     for model in hooked.values():
-        _unhook(model)
+        _remove_sequential_offload(model)
     try:
         yield
     finally:
         for key, model in hooked.items():
-            _hook(model, devices[key])
+            _apply_sequential_offload(model, devices[key])
         for key in grouped:
-            _regroup(models[key])
+            _reapply_group_offload(models[key])
 
 
 def check_not_offloaded(models: Mapping[str, nn.Module]) -> None:
-    """Refuse models that hooks move about, where they are to be called without their pipeline.
+    """Check that no model is offloaded, before models are called without their pipeline.
 
     Raises:
-        PipelineError: naming the first.
+        PipelineError: A model is offloaded.
     """
     from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 
@@ -64,20 +66,20 @@ def check_not_offloaded(models: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _sequential_device(modules: Iterable[nn.Module]) -> Any:
-    """Where a sequentially offloaded model computes; None for any other model."""
+def _sequential_offload_device(modules: Iterable[nn.Module]) -> Any:
+    """Return the execution device of a sequentially offloaded model; None for other models."""
     for module in modules:
-        # Not by getattr, as modules are slow to say that they lack something.
+        # Not getattr, which is slow for missing attributes of modules.
         hook: Any = module.__dict__.get("_hf_hook")
-        for each in getattr(hook, "hooks", (hook,)):
+        for single in getattr(hook, "hooks", (hook,)):
             # accelerate's AlignDevicesHook; without `offload` it only moves inputs.
-            if getattr(each, "offload", False) and hasattr(each, "weights_map"):
-                return each.execution_device
+            if getattr(single, "offload", False) and hasattr(single, "weights_map"):
+                return single.execution_device
     return None
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return "_diffusers_hook" in module.__dict__  # HookRegistry's own
+    return "_diffusers_hook" in module.__dict__  # set by diffusers' HookRegistry
 
 
 def _check_not_on_disk(key: str, model: nn.Module) -> None:
@@ -102,20 +104,20 @@ def _check_in_memory(key: str, modules: Iterable[nn.Module]) -> None:
         )
 
 
-def _unhook(model: nn.Module) -> None:
+def _remove_sequential_offload(model: nn.Module) -> None:
     from accelerate.hooks import remove_hook_from_module
 
     remove_hook_from_module(model, recurse=True)
 
 
-def _hook(model: nn.Module, device: Any) -> None:
+def _apply_sequential_offload(model: nn.Module, device: Any) -> None:
     from accelerate import cpu_offload
 
-    # As diffusers' enable_sequential_cpu_offload calls it.
+    # The same call as in diffusers' enable_sequential_cpu_offload.
     cpu_offload(model, device, offload_buffers=len(model._parameters) > 0)
 
 
-def _regroup(model: nn.Module) -> None:
+def _reapply_group_offload(model: nn.Module) -> None:
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
     _maybe_remove_and_reapply_group_offloading(model)

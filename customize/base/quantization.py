@@ -1,8 +1,8 @@
-"""Frozen models in fewer bits, by the quantizers that diffusers has for bitsandbytes and torchao.
+"""Quantization of loaded, frozen models by diffusers' quantizers for bitsandbytes and torchao.
 
-diffusers quantizes while it loads, puts what it made on a GPU at once, and refuses a CPU. Training
-has other models on the device first, to encode pictures and prompts: so here a loaded model is
-quantized where it is, with the same layers as a result.
+diffusers quantizes while loading, moves the result to the GPU at once, and refuses a CPU. Training
+needs the GPU for the autoencoder and the text encoders first, so a loaded model is quantized on its
+current device instead. The resulting layers are the same.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _DEVICES = ("cuda", "xpu", "cpu")
 
 
 def check_quantizer(kind: QuantizationFormat, device: torch.device) -> None:
-    """See that weights can be held in this format on this device.
+    """Check that a quantization format is available on a device.
 
     Raises:
-        ConfigError: the library is not installed, or isn't for such a device.
+        ConfigError: The library is not installed, or does not support the device.
     """
     library = "torchao" if kind.startswith("torchao") else "bitsandbytes"
     if find_spec(library) is None:
@@ -35,18 +35,18 @@ def check_quantizer(kind: QuantizationFormat, device: torch.device) -> None:
         )
     if device.type not in _DEVICES:
         raise ConfigError(
-            f"{library} is not for the device {device.type}",
+            f"{library} does not support the device {device.type}",
             where="quantize",
             fix=f"use one of {', '.join(_DEVICES)}, or set quantize to none (--quantize none)",
         )
 
 
 def nf4_config(library: Any, dtype: torch.dtype) -> Any:
-    """What bitsandbytes' 4 bits (QLoRA, arXiv 2305.14314) are to a library.
+    """Create the configuration of bitsandbytes' 4-bit NF4 format (QLoRA, arXiv 2305.14314).
 
     Args:
-        library: the module diffusers or transformers; each has a class of its own for its models.
-        dtype: of the arithmetic.
+        library: The module diffusers or transformers, each of which has its own class.
+        dtype: The dtype of the arithmetic.
     """
     return library.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -57,29 +57,34 @@ def nf4_config(library: Any, dtype: torch.dtype) -> Any:
 def quantize_model(
     model: Any, kind: QuantizationFormat, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Hold the linear layers of a model of diffusers in fewer bits, but for those that diffusers
-    keeps in float32 and those of one output. It stays where it is, frozen; its former weights are
-    let go of.
+    """Quantize the linear layers of a diffusers model in place, and freeze it.
+
+    Layers that diffusers keeps in float32 and layers with one output are not quantized. The model
+    stays on its device; its original weights are released.
 
     Args:
-        dtype: of the arithmetic.
-        device: that computes the quantized weights, a layer at a time.
+        model: The model.
+        kind: The quantization format.
+        dtype: The dtype of the arithmetic.
+        device: The device that computes the quantized weights, layer by layer.
     """
     from diffusers.quantizers.auto import DiffusersAutoQuantizer
 
-    quantizer: Any = DiffusersAutoQuantizer.from_config(_config(kind, dtype), pre_quantized=False)
-    home = model.device
+    quantizer: Any = DiffusersAutoQuantizer.from_config(
+        _make_config(kind, dtype), pre_quantized=False
+    )
+    original_device = model.device
     weights = dict(model.named_parameters())
-    kept = list(model._keep_in_fp32_modules or ())
-    # Of these bitsandbytes cannot tell a small weight from a transposed one; and Krea 2 gives its
-    # own, of 12 numbers, inputs of four dimensions, where bitsandbytes' int8 takes three.
-    kept += [
+    excluded = list(model._keep_in_fp32_modules or ())
+    # bitsandbytes confuses such weights with transposed ones; and Krea 2's layer of this kind has
+    # inputs of four dimensions, while bitsandbytes' int8 supports three.
+    excluded += [
         name
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and layer.out_features == 1
     ]
-    # From here on as from_pretrained does it with weights that it has just read.
-    quantizer.preprocess_model(model, device_map=None, keep_in_fp32_modules=kept)
+    # The following steps are those of from_pretrained after reading the weights.
+    quantizer.preprocess_model(model, device_map=None, keep_in_fp32_modules=excluded)
     for name in list(weights):
         value = weights.pop(name)
         if quantizer.check_if_quantized_param(model, value, name, {}):
@@ -91,14 +96,14 @@ def quantize_model(
     model.hf_quantizer = quantizer
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # Else bitsandbytes repacks it on some CPUs at its first call without a gradient, rounds
-            # it once more, and lets no gradient through from then on.
+            # Otherwise bitsandbytes repacks the layer on some CPUs at its first call without
+            # gradients, which rounds it again and disables gradients.
             layer.support_avx512bf16_for_cpu = False
     model.requires_grad_(False).eval()
-    model.to(home)
+    model.to(original_device)
 
 
-def _config(kind: QuantizationFormat, dtype: torch.dtype) -> Any:
+def _make_config(kind: QuantizationFormat, dtype: torch.dtype) -> Any:
     import diffusers
 
     if kind == "nf4":
@@ -107,5 +112,5 @@ def _config(kind: QuantizationFormat, dtype: torch.dtype) -> Any:
         return diffusers.BitsAndBytesConfig(load_in_8bit=True)
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-    eight = Int8WeightOnlyConfig() if kind == "torchao_int8" else Float8WeightOnlyConfig()
-    return diffusers.TorchAoConfig(eight)
+    config = Int8WeightOnlyConfig() if kind == "torchao_int8" else Float8WeightOnlyConfig()
+    return diffusers.TorchAoConfig(config)

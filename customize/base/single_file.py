@@ -1,7 +1,7 @@
-"""A base that is one .safetensors file, as other programs keep checkpoints, by diffusers' reader.
+"""Loading of a base from a checkpoint in one .safetensors file, by diffusers' ``from_single_file``.
 
-The file has weights alone. What the models look like is in a pipeline's configuration: that of a
-folder or hub id that is named, or the one that diffusers knows for the file's keys and downloads.
+The file has weights only. The configuration is that of a named folder or hub id, or the one that
+diffusers detects from the file's keys and downloads.
 """
 
 from __future__ import annotations
@@ -21,83 +21,84 @@ if TYPE_CHECKING:
 def load_single_file(
     base: str, dtype: torch.dtype | Mapping[str, torch.dtype], config: str | None
 ) -> Any:
-    """The pipeline of a checkpoint's weights, on the CPU.
+    """Load the pipeline of a checkpoint on the CPU.
 
-    Components that the file lacks, such as FLUX's text encoders, are taken from ``config`` where it
+    Components that the file lacks, such as FLUX's text encoders, are loaded from ``config`` if it
     has their weights.
 
     Args:
-        base: path of the file.
-        dtype: as for :func:`customize.base.load_pipeline.load_pipeline`.
-        config: a folder as ``save_pretrained`` writes it, also without weights, or a hub id; None:
-            what diffusers knows for the file's keys.
+        base: Path of the file.
+        dtype: As for :func:`customize.base.load_pipeline.load_pipeline`.
+        config: A folder written by ``save_pretrained``, with or without weights, or a hub id; None:
+            the configuration that diffusers detects.
 
     Raises:
-        ConfigError: there is no such file.
-        PipelineError: no configuration is at hand, or the weights do not fit it.
+        ConfigError: The file does not exist.
+        PipelineError: The configuration is not available, or the weights do not match it.
     """
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     where = f"base: {base}"
     if not os.path.isfile(base):
-        raise ConfigError("there is no such file", where=where, fix="name one that is there")
-    read_safetensors_header(base)  # it is regular and whole
+        raise ConfigError("there is no such file", where=where, fix="name an existing file")
+    read_safetensors_header(base)  # checks that the file is regular and complete
     if config is not None and os.path.isdir(config):
         check_regular_files(config)
     dtypes = dtype if isinstance(dtype, Mapping) else {"default": dtype}
     main = dtypes["default"]
     vae = dtypes.get("vae", main)
-    repository = config or _known_configuration(base)
+    repository = config or _detect_configuration(base)
     try:
         index = diffusers.DiffusionPipeline.load_config(repository)
         kind: Any = getattr(diffusers, str(index["_class_name"]))
     except Exception as error:
         raise PipelineError(
             f"the configuration of the single file's pipeline, {repository}, cannot be read: "
-            f"{_first_line(error)}",
+            f"{first_line(error.__cause__ or error)}",
             where=where,
-            fix="name a folder that has it, with model_index.json and the components' "
-            "configurations and tokenizers: base_config (--base-config FOLDER)",
+            fix="set base_config (--base-config FOLDER) to a folder with model_index.json and the "
+            "components' configurations and tokenizers",
         ) from error
     if not hasattr(kind, "from_single_file"):
         raise PipelineError(
-            f"diffusers reads no single file as {kind.__name__}",
+            f"diffusers does not support single files of {kind.__name__}",
             where=where,
             fix="name a folder or hub id of the pipeline",
         )
-    given: dict[str, Any] = {"config": repository, "torch_dtype": main}
+    options: dict[str, Any] = {"config": repository, "torch_dtype": main}
     try:
-        pipe = kind.from_single_file(base, **given)
+        pipe = kind.from_single_file(base, **options)
     except SingleFileComponentError as error:
-        parts = _components_of(repository, index, main)
-        if not parts:
+        components = _load_components(repository, index, main)
+        if not components:
             raise PipelineError(
-                f"the file lacks a component of the pipeline: {_first_line(error)}",
+                "the file lacks a component of the pipeline: "
+                + first_line(error.__cause__ or error),
                 where=where,
-                fix="name a pipeline's folder with the weights of what is lacking: base_config "
-                "(--base-config FOLDER)",
+                fix="set base_config (--base-config FOLDER) to a pipeline's folder with the "
+                "weights of the missing components",
             ) from error
-        pipe = kind.from_single_file(base, **given, **parts)
+        pipe = kind.from_single_file(base, **options, **components)
     if vae != main and pipe.components.get("vae") is not None:
-        pipe.register_modules(vae=_vae(base, repository, pipe.vae, vae))
+        pipe.register_modules(vae=_load_vae(base, repository, pipe.vae, vae))
     return pipe
 
 
-def _vae(base: str, repository: str, loaded: Any, dtype: Any) -> Any:
-    """The autoencoder once more, in a precision of its own; rounding is not undone by a cast."""
+def _load_vae(base: str, repository: str, loaded: Any, dtype: Any) -> Any:
+    """Load the autoencoder again in its own dtype, because a cast does not undo rounding."""
     kind = type(loaded)
     try:
         return kind.from_single_file(base, config=repository, subfolder="vae", torch_dtype=dtype)
-    except Exception:  # it was the configuration's
+    except Exception:  # the file has no autoencoder, so the configuration had its weights
         return kind.from_pretrained(
             repository, subfolder="vae", torch_dtype=dtype, use_safetensors=True
         )
 
 
-def _components_of(repository: str, index: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """The text encoders and the autoencoder of a pipeline that has their weights."""
-    found = {}
+def _load_components(repository: str, index: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Load the text encoders and the autoencoder for which a pipeline has weights."""
+    components = {}
     for name, entry in index.items():
         if not isinstance(entry, list) or not (name == "vae" or name.startswith("text_encoder")):
             continue
@@ -106,16 +107,16 @@ def _components_of(repository: str, index: Mapping[str, Any], dtype: Any) -> dic
             continue
         kind = getattr(import_module(library), class_name)
         try:
-            found[name] = kind.from_pretrained(
+            components[name] = kind.from_pretrained(
                 repository, subfolder=name, torch_dtype=dtype, use_safetensors=True
             )
-        except OSError:  # no weights there
+        except OSError:  # no weights
             continue
-    return found
+    return components
 
 
-def _known_configuration(base: str) -> str:
-    """The hub id whose configuration diffusers takes for such a file's keys."""
+def _detect_configuration(base: str) -> str:
+    """Return the hub id of the configuration that diffusers detects from the file's keys."""
     from diffusers.loaders.single_file_utils import (
         fetch_diffusers_config,
         load_single_file_checkpoint,
@@ -126,11 +127,12 @@ def _known_configuration(base: str) -> str:
         return str(fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"])
     except Exception as error:
         raise PipelineError(
-            f"the file cannot be read as a checkpoint: {_first_line(error)}",
+            f"the file cannot be read as a checkpoint: {first_line(error.__cause__ or error)}",
             where=f"base: {base}",
-            fix="get it again, or name a folder or hub id of a pipeline",
+            fix="get an unchanged copy, or name a folder or hub id of a pipeline",
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,8 +1,8 @@
-"""Which weight files of a base's folder are read: the plain ones, or those of a variant.
+"""Selection of the weight files of a base's folder, with or without a variant.
 
-``save_pretrained(variant="fp16")`` writes ``model.fp16.safetensors`` in the place of
-``model.safetensors``, and a download with ``variant="fp16"`` brings nothing else. Folders may also
-be mixed, as some components have no such variant.
+``save_pretrained(variant="fp16")`` writes ``model.fp16.safetensors`` instead of
+``model.safetensors``, and a download with ``variant="fp16"`` has no other weights. Components
+without the variant have files without one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from customize.errors import PipelineError
 from customize.near_names import suggest_names
 
-#: Of diffusers' weight files and transformers'.
+#: File stems of diffusers' and transformers' weights.
 _STEMS = ("diffusion_pytorch_model", "model")
 _WEIGHTS = re.compile(
     rf"(?:{'|'.join(_STEMS)})"
@@ -23,78 +23,82 @@ _WEIGHTS = re.compile(
 
 
 def list_variants(folder: Path) -> set[str]:
-    """The variants of a component's weights in safetensors; "" stands for plain ones.
+    """List the variants of a component's safetensors weights; "" means without a variant.
 
     Args:
-        folder: of the component. Empty where it has no such weights.
+        folder: Folder of the component; without weights, the result is empty.
     """
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    found = [match for match in map(_WEIGHTS.fullmatch, names) if match]
-    return {match["one"] or match["old"] or "" for match in found}
+    matches = [match for match in map(_WEIGHTS.fullmatch, names) if match]
+    return {match["one"] or match["old"] or "" for match in matches}
 
 
 def select_variants(folder: Path, variant: str | None = None) -> dict[str, str]:
-    """Component -> the variant that is read, "" for plain weights; of all that have weights.
+    """Select the variant to load of each component with weights; "" means without a variant.
 
-    That is the one asked for where a component has it, else the plain one, else the only one.
+    It is the requested variant if the component has it, otherwise the files without a variant,
+    otherwise the component's only variant.
 
     Args:
-        folder: of a pipeline, with a folder for each component.
-        variant: asked for; None: none.
+        folder: Folder of a pipeline, with a folder for each component.
+        variant: The requested variant, or None.
+
+    Returns:
+        Component -> variant.
 
     Raises:
-        PipelineError: no component has the variant that is asked for; or one has several variants
-            and no plain weights, and none is asked for.
+        PipelineError: No component has the requested variant; or a component has several variants
+            and no files without one, and no variant is requested.
     """
-    known = {part.name: list_variants(part) for part in sorted(folder.iterdir()) if part.is_dir()}
-    known = {part: variants for part, variants in known.items() if variants}
-    everywhere = sorted(set().union(*known.values()) - {""})
-    if variant is not None and known and variant not in everywhere:
+    known = {path.name: list_variants(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    known = {component: variants for component, variants in known.items() if variants}
+    all_variants = sorted(set().union(*known.values()) - {""})
+    if variant is not None and known and variant not in all_variants:
         raise PipelineError(
-            f"no component of the base has a variant {variant}",
+            f"no component of the base has the variant {variant}",
             where=f"variant: {variant}",
-            fix=suggest_names(variant, everywhere) if everywhere else "leave the variant out",
+            fix=suggest_names(variant, all_variants, "leave the variant out"),
         )
-    chosen = {}
-    for part, variants in known.items():
+    selected = {}
+    for component, variants in known.items():
         if variant is not None and variant in variants:
-            chosen[part] = variant
+            selected[component] = variant
         elif "" in variants:
-            chosen[part] = ""
+            selected[component] = ""
         elif len(variants) == 1:
-            (chosen[part],) = variants
+            (selected[component],) = variants
         else:
             raise PipelineError(
-                f"the base's {part} has no plain weights, but the variants "
+                f"the base's {component} has no weights without a variant, but the variants "
                 + " and ".join(sorted(variants)),
-                where=folder / part,
+                where=folder / component,
                 fix=f"set variant to one of them (--variant {min(variants)})",
             )
-    return chosen
+    return selected
 
 
 def list_weight_files(folder: Path, variant: str) -> list[Path]:
-    """The safetensors files of a component's variant; "": the plain ones.
+    """List the safetensors files of a component's variant; "" means without a variant.
 
     Raises:
-        FileNotFoundError: it has none.
+        FileNotFoundError: There are none.
     """
-    found = []
+    files = []
     for entry in sorted(folder.iterdir()):
         match = _WEIGHTS.fullmatch(entry.name)
         if match and (match["one"] or match["old"] or "") == variant:
-            found.append(entry)
-    for stem in _STEMS:  # a whole file is read, though shards of it may be there too
+            files.append(entry)
+    for stem in _STEMS:  # a complete file takes precedence over shards
         name = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-        if folder / name in found:
+        if folder / name in files:
             return [folder / name]
-    if not found:
+    if not files:
         raise FileNotFoundError(f"no safetensors in {folder}")
-    return found
+    return files
 
 
 def local_folder(base: str) -> Path | None:
-    """Where the base's files are on this machine."""
+    """Return the local folder of a base, or None if a hub id is not in the cache."""
     if os.path.isdir(base):  # unlike Path.is_dir, also of names that are too long
         return Path(base)
     from huggingface_hub import try_to_load_from_cache
@@ -102,7 +106,7 @@ def local_folder(base: str) -> Path | None:
     for name in ("model_index.json", "modular_model_index.json"):
         try:
             index = try_to_load_from_cache(base, name)
-        except Exception:  # no hub id
+        except Exception:  # not a hub id
             return None
         if isinstance(index, str):
             return Path(index).parent

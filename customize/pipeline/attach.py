@@ -93,7 +93,7 @@ def load(
     kept = [setting.bind(full_family) for setting in settings]
     if any(setting.update_cache is not None for setting in kept):
         check_shared_components(family, state)
-    device = execution_device(pipe, family, anywhere=plan is not None)
+    device = execution_device(pipe, family, use_accelerator=plan is not None)
     backends = {} if attention is None else choose_backends(family, attention, device)
 
     # Apply; after an error every step is undone. Concepts come after the steps that change weights,

@@ -107,7 +107,7 @@ def ways(repeats: int) -> list[Row]:
         pipe = DiffusionPipeline.from_pretrained(ROOT / "assets/storybook")
         pipe.set_progress_bar_config(disable=True)
         family = family_of(pipe.components)
-        device = execution_device(pipe, family, anywhere=True)
+        device = execution_device(pipe, family, use_accelerator=True)
         counted[way] = estimate_peak_bytes(measure_components(family), way)
         with apply_memory_plan(pipe, family, MemoryPlan(GIB, way, counted[way]), device):
             pipes[way] = pipe

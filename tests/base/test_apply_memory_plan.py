@@ -51,7 +51,7 @@ def stored(model):
 
 
 @pytest.mark.parametrize("name", ["sd", "flux", "qwen_image"])
-def test_enough_memory_changes_nothing(name):
+def test_sufficient_memory_changes_nothing(name):
     pipe = MAKERS[name]()
     bare, before = draw(pipe), everything(pipe)
     pipe.load_custom(memory="24GB")
@@ -61,7 +61,7 @@ def test_enough_memory_changes_nothing(name):
     assert_same(before, everything(pipe))
 
 
-def test_tiles_are_what_diffusers_makes_of_them():
+def test_vae_tiling_matches_diffusers():
     pipe, plain = MAKERS["sd"](), MAKERS["sd"]()
     pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 16, 8
     plain.vae.tile_sample_min_size, plain.vae.tile_latent_min_size = 16, 8
@@ -78,7 +78,7 @@ def test_tiles_are_what_diffusers_makes_of_them():
 
 
 @every
-def test_float8_takes_the_bytes_that_were_counted_and_draws_what_diffusers_would(name):
+def test_layerwise_casting_matches_estimate_and_diffusers(name):
     pipe, plain = MAKERS[name](), MAKERS[name]()
     bare = draw(pipe)
     counted = measure_components(family_of(pipe.components)).float8_denoiser
@@ -99,7 +99,7 @@ def test_float8_takes_the_bytes_that_were_counted_and_draws_what_diffusers_would
 
 
 @every
-def test_concepts_before_after_and_at_once_stay_as_precise_as_they_are(name):
+def test_concepts_keep_their_precision_under_layerwise_casting(name):
     pictures = []
     for order in ("before", "after", "at once"):
         pipe = MAKERS[name]()
@@ -128,7 +128,7 @@ def test_concepts_before_after_and_at_once_stay_as_precise_as_they_are(name):
     assert np.abs(pictures[0] - draw(bare)).max() > 0.01
 
 
-def test_float8_on_a_model_that_leaves_much_alone():
+def test_layerwise_casting_of_a_model_with_skipped_layers():
     pipe, plain = MAKERS["z_image"](), MAKERS["z_image"]()
     family = family_of(pipe.components)
     counted = measure_components(family).float8_denoiser
@@ -141,7 +141,7 @@ def test_float8_on_a_model_that_leaves_much_alone():
     assert np.array_equal(draw(pipe), draw(plain))
 
 
-def test_weights_in_float8_take_no_fused_concepts():
+def test_fusing_into_float8_weights_is_refused():
     pipe = MAKERS["sd"]()
     rex = concept(pipe)
     pipe.load_custom(memory=word_for(pipe, CAST))
@@ -153,7 +153,7 @@ def test_weights_in_float8_take_no_fused_concepts():
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
 @pytest.mark.parametrize("placement", ["model", "group"])
-def test_offloading_draws_the_same_and_takes_concepts(name, placement):
+def test_offloading_keeps_images_and_supports_concepts(name, placement):
     # To the CPU itself, since this needs no accelerator; load_custom would see no use in it.
     pipe, plain = MAKERS[name](), MAKERS[name]()
     rex, tom = concept(plain), concept(plain, "tom", index=1)
@@ -187,7 +187,7 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("attached", [False, True], ids=["bare", "with a concept"])
-def test_after_an_error_all_is_as_before(way, attached):
+def test_error_restores_the_state(way, attached):
     pipe = MAKERS["sd"]()
     if attached:
         pipe.load_custom(concept(pipe))
@@ -203,7 +203,7 @@ def test_after_an_error_all_is_as_before(way, attached):
 
 
 @every
-def test_a_concept_that_fails_takes_the_plan_with_it(name, monkeypatch):
+def test_failed_attachment_reverts_the_plan(name, monkeypatch):
     pipe = MAKERS[name]()
     rex, word = concept(pipe), word_for(pipe, CAST)
     picture, before = draw(pipe), everything(pipe)
@@ -221,7 +221,7 @@ def test_a_concept_that_fails_takes_the_plan_with_it(name, monkeypatch):
     assert pipe.custom.rows and pipe.custom.attention and pipe.custom.memory
 
 
-def test_a_failure_halfway_through_casting_is_undone(monkeypatch):
+def test_failure_during_casting_is_reverted(monkeypatch):
     pipe = MAKERS["sd"]()
     before, word = everything(pipe), word_for(pipe, CAST)
     cast, calls = torch.nn.Conv2d.to, []
@@ -241,11 +241,11 @@ def test_a_failure_halfway_through_casting_is_undone(monkeypatch):
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-def test_videos_are_refused_and_nothing_changes(name):
+def test_video_pipelines_are_refused(name):
     pipe = MAKERS[name]()
     rex = concept(pipe)
     picture, before, own = draw(pipe), everything(pipe), hooks(pipe)
-    with pytest.raises(PipelineError, match="a video needs depends on its frames") as caught:
+    with pytest.raises(PipelineError, match="memory of a video depends on its frames") as caught:
         pipe.load_custom(rex, attention="native", memory="24GB")
     assert "the pipeline's own offloading" in caught.value.fix
     assert_same(before, everything(pipe))
@@ -254,23 +254,23 @@ def test_videos_are_refused_and_nothing_changes(name):
     assert np.array_equal(draw(pipe), picture)
 
 
-def test_too_little_is_refused_with_the_least_that_would_do():
+def test_insufficient_memory_error_has_the_smallest_size():
     pipe = MAKERS["sd"]()
     rex = concept(pipe)
     before = everything(pipe)
-    with pytest.raises(ConfigError, match="at least, as there is no accelerator") as caught:
+    with pytest.raises(ConfigError, match="GB, because there is no accelerator") as caught:
         pipe.load_custom(rex, memory="0.000001GB")
     assert 'memory="0.1GB" or more' in caught.value.fix
-    with pytest.raises(ConfigError, match="no amount of memory"):
+    with pytest.raises(ConfigError, match="invalid memory size"):
         pipe.load_custom(rex, memory="small")
     assert_same(before, everything(pipe))
 
 
-def test_a_second_plan_and_offloading_of_ones_own_are_refused():
+def test_second_plan_and_existing_offloading_are_refused():
     pipe = MAKERS["sd"]()
     pipe.load_custom(memory="8GB")
     pipe.load_custom(memory="8.0GB")  # the same
-    with pytest.raises(PipelineError, match="load the pipeline anew"):
+    with pytest.raises(PipelineError, match="load the pipeline again"):
         pipe.load_custom(memory="12GB")
     offloaded = MAKERS["sd"]()
     offloaded.enable_model_cpu_offload(device="cpu")

@@ -75,7 +75,7 @@ def test_pictures_stay_and_all_comes_off(name, backend):
     took = {each.component: each for each in pipe.custom.attention}
     for denoiser in family.denoisers:
         assert (took[denoiser].backend, took[denoiser].modules) == ("native", COUNTS[name])
-        assert 0 < took[denoiser].error < 1e-5 and not took[denoiser].kept
+        assert 0 < took[denoiser].error < 1e-5 and not took[denoiser].custom_processors
         assert f"{denoiser} native ({COUNTS[name]} modules, error" in repr(pipe.custom)
     assert took.keys() >= family.all_text_encoders.keys()
     assert all(each.backend in ("native", "sdpa") for each in took.values())
@@ -108,9 +108,9 @@ def test_the_dispatchers_backends_reach_the_models_that_ask_it(name):
 def test_what_a_model_never_asks_for_is_refused(name):
     pipe = MAKERS[name]()
     before, own = everything(pipe), processors(pipe)
-    with pytest.raises(PipelineError, match="does not go through diffusers' dispatcher") as caught:
+    with pytest.raises(PipelineError, match="does not use diffusers' dispatcher") as caught:
         pipe.load_custom(attention="_native_math")
-    assert "here these work: auto, native" in str(caught.value)
+    assert "available are auto, native" in str(caught.value)
     assert_same(before, everything(pipe))
     assert processors(pipe) == own
 
@@ -123,13 +123,13 @@ def test_backends_of_cuda_are_refused_without_it(name, backend):
     before = everything(pipe)
     with pytest.raises(PipelineError, match=rf"{backend} needs a CUDA device.*on cpu") as caught:
         pipe.load_custom(rex, attention=backend)
-    assert "here these work: auto, native" in str(caught.value)
+    assert "available are auto, native" in str(caught.value)
     assert_same(before, everything(pipe))
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
     pipe = MAKERS["flux"]()
-    with pytest.raises(PipelineError, match=r"flash_hub fails here.*pip install kernels"):
+    with pytest.raises(PipelineError, match=r"flash_hub fails: .*pip install kernels"):
         pipe.load_custom(attention="flash_hub")
     # As on a CUDA device without it.
     module = "customize.base.attention.select_backend"
@@ -141,7 +141,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["fast", "", "AUTO", "Native"])
 def test_unknown_names_are_refused(backend):
-    with pytest.raises(ConfigError, match=r"no attention backend.*choose from auto, flash"):
+    with pytest.raises(ConfigError, match=r"unknown attention backend.*choose from auto, flash"):
         MAKERS["sd"]().load_custom(attention=backend)
 
 
@@ -159,7 +159,7 @@ def test_a_backend_that_is_wrong_is_refused_with_its_error(name, monkeypatch):
     monkeypatch.setitem(_AttentionBackendRegistry._backends, math, unscaled)
     names = {"query", "key", "value", "attn_mask"}
     monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, math, names)
-    with pytest.raises(PipelineError, match=r"computes something else.*its error is [\d.]+, and"):
+    with pytest.raises(PipelineError, match=r"is wrong with.*its relative error is [\d.]+, above"):
         pipe.load_custom(attention="_native_math")
     assert processors(pipe) == own
 
@@ -170,12 +170,12 @@ def test_cogvideox_has_torchs_attention_alone(monkeypatch):
     # As on a CUDA device: what xFormers has in diffusers would leave out the positions.
     module = "customize.base.attention.select_backend"
     monkeypatch.setattr(f"{module}.find_unmet_requirement", lambda *args: None)
-    with pytest.raises(PipelineError, match=r"there is no xformers for this kind"):
+    with pytest.raises(PipelineError, match=r"diffusers has no xformers processor for it"):
         pipe.load_custom(attention="xformers")
     pipe.transformer.fuse_qkv_projections()
     pipe.load_custom(attention="native")
     took = next(each for each in pipe.custom.attention if each.component == "transformer")
-    assert took.modules == 2 and not took.kept
+    assert took.modules == 2 and not took.custom_processors
     pipe.unload_custom()
     pipe.transformer.unfuse_qkv_projections()
     assert processors(pipe) == own
@@ -194,7 +194,7 @@ def test_backends_are_tried_with_the_kind_of_mask_that_the_model_gives(name, mon
     monkeypatch.setitem(_AttentionBackendRegistry._backends, math, noting)
     names = {"query", "key", "value", "attn_mask"}
     monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, math, names)
-    with pytest.raises(PipelineError, match=r"fails here: no mask of this kind"):
+    with pytest.raises(PipelineError, match=r"fails: no mask of this kind"):
         pipe.load_custom(attention="_native_math")
     assert set(kinds) == {torch.float32 if name == "ltx2" else torch.bool}
 
@@ -215,11 +215,11 @@ def test_a_denoiser_with_nothing_but_processors_of_someones_own():
     pipe = MAKERS["sd"]()
     pipe.unet.set_attn_processor(Mine())
     own = processors(pipe)
-    with pytest.raises(PipelineError, match="are someone's own"):
+    with pytest.raises(PipelineError, match="are custom"):
         pipe.load_custom(attention="native")
     pipe.load_custom(attention="auto")
     took = next(each for each in pipe.custom.attention if each.component == "unet")
-    assert "are someone's own" in took.note and took.kept == {"Mine": 14}
+    assert "are custom" in took.note and took.custom_processors == {"Mine": 14}
     assert processors(pipe) == own
 
 
@@ -240,7 +240,10 @@ def test_processors_of_someones_own_stay():
     assert [each.processor for each in modules[:2]] == mine
     assert type(modules[2].processor) is AttnProcessor2_0
     took = next(each for each in pipe.custom.attention if each.component == "unet")
-    assert took.modules == 12 and took.kept == {"Doubling": 1, "IPAdapterAttnProcessor2_0": 1}
+    assert took.modules == 12 and took.custom_processors == {
+        "Doubling": 1,
+        "IPAdapterAttnProcessor2_0": 1,
+    }
     assert "1 Doubling kept, 1 IPAdapterAttnProcessor2_0 kept" in repr(pipe.custom)
     pipe.unload_custom()
     assert processors(pipe) == own

@@ -74,7 +74,7 @@ PARAMETERS = {
 }
 
 
-def test_weights_are_those_of_the_published_models(model):
+def test_weights_match_published_parameter_counts(model):
     name, family, found = model
     assert found.components.keys() == PARAMETERS[name].keys()
     for key, part in found.components.items():
@@ -125,7 +125,7 @@ def empty(*shape):
     return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
 
 
-def test_what_a_denoiser_holds_is_a_bound_and_not_a_wide_one(model):
+def test_denoiser_activations_are_a_tight_upper_bound(model):
     name, family, found = model
     denoiser = family.denoiser.eval()
     if name == "qwen_image_21":
@@ -166,7 +166,7 @@ def first_step_of_qwen_image_21(denoiser):
         hook.remove()
 
 
-def test_what_a_decoder_holds_is_a_bound_and_not_a_wide_one(model):
+def test_decoder_activations_are_a_tight_upper_bound(model):
     name, family, found = model
     side = {"sd15": 64, "qwen_image_21": 64}.get(name, 128)
     own = {"sd15": 4, "sdxl": 4, "flux2_dev": 32, "flux2_klein": 32, "qwen_image_21": 64}
@@ -181,7 +181,7 @@ def test_what_a_decoder_holds_is_a_bound_and_not_a_wide_one(model):
     assert held <= found.tiled_vae_activations <= 2 * held
 
 
-def test_what_a_text_encoder_holds_is_bounded(model):
+def test_text_encoder_activations_are_a_tight_upper_bound(model):
     name, family, found = model
     # FLUX.2's pipelines say so, and a mask as large as this is taken as it is.
     apart = {"use_cache": False, "attention_mask": empty(1, 1, 512, 512).bool()}
@@ -190,8 +190,12 @@ def test_what_a_text_encoder_holds_is_bounded(model):
         longest = getattr(encoder.config, "max_position_embeddings", 512)
         ids = torch.zeros(1, min(longest, 512), dtype=torch.long, device="meta")
         text = encoder.eval()
-        held = peak_bytes(text, lambda text=text, ids=ids: text(ids, **named))
-        assert held <= found.components[key].activations
+        measured = peak_bytes(text, lambda text=text, ids=ids: text(ids, **named))
+        estimated = found.components[key].activations
+        # The estimate is for 512 tokens, and CLIP reads 77.
+        assert measured <= estimated <= 4 * measured * 512 / ids.shape[1]
+        if ids.shape[1] == 512:
+            assert estimated <= 2.5 * measured
 
 
 #: What a preset does to each model on a CUDA device: way, and the peak in GiB.
@@ -215,7 +219,7 @@ PRESETS = {
 }
 
 
-def test_the_presets_on_a_cuda_device(model):
+def test_strategies_and_peaks_on_a_cuda_device(model):
     name, _, found = model
     plans = [
         choose_plan(found, parse_memory_size(word), "cuda")
@@ -225,7 +229,7 @@ def test_the_presets_on_a_cuda_device(model):
     assert all(each.peak + RESERVED_BYTES <= each.budget for each in plans)
 
 
-def test_loading_in_4_bits_spares_streaming_where_it_can(model):
+def test_quantization_is_preferred_to_group_offload(model):
     name, _, found = model
     chosen = choose_plan(found, parse_memory_size("8GB"), "cuda", quantizer=True)
     if name in ("sd35_large", "flux_dev", "flux2_klein", "qwen_image_21", "z_image"):
@@ -239,7 +243,7 @@ def test_loading_in_4_bits_spares_streaming_where_it_can(model):
         assert chosen == choose_plan(found, parse_memory_size("8GB"), "cuda")
 
 
-def test_arithmetic_by_hand():
+def test_estimate_and_choice_by_hand():
     parts = {
         "unet": ComponentSize(
             weights=10 * GIB,
@@ -267,13 +271,13 @@ def test_arithmetic_by_hand():
     with pytest.raises(ConfigError) as caught:
         choose_plan(found, parse_memory_size("2GB"), "cuda")
     # 1 GiB and 6 MiB, and the reserve of 1 GiB: rounded up to a tenth.
-    assert "does not fit into 2 GB: it needs 2.1 GB at least" in str(caught.value)
-    assert 'give memory="2.1GB"' in caught.value.fix
+    assert "does not fit into 2 GB: it needs at least 2.1 GB" in str(caught.value)
+    assert 'set memory="2.1GB"' in caught.value.fix
     assert choose_plan(found, parse_memory_size("2.1GB"), "cuda").strategy == MemoryStrategy(
         "group", vae_tiling=True
     )
     # Without an accelerator: 11 GiB, 1 GiB held, and a layer of 1 MiB.
-    with pytest.raises(ConfigError, match=r"12\.1 GB at least, as there is no accelerator"):
+    with pytest.raises(ConfigError, match=r"12\.1 GB GB, because there is no accelerator"):
         choose_plan(found, parse_memory_size("12GB"), "cpu")
     assert choose_plan(found, parse_memory_size("12.1GB"), "cpu").strategy == MemoryStrategy(
         vae_tiling=True, layerwise_casting=True
@@ -301,7 +305,7 @@ parts_ = st.builds(
     st.sampled_from(["cuda", "cpu"]),
     st.booleans(),
 )
-def test_a_plan_fits_or_the_least_that_is_named_does(parts, cast, tiled, amount, device, bits):
+def test_chosen_plan_fits_or_the_suggested_size_does(parts, cast, tiled, amount, device, bits):
     found = PipelineSizes(
         parts, "unet", int(parts["unet"].weights * cast), int(parts["vae"].activations * tiled)
     )
@@ -326,12 +330,12 @@ def test_a_plan_fits_or_the_least_that_is_named_does(parts, cast, tiled, amount,
 
 
 @pytest.mark.parametrize("word", ["8", "8 gb", "GB", "-8GB", "0GB", "eight GB", "8GiB", 8, None])
-def test_words_that_name_no_amount_are_refused(word):
-    with pytest.raises(ConfigError, match="no amount of memory"):
+def test_invalid_memory_sizes_are_refused(word):
+    with pytest.raises(ConfigError, match="invalid memory size"):
         parse_memory_size(word)
 
 
-def test_an_amount_is_that_of_a_card():
+def test_memory_size_units():
     assert parse_memory_size("12GB") == 12 * GIB and parse_memory_size("1.5 GB") == 3 * GIB // 2
 
 
@@ -355,7 +359,7 @@ def test_the_guide_has_the_plans_of_each_card(model):
     cells = []
     for memory in ("8GB", "12GB", "16GB", "24GB"):
         strategy = choose_plan(sizes, parse_memory_size(memory), "cuda").strategy
-        offload = {"whole": "all", "model": "one model", "group": "layers"}[strategy.offload]
+        offload = {"none": "all", "model": "one model", "group": "layers"}[strategy.offload]
         cells.append("float8" if strategy.layerwise_casting else offload)
     guide = (Path(__file__).parents[2] / "customize/base/README.md").read_text()
     assert f"| {TITLES[name]} | {' | '.join(cells)} |" in guide

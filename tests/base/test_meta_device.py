@@ -23,7 +23,7 @@ from tests.pipeline.test_families import MAKERS
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_an_outline_has_the_sizes_of_the_loaded_pipeline(name, tmp_path):
+def test_meta_device_sizes_match_the_loaded_pipeline(name, tmp_path):
     MAKERS[name]().save_pretrained(tmp_path)
     for file in tmp_path.rglob("*.safetensors"):
         file.unlink()  # configurations are enough
@@ -31,7 +31,7 @@ def test_an_outline_has_the_sizes_of_the_loaded_pipeline(name, tmp_path):
     assert measure_components(load_on_meta_device(tmp_path, torch.bfloat16)) == expected
 
 
-def test_a_plan_and_the_arguments_to_load_it_with(tmp_path):
+def test_memory_plan_and_loading_arguments(tmp_path):
     MAKERS["sd"]().save_pretrained(tmp_path)
     plan, loading = customize.memory_plan("8GB", tmp_path, dtype=torch.float16)
     assert plan.strategy == MemoryStrategy() and plan.budget == 8 * GIB
@@ -42,13 +42,13 @@ def test_a_plan_and_the_arguments_to_load_it_with(tmp_path):
         customize.memory_plan("0.00001GB", tmp_path)
 
 
-def test_a_base_that_draws_videos_is_refused(tmp_path):
+def test_video_base_is_refused(tmp_path):
     MAKERS["wan"]().save_pretrained(tmp_path)
-    with pytest.raises(PipelineError, match="a video needs depends on its frames"):
+    with pytest.raises(PipelineError, match="memory of a video depends on its frames"):
         customize.memory_plan("24GB", tmp_path)
 
 
-def test_a_base_that_is_not_there(tmp_path, monkeypatch):
+def test_missing_base(tmp_path, monkeypatch):
     with pytest.raises(PipelineError, match=r"no model_index\.json"):
         customize.memory_plan("8GB", tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -68,7 +68,7 @@ PARTS = ("transformer", "text_encoder_2")
 
 
 @needs_bits
-def test_each_library_gets_its_own_class_for_4_bits(tmp_path):
+def test_quantization_config_class_per_library(tmp_path):
     MAKERS["flux"]().save_pretrained(tmp_path)
     plan = MemoryPlan(GIB, MemoryStrategy("model", quantize=True), 0, PARTS)
     found = quantization_arguments(
@@ -83,7 +83,7 @@ def test_each_library_gets_its_own_class_for_4_bits(tmp_path):
 
 @needs_bits
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="diffusers quantizes on a GPU")
-def test_a_plan_in_4_bits_loads_and_draws(tmp_path):
+def test_nf4_plan_loads_and_generates(tmp_path):
     MAKERS["flux"]().save_pretrained(tmp_path)
     family = load_on_meta_device(tmp_path, torch.bfloat16)
     whole = measure_components(family).components

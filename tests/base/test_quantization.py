@@ -110,5 +110,5 @@ def test_what_is_not_there_is_named(kind, monkeypatch):
         check_quantizer(kind, CPU)
     monkeypatch.setattr(quantization, "find_spec", lambda name: name)
     check_quantizer(kind, CPU)
-    with pytest.raises(ConfigError, match=f"{LIBRARIES[kind]} is not for the device mps"):
+    with pytest.raises(ConfigError, match=f"{LIBRARIES[kind]} does not support the device mps"):
         check_quantizer(kind, torch.device("mps"))

@@ -136,7 +136,7 @@ def test_half_a_character_in_a_caption(run: Run, world: World, tmp_path: Path) -
     folder = photos(tmp_path / "photos")
     line = '{"file_name": "0.png", "text": "lone \\ud800 <max>"}'
     (folder / "metadata.jsonl").write_text(line)
-    train(run, world, tmp_path, "line 1 gives 0.png half a character", "metadata.jsonl")
+    train(run, world, tmp_path, "line 1 has a lone surrogate for 0.png", "metadata.jsonl")
 
 
 # Settings

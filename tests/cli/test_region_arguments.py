@@ -116,8 +116,8 @@ def test_fuse_attention_memory_and_names(run: Run, world: World, tmp_path: Path)
     named = json.loads((tmp_path / "named" / "0001.json").read_text())["concepts"]
     assert [each["trigger"] for each in named] == ["<ann>", "<tom>"]
     refused(run(*call, "--names", "ann"), "1 names for 2 concepts", "--names")
-    refused(run(*call, "--attention", "natve"), "no attention backend", "did you mean native")
-    refused(run(*call, "--memory", "4"), "no amount of memory", "8GB")
+    refused(run(*call, "--attention", "natve"), "unknown attention backend", "did you mean native")
+    refused(run(*call, "--memory", "4"), "invalid memory size", "8GB")
     plain = ("generate", "--base", world.base, "--prompt", "a dog", *SMALL)
     refused(run(*plain, "--fuse"), "--fuse needs a concept")
 

@@ -1,4 +1,4 @@
-"""Putting a backend into a model's attentions, telling what took effect, and taking it back."""
+"""Application of attention backends to models, reports of the result, and restoration."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import nn
 
 from customize.families import Family
 
-_KEY = "_customize_attention"
+_SETTING_ATTRIBUTE = "_customize_attention"
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What one component is to use.
+    """The backend chosen for one component.
 
     Attributes:
-        backend: diffusers' name of it, or transformers' for a text encoder.
-        error: largest measured error, see
-            :data:`customize.base.attention.backends.ERROR_BOUNDS`; None where nothing was measured.
-        note: why the component keeps its own; empty where it takes the backend.
+        backend: Name in diffusers, or in transformers for a text encoder.
+        error: Largest measured error, see
+            :data:`customize.base.attention.backends.ERROR_BOUNDS`; None if nothing was measured.
+        note: Why the component keeps its current backend; empty if it does not.
     """
 
     backend: str
@@ -33,18 +33,22 @@ class BackendChoice:
 
 @dataclass(frozen=True)
 class BackendReport:
-    """What took effect in one component, at the time of asking.
+    """The backend that a component currently uses.
 
     Attributes:
-        modules: how many of its attentions use the backend.
-        kept: class -> number of the processors that were left alone, being someone's own.
+        component: Name of the component.
+        backend: Name of the backend.
+        modules: Number of attention modules that use the backend.
+        error: As in :class:`BackendChoice`.
+        custom_processors: Class -> number of custom processors, which keep their own backend.
+        note: As in :class:`BackendChoice`.
     """
 
     component: str
     backend: str
     modules: int
     error: float | None
-    kept: Mapping[str, int]
+    custom_processors: Mapping[str, int]
     note: str = ""
 
     def __str__(self) -> str:
@@ -53,18 +57,19 @@ class BackendReport:
             return f"{text} ({self.note})"
         parts = [f"{self.modules} modules"]
         parts += [] if self.error is None else [f"error {self.error:.1g}"]
-        parts += [f"{count} {name} kept" for name, count in self.kept.items()]
+        parts += [f"{count} {name} kept" for name, count in self.custom_processors.items()]
         return f"{text} ({', '.join(parts)})"
 
 
 @dataclass(eq=False)
 class _Setting:
-    """What a model carries while a backend is set: enough to take it back.
+    """State of a model with a backend, from which the previous state can be restored.
 
     Attributes:
-        processors: (module, what it had, what it got).
-        names: (processor, the attributes that it had, the backend that it got).
-        configs: (transformers' config, what it had).
+        choice: The backend.
+        processors: (module, previous processor, new processor).
+        names: (processor, previous attributes, new backend).
+        configs: (transformers config, previous implementation).
     """
 
     choice: BackendChoice
@@ -74,18 +79,20 @@ class _Setting:
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
-    """The modules of a diffusers model that have a processor."""
-    return [each for each in model.modules() if hasattr(each, "set_processor")]
+    """Return the modules of a diffusers model that have an attention processor."""
+    return [module for module in model.modules() if hasattr(module, "set_processor")]
 
 
 @contextmanager
 def apply_backends(family: Family, choices: Mapping[str, BackendChoice]) -> Iterator[None]:
-    """Put the choices in place; after an error within, all is as before.
+    """Apply backends, replacing earlier ones; an error in the body restores the previous state.
 
-    What was set by an earlier call is replaced.
+    Args:
+        family: The pipeline's family.
+        choices: Component -> backend.
     """
     models = {key: family.components[key] for key in choices}
-    before = {key: vars(model).get(_KEY) for key, model in models.items()}
+    before = {key: vars(model).get(_SETTING_ATTRIBUTE) for key, model in models.items()}
     try:
         for key, model in models.items():
             restore_backends(model)
@@ -100,8 +107,8 @@ def apply_backends(family: Family, choices: Mapping[str, BackendChoice]) -> Iter
 
 
 def restore_backends(model: Any) -> None:
-    """Give a model's attentions back what they had; what someone changed since stays."""
-    setting = vars(model).pop(_KEY, None)
+    """Restore a model's attention modules, except those that were changed since."""
+    setting = vars(model).pop(_SETTING_ATTRIBUTE, None)
     if setting is None:
         return
     for module, before, after in setting.processors:
@@ -116,39 +123,39 @@ def restore_backends(model: Any) -> None:
 
 
 def report_backends(components: Mapping[str, Any]) -> list[BackendReport]:
-    """What took effect, component by component; empty where no backend is set."""
-    found = []
-    for key, part in components.items():
-        setting = vars(part).get(_KEY) if isinstance(part, nn.Module) else None
+    """Report the backends in use, for each component with one set by :func:`apply_backends`."""
+    reports = []
+    for key, model in components.items():
+        setting = vars(model).get(_SETTING_ATTRIBUTE) if isinstance(model, nn.Module) else None
         if setting is None:
             continue
-        choice, kept = setting.choice, Counter[str]()
-        # transformers' attentions have no processors, and are known by their names.
-        names = [type(each).__name__ for each in part.modules() if hasattr(each, "config")]
+        choice, custom = setting.choice, Counter[str]()
+        # transformers' attention modules have no processors; their class names identify them.
+        names = [type(module).__name__ for module in model.modules() if hasattr(module, "config")]
         count = sum(name.endswith("Attention") for name in names)
-        for module in attention_modules(part):
+        for module in attention_modules(model):
             if _uses(module, choice.backend):
                 count += 1
             else:
-                kept[type(module.processor).__name__] += 1
-        found.append(
-            BackendReport(key, choice.backend, count, choice.error, dict(kept), choice.note)
+                custom[type(module.processor).__name__] += 1
+        reports.append(
+            BackendReport(key, choice.backend, count, choice.error, dict(custom), choice.note)
         )
-    return found
+    return reports
 
 
 def _apply(model: Any, choice: BackendChoice) -> None:
     setting = _Setting(choice)
-    setattr(model, _KEY, setting)  # first, so that a failure below can be undone
+    setattr(model, _SETTING_ATTRIBUTE, setting)  # first, so that a failure below can be reverted
     if not hasattr(model, "set_attn_implementation"):
         if not choice.note:
             _apply_to_processors(model, setting)
     elif model.config._attn_implementation != choice.backend:
         from transformers import PreTrainedModel
 
-        parts = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
-        # Outermost first: setting one sets those within, which then get their own back.
-        setting.configs = [(each.config, each.config._attn_implementation) for each in parts]
+        nested = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        # Outermost first: setting a config sets nested ones, which are then restored themselves.
+        setting.configs = [(part.config, part.config._attn_implementation) for part in nested]
         model.set_attn_implementation(choice.backend)
 
 
@@ -162,17 +169,17 @@ def _apply_to_processors(model: Any, setting: _Setting) -> None:
         if hasattr(processor, "_attention_backend"):
             if id(processor) not in seen:  # several modules may share one
                 seen.add(id(processor))
-                own = {k: v for k, v in vars(processor).items() if k == "_attention_backend"}
-                setting.names.append((processor, own, backend))
+                before = {k: v for k, v in vars(processor).items() if k == "_attention_backend"}
+                setting.names.append((processor, before, backend))
                 processor._attention_backend = backend
         elif not _uses(module, backend.value):
-            other = _stock()[type(processor)][backend.value]()
-            setting.processors.append((module, processor, other))
-            module.set_processor(other)
+            replacement = _builtin_processors()[type(processor)][backend.value]()
+            setting.processors.append((module, processor, replacement))
+            module.set_processor(replacement)
 
 
-def _stock() -> dict[type, dict[str, type]]:
-    """diffusers' own processors that may be replaced -> backend -> what does the same by it."""
+def _builtin_processors() -> dict[type, dict[str, type]]:
+    """Return diffusers' replaceable processor -> backend -> equivalent processor."""
     from diffusers.models import attention_processor as processors
 
     plain = {"native": processors.AttnProcessor2_0, "xformers": processors.XFormersAttnProcessor}
@@ -180,38 +187,40 @@ def _stock() -> dict[type, dict[str, type]]:
         "native": processors.JointAttnProcessor2_0,
         "xformers": processors.XFormersJointAttnProcessor,
     }
-    # These have torch's alone, each its own: what xFormers has would leave out the rotation.
-    alone = [
+    # Only torch's attention: diffusers' xFormers processors would omit the rotary embedding.
+    native_only = [
         {"native": processors.CogVideoXAttnProcessor2_0},
         {"native": processors.FusedCogVideoXAttnProcessor2_0},
     ]
     sliced = {processors.AttnProcessor: plain, processors.SlicedAttnProcessor: plain}
-    return {each: kinds for kinds in (plain, joint, *alone) for each in kinds.values()} | sliced
+    groups = (plain, joint, *native_only)
+    return {processor: group for group in groups for processor in group.values()} | sliced
 
 
 def is_processor_replaceable(module: Any) -> bool:
-    """Whether an attention's backend may be set: all but processors of someone's own."""
+    """Whether a module's backend can be set, which is not the case for custom processors."""
     if hasattr(module.processor, "_attention_backend"):
         return True
-    # AttnProcessor2_0 divides by sqrt(width) whatever the module says.
-    return type(module.processor) in _stock() and getattr(module, "scale_qk", True)
+    # AttnProcessor2_0 scales by 1 / sqrt(width) even if the module has scale_qk=False.
+    return type(module.processor) in _builtin_processors() and getattr(module, "scale_qk", True)
 
 
 def _uses(module: Any, backend: str) -> bool:
     processor = module.processor
     if hasattr(processor, "_attention_backend"):
         return processor._attention_backend == backend
-    return type(processor) is _stock().get(type(processor), {}).get(backend)
+    return type(processor) is _builtin_processors().get(type(processor), {}).get(backend)
 
 
 def supports_backend(module: Any, backend: str) -> bool:
-    """Whether there is a way to give an open attention this backend."""
+    """Whether a module with a replaceable processor supports a backend."""
     processor = module.processor
     if hasattr(processor, "_attention_backend"):
         return True
-    return backend in _stock()[type(processor)]
+    return backend in _builtin_processors()[type(processor)]
 
 
 def uses_dispatcher(model: nn.Module) -> bool:
-    """Whether any of a model's attentions goes through diffusers' dispatcher."""
-    return any(hasattr(each.processor, "_attention_backend") for each in attention_modules(model))
+    """Whether any attention module of a model uses diffusers' dispatcher."""
+    modules = attention_modules(model)
+    return any(hasattr(module.processor, "_attention_backend") for module in modules)

@@ -1,4 +1,4 @@
-"""Which backend each component of a model is to use."""
+"""Selection of the attention backend of each component."""
 
 from __future__ import annotations
 
@@ -34,28 +34,29 @@ from customize.families.pipeline_components import class_name
 from customize.near_names import suggest_names
 from customize.text import quote
 
-#: What "auto" chooses from on a CUDA device. Elsewhere torch's own is all there is to choose.
+#: Backends that "auto" chooses from on a CUDA device; on other devices it takes "native".
 CANDIDATES = ("native", "_native_cudnn", "xformers", "flash", "_flash_3")
 
-#: The sequence that candidates are timed on: the tokens of a 1024 x 1024 picture in a transformer.
+#: Sequence length for timing: the tokens of a 1024 x 1024 image in a transformer.
 TIMED_TOKENS = 4096
 
 
 def choose_backends(family: Family, backend: str, device: torch.device) -> dict[str, BackendChoice]:
-    """What each component is to use. Nothing changes.
+    """Choose the backends of denoisers, autoencoder and text encoders, without applying them.
 
     Args:
-        backend: "auto", "native" (or "sdpa", the same), or another of diffusers' names.
-        device: where the models compute.
+        family: The pipeline's family.
+        backend: "auto", "native" (or its alias "sdpa"), or another name in diffusers.
+        device: The device that the models run on.
 
     Returns:
-        component -> choice, for denoisers, the autoencoder and what reads prompts.
+        Component -> choice.
 
     Raises:
-        ConfigError: no such backend.
-        PipelineError: a denoiser cannot use it here, or it computes something else there.
+        ConfigError: The backend is unknown.
+        PipelineError: A denoiser cannot use the backend, or its error is too large.
     """
-    name = _known(backend)
+    name = _resolve_name(backend)
     names = [name]
     if name == "auto":
         names = list(CANDIDATES) if device.type == "cuda" else ["native"]
@@ -63,77 +64,81 @@ def choose_backends(family: Family, backend: str, device: torch.device) -> dict[
     vae = family.components.get("vae")
     for key, model in {**family.denoisers, "vae": vae, **family.all_text_encoders}.items():
         if hasattr(model, "set_attn_implementation"):
-            choices[key] = _of_text_encoder(key, model, "native" in names, device)
+            choices[key] = _choose_for_text_encoder(key, model, "native" in names, device)
         elif isinstance(model, nn.Module) and attention_modules(model):
             mask = None if key == "vae" else family.attention_mask
             try:
-                choices[key] = _best(key, model, names, device, mask)
-            except PipelineError as problem:
-                # "auto" leaves processors of someone's own alone; what is named must be used.
-                if key in family.denoisers and (name != "auto" or _openings(model)):
+                choices[key] = _choose_fastest(key, model, names, device, mask)
+            except PipelineError as error:
+                # "auto" keeps custom processors; a named backend must be usable.
+                if key in family.denoisers and (name != "auto" or _replaceable_modules(model)):
                     raise
-                choices[key] = BackendChoice("as it was", note=problem.problem)
+                choices[key] = BackendChoice("unchanged", note=error.problem)
     return choices
 
 
-def _known(backend: str) -> str:
+def _resolve_name(backend: str) -> str:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    known = ["auto", *(each.value for each in AttentionBackendName)]
+    known = ["auto", *(member.value for member in AttentionBackendName)]
     name = "native" if backend == "sdpa" else backend
     if name not in known:
         raise ConfigError(
-            f"{quote(backend)} is no attention backend",
+            f"unknown attention backend {quote(backend)}",
             where="attention",
             fix=suggest_names(backend, known),
         )
     return name
 
 
-def _of_text_encoder(key: str, encoder: Any, plain: bool, device: torch.device) -> BackendChoice:
-    """torch's attention where that is asked for and the model can change to it; else its own."""
-    own = encoder.config._attn_implementation
-    if not plain or own == "sdpa":
-        return BackendChoice(own)
+def _choose_for_text_encoder(
+    key: str, encoder: Any, use_native: bool, device: torch.device
+) -> BackendChoice:
+    """Choose torch's attention if requested and supported, otherwise the current implementation."""
+    current = encoder.config._attn_implementation
+    if not use_native or current == "sdpa":
+        return BackendChoice(current)
     if not (encoder._supports_sdpa and encoder._can_set_attn_implementation()):
-        return BackendChoice(own, note=f"{class_name(encoder)} has no other")
-    found = _checked(key, encoder, "native", _text_heads(encoder.config), device, "boolean")
-    return BackendChoice("sdpa", found)
+        return BackendChoice(current, note=f"{class_name(encoder)} has no other implementation")
+    heads = _text_head_shape(encoder.config)
+    return BackendChoice("sdpa", _check_error(key, encoder, "native", heads, device, "boolean"))
 
 
-def _text_heads(config: Any) -> HeadShape:
+def _text_head_shape(config: Any) -> HeadShape:
     text = config.get_text_config()
     count = text.num_attention_heads
-    # T5 and some LLMs have heads of another width than their share of the model's.
-    own = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
-    return HeadShape(count, own or text.hidden_size // count)
+    # The heads of T5 and some LLMs have another width than hidden_size / heads.
+    width = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
+    return HeadShape(count, width or text.hidden_size // count)
 
 
-def _best(
+def _choose_fastest(
     key: str, model: Any, names: list[str], device: torch.device, mask: MaskKind | None
 ) -> BackendChoice:
-    """The fastest of several backends that are right, or the one that is asked for.
+    """Choose the fastest of the backends whose error is within bounds.
 
     Raises:
-        PipelineError: none is right, or no attention's may be set.
+        PipelineError: No backend is, or all attention processors are custom.
     """
-    shapes = sorted({_heads(each) for each in _openings(model)})
+    shapes = sorted({_head_shape(module) for module in _replaceable_modules(model)})
     if not shapes:
         raise PipelineError(
-            f"all attention processors of {class_name(model)} are someone's own",
+            f"all attention processors of {class_name(model)} are custom",
             where=key,
-            fix="give it diffusers' own with set_attn_processor, or leave attention out",
+            fix="set diffusers' processors with set_attn_processor, or leave attention out",
         )
-    right, problem = {}, PipelineError("no backend")
+    errors, problem = {}, PipelineError("no backend")
     for name in names:
         try:
-            right[name] = max(_checked(key, model, name, heads, device, mask) for heads in shapes)
-        except PipelineError as refused:
-            problem = refused
-    if not right:
+            errors[name] = max(
+                _check_error(key, model, name, heads, device, mask) for heads in shapes
+            )
+        except PipelineError as error:
+            problem = error
+    if not errors:
         raise problem
-    name = next(iter(right))
-    if len(right) > 1:
+    name = next(iter(errors))
+    if len(errors) > 1:
         name = select_fastest(
             {
                 name: sum(
@@ -142,13 +147,13 @@ def _best(
                     )
                     for heads in shapes
                 )
-                for name in right
+                for name in errors
             }
         )
-    return BackendChoice(name, right[name])
+    return BackendChoice(name, errors[name])
 
 
-def _checked(
+def _check_error(
     key: str,
     model: nn.Module,
     name: str,
@@ -156,53 +161,53 @@ def _checked(
     device: torch.device,
     mask: MaskKind | None,
 ) -> float:
-    """The error of a backend that may be used.
+    """Check that a backend works, and return its error.
 
     Raises:
-        PipelineError: it may not; what is missing, how to get it, and what works here.
+        PipelineError: It does not work; the fix has what to install and the backends that work.
     """
     dtype: Any = model.dtype
-    works = f"here these work: {', '.join(_plain_choices(model, device))}"
+    works = f"available are {', '.join(_list_builtin_backends(model, device))}"
     problem, fix = find_unmet_requirement(name, heads, device, dtype), works
-    if problem is None and not all(supports_backend(each, name) for each in _openings(model)):
+    if problem is None and not all(supports_backend(m, name) for m in _replaceable_modules(model)):
         problem = (
-            f"the attention of {class_name(model)} does not go through diffusers' dispatcher, and "
-            f"without it there is no {name} for this kind of attention"
+            f"the attention of {class_name(model)} does not use diffusers' dispatcher, and "
+            f"diffusers has no {name} processor for it"
         )
-    found = math.nan
+    measured = math.nan
     if problem is None:
         try:
-            found = measure_error(name, heads, device, dtype, mask)
-        except Exception as failed:  # whatever a foreign kernel raises
+            measured = measure_error(name, heads, device, dtype, mask)
+        except Exception as error:  # kernels raise any exception
             package = REQUIREMENTS[name].package if name in REQUIREMENTS else ""
-            problem = f"the attention backend {name} fails here: {failed}"
+            problem = f"the attention backend {name} fails: {error}"
             fix = f"install it (pip install {package}); {works}" if package else works
         else:
             bound = QUANTIZED_BOUND if QUANTIZED_PREFIX in name else ERROR_BOUNDS[dtype]
-            if found > bound:
+            if measured > bound:
                 problem = (
-                    f"the attention backend {name} computes something else with {heads.number} "
-                    f"heads of width {heads.width}{' and a mask' if mask else ''}: its error is "
-                    f"{found:.2g}, and rounding explains {bound:.2g}"
+                    f"the attention backend {name} is wrong with {heads.number} heads of width "
+                    f"{heads.width}{' and a mask' if mask else ''}: its relative error is "
+                    f"{measured:.2g}, above the bound {bound:.2g}"
                 )
     if problem is not None:
         raise PipelineError(problem, where=key, fix=fix)
-    return found
+    return measured
 
 
-def _plain_choices(model: nn.Module, device: torch.device) -> list[str]:
-    """Backends that need nothing installed."""
-    found = ["auto", "native"]
+def _list_builtin_backends(model: nn.Module, device: torch.device) -> list[str]:
+    """List the backends that need no additional package."""
+    names = ["auto", "native"]
     if uses_dispatcher(model):
-        found += ["_native_math", "flex"] + ["_native_cudnn"] * (device.type == "cuda")
-    return found
+        names += ["_native_math", "flex"] + ["_native_cudnn"] * (device.type == "cuda")
+    return names
 
 
-def _openings(model: nn.Module) -> list[Any]:
-    return [each for each in attention_modules(model) if is_processor_replaceable(each)]
+def _replaceable_modules(model: nn.Module) -> list[Any]:
+    return [module for module in attention_modules(model) if is_processor_replaceable(module)]
 
 
-def _heads(module: Any) -> HeadShape:
-    if hasattr(module, "num_heads"):  # as LLMs name them: Krea 2
+def _head_shape(module: Any) -> HeadShape:
+    if hasattr(module, "num_heads"):  # Krea 2 uses the names of LLMs
         return HeadShape(module.num_heads, module.head_dim)
     return HeadShape(module.heads, module.inner_dim // module.heads)

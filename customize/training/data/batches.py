@@ -1,7 +1,7 @@
-"""What is drawn at random at each step, as pure functions of (seed, step, process).
+"""Random numbers of each training step, as pure functions of (seed, step, process).
 
-No random stream runs through the run: each step seeds its own. So a resumed run draws what an
-uninterrupted one would have, and whatever else draws in between changes nothing.
+Each step seeds its own generators, so that a resumed run draws the same numbers as an uninterrupted
+one, and other random draws have no effect.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from customize.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class BatchChoice:
-    """Which pictures one process sees at one step.
+    """The images of one process at one step.
 
     Attributes:
-        pictures: numbers of pictures, as many as the batch.
-        mirrored: for each, whether it is mirrored left to right.
-        silent: for each, whether its caption is left empty.
+        pictures: Indices of the images in the batch.
+        mirrored: Whether each image is mirrored horizontally.
+        silent: Whether each caption is dropped.
     """
 
     pictures: list[int]
@@ -35,11 +35,12 @@ class BatchChoice:
 
 @dataclass(frozen=True, eq=False)
 class BatchNoise:
-    """The random numbers of one batch, on the device.
+    """The random numbers of one batch, on the device, in float32.
 
     Attributes:
-        latents: (batch, channels, height, width), the draw from the autoencoder's distribution.
-        noise: the same shape, what is mixed in.
+        latents: (batch, channels, height, width), Gaussian, for sampling from the autoencoder's
+            distribution.
+        noise: The same shape, the noise added to the latents.
         u: (batch,), in (0, 1), the noise levels.
     """
 
@@ -49,7 +50,7 @@ class BatchNoise:
 
 
 def stream_seed(*parts: int | str) -> int:
-    """A 32-bit seed for the stream of these names and numbers."""
+    """Return a 32-bit seed for a random stream identified by names and numbers."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "little")
 
@@ -66,36 +67,38 @@ def choose_images(
     groups: Sequence[Hashable] | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> BatchChoice:
-    """The ``turn``-th batch of ``size`` pictures from ``count``.
+    """Choose the ``turn``-th batch of ``size`` images from ``count``.
 
-    Each picture comes once before any comes again; the order of every pass is another. In groups,
-    that holds within each, and over ``count`` turns all pictures come equally often.
+    Each pass over the images has its own random order. With groups, each group has its own passes,
+    and over ``count`` turns all images are chosen equally often.
 
-    Where several share the batches, part (k, n) is what the k-th of n gets: the places of all
-    batches, one after another, go round among them, and so do whole batches where there are groups.
-    So each gets as many places as any other, or one more; of a batch of two, two get one each.
+    If several concepts share the batches, the slots of consecutive batches are assigned to them in
+    turn; with groups, whole batches are. The numbers of slots differ by at most one.
 
     Args:
-        turn: counts the batches of all processes and accumulations from the start of the run.
-        flip: mirror half of the draws.
-        dropout: share of captions left empty.
-        stream: such as "concept"; streams of other names are independent.
-        groups: of each picture, such as its size; a batch is of one group. None: all are of one.
-        part: whose places, and among how many; (0, 1) for all.
+        seed: Seed of the run.
+        turn: Index of the batch over all processes and accumulations of the run.
+        size: Batch size.
+        count: Number of images.
+        flip: Mirror each image with probability 0.5.
+        dropout: Probability of an empty caption.
+        stream: Name of the random stream, such as "concept"; streams are independent.
+        groups: Group of each image, such as its size; a batch has one group. None: no groups.
+        part: Index of the concept, and number of concepts that share the batches.
     """
-    mine, among = part
+    concept, concepts = part
     if groups is None:
-        places = range(turn * size, (turn + 1) * size)
-        positions = [place // among for place in places if place % among == mine]
-        pictures = [_order(seed, at // count, count, stream)[at % count] for at in positions]
-    elif turn % among == mine:
-        pictures = _of_one_group(seed, turn // among, size, groups, stream)
+        slots = range(turn * size, (turn + 1) * size)
+        positions = [slot // concepts for slot in slots if slot % concepts == concept]
+        pictures = [_order(seed, i // count, count, stream)[i % count] for i in positions]
+    elif turn % concepts == concept:
+        pictures = _choose_from_group(seed, turn // concepts, size, groups, stream)
     else:
         pictures = []
     size = len(pictures)
     if not flip and not dropout:
-        nothing = [False] * size
-        return BatchChoice(pictures, nothing, nothing)
+        disabled = [False] * size
+        return BatchChoice(pictures, disabled, disabled)
     generator = Generator().manual_seed(stream_seed(seed, turn, stream))
     draws: list[list[float]] = torch.rand(2, size, generator=generator).tolist()
     return BatchChoice(
@@ -108,14 +111,14 @@ def choose_images(
 def draw_noise(
     generator: Generator, seed: int, shape: Sequence[int], density: str, offset: float
 ) -> BatchNoise:
-    """The random numbers of a batch, drawn on the generator's device.
+    """Draw the random numbers of a batch on the generator's device.
 
     Args:
-        generator: seeded anew here.
-        seed: of this batch, from :func:`stream_seed`.
-        shape: of the batch's latents.
-        density: a name in :data:`customize.core.objectives.FLOW_DENSITIES`.
-        offset: strength of offset noise, 0 for none.
+        generator: A generator, which is seeded by this function.
+        seed: Seed of the batch, from :func:`stream_seed`.
+        shape: Shape of the batch's latents, (batch, channels, height, width).
+        density: A name in :data:`customize.core.objectives.FLOW_DENSITIES`.
+        offset: Strength of offset noise, from 0 (off).
     """
     generator.manual_seed(seed)
     device = generator.device
@@ -132,22 +135,25 @@ def _order(seed: int, epoch: int, count: int, stream: str) -> tuple[int, ...]:
     return tuple(torch.randperm(count, generator=generator).tolist())
 
 
-def _of_one_group(
+def _choose_from_group(
     seed: int, turn: int, size: int, groups: Sequence[Hashable], stream: str
 ) -> list[int]:
-    """Every picture gives its group a turn in each pass; a group's batches follow one another
-    through its own pictures, in the orders that they have among all."""
+    """Choose a batch of one group.
+
+    In each pass every image gives its group one batch. The batches of a group run through its
+    images in the order that they have among all images.
+    """
     count = len(groups)
-    epoch, place = divmod(turn, count)
+    epoch, position = divmod(turn, count)
     turns = _order(seed, epoch, count, f"{stream} groups")
-    group = groups[turns[place]]
-    own = sum(each == group for each in groups)
-    earlier = epoch * own + sum(groups[number] == group for number in turns[:place])
-    found: list[int] = []
-    for at in range(earlier * size, (earlier + 1) * size):
-        order = _order(seed, at // own, count, stream)
-        found.append([number for number in order if groups[number] == group][at % own])
-    return found
+    group = groups[turns[position]]
+    group_size = sum(other == group for other in groups)
+    earlier = epoch * group_size + sum(groups[index] == group for index in turns[:position])
+    chosen: list[int] = []
+    for i in range(earlier * size, (earlier + 1) * size):
+        order = _order(seed, i // group_size, count, stream)
+        chosen.append([index for index in order if groups[index] == group][i % group_size])
+    return chosen
 
 
 def compose_batch(
@@ -158,34 +164,39 @@ def compose_batch(
     turn: int,
     sizes: Sequence[Hashable] = (),
 ) -> tuple[list[int], list[bool], list[str]]:
-    """Picture numbers, mirroring and captions of a batch: the concepts' half, then the classes'.
+    """Compose a batch of concept images, followed by as many class images.
 
-    Several concepts share each half as :func:`choose_images` says, and so do their classes.
+    Several concepts share each half of the batch; see :func:`choose_images`.
 
     Args:
-        texts: the caption of each picture.
-        concepts: the numbers of each concept's pictures.
-        classes: the numbers of the class pictures of each concept; none where there are none.
-        sizes: of each picture, where they are in buckets: each half is of one.
+        config: Settings of the run.
+        texts: Caption of each image.
+        concepts: Range of image indices of each concept.
+        classes: Range of class image indices of each concept; empty without class images.
+        turn: Index of the batch.
+        sizes: Bucket of each image, if buckets are used; each half of a batch has one bucket.
+
+    Returns:
+        Image indices, whether each image is mirrored, and captions.
     """
     chosen: list[int] = []
     mirrored: list[bool] = []
     silent: list[bool] = []
     for half, shared in (("concept", concepts), ("class", classes)):
-        for number, own in enumerate(shared):
-            found = choose_images(
+        for index, numbers in enumerate(shared):
+            choice = choose_images(
                 config.seed,
                 turn,
                 config.batch_size,
-                len(own),
+                len(numbers),
                 flip=config.flip,
                 dropout=config.caption_dropout,
-                stream=f"{half} {number}" if number else half,
-                groups=sizes[own.start : own.stop] if config.buckets else None,
-                part=(number, len(shared)),
+                stream=f"{half} {index}" if index else half,
+                groups=sizes[numbers.start : numbers.stop] if config.buckets else None,
+                part=(index, len(shared)),
             )
-            chosen += [own.start + picture for picture in found.pictures]
-            mirrored += found.mirrored
-            silent += found.silent
+            chosen += [numbers.start + picture for picture in choice.pictures]
+            mirrored += choice.mirrored
+            silent += choice.silent
     captions = ["" if s else texts[i] for i, s in zip(chosen, silent, strict=True)]
     return chosen, mirrored, captions

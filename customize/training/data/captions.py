@@ -1,4 +1,4 @@
-"""The captions of training pictures: a text file beside each, a metadata file, or a template."""
+"""Captions of training images from text files, metadata files or a template."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from customize.training.field_values import contains_trigger
 
 _COLUMNS = ("file_name", "text")
 _ENCODINGS = {
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark this one begins with
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose BOM is a prefix of this one
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# Words after which a thing's name has an article: "a photo of a dog", but "a photo of my dog".
-_BEFORE_ARTICLE = (
+# Words after which a class word needs an article: "a photo of a dog", but "a photo of my dog".
+_WORDS_BEFORE_ARTICLE = (
     *("of", "and", "or", "with", "without", "in", "on", "at", "by", "near", "beside", "behind"),
     *("under", "over", "from", "to", "for", "like", "as", "is", "between", "than", "versus"),
 )
@@ -38,12 +38,12 @@ _BEFORE_ARTICLE = (
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """The captions of some pictures.
+    """Captions of images.
 
     Attributes:
-        texts: picture -> one line of text.
-        templated: the pictures whose caption is the template.
-        unused: caption files that were not read, with the reason, in words.
+        texts: Image -> one line of text.
+        templated: Images whose caption is from the template.
+        unused: Ignored caption files, with the reason.
     """
 
     texts: dict[Path, str]
@@ -59,19 +59,21 @@ def read_captions(
     trigger: str | None,
     forbidden: Sequence[str],
 ) -> CaptionSet:
-    """Read the captions of pictures.
+    """Read the captions of images.
 
-    Of several files for one picture, those whose name is exactly the picture's come first, then
-    .txt before .caption, then metadata.jsonl and metadata.csv, then the template.
+    The order of precedence is: files with exactly the image's name, .txt files, .caption files,
+    metadata.jsonl, metadata.csv, the template.
 
     Args:
-        paths: those to caption, of the pictures in the folder.
-        template, trigger, forbidden: see
-            :func:`customize.training.data.dataset.read_training_images`.
+        folder: The image folder.
+        paths: The images to caption.
+        template: Caption template with {} for the trigger, or None.
+        trigger: Word that captions must contain, or None.
+        forbidden: Words that captions must not contain.
 
     Raises:
-        DataError: a caption is missing, ambiguous or unreadable, lacks the trigger or has what is
-            forbidden.
+        DataError: A caption is missing, ambiguous or unreadable, lacks the trigger or contains a
+            forbidden word.
     """
     beside, unmatched = match_by_name(folder.captions, folder.images)
     unused = [f"{file.name} (no picture of that name)" for file in unmatched]
@@ -93,24 +95,24 @@ def read_captions(
     for path in paths:
         text = listed.get(path.name)
         if path in beside:
-            own, more = _own_text(path, beside[path])
-            unused += more
-            if text is not None and _differ(text, own):
+            caption, ignored = _read_caption_files(path, beside[path])
+            unused += ignored
+            if text is not None and _differ(text, caption):
                 unused.append(f"the metadata of {path.name} ({path.stem}.txt or .caption is used)")
-            text = own
+            text = caption
         if text is None and template is not None:
             text = template.replace("{}", trigger or "")
             result.templated.add(path)
         result.texts[path] = "" if text is None else " ".join(text.split())
-    _check(folder.path, result.texts, trigger, forbidden)
+    _check_captions(folder.path, result.texts, trigger, forbidden)
     return result
 
 
-def _own_text(picture: Path, files: Sequence[Path]) -> tuple[str, list[str]]:
-    """A picture's caption from the files beside it, and those of other text, in words.
+def _read_caption_files(picture: Path, files: Sequence[Path]) -> tuple[str, list[str]]:
+    """Read an image's caption from its files; also return the ignored files with the reason.
 
     Raises:
-        DataError: one cannot be read, or there are two that nothing puts into an order.
+        DataError: A file is unreadable, or two files of the same precedence differ.
     """
 
     def rank(file: Path) -> tuple[bool, bool, bool]:
@@ -133,7 +135,7 @@ def _own_text(picture: Path, files: Sequence[Path]) -> tuple[str, list[str]]:
     return texts[0], [f"{other.name} ({files[0].name} is used)" for other in others]
 
 
-def _check(
+def _check_captions(
     folder: Path, captions: dict[Path, str], trigger: str | None, forbidden: Sequence[str]
 ) -> None:
     empty = [path.name for path, text in captions.items() if not text]
@@ -142,7 +144,7 @@ def _check(
             f"{count_images(empty)} no caption: {join_names(empty)}",
             where=folder,
             fix="put a .txt file with text beside each, list them in metadata.jsonl or "
-            "metadata.csv, or give a caption template",
+            "metadata.csv, or set a caption template",
         )
     lacking = [
         p.name for p, text in captions.items() if trigger and not contains_trigger(text, trigger)
@@ -155,11 +157,11 @@ def _check(
             fix=f"write {trigger} where the subject is named, as in 'a photo of {trigger}'",
         )
     for word in forbidden:
-        having = [path.name for path, text in captions.items() if contains_trigger(text, word)]
-        if not having:
+        names = [path.name for path, text in captions.items() if contains_trigger(text, word)]
+        if not names:
             continue
         raise DataError(
-            f"{count_images(having)} a caption with the trigger {word}: {join_names(having)}",
+            f"{count_images(names)} a caption with the trigger {word}: {join_names(names)}",
             where=folder,
             fix="name the class there; class pictures show it without the concept",
         )
@@ -170,29 +172,28 @@ def _differ(a: str, b: str) -> bool:
 
 
 def replace_trigger(text: str, trigger: str, class_word: str) -> str:
-    """A text with the class word in the trigger's place: what it says to who doesn't know the
-    concept.
+    """Replace the trigger in a text with the class word.
 
-    "a photo of <rex>" becomes "a photo of a dog". Where the class word follows the trigger already
-    the trigger goes: "a photo of a <rex> dog" becomes the same.
+    "a photo of <rex>" becomes "a photo of a dog". If the class word follows the trigger, the
+    trigger is removed: "a photo of a <rex> dog" becomes the same.
     """
-    named = rf"(?P<doubled>\s+{re.escape(class_word)}\b)?"
-    pattern = re.compile(re.escape(trigger) + named, re.IGNORECASE)
+    doubled = rf"(?P<doubled>\s+{re.escape(class_word)}\b)?"
+    pattern = re.compile(re.escape(trigger) + doubled, re.IGNORECASE)
 
-    def replaced(match: re.Match[str]) -> str:
+    def replace(match: re.Match[str]) -> str:
         before = match.string[: match.start()].split()
-        bare = not before or before[-1].lower().rstrip() in _BEFORE_ARTICLE
-        bare = bare or before[-1][-1] in ",.:;!?-"
-        return f"a {class_word}" if bare else class_word
+        needs_article = not before or before[-1].lower().rstrip() in _WORDS_BEFORE_ARTICLE
+        needs_article = needs_article or before[-1][-1] in ",.:;!?-"
+        return f"a {class_word}" if needs_article else class_word
 
-    return pattern.sub(replaced, text)
+    return pattern.sub(replace, text)
 
 
 def _read_metadata(path: Path, pictures: set[str]) -> dict[str, str] | None:
-    """Captions by file name; None for a table without captions.
+    """Read file name -> caption; None for a table without caption columns.
 
     Raises:
-        DataError: a row is malformed, names no picture or names one again.
+        DataError: A row is malformed, or names an unknown or repeated image.
     """
     captions: dict[str, str] = {}
     rows = _json_rows(path) if path.suffix == ".jsonl" else _csv_rows(path)
@@ -203,16 +204,16 @@ def _read_metadata(path: Path, pictures: set[str]) -> dict[str, str] | None:
             if name in captions:
                 problem = f"lists {name} again"
             elif name not in pictures:
-                problem = f"names {name}, which is no picture in the folder"
+                problem = f"names {name}, which is not a picture in the folder"
             elif not _is_text(text):
-                problem = f"gives {name} half a character, an escape from \\ud800 to \\udfff"
+                problem = f"has a lone surrogate for {name}, an escape from \\ud800 to \\udfff"
         if problem:
             raise DataError(f"line {number} {problem}", where=path, fix="correct the line")
         captions[name] = text
     return captions
 
 
-# Line number, file name, text, and what is wrong with the line.
+# Line number, file name, text, and the problem with the line.
 _Row = tuple[int, str, str, str | None]
 
 
@@ -232,8 +233,11 @@ def _json_rows(path: Path) -> Iterator[_Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[_Row] | None:
-    """The rows below the header of a table with commas, semicolons or tabs between the columns;
-    None where it lacks the columns."""
+    """Read the rows of a table separated by commas, semicolons or tabs.
+
+    Returns:
+        The rows below the header; None if the header lacks the columns.
+    """
     lines = _read_text(path).split("\n")
     for delimiter in ",;\t":
         header = next(csv.reader(lines[:1], delimiter=delimiter), [])
@@ -244,9 +248,9 @@ def _csv_rows(path: Path) -> Iterator[_Row] | None:
 
 
 def _csv_cells(lines: Sequence[str], columns: Sequence[str], delimiter: str) -> Iterator[_Row]:
-    # With their ends: a text in quotes may have several lines.
+    # With line ends, because quoted text may have several lines.
     reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
-    at = [columns.index(column) for column in _COLUMNS]
+    indices = [columns.index(column) for column in _COLUMNS]
     try:
         next(reader)
         for row in reader:
@@ -259,13 +263,13 @@ def _csv_cells(lines: Sequence[str], columns: Sequence[str], delimiter: str) -> 
                     f"{'tab' if delimiter == chr(9) else repr(delimiter)} in it needs quotes"
                 )
                 row += [""] * len(columns)
-            yield reader.line_num, row[at[0]].strip(), row[at[1]], problem
+            yield reader.line_num, row[indices[0]].strip(), row[indices[1]], problem
     except csv.Error as error:
         yield reader.line_num, "", "", f"is not valid CSV: {error}"
 
 
 def _is_text(text: str) -> bool:
-    """Whether a string from JSON can be written; escapes there may be halves of characters."""
+    """Whether a string from JSON is valid Unicode, without lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -274,11 +278,11 @@ def _is_text(text: str) -> bool:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in what its byte order mark says."""
+    """Read a text file in UTF-8, or in the encoding of its byte order mark."""
     try:
         data = read_bytes(path, MAX_TABLE_BYTES)
-        named = (name for mark, name in _ENCODINGS.items() if data.startswith(mark))
-        text = data.decode(next(named, "utf-8-sig"))
+        encodings = (name for mark, name in _ENCODINGS.items() if data.startswith(mark))
+        text = data.decode(next(encodings, "utf-8-sig"))
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(

@@ -1,8 +1,8 @@
-"""Training pictures with their captions and masks, checked before any model is loaded.
+"""Training images with captions and masks, validated before a model is loaded.
 
-Pictures are the JPEG, PNG and WebP files directly in a folder, and HEIC and AVIF files where these
-can be read; see :mod:`customize.training.data.image_folder`. Each becomes upright 8-bit sRGB; what
-cannot be read as that is refused by name, so that nothing is dropped silently.
+Images are the JPEG, PNG and WebP files of a folder without its subfolders, and HEIC and AVIF files
+if supported; see :mod:`customize.training.data.image_folder`. They are converted to upright 8-bit
+sRGB. An unreadable image raises an error.
 """
 
 from __future__ import annotations
@@ -31,15 +31,19 @@ from customize.training.data.image_folder import (
     warn_ignored,
 )
 
-_STRIP = 256  # rows
+_HASHED_ROWS = 256  # at a time
 
-#: (width, height) in pixels, as PIL has it.
+#: (width, height) in pixels, as in PIL.
 Size = tuple[int, int]
 
 
 class ImageAndMask(NamedTuple):
-    """A picture, mode RGB (8 bits, sRGB), and its mask of the same size, mode L, 255 where it is
-    learned; None: all of it is."""
+    """An image and its mask.
+
+    Attributes:
+        image: Mode RGB, 8-bit sRGB.
+        mask: Mode L, of the same size, 255 for trained pixels; None: all pixels are trained.
+    """
 
     image: Image.Image
     mask: Image.Image | None
@@ -47,17 +51,17 @@ class ImageAndMask(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingImage:
-    """One training picture.
+    """One training image.
 
     Attributes:
-        path: the file that it came from.
-        size: of the whole picture in pixels, upright, at least 16 x 16.
-        caption: one line of text.
-        loaded: the whole picture and its mask, or these cropped and shrunk; None: not in memory,
-            so that :func:`load_image_and_mask` reads them again.
-        mask_path: the file that the mask is in; None: there is no mask.
-        templated: whether the caption is the template.
-        digest: :func:`content_hash` of it before it was shrunk.
+        path: The image file.
+        size: (width, height) of the upright image in pixels, at least 16 x 16.
+        caption: One line of text.
+        loaded: The image and its mask, possibly cropped and resized; None: not in memory, so that
+            :func:`load_image_and_mask` reads them again.
+        mask_path: The mask file, or None.
+        templated: Whether the caption is from the template.
+        digest: :func:`content_hash` before resizing.
     """
 
     path: Path
@@ -70,12 +74,12 @@ class TrainingImage:
 
     @property
     def image(self) -> Image.Image:
-        """The picture; read again where it is not in memory."""
+        """The image; read from its file if it is not in memory."""
         return load_image_and_mask(self).image
 
     @property
     def mask(self) -> Image.Image | None:
-        """The mask; read again where it is not in memory."""
+        """The mask; read from its file if it is not in memory."""
         return load_image_and_mask(self).mask
 
 
@@ -86,70 +90,73 @@ def read_training_images(
     caption: str | None = None,
     masks: Path | str | None = None,
     resolution: int | None = None,
-    hold: bool = True,
+    keep_in_memory: bool = True,
     square: bool = True,
     limit: int | None = None,
     forbidden: Sequence[str] = (),
 ) -> list[TrainingImage]:
-    """The pictures of a folder in the order of their names, each with its caption and mask.
+    """Read the images of a folder in the order of their names, with captions and masks.
 
-    A picture's caption is the text of the .txt or .caption file of its name, else its row in
-    metadata.jsonl (``{"file_name": ..., "text": ...}``) or metadata.csv (columns ``file_name`` and
-    ``text``), else the template. Subfolders, other files and captions of no picture are left out,
-    and a warning names them.
+    The caption of an image is the text of the .txt or .caption file with its name, otherwise its
+    row in metadata.jsonl (``{"file_name": ..., "text": ...}``) or metadata.csv (columns
+    ``file_name`` and ``text``), otherwise the template. Subfolders, other files and unmatched
+    captions are ignored with a warning.
 
     Args:
-        trigger: the word that every caption must have and that fills the template; None for
-            class pictures, whose captions are free.
-        caption: the template, with {} for the trigger; None: every picture brings its caption.
-        masks: folder with one picture for each picture, of the same stem and size; white is
-            learned and black is not.
-        resolution: crop and shrink to this now, as :func:`image_tensor` would, to save memory.
-        hold: keep the pictures in memory; else :func:`load_image_and_mask` reads them again.
-        square: only the centre square is trained, so there the masks must not be black.
-        limit: only the first so many pictures.
-        forbidden: words that no caption may have: the triggers, of class pictures.
+        folder: The folder.
+        trigger: Word that every caption must contain and that fills the template; None for class
+            images, whose captions are arbitrary.
+        caption: Caption template, with {} for the trigger; None: every image needs a caption.
+        masks: Folder with a mask for each image, of the same stem and size; only white is
+            trained.
+        resolution: Crop and resize images in memory to this side in pixels, to save memory.
+        keep_in_memory: Keep the images in memory; otherwise :func:`load_image_and_mask` reads
+            them again.
+        square: Whether only the centre square is trained, where masks must not be black.
+        limit: Maximum number of images.
+        forbidden: Words that captions must not contain, such as the triggers in captions of class
+            images.
 
     Raises:
-        DataError: the folder has no pictures or cannot be read; a picture is corrupt, animated,
-            smaller than 16 pixels on a side or too large to decode safely; a caption is missing,
-            unreadable, lacks the trigger or has what is forbidden; a mask is missing, black all
-            over the part that trains or of another size.
+        DataError: The folder has no images or is unreadable; an image is corrupt, animated, smaller
+            than 16 pixels on a side or too large to decode safely; a caption is missing,
+            unreadable, lacks the trigger or contains a forbidden word; a mask is missing, black in
+            the trained area or of another size.
     """
-    found = scan_folder(Path(folder))
-    paths = found.images[:limit]
-    captions = read_captions(found, paths, template=caption, trigger=trigger, forbidden=forbidden)
-    # customize generate writes a .json beside each picture that evaluation reads.
-    others = [name for name in found.ignored if trigger or not name.endswith(".json")]
-    warn_ignored(found.path, [*captions.unused, *others])
-    mask_paths = {} if masks is None else _mask_paths(Path(masks), paths, found.images)
+    files = scan_folder(Path(folder))
+    paths = files.images[:limit]
+    captions = read_captions(files, paths, template=caption, trigger=trigger, forbidden=forbidden)
+    # customize generate writes a .json file beside each image, which evaluation reads.
+    ignored = [name for name in files.ignored if trigger or not name.endswith(".json")]
+    warn_ignored(files.path, [*captions.unused, *ignored])
+    mask_paths = {} if masks is None else _match_masks(Path(masks), paths, files.images)
     samples = []
     for path in paths:
         image = read_image(path)
         mask_path = mask_paths.get(path)
         mask = None if mask_path is None else read_mask(mask_path, image.size, square)
-        whole = ImageAndMask(image, mask)
+        full = ImageAndMask(image, mask)
         text = captions.texts[path]
         sample = TrainingImage(
             path,
             image.size,
             text,
-            whole if hold and resolution is None else None,
+            full if keep_in_memory and resolution is None else None,
             mask_path,
             path in captions.templated,
-            content_hash(whole, text),
+            content_hash(full, text),
         )
-        if hold and resolution is not None:
-            sample = replace(sample, loaded=_shrunk(whole, resolution))
+        if keep_in_memory and resolution is not None:
+            sample = replace(sample, loaded=_resize(full, resolution))
         samples.append(sample)
     return samples
 
 
 def load_image_and_mask(sample: TrainingImage) -> ImageAndMask:
-    """A sample's picture and mask, read again where they are not in memory.
+    """Return an image and its mask, reading their files if they are not in memory.
 
     Raises:
-        DataError: they cannot be read, or have changed since.
+        DataError: A file is unreadable, or has changed since the first reading.
     """
     if sample.loaded is not None:
         return sample.loaded
@@ -157,35 +164,35 @@ def load_image_and_mask(sample: TrainingImage) -> ImageAndMask:
     mask = None
     if sample.mask_path is not None:
         mask = read_mask(sample.mask_path, image.size, square=False)
-    found = ImageAndMask(image, mask)
-    if content_hash(found, sample.caption) != sample.digest:
+    loaded = ImageAndMask(image, mask)
+    if content_hash(loaded, sample.caption) != sample.digest:
         raise DataError(
             "the picture or its mask changed after the run began",
             where=sample.path,
-            fix="run again when nothing writes to the folder",
+            fix="run again when no other program writes to the folder",
         )
-    return found
+    return loaded
 
 
 def read_image(path: Path) -> Image.Image:
-    """A picture file as upright RGB: EXIF rotation applied, colours brought to sRGB by the
-    embedded profile, 16 bits scaled to 8, transparency laid on white.
+    """Read an image file as upright 8-bit sRGB, composited on white.
 
     Raises:
-        DataError: see :func:`read_training_images`.
+        DataError: See :func:`customize.training.data.decode_image.decode_image`.
     """
     return decode_image(path, "RGB")
 
 
 def read_mask(path: Path, size: Size, square: bool = True) -> Image.Image:
-    """A mask file as upright grayscale (mode L); what is transparent counts as black.
+    """Read a mask file as upright grayscale (mode L), composited on black.
 
     Args:
-        size: of its picture, after EXIF rotation.
-        square: only the centre square is trained.
+        path: The file.
+        size: Size of the image after EXIF rotation.
+        square: Whether only the centre square is trained.
 
     Raises:
-        DataError: it cannot be read, has another size or is black wherever it would train.
+        DataError: The mask is unreadable, has another size or is black in the trained area.
     """
     mask = decode_image(path, "L")
     if mask.size != size:
@@ -195,65 +202,77 @@ def read_mask(path: Path, size: Size, square: bool = True) -> Image.Image:
             fix="give both the same size",
         )
     trained = (min(size), min(size)) if square else size
-    if _fitted(mask, trained, Image.Resampling.BOX).getextrema() == (0, 0):
-        raise _black("the centre square" if square else "it", path)
+    if _crop_and_resize(mask, trained, Image.Resampling.BOX).getextrema() == (0, 0):
+        raise _black_mask_error("the centre square" if square else "it", path)
     return mask
 
 
 def image_tensor(sample: TrainingImage | ImageAndMask, size: Size | int) -> Tensor:
-    """The picture's largest centre part of this shape, at this size (an int: a square): (3,
-    height, width), float32, in [-1, 1]; resampled with Lanczos."""
-    image = _fitted(sample.image, _size(size), Image.Resampling.LANCZOS)
+    """Crop an image at its centre, resize it by Lanczos and convert it to a tensor.
+
+    Args:
+        sample: The image.
+        size: (width, height), or the side of a square, in pixels.
+
+    Returns:
+        (3, height, width), float32 in [-1, 1].
+    """
+    image = _crop_and_resize(sample.image, _size(size), Image.Resampling.LANCZOS)
     return images_to_tensor([image])[0].contiguous()
 
 
 def mask_tensor(
     sample: TrainingImage, size: Size | int, loaded: ImageAndMask | None = None
 ) -> Tensor:
-    """The mask over the same part as :func:`image_tensor`: (1, height, width), float32, in [0, 1];
-    all ones without a mask. Each value is the mean over its area, so give the latents' size to get
-    a mask for latents.
+    """Crop a mask as :func:`image_tensor` does, and average it to a size, such as the latents'.
 
     Args:
-        loaded: the sample's picture and mask, if they are in memory already.
+        sample: The image.
+        size: (width, height), or the side of a square.
+        loaded: The image and its mask, if they are in memory.
+
+    Returns:
+        (1, height, width), float32 in [0, 1]; ones without a mask.
 
     Raises:
-        DataError: it is black all over that part.
+        DataError: The mask is black in the cropped area.
     """
     width, height = _size(size)
-    whole = (loaded or load_image_and_mask(sample)).mask
-    if whole is None:
+    full_mask = (loaded or load_image_and_mask(sample)).mask
+    if full_mask is None:
         return torch.ones(1, height, width)
-    mask = _fitted(whole, (width, height), Image.Resampling.BOX)
+    mask = _crop_and_resize(full_mask, (width, height), Image.Resampling.BOX)
     if mask.getextrema() == (0, 0):
-        raise _black("the part of the picture that is trained", sample.path)
+        raise _black_mask_error("the part of the picture that is trained", sample.path)
     return torch.from_numpy(np.array(mask, dtype=np.float32))[None] / 255.0
 
 
 def content_hash(loaded: ImageAndMask, caption: str) -> str:
-    """SHA-256 over picture, mask and caption, in hexadecimal; the file's name does not count."""
+    """Return the SHA-256 of image, mask and caption, in hexadecimal."""
     digest = hashlib.sha256()
     for image in loaded:
         if image is not None:
             digest.update(f"{image.mode} {image.width} {image.height} ".encode())
-            for top in range(0, image.height, _STRIP):  # no copy of the whole picture
-                bottom = min(top + _STRIP, image.height)
+            for top in range(0, image.height, _HASHED_ROWS):  # without a copy of the full image
+                bottom = min(top + _HASHED_ROWS, image.height)
                 digest.update(image.crop((0, top, image.width, bottom)).tobytes())
     digest.update(caption.encode())
     return digest.hexdigest()
 
 
-def _shrunk(loaded: ImageAndMask, side: int) -> ImageAndMask:
+def _resize(loaded: ImageAndMask, side: int) -> ImageAndMask:
     size, mask = (side, side), loaded.mask
     return ImageAndMask(
-        _fitted(loaded.image, size, Image.Resampling.LANCZOS),
-        None if mask is None else _fitted(mask, size, Image.Resampling.BOX),
+        _crop_and_resize(loaded.image, size, Image.Resampling.LANCZOS),
+        None if mask is None else _crop_and_resize(mask, size, Image.Resampling.BOX),
     )
 
 
-def _fitted(image: Image.Image, size: Size, filter_: Image.Resampling) -> Image.Image:
-    """The largest centre part of this shape, resized. Resampling from a box gives what scaling and
-    cropping would, and a long narrow picture needs no more memory than a square one."""
+def _crop_and_resize(image: Image.Image, size: Size, filter_: Image.Resampling) -> Image.Image:
+    """Crop the largest centre part with the aspect ratio of a size, and resize it.
+
+    Resampling from a box equals scaling and cropping, without the memory for the scaled image.
+    """
     if image.size == size:
         return image
     across, down = image.width * size[1], image.height * size[0]
@@ -267,27 +286,30 @@ def _size(size: Size | int) -> Size:
     return (size, size) if isinstance(size, int) else size
 
 
-def _black(part: str, path: Path) -> DataError:
+def _black_mask_error(part: str, path: Path) -> DataError:
     return DataError(
-        f"the mask is black all over {part}, so nothing would be learned",
+        f"the mask is black all over {part}, so no pixel would be trained",
         where=path,
-        fix="paint the subject white, or crop picture and mask with it in the middle",
+        fix="paint the subject white, or crop picture and mask around it",
     )
 
 
-def _mask_paths(folder: Path, paths: Sequence[Path], images: Sequence[Path]) -> dict[Path, Path]:
-    """Picture -> its mask.
+def _match_masks(folder: Path, paths: Sequence[Path], images: Sequence[Path]) -> dict[Path, Path]:
+    """Return image -> mask file.
 
     Args:
-        paths: the pictures that need one.
-        images: all pictures beside them.
+        folder: Folder of the masks.
+        paths: The images that need a mask.
+        images: All images of their folder.
     """
-    found = scan_folder(folder)
-    masks, unmatched = match_by_name(found.images, images)
+    mask_folder = scan_folder(folder)
+    masks, unmatched = match_by_name(mask_folder.images, images)
     unused = [f"{path.name} (no picture of that name)" for path in unmatched]
-    warn_ignored(folder, [*unused, *(path.name for path in found.captions), *found.ignored])
+    warn_ignored(
+        folder, [*unused, *(path.name for path in mask_folder.captions), *mask_folder.ignored]
+    )
     for picture, files in masks.items():
-        # A mask with exactly the name of a picture is of that one.
+        # A mask with the exact name takes precedence.
         files.sort(key=lambda path: not has_exact_name(path, picture))
         if len(files) > 1 and has_exact_name(files[0], picture) == has_exact_name(
             files[1], picture

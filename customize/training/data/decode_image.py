@@ -1,4 +1,4 @@
-"""Decoding picture files that nobody has looked at: whole, upright, in 8 bits."""
+"""Decoding of untrusted image files to upright 8-bit images."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _MIN_SIDE = 16
 
 
 def decode_image(path: Path, mode: str) -> Image.Image:
-    """A picture file, upright by its EXIF rotation.
+    """Decode an image file and apply its EXIF rotation.
 
     Args:
-        mode: "RGB": 8-bit sRGB, transparency laid on white; "L": 8-bit grey, laid on black.
+        path: The file.
+        mode: "RGB": 8-bit sRGB, composited on white; "L": 8-bit grayscale, composited on black.
 
     Raises:
-        DataError: it is corrupt, animated, smaller than 16 pixels on a side or too large to decode
-            safely.
+        DataError: The image is corrupt, animated, smaller than 16 pixels on a side, or too large to
+            decode safely.
     """
     try:
         with warnings.catch_warnings():
@@ -34,7 +35,7 @@ def decode_image(path: Path, mode: str) -> Image.Image:
                 Image.open(file, formats=image_formats()[1]) as image,  # reads the header only
             ):
                 _check_header(image, path)
-                image.verify()  # checksums, which decoding does not look at; closes the file
+                image.verify()  # checksums, which decoding ignores; closes the file
         with (
             open_regular(path, MAX_IMAGE_BYTES) as file,
             Image.open(file, formats=image_formats()[1]) as image,
@@ -51,30 +52,28 @@ def decode_image(path: Path, mode: str) -> Image.Image:
         ) from None
     except Image.UnidentifiedImageError:
         raise DataError(
-            "the file is damaged or no picture of a known kind",
+            "the file is damaged or not an image of a supported format",
             where=path,
-            fix=f"replace or remove it; pictures are {list_suffixes()}",
+            fix=f"replace or remove it; supported are {list_suffixes()}",
         ) from None
-    except Exception as error:  # decoders raise nearly anything on damaged data
+    except Exception as error:  # decoders raise any exception on damaged data
         raise DataError(
             f"the picture cannot be read: {error}",
             where=path,
-            fix="save it anew from the original, or remove it",
+            fix="save it again from the original, or remove it",
         ) from error
 
 
 def _check_header(image: Image.Image, path: Path) -> None:
-    # MPO is a JPEG photograph with more in it, such as a phone's depth map, and HEIF may have more
-    # pictures as well: the first is meant.
+    # MPO is a JPEG with additional images, such as a depth map, and HEIF may have several images:
+    # the first one is used.
     if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "HEIF"):
-        raise DataError(
-            "the picture is animated", where=path, fix="save the frame that you mean as a PNG"
-        )
+        raise DataError("the picture is animated", where=path, fix="save the wanted frame as a PNG")
     if min(image.size) < _MIN_SIDE:
         raise DataError(
             f"the picture is only {format_size(image.size)} pixels",
             where=path,
-            fix=f"give pictures of at least {_MIN_SIDE} pixels a side",
+            fix=f"use images of at least {_MIN_SIDE} pixels on each side",
         )
 
 
@@ -100,8 +99,10 @@ def _to_gray(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grayscale scaled to 8 bits; PIL's own conversion would clip it to white, and forget
-    the value that a PNG may name as transparent."""
+    """Scale 16-bit grayscale to 8 bits and keep a PNG's transparent value.
+
+    PIL's conversion would clip the values and drop the transparency.
+    """
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.float64)
@@ -114,7 +115,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB in sRGB, by the embedded profile where there is one that fits."""
+    """Convert to sRGB, by the embedded profile if it is valid for the image."""
     if image.mode in ("1", "P"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     if profile:
@@ -131,5 +132,5 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def format_size(size: tuple[int, int]) -> str:
-    """A size in pixels, in words."""
+    """Format a size in pixels as "width x height"."""
     return f"{size[0]} x {size[1]}"

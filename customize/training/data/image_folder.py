@@ -1,6 +1,6 @@
-"""What lies in a folder of pictures: pictures, files with captions, and what is left out, by name.
+"""Listing of a folder's images, caption files and ignored files.
 
-Nothing is left out silently but hidden files and what operating systems write by themselves.
+Ignored files are reported by name, except hidden files and files of operating systems.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from customize.near_names import suggest_paths
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 CAPTION_SUFFIXES = (".txt", ".caption")
 
-_ALWAYS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp")
-_OTHERS: tuple[str, ...] = (
+_SUPPORTED_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp")
+_CONVERTIBLE_SUFFIXES: tuple[str, ...] = (
     ".gif",
     ".bmp",
     ".heic",
@@ -34,9 +34,9 @@ _OTHERS: tuple[str, ...] = (
     ".jp2",
     ".svg",
 )
-_OTHERS += (".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
-_SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"}
-_MOST_NAMES = 10
+_CONVERTIBLE_SUFFIXES += (".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
+_SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"}
+_MAX_NAMES = 10
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,11 @@ class ImageFolder:
     """The files of a folder, each list sorted by name.
 
     Attributes:
-        path: the folder.
-        images: picture files.
-        captions: files with one caption, of the suffixes .txt and .caption.
-        metadata: files with a caption for each of many pictures.
-        ignored: what is not read, in words: "b.heic", or "7.txt (no picture of that name)".
+        path: The folder.
+        images: Image files.
+        captions: Files with one caption, with the suffixes .txt and .caption.
+        metadata: Files with the captions of many images.
+        ignored: Ignored files with the reason: "b.heic", or "7.txt (no picture of that name)".
     """
 
     path: Path
@@ -62,11 +62,11 @@ class ImageFolder:
 
 @cache
 def image_formats() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(file suffixes, Pillow's names of the formats) of pictures that can be read here.
+    """Return the file suffixes and Pillow's format names of readable images.
 
-    HEIC needs the package pillow-heif, and AVIF a Pillow that was built with it.
+    HEIC needs the package pillow-heif, and AVIF a Pillow built with AVIF.
     """
-    suffixes, formats = [*_ALWAYS], ["JPEG", "PNG", "WEBP"]
+    suffixes, formats = [*_SUPPORTED_SUFFIXES], ["JPEG", "PNG", "WEBP"]
     if importlib.util.find_spec("pillow_heif") is not None:
         from pillow_heif import register_heif_opener
 
@@ -80,16 +80,16 @@ def image_formats() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def list_suffixes() -> str:
-    """The suffixes of readable pictures, for messages: "jpg, jpeg, png"."""
+    """Return the suffixes of readable images for messages: "jpg, jpeg, png"."""
     return ", ".join(suffix[1:] for suffix in image_formats()[0])
 
 
 def scan_folder(folder: Path) -> ImageFolder:
-    """Sort the files of a folder by what they are. Subfolders are not searched.
+    """List the files of a folder by kind, without subfolders.
 
     Raises:
-        DataError: it cannot be read or has no pictures; or a picture or caption file is a link to
-            nothing, or no regular file.
+        DataError: The folder is unreadable or has no images; or an image or caption file is a
+            dangling link, or not a regular file.
     """
     try:
         entries = sorted(folder.iterdir())
@@ -101,38 +101,38 @@ def scan_folder(folder: Path) -> ImageFolder:
             fix=suggest_paths(folder, f"give a folder with {list_suffixes()} files"),
         ) from None
     suffixes = image_formats()[0]
-    found = ImageFolder(folder, [])
+    result = ImageFolder(folder, [])
     for entry in entries:
         suffix, hidden = entry.suffix.lower(), entry.name.startswith(".")
-        if entry.name.lower() in _SYSTEM or entry.name.startswith("._"):
+        if entry.name.lower() in _SYSTEM_FILES or entry.name.startswith("._"):
             continue
         if entry in nested:
             if not hidden:
-                found.ignored.append(f"{entry.name} (subfolders are not searched)")
+                result.ignored.append(f"{entry.name} (subfolders are not searched)")
         elif hidden:
             if suffix in (*suffixes, *CAPTION_SUFFIXES):
-                found.ignored.append(f"{entry.name} (hidden)")
+                result.ignored.append(f"{entry.name} (hidden)")
         elif suffix in suffixes:
-            found.images.append(_regular(entry, "picture"))
+            result.images.append(_check_regular(entry, "picture"))
         elif suffix in CAPTION_SUFFIXES:
-            found.captions.append(_regular(entry, "caption"))
+            result.captions.append(_check_regular(entry, "caption"))
         elif entry.name in METADATA_FILES:
-            found.metadata.append(_regular(entry, "file of captions"))
+            result.metadata.append(_check_regular(entry, "file of captions"))
         else:
-            found.ignored.append(entry.name + _why_not(suffix))
-    if not found.images:
-        others = [*(path.name for path in found.captions), *found.ignored]
+            result.ignored.append(entry.name + _explain_ignored(suffix))
+    if not result.images:
+        others = [*(path.name for path in result.captions), *result.ignored]
         raise DataError(
             "there are no pictures in the folder"
             + (f", only {join_names(others)}" if others else ""),
             where=folder,
             fix=f"put {list_suffixes()} files directly in it",
         )
-    return found
+    return result
 
 
 def warn_ignored(folder: Path, ignored: Sequence[str]) -> None:
-    """Name what is not read."""
+    """Log a warning with the names of ignored files."""
     if ignored:
         logger.warning("Left out in %s: %s", folder, join_names(ignored))
 
@@ -140,44 +140,48 @@ def warn_ignored(folder: Path, ignored: Sequence[str]) -> None:
 def match_by_name(
     files: Iterable[Path], images: Sequence[Path]
 ) -> tuple[dict[Path, list[Path]], list[Path]]:
-    """Which picture each file belongs to by its name.
+    """Match caption or mask files to images by name.
 
-    "0.txt" and "0.png.txt" belong to "0.png". A file that no picture has exactly the name of
-    belongs to the picture whose name differs only in case or in its Unicode form, if there is one.
+    "0.txt" and "0.png.txt" match "0.png". A file without an exact match is matched ignoring case
+    and Unicode form.
+
+    Args:
+        files: The files to match.
+        images: The images.
 
     Returns:
-        Picture -> its files; and the files of no picture, or of several with different names.
+        Image -> its files; and the files that match no image, or images with different names.
     """
-    exact, folded = _index(images, str), _index(images, _folded)
-    found: dict[Path, list[Path]] = {}
+    exact, folded = _index_by_name(images, str), _index_by_name(images, _fold)
+    matched: dict[Path, list[Path]] = {}
     unmatched = []
     for file in files:
-        matches = exact.get(file.stem) or folded.get(_folded(file.stem), [])
+        matches = exact.get(file.stem) or folded.get(_fold(file.stem), [])
         if not matches or len({image.stem for image in matches}) > 1:
             unmatched.append(file)
         for image in matches if file not in unmatched[-1:] else ():
-            found.setdefault(image, []).append(file)
-    return found, unmatched
+            matched.setdefault(image, []).append(file)
+    return matched, unmatched
 
 
 def count_images(names: Sequence[str]) -> str:
-    """How many pictures have something, in words."""
+    """Return "1 picture has" or "N pictures have"."""
     return "1 picture has" if len(names) == 1 else f"{len(names)} pictures have"
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Names for a message, the first ten of them."""
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    """Join up to ten names for a message."""
+    more = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def has_exact_name(file: Path, image: Path) -> bool:
-    """Whether a file has a picture's name in the very same letters."""
+    """Whether a file has exactly an image's name, with or without the image's suffix."""
     return file.stem in (image.stem, image.name)
 
 
-def _index(images: Sequence[Path], form: Callable[[str], str]) -> dict[str, list[Path]]:
-    """Name -> the pictures of that stem, or else the picture of that whole name."""
+def _index_by_name(images: Sequence[Path], form: Callable[[str], str]) -> dict[str, list[Path]]:
+    """Map each stem to its images, and each full name to its image; stems take precedence."""
     stems: dict[str, list[Path]] = {}
     names: dict[str, list[Path]] = {}
     for image in images:
@@ -186,25 +190,28 @@ def _index(images: Sequence[Path], form: Callable[[str], str]) -> dict[str, list
     return names | stems
 
 
-def _folded(name: str) -> str:
+def _fold(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _regular(path: Path, kind: str) -> Path:
+def _check_regular(path: Path, kind: str) -> Path:
     if path.is_file():
         return path
     if path.is_symlink() and not path.exists():
-        what, fix = f"links to {path.readlink()}, which does not exist", "mend or remove the link"
+        problem, fix = (
+            f"links to {path.readlink()}, which does not exist",
+            "mend or remove the link",
+        )
     else:
-        what, fix = "is not a regular file", "remove it"
-    raise DataError(f"the {kind} {path.name} {what}", where=path.parent, fix=fix)
+        problem, fix = "is not a regular file", "remove it"
+    raise DataError(f"the {kind} {path.name} {problem}", where=path.parent, fix=fix)
 
 
-def _why_not(suffix: str) -> str:
+def _explain_ignored(suffix: str) -> str:
     if suffix in (".heic", ".heif"):
         return " (needs pip install pillow-heif)"
     if suffix == ".avif":
         return " (needs a Pillow with AVIF, 11.3 or later)"
-    if suffix in _OTHERS:
+    if suffix in _CONVERTIBLE_SUFFIXES:
         return " (save it as PNG)"
     return " (no suffix)" if not suffix else ""

@@ -117,7 +117,7 @@ def test_what_a_backend_needs_is_told_without_trying_it():
         "flash", heads, CUDA, torch.float32
     )
     assert find_unmet_requirement("xformers", HeadShape(1, 512), CUDA, torch.float32) is None
-    assert "at most 256 numbers, and these have 512" in find_unmet_requirement(
+    assert "at most width 256, and the model has width 512" in find_unmet_requirement(
         "flash", HeadShape(1, 512), CUDA, half
     )
     assert "at most 128" in find_unmet_requirement("sage", HeadShape(8, 160), CUDA, half)

@@ -38,7 +38,7 @@ def test_the_words():
     five = {f"{n}.png": "x" for n in range(4)}
     assert "4.png, 5.png, 6.png and 2 more are gone" in describe_changes(before, five, "pictures")
     back = dict(reversed([("a", "1"), ("b", "2")]))
-    assert "order is another" in describe_changes({"a": "1", "b": "2"}, back, "pictures")
+    assert "order is different" in describe_changes({"a": "1", "b": "2"}, back, "pictures")
 
 
 def test_what_earlier_versions_saved_is_compared_as_a_whole():

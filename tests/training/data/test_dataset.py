@@ -152,7 +152,7 @@ def test_captions_with_half_a_character_are_refused(tmp_path):
     saved(tmp_path, "a.png")
     line = '{"file_name": "a.png", "text": "lone \\ud800 <rex>"}'
     (tmp_path / "metadata.jsonl").write_text(line)
-    assert "line 1 gives a.png half a character" in str(refused(read_one, tmp_path))
+    assert "line 1 has a lone surrogate for a.png" in str(refused(read_one, tmp_path))
     (tmp_path / "metadata.jsonl").write_text(line.replace("ud800", "ud83d\\udc36"))
     assert read_one(tmp_path).caption == "lone 🐶 <rex>"
 
@@ -337,7 +337,7 @@ def test_tables_give_what_was_written(captions, delimiter, swapped, tmp_path_fac
     ("row", "says"),
     [
         ("a.png,<rex> again", "lists a.png again"),
-        ("b.png,<rex>", "b.png, which is no picture in the folder"),
+        ("b.png,<rex>", "b.png, which is not a picture in the folder"),
         ("a.png,<rex>, sitting", "has 3 columns and the header 2"),
         ("a.png", "has 1 columns and the header 2"),
         ('a.png,"<rex>', "is not valid CSV"),
@@ -667,7 +667,7 @@ def test_the_digest_sees_picture_caption_and_mask_alone(masked):
 def test_pictures_that_are_not_held_are_read_again_and_compared(masked):
     pictures, masks = masked
     held = read_one(pictures, masks=masks)
-    free = read_one(pictures, masks=masks, hold=False)
+    free = read_one(pictures, masks=masks, keep_in_memory=False)
     assert free.loaded is None and free.digest == held.digest and free.size == (40, 30)
     assert free.image == held.image and free.mask == held.mask
     assert torch.equal(mask_tensor(free, 4), mask_tensor(held, 4))

@@ -21,6 +21,9 @@ def demo(
     The base model is a small one that generates drawings of a test world
     with eight classes, 64 x 64 pixels; it runs on a CPU in minutes.
     """
+    from customize.openmp import limit_spinning
+
+    limit_spinning()  # before torch is imported
     from customize.demo import run_demo
 
     run_demo.run_demo(output)

@@ -59,7 +59,7 @@ def read_data(
     data = TrainingData([], [])
     with progress.phase("reading pictures", after=1.0):
         for config in configs:
-            hold = resolution is not None and not config.buckets
+            keep_in_memory = resolution is not None and not config.buckets
             data.images.append(
                 dataset.read_training_images(
                     config.images,
@@ -67,7 +67,7 @@ def read_data(
                     caption=config.caption,
                     masks=config.masks,
                     resolution=resolution,
-                    hold=hold,
+                    keep_in_memory=keep_in_memory,
                     square=not config.buckets,
                 )
             )
@@ -78,7 +78,7 @@ def read_data(
                     trigger=None,
                     caption=config.class_prompt,
                     resolution=resolution,
-                    hold=hold,
+                    keep_in_memory=keep_in_memory,
                     limit=config.prior_count,
                     forbidden=[other.trigger for other in configs],
                 )

@@ -10,8 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from customize.openmp import limit_spinning
+
 if TYPE_CHECKING:
     import torch
+
+limit_spinning()  # before torch is imported
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts"))  # for storybook_training

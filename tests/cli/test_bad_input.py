@@ -97,7 +97,7 @@ def caption(path: Path) -> None:
         ("bad.png", truncated, "the picture cannot be read"),
         ("bad.jpg", truncated, "the picture cannot be read"),
         ("bad.webp", truncated, "the picture cannot be read"),
-        ("bad.jpg", Path.touch, "damaged or no picture"),
+        ("bad.jpg", Path.touch, "damaged or not an image"),
         ("bad.png", lambda path: Image.new("RGB", (1, 1)).save(path), "only 1 x 1 pixels"),
         ("bad.webp", animated, "animated"),
         ("bad.png", bomb, "may be an attack"),

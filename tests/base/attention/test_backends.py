@@ -120,7 +120,7 @@ def test_what_a_backend_needs_is_told_without_trying_it():
     assert "at most width 256, and the model has width 512" in find_unmet_requirement(
         "flash", HeadShape(1, 512), CUDA, half
     )
-    assert "at most 128" in find_unmet_requirement("sage", HeadShape(8, 160), CUDA, half)
+    assert "at most width 128" in find_unmet_requirement("sage", HeadShape(8, 160), CUDA, half)
 
 
 def test_attending_leaves_the_process_wide_backend_alone():

@@ -181,7 +181,7 @@ def test_caption_that_is_not_utf8(tmp_path):
         ('{"file_name": "a.png"}', "is not {"),
         ('{"file_name": "a.png", "text": 5}', "is not {"),
         ('{"file_name": "a.png", "text": "<rex>"}', "lists a.png again"),
-        ('{"file_name": "../a.png", "text": "<rex>"}', "no picture in the folder"),
+        ('{"file_name": "../a.png", "text": "<rex>"}', "not a picture in the folder"),
         ("[" * 100_000, "is not {"),
     ],
 )
@@ -516,7 +516,7 @@ def test_corrupt(tmp_path):
 def test_not_a_picture_of_the_known_kinds(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
     error = refused(read_one, tmp_path)
-    assert "damaged or no picture" in str(error) and "a.jpg" in error.where
+    assert "damaged or not an image" in str(error) and "a.jpg" in error.where
 
 
 @pytest.mark.parametrize("size", [(1, 1), (15, 300), (300, 15)])

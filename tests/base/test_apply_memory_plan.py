@@ -172,7 +172,7 @@ def test_offloading_keeps_images_and_supports_concepts(name, placement):
     pipe.unload_custom()
     plain.unload_custom()
     assert np.array_equal(draw(pipe), draw(plain)) and hooks(pipe)
-    with pytest.raises(PipelineError, match="fitted into memory before, to 8 GB"):
+    with pytest.raises(PipelineError, match="has a memory plan already: 8 GB"):
         pipe.load_custom(memory="12GB")
 
 

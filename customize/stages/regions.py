@@ -75,7 +75,7 @@ def _check_supported(context: CallContext, call: CallArguments) -> None:
         raise PipelineError(
             f"family {family.name} does not support regions: {family.regions_unsupported}",
             where="regions",
-            fix="leave out regions=; customize/families/README.md lists the families that support it",
+            fix="leave out regions=; customize/families/README.md lists what supports it",
         )
     incompatible = [name for name in _INCOMPATIBLE_ARGUMENTS if call.get(name) is not None]
     if incompatible:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 #: Iterations that a waiting thread spins before it sleeps. libgomp uses this number when there are
-#: more threads than cores, and 300,000 otherwise, with which steps beside busy processes took over
-#: 100 times as long (scripts/bench/busy_neighbour.py).
+#: more threads than cores, and 300,000 otherwise, with which steps on a loaded machine took over
+#: 20 times as long (scripts/bench/busy_neighbour.py).
 SPIN_COUNT = 1000
 
 

@@ -1,4 +1,4 @@
-"""What tests of the command line share: results of a command, folders on disk, pictures."""
+"""Shared by tests of the command line: results of a command, folders, images."""
 
 from __future__ import annotations
 

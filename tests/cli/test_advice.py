@@ -1,4 +1,4 @@
-"""Advice of the command line can be followed: each flag that a message names is there and acts."""
+"""Flags and settings that messages name exist and have the effect that the message states."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SOURCES = Path(customize.__file__).parent
 
 
 def flags(command: str) -> set[str]:
-    found = COMMANDS[command]
-    shown = [p for p in found.params if not getattr(p, "hidden", False)]
+    actual = COMMANDS[command]
+    shown = [p for p in actual.params if not getattr(p, "hidden", False)]
     return {f for p in shown for f in (*p.opts, *p.secondary_opts) if f.startswith("--")}
 
 
@@ -31,7 +31,7 @@ EVERY = {flag for command in COMMANDS if command != "library" for flag in flags(
 
 def texts() -> list[str]:
     """All texts of the package that are no docstrings."""
-    found = []
+    actual = []
     for path in sorted(SOURCES.rglob("*.py")):
         tree = ast.parse(path.read_text())
         docs = {
@@ -41,7 +41,7 @@ def texts() -> list[str]:
             and node.body
             and isinstance(node.body[0], ast.Expr)
         }
-        found += [
+        actual += [
             node.value
             for node in ast.walk(tree)
             if isinstance(node, ast.Constant)
@@ -49,33 +49,33 @@ def texts() -> list[str]:
             and id(node) not in docs
             and "storybook" not in path.parts
         ]
-    return found
+    return actual
 
 
-def test_every_flag_that_a_message_names_is_one() -> None:
+def test_flags_named_in_messages_exist() -> None:
     others = {"--cpu", "--gpu_ids", "--help", "--version", "--no-"}  # accelerate's; ours by prefix
     named = {flag for text in texts() for flag in re.findall(r"--[a-z][\w-]*", text)}
     assert not named - EVERY - others
 
 
-def test_settings_and_the_flags_beside_them_agree() -> None:
+def test_messages_name_settings_with_their_flags() -> None:
     pattern = r"set (?:resume|[a-z_]+) to (\w+) \(--([\w-]+)(?: \w+)?\)"
-    found = [m for text in texts() for m in re.finditer(pattern, text)]
-    assert len(found) >= 10
-    for match in found:
+    actual = [m for text in texts() for m in re.finditer(pattern, text)]
+    assert len(actual) >= 10
+    for match in actual:
         setting = match[0].split()[1]
         no = "no-" if match[1] in ("false", "no") and setting != "tracker" else ""
         assert match[2] == no + setting.replace("_", "-"), match[0]
         assert f"--{match[2]}" in flags("train")
 
 
-def test_no_message_names_a_setting_by_a_name_it_had() -> None:
+def test_former_names_of_settings_are_hidden() -> None:
     for old in RENAMED_SETTINGS:
         assert old not in TrainConfig.model_fields
         assert f"--{old.replace('_', '-')}" not in flags("train")
 
 
-def test_one_flag_means_one_thing_on_every_command() -> None:
+def test_equal_flags_have_equal_metavars() -> None:
     """The same metavar, so the same form; what differs is listed here, with why."""
     forms: dict[str, set[str]] = {}
     for command in COMMANDS:
@@ -87,9 +87,9 @@ def test_one_flag_means_one_thing_on_every_command() -> None:
                     forms.setdefault(flag, set()).add(str(parameter.metavar))
     plain = {"BASE": "TEXT", "FOLDER": "PATH", "LIBRARY": "PATH", "NAME": "TEXT"}
     differ = {
-        flag: found
-        for flag, found in forms.items()
-        if len({plain.get(form, form) for form in found}) > 1
+        flag: actual
+        for flag, actual in forms.items()
+        if len({plain.get(form, form) for form in actual}) > 1
     }
     # A picture of points is a file; merge's METHOD and train's are --merge and --method.
     assert differ.keys() <= {"--output"}, differ
@@ -109,20 +109,24 @@ SLIPS = {
 }
 
 
-@pytest.mark.parametrize("given", SLIPS)
-def test_the_flag_that_was_meant_is_named(run: Run, given: str) -> None:
-    command = given.split()[0]
-    refused(run(*shlex.split(given)), f"did you mean {SLIPS[given]}", f"customize {command} --help")
-    assert SLIPS[given] in flags(command)
+@pytest.mark.parametrize("arguments", SLIPS)
+def test_near_flags_are_suggested(run: Run, arguments: str) -> None:
+    command = arguments.split()[0]
+    refused(
+        run(*shlex.split(arguments)),
+        f"did you mean {SLIPS[arguments]}",
+        f"customize {command} --help",
+    )
+    assert SLIPS[arguments] in flags(command)
 
 
-def test_far_from_all_flags_help_is_named(run: Run) -> None:
+def test_unknown_flags_point_to_the_help(run: Run) -> None:
     result = run("train", "--zzzz")
     refused(result, "no such option: --zzzz", "see customize train --help")
     assert "did you mean" not in result.err
 
 
-def test_no_resume_is_what_the_message_says_it_is(run: Run, world: World, tmp_path: Path) -> None:
+def test_the_suggested_flag_starts_a_new_run(run: Run, world: World, tmp_path: Path) -> None:
     images = photos(tmp_path / "photos")
     call = ["train", "--base", world.base, "--images", images, "--output", tmp_path / "out"]
     call += ["--name", "ann", "--class-word", "dog", "--rank", "2", "--steps", "1"]
@@ -135,7 +139,7 @@ def test_no_resume_is_what_the_message_says_it_is(run: Run, world: World, tmp_pa
     assert run(*call, "--learning-rate", "1e-3", advice).code == 0
 
 
-def test_old_settings_in_a_file_still_load(run: Run, world: World, tmp_path: Path) -> None:
+def test_former_settings_in_a_file_still_load(run: Run, world: World, tmp_path: Path) -> None:
     from customize.training.config import load_config
 
     text = f"base: {world.base}\nimages: i\noutput: o\nname: ann\nclass_word: dog\n"
@@ -149,13 +153,13 @@ def test_old_settings_in_a_file_still_load(run: Run, world: World, tmp_path: Pat
     refused(run("train", "--config", file), "avoid and num_shared_directions are the same setting")
 
 
-def test_flags_by_the_names_they_had_still_work(
+def test_former_flags_still_work_with_a_warning(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    given = []
+    arguments = []
 
     def load_configs(*call: object, **settings: object) -> None:
-        given.append(settings)
+        arguments.append(settings)
         raise typer.Exit
 
     monkeypatch.setattr("customize.training.joint_configs.load_configs", load_configs)
@@ -168,13 +172,13 @@ def test_flags_by_the_names_they_had_still_work(
         "--basis is now called --orthogonal-matrix",
         "--density is now called --timestep-density",
     }
-    assert given[0] == old  # which TrainConfig reads by either name
+    assert arguments[0] == old  # which TrainConfig reads by either name
 
 
-def test_a_preset_is_found_by_its_name(run: Run, tmp_path: Path) -> None:
+def test_near_presets_are_suggested(run: Run, tmp_path: Path) -> None:
     presets = SOURCES.parent / "scripts" / "presets"
-    for given in ("sd15-8gb", "sd15-8g.yaml"):
-        refused(run("train", "--config", given), f"did you mean {presets / 'sd15-8gb.yaml'}?")
+    for arguments in ("sd15-8gb", "sd15-8g.yaml"):
+        refused(run("train", "--config", arguments), f"did you mean {presets / 'sd15-8gb.yaml'}?")
     far = run("train", "--config", tmp_path / "sd15-8gb")
     assert far.code == 2 and "did you mean" not in far.err
 

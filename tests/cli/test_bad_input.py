@@ -1,4 +1,4 @@
-"""What a person sees who gives the wrong thing: one line, exit code 2, and nothing was written."""
+"""Invalid input: one line, exit code 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def caption(path: Path) -> None:
         ("bad.png", caption, "1 picture has a caption without the trigger <max>: bad.png"),
     ],
 )
-def test_pictures(run: Run, world: World, tmp_path: Path, name: str, make, says: str) -> None:
+def test_unusable_images(
+    run: Run, world: World, tmp_path: Path, name: str, make, says: str
+) -> None:
     folder = photos(tmp_path / "photos")
     make(folder / name)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -113,7 +115,7 @@ def test_pictures(run: Run, world: World, tmp_path: Path, name: str, make, says:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_cmyk_and_sixteen_bits_are_learned_from(run: Run, world: World, tmp_path: Path) -> None:
+def test_cmyk_and_16_bit_images_train(run: Run, world: World, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(folder / "cmyk.jpg")
@@ -126,13 +128,13 @@ def test_cmyk_and_sixteen_bits_are_learned_from(run: Run, world: World, tmp_path
     assert load_concept(tmp_path / "max").info.name == "max"
 
 
-def test_a_folder_without_pictures(run: Run, world: World, tmp_path: Path) -> None:
+def test_folder_without_images(run: Run, world: World, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     train(run, world, tmp_path, "no pictures in the folder", str(tmp_path / "photos"))
     train(run, world, tmp_path, "No such file", "none", images=tmp_path / "none")
 
 
-def test_half_a_character_in_a_caption(run: Run, world: World, tmp_path: Path) -> None:
+def test_lone_surrogate_in_a_caption(run: Run, world: World, tmp_path: Path) -> None:
     folder = photos(tmp_path / "photos")
     line = '{"file_name": "0.png", "text": "lone \\ud800 <max>"}'
     (folder / "metadata.jsonl").write_text(line)
@@ -142,7 +144,7 @@ def test_half_a_character_in_a_caption(run: Run, world: World, tmp_path: Path) -
 # Settings
 
 
-def test_settings_that_do_not_fit(run: Run, world: World, tmp_path: Path) -> None:
+def test_unusable_device_and_output(run: Run, world: World, tmp_path: Path) -> None:
     photos(tmp_path / "photos")
     train(run, world, tmp_path, "device meta cannot be used", device="meta")
     train(run, world, tmp_path, "holds the concept rex", world.rex, output=world.rex)
@@ -150,7 +152,7 @@ def test_settings_that_do_not_fit(run: Run, world: World, tmp_path: Path) -> Non
     train(run, world, tmp_path, "the output folder is a file", str(below), output=below)
 
 
-def test_a_rank_above_a_width_is_told_before_pictures_are_encoded(
+def test_rank_above_a_width_is_refused_before_images_are_encoded(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("customize.training.latents_and_embeddings.cache_images", None)
@@ -160,7 +162,7 @@ def test_a_rank_above_a_width_is_told_before_pictures_are_encoded(
         train(run, world, tmp_path, *says, rank=17, method=method)
 
 
-def test_an_output_that_cannot_be_written_is_told_before_a_model_is_loaded(
+def test_unwritable_output_is_refused_before_a_model_is_loaded(
     run: Run, world: World, tmp_path: Path
 ) -> None:
     photos(tmp_path / "photos")
@@ -240,7 +242,7 @@ def test_damaged_bases(
     assert not (tmp_path / "m").exists()
 
 
-def test_bases_of_an_unknown_family_and_single_files(
+def test_bases_of_unknown_families_and_missing_files(
     run: Run, world: World, tmp_path: Path, stranger: Path
 ) -> None:
     photos(tmp_path / "photos")
@@ -325,7 +327,7 @@ def test_pickles(run: Run, world: World, tmp_path: Path, pipe, ending: str) -> N
     check_nothing_changes(pipe, [world.tom, path], "can run code")
 
 
-def test_names_that_lead_elsewhere(run: Run, world: World, tmp_path: Path, pipe) -> None:
+def test_names_with_path_separators(run: Run, world: World, tmp_path: Path, pipe) -> None:
     path = save_concept(concept(pipe), tmp_path / "rex")
     facts = json.loads((path / INFO_FILE).read_text())
     (path / INFO_FILE).write_text(json.dumps(facts | {"name": "../rex"}))

@@ -9,7 +9,7 @@ from customize.cli.merge_command import merge
 from customize.errors import ConfigError
 
 
-def test_numbers_and_names():
+def test_weights_by_number_and_by_name():
     assert parse_weights(None, 2) == [1.0, 1.0]
     assert parse_weights("1,0.8", 2) == [1.0, 0.8]
     text = "rex=0.8, rex.text_encoder=0.5,rex.unet.up.block_1=0.4/0.8/1,tom=0"
@@ -20,12 +20,12 @@ def test_numbers_and_names():
 
 
 @pytest.mark.parametrize("text", ["rex=", "rex=a", "=1", "rex..unet=1", "rex=1,0.5", "rex=1,rex=2"])
-def test_what_is_no_weight_is_refused(text):
+def test_invalid_weights_are_refused(text):
     with pytest.raises(ConfigError, match="weight"):
         parse_weights(text, 1)
 
 
-def test_merge_writes_the_weighted_layers(tmp_path):
+def test_merge_applies_weights_per_component_and_block(tmp_path):
     block = "{}.attentions.0.transformer_blocks.0.attn1.to_q"
     layers = {
         "unet." + block.format("down_blocks.0"): (320, 0.4),
@@ -41,11 +41,11 @@ def test_merge_writes_the_weighted_layers(tmp_path):
     text = "rex=0.8,rex.text_encoder=0,rex.unet.down=0.4"
     calls = {**options, "merge": "auto", "layout": "diffusers"}
     merge([str(tmp_path / "rex.safetensors")], tmp_path / "m", text, **calls)
-    found = load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")
-    assert not any("text_encoder" in key for key in found)
+    actual = load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")
+    assert not any("text_encoder" in key for key in actual)
     for name, (_, weight) in layers.items():
         if weight:
-            up, down = (found[f"{name}.lora_{side}.weight"] for side in "BA")
+            up, down = (actual[f"{name}.lora_{side}.weight"] for side in "BA")
             expected = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
             torch.testing.assert_close(up @ down, weight * expected)
     assert "text_encoder 0, unet.down 0.4, else 0.8" in (tmp_path / "m" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Every command that writes, on a disk that is really full."""
+"""Every command that writes, on a full disk."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def can_mount(folder: Path) -> bool:
     return tried.returncode == 0
 
 
-def test_nothing_half_written_stays_and_nothing_is_lost(world: World, tmp_path: Path) -> None:
-    disk, kept = tmp_path / "disk", tmp_path / "kept"
+def test_full_disks_leave_no_partial_files_and_lose_nothing(world: World, tmp_path: Path) -> None:
+    disk, saved = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     images = photos(tmp_path / "photos")
     train = ["train", "--base", world.base, "--images", str(images), "--name", "max"]
@@ -79,7 +79,7 @@ def test_nothing_half_written_stays_and_nothing_is_lost(world: World, tmp_path: 
     done = subprocess.run(
         [
             *(OWN_MOUNTS if mount else []),
-            *(sys.executable, "-c", PROGRAM, str(disk), str(kept)),
+            *(sys.executable, "-c", PROGRAM, str(disk), str(saved)),
             *(json.dumps(mount), json.dumps(jobs)),
         ],
         cwd=ROOT,
@@ -105,4 +105,4 @@ def test_nothing_half_written_stays_and_nothing_is_lost(world: World, tmp_path: 
     assert whole[0] == 0, whole[1]
     if mount:
         assert " 1/4 [" in whole[1] and " 0/4 [" not in whole[1]  # it went on from the checkpoint
-    assert load_concept(kept).info.name == "max"
+    assert load_concept(saved).info.name == "max"

@@ -1,4 +1,4 @@
-"""Pictures on disk: what they depend on, and that none is ever lost."""
+"""Generated images, their settings files, and that none is overwritten."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_pictures_and_their_settings(run: Run, world: World, tmp_path: Path) -> None:
+def test_images_and_settings_files(run: Run, world: World, tmp_path: Path) -> None:
     output = tmp_path / "pictures"
     arguments = (
         *("generate", world.rex, world.tom, "--base", world.base, "--weights", "1,0.5"),
@@ -45,7 +45,7 @@ def test_pictures_and_their_settings(run: Run, world: World, tmp_path: Path) -> 
     assert f"Wrote 0001.png to 0004.png to {output}" in result.out
     assert len(list(output.iterdir())) == 8
     made = [json.loads((output / f"{k:04}.json").read_text()) for k in range(1, 5)]
-    assert [(each["prompt"], each["seed"]) for each in made] == [
+    assert [(item["prompt"], item["seed"]) for item in made] == [
         *((PROMPT, 4), (PROMPT, 5)),
         *(("a photo of <tom>", 4), ("a photo of <tom>", 5)),
     ]
@@ -69,7 +69,7 @@ def test_pictures_and_their_settings(run: Run, world: World, tmp_path: Path) -> 
     assert (read(output / "0001.png") != read(output / "0002.png")).any()
 
 
-def test_prompts_are_cleaned_of_what_is_not_wanted(run: Run, world: World, tmp_path: Path) -> None:
+def test_avoid_equals_the_argument_of_a_call(run: Run, world: World, tmp_path: Path) -> None:
     arguments = ("generate", world.rex, "--base", world.base, "--prompt", PROMPT, "--steps", "2")
     arguments += ("--guidance", "3", "--device", "cpu", "--output", tmp_path / "pictures")
     assert run(*arguments).code == run(*arguments, "--avoid", "hat, snow").code == 0
@@ -84,7 +84,7 @@ def test_prompts_are_cleaned_of_what_is_not_wanted(run: Run, world: World, tmp_p
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
 
 
-def test_of_a_video_model_a_still_is_drawn(run: Run, tmp_path: Path) -> None:
+def test_video_models_generate_one_frame(run: Run, tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny_wan().save_pretrained(base)
     arguments = ("--prompt", "a dog", "--steps", "2", "--size", "32", "--seed", "4")
@@ -97,7 +97,9 @@ def test_of_a_video_model_a_still_is_drawn(run: Run, tmp_path: Path) -> None:
     assert (read(tmp_path / "out" / "0001.png") == np.asarray(expected)).all()
 
 
-def test_numbers_go_on_and_nothing_is_overwritten(run: Run, world: World, tmp_path: Path) -> None:
+def test_numbering_continues_and_nothing_is_overwritten(
+    run: Run, world: World, tmp_path: Path
+) -> None:
     (tmp_path / "0007.json").write_text("mine")
     arguments = ("generate", "--base", world.base, "--prompt", "a dog", "--steps", "1")
     result = run(*arguments, "--size", "48x32", "--output", tmp_path)
@@ -109,7 +111,7 @@ def test_numbers_go_on_and_nothing_is_overwritten(run: Run, world: World, tmp_pa
     assert (tmp_path / "0007.json").read_text() == "mine"
 
 
-def test_numbers_that_another_process_takes_meanwhile_are_left_to_it(
+def test_numbers_used_by_another_process_are_skipped(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("generate", "--base", world.base, "--prompt", "a dog", "--steps", "1")
@@ -144,7 +146,7 @@ def test_notes_on_triggers(run: Run, world: World, tmp_path: Path) -> None:
     assert run("generate", *arguments, "--prompt", "a photo of a dog").err == ""
 
 
-def test_a_trigger_that_is_cut_off_is_told_once(world: World, tmp_path: Path) -> None:
+def test_a_truncated_trigger_is_warned_of_once(world: World, tmp_path: Path) -> None:
     """As a user sees it: a line of the command, for all pictures of the prompt."""
     prompt = f"a photo of a dog {'in the snow ' * 40}<rex>"
     call = ["generate", world.rex, "--base", world.base, "--prompt", prompt, "--device", "cpu"]
@@ -157,7 +159,7 @@ def test_a_trigger_that_is_cut_off_is_told_once(world: World, tmp_path: Path) ->
     assert "Warning" not in done.stderr
 
 
-def test_bad_input_draws_nothing(run: Run, world: World, tmp_path: Path) -> None:
+def test_invalid_input_generates_nothing(run: Run, world: World, tmp_path: Path) -> None:
     output = tmp_path / "pictures"
     arguments = ("--base", world.base, "--prompt", PROMPT, "--output", output)
     refused(run("generate", tmp_path / "rex", *arguments), "the concept does not exist")
@@ -186,7 +188,7 @@ def test_bad_input_draws_nothing(run: Run, world: World, tmp_path: Path) -> None
         ("--negative", "\udcff", "is not UTF-8"),
     ],
 )
-def test_absurd_numbers_draw_nothing(
+def test_numbers_out_of_range_generate_nothing(
     run: Run, world: World, tmp_path: Path, flag: str, value: str, says: str
 ) -> None:
     arguments = ("generate", world.rex, "--base", world.base, "--prompt", PROMPT, "--steps", "1")
@@ -228,8 +230,8 @@ def test_guidance_and_negative_prompts_reach_every_family(
     pictures = []
     for given in ({}, expected):
         noise = torch.Generator().manual_seed(0)
-        found = drawn(make(), "a dog", output_type="pil", generator=noise, **call, **given)
-        pictures.append(np.asarray(found[0]))
+        actual = drawn(make(), "a dog", output_type="pil", generator=noise, **call, **given)
+        pictures.append(np.asarray(actual[0]))
     arguments = ("--prompt", "a dog", "--steps", "2", "--size", "32", "--device", "cpu")
     output = tmp_path / "pictures"
     result = run("generate", "--base", tmp_path / "base", *arguments, *flags, "--output", output)
@@ -256,7 +258,7 @@ def test_guidance_and_negative_prompts_reach_every_family(
         (tiny_sd, (*LED, "--guidance", "1"), "add --guidance above 1"),
     ],
 )
-def test_what_a_pipeline_would_ignore_is_refused(
+def test_ignored_guidance_and_negative_prompts_are_refused(
     run: Run, tmp_path: Path, make: Callable[[], Any], flags: Flags, says: str
 ) -> None:
     make().save_pretrained(tmp_path / "base")
@@ -272,7 +274,7 @@ def test_what_a_pipeline_would_ignore_is_refused(
         (tiny_qwen_image_21, "--negative", "ignores negative prompts"),
     ],
 )
-def test_pipelines_that_lack_an_argument_or_take_a_picture_first(
+def test_pipelines_without_negative_prompt_or_with_an_image_argument_first(
     run: Run, tmp_path: Path, make: Callable[[], Any], flag: str, says: str
 ) -> None:
     make().save_pretrained(tmp_path / "base")
@@ -306,6 +308,6 @@ def test_sizes(text: str | None, size: tuple[int, int] | None) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "-8", "512x", "1e3", "512 512", "999999"])
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="invalid size"):
         parse_size(text)

@@ -1,4 +1,4 @@
-"""Texts of others on the terminal: no escape sequences, no markup, nothing that hides."""
+"""Text of files on the terminal: without escape sequences, markup and invisible characters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_library_of_hostile_files(run, tmp_path: Path) -> None:
     assert result.code == 2
 
 
-def test_what_is_printed_shows_as_it_is(capsys) -> None:
+def test_the_console_prints_verbatim(capsys) -> None:
     from rich.table import Table
 
     out = console()
@@ -49,7 +49,7 @@ def test_what_is_printed_shows_as_it_is(capsys) -> None:
     assert "[link=http://evil]" in shown and ":smile:" in shown and "\\x1b[31mred" in shown
 
 
-def test_notes_are_harmless(capsys) -> None:
+def test_warnings_are_escaped(capsys) -> None:
     with warnings.catch_warnings():
         _print_warning(UserWarning(TEXT), UserWarning, "file", 1)
     harmless(capsys.readouterr().err)

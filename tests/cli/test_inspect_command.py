@@ -1,4 +1,4 @@
-"""What inspect says of one concept, and of several."""
+"""customize inspect for one concept and for several."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_one_concept(run: Run, world: World) -> None:
     assert "overlap" not in result.out
 
 
-def test_columns_scores_and_odd_text() -> None:
+def test_slices_scores_and_markup_in_text() -> None:
     facts = small(slices={"6": [5, 0], "8": [1, 2]}, base="[bold]x[/bold]")
     rows = describe_concept(facts)
     assert rows["slices"] == "width 6: 0, 5; width 8: 1-2"
@@ -33,7 +33,7 @@ def test_columns_scores_and_odd_text() -> None:
     assert "slices" not in describe_concept(small(method="lora", basis=None, slices={}))
 
 
-def test_text_of_others_is_shown_as_it_is(run: Run, tmp_path: Path) -> None:
+def test_text_of_files_is_printed_verbatim(run: Run, tmp_path: Path) -> None:
     path = write_single_file(small(base="[bold]x[/bold]"), tmp_path / "rex.safetensors")
     assert "[bold]x[/bold]" in run("inspect", path).out
 
@@ -46,7 +46,7 @@ def test_disjoint_concepts(run: Run, world: World) -> None:
     assert len(numbers) == 4 and numbers[1] == numbers[2] == 0.0 < numbers[0]
 
 
-def test_concepts_that_collide(run: Run, world: World, tmp_path: Path) -> None:
+def test_concepts_that_share_slices(run: Run, world: World, tmp_path: Path) -> None:
     twin = concept(tiny_sd(), "max", index=0)
     save_concept(twin, tmp_path / "max")
     result = run("inspect", world.rex, tmp_path / "max")
@@ -54,15 +54,21 @@ def test_concepts_that_collide(run: Run, world: World, tmp_path: Path) -> None:
     assert "train max again" in result.out
     rex = concept(tiny_sd(), "rex")
     flat = {
-        each.info.name: {f"{c}.{m}": p for c, own in each.updates.items() for m, p in own.items()}
-        for each in (rex, twin)
+        item.info.name: {
+            f"{c}.{m}": p
+            for c, layer_updates in item.updates.items()
+            for m, p in layer_updates.items()
+        }
+        for item in (rex, twin)
     }
     value = overlap_matrix(flat)[0, 1].item()
     assert value > 0.1 and f"{value:.3f}" in result.out
     torch.testing.assert_close(overlap_matrix(flat), overlap_matrix(flat).T)
 
 
-def test_concepts_of_one_run_are_not_to_be_fused(run: Run, world: World, tmp_path: Path) -> None:
+def test_concepts_of_one_run_are_not_advised_to_fuse(
+    run: Run, world: World, tmp_path: Path
+) -> None:
     for name, other in (("rex", "tom"), ("tom", "rex")):
         made = concept(tiny_sd(), name, training={"learned_with": [other]})
         save_concept(made, tmp_path / name)
@@ -74,7 +80,7 @@ def test_concepts_of_one_run_are_not_to_be_fused(run: Run, world: World, tmp_pat
     assert "trained in one run" not in alone.out
 
 
-def test_records_without_a_layer_in_common(run: Run, tmp_path: Path) -> None:
+def test_layer_inputs_without_a_common_layer(run: Run, tmp_path: Path) -> None:
     for name in ("rex", "tom"):
         made = concept(tiny_sd(), name)
         save_concept(made, tmp_path / name)
@@ -84,7 +90,7 @@ def test_records_without_a_layer_in_common(run: Run, tmp_path: Path) -> None:
     assert "Crosstalk is unknown: no layer is changed by all concepts" in result.out
 
 
-def test_ordinary_loras_and_strangers(run: Run, world: World, tmp_path: Path) -> None:
+def test_ordinary_loras_and_incompatible_concepts(run: Run, world: World, tmp_path: Path) -> None:
     plain = concept(tiny_sd(), "plain", method="lora", basis=None, slices={})
     save_concept(plain, tmp_path / "plain")
     result = run("inspect", world.rex, tmp_path / "plain")
@@ -97,7 +103,7 @@ def test_ordinary_loras_and_strangers(run: Run, world: World, tmp_path: Path) ->
     assert result.code == 0 and "They cannot be merged: rex was trained on sd" in result.out
 
 
-def test_what_is_no_concept(run: Run, world: World, tmp_path: Path) -> None:
+def test_folders_and_files_that_are_no_concepts(run: Run, world: World, tmp_path: Path) -> None:
     refused(run("inspect", tmp_path), "no concept.json", str(tmp_path))
     data = (Path(world.rex) / "pytorch_lora_weights.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])

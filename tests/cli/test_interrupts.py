@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of imports, and terminals that go away."""
+"""Ctrl-C during imports, and closed terminals."""
 
 import contextlib
 import os
@@ -60,14 +60,14 @@ def check(result):
     ("module", "command"),
     [("typer", "inspect"), ("typer.main", "--version"), ("numpy", "inspect")],
 )
-def test_ctrl_c_in_the_middle_of_an_import(module, command, slow, world):
+def test_ctrl_c_during_an_import(module, command, slow, world):
     arguments = [command] if command.startswith("-") else [command, world.rex]
     check(interrupted_at(module, *arguments, slow=slow))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["torch", "numpy", "diffusers", "transformers", "accelerate"])
-def test_ctrl_c_while_training_imports(module, world, tmp_path):
+def test_ctrl_c_during_the_imports_of_training(module, world, tmp_path):
     photos(tmp_path / "photos")
     given = ["--base", world.base, "--images", tmp_path / "photos", "--output", tmp_path / "out"]
     check(interrupted_at(module, "train", *given, "--name", "max", "--class-word", "dog"))
@@ -108,7 +108,7 @@ def test_sighup_may_come_twice():
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_saves_and_the_run_goes_on(world, tmp_path):
+def test_training_resumes_after_its_terminal_was_closed(world, tmp_path):
     """The process' own terminal is closed, so that it gets SIGHUP and can't write any more."""
     photos(tmp_path / "photos")
     given = ["--base", world.base, "--images", tmp_path / "photos", "--output", tmp_path / "out"]
@@ -137,13 +137,13 @@ def test_a_closed_terminal_saves_and_the_run_goes_on(world, tmp_path):
     assert load_latest_checkpoint(tmp_path / "out" / ".checkpoints").step >= 5
 
 
-def test_a_reader_that_is_gone():
+def test_closed_output_pipe():
     command = f"{sys.executable} -m customize train 2>&1 | true; echo ${{PIPESTATUS[0]}}"
-    found = subprocess.run(
+    actual = subprocess.run(
         ["bash", "-c", command],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert found.stdout.strip() == "2" and found.stderr == ""
+    assert actual.stdout.strip() == "2" and actual.stderr == ""

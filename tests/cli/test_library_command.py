@@ -22,7 +22,7 @@ def library(run: Run, world: World, tmp_path: Path) -> Path:
     return tmp_path / "all"
 
 
-def test_list_shows_each(run: Run, library: Path) -> None:
+def test_list_prints_a_row_per_concept(run: Run, library: Path) -> None:
     result = run("library", "list", library)
     assert result.code == 0
     (rex,) = (line for line in result.out.splitlines() if "<rex>" in line)
@@ -40,12 +40,12 @@ def test_an_empty_library(run: Run, tmp_path: Path) -> None:
     refused(run("library", "list", tmp_path / "none"), "library cannot be read", "folder")
 
 
-def test_adding_the_same_again_is_refused(run: Run, library: Path, world: World) -> None:
+def test_duplicates_are_refused(run: Run, library: Path, world: World) -> None:
     refused(run("library", "add", library, world.rex), "already has the concept rex", "delete")
     refused(run("library", "add", library, "nowhere"), "the concept does not exist")
 
 
-def test_check_ends_with_1_on_faults(run: Run, library: Path) -> None:
+def test_check_exits_with_1_on_faults(run: Run, library: Path) -> None:
     result = run("library", "check", library)
     assert result.code == 1 and result.out.count("fault: ") == 2
     assert "rex has no recorded layer inputs" in result.out
@@ -69,7 +69,7 @@ def test_check_ends_with_1_on_faults(run: Run, library: Path) -> None:
     assert "rex and rex share 2 of 2 columns at width 16" in result.out
 
 
-def test_help_names_the_three(run: Run) -> None:
+def test_help_lists_the_subcommands(run: Run) -> None:
     result = run("library", "--help")
     for name in ("list", "add", "check"):
         assert name in result.out

@@ -32,7 +32,7 @@ def style(tmp_path: Path) -> Path:
     return tmp_path / "ink.safetensors"
 
 
-def test_two_files_merge_by_their_exact_sum(run: Run, style: Path, tmp_path: Path) -> None:
+def test_two_files_merge_to_their_exact_sum(run: Run, style: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     other = layer(CROSS, torch.randn(320, 3), torch.randn(3, 768))
     save_file(other, tmp_path / "oil.safetensors")
@@ -43,13 +43,13 @@ def test_two_files_merge_by_their_exact_sum(run: Run, style: Path, tmp_path: Pat
             "merge", *sources, "--output", str(folder), "--weights", "0.5,2", "--format", layout
         )
         assert done.code == 0, done
-        found = load_file(folder / f"{path}.safetensors")
+        actual = load_file(folder / f"{path}.safetensors")
         mine = load_file(style)
         key, ends = CROSS, ("lora_up.weight", "lora_down.weight")
         if layout == "diffusers":
             key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
             ends = ("lora_B.weight", "lora_A.weight")
-        merged = found[f"{key}.{ends[0]}"].double() @ found[f"{key}.{ends[1]}"].double()
+        merged = actual[f"{key}.{ends[0]}"].double() @ actual[f"{key}.{ends[1]}"].double()
         expected = sum(
             weight
             * tensors[f"{CROSS}.lora_up.weight"].double()
@@ -60,11 +60,11 @@ def test_two_files_merge_by_their_exact_sum(run: Run, style: Path, tmp_path: Pat
         assert "in ink" in (folder / "README.md").read_text()
 
 
-def test_the_card_of_loras_alone_invents_no_base(run: Run, tmp_path: Path) -> None:
+def test_the_card_of_loras_names_no_base(run: Run, tmp_path: Path) -> None:
     tensors = layer(CROSS, torch.ones(320, 1), torch.ones(1, 768))
-    said = {"modelspec.architecture": "stable-diffusion-v1/lora"}
-    said["modelspec.trigger_phrase"] = "ink|pen"
-    save_file(tensors, tmp_path / "ink.safetensors", said)
+    metadata = {"modelspec.architecture": "stable-diffusion-v1/lora"}
+    metadata["modelspec.trigger_phrase"] = "ink|pen"
+    save_file(tensors, tmp_path / "ink.safetensors", metadata)
     for layout in ("kohya", "diffusers"):
         folder = tmp_path / layout
         done = run("merge", tmp_path / "ink.safetensors", "--output", folder, "--format", layout)
@@ -77,7 +77,7 @@ def test_the_card_of_loras_alone_invents_no_base(run: Run, tmp_path: Path) -> No
         assert all(file.metadata().values()), "an empty field of the header"
 
 
-def test_a_fused_loras_lines_are_whole(run: Run, tmp_path: Path) -> None:
+def test_the_printed_lines_of_a_fused_lora(run: Run, tmp_path: Path) -> None:
     """Whatever the folder is called, and of the base's family where the LoRA's is not known."""
     pipe = tiny_wan()
     pipe.save_pretrained(tmp_path / "base")
@@ -99,14 +99,14 @@ def test_a_fused_loras_lines_are_whole(run: Run, tmp_path: Path) -> None:
     assert ".frames[0]" in done.out and "load_custom" not in done.out
 
 
-def test_inspect_says_what_a_file_holds(run: Run, style: Path) -> None:
+def test_inspect_describes_a_file(run: Run, style: Path) -> None:
     done = run("inspect", str(style))
     assert done.code == 0, done
     for word in ("ink", "in ink", "family sd", "1 to 2", "2 of unet"):
         assert word in done.out
 
 
-def test_bad_words(run: Run, style: Path, tmp_path: Path) -> None:
+def test_invalid_formats_and_damaged_files(run: Run, style: Path, tmp_path: Path) -> None:
     output = ("--output", str(tmp_path / "out"))
     refused(run("merge", str(style), *output, "--format", "a1111"), "unknown format a1111")
     done = run("merge", str(style), *output, "--format", "kohya", "--fuse", "--base", "some/base")
@@ -125,7 +125,7 @@ def ambiguous(folder: Path, name: str = "either") -> Path:
     return path
 
 
-def test_a_family_is_named_where_several_fit(run: Run, tmp_path: Path) -> None:
+def test_ambiguous_files_need_a_family(run: Run, tmp_path: Path) -> None:
     file = ambiguous(tmp_path)
     output = tmp_path / "out"
     for command in (("inspect", file), ("merge", file, "--output", output)):
@@ -160,7 +160,7 @@ def test_a_pair_for_two_transformers_is_merged_and_read_back(run: Run, tmp_path:
     assert "1 of transformer, 1 of transformer_2" in done.out
 
 
-def test_inspect_names_biases_and_norms(run: Run, tmp_path: Path) -> None:
+def test_inspect_counts_biases_and_norms(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "norms.safetensors"
     tensors = {f"unet.conv_norm_out.{part}": torch.ones(320) for part in ("w_norm", "b_norm")}
     save_file(tensors, file)

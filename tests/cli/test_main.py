@@ -35,7 +35,7 @@ def customize(*arguments: str, code: str | None = None) -> subprocess.CompletedP
     )
 
 
-def test_help_needs_nothing_heavy() -> None:
+def test_help_imports_no_heavy_library() -> None:
     code = (
         "import sys; from customize.cli import main; done = main(sys.argv[1:]);"
         "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'peft'} & set(sys.modules);"
@@ -49,7 +49,7 @@ def test_help_needs_nothing_heavy() -> None:
     assert (done.returncode, done.stderr) == (0, "set()\n")
 
 
-def test_a_process_ends_with_the_exit_code_and_one_line() -> None:
+def test_errors_are_one_line_and_exit_code_2() -> None:
     done = customize("merge", "nowhere/at/all", "--output", "unused")
     assert done.returncode == 2
     assert done.stderr == (
@@ -65,7 +65,7 @@ def test_a_process_ends_with_the_exit_code_and_one_line() -> None:
     assert "(base: nobody/nothing). Fix: name a folder" in line
 
 
-def test_what_libraries_say_does_not_come_between(tmp_path: Path) -> None:
+def test_logs_of_libraries_are_silenced(tmp_path: Path) -> None:
     pictures = photos(tmp_path / "photos")
     flags = ("--clip", "nobody/nothing", "--references", str(pictures))
     done = customize("evaluate", "--images", str(pictures), *flags)
@@ -86,7 +86,7 @@ def test_version(run: Run) -> None:
     assert run("--version").out == f"customize {__version__}\n"
 
 
-def test_bad_flags_are_one_line(run: Run, tmp_path: Path) -> None:
+def test_usage_errors_are_one_line(run: Run, tmp_path: Path) -> None:
     refused(run("paint"), "No such command 'paint'", "customize --help")
     refused(run("merge", "--wieghts", "1"), "--wieghts", "--weights", "customize merge --help")
     refused(run("merge"), "Missing argument 'CONCEPT'")
@@ -98,19 +98,19 @@ def test_bad_flags_are_one_line(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1,", "one,2", "nan,1", "1;2"])
-def test_weights_that_are_no_numbers(text: str) -> None:
+def test_invalid_weight_lists(text: str) -> None:
     with pytest.raises(ConfigError, match="invalid weights"):
         parse_weight_list(text, 2)
 
 
-def test_weights_are_counted() -> None:
+def test_weight_lists_have_one_number_per_concept() -> None:
     assert parse_weight_list("1, 0.8", 2) == [1.0, 0.8]
     assert parse_weight_list(None, 2) == [1.0, 1.0]
     with pytest.raises(ConfigError, match="1 weights for 2 concepts"):
         parse_weight_list("1", 2)
 
 
-def test_devices_that_are_not_there() -> None:
+def test_unavailable_devices() -> None:
     assert choose_device("cpu", "--device").type == "cpu"
     for name in ("cuda:99", "abacus"):
         with pytest.raises(ConfigError, match="cannot be used"):
@@ -127,7 +127,7 @@ def test_bases_that_cannot_be_loaded(run: Run, world: World, tmp_path: Path) -> 
     refused(result, "unknown dtype int4", "bfloat16")
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_json_is_written_atomically(tmp_path: Path) -> None:
     path = tmp_path / "new" / "figures.json"
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
@@ -143,7 +143,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_prints_advice(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import signal
@@ -165,7 +165,7 @@ def test_ctrl_c_says_how_to_go_on(
         signal.signal(signal.SIGINT, before)
 
 
-def test_training_that_was_stopped_ends_every_command_with_130(
+def test_stopped_training_exits_with_130_in_every_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from customize.demo import run_demo
@@ -175,11 +175,11 @@ def test_training_that_was_stopped_ends_every_command_with_130(
 
     monkeypatch.setattr(run_demo, "run_demo", run)
     assert main(["demo", "--output", str(tmp_path)]) == 130
-    wanted = "training was stopped after step 3. Fix: run the same again.\n"
-    assert capsys.readouterr().err == wanted
+    expected = "training was stopped after step 3. Fix: run the same again.\n"
+    assert capsys.readouterr().err == expected
 
 
-def test_warnings_are_a_line_each(world: World, tmp_path: Path) -> None:
+def test_warnings_are_one_line(world: World, tmp_path: Path) -> None:
     """A concept with a record beside one without: the sum, and a word on why."""
     shutil.copytree(world.rex, tmp_path / "rex")
     record_of(load_concept(world.rex)).save(tmp_path / "rex" / "layer_inputs.safetensors")

@@ -1,4 +1,4 @@
-"""Merged files, as stock diffusers and as our own loading read them."""
+"""Merged files, as stock diffusers and load_custom read them."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ def test_help_describes_every_method_and_setting(run: Run) -> None:
     assert "Random seed for DARE (default: 0)" in shown
 
 
-def test_stock_diffusers_draws_what_load_custom_draws(
-    run: Run, world: World, tmp_path: Path
-) -> None:
+def test_stock_diffusers_reproduces_load_custom(run: Run, world: World, tmp_path: Path) -> None:
     from customize import load_custom
 
     both = (world.rex, world.tom, "--weights", "1,0.8")
@@ -127,13 +125,13 @@ def test_stock_diffusers_draws_what_load_custom_draws(
     assert np.abs(expected["sum"] - ours(world, [1.0, 0.0])).max() > 1e-3
 
 
-def test_every_layer_holds_the_exact_sum(run: Run, world: World, tmp_path: Path) -> None:
+def test_every_layer_is_the_exact_sum(run: Run, world: World, tmp_path: Path) -> None:
     assert run("merge", world.rex, world.tom, "--weights", "1,-0.5", "-o", tmp_path / "m").code == 0
     tensors = load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")
     wanted = merge_concepts([load_concept(world.rex), load_concept(world.tom)], [1.0, -0.5])
     seen = 0
-    for component, own in wanted.items():
-        for module, update in own.items():
+    for component, layer_updates in wanted.items():
+        for module, update in layer_updates.items():
             down = tensors[f"{component}.{module}.lora_A.weight"]
             up = tensors[f"{component}.{module}.lora_B.weight"]
             torch.testing.assert_close(up @ down, to_dense(update))
@@ -145,7 +143,7 @@ def test_every_layer_holds_the_exact_sum(run: Run, world: World, tmp_path: Path)
     assert 'weight_name="learned_embeds_tom.safetensors"' in card and "<rex> and <tom>" in card
 
 
-def test_truncation_says_what_it_lost(run: Run, world: World, tmp_path: Path) -> None:
+def test_truncation_reports_its_error(run: Run, world: World, tmp_path: Path) -> None:
     result = run("merge", world.rex, world.tom, "--rank", "3", "--output", tmp_path / "m")
     assert result.code == 0
     error = json.loads((tmp_path / "m" / "merged.json").read_text())["truncation_error"]
@@ -156,7 +154,9 @@ def test_truncation_says_what_it_lost(run: Run, world: World, tmp_path: Path) ->
     assert "Truncation" not in result.out or "lost 0.0%" in result.out
 
 
-def test_methods_that_prune_say_what_narrowing_lost(run: Run, world: World, tmp_path: Path) -> None:
+def test_pruning_methods_report_the_truncation_error(
+    run: Run, world: World, tmp_path: Path
+) -> None:
     both = (world.rex, world.tom, "--merge", "dare", "--density", "0.6", "--seed", "3")
     result = run("merge", *both, "--output", tmp_path / "m")
     assert result.code == 0, result.err
@@ -166,8 +166,8 @@ def test_methods_that_prune_say_what_narrowing_lost(run: Run, world: World, tmp_
     exact = merge_concepts(concepts, [1.0, 1.0], "dare", density=0.6, seed=3)
     tensors = load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")
     lost = whole = 0.0
-    for component, own in exact.items():
-        for module, update in own.items():
+    for component, layer_updates in exact.items():
+        for module, update in layer_updates.items():
             down = tensors[f"{component}.{module}.lora_A.weight"]
             up = tensors[f"{component}.{module}.lora_B.weight"]
             assert down.shape[0] == 4  # two concepts of rank 2
@@ -178,7 +178,7 @@ def test_methods_that_prune_say_what_narrowing_lost(run: Run, world: World, tmp_
     assert 0.1 < error < 1 and f"Truncation lost {error:.1%}" in result.out
 
 
-def test_truncate_takes_the_rank_also_into_weights(run: Run, world: World, tmp_path: Path) -> None:
+def test_truncate_applies_its_rank_to_fused_weights(run: Run, world: World, tmp_path: Path) -> None:
     both = (world.rex, world.tom, "--merge", "truncate")
     result = run("merge", *both, "--output", tmp_path / "m")
     assert result.code == 0 and "rank 2 (text_encoder), 2 (unet)" in result.out
@@ -192,7 +192,7 @@ def test_truncate_takes_the_rank_also_into_weights(run: Run, world: World, tmp_p
     refused(result, "--rank has no effect with --fuse", "--merge truncate")
 
 
-def test_layers_that_need_less_are_filled_with_zeros(tmp_path: Path) -> None:
+def test_lower_ranks_are_padded_with_zeros(tmp_path: Path) -> None:
     """A loader without a header takes one rank for all layers, and alpha for it."""
     rex, tom = small(1, name="rex"), small(2, name="tom", trigger="<tom>", slices=SLICES)
     part = {"unet": {"mid.attn1.to_q": tom.updates["unet"]["mid.attn1.to_q"]}}
@@ -207,7 +207,7 @@ def test_layers_that_need_less_are_filled_with_zeros(tmp_path: Path) -> None:
 SLICES = {"6": [0, 1], "8": [4, 5]}
 
 
-def test_shared_slices_are_told(run: Run, world: World, tmp_path: Path) -> None:
+def test_shared_slices_are_noted(run: Run, world: World, tmp_path: Path) -> None:
     save_concept(concept(tiny_sd(), "max", index=0), tmp_path / "max")
     result = run("merge", world.rex, tmp_path / "max", "--output", tmp_path / "m")
     assert result.code == 0
@@ -215,7 +215,7 @@ def test_shared_slices_are_told(run: Run, world: World, tmp_path: Path) -> None:
     assert "note" not in run("merge", world.rex, world.tom, "-o", tmp_path / "n").out
 
 
-def test_only_the_same_merge_may_be_there(run: Run, world: World, tmp_path: Path) -> None:
+def test_only_the_same_merge_is_overwritten(run: Run, world: World, tmp_path: Path) -> None:
     folder = tmp_path / "m"
     folder.mkdir()
     arguments = ("merge", world.rex, world.tom, "--output", folder)
@@ -234,7 +234,7 @@ def test_only_the_same_merge_may_be_there(run: Run, world: World, tmp_path: Path
     assert file.read_text() == "mine"
 
 
-def test_what_does_not_go_together(run: Run, world: World, tmp_path: Path) -> None:
+def test_contradicting_arguments_are_refused(run: Run, world: World, tmp_path: Path) -> None:
     output = ("--output", tmp_path / "m")
     refused(run("merge", world.rex, world.rex, *output), "two concepts are called rex")
     refused(run("merge", world.rex, world.tom, "--weights", "1", *output), "1 weights for 2")
@@ -281,7 +281,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_make_infinities_write_nothing(run: Run, world: World, tmp_path: Path) -> None:
+def test_weights_beyond_the_dtype_write_nothing(run: Run, world: World, tmp_path: Path) -> None:
     arguments = ("merge", world.rex, world.tom, "--output", tmp_path / "m")
     for more in ((), ("--rank", "2")):
         result = run(*arguments, "--weights", "1e39,1", *more)

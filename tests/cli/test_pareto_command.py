@@ -1,4 +1,4 @@
-"""pareto: points from files of figures, a picture of them, and a file that says the same."""
+"""customize pareto: points from result files, a plot, and a result file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def files(tmp_path: Path) -> list[Path]:
     ]
 
 
-def test_a_point_a_file(run: Run, files: list[Path], tmp_path: Path) -> None:
+def test_one_point_per_file(run: Run, files: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "front.png"
     result = run("pareto", *files, "--only", "attached=2", "--output", output)
     assert (result.code, result.err) == (0, "")
@@ -57,11 +57,11 @@ def test_a_point_a_file(run: Run, files: list[Path], tmp_path: Path) -> None:
     # What it has written can be read as well.
     again = ("--by", "name", "--only", "front=True", "--output", tmp_path / "again.png")
     assert run("pareto", tmp_path / "front.json", *again).code == 0
-    found = json.loads((tmp_path / "again.json").read_text())["rows"]
-    assert [row["name"] for row in found] == ["sum", "fusion"]
+    actual = json.loads((tmp_path / "again.json").read_text())["rows"]
+    assert [row["name"] for row in actual] == ["sum", "fusion"]
 
 
-def test_a_point_a_value(run: Run, files: list[Path], tmp_path: Path) -> None:
+def test_one_point_per_value_of_a_column(run: Run, files: list[Path], tmp_path: Path) -> None:
     flags = ("--by", "attached", "--x", "leak", "--output", tmp_path / "front.png")
     assert run("pareto", files[0], *flags).code == 0
     report = json.loads((tmp_path / "front.json").read_text())
@@ -81,7 +81,7 @@ def test_a_point_a_value(run: Run, files: list[Path], tmp_path: Path) -> None:
     }
 
 
-def test_input_that_is_wrong(run: Run, files: list[Path], tmp_path: Path) -> None:
+def test_invalid_input(run: Run, files: list[Path], tmp_path: Path) -> None:
     output = ("--output", tmp_path / "front.png")
     refused(
         run("pareto", *files, *output),

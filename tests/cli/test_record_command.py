@@ -1,4 +1,4 @@
-"""customize record, and the commands that merge by what it has recorded."""
+"""customize record, and merges by fusion of recorded concepts."""
 
 from __future__ import annotations
 
@@ -40,23 +40,25 @@ def recorded(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(world.base, str(folder / "rex"), str(folder / "tom"))
 
 
-def test_it_leaves_what_python_records(run: Run, world: World, tmp_path: Path) -> None:
+def test_the_command_writes_the_result_of_record_inputs(
+    run: Run, world: World, tmp_path: Path
+) -> None:
     folder = tmp_path / "rex"
     shutil.copytree(world.rex, folder)
     result = run("record", folder, "--base", world.base, *PROMPTS, "--device", "cpu")
     assert result.code == 0, result.err
     assert "Wrote " in result.out and "layer_inputs.safetensors" in result.out
-    found = LayerInputs.load(layer_inputs_path(folder))
+    actual = LayerInputs.load(layer_inputs_path(folder))
     prompts = [text for text in PROMPTS if "{}" in text]
     expected = customize.record_inputs(tiny_sd(), folder, prompts)
-    assert found.digest == expected.digest
+    assert actual.digest == expected.digest
     for component, layers in expected.concept.items():
         for module, rows in layers.items():
-            read = found.concept[component][module]
+            read = actual.concept[component][module]
             torch.testing.assert_close(read.T @ read, rows.T @ rows, atol=2e-3, rtol=0)
 
 
-def test_a_lora_needs_words_once(run: Run, world: World, tmp_path: Path) -> None:
+def test_loras_without_a_trigger_need_words(run: Run, world: World, tmp_path: Path) -> None:
     path = tmp_path / "style.safetensors"
     save_file(user_lora(tiny_sd()), path)
     where = ("--base", world.base, *PROMPTS, "--device", "cpu")
@@ -69,7 +71,7 @@ def test_a_lora_needs_words_once(run: Run, world: World, tmp_path: Path) -> None
     assert (tmp_path / "style.layer_inputs.safetensors").is_file()
 
 
-def test_merge_writes_the_fusion(run: Run, recorded: World, tmp_path: Path) -> None:
+def test_merge_by_fusion(run: Run, recorded: World, tmp_path: Path) -> None:
     both = (recorded.rex, recorded.tom, "--weights", "1,0.8")
     result = run("merge", *both, "--output", tmp_path / "auto")
     assert result.code == 0 and "by fusion" in result.out, result.err
@@ -108,22 +110,22 @@ def test_merge_without_records(run: Run, world: World, recorded: World, tmp_path
     assert result.code == 0 and "by sum into" in result.out
 
 
-def test_generate_says_how_it_merged(run: Run, recorded: World, tmp_path: Path) -> None:
+def test_generate_stores_the_merge_method(run: Run, recorded: World, tmp_path: Path) -> None:
     common = ("--base", recorded.base, "--prompt", "<rex> and <tom>", "--steps", 1)
-    for merge_, told in (("auto", "fusion"), ("sum", "sum"), ("ties", "ties")):
+    for merge_, stored in (("auto", "fusion"), ("sum", "sum"), ("ties", "ties")):
         folder = tmp_path / merge_
         result = run(
             "generate", recorded.rex, recorded.tom, *common, "--merge", merge_, "-o", folder
         )
         assert result.code == 0, result.err
-        assert json.loads((folder / "0001.json").read_text())["merge"] == told
+        assert json.loads((folder / "0001.json").read_text())["merge"] == stored
     result = run(
         "generate", recorded.rex, recorded.tom, *common, "--merge", "blend", "-o", tmp_path / "x"
     )
     refused(result, "unknown merge method 'blend'")
 
 
-def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -> None:
+def test_inspect_prints_crosstalk(run: Run, recorded: World) -> None:
     result = run("inspect", recorded.rex, recorded.tom)
     assert result.code == 0, result.err
     table = result.out[result.out.index("crosstalk") :]
@@ -133,15 +135,15 @@ def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -
     rex, tom = (
         {
             f"{part}.{saved_module_name(part, m)}": u
-            for part, own in c.updates.items()
-            for m, u in own.items()
+            for part, layer_updates in c.updates.items()
+            for m, u in layer_updates.items()
         }
         for c in concepts
     )
     inputs = LayerInputs.load(layer_inputs_path(recorded.rex)).concept
     total = [0.0, 0.0]
-    for part, own in inputs.items():
-        for module, rows in own.items():
+    for part, layer_updates in inputs.items():
+        for module, rows in layer_updates.items():
             for k, updates in enumerate((rex, tom)):
                 total[k] += float((to_dense(updates[f"{part}.{module}"]) @ rows.T).square().sum())
     line = lines["inputs of 1. rex"]
@@ -150,14 +152,16 @@ def test_inspect_tells_who_answers_to_whose_prompts(run: Run, recorded: World) -
     assert "merge them by fusion" in result.out
 
 
-def test_inspect_names_those_without_a_record(run: Run, world: World, recorded: World) -> None:
+def test_inspect_names_concepts_without_layer_inputs(
+    run: Run, world: World, recorded: World
+) -> None:
     result = run("inspect", world.rex, recorded.tom)
     assert result.code == 0
     assert "Crosstalk is unknown: rex has no recorded layer inputs" in result.out
     assert "inputs of" not in result.out
 
 
-def test_inspect_tells_and_draws_it_layer_by_layer(
+def test_inspect_prints_and_plots_crosstalk_by_layer(
     run: Run, recorded: World, tmp_path: Path
 ) -> None:
     picture = tmp_path / "crosstalk.png"
@@ -171,7 +175,7 @@ def test_inspect_tells_and_draws_it_layer_by_layer(
     assert len(set(Image.open(picture).convert("L").getdata())) > 50
 
 
-def test_a_layer_in_which_a_concept_does_nothing_does_not_stand_out() -> None:
+def test_layers_that_a_concept_hardly_changes_do_not_stand_out() -> None:
     by_layer = {
         "a": torch.tensor([[4.0, 1.0], [1.0, 2.0]]),
         "b": torch.tensor([[0.0, 1.0], [3.0, 0.0]]),
@@ -183,7 +187,7 @@ def test_a_layer_in_which_a_concept_does_nothing_does_not_stand_out() -> None:
     torch.testing.assert_close(values, expected)
 
 
-def test_what_inspect_cannot_draw_is_refused_at_once(
+def test_unplottable_crosstalk_is_refused(
     run: Run, world: World, recorded: World, tmp_path: Path
 ) -> None:
     both = recorded.rex, recorded.tom

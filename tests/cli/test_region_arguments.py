@@ -1,4 +1,4 @@
-"""``customize generate`` with regions, a library, fused, by a backend and within memory."""
+"""customize generate with regions, a library, fused weights, attention backends and memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path), dtype=int)
 
 
-def test_boxes_and_masks_are_those_of_a_call(run: Run, world: World, tmp_path: Path) -> None:
+def test_boxes_and_masks_equal_the_arguments_of_a_call(
+    run: Run, world: World, tmp_path: Path
+) -> None:
     right = np.zeros((8, 8), dtype=np.uint8)
     right[:, 4:] = 255
     Image.fromarray(right).save(tmp_path / "right=half.png")
@@ -66,31 +68,29 @@ def drawn(pipe: object, **more: object) -> np.ndarray:
         ("<rex>=0,0,2,1", "exceeds the image"),
     ],
 )
-def test_regions_that_are_none(
-    run: Run, world: World, region: str, says: str, tmp_path: Path
-) -> None:
+def test_invalid_regions(run: Run, world: World, region: str, says: str, tmp_path: Path) -> None:
     both = ("generate", world.rex, "--base", world.base, "--prompt", "a <rex>", *SMALL)
     refused(run(*both, "--regions", region, "--output", tmp_path / "out"), says, "Fix: ")
 
 
-def test_the_same_words_twice(run: Run, world: World, tmp_path: Path) -> None:
+def test_two_regions_for_the_same_words(run: Run, world: World, tmp_path: Path) -> None:
     box = ("--regions", "<rex>=0,0,1,1")
     both = ("generate", world.rex, "--base", world.base, "--prompt", "a <rex>", *SMALL)
     refused(run(*both, *box, *box), "two regions for '<rex>'", "Fix: ")
 
 
 @given(st.text(max_size=30))
-def test_any_text_is_a_region_or_refused(text: str) -> None:
+def test_any_text_parses_or_is_refused(text: str) -> None:
     try:
-        found = parse_regions([text])
+        actual = parse_regions([text])
     except CustomizeError as error:
         assert str(error)
     else:
-        assert len(found) == 1
+        assert len(actual) == 1
 
 
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=4))
-def test_boxes_survive_as_text(box: list[float]) -> None:
+def test_boxes_round_trip_as_text(box: list[float]) -> None:
     assert parse_regions([f"red car={','.join(map(str, box))}"]) == {"red car": tuple(box)}
 
 
@@ -108,13 +108,13 @@ def test_fuse_attention_memory_and_names(run: Run, world: World, tmp_path: Path)
             "native" if "--attention" in more else None,
             "4GB" if "--memory" in more else None,
         )
-        found = pixels(tmp_path / "out" / f"{number:04}.png")
-        assert np.abs(found - pixels(tmp_path / "out" / "0001.png")).max() <= 1
+        actual = pixels(tmp_path / "out" / f"{number:04}.png")
+        assert np.abs(actual - pixels(tmp_path / "out" / "0001.png")).max() <= 1
     call = ("generate", world.rex, world.tom, "--base", world.base, "--prompt", "<ann>", *SMALL)
     result = run(*call, "--names", "ann,", "--output", tmp_path / "named")
     assert result.code == 0 and "note" not in result.err, result
     named = json.loads((tmp_path / "named" / "0001.json").read_text())["concepts"]
-    assert [each["trigger"] for each in named] == ["<ann>", "<tom>"]
+    assert [item["trigger"] for item in named] == ["<ann>", "<tom>"]
     refused(run(*call, "--names", "ann"), "1 names for 2 concepts", "--names")
     refused(run(*call, "--attention", "natve"), "unknown attention backend", "did you mean native")
     refused(run(*call, "--memory", "4"), "invalid memory size", "8GB")
@@ -122,9 +122,7 @@ def test_fuse_attention_memory_and_names(run: Run, world: World, tmp_path: Path)
     refused(run(*plain, "--fuse"), "--fuse needs a concept")
 
 
-def test_two_concepts_of_one_name_are_told_apart_by_names(
-    run: Run, world: World, tmp_path: Path
-) -> None:
+def test_names_distinguish_concepts_of_one_name(run: Run, world: World, tmp_path: Path) -> None:
     save_concept(load_concept(world.rex), tmp_path / "other" / "rex")
     both = (world.rex, tmp_path / "other" / "rex", "--names", ",rex-2")
     call = ("--base", world.base, "--prompt", "<rex> and <rex-2>", *SMALL)
@@ -134,15 +132,17 @@ def test_two_concepts_of_one_name_are_told_apart_by_names(
     assert "<rex-2>" in run("inspect", tmp_path / "m").out
 
 
-def test_a_librarys_concepts_are_in_the_facts(run: Run, world: World, tmp_path: Path) -> None:
+def test_concepts_of_a_library_are_in_the_settings_file(
+    run: Run, world: World, tmp_path: Path
+) -> None:
     assert run("library", "add", tmp_path / "library", world.rex, world.tom).code == 0
     call = ("generate", "--base", world.base, "--library", tmp_path / "library", *SMALL)
     result = run(*call, "--prompt", "a <rex>", "--output", tmp_path / "out")
     assert result.code == 0 and not result.err, result
     facts = json.loads((tmp_path / "out" / "0001.json").read_text())
-    assert [each["name"] for each in facts["concepts"]] == ["rex"]
+    assert [item["name"] for item in facts["concepts"]] == ["rex"]
     result = run(*call, "--prompt", "a <rexx>", "--output", tmp_path / "out")
     assert result.code == 2 and "it has <rex>" in result.err
     expected = draw(load_custom(tiny_sd(), world.rex), "a <rex>")
-    found = pixels(tmp_path / "out" / "0001.png") / 255
-    assert np.abs(found - expected).max() <= 2 / 255
+    actual = pixels(tmp_path / "out" / "0001.png") / 255
+    assert np.abs(actual - expected).max() <= 2 / 255

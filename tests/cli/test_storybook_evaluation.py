@@ -1,4 +1,4 @@
-"""evaluate end to end: real models of random weights, real pictures, figures on disk."""
+"""customize evaluate end to end: tiny models, images and result files."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ def test_storybook_rates(run: Run, judged: Path, tmp_path: Path) -> None:
     assert single["rows"] == rows[:1]  # the same pictures, whatever else is scored
 
 
-def test_a_merge_is_scored_as_its_concepts_are_together(
-    run: Run, judged: Path, tmp_path: Path
-) -> None:
+def test_a_merge_scores_like_its_concepts_together(run: Run, judged: Path, tmp_path: Path) -> None:
     flags = (*storybook(judged), "--seeds", "1", "--merge", "sum")
     sources = (judged / "rex", judged / "tom")
     assert run("evaluate", *sources, *flags, "--json", tmp_path / "both.json").code == 0
@@ -99,7 +97,7 @@ def test_a_merge_is_scored_as_its_concepts_are_together(
             assert one[key] == (pytest.approx(value, abs=1e-3) if key == "drift" else value), key
 
 
-def test_weights_count_where_concepts_are_merged(run: Run, judged: Path, tmp_path: Path) -> None:
+def test_weights_apply_to_the_merge(run: Run, judged: Path, tmp_path: Path) -> None:
     sources = (judged / "rex", judged / "tom")
     drifts = []
     for weights in ("1,0", "1,1"):
@@ -113,7 +111,7 @@ def test_weights_count_where_concepts_are_merged(run: Run, judged: Path, tmp_pat
     assert drifts[1][2] != pytest.approx(drifts[1][0], rel=1e-3)
 
 
-def test_storybook_input_that_is_wrong(run: Run, judged: Path, tmp_path: Path) -> None:
+def test_invalid_storybook_input(run: Run, judged: Path, tmp_path: Path) -> None:
     flags = storybook(judged)
     refused(run("evaluate", *flags), "no concept is given")
     refused(run("evaluate", judged / "rex", judged / "rex", *flags), "two concepts are called rex")
@@ -138,7 +136,7 @@ def test_storybook_input_that_is_wrong(run: Run, judged: Path, tmp_path: Path) -
     refused(run("evaluate", tmp_path / "sofa", *flags), "sofa has the class word sofa", "dog, cat")
 
 
-def test_storybook_bases_and_concepts_that_do_not_fit(
+def test_incompatible_bases_and_concepts_are_refused_before_drawing(
     run: Run, judged: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All told before anything is drawn."""
@@ -151,7 +149,7 @@ def test_storybook_bases_and_concepts_that_do_not_fit(
     refused(run("evaluate", tmp_path / "rex", *flags), "rex was learned on sd3")
 
 
-def test_pictures_that_are_not_finite_are_not_scored(run: Run, judged: Path) -> None:
+def test_images_that_are_not_finite_are_not_scored(run: Run, judged: Path) -> None:
     sources = (judged / "rex", judged / "tom")
     flags = ("--seeds", "1", "--weights", "1e38,1e38")
     refused(run("evaluate", *sources, *storybook(judged), *flags), "is not finite")
@@ -169,7 +167,7 @@ def blips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return save_blip(root / "blip"), save_blip2(root / "blip2")
 
 
-def test_similarities(run: Run, world: World, models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_clip_and_dino(run: Run, world: World, models: tuple[Path, Path], tmp_path: Path) -> None:
     """From pictures that generate has left: the prompts and class words come with them."""
     pictures, file = tmp_path / "pictures", tmp_path / "figures.json"
     made = ("--base", world.base, "--steps", "1", "--count", "2", "--output", pictures)
@@ -188,8 +186,8 @@ def test_similarities(run: Run, world: World, models: tuple[Path, Path], tmp_pat
     from customize.training.data.dataset import read_image
 
     images = [read_image(path) for path in sorted(pictures.glob("*.png"))]
-    wanted = ClipScorer(models[0]).clip_t(images, ["a photo of dog"] * 2)
-    torch.testing.assert_close(torch.tensor([r["clip_t"] for r in report["rows"]]), wanted)
+    expected = ClipScorer(models[0]).clip_t(images, ["a photo of dog"] * 2)
+    torch.testing.assert_close(torch.tensor([r["clip_t"] for r in report["rows"]]), expected)
 
 
 def test_blip(run: Run, blips: tuple[Path, Path], tmp_path: Path) -> None:
@@ -206,11 +204,13 @@ def test_blip(run: Run, blips: tuple[Path, Path], tmp_path: Path) -> None:
     for name in ("BLIP ITC", "BLIP ITM", "BLIP-2 ITC", "BLIP-2 ITM"):
         assert name in result.out
     report = json.loads(file.read_text())
-    found = [read_image(path) for path in sorted(pictures.glob("*.png"))]
+    actual = [read_image(path) for path in sorted(pictures.glob("*.png"))]
     texts = ["a dog", "a cat", "a red cup"]
-    wanted = BlipScorer(blips[0]).scores(found, texts) | Blip2Scorer(blips[1]).scores(found, texts)
-    assert set(report["figures"]) == set(wanted)
-    for name, values in wanted.items():
+    expected = BlipScorer(blips[0]).scores(actual, texts) | Blip2Scorer(blips[1]).scores(
+        actual, texts
+    )
+    assert set(report["figures"]) == set(expected)
+    for name, values in expected.items():
         rows = torch.tensor([row[name] for row in report["rows"]])
         torch.testing.assert_close(rows, values)
         assert report["figures"][name] == pytest.approx(values.mean().item())
@@ -246,7 +246,7 @@ def test_prompts_from_a_file(run: Run, models: tuple[Path, Path], tmp_path: Path
     refused(run("evaluate", *flags), "not a text file")
 
 
-def test_similarity_input_that_is_wrong(
+def test_invalid_image_input(
     run: Run, world: World, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
     pictures = photos(tmp_path / "photos")

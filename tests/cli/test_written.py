@@ -1,4 +1,4 @@
-"""What the pack writes, the pack reads: every writer with every command that takes concepts."""
+"""Every writer of the package with every command that reads concepts."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ WRITERS = {
 def written(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     from customize.cli import main
 
-    found = {}
+    actual = {}
     for number, (name, (arguments, file)) in enumerate(WRITERS.items()):
         root = tmp_path_factory.mktemp(f"written{number}")
         if arguments is None:
             sources = [world.rex, world.tom]
             if file:
                 sources = [
-                    str(save_concept(load_concept(each), root / f"{Path(each).name}{file}"))
-                    for each in sources
+                    str(save_concept(load_concept(item), root / f"{Path(item).name}{file}"))
+                    for item in sources
                 ]
-            found[name] = sources
+            actual[name] = sources
             continue
         if arguments == ["again"]:
             arguments = ["--format", "kohya"]
-            assert main(["merge", *found["diffusers"], "-o", str(root / "duo"), *arguments]) == 0
+            assert main(["merge", *actual["diffusers"], "-o", str(root / "duo"), *arguments]) == 0
         else:
             both = ["merge", world.rex, world.tom, "--output", str(root / "duo")]
             assert main([*both, *arguments]) == 0
-        found[name] = [str(root / "duo" / file) if file else str(root / "duo")]
-    return found
+        actual[name] = [str(root / "duo" / file) if file else str(root / "duo")]
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +79,15 @@ def sources(request: pytest.FixtureRequest, written: dict[str, list[str]]) -> It
 
 
 def test_generate(
-    run: Run, world: World, sources: list[str], wanted: np.ndarray, tmp_path: Path
+    run: Run, world: World, sources: list[str], expected: np.ndarray, tmp_path: Path
 ) -> None:
     result = run(*drawing(world, sources), "--output", tmp_path)
     assert result.code == 0 and "note" not in result.err, result
-    assert np.abs(pixels(tmp_path) - wanted).max() <= 1
+    assert np.abs(pixels(tmp_path) - expected).max() <= 1
     facts = json.loads((tmp_path / "0001.json").read_text())
     subjects: dict[str, str] = {}
-    for each in facts["concepts"]:
-        subjects |= each["subjects"]
+    for item in facts["concepts"]:
+        subjects |= item["subjects"]
     assert subjects == {"<rex>": "dog", "<tom>": "dog"}
 
 
@@ -98,16 +98,16 @@ def test_inspect(run: Run, sources: list[str]) -> None:
 
 
 def test_merge_again(
-    run: Run, world: World, sources: list[str], wanted: np.ndarray, tmp_path: Path
+    run: Run, world: World, sources: list[str], expected: np.ndarray, tmp_path: Path
 ) -> None:
     result = run("merge", *sources, "--merge", "sum", "--output", tmp_path / "m")
     assert result.code == 0, result
     assert run(*drawing(world, [str(tmp_path / "m")]), "--output", tmp_path / "out").code == 0
-    assert np.abs(pixels(tmp_path / "out") - wanted).max() <= 1
+    assert np.abs(pixels(tmp_path / "out") - expected).max() <= 1
 
 
 def test_merge_into_a_pipeline(
-    run: Run, world: World, sources: list[str], wanted: np.ndarray, tmp_path: Path
+    run: Run, world: World, sources: list[str], expected: np.ndarray, tmp_path: Path
 ) -> None:
     both = ("merge", *sources, "--merge", "sum", "--fuse", "--base", world.base)
     result = run(*both, "--output", tmp_path / "whole")
@@ -115,11 +115,11 @@ def test_merge_into_a_pipeline(
     other = World(str(tmp_path / "whole"), "", "")
     result = run(*drawing(other, []), "--output", tmp_path / "out")
     assert result.code == 0 and "note" not in result.err, result
-    assert np.abs(pixels(tmp_path / "out") - wanted).max() <= 1
+    assert np.abs(pixels(tmp_path / "out") - expected).max() <= 1
 
 
 def test_library(
-    run: Run, world: World, sources: list[str], wanted: np.ndarray, tmp_path: Path
+    run: Run, world: World, sources: list[str], expected: np.ndarray, tmp_path: Path
 ) -> None:
     result = run("library", "add", tmp_path / "library", *sources)
     assert result.code == 0, result
@@ -127,7 +127,7 @@ def test_library(
     call = drawing(world, [])
     result = run(*call, "--library", tmp_path / "library", "--output", tmp_path / "out")
     assert result.code == 0 and "note" not in result.err, result
-    assert np.abs(pixels(tmp_path / "out") - wanted).max() <= 1
+    assert np.abs(pixels(tmp_path / "out") - expected).max() <= 1
 
 
 @pytest.mark.slow
@@ -141,12 +141,12 @@ def test_record(run: Run, world: World, sources: list[str], tmp_path: Path) -> N
     assert result.code == 0 and "0 faults" in result.out, result
 
 
-def test_a_pipeline_given_for_a_concept_is_named(run: Run, world: World) -> None:
+def test_a_pipeline_as_a_concept_is_refused(run: Run, world: World) -> None:
     result = run("inspect", world.base)
     assert result.code == 2 and "--base" in result.err and "whole pipeline" in result.err
 
 
-def test_prompts_of_pictures_of_a_merge(written: dict[str, list[str]], tmp_path: Path) -> None:
+def test_prompts_of_images_of_a_merge(written: dict[str, list[str]], tmp_path: Path) -> None:
     from customize.cli.sample_files import read_prompts, read_samples
 
     Image.new("RGB", (32, 32)).save(tmp_path / "0001.png")

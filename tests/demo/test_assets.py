@@ -1,4 +1,4 @@
-"""What the checkout ships: the base, the judges, the concepts' pictures, as newcomers open them."""
+"""The bundled assets: base, judges and the concepts' images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = (
 )
 
 
-def test_the_base_opens_in_plain_diffusers_and_draws_what_is_asked():
+def test_the_base_opens_in_plain_diffusers_and_follows_prompts():
     pipe = DiffusionPipeline.from_pretrained(assets_folder() / "storybook")
     assert type(pipe) is StableDiffusionPipeline
     pipe.set_progress_bar_config(disable=True)
@@ -31,7 +31,7 @@ def test_the_base_opens_in_plain_diffusers_and_draws_what_is_asked():
     assert accuracy["all"] >= 0.8 and accuracy["class"] >= 0.75
 
 
-def test_the_judges_tell_renders_apart():
+def test_accuracy_of_the_judges():
     vae = DiffusionPipeline.from_pretrained(assets_folder() / "storybook").vae
     figures = measure_judges(
         load_judges(assets_folder() / "judges"), vae, pictures=60, identities=32
@@ -40,7 +40,7 @@ def test_the_judges_tell_renders_apart():
     assert figures["identity_auc"] > 0.97
 
 
-def test_the_bundled_pictures_are_of_their_concepts():
+def test_the_bundled_images_show_their_concepts():
     judges = load_judges(assets_folder() / "judges")
     prototypes = {n: judges.prototype(judge_inputs(bundled_concept(n).images())) for n in NAMES}
     for name in NAMES:

@@ -1,4 +1,4 @@
-"""The whole demo, with hardly any training: what it leaves, and that a second run goes on."""
+"""The whole demo with few training steps: its files, and a second run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shorten(patch: pytest.MonkeyPatch, **changes: object) -> None:
     )
 
 
-def test_it_leaves_what_the_readme_says(folder: Path) -> None:
+def test_files_of_the_demo(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         *("concepts", "ordinary", "grid.png", "crosstalk.png", "scorecard.md", "scorecard.json")
     }
@@ -50,7 +50,7 @@ def test_it_leaves_what_the_readme_says(folder: Path) -> None:
             assert min(picture.size) > 300
 
 
-def test_nothing_depends_on_where_the_clone_lies(folder: Path) -> None:
+def test_files_do_not_contain_the_path_of_the_clone(folder: Path) -> None:
     place = str(assets_folder().parent)
     for path in (*folder.rglob("*.json"), *folder.rglob("*.md"), *folder.rglob("*.safetensors")):
         assert place.encode() not in path.read_bytes(), path
@@ -63,7 +63,7 @@ def test_the_printed_snippet_works(folder: Path) -> None:
     assert pipe.custom.merge == "fusion"
 
 
-def test_a_second_run_learns_nothing_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_trains_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch)
     files = sorted(folder.rglob("*.safetensors"))
     before = {path: path.stat().st_mtime_ns for path in files}

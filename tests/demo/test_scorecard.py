@@ -1,4 +1,4 @@
-"""The demo's scorecard, on renders of the bundled concepts in place of drawn pictures."""
+"""The demo's scorecard, on drawn images of the bundled concepts."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_identity_is_the_mean_over_seeds_with_their_spread(card: dict) -> None:
     assert alls[experiment.BASE]["identity_sd"] is None
 
 
-def test_each_rate_is_told_with_its_spread(card: dict) -> None:
+def test_rates_have_standard_deviations(card: dict) -> None:
     alls = {row["model"]: row for row in card["rows"] if row["concept"] == "all"}
     for rate in ("identity", "prompt", "composition", "leak"):
         # The same pictures at each seed.
@@ -73,21 +73,21 @@ def test_each_rate_is_told_with_its_spread(card: dict) -> None:
     )
 
 
-def test_drift_is_a_share_of_the_full_range(card: dict) -> None:
+def test_drift_is_relative_to_the_full_range(card: dict) -> None:
     assert card["figures"]["drift_merged"] == pytest.approx(0.05)
     assert card["figures"]["drift_ordinary_merged"] == pytest.approx(0.1)
 
 
-def test_a_scorecard_says_what_its_figures_depend_on(
+def test_files_of_the_scorecard(
     card: dict, drawn: dict[str, experiment.DrawnImages], tmp_path: Path
 ) -> None:
     learned = {name: small(seed, name=name) for seed, name in enumerate(experiment.NAMES)}
     run_demo.write_results(tmp_path, card, drawn, {"concepts": learned, "ordinary": learned})
-    found = json.loads((tmp_path / "scorecard.json").read_text())
-    assert list(found) == ["bench", "command", "machine", "versions", "rows", "figures"]
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["machine"]["cores"] >= 1
-    assert found["figures"]["identity_merged"] == 1.0
+    actual = json.loads((tmp_path / "scorecard.json").read_text())
+    assert list(actual) == ["bench", "command", "machine", "versions", "rows", "figures"]
+    assert actual["versions"]["torch"] == torch.__version__
+    assert actual["machine"]["cores"] >= 1
+    assert actual["figures"]["identity_merged"] == 1.0
     page = (tmp_path / "scorecard.md").read_text()
     assert "| merged | all | 100% ±0 |" in page
     lines = [line for line in page.splitlines() if line.startswith("|")]

@@ -1,4 +1,4 @@
-"""Pictures, and small CLIP, DINO and BLIP models with random weights, on disk as hubs have them."""
+"""Images, and small CLIP, DINO and BLIP models with random weights, saved as on the hub."""
 
 from __future__ import annotations
 

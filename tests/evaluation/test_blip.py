@@ -1,4 +1,4 @@
-"""BLIP and BLIP-2 against transformers' own classes, one pair at a time, and their parts."""
+"""BLIP and BLIP-2 against transformers' classes, one pair at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def itm(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_blip_is_what_its_class_answers(blip: Path) -> None:
+def test_blip_equals_transformers(blip: Path) -> None:
     model = BlipForImageTextRetrieval.from_pretrained(blip).eval()
     tokenizer = AutoTokenizer.from_pretrained(blip)
     images = pictures(3)
@@ -52,11 +52,11 @@ def test_blip_is_what_its_class_answers(blip: Path) -> None:
         inputs = {"pixel_values": pixels(blip, [image]), **text}
         itc.append(model(**inputs, use_itm_head=False).itm_score[:, 0])
         matching.append(itm(model(**inputs, use_itm_head=True).itm_score))
-    found = BlipScorer(blip).scores(images, PROMPTS)
-    assert list(found) == ["blip_itc", "blip_itm"]
-    torch.testing.assert_close(found["blip_itc"], torch.cat(itc))
-    torch.testing.assert_close(found["blip_itm"], torch.cat(matching))
-    assert all(values.std() > 1e-3 for values in found.values())
+    actual = BlipScorer(blip).scores(images, PROMPTS)
+    assert list(actual) == ["blip_itc", "blip_itm"]
+    torch.testing.assert_close(actual["blip_itc"], torch.cat(itc))
+    torch.testing.assert_close(actual["blip_itm"], torch.cat(matching))
+    assert all(values.std() > 1e-3 for values in actual.values())
 
 
 @torch.no_grad()
@@ -68,16 +68,16 @@ def test_blip_by_hand(blip: Path) -> None:
     text = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
     seen = model.vision_model(pixel_values=pixels(blip, images)).last_hidden_state
     shown = model.vision_proj(seen[:, 0])
-    said = model.text_proj(model.text_encoder(**text).last_hidden_state[:, 0])
-    cosine = (shown * said).sum(-1) / shown.norm(dim=-1) / said.norm(dim=-1)
+    text_features = model.text_proj(model.text_encoder(**text).last_hidden_state[:, 0])
+    cosine = (shown * text_features).sum(-1) / shown.norm(dim=-1) / text_features.norm(dim=-1)
     both = model.text_encoder(**text, encoder_hidden_states=seen).last_hidden_state[:, 0]
-    found = BlipScorer(blip).scores(images, PROMPTS)
-    torch.testing.assert_close(found["blip_itc"], cosine)
-    torch.testing.assert_close(found["blip_itm"], itm(model.itm_head(both)))
+    actual = BlipScorer(blip).scores(images, PROMPTS)
+    torch.testing.assert_close(actual["blip_itc"], cosine)
+    torch.testing.assert_close(actual["blip_itm"], itm(model.itm_head(both)))
 
 
 @torch.no_grad()
-def test_blip2_is_what_its_class_answers(blip2: Path) -> None:
+def test_blip2_equals_transformers(blip2: Path) -> None:
     model = Blip2ForImageTextRetrieval.from_pretrained(blip2).eval()
     processor = Blip2Processor.from_pretrained(blip2)
     images = pictures(3)
@@ -87,15 +87,15 @@ def test_blip2_is_what_its_class_answers(blip2: Path) -> None:
         itc.append(model(**inputs).logits_per_image[:, 0])
         answer = model(**inputs, use_image_text_matching_head=True)
         matching.append(itm(answer.logits_per_image))
-    found = Blip2Scorer(blip2).scores(images, PROMPTS)
-    assert list(found) == ["blip2_itc", "blip2_itm"]
-    torch.testing.assert_close(found["blip2_itc"], torch.cat(itc))
-    torch.testing.assert_close(found["blip2_itm"], torch.cat(matching))
-    assert all(values.std() > 1e-3 for values in found.values())
+    actual = Blip2Scorer(blip2).scores(images, PROMPTS)
+    assert list(actual) == ["blip2_itc", "blip2_itm"]
+    torch.testing.assert_close(actual["blip2_itc"], torch.cat(itc))
+    torch.testing.assert_close(actual["blip2_itm"], torch.cat(matching))
+    assert all(values.std() > 1e-3 for values in actual.values())
 
 
 @pytest.mark.parametrize("scorer", [BlipScorer, Blip2Scorer])
-def test_each_picture_is_scored_with_its_own_prompt(
+def test_each_image_is_scored_with_its_prompt(
     scorer: type[BlipScorer] | type[Blip2Scorer], tmp_path: Path
 ) -> None:
     made = scorer((save_blip if scorer is BlipScorer else save_blip2)(tmp_path))
@@ -110,7 +110,7 @@ def test_each_picture_is_scored_with_its_own_prompt(
 
 
 @pytest.mark.parametrize("scorer", [BlipScorer, Blip2Scorer])
-def test_prompts_longer_than_it_reads_are_cut(
+def test_long_prompts_are_truncated(
     scorer: type[BlipScorer] | type[Blip2Scorer], tmp_path: Path
 ) -> None:
     made = scorer((save_blip if scorer is BlipScorer else save_blip2)(tmp_path))
@@ -122,7 +122,7 @@ def test_prompts_longer_than_it_reads_are_cut(
     assert all(not torch.allclose(short[name], values) for name, values in cut.items())
 
 
-def test_a_captioner_lacks_the_heads(blip: Path, tmp_path: Path) -> None:
+def test_captioning_models_are_refused(blip: Path, tmp_path: Path) -> None:
     """It is a BLIP as well, by its configuration."""
     for file in blip.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -139,9 +139,7 @@ def test_a_captioner_lacks_the_heads(blip: Path, tmp_path: Path) -> None:
     ("loader", "config", "millions"),
     [(BlipForImageTextRetrieval, BlipConfig, 224), (Blip2ForImageTextRetrieval, Blip2Config, 1115)],
 )
-def test_a_whole_file_of_the_full_size_has_every_weight(
-    loader: type, config: type, millions: int
-) -> None:
+def test_published_sizes_have_every_weight(loader: type, config: type, millions: int) -> None:
     """By the configurations' defaults, without memory."""
     with torch.device("meta"):
         model = loader(config())

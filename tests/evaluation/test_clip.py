@@ -31,21 +31,21 @@ def test_clip_by_hand(clip: Path) -> None:
         pooled = model.vision_model(pixel_values=pixels(clip, some)).pooler_output
         return model.visual_projection(pooled)
 
-    said = model.text_projection(model.text_model(**tokens).pooler_output)
+    text_features = model.text_projection(model.text_model(**tokens).pooler_output)
     scorer = ClipScorer(clip)
     clip_t = scorer.clip_t(images, PROMPTS)
-    torch.testing.assert_close(clip_t, F.cosine_similarity(shown(images), said))
+    torch.testing.assert_close(clip_t, F.cosine_similarity(shown(images), text_features))
     pairs = F.cosine_similarity(shown(images)[:, None], shown(references)[None], dim=-1)
     torch.testing.assert_close(scorer.clip_i(images, references), pairs.mean(1))
     assert clip_t.std() > 1e-3 and pairs.std() > 1e-3
 
 
-def test_a_picture_is_like_itself(clip: Path) -> None:
+def test_an_image_equals_itself(clip: Path) -> None:
     images = pictures(1)
     torch.testing.assert_close(ClipScorer(clip).clip_i(images, images), torch.ones(1))
 
 
-def test_prompts_longer_than_clip_reads_are_cut(clip: Path) -> None:
+def test_long_prompts_are_truncated(clip: Path) -> None:
     scorer = ClipScorer(clip)
     long = "a photo of " + "a dog and " * 40
     torch.testing.assert_close(scorer.embed_texts([long]), scorer.embed_texts([long + "a cat"]))

@@ -1,4 +1,4 @@
-"""Which settings no other beats, and that their picture can be read."""
+"""The Pareto front and its plot."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 @given(PAIRS)
-def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
-    found = pareto_optimal(points)
-    best = [point for point, is_best in zip(points, found, strict=True) if is_best]
+def test_front_equals_the_definition(points: list[tuple[float, float]]) -> None:
+    actual = pareto_optimal(points)
+    best = [point for point, is_best in zip(points, actual, strict=True) if is_best]
     assert not any(beats(one, other) for one in best for other in best)
-    for point, is_best in zip(points, found, strict=True):
+    for point, is_best in zip(points, actual, strict=True):
         assert is_best != any(beats(one, point) for one in best)
     # In the order of one rate, the other falls.
     along = sorted(set(best))
@@ -39,14 +39,16 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> N
 
 
 @given(PAIRS, st.randoms(use_true_random=False))
-def test_neither_order_nor_scale_matters(points: list[tuple[float, float]], random: object) -> None:
+def test_front_is_invariant_to_order_and_scale(
+    points: list[tuple[float, float]], random: object
+) -> None:
     order = list(range(len(points)))
     random.shuffle(order)  # type: ignore[attr-defined]
-    found = pareto_optimal(points)
-    assert pareto_optimal([points[k] for k in order]) == [found[k] for k in order]
-    assert pareto_optimal([(3 * x + 1, np.exp(y)) for x, y in points]) == found
+    actual = pareto_optimal(points)
+    assert pareto_optimal([points[k] for k in order]) == [actual[k] for k in order]
+    assert pareto_optimal([(3 * x + 1, np.exp(y)) for x, y in points]) == actual
     turned = pareto_optimal([(y, x) for x, y in points])
-    assert turned == found
+    assert turned == actual
 
 
 def test_ties() -> None:
@@ -58,14 +60,14 @@ def test_ties() -> None:
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_what_cannot_be_compared_is_refused(wrong: float) -> None:
+def test_points_that_are_not_finite_are_refused(wrong: float) -> None:
     with pytest.raises(ConfigError, match="is not finite"):
         pareto_optimal([(0.5, 0.5), (wrong, 1.0)])
     with pytest.raises(ConfigError, match="is not finite"):
         pareto_front.plot([Point("a", 0.5, wrong)], "prompt", "identity")
 
 
-def test_of_what_leaks_less_is_better() -> None:
+def test_lower_leak_is_better() -> None:
     points = [Point("low", 0.1, 0.5), Point("high", 0.9, 0.5)]
     assert on_front(points, "leak", "identity") == [True, False]
     assert on_front(points, "prompt", "identity") == [False, True]
@@ -73,7 +75,7 @@ def test_of_what_leaks_less_is_better() -> None:
     assert axes.xaxis.get_inverted() and not axes.yaxis.get_inverted()
 
 
-def test_the_table_has_rates_by_their_names() -> None:
+def test_rows_have_metrics_by_name() -> None:
     rows = front_rows(
         [Point("a", 0.1, 0.2, None, 0.05), Point("b", 0.0, 0.1)], "prompt", "identity"
     )
@@ -109,7 +111,7 @@ def crowded() -> list[Point]:
     ]
 
 
-def test_names_lie_inside_and_not_on_one_another() -> None:
+def test_labels_are_inside_the_axes_and_do_not_overlap() -> None:
     points = crowded()
     figure = pareto_front.plot(points, "prompt", "identity")
     axes = figure.axes[0]
@@ -121,13 +123,13 @@ def test_names_lie_inside_and_not_on_one_another() -> None:
     assert [label.get_text() for label in axes.texts] == [point.name for point in points]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     places = axes.transData.transform([(point.x, point.y) for point in points])
-    assert not any(box.contains(*place) for box in boxes for place in places)
+    assert not any(box.contains(*position) for box in boxes for position in places)
     for box in boxes:
         assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
         assert axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
 
 
-def test_the_line_goes_along_the_front() -> None:
+def test_the_line_connects_the_front() -> None:
     points = crowded()
     axes = pareto_front.plot(points, "prompt", "identity").axes[0]
     best = [p for p, is_best in zip(points, on_front(points, "x", "y"), strict=True) if is_best]
@@ -136,7 +138,7 @@ def test_the_line_goes_along_the_front() -> None:
     assert list(zip(*line.get_data(), strict=True)) == sorted((p.x, p.y) for p in best)
 
 
-def test_a_picture_is_written(tmp_path: Path) -> None:
+def test_the_plot_is_written(tmp_path: Path) -> None:
     one = [Point("$1 and \\frac{", 0.5, 0.5)]  # no formula, and no room to spread over
     pareto_front.save_plot(one, "prompt", "identity", tmp_path / "one.png")
     pareto_front.save_plot(crowded(), "prompt", "identity", tmp_path / "many.png")

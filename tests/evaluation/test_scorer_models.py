@@ -1,4 +1,4 @@
-"""What all scorers of real models share: whole models alone, and batches that change nothing."""
+"""Shared by all scorers: complete models only, and independence of batches."""
 
 from __future__ import annotations
 
@@ -45,28 +45,28 @@ def scores(name: str, model: Path, count: int = 5) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_batches_change_nothing(
+def test_scores_are_independent_of_batches(
     name: str, saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = scores(name, saved[name])
-    assert all(found.shape == (5,) and found.std() > 1e-3 for found in before)
+    assert all(actual.shape == (5,) and actual.std() > 1e-3 for actual in before)
     monkeypatch.setattr(scorer_models, "BATCH_SIZE", 2)
     torch.testing.assert_close(scores(name, saved[name]), before)
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_half_precision_files_are_read_in_full(
+def test_half_precision_files_are_loaded_in_float32(
     name: str, saved: dict[str, Path], tmp_path: Path
 ) -> None:
     copied(saved[name], tmp_path, lambda weights: {k: w.half() for k, w in weights.items()})
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"float32"', '"float16"'))
-    for found, wanted in zip(scores(name, tmp_path), scores(name, saved[name]), strict=True):
-        torch.testing.assert_close(found, wanted, atol=2e-2, rtol=0)
+    for actual, expected in zip(scores(name, tmp_path), scores(name, saved[name]), strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("name", "other", "told"),
+    ("name", "other", "messages"),
     [
         ("clip", "dino", "of type dinov2, not a CLIP model"),
         ("dino", "clip", "of type clip, not a DINO model.*dinov2"),
@@ -75,9 +75,9 @@ def test_half_precision_files_are_read_in_full(
     ],
 )
 def test_other_models_are_refused(
-    name: str, other: str, told: str, saved: dict[str, Path], tmp_path: Path
+    name: str, other: str, messages: str, saved: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(PipelineError, match=told):
+    with pytest.raises(PipelineError, match=messages):
         SCORERS[name](saved[other])
     with pytest.raises(PipelineError, match="model cannot be loaded"):
         SCORERS[name](tmp_path)
@@ -92,7 +92,7 @@ def test_other_models_are_refused(
         ("blip2", "query_tokens"),
     ],
 )
-def test_weights_are_never_made_up(
+def test_missing_weights_are_refused(
     name: str, key: str, saved: dict[str, Path], tmp_path: Path
 ) -> None:
     """transformers would fill them in at random, and say so in a log alone."""
@@ -101,7 +101,7 @@ def test_weights_are_never_made_up(
         SCORERS[name](tmp_path)
 
 
-def test_what_nothing_reads_may_lack(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_unused_weights_may_be_missing(saved: dict[str, Path], tmp_path: Path) -> None:
     """Such as the pooler of plain ViTs; and what is there besides is left alone."""
     (tmp_path / "more").mkdir()
     more = {"text_encoder.embeddings.position_ids": torch.arange(24)[None]}
@@ -122,7 +122,7 @@ def test_what_nothing_reads_may_lack(saved: dict[str, Path], tmp_path: Path) -> 
     assert torch.equal(less.text_projection.weight, loaded.text_projection.weight)
 
 
-def test_pickles_are_not_read(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_pickles_are_refused(saved: dict[str, Path], tmp_path: Path) -> None:
     for file in saved["dino"].iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())

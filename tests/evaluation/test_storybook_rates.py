@@ -1,4 +1,4 @@
-"""Rates in the miniature world, where the truth is known: the labels are those of the scenes."""
+"""Rates of the storybook, with judges that know the scenes."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ class Truth:
         return torch.eye(len(self.known))[self.known.index(identity)]
 
     def distance(self, images: Tensor, signature: Tensor, where: str = "single") -> Tensor:
-        wanted = self.known[int(signature.argmax())]
+        expected = self.known[int(signature.argmax())]
         slot = 1 if where == "right" else 0
         return torch.tensor(
-            [0.1 if scene.things[slot].identity == wanted else 1.0 for scene in self.scenes]
+            [0.1 if scene.things[slot].identity == expected else 1.0 for scene in self.scenes]
         )
 
 
@@ -96,7 +96,7 @@ def in_scenes(name: str, scenes: tuple[tuple[str, str], ...] = SCENES) -> list[S
     ]
 
 
-def test_evaluation_prompts_ask_for_their_scenes() -> None:
+def test_evaluation_prompts_request_their_scenes() -> None:
     for prompt, (place, accessory) in zip(evaluation_prompts("<rex>"), SCENES, strict=True):
         request = parse_prompt(prompt)
         assert request.place == place and len(request.things) == 1
@@ -108,7 +108,7 @@ def test_evaluation_prompts_ask_for_their_scenes() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_scene_shows_all_that_its_caption_asks(seed: int) -> None:
+def test_a_scene_shows_all_attributes_of_its_caption(seed: int) -> None:
     scene = random_scene(np.random.default_rng(seed), two=0.5)
     request = parse_prompt(caption(scene))
     kinds = [thing.identity.kind for thing in scene.things]
@@ -116,14 +116,14 @@ def test_a_scene_shows_all_that_its_caption_asks(seed: int) -> None:
     assert all(hits)
     assert request.place == scene.place
     # Count and place, then for each thing its class and accessory, and what is said of its looks.
-    said = sum(
+    metadata = sum(
         (thing.identity.colour is not None) + (thing.identity.pattern != "plain")
         for thing in scene.things
     )
-    assert len(hits) == 2 + 2 * len(scene.things) + said
+    assert len(hits) == 2 + 2 * len(scene.things) + metadata
 
 
-def test_each_attribute_is_missed_by_itself() -> None:
+def test_each_missing_attribute_counts_once() -> None:
     rng = np.random.default_rng(3)
     scene = next(
         scene
@@ -139,7 +139,7 @@ def test_each_attribute_is_missed_by_itself() -> None:
         assert hits.count(False) == 1, head
 
 
-def test_triggers_are_of_the_concepts_class() -> None:
+def test_triggers_have_the_concepts_class() -> None:
     seen = labels(in_scenes("rex")[0])
     request = parse_prompt("a photo of <rex> wearing a hat on a beach")
     assert attribute_hits(seen, request, ["dog"]) == [True] * 4
@@ -149,7 +149,7 @@ def test_triggers_are_of_the_concepts_class() -> None:
     assert attribute_hits(seen, nowhere, ["dog"]) == [True, True, False]  # a hat unasked
 
 
-def test_what_leaks() -> None:
+def test_leak_hits() -> None:
     seen = labels(in_scenes("rex")[0])  # in a hat on a beach
     shown = {"snow", "beach", "hat"}
     # A place that is asked for cannot leak; and where none is asked, none is out of place.
@@ -160,7 +160,7 @@ def test_what_leaks() -> None:
     assert leak_hits(seen, parse_prompt("<rex> in space"), set()) == []
 
 
-def test_what_is_worn() -> None:
+def test_accessory_hits() -> None:
     rex, tom = (bundled_concept(name).identity for name in ("rex", "tom"))
     rng = np.random.default_rng(0)
     seen = labels(compose_scene(rng, (rex, tom), ("hat", "none"), "beach"))
@@ -173,7 +173,7 @@ def test_what_is_worn() -> None:
     assert accessory_hits(seen, parse_prompt("a photo of <rex> on a beach")) == []
 
 
-def test_rates_of_perfect_pictures() -> None:
+def test_rates_of_perfect_images() -> None:
     story = bundled_concept("rex")
     scenes = in_scenes("rex")
     truth = Truth(scenes, [story.identity])
@@ -190,7 +190,7 @@ def test_rates_of_perfect_pictures() -> None:
     assert rates.distance == pytest.approx(0.1)
 
 
-def test_rates_of_pictures_that_copy_the_references() -> None:
+def test_rates_of_images_that_copy_the_references() -> None:
     """What an overfitted concept draws: always itself, always where it was seen."""
     story = bundled_concept("rex")
     seen_in = sorted(story.places)[0]
@@ -212,7 +212,7 @@ def test_rates_of_pictures_that_copy_the_references() -> None:
     assert rates.leak == pytest.approx((len(SCENES) - places) / len(SCENES))
 
 
-def test_rates_of_a_strangers_pictures() -> None:
+def test_rates_of_images_of_another_identity() -> None:
     rex, tom = bundled_concept("rex"), bundled_concept("tom")
     scenes = in_scenes("tom")
     truth = Truth(scenes, [rex.identity, tom.identity])
@@ -229,7 +229,7 @@ def test_rates_of_a_strangers_pictures() -> None:
     assert rates.composition == 1.0
 
 
-def test_composition_is_of_the_pictures_that_ask_for_an_accessory() -> None:
+def test_composition_counts_prompts_with_an_accessory() -> None:
     story = bundled_concept("rex")
     asked = (("beach", "hat"), ("snow", "scarf"), ("city", "none"), ("room", "none"))
     shown = (("beach", "hat"), ("snow", "none"), ("city", "none"), ("room", "hat"))
@@ -270,19 +270,19 @@ def test_attribute_accuracy_by_kind() -> None:
         replace(scene, place=PLACES[(PLACES.index(scene.place) + 1) % len(PLACES)])
         for scene in scenes
     ]
-    found = attribute_accuracy(Truth(elsewhere, []), drawn(elsewhere), prompts)  # type: ignore[arg-type]
-    assert found["place"] == 0.0 and found["class"] == found["accessory"] == 1.0
-    assert 0 < found["all"] < 1
+    actual = attribute_accuracy(Truth(elsewhere, []), drawn(elsewhere), prompts)  # type: ignore[arg-type]
+    assert actual["place"] == 0.0 and actual["class"] == actual["accessory"] == 1.0
+    assert 0 < actual["all"] < 1
 
 
-def test_drift_is_a_share_of_the_full_range() -> None:
+def test_drift_is_relative_to_the_full_range() -> None:
     black, white = -torch.ones(2, 3, 64, 64), torch.ones(2, 3, 64, 64)
     assert drift(black, black) == 0.0
     assert drift(black, white) == 1.0
     assert drift(black, torch.cat([black[:1], white[:1]])) == 0.5
 
 
-def test_pictures_depend_on_prompt_and_seed_alone() -> None:
+def test_images_depend_on_prompt_and_seed_only() -> None:
     pipe = tiny_sd()
     prompts = ["a dog", "a cat", "a cup"]
     together = draw_prompts(pipe, prompts, seed=3, steps=2)
@@ -297,7 +297,7 @@ def test_pictures_depend_on_prompt_and_seed_alone() -> None:
     assert len(groups["a"]) == 1 and len(groups["c"]) == 0 and counted == [2, 2]
 
 
-def test_bundled_concepts_are_what_the_rates_assume() -> None:
+def test_bundled_concepts_satisfy_the_rates_assumptions() -> None:
     for name, (kind, _) in BUNDLED.items():
         story = bundled_concept(name)
         assert story.identity.kind == kind and len(story.places) == 2

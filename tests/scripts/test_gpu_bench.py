@@ -23,12 +23,12 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_true_sizes_need_a_gpu_and_parts_a_known_name():
+def test_missing_gpus_and_unknown_parts_are_refused():
     assert "true sizes need a CUDA device" in run().stderr
     assert "no such part: atention" in run("--tiny", "--parts", "atention").stderr
 
 
-def test_a_part_without_time_is_named_and_other_rows_stay(tmp_path):
+def test_parts_out_of_time_are_named_and_other_rows_stay(tmp_path):
     file = tmp_path / "gpu.json"
     row = {"part": "memory", "model": "SDXL", "what": "x", "peak_gib": 3.0, "counted_gib": 4.0}
     file.write_text(json.dumps({"rows": [row]}))
@@ -41,12 +41,12 @@ def test_a_part_without_time_is_named_and_other_rows_stay(tmp_path):
     assert result["figures"]["largest_peak_over_counted"] == 0.75
 
 
-def test_true_sizes_are_those_of_the_published_models(monkeypatch):
+def test_true_sizes_equal_the_published_models(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     models = importlib.import_module("_gpu_models")
     pipes = {name: make(torch.device("meta"), torch.bfloat16) for name, make in models.TRUE.items()}
     denoisers = {"SDXL": pipes["SDXL"].unet, "FLUX.1": pipes["FLUX.1"].transformer}
-    counts = {name: sum(p.numel() for p in each.parameters()) for name, each in denoisers.items()}
+    counts = {name: sum(p.numel() for p in item.parameters()) for name, item in denoisers.items()}
     assert counts == {"SDXL": 2_567_463_684, "FLUX.1": 11_901_408_320}
 
 

@@ -1,4 +1,4 @@
-"""What tests of the storybook share: random scenes, untrained judges."""
+"""Shared by tests of the storybook: random scenes, untrained judges."""
 
 from __future__ import annotations
 

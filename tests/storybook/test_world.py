@@ -1,4 +1,4 @@
-"""The miniature world: colours, captions both ways, and pictures."""
+"""The test world: colours, captions, prompts and drawings."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def tokenizer():
 
 
 def test_every_word_of_the_grammar_is_one_token(tokenizer):
-    said = " ".join([*OPENINGS, *PLACE_PHRASES.values(), *ACCESSORY_PHRASES.values()]).split()
-    words = sorted({*WORDS, *said, *CLASSES, *COLOURS, *PATTERNS, "and"})
+    metadata = " ".join([*OPENINGS, *PLACE_PHRASES.values(), *ACCESSORY_PHRASES.values()]).split()
+    words = sorted({*WORDS, *metadata, *CLASSES, *COLOURS, *PATTERNS, "and"})
     pieces = {word: tokenizer.tokenize(word) for word in words}
-    assert {word: found for word, found in pieces.items() if found != [word + "</w>"]} == {}
+    assert {word: actual for word, actual in pieces.items() if actual != [word + "</w>"]} == {}
 
 
 @pytest.mark.parametrize("text", ["xylophone", "a photo of a xylophone on a beach", "zq7 & ünï"])
-def test_words_outside_the_grammar_survive_the_tokenizer(tokenizer, text):
+def test_words_outside_the_grammar_round_trip(tokenizer, text):
     ids = tokenizer(text).input_ids
     assert tokenizer.unk_token_id not in ids[1:-1]
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
@@ -96,7 +96,7 @@ def test_the_longest_caption_fits(tokenizer):
 
 
 @given(scenes())
-def test_a_full_caption_says_what_is_in_the_scene(scene):
+def test_a_full_caption_names_all_attributes(scene):
     request = parse_prompt(caption(scene))
     assert request.place == scene.place
     assert len(request.things) == len(scene.things)
@@ -111,7 +111,7 @@ def test_a_full_caption_says_what_is_in_the_scene(scene):
 
 
 @given(scenes(), st.integers(0, 2**32))
-def test_a_varied_caption_leaves_words_out_but_never_lies(scene, seed):
+def test_a_varied_caption_omits_but_never_contradicts(scene, seed):
     request = parse_prompt(caption(scene, np.random.default_rng(seed)))
     assert request.place in (None, scene.place)
     for asked, thing in zip(request.things, scene.things, strict=True):
@@ -122,7 +122,7 @@ def test_a_varied_caption_leaves_words_out_but_never_lies(scene, seed):
 
 
 @given(scenes())
-def test_names_stand_in_for_looks(scene):
+def test_names_replace_class_and_looks(scene):
     names = ("<rex>", "<tom>")[: len(scene.things)]
     text = caption(scene, names=names)
     request = parse_prompt(text)
@@ -190,15 +190,15 @@ def test_drawing_is_deterministic(scene):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_every_part_of_an_identity_is_to_be_seen(changes):
+def test_every_attribute_of_an_identity_is_visible(changes):
     difference = np.abs(pixels(one(**changes)) - pixels(one()))
     assert difference.max() > 20
 
 
-def test_classes_accessories_and_places_are_to_be_seen():
+def test_classes_accessories_and_places_are_visible():
     base = one()
     worn = [replace(base, things=(replace(base.things[0], accessory=a),)) for a in ACCESSORIES]
-    there = [replace(base, place=place) for place in PLACES]
+    there = [replace(base, place=path) for path in PLACES]
     kinds = [one(kind) for kind in CLASSES]
     for group in (worn, there, kinds):
         pictures = [pixels(scene) for scene in group]
@@ -215,34 +215,34 @@ def test_each_class_can_wear_each_accessory(kind):
         assert (np.abs(pixels(worn) - pixels(base)).max(axis=2) > 20).sum() > 15
 
 
-def test_two_things_stand_left_and_right_of_the_middle():
+def test_two_things_are_left_and_right_of_the_centre():
     rng = np.random.default_rng(1)
     scene = compose_scene(rng, (random_identity(rng), random_identity(rng)))
     assert scene.things[0].x < 32 < scene.things[1].x
 
 
-def test_random_scenes_hold_everything():
+def test_random_scenes_cover_all_attributes():
     rng = np.random.default_rng(0)
-    found = [random_scene(rng) for _ in range(400)]
-    things = [thing for scene in found for thing in scene.things]
-    assert {s.place for s in found} == set(PLACES)
+    actual = [random_scene(rng) for _ in range(400)]
+    things = [thing for scene in actual for thing in scene.things]
+    assert {s.place for s in actual} == set(PLACES)
     assert {t.identity.kind for t in things} == set(CLASSES)
     assert {t.identity.colour for t in things} == {*COLOURS, None}
     assert {t.identity.pattern for t in things} == set(PATTERNS)
     assert {t.accessory for t in things} == set(ACCESSORIES)
-    assert 0.2 < np.mean([len(s.things) == 2 for s in found]) < 0.4
+    assert 0.2 < np.mean([len(s.things) == 2 for s in actual]) < 0.4
 
 
 # Concepts
 
 
-def test_a_concept_is_the_same_each_time_and_differs_by_its_seed():
+def test_concepts_depend_on_their_seed_only():
     assert make_concept("rex", "dog", 6) == make_concept("rex", "dog", 6)
     assert make_concept("rex", "dog", 6).identity != make_concept("rex", "dog", 7).identity
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_bundled_concepts_are_shown_bare_in_two_places(name, tmp_path):
+def test_bundled_concepts_have_two_places_and_no_accessory(name, tmp_path):
     story = bundled_concept(name)
     assert isinstance(story.identity, Identity)
     assert len(story.scenes) == 5
@@ -256,6 +256,6 @@ def test_bundled_concepts_are_shown_bare_in_two_places(name, tmp_path):
     assert (tmp_path / name / "3.txt").read_text() == story.captions()[3] + "\n"
 
 
-def test_a_trigger_may_have_any_word_in_it():
+def test_triggers_may_contain_words_of_the_grammar():
     request = parse_prompt("a photo of <salt-and-pepper> and a red dog on a beach")
     assert len(request.things) == 2 and request.things[1].kind == "dog"

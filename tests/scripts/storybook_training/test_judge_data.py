@@ -12,19 +12,19 @@ from scripts.storybook_training.judge_data import identity_views, labels, roughe
 from tests.storybook.making import random_scenes
 
 
-def test_labels_are_right_and_silent_where_nothing_is():
+def test_labels_are_those_of_the_scene():
     scene = random_scenes(1, 1)[0]
-    found = labels(scene)
+    actual = labels(scene)
     thing = scene.things[0]
-    assert HEADS["count"][found["count"]] == "one"
-    assert HEADS["place"][found["place"]] == scene.place
-    assert HEADS["kind0"][found["kind0"]] == thing.identity.kind
-    assert HEADS["accessory0"][found["accessory0"]] == thing.accessory
-    assert {found[name] for name in HEADS if name.endswith("1")} == {-1}
-    assert found.keys() == HEADS.keys()
+    assert HEADS["count"][actual["count"]] == "one"
+    assert HEADS["place"][actual["place"]] == scene.place
+    assert HEADS["kind0"][actual["kind0"]] == thing.identity.kind
+    assert HEADS["accessory0"][actual["accessory0"]] == thing.accessory
+    assert {actual[name] for name in HEADS if name.endswith("1")} == {-1}
+    assert actual.keys() == HEADS.keys()
 
 
-def test_roughening_keeps_shape_range_and_seed():
+def test_degraded_images_keep_shape_and_range():
     images = judge_inputs([draw_scene(s) for s in random_scenes(6, 1)])
     rough = roughen(images, torch.Generator().manual_seed(1), None)
     assert rough.shape == images.shape
@@ -40,7 +40,7 @@ def test_views_of_an_identity_cover_all_classes():
     assert set(kinds) == set(HEADS["kind0"])
 
 
-def test_random_scenes_have_labels_for_every_head_there_is():
+def test_random_scenes_have_valid_labels():
     rng = np.random.default_rng(5)
     for _ in range(50):
         scene = random_scene(rng, two=0.5)

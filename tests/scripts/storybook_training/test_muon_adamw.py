@@ -1,4 +1,4 @@
-"""The optimiser of the from-scratch trainings: its state, the moving average, the schedule."""
+"""The optimizer of the from-scratch trainings: state, moving average, schedule."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_parameter_moves():
     assert all(not torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
-def test_a_state_that_was_put_away_goes_on_as_if_uninterrupted():
+def test_a_restored_state_continues_as_uninterrupted():
     straight = net()
     take_steps(straight, MuonAdamW({"net": straight}, 1e-2), 0, 6)
 
@@ -84,7 +84,7 @@ def test_gradients_are_clipped_to_norm_one():
     assert left.item() == pytest.approx(1, rel=1e-4)
 
 
-def test_an_average_lies_between_and_swaps_back():
+def test_the_average_swaps_with_the_weights():
     parameter = nn.Parameter(torch.zeros(3))
     ema = EMA([parameter], decay=0.9)
     for step in range(5):
@@ -101,7 +101,7 @@ def test_an_average_lies_between_and_swaps_back():
     assert torch.equal(ema.average[0], average)
 
 
-def test_an_early_average_forgets_the_start():
+def test_early_averages_forget_the_initial_weights():
     parameter = nn.Parameter(torch.full((1,), 100.0))
     ema = EMA([parameter], decay=0.9985)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_an_early_average_forgets_the_start():
     assert ema.average[0].item() < 0.1
 
 
-def test_the_schedule_rises_stays_and_falls():
+def test_the_schedule_is_a_trapezoid():
     factors = [trapezoid(step, 1000) for step in range(1000)]
     assert factors[0] == pytest.approx(1 / 50)
     assert factors[49:750] == [1.0] * 701

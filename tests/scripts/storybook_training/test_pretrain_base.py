@@ -1,4 +1,4 @@
-"""Training the base model from nothing: whole, interrupted, and its files."""
+"""Training the base model from scratch: complete, interrupted, and its files."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ def whole(folders):
         return make(folders / "whole", 4)
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(folders, whole):
+def test_a_resumed_run_equals_an_uninterrupted_one(folders, whole):
     make(folders / "parts", 2)
     again = make(folders / "parts", 4)
-    expected, found = weights(whole), weights(again)
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    expected, actual = weights(whole), weights(again)
+    assert expected.keys() == actual.keys()
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
     for name in ("denoiser.safetensors", "vae.safetensors"):
         first, second = (load_file(folders / run / name) for run in ("whole", "parts"))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_finished_run_only_reads_its_result(folders, whole):
+def test_a_finished_run_trains_nothing(folders, whole):
     before = (folders / "whole/denoiser.safetensors").read_bytes()
     again = make(folders / "whole", 4)
     assert all(
@@ -104,7 +104,7 @@ def test_the_files_are_half_precision_and_readable_by_others(folders, whole):
         assert not {v.dtype for v in load_file(path).values()} & {torch.float32, torch.float64}
 
 
-def test_losses_and_samples_are_kept(folders, whole):
+def test_losses_and_samples_are_written(folders, whole):
     rows = [json.loads(line) for line in (folders / "whole/log.jsonl").read_text().splitlines()]
     held_out = [row for row in rows if row["stage"] == "vae"]
     assert held_out[0]["held_out_psnr"] > 0
@@ -112,7 +112,7 @@ def test_losses_and_samples_are_kept(folders, whole):
     assert (folders / "whole/samples-000004.png").is_file()
 
 
-def test_scenes_depend_on_seed_and_number_alone():
+def test_scenes_depend_on_seed_and_index_only():
     assert pretrain_base.training_scene(1, 5) == pretrain_base.training_scene(1, 5)
     assert (
         len(
@@ -149,16 +149,16 @@ def run_loop(
     return [p.detach().clone() for p in model.parameters()]
 
 
-def test_a_run_that_is_cut_off_between_checkpoints_goes_on(tmp_path):
+def test_a_run_resumes_from_its_last_checkpoint(tmp_path):
     expected = run_loop(tmp_path / "whole", 7)
     with pytest.raises(KeyboardInterrupt):
         run_loop(tmp_path / "cut", 7, fail_at=6)
     assert int(load_file(tmp_path / "cut/net.safetensors")["step"]) == 4
-    found = run_loop(tmp_path / "cut", 7)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    actual = run_loop(tmp_path / "cut", 7)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
-def test_a_run_that_diverges_stops_and_keeps_its_last_good_state(tmp_path):
+def test_a_diverged_run_keeps_its_last_finite_checkpoint(tmp_path):
     with pytest.raises(RuntimeError, match="loss is nan at step 4"):
         run_loop(tmp_path, 7, nan_at=5)
     state = load_file(tmp_path / "net.safetensors")

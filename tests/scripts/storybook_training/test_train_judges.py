@@ -65,15 +65,15 @@ def fit_small(folder, steps, fail_at=None):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_a_judge_that_was_cut_off_ends_as_an_uninterrupted_one(tmp_path):
+def test_resumed_training_equals_uninterrupted_training(tmp_path):
     expected = fit_small(tmp_path / "whole", 7)
     with pytest.raises(KeyboardInterrupt):
         fit_small(tmp_path / "cut", 7, fail_at=6)
-    found = fit_small(tmp_path / "cut", 7)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    actual = fit_small(tmp_path / "cut", 7)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
-def test_finished_judges_stay_as_they_are(tmp_path):
+def test_finished_judges_are_not_trained_again(tmp_path):
     save_judges(random_judges(), tmp_path, {"identity_auc": 0.75})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert train_judges(tmp_path, None) == {"identity_auc": 0.75}

@@ -136,7 +136,7 @@ def test_numbers_used_by_another_process_are_skipped(
 
 def test_notes_on_triggers(run: Run, world: World, tmp_path: Path) -> None:
     arguments = ("--base", world.base, "--steps", "1", "--output", tmp_path)
-    with pytest.warns(UserWarning, match=r"names <rexx>.*did you mean <rex>"):
+    with pytest.warns(UserWarning, match=r"contains <rexx>.*did you mean <rex>"):
         result = run("generate", world.rex, *arguments, "--prompt", "a photo of <rexx>")
     assert (result.code, result.err) == (0, "")
     result = run("generate", *arguments, "--prompt", "a photo of <rexx>")

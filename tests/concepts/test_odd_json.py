@@ -170,7 +170,7 @@ def test_a_mutated_index_is_right_or_made_anew(folder, tmp_path_factory, data):
     library = tmp_path_factory.mktemp("library")
     shutil.copytree(folder, library / "rex")
     right = Library(library).entries
-    with_row = index._row
+    with_row = index._format_row
 
     column = data.draw(st.sampled_from(list(index._COLUMNS)))
 
@@ -182,11 +182,11 @@ def test_a_mutated_index_is_right_or_made_anew(folder, tmp_path_factory, data):
             values[column] = data.draw(st.integers(-(2**63), 2**63 - 1) | st.binary(max_size=20))
         return list(values.values())
 
-    index._row = row  # what the checksum is right of
+    index._format_row = row  # what the checksum is right of
     try:
         index.write_index(library, right.values())
     finally:
-        index._row = with_row
+        index._format_row = with_row
     for entry in read_index(library).values():
         for width, columns in entry.slices.items():
             assert int(width) > 0 and all(column >= 0 for column in columns)

@@ -183,7 +183,7 @@ def test_what_the_hub_does_not_have_is_refused(served, tmp_path):
         assert told.startswith("ConceptError") and "user/gone" in told
         other = "user/no-such-64f9a55bb3115b4f513ec027"
         (told,) = ask(FAIL.format(other), address, home)
-        assert told.startswith("ConfigError") and "no such collection" in told and other in told
+        assert told.startswith("ConfigError") and "listing the collection" in told and other in told
 
 
 def test_a_folder_of_that_name_is_the_folder(tmp_path, monkeypatch):

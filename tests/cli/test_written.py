@@ -56,10 +56,10 @@ def written(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def wanted(world: World, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+def expected(world: World, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     from customize.cli import main
 
-    out = tmp_path_factory.mktemp("wanted")
+    out = tmp_path_factory.mktemp("expected")
     assert main([*drawing(world, [world.rex, world.tom]), "--output", str(out)]) == 0
     return pixels(out)
 

@@ -65,7 +65,7 @@ def serve() -> None:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from customize.demo import assets_folder
+    from customize.storybook.bundled_assets import assets_folder
 
     unet: Any = UNet2DConditionModel.from_pretrained(assets_folder() / "storybook" / "unet")
     unet.float().train()

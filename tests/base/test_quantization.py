@@ -81,7 +81,7 @@ def test_weights_are_those_of_diffusers(kind, tmp_path):
     """Which quantizes on a CPU with torchao alone."""
     model = tiny_flux().transformer
     model.save_pretrained(tmp_path)
-    config = quantization._config(kind, torch.float32)
+    config = quantization._make_config(kind, torch.float32)
     theirs = FluxTransformer2DModel.from_pretrained(
         tmp_path, quantization_config=config, dtype=torch.float32
     )

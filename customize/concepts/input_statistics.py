@@ -77,7 +77,8 @@ class LayerInputs:
     Attributes:
         digest: :func:`digest_updates` of the concept's updates.
         concept: component -> module name, as in files -> (n, in), float32: factor of the inputs'
-            second moment, divided by its trace (:mod:`customize.core.fusion`), with the concept.
+            second moment, divided by its trace (:mod:`customize.core.merges.fusion`), with the
+            concept.
         generic: the same of the base with the class word.
     """
 

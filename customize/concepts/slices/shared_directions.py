@@ -46,7 +46,7 @@ class SharedDirections:
         name: hash of what determines the recording, 16 hexadecimal digits; in files of earlier
             versions, a hash of the content.
         factors: component -> module name, as in files -> (n, in), float32: factor of the second
-            moment of the layer's inputs (:meth:`customize.core.fusion.InputMoment.factor`).
+            moment of the layer's inputs (:meth:`customize.core.input_moment.InputMoment.factor`).
     """
 
     name: str

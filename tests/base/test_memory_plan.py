@@ -277,7 +277,7 @@ def test_estimate_and_choice_by_hand():
         "group", vae_tiling=True
     )
     # Without an accelerator: 11 GiB, 1 GiB held, and a layer of 1 MiB.
-    with pytest.raises(ConfigError, match=r"12\.1 GB GB, because there is no accelerator"):
+    with pytest.raises(ConfigError, match=r"12\.1 GB, because there is no accelerator"):
         choose_plan(found, parse_memory_size("12GB"), "cpu")
     assert choose_plan(found, parse_memory_size("12.1GB"), "cpu").strategy == MemoryStrategy(
         vae_tiling=True, layerwise_casting=True

@@ -1,1 +1,1 @@
-"""The public functions, and what ``import customize`` adds to diffusers."""
+"""The public functions, and the patches that ``import customize`` applies to diffusers."""

@@ -91,13 +91,13 @@ def inspect(
 
 
 def find_incompatibility(concepts: Sequence[Adaptation]) -> str:
-    """Why two of the concepts cannot be merged; empty if all can."""
+    """Return why two of the concepts cannot be merged; empty if all can."""
     pairs = combinations([concept.info for concept in concepts], 2)
     return next((text for a, b in pairs if (text := incompatibility(a, b))), "")
 
 
 def describe_relations(concepts: Sequence[Adaptation]) -> list[str]:
-    """Sentences about how concepts affect each other, from their metadata alone."""
+    """Return sentences about how concepts affect each other, from their metadata alone."""
     if trained_together(concepts):
         return ["They were trained in one run, which optimized their sum; load_custom adds them."]
     overlaps = [f"note: {overlap}" for overlap in find_overlaps(concepts)]
@@ -111,7 +111,7 @@ def describe_relations(concepts: Sequence[Adaptation]) -> list[str]:
 
 
 def describe_concept(concept: Adaptation) -> dict[str, str]:
-    """The facts on a concept: title -> text for a table."""
+    """Return the facts on a concept: title -> text for a table."""
     if isinstance(concept, Lora):
         return _describe_lora(concept)
     info = concept.info

@@ -129,7 +129,7 @@ def _find_records(concepts: Sequence[Adaptation], method: str) -> tuple[str, Seq
 
 
 def _resolve_weights(weights: Weights, concepts: Sequence[Adaptation]) -> list[Weight]:
-    """The weight of each concept; blocks are those of the published models of the family.
+    """Return the weight of each concept; blocks are those of the published models of the family.
 
     Raises:
         ConfigError: If a key is not the name of a concept, component or block.

@@ -1,4 +1,4 @@
-"""Concepts as a step of diffusers' modular pipelines, for who builds these from blocks.
+"""Concepts as a step of diffusers' modular pipelines that are built from blocks.
 
 ::
 
@@ -8,8 +8,8 @@
     pipe.load_components()
     pipe(prompt="a photo of <rex>", concepts=["concepts/rex"], output="images")[0]
 
-The step goes before the one that encodes prompts. It changes no prompt: triggers are replaced by
-their tokens where the tokenizer reads them, whichever step calls it.
+The step is inserted before the one that encodes prompts. It changes no prompt: the tokenizer
+replaces triggers by their tokens, whichever step calls it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from customize.stages.check_prompts import warn_about_triggers
 
 
 class ConceptsStep(ModularPipelineBlocks):
-    """Attaches the concepts that a call asks for, and detaches all others.
+    """Attaches the concepts that a call requests, and detaches all others.
 
-    They stay attached after the call, so that the next one with the same does nothing. A call that
-    gives none leaves what is attached as it is; one that gives an empty list detaches all.
+    They stay attached after the call, so that the next call with the same concepts changes nothing.
+    A call without the argument leaves the attached concepts as they are; an empty list detaches
+    all.
     """
 
     #: So that no other call uses the models meanwhile.
@@ -43,6 +44,7 @@ class ConceptsStep(ModularPipelineBlocks):
 
     @property
     def description(self) -> str:
+        """Description of the step, as diffusers prints it."""
         return (
             "Step that attaches learned concepts to the models, merged by their weighted sum. "
             "Insert it before the text encoder step."
@@ -50,6 +52,7 @@ class ConceptsStep(ModularPipelineBlocks):
 
     @property
     def inputs(self) -> list[InputParam]:
+        """Arguments that the step adds to the pipeline's call."""
         return [
             InputParam(
                 "concepts",
@@ -67,6 +70,7 @@ class ConceptsStep(ModularPipelineBlocks):
         ]
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        """Attach the concepts of a call, and warn about unknown triggers in its prompts."""
         block_state: Any = self.get_block_state(state)
         concepts = block_state.concepts
         if concepts is not None:

@@ -1,12 +1,12 @@
-"""What ``import customize`` changes in diffusers' classes, at once or when they are imported.
+"""Patches of diffusers' classes, applied at once or when the classes are imported.
 
 Both bases of all pipelines get the methods of :mod:`customize.api.pipeline_methods`, and their
-``save_pretrained`` refuses what would be no pipeline. ``__call__`` and ``encode_prompt`` of every
-pipeline class are wrapped where the class is defined, or here for those that exist: whichever
-pipeline of some models is called, made before or after concepts were loaded, the call goes through
-the stages.
+``save_pretrained`` refuses pipelines that could not be loaded again. ``__call__`` and
+``encode_prompt`` of every pipeline class are wrapped when the class is defined, or now for existing
+classes. So the calls of every pipeline of the same models run the stages, whether it was made
+before or after concepts were loaded.
 
-Nothing heavy is imported here. ``import diffusers`` leaves out the modules that define its
+This module imports nothing heavy. ``import diffusers`` leaves out the modules that define its
 pipelines, and importing them takes seconds; so where they are not imported yet, patching waits.
 """
 
@@ -42,13 +42,12 @@ _COPYING = ("from_unet", "from_unet2d", "from_transformer")
 def patch_when_imported(methods: Mapping[str, Any]) -> None:
     """Patch both pipeline bases, at once or as soon as they are imported.
 
-    May be called any number of times. An attribute of the same name that is not ours is never
-    overwritten: a warning says so, and the functions of this package still work.
+    May be called any number of times. An attribute of the same name that another package defined is
+    not overwritten: a warning names it, and the functions of this package still work.
 
     Args:
-        methods: name -> what the bases get.
+        methods: Name -> method or property that the bases get.
     """
-
     bases = _PIPELINES | _MODELS
 
     def patch_in(module: ModuleType) -> None:
@@ -102,7 +101,7 @@ def _patch_pipelines(base: Any, methods: Mapping[str, Any]) -> None:
 
 
 def _with_all_subclasses(base: Any, change: Callable[[Any], None]) -> None:
-    """Change a class and all below it, those that are defined later too."""
+    """Change a class and all its subclasses, including those defined later."""
     for cls in _with_subclasses(base):
         change(cls)
     before = vars(base).get("__init_subclass__")
@@ -149,7 +148,7 @@ def _pad_layerwise(encode: Any) -> Any:
 
 
 def _guard_copying(cls: Any) -> None:
-    """Let a model's class refuse to copy the weights of a model with our adapter."""
+    """Make a model's class refuse to copy the weights of a model with our adapter."""
     for name in _COPYING:
         method = vars(cls).get(name)
         if isinstance(method, classmethod) and not hasattr(method.__func__, "_customize_patched"):
@@ -167,9 +166,9 @@ def _refusing_to_copy(make: Any) -> Any:
 
 
 def _guard_saving(base: Any, name: str) -> None:
-    """Let a pipeline refuse to be saved while a component carries concepts that would be lost.
+    """Make a pipeline refuse to be saved while a component carries concepts that would be lost.
 
-    Here too, because the components are asked too late: when others are written already.
+    The components' own guards are too late, since others are written before them.
     """
     save = getattr(base, name, None)
     if save is None or hasattr(save, "_customize_patched"):
@@ -191,7 +190,7 @@ def _is_ours(base: type, name: str) -> bool:
 
 
 class _AfterImport(MetaPathFinder):
-    """Patches modules right after their import; finds nothing by itself."""
+    """A finder that patches modules right after their import; other finders locate them."""
 
     def __init__(self, names: Sequence[str] | Mapping[str, Any], patch_in: Callable[..., None]):
         self.names, self.patch_in = names, patch_in
@@ -213,7 +212,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def _is_waiting(finder: object) -> bool:
-    # By name, so that a reloaded module knows the finder that its former self has left.
+    # By name, so that a reloaded module recognizes the finder of its previous version.
     return (type(finder).__module__, type(finder).__name__) == (__name__, "_AfterImport")
 
 

@@ -178,10 +178,10 @@ def load_custom(
 def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
     """Detach concepts by name, or without names everything that :func:`load_custom` did.
 
-    After the last concept the pipeline is as before the first: weights, tokenizers, modules and
-    class, bit for bit. Without names, a library and what all calls avoid are dropped, and attention
-    gets its former processors and backends back. A memory plan stays, since the weights may not fit
-    without it.
+    After the last concept is detached, the pipeline is bit for bit as before the first: weights,
+    tokenizers, modules and class. Without names, a library and a ``Decor`` are dropped too, and
+    attention gets its former processors and backends back. A memory plan stays, since the weights
+    may not fit without it.
 
     Args:
         pipe: As for :func:`load_custom`.
@@ -192,7 +192,7 @@ def unload_custom(pipe: Pipeline, *names: str) -> Pipeline:
 
     Raises:
         ConfigError: A name is not attached; nothing changes.
-        PipelineError: Fused weights were changed by someone else since.
+        PipelineError: Fused weights were changed by other code since.
     """
     from customize.core.precision import full_precision
     from customize.pipeline.attach import unload

@@ -1,10 +1,10 @@
 """A short ``repr`` for pipelines that are customized.
 
 ``pipe.load_custom(...)`` returns the pipeline, so that it can follow ``from_pretrained`` at once.
-In an interactive session diffusers then prints the whole configuration; instead of that a pipeline
-with concepts, a library, a chosen backend or a memory plan shows what ``pipe.custom`` does, and in
-such a session one from which they were unloaded as well. All other pipelines print what diffusers
-has for them.
+In an interactive session diffusers then prints the whole configuration. A pipeline with concepts, a
+library, a chosen backend or a memory plan shows the report of ``pipe.custom`` instead; in such a
+session, so does a pipeline from which they were unloaded. All other pipelines keep diffusers'
+``repr``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _unloaded: WeakSet[Any] = WeakSet()
 
 
 def note_unloaded(pipe: Any) -> None:
-    """Shorten what interactive sessions print of the pipeline that ``unload_custom()`` returns."""
+    """Shorten the ``repr`` of an unloaded pipeline in interactive sessions."""
     _unloaded.add(pipe)
 
 

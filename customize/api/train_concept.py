@@ -1,4 +1,4 @@
-"""What the package offers for training."""
+"""``customize.train``: learn a concept from pictures."""
 
 from __future__ import annotations
 
@@ -29,25 +29,24 @@ def train(
         )
 
     Args:
-        config: A YAML file of settings, or a ``customize.TrainConfig``; None: the settings are all
-            there is.
-        components: The parts of a pipeline in memory (``pipe.components``), left as they were;
-            None: the base is loaded.
-        pipeline_config: With components, ``pipe.config``.
-        progress: Whether to show a bar.
-        settings: Of :class:`customize.TrainConfig`, by name; they win over the file's.
+        config: A YAML file of settings, or a ``customize.TrainConfig``; None: ``settings`` alone.
+        components: Components of a pipeline in memory (``pipe.components``), which are left
+            unchanged; None: the base is loaded.
+        pipeline_config: With ``components``, ``pipe.config``.
+        progress: Whether to show a progress bar.
+        settings: Settings of :class:`customize.TrainConfig`, by name; they override the file's.
 
     Raises:
-        ConfigError: a setting is wrong; all that are wrong are named.
-        DataError, PipelineError, SettingsError, StorageError, TrainingError, TrainingStopped: see
+        ConfigError: A setting is invalid; the message names all invalid ones.
+        DataError, PipelineError, SettingsError, StorageError, TrainingError, TrainingStopped: See
             :func:`customize.training.recipe.train`.
     """
     if isinstance(config, TrainConfig):
         if settings:
-            given = config.model_dump(exclude_unset=True)
-            if config.trigger == f"<{config.name}>":  # by default; of another name it is another
-                del given["trigger"]
-            config = TrainConfig(**{**given, **settings})
+            values = config.model_dump(exclude_unset=True)
+            if config.trigger == f"<{config.name}>":  # the default, which follows a new name
+                del values["trigger"]
+            config = TrainConfig(**{**values, **settings})
     elif config is None or isinstance(config, str | Path):
         config = load_config(config, **settings)
     else:

@@ -47,11 +47,10 @@ def load(
     attention: str | None,
     memory: str | None,
 ) -> None:
-    """Attach concepts and apply settings; the arguments are those of :func:`customize.load_custom`.
+    """Attach concepts and apply settings.
 
-    Args:
-        sources: Folders, files, hub ids or concepts.
-        settings: What stages do to all calls, one of each type.
+    ``sources`` are folders, files, hub ids or concepts, and ``settings`` are settings of stages for
+    all calls, one of each type. The other arguments are those of :func:`customize.load_custom`.
     """
     family = get_family(pipe)
     changes_concepts = bool(sources or weights or merge is not None)
@@ -90,8 +89,8 @@ def load(
         new = [concept for concept in concepts if concept.info.name not in state.attached]
         check_vocabularies(full_family, state, new)
         warn_about_overlaps(state.attached, after)
-    kept = [setting.bind(full_family) for setting in settings]
-    if any(setting.update_cache is not None for setting in kept):
+    bound_settings = [setting.bind(full_family) for setting in settings]
+    if any(setting.update_cache is not None for setting in bound_settings):
         check_shared_components(family, state)
     device = execution_device(pipe, family, use_accelerator=plan is not None)
     backends = {} if attention is None else choose_backends(family, attention, device)
@@ -108,9 +107,11 @@ def load(
         if after is not None:
             merge_plan = resolve_merge(full_family, state, after, merge_request)
             apply_attachments(full_family, state, after, merge_plan)
-        if kept:
+        if bound_settings:
             try:
-                state.stage_settings = settings_before | {type(item): item for item in kept}
+                state.stage_settings = settings_before | {
+                    type(setting): setting for setting in bound_settings
+                }
                 set_state(full_family, state)
             except BaseException:
                 state.stage_settings = settings_before
@@ -162,12 +163,13 @@ def unload(pipe: Any, names: Sequence[str]) -> None:
 
 
 def set_concepts(pipe: Any, sources: Sequence[object], weights: Weights = None) -> None:
-    """Attach these concepts and no others; those that are attached already keep their mode.
+    """Attach these concepts and no others; attached ones keep their mode.
 
-    Nothing is done if they are attached already, so that a step of a pipeline can call this at each
+    It does nothing if they are attached already, so that a step of a pipeline can run it at every
     call.
 
     Args:
+        pipe: A pipeline of a known family.
         sources: Folders, files, hub ids or concepts.
         weights: As for :func:`customize.load_custom`, but 1.0 for each concept where left out.
     """
@@ -178,8 +180,8 @@ def set_concepts(pipe: Any, sources: Sequence[object], weights: Weights = None) 
     check_shared_components(family, state)
     before = state.attached
     names = [concept.info.name for concept in concepts]
-    kept = {name: replace(before[name], weight=1.0) for name in names if name in before}
-    resolved = resolve_attachments(kept, concepts, weights, False, full_family)
+    retained = {name: replace(before[name], weight=1.0) for name in names if name in before}
+    resolved = resolve_attachments(retained, concepts, weights, False, full_family)
     after = {
         name: replace(resolved[name], fused=name in before and before[name].fused, routed=False)
         for name in names

@@ -1,4 +1,4 @@
-"""Which call of a pipeline is running in this context, and what belongs to it.
+"""The running call of a pipeline in this context, and which computations belong to it.
 
 Context variables follow threads and tasks. A callback's own calls of pipelines are not part of the
 call that the callback was passed to, so each run of a callback gets a scope of its own.

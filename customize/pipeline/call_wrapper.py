@@ -44,7 +44,7 @@ def wrap_call(
     @functools.wraps(call)
     def run_stages(self: Any, *args: Any, **kwargs: Any) -> Any:
         if has_positional and _is_wrapped_below(type(self), call):
-            return call(self, *args, **kwargs)  # its super() knows the names of the arguments
+            return call(self, *args, **kwargs)  # the inherited call names the arguments
         outer = RUNNING.get()
         is_super = outer is not None and outer.pipe is self and outer.call is not call
         requested = {name: kwargs.pop(name) for name in added if name in kwargs}
@@ -117,7 +117,7 @@ def _run_through(
     except PipelineError:
         if any(stage.exclusive for stage in stages):
             raise
-        return call(pipe, *args, **arguments)  # concepts act by what is in the models
+        return call(pipe, *args, **arguments)  # concepts act through the models alone
     context = CallContext(pipe, family, state, _parameters(pipe, call))
     arguments = {
         name: isolate_callback(value) if name.startswith("callback") else value

@@ -1,4 +1,4 @@
-"""Values in memory, the least recently used of which go first when they take too much of it."""
+"""A cache with a limit in bytes, which evicts the least recently used values first."""
 
 from __future__ import annotations
 
@@ -12,51 +12,56 @@ K = TypeVar("K", bound=Hashable)
 
 
 class LRUCache(Generic[K]):
-    """A cache whose values together have at most so many bytes.
+    """A cache whose values together take at most ``limit`` bytes.
 
     Attributes:
-        limit: the most bytes that are kept.
-        size: bytes that are kept now.
+        limit: Maximum size of all values, in bytes.
+        size: Present size of all values, in bytes.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.size = limit, 0
-        self._kept: OrderedDict[K, tuple[Any, int]] = OrderedDict()
+        self._entries: OrderedDict[K, tuple[Any, int]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     def __iter__(self) -> Iterator[K]:
-        """The keys, those of the least recently used first."""
-        return iter(self._kept)
+        """Iterate over the keys, the least recently used first."""
+        return iter(self._entries)
 
     def get(self, key: K) -> Any:
-        """The value, which is now the most recently used; None where there is none."""
-        if key not in self._kept:
+        """Return a value and mark it as the most recently used; None for an unknown key."""
+        if key not in self._entries:
             return None
-        self._kept.move_to_end(key)
-        return self._kept[key][0]
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
 
     def put(self, key: K, value: Any, size: int) -> None:
-        """Keep a value of so many bytes, in the place of an older one of its key.
+        """Cache a value, in place of an older one with its key.
 
-        Others go until it fits. One that is larger than the limit by itself is not kept.
+        Other values are evicted until it fits. A value larger than the limit is not cached.
+
+        Args:
+            key: Key of the value.
+            value: The value.
+            size: Size of the value in bytes.
         """
         self.drop(key)
         if size > self.limit:
             return
         while self.size + size > self.limit:
-            self.drop(next(iter(self._kept)))
-        self._kept[key] = value, size
+            self.drop(next(iter(self._entries)))
+        self._entries[key] = value, size
         self.size += size
 
     def drop(self, key: K) -> None:
-        """Forget a key, if it is there."""
-        if key in self._kept:
-            self.size -= self._kept.pop(key)[1]
+        """Remove a value, if the cache has one with this key."""
+        if key in self._entries:
+            self.size -= self._entries.pop(key)[1]
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """The memory that tensors hold; what several share counts once."""
-    held = [tensor.untyped_storage() for tensor in tensors]
-    return sum({each.data_ptr(): each.nbytes() for each in held}.values())
+    """Return the size of tensors in bytes; storage that several share counts once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -19,7 +19,7 @@ from customize.families import Family
 from customize.pipeline.record_inputs import record_concepts
 from customize.pipeline.state import AttachedConcept, AttachedState, MergePlan
 
-#: Method and its settings, as :func:`customize.load_custom` is asked for them.
+#: Method and its settings, from the ``merge`` argument of :func:`customize.load_custom`.
 MergeRequest = tuple[str, dict[str, Any]]
 
 
@@ -45,6 +45,7 @@ def resolve_merge(
 
     Args:
         family: Family of all components that the state changes.
+        state: Attached concepts and their merge before the call.
         after: Concept name -> concept, after the call.
         request: Result of :func:`parse_merge`; None keeps the present method.
 
@@ -89,10 +90,13 @@ def resolve_merge_without(state: AttachedState, after: Mapping[str, AttachedConc
     """Return how the remaining concepts will be merged; nothing is read or drawn.
 
     Args:
+        state: Attached concepts and their merge before the call.
         after: Concept name -> concept, some of those that are attached.
     """
     before = state.merge_plan
-    known = {name: own for name, own in before.input_statistics.items() if name in after}
+    known = {
+        name: statistics for name, statistics in before.input_statistics.items() if name in after
+    }
     method = SUM.name
     if len(after) > 1:
         method = before.requested_method

@@ -72,8 +72,8 @@ def _refuse_our_adapter(merge: Any) -> Any:
 def guard_saving(component: Any) -> None:
     """Make a component refuse to be saved while its tag has a reason against it.
 
-    A model would write its layers under the names that they have with an adapter. Who loads that
-    gets new, random weights for these layers without an error.
+    A model would write its layers under the names that they have with an adapter. Loading such a
+    file leaves these layers with random weights, without an error.
 
     Args:
         component: Model or tokenizer.

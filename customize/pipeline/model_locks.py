@@ -43,6 +43,7 @@ def request_for_call(
     """Return what a call locks, and whether other calls may use the models at the same time.
 
     Args:
+        pipe: The pipeline that is called.
         arguments: The call's arguments, by name.
         customized: Whether concepts or stages act on the call.
         exclusive: Whether a stage needs the models for itself.

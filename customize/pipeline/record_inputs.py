@@ -1,4 +1,4 @@
-"""Recording what a concept's layers read on a pipeline, whose state is restored afterwards."""
+"""Recording a concept's layer inputs on a pipeline, whose state is restored afterwards."""
 
 from __future__ import annotations
 
@@ -67,11 +67,13 @@ def record_concepts(
 
     Args:
         family: Family of all components that the state changes.
+        state: State of the models.
+        concepts: Concepts to record, attached or not.
         prompts: As for :func:`customize.record_inputs`.
         words: As for :func:`customize.record_inputs`.
 
     Raises:
-        ConfigError: A prompt has no ``{}``, or truncates the words; or a concept names no words.
+        ConfigError: A prompt has no ``{}``, or truncates the words; or a concept records no words.
     """
     prompts = PROMPTS if prompts is None else tuple(prompts)
     if not prompts or any("{}" not in prompt for prompt in prompts):
@@ -107,17 +109,17 @@ def record_concepts(
             )
             alone = {info.name: AttachedConcept(concept, 1.0, fused=False)}
             apply_attachments(family, state, alone, MergePlan())
-            if concept.subjects:  # for words of a LoRA, a part of them will do
+            if concept.subjects:  # a part of the words of an ordinary LoRA suffices
                 _check_not_truncated(family, concept_words, concept_prompts)
-            own = record_layer_inputs(family, layers, concept_prompts, shape)
-            recorded[info.name] = LayerInputs(digest_updates(updates), own, generic)
+            specific = record_layer_inputs(family, layers, concept_prompts, shape)
+            recorded[info.name] = LayerInputs(digest_updates(updates), specific, generic)
     finally:
         apply_attachments(family, state, before, merge_plan)
     return recorded
 
 
 def _check_not_truncated(family: Family, words: str, prompts: Sequence[str]) -> None:
-    """Refuse prompts in which an attached concept's words are behind the tokens that are read."""
+    """Refuse prompts in which an attached concept's words are truncated."""
     for key in family.clip_encoders:
         tokenizer = family.tokenizer_for(key)
         window = int(tokenizer.model_max_length)

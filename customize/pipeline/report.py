@@ -35,7 +35,7 @@ class ConceptRow:
 
 @dataclass(frozen=True, repr=False)
 class Customization:
-    """What is attached to a pipeline, at the time of asking.
+    """What is attached to a pipeline, at the time of the report.
 
     Attributes:
         rows: One for each concept, in the order of loading.
@@ -43,8 +43,8 @@ class Customization:
         merge: Method by which several concepts are merged.
         attention: Backend that took effect in each component; empty if none was chosen.
         memory: What was done to fit the model into memory; empty if nothing was.
-        reports: Name of a stage -> the line on its setting, for those that have one: "library" on
-            where prompts take concepts from, "avoid" on what prompts are cleaned of.
+        reports: Name of a stage -> report of its setting in one line, for stages that have a
+            setting: "library" with its folder, "avoid" with the words that it projects out.
     """
 
     rows: tuple[ConceptRow, ...]
@@ -89,6 +89,7 @@ def report_customization(pipe: Any, stages: Sequence[Stage]) -> Customization:
     It raises no PipelineError, since debuggers and ``hasattr`` read properties.
 
     Args:
+        pipe: Any pipeline.
         stages: The stages whose settings are reported, in this order.
     """
     try:

@@ -54,7 +54,7 @@ def check_vectors(
 
     Args:
         models: component -> model.
-        sums: What is to be set.
+        sums: Sums to be added to the parameters.
         originals: Parameters that are set already are not checked again.
 
     Raises:
@@ -100,7 +100,7 @@ def check_set_vectors(
 
     Args:
         models: component -> model.
-        sums: What is set at present.
+        sums: Sums that are in the parameters at present.
         originals: Parameters before they were set.
 
     Returns:
@@ -144,7 +144,7 @@ def set_vectors(
 
     Args:
         models: component -> model.
-        sums: What is to be set.
+        sums: Sums to be added to the parameters.
         originals: Result of :func:`check_set_vectors`; changed along with the parameters.
 
     Raises:
@@ -196,7 +196,7 @@ def _add(original: Tensor | None, vectors: Sequence[tuple[float, VectorUpdate]])
 
 
 def _find_owner(models: Mapping[str, nn.Module], key: tuple[str, str]) -> tuple[Any, str]:
-    """Return the module that has a parameter, inside any adapter, and the name of it there."""
+    """Return the module of a parameter, inside any adapter, and the parameter's name in it."""
     component, path = key
     module, _, name = path.rpartition(".")
     if component not in models:

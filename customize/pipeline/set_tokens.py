@@ -28,6 +28,7 @@ def set_tokens(
     """Make vocabularies, tokenizers and hooks those of ``attached``, from any intermediate state.
 
     Args:
+        family: Family of all components that the state changes.
         state: Its ``attached`` is still that before the change.
         attached: Concept name -> concept, after the change.
     """

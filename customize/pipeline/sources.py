@@ -1,4 +1,4 @@
-"""Reading what a call names: the model family of its pipeline, and concepts from their sources."""
+"""Reading the arguments of a call: the model family of its pipeline, and concepts."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def add_components(family: Family, components: dict[str, Any]) -> Family:
     """Return the family with these components, which the pipeline may have freed or replaced.
 
     Args:
+        family: Family of the components that the pipeline has now.
         components: ``components`` of an :class:`~customize.pipeline.state.AttachedState`.
     """
     return type(family)(family.components | components, family.pipeline_config)
@@ -100,7 +101,7 @@ def read_sources(
 def _set_denoisers(
     opened: Sequence[Adaptation | LoraFile], into: Into
 ) -> list[Adaptation | LoraFile]:
-    """Return the same sources; LoRA files know the denoisers that they are for."""
+    """Return the sources, with the denoisers of LoRA files set."""
     files = iter(assign_noise_levels([item for item in opened if isinstance(item, LoraFile)]))
     assigned: list[Adaptation | LoraFile] = []
     for source, denoisers in zip(opened, _parse_into(into, len(opened)), strict=True):

@@ -1,8 +1,8 @@
-"""The protocol of a stage: one thing that is done to the calls of a pipeline, in one file.
+"""The protocol of a stage: one transformation of the calls of a pipeline, in one file.
 
 A stage takes the arguments of a call and returns the arguments of the call that is made in its
-place. It knows no pipeline class, since arguments go by name, for standard and modular pipelines
-alike. A new stage is a file in :mod:`customize.stages` that defines ``STAGE``, and one line in the
+place. It depends on no pipeline class, since standard and modular pipelines alike take arguments by
+name. A new stage is a file in :mod:`customize.stages` that defines ``STAGE``, and one line in the
 table there. What ``load_custom`` keeps for all calls is a subclass of
 :class:`~customize.pipeline.state.StageSetting` in the same file.
 """
@@ -46,7 +46,7 @@ def _acts_on_no_call(state: AttachedState) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """One thing that is done to calls.
+    """One transformation of the calls of a pipeline.
 
     Attributes:
         name: Key of its line in ``pipe.custom.reports``.
@@ -57,8 +57,8 @@ class Stage:
         setting: Type that ``load_custom`` accepts for this stage; None for no setting.
         acts: ``acts(state)`` is whether the stage runs on calls that omit all its arguments.
         exclusive: Whether no other call may use the models while the stage acts.
-        repeats: Whether the stage acts again, unasked, when a pipeline passes a call on to another
-            pipeline of the same models.
+        repeats: Whether the stage acts again, even if the call omits its arguments, when a pipeline
+            passes a call on to another pipeline of the same models.
     """
 
     name: str

@@ -142,7 +142,7 @@ class AttachedState:
         adapters: The adapters beside the base weights, one for each model.
         weight_originals: Fused weights before fusing.
         vector_originals: Changed biases and norms before the change.
-        stage_settings: What stages do to all calls, by the type of the setting.
+        stage_settings: Type of a setting -> the setting of a stage for all calls.
         token_names: (key of a token dictionary, trigger) -> the vocabulary entries added for it.
         layerwise_hooks: Handles of the hooks for tokens with an embedding for each layer.
         components: Key -> every changed model and tokenizer, also if a pipeline replaced it since.
@@ -201,10 +201,11 @@ def get_state(pipe: Any) -> AttachedState | None:
 
 
 def set_state(family: Family, state: AttachedState) -> None:
-    """Keep the state on the denoiser, or remove it if nothing is attached any more.
+    """Store the state on the denoiser, or remove it if nothing is attached any more.
 
     Args:
         family: Family of all components that the state changes.
+        state: The state to store.
     """
     state.tag.unsaveable = _unsaveable_reason(state)
     if state.changes_models or state.stage_settings:
@@ -261,6 +262,7 @@ def check_shared_components(family: Family, state: AttachedState) -> None:
 
     Args:
         family: Family of the pipeline's own components. Those that it freed are not compared.
+        state: State of the pipeline's models; an empty one if they have none.
 
     Raises:
         PipelineError: Names the components.

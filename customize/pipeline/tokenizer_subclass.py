@@ -64,7 +64,7 @@ def expand_triggers(
 
 @functools.cache
 def _expanding_class(stock: Any) -> type:
-    """Return a class that passes for ``stock`` and expands triggers."""
+    """Return a subclass of ``stock``, with its name, that expands triggers."""
 
     @functools.wraps(stock.__call__)
     def call(self: Any, text: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -79,8 +79,8 @@ def _expanding_class(stock: Any) -> type:
 
     def reduce(self: Any, protocol: Any) -> Any:
         # Pickle looks a class up by its name, which would find the stock one.
-        _, (_, *arguments), *rest = stock.__reduce_ex__(self, protocol)
-        return _unpickle, (stock, *arguments), *rest
+        _, (_, *arguments), *state = stock.__reduce_ex__(self, protocol)
+        return _unpickle, (stock, *arguments), *state
 
     attributes: dict[str, Any] = {
         "__module__": stock.__module__,

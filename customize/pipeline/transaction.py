@@ -73,6 +73,7 @@ def apply_attachments(
 
     Args:
         family: Family of all components that the state changes.
+        state: State of the models, which is changed with them.
         after: Concept name -> concept.
         merge_plan: How they are merged, with input statistics of each for "fusion".
 
@@ -104,16 +105,21 @@ def apply_attachments(
     }
     layers |= adapted.keys()  # with an update cache some may be idle
     check_layers(models, sorted(layers), wrapping=not _can_swap(state, new.adapters))
-    ours = {key for item in state.adapters if item.is_attached() for key in item.models}
+    with_adapter = {
+        component
+        for adapter in state.adapters
+        if adapter.is_attached()
+        for component in adapter.models
+    }
     for component, model in models.items():
-        if ADAPTER_NAME in getattr(model, "peft_config", {}) and component not in ours:
+        if ADAPTER_NAME in getattr(model, "peft_config", {}) and component not in with_adapter:
             raise PipelineError(
                 f"an adapter named {ADAPTER_NAME} that was not loaded by load_custom is attached",
                 where=component,
                 fix=f'call delete_adapters("{ADAPTER_NAME}") first, or load it under another name',
             )
-    # In inference mode tensors are made that cannot be changed outside it. A model that was made in
-    # it can be changed in it alone; one parameter tells, and a walk over all takes long.
+    # Tensors created in inference mode cannot be changed outside it. One parameter of each model
+    # shows the mode that it was created in, and a walk over all takes long.
     is_inference = any(next(model.parameters()).is_inference() for model in models.values())
     with torch.inference_mode(is_inference), torch.no_grad(), materialize(models):
         check_fusable(models, new.weights, state.weight_originals)
@@ -144,8 +150,12 @@ def apply_attachments(
             state.merge_plan = merge_plan
         except BaseException:
             lost = {component for adapter in deleted for component in adapter.models}
-            kept = {key: own for key, own in old.adapters.items() if key not in lost}
-            _rebuild(family, state, before, replace(old, adapters=kept), dtypes)
+            remaining = {
+                component: modules
+                for component, modules in old.adapters.items()
+                if component not in lost
+            }
+            _rebuild(family, state, before, replace(old, adapters=remaining), dtypes)
             state.adapters += deleted  # so that they are still known to be missing
             for (component, module), (active, scale, flags) in settings.items():
                 layer = models[component].get_submodule(module)
@@ -163,7 +173,7 @@ def _rebuild(
     updates: _Updates,
     dtypes: Mapping[str, torch.dtype],
 ) -> None:
-    """Make the models those of ``attached``, from any intermediate state."""
+    """Bring the models into the state of ``attached``, from any intermediate state."""
     models = family.adaptable
     set_vectors(models, updates.vectors, state.vector_originals)
     can_swap = _can_swap(state, updates.adapters)
@@ -211,10 +221,15 @@ def _can_swap(state: AttachedState, updates: AdapterUpdates) -> bool:
     """
     if not state.adapters or not state.has_all_adapters:
         return False
-    wrapped = {key: own.keys() for item in state.adapters for key, own in item.layers.items()}
+    wrapped = {
+        component: layers.keys()
+        for adapter in state.adapters
+        for component, layers in adapter.layers.items()
+    }
+    changed = {component: modules.keys() for component, modules in updates.items()}
     if state.update_cache is None:
-        return wrapped == {key: own.keys() for key, own in updates.items()}
-    return all(own.keys() <= wrapped.get(key, set()) for key, own in updates.items())
+        return wrapped == changed
+    return all(modules <= wrapped.get(component, set()) for component, modules in changed.items())
 
 
 def _adapted_layers(state: AttachedState) -> dict[tuple[str, str], Any]:
@@ -235,10 +250,7 @@ def _merge(
     merge_plan: MergePlan,
     dtypes: Mapping[str, torch.dtype],
 ) -> _Updates:
-    """Merge attached concepts.
-
-    Args:
-        dtypes: component -> dtype of its adapter.
+    """Merge attached concepts; adapters have the dtypes ``dtypes`` (component -> dtype).
 
     Raises:
         ConfigError: An update leaves the range of its adapter's dtype.

@@ -42,7 +42,7 @@ class UpdateCache(LRUCache[Hashable]):
         return statistics
 
     def put_input_statistics(self, concept: Adaptation, statistics: LayerInputs | None) -> None:
-        """Cache a concept's input statistics; None: that it has none."""
+        """Cache a concept's input statistics; None if it has none."""
         parts = () if statistics is None else (statistics.concept, statistics.generic)
         tensors = [rows for part in parts for layers in part.values() for rows in layers.values()]
         key = ("input statistics", id(concept))

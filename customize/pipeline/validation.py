@@ -1,4 +1,4 @@
-"""Checks of what a call requests against the pipeline; nothing here changes anything."""
+"""Checks of a request against the pipeline, which change nothing."""
 
 from __future__ import annotations
 
@@ -144,10 +144,12 @@ def _check_embeddings(family: Family, subject: Subject) -> None:
 def check_vocabularies(
     family: Family, state: AttachedState, concepts: Iterable[Adaptation]
 ) -> None:
-    """Refuse concepts whose tokens a vocabulary has already.
+    """Refuse concepts whose tokens are in a vocabulary already.
 
     Args:
-        state: Tokens that it added, and kept for later calls, may be present.
+        family: Family of all components that the state changes.
+        state: State of the models; tokens that it added for earlier calls may be present.
+        concepts: Concepts to be attached.
 
     Raises:
         ConceptError: Names the token.

@@ -72,10 +72,8 @@ def _describe_triggers(entry: LibraryEntry) -> str:
     triggers = sorted(entry.trigger_tokens - {entry.trigger.lower()})
     if triggers:
         return ", ".join([*triggers, entry.trigger])
-    expansion = (
-        f" (= {entry.trigger_words})" if entry.trigger_words and not entry.has_own_tokens else ""
-    )
-    return entry.trigger + expansion
+    is_expanded = entry.trigger_words and not entry.has_token_embeddings
+    return entry.trigger + (f" (= {entry.trigger_words})" if is_expanded else "")
 
 
 @app.command("add", cls=PlainCommand)

@@ -29,9 +29,9 @@ class Adapter:
     """An adapter in one or more models of a family.
 
     Attributes:
-        name: peft's adapter name.
-        models: component -> model.
-        layers: component -> module name in the model -> peft's LoRA layer.
+        name: Adapter name in peft.
+        models: Component -> model.
+        layers: Component -> module name in the model -> peft's LoRA layer.
     """
 
     name: str
@@ -51,7 +51,11 @@ class Adapter:
         )
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """component -> trainable factors: up-projections, and down-projections for "lora"."""
+        """The trainable factors: up-projections, and down-projections for the method "lora".
+
+        Returns:
+            Component -> factors.
+        """
         return {
             component: [
                 factor.weight
@@ -63,7 +67,11 @@ class Adapter:
         }
 
     def updates(self) -> dict[str, dict[str, LowRank]]:
-        """component -> module name, as in files -> a copy of the current factors on the CPU."""
+        """Copies of the current factors on the CPU.
+
+        Returns:
+            Component -> module name, as in files -> update.
+        """
         return {
             component: {
                 saved_module_name(component, module): LowRank(
@@ -93,10 +101,10 @@ class Adapter:
         """Replace the updates, in the same layers.
 
         Args:
-            updates: component -> module name in the model -> update of any rank; a layer of the
+            updates: Component -> module name in the model -> update of any rank; a layer of the
                 adapter without an update gets rank 0. Layers that do not have the adapter are not
                 allowed.
-            dtype: as for :func:`attach_updates`.
+            dtype: As for :func:`attach_updates`.
         """
         for component, model in self.models.items():
             layers = self.layers[component]
@@ -134,23 +142,23 @@ def attach_new_adapter(
     model's output does not change before the first training step.
 
     Args:
-        family: the model.
+        family: The model.
         method: "orthogonal" or "lora".
-        rank: rank of every layer.
-        alpha: numerator of the scale alpha / rank; None for a scale of 1.
-        basis: for "orthogonal", the basis of the slices.
-        columns: for "orthogonal", input width -> ``rank`` column numbers.
-        directions: for a basis with shared directions, component -> module name, as in files ->
+        rank: Rank of every layer.
+        alpha: Numerator of the scale alpha / rank; None for a scale of 1.
+        basis: For "orthogonal", the basis of the slices.
+        columns: For "orthogonal", input width -> ``rank`` column numbers.
+        directions: For a basis with shared directions, component -> module name, as in files ->
             (n, in), the factor of the layer's inputs on generic prompts.
-        components: components to adapt, such as ("unet", "text_encoder").
-        dtype: of both factors; float32 also on a half-precision base.
-        seed: seed of the down-projections of "lora"; results are equal on all devices.
-        name: peft's adapter name.
+        components: Components to adapt, such as ("unet", "text_encoder").
+        dtype: Dtype of both factors; float32 also on a half-precision base.
+        seed: Seed of the down-projections of "lora"; results are equal on all devices.
+        name: Adapter name in peft.
 
     Raises:
-        ConfigError: a component or basis is unknown, the rank exceeds a width, or the columns do
+        ConfigError: If a component or basis is unknown, the rank exceeds a width, or the columns do
             not fit. The model is unchanged.
-        PipelineError: the name is taken. The model is unchanged.
+        PipelineError: If the name is taken. The model is unchanged.
     """
     if rank < 1:
         raise ConfigError(f"invalid adapter rank {rank}", where="rank", fix="use at least 1")
@@ -201,16 +209,16 @@ def attach_updates(
     """Attach updates as one frozen, active adapter beside the existing adapters.
 
     Args:
-        family: the model.
-        updates: component -> module name, as in files or in the model -> update; ranks and scales
+        family: The model.
+        updates: Component -> module name, as in files or in the model -> update; ranks and scales
             may differ between layers.
-        name: peft's adapter name, new to every adapted component.
-        dtype: of the factors; None for the dtype of each layer's weight.
+        name: Adapter name in peft, new to every adapted component.
+        dtype: Dtype of the factors; None for the dtype of each layer's weight.
 
     Raises:
-        ConceptError: an update does not fit the model (:func:`match_to_model`); the model is
+        ConceptError: If an update does not fit the model (:func:`match_to_model`); the model is
             unchanged.
-        PipelineError: the name is taken; the model is unchanged.
+        PipelineError: If the name is taken; the model is unchanged.
     """
     fitted = match_to_model(updates, family)
     models = {component: uncompiled(family.components[component]) for component in fitted}
@@ -252,11 +260,11 @@ def match_to_model(
     transformers have no ``text_model`` in the plain text encoder.
 
     Args:
-        updates: component -> module name, as in files or in the model -> update.
-        family: the model.
+        updates: Component -> module name, as in files or in the model -> update.
+        family: The model.
 
     Raises:
-        ConceptError: the model lacks a component or layer, a layer has another shape, or two
+        ConceptError: If the model lacks a component or layer, a layer has another shape, or two
             updates are for one layer.
     """
     fitted: dict[str, dict[str, Update]] = {}
@@ -301,7 +309,11 @@ def _frozen_down_projections(
     columns: Mapping[int, Sequence[int]] | None,
     directions: LayerFactors | None,
 ) -> dict[tuple[str, str], Tensor]:
-    """(component, module) -> (rank, in) down-projection; equal ones share one tensor."""
+    """The frozen down-projections; equal ones share one tensor.
+
+    Returns:
+        (component, module) -> (rank, in).
+    """
     if basis is None or columns is None:
         raise ConfigError(
             "the method orthogonal needs a basis, and columns of each width",
@@ -356,7 +368,7 @@ def flatten_layers(parts: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]
     """Flatten a mapping of components and layers, such as updates or recorded inputs.
 
     Args:
-        parts: component -> module name, in the model or as in files -> value.
+        parts: Component -> module name, in the model or as in files -> value.
 
     Returns:
         "component.module", as in files -> value, in the same order.

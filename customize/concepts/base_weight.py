@@ -54,7 +54,7 @@ def quantizer_name(layer: Any) -> str:
     """The quantizer that stores a layer's weight.
 
     Args:
-        layer: a linear layer or convolution, with or without peft adapters.
+        layer: A linear layer or convolution, with or without peft adapters.
 
     Returns:
         The quantizer's name, or a description; empty for a floating-point weight of at least 16
@@ -76,14 +76,14 @@ def dense_weight(layer: Any, where: str) -> Tensor:
     """The weight of a layer, dequantized if it is quantized.
 
     Args:
-        layer: a linear layer or convolution, with or without peft adapters.
-        where: the layer's name, for errors.
+        layer: A linear layer or convolution, with or without peft adapters.
+        where: The layer's name, for errors.
 
     Returns:
         (out, in) or (out, in, kh, kw), floating point; the parameter itself if not quantized.
 
     Raises:
-        PipelineError: the weight cannot be dequantized.
+        PipelineError: If the weight cannot be dequantized.
     """
     layer = base_layer(layer)
     quantizer = quantizer_name(layer)
@@ -108,11 +108,11 @@ def writable_weight(layer: Any, where: str) -> nn.Parameter:
     """The weight parameter of a layer, for changes in place.
 
     Args:
-        layer: a linear layer or convolution, with or without peft adapters.
-        where: the layer's name, for errors.
+        layer: A linear layer or convolution, with or without peft adapters.
+        where: The layer's name, for errors.
 
     Raises:
-        PipelineError: the weight is quantized, has 8 bits, or is computed by a parametrization.
+        PipelineError: If the weight is quantized, has 8 bits, or is computed by a parametrization.
     """
     layer = base_layer(layer)
     quantizer = quantizer_name(layer)
@@ -146,7 +146,7 @@ def find_unadaptable_layers(model: nn.Module) -> dict[str, str]:
     """The layers of a model that a quantizer replaced by classes that adapters do not support.
 
     Returns:
-        module name -> the quantizer's name.
+        Module name -> the quantizer's name.
     """
     quantizers = {name: _quantizer_of_class(type(module)) for name, module in model.named_modules()}
     adaptable = (nn.Linear, *CONVOLUTIONS)

@@ -45,13 +45,13 @@ class BasisInfo(BaseModel):
     """The orthogonal matrices O whose columns a concept's down-projections are.
 
     Attributes:
-        kind: a name in :data:`customize.core.bases.BASES`.
-        seed: seed of the matrix of each width; concepts with different seeds are not orthogonal.
-        scale: the down-projections are ``scale * O[:, columns]^T``.
-        num_shared_directions: how many leading directions of each layer's inputs the slices are
+        kind: A name in :data:`customize.core.bases.BASES`.
+        seed: Seed of the matrix of each width; concepts with different seeds are not orthogonal.
+        scale: The down-projections are ``scale * O[:, columns]^T``.
+        num_shared_directions: How many leading directions of each layer's inputs the slices are
             orthogonal to, at most; see :func:`customize.core.bases.count_shared_directions`. The
-            columns then number the rest of the width.
-        shared_directions: name of the recording of these directions, 16 hexadecimal digits; empty
+            columns then number the remaining width.
+        shared_directions: Name of the recording of these directions, 16 hexadecimal digits; empty
             if there are none.
     """
 
@@ -84,12 +84,12 @@ def check_slices(slices: Mapping[str, Sequence[int]], rank: int, basis: BasisInf
     """Check that every slice has as many distinct columns, in range, as the rank.
 
     Args:
-        slices: input width, as text -> column numbers.
-        rank: columns of a slice.
-        basis: of the slices.
+        slices: Input width, as text -> column numbers.
+        rank: Columns of a slice.
+        basis: Basis of the slices.
 
     Raises:
-        ValueError: a width is not a positive integer, or its columns are wrong.
+        ValueError: If a width is not a positive integer, or its columns are wrong.
     """
     for width, columns in slices.items():
         if not re.fullmatch(r"[1-9][0-9]{0,6}", width):
@@ -104,24 +104,24 @@ class ConceptInfo(BaseModel):
     """The facts about a concept, as stored in ``concept.json``.
 
     Attributes:
-        name: name of the concept and of its folder.
-        trigger: the word for the concept in prompts, such as ``<rex>``.
-        class_word: the class of the concept, such as ``dog``.
-        family: name of the model family.
-        base: the base model as the user gave it: a path or hub id.
-        fingerprint: architecture of the base; a model must match it.
+        name: Name of the concept and of its folder.
+        trigger: The word for the concept in prompts, such as ``<rex>``.
+        class_word: The class of the concept, such as ``dog``.
+        family: Name of the model family.
+        base: The base model as the user gave it: a path or hub id.
+        fingerprint: Architecture of the base; a model must match it.
         method: "orthogonal" (frozen down-projections, a slice of the basis) or "lora" (both factors
             trained).
-        basis: basis of the slices; None for "lora".
-        rank: rank of every update.
-        alpha: numerator of the updates' scale alpha / rank.
-        slices: input width, as text -> columns of the basis; empty for "lora".
-        num_tokens: tokens of the trigger in each vocabulary; 0 if the trigger is plain text.
-        token_layers: number of cross-attention layers with separate token embeddings; 0 if one
+        basis: Basis of the slices; None for "lora".
+        rank: Rank of every update.
+        alpha: Numerator of the updates' scale alpha / rank.
+        slices: Input width, as text -> columns of the basis; empty for "lora".
+        num_tokens: Tokens of the trigger in each vocabulary; 0 if the trigger is plain text.
+        token_layers: Number of cross-attention layers with separate token embeddings; 0 if one
             embedding serves all layers.
-        training: settings and metadata of the training run.
-        scores: measured scores.
-        created: date and time, ISO 8601.
+        training: Settings and metadata of the training run.
+        scores: Measured scores.
+        created: Date and time, ISO 8601.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -212,11 +212,11 @@ def parse_info(values: Any, where: object) -> ConceptInfo:
     """Validate parsed JSON as :class:`ConceptInfo`.
 
     Args:
-        values: the parsed JSON.
-        where: file or argument, for errors.
+        values: The parsed JSON.
+        where: File or argument, for errors.
 
     Raises:
-        ConceptError: the schema version is unknown, or a field is missing, unknown or invalid.
+        ConceptError: If the schema version is unknown, or a field is missing, unknown or invalid.
     """
     version = values.get("schema_version") if isinstance(values, dict) else None
     if type(version) is int and version != SCHEMA_VERSION:

@@ -1,4 +1,4 @@
-"""Recorded layer inputs: statistics of what a concept's layers read, for merges that need them.
+"""Recorded layer inputs: statistics of the inputs of a concept's layers, for merges.
 
 A record has the leading directions of the inputs of each adapted layer, while the model with the
 concept draws pictures, and while the base draws the same prompts with the class word. It is a
@@ -76,10 +76,10 @@ class LayerInputs:
 
     Attributes:
         digest: :func:`digest_updates` of the concept's updates.
-        concept: component -> module name, as in files -> (n, in), float32: factor of the inputs'
+        concept: Component -> module name, as in files -> (n, in), float32: factor of the inputs'
             second moment, divided by its trace (:mod:`customize.core.merges.fusion`), with the
             concept.
-        generic: the same of the base with the class word.
+        generic: The same of the base with the class word.
     """
 
     digest: str
@@ -93,7 +93,7 @@ class LayerInputs:
         """Write the record atomically, replacing an older one.
 
         Raises:
-            StorageError: the file cannot be written.
+            StorageError: If the file cannot be written.
         """
         path = Path(path)
         try:
@@ -124,7 +124,7 @@ class LayerInputs:
         """Read and validate a record.
 
         Raises:
-            ConceptError: the file cannot be read, or is not a valid record.
+            ConceptError: If the file cannot be read, or is not a valid record.
         """
         digest, factors = read_input_statistics(Path(path))
         return cls(digest, factors["own"], factors["generic"])
@@ -134,7 +134,7 @@ def layer_inputs_path(source: str | Path) -> Path:
     """The path of the record of a concept's folder, a LoRA file or a hub id.
 
     Raises:
-        ConceptError: the concept does not exist.
+        ConceptError: If the concept does not exist.
     """
     path = locate(source)
     return path / LAYER_INPUTS_FILE if path.is_dir() else path.with_suffix(f".{LAYER_INPUTS_FILE}")
@@ -146,12 +146,12 @@ def load_recorded_inputs(
     """Load the record beside a concept; None if there is none.
 
     Args:
-        name: name of the concept, for errors.
-        updates: updates of the concept.
-        source: the path that the concept was read from.
+        name: Name of the concept, for errors.
+        updates: Updates of the concept.
+        source: The path that the concept was read from.
 
     Raises:
-        ConceptError: the record cannot be read, or is of other updates.
+        ConceptError: If the record cannot be read, or is of other updates.
     """
     path = None if source is None else layer_inputs_path(source)
     if path is None or not path_exists(path):
@@ -236,7 +236,11 @@ def base_prompts(class_word: str, prompts: Sequence[str] = PROMPTS) -> list[str]
 
 
 def updated_layers(family: Family, updates: ConceptUpdates) -> Layers:
-    """component -> module names in the model of the layers with updates."""
+    """The layers with updates, by their names in the model.
+
+    Returns:
+        Component -> module names.
+    """
     return {
         component: list(modules) for component, modules in match_to_model(updates, family).items()
     }
@@ -260,20 +264,20 @@ def record_layer_inputs(
     """Draw pictures and record the inputs of layers.
 
     Args:
-        family: the model with its attached adapters.
-        layers: component -> module names in the model of the layers to record.
-        prompts: the prompts.
+        family: The model with its attached adapters.
+        layers: Component -> module names in the model of the layers to record.
+        prompts: The prompts.
         shape: (channels, height, width) of the latents.
-        encode: prompts to conditions; None for the family's.
-        include_empty_prompt: whether inputs of the empty prompt, for guidance, are included.
-        before_denoising: called when all prompts are encoded.
-        steps: number of sampling steps.
-        guidance: guidance scale, as the pipeline defines it.
-        autocast: context of the encoders' and denoiser's calls.
-        progress: wraps the list of batches, for example to show progress.
+        encode: Prompts to conditions; None for the family's.
+        include_empty_prompt: Whether inputs of the empty prompt, for guidance, are included.
+        before_denoising: Called when all prompts are encoded.
+        steps: Number of sampling steps.
+        guidance: Guidance scale, as the pipeline defines it.
+        autocast: Context of the encoders' and denoiser's calls.
+        progress: Wraps the list of batches, for example to show progress.
 
     Returns:
-        component -> module name, as in files -> (n, in), float32. Layers that were not called, and
+        Component -> module name, as in files -> (n, in), float32. Layers that were not called, and
         convolutions of more than one pixel, are left out.
     """
     encode = encode or family.encode_prompts
@@ -308,7 +312,7 @@ class InputRecorder:
     """Accumulates the second moments of layers' inputs.
 
     Attributes:
-        skip_first_half: whether the first half of each batch, of the empty prompt, is skipped.
+        skip_first_half: Whether the first half of each batch, of the empty prompt, is skipped.
     """
 
     def __init__(self) -> None:
@@ -337,7 +341,7 @@ class InputRecorder:
         """The result of :func:`record_layer_inputs`.
 
         Args:
-            directions: number of directions per layer.
+            directions: Number of directions per layer.
         """
         self._last = None
         factors: dict[str, dict[str, Tensor]] = {}

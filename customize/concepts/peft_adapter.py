@@ -24,13 +24,13 @@ def inject_adapter(
     """Wrap layers in peft's LoRA layers, as an adapter that is active beside the others.
 
     Args:
-        model: the denoiser or text encoder.
-        updates: module name -> update.
-        name: peft's adapter name, new to the model.
-        dtype: of the factors; None for the dtype of each layer's weight.
+        model: The denoiser or text encoder.
+        updates: Module name -> update.
+        name: Adapter name in peft, new to the model.
+        dtype: Dtype of the factors; None for the dtype of each layer's weight.
 
     Returns:
-        module name -> peft's LoRA layer.
+        Module name -> peft's LoRA layer.
     """
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -78,11 +78,11 @@ def replace_factors(
     without an update the adapter gets rank 0 and is deactivated.
 
     Args:
-        model: the denoiser or text encoder.
-        layers: module name -> peft's LoRA layer, for all layers of the adapter.
-        updates: module name -> update, for some of these layers; ranks may change.
-        name: peft's adapter name.
-        dtype: of the factors; None for the dtype of each layer's weight.
+        model: The denoiser or text encoder.
+        layers: Module name -> peft's LoRA layer, for all layers of the adapter.
+        updates: Module name -> update, for some of these layers; ranks may change.
+        name: Adapter name in peft.
+        dtype: Dtype of the factors; None for the dtype of each layer's weight.
     """
     replaced: dict[Any, Tensor] = {}
     copied: dict[Any, Tensor] = {}
@@ -135,7 +135,7 @@ def _activate(layer: Any, name: str, active: bool) -> None:
 
 
 def _lora_config(updates: Mapping[str, LowRank]) -> Any:
-    """peft's configuration of an adapter with these updates."""
+    """The peft configuration of an adapter with these updates."""
     from peft import LoraConfig
 
     rank = Counter(update.rank for update in updates.values()).most_common(1)[0][0]
@@ -155,11 +155,11 @@ def _lora_config(updates: Mapping[str, LowRank]) -> Any:
 
 @dataclass(eq=False)
 class ModelState:
-    """What injection changes in a model, besides its layers.
+    """The state of a model that injection changes, besides its layers.
 
     Attributes:
-        requires_grad: each parameter and its flag.
-        has_peft_flag: whether the model had diffusers' peft flag.
+        requires_grad: Each parameter and its flag.
+        has_peft_flag: Whether the model had diffusers' peft flag.
     """
 
     requires_grad: list[tuple[nn.Parameter, bool]]

@@ -30,15 +30,15 @@ class Concept:
     """A learned concept, validated when it is created.
 
     Attributes:
-        info: facts about the concept.
-        updates: component ("unet", "text_encoder") -> module name, as in files -> update; all of
+        info: Facts about the concept.
+        updates: Component ("unet", "text_encoder") -> module name, as in files -> update; all of
             rank ``info.rank`` and scale ``info.scale``.
-        embeddings: text encoder's component -> (num_tokens, width), or with token_layers
+        embeddings: Text encoder's component -> (num_tokens, width), or with token_layers
             (num_tokens, token_layers, width); float32, float16 or bfloat16; empty without tokens.
-        source: the folder or file that the concept was read from; None for one made in memory.
+        source: The folder or file that the concept was read from; None for one made in memory.
 
     Raises:
-        ConceptError: the parts contradict one another, or a value is not finite.
+        ConceptError: If the parts contradict one another, or a value is not finite.
     """
 
     info: ConceptInfo
@@ -113,7 +113,7 @@ class Concept:
         """A copy with another name and the trigger ``<name>``.
 
         Raises:
-            ConceptError: the name is invalid.
+            ConceptError: If the name is invalid.
         """
         facts = self.info.model_dump() | {"name": name, "trigger": f"<{name}>"}
         return replace(self, info=parse_info(facts, "names"))
@@ -125,7 +125,7 @@ class VectorUpdate:
 
     Attributes:
         values: (n,), float32.
-        is_replacement: whether the values replace the parameter, or are added to it.
+        is_replacement: Whether the values replace the parameter, or are added to it.
     """
 
     values: Tensor
@@ -143,13 +143,13 @@ class LoraInfo:
     The fields from ``class_word`` on are those of :class:`ConceptInfo`.
 
     Attributes:
-        name: the name, made from the file's name.
-        family: name of the model family; empty until the model is known.
-        base: the base model in the file's metadata; empty if they name none.
-        rank: the largest rank of a layer.
-        trigger_words: the words for a prompt in the file's metadata; of a merge, its triggers.
-        fingerprint: architecture of a merge's base; empty for other LoRAs.
-        triggers: of a merge, the triggers with token embeddings.
+        name: The name, made from the file's name.
+        family: Name of the model family; empty until the model is known.
+        base: The base model in the file's metadata; empty if it names none.
+        rank: The largest rank of a layer.
+        trigger_words: The words for a prompt in the file's metadata; of a merge, its triggers.
+        fingerprint: Architecture of a merge's base; empty for other LoRAs.
+        triggers: Triggers with token embeddings; only merges have them.
     """
 
     name: str
@@ -175,12 +175,12 @@ class Lora:
     """The updates of a LoRA of another program, or of a merge.
 
     Attributes:
-        info: facts about the LoRA.
-        updates: component -> module name, as in files -> update; ranks and scales may differ
+        info: Facts about the LoRA.
+        updates: Component -> module name, as in files -> update; ranks and scales may differ
             between layers.
-        subjects: of a merge, the triggers with token embeddings.
-        vector_updates: changes of biases and norms.
-        source: the file that the LoRA was read from; None if only part of it was.
+        subjects: Triggers with token embeddings; only merges have them.
+        vector_updates: Changes of biases and norms.
+        source: The file that the LoRA was read from; None if only part of it was.
     """
 
     info: LoraInfo
@@ -201,7 +201,7 @@ class Lora:
         """A copy with another name; a merge of several concepts keeps their triggers.
 
         Raises:
-            ConceptError: the name is invalid.
+            ConceptError: If the name is invalid.
         """
         if not re.fullmatch(NAME_PATTERN, name):
             raise ConceptError(

@@ -193,7 +193,7 @@ def _run(context: CallContext, arguments: CallArguments) -> Iterator[CallArgumen
     words = {
         trigger: entry.trigger_words or entry.name.replace("-", " ").replace("_", " ")
         for trigger, entry in entries.items()
-        if not entry.has_own_tokens and trigger == entry.trigger
+        if not entry.has_token_embeddings and trigger == entry.trigger
     }
     try:
         yield arguments | {name: _replace(value, words) for name, value in prompts.items()}

@@ -98,6 +98,6 @@ def _compile_plain(pattern: str) -> re.Pattern[str]:
 
 @functools.lru_cache(maxsize=2**10)
 def _compile_general(pattern: str) -> Any:
-    import regex  # takes a time limit, which the standard library's expressions do not
+    import regex  # has a time limit, unlike the standard library's
 
     return regex.compile(rf"(.*\.)?({pattern})$")

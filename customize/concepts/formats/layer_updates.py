@@ -41,7 +41,7 @@ def decode_update(
         scale: Rank -> factor, for files that store no alpha with the layer.
         weight: Returns the base weight without adapters, float32, (out, in) or (out, in, *kernel);
             called only for formats that need it.
-        config: peft's configuration of the adapter.
+        config: The adapter's peft configuration.
 
     Returns:
         The update of the weight, flattened to (out, in * kernel), exact but for one rounding to

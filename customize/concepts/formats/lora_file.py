@@ -107,7 +107,7 @@ class LoraFile:
 
         Raises:
             ConceptError: If a layer does not exist in the model, its tensors do not decode to an
-                update of its shape, or base weights are needed and not given.
+                update of its shape, or base weights are needed and missing.
             ConfigError: If :attr:`into` is not a denoiser of the model, or contradicts the keys.
         """
         names = names or LayerNameMap(family)
@@ -259,7 +259,7 @@ def parse_lora_file(
         where: Path of the file, for messages.
         tensors: Key -> tensor of any shape and dtype; checked when updates are decoded.
         metadata: The file's safetensors header.
-        adapter_config: peft's ``adapter_config.json`` beside the file; None if there is none.
+        adapter_config: The ``adapter_config.json`` of peft beside the file; None if there is none.
 
     Raises:
         ConceptError: If a key is unknown, two keys store the same part of a layer, or the header or

@@ -1,4 +1,4 @@
-"""peft's configuration of an adapter: what each field means for the saved tensors.
+"""The peft configuration of an adapter: the meaning of its fields for the saved tensors.
 
 peft writes it to ``adapter_config.json`` beside the tensors; diffusers writes it to the header of
 the file, with a component's name in ``save_lora_weights`` and without in
@@ -48,7 +48,7 @@ NO_EFFECT = frozenset(
         *("lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "boft_dropout"),
         "fan_in_fan_out",  # of transformers' Conv1D; peft resets it for linear layers
         "init_weights",  # zero or random starts of LoHa, LoKr, OFT and BOFT
-        # Settings of a start: init_lora_weights says whether there was one.
+        # Settings of the initialization: init_lora_weights names the method.
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
         "qalora_group_size",  # read where use_qalora is set
         "velora_config",  # another backward pass

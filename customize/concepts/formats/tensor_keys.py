@@ -21,7 +21,7 @@ _TRAINING_ONLY = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\.
 # A vector with such a key is the trained weight of a norm, as of peft's modules_to_save.
 _TRAINED_NORM = re.compile(r"(?P<path>(?!.*\.lora_).+)\.weight")
 
-# What keys of unsupported parts store.
+# Unsupported part -> pattern of the keys that store it.
 _UNSUPPORTED = {
     "norm in place of the base's": re.compile(r".+\.set_weight"),
     "bundled embedding": re.compile(r"bundle_emb\..+"),

@@ -20,7 +20,7 @@ def read_file_bytes(path: Path) -> bytes:
     """The content of a JSON file of at most 16 MiB.
 
     Raises:
-        ConceptError: the file is missing, too large, or cannot be read.
+        ConceptError: If the file is missing, too large, or cannot be read.
     """
     try:
         return read_bytes(path, _MAX_JSON_BYTES)
@@ -32,7 +32,7 @@ def read_json_file(path: Path) -> Any:
     """The parsed content of a JSON file of at most 16 MiB.
 
     Raises:
-        ConceptError: the file cannot be read or parsed.
+        ConceptError: If the file cannot be read or parsed.
     """
     try:
         return parse_json(read_file_bytes(path))
@@ -46,8 +46,8 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON without the constants NaN and Infinity, which JSON does not have.
 
     Raises:
-        ValueError: the text is not JSON.
-        RecursionError: it is nested too deeply.
+        ValueError: If the text is not JSON.
+        RecursionError: If it is nested too deeply.
     """
 
     def refuse(constant: str) -> NoReturn:
@@ -60,7 +60,7 @@ def read_safetensors_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]
     """All tensors of a ``.safetensors`` file, on the CPU, and the metadata of its header.
 
     Raises:
-        ConceptError: the file has another extension, is missing, or cannot be parsed.
+        ConceptError: If the file has another extension, is missing, or cannot be parsed.
     """
     if path.suffix.lower() != ".safetensors":
         raise ConceptError(
@@ -73,7 +73,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """As :func:`read_safetensors_file`, whatever the file's extension.
 
     Raises:
-        ConceptError: the file is missing, cannot be parsed, or has a tensor with too long a name.
+        ConceptError: If the file is missing, cannot be parsed, or has a tensor with too long a
+        name.
     """
     from safetensors.torch import load
 
@@ -108,9 +109,9 @@ def safetensors_bytes(
     """The content of a safetensors file; the same bytes for the same tensors and metadata.
 
     Args:
-        tensors: name -> tensor, on any device; tensors may share memory.
-        metadata: of the header.
-        format: the header's ``format`` field; None leaves it out.
+        tensors: Name -> tensor, on any device; tensors may share memory.
+        metadata: The header's metadata.
+        format: The header's ``format`` field; None leaves it out.
     """
     from safetensors.torch import save
 

@@ -78,9 +78,11 @@ def split_lora_files(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
     """File name -> tensors: one file, or two for a model with a second denoiser."""
     files: dict[str, dict[str, Tensor]] = {LORA_FILE: {}}
     for key, tensor in tensors.items():
-        component, _, rest = key.partition(".")
+        component, _, layer_key = key.partition(".")
         if component in SECOND_DENOISERS:
-            files.setdefault(SECOND_LORA_FILE, {})[f"{SECOND_DENOISERS[component]}.{rest}"] = tensor
+            files.setdefault(SECOND_LORA_FILE, {})[f"{SECOND_DENOISERS[component]}.{layer_key}"] = (
+                tensor
+            )
         else:
             files[LORA_FILE][key] = tensor
     return files
@@ -95,7 +97,7 @@ def embedding_tensors(subject: Subject) -> dict[str, Tensor]:
     """One embedding per token, as other programs read them: the mean over the layers.
 
     Returns:
-        key -> (tokens, width); the key is the trigger for one text encoder, clip_l and clip_g for
+        Key -> (tokens, width); the key is the trigger for one text encoder, clip_l and clip_g for
         two.
     """
     means = {key: mean_rows(rows) for key, rows in subject.embeddings.items()}
@@ -105,11 +107,11 @@ def embedding_tensors(subject: Subject) -> dict[str, Tensor]:
 
 
 def peft_header(concept: Concept, file: str | None = None) -> str:
-    """peft's adapter metadata as JSON, for the header of a LoRA file.
+    """Adapter metadata of peft as JSON, for the header of a LoRA file.
 
     Args:
-        concept: the concept.
-        file: a file name of :func:`split_lora_files`; None for a single file with all tensors.
+        concept: The concept.
+        file: A file name of :func:`split_lora_files`; None for a single file with all tensors.
     """
     info = concept.info
     components = concept.updates

@@ -17,7 +17,7 @@ def list_folder(folder: Path) -> list[Path]:
     """The paths in a folder, sorted.
 
     Raises:
-        ConceptError: the folder cannot be listed.
+        ConceptError: If the folder cannot be listed.
     """
     try:
         return sorted(folder.iterdir())
@@ -40,7 +40,7 @@ def find_in_subfolders(library: Path, name: str) -> list[Path]:
     Files in folders that cannot be entered are included: reading them reports the problem.
 
     Raises:
-        ConceptError: the library cannot be listed.
+        ConceptError: If the library cannot be listed.
     """
     try:
         folders = sorted(entry.path for entry in os.scandir(library) if not is_hidden(entry.name))
@@ -60,7 +60,7 @@ def refuse_pickles(folder: Path) -> None:
     """Refuse a folder that contains a pickle instead of the expected files.
 
     Raises:
-        ConceptError: with the path of the first pickle.
+        ConceptError: With the path of the first pickle.
     """
     for file in list_folder(folder):
         if file.suffix.lower() in PICKLE_SUFFIXES:
@@ -79,10 +79,10 @@ def locate(source: str | Path) -> Path:
     """The path of a source; a hub id is downloaded.
 
     Args:
-        source: a path, or a hub id (``user/name``).
+        source: A path, or a hub id (``user/name``).
 
     Raises:
-        ConceptError: the source does not exist or cannot be reached, or it is a pickle.
+        ConceptError: If the source does not exist or cannot be reached, or it is a pickle.
     """
     path = Path(source)
     try:
@@ -110,10 +110,10 @@ def locate(source: str | Path) -> Path:
 
 
 def locate_concept(source: str | Path) -> Path:
-    """The path of a concept, merge or LoRA; the LoRA file of a concept or merge gives its folder.
+    """The path of a concept, merge or LoRA; for the LoRA file of a concept or merge, its folder.
 
     Raises:
-        ConceptError: as :func:`locate`.
+        ConceptError: As :func:`locate`.
     """
     path = locate(source)
     info_files = (path.parent / name for name in (INFO_FILE, MERGED_FILE))

@@ -20,10 +20,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
     are created, and removed again if they stay empty.
 
     Args:
-        folder: the folder; it need not exist.
+        folder: The folder; it need not exist.
 
     Raises:
-        StorageError: another run has the lock, or the parent folder is not writable.
+        StorageError: If another run has the lock, or the parent folder is not writable.
     """
     from filelock import FileLock, Timeout
 
@@ -33,7 +33,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     except StorageError as error:
         raise StorageError(error.problem, where=folder, fix=error.fix) from error
     path = folder.parent / f".{folder.name}.lock"
-    made = [parent for parent in folder.parents if not parent.exists()]
+    missing_parents = [parent for parent in folder.parents if not parent.exists()]
     # Not a singleton, because another thread may hold a lock on the same file.
     lock = FileLock(path, mode=0o664, is_singleton=False)
     try:
@@ -53,6 +53,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # Windows deletes it on release
             path.unlink()  # while locked, so that a waiting process sees that it is deleted
         lock.release()
-        for parent in made:
+        for parent in missing_parents:
             with suppress(OSError):  # not empty
                 parent.rmdir()

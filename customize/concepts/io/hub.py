@@ -54,8 +54,8 @@ def download(hub_id: str) -> Path:
     """Download a concept or LoRA into the hub's cache, unless it is cached, and return its folder.
 
     Raises:
-        ConceptError: the download failed.
-        StorageError: the cache cannot be written.
+        ConceptError: If the download fails.
+        StorageError: If the cache cannot be written.
     """
     from huggingface_hub import snapshot_download
 
@@ -78,12 +78,12 @@ def download_collection(slug: str) -> Path:
     the collection are deleted. Without a connection the folder of the last download is used.
 
     Args:
-        slug: the part of the collection's address after ``collections/``.
+        slug: The part of the collection's address after ``collections/``.
 
     Raises:
-        ConfigError: the collection cannot be listed, and was never downloaded.
-        ConceptError: one of its concepts cannot be downloaded.
-        StorageError: the folder cannot be written.
+        ConfigError: If the collection cannot be listed, and was never downloaded.
+        ConceptError: If one of its concepts cannot be downloaded.
+        StorageError: If the folder cannot be written.
     """
     from huggingface_hub import constants, get_collection, snapshot_download
 

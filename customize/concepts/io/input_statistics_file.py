@@ -26,10 +26,10 @@ class _Header(BaseModel):
     """The header's JSON.
 
     Attributes:
-        version: format version.
-        of: digest of the recorded updates; see
+        version: Format version.
+        of: Digest of the recorded updates; see
             :class:`customize.concepts.input_statistics.LayerInputs`.
-        same: key of a layer -> key of the tensor of a layer with the same input.
+        same: Key of a layer -> key of the tensor of a layer with the same input.
     """
 
     model_config = ConfigDict(strict=True)
@@ -47,8 +47,9 @@ def read_input_statistics(path: Path) -> tuple[str, dict[str, dict[str, dict[str
         in), float32, n and in at least 1.
 
     Raises:
-        ConceptError: the file is missing, truncated, of a later version or another kind; a tensor
-            is not a floating-point matrix, has a value that is not finite, or too much energy.
+        ConceptError: If the file is missing, truncated, of a later version or another kind; a
+            tensor is not a floating-point matrix, has a value that is not finite, or too much
+            energy.
     """
     tensors, metadata = read_safetensors_file(path)
     header = _parse_header(metadata, path)

@@ -1,4 +1,4 @@
-"""The model card that goes with a concept."""
+"""The model card of a concept."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ SINGLE_FILE_PIPELINES = {
 
 
 def concept_card(concept: Concept, pictures: Sequence[str] = ()) -> str:
-    """The card as Markdown, with the header that hubs read.
+    """The card as Markdown, with the YAML header that hubs read.
 
     Args:
-        pictures: file names beside the card.
+        concept: The concept.
+        pictures: File names beside the card.
     """
     info = concept.info
     # JSON strings are YAML strings, so nothing in them can add a field.
@@ -42,26 +43,26 @@ def concept_card(concept: Concept, pictures: Sequence[str] = ()) -> str:
         f"tags: [{card_tags(pipeline_output(concept))}]",
         "---",
     ]
-    layered = bool(info.token_layers)
+    is_layerwise = bool(info.token_layers)
     layers = ", ".join(f"{len(updates)} of {name}" for name, updates in concept.updates.items())
     if info.basis is not None:
-        how = (
+        method = (
             f"Orthogonal Adaptation: slices of the orthogonal matrix `{info.basis.kind}` with seed "
             f"{info.basis.seed}, frozen"
         )
     else:
-        how = "an ordinary LoRA: both factors learned"
+        method = "an ordinary LoRA: both factors learned"
     rows = {
         "Trigger": f"`{info.trigger}`, "
         + (f"{info.num_tokens} tokens" if info.num_tokens else "a plain word of the prompt")
-        + (f", each with its own embedding in {info.token_layers} layers" if layered else ""),
+        + (f", each with its own embedding in {info.token_layers} layers" if is_layerwise else ""),
         "What it is": f"a {escape_markdown(info.class_word)}",
         "Base model": f"{escape_markdown(info.base)} (family {info.family})",
-        "How it was learned": how,
-        **_company(info.trained_with),
+        "How it was learned": method,
+        **_trained_with_row(info.trained_with),
         "Rank, alpha": f"{info.rank}, {info.alpha:g}",
         "Layers": layers,
-        **_sampled(info.training.get("samples")),
+        **_samples_row(info.training.get("samples")),
         "Made": escape_markdown(info.created),
         **{
             escape_markdown(key): escape_markdown(json.dumps(value))
@@ -109,10 +110,11 @@ def concept_card(concept: Concept, pictures: Sequence[str] = ()) -> str:
 
 
 def base_loading_code(family: str, base: str) -> list[str]:
-    """The Python lines that open a base as ``pipe``, from diffusers' import on.
+    """The Python lines that load a base model as ``pipe``, with their imports.
 
     Args:
-        base: its name, quoted.
+        family: Name of the model family.
+        base: The base model as a quoted string.
     """
     if base.endswith('.safetensors"') and family in SINGLE_FILE_PIPELINES:
         kind = SINGLE_FILE_PIPELINES[family]
@@ -139,10 +141,12 @@ def base_loading_code(family: str, base: str) -> list[str]:
 
 
 def inference_code(family: str, prompt: str, output: str) -> str:
-    """The Python line that draws with ``pipe``.
+    """The Python line that generates a picture or video with ``pipe``.
 
     Args:
-        output: from :func:`pipeline_output`, or that of the family.
+        family: Name of the model family.
+        prompt: The prompt.
+        output: Result of :func:`pipeline_output`, or the family's output.
     """
     if not _is_modular(family):
         return f"pipe(prompt={json.dumps(prompt)}).{output}[0]"
@@ -150,22 +154,22 @@ def inference_code(family: str, prompt: str, output: str) -> str:
 
 
 def pipeline_output(concept: Adaptation) -> str:
-    """Where the call of the base's pipeline has what it drew: "images" or "frames"."""
+    """The attribute of the pipeline's output with the result: "images" or "frames"."""
     info = concept.info
-    # AnimateDiff is of a family that mostly draws pictures.
+    # AnimateDiff makes videos with a family whose other pipelines make pictures.
     if info.training.get("output") == "frames":
         return "frames"
     return FAMILIES[info.family].output if info.family in FAMILIES else "images"
 
 
 def card_tags(output: str) -> str:
-    """The tags of a card, as YAML has a list's items."""
+    """The tags of a card, as items of a YAML list."""
     task = "text-to-video" if output == "frames" else "text-to-image"
     return f"{task}, lora, textual-inversion, diffusers-customize"
 
 
 def lora_loading_code(concepts: Sequence[Adaptation]) -> list[str]:
-    """The Python lines by which stock diffusers reads what concepts change from FOLDER's files."""
+    """The Python lines that load the updates of concepts from FOLDER into stock diffusers."""
     components = {component for concept in concepts for component in concept.updates}
     lines = ['pipe.load_lora_weights("FOLDER")'] if components - SECOND_DENOISERS.keys() else []
     if components & SECOND_DENOISERS.keys():
@@ -178,7 +182,7 @@ def lora_loading_code(concepts: Sequence[Adaptation]) -> list[str]:
 
 
 def token_loading_code(subject: Subject, family: str, file: str) -> list[str]:
-    """The Python lines by which stock diffusers reads a subject's tokens from a file in FOLDER."""
+    """The Python lines that load a subject's tokens from a file in FOLDER into stock diffusers."""
     if len(subject.embeddings) == 1:
         note = "  # the mean over the layers, which is less exact" if subject.token_layers else ""
         return [f'pipe.load_textual_inversion("FOLDER", weight_name="{file}"){note}']
@@ -197,30 +201,30 @@ def token_loading_code(subject: Subject, family: str, file: str) -> list[str]:
 
 
 def diffusers_subject(concept: Adaptation) -> str:
-    """What a prompt for stock diffusers calls the concept."""
+    """The words for the concept in a prompt for stock diffusers."""
     family = concept.info.family
     unread = [s for s in concept.subjects if not _stock_reads_tokens(s, family)]
     return " and ".join(f"a {s.class_word}" for s in unread) or concept.info.trigger_words
 
 
 def import_code(tokens: Sequence[str]) -> list[str]:
-    """What the lines of :func:`token_loading_code` need besides diffusers."""
+    """The imports of the lines of :func:`token_loading_code`, besides diffusers."""
     return ["import safetensors.torch"] if any("safetensors.torch" in t for t in tokens) else []
 
 
-def _company(others: Sequence[str]) -> dict[str, str]:
-    """A row on the concepts of one run, which are themselves only together."""
+def _trained_with_row(others: Sequence[str]) -> dict[str, str]:
+    """The table row of the concepts that were trained in the same run; empty without any."""
     names = escape_markdown(", ".join(others))
-    told = f"{names}: load all of them for what was learned"
-    return {"Learned together with": told} if others else {}
+    row = f"{names}: load all of them for what was learned"
+    return {"Learned together with": row} if others else {}
 
 
-def _sampled(facts: object) -> dict[str, str]:
-    """A row on the samples that training drew, which are the card's first picture."""
-    found = facts.get("steps") if isinstance(facts, dict) else None
-    if not isinstance(facts, dict) or not isinstance(found, list) or not found:
+def _samples_row(facts: object) -> dict[str, str]:
+    """The table row of the training samples in the card's first picture; empty without any."""
+    step_numbers = facts.get("steps") if isinstance(facts, dict) else None
+    if not isinstance(facts, dict) or not isinstance(step_numbers, list) or not step_numbers:
         return {}
-    steps = escape_markdown(", ".join(str(step) for step in found))
+    steps = escape_markdown(", ".join(str(step) for step in step_numbers))
     base, prompt = (escape_markdown(str(facts.get(key))) for key in ("base_prompt", "prompt"))
     return {"Samples": f"from the left: the base's own {base}; {prompt} after {steps} steps"}
 

@@ -15,11 +15,11 @@ from customize.errors import ConceptError, StorageError, storage_error
 def check_output_folder(folder: Path, name: str) -> None:
     """Refuse a folder that a concept of this name must not be written to.
 
-    A folder may be new, be empty except for the files of training runs, or hold a concept of the
+    A folder may be new, be empty except for the files of training runs, or contain a concept of the
     same name.
 
     Raises:
-        StorageError: the folder holds something else, or cannot be listed.
+        StorageError: If the folder contains other files, or cannot be listed.
     """
     try:
         names = {path.name for path in folder.iterdir() if not is_partial(path.name)}
@@ -40,10 +40,10 @@ def check_output_folder(folder: Path, name: str) -> None:
 
 
 def check_same_name(path: Path, name: str) -> None:
-    """Refuse to overwrite a concept's folder or file unless it holds a concept of this name.
+    """Refuse to overwrite a concept's folder or file unless it contains a concept of this name.
 
     Raises:
-        StorageError: another concept is in the folder or file, or it cannot be read.
+        StorageError: If another concept is in the folder or file, or it cannot be read.
     """
     try:
         existing = read_info(path).name if path.is_dir() else load_concept(path).info.name
@@ -62,10 +62,10 @@ def check_same_name(path: Path, name: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents; an existing one is kept.
+    """Create a folder and its parents; an existing folder stays unchanged.
 
     Raises:
-        StorageError: the folder cannot be created.
+        StorageError: If the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,8 @@ def check_writable(folder: Path) -> None:
     """Check that a folder can be created or written to, without leaving anything behind.
 
     Raises:
-        StorageError: no permission, a read-only or full disk, or a file in the path.
+        StorageError: If permission is missing, the disk is full or read-only, or a
+            parent is not a folder.
     """
     nearest = folder
     while not os.path.lexists(nearest) and nearest != nearest.parent:

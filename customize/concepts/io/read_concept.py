@@ -47,7 +47,7 @@ def load_concept(source: str | Path) -> Concept:
     """Read a concept from a folder, a ``.safetensors`` file or a hub id (``user/name``).
 
     Raises:
-        ConceptError: the source does not exist or is a pickle; a file is missing, truncated or
+        ConceptError: If the source does not exist or is a pickle; a file is missing, truncated or
             changed; a tensor has a wrong shape or a value that is not finite; a key is missing or
             unknown; or the schema version is unknown.
     """
@@ -59,7 +59,7 @@ def read_info(folder: Path) -> ConceptInfo:
     """The facts about the concept in a folder, without its tensors.
 
     Raises:
-        ConceptError: ``concept.json`` is missing or invalid.
+        ConceptError: If ``concept.json`` is missing or invalid.
     """
     path = folder / INFO_FILE
     return _parse_info_and_digest(read_file_bytes(path), path)[0]
@@ -69,7 +69,7 @@ def parse_header_info(metadata: Mapping[str, str], where: Path) -> ConceptInfo:
     """The facts about the concept in a single file whose header has :data:`INFO_HEADER`.
 
     Raises:
-        ConceptError: the facts are invalid.
+        ConceptError: If the facts are invalid.
     """
     return _parse_info_and_digest(metadata[INFO_HEADER].encode(), where)[0]
 
@@ -80,12 +80,12 @@ def parse_single_file(
     """The concept in a single file whose header has :data:`INFO_HEADER`.
 
     Args:
-        tensors: the file's tensors; embeddings are removed from it.
-        metadata: of the file's header.
-        path: the file.
+        tensors: The file's tensors; embeddings are removed from it.
+        metadata: Metadata of the file's header.
+        path: The file.
 
     Raises:
-        ConceptError: see :func:`load_concept`.
+        ConceptError: See :func:`load_concept`.
     """
     info, digest = _parse_info_and_digest(metadata[INFO_HEADER].encode(), path)
     embeddings = {
@@ -172,8 +172,8 @@ def _read_layerwise_embeddings(path: Path, means: Mapping[str, Tensor]) -> dict[
     """The embeddings of every cross-attention layer: (tokens, layers, width) each.
 
     Args:
-        path: the file.
-        means: component -> (tokens, width), the mean over the layers, from the file that other
+        path: The file.
+        means: Component -> (tokens, width), the mean over the layers, from the file that other
             programs read.
     """
     tensors, _ = read_tensors(path)

@@ -53,16 +53,16 @@ def save_concept(
     """Write a concept as a folder, or as one file where the path ends in ``.safetensors``.
 
     Args:
-        concept: the concept to write.
-        path: the folder or file.
-        samples: pictures for the model card; folders only.
+        concept: The concept to write.
+        path: The folder or file.
+        samples: Pictures for the model card; folders only.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: samples for a single file.
-        StorageError: the path holds something else, or cannot be written.
+        ConfigError: If samples are given for a single file.
+        StorageError: If the path contains something else, or cannot be written.
     """
     if Path(path).suffix != ".safetensors":
         return write_folder(concept, path, samples or ())
@@ -83,15 +83,15 @@ def write_folder(concept: Concept, folder: str | Path, samples: Sequence[Image.I
     crash between two of them, reading reports that the digest does not match.
 
     Args:
-        concept: the concept to write.
-        folder: new, empty except for the files of training runs, or with a concept of this name.
-        samples: pictures for the model card.
+        concept: The concept to write.
+        folder: New, empty except for the files of training runs, or with a concept of this name.
+        samples: Pictures for the model card.
 
     Returns:
         The folder.
 
     Raises:
-        StorageError: the folder holds something else, or cannot be written (disk full, no
+        StorageError: If the folder contains something else, or cannot be written (disk full, no
             permission). Its content is unchanged.
     """
     folder = Path(folder)
@@ -142,15 +142,15 @@ def write_single_file(concept: Concept, path: str | Path) -> Path:
     by ``pipe.transformer_2.load_lora_adapter(path, prefix="transformer_2")``.
 
     Args:
-        concept: the concept to write.
-        path: the file; an existing file must contain a concept of this name.
+        concept: The concept to write.
+        path: The file; an existing file must contain a concept of this name.
 
     Returns:
         The path.
 
     Raises:
-        StorageError: the file has another extension or another content, or cannot be written. Its
-            content is unchanged.
+        StorageError: If the file has another extension or another content, or cannot be written.
+            Its content is unchanged.
     """
     path = Path(path)
     name = concept.info.name

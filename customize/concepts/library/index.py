@@ -58,23 +58,23 @@ class LibraryEntry:
     """One row of the index: a concept of the library.
 
     Attributes:
-        source: name of the concept's folder or file in the library.
-        stamp: names, sizes and modification times of its files.
-        name: name of the concept.
-        trigger: the trigger in prompts; ``<name>`` for a LoRA of another program.
-        trigger_words: the words that replace the trigger in the model's prompt: the trigger
+        source: Name of the concept's folder or file in the library.
+        stamp: Names, sizes and modification times of its files.
+        name: Name of the concept.
+        trigger: Trigger in prompts; ``<name>`` for a LoRA of another program.
+        trigger_words: The words that replace the trigger in the model's prompt: the trigger
             itself, or the trigger words of a LoRA.
-        has_own_tokens: whether the trigger has token embeddings.
-        class_word: class of the concept.
-        family: name of the model family; empty for a LoRA of another program.
-        base: the base model.
-        fingerprint: architecture of the base.
-        rank: the largest rank of a layer.
-        basis: for the method "orthogonal".
-        slices: for the method "orthogonal".
-        size: size of the tensor files in bytes.
-        has_layer_inputs: whether recorded layer inputs are beside it.
-        error: why the concept cannot be read; empty if it can.
+        has_token_embeddings: Whether the trigger has token embeddings.
+        class_word: Class of the concept.
+        family: Name of the model family; empty for a LoRA of another program.
+        base: The base model.
+        fingerprint: Architecture of the base.
+        rank: The largest rank of a layer.
+        basis: Basis of the slices; None for the method "lora".
+        slices: Input width, as text -> columns; empty for the method "lora".
+        size: Size of the tensor files in bytes.
+        has_layer_inputs: Whether recorded layer inputs are beside it.
+        error: Why the concept cannot be read; empty if it can.
     """
 
     source: str
@@ -82,7 +82,7 @@ class LibraryEntry:
     name: str
     trigger: str
     trigger_words: str
-    has_own_tokens: bool
+    has_token_embeddings: bool
     class_word: str
     family: str
     base: str
@@ -101,10 +101,13 @@ class LibraryEntry:
 
 
 def scan_stamps(library: Path) -> dict[str, str]:
-    """Source -> stamp, for every visible folder and file of a library that may be a concept.
+    """The stamps of all visible folders and files of a library that may be concepts.
+
+    Returns:
+        Source -> stamp, sorted by source.
 
     Raises:
-        OSError: the folder cannot be listed.
+        OSError: If the folder cannot be listed.
     """
     stamps = {}
     os.stat(os.path.join(library, "."))  # fails if the folder can be listed but not entered
@@ -158,9 +161,9 @@ def describe_concept(library: Path, source: str, stamp: str) -> LibraryEntry:
     """Make the entry of a concept from its files' facts and headers.
 
     Args:
-        library: the library's folder.
-        source: name of the concept's folder or file.
-        stamp: result of :func:`file_stamp`.
+        library: The library's folder.
+        source: Name of the concept's folder or file.
+        stamp: Result of :func:`file_stamp`.
     """
     path = library / source
     files = [part.rsplit(":", 2) for part in stamp.split("/")]
@@ -187,7 +190,7 @@ def describe_concept(library: Path, source: str, stamp: str) -> LibraryEntry:
         name=info.name,
         trigger=info.trigger or f"<{info.name}>",
         trigger_words=info.trigger_words,
-        has_own_tokens=bool(info.trigger),
+        has_token_embeddings=bool(info.trigger),
         class_word=info.class_word,
         family=info.family,
         base=info.base,
@@ -227,7 +230,7 @@ def _read_header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
     """The shapes of a ``.safetensors`` file's tensors by name, and its metadata.
 
     Raises:
-        ConceptError: the file is missing, or its header is invalid.
+        ConceptError: If the file is missing, or its header is invalid.
     """
     try:
         return read_safetensors_header(path)
@@ -248,7 +251,7 @@ def _read_header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
 # A field of LibraryEntry -> its column, where the names differ.
 _COLUMN_NAMES = {
     "trigger_words": "words",
-    "has_own_tokens": "own_tokens",
+    "has_token_embeddings": "own_tokens",
     "has_layer_inputs": "recorded",
     "error": "fault",
 }
@@ -269,9 +272,12 @@ _SCHEMA = [
 
 
 def read_index(library: Path) -> dict[str, LibraryEntry]:
-    """Source -> entry of the index; empty if it is missing, damaged or of another version.
+    """Read the index; empty if it is missing, damaged or of another version.
 
-    Stamps tell whether an entry is still valid.
+    An entry is valid while its stamp equals that of its files.
+
+    Returns:
+        Source -> entry.
     """
     path = library / INDEX_FILE
     try:
@@ -290,8 +296,8 @@ def _read_rows(data: bytes) -> list[tuple[Any, ...]]:
     give endless rows.
 
     Raises:
-        sqlite3.Error: the database is damaged.
-        ValueError: the database has another version, schema or checksum, or too much content.
+        sqlite3.Error: If the database is damaged.
+        ValueError: If the database has another version, schema or checksum, or too much content.
     """
     with closing(sqlite3.connect(":memory:")) as database:
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_ROW)
@@ -321,7 +327,7 @@ def write_index(library: Path, entries: Iterable[LibraryEntry]) -> None:
     """Replace the index atomically.
 
     Raises:
-        OSError: the index cannot be written, for example in a read-only folder.
+        OSError: If the index cannot be written, for example in a read-only folder.
     """
     with closing(sqlite3.connect(":memory:")) as database:
         rows = [_format_row(entry) for entry in entries]

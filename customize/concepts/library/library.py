@@ -53,19 +53,19 @@ class Library:
     """The concepts of a folder: folders and single files, concepts and LoRAs of other programs.
 
     Attributes:
-        folder: the folder.
-        entries: source -> entry.
-        num_stale_rows: how many rows of the index were outdated when the folder was last scanned.
-        is_index_saved: whether the index could be written; otherwise it is only in memory.
+        folder: The folder.
+        entries: Source -> entry.
+        num_stale_rows: How many rows of the index were outdated when the folder was last scanned.
+        is_index_saved: Whether the index could be written; otherwise it is only in memory.
 
     Args:
-        source: an existing folder, which may be empty or read-only; or the slug of a collection on
+        source: An existing folder, which may be empty or read-only; or the slug of a collection on
             the hub (:func:`customize.concepts.io.hub.download_collection`).
 
     Raises:
-        ConfigError: the source is not a folder, or cannot be listed; or the hub has no such
+        ConfigError: If the source is not a folder, or cannot be listed; or the hub has no such
             collection.
-        ConceptError: a concept of the collection cannot be downloaded.
+        ConceptError: If a concept of the collection cannot be downloaded.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -86,7 +86,7 @@ class Library:
         """Scan the folder again; only new and changed files are read.
 
         Raises:
-            ConfigError: the folder does not exist, or cannot be listed.
+            ConfigError: If the folder does not exist, or cannot be listed.
         """
         self._refresh(self.entries)
 
@@ -94,7 +94,7 @@ class Library:
         """Scan the folder again if files were added or removed since the last scan.
 
         Raises:
-            ConfigError: as :meth:`refresh`.
+            ConfigError: As :meth:`refresh`.
         """
         if self._mtime() != self._scanned_mtime:
             self.refresh()
@@ -107,8 +107,8 @@ class Library:
         """Up to three similar triggers of entries that fit.
 
         Args:
-            trigger: the misspelled trigger.
-            fits: whether an entry can be suggested.
+            trigger: The misspelled trigger.
+            fits: Whether an entry can be suggested.
         """
         triggers = [name for name, entries in self._by_trigger.items() if any(map(fits, entries))]
         return find_near_names(trigger, triggers)
@@ -173,15 +173,15 @@ def add_to_library(library: str | Path, source: str | Path) -> LibraryEntry:
     unless the library has equivalent ones. A lock prevents two processes from adding one name.
 
     Args:
-        library: a folder; created if it does not exist.
-        source: a concept's folder or file, a LoRA of another program, or a hub id.
+        library: A folder; created if it does not exist.
+        source: A concept's folder or file, a LoRA of another program, or a hub id.
 
     Returns:
         The concept's entry in the library.
 
     Raises:
-        ConceptError: the concept cannot be read, or its name or trigger is taken in the library.
-        StorageError: the library cannot be written.
+        ConceptError: If the concept cannot be read, or its name or trigger is taken in the library.
+        StorageError: If the library cannot be written.
     """
     folder = Path(library)
     concept, path = open_adaptation(source), locate_concept(source)

@@ -40,9 +40,9 @@ class LibraryReport:
     """The result of a check.
 
     Attributes:
-        library: the library.
-        errors: problems that prevent concepts from being used or combined, each with its fix.
-        notes: further information.
+        library: The library.
+        errors: Problems that prevent concepts from being used or combined, each with its fix.
+        notes: Further information.
     """
 
     library: Library
@@ -54,10 +54,10 @@ def check_library(folder: str | Path) -> LibraryReport:
     """Read all concepts of a library and check them.
 
     Args:
-        folder: the library.
+        folder: The library.
 
     Raises:
-        ConfigError: the path is not a folder, or cannot be listed.
+        ConfigError: If the path is not a folder, or cannot be listed.
     """
     library = Library(folder)
     errors, notes = [], []
@@ -150,8 +150,8 @@ def _check_slices(
     numbers of their reserved columns.
 
     Args:
-        library: the library.
-        downs: source -> down-projections of some layers, of all concepts with slices.
+        library: The library.
+        downs: Source -> down-projections of some layers, of all concepts with slices.
     """
     groups: dict[tuple[str, str], list[LibraryEntry]] = {}
     for source in downs:

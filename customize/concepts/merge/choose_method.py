@@ -1,4 +1,4 @@
-"""Choosing a merge method: validation, what "auto" resolves to, and the records that it needs."""
+"""Choosing a merge method: validation, the method of "auto", and the records that it needs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def choose_method(
 ) -> tuple[str, dict[str, LayerInputs], list[Adaptation]]:
     """Resolve "auto", and collect the records that the method needs.
 
-    Concepts that were trained in one run resolve to the sum, which is what the run optimized.
+    Concepts that were trained in one run resolve to the sum, which the run optimized.
 
     Args:
         method: A name in :data:`customize.core.merges.MERGES`, or "auto".

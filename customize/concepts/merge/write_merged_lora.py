@@ -216,8 +216,8 @@ def _kohya_files(
             f"kohya's layer names of family {name} are unknown",
             fix="write the LoRA with diffusers' keys",
         )
-    are_trained_here = all(concept.info.fingerprint for concept in concepts)
-    if exact is None and (model.kohya_uses_original_names or not are_trained_here):
+    are_trained_concepts = all(concept.info.fingerprint for concept in concepts)
+    if exact is None and (model.kohya_uses_original_names or not are_trained_concepts):
         raise _unpublished_error(name)
     tensors = kohya_tensors(updates, model)
     subjects = [subject for concept in concepts for subject in concept.subjects]

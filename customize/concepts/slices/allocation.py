@@ -1,4 +1,4 @@
-"""Which columns of the shared orthogonal matrix a concept takes, and who shares columns."""
+"""Allocation of columns of the shared orthogonal matrix to concepts, and collisions."""
 
 from __future__ import annotations
 
@@ -27,13 +27,20 @@ class SliceOwner(Protocol):
     """An owner of a slice: the facts about a concept, or the reservation of a training run."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the concept."""
+
     @property
-    def basis(self) -> BasisInfo | None: ...
+    def basis(self) -> BasisInfo | None:
+        """Basis of the slices; None for the method "lora"."""
+
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """Columns of a slice."""
+
     @property
-    def slices(self) -> Mapping[str, Sequence[int]]: ...
+    def slices(self) -> Mapping[str, Sequence[int]]:
+        """Input width, as text -> columns."""
 
 
 def slice_columns(
@@ -42,20 +49,20 @@ def slice_columns(
     """The columns of each input width for one concept.
 
     Args:
-        widths: input widths of the adapted layers.
-        rank: columns of a slice.
-        index: number of the concept in its library. Concepts of one rank with different numbers
+        widths: Input widths of the adapted layers.
+        rank: Columns of a slice.
+        index: Number of the concept in its library. Concepts of one rank with different numbers
             share no column of a width until it is full (width // rank concepts); beyond that,
             numbers wrap around and :func:`find_collisions` reports the collision. None for a
             concept without a library: a hash of the name chooses the columns of each width.
-        name: name of the concept.
-        avoid: number of shared directions of the basis; columns number the rest of a width.
+        name: Name of the concept.
+        avoid: Number of shared directions of the basis; columns number the remaining width.
 
     Returns:
-        width -> ``rank`` column numbers.
+        Width -> ``rank`` column numbers.
 
     Raises:
-        ConfigError: the rank exceeds a width, or the index is negative.
+        ConfigError: If the rank exceeds a width, or the index is negative.
     """
     if index is not None and index < 0:
         raise ConfigError(f"invalid concept number {index}", fix="use a number from 0")
@@ -72,11 +79,11 @@ def slice_owners(library: Path, *, exclude: Collection[str] = ()) -> list[SliceO
     """All owners of slices in a library: concepts, and training runs that have not finished.
 
     Args:
-        library: a folder of concepts.
-        exclude: names of concepts to leave out, such as those about to be replaced.
+        library: A folder of concepts.
+        exclude: Names of concepts to leave out, such as those about to be replaced.
 
     Raises:
-        ConceptError: a ``concept.json`` or a reservation cannot be read; it may own columns.
+        ConceptError: If a ``concept.json`` or a reservation cannot be read; it may own columns.
     """
     # Hidden folders are skipped: a killed process may have left a partial concept there.
     files = find_in_subfolders(Path(library), INFO_FILE)
@@ -99,14 +106,14 @@ def free_index(
     count after those with the same one: columns of the same numbers are then nearly the same.
 
     Args:
-        owners: concepts and runs of the library. Those with another orthogonal matrix or number of
+        owners: Concepts and runs of the library. Those with another orthogonal matrix or number of
             shared directions own no columns of this basis.
-        rank: rank of the new concept.
-        basis: basis of the new concept.
-        widths: input widths of the new concept; None for all widths of the owners.
+        rank: Rank of the new concept.
+        basis: Basis of the new concept.
+        widths: Input widths of the new concept; None for all widths of the owners.
 
     Raises:
-        ConfigError: the rank exceeds a width.
+        ConfigError: If the rank exceeds a width.
     """
     relevant = None if widths is None else set(widths)
     # Width -> columns taken by owners with the same recording of shared directions, and by others.
@@ -138,11 +145,11 @@ class Collision:
     """Two concepts with slices whose updates are not orthogonal.
 
     Attributes:
-        first: name of the first concept.
-        second: name of the second concept.
-        columns: width -> shared columns; empty if the slices overlap without sharing columns.
-        problem: description for users.
-        fix: what resolves it.
+        first: Name of the first concept.
+        second: Name of the second concept.
+        columns: Width -> shared columns; empty if the slices overlap without sharing columns.
+        problem: Description for users.
+        fix: Advice that resolves it.
     """
 
     first: str
@@ -181,7 +188,11 @@ def find_collisions(owners: Sequence[SliceOwner]) -> list[Collision]:
 
 
 def shared_column_numbers(a: SliceOwner, b: SliceOwner) -> dict[int, tuple[int, ...]]:
-    """Width -> the column numbers that both own; empty for different matrices."""
+    """The column numbers that two concepts share.
+
+    Returns:
+        Width -> column numbers; empty for different matrices.
+    """
     if a.basis is None or b.basis is None or matrix_key(a.basis) != matrix_key(b.basis):
         return {}
     return {
@@ -197,9 +208,9 @@ def shared_columns_collision(
     """The collision of two concepts that share columns.
 
     Args:
-        a: the first concept.
-        b: the second concept.
-        columns: width -> shared columns.
+        a: The first concept.
+        b: The second concept.
+        columns: Width -> shared columns.
     """
     counts = ", ".join(
         f"{len(shared)} of {min(a.rank, b.rank)} columns at width {width}"
@@ -219,9 +230,9 @@ def unrelated_basis_collision(a: SliceOwner, b: SliceOwner, overlap: float = 1.0
     """The collision of two concepts whose slices are not columns of one orthonormal matrix.
 
     Args:
-        a: the first concept.
-        b: the second concept.
-        overlap: overlap of the slices, relative to slices drawn at random.
+        a: The first concept.
+        b: The second concept.
+        overlap: Overlap of the slices, relative to slices drawn at random.
     """
     one, two = a.basis, b.basis
     assert one is not None and two is not None

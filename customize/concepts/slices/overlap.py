@@ -1,4 +1,4 @@
-"""Which concepts' slices overlap, by comparing their down-projections.
+"""Overlaps of concepts' slices, measured by comparing their down-projections.
 
 The facts have the orthogonal matrix, the shared directions and the numbers of the columns. Two
 recordings of the same directions differ by rounding, so that columns of the same numbers may be
@@ -61,8 +61,8 @@ def down_projections(concept: Concept, layers: int = _LAYERS) -> dict[str, Tenso
     """A concept's down-projections in some layers of each component and width.
 
     Args:
-        concept: the concept.
-        layers: number of layers per component and width, spread over the model.
+        concept: The concept.
+        layers: Number of layers per component and width, spread over the model.
 
     Returns:
         "component.module" -> (rank, in), float32 copies on the CPU.
@@ -86,7 +86,7 @@ class _PairStatistics:
     Attributes:
         overlap: (K, K), sum over layers of the overlap relative to random slices.
         layers: (K, K), number of layers that both have.
-        shared: width -> (sum of ranks, K), whether a row is in another concept's slice.
+        shared: Width -> (sum of ranks, K), whether a row is in another concept's slice.
     """
 
     overlap: Tensor
@@ -97,11 +97,11 @@ class _PairStatistics:
 def overlapping_pairs(
     infos: Sequence[SliceOwner], downs: Sequence[DownProjections]
 ) -> dict[tuple[int, int], Collision]:
-    """Every pair whose down-projections share columns, or overlap much of what random ones do.
+    """All pairs of concepts whose down-projections share columns, or overlap like random ones.
 
     Args:
-        infos: the facts of each concept; all have slices.
-        downs: each concept's down-projections, of the same layers if it has them.
+        infos: The facts of each concept; all have slices.
+        downs: Each concept's down-projections, of the same layers if it has them.
 
     Returns:
         (i, j), the indices of two concepts with i < j -> collision.

@@ -5,8 +5,8 @@ folder of concepts has one file per base model, recorded by the first training r
 
     concepts/.shared_directions-0123456789abcdef.safetensors
 
-Its name is a hash of what determines the recording. A recording of another machine differs by
-rounding, so all runs use the first one.
+Its name is a hash of the facts that determine the recording. A recording of another machine differs
+by rounding, so all runs use the first one.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class SharedDirections:
     """A recording of shared directions.
 
     Attributes:
-        name: hash of what determines the recording, 16 hexadecimal digits; in files of earlier
-            versions, a hash of the content.
-        factors: component -> module name, as in files -> (n, in), float32: factor of the second
+        name: Hash of the facts that determine the recording, 16 hexadecimal digits; in files of
+            earlier versions, a hash of the content.
+        factors: Component -> module name, as in files -> (n, in), float32: factor of the second
             moment of the layer's inputs (:meth:`customize.core.input_moment.InputMoment.factor`).
     """
 
@@ -57,7 +57,7 @@ class SharedDirections:
         """Read a file of shared directions.
 
         Raises:
-            ConceptError: the file is missing or damaged.
+            ConceptError: If the file is missing or damaged.
         """
         try:
             record = LayerInputs.load(path)
@@ -78,8 +78,8 @@ class SharedDirections:
             The recording in the file: the first one written, in the file's precision.
 
         Raises:
-            ConceptError: the file exists and cannot be read.
-            StorageError: the file cannot be written.
+            ConceptError: If the file exists and cannot be read.
+            StorageError: If the file cannot be written.
         """
         make_folder(path.parent)
         record = LayerInputs(f"shared directions {self.name}", {}, self.factors)
@@ -97,8 +97,8 @@ class SharedDirections:
         of nearly equal energy do not matter.
 
         Args:
-            other: factors of the other recording.
-            avoid: maximum number of directions to compare.
+            other: Factors of the other recording.
+            avoid: Maximum number of directions to compare.
         """
         return _input_widths(self.factors) == _input_widths(other) and all(
             _captures_enough(rows, other[component][module], avoid)
@@ -108,7 +108,7 @@ class SharedDirections:
 
 
 def recording_name(facts: Mapping[str, Any]) -> str:
-    """The hash of what determines a recording.
+    """The hash of the facts that determine a recording.
 
     Args:
         facts: JSON values about the base model and the prompts.
@@ -134,12 +134,12 @@ def copy_shared_directions(library: Path, source: Path, basis: BasisInfo) -> Non
     directions that cover them.
 
     Args:
-        library: the library's folder.
-        source: the folder that contains the concept.
-        basis: basis of the concept.
+        library: The library's folder.
+        source: The folder that contains the concept.
+        basis: Basis of the concept.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: If the file cannot be written.
     """
     if not basis.shared_directions or real_path(source) == real_path(library):
         return

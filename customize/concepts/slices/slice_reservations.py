@@ -2,7 +2,7 @@
 
 A run writes ``.slice.json`` into its output folder before its first step, and deletes it when the
 concept, which then owns the slice, is written. An interrupted run leaves its reservation, so that
-no other run takes the slice before it resumes; deleting the folder releases the slice.
+no other run reserves the slice before it resumes; deleting the folder releases the slice.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class SliceReservation(BaseModel):
     """The slice that a run has reserved, as stored in ``.slice.json``.
 
     Attributes:
-        name: name of the concept to be trained.
-        basis: basis of the slices.
-        rank: rank of the slices.
-        index: number of the concept in its library; None if its name determines the slices.
-        slices: input width, as text -> columns.
+        name: Name of the concept to be trained.
+        basis: Basis of the slices.
+        rank: Rank of the slices.
+        index: Number of the concept in its library; None if its name determines the slices.
+        slices: Input width, as text -> columns.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,7 +57,7 @@ def read_reservations(library: Path) -> list[SliceReservation]:
     A run that was stopped just after writing its concept leaves a fulfilled reservation.
 
     Raises:
-        ConceptError: a reservation cannot be read; it may own columns.
+        ConceptError: If a reservation cannot be read; it may own columns.
     """
     reservations = {
         path: _read_reservation(path)
@@ -70,7 +70,7 @@ def write_reservation(reservation: SliceReservation, folder: Path) -> None:
     """Write a reservation into a run's output folder, atomically.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: If it cannot be written.
     """
     data = reservation.model_dump_json(indent=2).encode()
     try:
@@ -101,7 +101,7 @@ def delete_reservation(folder: Path) -> None:
     """Delete the reservation in a run's output folder.
 
     Raises:
-        StorageError: it cannot be deleted.
+        StorageError: If it cannot be deleted.
     """
     try:
         (folder / RESERVATION_FILE).unlink(missing_ok=True)
@@ -117,7 +117,7 @@ def lock_library(library: Path) -> Iterator[None]:
     because nothing is reserved there.
 
     Raises:
-        StorageError: the library is not a folder and cannot be created.
+        StorageError: If the library is not a folder and cannot be created.
     """
     from filelock import FileLock
 

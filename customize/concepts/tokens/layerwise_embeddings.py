@@ -36,10 +36,10 @@ def expand_for_layer(
     """Replace the vocabulary entries in an expanded prompt by those of one layer.
 
     Args:
-        text: result of :func:`customize.concepts.tokens.token_rows.expand_prompt`.
-        triggers: the triggers with entries for each layer.
-        layer: index of the layer.
-        others: as ``other_tokens`` of ``expand_prompt``.
+        text: Result of :func:`customize.concepts.tokens.token_rows.expand_prompt`.
+        triggers: The triggers with entries for each layer.
+        layer: Index of the layer.
+        others: As ``other_tokens`` of ``expand_prompt``.
     """
     replacements = {trigger.lower(): _layer_trigger(trigger, layer) for trigger in triggers}
     pattern = "|".join(map(re.escape, (*tokens_containing(replacements, others), *replacements)))
@@ -73,7 +73,7 @@ def vocabulary_rows(trigger: str, rows: Tensor) -> tuple[list[str], Tensor]:
     With layers, the plain entries come first, with the mean over the layers.
 
     Args:
-        trigger: the trigger.
+        trigger: The trigger.
         rows: (n, width) or (n, layers, width).
 
     Returns:
@@ -130,7 +130,7 @@ def match_lengths(encoded: Any) -> Any:
     """Repeat the shorter of two conditions, for each layer, to the length of the longer one.
 
     Args:
-        encoded: result of ``encode_prompt``; anything but two (batch, sequence, width) tensors is
+        encoded: Result of ``encode_prompt``; anything but two (batch, sequence, width) tensors is
             returned unchanged.
     """
     is_pair = isinstance(encoded, tuple) and len(encoded) == 2

@@ -48,10 +48,10 @@ def is_truncated(phrase: str, prompt: str, tokenizer: Any, limit: int) -> bool:
         tokenizer: The encoder's tokenizer.
         limit: The number of tokens that it reads, special tokens included.
     """
-    places = find_phrase(phrase, prompt)
-    if not places or len(prompt) < limit // 2:  # a letter has two tokens at most
+    spans = find_phrase(phrase, prompt)
+    if not spans or len(prompt) < limit // 2:  # a letter has two tokens at most
         return False
-    start = tokenizer(prompt[: places[0][1]], add_special_tokens=False, verbose=False).input_ids
+    start = tokenizer(prompt[: spans[0][1]], add_special_tokens=False, verbose=False).input_ids
     return len(start) > limit - tokenizer.num_special_tokens_to_add()
 
 
@@ -84,8 +84,8 @@ def common_words(captions: Sequence[str], besides: Iterable[str]) -> list[str]:
     """The content words that all captions share, in the order of the first one.
 
     Args:
-        captions: the captions.
-        besides: words to leave out, such as a trigger and its class word.
+        captions: The captions.
+        besides: Words to leave out, such as a trigger and its class word.
     """
     excluded = {word for text in besides for word in (text.lower(), *content_words(text))}
     first = content_words(captions[0]) if captions else []
@@ -108,20 +108,23 @@ def regional_prompts(prompt: str, phrases: Sequence[str]) -> list[str]:
         The prompt without all phrases; then, for each phrase, the prompt without the others.
     """
     others = [[other for other in phrases if other != phrase] for phrase in phrases]
-    return [remove_phrases(prompt, phrases), *(remove_phrases(prompt, rest) for rest in others)]
+    return [
+        remove_phrases(prompt, phrases),
+        *(remove_phrases(prompt, removed) for removed in others),
+    ]
 
 
 def check_phrases(prompt: str, phrases: Sequence[str], known: Iterable[str], where: str) -> None:
     """Refuse phrases that a prompt does not contain, or that share words of it.
 
     Args:
-        prompt: the prompt.
-        phrases: the phrases.
-        known: further suggestions, such as triggers.
-        where: the argument, for errors.
+        prompt: The prompt.
+        phrases: The phrases.
+        known: Further suggestions, such as triggers.
+        where: The argument, for errors.
 
     Raises:
-        ConfigError: with the phrase and similar ones.
+        ConfigError: With the phrase and similar ones.
     """
     taken: list[tuple[int, int, str]] = []
     for phrase in phrases:

@@ -35,10 +35,10 @@ class Subject:
     """A trigger with token embeddings.
 
     Attributes:
-        name: name of the concept.
-        trigger: the trigger, such as ``<rex>``.
-        class_word: class of the concept.
-        embeddings: text encoder's component -> (tokens, width), or (tokens, layers, width) with
+        name: Name of the concept.
+        trigger: The trigger, such as ``<rex>``.
+        class_word: Class of the concept.
+        embeddings: Text encoder's component -> (tokens, width), or (tokens, layers, width) with
             separate embeddings for each cross-attention layer; float32, float16 or bfloat16; not
             empty.
     """
@@ -68,7 +68,7 @@ def check_subjects(subjects: Iterable[Subject]) -> None:
     """Refuse subjects with the same trigger or name.
 
     Raises:
-        ConceptError: two subjects have the same trigger or name.
+        ConceptError: If two subjects have the same trigger or name.
     """
     triggers: dict[str, str] = {}
     names: dict[str, str] = {}
@@ -111,11 +111,11 @@ def subjects_from_header(header: Mapping[str, str], where: object) -> tuple[Subj
     """Parse the subjects in a merged LoRA's header; empty without subjects.
 
     Args:
-        header: metadata of the file.
-        where: the file, for errors.
+        header: Metadata of the file.
+        where: The file, for errors.
 
     Raises:
-        ConceptError: the entry is invalid, or an embedding is not finite.
+        ConceptError: If the entry is invalid, or an embedding is not finite.
     """
     if SUBJECTS_HEADER not in header:
         return ()

@@ -26,7 +26,7 @@ def vocabulary_entries(trigger: str, num_tokens: int) -> list[str]:
     """The vocabulary entries of a trigger: ``["<rex>", "<rex>_1", ...]``.
 
     Raises:
-        ConfigError: num_tokens is below 1.
+        ConfigError: If num_tokens is below 1.
     """
     if num_tokens < 1:
         raise ConfigError(f"invalid number of tokens {num_tokens}", fix="use at least 1")
@@ -45,9 +45,9 @@ def expand_prompt(
     ``maybe_convert_prompt`` is not idempotent.
 
     Args:
-        prompt: the prompt.
-        triggers: trigger -> its entries, from :func:`vocabulary_entries`.
-        other_tokens: other vocabulary entries; a trigger inside one, such as ``<rex>`` in
+        prompt: The prompt.
+        triggers: Trigger -> its entries, from :func:`vocabulary_entries`.
+        other_tokens: Other vocabulary entries; a trigger inside one, such as ``<rex>`` in
             ``<rex>-style``, is not replaced.
     """
     if not triggers:
@@ -93,16 +93,16 @@ def add_tokens(dictionary: TokenDictionary, names: Sequence[str], rows: Tensor) 
     Everything is checked before anything changes; :func:`remove_tokens` restores both bit for bit.
 
     Args:
-        dictionary: the tokenizer and text encoder.
-        names: distinct entries that the vocabulary does not have.
+        dictionary: The tokenizer and text encoder.
+        names: Distinct entries that the vocabulary does not have.
         rows: (len(names), width), finite; cast to the table's dtype and device.
 
     Returns:
         The new token ids, consecutive, in the order of ``names``.
 
     Raises:
-        ConceptError: an entry exists, or the rows do not fit.
-        PipelineError: the tokenizer has more entries than the table has rows.
+        ConceptError: If an entry exists, or the rows do not fit.
+        PipelineError: If the tokenizer has more entries than the table has rows.
     """
     tokenizer, embedding = dictionary.tokenizer, _embedding(dictionary)
     table = embedding.weight
@@ -142,7 +142,7 @@ def remove_tokens(dictionary: TokenDictionary, names: Sequence[str]) -> None:
     """Remove entries from a tokenizer, and their rows from the table; later ids decrease.
 
     Raises:
-        ConceptError: an entry does not exist, or belongs to the original vocabulary.
+        ConceptError: If an entry does not exist, or belongs to the original vocabulary.
     """
     ids = token_ids(dictionary, names)
     tokenizer = dictionary.tokenizer
@@ -167,8 +167,8 @@ class _PoolingState:
     """How an encoder pooled before entries were added.
 
     Attributes:
-        names: the added entries.
-        original_ids: each object with an ``eos_token_id``, and its original value.
+        names: The added entries.
+        original_ids: Each object with an ``eos_token_id``, and its original value.
     """
 
     names: set[str]
@@ -184,8 +184,8 @@ def pool_at_end(dictionary: TokenDictionary, names: Sequence[str] = ()) -> None:
     The original ids are restored when the last entry is removed.
 
     Args:
-        dictionary: the tokenizer and text encoder.
-        names: entries that have just been added.
+        dictionary: The tokenizer and text encoder.
+        names: Entries that have just been added.
     """
     encoder: Any = uncompiled(dictionary.text_encoder)
     state: _PoolingState | None = vars(encoder).get(_POOLING_ATTRIBUTE)
@@ -208,7 +208,7 @@ def token_ids(dictionary: TokenDictionary, names: Sequence[str]) -> list[int]:
     """The ids of vocabulary entries.
 
     Raises:
-        ConceptError: an entry is not in the vocabulary.
+        ConceptError: If an entry is not in the vocabulary.
     """
     known = known_tokens(dictionary.tokenizer, names)
     missing = [name for name in names if name not in known]
@@ -237,16 +237,16 @@ def initial_rows(
     tokens gives their mean. Orthogonal Adaptation (arXiv 2312.02432) starts in the same way.
 
     Args:
-        dictionary: the tokenizer and text encoder.
-        class_word: the class of the concept.
-        num_tokens: number of rows.
-        seed: seed of the random rows.
+        dictionary: The tokenizer and text encoder.
+        class_word: The class of the concept.
+        num_tokens: Number of rows.
+        seed: Seed of the random rows.
 
     Returns:
         (num_tokens, width), float32, on the CPU; equal on all devices.
 
     Raises:
-        ConfigError: num_tokens is below 1, or the class word has no letters.
+        ConfigError: If num_tokens is below 1, or the class word has no letters.
     """
     if num_tokens < 1:
         raise ConfigError(f"invalid number of tokens {num_tokens}", fix="use at least 1")
@@ -267,7 +267,7 @@ def norm_range(vocabulary: Tensor, quantiles: tuple[float, float] = (0.05, 0.95)
 
     Args:
         vocabulary: (v, width), any floating dtype.
-        quantiles: lower and upper quantile, in [0, 1].
+        quantiles: Lower and upper quantile, in [0, 1].
 
     Returns:
         (2,), float32, on the table's device.
@@ -288,7 +288,7 @@ def clamp_norm_(
     Args:
         rows: (n, width), any floating dtype; zero rows stay zero.
         vocabulary: (v, width), the reference rows.
-        quantiles: lower and upper quantile of the reference norms.
+        quantiles: Lower and upper quantile of the reference norms.
     """
     _clamp_norm_(rows, norm_range(vocabulary, quantiles).to(rows.device))
 

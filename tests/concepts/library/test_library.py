@@ -59,13 +59,13 @@ def test_it_says_what_is_known_without_the_tensors(folder):
     assert rex.fingerprint == small().info.fingerprint
     own = ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
     assert rex.size == sum((folder / "rex" / name).stat().st_size for name in own)
-    assert tom.source == "tom.safetensors" and tom.has_own_tokens
+    assert tom.source == "tom.safetensors" and tom.has_token_embeddings
     assert (water.trigger, water.trigger_words, water.rank) == (
         "<water-colour>",
         "in <wc> style",
         3,
     )
-    assert water.trigger_tokens == {"<water-colour>", "<wc>"} and not water.has_own_tokens
+    assert water.trigger_tokens == {"<water-colour>", "<wc>"} and not water.has_token_embeddings
 
 
 def test_the_index_gives_what_the_files_give(folder):

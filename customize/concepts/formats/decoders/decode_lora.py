@@ -38,7 +38,7 @@ def _decode(layer: LayerTensors) -> LowRank:
 
 
 def _subtract_initial(layer: LayerTensors, update: LowRank, initialization: str) -> LowRank:
-    """Subtract what peft took out of the base weight before training."""
+    """Subtract the initial adapter, which peft subtracted from the base weight before training."""
     weight = layer.weight()
     if weight.ndim != 2:
         raise wrong_initialization(initialization)

@@ -23,7 +23,7 @@ _PART_NAMES = {"down": "down-projection", "up": "up-projection", "mid": "core"}
 
 @dataclass(frozen=True, eq=False)
 class LayerTensors:
-    """The tensors of one layer, with what decoding them may depend on.
+    """The tensors of one layer, and the facts that decoding may depend on.
 
     Attributes:
         group: The tensors as the file stores them, with their keys.
@@ -31,7 +31,7 @@ class LayerTensors:
         alpha: The layer's own alpha; None if the file stores none with the layer.
         scale: Rank -> factor, from the layer's alpha or from the file's configuration.
         weight: Returns the base weight without adapters, float32, (out, in) or (out, in, *kernel).
-        config: peft's configuration; empty if there is none.
+        config: The peft configuration; empty if there is none.
         decode: Decodes other tensors of the same layer, for formats that modify an update.
     """
 

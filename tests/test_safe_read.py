@@ -38,9 +38,6 @@ ALLOWED = {
     "training/data/decode_image.py": {"Image.open": "of a file from open_regular"},
     "training/run_metadata.py": {"read_text": "of /proc/self/status"},
     "evaluation/result_file.py": {"read_text": "of /proc/cpuinfo"},
-    # Trains the bundled base, from files of its own.
-    "storybook/pretrain.py": {"open": "", "load_file": ""},
-    "storybook/train_judges.py": {"load_file": "", "read_text": ""},
 }
 
 

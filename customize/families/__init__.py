@@ -1,4 +1,4 @@
-"""All that differs between model families, one file each; nothing else asks which it has."""
+"""The model families, one file each; only these modules depend on the family of a model."""
 
 from __future__ import annotations
 
@@ -53,45 +53,48 @@ FAMILIES: dict[str, type[Family]] = {
     )
 }
 
-#: The names of all components that some family works with.
+#: The names of the components that any family uses.
 COMPONENTS = frozenset(name for family in FAMILIES.values() for name in family.component_names())
 
 
 def family_of(
     components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
 ) -> Family:
-    """The family of a pipeline's components.
+    """Return the family of a pipeline's components.
 
     Args:
-        components: component name -> object, as ``pipe.components`` gives.
-        pipeline_config: as ``pipe.config`` gives. Without it some families know the names of their
+        components: Component name -> object, as in ``pipe.components``.
+        pipeline_config: As ``pipe.config``. Without it, some families know the names of their
             layers, but not how their pipeline reads prompts or sets its schedule.
 
     Raises:
-        PipelineError: no family knows these components, or one knows that it cannot use them.
+        PipelineError: No family matches these components, or the matching one does not support
+            this variant of the model.
     """
     for family in FAMILIES.values():
         if family.matches(components):
             return family(components, pipeline_config)
     keys = [key for key in components if key.startswith(("unet", "transformer", "text_encoder"))]
-    found = [f"{key}: {_described(components[key])}" for key in keys]
+    classes = [f"{key}: {_describe(components[key])}" for key in keys]
     fix = f"use a pipeline of one of the families {', '.join(FAMILIES)}"
     if keys and all(components[key] is None for key in keys if not key.startswith("text_encoder")):
-        # A modular pipeline begins without weights, and may be made of a part of the steps.
+        # A modular pipeline starts without weights and may consist of some of the steps only.
         fix = (
             "load them with load_components(), or, where the pipeline is made of some steps only, "
             "go through one that has the denoiser too: concepts are in the parts that they share"
         )
     raise PipelineError(
-        f"no known model family has these parts: {', '.join(found) or 'no denoiser at all'}",
+        f"no known model family has these parts: {', '.join(classes) or 'no denoiser at all'}",
         fix=fix,
     )
 
 
 @functools.cache
 def published_families() -> tuple[Family, ...]:
-    """Every family in each of its published sizes, without weights: what a file without a
-    pipeline can be compared with."""
+    """Return every family in each of its published sizes, without weights.
+
+    A file without a pipeline is compared with them to detect its family.
+    """
     with torch.device("meta"):
         return tuple(
             family(components)
@@ -100,7 +103,7 @@ def published_families() -> tuple[Family, ...]:
         )
 
 
-def _described(component: Any) -> str:
-    # What tells apart models whose UNets are of the same class.
+def _describe(component: Any) -> str:
+    # The type of additional embeddings distinguishes models whose UNets have the same class.
     extra = getattr(getattr(component, "config", None), "addition_embed_type", None)
     return class_name(component) + (f" with {extra} embeddings" if extra else "")

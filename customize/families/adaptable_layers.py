@@ -1,5 +1,4 @@
-"""Which layers of a model an adapter can change, what files call them, and how they tell models
-apart."""
+"""The layers of a model that take adapters, their names in files, and the model's fingerprint."""
 
 from __future__ import annotations
 
@@ -16,12 +15,12 @@ from customize.families.original_layer_names import RowRange
 from customize.families.pipeline_components import Components, class_name, uncompiled
 from customize.near_names import suggest_names
 
-# transformers has the CLIP layers below `text_model` or, in newer versions of CLIPTextModel, not.
+# Newer versions of transformers have no `text_model` level in CLIPTextModel.
 _CLIP_PROJECTIONS = re.compile(
     r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 )
 
-#: The convolutions that take an adapter where they have one group.
+#: The convolutions that take an adapter if they have one group.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
@@ -32,22 +31,22 @@ class AdaptableLayers(Components, ABC):
 
     #: The full names of the denoiser's attention projections.
     attention_projections: ClassVar[re.Pattern[str]]
-    #: Whether kohya's files call the denoiser's layers as those do who made the model.
+    #: Whether kohya's files use the original layer names of the denoiser, not those of diffusers.
     kohya_uses_original_names: ClassVar[bool] = True
 
     def adapter_targets(self, component: str) -> dict[str, tuple[int, int]]:
-        """The attention projections of one component.
+        """Return the attention projections of one component.
 
         Args:
-            component: a key of :attr:`denoisers` or :attr:`text_encoders`.
+            component: A key of :attr:`denoisers` or :attr:`text_encoders`.
 
         Returns:
-            module name within the component -> (out, in), in the module tree's order. The same
-            whether or not adapters are attached.
+            Module name within the component -> (out, in), in the module tree's order, with or
+            without attached adapters.
 
         Raises:
-            ConfigError: the component takes no adapter.
-            PipelineError: it has been freed.
+            ConfigError: The component takes no adapter.
+            PipelineError: The component has been freed.
         """
         of_denoiser = component in (self.denoiser_key, *self.other_denoisers)
         pattern = self.attention_projections if of_denoiser else _CLIP_PROJECTIONS
@@ -56,72 +55,75 @@ class AdaptableLayers(Components, ABC):
         }
 
     def layers(self, component: str) -> dict[str, tuple[int, int]]:
-        """All linear layers and convolutions of one component: what an adapter can change.
+        """Return all linear layers and convolutions of one component that can take an adapter.
 
-        Args, order and errors as :meth:`adapter_targets`.
+        Order and errors are those of :meth:`adapter_targets`.
+
+        Args:
+            component: A key of :attr:`denoisers` or :attr:`text_encoders`.
 
         Returns:
-            module name within the component -> (out, in); of a convolution, ``in`` counts its
-            kernel: input channels * its sides.
+            Module name within the component -> (out, in); ``in`` of a convolution is the product
+            of its input channels and its kernel's sides.
         """
         shapes = self.weight_shapes(component)
         return {name: (shape[0], math.prod(shape[1:])) for name, shape in shapes.items()}
 
     def weight_shapes(self, component: str) -> dict[str, tuple[int, ...]]:
-        """The same layers with the shapes of their weights: (out, in), or (out, in, *kernel)."""
+        """Return :meth:`layers` with their weights' shapes: (out, in), or (out, in, *kernel)."""
         denoisers = (self.denoiser_key, *self.other_denoisers)
         if component not in (*denoisers, *self.clip_encoders):
             raise ConfigError(
                 f"the component {component!r} of family {self.name} takes no adapter",
                 fix=suggest_names(component, (*denoisers, *self.clip_encoders)),
             )
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, module in uncompiled(self._component(component)).named_modules():
             if _INSIDE_ADAPTER.search(name):
                 continue
             layer = getattr(module, "base_layer", module)
-            # By the layer's own numbers: a quantized weight has another shape.
+            # Not the weight's shape, because quantization changes it.
             if isinstance(layer, nn.Linear):
-                found[name] = (layer.out_features, layer.in_features)
+                shapes[name] = (layer.out_features, layer.in_features)
             elif isinstance(layer, CONVOLUTIONS) and layer.groups == 1:
-                found[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
-        return found
+                shapes[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+        return shapes
 
     @classmethod
     @abstractmethod
     def published_models(cls) -> list[dict[str, nn.Module]]:
-        """The denoiser and CLIP text encoders of each size that was published.
+        """Return new denoisers and CLIP text encoders of each published size.
 
-        Made anew, without weights when called within ``torch.device("meta")``; for their layers'
-        names and shapes.
+        They serve for the names and shapes of their layers; within ``torch.device("meta")`` they
+        have no weights.
         """
 
     def kohya_metadata(self) -> dict[str, str]:
-        """What kohya's trainers note on the base in a file's header, as user interfaces show it.
+        """Return the entries on the base in the headers of kohya's files, for user interfaces.
 
-        Empty where no file is written by kohya's keys.
+        Empty if kohya's format does not support the family.
         """
         return {}
 
     def original_names(self) -> dict[str, tuple[RowRange, ...]]:
-        """What the denoiser's layers are called in the files of those who made the model.
+        """Return the original names of the denoiser's layers, as in its authors' checkpoints.
 
         Returns:
-            The original's name of a layer -> the rows of ours that lie below one another in it:
-            several, where the original computes in one layer what diffusers has in more. Empty
-            where the names are the same.
+            Original layer name -> row ranges of diffusers' layers, in the order of the original's
+            rows: several where the original fuses layers that diffusers separates. Empty if the
+            names are the same.
         """
         return {}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a concept must agree with: the same for all models of one architecture.
+        """Return what a concept's base must equal: the same for all models of one architecture.
 
-        Take it before text encoders are freed: their widths are part of it.
+        Compute it before text encoders are freed, because it contains their widths.
 
         Returns:
-            JSON values. "family": the name; "denoiser": sha256 over the denoiser's kind and the
-            names and shapes of the adapter targets of all denoisers; "widths": component -> its
-            targets' distinct input widths, ascending.
+            JSON values. "family": the name; "denoiser": SHA-256 over the denoiser's architecture
+            and the names and shapes of the adapter targets of all denoisers; "widths": component
+            -> the distinct input widths of its targets, ascending.
         """
         lines = [self._architecture]
         for key in self.denoisers:
@@ -137,5 +139,5 @@ class AdaptableLayers(Components, ABC):
 
     @property
     def _architecture(self) -> str:
-        """The same name for denoisers that can take one another's concepts: mostly their class."""
+        """A name shared by denoisers with interchangeable concepts: usually their class."""
         return class_name(self.denoiser)

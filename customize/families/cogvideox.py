@@ -24,12 +24,14 @@ MAX_SEQUENCE_LENGTH = 226
 
 
 class CogVideoX(VideoVAEFamily, DDPMFamily):
-    """CogVideoXTransformer3DModel, T5EncoderModel, AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
-    or CogVideoXDPMScheduler.
+    """CogVideoX 2B and 5B.
+
+    Components: CogVideoXTransformer3DModel, T5EncoderModel, AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler or CogVideoXDPMScheduler.
 
     Raises:
-        PipelineError: the transformer is that of CogVideoX 1.5, which reads two latent frames as
-            one, so that nothing can be one frame.
+        PipelineError: The transformer is that of CogVideoX 1.5, whose patches span two latent
+            frames, so that it cannot draw a single frame.
     """
 
     name = "cogvideox"
@@ -92,7 +94,7 @@ class CogVideoX(VideoVAEFamily, DDPMFamily):
         return self.unpack(answer, *noisy.shape[-2:])
 
     def pack(self, latents: Tensor) -> Tensor:
-        """(batch, channels, h, w) to (batch, 1, channels, h, w)."""
+        """Convert (batch, channels, h, w) to (batch, 1, channels, h, w)."""
         return latents[:, None]
 
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
@@ -112,14 +114,14 @@ class CogVideoX(VideoVAEFamily, DDPMFamily):
 
     @property
     def latent_multiple(self) -> int:
-        # The pipeline asks for multiples of 8; the denoiser's tokens are 2 x 2 latents.
+        # The pipeline requires multiples of 8; the denoiser's tokens are 2 x 2 latents.
         return math.lcm(8, self._vae_factor * self.denoiser.config.patch_size)
 
     def _latent_scaling(self) -> tuple[float, float]:
         return 0.0, self.vae.config.scaling_factor
 
     def _positions(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosine and sine of the rotary embedding of one frame; None where positions are added."""
+        """Cosine and sine of one frame's rotary embedding; None for additive embeddings."""
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
         from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
@@ -127,12 +129,12 @@ class CogVideoX(VideoVAEFamily, DDPMFamily):
         if not config.use_rotary_positional_embeddings:
             return None
         grid = tuple(side // config.patch_size for side in latents.shape[-2:])
-        made_for = [
+        base_size = [
             side // config.patch_size for side in (config.sample_width, config.sample_height)
         ]
         return get_3d_rotary_pos_embed(
             embed_dim=config.attention_head_dim,
-            crops_coords=get_resize_crop_region_for_grid(grid, *made_for),
+            crops_coords=get_resize_crop_region_for_grid(grid, *base_size),
             grid_size=grid,
             temporal_size=1,
             device=latents.device,
@@ -140,13 +142,15 @@ class CogVideoX(VideoVAEFamily, DDPMFamily):
 
 
 class _Multistep:
-    """CogVideoXDPMScheduler with the step of other schedulers: it keeps what it needs of the step
-    before, which the pipeline hands it."""
+    """CogVideoXDPMScheduler with the ``step`` signature of other schedulers.
+
+    It stores the previous step's prediction and timestep, which the pipeline passes to ``step``.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self.timesteps = scheduler.timesteps
         self._scheduler = scheduler
-        self._before: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._previous: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def step(
         self,
@@ -156,9 +160,9 @@ class _Multistep:
         generator: torch.Generator | None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        former, back = self._before
+        previous, previous_t = self._previous
         sample, clean = self._scheduler.step(
-            answer, former, t, back, sample, generator=generator, return_dict=False
+            answer, previous, t, previous_t, sample, generator=generator, return_dict=False
         )
-        self._before = clean, t
+        self._previous = clean, t
         return (sample,)

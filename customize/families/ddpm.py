@@ -1,6 +1,6 @@
-"""What the families with DDPM noise (arXiv 2006.11239) have in common.
+"""Base class of the families with DDPM noise (arXiv 2006.11239).
 
-The prediction is epsilon, v or the sample, as the scheduler's configuration says.
+The scheduler's configuration sets the prediction type: epsilon, v or the sample.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from customize.families.pipeline_components import NO_CONFIG
 
 
 class DDPMFamily(Family):
-    """Any denoiser, and any scheduler of the DDPM kind."""
+    """Any denoiser with any scheduler of the DDPM kind."""
 
     default_density = "uniform"
 
@@ -28,7 +28,7 @@ class DDPMFamily(Family):
         self._alphas_cumprod: Tensor | None = None
 
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
-        """int64 in [0, train timesteps): every step has an equal share of (0, 1)."""
+        """As :meth:`Family.timesteps`: int64 in [0, train timesteps), uniform in u."""
         count = self._alphas(u).shape[0]
         return (u.float() * count).long().clamp(0, count - 1)
 
@@ -57,7 +57,7 @@ class DDPMFamily(Family):
         return kind
 
     def _alphas(self, like: Tensor) -> Tensor:
-        """The scheduler's alphas_cumprod on the tensor's device, copied there once."""
+        """The scheduler's alphas_cumprod on the tensor's device, copied only once."""
         if self._alphas_cumprod is None:
             alphas = getattr(self.scheduler, "alphas_cumprod", None)
             if alphas is None:

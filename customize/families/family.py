@@ -1,8 +1,8 @@
-"""What a model family must answer, and what the families have in common.
+"""The interface of model families and its defaults.
 
-A family speaks of components (the entries of ``pipe.components``), never of a pipeline class.
-Latents and pictures are (batch, channels, height, width), of video models too: to them a picture is
-a video of one frame. "Latents" always means scaled latents, as the denoiser takes them.
+A family depends on components (the entries of ``pipe.components``), never on a pipeline class.
+Latents and pictures are (batch, channels, height, width), for video models too: a picture is a
+video of one frame. "Latents" always means scaled latents, the denoiser's input.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from customize.errors import PipelineError
 from customize.families.denoiser_inputs import DenoiserInputs
 
-# Of a scheduler's configuration: what noise is added by, and what is the target; how it steps to
-# draw is left out.
+# The entries of a scheduler's configuration that set noise levels and training target; those of the
+# solver are left out.
 _LEVELS = (
     *("num_train_timesteps", "prediction_type", "beta_start", "beta_end", "beta_schedule"),
     *("trained_betas", "rescale_betas_zero_snr", "snr_shift_scale", "shift", "use_flow_sigmas"),
@@ -26,72 +26,107 @@ _LEVELS = (
     *("base_image_seq_len", "max_image_seq_len"),
 )
 
-#: By booleans, true for keys that count, or by numbers that are added to the scores.
+#: Boolean masks, true for the keys to attend to, or masks added to the attention scores.
 MaskKind = Literal["boolean", "added"]
 
 
 class Family(DenoiserInputs):
-    """The parts of one model that draws from prompts, and how they work together."""
+    """The components of one text-to-image or text-to-video model and how they work together."""
 
     #: The density of :mod:`customize.core.objectives` that the family's models were trained with.
     default_density: ClassVar[str]
-    #: Where the pipeline's call has what it drew: "images", or "frames" of videos.
+    #: The attribute of the pipeline's output with the result: "images", or "frames" of videos.
     output: str = "images"
-    #: The guidance scale that the pipeline draws with where none is given.
+    #: The pipeline's default guidance scale.
     default_guidance: float
-    #: The guidance scale at which the pipeline leaves out the empty prompt.
+    #: The guidance scale at which the pipeline does not call the denoiser for the empty prompt.
     no_guidance: ClassVar[float] = 1.0
-    #: Whether diffusers has the models as modular pipelines only.
+    #: Whether diffusers has only modular pipelines for the models.
     modular_only: ClassVar[bool] = False
-    #: How the denoiser's attention, and what condenses prompts, mask the padding of shorter ones.
+    #: The mask type with which denoiser and connectors ignore the padding of prompts.
     attention_mask: ClassVar[MaskKind | None] = None
-    #: Whether cross-attention reads what the text encoders say as it is, with nothing between.
+    #: Whether cross-attention reads the text encoders' states without layers in between.
     reads_prompts_as_encoded: ClassVar[bool] = False
 
-    # -- what differs ------------------------------------------------------------------------
+    # -- specific to a family ----------------------------------------------------------------
 
     @classmethod
     @abstractmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
-        """Whether these components are a model of this family, by class names and configs."""
+        """Whether class names and configurations of the components match this family."""
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts to the conditions that :meth:`predict` takes.
+        """Encode prompts to the conditions that :meth:`predict` takes.
 
-        Exactly what the pipeline's own ``encode_prompt`` makes of prompts without learned
-        tokens or with expanded ones, under the names of the pipeline's call arguments.
-        Differentiable with respect to the text encoders; on their device, in their dtype.
+        The result equals that of the pipeline's ``encode_prompt`` exactly, under the names of the
+        pipeline's call arguments, and is differentiable with respect to the text encoders.
+
+        Args:
+            prompts: Texts without learned tokens, or with expanded ones.
 
         Returns:
-            name -> (len(prompts), ...). ``encode_prompts([""])`` is the empty condition.
+            Name -> (len(prompts), ...), on the text encoders' device, in their dtype:
+            "prompt_embeds" (len(prompts), tokens, width) for every family; depending on the family
+            also a pooled vector, a mask or the lengths of the prompts.
+            ``encode_prompts([""])`` is the empty condition.
 
         Raises:
-            PipelineError: an encoder has been freed.
+            PipelineError: A text encoder has been freed.
         """
 
     @abstractmethod
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
-        """(batch,) draws in (0, 1), 1 being all noise, to (batch,) timesteps of the denoiser.
+        """Convert draws from (0, 1) to timesteps of the denoiser.
 
         Args:
-            shape: (channels, height, width) of the latents, by which some models shift them.
+            u: (batch,), floating, in (0, 1); 1 is pure noise.
+            shape: (channels, height, width) of the latents, which some models shift timesteps by.
+
+        Returns:
+            (batch,), on u's device: int64 with DDPM noise, float32 with rectified flow.
         """
 
     @abstractmethod
     def noisy_latents(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Latents with noise of level t, (batch,) from :meth:`timesteps`; the latents' dtype."""
+        """Add noise to latents.
+
+        Args:
+            latents: (batch, channels, height, width), any floating dtype.
+            noise: Standard normal, in the latents' shape.
+            t: (batch,), from :meth:`timesteps`.
+
+        Returns:
+            Noisy latents in the latents' shape and dtype.
+        """
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the denoiser should answer: the latents' shape, float32."""
+        """Compute the denoiser's training target.
+
+        Args:
+            latents: (batch, channels, height, width), any floating dtype.
+            noise: Standard normal, in the latents' shape.
+            t: (batch,), from :meth:`timesteps`.
+
+        Returns:
+            The target in the latents' shape, float32.
+        """
 
     @abstractmethod
     def loss_weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
-        """The weight of each sample's squared error: (batch,), float32; ones without a gamma.
+        """Compute the weight of each sample's squared error.
+
+        Args:
+            t: (batch,), from :meth:`timesteps`.
+            min_snr_gamma: Gamma of min-SNR weighting (arXiv 2303.09556), positive; None: all
+                weights are 1.
+
+        Returns:
+            (batch,), float32.
 
         Raises:
-            ConfigError: the family has no min-SNR weighting, or gamma is not positive.
+            ConfigError: The family has no min-SNR weighting, or gamma is not positive.
         """
 
     @abstractmethod
@@ -104,86 +139,106 @@ class Family(DenoiserInputs):
     ) -> Tensor:
         """Call the denoiser once, without classifier-free guidance.
 
-        Everything is cast to the denoiser's dtype, so it works with and without autocast.
+        Inputs are cast to the denoiser's dtype, so the call works with and without autocast.
 
         Args:
             noisy: (batch, channels, height, width), any floating dtype, on the denoiser's device.
             t: (batch,), from :meth:`timesteps`.
-            conditions: as :meth:`encode_prompts` gives, batch first.
-            guidance: the scale that denoisers with :attr:`has_guidance_input` take; at 1 they
-                answer what data are like, as training targets are.
+            conditions: As returned by :meth:`encode_prompts`, batch first.
+            guidance: Guidance scale for denoisers with :attr:`has_guidance_input`; 1 predicts the
+                data distribution, like the training target.
 
         Returns:
-            noisy's shape, in the dtype that the denoiser computes in.
+            The prediction in noisy's shape, in the dtype that the denoiser computes in.
 
         Raises:
-            PipelineError: the denoiser takes more channels than latents have.
+            PipelineError: The denoiser takes more channels than the latents have.
         """
 
     @property
     @abstractmethod
     def latent_multiple(self) -> int:
-        """Picture heights and widths must be a multiple of this."""
+        """The number of pixels that picture heights and widths must be a multiple of."""
 
     @abstractmethod
     def cross_attention_layers(self) -> list[str]:
-        """Full names of the denoiser's cross-attention modules, in the order they are computed.
+        """Return the full names of the denoiser's cross-attention modules in execution order.
 
-        Empty where text and picture share one attention.
+        Empty if text and picture share one attention.
         """
 
     @abstractmethod
     def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
-        """(shift, scale) with ``latents = (encoded - shift) * scale``, as the pipeline has it;
-        numbers, or (channels, 1, 1) on the autoencoder's device."""
+        """Return (shift, scale) of ``latents = (encoded - shift) * scale``, as in the pipeline.
 
-    # -- what is alike -----------------------------------------------------------------------
+        Both are numbers, or (channels, 1, 1) on the autoencoder's device.
+        """
+
+    # -- defaults ----------------------------------------------------------------------------
 
     def relevant_config(self) -> dict[str, Any]:
-        """What else than the weights decides on what is learned, as JSON values: the scheduler's
-        levels of noise, and what the family takes from :attr:`pipeline_config`."""
+        """Return the configuration that training depends on besides the weights, as JSON values.
+
+        It contains the scheduler's noise levels and the entries of :attr:`pipeline_config` that
+        the family reads.
+        """
         config = self.scheduler.config
-        found = {key: config[key] for key in _LEVELS if config.get(key) is not None}
-        return {key: v.tolist() if hasattr(v, "tolist") else v for key, v in found.items()}
+        levels = {key: config[key] for key in _LEVELS if config.get(key) is not None}
+        return {key: v.tolist() if hasattr(v, "tolist") else v for key, v in levels.items()}
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Latents as the pipeline and the denoiser hold them, for its argument ``latents=``."""
+        """Convert latents to the layout of the denoiser and of the pipeline's ``latents=``.
+
+        Args:
+            latents: (batch, channels, height, width).
+        """
         return latents
 
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of :meth:`pack`, for latents of this height and width."""
+        """Invert :meth:`pack`.
+
+        Args:
+            packed: In the denoiser's layout.
+            height: Of the latents.
+            width: Of the latents.
+
+        Returns:
+            (batch, channels, height, width).
+        """
         return packed
 
     @property
     def has_guidance_input(self) -> bool:
-        """Whether the denoiser was distilled to take the guidance scale as an input; then there is
-        no second call for the empty prompt."""
+        """Whether the denoiser takes the guidance scale as an input (guidance distillation).
+
+        The pipeline then does not call it for the empty prompt.
+        """
         return False
 
     def is_guided(self, scale: float) -> bool:
         """Whether the pipeline calls the denoiser for the empty prompt as well.
 
         Args:
-            scale: of guidance, as the pipeline counts it.
+            scale: Guidance scale in the pipeline's convention; see :attr:`no_guidance`.
         """
         return scale > self.no_guidance and not self.has_guidance_input
 
     @property
     def guidance_needs_negative_prompt(self) -> bool:
-        """Whether the pipeline is guided only where it is given a negative prompt as well."""
+        """Whether the pipeline applies guidance only with a negative prompt."""
         return False
 
     @property
     def guidance_argument(self) -> str:
-        """What the pipeline's call names the scale of guidance."""
+        """The name of the guidance scale among the pipeline's call arguments."""
         return "true_cfg_scale" if self.guidance_needs_negative_prompt else "guidance_scale"
 
     def guidance_kwargs(self, scale: float | None, negative: str | None) -> dict[str, Any]:
-        """The arguments by which the pipeline's call is guided.
+        """Return the guidance arguments of the pipeline's call.
 
         Args:
-            scale: as the pipeline counts it; None: its own.
-            negative: the prompt to lead away from; None: the empty one.
+            scale: Guidance scale in the pipeline's convention; None: the pipeline's default.
+            negative: Negative prompt; None: the empty one.
         """
         if self.guidance_needs_negative_prompt and negative is None and scale is not None:
             negative = ""
@@ -191,45 +246,51 @@ class Family(DenoiserInputs):
         return {name: value for name, value in conditional.items() if value is not None}
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
-        """A new scheduler like the pipeline's, set to so many steps as the pipeline sets it.
+        """Create a scheduler with the pipeline's configuration and timesteps.
 
         Args:
+            steps: Number of sampling steps.
             shape: (channels, height, width) of the latents.
+            device: Device of the timesteps.
         """
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(steps, device=device)
         return scheduler
 
     def unconditional(self, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the pipeline guides away from where no negative prompt is given.
+        """Return the unconditional input of guidance without a negative prompt.
 
         Args:
-            empty: the conditions of the empty prompt.
+            empty: The conditions of the empty prompt.
+
+        Returns:
+            Name -> tensor, in the shapes of the empty prompt's conditions.
         """
         return dict(empty)
 
-    def apply_guidance(self, unconditional: Tensor, asked: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance (arXiv 2207.12598) as the pipeline has it.
+    def apply_guidance(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+        """Apply classifier-free guidance (arXiv 2207.12598) as the pipeline does.
 
         Args:
-            plain, asked: the denoiser's answers without and with the prompt.
-            scale: as the pipeline counts it; see :attr:`no_guidance`.
+            unconditional: The prediction without the prompt, (batch, channels, height, width).
+            conditional: The prediction with the prompt, in the same shape.
+            scale: Guidance scale in the pipeline's convention; see :attr:`no_guidance`.
         """
-        # Some pipelines count from the prompt's own answer: 0 is no guidance to them.
-        return unconditional + (scale + 1.0 - self.no_guidance) * (asked - unconditional)
+        # In some pipelines the scale is relative to the prompt's prediction: 0 is no guidance.
+        return unconditional + (scale + 1.0 - self.no_guidance) * (conditional - unconditional)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The distribution of the latents of pictures, so that a cache can draw from it anew.
+        """Encode pictures to the distribution of their latents, which a cache can sample from.
 
         Args:
             pixels: (batch, 3, height, width), in [-1, 1], any floating dtype and device.
 
         Returns:
-            mean and standard deviation, each (batch, channels, height / f, width / f), float32,
+            Mean and standard deviation, each (batch, channels, height / f, width / f), float32,
             on the autoencoder's device: ``mean + std * noise`` are scaled latents.
 
         Raises:
-            PipelineError: the autoencoder gives no distribution.
+            PipelineError: The autoencoder returns no distribution.
         """
         vae = self.vae
         encoded = vae.encode(pixels.to(vae.device, vae.dtype))
@@ -245,7 +306,14 @@ class Family(DenoiserInputs):
         return (mean - shift) * scale, std * scale
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents to pictures: (batch, 3, height, width), in [-1, 1], float32."""
+        """Decode latents to pictures.
+
+        Args:
+            latents: (batch, channels, height / f, width / f), any floating dtype and device.
+
+        Returns:
+            (batch, 3, height, width), in [-1, 1], float32, on the autoencoder's device.
+        """
         vae = self.vae
         shift, scale = self._latent_scaling()
         encoded = latents.to(vae.device, torch.float32) / scale + shift
@@ -254,11 +322,12 @@ class Family(DenoiserInputs):
         )
 
     def denoiser_activations(self) -> int:
-        """How many numbers the denoiser holds at most beside its weights, for one picture of the
-        default resolution: a bound from above, at most twice what its layers allocate.
+        """Return an upper bound of the denoiser's activations, in numbers, for one picture.
+
+        The picture has the default resolution; the bound is at most twice the layers' allocation.
 
         Raises:
-            PipelineError: that is not counted for this family.
+            PipelineError: The family has no estimate.
         """
         raise PipelineError(
             f"what a model of family {self.name} needs beside its weights is not counted",
@@ -266,7 +335,11 @@ class Family(DenoiserInputs):
         )
 
     def decoder_activations(self, tiled: bool = False) -> int:
-        """What :meth:`denoiser_activations` is, for decoding that picture whole or in tiles."""
+        """Return the bound of :meth:`denoiser_activations` for decoding the same picture.
+
+        Args:
+            tiled: Whether the autoencoder decodes in tiles.
+        """
         side = self.default_resolution
         if tiled:
             side = min(side, self._tile_size)
@@ -274,12 +347,12 @@ class Family(DenoiserInputs):
 
     @property
     def default_resolution(self) -> int:
-        """The height and width in pixels that the denoiser was made for."""
+        """The height and width in pixels that the denoiser was trained for."""
         size = self.denoiser.config.sample_size
-        # UNets may name height and width apart.
+        # UNets may have separate values for height and width.
         return int(size if isinstance(size, int) else size[0]) * self._vae_factor
 
-    # -- helpers of the families ---------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------
 
     @property
     def _latent_side(self) -> int:
@@ -292,7 +365,7 @@ class Family(DenoiserInputs):
 
     @property
     def _decoder_width(self) -> int:
-        """How many numbers the decoder holds at most for each pixel."""
+        """The maximum number of the decoder's activations for each pixel."""
         return 7 * self.vae.config.block_out_channels[0]
 
     @property
@@ -301,16 +374,16 @@ class Family(DenoiserInputs):
         return self.vae.tile_latent_min_size * self._vae_factor
 
     def _to_denoiser_layout(self, encoded: Tensor) -> Tensor:
-        """What the autoencoder encodes, laid out as the denoiser's latents are."""
+        """Convert the autoencoder's latents to the denoiser's layout."""
         return encoded
 
     def _to_vae_layout(self, latents: Tensor) -> Tensor:
-        """The inverse of :meth:`_to_denoiser_layout`."""
+        """Invert :meth:`_to_denoiser_layout`."""
         return latents
 
     @property
     def _latent_channels(self) -> int:
-        """How many channels the denoiser takes."""
+        """The number of latent channels that the denoiser takes."""
         return self.denoiser.config.in_channels
 
     def _check_channels(self, noisy: Tensor) -> None:
@@ -325,5 +398,5 @@ class Family(DenoiserInputs):
 
 
 def unit_weights(t: Tensor) -> Tensor:
-    """A loss weight of 1 for each sample of t: (batch,), float32."""
+    """Return a loss weight of 1 for each sample of t: (batch,), float32, on t's device."""
     return torch.ones(t.shape[0], device=t.device)

@@ -1,6 +1,6 @@
 """FLUX.1 dev and schnell: a multimodal transformer on latents packed two by two.
 
-CLIP gives only the pooled condition; T5 reads the prompt. dev has the guidance scale as an input.
+CLIP encodes only the pooled condition, T5 the tokens. dev takes the guidance scale as an input.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _QKV = tuple(f"{_DOUBLE}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
 _TEXT_QKV = tuple(f"{_DOUBLE}.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj"))
 _SINGLE_QKV = tuple(f"{_SINGLE}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
 
-#: Black Forest Labs' names, and those of XLabs' files (the attention's "processor").
+#: The layer names of Black Forest Labs and of XLabs' files (the attention's "processor").
 _ORIGINALS: dict[str, tuple[str, ...]] = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
@@ -62,8 +62,11 @@ _ORIGINALS: dict[str, tuple[str, ...]] = {
 
 
 class Flux(PackedLatentsFamily):
-    """FluxTransformer2DModel, CLIPTextModel, T5EncoderModel, AutoencoderKL, and a flow-matching
-    scheduler."""
+    """FLUX.1 dev and schnell.
+
+    Components: FluxTransformer2DModel, CLIPTextModel, T5EncoderModel, AutoencoderKL, and a
+    flow-matching scheduler.
+    """
 
     name = "flux"
     attention_projections = re.compile(
@@ -85,7 +88,7 @@ class Flux(PackedLatentsFamily):
         return [{"transformer": transformer, "text_encoder": clip_text_model(768, 12)}]
 
     def original_names(self) -> dict[str, tuple[RowRange, ...]]:
-        # There the last modulation gives the shift first, and here the scale.
+        # The original's last modulation returns (shift, scale), that of diffusers (scale, shift).
         layers = self.layers(self.denoiser_key)
         return original_rows(layers, _ORIGINALS, lambda name, _: name == "norm_out.linear")
 

@@ -1,12 +1,12 @@
 """FLUX.2 dev and klein: FLUX.1's successor, which reads several layers of one LLM.
 
 The LLM, Mistral 3 in dev and Qwen3 in klein, reads the prompt in its chat template and takes no new
-tokens here: a trigger is a plain word of the prompt. dev has the guidance scale as an input; klein
-is guided by a second call, or not at all where it was distilled.
+tokens: a trigger is a plain word of the prompt. dev takes the guidance scale as an input; klein has
+classifier-free guidance, except for its distilled models.
 
-The later blocks have one projection for queries, keys, values and the MLP's input, and one for what
-comes out of attention and MLP. Each takes one adapter, as in diffusers' own training script, so
-concepts move those MLPs too.
+The single-stream blocks have one projection for queries, keys, values and the MLP's input, and one
+for the outputs of attention and MLP. Each takes one adapter, as in diffusers' training script, so
+concepts change those MLPs too.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from customize.families.tokenization import to_device, tokenize
 #: How many tokens of prompt and template the pipelines take by default.
 MAX_SEQUENCE_LENGTH = 512
 
-#: The number of steps whose shift is trained with. The fewer the steps, the more the pipelines
-#: shift, to make up for coarse ones. This number is the upper end of their formula, where the shift
-#: is FLUX.1's. What the models were trained with isn't told.
+#: The number of steps whose shift training uses. The pipelines shift more with fewer steps, to
+#: compensate for their size. This number is the upper end of their formula, where the shift equals
+#: FLUX.1's; the shift that the models were trained with is not published.
 TRAINING_STEPS = 200
 
 _MISTRAL_LAYERS = (10, 20, 30)
 _QWEN_LAYERS = (9, 18, 27)
 
-#: What makes klein 4B and 9B other than dev, whose sizes are diffusers' defaults.
+#: The sizes of dev (diffusers' defaults), klein 4B and klein 9B.
 _PUBLISHED: tuple[dict[str, Any], ...] = (
     {},
     {
@@ -58,7 +58,7 @@ _PUBLISHED: tuple[dict[str, Any], ...] = (
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 
-#: Black Forest Labs' names.
+#: The layer names of Black Forest Labs.
 _ORIGINALS: dict[str, tuple[str, ...]] = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
@@ -85,8 +85,11 @@ _ORIGINALS: dict[str, tuple[str, ...]] = {
 
 
 class Flux2(Flux2VAEFamily, PackedLatentsFamily):
-    """Flux2Transformer2DModel, a Mistral3ForConditionalGeneration or Qwen3ForCausalLM,
-    AutoencoderKLFlux2, and a flow-matching scheduler."""
+    """FLUX.2 dev and klein.
+
+    Components: Flux2Transformer2DModel, Mistral3ForConditionalGeneration or Qwen3ForCausalLM,
+    AutoencoderKLFlux2, and a flow-matching scheduler.
+    """
 
     name = "flux2"
     default_guidance = 4.0
@@ -98,7 +101,7 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
     patch = 1
-    _width_factor = 24  # its later blocks project to nine widths at once
+    _width_factor = 24  # the single-stream blocks project to nine widths at once
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
@@ -111,7 +114,7 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
         return [{"transformer": Flux2Transformer2DModel(**size)} for size in _PUBLISHED]
 
     def original_names(self) -> dict[str, tuple[RowRange, ...]]:
-        # There the last modulation gives the shift first, and here the scale.
+        # The original's last modulation returns (shift, scale), that of diffusers (scale, shift).
         layers = self.layers(self.denoiser_key)
         return original_rows(layers, _ORIGINALS, lambda name, _: name == "norm_out.linear")
 
@@ -126,7 +129,7 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
             use_cache=False,
         ).hidden_states
         layers = _MISTRAL_LAYERS if mistral else _QWEN_LAYERS
-        # Each token's states lie side by side.
+        # The states of all layers are concatenated along the width.
         return {"prompt_embeds": torch.cat([states[i] for i in layers], -1).to(encoder.dtype)}
 
     def predict(
@@ -142,14 +145,14 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
         scale = None
         if self.has_guidance_input:
             scale = torch.full((len(noisy),), guidance, device=noisy.device)
-        # Time, row, column, and place in the prompt.
-        places = torch.arange(prompt.shape[1], device=noisy.device)[:, None]
+        # (time, row, column, position in the prompt)
+        positions = torch.arange(prompt.shape[1], device=noisy.device)[:, None]
         answer = self.denoiser(
             hidden_states=self.pack(noisy.to(dtype)),
             timestep=t / self._train_timesteps,
             guidance=scale,
             encoder_hidden_states=prompt,
-            txt_ids=functional.pad(places, (3, 0)),
+            txt_ids=functional.pad(positions, (3, 0)),
             img_ids=functional.pad(self._positions(noisy), (0, 1)),
             return_dict=False,
         )[0]
@@ -174,7 +177,7 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
 
     @property
     def _latent_side(self) -> int:
-        return super()._latent_side // 2  # a latent is 2 x 2 of the autoencoder's
+        return super()._latent_side // 2  # a latent is a patch of 2 x 2 of the autoencoder's
 
     def _mu(self, shape: Sequence[int], steps: int | None = None) -> float:
         return empirical_mu(self._picture_tokens(shape), steps or TRAINING_STEPS)
@@ -182,13 +185,13 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
     def _mistral_tokens(self, prompts: Sequence[str]) -> Any:
         from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
-        def said(role: str, text: str) -> dict[str, Any]:
+        def message(role: str, text: str) -> dict[str, Any]:
             return {"role": role, "content": [{"type": "text", "text": text}]}
 
         # The processor would take the word for a picture.
-        asked = [said("user", prompt.replace("[IMG]", "")) for prompt in prompts]
+        requests = [message("user", prompt.replace("[IMG]", "")) for prompt in prompts]
         return self._component("tokenizer").apply_chat_template(
-            [[said("system", SYSTEM_MESSAGE), message] for message in asked],
+            [[message("system", SYSTEM_MESSAGE), request] for request in requests],
             add_generation_prompt=False,
             tokenize=True,
             return_dict=True,
@@ -215,13 +218,14 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
-    """The dynamic shift of FLUX.2, which was found by trying and not derived.
+    """Compute the dynamic shift of FLUX.2, an empirical formula of its pipelines.
 
-    Between the line of 10 steps and that of 200, which is FLUX.1's; large pictures have the latter.
+    It interpolates between a line in tokens for 10 steps and FLUX.1's for 200 steps; pictures of
+    more than 4300 tokens have the latter.
 
     Args:
-        tokens: of the picture.
-        steps: how many to draw with.
+        tokens: Number of the picture's tokens.
+        steps: Number of sampling steps.
     """
     many = 0.45666666 + 0.00016927 * tokens
     if tokens > 4300:

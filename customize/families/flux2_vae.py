@@ -1,4 +1,4 @@
-"""What the families with FLUX.2's autoencoder have in common."""
+"""Base class of the families with FLUX.2's autoencoder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from customize.families.family import Family
 
 
 class Flux2VAEFamily(Family):
-    """AutoencoderKLFlux2: a latent is a square of 2 x 2 of what it encodes, normalised by the
-    statistics that it keeps."""
+    """A family with AutoencoderKLFlux2.
+
+    A latent of the denoiser is a patch of 2 x 2 latents of the autoencoder, normalised by the
+    running statistics of the autoencoder's batch norm.
+    """
 
     def _to_denoiser_layout(self, encoded: Tensor) -> Tensor:
-        """(batch, channels, h, w) to (batch, channels * 4, h / 2, w / 2)."""
+        """Convert (batch, channels, h, w) to (batch, channels * 4, h / 2, w / 2)."""
         return functional.pixel_unshuffle(encoded, 2)
 
     def _to_vae_layout(self, latents: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""FLUX.3: one transformer, first over prompt and picture apart, then over both together.
+"""FLUX.3: one transformer, first with a stream each for prompt and picture, then with one for both.
 
-A multimodal LLM reads the prompt in its chat template, and several of its layers together are the
-condition. The denoiser also reads the padding behind the prompt, which fills it up to a multiple
-of 80 tokens. The LLM takes no new tokens here: a trigger is a plain word of the prompt.
+A multimodal LLM reads the prompt in its chat template; the condition is the concatenation of
+several of its layers. The prompt is padded to a multiple of 80 tokens, and the denoiser attends to
+the padding. The LLM takes no new tokens: a trigger is a plain word of the prompt.
 
-diffusers has it as a modular pipeline only.
+diffusers has only a modular pipeline for it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ from customize.families.tokenization import pad_sequences, to_device
 #: How many tokens of prompt and template the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 8192
 
-_WINDOW = 80  # the text is padded to a multiple of so many tokens
-_LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)  # of the LLM, whose states are the condition
-_POSITION = 0.5  # of a picture's token, per row and column
+_WINDOW = 80  # the padded text is a multiple of this number of tokens
+_LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)  # of the LLM's hidden states in the condition
+_POSITION = 0.5  # the distance between neighbouring picture tokens
 
 
 class Flux3(Flux2VAEFamily, RectifiedFlowFamily):
-    """Flux3Transformer2DModel, a Qwen3-VL with its processor, AutoencoderKLFlux2, and a
+    """FLUX.3.
+
+    Components: Flux3Transformer2DModel, a Qwen3-VL with its processor, AutoencoderKLFlux2, and a
     flow-matching scheduler.
 
-    The blocks that only pictures of reference go through take no adapter. Concepts fit the
-    step-distilled model too, which itself cannot be trained here.
+    The blocks for reference pictures only take no adapter. Concepts also fit the step-distilled
+    model, but training on it is not supported.
     """
 
     name = "flux3"
@@ -61,9 +63,11 @@ class Flux3(Flux2VAEFamily, RectifiedFlowFamily):
         return [{"transformer": Flux3Transformer2DModel()}]
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """As :meth:`Family.encode_prompts`, but "prompt_embeds", of which the pipeline takes one
-        at a time, is filled up with zeros, and "prompt_lengths", (len(prompts),), on the CPU, tells
-        where they begin."""
+        """As :meth:`Family.encode_prompts`, but "prompt_embeds" is padded with zeros.
+
+        "prompt_lengths", (len(prompts),), int64, on the CPU, has the lengths without them; the
+        pipeline takes one prompt at a time.
+        """
         rows = [self._encode(prompt) for prompt in prompts]
         lengths = torch.tensor([len(row) for row in rows])
         return {"prompt_embeds": pad_sequences(rows), "prompt_lengths": lengths}
@@ -86,25 +90,25 @@ class Flux3(Flux2VAEFamily, RectifiedFlowFamily):
             )
         dtype = self._denoiser_dtype
         height, width = noisy.shape[-2:]
-        # Nothing masks what fills up a shorter prompt, so each length has a call of its own.
+        # The denoiser has no mask for shorter prompts, so each length has its own call.
         lengths = conditions["prompt_lengths"].tolist()
         rows: list[Tensor] = [noisy] * len(noisy)
         for length in set(lengths):
-            own = [index for index, each in enumerate(lengths) if each == length]
+            indices = [index for index, other in enumerate(lengths) if other == length]
             answers = self.denoiser(
-                hidden_states=noisy[own].to(dtype).flatten(2).transpose(1, 2),
-                encoder_hidden_states=conditions["prompt_embeds"][own, :length].to(dtype),
-                timestep=t[own] / self._train_timesteps,
+                hidden_states=noisy[indices].to(dtype).flatten(2).transpose(1, 2),
+                encoder_hidden_states=conditions["prompt_embeds"][indices, :length].to(dtype),
+                timestep=t[indices] / self._train_timesteps,
                 img_ids=_picture_positions(height, width, noisy.device),
                 txt_ids=_text_positions(length, noisy.device),
                 return_dict=False,
             )[0]
-            for index, answer in zip(own, answers, strict=True):
+            for index, answer in zip(indices, answers, strict=True):
                 rows[index] = answer.transpose(0, 1).unflatten(1, (height, width))
         return torch.stack(rows)
 
     def denoiser_kwargs(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """As the base class, for prompts of one length: the pipeline takes one at a time."""
+        """As the base class, for prompts of one length: the pipeline takes one prompt at a time."""
         length = int(conditions["prompt_lengths"].max())
         return super().denoiser_kwargs(
             {"prompt_embeds": conditions["prompt_embeds"][:, :length]}
@@ -121,14 +125,14 @@ class Flux3(Flux2VAEFamily, RectifiedFlowFamily):
 
     @property
     def default_resolution(self) -> int:
-        return 1024  # the pipeline's, whatever the autoencoder's factor
+        return 1024  # the pipeline's, independent of the autoencoder's factor
 
     @property
     def latent_multiple(self) -> int:
         return 2 * self._vae_factor
 
     def _encode(self, prompt: str) -> Tensor:
-        """(tokens, layers * width): by itself, as the pipeline encodes it."""
+        """Encode one prompt as the pipeline does: (tokens, layers * width)."""
         processor, encoder = self._component("tokenizer"), self._component("text_encoder")
         text = processor.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -140,12 +144,12 @@ class Flux3(Flux2VAEFamily, RectifiedFlowFamily):
         tokens = tokenizer(
             text, padding="max_length", padding_side="right", max_length=window, **cut
         )
-        # Where padding lies is told, because versions of transformers place it differently.
-        places = torch.arange(window)[None].masked_fill(tokens.attention_mask == 0, 1)
+        # Explicit position ids, because transformers' default for padding depends on its version.
+        positions = torch.arange(window)[None].masked_fill(tokens.attention_mask == 0, 1)
         states = encoder(
             input_ids=to_device(tokens.input_ids, encoder.device),
             attention_mask=to_device(tokens.attention_mask, encoder.device),
-            position_ids=to_device(places, encoder.device),
+            position_ids=to_device(positions, encoder.device),
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states
@@ -161,7 +165,7 @@ def _picture_positions(rows: int, columns: int, device: torch.device) -> Tensor:
 
 
 def _text_positions(length: int, device: torch.device) -> Tensor:
-    """(length, 4): three zeros and the token's place."""
-    places = torch.zeros(length, 4, device=device)
-    places[:, 3] = torch.arange(length, device=device)
-    return places
+    """(length, 4): three zeros and the token's position in the prompt."""
+    positions = torch.zeros(length, 4, device=device)
+    positions[:, 3] = torch.arange(length, device=device)
+    return positions

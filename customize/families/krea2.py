@@ -1,7 +1,7 @@
-"""Krea 2: one transformer over the tokens of prompt and picture, and a small one that fuses layers.
+"""Krea 2: one transformer over the tokens of prompt and picture, and one that fuses LLM layers.
 
-It reads twelve layers of a multimodal LLM at each token of the prompt. The LLM takes no new tokens
-here: a trigger is a plain word of the prompt.
+It reads twelve layers of a multimodal LLM at each token of the prompt. The LLM takes no new tokens:
+a trigger is a plain word of the prompt.
 """
 
 from __future__ import annotations
@@ -27,20 +27,23 @@ _PREFIX = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity,"
     " text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )
-_PREFIX_TOKENS = 34  # that are cut off again, by the model's own tokenizer
+_PREFIX_TOKENS = 34  # by the model's tokenizer; removed from the encoded prompt
 _SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 _SUFFIX_TOKENS = 5
-#: Of the LLM's hidden states, where the pipeline doesn't say otherwise.
+#: Indices of the LLM's hidden states, unless the pipeline's configuration has others.
 _LAYERS = tuple(range(2, 36, 3))
 _DISTILLED_MU = 1.15
 
 
 class Krea2(QwenImageVAEFamily):
-    """Krea2Transformer2DModel, a Qwen3VLModel, AutoencoderKLQwenImage, and a flow-matching
-    scheduler whose shift grows with the picture."""
+    """Krea 2.
+
+    Components: Krea2Transformer2DModel, Qwen3VLModel, AutoencoderKLQwenImage, and a flow-matching
+    scheduler whose shift grows with the picture.
+    """
 
     name = "krea2"
-    # to_gate scales what comes out of each attention.
+    # to_gate scales the output of an attention.
     attention_projections = re.compile(
         r"(transformer_blocks|text_fusion\.(layerwise|refiner)_blocks)\.\d+\.attn\."
         r"(to_q|to_k|to_v|to_gate|to_out\.0)"
@@ -64,17 +67,17 @@ class Krea2(QwenImageVAEFamily):
         tokenizer, encoder = self._component("tokenizer"), self._component("text_encoder")
         layers = self._layers()
         length = MAX_SEQUENCE_LENGTH + _PREFIX_TOKENS - _SUFFIX_TOKENS
-        own = tokenize(tokenizer, [_PREFIX + prompt for prompt in prompts], length)
+        start = tokenize(tokenizer, [_PREFIX + prompt for prompt in prompts], length)
         end = tokenizer([_SUFFIX] * len(prompts), return_tensors="pt")
-        ids = torch.cat([own.input_ids, end.input_ids], dim=1)
-        mask = torch.cat([own.attention_mask, end.attention_mask], dim=1).bool()
-        # The filling lies before the suffix, and isn't counted.
-        places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        ids = torch.cat([start.input_ids, end.input_ids], dim=1)
+        mask = torch.cat([start.attention_mask, end.attention_mask], dim=1).bool()
+        # Padding lies before the suffix and does not count as a position.
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         mask = to_device(mask, encoder.device)
         states = encoder(
             input_ids=to_device(ids, encoder.device),
             attention_mask=mask,
-            position_ids=to_device(places, encoder.device).expand(3, -1, -1),
+            position_ids=to_device(positions, encoder.device).expand(3, -1, -1),
             output_hidden_states=True,
         ).hidden_states
         read = torch.stack([states[i][:, _PREFIX_TOKENS:] for i in layers], dim=2)
@@ -94,7 +97,7 @@ class Krea2(QwenImageVAEFamily):
             hidden_states=self.pack(noisy.to(dtype)),
             encoder_hidden_states=prompt,
             timestep=t / self._train_timesteps,
-            # The prompt's tokens are all at the origin.
+            # All tokens of the prompt have position 0.
             position_ids=functional.pad(self._positions(noisy), (0, 0, prompt.shape[1], 0)),
             encoder_attention_mask=conditions["prompt_embeds_mask"],
             return_dict=False,
@@ -106,17 +109,17 @@ class Krea2(QwenImageVAEFamily):
         return super().denoiser_kwargs(conditions) | {"encoder_attention_mask": mask}
 
     def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        # The prompt's tokens are all at the origin.
+        # All tokens of the prompt have position 0.
         return grid_of_positions(arguments["position_ids"])
 
     @property
     def default_guidance(self) -> float:  # type: ignore[override]
-        # What was distilled is drawn without, whatever the pipeline has where none is given.
+        # Distilled models need no guidance, unlike the default of the pipeline's call.
         return self.no_guidance if self._is_distilled else 4.5
 
     @property
     def default_resolution(self) -> int:
-        return 1024  # the pipeline's, whatever the autoencoder's factor
+        return 1024  # the pipeline's, independent of the autoencoder's factor
 
     def relevant_config(self) -> dict[str, Any]:
         return super().relevant_config() | {
@@ -135,7 +138,7 @@ class Krea2(QwenImageVAEFamily):
         """The LLM's hidden states that the denoiser reads.
 
         Raises:
-            PipelineError: they are not as many as it takes.
+            PipelineError: Their number differs from the denoiser's.
         """
         layers = self.pipeline_config.get("text_encoder_select_layers") or _LAYERS
         takes = self.denoiser.config.num_text_layers

@@ -1,12 +1,12 @@
-"""LTX-2 and 2.3 (arXiv 2601.03233): a transformer with a stream of video and one of sound.
+"""LTX-2 and 2.3 (arXiv 2601.03233): a transformer with a video stream and an audio stream.
 
-Pictures are silent, so a concept is of the video's stream alone: its attention among the picture's
-tokens and to the prompt's. What the streams say to one another is left as it is, and switched off
-while a concept is learned and drawn in validation, or the picture would follow a sound that nobody
-gave. Validation guides by the prompt alone. The pipeline draws both streams together, and has more
-kinds of guidance on by default.
+Pictures have no audio, so a concept adapts only the video stream: its self-attention and its
+cross-attention to the prompt. The attention between the streams is unchanged; training and
+validation disable it, or the picture would depend on an arbitrary audio input. Validation uses
+classifier-free guidance only. The pipeline generates both streams together and enables further
+kinds of guidance by default.
 
-Gemma reads the prompt, all of its layers, and two connectors condense that. They take no new
+Gemma encodes the prompt, and two connectors condense the states of all its layers. They take no new
 tokens: a trigger is a plain word of the prompt.
 """
 
@@ -30,8 +30,11 @@ MAX_SEQUENCE_LENGTH = 1024
 
 
 class LTX2(VideoVAEFamily, RectifiedFlowFamily):
-    """LTX2VideoTransformer3DModel, a Gemma, LTX2TextConnectors, AutoencoderKLLTX2Video, and a
-    flow-matching scheduler whose shift grows with the picture."""
+    """LTX-2 and 2.3.
+
+    Components: LTX2VideoTransformer3DModel, a Gemma, LTX2TextConnectors, AutoencoderKLLTX2Video,
+    and a flow-matching scheduler whose shift grows with the picture.
+    """
 
     name = "ltx2"
     default_guidance = 3.0
@@ -63,8 +66,11 @@ class LTX2(VideoVAEFamily, RectifiedFlowFamily):
         ]
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """As :meth:`Family.encode_prompts`, but condensed by the video's connector, as the pipeline
-        does it after encoding: the states of all layers are some fifty times as large."""
+        """As :meth:`Family.encode_prompts`, but condensed by the video stream's connector.
+
+        The pipeline condenses after encoding; the states of all layers are about fifty times as
+        large.
+        """
         encoder, connectors = self._component("text_encoder"), self._component("connectors")
         tokens = self._component("tokenizer")(
             [prompt.strip() for prompt in prompts],
@@ -95,14 +101,14 @@ class LTX2(VideoVAEFamily, RectifiedFlowFamily):
         denoiser, dtype = self.denoiser, self._denoiser_dtype
         height, width = noisy.shape[-2:]
         prompts, mask = conditions["prompt_embeds"].to(dtype), conditions["prompt_attention_mask"]
-        # The stream of sound has to be given something; as little as there can be.
+        # The audio stream needs an input: the smallest possible one.
         silence = noisy.new_zeros(len(noisy), 1, denoiser.config.audio_in_channels, dtype=dtype)
-        unsaid = prompts.new_zeros(len(noisy), 1, self._sound_width)
+        empty_prompt = prompts.new_zeros(len(noisy), 1, self._audio_prompt_width)
         answer = denoiser(
             hidden_states=self.pack(noisy.to(dtype)),
             audio_hidden_states=silence,
             encoder_hidden_states=prompts,
-            audio_encoder_hidden_states=unsaid,
+            audio_encoder_hidden_states=empty_prompt,
             timestep=t,
             sigma=t,
             encoder_attention_mask=mask,
@@ -116,7 +122,7 @@ class LTX2(VideoVAEFamily, RectifiedFlowFamily):
         return self.unpack(answer, height, width)
 
     def pack(self, latents: Tensor) -> Tensor:
-        """(batch, channels, h, w) to tokens (batch, h * w, channels)."""
+        """Convert (batch, channels, h, w) to tokens (batch, h * w, channels)."""
         return latents.flatten(2).transpose(1, 2)
 
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
@@ -131,15 +137,15 @@ class LTX2(VideoVAEFamily, RectifiedFlowFamily):
 
     @property
     def latent_multiple(self) -> int:
-        return math.lcm(32, self._vae_factor)  # the pipeline asks for multiples of 32
+        return math.lcm(32, self._vae_factor)  # the pipeline requires multiples of 32
 
     @property
     def _vae_factor(self) -> int:
         return self.vae.spatial_compression_ratio
 
     @property
-    def _sound_width(self) -> int:
-        """Of the prompt's tokens that the stream of sound takes."""
+    def _audio_prompt_width(self) -> int:
+        """The width of the audio stream's prompt tokens."""
         config = self.denoiser.config
         if config.use_prompt_embeddings:
             return config.caption_channels
@@ -151,6 +157,6 @@ class LTX2(VideoVAEFamily, RectifiedFlowFamily):
     def _latent_scaling(self) -> tuple[Tensor, Tensor]:
         vae = self.vae
         mean, std = (
-            each.float()[:, None, None, None] for each in (vae.latents_mean, vae.latents_std)
+            value.float()[:, None, None, None] for value in (vae.latents_mean, vae.latents_std)
         )
         return mean, vae.config.scaling_factor / std

@@ -1,4 +1,4 @@
-"""How the files of those who made a model name its layers, where diffusers names them otherwise."""
+"""Mapping between the original layer names of a model and those of diffusers."""
 
 from __future__ import annotations
 
@@ -23,33 +23,39 @@ def original_rows(
     templates: Mapping[str, Sequence[str]],
     is_swapped: Callable[[str, tuple[int, int]], bool] = lambda module, shape: False,
 ) -> dict[str, tuple[RowRange, ...]]:
-    """:meth:`Family.original_names` from names with ``{}`` for the number of a block.
+    """Compute :meth:`Family.original_names` from names with ``{}`` for the index of a block.
 
     Args:
-        layers: the model's own, name -> (out, in).
-        templates: original name -> the model's; those that it lacks are left out.
-        is_swapped: whether the two halves of a layer's rows are in the other order there.
+        layers: Name -> (out, in) of the model's layers.
+        templates: Original name -> names in diffusers; layers that the model lacks are skipped.
+        is_swapped: Whether the original has the two halves of a layer's rows in reverse order.
     """
-    found = {}
+    ranges = {}
     numbers = sorted({int(n) for name in layers for n in re.findall(r"\.(\d+)\.", f".{name}.")})
     for original, modules in templates.items():
         for number in numbers if "{}" in original else [0]:
-            ours = [module.format(number) for module in modules]
-            if not all(module in layers for module in ours):
+            names = [module.format(number) for module in modules]
+            if not all(name in layers for name in names):
                 continue
             rows = []
-            for module in ours:
+            for module in names:
                 out, half = layers[module][0], layers[module][0] // 2
                 if is_swapped(module, layers[module]):
                     rows += [RowRange(module, half, out), RowRange(module, 0, half)]
                 else:
                     rows.append(RowRange(module, 0, out))
-            found[original.format(number)] = tuple(rows)
-    return found
+            ranges[original.format(number)] = tuple(rows)
+    return ranges
 
 
 def clip_text_model(width: int, layers: int, projected: bool = False) -> nn.Module:
-    """A CLIP text encoder of one of the published sizes, with random weights."""
+    """Create a CLIP text encoder of one of the published sizes, with random weights.
+
+    Args:
+        width: Of the hidden states.
+        layers: Number of layers.
+        projected: Whether the encoder has a text projection.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(

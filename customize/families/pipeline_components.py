@@ -1,4 +1,4 @@
-"""The parts of a pipeline that a family works with, by their names in ``pipe.components``."""
+"""The components of a pipeline that a family uses, by their names in ``pipe.components``."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import nn
 
 from customize.errors import PipelineError
 
-#: The configuration of a pipeline with none.
+#: An empty pipeline configuration.
 NO_CONFIG: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
 class TokenDictionary:
-    """One vocabulary that new tokens can join.
+    """One vocabulary that new tokens can be added to.
 
     Attributes:
-        key: the component name of the text encoder.
-        tokenizer: its tokenizer.
-        text_encoder: the model whose ``get_input_embeddings()`` is the (tokens, width) table.
+        key: Component name of the text encoder.
+        tokenizer: Its tokenizer.
+        text_encoder: The model whose ``get_input_embeddings()`` is the (tokens, width) table.
     """
 
     key: str
@@ -33,22 +33,23 @@ class TokenDictionary:
 
 
 class Components:
-    """The components of one model, and which of them is what.
+    """The components of one model and their roles.
 
-    It holds the components that it was given, not copies. Parts that have been freed may be
-    missing or None: whatever doesn't need them goes on working.
+    It references the components and does not copy them. Freed components may be missing or None;
+    only what needs them raises errors.
 
     Attributes:
-        pipeline_config: what ``pipe.config`` says, in which some pipelines keep facts on the model:
-            whether it was distilled, which layers of its LLM it reads, or at which level of noise
+        components: Component name -> object, as in ``pipe.components``.
+        pipeline_config: As ``pipe.config``, which in some pipelines describes the model: whether it
+            was distilled, which layers of its LLM the denoiser reads, or the noise level at which
             one denoiser follows another.
     """
 
     name: ClassVar[str]
     denoiser_key: ClassVar[str]
-    #: Component names of further denoisers, where each answers for a part of the noise levels.
+    #: Component names of further denoisers, each for a range of noise levels.
     other_denoisers: ClassVar[tuple[str, ...]] = ()
-    #: Component names of the CLIP text encoders, and each one's tokenizer.
+    #: Component name of each CLIP text encoder -> that of its tokenizer.
     clip_encoders: ClassVar[dict[str, str]]
     #: Component names of text encoders that take neither adapters nor new tokens.
     other_encoders: ClassVar[tuple[str, ...]] = ()
@@ -62,7 +63,7 @@ class Components:
 
     @classmethod
     def component_names(cls) -> list[str]:
-        """The names of all components that a model of this family may have use for here."""
+        """Return the names of all components that a model of this family may use."""
         others = {key: key.replace("text_encoder", "tokenizer") for key in cls.other_encoders}
         encoders = cls.clip_encoders | others
         models = (cls.denoiser_key, *cls.other_denoisers, "vae", *encoders)
@@ -70,18 +71,20 @@ class Components:
 
     @property
     def denoiser(self) -> Any:
-        """The UNet or transformer; where there are several, the one for the most noise."""
+        """The UNet or transformer; of several, the one for the highest noise levels."""
         return self._component(self.denoiser_key)
 
     @property
     def denoisers(self) -> dict[str, Any]:
-        """Component name -> denoiser, for every one; all take an adapter. The first is
-        :attr:`denoiser`."""
+        """Component name -> denoiser, for each of them; the first is :attr:`denoiser`.
+
+        All denoisers take adapters.
+        """
         return {self.denoiser_key: self.denoiser} | self._present(self.other_denoisers)
 
     @property
     def adaptable(self) -> dict[str, Any]:
-        """Component name -> model, for every one that may carry an adapter."""
+        """Component name -> model, for each one that takes adapters."""
         return {**self.denoisers, **self.text_encoders}
 
     @property
@@ -91,16 +94,20 @@ class Components:
 
     @property
     def scheduler(self) -> Any:
-        """The pipeline's scheduler; its configuration is read, its state left alone."""
+        """The pipeline's scheduler; only its configuration is read, its state is never changed."""
         return self._component("scheduler")
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
-        """Component name -> text encoder, for those that may carry an adapter (CLIP only)."""
+        """Component name -> text encoder, for those that take adapters (CLIP only)."""
         return self._present(tuple(self.clip_encoders))
 
     def tokenizer_for(self, key: str) -> Any:
-        """Return the tokenizer of the text encoder at a key; None where there is none."""
+        """Return the tokenizer of a text encoder, or None if there is none.
+
+        Args:
+            key: Component name of the text encoder.
+        """
         name = self.clip_encoders.get(key, key.replace("text_encoder", "tokenizer"))
         parts = [self.components.get(name), self.components.get("processor")]
         part = next((part for part in parts if part is not None), None)
@@ -108,12 +115,12 @@ class Components:
 
     @property
     def all_text_encoders(self) -> dict[str, nn.Module]:
-        """Component name -> text encoder, for every one: all that there is to move or free."""
+        """Component name -> text encoder, for each one, with or without adapters."""
         return self._present((*self.clip_encoders, *self.other_encoders))
 
     @property
     def unused(self) -> dict[str, nn.Module]:
-        """Component name -> model that is never called here, such as one for sound."""
+        """Component name -> model that a family never calls, such as an audio decoder."""
         used = {*self.denoisers, "vae", *self.clip_encoders, *self.other_encoders}
         return {
             key: part
@@ -122,7 +129,7 @@ class Components:
         }
 
     def token_dictionaries(self) -> list[TokenDictionary]:
-        """The vocabularies that a new token must join, one for each CLIP text encoder."""
+        """Return the vocabularies that a new token is added to, one for each CLIP text encoder."""
         return [
             TokenDictionary(key, self._component(self.clip_encoders[key]), encoder)
             for key, encoder in self.text_encoders.items()
@@ -130,7 +137,7 @@ class Components:
 
     @property
     def _denoiser_dtype(self) -> torch.dtype:
-        """The denoiser's ``dtype``, without diffusers' walk over all modules at every call."""
+        """The denoiser's ``dtype``, cached because diffusers visits all modules for it."""
         denoiser = self.denoiser
         stored = next(denoiser.parameters()).dtype
         seen = self._dtype_seen
@@ -153,16 +160,21 @@ class Components:
 
 
 def uncompiled(component: Any) -> Any:
-    """The module inside torch.compile's wrapper, whose class and module names are the real ones."""
+    """Return the module inside torch.compile's wrapper, or the component itself."""
     return getattr(component, "_orig_mod", component)
 
 
 def class_name(component: Any) -> str:
-    """The class's name; "None" for a missing component."""
+    """Return the name of a component's class; "None" for a missing component."""
     return "None" if component is None else type(uncompiled(component)).__name__
 
 
 def modules_named(model: Any, pattern: str) -> list[str]:
-    """The full names of a model's modules that match, in the module tree's order."""
+    """Return the full names of a model's modules that match, in the module tree's order.
+
+    Args:
+        model: A module, compiled or not.
+        pattern: Regular expression for the full name.
+    """
     names = (name for name, _ in uncompiled(model).named_modules())
     return [name for name in names if re.fullmatch(pattern, name)]

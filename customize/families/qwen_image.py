@@ -1,7 +1,7 @@
 """Qwen-Image (arXiv 2508.02324): a multimodal transformer that reads a multimodal LLM's states.
 
-The prompt goes into a chat template, whose own tokens are cut off again. The LLM takes no new
-tokens here: a trigger is a plain word of the prompt.
+The prompt is inserted into a chat template, whose tokens are removed after encoding. The LLM takes
+no new tokens: a trigger is a plain word of the prompt.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ _TEMPLATE = (
     " text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}"
     "<|im_end|>\n<|im_start|>assistant\n"
 )
-_TEMPLATE_TOKENS = 34  # of the template before the prompt, by the model's own tokenizer
+_TEMPLATE_TOKENS = 34  # of the template before the prompt, by the model's tokenizer
 _TOKENIZER_LENGTH = 1024
 
 
 class QwenImage(QwenImageVAEFamily):
-    """QwenImageTransformer2DModel, a Qwen2.5-VL, AutoencoderKLQwenImage, and a flow-matching
-    scheduler whose shift grows with the picture."""
+    """Qwen-Image.
+
+    Components: QwenImageTransformer2DModel, a Qwen2.5-VL, AutoencoderKLQwenImage, and a
+    flow-matching scheduler whose shift grows with the picture.
+    """
 
     name = "qwen_image"
     default_guidance = 4.0
@@ -111,13 +114,15 @@ class QwenImage(QwenImageVAEFamily):
         return super().denoiser_kwargs(conditions) | {"encoder_hidden_states_mask": mask}
 
     def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        first = arguments["img_shapes"][0]  # of reference pictures too, behind the one to draw
+        first = arguments["img_shapes"][
+            0
+        ]  # shapes of reference pictures follow the generated one's
         _, rows, columns = first[0] if isinstance(first, list) else first
         return rows, columns
 
-    def apply_guidance(self, plain: Tensor, asked: Tensor, scale: float) -> Tensor:
-        # Each token keeps the length that it has without guidance.
-        guided = self.pack(super().apply_guidance(plain, asked, scale))
-        length = self.pack(asked).norm(dim=-1, keepdim=True)
-        kept = guided * (length / guided.norm(dim=-1, keepdim=True))
-        return self.unpack(kept, *asked.shape[-2:])
+    def apply_guidance(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+        # Each token is rescaled to the norm of the conditional prediction.
+        guided = self.pack(super().apply_guidance(unconditional, conditional, scale))
+        length = self.pack(conditional).norm(dim=-1, keepdim=True)
+        rescaled = guided * (length / guided.norm(dim=-1, keepdim=True))
+        return self.unpack(rescaled, *conditional.shape[-2:])

@@ -1,8 +1,8 @@
-"""Qwen-Image 2.1: one transformer over prompt and picture, in that order, the prompt read causally.
+"""Qwen-Image 2.1: one transformer over prompt and picture, in that order, causal in the prompt.
 
-It shares little but the name with Qwen-Image: the LLM is another, latents are not packed, the
-autoencoder also encodes transparency, and where the picture's tokens stand depends on the prompt's
-length. The LLM takes no new tokens here: a trigger is a plain word of the prompt.
+It differs from Qwen-Image in the LLM, in unpacked latents, in an autoencoder with an alpha channel,
+and in positions of the picture's tokens that depend on the prompt's length. The LLM takes no new
+tokens: a trigger is a plain word of the prompt.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ _TEMPLATE = (
     f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
-_SLOT = 4  # of the picture's tokens for one of the LLM's
+_SLOT = 4  # picture tokens per position of the LLM
 
 
 class QwenImage21(QwenImageVAEFamily):
-    """QwenImage21Transformer2DModel, a Qwen3VLForConditionalGeneration, AutoencoderKLQwenImage21,
-    and a flow-matching scheduler."""
+    """Qwen-Image 2.1.
+
+    Components: QwenImage21Transformer2DModel, Qwen3VLForConditionalGeneration,
+    AutoencoderKLQwenImage21, and a flow-matching scheduler.
+    """
 
     name = "qwen_image_21"
     default_guidance = 1.0
@@ -51,17 +54,20 @@ class QwenImage21(QwenImageVAEFamily):
         return [{"transformer": QwenImage21Transformer2DModel()}]
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """As :meth:`Family.encode_prompts`, but instead of the mask "prompt_lengths",
-        (len(prompts),), on the CPU, tells where "prompt_embeds" are filled up with zeros."""
+        """As :meth:`Family.encode_prompts`, but with "prompt_lengths" instead of the mask.
+
+        "prompt_lengths", (len(prompts),), int64, on the CPU, has the lengths of "prompt_embeds"
+        without the padding zeros.
+        """
         processor, encoder = self._component("processor"), self._component("text_encoder")
         tokens = processor(
-            # An empty prompt is a space.
+            # The pipeline encodes an empty prompt as a space.
             text=[_TEMPLATE.format(prompt or " ") for prompt in prompts],
             padding=True,
             padding_side="left",
             return_tensors="pt",
         )
-        # What the last layer gives, of which transformers returns only what the norm makes.
+        # The last layer's output before the norm, which transformers does not return.
         language = encoder.model.language_model
         hook = language.norm.register_forward_hook(lambda _, inputs, output: inputs[0])
         try:
@@ -87,8 +93,10 @@ class QwenImage21(QwenImageVAEFamily):
         conditions: Mapping[str, Tensor],
         guidance: float = 1.0,
     ) -> Tensor:
-        """As :meth:`Family.predict`, but the denoiser is called once for each length of prompts:
-        filling one up would move the picture's tokens."""
+        """As :meth:`Family.predict`, but with one call of the denoiser for each prompt length.
+
+        Padding a prompt would shift the positions of the picture's tokens.
+        """
         self._check_channels(noisy)
         dtype = self._denoiser_dtype
         height, width = noisy.shape[-2:]
@@ -96,7 +104,7 @@ class QwenImage21(QwenImageVAEFamily):
         lengths = conditions["prompt_lengths"].tolist()
         answers: dict[int, Tensor] = {}
         for length in set(lengths):
-            rows = [row for row, own in enumerate(lengths) if own == length]
+            rows = [row for row, other in enumerate(lengths) if other == length]
             # False for the prompt's tokens, true for the picture's.
             is_picture = torch.arange(length + tokens.shape[1] // _SLOT, device=noisy.device)
             answer = self.denoiser(
@@ -119,7 +127,7 @@ class QwenImage21(QwenImageVAEFamily):
 
     @property
     def default_resolution(self) -> int:
-        return 1024  # the pipeline's, whatever the autoencoder's factor
+        return 1024  # the pipeline's, independent of the autoencoder's factor
 
     @property
     def _decoder_width(self) -> int:
@@ -127,15 +135,15 @@ class QwenImage21(QwenImageVAEFamily):
         return 24 * (config.decoder_base_dim or config.base_dim)
 
     def relevant_config(self) -> dict[str, Any]:
-        own = self.pipeline_config.get("sample_sigmas")
-        return super().relevant_config() | ({"sample_sigmas": list(own)} if own else {})
+        sigmas = self.pipeline_config.get("sample_sigmas")
+        return super().relevant_config() | ({"sample_sigmas": list(sigmas)} if sigmas else {})
 
     def _levels(self, steps: int) -> Any:
-        # A model may come with levels of its own, however many steps are asked for.
+        # Models with their own levels ignore the number of steps.
         return self.pipeline_config.get("sample_sigmas") or super()._levels(steps)
 
     def _system_tokens(self) -> int:
-        """How many tokens of the template are cut off again."""
+        """Return the number of the template's tokens that encoding removes."""
         system = [{"role": "system", "content": [{"type": "text", "text": _SYSTEM}]}]
         tokens = self._component("processor").apply_chat_template(
             system, tokenize=True, return_dict=False

@@ -1,7 +1,7 @@
-"""What the families with rectified flow (arXiv 2403.03206) have in common.
+"""Base classes of the families with rectified flow (arXiv 2403.03206).
 
-A level of noise is sigma in (0, 1) on the straight line from the latents to the noise; timesteps
-are 1000 sigma (or whatever the scheduler counts to), after the shift that the pipeline applies.
+A noise level is sigma in (0, 1) on the straight line from the latents to the noise. Timesteps are
+sigma * num_train_timesteps (usually 1000), after the shift that the pipeline applies.
 """
 
 from __future__ import annotations
@@ -20,32 +20,31 @@ from customize.errors import ConfigError, PipelineError
 from customize.families.denoiser_inputs import weights_per_token
 from customize.families.family import Family, unit_weights
 
-# As many as the pipelines of these families take by default, or more.
+# At least the default number of prompt tokens of these pipelines.
 _PROMPT_TOKENS = 512
 
 
 class RectifiedFlowFamily(Family):
-    """A transformer that answers the velocity ``noise - latents``, and a flow-matching scheduler.
+    """A transformer that predicts the velocity ``noise - latents``, and a flow-matching scheduler.
 
-    The scheduler's shift is fixed, or it grows with the number of picture tokens.
+    The scheduler's shift is constant or grows with the number of picture tokens.
     """
 
     denoiser_key = "transformer"
     default_density = "logit_normal"
-    #: How many numbers the denoiser holds at most for each token and each of its width.
+    #: The denoiser's maximum number of activations for each token and unit of width.
     _width_factor: ClassVar[int] = 18
 
     def relevant_config(self) -> dict[str, Any]:
-        # Some schedulers' can be set anew, which their configuration does not tell.
+        # The shift of some schedulers can change without their configuration.
         shift = getattr(self.scheduler, "shift", None)
         return super().relevant_config() | ({} if shift is None else {"shift": float(shift)})
 
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
-        """float32 in (0, train timesteps): sigma after the shift that the pipeline also applies to
-        its evenly spaced levels.
+        """As :meth:`Family.timesteps`: float32 in (0, train timesteps), with the pipeline's shift.
 
         Raises:
-            PipelineError: the scheduler has no shift that is known here.
+            PipelineError: The scheduler has no supported shift.
         """
         return objectives.shift_sigmas(u.float(), self._shift(shape)) * self._train_timesteps
 
@@ -76,7 +75,7 @@ class RectifiedFlowFamily(Family):
     def denoiser_activations(self) -> int:
         side = self._latent_side
         tokens = self._picture_tokens((0, side, side)) + _PROMPT_TOKENS
-        # Layers that serve the MLP as well are wider than tokens on one side.
+        # Layers fused with the MLP are wider than the tokens on one side.
         width = max(min(shape) for shape in self.adapter_targets(self.denoiser_key).values())
         calls = 1 if self.has_guidance_input else 2
         return self._width_factor * calls * tokens * width
@@ -86,18 +85,19 @@ class RectifiedFlowFamily(Family):
         return config.shift_factor or 0.0, config.scaling_factor
 
     def _picture_tokens(self, shape: Sequence[int]) -> int:
-        """How many tokens latents of (channels, height, width) are to the denoiser: 2 x 2 each."""
+        """Return the number of tokens of (channels, height, width) latents: 2 x 2 latents each."""
         return (shape[-2] // 2) * (shape[-1] // 2)
 
     def _levels(self, steps: int) -> Any:
-        """The levels of noise to draw at, before they are shifted."""
+        """Return the noise levels of sampling before the shift."""
         return np.linspace(1.0, 1 / steps, steps)
 
     def _mu(self, shape: Sequence[int], steps: int | None = None) -> float:
-        """The dynamic shift: on a line through two numbers of picture tokens (FLUX).
+        """Return the dynamic shift, linear in the number of picture tokens (FLUX).
 
         Args:
-            steps: how many to draw with; None: what to train with.
+            shape: (channels, height, width) of the latents.
+            steps: Number of sampling steps; None: for training.
         """
         config = self.scheduler.config
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -109,14 +109,14 @@ class RectifiedFlowFamily(Family):
         return bool(self.scheduler.config.get("use_dynamic_shifting", False))
 
     def _shift(self, shape: Sequence[int]) -> float:
-        """The factor of :func:`customize.core.objectives.shift_sigmas`."""
+        """Return the factor of :func:`customize.core.objectives.shift_sigmas`."""
         scheduler = self.scheduler
         if self._is_dynamic:
             mu = self._mu(shape)
             kind = scheduler.config.get("time_shift_type", "exponential")
             return math.exp(mu) if kind == "exponential" else mu
         shift = getattr(scheduler, "shift", None)
-        if scheduler.config.get("use_flow_sigmas", False):  # UniPC, DPM-Solver and their like
+        if scheduler.config.get("use_flow_sigmas", False):  # UniPC, DPM-Solver and similar
             shift = scheduler.config.flow_shift
         if shift is None:
             raise PipelineError(
@@ -132,15 +132,18 @@ class RectifiedFlowFamily(Family):
 
 
 class PackedLatentsFamily(RectifiedFlowFamily):
-    """A flow family whose denoiser reads latents as a sequence of tokens (FLUX, Qwen-Image)."""
+    """A flow family whose denoiser takes latents as a sequence of tokens (FLUX, Qwen-Image)."""
 
-    #: How many latents a token is high and wide.
+    #: The height and width of a token in latents.
     patch: ClassVar[int] = 2
     _max_timestep = 1.0
 
     def pack(self, latents: Tensor) -> Tensor:
-        """(batch, channels, h, w) to tokens (batch, h / patch * w / patch, channels * patch ** 2),
-        as the denoiser takes them."""
+        """Convert (batch, channels, h, w) to the denoiser's tokens.
+
+        Returns:
+            (batch, h / patch * w / patch, channels * patch ** 2).
+        """
         return functional.pixel_unshuffle(latents, self.patch).flatten(2).transpose(1, 2)
 
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
@@ -152,7 +155,7 @@ class PackedLatentsFamily(RectifiedFlowFamily):
 
     @property
     def default_resolution(self) -> int:
-        # These transformers name no size; their pipelines' is 128 latents.
+        # These transformers have no configured size; their pipelines' default is 128 latents.
         return 128 * self._vae_factor
 
     @property

@@ -1,4 +1,4 @@
-"""Drawing with a family's own parts, without a pipeline."""
+"""Sampling with a family's components, without a pipeline."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ def sample(
     sampler_seed: int = 0,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
-    """Latents of one picture for each row of the conditions, with classifier-free guidance.
+    """Sample the latents of one picture for each row of the conditions, with guidance.
 
     Args:
-        conditions: name -> (batch, ...), as the family encodes prompts.
-        empty: what guidance leads away from, of batch 1; see ``family.unconditional``. In each call
-            of the denoiser it comes before the conditions, as often as there are of these.
-        shape: (channels, height, width) of latents.
-        guidance: scale, as the pipeline counts it. Denoisers that take it as an input are called
-            just once.
-        seeds: one for each picture; it alone fixes the starting noise, on every device.
-        sampler_seed: of schedulers that draw noise on the way.
-        autocast: makes the context of the denoiser's calls.
+        family: The model.
+        conditions: Name -> (batch, ...), as returned by ``family.encode_prompts``.
+        empty: The unconditional input with batch 1; see ``family.unconditional``. It is expanded
+            to the batch and precedes the conditions in each call of the denoiser.
+        shape: (channels, height, width) of the latents.
+        steps: Number of sampling steps.
+        guidance: Scale of classifier-free guidance in the pipeline's convention. Denoisers that
+            take it as an input are called once per step.
+        seeds: One seed for each picture; it determines the initial noise on every device.
+        sampler_seed: Seed of schedulers that add noise at each step.
+        autocast: Creates the context of the denoiser's calls.
 
     Returns:
         (batch, *shape), float32, on the denoiser's device.
@@ -66,7 +68,7 @@ def sample(
             batch = torch.cat([scaled, scaled]) if guided else scaled
             answer = family.predict(batch, t.expand(len(batch)), conditions, guidance).float()
         if guided:
-            plain, asked = answer.chunk(2)
-            answer = family.apply_guidance(plain, asked, guidance)
+            unconditional, conditional = answer.chunk(2)
+            answer = family.apply_guidance(unconditional, conditional, guidance)
         latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
     return latents

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x: a UNet with cross-attention to one CLIP text encoder.
 
-AnimateDiff (arXiv 2307.04725) puts motion modules into the same UNet and leaves all else as it is.
-So its models are of this family, and what was learned on the one fits the other.
+AnimateDiff (arXiv 2307.04725) adds motion modules to the same UNet and changes nothing else. So its
+models belong to this family, and their concepts are interchangeable.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from customize.families.unet import MOTION_UNET, UNetFamily, is_unet
 
 
 class StableDiffusion(UNetFamily):
-    """UNet2DConditionModel or UNetMotionModel, one CLIPTextModel, AutoencoderKL, any scheduler of
-    the DDPM kind."""
+    """Stable Diffusion 1.x and 2.x.
+
+    Components: UNet2DConditionModel or UNetMotionModel, one CLIPTextModel, AutoencoderKL, and any
+    scheduler of the DDPM kind.
+    """
 
     name = "sd"
     default_guidance = 7.5
@@ -72,7 +75,7 @@ class StableDiffusion(UNetFamily):
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer, encoder = self._component("tokenizer"), self._component("text_encoder")
         tokens = tokenize(tokenizer, prompts, tokenizer.model_max_length)
-        # Only models whose config asks for it mask the padding; the others were trained with it.
+        # Models without use_attention_mask in their configuration were trained on unmasked padding.
         masked = getattr(encoder.config, "use_attention_mask", False)
         mask = to_device(tokens.attention_mask, encoder.device) if masked else None
         hidden = encoder(to_device(tokens.input_ids, encoder.device), attention_mask=mask)[0]
@@ -93,7 +96,7 @@ class StableDiffusion(UNetFamily):
         return self.unpack(answer, *noisy.shape[-2:])
 
     def pack(self, latents: Tensor) -> Tensor:
-        """As they are; with motion modules, to (batch, channels, 1, height, width)."""
+        """Add a frame axis for motion modules: (batch, channels, 1, height, width)."""
         return latents[:, :, None] if self.output == "frames" else latents
 
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
@@ -101,8 +104,8 @@ class StableDiffusion(UNetFamily):
 
     @property
     def _architecture(self) -> str:
-        return "UNet2DConditionModel"  # with motion modules, too
+        return "UNet2DConditionModel"  # also with motion modules
 
     def _latent_scaling(self) -> tuple[float, float]:
-        # The pipelines of this family know no shift, even where an autoencoder names one.
+        # The pipelines of this family ignore the autoencoder's shift.
         return 0.0, self.vae.config.scaling_factor

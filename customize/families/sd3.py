@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5: a multimodal transformer with rectified flow (arXiv 2403.03206).
 
-Two CLIP text encoders with projections give half of the prompt and the pooled condition, T5, which
-may be left out, the other half.
+Two CLIP text encoders with projections encode half of the prompt's tokens and the pooled condition;
+T5, which is optional, encodes the other half.
 """
 
 from __future__ import annotations
@@ -49,8 +49,11 @@ _ORIGINALS: dict[str, tuple[str, ...]] = {
 
 
 class StableDiffusion3(RectifiedFlowFamily):
-    """SD3Transformer2DModel, two CLIPTextModelWithProjection, T5 or None, AutoencoderKL, and a
-    flow-matching scheduler."""
+    """Stable Diffusion 3 and 3.5.
+
+    Components: SD3Transformer2DModel, two CLIPTextModelWithProjection, T5 or None, AutoencoderKL,
+    and a flow-matching scheduler.
+    """
 
     name = "sd3"
     default_guidance = 7.0
@@ -73,7 +76,7 @@ class StableDiffusion3(RectifiedFlowFamily):
     def published_models(cls) -> list[dict[str, nn.Module]]:
         from diffusers import SD3Transformer2DModel
 
-        found = []
+        models = []
         for heads, dual in ((24, ()), (24, tuple(range(13))), (38, ())):
             transformer = SD3Transformer2DModel(
                 num_layers=heads,
@@ -86,12 +89,12 @@ class StableDiffusion3(RectifiedFlowFamily):
             )
             clips = clip_text_model(768, 12, True), clip_text_model(1280, 32, True)
             texts = dict(zip(cls.clip_encoders, clips, strict=True))
-            found.append({"transformer": transformer, **texts})
-        return found
+            models.append({"transformer": transformer, **texts})
+        return models
 
     def original_names(self) -> dict[str, tuple[RowRange, ...]]:
-        # There the last modulations give the shift first, and here the scale: those with two
-        # outputs for each input, where the others have six or nine.
+        # The original's last modulations, those with two outputs per input and not six or nine,
+        # return (shift, scale), those of diffusers (scale, shift).
         layers = self.layers(self.denoiser_key)
         return original_rows(
             layers,
@@ -119,7 +122,7 @@ class StableDiffusion3(RectifiedFlowFamily):
         clips = [self._encode_clip(prompts, key) for key in self.clip_encoders]
         clip = torch.cat([hidden for hidden, _ in clips], dim=-1)
         t5 = self._encode_t5(prompts, clip)
-        # CLIP's tokens are narrower than T5's: zeros fill them up, and they come first.
+        # CLIP's tokens come first, padded with zeros to T5's width.
         padded = functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return {
             "prompt_embeds": torch.cat([padded, t5], dim=-2),
@@ -153,16 +156,16 @@ class StableDiffusion3(RectifiedFlowFamily):
         return self._vae_factor * self.denoiser.config.patch_size
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
-        # Unlike later pipelines, this one leaves the spacing of levels to its scheduler.
+        # Unlike later pipelines, this one leaves the spacing of noise levels to the scheduler.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         extra = {"mu": self._mu(shape, steps)} if self._is_dynamic else {}
         scheduler.set_timesteps(steps, device=device, **extra)
         return scheduler
 
     def _encode_clip(self, prompts: Sequence[str], key: str) -> tuple[Tensor, Tensor]:
-        """(batch, length, width) before the last layer, and the (batch, width) projection."""
+        """Return (batch, length, width) before the last layer, and (batch, width) projections."""
         encoder, tokenizer = self._component(key), self._component(self.clip_encoders[key])
-        # Both CLIPs take the first tokenizer's length.
+        # Both CLIP encoders use the first tokenizer's length.
         length = self._component("tokenizer").model_max_length
         ids = to_device(tokenize(tokenizer, prompts, length).input_ids, encoder.device)
         output = encoder(ids, output_hidden_states=True)
@@ -171,7 +174,7 @@ class StableDiffusion3(RectifiedFlowFamily):
         ), output.text_embeds
 
     def _encode_t5(self, prompts: Sequence[str], like: Tensor) -> Tensor:
-        """(batch, MAX_SEQUENCE_LENGTH, joint width); zeros in like's dtype where there is no T5."""
+        """Return (batch, MAX_SEQUENCE_LENGTH, joint width): zeros in like's dtype without T5."""
         encoder = self.components.get("text_encoder_3")
         if encoder is None:
             width = self.denoiser.config.joint_attention_dim

@@ -1,8 +1,8 @@
 """Stable Diffusion XL (arXiv 2307.01952): a UNet that also reads a pooled prompt and sizes.
 
-Two CLIP text encoders, each read before its last layer, give the prompt; the second one's
-projection is the pooled prompt. The sizes are the picture's own, as in the pipeline's plain call:
-nothing was cropped, and it was as large before.
+Two CLIP text encoders, each read before its last layer, encode the prompt; the second one's
+projection is the pooled prompt. The sizes are the picture's, as in the pipeline's default call:
+without cropping, with the original size equal to the target size.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from customize.families.unet import MOTION_UNET, UNetFamily, is_unet
 
 
 class StableDiffusionXL(UNetFamily):
-    """UNet2DConditionModel with "text_time" embeddings, CLIPTextModel,
-    CLIPTextModelWithProjection, AutoencoderKL, any scheduler of the DDPM kind.
+    """Stable Diffusion XL.
+
+    Components: UNet2DConditionModel with "text_time" embeddings, CLIPTextModel,
+    CLIPTextModelWithProjection, AutoencoderKL, and any scheduler of the DDPM kind.
 
     Raises:
-        PipelineError: the UNet is the refiner's.
+        PipelineError: The UNet is the refiner's.
     """
 
     name = "sdxl"
@@ -40,8 +42,8 @@ class StableDiffusionXL(UNetFamily):
         self, components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
     ) -> None:
         super().__init__(components, pipeline_config)
-        # Kept, because the sizes are needed when the autoencoder may have been freed. Without
-        # one the pipeline takes 8.
+        # Stored, because the autoencoder may be freed before the sizes are needed. Without an
+        # autoencoder the pipeline uses 8.
         self._pixels_per_latent = 8 if self.components.get("vae") is None else self._vae_factor
         unet = self.components.get("unet")
         if unet is not None and _is_refiner(unet.config):
@@ -129,7 +131,7 @@ class StableDiffusionXL(UNetFamily):
         return super().denoiser_kwargs(conditions) | {"added_cond_kwargs": added}
 
     def unconditional(self, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # It was trained so, and the pipeline's force_zeros_for_empty_prompt says so.
+        # As in training; the pipeline's setting is force_zeros_for_empty_prompt.
         return {name: torch.zeros_like(value) for name, value in empty.items()}
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,16 +148,16 @@ class StableDiffusionXL(UNetFamily):
         return encoder(to_device(ids, encoder.device), output_hidden_states=True)
 
     def _sizes(self, latents: Tensor) -> Tensor:
-        """(batch, 6), float32: height and width, top and left of the crop, height and width."""
+        """Return (batch, 6), float32: height, width, the crop's top and left, height, width."""
         height, width = (side * self._pixels_per_latent for side in latents.shape[-2:])
-        # Filled in place: a tensor made from a list would make a GPU wait at every step.
+        # Filled in place: creating a tensor from a list would synchronize with the GPU.
         sizes = torch.zeros(len(latents), 6, device=latents.device)
         sizes[:, 0::4], sizes[:, 1::4] = height, width
         return sizes
 
     def _latent_scaling(self) -> tuple[float | Tensor, float | Tensor]:
         config = self.vae.config
-        # Some autoencoders of this family have a mean and deviation for each channel.
+        # Some autoencoders of this family have a mean and standard deviation for each channel.
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
             return 0.0, config.scaling_factor
@@ -164,8 +166,10 @@ class StableDiffusionXL(UNetFamily):
 
     @contextmanager
     def _upcast_vae(self) -> Iterator[None]:
-        """The autoencoder in float32 if it is one that overflows in float16, as the pipeline
-        has it; afterwards it is bit for bit as before."""
+        """Upcast an autoencoder that overflows in float16 to float32, as the pipeline does.
+
+        Its weights are restored bit for bit at the end.
+        """
         vae = self.vae
         if vae.dtype != torch.float16 or not vae.config.force_upcast:
             yield
@@ -178,6 +182,6 @@ class StableDiffusionXL(UNetFamily):
 
 
 def _is_refiner(config: Any) -> bool:
-    """It reads one text encoder, as wide as its pooled output, and five numbers instead of six."""
+    """Whether it reads one text encoder, and five size embeddings instead of six."""
     numbers = 5 * config.addition_time_embed_dim
     return config.cross_attention_dim + numbers == config.projection_class_embeddings_input_dim

@@ -1,4 +1,4 @@
-"""Prompts on their way to the text encoders, and back as tensors of one shape."""
+"""Tokenization of prompts, and padding of the encoded sequences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from torch import Tensor
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
-    """Tokens as the pipelines make them: ``input_ids`` (len(prompts), length), padded and cut."""
+    """Tokenize prompts as the pipelines do, padded and truncated to one length.
+
+    Args:
+        tokenizer: Of a text encoder.
+        prompts: Texts.
+        length: Number of tokens of each prompt.
+
+    Returns:
+        The tokenizer's output; ``input_ids`` is (len(prompts), length), int64.
+    """
     return tokenizer(
         list(prompts),
         padding="max_length",
@@ -21,10 +30,10 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
 
 
 def pad_sequences(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of different lengths as one tensor, with zeros behind the shorter ones.
+    """Stack rows of different lengths, padded at the end with zeros.
 
     Args:
-        rows: each (length, ...), or all single numbers.
+        rows: (length, ...) each, or scalars.
 
     Returns:
         (len(rows), longest, ...).
@@ -38,22 +47,23 @@ def pad_sequences(rows: Sequence[Tensor]) -> Tensor:
 
 
 def to_device(ids: Tensor, device: torch.device) -> Tensor:
-    """Ids from the CPU on the encoder's device; without waiting for all that runs there, as
-    copying from ordinary memory to a GPU would: prompts may be encoded at every training step."""
+    """Copy ids from the CPU to the encoder's device without synchronizing with it.
+
+    Pinned memory makes the copy asynchronous: prompts may be encoded at every training step.
+    """
     if device.type == "cuda":
         return ids.pin_memory().to(device, non_blocking=True)
     return ids.to(device)
 
 
 def unpad_sequences(states: Tensor, mask: Tensor) -> list[Tensor]:
-    """The states of each prompt's own tokens: (length, width) each.
+    """Return the states of each prompt without padding: (length, width) each.
 
     Args:
         states: (batch, longest, width), on any device.
-        mask: (batch, longest), where the tokenizer made it: of one on the device the lengths would
-            have to be waited for.
+        mask: (batch, longest), on the CPU: a mask on the device would require synchronization.
     """
     return [
-        row[to_device(own.nonzero()[:, 0], states.device)]
-        for row, own in zip(states, mask, strict=True)
+        row[to_device(row_mask.nonzero()[:, 0], states.device)]
+        for row, row_mask in zip(states, mask, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""What the families with a UNet have in common."""
+"""Base class of the families with a UNet."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _ORIGINAL_RESNET = {
 
 
 class UNetFamily(DDPMFamily):
-    """UNet2DConditionModel, AutoencoderKL, any scheduler of the DDPM kind."""
+    """A family with UNet2DConditionModel, AutoencoderKL and any scheduler of the DDPM kind."""
 
     denoiser_key = "unet"
     latents_argument = "sample"
     reads_prompts_as_encoded = True
-    # Not those of AnimateDiff's motion modules, which lie beside the attentions.
+    # Excludes AnimateDiff's motion modules, which are siblings of the attentions.
     attention_projections = re.compile(
         r".+\.attentions\.\d+\..+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
     )
 
     @property
     def latent_multiple(self) -> int:
-        # The pipelines ask for multiples of 8 whatever the autoencoder's factor.
+        # The pipelines require multiples of 8, independent of the autoencoder's factor.
         return math.lcm(8, self._vae_factor)
 
     def cross_attention_layers(self) -> list[str]:
-        # named_modules follows registration, where the middle block comes last.
+        # named_modules has the order of registration, with the middle block last.
         order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
         names = [
             name
@@ -49,8 +49,8 @@ class UNetFamily(DDPMFamily):
 
     def original_names(self) -> dict[str, tuple[RowRange, ...]]:
         unet = uncompiled(self.denoiser)
-        # Blocks are counted through: `input_blocks` and `output_blocks`, each with up to three
-        # parts, a residual block, an attention, and what changes the size.
+        # `input_blocks` and `output_blocks` are numbered consecutively; each has up to three parts:
+        # a residual block, an attention, and a down- or upsampler.
         blocks = {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}
         blocks |= {f"time_embedding.linear_{n + 1}": f"time_embed.{2 * n}" for n in range(2)}
         blocks |= {f"add_embedding.linear_{n + 1}": f"label_emb.0.{2 * n}" for n in range(2)}
@@ -79,36 +79,41 @@ class UNetFamily(DDPMFamily):
                 blocks[name] = f"output_blocks.{count - 1}.{part}.conv"
         names: dict[str, tuple[RowRange, ...]] = {}
         for module, (out, _) in self.layers(self.denoiser_key).items():
-            # The longest that is there: a block of three names, or a layer by itself.
-            head = next((h for h in _heads(module) if h in blocks), None)
+            # The longest known prefix: a block (three names) or a single layer.
+            head = next((h for h in _prefixes(module) if h in blocks), None)
             if head is not None:
-                rest = module[len(head) :].lstrip(".")
-                rest = _ORIGINAL_RESNET.get(rest, rest)
-                name = f"{blocks[head]}.{rest}" if rest else blocks[head]
+                suffix = module[len(head) :].lstrip(".")
+                suffix = _ORIGINAL_RESNET.get(suffix, suffix)
+                name = f"{blocks[head]}.{suffix}" if suffix else blocks[head]
                 names[name] = (RowRange(module, 0, out),)
         return names
 
     def denoiser_activations(self) -> int:
-        # At the first resolution, where the skip connections are widest; with the empty prompt.
+        # At the first resolution, where skip connections are largest; twice for guidance.
         return 28 * 2 * self._latent_side**2 * self.denoiser.config.block_out_channels[0]
 
 
-def _heads(module: str) -> list[str]:
-    """The name and those of all that it is in, the longest first."""
+def _prefixes(module: str) -> list[str]:
+    """Return the module's name and its ancestors' names, the longest first."""
     parts = module.split(".")
     return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
 def is_unet(unet: Any, addition_embed_type: str | None) -> bool:
-    """Whether it is a UNet that reads a prompt and these additional embeddings, and no more."""
+    """Whether a UNet takes a prompt and these additional embeddings, and no other conditions.
+
+    Args:
+        unet: A component.
+        addition_embed_type: Value of the UNet's configuration; None: no additional embeddings.
+    """
     if class_name(unet) not in ("UNet2DConditionModel", MOTION_UNET):
         return False
     config = unet.config
     return (
         isinstance(config.cross_attention_dim, int)
         and config.addition_embed_type == addition_embed_type
-        # Other inputs than a prompt: DeepFloyd, Kandinsky, Kolors, unCLIP, upscalers. A loaded
-        # IP-Adapter also sets encoder_hid_dim_type, and changes nothing else.
+        # Excludes models with other conditions: DeepFloyd, Kandinsky, Kolors, unCLIP, upscalers. A
+        # loaded IP-Adapter sets encoder_hid_dim_type but is compatible.
         and config.encoder_hid_dim_type in (None, "ip_image_proj")
         and config.get("class_embed_type") is None
         and config.get("num_class_embeds") is None

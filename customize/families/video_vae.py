@@ -1,9 +1,8 @@
-"""What the families with an autoencoder of videos have in common.
+"""Base classes of the families with a video autoencoder.
 
-Concepts are learned from pictures, and a picture is a video of one frame. The frame axis is added
-where such a model is called and taken away behind it: nothing outside of families knows of it. What
-was learned serves all frames, because the layers that take an adapter are the same for every number
-of them.
+Concepts are trained on pictures, as videos of one frame. Families add the frame axis before a
+model's call and remove it afterwards; no other module depends on it. A concept applies to videos of
+any length, because the adapted layers are the same for any number of frames.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from customize.families.rectified_flow import PackedLatentsFamily
 
 
 class VideoVAEFamily(Family):
-    """An autoencoder of (batch, channels, frames, height, width), with latents normalised by
-    channel as its configuration says."""
+    """A family whose autoencoder takes (batch, channels, frames, height, width).
+
+    The autoencoder's configuration has a mean and standard deviation for each latent channel.
+    """
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = super().encode_images(pixels[:, :, None])
@@ -34,7 +35,7 @@ class VideoVAEFamily(Family):
 
 
 class QwenImageVAEFamily(VideoVAEFamily, PackedLatentsFamily):
-    """A family that draws pictures with one of Qwen-Image's autoencoders."""
+    """A family of picture models with one of Qwen-Image's autoencoders."""
 
     @property
     def _vae_factor(self) -> int:

@@ -1,7 +1,8 @@
-"""Wan 2.1 (arXiv 2503.20314) and 2.2: a transformer over the tokens of a video, or two of them.
+"""Wan 2.1 (arXiv 2503.20314) and 2.2: one or two transformers over the tokens of a video.
 
-Wan 2.2 14B has one transformer for much noise and one for little. A concept has updates of both,
-each learned on its own levels: a batch's samples go where the pipeline would send them.
+Wan 2.2 14B has one transformer for high and one for low noise levels. A concept has updates of
+both, each trained on its range of levels: every sample goes to the transformer that the pipeline
+would use.
 
 UMT5 reads the prompt and takes no new tokens: a trigger is a plain word of the prompt.
 """
@@ -27,7 +28,7 @@ from customize.families.video_vae import VideoVAEFamily
 #: How many tokens of the prompt the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
 
-#: The names of Wan's own code.
+#: The layer names of Wan's original code.
 _ORIGINALS: dict[str, tuple[str, ...]] = {
     "text_embedding.0": ("condition_embedder.text_embedder.linear_1",),
     "text_embedding.2": ("condition_embedder.text_embedder.linear_2",),
@@ -40,16 +41,18 @@ _ORIGINALS: dict[str, tuple[str, ...]] = {
     "blocks.{}.ffn.2": ("blocks.{}.ffn.net.2",),
     "head.head": ("proj_out",),
 }
-for _theirs, _ours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
-    for _layer, _own in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
-        _ORIGINALS[f"blocks.{{}}.{_theirs}.{_layer}"] = (f"blocks.{{}}.{_ours}.{_own}",)
+for _original, _attention in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+    for _letter, _layer in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
+        _ORIGINALS[f"blocks.{{}}.{_original}.{_letter}"] = (f"blocks.{{}}.{_attention}.{_layer}",)
 
 
 class Wan(VideoVAEFamily, RectifiedFlowFamily):
-    """WanTransformer3DModel, UMT5, AutoencoderKLWan, and a scheduler that knows flow matching.
+    """Wan 2.1 and 2.2.
 
-    What animates a picture has projections of that besides; they are left alone, so what was
-    learned on the model that draws from prompts also fits the one of its size that animates.
+    Components: WanTransformer3DModel, UMT5, AutoencoderKLWan, and a scheduler with flow matching.
+
+    Image-to-video models have additional projections for the picture, which take no adapter. So a
+    concept of a text-to-video model also fits the image-to-video model of the same size.
     """
 
     name = "wan"
@@ -79,9 +82,9 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
             for heads, layers, channels in ((12, 30, 16), (24, 30, 48), (40, 40, 16))
         ]
         animating = WanTransformer3DModel(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
-        # The one with two comes last: what fits one of them is as well a LoRA of Wan 2.1's.
+        # The model with two transformers comes last: a LoRA of one of them also fits Wan 2.1.
         both = {"transformer": plain[-1], "transformer_2": plain[-1]}
-        return [*({"transformer": each} for each in (*plain, animating)), both]
+        return [*({"transformer": model} for model in (*plain, animating)), both]
 
     def original_names(self) -> dict[str, tuple[RowRange, ...]]:
         return original_rows(self.layers(self.denoiser_key), _ORIGINALS)
@@ -94,7 +97,7 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
         tokens = tokenize(self._component("tokenizer"), texts, MAX_SEQUENCE_LENGTH)
         mask = to_device(tokens.attention_mask, encoder.device)
         states = encoder(to_device(tokens.input_ids, encoder.device), mask).last_hidden_state
-        # The denoiser has no mask: it was trained with zeros behind the prompt.
+        # The denoiser has no mask: it was trained with zeros as padding.
         return {"prompt_embeds": states.masked_fill(mask[..., None] == 0, 0.0).to(encoder.dtype)}
 
     def relevant_config(self) -> dict[str, Any]:
@@ -104,11 +107,11 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
         )
 
     def timesteps(self, u: Tensor, shape: Sequence[int]) -> Tensor:
-        """As :meth:`FlowFamily.timesteps`.
+        """As :meth:`RectifiedFlowFamily.timesteps`.
 
         Raises:
-            PipelineError: also where it isn't told which levels are whose, since both would be
-                trained on wrong ones.
+            PipelineError: Also if the noise level between two transformers is unknown, because
+                both would train on wrong levels.
         """
         self._boundary()
         return super().timesteps(u, shape)
@@ -122,27 +125,31 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
     ) -> Tensor:
         self._check_channels(noisy)
         prompts = conditions["prompt_embeds"]
-        denoisers = self._asked(t)
+        denoisers = self._denoisers_at(t)
         if len(set(denoisers)) == 1:
             return self._answer(denoisers[0], noisy, t, prompts)
-        # Batches of models of this size are small: one sample at a time.
+        # One sample at a time, since batches of models of this size are small.
         rows = zip(denoisers, noisy.split(1), t.split(1), prompts.split(1), strict=True)
         return torch.cat([self._answer(*row) for row in rows])
 
-    def _asked(self, t: Tensor) -> list[Any]:
-        """The denoiser of each sample. Of two, the choice is the one thing here that waits for
-        the device."""
+    def _denoisers_at(self, t: Tensor) -> list[Any]:
+        """Return the denoiser of each sample; t is (batch,).
+
+        The choice between two denoisers synchronizes with the device.
+        """
         boundary, second = self._boundary(), self.components.get("transformer_2")
         if boundary is None:
             return [self.denoiser] * len(t)
-        much = (t >= boundary * self._train_timesteps).tolist()
-        return [self.denoiser if noise else second for noise in much]
+        is_high = (t >= boundary * self._train_timesteps).tolist()
+        return [self.denoiser if high else second for high in is_high]
 
     def _boundary(self) -> float | None:
-        """The share of noise from which of two transformers the first is called; None of one.
+        """Return the noise level in (0, 1) from which the first of two transformers is called.
+
+        None for models with one transformer.
 
         Raises:
-            PipelineError: the pipeline's configuration has none.
+            PipelineError: The pipeline's configuration has no boundary.
         """
         if self.components.get("transformer_2") is None:
             return None
@@ -158,7 +165,7 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
 
     def _answer(self, denoiser: Any, noisy: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         dtype = self._denoiser_dtype
-        # Wan 2.2 5B is given a time for each token, but tokens to draw all have the same.
+        # Wan 2.2 5B takes a timestep per token; without a first frame, all tokens have the same.
         answer = denoiser(
             hidden_states=self.pack(noisy.to(dtype)),
             timestep=t,
@@ -168,14 +175,14 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
         return self.unpack(answer, *noisy.shape[-2:])
 
     def pack(self, latents: Tensor) -> Tensor:
-        """(batch, channels, h, w) to (batch, channels, 1, h, w)."""
+        """Convert (batch, channels, h, w) to (batch, channels, 1, h, w)."""
         return latents[:, :, None]
 
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
         return packed[:, :, 0]
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
-        return Family.schedule(self, steps, shape, device)  # the levels are the scheduler's own
+        return Family.schedule(self, steps, shape, device)  # with the scheduler's noise levels
 
     def cross_attention_layers(self) -> list[str]:
         return modules_named(self.denoiser, r"blocks\.\d+\.attn2")
@@ -186,7 +193,7 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
 
     @property
     def latent_multiple(self) -> int:
-        # The pipeline asks for multiples of 16, and rounds to its tokens of 2 x 2 latents.
+        # The pipeline requires multiples of 16 and rounds to tokens of 2 x 2 latents.
         return math.lcm(16, 2 * self._vae_factor)
 
     @property

@@ -1,8 +1,8 @@
 """Z-Image (arXiv 2511.22699): one transformer over the tokens of prompt and picture.
 
-An LLM reads the prompt in its chat template and takes no new tokens here: a trigger is a plain
-word of the prompt. The denoiser counts time from noise to data and answers ``latents - noise``;
-:meth:`ZImage.predict` turns both round.
+An LLM reads the prompt in its chat template and takes no new tokens: a trigger is a plain word of
+the prompt. The denoiser's time runs from noise to data, and it predicts ``latents - noise``;
+:meth:`ZImage.predict` reverses both.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ for _stack in ("layers.{}", "noise_refiner.{}", "context_refiner.{}"):
 
 
 class ZImage(RectifiedFlowFamily):
-    """ZImageTransformer2DModel, an LLM such as Qwen3, AutoencoderKL, and a flow-matching
-    scheduler."""
+    """Z-Image.
+
+    Components: ZImageTransformer2DModel, an LLM such as Qwen3, AutoencoderKL, and a flow-matching
+    scheduler.
+    """
 
     name = "z_image"
     default_guidance = 5.0
@@ -73,8 +76,11 @@ class ZImage(RectifiedFlowFamily):
         }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """As :meth:`Family.encode_prompts`, but "prompt_embeds", a list in the pipeline, is filled
-        up with zeros, and "prompt_lengths", (len(prompts),), on the CPU, tells where they begin."""
+        """As :meth:`Family.encode_prompts`, but "prompt_embeds" is padded with zeros.
+
+        "prompt_lengths", (len(prompts),), int64, on the CPU, has the lengths without them; the
+        pipeline has a list of prompts.
+        """
         tokenizer, encoder = self._component("tokenizer"), self._component("text_encoder")
         texts = [
             tokenizer.apply_chat_template(
@@ -126,7 +132,7 @@ class ZImage(RectifiedFlowFamily):
 
     @property
     def default_resolution(self) -> int:
-        return 1024  # the pipeline's, whatever the autoencoder's factor
+        return 1024  # the pipeline's, independent of the autoencoder's factor
 
     @property
     def latent_multiple(self) -> int:

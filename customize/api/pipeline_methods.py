@@ -239,11 +239,11 @@ def record_inputs(
         PipelineError: As for :func:`load_custom`.
     """
     from customize.core.precision import full_precision
-    from customize.pipeline import record_inputs as recording
     from customize.pipeline.model_locks import lock_models
+    from customize.pipeline.record_inputs import record_inputs
 
     with lock_models(pipe), full_precision(tf32=True):
-        return recording.record_inputs(pipe, concept, prompts, words)
+        return record_inputs(pipe, concept, prompts, words)
 
 
 def memory_plan(

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: arguments of the command line; None: those of this process.
+        argv: Arguments of the command line; None: those of this process.
 
     Returns:
         The exit code: 0; 2 after an error of the user, with one line on stderr; 130 after Ctrl-C,

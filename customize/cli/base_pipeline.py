@@ -27,16 +27,16 @@ def load_base_pipeline(
     """Load a complete diffusers pipeline from safetensors files.
 
     Args:
-        base: folder, hub id or single .safetensors file.
-        device: where the pipeline will run.
-        dtype: one of :data:`DTYPES`; None: float32 on a CPU, else float16.
-        move: move the pipeline to the device; False keeps it on the CPU for a memory plan.
-        variant: of the weight files, such as ``"fp16"``.
-        config: pipeline whose configuration a single file uses.
+        base: Folder, hub id or single .safetensors file.
+        device: Device that the pipeline will run on.
+        dtype: One of :data:`DTYPES`; None: float32 on a CPU, else float16.
+        move: Whether to move the pipeline to the device; a memory plan needs it on the CPU.
+        variant: Variant of the weight files, such as ``"fp16"``.
+        config: Folder or hub id of the pipeline whose configuration a single file uses.
 
     Raises:
-        ConfigError: the dtype, the variant or the configuration is invalid.
-        PipelineError: the base cannot be loaded, or exists in diffusers as a modular pipeline only.
+        ConfigError: The dtype, the variant or the configuration is invalid.
+        PipelineError: The base cannot be loaded, or exists in diffusers as a modular pipeline only.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
@@ -73,7 +73,7 @@ def check_steps(pipe: Any, steps: int | None) -> None:
     """Check that the scheduler has at least as many timesteps as sampling steps are requested.
 
     Raises:
-        ConfigError: it has fewer.
+        ConfigError: The scheduler has fewer timesteps.
     """
     limit = pipe.scheduler.config.get("num_train_timesteps")
     if steps is not None and limit is not None and steps > limit:
@@ -87,14 +87,14 @@ def check_steps(pipe: Any, steps: int | None) -> None:
 def python_snippet(
     base: str, concepts: Sequence[str], triggers: Sequence[str], family: str, output: str
 ) -> str:
-    """Python lines that load a base with concepts and generate an image.
+    """Return Python lines that load a base with concepts and generate an image.
 
     Args:
-        base: folder or hub id of the pipeline.
-        concepts: sources for ``load_custom``; empty where the base contains the concepts.
-        triggers: for the prompt.
-        family: name of the model family.
-        output: what the pipeline returns, "images" or "frames".
+        base: Folder or hub id of the pipeline.
+        concepts: Sources for ``load_custom``; empty if the base contains the concepts.
+        triggers: Triggers in the prompt.
+        family: Name of the model family.
+        output: Attribute of the pipeline's output, "images" or "frames".
     """
     from customize.concepts.io import model_card
 

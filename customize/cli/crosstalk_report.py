@@ -28,11 +28,11 @@ MAX_CROSSTALK = 0.5
 def measure_crosstalk(
     concepts: Sequence[Adaptation], inputs: Sequence[Mapping[str, Mapping[str, Tensor]]]
 ) -> dict[str, Tensor]:
-    """Norms of each concept's update on each concept's layer inputs.
+    """Measure the norms of each concept's update on each concept's layer inputs.
 
     Args:
-        concepts: n of them.
-        inputs: the recorded inputs of each: component -> module -> (rows, width).
+        concepts: The n concepts.
+        inputs: Recorded inputs of each concept: component -> module -> (rows, width).
 
     Returns:
         Layer -> (n, n), entry [i, j] for update j on the inputs of concept i; layers that all
@@ -47,11 +47,15 @@ def measure_crosstalk(
 def relative_crosstalk(
     names: Sequence[str], by_layer: Mapping[str, Tensor]
 ) -> tuple[list[str], Tensor]:
-    """Crosstalk of each ordered pair in each layer, relative to the concept's own update.
+    """Return the crosstalk of each ordered pair in each layer, relative to the concept's update.
 
     The reference is the norm of the concept's own update in the layer, or its root mean square
-    over layers where that is larger, so that layers that the concept hardly changes do not stand
-    out.
+    over layers if that is larger. Otherwise, layers that the concept hardly changes would have the
+    largest crosstalk.
+
+    Args:
+        names: Names of the n concepts.
+        by_layer: Norms from :func:`measure_crosstalk`.
 
     Returns:
         The n (n - 1) pairs, "tom on rex" for tom's update on rex's inputs, and (layers, pairs).
@@ -68,7 +72,7 @@ def relative_crosstalk(
 
 
 def describe_crosstalk(names: Sequence[str], by_layer: Mapping[str, Tensor]) -> list[str]:
-    """A sentence for each pair: its crosstalk, and whether to merge by fusion."""
+    """Return a sentence for each pair with its crosstalk and whether to merge by fusion."""
     if not by_layer:
         return ["Crosstalk is unknown: no layer is changed by all concepts."]
     lines = []
@@ -120,7 +124,7 @@ def plot_crosstalk(names: Sequence[str], by_layer: Mapping[str, Tensor], path: P
     """Write heat maps of the crosstalk over all layers and layer by layer as a PNG.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: The file cannot be written.
     """
     from matplotlib.figure import Figure
 

@@ -196,7 +196,7 @@ def _check_mode(
     """Check that one of the two modes is chosen, without flags of the other.
 
     Raises:
-        ConfigError: neither mode or both, or a flag or argument of the other mode.
+        ConfigError: Neither mode or both, or a flag or argument of the other mode.
     """
     if storybook == (images is not None):
         raise ConfigError(

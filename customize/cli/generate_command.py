@@ -24,7 +24,7 @@ from customize.cli.shared_options import (
 from customize.errors import ConfigError
 
 if TYPE_CHECKING:
-    from customize.cli.concept_arguments import WeightArgument
+    from customize.cli.concept_flags import WeightArgument
     from customize.cli.generation_plan import GenerationPlan, LoadArguments
     from customize.concepts.formats.lora_file import LoraFile
     from customize.concepts.types import Adaptation
@@ -148,7 +148,7 @@ def generate(
 
     customize generate rex tom --base BASE --prompt "<rex> and <tom>"
     """
-    from customize.cli.concept_arguments import split_parts
+    from customize.cli.concept_flags import split_parts
     from customize.cli.generation_plan import GenerationPlan, LoadArguments, parse_size
     from customize.cli.region_arguments import parse_regions
 
@@ -190,19 +190,19 @@ def generate_images(
     """Generate all images of a plan into a folder.
 
     Args:
-        loading: base and concepts.
-        plan: prompts, seeds and sampling settings.
-        regions: as :func:`customize.cli.region_arguments.parse_regions` returns them.
-        output: folder.
-        device: name; None: the fastest available.
-        dtype: name; None: float32 on a CPU, else float16.
+        loading: Base and concepts.
+        plan: Prompts, seeds and sampling settings.
+        regions: As :func:`customize.cli.region_arguments.parse_regions` returns them.
+        output: Output folder.
+        device: Name of the device; None: the fastest available.
+        dtype: Name of the dtype; None: float32 on a CPU, else float16.
     """
     from rich.progress import track
 
     from customize.base.device import choose_device
     from customize.cli import generated_images, generation_checks
     from customize.cli.base_pipeline import check_steps, load_base_pipeline
-    from customize.cli.concept_arguments import parse_weights, rename_concepts
+    from customize.cli.concept_flags import parse_weights, rename_concepts
     from customize.cli.output_files import storage_errors
     from customize.cli.region_arguments import check_regions
     from customize.cli.terminal import console, print_line

@@ -29,18 +29,18 @@ def generate_image(
     """Generate one image.
 
     Args:
-        pipe: diffusers pipeline.
-        prompt: one of the plan's.
-        seed: of the noise, which is drawn on the CPU so that it is the same on every device.
-        plan: sampling settings.
-        arguments: further arguments of the call, such as the guidance scale.
-        output: what the pipeline returns, "images" or "frames"; a video of one frame is generated.
+        pipe: Diffusers pipeline.
+        prompt: A prompt of the plan.
+        seed: Seed of the noise, which is drawn on the CPU so that it is the same on every device.
+        plan: Sampling settings.
+        arguments: Further arguments of the call, such as the guidance scale.
+        output: Attribute of the pipeline's output, "images" or "frames"; videos have one frame.
 
     Returns:
         The PIL image and the settings that it depends on.
 
     Raises:
-        PipelineError: the image is not finite, and would be stored as black.
+        PipelineError: The image is not finite, and would be stored as black.
     """
     import numpy as np
     import torch
@@ -81,16 +81,16 @@ def save_image(folder: Path, number: int, image: Any, settings: Mapping[str, Any
     """Save an image and its settings under a number, without overwriting files.
 
     Args:
-        folder: exists.
-        number: preferred one; the next free one if another process has used it meanwhile.
+        folder: An existing folder.
+        number: Preferred number; the next free one if another process has used it meanwhile.
         image: PIL image.
-        settings: for the JSON file.
+        settings: Content of the JSON file.
 
     Returns:
         The number of the files.
 
     Raises:
-        StorageError: they cannot be written.
+        StorageError: The files cannot be written.
     """
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

@@ -38,13 +38,13 @@ def check_memory_device(device: torch.device, flag: str) -> None:
 def guidance_arguments(
     pipe: Any, family: Family, plan: GenerationPlan
 ) -> tuple[dict[str, Any], float | None]:
-    """The call's arguments for guidance and negative prompt, and the effective guidance scale.
+    """Return the call's arguments for guidance and negative prompt, and the guidance scale.
 
     Returns:
-        The arguments, and the scale; None where the pipeline applies no guidance by default.
+        The arguments, and the effective scale; None if the pipeline applies no guidance by default.
 
     Raises:
-        ConfigError: the pipeline lacks such an argument, or would ignore its value.
+        ConfigError: The pipeline lacks such an argument, or would ignore its value.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
     arguments = family.guidance_kwargs(plan.guidance, plan.negative)

@@ -1,4 +1,4 @@
-"""What ``customize generate`` loads and generates, validated before any model is loaded."""
+"""Arguments of ``customize generate``, validated before a model is loaded."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ class LoadArguments:
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """Prompts, seeds and sampling settings; None stands for the pipeline's default.
+    """Prompts, seeds and sampling settings; None is the pipeline's default.
 
     Attributes:
-        prompts: each is generated with each seed.
-        negative: negative prompt.
-        avoid: comma-separated phrases whose directions are projected out, or "auto".
-        steps: sampling steps.
-        guidance: guidance scale.
-        seed: of the first image of each prompt.
-        count: images per prompt, with consecutive seeds.
+        prompts: Prompts, each of which is generated with each seed.
+        negative: Negative prompt.
+        avoid: Comma-separated phrases whose directions are projected out, or "auto".
+        steps: Sampling steps.
+        guidance: Guidance scale.
+        seed: Seed of the first image of each prompt.
+        count: Images per prompt, with consecutive seeds.
         size: (width, height) in pixels.
 
     Raises:
-        ConfigError: a number is out of range, or a text is not valid Unicode.
+        ConfigError: A number is out of range, or a text is not valid Unicode.
     """
 
     prompts: tuple[str, ...]
@@ -97,7 +97,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     """Parse ``"512"`` or ``"768x512"`` to (width, height) in pixels.
 
     Raises:
-        ConfigError: the text has neither form.
+        ConfigError: The text has neither form.
     """
     if text is None:
         return None

@@ -40,19 +40,19 @@ def evaluate_images(
     """Score the images of a folder with each given model, print a table and write JSON.
 
     Args:
-        images: folder to score.
-        prompts: file of prompts; None: those in the JSON files beside the images, if any.
-        references: folder of images of the concept, for CLIP-I and DINO-I.
-        clip: folder or hub id of a CLIP model; likewise dino, blip and blip2.
-        dino: for DINO-I.
-        blip: for BLIP ITC and ITM.
-        blip2: for BLIP-2 ITC and ITM.
-        class_word: replaces triggers in prompts.
-        device: name; None: the fastest available.
-        json_file: for the scores of each image.
+        images: Folder to score.
+        prompts: File of prompts; None: those in the JSON files beside the images, if any.
+        references: Folder of images of the concept, for CLIP-I and DINO-I.
+        clip: Folder or hub id of a CLIP model.
+        dino: Folder or hub id of a DINO model, for DINO-I.
+        blip: Folder or hub id of a BLIP model, for BLIP ITC and ITM.
+        blip2: Folder or hub id of a BLIP-2 model, for BLIP-2 ITC and ITM.
+        class_word: Class word that replaces triggers in prompts.
+        device: Name of the device; None: the fastest available.
+        json_file: File for the scores of each image.
 
     Raises:
-        ConfigError: no model is given, or a model lacks the prompts or references it needs.
+        ConfigError: No model is given, or a model lacks the prompts or references it needs.
     """
     check_output_file(json_file)
     if not (clip or dino or blip or blip2):

@@ -42,7 +42,7 @@ def inspect(
         find_incompatibility,
     )
     from customize.cli import crosstalk_report
-    from customize.cli.concept_arguments import split_parts
+    from customize.cli.concept_flags import split_parts
     from customize.cli.output_files import check_png
     from customize.cli.terminal import console, print_line
     from customize.concepts.formats.open_adaptation import open_all_without_pipeline

@@ -39,10 +39,10 @@ class InterruptHandler:
     """The SIGINT handler of a command.
 
     Attributes:
-        advice: line to print when the command ends.
-        received: whether an interrupt arrived during an import. The command then counts as
+        advice: Line to print when the command ends.
+        received: Whether an interrupt arrived during an import. The command then counts as
             interrupted even if it finishes before the import does.
-        finished: whether the command has finished, so that an interrupt ends the process at once.
+        finished: Whether the command has finished, so that an interrupt ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class InterruptHandler:
         """Handle SIGINT.
 
         Raises:
-            KeyboardInterrupt: no import is running.
+            KeyboardInterrupt: No import is running.
         """
         if self.finished:
             self.exit_process()
@@ -109,7 +109,8 @@ def handle_interrupts(exit_afterwards: bool) -> Iterator[None]:
     """Install :data:`handler` for SIGINT, unless SIGINT is ignored or already handled.
 
     Args:
-        exit_afterwards: the process ends with the command, so that a later Ctrl-C ends it at once.
+        exit_afterwards: Whether the process ends with the command, so that a later Ctrl-C ends it
+            at once.
     """
     handler.reset()
     if (

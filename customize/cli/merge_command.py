@@ -22,7 +22,7 @@ from customize.cli.shared_options import (
 from customize.errors import ConfigError
 
 if TYPE_CHECKING:
-    from customize.cli.concept_arguments import WeightArgument
+    from customize.cli.concept_flags import WeightArgument
     from customize.concepts.types import Adaptation
 
 
@@ -91,7 +91,7 @@ def merge(
     """
     from customize.base.device import choose_device
     from customize.cli.base_pipeline import load_base_pipeline
-    from customize.cli.concept_arguments import parse_weights, split_parts
+    from customize.cli.concept_flags import parse_weights, split_parts
     from customize.concepts.io.file_layout import KEY_LAYOUTS
     from customize.concepts.io.folder_lock import lock_folder
     from customize.concepts.merge.choose_method import check_concept_count, parse_method
@@ -189,7 +189,7 @@ def _write_lora(
 
 
 def _rename_opened(concepts: Sequence[Adaptation], names: str | None) -> list[Adaptation]:
-    from customize.cli.concept_arguments import rename_concepts
+    from customize.cli.concept_flags import rename_concepts
     from customize.concepts.formats.lora_file import LoraFile
 
     renamed = rename_concepts(concepts, names)
@@ -208,7 +208,7 @@ def _write_pipeline(
     from customize import load_custom
     from customize.atomic import partial_folder
     from customize.cli.base_pipeline import python_snippet
-    from customize.cli.concept_arguments import rename_concepts
+    from customize.cli.concept_flags import rename_concepts
     from customize.cli.output_files import storage_errors
     from customize.cli.terminal import indented, print_line
     from customize.concepts.formats.open_adaptation import open_adaptations

@@ -17,7 +17,7 @@ def check_output_file(path: Path | None) -> None:
     """Check that a file can be written; None is valid.
 
     Raises:
-        StorageError: the path is a folder, or its parent is not writable.
+        StorageError: The path is a folder, or its parent is not writable.
     """
     if path is None:
         return
@@ -32,7 +32,7 @@ def check_png(path: Path | None, flag: str) -> None:
     """Check that a path names a .png in an existing folder; None is valid.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: The suffix differs, or the folder does not exist.
     """
     if path is not None and path.suffix.lower() != ".png":
         raise ConfigError(
@@ -46,7 +46,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON atomically, over an existing file.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: The file cannot be written.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

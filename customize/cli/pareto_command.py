@@ -144,7 +144,7 @@ def _read_rows(file: Path) -> list[Row]:
 
 
 def _is_row(row: object) -> bool:
-    """Whether it maps columns to text, numbers or null."""
+    """Whether a row maps columns to text, numbers or null."""
     return isinstance(row, dict) and not any(isinstance(v, list | dict) for v in row.values())
 
 
@@ -162,9 +162,9 @@ def _check_same_setting(rows: Sequence[Row], ignored: Sequence[str], file: Path)
     """Refuse to average rows of different settings: rows that differ in text or whole numbers.
 
     Args:
-        rows: with the same columns.
-        ignored: columns in which rows may differ.
-        file: for the error.
+        rows: Rows with the same columns.
+        ignored: Columns in which rows may differ.
+        file: File of the rows, for the error.
     """
     for column in rows[0]:
         values = {row.get(column) for row in rows}

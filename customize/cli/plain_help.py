@@ -47,8 +47,8 @@ def suggest_flag(flag: str, command: Any) -> str:
     """``"did you mean --learning-rate? If not, "`` for an unknown flag; empty without a near one.
 
     Args:
-        flag: as typed, such as ``--lr`` or ``--no-resum``.
-        command: typer's.
+        flag: The flag as typed, such as ``--lr`` or ``--no-resum``.
+        command: Command of typer.
     """
     flags = {
         option.lstrip("-").removeprefix("no-"): option

@@ -21,8 +21,8 @@ def parse_regions(texts: Sequence[str]) -> dict[str, Any]:
         Words -> box (left, top, right, bottom) or mask, a PIL image of mode L; in order.
 
     Raises:
-        ConfigError: a text has no words or no region, or two texts have the same words.
-        DataError: a mask file cannot be read as an image.
+        ConfigError: A text has no words or no region, or two texts have the same words.
+        DataError: A mask file cannot be read as an image.
     """
     parsed: dict[str, Any] = {}
     for text in texts:
@@ -45,12 +45,12 @@ def check_regions(
     """Check that each prompt contains the words of each region.
 
     Args:
-        prompts: all of the command.
-        regions: words or concept names -> region.
-        words: concept name -> its words in a prompt.
+        prompts: All prompts of the command.
+        regions: Words or concept names -> region.
+        words: Concept name -> its words in a prompt.
 
     Raises:
-        ConfigError: a prompt lacks the words; names similar words of the prompt.
+        ConfigError: A prompt lacks the words; the error suggests similar words of the prompt.
     """
     from customize.concepts.tokens.prompt_phrases import check_phrases, find_phrase
 

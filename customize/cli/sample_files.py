@@ -22,7 +22,7 @@ def read_samples(folder: Path) -> list[TrainingImage]:
     """Read the images of a folder in the order of file names, with their captions if any.
 
     Raises:
-        DataError: the folder has no images, or one cannot be read.
+        DataError: The folder has no images, or one cannot be read.
     """
     from customize.training.data.dataset import read_training_images
 
@@ -35,17 +35,17 @@ def read_prompts(
     """Read a prompt for each image, and replace triggers by class words.
 
     Args:
-        samples: images.
-        file: one prompt per line, as many as images, or one for all; None: the prompts in the JSON
-            files of ``customize generate`` beside the images.
-        class_word: replaces every trigger; None: each by its own class word in the JSON files.
+        samples: The images.
+        file: File with one prompt per image and line, or one prompt for all; None: the prompts in
+            the JSON files of ``customize generate`` beside the images.
+        class_word: Class word that replaces triggers; None: the class words in the JSON files.
 
     Returns:
         As many prompts as images; None without a file and without JSON files.
 
     Raises:
-        DataError: the file or a JSON file is not readable, or the number of prompts differs.
-        ConfigError: the class word of a trigger is unknown.
+        DataError: The file or a JSON file is not readable, or the number of prompts differs.
+        ConfigError: The class word of a trigger is unknown.
     """
     words: list[dict[str, str]] = [{} for _ in samples]
     if file is not None:

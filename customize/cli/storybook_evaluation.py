@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from customize.base.device import choose_device
 from customize.cli.base_pipeline import check_steps, load_base_pipeline
-from customize.cli.concept_arguments import parse_weight_list
+from customize.cli.concept_flags import parse_weight_list
 from customize.cli.output_files import check_output_file, write_json
 from customize.cli.sample_files import read_samples
 from customize.cli.terminal import command_line, console
@@ -86,7 +86,7 @@ def _open_concept(source: str) -> Adaptation:
     """Open a concept or a merge of concepts.
 
     Raises:
-        ConceptError: it cannot be read, or is a LoRA, for which the expected content is unknown.
+        ConceptError: It cannot be read, or is a LoRA, for which the expected content is unknown.
     """
     from customize.concepts.formats.open_adaptation import open_adaptation
     from customize.concepts.types import Concept, Lora
@@ -141,15 +141,15 @@ def storybook_rows(
     """Generate and score images of each concept alone, then of all merged.
 
     Args:
-        pipe: pipeline of the bundled base.
-        judges: of the storybook.
-        concepts: concepts, or merges of them, which are scored merged only.
-        weights: of the concepts in the merge; alone each has weight 1.
-        references: subject's name -> its prototype (64,), and the places in its reference images,
+        pipe: Pipeline of the bundled base.
+        judges: Judges of the storybook.
+        concepts: Concepts, or merges of them, which are scored merged only.
+        weights: Weights of the concepts in the merge; alone, each has weight 1.
+        references: Subject's name -> its prototype (64,), and the places in its reference images,
             which must not leak.
-        seeds: each scores all prompts once.
-        steps: sampling steps.
-        merge: method.
+        seeds: Seeds, each of which scores all prompts once.
+        steps: Sampling steps.
+        merge: Name of the merge method.
 
     Returns:
         A row for each subject, seed, and number of concepts attached.
@@ -198,14 +198,14 @@ def storybook_rows(
                 unrelated_drift = drift(before[seed], images[""])
                 subjects = [subject for concept in attached for subject in _subjects(concept)]
                 for subject in subjects:
-                    prototype, places = references[subject.name]
+                    prototype, reference_places = references[subject.name]
                     rates = rate_concept(
                         judges,
                         images[subject.name],
                         groups[subject.name],
                         prototype,
                         subject.class_word,
-                        places,
+                        reference_places,
                     )
                     rows.append(
                         {
@@ -225,7 +225,7 @@ def storybook_rows(
 
 
 def storybook_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over concepts and seeds: ``identity_alone``, ``identity_merged`` and so on."""
+    """Return means over concepts and seeds, such as ``identity_alone`` and ``identity_merged``."""
     figures = {}
     for suffix, alone in (("alone", True), ("merged", False)):
         selected = [row for row in rows if (row["attached"] == 1) == alone]
@@ -239,7 +239,7 @@ def storybook_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _read_references(
     judges: Judges, subject: Subject, references: Path, count: int
 ) -> tuple[Tensor, set[str]]:
-    """The prototype of a subject's reference images, and the places that they show."""
+    """Return the prototype of a subject's reference images, and the places that they show."""
     from customize.storybook.caption_grammar import parse_prompt
     from customize.storybook.judges import judge_inputs
     from customize.storybook.world import CLASSES
@@ -257,11 +257,11 @@ def _read_references(
     samples = read_samples(folder)
     images = judge_inputs([sample.image for sample in samples])
     attributes = judges.predict_attributes(images)
-    places = {
+    reference_places = {
         parse_prompt(sample.caption).place or predicted["place"]
         for sample, predicted in zip(samples, attributes, strict=True)
     }
-    return judges.prototype(images), places
+    return judges.prototype(images), reference_places
 
 
 def _print_rates(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What the demo compares: concepts, models, seeds, training settings and prompts."""
+"""Concepts, models, seeds, training settings and prompts of the demo."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class DrawnImages:
     """The images of one model, each tensor (n, 3, 64, 64) in [-1, 1].
 
     Attributes:
-        concepts: name -> its images, seed after seed.
-        pairs: two names -> images of both, for the first seed.
-        unrelated: images of prompts without a concept; None if the model did not draw them.
+        concepts: Name -> its images, seed after seed.
+        pairs: Two names -> images of both, for the first seed.
+        unrelated: Images of prompts without a concept; None if the model did not draw them.
     """
 
     concepts: Mapping[str, Tensor]
@@ -73,14 +73,14 @@ def pair_prompts(words: tuple[str, str]) -> list[str]:
 def model_prompts(
     words: Mapping[str, str], pairs: Sequence[tuple[str, str]], unrelated: bool
 ) -> dict[Any, list[str]]:
-    """The prompts of one model by concept name, by pair and under "unrelated".
+    """Return the prompts of one model by concept name, by pair and under "unrelated".
 
     Args:
-        words: concept name -> its words in a prompt, a trigger or "a dog".
-        pairs: of concept names.
-        unrelated: include prompts without a concept.
+        words: Concept name -> its words in a prompt, a trigger or "a dog".
+        pairs: Pairs of concept names.
+        unrelated: Whether to include prompts without a concept.
     """
-    prompts: dict[Any, list[str]] = {n: evaluation_prompts(word) for n, word in words.items()}
+    prompts: dict[Any, list[str]] = {name: evaluation_prompts(word) for name, word in words.items()}
     prompts |= {(a, b): pair_prompts((words[a], words[b])) for a, b in pairs}
     return prompts | ({"unrelated": unrelated_prompts()} if unrelated else {})
 

@@ -41,7 +41,7 @@ def run_demo(folder: str | Path = "demo") -> Path:
     """Run the whole demo and return its folder.
 
     Raises:
-        CustomizeError: the bundled assets are missing or damaged, or the folder cannot be written.
+        CustomizeError: The bundled assets are missing or damaged, or the folder cannot be written.
     """
     from diffusers import DiffusionPipeline
     from rich.console import Console
@@ -82,13 +82,13 @@ def train_concept(
     """Train one bundled concept into a folder, resume it, or load it if it is finished.
 
     Args:
-        folder: for the concept and its checkpoints.
-        name: of the bundled concept.
+        folder: Folder of the concept and its checkpoints.
+        name: Name of the bundled concept.
         method: "lora" for the baseline, which is trained and merged in the usual way.
-        components: of the base pipeline.
+        components: Components of the base pipeline.
 
     Raises:
-        SettingsError: the folder contains a concept trained with other settings.
+        SettingsError: The folder contains a concept trained with other settings.
     """
     from customize.training.config import TrainConfig
     from customize.training.recipe import train
@@ -176,7 +176,7 @@ def write_results(
     """Write scorecard.json, scorecard.md, grid.png and crosstalk.png.
 
     Raises:
-        StorageError: the folder cannot be written.
+        StorageError: The folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

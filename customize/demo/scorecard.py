@@ -35,8 +35,8 @@ def score_models(judges: Judges, drawn: Mapping[str, DrawnImages]) -> dict[str, 
     """Score the images of all models.
 
     Args:
-        judges: of the storybook.
-        drawn: model -> its images; includes the base model.
+        judges: Judges of the storybook.
+        drawn: Model -> its images; includes the base model.
 
     Returns:
         "rows", one per model and concept and one per model over all concepts, and "figures", the

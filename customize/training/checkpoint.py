@@ -92,13 +92,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         write_atomic(path, _serialize(checkpoint))
         # Files of later steps are damaged or of a run that has started anew.
         paths = _checkpoint_files(folder)
-        kept = paths[paths.index(path) :][: max(keep, 1)]
-        for old in [*(path for path in paths if path not in kept), *folder.glob(".step-*")]:
+        newest = paths[paths.index(path) :][: max(keep, 1)]
+        for old in [*(path for path in paths if path not in newest), *folder.glob(".step-*")]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        what = f"the checkpoint of step {checkpoint.step}"
+        description = f"the checkpoint of step {checkpoint.step}"
         fix = "allow writing there, then run again: training resumes from the latest checkpoint"
-        raise storage_error(error, path, what, fix) from error
+        raise storage_error(error, path, description, fix) from error
     return path
 
 

@@ -48,7 +48,9 @@ def record_concept_inputs(run: Run, trained: TrainableConcept, concept: Concept)
         with run.trainable.adapters_disabled(except_for=trained):
             track = partial(run.progress.track, text=text)
             prompts = fill_prompts(config.trigger)
-            own = record_layer_inputs(family, layers, prompts, shape, progress=track, **options)
+            concept_inputs = record_layer_inputs(
+                family, layers, prompts, shape, progress=track, **options
+            )
         with run.trainable.adapters_disabled():
             track = partial(run.progress.track, text=f"{text} without its adapter")
             prompts = base_prompts(config.class_word)
@@ -56,6 +58,6 @@ def record_concept_inputs(run: Run, trained: TrainableConcept, concept: Concept)
     except ConceptError as error:
         warnings.warn(f"the layer inputs of {config.name} were not recorded: {error}", stacklevel=2)
         return
-    LayerInputs(digest_updates(concept.updates), own, generic).save(
+    LayerInputs(digest_updates(concept.updates), concept_inputs, generic).save(
         config.output / LAYER_INPUTS_FILE
     )

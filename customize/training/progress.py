@@ -1,8 +1,8 @@
-"""What a run shows on the way: a line for each phase, and a bar where its length is known.
+"""Progress output of a run: a line per phase, and a bar for phases of known length.
 
-Lines go to stdout, and bars to stderr, where after bad input only the error stands. On a terminal
-and in a notebook bars move; elsewhere, as in a log file, each is a line at the beginning, one every
-half a minute, and one at the end.
+Lines are written to stdout and bars to stderr. On a terminal and in a notebook, bars are redrawn in
+place; elsewhere, such as in a log file, a bar is a line at its start, every 30 seconds and at its
+end.
 """
 
 from __future__ import annotations
@@ -17,37 +17,38 @@ from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
 
-_EVERY = 30.0  # seconds between lines
-_LINES = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_INTERVAL = 30.0  # seconds between lines
+_BAR_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class Progress:
     """Shows the phases of a run.
 
     Args:
-        shown: show anything. Of several processes only the first does.
+        shown: Whether to show anything; processes of another rank than 0 show nothing.
     """
 
     def __init__(self, shown: bool) -> None:
         self.shown = shown and os.environ.get("RANK", "0") == "0"
 
     def line(self, text: str) -> None:
-        """Show a line, beside the bars that move."""
+        """Show a line above the bars."""
         if self.shown:
             from tqdm.auto import tqdm
 
-            with suppress(OSError, ValueError):  # the terminal may be gone
+            with suppress(OSError, ValueError):  # the terminal may be closed
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
     @contextmanager
     def phase(self, text: str, after: float = 0.0) -> Iterator[None]:
-        """Show that something begins whose length is not known, and how long it took.
+        """Show the start and the duration of a phase of unknown length.
 
         Args:
-            after: seconds; what is over by then is not shown.
+            text: Description of the phase.
+            after: Seconds until the start is shown; shorter phases do not show it.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         timer = threading.Timer(after, self.line, [f"{text} ..."])
         timer.daemon = True
         if after:
@@ -58,12 +59,17 @@ class Progress:
             yield
         finally:
             timer.cancel()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         if seconds >= 1.0:
             self.line(f"{text}: {seconds:.0f} s")
 
     def track(self, items: Sequence[T], text: str) -> Iterator[T]:
-        """The items, with a bar of how many are done."""
+        """Iterate over the items with a bar.
+
+        Args:
+            items: The items.
+            text: Description of the bar.
+        """
         with self.bar(len(items), text, "it") as bar:
             for item in items:
                 yield item
@@ -71,44 +77,47 @@ class Progress:
 
     @contextmanager
     def bar(self, total: int, text: str, unit: str, first: int = 0) -> Iterator[Any]:
-        """A bar of tqdm's.
+        """Show a bar of tqdm.
 
         Args:
-            first: how many are done already.
+            total: Number of steps.
+            text: Description of the bar.
+            unit: Unit of the steps, such as "it".
+            first: Number of steps done before the bar starts.
         """
         from tqdm.auto import tqdm
 
-        moving = "ipykernel" in sys.modules or sys.stderr.isatty()
-        how: dict[str, Any] = {} if moving else {"file": _Lines(sys.stderr), "bar_format": _LINES}
-        if not moving:
-            how |= {"mininterval": _EVERY, "maxinterval": _EVERY}
+        options: dict[str, Any] = {}
+        if "ipykernel" not in sys.modules and not sys.stderr.isatty():
+            options = {"file": _LineStream(sys.stderr), "bar_format": _BAR_FORMAT}
+            options |= {"mininterval": _INTERVAL, "maxinterval": _INTERVAL}
         with tqdm(
-            total=total, initial=first, disable=not self.shown, desc=text, unit=unit, **how
+            total=total, initial=first, disable=not self.shown, desc=text, unit=unit, **options
         ) as bar:
             yield bar
 
 
-#: Shows nothing.
+#: A progress that shows nothing.
 NO_PROGRESS = Progress(False)
 
 
 def without_progress(items: Iterable[T], text: str) -> Iterable[T]:
-    """:meth:`Progress.track` without a bar."""
+    """Return the items; the counterpart of :meth:`Progress.track` without a bar."""
     return items
 
 
-class _Lines:
-    """A stream on which what tqdm would draw over the last state is a line of its own."""
+class _LineStream:
+    """A stream that writes each state of a bar as a new line."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._last = stream, ""
+        self._stream, self._previous = stream, ""
 
     def write(self, text: str) -> int:
         line = text.strip("\r\n ")
-        if line and line != self._last:
+        if line and line != self._previous:
             with suppress(OSError, ValueError):
                 self._stream.write(f"{line}\n")
-            self._last = line
+            self._previous = line
         return len(text)
 
     def flush(self) -> None:

@@ -84,9 +84,9 @@ def train(
         ConfigError: A setting is invalid.
         DataError: An image or caption is invalid.
         PipelineError: The base cannot be loaded or trained.
-        SettingsError: The output folder holds this concept, learned with other settings or from
+        SettingsError: The output folder contains this concept, trained with other settings or from
             another base; or its slice was taken while the run was interrupted.
-        StorageError: The output folder holds something else, cannot be written, or is in use by
+        StorageError: The output folder contains something else, cannot be written, or is in use by
             another run.
         TrainingError: The loss or a trained parameter is not finite.
         TrainingStopped: The run was stopped by Ctrl-C or SIGTERM, and a checkpoint is saved.
@@ -105,10 +105,10 @@ def train_jointly(
     """Learn several concepts in one run, save each to its own folder and return them.
 
     The adapters and tokens of all concepts are attached at once, and orthogonal slices are
-    disjoint. The model draws what it draws with the sum of the concepts, as ``load_custom`` merges
-    them. Batches contain images of all concepts, equally many over time. Preservation losses weigh
-    each concept alike. The order of the concepts does not change the result; checkpoints are in the
-    folder of the concept whose name is alphabetically first.
+    disjoint. The trained model equals the base with the sum of the concepts, as merged by
+    ``load_custom``. Batches contain images of all concepts, equally many over time. Preservation
+    losses have equal weights for all concepts. The order of the concepts does not change the
+    result; checkpoints are in the folder of the concept whose name is alphabetically first.
 
     Args:
         configs: Settings of each concept. Those outside of
@@ -211,7 +211,7 @@ def start_run(
 
     Raises:
         ConfigError: The device, precision, quantization, compilation or tracker is not available.
-        StorageError: An output folder holds something else, cannot be written, or is in use.
+        StorageError: An output folder contains something else, cannot be written, or is in use.
     """
     for config in configs:
         check_output_folder(config.output, config.name)

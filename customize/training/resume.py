@@ -58,8 +58,8 @@ def find_resume_state(configs: Sequence[TrainConfig], settings_after: SettingsAf
         settings_after: Returns the settings that the result depends on.
 
     Raises:
-        SettingsError: A folder holds a checkpoint or a finished concept of other settings, or of a
-            run with other concepts.
+        SettingsError: A folder contains a checkpoint or a finished concept of other settings, or of
+            a run with other concepts.
     """
     if not configs[0].resume:
         return ResumeState(settings_after(split_joint_settings(None, configs)))

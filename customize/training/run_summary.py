@@ -1,4 +1,4 @@
-"""What a run is about to do, in numbers, and what makes it unlikely to succeed."""
+"""Summary of a run before it starts, and warnings of data that is unlikely to be learned."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from customize.training.data.image_folder import join_names
 from customize.training.run import Run
 
 _FEW_STEPS = 50
-_MOST_PIECES = 4
-_SHORT_PIECES = 2.0  # letters
-_SHOWN = 4  # sizes
+_UNKNOWN_WORD_PIECES = 4  # minimum number of pieces of an unknown word
+_SHORT_PIECES = 2.0  # mean length in letters
+_SHOWN_BUCKETS = 4
 
 
 def show_run_summaries(
@@ -49,7 +49,16 @@ def summarize_run(
     resolution: int,
     processes: int,
 ) -> dict[str, str]:
-    """Title -> numbers of pictures, captions, masks, sizes, steps and epochs, in words."""
+    """Return title -> text with the numbers of images, captions, masks, sizes, steps and epochs.
+
+    Args:
+        config: Settings of the concept.
+        samples: Its training images.
+        class_samples: Its class images; empty if the base draws them.
+        family: The base model.
+        resolution: Training resolution in pixels.
+        processes: Number of processes.
+    """
     templated = sum(sample.templated for sample in samples)
     masks = sum(sample.mask_path is not None for sample in samples)
     batch = config.batch_size * config.gradient_accumulation * processes
@@ -66,10 +75,10 @@ def summarize_run(
         shown["steps, epochs"] += "; some hundreds of steps are usual"
     if config.buckets:
         sizes = bucket_sizes(resolution, family.latent_multiple)
-        found = Counter(nearest_bucket(sample.size, sizes) for sample in samples)
-        buckets = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-        named = [f"{w} x {h} ({count})" for (w, h), count in buckets[:_SHOWN]]
-        more = [f"{len(buckets) - _SHOWN} more"] * (len(buckets) > _SHOWN)
+        counts = Counter(nearest_bucket(sample.size, sizes) for sample in samples)
+        buckets = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        named = [f"{w} x {h} ({count})" for (w, h), count in buckets[:_SHOWN_BUCKETS]]
+        more = [f"{len(buckets) - _SHOWN_BUCKETS} more"] * (len(buckets) > _SHOWN_BUCKETS)
         shown["size"] = f"{len(buckets)} buckets: {', '.join(named + more)}"
     if class_samples:
         shown["class pictures"] = str(len(class_samples))
@@ -77,7 +86,7 @@ def summarize_run(
 
 
 def format_summary(config: TrainConfig, numbers: dict[str, str]) -> str:
-    """Lines of at most 80 columns; what is longer goes on below."""
+    """Format a summary as lines of at most 80 columns; longer texts are wrapped."""
     return "\n".join(
         textwrap.fill(text, 80, initial_indent=f"{title:<15}", subsequent_indent=" " * 15)
         for title, text in {"learning": config.name, **numbers}.items()
@@ -87,7 +96,7 @@ def format_summary(config: TrainConfig, numbers: dict[str, str]) -> str:
 def warn_about_data(
     config: TrainConfig, samples: Sequence[TrainingImage], family: Family, resolution: int
 ) -> None:
-    """Warn of what lets a run end normally and learn little."""
+    """Warn of an unknown class word, of small images and of duplicate images."""
     pieces = split_unknown_word(family, config.class_word)
     if pieces:
         warnings.warn(
@@ -117,23 +126,30 @@ def warn_about_data(
 
 
 def split_unknown_word(family: Family, words: str) -> list[str]:
-    """The pieces in which every tokenizer reads a word of these; empty where one knows them all.
+    """Return the tokens of a word that every tokenizer splits into very short pieces.
 
-    Tokenizers know common words whole. They know others by pieces of some letters, which the
-    encoder may have seen together; of pieces of one or two letters it makes nothing.
+    Tokenizers have one token for a common word, and several for others. A text encoder may have
+    seen sequences of longer pieces, but pieces of one or two letters have little meaning for it.
+
+    Args:
+        family: The base model.
+        words: Words separated by spaces.
+
+    Returns:
+        The pieces; empty if a tokenizer of the family knows all the words.
     """
-    found: list[str] = []
+    first_pieces: list[str] = []
     for dictionary in family.token_dictionaries():
         split = [_pieces(dictionary.tokenizer, word) for word in words.split()]
         unknown = [
             pieces
             for word, pieces in zip(words.split(), split, strict=True)
-            if len(pieces) >= _MOST_PIECES and len(word) / len(pieces) < _SHORT_PIECES
+            if len(pieces) >= _UNKNOWN_WORD_PIECES and len(word) / len(pieces) < _SHORT_PIECES
         ]
         if not unknown:
             return []
-        found = found or unknown[0]
-    return found
+        first_pieces = first_pieces or unknown[0]
+    return first_pieces
 
 
 def _pieces(tokenizer: object, word: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""Pictures of the concept while it is learned, beside the base's own picture of its class.
+"""Sample images of a concept during training, the base's image of its class, and a fixed loss.
 
-All are drawn from the same noise. Neither they nor the measured loss touch a random stream of the
-training, so that a run gives the same concept with and without them.
+All samples start from the same noise. Neither the samples nor the fixed-noise loss use a random
+stream of the training, so a run gives the same concept with and without them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from customize.training.validation_images import decode_images, guidance_scale, 
 
 SAMPLES_FOLDER = "samples"
 _BASE = "base.png"
-_SHARES = (0, 0.25, 0.5, 0.75, 1)
-_MOST_STEPS, _FEWEST_STEPS = 20, 5
-_STRIP_SIDE = 256  # pixels, of each picture in the card
-_MEASURED = 4  # pictures
-_LEVELS = (0.125, 0.375, 0.625, 0.875)  # shares of the noise levels
+_FRACTIONS = (0, 0.25, 0.5, 0.75, 1)  # of the training steps
+_MAX_STEPS, _MIN_STEPS = 20, 5
+_STRIP_SIDE = 256  # pixels, of an image in the model card
+_MEASURED_IMAGES = 4
+_LEVELS = (0.125, 0.375, 0.625, 0.875)  # noise levels, in (0, 1)
 
 
 def sample_prompts(config: TrainConfig) -> list[str]:
-    """The concept's prompt, and the base's; none where samples are off."""
+    """Return the prompts of the concept and of the base; empty if samples are off."""
     if not config.samples:
         return []
     prompt = (config.caption or "a photo of {}").replace("{}", config.trigger)
@@ -46,27 +46,28 @@ def sample_prompts(config: TrainConfig) -> list[str]:
 
 
 class SampleImages:
-    """Draws samples of one concept of a run.
+    """Generates samples of one concept of a run.
 
-    A sample that cannot be drawn, as where memory does not suffice, ends them with a warning.
+    After a failure, such as too little memory, it warns and generates no more samples.
 
     Attributes:
-        steps: after which a sample is drawn; none where samples are off.
-        folder: where they are, each as it was drawn.
+        steps: Steps after which a sample is generated; empty if samples are off.
+        folder: Folder of the samples.
     """
 
     def __init__(self, config: TrainConfig, run: Run) -> None:
         self.config, self.run = config, run
         self.folder = config.output / SAMPLES_FOLDER
-        self.steps = sorted({round(share * config.steps) for share in _SHARES})
+        self.steps = sorted({round(fraction * config.steps) for fraction in _FRACTIONS})
         if not config.samples or not run.accelerator.is_main_process:
             self.steps = []
 
     def begin(self, anew: bool) -> None:
-        """Draw the base's picture, and the concept's before the first step.
+        """Generate the base's sample, and the concept's before the first step.
 
         Args:
-            anew: the run does not go on from a checkpoint; samples of an earlier one are deleted.
+            anew: Whether the run starts without a checkpoint; samples of an earlier run are
+                deleted.
         """
         if not self.steps:
             return
@@ -80,19 +81,21 @@ class SampleImages:
             self.draw_if_due(0)
 
     def draw_if_due(self, step: int) -> None:
-        """Draw the concept after a step, unless that was done before the run was cut off."""
+        """Generate a sample if it is due after a step and was not before an interruption."""
         path = self._path(step)
         if step in self.steps and not path.is_file():
             self._draw(sample_prompts(self.config)[0], path)
 
     def drawn(self) -> list[tuple[int | None, Path]]:
-        """The step of each sample that is there, and its file; None for the base's."""
-        found = [(None, self.folder / _BASE), *((s, self._path(s)) for s in self.steps)]
-        return [(step, path) for step, path in found if path.is_file()] if self.steps else []
+        """Return the step and the file of each existing sample; the base's has the step None."""
+        paths = [(None, self.folder / _BASE), *((s, self._path(s)) for s in self.steps)]
+        return [(step, path) for step, path in paths if path.is_file()] if self.steps else []
 
     def strip(self) -> list[Image.Image]:
-        """One picture of all samples in a row, each at most 256 pixels wide and high; empty where
-        there are none."""
+        """Return one image of all samples side by side; empty without samples.
+
+        Each sample is at most 256 pixels wide and high.
+        """
         pictures: list[Image.Image] = []
         for _, path in self.drawn():
             picture = decode_image(path, "RGB")
@@ -107,7 +110,7 @@ class SampleImages:
         return [row]
 
     def facts(self) -> dict[str, Any]:
-        """What ``concept.json`` says of the samples."""
+        """Return the entry of the samples in ``concept.json``."""
         prompt, base = sample_prompts(self.config)
         steps = [step for step, _ in self.drawn() if step is not None]
         return {"prompt": prompt, "base_prompt": base, "steps": steps}
@@ -127,13 +130,13 @@ class SampleImages:
         family, config = self.run.family, self.config
         try:
             with self.run.autocast():
-                asked = self.run.encode([prompt])
+                conditions = self.run.encode([prompt])
                 empty = family.unconditional(self.run.encode([""]))
             with without_compilation(config):
                 seed = stream_seed(config.seed, "sample")
                 latents = sample(
                     family,
-                    asked,
+                    conditions,
                     empty,
                     self.run.images.shape,
                     steps=choose_sampling_steps(config, family),
@@ -142,8 +145,8 @@ class SampleImages:
                     sampler_seed=stream_seed("sampler", seed),
                     autocast=self.run.autocast,
                 )
-            picture = _decoded(family, latents)
-        except RuntimeError as error:  # memory does not suffice, or a kernel lacks something
+            picture = _decode_image(family, latents)
+        except RuntimeError as error:  # such as too little memory, or an unsupported operation
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             warnings.warn(
@@ -155,10 +158,11 @@ class SampleImages:
         write_png(picture, path, "samples")
 
 
-def _decoded(family: Family, latents: Tensor) -> Image.Image:
-    """The picture; decoded on the CPU where the device, which holds the denoiser too, is too small.
+def _decode_image(family: Family, latents: Tensor) -> Image.Image:
+    """Decode an image; on the CPU if the device has too little memory beside the denoiser.
 
-    The autoencoder of SDXL takes more memory for a picture of 1024 x 1024 than its denoiser."""
+    SDXL's autoencoder needs more memory than its denoiser for an image of 1024 x 1024 pixels.
+    """
     try:
         return decode_images(family, latents)[0]
     except torch.OutOfMemoryError:
@@ -167,44 +171,59 @@ def _decoded(family: Family, latents: Tensor) -> Image.Image:
 
 
 def choose_sampling_steps(config: TrainConfig, family: Family) -> int:
-    """Sampling steps of a sample: 20, and fewer in short runs, of which samples would else take
-    more than about a fifth of the time."""
-    seen = config.steps * config.batch_size * config.gradient_accumulation
-    steps = min(_MOST_STEPS, max(_FEWEST_STEPS, seen // 20))
-    most = family.scheduler.config.get("num_train_timesteps")
-    return min(steps, most) if most else steps
+    """Return the sampling steps of a sample: 20, or fewer in short runs.
+
+    Samples take at most about a fifth of a short run's time, but have at least 5 steps.
+    """
+    seen_images = config.steps * config.batch_size * config.gradient_accumulation
+    steps = min(_MAX_STEPS, max(_MIN_STEPS, seen_images // 20))
+    limit = family.scheduler.config.get("num_train_timesteps")
+    return min(steps, limit) if limit else steps
 
 
 def without_compilation(config: TrainConfig) -> Any:
-    """Within it compiled blocks run as they are: samples have other shapes than batches, and
-    compiling for these would take longer than they do."""
+    """Return a context in which compiled blocks run without compilation.
+
+    Samples have other shapes than batches, and compilation for these would take longer than the
+    samples themselves.
+    """
     return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 
 
 def fixed_noise_captions(
     config: TrainConfig, configs: Sequence[TrainConfig], captions: Sequence[str]
 ) -> list[str]:
-    """Class captions for :func:`measure_fixed_noise_loss`; none where samples are off."""
+    """Return captions with class words for :func:`measure_fixed_noise_loss`.
+
+    Args:
+        config: Settings of the run.
+        configs: Settings of all concepts of the run.
+        captions: Captions with triggers.
+
+    Returns:
+        As many captions; none if samples are off.
+    """
     return [with_class_words(configs, text) for text in captions] if config.samples else []
 
 
 @torch.no_grad()
 def measure_fixed_noise_loss(run: Run, concept: int) -> dict[str, float]:
-    """The loss on some of a concept's pictures, with the same noise at the same levels.
+    """Measure the loss on some of a concept's images with fixed noise at fixed noise levels.
 
-    Training losses are of random levels, by which they differ far more than by what is learned.
+    The noise levels of training losses are random, and change the loss far more than the training
+    does.
 
     Args:
-        run: the run, with everything attached.
-        concept: number of the concept in the run.
+        run: The run, with adapters and tokens attached.
+        concept: Index of the concept in the run.
 
     Returns:
-        "base": the base's, by captions with the class word, as before the first step; "learned":
-        by the concept's own captions. Both are means over up to 4 pictures and 4 levels.
+        "base": The base's loss with class words in the captions; "learned": the trained model's
+        with the triggers. Both are means over up to 4 images and 4 noise levels.
     """
     config, numbers = run.configs[concept], run.concept_images[concept]
     family, images, device = run.family, run.images, run.device
-    stride = -(-len(numbers) // _MEASURED)
+    stride = -(-len(numbers) // _MEASURED_IMAGES)
     totals = {"base": 0.0, "learned": 0.0}
     chosen = list(numbers)[::stride]
     for picture in chosen:

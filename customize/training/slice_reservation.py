@@ -209,7 +209,7 @@ def _check_still_free(
 def _count_shared_columns(
     reservation: SliceReservation, others: Sequence[SliceOwner]
 ) -> dict[str, int]:
-    """Name -> number of columns shared with the reservation, where there are any.
+    """Count the columns that other concepts share with the reservation.
 
     Only concepts that avoid the same directions count, because slices that avoid other directions
     were chosen independently.

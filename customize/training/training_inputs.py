@@ -194,14 +194,14 @@ def check_prompt_lengths(
             # Not verbose, because the warning below replaces transformers' own.
             ids = tokenizer(text, verbose=False).input_ids
             length = tokenizer.model_max_length
-            kept = tokenizer(text, truncation=True, max_length=length).input_ids
-            counts = f"{original[:60]!r} has {len(ids)} tokens, of which {len(kept)} are read"
-            if trained & set(ids) - set(kept):
+            read_ids = tokenizer(text, truncation=True, max_length=length).input_ids
+            counts = f"{original[:60]!r} has {len(ids)} tokens, of which {len(read_ids)} are read"
+            if trained & set(ids) - set(read_ids):
                 raise DataError(
                     f"the {kind} {counts}: the trigger is cut off",
                     fix=f"shorten the {kind}, or write the trigger near its beginning",
                 )
-            if len(ids) > len(kept):
+            if len(ids) > len(read_ids):
                 warnings.warn(f"the {kind} {counts}: the rest is cut off", stacklevel=2)
 
 

@@ -1,4 +1,4 @@
-"""One line on what a run has come to."""
+"""One line that judges the result of a run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from customize.concepts.concept_info import ConceptInfo
 
-_NOTICEABLE = 0.02  # of the base's loss
+_NOTICEABLE = 0.02  # change of the loss, relative to the base's
 _TOO_LITTLE = "try more steps, or higher learning rates"
 
 
 @dataclass(frozen=True)
 class IdentityResult:
-    """What a judge says of the last sample.
+    """A judge's result for the last sample.
 
     Attributes:
-        shows: whether it shows the subject of the training pictures.
-        text: that in words, with the judge's number.
-        advice: what to try where it does not, before more steps; empty: nothing is known.
+        shows: Whether the sample shows the subject of the training images.
+        text: The result as text, with the judge's number.
+        advice: What to try before more steps if the subject is not shown; may be empty.
     """
 
     shows: bool
@@ -27,12 +27,20 @@ class IdentityResult:
     advice: str = ""
 
 
-#: The facts of a concept -> what a judge says of its last sample; None: there is no judge.
+#: Judges the last sample of a concept; returns None if no judge is available.
 IdentityJudge = Callable[[ConceptInfo], IdentityResult | None]
 
 
 def format_verdict(info: ConceptInfo, identity: IdentityResult | None = None) -> str | None:
-    """One line that judges a run and names what to try; None where nothing was measured."""
+    """Return one line that judges a run and names what to try next.
+
+    Args:
+        info: Info of the concept, with the measured losses.
+        identity: A judge's result for the last sample.
+
+    Returns:
+        The line; None if no losses were measured.
+    """
     loss: Any = info.training.get("fixed_loss")
     numbers: list[Any] = (
         [loss.get(key) for key in ("base", "learned")] if isinstance(loss, dict) else []
@@ -41,7 +49,7 @@ def format_verdict(info: ConceptInfo, identity: IdentityResult | None = None) ->
         return None
     base, learned = numbers
     change = learned / base - 1.0
-    found = f"the loss on fixed noise went from {base:.4f} to {learned:.4f} ({change:+.0%})"
+    reason = f"the loss on fixed noise went from {base:.4f} to {learned:.4f} ({change:+.0%})"
     if change > _NOTICEABLE:
         judged, advice = "worse than the base", "try lower learning rates"
     elif change > -_NOTICEABLE:
@@ -50,8 +58,8 @@ def format_verdict(info: ConceptInfo, identity: IdentityResult | None = None) ->
         judged = "learned"
         advice = "" if identity else "look at the samples; if they copy the pictures, fewer steps"
     if identity is not None:
-        found += f", and {identity.text}"
+        reason += f", and {identity.text}"
         if not identity.shows:
             judged = "the pictures' subject is not learned" if judged == "learned" else judged
             advice = "; ".join(filter(None, (identity.advice, advice))) or _TOO_LITTLE
-    return f"{info.name}: {judged}: {found}." + (f" Next: {advice}." if advice else "")
+    return f"{info.name}: {judged}: {reason}." + (f" Next: {advice}." if advice else "")

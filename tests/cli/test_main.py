@@ -14,7 +14,7 @@ import pytest
 from customize import __version__
 from customize.base.device import choose_device
 from customize.cli import main
-from customize.cli.concept_arguments import parse_weight_list
+from customize.cli.concept_flags import parse_weight_list
 from customize.cli.output_files import storage_errors, write_json
 from customize.concepts.io.read_concept import load_concept
 from customize.errors import ConfigError, StorageError, TrainingStopped
@@ -61,7 +61,8 @@ def test_errors_are_one_line_and_exit_code_2() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: the base cannot be loaded: there is no such folder, and the hub")
+    problem = "error: the base cannot be loaded: there is no such folder, and the download failed: "
+    assert line.startswith(problem)
     assert "(base: nobody/nothing). Fix: name a folder" in line
 
 

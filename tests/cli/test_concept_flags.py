@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from customize.cli.concept_arguments import parse_weights
+from customize.cli.concept_flags import parse_weights
 from customize.cli.merge_command import merge
 from customize.errors import ConfigError
 

@@ -20,11 +20,11 @@ def parse_weights(text: str | None, count: int) -> WeightArgument:
     """Parse ``"1,0.8"`` or ``"rex=0.8,rex.text_encoder=0.5,rex.unet.up.block_1=0.4/0.8/1"``.
 
     Args:
-        text: value of the flag; None: weight 1 for each concept.
-        count: number of concepts.
+        text: Value of the flag; None: weight 1 for each concept.
+        count: Number of concepts.
 
     Raises:
-        ConfigError: the text has neither form, or names a weight twice.
+        ConfigError: The text has neither form, or names a weight twice.
     """
     if text is None or "=" not in text:
         return parse_weight_list(text, count)
@@ -64,7 +64,7 @@ def parse_weight_list(text: str | None, count: int) -> list[float]:
     """Parse ``"1,0.8"``, one finite number per concept; None: 1 for each.
 
     Raises:
-        ConfigError: a part is not a finite number, or there are not ``count`` of them.
+        ConfigError: A part is not a finite number, or there are not ``count`` of them.
     """
     if text is None:
         return [1.0] * count
@@ -93,8 +93,8 @@ def rename_concepts(
     """Rename concepts by a text such as ``"rex,,tom-2"``; empty parts and None keep the names.
 
     Raises:
-        ConfigError: the number of names differs from the number of concepts.
-        ConceptError: a name is not valid for a concept.
+        ConfigError: The number of names differs from the number of concepts.
+        ConceptError: A name is not valid for a concept.
     """
     from dataclasses import replace
 
